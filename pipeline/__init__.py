@@ -1,0 +1,1 @@
+"""The orchestration: reads conf/, calls ddpm/, writes runs/. See the map of the modules in README.md."""

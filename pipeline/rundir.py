@@ -1,0 +1,216 @@
+"""The name of every artefact, and the rules by which files come into being.
+
+Everything is written to a temporary name and renamed, so a file that carries its final name is whole; a
+manifest is written last and carries bytes and sha256, so a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import PipelineError
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where one run keeps what. Plain and picklable: it travels to every worker.
+
+    storage: absolute path of the storage root, shared by all hosts; data_key, run_key: content hashes
+    (`pipeline.config`), so equal paths mean equal content.
+    """
+
+    storage: Path
+    name: str
+    source: str
+    data_key: str
+    run_key: str
+
+    @property
+    def path(self) -> Path:
+        return self.storage / f"{self.name}-{self.run_key}"
+
+    @property
+    def data(self) -> Path:
+        return self.storage / "data" / f"{self.source}-{self.data_key}"
+
+    @property
+    def experiment_yaml(self) -> Path:
+        return self.path / "experiment.yaml"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.jsonl"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / ".stop"
+
+    @property
+    def train(self) -> Path:
+        return self.path / "train"
+
+    def step_dir(self, step: int) -> Path:
+        return self.train / f"step_{step:08d}"
+
+    @property
+    def grids(self) -> Path:
+        return self.path / "grids"
+
+    @property
+    def ray(self) -> Path:
+        return self.path / "ray"
+
+    def samples(self, key: str) -> Path:
+        return self.path / "samples" / key
+
+    def evaluation(self, key: str) -> Path:
+        return self.path / "evaluation" / key
+
+    def figures(self, key: str) -> Path:
+        return self.path / "figures" / key
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no reader trusts and no two writers share."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success it is on disk under the final name, on failure it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """The same for a folder. A folder that already carries the name is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PipelineError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What a manifest says of one file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> dict[str, Any]:
+    """Seal `directory`: the named files with their bytes and sha256, and whatever else `facts` says."""
+    manifest = {"files": {name: file_facts(directory / name) for name in names}, **facts}
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(
+    directory: Path, check: Literal["size", "sha256"] | None = "size"
+) -> dict[str, Any] | None:
+    """The manifest of `directory`, or None where it was never sealed.
+
+    Raises PipelineError naming the first listed file that is missing or differs.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if check:
+        for name, facts in manifest["files"].items():
+            check_file(directory / name, facts, check)
+    return manifest
+
+
+def check_file(path: Path, facts: dict[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
+    """Raise PipelineError unless `path` is the file that `facts` describes."""
+    if not path.exists():
+        raise PipelineError(f"{path} is missing although its manifest lists it; delete {path.parent} to rebuild")
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise PipelineError(
+            f"{path} has {size} bytes, its manifest says {facts['bytes']}; delete {path.parent} to rebuild"
+        )
+    if check == "sha256" and sha256_of(path) != facts["sha256"]:
+        raise PipelineError(f"{path} does not match its sha256; delete {path.parent} to rebuild")
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the run's lock: one driver at a time. The kernel frees it when its holder dies."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise PipelineError(
+                f"{path} is being worked on by another command (process {holder}); wait for it, or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

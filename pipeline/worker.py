@@ -1,0 +1,66 @@
+"""What a stage's body sees of the place where it runs, and the in-process twin of that place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pipeline.rundir import Run
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is complete or absent: `body(ctx, *args)` writes its result atomically.
+
+    `body` is a module-level function; `name` is shown when it fails; `images` is its share of the progress.
+    """
+
+    body: Callable[..., None]
+    args: tuple[Any, ...]
+    name: str
+    images: int = 1
+
+
+class WorkerContext:
+    """One process among `world_size`, with the device and the CPUs that it may use."""
+
+    def __init__(self, device: torch.device, cpus: int, rank: int = 0, world_size: int = 1):
+        self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
+
+    def report(self, step: int, directory: Path | None = None) -> None:
+        """Tell the launcher that `step` is safe in `directory`. Called equally often on every rank."""
+
+
+class Executor(Protocol):
+    """Who runs bodies and units: `InProcess` here, a Ray session in `pipeline.cluster`."""
+
+    def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None: ...
+
+    def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None: ...
+
+
+def local_context() -> WorkerContext:
+    """This process as a worker: the first GPU if there is one, and every CPU it may use."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return WorkerContext(device, len(os.sched_getaffinity(0)))
+
+
+class InProcess:
+    """Runs everything here, one after the other, without Ray (`cluster.workers=0`)."""
+
+    def __init__(self, context: WorkerContext | None = None):
+        self.context = context or local_context()
+        torch.set_num_threads(self.context.cpus)
+
+    def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:
+        body(self.context, experiment, run)
+
+    def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None:
+        for unit in units:
+            unit.body(self.context, *unit.args)
+            done(unit)
