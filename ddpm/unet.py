@@ -11,6 +11,7 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 NEAR_ZERO_GAIN = 1e-5  # authors' code: variance scale 1e-10, small but not zero
 NEAR_ZERO_LAYERS = ("conv2", "proj_out", "conv_out")  # the last layer of each residual branch, and of the net
+Modules = list[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ class UNetConfig:
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
     def problems(self, image_size: int) -> list[tuple[str, str]]:
-        """What is wrong with these settings for images of this side: (key, one-line message) pairs."""
+        """What is wrong with these settings for images of this side: (key, message) pairs.
+
+        Messages continue the key: f"{key} {message}" is one readable line.
+        """
         found = []
         if self.channels < 4 or self.channels % 2:
             found.append(("channels", f"must be even and at least 4, not {self.channels}"))
         if not self.channel_mult or min(self.channel_mult) < 1:
-            found.append(("channel_mult", "needs one multiplier of at least 1 per level"))
+            found.append(("channel_mult", "must hold one multiplier of at least 1 per level"))
         if self.num_res_blocks < 1:
             found.append(("num_res_blocks", f"must be at least 1, not {self.num_res_blocks}"))
         if not 0 <= self.dropout < 1:
@@ -62,10 +66,12 @@ class UNetConfig:
         levels = len(self.channel_mult)
         factor = 2 ** max(levels - 1, 0)
         if image_size < 1 or image_size % factor:
-            return [("channel_mult", f"{levels} levels need an image size divisible by {factor}, not {image_size}")]
+            message = f"has {levels} levels, which need an image size divisible by {factor}, not {image_size}"
+            return [("channel_mult", message)]
         visited = self.resolutions(image_size)
+        names = ", ".join(map(str, visited))
         return [
-            ("attention_resolutions", f"no level has resolution {r}; the levels have {', '.join(map(str, visited))}")
+            ("attention_resolutions", f"{r} is the side of no level: choose among {names}")
             for r in self.attention_resolutions
             if r not in visited
         ]
@@ -83,7 +89,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig, image_size: int, in_channels: int, out_channels: int) -> None:
         super().__init__()
         if problems := config.problems(image_size):
-            raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
+            raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
         self.config = config
         width, groups = config.channels, config.norm_groups
         self.time_mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
@@ -106,7 +112,8 @@ class UNet(nn.Module):
             elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 gain = NEAR_ZERO_GAIN if name.split(".")[-1] in NEAR_ZERO_LAYERS else 1.0
                 nn.init.xavier_uniform_(module.weight, gain, generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict from a noised image.
@@ -131,7 +138,7 @@ class UNet(nn.Module):
 class DownLevel(nn.Module):
     """Residual blocks of one resolution, each with its attention if any, then downsampling if any."""
 
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], downsample: nn.Module | None) -> None:
+    def __init__(self, blocks: Modules, attentions: Modules, downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
         self.downsample = downsample
@@ -150,7 +157,7 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """Residual blocks of one resolution, each taking one skip, then upsampling if any."""
 
-    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], upsample: nn.Module | None) -> None:
+    def __init__(self, blocks: Modules, attentions: Modules, upsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
         self.upsample = upsample
@@ -186,7 +193,8 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        same_width = in_channels == out_channels
+        self.shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x)) + self.time_proj(temb)[:, :, None, None]
@@ -267,7 +275,7 @@ def _encoder(config: UNetConfig, image_size: int) -> tuple[nn.ModuleList, list[i
     """The levels, finest first, and the width of every skip in the order in which they are pushed."""
     levels, skip_widths = nn.ModuleList(), [config.channels]
     for width, resolution in zip(config.widths, config.resolutions(image_size), strict=True):
-        blocks: list[nn.Module] = []
+        blocks: Modules = []
         for _ in range(config.num_res_blocks):
             blocks.append(ResBlock(skip_widths[-1], width, config))
             skip_widths.append(width)
@@ -286,7 +294,7 @@ def _decoder(config: UNetConfig, image_size: int, skip_widths: list[int]) -> nn.
     in_width = config.widths[-1]
     coarse_to_fine = list(zip(config.widths, config.resolutions(image_size), strict=True))[::-1]
     for width, resolution in coarse_to_fine:
-        blocks: list[nn.Module] = []
+        blocks: Modules = []
         for _ in range(config.num_res_blocks + 1):
             blocks.append(ResBlock(in_width + skip_widths.pop(), width, config))
             in_width = width

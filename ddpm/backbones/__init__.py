@@ -1,4 +1,4 @@
-"""Every network by name. All are called `net(x_t, t, context=None)`."""
+"""Every network by name, as (config class, network class). All are called `net(x_t, t, context=None)`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from ddpm.unet import UNet, UNetConfig
 
-NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
+NETWORKS: dict[str, tuple[Any, Any]] = {
     "unet": (UNetConfig, UNet),
 }
 
@@ -21,7 +21,7 @@ def build_network(
     num_classes: int = 0,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The network that `config` (one of NETWORKS' configs) describes, with weights that depend on `seed` alone.
+    """The network that `config` (one of NETWORKS' configs) describes; its weights depend on `seed` alone.
 
     Weights are drawn on the CPU, so they are the same for every device, and torch's global generator is left
     as it was. On device "meta" nothing is drawn.

@@ -1,0 +1,30 @@
+"""Denoising diffusion probabilistic models: the mathematics and the networks, usable without the pipeline."""
+
+from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.ema import EMA
+from ddpm.images import from_uint8, to_uint8
+from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
+from ddpm.sampler import Step, ancestral, ddim, reverse, sample
+from ddpm.training import TrainConfig, TrainState, train_step
+from ddpm.unet import UNet, UNetConfig
+
+__all__ = [
+    "EMA",
+    "Diffusion",
+    "DiffusionConfig",
+    "Likelihood",
+    "Step",
+    "TrainConfig",
+    "TrainState",
+    "UNet",
+    "UNetConfig",
+    "ancestral",
+    "bits_per_dim",
+    "ddim",
+    "from_uint8",
+    "rate_distortion",
+    "reverse",
+    "sample",
+    "to_uint8",
+    "train_step",
+]

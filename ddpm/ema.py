@@ -1,0 +1,37 @@
+"""Exponential moving average of a network's parameters (paper, Appendix B: decay 0.9999)."""
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averaged weights, float32, in the layout of `net.state_dict()`; buffers are copied, not averaged.
+
+    decay is constant, as in the authors' code; with warmup it is min(decay, (1 + n) / (10 + n)) at update n,
+    for runs short against the average's half-life (6,931 steps at 0.9999).
+    """
+
+    def __init__(self, net: nn.Module, decay: float, warmup: bool = False) -> None:
+        self.decay, self.warmup = decay, warmup
+        self.parameters = {name: p.detach().float().clone() for name, p in net.named_parameters()}
+        persistent = net.state_dict().keys()
+        self.buffers = {name: b.clone() for name, b in net.named_buffers() if name in persistent}
+
+    def decay_at(self, n: int) -> float:
+        """Decay of update n = 0, 1, ...: the first one copies (authors' code)."""
+        if n == 0:
+            return 0.0
+        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, n: int) -> None:
+        """average <- decay average + (1 - decay) parameters, after optimiser step n = 0, 1, ..."""
+        current = [p.detach().float() for p in net.parameters()]
+        torch._foreach_lerp_(list(self.parameters.values()), current, 1 - self.decay_at(n))
+        for name, buffer in net.named_buffers():
+            if name in self.buffers:
+                self.buffers[name].copy_(buffer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The average itself, not a copy; `net.load_state_dict` takes it."""
+        return self.parameters | self.buffers
