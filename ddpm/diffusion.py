@@ -1,0 +1,306 @@
+"""The diffusion process of Ho, Jain and Abbeel 2020 (arXiv 2006.11239).
+
+Index t = 0..T-1 is the paper's t = 1..T. Images are (N, C, H, W) floats in [-1, 1]; t is int64 (N,). Tables
+are float64 and are cast to the images' type only when they are gathered.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ddpm.gaussians import Decoder, decoder_log_likelihood, mean_flat, normal_kl
+from ddpm.schedules import BetaSchedule, betas
+
+Predict = Literal["eps", "x0", "mean"]
+Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
+Loss = Literal["simple", "vlb", "hybrid"]
+TSampling = Literal["uniform", "importance"]
+Network = Callable[..., Tensor]  # net(x_t, t) or net(x_t, t, context) -> (N, C or 2C, H, W)
+
+LEARNED = ("learned", "learned_range")
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What defines the process and its objective; the defaults are the paper's CIFAR-10 settings."""
+
+    timesteps: int = 1000
+    beta_schedule: BetaSchedule = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    predict: Predict = "eps"
+    variance: Variance = "fixedlarge"
+    loss: Loss = "simple"
+    t_sampling: TSampling = "uniform"
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(key, message) of every value that is out of range or contradicts another."""
+        return [*self._range_problems(), *self._contradictions()]
+
+    def _range_problems(self) -> list[tuple[str, str]]:
+        choices = {"beta_schedule": BetaSchedule, "predict": Predict, "variance": Variance, "loss": Loss,
+                   "t_sampling": TSampling}  # fmt: skip
+        found = [
+            (key, f"{getattr(self, key)!r} is unknown: choose one of {', '.join(get_args(names))}")
+            for key, names in choices.items()
+            if getattr(self, key) not in get_args(names)
+        ]
+        if self.timesteps < 2:
+            found.append(("timesteps", f"{self.timesteps} is too few: at least 2 are needed"))
+        for key in ("beta_start", "beta_end"):
+            if not 0 < getattr(self, key) < 1:
+                found.append((key, f"{getattr(self, key)} is not a variance between 0 and 1 (exclusive)"))
+        return found
+
+    def _contradictions(self) -> list[tuple[str, str]]:
+        found = []
+        if self.beta_start > self.beta_end and self.beta_schedule not in ("const", "jsd", "cosine"):
+            found.append(("beta_start", f"{self.beta_start} exceeds beta_end {self.beta_end}: swap them"))
+        if self.beta_schedule == "jsd" and self.predict == "eps":
+            found.append(
+                ("predict", "eps cannot be turned into x_0 under the jsd schedule, whose alpha_bar_T is 0: "
+                 "use predict=x0 or predict=mean")
+            )  # fmt: skip
+        if self.loss == "hybrid" and self.variance not in LEARNED:
+            found.append(("loss", f"hybrid trains a learned variance, not {self.variance}: use loss=simple"))
+        if self.loss == "simple" and self.variance in LEARNED:
+            found.append(("loss", f"simple leaves variance={self.variance} untrained: use vlb or hybrid"))
+        return found
+
+    def warnings(self) -> list[str]:
+        """What the paper says against a combination that is allowed all the same."""
+        found = []
+        if (self.predict, self.loss) == ("mean", "simple"):
+            found.append("predict=mean with loss=simple was unstable in the paper (Table 2)")
+        if self.predict == "eps" and self.loss == "vlb" and self.variance == "learned":
+            found.append("predict=eps with loss=vlb and variance=learned was unstable in the paper (Table 2)")
+        if self.predict == "x0":
+            found.append("predict=x0 gave worse samples in the paper's early experiments (Sec. 3.2)")
+        return found
+
+
+class Posterior(NamedTuple):
+    """q(x_{t-1} | x_t, x_0): mean like x_t; variance and its clipped log broadcast against x_t."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+class Reverse(NamedTuple):
+    """p(x_{t-1} | x_t): mean, log_variance (broadcasts against x_t) and the estimate of x_0 behind them."""
+
+    mean: Tensor
+    log_variance: Tensor
+    x_0: Tensor
+
+
+class Diffusion:
+    """Forward and reverse process. Immutable: to() and respaced() return new objects.
+
+    timesteps (K,) int64: the network's t at each step of this chain; 0..T-1 unless the chain is respaced.
+    """
+
+    def __init__(self, config: DiffusionConfig = DiffusionConfig()):
+        if problems := config.problems():
+            raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
+        self.config = config
+        schedule = betas(config.beta_schedule, config.timesteps, config.beta_start, config.beta_end)
+        self.tables = _tables(schedule)
+        self.timesteps = torch.arange(config.timesteps)
+        self.spaced = False
+
+    def __len__(self) -> int:
+        """Number of steps of this chain."""
+        return len(self.timesteps)
+
+    def to(self, device: torch.device | str) -> "Diffusion":
+        """The same process with its tables on the device, where gathering from them costs no transfer."""
+        moved = copy.copy(self)
+        moved.tables = {name: table.to(device) for name, table in self.tables.items()}
+        moved.timesteps = self.timesteps.to(device)
+        return moved
+
+    def respaced(self, timesteps: Sequence[int] | Tensor) -> "Diffusion":
+        """The chain over ascending timesteps only (Nichol and Dhariwal 2021, Sec. 4); t counts its steps.
+
+        A prefix 0..k is the end of the reverse process, unchanged. variance=learned belongs to full steps and
+        does not carry over to other spacings; learned_range does.
+        """
+        chosen = torch.as_tensor(timesteps, dtype=torch.int64, device=self.timesteps.device)
+        ascending = len(chosen) > 0 and bool((chosen.diff() > 0).all())
+        if not ascending or chosen[0] < 0 or chosen[-1] >= len(self):
+            raise ValueError(f"timesteps must ascend within 0..{len(self) - 1}, got {chosen.tolist()[:10]}")
+        chain = copy.copy(self)
+        chain.timesteps = self.timesteps[chosen]
+        if torch.equal(chosen, torch.arange(len(chosen), device=chosen.device)):
+            chain.tables = {name: table[: len(chosen)] for name, table in self.tables.items()}
+            return chain
+        alpha_bar = self.tables["alpha_bar"][chosen]
+        kept = {name: self.tables[name][chosen] for name in ("step_coef_x_0", "step_coef_x_t")}
+        chain.tables = _tables(_spaced_betas(alpha_bar)) | kept
+        chain.spaced = True
+        return chain
+
+    def out_channels(self, channels: int) -> int:
+        """Channels of the network's output for images of so many channels: doubled by a learned variance."""
+        return 2 * channels if self.config.variance in LEARNED else channels
+
+    def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0), Eq. 4."""
+        mean = self.at("sqrt_alpha_bar", t, x_0) * x_0
+        return mean, self.at("one_minus_alpha_bar", t, x_0), self.at("log_one_minus_alpha_bar", t, x_0)
+
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_t from x_0 and standard normal eps of the same shape, Eq. 4."""
+        _same_shape(x_0=x_0, eps=eps)
+        return self.at("sqrt_alpha_bar", t, x_0) * x_0 + self.at("sqrt_one_minus_alpha_bar", t, x_0) * eps
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Posterior:
+        """q(x_{t-1} | x_t, x_0), Eqs. 6 and 7; the log variance at t = 0 is that of t = 1 (authors' code)."""
+        _same_shape(x_0=x_0, x_t=x_t)
+        mean = self.at("posterior_coef_x_0", t, x_t) * x_0 + self.at("posterior_coef_x_t", t, x_t) * x_t
+        return Posterior(mean, self.at("posterior_variance", t, x_t), self.at("log_fixedsmall", t, x_t))
+
+    def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
+        """The estimate of x_0 in the network's output, optionally clipped to [-1, 1]."""
+        prediction, _ = _split(output, x_t)
+        match self.config.predict:
+            case "eps":  # Eq. 4 solved for x_0 (text after Eq. 14)
+                noise = self.at("sqrt_one_minus_alpha_bar", t, x_t) * prediction
+                x_0 = (x_t - noise) / self.at("sqrt_alpha_bar", t, x_t)
+            case "x0":
+                x_0 = prediction
+            case "mean":  # Eq. 7 solved for x_0, by the full chain's coefficients: that is what was trained
+                rest = prediction - self.at("step_coef_x_t", t, x_t) * x_t
+                x_0 = rest / self.at("step_coef_x_0", t, x_t)
+        return x_0.clamp(-1, 1) if clip else x_0
+
+    def p_mean_variance(
+        self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True, variance: Variance | None = None
+    ) -> Reverse:
+        """p(x_{t-1} | x_t) from the network's output (N, C or 2C, H, W).
+
+        clip limits the x_0 estimate to [-1, 1] before the posterior mean; predict=mean is used as it is.
+        variance overrides the configured kind; a learned kind needs an output of 2C channels.
+        """
+        x_0 = self.predict_x0(output, x_t, t, clip)
+        if self.config.predict == "mean" and not self.spaced:
+            mean = _split(output, x_t)[0]
+        else:
+            mean = self.q_posterior(x_0, x_t, t).mean
+        return Reverse(mean, self._log_variance(output, x_t, t, variance or self.config.variance), x_0)
+
+    def _log_variance(self, output: Tensor, x_t: Tensor, t: Tensor, kind: Variance) -> Tensor:
+        if kind in ("fixedlarge", "fixedsmall"):
+            return self.at(f"log_{kind}", t, x_t)
+        _, values = _split(output, x_t)
+        if values is None:
+            raise ValueError(
+                f"variance={kind} needs a network of {2 * x_t.shape[1]} output channels, this one has "
+                f"{output.shape[1]}: use fixedlarge or fixedsmall"
+            )
+        if kind == "learned_range":  # Nichol and Dhariwal 2021, Eq. 15, for values in [-1, 1]
+            small, large = self.at("log_fixedsmall", t, x_t), self.at("log_fixedlarge", t, x_t)
+            return small + (values + 1) / 2 * (large - small)
+        if self.spaced:
+            raise ValueError("variance=learned holds for full steps only: use fixedlarge or fixedsmall")
+        return values
+
+    def vlb_terms(
+        self, reverse: Reverse, x_0: Tensor, x_t: Tensor, t: Tensor, decoder: Decoder = "tanh"
+    ) -> Tensor:
+        """L_{t-1} of Eq. 5, or L_0 (the decoder, Eq. 13) where t = 0, per image (N,), bits/dim."""
+        posterior = self.q_posterior(x_0, x_t, t)
+        kl = normal_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
+        nll = -decoder_log_likelihood(x_0, reverse.mean, reverse.log_variance, decoder)
+        return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
+
+    def training_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Loss per image (N,): simple (Eq. 14), vlb (one term of Eq. 5 in bits/dim, not times T) or hybrid.
+
+        hybrid is simple + T/1000 vlb with the mean detached (Nichol and Dhariwal 2021, Eq. 16). Nothing is
+        clipped.
+        """
+        output = output.to(x_t.dtype)  # a network under autocast answers in bf16
+        if self.config.loss == "vlb":
+            return self.vlb_terms(self.p_mean_variance(output, x_t, t, clip=False), x_0, x_t, t)
+        prediction, _ = _split(output, x_t)
+        loss = mean_flat((self._target(x_0, x_t, t, eps) - prediction) ** 2)
+        if self.config.loss == "simple":
+            return loss
+        frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
+        vlb = self.vlb_terms(self.p_mean_variance(frozen, x_t, t, clip=False), x_0, x_t, t)
+        return loss + vlb * len(self) / 1000
+
+    def _target(self, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        match self.config.predict:
+            case "eps":
+                return eps
+            case "x0":
+                return x_0
+            case "mean":
+                return self.q_posterior(x_0, x_t, t).mean
+
+    def at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        """Table values at t in the type of x, shaped (N, 1, 1, 1) like x."""
+        if t.dtype != torch.int64 or t.shape != x.shape[:1]:
+            raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
+        values = self.tables[name].to(t.device)[t].to(x.dtype)
+        return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _tables(beta: Tensor) -> dict[str, Tensor]:
+    """Everything that is gathered at t, float64 (K,). Symbols as in the paper's Eqs. 4 to 7."""
+    alpha_bar = torch.cumprod(1 - beta, dim=0)
+    alpha_bar_prev = torch.cat([torch.ones_like(beta[:1]), alpha_bar[:-1]])
+    variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    coef_x_0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
+    coef_x_t = (1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar)
+    # beta~ at t = 0 is 0 and its log infinite: the next one stands in for it (authors' code).
+    first = variance[1:2] if len(beta) > 1 else beta
+    return {
+        "beta": beta,
+        "alpha_bar": alpha_bar,
+        "alpha_bar_prev": alpha_bar_prev,
+        "sqrt_alpha_bar": alpha_bar.sqrt(),
+        "one_minus_alpha_bar": 1 - alpha_bar,
+        "log_one_minus_alpha_bar": (1 - alpha_bar).log(),
+        "sqrt_one_minus_alpha_bar": (1 - alpha_bar).sqrt(),
+        "posterior_variance": variance,
+        "posterior_coef_x_0": coef_x_0,
+        "posterior_coef_x_t": coef_x_t,
+        "step_coef_x_0": coef_x_0,
+        "step_coef_x_t": coef_x_t,
+        "log_fixedsmall": torch.cat([first, variance[1:]]).log(),
+        "log_fixedlarge": torch.cat([first, beta[1:]]).log(),
+    }
+
+
+def _spaced_betas(alpha_bar: Tensor) -> Tensor:
+    """The betas of a chain that visits only these alpha_bar."""
+    return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+
+
+def _split(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The prediction and, where the output has 2C channels, the values that parameterise the variance."""
+    channels = x_t.shape[1]
+    fits = output.ndim == x_t.ndim and output.shape[2:] == x_t.shape[2:] and len(output) == len(x_t)
+    if not fits or output.shape[1] not in (channels, 2 * channels):
+        raise ValueError(
+            f"network output of shape {tuple(output.shape)} does not fit images of shape {tuple(x_t.shape)}"
+        )
+    if output.shape[1] == channels:
+        return output, None
+    return output[:, :channels], output[:, channels:]
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

@@ -1,0 +1,127 @@
+"""The variational bound on the negative log likelihood, in bits/dim (paper, Eq. 5 and Sec. 4.3).
+
+Arithmetic is in the type of the images, results are float64. An image's bound is the sum of its T terms
+(index 0 is L_0, the decoder; index i >= 1 is the paper's L_i) and its prior L_T.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion import Diffusion, Network, Variance
+from ddpm.gaussians import Decoder, mean_flat, normal_kl
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The parts of the bound, per image; float64.
+
+    terms (N, K) bits/dim and mse (N, K) of the x_0 estimate, in units of [-1, 1] squared, at the K timesteps;
+    prior (N,) bits/dim. K = T unless only some timesteps were asked for.
+    """
+
+    timesteps: Tensor
+    terms: Tensor
+    mse: Tensor
+    prior: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound (N,), bits/dim; needs every timestep."""
+        self._require_all()
+        return self.terms.sum(dim=1) + self.prior
+
+    def _require_all(self) -> None:
+        if not torch.equal(self.timesteps, torch.arange(len(self.timesteps))):
+            raise ValueError("the bound sums all timesteps and this result holds only some: join its parts")
+
+    @staticmethod
+    def join_timesteps(parts: Sequence["Likelihood"]) -> "Likelihood":
+        """One result from parts that cover other timesteps of the same images, in any order."""
+        order = torch.argsort(timesteps := torch.cat([part.timesteps for part in parts]))
+        if bool((timesteps[order].diff() == 0).any()):
+            raise ValueError("two parts hold the same timestep")
+        terms = torch.cat([part.terms for part in parts], dim=1)[:, order]
+        mse = torch.cat([part.mse for part in parts], dim=1)[:, order]
+        return Likelihood(timesteps[order], terms, mse, parts[0].prior)
+
+    @staticmethod
+    def join_images(parts: Sequence["Likelihood"]) -> "Likelihood":
+        """One result from parts that cover other images at the same timesteps."""
+        if any(not torch.equal(part.timesteps, parts[0].timesteps) for part in parts):
+            raise ValueError("the parts cover different timesteps: join their timesteps first")
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("terms", "mse", "prior")}
+        return Likelihood(parts[0].timesteps, **joined)
+
+
+def prior_bits_per_dim(diffusion: Diffusion, x_0: Tensor) -> Tensor:
+    """L_T of Eq. 5 per image (N,): KL of q(x_T | x_0) from the standard normal, bits/dim."""
+    last = torch.full((len(x_0),), len(diffusion) - 1, device=x_0.device)
+    mean, _, log_variance = diffusion.q_mean_variance(x_0, last)
+    zero = torch.zeros((), dtype=x_0.dtype, device=x_0.device)
+    return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+
+
+@torch.no_grad()
+def bits_per_dim(
+    diffusion: Diffusion,
+    net: Network,
+    x_0: Tensor,
+    noise: Callable[[int], Tensor],
+    *,
+    timesteps: Sequence[int] | None = None,
+    timesteps_per_call: int = 1,
+    decoder: Decoder = "tanh",
+    clip: bool = True,
+    variance: Variance | None = None,
+    context: Tensor | None = None,
+) -> Likelihood:
+    """The bound for images x_0 (N, C, H, W), grey levels scaled to [-1, 1], on the device of x_0.
+
+    noise(t) gives a fresh standard normal draw like x_0 for each timestep. net must be in evaluation mode;
+    any denoise(x_t, t) -> x_0 is a network with predict="x0". timesteps_per_call of them share one network
+    call of N * timesteps_per_call images. clip and variance as in Diffusion.p_mean_variance.
+    """
+    if len(diffusion) != diffusion.config.timesteps:
+        raise ValueError("the bound is defined on the full chain, not on a respaced one")
+    diffusion = diffusion.to(x_0.device)
+    chosen = list(range(len(diffusion))) if timesteps is None else list(timesteps)
+    terms, mse = [], []
+    for start in range(0, len(chosen), timesteps_per_call):
+        group = chosen[start : start + timesteps_per_call]
+        x = x_0.repeat(len(group), 1, 1, 1)
+        t = torch.tensor(group, device=x_0.device).repeat_interleave(len(x_0))
+        x_t = diffusion.q_sample(x, t, torch.cat([noise(step) for step in group]))
+        labels = () if context is None else (context.repeat(len(group), *[1] * (context.ndim - 1)),)
+        reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
+        terms.append(diffusion.vlb_terms(reverse, x, x_t, t, decoder).reshape(len(group), -1))
+        mse.append(mean_flat((reverse.x_0 - x) ** 2).reshape(len(group), -1))
+    return Likelihood(
+        torch.tensor(chosen),
+        torch.cat(terms).T.double().cpu(),
+        torch.cat(mse).T.double().cpu(),
+        prior_bits_per_dim(diffusion, x_0).double().cpu(),
+    )
+
+
+class RateDistortion(NamedTuple):
+    """Progressive coding, averaged over images: row k - 1 after k of T reverse steps (paper, Table 4).
+
+    rate (T,) in bits/dim; rmse (T,) on the scale 0..255; distortion is L_0 in bits/dim. All float64.
+    """
+
+    rate: Tensor
+    rmse: Tensor
+    distortion: float
+
+
+def rate_distortion(result: Likelihood) -> RateDistortion:
+    """Rows k = T - t + 1: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k])."""
+    result._require_all()
+    mse, terms = result.mse.mean(dim=0), result.terms.mean(dim=0)
+    sent_before = torch.cat([torch.zeros_like(terms[:1]), terms.flip(0)[:-1].cumsum(0)])
+    return RateDistortion(result.prior.mean() + sent_before, 127.5 * mse.flip(0).sqrt(), float(terms[0]))

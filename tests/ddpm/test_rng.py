@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+
+from ddpm import rng
+from ddpm.rng import Stream
+
+ROWS = torch.arange(128)
+IMAGE = (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "counter, key, expected",
+    [  # the known-answer file of Random123, philox4x32 with 10 rounds
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    words = [int(word, 16) for word in counter.split()]
+    k0, k1 = (int(word, 16) for word in key.split())
+    tensors = [torch.tensor([word]) for word in words]
+    answer = [int(word, 16) for word in expected.split()]
+    assert [int(word) for word in rng.philox(tensors, k1 << 32 | k0)] == answer
+    assert list(rng.philox(words, k1 << 32 | k0)) == answer
+
+
+def kolmogorov_distance(values: torch.Tensor, cdf) -> float:
+    ordered = values.flatten().double().sort().values
+    below = torch.arange(len(ordered)) / len(ordered)
+    return float((cdf(ordered) - below).abs().max())
+
+
+def test_normal_has_the_normal_distribution():
+    z = rng.normal(1, Stream.NOISE, 5, torch.arange(1000), (1000,)).double()
+    n = z.numel()
+    assert abs(z.mean()) < 5 / n**0.5
+    assert abs((z**2).mean() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((z**3).mean()) < 5 * (15 / n) ** 0.5
+    assert abs((z**4).mean() - 3) < 5 * (96 / n) ** 0.5
+    assert kolmogorov_distance(z, torch.special.ndtr) < 1.95 / n**0.5  # 0.1 % level
+    for sigma in (2, 3, 4):
+        expected = n * math.erfc(sigma / 2**0.5)
+        assert abs((z.abs() > sigma).sum() - expected) < 5 * expected**0.5
+
+
+def test_normal_reaches_beyond_six_sigma_and_stays_finite():
+    words = torch.tensor([0, 1, 2**32 - 1]).repeat_interleave(3)
+    z = torch.stack(rng._box_muller(words, torch.tensor([0, 2**31, 2**32 - 1]).repeat(3)))
+    assert z.isfinite().all()
+    assert 6.6 < z.abs().max() < 6.7
+
+
+def test_uniform_has_the_uniform_distribution():
+    u = rng.uniform(1, Stream.FLIP, 0, torch.arange(1000), (500,))
+    assert u.min() >= 0 and u.max() < 1
+    assert kolmogorov_distance(u, lambda x: x) < 1.95 / u.numel() ** 0.5
+
+
+def test_integers_are_uniform():
+    draws = rng.integers(3, Stream.TIMESTEP, 9, torch.arange(100_000), 10)
+    counts = torch.bincount(draws, minlength=10).double()
+    assert len(counts) == 10
+    assert ((counts - 10_000) ** 2 / 10_000).sum() < 33.7  # chi-squared, 9 degrees, 0.01 %
+    assert rng.integers(3, Stream.TIMESTEP, 9, ROWS, 1).eq(0).all()
+    with pytest.raises(ValueError, match="high"):
+        rng.integers(3, Stream.TIMESTEP, 9, ROWS, 0)
+
+
+def test_permutation_is_a_permutation_without_order():
+    order = rng.permutation(1, Stream.ORDER, 0, 50_000)
+    assert torch.equal(order.sort().values, torch.arange(50_000))
+    ranks = torch.stack([order.double(), torch.arange(50_000).double()])
+    assert abs(torch.corrcoef(ranks)[0, 1]) < 5 / 50_000**0.5
+    assert not torch.equal(order, rng.permutation(1, Stream.ORDER, 1, 50_000))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 192])
+def test_a_row_depends_on_its_index_alone(count):
+    rows = torch.tensor([5, 40, 2**32 - 1, 0, 41])
+    together = rng.normal(9, Stream.X_T, 3, rows, (count,))
+    for i in range(len(rows)):
+        assert torch.equal(together[i : i + 1], rng.normal(9, Stream.X_T, 3, rows[i : i + 1], (count,)))
+    reversed_rows = rng.normal(9, Stream.X_T, 3, rows.flip(0), (count,))
+    assert torch.equal(reversed_rows.flip(0), together)
+
+
+def test_a_shorter_row_is_a_prefix_of_a_longer_one():
+    long = rng.normal(9, Stream.X_T, 3, ROWS, (11,))
+    assert torch.equal(rng.normal(9, Stream.X_T, 3, ROWS, (6,)), long[:, :6])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [(2, Stream.NOISE, 7, 0), (1, Stream.REVERSE, 7, 0), (1, Stream.NOISE, 8, 0), (1, Stream.NOISE, 7, 1),
+     (1 + 2**32, Stream.NOISE, 7, 0)],
+    ids=["seed", "stream", "step", "index", "high word of the seed"],
+)  # fmt: skip
+def test_seed_stream_step_and_index_are_independent(other):
+    seed, stream, step, shift = other
+    a = rng.normal(1, Stream.NOISE, 7, ROWS, IMAGE).flatten()
+    b = rng.normal(seed, stream, step, ROWS + shift, IMAGE).flatten()
+    assert not (a == b).float().mean() > 1e-3
+    for x, y in ((a, b), (a**2, b**2)):
+        assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 5 / len(a) ** 0.5
+
+
+def test_values_within_a_row_are_independent():
+    z = rng.normal(1, Stream.NOISE, 7, torch.arange(20_000), (8,)).T
+    off_diagonal = torch.corrcoef(z) - torch.eye(8)
+    assert off_diagonal.abs().max() < 5 / 20_000**0.5
+    squares = torch.corrcoef(z**2) - torch.eye(8)
+    assert squares.abs().max() < 5 / 20_000**0.5
+
+
+def test_step_may_be_a_tensor_or_one_per_row():
+    expected = rng.normal(1, Stream.NOISE, 7, ROWS, (5,))
+    assert torch.equal(rng.normal(1, Stream.NOISE, torch.tensor(7), ROWS, (5,)), expected)
+    per_row = rng.normal(1, Stream.NOISE, torch.tensor([6, 7]), torch.tensor([3, 3]), (5,))
+    assert torch.equal(per_row[1], expected[3]) and not torch.equal(per_row[0], expected[3])
+
+
+def test_traces_without_a_graph_break_and_without_a_constant_step():
+    def draw(step):
+        return rng.normal(1, Stream.NOISE, step, ROWS, (5,)), rng.integers(1, Stream.TIMESTEP, step, ROWS, 10)
+
+    compiled = torch.compile(draw, backend="eager", fullgraph=True)
+    for step in (torch.tensor(3), torch.tensor(4)):
+        for value, expected in zip(compiled(step), draw(step), strict=True):
+            assert torch.equal(value, expected)
+
+
+def test_torch_seeds_are_distinct_63_bit_integers():
+    seeds = {rng.torch_seed(1, stream, step, i) for stream in (4, 5) for step in range(20) for i in range(20)}
+    assert len(seeds) == 800
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+
+
+def test_streams_never_share_numbers():
+    assert len({int(stream) for stream in Stream}) == len(Stream)
+
+
+def test_a_wrong_index_is_refused():
+    with pytest.raises(ValueError, match="index must be int64"):
+        rng.normal(1, Stream.NOISE, 0, torch.zeros(3), (2,))
