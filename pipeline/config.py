@@ -221,6 +221,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         raise ConfigError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(tree):
         raise ConfigError(f"{path} holds no keys")
+    tree.pop("made_with", None)  # a run directory's experiment.yaml can be run again
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -317,11 +318,19 @@ def load_experiment(name: str, overrides: list[str]) -> Experiment:
             faults += [f"{key}.{inner} {message}" for inner, message in section.problems()]
     if faults:
         raise ConfigError(faults)
+    sections["data"] = _absolute(sections["data"], "path")
+    sections["evaluate"] = _absolute(sections["evaluate"], "extractor_weights")
     experiment = Experiment(name=str(tree["name"]), seed=tree["seed"], **sections)
     faults = [f"{key} {message}" for key, message in experiment.problems()]
     if faults:
         raise ConfigError(faults)
     return experiment
+
+
+def _absolute(section: Any, key: str) -> Any:
+    """The section with a path that means the same in every process: workers have other working folders."""
+    path = getattr(section, key)
+    return dataclasses.replace(section, **{key: str(Path(path).expanduser().absolute())}) if path else section
 
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:

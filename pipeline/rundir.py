@@ -198,12 +198,15 @@ def check_file(path: Path, facts: dict[str, Any], check: Literal["size", "sha256
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the run's lock: one driver at a time. The kernel frees it when its holder dies."""
+def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the folder's lock: one driver at a time. The kernel frees it when its holder dies.
+
+    Raises PipelineError where another holds it, or waits for that one to finish.
+    """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"

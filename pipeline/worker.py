@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from pipeline.rundir import Run
 
@@ -27,13 +27,29 @@ class Unit:
 
 
 class WorkerContext:
-    """One process among `world_size`, with the device and the CPUs that it may use."""
+    """One process among `world_size`, with the device and the CPUs that it may use.
+
+    This class is the lone worker; `pipeline.cluster` has the one whose doors lead to its peers. Every method
+    is called equally often on every rank.
+    """
 
     def __init__(self, device: torch.device, cpus: int, rank: int = 0, world_size: int = 1):
         self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
 
-    def report(self, step: int, directory: Path | None = None) -> None:
-        """Tell the launcher that `step` is safe in `directory`. Called equally often on every rank."""
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return value
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of `value` over all ranks."""
+        return value
+
+    def parallel(self, net: nn.Module) -> nn.Module:
+        """`net` as its training forward is called: with gradients averaged over the ranks."""
+        return net
+
+    def report(self, step: int) -> None:
+        """Tell the launcher that the checkpoint of `step` is safe on disk."""
 
 
 class Executor(Protocol):
@@ -53,8 +69,8 @@ def local_context() -> WorkerContext:
 class InProcess:
     """Runs everything here, one after the other, without Ray (`cluster.workers=0`)."""
 
-    def __init__(self, context: WorkerContext | None = None):
-        self.context = context or local_context()
+    def __init__(self, context: WorkerContext | None = None, interrupted: Callable[[], bool] = lambda: False):
+        self.context, self.interrupted = context or local_context(), interrupted
         torch.set_num_threads(self.context.cpus)
 
     def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:
@@ -64,3 +80,5 @@ class InProcess:
         for unit in units:
             unit.body(self.context, *unit.args)
             done(unit)
+            if self.interrupted():
+                return

@@ -1,0 +1,38 @@
+# Each target sets up .venv by itself. Needs Python 3.11 or newer and make; PYTHON=... chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help run test test-all check
+
+help:
+	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
+	@echo "make test      install, then the tests a person runs before a commit"
+	@echo "make test-all  the same with the slow ones"
+	@echo "make check     ruff and mypy"
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (about 6 GB, a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; use make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+run: $(READY)
+	@echo "== ddpm run digits"
+	@$(BIN)/ddpm run digits
+
+test: $(READY)
+	@echo "== tests"
+	@$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)
+	@echo "== all tests"
+	@$(BIN)/python -m pytest
+
+check: $(READY)
+	@echo "== ruff and mypy"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy

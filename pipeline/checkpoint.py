@@ -1,0 +1,128 @@
+"""TrainState <-> files: one folder per step, atomic, hashed, tensors only.
+
+train/step_00001000/ holds state.safetensors (everything), ema.safetensors (the first EMA's weights, named as
+the network's own) and meta.json, which carries the step and the sha256 of both. A folder is on disk whole or
+not at all, and is believed only while its hashes verify.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ddpm.backbones import build_network
+from ddpm.diffusion import Diffusion
+from pipeline.config import Experiment
+from pipeline.errors import PipelineError
+from pipeline.rundir import Run, atomic_directory, check_file, file_facts, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
+
+
+def save(directory: Path, tensors: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], step: int) -> None:
+    """Write one step's folder, atomically. Tensors of any device; they are stored as they are."""
+    with atomic_directory(directory) as temporary:
+        save_file(_plain(tensors), temporary / STATE)
+        save_file(_plain(ema), temporary / EMA)
+        files = {name: file_facts(temporary / name) for name in (STATE, EMA)}
+        write_json(temporary / META, {"step": step, "files": files})
+
+
+def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """safetensors takes neither shared storage nor channels_last."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def steps_on_disk(train: Path) -> list[int]:
+    """The steps that have a folder, ascending."""
+    names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def verify(directory: Path) -> None:
+    """Raise PipelineError unless the folder is a whole checkpoint."""
+    meta = directory / META
+    if not meta.exists():
+        raise PipelineError(f"{directory} has no {META}: it is not a whole checkpoint")
+    for name, facts in read_json(meta)["files"].items():
+        check_file(directory / name, facts)
+
+
+def is_saved(directory: Path) -> bool:
+    """Whether the folder carries a checkpoint of the right size; cheap, without hashing."""
+    try:
+        for name, facts in read_json(directory / META)["files"].items():
+            check_file(directory / name, facts, "size")
+    except (PipelineError, OSError):
+        return False
+    return True
+
+
+def newest(run: Run, at_most: int) -> int | None:
+    """The newest step up to `at_most` whose hashes verify; broken ones are passed over with a warning."""
+    for step in reversed(steps_on_disk(run.train)):
+        if step > at_most:
+            continue
+        try:
+            verify(run.step_dir(step))
+            return step
+        except PipelineError as error:
+            logger.warning("%s; going back to the checkpoint before it", error)
+    return None
+
+
+def load(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, on the CPU."""
+    verify(directory)
+    return load_file(directory / STATE)
+
+
+def keep_newest(run: Run, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints."""
+    for step in steps_on_disk(run.train)[:-keep]:
+        shutil.rmtree(run.step_dir(step), ignore_errors=True)
+
+
+def weights(directory: Path, which: str) -> dict[str, torch.Tensor]:
+    """The network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
+    verify(directory)
+    if which == "ema":
+        return load_file(directory / EMA)
+    state = load_file(directory / STATE)
+    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+
+
+def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
+    """The experiment's network with its first weights."""
+    data = experiment.data
+    out_channels = Diffusion(experiment.diffusion).out_channels(data.channels)
+    return build_network(
+        experiment.model, data.image_size, data.channels, out_channels, experiment.seed, device=device
+    )
+
+
+@lru_cache(maxsize=1)
+def load_network(experiment: Experiment, run: Run, step: int, which: str, device: Any) -> nn.Module:
+    """The network of a checkpoint, ready for sampling: eval mode, no gradients. Kept by the process, since
+    one process works on many units."""
+    directory = run.step_dir(step)
+    if not directory.is_dir():
+        known = ", ".join(map(str, steps_on_disk(run.train))) or "none"
+        raise PipelineError(f"{run.path} has no checkpoint of step {step} (there are: {known})")
+    net = new_network(experiment, "meta")
+    net.to_empty(device="cpu")
+    try:
+        net.load_state_dict(weights(directory, which))
+    except RuntimeError as error:
+        raise PipelineError(f"{directory} holds another network: {error}") from error
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)

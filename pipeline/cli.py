@@ -1,0 +1,215 @@
+"""The program `ddpm`: commands, overrides, exit codes (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.progress import say
+
+DEFAULT_EXPERIMENT = "digits"
+
+STAGE_HELP = {
+    "run": "shard, train, sample, evaluate, figures, report: whatever is not done yet",
+    "shard": "write the images as webdataset tars",
+    "train": "train the network (DDP; goes on from the newest checkpoint)",
+    "sample": "draw samples from the trained network",
+    "evaluate": "compute FID, IS and the NLL bound, each with its protocol",
+    "figures": "draw the paper's figures",
+    "report": "write report.html and report.md from what is there",
+}
+
+EPILOG = """\
+EXPERIMENT and CLUSTER are paths, or names of files in ./conf (see `ddpm show`). key=value overrides one key
+of the experiment, cluster.key=value one of the cluster:
+
+  ddpm run                                            the digits, in minutes on two cores
+  ddpm run cifar10 data.path=FOLDER                   the paper's CIFAR-10 experiment
+  ddpm run cifar10 train.steps=20000 train.ema_warmup=true sample.num_images=5000
+  ddpm run digits cluster.workers=2 cluster.storage=/data/runs
+
+The same command again goes on where it was interrupted, and does nothing where everything is up to date.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    try:
+        return options.command(options)
+    except ConfigError as error:
+        return _fail(error, 2, options.debug)
+    except PipelineError as error:
+        return _fail(error, 1, options.debug)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        return 1
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddpm",
+        description="Denoising Diffusion Probabilistic Models, end to end.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text in STAGE_HELP.items():
+        command = _add(commands, name, text, _stage)
+        command.set_defaults(last="report" if name == "run" else name)
+        _takes_experiment(command)
+    _takes_experiment(_add(commands, "show", "the resolved configuration and its keys; starts nothing", _show))
+    status = _add(commands, "status", "the runs, their stages, progress and scores", _status)
+    status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
+    _cluster_option(status)
+    sync = _add(commands, "sync", "deliver to the tracking server what it has not got", _sync)
+    sync.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
+    sync.add_argument("overrides", nargs="*", metavar="cluster.key=value")
+    _cluster_option(sync)
+    ui = _add(commands, "ui", "open the MLflow UI on this project's store", _ui)
+    ui.add_argument("--port", type=int, default=5000, help="default: 5000")
+    ui.add_argument("overrides", nargs="*", metavar="cluster.key=value")
+    _cluster_option(ui)
+    doctor = _add(commands, "doctor", "what this machine has, and what to do about what is missing", _doctor)
+    doctor.add_argument("overrides", nargs="*", metavar="cluster.key=value")
+    _cluster_option(doctor)
+    return parser
+
+
+def _add(commands: Any, name: str, text: str, command: Callable[[Any], int]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _takes_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="EXPERIMENT | key=value",
+        help=f"an experiment (default: {DEFAULT_EXPERIMENT}), and any number of overrides",
+    )
+    _cluster_option(parser)
+
+
+def _cluster_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)")
+
+
+def _load(options: Any) -> tuple[Any, Any]:
+    """The experiment and the cluster that the command line names, with the faults of both reported at once."""
+    from pipeline import config
+
+    words = options.arguments
+    named = [word for word in words if "=" not in word]
+    if len(named) > 1:
+        raise ConfigError(f"one experiment at a time, not {' and '.join(named)}; overrides are written key=value")
+    overrides = [word for word in words if "=" in word]
+    own = [word for word in overrides if not word.startswith("cluster.")]
+    loaded, problems = [], []
+    for load in (
+        lambda: config.load_experiment(named[0] if named else DEFAULT_EXPERIMENT, own),
+        lambda: _load_cluster(options.cluster, overrides),
+    ):
+        try:
+            loaded.append(load())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return loaded[0], loaded[1]
+
+
+def _load_cluster(name: str, overrides: list[str]) -> Any:
+    from pipeline import config
+
+    return config.load_cluster(
+        name, [word.removeprefix("cluster.") for word in overrides if word.startswith("cluster.")]
+    )
+
+
+def _cluster_only(options: Any) -> Any:
+    stray = [word for word in options.overrides if not word.startswith("cluster.")]
+    if stray:
+        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
+    return _load_cluster(options.cluster, options.overrides)
+
+
+def _stage(options: Any) -> int:
+    from pipeline import stages
+
+    experiment, cluster = _load(options)
+    try:
+        run = stages.execute(experiment, cluster, options.last)
+    except stages.Interrupted:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    for what, where in stages.whereabouts(run, cluster):
+        say(f"{what:>10}: {where}")
+    return 0
+
+
+def _show(options: Any) -> int:
+    from pipeline import config, stages
+
+    experiment, cluster = _load(options)
+    print(config.to_yaml(experiment), end="")
+    print("\n# cluster\n" + config.to_yaml(cluster), end="")
+    for warning in experiment.diffusion.warnings():
+        print(f"# warning: {warning}")
+    try:
+        run = stages.locate(experiment, Path(cluster.storage).expanduser().absolute())
+    except PipelineError as error:
+        print(f"\n# keys: not known, since the data cannot be read: {error}")
+        return 0
+    print(f"\n# data key    {run.data_key}\n# run key     {run.run_key}")
+    print(f"# sample key  {config.sample_key(experiment, run.run_key)}")
+    print(f"# score key   {config.evaluate_key(experiment, run.run_key)}\n# directory   {run.path}")
+    return 0
+
+
+def _status(options: Any) -> int:
+    from pipeline import status
+
+    print(status.table(Path(_cluster_only(options).storage).expanduser().absolute()))
+    return 0
+
+
+def _sync(options: Any) -> int:
+    from pipeline import stages
+
+    cluster = _cluster_only(options)
+    say(stages.sync(options.run, cluster))
+    return 0
+
+
+def _ui(options: Any) -> int:
+    from pipeline import stages, tracking
+
+    cluster = _cluster_only(options)
+    return tracking.serve(stages.storage_root(cluster), options.port)
+
+
+def _doctor(options: Any) -> int:
+    from pipeline import status
+
+    print(status.doctor(_cluster_only(options)))
+    return 0

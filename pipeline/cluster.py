@@ -1,0 +1,276 @@
+"""The only room that knows Ray: start or join a cluster, train with DDP on it, map work units over it.
+
+One session serves a whole command. Bodies and units never see Ray; they get a WorkerContext.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import PipelineError
+from pipeline.rundir import Run, write_text
+from pipeline.worker import Unit, WorkerContext
+
+POLL_SECONDS = 0.5
+
+
+class Peer(WorkerContext):
+    """A worker of a training group: its doors lead through torch.distributed and Ray Train."""
+
+    def broadcast(self, value: Any) -> Any:
+        if self.device.type == "cpu" and isinstance(value, bool | None):
+            return self._broadcast_flag(value)
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _broadcast_flag(self, value: bool | None) -> bool | None:
+        """One number instead of a pickled object: this is asked at every step."""
+        flag = torch.tensor(-1 if value is None else int(value))
+        torch.distributed.broadcast(flag, src=0)
+        return None if flag < 0 else bool(flag)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        summed = value.clone()
+        torch.distributed.all_reduce(summed)
+        return summed
+
+    def parallel(self, net: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return net
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+
+    def report(self, step: int) -> None:
+        from ray import train
+
+        if self.rank > 0:
+            train.report({"step": step})
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            # A pointer only: Ray copies in place and calls a run corrupted whose registered folder vanished,
+            # so the step folders in the run directory stay the authority.
+            (Path(folder) / "step").write_text(str(step))
+            train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(folder))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a session was promised, nulls resolved."""
+
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+    gpus_per_task: float
+
+
+def resolve(cluster: ClusterConfig, cpus: int, gpus: int) -> Resources:
+    """Fill the nulls from what there is, and refuse at once what can never be scheduled."""
+    workers = cluster.workers or max(1, gpus)
+    per_worker = cluster.cpus_per_worker or max(1, cpus // workers)
+    gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
+    gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
+    wanted = {
+        "CPUs": (workers * per_worker, cpus, "cluster.cpus_per_worker"),
+        "GPUs": (workers * gpus_per_worker, gpus, "cluster.gpus_per_worker"),
+    }
+    for what, (asked, there, key) in wanted.items():
+        if asked > there:
+            raise PipelineError(
+                f"{workers} workers ask for {asked:g} {what}, the cluster has {there}: lower cluster.workers or {key}"
+            )
+    for key, asked, there in (
+        ("cluster.cpus_per_task", cluster.cpus_per_task, cpus),
+        ("cluster.gpus_per_task", gpus_per_task, gpus),
+    ):
+        if asked > there:
+            raise PipelineError(f"{key}={asked:g}, but the cluster has {there}: lower it")
+    return Resources(workers, per_worker, gpus_per_worker, gpus_per_task)
+
+
+class Session:
+    """A Ray cluster of its own, or a connection to one; an Executor (`pipeline.worker`).
+
+    `interrupted` is asked between waits: when it says yes, work that is under way is given up.
+    """
+
+    def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
+        self.cluster, self.interrupted = cluster, interrupted
+
+    def __enter__(self) -> Session:
+        _start_ray(self.cluster.ray_address)
+        import ray
+
+        try:
+            there = ray.cluster_resources()
+            self.resources = resolve(self.cluster, int(there.get("CPU", 0)), int(there.get("GPU", 0)))
+        except BaseException:
+            ray.shutdown()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        import ray
+
+        ray.shutdown()
+
+    # Training
+
+    def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:
+        """Train with DDP. A lost worker restarts the group from the newest checkpoint on disk, up to
+        `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
+        failure = run.path / ".failure"
+        failure.unlink(missing_ok=True)
+        shutil.rmtree(run.ray, ignore_errors=True)
+        outcome: list[BaseException] = []
+
+        def fit() -> None:  # off the main thread, where fit() would replace the handling of Ctrl-C
+            try:
+                self._trainer(body, experiment, run, failure).fit()
+            except BaseException as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+        if failure.exists():
+            message = failure.read_text()
+            failure.unlink()
+            raise PipelineError(message)
+        if outcome:
+            raise PipelineError(
+                f"training stopped after {self.cluster.retries} restarts: {_last_line(outcome[0])}; "
+                "the same command goes on from the newest checkpoint"
+            ) from outcome[0]
+
+    def _trainer(self, body: Callable[..., None], experiment: Any, run: Run, failure: Path) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        use_gpu = self.resources.gpus_per_worker > 0
+        per_worker = {"CPU": float(self.resources.cpus_per_worker)}
+        if use_gpu:
+            per_worker["GPU"] = self.resources.gpus_per_worker
+        return TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "body": body, "experiment": experiment, "run": run,
+                "failure": failure, "cpus": self.resources.cpus_per_worker,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=self.resources.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+            ),
+            run_config=RunConfig(
+                # A name of its own for every attempt: Ray takes a known name for a run to be taken up.
+                name=f"{run.run_key}-{time.time_ns()}",
+                storage_path=str(run.ray),
+                failure_config=FailureConfig(max_failures=self.cluster.retries),
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+        )  # fmt: skip
+
+    # Work units
+
+    def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None:
+        """Run the units as Ray tasks, a bounded number in flight; lost tasks are repeated by Ray."""
+        import ray
+
+        task = ray.remote(_run_unit).options(
+            num_cpus=self.cluster.cpus_per_task,
+            num_gpus=self.resources.gpus_per_task,
+            max_retries=self.cluster.retries,
+        )
+        waiting, in_flight = list(reversed(units)), {}
+        slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // self.cluster.cpus_per_task)
+        while waiting or in_flight:
+            while waiting and len(in_flight) < slots:
+                unit = waiting.pop()
+                in_flight[task.remote(unit, self.cluster.cpus_per_task)] = unit
+            finished, _ = ray.wait(list(in_flight), timeout=POLL_SECONDS)
+            for reference in finished:
+                _result(reference, in_flight[reference])
+                done(in_flight.pop(reference))
+            if self.interrupted():
+                for reference in in_flight:
+                    ray.cancel(reference, force=True)
+                return
+
+
+def _start_ray(address: str | None) -> None:
+    import ray
+
+    # Ray's own progress lines would run through ours.
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    try:
+        if address is None:
+            ray.init(num_cpus=len(os.sched_getaffinity(0)), logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        where = f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
+        raise PipelineError(f"{where} cannot be reached or started: {_last_line(error)}") from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _result(reference: Any, unit: Unit) -> None:
+    """Raise what the unit raised, in a user's words where the user can help it."""
+    import ray
+
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PipelineError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise PipelineError(
+            f"'{unit.name}' lost its process again and again ({_last_line(error)}); the same command goes on here"
+        ) from error
+
+
+# What runs on the workers
+
+
+def _device(gpus: bool) -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+
+
+def _run_unit(unit: Unit, cpus: int) -> None:
+    torch.set_num_threads(cpus)
+    context = WorkerContext(_device(torch.cuda.is_available()), cpus)
+    unit.body(context, *unit.args)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    from ray import train
+    from ray.train.torch import get_device
+
+    if config["failure"].exists():  # a peer gave up for good; this restart of the group ends at once
+        return
+    torch.set_num_threads(config["cpus"])
+    place = train.get_context()
+    context = Peer(get_device(), config["cpus"], place.get_world_rank(), place.get_world_size())
+    try:
+        config["body"](context, config["experiment"], config["run"])
+    except PipelineError as error:
+        write_text(config["failure"], str(error))
+        raise

@@ -1,0 +1,89 @@
+"""What a person sees while work is under way: a bar on a terminal, plain dated lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+LINE_SECONDS = 15.0
+
+
+class Bar(Protocol):
+    def update(self, done: int, note: str = "") -> None: ...
+
+
+def say(text: str) -> None:
+    """One line of output: dated where nobody watches."""
+    stamp = "" if sys.stdout.isatty() else time.strftime("%Y-%m-%d %H:%M:%S  ")
+    print(f"{stamp}{text}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """'1 h 05 min', '3 min 20 s', '4.2 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    if minutes < 60:
+        return f"{minutes} min {int(seconds % 60):02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@contextmanager
+def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
+    """Progress of one stage from `start` to `total` units ('steps', 'images')."""
+    if sys.stdout.isatty():
+        with _terminal_bar(stage, total, unit, start) as shown:
+            yield shown
+    else:
+        yield _Lines(stage, total, unit, start)
+
+
+class _Lines:
+    """At most one line every LINE_SECONDS, and one at the end."""
+
+    def __init__(self, stage: str, total: int, unit: str, start: int):
+        self.stage, self.total, self.unit, self.start = stage, total, unit, start
+        self.began = time.monotonic()
+        self.last_line, self.last_done = self.began, start
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        news = done > self.last_done
+        if not news or (done < self.total and now - self.last_line < LINE_SECONDS):
+            return
+        self.last_line, self.last_done = now, done
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        left = f", {duration((self.total - done) / rate)} left" if done < self.total else ""
+        say(f"{self.stage}: {done}/{self.total} {self.unit}, {rate:.1f}/s{left}{note and ', ' + note}")
+
+
+@contextmanager
+def _terminal_bar(stage: str, total: int, unit: str, start: int) -> Iterator[Bar]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("[bold]{task.description:>9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, redirect_stderr=False) as progress:
+        task = progress.add_task(stage, total=total, completed=start, rate="", note="")
+        yield _Terminal(progress, task, start)
+
+
+class _Terminal:
+    def __init__(self, progress, task, start: int):
+        self.progress, self.task, self.start = progress, task, start
+        self.began = time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        rate = (done - self.start) / max(time.monotonic() - self.began, 1e-9)
+        shown = f"{rate:.1f}/s" if done > self.start else ""
+        self.progress.update(self.task, completed=done, rate=shown, note=note)

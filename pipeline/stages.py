@@ -1,0 +1,306 @@
+"""The order of the stages, what is up to date, who runs what where, what is mirrored."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pipeline import config, sources
+from pipeline.config import ClusterConfig, Experiment
+from pipeline.errors import PipelineError
+from pipeline.progress import bar, duration, say
+from pipeline.rundir import Run, exclusive, read_json, write_json, write_text
+from pipeline.worker import Executor, InProcess, Unit
+
+STAGES = ("shard", "train", "sample", "evaluate", "figures", "report")
+BEFORE: dict[str, tuple[str, ...]] = {
+    "shard": (),
+    "train": ("shard",),
+    "sample": ("shard", "train"),
+    "evaluate": ("shard", "train", "sample"),
+    "figures": ("shard", "train", "sample"),
+}
+
+
+class Interrupted(Exception):
+    """A person or the system asked the command to stop; what was done is on disk."""
+
+
+def _module(stage: str) -> Any:
+    return import_module(f"pipeline.{stage}")
+
+
+def storage_root(cluster: ClusterConfig) -> Path:
+    """The absolute storage root, made if need be. Raises PipelineError where it cannot be written."""
+    root = Path(cluster.storage).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PipelineError(f"the storage root {root} cannot be written ({error.strerror}); set cluster.storage") from error
+    return root
+
+
+def locate(experiment: Experiment, root: Path) -> Run:
+    """The run that `experiment` means. Reads the data source's fingerprint."""
+    fingerprint = sources.fingerprint(experiment.data, root / "data" / "fingerprints.json")
+    data_key = config.data_key(experiment, fingerprint)
+    return Run(root, experiment.name, experiment.data.source, data_key, config.run_key(experiment, data_key))
+
+
+def pending(experiment: Experiment, run: Run, last: str) -> list[str]:
+    """The stages that `last` needs, itself included, that still have work, in order."""
+    wanted = STAGES if last == "report" else (*BEFORE[last], last)
+    todo = [stage for stage in wanted if stage != "report" and not _module(stage).is_done(experiment, run)]
+    # A report is of everything before it, so it is looked at again whenever something was to do.
+    if last == "report" and (todo or not _module("report").is_done(experiment, run)):
+        todo.append("report")
+    return todo
+
+
+def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
+    """Bring the run up to date, `last` included. Raises Interrupted, PipelineError."""
+    root = storage_root(cluster)
+    run = locate(experiment, root)
+    with exclusive(run.path):
+        todo = pending(experiment, run, last)
+        _say_plan(run, todo, last)
+        if todo:
+            _write_experiment(experiment, run)
+            with _Work(experiment, cluster, run) as work:
+                for stage in todo:
+                    work.do(stage)
+    return run
+
+
+def _say_plan(run: Run, todo: list[str], last: str) -> None:
+    if not todo:
+        say(f"{run.path.name}: everything up to date, '{last}' included")
+    else:
+        say(f"{run.path.name}: {', '.join(todo)}")
+
+
+class _Work:
+    """One command's work: the executor and the mirror, started when first needed, and the way out."""
+
+    def __init__(self, experiment: Experiment, cluster: ClusterConfig, run: Run):
+        self.experiment, self.cluster, self.run = experiment, cluster, run
+        self.interrupt = Interrupt(run)
+        self.executor: Executor | None = None
+        self.stack = ExitStack()
+
+    def __enter__(self) -> _Work:
+        from pipeline import tracking
+
+        uri = self.cluster.tracking_uri
+        if uri:
+            tracking.check(uri)
+        self.run.stop_file.unlink(missing_ok=True)
+        try:
+            self.stack.enter_context(
+                tracking.Mirror(uri or tracking.default_uri(self.run.storage), self.experiment.name, self.experiment, self.run)
+            )
+            self.stack.enter_context(self.interrupt)
+        except BaseException:
+            self.stack.close()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+    def _start_executor(self) -> Executor:
+        if self.executor is None:
+            if self.cluster.workers == 0:
+                self.executor = InProcess(interrupted=self.interrupt.requested)
+            else:
+                from pipeline.cluster import Session
+
+                say("starting Ray" if self.cluster.ray_address is None else f"joining Ray at {self.cluster.ray_address}")
+                session = Session(self.cluster, self.interrupt.requested)
+                self.executor = self.stack.enter_context(session)
+                self.interrupt.install()  # ray.init replaces the handler of SIGTERM
+        return self.executor
+
+    def do(self, stage: str) -> None:
+        """Run one stage to its end and note how long it took."""
+        began = time.monotonic()
+        if stage == "train":
+            self._train()
+        else:
+            self._units(stage)
+        seconds = time.monotonic() - began
+        _note_timing(self.run, stage, seconds)
+        say(f"{stage}: done in {duration(seconds)}")
+
+    def _train(self) -> None:
+        from pipeline import checkpoint, train
+
+        steps = self.experiment.train.steps
+        start = max([step for step in checkpoint.steps_on_disk(self.run.train) if step <= steps], default=0)
+        executor = self._start_executor()
+        with bar("train", steps, "steps", start) as shown, _following(lambda: _show_point(shown, self.run, start, steps)):
+            executor.run_workers(train.body, self.experiment, self.run)
+        self._leave_if_interrupted()
+
+    def _units(self, stage: str) -> None:
+        # Runs share their data; units are idempotent, so waiting for each other only saves work.
+        lock = exclusive(self.run.data, wait=True) if stage == "shard" else nullcontext()
+        with lock:
+            for units in _module(stage).work(self.experiment, self.run):
+                if units:
+                    self._map(stage, units)
+
+    def _map(self, stage: str, units: list[Unit]) -> None:
+        total, done = sum(unit.images for unit in units), 0
+        executor = self._start_executor()
+        with bar(stage, total, "images") as shown:
+
+            def finished(unit: Unit) -> None:
+                nonlocal done
+                done += unit.images
+                shown.update(done)
+
+            executor.map_units(units, finished)
+        self._leave_if_interrupted()
+
+    def _leave_if_interrupted(self) -> None:
+        if self.interrupt.requested():
+            raise Interrupted
+
+
+def _show_point(shown: Any, run: Run, start: int, steps: int) -> None:
+    from pipeline.train import latest_point
+
+    point = latest_point(run)
+    if point and start < point["step"] <= steps:
+        shown.update(point["step"], f"loss {point['metrics']['train/loss']:.4f}")
+
+
+@contextmanager
+def _following(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every half second beside the body, and once after it."""
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(0.5):
+            look()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: the first asks the work to stop at the next safe point, the second stops at once."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self._asked = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        return self._asked.is_set()
+
+    def __enter__(self) -> Interrupt:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        return self
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
+        self.run.stop_file.touch()
+        say("stopping at the next safe point; once more to stop at once")
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.run.stop_file.unlink(missing_ok=True)
+
+
+def _write_experiment(experiment: Experiment, run: Run) -> None:
+    """The resolved configuration, with what it was made with: the record that a run directory opens with."""
+    tree = {**config.to_dict(experiment), "made_with": made_with()}
+    write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))
+
+
+def made_with() -> dict[str, Any]:
+    """Commit and versions."""
+    packages = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {"commit": _commit(), "versions": versions}
+
+
+def _commit() -> str | None:
+    """The commit of the code, with '+' where the tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _note_timing(run: Run, stage: str, seconds: float) -> None:
+    """Seconds that each stage took, summed over the commands that worked on it."""
+    path = run.path / "timings.json"
+    timings = read_json(path) if path.exists() else {}
+    write_json(path, {**timings, stage: timings.get(stage, 0.0) + seconds})
+
+
+def whereabouts(run: Run, cluster: ClusterConfig) -> list[tuple[str, str]]:
+    """What a command ends by naming."""
+    from pipeline import tracking
+
+    found = [("run", str(run.path)), ("MLflow", tracking.describe(run, cluster.tracking_uri))]
+    if (run.report / "report.html").exists():
+        found.append(("report", str(run.report / "report.html")))
+    return found
+
+
+def sync(name: str, cluster: ClusterConfig) -> str:
+    """Deliver a run directory to the tracking server; returns what was done, in a line."""
+    from pipeline import tracking
+
+    root = storage_root(cluster)
+    path = next((p for p in (Path(name).absolute(), root / name) if (p / "experiment.yaml").is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.parent.name for p in root.glob("*/experiment.yaml"))) or "none"
+        raise PipelineError(f"'{name}' is no run directory; runs in {root}: {known}")
+    experiment = config.load_experiment(str(path / "experiment.yaml"), [])
+    run = locate(experiment, path.parent)
+    uri = cluster.tracking_uri or tracking.default_uri(run.storage)
+    tracking.check(uri)
+    with exclusive(run.path):
+        return tracking.sync(uri, experiment.name, experiment, run)

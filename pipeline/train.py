@@ -1,0 +1,255 @@
+"""The train stage: what each worker does, with or without peers.
+
+The order of images, noise, t, flips and dropout are functions of (seed, step, row of the global batch), so a
+worker needs no memory but the TrainState, and it does not matter how the batch is cut into slices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ddpm.diffusion import Diffusion
+from ddpm.images import to_uint8
+from ddpm.rng import Stream, permutation
+from ddpm.sampler import sample
+from ddpm.training import TrainState, learning_rate, train_step
+from pipeline import checkpoint, tars
+from pipeline.config import Experiment
+from pipeline.errors import PipelineError
+from pipeline.rundir import Run, atomic_file
+from pipeline.worker import WorkerContext
+
+GRID_SIDE = 8
+GRID_STEPS = 50  # DDIM steps of the grids on the way: a glance, not a score
+
+
+def is_done(experiment: Experiment, run: Run) -> bool:
+    return checkpoint.is_saved(run.step_dir(experiment.train.steps))
+
+
+def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
+    """The rows of the global batch that `rank` works on, int64; uneven where it does not divide."""
+    return torch.arange(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+class Order:
+    """The stateless order of the training images.
+
+    Slot k = step * batch_size + row holds image perm_e[k mod N] with e = k // N: every image once per epoch,
+    whatever the number of workers, the batch size or the step at which a process starts.
+    """
+
+    def __init__(self, seed: int, num_images: int):
+        self.seed, self.num_images = seed, num_images
+        self._permutations: dict[int, torch.Tensor] = {}
+
+    def indices(self, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
+        """Image indices, int64 (len(rows),), of the global batch's `rows` at `step`."""
+        slots = step * batch_size + rows
+        epochs = slots // self.num_images
+        found = torch.empty_like(slots)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            found[here] = self._permutation(epoch)[slots[here] % self.num_images]
+        return found
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        if epoch not in self._permutations:
+            # A batch touches few epochs, in ascending order: older ones are done with.
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
+            self._permutations[epoch] = permutation(self.seed, Stream.ORDER, epoch, self.num_images)
+        return self._permutations[epoch]
+
+
+class Log:
+    """log.jsonl: the points of the training curve, with the time at which each was first seen.
+
+    A resumed run computes some steps again, bit for bit; their points are on file already and keep their
+    first timestamps, so that no tracking server ever sees one twice.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_step = self._drop_torn_line()
+
+    def _drop_torn_line(self) -> int:
+        if not self.path.exists():
+            return -1
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if len(whole) < len(lines):
+            with atomic_file(self.path) as temporary:
+                temporary.write_bytes(b"".join(whole))
+        return json.loads(whole[-1])["step"] if whole else -1
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if step <= self.last_step:
+            return
+        self.last_step = step
+        point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+
+
+class _Window:
+    """Sums since the last log point; they stay on the device until they are read."""
+
+    def __init__(self, step: int, device: torch.device):
+        self.start, self.time = step, time.perf_counter()
+        self.loss = torch.zeros((), device=device)
+        self.grad_norm = torch.zeros((), device=device)
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        self.loss += metrics["loss"]
+        self.grad_norm += metrics["grad_norm"]
+
+    def means(self, ctx: WorkerContext, step: int) -> tuple[float, float]:
+        """Loss over the global batch and gradient norm, averaged over the window's steps."""
+        steps = step - self.start
+        return float(ctx.total(self.loss)) / ctx.world_size / steps, float(self.grad_norm) / steps
+
+
+def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
+    """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
+    config = experiment.train
+    if ctx.world_size > config.batch_size:
+        raise PipelineError(
+            f"{ctx.world_size} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
+        )
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    state = _restore(ctx, experiment, run)
+    step = _step_function(ctx, experiment, run, state)
+    log = Log(run.log) if ctx.rank == 0 else None
+    window = _Window(state.step, ctx.device)
+    while state.step < config.steps:
+        window.add(step())
+        stop = _stop_requested(ctx, run, state.step, config.log_every)
+        save = stop or state.step % config.checkpoint_every == 0 or state.step == config.steps
+        if save or state.step % config.log_every == 0:
+            _log_point(ctx, experiment, state.step, window, log)
+            if save:
+                _save(ctx, experiment, run, state)
+            if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
+                _draw_grid(ctx, experiment, run, state)
+            window = _Window(state.step, ctx.device)
+        if stop:
+            return
+
+
+def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> TrainState:
+    """The newest whole checkpoint's state on this worker's device, or the first one."""
+    net = checkpoint.new_network(experiment).to(ctx.device, memory_format=torch.channels_last)
+    state = TrainState.create(experiment.train, net)
+    found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
+    if found is not None:
+        state.load_tensors(checkpoint.load(run.step_dir(found)))
+    return state
+
+
+def _step_function(
+    ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState
+) -> Callable[[], dict[str, torch.Tensor]]:
+    """A function that makes one training step; the images stay on the device as uint8."""
+    config = experiment.train
+    pixels, _ = tars.load_images(run.data, "train")
+    images = torch.from_numpy(pixels).to(ctx.device)
+    order = Order(experiment.seed, len(images))
+    rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
+    diffusion = Diffusion(experiment.diffusion)
+    forward = ctx.parallel(state.net)
+    _settle(forward, images[:1], len(rows))
+
+    def step() -> dict[str, torch.Tensor]:
+        index = order.indices(state.step, config.batch_size, rows).to(ctx.device)
+        return train_step(
+            state, diffusion, images[index], rows.to(ctx.device),
+            config=config, seed=experiment.seed, world_size=ctx.world_size, forward=forward,
+        )  # fmt: skip
+
+    return step
+
+
+def _settle(forward: nn.Module, image: torch.Tensor, count: int) -> None:
+    """One throwaway forward and backward: DDP rebuilds its buckets after the first, and sums depend on an
+    element's place in its bucket, so a resumed run must start from the same layout as an untouched one."""
+    x = image.float().expand(count, -1, -1, -1)
+    forward(x, torch.zeros(count, dtype=torch.int64, device=x.device)).sum().backward()
+    forward.zero_grad(set_to_none=True)
+
+
+def _stop_requested(ctx: WorkerContext, run: Run, step: int, log_every: int) -> bool:
+    """Whether all ranks stop after this step. A GPU is asked seldom: the answer waits for its queue."""
+    if ctx.device.type != "cpu" and step % log_every:
+        return False
+    return ctx.broadcast(run.stop_file.exists() if ctx.rank == 0 else None)
+
+
+def _log_point(
+    ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: Log | None
+) -> None:
+    loss, grad_norm = window.means(ctx, step)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise PipelineError(
+            f"the training loss became {loss} (gradient norm {grad_norm}) between steps {window.start} and {step}; "
+            "the checkpoints before it are kept: lower train.lr, or use train.precision=fp32"
+        )
+    if log:
+        images = (step - window.start) * experiment.train.batch_size
+        metrics = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": learning_rate(experiment.train, step - 1),
+            "train/images_per_second": images / (time.perf_counter() - window.time),
+        }
+        log.write(step, metrics)
+
+
+def _save(ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState) -> None:
+    """Rank 0 writes; the others go on, and meet it at the next step's gradients."""
+    if ctx.rank == 0 and not checkpoint.is_saved(run.step_dir(state.step)):
+        checkpoint.save(run.step_dir(state.step), state.tensors(), state.emas[0].tensors(), state.step)
+        checkpoint.keep_newest(run, experiment.train.keep)
+    ctx.report(state.step)
+
+
+@torch.no_grad()
+def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState) -> None:
+    """EMA samples from the same noise every time, so that the grids of one run show the same images grow."""
+    path = run.grids / f"{state.step:08d}.png"
+    if path.exists():
+        return
+    data = experiment.data
+    net = checkpoint.new_network(experiment, "meta").to_empty(device=ctx.device)
+    net.load_state_dict(state.emas[0].tensors())
+    images = sample(
+        Diffusion(experiment.diffusion), net.eval(),
+        index=torch.arange(GRID_SIDE**2), shape=(data.channels, data.image_size, data.image_size),
+        seed=experiment.seed, sampler="ddim", steps=min(GRID_STEPS, experiment.diffusion.timesteps),
+        device=ctx.device,
+    )  # fmt: skip
+    with atomic_file(path) as temporary:
+        picture = tars.grid(to_uint8(images).cpu().numpy(), GRID_SIDE)
+        Image.fromarray(picture).save(temporary, format="PNG")
+
+
+def latest_point(run: Run) -> dict[str, Any] | None:
+    """The last whole line of the log, for whoever shows progress."""
+    try:
+        with run.log.open("rb") as file:
+            file.seek(max(0, run.log.stat().st_size - 2000))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    whole = [line for line in lines if line.endswith(b"}\n")]
+    return json.loads(whole[-1]) if whole else None
