@@ -1,0 +1,19 @@
+"""What a set of files holds, and how to tell cheaply that it has not changed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from pipeline.rundir import sha256_of
+
+
+def digest_of(files: list[Path], root: Path) -> str:
+    """sha256 over the content of the files and their names below `root`."""
+    lines = [f"{file.relative_to(root).as_posix()} {sha256_of(file)}" for file in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def stamp_of(files: list[Path]) -> str:
+    """sha256 over the paths, sizes and modification times: opens none of the files."""
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
