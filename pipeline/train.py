@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from ddpm.diffusion import Diffusion
-from ddpm.images import to_uint8
+from ddpm.images import grid, to_uint8
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, learning_rate, train_step
@@ -239,8 +239,8 @@ def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: Trai
         device=ctx.device,
     )  # fmt: skip
     with atomic_file(path) as temporary:
-        picture = tars.grid(to_uint8(images).cpu().numpy(), GRID_SIDE)
-        Image.fromarray(picture).save(temporary, format="PNG")
+        picture = grid(to_uint8(images).cpu(), GRID_SIDE, scale=max(1, 48 // data.image_size))
+        Image.fromarray(picture.numpy()).save(temporary, format="PNG")
 
 
 def latest_point(run: Run) -> dict[str, Any] | None:
