@@ -1,0 +1,62 @@
+"""What every test shares: one thread, and the smallest experiment that is still the real pipeline."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import config, shard
+from pipeline.rundir import Run
+from pipeline.stages import locate
+from pipeline.worker import InProcess, WorkerContext
+
+# A network of a few thousand parameters on the digits; every stage is the real one.
+TINY = [
+    "name=tiny",
+    "diffusion.timesteps=20",
+    "model.channels=8",
+    "model.norm_groups=4",
+    "train.steps=6",
+    "train.batch_size=16",
+    "train.warmup_steps=2",
+    "train.checkpoint_every=2",
+    "train.sample_every=0",
+    "train.log_every=1",
+    "sample.num_images=12",
+    "sample.batch_size=6",
+    "evaluate.nll_images=6",
+    "evaluate.nll_batch_size=4",
+    "evaluate.metrics=[nll]",
+]
+
+
+def tiny_experiment(*overrides: str) -> config.Experiment:
+    return config.load_experiment("digits", [*TINY, *overrides])
+
+
+def one_cpu() -> InProcess:
+    return InProcess(WorkerContext(torch.device("cpu"), cpus=1))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def sharded_storage(tmp_path_factory) -> Path:
+    """A storage root that holds the digits as tars."""
+    root = tmp_path_factory.mktemp("storage")
+    experiment = tiny_experiment()
+    for units in shard.work(experiment, locate(experiment, root)):
+        one_cpu().map_units(units, lambda unit: None)
+    return root
+
+
+@pytest.fixture
+def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Run]:
+    """The tiny experiment under a name of its own, so that no test sees another's run directory."""
+    experiment = tiny_experiment(f"name={request.node.name.translate({ord('['): '-', ord(']'): None})}")
+    run = locate(experiment, sharded_storage)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return experiment, run

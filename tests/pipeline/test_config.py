@@ -1,0 +1,162 @@
+"""Configuration: every file loads, every fault is reported at once, keys hash content and never place."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm.diffusion import Diffusion
+from ddpm.unet import UNetConfig
+from pipeline import checkpoint, config
+from pipeline.errors import ConfigError
+
+CONF = Path(__file__).parents[2] / "conf"
+EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
+PARAMETERS = {"cifar10": 35_746_307, "digits": 701_345}
+
+
+def problems(name: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.load_experiment(name, list(overrides))
+    return caught.value.problems
+
+
+def test_there_are_configurations():
+    assert {"cifar10", "digits"} <= set(EXPERIMENTS)
+    assert PARAMETERS.keys() >= set(EXPERIMENTS), "every configuration has its parameter count here"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_loads_and_has_its_parameter_count(name):
+    experiment = config.load_experiment(name, [])
+    net = checkpoint.new_network(experiment, torch.device("meta"))
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "cluster").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_cluster_loads(path):
+    assert config.load_cluster(str(path), []).storage
+
+
+def test_cifar10_is_the_paper():
+    """The yaml and the defaults of the library both say the paper's values: they must agree."""
+    experiment = config.load_experiment("cifar10", [])
+    assert experiment.model == UNetConfig()
+    assert experiment.diffusion == Diffusion().config
+    assert (experiment.train.lr, experiment.train.warmup_steps, experiment.train.ema_decay) == (2e-4, 5000, (0.9999,))
+
+
+def test_all_faults_are_reported_at_once_with_suggestions():
+    found = problems(
+        "digits", "model.dropuot=0.3", "dropout=1", "train.lr=fast", "train.steps=0", "seed=x",
+        "evaluate.metrics=[fid,ins]", "data.source=digit", "sample.eta=2",
+    )  # fmt: skip
+    text = "\n".join(found)
+    assert "model.dropuot is unknown (did you mean 'dropout'?)" in found
+    assert "dropout is unknown (did you mean 'model.dropout'?)" in found
+    assert "train.lr is 'fast'; a number is expected" in found
+    assert "seed is 'x'; a whole number is expected" in found
+    assert "data.source is 'digit'; one of cifar10, digits, folder, npy is expected" in found
+    assert "evaluate.metrics has 'ins', which is unknown" in text
+    assert "sample.eta is 2.0" in text
+    assert all("\n" not in line for line in found)
+
+
+def test_ranges_are_reported_together_with_each_other():
+    found = problems("digits", "train.steps=0", "sample.num_images=0", "diffusion.timesteps=1")
+    assert {line.split()[0] for line in found} == {"train.steps", "sample.num_images", "diffusion.timesteps"}
+
+
+def test_a_missing_value_is_named(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("seed: 0\ndata: {source: digits}\n")
+    found = problems(str(path))
+    assert "data.image_size is missing" in found
+    assert "train is missing" in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["sample.steps=2000"], "sample.steps"),
+        (["sample.checkpoint=9999"], "sample.checkpoint"),
+        (["data.labels=0"], "evaluate.features"),
+        (["model.norm_groups=7"], "model.norm_groups"),
+        (["seed=-1"], "seed"),
+        (["name=../x"], "name"),
+        (["evaluate.extractor_weights=/nowhere.pth"], "evaluate.extractor_weights"),
+        (["model.name=unnet"], "model.name"),
+        (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
+    ],
+)
+def test_nonsense_is_refused_by_name(overrides, names):
+    assert any(line.startswith(names) for line in problems("digits", *overrides))
+
+
+def test_unknown_experiments_and_bad_overrides(tmp_path):
+    assert "did you mean 'digits'?" in problems("digit")[0]
+    assert "write key=value" in problems("digits", "train.steps")[0]
+    assert "does not exist" in problems("nowhere.yaml")[0]
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert "not valid yaml" in problems(str(tmp_path / "broken.yaml"))[0]
+    (tmp_path / "loop.yaml").write_text("base: loop\n")
+    assert "leads back" in problems(str(tmp_path / "loop.yaml"))[0]
+
+
+def test_a_resolved_configuration_loads_as_itself(tmp_path):
+    experiment = config.load_experiment("digits", ["model.dropout=0.3"])
+    path = tmp_path / "again.yaml"
+    path.write_text(config.to_yaml(experiment))
+    assert config.load_experiment(str(path), []) == experiment
+
+
+# Keys
+
+
+def keys(*overrides: str) -> tuple[str, str, str]:
+    experiment = config.load_experiment("digits", list(overrides))
+    run = config.run_key(experiment, config.data_key(experiment, "fingerprint"))
+    return run, config.sample_key(experiment, run), config.evaluate_key(experiment, run)
+
+
+@pytest.mark.parametrize(
+    "override", ["train.steps=3000", "train.checkpoint_every=7", "train.keep=9", "data.images_per_shard=9"]
+)
+def test_extending_a_run_keeps_its_key(override):
+    assert keys(override)[0] == keys()[0]
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "train.lr=0.1", "model.dropout=0.4", "diffusion.beta_schedule=quad", "data.labels=11"]
+)
+def test_what_changes_a_number_changes_the_run_key(override):
+    assert keys(override)[0] != keys()[0]
+
+
+def test_steps_count_when_the_learning_rate_decays_over_them():
+    assert keys("train.lr_decay=linear")[0] != keys("train.lr_decay=linear", "train.steps=3000")[0]
+
+
+def test_samples_and_scores_have_their_own_keys():
+    run, samples, score = keys()
+    assert keys("sample.num_images=600")[:2] == (run, samples)
+    assert keys("sample.num_images=600")[2] != score
+    assert keys("sample.sampler=ddim")[0] == run
+    assert keys("sample.sampler=ddim")[1] != samples
+    assert keys("train.steps=3000")[1] != samples, "'last' means the step"
+    assert keys("evaluate.metrics=[nll]")[:2] == (run, samples)
+
+
+def test_keys_hash_content_not_place(tmp_path):
+    weights = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for path in weights:
+        path.write_bytes(b"the same")
+    first, second = (keys(f"evaluate.extractor_weights={path}")[2] for path in weights)
+    weights[0].write_bytes(b"another")
+    assert first == second != keys(f"evaluate.extractor_weights={weights[0]}")[2]
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.load_experiment("digits", []).seed = 3

@@ -1,0 +1,65 @@
+"""Files come into being whole or not at all; manifests are believed only while they are true."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipeline import rundir
+from pipeline.errors import PipelineError
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), rundir.atomic_file(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), rundir.atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    for text in ("old", "new"):
+        with rundir.atomic_directory(tmp_path / "d") as temporary:
+            (temporary / text).write_text(text)
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["new"]
+
+
+def test_a_manifest_notices_every_difference(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    rundir.write_manifest(tmp_path, ["a"], n=1)
+    assert rundir.read_manifest(tmp_path, "sha256")["n"] == 1
+    (tmp_path / "a").write_bytes(b"abd")
+    rundir.read_manifest(tmp_path, "size")
+    with pytest.raises(PipelineError, match="sha256"):
+        rundir.read_manifest(tmp_path, "sha256")
+    (tmp_path / "a").write_bytes(b"ab")
+    with pytest.raises(PipelineError, match="2 bytes"):
+        rundir.read_manifest(tmp_path)
+    (tmp_path / "a").unlink()
+    with pytest.raises(PipelineError, match="missing"):
+        rundir.read_manifest(tmp_path)
+
+
+def test_an_unsealed_folder_has_no_manifest(tmp_path):
+    assert rundir.read_manifest(tmp_path) is None
+
+
+def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline.rundir import exclusive\n"
+        "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(PipelineError, match=str(holder.pid)), rundir.exclusive(tmp_path):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    deadline = time.monotonic() + 5
+    with rundir.exclusive(tmp_path):
+        assert time.monotonic() < deadline

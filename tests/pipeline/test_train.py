@@ -1,0 +1,132 @@
+"""The training loop: stateless order, exact resumption, one point per step, whatever happens."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import one_cpu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import checkpoint, train
+from pipeline.errors import PipelineError
+
+
+def train_to(experiment, run, steps):
+    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps))
+    train.body(one_cpu().context, experiment, run)
+
+
+def final_state(run, step):
+    return checkpoint.load(run.step_dir(step))
+
+
+def points(run):
+    return [json.loads(line) for line in run.log.read_text().splitlines()]
+
+
+# The order
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_images=st.integers(1, 40), batch_size=st.integers(1, 50), workers=st.integers(1, 5),
+    start=st.integers(0, 7), seed=st.integers(0, 2**40),
+)  # fmt: skip
+def test_every_image_once_per_epoch_for_any_workers_batch_and_start(num_images, batch_size, workers, start, seed):
+    workers = min(workers, batch_size)
+    steps = start + 3 * num_images // batch_size + 2
+    seen = []
+    for step in range(start, steps):
+        fresh = train.Order(seed, num_images)  # a new process at every step: nothing is carried over
+        for rank in range(workers):
+            rows = train.batch_slice(batch_size, rank, workers)
+            seen += fresh.indices(step, batch_size, rows).tolist()
+    everything = train.Order(seed, num_images).indices(0, steps * batch_size, torch.arange(steps * batch_size))
+    assert seen == everything[start * batch_size :].tolist()
+    for epoch in everything.split(num_images)[: len(everything) // num_images]:
+        assert sorted(epoch.tolist()) == list(range(num_images))
+
+
+def test_epochs_and_seeds_have_different_orders():
+    order = train.Order(0, 100).indices(0, 200, torch.arange(200))
+    assert not torch.equal(order[:100], order[100:])
+    assert not torch.equal(order[:100], train.Order(1, 100).indices(0, 100, torch.arange(100)))
+
+
+@given(batch_size=st.integers(1, 300), workers=st.integers(1, 9))
+def test_slices_cover_the_batch_in_order(batch_size, workers):
+    slices = [train.batch_slice(batch_size, rank, workers) for rank in range(workers)]
+    assert torch.equal(torch.cat(slices), torch.arange(batch_size))
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+# The loop
+
+
+def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
+    experiment, run = tiny_run
+    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dropout=0.3))
+    untouched = dataclasses.replace(run, name=f"{run.name}-untouched")
+    train_to(experiment, untouched, 6)
+    train_to(experiment, run, 4)
+    torch.randn(5)  # whatever else the process drew
+    train_to(experiment, run, 6)
+    ours, theirs = final_state(run, 6), final_state(untouched, 6)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    losses = [[point["metrics"]["train/loss"] for point in points(r)] for r in (run, untouched)]
+    assert losses[0] == losses[1]
+
+
+def test_steps_computed_again_are_logged_once(tiny_run):
+    experiment, run = tiny_run
+    train_to(experiment, run, 6)
+    before = points(run)
+    for step in (4, 6):
+        (run.step_dir(step) / checkpoint.META).unlink()
+    with run.log.open("a") as file:
+        file.write('{"step": 7, "ti')  # a writer killed in mid-line
+    train_to(experiment, run, 6)
+    assert points(run) == before
+    assert [point["step"] for point in before] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_first_update_has_rate_zero_and_the_curve_is_complete(tiny_run):
+    experiment, run = tiny_run
+    train_to(experiment, run, 6)
+    metrics = points(run)[0]["metrics"]
+    assert metrics["train/lr"] == 0
+    assert metrics.keys() == {"train/loss", "train/grad_norm", "train/lr", "train/images_per_second"}
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tiny_run):
+    experiment, run = tiny_run
+    train_to(experiment, run, 2)
+    wild = dataclasses.replace(experiment.train, lr=1e30, grad_clip=None, log_every=100, checkpoint_every=5)
+    with pytest.raises(PipelineError, match=r"loss became .* lower train\.lr"):
+        train_to(dataclasses.replace(experiment, train=wild), run, 40)
+    assert checkpoint.newest(run, at_most=100) == 2
+
+
+def test_the_stop_file_ends_training_with_a_checkpoint(tiny_run):
+    experiment, run = tiny_run
+    run.stop_file.touch()
+    train_to(experiment, run, 6)
+    assert checkpoint.newest(run, at_most=6) == 1
+
+
+def test_more_workers_than_images_in_the_batch_are_refused(tiny_run):
+    experiment, run = tiny_run
+    context = one_cpu().context
+    context.world_size = 17
+    with pytest.raises(PipelineError, match="17 workers cannot share"):
+        train.body(context, experiment, run)
+
+
+def test_grids_show_the_same_noise_at_every_step(tiny_run):
+    experiment, run = tiny_run
+    often = dataclasses.replace(experiment.train, sample_every=3)
+    train_to(dataclasses.replace(experiment, train=often), run, 6)
+    assert sorted(path.name for path in run.grids.iterdir()) == ["00000003.png", "00000006.png"]

@@ -1,0 +1,110 @@
+"""The doors between the rooms, read from the syntax trees, so that lazy imports count too."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEVELS = [
+    {"errors", "progress"},
+    {"config", "rundir", "worker"},
+    {"sources", "tars", "checkpoint", "fidelity"},
+    {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking"},
+    {"stages", "sweep", "jobs"},
+    {"status"},
+    {"cli"},
+    {"__main__"},
+]
+STAGES = {"shard", "train", "sample", "evaluate", "figures", "report"}
+ONLY_IMPORTER = {
+    "ray": {"cluster", "sweep", "jobs"},
+    "mlflow": {"tracking"},
+    "webdataset": {"tars"},
+    "torch_fidelity": {"fidelity"},
+    "omegaconf": {"config", "stages"},
+}
+SCIENCE_MAY_IMPORT = {"torch", "numpy", "ddpm"} | set(sys.stdlib_module_names)
+WITHOUT_IO = {"io", "os", "pathlib", "logging", "time", "datetime", "json", "random", "shutil", "tempfile"}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything that the module imports, wherever in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written in full"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+            assert path.stem == "stages", f"{path}: only stages looks modules up by name"
+    return found
+
+
+def room(path: Path) -> str:
+    """The module or sub-package directly below the top."""
+    return path.relative_to(ROOT).parts[1].removesuffix(".py")
+
+
+def level(name: str) -> int:
+    return next(i for i, names in enumerate(LEVELS) if name in names)
+
+
+def neighbours(path: Path) -> set[str]:
+    names = {name.split(".")[1] for name in imported(path) if name.startswith("pipeline.")}
+    return names - {room(path)}
+
+
+def test_there_is_something_to_check():
+    assert len(modules("ddpm")) >= 9
+    assert len(modules("pipeline")) >= 18
+
+
+@pytest.mark.parametrize("path", modules("ddpm"), ids=lambda p: p.stem)
+def test_science_imports_torch_numpy_and_the_standard_library_only(path):
+    tops = {name.split(".")[0] for name in imported(path)}
+    assert tops <= SCIENCE_MAY_IMPORT
+    assert not tops & WITHOUT_IO
+
+
+@pytest.mark.parametrize("path", modules("ddpm"), ids=lambda p: p.stem)
+def test_only_training_joins_network_and_diffusion(path):
+    names = imported(path)
+    networks = any(name.startswith(("ddpm.unet", "ddpm.backbones")) for name in names)
+    diffusion = any(name.startswith("ddpm.diffusion") for name in names)
+    assert not (networks and diffusion) or path.name in ("training.py", "__init__.py")
+
+
+@pytest.mark.parametrize("path", modules("pipeline"), ids=lambda p: str(p.relative_to(ROOT / "pipeline")))
+def test_each_library_has_one_importer(path):
+    tops = {name.split(".")[0] for name in imported(path)}
+    for library, rooms in ONLY_IMPORTER.items():
+        assert library not in tops or room(path) in rooms, f"{library} is imported by {sorted(rooms)} alone"
+
+
+@pytest.mark.parametrize("path", modules("pipeline"), ids=lambda p: str(p.relative_to(ROOT / "pipeline")))
+def test_doors_lead_downward(path):
+    if path.name == "__init__.py" and path.parent == ROOT / "pipeline":
+        return
+    for name in neighbours(path):
+        below = level(name) < level(room(path))
+        beside = level(name) == level(room(path)) and not {name, room(path)} & STAGES
+        assert below or beside, f"{room(path)} must not import {name}"
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_stages_know_neither_each_other_nor_cluster_nor_tracking(stage):
+    known = neighbours(ROOT / "pipeline" / f"{stage}.py")
+    assert not known & (STAGES | {"cluster", "tracking", "stages"})
+
+
+def test_the_science_loads_no_pipeline_library():
+    code = "import ddpm, sys; assert not {'ray','mlflow','webdataset','omegaconf','pipeline'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
