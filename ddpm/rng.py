@@ -21,7 +21,7 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a draw is for; two uses share no numbers. Values are part of every result: append, never renumber."""
+    """What a draw is for; no two uses share numbers. Values are part of every result: never renumber."""
 
     ORDER = 0  # order of the images in an epoch
     TIMESTEP = 1  # t of a training image

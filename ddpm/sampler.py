@@ -7,6 +7,7 @@ not called at the last step, where z = 0.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ Sampler = Literal["ancestral", "ddim"]
 
 @dataclass(frozen=True)
 class Step:
-    """One reverse step from timestep t: x_t after it, and the estimate of x_0 that led there; (N, C, H, W)."""
+    """One reverse step from timestep t: x_t after it, the estimate of x_0 that led there; (N, C, H, W)."""
 
     t: int
     x_t: Tensor
@@ -175,8 +176,13 @@ def sample(
         diffusion, net, index=index, shape=shape, seed=seed, sampler=sampler, steps=steps, eta=eta,
         variance=variance, context=context, device=device,
     )  # fmt: skip
-    x_t = deque((step.x_t for step in chain), maxlen=1).pop()
-    return x_t.clamp(-1, 1)
+    return _last(chain).clamp(-1, 1)
+
+
+def _last(chain: Iterator[Step], default: Tensor | None = None) -> Tensor:
+    """x_t at the end of a chain, keeping no other step."""
+    ends = deque((step.x_t for step in chain), maxlen=1)
+    return ends.pop() if default is None or ends else default
 
 
 def few_steps_warning(
@@ -187,6 +193,87 @@ def few_steps_warning(
     if kind != "fixedlarge" or steps is None or steps >= len(diffusion) // 2:
         return None
     return (
-        f"{steps} of {len(diffusion)} steps with variance=fixedlarge leave noise in the images (CIFAR-10: FID "
+        f"{steps} of {len(diffusion)} steps with variance=fixedlarge leave noise in the images (CIFAR-10 FID "
         "367 at 10 steps, 10 at 100): use variance=fixedsmall or sampler=ddim"
     )
+
+
+def progressive(chain: Iterator[Step], every: int) -> Iterator[Step]:
+    """The last step of each so many timesteps, whose x_0 show how an image appears (Figs. 6, 10 and 14)."""
+    previous = None
+    for step in chain:
+        if previous is not None and step.t // every != previous.t // every:
+            yield previous
+        previous = step
+    if previous is not None:
+        yield previous
+
+
+def interpolate(
+    diffusion: Diffusion,
+    net: Network,
+    x_a: Tensor,
+    x_b: Tensor,
+    weight: float | Tensor,
+    steps: int,
+    eps: Tensor,
+    noise: Noise,
+    *,
+    variance: Variance | None = None,
+    context: Tensor | None = None,
+) -> Tensor:
+    """Images between x_a and x_b (N, C, H, W): latents after so many diffusion steps, mixed and reversed.
+
+    Sec. 4.3 and Fig. 8. weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W)
+    diffuses both images. More steps mix coarser features (Fig. 9); 0 steps mix the pixels.
+    """
+    mix = torch.as_tensor(weight, dtype=x_a.dtype, device=x_a.device).reshape(-1, 1, 1, 1)
+    if bool(((mix < 0) | (mix > 1)).any()):
+        raise ValueError(f"lambda must lie in [0, 1], got {weight}")
+    if not 0 <= steps <= len(diffusion):
+        raise ValueError(f"steps must lie in 0..{len(diffusion)}, got {steps}")
+    if steps == 0:
+        return (1 - mix) * x_a + mix * x_b
+    t = torch.full((len(x_a),), steps - 1, device=x_a.device)
+    x_t = (1 - mix) * diffusion.q_sample(x_a, t, eps) + mix * diffusion.q_sample(x_b, t, eps)
+    return _last(
+        ancestral(diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context)
+    )
+
+
+def shared_latent(
+    diffusion: Diffusion,
+    net: Network,
+    x_T: Tensor,
+    noise: Noise,
+    steps: int,
+    *,
+    variance: Variance | None = None,
+    context: Tensor | None = None,
+) -> Tensor:
+    """x_t (N, C, H, W) on the way from x_T, with so many reverse steps still to go.
+
+    Several ancestral chains over timesteps=range(steps) from it share what is in it (Fig. 7).
+    """
+    if not 1 <= steps <= len(diffusion):
+        raise ValueError(f"steps must lie in 1..{len(diffusion)}, got {steps}")
+    chain = ancestral(diffusion, net, x_T, noise, variance=variance, context=context)
+    return _last(islice(chain, len(diffusion) - steps), default=x_T)
+
+
+def guided(net: Network, scale: float, null_context: Tensor | int) -> Network:
+    """Classifier-free guidance: null + scale (chosen - null), by one call of 2N images.
+
+    Ho and Salimans 2022, Eq. 6, with scale = 1 + w: 1 is the plain conditional network, 0 the unconditional
+    one. null_context (a label, or a tensor like one row of context) stands for no context. Learned variances
+    are those of the chosen context.
+    """
+
+    def net_with_guidance(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        null = torch.zeros_like(context) + null_context
+        chosen, without = net(x_t.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([context, null])).chunk(2)
+        prediction = slice(0, x_t.shape[1])
+        mixed = without[:, prediction] + scale * (chosen[:, prediction] - without[:, prediction])
+        return torch.cat([mixed, chosen[:, x_t.shape[1] :]], dim=1)
+
+    return net_with_guidance

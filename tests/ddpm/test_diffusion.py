@@ -1,0 +1,276 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from ddpm.diffusion import Diffusion, DiffusionConfig, _spaced_betas
+
+PAPER = DiffusionConfig()
+SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
+SHAPE = (4, 3, 2, 2)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def triple(t: torch.Tensor, diffusion: Diffusion) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x_0 = (torch.arange(len(t) * 12, dtype=torch.float64).reshape(-1, 3, 2, 2) * 7 % 256) / 127.5 - 1
+    eps = randn(*x_0.shape)
+    return x_0, diffusion.q_sample(x_0, t, eps), eps
+
+
+@pytest.mark.parametrize(
+    "t, golden",
+    [(0, 0.9999), (1, 0.9997800920720721), (249, 0.5240853738253606), (499, 0.07858724288177824),
+     (749, 0.0033505504389367744), (998, 4.118193638138445e-05), (999, 4.035829765375676e-05)],
+)  # fmt: skip
+def test_alpha_bar_golden_values(t, golden):
+    assert Diffusion().tables["alpha_bar"][t].item() == pytest.approx(golden, rel=1e-12)
+
+
+def test_log_variances_at_index_0_are_those_of_index_1():
+    tables = Diffusion().tables
+    assert tables["posterior_variance"][0] == 0
+    assert tables["posterior_variance"][1].item() == pytest.approx(5.4531876613021935e-05, rel=1e-12)
+    for name in ("log_fixedsmall", "log_fixedlarge"):
+        assert tables[name][0].item() == pytest.approx(-9.816725, abs=1e-6)
+    assert tables["log_fixedlarge"][1].exp().item() == pytest.approx(tables["beta"][1].item())
+
+
+def test_tables_are_float64_and_gathered_in_the_type_of_the_images():
+    diffusion = Diffusion()
+    assert {table.dtype for table in diffusion.tables.values()} == {torch.float64}
+    t = torch.tensor([0, 999])
+    for dtype in (torch.float32, torch.float64):
+        assert diffusion.at("alpha_bar", t, torch.zeros(2, 1, 1, 1, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("variance, name", [("fixedlarge", "fixed_large"), ("fixedsmall", "fixed_small")])
+@pytest.mark.parametrize("predict, name_there", [("eps", "epsilon"), ("x0", "sample")])
+def test_reverse_steps_agree_with_diffusers(predict, name_there, variance, name):
+    diffusion = Diffusion(replace(PAPER, predict=predict, variance=variance))
+    theirs = DDPMScheduler(beta_schedule="linear", variance_type=name, prediction_type=name_there)
+    torch.testing.assert_close(
+        theirs.alphas_cumprod.double(), diffusion.tables["alpha_bar"], rtol=1e-4, atol=0
+    )
+    theirs.alphas_cumprod = diffusion.tables["alpha_bar"]  # float64, so that the formulas are compared
+    theirs.betas, theirs.alphas = diffusion.tables["beta"], 1 - diffusion.tables["beta"]
+    x_t, output = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    for i in (0, 1, 2, 500, 998, 999):
+        t = torch.full((2,), i)
+        torch.testing.assert_close(diffusion.q_sample(x_t, t, output), theirs.add_noise(x_t, output, t))
+        ours = diffusion.p_mean_variance(output, x_t, t)
+        z = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        step = ours.mean + (torch.exp(0.5 * ours.log_variance) * z if i else 0)
+        there = theirs.step(output, i, x_t, torch.Generator().manual_seed(i))
+        torch.testing.assert_close(ours.x_0, there.pred_original_sample, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(step, there.prev_sample, rtol=1e-10, atol=1e-10)
+
+
+def test_eps_x0_and_mean_predictions_agree():
+    """The same belief, told three ways, gives the same reverse step, estimate and bound."""
+    t = torch.arange(1000)
+    x_0, x_t, _ = triple(t, Diffusion())
+    belief = x_0 + 0.1 * randn(*x_0.shape, seed=5)
+    mean, variance, _ = Diffusion().q_mean_variance(belief, t)
+    outputs = {
+        "eps": (x_t - mean) / variance.sqrt(),
+        "x0": belief,
+        "mean": Diffusion().q_posterior(belief, x_t, t).mean,
+    }
+    for predict, output in outputs.items():
+        diffusion = Diffusion(replace(PAPER, predict=predict))
+        p = diffusion.p_mean_variance(output, x_t, t, clip=False)
+        torch.testing.assert_close(p.x_0, belief, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(p.mean, outputs["mean"], rtol=1e-9, atol=1e-9)
+
+
+def test_mean_prediction_is_used_as_it_is_and_only_its_estimate_is_clipped():
+    diffusion = Diffusion(replace(PAPER, predict="mean"))
+    output, x_t, t = 5 * randn(*SHAPE), randn(*SHAPE, seed=1), torch.tensor([0, 1, 500, 999])
+    p = diffusion.p_mean_variance(output, x_t, t, clip=True)
+    assert torch.equal(p.mean, output)
+    assert p.x_0.abs().max() == 1
+
+
+@pytest.mark.parametrize("end, fixed", [(-1.0, "fixedsmall"), (1.0, "fixedlarge")])
+def test_learned_range_at_its_ends_is_the_fixed_variance(end, fixed):
+    diffusion = Diffusion(replace(PAPER, variance="learned_range", loss="hybrid"))
+    t = torch.arange(1000)
+    _, x_t, eps = triple(t, diffusion)
+    output = torch.cat([eps, torch.full_like(eps, end)], dim=1)
+    learned = diffusion.p_mean_variance(output, x_t, t)
+    expected = diffusion.p_mean_variance(output, x_t, t, variance=fixed)
+    torch.testing.assert_close(learned.log_variance, expected.log_variance.expand_as(eps), rtol=1e-12, atol=0)
+    assert torch.equal(learned.mean, expected.mean)
+    middle = diffusion.p_mean_variance(torch.cat([eps, torch.zeros_like(eps)], 1), x_t, t).log_variance
+    both = diffusion.tables["log_fixedsmall"] + diffusion.tables["log_fixedlarge"]
+    torch.testing.assert_close(middle[:, 0, 0, 0], both / 2)
+
+
+def test_learned_variance_is_the_second_half_of_the_output():
+    diffusion = Diffusion(replace(PAPER, variance="learned", loss="vlb"))
+    _, x_t, eps = triple(torch.tensor([3, 900]), diffusion)
+    half = randn(*eps.shape, seed=3)
+    p = diffusion.p_mean_variance(torch.cat([eps, half], 1), x_t, torch.tensor([3, 900]))
+    assert torch.equal(p.log_variance, half)
+    assert diffusion.out_channels(3) == 6 and Diffusion().out_channels(3) == 3
+
+
+def test_simple_loss_is_the_mean_square_of_each_prediction():
+    t = torch.tensor([0, 7, 500, 999])
+    x_0, x_t, eps = triple(t, Diffusion())
+    output = randn(*SHAPE, seed=2)
+    targets = {"eps": eps, "x0": x_0, "mean": Diffusion().q_posterior(x_0, x_t, t).mean}
+    for predict, target in targets.items():
+        loss = Diffusion(replace(PAPER, predict=predict)).training_losses(output, x_0, x_t, t, eps)
+        expected = [((output[n] - target[n]) ** 2).sum().item() / 12 for n in range(4)]
+        assert loss.tolist() == pytest.approx(expected)
+
+
+def test_vlb_loss_for_eps_is_the_weighted_square_of_eq_12():
+    diffusion = Diffusion(replace(PAPER, loss="vlb"))
+    t = torch.tensor([1, 7, 500, 999])
+    x_0, x_t, eps = triple(t, diffusion)
+    output = eps + 0.3 * randn(*SHAPE, seed=2)
+    loss = diffusion.training_losses(output, x_0, x_t, t, eps)
+    beta, alpha_bar = diffusion.tables["beta"][t], diffusion.tables["alpha_bar"][t]
+    weight = beta**2 / (2 * beta * (1 - beta) * (1 - alpha_bar))
+    constant = diffusion.training_losses(eps, x_0, x_t, t, eps)  # what the two variances differ by
+    squares = ((output - eps) ** 2).mean(dim=(1, 2, 3))
+    torch.testing.assert_close((loss - constant) * math.log(2), weight * squares, rtol=1e-8, atol=1e-12)
+
+
+def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_simple_loss():
+    config = replace(PAPER, variance="learned_range", loss="hybrid", timesteps=4000)
+    diffusion = Diffusion(config)
+    t = torch.tensor([0, 7, 500, 3999])
+    x_0, x_t, eps = triple(t, diffusion)
+    output = (0.3 * randn(4, 6, 2, 2, seed=2)).requires_grad_()
+    loss = diffusion.training_losses(output, x_0, x_t, t, eps)
+    vlb = Diffusion(replace(config, loss="vlb")).training_losses(output, x_0, x_t, t, eps)
+    simple = ((output[:, :3] - eps) ** 2).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(loss, simple + 4 * vlb)
+    (gradient,) = torch.autograd.grad(loss.sum(), output, retain_graph=True)
+    (of_simple,) = torch.autograd.grad(simple.sum(), output, retain_graph=True)
+    (of_vlb,) = torch.autograd.grad(4 * vlb.sum(), output)
+    torch.testing.assert_close(gradient[:, :3], of_simple[:, :3])
+    torch.testing.assert_close(gradient[:, 3:], of_vlb[:, 3:])
+    assert (gradient[1:3, 3:] != 0).all()
+
+
+def test_losses_of_a_bfloat16_output_are_computed_in_float32():
+    x_0, x_t, eps = (tensor.float() for tensor in triple(torch.tensor([0, 5]), Diffusion()))
+    loss = Diffusion().training_losses(eps.bfloat16(), x_0, x_t, torch.tensor([0, 5]), eps)
+    assert loss.dtype == torch.float32 and loss.max() < 1e-4
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "jsd"])
+@pytest.mark.parametrize("predict", ["x0", "mean"])
+def test_every_timestep_is_finite(schedule, predict):
+    diffusion = Diffusion(DiffusionConfig(timesteps=50, beta_schedule=schedule, predict=predict))
+    t = torch.arange(50)
+    x_0, x_t, eps = triple(t, diffusion)
+    p = diffusion.p_mean_variance(x_0, x_t, t)
+    for value in (*p, diffusion.vlb_terms(p, x_0, x_t, t), diffusion.training_losses(x_0, x_0, x_t, t, eps)):
+        assert value.isfinite().all()
+
+
+def test_respacing_to_all_steps_or_to_a_prefix_changes_no_table():
+    diffusion = Diffusion()
+    for chain in (diffusion.respaced(range(1000)), diffusion.respaced(range(300))):
+        for name, table in chain.tables.items():
+            assert torch.equal(table, diffusion.tables[name][: len(chain)])
+
+
+def test_respacing_formula_over_all_steps_gives_the_betas_back():
+    tables = Diffusion().tables
+    torch.testing.assert_close(_spaced_betas(tables["alpha_bar"]), tables["beta"], rtol=1e-10, atol=0)
+
+
+def test_mean_prediction_is_respaced_through_its_estimate():
+    """The network was trained on full steps: its mean says x_0 by their coefficients."""
+    diffusion = Diffusion(replace(SMALL, predict="mean"))
+    kept = torch.tensor([2, 9, 19])
+    x_0, x_t, _ = triple(kept, diffusion)
+    p = diffusion.respaced(kept).p_mean_variance(
+        diffusion.q_posterior(x_0, x_t, kept).mean, x_t, torch.arange(3), clip=False
+    )
+    torch.testing.assert_close(p.x_0, x_0)
+    expected = diffusion.respaced(kept).q_posterior(x_0, x_t, torch.arange(3)).mean
+    torch.testing.assert_close(p.mean, expected)
+
+
+@pytest.mark.parametrize("chosen", [[], [3, 3], [5, 2], [-1, 4], [0, 20]])
+def test_timesteps_that_do_not_ascend_within_the_chain_are_refused(chosen):
+    with pytest.raises(ValueError, match="ascend within"):
+        Diffusion(SMALL).respaced(chosen)
+
+
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"timesteps": 1}, "timesteps"),
+        ({"beta_start": 0.0}, "beta_start"),
+        ({"beta_end": 1.0}, "beta_end"),
+        ({"beta_start": 0.03}, "beta_start"),
+        ({"beta_schedule": "sigmoid"}, "beta_schedule"),
+        ({"predict": "v"}, "predict"),
+        ({"beta_schedule": "jsd"}, "predict"),
+        ({"loss": "hybrid"}, "loss"),
+        ({"variance": "learned"}, "loss"),
+        ({"variance": "learned_range"}, "loss"),
+        ({"t_sampling": "sometimes"}, "t_sampling"),
+    ],
+)
+def test_problems_name_their_key_and_no_process_is_built(changes, key):
+    config = replace(PAPER, **changes)
+    assert [name for name, _ in config.problems()] == [key]
+    assert all("\n" not in message for _, message in config.problems())
+    with pytest.raises(ValueError, match=key):
+        Diffusion(config)
+
+
+def test_all_problems_are_told_at_once():
+    config = replace(PAPER, timesteps=1, beta_start=-1.0, loss="hybrid")
+    assert {key for key, _ in config.problems()} == {"timesteps", "beta_start", "loss"}
+
+
+@pytest.mark.parametrize(
+    "changes, count",
+    [
+        ({}, 0),
+        ({"loss": "vlb"}, 0),
+        ({"predict": "mean", "loss": "vlb", "variance": "learned"}, 0),
+        ({"predict": "mean"}, 1),
+        ({"loss": "vlb", "variance": "learned"}, 1),
+        ({"predict": "x0"}, 1),
+    ],
+)
+def test_combinations_the_paper_found_unstable_are_allowed_with_a_warning(changes, count):
+    config = replace(PAPER, **changes)
+    assert not config.problems()
+    assert len(config.warnings()) == count
+
+
+def test_wrong_shapes_and_types_are_refused_clearly():
+    diffusion = Diffusion()
+    x, t = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"shapes differ: x_0 .* eps"):
+        diffusion.q_sample(x, t, x[:, :1])
+    with pytest.raises(ValueError, match="t must be int64 of shape"):
+        diffusion.q_sample(x, t.float(), x)
+    with pytest.raises(ValueError, match="t must be int64 of shape"):
+        diffusion.q_sample(x, t[:1], x)
+    with pytest.raises(ValueError, match="does not fit"):
+        diffusion.p_mean_variance(x[:, :2], x, t)
+    with pytest.raises(ValueError, match="needs a network of 6 output channels"):
+        diffusion.p_mean_variance(x, x, t, variance="learned")
+    with pytest.raises(ValueError, match="needs a network of 6 output channels"):
+        Diffusion(replace(PAPER, variance="learned", loss="hybrid")).training_losses(x, x, x, t, x)
+    short = Diffusion(replace(PAPER, variance="learned", loss="vlb")).respaced([0, 500])
+    with pytest.raises(ValueError, match="full steps only"):
+        short.p_mean_variance(torch.zeros(2, 6, 4, 4), x, t)

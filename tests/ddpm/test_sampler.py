@@ -1,0 +1,289 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from ddpm import sampler
+from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.rng import Stream, normal
+from ddpm.sampler import ancestral, ddim
+
+PAPER = DiffusionConfig()
+SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
+SHAPE = (2, 3, 4, 4)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def noise(t: int) -> torch.Tensor:
+    return randn(*SHAPE, seed=1000 + t)
+
+
+def net(x_t, t, context=None):
+    """Some smooth network: a guess at eps that depends on x_t, t and the context."""
+    shift = 0 if context is None else context.to(x_t.dtype).reshape(-1, 1, 1, 1)
+    return torch.tanh(x_t + 0.1 * shift) * (1 + t.reshape(-1, 1, 1, 1) / 100).to(x_t.dtype)
+
+
+def end(chain) -> torch.Tensor:
+    return list(chain)[-1].x_t
+
+
+def test_normal_data_with_fixedlarge_is_reversed_exactly():
+    """Data N(0, I): the optimal eps is sqrt(1 - abar_t) x_t, and every x_t stays N(0, I) (Sec. 3.2).
+
+    The chain is linear: with each source of noise on a pixel of its own, the sum of squares is the variance.
+    The last step adds no noise, so x_0 lacks beta_1 of it.
+    """
+    diffusion = Diffusion(replace(SMALL, variance="fixedlarge"))
+    one_minus = diffusion.tables["one_minus_alpha_bar"]
+
+    def optimal(x_t, t):
+        return one_minus[t].sqrt().reshape(-1, 1, 1, 1) * x_t
+
+    dimensions = 20  # x_T and z_19..z_1, one pixel per source of randomness
+    x_T = torch.eye(dimensions, dtype=torch.float64)[0].reshape(1, 1, 1, -1)
+
+    def unit(t):
+        return torch.eye(dimensions, dtype=torch.float64)[20 - t].reshape(1, 1, 1, -1)
+
+    for step in ancestral(diffusion, optimal, x_T, unit, clip=False):
+        variance = (step.x_t**2).sum().item()
+        expected = 1 - diffusion.tables["beta"][0].item() if step.t == 0 else 1.0
+        assert variance == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_point_mass_with_fixedsmall_is_reversed_exactly():
+    """Data at one point a: every x_t of the reverse chain is distributed as q(x_t | x_0 = a) (Sec. 3.2)."""
+    diffusion = Diffusion(replace(SMALL, variance="fixedsmall", predict="x0"))
+    a = 0.7
+    dimensions = 20
+
+    def point(x_t, t):
+        return torch.full_like(x_t, a)
+
+    def chain(x_T, z):
+        return ancestral(diffusion, point, x_T, z, clip=False)
+
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    tables = diffusion.tables
+    start = tables["sqrt_alpha_bar"][-1] * a
+    means = list(chain(zero + start, lambda t: zero))
+    # Deviations from the mean: each source of randomness on its own pixel, minus the deterministic chain.
+    x_T = torch.eye(dimensions, dtype=torch.float64)[0].reshape(1, 1, 1, -1)
+    scale = tables["one_minus_alpha_bar"][-1].sqrt()
+    noisy = chain(
+        start + scale * x_T, lambda t: torch.eye(20, dtype=torch.float64)[20 - t].reshape(1, 1, 1, -1)
+    )
+    for mean, step in zip(means, noisy, strict=True):
+        variance = ((step.x_t - mean.x_t) ** 2).sum().item()
+        expected_mean = a if step.t == 0 else tables["sqrt_alpha_bar"][step.t - 1].item() * a
+        expected_variance = 0.0 if step.t == 0 else tables["one_minus_alpha_bar"][step.t - 1].item()
+        assert mean.x_t.item() == pytest.approx(expected_mean, abs=1e-12)
+        assert variance == pytest.approx(expected_variance, abs=1e-12)
+
+
+def test_the_last_step_has_no_noise_and_ends_at_the_clipped_estimate():
+    asked = []
+
+    def counting(t):
+        asked.append(t)
+        return noise(t)
+
+    steps = list(ancestral(Diffusion(SMALL), net, 3 * randn(*SHAPE), counting))
+    assert [step.t for step in steps] == list(range(19, -1, -1))
+    assert asked == list(range(19, 0, -1))
+    torch.testing.assert_close(steps[-1].x_t, steps[-1].x_0, rtol=1e-12, atol=0)
+    assert steps[-1].x_0.abs().max() == 1
+
+
+def test_ddim_with_eta_1_is_ancestral_sampling_with_fixedsmall():
+    for config in (SMALL, replace(SMALL, predict="x0")):
+        for timesteps in (None, [0, 3, 11, 19]):
+            a = ancestral(
+                Diffusion(config), net, randn(*SHAPE), noise, variance="fixedsmall", timesteps=timesteps
+            )
+            b = ddim(Diffusion(config), net, randn(*SHAPE), noise, eta=1.0, timesteps=timesteps)
+            for one, other in zip(a, b, strict=True):
+                torch.testing.assert_close(one.x_t, other.x_t, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("clip", [True, False])
+def test_ddim_agrees_with_diffusers(eta, clip):
+    theirs = DDIMScheduler(beta_schedule="linear", clip_sample=clip, set_alpha_to_one=True)
+    theirs.set_timesteps(50)
+    x = x_T = randn(*SHAPE).float()
+    there = []
+    for t in theirs.timesteps.tolist():
+        output = net(x, torch.full((2,), t))
+        z = noise(t).float()
+        x = theirs.step(
+            output, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z if t else 0 * z
+        ).prev_sample
+        there.append(x)
+    timesteps = theirs.timesteps.flip(0)
+    steps = ddim(Diffusion(), net, x_T, lambda t: noise(t).float(), eta=eta, timesteps=timesteps, clip=clip)
+    for ours, other in zip(steps, there, strict=True):
+        torch.testing.assert_close(ours.x_t, other, rtol=1e-4, atol=1e-4)
+
+
+def test_ddim_with_eta_0_ignores_the_noise_and_inverts_a_point_mass():
+    """With the true x_0 known, the deterministic chain keeps eps: all its x_t are q_sample of it."""
+    diffusion = Diffusion(replace(SMALL, predict="x0"))
+    x_0, eps = randn(*SHAPE).clamp(-1, 1), randn(*SHAPE, seed=1)
+    x_T = diffusion.q_sample(x_0, torch.tensor([19, 19]), eps)
+    steps = list(ddim(diffusion, lambda x_t, t: x_0, x_T, lambda t: torch.full(SHAPE, 1e9)))
+    for step in steps[:-1]:
+        expected = diffusion.q_sample(x_0, torch.full((2,), step.t - 1), eps)
+        torch.testing.assert_close(step.x_t, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(steps[-1].x_t, x_0)
+
+
+def test_respaced_with_all_steps_is_the_full_chain():
+    diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
+    full = end(ancestral(diffusion, net, x_T, noise))
+    assert torch.equal(end(ancestral(diffusion, net, x_T, noise, timesteps=range(20))), full)
+    every = sampler.spaced_timesteps(20, 20)
+    assert torch.equal(end(ancestral(diffusion, net, x_T, noise, timesteps=every)), full)
+
+
+def test_the_network_sees_the_timesteps_of_the_full_chain():
+    seen = []
+
+    def spy(x_t, t):
+        seen.append(t.tolist())
+        return net(x_t, t)
+
+    list(ancestral(Diffusion(SMALL), spy, randn(*SHAPE), noise, timesteps=[0, 7, 19]))
+    assert seen == [[19, 19], [7, 7], [0, 0]]
+
+
+def test_spaced_timesteps_hold_both_ends():
+    assert sampler.spaced_timesteps(1000, 1000) == list(range(1000))
+    assert sampler.spaced_timesteps(1000, 5) == [0, 250, 500, 749, 999]
+    assert sampler.spaced_timesteps(10, 1) == [9]
+    for steps in (0, 11):
+        with pytest.raises(ValueError, match=r"1\.\.10"):
+            sampler.spaced_timesteps(10, steps)
+
+
+@pytest.mark.parametrize("how", [{}, {"sampler": "ddim", "steps": 5, "eta": 0.5}, {"variance": "fixedsmall"}])
+def test_images_depend_on_their_index_alone(how):
+    settings = {"shape": (3, 4, 4), "seed": 5, **how}
+    together = sampler.sample(Diffusion(SMALL), net, index=torch.arange(6), **settings)
+    assert together.dtype == torch.float32 and together.abs().max() <= 1
+    for rows in ([4], [5, 0, 2]):
+        alone = sampler.sample(Diffusion(SMALL), net, index=torch.tensor(rows), **settings)
+        assert torch.equal(alone, together[rows])
+    other = sampler.sample(Diffusion(SMALL), net, index=torch.arange(6), **{**settings, "seed": 6})
+    assert not torch.equal(other, together)
+
+
+def test_sample_is_the_ancestral_chain_fed_by_its_streams():
+    index = torch.tensor([3, 8])
+    expected = ancestral(
+        Diffusion(SMALL),
+        net,
+        normal(5, Stream.X_T, 0, index, SHAPE[1:]),
+        lambda t: normal(5, Stream.REVERSE, t, index, SHAPE[1:]),
+    )
+    assert torch.equal(
+        sampler.sample(Diffusion(SMALL), net, index=index, shape=SHAPE[1:], seed=5), end(expected)
+    )
+
+
+def test_sampling_tracks_no_gradient():
+    weight = torch.ones((), requires_grad=True)
+    chain = ancestral(Diffusion(SMALL), lambda x, t: weight * x, randn(*SHAPE), noise)
+    assert not next(chain).x_t.requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_context_reaches_the_network():
+    kwargs = {"index": torch.arange(2), "shape": SHAPE[1:], "seed": 1}
+    plain = sampler.sample(Diffusion(SMALL), net, **kwargs)
+    same, other = sampler.sample(Diffusion(SMALL), net, context=torch.tensor([0, 9]), **kwargs)
+    assert torch.equal(same, plain[0]) and not torch.equal(other, plain[1])
+
+
+def test_progressive_keeps_the_last_step_of_each_group():
+    chain = ancestral(Diffusion(), net, randn(*SHAPE), noise)
+    assert [step.t for step in sampler.progressive(chain, 50)] == list(range(950, -1, -50))
+    short = ancestral(Diffusion(SMALL), net, randn(*SHAPE), noise, timesteps=[1, 4, 6, 9, 13])
+    assert [step.t for step in sampler.progressive(short, 5)] == [13, 6, 1]
+
+
+def test_interpolation_at_0_and_1_is_the_plain_chain():
+    diffusion = Diffusion(SMALL)
+    x_a, x_b, eps = (randn(*SHAPE, seed=s) for s in range(3))
+    for steps in (1, 12, 20):
+        for weight, x in ((0, x_a), (1.0, x_b)):
+            x_t = diffusion.q_sample(x, torch.full((2,), steps - 1), eps)
+            plain = end(ancestral(diffusion, net, x_t, noise, timesteps=range(steps)))
+            mixed = sampler.interpolate(diffusion, net, x_a, x_b, weight, steps, eps, noise)
+            assert torch.equal(mixed, plain)
+
+
+def test_interpolation_mixes_latents_row_by_row():
+    diffusion = Diffusion(SMALL)
+    x_a, x_b, eps = (randn(*SHAPE, seed=s) for s in range(3))
+    mixed = sampler.interpolate(diffusion, net, x_a, x_b, torch.tensor([0.0, 0.5]), 12, eps, noise)
+    t = torch.tensor([11, 11])
+    a, b = diffusion.q_sample(x_a, t, eps), diffusion.q_sample(x_b, t, eps)
+    x_t = torch.stack([a[0], (a[1] + b[1]) / 2])
+    expected = end(ancestral(diffusion, net, x_t, noise, timesteps=range(12)))
+    torch.testing.assert_close(mixed, expected)
+    pixels = sampler.interpolate(diffusion, net, x_a, x_b, 0.25, 0, eps, noise)
+    torch.testing.assert_close(pixels, 0.75 * x_a + 0.25 * x_b)
+
+
+@pytest.mark.parametrize(
+    "weight, steps, message", [(1.1, 5, "lambda"), (-0.1, 5, "lambda"), (0.5, 21, "steps")]
+)
+def test_interpolation_refuses_what_lies_outside(weight, steps, message):
+    x = randn(*SHAPE)
+    with pytest.raises(ValueError, match=message):
+        sampler.interpolate(Diffusion(SMALL), net, x, x, weight, steps, x, noise)
+
+
+@pytest.mark.parametrize("steps", [20, 12, 1])
+def test_a_shared_latent_finished_with_the_same_noise_is_the_plain_chain(steps):
+    diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
+    latent = sampler.shared_latent(diffusion, net, x_T, noise, steps)
+    finished = end(ancestral(diffusion, net, latent, noise, timesteps=range(steps)))
+    assert torch.equal(finished, end(ancestral(diffusion, net, x_T, noise)))
+    assert (steps == 20) == torch.equal(latent, x_T)
+
+
+def test_few_steps_with_fixedlarge_are_warned_of():
+    diffusion = Diffusion()
+    assert "FID" in sampler.few_steps_warning(diffusion, 10)
+    assert sampler.few_steps_warning(diffusion, None) is None
+    assert sampler.few_steps_warning(diffusion, 1000) is None
+    assert sampler.few_steps_warning(diffusion, 10, "fixedsmall") is None
+
+
+def test_guidance_extrapolates_from_no_context_to_the_chosen_one():
+    x, t, context = randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4])
+    plain, without = net(x, t, context), net(x, t, torch.tensor([-1, -1]))
+    for scale, expected in ((1.0, plain), (0.0, without), (3.0, without + 3 * (plain - without))):
+        torch.testing.assert_close(sampler.guided(net, scale, -1)(x, t, context), expected)
+
+
+def test_guidance_leaves_learned_variances_to_the_chosen_context():
+    def wide(x_t, t, context):
+        return torch.cat([net(x_t, t, context), context.reshape(-1, 1, 1, 1).expand_as(x_t)], dim=1)
+
+    output = sampler.guided(wide, 3.0, -1)(randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4]))
+    assert output[:, 3:].flatten(1).unique(dim=1).tolist() == [[2.0], [4.0]]
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="unknown sampler 'euler'"):
+        sampler.sample(Diffusion(SMALL), net, index=torch.arange(1), shape=(1, 2, 2), seed=0, sampler="euler")
+    with pytest.raises(ValueError, match="eta"):
+        ddim(Diffusion(SMALL), net, randn(*SHAPE), noise, eta=1.5)
