@@ -339,14 +339,20 @@ def _backward_clipped(
         losses.append(loss.detach())
         norms.append(norm)
     if world_size > 1:
-        flat = nn.utils.parameters_to_vector(mean)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat, mean)
+        _all_reduce(mean)
     for p, gradient_mean in zip(parameters, mean, strict=True):
         p.grad = gradient_mean
     images_here = sum(len(part.t) for part in parts)
     weight = images_here * world_size / config.batch_size
     return torch.stack(losses).mean() * weight, torch.stack(norms).mean()
+
+
+def _all_reduce(tensors: list[Tensor]) -> None:
+    """Sum over workers in place, as one message."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(total.view(tensor.shape))
 
 
 def _clip(net: nn.Module, grad_clip: float | None) -> Tensor:
@@ -364,6 +370,9 @@ def _clip_factor(norm: Tensor, grad_clip: float) -> Tensor:
 
 
 def _update(state: TrainState, config: TrainConfig) -> None:
+    if any(p.stride() != moments["exp_avg"].stride() for p, moments in state.optimizer.state.items()):
+        # The fused kernel walks raw memory and would pair weights with the moments of others.
+        raise RuntimeError("the network's memory format changed after TrainState.create: change it before")
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()

@@ -1,0 +1,68 @@
+"""EMA against the recurrence written out in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm.ema import EMA
+
+
+def walk(net, steps, seed=0):
+    """Move the parameters at random, yielding the float64 weight after each move."""
+    generator = torch.Generator().manual_seed(seed)
+    for n in range(steps):
+        with torch.no_grad():
+            for p in net.parameters():
+                p += torch.randn(p.shape, generator=generator)
+        yield n, net.weight.detach().double().clone()
+
+
+def test_starts_from_the_initial_weights():
+    net = nn.Linear(3, 2)
+    ema = EMA(net, 0.9)
+    assert torch.equal(ema.tensors()["weight"], net.weight)
+    assert ema.tensors()["weight"].data_ptr() != net.weight.data_ptr()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999])
+def test_constant_decay_after_a_first_copy(decay):
+    net = nn.Linear(3, 2)
+    ema = EMA(net, decay)
+    expected = net.weight.detach().double()
+    for n, weight in walk(net, 30):
+        expected = weight if n == 0 else decay * expected + (1 - decay) * weight
+        ema.update(net, n)
+        torch.testing.assert_close(ema.tensors()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_warm_up():
+    net = nn.Linear(3, 2)
+    ema = EMA(net, 0.8, warmup=True)
+    expected = net.weight.detach().double()
+    for n, weight in walk(net, 60):  # (1 + n) / (10 + n) passes 0.8 at n = 35
+        decay = min(0.8, (1 + n) / (10 + n))
+        expected = weight if n == 0 else decay * expected + (1 - decay) * weight
+        ema.update(net, n)
+        torch.testing.assert_close(ema.tensors()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert [ema.decay_at(n) for n in (1, 35, 1000)] == [2 / 11, 0.8, 0.8]
+
+
+def test_float32_whatever_the_network():
+    net = nn.Linear(3, 2).to(torch.bfloat16)
+    ema = EMA(net, 0.5)
+    with torch.no_grad():
+        net.weight += 1
+    ema.update(net, 1)
+    assert {tensor.dtype for tensor in ema.tensors().values()} == {torch.float32}
+
+
+def test_buffers_are_copied_and_the_layout_is_the_networks():
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    net.register_buffer("scratch", torch.ones(3), persistent=False)
+    ema = EMA(net, 0.9)
+    net(torch.randn(4, 1, 2, 2))
+    ema.update(net, 5)
+    assert ema.tensors()["1.num_batches_tracked"].item() == 1
+    assert torch.equal(ema.tensors()["1.running_mean"], net[1].running_mean)
+    assert ema.tensors().keys() == net.state_dict().keys()
+    net.load_state_dict(ema.tensors())

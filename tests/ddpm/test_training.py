@@ -1,0 +1,430 @@
+"""The training step: an oracle in float64, slices and parts against the whole, resumption bit for bit."""
+
+import copy
+import dataclasses
+import math
+import multiprocessing
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm import rng
+from ddpm.backbones import build_network
+from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.images import from_uint8
+from ddpm.rng import Stream
+from ddpm.training import (
+    NO_LABEL,
+    TrainConfig,
+    TrainState,
+    draw_batch,
+    drop_labels,
+    learning_rate,
+    train_step,
+)
+from ddpm.unet import UNetConfig
+
+CONFIG = TrainConfig(
+    steps=100,
+    batch_size=8,
+    accumulate=1,
+    random_flip=True,
+    lr=2e-3,
+    lr_decay="none",
+    warmup_steps=4,
+    grad_clip=1.0,
+    grad_clip_group=None,
+    ema_decay=(0.9,),
+    ema_warmup=False,
+    label_dropout=0.0,
+    precision="fp32",
+    deterministic=False,
+    checkpoint_every=10,
+    sample_every=10,
+    keep=2,
+    log_every=1,
+)
+SEED = 11
+DIFFUSION = Diffusion(DiffusionConfig(timesteps=50))
+UNET = UNetConfig(
+    channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), norm_groups=4
+)
+PIXELS = torch.randint(0, 256, (8, 1, 8, 8), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+ROWS = torch.arange(8)
+
+
+def config(**changes):
+    return dataclasses.replace(CONFIG, **changes)
+
+
+def small_state(settings, dropout=0.0, memory_format=torch.channels_last, seed=3):
+    """A small U-Net whose branches are awake: at its initial weights nearly no gradient passes them."""
+    net = build_network(dataclasses.replace(UNET, dropout=dropout), 8, 1, 1, seed=2)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    return TrainState.create(settings, net.to(memory_format=memory_format))
+
+
+def step(state, settings, rows=ROWS, **kwargs):
+    return train_step(state, DIFFUSION, PIXELS[rows], rows, config=settings, seed=SEED, **kwargs)
+
+
+def gradients(state):
+    return {name: p.grad.clone() for name, p in state.net.named_parameters()}
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-7):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ------------------------------------------------------------------------------------- the float64 oracle
+
+
+class Affine(nn.Module):
+    """eps_theta = w x_t + b: a network whose gradient is known by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.tensor(0.3)), nn.Parameter(torch.tensor(-0.2))
+        self.seen = []
+
+    def forward(self, x_t, t, context=None):
+        self.seen.append((x_t, t, context, torch.is_autocast_enabled("cpu")))
+        return self.w * x_t + self.b
+
+
+def oracle(settings, steps):
+    """Loss, gradient norm, weights and EMA of Affine after each update, by loops in float64."""
+    theta, ema = [0.3, -0.2], [0.3, -0.2]
+    m, v, history = [0.0, 0.0], [0.0, 0.0], []
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=torch.float64), 0)
+    for n in range(steps):
+        loss, grad, count = 0.0, [0.0, 0.0], PIXELS.numel()
+        t = rng.integers(SEED, Stream.TIMESTEP, n, ROWS, 50)
+        eps = rng.normal(SEED, Stream.NOISE, n, ROWS, (1, 8, 8), "cpu").double()
+        flip = rng.integers(SEED, Stream.FLIP, n, ROWS, 2)
+        for i in range(8):
+            x_0 = PIXELS[i].double() / 127.5 - 1
+            x_0 = x_0.flip(2) if flip[i] else x_0
+            x_t = alpha_bar[t[i]].sqrt() * x_0 + (1 - alpha_bar[t[i]]).sqrt() * eps[i]
+            error = theta[0] * x_t + theta[1] - eps[i]
+            loss += float((error**2).sum()) / count
+            grad[0] += float((2 * error * x_t).sum()) / count
+            grad[1] += float((2 * error).sum()) / count
+        norm = math.hypot(*grad)
+        grad = [g * min(settings.grad_clip / norm, 1) for g in grad]
+        lr = settings.lr * min(n / settings.warmup_steps, 1)
+        for k in range(2):
+            m[k] = 0.9 * m[k] + 0.1 * grad[k]
+            v[k] = 0.999 * v[k] + 0.001 * grad[k] ** 2
+            m_hat, v_hat = m[k] / (1 - 0.9 ** (n + 1)), v[k] / (1 - 0.999 ** (n + 1))
+            theta[k] -= lr * m_hat / (math.sqrt(v_hat) + 1e-8)
+            ema[k] = theta[k] if n == 0 else 0.9 * ema[k] + 0.1 * theta[k]
+        history.append((loss, norm, list(theta), list(ema)))
+    return history
+
+
+@pytest.mark.parametrize("grad_clip", [0.05, 100.0])
+def test_steps_equal_the_oracle(grad_clip):
+    settings = config(lr=0.05, grad_clip=grad_clip)
+    state = TrainState.create(settings, Affine())
+    for loss, norm, theta, ema in oracle(settings, 12):
+        metrics = step(state, settings)
+        assert metrics["loss"].item() == pytest.approx(loss, rel=1e-5)
+        assert metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-4)
+        assert [state.net.w.item(), state.net.b.item()] == pytest.approx(theta, rel=1e-4)
+        average = state.emas[0].tensors()
+        assert [average["w"].item(), average["b"].item()] == pytest.approx(ema, rel=1e-4)
+
+
+def test_first_update_has_rate_zero():
+    state = small_state(CONFIG)
+    before = copy.deepcopy(state.net.state_dict())
+    step(state, CONFIG)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.net.state_dict().items())
+    step(state, CONFIG)
+    assert not torch.equal(before["conv_in.weight"], state.net.state_dict()["conv_in.weight"])
+
+
+def test_learning_rate():
+    paper = config(lr=2e-4, warmup_steps=5000, steps=800_000)
+    assert [learning_rate(paper, n) for n in (0, 1, 5000, 799_999)] == pytest.approx([0, 4e-8, 2e-4, 2e-4])
+    linear = config(lr=1e-3, warmup_steps=0, lr_decay="linear", steps=10)
+    assert [learning_rate(linear, n) for n in (0, 5, 9, 10)] == pytest.approx([1e-3, 5e-4, 1e-4, 0])
+
+
+# ------------------------------------------------------------------------------------------------- chance
+
+
+def test_t_covers_both_ends_uniformly():
+    t = draw_batch(SEED, 0, torch.arange(8000), (1,), 8, True).t
+    counts = torch.bincount(t, minlength=8)
+    assert len(counts) == 8 and counts.min() > 850 and counts.max() < 1150
+
+
+def test_flips_are_half_of_the_images_or_none():
+    rows = torch.arange(4000)
+    assert draw_batch(SEED, 0, rows, (1,), 8, True).flip.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert not draw_batch(SEED, 0, rows, (1,), 8, False).flip.any()
+
+
+def test_draws_belong_to_the_row_not_to_the_slice():
+    whole = draw_batch(SEED, 3, ROWS, (1, 8, 8), 50, True)
+    part = draw_batch(SEED, 3, ROWS[5:], (1, 8, 8), 50, True)
+    assert all(torch.equal(w[5:], p) for w, p in zip(whole, part, strict=True))
+    other = draw_batch(SEED, 4, ROWS, (1, 8, 8), 50, True)
+    assert not torch.equal(whole.t, other.t) and not torch.equal(whole.eps, other.eps)
+
+
+def test_labels_are_dropped_by_row():
+    labels, rows = torch.full((4000,), 7), torch.arange(4000)
+    dropped = drop_labels(SEED, 2, rows, labels, 0.25)
+    assert (dropped == NO_LABEL).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(drop_labels(SEED, 2, rows[9:], labels[9:], 0.25), dropped[9:])
+    assert torch.equal(drop_labels(SEED, 2, rows, labels, 0.0), labels)
+
+
+def test_labels_reach_the_network():
+    settings = config(label_dropout=0.5)
+    state = TrainState.create(settings, Affine())
+    step(state, settings, context=torch.arange(8))
+    assert torch.equal(state.net.seen[0][2], drop_labels(SEED, 0, ROWS, torch.arange(8), 0.5))
+
+
+# ---------------------------------------------------------------------------------------------- precision
+
+
+def test_bf16_is_inside_the_network_only():
+    settings = config(precision="bf16")
+    state = TrainState.create(settings, Affine())
+    metrics = step(state, settings)
+    x_t, t, _, autocast = state.net.seen[0]
+    draws = draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, True)
+    x_0 = from_uint8(PIXELS)
+    x_0 = torch.where(draws.flip[:, None, None, None], x_0.flip(3), x_0)
+    assert autocast and not torch.is_autocast_enabled("cpu")
+    assert x_t.dtype == torch.float32 and metrics["loss"].dtype == torch.float32
+    assert torch.equal(x_t, DIFFUSION.q_sample(x_0, draws.t, draws.eps)) and torch.equal(t, draws.t)
+
+
+def test_bf16_step_is_close_to_fp32():
+    losses = []
+    for precision in ("fp32", "bf16"):
+        settings = config(precision=precision)
+        losses.append(step(small_state(settings), settings)["loss"].item())
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------- slices and parts
+
+
+def mean_over_workers(settings, cuts, **net_settings):
+    """What DDP makes of the workers' gradients, and the mean of their losses."""
+    found, loss = [], 0.0
+    for start, stop in cuts:
+        state = small_state(settings, **net_settings)
+        metrics = step(state, settings, ROWS[start:stop], world_size=len(cuts))
+        found.append(gradients(state))
+        loss += metrics["loss"].item() / len(cuts)
+    return {name: sum(g[name] for g in found) / len(cuts) for name in found[0]}, loss
+
+
+def test_uneven_slices_equal_the_whole():
+    settings = config(grad_clip=None)
+    whole = small_state(settings)
+    metrics = step(whole, settings)
+    sliced, loss = mean_over_workers(settings, [(0, 3), (3, 8)])
+    assert_close(sliced, gradients(whole), rtol=1e-4, atol=1e-6)
+    assert loss == pytest.approx(metrics["loss"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 8])
+def test_accumulation_equals_the_whole(accumulate):
+    whole, parts = small_state(CONFIG), small_state(CONFIG)
+    expected, found = step(whole, CONFIG), step(parts, config(accumulate=accumulate))
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
+    assert found["grad_norm"].item() == pytest.approx(expected["grad_norm"].item(), rel=1e-5)
+    assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_parts_and_workers_with_the_same_cuts_drop_the_same_units():
+    settings = config(grad_clip=None)
+    parts = small_state(settings, dropout=0.4)
+    step(parts, dataclasses.replace(settings, accumulate=2))
+    workers, _ = mean_over_workers(settings, [(0, 4), (4, 8)], dropout=0.4)
+    assert_close(workers, gradients(parts), rtol=1e-4, atol=1e-6)
+
+
+def test_more_parts_than_images_in_a_slice():
+    settings = config(accumulate=4, grad_clip=None)
+    sliced, _ = mean_over_workers(settings, [(0, 2), (2, 8)])
+    whole = small_state(settings)
+    step(whole, settings)
+    assert_close(sliced, gradients(whole), rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_by_groups_equals_a_loop_over_groups():
+    settings = config(grad_clip_group=2, grad_clip=0.5)
+    state, other = small_state(settings), small_state(settings)
+    expected = {name: torch.zeros_like(p) for name, p in state.net.named_parameters()}
+    norms = []
+    for start in range(0, 8, 2):
+        alone = config(grad_clip=None, batch_size=2)
+        other = small_state(alone)
+        step(other, alone, ROWS[start : start + 2])
+        found = gradients(other)
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in found.values())))
+        for name, gradient in found.items():
+            expected[name] += gradient * min(0.5 / norms[-1], 1) / 4
+    metrics = step(state, settings)
+    assert min(norms) > 0.5  # every group is clipped
+    assert metrics["grad_norm"].item() == pytest.approx(sum(norms) / 4, rel=1e-5)
+    assert_close(gradients(state), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping_by_groups_refuses_half_groups():
+    settings = config(grad_clip_group=4)
+    with pytest.raises(ValueError, match="grad_clip_group=4"):
+        step(small_state(settings), settings, ROWS[:3])
+    with pytest.raises(ValueError, match="grad_clip_group=4"):
+        step(small_state(settings), settings, ROWS[2:6])
+
+
+def _worker(rank, world_size, path, settings, rows):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{path}/store", rank=rank, world_size=world_size)
+    for name, one in settings.items():
+        state = small_state(one)
+        ddp = nn.parallel.DistributedDataParallel(state.net)
+        for _ in range(2):
+            step(state, one, rows[name][rank], world_size=world_size, forward=ddp)
+        if rank == 0:
+            torch.save(gradients(state), f"{path}/{name}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    settings = {"parts": config(accumulate=2), "groups": config(grad_clip_group=2, grad_clip=0.5)}
+    rows = {"parts": [ROWS[:3], ROWS[3:]], "groups": [ROWS[:2], ROWS[2:]]}
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_worker, args=(r, 2, str(tmp_path), settings, rows)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        assert worker.exitcode == 0
+    for name, one in settings.items():
+        state = small_state(one)
+        for _ in range(2):
+            step(state, one)
+        saved = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert_close(saved, gradients(state), rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------- the state
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_resumed_equals_uninterrupted_bit_for_bit(memory_format):
+    settings = config(accumulate=2, ema_decay=(0.9, 0.99), ema_warmup=True)
+    state = small_state(settings, 0.3, memory_format)
+    for _ in range(3):
+        step(state, settings)
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    for _ in range(3):
+        last = step(state, settings)
+
+    resumed = small_state(settings, 0.3, memory_format, seed=77)
+    resumed.load_tensors(saved)
+    assert resumed.step == 3
+    torch.rand(5)  # the process's own history must not matter
+    for _ in range(3):
+        again = step(resumed, settings)
+    assert torch.equal(last["loss"], again["loss"]) and torch.equal(last["grad_norm"], again["grad_norm"])
+    expected, found = state.tensors(), resumed.tensors()
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_a_memory_format_changed_too_late_is_refused():
+    state = small_state(CONFIG, memory_format=torch.contiguous_format)
+    state.net.to(memory_format=torch.channels_last)
+    with pytest.raises(RuntimeError, match="memory format"):
+        step(state, CONFIG)
+
+
+def test_dropout_differs_from_step_to_step():
+    settings = config(lr=1e-30, random_flip=False)
+    state = small_state(settings, dropout=0.3)
+    seen = []
+    state.net.down[0].blocks[0].dropout.register_forward_hook(lambda _m, _i, out: seen.append(out == 0))
+    step(state, settings)
+    step(state, settings)
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_names_of_the_state():
+    state = small_state(config(ema_decay=(0.9, 0.99)))
+    names = state.tensors().keys()
+    weights = state.net.state_dict().keys()
+    assert names == {"step", "adam.step"} | {
+        f"{part}.{name}"
+        for part in ("net", "ema.0", "ema.1", "adam.exp_avg", "adam.exp_avg_sq")
+        for name in weights
+    }
+
+
+def test_loading_names_what_does_not_fit_and_changes_nothing():
+    state = small_state(CONFIG)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    wrong = {name: tensor + 1 for name, tensor in before.items()}
+    del wrong["net.conv_in.bias"]
+    wrong["net.extra"] = torch.zeros(1)
+    wrong["net.conv_out.bias"] = torch.zeros(6)
+    with pytest.raises(ValueError) as caught:
+        state.load_tensors(wrong)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "1 missing (net.conv_in.bias)" in message and "1 unexpected (net.extra)" in message
+    assert "net.conv_out.bias is (6,) float32, not (1,) float32" in message
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
+
+
+# --------------------------------------------------------------------------------------------- the settings
+
+
+def test_a_sound_config_has_no_problems():
+    assert CONFIG.problems() == []
+    assert config(grad_clip_group=4, grad_clip=1.0, ema_decay=(0.9, 0.9999)).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("steps", {"steps": 0}),
+        ("batch_size", {"batch_size": 0}),
+        ("accumulate", {"accumulate": 9}),
+        ("lr", {"lr": 0.0}),
+        ("lr", {"lr": math.nan}),
+        ("lr_decay", {"lr_decay": "cosine"}),
+        ("warmup_steps", {"warmup_steps": -1}),
+        ("grad_clip", {"grad_clip": 0.0}),
+        ("grad_clip_group", {"grad_clip_group": 3}),
+        ("grad_clip_group", {"grad_clip_group": 0}),
+        ("grad_clip_group", {"grad_clip_group": 4, "grad_clip": None}),
+        ("grad_clip_group", {"grad_clip_group": 4, "accumulate": 2}),
+        ("ema_decay", {"ema_decay": ()}),
+        ("ema_decay", {"ema_decay": (0.9, 1.0)}),
+        ("label_dropout", {"label_dropout": 1.5}),
+        ("precision", {"precision": "fp16"}),
+        ("keep", {"keep": 0}),
+    ],
+)
+def test_problems_name_the_key(key, changes):
+    assert key in [name for name, _ in config(**changes).problems()]
