@@ -78,7 +78,11 @@ class Batches:
         self._root = unpacked if unpacked.exists() else root
 
     def files(self) -> list[Path]:
-        return [self._root] if self._root.is_file() else [self._root / name for name in BATCHES]
+        return (
+            [self._root]
+            if self._root.is_file()
+            else [file for name in BATCHES if (file := self._root / name).exists()]
+        )
 
     def digest(self) -> str:
         return _digest({name: hashlib.md5(content).hexdigest() for name, content in self._contents()})
@@ -122,9 +126,9 @@ def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _folder(root: Path) -> Iterator[tuple[str, bytes]]:
-    for name in BATCHES:
-        if (root / name).exists():
-            yield name, (root / name).read_bytes()
+    for file in map(root.joinpath, BATCHES):
+        if file.exists():
+            yield file.name, file.read_bytes()
 
 
 def _digest(md5: dict[str, str]) -> str:

@@ -109,4 +109,8 @@ def _resize(image: Image.Image, name: str, data: DataConfig) -> Image.Image:
             f"{name} has {image.width}x{image.height} pixels, but data.image_size={data.image_size}; "
             "set data.resize=crop to crop and resize"
         )
-    return ImageOps.fit(image, (data.image_size, data.image_size), Image.Resampling.LANCZOS)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    # Cropped first: resize(box=...) would let the filter reach beyond the square.
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((data.image_size, data.image_size), Image.Resampling.LANCZOS)
