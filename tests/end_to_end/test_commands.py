@@ -1,0 +1,158 @@
+"""The program as a person runs it: a process of its own, real files, real MLflow, real kills; no Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from pipeline import checkpoint
+from pipeline.cli import main
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def command(storage: Path, *words: str, verb: str = "run") -> list[str]:
+    place = ["cluster.workers=0", f"cluster.storage={storage}"]
+    return [sys.executable, "-m", "pipeline", verb, "digits", *TINY, *place, *words]
+
+
+def ddpm(storage: Path, *words: str, verb: str = "run") -> subprocess.CompletedProcess:
+    return subprocess.run(command(storage, *words, verb=verb), env=ENVIRONMENT, capture_output=True, text=True)
+
+
+def run_directory(storage: Path) -> Path:
+    (found,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
+    return found
+
+
+def final_state(storage: Path, step: int) -> dict:
+    return checkpoint.load(run_directory(storage) / "train" / f"step_{step:08d}")
+
+
+def mlflow_points(storage: Path, metric: str) -> list[tuple[int, int, float]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("tiny")
+    (run,) = client.search_runs([experiment.experiment_id], filter_string="tags.`mlflow.parentRunId` = 'none' or attributes.run_name != ''")
+    history = client.get_metric_history(run.info.run_id, metric)
+    return sorted((point.step, point.timestamp, point.value) for point in history)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A storage root in which the tiny experiment was run to its end."""
+    storage = tmp_path_factory.mktemp("finished")
+    outcome = ddpm(storage, "evaluate.metrics=[fid,is,nll]")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "report.html" in outcome.stdout
+    return storage
+
+
+def test_every_artefact_has_its_place(finished):
+    run = run_directory(finished)
+    for pattern in (
+        "experiment.yaml", "log.jsonl", "timings.json", "train/step_00000006/meta.json", "samples/*/manifest.json",
+        "samples/*/00000.tar", "samples/*/grid.png", "evaluation/*/metrics.json", "evaluation/*/nll.json",
+        "figures/*/manifest.json", "report/report.html", "report/report.md",
+    ):  # fmt: skip
+        assert list(run.glob(pattern)), pattern
+    assert list(finished.glob("data/digits-*/train-00000.tar"))
+    assert not [path for path in finished.rglob(".tmp-*")]
+
+
+def test_scores_stand_with_their_protocol(finished):
+    (path,) = run_directory(finished).glob("evaluation/*/metrics.json")
+    metrics = json.loads(path.read_text())
+    assert {"fid", "is_mean", "is_std", "nll_bpd", "rate_bpd", "distortion_bpd"} <= metrics["scores"].keys()
+    assert metrics["protocol"]["comparable"] is False
+    assert metrics["protocol"]["n"] == 12
+
+
+def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
+    code = (
+        "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
+        "assert 'ray' not in sys.modules, 'Ray was imported'; sys.exit(code)"
+    )
+    words = command(finished, "evaluate.metrics=[fid,is,nll]")[3:]
+    outcome = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stderr
+    assert "everything up to date" in outcome.stdout
+
+
+def test_status_and_show_read_the_run(finished, capsys):
+    assert main(["status", f"cluster.storage={finished}"]) == 0
+    assert "6/6" in capsys.readouterr().out
+    assert main(["show", "digits", *TINY, f"cluster.storage={finished}"]) == 0
+    assert run_directory(finished).name in capsys.readouterr().out
+
+
+def test_every_point_is_in_mlflow_once(finished):
+    log = [json.loads(line) for line in (run_directory(finished) / "log.jsonl").read_text().splitlines()]
+    expected = [(point["step"], point["time"], point["metrics"]["train/loss"]) for point in log]
+    assert mlflow_points(finished, "train/loss") == expected
+
+
+def wait_for_checkpoint(process: subprocess.Popen, storage: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list(storage.glob("tiny-*/train/step_*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+LONGER = ("train.steps=60", "train.checkpoint_every=10", "model.dropout=0.2", "figures.which=[samples]")
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory) -> Path:
+    storage = tmp_path_factory.mktemp("untouched")
+    assert ddpm(storage, *LONGER, verb="train").returncode == 0
+    return storage
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130)])
+def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, number, code):
+    first = subprocess.Popen(command(tmp_path, *LONGER, verb="train"), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_checkpoint(first, tmp_path)
+    first.send_signal(number)
+    first.communicate(timeout=60)
+    assert first.returncode == code
+    assert not (run_directory(tmp_path) / "train" / "step_00000060").exists(), "stopped too late to prove anything"
+    again = ddpm(tmp_path, *LONGER, verb="train")
+    assert again.returncode == 0, again.stderr
+    ours, theirs = final_state(tmp_path, 60), final_state(untouched, 60)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert [step for step, _, _ in mlflow_points(tmp_path, "train/loss")] == list(range(1, 61))
+
+
+# Bad input: a line or two, exit code 1 or 2, no traceback
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["run", "digts"], 2, "did you mean 'digits'?"),
+        (["run", "digits", "model.dropuot=1"], 2, "did you mean 'dropout'?"),
+        (["run", "digits", "cifar10"], 2, "one experiment at a time"),
+        (["run", "digits", "cluster.wokers=2"], 2, "cluster.wokers is unknown (did you mean 'workers'?)"),
+        (["run", "digits", "--cluster", "nowhere"], 2, "no cluster is named 'nowhere'"),
+        (["run", "digits", "cluster.storage=/dev/null/runs"], 1, "cannot be written"),
+        (["run", "cifar10", "data.path=/nowhere", "cluster.storage={tmp}"], 1, "/nowhere"),
+        (["sync", "nowhere", "cluster.storage={tmp}"], 1, "no run directory"),
+        (["train", *("digits", *TINY), "cluster.workers=0", "cluster.storage={tmp}", "cluster.tracking_uri=http://127.0.0.1:9"],
+         1, "http://127.0.0.1:9"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_clear_error(tmp_path, capsys, words, code, message):
+    assert main([word.replace("{tmp}", str(tmp_path)) for word in words]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error.splitlines()) <= 2

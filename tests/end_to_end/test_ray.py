@@ -1,0 +1,92 @@
+"""The whole pipeline through a real local Ray with two DDP workers, beside the same run in one process."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from pipeline.cluster import resolve
+from pipeline.config import load_cluster
+from pipeline.errors import PipelineError
+
+pytestmark = pytest.mark.ray
+
+# 17 images a batch do not divide by two: the slices are uneven. 50 steps, dropout 0, fp32.
+EXPERIMENT = [*TINY, "train.steps=50", "train.batch_size=17", "train.checkpoint_every=25", "evaluate.metrics=[fid,is,nll]"]
+
+
+def ddpm(storage: Path, *words: str) -> Path:
+    arguments = [sys.executable, "-m", "pipeline", "run", "digits", *EXPERIMENT, f"cluster.storage={storage}", *words]
+    outcome = subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    (run,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """The same experiment by one process, and by two workers through Ray."""
+    one = ddpm(tmp_path_factory.mktemp("one"), "cluster.workers=0")
+    two = ddpm(tmp_path_factory.mktemp("two"), "cluster.workers=2", "cluster.cpus_per_worker=1")
+    return one, two
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["metrics"]["train/loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_one_and_two_workers_train_alike(runs):
+    one, two = map(losses, runs)
+    assert len(one) == len(two) == 50
+    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(one, two, strict=True))
+
+
+def test_sharding_is_byte_identical_whoever_does_it(runs):
+    one, two = (sorted((run.parent / "data").rglob("*.tar")) for run in runs)
+    assert [path.name for path in one] == [path.name for path in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+
+
+def test_both_runs_have_the_same_keys_and_nearly_the_same_scores(runs):
+    one, two = ([path for path in sorted(run.glob("evaluation/*/metrics.json"))] for run in runs)
+    assert [path.parent.name for path in one] == [path.parent.name for path in two]
+    a, b = (json.loads(paths[0].read_text())["scores"] for paths in (one, two))
+    assert math.isclose(a["nll_bpd"], b["nll_bpd"], rel_tol=1e-4)
+
+
+def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs, tmp_path):
+    one, _ = runs
+    shutil.copytree(one.parent, tmp_path, dirs_exist_ok=True)
+    copy = tmp_path / one.name
+    for folder in ("samples", "evaluation", "report"):
+        shutil.rmtree(copy / folder)
+    ddpm(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=1")
+    for pattern in ("samples/*/*.tar", "evaluation/*/metrics.json", "evaluation/*/nll.json"):
+        ours, theirs = sorted(copy.glob(pattern)), sorted(one.glob(pattern))
+        assert [path.relative_to(copy) for path in ours] == [path.relative_to(one) for path in theirs]
+        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True)), pattern
+
+
+def cluster(**overrides):
+    return load_cluster("local", [f"{key}={value}" for key, value in overrides.items()])
+
+
+def test_what_can_never_be_scheduled_is_refused_at_once():
+    with pytest.raises(PipelineError, match="ask for 8 CPUs, the cluster has 2"):
+        resolve(cluster(workers=4, cpus_per_worker=2), cpus=2, gpus=0)
+    with pytest.raises(PipelineError, match="GPUs, the cluster has 1"):
+        resolve(cluster(workers=2), cpus=8, gpus=1)
+    with pytest.raises(PipelineError, match="cpus_per_task"):
+        resolve(cluster(cpus_per_task=3), cpus=2, gpus=0)
+
+
+def test_nulls_become_what_the_machine_has():
+    assert resolve(cluster(), cpus=2, gpus=0).cpus_per_worker == 2
+    on_gpus = resolve(cluster(), cpus=16, gpus=4)
+    assert (on_gpus.workers, on_gpus.cpus_per_worker, on_gpus.gpus_per_worker) == (4, 4, 1.0)
