@@ -4,118 +4,55 @@ The one place that joins network and diffusion. Every random number is a functio
 row of the global batch), so neither the number of workers nor an interruption changes what is drawn.
 """
 
-import math
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm import images, rng
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion import Diffusion, DiffusionConfig
 from ddpm.ema import EMA
 from ddpm.rng import Stream
+from ddpm.timesteps import ImportanceSampler
+from ddpm.train_config import TrainConfig, learning_rate
 
 NO_LABEL = -1  # what a dropped label becomes
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How a network is trained. Values live in the experiment's yaml; all counts are global, not per worker.
-
-    accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient,
-    or of each group of grad_clip_group consecutive images before averaging (authors' code: 16);
-    label_dropout: share of labels replaced by NO_LABEL; deterministic, checkpoint_every, sample_every (0:
-    never), keep and log_every are read by the training loop around `train_step`.
-    """
-
-    steps: int
-    batch_size: int
-    accumulate: int
-    random_flip: bool
-    lr: float
-    lr_decay: Literal["none", "linear"]
-    warmup_steps: int
-    grad_clip: float | None
-    grad_clip_group: int | None
-    ema_decay: tuple[float, ...]
-    ema_warmup: bool
-    label_dropout: float
-    precision: Literal["fp32", "bf16"]
-    deterministic: bool
-    checkpoint_every: int
-    sample_every: int
-    keep: int
-    log_every: int
-
-    def problems(self) -> list[tuple[str, str]]:
-        """What is wrong with these settings: (key, message) pairs; f"{key} {message}" is one line."""
-        found = [
-            (key, f"must be at least 1, not {getattr(self, key)}")
-            for key in ("steps", "batch_size", "accumulate", "checkpoint_every", "keep", "log_every")
-            if getattr(self, key) < 1
-        ]
-        found += [
-            (key, f"must be at least 0, not {getattr(self, key)}")
-            for key in ("warmup_steps", "sample_every")
-            if getattr(self, key) < 0
-        ]
-        if self.lr_decay not in ("none", "linear"):
-            found.append(("lr_decay", f"must be none or linear, not {self.lr_decay}"))
-        if self.precision not in ("fp32", "bf16"):
-            found.append(("precision", f"must be fp32 or bf16, not {self.precision}"))
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            found.append(("lr", f"must be positive, not {self.lr}"))
-        if not 0 <= self.label_dropout <= 1:
-            found.append(("label_dropout", f"must lie in [0, 1], not {self.label_dropout}"))
-        if not self.ema_decay or not all(0 <= decay < 1 for decay in self.ema_decay):
-            found.append(("ema_decay", "must be one or several values in [0, 1)"))
-        if self.accumulate > self.batch_size:
-            found.append(("accumulate", f"cannot cut {self.batch_size} images into {self.accumulate} parts"))
-        return found + self._clip_problems()
-
-    def _clip_problems(self) -> list[tuple[str, str]]:
-        found = []
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            found.append(("grad_clip", f"must be positive or null, not {self.grad_clip}"))
-        group = self.grad_clip_group
-        if group is None:
-            return found
-        if self.grad_clip is None:
-            found.append(("grad_clip_group", "needs grad_clip, the norm each group is clipped to"))
-        if group < 1 or self.batch_size % group:
-            found.append(("grad_clip_group", f"{group} does not divide the batch of {self.batch_size}"))
-        if self.accumulate > 1:
-            found.append(("grad_clip_group", "already runs group by group: set accumulate to 1"))
-        return found
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of update step = 0, 1, ...: lr min(step / warmup_steps, 1), so the first one is 0 (authors' code).
-
-    lr_decay="linear" multiplies by 1 - step / steps.
-    """
-    warmup = min(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
-    decay = max(1 - step / config.steps, 0.0) if config.lr_decay == "linear" else 1.0
-    return config.lr * warmup * decay
-
-
 class TrainState:
-    """Everything a run needs to go on: network, averages, Adam's moments, number of updates made."""
+    """Everything a run needs to go on: network, averages, Adam's moments, number of updates made.
 
-    def __init__(self, net: nn.Module, emas: list[EMA], optimizer: torch.optim.Adam, step: int = 0) -> None:
-        self.net, self.emas, self.optimizer, self.step = net, emas, optimizer, step
+    t_sampler: the history of losses that importance sampling of t goes by; None where t is uniform.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        emas: list[EMA],
+        optimizer: torch.optim.Adam,
+        t_sampler: ImportanceSampler | None = None,
+    ) -> None:
+        self.net, self.emas, self.optimizer, self.t_sampler = net, emas, optimizer, t_sampler
+        self.step = 0
 
     @classmethod
-    def create(cls, config: TrainConfig, net: nn.Module) -> "TrainState":
-        """The state before the first update. `net` is on its device and in its memory format already."""
+    def create(
+        cls, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig | None = None
+    ) -> "TrainState":
+        """The state before the first update. `net` is on its device and in its memory format already.
+
+        diffusion is needed for t_sampling="importance" only.
+        """
         emas = [EMA(net, decay, config.ema_warmup) for decay in config.ema_decay]
-        return cls(net, emas, _adam(net))
+        t_sampler = None
+        if diffusion is not None and diffusion.t_sampling == "importance":
+            t_sampler = ImportanceSampler(diffusion.timesteps, next(net.parameters()).device)
+        return cls(net, emas, _adam(net), t_sampler)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it: net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step and step.
+        """All of it: net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step, t_sampler.* and step.
 
         The tensors are live, not copies (`step` apart): write or clone them before the next update.
         """
@@ -126,6 +63,9 @@ class TrainState:
             moments = self.optimizer.state[p]
             found |= {f"adam.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
             found["adam.step"] = moments["step"]  # the same for every parameter
+        if self.t_sampler is not None:
+            found["t_sampler.losses"] = self.t_sampler.losses
+            found["t_sampler.counts"] = self.t_sampler.counts
         return found | {"step": torch.tensor(self.step)}
 
     @torch.no_grad()
@@ -180,24 +120,40 @@ def _mismatches(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 
 class Draws(NamedTuple):
-    """What chance decides for each image: t int64 (N,), eps float32 (N, C, H, W), flip bool (N,)."""
+    """What chance decides for each image.
+
+    t int64 (N,); weight float32 (N,) of its loss, 1 where t is uniform; eps float32 (N, C, H, W); flip bool
+    (N,).
+    """
 
     t: Tensor
+    weight: Tensor
     eps: Tensor
     flip: Tensor
 
 
 def draw_batch(
-    seed: int, step: int, rows: Tensor, shape: tuple[int, ...], timesteps: int, random_flip: bool
+    seed: int,
+    step: int,
+    rows: Tensor,
+    shape: tuple[int, ...],
+    timesteps: int,
+    random_flip: bool,
+    t_sampler: ImportanceSampler | None = None,
 ) -> Draws:
     """The draws of update `step` for rows (int64, (N,)) of the global batch, on the device of `rows`.
 
-    shape: (C, H, W); t is uniform over 0..timesteps-1; flip has probability 1/2, or 0 without random_flip.
+    shape: (C, H, W); t is uniform over 0..timesteps-1, or as t_sampler has it; flip has probability 1/2, or 0
+    without random_flip.
     """
-    t = rng.integers(seed, Stream.TIMESTEP, step, rows, timesteps)
+    if t_sampler is None:
+        t = rng.integers(seed, Stream.TIMESTEP, step, rows, timesteps)
+        weight = torch.ones(len(rows), device=rows.device)
+    else:
+        t, weight = t_sampler.sample(rng.uniform(seed, Stream.TIMESTEP, step, rows))
     eps = rng.normal(seed, Stream.NOISE, step, rows, shape, rows.device)
     flip = rng.integers(seed, Stream.FLIP, step, rows, 2) == 1
-    return Draws(t, eps, flip & random_flip)
+    return Draws(t, weight, eps, flip & random_flip)
 
 
 def drop_labels(seed: int, step: int, rows: Tensor, labels: Tensor, share: float) -> Tensor:
@@ -218,7 +174,9 @@ def train_step(
     forward: nn.Module | None = None,
     context: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """One update on this worker's slice of the global batch (Algorithm 1). Never waits for the device.
+    """One update on this worker's slice of the global batch (Algorithm 1).
+
+    Never waits for the device (importance sampling of t apart).
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU,
     consecutive places in the global batch of config.batch_size; context: int64 labels (N,). `forward` is the
@@ -229,15 +187,18 @@ def train_step(
     grad_norm before clipping (with grad_clip_group, the mean norm of this worker's groups).
     """
     net = state.net if forward is None else forward
-    parts = _parts(state.step, diffusion, x_0, rows, context, config, seed)
+    parts = _parts(state, diffusion, x_0, rows, context, config, seed)
     state.optimizer.zero_grad(set_to_none=True)
     if config.grad_clip_group is None:
-        loss = _backward(net, diffusion, parts, config, world_size)
+        losses = _backward(net, diffusion, parts, config, world_size)
         grad_norm = _clip(state.net, config.grad_clip)
     else:
-        loss, grad_norm = _backward_clipped(net, diffusion, parts, config, world_size)
+        losses, grad_norm = _backward_clipped(net, diffusion, parts, config, world_size)
+    if state.t_sampler is not None:
+        _remember(state.t_sampler, parts, losses, rows, config.batch_size, world_size)
     _update(state, config)
-    return {"loss": loss, "grad_norm": grad_norm}
+    weight = torch.cat([part.weight for part in parts])
+    return {"loss": (losses * weight).sum() * (world_size / config.batch_size), "grad_norm": grad_norm}
 
 
 class _Part(NamedTuple):
@@ -245,13 +206,14 @@ class _Part(NamedTuple):
 
     x_0: Tensor
     t: Tensor
+    weight: Tensor
     eps: Tensor
     context: Tensor | None
     dropout_seed: int
 
 
 def _parts(
-    step: int,
+    state: TrainState,
     diffusion: Diffusion,
     x_0: Tensor,
     rows: Tensor,
@@ -260,9 +222,12 @@ def _parts(
     seed: int,
 ) -> list[_Part]:
     """Make the draws, flip, and cut the slice into `accumulate` parts or into groups for clipping."""
-    on_device = rows.to(x_0.device, non_blocking=True)
-    shape = tuple(x_0.shape[1:])
-    t, eps, flip = draw_batch(seed, step, on_device, shape, len(diffusion), config.random_flip)
+    if (diffusion.config.t_sampling == "importance") != (state.t_sampler is not None):
+        raise ValueError("t_sampling=importance needs TrainState.create(config, net, diffusion.config)")
+    step, on_device = state.step, rows.to(x_0.device, non_blocking=True)
+    t, weight, eps, flip = draw_batch(
+        seed, step, on_device, tuple(x_0.shape[1:]), len(diffusion), config.random_flip, state.t_sampler
+    )
     x_0 = images.from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
     x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
     if context is not None:
@@ -271,6 +236,7 @@ def _parts(
         _Part(
             x_0[cut],
             t[cut],
+            weight[cut],
             eps[cut],
             None if context is None else context[cut],
             rng.torch_seed(seed, Stream.DROPOUT, step, int(rows[cut.start])),
@@ -306,16 +272,16 @@ def _losses(net: nn.Module, diffusion: Diffusion, part: _Part, precision: str) -
 def _backward(
     net: nn.Module, diffusion: Diffusion, parts: list[_Part], config: TrainConfig, world_size: int
 ) -> Tensor:
-    """Leave the gradient in p.grad, averaged by DDP on the last part only; return this worker's loss."""
+    """Leave the gradient in p.grad, averaged by DDP on the last part only; return the losses (N,)."""
     no_sync = getattr(net, "no_sync", nullcontext)
-    weight = world_size / config.batch_size  # DDP divides by world_size
-    loss = torch.zeros((), device=parts[0].x_0.device)
+    found = []
     for part in parts:
         with nullcontext() if part is parts[-1] else no_sync():
-            share = _losses(net, diffusion, part, config.precision).sum() * weight
-            share.backward()
-        loss += share.detach()
-    return loss
+            losses = _losses(net, diffusion, part, config.precision)
+            # DDP divides by world_size
+            ((losses * part.weight).sum() * (world_size / config.batch_size)).backward()
+        found.append(losses.detach())
+    return torch.cat(found)
 
 
 def _backward_clipped(
@@ -329,22 +295,37 @@ def _backward_clipped(
     net = getattr(net, "module", net)
     parameters = list(net.parameters())
     mean = [torch.zeros_like(p) for p in parameters]
-    losses, norms = [], []
+    found, norms = [], []
     for part in parts:
-        loss = _losses(net, diffusion, part, config.precision).mean()
-        gradient = torch.autograd.grad(loss, parameters)
+        losses = _losses(net, diffusion, part, config.precision)
+        gradient = torch.autograd.grad((losses * part.weight).mean(), parameters)
         norm = nn.utils.get_total_norm(gradient)
         share = _clip_factor(norm, config.grad_clip) * (len(part.t) / config.batch_size)
         torch._foreach_add_(mean, torch._foreach_mul(gradient, share))
-        losses.append(loss.detach())
+        found.append(losses.detach())
         norms.append(norm)
     if world_size > 1:
         _all_reduce(mean)
     for p, gradient_mean in zip(parameters, mean, strict=True):
         p.grad = gradient_mean
-    images_here = sum(len(part.t) for part in parts)
-    weight = images_here * world_size / config.batch_size
-    return torch.stack(losses).mean() * weight, torch.stack(norms).mean()
+    return torch.cat(found), torch.stack(norms).mean()
+
+
+def _remember(
+    t_sampler: ImportanceSampler,
+    parts: list[_Part],
+    losses: Tensor,
+    rows: Tensor,
+    batch_size: int,
+    world_size: int,
+) -> None:
+    """Give the history the whole global batch, in its order, so that every worker holds the same."""
+    batch = torch.zeros(2, batch_size, dtype=torch.float64, device=losses.device)
+    batch[0, rows[0] : rows[-1] + 1] = torch.cat([part.t for part in parts]).double()
+    batch[1, rows[0] : rows[-1] + 1] = losses.double()
+    if world_size > 1:
+        dist.all_reduce(batch)
+    t_sampler.update(batch[0].long(), batch[1].float())
 
 
 def _all_reduce(tensors: list[Tensor]) -> None:

@@ -58,18 +58,18 @@ def config(**changes):
     return dataclasses.replace(CONFIG, **changes)
 
 
-def small_state(settings, dropout=0.0, memory_format=torch.channels_last, seed=3):
+def small_state(settings, dropout=0.0, memory_format=torch.channels_last, seed=3, diffusion=DIFFUSION):
     """A small U-Net whose branches are awake: at its initial weights nearly no gradient passes them."""
     net = build_network(dataclasses.replace(UNET, dropout=dropout), 8, 1, 1, seed=2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
-    return TrainState.create(settings, net.to(memory_format=memory_format))
+    return TrainState.create(settings, net.to(memory_format=memory_format), diffusion.config)
 
 
-def step(state, settings, rows=ROWS, **kwargs):
-    return train_step(state, DIFFUSION, PIXELS[rows], rows, config=settings, seed=SEED, **kwargs)
+def step(state, settings, rows=ROWS, diffusion=DIFFUSION, **kwargs):
+    return train_step(state, diffusion, PIXELS[rows], rows, config=settings, seed=SEED, **kwargs)
 
 
 def gradients(state):
@@ -300,12 +300,12 @@ def _worker(rank, world_size, path, settings, rows):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}/store", rank=rank, world_size=world_size)
     for name, one in settings.items():
-        state = small_state(one)
+        state = small_state(one, diffusion=IMPORTANCE)
         ddp = nn.parallel.DistributedDataParallel(state.net)
         for _ in range(2):
-            step(state, one, rows[name][rank], world_size=world_size, forward=ddp)
-        if rank == 0:
-            torch.save(gradients(state), f"{path}/{name}.pt")
+            step(state, one, rows[name][rank], IMPORTANCE, world_size=world_size, forward=ddp)
+        if rank == 1:
+            torch.save(gradients(state) | {"history": state.t_sampler.losses}, f"{path}/{name}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -320,11 +320,62 @@ def test_two_processes_equal_one(tmp_path):
         worker.join(timeout=120)
         assert worker.exitcode == 0
     for name, one in settings.items():
-        state = small_state(one)
+        state = small_state(one, diffusion=IMPORTANCE)
         for _ in range(2):
-            step(state, one)
+            step(state, one, diffusion=IMPORTANCE)
         saved = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        assert_close(saved, gradients(state), rtol=1e-4, atol=1e-6)
+        expected = gradients(state) | {"history": state.t_sampler.losses}
+        assert_close(saved, expected, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ importance-sampled t
+
+IMPORTANCE = Diffusion(DiffusionConfig(timesteps=3, t_sampling="importance"))
+
+
+def test_importance_sampling_learns_from_the_whole_batch_and_resumes():
+    settings = config(lr=1e-30, batch_size=8)
+    state = small_state(settings, diffusion=IMPORTANCE)
+    for _ in range(8):  # 64 losses over 3 timesteps: enough for each
+        step(state, settings, diffusion=IMPORTANCE)
+    sampler = state.t_sampler
+    assert int(sampler.counts.sum()) == 64
+    assert sampler.probabilities().max() > 0.34  # no longer uniform
+
+    resumed = small_state(settings, diffusion=IMPORTANCE, seed=9)
+    resumed.load_tensors(state.tensors())
+    draws = draw_batch(SEED, 8, ROWS, (1, 8, 8), 3, True, resumed.t_sampler)
+    torch.testing.assert_close(draws.weight, (1 / (3 * sampler.probabilities()[draws.t])).float())
+    metrics = step(resumed, settings, diffusion=IMPORTANCE)
+    expected = step(state, settings, diffusion=IMPORTANCE)
+    assert torch.equal(metrics["loss"], expected["loss"])
+    assert torch.equal(resumed.t_sampler.losses, sampler.losses)
+
+
+def test_importance_weights_reach_loss_and_gradient():
+    settings = config(grad_clip=None)
+    state = TrainState.create(settings, Affine(), IMPORTANCE.config)
+    state.t_sampler.counts.fill_(10)
+    state.t_sampler.losses.copy_(torch.tensor([[1.0], [2.0], [5.0]]).expand(3, 10))
+    draws = draw_batch(SEED, 0, ROWS, (1, 8, 8), 3, True, state.t_sampler)
+    metrics = step(state, settings, diffusion=IMPORTANCE)
+    x_t, t = state.net.seen[0][:2]
+    assert torch.equal(t, draws.t)
+    error = 0.3 * x_t - 0.2 - draws.eps
+    losses = error.square().mean(dim=(1, 2, 3))
+    assert metrics["loss"].item() == pytest.approx((draws.weight * losses).mean().item(), rel=1e-5)
+    slope = (draws.weight * (2 * error).mean(dim=(1, 2, 3))).mean()
+    assert state.net.b.grad.item() == pytest.approx(slope.item(), rel=1e-4)
+    for timestep in range(3):  # the history takes the losses without their weights
+        newest = losses[t == timestep].sort().values
+        kept = state.t_sampler.losses[timestep].sort().values
+        assert all(torch.isclose(kept, value, rtol=1e-5).any() for value in newest)
+
+
+def test_importance_sampling_needs_its_history():
+    state = TrainState.create(CONFIG, Affine())
+    with pytest.raises(ValueError, match="t_sampling=importance"):
+        step(state, CONFIG, diffusion=IMPORTANCE)
 
 
 # ---------------------------------------------------------------------------------------------- the state
