@@ -4,7 +4,19 @@ from ddpm.diffusion import Diffusion, DiffusionConfig
 from ddpm.ema import EMA
 from ddpm.images import from_uint8, to_uint8
 from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
-from ddpm.sampler import Step, ancestral, ddim, reverse, sample
+from ddpm.sampler import (
+    Step,
+    ancestral,
+    ddim,
+    few_steps_warning,
+    guided,
+    interpolate,
+    progressive,
+    reverse,
+    sample,
+    shared_latent,
+)
+from ddpm.timesteps import ImportanceSampler
 from ddpm.training import TrainConfig, TrainState, train_step
 from ddpm.unet import UNet, UNetConfig
 
@@ -12,6 +24,7 @@ __all__ = [
     "EMA",
     "Diffusion",
     "DiffusionConfig",
+    "ImportanceSampler",
     "Likelihood",
     "Step",
     "TrainConfig",
@@ -21,10 +34,15 @@ __all__ = [
     "ancestral",
     "bits_per_dim",
     "ddim",
+    "few_steps_warning",
     "from_uint8",
+    "guided",
+    "interpolate",
+    "progressive",
     "rate_distortion",
     "reverse",
     "sample",
+    "shared_latent",
     "to_uint8",
     "train_step",
 ]

@@ -224,7 +224,7 @@ def interpolate(
 ) -> Tensor:
     """Images between x_a and x_b (N, C, H, W): latents after so many diffusion steps, mixed and reversed.
 
-    Sec. 4.3 and Fig. 8. weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W)
+    Sec. 4.4 and Fig. 8. weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W)
     diffuses both images. More steps mix coarser features (Fig. 9); 0 steps mix the pixels.
     """
     mix = torch.as_tensor(weight, dtype=x_a.dtype, device=x_a.device).reshape(-1, 1, 1, 1)
