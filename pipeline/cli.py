@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         command = _add(commands, name, text, _stage)
         command.set_defaults(last="report" if name == "run" else name)
         _takes_experiment(command)
-    _takes_experiment(_add(commands, "show", "the resolved configuration and its keys; starts nothing", _show))
+    _takes_experiment(
+        _add(commands, "show", "the resolved configuration and its keys; starts nothing", _show)
+    )
     status = _add(commands, "status", "the runs, their stages, progress and scores", _status)
     status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(status)
@@ -111,7 +113,9 @@ def _takes_experiment(parser: argparse.ArgumentParser) -> None:
 
 
 def _cluster_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)")
+    parser.add_argument(
+        "--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)"
+    )
 
 
 def _load(options: Any) -> tuple[Any, Any]:
@@ -121,7 +125,9 @@ def _load(options: Any) -> tuple[Any, Any]:
     words = options.arguments
     named = [word for word in words if "=" not in word]
     if len(named) > 1:
-        raise ConfigError(f"one experiment at a time, not {' and '.join(named)}; overrides are written key=value")
+        raise ConfigError(
+            f"one experiment at a time, not {' and '.join(named)}; overrides are written key=value"
+        )
     overrides = [word for word in words if "=" in word]
     own = [word for word in overrides if not word.startswith("cluster.")]
     loaded, problems = [], []
@@ -157,11 +163,7 @@ def _stage(options: Any) -> int:
     from pipeline import stages
 
     experiment, cluster = _load(options)
-    try:
-        run = stages.execute(experiment, cluster, options.last)
-    except stages.Interrupted:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    run = stages.execute(experiment, cluster, options.last)
     for what, where in stages.whereabouts(run, cluster):
         say(f"{what:>10}: {where}")
     return 0

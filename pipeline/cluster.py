@@ -222,7 +222,9 @@ def _start_ray(address: str | None) -> None:
         else:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        where = f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
+        where = (
+            f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
+        )
         raise PipelineError(f"{where} cannot be reached or started: {_last_line(error)}") from error
 
 

@@ -167,9 +167,7 @@ def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> dict[
     return manifest
 
 
-def read_manifest(
-    directory: Path, check: Literal["size", "sha256"] | None = "size"
-) -> dict[str, Any] | None:
+def read_manifest(directory: Path, check: Literal["size", "sha256"] | None = "size") -> dict[str, Any] | None:
     """The manifest of `directory`, or None where it was never sealed.
 
     Raises PipelineError naming the first listed file that is missing or differs.
@@ -187,7 +185,9 @@ def read_manifest(
 def check_file(path: Path, facts: dict[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
     """Raise PipelineError unless `path` is the file that `facts` describes."""
     if not path.exists():
-        raise PipelineError(f"{path} is missing although its manifest lists it; delete {path.parent} to rebuild")
+        raise PipelineError(
+            f"{path} is missing although its manifest lists it; delete {path.parent} to rebuild"
+        )
     size = path.stat().st_size
     if size != facts["bytes"]:
         raise PipelineError(

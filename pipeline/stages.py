@@ -13,8 +13,6 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pipeline import config, sources
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
@@ -32,8 +30,8 @@ BEFORE: dict[str, tuple[str, ...]] = {
 }
 
 
-class Interrupted(Exception):
-    """A person or the system asked the command to stop; what was done is on disk."""
+class Interrupted(KeyboardInterrupt):
+    """A person or the system asked the command to stop, and it did so at a safe point."""
 
 
 def _module(stage: str) -> Any:
@@ -49,7 +47,9 @@ def storage_root(cluster: ClusterConfig) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise PipelineError(f"the storage root {root} cannot be written ({error.strerror}); set cluster.storage") from error
+        raise PipelineError(
+            f"the storage root {root} cannot be written ({error.strerror}); set cluster.storage"
+        ) from error
     return root
 
 
@@ -110,7 +110,12 @@ class _Work:
         self.run.stop_file.unlink(missing_ok=True)
         try:
             self.stack.enter_context(
-                tracking.Mirror(uri or tracking.default_uri(self.run.storage), self.experiment.name, self.experiment, self.run)
+                tracking.Mirror(
+                    uri or tracking.default_uri(self.run.storage),
+                    self.experiment.name,
+                    self.experiment,
+                    self.run,
+                )
             )
             self.stack.enter_context(self.interrupt)
         except BaseException:
@@ -128,7 +133,11 @@ class _Work:
             else:
                 from pipeline.cluster import Session
 
-                say("starting Ray" if self.cluster.ray_address is None else f"joining Ray at {self.cluster.ray_address}")
+                say(
+                    "starting Ray"
+                    if self.cluster.ray_address is None
+                    else f"joining Ray at {self.cluster.ray_address}"
+                )
                 session = Session(self.cluster, self.interrupt.requested)
                 self.executor = self.stack.enter_context(session)
                 self.interrupt.install()  # ray.init replaces the handler of SIGTERM
@@ -151,7 +160,10 @@ class _Work:
         steps = self.experiment.train.steps
         start = max([step for step in checkpoint.steps_on_disk(self.run.train) if step <= steps], default=0)
         executor = self._start_executor()
-        with bar("train", steps, "steps", start) as shown, _following(lambda: _show_point(shown, self.run, start, steps)):
+        with (
+            bar("train", steps, "steps", start) as shown,
+            _following(lambda: _show_point(shown, self.run, start, steps)),
+        ):
             executor.run_workers(train.body, self.experiment, self.run)
         self._leave_if_interrupted()
 
@@ -243,8 +255,7 @@ class Interrupt:
 
 def _write_experiment(experiment: Experiment, run: Run) -> None:
     """The resolved configuration, with what it was made with: the record that a run directory opens with."""
-    tree = {**config.to_dict(experiment), "made_with": made_with()}
-    write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))
+    write_text(run.experiment_yaml, config.to_yaml(experiment, made_with=made_with()))
 
 
 def made_with() -> dict[str, Any]:
@@ -264,10 +275,14 @@ def _commit() -> str | None:
     here = Path(__file__).parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -40,7 +40,11 @@ def _row(path: Path) -> list[str]:
         experiment = config.load_experiment(str(path / "experiment.yaml"), [])
     except PipelineError:
         return [path.name, "unreadable experiment.yaml", "", "", "", ""]
-    steps = [step for step in checkpoint.steps_on_disk(path / "train") if checkpoint.is_saved(path / "train" / f"step_{step:08d}")]
+    steps = [
+        step
+        for step in checkpoint.steps_on_disk(path / "train")
+        if checkpoint.is_saved(path / "train" / f"step_{step:08d}")
+    ]
     sets = [read_json(file) for file in path.glob("samples/*/manifest.json")]
     drawn = sum(split["count"] for index in sets for split in index["splits"].values())
     return [
@@ -85,7 +89,16 @@ def _machine() -> list[tuple[str, str]]:
 
 def _libraries() -> list[tuple[str, str]]:
     found = []
-    for package in ("torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "safetensors"):
+    for package in (
+        "torch",
+        "torchvision",
+        "ray",
+        "mlflow",
+        "webdataset",
+        "torch-fidelity",
+        "omegaconf",
+        "safetensors",
+    ):
         try:
             found.append((package, metadata.version(package)))
         except metadata.PackageNotFoundError:

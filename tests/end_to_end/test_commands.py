@@ -23,7 +23,9 @@ def command(storage: Path, *words: str, verb: str = "run") -> list[str]:
 
 
 def ddpm(storage: Path, *words: str, verb: str = "run") -> subprocess.CompletedProcess:
-    return subprocess.run(command(storage, *words, verb=verb), env=ENVIRONMENT, capture_output=True, text=True)
+    return subprocess.run(
+        command(storage, *words, verb=verb), env=ENVIRONMENT, capture_output=True, text=True
+    )
 
 
 def run_directory(storage: Path) -> Path:
@@ -40,7 +42,10 @@ def mlflow_points(storage: Path, metric: str) -> list[tuple[int, int, float]]:
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny")
-    (run,) = client.search_runs([experiment.experiment_id], filter_string="tags.`mlflow.parentRunId` = 'none' or attributes.run_name != ''")
+    (run,) = client.search_runs(
+        [experiment.experiment_id],
+        filter_string="tags.`mlflow.parentRunId` = 'none' or attributes.run_name != ''",
+    )
     history = client.get_metric_history(run.info.run_id, metric)
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
@@ -81,7 +86,9 @@ def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
         "assert 'ray' not in sys.modules, 'Ray was imported'; sys.exit(code)"
     )
     words = command(finished, "evaluate.metrics=[fid,is,nll]")[3:]
-    outcome = subprocess.run([sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True)
+    outcome = subprocess.run(
+        [sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert outcome.returncode == 0, outcome.stderr
     assert "everything up to date" in outcome.stdout
 
@@ -117,14 +124,23 @@ def untouched(tmp_path_factory) -> Path:
     return storage
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130)]
+)
 def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, number, code):
-    first = subprocess.Popen(command(tmp_path, *LONGER, verb="train"), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = subprocess.Popen(
+        command(tmp_path, *LONGER, verb="train"),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     wait_for_checkpoint(first, tmp_path)
     first.send_signal(number)
     first.communicate(timeout=60)
     assert first.returncode == code
-    assert not (run_directory(tmp_path) / "train" / "step_00000060").exists(), "stopped too late to prove anything"
+    assert not (run_directory(tmp_path) / "train" / "step_00000060").exists(), (
+        "stopped too late to prove anything"
+    )
     again = ddpm(tmp_path, *LONGER, verb="train")
     assert again.returncode == 0, again.stderr
     ours, theirs = final_state(tmp_path, 60), final_state(untouched, 60)

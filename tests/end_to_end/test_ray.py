@@ -18,12 +18,29 @@ from pipeline.errors import PipelineError
 pytestmark = pytest.mark.ray
 
 # 17 images a batch do not divide by two: the slices are uneven. 50 steps, dropout 0, fp32.
-EXPERIMENT = [*TINY, "train.steps=50", "train.batch_size=17", "train.checkpoint_every=25", "evaluate.metrics=[fid,is,nll]"]
+EXPERIMENT = [
+    *TINY,
+    "train.steps=50",
+    "train.batch_size=17",
+    "train.checkpoint_every=25",
+    "evaluate.metrics=[fid,is,nll]",
+]
 
 
 def ddpm(storage: Path, *words: str) -> Path:
-    arguments = [sys.executable, "-m", "pipeline", "run", "digits", *EXPERIMENT, f"cluster.storage={storage}", *words]
-    outcome = subprocess.run(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    arguments = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "run",
+        "digits",
+        *EXPERIMENT,
+        f"cluster.storage={storage}",
+        *words,
+    ]
+    outcome = subprocess.run(
+        arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     (run,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
     return run
@@ -38,7 +55,9 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["metrics"]["train/loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["metrics"]["train/loss"] for line in (run / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def test_one_and_two_workers_train_alike(runs):

@@ -44,7 +44,11 @@ def test_cifar10_is_the_paper():
     experiment = config.load_experiment("cifar10", [])
     assert experiment.model == UNetConfig()
     assert experiment.diffusion == Diffusion().config
-    assert (experiment.train.lr, experiment.train.warmup_steps, experiment.train.ema_decay) == (2e-4, 5000, (0.9999,))
+    assert (experiment.train.lr, experiment.train.warmup_steps, experiment.train.ema_decay) == (
+        2e-4,
+        5000,
+        (0.9999,),
+    )
 
 
 def test_all_faults_are_reported_at_once_with_suggestions():
@@ -128,7 +132,8 @@ def test_extending_a_run_keeps_its_key(override):
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=1", "train.lr=0.1", "model.dropout=0.4", "diffusion.beta_schedule=quad", "data.labels=11"]
+    "override",
+    ["seed=1", "train.lr=0.1", "model.dropout=0.4", "diffusion.beta_schedule=quad", "data.labels=11"],
 )
 def test_what_changes_a_number_changes_the_run_key(override):
     assert keys(override)[0] != keys()[0]

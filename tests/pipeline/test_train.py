@@ -34,7 +34,9 @@ def points(run):
     num_images=st.integers(1, 40), batch_size=st.integers(1, 50), workers=st.integers(1, 5),
     start=st.integers(0, 7), seed=st.integers(0, 2**40),
 )  # fmt: skip
-def test_every_image_once_per_epoch_for_any_workers_batch_and_start(num_images, batch_size, workers, start, seed):
+def test_every_image_once_per_epoch_for_any_workers_batch_and_start(
+    num_images, batch_size, workers, start, seed
+):
     workers = min(workers, batch_size)
     steps = start + 3 * num_images // batch_size + 2
     seen = []
@@ -43,7 +45,9 @@ def test_every_image_once_per_epoch_for_any_workers_batch_and_start(num_images, 
         for rank in range(workers):
             rows = train.batch_slice(batch_size, rank, workers)
             seen += fresh.indices(step, batch_size, rows).tolist()
-    everything = train.Order(seed, num_images).indices(0, steps * batch_size, torch.arange(steps * batch_size))
+    everything = train.Order(seed, num_images).indices(
+        0, steps * batch_size, torch.arange(steps * batch_size)
+    )
     assert seen == everything[start * batch_size :].tolist()
     for epoch in everything.split(num_images)[: len(everything) // num_images]:
         assert sorted(epoch.tolist()) == list(range(num_images))

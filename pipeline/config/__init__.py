@@ -1,0 +1,44 @@
+"""Experiment (whatever may change a number) and Cluster (where it runs; it must not change one)."""
+
+from pipeline.config.keys import (
+    data_key,
+    evaluate_key,
+    figures_key,
+    hash_of,
+    run_content,
+    run_key,
+    sample_key,
+)
+from pipeline.config.load import load_cluster, load_experiment, to_dict, to_yaml
+from pipeline.config.sections import (
+    ClusterConfig,
+    DataConfig,
+    EvaluateConfig,
+    Experiment,
+    FiguresConfig,
+    SampleConfig,
+    checkpoint_step,
+    suggestion,
+)
+
+__all__ = [
+    "ClusterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "Experiment",
+    "FiguresConfig",
+    "SampleConfig",
+    "checkpoint_step",
+    "data_key",
+    "evaluate_key",
+    "figures_key",
+    "hash_of",
+    "load_cluster",
+    "load_experiment",
+    "run_content",
+    "run_key",
+    "sample_key",
+    "suggestion",
+    "to_dict",
+    "to_yaml",
+]

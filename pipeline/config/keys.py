@@ -1,0 +1,57 @@
+"""Keys hash content, never place: equal keys mean equal numbers, wherever the files lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.load import to_dict
+from pipeline.config.sections import Experiment, checkpoint_step
+from pipeline.rundir import sha256_of
+
+# What may change without making another run: how far it goes, and what is kept or shown on the way.
+_NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep"}
+
+
+def hash_of(content: Any) -> str:
+    """12 hex digits of the sha256 over canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def data_key(experiment: Experiment, fingerprint: str) -> str:
+    data = experiment.data
+    return hash_of([fingerprint, data.image_size, data.channels, data.labels, data.test_images])
+
+
+def run_content(experiment: Experiment) -> dict[str, Any]:
+    """What the run key hashes beside the data: also the parameters that a tracking server is told."""
+    dropped = _NOT_IN_RUN_KEY if experiment.train.lr_decay != "none" else _NOT_IN_RUN_KEY | {"steps"}
+    tree = to_dict(experiment)
+    train = {key: value for key, value in tree["train"].items() if key not in dropped}
+    return {"seed": tree["seed"], "diffusion": tree["diffusion"], "model": tree["model"], "train": train}
+
+
+def run_key(experiment: Experiment, data_key: str) -> str:
+    return hash_of([data_key, run_content(experiment)])
+
+
+def sample_key(experiment: Experiment, run_key: str) -> str:
+    """`num_images` is left out: asking for more images adds units."""
+    sampler = to_dict(experiment.sample)
+    del sampler["num_images"], sampler["checkpoint"]
+    return hash_of([run_key, checkpoint_step(experiment), sampler])
+
+
+def evaluate_key(experiment: Experiment, run_key: str) -> str:
+    evaluate = to_dict(experiment.evaluate)
+    weights = evaluate["extractor_weights"]
+    evaluate["extractor_weights"] = sha256_of(Path(weights)) if weights else None
+    return hash_of([sample_key(experiment, run_key), experiment.sample.num_images, evaluate])
+
+
+def figures_key(experiment: Experiment, run_key: str) -> str:
+    return hash_of(
+        [sample_key(experiment, run_key), experiment.sample.num_images, to_dict(experiment.figures)]
+    )

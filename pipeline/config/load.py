@@ -1,0 +1,197 @@
+"""From yaml files and overrides to the dataclasses. Every fault is reported at once, in one line each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddpm.backbones import NETWORKS
+from pipeline.config.sections import ClusterConfig, Experiment, suggestion
+from pipeline.errors import ConfigError
+
+# Finding and reading files
+
+
+def conf_folders() -> list[Path]:
+    """Where names are looked up: ./conf, then the conf/ that came with the program."""
+    package = Path(__file__).parent.parent
+    return [Path.cwd() / "conf", package / "conf", package.parent / "conf"]
+
+
+def find(name: str, kind: Literal["", "cluster", "sweep"] = "") -> Path:
+    """The file that `name` (a path, or a name in conf/) means."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        if Path(name).is_file():
+            return Path(name)
+        raise ConfigError(f"{name} does not exist; give the path of a yaml file, or a name in conf/{kind}")
+    folders = [folder / kind for folder in conf_folders()]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise ConfigError(
+        f"no {kind or 'experiment'} is named '{name}'{suggestion(name, known)}; known: {', '.join(known)}"
+    )
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
+    """The tree of a yaml file laid over its `base:`."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `base:` leads back to the file itself")
+    try:
+        tree = OmegaConf.load(path)
+    except Exception as error:  # PyYAML's errors share no narrow base with OmegaConf's
+        raise ConfigError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(tree):
+        raise ConfigError(f"{path} holds no keys")
+    tree.pop("made_with", None)  # a run directory's experiment.yaml can be run again
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / f"{base}.yaml"
+    parent = _read(beside if beside.is_file() else find(base), (*seen, path.resolve()))
+    parent.pop("name", None)  # a name belongs to the file that says it
+    return OmegaConf.merge(parent, tree)
+
+
+def _with_overrides(tree: Any, overrides: list[str]) -> Any:
+    bad = [item for item in overrides if "=" not in item or item.startswith("=")]
+    if bad:
+        raise ConfigError([f"'{item}' is no override; write key=value" for item in bad])
+    try:
+        return OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+    except Exception as error:
+        raise ConfigError(f"an override cannot be applied: {' '.join(str(error).split())}") from error
+
+
+# From trees to dataclasses, collecting every fault
+
+
+def _section(cls: type, values: Any, where: str, faults: list[str]) -> Any:
+    """An instance of the dataclass `cls` from a mapping, or None with what is wrong added to `faults`."""
+    types = typing.get_type_hints(cls)
+    if not isinstance(values, dict):
+        faults.append(f"{where} is {values!r}; it is a section with the keys {', '.join(types)}")
+        return None
+    before = len(faults)
+    faults += [f"{where}.{key} is unknown{suggestion(str(key), types)}" for key in values if key not in types]
+    faults += [f"{where}.{name} is missing" for name in types if name not in values]
+    typed = OmegaConf.structured(cls)
+    for name in types.keys() & values.keys():
+        try:
+            typed = OmegaConf.merge(typed, {name: _as_tuple(values[name], types[name])})
+        except OmegaConfBaseException:
+            faults.append(f"{where}.{name} is {values[name]!r}; {_expected(types[name])} is expected")
+    return OmegaConf.to_object(typed) if len(faults) == before else None
+
+
+def _as_tuple(value: Any, expected: Any) -> Any:
+    """One value stands for a list of one."""
+    return [value] if typing.get_origin(expected) is tuple and not isinstance(value, list) else value
+
+
+def _expected(kind: Any) -> str:
+    """A type in a user's words."""
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_expected(typing.get_args(kind)[0])}"
+    options = typing.get_args(kind)
+    if options:
+        return " or ".join("null" if option is type(None) else _expected(option) for option in options)
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(
+        kind, str(kind)
+    )
+
+
+def _sections(tree: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The sections of an experiment, each an instance, or None where it has faults."""
+    types = typing.get_type_hints(Experiment)
+    model = tree.get("model")
+    name = model.get("name", "unet") if isinstance(model, dict) else "unet"
+    if name in NETWORKS:
+        types["model"] = NETWORKS[name][0]
+    else:
+        faults.append(
+            f"model.name is '{name}'{suggestion(str(name), NETWORKS)}; known: {', '.join(NETWORKS)}"
+        )
+        del types["model"]
+    known = [
+        *types,
+        *(
+            f"{s}.{k}"
+            for s, cls in types.items()
+            if dataclasses.is_dataclass(cls)
+            for k in typing.get_type_hints(cls)
+        ),
+    ]
+    for key in tree.keys() - typing.get_type_hints(Experiment).keys():
+        inner = [full for full in known if full.endswith(f".{key}")]
+        faults.append(f"{key} is unknown{suggestion(inner[0] if inner else str(key), known)}")
+    faults += [f"{key} is missing" for key in types if key not in tree]
+    return {
+        key: _section(cls, tree[key], key, faults)
+        for key, cls in types.items()
+        if key in tree and dataclasses.is_dataclass(cls)
+    }
+
+
+def load_experiment(name: str, overrides: list[str]) -> Experiment:
+    """Read, override, check. Raises ConfigError holding every fault, one line each."""
+    path = find(name)
+    loaded = _with_overrides(_read(path), overrides)
+    tree = OmegaConf.to_container(loaded, resolve=True)
+    tree.setdefault("name", path.stem)
+    faults: list[str] = []
+    sections = _sections(tree, faults)
+    if not isinstance(tree.get("seed"), int):
+        faults.append(f"seed is {tree.get('seed')!r}; a whole number is expected")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(tree["name"])):
+        faults.append(f"name is {tree['name']!r}; it names a folder: letters, digits, '.', '_' and '-' only")
+    for key, section in sections.items():
+        if section is not None and key != "model":
+            faults += [f"{key}.{inner} {message}" for inner, message in section.problems()]
+    if faults:
+        raise ConfigError(faults)
+    sections["data"] = _absolute(sections["data"], "path")
+    sections["evaluate"] = _absolute(sections["evaluate"], "extractor_weights")
+    experiment = Experiment(name=str(tree["name"]), seed=tree["seed"], **sections)
+    faults = [f"{key} {message}" for key, message in experiment.problems()]
+    if faults:
+        raise ConfigError(faults)
+    return experiment
+
+
+def _absolute(section: Any, key: str) -> Any:
+    """The section with a path that means the same in every process: workers have other working folders."""
+    path = getattr(section, key)
+    return dataclasses.replace(section, **{key: str(Path(path).expanduser().absolute())}) if path else section
+
+
+def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
+    """The same for conf/cluster/; `overrides` without their `cluster.`."""
+    tree = OmegaConf.to_container(_with_overrides(_read(find(name, "cluster")), overrides), resolve=True)
+    faults: list[str] = []
+    cluster = _section(ClusterConfig, tree, "cluster", faults)
+    if cluster is not None:
+        faults = [f"cluster.{key} {message}" for key, message in cluster.problems()]
+    if faults:
+        raise ConfigError(faults)
+    return cluster
+
+
+def to_dict(section: Any) -> dict[str, Any]:
+    """A dataclass as plain containers, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(section)))
+
+
+def to_yaml(section: Any, **more: Any) -> str:
+    """A dataclass as yaml, with `more` top-level keys after its own."""
+    return OmegaConf.to_yaml(OmegaConf.create({**to_dict(section), **more}))

@@ -1,0 +1,199 @@
+"""What an experiment and a cluster consist of: frozen dataclasses, and what makes their values wrong.
+
+The sections of the science (diffusion, model, train) stand beside the code that they configure, in `ddpm`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ddpm.diffusion import DiffusionConfig
+from ddpm.training import TrainConfig
+
+Problems = list[tuple[str, str]]
+
+METRICS = ("fid", "is", "nll")
+FIGURES = ("samples", "progressive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and what shape they have. `labels` is the number of classes, 0 for none;
+    `test_images` are held out where the source has no test split of its own."""
+
+    source: Literal["cifar10", "digits", "folder", "npy"]
+    path: str | None
+    image_size: int
+    channels: int
+    labels: int
+    images_per_shard: int
+    test_images: int
+    resize: Literal["crop", "refuse"]
+    max_undecodable: int
+
+    def problems(self) -> Problems:
+        found = _at_least(self, image_size=2, labels=0, images_per_shard=1, test_images=0, max_undecodable=0)
+        if self.channels not in (1, 3):
+            found.append(("channels", f"is {self.channels}; images are grey (1) or colour (3)"))
+        if self.source in ("folder", "npy") and self.path is None:
+            found.append(("path", f"is null; data.source={self.source} needs the place of the images"))
+        return found
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How samples are drawn. `steps` null = all T; `variance` null = diffusion.variance; `checkpoint` is
+    `last` (step train.steps) or a step. A work unit is `batch_size` images."""
+
+    num_images: int
+    sampler: Literal["ancestral", "ddim"]
+    steps: int | None
+    eta: float
+    variance: Literal["fixedlarge", "fixedsmall"] | None
+    batch_size: int
+    weights: Literal["ema", "raw"]
+    checkpoint: str
+
+    def problems(self) -> Problems:
+        found = _at_least(self, num_images=1, batch_size=1)
+        if self.steps is not None:
+            found += _at_least(self, steps=1)
+        if not 0 <= self.eta <= 1:
+            found.append(("eta", f"is {self.eta}; it lies in [0, 1]: 0 is deterministic, 1 ancestral"))
+        if self.checkpoint != "last" and not self.checkpoint.isdigit():
+            found.append(("checkpoint", f"is '{self.checkpoint}'; use last or a step number"))
+        return found
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which scores, and their protocol. `nll_images` null = the whole test split."""
+
+    metrics: tuple[str, ...]
+    features: Literal["inception-v3-compat", "classifier", "projection"]
+    extractor_weights: str | None
+    reference: Literal["train", "test"]
+    nll_images: int | None
+    nll_batch_size: int
+    decoder: Literal["tanh", "erf"]
+    variance: Literal["fixedlarge", "fixedsmall"] | None
+
+    def problems(self) -> Problems:
+        found = _at_least(self, nll_batch_size=1) + _among(self, "metrics", METRICS)
+        if self.nll_images is not None:
+            found += _at_least(self, nll_images=1)
+        if self.extractor_weights and not Path(self.extractor_weights).is_file():
+            found.append(
+                ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """Which figures of the paper are drawn."""
+
+    which: tuple[str, ...]
+
+    def problems(self) -> Problems:
+        return _among(self, "which", FIGURES)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that may change a number."""
+
+    name: str
+    seed: int
+    data: DataConfig
+    diffusion: DiffusionConfig
+    model: Any
+    train: TrainConfig
+    sample: SampleConfig
+    evaluate: EvaluateConfig
+    figures: FiguresConfig
+
+    def problems(self) -> Problems:
+        """Faults that only several sections together show, each with its full key."""
+        found: Problems = []
+        if not 0 <= self.seed < 2**63:
+            found.append(("seed", f"is {self.seed}; it lies in [0, 2^63)"))
+        found += [(f"model.{key}", fault) for key, fault in self.model.problems(self.data.image_size)]
+        if (self.sample.steps or 0) > self.diffusion.timesteps:
+            found.append(
+                (
+                    "sample.steps",
+                    f"is {self.sample.steps}, more than diffusion.timesteps={self.diffusion.timesteps}",
+                )
+            )
+        if checkpoint_step(self) > self.train.steps:
+            found.append(
+                ("sample.checkpoint", f"is {self.sample.checkpoint}, beyond train.steps={self.train.steps}")
+            )
+        if self.evaluate.features == "classifier" and not self.data.labels:
+            found.append(
+                (
+                    "evaluate.features",
+                    "is classifier, which needs labels; use projection for unlabelled images",
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where it runs. Null means chosen from what the cluster has; `workers` 0 = this process, without Ray."""
+
+    workers: int | None
+    cpus_per_worker: int | None
+    gpus_per_worker: float | None
+    cpus_per_task: int
+    gpus_per_task: float | None
+    retries: int
+    ray_address: str | None
+    storage: str
+    tracking_uri: str | None
+
+    def problems(self) -> Problems:
+        found = _at_least(self, cpus_per_task=1, retries=0)
+        for key, least in (
+            ("workers", 0),
+            ("cpus_per_worker", 1),
+            ("gpus_per_worker", 0),
+            ("gpus_per_task", 0),
+        ):
+            if getattr(self, key) is not None:
+                found += _at_least(self, **{key: least})
+        return found
+
+
+def _at_least(section: Any, **least: float) -> Problems:
+    return [
+        (key, f"is {getattr(section, key)}; it must be at least {bound}")
+        for key, bound in least.items()
+        if getattr(section, key) < bound
+    ]
+
+
+def _among(section: Any, key: str, known: tuple[str, ...]) -> Problems:
+    return [
+        (key, f"has '{value}', which is unknown{suggestion(value, known)}; known: {', '.join(known)}")
+        for value in getattr(section, key)
+        if value not in known
+    ]
+
+
+def checkpoint_step(experiment: Experiment) -> int:
+    """The training step whose weights are sampled and scored."""
+    which = experiment.sample.checkpoint
+    return experiment.train.steps if which == "last" else int(which)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """' (did you mean x?)', or nothing when no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
