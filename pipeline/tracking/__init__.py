@@ -1,0 +1,13 @@
+"""The driver's mirror of a run directory into MLflow. The files are the authority, the server a copy.
+
+What there is to deliver is cut into parcels, each with a version; `tracking.json` in the run directory
+remembers, for every tracking URI, which version arrived. So a server that dies costs nothing: what it missed
+is delivered once it answers, by the driver or by `ddpm sync`. Sending a parcel twice leaves the server as
+sending it once does.
+"""
+
+from pipeline.tracking.mirror import Mirror, describe, sync
+from pipeline.tracking.session import check, default_uri
+from pipeline.tracking.ui import serve
+
+__all__ = ["Mirror", "check", "default_uri", "describe", "serve", "sync"]

@@ -1,0 +1,125 @@
+"""What a run directory holds for the tracking server, in parcels that are sent when their version changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from pipeline import config, rundir
+from pipeline.config import Experiment
+from pipeline.rundir import Run
+from pipeline.tracking.session import Session
+
+# Of the run key's content, what would only lengthen the list in the UI; experiment.yaml has it all.
+_NOT_SHOWN = {
+    "diffusion.t_sampling",
+    "model.norm_groups",
+    "model.resample",
+    "train.accumulate",
+    "train.grad_clip_group",
+    "train.label_dropout",
+    "train.deterministic",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A piece of the mirror. `version` changes with its content; `send` puts it onto the server."""
+
+    name: str
+    version: str
+    send: Callable[[Session], None]
+
+
+def _version(path: Path) -> str:
+    """Cheap, and safe because every file but the log comes into being whole."""
+    facts = path.stat()
+    return f"{facts.st_size}-{facts.st_mtime_ns}"
+
+
+def parcels(
+    experiment: Experiment, run: Run, tags: dict[str, str], delivered: dict[str, str]
+) -> Iterator[Parcel]:
+    """Everything that the run directory holds by now, in the order in which it is delivered."""
+    labels = _tags(run) | tags
+    parameters = _parameters(experiment, run)
+    describe = partial(Session.send_description, parameters=parameters, tags=labels)
+    yield Parcel("description", config.hash_of([parameters, labels]), describe)
+    if (run.data / rundir.MANIFEST).exists():
+        yield Parcel("dataset", run.data_key, Session.send_dataset)
+    start = int(delivered.get("log", 0))
+    end = _end_of_log(run.log, start)
+    if end:
+        yield Parcel("log", str(end), partial(Session.send_log, start=start if start <= end else 0, end=end))
+    for grid in sorted(run.grids.glob("[0-9]*.png")):
+        yield Parcel(f"grid {grid.stem}", "1", partial(Session.send_grid, grid=grid))
+    steps = sorted(int(meta.parent.name[5:]) for meta in run.train.glob("step_*/meta.json"))
+    if steps:
+        yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
+    headline = run.evaluation(config.evaluate_key(experiment, run.run_key))
+    for scores in sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json")):
+        is_headline = scores.parent == headline
+        method = Session.send_scores if is_headline else Session.send_evaluation
+        name = f"{'scores' if is_headline else 'evaluation'} {scores.parent.name}"
+        yield Parcel(name, _version(scores), partial(method, scores=scores))
+    for folder, file in _artifacts(experiment, run):
+        send = partial(Session.send_file, file=file, folder=folder)
+        yield Parcel(f"artifact {folder}/{file.name}", _version(file), send)
+
+
+def _artifacts(experiment: Experiment, run: Run) -> Iterator[tuple[str, Path]]:
+    """(folder on the server, file): the configuration, and what belongs to the headline evaluation."""
+    evaluation = run.evaluation(config.evaluate_key(experiment, run.run_key))
+    figures = run.figures(config.figures_key(experiment, run.run_key))
+    wanted = {
+        "": [run.experiment_yaml],
+        "samples": [run.samples(config.sample_key(experiment, run.run_key)) / "grid.png"],
+        "evaluation": [evaluation / "metrics.json", evaluation / "nll.json"],
+        "figures": sorted(figures.glob("*.png")) + sorted(figures.glob("*.svg")),
+        "report": [file for file in sorted(run.report.glob("*")) if file.name != rundir.MANIFEST],
+    }
+    for folder, files in wanted.items():
+        yield from ((folder, file) for file in files if file.is_file())
+
+
+def _end_of_log(path: Path, start: int) -> int:
+    """Bytes up to the end of the last whole line."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        if start > file.seek(0, os.SEEK_END):
+            start = 0
+        file.seek(start)
+        return start + file.read().rfind(b"\n") + 1
+
+
+def _tags(run: Run) -> dict[str, str]:
+    """What experiment.yaml says of where the run was made, and the keys."""
+    tree = yaml.safe_load(run.experiment_yaml.read_text()) if run.experiment_yaml.exists() else {}
+    made = tree.get("made_with") or {}
+    tags = {"run_key": run.run_key, "data_key": run.data_key}
+    if made.get("commit"):
+        tags |= {"commit": made["commit"], "mlflow.source.git.commit": made["commit"]}
+    return tags | {f"version.{name}": str(version) for name, version in (made.get("versions") or {}).items()}
+
+
+def _parameters(experiment: Experiment, run: Run) -> dict[str, str]:
+    """About 25, all determined by the run key, because MLflow lets no parameter change."""
+    content = config.run_content(experiment)
+    shown = {
+        "seed": str(content.pop("seed")),
+        "data.source": run.source,
+        "data.image_size": str(experiment.data.image_size),
+    }
+    for section, values in content.items():
+        named = {f"{section}.{key}": str(value) for key, value in values.items()}
+        shown |= {key: value for key, value in named.items() if key not in _NOT_SHOWN}
+    if (run.data / rundir.MANIFEST).exists():
+        splits = rundir.read_json(run.data / rundir.MANIFEST)["splits"]
+        shown |= {f"data.{name}_images": str(split["count"]) for name, split in splits.items()}
+    return shown

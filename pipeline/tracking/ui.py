@@ -1,0 +1,86 @@
+"""The MLflow UI on a storage root's store."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from urllib.request import urlopen
+
+from pipeline.errors import PipelineError
+from pipeline.tracking.session import ENVIRONMENT, default_uri, shown
+
+STARTING = 120.0  # seconds that a server may take to answer
+
+
+def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = None) -> int:
+    """Run MLflow's server on the store until it is interrupted; prints the link once it answers.
+
+    Raises PipelineError where the port is taken or the server does not start.
+    """
+    uri = uri or default_uri(storage)
+    if uri.startswith("http"):
+        print(f"{shown(uri)} is a server already: open it in a browser", flush=True)
+        return 0
+    _require_free(host, port)
+    storage.mkdir(parents=True, exist_ok=True)
+    print(f"starting the MLflow UI on {shown(uri)}", flush=True)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
+    command += [
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        "--artifacts-destination",
+        str(storage / "mlartifacts"),
+    ]
+    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **ENVIRONMENT, **os.environ}
+    with (storage / "mlflow-server.log").open("wb") as log:
+        server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
+    try:
+        _wait_until_it_answers(server, f"http://{host}:{port}", Path(log.name))
+        print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _end(server)
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise PipelineError(
+                f"port {port} of {host} cannot be used ({error.strerror}); if an MLflow UI runs there, open "
+                f"http://{host}:{port}, else choose another: `ddpm ui --port {port + 1}`"
+            ) from error
+
+
+def _wait_until_it_answers(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
+    for _ in range(int(STARTING / 0.2)):
+        if server.poll() is not None:
+            break
+        try:
+            with urlopen(f"{link}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise PipelineError(f"the MLflow server did not start; {log} says why")
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """The server and its workers."""
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
