@@ -18,7 +18,7 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid(images: torch.Tensor, columns: int, scale: int = 1) -> torch.Tensor:
+def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
     """Tile uint8 (N,C,H,W) images row by row into one uint8 (H',W',3) picture, two pixels apart on white.
 
     `scale` repeats each pixel, for images too small to be seen; the last row may be short.
