@@ -1,0 +1,54 @@
+"""A fixed random projection: features for images without labels.
+
+The images pass fixed random filters and a rectifier before they are projected. Without these, features would
+be linear in the pixels, and a Gaussian with the images' mean and covariance would score as perfect.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ddpm.images import from_uint8
+from ddpm.rng import Stream, normal
+
+FEATURES = 64
+FILTERS = 64
+POOLED_SIDE = 4
+SEED = 0
+
+
+class Projection(nn.Module):
+    """uint8 images (N,C,H,W) -> features (N, 64), float32. Weights are a function of C alone."""
+
+    filters: Tensor
+    matrix: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("filters", _normals(0, FILTERS, channels, 3, 3))
+        self.register_buffer("matrix", _normals(1, FEATURES, FILTERS * POOLED_SIDE**2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(F.conv2d(from_uint8(images), self.filters, padding=1))
+        x = F.adaptive_avg_pool2d(x, POOLED_SIDE)  # (N, 64, 4, 4)
+        return F.linear(x.flatten(1), self.matrix)
+
+
+def _normals(step: int, rows: int, *shape: int) -> Tensor:
+    """(rows, *shape) of variance 1 / elements of a row."""
+    draw = normal(SEED, Stream.PROJECTION, step, torch.arange(rows), shape)
+    return draw / draw[0].numel() ** 0.5
+
+
+def save(net: Projection, path: Path) -> None:
+    save_file(net.state_dict(), path)
+
+
+def load(path: Path) -> Projection:
+    state = load_file(path)
+    net = Projection(state["filters"].shape[1])
+    net.load_state_dict(state)
+    return net.eval()
