@@ -140,7 +140,7 @@ def test_a_range_outside_the_split_is_refused(folder, start, stop):
 
 
 def test_a_split_that_is_not_there_is_named(folder):
-    with pytest.raises(PipelineError, match="no test split.*data.test_images"):
+    with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):
         tars.load_images(folder, "test")
 
 
