@@ -79,7 +79,7 @@ class Resources:
 
 def resolve(cluster: ClusterConfig, cpus: int, gpus: int) -> Resources:
     """Fill the nulls from what there is, and refuse at once what can never be scheduled."""
-    workers = cluster.workers or max(1, gpus)
+    workers = cluster.workers or gpus or min(2, cpus)
     per_worker = cluster.cpus_per_worker or max(1, cpus // workers)
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)

@@ -106,6 +106,7 @@ def test_what_can_never_be_scheduled_is_refused_at_once():
 
 
 def test_nulls_become_what_the_machine_has():
-    assert resolve(cluster(), cpus=2, gpus=0).cpus_per_worker == 2
+    on_cpus = resolve(cluster(), cpus=8, gpus=0)
+    assert (on_cpus.workers, on_cpus.cpus_per_worker, on_cpus.gpus_per_worker) == (2, 4, 0.0)
     on_gpus = resolve(cluster(), cpus=16, gpus=4)
     assert (on_gpus.workers, on_gpus.cpus_per_worker, on_gpus.gpus_per_worker) == (4, 4, 1.0)
