@@ -151,6 +151,15 @@ def test_first_update_has_rate_zero():
     assert not torch.equal(before["conv_in.weight"], state.net.state_dict()["conv_in.weight"])
 
 
+def test_average_copies_the_first_update_and_then_lags():
+    settings = config(warmup_steps=0)  # with a warm-up the first update changes nothing, and hides the copy
+    state = small_state(settings)
+    for expected_equal in (True, False):
+        step(state, settings)
+        average = state.emas[0].tensors()["conv_in.weight"]
+        assert torch.equal(average, state.net.conv_in.weight) == expected_equal
+
+
 def test_learning_rate():
     paper = config(lr=2e-4, warmup_steps=5000, steps=800_000)
     assert [learning_rate(paper, n) for n in (0, 1, 5000, 799_999)] == pytest.approx([0, 4e-8, 2e-4, 2e-4])

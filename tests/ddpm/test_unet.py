@@ -245,6 +245,13 @@ def test_memory_format_does_not_change_the_result():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_compiles_without_a_graph_break():
+    net = randomised(UNet(SMALL, 8, 3, 3))
+    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 999])
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x_t, t), net(x_t, t))
+
+
 def test_transposed_upsampling():
     config = UNetConfig(
         channels=8, channel_mult=(1, 2, 4), attention_resolutions=(8, 4), norm_groups=4, resample="transposed"
