@@ -5,11 +5,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddpm.backbones.context_unet import ContextUNet, ContextUNetConfig
+from ddpm.backbones.mha_unet import MHAUNet, MHAUNetConfig
 from ddpm.unet import UNet, UNetConfig
 
 NETWORKS: dict[str, tuple[Any, Any]] = {
     "unet": (UNetConfig, UNet),
+    "context_unet": (ContextUNetConfig, ContextUNet),
+    "mha_unet": (MHAUNetConfig, MHAUNet),
 }
+TAKES_LABELS = frozenset({"context_unet"})  # networks whose last argument is num_classes
 
 
 def build_network(
@@ -29,12 +34,19 @@ def build_network(
     Raises ValueError for settings that do not fit the images, and for classes the network cannot take.
     """
     _, network_class = NETWORKS[config.name]
-    if num_classes:
-        raise ValueError(f"model.name={config.name} takes no labels: set data.labels=false")
+    if num_classes and config.name not in TAKES_LABELS:
+        able = " or ".join(sorted(TAKES_LABELS))
+        raise ValueError(f"model.name={config.name} takes no labels: set data.labels=0, or model.name={able}")
+    classes = (num_classes,) if config.name in TAKES_LABELS else ()
     with torch.device("meta"):
-        net = network_class(config, image_size, in_channels, out_channels)
+        net = network_class(config, image_size, in_channels, out_channels, *classes)
     if torch.device(device).type == "meta":
         return net
     net.to_empty(device="cpu")
     net.reset_parameters(torch.Generator().manual_seed(seed))
     return net.to(device)
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    """Whether what it computes in training depends on which images share a worker's batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())

@@ -1,0 +1,214 @@
+"""The context U-Net: a small class-conditioned network for sprites and digits.
+
+The family of the published sprite and MNIST walk-throughs: residual convolution blocks, a pooled vector in the
+middle, time that shifts and context that scales. Departures: t enters as a sinusoid and not as t / T, so that
+the network need not know T; the scale is 1 + embedding, so that a network without classes is the same one.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.backbones.levels import draw_weights, level_problems
+from ddpm.training import NO_LABEL
+from ddpm.unet import timestep_embedding
+
+
+@dataclass(frozen=True)
+class ContextUNetConfig:
+    """Shape of a `ContextUNet`.
+
+    channels: width of the first level; channel_mult: each level's width over it, finest level first; norm: of
+    the residual blocks ("batch" is the published one; its result depends on who shares a batch);
+    norm_groups: groups of every GroupNorm, which the pooled vector's way back and the head have always.
+    """
+
+    name: Literal["context_unet"] = "context_unet"
+    channels: int = 64
+    channel_mult: tuple[int, ...] = (1, 1, 2)
+    norm: Literal["batch", "group"] = "batch"
+    norm_groups: int = 8
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    def problems(self, image_size: int) -> list[tuple[str, str]]:
+        """What is wrong with these settings for images of this side: (key, message) pairs."""
+        found = level_problems(self.channels, self.channel_mult, image_size)
+        if self.norm not in ("batch", "group"):
+            found.append(("norm", f"must be batch or group, not {self.norm}"))
+        if self.norm_groups < 1 or any(width % self.norm_groups for width in self.widths):
+            widths = ", ".join(map(str, self.widths))
+            found.append(("norm_groups", f"{self.norm_groups} does not divide every width ({widths})"))
+        return found
+
+
+class ContextUNet(nn.Module):
+    """eps_theta(x_t, t, context) with time and class acting on every level below the finest.
+
+    num_classes = 0 makes a network without context. Weights are drawn at construction from torch's global
+    generator; `reset_parameters` draws them again from a given one.
+
+    Raises ValueError when `config.problems(image_size)` is not empty.
+    """
+
+    def __init__(
+        self,
+        config: ContextUNetConfig,
+        image_size: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__()
+        if problems := config.problems(image_size):
+            raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
+        self.config, self.num_classes = config, num_classes
+        widths = config.widths
+        self.conv_in = ResidualConv(in_channels, widths[0], config)
+        self.down = nn.ModuleList(Down(fine, coarse, config) for fine, coarse in pairwise(widths))
+        self.middle = PooledVector(widths[-1], image_size >> (len(widths) - 1), config.norm_groups)
+        coarse_to_fine = widths[::-1]
+        self.films = nn.ModuleList(Film(config.channels, num_classes, w) for w in coarse_to_fine[:-1])
+        self.up = nn.ModuleList(Up(coarse, fine, config) for coarse, fine in pairwise(coarse_to_fine))
+        self.head = nn.Sequential(
+            nn.Conv2d(2 * widths[0], widths[0], 3, padding=1),
+            nn.GroupNorm(config.norm_groups, widths[0]),
+            nn.GELU(),
+        )
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew and forget the running statistics."""
+        draw_weights(self, generator)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict from a noised image.
+
+        x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context: int64 (N,) labels in
+        0..num_classes-1, NO_LABEL where there is none; None is NO_LABEL for all.
+        Returns float32 (N, out_channels, H, W), also under autocast.
+
+        Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check,
+        since looking would wait for the device.
+        """
+        time, classes = timestep_embedding(t, self.config.channels), self._one_hot(context, t)
+        h = finest = self.conv_in(x_t)
+        skips = []
+        for down in self.down:
+            h = down(h)
+            skips.append(h)
+        h = self.middle(h)
+        for film, up in zip(self.films, self.up, strict=True):
+            h = up(film(h, time, classes), skips.pop())
+        return self.conv_out(self.head(torch.cat([h, finest], dim=1))).float()
+
+    def _one_hot(self, context: Tensor | None, t: Tensor) -> Tensor:
+        """Labels as float32 (N, num_classes); rows of zeros for NO_LABEL."""
+        if context is None:
+            return torch.zeros(len(t), self.num_classes, device=t.device)
+        if not self.num_classes:
+            raise ValueError("this context_unet was built without classes: set data.labels to their number")
+        if context.shape != t.shape:
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}; one label per image is {tuple(t.shape)}"
+            )
+        if context.device.type == "cpu":
+            _refuse_unknown(context, self.num_classes)
+        return (context[:, None] == torch.arange(self.num_classes, device=t.device)).float()
+
+
+def _refuse_unknown(context: Tensor, num_classes: int) -> None:
+    unknown = (context != NO_LABEL) & ((context < 0) | (context >= num_classes))
+    if unknown.any():
+        raise ValueError(
+            f"context has the label {context[unknown][0]}; this network knows 0 to {num_classes - 1}, "
+            f"and {NO_LABEL} for none"
+        )
+
+
+class Film(nn.Module):
+    """Feature-wise modulation (1 + scale) h + shift: scale from the class, shift from the time."""
+
+    def __init__(self, time_width: int, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.shift = _two_layers(time_width, width)
+        self.scale = _two_layers(num_classes, width) if num_classes else None
+
+    def forward(self, h: Tensor, time: Tensor, classes: Tensor) -> Tensor:
+        """h: (N, width, H, W); time: (N, time_width); classes: (N, num_classes), zeros for no class."""
+        if self.scale is not None:
+            h = h * (1 + self.scale(classes)[:, :, None, None])
+        return h + self.shift(time)[:, :, None, None]
+
+
+class ResidualConv(nn.Module):
+    """(gelu(norm(conv(.))) twice + shortcut) / sqrt(2), which keeps the variance."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1 = _norm(out_channels, config)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels, config)
+        same_width = in_channels == out_channels
+        self.shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.norm1(self.conv1(x)))
+        h = F.gelu(self.norm2(self.conv2(h)))
+        return (self.shortcut(x) + h) / math.sqrt(2)
+
+
+class Down(nn.Module):
+    """Two residual blocks, then half the side by max-pooling."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
+        super().__init__()
+        self.block1 = ResidualConv(in_channels, out_channels, config)
+        self.block2 = ResidualConv(out_channels, out_channels, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(self.block2(self.block1(x)), 2)
+
+
+class Up(nn.Module):
+    """Join the skip of the same level, double the side by a transposed convolution, two residual blocks."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(2 * in_channels, out_channels, 2, stride=2)
+        self.block1 = ResidualConv(out_channels, out_channels, config)
+        self.block2 = ResidualConv(out_channels, out_channels, config)
+
+    def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+        return self.block2(self.block1(self.upsample(torch.cat([h, skip], dim=1))))
+
+
+class PooledVector(nn.Module):
+    """The mean over all pixels, spread again over the same side by a transposed convolution."""
+
+    def __init__(self, width: int, side: int, norm_groups: int) -> None:
+        super().__init__()
+        self.spread = nn.ConvTranspose2d(width, width, side)
+        self.norm = nn.GroupNorm(norm_groups, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        pooled = F.gelu(h.mean(dim=(2, 3), keepdim=True))  # (N, width, 1, 1)
+        return F.gelu(self.norm(self.spread(pooled)))
+
+
+def _norm(width: int, config: ContextUNetConfig) -> nn.Module:
+    return nn.BatchNorm2d(width) if config.norm == "batch" else nn.GroupNorm(config.norm_groups, width)
+
+
+def _two_layers(in_width: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, width))

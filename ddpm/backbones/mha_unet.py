@@ -1,0 +1,182 @@
+"""The U-Net with multi-head attention on every level, of the published 64x64 walk-throughs.
+
+Their widths at 64x64: 64, 128, 256, 256, a bottleneck of 512, and decoder levels of 128, 64, 64.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.backbones.levels import draw_weights, level_problems
+from ddpm.unet import timestep_embedding
+
+
+@dataclass(frozen=True)
+class MHAUNetConfig:
+    """Shape of an `MHAUNet`.
+
+    channels: width of the first level; channel_mult: each level's width over it, finest level first;
+    num_heads: of every attention; time_width: of the sinusoidal embedding.
+    """
+
+    name: Literal["mha_unet"] = "mha_unet"
+    channels: int = 64
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_heads: int = 4
+    time_width: int = 256
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each encoder level, finest first."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    @property
+    def up_widths(self) -> tuple[int, ...]:
+        """Channels that leave the bottleneck, then each decoder level, coarsest first.
+
+        Each but the last is the width of the skip it is joined with.
+        """
+        return (*self.widths[-2::-1], self.widths[0])
+
+    def problems(self, image_size: int) -> list[tuple[str, str]]:
+        """What is wrong with these settings for images of this side: (key, message) pairs."""
+        found = level_problems(self.channels, self.channel_mult, image_size)
+        if self.num_heads < 1 or self.channels % self.num_heads:
+            found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))
+        if self.time_width < 4 or self.time_width % 2:
+            found.append(("time_width", f"must be even and at least 4, not {self.time_width}"))
+        return found
+
+
+class MHAUNet(nn.Module):
+    """eps_theta(x_t, t): double convolutions and self-attention on each level, joined by skip connections.
+
+    Weights are drawn at construction from torch's global generator; `reset_parameters` draws them again from a
+    given one.
+
+    Raises ValueError when `config.problems(image_size)` is not empty.
+    """
+
+    def __init__(self, config: MHAUNetConfig, image_size: int, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        if problems := config.problems(image_size):
+            raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
+        self.config = config
+        widths, up_widths = config.widths, config.up_widths
+        self.conv_in = DoubleConv(in_channels, widths[0], widths[0])
+        self.down = nn.ModuleList(Down(fine, coarse, config) for fine, coarse in pairwise(widths))
+        wide = 2 * widths[-1]
+        self.bottleneck = nn.Sequential(
+            DoubleConv(widths[-1], wide, wide),
+            DoubleConv(wide, wide, wide),
+            DoubleConv(wide, up_widths[0], up_widths[0]),
+        )
+        self.up = nn.ModuleList(Up(coarse, fine, config) for coarse, fine in pairwise(up_widths))
+        self.conv_out = nn.Conv2d(up_widths[-1], out_channels, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew."""
+        draw_weights(self, generator)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict from a noised image.
+
+        x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context must be None.
+        Returns float32 (N, out_channels, H, W), also under autocast.
+        """
+        if context is not None:
+            raise ValueError("the mha_unet takes no labels: use context_unet, or set data.labels=0")
+        temb = F.silu(timestep_embedding(t, self.config.time_width))
+        h = self.conv_in(x_t)
+        skips = []
+        for down in self.down:
+            skips.append(h)
+            h = down(h, temb)
+        h = self.bottleneck(h)
+        for up in self.up:
+            h = up(h, temb, skips.pop())
+        return self.conv_out(h).float()
+
+
+class DoubleConv(nn.Module):
+    """gelu(norm(conv(x))), then norm(conv(.)): 3x3 without bias, GroupNorm over all channels together."""
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(1, mid_channels)
+        self.conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(1, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
+
+
+class Block(nn.Module):
+    """gelu(x + double convolution), a double convolution to the new width, the time added, attention."""
+
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
+        super().__init__()
+        self.residual = DoubleConv(in_channels, in_channels, in_channels)
+        self.conv = DoubleConv(in_channels, mid_channels, out_channels)
+        self.time_proj = nn.Linear(config.time_width, out_channels)
+        self.attention = Attention(out_channels, config.num_heads)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        h = self.conv(F.gelu(x + self.residual(x)))
+        return self.attention(h + self.time_proj(temb)[:, :, None, None])
+
+
+class Down(nn.Module):
+    """Half the side by max-pooling, then a block."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
+        super().__init__()
+        self.block = Block(in_channels, out_channels, out_channels, config)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.block(F.max_pool2d(x, 2), temb)
+
+
+class Up(nn.Module):
+    """Double the side bilinearly, join the skip of that level and as many channels, then a block."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
+        super().__init__()
+        self.block = Block(2 * in_channels, in_channels, out_channels, config)
+
+    def forward(self, h: Tensor, temb: Tensor, skip: Tensor) -> Tensor:
+        h = F.interpolate(h, scale_factor=2.0, mode="bilinear")
+        return self.block(torch.cat([h, skip], dim=1), temb)
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels and a feed-forward, each with its norm inside its residual branch."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj_out = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(channels, channels), nn.GELU(), nn.Linear(channels, channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.flatten(2).transpose(1, 2)  # (N, H*W, C)
+        pixels = pixels + self._attend(self.norm1(pixels))
+        pixels = pixels + self.feed_forward(self.norm2(pixels))
+        return pixels.transpose(1, 2).reshape(x.shape)
+
+    def _attend(self, pixels: Tensor) -> Tensor:
+        """softmax(q.k / sqrt(C / heads)) v in each head, joined again; pixels and result (N, H*W, C)."""
+        heads = self.qkv(pixels).unflatten(2, (3, self.num_heads, -1))  # (N, H*W, 3, heads, C/heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, H*W, C/heads)
+        return self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

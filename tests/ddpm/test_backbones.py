@@ -1,0 +1,226 @@
+"""What every network must do: learn, be sampled, be averaged, resume bit for bit, depend on its seed alone."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from ddpm.backbones import NETWORKS, TAKES_LABELS, build_network, has_batch_norm
+from ddpm.backbones.context_unet import ContextUNetConfig
+from ddpm.backbones.mha_unet import MHAUNetConfig
+from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.sampler import guided, sample
+from ddpm.train_config import TrainConfig
+from ddpm.training import NO_LABEL, TrainState, train_step
+from ddpm.unet import UNetConfig
+
+CLASSES = 3
+SIZE = 16
+ANNOTATED = UNetConfig(
+    channels=64, channel_mult=(1, 2, 4, 16), attention_resolutions=(8, 4), resample="transposed"
+)
+CONFIGS = {
+    "unet": UNetConfig(channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4),
+    "annotated": dataclasses.replace(ANNOTATED, channels=4, norm_groups=4),
+    "context_unet": ContextUNetConfig(channels=8, norm_groups=4),
+    "context_unet-group": ContextUNetConfig(channels=8, norm="group", norm_groups=4),
+    "context_unet-deep": ContextUNetConfig(channels=8, channel_mult=(1, 2, 1, 3), norm_groups=4),
+    "mha_unet": MHAUNetConfig(channels=8, channel_mult=(1, 2, 2), time_width=16),
+}
+every_network = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+DIFFUSION = Diffusion(DiffusionConfig(timesteps=8))
+PIXELS = torch.randint(0, 256, (6, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
+TRAIN = TrainConfig(
+    steps=100, batch_size=6, accumulate=1, random_flip=True, lr=1e-3, lr_decay="none", warmup_steps=0,
+    grad_clip=1.0, grad_clip_group=None, ema_decay=(0.5,), ema_warmup=False, label_dropout=0.3,
+    precision="fp32", deterministic=False, checkpoint_every=1, sample_every=0, keep=1, log_every=1,
+)  # fmt: skip
+
+
+def classes(config):
+    return CLASSES if config.name in TAKES_LABELS else 0
+
+
+def build(config, seed=0, out_channels=3, **kwargs):
+    return build_network(config, SIZE, 3, out_channels, seed, num_classes=classes(config), **kwargs)
+
+
+def state_of(config, seed=0):
+    """Awake: the paper's networks pass hardly a gradient at their first weights."""
+    net, generator = build(config, seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+    return TrainState.create(TRAIN, net.to(memory_format=torch.channels_last))
+
+
+def updates(state, count, settings=TRAIN):
+    context = LABELS if classes(state.net.config) else None
+    return [
+        train_step(state, DIFFUSION, PIXELS, torch.arange(6), config=settings, seed=4, context=context)
+        for _ in range(count)
+    ]
+
+
+def drawn(net, context=None, count=4, **kwargs):
+    return sample(
+        DIFFUSION, net, index=torch.arange(count), shape=(3, SIZE, SIZE), seed=2, context=context, **kwargs
+    )
+
+
+def test_all_networks_are_tested_here():
+    assert {config.name for config in CONFIGS.values()} == NETWORKS.keys()
+    assert all(NETWORKS[name][0]().name == name for name in NETWORKS)
+
+
+@every_network
+def test_trains_averages_and_samples(config):
+    state = state_of(config)
+    before = copy.deepcopy(state.net.state_dict())
+    metrics = updates(state, 3)
+    assert all(torch.isfinite(value) for step in metrics for value in step.values())
+    still = [name for name, p in state.net.named_parameters() if torch.equal(before[name], p)]
+    assert still == []
+
+    averaged = build(config, device="meta").to_empty(device="cpu")
+    averaged.load_state_dict(state.emas[0].tensors())  # strict: buffers too
+    labels = torch.tensor([0, 1, 2, NO_LABEL]) if classes(config) else None
+    images = drawn(averaged.eval(), labels)
+    assert images.shape == (4, 3, SIZE, SIZE) and images.isfinite().all()
+    assert not torch.equal(images, drawn(state.net.eval(), labels))
+    torch.testing.assert_close(images[:2], drawn(averaged, labels if labels is None else labels[:2], count=2))
+
+
+@every_network
+def test_resumed_run_equals_uninterrupted_one_bit_for_bit(config):
+    state = state_of(config)
+    updates(state, 2)
+    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    updates(state, 2)
+    resumed = state_of(config, seed=7)
+    resumed.load_tensors(saved)
+    updates(resumed, 2)
+    expected, found = state.tensors(), resumed.tensors()
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_running_statistics_are_part_of_state_and_average():
+    state = state_of(CONFIGS["context_unet"])
+    updates(state, 2)
+    statistics = [name for name, _ in state.net.named_buffers()]
+    assert len(statistics) >= 30
+    tensors = state.tensors()
+    for name in statistics:
+        assert torch.equal(tensors[f"net.{name}"], tensors[f"ema.0.{name}"]), name
+        assert tensors[f"net.{name}"].any(), name
+
+
+@every_network
+def test_every_parameter_is_used_with_and_without_labels(config):
+    """Clipping by groups, like DDP, refuses parameters that the loss does not reach."""
+    settings = dataclasses.replace(TRAIN, grad_clip_group=3)
+    state = state_of(config)
+    updates(state, 1, settings)
+    metrics = train_step(state, DIFFUSION, PIXELS, torch.arange(6), config=settings, seed=4)
+    assert metrics["loss"].isfinite()
+
+
+@every_network
+def test_guidance(config):
+    net = state_of(config).net.eval()
+    if not classes(config):
+        with pytest.raises(ValueError, match=r"takes no labels.*data\.labels"):
+            drawn(net, LABELS[:4])
+        return
+    labels = LABELS[:4]
+    chosen, none = drawn(net, labels), drawn(net, torch.full_like(labels, NO_LABEL))
+    torch.testing.assert_close(drawn(guided(net, 1.0, NO_LABEL), labels), chosen, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(guided(net, 0.0, NO_LABEL), labels), none, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(net), none, atol=1e-4, rtol=0)
+    assert (drawn(guided(net, 3.0, NO_LABEL), labels) - chosen).abs().max() > 1e-2
+
+
+@every_network
+def test_a_batch_of_timesteps_is_embedded_row_by_row(config):
+    net = state_of(config).net.eval()
+    x_t = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3)).expand(3, -1, -1, -1)
+    t = torch.tensor([0, 7, 999])
+    with torch.no_grad():
+        together = net(x_t, t)
+        alone = torch.cat([net(x_t[:1], t[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert (together[1:] - together[:-1]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+@every_network
+def test_forward_makes_no_module_and_draws_nothing(config):
+    net = state_of(config).net.eval()
+    modules, before = [id(m) for m in net.modules()], torch.get_rng_state()
+    net(torch.zeros(2, 3, SIZE, SIZE), torch.tensor([1, 2]))
+    assert [id(m) for m in net.modules()] == modules
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@every_network
+def test_twice_the_channels_out_for_learned_variance(config):
+    net = build(config, out_channels=6).eval()
+    assert net(torch.zeros(2, 3, SIZE, SIZE), torch.tensor([1, 2])).shape == (2, 6, SIZE, SIZE)
+
+
+@every_network
+def test_output_is_float32_under_autocast_and_close_to_it(config):
+    net = state_of(config).net.eval()
+    x_t = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        full = net(x_t, torch.tensor([5, 999]))
+        with torch.autocast("cpu", torch.bfloat16):
+            low = net(x_t, torch.tensor([5, 999]))
+    assert low.dtype == torch.float32
+    assert 0 < (low - full).abs().max() < 0.1 * full.abs().max()
+
+
+@every_network
+def test_weights_depend_on_the_seed_alone_and_leave_the_global_generator_be(config):
+    before = torch.get_rng_state()
+    first, again, other = (build(config, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    weights = [name for name in first if first[name].dim() > 1]
+    assert weights and not any(torch.equal(first[name], other[name]) for name in weights)
+
+
+@every_network
+def test_redrawn_network_is_as_new(config):
+    """Buffers included: building leaves memory uninitialised until the draw."""
+    state = state_of(config)
+    updates(state, 2)
+    state.net.to(memory_format=torch.contiguous_format)  # draws follow the order in memory
+    state.net.reset_parameters(torch.Generator().manual_seed(0))
+    new = build(config, seed=0).state_dict()
+    assert [
+        name for name, tensor in state.net.state_dict().items() if not torch.equal(tensor, new[name])
+    ] == []
+
+
+def test_labels_are_refused_by_networks_without_them():
+    for name in NETWORKS.keys() - TAKES_LABELS:
+        with pytest.raises(ValueError, match=rf"model.name={name} takes no labels: set data.labels=0"):
+            build_network(CONFIGS[name], SIZE, 3, 3, seed=0, num_classes=2)
+
+
+def test_batch_norm_is_found():
+    found = {name for name, config in CONFIGS.items() if has_batch_norm(build(config, device="meta"))}
+    assert found == {"context_unet", "context_unet-deep"}
+    synchronised = torch.nn.SyncBatchNorm.convert_sync_batchnorm(build(CONFIGS["context_unet"]))
+    assert has_batch_norm(synchronised)
+
+
+def test_annotated_unet_at_its_own_width():
+    assert ANNOTATED.problems(32) == []
+    net = build_network(ANNOTATED, 32, 3, 3, seed=0, device="meta")
+    assert sum(p.numel() for p in net.parameters()) == 212_015_235
+    out = net(torch.zeros(2, 3, 32, 32, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
+    assert out.shape == (2, 3, 32, 32)

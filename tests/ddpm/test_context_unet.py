@@ -1,0 +1,215 @@
+"""The context U-Net: faults of its published versions, each shown to be absent; control by class, learned."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from ddpm.backbones import build_network
+from ddpm.backbones.context_unet import ContextUNet, ContextUNetConfig, Film, ResidualConv, Up
+from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.sampler import guided, sample
+from ddpm.train_config import TrainConfig
+from ddpm.training import NO_LABEL, TrainState, train_step
+
+SMALL = ContextUNetConfig(channels=8, channel_mult=(1, 3, 2), norm_groups=4)
+CLASSES = 5
+
+
+def small(image_size=8, num_classes=CLASSES, seed=0, **changes):
+    config = dataclasses.replace(SMALL, **changes)
+    net = build_network(config, image_size, 3, 3, seed, num_classes).eval()
+    with torch.no_grad():
+        net.conv_out.weight *= 1e5  # awake: the first output is near zero
+    return net
+
+
+def noised(count, image_size=8):
+    return torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+
+
+# ---------------------------------------------------------------------------- faults of published versions
+
+
+@pytest.mark.parametrize(
+    ("image_size", "mult"), [(8, (1, 3, 2)), (12, (1, 1, 2)), (28, (2, 1)), (16, (1, 1, 2, 3, 1))]
+)
+def test_every_join_is_of_equal_spatial_size(image_size, mult):
+    net, joins = small(image_size, channel_mult=mult), []
+    for up in (module for module in net.modules() if isinstance(module, Up)):
+        up.register_forward_pre_hook(lambda _m, args: joins.append([a.shape for a in args]))
+    assert net(noised(2, image_size), torch.tensor([1, 2])).shape == (2, 3, image_size, image_size)
+    assert len(joins) == len(mult) - 1
+    assert all(h == skip for h, skip in joins)
+    sides = [h[-1] for h, _ in joins]
+    assert sides == [image_size >> level for level in range(len(mult) - 1, 0, -1)]
+
+
+def test_scale_and_shift_have_the_width_of_what_they_act_on():
+    net, seen = small(), []
+    for film in net.films:
+        film.register_forward_hook(
+            lambda m, args, out: seen.append(
+                (args[0].shape[1], m.scale(args[2]).shape[1], m.shift(args[1]).shape[1], out.shape[1])
+            )
+        )
+    net(noised(2), torch.tensor([1, 2]), torch.tensor([0, 4]))
+    assert seen == [(16,) * 4, (24,) * 4]  # the bottleneck and the first decoder level, not the finest
+
+
+def test_shortcut_is_a_registered_module_and_learns():
+    net = small()
+    wanted = {
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, ResidualConv) and module.conv1.in_channels != module.conv1.out_channels
+    }
+    assert len(wanted) >= 3
+    parameters = dict(net.named_parameters())
+    assert {
+        name.removesuffix(".shortcut.weight") for name in parameters if ".shortcut.weight" in name
+    } == wanted
+    net.train()(noised(4), torch.arange(4)).square().mean().backward()
+    assert all(parameters[f"{name}.shortcut.weight"].grad.any() for name in wanted)
+
+
+def test_residual_block_is_the_shortcut_and_its_branch_over_root_two():
+    block, x = ResidualConv(3, 8, SMALL).eval(), noised(2)
+    with torch.no_grad():
+        block.norm2.weight.zero_()  # silences the branch: gelu(0) = 0
+        torch.testing.assert_close(block(x), block.shortcut(x) / 2**0.5)
+    same = ResidualConv(8, 8, SMALL).eval()
+    assert isinstance(same.shortcut, nn.Identity)
+
+
+def test_every_setting_is_read():
+    shapes = {}
+    for key, value in {"channels": 16, "channel_mult": (1, 2), "norm": "group", "norm_groups": 2}.items():
+        net = small(**{key: value})
+        shapes[key] = ([str(m) for m in net.modules()][1:], [p.shape for p in net.parameters()])
+    plain = ([str(m) for m in small().modules()][1:], [p.shape for p in small().parameters()])
+    assert shapes.keys() == {field.name for field in dataclasses.fields(SMALL)} - {"name"}
+    assert all(shape != plain for shape in shapes.values())
+
+
+# ------------------------------------------------------------------------------------------- time and context
+
+
+def test_film_scales_by_class_and_shifts_by_time():
+    film, h = Film(4, CLASSES, 6), torch.randn(2, 6, 3, 3)
+    time, chosen = torch.randn(2, 4), torch.eye(CLASSES)[[1, 3]]
+    with torch.no_grad():
+        difference = film(h, time, chosen) - film(torch.zeros_like(h), time, chosen)
+        expected = h * (1 + film.scale(chosen)[:, :, None, None])
+        torch.testing.assert_close(difference, expected)
+        shift = film(torch.zeros_like(h), time, chosen)
+        torch.testing.assert_close(shift, film.shift(time)[:, :, None, None].expand_as(h))
+
+
+def test_pooled_vector_is_the_mean_over_all_pixels():
+    net, h = small(16), torch.randn(2, 16, 4, 4)
+    permuted = h.flatten(2)[:, :, torch.randperm(16)].reshape(h.shape)
+    torch.testing.assert_close(net.middle(h), net.middle(permuted))
+    assert net.middle(h).shape == h.shape
+
+
+def test_every_class_draws_its_own_and_no_label_is_no_context():
+    net = small()
+    x_t, t = noised(1).expand(CLASSES + 1, -1, -1, -1), torch.full((CLASSES + 1,), 3)
+    with torch.no_grad():
+        out = net(x_t, t, torch.tensor([*range(CLASSES), NO_LABEL]))
+        torch.testing.assert_close(out[-1], net(x_t[:1], t[:1])[0])
+    distances = torch.cdist(out.flatten(1), out.flatten(1)) + torch.eye(len(out))
+    assert distances.min() > 1e-3
+
+
+def test_rows_are_independent_unless_batch_norm_trains():
+    x_t, t, labels = noised(3), torch.tensor([1, 5, 9]), torch.tensor([0, 1, 2])
+    batch, group = small().train(), small(norm="group").train()
+    with torch.no_grad():
+        alone = group(x_t[:1], t[:1], labels[:1])
+        torch.testing.assert_close(group(x_t, t, labels)[:1], alone, rtol=1e-4, atol=1e-5)
+        assert (batch(x_t, t, labels)[:1] - batch(x_t[:1], t[:1], labels[:1])).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("label", [-2, CLASSES, 1000])
+def test_unknown_labels_are_refused(label):
+    with pytest.raises(ValueError, match=f"context has the label {label}; this network knows 0 to 4, and -1"):
+        small()(noised(2), torch.tensor([1, 2]), torch.tensor([0, label]))
+
+
+def test_context_of_another_shape_or_for_no_classes_is_refused():
+    with pytest.raises(ValueError, match="one label per image"):
+        small()(noised(2), torch.tensor([1, 2]), torch.tensor([0]))
+    with pytest.raises(ValueError, match="without classes"):
+        small(num_classes=0)(noised(2), torch.tensor([1, 2]), torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "image_size", "key"),
+    [
+        ({"norm": "layer"}, 8, "norm"),
+        ({"norm_groups": 5}, 8, "norm_groups"),
+        ({"norm_groups": 0}, 8, "norm_groups"),
+        ({"channels": 7, "norm_groups": 7}, 8, "channels"),
+        ({"channel_mult": (1,)}, 8, "channel_mult"),
+        ({"channel_mult": ()}, 8, "channel_mult"),
+        ({}, 10, "channel_mult"),
+        ({"channel_mult": (1, 1, 1, 1, 1)}, 8, "channel_mult"),
+    ],
+)
+def test_problems_name_the_key(changes, image_size, key):
+    config = dataclasses.replace(SMALL, **changes)
+    problems = config.problems(image_size)
+    assert key in [name for name, _ in problems]
+    assert all("\n" not in message for _, message in problems)
+    with pytest.raises(ValueError, match=key):
+        ContextUNet(config, image_size, 3, 3)
+
+
+def test_the_published_settings_have_no_problems():
+    assert ContextUNetConfig().problems(16) == ContextUNetConfig().problems(28) == []
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+
+BARS = 4
+
+
+def bars(labels, generator):
+    """8x8 images of class k: one bright bar (rows 0-1, rows 6-7, columns 0-1, columns 6-7), with noise."""
+    images = -torch.ones(BARS, 1, 8, 8)
+    images[0, 0, :2], images[1, 0, 6:], images[2, 0, :, :2], images[3, 0, :, 6:] = 1, 1, 1, 1
+    noise = 0.1 * torch.randn(len(labels), 1, 8, 8, generator=generator)
+    return (images[labels] + noise).clamp(-1, 1), images
+
+
+def test_learns_to_draw_the_class_that_is_asked_for():
+    settings = TrainConfig(
+        steps=120, batch_size=32, accumulate=1, random_flip=False, lr=1e-2, lr_decay="linear",
+        warmup_steps=10, grad_clip=1.0, grad_clip_group=None, ema_decay=(0.99,), ema_warmup=True,
+        label_dropout=0.1, precision="fp32", deterministic=False, checkpoint_every=1, sample_every=0,
+        keep=1, log_every=1,
+    )  # fmt: skip
+    diffusion = Diffusion(DiffusionConfig(timesteps=100, beta_end=0.1))
+    config = ContextUNetConfig(channels=16, channel_mult=(1, 1, 2))
+    net = build_network(config, 8, 1, 1, seed=0, num_classes=BARS)
+    state = TrainState.create(settings, net)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(settings.steps):
+        labels = torch.randint(0, BARS, (32,), generator=generator)
+        x_0, templates = bars(labels, generator)
+        train_step(state, diffusion, x_0, torch.arange(32), config=settings, seed=1, context=labels)
+    net.load_state_dict(state.emas[0].tensors())
+    asked = torch.arange(40) % BARS
+    images = sample(
+        diffusion, guided(net.eval(), 2.0, NO_LABEL), index=torch.arange(40), shape=(1, 8, 8), seed=3,
+        sampler="ddim", steps=20, context=asked,
+    )  # fmt: skip
+    found = torch.cdist(images.flatten(1), templates.flatten(1)).argmin(dim=1)
+    assert (found == asked).float().mean() >= 0.8  # chance is 0.25
+    assert (images - templates[asked]).abs().mean() < 0.5
