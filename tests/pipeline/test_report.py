@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
+from io import BytesIO
 
 import pytest
+from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
 from pipeline import config, page, report, rundir
@@ -32,6 +33,16 @@ def digits(tmp_path_factory):
 def cifar10(tmp_path_factory):
     experiment, run = make_run(tmp_path_factory.mktemp("storage"), "cifar10", CIFAR10)
     return experiment, run, *write(experiment, run)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots take most of the time, and only some tests look at them."""
+
+    def picture(name, title, x, caption, draw, size=None):
+        return page.Picture(f"{name}.svg", b"<svg></svg>", caption)
+
+    monkeypatch.setattr("pipeline.plots._picture", picture)
 
 
 class Elements(HTMLParser):
@@ -103,7 +114,7 @@ def test_other_images_stand_beside_reference_points_only(digits):
     assert "8.0% to 13.0% of the samples" in markdown
 
 
-def test_a_score_by_the_papers_protocol_is_called_comparable(tmp_path):
+def test_a_score_by_the_papers_protocol_is_called_comparable(tmp_path, undrawn):
     experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
     folder = run.evaluation(config.evaluate_key(experiment, run.run_key))
     protocol = rundir.read_json(folder / "metrics.json")["protocol"] | {"comparable": True, "why_not": []}
@@ -141,7 +152,7 @@ def test_the_full_training_is_projected_from_the_measured_rate(cifar10):
     )
 
 
-def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path):
+def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path, undrawn):
     experiment, run = make_run(tmp_path)
     assert not report.is_done(experiment, run)
     first = write(experiment, run)
@@ -168,7 +179,7 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path):
     ("gone", "stage"),
     [("samples", "sample"), ("evaluation", "evaluate"), ("figures", "figures"), ("log.jsonl", "train")],
 )
-def test_what_is_absent_is_left_out_with_the_command_that_makes_it(tmp_path, gone, stage):
+def test_what_is_absent_is_left_out_with_the_command_that_makes_it(tmp_path, undrawn, gone, stage):
     experiment, run = make_run(tmp_path)
     place = run.path / gone
     shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -176,7 +187,7 @@ def test_what_is_absent_is_left_out_with_the_command_that_makes_it(tmp_path, gon
     assert f"`ddpm {stage} digits`" in markdown and f"ddpm {stage} digits" in html
 
 
-def test_a_run_of_which_nothing_is_there_has_a_report(tmp_path):
+def test_a_run_of_which_nothing_is_there_has_a_report(tmp_path, undrawn):
     experiment, run = make_run(tmp_path, scores=False)
     shutil.rmtree(run.path)
     shutil.rmtree(run.data)
@@ -184,7 +195,7 @@ def test_a_run_of_which_nothing_is_there_has_a_report(tmp_path):
     assert "**Not trained yet.**" in markdown and "`ddpm shard digits`" in markdown
 
 
-def test_scores_without_the_nll_leave_it_out(tmp_path):
+def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
     experiment, run = make_run(tmp_path)
     folder = run.evaluation(config.evaluate_key(experiment, run.run_key))
     write_scores(folder, experiment, scores={"fid": 20.0}, reference_points={})
@@ -200,11 +211,6 @@ def test_text_is_escaped():
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
-    from io import BytesIO
-
-    from PIL import Image
-
     Image.new("L", (300, 20), 7).save(tmp_path / "small.png")
     with Image.open(BytesIO(report._enlarged(tmp_path / "small.png"))) as image:
         assert image.size == (1200, 80) and image.getextrema() == (7, 7)
-    assert Path(tmp_path / "small.png").stat().st_size
