@@ -224,3 +224,9 @@ def test_annotated_unet_at_its_own_width():
     assert sum(p.numel() for p in net.parameters()) == 212_015_235
     out = net(torch.zeros(2, 3, 32, 32, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
     assert out.shape == (2, 3, 32, 32)
+
+
+@every_network
+def test_first_output_is_nearly_but_not_exactly_zero(config):
+    x_t = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    assert 0 < build(config).eval()(x_t, torch.tensor([0, 999])).abs().max() < 1e-2
