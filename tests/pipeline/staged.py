@@ -8,10 +8,13 @@ from pipeline import checkpoint
 
 
 def with_weights(experiment, run, scale=1.0):
-    """A checkpoint of the untrained network, at the step that is sampled."""
-    tensors = {name: t * scale for name, t in checkpoint.new_network(experiment).state_dict().items()}
+    """A checkpoint at the step that is sampled; untrained, but with an output that is not nearly zero, or the
+    images would hardly depend on it."""
+    tensors = checkpoint.new_network(experiment).state_dict()
+    tensors["conv_out.weight"] *= 1e5 * scale
     raw = {f"net.{name}": tensor for name, tensor in tensors.items()}
     checkpoint.save(run.step_dir(experiment.train.steps), raw, tensors, experiment.train.steps)
+    checkpoint.load_network.cache_clear()
 
 
 def asking_for(experiment, **changes):

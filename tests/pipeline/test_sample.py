@@ -30,7 +30,7 @@ def sampled(tiny_run):
 
 def test_images_are_those_of_the_science_package(sampled):
     experiment, run = sampled
-    net = checkpoint.new_network(experiment).eval()
+    net = checkpoint.load_network(experiment, run, 6, "ema", torch.device("cpu"))
     expected = draw_directly(
         Diffusion(experiment.diffusion),
         net,
