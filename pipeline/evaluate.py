@@ -55,14 +55,14 @@ def is_done(experiment: Experiment, run: Run) -> bool:
         manifest = read_manifest(directory(experiment, run), check="size")
         if manifest is None:
             return False
-        samples = sample_shards(experiment, run) if _scores_images(experiment) else []
+        samples = sample_shards(experiment, run) if needs_samples(experiment) else []
     except PipelineError as error:
         log.warning("%s; evaluating again", error)
         return False
     return manifest["samples"] == content_of(samples)
 
 
-def _scores_images(experiment: Experiment) -> bool:
+def needs_samples(experiment: Experiment) -> bool:
     return bool({"fid", "is"} & set(experiment.evaluate.metrics))
 
 
@@ -77,7 +77,7 @@ def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
     bounds = nll_units(experiment, run) if "nll" in experiment.evaluate.metrics else {}
     pending = [unit for file, unit in bounds.items() if not file.exists()]
     metrics: dict[str, Any] = {"scores": {}, "protocol": protocol(experiment, run)}
-    samples = sample_shards(experiment, run) if _scores_images(experiment) else []
+    samples = sample_shards(experiment, run) if needs_samples(experiment) else []
     if samples:
         yield preparations(experiment, run)
         extractor = extractor_of(experiment, run)
@@ -273,7 +273,7 @@ def protocol(experiment: Experiment, run: Run) -> dict[str, Any]:
     """How the scores come about: what no number of ours stands without."""
     config = experiment.evaluate
     found: dict[str, Any] = {"checkpoint": checkpoint_step(experiment), "weights": experiment.sample.weights}
-    if _scores_images(experiment):
+    if needs_samples(experiment):
         drawn = tars.open_index(run.samples(sample_key(experiment, run.run_key))).facts["protocol"]
         found |= drawn | {"n": experiment.sample.num_images, "reference": config.reference}
     if "nll" in config.metrics:

@@ -63,6 +63,8 @@ def locate(experiment: Experiment, root: Path) -> Run:
 def pending(experiment: Experiment, run: Run, last: str) -> list[str]:
     """The stages that `last` needs, itself included, that still have work, in order."""
     wanted = STAGES if last == "report" else (*BEFORE[last], last)
+    if last == "evaluate" and not _module("evaluate").needs_samples(experiment):
+        wanted = tuple(stage for stage in wanted if stage != "sample")
     todo = [stage for stage in wanted if stage != "report" and not _module(stage).is_done(experiment, run)]
     # A report is of everything before it, so it is looked at again whenever something was to do.
     if last == "report" and (todo or not _module("report").is_done(experiment, run)):

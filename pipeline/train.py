@@ -150,7 +150,7 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
 def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> TrainState:
     """The newest whole checkpoint's state on this worker's device, or the first one."""
     net = checkpoint.new_network(experiment).to(ctx.device, memory_format=torch.channels_last)
-    state = TrainState.create(experiment.train, net)
+    state = TrainState.create(experiment.train, net, experiment.diffusion)
     found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
     if found is not None:
         state.load_tensors(checkpoint.load(run.step_dir(found)))
@@ -166,14 +166,14 @@ def _step_function(
     images = torch.from_numpy(pixels).to(ctx.device)
     order = Order(experiment.seed, len(images))
     rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
-    diffusion = Diffusion(experiment.diffusion)
+    diffusion = Diffusion(experiment.diffusion).to(ctx.device)
     forward = ctx.parallel(state.net)
     _settle(forward, images[:1], len(rows))
 
     def step() -> dict[str, torch.Tensor]:
         index = order.indices(state.step, config.batch_size, rows).to(ctx.device)
         return train_step(
-            state, diffusion, images[index], rows.to(ctx.device),
+            state, diffusion, images[index], rows,
             config=config, seed=experiment.seed, world_size=ctx.world_size, forward=forward,
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ TINY = [
     "train.log_every=1",
     "sample.num_images=12",
     "sample.batch_size=6",
+    "sample.steps=null",
     "evaluate.nll_images=6",
     "evaluate.nll_batch_size=4",
     "evaluate.metrics=[nll]",

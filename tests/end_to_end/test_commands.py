@@ -42,10 +42,8 @@ def mlflow_points(storage: Path, metric: str) -> list[tuple[int, int, float]]:
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny")
-    (run,) = client.search_runs(
-        [experiment.experiment_id],
-        filter_string="tags.`mlflow.parentRunId` = 'none' or attributes.run_name != ''",
-    )
+    runs = client.search_runs([experiment.experiment_id])
+    (run,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     history = client.get_metric_history(run.info.run_id, metric)
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
