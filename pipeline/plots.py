@@ -33,7 +33,7 @@ _KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _settings(name: str) -> dict[str, Any]:
+def _settings(name: str) -> Any:
     ink, soft, line = (COLOURS[key][0] for key in ("ink", "soft", "line"))
     return {
         "svg.fonttype": "none",
@@ -179,9 +179,9 @@ def likelihood(terms: Sequence[float], mse: Sequence[float]) -> list[Picture]:
     rmse = [127.5 * value**0.5 for value in mse]
     caption = "Term of the bound at each t; the first is the decoder's L_0"
     error = "Root mean square error of the estimate of x_0, on the scale 0 to 255"
-    log = {"log_x": True, "log_y": True}
+    parts = [Line(t, terms)]
     return [
-        curve("terms", "NLL terms, bits/dim", [Line(t, terms)], x="t", caption=caption, **log),
+        curve("terms", "NLL terms, bits/dim", parts, x="t", caption=caption, log_x=True, log_y=True),
         curve("error", "RMSE of the estimate of x_0", [Line(t, rmse)], x="t", caption=error),
     ]
 
@@ -190,7 +190,7 @@ def rate_distortion(rows: Sequence[dict[str, float]], paper: dict[int, tuple[flo
     """The three panels of the paper's Fig. 5, with the paper's own {k: (rate, RMSE)} as marks."""
     ours = {key: [row[key] for row in rows] for key in ("k", "rate_bpd", "rmse")}
     rates, errors = [rate for rate, _ in paper.values()], [error for _, error in paper.values()]
-    its = {"k": list(paper), "rate_bpd": rates, "rmse": errors}
+    its: dict[str, Sequence[float]] = {"k": list(paper), "rate_bpd": rates, "rmse": errors}
     names = {"k": "reverse steps T − t", "rate_bpd": "Rate, bits/dim", "rmse": "RMSE"}
 
     def panel(name: str, across: str, up: str) -> Picture:

@@ -174,7 +174,10 @@ def _verdict(source: Source) -> str:
         return f"{after}: {', '.join(said)}, by the paper's protocol ({_paper_row()})."
     gaussian = source.metrics["reference_points"].get("gaussian", {}).get("fid")
     if gaussian and "fid" in scores:
-        said[0] += f" ({scores['fid'] / gaussian:.0%} of a Gaussian's {gaussian:,.1f})"
+        share = scores["fid"] / gaussian
+        said[0] += (
+            f" ({f'{share:.0%} of' if share < 1 else f'{share:.1f} times'} a Gaussian's {gaussian:,.1f})"
+        )
     tail = ". Not comparable with the paper's row, for the reasons below" if source.is_cifar10 else ""
     return f"{after}: {', '.join(said)}{tail}."
 
@@ -252,7 +255,8 @@ def _how_to_read(source: Source) -> str:
     if source.is_cifar10:
         reasons = "; ".join(protocol.get("why_not") or ["the protocol differs"])
         return f"**Not comparable with the paper**: {reasons}.{features}{points}"
-    return f"The paper has no row for these images, so none is beside this run.{features}{points}"
+    short = "".join(f" **{why}**." for why in protocol.get("why_not", []) if why.startswith("rank-deficient"))
+    return f"The paper has no row for these images, so none is beside this run.{features}{points}{short}"
 
 
 def _protocol(protocol: dict[str, Any]) -> list[Block]:
@@ -348,7 +352,7 @@ def _shown_grids(source: Source) -> list[Picture]:
 
 def _likelihood(source: Source) -> list[Block]:
     nll, scores = source.read("nll"), source.metrics["scores"]
-    if not nll:
+    if not nll or "nll_bpd" not in scores:
         return _missing(source, "There are no NLL terms yet", "evaluate")
     said = (
         f"**NLL ≤ {scores['nll_bpd']:.4f} bits/dim** = rate {scores['rate_bpd']:.4f} (L_1 to L_T) "

@@ -16,6 +16,9 @@ from pipeline.errors import PipelineError
 from pipeline.rundir import Run
 
 BATCH = 1000  # metrics that MLflow takes in one call
+KIND = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # else the UI takes a study for a language model's
 TWIN = "+compressed.webp"  # how `log_image` names the small copy that it uploads after the picture
 
 # The mirror tries again by itself, and a look-up precedes everything that must not be made twice.
@@ -88,7 +91,7 @@ class Session:
         found = self.client.get_experiment_by_name(study)
         if found is None:
             place = (self.run.storage / "mlartifacts" / study).resolve().as_uri()
-            return self.client.create_experiment(study, None if uri.startswith("http") else place)
+            return self.client.create_experiment(study, None if uri.startswith("http") else place, KIND)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         return found.experiment_id

@@ -204,6 +204,17 @@ def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
     assert "| This run | 20.00 | – | – | 512 |" in markdown and "## Rate and distortion" not in markdown
 
 
+def test_bad_scores_are_called_what_they_are(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path)
+    folder = run.evaluation(config.evaluate_key(experiment, run.run_key))
+    protocol = rundir.read_json(folder / "metrics.json")["protocol"]
+    protocol["why_not"] = ["rank-deficient: n = 32 is not above 64 features"]
+    write_scores(folder, experiment, scores={"fid": 192.8}, protocol=protocol)
+    _, markdown = write(experiment, run)
+    assert "(2.0 times a Gaussian's 96.4)" in markdown
+    assert "**rank-deficient: n = 32 is not above 64 features**" in markdown
+
+
 def test_text_is_escaped():
     made = page.Page("a<b>", "", "x & `c<d>` **s**", [], [])
     html = page.to_html(made)

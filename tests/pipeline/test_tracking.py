@@ -86,6 +86,11 @@ def test_tags_name_the_keys_the_code_and_the_protocol(mirrored):
     assert "n = 512" in tags["protocol.why_not"]
 
 
+def test_the_ui_opens_a_study_as_model_training(mirrored, client):
+    tags = client.get_experiment(mirrored[2].info.experiment_id).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_curves_carry_their_own_times(mirrored, client):
     _, _, found = mirrored
     for key in ("train/loss", "train/lr", "train/grad_norm", "train/images_per_second"):
