@@ -1,11 +1,13 @@
 """The program as a person runs it: a process of its own, real files, real MLflow, real kills; no Ray."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -17,15 +19,21 @@ from pipeline.cli import main
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
-def command(storage: Path, *words: str, verb: str = "run") -> list[str]:
-    place = ["cluster.workers=0", f"cluster.storage={storage}"]
-    return [sys.executable, "-m", "pipeline", verb, "digits", *TINY, *place, *words]
+def arguments(storage: Path, *words: str, verb: str = "run") -> list[str]:
+    return [verb, "digits", *TINY, "cluster.workers=0", f"cluster.storage={storage}", *words]
 
 
-def ddpm(storage: Path, *words: str, verb: str = "run") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(storage, *words, verb=verb), env=ENVIRONMENT, capture_output=True, text=True
-    )
+def ddpm(storage: Path, *words: str, verb: str = "run") -> str:
+    """Run a command to its end in this process, which has its imports behind it; returns what it printed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main(arguments(storage, *words, verb=verb)) == 0
+    return printed.getvalue()
+
+
+def process(storage: Path, *words: str, verb: str = "run") -> subprocess.Popen:
+    command = [sys.executable, "-m", "pipeline", *arguments(storage, *words, verb=verb)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def run_directory(storage: Path) -> Path:
@@ -52,9 +60,7 @@ def mlflow_points(storage: Path, metric: str) -> list[tuple[int, int, float]]:
 def finished(tmp_path_factory) -> Path:
     """A storage root in which the tiny experiment was run to its end."""
     storage = tmp_path_factory.mktemp("finished")
-    outcome = ddpm(storage, "evaluate.metrics=[fid,is,nll]")
-    assert outcome.returncode == 0, outcome.stderr
-    assert "report.html" in outcome.stdout
+    assert "report.html" in ddpm(storage, "evaluate.metrics=[fid,is,nll]")
     return storage
 
 
@@ -83,7 +89,7 @@ def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
         "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
         "assert 'ray' not in sys.modules, 'Ray was imported'; sys.exit(code)"
     )
-    words = command(finished, "evaluate.metrics=[fid,is,nll]")[3:]
+    words = arguments(finished, "evaluate.metrics=[fid,is,nll]")
     outcome = subprocess.run(
         [sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True
     )
@@ -118,7 +124,7 @@ LONGER = ("train.steps=60", "train.checkpoint_every=10", "model.dropout=0.2", "f
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory) -> Path:
     storage = tmp_path_factory.mktemp("untouched")
-    assert ddpm(storage, *LONGER, verb="train").returncode == 0
+    ddpm(storage, *LONGER, verb="train")
     return storage
 
 
@@ -126,12 +132,7 @@ def untouched(tmp_path_factory) -> Path:
     ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130)]
 )
 def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, number, code):
-    first = subprocess.Popen(
-        command(tmp_path, *LONGER, verb="train"),
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    first = process(tmp_path, *LONGER, verb="train")
     wait_for_checkpoint(first, tmp_path)
     first.send_signal(number)
     first.communicate(timeout=60)
@@ -139,8 +140,7 @@ def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, 
     assert not (run_directory(tmp_path) / "train" / "step_00000060").exists(), (
         "stopped too late to prove anything"
     )
-    again = ddpm(tmp_path, *LONGER, verb="train")
-    assert again.returncode == 0, again.stderr
+    ddpm(tmp_path, *LONGER, verb="train")
     ours, theirs = final_state(tmp_path, 60), final_state(untouched, 60)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     assert [step for step, _, _ in mlflow_points(tmp_path, "train/loss")] == list(range(1, 61))

@@ -48,6 +48,11 @@ def test_pictures_show_the_images(drawn):
     assert np.array_equal(cells[:8, :8], samples[0, 0])
     with Image.open(folder / "progressive.png") as picture:
         assert picture.size == (10 * 66, 10 * 66)
+        last_column = np.asarray(picture)[1:, 9 * 66 + 1 :: 8, 0][:, :8]
+    rows = np.stack([last_column[66 * row : 66 * row + 64 : 8] for row in range(10)])
+    assert (np.abs(rows.astype(int) - samples[:10, 0]) <= 1).mean() > 0.999, (
+        "a row is one image, its end a sample"
+    )
 
 
 def test_a_missing_picture_is_drawn_again(drawn):
