@@ -16,7 +16,7 @@ from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run
 from pipeline.tracking.parcels import Parcel, parcels
-from pipeline.tracking.session import Session, default_uri, reason, shown
+from pipeline.tracking.session import VIEW, Session, default_uri, reason, shown
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,7 @@ def describe(run: Run, uri: str | None) -> str:
         return f"nothing in {shown(uri)} yet (`ddpm sync {run.path.name}`)"
     where = f"{server['study']} / {run.path.name} in {shown(uri)} (`ddpm ui`)"
     if uri.startswith("http"):
-        where = f"{shown(uri).rstrip('/')}/#/experiments/{server['experiment_id']}/runs/{server['run_id']}"
+        place = f"#/experiments/{server['experiment_id']}/runs/{server['run_id']}{VIEW}"
+        where = f"{shown(uri).rstrip('/')}/{place}"
     behind = server["parcels"].get("status") != state["status"]
     return f"{where}, not up to date (`ddpm sync {run.path.name}`)" if behind else where

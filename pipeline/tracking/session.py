@@ -16,9 +16,10 @@ from pipeline.errors import PipelineError
 from pipeline.rundir import Run
 
 BATCH = 1000  # metrics that MLflow takes in one call
-KIND = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # else the UI takes a study for a language model's
+# What makes the UI show studies as training runs instead of language models' evaluations: a tag, or in newer
+# versions the link.
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+VIEW = "?workflowType=machine_learning"
 TWIN = "+compressed.webp"  # how `log_image` names the small copy that it uploads after the picture
 
 # The mirror tries again by itself, and a look-up precedes everything that must not be made twice.

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from pipeline.errors import PipelineError
-from pipeline.tracking.session import ENVIRONMENT, default_uri, shown
+from pipeline.tracking.session import ENVIRONMENT, VIEW, default_uri, shown
 
 STARTING = 120.0  # seconds that a server may take to answer
 
@@ -44,7 +44,7 @@ def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = N
         server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
     try:
         _wait_until_it_answers(server, f"http://{host}:{port}", Path(log.name))
-        print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
+        print(f"http://{host}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         return 0
