@@ -125,4 +125,4 @@ def load_network(experiment: Experiment, run: Run, step: int, which: str, device
         net.load_state_dict(weights(directory, which))
     except RuntimeError as error:
         raise PipelineError(f"{directory} holds another network: {error}") from error
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -194,7 +194,8 @@ class Session:
             num_gpus=self.resources.gpus_per_task,
             max_retries=self.cluster.retries,
         )
-        waiting, in_flight = list(reversed(units)), {}
+        waiting = list(reversed(units))
+        in_flight: dict[Any, Unit] = {}
         slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // self.cluster.cpus_per_task)
         while waiting or in_flight:
             while waiting and len(in_flight) < slots:

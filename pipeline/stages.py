@@ -18,7 +18,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, write_json, write_text
-from pipeline.worker import Executor, InProcess, Unit
+from pipeline.worker import Executor, InProcess, Unit, local_context
 
 STAGES = ("shard", "train", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
@@ -131,7 +131,8 @@ class _Work:
     def _start_executor(self) -> Executor:
         if self.executor is None:
             if self.cluster.workers == 0:
-                self.executor = InProcess(interrupted=self.interrupt.requested)
+                context = local_context(self.cluster.cpus_per_worker)
+                self.executor = InProcess(context, self.interrupt.requested)
             else:
                 from pipeline.cluster import Session
 

@@ -107,9 +107,11 @@ def _libraries() -> list[tuple[str, str]]:
 
 
 def _inception() -> list[tuple[str, str]]:
-    from pipeline import fidelity
+    from pipeline.fidelity import extractors
 
-    return [("Inception weights", fidelity.weights_status())]
+    path = extractors.download_path()
+    absent = f"not at {path}; fetched when first needed, or name a file in evaluate.extractor_weights"
+    return [("Inception weights", str(path) if path.exists() else absent)]
 
 
 def _stores(cluster: ClusterConfig) -> list[tuple[str, str]]:

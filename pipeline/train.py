@@ -149,7 +149,7 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
 
 def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> TrainState:
     """The newest whole checkpoint's state on this worker's device, or the first one."""
-    net = checkpoint.new_network(experiment).to(ctx.device, memory_format=torch.channels_last)
+    net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     state = TrainState.create(experiment.train, net, experiment.diffusion)
     found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
     if found is not None:

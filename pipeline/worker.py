@@ -60,17 +60,17 @@ class Executor(Protocol):
     def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None: ...
 
 
-def local_context() -> WorkerContext:
-    """This process as a worker: the first GPU if there is one, and every CPU it may use."""
+def local_context(cpus: int | None = None) -> WorkerContext:
+    """This process as a worker: the first GPU if there is one, and so many CPUs (None: every one it may use)."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return WorkerContext(device, len(os.sched_getaffinity(0)))
+    return WorkerContext(device, cpus or len(os.sched_getaffinity(0)))
 
 
 class InProcess:
     """Runs everything here, one after the other, without Ray (`cluster.workers=0`)."""
 
-    def __init__(self, context: WorkerContext | None = None, interrupted: Callable[[], bool] = lambda: False):
-        self.context, self.interrupted = context or local_context(), interrupted
+    def __init__(self, context: WorkerContext, interrupted: Callable[[], bool] = lambda: False):
+        self.context, self.interrupted = context, interrupted
         torch.set_num_threads(self.context.cpus)
 
     def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:

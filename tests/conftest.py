@@ -30,6 +30,8 @@ TINY = [
     "evaluate.metrics=[nll]",
 ]
 
+ONE_CPU = ["cluster.workers=0", "cluster.cpus_per_worker=1"]
+
 
 def tiny_experiment(*overrides: str) -> config.Experiment:
     return config.load_experiment("digits", [*TINY, *overrides])

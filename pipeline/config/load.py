@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.backbones import NETWORKS
@@ -41,6 +41,11 @@ def find(name: str, kind: Literal["", "cluster", "sweep"] = "") -> Path:
     )
 
 
+def _plain(tree: Any) -> dict[str, Any]:
+    """Plain containers, interpolations resolved."""
+    return typing.cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True))
+
+
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     """The tree of a yaml file laid over its `base:`."""
     if path.resolve() in seen:
@@ -49,7 +54,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
         tree = OmegaConf.load(path)
     except Exception as error:  # PyYAML's errors share no narrow base with OmegaConf's
         raise ConfigError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(tree):
+    if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path} holds no keys")
     tree.pop("made_with", None)  # a run directory's experiment.yaml can be run again
     base = tree.pop("base", None)
@@ -123,31 +128,19 @@ def _sections(tree: dict[str, Any], faults: list[str]) -> dict[str, Any]:
             f"model.name is '{name}'{suggestion(str(name), NETWORKS)}; known: {', '.join(NETWORKS)}"
         )
         del types["model"]
-    known = [
-        *types,
-        *(
-            f"{s}.{k}"
-            for s, cls in types.items()
-            if dataclasses.is_dataclass(cls)
-            for k in typing.get_type_hints(cls)
-        ),
-    ]
+    inner_keys = {s: typing.get_type_hints(cls) for s, cls in types.items() if dataclasses.is_dataclass(cls)}
+    known = [*types, *(f"{section}.{key}" for section, keys in inner_keys.items() for key in keys)]
     for key in tree.keys() - typing.get_type_hints(Experiment).keys():
         inner = [full for full in known if full.endswith(f".{key}")]
         faults.append(f"{key} is unknown{suggestion(inner[0] if inner else str(key), known)}")
     faults += [f"{key} is missing" for key in types if key not in tree]
-    return {
-        key: _section(cls, tree[key], key, faults)
-        for key, cls in types.items()
-        if key in tree and dataclasses.is_dataclass(cls)
-    }
+    return {key: _section(types[key], tree[key], key, faults) for key in inner_keys if key in tree}
 
 
 def load_experiment(name: str, overrides: list[str]) -> Experiment:
     """Read, override, check. Raises ConfigError holding every fault, one line each."""
     path = find(name)
-    loaded = _with_overrides(_read(path), overrides)
-    tree = OmegaConf.to_container(loaded, resolve=True)
+    tree = _plain(_with_overrides(_read(path), overrides))
     tree.setdefault("name", path.stem)
     faults: list[str] = []
     sections = _sections(tree, faults)
@@ -177,7 +170,7 @@ def _absolute(section: Any, key: str) -> Any:
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """The same for conf/cluster/; `overrides` without their `cluster.`."""
-    tree = OmegaConf.to_container(_with_overrides(_read(find(name, "cluster")), overrides), resolve=True)
+    tree = _plain(_with_overrides(_read(find(name, "cluster")), overrides))
     faults: list[str] = []
     cluster = _section(ClusterConfig, tree, "cluster", faults)
     if cluster is not None:

@@ -199,9 +199,14 @@ def _require_inception(source: Path, copy: Path) -> None:
         ) from error
 
 
+def download_path() -> Path:
+    """Where torch-fidelity keeps Inception's weights once they were fetched."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+
+
 def _downloaded() -> Path:
     """The file where torch-fidelity itself looks for it, fetched if need be."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    path = download_path()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

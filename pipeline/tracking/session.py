@@ -54,11 +54,22 @@ def client_of(uri: str) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     from mlflow import MlflowClient
 
+    if uri.startswith("sqlite:///"):
+        _make_store(Path(uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_store(path: Path) -> None:
+    """MLflow makes its tables one by one, and a store in which a killed process made some is lost for good:
+    they are made under another name."""
+    if path.exists():
+        return
+    from mlflow import MlflowClient
+
+    with rundir.atomic_file(path) as temporary:
+        MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments(max_results=1)
 
 
 def shown(uri: str) -> str:

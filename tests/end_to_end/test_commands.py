@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ONE_CPU, TINY
 
 from pipeline import checkpoint
 from pipeline.cli import main
@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
 def arguments(storage: Path, *words: str, verb: str = "run") -> list[str]:
-    return [verb, "digits", *TINY, "cluster.workers=0", f"cluster.storage={storage}", *words]
+    return [verb, "digits", *TINY, *ONE_CPU, f"cluster.storage={storage}", *words]
 
 
 def ddpm(storage: Path, *words: str, verb: str = "run") -> str:
@@ -118,7 +118,7 @@ def wait_for_checkpoint(process: subprocess.Popen, storage: Path) -> None:
         time.sleep(0.02)
 
 
-LONGER = ("train.steps=60", "train.checkpoint_every=10", "model.dropout=0.2", "figures.which=[samples]")
+LONGER = ("train.steps=200", "train.checkpoint_every=10", "model.dropout=0.2", "figures.which=[samples]")
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +137,13 @@ def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, 
     first.send_signal(number)
     first.communicate(timeout=60)
     assert first.returncode == code
-    assert not (run_directory(tmp_path) / "train" / "step_00000060").exists(), (
+    assert not (run_directory(tmp_path) / "train" / "step_00000200").exists(), (
         "stopped too late to prove anything"
     )
     ddpm(tmp_path, *LONGER, verb="train")
-    ours, theirs = final_state(tmp_path, 60), final_state(untouched, 60)
+    ours, theirs = final_state(tmp_path, 200), final_state(untouched, 200)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
-    assert [step for step, _, _ in mlflow_points(tmp_path, "train/loss")] == list(range(1, 61))
+    assert [step for step, _, _ in mlflow_points(tmp_path, "train/loss")] == list(range(1, 201))
 
 
 # Bad input: a line or two, exit code 1 or 2, no traceback

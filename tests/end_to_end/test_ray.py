@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import ONE_CPU, TINY
 
 from pipeline.cluster import resolve
 from pipeline.config import load_cluster
@@ -49,7 +49,7 @@ def ddpm(storage: Path, *words: str) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
     """The same experiment by one process, and by two workers through Ray."""
-    one = ddpm(tmp_path_factory.mktemp("one"), "cluster.workers=0")
+    one = ddpm(tmp_path_factory.mktemp("one"), *ONE_CPU)
     two = ddpm(tmp_path_factory.mktemp("two"), "cluster.workers=2", "cluster.cpus_per_worker=1")
     return one, two
 

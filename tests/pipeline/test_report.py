@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
-from pipeline import config, page, report, rundir
+from pipeline import config, report, rundir
+from pipeline.report import page, stage
 
 CIFAR10 = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
 
@@ -42,7 +43,7 @@ def undrawn(monkeypatch):
     def picture(name, title, x, caption, draw, size=None):
         return page.Picture(f"{name}.svg", b"<svg></svg>", caption)
 
-    monkeypatch.setattr("pipeline.plots._picture", picture)
+    monkeypatch.setattr("pipeline.report.plots._picture", picture)
 
 
 class Elements(HTMLParser):
@@ -223,5 +224,5 @@ def test_text_is_escaped():
 
 def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
     Image.new("L", (300, 20), 7).save(tmp_path / "small.png")
-    with Image.open(BytesIO(report._enlarged(tmp_path / "small.png"))) as image:
+    with Image.open(BytesIO(stage._enlarged(tmp_path / "small.png"))) as image:
         assert image.size == (1200, 80) and image.getextrema() == (7, 7)

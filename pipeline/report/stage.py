@@ -20,12 +20,13 @@ import yaml
 from PIL import Image
 
 from ddpm.schedules import betas
-from pipeline import config, page, paper, plots
+from pipeline import config
 from pipeline.checkpoint import new_network
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.page import Block, Card, Cards, Code, Page, Picture, Pictures, Section, Table, Text
 from pipeline.progress import duration
+from pipeline.report import page, paper, plots
+from pipeline.report.page import Block, Card, Cards, Code, Page, Picture, Pictures, Section, Table, Text
 from pipeline.rundir import (
     MANIFEST,
     Run,

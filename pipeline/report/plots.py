@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.page import COLOURS, Picture
+from pipeline.report.page import COLOURS, Picture
 
 SIZE, SMALL = (4.6, 2.9), (3.3, 2.5)  # inches: two and three to a row, one on a phone
 MOST_POINTS = 1500
