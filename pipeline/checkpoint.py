@@ -106,8 +106,9 @@ def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> n
     """The experiment's network with its first weights."""
     data = experiment.data
     out_channels = Diffusion(experiment.diffusion).out_channels(data.channels)
+    classes = data.labels if experiment.takes_labels else 0
     return build_network(
-        experiment.model, data.image_size, data.channels, out_channels, experiment.seed, device=device
+        experiment.model, data.image_size, data.channels, out_channels, experiment.seed, classes, device
     )
 
 

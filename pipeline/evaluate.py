@@ -150,8 +150,12 @@ def add_image_scores(
         name: {**_scores(images.score(), statistics, config.metrics), "n": images.n}
         for name, images in sets.items()
     }
-    if config.features == "classifier" and samples.class_counts is not None:
-        metrics["class_shares"] = (samples.class_counts / samples.class_counts.sum()).tolist()
+    if config.features == "classifier" and samples.classes is not None:
+        counts = np.bincount(samples.classes, minlength=experiment.data.labels)
+        metrics["class_shares"] = (counts / len(samples.classes)).tolist()
+        if experiment.sample.label is not None:
+            asked = [experiment.asked_label(index) for index in range(len(samples.classes))]
+            metrics["scores"]["as_asked"] = float(np.mean(samples.classes == np.array(asked)))
     metrics["protocol"] |= {
         "extractor": extractor.name,
         "official_extractor": extractor.is_official,
@@ -209,7 +213,7 @@ def bound(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop
     """The work unit: all terms of the bound of test images [start, stop), float32 as they were computed."""
     config = experiment.evaluate
     net = load_network(experiment, run, checkpoint_step(experiment), experiment.sample.weights, ctx.device)
-    pixels, _ = tars.load_images(run.data, "test", start, stop)
+    pixels, classes = tars.load_images(run.data, "test", start, stop)
     index, shape = torch.arange(start, stop), image_shape(experiment)
     result = bits_per_dim(
         Diffusion(experiment.diffusion),
@@ -219,6 +223,7 @@ def bound(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop
         timesteps_per_call=timesteps_per_call(stop - start, shape),
         decoder=config.decoder,
         variance=config.variance,
+        context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
     )
     arrays = {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
     save_arrays(file, **arrays)

@@ -17,7 +17,8 @@ from PIL import Image
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import grid, to_uint8
-from ddpm.sampler import few_steps_warning, sample
+from ddpm.sampler import few_steps_warning, guided, sample
+from ddpm.training import NO_LABEL
 from pipeline import tars
 from pipeline.checkpoint import load_network
 from pipeline.config import Experiment, checkpoint_step, sample_key, to_yaml
@@ -44,6 +45,8 @@ class Protocol:
     timesteps: int
     eta: float | None
     variance: str | None
+    label: str | None
+    guidance_scale: float
     seed: int
     batch_size: int
     rounding: str
@@ -60,6 +63,8 @@ def protocol(experiment: Experiment) -> Protocol:
         timesteps=timesteps,
         eta=None if ancestral else config.eta,
         variance=config.variance or experiment.diffusion.variance if ancestral else None,
+        label=config.label,
+        guidance_scale=config.guidance_scale,
         seed=experiment.seed,
         batch_size=config.batch_size,
         rounding="nearest",
@@ -112,11 +117,15 @@ def draw(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop:
     """The work unit: images [start, stop) as one tar, then its facts."""
     config, data = experiment.sample, experiment.data
     net = load_network(experiment, run, checkpoint_step(experiment), config.weights, ctx.device)
+    index = torch.arange(start, stop)
+    labels = [experiment.asked_label(number) for number in range(start, stop)]
+    context = None if config.label is None else torch.tensor(labels, device=ctx.device)
+    guide = guided(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
     images = sample(
-        Diffusion(experiment.diffusion), net,
-        index=torch.arange(start, stop), shape=(data.channels, data.image_size, data.image_size),
+        Diffusion(experiment.diffusion), guide,
+        index=index, shape=(data.channels, data.image_size, data.image_size),
         seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
-        variance=config.variance, device=ctx.device,
+        variance=config.variance, context=context, device=ctx.device,
     )  # fmt: skip
     if not bool(images.isfinite().all()):
         raise PipelineError(
@@ -125,8 +134,8 @@ def draw(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop:
         )
     pixels = to_uint8(images).cpu().numpy().transpose(0, 2, 3, 1)
     records = (
-        tars.Record(f"{index:08d}", tars.encode_png(image), None)
-        for index, image in zip(range(start, stop), pixels, strict=True)
+        tars.Record(f"{number:08d}", tars.encode_png(image), label)
+        for number, image, label in zip(range(start, stop), pixels, labels, strict=True)
     )
     tar = _tar(directory(experiment, run), start, stop)
     facts = tars.write_shard(tar, records)
@@ -170,5 +179,9 @@ def _seal(experiment: Experiment, folder: Path, facts: list[dict[str, Any]]) -> 
     with atomic_file(folder / GRID) as temporary:
         Image.fromarray(picture.numpy()).save(temporary, format="PNG")
     write_text(folder / PROTOCOL, to_yaml(how))
-    shape = {"image_size": data.image_size, "channels": data.channels, "labels": 0}
+    shape = {
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "labels": data.labels if experiment.sample.label else 0,
+    }
     tars.write_index(folder, {SPLIT: facts}, **shape, protocol=asdict(how))

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ddpm.backbones import has_batch_norm
 from ddpm.diffusion import Diffusion
 from ddpm.images import grid, to_uint8
 from ddpm.rng import Stream, permutation
@@ -150,11 +151,23 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
 def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> TrainState:
     """The newest whole checkpoint's state on this worker's device, or the first one."""
     net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
-    state = TrainState.create(experiment.train, net, experiment.diffusion)
+    state = TrainState.create(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
     found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
     if found is not None:
         state.load_tensors(checkpoint.load(run.step_dir(found)))
     return state
+
+
+def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
+    """BatchNorm sees the global batch, so that the number of workers does not change what is computed."""
+    if ctx.world_size == 1 or not has_batch_norm(net):
+        return net
+    if ctx.device.type == "cpu":
+        raise PipelineError(
+            f"BatchNorm over {ctx.world_size} CPU workers would see each worker's images only: "
+            "use cluster.workers=1, or model.norm=group"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
 def _step_function(
@@ -162,8 +175,9 @@ def _step_function(
 ) -> Callable[[], dict[str, torch.Tensor]]:
     """A function that makes one training step; the images stay on the device as uint8."""
     config = experiment.train
-    pixels, _ = tars.load_images(run.data, "train")
+    pixels, classes = tars.load_images(run.data, "train")
     images = torch.from_numpy(pixels).to(ctx.device)
+    labels = torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None
     order = Order(experiment.seed, len(images))
     rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
     diffusion = Diffusion(experiment.diffusion).to(ctx.device)
@@ -175,6 +189,7 @@ def _step_function(
         return train_step(
             state, diffusion, images[index], rows,
             config=config, seed=experiment.seed, world_size=ctx.world_size, forward=forward,
+            context=None if labels is None else labels[index],
         )  # fmt: skip
 
     return step
@@ -184,7 +199,9 @@ def _settle(forward: nn.Module, image: torch.Tensor, count: int) -> None:
     """One throwaway forward and backward: DDP rebuilds its buckets after the first, and sums depend on an
     element's place in its bucket, so a resumed run must start from the same layout as an untouched one."""
     x = image.float().expand(count, -1, -1, -1)
+    forward.eval()  # running statistics of normalisation layers stay as they are
     forward(x, torch.zeros(count, dtype=torch.int64, device=x.device)).sum().backward()
+    forward.train()
     forward.zero_grad(set_to_none=True)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ddpm.backbones import TAKES_LABELS
 from ddpm.diffusion import DiffusionConfig
 from ddpm.training import TrainConfig
 
@@ -47,7 +48,9 @@ class DataConfig:
 @dataclass(frozen=True)
 class SampleConfig:
     """How samples are drawn. `steps` null = all T; `variance` null = diffusion.variance; `checkpoint` is
-    `last` (step train.steps) or a step. A work unit is `batch_size` images."""
+    `last` (step train.steps) or a step. A work unit is `batch_size` images. `label` is null (no class),
+    a class, or `cycle` (image i gets class i modulo data.labels), for networks that take labels;
+    `guidance_scale` 1 is the plain conditional network."""
 
     num_images: int
     sampler: Literal["ancestral", "ddim"]
@@ -57,6 +60,8 @@ class SampleConfig:
     batch_size: int
     weights: Literal["ema", "raw"]
     checkpoint: str
+    label: str | None
+    guidance_scale: float
 
     def problems(self) -> Problems:
         found = _at_least(self, num_images=1, batch_size=1)
@@ -66,6 +71,12 @@ class SampleConfig:
             found.append(("eta", f"is {self.eta}; it lies in [0, 1]: 0 is deterministic, 1 ancestral"))
         if self.checkpoint != "last" and not self.checkpoint.isdigit():
             found.append(("checkpoint", f"is '{self.checkpoint}'; use last or a step number"))
+        if self.label is not None and self.label != "cycle" and not self.label.isdigit():
+            found.append(("label", f"is '{self.label}'; use null, cycle or the number of a class"))
+        if self.guidance_scale < 0:
+            found.append(
+                ("guidance_scale", f"is {self.guidance_scale}; 1 is the plain network, more exaggerates")
+            )
         return found
 
 
@@ -134,11 +145,46 @@ class Experiment:
             found.append(
                 ("sample.checkpoint", f"is {self.sample.checkpoint}, beyond train.steps={self.train.steps}")
             )
+        found += self._label_problems()
         if self.evaluate.features == "classifier" and not self.data.labels:
             found.append(
                 (
                     "evaluate.features",
                     "is classifier, which needs labels; use projection for unlabelled images",
+                )
+            )
+        return found
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the network is told the class of an image."""
+        return self.model.name in TAKES_LABELS
+
+    def asked_label(self, index: int) -> int | None:
+        """The class that sample `index` is asked to be; None where none is."""
+        if self.sample.label == "cycle":
+            return index % self.data.labels
+        return None if self.sample.label is None else int(self.sample.label)
+
+    def _label_problems(self) -> Problems:
+        label, scale = self.sample.label, self.sample.guidance_scale
+        if not self.takes_labels:
+            able = " or ".join(sorted(TAKES_LABELS))
+            asked = label is not None or scale != 1 or self.train.label_dropout > 0
+            return [("sample.label", f"is for networks that take labels: model.name={able}")] if asked else []
+        found: Problems = []
+        if label is not None and label.isdigit() and int(label) >= self.data.labels:
+            found.append(
+                (
+                    "sample.label",
+                    f"is {label}; data.labels={self.data.labels}, so classes end at {self.data.labels - 1}",
+                )
+            )
+        if scale != 1 and (label is None or self.train.label_dropout == 0):
+            found.append(
+                (
+                    "sample.guidance_scale",
+                    "needs a sample.label, and a network trained with train.label_dropout",
                 )
             )
         return found

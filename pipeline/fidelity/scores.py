@@ -84,11 +84,11 @@ class ProbabilitySums:
 
 @dataclass(frozen=True)
 class Scored:
-    """What n images score: `sums` and `class_counts` (by the largest logit) where there are classes."""
+    """What n images score: `sums` and `classes` (n,), that of the largest logit, where there are classes."""
 
     moments: Moments
     sums: ProbabilitySums | None
-    class_counts: np.ndarray | None
+    classes: np.ndarray | None
 
 
 def score(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Scored:
@@ -110,12 +110,12 @@ def score(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Scored:
 def _score_part(features: np.ndarray, logits: np.ndarray, start: int, n: int, splits: int) -> Scored:
     if not logits.shape[1]:
         return Scored(Moments.of(features), None, None)
-    counts = np.bincount(logits.argmax(axis=1), minlength=logits.shape[1])
-    return Scored(Moments.of(features), ProbabilitySums.of(logits, start, n, splits), counts)
+    sums = ProbabilitySums.of(logits, start, n, splits)
+    return Scored(Moments.of(features), sums, logits.argmax(axis=1))
 
 
 def _add(a: Scored, b: Scored) -> Scored:
     moments = a.moments + b.moments
-    if a.sums is None or b.sums is None or a.class_counts is None or b.class_counts is None:
+    if a.sums is None or b.sums is None or a.classes is None or b.classes is None:
         return Scored(moments, None, None)
-    return Scored(moments, a.sums + b.sums, a.class_counts + b.class_counts)
+    return Scored(moments, a.sums + b.sums, np.concatenate([a.classes, b.classes]))
