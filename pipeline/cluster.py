@@ -214,14 +214,14 @@ class Session:
 def _start_ray(address: str | None) -> None:
     import ray
 
-    # Ray's own progress lines would run through ours.
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # Workers print the same line many times over.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
-        if address is None:
-            ray.init(num_cpus=len(os.sched_getaffinity(0)), logging_level=logging.ERROR, log_to_driver=False)
+        if address is None:  # "local": never somebody else's cluster that happens to run here
+            ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), **quiet)
         else:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(address=address, **quiet)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         where = (
             f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
