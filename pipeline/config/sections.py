@@ -26,7 +26,7 @@ class DataConfig:
     """Where the images come from and what shape they have. `labels` is the number of classes, 0 for none;
     `test_images` are held out where the source has no test split of its own."""
 
-    source: Literal["cifar10", "digits", "folder", "npy"]
+    source: Literal["cifar10", "digits", "folder", "lmdb", "npy", "parquet"]
     path: str | None
     image_size: int
     channels: int
@@ -40,7 +40,7 @@ class DataConfig:
         found = _at_least(self, image_size=2, labels=0, images_per_shard=1, test_images=0, max_undecodable=0)
         if self.channels not in (1, 3):
             found.append(("channels", f"is {self.channels}; images are grey (1) or colour (3)"))
-        if self.source in ("folder", "npy") and self.path is None:
+        if self.source not in ("cifar10", "digits") and self.path is None:
             found.append(("path", f"is null; data.source={self.source} needs the place of the images"))
         return found
 

@@ -16,7 +16,9 @@ from pipeline.sources.cifar10 import download, open_cifar10
 from pipeline.sources.content import stamp_of
 from pipeline.sources.digits import Digits
 from pipeline.sources.folder import Folder
+from pipeline.sources.lmdb import Lmdb
 from pipeline.sources.npy import Npy
+from pipeline.sources.parquet import Parquet
 from pipeline.sources.picture import Picture, Undecodable, to_record
 from pipeline.tars import Record
 
@@ -42,7 +44,9 @@ KINDS: dict[str, Callable[[DataConfig], ImageSet]] = {
     "cifar10": open_cifar10,
     "digits": Digits,
     "folder": Folder,
+    "lmdb": Lmdb,
     "npy": Npy,
+    "parquet": Parquet,
 }
 
 

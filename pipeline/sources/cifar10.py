@@ -50,7 +50,7 @@ def open_cifar10(data: DataConfig) -> "Parquet | Batches | Undownloaded":
         return Batches(root)
     if (root / "cifar-10-python.tar.gz").exists():
         return Batches(root / "cifar-10-python.tar.gz")
-    return Parquet(root, image="img", label="label")
+    return Parquet(data)
 
 
 class Undownloaded:

@@ -24,3 +24,12 @@ def held_out(place: Path, n: int, test_images: int) -> dict[str, np.ndarray]:
     if not test_images:
         return {"train": order}
     return {"train": order[test_images:], "test": order[:test_images]}
+
+
+def neighbouring(place: Path, counts: dict[str, int], test_images: int) -> dict[str, tuple[str, np.ndarray]]:
+    """split -> (the part of the set that holds it, its ascending indices there), for sets of `counts` images
+    in which neighbours are read together cheaply. Without a test part, `test_images` are held out."""
+    if "test" in counts:
+        return {split: (split, np.arange(count)) for split, count in counts.items()}
+    splits = held_out(place, counts["train"], test_images)
+    return {split: ("train", np.sort(indices)) for split, indices in splits.items()}

@@ -61,7 +61,7 @@ def test_all_faults_are_reported_at_once_with_suggestions():
     assert "dropout is unknown (did you mean 'model.dropout'?)" in found
     assert "train.lr is 'fast'; a number is expected" in found
     assert "seed is 'x'; a whole number is expected" in found
-    assert "data.source is 'digit'; one of cifar10, digits, folder, npy is expected" in found
+    assert "data.source is 'digit'; one of cifar10, digits, folder, lmdb, npy, parquet is expected" in found
     assert "evaluate.metrics has 'ins', which is unknown" in text
     assert "sample.eta is 2.0" in text
     assert all("\n" not in line for line in found)

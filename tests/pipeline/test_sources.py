@@ -130,13 +130,15 @@ def test_cifar10_test_split_has_its_known_mean():
     assert np.allclose(means.mean(axis=0) / 255, [0.494214, 0.485131, 0.450409], atol=1e-6)
 
 
-def write_parquet(path: Path, images: list[bytes], labels: list[int], image_column: str = "img") -> None:
+def write_parquet(path: Path, images: list, labels: list[int] | None, **more) -> None:
+    """Encoded images as on the hub, in four rows a group; `more` are further columns."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     column = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
+    columns = {"img": column} | ({} if labels is None else {"label": labels}) | more
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table({image_column: column, "label": labels}), path, row_group_size=4)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=4)
 
 
 @pytest.fixture
@@ -163,10 +165,15 @@ def test_truncated_parquet_is_named(parquet_set):
         sources.fingerprint(config("cifar10", parquet_set, labels=10), None)
 
 
-def test_parquet_without_the_column_is_named(tmp_path):
-    write_parquet(tmp_path / "train-0.parquet", [encode_png(noise(8, 8, 3))], [0], image_column="image")
-    with pytest.raises(PipelineError, match=r"train-0\.parquet has no column 'img', only image, label"):
-        read(config("cifar10", tmp_path))
+def test_parquet_without_the_columns_is_named(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [encode_png(noise(8, 8, 3))], None)
+    with pytest.raises(PipelineError, match=r"train-0\.parquet has no column 'label', only img; .*labels=0"):
+        read(config("cifar10", tmp_path, labels=10))
+    write_parquet(tmp_path / "train-0.parquet", [encode_png(noise(8, 8, 3))], None, mask=[{"bytes": b""}])
+    with pytest.raises(
+        PipelineError, match=r"train-0\.parquet has 2 columns of encoded images, not one: img"
+    ):
+        read(config("parquet", tmp_path))
 
 
 def test_an_empty_place_is_named(tmp_path):
@@ -174,6 +181,147 @@ def test_an_empty_place_is_named(tmp_path):
         sources.fingerprint(config("cifar10", tmp_path), None)
     with pytest.raises(PipelineError, match="nowhere does not exist"):
         sources.fingerprint(config("cifar10", tmp_path / "nowhere"), None)
+
+
+# Any set in parquet files
+
+
+def numbered(n: int, extension: str = "png") -> list[bytes]:
+    """Encoded images, the i-th of which has the grey level 10 i."""
+    found = []
+    for i in range(n):
+        file = io.BytesIO()
+        lossless = {"lossless": True} if extension == "webp" else {}
+        Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)).save(file, extension, **lossless)
+        found.append(file.getvalue())
+    return found
+
+
+def numbers(data: DataConfig, split: str = "train") -> list[int]:
+    return (pixels(data, split)[:, 0, 0, 0] // 10).tolist()
+
+
+@pytest.mark.parametrize(
+    "test", ["test-00000-of-00001.parquet", "validation-0.parquet", "validation/0.parquet"]
+)
+def test_parquet_splits_are_named_by_files_or_folders(tmp_path, test):
+    write_parquet(tmp_path / "data" / "train-0.parquet", numbered(6), None)
+    write_parquet(tmp_path / "data" / test, numbered(9)[6:], None)
+    data = config("parquet", tmp_path, test_images=2)
+    assert numbers(data) == [0, 1, 2, 3, 4, 5]
+    assert numbers(data, "test") == [6, 7, 8]
+
+
+def test_a_parquet_test_split_goes_before_a_validation_split(tmp_path):
+    for i, split in enumerate(("train", "test", "validation")):
+        write_parquet(tmp_path / f"{split}-0.parquet", numbered(3)[i:][:1], None)
+    assert (numbers(config("parquet", tmp_path)), numbers(config("parquet", tmp_path), "test")) == ([0], [1])
+
+
+@pytest.mark.parametrize("place", ["set.parquet", "."])
+def test_parquet_rows_are_held_out_across_row_groups(tmp_path, place):
+    write_parquet(tmp_path / "set.parquet", numbered(25), list(range(25)))
+    data = config("parquet", tmp_path / place, test_images=5, labels=25)
+    test, train = numbers(data, "test"), numbers(data)
+    assert len(test) == 5 and sorted(test + train) == list(range(25)) and train == sorted(train)
+    assert [record.label for record in read(data)] == train
+    source = sources.Source(data)
+    parts = [record for a in range(0, 20, 3) for record in source.read("train", a, min(a + 3, 20))]
+    assert parts == read(data)
+
+
+def test_parquet_with_bare_bytes(tmp_path):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        table = pyarrow.table({"jpg": pyarrow.array(numbered(3), kind), "text": ["a", "b", "c"]})
+        parquet.write_table(table, tmp_path / "images.parquet")
+        assert numbers(config("parquet", tmp_path)) == [0, 1, 2]
+
+
+def test_a_parquet_row_without_an_image_does_not_decode(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [*numbered(2), None], None)
+    with pytest.raises(PipelineError, match=r"train-0\.parquet row 2 \(2\.png\) does not decode"):
+        read(config("parquet", tmp_path))
+
+
+# LMDB
+
+
+def write_lmdb(folder: Path, images: list[bytes]) -> Path:
+    import lmdb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        lmdb.open(str(folder), map_size=1 << 24, lock=False) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        for i, image in enumerate(images):
+            transaction.put(b"%040x" % (i * 977), image)
+    return folder
+
+
+@pytest.fixture
+def lsun(tmp_path):
+    write_lmdb(tmp_path / "church_outdoor_train_lmdb", numbered(20, "webp"))
+    write_lmdb(tmp_path / "church_outdoor_val_lmdb", numbered(25, "webp")[20:])
+    return tmp_path
+
+
+def test_lsun_splits_are_its_databases(lsun):
+    forms = [config("lmdb", lsun), config("lmdb", lsun / "church_outdoor_train_lmdb", test_images=3)]
+    for data in forms:
+        assert numbers(data) == list(range(20))
+        assert numbers(data, "test") == list(range(20, 25))
+    source = sources.Source(forms[0])
+    parts = [record for a in range(0, 20, 7) for record in source.read("train", a, min(a + 7, 20))]
+    assert parts == read(forms[0])
+    first, second = (sources.fingerprint(data, None) for data in forms)
+    assert first == second
+    (lsun / "church_outdoor_val_lmdb" / "data.mdb").unlink()
+    assert sources.fingerprint(forms[0], None) != first
+
+
+def test_one_lmdb_has_test_images_held_out(tmp_path):
+    folder = write_lmdb(tmp_path / "cat", numbered(20, "jpeg"))
+    data = config("lmdb", folder, test_images=4)
+    test, train = numbers(data, "test"), numbers(data)
+    assert len(test) == 4 and sorted(test + train) == list(range(20))
+    assert numbers(config("lmdb", folder / "data.mdb")) == list(range(20))
+    with pytest.raises(PipelineError, match=r"key b'0+' has no label.*set data\.labels=0"):
+        read(config("lmdb", folder, labels=3))
+    with pytest.raises(PipelineError, match=r"has 20 images; .*=20 leaves none"):
+        read(config("lmdb", folder, test_images=20))
+
+
+def test_an_lmdb_value_that_does_not_decode_is_named(tmp_path):
+    with pytest.raises(PipelineError, match=r"data\.mdb key b'0+3d1' does not decode"):
+        read(config("lmdb", write_lmdb(tmp_path / "cat", [numbered(1)[0], b"no image"])))
+
+
+def test_lmdb_places_without_one_database_are_named(lsun):
+    write_lmdb(lsun / "cat_train_lmdb", numbered(1))
+    with pytest.raises(
+        PipelineError, match=r"cat_train_lmdb, church_outdoor_train_lmdb\); set data\.path to one"
+    ):
+        sources.fingerprint(config("lmdb", lsun), None)
+    with pytest.raises(PipelineError, match=r"nowhere has no data\.mdb"):
+        sources.fingerprint(config("lmdb", lsun / "nowhere"), None)
+
+
+@pytest.mark.parametrize("keep, reason", [(50, "is no readable LMDB"), (12_000, "is cut short")])
+def test_a_broken_lmdb_is_named_and_never_mapped(tmp_path, keep, reason):
+    file = write_lmdb(tmp_path / "cat", [bytes(9000), bytes(9000)]) / "data.mdb"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(PipelineError, match=rf"data\.mdb {reason} .*fetch it again"):
+        sources.fingerprint(config("lmdb", file.parent), None)
+
+
+def test_without_the_package_lmdb_the_remedy_is_named(lsun, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(PipelineError, match=r"data\.source=lmdb needs the package lmdb: pip install lmdb"):
+        sources.fingerprint(config("lmdb", lsun), None)
 
 
 # CIFAR-10, official batches
@@ -558,10 +706,11 @@ def made(tmp_path):
     return {
         "folder": class_folders(tmp_path / "folder"),
         "npy": npy_folder(tmp_path / "npy", images=noise(5, 8, 8, 3)),
+        "lmdb": write_lmdb(tmp_path / "lmdb", numbered(5)),
     }
 
 
-@pytest.mark.parametrize("source", ["folder", "npy"])
+@pytest.mark.parametrize("source", ["folder", "npy", "lmdb"])
 def test_fingerprints_follow_content_not_place(made, tmp_path, source):
     data = config(source, made[source])
     before = sources.fingerprint(data, None)
