@@ -52,6 +52,5 @@ def evaluate_key(experiment: Experiment, run_key: str) -> str:
 
 
 def figures_key(experiment: Experiment, run_key: str) -> str:
-    return hash_of(
-        [sample_key(experiment, run_key), experiment.sample.num_images, to_dict(experiment.figures)]
-    )
+    """Figures show samples, and what the evaluation found about them."""
+    return hash_of([evaluate_key(experiment, run_key), to_dict(experiment.figures)])

@@ -18,7 +18,10 @@ from ddpm.training import TrainConfig
 Problems = list[tuple[str, str]]
 
 METRICS = ("fid", "is", "nll")
-FIGURES = ("samples", "progressive")
+FIGURES = (
+    "samples", "progressive", "interpolation", "coarse_to_fine", "shared_latents", "rate_distortion",
+    "scores_along", "nearest_pixels", "nearest_features",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,12 +109,13 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class FiguresConfig:
-    """Which figures of the paper are drawn."""
+    """Which figures of the paper are drawn, with how many rows of images each."""
 
     which: tuple[str, ...]
+    images: int
 
     def problems(self) -> Problems:
-        return _among(self, "which", FIGURES)
+        return _at_least(self, images=1) + _among(self, "which", FIGURES)
 
 
 @dataclass(frozen=True)

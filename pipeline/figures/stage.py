@@ -1,33 +1,27 @@
-"""The figures stage: pictures of the paper's figures, one work unit each."""
+"""Which figures are drawn, out of which units, and the seal.
+
+What units make is kept under all that it depends on, so asking for another figure repeats nothing. A figure
+that needs what the run has not got is left out; the manifest says why.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from ddpm.diffusion import Diffusion
-from ddpm.images import grid, to_uint8
-from ddpm.sampler import reverse
 from pipeline import tars
-from pipeline.checkpoint import load_network
-from pipeline.config import Experiment, checkpoint_step, figures_key, sample_key
+from pipeline.config import Experiment, evaluate_key, figures_key, sample_key
 from pipeline.errors import PipelineError
-from pipeline.rundir import MANIFEST, Run, atomic_file, read_manifest, write_manifest
-from pipeline.worker import Unit, WorkerContext
+from pipeline.figures import chains, curves, nearest, scores_along
+from pipeline.figures.figure import Figure, Unavailable, save_grid
+from pipeline.rundir import MANIFEST, Run, read_manifest, write_manifest
+from pipeline.worker import Unit
 
 log = logging.getLogger(__name__)
 
 SAMPLES_SIDE = 16
-PROGRESSIVE_IMAGES, PROGRESSIVE_STAGES = 10, 10
-CELL_PIXELS = 64  # smaller images are enlarged
-
-CAPTIONS = {
-    "samples": "Unconditional samples, the first ones, not selected (paper, Fig. 13)",
-    "progressive": "Progressive generation: the estimate of x_0 along the reverse process, left to right (Fig. 6)",
-}
 
 
 def directory(experiment: Experiment, run: Run) -> Path:
@@ -35,73 +29,67 @@ def directory(experiment: Experiment, run: Run) -> Path:
 
 
 def is_done(experiment: Experiment, run: Run) -> bool:
+    """Whether the figures are sealed, and those that were left out have nothing more to wait for."""
     try:
-        return read_manifest(directory(experiment, run), check="size") is not None
+        manifest = read_manifest(directory(experiment, run), check="size")
     except PipelineError as error:
         log.warning("%s; its figures are drawn again", error)
         return False
+    scored = (run.evaluation(evaluate_key(experiment, run.run_key)) / MANIFEST).exists()
+    return manifest is not None and (scored or not manifest["skipped"])
 
 
 def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
-    """Yields the figures that are missing, then seals the folder."""
-    folder, which = directory(experiment, run), experiment.figures.which
-    if (folder / MANIFEST).exists():  # sealed, but not what was sealed: is_done said so
-        for file in (folder / MANIFEST, *(_file(folder, name) for name in which)):
+    """Yields the units whose results are missing, then draws the pictures and seals the folder."""
+    folder = directory(experiment, run)
+    if (folder / MANIFEST).exists():  # sealed, but not what was sealed, or not all: is_done said so
+        for file in (folder / MANIFEST, *folder.glob("*.png"), *folder.glob("*.svg")):
             file.unlink(missing_ok=True)
-    yield [
-        Unit(DRAW[name], (experiment, run, _file(folder, name)), f"figure {name}", PROGRESSIVE_IMAGES)
-        for name in which
-        if not _file(folder, name).exists()
-    ]
-    captions = {_file(folder, name).name: CAPTIONS[name] for name in which}
-    write_manifest(folder, captions, captions=captions)
+    figures, skipped = plan(experiment, run)
+    units = {file: unit for figure in figures for file, unit in figure.units.items()}
+    yield [unit for file, unit in units.items() if not file.exists()]
+    for figure in figures:
+        if not (folder / figure.file).exists():
+            figure.draw(list(figure.units), folder / figure.file)
+    order = [figure.file for figure in figures]
+    captions = {figure.file: figure.caption for figure in figures}
+    write_manifest(folder, order, order=order, captions=captions, skipped=skipped)
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.png"
+def plan(experiment: Experiment, run: Run) -> tuple[list[Figure], dict[str, str]]:
+    """The figures asked for that can be drawn, and the reasons why others cannot."""
+    figures, skipped = [], {}
+    for name in experiment.figures.which:
+        try:
+            figures.append(FIGURES[name](experiment, run))
+        except Unavailable as error:
+            log.warning("figure %s is left out: %s", name, error)
+            skipped[name] = str(error)
+    return figures, skipped
 
 
-def draw_samples(ctx: WorkerContext, experiment: Experiment, run: Run, file: Path) -> None:
-    """The work unit: the first samples of the set, in a square."""
+def samples(experiment: Experiment, run: Run) -> Figure:
     folder = run.samples(sample_key(experiment, run.run_key))
+    caption = "Unconditional samples" if experiment.sample.label is None else "Samples"
+    caption += ", the first ones, not selected (paper, Fig. 13)"
     shown = min(SAMPLES_SIDE**2, experiment.sample.num_images)
+    return Figure("samples.png", caption, {}, partial(_draw_samples, folder, shown))
+
+
+def _draw_samples(folder: Path, shown: int, files: list[Path], file: Path) -> None:
+    """The first samples of the set, in a square."""
     images, _ = tars.load_images(folder, "samples", 0, shown)
-    columns = min(SAMPLES_SIDE, max(1, int(shown**0.5)))
-    _save(torch.from_numpy(images), columns, file)
+    save_grid(torch.from_numpy(images), min(SAMPLES_SIDE, max(1, int(shown**0.5))), file)
 
 
-def draw_progressive(ctx: WorkerContext, experiment: Experiment, run: Run, file: Path) -> None:
-    """The work unit: a row for each of the first samples, its estimates of x_0 from noise to image."""
-    stages = progressive(ctx, experiment, run, min(PROGRESSIVE_IMAGES, experiment.sample.num_images))
-    rows = stages.transpose(0, 1).flatten(0, 1)  # (images * stages, C, H, W)
-    _save(to_uint8(rows), len(stages), file)
-
-
-def progressive(ctx: WorkerContext, experiment: Experiment, run: Run, images: int) -> Tensor:
-    """Estimates of x_0 in [-1, 1], (stages, images, C, H, W), evenly spaced over the chain of the first
-    samples; the last is its end."""
-    config, data = experiment.sample, experiment.data
-    net = load_network(experiment, run, checkpoint_step(experiment), config.weights, ctx.device)
-    chain = reverse(
-        Diffusion(experiment.diffusion), net,
-        index=torch.arange(images), shape=(data.channels, data.image_size, data.image_size),
-        seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
-        variance=config.variance, device=ctx.device,
-    )  # fmt: skip
-    kept = shown_steps(config.steps or experiment.diffusion.timesteps)
-    return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in kept])
-
-
-def shown_steps(steps: int) -> set[int]:
-    """Which of 1..steps are shown: the end of each tenth of the chain."""
-    return {-(-stage * steps // PROGRESSIVE_STAGES) for stage in range(1, PROGRESSIVE_STAGES + 1)}
-
-
-def _save(images: Tensor, columns: int, file: Path) -> None:
-    """uint8 images (N,C,H,W) as one picture."""
-    picture = grid(images, columns, max(1, CELL_PIXELS // images.shape[-1]))
-    with atomic_file(file) as temporary:
-        Image.fromarray(picture.numpy()).save(temporary, format="PNG")
-
-
-DRAW: dict[str, Callable[..., None]] = {"samples": draw_samples, "progressive": draw_progressive}
+FIGURES: dict[str, Callable[[Experiment, Run], Figure]] = {
+    "samples": samples,
+    "progressive": chains.progressive,
+    "interpolation": chains.interpolation,
+    "coarse_to_fine": chains.coarse_to_fine,
+    "shared_latents": chains.shared_latents,
+    "rate_distortion": curves.rate_distortion,
+    "scores_along": scores_along.scores_along,
+    "nearest_pixels": nearest.nearest_pixels,
+    "nearest_features": nearest.nearest_features,
+}

@@ -41,6 +41,7 @@ from pipeline.worker import Unit
 HTML, MARKDOWN = "report.html", "report.md"
 LEAST_WIDTH = 1000  # pixels; smaller pictures are enlarged, so that their pixels stay sharp
 GRIDS_SHOWN = 4
+RATE_DISTORTION = "rate_distortion.svg"  # stands with the numbers, not among the samples
 TIMED = ("shard", "train", "sample", "evaluate", "figures")
 FIRM = "\u00a0"  # a space that does not break the line
 
@@ -273,24 +274,34 @@ def _plain(value: Any) -> str:
 
 
 def _samples(source: Source) -> list[Block]:
-    blocks: list[Block] = []
     if "grid" not in source.files:
         return _missing(source, "There are no samples yet", "sample")
+    drawn = _figures(source)
+    shown = [picture for name, picture in drawn.items() if name != RATE_DISTORTION]
+    if "samples.png" not in drawn:
+        shown.insert(
+            0, Picture("grid.png", _enlarged(source.files["grid"]), "The first samples, not selected")
+        )
+    blocks: list[Block] = [Pictures(shown, wide=True)]
+    if "figures" not in source.files:
+        blocks += _missing(source, "There are no figures of the paper yet", "figures")
+    left_out = source.read("figures").get("skipped", {})
+    if left_out:
+        reasons = "; ".join(f"`{name}`, because {why}" for name, why in left_out.items())
+        blocks.append(Text(f"Not drawn: {reasons}."))
+    return blocks + _class_shares(source)
+
+
+def _figures(source: Source) -> dict[str, Picture]:
+    """What the figures stage drew, in its order, by file name."""
     manifest = source.read("figures")
     captions = manifest.get("captions", {})
-    folder = source.files["figures"].parent if manifest else Path()
-    drawn = [
-        Picture(name, _enlarged(folder / name), captions.get(name, name))
-        for name in sorted(manifest.get("files", {}), key=lambda name: (name != "samples.png", name))
-        if name.endswith(".png")
-    ]
-    if not any(picture.name == "samples.png" for picture in drawn):
-        caption = "The first samples, not selected"
-        drawn.insert(0, Picture("grid.png", _enlarged(source.files["grid"]), caption))
-    blocks.append(Pictures(drawn, wide=True))
-    if not manifest:
-        blocks += _missing(source, "There are no figures of the paper yet", "figures")
-    return blocks + _class_shares(source)
+    pictures = {}
+    for name in manifest.get("order", sorted(captions)):
+        file = source.files["figures"].parent / name
+        data = file.read_bytes() if file.suffix == ".svg" else _enlarged(file)
+        pictures[name] = Picture(name, data, captions[name])
+    return pictures
 
 
 def _class_shares(source: Source) -> list[Block]:
@@ -372,7 +383,10 @@ def _rate_distortion(source: Source) -> list[Block]:
         "What x_t costs when it is sent step by step, and how far off the estimate of x_0 then is, on the scale "
         "0 to 255."
     )
-    return [Text(said), Pictures(plots.rate_distortion(rows, beside)), _table_4(rows, beside)]
+    drawn = _figures(source).get(RATE_DISTORTION)
+    # Our own panels add the paper's points; without these they would be the figure once more.
+    panels = [Pictures(plots.rate_distortion(rows, beside))] if beside or not drawn else []
+    return [Text(said), *([Pictures([drawn], wide=True)] if drawn else []), *panels, _table_4(rows, beside)]
 
 
 def _table_4(rows: list[dict[str, float]], beside: dict[int, tuple[float, float]]) -> Table:
