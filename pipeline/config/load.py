@@ -63,7 +63,15 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     beside = path.parent / f"{base}.yaml"
     parent = _read(beside if beside.is_file() else find(base), (*seen, path.resolve()))
     parent.pop("name", None)  # a name belongs to the file that says it
-    return OmegaConf.merge(parent, tree)
+    return _laid_over(parent, tree)
+
+
+def _laid_over(base: Any, tree: Any) -> Any:
+    """`base` with the keys of `tree`, without base's model where `tree` names another: no key would fit it."""
+    other = OmegaConf.select(tree, "model.name")
+    if other is not None and other != OmegaConf.select(base, "model.name"):
+        base.pop("model", None)
+    return OmegaConf.merge(base, tree)
 
 
 def _with_overrides(tree: Any, overrides: list[str]) -> Any:
@@ -71,7 +79,7 @@ def _with_overrides(tree: Any, overrides: list[str]) -> Any:
     if bad:
         raise ConfigError([f"'{item}' is no override; write key=value" for item in bad])
     try:
-        return OmegaConf.merge(tree, OmegaConf.from_dotlist(overrides))
+        return _laid_over(tree, OmegaConf.from_dotlist(overrides))
     except Exception as error:
         raise ConfigError(f"an override cannot be applied: {' '.join(str(error).split())}") from error
 

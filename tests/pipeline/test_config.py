@@ -13,7 +13,30 @@ from pipeline.errors import ConfigError
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
-PARAMETERS = {"cifar10": 35_746_307, "digits": 701_345}
+PAPER, WITH_VARIANCE = 35_746_307, 35_749_766
+PARAMETERS = {
+    "celebahq256": 113_673_219,
+    "cifar10": PAPER,
+    "cifar10_cosine": PAPER,
+    "cifar10_cosine_hybrid": WITH_VARIANCE,
+    "cifar10_cosine_vlb": WITH_VARIANCE,
+    "cifar10_linear_hybrid": WITH_VARIANCE,
+    "cifar10_published": PAPER,
+    "cifar10_simple_mean": PAPER,
+    "cifar10_vlb_eps_fixed": PAPER,
+    "cifar10_vlb_eps_learned": WITH_VARIANCE,
+    "cifar10_vlb_mean_fixed": PAPER,
+    "cifar10_vlb_mean_learned": WITH_VARIANCE,
+    "context_digits": 1_069_633,
+    "context_sprites": 1_501_443,
+    "digits": 701_345,
+    "lsun_bedroom": 113_673_219,
+    "lsun_bedroom_large": 255_677_955,
+    "lsun_cat": 113_673_219,
+    "lsun_church": 113_673_219,
+    "mha64": 23_332_739,
+    "unet_annotated": 212_015_235,
+}
 
 
 def problems(name: str, *overrides: str) -> list[str]:
@@ -49,6 +72,55 @@ def test_cifar10_is_the_paper():
         5000,
         (0.9999,),
     )
+
+
+TABLE_2 = {  # (predict, loss, variance) of every cell
+    "cifar10_vlb_mean_learned": ("mean", "vlb", "learned"),
+    "cifar10_vlb_eps_learned": ("eps", "vlb", "learned"),
+    "cifar10_vlb_mean_fixed": ("mean", "vlb", "fixedlarge"),
+    "cifar10_vlb_eps_fixed": ("eps", "vlb", "fixedlarge"),
+    "cifar10_simple_mean": ("mean", "simple", "fixedlarge"),
+    "cifar10": ("eps", "simple", "fixedlarge"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_rows_of_the_tables_differ_in_their_objective_alone(name):
+    row, paper = config.load_experiment(name, []), config.load_experiment("cifar10", [])
+    diffusion = row.diffusion
+    assert (diffusion.predict, diffusion.loss, diffusion.variance) == TABLE_2[name]
+    assert bool(diffusion.warnings()) == (name in ("cifar10_vlb_eps_learned", "cifar10_simple_mean"))
+    assert dataclasses.replace(row, name=paper.name, diffusion=paper.diffusion) == paper
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "flip"),
+    [
+        ("celebahq256", 500_000, True),
+        ("lsun_bedroom", 2_400_000, False),
+        ("lsun_bedroom_large", 1_150_000, False),
+        ("lsun_church", 1_200_000, True),
+        ("lsun_cat", 1_800_000, True),
+    ],
+)
+def test_256_pixels_are_the_papers(name, steps, flip):
+    experiment = config.load_experiment(name, [])
+    train = experiment.train
+    assert (train.steps, train.batch_size, train.lr, train.random_flip) == (steps, 64, 2e-5, flip)
+    assert (experiment.model.dropout, experiment.diffusion.variance) == (0.0, "fixedsmall")
+    assert (experiment.data.image_size, experiment.data.labels) == (256, 0)
+
+
+def test_another_network_takes_no_key_of_the_base_network(tmp_path):
+    path = tmp_path / "other.yaml"
+    mha = "{name: mha_unet, channels: 32, channel_mult: [1, 2], num_heads: 4, time_width: 32}"
+    path.write_text(f"base: digits\nmodel: {mha}\n")
+    assert config.load_experiment(str(path), []).model.channels == 32
+    path.write_text("base: digits\nmodel: {name: mha_unet, channels: 32}\n")
+    assert "model.num_heads is missing" in problems(str(path))
+    path.write_text("base: digits\nmodel: {name: unet, dropout: 0.3}\n")
+    assert config.load_experiment(str(path), []).model.dropout == 0.3
+    assert "model.time_width is missing" in problems("digits", "model.name=mha_unet")
 
 
 def test_all_faults_are_reported_at_once_with_suggestions():
