@@ -135,6 +135,25 @@ def test_every_score_has_its_protocol(digits):
         assert f"| {row} |" in digits[3]
 
 
+def test_every_figure_in_the_manifest_is_shown_with_its_caption(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path)
+    folder = run.figures(config.figures_key(experiment, run.run_key))
+    for name in ("scores_along.svg", "rate_distortion.svg"):
+        (folder / name).write_text(f"<svg><text>{name}</text></svg>")
+    order = ["samples.png", "scores_along.svg", "rate_distortion.svg", "progressive.png"]
+    captions = {name: f"What {name} shows" for name in order}
+    left_out = {"nearest_features": "it needs features"}
+    rundir.write_manifest(folder, order, order=order, captions=captions, skipped=left_out)
+    html, markdown = write(experiment, run)
+    for name in order:
+        assert f"![What {name} shows]({name})" in markdown and f"<figcaption>What {name} shows<" in html
+    places = [markdown.index(f"({name})") for name in ("samples.png", "scores_along.svg", "progressive.png")]
+    assert places == sorted(places)
+    assert "Not drawn: `nearest_features`, because it needs features." in markdown
+    section = markdown[markdown.index("## Rate and distortion") :]
+    assert "(rate_distortion.svg)" in section and "(rd.svg)" not in section, "once is enough"
+
+
 def test_what_was_run_is_said(digits):
     markdown = digits[3]
     assert "`0123456789abcdef0123456789abcdef01234567`" in markdown and "torch 2.9, ray 2.50" in markdown
