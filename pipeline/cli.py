@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import say
 
 DEFAULT_EXPERIMENT = "digits"
+PUBLISHED_EXPERIMENT = "cifar10_published"
 
 STAGE_HELP = {
     "run": "shard, train, sample, evaluate, figures, report: whatever is not done yet",
@@ -39,7 +40,7 @@ The same command again goes on where it was interrupted, and does nothing where 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return options.command(options)
@@ -61,6 +62,17 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
     return code
 
 
+def _parsed(arguments: list[str] | None) -> Any:
+    """argparse loses words that follow an option; here they may stand anywhere."""
+    parser = _parser()
+    options, late = parser.parse_known_args(arguments)
+    if stray := [word for word in late if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    words = options.arguments if "arguments" in options else options.overrides
+    words += late
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ddpm",
@@ -79,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     status = _add(commands, "status", "the runs, their stages, progress and scores", _status)
     status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(status)
+    _import_command(commands)
+    _export_command(commands)
     sync = _add(commands, "sync", "deliver to the tracking server what it has not got", _sync)
     sync.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
     sync.add_argument("overrides", nargs="*", metavar="cluster.key=value")
@@ -93,6 +107,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _import_command(commands: Any) -> None:
+    command = _add(commands, "import", "published weights in the diffusers layout become a run", _import)
+    command.add_argument("path", metavar="PATH", help="their folder: config.json and the weights, or unet/")
+    command.add_argument(
+        "--weights",
+        choices=("raw", "ema", "unknown"),
+        default="unknown",
+        help="what their authors say they are",
+    )
+    _takes_experiment(command, PUBLISHED_EXPERIMENT)
+    command.set_defaults(last="train")
+
+
+def _export_command(commands: Any) -> None:
+    command = _add(commands, "export", "a run's weights for diffusers' DDPMPipeline.from_pretrained", _export)
+    command.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
+    command.add_argument("directory", metavar="DIR", help="the folder to write; it must not exist yet")
+    command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
+    command.add_argument("--step", type=int, help="default: the newest checkpoint")
+    command.add_argument("overrides", nargs="*", metavar="cluster.key=value")
+    _cluster_option(command)
+
+
 def _add(commands: Any, name: str, text: str, command: Callable[[Any], int]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -102,13 +139,14 @@ def _add(commands: Any, name: str, text: str, command: Callable[[Any], int]) -> 
     return parser
 
 
-def _takes_experiment(parser: argparse.ArgumentParser) -> None:
+def _takes_experiment(parser: argparse.ArgumentParser, default: str = DEFAULT_EXPERIMENT) -> None:
     parser.add_argument(
         "arguments",
         nargs="*",
         metavar="EXPERIMENT | key=value",
-        help=f"an experiment (default: {DEFAULT_EXPERIMENT}), and any number of overrides",
+        help=f"an experiment (default: {default}), and any number of overrides",
     )
+    parser.set_defaults(default=default)
     _cluster_option(parser)
 
 
@@ -132,7 +170,7 @@ def _load(options: Any) -> tuple[Any, Any]:
     own = [word for word in overrides if not word.startswith("cluster.")]
     loaded, problems = [], []
     for load in (
-        lambda: config.load_experiment(named[0] if named else DEFAULT_EXPERIMENT, own),
+        lambda: config.load_experiment(named[0] if named else options.default, own),
         lambda: _load_cluster(options.cluster, overrides),
     ):
         try:
@@ -192,6 +230,22 @@ def _status(options: Any) -> int:
     from pipeline import status
 
     print(status.table(Path(_cluster_only(options).storage).expanduser().absolute()))
+    return 0
+
+
+def _import(options: Any) -> int:
+    published = [f"published.path={options.path}", f"published.weights={options.weights}"]
+    options.arguments = [*options.arguments, *published]
+    return _stage(options)
+
+
+def _export(options: Any) -> int:
+    from pipeline import published, stages
+
+    path = stages.run_directory(options.run, stages.storage_root(_cluster_only(options)))
+    say(
+        published.export(path, Path(options.directory).expanduser().absolute(), options.weights, options.step)
+    )
     return 0
 
 

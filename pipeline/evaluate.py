@@ -18,7 +18,15 @@ from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
 from ddpm.rng import Stream, normal
 from pipeline import tars
 from pipeline.checkpoint import load_network
-from pipeline.config import Experiment, checkpoint_step, evaluate_key, hash_of, sample_key, to_yaml
+from pipeline.config import (
+    Experiment,
+    checkpoint_step,
+    evaluate_key,
+    hash_of,
+    sample_key,
+    to_yaml,
+    weights_kind,
+)
 from pipeline.errors import PipelineError
 from pipeline.fidelity.image_sets import (
     ImageSet,
@@ -277,7 +285,7 @@ def summarise_nll(terms: np.ndarray, mse: np.ndarray, prior: float, n: int) -> d
 def protocol(experiment: Experiment, run: Run) -> dict[str, Any]:
     """How the scores come about: what no number of ours stands without."""
     config = experiment.evaluate
-    found: dict[str, Any] = {"checkpoint": checkpoint_step(experiment), "weights": experiment.sample.weights}
+    found: dict[str, Any] = {"checkpoint": checkpoint_step(experiment), "weights": weights_kind(experiment)}
     if needs_samples(experiment):
         drawn = tars.open_index(run.samples(sample_key(experiment, run.run_key))).facts["protocol"]
         found |= drawn | {"n": experiment.sample.num_images, "reference": config.reference}

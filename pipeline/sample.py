@@ -21,7 +21,7 @@ from ddpm.sampler import few_steps_warning, guided, sample
 from ddpm.training import NO_LABEL
 from pipeline import tars
 from pipeline.checkpoint import load_network
-from pipeline.config import Experiment, checkpoint_step, sample_key, to_yaml
+from pipeline.config import Experiment, checkpoint_step, sample_key, to_yaml, weights_kind
 from pipeline.errors import PipelineError
 from pipeline.rundir import MANIFEST, Run, atomic_file, check_file, read_json, write_json, write_text
 from pipeline.worker import Unit, WorkerContext
@@ -57,7 +57,7 @@ def protocol(experiment: Experiment) -> Protocol:
     ancestral = config.sampler == "ancestral"
     return Protocol(
         checkpoint=checkpoint_step(experiment),
-        weights=config.weights,
+        weights=weights_kind(experiment),
         sampler=config.sampler,
         steps=config.steps or timesteps,
         timesteps=timesteps,

@@ -63,6 +63,8 @@ def locate(experiment: Experiment, root: Path) -> Run:
 def pending(experiment: Experiment, run: Run, last: str) -> list[str]:
     """The stages that `last` needs, itself included, that still have work, in order."""
     wanted = STAGES if last == "report" else (*BEFORE[last], last)
+    if last == "train" and experiment.published.weights:
+        wanted = ("train",)  # nothing is trained, so no images are needed
     if last == "evaluate" and not _module("evaluate").needs_samples(experiment):
         wanted = tuple(stage for stage in wanted if stage != "sample")
     todo = [stage for stage in wanted if stage != "report" and not _module(stage).is_done(experiment, run)]
@@ -158,8 +160,11 @@ class _Work:
         say(f"{stage}: done in {duration(seconds)}")
 
     def _train(self) -> None:
-        from pipeline import checkpoint, train
+        from pipeline import checkpoint, published, train
 
+        if self.experiment.published.weights:
+            published.import_weights(self.experiment, self.run)
+            return
         steps = self.experiment.train.steps
         start = max([step for step in checkpoint.steps_on_disk(self.run.train) if step <= steps], default=0)
         executor = self._start_executor()
@@ -311,14 +316,19 @@ def sync(name: str, cluster: ClusterConfig) -> str:
     """Deliver a run directory to the tracking server; returns what was done, in a line."""
     from pipeline import tracking
 
-    root = storage_root(cluster)
-    path = next((p for p in (Path(name).absolute(), root / name) if (p / "experiment.yaml").is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(p.parent.name for p in root.glob("*/experiment.yaml"))) or "none"
-        raise PipelineError(f"'{name}' is no run directory; runs in {root}: {known}")
+    path = run_directory(name, storage_root(cluster))
     experiment = config.load_experiment(str(path / "experiment.yaml"), [])
     run = locate(experiment, path.parent)
     uri = cluster.tracking_uri or tracking.default_uri(run.storage)
     tracking.check(uri)
     with exclusive(run.path):
         return tracking.sync(uri, experiment.name, experiment, run)
+
+
+def run_directory(name: str, root: Path) -> Path:
+    """The absolute path of the run that `name` (a path, or a name in the storage root) means."""
+    path = next((p for p in (Path(name).absolute(), root / name) if (p / "experiment.yaml").is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.parent.name for p in root.glob("*/experiment.yaml"))) or "none"
+        raise PipelineError(f"'{name}' is no run directory; runs in {root}: {known}")
+    return path

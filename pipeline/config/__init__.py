@@ -16,9 +16,11 @@ from pipeline.config.sections import (
     EvaluateConfig,
     Experiment,
     FiguresConfig,
+    PublishedConfig,
     SampleConfig,
     checkpoint_step,
     suggestion,
+    weights_kind,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "EvaluateConfig",
     "Experiment",
     "FiguresConfig",
+    "PublishedConfig",
     "SampleConfig",
     "checkpoint_step",
     "data_key",
@@ -41,4 +44,5 @@ __all__ = [
     "suggestion",
     "to_dict",
     "to_yaml",
+    "weights_kind",
 ]

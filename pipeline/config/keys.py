@@ -26,11 +26,18 @@ def data_key(experiment: Experiment, fingerprint: str) -> str:
 
 
 def run_content(experiment: Experiment) -> dict[str, Any]:
-    """What the run key hashes beside the data: also the parameters that a tracking server is told."""
+    """What the run key hashes beside the data: also the parameters that a tracking server is told.
+
+    Published weights take the place of training: their content counts, and no setting of `train` does.
+    """
     dropped = _NOT_IN_RUN_KEY if experiment.train.lr_decay != "none" else _NOT_IN_RUN_KEY | {"steps"}
     tree = to_dict(experiment)
+    always = {"seed": tree["seed"], "diffusion": tree["diffusion"], "model": tree["model"]}
+    file, weights = experiment.published.file, experiment.published.weights
+    if file is not None:
+        return always | {"published": {"sha256": sha256_of(file), "weights": weights}}
     train = {key: value for key, value in tree["train"].items() if key not in dropped}
-    return {"seed": tree["seed"], "diffusion": tree["diffusion"], "model": tree["model"], "train": train}
+    return always | {"train": train}
 
 
 def run_key(experiment: Experiment, data_key: str) -> str:

@@ -162,6 +162,7 @@ def load_experiment(name: str, overrides: list[str]) -> Experiment:
     if faults:
         raise ConfigError(faults)
     sections["data"] = _absolute(sections["data"], "path")
+    sections["published"] = _absolute(sections["published"], "path")
     sections["evaluate"] = _absolute(sections["evaluate"], "extractor_weights")
     experiment = Experiment(name=str(tree["name"]), seed=tree["seed"], **sections)
     faults = [f"{key} {message}" for key, message in experiment.problems()]

@@ -14,8 +14,10 @@ from typing import Any, Literal
 from ddpm.backbones import TAKES_LABELS
 from ddpm.diffusion import DiffusionConfig
 from ddpm.training import TrainConfig
+from pipeline.errors import ConfigError
 
 Problems = list[tuple[str, str]]
+PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 METRICS = ("fid", "is", "nll")
 FIGURES = (
@@ -46,6 +48,35 @@ class DataConfig:
         if self.source not in ("cifar10", "digits") and self.path is None:
             found.append(("path", f"is null; data.source={self.source} needs the place of the images"))
         return found
+
+
+@dataclass(frozen=True)
+class PublishedConfig:
+    """Weights that stand in for training: `path` is a folder in the diffusers layout, `weights` what its authors
+    say they are. Both null = the network is trained here."""
+
+    path: str | None
+    weights: Literal["raw", "ema", "unknown"] | None
+
+    def problems(self) -> Problems:
+        if self.path is not None and self.weights is None:
+            return [("weights", "is null; say what the published weights are: raw, ema or unknown")]
+        return []
+
+    @property
+    def file(self) -> Path | None:
+        """The file of the weights; None where the network is trained here. Raises ConfigError where it is missing."""
+        if self.weights is None:
+            return None
+        if self.path is None:
+            raise ConfigError("published.path is null; set it to the folder of the published weights")
+        folders = (Path(self.path), Path(self.path) / "unet")
+        for file in (folder / name for folder in folders for name in PUBLISHED_FILES):
+            if file.is_file():
+                return file
+        raise ConfigError(
+            f"published.path: {self.path} holds no {' or '.join(PUBLISHED_FILES)}, nor does its unet/"
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +159,7 @@ class Experiment:
     diffusion: DiffusionConfig
     model: Any
     train: TrainConfig
+    published: PublishedConfig
     sample: SampleConfig
     evaluate: EvaluateConfig
     figures: FiguresConfig
@@ -241,6 +273,11 @@ def checkpoint_step(experiment: Experiment) -> int:
     """The training step whose weights are sampled and scored."""
     which = experiment.sample.checkpoint
     return experiment.train.steps if which == "last" else int(which)
+
+
+def weights_kind(experiment: Experiment) -> str:
+    """What a protocol calls the weights that are sampled and scored: ema, raw or unknown."""
+    return experiment.published.weights or experiment.sample.weights
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

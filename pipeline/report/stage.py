@@ -330,6 +330,9 @@ def _enlarged(path: Path) -> bytes:
 
 
 def _training(source: Source) -> list[Block]:
+    published = source.experiment.published
+    if published.weights:
+        return [Text(f"Nothing was trained: the weights are published ones ({published.weights}).")]
     if not source.points:
         return _missing(source, "There is no training curve yet", "train")
     last = source.points[-1]["step"]
