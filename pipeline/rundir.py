@@ -59,6 +59,10 @@ class Run:
         return self.path / ".stop"
 
     @property
+    def heartbeat(self) -> Path:
+        return self.path / ".step"
+
+    @property
     def train(self) -> Path:
         return self.path / "train"
 

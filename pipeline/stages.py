@@ -111,7 +111,8 @@ class _Work:
         uri = self.cluster.tracking_uri
         if uri:
             tracking.check(uri)
-        self.run.stop_file.unlink(missing_ok=True)
+        for left_behind in (self.run.stop_file, self.run.heartbeat):
+            left_behind.unlink(missing_ok=True)
         try:
             self.stack.enter_context(
                 tracking.Mirror(
@@ -170,7 +171,7 @@ class _Work:
         executor = self._start_executor()
         with (
             bar("train", steps, "steps", start) as shown,
-            _following(lambda: _show_point(shown, self.run, start, steps)),
+            _following(lambda: _show_progress(shown, self.run, start, steps)),
         ):
             executor.run_workers(train.body, self.experiment, self.run)
         self._leave_if_interrupted()
@@ -201,12 +202,12 @@ class _Work:
             raise Interrupted
 
 
-def _show_point(shown: Any, run: Run, start: int, steps: int) -> None:
-    from pipeline.train import latest_point
+def _show_progress(shown: Any, run: Run, start: int, steps: int) -> None:
+    from pipeline.train import progress
 
-    point = latest_point(run)
-    if point and start < point["step"] <= steps:
-        shown.update(point["step"], f"loss {point['metrics']['train/loss']:.4f}")
+    step, loss = progress(run)
+    if start < step <= steps:
+        shown.update(step, "" if loss is None else f"loss {loss:.4f}")
 
 
 @contextmanager
@@ -263,7 +264,9 @@ class Interrupt:
 
 def _write_experiment(experiment: Experiment, run: Run) -> None:
     """The resolved configuration, with what it was made with: the record that a run directory opens with."""
-    write_text(run.experiment_yaml, config.to_yaml(experiment, made_with=made_with()))
+    write_text(
+        run.experiment_yaml, config.to_yaml(experiment, made_with={**made_with(), "data_key": run.data_key})
+    )
 
 
 def made_with() -> dict[str, Any]:
@@ -318,7 +321,10 @@ def sync(name: str, cluster: ClusterConfig) -> str:
 
     path = run_directory(name, storage_root(cluster))
     experiment = config.load_experiment(str(path / "experiment.yaml"), [])
-    run = locate(experiment, path.parent)
+    data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
+    run = Run(
+        path.parent, experiment.name, experiment.data.source, data_key, config.run_key(experiment, data_key)
+    )
     uri = cluster.tracking_uri or tracking.default_uri(run.storage)
     tracking.check(uri)
     with exclusive(run.path):

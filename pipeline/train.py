@@ -102,6 +102,18 @@ class Log:
             file.write(json.dumps(point) + "\n")
 
 
+class _Heartbeat:
+    """The step that is under way, for whoever shows progress: log points can be minutes apart."""
+
+    def __init__(self, path: Path):
+        self.path, self.last = path, 0.0
+
+    def beat(self, step: int) -> None:
+        if time.monotonic() - self.last > 1:
+            self.last = time.monotonic()
+            self.path.write_text(str(step))
+
+
 class _Window:
     """Sums since the last log point; they stay on the device until they are read."""
 
@@ -132,9 +144,12 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
     state = _restore(ctx, experiment, run)
     step = _step_function(ctx, experiment, run, state)
     log = Log(run.log) if ctx.rank == 0 else None
+    heartbeat = _Heartbeat(run.heartbeat) if ctx.rank == 0 else None
     window = _Window(state.step, ctx.device)
     while state.step < config.steps:
         window.add(step())
+        if heartbeat:
+            heartbeat.beat(state.step)
         stop = _stop_requested(ctx, run, state.step, config.log_every)
         save = stop or state.step % config.checkpoint_every == 0 or state.step == config.steps
         if save or state.step % config.log_every == 0:
@@ -260,13 +275,23 @@ def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: Trai
         Image.fromarray(picture.numpy()).save(temporary, format="PNG")
 
 
-def latest_point(run: Run) -> dict[str, Any] | None:
-    """The last whole line of the log, for whoever shows progress."""
+def progress(run: Run) -> tuple[int, float | None]:
+    """The step that training has reached, and the last loss on file, for whoever shows progress."""
+    point = _latest_point(run.log)
+    step, loss = (point["step"], point["metrics"]["train/loss"]) if point else (0, None)
     try:
-        with run.log.open("rb") as file:
-            file.seek(max(0, run.log.stat().st_size - 2000))
+        return max(step, int(run.heartbeat.read_text())), loss
+    except (OSError, ValueError):  # none yet, or just being written
+        return step, loss
+
+
+def _latest_point(log: Path) -> dict[str, Any] | None:
+    """The last whole line of the log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 2000))
             lines = file.read().splitlines(keepends=True)
     except OSError:
         return None
-    whole = [line for line in lines if line.endswith(b"}\n")]
+    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
     return json.loads(whole[-1]) if whole else None

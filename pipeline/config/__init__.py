@@ -9,7 +9,7 @@ from pipeline.config.keys import (
     run_key,
     sample_key,
 )
-from pipeline.config.load import load_cluster, load_experiment, to_dict, to_yaml
+from pipeline.config.load import load_cluster, load_experiment, made_with, to_dict, to_yaml
 from pipeline.config.sections import (
     ClusterConfig,
     DataConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "hash_of",
     "load_cluster",
     "load_experiment",
+    "made_with",
     "run_content",
     "run_key",
     "sample_key",

@@ -177,6 +177,11 @@ def _absolute(section: Any, key: str) -> Any:
     return dataclasses.replace(section, **{key: str(Path(path).expanduser().absolute())}) if path else section
 
 
+def made_with(path: Path) -> dict[str, Any]:
+    """What a run directory's experiment.yaml says of how it was made: commit, versions, data key."""
+    return _plain(OmegaConf.load(path))["made_with"]
+
+
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """The same for conf/cluster/; `overrides` without their `cluster.`."""
     tree = _plain(_with_overrides(_read(find(name, "cluster")), overrides))

@@ -45,7 +45,7 @@ def final_state(storage: Path, step: int) -> dict:
     return checkpoint.load(run_directory(storage) / "train" / f"step_{step:08d}")
 
 
-def mlflow_points(storage: Path, metric: str) -> list[tuple[int, int, float]]:
+def mlflow_points(storage: Path, metric: str = "train/loss") -> list[tuple[int, int, float]]:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -107,7 +107,13 @@ def test_status_and_show_read_the_run(finished, capsys):
 def test_every_point_is_in_mlflow_once(finished):
     log = [json.loads(line) for line in (run_directory(finished) / "log.jsonl").read_text().splitlines()]
     expected = [(point["step"], point["time"], point["metrics"]["train/loss"]) for point in log]
-    assert mlflow_points(finished, "train/loss") == expected
+    assert mlflow_points(finished) == expected
+
+
+def test_sync_brings_a_run_into_another_store(finished, tmp_path):
+    uri = f"cluster.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
+    assert main(["sync", run_directory(finished).name, f"cluster.storage={finished}", uri]) == 0
+    assert mlflow_points(tmp_path) == mlflow_points(finished) != []
 
 
 def wait_for_checkpoint(process: subprocess.Popen, storage: Path) -> None:
@@ -143,7 +149,7 @@ def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, 
     ddpm(tmp_path, *LONGER, verb="train")
     ours, theirs = final_state(tmp_path, 200), final_state(untouched, 200)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
-    assert [step for step, _, _ in mlflow_points(tmp_path, "train/loss")] == list(range(1, 201))
+    assert [step for step, _, _ in mlflow_points(tmp_path)] == list(range(1, 201))
 
 
 # Bad input: a line or two, exit code 1 or 2, no traceback
