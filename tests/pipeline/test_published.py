@@ -102,8 +102,6 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Run, torch.nn.Mo
     run = Run(root, experiment.name, experiment.data.source, "data", "key")
     stages._write_experiment(experiment, run)
     net = randomise(checkpoint.new_network(experiment))
-    # A learned variance stays between its two ends, as a trained one does: beyond them rounding errors grow.
-    net.conv_out.weight[experiment.data.channels :] *= 0.1
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
     checkpoint.save(run.step_dir(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP)
@@ -354,10 +352,10 @@ def test_export_and_import_give_the_same_tensors(tmp_path, which):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["diffusion.timesteps=300"],
-        ["diffusion.variance=fixedsmall"],
+        ["diffusion.timesteps=200"],
+        ["sample.variance=fixedsmall"],
         ["diffusion.beta_schedule=quad"],
-        ["diffusion.beta_schedule=cosine", "sample.variance=fixedsmall"],
+        ["diffusion.beta_schedule=cosine", "diffusion.variance=fixedsmall"],
         ["diffusion.beta_schedule=const"],
         ["diffusion.beta_schedule=warmup50", "diffusion.predict=x0"],
         ["diffusion.beta_schedule=jsd", "diffusion.predict=x0"],
@@ -366,16 +364,16 @@ def test_export_and_import_give_the_same_tensors(tmp_path, which):
     ids=" ".join,
 )
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
-    experiment = tiny_experiment("diffusion.timesteps=100", *overrides)
+    experiment = tiny_experiment("diffusion.timesteps=50", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)
     published.export(run.path, tmp_path / "out", "raw", None)
     diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
-    z = torch.randn(len(diffusion) + 1, 16, 1, 8, 8, generator=generator)
+    z = torch.randn(len(diffusion) + 1, 16, 1, 8, 8, generator=generator)  # x_T last
     chain = ancestral(diffusion, net, z[-1], lambda t: z[t], variance=experiment.sample.variance)
     ours = [step.x_t for step in chain][-1]
 
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
-    drawn = iter(z.flip(0))  # x_T, then one draw for each step, in the order in which diffusers asks
+    drawn = iter(z.flip(0))  # in the order in which diffusers asks
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: next(drawn))
     pipeline.set_progress_bar_config(disable=True)
