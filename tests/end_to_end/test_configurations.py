@@ -1,0 +1,142 @@
+"""Every configuration in conf/: `ddpm show`, and two steps of its own objective on images of its own size."""
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import one_cpu
+from PIL import Image
+
+from pipeline import config, evaluate, sample, shard, tars, train
+from pipeline.cli import main
+from pipeline.rundir import read_json
+from pipeline.stages import locate
+from pipeline.worker import Unit
+
+CONF = Path(__file__).parents[2] / "conf"
+EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
+TRAIN_IMAGES, TEST_IMAGES = 4, 2
+
+# A thin network of the same depth, and a short chain.
+NARROW = {
+    "unet": ["model.channels=4", "model.norm_groups=2"],
+    "context_unet": ["model.channels=8", "model.norm_groups=4"],
+    "mha_unet": ["model.channels=8", "model.time_width=8", "model.num_heads=1"],
+}
+SHORT = [
+    "published.weights=null",
+    "diffusion.timesteps=3",
+    "train.steps=2",
+    "train.batch_size=2",
+    "train.checkpoint_every=2",
+    "train.sample_every=0",
+    "train.log_every=1",
+    "sample.num_images=2",
+    "sample.steps=null",
+    "sample.batch_size=2",
+    "evaluate.metrics=[nll]",
+    "evaluate.nll_images=1",
+    "evaluate.nll_batch_size=1",
+]
+
+
+def encoded(pixels: np.ndarray, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write_folder(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    for i, pixels in enumerate(images):
+        (root / f"{i}.png").write_bytes(encoded(pixels, "png"))
+
+
+def write_npy(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    np.save(root / "images.npy", images)
+    np.save(root / "labels.npy", labels)
+
+
+def write_cifar10(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    rows = [{"bytes": encoded(pixels, "png"), "path": ""} for pixels in images]
+    for split, part in (("train", slice(TRAIN_IMAGES)), ("test", slice(TRAIN_IMAGES, None))):
+        parquet.write_table(
+            pyarrow.table({"img": rows[part], "label": labels[part]}), root / f"{split}-0.parquet"
+        )
+
+
+def write_lmdb(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    import lmdb
+
+    with (
+        lmdb.open(str(root), map_size=1 << 26, lock=False) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        for i, pixels in enumerate(images):
+            transaction.put(b"%d" % i, encoded(pixels, "webp"))
+
+
+WRITERS = {"folder": write_folder, "npy": write_npy, "cifar10": write_cifar10, "lmdb": write_lmdb}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(params=EXPERIMENTS)
+def named(request, storage) -> tuple[str, list[str]]:
+    """A configuration's name, and the overrides by which it reads images that were made for it."""
+    data = config.load_experiment(request.param, []).data
+    if data.source == "digits":
+        return request.param, []
+    place = storage / f"{data.source}-{data.image_size}"
+    if not place.exists():
+        place.mkdir()
+        shape = (TRAIN_IMAGES + TEST_IMAGES, data.image_size, data.image_size, data.channels)
+        images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        WRITERS[data.source](place, images, np.arange(len(images)) % max(data.labels, 1))
+    return request.param, [f"data.path={place}", f"data.test_images={TEST_IMAGES}"]
+
+
+def test_show(named, storage, capsys):
+    name, data = named
+    own = ["published.weights=null"]  # the keys of published weights hash their file
+    assert main(["show", name, *data, *own, f"cluster.storage={storage}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"name: {name}" in printed and f"directory   {storage}/{name}-" in printed
+
+
+def test_show_without_images_says_what_is_missing(storage, capsys):
+    assert main(["show", "lsun_church", f"cluster.storage={storage}"]) == 0
+    assert "the data cannot be read" in capsys.readouterr().out
+
+
+def test_two_steps(named, storage):
+    name, data = named
+    whole = config.load_experiment(name, data)
+    experiment = config.load_experiment(name, [*data, *SHORT, *NARROW[whole.model.name]])
+    run = locate(experiment, storage)
+    run.path.mkdir(parents=True)
+    carry_out(shard.work(experiment, run))
+    train.body(one_cpu().context, experiment, run)
+    carry_out(sample.work(experiment, run))
+    losses = [json.loads(line)["metrics"]["train/loss"] for line in run.log.read_text().splitlines()]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    images, _ = tars.load_images(sample.directory(experiment, run), "samples")
+    size = experiment.data.image_size
+    assert images.shape == (2, experiment.data.channels, size, size)
+    if "nll" in whole.evaluate.metrics:
+        carry_out(evaluate.work(experiment, run))
+        scores = read_json(evaluate.directory(experiment, run) / "metrics.json")["scores"]
+        assert np.isfinite(scores["nll_bpd"])
+
+
+def carry_out(work: Iterator[list[Unit]]) -> None:
+    for units in work:
+        one_cpu().map_units(units, lambda unit: None)
