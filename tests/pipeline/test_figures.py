@@ -27,7 +27,7 @@ from pipeline.stages import locate
 PICTURES = [
     name + (".svg" if name in ("rate_distortion", "scores_along") else ".png") for name in FIGURES
 ]  # fmt: skip
-SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection")
+SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4")
 
 
 def ready(experiment, storage) -> Run:
@@ -259,7 +259,9 @@ def test_nearest_features_are_those_of_the_evaluation(drawn):
 
 
 def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
-    experiment = tiny_experiment("name=again", "figures.which=[interpolation,progressive]")
+    experiment = tiny_experiment(
+        "name=again", "figures.images=4", "figures.which=[interpolation,progressive]"
+    )
     run = ready(experiment, sharded_storage)
     assert len(run_stage(figures, experiment, run)) == 5
     folder = figures.directory(experiment, run)
@@ -305,7 +307,9 @@ def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplo
 )
 def test_figures_run_the_chain_of_the_samples(sharded_storage, how):
     which = "figures.which=[progressive,interpolation,shared_latents]"
-    experiment = asking_for(tiny_experiment(f"name={how.get('sampler', 'respaced')}", which), **how)
+    experiment = asking_for(
+        tiny_experiment(f"name={how.get('sampler', 'respaced')}", which, "figures.images=4"), **how
+    )
     run = ready(experiment, sharded_storage)
     run_stage(figures, experiment, run)
     folder = figures.directory(experiment, run)
@@ -327,6 +331,7 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
         "data.images_per_shard=20", "diffusion.timesteps=4", "model.channels=8", "model.norm_groups=4",
         "train.steps=1", "sample.num_images=6", "sample.batch_size=6", "evaluate.features=projection",
         "evaluate.metrics=[fid,nll]", "evaluate.nll_images=4", "figures.images=2",
+        f"figures.which=[{','.join(FIGURES)}]",
     )  # fmt: skip
     experiment = config.load_experiment("cifar10", list(small))
     storage = tmp_path / "storage"
@@ -342,7 +347,7 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
 
 
 def test_every_figure_that_can_be_asked_for_has_its_code():
-    assert tuple(stage.FIGURES) == FIGURES == config.load_experiment("cifar10", []).figures.which
+    assert tuple(stage.FIGURES) == FIGURES == config.load_experiment("digits", []).figures.which
 
 
 def test_a_figure_has_at_least_one_row():
