@@ -1,10 +1,13 @@
 """Published weights: diffusers writes what we read and reads what we write, tensors and pictures compared."""
 
+import dataclasses
 import json
 import os
 import pickle
 import re
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from diffusers import DDPMPipeline, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ddpm.backbones import NETWORKS
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.sampler import ancestral
@@ -32,6 +36,9 @@ SHAPES = {
 }
 STEP = 6  # TINY's train.steps
 FILE = "diffusion_pytorch_model"
+
+
+tiny = lru_cache(tiny_experiment)  # reading yaml takes longer than most tests here
 
 
 def randomise(net):
@@ -73,8 +80,8 @@ def publish(folder: Path, experiment: config.Experiment, pickled: bool = False) 
     return net
 
 
-def importing(folder: Path, *overrides: str, weights: str = "unknown") -> config.Experiment:
-    return tiny_experiment(*overrides, f"published.path={folder}", f"published.weights={weights}")
+def importing(folder: Path, *overrides: str, weights: Any = "unknown") -> config.Experiment:
+    return dataclasses.replace(tiny(*overrides), published=config.PublishedConfig(str(folder), weights))
 
 
 def our_network(experiment: config.Experiment, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
@@ -113,7 +120,7 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Run, torch.nn.Mo
 
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_what_diffusers_saved_computes_the_same_here(tmp_path, overrides):
-    theirs = publish(tmp_path, tiny_experiment(*overrides))
+    theirs = publish(tmp_path, tiny(*overrides))
     experiment = importing(tmp_path, *overrides)
     assert_same_outputs(experiment, our_network(experiment, published.read(experiment)), theirs)
 
@@ -141,7 +148,7 @@ def convolutional(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ids=["new", "older", "convolutions", "older convolutions"],
 )  # fmt: skip
 def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickled, rename):
-    theirs = publish(tmp_path / where, tiny_experiment(), pickled)
+    theirs = publish(tmp_path / where, tiny(), pickled)
     tensors = rename(theirs.state_dict())
     assert any("proj_attn" in name for name in tensors) == (rename not in (dict, convolutional))
     if pickled:
@@ -162,7 +169,7 @@ class Harmful:
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
-    publish(tmp_path, tiny_experiment(), pickled=True)
+    publish(tmp_path, tiny(), pickled=True)
     proof = tmp_path / "it ran"
     torch.save({"conv_in.weight": Harmful(proof)}, tmp_path / f"{FILE}.bin")
     with pytest.raises(PipelineError, match="holds more than tensors"):
@@ -176,14 +183,14 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
 @pytest.mark.parametrize("name", [f"{FILE}.bin", f"{FILE}.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not weights at all"])
 def test_broken_files_are_refused(tmp_path, name, content):
-    publish(tmp_path, tiny_experiment(), pickled=name.endswith("bin"))
+    publish(tmp_path, tiny(), pickled=name.endswith("bin"))
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PipelineError, match=f"{name} is broken"):
         published.read(importing(tmp_path))
 
 
 def test_a_table_of_something_else_is_refused(tmp_path):
-    publish(tmp_path, tiny_experiment(), pickled=True)
+    publish(tmp_path, tiny(), pickled=True)
     torch.save({"state_dict": {}}, tmp_path / f"{FILE}.bin")
     with pytest.raises(PipelineError, match="no plain table of tensors"):
         published.read(importing(tmp_path))
@@ -217,14 +224,14 @@ def test_a_table_of_something_else_is_refused(tmp_path):
     ],
 )
 def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, value):
-    publish(tmp_path, tiny_experiment())
+    publish(tmp_path, tiny())
     rewrite(tmp_path / "config.json", **{setting: value})
     with pytest.raises(PipelineError, match=setting):
         published.read(importing(tmp_path))
 
 
 def test_settings_that_change_nothing_may_be_left_out(tmp_path):
-    publish(tmp_path, tiny_experiment())
+    publish(tmp_path, tiny())
     for setting in (
         "time_embedding_dim",
         "add_attention",
@@ -241,7 +248,7 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
         "data.image_size=16", "data.channels=3", "model.channels=24", "model.channel_mult=[1,3,2]",
         "model.num_res_blocks=2", "model.attention_resolutions=[8,4]", "model.norm_groups=6",
     ]  # fmt: skip
-    theirs = publish(tmp_path, tiny_experiment(*shape))
+    theirs = publish(tmp_path, tiny(*shape))
     with pytest.raises(ConfigError) as caught:
         published.read(importing(tmp_path))
     remedies = " ".join(line.split("; set ")[1] for line in caught.value.problems if "; set " in line)
@@ -251,7 +258,7 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
 
 
 def test_the_number_of_outputs_belongs_to_the_variance(tmp_path):
-    publish(tmp_path, tiny_experiment(*LEARNED))
+    publish(tmp_path, tiny(*LEARNED))
     with pytest.raises(
         ConfigError, match=r"out_channels is 2, the experiment's 1; a learned diffusion\.variance"
     ):
@@ -259,7 +266,7 @@ def test_the_number_of_outputs_belongs_to_the_variance(tmp_path):
 
 
 def test_tensors_that_differ_are_named(tmp_path):
-    publish(tmp_path, tiny_experiment())
+    publish(tmp_path, tiny())
     tensors = load_file(tmp_path / f"{FILE}.safetensors")
     del tensors["conv_in.bias"]
     tensors["extra.weight"] = torch.zeros(1)
@@ -284,7 +291,7 @@ def test_tensors_that_differ_are_named(tmp_path):
     ],
 )
 def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, named):
-    publish(tmp_path, tiny_experiment())
+    publish(tmp_path, tiny())
     scheduler = tmp_path / where / "scheduler_config.json"
     scheduler.parent.mkdir(exist_ok=True)
     scheduler.write_text(json.dumps({"num_train_timesteps": 20, "beta_schedule": "linear"}))
@@ -297,7 +304,7 @@ def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, name
 def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no diffusion_pytorch_model\.safetensors or"):
         published.read(importing(tmp_path))
-    publish(tmp_path, tiny_experiment())
+    publish(tmp_path, tiny())
     (tmp_path / "config.json").unlink()
     with pytest.raises(PipelineError, match=r"config\.json is missing"):
         published.read(importing(tmp_path))
@@ -305,7 +312,7 @@ def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
 
 def test_the_weights_must_be_named_and_the_folder_given(tmp_path):
     with pytest.raises(ConfigError, match=r"published\.weights is null; say"):
-        tiny_experiment(f"published.path={tmp_path}")
+        tiny(f"published.path={tmp_path}")
     with pytest.raises(ConfigError, match=r"published\.path is null"):
         config.run_key(config.load_experiment("cifar10_published", []), "data")
 
@@ -315,14 +322,14 @@ def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp
         return config.run_key(importing(*arguments, **more), "data")
 
     for folder in ("a", "b", "c"):
-        publish(tmp_path / folder, tiny_experiment())
+        publish(tmp_path / folder, tiny())
     (file,) = (tmp_path / "c").glob("*.safetensors")
     save_file(load_file(file) | {"conv_in.bias": torch.ones(8)}, file)
     first = key(tmp_path / "a")
     assert first == key(tmp_path / "b") == key(tmp_path / "a", "train.lr=7", "train.steps=9")
     assert first != key(tmp_path / "c")
     assert first != key(tmp_path / "a", weights="ema")
-    assert first != config.run_key(tiny_experiment(), "data")
+    assert first != config.run_key(tiny(), "data")
 
 
 # Out
@@ -330,7 +337,7 @@ def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp
 
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_what_we_exported_computes_the_same_in_diffusers(tmp_path, overrides):
-    experiment = tiny_experiment(*overrides)
+    experiment = tiny(*overrides)
     run, ours = trained(tmp_path, experiment)
     published.export(run.path, tmp_path / "out", "raw", None)
     theirs, report = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", output_loading_info=True)
@@ -340,7 +347,7 @@ def test_what_we_exported_computes_the_same_in_diffusers(tmp_path, overrides):
 
 @pytest.mark.parametrize("which", ["raw", "ema"])
 def test_export_and_import_give_the_same_tensors(tmp_path, which):
-    run, net = trained(tmp_path, tiny_experiment())
+    run, net = trained(tmp_path, tiny())
     published.export(run.path, tmp_path / "out", which, STEP)
     found = published.read(importing(tmp_path / "out"))
     expected = {name: tensor + (which == "ema") for name, tensor in net.state_dict().items()}
@@ -364,7 +371,7 @@ def test_export_and_import_give_the_same_tensors(tmp_path, which):
     ids=" ".join,
 )
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
-    experiment = tiny_experiment("diffusion.timesteps=50", "sample.variance=null", *overrides)
+    experiment = tiny("diffusion.timesteps=50", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)
     published.export(run.path, tmp_path / "out", "raw", None)
     diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
@@ -393,21 +400,20 @@ def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrid
     ],
 )
 def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
-    run, _ = trained(tmp_path, tiny_experiment(*overrides))
+    run, _ = trained(tmp_path, tiny(*overrides))
     with pytest.raises(PipelineError, match=named):
         published.export(run.path, tmp_path / "out", "raw", None)
 
 
 def test_other_networks_are_refused_by_name(tmp_path):
-    experiment = tiny_experiment()
-    object.__setattr__(experiment, "model", type("Model", (), {"name": "mha_unet"})())
+    experiment = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"][0]())
     for use in (published.network_settings, lambda e: published._network_faults(e, {})):
         with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
             use(experiment)
 
 
 def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
-    run, _ = trained(tmp_path, tiny_experiment())
+    run, _ = trained(tmp_path, tiny())
     with pytest.raises(PipelineError, match="exists and is not empty"):
         published.export(run.path, run.path, "ema", None)
     with pytest.raises(PipelineError, match=r"no checkpoint of step 4 \(there are: 6\)"):
