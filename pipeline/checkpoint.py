@@ -51,19 +51,26 @@ def steps_on_disk(train: Path) -> list[int]:
 
 def verify(directory: Path) -> None:
     """Raise PipelineError unless the folder is a whole checkpoint."""
-    meta = directory / META
-    if not meta.exists():
-        raise PipelineError(f"{directory} has no {META}: it is not a whole checkpoint")
-    for name, facts in read_json(meta)["files"].items():
+    for name, facts in _files(directory).items():
         check_file(directory / name, facts)
 
 
-def is_saved(directory: Path) -> bool:
-    """Whether the folder carries a checkpoint of the right size; cheap, without hashing."""
+def _files(directory: Path) -> dict[str, Any]:
+    """The files of a checkpoint with their facts, as its meta file lists them."""
+    meta = directory / META
+    if not meta.exists():
+        raise PipelineError(f"{directory} has no {META}: it is not a whole checkpoint")
+    content = read_json(meta)
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise PipelineError(f"{meta} lists no files: it is not a whole checkpoint")
+    return content["files"]
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether the folder carries a checkpoint that verifies."""
     try:
-        for name, facts in read_json(directory / META)["files"].items():
-            check_file(directory / name, facts, "size")
-    except (PipelineError, OSError):
+        verify(directory)
+    except PipelineError:
         return False
     return True
 
@@ -87,9 +94,10 @@ def load(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / STATE)
 
 
-def keep_newest(run: Run, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for step in steps_on_disk(run.train)[:-keep]:
+def keep_newest(run: Run, keep: int, at_most: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to step `at_most`; those beyond are another command's."""
+    steps = [step for step in steps_on_disk(run.train) if step <= at_most]
+    for step in steps[:-keep]:
         shutil.rmtree(run.step_dir(step), ignore_errors=True)
 
 

@@ -53,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output went away
         return 1
+    except OSError as error:  # a full disk, a folder that cannot be written
+        if options.debug:
+            raise
+        return _fail(PipelineError(f"{error.filename or 'a file'}: {error.strerror or error}"), 1, False)
 
 
 def _fail(error: Exception, code: int, debug: bool) -> int:

@@ -77,10 +77,14 @@ class Resources:
     gpus_per_task: float
 
 
-def resolve(cluster: ClusterConfig, cpus: int, gpus: int) -> Resources:
-    """Fill the nulls from what there is, and refuse at once what can never be scheduled."""
+def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None) -> Resources:
+    """Fill the nulls from what there is, and refuse at once what can never be scheduled.
+
+    cpus_per_node: those of the largest node; no worker and no task can have more.
+    """
+    most = cpus if cpus_per_node is None else cpus_per_node
     workers = cluster.workers or gpus or min(2, cpus)
-    per_worker = cluster.cpus_per_worker or max(1, cpus // workers)
+    per_worker = cluster.cpus_per_worker or max(1, min(cpus // workers, most))
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
     wanted = {
@@ -93,11 +97,14 @@ def resolve(cluster: ClusterConfig, cpus: int, gpus: int) -> Resources:
                 f"{workers} workers ask for {asked:g} {what}, the cluster has {there}: lower cluster.workers or {key}"
             )
     for key, asked, there in (
-        ("cluster.cpus_per_task", cluster.cpus_per_task, cpus),
+        ("cluster.cpus_per_worker", per_worker, most),
+        ("cluster.cpus_per_task", cluster.cpus_per_task, most),
         ("cluster.gpus_per_task", gpus_per_task, gpus),
     ):
         if asked > there:
-            raise PipelineError(f"{key}={asked:g}, but the cluster has {there}: lower it")
+            raise PipelineError(
+                f"{key}={asked:g}, but no machine of the cluster has more than {there}: lower it"
+            )
     return Resources(workers, per_worker, gpus_per_worker, gpus_per_task)
 
 
@@ -116,7 +123,8 @@ class Session:
 
         try:
             there = ray.cluster_resources()
-            self.resources = resolve(self.cluster, int(there.get("CPU", 0)), int(there.get("GPU", 0)))
+            most = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+            self.resources = resolve(self.cluster, int(there.get("CPU", 0)), int(there.get("GPU", 0)), most)
         except BaseException:
             ray.shutdown()
             raise
@@ -270,6 +278,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     if config["failure"].exists():  # a peer gave up for good; this restart of the group ends at once
         return
     torch.set_num_threads(config["cpus"])
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # what train.deterministic needs, before CUDA starts
     place = train.get_context()
     context = Peer(get_device(), config["cpus"], place.get_world_rank(), place.get_world_size())
     try:

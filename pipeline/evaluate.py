@@ -187,6 +187,12 @@ def _scores(scored: "Scored", reference: "Statistics | None", asked: tuple[str, 
 # The NLL bound
 
 
+def check(experiment: Experiment, run: Run) -> None:
+    """Raise PipelineError for what the shards alone show to be impossible, before anything is trained."""
+    if "nll" in experiment.evaluate.metrics:
+        nll_images(experiment, run)
+
+
 def nll_images(experiment: Experiment, run: Run) -> tuple[int, int]:
     """How many test images are scored, and how many there are."""
     there = tars.open_index(run.data).count("test")

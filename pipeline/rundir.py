@@ -138,6 +138,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Delete what writers that were killed left under temporary names. The caller holds the folder's lock."""
+    for path in list(directory.rglob(f"{TEMPORARY}*")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -13,11 +13,13 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import config, sources
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.progress import bar, duration, say
-from pipeline.rundir import Run, exclusive, read_json, write_json, write_text
+from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
 from pipeline.worker import Executor, InProcess, Unit, local_context
 
 STAGES = ("shard", "train", "sample", "evaluate", "figures", "report")
@@ -79,14 +81,26 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
     root = storage_root(cluster)
     run = locate(experiment, root)
     with exclusive(run.path):
+        remove_leftovers(run.path)
         todo = pending(experiment, run, last)
         _say_plan(run, todo, last)
         if todo:
+            _check_workers(experiment, cluster)
             _write_experiment(experiment, run)
             with _Work(experiment, cluster, run) as work:
                 for stage in todo:
                     work.do(stage)
+                    if stage == "shard" and "evaluate" in todo:
+                        _module("evaluate").check(experiment, run)  # before hours of training
     return run
+
+
+def _check_workers(experiment: Experiment, cluster: ClusterConfig) -> None:
+    workers, batch_size = cluster.workers or 1, experiment.train.batch_size
+    if workers > batch_size:
+        raise PipelineError(
+            f"{workers} workers cannot share train.batch_size={batch_size}: use fewer workers"
+        )
 
 
 def _say_plan(run: Run, todo: list[str], last: str) -> None:
@@ -270,7 +284,7 @@ def _write_experiment(experiment: Experiment, run: Run) -> None:
 
 
 def made_with() -> dict[str, Any]:
-    """Commit and versions."""
+    """Commit, versions and hardware."""
     packages = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
     versions = {}
     for package in packages:
@@ -278,7 +292,14 @@ def made_with() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    return {"commit": _commit(), "versions": versions}
+    return {"commit": _commit(), "versions": versions, "hardware": _hardware()}
+
+
+def _hardware() -> str:
+    """The driver's machine, in words."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{len(os.sched_getaffinity(0))} CPUs ({capability}), {', '.join(gpus) or 'no GPU'}"
 
 
 def _commit() -> str | None:

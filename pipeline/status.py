@@ -40,11 +40,7 @@ def _row(path: Path) -> list[str]:
         experiment = config.load_experiment(str(path / "experiment.yaml"), [])
     except PipelineError:
         return [path.name, "unreadable experiment.yaml", "", "", "", ""]
-    steps = [
-        step
-        for step in checkpoint.steps_on_disk(path / "train")
-        if checkpoint.is_saved(path / "train" / f"step_{step:08d}")
-    ]
+    steps = checkpoint.steps_on_disk(path / "train")
     sets = [read_json(file) for file in path.glob("samples/*/manifest.json")]
     drawn = sum(split["count"] for index in sets for split in index["splits"].values())
     return [

@@ -22,7 +22,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.images import grid, to_uint8
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
-from ddpm.training import TrainState, learning_rate, train_step
+from ddpm.training import TrainConfig, TrainState, learning_rate, train_step
 from pipeline import checkpoint, tars
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
@@ -34,7 +34,7 @@ GRID_STEPS = 50  # DDIM steps of the grids on the way: a glance, not a score
 
 
 def is_done(experiment: Experiment, run: Run) -> bool:
-    return checkpoint.is_saved(run.step_dir(experiment.train.steps))
+    return checkpoint.is_whole(run.step_dir(experiment.train.steps))
 
 
 def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
@@ -139,8 +139,8 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
         raise PipelineError(
             f"{ctx.world_size} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
         )
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
+    _check_groups(ctx, config)
+    torch.use_deterministic_algorithms(config.deterministic)
     state = _restore(ctx, experiment, run)
     step = _step_function(ctx, experiment, run, state)
     log = Log(run.log) if ctx.rank == 0 else None
@@ -161,6 +161,16 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
             window = _Window(state.step, ctx.device)
         if stop:
             return
+
+
+def _check_groups(ctx: WorkerContext, config: TrainConfig) -> None:
+    """Clipping by group needs slices that begin and end with a group."""
+    group, rank, size = config.grad_clip_group, ctx.rank, config.batch_size
+    if group and any(r * size // ctx.world_size % group for r in (rank, rank + 1)):
+        raise PipelineError(
+            f"train.grad_clip_group={group} cannot be cut among {ctx.world_size} workers at train.batch_size={size}: "
+            "choose a number of workers that divides the number of groups"
+        )
 
 
 def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> TrainState:
@@ -249,9 +259,9 @@ def _log_point(
 
 def _save(ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState) -> None:
     """Rank 0 writes; the others go on, and meet it at the next step's gradients."""
-    if ctx.rank == 0 and not checkpoint.is_saved(run.step_dir(state.step)):
+    if ctx.rank == 0 and not checkpoint.is_whole(run.step_dir(state.step)):
         checkpoint.save(run.step_dir(state.step), state.tensors(), state.emas[0].tensors(), state.step)
-        checkpoint.keep_newest(run, experiment.train.keep)
+        checkpoint.keep_newest(run, experiment.train.keep, state.step)
     ctx.report(state.step)
 
 

@@ -87,22 +87,30 @@ def _with_overrides(tree: Any, overrides: list[str]) -> Any:
 # From trees to dataclasses, collecting every fault
 
 
-def _section(cls: type, values: Any, where: str, faults: list[str]) -> Any:
-    """An instance of the dataclass `cls` from a mapping, or None with what is wrong added to `faults`."""
+def _section(cls: type, values: Any, fallback: Any, where: str, faults: list[str]) -> Any:
+    """An instance of the dataclass `cls` from a mapping; what is wrong is added to `faults`.
+
+    A value of a wrong type is replaced by that of `fallback`, so that the others can still be checked; None
+    where that does not help.
+    """
     types = typing.get_type_hints(cls)
     if not isinstance(values, dict):
         faults.append(f"{where} is {values!r}; it is a section with the keys {', '.join(types)}")
         return None
-    before = len(faults)
     faults += [f"{where}.{key} is unknown{suggestion(str(key), types)}" for key in values if key not in types]
     faults += [f"{where}.{name} is missing" for name in types if name not in values]
-    typed = OmegaConf.structured(cls)
+    typed, complete = OmegaConf.structured(cls), types.keys() <= values.keys()
     for name in types.keys() & values.keys():
-        try:
-            typed = OmegaConf.merge(typed, {name: _as_tuple(values[name], types[name])})
-        except OmegaConfBaseException:
-            faults.append(f"{where}.{name} is {values[name]!r}; {_expected(types[name])} is expected")
-    return OmegaConf.to_object(typed) if len(faults) == before else None
+        for value in (values[name], fallback.get(name) if isinstance(fallback, dict) else None):
+            try:
+                typed = OmegaConf.merge(typed, {name: _as_tuple(value, types[name])})
+                break
+            except OmegaConfBaseException:
+                if value is values[name]:
+                    faults.append(f"{where}.{name} is {value!r}; {_expected(types[name], value)} is expected")
+        else:
+            complete = False
+    return OmegaConf.to_object(typed) if complete else None
 
 
 def _as_tuple(value: Any, expected: Any) -> Any:
@@ -110,10 +118,11 @@ def _as_tuple(value: Any, expected: Any) -> Any:
     return [value] if typing.get_origin(expected) is tuple and not isinstance(value, list) else value
 
 
-def _expected(kind: Any) -> str:
-    """A type in a user's words."""
+def _expected(kind: Any, value: Any = "") -> str:
+    """A type in a user's words; `value` is what was given instead."""
     if typing.get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
+        choices = [str(choice) for choice in typing.get_args(kind)]
+        return f"one of {', '.join(choices)}{suggestion(str(value), choices)}"
     if typing.get_origin(kind) is tuple:
         return f"a list of {_expected(typing.get_args(kind)[0])}"
     options = typing.get_args(kind)
@@ -124,8 +133,8 @@ def _expected(kind: Any) -> str:
     )
 
 
-def _sections(tree: dict[str, Any], faults: list[str]) -> dict[str, Any]:
-    """The sections of an experiment, each an instance, or None where it has faults."""
+def _sections(tree: dict[str, Any], fallback: dict[str, Any], faults: list[str]) -> dict[str, Any]:
+    """The sections of an experiment, each an instance, or None where faults leave none."""
     types = typing.get_type_hints(Experiment)
     model = tree.get("model")
     name = model.get("name", "unet") if isinstance(model, dict) else "unet"
@@ -142,30 +151,35 @@ def _sections(tree: dict[str, Any], faults: list[str]) -> dict[str, Any]:
         inner = [full for full in known if full.endswith(f".{key}")]
         faults.append(f"{key} is unknown{suggestion(inner[0] if inner else str(key), known)}")
     faults += [f"{key} is missing" for key in types if key not in tree]
-    return {key: _section(types[key], tree[key], key, faults) for key in inner_keys if key in tree}
+    return {
+        key: _section(types[key], tree[key], fallback.get(key), key, faults)
+        for key in inner_keys
+        if key in tree
+    }
 
 
 def load_experiment(name: str, overrides: list[str]) -> Experiment:
     """Read, override, check. Raises ConfigError holding every fault, one line each."""
     path = find(name)
-    tree = _plain(_with_overrides(_read(path), overrides))
+    written = _read(path)
+    tree = _plain(_with_overrides(written, overrides))
     tree.setdefault("name", path.stem)
     faults: list[str] = []
-    sections = _sections(tree, faults)
-    if not isinstance(tree.get("seed"), int):
+    sections = _sections(tree, _plain(written), faults)
+    if type(tree.get("seed")) is not int:  # true and false are integers, but no seeds
         faults.append(f"seed is {tree.get('seed')!r}; a whole number is expected")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(tree["name"])):
         faults.append(f"name is {tree['name']!r}; it names a folder: letters, digits, '.', '_' and '-' only")
     for key, section in sections.items():
         if section is not None and key != "model":
             faults += [f"{key}.{inner} {message}" for inner, message in section.problems()]
-    if faults:
+    if "model" not in sections or None in sections.values() or type(tree.get("seed")) is not int:
         raise ConfigError(faults)
     sections["data"] = _absolute(sections["data"], "path")
     sections["published"] = _absolute(sections["published"], "path")
     sections["evaluate"] = _absolute(sections["evaluate"], "extractor_weights")
     experiment = Experiment(name=str(tree["name"]), seed=tree["seed"], **sections)
-    faults = [f"{key} {message}" for key, message in experiment.problems()]
+    faults += [f"{key} {message}" for key, message in experiment.problems()]
     if faults:
         raise ConfigError(faults)
     return experiment
@@ -186,9 +200,9 @@ def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """The same for conf/cluster/; `overrides` without their `cluster.`."""
     tree = _plain(_with_overrides(_read(find(name, "cluster")), overrides))
     faults: list[str] = []
-    cluster = _section(ClusterConfig, tree, "cluster", faults)
+    cluster = _section(ClusterConfig, tree, None, "cluster", faults)
     if cluster is not None:
-        faults = [f"cluster.{key} {message}" for key, message in cluster.problems()]
+        faults += [f"cluster.{key} {message}" for key, message in cluster.problems()]
     if faults:
         raise ConfigError(faults)
     return cluster

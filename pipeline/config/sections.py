@@ -45,6 +45,10 @@ class DataConfig:
         found = _at_least(self, image_size=2, labels=0, images_per_shard=1, test_images=0, max_undecodable=0)
         if self.channels not in (1, 3):
             found.append(("channels", f"is {self.channels}; images are grey (1) or colour (3)"))
+        if self.source == "digits" and self.path is not None:
+            found.append(
+                ("path", "is given, but the digits come with scikit-learn; set it to null, or data.source")
+            )
         if self.source not in ("cifar10", "digits") and self.path is None:
             found.append(("path", f"is null; data.source={self.source} needs the place of the images"))
         return found

@@ -5,9 +5,10 @@ A new kind of set is a class with the four members of `ImageSet` and a line in `
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.config import DataConfig
 from pipeline.errors import PipelineError
@@ -106,12 +107,24 @@ def fingerprint(data: DataConfig, cache: Path | None) -> str:
     images = KINDS[data.source](data)
     place = f"{data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
     stamp = stamp_of(images.files())
-    known = read_json(cache) if cache and cache.exists() else {}
+    known = _remembered(cache)
     if known.get(place, {}).get("stamp") == stamp:
         return known[place]["content"]
     content = images.digest()
     if not images.splits.get("train"):
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")
     if cache:
-        write_json(cache, {**known, place: {"stamp": stamp, "content": content}})
+        with suppress(OSError):  # a cache that cannot be written only costs time
+            write_json(cache, {**known, place: {"stamp": stamp, "content": content}})
     return content
+
+
+def _remembered(cache: Path | None) -> dict[str, Any]:
+    """What the cache holds; a broken one holds nothing."""
+    if cache is None or not cache.exists():
+        return {}
+    with suppress(PipelineError):
+        known = read_json(cache)
+        if isinstance(known, dict) and all(isinstance(entry, dict) for entry in known.values()):
+            return known
+    return {}

@@ -10,6 +10,7 @@ images: uint8, (N,H,W,C) or grey (N,H,W). labels: integers (N,) or (N,1), or one
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -90,9 +91,12 @@ def _labels_of(images: Path) -> Path:
 
 def _load(file: Path) -> np.ndarray:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise PipelineError(f"{file} is no readable array ({error}); write it with numpy.save") from error
+    if not isinstance(array, np.ndarray):
+        raise PipelineError(f"{file} holds several arrays; write each with numpy.save")
+    return array
 
 
 def _as_images(file: Path) -> np.ndarray:

@@ -49,6 +49,10 @@ def _label(picture: Picture, data: DataConfig) -> int | None:
         return None
     if picture.label is None:
         raise PipelineError(f"{picture.name} has no label, but data.labels={data.labels}; set data.labels=0")
+    if not isinstance(picture.label, int | np.integer):
+        raise PipelineError(
+            f"{picture.name} has the label {picture.label!r}, no class number; set data.labels=0"
+        )
     if not 0 <= picture.label < data.labels:
         raise PipelineError(
             f"{picture.name} has the label {picture.label}, but data.labels={data.labels} allows "

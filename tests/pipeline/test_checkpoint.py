@@ -49,7 +49,11 @@ def lose_ema(directory):
     (directory / checkpoint.EMA).unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_meta, lose_ema])
+def empty_meta(directory):
+    (directory / checkpoint.META).write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_meta, lose_ema, empty_meta])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, damage):
     _, run = tiny_run
     saved(run, 2, 4)
@@ -77,9 +81,9 @@ def test_a_folder_under_its_temporary_name_is_not_a_checkpoint(tiny_run):
 
 def test_only_the_newest_are_kept(tiny_run):
     _, run = tiny_run
-    saved(run, 1, 2, 3, 4)
-    checkpoint.keep_newest(run, 2)
-    assert checkpoint.steps_on_disk(run.train) == [3, 4]
+    saved(run, 1, 2, 3, 4, 8)
+    checkpoint.keep_newest(run, 2, at_most=4)  # a run of fewer steps leaves what a longer one made
+    assert checkpoint.steps_on_disk(run.train) == [3, 4, 8]
 
 
 def test_a_missing_step_names_those_that_exist(tiny_run):

@@ -84,6 +84,27 @@ def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
     assert losses[0] == losses[1]
 
 
+def test_a_final_checkpoint_that_fails_its_hash_is_made_again(tiny_run):
+    experiment, run = tiny_run
+    train_to(experiment, run, 6)
+    good = {name: tensor.clone() for name, tensor in final_state(run, 6).items()}  # not a map of the file
+    file = run.step_dir(6) / checkpoint.STATE
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    assert not train.is_done(experiment, run)
+    train_to(experiment, run, 6)
+    assert train.is_done(experiment, run)
+    assert all(torch.equal(final_state(run, 6)[name], good[name]) for name in good)
+
+
+def test_fewer_steps_than_were_trained_leave_the_others_alone(tiny_run):
+    experiment, run = tiny_run
+    train_to(experiment, run, 6)
+    train_to(experiment, run, 1)
+    assert checkpoint.steps_on_disk(run.train) == [1, 2, 4, 6]
+
+
 def test_steps_computed_again_are_logged_once(tiny_run):
     experiment, run = tiny_run
     train_to(experiment, run, 6)
