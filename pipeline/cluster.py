@@ -31,17 +31,14 @@ class Peer(WorkerContext):
     """A worker of a training group: its doors lead through torch.distributed and Ray Train."""
 
     def broadcast(self, value: Any) -> Any:
-        if self.device.type == "cpu" and isinstance(value, bool | None):
-            return self._broadcast_flag(value)
         box = [value]
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def _broadcast_flag(self, value: bool | None) -> bool | None:
-        """One number instead of a pickled object: this is asked at every step."""
-        flag = torch.tensor(-1 if value is None else int(value))
-        torch.distributed.broadcast(flag, src=0)
-        return None if flag < 0 else bool(flag)
+    def decide(self, flag: bool) -> bool:
+        decision = torch.tensor(int(flag), device=self.device)
+        torch.distributed.broadcast(decision, src=0)
+        return bool(decision)
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
         summed = value.clone()

@@ -234,7 +234,7 @@ def _stop_requested(ctx: WorkerContext, run: Run, step: int, log_every: int) -> 
     """Whether all ranks stop after this step. A GPU is asked seldom: the answer waits for its queue."""
     if ctx.device.type != "cpu" and step % log_every:
         return False
-    return ctx.broadcast(run.stop_file.exists() if ctx.rank == 0 else None)
+    return ctx.decide(run.stop_file.exists())
 
 
 def _log_point(

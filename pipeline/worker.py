@@ -40,6 +40,10 @@ class WorkerContext:
         """Rank 0's value, on every rank."""
         return value
 
+    def decide(self, flag: bool) -> bool:
+        """Rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
+        return flag
+
     def total(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of `value` over all ranks."""
         return value

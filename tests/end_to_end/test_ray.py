@@ -27,12 +27,12 @@ EXPERIMENT = [
 ]
 
 
-def ddpm(storage: Path, *words: str) -> Path:
+def ddpm(storage: Path, *words: str, verb: str = "run") -> Path:
     arguments = [
         sys.executable,
         "-m",
         "pipeline",
-        "run",
+        verb,
         "digits",
         *EXPERIMENT,
         f"cluster.storage={storage}",
@@ -64,6 +64,15 @@ def test_one_and_two_workers_train_alike(runs):
     one, two = map(losses, runs)
     assert len(one) == len(two) == 50
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(one, two, strict=True))
+
+
+def test_two_workers_go_on_from_the_same_checkpoint(runs, tmp_path):
+    """A new worker group takes up the run; ranks that disagree on the step go nowhere."""
+    _, two = runs
+    shutil.copytree(two.parent, tmp_path, dirs_exist_ok=True)
+    copy = ddpm(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=1", "train.steps=52", verb="train")
+    assert losses(copy)[:50] == losses(two)
+    assert len(losses(copy)) == 52
 
 
 def test_sharding_is_byte_identical_whoever_does_it(runs):
