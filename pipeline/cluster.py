@@ -22,7 +22,7 @@ from torch import nn
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run, write_text
-from pipeline.worker import Unit, WorkerContext
+from pipeline.worker import Unit, WorkerContext, local_context
 
 POLL_SECONDS = 0.5
 
@@ -258,14 +258,9 @@ def _result(reference: Any, unit: Unit) -> None:
 # What runs on the workers
 
 
-def _device(gpus: bool) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
-
-
 def _run_unit(unit: Unit, cpus: int) -> None:
     torch.set_num_threads(cpus)
-    context = WorkerContext(_device(torch.cuda.is_available()), cpus)
-    unit.body(context, *unit.args)
+    unit.body(local_context(cpus), *unit.args)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -275,9 +270,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     if config["failure"].exists():  # a peer gave up for good; this restart of the group ends at once
         return
     torch.set_num_threads(config["cpus"])
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # what train.deterministic needs, before CUDA starts
+    # What train.deterministic needs, before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     place = train.get_context()
     context = Peer(get_device(), config["cpus"], place.get_world_rank(), place.get_world_size())
     try:

@@ -85,7 +85,7 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
         todo = pending(experiment, run, last)
         _say_plan(run, todo, last)
         if todo:
-            _check_workers(experiment, cluster)
+            _module("train").check_workers(experiment.train, cluster.workers or 1)
             _write_experiment(experiment, run)
             with _Work(experiment, cluster, run) as work:
                 for stage in todo:
@@ -93,14 +93,6 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
                     if stage == "shard" and "evaluate" in todo:
                         _module("evaluate").check(experiment, run)  # before hours of training
     return run
-
-
-def _check_workers(experiment: Experiment, cluster: ClusterConfig) -> None:
-    workers, batch_size = cluster.workers or 1, experiment.train.batch_size
-    if workers > batch_size:
-        raise PipelineError(
-            f"{workers} workers cannot share train.batch_size={batch_size}: use fewer workers"
-        )
 
 
 def _say_plan(run: Run, todo: list[str], last: str) -> None:

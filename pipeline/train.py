@@ -42,6 +42,14 @@ def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
     return torch.arange(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
+def check_workers(config: TrainConfig, workers: int) -> None:
+    """Raise PipelineError unless every worker gets an image of each batch."""
+    if workers > config.batch_size:
+        raise PipelineError(
+            f"{workers} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
+        )
+
+
 class Order:
     """The stateless order of the training images.
 
@@ -135,10 +143,7 @@ class _Window:
 def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
     """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
     config = experiment.train
-    if ctx.world_size > config.batch_size:
-        raise PipelineError(
-            f"{ctx.world_size} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
-        )
+    check_workers(config, ctx.world_size)
     _check_groups(ctx, config)
     torch.use_deterministic_algorithms(config.deterministic)
     state = _restore(ctx, experiment, run)
