@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import assert_refused_by_name
 from torch import nn
 
 from ddpm.backbones import build_network
@@ -163,12 +164,7 @@ def test_context_of_another_shape_or_for_no_classes_is_refused():
     ],
 )
 def test_problems_name_the_key(changes, image_size, key):
-    config = dataclasses.replace(SMALL, **changes)
-    problems = config.problems(image_size)
-    assert key in [name for name, _ in problems]
-    assert all("\n" not in message for _, message in problems)
-    with pytest.raises(ValueError, match=key):
-        ContextUNet(config, image_size, 3, 3)
+    assert_refused_by_name(ContextUNet, dataclasses.replace(SMALL, **changes), image_size, key)
 
 
 def test_the_published_settings_have_no_problems():

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import assert_refused_by_name
 from torch import nn
 
 from ddpm.backbones import build_network
@@ -153,12 +154,7 @@ def test_published_widths_at_64():
     ],
 )
 def test_problems_name_the_key(changes, image_size, key):
-    config = dataclasses.replace(SMALL, **changes)
-    problems = config.problems(image_size)
-    assert key in [name for name, _ in problems]
-    assert all("\n" not in message for _, message in problems)
-    with pytest.raises(ValueError, match=key):
-        MHAUNet(config, image_size, 3, 3)
+    assert_refused_by_name(MHAUNet, dataclasses.replace(SMALL, **changes), image_size, key)
 
 
 def test_labels_are_refused():

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-import re
 
 import pytest
 import torch
+from conftest import assert_refused_by_name
 from diffusers import UNet2DModel
 from torch import nn
 
@@ -20,6 +20,7 @@ from ddpm.unet import (
     UNetConfig,
     timestep_embedding,
 )
+from pipeline.published import diffusers_name
 
 SMALL = UNetConfig(channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=8)
 LARGE_MULT = (1, 1, 2, 2, 4, 4)
@@ -91,30 +92,6 @@ def diffusers_twin(net, image_size, in_channels, out_channels):
     )
     twin.load_state_dict({diffusers_name(name): p for name, p in net.state_dict().items()})
     return twin.eval()
-
-
-RENAMES = [
-    (r"^time_mlp\.0\.", "time_embedding.linear_1."),
-    (r"^time_mlp\.2\.", "time_embedding.linear_2."),
-    (r"^(down|up)\.", r"\1_blocks."),
-    (r"^middle\.block1\.", "mid_block.resnets.0."),
-    (r"^middle\.block2\.", "mid_block.resnets.1."),
-    (r"^middle\.attention\.", "mid_block.attentions.0."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"\.blocks\.", ".resnets."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."),
-    (r"\.time_proj\.", ".time_emb_proj."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-    (r"\.norm\.", ".group_norm."),
-    (r"\.([qkv])\.", r".to_\1."),
-    (r"\.proj_out\.", ".to_out.0."),
-]
-
-
-def diffusers_name(name):
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 @pytest.mark.parametrize(
@@ -293,12 +270,7 @@ def test_every_parameter_learns():
     ],
 )
 def test_problems_name_the_key(changes, image_size, key):
-    config = dataclasses.replace(SMALL, **changes)
-    problems = config.problems(image_size)
-    assert key in [name for name, _ in problems]
-    assert all("\n" not in message for _, message in problems)
-    with pytest.raises(ValueError, match=key):
-        UNet(config, image_size, 3, 3)
+    assert_refused_by_name(UNet, dataclasses.replace(SMALL, **changes), image_size, key)
 
 
 def test_the_papers_settings_have_no_problems():
