@@ -102,9 +102,7 @@ class SampleConfig:
     guidance_scale: float
 
     def problems(self) -> Problems:
-        found = _at_least(self, num_images=1, batch_size=1)
-        if self.steps is not None:
-            found += _at_least(self, steps=1)
+        found = _at_least(self, num_images=1, steps=1, batch_size=1)
         if not 0 <= self.eta <= 1:
             found.append(("eta", f"is {self.eta}; it lies in [0, 1]: 0 is deterministic, 1 ancestral"))
         if self.checkpoint != "last" and not self.checkpoint.isdigit():
@@ -132,9 +130,7 @@ class EvaluateConfig:
     variance: Literal["fixedlarge", "fixedsmall"] | None
 
     def problems(self) -> Problems:
-        found = _at_least(self, nll_batch_size=1) + _among(self, "metrics", METRICS)
-        if self.nll_images is not None:
-            found += _at_least(self, nll_images=1)
+        found = _at_least(self, nll_images=1, nll_batch_size=1) + _among(self, "metrics", METRICS)
         if self.extractor_weights and not Path(self.extractor_weights).is_file():
             found.append(
                 ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
@@ -245,23 +241,18 @@ class ClusterConfig:
     tracking_uri: str | None
 
     def problems(self) -> Problems:
-        found = _at_least(self, cpus_per_task=1, retries=0)
-        for key, least in (
-            ("workers", 0),
-            ("cpus_per_worker", 1),
-            ("gpus_per_worker", 0),
-            ("gpus_per_task", 0),
-        ):
-            if getattr(self, key) is not None:
-                found += _at_least(self, **{key: least})
-        return found
+        return _at_least(
+            self, workers=0, cpus_per_worker=1, gpus_per_worker=0, cpus_per_task=1, gpus_per_task=0, retries=0
+        )
 
 
 def _at_least(section: Any, **least: float) -> Problems:
+    """Values below their bound; null, where a key admits it, is below none."""
+    values = {key: getattr(section, key) for key in least}
     return [
-        (key, f"is {getattr(section, key)}; it must be at least {bound}")
-        for key, bound in least.items()
-        if getattr(section, key) < bound
+        (key, f"is {value}; it must be at least {least[key]}")
+        for key, value in values.items()
+        if value is not None and value < least[key]
     ]
 
 
