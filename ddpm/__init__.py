@@ -1,5 +1,8 @@
 """Denoising diffusion probabilistic models: the mathematics and the networks, usable without the pipeline."""
 
+from ddpm.backbones import NETWORKS, build_network
+from ddpm.backbones.context_unet import ContextUNet, ContextUNetConfig
+from ddpm.backbones.mha_unet import MHAUNet, MHAUNetConfig
 from ddpm.diffusion import Diffusion, DiffusionConfig
 from ddpm.ema import EMA
 from ddpm.images import from_uint8, to_uint8
@@ -22,10 +25,15 @@ from ddpm.unet import UNet, UNetConfig
 
 __all__ = [
     "EMA",
+    "NETWORKS",
+    "ContextUNet",
+    "ContextUNetConfig",
     "Diffusion",
     "DiffusionConfig",
     "ImportanceSampler",
     "Likelihood",
+    "MHAUNet",
+    "MHAUNetConfig",
     "Step",
     "TrainConfig",
     "TrainState",
@@ -33,6 +41,7 @@ __all__ = [
     "UNetConfig",
     "ancestral",
     "bits_per_dim",
+    "build_network",
     "ddim",
     "few_steps_warning",
     "from_uint8",

@@ -34,12 +34,19 @@ from pipeline.fidelity.image_sets import (
     Shard,
     baseline_set,
     content_of,
-    save_arrays,
     shard_set,
     shards_of,
 )
-from pipeline.fidelity.preparations import extractor_of, image_shape, pixels_file, preparations
-from pipeline.rundir import Run, read_manifest, write_json, write_manifest, write_text
+from pipeline.fidelity.preparations import extractor_of, pixels_file, preparations
+from pipeline.rundir import (
+    Run,
+    read_arrays,
+    read_manifest,
+    write_arrays,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from pipeline.worker import Unit, WorkerContext
 
 if TYPE_CHECKING:  # importing torch-fidelity takes seconds, and a command that is up to date needs none of it
@@ -132,7 +139,7 @@ def image_sets(
     if other in index.splits:
         at_most = min(n, index.count(other))
         sets[other] = shard_set(extractor, shards_of(run.data, other, at_most), shared, at_most)
-    shape, pixels = image_shape(experiment), pixels_file(experiment, run)
+    shape, pixels = experiment.data.shape, pixels_file(experiment, run)
     if pixels:
         sets["gaussian"] = baseline_set(extractor, n, shape, shared, pixels)
     sets["noise"] = baseline_set(extractor, n, shape, shared, None)
@@ -228,7 +235,7 @@ def bound(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop
     config = experiment.evaluate
     net = load_network(experiment, run, checkpoint_step(experiment), experiment.sample.weights, ctx.device)
     pixels, classes = tars.load_images(run.data, "test", start, stop)
-    index, shape = torch.arange(start, stop), image_shape(experiment)
+    index, shape = torch.arange(start, stop), experiment.data.shape
     result = bits_per_dim(
         Diffusion(experiment.diffusion),
         net,
@@ -240,7 +247,7 @@ def bound(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop
         context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
     )
     arrays = {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
-    save_arrays(file, **arrays)
+    write_arrays(file, **arrays)
 
 
 def timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
@@ -253,11 +260,11 @@ def merge_nll(files: list[Path], timesteps: int) -> dict[str, Any]:
     """Means over the images of all units: the scores, and what nll.json holds."""
     terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
     for file in files:
-        with np.load(file) as arrays:
-            terms += arrays["terms"].sum(axis=0, dtype=np.float64)
-            mse += arrays["mse"].sum(axis=0, dtype=np.float64)
-            prior += float(arrays["prior"].sum(dtype=np.float64))
-            n += len(arrays["prior"])
+        arrays = read_arrays(file)
+        terms += arrays["terms"].sum(axis=0, dtype=np.float64)
+        mse += arrays["mse"].sum(axis=0, dtype=np.float64)
+        prior += float(arrays["prior"].sum(dtype=np.float64))
+        n += len(arrays["prior"])
     return summarise_nll(terms / n, mse / n, prior / n, n)
 
 

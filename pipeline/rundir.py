@@ -12,11 +12,15 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from pipeline.errors import PipelineError
 
@@ -158,6 +162,21 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PipelineError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """An .npz, atomically."""
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz. Raises PipelineError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise PipelineError(f"{path} is damaged ({error}); delete it to have it made again") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ddpm.diffusion import Diffusion
-from ddpm.images import grid, to_uint8
+from ddpm.images import to_uint8
 from ddpm.sampler import few_steps_warning, guided, sample
 from ddpm.training import NO_LABEL
 from pipeline import tars
 from pipeline.checkpoint import load_network
 from pipeline.config import Experiment, checkpoint_step, sample_key, to_yaml, weights_kind
 from pipeline.errors import PipelineError
-from pipeline.rundir import MANIFEST, Run, atomic_file, check_file, read_json, write_json, write_text
+from pipeline.pictures import save_grid
+from pipeline.rundir import MANIFEST, Run, check_file, read_json, write_json, write_text
 from pipeline.worker import Unit, WorkerContext
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 SPLIT = "samples"
 GRID, PROTOCOL = "grid.png", "sample.yaml"
 GRID_SIDE = 10
-CELL_PIXELS = 64  # images smaller than this are enlarged in pictures
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def plan(num_images: int, batch_size: int) -> list[tuple[int, int]]:
 
 def draw(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop: int) -> None:
     """The work unit: images [start, stop) as one tar, then its facts."""
-    config, data = experiment.sample, experiment.data
+    config = experiment.sample
     net = load_network(experiment, run, checkpoint_step(experiment), config.weights, ctx.device)
     index = torch.arange(start, stop)
     labels = [experiment.asked_label(number) for number in range(start, stop)]
@@ -123,7 +122,7 @@ def draw(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop:
     guide = guided(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
     images = sample(
         Diffusion(experiment.diffusion), guide,
-        index=index, shape=(data.channels, data.image_size, data.image_size),
+        index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
         variance=config.variance, context=context, device=ctx.device,
     )  # fmt: skip
@@ -175,9 +174,7 @@ def _seal(experiment: Experiment, folder: Path, facts: list[dict[str, Any]]) -> 
     how, data = protocol(experiment), experiment.data
     first = chain.from_iterable(tars.read_shard(folder / shard["name"]) for shard in facts)
     pixels = [torch.tensor(tars.decode_png(record.png)) for record in islice(first, GRID_SIDE**2)]
-    picture = grid(torch.stack(pixels), GRID_SIDE, max(1, CELL_PIXELS // data.image_size))
-    with atomic_file(folder / GRID) as temporary:
-        Image.fromarray(picture.numpy()).save(temporary, format="PNG")
+    save_grid(torch.stack(pixels), GRID_SIDE, folder / GRID)
     write_text(folder / PROTOCOL, to_yaml(how))
     shape = {
         "image_size": data.image_size,

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from ddpm.backbones import has_batch_norm
 from ddpm.diffusion import Diffusion
-from ddpm.images import grid, to_uint8
+from ddpm.images import to_uint8
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainConfig, TrainState, learning_rate, train_step
 from pipeline import checkpoint, tars
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
+from pipeline.pictures import save_grid
 from pipeline.rundir import Run, atomic_file
 from pipeline.worker import WorkerContext
 
@@ -276,18 +276,15 @@ def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: Trai
     path = run.grids / f"{state.step:08d}.png"
     if path.exists():
         return
-    data = experiment.data
     net = checkpoint.new_network(experiment, "meta").to_empty(device=ctx.device)
     net.load_state_dict(state.emas[0].tensors())
     images = sample(
         Diffusion(experiment.diffusion), net.eval(),
-        index=torch.arange(GRID_SIDE**2), shape=(data.channels, data.image_size, data.image_size),
+        index=torch.arange(GRID_SIDE**2), shape=experiment.data.shape,
         seed=experiment.seed, sampler="ddim", steps=min(GRID_STEPS, experiment.diffusion.timesteps),
         device=ctx.device,
     )  # fmt: skip
-    with atomic_file(path) as temporary:
-        picture = grid(to_uint8(images).cpu(), GRID_SIDE, scale=max(1, 48 // data.image_size))
-        Image.fromarray(picture.numpy()).save(temporary, format="PNG")
+    save_grid(to_uint8(images).cpu(), GRID_SIDE, path)
 
 
 def progress(run: Run) -> tuple[int, float | None]:

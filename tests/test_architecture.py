@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "progress"},
-    {"config", "rundir", "worker"},
+    {"config", "rundir", "worker", "pictures"},
     {"sources", "tars", "checkpoint", "published", "fidelity"},
     {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking"},
     {"stages", "sweep", "jobs"},

@@ -41,6 +41,11 @@ class DataConfig:
     resize: Literal["crop", "refuse"]
     max_undecodable: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self.channels, self.image_size, self.image_size
+
     def problems(self) -> Problems:
         found = _at_least(self, image_size=2, labels=0, images_per_shard=1, test_images=0, max_undecodable=0)
         if self.channels not in (1, 3):

@@ -14,7 +14,7 @@ import numpy as np
 from pipeline import tars
 from pipeline.config import hash_of
 from pipeline.errors import PipelineError
-from pipeline.rundir import Run, atomic_file
+from pipeline.rundir import Run, read_arrays, write_arrays
 from pipeline.worker import Unit, WorkerContext
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class ImageSet:
         """Features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
-            with np.load(file) as arrays:
-                features, logits = arrays["features"][:left], arrays["logits"][:left]
+            arrays = read_arrays(file)
+            features, logits = arrays["features"][:left], arrays["logits"][:left]
             left -= len(features)
             yield features, logits
 
@@ -122,8 +122,8 @@ def extract_baseline(
     if pixels is None:
         images = noise_images(start, stop, shape)
     else:
-        with np.load(pixels) as arrays:
-            images = gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
+        arrays = read_arrays(pixels)
+        images = gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
     _extract(ctx, extractor, images, file)
 
 
@@ -131,13 +131,7 @@ def _extract(ctx: WorkerContext, extractor: "Extractor", images: np.ndarray, fil
     from pipeline.fidelity.extractors import extract
 
     features, logits = extract(extractor, images, ctx.device)
-    save_arrays(file, features=features, logits=logits)
-
-
-def save_arrays(file: Path, **arrays: np.ndarray) -> None:
-    """An .npz, atomically."""
-    with atomic_file(file) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]
+    write_arrays(file, features=features, logits=logits)
 
 
 # The reference
@@ -161,14 +155,14 @@ class Reference:
 
         if not self.file.exists():
             return None
-        with np.load(self.file) as arrays:
-            if arrays["content"].item() != self.content:
-                return None
-            return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
+        arrays = read_arrays(self.file)
+        if arrays["content"].item() != self.content:
+            return None
+        return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
 
     def make(self, images: ImageSet) -> "Statistics":
         """Sum up the features of the whole split, and keep the result."""
         found = images.score().moments.statistics()
         kept = {"n": np.array(found.n), "content": np.array(self.content)}
-        save_arrays(self.file, mu=found.mu, sigma=found.sigma, **kept)
+        write_arrays(self.file, mu=found.mu, sigma=found.sigma, **kept)
         return found

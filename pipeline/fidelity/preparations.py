@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from pipeline import tars
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.fidelity.image_sets import Shape, content_of, save_arrays, shards_of
-from pipeline.rundir import Run, atomic_file, read_json, sha256_of, write_json
+from pipeline.fidelity.image_sets import content_of, shards_of
+from pipeline.rundir import Run, atomic_file, read_json, sha256_of, write_arrays, write_json
 from pipeline.worker import Unit, WorkerContext
 
 if TYPE_CHECKING:
@@ -74,14 +74,9 @@ def train_classifier(ctx: WorkerContext, run: Run, classes: int) -> None:
     write_json(facts, {"sha256": sha256_of(weights), "test_accuracy": accuracy, "steps": classifier.STEPS})
 
 
-def image_shape(experiment: Experiment) -> Shape:
-    data = experiment.data
-    return data.channels, data.image_size, data.image_size
-
-
 def pixels_file(experiment: Experiment, run: Run) -> Path | None:
     """Where the Gaussian is kept; None for images that are too large for one."""
-    if prod(image_shape(experiment)) > LARGEST_GAUSSIAN:
+    if prod(experiment.data.shape) > LARGEST_GAUSSIAN:
         return None
     return run.data / "references" / f"gaussian-{content_of(shards_of(run.data, 'train'))}.npz"
 
@@ -92,4 +87,4 @@ def fit_gaussian(ctx: WorkerContext, run: Run, file: Path) -> None:
 
     shards = shards_of(run.data, "train")
     mean, factor = pixel_gaussian(tars.iterate_shard_images(s.folder, s.split, s.name)[0] for s in shards)
-    save_arrays(file, mean=mean, factor=factor)
+    write_arrays(file, mean=mean, factor=factor)

@@ -7,7 +7,6 @@ chain's steps.
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,9 +18,9 @@ from ddpm.training import NO_LABEL
 from pipeline import tars
 from pipeline.checkpoint import load_network
 from pipeline.config import Experiment, checkpoint_step
-from pipeline.fidelity.image_sets import save_arrays
-from pipeline.figures.figure import Figure, chain_of, in_words, save_grid, unit_folder
-from pipeline.rundir import Run
+from pipeline.figures.figure import Figure, chain_of, in_words, unit_folder
+from pipeline.pictures import save_grid
+from pipeline.rundir import Run, read_arrays, write_arrays
 from pipeline.worker import Unit, WorkerContext
 
 UNIT_IMAGES = 8  # chains in a unit of the progressive figure
@@ -62,11 +61,6 @@ def variance_of(experiment: Experiment) -> Variance | None:
     return "fixedsmall" if experiment.sample.sampler == "ddim" else experiment.sample.variance
 
 
-def shape_of(experiment: Experiment) -> tuple[int, int, int]:
-    data = experiment.data
-    return data.channels, data.image_size, data.image_size
-
-
 def images_asked(experiment: Experiment) -> int:
     """Rows of a figure: never more than there are samples, so that small runs stay small."""
     return min(experiment.figures.images, experiment.sample.num_images)
@@ -76,8 +70,7 @@ def rows_of(files: list[Path]) -> Tensor:
     """The images (rows, columns, C, H, W), uint8, of the units' files."""
     parts = []
     for file in files:
-        with np.load(file) as arrays:
-            parts.append(torch.from_numpy(arrays["images"]))
+        parts.append(torch.from_numpy(read_arrays(file)["images"]))
     return torch.cat(parts)
 
 
@@ -109,7 +102,7 @@ def keep_estimates(
 ) -> None:
     """The work unit: a row for each of samples [start, stop)."""
     stages = estimates(ctx, experiment, run, start, stop)
-    save_arrays(file, images=to_uint8(stages.transpose(0, 1)).numpy())
+    write_arrays(file, images=to_uint8(stages.transpose(0, 1)).numpy())
 
 
 def estimates(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop: int) -> Tensor:
@@ -118,7 +111,7 @@ def estimates(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, 
     config, index = experiment.sample, torch.arange(start, stop, device=ctx.device)
     diffusion = chain_of(experiment)
     chain = reverse(
-        diffusion, network(ctx, experiment, run), index=index, shape=shape_of(experiment),
+        diffusion, network(ctx, experiment, run), index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, eta=config.eta, variance=config.variance,
         context=context(experiment, index), device=ctx.device,
     )  # fmt: skip
@@ -170,14 +163,14 @@ def keep_mixed(
     a, b = sources(run, pair)
     between = mixed(ctx, experiment, run, a, b, pair, steps)
     row = torch.cat([a[None], to_uint8(between).cpu(), b[None]])
-    save_arrays(file, images=row[None].numpy())
+    write_arrays(file, images=row[None].numpy())
 
 
 def mixed(
     ctx: WorkerContext, experiment: Experiment, run: Run, a: Tensor, b: Tensor, pair: int, steps: int
 ) -> Tensor:
     """Images (11, C, H, W) for the lambdas between uint8 images a and b, all from the pair's draw of the noise."""
-    chain, shape, rows = chain_of(experiment), shape_of(experiment), len(LAMBDAS)
+    chain, shape, rows = chain_of(experiment), experiment.data.shape, len(LAMBDAS)
     index = torch.tensor([pair], device=ctx.device)
 
     def noise(t: int) -> Tensor:
@@ -234,12 +227,12 @@ def keep_shared(ctx: WorkerContext, experiment: Experiment, run: Run, n: int, st
     """The work unit: (n, 1 + children, C, H, W), each row a latent of the sample's chain and its images."""
     x_t, children = shared(ctx, experiment, run, n, steps)
     rows = torch.cat([x_t[:, None], children.unflatten(0, (n, CHILDREN))], dim=1)
-    save_arrays(file, images=to_uint8(rows).cpu().numpy())
+    write_arrays(file, images=to_uint8(rows).cpu().numpy())
 
 
 def shared(ctx: WorkerContext, experiment: Experiment, run: Run, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """x_t (n, C, H, W) on the way to the first n samples, and the images (n * children, C, H, W) from it."""
-    chain, net, shape = chain_of(experiment), network(ctx, experiment, run), shape_of(experiment)
+    chain, net, shape = chain_of(experiment), network(ctx, experiment, run), experiment.data.shape
     draw = partial(normal, experiment.seed, shape=shape)
     variance, index = variance_of(experiment), torch.arange(n, device=ctx.device)
     x_t = shared_latent(

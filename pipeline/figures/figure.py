@@ -5,19 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 from ddpm.diffusion import Diffusion
-from ddpm.images import grid
 from ddpm.sampler import spaced_timesteps
 from pipeline.config import Experiment, hash_of, sample_key
 from pipeline.errors import PipelineError
-from pipeline.rundir import Run, atomic_file
+from pipeline.rundir import Run
 from pipeline.worker import Unit
-
-CELL_PIXELS = 64  # smaller images are enlarged
 
 
 class Unavailable(PipelineError):
@@ -49,10 +42,3 @@ def in_words(experiment: Experiment) -> str:
     """How long the chain is, for captions."""
     timesteps, steps = experiment.diffusion.timesteps, experiment.sample.steps
     return f"T = {timesteps:,}" + (f", respaced to {steps:,} steps" if steps not in (None, timesteps) else "")
-
-
-def save_grid(images: Tensor, columns: int, file: Path) -> None:
-    """uint8 images (N,C,H,W) as one PNG."""
-    picture = grid(images, columns, max(1, CELL_PIXELS // images.shape[-1]))
-    with atomic_file(file) as temporary:
-        Image.fromarray(torch.as_tensor(picture).numpy()).save(temporary, format="PNG")

@@ -9,11 +9,12 @@ import torch
 
 from pipeline import tars
 from pipeline.config import Experiment, sample_key
-from pipeline.fidelity.image_sets import Shard, content_of, save_arrays, shard_set, shards_of
+from pipeline.fidelity.image_sets import Shard, content_of, shard_set, shards_of
 from pipeline.figures.chains import images_asked
-from pipeline.figures.figure import Figure, Unavailable, save_grid, unit_folder
+from pipeline.figures.figure import Figure, Unavailable, unit_folder
 from pipeline.figures.scores_along import scored_extractor
-from pipeline.rundir import Run
+from pipeline.pictures import save_grid
+from pipeline.rundir import Run, read_arrays, write_arrays
 from pipeline.worker import Unit, WorkerContext
 
 if TYPE_CHECKING:
@@ -82,22 +83,18 @@ def search(
         query = tars.load_images(samples, "samples", 0, n)[0].reshape(n, -1)
         candidates = images.reshape(len(images), -1)
     else:
-        with np.load(gallery) as arrays:
-            candidates = arrays["features"]
+        candidates = read_arrays(gallery)["features"]
     a, b = (torch.from_numpy(rows).to(ctx.device).float() for rows in (query, candidates))
     # By matrix products an image would be at some distance from itself.
     distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
     found = distance.topk(min(NEIGHBOURS, len(images)), largest=False)
     place = found.indices.cpu().numpy()
-    save_arrays(file, distance=found.values.cpu().numpy(), index=place + shard.start, images=images[place])
+    write_arrays(file, distance=found.values.cpu().numpy(), index=place + shard.start, images=images[place])
 
 
 def nearest(files: list[Path]) -> dict[str, np.ndarray]:
     """Over all tars, nearest first: distance and index in the split (n, k), images (n, k, C, H, W)."""
-    parts = []
-    for file in files:
-        with np.load(file) as arrays:
-            parts.append({name: arrays[name] for name in ("distance", "index", "images")})
+    parts = [read_arrays(file) for file in files]
     joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
     order = joined["distance"].argsort(axis=1, kind="stable")[:, :NEIGHBOURS]
     rows = np.arange(len(order))[:, None]

@@ -2,19 +2,17 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ddpm.images import to_uint8
 from pipeline.config import Experiment, evaluate_key
 from pipeline.errors import PipelineError
-from pipeline.fidelity.image_sets import Reference, save_arrays
+from pipeline.fidelity.image_sets import Reference
 from pipeline.fidelity.preparations import extractor_of
 from pipeline.figures import curves
 from pipeline.figures.chains import chain_of, estimates, shown_steps
 from pipeline.figures.figure import Figure, Unavailable, in_words, unit_folder
-from pipeline.rundir import MANIFEST, Run
+from pipeline.rundir import MANIFEST, Run, read_arrays, write_arrays
 from pipeline.worker import Unit, WorkerContext
 
 if TYPE_CHECKING:  # as in the evaluate stage: seconds that a command with nothing to do need not spend
@@ -66,7 +64,7 @@ def keep_features(
     stages = to_uint8(estimates(ctx, experiment, run, start, stop)).numpy()
     features, logits = extract(extractor, stages.reshape(-1, *stages.shape[2:]), ctx.device)
     shape = stages.shape[:2]
-    save_arrays(file, features=features.reshape(*shape, -1), logits=logits.reshape(*shape, logits.shape[1]))
+    write_arrays(file, features=features.reshape(*shape, -1), logits=logits.reshape(*shape, logits.shape[1]))
 
 
 def score_stages(files: list[Path], n: int, reference: Reference) -> list[dict[str, float]]:
@@ -75,10 +73,7 @@ def score_stages(files: list[Path], n: int, reference: Reference) -> list[dict[s
 
     found, statistics = [], reference.load()
     assert statistics is not None
-    loaded: list[dict[str, Any]] = []
-    for file in files:
-        with np.load(file) as arrays:
-            loaded.append(dict(arrays))
+    loaded = [read_arrays(file) for file in files]
     for stage in range(len(loaded[0]["features"])):
         scored = score(((part["features"][stage], part["logits"][stage]) for part in loaded), n)
         scores = {"fid": frechet_distance(scored.moments.statistics(), statistics)}

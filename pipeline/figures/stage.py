@@ -15,7 +15,8 @@ from pipeline import tars
 from pipeline.config import Experiment, evaluate_key, figures_key, sample_key
 from pipeline.errors import PipelineError
 from pipeline.figures import chains, curves, nearest, scores_along
-from pipeline.figures.figure import Figure, Unavailable, save_grid
+from pipeline.figures.figure import Figure, Unavailable
+from pipeline.pictures import save_grid
 from pipeline.rundir import MANIFEST, Run, read_manifest, write_manifest
 from pipeline.worker import Unit
 

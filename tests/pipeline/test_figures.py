@@ -18,10 +18,10 @@ from pipeline import config, evaluate, figures, sample, shard, tars
 from pipeline.checkpoint import load_network
 from pipeline.config.sections import FIGURES
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.fidelity.image_sets import Reference, save_arrays, shards_of
+from pipeline.fidelity.image_sets import Reference, shards_of
 from pipeline.fidelity.scores import Moments, frechet_distance
 from pipeline.figures import chains, curves, nearest, scores_along, stage
-from pipeline.rundir import Run, read_json, read_manifest
+from pipeline.rundir import Run, read_json, read_manifest, write_arrays
 from pipeline.stages import locate
 
 PICTURES = [
@@ -204,11 +204,11 @@ def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
     features, logits = draw.normal(size=(2, 30, 5)), 4 * draw.normal(size=(2, 30, 3))
     files = [tmp_path / "a.npz", tmp_path / "b.npz"]
     for file, rows in zip(files, (slice(0, 20), slice(20, 30)), strict=True):
-        save_arrays(file, features=features[:, rows], logits=logits[:, rows])
+        write_arrays(file, features=features[:, rows], logits=logits[:, rows])
     reference = Moments.of(draw.normal(size=(40, 5))).statistics()
     kept = Reference(tmp_path / "reference.npz", "content")
     arrays = {"n": np.array(reference.n), "content": np.array("content")}
-    save_arrays(kept.file, mu=reference.mu, sigma=reference.sigma, **arrays)
+    write_arrays(kept.file, mu=reference.mu, sigma=reference.sigma, **arrays)
     found = scores_along.score_stages(files, 30, kept)
     for number in (0, 1):
         expected = frechet_distance(Moments.of(features[number]).statistics(), reference)
@@ -237,7 +237,7 @@ def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
         query, gallery = None, None
         if space == "features":
             query, gallery = vectors[chosen], tmp_path / f"{tar.name}-features.npz"
-            save_arrays(gallery, features=vectors[tar.start : tar.start + tar.count])
+            write_arrays(gallery, features=vectors[tar.start : tar.start + tar.count])
         files.append(tmp_path / f"{tar.name}.npz")
         nearest.search(one_cpu().context, tmp_path, 3, query, tar, gallery, files[-1])
     found = nearest.nearest(files)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from pipeline import rundir
@@ -63,3 +64,14 @@ def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
     deadline = time.monotonic() + 5
     with rundir.exclusive(tmp_path):
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_damaged_arrays_are_named(tmp_path, damage):
+    file = tmp_path / "unit.npz"
+    rundir.write_arrays(file, x=np.arange(1000.0))
+    whole = file.read_bytes()
+    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]
+    file.write_bytes({"cut": whole[:-100], "flipped": flipped, "empty": b""}[damage])
+    with pytest.raises(PipelineError, match=f"{file} is damaged .*; delete it"):
+        rundir.read_arrays(file)
