@@ -22,7 +22,7 @@ from torch import nn
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run, write_text
-from pipeline.worker import Unit, WorkerContext, local_context
+from pipeline.worker import GIB, Unit, WorkerContext, local_context
 
 POLL_SECONDS = 0.5
 
@@ -175,6 +175,7 @@ class Session:
             train_loop_config={
                 "body": body, "experiment": experiment, "run": run,
                 "failure": failure, "cpus": self.resources.cpus_per_worker,
+                "image_memory": int(self.cluster.image_memory * GIB),
             },
             scaling_config=ScalingConfig(
                 num_workers=self.resources.workers, use_gpu=use_gpu, resources_per_worker=per_worker
@@ -273,7 +274,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     # What train.deterministic needs, before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     place = train.get_context()
-    context = Peer(get_device(), config["cpus"], place.get_world_rank(), place.get_world_size())
+    rank, world_size = place.get_world_rank(), place.get_world_size()
+    context = Peer(get_device(), config["cpus"], rank, world_size, config["image_memory"])
     try:
         config["body"](context, config["experiment"], config["run"])
     except PipelineError as error:

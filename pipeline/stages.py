@@ -20,7 +20,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
-from pipeline.worker import Executor, InProcess, Unit, local_context
+from pipeline.worker import GIB, Executor, InProcess, Unit, local_context
 
 STAGES = ("shard", "train", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
@@ -140,7 +140,7 @@ class _Work:
     def _start_executor(self) -> Executor:
         if self.executor is None:
             if self.cluster.workers == 0:
-                context = local_context(self.cluster.cpus_per_worker)
+                context = local_context(self.cluster.cpus_per_worker, int(self.cluster.image_memory * GIB))
                 self.executor = InProcess(context, self.interrupt.requested)
             else:
                 from pipeline.cluster import Session

@@ -6,11 +6,13 @@ A folder of shards holds `<split>-00000.tar ...` with members `<key>.png` and, w
     {"files":  {"train-00000.tar": {"bytes": ..., "sha256": ..., "count": ...}, ...},
      "splits": {"train": {"count": ..., "shards": ["train-00000.tar", ...]}, ...}, ...facts}
 
-An image's index in its split is its place in the shards, read in the order of the list.
+An image's index in its split is its place in the shards, read in the order of the list. Beside each tar stands
+`<split>-00000.json` with what `write_shard` found, the place of every image in the tar included.
 """
 
 import io
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +29,14 @@ from pipeline.rundir import (
     atomic_file,
     check_file,
     file_facts,
+    read_json,
     read_manifest,
     sha256_of,
     write_json,
 )
 
 FILE_FACTS = ("bytes", "sha256", "count")
+OFFSET, SIZE, CRC32, LABEL = range(4)  # the columns of an image's place
 REMEDY = "delete it and run the stage that wrote it"
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -69,19 +73,29 @@ def decode_png(png: bytes) -> np.ndarray:
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
-    """Write a tar atomically; equal records give equal bytes. Returns its name, count, bytes and sha256."""
+    """Write a tar atomically; equal records give equal bytes. Returns its name, count, bytes and sha256, and for
+    each image its place: offset and size of the PNG in the tar, its crc32, and the label (-1 = none)."""
     from webdataset import TarWriter
 
-    last, count = "", 0
+    last = ""
+    places: list[list[int]] = []
     with atomic_file(path) as temporary:
         with temporary.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
             for record in records:
                 if record.key <= last or "." in record.key:
                     raise ValueError(f"key {record.key!r} after {last!r}: keys ascend and hold no dot")
                 tar.write(_members(record))
-                last, count = record.key, count + 1
+                places.append(_place(record, tar.tarstream.offset))
+                last = record.key
         facts = file_facts(temporary)
-    return {"name": path.name, "count": count, **facts}
+    return {"name": path.name, "count": len(places), **facts, "places": places}
+
+
+def _place(record: Record, end: int) -> list[int]:
+    """Of a record that ends at `end` in its tar: the PNG is its last member, padded to whole blocks."""
+    size = len(record.png)
+    offset = end - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return [offset, size, zlib.crc32(record.png), -1 if record.label is None else record.label]
 
 
 def _members(record: Record) -> dict[str, Any]:
@@ -160,6 +174,16 @@ class Index:
         counts = [self.facts["files"][name]["count"] for name in names]
         firsts = accumulate(counts, initial=0)
         return list(zip(names, firsts, counts, strict=False))
+
+    def places(self, name: str) -> np.ndarray:
+        """Where the images of a tar lie in it: int64 (count, 4), columns OFFSET, SIZE, CRC32, LABEL."""
+        file = (self.directory / name).with_suffix(".json")
+        facts = read_json(file) if file.exists() else {}
+        if facts.get("sha256") != self.facts["files"][name]["sha256"]:
+            raise PipelineError(
+                f"{file} is not the index of {name}; delete both and run the stage that wrote them"
+            )
+        return np.array(facts["places"], dtype=np.int64).reshape(-1, 4)
 
     @cached_property
     def digest(self) -> str:

@@ -22,8 +22,9 @@ from ddpm.images import to_uint8
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainConfig, TrainState, learning_rate, train_step
-from pipeline import checkpoint, tars
+from pipeline import checkpoint
 from pipeline.config import Experiment
+from pipeline.dataset import open_dataset
 from pipeline.errors import PipelineError
 from pipeline.pictures import save_grid
 from pipeline.rundir import Run, atomic_file
@@ -203,23 +204,23 @@ def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
 def _step_function(
     ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState
 ) -> Callable[[], dict[str, torch.Tensor]]:
-    """A function that makes one training step; the images stay on the device as uint8."""
+    """A function that makes one training step."""
     config = experiment.train
-    pixels, classes = tars.load_images(run.data, "train")
-    images = torch.from_numpy(pixels).to(ctx.device)
-    labels = torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None
+    images = open_dataset(run.data, "train", ctx)
     order = Order(experiment.seed, len(images))
     rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
     diffusion = Diffusion(experiment.diffusion).to(ctx.device)
     forward = ctx.parallel(state.net)
-    _settle(forward, images[:1], len(rows))
+    _settle(forward, images.batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
 
     def step() -> dict[str, torch.Tensor]:
-        index = order.indices(state.step, config.batch_size, rows).to(ctx.device)
+        for ahead in range(images.ahead):
+            images.prefetch(order.indices(state.step + ahead, config.batch_size, rows))
+        x_0, labels = images.batch(order.indices(state.step, config.batch_size, rows))
         return train_step(
-            state, diffusion, images[index], rows,
+            state, diffusion, x_0, rows,
             config=config, seed=experiment.seed, world_size=ctx.world_size, forward=forward,
-            context=None if labels is None else labels[index],
+            context=labels if experiment.takes_labels else None,
         )  # fmt: skip
 
     return step

@@ -12,6 +12,9 @@ from torch import nn
 
 from pipeline.rundir import Run
 
+NO_LIMIT = 2**62
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -27,14 +30,22 @@ class Unit:
 
 
 class WorkerContext:
-    """One process among `world_size`, with the device and the CPUs that it may use.
+    """One process among `world_size`, with the device, the CPUs, and the bytes for training images that it may use.
 
     This class is the lone worker; `pipeline.cluster` has the one whose doors lead to its peers. Every method
     is called equally often on every rank.
     """
 
-    def __init__(self, device: torch.device, cpus: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        device: torch.device,
+        cpus: int,
+        rank: int = 0,
+        world_size: int = 1,
+        image_memory: int = NO_LIMIT,
+    ):
         self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
+        self.image_memory = image_memory
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -64,10 +75,10 @@ class Executor(Protocol):
     def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None: ...
 
 
-def local_context(cpus: int | None = None) -> WorkerContext:
+def local_context(cpus: int | None = None, image_memory: int = NO_LIMIT) -> WorkerContext:
     """This process as a worker: the first GPU if there is one, and so many CPUs (None: every one it may use)."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return WorkerContext(device, cpus or len(os.sched_getaffinity(0)))
+    return WorkerContext(device, cpus or len(os.sched_getaffinity(0)), image_memory=image_memory)
 
 
 class InProcess:

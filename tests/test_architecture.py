@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "progress"},
     {"config", "rundir", "worker", "pictures"},
-    {"sources", "tars", "checkpoint", "published", "fidelity"},
+    {"sources", "tars", "dataset", "checkpoint", "published", "fidelity"},
     {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking"},
     {"stages", "sweep", "jobs"},
     {"status"},

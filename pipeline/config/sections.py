@@ -240,6 +240,7 @@ class ClusterConfig:
     gpus_per_worker: float | None
     cpus_per_task: int
     gpus_per_task: float | None
+    image_memory: float
     retries: int
     ray_address: str | None
     storage: str
@@ -247,7 +248,14 @@ class ClusterConfig:
 
     def problems(self) -> Problems:
         return _at_least(
-            self, workers=0, cpus_per_worker=1, gpus_per_worker=0, cpus_per_task=1, gpus_per_task=0, retries=0
+            self,
+            workers=0,
+            cpus_per_worker=1,
+            gpus_per_worker=0,
+            cpus_per_task=1,
+            gpus_per_task=0,
+            image_memory=0,
+            retries=0,
         )
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline import checkpoint, train
 from pipeline.errors import PipelineError
+from pipeline.worker import WorkerContext
 
 
 def train_to(experiment, run, steps):
@@ -67,6 +68,17 @@ def test_slices_cover_the_batch_in_order(batch_size, workers):
 
 
 # The loop
+
+
+def test_images_read_from_the_tars_train_the_same_run(tiny_run):
+    experiment, run = tiny_run
+    from_memory = dataclasses.replace(run, name=f"{run.name}-from-memory")
+    train_to(experiment, from_memory, 3)
+    context = WorkerContext(torch.device("cpu"), cpus=1, image_memory=0)
+    shorter = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=3))
+    train.body(context, shorter, run)
+    ours, theirs = final_state(run, 3), final_state(from_memory, 3)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
