@@ -8,13 +8,16 @@ not at all, and is believed only while its hashes verify.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -31,16 +34,61 @@ STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 def save(directory: Path, tensors: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], step: int) -> None:
     """Write one step's folder, atomically. Tensors of any device; they are stored as they are."""
+    _write(directory, _copies(tensors), _copies(ema), step)
+
+
+class Writer:
+    """Writes checkpoints beside whatever changes the tensors meanwhile, one at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def start(
+        self, directory: Path, tensors: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], step: int
+    ) -> None:
+        """`save` in the background, of the tensors as they are now."""
+        self.finish()
+        self._pending = self._thread.submit(_write, directory, _copies(tensors), _copies(ema), step)
+
+    def finish(self) -> None:
+        """Wait until what was started is on disk. Raises what writing it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let what was started come to its end, for better or worse."""
+        self._thread.shutdown()
+
+
+def _write(
+    directory: Path, tensors: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], step: int
+) -> None:
     with atomic_directory(directory) as temporary:
-        save_file(_plain(tensors), temporary / STATE)
-        save_file(_plain(ema), temporary / EMA)
+        _save_file(tensors, temporary / STATE)
+        _save_file(ema, temporary / EMA)
         files = {name: file_facts(temporary / name) for name in (STATE, EMA)}
         write_json(temporary / META, {"step": step, "files": files})
 
 
-def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """safetensors takes neither shared storage nor channels_last."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raises OSError where the file system is at fault, which safetensors says in words of its own."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """On the CPU. safetensors takes neither shared storage nor channels_last."""
+    return {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        for name, tensor in tensors.items()
+    }
 
 
 def steps_on_disk(train: Path) -> list[int]:

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from pipeline.config import Experiment
 from pipeline.dataset import open_dataset
 from pipeline.errors import PipelineError
 from pipeline.pictures import save_grid
-from pipeline.rundir import Run, atomic_file
+from pipeline.rundir import Run, atomic_file, naming_storage_faults
 from pipeline.worker import WorkerContext
 
 GRID_SIDE = 8
@@ -107,7 +108,7 @@ class Log:
             return
         self.last_step = step
         point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming_storage_faults(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 
 
@@ -120,25 +121,80 @@ class _Heartbeat:
     def beat(self, step: int) -> None:
         if time.monotonic() - self.last > 1:
             self.last = time.monotonic()
-            self.path.write_text(str(step))
+            with suppress(OSError):  # a full disk ends training where something is lost by it
+                self.path.write_text(str(step))
 
 
 class _Window:
-    """Sums since the last log point; they stay on the device until they are read."""
+    """Sums of loss and gradient norm since the last log point; they stay on the device until they are read.
+
+    A run that is stopped between two points takes its sums along, so that its curve is an untouched run's.
+    """
 
     def __init__(self, step: int, device: torch.device):
-        self.start, self.time = step, time.perf_counter()
-        self.loss = torch.zeros((), device=device)
-        self.grad_norm = torch.zeros((), device=device)
+        self.start, self.began, self.time = step, step, time.perf_counter()
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
 
     def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        self.loss += metrics["loss"]
-        self.grad_norm += metrics["grad_norm"]
+        self.sums += torch.stack((metrics["loss"], metrics["grad_norm"]))
 
     def means(self, ctx: WorkerContext, step: int) -> tuple[float, float]:
         """Loss over the global batch and gradient norm, averaged over the window's steps."""
-        steps = step - self.start
-        return float(ctx.total(self.loss)) / ctx.world_size / steps, float(self.grad_norm) / steps
+        loss, grad_norm = (ctx.total(self.sums) / ctx.world_size / (step - self.start)).tolist()
+        return loss, grad_norm
+
+    def steps_per_second(self, step: int) -> float:
+        """Of this process: those before it was stopped are not its own."""
+        return (step - self.began) / (time.perf_counter() - self.time)
+
+    def tensors(self, ctx: WorkerContext) -> dict[str, torch.Tensor]:
+        """The sums of all ranks, for a checkpoint between two points."""
+        sums = self.sums.new_zeros(ctx.world_size, 2)
+        sums[ctx.rank] = self.sums
+        return {"window.sums": ctx.total(sums), "window.start": torch.tensor(self.start)}
+
+    def load_tensors(self, ctx: WorkerContext, tensors: dict[str, torch.Tensor]) -> None:
+        """Each rank its own, bit for bit; where their number has changed, their sum in equal parts."""
+        sums = tensors["window.sums"]
+        mine = sums[ctx.rank] if len(sums) == ctx.world_size else sums.mean(dim=0)
+        self.sums.copy_(mine)
+        self.start = int(tensors["window.start"])
+
+
+class _Saves:
+    """Checkpoints on their way to disk, one at a time. Rank 0 writes them beside the training; every rank
+    reports each when it is safe: before the next one, or at the end."""
+
+    def __init__(self, ctx: WorkerContext, experiment: Experiment, run: Run):
+        self.ctx, self.run, self.keep = ctx, run, experiment.train.keep
+        self.writer = checkpoint.Writer()
+        self.step: int | None = None
+
+    def __enter__(self) -> _Saves:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.finish()
+        self.writer.close()
+
+    def begin(self, state: TrainState, sums: dict[str, torch.Tensor]) -> None:
+        """Take a copy of the state, and of the sums since the last point, and write it while training goes on."""
+        self.finish()
+        self.step = state.step
+        folder = self.run.step_dir(state.step)
+        if self.ctx.rank == 0 and not checkpoint.is_whole(folder):
+            self.writer.start(folder, state.tensors() | sums, state.emas[0].tensors(), state.step)
+
+    def finish(self) -> None:
+        """Wait until the last one is on disk. Raises what writing it raised."""
+        if self.step is None:
+            return
+        self.writer.finish()
+        if self.ctx.rank == 0:
+            checkpoint.keep_newest(self.run, self.keep, self.step)
+        self.ctx.report(self.step)
+        self.step = None
 
 
 def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
@@ -147,26 +203,28 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
     check_workers(config, ctx.world_size)
     _check_groups(ctx, config)
     torch.use_deterministic_algorithms(config.deterministic)
-    state = _restore(ctx, experiment, run)
+    state, window = _restore(ctx, experiment, run)
     step = _step_function(ctx, experiment, run, state)
     log = Log(run.log) if ctx.rank == 0 else None
     heartbeat = _Heartbeat(run.heartbeat) if ctx.rank == 0 else None
-    window = _Window(state.step, ctx.device)
-    while state.step < config.steps:
-        window.add(step())
-        if heartbeat:
-            heartbeat.beat(state.step)
-        stop = _stop_requested(ctx, run, state.step, config.log_every)
-        save = stop or state.step % config.checkpoint_every == 0 or state.step == config.steps
-        if save or state.step % config.log_every == 0:
-            _log_point(ctx, experiment, state.step, window, log)
+    with _Saves(ctx, experiment, run) as saves:
+        while state.step < config.steps:
+            window.add(step())
+            if heartbeat:
+                heartbeat.beat(state.step)
+            save = state.step % config.checkpoint_every == 0 or state.step == config.steps
+            if save or state.step % config.log_every == 0:
+                _log_point(ctx, experiment, state.step, window, log)
+                window = _Window(state.step, ctx.device)
+            stop = _stop_requested(ctx, run, state.step, config.log_every)
             if save:
-                _save(ctx, experiment, run, state)
+                saves.begin(state, {})
+            elif stop:
+                saves.begin(state, _carried_on(ctx, state.step, window))
             if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
                 _draw_grid(ctx, experiment, run, state)
-            window = _Window(state.step, ctx.device)
-        if stop:
-            return
+            if stop:
+                return
 
 
 def _check_groups(ctx: WorkerContext, config: TrainConfig) -> None:
@@ -179,14 +237,19 @@ def _check_groups(ctx: WorkerContext, config: TrainConfig) -> None:
         )
 
 
-def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> TrainState:
-    """The newest whole checkpoint's state on this worker's device, or the first one."""
+def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> tuple[TrainState, _Window]:
+    """The newest whole checkpoint's state on this worker's device, or the first one; and the sums it came with."""
     net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     state = TrainState.create(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
     found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
-    if found is not None:
-        state.load_tensors(checkpoint.load(run.step_dir(found)))
-    return state
+    tensors = {} if found is None else checkpoint.load(run.step_dir(found))
+    sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
+    if tensors:
+        state.load_tensors(tensors)
+    window = _Window(state.step, ctx.device)
+    if sums:
+        window.load_tensors(ctx, sums)
+    return state, window
 
 
 def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
@@ -243,32 +306,37 @@ def _stop_requested(ctx: WorkerContext, run: Run, step: int, log_every: int) -> 
     return ctx.decide(run.stop_file.exists())
 
 
-def _log_point(
-    ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: Log | None
-) -> None:
+def _finite_means(ctx: WorkerContext, step: int, window: _Window) -> tuple[float, float]:
+    """Loss and gradient norm of the window. Raises PipelineError where training has diverged."""
     loss, grad_norm = window.means(ctx, step)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise PipelineError(
             f"the training loss became {loss} (gradient norm {grad_norm}) between steps {window.start} and {step}; "
             "the checkpoints before it are kept: lower train.lr, or use train.precision=fp32"
         )
+    return loss, grad_norm
+
+
+def _carried_on(ctx: WorkerContext, step: int, window: _Window) -> dict[str, torch.Tensor]:
+    """What a checkpoint between two points holds beside the state."""
+    if window.start == step:
+        return {}
+    _finite_means(ctx, step, window)
+    return window.tensors(ctx)
+
+
+def _log_point(
+    ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: Log | None
+) -> None:
+    loss, grad_norm = _finite_means(ctx, step, window)
     if log:
-        images = (step - window.start) * experiment.train.batch_size
         metrics = {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": learning_rate(experiment.train, step - 1),
-            "train/images_per_second": images / (time.perf_counter() - window.time),
+            "train/images_per_second": window.steps_per_second(step) * experiment.train.batch_size,
         }
         log.write(step, metrics)
-
-
-def _save(ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState) -> None:
-    """Rank 0 writes; the others go on, and meet it at the next step's gradients."""
-    if ctx.rank == 0 and not checkpoint.is_whole(run.step_dir(state.step)):
-        checkpoint.save(run.step_dir(state.step), state.tensors(), state.emas[0].tensors(), state.step)
-        checkpoint.keep_newest(run, experiment.train.keep, state.step)
-    ctx.report(state.step)
 
 
 @torch.no_grad()

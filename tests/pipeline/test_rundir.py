@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
-from pipeline import rundir
+from pipeline import checkpoint, rundir, tars
 from pipeline.errors import PipelineError
 
 
@@ -75,3 +76,40 @@ def test_damaged_arrays_are_named(tmp_path, damage):
     file.write_bytes({"cut": whole[:-100], "flipped": flipped, "empty": b""}[damage])
     with pytest.raises(PipelineError, match=f"{file} is damaged .*; delete it"):
         rundir.read_arrays(file)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk):
+    with pytest.raises(
+        PipelineError, match=r"big cannot be written .No space left.*the same command goes on"
+    ):
+        rundir.write_text(small_disk / "big", "x" * 100_000)
+    tensors = {"net.w": torch.zeros(100_000)}
+    with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
+        checkpoint.save(small_disk / "step_1", tensors, tensors, 1)
+    records = (tars.Record(f"{i:04d}", bytes(1000), None) for i in range(100))
+    with pytest.raises(PipelineError, match=r"x.tar cannot be written .No space left"):
+        tars.write_shard(small_disk / "x.tar", records)
+    assert list(small_disk.iterdir()) == []
+    rundir.write_text(small_disk / "small", "fits")
+
+
+def test_read_only_storage_is_named(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(PipelineError, match=r"file cannot be written .Read-only file system"):
+        rundir.write_text(small_disk / "file", "text")
+    read_only = pytest.raises(PipelineError, match=r"folder cannot be written .Read-only file system")
+    with read_only, rundir.atomic_directory(small_disk / "folder"):
+        pass

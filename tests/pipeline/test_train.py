@@ -1,7 +1,9 @@
 """The training loop: stateless order, exact resumption, one point per step, whatever happens."""
 
 import dataclasses
+import errno
 import json
+import threading
 
 import pytest
 import torch
@@ -152,6 +154,83 @@ def test_the_stop_file_ends_training_with_a_checkpoint(tiny_run):
     run.stop_file.touch()
     train_to(experiment, run, 6)
     assert checkpoint.newest(run, at_most=6) == 1
+
+
+def stop_at(run, step):
+    """A context under which training is asked to stop after `step`."""
+    context = one_cpu().context
+    asked = iter(range(1, step + 1))
+    context.decide = lambda flag: next(asked) == step
+    return context
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run, step):
+    experiment, run = tiny_run
+    seldom = dataclasses.replace(experiment.train, log_every=4, checkpoint_every=8, steps=12)
+    experiment = dataclasses.replace(experiment, train=seldom)
+    untouched = dataclasses.replace(run, name=f"{run.name}-untouched")
+    train.body(one_cpu().context, experiment, untouched)
+    train.body(stop_at(run, step), experiment, run)
+    assert checkpoint.steps_on_disk(run.train) == [step]
+    train.body(one_cpu().context, experiment, run)
+    ours, theirs = (
+        [(p["step"], p["metrics"]["train/loss"], p["metrics"]["train/grad_norm"]) for p in points(r)]
+        for r in (run, untouched)
+    )
+    assert ours == theirs and [step for step, *_ in ours] == [4, 8, 12]
+    assert final_state(run, 12).keys() == final_state(untouched, 12).keys()
+
+
+def test_a_run_that_has_diverged_is_not_saved_when_it_is_stopped(tiny_run):
+    experiment, run = tiny_run
+    wild = dataclasses.replace(
+        experiment.train, lr=1e30, warmup_steps=0, grad_clip=None, log_every=100, steps=40
+    )
+    with pytest.raises(PipelineError, match="loss became"):
+        train.body(
+            stop_at(run, 30),
+            dataclasses.replace(experiment, train=dataclasses.replace(wild, checkpoint_every=50)),
+            run,
+        )
+    assert checkpoint.steps_on_disk(run.train) == []
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
+    """The file holds the state of its step although the tensors have moved on meanwhile."""
+    experiment, run = tiny_run
+    untouched = dataclasses.replace(run, name=f"{run.name}-untouched")
+    train_to(experiment, untouched, 6)
+    stepped, write = threading.Event(), checkpoint._write
+
+    def slow(directory, *args):
+        if directory == run.step_dir(2):
+            assert stepped.wait(20), "training waited for the checkpoint"
+        write(directory, *args)
+
+    class Beat(train._Heartbeat):
+        def beat(self, step):
+            if step == 3:
+                stepped.set()
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(train, "_Heartbeat", Beat)
+    train_to(experiment, run, 6)
+    for step in (2, 4, 6):
+        ours, theirs = final_state(run, step), final_state(untouched, step)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_training(tiny_run, monkeypatch):
+    experiment, run = tiny_run
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises((PipelineError, OSError), match="No space left"):
+        train_to(experiment, run, 6)
+    assert checkpoint.steps_on_disk(run.train) == []
 
 
 def test_more_workers_than_images_in_the_batch_are_refused(tiny_run):
