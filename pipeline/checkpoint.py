@@ -29,27 +29,33 @@ from pipeline.rundir import Run, atomic_directory, check_file, file_facts, read_
 
 logger = logging.getLogger(__name__)
 
+Tensors = dict[str, torch.Tensor]
+
 STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 
-def save(directory: Path, tensors: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], step: int) -> None:
+def save(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
     """Write one step's folder, atomically. Tensors of any device; they are stored as they are."""
-    _write(directory, _copies(tensors), _copies(ema), step)
+    _write(directory, _copied(tensors, {}), _copied(ema, {}), step)
 
 
 class Writer:
-    """Writes checkpoints beside whatever changes the tensors meanwhile, one at a time."""
+    """Writes checkpoints beside whatever changes the tensors meanwhile, one at a time.
+
+    It keeps the memory of its copies: touching new pages costs more than the copying.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._state: Tensors = {}
+        self._ema: Tensors = {}
 
-    def start(
-        self, directory: Path, tensors: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], step: int
-    ) -> None:
+    def start(self, directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
         """`save` in the background, of the tensors as they are now."""
         self.finish()
-        self._pending = self._thread.submit(_write, directory, _copies(tensors), _copies(ema), step)
+        self._state, self._ema = _copied(tensors, self._state), _copied(ema, self._ema)
+        self._pending = self._thread.submit(_write, directory, self._state, self._ema, step)
 
     def finish(self) -> None:
         """Wait until what was started is on disk. Raises what writing it raised."""
@@ -62,9 +68,7 @@ class Writer:
         self._thread.shutdown()
 
 
-def _write(
-    directory: Path, tensors: dict[str, torch.Tensor], ema: dict[str, torch.Tensor], step: int
-) -> None:
+def _write(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
     with atomic_directory(directory) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)
@@ -72,7 +76,7 @@ def _write(
         write_json(temporary / META, {"step": step, "files": files})
 
 
-def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _save_file(tensors: Tensors, path: Path) -> None:
     """Raises OSError where the file system is at fault, which safetensors says in words of its own."""
     try:
         save_file(tensors, path)
@@ -83,12 +87,15 @@ def _save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU. safetensors takes neither shared storage nor channels_last."""
-    return {
-        name: torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        for name, tensor in tensors.items()
-    }
+def _copied(tensors: Tensors, into: Tensors) -> Tensors:
+    """On the CPU, in the memory of `into` where that fits: safetensors takes neither views nor channels_last."""
+    copies = {}
+    for name, tensor in tensors.items():
+        kept = into.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = kept.copy_(tensor.detach())
+    return copies
 
 
 def steps_on_disk(train: Path) -> list[int]:
@@ -136,7 +143,7 @@ def newest(run: Run, at_most: int) -> int | None:
     return None
 
 
-def load(directory: Path) -> dict[str, torch.Tensor]:
+def load(directory: Path) -> Tensors:
     """All tensors of a checkpoint, on the CPU."""
     verify(directory)
     return load_file(directory / STATE)
@@ -149,7 +156,7 @@ def keep_newest(run: Run, keep: int, at_most: int) -> None:
         shutil.rmtree(run.step_dir(step), ignore_errors=True)
 
 
-def weights(directory: Path, which: str) -> dict[str, torch.Tensor]:
+def weights(directory: Path, which: str) -> Tensors:
     """The network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
     verify(directory)
     if which == "ema":
