@@ -69,6 +69,7 @@ class Resources:
     """What a session was promised, nulls resolved."""
 
     workers: int
+    min_workers: int  # fewer than `workers`: training goes on with what is left
     cpus_per_worker: int
     gpus_per_worker: float
     gpus_per_task: float
@@ -81,17 +82,19 @@ def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | N
     """
     most = cpus if cpus_per_node is None else cpus_per_node
     workers = cluster.workers or gpus or min(2, cpus)
+    min_workers = cluster.min_workers or workers
     per_worker = cluster.cpus_per_worker or max(1, min(cpus // workers, most))
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
     wanted = {
-        "CPUs": (workers * per_worker, cpus, "cluster.cpus_per_worker"),
-        "GPUs": (workers * gpus_per_worker, gpus, "cluster.gpus_per_worker"),
+        "CPUs": (min_workers * per_worker, cpus, "cluster.cpus_per_worker"),
+        "GPUs": (min_workers * gpus_per_worker, gpus, "cluster.gpus_per_worker"),
     }
     for what, (asked, there, key) in wanted.items():
         if asked > there:
             raise PipelineError(
-                f"{workers} workers ask for {asked:g} {what}, the cluster has {there}: lower cluster.workers or {key}"
+                f"{min_workers} workers ask for {asked:g} {what}, the cluster has {there}: "
+                f"lower cluster.workers or {key}"
             )
     for key, asked, there in (
         ("cluster.cpus_per_worker", per_worker, most),
@@ -102,7 +105,7 @@ def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | N
             raise PipelineError(
                 f"{key}={asked:g}, but no machine of the cluster has more than {there}: lower it"
             )
-    return Resources(workers, per_worker, gpus_per_worker, gpus_per_task)
+    return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task)
 
 
 class Session:
@@ -178,7 +181,7 @@ class Session:
                 "image_memory": int(self.cluster.image_memory * GIB),
             },
             scaling_config=ScalingConfig(
-                num_workers=self.resources.workers, use_gpu=use_gpu, resources_per_worker=per_worker
+                num_workers=_fixed_or_elastic(self.resources), use_gpu=use_gpu, resources_per_worker=per_worker
             ),
             run_config=RunConfig(
                 # A name of its own for every attempt: Ray takes a known name for a run to be taken up.
@@ -215,6 +218,13 @@ class Session:
                 for reference in in_flight:
                     ray.cancel(reference, force=True)
                 return
+
+
+def _fixed_or_elastic(resources: Resources) -> Any:
+    """What Ray Train takes: a number of workers, or the least and the most."""
+    if resources.min_workers == resources.workers:
+        return resources.workers
+    return resources.min_workers, resources.workers
 
 
 def _start_ray(address: str | None) -> None:

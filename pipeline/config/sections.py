@@ -236,6 +236,7 @@ class ClusterConfig:
     """Where it runs. Null means chosen from what the cluster has; `workers` 0 = this process, without Ray."""
 
     workers: int | None
+    min_workers: int | None
     cpus_per_worker: int | None
     gpus_per_worker: float | None
     cpus_per_task: int
@@ -247,9 +248,10 @@ class ClusterConfig:
     tracking_uri: str | None
 
     def problems(self) -> Problems:
-        return _at_least(
+        found = _at_least(
             self,
             workers=0,
+            min_workers=1,
             cpus_per_worker=1,
             gpus_per_worker=0,
             cpus_per_task=1,
@@ -257,6 +259,14 @@ class ClusterConfig:
             image_memory=0,
             retries=0,
         )
+        if self.min_workers and self.min_workers > (self.workers or 0):
+            found.append(
+                (
+                    "min_workers",
+                    f"is {self.min_workers}; cluster.workers={self.workers} is the most that train",
+                )
+            )
+        return found
 
 
 def _at_least(section: Any, **least: float) -> Problems:
