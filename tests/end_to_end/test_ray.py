@@ -114,6 +114,15 @@ def test_what_can_never_be_scheduled_is_refused_at_once():
         resolve(cluster(cpus_per_task=3), cpus=2, gpus=0)
 
 
+def test_elastic_training_asks_for_the_least_that_it_goes_on_with():
+    elastic = resolve(cluster(workers=4, min_workers=2, cpus_per_worker=1), cpus=2, gpus=0)
+    assert (elastic.min_workers, elastic.workers) == (2, 4)
+    with pytest.raises(PipelineError, match="3 workers ask for 3 CPUs, the cluster has 2"):
+        resolve(cluster(workers=4, min_workers=3, cpus_per_worker=1), cpus=2, gpus=0)
+    with pytest.raises(PipelineError, match=r"cluster.min_workers is 3; cluster.workers=2 is the most"):
+        cluster(workers=2, min_workers=3)
+
+
 def test_nulls_become_what_the_machine_has():
     on_cpus = resolve(cluster(), cpus=8, gpus=0)
     assert (on_cpus.workers, on_cpus.cpus_per_worker, on_cpus.gpus_per_worker) == (2, 4, 0.0)
