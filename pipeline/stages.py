@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipeline import config, sources
+from pipeline import config, preflight, sources
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.progress import bar, duration, say
@@ -86,6 +86,7 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
         _say_plan(run, todo, last)
         if todo:
             _module("train").check_workers(experiment.train, cluster.workers or 1)
+            say(f"needs {preflight.check(experiment, run)}")
             _write_experiment(experiment, run)
             with _Work(experiment, cluster, run) as work:
                 for stage in todo:

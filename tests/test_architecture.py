@@ -12,7 +12,7 @@ LEVELS = [
     {"errors", "progress"},
     {"config", "rundir", "worker", "pictures"},
     {"sources", "tars", "dataset", "checkpoint", "published", "fidelity"},
-    {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking"},
+    {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking", "preflight"},
     {"stages", "sweep", "jobs"},
     {"status"},
     {"cli"},

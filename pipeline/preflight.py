@@ -1,0 +1,75 @@
+"""Before anything starts: what a run will need, beside what there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from pipeline import checkpoint
+from pipeline.config import Experiment
+from pipeline.errors import PipelineError
+from pipeline.rundir import Run
+from pipeline.worker import GIB
+
+FLOAT = 4  # bytes
+MEMBERS = 1536  # bytes of a tar that an image takes beside its PNG: headers and padding
+MARGIN = 2**28  # bytes: logs, pictures, the tracking store
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes. `memory` is a training worker's, without activations, which nobody knows before the first step, and
+    without the training images."""
+
+    checkpoints: int
+    samples: int
+    memory: int
+
+    @property
+    def disk(self) -> int:
+        return self.checkpoints + self.samples + MARGIN
+
+
+def needs(experiment: Experiment) -> Needs:
+    """What the whole run takes. The PNG of noise is as large as its pixels, so that is what an image counts."""
+    train = experiment.train
+    weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
+    state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
+    return Needs(
+        # One more than are kept, while the newest is written; the first EMA is stored twice.
+        checkpoints=(train.keep + 1) * (state + weights),
+        samples=experiment.sample.num_images * (prod(experiment.data.shape) + MEMBERS),
+        # The state, its gradients, and the copies that a checkpoint is written from.
+        memory=2 * (state + weights),
+    )
+
+
+def check(experiment: Experiment, run: Run) -> str:
+    """What the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
+    wanted = needs(experiment)
+    left, free = max(0, wanted.disk - _bytes_below(run.path)), shutil.disk_usage(run.storage).free
+    if left > free:
+        raise PipelineError(
+            f"{run.storage} has {_gib(free)} free, the run needs {_gib(left)} more: {_gib(wanted.checkpoints)} for "
+            f"{experiment.train.keep} checkpoints, {_gib(wanted.samples)} for {experiment.sample.num_images:,} "
+            "samples; make room, set cluster.storage, or lower train.keep or sample.num_images"
+        )
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return (
+        f"{_gib(left)} of disk ({_gib(free)} free), {_gib(wanted.memory)} of memory a worker beside images and "
+        f"activations ({_gib(memory)} free here, {cpus} CPUs, {gpus} GPUs)"
+    )
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
