@@ -37,7 +37,7 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path, monkeypatch)
     run = Run(tmp_path, "x", "cifar10", "d", "r")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
     with pytest.raises(
-        PipelineError, match=r"has 1\.0 GiB free, the run needs 3\.\d GiB more .*cluster\.storage"
+        PipelineError, match=r"has 1\.0 GiB free, the run needs 3\.\d GiB more: .*cluster\.storage"
     ):
         preflight.check(cifar10(), run)
 
