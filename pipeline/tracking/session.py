@@ -14,6 +14,7 @@ from pipeline import rundir
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run
+from pipeline.tracking.moved import ARTIFACTS, follow_move
 
 BATCH = 1000  # metrics that MLflow takes in one call
 # What makes the UI show studies as training runs instead of language models' evaluations: a tag, or in newer
@@ -57,7 +58,9 @@ def client_of(uri: str) -> Any:
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
-        _make_store(Path(uri.removeprefix("sqlite:///")))
+        store = Path(uri.removeprefix("sqlite:///"))
+        _make_store(store)
+        follow_move(store)
     return MlflowClient(tracking_uri=uri)
 
 
@@ -102,7 +105,7 @@ class Session:
     def _find_study(self, uri: str, study: str) -> str:
         found = self.client.get_experiment_by_name(study)
         if found is None:
-            place = (self.run.storage / "mlartifacts" / study).resolve().as_uri()
+            place = (self.run.storage / ARTIFACTS / study).resolve().as_uri()
             return self.client.create_experiment(study, None if uri.startswith("http") else place, KIND)
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)

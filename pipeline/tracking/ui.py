@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from pipeline.errors import PipelineError
+from pipeline.tracking.moved import ARTIFACTS, follow_move
 from pipeline.tracking.session import ENVIRONMENT, VIEW, default_uri, shown
 
 STARTING = 120.0  # seconds that a server may take to answer
@@ -29,6 +30,7 @@ def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = N
         return 0
     _require_free(host, port)
     storage.mkdir(parents=True, exist_ok=True)
+    follow_move(Path(uri.removeprefix("sqlite:///")))
     print(f"starting the MLflow UI on {shown(uri)}", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
     command += [
@@ -37,7 +39,7 @@ def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = N
         "--workers",
         "1",
         "--artifacts-destination",
-        str(storage / "mlartifacts"),
+        str(storage / ARTIFACTS),
     ]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **ENVIRONMENT, **os.environ}
     with (storage / "mlflow-server.log").open("wb") as log:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -191,6 +192,35 @@ def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
     tracking.sync(uri, "ends", experiment, run)
     assert find(client, "ends", run).info.run_id == found.info.run_id
     assert find(client, "ends", run).info.status == "FINISHED"  # its last checkpoint is there
+
+
+def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
+    before, after = tmp_path / "before root", tmp_path / "after"
+    experiment, run = make_run(before, "digits", STEPS)
+    with tracking.Mirror(tracking.default_uri(before), "digits", experiment, run):
+        pass
+    before.rename(after)
+    uri, moved = tracking.default_uri(after), dataclasses.replace(run, storage=after)
+    tracking.check(uri)
+    client = MlflowClient(uri)
+    found = find(client, "digits", moved)
+    pictures = [file.path for file in client.list_artifacts(found.info.run_id, "images")]
+    assert pictures and Path(client.download_artifacts(found.info.run_id, pictures[0])).stat().st_size > 0
+    points = history(client, found, "train/loss")
+    tracking.sync(uri, "digits", experiment, moved)
+    assert history(client, found, "train/loss") == points != []
+    assert not before.exists()  # nothing was written where the root had been
+
+
+def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path):
+    experiment, run = make_run(tmp_path / "root", "digits", STEPS)
+    shared = f"sqlite:///{tmp_path}/mlflow.db"
+    with tracking.Mirror(shared, "digits", experiment, run):
+        pass
+    (tmp_path / "mlartifacts").mkdir()
+    tracking.check(shared)
+    place = MlflowClient(shared).get_experiment_by_name("digits").artifact_location
+    assert place == (tmp_path / "root" / "mlartifacts" / "digits").as_uri()
 
 
 def test_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
