@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -208,8 +209,9 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
     assert pictures and Path(client.download_artifacts(found.info.run_id, pictures[0])).stat().st_size > 0
     points = history(client, found, "train/loss")
     # Another process, as MLflow remembers where this one wrote.
-    words = [sys.executable, "-m", "pipeline", "sync", run.path.name, f"cluster.storage={after}"]
-    subprocess.run(words, check=True, capture_output=True)
+    code = "import pickle, sys; from pipeline import tracking; tracking.sync(*pickle.load(sys.stdin.buffer))"
+    moved_run = pickle.dumps((uri, "digits", experiment, moved))
+    subprocess.run([sys.executable, "-c", code], input=moved_run, check=True)
     assert history(client, found, "train/loss") == points != []
     assert not before.exists()  # nothing was written where the root had been
 
