@@ -12,7 +12,7 @@ class TrainConfig:
     accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient,
     or of each group of grad_clip_group consecutive images before averaging (authors' code: 16);
     label_dropout: share of labels replaced by NO_LABEL; deterministic, checkpoint_every, sample_every (0:
-    never), keep and log_every are read by the training loop around `train_step`.
+    never), keep, keep_every and log_every are read by the training loop around `train_step`.
     """
 
     steps: int
@@ -32,6 +32,7 @@ class TrainConfig:
     checkpoint_every: int
     sample_every: int
     keep: int
+    keep_every: int | None
     log_every: int
 
     def problems(self) -> list[tuple[str, str]]:
@@ -46,6 +47,15 @@ class TrainConfig:
             for key in ("warmup_steps", "sample_every")
             if getattr(self, key) < 0
         ]
+        if self.keep_every is not None and (
+            self.keep_every < 1 or self.keep_every % max(1, self.checkpoint_every)
+        ):
+            found.append(
+                (
+                    "keep_every",
+                    f"must be a multiple of checkpoint_every={self.checkpoint_every} or null, not {self.keep_every}",
+                )
+            )
         if self.lr_decay not in ("none", "linear"):
             found.append(("lr_decay", f"must be none or linear, not {self.lr_decay}"))
         if self.precision not in ("fp32", "bf16"):

@@ -27,6 +27,7 @@ TINY = [
     "sample.steps=null",
     "evaluate.nll_images=6",
     "evaluate.nll_batch_size=4",
+    "evaluate.checkpoint_images=6",
     "evaluate.metrics=[nll]",
 ]
 

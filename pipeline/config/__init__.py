@@ -8,6 +8,7 @@ from pipeline.config.keys import (
     run_content,
     run_key,
     sample_key,
+    selection_key,
 )
 from pipeline.config.load import load_cluster, load_experiment, made_with, to_dict, to_yaml
 from pipeline.config.sections import (
@@ -18,10 +19,12 @@ from pipeline.config.sections import (
     FiguresConfig,
     PublishedConfig,
     SampleConfig,
+    checkpoint_rule,
     checkpoint_step,
     suggestion,
     weights_kind,
 )
+from pipeline.config.variants import beside, candidate, chosen
 
 __all__ = [
     "ClusterConfig",
@@ -31,7 +34,11 @@ __all__ = [
     "FiguresConfig",
     "PublishedConfig",
     "SampleConfig",
+    "beside",
+    "candidate",
+    "checkpoint_rule",
     "checkpoint_step",
+    "chosen",
     "data_key",
     "evaluate_key",
     "figures_key",
@@ -42,6 +49,7 @@ __all__ = [
     "run_content",
     "run_key",
     "sample_key",
+    "selection_key",
     "suggestion",
     "to_dict",
     "to_yaml",

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import to_dict
-from pipeline.config.sections import Experiment, checkpoint_step
+from pipeline.config.sections import Experiment, checkpoint_rule, checkpoint_step
+from pipeline.config.variants import candidate
 from pipeline.rundir import sha256_of
 
+# Which other evaluations are made beside this one says nothing about this one.
+_NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images", "beside"}
 # What may change without making another run: how far it goes, and what is kept or shown on the way.
-_NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep"}
+_NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "keep_every"}
 
 
 def hash_of(content: Any) -> str:
@@ -52,10 +55,17 @@ def sample_key(experiment: Experiment, run_key: str) -> str:
 
 
 def evaluate_key(experiment: Experiment, run_key: str) -> str:
-    evaluate = to_dict(experiment.evaluate)
+    """A checkpoint that was chosen by its score has another protocol than one that was asked for."""
+    evaluate = {k: v for k, v in to_dict(experiment.evaluate).items() if k not in _NOT_IN_SCORE_KEY}
     weights = evaluate["extractor_weights"]
     evaluate["extractor_weights"] = sha256_of(Path(weights)) if weights else None
-    return hash_of([sample_key(experiment, run_key), experiment.sample.num_images, evaluate])
+    drawn = [sample_key(experiment, run_key), experiment.sample.num_images, checkpoint_rule(experiment)]
+    return hash_of([*drawn, evaluate])
+
+
+def selection_key(experiment: Experiment, run_key: str) -> str:
+    """More checkpoints of the same kind belong to the same selection."""
+    return hash_of([evaluate_key(candidate(experiment, 0), run_key), experiment.evaluate.checkpoints])
 
 
 def figures_key(experiment: Experiment, run_key: str) -> str:

@@ -6,6 +6,7 @@ The sections of the science (diffusion, model, train) stand beside the code that
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from ddpm.backbones import TAKES_LABELS
 from ddpm.diffusion import DiffusionConfig
 from ddpm.training import TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 
 Problems = list[tuple[str, str]]
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -91,8 +92,9 @@ class PublishedConfig:
 @dataclass(frozen=True)
 class SampleConfig:
     """How samples are drawn. `steps` null = all T; `variance` null = diffusion.variance; `checkpoint` is
-    `last` (step train.steps) or a step. A work unit is `batch_size` images. `label` is null (no class),
-    a class, or `cycle` (image i gets class i modulo data.labels), for networks that take labels;
+    `last` (step train.steps), a step, or `best` (of evaluate.checkpoints; `pipeline.config.variants.chosen`
+    is the experiment that knows which one that is). A work unit is `batch_size` images. `label` is null (no
+    class), a class, or `cycle` (image i gets class i modulo data.labels), for networks that take labels;
     `guidance_scale` 1 is the plain conditional network."""
 
     num_images: int
@@ -110,8 +112,8 @@ class SampleConfig:
         found = _at_least(self, num_images=1, steps=1, batch_size=1)
         if not 0 <= self.eta <= 1:
             found.append(("eta", f"is {self.eta}; it lies in [0, 1]: 0 is deterministic, 1 ancestral"))
-        if self.checkpoint != "last" and not self.checkpoint.isdigit():
-            found.append(("checkpoint", f"is '{self.checkpoint}'; use last or a step number"))
+        if self.checkpoint not in ("last", "best") and not self.checkpoint.isdigit():
+            found.append(("checkpoint", f"is '{self.checkpoint}'; use last, best or a step number"))
         if self.label is not None and self.label != "cycle" and not self.label.isdigit():
             found.append(("label", f"is '{self.label}'; use null, cycle or the number of a class"))
         if self.guidance_scale < 0:
@@ -123,7 +125,11 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which scores, and their protocol. `nll_images` null = the whole test split."""
+    """Which scores, and their protocol. `nll_images` null = the whole test split.
+
+    `checkpoints` (null, all or every:N) are scored with `checkpoint_images` samples each, which shows the way
+    and finds the best; `beside` scores the same samples from the other weights too, raw beside EMA.
+    """
 
     metrics: tuple[str, ...]
     features: Literal["inception-v3-compat", "classifier", "projection"]
@@ -133,9 +139,22 @@ class EvaluateConfig:
     nll_batch_size: int
     decoder: Literal["tanh", "erf"]
     variance: Literal["fixedlarge", "fixedsmall"] | None
+    checkpoints: str | None
+    checkpoint_images: int
+    beside: bool
+
+    @property
+    def checkpoint_interval(self) -> int | None:
+        """The N of checkpoints=every:N; None otherwise."""
+        return int(self.checkpoints[6:]) if self.checkpoints and self.checkpoints != "all" else None
 
     def problems(self) -> Problems:
-        found = _at_least(self, nll_images=1, nll_batch_size=1) + _among(self, "metrics", METRICS)
+        found = _at_least(self, nll_images=1, nll_batch_size=1, checkpoint_images=2)
+        found += _among(self, "metrics", METRICS)
+        if not re.fullmatch(r"all|every:[1-9]\d*", self.checkpoints or "all"):
+            found.append(
+                ("checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps")
+            )
         if self.extractor_weights and not Path(self.extractor_weights).is_file():
             found.append(
                 ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
@@ -182,11 +201,11 @@ class Experiment:
                     f"is {self.sample.steps}, more than diffusion.timesteps={self.diffusion.timesteps}",
                 )
             )
-        if checkpoint_step(self) > self.train.steps:
+        if self.sample.checkpoint.isdigit() and int(self.sample.checkpoint) > self.train.steps:
             found.append(
                 ("sample.checkpoint", f"is {self.sample.checkpoint}, beyond train.steps={self.train.steps}")
             )
-        found += self._label_problems()
+        found += self._label_problems() + self._selection_problems()
         if self.evaluate.features == "classifier" and not self.data.labels:
             found.append(
                 (
@@ -206,6 +225,44 @@ class Experiment:
         if self.sample.label == "cycle":
             return index % self.data.labels
         return None if self.sample.label is None else int(self.sample.label)
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of `step` stays, however many come after it."""
+        every = (self.train.keep_every, self.evaluate.checkpoint_interval)
+        return any(number is not None and step % number == 0 for number in every)
+
+    def _selection_problems(self) -> Problems:
+        sample, evaluate, interval = self.sample, self.evaluate, self.evaluate.checkpoint_interval
+        found: Problems = []
+        if sample.checkpoint == "best" and not evaluate.checkpoints:
+            found.append(
+                ("sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N")
+            )
+        if self.published.weights:
+            asked = {"checkpoints": evaluate.checkpoints, "beside": evaluate.beside}
+            found += [
+                (f"evaluate.{key}", "is for networks that are trained here; published weights are one set")
+                for key, value in asked.items()
+                if value
+            ]
+        if interval and (interval % max(1, self.train.checkpoint_every) or interval > self.train.steps):
+            found.append(
+                (
+                    "evaluate.checkpoints",
+                    f"is {evaluate.checkpoints}; N is a multiple of train.checkpoint_every="
+                    f"{self.train.checkpoint_every}, up to train.steps={self.train.steps}",
+                )
+            )
+        units = {min(n, sample.batch_size) for n in (sample.num_images, evaluate.checkpoint_images)}
+        if evaluate.checkpoints and len(units) > 1:
+            found.append(
+                (
+                    "evaluate.checkpoint_images",
+                    f"is {evaluate.checkpoint_images}: it and sample.num_images={sample.num_images} must both be at "
+                    f"least sample.batch_size={sample.batch_size}, so that they are cut into the same units",
+                )
+            )
+        return found
 
     def _label_problems(self) -> Problems:
         label, scale = self.sample.label, self.sample.guidance_scale
@@ -288,9 +345,20 @@ def _among(section: Any, key: str, known: tuple[str, ...]) -> Problems:
 
 
 def checkpoint_step(experiment: Experiment) -> int:
-    """The training step whose weights are sampled and scored."""
+    """The training step whose weights are sampled and scored. Raises PipelineError where that is the best of
+    several and the experiment does not know yet which one (see `variants.chosen`)."""
     which = experiment.sample.checkpoint
-    return experiment.train.steps if which == "last" else int(which)
+    if which == "best":
+        raise PipelineError(
+            "sample.checkpoint=best is known once evaluate.checkpoints are scored; `ddpm sample` does that first"
+        )
+    return experiment.train.steps if which == "last" else int(which.split()[0])
+
+
+def checkpoint_rule(experiment: Experiment) -> str | None:
+    """How the step was chosen, where it is the best of several: what `variants.chosen` wrote behind it."""
+    _, _, rule = experiment.sample.checkpoint.partition(" ")
+    return rule.strip("()") or None
 
 
 def weights_kind(experiment: Experiment) -> str:

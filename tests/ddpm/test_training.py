@@ -43,6 +43,7 @@ CONFIG = TrainConfig(
     checkpoint_every=10,
     sample_every=10,
     keep=2,
+    keep_every=None,
     log_every=1,
 )
 SEED = 11
