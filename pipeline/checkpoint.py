@@ -149,11 +149,28 @@ def load(directory: Path) -> Tensors:
     return load_file(directory / STATE)
 
 
-def keep_newest(run: Run, keep: int, at_most: int) -> None:
-    """Delete all but the `keep` newest checkpoints up to step `at_most`; those beyond are another command's."""
+def drop_old(experiment: Experiment, run: Run, at_most: int) -> None:
+    """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
+    those that the experiment keeps for ever, and those that anything in the run refers to."""
     steps = [step for step in steps_on_disk(run.train) if step <= at_most]
-    for step in steps[:-keep]:
+    old = [step for step in steps[: -experiment.train.keep] if not experiment.keeps(step)]
+    try:
+        wanted = referred_to(run) if old else set()
+    except (PipelineError, OSError, KeyError) as error:
+        logger.warning("%s; until that is mended, no checkpoint is deleted", error)
+        return
+    for step in set(old) - wanted:
         shutil.rmtree(run.step_dir(step), ignore_errors=True)
+
+
+def referred_to(run: Run) -> set[int]:
+    """The steps that a sample set, even an unfinished one, a score or a selection was made of."""
+    drawn = [next(folder.glob("[!.]*.json"), None) for folder in run.path.glob("samples/*")]
+    scored = run.path.glob("evaluation/*/metrics.json")
+    steps = {read_json(file)["protocol"]["checkpoint"] for file in [*drawn, *scored] if file}
+    for file in run.path.glob("selection/*/selection.json"):
+        steps |= {score["step"] for score in read_json(file)["scores"]}
+    return steps
 
 
 def weights(directory: Path, which: str) -> Tensors:

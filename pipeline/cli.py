@@ -225,9 +225,24 @@ def _show(options: Any) -> int:
         print(f"\n# keys: not known, since the data cannot be read: {error}")
         return 0
     print(f"\n# data key    {run.data_key}\n# run key     {run.run_key}")
-    print(f"# sample key  {config.sample_key(experiment, run.run_key)}")
-    print(f"# score key   {config.evaluate_key(experiment, run.run_key)}\n# directory   {run.path}")
+    print("\n".join(f"# {line}" for line in _later_keys(experiment, run)))
+    print(f"# directory   {run.path}")
     return 0
+
+
+def _later_keys(experiment: Any, run: Any) -> list[str]:
+    """Those that depend on the checkpoint, once it is known."""
+    from pipeline import config, selection
+
+    found = selection.resolved(experiment, run)
+    if found is None:
+        return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
+    keys = [
+        f"sample key  {config.sample_key(found, run.run_key)}",
+        f"score key   {config.evaluate_key(found, run.run_key)}",
+    ]
+    rule = config.checkpoint_rule(found)
+    return [f"checkpoint  {config.checkpoint_step(found)}, {rule}", *keys] if rule else keys
 
 
 def _status(options: Any) -> int:

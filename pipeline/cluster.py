@@ -73,6 +73,7 @@ class Resources:
     cpus_per_worker: int
     gpus_per_worker: float
     gpus_per_task: float
+    spare: int  # tasks that fit beside all workers
 
 
 def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None) -> Resources:
@@ -105,7 +106,10 @@ def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | N
             raise PipelineError(
                 f"{key}={asked:g}, but no machine of the cluster has more than {there}: lower it"
             )
-    return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task)
+    spare = (cpus - workers * per_worker) // cluster.cpus_per_task
+    if gpus_per_task:
+        spare = min(spare, int((gpus - workers * gpus_per_worker) / gpus_per_task))
+    return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task, max(0, spare))
 
 
 class Session:
@@ -134,6 +138,10 @@ class Session:
         import ray
 
         ray.shutdown()
+
+    @property
+    def spare(self) -> int:
+        return self.resources.spare
 
     # Training
 

@@ -20,6 +20,7 @@ from pipeline import tars
 from pipeline.checkpoint import load_network
 from pipeline.config import (
     Experiment,
+    checkpoint_rule,
     checkpoint_step,
     evaluate_key,
     hash_of,
@@ -299,6 +300,8 @@ def protocol(experiment: Experiment, run: Run) -> dict[str, Any]:
     """How the scores come about: what no number of ours stands without."""
     config = experiment.evaluate
     found: dict[str, Any] = {"checkpoint": checkpoint_step(experiment), "weights": weights_kind(experiment)}
+    if rule := checkpoint_rule(experiment):
+        found["checkpoint_rule"] = rule
     if needs_samples(experiment):
         drawn = tars.open_index(run.samples(sample_key(experiment, run.run_key))).facts["protocol"]
         found |= drawn | {"n": experiment.sample.num_images, "reference": config.reference}

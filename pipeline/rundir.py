@@ -88,6 +88,9 @@ class Run:
     def evaluation(self, key: str) -> Path:
         return self.path / "evaluation" / key
 
+    def selection(self, key: str) -> Path:
+        return self.path / "selection" / key
+
     def figures(self, key: str) -> Path:
         return self.path / "figures" / key
 

@@ -15,20 +15,20 @@ from typing import Any
 
 import torch
 
-from pipeline import config, preflight, sources
+from pipeline import config, preflight, select, selection, sources
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
 from pipeline.worker import GIB, Executor, InProcess, Unit, local_context
 
-STAGES = ("shard", "train", "sample", "evaluate", "figures", "report")
+STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
     "shard": (),
     "train": ("shard",),
-    "sample": ("shard", "train"),
-    "evaluate": ("shard", "train", "sample"),
-    "figures": ("shard", "train", "sample"),
+    "sample": ("shard", "train", "select"),
+    "evaluate": ("shard", "train", "select", "sample"),
+    "figures": ("shard", "train", "select", "sample"),
 }
 
 
@@ -63,17 +63,40 @@ def locate(experiment: Experiment, root: Path) -> Run:
 
 
 def pending(experiment: Experiment, run: Run, last: str) -> list[str]:
-    """The stages that `last` needs, itself included, that still have work, in order."""
-    wanted = STAGES if last == "report" else (*BEFORE[last], last)
-    if last == "train" and experiment.published.weights:
-        wanted = ("train",)  # nothing is trained, so no images are needed
-    if last == "evaluate" and not _module("evaluate").needs_samples(experiment):
-        wanted = tuple(stage for stage in wanted if stage != "sample")
-    todo = [stage for stage in wanted if stage != "report" and not _module(stage).is_done(experiment, run)]
-    # A report is of everything before it, so it is looked at again whenever something was to do.
-    if last == "report" and (todo or not _module("report").is_done(experiment, run)):
-        todo.append("report")
+    """The stages that `last` needs, itself included, that still have work, in order.
+
+    As long as a choice among checkpoints is to be made, so is everything after it: nobody knows yet of which.
+    A report is of everything before it, so it is looked at again whenever something was to do.
+    """
+    todo: list[str] = []
+    for stage in _wanted(experiment, last):
+        waits = "select" in todo or (stage == "report" and todo)
+        if waits or not all(_module(stage).is_done(e, run) for e in subjects(stage, experiment, run)):
+            todo.append(stage)
     return todo
+
+
+def _wanted(experiment: Experiment, last: str) -> list[str]:
+    """`last` and the stages that it needs."""
+    needless = set()
+    if last == "train" and experiment.published.weights:
+        needless.add("shard")  # nothing is trained, so no images are needed
+    if last == "evaluate" and not _module("evaluate").needs_samples(experiment):
+        needless.add("sample")
+    chooses = experiment.sample.checkpoint == "best" or last in ("evaluate", "report")
+    if not (experiment.evaluate.checkpoints and chooses):
+        needless.add("select")
+    return [s for s in (STAGES if last == "report" else (*BEFORE[last], last)) if s not in needless]
+
+
+def subjects(stage: str, experiment: Experiment, run: Run) -> list[Experiment]:
+    """What a stage works on: the experiment; after the choice, with the checkpoint that was chosen; where scores
+    stand beside it, also with the other weights."""
+    if stage in ("shard", "train", "select"):
+        return [experiment]
+    found = selection.resolved(experiment, run)
+    assert found is not None, "the choice comes first"
+    return [found, *config.beside(found).values()] if stage in ("sample", "evaluate") else [found]
 
 
 def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
@@ -89,10 +112,13 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
             say(f"needs {preflight.check(experiment, run)}")
             _write_experiment(experiment, run)
             with _Work(experiment, cluster, run) as work:
-                for stage in todo:
+                while todo:
+                    stage = todo.pop(0)
                     work.do(stage)
                     if stage == "shard" and "evaluate" in todo:
                         _module("evaluate").check(experiment, run)  # before hours of training
+                    if stage == "select":
+                        todo = pending(experiment, run, last)  # of what was chosen
     return run
 
 
@@ -179,6 +205,7 @@ class _Work:
         with (
             bar("train", steps, "steps", start) as shown,
             _following(lambda: _show_progress(shown, self.run, start, steps)),
+            select.during_training(self.experiment, self.run, executor),
         ):
             executor.run_workers(train.body, self.experiment, self.run)
         self._leave_if_interrupted()
@@ -187,7 +214,9 @@ class _Work:
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         lock = exclusive(self.run.data, wait=True) if stage == "shard" else nullcontext()
         with lock:
-            for units in _module(stage).work(self.experiment, self.run):
+            module, run = _module(stage), self.run
+            asked = [e for e in subjects(stage, self.experiment, run) if not module.is_done(e, run)]
+            for units in select.together(module.work(e, run) for e in asked):
                 if units:
                     self._map(stage, units)
 

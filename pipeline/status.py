@@ -8,6 +8,7 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +42,9 @@ def _row(path: Path) -> list[str]:
     except PipelineError:
         return [path.name, "unreadable experiment.yaml", "", "", "", ""]
     steps = checkpoint.steps_on_disk(path / "train")
+    choices = [read_json(file) for file in sorted(path.glob("selection/*/selection.json"))]
+    on_curves = {score["evaluation"] for choice in choices for score in choice["scores"]}
+    scores = [f for f in sorted(path.glob("evaluation/*/metrics.json")) if f.parent.name not in on_curves]
     sets = [read_json(file) for file in path.glob("samples/*/manifest.json")]
     drawn = sum(split["count"] for index in sets for split in index["splits"].values())
     return [
@@ -48,9 +52,15 @@ def _row(path: Path) -> list[str]:
         experiment.data.source,
         f"{max(steps, default=0)}/{experiment.train.steps}",
         str(drawn or "-"),
-        "\n".join(_scores(file) for file in sorted(path.glob("evaluation/*/metrics.json"))) or "-",
+        "\n".join([*map(_choice, choices), *map(_scores, scores)]) or "-",
         "yes" if (path / "report" / "report.html").exists() else "-",
     ]
+
+
+def _choice(choice: dict[str, Any]) -> str:
+    fid = next(score["fid"] for score in choice["scores"] if score["step"] == choice["best"])
+    of = f"of {len(choice['scores'])}, n={choice['n']}, {choice['weights']}"
+    return f"best step {choice['best']}: FID {fid:.2f} ({of})"
 
 
 def _scores(path: Path) -> str:
@@ -61,7 +71,8 @@ def _scores(path: Path) -> str:
         for key, label, digits in (("fid", "FID", 2), ("is_mean", "IS", 2), ("nll_bpd", "NLL", 3))
         if key in scores
     ]
-    return f"{', '.join(shown)} (n={protocol.get('n')}, {protocol.get('extractor', 'no features')})"
+    about = f"step {protocol['checkpoint']}, {protocol['weights']}, n={protocol.get('n')}"
+    return f"{', '.join(shown)} ({about}, {protocol.get('extractor', 'no features')})"
 
 
 def doctor(cluster: ClusterConfig) -> str:

@@ -166,7 +166,7 @@ class _Saves:
     reports each when it is safe: before the next one, or at the end."""
 
     def __init__(self, ctx: WorkerContext, experiment: Experiment, run: Run):
-        self.ctx, self.run, self.keep = ctx, run, experiment.train.keep
+        self.ctx, self.experiment, self.run = ctx, experiment, run
         self.writer = checkpoint.Writer()
         self.step: int | None = None
 
@@ -192,7 +192,7 @@ class _Saves:
             return
         self.writer.finish()
         if self.ctx.rank == 0:
-            checkpoint.keep_newest(self.run, self.keep, self.step)
+            checkpoint.drop_old(self.experiment, self.run, self.step)
         self.ctx.report(self.step)
         self.step = None
 

@@ -70,6 +70,11 @@ class WorkerContext:
 class Executor(Protocol):
     """Who runs bodies and units: `InProcess` here, a Ray session in `pipeline.cluster`."""
 
+    @property
+    def spare(self) -> int:
+        """How many units can be under way while `run_workers` is, without taking anything from it."""
+        ...
+
     def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None: ...
 
     def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None: ...
@@ -83,6 +88,8 @@ def local_context(cpus: int | None = None, image_memory: int = NO_LIMIT) -> Work
 
 class InProcess:
     """Runs everything here, one after the other, without Ray (`cluster.workers=0`)."""
+
+    spare = 0
 
     def __init__(self, context: WorkerContext, interrupted: Callable[[], bool] = lambda: False):
         self.context, self.interrupted = context, interrupted

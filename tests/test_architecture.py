@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "progress"},
     {"config", "rundir", "worker", "pictures"},
-    {"sources", "tars", "dataset", "checkpoint", "published", "fidelity"},
+    {"sources", "tars", "dataset", "checkpoint", "selection", "published", "fidelity"},
     {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking", "preflight"},
+    {"select"},
     {"stages", "sweep", "jobs"},
     {"status"},
     {"cli"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def evaluate_key(experiment: Experiment, run_key: str) -> str:
     """A checkpoint that was chosen by its score has another protocol than one that was asked for."""
     evaluate = {k: v for k, v in to_dict(experiment.evaluate).items() if k not in _NOT_IN_SCORE_KEY}
     weights = evaluate["extractor_weights"]
-    evaluate["extractor_weights"] = sha256_of(Path(weights)) if weights else None
+    evaluate["extractor_weights"] = _content_of(Path(weights)) if weights else None
     drawn = [sample_key(experiment, run_key), experiment.sample.num_images, checkpoint_rule(experiment)]
     return hash_of([*drawn, evaluate])
 
@@ -66,6 +67,17 @@ def evaluate_key(experiment: Experiment, run_key: str) -> str:
 def selection_key(experiment: Experiment, run_key: str) -> str:
     """More checkpoints of the same kind belong to the same selection."""
     return hash_of([evaluate_key(candidate(experiment, 0), run_key), experiment.evaluate.checkpoints])
+
+
+def _content_of(path: Path) -> str:
+    """Read once while it stays as it is: keys of many checkpoints, asked again and again, name the same file."""
+    facts = path.stat()
+    return _content_of_version(path, facts.st_size, facts.st_mtime_ns)
+
+
+@lru_cache
+def _content_of_version(path: Path, size: int, modified: int) -> str:
+    return sha256_of(path)
 
 
 def figures_key(experiment: Experiment, run_key: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import config, rundir
+from pipeline import config, rundir, selection
 from pipeline.config import Experiment
 from pipeline.rundir import Run
 from pipeline.tracking.session import Session
@@ -61,23 +61,44 @@ def parcels(
     steps = sorted(int(meta.parent.name[5:]) for meta in run.train.glob("step_*/meta.json"))
     if steps:
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
-    headline = run.evaluation(config.evaluate_key(experiment, run.run_key))
-    for scores in sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json")):
-        is_headline = scores.parent == headline
-        method = Session.send_scores if is_headline else Session.send_evaluation
-        name = f"{'scores' if is_headline else 'evaluation'} {scores.parent.name}"
-        yield Parcel(name, _version(scores), partial(method, scores=scores))
-    for folder, file in _artifacts(experiment, run):
+    resolved = selection.resolved(experiment, run)
+    yield from _evaluations(experiment, resolved, run)
+    for folder, file in _artifacts(resolved, run):
         send = partial(Session.send_file, file=file, folder=folder)
         yield Parcel(f"artifact {folder}/{file.name}", _version(file), send)
 
 
-def _artifacts(experiment: Experiment, run: Run) -> Iterator[tuple[str, Path]]:
-    """(folder on the server, file): the configuration, and what belongs to the headline evaluation."""
+def _evaluations(experiment: Experiment, resolved: Experiment | None, run: Run) -> Iterator[Parcel]:
+    """The scores of candidates are points of a curve; of the others, one is the headline and the rest stand beside."""
+    on_curve = selection.scored(experiment, run) if experiment.evaluate.checkpoints else {}
+    for step, scores in on_curve.items():
+        send = partial(Session.send_candidate, step=step, scores=scores)
+        yield Parcel(f"candidate {scores.parent.name}", _version(scores), send)
+    choice = selection.file(experiment, run)
+    if experiment.evaluate.checkpoints and choice.exists():
+        yield Parcel(
+            f"selection {choice.parent.name}", _version(choice), partial(Session.send_choice, file=choice)
+        )
+    headline = resolved and run.evaluation(config.evaluate_key(resolved, run.run_key))
+    for scores in sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json")):
+        is_headline = scores.parent == headline
+        if scores in on_curve.values() and not is_headline:
+            continue
+        method = Session.send_scores if is_headline else Session.send_evaluation
+        name = f"{'scores' if is_headline else 'evaluation'} {scores.parent.name}"
+        yield Parcel(name, _version(scores), partial(method, scores=scores))
+
+
+def _artifacts(experiment: Experiment | None, run: Run) -> Iterator[tuple[str, Path]]:
+    """(folder on the server, file): the configuration, and what belongs to the headline evaluation, once it is
+    known which one that is."""
+    if run.experiment_yaml.is_file():
+        yield "", run.experiment_yaml
+    if experiment is None:
+        return
     evaluation = run.evaluation(config.evaluate_key(experiment, run.run_key))
     figures = run.figures(config.figures_key(experiment, run.run_key))
     wanted = {
-        "": [run.experiment_yaml],
         "samples": [run.samples(config.sample_key(experiment, run.run_key)) / "grid.png"],
         "evaluation": [evaluation / "metrics.json", evaluation / "nll.json"],
         "figures": sorted(figures.glob("*.png")) + sorted(figures.glob("*.svg")),

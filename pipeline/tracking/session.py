@@ -211,15 +211,36 @@ class Session:
         if model.model_id not in {output.model_id for output in linked}:
             self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
 
+    def send_candidate(self, step: int, scores: Path) -> None:
+        """One of the checkpoints among which the best is looked for: a point of the FID's curve."""
+        value = rundir.read_json(scores)["scores"]["fid"]
+        self._point("selection/fid", value, step, milliseconds(scores))
+
+    def send_choice(self, file: Path) -> None:
+        from mlflow.entities import RunTag
+
+        found = rundir.read_json(file)
+        self._point("selection/best_step", found["best"], found["scores"][-1]["step"], milliseconds(file))
+        protocol = {key: found[key] for key in ("n", "weights", "extractor", "reference")}
+        tags = [RunTag(f"selection.{key}", str(value)) for key, value in protocol.items()]
+        self.client.log_batch(self.run_id, tags=tags)
+
+    def _point(self, key: str, value: float, step: int, when: int) -> None:
+        from mlflow.entities import Metric
+
+        if not self._has(self.run_id, key, step, value):
+            model = self._models().get(step)
+            metric = Metric(key, float(value), when, step, model_id=model and model.model_id)
+            self.client.log_batch(self.run_id, metrics=[metric])
+
     def send_scores(self, scores: Path) -> None:
         self._score(self.run_id, scores)
 
     def send_evaluation(self, scores: Path) -> None:
         """An evaluation beside the headline one: a child run."""
-        key = scores.parent.name
-        child = self._find_run(
-            f"evaluation {key}", {"evaluation_key": key}, **{"mlflow.parentRunId": self.run_id}
-        )
+        key, weights = scores.parent.name, rundir.read_json(scores)["protocol"]["weights"]
+        tags = {"mlflow.parentRunId": self.run_id, "weights": weights}
+        child = self._find_run(f"evaluation {key}", {"evaluation_key": key}, **tags)
         self._score(child, scores)
         self.client.set_terminated(child, "FINISHED", milliseconds(scores))
 

@@ -1,5 +1,6 @@
 """Checkpoints are whole and verified, or passed over for the one before."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from pipeline import checkpoint
 from pipeline.errors import PipelineError
+from pipeline.rundir import write_json, write_text
 
 TENSORS = {"net.w": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7)}
 EMA = {"w": torch.ones(2, 3)}
@@ -79,11 +81,51 @@ def test_a_folder_under_its_temporary_name_is_not_a_checkpoint(tiny_run):
     assert checkpoint.newest(run, at_most=5) is None
 
 
-def test_only_the_newest_are_kept(tiny_run):
-    _, run = tiny_run
-    saved(run, 1, 2, 3, 4, 8)
-    checkpoint.keep_newest(run, 2, at_most=4)  # a run of fewer steps leaves what a longer one made
-    assert checkpoint.steps_on_disk(run.train) == [3, 4, 8]
+def keeping(experiment, keep, keep_every=None, checkpoints=None):
+    return dataclasses.replace(
+        experiment,
+        train=dataclasses.replace(experiment.train, keep=keep, keep_every=keep_every),
+        evaluate=dataclasses.replace(experiment.evaluate, checkpoints=checkpoints),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "left"),
+    [
+        ({"keep": 2}, [5, 6, 8]),
+        ({"keep": 2, "keep_every": 2}, [2, 4, 5, 6, 8]),
+        ({"keep": 1, "checkpoints": "every:3"}, [3, 6, 8]),
+        ({"keep": 1, "checkpoints": "all"}, [6, 8]),
+    ],
+)
+def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
+    experiment, run = tiny_run
+    saved(run, 1, 2, 3, 4, 5, 6, 8)
+    checkpoint.drop_old(
+        keeping(experiment, **rules), run, at_most=6
+    )  # a longer run's are none of its business
+    assert checkpoint.steps_on_disk(run.train) == left
+
+
+def test_what_anything_refers_to_stays(tiny_run):
+    experiment, run = tiny_run
+    saved(run, 1, 2, 3, 4, 5, 6)
+    at = {step: {"protocol": {"checkpoint": step}} for step in (1, 2, 3, 4)}
+    write_json(run.samples("unfinished") / "00000.json", at[1])
+    write_json(run.samples("whole") / "manifest.json", at[2])
+    write_json(run.evaluation("0a") / "metrics.json", at[3])
+    write_json(run.selection("0b") / "selection.json", {"scores": [{"step": 4}], "best": 4})
+    checkpoint.drop_old(keeping(experiment, 1), run, at_most=6)
+    assert checkpoint.steps_on_disk(run.train) == [1, 2, 3, 4, 6]
+
+
+def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, caplog):
+    experiment, run = tiny_run
+    saved(run, 1, 2, 3)
+    write_text(run.evaluation("0a") / "metrics.json", "{")
+    checkpoint.drop_old(keeping(experiment, 1), run, at_most=3)
+    assert checkpoint.steps_on_disk(run.train) == [1, 2, 3]
+    assert "no checkpoint is deleted" in caplog.text
 
 
 def test_a_missing_step_names_those_that_exist(tiny_run):
