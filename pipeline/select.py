@@ -59,8 +59,11 @@ def score(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
 
 
 def together(works: Iterable[Iterator[list[Unit]]]) -> Iterator[list[Unit]]:
-    """Several works at once, round by round; units that they share (the reference's features) once."""
+    """Several works at once, round by round; equal units (the reference's features) once."""
     running = list(works)
+    if len(running) == 1:
+        yield from running[0]
+        return
     while running:
         rounds = [(work, next(work, None)) for work in running]
         running = [work for work, units in rounds if units is not None]

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.checkpoint import steps_on_disk
 from pipeline.config import Experiment, candidate, chosen, evaluate_key, selection_key, weights_kind
 from pipeline.errors import PipelineError
-from pipeline.rundir import MANIFEST, Run, read_json, read_manifest, write_json, write_manifest
+from pipeline.rundir import Run, read_json, read_manifest, write_json, write_manifest
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +35,21 @@ def candidates(experiment: Experiment, run: Run) -> list[int]:
     return [step for step in steps if step <= last and (step % every == 0 or step in ends_it)]
 
 
-def scored(experiment: Experiment, run: Run) -> dict[int, Path]:
-    """The candidates whose score is sealed, each with its metrics.json."""
-    folders = {
-        step: run.evaluation(evaluate_key(candidate(experiment, step), run.run_key))
+def evaluations(experiment: Experiment, run: Run) -> dict[Path, int]:
+    """The folder of every candidate's scores, made or not, with its step."""
+    return {
+        run.evaluation(evaluate_key(candidate(experiment, step), run.run_key)): step
         for step in candidates(experiment, run)
     }
-    return {step: f / "metrics.json" for step, f in folders.items() if (f / MANIFEST).exists()}
 
 
 def write(experiment: Experiment, run: Run) -> None:
-    """Choose among the scored candidates the one of minimum FID, the earliest of equals, and seal the choice."""
+    """Choose the candidate of minimum FID, the earliest of equals, and seal the choice. All of them are scored."""
     scores, protocol = [], {}
-    for step, metrics in scored(experiment, run).items():
-        found = read_json(metrics)
-        protocol = found["protocol"]
-        scores.append({"step": step, "fid": found["scores"]["fid"], "evaluation": metrics.parent.name})
+    for folder, step in evaluations(experiment, run).items():
+        metrics = read_json(folder / "metrics.json")
+        scores.append({"step": step, "fid": metrics["scores"]["fid"], "evaluation": folder.name})
+        protocol = metrics["protocol"]
     best = min(scores, key=lambda score: score["fid"])["step"]
     content = {
         "metric": "fid",

@@ -146,12 +146,13 @@ class EvaluateConfig:
     @property
     def checkpoint_interval(self) -> int | None:
         """The N of checkpoints=every:N; None otherwise."""
-        return int(self.checkpoints[6:]) if self.checkpoints and self.checkpoints != "all" else None
+        every = re.fullmatch(r"every:([1-9]\d*)", self.checkpoints or "")
+        return int(every[1]) if every else None
 
     def problems(self) -> Problems:
         found = _at_least(self, nll_images=1, nll_batch_size=1, checkpoint_images=2)
         found += _among(self, "metrics", METRICS)
-        if not re.fullmatch(r"all|every:[1-9]\d*", self.checkpoints or "all"):
+        if self.checkpoints not in (None, "all") and self.checkpoint_interval is None:
             found.append(
                 ("checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps")
             )

@@ -29,5 +29,6 @@ def candidate(experiment: Experiment, step: int) -> Experiment:
 def chosen(experiment: Experiment, step: int, of: int) -> Experiment:
     """`sample.checkpoint=best` once it is known: the step with the rule behind it, which belongs to the protocol
     (`checkpoint_step` and `checkpoint_rule` read it)."""
-    rule = f"best of {of} checkpoints by FID on {experiment.evaluate.checkpoint_images} images"
+    n, weights = experiment.evaluate.checkpoint_images, experiment.sample.weights
+    rule = f"best of {of} checkpoints by FID on {n} images, {weights} weights"
     return replace(experiment, sample=replace(experiment.sample, checkpoint=f"{step} ({rule})"))

@@ -69,24 +69,24 @@ def parcels(
 
 
 def _evaluations(experiment: Experiment, resolved: Experiment | None, run: Run) -> Iterator[Parcel]:
-    """The scores of candidates are points of a curve; of the others, one is the headline and the rest stand beside."""
-    on_curve = selection.scored(experiment, run) if experiment.evaluate.checkpoints else {}
-    for step, scores in on_curve.items():
-        send = partial(Session.send_candidate, step=step, scores=scores)
-        yield Parcel(f"candidate {scores.parent.name}", _version(scores), send)
-    choice = selection.file(experiment, run)
-    if experiment.evaluate.checkpoints and choice.exists():
-        yield Parcel(
-            f"selection {choice.parent.name}", _version(choice), partial(Session.send_choice, file=choice)
-        )
+    """One evaluation is the headline; those of candidates are points of a curve; the others stand beside it."""
+    found = sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json"))
     headline = resolved and run.evaluation(config.evaluate_key(resolved, run.run_key))
-    for scores in sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json")):
-        is_headline = scores.parent == headline
-        if scores in on_curve.values() and not is_headline:
-            continue
-        method = Session.send_scores if is_headline else Session.send_evaluation
-        name = f"{'scores' if is_headline else 'evaluation'} {scores.parent.name}"
-        yield Parcel(name, _version(scores), partial(method, scores=scores))
+    # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
+    chooses = bool(experiment.evaluate.checkpoints)
+    candidates = selection.evaluations(experiment, run) if chooses else {}
+    for scores in found:
+        key, version = scores.parent.name, _version(scores)
+        if scores.parent in candidates:
+            send = partial(Session.send_candidate, step=candidates[scores.parent], scores=scores)
+            yield Parcel(f"candidate {key}", version, send)
+        if scores.parent == headline:
+            yield Parcel(f"scores {key}", version, partial(Session.send_scores, scores=scores))
+        elif scores.parent not in candidates:
+            yield Parcel(f"evaluation {key}", version, partial(Session.send_evaluation, scores=scores))
+    if chooses and (choice := selection.file(experiment, run)).exists():
+        send = partial(Session.send_choice, file=choice)
+        yield Parcel(f"selection {choice.parent.name}", _version(choice), send)
 
 
 def _artifacts(experiment: Experiment | None, run: Run) -> Iterator[tuple[str, Path]]:

@@ -4,8 +4,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,37 @@ def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs,
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True)), pattern
 
 
+def test_checkpoints_are_scored_on_what_training_leaves_free(tmp_path):
+    """One of two CPUs trains, for longer than anybody waits; the other scores. Then a person stops it all."""
+    words = [
+        "name=beside", "train.steps=1000000", "train.log_every=50", "train.checkpoint_every=50", "train.keep=1",
+        "evaluate.checkpoints=every:50", "evaluate.features=projection", "evaluate.checkpoint_images=12",
+        "cluster.workers=1", "cluster.cpus_per_worker=1", f"cluster.storage={tmp_path}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "pipeline", "train", "digits", *TINY, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    training = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 180
+    while len(list(tmp_path.glob("beside-*/evaluation/*/manifest.json"))) < 2:
+        assert training.poll() is None and time.monotonic() < deadline, training.communicate()
+        time.sleep(0.1)
+    (run,) = (path.parent for path in tmp_path.glob("beside-*/experiment.yaml"))
+    trained = newest_step(run)
+    while newest_step(run) == trained:
+        assert training.poll() is None and time.monotonic() < deadline, "the training goes on meanwhile"
+        time.sleep(0.1)
+    training.send_signal(signal.SIGTERM)
+    _, errors = training.communicate(timeout=120)
+    assert training.returncode == 130, errors
+    assert b"on the way" not in errors
+    metrics = [json.loads(path.read_text()) for path in run.glob("evaluation/*/metrics.json")]
+    assert {m["protocol"]["checkpoint"] for m in metrics} >= {50, 100}
+
+
+def newest_step(run: Path) -> str:
+    return max(path.name for path in run.glob("train/step_*"))
+
+
 def cluster(**overrides):
     return load_cluster("local", [f"{key}={value}" for key, value in overrides.items()])
 
@@ -121,6 +154,17 @@ def test_elastic_training_asks_for_the_least_that_it_goes_on_with():
         resolve(cluster(workers=4, min_workers=3, cpus_per_worker=1), cpus=2, gpus=0)
     with pytest.raises(PipelineError, match=r"cluster.min_workers is 3; cluster.workers=2 is the most"):
         cluster(workers=2, min_workers=3)
+
+
+def test_what_training_leaves_free_is_counted_in_tasks():
+    assert resolve(cluster(), cpus=8, gpus=0).spare == 0
+    assert resolve(cluster(workers=2, cpus_per_worker=2), cpus=8, gpus=0).spare == 4
+    assert resolve(cluster(workers=2, cpus_per_worker=2, cpus_per_task=3), cpus=8, gpus=0).spare == 1
+    assert resolve(cluster(workers=2, cpus_per_worker=2), cpus=16, gpus=2).spare == 0
+    assert resolve(cluster(workers=2, cpus_per_worker=2), cpus=16, gpus=3).spare == 1
+    assert resolve(cluster(workers=2, cpus_per_worker=2, gpus_per_task=0.5), cpus=16, gpus=3).spare == 2
+    shrunk = resolve(cluster(workers=4, min_workers=2, cpus_per_worker=1), cpus=3, gpus=0)
+    assert shrunk.spare == 0, "what an elastic group may come back for is not free"
 
 
 def test_nulls_become_what_the_machine_has():

@@ -9,7 +9,7 @@ import torch
 from ddpm.diffusion import Diffusion
 from ddpm.unet import UNetConfig
 from pipeline import checkpoint, config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -175,6 +175,16 @@ def test_a_missing_value_is_named(tmp_path):
         (["evaluate.extractor_weights=/nowhere.pth"], "evaluate.extractor_weights"),
         (["model.name=unnet"], "model.name"),
         (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
+        (["sample.checkpoint=best"], "sample.checkpoint is best; say among which: evaluate.checkpoints"),
+        (["sample.checkpoint=bets"], "sample.checkpoint is 'bets'"),
+        (["evaluate.checkpoints=some"], "evaluate.checkpoints is 'some'; use null, all or every:N"),
+        (["evaluate.checkpoints=every:0"], "evaluate.checkpoints is 'every:0'"),
+        (["evaluate.checkpoints=every:300"], "evaluate.checkpoints is every:300; N is a multiple of"),
+        (["evaluate.checkpoints=every:1400"], "evaluate.checkpoints is every:1400; N is a multiple of"),
+        (["evaluate.checkpoints=all", "evaluate.checkpoint_images=30"], "evaluate.checkpoint_images is 30"),
+        (["evaluate.beside=true", "published.weights=ema", "published.path=x"], "evaluate.beside"),
+        (["evaluate.checkpoints=all", "published.weights=ema", "published.path=x"], "evaluate.checkpoints"),
+        (["train.keep_every=300"], "train.keep_every must be a multiple of checkpoint_every=200"),
     ],
 )
 def test_nonsense_is_refused_by_name(overrides, names):
@@ -208,7 +218,14 @@ def keys(*overrides: str) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize(
-    "override", ["train.steps=3000", "train.checkpoint_every=7", "train.keep=9", "data.images_per_shard=9"]
+    "override",
+    [
+        "train.steps=3000",
+        "train.checkpoint_every=7",
+        "train.keep=9",
+        "train.keep_every=400",
+        "data.images_per_shard=9",
+    ],
 )
 def test_extending_a_run_keeps_its_key(override):
     assert keys(override)[0] == keys()[0]
@@ -234,6 +251,26 @@ def test_samples_and_scores_have_their_own_keys():
     assert keys("sample.sampler=ddim")[1] != samples
     assert keys("train.steps=3000")[1] != samples, "'last' means the step"
     assert keys("evaluate.metrics=[nll]")[:2] == (run, samples)
+
+
+def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
+    wider = ("evaluate.checkpoints=all", "evaluate.checkpoint_images=128", "evaluate.beside=true")
+    assert keys(*wider) == keys()
+    experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
+    with pytest.raises(PipelineError, match=r"known once evaluate\.checkpoints are scored"):
+        config.sample_key(experiment, "0a")
+    first, second = (config.chosen(experiment, 1200, of) for of in (3, 4))
+    last = config.load_experiment("digits", [])
+    assert config.sample_key(first, "0a") == config.sample_key(second, "0a") == config.sample_key(last, "0a")
+    assert len({config.evaluate_key(e, "0a") for e in (first, second, last)}) == 3
+
+
+def test_the_twin_beside_differs_in_its_weights_alone():
+    experiment = config.load_experiment("digits", ["evaluate.beside=true"])
+    (twin,) = config.beside(experiment).values()
+    assert list(config.beside(experiment)) == ["raw"] and list(config.beside(twin)) == ["ema"]
+    assert config.beside(twin)["ema"] == experiment
+    assert config.beside(config.load_experiment("digits", [])) == {}
 
 
 def test_keys_hash_content_not_place(tmp_path):
