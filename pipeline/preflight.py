@@ -23,10 +23,12 @@ MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes. `memory` is a training worker's, without activations, which nobody knows before the first step, and
-    without the training images."""
+    """Bytes, for so many checkpoints that stay and so many images. `memory` is a training worker's, without
+    activations, which nobody knows before the first step, and without the training images."""
 
+    kept: int
     checkpoints: int
+    images: int
     samples: int
     memory: int
 
@@ -40,13 +42,31 @@ def needs(experiment: Experiment) -> Needs:
     train = experiment.train
     weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
+    kept, images = _kept(experiment), _images(experiment)
     return Needs(
+        kept=kept,
         # One more than are kept, while the newest is written; the first EMA is stored twice.
-        checkpoints=(train.keep + 1) * (state + weights),
-        samples=experiment.sample.num_images * (prod(experiment.data.shape) + MEMBERS),
+        checkpoints=(kept + 1) * (state + weights),
+        images=images,
+        samples=images * (prod(experiment.data.shape) + MEMBERS),
         # The state, its gradients, and the copies that a checkpoint is written from.
         memory=2 * (state + weights),
     )
+
+
+def _kept(experiment: Experiment) -> int:
+    """Checkpoints that stay: the newest, and at the most all that are kept for ever beside them."""
+    train = experiment.train
+    return train.keep + sum(map(experiment.keeps, range(0, train.steps, train.checkpoint_every)[1:]))
+
+
+def _images(experiment: Experiment) -> int:
+    """Samples of the run, of the other weights beside, and of every candidate for the best checkpoint."""
+    config = experiment.evaluate
+    interval = config.checkpoint_interval
+    candidates = experiment.train.steps // interval if interval else _kept(experiment)
+    few = candidates * config.checkpoint_images if config.checkpoints else 0
+    return experiment.sample.num_images * (2 if config.beside else 1) + few
 
 
 def check(experiment: Experiment, run: Run) -> str:
@@ -56,8 +76,8 @@ def check(experiment: Experiment, run: Run) -> str:
     if left > free:
         raise PipelineError(
             f"{run.storage} has {_gib(free)} free, the run needs {_gib(left)} more: {_gib(wanted.checkpoints)} for "
-            f"{experiment.train.keep} checkpoints, {_gib(wanted.samples)} for {experiment.sample.num_images:,} "
-            "samples; make room, set cluster.storage, or lower train.keep or sample.num_images"
+            f"{wanted.kept} checkpoints, {_gib(wanted.samples)} for {wanted.images:,} samples; make room, set "
+            "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"
         )
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
