@@ -1,4 +1,4 @@
-"""Small plots as SVG, in the colours of `pipeline.page`, equal bytes for equal numbers."""
+"""Small plots as SVG, in the colours of `pipeline.report.style`, equal bytes for equal numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.report.page import COLOURS, Picture
+from pipeline.report.page import Picture
+from pipeline.report.style import COLOURS
 
 SIZE, SMALL = (4.6, 2.9), (3.3, 2.5)  # inches: two and three to a row, one on a phone
 MOST_POINTS = 1500

@@ -12,7 +12,9 @@ from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
 from pipeline import config, report, rundir
-from pipeline.report import page, stage
+from pipeline.report import page, pictures
+from pipeline.report.style import COLOURS
+from pipeline.report.web import to_html
 
 CIFAR10 = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
 
@@ -74,7 +76,7 @@ def test_plots_follow_the_theme(digits):
     plots = re.findall(r"<svg.*?</svg>", digits[2], re.DOTALL)
     assert len(plots) >= 12
     for plot in plots:
-        assert "var(--run)" in plot and not any(light in plot for light, _ in page.COLOURS.values())
+        assert "var(--run)" in plot and not any(light in plot for light, _ in COLOURS.values())
 
 
 def test_the_markdown_twin_has_its_pictures_beside_it(digits):
@@ -237,11 +239,11 @@ def test_bad_scores_are_called_what_they_are(tmp_path, undrawn):
 
 def test_text_is_escaped():
     made = page.Page("a<b>", "", "x & `c<d>` **s**", [], [])
-    html = page.to_html(made)
+    html = to_html(made)
     assert "a&lt;b&gt;" in html and "x &amp; <code>c&lt;d&gt;</code> <strong>s</strong>" in html
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
     Image.new("L", (300, 20), 7).save(tmp_path / "small.png")
-    with Image.open(BytesIO(stage._enlarged(tmp_path / "small.png"))) as image:
+    with Image.open(BytesIO(pictures.enlarged(tmp_path / "small.png"))) as image:
         assert image.size == (1200, 80) and image.getextrema() == (7, 7)
