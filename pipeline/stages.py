@@ -20,7 +20,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
-from pipeline.worker import GIB, Executor, InProcess, Unit, local_context
+from pipeline.worker import GIB, Executor, InProcess, Spent, Unit, local_context
 
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
@@ -230,7 +230,10 @@ class _Work:
                 done += unit.images
                 shown.update(done)
 
-            executor.map_units(units, finished)
+            try:
+                executor.map_units(units, finished)
+            finally:
+                _note_spent(self.run, self.experiment, executor.spent)
         self._leave_if_interrupted()
 
     def _leave_if_interrupted(self) -> None:
@@ -346,6 +349,19 @@ def _note_timing(run: Run, stage: str, seconds: float) -> None:
     path = run.path / "timings.json"
     timings = read_json(path) if path.exists() else {}
     write_json(path, {**timings, stage: timings.get(stage, 0.0) + seconds})
+
+
+def _note_spent(run: Run, experiment: Experiment, spent: Spent) -> None:
+    """Images and worker seconds by kind of unit and by the length of the sampling chain, summed over commands;
+    `spent` starts again from nothing."""
+    path = run.path / "spent.json"
+    noted = read_json(path) if path.exists() else {}
+    chain = str(experiment.sample.steps or experiment.diffusion.timesteps)
+    for kind, new in spent.by_kind.items():
+        known = noted.setdefault(kind, {}).setdefault(chain, {"images": 0, "seconds": 0.0})
+        noted[kind][chain] = {name: known[name] + new[name] for name in known}
+    spent.by_kind.clear()
+    write_json(path, noted)
 
 
 def whereabouts(run: Run, cluster: ClusterConfig) -> list[tuple[str, str]]:
