@@ -6,6 +6,7 @@ import torch
 
 from ddpm.schedules import betas
 from pipeline.report import paper, plots
+from pipeline.report.beside_paper import signed
 from pipeline.report.page import Block, Pictures, Table, Text
 from pipeline.report.pictures import RATE_DISTORTION, figures
 from pipeline.report.source import Source, missing
@@ -27,28 +28,54 @@ def rate_distortion(source: Source) -> list[Block]:
     rows = source.read("nll").get("rate_distortion", [])
     if not rows:
         return []
-    beside = paper.TABLE_4 if source.is_cifar10 else {}
+    its = source.is_cifar10 and paper.has_its_schedule(source.experiment.diffusion)
+    beside = paper.TABLE_4 if its else {}
     said = (
         "What x_t costs when it is sent step by step, and how far off the estimate of x_0 then is, on the scale "
         "0 to 255."
     )
     drawn = figures(source).get(RATE_DISTORTION)
+    blocks: list[Block] = [Text(said), *([Pictures([drawn], wide=True)] if drawn else [])]
     # Our own panels add the paper's points; without these they would be the figure once more.
-    panels = [Pictures(plots.rate_distortion(rows, beside))] if beside or not drawn else []
-    return [Text(said), *([Pictures([drawn], wide=True)] if drawn else []), *panels, _table_4(rows, beside)]
+    if beside or not drawn:
+        blocks.append(Pictures(plots.rate_distortion(rows, beside)))
+    return [
+        *blocks,
+        *([*_end(rows[-1]), Text("The paper's Table 4:")] if beside else []),
+        _table_4(rows, beside),
+    ]
+
+
+def _end(last: dict[str, float]) -> list[Block]:
+    """After all steps: beside the paper, and beside the line that takes no training."""
+    lines = [
+        ("this run", (last["rate_bpd"], last["rmse"])),
+        ("paper, Table 4", paper.TABLE_4[1000]),
+        ("best linear denoiser", tuple(paper.LMMSE.values())),
+    ]
+    said = (
+        "At the end of the chain. The best linear denoiser has the mean and the covariance of the test images and "
+        "needs no training; its rate is that of the linear schedule with `fixedlarge`. A network that does not "
+        "beat it is not yet useful."
+    )
+    cells = [[name, *(f"{value:.4f}" for value in values)] for name, values in lines]
+    return [Text(said), Table(("", "Rate, bits/dim", "RMSE"), cells, frozenset({0}))]
 
 
 def _table_4(rows: list[dict[str, float]], beside: dict[int, tuple[float, float]]) -> Table:
-    """Every tenth of the reverse process, as the paper's Table 4."""
-    tenth = max(1, len(rows) // 10)
-    cells = []
+    """Every tenth of the reverse process, as the paper's Table 4, with the differences from it."""
+    tenth, cells = max(1, len(rows) // 10), []
     for row in reversed(rows):
-        if row["k"] % tenth == 0:
-            its = beside.get(int(row["k"]), ())
-            cells.append([f"{row['k']}", *(f"{x:.5f}" for x in (row["rate_bpd"], row["rmse"], *its))])
-    return Table(
-        ["Reverse steps", "Rate, bits/dim", "RMSE", "Paper: rate", "Paper: RMSE"][: len(cells[0])], cells
-    )
+        if row["k"] % tenth:
+            continue
+        ours, its = (row["rate_bpd"], row["rmse"]), beside.get(int(row["k"]), ())
+        numbers = [f"{value:.5f}" for value in ours]
+        if its:
+            pairs = zip(ours, its, strict=True)
+            numbers = [said for a, b in pairs for said in (f"{a:.5f}", f"{b:.5f}", signed(a - b, 5))]
+        cells.append([f"{row['k']:,}", *numbers])
+    both = ("Rate, bits/dim", "paper", "difference", "RMSE", "paper", "difference")
+    return Table(("Reverse steps", *(both if beside else both[::3])), cells)
 
 
 def schedule(source: Source) -> list[Block]:

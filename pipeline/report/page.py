@@ -32,11 +32,14 @@ class Cards:
 
 @dataclass(frozen=True)
 class Table:
-    """`header` empty: rows of a name and what it is; `strong` rows stand out, `dense` facts share lines."""
+    """`header` empty: rows of a name and what it is. `strong` rows stand out and `soft` ones stand back; `lead`:
+    the first column of values is this run's; `dense` facts share lines."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     strong: frozenset[int] = frozenset()
+    soft: frozenset[int] = frozenset()
+    lead: bool = False
     dense: bool = False
 
 

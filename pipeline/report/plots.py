@@ -19,17 +19,27 @@ MOST_POINTS = 1500
 
 @dataclass(frozen=True)
 class Line:
-    """`y` over `x`; `kind` faint is for what a clear line smooths, marks for someone else's few points."""
+    """`y` over `x`; `kind` faint is for what a clear line smooths, marks for someone else's few points,
+    steps for few points of our own, best for the one among them."""
 
     x: Sequence[float]
     y: Sequence[float] | np.ndarray
     label: str = ""
-    kind: Literal["clear", "faint", "marks"] = "clear"
+    kind: Literal["clear", "faint", "marks", "steps", "best"] = "clear"
 
 
 _KINDS: dict[str, dict[str, Any]] = {
     "clear": {"color": COLOURS["run"][0], "linewidth": 1.6},
     "faint": {"color": COLOURS["run"][0], "linewidth": 0.8, "alpha": 0.3},
+    "steps": {"color": COLOURS["run"][0], "linewidth": 1.6, "marker": "o", "markersize": 4},
+    "best": {
+        "color": COLOURS["good"][0],
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 10,
+        "markerfacecolor": "none",
+        "markeredgewidth": 1.8,
+    },
     "marks": {"color": COLOURS["other"][0], "linestyle": "none", "marker": "o", "markersize": 4},
 }
 
@@ -206,6 +216,16 @@ def rate_distortion(rows: Sequence[dict[str, float]], paper: dict[int, tuple[flo
         panel("rd-rate", "k", "rate_bpd"),
         panel("rd", "rate_bpd", "rmse"),
     ]
+
+
+def selection(scores: dict[int, float], best: int, name: str, ladder: dict[int, float]) -> Picture:
+    """{step: score} of the checkpoints, the best one ringed, beside the published {step: FID}."""
+    lines = [Line(list(scores), list(scores.values()), "this run" if ladder else "", "steps")]
+    lines.append(Line([best], [scores[best]], "best", "best"))
+    if ladder:
+        lines.append(Line(list(ladder), list(ladder.values()), "published, n = 50,000", "marks"))
+    caption = f"{name} against training steps" + (", beside the published ladder" if ladder else "")
+    return curve("selection", name, lines, x="step", caption=caption, log_y=bool(ladder), log_x=bool(ladder))
 
 
 def schedule(beta: Sequence[float], alpha_bar: Sequence[float]) -> list[Picture]:

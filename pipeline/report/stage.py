@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pipeline import config
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.report import likelihood, made, pictures, scores, training
+from pipeline.report import beside_paper, likelihood, made, pictures, scores, training, weights
 from pipeline.report.markdown import to_markdown
 from pipeline.report.page import Cards, Code, Page, Section
 from pipeline.report.source import Source
@@ -47,9 +47,12 @@ def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
 def compose(source: Source) -> Page:
     e, run = source.experiment, source.run
     sections = [
+        Section("Beside the paper", beside_paper.section(source)),
         Section("Scores", scores.section(source)),
+        Section("EMA and raw weights", weights.section(source)),
         Section("Samples", pictures.section(source)),
         Section("Training", training.section(source)),
+        Section("Checkpoints", training.checkpoints(source)),
         Section("Likelihood", likelihood.section(source)),
         Section("Rate and distortion", likelihood.rate_distortion(source)),
         Section("Noise schedule", likelihood.schedule(source)),

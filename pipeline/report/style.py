@@ -63,6 +63,9 @@ thead th { color: var(--soft); font-size: .82rem; }
 .facts th { color: var(--soft); white-space: nowrap; }
 .facts td { overflow-wrap: anywhere; }
 .strong th, .strong td { font-weight: 650; color: var(--run); }
+.soft th, .soft td { color: var(--soft); }
+.strong th, .soft th { padding-left: 1.1rem; }
+.lead td:nth-child(2) { font-weight: 650; color: var(--run); }
 .facts.dense, .dense tbody, .dense th, .dense td { display: block; }
 .dense tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 45%), 1fr)); gap: 0 1.4rem; }
 .dense tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }

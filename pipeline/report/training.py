@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import statistics
 
-from pipeline.report import plots
-from pipeline.report.page import Block, Picture, Pictures, Text
+from pipeline.report import paper, plots
+from pipeline.report.page import Block, Picture, Pictures, Table, Text
 from pipeline.report.pictures import enlarged
 from pipeline.report.source import Source, missing
 
 GRIDS_SHOWN = 4
+LADDER_NOTE = (
+    " The ladder is that of tqch/ddpm-torch: the same network and recipe, the EMA warmed up, 50,000 samples for each "
+    "score. FID falls with the number of samples, so its course can be compared, and its level only at equal n."
+)
 
 
 def section(source: Source) -> list[Block]:
@@ -43,3 +47,27 @@ def _shown_grids(source: Source) -> list[Picture]:
         Picture(f"step-{step}.png", enlarged(source.files[f"grid {step:08d}"]), f"Step {step:,}")
         for step in steps
     ]
+
+
+def checkpoints(source: Source) -> list[Block]:
+    """The score of each checkpoint that was looked at, the best among them, beside the published ladder."""
+    found = source.read("selection")
+    if not found:
+        asked = source.experiment.evaluate.checkpoints
+        return missing(source, "The checkpoints are not scored yet", "evaluate") if asked else []
+    metric, scores = found["metric"], {row["step"]: row[found["metric"]] for row in found["scores"]}
+    name, best = metric.upper(), found["best"]
+    ladder = paper.LADDER if source.is_cifar10 and metric == "fid" else {}
+    said = (
+        f"**Step {best:,} has the best {name}, {scores[best]:,.2f}**, of {len(scores)} checkpoints, each scored on "
+        f"{found['n']:,} samples of its {found['weights']} weights against the {found['reference']} split "
+        f"(`{found['extractor']}`).{LADDER_NOTE if ladder else ''}"
+    )
+    rows = [[f"{step:,}", f"{value:,.2f}"] for step, value in scores.items()]
+    chosen = frozenset({list(scores).index(best)})
+    # Steps that were not scored stay apart from those that were: the ladder is a table of its own.
+    tables: list[Block] = [Table(("Step", name), rows, chosen)]
+    if ladder:
+        theirs = [[f"{step:,}", f"{value:.2f}"] for step, value in ladder.items()]
+        tables.append(Table(("Step, published", "FID"), theirs))
+    return [Text(said), Pictures([plots.selection(scores, best, name, ladder)]), *tables]

@@ -74,12 +74,20 @@ def _card(card: Card) -> str:
 
 def _html_table(table: Table) -> str:
     def row(number: int, cells: Sequence[str]) -> str:
-        strong = " class=strong" if number in table.strong else ""
-        return f"<tr{strong}><th scope=row>{_inline(cells[0])}</th>{_cells(cells[1:])}</tr>"
+        kind = "strong" if number in table.strong else "soft" if number in table.soft else ""
+        return (
+            f"<tr{kind and f' class={kind}'}><th scope=row>{_inline(cells[0])}</th>{_cells(cells[1:])}</tr>"
+        )
 
     head = f"<thead><tr>{''.join(f'<th>{_inline(h)}</th>' for h in table.header)}</tr></thead>"
     body = "".join(row(number, cells) for number, cells in enumerate(table.rows))
-    kind = "numbers" if table.header else "facts dense" if table.dense else "facts"
+    kind = (
+        f"numbers{' lead' if table.lead else ''}"
+        if table.header
+        else "facts dense"
+        if table.dense
+        else "facts"
+    )
     return f"<div class=scroll><table class='{kind}'>{head if table.header else ''}<tbody>{body}</tbody></table></div>"
 
 

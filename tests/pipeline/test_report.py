@@ -97,10 +97,20 @@ def test_the_verdict_comes_first(digits, cifar10):
 
 def test_cifar10_stands_beside_the_paper(cifar10):
     markdown = cifar10[3].replace("\u00a0", " ")
-    assert "| Paper, Table 1, L_simple | 3.17 | 9.46 ± 0.11 | ≤ 3.75 | 50,000 |" in markdown
+    rows = [
+        "| ε, L_simple | 3.17 | 5.24 | 9.46 ± 0.11 | ≤ 3.75 |",
+        "| this run | 14.21 | – | 9.02 ± 0.21 | ≤ 4.52 |",
+        "| difference | +11.04 | – | −0.44 | +0.77 |",
+    ]
+    assert "\n".join(rows) in markdown, "this run stands below its own row"
+    assert "| μ̃, L, learned diagonal Σ | 23.69 | – | 7.28 ± 0.10 | – |" in markdown
+    assert "| ε, L, fixed isotropic Σ | 13.51 | – | 7.67 ± 0.13 | ≤ 3.70 |" in markdown
     assert "**Not comparable with the paper**: n = 512 images" in markdown
-    assert re.search(r"\| 1000 \| \S+ \| \S+ \| 1.77581 \| 0.95136 \|", markdown)
-    assert len(re.findall(r"^\| \d+00 \|", markdown, re.MULTILINE)) == 10
+    found = re.search(r"\| 1,000 \| (\S+) \| 1.77581 \| (\S+) \| (\S+) \| 0.95136 \| (\S+) \|", markdown)
+    rate, off, rmse, off_rmse = (float(number.replace("−", "-")) for number in found.groups())
+    assert (rate - 1.77581, rmse - 0.95136) == pytest.approx((off, off_rmse), abs=1.1e-5)
+    assert len(re.findall(r"^\| [\d,]*00 \|", markdown, re.MULTILINE)) == 10
+    assert "`train.steps` is 20,000, not 800,000" in markdown and "`model." not in markdown
     assert "35,746,307 parameters" in markdown
 
 
@@ -109,10 +119,12 @@ def test_other_images_stand_beside_reference_points_only(digits):
     assert "Table 1" not in markdown and "paper 3.17" not in markdown and "not comparable" not in markdown
     assert "The paper has no row for these images" in markdown
     rows = [
-        "| This run | 14.21 | 9.02 ± 0.21 | ≤ 4.52 | 512 |",
-        "| Test images | 31.00 | 9.30 ± 0.30 | – | 360 |",
+        "|  | This run | Test images | Gaussian | Noise |",
+        "| FID | 14.21 | 31.00 | 96.40 | 2,288.00 |",
+        "| IS | 9.02 ± 0.21 | 9.30 ± 0.30 | 3.10 | 1.20 |",
+        "| NLL, bits/dim | ≤ 4.52 | – | – | – |",
+        "| Images | 512 | 360 | 512 | 512 |",
     ]
-    rows += ["| Uniform noise | 2,288.00 | 1.20 | – | 512 |"]
     assert all(row in markdown for row in rows)
     assert "8.0% to 13.0% of the samples" in markdown
 
@@ -164,10 +176,8 @@ def test_what_was_run_is_said(digits):
 
 
 def test_the_full_training_is_projected_from_the_measured_rate(cifar10):
-    found = re.search(
-        r"Projected training time \| 800,000 steps at the measured ([\d.]+) steps/s: (\d+) h", cifar10[3]
-    )
-    assert found, "named as projected"
+    found = re.search(r"\| Training \| ([\d.]+) steps/s \| 800,000 steps \| (\d+) h \d\d min \|", cifar10[3])
+    assert found and "projected from the measured rates" in cifar10[3]
     rate, hours = float(found[1]), int(found[2])
     assert rate == pytest.approx(1500 / 128, rel=0.02) and hours == pytest.approx(
         800_000 / rate / 3600, abs=1
@@ -223,7 +233,9 @@ def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
     write_scores(folder, experiment, scores={"fid": 20.0}, reference_points={})
     (folder / "nll.json").unlink()
     _, markdown = write(experiment, run)
-    assert "| This run | 20.00 | – | – | 512 |" in markdown and "## Rate and distortion" not in markdown
+    assert (
+        "| FID | 20.00 |" in markdown and "| NLL" not in markdown and "## Rate and distortion" not in markdown
+    )
 
 
 def test_bad_scores_are_called_what_they_are(tmp_path, undrawn):
