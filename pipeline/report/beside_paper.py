@@ -8,7 +8,7 @@ from typing import Any
 from pipeline import config
 from pipeline.report import paper
 from pipeline.report.page import Block, Table, Text
-from pipeline.report.scores import cell, plain
+from pipeline.report.scores import FIRM, cell, plain
 from pipeline.report.source import Source
 
 COLUMNS = {"fid": "FID", "fid_test": "FID, test set", "is_mean": "IS", "nll_bpd": "NLL, bits/dim"}
@@ -21,12 +21,13 @@ def section(source: Source) -> list[Block]:
     mine, scores = paper.row_of(source.experiment.diffusion), source.metrics["scores"]
     rows: list[list[str]] = []
     strong, soft = set(), set()
+    apart = "difference" if source.is_comparable else "difference, across protocols"
     for row in paper.TABLES_1_AND_2:
-        rows.append([row.name, *(row.scores.get(key, "–") for key in COLUMNS)])
+        rows.append([row.name, *(row.scores.get(key, "–").replace(" ", FIRM) for key in COLUMNS)])
         if row is mine and scores:
             strong.add(len(rows))
             soft.add(len(rows) + 1)
-            rows += [_ours(scores), ["difference", *(difference(scores, row, key) for key in COLUMNS)]]
+            rows += [_ours(scores), [apart, *(difference(scores, row, key) for key in COLUMNS)]]
     if mine is None and scores:
         strong.add(len(rows))
         rows.append(_ours(scores))

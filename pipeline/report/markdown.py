@@ -9,7 +9,7 @@ from pipeline.report.page import Block, Cards, Code, Page, Pictures, Table, Text
 
 def to_markdown(page: Page) -> str:
     """Pictures are links to files beside it, named as the pictures are."""
-    parts = [f"# {page.title}", page.subtitle, f"**{page.verdict}**", *map(_markdown, page.head)]
+    parts = [f"# {page.title}", page.subtitle, f"> {page.verdict}", *map(_markdown, page.head)]
     for section in page.sections:
         parts += [f"## {section.title}", *map(_markdown, section.blocks)]
     return "\n\n".join(parts) + "\n"

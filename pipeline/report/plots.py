@@ -139,17 +139,23 @@ def _label(axis: Any) -> None:
     if axis.get_scale() == "log":
         axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
         narrow = high / low < 500
-        axis.set_minor_locator(LogLocator(subs=(2, 5) if narrow else ()))
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high / low < 30 else (2, 5) if narrow else ()))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: _short(value)))
     elif high >= 10_000:
         axis.set_major_formatter(EngFormatter(sep=""))
 
 
+def _short(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
+
+
 def _power(value: float) -> str:
     exponent = round(math.log10(value))
-    plain = -3 <= exponent <= 3
+    plain = -3 <= exponent <= 5
     return (
-        f"{value:g}" if plain else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        _short(value)
+        if plain
+        else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     )
 
 

@@ -57,7 +57,7 @@ def not_yet_useful(source: Source) -> str:
     ours = ", ".join(f"{name}{FIRM}{scores[key]:.4f}" for key, name in lines.items())
     line = ", ".join(f"{name}{FIRM}{paper.LMMSE[key]:.4f}" for key, name in lines.items())
     return (
-        "Not yet useful: the best linear denoiser, which needs no training, is not beaten "
+        "**Not yet useful**: the best linear denoiser, which needs no training, is not beaten "
         f"({ours}, against {line}). "
     )
 

@@ -6,6 +6,7 @@ COLOURS = {
     "ink": ("#1c2430", "#e4e8ee"),
     "soft": ("#5d6878", "#98a3b3"),
     "line": ("#dfe4ea", "#2d333d"),
+    "shade": ("#c9d1db", "#3c4450"),
     "run": ("#1769c2", "#6cb2ff"),
     "other": ("#c2570c", "#ffa657"),
     "good": ("#1a7f4b", "#56d08b"),
@@ -52,7 +53,12 @@ summary { cursor: pointer; color: var(--run); }
   white-space: nowrap; }
 .badge.good { color: var(--good); background: color-mix(in srgb, var(--good) 13%, transparent); }
 .badge.warn { color: var(--warn); background: color-mix(in srgb, var(--warn) 13%, transparent); }
-.scroll { overflow-x: auto; margin: 0 0 1.2rem; }
+/* The shadow at an edge says that a table goes on there; it is covered where the table ends. */
+.scroll { overflow-x: auto; margin: 0 0 1.2rem; background:
+  linear-gradient(to right, var(--paper) 40%, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) left / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) right / .8rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .9rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th:first-child { padding-left: 0; }
@@ -64,7 +70,8 @@ thead th { color: var(--soft); font-size: .82rem; }
 .facts td { overflow-wrap: anywhere; }
 .strong th, .strong td { font-weight: 650; color: var(--run); }
 .soft th, .soft td { color: var(--soft); }
-.strong th, .soft th { padding-left: 1.1rem; }
+.strong:has(+ .soft) th, .soft th { padding-left: 1.1rem; }
+.narrow { max-width: 34rem; }
 .lead td:nth-child(2) { font-weight: 650; color: var(--run); }
 .facts.dense, .dense tbody, .dense th, .dense td { display: block; }
 .dense tbody { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 45%), 1fr)); gap: 0 1.4rem; }
@@ -80,9 +87,9 @@ figure img { border-radius: .4rem; }
 figure svg text { font-family: inherit !important; }
 figcaption { color: var(--soft); font-size: .85rem; line-height: 1.45; margin-top: .5rem; }
 @media (max-width: 34rem) {
-  .numbers td, .numbers th { padding: .4rem 0 .4rem .5rem; font-size: .8rem; }
+  .numbers td, .numbers th { padding: .4rem 0 .4rem .55rem; font-size: .8rem; line-height: 1.4; }
   .numbers th:first-child { padding-left: 0; }
-  .numbers thead th:not(:first-child) { white-space: normal; }
+  .numbers td, .numbers thead th:not(:first-child) { white-space: normal; }
   .facts th { white-space: normal; }
 }
 @media print { nav { display: none; } section { break-inside: avoid-page; } }

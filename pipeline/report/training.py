@@ -63,11 +63,11 @@ def checkpoints(source: Source) -> list[Block]:
         f"{found['n']:,} samples of its {found['weights']} weights against the {found['reference']} split "
         f"(`{found['extractor']}`).{LADDER_NOTE if ladder else ''}"
     )
-    rows = [[f"{step:,}", f"{value:,.2f}"] for step, value in scores.items()]
-    chosen = frozenset({list(scores).index(best)})
-    # Steps that were not scored stay apart from those that were: the ladder is a table of its own.
-    tables: list[Block] = [Table(("Step", name), rows, chosen)]
-    if ladder:
-        theirs = [[f"{step:,}", f"{value:.2f}"] for step, value in ladder.items()]
-        tables.append(Table(("Step, published", "FID"), theirs))
-    return [Text(said), Pictures([plots.selection(scores, best, name, ladder)]), *tables]
+    columns = {f"{name}, this run": scores, **({f"{name}, published": ladder} if ladder else {})}
+    steps = sorted({step for column in columns.values() for step in column})
+    rows = [
+        [f"{step:,}", *(f"{column[step]:,.2f}" if step in column else "–" for column in columns.values())]
+        for step in steps
+    ]
+    table = Table(("Step", *columns), rows, frozenset({steps.index(best)}))
+    return [Text(said), Pictures([plots.selection(scores, best, name, ladder)]), table]

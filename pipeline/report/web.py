@@ -81,13 +81,11 @@ def _html_table(table: Table) -> str:
 
     head = f"<thead><tr>{''.join(f'<th>{_inline(h)}</th>' for h in table.header)}</tr></thead>"
     body = "".join(row(number, cells) for number, cells in enumerate(table.rows))
-    kind = (
-        f"numbers{' lead' if table.lead else ''}"
-        if table.header
-        else "facts dense"
-        if table.dense
-        else "facts"
-    )
+    if table.header:
+        narrow, lead = " narrow" if len(table.header) <= 3 else "", " lead" if table.lead else ""
+        kind = f"numbers{narrow}{lead}"
+    else:
+        kind = "facts dense" if table.dense else "facts"
     return f"<div class=scroll><table class='{kind}'>{head if table.header else ''}<tbody>{body}</tbody></table></div>"
 
 
