@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import subprocess
@@ -378,16 +379,31 @@ def sync(name: str, cluster: ClusterConfig) -> str:
     """Deliver a run directory to the tracking server; returns what was done, in a line."""
     from pipeline import tracking
 
-    path = run_directory(name, storage_root(cluster))
-    experiment = config.load_experiment(str(path / "experiment.yaml"), [])
-    data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
-    run = Run(
-        path.parent, experiment.name, experiment.data.source, data_key, config.run_key(experiment, data_key)
-    )
+    experiment, run = opened(run_directory(name, storage_root(cluster)))
     uri = cluster.tracking_uri or tracking.default_uri(run.storage)
     tracking.check(uri)
     with exclusive(run.path):
         return tracking.sync(uri, experiment.name, experiment, run)
+
+
+def opened(path: Path) -> tuple[Experiment, Run]:
+    """What a run directory is of, as the last command on it had it."""
+    try:
+        experiment = config.load_experiment(str(path / "experiment.yaml"), [])
+    except PipelineError as error:
+        raise PipelineError(f"{path / 'experiment.yaml'} cannot be read: {error}") from error
+    data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
+    key = config.run_key(experiment, data_key)
+    return experiment, Run(path.parent, experiment.name, experiment.data.source, data_key, key)
+
+
+def run_directories(name: str, root: Path) -> list[Path]:
+    """Every run that `name` means: a path, a name in the storage root, or how several names there begin."""
+    if not (root / name / "experiment.yaml").is_file():
+        beginning = sorted(path.parent for path in root.glob(f"{glob.escape(name)}*/experiment.yaml"))
+        if beginning:
+            return beginning
+    return [run_directory(name, root)]
 
 
 def run_directory(name: str, root: Path) -> Path:

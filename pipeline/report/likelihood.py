@@ -38,7 +38,7 @@ def rate_distortion(source: Source) -> list[Block]:
     blocks: list[Block] = [Text(said), *([Pictures([drawn], wide=True)] if drawn else [])]
     # Our own panels add the paper's points; without these they would be the figure once more.
     if beside or not drawn:
-        blocks.append(Pictures(plots.rate_distortion(rows, beside)))
+        blocks.append(Pictures(plots.rate_distortion(rows, beside), small=True))
     return [
         *blocks,
         *([*_end(rows[-1]), Text("The paper's Table 4:")] if beside else []),
@@ -85,4 +85,4 @@ def schedule(source: Source) -> list[Block]:
     said = (
         f"`{d.beta_schedule}`, T = {d.timesteps:,}; at t = T the image keeps ᾱ = {alpha_bar[-1].item():.2e}."
     )
-    return [Text(said), Pictures(plots.schedule(beta.tolist(), alpha_bar.tolist()))]
+    return [Text(said), Pictures(plots.schedule(beta.tolist(), alpha_bar.tolist()), small=True)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import yaml
-
 from pipeline.checkpoint import new_network
 from pipeline.config import Experiment
 from pipeline.progress import duration
@@ -16,8 +14,7 @@ TIMED = ("shard", "train", "sample", "evaluate", "figures")
 
 
 def section(source: Source) -> list[Block]:
-    tree = yaml.safe_load(source.files["experiment"].read_text()) if "experiment" in source.files else {}
-    made = tree.get("made_with") or {}
+    made = source.made_with
     rows = [("Network", f"{source.experiment.model.name}, {_parameters(source.experiment):,} parameters")]
     rows += [("Commit", f"`{made['commit']}`")] if made.get("commit") else []
     rows += [("Hardware", str(made["hardware"]))] if made.get("hardware") else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.report.page import Block, Cards, Code, Page, Pictures, Table, Text
+from pipeline.report.page import Block, Cards, Code, Matrix, Page, Picture, Pictures, Table, Text
 
 
 def to_markdown(page: Page) -> str:
@@ -26,8 +26,21 @@ def _markdown(block: Block) -> str:
             return _markdown_table(header or ("", ""), rows)
         case Pictures(pictures):
             return "\n\n".join(f"![{p.caption}]({p.name})\n\n*{p.caption}*" for p in pictures)
+        case Matrix():
+            return _markdown_matrix(block)
         case Code(summary, text):
             return f"{summary}:\n\n```yaml\n{text.rstrip()}\n```"
+
+
+def _markdown_matrix(matrix: Matrix) -> str:
+    def cell(pictures: Sequence[Picture]) -> str:
+        return " ".join(f"![{picture.caption}]({picture.name})" for picture in pictures) or "–"
+
+    rows = [
+        [row, *(cell(matrix.cells.get((i, j), ())) for j in range(len(matrix.columns)))]
+        for i, row in enumerate(matrix.rows)
+    ]
+    return _markdown_table((f"{matrix.down} \\ {matrix.across}", *matrix.columns), rows)
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

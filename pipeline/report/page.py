@@ -1,12 +1,12 @@
 """A page of words, tables and pictures, written twice: one self-contained HTML file, and its Markdown twin.
 
-Text may hold `code` and **strong** words. Pictures are PNG or SVG; an SVG drawn in the light colours of
-`style.COLOURS` follows the reader's theme in the HTML.
+Text may hold `code`, **strong** words and [links](to a file beside the page). Pictures are PNG or SVG; an SVG
+drawn in the light colours of `style.COLOURS` follows the reader's theme in the HTML.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -54,10 +54,28 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Panels share a row where there is room; a wide picture has one of its own."""
+    """Panels share a row where there is room, small ones by three; a wide picture has one of its own."""
 
     pictures: Sequence[Picture]
     wide: bool = False
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Pictures in rows and columns; `across` and `down` are what the columns and the rows are values of, `cells`
+    the pictures of (row, column). Captions are shown where their place does not say it all."""
+
+    across: str
+    down: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    cells: Mapping[tuple[int, int], Sequence[Picture]]
+    captions: bool
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [picture for spot in sorted(self.cells) for picture in self.cells[spot]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Code:
     text: str
 
 
-Block = Text | Cards | Table | Pictures | Code
+Block = Text | Cards | Table | Pictures | Matrix | Code
 
 
 @dataclass(frozen=True)
@@ -86,4 +104,6 @@ class Page:
     @property
     def pictures(self) -> list[Picture]:
         blocks = [*self.head, *(block for section in self.sections for block in section.blocks)]
-        return [picture for block in blocks if isinstance(block, Pictures) for picture in block.pictures]
+        return [
+            picture for block in blocks if isinstance(block, Pictures | Matrix) for picture in block.pictures
+        ]

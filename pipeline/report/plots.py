@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.report.page import Picture
-from pipeline.report.style import COLOURS
+from pipeline.report.style import COLOURS, SERIES
 
 SIZE, SMALL = (4.6, 2.9), (3.3, 2.5)  # inches: two and three to a row, one on a phone
 MOST_POINTS = 1500
@@ -109,6 +109,41 @@ def bars(name: str, title: str, heights: Sequence[float], *, x: str, caption: st
         axes.grid(axis="x", visible=False)
 
     return _picture(name, title, x, caption, draw)
+
+
+def ranked(name: str, title: str, values: Sequence[tuple[str, float]], caption: str) -> Picture:
+    """A bar for each named value, in order from the top, the first one standing out."""
+
+    def draw(axes: Any) -> None:
+        places, (labels, widths) = range(len(values)), zip(*values, strict=True)
+        bars = axes.barh(places, widths, color=COLOURS["run"][0], height=0.62)
+        for bar in bars[1:]:
+            bar.set_alpha(0.4)
+        axes.set_yticks(places, labels)
+        axes.bar_label(bars, fmt="{:,.2f}", padding=3, fontsize=8, color=COLOURS["ink"][0])
+        axes.invert_yaxis()
+        axes.margins(x=0.14)
+        axes.grid(axis="y", visible=False)
+
+    return _picture(name, title, "", caption, draw, (SIZE[0], 0.9 + 0.3 * len(values)))
+
+
+def losses(name: str, title: str, runs: Sequence[tuple[str, int, Sequence[dict[str, Any]]]]) -> Picture:
+    """(label, place, points of log.jsonl) of each run; a run keeps the colour of its place in every panel."""
+
+    def draw(axes: Any) -> None:
+        for label, place, points in runs:
+            seen = [(p["step"], p["metrics"]["train/loss"]) for p in points if "train/loss" in p["metrics"]]
+            x, y = zip(*seen, strict=True)
+            dashes = ("-", "--", ":", "-.")[place // len(SERIES) % 4]
+            colour = COLOURS[SERIES[place % len(SERIES)]][0]
+            every = max(1, len(x) // MOST_POINTS)
+            axes.plot(x[::every], smooth(y)[::every], label=label, color=colour, linestyle=dashes)
+        axes.set_yscale("log")
+        axes.figure.legend(loc="outside lower left", ncols=2 if len(runs) > 3 else 1, fontsize=8)
+
+    several = 0.17 * (len(runs) if len(runs) <= 3 else -(-len(runs) // 2))
+    return _picture(name, title, "step", "Training loss, smoothed", draw, (SIZE[0], SIZE[1] + several))
 
 
 def _picture(

@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
+import yaml
+
+from pipeline import config, selection
 from pipeline.config import Experiment
 from pipeline.report.page import Block, Text
 from pipeline.rundir import MANIFEST, Run, read_json, sha256_of
@@ -36,8 +38,7 @@ class Source:
             "spent": run.path / "spent.json",
         }
         if e.evaluate.checkpoints:
-            folder = run.path / "selection" / config.selection_key(e, run.run_key)
-            found["selection"] = folder / "selection.json"
+            found["selection"] = selection.file(e, run)
         for weights, twin in config.beside(e).items():
             folder = run.evaluation(config.evaluate_key(twin, run.run_key))
             found[f"metrics {weights}"] = folder / "metrics.json"
@@ -52,6 +53,12 @@ class Source:
         """Seconds by stage; without this stage's own, which is known only after it."""
         path = self.run.path / "timings.json"
         return {k: v for k, v in read_json(path).items() if k != "report"} if path.exists() else {}
+
+    @cached_property
+    def made_with(self) -> dict[str, Any]:
+        """Commit, versions, hardware, as experiment.yaml has them."""
+        tree = yaml.safe_load(self.files["experiment"].read_text()) if "experiment" in self.files else {}
+        return tree.get("made_with") or {}
 
     @cached_property
     def digest(self) -> str:

@@ -6,12 +6,15 @@ COLOURS = {
     "ink": ("#1c2430", "#e4e8ee"),
     "soft": ("#5d6878", "#98a3b3"),
     "line": ("#dfe4ea", "#2d333d"),
-    "shade": ("#c9d1db", "#3c4450"),
     "run": ("#1769c2", "#6cb2ff"),
     "other": ("#c2570c", "#ffa657"),
     "good": ("#1a7f4b", "#56d08b"),
     "warn": ("#9a6200", "#e3b341"),
+    "violet": ("#7446b8", "#b89cf5"),
+    "pink": ("#b42d68", "#f58ab4"),
+    "teal": ("#0d7580", "#4fcbd6"),
 }
+SERIES = ("run", "other", "good", "violet", "pink", "teal", "warn", "soft")  # of several runs, in order
 
 
 def style() -> str:
@@ -57,8 +60,8 @@ summary { cursor: pointer; color: var(--run); }
 .scroll { overflow-x: auto; margin: 0 0 1.2rem; background:
   linear-gradient(to right, var(--paper) 40%, transparent) left / 2rem 100% no-repeat local,
   linear-gradient(to left, var(--paper) 40%, transparent) right / 2rem 100% no-repeat local,
-  linear-gradient(to right, var(--shade), transparent) left / .8rem 100% no-repeat scroll,
-  linear-gradient(to left, var(--shade), transparent) right / .8rem 100% no-repeat scroll; }
+  linear-gradient(to right, var(--line), transparent) left / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--line), transparent) right / .8rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .42rem .9rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th:first-child { padding-left: 0; }
@@ -78,6 +81,14 @@ thead th { color: var(--soft); font-size: .82rem; }
 .dense tr { border-bottom: 1px solid var(--line); padding: .5rem 0; }
 .dense th, .dense td { border: 0; padding: 0; white-space: normal; }
 .dense th { font-size: .82rem; }
+.matrix td { max-width: 15rem; }
+.matrix td, .matrix thead th { padding: .3rem .4rem; border: 0; min-width: 8.5rem; font-weight: 500; }
+.matrix tbody th { color: var(--ink); vertical-align: middle; border: 0; padding-right: .6rem; }
+.matrix thead th:first-child { min-width: 0; width: 1%; font-weight: 400; }
+.matrix figure { margin: 0; }
+.matrix { width: 100%; }
+.matrix.plain figcaption { display: none; }
+.matrix img { image-rendering: pixelated; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.2rem 1.6rem; }
 .panels.three { grid-template-columns: repeat(auto-fill, minmax(min(16.5rem, 100%), 1fr)); }
 .wide figure { max-width: 44rem; }

@@ -28,7 +28,10 @@ def section(source: Source) -> list[Block]:
     blocks: list[Block] = [Text(said), Pictures(plots.training(source.points))]
     grids = _shown_grids(source)
     if grids:
-        blocks += [Text("EMA samples from the same noise, as training went on:"), Pictures(grids)]
+        blocks += [
+            Text("EMA samples from the same noise, as training went on:"),
+            Pictures(grids, small=len(grids) == 3),
+        ]
     return blocks
 
 

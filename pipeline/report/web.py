@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from pipeline.report.page import Block, Card, Cards, Code, Page, Picture, Pictures, Table, Text
+from pipeline.report.page import Block, Card, Cards, Code, Matrix, Page, Picture, Pictures, Table, Text
 from pipeline.report.style import COLOURS, style
 
 
@@ -53,9 +53,11 @@ def _html(block: Block) -> str:
             return f"<div class=cards>{''.join(map(_card, cards))}</div>"
         case Table():
             return _html_table(block)
-        case Pictures(pictures, wide):
-            kind = "wide" if wide else "panels three" if len(pictures) == 3 else "panels"
+        case Pictures(pictures, wide, small):
+            kind = "wide" if wide else "panels three" if small else "panels"
             return f"<div class='{kind}'>{''.join(map(_figure, pictures))}</div>"
+        case Matrix():
+            return _matrix(block)
         case Code(summary, text):
             return f"<details><summary>{_inline(summary)}</summary><pre>{html.escape(text)}</pre></details>"
 
@@ -89,6 +91,21 @@ def _html_table(table: Table) -> str:
     return f"<div class=scroll><table class='{kind}'>{head if table.header else ''}<tbody>{body}</tbody></table></div>"
 
 
+def _matrix(matrix: Matrix) -> str:
+    head = "".join(f"<th scope=col>{_inline(column)}</th>" for column in matrix.columns)
+    body = ""
+    for i, row in enumerate(matrix.rows):
+        spots = (matrix.cells.get((i, j), ()) for j in range(len(matrix.columns)))
+        cells = "".join(f"<td>{''.join(map(_figure, pictures)) or '–'}</td>" for pictures in spots)
+        body += f"<tr><th scope=row>{_inline(row)}</th>{cells}</tr>"
+    captions = "" if matrix.captions else " plain"
+    corner = f"{_inline(matrix.down)} ↓ {_inline(matrix.across)} →"
+    return (
+        f"<div class=scroll><table class='matrix{captions}'><thead><tr><th>{corner}</th>{head}</tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
 def _cells(cells: Sequence[str]) -> str:
     return "".join(f"<td>{_inline(cell)}</td>" for cell in cells)
 
@@ -116,6 +133,7 @@ def _themed(picture: Picture) -> str:
 
 def _inline(text: str) -> str:
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = re.sub(r"\[([^\]]+)\]\(([^)\s\"]+)\)", r'<a href="\2">\1</a>', text)
     return re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
 
 

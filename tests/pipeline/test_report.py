@@ -6,16 +6,18 @@ import re
 import shutil
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
-from pipeline import config, report, rundir
-from pipeline.report import page, pictures
+from pipeline import config, report, rundir, selection
+from pipeline.report import page, paper, pictures
 from pipeline.report.style import COLOURS
 from pipeline.report.web import to_html
 
+ROOT = Path(__file__).parents[2]
 CIFAR10 = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
 
 
@@ -259,3 +261,157 @@ def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
     Image.new("L", (300, 20), 7).save(tmp_path / "small.png")
     with Image.open(BytesIO(pictures.enlarged(tmp_path / "small.png"))) as image:
         assert image.size == (1200, 80) and image.getextrema() == (7, 7)
+
+
+# Beside the paper
+
+
+def change_scores(experiment, run, **changed) -> None:
+    """Overwrite parts of metrics.json: scores and protocol are added to, all else replaced."""
+    file = run.evaluation(config.evaluate_key(experiment, run.run_key)) / "metrics.json"
+    metrics = rundir.read_json(file)
+    parts = {name: metrics[name] | changed.pop(name, {}) for name in ("scores", "protocol")}
+    rundir.write_json(file, metrics | parts | changed)
+
+
+def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
+    files = [f for f in (ROOT / "conf").glob("cifar10_*.yaml") if re.match("# Tables? [12]", f.read_text())]
+    assert len(files) == 5, "all but L_simple itself"
+    for file in files:
+        comments = "".join(line for line in file.open() if line.startswith("#"))
+        experiment = config.load_experiment(str(file), [])
+        row, text = paper.row_of(experiment.diffusion), comments.replace("+-", "±").replace("<=", "≤")
+        printed = [row.scores[key] for key in ("fid", "is_mean", "nll_bpd") if key in row.scores]
+        assert all(number in text for number in printed) and bool(printed) != ("FID -" in text), file.name
+    cifar10 = config.to_dict(config.load_experiment("cifar10", []))
+    for section, recipe in paper.RECIPE.items():
+        assert recipe == {key: cifar10[section][key] for key in recipe}
+    assert len({id(row) for row in paper.TABLES_1_AND_2}) == 6
+    assert paper.row_of(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
+
+
+def test_a_run_stands_below_the_row_of_its_objective(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10_vlb_mean_fixed", CIFAR10)
+    markdown = write(experiment, run)[1].replace("\u00a0", " ")
+    row = "| μ̃, L, fixed isotropic Σ | 13.22 | – | 8.06 ± 0.09 | – |\n| this run | 14.21 |"
+    assert row in markdown and markdown.count("| this run | 14.21") == 1
+
+
+def test_an_objective_without_a_row_is_said_to_have_none(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10_cosine", CIFAR10)
+    change_scores(experiment, run, scores={"rate_bpd": 9.0, "rmse": 9.0})
+    markdown = write(experiment, run)[1]
+    assert "**Trained otherwise than in the paper**: `diffusion.timesteps` is 4,000, not 1,000" in markdown
+    assert "0.95136" not in markdown, "Table 4 is of another chain"
+    assert "Not yet useful" not in markdown, "and so is the line"
+    experiment, run = make_run(tmp_path, "cifar10_cosine_hybrid", CIFAR10)
+    markdown = write(experiment, run)[1]
+    assert "**The paper has no row for this objective.**" in markdown and "difference" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("rate", "rmse", "variance", "useful"),
+    [
+        (2.4527, 1.1034, "fixedlarge", True),
+        (2.4528, 1.1034, "fixedlarge", False),
+        (2.4527, 1.1035, "fixedlarge", False),
+        (9.0, 1.1034, "fixedsmall", True),  # its rate has another line
+        (1.0, 1.1036, "fixedsmall", False),
+    ],
+)
+def test_a_network_that_does_not_beat_the_linear_denoiser_is_not_yet_useful(
+    tmp_path, undrawn, rate, rmse, variance, useful
+):
+    experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
+    change_scores(
+        experiment, run, scores={"rate_bpd": rate, "rmse": rmse}, protocol={"nll_variance": variance}
+    )
+    html, markdown = write(experiment, run)
+    assert ("\n> **Not yet useful**: the best linear denoiser" in markdown) is not useful
+    assert ("<p class=verdict><strong>Not yet useful</strong>" in html) is not useful
+
+
+def test_digits_are_not_held_against_the_linear_denoiser_of_cifar10(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path)
+    change_scores(experiment, run, scores={"rate_bpd": 9.0, "rmse": 9.0})
+    assert "Not yet useful" not in write(experiment, run)[1]
+
+
+def test_every_score_that_is_there_is_shown(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path)
+    more = {
+        "fid_test": 16.3,
+        "is_shuffled_mean": 8.9,
+        "is_shuffled_std": 0.1,
+        "kid_mean": 0.00432,
+        "kid_std": 0.0004,
+    }
+    change_scores(experiment, run, scores={**more, "precision": 0.61, "recall": 0.42})
+    markdown = write(experiment, run)[1].replace("\u00a0", " ")
+    for row in (
+        "FID, test set | 16.30",
+        "IS, shuffled | 8.90 ± 0.10",
+        "KID | 0.00432 ± 0.00040",
+        "Precision | 0.610",
+    ):
+        assert f"| {row} | – |" in markdown
+    assert "| Recall | 0.420 |" in markdown
+
+
+CHOOSING = ("evaluate.checkpoints=every:10000", "sample.batch_size=500")
+
+
+def choose(experiment, run) -> None:
+    scores = [
+        {"step": step, "fid": fid, "evaluation": "-"} for step, fid in ((10_000, 17.25), (20_000, 16.5))
+    ]
+    content = {"metric": "fid", "n": 5000, "weights": "ema", "extractor": "inception", "reference": "train"}
+    rundir.write_json(selection.file(experiment, run), content | {"best": 20_000, "scores": scores})
+
+
+def test_checkpoints_stand_beside_the_published_ladder(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10", (*CIFAR10, *CHOOSING))
+    assert "The checkpoints are not scored yet" in write(experiment, run)[1]
+    choose(experiment, run)
+    assert not report.is_done(experiment, run), "a selection is something it shows"
+    markdown = write(experiment, run)[1]
+    assert (
+        "**Step 20,000 has the best FID, 16.50**, of 2 checkpoints, each scored on 5,000 samples" in markdown
+    )
+    for row in ("10,000 | 17.25 | –", "20,000 | 16.50 | –", "46,800 | – | 9.16", "796,000 | – | 3.19"):
+        assert f"| {row} |" in markdown
+
+
+def test_other_images_have_no_published_ladder(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "digits", ("evaluate.checkpoints=every:200",))
+    choose(experiment, run)
+    section = write(experiment, run)[1].split("## Checkpoints")[1].split("\n## ")[0]
+    assert "| 20,000 | 16.50 |" in section and "published" not in section
+
+
+def test_both_weights_stand_side_by_side(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10", (*CIFAR10, "evaluate.beside=true"))
+    assert "The other weights are not scored yet" in write(experiment, run)[1]
+    (twin,) = config.beside(experiment).values()
+    write_scores(
+        run.evaluation(config.evaluate_key(twin, run.run_key)), twin, scores={"fid": 44.4, "is_mean": 5.0}
+    )
+    assert not report.is_done(experiment, run), "the other weights' scores are something it shows"
+    markdown = write(experiment, run)[1].replace("\u00a0", " ")
+    assert "| EMA | 14.21 | 9.02 ± 0.21 | ≤ 4.52 |\n| raw | 44.40 | 5.00 | – |" in markdown
+    assert "12.1 raw and 3.2 averaged" in markdown
+
+
+def test_sampling_and_bound_are_projected_from_what_they_took(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
+    chains = {"50": {"images": 10, "seconds": 99.0}, "250": {"images": 500, "seconds": 1000.0}}
+    rundir.write_json(
+        run.path / "spent.json", {"samples": chains, "NLL": {"250": {"images": 100, "seconds": 360.0}}}
+    )
+    markdown = write(experiment, run)[1]
+    # 2 s an image of 250 steps, so 8 s of 1,000: 50,000 take 111 h 6 min.
+    assert (
+        "| Sampling | 0.50 images/s of 250 steps | 50,000 images of 1,000 steps | 111 h 06 min |" in markdown
+    )
+    assert "| NLL bound | 0.28 images/s | 10,000 images | 10 h 00 min |" in markdown
+    assert "no price is assumed" in markdown
