@@ -38,12 +38,12 @@ class Metric:
 
 METRICS = {
     "fid": Metric("fid", False, AGAINST),
-    "fid_test": Metric("fid_test", False, IMAGES),
+    "fid_test": Metric("fid_test", False, (*IMAGES, "fid_test_images")),
     "is": Metric("is_mean", True, (*IMAGES, "splits")),
     "is_shuffled": Metric("is_shuffled_mean", True, (*IMAGES, "splits")),
-    "kid": Metric("kid_mean", False, AGAINST),
-    "precision": Metric("precision", True, AGAINST),
-    "recall": Metric("recall", True, AGAINST),
+    "kid": Metric("kid_mean", False, (*AGAINST, "kid")),
+    "precision": Metric("precision", True, (*AGAINST, "prc")),
+    "recall": Metric("recall", True, (*AGAINST, "prc")),
     "nll": Metric("nll_bpd", False, BOUND),
 }
 

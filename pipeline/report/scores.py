@@ -19,13 +19,13 @@ SCORES = {
     "recall": ("Recall", 3), "as_asked": ("Of the class asked for", 3), "nll_bpd": ("NLL, bits/dim", 2),
 }  # fmt: skip
 PROTOCOL = {
-    "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as",
-    "weights": "Weights", "sampler": "Sampler", "steps": "Sampling steps", "eta": "eta",
-    "variance": "Sampling variance", "rounding": "Rounding to uint8",
-    "reference": "Reference", "reference_images": "Reference images", "extractor": "Feature extractor",
-    "features": "Feature width", "splits": "Splits of the IS", "nll_images": "Test images in the NLL",
-    "test_images": "Test images", "nll_variance": "Variance in the NLL", "decoder": "Decoder",
-    "batch_size": "Images per sampling unit", "seed": "Seed",
+    "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as", "weights": "Weights",
+    "sampler": "Sampler", "steps": "Sampling steps", "eta": "eta", "variance": "Sampling variance",
+    "rounding": "Rounding to uint8", "reference": "Reference", "reference_images": "Reference images",
+    "fid_test_images": "Test images in FID, test set", "extractor": "Feature extractor",
+    "features": "Feature width", "splits": "Splits of the IS", "kid": "KID", "prc": "Precision and recall",
+    "nll_images": "Test images in the NLL", "test_images": "Test images", "nll_variance": "Variance in the NLL",
+    "decoder": "Decoder", "batch_size": "Images per sampling unit", "seed": "Seed",
 }  # fmt: skip
 
 
