@@ -216,7 +216,7 @@ def _training(runs: Sequence[Entry]) -> list[Block]:
         if len(trees) > 1
         else "Loss of all runs, smoothed; they have the same objective."
     )
-    return [Text(said), Pictures(drawn, wide=len(drawn) == 1)]
+    return [Text(said), Pictures(drawn)]
 
 
 def _objective(entry: Entry) -> dict[str, Any]:

@@ -94,6 +94,8 @@ thead th { color: var(--soft); font-size: .82rem; }
 .wide figure { max-width: 44rem; }
 figure { margin: 0 0 1rem; min-width: 0; }
 figure svg, figure img { display: block; width: 100%; height: auto; }
+figure .scroll { margin: 0; }
+figure .scroll svg { min-width: 36rem; }
 figure img { border-radius: .4rem; }
 figure svg text { font-family: inherit !important; }
 figcaption { color: var(--soft); font-size: .85rem; line-height: 1.45; margin-top: .5rem; }

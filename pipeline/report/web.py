@@ -55,7 +55,7 @@ def _html(block: Block) -> str:
             return _html_table(block)
         case Pictures(pictures, wide, small):
             kind = "wide" if wide else "panels three" if small else "panels"
-            return f"<div class='{kind}'>{''.join(map(_figure, pictures))}</div>"
+            return f"<div class='{kind}'>{''.join(_figure(picture, wide) for picture in pictures)}</div>"
         case Matrix():
             return _matrix(block)
         case Code(summary, text):
@@ -110,10 +110,11 @@ def _cells(cells: Sequence[str]) -> str:
     return "".join(f"<td>{_inline(cell)}</td>" for cell in cells)
 
 
-def _figure(picture: Picture) -> str:
+def _figure(picture: Picture, wide: bool = False) -> str:
     caption = f"<figcaption>{_inline(picture.caption)}</figcaption>"
     if PurePath(picture.name).suffix == ".svg":
-        return f"<figure class=plot>{_themed(picture)}{caption}</figure>"
+        plot = f"<div class=scroll>{_themed(picture)}</div>" if wide else _themed(picture)
+        return f"<figure class=plot>{plot}{caption}</figure>"
     data = base64.b64encode(picture.data).decode()
     alt = html.escape(picture.caption, quote=True)
     return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}">{caption}</figure>'
