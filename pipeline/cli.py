@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     _cluster_option(status)
     _import_command(commands)
     _export_command(commands)
+    _compare_command(commands)
     sync = _add(commands, "sync", "deliver to the tracking server what it has not got", _sync)
     sync.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
     sync.add_argument("overrides", nargs="*", metavar="cluster.key=value")
@@ -109,6 +110,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(doctor)
     return parser
+
+
+def _compare_command(commands: Any) -> None:
+    command = _add(commands, "compare", "a report over several runs", _compare)
+    command.add_argument(
+        "arguments",
+        nargs="+",
+        metavar="RUN",
+        help="a run directory, its name in the storage root, or how the names of several begin",
+    )
+    command.add_argument(
+        "--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."
+    )
+    _cluster_option(command)
 
 
 def _import_command(commands: Any) -> None:
@@ -249,6 +264,26 @@ def _status(options: Any) -> int:
     from pipeline import status
 
     print(status.table(Path(_cluster_only(options).storage).expanduser().absolute()))
+    return 0
+
+
+def _compare(options: Any) -> int:
+    from pipeline import config, stages
+    from pipeline.report import compare
+
+    if options.metric not in compare.METRICS:
+        hint = config.suggestion(options.metric, compare.METRICS)
+        raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(compare.METRICS)}")
+    where = [word for word in options.arguments if word.startswith("cluster.")]
+    root = stages.storage_root(_load_cluster(options.cluster, where))
+    names = [word for word in options.arguments if word not in where]
+    paths = dict.fromkeys(path for name in names for path in stages.run_directories(name, root))
+    if len(paths) < 2:
+        found = f"only {next(iter(paths)).name}" if paths else "no run"
+        raise ConfigError(f"compare needs two runs or more, and {found} is named")
+    entries = compare.entries_of(stages.opened(path) for path in paths)
+    folder = compare.place(root, entries, options.metric)
+    say(f"comparison: {compare.write(entries, folder, 'Comparison', options.metric)}")
     return 0
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run, write_text
-from pipeline.worker import GIB, Unit, WorkerContext, local_context
+from pipeline.worker import GIB, Spent, Unit, WorkerContext, local_context
 
 POLL_SECONDS = 0.5
 
@@ -119,7 +119,7 @@ class Session:
     """
 
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
-        self.cluster, self.interrupted = cluster, interrupted
+        self.cluster, self.interrupted, self.spent = cluster, interrupted, Spent()
 
     def __enter__(self) -> Session:
         _start_ray(self.cluster.ray_address)
@@ -220,8 +220,9 @@ class Session:
                 in_flight[task.remote(unit, self.cluster.cpus_per_task)] = unit
             finished, _ = ray.wait(list(in_flight), timeout=POLL_SECONDS)
             for reference in finished:
-                _result(reference, in_flight[reference])
-                done(in_flight.pop(reference))
+                unit = in_flight.pop(reference)
+                self.spent.add(unit, _result(reference, unit))
+                done(unit)
             if self.interrupted():
                 for reference in in_flight:
                     ray.cancel(reference, force=True)
@@ -258,12 +259,12 @@ def _last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _result(reference: Any, unit: Unit) -> None:
-    """Raise what the unit raised, in a user's words where the user can help it."""
+def _result(reference: Any, unit: Unit) -> float:
+    """The seconds that the unit took; or raise what it raised, in a user's words where the user can help it."""
     import ray
 
     try:
-        ray.get(reference)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, PipelineError):
             raise error.cause from None
@@ -277,9 +278,9 @@ def _result(reference: Any, unit: Unit) -> None:
 # What runs on the workers
 
 
-def _run_unit(unit: Unit, cpus: int) -> None:
+def _run_unit(unit: Unit, cpus: int) -> float:
     torch.set_num_threads(cpus)
-    unit.body(local_context(cpus), *unit.args)
+    return unit.run(local_context(cpus))
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
-from pipeline.worker import GIB, Executor, InProcess, Unit, local_context
+from pipeline.worker import GIB, Executor, InProcess, Spent, Unit, local_context
 
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
@@ -230,7 +231,10 @@ class _Work:
                 done += unit.images
                 shown.update(done)
 
-            executor.map_units(units, finished)
+            try:
+                executor.map_units(units, finished)
+            finally:
+                _note_spent(self.run, self.experiment, executor.spent)
         self._leave_if_interrupted()
 
     def _leave_if_interrupted(self) -> None:
@@ -348,6 +352,19 @@ def _note_timing(run: Run, stage: str, seconds: float) -> None:
     write_json(path, {**timings, stage: timings.get(stage, 0.0) + seconds})
 
 
+def _note_spent(run: Run, experiment: Experiment, spent: Spent) -> None:
+    """Images and worker seconds by kind of unit and by the length of the sampling chain, summed over commands;
+    `spent` starts again from nothing."""
+    path = run.path / "spent.json"
+    noted = read_json(path) if path.exists() else {}
+    chain = str(experiment.sample.steps or experiment.diffusion.timesteps)
+    for kind, new in spent.by_kind.items():
+        known = noted.setdefault(kind, {}).setdefault(chain, {"images": 0, "seconds": 0.0})
+        noted[kind][chain] = {name: known[name] + new[name] for name in known}
+    spent.by_kind.clear()
+    write_json(path, noted)
+
+
 def whereabouts(run: Run, cluster: ClusterConfig) -> list[tuple[str, str]]:
     """What a command ends by naming."""
     from pipeline import tracking
@@ -362,16 +379,31 @@ def sync(name: str, cluster: ClusterConfig) -> str:
     """Deliver a run directory to the tracking server; returns what was done, in a line."""
     from pipeline import tracking
 
-    path = run_directory(name, storage_root(cluster))
-    experiment = config.load_experiment(str(path / "experiment.yaml"), [])
-    data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
-    run = Run(
-        path.parent, experiment.name, experiment.data.source, data_key, config.run_key(experiment, data_key)
-    )
+    experiment, run = opened(run_directory(name, storage_root(cluster)))
     uri = cluster.tracking_uri or tracking.default_uri(run.storage)
     tracking.check(uri)
     with exclusive(run.path):
         return tracking.sync(uri, experiment.name, experiment, run)
+
+
+def opened(path: Path) -> tuple[Experiment, Run]:
+    """What a run directory is of, as the last command on it had it."""
+    try:
+        experiment = config.load_experiment(str(path / "experiment.yaml"), [])
+    except PipelineError as error:
+        raise PipelineError(f"{path / 'experiment.yaml'} cannot be read: {error}") from error
+    data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
+    key = config.run_key(experiment, data_key)
+    return experiment, Run(path.parent, experiment.name, experiment.data.source, data_key, key)
+
+
+def run_directories(name: str, root: Path) -> list[Path]:
+    """Every run that `name` means: a path, a name in the storage root, or how several names there begin."""
+    if not (root / name / "experiment.yaml").is_file():
+        beginning = sorted(path.parent for path in root.glob(f"{glob.escape(name)}*/experiment.yaml"))
+        if beginning:
+            return beginning
+    return [run_directory(name, root)]
 
 
 def run_directory(name: str, root: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,13 +21,32 @@ GIB = 2**30
 class Unit:
     """A piece of work that is complete or absent: `body(ctx, *args)` writes its result atomically.
 
-    `body` is a module-level function; `name` is shown when it fails; `images` is its share of the progress.
+    `body` is a module-level function; `name` opens with what it makes and is shown when it fails; `images` is
+    its share of the progress.
     """
 
     body: Callable[..., None]
     args: tuple[Any, ...]
     name: str
     images: int = 1
+
+    def run(self, ctx: WorkerContext) -> float:
+        """Do the work here; returns the seconds it took."""
+        began = time.perf_counter()
+        self.body(ctx, *self.args)
+        return time.perf_counter() - began
+
+
+class Spent:
+    """Images made and the seconds of one worker that they took, by the first word of the units' names."""
+
+    def __init__(self) -> None:
+        self.by_kind: dict[str, dict[str, float]] = {}
+
+    def add(self, unit: Unit, seconds: float) -> None:
+        kind = self.by_kind.setdefault(unit.name.split()[0], {"images": 0, "seconds": 0.0})
+        kind["images"] += unit.images
+        kind["seconds"] += seconds
 
 
 class WorkerContext:
@@ -70,6 +90,8 @@ class WorkerContext:
 class Executor(Protocol):
     """Who runs bodies and units: `InProcess` here, a Ray session in `pipeline.cluster`."""
 
+    spent: Spent
+
     @property
     def spare(self) -> int:
         """How many units can be under way while `run_workers` is, without taking anything from it."""
@@ -92,7 +114,7 @@ class InProcess:
     spare = 0
 
     def __init__(self, context: WorkerContext, interrupted: Callable[[], bool] = lambda: False):
-        self.context, self.interrupted = context, interrupted
+        self.context, self.interrupted, self.spent = context, interrupted, Spent()
         torch.set_num_threads(self.context.cpus)
 
     def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:
@@ -100,7 +122,7 @@ class InProcess:
 
     def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None:
         for unit in units:
-            unit.body(self.context, *unit.args)
+            self.spent.add(unit, unit.run(self.context))
             done(unit)
             if self.interrupted():
                 return

@@ -1,4 +1,4 @@
-"""Small plots as SVG, in the colours of `pipeline.page`, equal bytes for equal numbers."""
+"""Small plots as SVG, in the colours of `pipeline.report.style`, equal bytes for equal numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.report.page import COLOURS, Picture
+from pipeline.report.page import Picture
+from pipeline.report.style import COLOURS, SERIES
 
 SIZE, SMALL = (4.6, 2.9), (3.3, 2.5)  # inches: two and three to a row, one on a phone
 MOST_POINTS = 1500
@@ -18,17 +19,27 @@ MOST_POINTS = 1500
 
 @dataclass(frozen=True)
 class Line:
-    """`y` over `x`; `kind` faint is for what a clear line smooths, marks for someone else's few points."""
+    """`y` over `x`; `kind` faint is for what a clear line smooths, marks for someone else's few points,
+    steps for few points of our own, best for the one among them."""
 
     x: Sequence[float]
     y: Sequence[float] | np.ndarray
     label: str = ""
-    kind: Literal["clear", "faint", "marks"] = "clear"
+    kind: Literal["clear", "faint", "marks", "steps", "best"] = "clear"
 
 
 _KINDS: dict[str, dict[str, Any]] = {
     "clear": {"color": COLOURS["run"][0], "linewidth": 1.6},
     "faint": {"color": COLOURS["run"][0], "linewidth": 0.8, "alpha": 0.3},
+    "steps": {"color": COLOURS["run"][0], "linewidth": 1.6, "marker": "o", "markersize": 4},
+    "best": {
+        "color": COLOURS["good"][0],
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 10,
+        "markerfacecolor": "none",
+        "markeredgewidth": 1.8,
+    },
     "marks": {"color": COLOURS["other"][0], "linestyle": "none", "marker": "o", "markersize": 4},
 }
 
@@ -100,6 +111,41 @@ def bars(name: str, title: str, heights: Sequence[float], *, x: str, caption: st
     return _picture(name, title, x, caption, draw)
 
 
+def ranked(name: str, title: str, values: Sequence[tuple[str, float]], caption: str) -> Picture:
+    """A bar for each named value, in order from the top, the first one standing out."""
+
+    def draw(axes: Any) -> None:
+        places, (labels, widths) = range(len(values)), zip(*values, strict=True)
+        bars = axes.barh(places, widths, color=COLOURS["run"][0], height=0.62)
+        for bar in bars[1:]:
+            bar.set_alpha(0.4)
+        axes.set_yticks(places, labels)
+        axes.bar_label(bars, fmt="{:,.2f}", padding=3, fontsize=8, color=COLOURS["ink"][0])
+        axes.invert_yaxis()
+        axes.margins(x=0.14)
+        axes.grid(axis="y", visible=False)
+
+    return _picture(name, title, "", caption, draw, (SIZE[0], 0.9 + 0.3 * len(values)))
+
+
+def losses(name: str, title: str, runs: Sequence[tuple[str, int, Sequence[dict[str, Any]]]]) -> Picture:
+    """(label, place, points of log.jsonl) of each run; a run keeps the colour of its place in every panel."""
+
+    def draw(axes: Any) -> None:
+        for label, place, points in runs:
+            seen = [(p["step"], p["metrics"]["train/loss"]) for p in points if "train/loss" in p["metrics"]]
+            x, y = zip(*seen, strict=True)
+            dashes = ("-", "--", ":", "-.")[place // len(SERIES) % 4]
+            colour = COLOURS[SERIES[place % len(SERIES)]][0]
+            every = max(1, len(x) // MOST_POINTS)
+            axes.plot(x[::every], smooth(y)[::every], label=label, color=colour, linestyle=dashes)
+        axes.set_yscale("log")
+        axes.figure.legend(loc="outside lower left", ncols=2 if len(runs) > 3 else 1, fontsize=8)
+
+    several = 0.17 * (len(runs) if len(runs) <= 3 else -(-len(runs) // 2))
+    return _picture(name, title, "step", "Training loss, smoothed", draw, (SIZE[0], SIZE[1] + several))
+
+
 def _picture(
     name: str, title: str, x: str, caption: str, draw: Any, size: tuple[float, float] = SIZE
 ) -> Picture:
@@ -128,17 +174,23 @@ def _label(axis: Any) -> None:
     if axis.get_scale() == "log":
         axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
         narrow = high / low < 500
-        axis.set_minor_locator(LogLocator(subs=(2, 5) if narrow else ()))
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high / low < 30 else (2, 5) if narrow else ()))
+        axis.set_minor_formatter(FuncFormatter(lambda value, _: _short(value)))
     elif high >= 10_000:
         axis.set_major_formatter(EngFormatter(sep=""))
 
 
+def _short(value: float) -> str:
+    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
+
+
 def _power(value: float) -> str:
     exponent = round(math.log10(value))
-    plain = -3 <= exponent <= 3
+    plain = -3 <= exponent <= 5
     return (
-        f"{value:g}" if plain else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        _short(value)
+        if plain
+        else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     )
 
 
@@ -205,6 +257,16 @@ def rate_distortion(rows: Sequence[dict[str, float]], paper: dict[int, tuple[flo
         panel("rd-rate", "k", "rate_bpd"),
         panel("rd", "rate_bpd", "rmse"),
     ]
+
+
+def selection(scores: dict[int, float], best: int, name: str, ladder: dict[int, float]) -> Picture:
+    """{step: score} of the checkpoints, the best one ringed, beside the published {step: FID}."""
+    lines = [Line(list(scores), list(scores.values()), "this run" if ladder else "", "steps")]
+    lines.append(Line([best], [scores[best]], "best", "best"))
+    if ladder:
+        lines.append(Line(list(ladder), list(ladder.values()), "published, n = 50,000", "marks"))
+    caption = f"{name} against training steps" + (", beside the published ladder" if ladder else "")
+    return curve("selection", name, lines, x="step", caption=caption, log_y=bool(ladder), log_x=bool(ladder))
 
 
 def schedule(beta: Sequence[float], alpha_bar: Sequence[float]) -> list[Picture]:

@@ -42,6 +42,7 @@ def write_experiment(experiment: Experiment, run: Run) -> None:
     made_with = {
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "versions": {"torch": "2.9", "ray": "2.50"},
+        "data_key": run.data_key,
     }
     tree = config.to_dict(experiment) | {"made_with": made_with}
     rundir.write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))

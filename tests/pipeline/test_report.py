@@ -6,14 +6,18 @@ import re
 import shutil
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
-from pipeline import config, report, rundir
-from pipeline.report import page, stage
+from pipeline import config, report, rundir, selection
+from pipeline.report import page, paper, pictures
+from pipeline.report.style import COLOURS
+from pipeline.report.web import to_html
 
+ROOT = Path(__file__).parents[2]
 CIFAR10 = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
 
 
@@ -74,7 +78,7 @@ def test_plots_follow_the_theme(digits):
     plots = re.findall(r"<svg.*?</svg>", digits[2], re.DOTALL)
     assert len(plots) >= 12
     for plot in plots:
-        assert "var(--run)" in plot and not any(light in plot for light, _ in page.COLOURS.values())
+        assert "var(--run)" in plot and not any(light in plot for light, _ in COLOURS.values())
 
 
 def test_the_markdown_twin_has_its_pictures_beside_it(digits):
@@ -89,16 +93,26 @@ def test_the_markdown_twin_has_its_pictures_beside_it(digits):
 
 def test_the_verdict_comes_first(digits, cifar10):
     said = "After 1,200 training steps: FID 14.21 (15% of a Gaussian's 96.4), IS 9.02 ± 0.21, NLL ≤ 4.52 bits/dim."
-    assert f"**{said}**" in digits[3].replace("\u00a0", " ")
-    assert "Not comparable with the paper's row, for the reasons below.**" in cifar10[3]
+    assert f"> {said}\n" in digits[3].replace("\u00a0", " ")
+    assert "Not comparable with the paper's row, for the reasons below.\n" in cifar10[3]
 
 
 def test_cifar10_stands_beside_the_paper(cifar10):
     markdown = cifar10[3].replace("\u00a0", " ")
-    assert "| Paper, Table 1, L_simple | 3.17 | 9.46 ± 0.11 | ≤ 3.75 | 50,000 |" in markdown
+    rows = [
+        "| ε, L_simple | 3.17 | 5.24 | 9.46 ± 0.11 | ≤ 3.75 |",
+        "| this run | 14.21 | – | 9.02 ± 0.21 | ≤ 4.52 |",
+        "| difference, across protocols | +11.04 | – | −0.44 | +0.77 |",
+    ]
+    assert "\n".join(rows) in markdown, "this run stands below its own row"
+    assert "| μ̃, L, learned diagonal Σ | 23.69 | – | 7.28 ± 0.10 | – |" in markdown
+    assert "| ε, L, fixed isotropic Σ | 13.51 | – | 7.67 ± 0.13 | ≤ 3.70 |" in markdown
     assert "**Not comparable with the paper**: n = 512 images" in markdown
-    assert re.search(r"\| 1000 \| \S+ \| \S+ \| 1.77581 \| 0.95136 \|", markdown)
-    assert len(re.findall(r"^\| \d+00 \|", markdown, re.MULTILINE)) == 10
+    found = re.search(r"\| 1,000 \| (\S+) \| 1.77581 \| (\S+) \| (\S+) \| 0.95136 \| (\S+) \|", markdown)
+    rate, off, rmse, off_rmse = (float(number.replace("−", "-")) for number in found.groups())
+    assert (rate - 1.77581, rmse - 0.95136) == pytest.approx((off, off_rmse), abs=1.1e-5)
+    assert len(re.findall(r"^\| [\d,]*00 \|", markdown, re.MULTILINE)) == 10
+    assert "`train.steps` is 20,000, not 800,000" in markdown and "`model." not in markdown
     assert "35,746,307 parameters" in markdown
 
 
@@ -107,10 +121,12 @@ def test_other_images_stand_beside_reference_points_only(digits):
     assert "Table 1" not in markdown and "paper 3.17" not in markdown and "not comparable" not in markdown
     assert "The paper has no row for these images" in markdown
     rows = [
-        "| This run | 14.21 | 9.02 ± 0.21 | ≤ 4.52 | 512 |",
-        "| Test images | 31.00 | 9.30 ± 0.30 | – | 360 |",
+        "|  | This run | Test images | Gaussian | Noise |",
+        "| FID | 14.21 | 31.00 | 96.40 | 2,288.00 |",
+        "| IS | 9.02 ± 0.21 | 9.30 ± 0.30 | 3.10 | 1.20 |",
+        "| NLL, bits/dim | ≤ 4.52 | – | – | – |",
+        "| Images | 512 | 360 | 512 | 512 |",
     ]
-    rows += ["| Uniform noise | 2,288.00 | 1.20 | – | 512 |"]
     assert all(row in markdown for row in rows)
     assert "8.0% to 13.0% of the samples" in markdown
 
@@ -162,10 +178,8 @@ def test_what_was_run_is_said(digits):
 
 
 def test_the_full_training_is_projected_from_the_measured_rate(cifar10):
-    found = re.search(
-        r"Projected training time \| 800,000 steps at the measured ([\d.]+) steps/s: (\d+) h", cifar10[3]
-    )
-    assert found, "named as projected"
+    found = re.search(r"\| Training \| ([\d.]+) steps/s \| 800,000 steps \| (\d+) h \d\d min \|", cifar10[3])
+    assert found and "projected from the measured rates" in cifar10[3]
     rate, hours = float(found[1]), int(found[2])
     assert rate == pytest.approx(1500 / 128, rel=0.02) and hours == pytest.approx(
         800_000 / rate / 3600, abs=1
@@ -212,7 +226,7 @@ def test_a_run_of_which_nothing_is_there_has_a_report(tmp_path, undrawn):
     shutil.rmtree(run.path)
     shutil.rmtree(run.data)
     _, markdown = write(experiment, run)
-    assert "**Not trained yet.**" in markdown and "`ddpm shard digits`" in markdown
+    assert "> Not trained yet." in markdown and "`ddpm shard digits`" in markdown
 
 
 def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
@@ -221,7 +235,9 @@ def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
     write_scores(folder, experiment, scores={"fid": 20.0}, reference_points={})
     (folder / "nll.json").unlink()
     _, markdown = write(experiment, run)
-    assert "| This run | 20.00 | – | – | 512 |" in markdown and "## Rate and distortion" not in markdown
+    assert (
+        "| FID | 20.00 |" in markdown and "| NLL" not in markdown and "## Rate and distortion" not in markdown
+    )
 
 
 def test_bad_scores_are_called_what_they_are(tmp_path, undrawn):
@@ -237,11 +253,165 @@ def test_bad_scores_are_called_what_they_are(tmp_path, undrawn):
 
 def test_text_is_escaped():
     made = page.Page("a<b>", "", "x & `c<d>` **s**", [], [])
-    html = page.to_html(made)
+    html = to_html(made)
     assert "a&lt;b&gt;" in html and "x &amp; <code>c&lt;d&gt;</code> <strong>s</strong>" in html
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
     Image.new("L", (300, 20), 7).save(tmp_path / "small.png")
-    with Image.open(BytesIO(stage._enlarged(tmp_path / "small.png"))) as image:
+    with Image.open(BytesIO(pictures.enlarged(tmp_path / "small.png"))) as image:
         assert image.size == (1200, 80) and image.getextrema() == (7, 7)
+
+
+# Beside the paper
+
+
+def change_scores(experiment, run, **changed) -> None:
+    """Overwrite parts of metrics.json: scores and protocol are added to, all else replaced."""
+    file = run.evaluation(config.evaluate_key(experiment, run.run_key)) / "metrics.json"
+    metrics = rundir.read_json(file)
+    parts = {name: metrics[name] | changed.pop(name, {}) for name in ("scores", "protocol")}
+    rundir.write_json(file, metrics | parts | changed)
+
+
+def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
+    files = [f for f in (ROOT / "conf").glob("cifar10_*.yaml") if re.match("# Tables? [12]", f.read_text())]
+    assert len(files) == 5, "all but L_simple itself"
+    for file in files:
+        comments = "".join(line for line in file.open() if line.startswith("#"))
+        experiment = config.load_experiment(str(file), [])
+        row, text = paper.row_of(experiment.diffusion), comments.replace("+-", "±").replace("<=", "≤")
+        printed = [row.scores[key] for key in ("fid", "is_mean", "nll_bpd") if key in row.scores]
+        assert all(number in text for number in printed) and bool(printed) != ("FID -" in text), file.name
+    cifar10 = config.to_dict(config.load_experiment("cifar10", []))
+    for section, recipe in paper.RECIPE.items():
+        assert recipe == {key: cifar10[section][key] for key in recipe}
+    assert len({id(row) for row in paper.TABLES_1_AND_2}) == 6
+    assert paper.row_of(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
+
+
+def test_a_run_stands_below_the_row_of_its_objective(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10_vlb_mean_fixed", CIFAR10)
+    markdown = write(experiment, run)[1].replace("\u00a0", " ")
+    row = "| μ̃, L, fixed isotropic Σ | 13.22 | – | 8.06 ± 0.09 | – |\n| this run | 14.21 |"
+    assert row in markdown and markdown.count("| this run | 14.21") == 1
+
+
+def test_an_objective_without_a_row_is_said_to_have_none(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10_cosine", CIFAR10)
+    change_scores(experiment, run, scores={"rate_bpd": 9.0, "rmse": 9.0})
+    markdown = write(experiment, run)[1]
+    assert "**Trained otherwise than in the paper**: `diffusion.timesteps` is 4,000, not 1,000" in markdown
+    assert "0.95136" not in markdown, "Table 4 is of another chain"
+    assert "Not yet useful" not in markdown, "and so is the line"
+    experiment, run = make_run(tmp_path, "cifar10_cosine_hybrid", CIFAR10)
+    markdown = write(experiment, run)[1]
+    assert "**The paper has no row for this objective.**" in markdown and "difference" not in markdown
+
+
+@pytest.mark.parametrize(
+    ("rate", "rmse", "variance", "useful"),
+    [
+        (2.4527, 1.1034, "fixedlarge", True),
+        (2.4528, 1.1034, "fixedlarge", False),
+        (2.4527, 1.1035, "fixedlarge", False),
+        (9.0, 1.1034, "fixedsmall", True),  # its rate has another line
+        (1.0, 1.1036, "fixedsmall", False),
+    ],
+)
+def test_a_network_that_does_not_beat_the_linear_denoiser_is_not_yet_useful(
+    tmp_path, undrawn, rate, rmse, variance, useful
+):
+    experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
+    change_scores(
+        experiment, run, scores={"rate_bpd": rate, "rmse": rmse}, protocol={"nll_variance": variance}
+    )
+    html, markdown = write(experiment, run)
+    assert ("\n> **Not yet useful**: the best linear denoiser" in markdown) is not useful
+    assert ("<p class=verdict><strong>Not yet useful</strong>" in html) is not useful
+
+
+def test_digits_are_not_held_against_the_linear_denoiser_of_cifar10(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path)
+    change_scores(experiment, run, scores={"rate_bpd": 9.0, "rmse": 9.0})
+    assert "Not yet useful" not in write(experiment, run)[1]
+
+
+def test_every_score_that_is_there_is_shown(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path)
+    more = {
+        "fid_test": 16.3,
+        "is_shuffled_mean": 8.9,
+        "is_shuffled_std": 0.1,
+        "kid_mean": 0.00432,
+        "kid_std": 0.0004,
+    }
+    change_scores(experiment, run, scores={**more, "precision": 0.61, "recall": 0.42})
+    markdown = write(experiment, run)[1].replace("\u00a0", " ")
+    for row in (
+        "FID, test set | 16.30",
+        "IS, shuffled | 8.90 ± 0.10",
+        "KID | 0.00432 ± 0.00040",
+        "Precision | 0.610",
+    ):
+        assert f"| {row} | – |" in markdown
+    assert "| Recall | 0.420 |" in markdown
+
+
+CHOOSING = ("evaluate.checkpoints=every:10000", "sample.batch_size=500")
+
+
+def choose(experiment, run) -> None:
+    scores = [
+        {"step": step, "fid": fid, "evaluation": "-"} for step, fid in ((10_000, 17.25), (20_000, 16.5))
+    ]
+    content = {"metric": "fid", "n": 5000, "weights": "ema", "extractor": "inception", "reference": "train"}
+    rundir.write_json(selection.file(experiment, run), content | {"best": 20_000, "scores": scores})
+
+
+def test_checkpoints_stand_beside_the_published_ladder(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10", (*CIFAR10, *CHOOSING))
+    assert "The checkpoints are not scored yet" in write(experiment, run)[1]
+    choose(experiment, run)
+    assert not report.is_done(experiment, run), "a selection is something it shows"
+    markdown = write(experiment, run)[1]
+    assert (
+        "**Step 20,000 has the best FID, 16.50**, of 2 checkpoints, each scored on 5,000 samples" in markdown
+    )
+    for row in ("10,000 | 17.25 | –", "20,000 | 16.50 | –", "46,800 | – | 9.16", "796,000 | – | 3.19"):
+        assert f"| {row} |" in markdown
+
+
+def test_other_images_have_no_published_ladder(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "digits", ("evaluate.checkpoints=every:200",))
+    choose(experiment, run)
+    section = write(experiment, run)[1].split("## Checkpoints")[1].split("\n## ")[0]
+    assert "| 20,000 | 16.50 |" in section and "published" not in section
+
+
+def test_both_weights_stand_side_by_side(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10", (*CIFAR10, "evaluate.beside=true"))
+    assert "The other weights are not scored yet" in write(experiment, run)[1]
+    (twin,) = config.beside(experiment).values()
+    write_scores(
+        run.evaluation(config.evaluate_key(twin, run.run_key)), twin, scores={"fid": 44.4, "is_mean": 5.0}
+    )
+    assert not report.is_done(experiment, run), "the other weights' scores are something it shows"
+    markdown = write(experiment, run)[1].replace("\u00a0", " ")
+    assert "| EMA | 14.21 | 9.02 ± 0.21 | ≤ 4.52 |\n| raw | 44.40 | 5.00 | – |" in markdown
+    assert "12.1 raw and 3.2 averaged" in markdown
+
+
+def test_sampling_and_bound_are_projected_from_what_they_took(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
+    chains = {"50": {"images": 10, "seconds": 99.0}, "250": {"images": 500, "seconds": 1000.0}}
+    rundir.write_json(
+        run.path / "spent.json", {"samples": chains, "NLL": {"250": {"images": 100, "seconds": 360.0}}}
+    )
+    markdown = write(experiment, run)[1]
+    # 2 s an image of 250 steps, so 8 s of 1,000: 50,000 take 111 h 6 min.
+    assert (
+        "| Sampling | 0.50 images/s of 250 steps | 50,000 images of 1,000 steps | 111 h 06 min |" in markdown
+    )
+    assert "| NLL bound | 0.28 images/s | 10,000 images | 10 h 00 min |" in markdown
+    assert "no price is assumed" in markdown

@@ -1,0 +1,96 @@
+"""The rows of the paper's Tables 1 and 2, this run among them, and what of it is not as the paper has it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pipeline import config
+from pipeline.report import paper
+from pipeline.report.page import Block, Table, Text
+from pipeline.report.scores import FIRM, cell, plain
+from pipeline.report.source import Source
+
+COLUMNS = {"fid": "FID", "fid_test": "FID, test set", "is_mean": "IS", "nll_bpd": "NLL, bits/dim"}
+
+
+def section(source: Source) -> list[Block]:
+    """Nothing for images that the paper has no table of."""
+    if not source.is_cifar10:
+        return []
+    mine, scores = paper.row_of(source.experiment.diffusion), source.metrics["scores"]
+    rows: list[list[str]] = []
+    strong, soft = set(), set()
+    apart = "difference" if source.is_comparable else "difference, across protocols"
+    for row in paper.TABLES_1_AND_2:
+        rows.append([row.name, *(row.scores.get(key, "–").replace(" ", FIRM) for key in COLUMNS)])
+        if row is mine and scores:
+            strong.add(len(rows))
+            soft.add(len(rows) + 1)
+            rows += [_ours(scores), [apart, *(difference(scores, row, key) for key in COLUMNS)]]
+    if mine is None and scores:
+        strong.add(len(rows))
+        rows.append(_ours(scores))
+    table = Table(("", *COLUMNS.values()), rows, frozenset(strong), frozenset(soft))
+    key = (
+        "ε and μ̃ say what the network predicts: the noise, or the posterior mean. A dash in a row of the paper: "
+        "not printed, or unstable in training. Which of the two fixed variances its L rows have it does not say."
+    )
+    no_row = "" if mine else "**The paper has no row for this objective.** "
+    return [table, Text(no_row + key), Text(_protocol(source)), Text(_recipe(source))]
+
+
+def _ours(scores: dict[str, float]) -> list[str]:
+    return ["this run", *(cell(scores, key) for key in COLUMNS)]
+
+
+def difference(scores: dict[str, float], row: paper.Row, key: str) -> str:
+    """Ours less the paper's, signed; a dash where one is absent."""
+    printed = re.search(r"\d+\.\d+", row.scores.get(key, ""))
+    if printed is None or scores.get(key) is None:
+        return "–"
+    return signed(scores[key] - float(printed[0]), 2)
+
+
+def signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _protocol(source: Source) -> str:
+    if not source.metrics["scores"]:
+        return "There are no scores to put beside it yet."
+    if source.is_comparable:
+        return "**Comparable with the paper**: the protocol of the scores is the paper's."
+    reasons = "; ".join(source.metrics["protocol"].get("why_not") or ["the protocol differs"])
+    return f"**Not comparable with the paper**: {reasons}."
+
+
+def _recipe(source: Source) -> str:
+    found = "; ".join(departures(source))
+    if source.experiment.published.weights:
+        return f"**The weights are published ones**, so their training is not known here{found and '; ' + found}."
+    return (
+        f"**Trained otherwise than in the paper**: {found}."
+        if found
+        else "**Trained by the paper's recipe.**"
+    )
+
+
+def departures(source: Source) -> list[str]:
+    """Settings that are not the paper's, whatever the objective, with both values."""
+    tree, found = config.to_dict(source.experiment), []
+    for name, recipe in paper.RECIPE.items():
+        if name == "train" and source.experiment.published.weights:
+            continue
+        ours = tree[name] if tree[name].get("name") == recipe.get("name") else {"name": tree[name]["name"]}
+        found += [
+            f"`{name}.{key}` is {_said(ours[key])}, not {_said(value)}"
+            for key, value in recipe.items()
+            if key in ours and ours[key] != value
+        ]
+    return found
+
+
+def _said(value: Any) -> str:
+    """As it stands in a configuration, but with the thousands apart."""
+    return str(value).lower() if isinstance(value, bool) else plain(value)

@@ -1,0 +1,252 @@
+"""A page over several runs: who is best, how they trained, what they draw, in what they differ.
+
+It is made from the runs' files alone, as their own reports are, which it links to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import config
+from pipeline.config import Experiment
+from pipeline.progress import duration
+from pipeline.report import axes, plots
+from pipeline.report.leaderboard import METRICS, Entry, Group, Metric, groups
+from pipeline.report.markdown import to_markdown
+from pipeline.report.page import Block, Page, Picture, Pictures, Section, Table, Text
+from pipeline.report.scores import FIRM, PROTOCOL, SCORES, cell, plain
+from pipeline.report.stage import HTML, MARKDOWN
+from pipeline.report.web import to_html
+from pipeline.rundir import Run, atomic_directory, write_manifest
+
+MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
+# What says nothing of a number: names, places, and how often something is kept or shown.
+NOT_COMPARED = (
+    "name", "data.path", "data.images_per_shard", "published.path", "evaluate.extractor_weights", "figures.",
+    "train.checkpoint_every", "train.sample_every", "train.log_every", "train.keep", "evaluate.checkpoint_images",
+    "evaluate.beside",
+)  # fmt: skip
+
+__all__ = ["METRICS", "Entry", "entries_of", "place", "write"]
+
+
+def entries_of(runs: Iterable[tuple[Experiment, Run]]) -> list[Entry]:
+    """Runs under their own names, with whatever differs between their experiments as what is swept."""
+    found = list(runs)
+    flat = [_flat(config.to_dict(experiment)) for experiment, _ in found]
+    keys = dict.fromkeys(key for tree in flat for key in tree if not key.startswith(NOT_COMPARED))
+    apart = [key for key in keys if len({str(tree.get(key)) for tree in flat}) > 1]
+    return [
+        Entry(run.path.name, experiment, run, {key: tree[key] for key in apart if key in tree})
+        for (experiment, run), tree in zip(found, flat, strict=True)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for key, value in tree.items():
+        parts |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return parts
+
+
+def place(storage: Path, runs: Sequence[Entry], metric: str) -> Path:
+    """Where the comparison of these runs by this metric is kept."""
+    keys = sorted((e.run.path.name, config.to_dict(e.source.experiment.sample)["checkpoint"]) for e in runs)
+    return storage / "comparisons" / config.hash_of([keys, metric])
+
+
+def write(runs: Sequence[Entry], folder: Path, title: str, metric: str = "fid") -> Path:
+    """The page as HTML, the path of which is returned, with its Markdown twin and its pictures beside it."""
+    page = compose(runs, folder, title, METRICS[metric])
+    with atomic_directory(folder) as made:
+        (made / HTML).write_text(to_html(page), encoding="utf-8")
+        (made / MARKDOWN).write_text(to_markdown(page), encoding="utf-8")
+        for picture in page.pictures:
+            (made / picture.name).write_bytes(picture.data)
+        write_manifest(made, [HTML, MARKDOWN, *(picture.name for picture in page.pictures)])
+    return folder / HTML
+
+
+def compose(runs: Sequence[Entry], folder: Path, title: str, metric: Metric) -> Page:
+    ranked = groups(runs, metric)
+    sections = [
+        Section("Leaderboard", _leaderboard(runs, ranked, metric, folder)),
+        Section("Scores", _bars(runs)),
+        Section("Samples", _samples(runs)),
+        Section("Training", _training(runs)),
+        Section("What differs", _differences(runs)),
+        Section("What was run", [_what_was_run(runs)]),
+    ]
+    subtitle = f"{len(runs)} runs · ranked by {metric.name}, {metric.better}"
+    return Page(title, subtitle, _verdict(ranked, metric), [], [s for s in sections if s.blocks])
+
+
+def _verdict(ranked: Sequence[Group], metric: Metric) -> str:
+    if not ranked:
+        return f"None of the runs has a score of {metric.name} yet."
+    if len(ranked) > 1:
+        return (
+            f"**No common order**: the runs were scored by {len(ranked)} protocols, and {metric.name} of one cannot be "
+            "held against that of another. Each group has an order of its own."
+        )
+    first = ranked[0].entries[0]
+    said = f"**{first.label}** has the best {metric.name}, {cell(first.scores, metric.score)}"
+    return f"{said}, of {len(ranked[0].entries)} runs scored alike."
+
+
+# The leaderboard
+
+
+def _leaderboard(runs: Sequence[Entry], ranked: Sequence[Group], metric: Metric, folder: Path) -> list[Block]:
+    blocks: list[Block] = []
+    for group in ranked:
+        blocks += [Text(f"Scored alike: {group.said}."), _table(group, metric, folder)]
+        blocks += [Text(warning) for warning in _warnings(group)]
+    scored = [entry for group in ranked for entry in group.entries]
+    left = [f"{_link(entry, folder)}" for entry in runs if entry not in scored]
+    return blocks + ([Text(f"Without {metric.name}: {', '.join(left)}.")] if left else [])
+
+
+def _table(group: Group, metric: Metric, folder: Path) -> Table:
+    keys = [key for key in _swept(group.entries) if not _in_labels(group.entries, key)][:MOST_COLUMNS]
+    others = [m.score for m in METRICS.values() if any(m.score in entry.scores for entry in group.entries)]
+    shown = [metric.score, *(score for score in others if score != metric.score)]
+    apart = group.differing()
+    rows = [
+        [
+            f"{rank}.{FIRM}{_link(entry, folder)}",
+            *(cell(entry.scores, score) for score in shown),
+            *(axes.said(entry.swept.get(key)) for key in keys),
+            plain(entry.protocol.get("checkpoint", "–")),
+            *(plain(entry.protocol.get(key, "–")) for key in apart),
+        ]
+        for rank, entry in enumerate(group.entries, 1)
+    ]
+    names = [
+        *(SCORES[score][0] for score in shown),
+        *map(axes.short, keys),
+        "Step",
+        *(PROTOCOL[key] for key in apart),
+    ]
+    return Table(("Run", *names), rows, lead=True)
+
+
+def _in_labels(entries: Sequence[Entry], key: str) -> bool:
+    """Whether the labels say it already, as those of a sweep's trials do."""
+    return all(f"{axes.short(key)}={axes.said(entry.swept.get(key))}" in entry.label for entry in entries)
+
+
+def _warnings(group: Group) -> list[str]:
+    short = {
+        why
+        for e in group.entries
+        for why in e.protocol.get("why_not", [])
+        if why.startswith("rank-deficient")
+    }
+    return [f"**{why}**." for why in sorted(short)]
+
+
+def _link(entry: Entry, folder: Path) -> str:
+    """The label, leading to the run's own report where there is one."""
+    report = entry.run.report / HTML
+    return f"[{entry.label}]({os.path.relpath(report, folder)})" if report.is_file() else entry.label
+
+
+def _swept(entries: Sequence[Entry]) -> list[str]:
+    """Keys with more than one value, in order."""
+    keys = dict.fromkeys(key for entry in entries for key in entry.swept)
+    return [key for key in keys if len({str(entry.swept.get(key)) for entry in entries}) > 1]
+
+
+# Pictures
+
+
+def _bars(runs: Sequence[Entry]) -> list[Block]:
+    """FID and NLL of each group that has an order."""
+    drawn, names = [], axes.brief(runs, _swept(runs))
+    for name in ("fid", "nll"):
+        metric = METRICS[name]
+        for number, group in enumerate(g for g in groups(runs, metric) if len(g.entries) > 1):
+            values = [(names[entry.label], entry.scores[metric.score]) for entry in group.entries]
+            caption = f"{metric.name}, {metric.better}: {group.said}"
+            drawn.append(plots.ranked(f"bars-{name}-{number}", metric.name, values, caption))
+    return [Pictures(drawn)] if drawn else []
+
+
+def _samples(runs: Sequence[Entry]) -> list[Block]:
+    """The sample grids, arranged by what was swept where that is one key or two."""
+    shown = [entry for entry in runs if "grid" in entry.source.files]
+    if not shown:
+        return []
+    pictures = {
+        entry.label: Picture(f"grid-{number}.png", entry.source.files["grid"].read_bytes(), entry.label)
+        for number, entry in enumerate(shown)
+    }
+    said = "The first samples of each run, not selected, from the same noise where the seed is the same."
+    return [Text(said), axes.arranged(shown, pictures, _swept(shown))]
+
+
+def _training(runs: Sequence[Entry]) -> list[Block]:
+    """Loss curves over each other where the objective is the same, else in panels of their own."""
+    by_objective: dict[str, list[Entry]] = {}
+    once = {entry.run.path: entry for entry in reversed(runs)}.values()  # several entries may share a run
+    for entry in reversed(once):
+        if entry.source.points:
+            by_objective.setdefault(str(_objective(entry)), []).append(entry)
+    if not by_objective:
+        return []
+    names = axes.brief(runs, _swept(runs))
+    colours = {entry.label: number for number, entry in enumerate(runs)}
+    trees = [_objective(own[0]) for own in by_objective.values()]
+    apart = [key for key in trees[0] if len({str(tree.get(key)) for tree in trees}) > 1]
+    drawn = []
+    for number, own in enumerate(by_objective.values()):
+        which = ", ".join(f"{axes.short(key)} {axes.said(_objective(own[0]).get(key))}" for key in apart)
+        lines = [
+            (names[e.label], colours[e.label], e.source.points)
+            for e in sorted(own, key=lambda e: colours[e.label])
+        ]
+        drawn.append(plots.losses(f"loss-{number}", f"Loss{which and ', ' + which}", lines))
+    said = (
+        f"The runs have {len(trees)} objectives, and the loss of one cannot be held against that of another: each has "
+        "a panel of its own."
+        if len(trees) > 1
+        else "Loss of all runs, smoothed; they have the same objective."
+    )
+    return [Text(said), Pictures(drawn)]
+
+
+def _objective(entry: Entry) -> dict[str, Any]:
+    """What makes losses comparable: data and diffusion; the variance only where the loss depends on it."""
+    diffusion = config.to_dict(entry.experiment.diffusion)
+    if entry.experiment.diffusion.loss == "simple" and diffusion["variance"].startswith("fixed"):
+        diffusion.pop("variance")
+    return {"data": f"{entry.run.source} {entry.run.data_key}", **diffusion}
+
+
+# What differs, and where it was made
+
+
+def _differences(runs: Sequence[Entry]) -> list[Block]:
+    """Every key that has several values, unless labels or leaderboard say them all."""
+    keys = _swept(runs)
+    if len(keys) <= MOST_COLUMNS:
+        return []
+    rows = [[f"`{key}`", *(axes.said(entry.swept.get(key)) for entry in runs)] for key in keys]
+    return [Table(("", *(entry.label for entry in runs)), rows)]
+
+
+def _what_was_run(runs: Sequence[Entry]) -> Table:
+    rows = []
+    for entry in runs:
+        made = entry.source.made_with
+        seconds = sum(entry.source.timings.values())
+        commit = str(made.get("commit") or "–")
+        rows.append(
+            [entry.label, f"`{commit[:10]}{'+' * commit.endswith('+')}`", duration(seconds) if seconds else "–",
+             str(made.get("hardware") or "–")]
+        )  # fmt: skip
+    return Table(("Run", "Commit", "Time in all", "Hardware"), rows)

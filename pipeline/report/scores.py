@@ -1,0 +1,161 @@
+"""The page in a sentence, the scores, and how they came about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.report import paper
+from pipeline.report.page import Block, Card, Table, Text
+from pipeline.report.source import Source, missing
+
+FIRM = "\u00a0"  # a space that does not break the line
+POINTS = {"test": "Test images", "train": "Training images", "gaussian": "Gaussian", "noise": "Noise"}
+HEADLINE = (("FID", "fid"), ("IS", "is_mean"), ("NLL", "nll_bpd"))
+
+# What a score is called, and its digits.
+SCORES = {
+    "fid": ("FID", 2), "fid_test": ("FID, test set", 2), "is_mean": ("IS", 2),
+    "is_shuffled_mean": ("IS, shuffled", 2), "kid_mean": ("KID", 5), "precision": ("Precision", 3),
+    "recall": ("Recall", 3), "as_asked": ("Of the class asked for", 3), "nll_bpd": ("NLL, bits/dim", 2),
+}  # fmt: skip
+PROTOCOL = {
+    "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as", "weights": "Weights",
+    "sampler": "Sampler", "steps": "Sampling steps", "eta": "eta", "variance": "Sampling variance",
+    "rounding": "Rounding to uint8", "reference": "Reference", "reference_images": "Reference images",
+    "fid_test_images": "Test images in FID, test set", "extractor": "Feature extractor",
+    "features": "Feature width", "splits": "Splits of the IS", "kid": "KID", "prc": "Precision and recall",
+    "nll_images": "Test images in the NLL", "test_images": "Test images", "nll_variance": "Variance in the NLL",
+    "decoder": "Decoder", "batch_size": "Images per sampling unit", "seed": "Seed",
+}  # fmt: skip
+
+
+def verdict(source: Source) -> str:
+    """The page in a sentence or two; that a network is of no use yet comes first."""
+    step = source.metrics["protocol"].get("checkpoint") or (source.points[-1]["step"] if source.points else 0)
+    if not step:
+        return "Not trained yet."
+    after = f"After {step:,} training steps"
+    if not source.metrics["scores"]:
+        return f"{after}: not scored yet."
+    return f"{not_yet_useful(source)}{after}: {_headline(source)}."
+
+
+def not_yet_useful(source: Source) -> str:
+    """A sentence where a network of CIFAR-10 does not beat the best linear denoiser, which needs no training;
+    nothing where it does, or where nothing says so.
+
+    The line holds for the paper's noise schedule, and its rate for fixedlarge: another variance costs other bits.
+    """
+    d, scores = source.experiment.diffusion, source.metrics["scores"]
+    if not (source.is_cifar10 and paper.has_its_schedule(d) and "rmse" in scores):
+        return ""
+    lines = {"rmse": "RMSE"}
+    if source.metrics["protocol"].get("nll_variance", d.variance) == "fixedlarge":
+        lines = {"rate_bpd": "rate", **lines}
+    if all(scores[key] < paper.LMMSE[key] for key in lines):
+        return ""
+    ours = ", ".join(f"{name}{FIRM}{scores[key]:.4f}" for key, name in lines.items())
+    line = ", ".join(f"{name}{FIRM}{paper.LMMSE[key]:.4f}" for key, name in lines.items())
+    return (
+        "**Not yet useful**: the best linear denoiser, which needs no training, is not beaten "
+        f"({ours}, against {line}). "
+    )
+
+
+def _headline(source: Source) -> str:
+    scores = source.metrics["scores"]
+    said = [f"{label}{FIRM}{score(scores, key)}" for label, key in HEADLINE if key in scores]
+    if source.is_comparable:
+        row = paper.row_of(source.experiment.diffusion)
+        its = [f"{label} {row.scores[key]}" for label, key in HEADLINE if key in row.scores] if row else []
+        tail = ", ".join(its).replace(" ", FIRM) or "which prints no score for this objective"
+        return f"{', '.join(said)}, by the paper's protocol ({tail})"
+    gaussian = source.metrics["reference_points"].get("gaussian", {}).get("fid")
+    if gaussian and "fid" in scores:
+        share = scores["fid"] / gaussian
+        said[0] += (
+            f" ({f'{share:.0%} of' if share < 1 else f'{share:.1f} times'} a Gaussian's {gaussian:,.1f})"
+        )
+    return ", ".join(said) + (
+        ". Not comparable with the paper's row, for the reasons below" if source.is_cifar10 else ""
+    )
+
+
+def score(scores: dict[str, float], key: str) -> str:
+    """A score as the paper prints it, or a dash."""
+    if scores.get(key) is None:
+        return "–"
+    if key == "nll_bpd":
+        return f"≤{FIRM}{scores[key]:.2f} bits/dim"
+    digits = SCORES[key][1]
+    spread = key.replace("_mean", "_std")
+    error = f"{FIRM}±{FIRM}{scores[spread]:.{digits}f}" if spread != key and spread in scores else ""
+    return f"{scores[key]:,.{digits}f}{error}"
+
+
+def cell(scores: dict[str, float], key: str) -> str:
+    """The same where the unit stands beside it."""
+    return score(scores, key).removesuffix(" bits/dim")
+
+
+def cards(source: Source) -> list[Card]:
+    scores, points = source.metrics["scores"], source.metrics["reference_points"]
+    comparable = source.is_comparable
+    row = paper.row_of(source.experiment.diffusion) if source.is_cifar10 else None
+    badge = ("comparable" if comparable else "not comparable", comparable) if source.is_cifar10 else None
+    made = []
+    for label, key in HEADLINE:
+        if key not in scores:
+            continue
+        beside = [f"paper {row.scores[key]}"] if row and key in row.scores else []
+        beside += [
+            f"{name} {cell(points[point], key)}"
+            for name, point in (("test images", "test"), ("Gaussian", "gaussian"))
+            if not comparable and key in points.get(point, {})
+        ]
+        full = f"{label} in bits/dim" if key == "nll_bpd" else label
+        made.append(Card(full, cell(scores, key), " · ".join(beside) or "upper bound, test images", badge))
+    return made
+
+
+def section(source: Source) -> list[Block]:
+    """Every score that was asked for, beside those of images that are known."""
+    if not source.metrics["scores"]:
+        return missing(source, "There are no scores yet", "evaluate")
+    protocol, points = source.metrics["protocol"], source.metrics["reference_points"]
+    shown = [name for name in POINTS if name in points]
+    columns = [source.metrics["scores"], *(points[name] for name in shown)]
+    rows = [
+        [name, *(cell(column, key) for column in columns)]
+        for key, (name, _) in SCORES.items()
+        if any(key in column for column in columns)
+    ]
+    n = [protocol.get("n"), *(points[name]["n"] for name in shown)]
+    rows += [["Images", *(f"{count:,}" for count in n)]] if protocol.get("n") else []
+    header = ("", "This run", *(POINTS[name] for name in shown))
+    return [Table(header, rows, lead=True), Text(_how_to_read(source)), *_protocol(protocol)]
+
+
+def _how_to_read(source: Source) -> str:
+    protocol = source.metrics["protocol"]
+    features = f"Features are those of `{protocol['extractor']}`." if protocol.get("extractor") else ""
+    points = (
+        " Test images, a Gaussian of the training images' mean and covariance, and uniform noise are reference "
+        "points, scored in the same way."
+        if source.metrics["reference_points"]
+        else ""
+    )
+    short = "".join(f" **{why}**." for why in protocol.get("why_not", []) if why.startswith("rank-deficient"))
+    no_row = (
+        "" if source.is_cifar10 else "The paper has no row for these images, so none is beside this run. "
+    )
+    return f"{no_row}{features}{points}{short}"
+
+
+def _protocol(protocol: dict[str, Any]) -> list[Block]:
+    rows = [(name, plain(protocol[key])) for key, name in PROTOCOL.items() if protocol.get(key) is not None]
+    return [Text("How they came about:"), Table((), rows, dense=True)] if rows else []
+
+
+def plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,97 @@
+"""The files that a report is made of, those that are there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline import config, selection
+from pipeline.config import Experiment
+from pipeline.report.page import Block, Text
+from pipeline.rundir import MANIFEST, Run, read_json, sha256_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files that a report is made of, those that are there."""
+
+    experiment: Experiment
+    run: Run
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        e, run = self.experiment, self.run
+        evaluation = run.evaluation(config.evaluate_key(e, run.run_key))
+        found = {
+            "experiment": run.experiment_yaml,
+            "log": run.log,
+            "data": run.data / MANIFEST,
+            "grid": run.samples(config.sample_key(e, run.run_key)) / "grid.png",
+            "metrics": evaluation / "metrics.json",
+            "nll": evaluation / "nll.json",
+            "figures": run.figures(config.figures_key(e, run.run_key)) / MANIFEST,
+            "spent": run.path / "spent.json",
+        }
+        if e.evaluate.checkpoints:
+            found["selection"] = selection.file(e, run)
+        for weights, twin in config.beside(e).items():
+            folder = run.evaluation(config.evaluate_key(twin, run.run_key))
+            found[f"metrics {weights}"] = folder / "metrics.json"
+        found |= {f"grid {path.stem}": path for path in run.grids.glob("[0-9]*.png")}
+        return {name: path for name, path in found.items() if path.is_file()}
+
+    def read(self, name: str) -> dict[str, Any]:
+        return read_json(self.files[name]) if name in self.files else {}
+
+    @cached_property
+    def timings(self) -> dict[str, float]:
+        """Seconds by stage; without this stage's own, which is known only after it."""
+        path = self.run.path / "timings.json"
+        return {k: v for k, v in read_json(path).items() if k != "report"} if path.exists() else {}
+
+    @cached_property
+    def made_with(self) -> dict[str, Any]:
+        """Commit, versions, hardware, as experiment.yaml has them."""
+        tree = yaml.safe_load(self.files["experiment"].read_text()) if "experiment" in self.files else {}
+        return tree.get("made_with") or {}
+
+    @cached_property
+    def digest(self) -> str:
+        hashes = {name: sha256_of(path) for name, path in self.files.items()}
+        return config.hash_of([hashes, self.timings])
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        return {"scores": {}, "protocol": {}, "reference_points": {}} | self.read("metrics")
+
+    @cached_property
+    def by_weights(self) -> dict[str, dict[str, float]]:
+        """The scores of the same samples drawn from EMA and from raw weights, those that were asked for."""
+        found = {config.weights_kind(self.experiment): self.metrics["scores"]}
+        for weights in config.beside(self.experiment):
+            found[weights] = self.read(f"metrics {weights}").get("scores", {})
+        return {weights: found[weights] for weights in sorted(found) if found[weights]}
+
+    @cached_property
+    def points(self) -> list[dict[str, Any]]:
+        if "log" not in self.files:
+            return []
+        lines = self.files["log"].read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def is_cifar10(self) -> bool:
+        return self.experiment.data.source == "cifar10"
+
+    @property
+    def is_comparable(self) -> bool:
+        return self.is_cifar10 and bool(self.metrics["protocol"].get("comparable"))
+
+
+def missing(source: Source, what: str, stage: str) -> list[Block]:
+    return [Text(f"{what}: `ddpm {stage} {source.experiment.name}` with the same overrides makes them.")]

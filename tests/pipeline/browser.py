@@ -1,0 +1,93 @@
+"""A real Chromium through the WebDriver protocol, for whoever looks at pages."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+QUIET = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+)  # fmt: skip
+
+
+class Browser:
+    """One window of a given width, in the light or the dark scheme."""
+
+    def __init__(self, address: str, profile: Path, width: int, dark: bool):
+        self.address, self.width = address, width
+        options = {
+            "args": [*QUIET, f"--user-data-dir={profile}", *(["--force-dark-mode"] if dark else [])],
+            "mobileEmulation": {"deviceMetrics": {"width": width, "height": 844, "pixelRatio": 1}},
+        }
+        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.address += "/session/" + self._call("", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+
+    def _call(self, path: str, content: dict[str, Any] | None = None, method: str = "POST") -> Any:
+        data = None if content is None else json.dumps(content).encode()
+        address = self.address if path or "/session/" in self.address else f"{self.address}/session"
+        request = urllib.request.Request(
+            address + path, data, {"Content-Type": "application/json"}, method=method
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)["value"]
+
+    def open(self, page: Path) -> None:
+        self._call("/url", {"url": page.absolute().as_uri()})
+
+    def run(self, script: str) -> Any:
+        return self._call("/execute/sync", {"script": script, "args": []})
+
+    def complaints(self) -> list[str]:
+        """What the page wrote to the console, and what it failed to load."""
+        return [entry["message"] for entry in self._call("/se/log", {"type": "browser"})]
+
+    def picture(self, file: Path, height: int | None = None) -> None:
+        """A screenshot of the page down to `height`, or of all of it."""
+        tall = height or self.run("return document.documentElement.scrollHeight")
+        area = {"x": 0, "y": 0, "width": self.width, "height": tall, "scale": 1}
+        asked = {"cmd": "Page.captureScreenshot", "params": {"captureBeyondViewport": True, "clip": area}}
+        file.write_bytes(base64.b64decode(self._call("/goog/cdp/execute", asked)["data"]))
+
+    def close(self) -> None:
+        self._call("", method="DELETE")
+
+
+@contextmanager
+def opened(folder: Path, width: int, dark: bool = False) -> Iterator[Browser]:
+    """A browser that is gone afterwards. Skips the test where there is no Chromium."""
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("needs Chromium and its chromedriver (Debian: chromium, chromium-driver)")
+    with (folder / "chromedriver.log").open("w") as log:
+        process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        browser = Browser(f"http://127.0.0.1:{_port(process)}", folder / "profile", width, dark)
+        try:
+            yield browser
+        finally:
+            browser.close()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _port(process: subprocess.Popen[str]) -> int:
+    """The one it chose, which it says once it listens."""
+    deadline = time.monotonic() + 60
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "started successfully on port" in line:
+            return int(line.rstrip(".\n").split()[-1])
+        assert time.monotonic() < deadline, "chromedriver did not start"
+    raise AssertionError("chromedriver ended")

@@ -1,0 +1,45 @@
+"""The pages in a real Chromium: they load without a complaint, and nothing sticks out on a phone."""
+
+import pytest
+from browser import opened
+from synthetic_run import make_run
+
+from pipeline import report
+from pipeline.report import compare
+
+# Wider than the window although no box around it scrolls.
+STICKING_OUT = """
+const inside = node => node && (getComputedStyle(node).overflowX !== 'visible' || inside(node.parentElement));
+return [...document.querySelectorAll('body *')]
+  .filter(node => node.getBoundingClientRect().right > innerWidth + 1 && !inside(node.parentElement))
+  .map(node => node.outerHTML.slice(0, 120))
+"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("storage")
+    wide = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
+    made = []
+    for name, overrides in (("digits", ()), ("cifar10", wide)):
+        experiment, run = make_run(storage, name, overrides)
+        assert list(report.work(experiment, run)) == []
+        made.append((experiment, run))
+    comparison = compare.write(compare.entries_of(made), storage / "comparisons" / "both", "Both")
+    return [*(run.report / "report.html" for _, run in made), comparison]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
+def test_pages_load_and_fit(pages, tmp_path, width, dark):
+    with opened(tmp_path, width, dark) as browser:
+        for page in pages:
+            browser.open(page)
+            assert browser.run("return innerWidth") == width, "or nothing of this means anything"
+            assert browser.run(STICKING_OUT) == []
+            assert browser.run("return document.documentElement.scrollWidth") == width
+            assert browser.run("return [...document.images].filter(i => !i.naturalWidth).length") == 0
+            assert browser.run("return matchMedia('(prefers-color-scheme: dark)').matches") is dark
+            colour = browser.run("return getComputedStyle(document.documentElement).backgroundColor")
+            assert colour == ("rgb(22, 25, 31)" if dark else "rgb(255, 255, 255)")
+        assert browser.complaints() == []
