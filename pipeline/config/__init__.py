@@ -11,6 +11,7 @@ from pipeline.config.keys import (
 )
 from pipeline.config.load import load_cluster, load_experiment, made_with, to_dict, to_yaml
 from pipeline.config.sections import (
+    SPLITS,
     ClusterConfig,
     DataConfig,
     EvaluateConfig,
@@ -24,6 +25,7 @@ from pipeline.config.sections import (
 )
 
 __all__ = [
+    "SPLITS",
     "ClusterConfig",
     "DataConfig",
     "EvaluateConfig",

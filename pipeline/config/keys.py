@@ -55,6 +55,9 @@ def evaluate_key(experiment: Experiment, run_key: str) -> str:
     evaluate = to_dict(experiment.evaluate)
     weights = evaluate["extractor_weights"]
     evaluate["extractor_weights"] = sha256_of(Path(weights)) if weights else None
+    file = experiment.evaluate.reference_file
+    if file is not None:
+        evaluate["reference"] = sha256_of(file)
     return hash_of([sample_key(experiment, run_key), experiment.sample.num_images, evaluate])
 
 

@@ -16,8 +16,9 @@ from ddpm.likelihood import bits_per_dim
 from ddpm.rng import Stream, normal
 from pipeline import checkpoint, evaluate, sample, tars
 from pipeline.errors import PipelineError
+from pipeline.evaluate import bound, protocol
 from pipeline.fidelity import classifier, extractors, preparations, scores
-from pipeline.fidelity.image_sets import Reference
+from pipeline.fidelity.reference import Reference
 from pipeline.rundir import read_json
 
 CPU = torch.device("cpu")
@@ -56,19 +57,17 @@ def test_scores_stand_with_reference_points_and_protocol(sampled, features):
     run_stage(evaluate, experiment, run)
     assert evaluate.is_done(experiment, run)
     found = results(experiment, run)
-    points, protocol = found["reference_points"], found["protocol"]
+    points, how = found["reference_points"], found["protocol"]
     assert list(points) == ["gaussian", "noise", "test"] and all(
         point["n"] == 12 for point in points.values()
     )
-    assert protocol["n"] == 12 and protocol["reference_images"] == 1437 and protocol["rounding"] == "nearest"
-    assert not protocol["comparable"]
-    reasons = " | ".join(protocol["why_not"])
+    assert how["n"] == 12 and how["reference_images"] == 1437 and how["rounding"] == "nearest"
+    assert not how["comparable"]
+    reasons = " | ".join(how["why_not"])
     assert "n = 12, not 50,000" in reasons and "rank-deficient: n = 12 is not above 64" in reasons
-    assert f"features of {protocol['extractor']}" in reasons and protocol["extractor"].startswith(
-        f"{features}-"
-    )
+    assert f"features of {how['extractor']}" in reasons and how["extractor"].startswith(f"{features}-")
     if features == "classifier":
-        assert set(found["scores"]) == {"fid", "is_mean", "is_std"}
+        assert set(found["scores"]) == {"fid", "is_mean", "is_std", "is_shuffled_mean", "is_shuffled_std"}
         assert sum(found["class_shares"]) == pytest.approx(1) and len(found["class_shares"]) == 10
     else:
         assert set(found["scores"]) == {"fid"} and "no IS" in reasons and "class_shares" not in found
@@ -125,7 +124,7 @@ def test_a_unit_with_a_row_too_few_is_refused(sampled):
     last = evaluate.sample_shards(experiment, run)[-1]
     file = run.evaluation("units") / extractor.name / f"{last.sha256[:16]}.npz"
     with np.load(file) as arrays:
-        cut = {name: array[:-1] for name, array in arrays.items()}
+        cut = {name: array[:-1] if array.ndim else array for name, array in arrays.items()}
     np.savez(file, **cut)
     with pytest.raises(PipelineError, match=r"11 images .* 12 "):
         run_stage(evaluate, experiment, run)
@@ -216,15 +215,15 @@ def test_another_metric_repeats_nothing(sampled):
 
 def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
     experiment, run = sampled
-    units = evaluate.nll_units(experiment, run)
-    assert list(units) == list(evaluate.nll_units(asking_for(experiment, sampler="ddim", num_images=99), run))
+    units = bound.units(experiment, run)
+    assert list(units) == list(bound.units(asking_for(experiment, sampler="ddim", num_images=99), run))
     for other in (
         asking_for(experiment, weights="raw"),
         asking_for(experiment, checkpoint="4"),
         scoring(experiment, decoder="erf"),
         scoring(experiment, variance="fixedsmall"),
     ):
-        assert not set(units) & set(evaluate.nll_units(other, run))
+        assert not set(units) & set(bound.units(other, run))
 
 
 def test_nll_needs_no_samples(tiny_run):
@@ -253,7 +252,7 @@ def test_a_killed_stage_goes_on_with_what_is_missing(sampled):
     [(25, (1, 8, 8), 10), (4, (3, 32, 32), 64), (250, (3, 32, 32), 1), (8, (3, 256, 256), 1)],
 )
 def test_a_network_call_of_the_bound_is_large_but_bounded(images, shape, timesteps):
-    assert evaluate.timesteps_per_call(images, shape) == timesteps
+    assert bound.timesteps_per_call(images, shape) == timesteps
 
 
 # The protocol
@@ -266,7 +265,7 @@ PAPER = {
 
 
 def test_the_papers_protocol_is_comparable():
-    assert evaluate.why_not(PAPER, ("fid", "is", "nll")) == []
+    assert protocol.why_not(PAPER, ("fid", "is", "nll")) == []
 
 
 @pytest.mark.parametrize(
@@ -285,12 +284,12 @@ def test_the_papers_protocol_is_comparable():
     ],
 )
 def test_each_departure_from_it_is_a_reason(change, reason):
-    assert any(reason in found for found in evaluate.why_not(PAPER | change, ("fid", "is", "nll")))
+    assert any(reason in found for found in protocol.why_not(PAPER | change, ("fid", "is", "nll")))
 
 
 def test_what_was_not_scored_is_no_reason():
-    assert evaluate.why_not(PAPER | {"n": 16, "official_extractor": False}, ("nll",)) == []
-    assert evaluate.why_not(PAPER | {"nll_images": 4}, ("fid",)) == []
+    assert protocol.why_not(PAPER | {"n": 16, "official_extractor": False}, ("nll",)) == []
+    assert protocol.why_not(PAPER | {"nll_images": 4}, ("fid",)) == []
 
 
 def test_looking_whether_it_is_done_loads_no_fidelity_library():
