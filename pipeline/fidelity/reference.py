@@ -60,8 +60,11 @@ def brought(file: Path, width: int | None = None) -> "Statistics":
     """
     from pipeline.fidelity.scores import Statistics
 
-    arrays = read_arrays(file)
-    fault = _fault(arrays, width)
+    try:
+        arrays = read_arrays(file)
+        fault = _fault(arrays, width)
+    except PipelineError as error:
+        fault = f"is no .npz of plain arrays ({error.__cause__})"
     if fault:
         raise PipelineError(f"evaluate.reference: {file} {fault}; give mu (d,) and sigma (d, d) of features")
     n = int(arrays["n"]) if "n" in arrays else None
