@@ -104,7 +104,7 @@ def bits_per_dim(
         torch.tensor(chosen),
         torch.cat(terms).T.double().cpu(),
         torch.cat(mse).T.double().cpu(),
-        prior_bits_per_dim(diffusion, x_0).double().cpu(),
+        prior_bits_per_dim(diffusion, x_0.double()).cpu(),  # in float32 it would drown in rounding
     )
 
 

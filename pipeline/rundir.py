@@ -202,6 +202,21 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise PipelineError(f"{path} is damaged ({error}); delete it to have it made again") from error
 
 
+def write_unit(path: Path, **arrays: np.ndarray) -> None:
+    """The arrays of a work unit whose folder and name say what they are of. The file repeats both, so that it is
+    never taken for another's, wherever it is moved to."""
+    write_arrays(path, unit=np.array(f"{path.parent.name}/{path.stem}"), **arrays)
+
+
+def read_unit(path: Path) -> dict[str, np.ndarray]:
+    """Raises PipelineError where the file is damaged, or was made as another unit's."""
+    arrays = read_arrays(path)
+    unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
+    if unit != expected:
+        raise PipelineError(f"{path} holds {unit}, not {expected}; delete it to have it made again")
+    return arrays
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

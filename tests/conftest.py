@@ -73,3 +73,15 @@ def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Run]:
     run = locate(experiment, sharded_storage)
     run.path.mkdir(parents=True, exist_ok=True)
     return experiment, run
+
+
+@pytest.fixture
+def sampled(tiny_run) -> tuple[config.Experiment, Run]:
+    """The tiny run with an untrained network and its twelve samples."""
+    from staged import run_stage, with_weights  # beside the tests that ask for this
+
+    from pipeline import sample
+
+    with_weights(*tiny_run)
+    run_stage(sample, *tiny_run)
+    return tiny_run

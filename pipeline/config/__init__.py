@@ -12,6 +12,7 @@ from pipeline.config.keys import (
 )
 from pipeline.config.load import load_cluster, load_experiment, made_with, to_dict, to_yaml
 from pipeline.config.sections import (
+    SPLITS,
     ClusterConfig,
     DataConfig,
     EvaluateConfig,
@@ -27,6 +28,7 @@ from pipeline.config.sections import (
 from pipeline.config.variants import beside, candidate, chosen
 
 __all__ = [
+    "SPLITS",
     "ClusterConfig",
     "DataConfig",
     "EvaluateConfig",

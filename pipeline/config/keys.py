@@ -60,6 +60,9 @@ def evaluate_key(experiment: Experiment, run_key: str) -> str:
     evaluate = {k: v for k, v in to_dict(experiment.evaluate).items() if k not in _NOT_IN_SCORE_KEY}
     weights = evaluate["extractor_weights"]
     evaluate["extractor_weights"] = _content_of(Path(weights)) if weights else None
+    file = experiment.evaluate.reference_file
+    if file is not None:
+        evaluate["reference"] = _content_of(file)
     drawn = [sample_key(experiment, run_key), experiment.sample.num_images, checkpoint_rule(experiment)]
     return hash_of([*drawn, evaluate])
 

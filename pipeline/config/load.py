@@ -178,6 +178,8 @@ def load_experiment(name: str, overrides: list[str]) -> Experiment:
     sections["data"] = _absolute(sections["data"], "path")
     sections["published"] = _absolute(sections["published"], "path")
     sections["evaluate"] = _absolute(sections["evaluate"], "extractor_weights")
+    if sections["evaluate"].reference_file is not None:
+        sections["evaluate"] = _absolute(sections["evaluate"], "reference")
     experiment = Experiment(name=str(tree["name"]), seed=tree["seed"], **sections)
     faults += [f"{key} {message}" for key, message in experiment.problems()]
     if faults:

@@ -20,7 +20,8 @@ from pipeline.errors import ConfigError, PipelineError
 Problems = list[tuple[str, str]]
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
-METRICS = ("fid", "is", "nll")
+METRICS = ("fid", "fid_test", "is", "kid", "prc", "nll")
+SPLITS = ("train", "test")
 FIGURES = (
     "samples", "progressive", "interpolation", "coarse_to_fine", "shared_latents", "rate_distortion",
     "scores_along", "nearest_pixels", "nearest_features",
@@ -125,7 +126,8 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which scores, and their protocol. `nll_images` null = the whole test split.
+    """Which scores, and their protocol. `reference` is a split of the data, or the path of an .npz with the mu
+    and sigma of somebody's features; `nll_images` null = the whole test split.
 
     `checkpoints` (null, all or every:N) are scored with `checkpoint_images` samples each, which shows the way
     and finds the best; `beside` scores the same samples from the other weights too, raw beside EMA.
@@ -134,7 +136,7 @@ class EvaluateConfig:
     metrics: tuple[str, ...]
     features: Literal["inception-v3-compat", "classifier", "projection"]
     extractor_weights: str | None
-    reference: Literal["train", "test"]
+    reference: str
     nll_images: int | None
     nll_batch_size: int
     decoder: Literal["tanh", "erf"]
@@ -160,7 +162,26 @@ class EvaluateConfig:
             found.append(
                 ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
             )
-        return found
+        return found + self._reference_problems()
+
+    def _reference_problems(self) -> Problems:
+        file = self.reference_file
+        if file is None:
+            return []
+        if file.suffix != ".npz" or not file.is_file():
+            hint = suggestion(self.reference, SPLITS)
+            return [("reference", f"is '{self.reference}'{hint}; use train, test or the path of an .npz")]
+        needs = [metric for metric in ("kid", "prc") if metric in self.metrics]
+        if needs:
+            return [
+                ("reference", f"names statistics, and {' and '.join(needs)} need images: use train or test")
+            ]
+        return []
+
+    @property
+    def reference_file(self) -> Path | None:
+        """The user's statistics; None where the reference is a split of the data."""
+        return None if self.reference in SPLITS else Path(self.reference).expanduser()
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import numpy as np
 from pipeline import tars
 from pipeline.config import hash_of
 from pipeline.errors import PipelineError
-from pipeline.rundir import Run, read_arrays, write_arrays
+from pipeline.rundir import read_arrays, read_unit, sha256_of, write_unit
 from pipeline.worker import Unit, WorkerContext
 
 if TYPE_CHECKING:
     from pipeline.fidelity.extractors import Extractor
-    from pipeline.fidelity.scores import Scored, Statistics
+    from pipeline.fidelity.scores import Scored
 
 BASELINE_UNIT = 500  # images
 Shape = tuple[int, int, int]
@@ -27,7 +27,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar of images [start, start + count) of a split."""
+    """A tar of images [start, start + count) of a split, each of that shape."""
 
     folder: Path
     split: str
@@ -35,6 +35,7 @@ class Shard:
     start: int
     count: int
     sha256: str
+    shape: Shape
 
 
 def shards_of(folder: Path, split: str, n: int | None = None) -> list[Shard]:
@@ -46,8 +47,10 @@ def shards_of(folder: Path, split: str, n: int | None = None) -> list[Shard]:
             f"{folder} holds {index.count(split)} images where {n} are to be scored; a short set has no score: "
             "run the stage before this one"
         )
+    facts, size = index.facts, index.facts["image_size"]
+    shape = (facts["channels"], size, size)
     return [
-        Shard(folder, split, name, start, count, index.facts["files"][name]["sha256"])
+        Shard(folder, split, name, start, count, facts["files"][name]["sha256"], shape)
         for name, start, count in index.shards(split)
         if start < n
     ]
@@ -72,10 +75,19 @@ class ImageSet:
         """Features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
-            arrays = read_arrays(file)
+            arrays = read_unit(file)
             features, logits = arrays["features"][:left], arrays["logits"][:left]
             left -= len(features)
             yield features, logits
+
+    def features(self) -> np.ndarray:
+        """All of them, (n, d) float32. Raises PipelineError where they are fewer than n."""
+        features = np.concatenate([part for part, _ in self.parts()])
+        if len(features) != self.n:
+            raise PipelineError(
+                f"{len(features)} images are there where {self.n} are to be scored; a short set has no score"
+            )
+        return features
 
     def score(self) -> "Scored":
         from pipeline.fidelity.scores import score
@@ -109,8 +121,28 @@ def baseline_set(extractor: "Extractor", n: int, shape: Shape, folder: Path, pix
 
 def extract_shard(ctx: WorkerContext, extractor: "Extractor", shard: Shard, file: Path) -> None:
     """Features of one tar."""
-    images, _ = tars.iterate_shard_images(shard.folder, shard.split, shard.name)
-    _extract(ctx, extractor, images, file)
+    _extract(ctx, extractor, images_of(shard), file)
+
+
+def images_of(shard: Shard) -> np.ndarray:
+    """uint8 (count, C, H, W). Raises PipelineError where the tar is another, or its images are.
+
+    It asks no manifest, since samples are looked at before all of them are drawn.
+    """
+    path = shard.folder / shard.name
+    remedy = "delete it and run the stage that wrote it"
+    if not path.exists() or sha256_of(path) != shard.sha256:
+        raise PipelineError(f"{path} is missing or does not match its sha256; {remedy}")
+    try:
+        images = [tars.decode_png(record.png) for record in tars.read_shard(path, shard.count)]
+    except (ValueError, OSError) as error:
+        raise PipelineError(f"{path} cannot be scored ({error}); {remedy}") from error
+    others = sorted({image.shape for image in images} - {shard.shape})
+    if others:
+        raise PipelineError(
+            f"{path} holds images of shape (C, H, W) = {others[0]} where {shard.shape} is scored; {remedy}"
+        )
+    return np.stack(images)
 
 
 def extract_baseline(
@@ -131,38 +163,4 @@ def _extract(ctx: WorkerContext, extractor: "Extractor", images: np.ndarray, fil
     from pipeline.fidelity.extractors import extract
 
     features, logits = extract(extractor, images, ctx.device)
-    write_arrays(file, features=features, logits=logits)
-
-
-# The reference
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The statistics of a split of the data, kept with the hash of its images: never stale, never mixed."""
-
-    file: Path
-    content: str
-
-    @staticmethod
-    def of(run: Run, extractor: "Extractor", split: str) -> "Reference":
-        file = run.data / "references" / f"{extractor.name}-{split}.npz"
-        return Reference(file, content_of(shards_of(run.data, split)))
-
-    def load(self) -> "Statistics | None":
-        """What is on disk, if it is of these images."""
-        from pipeline.fidelity.scores import Statistics
-
-        if not self.file.exists():
-            return None
-        arrays = read_arrays(self.file)
-        if arrays["content"].item() != self.content:
-            return None
-        return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
-
-    def make(self, images: ImageSet) -> "Statistics":
-        """Sum up the features of the whole split, and keep the result."""
-        found = images.score().moments.statistics()
-        kept = {"n": np.array(found.n), "content": np.array(self.content)}
-        write_arrays(self.file, mu=found.mu, sigma=found.sigma, **kept)
-        return found
+    write_unit(file, features=features, logits=logits)

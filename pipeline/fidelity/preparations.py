@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline import tars
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
+from pipeline.fidelity import classifier, projection
 from pipeline.fidelity.image_sets import content_of, shards_of
 from pipeline.rundir import Run, atomic_file, read_json, sha256_of, write_arrays, write_json
 from pipeline.worker import Unit, WorkerContext
@@ -17,6 +18,11 @@ from pipeline.worker import Unit, WorkerContext
 if TYPE_CHECKING:
     from pipeline.fidelity.extractors import Extractor
 
+WIDTHS = {
+    "inception-v3-compat": 2048,
+    "classifier": classifier.FEATURES,
+    "projection": projection.FEATURES,
+}
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
 
 
@@ -57,8 +63,6 @@ def _is_trained(run: Run) -> bool:
 
 def train_classifier(ctx: WorkerContext, run: Run, classes: int) -> None:
     """The work unit: on the CPU whatever the device."""
-    from pipeline.fidelity import classifier
-
     images, labels = tars.load_images(run.data, "train")
     if labels.min() < 0 or labels.max() >= classes:
         raise PipelineError(

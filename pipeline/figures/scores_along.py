@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from ddpm.images import to_uint8
 from pipeline.config import Experiment, evaluate_key
 from pipeline.errors import PipelineError
-from pipeline.fidelity.image_sets import Reference
 from pipeline.fidelity.preparations import extractor_of
+from pipeline.fidelity.reference import Reference
 from pipeline.figures import curves
 from pipeline.figures.chains import chain_of, estimates, shown_steps
 from pipeline.figures.figure import Figure, Unavailable, in_words, unit_folder

@@ -4,7 +4,8 @@ import dataclasses
 
 from conftest import one_cpu
 
-from pipeline import checkpoint
+from pipeline import checkpoint, evaluate
+from pipeline.rundir import read_json
 
 
 def with_weights(experiment, run, scale=1.0):
@@ -19,6 +20,15 @@ def with_weights(experiment, run, scale=1.0):
 
 def asking_for(experiment, **changes):
     return dataclasses.replace(experiment, sample=dataclasses.replace(experiment.sample, **changes))
+
+
+def scoring(experiment, **changes):
+    return dataclasses.replace(experiment, evaluate=dataclasses.replace(experiment.evaluate, **changes))
+
+
+def results(experiment, run):
+    """What the evaluation found."""
+    return read_json(evaluate.directory(experiment, run) / evaluate.METRICS)
 
 
 def run_stage(stage, experiment, run):

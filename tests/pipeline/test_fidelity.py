@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -55,16 +56,29 @@ class Images(torch.utils.data.Dataset):
         return self.images[i]
 
 
-def their_scores(extractor, images, reference, isc):
+def their_call(extractor, images, **asked):
+    """torch-fidelity's own, on the same extractor and images."""
     extractors.register(extractor)
-    layers = {"feature_layer_fid": extractor.features} | (
-        {"feature_layer_isc": extractor.logits} if isc else {}
-    )
+    layers = {f"feature_layer_{metric}": extractor.features for metric in ("fid", "kid", "prc")}
     return torch_fidelity.calculate_metrics(
-        input1=Images(images), input2=Images(reference), feature_extractor=extractor.registered,
-        feature_extractor_weights_path=str(extractor.weights), fid=True, isc=isc, samples_shuffle=False,
-        cuda=False, cache=False, save_cpu_ram=True, verbose=False, batch_size=50, **layers,
+        input1=Images(images), feature_extractor=extractor.registered,
+        feature_extractor_weights_path=str(extractor.weights), cuda=False, cache=False, save_cpu_ram=True,
+        verbose=False, batch_size=50, isc_splits=min(scores.SPLITS, len(images)), **layers,
+        **({"feature_layer_isc": extractor.logits} if extractor.logits else {}), **asked,
     )  # fmt: skip
+
+
+def their_scores(extractor, images, reference, fid=True):
+    n = min(len(images), len(reference))
+    found = their_call(
+        extractor, images, input2=Images(reference), fid=fid, kid=True, prc=True, kid_subset_size=n // 2,
+        isc=bool(extractor.logits), samples_shuffle=False,
+    )  # fmt: skip
+    del found["f_score"]
+    if extractor.logits:
+        shuffled = their_call(extractor, images, isc=True)
+        found |= {f"shuffled_{name}": value for name, value in shuffled.items()}
+    return found
 
 
 def our_score(extractor, images, cuts=()):
@@ -73,24 +87,46 @@ def our_score(extractor, images, cuts=()):
     return scores.score(parts, len(images))
 
 
+def our_scores(parts, reference, with_fid=True):
+    """Under torch-fidelity's names, from (features, logits) in parts, and those of the reference."""
+    features, real = np.concatenate([part for part, _ in parts]), reference[0]
+    scored = scores.score(parts, len(features))
+    found = {}
+    if with_fid:
+        statistics = scores.Moments.of(real).statistics()
+        found["frechet_inception_distance"] = scores.frechet_distance(scored.moments.statistics(), statistics)
+    pairs = {
+        ("kernel_inception_distance_mean", "kernel_inception_distance_std"): scores.kernel_distance,
+        ("precision", "recall"): scores.precision_recall,
+    }
+    for names, function in pairs.items():
+        found |= zip(names, function(features, real), strict=True)
+    for prefix, sums in (("", scored.sums), ("shuffled_", scored.shuffled)):
+        if sums:
+            names = (f"{prefix}inception_score_mean", f"{prefix}inception_score_std")
+            found |= zip(names, sums.inception_score(), strict=True)
+    return found
+
+
 def fid(a, b):
     return scores.frechet_distance(a.moments.statistics(), b.moments.statistics())
 
 
+def assert_equal_scores(ours, theirs, swapped):
+    """Every score equals theirs, and none does where the images are others."""
+    assert ours == pytest.approx(theirs, rel=RELATIVE)
+    for name, value in theirs.items():
+        assert swapped[name] != pytest.approx(value, rel=100 * RELATIVE), f"{name} does not see its input"
+
+
 def test_scores_equal_torch_fidelitys_own_call(extractor, digits):
     images, reference = digits[1][0][:203], digits[0][0][:400]
-    ours, theirs = (
-        our_score(extractor, images, [64, 128]),
-        their_scores(extractor, images, reference, isc=extractor.logits is not None),
-    )
-    base = our_score(extractor, reference, [250])
-    assert fid(ours, base) == pytest.approx(theirs["frechet_inception_distance"], rel=RELATIVE)
-    if extractor.logits:
-        mean, std = ours.sums.inception_score()
-        assert mean == pytest.approx(theirs["inception_score_mean"], rel=RELATIVE)
-        assert std == pytest.approx(theirs["inception_score_std"], rel=1e-4)
-    swapped = our_score(extractor, images[::-1].copy() // 2)
-    assert fid(swapped, base) != pytest.approx(theirs["frechet_inception_distance"], rel=0.1)
+    theirs = their_scores(extractor, images, reference)
+    real = extractors.extract(extractor, reference, CPU)
+    parts = [extractors.extract(extractor, part, CPU) for part in np.split(images, [64, 128])]
+    swapped = [extractors.extract(extractor, 255 - images, CPU)]
+    assert len(theirs) == (9 if extractor.logits else 5)
+    assert_equal_scores(our_scores(parts, real), theirs, our_scores(swapped, real))
 
 
 def test_how_images_are_cut_into_parts_does_not_matter(extractor, digits):
@@ -164,18 +200,48 @@ def test_moments_are_numpys(digits):
     )
 
 
-def test_inception_score_is_torch_fidelitys_and_shuffling_splits_matters():
-    logits = np.random.default_rng(1).normal(0, 3, (97, 5)).astype(np.float32)
-    logits[:, 0] += np.linspace(0, 6, 97)
-    sums, start = None, 0
-    for part in np.split(logits, [13, 14, 60]):
-        found = scores.ProbabilitySums.of(part, start, 97, 10)
-        sums, start = found if sums is None else sums + found, start + len(part)
-    theirs = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=False)
-    expected = theirs["inception_score_mean"], theirs["inception_score_std"]
-    assert sums.inception_score() == pytest.approx(expected, rel=1e-12)
-    shuffled = isc_features_to_metric(torch.from_numpy(logits), splits=10, shuffle=True)
-    assert sums.inception_score()[0] != pytest.approx(shuffled["inception_score_mean"], rel=1e-3)
+@pytest.mark.parametrize("n", [97, 10, 7])
+def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
+    logits = np.random.default_rng(1).normal(0, 3, (n, 5)).astype(np.float32)
+    logits[:, 0] += np.linspace(0, 6, n)
+    found = scores.score([(part, part) for part in np.split(logits, [1, 3, n - 2])], n)
+    for sums, shuffle in ((found.sums, False), (found.shuffled, True)):
+        theirs = isc_features_to_metric(torch.from_numpy(logits), splits=min(10, n), shuffle=shuffle)
+        expected = theirs["inception_score_mean"], theirs["inception_score_std"]
+        assert sums.inception_score() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    if n > 10:
+        assert found.sums.inception_score()[0] != pytest.approx(found.shuffled.inception_score()[0], rel=1e-3)
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    """Peak while 2,000 and while 20,000 images of 64 features and 10 classes are scored, in parts of 500."""
+
+    def peak(n):
+        draw = np.random.default_rng(0)
+        tracemalloc.start()
+        parts = (
+            tuple(draw.normal(size=(500, d)).astype(np.float32) for d in (64, 10)) for _ in range(n // 500)
+        )
+        scores.score(parts, n).sums.inception_score()
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    peak(2000)  # what is imported and cached at the first time
+    few, many = peak(2000), peak(20_000)
+    # What remains is each image's split and class, and the permutation while it is drawn: 20 bytes an image,
+    # where its features and logits have 296.
+    assert many - few < 18_000 * 20
+
+
+def test_kid_subsets_are_torch_fidelitys_or_half_of_a_small_set():
+    assert scores.kid_subset_size(50_000, 10_000) == scores.kid_subset_size(1000, 1000) == 1000
+    assert scores.kid_subset_size(999, 5000) == 499 and scores.kid_subset_size(5000, 4) == 2
+    features = np.ones((3, 2), np.float32)
+    with pytest.raises(PipelineError, match="3 images have no KID"):
+        scores.kernel_distance(features, features)
+    with pytest.raises(PipelineError, match="3 images have no precision"):
+        scores.precision_recall(features, features)
 
 
 def test_closed_form_of_the_frechet_distance():
@@ -222,6 +288,12 @@ def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
 # Inception
 
 
+def blocks(n):
+    """Two inputs of n images: coarse noise, and the same kind with half of the contrast."""
+    images = baselines.noise_images(0, 2 * n, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+    return images[:n], images[n:] // 2 + 64
+
+
 @pytest.fixture(scope="module")
 def he_inception(tmp_path_factory):
     """A weights file of Inception as He initialises it: with the default initialisation features vanish and
@@ -241,26 +313,41 @@ def he_inception(tmp_path_factory):
     return path
 
 
-def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, tmp_path):
+def require_live_features(a, b):
+    """Where features vanish any input scores zero, and a comparison of scores proves nothing."""
+    spread = np.concatenate([a, b]).std(axis=0)
+    assert np.median(spread) > 0.1 and np.square(a.mean(axis=0) - b.mean(axis=0)).sum() > 1
+
+
+def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "SPLITS", 2)  # a split of one image has a score of 1, whatever it shows
     inception = extractors.inception_extractor(str(he_inception), tmp_path)
     assert inception.name.startswith("inception-v3-compat-") and not inception.is_official
-    images = baselines.noise_images(0, 14, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
-    noise, dark = images[:7], images[7:] // 4
-    ours, base = (
-        our_score(inception, noise).moments.statistics(),
-        our_score(inception, dark).moments.statistics(),
-    )
-    spread = np.sqrt(np.diag(ours.sigma + base.sigma))
-    vanished = "the features vanish: this test would prove nothing"
-    assert np.median(spread) > 0.1 and np.square(ours.mu - base.mu).sum() > 1, vanished
+    noise, pale = blocks(7)
+    theirs = their_scores(inception, noise, pale, fid=False)
+    ours, real = ([extractors.extract(inception, images, CPU)] for images in (noise, pale))
+    require_live_features(ours[0][0], real[0][0])
+    assert_equal_scores(our_scores(ours, real[0], False), theirs, our_scores(real, ours[0], False))
     # The distance itself in an earlier layer: the eigenvalues of the last one take half a minute.
     early = dataclasses.replace(inception, features="192", logits=None)
-    expected = their_scores(early, noise, dark, isc=False)["frechet_inception_distance"]
-    assert fid(our_score(early, noise), our_score(early, dark)) == pytest.approx(expected, rel=RELATIVE)
-    assert fid(our_score(early, noise // 2), our_score(early, dark)) != pytest.approx(expected, rel=0.1)
+    expected = their_call(early, noise, input2=Images(pale), fid=True)["frechet_inception_distance"]
+    assert fid(our_score(early, noise), our_score(early, pale)) == pytest.approx(expected, rel=RELATIVE)
+    assert fid(our_score(early, noise // 2), our_score(early, pale)) != pytest.approx(expected, rel=0.1)
     grey, logits = extractors.extract(inception, noise[:1, :1], CPU)
     colour, _ = extractors.extract(inception, noise[:1, :1].repeat(3, axis=1), CPU)
     assert np.array_equal(grey, colour) and logits.shape == (1, 1008)
+
+
+@pytest.mark.slow
+def test_all_scores_of_inceptions_own_layers_equal_torch_fidelitys_call(he_inception, tmp_path):
+    """2 x 24 images; the FID takes the eigenvalues of a matrix of 2048 x 2048, twice."""
+    inception = extractors.inception_extractor(str(he_inception), tmp_path)
+    noise, pale = blocks(24)
+    ours, real = ([extractors.extract(inception, images, CPU)] for images in (noise, pale))
+    require_live_features(ours[0][0], real[0][0])
+    theirs = their_scores(inception, noise, pale)
+    assert theirs["frechet_inception_distance"] > 1
+    assert our_scores(ours, real[0]) == pytest.approx(theirs, rel=RELATIVE)
 
 
 def test_weights_of_another_network_are_named(tmp_path):

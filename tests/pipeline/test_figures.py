@@ -18,7 +18,8 @@ from pipeline import config, evaluate, figures, sample, shard, tars
 from pipeline.checkpoint import load_network
 from pipeline.config.sections import FIGURES
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.fidelity.image_sets import Reference, shards_of
+from pipeline.fidelity.image_sets import shards_of
+from pipeline.fidelity.reference import Reference
 from pipeline.fidelity.scores import Moments, frechet_distance
 from pipeline.figures import chains, curves, nearest, scores_along, stage
 from pipeline.rundir import Run, read_json, read_manifest, write_arrays
@@ -220,7 +221,8 @@ def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
 
 def samples_from(folder, images):
     records = (tars.Record(f"{i:08d}", tars.encode_png(image[0]), None) for i, image in enumerate(images))
-    tars.write_index(folder, {"samples": [tars.write_shard(folder / "00000.tar", records)]})
+    shards = [tars.write_shard(folder / "00000.tar", records)]
+    tars.write_index(folder, {"samples": shards}, image_size=images.shape[-1], channels=1)
 
 
 @pytest.mark.parametrize("space", ["pixels", "features"])

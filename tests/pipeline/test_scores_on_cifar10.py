@@ -1,0 +1,176 @@
+"""Scores at the paper's scale, where CIFAR-10 is at hand: figures that are known beforehand, no training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import one_cpu
+from staged import run_stage, scoring
+
+from pipeline import config, shard, tars
+from pipeline.evaluate import bound
+from pipeline.fidelity import classifier, extractors, scores
+from pipeline.fidelity.image_sets import shard_set, shards_of
+from pipeline.fidelity.preparations import extractor_of, preparations
+from pipeline.rundir import read_arrays, read_unit, write_arrays
+from pipeline.stages import locate
+
+CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
+pytestmark = [
+    pytest.mark.skipif(not CIFAR10.is_dir(), reason="no copy of CIFAR-10 in ../shared/data/cifar10"),
+    pytest.mark.slow,
+]
+ROWS = (100, 300, 500, 700, 900, 1000)
+# Of the best linear denoiser, in expectation over the 10,000 test images.
+RATES = (4.0483e-05, 1.02489e-03, 7.90632e-03, 3.41312e-02, 1.68577e-01, 2.45278)
+RMSES = (62.7020, 54.3384, 39.8764, 27.9870, 15.3258, 1.10353)
+PRIOR = 7.4137e-06
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    """(experiment, run) with the shards; the experiment's denoisers predict x_0."""
+    overrides = [f"data.path={CIFAR10}", "diffusion.predict=x0", "evaluate.features=classifier"]
+    experiment = config.load_experiment("cifar10", overrides)
+    run = locate(experiment, tmp_path_factory.mktemp("cifar10"))
+    run_stage(shard, experiment, run)
+    return experiment, run
+
+
+# The bound of the best linear denoiser
+
+
+@dataclass(frozen=True)
+class Lmmse:
+    """x_0 from x_t for Gaussian data of the test set's mean and covariance, kept by eigenvectors in a file."""
+
+    file: Path
+    identity: ClassVar[str] = "lmmse"
+    clip: ClassVar[bool] = False
+
+    def load(self, device):
+        arrays = read_arrays(self.file)
+        mean, values, vectors = (torch.from_numpy(arrays[k]).float() for k in ("mean", "values", "vectors"))
+
+        def net(x_t, t, context=None):
+            signal = torch.from_numpy(alpha_bar())[t].float()[:, None]
+            shrink = signal.sqrt() * values / (signal * values + 1 - signal)
+            components = (x_t.flatten(1) - signal.sqrt() * mean) @ vectors
+            return ((components * shrink) @ vectors.T + mean).reshape(x_t.shape)
+
+        return net
+
+
+def betas():
+    return np.linspace(1e-4, 0.02, 1000)
+
+
+def alpha_bar():
+    return np.cumprod(1 - betas())
+
+
+def expected_terms(mse):
+    """Terms (1000,) at t >= 1 of fixedlarge, from the MSE of the estimate of x_0; index 0 is unused."""
+    beta, now = betas(), alpha_bar()
+    before = np.concatenate([[1.0], now[:-1]])
+    posterior = beta * (1 - before) / (1 - now)
+    with np.errstate(divide="ignore"):
+        overhead = 0.5 * (-1 + np.log(beta / posterior) + posterior / beta)
+    return ((beta * np.sqrt(before) / (1 - now)) ** 2 / (2 * beta) * mse + overhead) / np.log(2)
+
+
+@pytest.fixture(scope="module")
+def lmmse(cifar10, tmp_path_factory):
+    _, run = cifar10
+    x = tars.load_images(run.data, "test")[0].reshape(10_000, -1) / 127.5 - 1
+    values, vectors = np.linalg.eigh(np.cov(x, rowvar=False, bias=True))
+    file = tmp_path_factory.mktemp("lmmse") / "lmmse.npz"
+    write_arrays(file, mean=x.mean(axis=0), values=values.clip(min=0), vectors=vectors)
+    return Lmmse(file)
+
+
+def test_the_table_of_the_best_linear_denoiser_comes_out_of_the_units(cifar10, lmmse):
+    """All 10,000 test images in units of 250, at the six timesteps that Table 4's rows end with: RMSE and terms
+    within 0.3 %. And L_T, to 1e-9."""
+    experiment, run = cifar10
+    timesteps = [1000 - k for k in ROWS]
+    units = bound.units(experiment, run, lmmse, timesteps)
+    assert len(units) == 40
+    one_cpu().map_units(list(units.values()), lambda unit: None)
+    parts = [read_unit(file) for file in units]
+    mse, terms = (np.concatenate([part[k] for part in parts]).mean(axis=0) for k in ("mse", "terms"))
+    assert np.concatenate([part["prior"] for part in parts]).mean(dtype=np.float64) == pytest.approx(
+        PRIOR, abs=1e-9
+    )
+    assert 127.5 * np.sqrt(mse) == pytest.approx(RMSES, rel=3e-3)
+    whole = np.zeros(1000)
+    whole[timesteps] = (np.array(RMSES) / 127.5) ** 2
+    assert terms[:-1] == pytest.approx(expected_terms(whole)[timesteps[:-1]], rel=3e-3)
+
+
+def test_its_rates_over_all_timesteps_do_too(cifar10, lmmse):
+    """The whole bound of 16 images through units and merge. These images' own expectation is known in closed
+    form, and so is that of all: their ratio turns the rates of the few into those of the table."""
+    experiment, run = cifar10
+    experiment = scoring(experiment, nll_images=16, nll_batch_size=8)
+    units = bound.units(experiment, run, lmmse)
+    one_cpu().map_units(list(units.values()), lambda unit: None)
+    rows = bound.merge(units, 1000)["rate_distortion"]
+    arrays = read_arrays(lmmse.file)
+    x = tars.load_images(run.data, "test", 0, 16)[0].reshape(16, -1) / 127.5 - 1
+    spread = (((x - arrays["mean"]) @ arrays["vectors"]) ** 2).mean(axis=0)
+    signal, values = alpha_bar()[:, None], arrays["values"]
+    shrink = signal * values / (signal * values + 1 - signal)
+    few = ((1 - shrink) ** 2 * spread + shrink**2 * (1 - signal) / signal).mean(axis=1)
+    everyone = (values * (1 - signal) / (signal * values + 1 - signal)).mean(axis=1)
+    for k, rate, rmse in zip(ROWS, RATES, RMSES, strict=True):
+        of_few, of_all = (expected_terms(mse)[1000 - k + 1 :].sum() for mse in (few, everyone))
+        assert of_all == pytest.approx(rate, rel=2e-5)
+        sent = rows[k - 1]["rate_bpd"] - rows[0]["rate_bpd"]  # without the prior
+        assert sent * of_all / of_few == pytest.approx(rate, rel=3e-3)
+        turned = np.sqrt(everyone[1000 - k] / few[1000 - k])
+        assert rows[k - 1]["rmse"] * turned == pytest.approx(rmse, rel=3e-3)
+
+
+# FID
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = torch.from_numpy(images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10):
+    """Through the units, tar by tar, by the features of the classifier that the pipeline trains."""
+    experiment, run = cifar10
+    one_cpu().map_units(
+        [u for u in preparations(experiment, run) if "classifier" in u.name], lambda unit: None
+    )
+    extractor = extractor_of(experiment, run)
+    found = {}
+    for split in ("test", "train"):
+        images = shard_set(extractor, shards_of(run.data, split), run.data / "references" / "features")
+        one_cpu().map_units(images.missing(), lambda unit: None)
+        found[split] = images.score().moments.statistics()
+    ours = scores.frechet_distance(found["test"], found["train"])
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(tars.load_images(run.data, "test")[0]),
+        input2=Images(tars.load_images(run.data, "train")[0]),
+        feature_extractor=extractor.registered, feature_extractor_weights_path=str(extractor.weights),
+        feature_layer_fid="features", fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        batch_size=extractors.BATCH,
+    )["frechet_inception_distance"]  # fmt: skip
+    print(f"FID of test against train: {ours!r}, torch-fidelity's {theirs!r}, {ours / theirs - 1:.1e}")
+    accuracy = classifier.accuracy(classifier.load(extractor.weights), *tars.load_images(run.data, "test"))
+    assert (found["test"].n, found["train"].n) == (10_000, 50_000)
+    assert accuracy > 0.5 and ours == pytest.approx(theirs, rel=1e-5)
