@@ -76,6 +76,11 @@ def pending(experiment: Experiment, run: Run, last: str) -> list[str]:
     return todo
 
 
+def check(experiment: Experiment, cluster: ClusterConfig) -> None:
+    """Raise PipelineError where experiment and cluster, each valid, do not go together."""
+    _module("train").check_workers(experiment.train, cluster.workers or 1)
+
+
 def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
     """Bring the run up to date, `last` included. Raises Interrupted, PipelineError."""
     root = storage_root(cluster)
@@ -85,7 +90,7 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
         todo = pending(experiment, run, last)
         _say_plan(run, todo, last)
         if todo:
-            _module("train").check_workers(experiment.train, cluster.workers or 1)
+            check(experiment, cluster)
             say(f"needs {preflight.check(experiment, run)}")
             _write_experiment(experiment, run)
             with _Work(experiment, cluster, run) as work:
@@ -285,7 +290,7 @@ def made_with() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    return {"commit": _commit(), "versions": versions, "hardware": _hardware()}
+    return {"commit": commit(), "versions": versions, "hardware": _hardware()}
 
 
 def _hardware() -> str:
@@ -295,9 +300,11 @@ def _hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} CPUs ({capability}), {', '.join(gpus) or 'no GPU'}"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the code, with '+' where the tree differs from it; None outside a checkout."""
     here = Path(__file__).parent
+    if (here / "COMMIT").is_file():  # the code came with a job, without its history
+        return (here / "COMMIT").read_text()
 
     def git(*args: str) -> str:
         return subprocess.run(
