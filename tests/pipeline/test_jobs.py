@@ -9,6 +9,7 @@ import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -149,6 +150,15 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
     assert not [name for name in sent if name.endswith((".pyc", ".tar", ".bin", ".txt", ".env"))]
     assert packed.bytes < 2e6
     assert not packed.folder.exists()
+
+
+def test_what_python_and_editors_leave_beside_the_code_stays_here(tmp_path, monkeypatch):
+    for name in ("__init__.py", "__pycache__/a.pyc", ".swp/a", "inner/__pycache__/a.pyc", "inner/b.py"):
+        (tmp_path / "ddpm" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ddpm" / name).touch()
+    monkeypatch.setattr(luggage, "ddpm", SimpleNamespace(__file__=str(tmp_path / "ddpm" / "__init__.py")))
+    with luggage.packed(["run"], None) as packed:
+        assert files_of(packed.folder / "ddpm") == {"__init__.py", "inner/b.py"}
 
 
 def seen_by_the_job(packed: luggage.Luggage) -> tuple[str, str]:
