@@ -340,7 +340,7 @@ def sync(name: str, cluster: ClusterConfig) -> str:
     """Deliver a run directory to the tracking server; returns what was done, in a line."""
     from pipeline import tracking
 
-    path = run_directory(name, storage_root(cluster))
+    path = run_directory(name, Path(cluster.storage).expanduser().absolute())
     experiment = config.load_experiment(str(path / "experiment.yaml"), [])
     data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
     run = Run(

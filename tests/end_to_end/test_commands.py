@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,10 +47,12 @@ def final_state(storage: Path, step: int) -> dict:
     return checkpoint.load(run_directory(storage) / "train" / f"step_{step:08d}")
 
 
-def mlflow_points(storage: Path, metric: str = "train/loss") -> list[tuple[int, int, float]]:
+def mlflow_points(
+    storage: Path, metric: str = "train/loss", store: str = "mlflow.db"
+) -> list[tuple[int, int, float]]:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{storage}/{store}")
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id])
     (run,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
@@ -114,6 +118,20 @@ def test_sync_brings_a_run_into_another_store(finished, tmp_path):
     uri = f"cluster.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     assert main(["sync", run_directory(finished).name, f"cluster.storage={finished}", uri]) == 0
     assert mlflow_points(tmp_path) == mlflow_points(finished) != []
+
+
+def test_an_up_to_date_command_says_how_to_deliver_what_a_server_has_not_got(finished, tmp_path, monkeypatch):
+    """And what it says works as it stands, in whatever folder it is typed."""
+    uri = f"sqlite:///{tmp_path}/other.db"
+    said = ddpm(finished, "evaluate.metrics=[fid,is,nll]", f"cluster.tracking_uri={uri}")
+    assert "everything up to date" in said
+    (command,) = re.findall("`(ddpm sync .*?)`", said)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+    assert not (tmp_path / "runs").exists()
+    assert mlflow_points(tmp_path, store="other.db") == mlflow_points(finished)
+    said = ddpm(finished, "evaluate.metrics=[fid,is,nll]", f"cluster.tracking_uri={uri}")
+    assert "ddpm sync" not in said
 
 
 def wait_for_checkpoint(process: subprocess.Popen, storage: Path) -> None:
