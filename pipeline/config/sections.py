@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError
 Problems = list[tuple[str, str]]
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
+TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 METRICS = ("fid", "is", "nll")
 FIGURES = (
     "samples", "progressive", "interpolation", "coarse_to_fine", "shared_latents", "rate_distortion",
@@ -266,6 +267,10 @@ class ClusterConfig:
                     f"is {self.min_workers}; cluster.workers={self.workers} is the most that train",
                 )
             )
+        scheme, _, rest = (self.tracking_uri or "").partition("://")
+        if self.tracking_uri is not None and not (rest and scheme.split("+")[0] in TRACKING):
+            known = ", ".join(f"{known}://" for known in TRACKING)
+            found.append(("tracking_uri", f"begins with '{scheme}'; MLflow's stores are {known}"))
         return found
 
 

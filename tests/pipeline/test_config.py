@@ -62,6 +62,21 @@ def test_every_cluster_loads(path):
     assert config.load_cluster(str(path), []).storage
 
 
+@pytest.mark.parametrize("uri", ["foo://host", "mlruns", "http:/host", "sqlite://", "host:5000"])
+def test_a_tracking_uri_that_mlflow_does_not_know_is_refused(uri):
+    with pytest.raises(
+        ConfigError, match=r"cluster\.tracking_uri begins with '.*MLflow's stores are http://"
+    ):
+        config.load_cluster("local", [f"tracking_uri={uri}"])
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host:5000", "sqlite:////data/mlflow.db", "postgresql+psycopg2://db/x"]
+)
+def test_a_tracking_uri_that_mlflow_knows_is_taken(uri):
+    assert config.load_cluster("local", [f"tracking_uri={uri}"]).tracking_uri == uri
+
+
 def test_cifar10_is_the_paper():
     """The yaml and the defaults of the library both say the paper's values: they must agree."""
     experiment = config.load_experiment("cifar10", [])
