@@ -98,6 +98,8 @@ class Client:
         return subprocess.Popen(
             [sys.executable, "-m", "pipeline", *words], cwd=self.folder, env={**self.environment, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            # where these tests run in the background of a shell, Ctrl-C would be ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def ddpm(self, *words: str, **environment: str) -> tuple[int, str]:
