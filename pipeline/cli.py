@@ -308,7 +308,7 @@ def _show(options: Any) -> int:
     try:
         run = stages.locate(experiment, Path(cluster.storage).expanduser().absolute())
     except PipelineError as error:
-        print(f"\n# keys: not known, since the data cannot be read: {error}")
+        print(f"\n# keys: not known: {error}")
         return 0
     print(f"\n# data key    {run.data_key}\n# run key     {run.run_key}")
     print(f"# sample key  {config.sample_key(experiment, run.run_key)}")

@@ -17,7 +17,7 @@ import torch
 
 from pipeline import config, preflight, sources
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
 from pipeline.worker import GIB, Executor, InProcess, Unit, local_context
@@ -55,8 +55,15 @@ def storage_root(cluster: ClusterConfig) -> Path:
     return root
 
 
+def _check_files(experiment: Experiment) -> None:
+    if missing := experiment.missing():
+        raise ConfigError(missing)
+
+
 def locate(experiment: Experiment, root: Path) -> Run:
-    """The run that `experiment` means. Reads the data source's fingerprint."""
+    """The run that `experiment` means. Reads the data source's fingerprint; raises ConfigError where a file that
+    the experiment names is missing."""
+    _check_files(experiment)
     fingerprint = sources.fingerprint(experiment.data, root / "data" / "fingerprints.json")
     data_key = config.data_key(experiment, fingerprint)
     return Run(root, experiment.name, experiment.data.source, data_key, config.run_key(experiment, data_key))
@@ -342,6 +349,7 @@ def sync(name: str, cluster: ClusterConfig) -> str:
 
     path = run_directory(name, Path(cluster.storage).expanduser().absolute())
     experiment = config.load_experiment(str(path / "experiment.yaml"), [])
+    _check_files(experiment)
     data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
     run = Run(
         path.parent, experiment.name, experiment.data.source, data_key, config.run_key(experiment, data_key)

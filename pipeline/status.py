@@ -48,7 +48,8 @@ def _row(path: Path) -> list[str]:
         experiment.data.source,
         f"{max(steps, default=0)}/{experiment.train.steps}",
         str(drawn or "-"),
-        "\n".join(_scores(file) for file in sorted(path.glob("evaluation/*/metrics.json"))) or "-",
+        "\n".join([*map(_scores, sorted(path.glob("evaluation/*/metrics.json"))), *experiment.missing()])
+        or "-",
         "yes" if (path / "report" / "report.html").exists() else "-",
     ]
 

@@ -136,12 +136,13 @@ class EvaluateConfig:
     variance: Literal["fixedlarge", "fixedsmall"] | None
 
     def problems(self) -> Problems:
-        found = _at_least(self, nll_images=1, nll_batch_size=1) + _among(self, "metrics", METRICS)
-        if self.extractor_weights and not Path(self.extractor_weights).is_file():
-            found.append(
-                ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
-            )
-        return found
+        return _at_least(self, nll_images=1, nll_batch_size=1) + _among(self, "metrics", METRICS)
+
+    def missing(self) -> Problems:
+        """Named files that are not on this machine: no fault of the values."""
+        if self.extractor_weights is None or Path(self.extractor_weights).is_file():
+            return []
+        return [("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")]
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,11 @@ class Experiment:
                 )
             )
         return found
+
+    def missing(self) -> list[str]:
+        """Files that the values name and that are not on this machine, a line each. Scores made with them stay
+        readable; no key that hashes them can be told."""
+        return [f"evaluate.{key} {fault}" for key, fault in self.evaluate.missing()]
 
     @property
     def takes_labels(self) -> bool:

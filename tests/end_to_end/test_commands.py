@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,24 @@ def test_status_and_show_read_the_run(finished, capsys):
     assert run_directory(finished).name in capsys.readouterr().out
 
 
+def test_a_run_whose_extractor_weights_were_moved_is_still_shown(finished, tmp_path, capsys):
+    run = tmp_path / run_directory(finished).name
+    shutil.copytree(run_directory(finished), run)
+    tree = (run / "experiment.yaml").read_text()
+    text = tree.replace("extractor_weights: null", "extractor_weights: /moved/away.pth")
+    assert text != tree
+    (run / "experiment.yaml").write_text(text)
+    assert main(["status", f"cluster.storage={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert "6/6" in shown and "FID" in shown and "/moved/away.pth" in shown
+    for words in (
+        ["sync", str(run)],
+        ["report", str(run / "experiment.yaml"), f"cluster.storage={tmp_path}"],
+    ):
+        assert main(words) == 2
+        assert "'/moved/away.pth' is not a file" in capsys.readouterr().err
+
+
 def test_every_point_is_in_mlflow_once(finished):
     log = [json.loads(line) for line in (run_directory(finished) / "log.jsonl").read_text().splitlines()]
     expected = [(point["step"], point["time"], point["metrics"]["train/loss"]) for point in log]
@@ -180,6 +199,7 @@ def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, 
         (["run", "digits", "model.dropuot=1"], 2, "did you mean 'dropout'?"),
         (["run", "digits", "cifar10"], 2, "one experiment at a time"),
         (["run", "digits", "cluster.wokers=2"], 2, "cluster.wokers is unknown (did you mean 'workers'?)"),
+        (["run", "digits", "evaluate.extractor_weights=/n.pth", "cluster.storage={tmp}"], 2, "'/n.pth' is not a file"),
         (["run", "digits", "--cluster", "nowhere"], 2, "no cluster is named 'nowhere'"),
         (["run", "digits", "cluster.storage=/dev/null/runs"], 1, "cannot be written"),
         (["run", "cifar10", "data.path=/nowhere", "cluster.storage={tmp}"], 1, "/nowhere"),

@@ -86,6 +86,7 @@ class Client:
 
     def __init__(self, head: str, folder: Path):
         self.folder, self.storage = folder, folder / "storage"
+        self.processes: list[subprocess.Popen] = []
         self.environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "RAY_API_SERVER_ADDRESS": head, "RAY_AUTH_TOKEN": TOKEN
         }  # fmt: skip
@@ -95,12 +96,14 @@ class Client:
         self.where = [f"cluster.storage={self.storage}", "cluster.workers=1", "cluster.cpus_per_worker=1"]
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *words], cwd=self.folder, env={**self.environment, **environment},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             # where these tests run in the background of a shell, Ctrl-C would be ignored
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
+        self.processes.append(process)
+        return process
 
     def ddpm(self, *words: str, **environment: str) -> tuple[int, str]:
         """(exit code, output)"""
@@ -120,8 +123,12 @@ class Client:
 
 
 @pytest.fixture
-def client(head, tmp_path) -> Client:
-    return Client(head, tmp_path)
+def client(head, tmp_path) -> Iterator[Client]:
+    client = Client(head, tmp_path)
+    yield client
+    for process in client.processes:
+        process.kill()
+        process.wait()
 
 
 def test_a_followed_job_ends_with_its_files_and_its_exit_code(client):

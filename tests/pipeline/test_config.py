@@ -187,13 +187,17 @@ def test_a_missing_value_is_named(tmp_path):
         (["model.norm_groups=7"], "model.norm_groups"),
         (["seed=-1"], "seed"),
         (["name=../x"], "name"),
-        (["evaluate.extractor_weights=/nowhere.pth"], "evaluate.extractor_weights"),
         (["model.name=unnet"], "model.name"),
         (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
     ],
 )
 def test_nonsense_is_refused_by_name(overrides, names):
     assert any(line.startswith(names) for line in problems("digits", *overrides))
+
+
+def test_a_named_file_that_is_not_here_is_no_fault_of_the_values():
+    (line,) = config.load_experiment("digits", ["evaluate.extractor_weights=/nowhere.pth"]).missing()
+    assert line.startswith("evaluate.extractor_weights '/nowhere.pth' is not a file")
 
 
 def test_unknown_experiments_and_bad_overrides(tmp_path):

@@ -77,6 +77,20 @@ def test_a_relative_path_in_a_file_is_refused_too(tmp_path, monkeypatch, capsys)
     assert "data.path=images is a relative path" in capsys.readouterr().err
 
 
+def test_a_file_that_only_the_cluster_has_may_be_named(capsys):
+    words = [
+        "submit",
+        "--",
+        "run",
+        "cifar10",
+        "data.path=/theirs",
+        "evaluate.extractor_weights=/theirs.pth",
+        HERE,
+    ]
+    assert main(words) == 1
+    assert "no Ray cluster answers" in capsys.readouterr().err
+
+
 def test_no_cluster_at_the_address(capsys):
     assert main(["submit", "--", "run", "digits", HERE]) == 1
     assert "no Ray cluster answers at http://127.0.0.1:9" in capsys.readouterr().err
