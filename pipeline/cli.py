@@ -33,6 +33,7 @@ of the experiment, cluster.key=value one of the cluster:
   ddpm run cifar10 data.path=FOLDER                   the paper's CIFAR-10 experiment
   ddpm run cifar10 train.steps=20000 train.ema_warmup=true sample.num_images=5000
   ddpm run digits cluster.workers=2 cluster.storage=/data/runs
+  ddpm submit --follow -- run cifar10 --cluster CLUSTER      the same command as a job on a cluster
 
 The same command again goes on where it was interrupted, and does nothing where everything is up to date.
 """
@@ -48,6 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 2, options.debug)
     except PipelineError as error:
         return _fail(error, 1, options.debug)
+    except ModuleNotFoundError as error:
+        if options.debug or (error.name or "").split(".")[0] in ("pipeline", "ddpm"):
+            raise
+        missing = f"{sys.executable} has no module {error.name}: install this program for it (pip install .)"
+        return _fail(PipelineError(missing), 1, False)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
         return 130
@@ -67,9 +73,13 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
 
 
 def _parsed(arguments: list[str] | None) -> Any:
-    """argparse loses words that follow an option; here they may stand anywhere."""
+    """argparse loses words that follow an option; here they may stand anywhere. What follows `submit --` is a
+    command line of its own, `options.job`."""
     parser = _parser()
-    options, late = parser.parse_known_args(arguments)
+    own = sys.argv[1:] if arguments is None else list(arguments)
+    cut = own.index("--") if own[:1] == ["submit"] and "--" in own else len(own)
+    options, late = parser.parse_known_args(own[:cut])
+    options.job = own[cut + 1 :]
     if stray := [word for word in late if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     words = options.arguments if "arguments" in options else options.overrides
@@ -87,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, text in STAGE_HELP.items():
         command = _add(commands, name, text, _stage)
-        command.set_defaults(last="report" if name == "run" else name)
+        command.set_defaults(last="report" if name == "run" else name, check=_check_stage)
         _takes_experiment(command)
     _takes_experiment(
         _add(commands, "show", "the resolved configuration and its keys; starts nothing", _show)
@@ -106,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     ui.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(ui)
+    _submit_command(commands)
+    _jobs_command(commands)
     doctor = _add(commands, "doctor", "what this machine has, and what to do about what is missing", _doctor)
     doctor.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(doctor)
@@ -149,6 +161,38 @@ def _export_command(commands: Any) -> None:
     _cluster_option(command)
 
 
+def _submit_command(commands: Any) -> None:
+    text = (
+        "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER"
+    )
+    command = _add(commands, "submit", text, _submit)
+    command.add_argument(
+        "arguments", nargs="*", metavar="-- COMMAND", help="run, sweep, train, ... as always"
+    )
+    command.add_argument("--follow", action="store_true", help="write the job's log, and end as it ends")
+    command.add_argument("--id", default="", metavar="NAME", help="default: the command and the time")
+    _address_option(command)
+
+
+def _jobs_command(commands: Any) -> None:
+    command = _add(commands, "jobs", "a cluster's jobs: list them; a log; one's status; stop one", _jobs)
+    command.add_argument(
+        "arguments", nargs="*", metavar="list | logs ID | status ID | stop ID", help="default: list"
+    )
+    command.add_argument(
+        "--follow", action="store_true", help="with logs: until the job ends, and as it ends"
+    )
+    _address_option(command)
+
+
+def _address_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265",
+    )
+
+
 def _add(commands: Any, name: str, text: str, command: Callable[[Any], int]) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -179,18 +223,11 @@ def _load(options: Any) -> tuple[Any, Any]:
     """The experiment and the cluster that the command line names, with the faults of both reported at once."""
     from pipeline import config
 
-    words = options.arguments
-    named = [word for word in words if "=" not in word]
-    if len(named) > 1:
-        raise ConfigError(
-            f"one experiment at a time, not {' and '.join(named)}; overrides are written key=value"
-        )
-    overrides = [word for word in words if "=" in word]
-    own = [word for word in overrides if not word.startswith("cluster.")]
+    name, own = _experiment_words(options)
     loaded, problems = [], []
     for load in (
-        lambda: config.load_experiment(named[0] if named else options.default, own),
-        lambda: _load_cluster(options.cluster, overrides),
+        lambda: config.load_experiment(name, own),
+        lambda: _load_cluster(options.cluster, options.arguments),
     ):
         try:
             loaded.append(load())
@@ -199,6 +236,17 @@ def _load(options: Any) -> tuple[Any, Any]:
     if problems:
         raise ConfigError(problems)
     return loaded[0], loaded[1]
+
+
+def _experiment_words(options: Any) -> tuple[str, list[str]]:
+    """The experiment that the command line names, and its overrides."""
+    named = [word for word in options.arguments if "=" not in word]
+    if len(named) > 1:
+        raise ConfigError(
+            f"one experiment at a time, not {' and '.join(named)}; overrides are written key=value"
+        )
+    own = [word for word in options.arguments if "=" in word and not word.startswith("cluster.")]
+    return named[0] if named else options.default, own
 
 
 def _load_cluster(name: str, overrides: list[str]) -> Any:
@@ -226,6 +274,44 @@ def _stage(options: Any) -> int:
     return 0
 
 
+def _check_stage(options: Any) -> tuple[Any, list[str]]:
+    """The cluster that a command line means, and its paths that mean something else elsewhere; starts nothing."""
+    from pipeline import config, stages
+
+    experiment, cluster = _load(options)
+    stages.check(experiment, cluster)
+    return cluster, config.relative_paths(*_experiment_words(options))
+
+
+def _submit(options: Any) -> int:
+    from pipeline import jobs
+
+    if options.arguments or not options.job:
+        raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
+    job = _parsed(options.job)
+    if "check" not in job:
+        raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
+    cluster, relative = job.check(job)
+    return jobs.submit(options.job, cluster, relative, options.address, options.id, options.follow)
+
+
+def _jobs(options: Any) -> int:
+    from pipeline import jobs
+
+    action, *names = options.arguments or ["list"]
+    if action not in ("list", "logs", "status", "stop"):
+        raise ConfigError(f"'{action}' is unknown; `ddpm jobs` knows list, logs ID, status ID and stop ID")
+    if len(names) != (action != "list"):
+        raise ConfigError(f"`ddpm jobs {action}` takes {'no' if action == 'list' else 'one'} job id")
+    if options.follow and action != "logs":
+        raise ConfigError("--follow belongs to `ddpm jobs logs ID`")
+    if action == "list":
+        return jobs.listing(options.address)
+    if action == "logs":
+        return jobs.logs(names[0], options.address, options.follow)
+    return (jobs.status if action == "status" else jobs.stop)(names[0], options.address)
+
+
 def _show(options: Any) -> int:
     from pipeline import config, stages
 
@@ -237,7 +323,7 @@ def _show(options: Any) -> int:
     try:
         run = stages.locate(experiment, Path(cluster.storage).expanduser().absolute())
     except PipelineError as error:
-        print(f"\n# keys: not known, since the data cannot be read: {error}")
+        print(f"\n# keys: not known: {error}")
         return 0
     print(f"\n# data key    {run.data_key}\n# run key     {run.run_key}")
     print("\n".join(f"# {line}" for line in _later_keys(experiment, run)))

@@ -251,7 +251,9 @@ def _start_ray(address: str | None) -> None:
         where = (
             f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
         )
-        raise PipelineError(f"{where} cannot be reached or started: {_last_line(error)}") from error
+        whole = "Version mismatch" in str(error)  # told over several lines
+        reason = " ".join(str(error).split()) if whole else _last_line(error)
+        raise PipelineError(f"{where} cannot be reached or started: {reason}") from error
 
 
 def _last_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from pipeline import config, preflight, select, selection, sources
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.errors import PipelineError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
 from pipeline.worker import GIB, Executor, InProcess, Spent, Unit, local_context
@@ -56,8 +56,15 @@ def storage_root(cluster: ClusterConfig) -> Path:
     return root
 
 
+def _check_files(experiment: Experiment) -> None:
+    if missing := experiment.missing():
+        raise ConfigError(missing)
+
+
 def locate(experiment: Experiment, root: Path) -> Run:
-    """The run that `experiment` means. Reads the data source's fingerprint."""
+    """The run that `experiment` means. Reads the data source's fingerprint; raises ConfigError where a file that
+    the experiment names is missing."""
+    _check_files(experiment)
     fingerprint = sources.fingerprint(experiment.data, root / "data" / "fingerprints.json")
     data_key = config.data_key(experiment, fingerprint)
     return Run(root, experiment.name, experiment.data.source, data_key, config.run_key(experiment, data_key))
@@ -100,6 +107,11 @@ def subjects(stage: str, experiment: Experiment, run: Run) -> list[Experiment]:
     return [found, *config.beside(found).values()] if stage in ("sample", "evaluate") else [found]
 
 
+def check(experiment: Experiment, cluster: ClusterConfig) -> None:
+    """Raise PipelineError where experiment and cluster, each valid, do not go together."""
+    _module("train").check_workers(experiment.train, cluster.workers or 1)
+
+
 def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
     """Bring the run up to date, `last` included. Raises Interrupted, PipelineError."""
     root = storage_root(cluster)
@@ -109,7 +121,7 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
         todo = pending(experiment, run, last)
         _say_plan(run, todo, last)
         if todo:
-            _module("train").check_workers(experiment.train, cluster.workers or 1)
+            check(experiment, cluster)
             say(f"needs {preflight.check(experiment, run)}")
             _write_experiment(experiment, run)
             with _Work(experiment, cluster, run) as work:
@@ -318,7 +330,7 @@ def made_with() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    return {"commit": _commit(), "versions": versions, "hardware": _hardware()}
+    return {"commit": commit(), "versions": versions, "hardware": _hardware()}
 
 
 def _hardware() -> str:
@@ -328,9 +340,11 @@ def _hardware() -> str:
     return f"{len(os.sched_getaffinity(0))} CPUs ({capability}), {', '.join(gpus) or 'no GPU'}"
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the code, with '+' where the tree differs from it; None outside a checkout."""
     here = Path(__file__).parent
+    if (here / "COMMIT").is_file():  # the code came with a job, without its history
+        return (here / "COMMIT").read_text()
 
     def git(*args: str) -> str:
         return subprocess.run(
@@ -392,6 +406,7 @@ def opened(path: Path) -> tuple[Experiment, Run]:
         experiment = config.load_experiment(str(path / "experiment.yaml"), [])
     except PipelineError as error:
         raise PipelineError(f"{path / 'experiment.yaml'} cannot be read: {error}") from error
+    _check_files(experiment)
     data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
     key = config.run_key(experiment, data_key)
     return experiment, Run(path.parent, experiment.name, experiment.data.source, data_key, key)

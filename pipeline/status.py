@@ -52,7 +52,7 @@ def _row(path: Path) -> list[str]:
         experiment.data.source,
         f"{max(steps, default=0)}/{experiment.train.steps}",
         str(drawn or "-"),
-        "\n".join([*map(_choice, choices), *map(_scores, scores)]) or "-",
+        "\n".join([*map(_choice, choices), *map(_scores, scores), *experiment.missing()]) or "-",
         "yes" if (path / "report" / "report.html").exists() else "-",
     ]
 

@@ -10,7 +10,16 @@ from pipeline.config.keys import (
     sample_key,
     selection_key,
 )
-from pipeline.config.load import load_cluster, load_experiment, made_with, to_dict, to_yaml
+from pipeline.config.load import (
+    conf_folders,
+    files,
+    load_cluster,
+    load_experiment,
+    made_with,
+    relative_paths,
+    to_dict,
+    to_yaml,
+)
 from pipeline.config.sections import (
     SPLITS,
     ClusterConfig,
@@ -41,13 +50,16 @@ __all__ = [
     "checkpoint_rule",
     "checkpoint_step",
     "chosen",
+    "conf_folders",
     "data_key",
     "evaluate_key",
     "figures_key",
+    "files",
     "hash_of",
     "load_cluster",
     "load_experiment",
     "made_with",
+    "relative_paths",
     "run_content",
     "run_key",
     "sample_key",

@@ -13,8 +13,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.backbones import NETWORKS
-from pipeline.config.sections import ClusterConfig, Experiment, suggestion
+from pipeline.config.sections import SPLITS, ClusterConfig, Experiment, suggestion
 from pipeline.errors import ConfigError
+
+# The keys that hold paths.
+PATHS = (("data", "path"), ("published", "path"), ("evaluate", "extractor_weights"))
 
 # Finding and reading files
 
@@ -60,10 +63,22 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> Any:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    beside = path.parent / f"{base}.yaml"
+    beside = _beside(path, base)
     parent = _read(beside if beside.is_file() else find(base), (*seen, path.resolve()))
     parent.pop("name", None)  # a name belongs to the file that says it
     return _laid_over(parent, tree)
+
+
+def _beside(path: Path, base: str) -> Path:
+    """Where a base is looked for first."""
+    return path.parent / f"{base}.yaml"
+
+
+def files(path: Path) -> list[Path]:
+    """A yaml file and those of its bases that lie beside it: what reading it needs, but for named ones."""
+    base = OmegaConf.select(OmegaConf.load(path), "base")
+    beside = _beside(path, base)
+    return [path, *(files(beside) if base and beside.is_file() else [])]
 
 
 def _laid_over(base: Any, tree: Any) -> Any:
@@ -175,9 +190,8 @@ def load_experiment(name: str, overrides: list[str]) -> Experiment:
             faults += [f"{key}.{inner} {message}" for inner, message in section.problems()]
     if "model" not in sections or None in sections.values() or type(tree.get("seed")) is not int:
         raise ConfigError(faults)
-    sections["data"] = _absolute(sections["data"], "path")
-    sections["published"] = _absolute(sections["published"], "path")
-    sections["evaluate"] = _absolute(sections["evaluate"], "extractor_weights")
+    for section, key in PATHS:
+        sections[section] = _absolute(sections[section], key)
     if sections["evaluate"].reference_file is not None:
         sections["evaluate"] = _absolute(sections["evaluate"], "reference")
     experiment = Experiment(name=str(tree["name"]), seed=tree["seed"], **sections)
@@ -191,6 +205,15 @@ def _absolute(section: Any, key: str) -> Any:
     """The section with a path that means the same in every process: workers have other working folders."""
     path = getattr(section, key)
     return dataclasses.replace(section, **{key: str(Path(path).expanduser().absolute())}) if path else section
+
+
+def relative_paths(name: str, overrides: list[str]) -> list[str]:
+    """The paths of a valid experiment that depend on the folder or the person, as 'data.path=images'."""
+    tree = _plain(_with_overrides(_read(find(name)), overrides))
+    paths = {f"{section}.{key}": tree[section][key] for section, key in PATHS}
+    if tree["evaluate"]["reference"] not in SPLITS:
+        paths["evaluate.reference"] = tree["evaluate"]["reference"]
+    return [f"{key}={path}" for key, path in paths.items() if path and not str(path).startswith("/")]
 
 
 def made_with(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError, PipelineError
 Problems = list[tuple[str, str]]
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
+TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 METRICS = ("fid", "fid_test", "is", "kid", "prc", "nll")
 SPLITS = ("train", "test")
 FIGURES = (
@@ -158,17 +159,13 @@ class EvaluateConfig:
             found.append(
                 ("checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps")
             )
-        if self.extractor_weights and not Path(self.extractor_weights).is_file():
-            found.append(
-                ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
-            )
         return found + self._reference_problems()
 
     def _reference_problems(self) -> Problems:
         file = self.reference_file
         if file is None:
             return []
-        if file.suffix != ".npz" or not file.is_file():
+        if file.suffix != ".npz":
             hint = suggestion(self.reference, SPLITS)
             return [("reference", f"is '{self.reference}'{hint}; use train, test or the path of an .npz")]
         needs = [metric for metric in ("kid", "prc") if metric in self.metrics]
@@ -182,6 +179,17 @@ class EvaluateConfig:
     def reference_file(self) -> Path | None:
         """The user's statistics; None where the reference is a split of the data."""
         return None if self.reference in SPLITS else Path(self.reference).expanduser()
+
+    def missing(self) -> Problems:
+        """Named files that are not on this machine: no fault of the values."""
+        found: Problems = []
+        if self.extractor_weights is not None and not Path(self.extractor_weights).is_file():
+            found.append(
+                ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
+            )
+        if self.reference_file is not None and not self.reference_file.is_file():
+            found.append(("reference", f"'{self.reference}' is not a file"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -236,6 +244,11 @@ class Experiment:
                 )
             )
         return found
+
+    def missing(self) -> list[str]:
+        """Files that the values name and that are not on this machine, a line each. Scores made with them stay
+        readable; no key that hashes them can be told."""
+        return [f"evaluate.{key} {fault}" for key, fault in self.evaluate.missing()]
 
     @property
     def takes_labels(self) -> bool:
@@ -345,6 +358,10 @@ class ClusterConfig:
                     f"is {self.min_workers}; cluster.workers={self.workers} is the most that train",
                 )
             )
+        scheme, _, rest = (self.tracking_uri or "").partition("://")
+        if self.tracking_uri is not None and not (rest and scheme.split("+")[0] in TRACKING):
+            known = ", ".join(f"{known}://" for known in TRACKING)
+            found.append(("tracking_uri", f"begins with '{scheme}'; MLflow's stores are {known}"))
         return found
 
 

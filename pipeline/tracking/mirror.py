@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from collections import Counter
@@ -82,7 +83,7 @@ class Mirror:
             wait = POLL if self._attempt() else min(max(2 * wait, POLL), LONGEST_WAIT)
         if not self._attempt():
             self.warn(
-                f"not everything reached {shown(self.uri)}: deliver it with `ddpm sync {self.run.path.name}`"
+                f"not everything reached {shown(self.uri)}: deliver it with {_sync_command(self.run, self.uri)}"
             )
 
     def _attempt(self) -> bool:
@@ -165,10 +166,18 @@ def describe(run: Run, uri: str | None) -> str:
     state = _read_state(run)
     server = state.get("servers", {}).get(shown(uri))
     if server is None:
-        return f"nothing in {shown(uri)} yet (`ddpm sync {run.path.name}`)"
-    where = f"{server['study']} / {run.path.name} in {shown(uri)} (`ddpm ui`)"
+        return f"nothing in {shown(uri)} yet ({_sync_command(run, uri)})"
+    ui = shlex.join(["ddpm", "ui", f"cluster.storage={run.storage}"])
+    where = f"{server['study']} / {run.path.name} in {shown(uri)} (`{ui}`)"
     if uri.startswith("http"):
         place = f"#/experiments/{server['experiment_id']}/runs/{server['run_id']}{VIEW}"
         where = f"{shown(uri).rstrip('/')}/{place}"
     behind = server["parcels"].get("status") != state["status"]
-    return f"{where}, not up to date (`ddpm sync {run.path.name}`)" if behind else where
+    return f"{where}, not up to date ({_sync_command(run, uri)})" if behind else where
+
+
+def _sync_command(run: Run, uri: str) -> str:
+    """What delivers the run to that server, as it can be typed in any folder."""
+    other = uri != default_uri(run.storage)
+    words = ["ddpm", "sync", str(run.path), *([f"cluster.tracking_uri={shown(uri)}"] if other else [])]
+    return f"`{shlex.join(words)}`"

@@ -46,7 +46,7 @@ def check(uri: str) -> None:
     except Exception as error:  # MLflow, SQLAlchemy, requests and urllib3 share no narrower base
         raise PipelineError(
             f"the tracking server {shown(uri)} does not answer ({reason(error)}); start it, or leave out "
-            "cluster.tracking_uri and deliver later with `ddpm sync`"
+            f"cluster.tracking_uri and deliver later with `ddpm sync RUN cluster.tracking_uri={shown(uri)}`"
         ) from error
 
 

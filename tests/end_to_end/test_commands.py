@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,10 +48,12 @@ def final_state(storage: Path, step: int) -> dict:
     return checkpoint.load(run_directory(storage) / "train" / f"step_{step:08d}")
 
 
-def mlflow_points(storage: Path, metric: str = "train/loss") -> list[tuple[int, int, float]]:
+def mlflow_points(
+    storage: Path, metric: str = "train/loss", store: str = "mlflow.db"
+) -> list[tuple[int, int, float]]:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{storage}/{store}")
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id])
     (run,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
@@ -110,6 +115,24 @@ def test_status_and_show_read_the_run(finished, capsys):
     assert run_directory(finished).name in capsys.readouterr().out
 
 
+def test_a_run_whose_extractor_weights_were_moved_is_still_shown(finished, tmp_path, capsys):
+    run = tmp_path / run_directory(finished).name
+    shutil.copytree(run_directory(finished), run)
+    tree = (run / "experiment.yaml").read_text()
+    text = tree.replace("extractor_weights: null", "extractor_weights: /moved/away.pth")
+    assert text != tree
+    (run / "experiment.yaml").write_text(text)
+    assert main(["status", f"cluster.storage={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert "6/6" in shown and "FID" in shown and "/moved/away.pth" in shown
+    for words in (
+        ["sync", str(run)],
+        ["report", str(run / "experiment.yaml"), f"cluster.storage={tmp_path}"],
+    ):
+        assert main(words) == 2
+        assert "'/moved/away.pth' is not a file" in capsys.readouterr().err
+
+
 def test_every_point_is_in_mlflow_once(finished):
     log = [json.loads(line) for line in (run_directory(finished) / "log.jsonl").read_text().splitlines()]
     expected = [(point["step"], point["time"], point["metrics"]["train/loss"]) for point in log]
@@ -120,6 +143,20 @@ def test_sync_brings_a_run_into_another_store(finished, tmp_path):
     uri = f"cluster.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     assert main(["sync", run_directory(finished).name, f"cluster.storage={finished}", uri]) == 0
     assert mlflow_points(tmp_path) == mlflow_points(finished) != []
+
+
+def test_an_up_to_date_command_says_how_to_deliver_what_a_server_has_not_got(finished, tmp_path, monkeypatch):
+    """And what it says works as it stands, in whatever folder it is typed."""
+    uri = f"sqlite:///{tmp_path}/other.db"
+    said = ddpm(finished, "evaluate.metrics=[fid,is,nll]", f"cluster.tracking_uri={uri}")
+    assert "everything up to date" in said
+    (command,) = re.findall("`(ddpm sync .*?)`", said)
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)[1:]) == 0
+    assert not (tmp_path / "runs").exists()
+    assert mlflow_points(tmp_path, store="other.db") == mlflow_points(finished)
+    said = ddpm(finished, "evaluate.metrics=[fid,is,nll]", f"cluster.tracking_uri={uri}")
+    assert "ddpm sync" not in said
 
 
 def wait_for_checkpoint(process: subprocess.Popen, storage: Path) -> None:
@@ -168,6 +205,7 @@ def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, 
         (["run", "digits", "model.dropuot=1"], 2, "did you mean 'dropout'?"),
         (["run", "digits", "cifar10"], 2, "one experiment at a time"),
         (["run", "digits", "cluster.wokers=2"], 2, "cluster.wokers is unknown (did you mean 'workers'?)"),
+        (["run", "digits", "evaluate.extractor_weights=/n.pth", "cluster.storage={tmp}"], 2, "'/n.pth' is not a file"),
         (["run", "digits", "--cluster", "nowhere"], 2, "no cluster is named 'nowhere'"),
         (["run", "digits", "cluster.storage=/dev/null/runs"], 1, "cannot be written"),
         (["run", "cifar10", "data.path=/nowhere", "cluster.storage={tmp}"], 1, "/nowhere"),

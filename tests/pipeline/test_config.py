@@ -62,6 +62,21 @@ def test_every_cluster_loads(path):
     assert config.load_cluster(str(path), []).storage
 
 
+@pytest.mark.parametrize("uri", ["foo://host", "mlruns", "http:/host", "sqlite://", "host:5000"])
+def test_a_tracking_uri_that_mlflow_does_not_know_is_refused(uri):
+    with pytest.raises(
+        ConfigError, match=r"cluster\.tracking_uri begins with '.*MLflow's stores are http://"
+    ):
+        config.load_cluster("local", [f"tracking_uri={uri}"])
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host:5000", "sqlite:////data/mlflow.db", "postgresql+psycopg2://db/x"]
+)
+def test_a_tracking_uri_that_mlflow_knows_is_taken(uri):
+    assert config.load_cluster("local", [f"tracking_uri={uri}"]).tracking_uri == uri
+
+
 def test_cifar10_is_the_paper():
     """The yaml and the defaults of the library both say the paper's values: they must agree."""
     experiment = config.load_experiment("cifar10", [])
@@ -172,7 +187,6 @@ def test_a_missing_value_is_named(tmp_path):
         (["model.norm_groups=7"], "model.norm_groups"),
         (["seed=-1"], "seed"),
         (["name=../x"], "name"),
-        (["evaluate.extractor_weights=/nowhere.pth"], "evaluate.extractor_weights"),
         (["model.name=unnet"], "model.name"),
         (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
         (["sample.checkpoint=best"], "sample.checkpoint is best; say among which: evaluate.checkpoints"),
@@ -189,6 +203,11 @@ def test_a_missing_value_is_named(tmp_path):
 )
 def test_nonsense_is_refused_by_name(overrides, names):
     assert any(line.startswith(names) for line in problems("digits", *overrides))
+
+
+def test_a_named_file_that_is_not_here_is_no_fault_of_the_values():
+    (line,) = config.load_experiment("digits", ["evaluate.extractor_weights=/nowhere.pth"]).missing()
+    assert line.startswith("evaluate.extractor_weights '/nowhere.pth' is not a file")
 
 
 def test_unknown_experiments_and_bad_overrides(tmp_path):
