@@ -90,6 +90,13 @@ def test_both_runs_have_the_same_keys_and_nearly_the_same_scores(runs):
     assert math.isclose(a["nll_bpd"], b["nll_bpd"], rel_tol=1e-4)
 
 
+def test_what_images_cost_is_noted_whoever_makes_them(runs):
+    one, two = (json.loads((run / "spent.json").read_text()) for run in runs)
+    for kind in ("samples", "NLL"):
+        (a,), (b,) = one[kind].values(), two[kind].values()
+        assert a["images"] == b["images"] > 0 and a["seconds"] > 0 and b["seconds"] > 0
+
+
 def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs, tmp_path):
     one, _ = runs
     shutil.copytree(one.parent, tmp_path, dirs_exist_ok=True)
