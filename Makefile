@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-all check
+.PHONY: help run test test-all check bench
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
 	@echo "make test      install, then the tests a person runs before a commit"
 	@echo "make test-all  the same with the slow ones"
 	@echo "make check     ruff and mypy"
+	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (about 6 GB, a few minutes the first time)"
@@ -36,3 +37,8 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+bench: $(READY)
+	@echo "== benchmarks"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
+	@$(BIN)/python -m benchmarks $(ARGS)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.kernels import attend, dropout, group_norm, pointwise
+
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 NEAR_ZERO_GAIN = 1e-5  # authors' code: variance scale 1e-10, small but not zero
 NEAR_ZERO_LAYERS = ("conv2", "proj_out", "conv_out")  # the last layer of each residual branch, and of the net
@@ -132,7 +134,7 @@ class UNet(nn.Module):
         h = self.middle(h, temb)
         for level in self.up:
             h = level(h, temb, skips)
-        return self.conv_out(norm_silu(self.norm_out, h)).float()
+        return self.conv_out(group_norm(self.norm_out, h, swish=True)).float()
 
 
 class DownLevel(nn.Module):
@@ -197,8 +199,8 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x)) + self.time_proj(temb)[:, :, None, None]
-        h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
+        h = self.conv1(group_norm(self.norm1, x, swish=True)) + self.time_proj(temb)[:, :, None, None]
+        h = self.conv2(dropout(self.dropout, group_norm(self.norm2, h, swish=True)))
         return self.shortcut(x) + h
 
 
@@ -212,9 +214,11 @@ class Attention(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = self.norm(x).flatten(2).transpose(1, 2)[:, None]  # (N, 1 head, H*W, C)
-        h = F.scaled_dot_product_attention(self.q(pixels), self.k(pixels), self.v(pixels))
-        return x + self.proj_out(h)[:, 0].transpose(1, 2).reshape(x.shape)
+        normed = group_norm(self.norm, x, swish=False)
+        # (N, C, H, W) -> (N, H*W, C), without a copy in channels_last
+        q, k, v = (pointwise(f, normed).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = attend(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + pointwise(self.proj_out, h)
 
 
 class Downsample(nn.Module):
@@ -259,11 +263,6 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
     angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """swish(GroupNorm(x))."""
-    return F.silu(norm(x))
 
 
 def _attention(width: int, resolution: int, config: UNetConfig) -> nn.Module:

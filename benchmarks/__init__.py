@@ -1,0 +1,1 @@
+"""Speed and memory beside what a researcher would otherwise use: `python -m benchmarks [NAME ...] [--quick]`."""

@@ -1,0 +1,78 @@
+"""Sharding 60,000 images; reading them back for training, beside webdataset's own loader and what training eats."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import subjects
+from benchmarks.harness import OURS, Contender, Outcome, Row, Settings, race
+from benchmarks.subjects import Way
+from benchmarks.workspace import workspace
+from pipeline import shard, tars
+from pipeline.rundir import Run
+from pipeline.train import Order, batch_slice
+from pipeline.worker import local_context
+
+BATCH = 128
+
+
+def run(settings: Settings) -> Outcome:
+    outcome = Outcome()
+    with workspace(settings) as place:
+        experiment = place.experiment()
+        run = place.run_of(experiment)
+        seconds = _shard(experiment, run)
+        count = tars.open_index(run.data).count("train")
+        outcome.rows.append(Row(f"shard {place.images}", f"{OURS}, one process", seconds, "s"))
+        warm, load_seconds = _loaded(run)
+        outcome.rows.append(Row("read a split, verify, decode", OURS, count / load_seconds, "images/s"))
+        found = [
+            Contender(f"{OURS}: batches from memory", warm, BATCH),
+            Contender("webdataset: its loader", _webdataset(run), BATCH),
+        ]
+        outcome.rows += race(f"loading, batch {BATCH}", found, settings, "images/s", found[0].name)
+        outcome.rows += _eaten(settings, found[0].name)
+    return outcome
+
+
+def _shard(experiment: Any, run: Run) -> float:
+    """Seconds of all work units, one after the other, and the manifest."""
+    began, context = time.perf_counter(), local_context(1)
+    for units in shard.work(experiment, run):
+        for unit in units:
+            unit.body(context, *unit.args)
+    return time.perf_counter() - began
+
+
+def _loaded(run: Run) -> tuple[Callable[[], Any], float]:
+    """A function that gives the next shuffled batch, and the seconds that the first one waits for."""
+    began = time.perf_counter()
+    images = torch.from_numpy(tars.load_images(run.data, "train")[0])
+    seconds = time.perf_counter() - began
+    order, rows, step = Order(0, len(images)), batch_slice(BATCH, 0, 1), 0
+
+    def batch() -> torch.Tensor:
+        nonlocal step
+        step += 1
+        return images[order.indices(step, BATCH, rows)]
+
+    return batch, seconds
+
+
+def _webdataset(run: Run) -> Callable[[], Any]:
+    """Shards from disk (its cache is warm), decoded and shuffled in this process."""
+    import webdataset
+
+    names = [str(run.data / name) for name, _, _ in tars.open_index(run.data).shards("train")]
+    dataset = webdataset.WebDataset(names, shardshuffle=len(names), seed=0, empty_check=False)
+    stream = iter(dataset.shuffle(1000).decode("torchrgb8").to_tuple("png", "cls").batched(BATCH).repeat())
+    return lambda: next(stream)
+
+
+def _eaten(settings: Settings, against: str) -> list[Row]:
+    batch = 4 if settings.quick else 16
+    way = Way("bf16")
+    step = Contender("training step, bf16", subjects.our_train_step(settings, way, batch), batch)
+    return race("what training eats", [step], settings, "images/s", against)

@@ -1,0 +1,89 @@
+"""1,000-step ancestral sampling, images per second with everything around the network.
+
+On a GPU the whole chain is timed once per turn; on a CPU a few steps are, and the rate of 1,000 is projected from
+them (each costs the same): the table says so.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from benchmarks import subjects
+from benchmarks.harness import FLOOR, OURS, Outcome, Settings, offered, race
+from benchmarks.subjects import Precision, Way, contender, ways
+from ddpm import Diffusion, reverse
+
+STEPS = 1000
+
+
+def run(settings: Settings) -> Outcome:
+    outcome, batch, steps = Outcome(), *_size(settings)
+    images = batch * steps / STEPS  # finished images that the timed steps amount to
+    measured = f"projected from {steps} steps" if steps < STEPS else "measured"
+    with subjects.tf32_off():
+        for precision in get_args(Precision)[::-1]:
+            makers = []
+            for way in ways(settings, precision):
+                makers += [
+                    contender(settings, f"{OURS} {way}", partial(_ours, settings, way, batch, steps), images),
+                    contender(settings, f"diffusers {way}", partial(_diffusers, settings, way, batch, steps), images),
+                    contender(settings, f"{FLOOR}: the network of {OURS} alone, {way}",
+                              partial(_network_alone, settings, way, batch, steps), images),
+                ]  # fmt: skip
+            found = offered(outcome, *makers)
+            case = f"{STEPS} steps {precision}, batch {batch}, {measured}"
+            outcome.rows += race(case, found, settings, "images/s", found[0].name if found else "")
+    return outcome
+
+
+def _size(settings: Settings) -> tuple[int, int]:
+    """Batch, and steps that are timed."""
+    if settings.on_gpu:
+        return 256, 50 if settings.quick else 250
+    return (4, 2) if settings.quick else (32, 4)
+
+
+def _ours(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], Any]:
+    """The chain as the sample stage runs it: x_T and every z from the counter-based generator."""
+    net = subjects.our_network(settings.device).eval().requires_grad_(False)
+    call, diffusion, index = way.call(net), Diffusion().to(settings.device), torch.arange(batch)
+
+    def network(x_t: Tensor, t: Tensor) -> Tensor:
+        with way.autocast(settings.device):
+            return call(x_t, t)
+
+    def chain() -> None:
+        for _ in reverse(
+            diffusion, network, index=index, shape=(3, subjects.SIDE, subjects.SIDE), seed=0,
+            steps=steps, device=settings.device,
+        ):  # fmt: skip
+            pass
+
+    return chain
+
+
+def _diffusers(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], Any]:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    net = way.place(subjects.diffusers_network(), settings.device).eval().requires_grad_(False)
+    pipeline = DDPMPipeline(way.call(net), DDPMScheduler(num_train_timesteps=STEPS))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def chain() -> None:
+        with way.autocast(settings.device):
+            pipeline(batch_size=batch, num_inference_steps=steps, output_type="np")
+
+    return chain
+
+
+def _network_alone(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], Any]:
+    forward = subjects.our_forward(settings, way, batch)
+
+    def calls() -> None:
+        for _ in range(steps):
+            forward()
+
+    return calls

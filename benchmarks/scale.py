@@ -1,0 +1,76 @@
+"""One worker and two, and what the orchestration costs: real commands in a temporary storage root."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from benchmarks.harness import OURS, Outcome, Row, Settings, Skipped
+
+COMPUTING = ("train", "sample", "evaluate")
+
+
+def run(settings: Settings) -> Outcome:
+    outcome = Outcome()
+    try:
+        outcome.rows += _orchestration(settings)
+        if settings.on_gpu:
+            raise Skipped("1 and 2 workers: measured on CPUs only")
+        outcome.rows += _workers(settings)
+    except Skipped as reason:
+        outcome.skipped.append(str(reason))
+    return outcome
+
+
+def _orchestration(settings: Settings) -> list[Row]:
+    """The digits run through Ray against the same run in one process, both with next to nothing to compute."""
+    small = ("train.steps=20", "train.batch_size=16", "sample.num_images=64", "sample.steps=2", "evaluate.nll_images=2",
+             "diffusion.timesteps=20", "figures.which=[samples]")  # fmt: skip
+    rows = []
+    for name, workers in ((f"{OURS} with Ray, 2 workers", 2), (f"{OURS} in one process", 0)):
+        with tempfile.TemporaryDirectory(prefix="bench-") as root:
+            seconds = _command(root, "run", "digits", *small, f"cluster.workers={workers}")
+            rows.append(Row("digits run with almost no computing", name, seconds, "s"))
+    return rows
+
+
+def _workers(settings: Settings) -> list[Row]:
+    """Images per second in training and sampling: one worker with one core, two with one each."""
+    shape = ("model.channels=64", "model.dropout=0.0", "train.batch_size=64", "train.log_every=5")
+    steps = 20 if settings.quick else 60
+    rates: dict[str, dict[int, float]] = {"train": {}, "sample": {}}
+    for workers in (1, 2):
+        with tempfile.TemporaryDirectory(prefix="bench-") as root:
+            common = (*shape, f"train.steps={steps}", f"cluster.workers={workers}", "cluster.cpus_per_worker=1",
+                      "sample.num_images=256", "sample.steps=50", "sample.batch_size=32")  # fmt: skip
+            _command(root, "sample", "digits", *common, cores=workers)
+            log = next(Path(root).glob("*/log.jsonl")).read_text().splitlines()
+            points = [json.loads(line)["metrics"]["train/images_per_second"] for line in log]
+            rates["train"][workers] = median(points[1:])
+            timings = json.loads(next(Path(root).glob("digits-*/timings.json")).read_text())
+            rates["sample"][workers] = 256 / timings["sample"]
+    return [
+        Row(f"{stage}, digits at width 64", f"{workers} worker{'s' * (workers > 1)} of one core", rate, "images/s",
+            None, rate / found[1], "1 worker of one core")
+        for stage, found in rates.items()
+        for workers, rate in found.items()
+    ]  # fmt: skip
+
+
+def _command(root: str, *words: str, cores: int | None = None) -> float:
+    """Seconds of `ddpm WORDS`; on so many cores only."""
+    command = [sys.executable, "-m", "pipeline", *words, f"cluster.storage={root}"]
+    if cores:
+        wanted = sorted(os.sched_getaffinity(0))[:cores]
+        command = ["taskset", "-c", ",".join(map(str, wanted)), *command]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Skipped(
+            f"'{' '.join(words[:2])}' failed: {(done.stderr.strip().splitlines() or [''])[-1][:160]}"
+        )
+    return time.perf_counter() - began

@@ -1,0 +1,71 @@
+"""Training step and forward pass of the 35.7 M network beside its peers, and beside its products alone."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import get_args
+
+import torch
+
+from benchmarks import subjects
+from benchmarks.floor import floor_of
+from benchmarks.harness import FLOOR, OURS, Contender, Outcome, Settings, offered, race
+from benchmarks.subjects import Precision, Way, contender, ways
+
+TRAIN = {
+    OURS: subjects.our_train_step,
+    "diffusers": subjects.diffusers_train_step,
+    "denoising-diffusion-pytorch": subjects.lucidrains_train_step,
+}
+FORWARD = {
+    OURS: subjects.our_forward,
+    "diffusers": subjects.diffusers_forward,
+    "denoising-diffusion-pytorch": subjects.lucidrains_forward,
+}
+
+
+def run(settings: Settings) -> Outcome:
+    outcome = Outcome()
+    with subjects.tf32_off():
+        for batch in batches(settings):
+            for precision in get_args(Precision)[::-1]:
+                for what, subject in (("train", TRAIN), ("forward", FORWARD)):
+                    case = f"{what} {precision}, batch {batch}"
+                    found = _contenders(outcome, settings, subject, precision, batch)
+                    outcome.rows += race(case, found, settings, "images/s", found[0].name if found else "")
+                    del found  # their weights and graphs go before the next ones come
+                    _free(settings)
+    return outcome
+
+
+def batches(settings: Settings) -> tuple[int, ...]:
+    if settings.on_gpu:
+        return (128,) if settings.quick else (128, 512)
+    return (4,) if settings.quick else (16, 64)
+
+
+def _contenders(
+    outcome: Outcome, settings: Settings, subject: dict[str, Callable], precision: Precision, batch: int
+) -> list[Contender]:
+    """Ours first; each peer in its best setting, and in its default one, which is fp32."""
+    makers = []
+    for name, make in subject.items():
+        found = ways(settings, precision)
+        if name != OURS:
+            found.append(Way("fp32", channels_last=False, default=True))
+        if batch != batches(settings)[0]:
+            found = [way for way in found if not way.compiled]  # a minute each, for the same comparison
+        makers += [
+            contender(settings, f"{name} {way}", partial(make, settings, way, batch), batch) for way in found
+        ]
+
+    def floor() -> list[Contender]:
+        call = subject[OURS](settings, Way(precision), batch)
+        return [Contender(f"{FLOOR}: products alone", floor_of(call), batch)]
+
+    return offered(outcome, *makers, floor)
+
+
+def _free(settings: Settings) -> None:
+    torch.compiler.reset()
+    if settings.on_gpu:
+        torch.cuda.empty_cache()

@@ -1,0 +1,107 @@
+"""Layers of the U-Net in bf16 on a CPU, where torch's own routes are slow; elsewhere the plain layers.
+
+Each function equals the plain expression that its docstring names up to rounding (dropout: in distribution),
+and a test holds it to that. What is slow: the bf16 group norm is not vectorised for groups of fewer than 16
+channels, the fused bf16 attention multiplies at a third of the speed of plain products, dropout draws one
+number after the other. And in float32 too, small products go at half the speed of a 1x1 convolution.
+Figures: docs/performance.md.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CACHED = 2**17  # float32 numbers that stay in a core's cache between two passes
+NARROW_GROUP = 16  # channels of a group below which torch's bf16 kernel is not vectorised ...
+WIDE_IMAGE = 1024  # ... but for its forward pass over images of so many pixels
+LONG_SEQUENCE = 1024  # pixels above which attention weights are not held in memory
+
+
+def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
+    """norm(x), or silu(norm(x)) with swish; x (N, C, H, W)."""
+    if not _is_bf16_on_cpu(x) or not _is_slow(norm, x):
+        return F.silu(norm(x)) if swish else norm(x)
+    return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, swish)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v; each (N, L, C)."""
+    if not _is_bf16_on_cpu(q) or q.shape[1] > LONG_SEQUENCE:
+        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+    return ((q * q.shape[2] ** -0.5) @ k.transpose(1, 2)).softmax(dim=2) @ v
+
+
+def pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`linear` over the channels of x (N, C, H, W) at every pixel, as a 1x1 convolution."""
+    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+
+
+def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
+    """layer(x), with p rounded to a multiple of 2**-16 and four decisions from each 64-bit draw."""
+    if not _is_bf16_on_cpu(x) or not layer.training:
+        return layer(x)
+    dropped = min(round(layer.p * 2**16), 2**16 - 1)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[: x.numel()] >= dropped - 2**15
+    factor = kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+    # Laid out in memory as x is, so that the product walks both from end to end.
+    return x * factor.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
+
+
+def _is_bf16_on_cpu(x: Tensor) -> bool:
+    """Where torch's own routes are slow; a compiler makes its own kernels."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_slow(norm: nn.GroupNorm, x: Tensor) -> bool:
+    narrow = norm.num_channels // norm.num_groups < NARROW_GROUP
+    return narrow and (torch.is_grad_enabled() or x.shape[2] * x.shape[3] < WIDE_IMAGE)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """silu(group_norm(x)) or group_norm(x) of a bf16 x: float32 kernels on as many images as the cache holds.
+
+    Keeps x and the statistics only; the normalised values are computed again on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, swish: bool
+    ) -> Tensor:
+        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+        size = max(1, CACHED // (channels * pixels))
+        result, means, rstds = torch.empty_like(x), [], []
+        for some, into in zip(x.split(size), result.split(size), strict=True):
+            y, mean, rstd = torch.native_group_norm(
+                some.float(), weight, bias, len(some), channels, pixels, groups, eps
+            )
+            into.copy_(F.silu(y, inplace=True) if swish else y)
+            means.append(mean)
+            rstds.append(rstd)
+        ctx.save_for_backward(x, weight, bias, torch.cat(means), torch.cat(rstds))
+        ctx.groups, ctx.size, ctx.swish = groups, size, swish
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, means, rstds = ctx.saved_tensors
+        channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+        d_x, d_weight, d_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        parts = (tensor.split(ctx.size) for tensor in (x, gradient, means, rstds, d_x))
+        for some, d_y, mean, rstd, into in zip(*parts, strict=True):
+            some, d_y = some.float(), d_y.float()
+            if ctx.swish:
+                per_channel = channels // ctx.groups
+                scale = rstd.repeat_interleave(per_channel, 1) * weight
+                shift = bias - mean.repeat_interleave(per_channel, 1) * scale
+                y = torch.addcmul(shift[:, :, None, None], some, scale[:, :, None, None])
+                d_y = torch.ops.aten.silu_backward(d_y, y)
+            d_some, d_weights, d_biases = torch.ops.aten.native_group_norm_backward(
+                d_y, some, mean, rstd, weight, len(some), channels, pixels, ctx.groups, [True] * 3
+            )
+            into.copy_(d_some)
+            d_weight += d_weights
+            d_bias += d_biases
+        return d_x, d_weight, d_bias, None, None, None

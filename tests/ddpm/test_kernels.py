@@ -1,0 +1,104 @@
+"""The fast routes against the plain layers, on the same numbers in float32 or float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddpm import kernels
+
+FORMATS = [torch.channels_last, torch.contiguous_format]
+
+
+def bf16(*shape, seed=0, memory_format=torch.channels_last):
+    """Normal numbers that bf16 holds exactly, off centre so that the mean matters."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + 0.5
+    return x.to(torch.bfloat16).to(memory_format=memory_format).requires_grad_()
+
+
+def distance(a, b):
+    """Relative error of a, over the whole tensor."""
+    return float((a.double() - b.double()).detach().norm() / b.double().detach().norm())
+
+
+def norm_layer(channels, groups):
+    norm = nn.GroupNorm(groups, channels, 1e-6)
+    with torch.no_grad():
+        norm.weight += 0.3 * torch.randn(channels, generator=torch.Generator().manual_seed(1))
+        norm.bias += 0.3 * torch.randn(channels, generator=torch.Generator().manual_seed(2))
+    return norm
+
+
+def value_and_gradients(f, norm, x, gradient):
+    y = f(x)
+    return [y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], gradient.to(y.dtype))]
+
+
+@pytest.mark.parametrize("swish", [True, False])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("channels", "side"), [(32, 32), (96, 6), (120, 8)])
+@pytest.mark.parametrize("cached", [1, 7000, 2**17])  # one image at a time, a few and a rest, all together
+def test_group_norm(monkeypatch, swish, memory_format, channels, side, cached):
+    monkeypatch.setattr(kernels, "CACHED", cached)
+    norm = norm_layer(channels, 8)
+    x, gradient = (bf16(5, channels, side, side, seed=s, memory_format=memory_format) for s in (3, 4))
+
+    def plain(x):
+        return F.silu(norm(x)) if swish else norm(x)
+
+    found = value_and_gradients(lambda x: kernels.group_norm(norm, x, swish), norm, x, gradient)
+    exact = value_and_gradients(plain, norm, x.detach().float().requires_grad_(), gradient)
+    assert found[0].dtype == torch.bfloat16 and found[0].stride() == x.stride()
+    with torch.no_grad():
+        assert distance(kernels.group_norm(norm, x, swish), exact[0]) < 0.003
+    # Rounded once, at the end; the sums over images not at all (torch's bf16 kernel: 0.0025 and 0.0016).
+    for a, b, limit in zip(found, exact, (0.002, 0.002, 1e-5, 1e-5), strict=True):
+        assert distance(a, b) < limit
+
+
+@pytest.mark.parametrize("length", [16, 2000])
+def test_attention(length):
+    q, k, v = (bf16(2, length, 24, seed=s, memory_format=torch.contiguous_format) for s in range(3))
+    weights = torch.softmax(q.double() @ k.double().transpose(1, 2) / math.sqrt(24), 2)
+    exact = weights @ v.double()
+    gradients = [torch.autograd.grad(f.sum(), [q, k, v]) for f in (kernels.attend(q, k, v), exact)]
+    assert distance(kernels.attend(q, k, v), exact) < 0.01
+    assert distance(gradients[0][2], gradients[1][2]) < 0.01
+    torch.testing.assert_close(kernels.attend(q.float(), k.float(), v.float()), exact.float())
+
+
+def test_pointwise():
+    x, linear = torch.randn(2, 5, 3, 4, dtype=torch.float64), nn.Linear(5, 7).double()
+    expected = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(kernels.pointwise(linear, x), expected)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_dropout_drops_so_many_and_scales_the_rest(memory_format):
+    torch.manual_seed(0)
+    x = (1 + torch.rand(4, 33, 63, 31)).to(torch.bfloat16).to(memory_format=memory_format).requires_grad_()
+    y = kernels.dropout(nn.Dropout(0.1), x)
+    kept = y != 0
+    count = x.numel()
+    assert float(kept.sum()) == pytest.approx(0.9 * count, abs=4 * math.sqrt(0.09 * count))
+    torch.testing.assert_close(y[kept].float(), x[kept].float() / 0.9, rtol=1e-2, atol=0)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient != 0, kept)
+    assert y.stride() == x.stride()
+    flat = (~kept).permute(0, 2, 3, 1).flatten().double()  # decisions that share a draw are independent
+    for lag in (1, 2, 3, 4, 33):
+        both = float((flat[:-lag] * flat[lag:]).mean())
+        assert both == pytest.approx(0.01, abs=5 * math.sqrt(0.01 / count))
+
+
+def test_dropout_follows_torchs_seed_and_rests_in_evaluation():
+    layer, x = nn.Dropout(0.5), torch.ones(1, 3, 5, 7, dtype=torch.bfloat16)
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        return kernels.dropout(layer, x)
+
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert torch.equal(kernels.dropout(layer.eval(), x), x)

@@ -1,0 +1,83 @@
+"""The benchmarks' harness on tiny shapes: everything runs and is said; no time is asserted."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import sampling, subjects, unet
+from benchmarks.floor import floor_of
+from benchmarks.harness import Contender, Outcome, Settings, Skipped, offered, race, table
+from ddpm import UNetConfig
+from ddpm.unet import UNet
+
+SETTINGS = Settings(torch.device("cpu"), quick=True, rounds=3)
+TINY = UNetConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(subjects, "PAPER", TINY)
+    monkeypatch.setattr(unet, "batches", lambda _: (2,))
+    monkeypatch.setattr(sampling, "_size", lambda _: (2, 2))
+
+
+def test_a_race_takes_turns_and_compares():
+    order = []
+    found = [Contender(name, lambda name=name: order.append(name), 3) for name in ("a", "b")]
+    rows = race("case", found, SETTINGS, "images/s", "a")
+    assert order == ["a", "b"] * 4  # one call each to warm up, then turns
+    assert [row.contender for row in rows] == ["a", "b"] and rows[0].ratio == 1.0
+    assert all(row.value > 0 and row.spread is not None for row in rows)
+
+
+def test_what_cannot_run_is_left_out_and_said():
+    outcome = Outcome()
+
+    def missing():
+        raise ModuleNotFoundError("no", name="peer")
+
+    def unable():
+        raise Skipped("other: needs a GPU")
+
+    there = Contender("a", lambda: None, 1)
+    assert offered(outcome, missing, lambda: [there], unable) == [there]
+    assert table({"unet": outcome}).splitlines()[1:] == [
+        "unet: left out: peer is not installed",
+        "unet: left out: other: needs a GPU",
+    ]
+
+
+def test_the_floor_repeats_every_product_of_a_training_step():
+    net = UNet(TINY, 32, 3, 3)
+    x, t = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    step = lambda: net(x, t).sum().backward()  # noqa: E731
+    ours, floor = products_of(step), products_of(floor_of(step))
+    assert ours == floor and ours["aten::convolution_backward"] > 10 and ours["aten::addmm"] > 5
+
+
+def products_of(call):
+    names = ("aten::convolution", "aten::convolution_backward", "aten::mm", "aten::addmm", "aten::bmm")
+    with torch.profiler.profile() as profile:
+        call()
+    return {event.key: event.count for event in profile.key_averages() if event.key in names}
+
+
+def test_the_command_prints_its_table_last_and_writes_json(tiny, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        command.main(["unet", "sampling", "--quick", "--rounds", "1", "--threads", "1", "--device", "cpu",
+                      "--clock", "cpu", "--json", str(tmp_path / "found.json")])  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(("sampling", "unet"))
+    content = json.loads((tmp_path / "found.json").read_text())
+    names = {row["contender"] for row in content["benchmarks"]["unet"]["rows"]}
+    assert {"ddpm fp32 channels_last", "ddpm bf16 channels_last", "diffusers default fp32"} <= names
+    assert "floor: products alone" in names
+    assert not [
+        s for one in content["benchmarks"].values() for s in one["skipped"] if "not installed" not in s
+    ]
+    assert content["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
