@@ -56,7 +56,7 @@ def write(experiment: Experiment, run: Run) -> None:
         "n": experiment.evaluate.checkpoint_images,
         "weights": weights_kind(experiment),
         "extractor": protocol["extractor"],
-        "reference": experiment.evaluate.reference,
+        "reference": protocol["reference"],
         "best": best,
         "scores": scores,
     }
