@@ -22,7 +22,7 @@ from torch import nn
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run, write_text
-from pipeline.worker import GIB, Spent, Unit, WorkerContext, local_context
+from pipeline.worker import GIB, Done, Spent, Unit, WorkerContext, local_context
 
 POLL_SECONDS = 0.5
 
@@ -202,8 +202,9 @@ class Session:
 
     # Work units
 
-    def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None:
-        """Run the units as Ray tasks, a bounded number in flight; lost tasks are repeated by Ray."""
+    def map_units(self, units: Sequence[Unit], done: Done) -> None:
+        """Run the units as Ray tasks, a bounded number in flight; lost tasks are repeated by Ray. What can be
+        done after a unit comes before the units that still wait."""
         import ray
 
         task = ray.remote(_run_unit).options(
@@ -222,7 +223,7 @@ class Session:
             for reference in finished:
                 unit = in_flight.pop(reference)
                 self.spent.add(unit, _result(reference, unit))
-                done(unit)
+                waiting += done(unit) or ()
             if self.interrupted():
                 for reference in in_flight:
                     ray.cancel(reference, force=True)

@@ -97,7 +97,13 @@ def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
             log.warning("sample: %s", warning)
     ranges = plan(config.num_images, config.batch_size)
     yield [
-        Unit(draw, (experiment, run, start, stop), f"samples {start}-{stop - 1}", stop - start)
+        Unit(
+            draw,
+            (experiment, run, start, stop),
+            f"samples {start}-{stop - 1}",
+            stop - start,
+            _tar(folder, start, stop),
+        )
         for start, stop in ranges
         if finished(experiment, folder, start, stop) is None
     ]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module, metadata
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
-from pipeline.worker import GIB, Executor, InProcess, Spent, Unit, local_context
+from pipeline.worker import GIB, Done, Executor, InProcess, Spent, Unit, local_context
 
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
@@ -127,7 +127,7 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
             with _Work(experiment, cluster, run) as work:
                 while todo:
                     stage = todo.pop(0)
-                    work.do(stage)
+                    work.do(stage, scored="evaluate" in todo)
                     if stage == "shard" and "evaluate" in todo:
                         _module("evaluate").check(experiment, run)  # before hours of training
                     if stage == "select":
@@ -195,13 +195,13 @@ class _Work:
                 self.interrupt.install()  # ray.init replaces the handler of SIGTERM
         return self.executor
 
-    def do(self, stage: str) -> None:
-        """Run one stage to its end and note how long it took."""
+    def do(self, stage: str, scored: bool = False) -> None:
+        """Run one stage to its end and note how long it took; its samples are `scored` by this command too."""
         began = time.monotonic()
         if stage == "train":
             self._train()
         else:
-            self._units(stage)
+            self._units(stage, scored)
         seconds = time.monotonic() - began
         _note_timing(self.run, stage, seconds)
         say(f"{stage}: done in {duration(seconds)}")
@@ -223,25 +223,29 @@ class _Work:
             executor.run_workers(train.body, self.experiment, self.run)
         self._leave_if_interrupted()
 
-    def _units(self, stage: str) -> None:
+    def _units(self, stage: str, scored: bool) -> None:
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         lock = exclusive(self.run.data, wait=True) if stage == "shard" else nullcontext()
+        after = _module("evaluate").ahead(self.experiment, self.run) if scored and stage == "sample" else None
         with lock:
             module, run = _module(stage), self.run
             asked = [e for e in subjects(stage, self.experiment, run) if not module.is_done(e, run)]
             for units in select.together(module.work(e, run) for e in asked):
                 if units:
-                    self._map(stage, units)
+                    self._map(stage, units, after)
 
-    def _map(self, stage: str, units: list[Unit]) -> None:
+    def _map(self, stage: str, units: list[Unit], after: Done | None) -> None:
+        """Run the units, and what `after` says can be done once one of them is: features while others sample."""
         total, done = sum(unit.images for unit in units), 0
+        own = {id(unit) for unit in units}
         executor = self._start_executor()
         with bar(stage, total, "images") as shown:
 
-            def finished(unit: Unit) -> None:
+            def finished(unit: Unit) -> Sequence[Unit] | None:
                 nonlocal done
-                done += unit.images
+                done += unit.images if id(unit) in own else 0
                 shown.update(done)
+                return after(unit) if after else None
 
             try:
                 executor.map_units(units, finished)

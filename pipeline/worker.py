@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -22,19 +24,25 @@ class Unit:
     """A piece of work that is complete or absent: `body(ctx, *args)` writes its result atomically.
 
     `body` is a module-level function; `name` opens with what it makes and is shown when it fails; `images` is
-    its share of the progress.
+    its share of the progress. `tar` is the one that it leaves, with its facts beside it, where others can go on
+    with it.
     """
 
     body: Callable[..., None]
     args: tuple[Any, ...]
     name: str
     images: int = 1
+    tar: Path | None = None
 
     def run(self, ctx: WorkerContext) -> float:
         """Do the work here; returns the seconds it took."""
         began = time.perf_counter()
         self.body(ctx, *self.args)
         return time.perf_counter() - began
+
+
+# Told of a unit that is finished; gives what can be done now that it is.
+Done = Callable[[Unit], Sequence[Unit] | None]
 
 
 class Spent:
@@ -99,7 +107,7 @@ class Executor(Protocol):
 
     def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None: ...
 
-    def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None: ...
+    def map_units(self, units: Sequence[Unit], done: Done) -> None: ...
 
 
 def local_context(cpus: int | None = None, image_memory: int = NO_LIMIT) -> WorkerContext:
@@ -120,9 +128,11 @@ class InProcess:
     def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:
         body(self.context, experiment, run)
 
-    def map_units(self, units: Sequence[Unit], done: Callable[[Unit], None]) -> None:
-        for unit in units:
+    def map_units(self, units: Sequence[Unit], done: Done) -> None:
+        waiting = deque(units)
+        while waiting:
+            unit = waiting.popleft()
             self.spent.add(unit, unit.run(self.context))
-            done(unit)
+            waiting.extend(done(unit) or ())
             if self.interrupted():
                 return

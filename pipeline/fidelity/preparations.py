@@ -30,12 +30,17 @@ def preparations(experiment: Experiment, run: Run) -> list[Unit]:
     """The units that are still missing."""
     found = tars.open_index(run.data).count("train")
     units = []
-    if experiment.evaluate.features == "classifier" and not _is_trained(run):
+    if not is_prepared(experiment, run):
         units.append(Unit(train_classifier, (run, experiment.data.labels), "the classifier", found))
     pixels = pixels_file(experiment, run)
     if pixels and not pixels.exists():
         units.append(Unit(fit_gaussian, (run, pixels), "the Gaussian of the training pixels", found))
     return units
+
+
+def is_prepared(experiment: Experiment, run: Run) -> bool:
+    """Whether the extractor needs no unit of work any more."""
+    return experiment.evaluate.features != "classifier" or _is_trained(run)
 
 
 def extractor_of(experiment: Experiment, run: Run) -> "Extractor":

@@ -80,14 +80,28 @@ def made(storage: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def by_one_task(prepared, tmp_path_factory) -> dict[str, str]:
+def one(prepared, tmp_path_factory) -> Path:
+    """The storage root of an evaluation by one task at a time."""
     storage = tmp_path_factory.mktemp("one")
     shutil.copytree(prepared, storage, dirs_exist_ok=True)
     finish(evaluation(storage, 1))
-    found = made(storage)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def by_one_task(one) -> dict[str, str]:
+    found = made(one)
     endings = ("00005.tar", "metrics.json", "nll.json", "000020-000024.npz")
     assert all(any(name.endswith(ending) for name in found) for ending in endings)
     return found
+
+
+def test_features_are_made_while_others_are_drawn(by_one_task, one):
+    tars, features = (
+        sorted(path.stat().st_mtime_ns for path in one.glob(pattern))
+        for pattern in ("tiny-*/samples/*/*.tar", "tiny-*/evaluation/units/classifier-*/*.npz")
+    )
+    assert len(tars) == len(features) == 6 and features[0] < tars[-1]
 
 
 @pytest.mark.parametrize("tasks", [2, 3])
