@@ -29,7 +29,7 @@ ROWS = (100, 300, 500, 700, 900, 1000)
 # Of the best linear denoiser, in expectation over the 10,000 test images.
 RATES = (4.0483e-05, 1.02489e-03, 7.90632e-03, 3.41312e-02, 1.68577e-01, 2.45278)
 RMSES = (62.7020, 54.3384, 39.8764, 27.9870, 15.3258, 1.10353)
-PRIOR = 7.4137e-06
+PRIOR = 7.413700e-06
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def lmmse(cifar10, tmp_path_factory):
 
 def test_the_table_of_the_best_linear_denoiser_comes_out_of_the_units(cifar10, lmmse):
     """All 10,000 test images in units of 250, at the six timesteps that Table 4's rows end with: RMSE and terms
-    within 0.3 %. And L_T, to 1e-9."""
+    within 0.3 %. And L_T, to 1e-10: float32 would be off by 6e-10."""
     experiment, run = cifar10
     timesteps = [1000 - k for k in ROWS]
     units = bound.units(experiment, run, lmmse, timesteps)
@@ -104,9 +104,9 @@ def test_the_table_of_the_best_linear_denoiser_comes_out_of_the_units(cifar10, l
     one_cpu().map_units(list(units.values()), lambda unit: None)
     parts = [read_unit(file) for file in units]
     mse, terms = (np.concatenate([part[k] for part in parts]).mean(axis=0) for k in ("mse", "terms"))
-    assert np.concatenate([part["prior"] for part in parts]).mean(dtype=np.float64) == pytest.approx(
-        PRIOR, abs=1e-9
-    )
+    prior = np.concatenate([part["prior"] for part in parts]).mean(dtype=np.float64)
+    assert prior == pytest.approx(PRIOR, abs=1e-10)
+    print(f"L_T off by {prior - PRIOR:.1e}; RMSE over the expected {127.5 * np.sqrt(mse) / RMSES}")
     assert 127.5 * np.sqrt(mse) == pytest.approx(RMSES, rel=3e-3)
     whole = np.zeros(1000)
     whole[timesteps] = (np.array(RMSES) / 127.5) ** 2
@@ -115,7 +115,8 @@ def test_the_table_of_the_best_linear_denoiser_comes_out_of_the_units(cifar10, l
 
 def test_its_rates_over_all_timesteps_do_too(cifar10, lmmse):
     """The whole bound of 16 images through units and merge. These images' own expectation is known in closed
-    form, and so is that of all: their ratio turns the rates of the few into those of the table."""
+    form, and so is that of all: their ratio turns the rates of the few into those of the table, within the 1 % that
+    one draw of noise for 16 images leaves."""
     experiment, run = cifar10
     experiment = scoring(experiment, nll_images=16, nll_batch_size=8)
     units = bound.units(experiment, run, lmmse)
@@ -132,7 +133,8 @@ def test_its_rates_over_all_timesteps_do_too(cifar10, lmmse):
         of_few, of_all = (expected_terms(mse)[1000 - k + 1 :].sum() for mse in (few, everyone))
         assert of_all == pytest.approx(rate, rel=2e-5)
         sent = rows[k - 1]["rate_bpd"] - rows[0]["rate_bpd"]  # without the prior
-        assert sent * of_all / of_few == pytest.approx(rate, rel=3e-3)
+        print(f"k = {k}: rate {sent * of_all / of_few:.6g}, expected {rate:.6g}")
+        assert sent * of_all / of_few == pytest.approx(rate, rel=1e-2)
 
 
 # FID
