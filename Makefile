@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-all check bench
+.PHONY: help run test test-all check bench env cluster-test
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
@@ -12,6 +12,8 @@ help:
 	@echo "make test-all  the same with the slow ones"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
+	@echo "make env       draw the secrets of docker-compose.yml into .env"
+	@echo "make cluster-test  the services of docker-compose.yml on several hosts of their own (root, PostgreSQL; minutes)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (about 6 GB, a few minutes the first time)"
@@ -42,3 +44,10 @@ bench: $(READY)
 	@echo "== benchmarks"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' -c constraints.txt
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+env:
+	@$(PYTHON) deploy/make_env.py
+
+cluster-test: $(READY)
+	@echo "== several hosts"
+	@$(BIN)/python -m pytest tests/cluster -rs -s

@@ -112,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     sync.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
     sync.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(sync)
+    _store_commands(commands)
     ui = _add(commands, "ui", "open the MLflow UI on this project's store", _ui)
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     ui.add_argument("overrides", nargs="*", metavar="cluster.key=value")
@@ -191,6 +192,19 @@ def _address_option(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265",
     )
+
+
+def _store_commands(commands: Any) -> None:
+    push = _add(commands, "push", "finished shards, checkpoints, samples and scores to an S3 store", _push)
+    push.add_argument(
+        "name", metavar="RUN", help="a run directory or data/NAME, or its name in the storage root"
+    )
+    push.add_argument("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there")
+    pull = _add(commands, "pull", "what was pushed, into the storage root", _pull)
+    pull.add_argument("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named")
+    for command in (push, pull):
+        command.add_argument("overrides", nargs="*", metavar="cluster.key=value")
+        _cluster_option(command)
 
 
 def _add(commands: Any, name: str, text: str, command: Callable[[Any], int]) -> argparse.ArgumentParser:
@@ -394,6 +408,20 @@ def _sync(options: Any) -> int:
 
     cluster = _cluster_only(options)
     say(stages.sync(options.run, cluster))
+    return 0
+
+
+def _push(options: Any) -> int:
+    from pipeline import remote, stages
+
+    say(remote.push(options.name, stages.storage_root(_cluster_only(options)), options.uri))
+    return 0
+
+
+def _pull(options: Any) -> int:
+    from pipeline import remote, stages
+
+    say(remote.pull(options.uri, stages.storage_root(_cluster_only(options))))
     return 0
 
 

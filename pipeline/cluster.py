@@ -83,7 +83,7 @@ def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | N
     """
     most = cpus if cpus_per_node is None else cpus_per_node
     workers = cluster.workers or gpus or min(2, cpus)
-    min_workers = cluster.min_workers or workers
+    min_workers = min(cluster.min_workers or workers, workers)
     per_worker = cluster.cpus_per_worker or max(1, min(cpus // workers, most))
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
@@ -247,7 +247,7 @@ def _start_ray(address: str | None) -> None:
         if address is None:  # "local": never somebody else's cluster that happens to run here
             ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), **quiet)
         else:
-            ray.init(address=address, **quiet)
+            ray.init(address=address, runtime_env={"worker_process_setup_hook": _name_interface}, **quiet)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         where = (
             f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
@@ -279,6 +279,22 @@ def _result(reference: Any, unit: Unit) -> float:
 
 
 # What runs on the workers
+
+
+def _name_interface() -> None:
+    """Tell gloo and NCCL the interface by which the hosts of this cluster know each other.
+
+    Gloo looks up the host's own name, which many hosts give a loopback address, and then waits for peers that
+    cannot reach it; NCCL takes the first interface that it likes. What the host's environment says comes first.
+    """
+    import psutil
+    import ray
+
+    here = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if here in (address.address for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _run_unit(unit: Unit, cpus: int) -> float:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"errors", "progress"},
     {"config", "rundir", "worker", "pictures"},
-    {"sources", "tars", "dataset", "checkpoint", "selection", "published", "fidelity"},
+    {"sources", "tars", "dataset", "checkpoint", "selection", "published", "fidelity", "remote"},
     {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking", "preflight"},
     {"select"},
     {"stages", "sweep", "jobs"},
@@ -26,6 +26,7 @@ ONLY_IMPORTER = {
     "webdataset": {"tars"},
     "torch_fidelity": {"fidelity"},
     "omegaconf": {"config"},
+    "boto3": {"remote"},
 }
 SCIENCE_MAY_IMPORT = {"torch", "numpy", "ddpm"} | set(sys.stdlib_module_names)
 WITHOUT_IO = {"io", "os", "pathlib", "logging", "time", "datetime", "json", "random", "shutil", "tempfile"}

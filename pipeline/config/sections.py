@@ -351,7 +351,7 @@ class ClusterConfig:
             image_memory=0,
             retries=0,
         )
-        if self.min_workers and self.min_workers > (self.workers or 0):
+        if self.min_workers and self.workers is not None and self.min_workers > self.workers:
             found.append(
                 (
                     "min_workers",

@@ -1,0 +1,115 @@
+"""How training scales: a model of the step time, fed with and checked against measured steps; docs/cluster.md.
+
+    python benchmarks/scaling.py [--batch 8] [--workers 1 2] [--steps 5]
+
+One process per worker, one GPU each where there are GPUs, else one thread each. Measured: the step of a lone worker
+at the batches that the slices will have; the all-reduce of all gradients; the step of N workers together. Predicted
+for N workers: the lone step at batch / N, plus the all-reduce; that DDP sends gradients while it still computes others
+is left out, so the prediction is from above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+
+from ddpm.diffusion import Diffusion
+from ddpm.training import TrainState, train_step
+from pipeline import checkpoint
+from pipeline.config import load_experiment
+from pipeline.train import batch_slice
+
+
+def allreduce_seconds(workers: int, volume: float, bandwidth: float, latency: float) -> float:
+    """A ring passes 2 (N - 1) / N of the volume (bytes) through every link, in 2 (N - 1) messages."""
+    return 2 * (workers - 1) / workers * volume / bandwidth + 2 * (workers - 1) * latency
+
+
+def efficiency(workers: int, lone: Callable[[float], float], batch: int, allreduce: float) -> float:
+    """The share of N workers' time that a lone one would have needed. lone: seconds of a step by batch size."""
+    return lone(batch) / (workers * (lone(batch / workers) + allreduce))
+
+
+def measure(rank: int, workers: int, batch: int, steps: int, results: multiprocessing.SimpleQueue) -> None:
+    """Median seconds of a training step of `workers` at a global batch, and of the all-reduce of its gradients."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
+    torch.set_num_threads(1)
+    experiment = load_experiment("cifar10", [f"train.batch_size={batch}"])
+    net = checkpoint.new_network(experiment).to(device).to(memory_format=torch.channels_last)
+    state = TrainState.create(experiment.train, net, experiment.diffusion)
+    diffusion = Diffusion(experiment.diffusion).to(device)
+    rows = batch_slice(batch, rank, workers)
+    images = torch.randint(0, 256, (len(rows), *experiment.data.shape), dtype=torch.uint8, device=device)
+    forward: nn.Module = state.net
+    if workers > 1:
+        dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=workers)
+        forward = nn.parallel.DistributedDataParallel(net, device_ids=[device] if on_gpu else None)
+    gradients = torch.zeros(sum(p.numel() for p in net.parameters()), device=device)
+
+    def step() -> None:
+        train_step(
+            state, diffusion, images, rows,
+            config=experiment.train, seed=0, world_size=workers, forward=forward,
+        )  # fmt: skip
+
+    def reduce() -> None:
+        if workers > 1:
+            dist.all_reduce(gradients)
+
+    times = [_seconds(work, steps, device) for work in (step, reduce)]
+    if rank == 0:
+        results.put((*times, gradients.numel() * 4))
+    if workers > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _seconds(work: Callable[[], None], steps: int, device: torch.device) -> float:
+    taken = []
+    for i in range(steps + 2):  # two to warm up: DDP rebuilds its buckets after the first
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken += [time.perf_counter() - began] if i >= 2 else []
+    return median(taken)
+
+
+def measured(workers: int, batch: int, steps: int) -> tuple[float, float, int]:
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    multiprocessing.spawn(measure, (workers, batch, steps, results), workers)
+    return results.get()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=8, help="the global batch (default: 8)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2], help="groups to check (default: 2)")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed (default: 5)")
+    options = parser.parse_args()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+    lone = {n: measured(1, options.batch // n, options.steps)[0] for n in (1, *options.workers)}
+    print(f"1 worker, batch {options.batch}: {lone[1]:.3f} s a step")
+    for n in options.workers:
+        together, reduce, volume = measured(n, options.batch, options.steps)
+        predicted = lone[n] + reduce
+        print(
+            f"{n} workers: lone step at batch {options.batch // n} {lone[n]:.3f} s, all-reduce of "
+            f"{volume / 1e6:.0f} MB {reduce:.3f} s; step predicted {predicted:.3f} s, measured {together:.3f} s; "
+            f"efficiency predicted {lone[1] / (n * predicted):.0%}, measured {lone[1] / (n * together):.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What else is deployed: the image, the Kubernetes manifests, the Slurm script; each read by a program made for it."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from compose_file import OURS, ROOT, services
+from test_compose import ENV, long_options
+
+BIN = Path(sys.executable).parent
+KUBERAY = ROOT / "deploy" / "kuberay"
+OBJECTS = [tree for file in sorted(KUBERAY.glob("*.yaml")) for tree in yaml.safe_load_all(file.read_text())]
+PLAIN = [tree for tree in OBJECTS if not tree["apiVersion"].startswith("ray.io/")]
+
+# ray.io/v1 as https://ray-project.github.io/kuberay/reference/api/ has it: the keys that we use.
+CLUSTER_KEYS = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+GROUP_KEYS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+JOB_KEYS = {
+    "entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec",
+}  # fmt: skip
+
+
+def of_kind(kind: str) -> dict[str, Any]:
+    (found,) = (tree for tree in OBJECTS if tree["kind"] == kind)
+    return found
+
+
+def ray_clusters() -> list[dict[str, Any]]:
+    return [of_kind("RayCluster")["spec"], of_kind("RayJob")["spec"]["rayClusterSpec"]]
+
+
+def pod_templates() -> list[dict[str, Any]]:
+    groups = [
+        group for spec in ray_clusters() for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])
+    ]
+    plain = [tree["spec"] for tree in PLAIN if "template" in tree.get("spec", {})]
+    return [owner["template"] for owner in [*groups, *plain]]
+
+
+def test_the_linter_has_nothing_to_say_of_the_dockerfile():
+    outcome = subprocess.run([BIN / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+def test_the_image_runs_as_a_user_and_gets_what_the_project_declares(tmp_path):
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.search(r"^USER 1000:1000$", text, re.M)
+    (line,) = re.findall(r'python -c "(.*?)" > requirements.txt', text.replace("\\\n", ""), re.S)
+    command = [sys.executable, "-c", line]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {"torch>=2.7", "psycopg[binary]", "boto3"} <= set(told)
+    assert not {"pytest", "ruff"} & set(told)
+
+
+def test_what_the_image_copies_reaches_the_builder():
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert {f"!{name}" for line in copied for name in line.split()} == {
+        name for name in ignored if name[0] == "!"
+    }
+    assert "*" in ignored
+
+
+@pytest.mark.parametrize("tree", PLAIN, ids=lambda tree: f"{tree['kind']}-{tree['metadata']['name']}")
+def test_manifests_keep_to_the_schema(tree):
+    kubernetes_validate.validate(tree, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_pods_of_ray_keep_to_the_schema():
+    templates = pod_templates()
+    assert len(templates) == 6
+    for template in templates:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_ray_resources_have_the_keys_of_the_operator():
+    assert of_kind("RayJob")["spec"].keys() <= JOB_KEYS
+    for spec in ray_clusters():
+        assert spec.keys() == CLUSTER_KEYS
+        assert spec["rayVersion"] == metadata.version("ray")
+        assert spec["authOptions"] == {"mode": "token"}
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            assert group.keys() <= GROUP_KEYS
+            options = {f"--{name}" for name in group["rayStartParams"]}
+            assert options <= long_options(("ray.scripts.scripts", "start"))
+            assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_the_job_has_the_cluster_that_the_cluster_is():
+    cluster, of_job = ray_clusters()
+    assert cluster == of_job
+
+
+def test_claims_and_services_that_are_named_are_there():
+    claims = {tree["metadata"]["name"] for tree in PLAIN if tree["kind"] == "PersistentVolumeClaim"}
+    used = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for template in pod_templates()
+        for volume in template["spec"]["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
+    assert used == claims
+    settings = yaml.safe_load((ROOT / "conf/cluster/kuberay.yaml").read_text())
+    names = {tree["metadata"]["name"] for tree in PLAIN if tree["kind"] == "Service"}
+    assert re.match(r"http://(\w+):5000", settings["tracking_uri"])[1] in names
+    for spec in ray_clusters():
+        for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+            (container,) = group["template"]["spec"]["containers"]
+            assert {"name": "runs", "mountPath": settings["storage"]} in container["volumeMounts"]
+
+
+def test_both_deployments_start_the_same_images_and_tracking_server():
+    compose = services(ENV)
+    containers = [box for template in pod_templates() for box in template["spec"]["containers"]]
+    assert {box["image"] for box in containers} == {OURS, compose["postgres"]["image"]}
+    (server,) = (box for box in containers if box["name"] == "mlflow")
+    assert server["command"] == compose["mlflow"]["command"]
+
+
+# Slurm
+
+SCRIPT = ROOT / "deploy" / "slurm" / "ddpm.sbatch"
+
+
+def test_the_linter_has_nothing_to_say_of_the_slurm_script():
+    outcome = subprocess.run([BIN / "shellcheck", SCRIPT], capture_output=True, text=True)
+    assert outcome.returncode == 0, outcome.stdout
+
+
+def test_the_slurm_script_uses_options_that_the_installed_programs_know():
+    starts = re.findall(r"ray start ((?:[^&\n]|\\\n)*)", SCRIPT.read_text())
+    common = re.findall(r"common=\(([^)]*(?:\([^)]*\)[^)]*)*)\)", SCRIPT.read_text(), re.S)
+    options = set(re.findall(r"--[a-z-]+", " ".join([*starts, *common])))
+    assert len(options) >= 8
+    assert options <= long_options(("ray.scripts.scripts", "start"))
+
+
+def test_a_slurm_job_without_a_command_says_how_it_is_used():
+    outcome = subprocess.run(
+        ["bash", SCRIPT], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
+    )
+    assert outcome.returncode == 2 and "usage: sbatch" in outcome.stderr
