@@ -75,6 +75,14 @@ class Resources:
     gpus_per_task: float
     spare: int  # tasks that fit beside all workers
 
+    def tasks_at_once(self, cpus_per_task: int) -> int:
+        """How many tasks fit into what the workers hold; at least one."""
+        by_cpu = self.workers * self.cpus_per_worker // cpus_per_task
+        by_gpu = (
+            int(self.workers * self.gpus_per_worker / self.gpus_per_task) if self.gpus_per_task else by_cpu
+        )
+        return max(1, min(by_cpu, by_gpu))
+
 
 def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None) -> Resources:
     """Fill the nulls from what there is, and refuse at once what can never be scheduled.
@@ -120,6 +128,15 @@ class Session:
 
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
         self.cluster, self.interrupted, self.spent = cluster, interrupted, Spent()
+        self.most_in_flight: int | None = None  # units; None: enough to keep every CPU busy
+
+    @staticmethod
+    def within(cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]) -> Session:
+        """The share of a trial in a session that its process has joined already: `resources` and no more."""
+        session = Session(cluster, interrupted)
+        session.resources = resources
+        session.most_in_flight = resources.tasks_at_once(cluster.cpus_per_task)
+        return session
 
     def __enter__(self) -> Session:
         _start_ray(self.cluster.ray_address)
@@ -213,7 +230,8 @@ class Session:
         )
         waiting = list(reversed(units))
         in_flight: dict[Any, Unit] = {}
-        slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // self.cluster.cpus_per_task)
+        everywhere = int(ray.cluster_resources().get("CPU", 1)) // self.cluster.cpus_per_task
+        slots = self.most_in_flight or 2 * max(1, everywhere)
         while waiting or in_flight:
             while waiting and len(in_flight) < slots:
                 unit = waiting.pop()
