@@ -401,7 +401,7 @@ def _ui(options: Any) -> int:
     from pipeline import stages, tracking
 
     cluster = _cluster_only(options)
-    return tracking.serve(stages.storage_root(cluster), options.port)
+    return tracking.serve(stages.storage_root(cluster), options.port, uri=cluster.tracking_uri)
 
 
 def _doctor(options: Any) -> int:
