@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import say
 
+MANY = 200  # trials; more are rarely meant
 DEFAULT_EXPERIMENT = "digits"
 PUBLISHED_EXPERIMENT = "cifar10_published"
 
@@ -36,6 +37,27 @@ of the experiment, cluster.key=value one of the cluster:
   ddpm submit --follow -- run cifar10 --cluster CLUSTER      the same command as a job on a cluster
 
 The same command again goes on where it was interrupted, and does nothing where everything is up to date.
+"""
+
+
+SWEEP_EPILOG = """\
+SWEEP is a path, or the name of a file in ./conf/sweep, which says what varies:
+
+  experiment: digits                                  what every trial starts from
+  space:
+    diffusion.beta_schedule: [linear, cosine]         any keys of the experiment, each with its values
+    model.dropout: [0.0, 0.2]
+  rank: {metric: fid}                                 what the leaderboard is ordered by
+
+  ddpm sweep digits_beta_dropout --dry-run            the trials, what each may use, the time left
+  ddpm sweep digits_beta_dropout                      eight small trials, in minutes on two cores
+  ddpm sweep beta_dropout train.steps=20000           key=value is for all trials,
+  ddpm sweep beta_dropout sweep.concurrent=4          sweep.key=value for the sweep,
+  ddpm sweep beta_dropout cluster.workers=2           cluster.key=value for the place (workers are each trial's)
+  ddpm ui                                             then look at it
+
+conf/sweep/beta_dropout.yaml says every key of a sweep: random and quasi-random spaces, seeds, early stopping,
+budgets. Finished trials are not repeated, broken ones are tried again, points added to the file are run.
 """
 
 
@@ -102,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     _takes_experiment(
         _add(commands, "show", "the resolved configuration and its keys; starts nothing", _show)
     )
+    _sweep_command(commands)
     status = _add(commands, "status", "the runs, their stages, progress and scores", _status)
     status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(status)
@@ -193,9 +216,28 @@ def _address_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add(commands: Any, name: str, text: str, command: Callable[[Any], int]) -> argparse.ArgumentParser:
+def _sweep_command(commands: Any) -> None:
+    text = "all trials of a sweep file, several at once; the same command again goes on"
+    command = _add(commands, "sweep", text, _sweep, SWEEP_EPILOG)
+    command.add_argument(
+        "arguments", nargs="*", metavar="SWEEP | key=value", help="a sweep, and any number of overrides"
+    )
+    _sweep_options(command)
+
+
+def _sweep_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
+    )
+    command.add_argument("--yes", action="store_true", help=f"really more than {MANY} trials")
+    _cluster_option(command)
+
+
+def _add(
+    commands: Any, name: str, text: str, command: Callable[[Any], int], epilog: str = EPILOG
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=command)
@@ -240,13 +282,17 @@ def _load(options: Any) -> tuple[Any, Any]:
 
 def _experiment_words(options: Any) -> tuple[str, list[str]]:
     """The experiment that the command line names, and its overrides."""
+    named, overrides = _words(options, "experiment")
+    own = [word for word in overrides if not word.startswith("cluster.")]
+    return named[0] if named else options.default, own
+
+
+def _words(options: Any, kind: str) -> tuple[list[str], list[str]]:
+    """The name that the command line gives, if any, and the overrides."""
     named = [word for word in options.arguments if "=" not in word]
     if len(named) > 1:
-        raise ConfigError(
-            f"one experiment at a time, not {' and '.join(named)}; overrides are written key=value"
-        )
-    own = [word for word in options.arguments if "=" in word and not word.startswith("cluster.")]
-    return named[0] if named else options.default, own
+        raise ConfigError(f"one {kind} at a time, not {' and '.join(named)}; overrides are written key=value")
+    return named, [word for word in options.arguments if "=" in word]
 
 
 def _load_cluster(name: str, overrides: list[str]) -> Any:
@@ -274,42 +320,43 @@ def _stage(options: Any) -> int:
     return 0
 
 
-def _check_stage(options: Any) -> tuple[Any, list[str]]:
-    """The cluster that a command line means, and its paths that mean something else elsewhere; starts nothing."""
-    from pipeline import config, stages
-
-    experiment, cluster = _load(options)
-    stages.check(experiment, cluster)
-    return cluster, config.relative_paths(*_experiment_words(options))
+def _experiment_words(options: Any) -> tuple[str, list[str]]:
+    """The experiment that the command line names, and its overrides."""
+    named, overrides = _words(options, "experiment")
+    own = [word for word in overrides if not word.startswith("cluster.")]
+    return named[0] if named else options.default, own
 
 
-def _submit(options: Any) -> int:
-    from pipeline import jobs
+def _sweep(options: Any) -> int:
+    from pipeline import config
 
-    if options.arguments or not options.job:
-        raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
-    job = _parsed(options.job)
-    if "check" not in job:
-        raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
-    cluster, relative = job.check(job)
-    return jobs.submit(options.job, cluster, relative, options.address, options.id, options.follow)
+    named, overrides = _words(options, "sweep")
+    if not named:
+        raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
+    own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
+    shared = [word for word in overrides if not word.startswith(("sweep.", "cluster."))]
+    sweep = config.load_sweep(named[0], own)
+    return _run_sweep(sweep, shared, _load_cluster(options.cluster, overrides), options)
 
 
-def _jobs(options: Any) -> int:
-    from pipeline import jobs
+def _run_sweep(sweep: Any, shared: list[str], cluster: Any, options: Any) -> int:
+    from pipeline import config
+    from pipeline.sweep import Study
 
-    action, *names = options.arguments or ["list"]
-    if action not in ("list", "logs", "status", "stop"):
-        raise ConfigError(f"'{action}' is unknown; `ddpm jobs` knows list, logs ID, status ID and stop ID")
-    if len(names) != (action != "list"):
-        raise ConfigError(f"`ddpm jobs {action}` takes {'no' if action == 'list' else 'one'} job id")
-    if options.follow and action != "logs":
-        raise ConfigError("--follow belongs to `ddpm jobs logs ID`")
-    if action == "list":
-        return jobs.listing(options.address)
-    if action == "logs":
-        return jobs.logs(names[0], options.address, options.follow)
-    return (jobs.status if action == "status" else jobs.stop)(names[0], options.address)
+    if sweep.size > MANY and not options.yes:
+        raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
+    study = Study(sweep, config.points(sweep, shared), cluster)
+    if options.dry_run:
+        print(study.preview())
+        return 0
+    study.run()
+    print(study.shown())
+    for what, where in study.whereabouts():
+        say(f"{what:>11}: {where}")
+    failed = study.failures()
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _show(options: Any) -> int:

@@ -151,6 +151,13 @@ class Session:
             raise
         return self
 
+    def nodes(self) -> list[tuple[int, int]]:
+        """(CPUs, GPUs) of each machine."""
+        import ray
+
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
+
     def __exit__(self, *_: Any) -> None:
         import ray
 
@@ -186,7 +193,7 @@ class Session:
             raise PipelineError(message)
         if outcome:
             raise PipelineError(
-                f"training stopped after {self.cluster.retries} restarts: {_last_line(outcome[0])}; "
+                f"training stopped after {self.cluster.retries} restarts: {last_line(outcome[0])}; "
                 "the same command goes on from the newest checkpoint"
             ) from outcome[0]
 
@@ -270,11 +277,11 @@ def _start_ray(address: str | None) -> None:
             f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
         )
         whole = "Version mismatch" in str(error)  # told over several lines
-        reason = " ".join(str(error).split()) if whole else _last_line(error)
+        reason = " ".join(str(error).split()) if whole else last_line(error)
         raise PipelineError(f"{where} cannot be reached or started: {reason}") from error
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -291,7 +298,7 @@ def _result(reference: Any, unit: Unit) -> float:
         raise
     except ray.exceptions.RayError as error:
         raise PipelineError(
-            f"'{unit.name}' lost its process again and again ({_last_line(error)}); the same command goes on here"
+            f"'{unit.name}' lost its process again and again ({last_line(error)}); the same command goes on here"
         ) from error
 
 

@@ -247,7 +247,7 @@ class _Work:
         executor = self._start_executor()
         with (
             bar("train", steps, "steps", start) as shown,
-            _following(lambda: _show_progress(shown, self.run, start, steps)),
+            following(lambda: _show_progress(shown, self.run, start, steps)),
             select.during_training(self.experiment, self.run, executor),
         ):
             executor.run_workers(train.body, self.experiment, self.run)
@@ -293,7 +293,7 @@ def _show_progress(shown: Any, run: Run, start: int, steps: int) -> None:
 
 
 @contextmanager
-def _following(look: Callable[[], None]) -> Iterator[None]:
+def following(look: Callable[[], None]) -> Iterator[None]:
     """Call `look` every half second beside the body, and once after it."""
     over = threading.Event()
 
