@@ -234,6 +234,7 @@ class Session:
             num_cpus=self.cluster.cpus_per_task,
             num_gpus=self.resources.gpus_per_task,
             max_retries=self.cluster.retries,
+            scheduling_strategy="DEFAULT",  # not in the caller's placement group, where the caller is a trial
         )
         waiting = list(reversed(units))
         in_flight: dict[Any, Unit] = {}

@@ -35,6 +35,7 @@ class Study:
         self.trials = {trial.key: trial for trial in locate(points, self.root)}
         self.ledger = self._judged_ledger()
         self.interrupt = stages.Interrupt(self.folder / ".stop")
+        self.board: Board
 
     def _judged_ledger(self) -> Ledger:
         ledger = Ledger.open(self.folder, self.sweep)
@@ -86,7 +87,9 @@ class Study:
         with exclusive(self.folder):
             self.interrupt.stop_file.unlink(missing_ok=True)
             self.ledger = self._judged_ledger()
-            board = Board(self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested)
+            self.board = board = Board(
+                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested
+            )
             todo, total = self.todo(), len(self.trials)
             say(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
             board.open()

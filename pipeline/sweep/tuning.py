@@ -7,11 +7,11 @@ other (`pipeline.sweep.resources`).
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from ray.tune.search import Searcher
 from pipeline.cluster import Session, last_line
 from pipeline.config import Sweep
 from pipeline.errors import PipelineError
+from pipeline.rundir import write_text
 from pipeline.stages import Interrupted
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.work import Order, carry_out
@@ -92,7 +93,14 @@ def judged_by_hand(key: str) -> Any:
     return SimpleNamespace(trial_id=key, config={"trial": key})
 
 
-class _Next(Searcher):
+class _Unsaved:
+    """Tune pickles what it could be restored from; a sweep is resumed from its files instead."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Next(_Unsaved, Searcher):
     """Gives out the trials one by one, until the board is closed."""
 
     def __init__(self, keys: list[str], closed: Callable[[], bool]):
@@ -114,27 +122,27 @@ class _Next(Searcher):
         pass
 
 
-class _Told(tune.Callback):
-    def __init__(self, board: Board):
-        self.board = board
+class _Told(_Unsaved, tune.Callback):
+    """Passes on to the board what Tune notices. A trial that fails says why in a file, and ends in peace."""
+
+    def __init__(self, board: Board, failures: Path):
+        self.board, self.failures = board, failures
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self.board.started(trial.config["trial"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self.board.ended(trial.config["trial"], None)
+        failure = self.failures / trial.config["trial"]
+        self.board.ended(trial.config["trial"], failure.read_text() if failure.exists() else None)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        error = trial.get_pickled_error() or trial.get_error()
-        self.board.ended(trial.config["trial"], one_line(error))
+        self.board.ended(trial.config["trial"], "its process was lost; Ray's logs in /tmp/ray say more")
 
 
-def one_line(error: BaseException | None) -> str:
+def one_line(error: BaseException) -> str:
     """The reason in a user's words: the cause, without the layers that carried it."""
-    while error is not None and getattr(error, "cause", None) is not None:
+    while getattr(error, "cause", None) is not None:
         error = error.cause  # type: ignore[attr-defined]
-    if error is None:
-        return "its process ended without a word"
     if isinstance(error, PipelineError):
         return " ".join(str(error).split())
     return last_line(error)
@@ -145,17 +153,21 @@ def run_trials(
 ) -> None:
     """Run them all, at most `slots` at once, in the Ray session of this process; returns when all have ended."""
     os.environ.update(QUIET)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the board says what happens
     shutil.rmtree(folder, ignore_errors=True)
+    failures = folder / "failures"
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, orders=orders), {"cpu": 0}),
+        # Tune wants to reserve something, and CPUs belong to the workers: a byte.
+        tune.with_resources(tune.with_parameters(_trial, orders=orders, failures=failures), {"cpu": 0, "memory": 1}),
         tune_config=tune.TuneConfig(
             search_alg=_Next(list(orders), board.closed),
             scheduler=scheduler,
             num_samples=len(orders),
             max_concurrent_trials=slots,
+            reuse_actors=True,  # its imports take a process longer than a small trial
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder), verbose=0, callbacks=[_Told(board)],
+            name="tune", storage_path=str(folder), verbose=0, callbacks=[_Told(board, failures)],
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )  # fmt: skip
@@ -177,7 +189,7 @@ def run_trials(
         ) from outcome[0]
 
 
-def _trial(given: dict[str, Any], orders: dict[str, Order]) -> None:
+def _trial(given: dict[str, Any], orders: dict[str, Order], failures: Path) -> None:
     """What Tune's process for a trial runs. Tune ends it while it waits in `report`, when nothing is under way."""
     order = orders[given["trial"]]
     session = Session.within(order.cluster, order.resources, order.interrupted)
@@ -186,5 +198,9 @@ def _trial(given: dict[str, Any], orders: dict[str, Order]) -> None:
         tune.report({STEP: step, BOUND: bound})
         return True
 
-    with suppress(Interrupted):  # what is on disk says how far it came
+    try:
         carry_out(order, session, goes_on)
+    except Interrupted:
+        pass  # what is on disk says how far it came
+    except Exception as error:
+        write_text(failures / given["trial"], one_line(error))
