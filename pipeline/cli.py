@@ -60,6 +60,15 @@ conf/sweep/beta_dropout.yaml says every key of a sweep: random and quasi-random 
 budgets. Finished trials are not repeated, broken ones are tried again, points added to the file are run.
 """
 
+REPRODUCE_EPILOG = """\
+  ddpm reproduce cifar10                     six rows of 800,000 steps, as in the paper
+  ddpm reproduce cifar10 --budget 2h         what two hours allow on this cluster, by a measured rate
+  ddpm reproduce cifar10 --budget 2000       2,000 steps each, on images and scores by the same share
+  ddpm reproduce cifar10 --budget 200 evaluate.features=classifier data.path=FOLDER
+
+The same command again goes on. A study that is shorter than the paper's says so in its first line.
+"""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
@@ -125,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         _add(commands, "show", "the resolved configuration and its keys; starts nothing", _show)
     )
     _sweep_command(commands)
+    _reproduce_command(commands)
     status = _add(commands, "status", "the runs, their stages, progress and scores", _status)
     status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(status)
@@ -222,6 +232,20 @@ def _sweep_command(commands: Any) -> None:
     command.add_argument(
         "arguments", nargs="*", metavar="SWEEP | key=value", help="a sweep, and any number of overrides"
     )
+    _sweep_options(command)
+
+
+def _reproduce_command(commands: Any) -> None:
+    text = "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget"
+    command = _add(commands, "reproduce", text, _reproduce, REPRODUCE_EPILOG)
+    command.add_argument("target", choices=("cifar10",), help="what to reproduce")
+    command.add_argument(
+        "arguments", nargs="*", metavar="key=value", help="overrides of every row, or cluster.key=value"
+    )
+    command.add_argument(
+        "--budget", default="full", metavar="STEPS | TIME | full",
+        help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full",
+    )  # fmt: skip
     _sweep_options(command)
 
 
@@ -329,23 +353,31 @@ def _experiment_words(options: Any) -> tuple[str, list[str]]:
 
 def _sweep(options: Any) -> int:
     from pipeline import config
+    from pipeline.sweep import Study
 
     named, overrides = _words(options, "sweep")
     if not named:
         raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
     own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
     shared = [word for word in overrides if not word.startswith(("sweep.", "cluster."))]
-    sweep = config.load_sweep(named[0], own)
-    return _run_sweep(sweep, shared, _load_cluster(options.cluster, overrides), options)
-
-
-def _run_sweep(sweep: Any, shared: list[str], cluster: Any, options: Any) -> int:
-    from pipeline import config
-    from pipeline.sweep import Study
-
+    sweep, cluster = config.load_sweep(named[0], own), _load_cluster(options.cluster, overrides)
     if sweep.size > MANY and not options.yes:
         raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
-    study = Study(sweep, config.points(sweep, shared), cluster)
+    return _run_study(Study(sweep, config.points(sweep, shared), cluster), options)
+
+
+def _reproduce(options: Any) -> int:
+    from pipeline.sweep import reproduction
+
+    named, overrides = _words(options, "target")
+    if named:
+        raise ConfigError(f"'{named[0]}' is no override; write key=value")
+    shared = [word for word in overrides if not word.startswith("cluster.")]
+    cluster = _load_cluster(options.cluster, overrides)
+    return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
+
+
+def _run_study(study: Any, options: Any) -> int:
     if options.dry_run:
         print(study.preview())
         return 0
@@ -353,6 +385,8 @@ def _run_sweep(sweep: Any, shared: list[str], cluster: Any, options: Any) -> int
     print(study.shown())
     for what, where in study.whereabouts():
         say(f"{what:>11}: {where}")
+    if left := study.left():
+        say(left)
     failed = study.failures()
     for line in failed:
         print(f"error: {line}", file=sys.stderr)

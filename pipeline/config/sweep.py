@@ -258,7 +258,7 @@ def _contradictions(sweep: Sweep) -> list[str]:
     faults = []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", sweep.name):
         faults.append(f"name is {sweep.name!r}; it names a folder: letters, digits, '.', '_' and '-' only")
-    if type(sweep.concurrent) not in (int, type(None)) or (sweep.concurrent or 1) < 1:
+    if sweep.concurrent is not None and (type(sweep.concurrent) is not int or sweep.concurrent < 1):
         faults.append(f"concurrent is {sweep.concurrent!r}; null or a number of at least 1 is expected")
     faults += [
         f"{key} is swept and overridden; say one of the two" for key in sweep.space if key in sweep.overrides

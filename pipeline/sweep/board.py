@@ -29,7 +29,9 @@ class Board:
         folder: Path,
         uri: str,
         interrupted: Callable[[], bool],
+        note: str = "",
     ):
+        self.note = note
         self.sweep, self.trials, self.ledger, self.folder, self.uri = sweep, trials, ledger, folder, uri
         self.interrupted = interrupted
         self.parent = tracking.Parent(uri, sweep.name, folder.parent.parent, warn=say)
@@ -102,7 +104,7 @@ class Board:
     def publish(self) -> list[leaderboard.Row]:
         """The leaderboard as it is now, in the sweep's folder and on the server."""
         rows = leaderboard.rows(self.sweep, list(self.trials.values()), self.ledger)
-        leaderboard.write(self.sweep, rows, self.folder)
+        leaderboard.write(self.sweep, rows, self.folder, self.note)
         tags: dict[str, str] = {}
         scores: dict[str, float] = {}
         if rows and rows[0].rank:
@@ -111,7 +113,7 @@ class Board:
             tags |= {f"best.{key}": str(value) for key, value in best.trial.point.swept.items()}
             scores = {f"best/{key}": value for key, value in best.scores.items()}
         rungs = {key: list(self.ledger.of(key).rungs) for key in self.trials}
-        note = leaderboard.markdown(self.sweep, rows)
+        note = leaderboard.markdown(self.sweep, rows, self.note)
         self.parent.publish(
             tracking.Standing(leaderboard.table(self.sweep, rows), note, (tags, scores), rungs)
         )
@@ -133,7 +135,8 @@ class Board:
             if row.scores
         ]
         if entries:
-            compare.write(entries, self.folder / "report", self.sweep.name)
+            title = f"{self.sweep.name}, {self.note}" if self.note else self.sweep.name
+            compare.write(entries, self.folder / "report", title)
 
     def progress(self) -> tuple[int, str]:
         """How many trials have ended, and how far those are that run."""

@@ -112,9 +112,9 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def markdown(sweep: Sweep, found: list[Row]) -> str:
+def markdown(sweep: Sweep, found: list[Row], note: str = "") -> str:
     """The same for people: who won, the table, its protocol, what failed."""
-    lines = [f"**{headline(sweep, found)}**", ""]
+    lines = [f"**{headline(sweep, found)}**", "", *([note, ""] if note else [])]
     cells = table(sweep, found)
     if cells:
         lines += [_line(list(cells[0])), _line(["---"] * len(cells[0]))]
@@ -178,12 +178,13 @@ def text(sweep: Sweep, found: list[Row], width: int) -> str:
     return capture.get().rstrip()
 
 
-def write(sweep: Sweep, found: list[Row], folder: Path) -> None:
+def write(sweep: Sweep, found: list[Row], folder: Path, note: str = "") -> None:
     """leaderboard.json and leaderboard.md in the sweep's folder."""
     content = {
         "metric": sweep.rank.metric,
         "larger_is_better": sweep.rank.larger_is_better,
         "protocol": protocol_line(found),
+        "note": note,
         "trials": [
             {
                 "trial": row.trial.key, "label": row.trial.label, "rank": row.rank, "swept": row.trial.point.swept,
@@ -194,4 +195,4 @@ def write(sweep: Sweep, found: list[Row], folder: Path) -> None:
         ],
     }  # fmt: skip
     write_json(folder / "leaderboard.json", content)
-    write_text(folder / "leaderboard.md", markdown(sweep, found))
+    write_text(folder / "leaderboard.md", markdown(sweep, found, note))

@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline import evaluate, stages, tracking
-from pipeline.config import ClusterConfig, Point, Sweep
+from pipeline.config import ClusterConfig, Point, Sweep, load_sweep, points
 from pipeline.errors import PipelineError
 from pipeline.fidelity.preparations import preparations
 from pipeline.progress import bar, duration, say
 from pipeline.rundir import exclusive
-from pipeline.sweep import leaderboard
+from pipeline.sweep import budget, leaderboard
 from pipeline.sweep.board import Board
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.resources import Node, Share, share, this_machine
@@ -28,8 +28,9 @@ class Study:
     """A sweep over a storage root. The driver alone writes the sweep's folder and talks to MLflow; trials write
     run directories."""
 
-    def __init__(self, sweep: Sweep, points: list[Point], cluster: ClusterConfig):
+    def __init__(self, sweep: Sweep, points: list[Point], cluster: ClusterConfig, note: str = ""):
         self.sweep, self.cluster = sweep, cluster
+        self.note = note  # what a reader has to know before any number
         self.root = stages.storage_root(cluster)
         self.folder = self.root / "sweeps" / sweep.name
         self.trials = {trial.key: trial for trial in locate(points, self.root)}
@@ -49,7 +50,7 @@ class Study:
 
     def preview(self) -> str:
         """Trials, resources and the time left; starts nothing and writes nothing."""
-        lines = [f"{self.sweep.name}: {len(self.trials)} trials, {len(self.todo())} to do"]
+        lines = [f"{self.sweep.name}: {len(self.trials)} trials, {len(self.todo())} to do", *self._noted()]
         lines += [f"  {self.ledger.of(key).state:<12} {trial.label}" for key, trial in self.trials.items()]
         slots, resources = self._expected()
         seconds = self._estimate(slots)
@@ -57,6 +58,9 @@ class Study:
         if seconds is not None:
             left = f"about {duration(seconds)}, from what finished trials took"
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
+
+    def _noted(self) -> list[str]:
+        return [self.note] if self.note else []
 
     def _expected(self) -> tuple[int, str]:
         """Trials at a time, and in words; a cluster that runs elsewhere is not asked."""
@@ -88,10 +92,12 @@ class Study:
             self.interrupt.stop_file.unlink(missing_ok=True)
             self.ledger = self._judged_ledger()
             self.board = board = Board(
-                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested
+                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested, self.note
             )
             todo, total = self.todo(), len(self.trials)
             say(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
+            for line in self._noted():
+                say(line)
             board.open()
             status = "KILLED"
             try:
@@ -214,6 +220,14 @@ class Study:
         width = max(100, shutil.get_terminal_size().columns)
         return leaderboard.text(self.sweep, self.rows, width)
 
+    def left(self) -> str:
+        """What the budget did not allow; nothing where it sufficed."""
+        never = [row for row in self.rows if row.state in ("new", "interrupted")]
+        hours = self.sweep.budget.hours
+        if not never or hours is None:
+            return ""
+        return f"budget.hours={hours:g} is spent, {len(never)} trials are left; the same command goes on"
+
     def failures(self) -> list[str]:
         return leaderboard.failures(self.rows)
 
@@ -221,6 +235,35 @@ class Study:
         found = [("leaderboard", str(self.folder / "leaderboard.md")), ("MLflow", self.board.parent.where())]
         report = self.folder / "report" / "report.html"
         return [*found, ("report", str(report))] if report.exists() else found
+
+
+def reproduction(
+    target: str, text: str, shared: list[str], cluster: ClusterConfig, dry_run: bool = False
+) -> Study:
+    """The rows of the paper's tables as one study, of the length that `--budget` says.
+
+    Where that is a time, the rate of training is measured once, unless this is a dry run. Raises ConfigError,
+    PipelineError.
+    """
+    asked = budget.Budget.parse(text)
+    sweep = load_sweep(budget.STUDIES[target], [])
+    rows = [point.experiment for point in points(sweep, shared)]
+    name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
+    sweep, steps = replace(sweep, name=name), asked.steps or rows[0].train.steps
+    if asked.hours is not None:
+        hours, folder = asked.hours, stages.storage_root(cluster) / "sweeps" / name
+        if dry_run and not budget.is_remembered(folder):
+            later = f"how many steps of {steps:,} fit into {text} is measured at the start"
+            return Study(sweep, points(sweep, shared), cluster, later)
+
+        def measure() -> int:
+            say("measuring how fast this cluster trains")
+            rate = budget.measured_rate(stages.execute(budget.probe(rows[0]), cluster, "train"))
+            return budget.steps_for(hours, rate, rows)
+
+        steps = budget.remembered(folder, measure)
+    scaled = [*budget.overrides(steps, rows[0]), *shared]
+    return Study(sweep, points(sweep, scaled), cluster, budget.said(steps, rows[0]))
 
 
 def _always(step: int, bound: float) -> bool:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -34,6 +35,7 @@ NOBODY: Any = None  # the controller, of whom ASHA wants nothing
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory has its own log
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial without rungs reports nothing to Tune
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one draws its boxes however quiet it is to be
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -122,14 +124,19 @@ class _Next(_Unsaved, Searcher):
         pass
 
 
-class _Told(_Unsaved, tune.Callback):
-    """Passes on to the board what Tune notices. A trial that fails says why in a file, and ends in peace."""
+class _Told(_Unsaved, TrialProgressCallback):
+    """Passes on to the board what Tune notices, and stands where Tune's own printer would. A trial that fails
+    says why in a file, and ends in peace."""
 
     def __init__(self, board: Board, failures: Path):
+        super().__init__()
         self.board, self.failures = board, failures
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self.board.started(trial.config["trial"])
+
+    def on_trial_result(self, *_: Any, **__: Any) -> None:
+        pass
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         failure = self.failures / trial.config["trial"]
