@@ -44,11 +44,12 @@ class Board:
         self.parent.start(self.folder / "sweep.yaml")
         self.parent.reconcile(set(self.trials))
         for key in self.trials:
-            if self.ledger.has_ended(key):
+            if self.ledger.of(key).state != "new":
                 self._deliver(key)
 
     def _deliver(self, key: str) -> None:
-        """Mirror an ended trial whose files hold what the server has not got: perhaps it was made elsewhere."""
+        """Mirror a trial that does not run, where the server has not got all of it: its driver was killed, or it
+        was made elsewhere."""
         mirror, state = self._mirror(key), self.ledger.of(key).state
         mirror.tags[tracking.STATE] = state
         mirror.status = STATUS.get(state, "KILLED")

@@ -49,19 +49,19 @@ class Parent:
         self._attempt(send)
 
     def reconcile(self, trials: set[str]) -> None:
-        """Children that a killed driver left running are set to KILLED; those of points that the sweep has no
-        more are marked, not deleted."""
+        """Children of points that the sweep has no more are marked, not deleted, and run no longer."""
 
         def send() -> None:
             for child in self._children():
                 run_id, tags = child.info.run_id, child.data.tags
+                if tags.get(TRIAL) in trials:
+                    if REMOVED in tags:
+                        self.client.delete_tag(run_id, REMOVED)
+                    continue
+                self.client.set_tag(run_id, REMOVED, "the sweep file does not have this point any more")
                 if child.info.status == "RUNNING":
                     self.client.set_tag(run_id, STATE, "interrupted")
                     self.client.set_terminated(run_id, "KILLED")
-                if tags.get(TRIAL) not in trials:
-                    self.client.set_tag(run_id, REMOVED, "the sweep file does not have this point any more")
-                elif REMOVED in tags:
-                    self.client.delete_tag(run_id, REMOVED)
 
         self._attempt(send)
 
