@@ -149,6 +149,7 @@ def execute_within(
             left_behind.unlink(missing_ok=True)
         todo = pending(experiment, run, last)
         if todo:
+            preflight.check(experiment, run)
             _write_experiment(asked or experiment, run)
             work = _Work(experiment, cluster, run)
             work.executor, work.interrupted = executor, interrupted

@@ -15,12 +15,15 @@ from pipeline.errors import ConfigError
 # The scores that each metric of an experiment gives, and those of them that are better when larger.
 SCORES = {
     "fid": ("fid",),
-    "is": ("is_mean", "is_std"),
+    "fid_test": ("fid_test",),
+    "is": ("is_mean", "is_shuffled_mean"),
+    "kid": ("kid_mean",),
+    "prc": ("precision", "recall"),
     "nll": ("nll_bpd", "rate_bpd", "distortion_bpd", "rmse"),
 }
 LOSS = "train_loss"
 RANKED_BY = (*(score for scores in SCORES.values() for score in scores), LOSS)
-LARGER_IS_BETTER = {"is_mean"}
+LARGER_IS_BETTER = {"is_mean", "is_shuffled_mean", "precision", "recall"}
 
 
 @dataclass(frozen=True)

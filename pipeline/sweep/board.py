@@ -137,7 +137,14 @@ class Board:
         ]
         if entries:
             title = f"{self.sweep.name}, {self.note}" if self.note else self.sweep.name
-            compare.write(entries, self.folder / "report", title)
+            compare.write(entries, self.folder / "report", title, self._metric())
+
+    def _metric(self) -> str:
+        """What the report ranks by: as the leaderboard, or by FID where it does not know that score."""
+        from pipeline.report import compare
+
+        known = (name for name, metric in compare.METRICS.items() if metric.score == self.sweep.rank.metric)
+        return next(known, "fid")
 
     def progress(self) -> tuple[int, str]:
         """How many trials have ended, and how far those are that run."""

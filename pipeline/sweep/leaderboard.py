@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline import config, train
+from pipeline import config, selection, train
 from pipeline.config import LOSS, Sweep
 from pipeline.progress import duration
 from pipeline.rundir import read_json, write_json, write_text
@@ -16,8 +16,10 @@ from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
 
 SHOWN = {  # score: (heading, digits)
-    "fid": ("FID", 2), "is_mean": ("IS", 2), "nll_bpd": ("NLL, bits/dim", 3), "rate_bpd": ("rate", 3),
-    "distortion_bpd": ("distortion", 3), "rmse": ("RMSE", 2), LOSS: ("training loss", 4),
+    "fid": ("FID", 2), "fid_test": ("FID, test set", 2), "is_mean": ("IS", 2), "is_shuffled_mean": ("IS, shuffled", 2),
+    "kid_mean": ("KID", 5), "precision": ("precision", 3), "recall": ("recall", 3), "nll_bpd": ("NLL, bits/dim", 3),
+    "rate_bpd": ("rate, bits/dim", 3), "distortion_bpd": ("distortion, bits/dim", 3), "rmse": ("RMSE", 2),
+    LOSS: ("training loss", 4),
 }  # fmt: skip
 ALWAYS = ("fid", "is_mean", "nll_bpd")
 FAILED, STOPPED = "failed", "stopped"
@@ -59,10 +61,10 @@ def _row(trial: Trial, ledger: Ledger) -> Row:
     run, entry = trial.run, ledger.of(trial.key)
     scores: dict[str, float] = {}
     protocol: dict[str, Any] = {}
-    metrics = run.evaluation(config.evaluate_key(trial.experiment, run.run_key)) / "metrics.json"
     step, loss = train.progress(run)
-    if entry.state == "finished" and metrics.exists():
-        content = read_json(metrics)
+    resolved = selection.resolved(trial.experiment, run)
+    if entry.state == "finished" and resolved is not None:
+        content = read_json(run.evaluation(config.evaluate_key(resolved, run.run_key)) / "metrics.json")
         scores = {key: value for key, value in content["scores"].items() if isinstance(value, (int, float))}
         protocol = content["protocol"]
         scores |= {} if loss is None else {LOSS: loss}

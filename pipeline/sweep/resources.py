@@ -64,5 +64,6 @@ def share(cluster: ClusterConfig, nodes: Sequence[Node], trials: int, concurrent
             f"one trial asks for {workers} workers with {per_cpu} CPUs and {per_gpu:g} GPUs each, the cluster has "
             f"{cpus} CPUs and {gpus} GPUs: lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
         )
+    least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)
-    return Share(slots, Resources(workers, per_cpu, per_gpu, per_task))
+    return Share(slots, Resources(workers, least, per_cpu, per_gpu, per_task, spare=0))

@@ -59,11 +59,15 @@ def _bound_at(order: Order, executor: Executor, steps: int) -> float:
 
 
 def at_rung(experiment: Experiment, steps: int, nll_images: int) -> Experiment:
+    """The same run, so far, and of its scores the bound alone."""
+    bound = replace(
+        experiment.evaluate, metrics=("nll",), nll_images=nll_images, checkpoints=None, beside=False
+    )
     return replace(
         experiment,
         train=replace(experiment.train, steps=steps),
         sample=replace(experiment.sample, checkpoint="last"),
-        evaluate=replace(experiment.evaluate, metrics=("nll",), nll_images=nll_images),
+        evaluate=bound,
     )
 
 

@@ -245,11 +245,14 @@ def test_a_trial_that_never_fits_is_refused():
 
 
 def test_the_tasks_of_a_trial_take_no_more_than_its_workers_hold():
-    assert Session.within(cluster(), Resources(1, 4, 0.0, 0.0), lambda: False).most_in_flight == 4
+    assert Session.within(cluster(), Resources(1, 1, 4, 0.0, 0.0, 0), lambda: False).most_in_flight == 4
     assert (
-        Session.within(cluster(cpus_per_task=2), Resources(2, 3, 0.0, 0.0), lambda: False).most_in_flight == 3
+        Session.within(
+            cluster(cpus_per_task=2), Resources(2, 2, 3, 0.0, 0.0, 0), lambda: False
+        ).most_in_flight
+        == 3
     )
-    assert Session.within(cluster(), Resources(1, 8, 0.5, 0.5), lambda: False).most_in_flight == 1
+    assert Session.within(cluster(), Resources(1, 1, 8, 0.5, 0.5, 0), lambda: False).most_in_flight == 1
 
 
 # The paper's tables, scaled to a budget
