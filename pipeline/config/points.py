@@ -97,16 +97,11 @@ def _unit_cube(draw: Draw, dimensions: int) -> list[list[float]]:
 
 
 def _label(swept: dict[str, Any]) -> str:
-    """'beta_schedule=cosine dropout=0.1'."""
-    said = [
-        str(value) if key == "experiment" else f"{key.rpartition('.')[2]}={_plain_text(value)}"
+    """'cosine dropout=0.1': a word says what it is, a number does not."""
+    return " ".join(
+        value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
         for key, value in swept.items()
-    ]
-    return " ".join(said)
-
-
-def _plain_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    )
 
 
 def _incomparable(sweep: Sweep, found: list[Point]) -> list[str]:

@@ -112,7 +112,7 @@ class Board:
             best = rows[0]
             tags = {"best_trial": best.trial.label, "best_run": best.trial.run.path.name}
             tags |= {f"best.{key}": str(value) for key, value in best.trial.point.swept.items()}
-            scores = {f"best/{key}": value for key, value in best.scores.items()}
+            scores = {f"best/{self.sweep.rank.metric}": best.scores[self.sweep.rank.metric]}
         rungs = {key: list(self.ledger.of(key).rungs) for key in self.trials}
         note = leaderboard.markdown(self.sweep, rows, self.note)
         self.parent.publish(

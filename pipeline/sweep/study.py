@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline import evaluate, stages, tracking
-from pipeline.config import ClusterConfig, Point, Sweep, load_sweep, points
+from pipeline.config import LOSS, ClusterConfig, Point, Sweep, load_sweep, points
 from pipeline.errors import PipelineError
 from pipeline.fidelity.preparations import preparations
 from pipeline.progress import bar, duration, say
@@ -232,8 +232,10 @@ class Study:
         return leaderboard.failures(self.rows)
 
     def whereabouts(self) -> list[tuple[str, str]]:
-        found = [("leaderboard", str(self.folder / "leaderboard.md")), ("MLflow", self.board.parent.where())]
-        report = self.folder / "report" / "report.html"
+        rank, report = self.sweep.rank, self.folder / "report" / "report.html"
+        metric = "train/loss" if rank.metric == LOSS else f"eval/{rank.metric}"
+        found = [("leaderboard", str(self.folder / "leaderboard.md"))]
+        found += self.board.parent.links(metric, rank.larger_is_better)
         return [*found, ("report", str(report))] if report.exists() else found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 from pipeline.tracking.session import VIEW, client_of, find_run, find_study, reason, shown
 
@@ -97,13 +98,23 @@ class Parent:
 
         self._attempt(send)
 
-    def where(self) -> str:
-        """Where a person finds the study in the UI."""
+    def links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
+        """(what, where) in the UI: the study with its leaderboard, and its trials with their charts, best first."""
         if not self.run_id:
-            return f"nothing in {shown(self.uri)} yet (the same command delivers it)"
-        base = shown(self.uri).rstrip("/") if self.uri.startswith("http") else "http://127.0.0.1:5000"
-        link = f"{base}/#/experiments/{self.experiment_id}{VIEW}&compareRunsMode=CHART"
-        return link if self.uri.startswith("http") else f"`ddpm ui`, then {link}"
+            return [("MLflow", f"nothing in {shown(self.uri)} yet; the same command delivers it")]
+        served = self.uri.startswith("http")
+        base = shown(self.uri).rstrip("/") if served else "http://127.0.0.1:5000"
+        runs = f"{base}/#/experiments/{self.experiment_id}/runs"
+        query = {
+            "compareRunsMode": "CHART",
+            "searchFilter": f"tags.`{TRIAL}` != ''",
+            "orderByKey": f"metrics.`{metric}`",
+            "orderByAsc": str(not larger_is_better).lower(),
+        }
+        return [
+            ("MLflow", f"{'' if served else '`ddpm ui`, then '}{runs}/{self.run_id}{VIEW}"),
+            ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
+        ]
 
     def _attempt(self, send: Callable[[], None]) -> None:
         try:

@@ -119,8 +119,8 @@ def test_a_dry_run_starts_nothing_and_says_what_it_would_take(grid, storage, cli
     text = SPACE % ("[linear, cosine, quad]", "[0.0, 0.2]")
     assert sweep(storage, "grid", text, "--dry-run") == 0
     said = capsys.readouterr().out
-    assert "6 trials, 2 to do" in said and "finished     beta_schedule=linear dropout=0.0" in said
-    assert "new          beta_schedule=quad dropout=0.2" in said and "time left: about" in said
+    assert "6 trials, 2 to do" in said and "finished     linear dropout=0.0" in said
+    assert "new          quad dropout=0.2" in said and "time left: about" in said
     assert len(board(storage, "grid")) == 4
 
 
@@ -230,7 +230,7 @@ def test_trials_that_are_not_worth_it_are_stopped_at_a_rung(grid, storage, clien
     """Two rungs, at 2 and 4 of 6 steps. Of a chain of 20 steps, cosine alone ends in noise: its bound is the better."""
     assert sweep(storage, "stopping", STOPPING % "") == 0
     rows = {row["label"]: row for row in board(storage, "stopping")}
-    good, bad = rows["dropout=0.5 beta_schedule=cosine"], rows["dropout=0.5 beta_schedule=linear"]
+    good, bad = rows["dropout=0.5 cosine"], rows["dropout=0.5 linear"]
     assert (good["state"], good["rank"], bad["state"], bad["step"]) == ("finished", 1, "stopped", 2)
     _, children = parent_and_children(client, "stopping")
     stopped = children[bad["trial"]]
@@ -246,7 +246,7 @@ def test_a_resumed_study_judges_by_what_the_last_command_saw(grid, storage):
     """The first of all trials would go on whatever its bound: a point that is added is not the first."""
     assert sweep(storage, "stopping", STOPPING % ", quad") == 0
     rows = {row["label"]: row for row in board(storage, "stopping")}
-    added = rows["dropout=0.5 beta_schedule=quad"]
+    added = rows["dropout=0.5 quad"]
     assert (added["state"], added["step"]) == ("stopped", 2)
 
 

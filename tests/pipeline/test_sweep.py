@@ -48,7 +48,7 @@ def faults(folder: Path, text: str, *overrides: str) -> list[str]:
 def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
     found = points(load_sweep(sweep_file(tmp_path, GRID + "seeds: [0, 1]\n"), []), SMALL)
     assert len(found) == 8
-    assert found[1].label == "beta_schedule=linear dropout=0.0 seed=1"
+    assert found[1].label == "linear dropout=0.0 seed=1"
     assert found[-1].swept == {"diffusion.beta_schedule": "cosine", "model.dropout": 0.2, "seed": 1}
     last = found[-1].experiment
     assert (last.diffusion.beta_schedule, last.model.dropout, last.seed) == ("cosine", 0.2, 1)
