@@ -232,6 +232,7 @@ def _sweep_command(commands: Any) -> None:
     command.add_argument(
         "arguments", nargs="*", metavar="SWEEP | key=value", help="a sweep, and any number of overrides"
     )
+    command.set_defaults(check=_check_sweep)
     _sweep_options(command)
 
 
@@ -246,6 +247,7 @@ def _reproduce_command(commands: Any) -> None:
         "--budget", default="full", metavar="STEPS | TIME | full",
         help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full",
     )  # fmt: skip
+    command.set_defaults(check=_check_reproduction)
     _sweep_options(command)
 
 
@@ -344,16 +346,47 @@ def _stage(options: Any) -> int:
     return 0
 
 
-def _experiment_words(options: Any) -> tuple[str, list[str]]:
-    """The experiment that the command line names, and its overrides."""
-    named, overrides = _words(options, "experiment")
-    own = [word for word in overrides if not word.startswith("cluster.")]
-    return named[0] if named else options.default, own
+def _check_stage(options: Any) -> tuple[Any, list[str]]:
+    """The cluster that a command line means, and its paths that mean something else elsewhere; starts nothing."""
+    from pipeline import config, stages
+
+    experiment, cluster = _load(options)
+    stages.check(experiment, cluster)
+    return cluster, config.relative_paths(*_experiment_words(options))
 
 
-def _sweep(options: Any) -> int:
+def _submit(options: Any) -> int:
+    from pipeline import jobs
+
+    if options.arguments or not options.job:
+        raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
+    job = _parsed(options.job)
+    if "check" not in job:
+        raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
+    cluster, relative = job.check(job)
+    return jobs.submit(options.job, cluster, relative, options.address, options.id, options.follow)
+
+
+def _jobs(options: Any) -> int:
+    from pipeline import jobs
+
+    action, *names = options.arguments or ["list"]
+    if action not in ("list", "logs", "status", "stop"):
+        raise ConfigError(f"'{action}' is unknown; `ddpm jobs` knows list, logs ID, status ID and stop ID")
+    if len(names) != (action != "list"):
+        raise ConfigError(f"`ddpm jobs {action}` takes {'no' if action == 'list' else 'one'} job id")
+    if options.follow and action != "logs":
+        raise ConfigError("--follow belongs to `ddpm jobs logs ID`")
+    if action == "list":
+        return jobs.listing(options.address)
+    if action == "logs":
+        return jobs.logs(names[0], options.address, options.follow)
+    return (jobs.status if action == "status" else jobs.stop)(names[0], options.address)
+
+
+def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:
+    """The sweep that the command line names, the overrides of all its trials, and the cluster."""
     from pipeline import config
-    from pipeline.sweep import Study
 
     named, overrides = _words(options, "sweep")
     if not named:
@@ -363,18 +396,52 @@ def _sweep(options: Any) -> int:
     sweep, cluster = config.load_sweep(named[0], own), _load_cluster(options.cluster, overrides)
     if sweep.size > MANY and not options.yes:
         raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
+    return sweep, shared, cluster
+
+
+def _sweep(options: Any) -> int:
+    from pipeline import config
+    from pipeline.sweep import Study
+
+    sweep, shared, cluster = _load_sweep(options)
     return _run_study(Study(sweep, config.points(sweep, shared), cluster), options)
+
+
+def _check_sweep(options: Any) -> tuple[Any, list[str]]:
+    """As `_check_stage`, for all trials."""
+    from pipeline import config
+
+    sweep, shared, cluster = _load_sweep(options)
+    config.points(sweep, shared)
+    return cluster, config.relative_paths_of_sweep(sweep, shared)
+
+
+def _load_reproduction(options: Any) -> tuple[list[str], Any]:
+    """The overrides of all rows, and the cluster."""
+    named, overrides = _words(options, "target")
+    if named:
+        raise ConfigError(f"'{named[0]}' is no override; write key=value")
+    shared = [word for word in overrides if not word.startswith("cluster.")]
+    return shared, _load_cluster(options.cluster, overrides)
 
 
 def _reproduce(options: Any) -> int:
     from pipeline.sweep import reproduction
 
-    named, overrides = _words(options, "target")
-    if named:
-        raise ConfigError(f"'{named[0]}' is no override; write key=value")
-    shared = [word for word in overrides if not word.startswith("cluster.")]
-    cluster = _load_cluster(options.cluster, overrides)
+    shared, cluster = _load_reproduction(options)
     return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
+
+
+def _check_reproduction(options: Any) -> tuple[Any, list[str]]:
+    """As `_check_stage`, for all rows."""
+    from pipeline import config
+    from pipeline.sweep.budget import STUDIES, Budget
+
+    shared, cluster = _load_reproduction(options)
+    Budget.parse(options.budget)
+    sweep = config.load_sweep(STUDIES[options.target], [])
+    config.points(sweep, shared)
+    return cluster, config.relative_paths_of_sweep(sweep, shared)
 
 
 def _run_study(study: Any, options: Any) -> int:

@@ -20,7 +20,7 @@ from pipeline.config.load import (
     to_dict,
     to_yaml,
 )
-from pipeline.config.points import Point, points
+from pipeline.config.points import Point, points, relative_paths_of_sweep
 from pipeline.config.sections import (
     SPLITS,
     ClusterConfig,
@@ -67,6 +67,7 @@ __all__ = [
     "made_with",
     "points",
     "relative_paths",
+    "relative_paths_of_sweep",
     "run_content",
     "run_key",
     "sample_key",

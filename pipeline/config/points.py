@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.config.keys import run_content
-from pipeline.config.load import load_experiment
+from pipeline.config.load import load_experiment, relative_paths
 from pipeline.config.sections import Experiment
 from pipeline.config.sweep import LOSS, SCORES, Draw, Range, Sweep
 from pipeline.errors import ConfigError
@@ -47,7 +47,7 @@ def points(sweep: Sweep, overrides: list[str]) -> list[Point]:
     swept_by_hand = [word for word in overrides if word.partition("=")[0] in sweep.space]
     if swept_by_hand:
         raise ConfigError(f"{swept_by_hand[0]}: {sweep.name} sweeps this key; change the file, or copy it")
-    common = [f"{key}={json.dumps(value)}" for key, value in sweep.overrides.items()] + overrides
+    common = _common(sweep, overrides)
     found: list[Point] = []
     faults: dict[str, None] = {}  # a set that keeps its order
     for swept in itertools.islice(_combinations(sweep), sweep.size):
@@ -61,6 +61,16 @@ def points(sweep: Sweep, overrides: list[str]) -> list[Point]:
     if faults:
         raise ConfigError(list(faults))
     return found
+
+
+def relative_paths_of_sweep(sweep: Sweep, overrides: list[str]) -> list[str]:
+    """The paths of a valid sweep that depend on the folder or the person, as 'data.path=images', each once."""
+    common = _common(sweep, overrides)
+    return list(dict.fromkeys(path for name in sweep.experiments for path in relative_paths(name, common)))
+
+
+def _common(sweep: Sweep, overrides: list[str]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in sweep.overrides.items()] + overrides
 
 
 def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:

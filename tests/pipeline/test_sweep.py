@@ -294,3 +294,21 @@ def test_an_hour_is_what_the_measured_rate_makes_of_it():
 
 def test_the_steps_that_were_settled_on_stay(tmp_path):
     assert budget.remembered(tmp_path, lambda: 123) == budget.remembered(tmp_path, lambda: 456) == 123
+
+
+# As a job on a cluster: checked here, before anything is sent
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep", "digits_beta_dropuot"], "did you mean 'digits_beta_dropout'?"),
+        (["sweep", "beta_dropout", "data.path=images"], "data.path=images is a relative path"),
+        (["sweep", "beta_dropout", "train.stepz=3"], "did you mean 'steps'?"),
+        (["reproduce", "cifar10", "--budget=soon"], "a number of steps (2000)"),
+        (["reproduce", "cifar10", "data.path=images"], "data.path=images is a relative path"),
+    ],
+)
+def test_a_submitted_sweep_is_checked_before_it_is_sent(capsys, words, message):
+    assert main(["submit", "--", *words, "cluster.storage=/data/runs"]) == 2
+    assert message in capsys.readouterr().err
