@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.progress import say
 
+MANY = 200  # trials; more are rarely meant
 DEFAULT_EXPERIMENT = "digits"
 PUBLISHED_EXPERIMENT = "cifar10_published"
 
@@ -36,6 +37,36 @@ of the experiment, cluster.key=value one of the cluster:
   ddpm submit --follow -- run cifar10 --cluster CLUSTER      the same command as a job on a cluster
 
 The same command again goes on where it was interrupted, and does nothing where everything is up to date.
+"""
+
+
+SWEEP_EPILOG = """\
+SWEEP is a path, or the name of a file in ./conf/sweep, which says what varies:
+
+  experiment: digits                                  what every trial starts from
+  space:
+    diffusion.beta_schedule: [linear, cosine]         any keys of the experiment, each with its values
+    model.dropout: [0.0, 0.2]
+  rank: {metric: fid}                                 what the leaderboard is ordered by
+
+  ddpm sweep digits_beta_dropout --dry-run            the trials, what each may use, the time left
+  ddpm sweep digits_beta_dropout                      eight small trials, in minutes on two cores
+  ddpm sweep beta_dropout train.steps=20000           key=value is for all trials,
+  ddpm sweep beta_dropout sweep.concurrent=4          sweep.key=value for the sweep,
+  ddpm sweep beta_dropout cluster.workers=2           cluster.key=value for the place (workers are each trial's)
+  ddpm ui                                             then look at it
+
+conf/sweep/beta_dropout.yaml says every key of a sweep: random and quasi-random spaces, seeds, early stopping,
+budgets. Finished trials are not repeated, broken ones are tried again, points added to the file are run.
+"""
+
+REPRODUCE_EPILOG = """\
+  ddpm reproduce cifar10                     six rows of 800,000 steps, as in the paper
+  ddpm reproduce cifar10 --budget 2h         what two hours allow on this cluster, by a measured rate
+  ddpm reproduce cifar10 --budget 2000       2,000 steps each, on images and scores by the same share
+  ddpm reproduce cifar10 --budget 200 evaluate.features=classifier data.path=FOLDER
+
+The same command again goes on. A study that is shorter than the paper's says so in its first line.
 """
 
 
@@ -102,6 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     _takes_experiment(
         _add(commands, "show", "the resolved configuration and its keys; starts nothing", _show)
     )
+    _sweep_command(commands)
+    _reproduce_command(commands)
     status = _add(commands, "status", "the runs, their stages, progress and scores", _status)
     status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(status)
@@ -207,9 +240,44 @@ def _store_commands(commands: Any) -> None:
         _cluster_option(command)
 
 
-def _add(commands: Any, name: str, text: str, command: Callable[[Any], int]) -> argparse.ArgumentParser:
+def _sweep_command(commands: Any) -> None:
+    text = "all trials of a sweep file, several at once; the same command again goes on"
+    command = _add(commands, "sweep", text, _sweep, SWEEP_EPILOG)
+    command.add_argument(
+        "arguments", nargs="*", metavar="SWEEP | key=value", help="a sweep, and any number of overrides"
+    )
+    command.set_defaults(check=_check_sweep)
+    _sweep_options(command)
+
+
+def _reproduce_command(commands: Any) -> None:
+    text = "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget"
+    command = _add(commands, "reproduce", text, _reproduce, REPRODUCE_EPILOG)
+    command.add_argument("target", choices=("cifar10",), help="what to reproduce")
+    command.add_argument(
+        "arguments", nargs="*", metavar="key=value", help="overrides of every row, or cluster.key=value"
+    )
+    command.add_argument(
+        "--budget", default="full", metavar="STEPS | TIME | full",
+        help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full",
+    )  # fmt: skip
+    command.set_defaults(check=_check_reproduction)
+    _sweep_options(command)
+
+
+def _sweep_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
+    )
+    command.add_argument("--yes", action="store_true", help=f"really more than {MANY} trials")
+    _cluster_option(command)
+
+
+def _add(
+    commands: Any, name: str, text: str, command: Callable[[Any], int], epilog: str = EPILOG
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        name, help=text, description=text, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(command=command)
@@ -254,13 +322,17 @@ def _load(options: Any) -> tuple[Any, Any]:
 
 def _experiment_words(options: Any) -> tuple[str, list[str]]:
     """The experiment that the command line names, and its overrides."""
+    named, overrides = _words(options, "experiment")
+    own = [word for word in overrides if not word.startswith("cluster.")]
+    return named[0] if named else options.default, own
+
+
+def _words(options: Any, kind: str) -> tuple[list[str], list[str]]:
+    """The name that the command line gives, if any, and the overrides."""
     named = [word for word in options.arguments if "=" not in word]
     if len(named) > 1:
-        raise ConfigError(
-            f"one experiment at a time, not {' and '.join(named)}; overrides are written key=value"
-        )
-    own = [word for word in options.arguments if "=" in word and not word.startswith("cluster.")]
-    return named[0] if named else options.default, own
+        raise ConfigError(f"one {kind} at a time, not {' and '.join(named)}; overrides are written key=value")
+    return named, [word for word in options.arguments if "=" in word]
 
 
 def _load_cluster(name: str, overrides: list[str]) -> Any:
@@ -324,6 +396,82 @@ def _jobs(options: Any) -> int:
     if action == "logs":
         return jobs.logs(names[0], options.address, options.follow)
     return (jobs.status if action == "status" else jobs.stop)(names[0], options.address)
+
+
+def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:
+    """The sweep that the command line names, the overrides of all its trials, and the cluster."""
+    from pipeline import config
+
+    named, overrides = _words(options, "sweep")
+    if not named:
+        raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
+    own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
+    shared = [word for word in overrides if not word.startswith(("sweep.", "cluster."))]
+    sweep, cluster = config.load_sweep(named[0], own), _load_cluster(options.cluster, overrides)
+    if sweep.size > MANY and not options.yes:
+        raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
+    return sweep, shared, cluster
+
+
+def _sweep(options: Any) -> int:
+    from pipeline import config
+    from pipeline.sweep import Study
+
+    sweep, shared, cluster = _load_sweep(options)
+    return _run_study(Study(sweep, config.points(sweep, shared), cluster), options)
+
+
+def _check_sweep(options: Any) -> tuple[Any, list[str]]:
+    """As `_check_stage`, for all trials."""
+    from pipeline import config
+
+    sweep, shared, cluster = _load_sweep(options)
+    config.points(sweep, shared)
+    return cluster, config.relative_paths_of_sweep(sweep, shared)
+
+
+def _load_reproduction(options: Any) -> tuple[list[str], Any]:
+    """The overrides of all rows, and the cluster."""
+    named, overrides = _words(options, "target")
+    if named:
+        raise ConfigError(f"'{named[0]}' is no override; write key=value")
+    shared = [word for word in overrides if not word.startswith("cluster.")]
+    return shared, _load_cluster(options.cluster, overrides)
+
+
+def _reproduce(options: Any) -> int:
+    from pipeline.sweep import reproduction
+
+    shared, cluster = _load_reproduction(options)
+    return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
+
+
+def _check_reproduction(options: Any) -> tuple[Any, list[str]]:
+    """As `_check_stage`, for all rows."""
+    from pipeline import config
+    from pipeline.sweep.budget import STUDIES, Budget
+
+    shared, cluster = _load_reproduction(options)
+    Budget.parse(options.budget)
+    sweep = config.load_sweep(STUDIES[options.target], [])
+    config.points(sweep, shared)
+    return cluster, config.relative_paths_of_sweep(sweep, shared)
+
+
+def _run_study(study: Any, options: Any) -> int:
+    if options.dry_run:
+        print(study.preview())
+        return 0
+    study.run()
+    print(study.shown())
+    for what, where in study.whereabouts():
+        say(f"{what:>11}: {where}")
+    if left := study.left():
+        say(left)
+    failed = study.failures()
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _show(options: Any) -> int:
@@ -429,7 +577,7 @@ def _ui(options: Any) -> int:
     from pipeline import stages, tracking
 
     cluster = _cluster_only(options)
-    return tracking.serve(stages.storage_root(cluster), options.port)
+    return tracking.serve(stages.storage_root(cluster), options.port, uri=cluster.tracking_uri)
 
 
 def _doctor(options: Any) -> int:

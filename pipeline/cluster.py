@@ -75,6 +75,14 @@ class Resources:
     gpus_per_task: float
     spare: int  # tasks that fit beside all workers
 
+    def tasks_at_once(self, cpus_per_task: int) -> int:
+        """How many tasks fit into what the workers hold; at least one."""
+        by_cpu = self.workers * self.cpus_per_worker // cpus_per_task
+        by_gpu = (
+            int(self.workers * self.gpus_per_worker / self.gpus_per_task) if self.gpus_per_task else by_cpu
+        )
+        return max(1, min(by_cpu, by_gpu))
+
 
 def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None) -> Resources:
     """Fill the nulls from what there is, and refuse at once what can never be scheduled.
@@ -120,6 +128,15 @@ class Session:
 
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
         self.cluster, self.interrupted, self.spent = cluster, interrupted, Spent()
+        self.most_in_flight: int | None = None  # units; None: enough to keep every CPU busy
+
+    @staticmethod
+    def within(cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]) -> Session:
+        """The share of a trial in a session that its process has joined already: `resources` and no more."""
+        session = Session(cluster, interrupted)
+        session.resources = resources
+        session.most_in_flight = resources.tasks_at_once(cluster.cpus_per_task)
+        return session
 
     def __enter__(self) -> Session:
         _start_ray(self.cluster.ray_address)
@@ -133,6 +150,13 @@ class Session:
             ray.shutdown()
             raise
         return self
+
+    def nodes(self) -> list[tuple[int, int]]:
+        """(CPUs, GPUs) of each machine."""
+        import ray
+
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
 
     def __exit__(self, *_: Any) -> None:
         import ray
@@ -169,7 +193,7 @@ class Session:
             raise PipelineError(message)
         if outcome:
             raise PipelineError(
-                f"training stopped after {self.cluster.retries} restarts: {_last_line(outcome[0])}; "
+                f"training stopped after {self.cluster.retries} restarts: {last_line(outcome[0])}; "
                 "the same command goes on from the newest checkpoint"
             ) from outcome[0]
 
@@ -211,10 +235,12 @@ class Session:
             num_cpus=self.cluster.cpus_per_task,
             num_gpus=self.resources.gpus_per_task,
             max_retries=self.cluster.retries,
+            scheduling_strategy="DEFAULT",  # not in the caller's placement group, where the caller is a trial
         )
         waiting = list(reversed(units))
         in_flight: dict[Any, Unit] = {}
-        slots = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)) // self.cluster.cpus_per_task)
+        everywhere = int(ray.cluster_resources().get("CPU", 1)) // self.cluster.cpus_per_task
+        slots = self.most_in_flight or 2 * max(1, everywhere)
         while waiting or in_flight:
             while waiting and len(in_flight) < slots:
                 unit = waiting.pop()
@@ -253,11 +279,11 @@ def _start_ray(address: str | None) -> None:
             f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
         )
         whole = "Version mismatch" in str(error)  # told over several lines
-        reason = " ".join(str(error).split()) if whole else _last_line(error)
+        reason = " ".join(str(error).split()) if whole else last_line(error)
         raise PipelineError(f"{where} cannot be reached or started: {reason}") from error
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
@@ -274,7 +300,7 @@ def _result(reference: Any, unit: Unit) -> float:
         raise
     except ray.exceptions.RayError as error:
         raise PipelineError(
-            f"'{unit.name}' lost its process again and again ({_last_line(error)}); the same command goes on here"
+            f"'{unit.name}' lost its process again and again ({last_line(error)}); the same command goes on here"
         ) from error
 
 

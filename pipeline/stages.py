@@ -125,14 +125,35 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
             say(f"needs {preflight.check(experiment, run)}")
             _write_experiment(experiment, run)
             with _Work(experiment, cluster, run) as work:
-                while todo:
-                    stage = todo.pop(0)
-                    work.do(stage, scored="evaluate" in todo)
-                    if stage == "shard" and "evaluate" in todo:
-                        _module("evaluate").check(experiment, run)  # before hours of training
-                    if stage == "select":
-                        todo = pending(experiment, run, last)  # of what was chosen
+                work.do_all(todo, last)
     return run
+
+
+def execute_within(
+    executor: Executor,
+    interrupted: Callable[[], bool],
+    experiment: Experiment,
+    cluster: ClusterConfig,
+    run: Run,
+    last: str,
+    asked: Experiment | None = None,
+) -> None:
+    """`execute` for a caller that has an executor, notices interruptions and mirrors by itself: a sweep.
+
+    Waits for another command that works on the run. `asked` is what experiment.yaml says, where that is more
+    than this call does. Raises Interrupted, PipelineError.
+    """
+    with exclusive(run.path, wait=True):
+        remove_leftovers(run.path)
+        for left_behind in (run.stop_file, run.heartbeat):
+            left_behind.unlink(missing_ok=True)
+        todo = pending(experiment, run, last)
+        if todo:
+            preflight.check(experiment, run)
+            _write_experiment(asked or experiment, run)
+            work = _Work(experiment, cluster, run)
+            work.executor, work.interrupted = executor, interrupted
+            work.do_all(todo, last)
 
 
 def _say_plan(run: Run, todo: list[str], last: str) -> None:
@@ -147,7 +168,8 @@ class _Work:
 
     def __init__(self, experiment: Experiment, cluster: ClusterConfig, run: Run):
         self.experiment, self.cluster, self.run = experiment, cluster, run
-        self.interrupt = Interrupt(run)
+        self.interrupt = Interrupt(run.stop_file)
+        self.interrupted = self.interrupt.requested
         self.executor: Executor | None = None
         self.stack = ExitStack()
 
@@ -195,6 +217,15 @@ class _Work:
                 self.interrupt.install()  # ray.init replaces the handler of SIGTERM
         return self.executor
 
+    def do_all(self, todo: list[str], last: str) -> None:
+        while todo:
+            stage = todo.pop(0)
+            self.do(stage, scored="evaluate" in todo)
+            if stage == "shard" and "evaluate" in todo:
+                _module("evaluate").check(self.experiment, self.run)  # before hours of training
+            if stage == "select":
+                todo = pending(self.experiment, self.run, last)  # of what was chosen
+
     def do(self, stage: str, scored: bool = False) -> None:
         """Run one stage to its end and note how long it took; its samples are `scored` by this command too."""
         began = time.monotonic()
@@ -217,7 +248,7 @@ class _Work:
         executor = self._start_executor()
         with (
             bar("train", steps, "steps", start) as shown,
-            _following(lambda: _show_progress(shown, self.run, start, steps)),
+            following(lambda: _show_progress(shown, self.run, start, steps)),
             select.during_training(self.experiment, self.run, executor),
         ):
             executor.run_workers(train.body, self.experiment, self.run)
@@ -254,7 +285,7 @@ class _Work:
         self._leave_if_interrupted()
 
     def _leave_if_interrupted(self) -> None:
-        if self.interrupt.requested():
+        if self.interrupted():
             raise Interrupted
 
 
@@ -267,7 +298,7 @@ def _show_progress(shown: Any, run: Run, start: int, steps: int) -> None:
 
 
 @contextmanager
-def _following(look: Callable[[], None]) -> Iterator[None]:
+def following(look: Callable[[], None]) -> Iterator[None]:
     """Call `look` every half second beside the body, and once after it."""
     over = threading.Event()
 
@@ -288,8 +319,8 @@ def _following(look: Callable[[], None]) -> Iterator[None]:
 class Interrupt:
     """Ctrl-C and SIGTERM: the first asks the work to stop at the next safe point, the second stops at once."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, stop_file: Path):
+        self.stop_file = stop_file  # tells the workers
         self._asked = threading.Event()
         self._before: dict[int, Any] = {}
 
@@ -309,13 +340,13 @@ class Interrupt:
         if self._asked.is_set():
             raise KeyboardInterrupt
         self._asked.set()
-        self.run.stop_file.touch()
+        self.stop_file.touch()
         say("stopping at the next safe point; once more to stop at once")
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self.run.stop_file.unlink(missing_ok=True)
+        self.stop_file.unlink(missing_ok=True)
 
 
 def _write_experiment(experiment: Experiment, run: Run) -> None:

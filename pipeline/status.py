@@ -32,7 +32,28 @@ def table(root: Path) -> str:
     console = Console(width=max(100, shutil.get_terminal_size().columns))
     with console.capture() as capture:
         console.print(shown)
+        if sweeps := [_sweep(path) for path in sorted(root.glob("sweeps/*/leaderboard.json"))]:
+            shown = Table("sweep", "finished", "stopped", "failed", "best", "score", title_justify="left")
+            for row in sweeps:
+                shown.add_row(*row)
+            console.print(shown)
     return capture.get().rstrip()
+
+
+def _sweep(path: Path) -> list[str]:
+    """One sweep, from its leaderboard."""
+    content = read_json(path)
+    trials, metric = content["trials"], content["metric"]
+    states = [trial["state"] for trial in trials]
+    best = next((trial for trial in trials if trial["rank"] == 1), None)
+    return [
+        path.parent.name,
+        f"{states.count('finished')}/{len(trials)}",
+        str(states.count("stopped") or "-"),
+        str(states.count("failed") or "-"),
+        best["label"] if best else "-",
+        f"{metric} {best['scores'][metric]:.3f}" if best else "-",
+    ]
 
 
 def _row(path: Path) -> list[str]:

@@ -20,6 +20,7 @@ from pipeline.config.load import (
     to_dict,
     to_yaml,
 )
+from pipeline.config.points import Point, points, relative_paths_of_sweep
 from pipeline.config.sections import (
     SPLITS,
     ClusterConfig,
@@ -34,17 +35,21 @@ from pipeline.config.sections import (
     suggestion,
     weights_kind,
 )
+from pipeline.config.sweep import LOSS, Sweep, load_sweep
 from pipeline.config.variants import beside, candidate, chosen
 
 __all__ = [
+    "LOSS",
     "SPLITS",
     "ClusterConfig",
     "DataConfig",
     "EvaluateConfig",
     "Experiment",
     "FiguresConfig",
+    "Point",
     "PublishedConfig",
     "SampleConfig",
+    "Sweep",
     "beside",
     "candidate",
     "checkpoint_rule",
@@ -58,8 +63,11 @@ __all__ = [
     "hash_of",
     "load_cluster",
     "load_experiment",
+    "load_sweep",
     "made_with",
+    "points",
     "relative_paths",
+    "relative_paths_of_sweep",
     "run_content",
     "run_key",
     "sample_key",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,11 @@ def files(path: Path) -> list[Path]:
     return [path, *(files(beside) if base and beside.is_file() else [])]
 
 
+def plain_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """A yaml file over its base, overridden, as plain containers."""
+    return _plain(_with_overrides(_read(path), overrides))
+
+
 def _laid_over(base: Any, tree: Any) -> Any:
     """`base` with the keys of `tree`, without base's model where `tree` names another: no key would fit it."""
     other = OmegaConf.select(tree, "model.name")
@@ -115,6 +121,10 @@ def _section(cls: type, values: Any, fallback: Any, where: str, faults: list[str
     faults += [f"{where}.{key} is unknown{suggestion(str(key), types)}" for key in values if key not in types]
     faults += [f"{where}.{name} is missing" for name in types if name not in values]
     typed, complete = OmegaConf.structured(cls), types.keys() <= values.keys()
+    with suppress(OmegaConfBaseException):  # all at once is many times faster than one by one
+        right = {name: _as_tuple(values[name], types[name]) for name in types if name in values}
+        typed = OmegaConf.merge(typed, right)
+        return OmegaConf.to_object(typed) if complete else None
     for name in types.keys() & values.keys():
         for value in (values[name], fallback.get(name) if isinstance(fallback, dict) else None):
             try:
@@ -126,6 +136,16 @@ def _section(cls: type, values: Any, fallback: Any, where: str, faults: list[str
         else:
             complete = False
     return OmegaConf.to_object(typed) if complete else None
+
+
+def section_with_defaults(cls: type, values: Any, where: str, faults: list[str]) -> Any:
+    """The same for a dataclass whose keys may be left out; None where what is there is not right."""
+    if not isinstance(values, dict):
+        return _section(cls, values, None, where, faults)
+    defaults = {
+        key.name: key.default for key in dataclasses.fields(cls) if key.default is not dataclasses.MISSING
+    }
+    return _section(cls, defaults | values, defaults, where, faults)
 
 
 def _as_tuple(value: Any, expected: Any) -> Any:

@@ -7,7 +7,11 @@ sending it once does.
 """
 
 from pipeline.tracking.mirror import Mirror, describe, sync
-from pipeline.tracking.session import check, default_uri
+from pipeline.tracking.parent import PARENT, STATE, TRIAL, Parent, Standing
+from pipeline.tracking.session import Child, check, default_uri
 from pipeline.tracking.ui import serve
 
-__all__ = ["Mirror", "check", "default_uri", "describe", "serve", "sync"]
+__all__ = [
+    "PARENT", "STATE", "TRIAL", "Child", "Mirror", "Parent", "Standing", "check", "default_uri", "describe", "serve",
+    "sync",
+]  # fmt: skip

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pipeline import rundir
@@ -17,7 +18,7 @@ from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run
 from pipeline.tracking.parcels import Parcel, parcels
-from pipeline.tracking.session import VIEW, Session, default_uri, reason, shown
+from pipeline.tracking.session import VIEW, Child, Session, default_uri, reason, shown
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,14 @@ class Mirror:
         run: Run,
         tags: dict[str, str] | None = None,
         warn: Callable[[str], None] = logger.warning,
+        child: Child | None = None,
     ):
+        self.child, self.state_file = child, child.state if child else run.path / STATE
         self.uri, self.study, self.experiment, self.run, self.tags = uri, study, experiment, run, tags or {}
         self.warn, self.status, self.warned = warn, "RUNNING", False
         self.session: Session | None = None
         self.sent: list[str] = []
-        self._state = _read_state(run)
+        self._state = _read_state(self.state_file)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
 
@@ -75,16 +78,15 @@ class Mirror:
         self._save_state()
 
     def _save_state(self) -> None:
-        rundir.write_json(self.run.path / STATE, self._state)
+        rundir.write_json(self.state_file, self._state)
 
     def _follow(self) -> None:
         wait = 0.0
         while not self._stopping.wait(wait):
             wait = POLL if self._attempt() else min(max(2 * wait, POLL), LONGEST_WAIT)
         if not self._attempt():
-            self.warn(
-                f"not everything reached {shown(self.uri)}: deliver it with {_sync_command(self.run, self.uri)}"
-            )
+            again = f"`ddpm sweep {self.study}`" if self.child else _sync_command(self.run, self.uri)
+            self.warn(f"not everything reached {shown(self.uri)}: deliver it with {again}")
 
     def _attempt(self) -> bool:
         """Deliver what is outstanding; whether the server took it."""
@@ -106,12 +108,9 @@ class Mirror:
 
     def deliver(self) -> None:
         """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""
-        self.session = self.session or Session(self.uri, self.study, self.experiment, self.run)
+        self.session = self.session or Session(self.uri, self.study, self.experiment, self.run, self.child)
         delivered = self._delivered(self.session)
-        send = partial(Session.send_status, status=self.status, end=self._state.get("time"))
-        status = Parcel("status", self.status, send)
-        rest = list(parcels(self.experiment, self.run, self.tags, delivered))
-        for parcel in [status, *rest] if self.status == "RUNNING" else [*rest, status]:
+        for parcel in self._parcels(delivered):
             if delivered.get(parcel.name) == parcel.version:
                 continue
             with suppress(FileNotFoundError):  # replaced under our hands: the next look finds the new one
@@ -119,6 +118,18 @@ class Mirror:
                 delivered[parcel.name] = parcel.version
                 self.sent.append(parcel.name)
                 self._save_state()
+
+    def _parcels(self, delivered: dict[str, str]) -> list[Parcel]:
+        send = partial(Session.send_status, status=self.status, end=self._state.get("time"))
+        status = Parcel("status", self.status, send)
+        rest = list(parcels(self.experiment, self.run, self.tags, delivered, self.child))
+        return [status, *rest] if self.status == "RUNNING" else [*rest, status]
+
+    @property
+    def is_outstanding(self) -> bool:
+        """Whether the files hold anything that never arrived. Asks no server."""
+        delivered = self._state.get("servers", {}).get(shown(self.uri), {}).get("parcels", {})
+        return any(delivered.get(parcel.name) != parcel.version for parcel in self._parcels(delivered))
 
     def _delivered(self, session: Session) -> dict[str, str]:
         """Versions by parcel. A run that is new to the server has got nothing."""
@@ -137,8 +148,7 @@ class Mirror:
             self.status = self._state["status"] = "FINISHED" if finished else "KILLED"
 
 
-def _read_state(run: Run) -> dict[str, Any]:
-    path = run.path / STATE
+def _read_state(path: Path) -> dict[str, Any]:
     return rundir.read_json(path) if path.exists() else {}
 
 
@@ -163,7 +173,7 @@ def sync(uri: str, study: str, experiment: Experiment, run: Run, tags: dict[str,
 def describe(run: Run, uri: str | None) -> str:
     """Where a person finds the run in MLflow, and whether it is all there. Reads files only."""
     uri = uri or default_uri(run.storage)
-    state = _read_state(run)
+    state = _read_state(run.path / STATE)
     server = state.get("servers", {}).get(shown(uri))
     if server is None:
         return f"nothing in {shown(uri)} yet ({_sync_command(run, uri)})"

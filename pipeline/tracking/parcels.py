@@ -13,7 +13,7 @@ import yaml
 from pipeline import config, rundir, selection
 from pipeline.config import Experiment
 from pipeline.rundir import Run
-from pipeline.tracking.session import Session
+from pipeline.tracking.session import Child, Session
 
 # Of the run key's content, what would only lengthen the list in the UI; experiment.yaml has it all.
 _NOT_SHOWN = {
@@ -43,11 +43,15 @@ def _version(path: Path) -> str:
 
 
 def parcels(
-    experiment: Experiment, run: Run, tags: dict[str, str], delivered: dict[str, str]
+    experiment: Experiment,
+    run: Run,
+    tags: dict[str, str],
+    delivered: dict[str, str],
+    child: Child | None = None,
 ) -> Iterator[Parcel]:
     """Everything that the run directory holds by now, in the order in which it is delivered."""
     labels = _tags(run) | tags
-    parameters = _parameters(experiment, run)
+    parameters = _parameters(experiment, run) | (child.parameters if child else {})
     describe = partial(Session.send_description, parameters=parameters, tags=labels)
     yield Parcel("description", config.hash_of([parameters, labels]), describe)
     if (run.data / rundir.MANIFEST).exists():
@@ -62,14 +66,17 @@ def parcels(
     if steps:
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
     resolved = selection.resolved(experiment, run)
-    yield from _evaluations(experiment, resolved, run)
+    yield from _evaluations(experiment, resolved, run, alone=child is not None)
     for folder, file in _artifacts(resolved, run):
         send = partial(Session.send_file, file=file, folder=folder)
         yield Parcel(f"artifact {folder}/{file.name}", _version(file), send)
 
 
-def _evaluations(experiment: Experiment, resolved: Experiment | None, run: Run) -> Iterator[Parcel]:
-    """One evaluation is the headline; those of candidates are points of a curve; the others stand beside it."""
+def _evaluations(
+    experiment: Experiment, resolved: Experiment | None, run: Run, alone: bool
+) -> Iterator[Parcel]:
+    """One evaluation is the headline; those of candidates are points of a curve; the others stand beside it,
+    unless it is to be `alone`: the rungs of a sweep would be rows beside its trials."""
     found = sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json"))
     headline = resolved and run.evaluation(config.evaluate_key(resolved, run.run_key))
     # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
@@ -82,7 +89,7 @@ def _evaluations(experiment: Experiment, resolved: Experiment | None, run: Run) 
             yield Parcel(f"candidate {key}", version, send)
         if scores.parent == headline:
             yield Parcel(f"scores {key}", version, partial(Session.send_scores, scores=scores))
-        elif scores.parent not in candidates:
+        elif scores.parent not in candidates and not alone:
             yield Parcel(f"evaluation {key}", version, partial(Session.send_evaluation, scores=scores))
     if chooses and (choice := selection.file(experiment, run)).exists():
         send = partial(Session.send_choice, file=choice)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +38,30 @@ ENVIRONMENT = {
 def default_uri(storage: Path) -> str:
     """The embedded store of a storage root."""
     return f"sqlite:///{storage.resolve()}/mlflow.db"
+
+
+def find_study(client: Any, uri: str, storage: Path, study: str) -> str:
+    """The id of MLflow's experiment of that name, made if there is none."""
+    found = client.get_experiment_by_name(study)
+    if found is None:
+        place = (storage / ARTIFACTS / study).resolve().as_uri()
+        return client.create_experiment(study, None if uri.startswith("http") else place, KIND)
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+def find_run(
+    client: Any, experiment_id: str, name: str, identity: dict[str, str], start: int, tags: dict[str, str]
+) -> str:
+    """The id of the run that carries the tags `identity`, made if there is none."""
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    found = client.search_runs([experiment_id], query, max_results=1)
+    return (
+        found[0].info.run_id
+        if found
+        else client.create_run(experiment_id, start, identity | tags, name).info.run_id
+    )
 
 
 def check(uri: str) -> None:
@@ -89,36 +114,34 @@ def reason(error: Exception) -> str:
     return (text.strip().splitlines() or [type(error).__name__])[0][:160]
 
 
+@dataclass(frozen=True)
+class Child:
+    """A run's place in a sweep. name: shown in the UI; identity: tags by which it is found again; parameters:
+    the swept values that the run key does not hold; state: the file that remembers what arrived there."""
+
+    name: str
+    identity: dict[str, str]
+    parameters: dict[str, str]
+    state: Path
+
+
 class Session:
     """A connection that stands at this run on the server.
 
     It looks up what the server has before it makes anything; after a failure it is dropped for a new one.
     """
 
-    def __init__(self, uri: str, study: str, experiment: Experiment, run: Run):
+    def __init__(self, uri: str, study: str, experiment: Experiment, run: Run, child: Child | None = None):
         self.client = client_of(uri)
         self.experiment, self.run = experiment, run
-        self.experiment_id = self._find_study(uri, study)
-        self.run_id = self._find_run(f"{run.name}-{run.run_key}", {"run_key": run.run_key})
+        self.experiment_id = find_study(self.client, uri, run.storage, study)
+        name, identity = (child.name, child.identity) if child else (run.path.name, {"run_key": run.run_key})
+        self.run_id = self._find_run(name, identity)
         self.grids = self._grids_on_server()
 
-    def _find_study(self, uri: str, study: str) -> str:
-        found = self.client.get_experiment_by_name(study)
-        if found is None:
-            place = (self.run.storage / ARTIFACTS / study).resolve().as_uri()
-            return self.client.create_experiment(study, None if uri.startswith("http") else place, KIND)
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        return found.experiment_id
-
     def _find_run(self, name: str, identity: dict[str, str], **tags: str) -> str:
-        """The run that carries the tags `identity`, made if there is none."""
-        query = " and ".join(f"tags.{key} = '{value}'" for key, value in identity.items())
-        found = self.client.search_runs([self.experiment_id], query, max_results=1)
-        if found:
-            return found[0].info.run_id
         start = _first_time(self.run.log)
-        return self.client.create_run(self.experiment_id, start, identity | tags, name).info.run_id
+        return find_run(self.client, self.experiment_id, name, identity, start, tags)
 
     def _grids_on_server(self) -> dict[int, str | None]:
         """Steps whose picture arrived; with the name of its small twin where only that is still missing."""
