@@ -6,13 +6,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from pipeline import commands as does
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.progress import say
 
-MANY = 200  # trials; more are rarely meant
 DEFAULT_EXPERIMENT = "digits"
 PUBLISHED_EXPERIMENT = "cifar10_published"
 
@@ -105,12 +103,13 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
 
 def _parsed(arguments: list[str] | None) -> Any:
     """argparse loses words that follow an option; here they may stand anywhere. What follows `submit --` is a
-    command line of its own, `options.job`."""
+    command line of its own: `options.job`, and what it means, `options.job_options`."""
     parser = _parser()
     own = sys.argv[1:] if arguments is None else list(arguments)
     cut = own.index("--") if own[:1] == ["submit"] and "--" in own else len(own)
     options, late = parser.parse_known_args(own[:cut])
     options.job = own[cut + 1 :]
+    options.job_options = _parsed(options.job) if options.job else None
     if stray := [word for word in late if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     words = options.arguments if "arguments" in options else options.overrides
@@ -127,39 +126,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, text in STAGE_HELP.items():
-        command = _add(commands, name, text, _stage)
-        command.set_defaults(last="report" if name == "run" else name, check=_check_stage)
+        command = _add(commands, name, text, does.stage)
+        command.set_defaults(last="report" if name == "run" else name, check=does.check_stage)
         _takes_experiment(command)
     _takes_experiment(
-        _add(commands, "show", "the resolved configuration and its keys; starts nothing", _show)
+        _add(commands, "show", "the resolved configuration and its keys; starts nothing", does.show)
     )
     _sweep_command(commands)
     _reproduce_command(commands)
-    status = _add(commands, "status", "the runs, their stages, progress and scores", _status)
+    status = _add(commands, "status", "the runs, their stages, progress and scores", does.status)
     status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(status)
     _import_command(commands)
     _export_command(commands)
     _compare_command(commands)
-    sync = _add(commands, "sync", "deliver to the tracking server what it has not got", _sync)
+    sync = _add(commands, "sync", "deliver to the tracking server what it has not got", does.sync)
     sync.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
     sync.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(sync)
     _store_commands(commands)
-    ui = _add(commands, "ui", "open the MLflow UI on this project's store", _ui)
+    ui = _add(commands, "ui", "open the MLflow UI on this project's store", does.ui)
     ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     ui.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(ui)
     _submit_command(commands)
     _jobs_command(commands)
-    doctor = _add(commands, "doctor", "what this machine has, and what to do about what is missing", _doctor)
+    doctor = _add(
+        commands, "doctor", "what this machine has, and what to do about what is missing", does.doctor
+    )
     doctor.add_argument("overrides", nargs="*", metavar="cluster.key=value")
     _cluster_option(doctor)
     return parser
 
 
 def _compare_command(commands: Any) -> None:
-    command = _add(commands, "compare", "a report over several runs", _compare)
+    command = _add(commands, "compare", "a report over several runs", does.compare)
     command.add_argument(
         "arguments",
         nargs="+",
@@ -173,7 +174,9 @@ def _compare_command(commands: Any) -> None:
 
 
 def _import_command(commands: Any) -> None:
-    command = _add(commands, "import", "published weights in the diffusers layout become a run", _import)
+    command = _add(
+        commands, "import", "published weights in the diffusers layout become a run", does.import_weights
+    )
     command.add_argument("path", metavar="PATH", help="their folder: config.json and the weights, or unet/")
     command.add_argument(
         "--weights",
@@ -186,7 +189,9 @@ def _import_command(commands: Any) -> None:
 
 
 def _export_command(commands: Any) -> None:
-    command = _add(commands, "export", "a run's weights for diffusers' DDPMPipeline.from_pretrained", _export)
+    command = _add(
+        commands, "export", "a run's weights for diffusers' DDPMPipeline.from_pretrained", does.export_weights
+    )
     command.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
     command.add_argument("directory", metavar="DIR", help="the folder to write; it must not exist yet")
     command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
@@ -199,7 +204,7 @@ def _submit_command(commands: Any) -> None:
     text = (
         "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER"
     )
-    command = _add(commands, "submit", text, _submit)
+    command = _add(commands, "submit", text, does.submit)
     command.add_argument(
         "arguments", nargs="*", metavar="-- COMMAND", help="run, sweep, train, ... as always"
     )
@@ -209,7 +214,7 @@ def _submit_command(commands: Any) -> None:
 
 
 def _jobs_command(commands: Any) -> None:
-    command = _add(commands, "jobs", "a cluster's jobs: list them; a log; one's status; stop one", _jobs)
+    command = _add(commands, "jobs", "a cluster's jobs: list them; a log; one's status; stop one", does.jobs)
     command.add_argument(
         "arguments", nargs="*", metavar="list | logs ID | status ID | stop ID", help="default: list"
     )
@@ -228,12 +233,14 @@ def _address_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _store_commands(commands: Any) -> None:
-    push = _add(commands, "push", "finished shards, checkpoints, samples and scores to an S3 store", _push)
+    push = _add(
+        commands, "push", "finished shards, checkpoints, samples and scores to an S3 store", does.push
+    )
     push.add_argument(
         "name", metavar="RUN", help="a run directory or data/NAME, or its name in the storage root"
     )
     push.add_argument("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there")
-    pull = _add(commands, "pull", "what was pushed, into the storage root", _pull)
+    pull = _add(commands, "pull", "what was pushed, into the storage root", does.pull)
     pull.add_argument("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named")
     for command in (push, pull):
         command.add_argument("overrides", nargs="*", metavar="cluster.key=value")
@@ -242,17 +249,17 @@ def _store_commands(commands: Any) -> None:
 
 def _sweep_command(commands: Any) -> None:
     text = "all trials of a sweep file, several at once; the same command again goes on"
-    command = _add(commands, "sweep", text, _sweep, SWEEP_EPILOG)
+    command = _add(commands, "sweep", text, does.sweep, SWEEP_EPILOG)
     command.add_argument(
         "arguments", nargs="*", metavar="SWEEP | key=value", help="a sweep, and any number of overrides"
     )
-    command.set_defaults(check=_check_sweep)
+    command.set_defaults(check=does.check_sweep)
     _sweep_options(command)
 
 
 def _reproduce_command(commands: Any) -> None:
     text = "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget"
-    command = _add(commands, "reproduce", text, _reproduce, REPRODUCE_EPILOG)
+    command = _add(commands, "reproduce", text, does.reproduce, REPRODUCE_EPILOG)
     command.add_argument("target", choices=("cifar10",), help="what to reproduce")
     command.add_argument(
         "arguments", nargs="*", metavar="key=value", help="overrides of every row, or cluster.key=value"
@@ -261,7 +268,7 @@ def _reproduce_command(commands: Any) -> None:
         "--budget", default="full", metavar="STEPS | TIME | full",
         help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full",
     )  # fmt: skip
-    command.set_defaults(check=_check_reproduction)
+    command.set_defaults(check=does.check_reproduction)
     _sweep_options(command)
 
 
@@ -269,7 +276,7 @@ def _sweep_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
     )
-    command.add_argument("--yes", action="store_true", help=f"really more than {MANY} trials")
+    command.add_argument("--yes", action="store_true", help=f"really more than {does.MANY} trials")
     _cluster_option(command)
 
 
@@ -299,289 +306,3 @@ def _cluster_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)"
     )
-
-
-def _load(options: Any) -> tuple[Any, Any]:
-    """The experiment and the cluster that the command line names, with the faults of both reported at once."""
-    from pipeline import config
-
-    name, own = _experiment_words(options)
-    loaded, problems = [], []
-    for load in (
-        lambda: config.load_experiment(name, own),
-        lambda: _load_cluster(options.cluster, options.arguments),
-    ):
-        try:
-            loaded.append(load())
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return loaded[0], loaded[1]
-
-
-def _experiment_words(options: Any) -> tuple[str, list[str]]:
-    """The experiment that the command line names, and its overrides."""
-    named, overrides = _words(options, "experiment")
-    own = [word for word in overrides if not word.startswith("cluster.")]
-    return named[0] if named else options.default, own
-
-
-def _words(options: Any, kind: str) -> tuple[list[str], list[str]]:
-    """The name that the command line gives, if any, and the overrides."""
-    named = [word for word in options.arguments if "=" not in word]
-    if len(named) > 1:
-        raise ConfigError(f"one {kind} at a time, not {' and '.join(named)}; overrides are written key=value")
-    return named, [word for word in options.arguments if "=" in word]
-
-
-def _load_cluster(name: str, overrides: list[str]) -> Any:
-    from pipeline import config
-
-    return config.load_cluster(
-        name, [word.removeprefix("cluster.") for word in overrides if word.startswith("cluster.")]
-    )
-
-
-def _cluster_only(options: Any) -> Any:
-    stray = [word for word in options.overrides if not word.startswith("cluster.")]
-    if stray:
-        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
-    return _load_cluster(options.cluster, options.overrides)
-
-
-def _stage(options: Any) -> int:
-    from pipeline import stages
-
-    experiment, cluster = _load(options)
-    run = stages.execute(experiment, cluster, options.last)
-    for what, where in stages.whereabouts(run, cluster):
-        say(f"{what:>10}: {where}")
-    return 0
-
-
-def _check_stage(options: Any) -> tuple[Any, list[str]]:
-    """The cluster that a command line means, and its paths that mean something else elsewhere; starts nothing."""
-    from pipeline import config, stages
-
-    experiment, cluster = _load(options)
-    stages.check(experiment, cluster)
-    return cluster, config.relative_paths(*_experiment_words(options))
-
-
-def _submit(options: Any) -> int:
-    from pipeline import jobs
-
-    if options.arguments or not options.job:
-        raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
-    job = _parsed(options.job)
-    if "check" not in job:
-        raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
-    cluster, relative = job.check(job)
-    return jobs.submit(options.job, cluster, relative, options.address, options.id, options.follow)
-
-
-def _jobs(options: Any) -> int:
-    from pipeline import jobs
-
-    action, *names = options.arguments or ["list"]
-    if action not in ("list", "logs", "status", "stop"):
-        raise ConfigError(f"'{action}' is unknown; `ddpm jobs` knows list, logs ID, status ID and stop ID")
-    if len(names) != (action != "list"):
-        raise ConfigError(f"`ddpm jobs {action}` takes {'no' if action == 'list' else 'one'} job id")
-    if options.follow and action != "logs":
-        raise ConfigError("--follow belongs to `ddpm jobs logs ID`")
-    if action == "list":
-        return jobs.listing(options.address)
-    if action == "logs":
-        return jobs.logs(names[0], options.address, options.follow)
-    return (jobs.status if action == "status" else jobs.stop)(names[0], options.address)
-
-
-def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:
-    """The sweep that the command line names, the overrides of all its trials, and the cluster."""
-    from pipeline import config
-
-    named, overrides = _words(options, "sweep")
-    if not named:
-        raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
-    own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
-    shared = [word for word in overrides if not word.startswith(("sweep.", "cluster."))]
-    sweep, cluster = config.load_sweep(named[0], own), _load_cluster(options.cluster, overrides)
-    if sweep.size > MANY and not options.yes:
-        raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
-    return sweep, shared, cluster
-
-
-def _sweep(options: Any) -> int:
-    from pipeline import config
-    from pipeline.sweep import Study
-
-    sweep, shared, cluster = _load_sweep(options)
-    return _run_study(Study(sweep, config.points(sweep, shared), cluster), options)
-
-
-def _check_sweep(options: Any) -> tuple[Any, list[str]]:
-    """As `_check_stage`, for all trials."""
-    from pipeline import config
-
-    sweep, shared, cluster = _load_sweep(options)
-    config.points(sweep, shared)
-    return cluster, config.relative_paths_of_sweep(sweep, shared)
-
-
-def _load_reproduction(options: Any) -> tuple[list[str], Any]:
-    """The overrides of all rows, and the cluster."""
-    named, overrides = _words(options, "target")
-    if named:
-        raise ConfigError(f"'{named[0]}' is no override; write key=value")
-    shared = [word for word in overrides if not word.startswith("cluster.")]
-    return shared, _load_cluster(options.cluster, overrides)
-
-
-def _reproduce(options: Any) -> int:
-    from pipeline.sweep import reproduction
-
-    shared, cluster = _load_reproduction(options)
-    return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
-
-
-def _check_reproduction(options: Any) -> tuple[Any, list[str]]:
-    """As `_check_stage`, for all rows."""
-    from pipeline import config
-    from pipeline.sweep.budget import STUDIES, Budget
-
-    shared, cluster = _load_reproduction(options)
-    Budget.parse(options.budget)
-    sweep = config.load_sweep(STUDIES[options.target], [])
-    config.points(sweep, shared)
-    return cluster, config.relative_paths_of_sweep(sweep, shared)
-
-
-def _run_study(study: Any, options: Any) -> int:
-    if options.dry_run:
-        print(study.preview())
-        return 0
-    study.run()
-    print(study.shown())
-    for what, where in study.whereabouts():
-        say(f"{what:>11}: {where}")
-    if left := study.left():
-        say(left)
-    failed = study.failures()
-    for line in failed:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _show(options: Any) -> int:
-    from pipeline import config, stages
-
-    experiment, cluster = _load(options)
-    print(config.to_yaml(experiment), end="")
-    print("\n# cluster\n" + config.to_yaml(cluster), end="")
-    for warning in experiment.diffusion.warnings():
-        print(f"# warning: {warning}")
-    try:
-        run = stages.locate(experiment, Path(cluster.storage).expanduser().absolute())
-    except PipelineError as error:
-        print(f"\n# keys: not known: {error}")
-        return 0
-    print(f"\n# data key    {run.data_key}\n# run key     {run.run_key}")
-    print("\n".join(f"# {line}" for line in _later_keys(experiment, run)))
-    print(f"# directory   {run.path}")
-    return 0
-
-
-def _later_keys(experiment: Any, run: Any) -> list[str]:
-    """Those that depend on the checkpoint, once it is known."""
-    from pipeline import config, selection
-
-    found = selection.resolved(experiment, run)
-    if found is None:
-        return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
-    keys = [
-        f"sample key  {config.sample_key(found, run.run_key)}",
-        f"score key   {config.evaluate_key(found, run.run_key)}",
-    ]
-    rule = config.checkpoint_rule(found)
-    return [f"checkpoint  {config.checkpoint_step(found)}, {rule}", *keys] if rule else keys
-
-
-def _status(options: Any) -> int:
-    from pipeline import status
-
-    print(status.table(Path(_cluster_only(options).storage).expanduser().absolute()))
-    return 0
-
-
-def _compare(options: Any) -> int:
-    from pipeline import config, stages
-    from pipeline.report import compare
-
-    if options.metric not in compare.METRICS:
-        hint = config.suggestion(options.metric, compare.METRICS)
-        raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(compare.METRICS)}")
-    where = [word for word in options.arguments if word.startswith("cluster.")]
-    root = stages.storage_root(_load_cluster(options.cluster, where))
-    names = [word for word in options.arguments if word not in where]
-    paths = dict.fromkeys(path for name in names for path in stages.run_directories(name, root))
-    if len(paths) < 2:
-        found = f"only {next(iter(paths)).name}" if paths else "no run"
-        raise ConfigError(f"compare needs two runs or more, and {found} is named")
-    entries = compare.entries_of(stages.opened(path) for path in paths)
-    folder = compare.place(root, entries, options.metric)
-    say(f"comparison: {compare.write(entries, folder, 'Comparison', options.metric)}")
-    return 0
-
-
-def _import(options: Any) -> int:
-    published = [f"published.path={options.path}", f"published.weights={options.weights}"]
-    options.arguments = [*options.arguments, *published]
-    return _stage(options)
-
-
-def _export(options: Any) -> int:
-    from pipeline import published, stages
-
-    path = stages.run_directory(options.run, stages.storage_root(_cluster_only(options)))
-    say(
-        published.export(path, Path(options.directory).expanduser().absolute(), options.weights, options.step)
-    )
-    return 0
-
-
-def _sync(options: Any) -> int:
-    from pipeline import stages
-
-    cluster = _cluster_only(options)
-    say(stages.sync(options.run, cluster))
-    return 0
-
-
-def _push(options: Any) -> int:
-    from pipeline import remote, stages
-
-    say(remote.push(options.name, stages.storage_root(_cluster_only(options)), options.uri))
-    return 0
-
-
-def _pull(options: Any) -> int:
-    from pipeline import remote, stages
-
-    say(remote.pull(options.uri, stages.storage_root(_cluster_only(options))))
-    return 0
-
-
-def _ui(options: Any) -> int:
-    from pipeline import stages, tracking
-
-    cluster = _cluster_only(options)
-    return tracking.serve(stages.storage_root(cluster), options.port, uri=cluster.tracking_uri)
-
-
-def _doctor(options: Any) -> int:
-    from pipeline import status
-
-    print(status.doctor(_cluster_only(options)))
-    return 0

@@ -16,6 +16,7 @@ LEVELS = [
     {"select"},
     {"stages", "sweep", "jobs"},
     {"status"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
