@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.sweep import leaderboard
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
 
+LONGEST = 300  # characters of a reason; libraries can be wordy
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # on the server; anything else was KILLED
 
 
@@ -88,7 +90,9 @@ class Board:
             return "stopped", self.ledger.of(trial.key).reason
         if error is None and self.interrupted():
             return "interrupted", ""
-        return "failed", error or "it ended before its work was done"
+        return "failed", textwrap.shorten(
+            error or "it ended before its work was done", LONGEST, placeholder=" ..."
+        )
 
     def _mirror(self, key: str) -> tracking.Mirror:
         trial = self.trials[key]

@@ -1,0 +1,91 @@
+"""A sweep as a person sees it: `ddpm ui` on its store, in a real Chromium."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, opened
+from conftest import ONE_CPU, TINY
+
+from pipeline.cli import main
+
+pytestmark = pytest.mark.slow
+
+SWEEP = """
+experiment: digits
+space:
+  diffusion.beta_schedule: [linear, cosine]
+  model.dropout: [0.0, 0.2]
+rank: {metric: nll_bpd}
+"""
+SMALL = [word for word in TINY if not word.startswith("name=")] + [
+    "figures.which=[samples]",
+    "train.sample_every=6",
+]
+TRIALS = ("linear dropout=0.0", "linear dropout=0.2", "cosine dropout=0.0", "cosine dropout=0.2")
+
+
+@pytest.fixture
+def links(tmp_path, capsys) -> dict[str, str]:
+    """What the sweep's last lines say: the links to the study and to its trials."""
+    path = tmp_path / "grid.yaml"
+    path.write_text(SWEEP)
+    assert main(["sweep", str(path), *SMALL, *ONE_CPU, f"cluster.storage={tmp_path}"]) == 0
+    found = re.findall(r"(MLflow|its trials): .*?http://127\.0\.0\.1:5000/(\S+)", capsys.readouterr().out)
+    return dict(found)
+
+
+@pytest.fixture
+def ui(links, tmp_path) -> Iterator[str]:
+    """`ddpm ui` on the store, and where it answers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "pipeline", "ui", f"--port={port}", f"cluster.storage={tmp_path}"]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert server.stdout is not None
+    said = next(line for line in server.stdout if "http://" in line)
+    assert f"http://127.0.0.1:{port}/" in said
+    yield f"http://127.0.0.1:{port}"
+    server.send_signal(signal.SIGINT)
+    server.wait(30)
+
+
+def seen(browser: Browser, holds: Callable[[str], bool], seconds: float = 120) -> str:
+    """The page's text, once it holds."""
+    end = time.monotonic() + seconds
+    while not holds(text := browser.run("return document.body.innerText")):
+        assert time.monotonic() < end, text
+        time.sleep(0.5)
+    return text
+
+
+def click(browser: Browser, label: str) -> None:
+    """On the link of that text."""
+    found = f"[...document.querySelectorAll('a')].find(a => a.innerText.trim() === {label!r})"
+    assert browser.run(f"const link = {found}; if (link) link.click(); return !!link"), label
+
+
+def test_a_person_finds_the_winner_the_trials_and_their_samples(links, ui, tmp_path: Path):
+    with opened(tmp_path, 1500) as browser:
+        browser.open(f"{ui}/{links['MLflow']}")
+        text = seen(
+            browser, lambda text: all(trial in text for trial in TRIALS) and "has the lowest NLL" in text
+        )
+        assert "best_trial" in text and "cosine dropout=0.0 has the lowest NLL" in text
+        browser.open(f"{ui}/{links['its trials']}")
+        text = seen(browser, lambda text: "4 matching runs" in text)
+        assert "sweep grid" not in text, "the trials alone"
+        click(browser, "cosine dropout=0.0")
+        seen(browser, lambda text: "sweep.trial" in text)
+        address = browser.run("return location.href").partition("?")[0]
+        browser.open(f"{address}/artifacts/samples/grid.png")
+        wide = "return Math.max(0, ...[...document.images].filter(i => i.complete).map(i => i.naturalWidth))"
+        seen(browser, lambda text: browser.run(wide) >= 80)
