@@ -428,7 +428,7 @@ def sync(name: str, cluster: ClusterConfig) -> str:
     """Deliver a run directory to the tracking server; returns what was done, in a line."""
     from pipeline import tracking
 
-    experiment, run = opened(run_directory(name, storage_root(cluster)))
+    experiment, run = opened(run_directory(name, Path(cluster.storage).expanduser().absolute()))
     uri = cluster.tracking_uri or tracking.default_uri(run.storage)
     tracking.check(uri)
     with exclusive(run.path):
