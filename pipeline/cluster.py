@@ -284,8 +284,10 @@ def _start_ray(address: str | None) -> None:
 
 
 def last_line(error: BaseException) -> str:
+    """What the error says last, or, where memory ran short, how short: the advice that Ray adds fills a screen."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    short = [line for line in lines if "running low on memory" in line]
+    return (short or lines[-1:] or [type(error).__name__])[0]
 
 
 def _result(reference: Any, unit: Unit) -> float:

@@ -142,6 +142,8 @@ class Host:
         """What a container has: the image's variables and the service's, none of the person who started it."""
         path = f"{Path(sys.executable).parent}:{''.join(POSTGRES)}:/usr/sbin:/usr/bin:/sbin:/bin"
         image = {"PATH": path, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+        # These hosts share one memory with whatever else runs here, which is not theirs to make room for.
+        image["RAY_memory_monitor_refresh_ms"] = "0"
         return {**image, "PYTHONPATH": str(ROOT), **service.get("environment", {})}
 
     def _mounts(self, service: dict[str, Any], volumes: Path) -> list[str]:

@@ -179,3 +179,16 @@ def test_nulls_become_what_the_machine_has():
     assert (on_cpus.workers, on_cpus.cpus_per_worker, on_cpus.gpus_per_worker) == (2, 4, 0.0)
     on_gpus = resolve(cluster(), cpus=16, gpus=4)
     assert (on_gpus.workers, on_gpus.cpus_per_worker, on_gpus.gpus_per_worker) == (4, 4, 1.0)
+
+
+def test_a_lack_of_memory_is_told_in_a_line():
+    from pipeline.cluster import last_line
+
+    told = (
+        "2 worker(s) were killed due to the node running low on memory. Memory on the node was 22.37GB used\n"
+        "OOM kill reason: ...\nRefer to the documentation on how to address the out of memory issue: https://..."
+    )
+    assert last_line(RuntimeError(told)).endswith(
+        "running low on memory. Memory on the node was 22.37GB used"
+    )
+    assert last_line(RuntimeError("Traceback\n  ValueError: no\n")) == "ValueError: no"
