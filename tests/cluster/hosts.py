@@ -206,5 +206,6 @@ class Host:
     def kill(self) -> None:
         """The power goes: every process of the host at once."""
         if self.process is not None and self.process.poll() is None:
-            self.process.kill()
+            # By itself: a service that changed its user no longer dies with its parent.
+            os.kill(self._first_process(), signal.SIGKILL)
             self.process.wait()
