@@ -10,10 +10,12 @@ from conftest import one_cpu, tiny_experiment
 from PIL import Image
 from staged import asking_for, run_stage, with_weights
 
+from ddpm.backbones.context_unet import ContextUNet
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral
+from ddpm.training import NO_LABEL
 from pipeline import config, evaluate, figures, sample, shard, tars
 from pipeline.checkpoint import load_network
 from pipeline.config.sections import FIGURES
@@ -346,6 +348,32 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
     assert cells(folder / "coarse_to_fine.png", 32).shape == (5, 13, 32, 32), (
         "T = 4 has five numbers of steps"
     )
+
+
+def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeypatch):
+    small = (
+        "diffusion.timesteps=2", "model.channels=8", "model.norm_groups=4", "train.steps=1",
+        "sample.num_images=12", "sample.batch_size=6", "sample.steps=null", "evaluate.nll_images=4",
+        "evaluate.metrics=[fid,nll]", "figures.images=3",
+    )  # fmt: skip
+    experiment = config.load_experiment("context_digits", list(small))
+    assert experiment.sample.label == "cycle" and experiment.sample.guidance_scale > 1
+    asked = []
+    plain_forward = ContextUNet.forward
+
+    def listening(net, x_t, t, context=None):
+        asked.append(None if context is None else context.tolist())
+        return plain_forward(net, x_t, t, context)
+
+    run = ready(experiment, sharded_storage)
+    run_stage(evaluate, experiment, run)
+    monkeypatch.setattr(ContextUNet, "forward", listening)
+    run_stage(figures, experiment, run)
+    manifest = read_manifest(figures.directory(experiment, run))
+    assert manifest["order"] == PICTURES and manifest["skipped"] == {}
+    assert [0, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL] in asked, "chosen and unconditional rows, in one call"
+    shown = cells(figures.directory(experiment, run) / "progressive.png")
+    assert nearly_equal(shown[:, -1], samples_of(experiment, run, 3)[:, 0]), "guided as the samples are"
 
 
 def test_every_figure_that_can_be_asked_for_has_its_code():

@@ -1,0 +1,68 @@
+"""What docs/networks.md shows works as it stands there: the images are made, the commands read them, pictures exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import config
+from pipeline.sources import open_source
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "networks.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, flags=re.DOTALL)
+SNIPPETS = [text for language, text in BLOCKS if language == "python"]
+COMMANDS = [
+    shlex.split(line)
+    for language, text in BLOCKS
+    for line in text.replace("\\\n", " ").splitlines()
+    if not language and line.startswith("ddpm ")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder in which every snippet of the page was run."""
+    root = tmp_path_factory.mktemp("page")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for snippet in SNIPPETS:
+            exec(snippet, {})
+    return root
+
+
+def test_every_command_is_a_valid_experiment_on_images_that_the_page_makes(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert len(COMMANDS) >= 4
+    seen = set()
+    for _, _, name, *overrides in COMMANDS:
+        experiment = config.load_experiment(
+            name, [item for item in overrides if not item.startswith("cluster.")]
+        )
+        seen.add(experiment.data.source)
+        source = open_source(experiment.data)
+        assert source.splits["train"] > 1000 and source.splits["test"] >= 100
+        (record,) = source.read("train", 0, 1)
+        assert (record.label is None) == (experiment.data.labels == 0)
+    assert seen == {"digits", "npy", "folder"}
+
+
+def test_sprites_of_a_kind_differ_and_kinds_differ_more(folder):
+    images = np.load(folder / "data/sprites/images.npy")
+    labels = np.load(folder / "data/sprites/labels.npy")
+    assert images.shape == (10_000, 16, 16, 3) and images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [2000] * 5
+    painted = (images != 255).any(axis=3)
+    assert len(np.unique(painted[labels == 0], axis=0)) > 1900
+    shares = np.stack([painted[labels == kind].mean(axis=0) for kind in range(5)]).reshape(5, -1)
+    apart = np.abs(shares[:, None] - shares[None]).mean(axis=2) + np.eye(5)
+    assert apart.min() > 0.05
+
+
+def test_every_picture_exists_and_is_small():
+    names = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", PAGE)
+    assert len(names) >= 4
+    for name in names:
+        assert 1_000 < (ROOT / "docs" / name).stat().st_size < 200_000, name
