@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,21 @@ def _result(reference: Any, unit: Unit) -> float:
         ) from error
 
 
+def release(run: Run) -> None:
+    """Give back what a run's last training group may still hold. Ray does so itself, unless memory ran out and
+    took the group's keepers with it; then other trials would wait for those CPUs for ever."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with suppress(FileNotFoundError):
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(_group_file(run).read_text())))
+        _group_file(run).unlink()
+
+
+def _group_file(run: Run) -> Path:
+    return run.path / ".placement-group"
+
+
 # What runs on the workers
 
 
@@ -333,6 +349,7 @@ def _run_unit(unit: Unit, cpus: int) -> float:
 def _train_worker(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
+    from ray.util.placement_group import get_current_placement_group
 
     if config["failure"].exists():  # a peer gave up for good; this restart of the group ends at once
         return
@@ -342,6 +359,9 @@ def _train_worker(config: dict[str, Any]) -> None:
     place = train.get_context()
     rank, world_size = place.get_world_rank(), place.get_world_size()
     context = Peer(get_device(), config["cpus"], rank, world_size, config["image_memory"])
+    group = get_current_placement_group()
+    if rank == 0 and group is not None:
+        write_text(_group_file(config["run"]), group.id.hex())
     try:
         config["body"](context, config["experiment"], config["run"])
     except PipelineError as error:

@@ -21,7 +21,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline.cluster import Session, last_line
+from pipeline.cluster import Session, last_line, release
 from pipeline.config import Sweep
 from pipeline.errors import PipelineError
 from pipeline.rundir import write_text
@@ -128,9 +128,9 @@ class _Told(_Unsaved, TrialProgressCallback):
     """Passes on to the board what Tune notices, and stands where Tune's own printer would. A trial that fails
     says why in a file, and ends in peace."""
 
-    def __init__(self, board: Board, failures: Path):
+    def __init__(self, board: Board, orders: dict[str, Order], failures: Path):
         super().__init__()
-        self.board, self.failures = board, failures
+        self.board, self.orders, self.failures = board, orders, failures
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self.board.started(trial.config["trial"])
@@ -140,10 +140,14 @@ class _Told(_Unsaved, TrialProgressCallback):
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         failure = self.failures / trial.config["trial"]
-        self.board.ended(trial.config["trial"], failure.read_text() if failure.exists() else None)
+        self._ended(trial.config["trial"], failure.read_text() if failure.exists() else None)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-        self.board.ended(trial.config["trial"], "its process was lost; Ray's logs in /tmp/ray say more")
+        self._ended(trial.config["trial"], "its process was lost; Ray's logs in /tmp/ray say more")
+
+    def _ended(self, key: str, error: str | None) -> None:
+        release(self.orders[key].run)
+        self.board.ended(key, error)
 
 
 def one_line(error: BaseException) -> str:
@@ -174,7 +178,7 @@ def run_trials(
             reuse_actors=True,  # its imports take a process longer than a small trial
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder), verbose=0, callbacks=[_Told(board, failures)],
+            name="tune", storage_path=str(folder), verbose=0, callbacks=[_Told(board, orders, failures)],
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )  # fmt: skip

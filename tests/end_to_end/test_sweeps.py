@@ -144,3 +144,27 @@ def test_rungs_stop_trials_through_ray_tune(tmp_path):
     rows = json.loads((tmp_path / "sweeps" / "rates" / "leaderboard.json").read_text())["trials"]
     states = {row["label"]: (row["state"], row["step"]) for row in rows}
     assert states["lr=2e-09"] == ("stopped", 2) and ("finished", 6) in states.values()
+
+
+def test_what_a_lost_training_group_held_is_given_back(tmp_path):
+    """Its controller and its cleaner can be killed together; without this, its CPU would be nobody's."""
+    import ray
+
+    from pipeline import cluster
+    from pipeline.config import load_cluster
+    from pipeline.rundir import Run
+
+    run = Run(tmp_path, "tiny", "digits", "data", "key")
+    run.path.mkdir()
+    with cluster.Session(load_cluster("local", ["workers=1", "cpus_per_worker=1"])):
+        before = ray.available_resources()["CPU"]
+        group = ray.util.placement_group([{"CPU": 1}])
+        ray.get(group.ready())
+        (run.path / ".placement-group").write_text(group.id.hex())
+        assert ray.available_resources()["CPU"] == before - 1
+        cluster.release(run)
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("CPU") != before:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        cluster.release(run)  # nothing to give back
