@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -41,23 +42,40 @@ def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
         yield _Lines(stage, total, unit, start)
 
 
+class _Speed:
+    """Units per second since the first were done: what came before, starting up, is not the work's pace."""
+
+    def __init__(self) -> None:
+        self.first: tuple[float, int] | None = None
+
+    def at(self, done: int) -> float | None:
+        """The pace now; None as long as it cannot be told."""
+        now = time.monotonic()
+        if self.first is None and done:
+            self.first = now, done
+        if self.first is None or done == self.first[1]:
+            return None
+        return (done - self.first[1]) / max(now - self.first[0], 1e-9)
+
+
 class _Lines:
     """At most one line every LINE_SECONDS, and one at the end."""
 
     def __init__(self, stage: str, total: int, unit: str, start: int):
         self.stage, self.total, self.unit, self.start = stage, total, unit, start
-        self.began = time.monotonic()
-        self.last_line, self.last_done = self.began, start
+        self.last_line, self.last_done = time.monotonic(), start
+        self.speed = _Speed()
 
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()
+        rate = self.speed.at(done)
         news = done > self.last_done
         if not news or (done < self.total and now - self.last_line < LINE_SECONDS):
             return
         self.last_line, self.last_done = now, done
-        rate = (done - self.start) / max(now - self.began, 1e-9)
-        left = f", {duration((self.total - done) / rate)} left" if done < self.total else ""
-        say(f"{self.stage}: {done}/{self.total} {self.unit}, {rate:.1f}/s{left}{note and ', ' + note}")
+        pace = f", {rate:.3g}/s" if rate else ""
+        left = f", {duration((self.total - done) / rate)} left" if rate and done < self.total else ""
+        say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
 
 @contextmanager
@@ -75,15 +93,34 @@ def _terminal_bar(stage: str, total: int, unit: str, start: int) -> Iterator[Bar
     )
     with Progress(*columns, redirect_stderr=False) as progress:
         task = progress.add_task(stage, total=total, completed=start, rate="", note="")
-        yield _Terminal(progress, task, start)
+        yield _Terminal(progress, task)
 
 
 class _Terminal:
-    def __init__(self, progress, task, start: int):
-        self.progress, self.task, self.start = progress, task, start
-        self.began = time.monotonic()
+    def __init__(self, progress, task):
+        self.progress, self.task = progress, task
+        self.speed = _Speed()
 
     def update(self, done: int, note: str = "") -> None:
-        rate = (done - self.start) / max(time.monotonic() - self.began, 1e-9)
-        shown = f"{rate:.1f}/s" if done > self.start else ""
+        rate = self.speed.at(done)
+        shown = f"{rate:.3g}/s" if rate else ""
         self.progress.update(self.task, completed=done, rate=shown, note=note)
+
+
+@contextmanager
+def following(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every half second beside the body, and once after it."""
+    over = threading.Event()
+
+    def follow() -> None:
+        while not over.wait(0.5):
+            look()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()

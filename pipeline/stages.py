@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import glob
 import os
-import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from importlib import import_module, metadata
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline import config, preflight, select, selection, sources
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.progress import bar, duration, say
+from pipeline.interrupt import Interrupt, Interrupted
+from pipeline.progress import bar, duration, following, say
+from pipeline.provenance import made_with
 from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
 from pipeline.worker import GIB, Done, Executor, InProcess, Spent, Unit, local_context
 
@@ -31,10 +28,6 @@ BEFORE: dict[str, tuple[str, ...]] = {
     "evaluate": ("shard", "train", "select", "sample"),
     "figures": ("shard", "train", "select", "sample"),
 }
-
-
-class Interrupted(KeyboardInterrupt):
-    """A person or the system asked the command to stop, and it did so at a safe point."""
 
 
 def _module(stage: str) -> Any:
@@ -297,101 +290,11 @@ def _show_progress(shown: Any, run: Run, start: int, steps: int) -> None:
         shown.update(step, "" if loss is None else f"loss {loss:.4f}")
 
 
-@contextmanager
-def following(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` every half second beside the body, and once after it."""
-    over = threading.Event()
-
-    def follow() -> None:
-        while not over.wait(0.5):
-            look()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        look()
-
-
-class Interrupt:
-    """Ctrl-C and SIGTERM: the first asks the work to stop at the next safe point, the second stops at once."""
-
-    def __init__(self, stop_file: Path):
-        self.stop_file = stop_file  # tells the workers
-        self._asked = threading.Event()
-        self._before: dict[int, Any] = {}
-
-    def requested(self) -> bool:
-        return self._asked.is_set()
-
-    def __enter__(self) -> Interrupt:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.install()
-        return self
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self._asked.is_set():
-            raise KeyboardInterrupt
-        self._asked.set()
-        self.stop_file.touch()
-        say("stopping at the next safe point; once more to stop at once")
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self.stop_file.unlink(missing_ok=True)
-
-
 def _write_experiment(experiment: Experiment, run: Run) -> None:
     """The resolved configuration, with what it was made with: the record that a run directory opens with."""
     write_text(
         run.experiment_yaml, config.to_yaml(experiment, made_with={**made_with(), "data_key": run.data_key})
     )
-
-
-def made_with() -> dict[str, Any]:
-    """Commit, versions and hardware."""
-    packages = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return {"commit": commit(), "versions": versions, "hardware": _hardware()}
-
-
-def _hardware() -> str:
-    """The driver's machine, in words."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{len(os.sched_getaffinity(0))} CPUs ({capability}), {', '.join(gpus) or 'no GPU'}"
-
-
-def commit() -> str | None:
-    """The commit of the code, with '+' where the tree differs from it; None outside a checkout."""
-    here = Path(__file__).parent
-    if (here / "COMMIT").is_file():  # the code came with a job, without its history
-        return (here / "COMMIT").read_text()
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _note_timing(run: Run, stage: str, seconds: float) -> None:

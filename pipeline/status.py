@@ -29,7 +29,7 @@ def table(root: Path) -> str:
     shown = Table("run", "data", "step", "samples", "scores", "report", title=str(root), title_justify="left")
     for row in rows:
         shown.add_row(*row)
-    console = Console(width=max(100, shutil.get_terminal_size().columns))
+    console = Console(width=max(100, shutil.get_terminal_size().columns), markup=False)
     with console.capture() as capture:
         console.print(shown)
         if sweeps := [_sweep(path) for path in sorted(root.glob("sweeps/*/leaderboard.json"))]:

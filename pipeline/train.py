@@ -341,15 +341,18 @@ def _log_point(
 
 @torch.no_grad()
 def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState) -> None:
-    """EMA samples from the same noise every time, so that the grids of one run show the same images grow."""
+    """EMA samples from the same noise every time, so that the grids of one run show the same images grow; of each
+    class in turn, where the network takes labels."""
     path = run.grids / f"{state.step:08d}.png"
     if path.exists():
         return
     net = checkpoint.new_network(experiment, "meta").to_empty(device=ctx.device)
     net.load_state_dict(state.emas[0].tensors())
+    index = torch.arange(GRID_SIDE**2)
+    labels = (index % experiment.data.labels).to(ctx.device) if experiment.takes_labels else None
     images = sample(
         Diffusion(experiment.diffusion), net.eval(),
-        index=torch.arange(GRID_SIDE**2), shape=experiment.data.shape,
+        index=index, shape=experiment.data.shape, context=labels,
         seed=experiment.seed, sampler="ddim", steps=min(GRID_STEPS, experiment.diffusion.timesteps),
         device=ctx.device,
     )  # fmt: skip

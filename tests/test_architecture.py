@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"errors", "progress"},
-    {"config", "rundir", "worker", "pictures"},
+    {"errors", "progress", "provenance"},
+    {"config", "rundir", "worker", "pictures", "interrupt"},
     {"sources", "tars", "dataset", "checkpoint", "selection", "published", "fidelity", "remote"},
     {"shard", "train", "sample", "evaluate", "figures", "report", "cluster", "tracking", "preflight"},
     {"select"},

@@ -1,5 +1,6 @@
 """Experiment (whatever may change a number) and Cluster (where it runs; it must not change one)."""
 
+from pipeline.config.checks import suggestion
 from pipeline.config.keys import (
     data_key,
     evaluate_key,
@@ -32,7 +33,6 @@ from pipeline.config.sections import (
     SampleConfig,
     checkpoint_rule,
     checkpoint_step,
-    suggestion,
     weights_kind,
 )
 from pipeline.config.sweep import LOSS, Sweep, load_sweep

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.backbones import NETWORKS
-from pipeline.config.sections import SPLITS, ClusterConfig, Experiment, suggestion
+from pipeline.config.checks import suggestion
+from pipeline.config.sections import SPLITS, ClusterConfig, Experiment
 from pipeline.errors import ConfigError
 
 # The keys that hold paths.

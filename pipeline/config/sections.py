@@ -5,9 +5,7 @@ The sections of the science (diffusion, model, train) stand beside the code that
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +13,9 @@ from typing import Any, Literal
 from ddpm.backbones import TAKES_LABELS
 from ddpm.diffusion import DiffusionConfig
 from ddpm.training import TrainConfig
+from pipeline.config.checks import Problems, among, at_least, suggestion
 from pipeline.errors import ConfigError, PipelineError
 
-Problems = list[tuple[str, str]]
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -50,7 +48,7 @@ class DataConfig:
         return self.channels, self.image_size, self.image_size
 
     def problems(self) -> Problems:
-        found = _at_least(self, image_size=2, labels=0, images_per_shard=1, test_images=0, max_undecodable=0)
+        found = at_least(self, image_size=2, labels=0, images_per_shard=1, test_images=0, max_undecodable=0)
         if self.channels not in (1, 3):
             found.append(("channels", f"is {self.channels}; images are grey (1) or colour (3)"))
         if self.source == "digits" and self.path is not None:
@@ -111,7 +109,7 @@ class SampleConfig:
     guidance_scale: float
 
     def problems(self) -> Problems:
-        found = _at_least(self, num_images=1, steps=1, batch_size=1)
+        found = at_least(self, num_images=1, steps=1, batch_size=1)
         if not 0 <= self.eta <= 1:
             found.append(("eta", f"is {self.eta}; it lies in [0, 1]: 0 is deterministic, 1 ancestral"))
         if self.checkpoint not in ("last", "best") and not self.checkpoint.isdigit():
@@ -153,8 +151,8 @@ class EvaluateConfig:
         return int(every[1]) if every else None
 
     def problems(self) -> Problems:
-        found = _at_least(self, nll_images=1, nll_batch_size=1, checkpoint_images=2)
-        found += _among(self, "metrics", METRICS)
+        found = at_least(self, nll_images=1, nll_batch_size=1, checkpoint_images=2)
+        found += among(self, "metrics", METRICS)
         if self.checkpoints not in (None, "all") and self.checkpoint_interval is None:
             found.append(
                 ("checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps")
@@ -200,7 +198,7 @@ class FiguresConfig:
     images: int
 
     def problems(self) -> Problems:
-        return _at_least(self, images=1) + _among(self, "which", FIGURES)
+        return at_least(self, images=1) + among(self, "which", FIGURES)
 
 
 @dataclass(frozen=True)
@@ -340,7 +338,7 @@ class ClusterConfig:
     tracking_uri: str | None
 
     def problems(self) -> Problems:
-        found = _at_least(
+        found = at_least(
             self,
             workers=0,
             min_workers=1,
@@ -365,24 +363,6 @@ class ClusterConfig:
         return found
 
 
-def _at_least(section: Any, **least: float) -> Problems:
-    """Values below their bound; null, where a key admits it, is below none."""
-    values = {key: getattr(section, key) for key in least}
-    return [
-        (key, f"is {value}; it must be at least {least[key]}")
-        for key, value in values.items()
-        if value is not None and value < least[key]
-    ]
-
-
-def _among(section: Any, key: str, known: tuple[str, ...]) -> Problems:
-    return [
-        (key, f"has '{value}', which is unknown{suggestion(value, known)}; known: {', '.join(known)}")
-        for value in getattr(section, key)
-        if value not in known
-    ]
-
-
 def checkpoint_step(experiment: Experiment) -> int:
     """The training step whose weights are sampled and scored. Raises PipelineError where that is the best of
     several and the experiment does not know yet which one (see `variants.chosen`)."""
@@ -403,9 +383,3 @@ def checkpoint_rule(experiment: Experiment) -> str | None:
 def weights_kind(experiment: Experiment) -> str:
     """What a protocol calls the weights that are sampled and scored: ema, raw or unknown."""
     return experiment.published.weights or experiment.sample.weights
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """' (did you mean x?)', or nothing when no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""

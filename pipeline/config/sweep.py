@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.config.checks import Problems, suggestion
 from pipeline.config.load import find, plain_tree, section_with_defaults
-from pipeline.config.sections import Problems, suggestion
 from pipeline.errors import ConfigError
 
 # The scores that each metric of an experiment gives, and those of them that are better when larger.

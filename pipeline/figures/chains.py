@@ -169,18 +169,23 @@ def keep_mixed(
 def mixed(
     ctx: WorkerContext, experiment: Experiment, run: Run, a: Tensor, b: Tensor, pair: int, steps: int
 ) -> Tensor:
-    """Images (11, C, H, W) for the lambdas between uint8 images a and b, all from the pair's draw of the noise."""
+    """Images (11, C, H, W) for the lambdas between uint8 images a and b, all from the pair's draw of the noise.
+
+    No class is asked for and nothing guides: the two sources can be of two classes.
+    """
     chain, shape, rows = chain_of(experiment), experiment.data.shape, len(LAMBDAS)
     index = torch.tensor([pair], device=ctx.device)
 
     def noise(t: int) -> Tensor:
         return normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
 
+    config = experiment.sample
+    net = load_network(experiment, run, checkpoint_step(experiment), config.weights, ctx.device)
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
     return interpolate(
-        chain.to(ctx.device), network(ctx, experiment, run), x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
-        steps, eps, noise, variance=variance_of(experiment), context=context(experiment, index.expand(rows)),
+        chain.to(ctx.device), net, x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
+        steps, eps, noise, variance=variance_of(experiment),
     )  # fmt: skip
 
 

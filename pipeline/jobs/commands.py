@@ -8,13 +8,13 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from pipeline import stages
 from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.jobs import shown
 from pipeline.jobs.luggage import check_places, packed
 from pipeline.jobs.service import Service
 from pipeline.progress import say
+from pipeline.provenance import commit
 
 
 def submit(
@@ -37,7 +37,7 @@ def submit(
     service = Service(address)
     for difference in service.differences():
         say(difference)
-    with packed(words, stages.commit()) as luggage:
+    with packed(words, commit()) as luggage:
         service.submit(name, luggage, shlex.join(["ddpm", *words]))
     say(f"submitted to {service.shown} as {name} ({luggage.bytes / 1e6:.1f} MB of code and configurations)")
     if follow:

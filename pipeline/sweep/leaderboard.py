@@ -120,9 +120,18 @@ def markdown(sweep: Sweep, found: list[Row], note: str = "") -> str:
     cells = table(sweep, found)
     if cells:
         lines += [_line(list(cells[0])), _line(["---"] * len(cells[0]))]
-        lines += [_line(["" if value is None else str(value) for value in row.values()]) for row in cells]
+        lines += [_line(_texts(row)) for row in cells]
     lines += ["", protocol_line(found), *(f"- {line}" for line in failures(found))]
     return "\n".join(lines).strip() + "\n"
+
+
+def _texts(row: dict[str, Any]) -> list[str]:
+    """The cells for people: nothing for None, and as many digits in each row of a column."""
+    digits = dict(SHOWN.values())
+    return [
+        "" if value is None else f"{value:.{digits[heading]}f}" if heading in digits else str(value)
+        for heading, value in row.items()
+    ]
 
 
 def _line(cells: list[str]) -> str:
@@ -169,11 +178,11 @@ def text(sweep: Sweep, found: list[Row], width: int) -> str:
     from rich.table import Table
 
     cells = table(sweep, found)
-    shown = Table(
-        *(cells[0] if cells else ()), title=f"{sweep.name}: {headline(sweep, found)}", title_justify="left"
-    )
+    headings = [heading.rpartition(".")[2] for heading in (cells[0] if cells else ())]
+    title = f"{sweep.name}: {headline(sweep, found)}"
+    shown = Table(*headings, title=title, title_justify="left")
     for row in cells:
-        shown.add_row(*("" if value is None else str(value) for value in row.values()))
+        shown.add_row(*_texts(row))
     console = Console(width=width)
     with console.capture() as capture:
         console.print(shown)

@@ -13,7 +13,8 @@ from pipeline import evaluate, stages, tracking
 from pipeline.config import LOSS, ClusterConfig, Point, Sweep, load_sweep, points
 from pipeline.errors import PipelineError
 from pipeline.fidelity.preparations import preparations
-from pipeline.progress import bar, duration, say
+from pipeline.interrupt import Interrupt, Interrupted
+from pipeline.progress import bar, duration, following, say
 from pipeline.rundir import exclusive
 from pipeline.sweep import budget, leaderboard
 from pipeline.sweep.board import Board
@@ -35,7 +36,7 @@ class Study:
         self.folder = self.root / "sweeps" / sweep.name
         self.trials = {trial.key: trial for trial in locate(points, self.root)}
         self.ledger = self._judged_ledger()
-        self.interrupt = stages.Interrupt(self.folder / ".stop")
+        self.interrupt = Interrupt(self.folder / ".stop")
         self.board: Board
 
     def _judged_ledger(self) -> Ledger:
@@ -119,14 +120,14 @@ class Study:
                 done, _ = board.progress()
                 with (
                     bar(self.sweep.name, len(self.trials), "trials", done) as shown,
-                    stages.following(lambda: shown.update(*board.progress())),
+                    following(lambda: shown.update(*board.progress())),
                 ):
                     self._carry_out(orders, executor, shares, board)
             finally:
                 for key in list(board.mirrors):  # this driver is on its way out, and they with it
                     board.ended(key, None)
             if self.interrupt.requested():
-                raise stages.Interrupted
+                raise Interrupted
 
     def _start(self, stack: ExitStack) -> tuple[Executor, Share]:
         """Who does the work, and what each trial may use of it."""
@@ -174,7 +175,7 @@ class Study:
                 board.started(key)
                 board.ended(key, " ".join(str(error).split()))
             if self.interrupt.requested():
-                raise stages.Interrupted
+                raise Interrupted
         return able
 
     def _carry_out(self, orders: dict[str, Order], executor: Executor, shares: Share, board: Board) -> None:
@@ -208,7 +209,7 @@ class Study:
         error = None
         try:
             carry_out(order, executor, goes_on)
-        except stages.Interrupted:
+        except Interrupted:
             pass
         except Exception as failure:  # whatever it is, the other trials do not suffer from it
             error = " ".join(str(failure).split()) or type(failure).__name__

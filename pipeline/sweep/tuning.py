@@ -24,8 +24,8 @@ from ray.tune.search import Searcher
 from pipeline.cluster import Session, last_line, release
 from pipeline.config import Sweep
 from pipeline.errors import PipelineError
+from pipeline.interrupt import Interrupted
 from pipeline.rundir import write_text
-from pipeline.stages import Interrupted
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.work import Order, carry_out
 

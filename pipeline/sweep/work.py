@@ -9,6 +9,8 @@ from pathlib import Path
 from pipeline import config, stages
 from pipeline.cluster import Resources
 from pipeline.config import ClusterConfig, Experiment
+from pipeline.interrupt import Interrupted
+from pipeline.progress import following
 from pipeline.rundir import Run, read_json
 from pipeline.worker import Executor
 
@@ -41,7 +43,7 @@ def carry_out(order: Order, executor: Executor, goes_on: Callable[[int, float], 
 
     Raises Interrupted, PipelineError.
     """
-    with stages.following(order.pass_on):
+    with following(order.pass_on):
         for steps in order.rungs:
             bound = _bound_at(order, executor, steps)
             if not goes_on(steps, bound):
@@ -73,7 +75,7 @@ def at_rung(experiment: Experiment, steps: int, nll_images: int) -> Experiment:
 
 def _bring(order: Order, executor: Executor, experiment: Experiment, last: str) -> None:
     if order.interrupted():
-        raise stages.Interrupted
+        raise Interrupted
     stages.execute_within(
         executor, order.interrupted, experiment, order.cluster, order.run, last, asked=order.experiment
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -102,7 +103,10 @@ class Parent:
         """(what, where) in the UI: the study with its leaderboard, and its trials with their charts, best first."""
         if not self.run_id:
             return [("MLflow", f"nothing in {shown(self.uri)} yet; the same command delivers it")]
-        served = self.uri.startswith("http")
+        served, ui = (
+            self.uri.startswith("http"),
+            shlex.join(["ddpm", "ui", f"cluster.storage={self.storage}"]),
+        )
         base = shown(self.uri).rstrip("/") if served else "http://127.0.0.1:5000"
         runs = f"{base}/#/experiments/{self.experiment_id}/runs"
         query = {
@@ -112,7 +116,7 @@ class Parent:
             "orderByAsc": str(not larger_is_better).lower(),
         }
         return [
-            ("MLflow", f"{'' if served else '`ddpm ui`, then '}{runs}/{self.run_id}{VIEW}"),
+            ("MLflow", f"{'' if served else f'`{ui}`, then '}{runs}/{self.run_id}{VIEW}"),
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 

@@ -20,7 +20,8 @@ import pytest
 import yaml
 from conftest import TINY
 
-from pipeline import checkpoint, stages
+from pipeline import checkpoint
+from pipeline.provenance import commit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -137,7 +138,7 @@ def test_a_followed_job_ends_with_its_files_and_its_exit_code(client):
     assert code == 0, output
     run = client.run_directory()
     assert (run / "report" / "report.html").exists() and list(run.glob("evaluation/*/metrics.json"))
-    assert yaml.safe_load((run / "experiment.yaml").read_text())["made_with"]["commit"] == stages.commit()
+    assert yaml.safe_load((run / "experiment.yaml").read_text())["made_with"]["commit"] == commit()
     assert "train: 6/6 steps" in output and "job first: done" in output
     assert "\x1b" not in output and "\r" not in output  # plain lines, no bars
 
