@@ -75,15 +75,15 @@ def check(experiment: Experiment, run: Run) -> str:
     left, free = max(0, wanted.disk - _bytes_below(run.path)), shutil.disk_usage(run.storage).free
     if left > free:
         raise PipelineError(
-            f"{run.storage} has {_gib(free)} free, the run needs {_gib(left)} more: {_gib(wanted.checkpoints)} for "
-            f"{wanted.kept} checkpoints, {_gib(wanted.samples)} for {wanted.images:,} samples; make room, set "
+            f"{run.storage} has {_size(free)} free, the run needs {_size(left)} more: {_size(wanted.checkpoints)} for "
+            f"{wanted.kept} checkpoints, {_size(wanted.samples)} for {wanted.images:,} samples; make room, set "
             "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"
         )
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     return (
-        f"{_gib(left)} of disk ({_gib(free)} free), {_gib(wanted.memory)} of memory a worker beside images and "
-        f"activations ({_gib(memory)} free here, {cpus} CPUs, {gpus} GPUs)"
+        f"{_size(left)} of disk ({_size(free)} free), {_size(wanted.memory)} of memory a worker beside images and "
+        f"activations ({_size(memory)} free here, {cpus} CPUs, {gpus} GPUs)"
     )
 
 
@@ -91,5 +91,5 @@ def _bytes_below(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

@@ -32,6 +32,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def per_second(rate: float) -> str:
+    """'23,700/s', '13.3/s', '0.0512/s'."""
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
 @contextmanager
 def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
     """Progress of one stage from `start` to `total` units ('steps', 'images')."""
@@ -73,7 +78,7 @@ class _Lines:
         if not news or (done < self.total and now - self.last_line < LINE_SECONDS):
             return
         self.last_line, self.last_done = now, done
-        pace = f", {rate:.3g}/s" if rate else ""
+        pace = f", {per_second(rate)}" if rate else ""
         left = f", {duration((self.total - done) / rate)} left" if rate and done < self.total else ""
         say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
@@ -103,7 +108,7 @@ class _Terminal:
 
     def update(self, done: int, note: str = "") -> None:
         rate = self.speed.at(done)
-        shown = f"{rate:.3g}/s" if rate else ""
+        shown = per_second(rate) if rate else ""
         self.progress.update(self.task, completed=done, rate=shown, note=note)
 
 
