@@ -362,7 +362,7 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
     plain_forward = ContextUNet.forward
 
     def listening(net, x_t, t, context=None):
-        asked.append(None if context is None else context.tolist())
+        asked.append((len(x_t), None if context is None else context.tolist()))
         return plain_forward(net, x_t, t, context)
 
     run = ready(experiment, sharded_storage)
@@ -371,7 +371,9 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
     run_stage(figures, experiment, run)
     manifest = read_manifest(figures.directory(experiment, run))
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
-    assert [0, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL] in asked, "chosen and unconditional rows, in one call"
+    assert (6, [0, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL]) in asked, "chosen and unconditional rows, in one call"
+    between = [labels for count, labels in asked if count == len(chains.LAMBDAS)]
+    assert between and set(between) == {None}, "two images can be of two classes"
     shown = cells(figures.directory(experiment, run) / "progressive.png")
     assert nearly_equal(shown[:, -1], samples_of(experiment, run, 3)[:, 0]), "guided as the samples are"
 

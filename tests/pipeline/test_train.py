@@ -11,8 +11,10 @@ from conftest import one_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import checkpoint, train
+from ddpm import ContextUNet
+from pipeline import checkpoint, config, train
 from pipeline.errors import PipelineError
+from pipeline.stages import locate
 from pipeline.worker import WorkerContext
 
 
@@ -246,3 +248,25 @@ def test_grids_show_the_same_noise_at_every_step(tiny_run):
     often = dataclasses.replace(experiment.train, sample_every=3)
     train_to(dataclasses.replace(experiment, train=often), run, 6)
     assert sorted(path.name for path in run.grids.iterdir()) == ["00000003.png", "00000006.png"]
+
+
+def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, monkeypatch):
+    overrides = [
+        "train.sample_every=2",
+        "model.channels=8",
+        "model.norm_groups=4",
+        "diffusion.timesteps=4",
+        "sample.steps=null",
+    ]
+    experiment = config.load_experiment("context_digits", [*overrides, "train.batch_size=16"])
+    asked = []
+    forward = ContextUNet.forward
+
+    def listening(net, x_t, t, context=None):
+        if len(x_t) == train.GRID_SIDE**2:
+            asked.append(context.tolist())
+        return forward(net, x_t, t, context)
+
+    monkeypatch.setattr(ContextUNet, "forward", listening)
+    train_to(experiment, locate(experiment, sharded_storage), 2)
+    assert asked and all(labels[:12] == [*range(10), 0, 1] for labels in asked)
