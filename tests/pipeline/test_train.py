@@ -258,7 +258,9 @@ def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, m
         "diffusion.timesteps=4",
         "sample.steps=null",
     ]
-    experiment = config.load_experiment("context_digits", [*overrides, "train.batch_size=16"])
+    experiment = config.load_experiment(
+        "context_digits", [*small, "train.batch_size=16", "train.sample_every=2"]
+    )
     asked = []
     forward = ContextUNet.forward
 
