@@ -251,16 +251,9 @@ def test_grids_show_the_same_noise_at_every_step(tiny_run):
 
 
 def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, monkeypatch):
-    overrides = [
-        "train.sample_every=2",
-        "model.channels=8",
-        "model.norm_groups=4",
-        "diffusion.timesteps=4",
-        "sample.steps=null",
-    ]
-    experiment = config.load_experiment(
-        "context_digits", [*small, "train.batch_size=16", "train.sample_every=2"]
-    )
+    small = ["diffusion.timesteps=4", "sample.steps=null", "model.channels=8", "model.norm_groups=4"]
+    often = ["train.batch_size=16", "train.sample_every=2"]
+    experiment = config.load_experiment("context_digits", [*small, *often])
     asked = []
     forward = ContextUNet.forward
 
