@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpm.diffusion import Diffusion, Network, Variance
 from ddpm.rng import Stream, normal
@@ -183,6 +183,18 @@ def _last(chain: Iterator[Step], default: Tensor | None = None) -> Tensor:
     """x_t at the end of a chain, keeping no other step."""
     ends = deque((step.x_t for step in chain), maxlen=1)
     return ends.pop() if default is None or ends else default
+
+
+class InBF16(nn.Module):
+    """net(x_t, t, ...) computed in bfloat16 where that is harmless (torch.autocast); its output is float32."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x_t: Tensor, *args: Tensor | None) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16):
+            return self.net(x_t, *args).float()
 
 
 def few_steps_warning(

@@ -23,6 +23,7 @@ from torch import nn
 
 from ddpm.backbones import build_network
 from ddpm.diffusion import Diffusion
+from ddpm.sampler import InBF16
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.rundir import Run, atomic_directory, check_file, file_facts, read_json, write_json
@@ -193,7 +194,9 @@ def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> n
 
 
 @lru_cache(maxsize=1)
-def load_network(experiment: Experiment, run: Run, step: int, which: str, device: Any) -> nn.Module:
+def load_network(
+    experiment: Experiment, run: Run, step: int, which: str, device: Any, precision: str = "fp32"
+) -> nn.Module:
     """The network of a checkpoint, ready for sampling: eval mode, no gradients. Kept by the process, since
     one process works on many units."""
     directory = run.step_dir(step)
@@ -206,4 +209,5 @@ def load_network(experiment: Experiment, run: Run, step: int, which: str, device
         net.load_state_dict(weights(directory, which))
     except RuntimeError as error:
         raise PipelineError(f"{directory} holds another network: {error}") from error
-    return net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return InBF16(net) if precision == "bf16" else net

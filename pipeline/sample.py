@@ -48,6 +48,7 @@ class Protocol:
     guidance_scale: float
     seed: int
     batch_size: int
+    precision: str
     rounding: str
 
 
@@ -66,6 +67,7 @@ def protocol(experiment: Experiment) -> Protocol:
         guidance_scale=config.guidance_scale,
         seed=experiment.seed,
         batch_size=config.batch_size,
+        precision=config.precision,
         rounding="nearest",
     )
 
@@ -121,7 +123,9 @@ def plan(num_images: int, batch_size: int) -> list[tuple[int, int]]:
 def draw(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop: int) -> None:
     """The work unit: images [start, stop) as one tar, then its facts."""
     config = experiment.sample
-    net = load_network(experiment, run, checkpoint_step(experiment), config.weights, ctx.device)
+    net = load_network(
+        experiment, run, checkpoint_step(experiment), config.weights, ctx.device, config.precision
+    )
     index = torch.arange(start, stop)
     labels = [experiment.asked_label(number) for number in range(start, stop)]
     context = None if config.label is None else torch.tensor(labels, device=ctx.device)

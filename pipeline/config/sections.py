@@ -95,7 +95,7 @@ class SampleConfig:
     `last` (step train.steps), a step, or `best` (of evaluate.checkpoints; `pipeline.config.variants.chosen`
     is the experiment that knows which one that is). A work unit is `batch_size` images. `label` is null (no
     class), a class, or `cycle` (image i gets class i modulo data.labels), for networks that take labels;
-    `guidance_scale` 1 is the plain conditional network."""
+    `guidance_scale` 1 is the plain conditional network; `precision` is the network's alone."""
 
     num_images: int
     sampler: Literal["ancestral", "ddim"]
@@ -107,6 +107,7 @@ class SampleConfig:
     checkpoint: str
     label: str | None
     guidance_scale: float
+    precision: Literal["fp32", "bf16"]
 
     def problems(self) -> Problems:
         found = at_least(self, num_images=1, steps=1, batch_size=1)
@@ -126,7 +127,8 @@ class SampleConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Which scores, and their protocol. `reference` is a split of the data, or the path of an .npz with the mu
-    and sigma of somebody's features; `nll_images` null = the whole test split.
+    and sigma of somebody's features; `nll_images` null = the whole test split; `precision` is the network's in
+    the NLL.
 
     `checkpoints` (null, all or every:N) are scored with `checkpoint_images` samples each, which shows the way
     and finds the best; `beside` scores the same samples from the other weights too, raw beside EMA.
@@ -140,6 +142,7 @@ class EvaluateConfig:
     nll_batch_size: int
     decoder: Literal["tanh", "erf"]
     variance: Literal["fixedlarge", "fixedsmall"] | None
+    precision: Literal["fp32", "bf16"]
     checkpoints: str | None
     checkpoint_images: int
     beside: bool

@@ -48,7 +48,7 @@ class CheckpointDenoiser:
     @property
     def identity(self) -> Any:
         step, which = checkpoint_step(self.experiment), self.experiment.sample.weights
-        return [self.run.run_key, step, which, self.weights]
+        return [self.run.run_key, step, which, self.weights, self.experiment.evaluate.precision]
 
     @property
     def weights(self) -> str | None:
@@ -59,7 +59,8 @@ class CheckpointDenoiser:
 
     def load(self, device: torch.device) -> Network:
         step, which = checkpoint_step(self.experiment), self.experiment.sample.weights
-        return checkpoint.load_network(self.experiment, self.run, step, which, device)
+        precision = self.experiment.evaluate.precision
+        return checkpoint.load_network(self.experiment, self.run, step, which, device, precision)
 
 
 def nll_images(experiment: Experiment, run: Run) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def protocol(experiment: Experiment, run: Run) -> dict[str, Any]:
     if "nll" in config.metrics:
         asked, there = nll_images(experiment, run)
         variance = config.variance or experiment.diffusion.variance
-        found |= {"decoder": config.decoder, "nll_variance": variance}
+        found |= {"decoder": config.decoder, "nll_variance": variance, "nll_precision": config.precision}
         found |= {"nll_images": asked, "test_images": there}
     return found
 

@@ -45,9 +45,15 @@ def at_t(steps: int, experiment: Experiment) -> int:
 
 def network(ctx: WorkerContext, experiment: Experiment, run: Run) -> Network:
     """The network of the checkpoint, guided as samples are."""
+    net, scale = plain_network(ctx, experiment, run), experiment.sample.guidance_scale
+    return guided(net, scale, NO_LABEL) if scale != 1 else net
+
+
+def plain_network(ctx: WorkerContext, experiment: Experiment, run: Run) -> nn.Module:
     config = experiment.sample
-    net: nn.Module = load_network(experiment, run, checkpoint_step(experiment), config.weights, ctx.device)
-    return guided(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
+    return load_network(
+        experiment, run, checkpoint_step(experiment), config.weights, ctx.device, config.precision
+    )
 
 
 def context(experiment: Experiment, index: Tensor) -> Tensor | None:
@@ -179,8 +185,7 @@ def mixed(
     def noise(t: int) -> Tensor:
         return normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
 
-    config = experiment.sample
-    net = load_network(experiment, run, checkpoint_step(experiment), config.weights, ctx.device)
+    net = plain_network(ctx, experiment, run)
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
     return interpolate(

@@ -16,7 +16,7 @@ from pipeline.rundir import Run
 IMAGES = ("n", "extractor", "rounding")
 AGAINST = (*IMAGES, "reference", "reference_images")
 UNSAID = ("rounding", "reference_images")  # always the same, or said by the others
-BOUND = ("nll_images", "decoder")
+BOUND = ("nll_images", "decoder", "nll_precision")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ PROTOCOL = {
     "fid_test_images": "Test images in FID, test set", "extractor": "Feature extractor",
     "features": "Feature width", "splits": "Splits of the IS", "kid": "KID", "prc": "Precision and recall",
     "nll_images": "Test images in the NLL", "test_images": "Test images", "nll_variance": "Variance in the NLL",
-    "decoder": "Decoder", "batch_size": "Images per sampling unit", "seed": "Seed",
+    "decoder": "Decoder", "precision": "Sampling precision", "nll_precision": "NLL precision",
+    "batch_size": "Images per sampling unit", "seed": "Seed",
 }  # fmt: skip
 
 

@@ -53,6 +53,16 @@ def test_other_units_give_the_same_bound(sampled):
     assert results(other, run)["scores"] == pytest.approx(results(experiment, run)["scores"], rel=1e-5)
 
 
+def test_a_bound_in_bf16_is_near_and_says_so(sampled):
+    experiment, run = sampled
+    fast = scoring(experiment, precision="bf16")
+    for asked in (experiment, fast):
+        run_stage(evaluate, asked, run)
+    exact, near = results(experiment, run), results(fast, run)
+    assert (exact["protocol"]["nll_precision"], near["protocol"]["nll_precision"]) == ("fp32", "bf16")
+    assert 0 < abs(near["scores"]["nll_bpd"] / exact["scores"]["nll_bpd"] - 1) < 0.02
+
+
 def test_another_metric_repeats_nothing(sampled):
     experiment, run = sampled
     run_stage(evaluate, experiment, run)

@@ -44,6 +44,15 @@ def test_images_are_those_of_the_science_package(sampled):
     assert (np.abs(found.astype(int) - to_uint8(expected).numpy()) <= 1).mean() > 0.999
 
 
+def test_bf16_is_another_set_and_says_so(sampled):
+    experiment, run = sampled
+    fast = asking_for(experiment, precision="bf16")
+    run_stage(sample, fast, run)
+    assert sample.protocol(fast).precision == "bf16" and sample.protocol(experiment).precision == "fp32"
+    difference = np.abs(images_of(experiment, run).astype(int) - images_of(fast, run))
+    assert 0 < difference.mean() < 20, "not the same bits, and much the same images"
+
+
 def test_other_batches_give_the_same_images(sampled):
     experiment, run = sampled
     other = asking_for(experiment, batch_size=4)
