@@ -19,8 +19,8 @@ Precision = Literal["fp32", "bf16"]
 TRAIN = TrainConfig(
     steps=10**6, batch_size=0, accumulate=1, random_flip=True, lr=2e-4, lr_decay="none", warmup_steps=5000,
     grad_clip=1.0, grad_clip_group=None, ema_decay=(0.9999,), ema_warmup=False, label_dropout=0.0,
-    precision="fp32", deterministic=False, checkpoint_every=10**6, sample_every=0, keep=1, keep_every=None,
-    log_every=100,
+    precision="fp32", compile=False, deterministic=False, checkpoint_every=10**6, sample_every=0, keep=1,
+    keep_every=None, log_every=100,
 )  # fmt: skip
 
 

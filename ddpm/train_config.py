@@ -11,7 +11,7 @@ class TrainConfig:
 
     accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient,
     or of each group of grad_clip_group consecutive images before averaging (authors' code: 16);
-    label_dropout: share of labels replaced by NO_LABEL; deterministic, checkpoint_every, sample_every (0:
+    label_dropout: share of labels replaced by NO_LABEL; compile, deterministic, checkpoint_every, sample_every (0:
     never), keep, keep_every and log_every are read by the training loop around `train_step`.
     """
 
@@ -28,6 +28,7 @@ class TrainConfig:
     ema_warmup: bool
     label_dropout: float
     precision: Literal["fp32", "bf16"]
+    compile: bool
     deterministic: bool
     checkpoint_every: int
     sample_every: int

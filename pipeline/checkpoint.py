@@ -14,7 +14,7 @@ import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -195,7 +195,13 @@ def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> n
 
 @lru_cache(maxsize=1)
 def load_network(
-    experiment: Experiment, run: Run, step: int, which: str, device: Any, precision: str = "fp32"
+    experiment: Experiment,
+    run: Run,
+    step: int,
+    which: str,
+    device: Any,
+    precision: str = "fp32",
+    compiled: bool = False,
 ) -> nn.Module:
     """The network of a checkpoint, ready for sampling: eval mode, no gradients. Kept by the process, since
     one process works on many units."""
@@ -210,4 +216,5 @@ def load_network(
     except RuntimeError as error:
         raise PipelineError(f"{directory} holds another network: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    return InBF16(net) if precision == "bf16" else net
+    net = InBF16(net) if precision == "bf16" else net
+    return cast(nn.Module, torch.compile(net)) if compiled else net

@@ -48,6 +48,7 @@ class Protocol:
     guidance_scale: float
     seed: int
     batch_size: int
+    compiled: bool
     precision: str
     rounding: str
 
@@ -67,6 +68,7 @@ def protocol(experiment: Experiment) -> Protocol:
         guidance_scale=config.guidance_scale,
         seed=experiment.seed,
         batch_size=config.batch_size,
+        compiled=config.compile,
         precision=config.precision,
         rounding="nearest",
     )
@@ -124,7 +126,13 @@ def draw(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop:
     """The work unit: images [start, stop) as one tar, then its facts."""
     config = experiment.sample
     net = load_network(
-        experiment, run, checkpoint_step(experiment), config.weights, ctx.device, config.precision
+        experiment,
+        run,
+        checkpoint_step(experiment),
+        config.weights,
+        ctx.device,
+        config.precision,
+        config.compile,
     )
     index = torch.arange(start, stop)
     labels = [experiment.asked_label(number) for number in range(start, stop)]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -274,6 +274,8 @@ def _step_function(
     rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
     diffusion = Diffusion(experiment.diffusion).to(ctx.device)
     forward = ctx.parallel(state.net)
+    if config.compile:
+        forward = cast(nn.Module, torch.compile(forward))
     _settle(forward, images.batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
 
     def step() -> dict[str, torch.Tensor]:

@@ -95,7 +95,7 @@ class SampleConfig:
     `last` (step train.steps), a step, or `best` (of evaluate.checkpoints; `pipeline.config.variants.chosen`
     is the experiment that knows which one that is). A work unit is `batch_size` images. `label` is null (no
     class), a class, or `cycle` (image i gets class i modulo data.labels), for networks that take labels;
-    `guidance_scale` 1 is the plain conditional network; `precision` is the network's alone."""
+    `guidance_scale` 1 is the plain conditional network; `compile` and `precision` are the network's."""
 
     num_images: int
     sampler: Literal["ancestral", "ddim"]
@@ -107,6 +107,7 @@ class SampleConfig:
     checkpoint: str
     label: str | None
     guidance_scale: float
+    compile: bool
     precision: Literal["fp32", "bf16"]
 
     def problems(self) -> Problems:

@@ -25,8 +25,8 @@ PROTOCOL = {
     "fid_test_images": "Test images in FID, test set", "extractor": "Feature extractor",
     "features": "Feature width", "splits": "Splits of the IS", "kid": "KID", "prc": "Precision and recall",
     "nll_images": "Test images in the NLL", "test_images": "Test images", "nll_variance": "Variance in the NLL",
-    "decoder": "Decoder", "precision": "Sampling precision", "nll_precision": "NLL precision",
-    "batch_size": "Images per sampling unit", "seed": "Seed",
+    "decoder": "Decoder", "precision": "Sampling precision", "compiled": "Sampling compiled",
+    "nll_precision": "NLL precision", "batch_size": "Images per sampling unit", "seed": "Seed",
 }  # fmt: skip
 
 
@@ -159,4 +159,6 @@ def _protocol(protocol: dict[str, Any]) -> list[Block]:
 
 
 def plain(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -35,7 +35,8 @@ LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 TRAIN = TrainConfig(
     steps=100, batch_size=6, accumulate=1, random_flip=True, lr=1e-3, lr_decay="none", warmup_steps=0,
     grad_clip=1.0, grad_clip_group=None, ema_decay=(0.5,), ema_warmup=False, label_dropout=0.3,
-    precision="fp32", deterministic=False, checkpoint_every=1, sample_every=0, keep=1, keep_every=None, log_every=1,
+    precision="fp32", compile=False, deterministic=False, checkpoint_every=1, sample_every=0, keep=1,
+    keep_every=None, log_every=1,
 )  # fmt: skip
 
 

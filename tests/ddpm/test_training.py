@@ -39,6 +39,7 @@ CONFIG = TrainConfig(
     ema_warmup=False,
     label_dropout=0.0,
     precision="fp32",
+    compile=False,
     deterministic=False,
     checkpoint_every=10,
     sample_every=10,

@@ -265,3 +265,19 @@ def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, m
     monkeypatch.setattr(ContextUNet, "forward", listening)
     train_to(experiment, locate(experiment, sharded_storage), 2)
     assert asked and all(labels[:12] == [*range(10), 0, 1] for labels in asked)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_the_same_run_up_to_rounding(tiny_run):
+    experiment, run = tiny_run
+    train_to(experiment, run, 3)
+    compiled = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, compile=True))
+    other = dataclasses.replace(run, name=f"{run.name}-compiled")
+    train_to(compiled, other, 3)
+    for ours, theirs in zip(points(other), points(run), strict=True):
+        assert ours["metrics"]["train/loss"] == pytest.approx(theirs["metrics"]["train/loss"], rel=1e-4)
+        assert ours["metrics"]["train/grad_norm"] == pytest.approx(
+            theirs["metrics"]["train/grad_norm"], rel=1e-3
+        )
+    state, expected = final_state(other, 3), final_state(run, 3)
+    assert state.keys() == expected.keys(), "the checkpoint does not say that it was compiled"
