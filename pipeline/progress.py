@@ -48,19 +48,26 @@ def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
 
 
 class _Speed:
-    """Units per second since the first were done: what came before, starting up, is not the work's pace."""
+    """Units per second. Where units are small the pace is the one since the first were done: what came before was
+    starting up. Where they are large several end together, and only the whole time tells."""
 
-    def __init__(self) -> None:
+    SMALL = 1 / 10  # of what is done: the first that were
+
+    def __init__(self, start: int) -> None:
+        self.began, self.start = time.monotonic(), start
         self.first: tuple[float, int] | None = None
 
     def at(self, done: int) -> float | None:
         """The pace now; None as long as it cannot be told."""
         now = time.monotonic()
-        if self.first is None and done:
+        if self.first is None and done > self.start:
             self.first = now, done
         if self.first is None or done == self.first[1]:
             return None
-        return (done - self.first[1]) / max(now - self.first[0], 1e-9)
+        then, first = self.first
+        small = first - self.start <= self.SMALL * (done - self.start)
+        since, units = (then, done - first) if small else (self.began, done - self.start)
+        return units / max(now - since, 1e-9)
 
 
 class _Lines:
@@ -68,16 +75,15 @@ class _Lines:
 
     def __init__(self, stage: str, total: int, unit: str, start: int):
         self.stage, self.total, self.unit, self.start = stage, total, unit, start
-        self.last_line, self.last_done = time.monotonic(), start
-        self.speed = _Speed()
+        self.last_line, self.last = time.monotonic(), (start, "")
+        self.speed = _Speed(start)
 
     def update(self, done: int, note: str = "") -> None:
         now = time.monotonic()
         rate = self.speed.at(done)
-        news = done > self.last_done
-        if not news or (done < self.total and now - self.last_line < LINE_SECONDS):
+        if (done, note) == self.last or (done < self.total and now - self.last_line < LINE_SECONDS):
             return
-        self.last_line, self.last_done = now, done
+        self.last_line, self.last = now, (done, note)
         pace = f", {per_second(rate)}" if rate else ""
         left = f", {duration((self.total - done) / rate)} left" if rate and done < self.total else ""
         say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
@@ -98,13 +104,13 @@ def _terminal_bar(stage: str, total: int, unit: str, start: int) -> Iterator[Bar
     )
     with Progress(*columns, redirect_stderr=False) as progress:
         task = progress.add_task(stage, total=total, completed=start, rate="", note="")
-        yield _Terminal(progress, task)
+        yield _Terminal(progress, task, start)
 
 
 class _Terminal:
-    def __init__(self, progress, task):
+    def __init__(self, progress, task, start: int):
         self.progress, self.task = progress, task
-        self.speed = _Speed()
+        self.speed = _Speed(start)
 
     def update(self, done: int, note: str = "") -> None:
         rate = self.speed.at(done)

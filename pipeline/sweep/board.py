@@ -11,11 +11,12 @@ from typing import Any
 from pipeline import config, stages, tracking, train
 from pipeline.config import Sweep
 from pipeline.progress import duration, say
-from pipeline.rundir import write_text
+from pipeline.rundir import read_json, write_text
 from pipeline.sweep import leaderboard
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
 
+AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
 LONGEST = 300  # characters of a reason; libraries can be wordy
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # on the server; anything else was KILLED
 
@@ -153,8 +154,18 @@ class Board:
     def progress(self) -> tuple[int, str]:
         """How many trials have ended, and how far those are that run."""
         running = [self.trials[key] for key in list(self.mirrors)]
-        notes = [f"{t.label} {train.progress(t.run)[0]}/{t.experiment.train.steps}" for t in running]
+        notes = [f"{trial.label} {_under_way(trial)}" for trial in running]
         return sum(self.ledger.has_ended(key) for key in self.trials), "; ".join(notes)
+
+
+def _under_way(trial: Trial) -> str:
+    """The stage that a trial is in, told from its files; of training the step."""
+    step, steps = train.progress(trial.run)[0], trial.experiment.train.steps
+    timings = trial.run.path / "timings.json"
+    if step < steps or not timings.exists():
+        return f"{step}/{steps}"
+    ended = read_json(timings)
+    return next((stage for stage in AFTER_TRAINING if stage not in ended), "ends")
 
 
 def _text(trial: Trial, key: str) -> str:

@@ -55,6 +55,23 @@ def test_lines_are_seldom_and_news(clock, said):
     assert said == ["sample: 2/10 images, 0.1/s, 1 min 20 s left"]
 
 
+def test_large_units_that_end_together_count_from_the_beginning(clock, said):
+    with progress.bar("sweep", 6, "trials") as shown:
+        clock[0] += 300
+        shown.update(1)
+        clock[0] += 20
+        shown.update(2)
+    assert said == ["sweep: 1/6 trials", "sweep: 2/6 trials, 0.00625/s, 10 min 40 s left"]
+
+
+def test_what_is_under_way_is_news_too(clock, said):
+    with progress.bar("sweep", 2, "trials") as shown:
+        for note in ("a 1/6", "a 2/6", "a 2/6"):
+            clock[0] += 20
+            shown.update(0, note)
+    assert said == ["sweep: 0/2 trials, a 1/6", "sweep: 0/2 trials, a 2/6"]
+
+
 @pytest.mark.parametrize(("rate", "text"), [(23_710.0, "23,710/s"), (13.26, "13.3/s"), (0.0512, "0.0512/s")])
 def test_rates_have_digits_that_mean_something(rate, text):
     assert progress.per_second(rate) == text
