@@ -50,7 +50,8 @@ def arranged(
 
 def _captioned(entry: Entry, pictures: Mapping[str, Picture], keys: Sequence[str]) -> Picture:
     """Named by the values that its place does not say."""
-    words = [f"{short(key)} {said(entry.swept.get(key))}" for key in keys]
+    values = {key: said(entry.swept.get(key)) for key in keys}
+    words = [f"{short(key)} {value}" for key, value in values.items() if value != entry.label]
     return replace(pictures[entry.label], caption=", ".join(words) or entry.label)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline import config
@@ -12,6 +13,10 @@ from pipeline.report.scores import FIRM, cell, plain
 from pipeline.report.source import Source
 
 COLUMNS = {"fid": "FID", "fid_test": "FID, test set", "is_mean": "IS", "nll_bpd": "NLL, bits/dim"}
+KEY = (
+    "ε and μ̃ say what the network predicts: the noise, or the posterior mean. A dash in a row of the paper: "
+    "not printed, or unstable in training. Which of the two fixed variances its L rows have it does not say."
+)
 
 
 def section(source: Source) -> list[Block]:
@@ -32,12 +37,30 @@ def section(source: Source) -> list[Block]:
         strong.add(len(rows))
         rows.append(_ours(scores))
     table = Table(("", *COLUMNS.values()), rows, frozenset(strong), frozenset(soft))
-    key = (
-        "ε and μ̃ say what the network predicts: the noise, or the posterior mean. A dash in a row of the paper: "
-        "not printed, or unstable in training. Which of the two fixed variances its L rows have it does not say."
-    )
     no_row = "" if mine else "**The paper has no row for this objective.** "
-    return [table, Text(no_row + key), Text(_protocol(source)), Text(_recipe(source))]
+    return [table, Text(no_row + KEY), Text(_protocol(source)), Text(_recipe(source))]
+
+
+def together(runs: Sequence[tuple[str, Source]]) -> list[Block]:
+    """The paper's rows with the runs of each below it; nothing unless the runs have several of them."""
+    mine = {label: paper.row_of(source.experiment.diffusion) for label, source in runs if source.is_cifar10}
+    if len({row.name for row in mine.values() if row}) < 2:
+        return []
+    sources, rows, strong = dict(runs), [], set()
+    for row in paper.TABLES_1_AND_2:
+        rows.append(
+            [row.name, *(row.scores.get(key, "–").replace(" ", FIRM) for key in COLUMNS), "the paper"]
+        )
+        for label in (label for label, its in mine.items() if its is row):
+            strong.add(len(rows))
+            source = sources[label]
+            fair = "comparable" if source.is_comparable else "not comparable"
+            rows.append([label, *(cell(source.metrics["scores"], key) for key in COLUMNS), fair])
+    table = Table(("", *COLUMNS.values(), "Protocol"), rows, frozenset(strong))
+    reasons = dict.fromkeys(
+        why for label in mine for why in sources[label].metrics["protocol"].get("why_not", [])
+    )
+    return [table, Text(KEY), *([Text(f"**Why not comparable**: {'; '.join(reasons)}.")] if reasons else [])]
 
 
 def _ours(scores: dict[str, float]) -> list[str]:

@@ -13,11 +13,11 @@ from typing import Any
 from pipeline import config
 from pipeline.config import Experiment
 from pipeline.progress import duration
-from pipeline.report import axes, plots
+from pipeline.report import axes, beside_paper, plots
 from pipeline.report.leaderboard import METRICS, Entry, Group, Metric, groups
 from pipeline.report.markdown import to_markdown
 from pipeline.report.page import Block, Page, Picture, Pictures, Section, Table, Text
-from pipeline.report.scores import FIRM, PROTOCOL, SCORES, cell, plain
+from pipeline.report.scores import FIRM, PROTOCOL, SCORES, cell, plain, useless_ones
 from pipeline.report.stage import HTML, MARKDOWN
 from pipeline.report.web import to_html
 from pipeline.rundir import Run, atomic_directory, write_manifest
@@ -58,9 +58,10 @@ def place(storage: Path, runs: Sequence[Entry], metric: str) -> Path:
     return storage / "comparisons" / config.hash_of([keys, metric])
 
 
-def write(runs: Sequence[Entry], folder: Path, title: str, metric: str = "fid") -> Path:
-    """The page as HTML, the path of which is returned, with its Markdown twin and its pictures beside it."""
-    page = compose(runs, folder, title, METRICS[metric])
+def write(runs: Sequence[Entry], folder: Path, title: str, metric: str = "fid", note: str = "") -> Path:
+    """The page as HTML, the path of which is returned, with its Markdown twin and its pictures beside it; `note`
+    is said before anything is shown."""
+    page = compose(runs, folder, title, METRICS[metric], note)
     with atomic_directory(folder) as made:
         (made / HTML).write_text(to_html(page), encoding="utf-8")
         (made / MARKDOWN).write_text(to_markdown(page), encoding="utf-8")
@@ -70,10 +71,11 @@ def write(runs: Sequence[Entry], folder: Path, title: str, metric: str = "fid") 
     return folder / HTML
 
 
-def compose(runs: Sequence[Entry], folder: Path, title: str, metric: Metric) -> Page:
+def compose(runs: Sequence[Entry], folder: Path, title: str, metric: Metric, note: str = "") -> Page:
     ranked = groups(runs, metric)
     sections = [
         Section("Leaderboard", _leaderboard(runs, ranked, metric, folder)),
+        Section("Beside the paper", beside_paper.together([(e.label, e.source) for e in runs])),
         Section("Scores", _bars(runs)),
         Section("Samples", _samples(runs)),
         Section("Training", _training(runs)),
@@ -81,7 +83,14 @@ def compose(runs: Sequence[Entry], folder: Path, title: str, metric: Metric) -> 
         Section("What was run", [_what_was_run(runs)]),
     ]
     subtitle = f"{len(runs)} runs · ranked by {metric.name}, {metric.better}"
-    return Page(title, subtitle, _verdict(ranked, metric), [], [s for s in sections if s.blocks])
+    verdict = useless_ones([entry.source for entry in runs]) + _verdict(ranked, metric)
+    return Page(
+        title,
+        subtitle,
+        verdict,
+        [Text(f"{note[0].upper()}{note[1:]}.")] if note else [],
+        [s for s in sections if s.blocks],
+    )
 
 
 def _verdict(ranked: Sequence[Group], metric: Metric) -> str:
@@ -136,7 +145,11 @@ def _table(group: Group, metric: Metric, folder: Path) -> Table:
 
 def _in_labels(entries: Sequence[Entry], key: str) -> bool:
     """Whether the labels say it already, as those of a sweep's trials do."""
-    return all(f"{axes.short(key)}={axes.said(entry.swept.get(key))}" in entry.label for entry in entries)
+    return all(
+        axes.said(value) == entry.label or f"{axes.short(key)}={axes.said(value)}" in entry.label
+        for entry in entries
+        for value in [entry.swept.get(key)]
+    )
 
 
 def _warnings(group: Group) -> list[str]:

@@ -86,12 +86,17 @@ class Group:
     def said(self) -> str:
         """What they share, in words."""
         shown = {PROTOCOL.get(key, key): value for key, value in self.protocol.items() if key not in UNSAID}
-        return ", ".join(f"{name[0].lower()}{name[1:]} {plain(value)}" for name, value in shown.items())
+        return ", ".join(f"{_within(name)} {plain(value)}" for name, value in shown.items())
 
     def differing(self) -> list[str]:
         """What else of their protocols is not the same for all: it is part of what is compared."""
         apart = set(PROTOCOL) - {"checkpoint", "batch_size", "seed"}
         return [key for key in PROTOCOL if key in apart and len(_values(self.entries, key)) > 1]
+
+
+def _within(name: str) -> str:
+    """The name in the middle of a sentence; abbreviations stay as they are."""
+    return name if name[:2].isupper() else f"{name[0].lower()}{name[1:]}"
 
 
 def _values(entries: Sequence[Entry], key: str) -> set[str]:

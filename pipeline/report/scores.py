@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.report import paper
@@ -60,6 +61,18 @@ def not_yet_useful(source: Source) -> str:
     return (
         "**Not yet useful**: the best linear denoiser, which needs no training, is not beaten "
         f"({ours}, against {line}). "
+    )
+
+
+def useless_ones(sources: Sequence[Source]) -> str:
+    """The same of several: how many."""
+    useless = sum(bool(not_yet_useful(source)) for source in sources)
+    if not useless:
+        return ""
+    who = "none" if useless == len(sources) else f"only {len(sources) - useless}"
+    return (
+        f"**Not yet useful**: {who} of the {len(sources)} networks beats the best linear denoiser, which needs no "
+        f"training (rate{FIRM}{paper.LMMSE['rate_bpd']:.4f}, RMSE{FIRM}{paper.LMMSE['rmse']:.4f}). "
     )
 
 

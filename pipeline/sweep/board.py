@@ -141,8 +141,7 @@ class Board:
             if row.scores
         ]
         if entries:
-            title = f"{self.sweep.name}, {self.note}" if self.note else self.sweep.name
-            compare.write(entries, self.folder / "report", title, self._metric())
+            compare.write(entries, self.folder / "report", self.sweep.name, self._metric(), self.note)
 
     def _metric(self) -> str:
         """What the report ranks by: as the leaderboard, or by FID where it does not know that score."""

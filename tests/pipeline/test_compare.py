@@ -212,3 +212,27 @@ def test_mistakes_are_a_line(tmp_path, capsys, words, complaint):
     assert main(["compare", *words, f"cluster.storage={tmp_path}"]) in (1, 2)
     error = capsys.readouterr().err
     assert error.startswith(complaint) and error.count("\n") == 1
+
+
+def test_rows_of_the_papers_tables_stand_beside_the_papers(tmp_path, undrawn):
+    entries = []
+    for name, fid in (("cifar10", 7.0), ("cifar10_vlb_eps_fixed", 20.0)):
+        experiment, run = make_run(tmp_path, name, ("train.steps=10000",))
+        entries.append(Entry(name, experiment, run, {"experiment": name}))
+        score(entries[-1], fid=fid, nll_bpd=3.9, rmse=1.0)
+    note = "scaled down"
+    written = compare.write(entries, tmp_path / "page", "Two", "fid", note).with_suffix(".md").read_text()
+    markdown = written.replace("\u00a0", " ")
+    assert "\nScaled down.\n" in markdown
+    beside = markdown.partition("## Beside the paper")[2].partition("\n## ")[0]
+    rows = [line for line in beside.splitlines() if line.startswith(("| ε, L_simple", "| cifar10 |"))]
+    assert re.match(r"\| ε, L_simple \| 3\.17 \| 5\.24 \| 9\.46 ± 0\.11 \| ≤ 3\.75 \| the paper \|", rows[0])
+    assert re.match(r"\| cifar10 \| 7\.00 \|.*not comparable", rows[1])
+    assert beside.index("7.67") < beside.index("cifar10_vlb_eps_fixed") < beside.index("L_simple")
+    assert "Not yet useful" not in markdown
+    score(entries[0], fid=7.0, rmse=1.2)
+    assert "**Not yet useful**: only 1 of the 2 networks beats" in page(entries, tmp_path / "page")
+
+
+def test_runs_of_one_row_are_not_put_beside_the_paper(four, tmp_path, undrawn):
+    assert "Beside the paper" not in page(four, tmp_path / "page")
