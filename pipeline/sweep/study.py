@@ -22,7 +22,7 @@ from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.resources import Node, Share, share, this_machine
 from pipeline.sweep.trials import locate
 from pipeline.sweep.work import Order, carry_out
-from pipeline.worker import GIB, Executor, InProcess, local_context
+from pipeline.worker import GIB, Executor, InProcess, Unit, local_context
 
 
 class Study:
@@ -168,7 +168,7 @@ class Study:
                 evaluate.check(experiment, run)
                 features = (run.data, experiment.evaluate.features)
                 if features not in made and evaluate.needs_samples(experiment):
-                    executor.map_units(preparations(experiment, run), lambda unit: None)
+                    self._prepare_features(executor, preparations(experiment, run))
                 made |= {run.data, features}
                 able.append(key)
             except PipelineError as error:
@@ -177,6 +177,13 @@ class Study:
             if self.interrupt.requested():
                 raise Interrupted
         return able
+
+    def _prepare_features(self, executor: Executor, units: list[Unit]) -> None:
+        if units:
+            say(
+                f"{self.sweep.name}: making {' and '.join(unit.name for unit in units)}, which all trials share"
+            )
+        executor.map_units(units, lambda unit: None)
 
     def _carry_out(self, orders: dict[str, Order], executor: Executor, shares: Share, board: Board) -> None:
         scheduler = self._judge(orders)
