@@ -32,9 +32,12 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def per_second(rate: float) -> str:
-    """'23,700/s', '13.3/s', '0.0512/s'."""
-    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+def pace_of(rate: float) -> str:
+    """'23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
+    number, unit = next(
+        ((rate * n, u) for n, u in ((1, "s"), (60, "min")) if rate * n >= 1), (rate * 3600, "h")
+    )
+    return f"{number:,.0f}/{unit}" if number >= 100 else f"{number:.3g}/{unit}"
 
 
 @contextmanager
@@ -84,7 +87,7 @@ class _Lines:
         if (done, note) == self.last or (done < self.total and now - self.last_line < LINE_SECONDS):
             return
         self.last_line, self.last = now, (done, note)
-        pace = f", {per_second(rate)}" if rate else ""
+        pace = f", {pace_of(rate)}" if rate else ""
         left = f", {duration((self.total - done) / rate)} left" if rate and done < self.total else ""
         say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
@@ -114,7 +117,7 @@ class _Terminal:
 
     def update(self, done: int, note: str = "") -> None:
         rate = self.speed.at(done)
-        shown = per_second(rate) if rate else ""
+        shown = pace_of(rate) if rate else ""
         self.progress.update(self.task, completed=done, rate=shown, note=note)
 
 

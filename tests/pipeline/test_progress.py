@@ -42,7 +42,7 @@ def test_a_resumed_stage_does_not_count_what_was_there(clock, said):
         shown.update(601)
         clock[0] += 20
         shown.update(611)
-    assert said[-1] == "train: 611/1000 steps, 0.5/s, 12 min 58 s left"
+    assert said[-1] == "train: 611/1000 steps, 30/min, 12 min 58 s left"
 
 
 def test_lines_are_seldom_and_news(clock, said):
@@ -52,7 +52,7 @@ def test_lines_are_seldom_and_news(clock, said):
             shown.update(done)
         clock[0] += 60
         shown.update(2)
-    assert said == ["sample: 2/10 images, 0.1/s, 1 min 20 s left"]
+    assert said == ["sample: 2/10 images, 6/min, 1 min 20 s left"]
 
 
 def test_large_units_that_end_together_count_from_the_beginning(clock, said):
@@ -61,7 +61,7 @@ def test_large_units_that_end_together_count_from_the_beginning(clock, said):
         shown.update(1)
         clock[0] += 20
         shown.update(2)
-    assert said == ["sweep: 1/6 trials", "sweep: 2/6 trials, 0.00625/s, 10 min 40 s left"]
+    assert said == ["sweep: 1/6 trials", "sweep: 2/6 trials, 22.5/h, 10 min 40 s left"]
 
 
 def test_what_is_under_way_is_news_too(clock, said):
@@ -72,6 +72,8 @@ def test_what_is_under_way_is_news_too(clock, said):
     assert said == ["sweep: 0/2 trials, a 1/6", "sweep: 0/2 trials, a 2/6"]
 
 
-@pytest.mark.parametrize(("rate", "text"), [(23_710.0, "23,710/s"), (13.26, "13.3/s"), (0.0512, "0.0512/s")])
+@pytest.mark.parametrize(
+    ("rate", "text"), [(23_710.0, "23,710/s"), (13.26, "13.3/s"), (0.0512, "3.07/min"), (0.0001, "0.36/h")]
+)
 def test_rates_have_digits_that_mean_something(rate, text):
-    assert progress.per_second(rate) == text
+    assert progress.pace_of(rate) == text
