@@ -195,6 +195,53 @@ def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, 
     assert [step for step, _, _ in mlflow_points(tmp_path)] == list(range(1, 201))
 
 
+def test_two_equal_commands_never_work_at_once(tmp_path, capsys):
+    """The second leaves with the number of the first; when that is killed, the lock is free."""
+    first = process(tmp_path, "train.steps=1000000", "train.keep=1", verb="train")
+    wait_for_checkpoint(first, tmp_path)
+    log = run_directory(tmp_path) / "log.jsonl"
+    words = arguments(tmp_path, "train.steps=1000000", "train.keep=1", verb="train")
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert f"being worked on by another command (process {first.pid})" in told and told.count("\n") == 1
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    reached = json.loads(log.read_text().splitlines()[-2])["step"]
+    assert main(arguments(tmp_path, f"train.steps={reached}", "train.keep=1", verb="train")) == 0
+
+
+# A clock that jumps by up to a year whenever it is read, but for the one that only goes forward.
+JUMPING = """
+import random, sys, time
+real, real_ns, draw = time.time, time.time_ns, random.Random(0)
+jump = lambda: draw.randrange(-31_536_000, 31_536_000)
+time.time, time.time_ns = lambda: real() + jump(), lambda: real_ns() + jump() * 10**9
+from pipeline.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, finished):
+    """Stopped half-way by its number of steps, then taken up by another clock that jumps."""
+    metrics = "evaluate.metrics=[fid,is,nll]"
+    for words in (["train.steps=4", metrics], [metrics]):
+        command = [sys.executable, "-c", JUMPING, *arguments(tmp_path, *words)]
+        outcome = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    ours, theirs = run_directory(tmp_path), run_directory(finished)
+    for pattern in ("train/step_00000006/*", "samples/*/*.tar", "evaluation/*/metrics.json"):
+        made, expected = (
+            {p.name: p.read_bytes() for p in sorted(run.glob(pattern))} for run in (ours, theirs)
+        )
+        assert expected.items() <= made.items() and expected, pattern
+    points, expected = (mlflow_points(storage) for storage in (tmp_path, finished))
+    assert [(step, value) for step, _, value in points] == [(step, value) for step, _, value in expected]
+    noted = [time for _, time, _ in points]
+    assert noted != sorted(noted), "the clock did not jump"
+    assert all(0 < seconds < 600 for seconds in json.loads((ours / "timings.json").read_text()).values())
+
+
 # Bad input: a line or two, exit code 1 or 2, no traceback
 
 
