@@ -45,7 +45,9 @@ UNITS = {
     "evaluation": ["driver", "driver", "task", "task", "task"],
 }
 PROCESSES = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "task": "ray::_run_unit"}
-DELAY = 1.0  # seconds at most, from a phase being under way to the kill
+# How far the run comes between two kills, at most: points of the curve, or units.
+APART = {"training": 6, "checkpoint": 6, "sampling": 2, "evaluation": 4}
+DELAY = 0.5  # seconds at most, from there to the kill
 PATIENCE = 300  # seconds without a moment for the next kill
 
 
@@ -84,14 +86,13 @@ class Run:
 
     # Where it is, told from files and processes
 
-    def is_in(self, phase: str) -> bool:
-        """Whether the command has come to the phase and is at work, since the last kill."""
+    def pieces(self, phase: str) -> int:
+        """Points of the curve, or units, that are on file."""
         if phase in TRAINING:
-            return self._is_new(self.path / "log.jsonl")  # what is computed again is not logged again
-        sampled, scored = (
-            any(self.path.glob(f"{seal}.json")) for seal in ("samples/*/manifest", "evaluation/*/metrics")
-        )
-        return (sampled, scored) == (phase == "evaluation", False) and bool(self.processes("task"))
+            log = self.path / "log.jsonl"
+            return log.read_bytes().count(b"\n") if log.exists() else 0
+        units = {"sampling": "samples/*/*.tar", "evaluation": "evaluation/units/nll-*/*.npz"}
+        return len(list(self.path.glob(units[phase])))
 
     def is_over(self, phase: str) -> bool:
         """Whether the phase is behind the command, so that nothing can be killed in it."""
@@ -107,11 +108,10 @@ class Run:
         return False
 
     def progress(self) -> str:
-        if not self.is_over("training"):
-            torn = ", one torn" * any(self.path.glob("train/.tmp-step_*"))
-            return f"step {(self.path / '.step').read_text()}{torn}"
-        images, rows = (len(list(self.path.glob(p))) for p in ("samples/*/*.tar", "evaluation/*/*.npz"))
-        return f"{images} units of images, {rows} of scores"
+        if self.is_over("training"):
+            return f"{self.pieces('sampling')} tars, {self.pieces('evaluation')} units of the bound"
+        torn = ", one torn" * any(self.path.glob("train/.tmp-step_*"))
+        return f"step {(self.path / '.step').read_text()}{torn}"
 
     def processes(self, kind: str) -> list[int]:
         if kind == "driver":
@@ -121,24 +121,26 @@ class Run:
     # Kills
 
     def kill(self, phase: str, kind: str, draw: random.Random) -> str | None:
-        """Kill one process in the midst of the phase; returns how far the run was, None where the phase ended."""
+        """Kill one process in the midst of the phase, when the run has come further than at the kill before; returns
+        how far, None where the phase ended."""
+        enough = self.pieces(phase) + draw.randint(1, APART[phase])
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and not self.is_over(phase):
             self.again()
-            if self.is_in(phase) and self._has_killed(phase, kind, draw):
+            if self.pieces(phase) >= enough and self._has_killed(phase, kind, draw):
                 return self.progress()
-            time.sleep(0.1)
+            time.sleep(0.05)
         return None
 
     def _has_killed(self, phase: str, kind: str, draw: random.Random) -> bool:
         time.sleep(draw.uniform(0, DELAY))
         victims = self.processes(kind)  # looked up before the moment, which is short
-        if not victims or self.is_over(phase):
-            return False
         while phase == "checkpoint" and not self.is_writing_a_checkpoint():
             if self.command.poll() is not None or self.is_over(phase):
                 return False
             time.sleep(0.0005)
+        if not victims or self.is_over(phase):
+            return False
         with suppress(ProcessLookupError):
             os.kill(draw.choice(victims), signal.SIGKILL)
             self.last_kill = time.time()

@@ -1,8 +1,10 @@
 """What `make soak` does many times over, once each: a process of a run with two Ray workers is killed with -9."""
 
 import random
-from pathlib import Path
+import time
+from collections.abc import Iterator
 
+import psutil
 import pytest
 from conftest import TINY
 from soak import Run, differences
@@ -24,6 +26,13 @@ def untouched(tmp_path_factory) -> Run:
     return run
 
 
+@pytest.fixture
+def run(tmp_path) -> Iterator[Run]:
+    run = Run(tmp_path, EXPERIMENT, STEPS)
+    yield run
+    run.command.kill()
+
+
 @pytest.mark.parametrize(
     ("phase", "victim"),
     [
@@ -35,9 +44,27 @@ def untouched(tmp_path_factory) -> Run:
         ("evaluation", "task"),
     ],
 )
-def test_a_run_with_a_process_killed_is_the_untouched_one(tmp_path: Path, untouched: Run, phase, victim):
-    run = Run(tmp_path, EXPERIMENT, STEPS)
+def test_a_run_with_a_process_killed_is_the_untouched_one(run: Run, untouched: Run, phase, victim):
     where = run.kill(phase, victim, random.Random(0))
     assert where is not None, "there was nothing to kill in time"
+    run.finish()
+    assert differences(run, untouched) == []
+    if victim == "controller":
+        told = (run.storage / "output.log").read_text()
+        assert "error: training lost the process that leads it; the same command goes on" in told
+
+
+def test_a_command_that_was_asked_to_stop_leaves_no_process_behind(run: Run, untouched: Run):
+    deadline = time.monotonic() + 300
+    while not run.pieces("training"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(run.command.pid).children(recursive=True)
+    run.command.terminate()
+    assert run.command.wait(120) == 130
+    assert len(family) > 5
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    run.start()
     run.finish()
     assert differences(run, untouched) == []
