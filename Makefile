@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-all check bench env cluster-test
+.PHONY: help run test test-all soak check bench env cluster-test
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
 	@echo "make test      install, then the tests a person runs before a commit"
 	@echo "make test-all  the same with the slow ones"
+	@echo "make soak      a digits run killed 21 times beside an untouched one (some 20 minutes on two cores)"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
 	@echo "make env       draw the secrets of docker-compose.yml into .env"
@@ -33,6 +34,10 @@ test: $(READY)
 test-all: $(READY)
 	@echo "== all tests"
 	@$(BIN)/python -m pytest
+
+soak: $(READY)
+	@echo "== soak"
+	@$(BIN)/python tests/soak.py $(ARGS)
 
 check: $(READY)
 	@echo "== ruff and mypy"

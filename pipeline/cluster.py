@@ -193,10 +193,8 @@ class Session:
             failure.unlink()
             raise PipelineError(message)
         if outcome:
-            raise PipelineError(
-                f"training stopped after {self.cluster.retries} restarts: {last_line(outcome[0])}; "
-                "the same command goes on from the newest checkpoint"
-            ) from outcome[0]
+            why = _why_it_ended(outcome[0], self.cluster.retries)
+            raise PipelineError(f"{why}; the same command goes on from the newest checkpoint") from outcome[0]
 
     def _trainer(self, body: Callable[..., None], experiment: Any, run: Run, failure: Path) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -255,6 +253,15 @@ class Session:
                 for reference in in_flight:
                     ray.cancel(reference, force=True)
                 return
+
+
+def _why_it_ended(error: BaseException, retries: int) -> str:
+    """Ray Train restarts its workers, but not the controller that leads them."""
+    from ray.exceptions import RayActorError
+
+    if isinstance(error, RayActorError):
+        return "training lost the process that leads it"
+    return f"training stopped after {retries} restarts: {last_line(error)}"
 
 
 def _fixed_or_elastic(resources: Resources) -> Any:

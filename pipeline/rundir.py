@@ -280,7 +280,8 @@ def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
             raise PipelineError(
                 f"{path} is being worked on by another command (process {holder}); wait for it, or stop it"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with naming_storage_faults(path / ".lock"):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield

@@ -28,7 +28,7 @@ from pipeline.config import Experiment
 from pipeline.dataset import open_dataset
 from pipeline.errors import PipelineError
 from pipeline.pictures import save_grid
-from pipeline.rundir import Run, atomic_file, naming_storage_faults
+from pipeline.rundir import Run, atomic_file, naming_storage_faults, remove_leftovers
 from pipeline.worker import WorkerContext
 
 GRID_SIDE = 8
@@ -90,7 +90,8 @@ class Log:
 
     def __init__(self, path: Path):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with naming_storage_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self.last_step = self._drop_torn_line()
 
     def _drop_torn_line(self) -> int:
@@ -203,6 +204,8 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
     check_workers(config, ctx.world_size)
     _check_groups(ctx, config)
     torch.use_deterministic_algorithms(config.deterministic)
+    if ctx.rank == 0:
+        remove_leftovers(run.train)  # of a group that was killed before this one
     state, window = _restore(ctx, experiment, run)
     step = _step_function(ctx, experiment, run, state)
     log = Log(run.log) if ctx.rank == 0 else None

@@ -195,6 +195,56 @@ def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, 
     assert [step for step, _, _ in mlflow_points(tmp_path)] == list(range(1, 201))
 
 
+def test_two_equal_commands_never_work_at_once(tmp_path, capsys):
+    """The second leaves with the number of the first; when that is killed, the lock is free."""
+    endless = ["train.steps=1000000", "train.keep=1"]
+    with process(tmp_path, *endless, verb="train") as first:
+        try:
+            wait_for_checkpoint(first, tmp_path)
+            assert main(arguments(tmp_path, *endless, verb="train")) == 1
+            told = capsys.readouterr().err
+            assert (
+                f"being worked on by another command (process {first.pid})" in told and told.count("\n") == 1
+            )
+            assert first.poll() is None
+        finally:
+            first.kill()
+    reached = json.loads((run_directory(tmp_path) / "log.jsonl").read_text().splitlines()[-2])["step"]
+    ddpm(tmp_path, f"train.steps={reached}", "train.keep=1", verb="train")
+
+
+# A clock that jumps by up to a year whenever it is read, but for the one that only goes forward.
+JUMPING = """
+import random, sys, time
+real, real_ns, draw = time.time, time.time_ns, random.Random(0)
+jump = lambda: draw.randrange(-31_536_000, 31_536_000)
+time.time, time.time_ns = lambda: real() + jump(), lambda: real_ns() + jump() * 10**9
+from pipeline.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, finished):
+    """Trained half-way under one clock that jumps, and taken up under another."""
+    for verb, words in (("train", ["train.steps=4"]), ("run", ["evaluate.metrics=[fid,is,nll]"])):
+        command = [sys.executable, "-c", JUMPING, *arguments(tmp_path, *words, verb=verb)]
+        outcome = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    ours, theirs = run_directory(tmp_path), run_directory(finished)
+    for pattern in ("train/step_00000006/*", "samples/*/*.tar", "evaluation/*/metrics.json"):
+        made, expected = (
+            {str(path.relative_to(run)): path.read_bytes() for path in run.glob(pattern)}
+            for run in (ours, theirs)
+        )
+        assert made == expected != {}, pattern
+    points, expected = (mlflow_points(storage) for storage in (tmp_path, finished))
+    assert [(step, value) for step, _, value in points] == [(step, value) for step, _, value in expected]
+    noted = [time for _, time, _ in points]
+    assert noted != sorted(noted), "the clock did not jump"
+    assert all(0 < seconds < 600 for seconds in json.loads((ours / "timings.json").read_text()).values())
+
+
 # Bad input: a line or two, exit code 1 or 2, no traceback
 
 

@@ -223,6 +223,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_what_a_killed_group_left_half_written_is_gone_when_the_next_one_trains(tiny_run):
+    """The command that holds the run goes on through many groups, and checkpoints are large."""
+    experiment, run = tiny_run
+    torn = run.train / ".tmp-step_00000002-abc"
+    torn.mkdir(parents=True)
+    (torn / checkpoint.STATE).write_bytes(b"half")
+    train_to(experiment, run, 2)
+    assert [path.name for path in run.train.iterdir()] == ["step_00000002"]
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_training(tiny_run, monkeypatch):
     experiment, run = tiny_run
 

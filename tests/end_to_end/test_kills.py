@@ -1,0 +1,70 @@
+"""What `make soak` does many times over, once each: a process of a run with two Ray workers is killed with -9."""
+
+import random
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from conftest import TINY
+from soak import Run, differences
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+STEPS = 600
+EXPERIMENT = [
+    *TINY, "train.checkpoint_every=25", "train.log_every=5", "train.keep=2", "model.dropout=0.1",
+    "diffusion.timesteps=100", "sample.num_images=300", "evaluate.nll_images=60", "evaluate.nll_batch_size=2",
+    "figures.which=[samples]",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory) -> Run:
+    run = Run(tmp_path_factory.mktemp("untouched"), EXPERIMENT, STEPS)
+    run.finish()
+    return run
+
+
+@pytest.fixture
+def run(tmp_path) -> Iterator[Run]:
+    run = Run(tmp_path, EXPERIMENT, STEPS)
+    yield run
+    run.command.kill()
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    [
+        ("training", "worker"),
+        ("training", "controller"),
+        ("training", "driver"),
+        ("checkpoint", "worker"),
+        ("sampling", "task"),
+        ("evaluation", "task"),
+    ],
+)
+def test_a_run_with_a_process_killed_is_the_untouched_one(run: Run, untouched: Run, phase, victim):
+    where = run.kill(phase, victim, random.Random(0))
+    assert where is not None, "there was nothing to kill in time"
+    run.finish()
+    assert differences(run, untouched) == []
+    if victim == "controller":
+        told = (run.storage / "output.log").read_text()
+        assert "error: training lost the process that leads it; the same command goes on" in told
+
+
+def test_a_command_that_was_asked_to_stop_leaves_no_process_behind(run: Run, untouched: Run):
+    deadline = time.monotonic() + 300
+    while not run.pieces("training"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(run.command.pid).children(recursive=True)
+    run.command.terminate()
+    assert run.command.wait(120) == 130
+    assert len(family) > 5
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    run.start()
+    run.finish()
+    assert differences(run, untouched) == []
