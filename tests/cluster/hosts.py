@@ -46,6 +46,8 @@ def what_is_missing() -> str | None:
     missing = [name for name in ("ip", "unshare", "nsenter", "setpriv", "wget") if not shutil.which(name)]
     if missing:
         return f"needs {', '.join(missing)}"
+    if ROOT.is_relative_to("/tmp") or ROOT.is_relative_to("/srv"):
+        return "needs a checkout outside /tmp and /srv, which every host has of its own"
     if not POSTGRES:
         return "needs the distribution's PostgreSQL: apt-get install postgresql"
     if subprocess.run(
