@@ -14,7 +14,7 @@ help:
 	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
 	@echo "make env       draw the secrets of docker-compose.yml into .env"
 	@echo "make image     build the image of docker-compose.yml, marked with the commit"
-	@echo "make cluster-test  the services of docker-compose.yml on several hosts of their own (root, PostgreSQL; minutes)"
+	@echo "make cluster-test  the services of docker-compose.yml on several hosts of their own (root, PostgreSQL; 10 minutes)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (about 6 GB, a few minutes the first time)"
