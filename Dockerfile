@@ -32,7 +32,10 @@ COPY LICENSE README.md ./
 COPY conf conf
 COPY ddpm ddpm
 COPY pipeline pipeline
-RUN pip install --no-deps .
+# No history comes along: `make image` gives the commit that runs are marked with. Blank: it is not known.
+ARG COMMIT=
+RUN if [ -n "$COMMIT" ]; then printf %s "$COMMIT" > pipeline/COMMIT; fi \
+    && pip install --no-deps .
 
 USER 1000:1000
 WORKDIR /home/ddpm

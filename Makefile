@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help run test test-all soak check bench env cluster-test
+.PHONY: help run test test-all soak check bench env image cluster-test
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
@@ -14,7 +14,8 @@ help:
 	@echo "make check     ruff and mypy"
 	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
 	@echo "make env       draw the secrets of docker-compose.yml into .env"
-	@echo "make cluster-test  the services of docker-compose.yml on several hosts of their own (root, PostgreSQL; minutes)"
+	@echo "make image     build the image of docker-compose.yml, marked with the commit"
+	@echo "make cluster-test  the services of docker-compose.yml on several hosts of their own (root, PostgreSQL; 10 minutes)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (about 6 GB, a few minutes the first time)"
@@ -53,6 +54,11 @@ bench: $(READY)
 env:
 	@$(PYTHON) deploy/make_env.py
 
+# As provenance.commit() has it: a '+' where the tree differs from the commit.
+image:
+	@docker build --tag ddpm:0.1.0 --build-arg COMMIT="$$(git describe --always --exclude='*' --abbrev=40 --dirty=+)" .
+
 cluster-test: $(READY)
 	@echo "== several hosts"
+	@cd tests/cluster && ../../$(BIN)/python -c 'import sys, hosts; sys.exit(hosts.what_is_missing())'
 	@$(BIN)/python -m pytest tests/cluster -rs -s

@@ -7,6 +7,7 @@ Every host has the name of this machine, as a loopback address, as Debian sets i
 
 import glob
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -46,6 +47,8 @@ def what_is_missing() -> str | None:
     missing = [name for name in ("ip", "unshare", "nsenter", "setpriv", "wget") if not shutil.which(name)]
     if missing:
         return f"needs {', '.join(missing)}"
+    if ROOT.is_relative_to("/tmp") or ROOT.is_relative_to("/srv"):
+        return "needs a checkout outside /tmp and /srv, which every host has of its own"
     if not POSTGRES:
         return "needs the distribution's PostgreSQL: apt-get install postgresql"
     if subprocess.run(
@@ -65,7 +68,8 @@ class Network:
     def __init__(self, folder: Path, names: dict[str, str]):
         """names: what each host is called by the others; several hosts may share one, as replicas do."""
         self.folder, self.hosts = folder, {}
-        self.bridge, self.tag = f"br{os.getpid()}", f"ddpm{os.getpid()}"
+        mark = secrets.token_hex(3)  # the kernel takes its time to forget the cables of a network before
+        self.bridge, self.tag, self.cable = f"br{mark}", f"ddpm{mark}", f"v{mark}"
         run("ip", "link", "add", self.bridge, "type", "bridge")
         run("ip", "address", "add", f"{NETWORK}.1/24", "dev", self.bridge)
         run("ip", "link", "set", self.bridge, "up")
@@ -101,7 +105,7 @@ class Host:
         (etc / "resolv.conf").write_text(
             "nameserver 127.0.0.1\n"
         )  # what is not in the book is known not to be
-        cable = f"v{os.getpid()}x{address.rsplit('.', 1)[1]}"
+        cable = f"{network.cable}x{address.rsplit('.', 1)[1]}"
         run("ip", "netns", "add", self.namespace)
         run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
         run("ip", "link", "set", cable, "master", network.bridge, "up")

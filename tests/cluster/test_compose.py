@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,11 @@ FILLED = {
 ENV = read_env(ROOT / ".env.example") | FILLED
 SERVICES = services(ENV)
 WEED = Path(sys.executable).parent / "weed"
+HAS_PLUGIN = pytest.mark.skipif(
+    not shutil.which("docker")
+    or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode != 0,
+    reason="needs the docker command and its compose plugin",
+)
 WITH_COMMANDS = [name for name in SERVICES if "command" in SERVICES[name]]
 
 
@@ -46,6 +52,42 @@ def test_no_variable_has_a_default_and_a_blank_one_is_refused():
     assert [text for text in written if not re.fullmatch(r"\$\{\w+:\?run make env\}", text)] == []
     with pytest.raises(KeyError, match="RAY_AUTH_TOKEN"):
         services({**ENV, "RAY_AUTH_TOKEN": ""})
+
+
+def compose_config(folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What Docker Compose itself makes of the file; it needs no engine for that."""
+    (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
+    command = [
+        "docker",
+        "compose",
+        f"--file={COMPOSE}",
+        f"--env-file={folder / 'env'}",
+        "config",
+        "--format=json",
+    ]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@HAS_PLUGIN
+def test_compose_reads_the_file_as_this_reader_does(tmp_path):
+    told = compose_config(tmp_path, ENV | {"COMPOSE_PROFILES": "s3,gpu,client"})
+    assert told.returncode == 0, told.stderr
+    theirs = json.loads(told.stdout)["services"]
+    assert theirs.keys() == SERVICES.keys()
+    for name, service in SERVICES.items():
+        for key in ("image", "command", "environment", "restart"):
+            assert theirs[name].get(key) == service.get(key), f"{name}, {key}"
+        assert theirs[name].get("healthcheck", {}).get("test") == service.get("healthcheck", {}).get(
+            "test"
+        ), name
+
+
+@HAS_PLUGIN
+@pytest.mark.parametrize("blank", SECRETS)
+def test_compose_starts_nothing_with_a_blank_secret(blank, tmp_path):
+    told = compose_config(tmp_path, ENV | {blank: ""})
+    assert told.returncode != 0
+    assert f"{blank} is missing a value: run make env" in told.stderr
 
 
 def test_secrets_are_blank_in_the_example():

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -13,6 +14,8 @@ import pytest
 import yaml
 from compose_file import OURS, ROOT, services
 from test_compose import ENV, long_options
+
+from pipeline import provenance
 
 BIN = Path(sys.executable).parent
 KUBERAY = ROOT / "deploy" / "kuberay"
@@ -57,6 +60,32 @@ def test_the_image_runs_as_a_user_and_gets_what_the_project_declares(tmp_path):
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
     assert {"torch>=2.7", "psycopg[binary]", "boto3"} <= set(told)
     assert not {"pytest", "ruff"} & set(told)
+
+
+@pytest.mark.parametrize("given", ["0" * 40 + "+", ""], ids=["given", "not given"])
+def test_the_image_knows_its_commit_where_it_was_given(given, tmp_path):
+    """The step of the Dockerfile, in a folder of what it copies; git would know better here, and is not there."""
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", "")
+    (step,) = re.findall(r"^RUN (if .*?) && pip install --no-deps", lines, re.M)
+    for package in ("ddpm", "pipeline"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    known = f"{sys.executable} -c 'from pipeline import provenance; print(provenance.commit())'"
+    told = subprocess.run(
+        ["/bin/sh", "-c", f"{step}\n{known}"],
+        cwd=tmp_path,
+        env={"COMMIT": given, "PATH": "", "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert told.stdout.strip() == (given or "None"), told.stderr
+
+
+def test_make_marks_the_image_of_the_compose_file_with_this_commit():
+    command = ["make", "--dry-run", "image"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (mark,) = re.findall(rf'docker build --tag {OURS} --build-arg COMMIT="\$\((.*)\)" \.$', shown, re.M)
+    told = subprocess.run(mark, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode != 0 or told.stdout.strip() == provenance.commit()  # != 0: not a checkout
 
 
 def test_what_the_image_copies_reaches_the_builder():

