@@ -11,7 +11,7 @@ from soak import Run, differences
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-STEPS = 600
+STEPS = 300
 EXPERIMENT = [
     *TINY, "train.checkpoint_every=25", "train.log_every=5", "train.keep=2", "model.dropout=0.1",
     "diffusion.timesteps=100", "sample.num_images=300", "evaluate.nll_images=60", "evaluate.nll_batch_size=2",
