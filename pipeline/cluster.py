@@ -176,25 +176,14 @@ class Session:
         failure = run.path / ".failure"
         failure.unlink(missing_ok=True)
         shutil.rmtree(run.ray, ignore_errors=True)
-        outcome: list[BaseException] = []
-
-        def fit() -> None:  # off the main thread, where fit() would replace the handling of Ctrl-C
-            try:
-                self._trainer(body, experiment, run, failure).fit()
-            except BaseException as error:
-                outcome.append(error)
-
-        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
+        error = off_the_main_thread(lambda: self._trainer(body, experiment, run, failure).fit(), "ray-train")
         if failure.exists():
             message = failure.read_text()
             failure.unlink()
             raise PipelineError(message)
-        if outcome:
-            why = _why_it_ended(outcome[0], self.cluster.retries)
-            raise PipelineError(f"{why}; the same command goes on from the newest checkpoint") from outcome[0]
+        if error is not None:
+            why = _why_it_ended(error, self.cluster.retries)
+            raise PipelineError(f"{why}; the same command goes on from the newest checkpoint") from error
 
     def _trainer(self, body: Callable[..., None], experiment: Any, run: Run, failure: Path) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -253,6 +242,24 @@ class Session:
                 for reference in in_flight:
                     ray.cancel(reference, force=True)
                 return
+
+
+def off_the_main_thread(fit: Callable[[], Any], name: str) -> BaseException | None:
+    """Run what would replace the handling of Ctrl-C on the main thread, which waits and stays free for it;
+    returns what it raised."""
+    outcome: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+    return outcome[0] if outcome else None
 
 
 def _why_it_ended(error: BaseException, retries: int) -> str:

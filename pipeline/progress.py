@@ -124,17 +124,26 @@ class _Terminal:
 @contextmanager
 def following(look: Callable[[], None]) -> Iterator[None]:
     """Call `look` every half second beside the body, and once after it."""
-    over = threading.Event()
 
-    def follow() -> None:
+    def follow(over: threading.Event) -> None:
         while not over.wait(0.5):
             look()
 
-    thread = threading.Thread(target=follow, daemon=True)
+    try:
+        with beside(follow):
+            yield
+    finally:
+        look()
+
+
+@contextmanager
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `work` in a thread of its own beside the body. It is told when the body is over, and waited for."""
+    over = threading.Event()
+    thread = threading.Thread(target=work, args=(over,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        look()

@@ -98,6 +98,15 @@ class Run:
     def report(self) -> Path:
         return self.path / "report"
 
+    @property
+    def timings(self) -> Path:
+        return self.path / "timings.json"
+
+
+def seconds_by_stage(run: Run) -> dict[str, float]:
+    """How long each stage took, over all commands that worked on it; a stage that never ended is not there."""
+    return read_json(run.timings) if run.timings.exists() else {}
+
 
 def temporary_name(path: Path) -> Path:
     """A name beside `path` that no reader trusts and no two writers share."""

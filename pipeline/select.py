@@ -10,11 +10,13 @@ import logging
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from pipeline import evaluate, sample, selection
 from pipeline.checkpoint import steps_on_disk
 from pipeline.config import Experiment, candidate
 from pipeline.errors import PipelineError
+from pipeline.progress import beside
 from pipeline.rundir import Run
 from pipeline.worker import Executor, Unit
 
@@ -79,16 +81,8 @@ def during_training(experiment: Experiment, run: Run, executor: Executor) -> Gen
     if not (experiment.evaluate.checkpoints and executor.spare):
         yield
         return
-    over = threading.Event()
-    thread = threading.Thread(
-        target=_follow, args=(experiment, run, executor, over), name="select", daemon=True
-    )
-    thread.start()
-    try:
+    with beside(partial(_follow, experiment, run, executor)):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _follow(experiment: Experiment, run: Run, executor: Executor, over: threading.Event) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import config, preflight, select, selection, sources
 from pipeline.config import ClusterConfig, Experiment
@@ -17,8 +17,19 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.progress import bar, duration, following, say
 from pipeline.provenance import made_with
-from pipeline.rundir import Run, exclusive, read_json, remove_leftovers, write_json, write_text
+from pipeline.rundir import (
+    Run,
+    exclusive,
+    read_json,
+    remove_leftovers,
+    seconds_by_stage,
+    write_json,
+    write_text,
+)
 from pipeline.worker import GIB, Done, Executor, InProcess, Spent, Unit, local_context
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Session
 
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
@@ -156,6 +167,20 @@ def _say_plan(run: Run, todo: list[str], last: str) -> None:
         say(f"{run.path.name}: {', '.join(todo)}")
 
 
+def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStack) -> Session | InProcess:
+    """Who does the work, where the cluster says so; `stack` ends it."""
+    if cluster.workers == 0:
+        context = local_context(cluster.cpus_per_worker, int(cluster.image_memory * GIB))
+        return InProcess(context, interrupt.requested)
+    from pipeline.cluster import Session
+
+    address = cluster.ray_address
+    say("starting Ray" if address is None else f"joining Ray at {address}")
+    session = stack.enter_context(Session(cluster, interrupt.requested))
+    interrupt.install()  # ray.init replaces the handler of SIGTERM
+    return session
+
+
 class _Work:
     """One command's work: the executor and the mirror, started when first needed, and the way out."""
 
@@ -194,20 +219,7 @@ class _Work:
 
     def _start_executor(self) -> Executor:
         if self.executor is None:
-            if self.cluster.workers == 0:
-                context = local_context(self.cluster.cpus_per_worker, int(self.cluster.image_memory * GIB))
-                self.executor = InProcess(context, self.interrupt.requested)
-            else:
-                from pipeline.cluster import Session
-
-                say(
-                    "starting Ray"
-                    if self.cluster.ray_address is None
-                    else f"joining Ray at {self.cluster.ray_address}"
-                )
-                session = Session(self.cluster, self.interrupt.requested)
-                self.executor = self.stack.enter_context(session)
-                self.interrupt.install()  # ray.init replaces the handler of SIGTERM
+            self.executor = start_executor(self.cluster, self.interrupt, self.stack)
         return self.executor
 
     def do_all(self, todo: list[str], last: str) -> None:
@@ -299,9 +311,8 @@ def _write_experiment(experiment: Experiment, run: Run) -> None:
 
 def _note_timing(run: Run, stage: str, seconds: float) -> None:
     """Seconds that each stage took, summed over the commands that worked on it."""
-    path = run.path / "timings.json"
-    timings = read_json(path) if path.exists() else {}
-    write_json(path, {**timings, stage: timings.get(stage, 0.0) + seconds})
+    timings = seconds_by_stage(run)
+    write_json(run.timings, {**timings, stage: timings.get(stage, 0.0) + seconds})
 
 
 def _note_spent(run: Run, experiment: Experiment, spent: Spent) -> None:

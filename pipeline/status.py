@@ -61,14 +61,8 @@ def _row(path: Path) -> list[str]:
     try:
         experiment = config.load_experiment(str(path / "experiment.yaml"), [])
     except PipelineError as error:
-        return [
-            path.name,
-            "–",
-            "–",
-            "–",
-            f"experiment.yaml cannot be read: {str(error).splitlines()[0]}",
-            "–",
-        ]
+        problem = f"experiment.yaml cannot be read: {str(error).splitlines()[0]}"
+        return [path.name, "-", "-", "-", problem, "-"]
     steps = checkpoint.steps_on_disk(path / "train")
     choices = [read_json(file) for file in sorted(path.glob("selection/*/selection.json"))]
     on_curves = {score["evaluation"] for choice in choices for score in choice["scores"]}

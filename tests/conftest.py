@@ -11,8 +11,7 @@ from pipeline.stages import locate
 from pipeline.worker import InProcess, WorkerContext
 
 # A network of a few thousand parameters on the digits; every stage is the real one.
-TINY = [
-    "name=tiny",
+UNNAMED = [
     "diffusion.timesteps=20",
     "model.channels=8",
     "model.norm_groups=4",
@@ -30,6 +29,17 @@ TINY = [
     "evaluate.checkpoint_images=6",
     "evaluate.metrics=[nll]",
 ]
+TINY = ["name=tiny", *UNNAMED]
+
+# A study of four trials, for the sweep file of a test, and what makes each of them that small.
+GRID = """
+experiment: digits
+space:
+  diffusion.beta_schedule: [linear, cosine]
+  model.dropout: [0.0, 0.2]
+rank: {metric: nll_bpd}
+"""
+TRIAL = [*UNNAMED, "figures.which=[samples]"]
 
 ONE_CPU = ["cluster.workers=0", "cluster.cpus_per_worker=1"]
 

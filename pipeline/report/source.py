@@ -13,7 +13,7 @@ import yaml
 from pipeline import config, selection
 from pipeline.config import Experiment
 from pipeline.report.page import Block, Text
-from pipeline.rundir import MANIFEST, Run, read_json, sha256_of
+from pipeline.rundir import MANIFEST, Run, read_json, seconds_by_stage, sha256_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ class Source:
     @cached_property
     def timings(self) -> dict[str, float]:
         """Seconds by stage; without this stage's own, which is known only after it."""
-        path = self.run.path / "timings.json"
-        return {k: v for k, v in read_json(path).items() if k != "report"} if path.exists() else {}
+        return {k: v for k, v in seconds_by_stage(self.run).items() if k != "report"}
 
     @cached_property
     def made_with(self) -> dict[str, Any]:

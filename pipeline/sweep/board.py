@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import config, stages, tracking, train
 from pipeline.config import Sweep
 from pipeline.progress import duration, say
-from pipeline.rundir import read_json, write_text
+from pipeline.rundir import seconds_by_stage, write_text
 from pipeline.sweep import leaderboard
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
@@ -160,10 +160,9 @@ class Board:
 def _under_way(trial: Trial) -> str:
     """The stage that a trial is in, told from its files; of training the step."""
     step, steps = train.progress(trial.run)[0], trial.experiment.train.steps
-    timings = trial.run.path / "timings.json"
-    if step < steps or not timings.exists():
+    ended = seconds_by_stage(trial.run)
+    if step < steps or not ended:
         return f"{step}/{steps}"
-    ended = read_json(timings)
     return next((stage for stage in AFTER_TRAINING if stage not in ended), "ends")
 
 

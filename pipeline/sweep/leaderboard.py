@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import config, selection, train
 from pipeline.config import LOSS, Sweep
 from pipeline.progress import duration
-from pipeline.rundir import read_json, write_json, write_text
+from pipeline.rundir import read_json, seconds_by_stage, write_json, write_text
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
 
@@ -68,8 +68,7 @@ def _row(trial: Trial, ledger: Ledger) -> Row:
         scores = {key: value for key, value in content["scores"].items() if isinstance(value, (int, float))}
         protocol = content["protocol"]
         scores |= {} if loss is None else {LOSS: loss}
-    timings = run.path / "timings.json"
-    seconds = sum(read_json(timings).values()) if timings.exists() else 0.0
+    seconds = sum(seconds_by_stage(run).values())
     return Row(trial, entry.state, entry.reason, step, scores, protocol, seconds)
 
 

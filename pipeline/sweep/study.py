@@ -22,7 +22,7 @@ from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.resources import Node, Share, share, this_machine
 from pipeline.sweep.trials import locate
 from pipeline.sweep.work import Order, carry_out
-from pipeline.worker import GIB, Executor, InProcess, Unit, local_context
+from pipeline.worker import Executor, InProcess, Unit
 
 
 class Study:
@@ -131,19 +131,13 @@ class Study:
 
     def _start(self, stack: ExitStack) -> tuple[Executor, Share]:
         """Who does the work, and what each trial may use of it."""
-        if self.cluster.workers == 0:
-            context = local_context(self.cluster.cpus_per_worker, int(self.cluster.image_memory * GIB))
+        executor = stages.start_executor(self.cluster, self.interrupt, stack)
+        if isinstance(executor, InProcess):
             alone = replace(self.cluster, workers=1, cpus_per_worker=1)
-            return InProcess(context, self.interrupt.requested), share(alone, this_machine(), 1, 1)
-        from pipeline.cluster import Session
-
-        address = self.cluster.ray_address
-        say("starting Ray" if address is None else f"joining Ray at {address}")
-        session = stack.enter_context(Session(self.cluster, self.interrupt.requested))
-        self.interrupt.install()  # ray.init replaces the handler of SIGTERM
-        shares = self._shares([Node(*counts) for counts in session.nodes()])
+            return executor, share(alone, this_machine(), 1, 1)
+        shares = self._shares([Node(*counts) for counts in executor.nodes()])
         say(f"{self.sweep.name}: {shares}")
-        return session, shares
+        return executor, shares
 
     def _order(self, key: str, shares: Share) -> Order:
         trial, stop = self.trials[key], self.sweep.early_stop

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline.cluster import Session, last_line, release
+from pipeline.cluster import Session, last_line, off_the_main_thread, release
 from pipeline.config import Sweep
 from pipeline.errors import PipelineError
 from pipeline.interrupt import Interrupted
@@ -30,7 +29,6 @@ from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.work import Order, carry_out
 
 BOUND, STEP = "nll_bpd", "step"
-POLL_SECONDS = 0.5
 NOBODY: Any = None  # the controller, of whom ASHA wants nothing
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory has its own log
@@ -182,22 +180,9 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )  # fmt: skip
-    outcome: list[BaseException] = []
-
-    def fit() -> None:  # off the main thread, which stays free for Ctrl-C
-        try:
-            tuner.fit()
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=fit, name="ray-tune", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-    if outcome:
-        raise PipelineError(
-            f"Ray Tune gave up: {one_line(outcome[0])}; the same command goes on"
-        ) from outcome[0]
+    error = off_the_main_thread(tuner.fit, "ray-tune")
+    if error is not None:
+        raise PipelineError(f"Ray Tune gave up: {one_line(error)}; the same command goes on") from error
 
 
 def _trial(given: dict[str, Any], orders: dict[str, Order], failures: Path) -> None:

@@ -12,23 +12,13 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, opened
-from conftest import ONE_CPU, TINY
+from conftest import GRID, ONE_CPU, TRIAL
 
 from pipeline.cli import main
 
 pytestmark = pytest.mark.slow
 
-SWEEP = """
-experiment: digits
-space:
-  diffusion.beta_schedule: [linear, cosine]
-  model.dropout: [0.0, 0.2]
-rank: {metric: nll_bpd}
-"""
-SMALL = [word for word in TINY if not word.startswith("name=")] + [
-    "figures.which=[samples]",
-    "train.sample_every=6",
-]
+SMALL = [*TRIAL, "train.sample_every=6"]
 TRIALS = ("linear dropout=0.0", "linear dropout=0.2", "cosine dropout=0.0", "cosine dropout=0.2")
 
 
@@ -36,7 +26,7 @@ TRIALS = ("linear dropout=0.0", "linear dropout=0.2", "cosine dropout=0.0", "cos
 def links(tmp_path, capsys) -> dict[str, str]:
     """What the sweep's last lines say: the links to the study and to its trials."""
     path = tmp_path / "grid.yaml"
-    path.write_text(SWEEP)
+    path.write_text(GRID)
     assert main(["sweep", str(path), *SMALL, *ONE_CPU, f"cluster.storage={tmp_path}"]) == 0
     found = re.findall(r"(MLflow|its trials): .*?http://127\.0\.0\.1:5000/(\S+)", capsys.readouterr().out)
     return dict(found)

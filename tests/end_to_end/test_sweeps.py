@@ -9,20 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import GRID, TRIAL
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.ray
 
-GRID = """
-experiment: digits
-space:
-  diffusion.beta_schedule: [linear, cosine]
-  model.dropout: [0.0, 0.2]
-rank: {metric: nll_bpd}
-"""
-SMALL = [word for word in TINY if not word.startswith("name=")]
-SMALL += ["figures.which=[samples]", "train.sample_every=6", "cluster.cpus_per_worker=1"]
+SMALL = [*TRIAL, "train.sample_every=6", "cluster.cpus_per_worker=1"]
 
 
 def process(storage: Path, *words: str) -> subprocess.Popen:

@@ -3,17 +3,14 @@
 from pathlib import Path
 
 import pytest
-from conftest import ONE_CPU, TINY
+from conftest import ONE_CPU, TRIAL
 from mlflow import MlflowClient
 
 from pipeline import config, tracking
 from pipeline.cli import main
 from pipeline.rundir import exclusive, read_json, write_json
 
-SMALL = [word for word in TINY if not word.startswith("name=")] + [
-    "figures.which=[samples]",
-    "train.sample_every=6",
-]
+SMALL = [*TRIAL, "train.sample_every=6"]
 SPACE = "experiment: digits\nspace:\n  diffusion.beta_schedule: %s\n  model.dropout: %s\nrank: {metric: nll_bpd}\n"
 GRID = SPACE % ("[linear, cosine]", "[0.0, 0.2]")
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import GRID, TRIAL
 
 from pipeline import config
 from pipeline.cli import main
@@ -15,15 +15,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.sweep import budget
 from pipeline.sweep.resources import Node, share
 
-GRID = """
-experiment: digits
-space:
-  diffusion.beta_schedule: [linear, cosine]
-  model.dropout: [0.0, 0.2]
-rank: {metric: nll_bpd}
-"""
 DRAWN = "experiment: digits\nspace:\n  %s\ndraw: {method: sobol, points: 2}\n"
-SMALL = [word for word in TINY if not word.startswith("name=")] + ["figures.which=[samples]"]
 
 
 def sweep_file(folder: Path, text: str = GRID, name: str = "study") -> str:
@@ -33,12 +25,12 @@ def sweep_file(folder: Path, text: str = GRID, name: str = "study") -> str:
 
 
 def labels(path: str, *overrides: str) -> list[str]:
-    return [point.label for point in points(load_sweep(path, list(overrides)), SMALL)]
+    return [point.label for point in points(load_sweep(path, list(overrides)), TRIAL)]
 
 
 def faults(folder: Path, text: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        points(load_sweep(sweep_file(folder, text), list(overrides)), SMALL)
+        points(load_sweep(sweep_file(folder, text), list(overrides)), TRIAL)
     return error.value.problems
 
 
@@ -46,7 +38,7 @@ def faults(folder: Path, text: str, *overrides: str) -> list[str]:
 
 
 def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
-    found = points(load_sweep(sweep_file(tmp_path, GRID + "seeds: [0, 1]\n"), []), SMALL)
+    found = points(load_sweep(sweep_file(tmp_path, GRID + "seeds: [0, 1]\n"), []), TRIAL)
     assert len(found) == 8
     assert found[1].label == "linear dropout=0.0 seed=1"
     assert found[-1].swept == {"diffusion.beta_schedule": "cosine", "model.dropout": 0.2, "seed": 1}
@@ -81,7 +73,7 @@ def test_sobol_fills_each_half_of_an_axis_evenly(tmp_path):
     text = "experiment: digits\nspace:\n  model.dropout: {low: 0.0, high: 1.0}\ndraw: {method: sobol, points: 32}\n"
     values = [
         point.swept["model.dropout"]
-        for point in points(load_sweep(sweep_file(tmp_path, text), ["rank.metric=nll_bpd"]), SMALL)
+        for point in points(load_sweep(sweep_file(tmp_path, text), ["rank.metric=nll_bpd"]), TRIAL)
     ]
     assert [sum(low <= value < low + 0.125 for value in values) for low in [i / 8 for i in range(8)]] == [
         4
@@ -106,7 +98,7 @@ def test_every_shipped_sweep_loads_and_has_its_trials():
 
 def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
     text = "experiment: digits\nspace:\n  sample.eta: [0.0, 1.0]\n  model.dropout: [0.1]\nrank: {metric: nll_bpd}\n"
-    one, two = points(load_sweep(sweep_file(tmp_path, text), []), SMALL)
+    one, two = points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
     assert one.beside_run_key == {"sample.eta": 0.0} and two.beside_run_key == {"sample.eta": 1.0}
     assert config.run_key(one.experiment, "data") == config.run_key(two.experiment, "data")
 
@@ -165,7 +157,7 @@ def test_losses_are_ranked_where_they_are_comparable(tmp_path):
 def test_early_stopping_needs_a_rate_that_does_not_know_the_end(tmp_path):
     sweep = load_sweep(sweep_file(tmp_path, GRID + "early_stop: {first: 2}\n"), [])
     with pytest.raises(ConfigError, match="lr_decay=none"):
-        points(sweep, [*SMALL, "train.lr_decay=linear"])
+        points(sweep, [*TRIAL, "train.lr_decay=linear"])
 
 
 def test_ten_thousand_trials_ask_first(tmp_path, capsys):
