@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
+from unittest import mock
 
 import torch
 
@@ -10,6 +11,7 @@ from benchmarks import subjects
 from benchmarks.floor import floor_of
 from benchmarks.harness import FLOOR, OURS, Contender, Outcome, Settings, offered, race
 from benchmarks.subjects import Precision, Way, contender, ways
+from ddpm import winograd
 
 TRAIN = {
     OURS: subjects.our_train_step,
@@ -60,7 +62,10 @@ def _contenders(
 
     def floor() -> list[Contender]:
         call = subject[OURS](settings, Way(precision), batch)
-        return [Contender(f"{FLOOR}: products alone", floor_of(call), batch)]
+        with mock.patch.object(
+            winograd, "basis_for", return_value=None
+        ):  # the products of plain convolutions
+            return [Contender(f"{FLOOR}: products alone", floor_of(call), batch)]
 
     return offered(outcome, *makers, floor)
 

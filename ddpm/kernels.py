@@ -1,10 +1,10 @@
-"""Layers of the U-Net in bf16 on a CPU, where torch's own routes are slow; elsewhere the plain layers.
+"""Layers of the U-Net on a CPU, where torch's own routes are slow; elsewhere the plain layers.
 
 Each function equals the plain expression that its docstring names up to rounding (dropout: in distribution),
-and a test holds it to that. What is slow: the bf16 group norm is not vectorised for groups of fewer than 16
-channels, the fused bf16 attention multiplies at a third of the speed of plain products, dropout draws one
-number after the other. And in float32 too, small products go at half the speed of a 1x1 convolution.
-Figures: docs/performance.md.
+and a test holds it to that. What is slow in bf16: group norm is not vectorised for groups of fewer than 16
+channels, fused attention multiplies at a third of the speed of plain products, dropout draws one number after
+the other. In float32 too: small products go at half the speed of a 1x1 convolution, and 3x3 convolutions make
+several times the multiplications that they need (ddpm/winograd.py). Figures: docs/performance.md.
 """
 
 from typing import Any
@@ -13,10 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm import winograd
+
 CACHED = 2**17  # float32 numbers that stay in a core's cache between two passes
 NARROW_GROUP = 16  # channels of a group below which torch's bf16 kernel is not vectorised ...
 WIDE_IMAGE = 1024  # ... but for its forward pass over images of so many pixels
 LONG_SEQUENCE = 1024  # pixels above which attention weights are not held in memory
+WIDE_CONV = 128  # channels in and out from which fewer multiplications outweigh the transforms ...
+MANY_PIXELS = 1024  # ... and that of the weights, of all images together ...
+LARGE_IMAGE = 16  # ... in bf16 with its smaller tiles for larger images only, and not on matrix units
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
@@ -38,6 +43,12 @@ def pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
 
 
+def conv3x3(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """layer(x); layer: 3x3, stride 1, padding 1, with bias. In fewer multiplications where that is faster."""
+    basis = _basis(layer, x)
+    return layer(x) if basis is None else winograd.conv3x3(x, layer.weight, layer.bias, basis)
+
+
 def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
     """layer(x), with p rounded to a multiple of 2**-16 and four decisions from each 64-bit draw."""
     if not _is_bf16_on_cpu(x) or not layer.training:
@@ -53,6 +64,20 @@ def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
 def _is_bf16_on_cpu(x: Tensor) -> bool:
     """Where torch's own routes are slow; a compiler makes its own kernels."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
+    """The basis in which the convolution takes less time; None where the plain layer does."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or layer.weight.dtype != torch.float32:
+        return None
+    count, _, height, width = x.shape
+    if min(layer.weight.shape[:2]) < WIDE_CONV or count * height * width < MANY_PIXELS:
+        return None
+    if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        return winograd.basis_for(x)
+    if x.dtype == torch.bfloat16 and height >= LARGE_IMAGE and not torch.cpu._is_amx_tile_supported():
+        return winograd.basis_for(x)
+    return None
 
 
 def _is_slow(norm: nn.GroupNorm, x: Tensor) -> bool:

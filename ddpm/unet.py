@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.kernels import attend, dropout, group_norm, pointwise
+from ddpm.kernels import attend, conv3x3, dropout, group_norm, pointwise
 
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 NEAR_ZERO_GAIN = 1e-5  # authors' code: variance scale 1e-10, small but not zero
@@ -199,8 +199,11 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(group_norm(self.norm1, x, swish=True)) + self.time_proj(temb)[:, :, None, None]
-        h = self.conv2(dropout(self.dropout, group_norm(self.norm2, h, swish=True)))
+        h = (
+            conv3x3(self.conv1, group_norm(self.norm1, x, swish=True))
+            + self.time_proj(temb)[:, :, None, None]
+        )
+        h = conv3x3(self.conv2, dropout(self.dropout, group_norm(self.norm2, h, swish=True)))
         return self.shortcut(x) + h
 
 
@@ -240,7 +243,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return conv3x3(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class TransposedUpsample(nn.Module):
