@@ -26,18 +26,21 @@ TRAIN = TrainConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a network is run. default: as its authors' own script does it; else their fastest setting."""
+    """How a network is run. default: as its authors' own script does it; else their fastest setting. deterministic:
+    as train.deterministic has it."""
 
     precision: Precision
     channels_last: bool = True
     compiled: Literal["", "compiled", "CUDA graphs"] = ""
     default: bool = False
+    deterministic: bool = False
 
     def __str__(self) -> str:
         words = [
             self.precision,
             "channels_last" if self.channels_last else "",
             self.compiled,
+            "deterministic" if self.deterministic else "",
         ]
         return ("default " if self.default else "") + " ".join(filter(None, words))
 
@@ -65,7 +68,13 @@ def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any
     state, diffusion = TrainState.create(train, net), Diffusion().to(settings.device)
     images = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device=settings.device)
     forward, rows = way.call(net), torch.arange(batch)
-    return lambda: train_step(state, diffusion, images, rows, config=train, seed=0, forward=forward)
+
+    def step() -> None:
+        torch.use_deterministic_algorithms(way.deterministic)
+        train_step(state, diffusion, images, rows, config=train, seed=0, forward=forward)
+        torch.use_deterministic_algorithms(False)
+
+    return step
 
 
 def our_forward(settings: Settings, way: Way, batch: int) -> Callable[[], Any]:

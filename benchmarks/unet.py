@@ -48,14 +48,17 @@ def batches(settings: Settings) -> tuple[int, ...]:
 def _contenders(
     outcome: Outcome, settings: Settings, subject: dict[str, Callable], precision: Precision, batch: int
 ) -> list[Contender]:
-    """Ours first; each peer in its best setting, and in its default one, which is fp32."""
+    """Ours first; each peer in its best setting, and in its default one, which is fp32; at the second batch the plain
+    setting of each alone."""
     makers = []
     for name, make in subject.items():
         found = ways(settings, precision)
         if name != OURS:
             found.append(Way("fp32", channels_last=False, default=True))
-        if batch != batches(settings)[0]:
-            found = [way for way in found if not way.compiled]  # a minute each, for the same comparison
+        elif subject is TRAIN and settings.on_gpu and precision == "bf16":
+            found.append(Way(precision, deterministic=True))
+        if batch != batches(settings)[0]:  # long ones, for the same comparison
+            found = [way for way in found if way == Way(precision)]
         makers += [
             contender(settings, f"{name} {way}", partial(make, settings, way, batch), batch) for way in found
         ]

@@ -81,9 +81,14 @@ def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 
 def _drawn(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    lists = {key: values for key, values in sweep.space.items() if isinstance(values, list)}
     if sweep.draw.method == "grid":
-        lists = [values for values in sweep.space.values() if isinstance(values, list)]
-        yield from (dict(zip(sweep.space, values, strict=True)) for values in itertools.product(*lists))
+        yield from (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
+        return
+    if sweep.draw.method == "one_at_a_time":
+        first = {key: values[0] for key, values in lists.items()}
+        yield first
+        yield from ({**first, key: value} for key, values in lists.items() for value in values[1:])
         return
     seen = set()
     for row in _unit_cube(sweep.draw, len(sweep.space)):

@@ -28,17 +28,25 @@ LARGER_IS_BETTER = {"is_mean", "is_shuffled_mean", "precision", "recall"}
 
 @dataclass(frozen=True)
 class Draw:
-    """How points are taken from the space: every combination (grid), or `points` of them, at random or by a
-    Sobol sequence, which fills the space evenly. More points keep those that are there."""
+    """How points are taken from the space: every combination (grid), every value of one key with the first ones of
+    all others (one_at_a_time), or `points` of them, at random or by a Sobol sequence, which fills the space evenly.
+    More points keep those that are there."""
 
-    method: Literal["grid", "random", "sobol"] = "grid"
+    method: Literal["grid", "one_at_a_time", "random", "sobol"] = "grid"
     points: int | None = None
     seed: int = 0
 
+    @property
+    def takes_lists(self) -> bool:
+        """Whether the values that are listed decide how many points there are."""
+        return self.method in ("grid", "one_at_a_time")
+
     def problems(self) -> Problems:
-        if self.method == "grid":
+        if self.takes_lists:
             return (
-                [("points", "is for random and sobol; a grid has as many as it has")] if self.points else []
+                [("points", f"is for random and sobol; {self.method} has as many as it has")]
+                if self.points
+                else []
             )
         if self.points is None or self.points < 1:
             return [("points", f"is {self.points}; draw.method={self.method} needs a number of at least 1")]
@@ -152,8 +160,10 @@ class Sweep:
     @property
     def size(self) -> int:
         """How many trials there are; costs nothing."""
-        grid = math.prod(len(values) for values in self.space.values() if isinstance(values, list))
-        drawn = grid if self.draw.method == "grid" else self.draw.points or 0
+        lengths = [len(values) for values in self.space.values() if isinstance(values, list)]
+        drawn = {"grid": math.prod(lengths), "one_at_a_time": 1 + sum(lengths) - len(lengths)}.get(
+            self.draw.method, self.draw.points or 0
+        )
         count = len(self.experiments) * drawn * max(1, len(self.seeds))
         return min(count, self.budget.trials or count)
 
@@ -274,11 +284,11 @@ def _contradictions(sweep: Sweep) -> list[str]:
     if sweep.experiments and len(sweep.experiments) == 1 and not sweep.space and not sweep.seeds:
         faults.append("the space is empty: give space, several experiments or seeds")
     ranges = [key for key, values in sweep.space.items() if isinstance(values, Range)]
-    if ranges and sweep.draw.method == "grid":
+    if ranges and sweep.draw.takes_lists:
         faults.append(
-            f"space.{ranges[0]} is a range, which a grid cannot have: list values, or draw.method=sobol"
+            f"space.{ranges[0]} is a range, which a {sweep.draw.method} cannot have: list values, or draw.method=sobol"
         )
-    if sweep.draw.method != "grid" and not sweep.space:
+    if not sweep.draw.takes_lists and not sweep.space:
         faults.append(f"draw.method={sweep.draw.method} has no space to draw from")
     if sweep.early_stop.first and "train.steps" in sweep.space:
         faults.append(

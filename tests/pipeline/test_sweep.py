@@ -93,7 +93,16 @@ def test_every_shipped_sweep_loads_and_has_its_trials():
         sweep = load_sweep(path.stem, [])
         sizes[path.stem] = len({json.dumps(point.swept) for point in points(sweep, [])})
         assert sizes[path.stem] == sweep.size
-    assert sizes == {"beta_dropout": 16, "digits_beta_dropout": 8, "table2": 6}
+    assert sizes == {"beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "table2": 6}
+
+
+def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
+    text = "experiment: digits\nspace:\n  model.dropout: [0.1, 0.2, 0.3]\n  train.lr: [0.001, 0.002]\n"
+    sweep = load_sweep(
+        sweep_file(tmp_path, text + "draw: {method: one_at_a_time}\nrank: {metric: nll_bpd}\n"), []
+    )
+    swept = [tuple(point.swept.values()) for point in points(sweep, TRIAL)]
+    assert swept == [(0.1, 0.001), (0.2, 0.001), (0.3, 0.001), (0.1, 0.002)] and sweep.size == 4
 
 
 def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
@@ -115,6 +124,7 @@ def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
         ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "names 0.1 twice"),
         (GRID + "overrides: {model.dropout: 0.3}\n", "model.dropout is swept and overridden"),
         (GRID + "draw: {method: grid, points: 4}\n", "draw.points is for random and sobol"),
+        (GRID + "draw: {method: one_at_a_time, points: 4}\n", "one_at_a_time has as many as it has"),
         (GRID + "draw: {method: sobol}\n", "draw.points is None"),
         (GRID.replace("nll_bpd", "ndl_bpd"), "did you mean 'nll_bpd'?"),
         (GRID.replace("nll_bpd", "fid"), "rank.metric=fid is reported by no trial: evaluate.metrics is [nll]"),
