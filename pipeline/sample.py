@@ -106,7 +106,7 @@ def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
             (experiment, run, start, stop),
             f"samples {start}-{stop - 1}",
             stop - start,
-            _tar(folder, start, stop),
+            tar=_tar(folder, start, stop),
         )
         for start, stop in ranges
         if finished(experiment, folder, start, stop) is None

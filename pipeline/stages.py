@@ -272,14 +272,15 @@ class _Work:
 
     def _map(self, stage: str, units: list[Unit], after: Done | None) -> None:
         """Run the units, and what `after` says can be done once one of them is: features while others sample."""
-        total, done = sum(unit.images for unit in units), 0
-        own = {id(unit) for unit in units}
+        # An image's bound takes a thousand times as long as its features: told as one, no time left would be true.
+        mixed, done = len({unit.passes for unit in units}) > 1, 0
+        share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
         executor = self._start_executor()
-        with bar(stage, total, "images") as shown:
+        with bar(stage, sum(share.values()), "network passes" if mixed else "images") as shown:
 
             def finished(unit: Unit) -> Sequence[Unit] | None:
                 nonlocal done
-                done += unit.images if id(unit) in own else 0
+                done += share.get(id(unit), 0)
                 shown.update(done)
                 return after(unit) if after else None
 

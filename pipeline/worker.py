@@ -24,7 +24,8 @@ class Unit:
     """A piece of work that is complete or absent: `body(ctx, *args)` writes its result atomically.
 
     `body` is a module-level function; `name` opens with what it makes and is shown when it fails; `images` is
-    its share of the progress. `tar` is the one that it leaves, with its facts beside it, where others can go on
+    its share of the progress, and `passes` says how many of a network each of them takes, where units of several kinds
+    are made beside each other. `tar` is the one that it leaves, with its facts beside it, where others can go on
     with it.
     """
 
@@ -32,6 +33,7 @@ class Unit:
     args: tuple[Any, ...]
     name: str
     images: int = 1
+    passes: int = 1
     tar: Path | None = None
 
     def run(self, ctx: WorkerContext) -> float:

@@ -94,7 +94,8 @@ def units(
         stop = min(start + config.nll_batch_size, n)
         file = folder / f"{start:06d}-{stop:06d}.npz"
         args = (experiment, run, denoiser, start, stop, timesteps, file)
-        found[file] = Unit(bound, args, f"NLL of test images {start}-{stop - 1}", stop - start)
+        passes = experiment.diffusion.timesteps if timesteps is None else len(timesteps)
+        found[file] = Unit(bound, args, f"NLL of test images {start}-{stop - 1}", stop - start, passes)
     return found
 
 

@@ -53,6 +53,13 @@ def test_other_units_give_the_same_bound(sampled):
     assert results(other, run)["scores"] == pytest.approx(results(experiment, run)["scores"], rel=1e-5)
 
 
+def test_progress_counts_what_a_bound_takes_beside_features(sampled):
+    experiment, run = sampled
+    every, two = bound.units(experiment, run), bound.units(experiment, run, timesteps=[3, 5])
+    assert [(unit.images, unit.passes) for unit in every.values()] == [(4, 20), (2, 20)]
+    assert {unit.passes for unit in two.values()} == {2}
+
+
 def test_a_bound_in_bf16_is_near_and_says_so(sampled):
     experiment, run = sampled
     fast = scoring(experiment, precision="bf16")
