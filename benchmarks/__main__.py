@@ -20,9 +20,8 @@ GPU_MINUTES = 7.0  # after which no contender is taken on; the last one may be c
 def main(arguments: list[str] | None = None) -> dict[str, Outcome]:
     """Run and print; returns what was found."""
     asked = _parser().parse_args(arguments)
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # as the cluster's workers have it, for deterministic
+    # What deterministic steps need, as the cluster's workers have it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     rounds = asked.rounds or (QUICK_ROUNDS if asked.quick else ROUNDS)

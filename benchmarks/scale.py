@@ -14,11 +14,11 @@ from benchmarks.harness import OURS, Outcome, Row, Settings, Skipped
 # Next to nothing to compute, so that what is around it shows.
 SMALL = ("train.steps=20", "train.batch_size=16", "sample.num_images=64", "sample.steps=2", "diffusion.timesteps=20",
          "evaluate.nll_images=2", "figures.which=[samples]")  # fmt: skip
-# What one stage handles: once so many, and once several times as many.
+# What decides how much a stage handles, less and more of it: 2 and 120 shards, steps, images.
 SIZES = {
-    "shard": ("shards", "data.images_per_shard", {2: 1500, 120: 15}),
-    "train": ("steps", "train.steps", {20: 20, 400: 400}),
-    "sample": ("images", "sample.num_images", {64: 64, 2048: 2048}),
+    "shard": ("data.images_per_shard", 1500, 15),
+    "train": ("train.steps", 20, 400),
+    "sample": ("sample.num_images", 64, 2048),
 }
 
 
@@ -48,12 +48,12 @@ def _orchestration() -> list[Row]:
 def _sizes() -> list[Row]:
     """Seconds of a stage in one process, at two sizes: whether its cost grows faster than its work."""
     rows = []
-    for stage, (things, key, sizes) in SIZES.items():
-        for count, value in sizes.items():
+    for stage, (key, *values) in SIZES.items():
+        for value in values:
             with tempfile.TemporaryDirectory(prefix="bench-") as root:
                 _command(root, stage, "digits", *SMALL, f"{key}={value}", "cluster.workers=0")
                 seconds = _timings(root)[stage]
-            rows.append(Row(f"digits, {stage} alone", f"{OURS}: {count} {things}", seconds, "s"))
+            rows.append(Row(f"digits, {stage} alone", f"{OURS}: {key}={value}", seconds, "s"))
     return rows
 
 

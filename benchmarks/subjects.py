@@ -71,8 +71,10 @@ def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any
 
     def step() -> None:
         torch.use_deterministic_algorithms(way.deterministic)
-        train_step(state, diffusion, images, rows, config=train, seed=0, forward=forward)
-        torch.use_deterministic_algorithms(False)
+        try:
+            train_step(state, diffusion, images, rows, config=train, seed=0, forward=forward)
+        finally:  # a step that cannot be deterministic raises, and the next contender is not to
+            torch.use_deterministic_algorithms(False)
 
     return step
 

@@ -7,9 +7,9 @@ tiles of all images that is a matrix product for each of the (m+2)^2 places,
     y = A^T [ sum_c (G w G^T) * (B^T x B) ] A,
 
 so four times fewer multiplications with m = 4, 2.25 times fewer with m = 2. The larger tile rounds more: relative to
-float64, float32 errs by 2e-6 with m = 4 (6e-7 without Winograd), bf16 by 7e-3 with m = 2 (3e-3) and could not be used
-with m = 4. The gradient with respect to x is a convolution of the same kind; that with respect to w goes the same way
-backwards.
+float64, float32 errs by 2e-6 with m = 4 (6e-7 without Winograd), bf16 by 7e-3 with m = 2 (3e-3). In bf16 m = 4, whose
+matrices multiply by up to 8, was not tried. The gradient with respect to x is a convolution of the same kind; that
+with respect to w goes the same way backwards.
 """
 
 from collections.abc import Iterable, Sequence
@@ -123,7 +123,7 @@ def _weight_gradient(x: Tensor, d_y: Tensor, basis: Basis) -> Tensor:
     for some, d_some in _chunks(x.permute(0, 2, 3, 1), d_y.permute(0, 2, 3, 1)):
         tiles = _input_tiles(some, basis).view(n * n, -1, channels)
         d_products = _output_tiles(d_some, basis).view(n * n, -1, out_channels).transpose(1, 2)
-        if x.dtype == total.dtype:
+        if x.dtype == total.dtype:  # else the sum over chunks would be rounded to bf16
             total.baddbmm_(d_products, tiles)
         else:
             total += torch.bmm(d_products, tiles)
