@@ -302,7 +302,7 @@ def draw_curves(found: dict[str, Any]) -> None:
     right.axhline(line, color="grey", linestyle="--", label="best linear denoiser")
     right.axhline(TABLE_4[1000][0], color="green", linestyle=":", label="paper, 800,000 steps")
     right.set(xlabel="step", ylabel="rate, bits/dim")
-    right.legend()
+    right.legend(loc="lower left", bbox_to_anchor=(0.0, 0.08))
     figure.savefig(PICTURES / "cifar10-curves.svg", metadata={"Date": None})
 
 
