@@ -1,6 +1,8 @@
 """The benchmarks' harness on tiny shapes: everything runs and is said; no time is asserted."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -81,3 +83,12 @@ def test_the_command_prints_its_table_last_and_writes_json(tiny, tmp_path, capsy
         s for one in content["benchmarks"].values() for s in one["skipped"] if "not installed" not in s
     ]
     assert content["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_the_memory_of_a_contender_is_its_own_and_not_that_of_who_started_it():
+    large = b"x" * 2**31
+    asked = "from benchmarks import memory; print(memory._peak_resident())"
+    found = float(
+        subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
+    )
+    assert 0.1 < found < 1.5 < len(large) / 2**30
