@@ -32,7 +32,7 @@ from pipeline.rundir import (
 )
 
 SEALS = (MANIFEST, "meta.json")
-RECORD = ("experiment.yaml", "log.jsonl", "timings.json", "grids/*.png")
+RECORD = ("experiment.yaml", "log.jsonl", "timings.json", "commits.json", "grids/*.png")
 CONTENTS = "contents.json"
 Facts = dict[str, dict[str, Any]]
 

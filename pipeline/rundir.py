@@ -102,10 +102,19 @@ class Run:
     def timings(self) -> Path:
         return self.path / "timings.json"
 
+    @property
+    def commits(self) -> Path:
+        return self.path / "commits.json"
+
 
 def seconds_by_stage(run: Run) -> dict[str, float]:
     """How long each stage took, over all commands that worked on it; a stage that never ended is not there."""
     return read_json(run.timings) if run.timings.exists() else {}
+
+
+def commits_by_stage(run: Run) -> dict[str, list[str]]:
+    """The commits of the code that worked on each stage, in order: experiment.yaml names the last command's only."""
+    return read_json(run.commits) if run.commits.exists() else {}
 
 
 def temporary_name(path: Path) -> Path:

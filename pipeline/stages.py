@@ -16,9 +16,10 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.progress import bar, duration, following, say
-from pipeline.provenance import made_with
+from pipeline.provenance import commit, made_with
 from pipeline.rundir import (
     Run,
+    commits_by_stage,
     exclusive,
     read_json,
     remove_leftovers,
@@ -234,6 +235,7 @@ class _Work:
     def do(self, stage: str, scored: bool = False) -> None:
         """Run one stage to its end and note how long it took; its samples are `scored` by this command too."""
         began = time.monotonic()
+        _note_commit(self.run, stage)
         if stage == "train":
             self._train()
         else:
@@ -308,6 +310,14 @@ def _write_experiment(experiment: Experiment, run: Run) -> None:
     write_text(
         run.experiment_yaml, config.to_yaml(experiment, made_with={**made_with(), "data_key": run.data_key})
     )
+
+
+def _note_commit(run: Run, stage: str) -> None:
+    """The code that begins on a stage; training may go on with other code than it began with."""
+    commits, here = commits_by_stage(run), commit()
+    if here is not None and here not in commits.setdefault(stage, []):
+        commits[stage].append(here)
+        write_json(run.commits, commits)
 
 
 def _note_timing(run: Run, stage: str, seconds: float) -> None:

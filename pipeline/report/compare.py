@@ -257,7 +257,7 @@ def _what_was_run(runs: Sequence[Entry]) -> Table:
     for entry in runs:
         made = entry.source.made_with
         seconds = sum(entry.source.timings.values())
-        commit = str(made.get("commit") or "–")
+        commit = str((entry.source.commits.get("train") or [made.get("commit") or "–"])[-1])
         rows.append(
             [entry.label, f"`{commit[:10]}{'+' * commit.endswith('+')}`", duration(seconds) if seconds else "–",
              str(made.get("hardware") or "–")]

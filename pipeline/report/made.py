@@ -10,20 +10,32 @@ from pipeline.report.page import Block, Table, Text
 from pipeline.report.source import Source, missing
 from pipeline.report.training import rate
 
-TIMED = ("shard", "train", "sample", "evaluate", "figures")
+STAGES = ("shard", "train", "select", "sample", "evaluate", "figures")
 
 
 def section(source: Source) -> list[Block]:
     made = source.made_with
     rows = [("Network", f"{source.experiment.model.name}, {_parameters(source.experiment):,} parameters")]
-    rows += [("Commit", f"`{made['commit']}`")] if made.get("commit") else []
+    rows += [("Commit", commits)] if (commits := _commits(source)) else []
     rows += [("Hardware", str(made["hardware"]))] if made.get("hardware") else []
     versions = ", ".join(f"{name} {version}" for name, version in (made.get("versions") or {}).items())
     rows += [("Versions", versions)] if versions else []
-    took = [f"{stage} {duration(source.timings[stage])}" for stage in TIMED if stage in source.timings]
+    took = [f"{stage} {duration(source.timings[stage])}" for stage in STAGES if stage in source.timings]
     took += [f"**{duration(sum(source.timings.values()))} in all**"] if len(took) > 1 else []
     rows += [("Time", " · ".join(took))] if took else []
     return [Table((), rows), *_full_run(source)]
+
+
+def _commits(source: Source) -> str:
+    """One commit where all stages have the same; else the stages of each."""
+    stages: dict[str, list[str]] = {}
+    for stage in STAGES:
+        for commit in source.commits.get(stage, []):
+            stages.setdefault(commit, []).append(stage)
+    if len(stages) > 1:
+        return " · ".join(f"{', '.join(names)} `{commit}`" for commit, names in stages.items())
+    commit = next(iter(stages), source.made_with.get("commit"))
+    return f"`{commit}`" if commit else ""
 
 
 def _parameters(experiment: Experiment) -> int:

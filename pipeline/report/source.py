@@ -13,7 +13,7 @@ import yaml
 from pipeline import config, selection
 from pipeline.config import Experiment
 from pipeline.report.page import Block, Text
-from pipeline.rundir import MANIFEST, Run, read_json, seconds_by_stage, sha256_of
+from pipeline.rundir import MANIFEST, Run, commits_by_stage, read_json, seconds_by_stage, sha256_of
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,20 @@ class Source:
         return {k: v for k, v in seconds_by_stage(self.run).items() if k != "report"}
 
     @cached_property
+    def commits(self) -> dict[str, list[str]]:
+        """Commits by stage; without this stage's own, which says nothing of what it shows."""
+        return {k: v for k, v in commits_by_stage(self.run).items() if k != "report"}
+
+    @cached_property
     def made_with(self) -> dict[str, Any]:
-        """Commit, versions, hardware, as experiment.yaml has them."""
+        """The last command's commit, versions and hardware, as experiment.yaml has them."""
         tree = yaml.safe_load(self.files["experiment"].read_text()) if "experiment" in self.files else {}
         return tree.get("made_with") or {}
 
     @cached_property
     def digest(self) -> str:
         hashes = {name: sha256_of(path) for name, path in self.files.items()}
-        return config.hash_of([hashes, self.timings])
+        return config.hash_of([hashes, self.timings, self.commits])
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def _tags(run: Run) -> dict[str, str]:
     tags = {"run_key": run.run_key, "data_key": run.data_key}
     if made.get("commit"):
         tags |= {"commit": made["commit"], "mlflow.source.git.commit": made["commit"]}
+    tags |= {f"commit.{stage}": ", ".join(commits) for stage, commits in rundir.commits_by_stage(run).items()}
     return tags | {f"version.{name}": str(version) for name, version in (made.get("versions") or {}).items()}
 
 

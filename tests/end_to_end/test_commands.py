@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ONE_CPU, TINY
@@ -48,15 +49,21 @@ def final_state(storage: Path, step: int) -> dict:
     return checkpoint.load(run_directory(storage) / "train" / f"step_{step:08d}")
 
 
-def mlflow_points(
-    storage: Path, metric: str = "train/loss", store: str = "mlflow.db"
-) -> list[tuple[int, int, float]]:
+def mlflow_run(storage: Path, store: str = "mlflow.db") -> tuple[Any, Any]:
+    """(client, run)"""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{storage}/{store}")
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id])
     (run,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
+    return client, run
+
+
+def mlflow_points(
+    storage: Path, metric: str = "train/loss", store: str = "mlflow.db"
+) -> list[tuple[int, int, float]]:
+    client, run = mlflow_run(storage, store)
     history = client.get_metric_history(run.info.run_id, metric)
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
@@ -222,6 +229,16 @@ time.time, time.time_ns = lambda: real() + jump(), lambda: real_ns() + jump() * 
 from pipeline.cli import main
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def test_each_stage_notes_the_commits_that_worked_on_it(tmp_path, monkeypatch):
+    commands = [("a1", "train", "train.steps=4"), ("b2", "train", "seed=0")]
+    for commit, verb, word in [*commands, ("c3", "evaluate", "evaluate.metrics=[nll]")]:
+        monkeypatch.setattr("pipeline.stages.commit", lambda commit=commit: commit)
+        ddpm(tmp_path, word, verb=verb)
+    noted = json.loads((run_directory(tmp_path) / "commits.json").read_text())
+    assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}
+    assert mlflow_run(tmp_path)[1].data.tags["commit.train"] == "a1, b2"
 
 
 @pytest.mark.slow

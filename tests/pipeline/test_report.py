@@ -196,6 +196,7 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path, undrawn)
     rundir.write_json(run.path / "timings.json", {"report": 2.0})  # its own time is none of its inputs
     assert report.is_done(experiment, run)
     changes = [
+        lambda: rundir.write_json(run.path / "commits.json", {"train": ["a1"]}),
         lambda: write_grid(run.grids / "00000100.png", experiment),
         lambda: rundir.write_json(run.path / "timings.json", {"train": 9.0}),
         lambda: run.log.write_text(run.log.read_text().replace('"step": 1200', '"step": 1600')),
@@ -207,6 +208,19 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path, undrawn)
         assert not report.is_done(experiment, run)
         write(experiment, run)
         assert report.is_done(experiment, run)
+
+
+def test_commits_are_named_by_stage_where_they_differ(tmp_path, undrawn):
+    experiment, run = make_run(tmp_path)
+    for commits, said in (
+        ({"train": ["a1"], "evaluate": ["a1"], "report": ["c3"]}, "`a1`"),
+        (
+            {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["b2"]},
+            "shard, train `a1` · train, evaluate `b2`",
+        ),
+    ):
+        rundir.write_json(run.path / "commits.json", commits)
+        assert f"| Commit | {said} |" in write(experiment, run)[1]
 
 
 @pytest.mark.parametrize(
