@@ -34,8 +34,8 @@ def _commits(source: Source) -> str:
             stages.setdefault(commit, []).append(stage)
     if len(stages) > 1:
         return " · ".join(f"{', '.join(names)} `{commit}`" for commit, names in stages.items())
-    commit = next(iter(stages), source.made_with.get("commit"))
-    return f"`{commit}`" if commit else ""
+    only = next(iter(stages), source.made_with.get("commit"))
+    return f"`{only}`" if only else ""
 
 
 def _parameters(experiment: Experiment) -> int:
