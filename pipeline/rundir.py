@@ -27,6 +27,7 @@ from pipeline.errors import PipelineError
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pipeline.interrupt import Interrupt, Interrupted
 from pipeline.progress import bar, duration, following, say
 from pipeline.provenance import commit, made_with
 from pipeline.rundir import (
+    STAGES,
     Run,
     commits_by_stage,
     exclusive,
@@ -32,7 +33,6 @@ from pipeline.worker import GIB, Done, Executor, InProcess, Spent, Unit, local_c
 if TYPE_CHECKING:
     from pipeline.cluster import Session
 
-STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")
 BEFORE: dict[str, tuple[str, ...]] = {
     "shard": (),
     "train": ("shard",),

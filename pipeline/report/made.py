@@ -9,8 +9,7 @@ from pipeline.report import paper
 from pipeline.report.page import Block, Table, Text
 from pipeline.report.source import Source, missing
 from pipeline.report.training import rate
-
-STAGES = ("shard", "train", "select", "sample", "evaluate", "figures")
+from pipeline.rundir import STAGES
 
 
 def section(source: Source) -> list[Block]:
