@@ -10,10 +10,11 @@ from benchmarks import subjects
 from benchmarks.harness import OURS, Contender, Outcome, Row, Settings, race
 from benchmarks.subjects import Way
 from benchmarks.workspace import workspace
-from pipeline import shard, tars
-from pipeline.rundir import Run
-from pipeline.train import Order, batch_slice
-from pipeline.worker import local_context
+from pipeline.compute.work import local_context
+from pipeline.stages import shard
+from pipeline.stages.train import Order, batch_slice
+from pipeline.store import tars
+from pipeline.store.run import Run
 
 BATCH = 128
 

@@ -20,7 +20,8 @@ from benchmarks.harness import FLOOR, OURS, Contender, Outcome, Row, Settings, r
 from benchmarks.subjects import Way
 from ddpm import Diffusion, bits_per_dim
 from ddpm.rng import Stream, normal
-from pipeline.fidelity import extractors, scores
+from pipeline.scores import distances as scores
+from pipeline.scores import extractors
 
 
 def run(settings: Settings) -> Outcome:

@@ -21,9 +21,9 @@ from torch import multiprocessing, nn
 
 from ddpm.diffusion import Diffusion
 from ddpm.training import TrainState, train_step
-from pipeline import checkpoint
 from pipeline.config import load_experiment
-from pipeline.train import batch_slice
+from pipeline.stages.train import batch_slice
+from pipeline.store import checkpoint
 
 # Projected, not measured. One GPU: 5.8 steps/s on CIFAR-10, as an RTX 4090 is reported to do; 256x256 by the ratio of
 # the paper's own steps on a TPU v3-8 (21 to 2.2). Assumed: what a step costs whatever its batch, and links as of PCIe 4

@@ -10,8 +10,8 @@ import numpy as np
 
 from benchmarks.harness import Settings
 from pipeline.config import Experiment, load_experiment
-from pipeline.rundir import Run
-from pipeline.stages import locate
+from pipeline.engine.execute import locate
+from pipeline.store.run import Run
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import config, shard
-from pipeline.rundir import Run
-from pipeline.stages import locate
-from pipeline.worker import InProcess, WorkerContext
+from pipeline import config
+from pipeline.compute.work import InProcess, WorkerContext
+from pipeline.engine.execute import locate
+from pipeline.stages import shard
+from pipeline.store.run import Run
 
 # A network of a few thousand parameters on the digits; every stage is the real one.
 UNNAMED = [
@@ -90,7 +91,7 @@ def sampled(tiny_run) -> tuple[config.Experiment, Run]:
     """The tiny run with an untrained network and its twelve samples."""
     from staged import run_stage, with_weights  # beside the tests that ask for this
 
-    from pipeline import sample
+    from pipeline.stages import sample
 
     with_weights(*tiny_run)
     run_stage(sample, *tiny_run)

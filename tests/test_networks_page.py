@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline import config
-from pipeline.sources import open_source
+from pipeline.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "networks.md").read_text()

@@ -19,7 +19,7 @@ def test_the_library_snippet_trains_and_draws():
 
 
 def test_the_commands_it_names_exist():
-    from pipeline.cli import _parser
+    from pipeline.cli.program import _parser
 
     commands = _parser()._subparsers._group_actions[0].choices
     named = set(re.findall(r"`?ddpm ([a-z]+)", README))

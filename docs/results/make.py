@@ -17,8 +17,8 @@ import yaml
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from pipeline import tars
 from pipeline.report.paper import LMMSE, SAMPLES, STEPS, TABLE_4, TEST_IMAGES
+from pipeline.store import tars
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt

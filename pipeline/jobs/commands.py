@@ -9,12 +9,12 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.config import ClusterConfig
+from pipeline.console import say
+from pipeline.engine.provenance import commit
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.jobs import shown
 from pipeline.jobs.luggage import check_places, packed
 from pipeline.jobs.service import Service
-from pipeline.progress import say
-from pipeline.provenance import commit
 
 
 def submit(

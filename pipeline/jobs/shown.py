@@ -8,8 +8,8 @@ from datetime import datetime
 
 from ray.job_submission import JobDetails, JobStatus
 
+from pipeline.console import duration
 from pipeline.jobs.service import last_line
-from pipeline.progress import duration
 
 
 def outcome(job: JobDetails) -> tuple[int, str]:

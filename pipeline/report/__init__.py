@@ -1,10 +1,5 @@
-"""The report stage: one self-contained page and its Markdown twin, made from a run's files alone.
+"""Pages over one run or several, made from the files of the runs alone.
 
-`source` is the files, `stage` puts the sections together, each of which has a module (`scores`, `pictures`,
-`training`, `likelihood`, `made`); `paper` holds the paper's numbers. `page` is what a page consists of, `web` and
-`markdown` write it, `plots` draws, `style` is how it looks.
+`source` is the files; each section of the page has a module (`scores`, `pictures`, `training`, `likelihood`, `made`);
+`paper` holds the paper's numbers. `page` is what a page consists of, `web` and `markdown` write it, `plots` draws.
 """
-
-from pipeline.report.stage import is_done, work
-
-__all__ = ["is_done", "work"]

@@ -12,15 +12,15 @@ from typing import Any
 
 from pipeline import config
 from pipeline.config import Experiment
-from pipeline.progress import duration
+from pipeline.console import duration
 from pipeline.report import axes, beside_paper, plots
 from pipeline.report.leaderboard import METRICS, Entry, Group, Metric, groups
 from pipeline.report.markdown import to_markdown
-from pipeline.report.page import Block, Page, Picture, Pictures, Section, Table, Text
+from pipeline.report.page import HTML, MARKDOWN, Block, Page, Picture, Pictures, Section, Table, Text
 from pipeline.report.scores import FIRM, PROTOCOL, SCORES, cell, plain, useless_ones
-from pipeline.report.stage import HTML, MARKDOWN
 from pipeline.report.web import to_html
-from pipeline.rundir import Run, atomic_directory, write_manifest
+from pipeline.store.keys import hash_of
+from pipeline.store.run import Run, atomic_directory, write_manifest
 
 MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
 # What says nothing of a number: names, places, and how often something is kept or shown.
@@ -54,8 +54,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def place(storage: Path, runs: Sequence[Entry], metric: str) -> Path:
     """Where the comparison of these runs by this metric is kept."""
-    keys = sorted((e.run.path.name, config.to_dict(e.source.experiment.sample)["checkpoint"]) for e in runs)
-    return storage / "comparisons" / config.hash_of([keys, metric])
+    of = sorted((e.run.path.name, config.to_dict(e.source.experiment.sample)["checkpoint"]) for e in runs)
+    return storage / "comparisons" / hash_of([of, metric])
 
 
 def write(runs: Sequence[Entry], folder: Path, title: str, metric: str = "fid", note: str = "") -> Path:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pipeline import selection
 from pipeline.config import Experiment
 from pipeline.report.scores import PROTOCOL, SCORES, plain
 from pipeline.report.source import Source
-from pipeline.rundir import Run
+from pipeline.store import selection
+from pipeline.store.run import Run
 
 IMAGES = ("n", "extractor", "rounding")
 AGAINST = (*IMAGES, "reference", "reference_images")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.checkpoint import new_network
 from pipeline.config import Experiment
-from pipeline.progress import duration
+from pipeline.console import duration
 from pipeline.report import paper
 from pipeline.report.page import Block, Table, Text
 from pipeline.report.source import Source, missing
 from pipeline.report.training import rate
-from pipeline.rundir import STAGES
+from pipeline.store.checkpoint import new_network
+from pipeline.store.run import STAGES
 
 
 def section(source: Source) -> list[Block]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+HTML, MARKDOWN = "report.html", "report.md"
+
 
 @dataclass(frozen=True)
 class Text:

@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from pipeline import config, selection
+from pipeline import config
 from pipeline.config import Experiment
 from pipeline.report.page import Block, Text
-from pipeline.rundir import MANIFEST, Run, commits_by_stage, read_json, seconds_by_stage, sha256_of
+from pipeline.store import keys, selection
+from pipeline.store.run import MANIFEST, Run, commits_by_stage, read_json, seconds_by_stage, sha256_of
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,21 @@ class Source:
     @cached_property
     def files(self) -> dict[str, Path]:
         e, run = self.experiment, self.run
-        evaluation = run.evaluation(config.evaluate_key(e, run.run_key))
+        evaluation = run.evaluation(keys.evaluate_key(e, run.run_key))
         found = {
             "experiment": run.experiment_yaml,
             "log": run.log,
             "data": run.data / MANIFEST,
-            "grid": run.samples(config.sample_key(e, run.run_key)) / "grid.png",
+            "grid": run.samples(keys.sample_key(e, run.run_key)) / "grid.png",
             "metrics": evaluation / "metrics.json",
             "nll": evaluation / "nll.json",
-            "figures": run.figures(config.figures_key(e, run.run_key)) / MANIFEST,
+            "figures": run.figures(keys.figures_key(e, run.run_key)) / MANIFEST,
             "spent": run.path / "spent.json",
         }
         if e.evaluate.checkpoints:
             found["selection"] = selection.file(e, run)
         for weights, twin in config.beside(e).items():
-            folder = run.evaluation(config.evaluate_key(twin, run.run_key))
+            folder = run.evaluation(keys.evaluate_key(twin, run.run_key))
             found[f"metrics {weights}"] = folder / "metrics.json"
         found |= {f"grid {path.stem}": path for path in run.grids.glob("[0-9]*.png")}
         return {name: path for name, path in found.items() if path.is_file()}
@@ -67,7 +68,7 @@ class Source:
     @cached_property
     def digest(self) -> str:
         hashes = {name: sha256_of(path) for name, path in self.files.items()}
-        return config.hash_of([hashes, self.timings, self.commits])
+        return keys.hash_of([hashes, self.timings, self.commits])
 
     @cached_property
     def metrics(self) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, stages, tracking, train
-from pipeline.config import Sweep
-from pipeline.progress import duration, say
-from pipeline.rundir import seconds_by_stage, write_text
+from pipeline import config, tracking
+from pipeline.console import duration, say
+from pipeline.engine import execute as stages
+from pipeline.stages import train
+from pipeline.store.run import seconds_by_stage, write_text
 from pipeline.sweep import leaderboard
+from pipeline.sweep.definition import Sweep
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
 

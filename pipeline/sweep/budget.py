@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.errors import ConfigError
-from pipeline.rundir import Run, read_json, write_json
+from pipeline.store.run import Run, read_json, write_json
 
 STUDIES = {"cifar10": "table2"}  # what can be reproduced: the sweep file of its rows
 TEST_IMAGES = 10_000

@@ -8,10 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline import config, selection, train
-from pipeline.config import LOSS, Sweep
-from pipeline.progress import duration
-from pipeline.rundir import read_json, seconds_by_stage, write_json, write_text
+from pipeline.console import duration
+from pipeline.stages import train
+from pipeline.store import keys, selection
+from pipeline.store.run import read_json, seconds_by_stage, write_json, write_text
+from pipeline.sweep.definition import LOSS, Sweep
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
 
@@ -64,7 +65,7 @@ def _row(trial: Trial, ledger: Ledger) -> Row:
     step, loss = train.progress(run)
     resolved = selection.resolved(trial.experiment, run)
     if entry.state == "finished" and resolved is not None:
-        content = read_json(run.evaluation(config.evaluate_key(resolved, run.run_key)) / "metrics.json")
+        content = read_json(run.evaluation(keys.evaluate_key(resolved, run.run_key)) / "metrics.json")
         scores = {key: value for key, value in content["scores"].items() if isinstance(value, (int, float))}
         protocol = content["protocol"]
         scores |= {} if loss is None else {LOSS: loss}

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, stages
-from pipeline.config import Sweep
-from pipeline.rundir import read_json, write_json
+from pipeline import config
+from pipeline.engine import execute as stages
+from pipeline.store.run import read_json, write_json
+from pipeline.sweep.definition import Sweep
 from pipeline.sweep.trials import Trial
 
 STATE = "state.json"

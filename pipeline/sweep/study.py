@@ -9,20 +9,24 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from pipeline import evaluate, stages, tracking
-from pipeline.config import LOSS, ClusterConfig, Point, Sweep, load_sweep, points
+from pipeline import tracking
+from pipeline.compute.interrupt import Interrupt, Interrupted
+from pipeline.compute.work import Executor, InProcess, Unit
+from pipeline.config import ClusterConfig
+from pipeline.console import bar, duration, following, say
+from pipeline.engine import execute as stages
 from pipeline.errors import PipelineError
-from pipeline.fidelity.preparations import preparations
-from pipeline.interrupt import Interrupt, Interrupted
-from pipeline.progress import bar, duration, following, say
-from pipeline.rundir import exclusive
+from pipeline.scores.preparations import preparations
+from pipeline.stages import evaluate
+from pipeline.store.run import exclusive
 from pipeline.sweep import budget, leaderboard
 from pipeline.sweep.board import Board
+from pipeline.sweep.definition import LOSS, Sweep, load_sweep
 from pipeline.sweep.ledger import Ledger
+from pipeline.sweep.points import Point, points
 from pipeline.sweep.resources import Node, Share, share, this_machine
 from pipeline.sweep.trials import locate
 from pipeline.sweep.work import Order, carry_out
-from pipeline.worker import Executor, InProcess, Unit
 
 
 class Study:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import config, stages
-from pipeline.config import Experiment, Point
+from pipeline.config import Experiment
+from pipeline.engine import execute as stages
 from pipeline.errors import ConfigError
-from pipeline.rundir import Run
+from pipeline.store import keys
+from pipeline.store.run import Run
+from pipeline.sweep.points import Point
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ def locate(points: list[Point], root: Path) -> list[Trial]:
 
 
 def _trial(point: Point, same_data: Run) -> Trial:
-    key = config.run_key(point.experiment, same_data.data_key)
+    key = keys.run_key(point.experiment, same_data.data_key)
     run = replace(same_data, name=point.experiment.name, source=point.experiment.data.source, run_key=key)
     elsewhere = [path.parent.name for path in run.storage.glob(f"*-{key}/experiment.yaml")]
     if elsewhere and run.path.name not in elsewhere:  # made under another experiment's name: the same numbers
         run = replace(run, name=min(elsewhere).removesuffix(f"-{key}"))
     beside = point.beside_run_key
-    return Trial(f"{key}-{config.hash_of(beside)}" if beside else key, point, run)
+    return Trial(f"{key}-{keys.hash_of(beside)}" if beside else key, point, run)

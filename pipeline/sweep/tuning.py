@@ -20,11 +20,11 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline.cluster import Session, last_line, off_the_main_thread, release
-from pipeline.config import Sweep
+from pipeline.compute.cluster import Session, last_line, off_the_main_thread, release
+from pipeline.compute.interrupt import Interrupted
 from pipeline.errors import PipelineError
-from pipeline.interrupt import Interrupted
-from pipeline.rundir import write_text
+from pipeline.store.run import write_text
+from pipeline.sweep.definition import Sweep
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.work import Order, carry_out
 

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import config, stages
-from pipeline.cluster import Resources
+from pipeline.compute.cluster import Resources
+from pipeline.compute.interrupt import Interrupted
+from pipeline.compute.work import Executor
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.interrupt import Interrupted
-from pipeline.progress import following
-from pipeline.rundir import Run, read_json
-from pipeline.worker import Executor
+from pipeline.console import following
+from pipeline.engine import execute as stages
+from pipeline.store import keys
+from pipeline.store.run import Run, read_json
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _bound_at(order: Order, executor: Executor, steps: int) -> float:
     same run, which the next one extends."""
     experiment = at_rung(order.experiment, steps, order.nll_images)
     _bring(order, executor, experiment, "evaluate")
-    folder = order.run.evaluation(config.evaluate_key(experiment, order.run.run_key))
+    folder = order.run.evaluation(keys.evaluate_key(experiment, order.run.run_key))
     return float(read_json(folder / "metrics.json")["scores"]["nll_bpd"])
 
 

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import rundir
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.rundir import Run
+from pipeline.store import run as rundir
+from pipeline.store.run import Run
 from pipeline.tracking.parcels import Parcel, parcels
 from pipeline.tracking.session import VIEW, Child, Session, default_uri, reason, shown
 

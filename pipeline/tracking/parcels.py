@@ -10,9 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from pipeline import config, rundir, selection
 from pipeline.config import Experiment
-from pipeline.rundir import Run
+from pipeline.store import keys, selection
+from pipeline.store import run as rundir
+from pipeline.store.run import Run
 from pipeline.tracking.session import Child, Session
 
 # Of the run key's content, what would only lengthen the list in the UI; experiment.yaml has it all.
@@ -53,7 +54,7 @@ def parcels(
     labels = _tags(run) | tags
     parameters = _parameters(experiment, run) | (child.parameters if child else {})
     describe = partial(Session.send_description, parameters=parameters, tags=labels)
-    yield Parcel("description", config.hash_of([parameters, labels]), describe)
+    yield Parcel("description", keys.hash_of([parameters, labels]), describe)
     if (run.data / rundir.MANIFEST).exists():
         yield Parcel("dataset", run.data_key, Session.send_dataset)
     start = int(delivered.get("log", 0))
@@ -78,7 +79,7 @@ def _evaluations(
     """One evaluation is the headline; those of candidates are points of a curve; the others stand beside it,
     unless it is to be `alone`: the rungs of a sweep would be rows beside its trials."""
     found = sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json"))
-    headline = resolved and run.evaluation(config.evaluate_key(resolved, run.run_key))
+    headline = resolved and run.evaluation(keys.evaluate_key(resolved, run.run_key))
     # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
     chooses = bool(experiment.evaluate.checkpoints)
     candidates = selection.evaluations(experiment, run) if chooses else {}
@@ -103,10 +104,10 @@ def _artifacts(experiment: Experiment | None, run: Run) -> Iterator[tuple[str, P
         yield "", run.experiment_yaml
     if experiment is None:
         return
-    evaluation = run.evaluation(config.evaluate_key(experiment, run.run_key))
-    figures = run.figures(config.figures_key(experiment, run.run_key))
+    evaluation = run.evaluation(keys.evaluate_key(experiment, run.run_key))
+    figures = run.figures(keys.figures_key(experiment, run.run_key))
     wanted = {
-        "samples": [run.samples(config.sample_key(experiment, run.run_key)) / "grid.png"],
+        "samples": [run.samples(keys.sample_key(experiment, run.run_key)) / "grid.png"],
         "evaluation": [evaluation / "metrics.json", evaluation / "nll.json"],
         "figures": sorted(figures.glob("*.png")) + sorted(figures.glob("*.svg")),
         "report": [file for file in sorted(run.report.glob("*")) if file.name != rundir.MANIFEST],
@@ -139,7 +140,7 @@ def _tags(run: Run) -> dict[str, str]:
 
 def _parameters(experiment: Experiment, run: Run) -> dict[str, str]:
     """About 25, all determined by the run key, because MLflow lets no parameter change."""
-    content = config.run_content(experiment)
+    content = keys.run_content(experiment)
     shown = {
         "seed": str(content.pop("seed")),
         "data.source": run.source,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline import rundir
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.rundir import Run
+from pipeline.store import run as rundir
+from pipeline.store.run import Run
 from pipeline.tracking.moved import ARTIFACTS, follow_move
 
 BATCH = 1000  # metrics that MLflow takes in one call

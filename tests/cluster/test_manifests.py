@@ -15,7 +15,7 @@ import yaml
 from compose_file import OURS, ROOT, services
 from test_compose import ENV, long_options
 
-from pipeline import provenance
+from pipeline.engine import provenance
 
 BIN = Path(sys.executable).parent
 KUBERAY = ROOT / "deploy" / "kuberay"

@@ -7,7 +7,7 @@ from compose_file import ROOT
 
 from benchmarks.scaling_model import PROJECTED, allreduce_seconds, project
 from pipeline.config import load_experiment
-from pipeline.preflight import GIB, needs
+from pipeline.engine.preflight import GIB, needs
 
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
 

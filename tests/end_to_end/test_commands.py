@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from conftest import ONE_CPU, TINY
 
-from pipeline import checkpoint
-from pipeline.cli import main
+from pipeline.cli.program import main
+from pipeline.store import checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
@@ -104,7 +104,7 @@ def test_what_the_images_cost_is_noted(finished):
 
 def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
     code = (
-        "import sys; from pipeline.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from pipeline.cli.program import main; code = main(sys.argv[1:]); "
         "assert 'ray' not in sys.modules, 'Ray was imported'; sys.exit(code)"
     )
     words = arguments(finished, "evaluate.metrics=[fid,is,nll]")
@@ -226,7 +226,7 @@ import random, sys, time
 real, real_ns, draw = time.time, time.time_ns, random.Random(0)
 jump = lambda: draw.randrange(-31_536_000, 31_536_000)
 time.time, time.time_ns = lambda: real() + jump(), lambda: real_ns() + jump() * 10**9
-from pipeline.cli import main
+from pipeline.cli.program import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -234,7 +234,7 @@ sys.exit(main(sys.argv[1:]))
 def test_each_stage_notes_the_commits_that_worked_on_it(tmp_path, monkeypatch):
     commands = [("a1", "train", "train.steps=4"), ("b2", "train", "seed=0")]
     for commit, verb, word in [*commands, ("c3", "evaluate", "evaluate.metrics=[nll]")]:
-        monkeypatch.setattr("pipeline.stages.commit", lambda commit=commit: commit)
+        monkeypatch.setattr("pipeline.engine.execute.commit", lambda commit=commit: commit)
         ddpm(tmp_path, word, verb=verb)
     noted = json.loads((run_directory(tmp_path) / "commits.json").read_text())
     assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}

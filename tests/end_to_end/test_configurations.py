@@ -10,11 +10,13 @@ import pytest
 from conftest import one_cpu
 from PIL import Image
 
-from pipeline import config, evaluate, sample, shard, tars, train
-from pipeline.cli import main
-from pipeline.rundir import read_json
-from pipeline.stages import locate
-from pipeline.worker import Unit
+from pipeline import config
+from pipeline.cli.program import main
+from pipeline.compute.work import Unit
+from pipeline.engine.execute import locate
+from pipeline.stages import evaluate, sample, shard, train
+from pipeline.store import tars
+from pipeline.store.run import read_json
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -14,7 +14,7 @@ import pytest
 from browser import Browser, opened
 from conftest import GRID, ONE_CPU, TRIAL
 
-from pipeline.cli import main
+from pipeline.cli.program import main
 
 pytestmark = pytest.mark.slow
 

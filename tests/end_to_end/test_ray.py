@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ONE_CPU, TINY
 
-from pipeline.cluster import resolve
+from pipeline.compute.cluster import resolve
 from pipeline.config import load_cluster
 from pipeline.errors import PipelineError
 
@@ -182,7 +182,7 @@ def test_nulls_become_what_the_machine_has():
 
 
 def test_a_lack_of_memory_is_told_in_a_line():
-    from pipeline.cluster import last_line
+    from pipeline.compute.cluster import last_line
 
     told = (
         "2 worker(s) were killed due to the node running low on memory. Memory on the node was 22.37GB used\n"

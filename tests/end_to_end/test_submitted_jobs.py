@@ -20,8 +20,8 @@ import pytest
 import yaml
 from conftest import TINY
 
-from pipeline import checkpoint
-from pipeline.provenance import commit
+from pipeline.engine.provenance import commit
+from pipeline.store import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

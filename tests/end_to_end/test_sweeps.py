@@ -142,9 +142,9 @@ def test_what_a_lost_training_group_held_is_given_back(tmp_path):
     """Its controller and its cleaner can be killed together; without this, its CPU would be nobody's."""
     import ray
 
-    from pipeline import cluster
+    from pipeline.compute import cluster
     from pipeline.config import load_cluster
-    from pipeline.rundir import Run
+    from pipeline.store.run import Run
 
     run = Run(tmp_path, "tiny", "digits", "data", "key")
     run.path.mkdir()

@@ -1,0 +1,47 @@
+"""Asking a command to stop: Ctrl-C and SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipeline.console import say
+
+
+class Interrupted(KeyboardInterrupt):
+    """A person or the system asked the command to stop, and it did so at a safe point."""
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM: the first asks the work to stop at the next safe point, the second stops at once."""
+
+    def __init__(self, stop_file: Path):
+        self.stop_file = stop_file  # tells the workers
+        self._asked = threading.Event()
+        self._before: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        return self._asked.is_set()
+
+    def __enter__(self) -> Interrupt:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.install()
+        return self
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
+        self.stop_file.touch()
+        say("stopping at the next safe point; once more to stop at once")
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.stop_file.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""A split of the data as training reads it: any images, in any order, at any time.
+
+A small set lives in memory as uint8, on the device. A larger one stays in its tars, and the images of coming
+batches are read by their place there and decoded while the network works. Both give the same batches.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.compute.work import WorkerContext
+from pipeline.errors import PipelineError
+from pipeline.store import tars
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Dataset(Protocol):
+    ahead: int  # batches, beginning with the one asked for, that are worth a `prefetch`
+
+    def __len__(self) -> int: ...
+
+    def prefetch(self, index: Tensor) -> None:
+        """Images index, int64 (n,), will be asked for soon."""
+
+    def batch(self, index: Tensor) -> Batch:
+        """uint8 (n,C,H,W) and int64 labels (n,), -1 = none, on the worker's device."""
+        ...
+
+
+def open_dataset(directory: Path, split: str, ctx: WorkerContext) -> Dataset:
+    """In memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
+    index = tars.open_index(directory)
+    pixels = index.count(split) * prod((index.facts["channels"], *2 * (index.facts["image_size"],)))
+    if pixels <= ctx.image_memory:
+        return InMemory(*tars.load_images(directory, split), ctx.device)
+    return InTars(index, split, ctx)
+
+
+class InMemory:
+    ahead = 0
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
+        self.images, self.labels = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def prefetch(self, index: Tensor) -> None:
+        """All are there."""
+
+    def batch(self, index: Tensor) -> Batch:
+        index = index.to(self.images.device)
+        return self.images[index], self.labels[index]
+
+
+class InTars:
+    """Reads members by the offsets that stand beside each tar, and holds each to its crc32: the sha256 of sets
+    of this size would be hours of reading before the first step.
+
+    wids, webdataset's package for indexed access, scans a tar anew whenever it comes back to it; an order that
+    is random over all images of hundreds of tars has it scanning for ever.
+    """
+
+    ahead = 4
+
+    def __init__(self, index: tars.Index, split: str, ctx: WorkerContext):
+        shards = index.shards(split)
+        self.places = np.concatenate([index.places(name) for name, _, _ in shards])
+        self.shard_of = np.repeat(np.arange(len(shards)), [count for _, _, count in shards])
+        self.paths = [index.directory / name for name, _, _ in shards]
+        self.device = ctx.device
+        self.threads = ThreadPoolExecutor(ctx.cpus, thread_name_prefix="decode")
+        self.coming: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def prefetch(self, index: Tensor) -> None:
+        key = index.numpy().tobytes()
+        if key not in self.coming:
+            self.coming[key] = [self.threads.submit(self._image, number) for number in index.tolist()]
+
+    def batch(self, index: Tensor) -> Batch:
+        self.prefetch(index)
+        images = np.stack([image.result() for image in self.coming.pop(index.numpy().tobytes())])
+        labels = self.places[index.numpy(), tars.LABEL]
+        return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).to(self.device)
+
+    def _image(self, number: int) -> np.ndarray:
+        shard = int(self.shard_of[number])
+        offset, size, crc = self.places[number, : tars.LABEL].tolist()
+        with self.paths[shard].open("rb") as file:
+            file.seek(offset)
+            png = file.read(size)
+        if zlib.crc32(png) != crc:
+            raise PipelineError(
+                f"image {number} in {self.paths[shard]} is damaged (crc32); delete the tar and run `ddpm shard` again"
+            )
+        return tars.decode_png(png)

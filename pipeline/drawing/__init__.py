@@ -1,0 +1,1 @@
+"""Charts, grids and colours."""

@@ -1,0 +1,1 @@
+"""Which stages are to do, doing them, what is recorded, checks before the start."""

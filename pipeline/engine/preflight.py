@@ -1,0 +1,95 @@
+"""Before anything starts: what a run will need, beside what there is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from pipeline.compute.work import GIB
+from pipeline.config import Experiment
+from pipeline.errors import PipelineError
+from pipeline.store import checkpoint
+from pipeline.store.run import Run
+
+FLOAT = 4  # bytes
+MEMBERS = 1536  # bytes of a tar that an image takes beside its PNG: headers and padding
+MARGIN = 2**28  # bytes: logs, pictures, the tracking store
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, for so many checkpoints that stay and so many images. `memory` is a training worker's, without
+    activations, which nobody knows before the first step, and without the training images."""
+
+    kept: int
+    checkpoints: int
+    images: int
+    samples: int
+    memory: int
+
+    @property
+    def disk(self) -> int:
+        return self.checkpoints + self.samples + MARGIN
+
+
+def needs(experiment: Experiment) -> Needs:
+    """What the whole run takes. The PNG of noise is as large as its pixels, so that is what an image counts."""
+    train = experiment.train
+    weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
+    state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
+    kept, images = _kept(experiment), _images(experiment)
+    return Needs(
+        kept=kept,
+        # One more than are kept, while the newest is written; the first EMA is stored twice.
+        checkpoints=(kept + 1) * (state + weights),
+        images=images,
+        samples=images * (prod(experiment.data.shape) + MEMBERS),
+        # The state, its gradients, and the copies that a checkpoint is written from.
+        memory=2 * (state + weights),
+    )
+
+
+def _kept(experiment: Experiment) -> int:
+    """Checkpoints that stay: the newest, and at the most all that are kept for ever beside them."""
+    train = experiment.train
+    return train.keep + sum(map(experiment.keeps, range(0, train.steps, train.checkpoint_every)[1:]))
+
+
+def _images(experiment: Experiment) -> int:
+    """Samples of the run, of the other weights beside, and of every candidate for the best checkpoint."""
+    config = experiment.evaluate
+    interval = config.checkpoint_interval
+    candidates = experiment.train.steps // interval if interval else _kept(experiment)
+    few = candidates * config.checkpoint_images if config.checkpoints else 0
+    return experiment.sample.num_images * (2 if config.beside else 1) + few
+
+
+def check(experiment: Experiment, run: Run) -> str:
+    """What the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
+    wanted = needs(experiment)
+    left, free = max(0, wanted.disk - _bytes_below(run.path)), shutil.disk_usage(run.storage).free
+    if left > free:
+        raise PipelineError(
+            f"{run.storage} has {_size(free)} free, the run needs {_size(left)} more: {_size(wanted.checkpoints)} for "
+            f"{wanted.kept} checkpoints, {_size(wanted.samples)} for {wanted.images:,} samples; make room, set "
+            "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"
+        )
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    return (
+        f"{_size(left)} of disk ({_size(free)} free), {_size(wanted.memory)} of memory a worker beside images and "
+        f"activations ({_size(memory)} free here, {cpus} CPUs, {gpus} GPUs)"
+    )
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,49 @@
+"""What a run is made with: commit, versions, hardware."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def made_with() -> dict[str, Any]:
+    """Commit, versions and hardware."""
+    packages = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    return {"commit": commit(), "versions": versions, "hardware": _hardware()}
+
+
+def _hardware() -> str:
+    """The driver's machine, in words."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{len(os.sched_getaffinity(0))} CPUs ({capability}), {', '.join(gpus) or 'no GPU'}"
+
+
+def commit() -> str | None:
+    """The commit of the code, with '+' where the tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent.parent
+    if (here / "COMMIT").is_file():  # the code came with a job, without its history
+        return (here / "COMMIT").read_text()
+
+    def git(*args: str) -> str:
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None

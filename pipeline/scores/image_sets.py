@@ -1,0 +1,166 @@
+"""Sets of images as files of features: what a work unit makes of a tar, and where it keeps it.
+
+Features are kept under the hash of the tar and of the extractor, so they are used wherever they hold and
+nowhere else. This module is cheap to import: torch-fidelity is loaded when features are made.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pipeline.compute.work import Unit, WorkerContext
+from pipeline.errors import PipelineError
+from pipeline.store import tars
+from pipeline.store.keys import hash_of
+from pipeline.store.run import read_arrays, read_unit, sha256_of, write_unit
+
+if TYPE_CHECKING:
+    from pipeline.scores.distances import Scored
+    from pipeline.scores.extractors import Extractor
+
+BASELINE_UNIT = 500  # images
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar of images [start, start + count) of a split, each of that shape."""
+
+    folder: Path
+    split: str
+    name: str
+    start: int
+    count: int
+    sha256: str
+    shape: Shape
+
+
+def shards_of(folder: Path, split: str, n: int | None = None) -> list[Shard]:
+    """The tars that hold the first n images of a split (None: all). Raises PipelineError where it has fewer."""
+    index = tars.open_index(folder)
+    n = index.count(split) if n is None else n
+    if index.count(split) < n:
+        raise PipelineError(
+            f"{folder} holds {index.count(split)} images where {n} are to be scored; a short set has no score: "
+            "run the stage before this one"
+        )
+    facts, size = index.facts, index.facts["image_size"]
+    shape = (facts["channels"], size, size)
+    return [
+        Shard(folder, split, name, start, count, facts["files"][name]["sha256"], shape)
+        for name, start, count in index.shards(split)
+        if start < n
+    ]
+
+
+def content_of(shards: list[Shard]) -> str:
+    """A hash of the images in these tars."""
+    return hash_of([shard.sha256 for shard in shards])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """n images as files of features in order, each with the unit that makes it; the last may hold more."""
+
+    n: int
+    units: dict[Path, Unit]
+
+    def missing(self) -> list[Unit]:
+        return [unit for file, unit in self.units.items() if not file.exists()]
+
+    def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features and logits, file by file, up to the n-th image."""
+        left = self.n
+        for file in self.units:
+            arrays = read_unit(file)
+            features, logits = arrays["features"][:left], arrays["logits"][:left]
+            left -= len(features)
+            yield features, logits
+
+    def features(self) -> np.ndarray:
+        """All of them, (n, d) float32. Raises PipelineError where they are fewer than n."""
+        features = np.concatenate([part for part, _ in self.parts()])
+        if len(features) != self.n:
+            raise PipelineError(
+                f"{len(features)} images are there where {self.n} are to be scored; a short set has no score"
+            )
+        return features
+
+    def score(self) -> "Scored":
+        from pipeline.scores.distances import score
+
+        return score(self.parts(), self.n)
+
+
+def shard_set(extractor: "Extractor", shards: list[Shard], folder: Path, n: int | None = None) -> ImageSet:
+    """The first n images (None: all) of these tars; features are kept in `folder`."""
+    units = {}
+    for shard in shards:
+        file = folder / extractor.name / f"{shard.sha256[:16]}.npz"
+        unit = Unit(extract_shard, (extractor, shard, file), f"features of {shard.name}", shard.count)
+        units[file] = unit
+    return ImageSet(sum(shard.count for shard in shards) if n is None else n, units)
+
+
+def baseline_set(extractor: "Extractor", n: int, shape: Shape, folder: Path, pixels: Path | None) -> ImageSet:
+    """n images of the Gaussian in the file `pixels`, or of uniform noise where that is None."""
+    units, kind = {}, pixels.stem if pixels else "noise"
+    for start in range(0, n, BASELINE_UNIT):
+        stop = min(start + BASELINE_UNIT, n)
+        file = folder / extractor.name / f"{kind}-{start}-{stop}.npz"
+        args = (extractor, pixels, start, stop, shape, file)
+        units[file] = Unit(extract_baseline, args, f"features of {kind} {start}-{stop - 1}", stop - start)
+    return ImageSet(n, units)
+
+
+# Work units
+
+
+def extract_shard(ctx: WorkerContext, extractor: "Extractor", shard: Shard, file: Path) -> None:
+    """Features of one tar."""
+    _extract(ctx, extractor, images_of(shard), file)
+
+
+def images_of(shard: Shard) -> np.ndarray:
+    """uint8 (count, C, H, W). Raises PipelineError where the tar is another, or its images are.
+
+    It asks no manifest, since samples are looked at before all of them are drawn.
+    """
+    path = shard.folder / shard.name
+    remedy = "delete it and run the stage that wrote it"
+    if not path.exists() or sha256_of(path) != shard.sha256:
+        raise PipelineError(f"{path} is missing or does not match its sha256; {remedy}")
+    try:
+        images = [tars.decode_png(record.png) for record in tars.read_shard(path, shard.count)]
+    except (ValueError, OSError) as error:
+        raise PipelineError(f"{path} cannot be scored ({error}); {remedy}") from error
+    others = sorted({image.shape for image in images} - {shard.shape})
+    if others:
+        raise PipelineError(
+            f"{path} holds images of shape (C, H, W) = {others[0]} where {shard.shape} is scored; {remedy}"
+        )
+    return np.stack(images)
+
+
+def extract_baseline(
+    ctx: WorkerContext, extractor: "Extractor", pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
+) -> None:  # fmt: skip
+    """Features of images [start, stop) of a baseline."""
+    from pipeline.scores.baselines import gaussian_images, noise_images
+
+    if pixels is None:
+        images = noise_images(start, stop, shape)
+    else:
+        arrays = read_arrays(pixels)
+        images = gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
+    _extract(ctx, extractor, images, file)
+
+
+def _extract(ctx: WorkerContext, extractor: "Extractor", images: np.ndarray, file: Path) -> None:
+    from pipeline.scores.extractors import extract
+
+    features, logits = extract(extractor, images, ctx.device)
+    write_unit(file, features=features, logits=logits)

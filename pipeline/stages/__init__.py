@@ -1,0 +1,1 @@
+"""The stages. They talk through files only, and none imports another."""

@@ -1,0 +1,174 @@
+"""The NLL bound of the test split in units of image ranges, for the run's network or any other denoiser."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from ddpm.diffusion import Diffusion, Network
+from ddpm.images import from_uint8
+from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
+from ddpm.rng import Stream, normal
+from pipeline.compute.work import Unit, WorkerContext
+from pipeline.config import Experiment, checkpoint_step
+from pipeline.errors import PipelineError
+from pipeline.scores.image_sets import content_of, shards_of
+from pipeline.store import checkpoint, tars
+from pipeline.store.keys import hash_of
+from pipeline.store.run import Run, read_json, read_unit, write_unit
+
+CALL = (256, 2**18)  # images and pixels that one network call of the bound takes at most
+
+
+class Denoiser(Protocol):
+    """Whose bound it is. Small and picklable, since it travels to every worker; the weights are loaded there."""
+
+    @property
+    def identity(self) -> Any:
+        """What its outputs depend on, as JSON."""
+
+    @property
+    def clip(self) -> bool:
+        """Whether its estimates of x_0 are limited to [-1, 1]."""
+
+    def load(self, device: torch.device) -> Network:
+        """net(x_t, t, context=None); what it predicts is what diffusion.predict says."""
+
+
+@dataclass(frozen=True)
+class CheckpointDenoiser:
+    """The run's own network, with the weights that are sampled."""
+
+    experiment: Experiment
+    run: Run
+    clip: ClassVar[bool] = True  # authors' code
+
+    @property
+    def identity(self) -> Any:
+        step, which = checkpoint_step(self.experiment), self.experiment.sample.weights
+        return [self.run.run_key, step, which, self.weights, self.experiment.evaluate.precision]
+
+    @property
+    def weights(self) -> str | None:
+        """The sha256 of their file; None where there is none."""
+        meta = self.run.step_dir(checkpoint_step(self.experiment)) / checkpoint.META
+        file = checkpoint.EMA if self.experiment.sample.weights == "ema" else checkpoint.STATE
+        return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
+
+    def load(self, device: torch.device) -> Network:
+        step, which = checkpoint_step(self.experiment), self.experiment.sample.weights
+        precision = self.experiment.evaluate.precision
+        return checkpoint.load_network(self.experiment, self.run, step, which, device, precision)
+
+
+def nll_images(experiment: Experiment, run: Run) -> tuple[int, int]:
+    """How many test images are scored, and how many there are."""
+    there = tars.open_index(run.data).count("test")
+    asked = experiment.evaluate.nll_images or there
+    if asked > there:
+        raise PipelineError(
+            f"evaluate.nll_images is {asked}, but the test split has {there} images; lower it"
+        )
+    return asked, there
+
+
+def units(
+    experiment: Experiment,
+    run: Run,
+    denoiser: Denoiser | None = None,
+    timesteps: Sequence[int] | None = None,
+) -> dict[Path, Unit]:
+    """Each range of test images with the file of its bound, keyed by all that the bound depends on; nothing
+    of it says how samples are drawn. Of the run's own network unless another denoiser is given; over all
+    timesteps, of which some are enough to look at one."""
+    config = experiment.evaluate
+    denoiser = denoiser or CheckpointDenoiser(experiment, run)
+    variance = config.variance or experiment.diffusion.variance
+    test = content_of(shards_of(run.data, "test"))
+    key = hash_of([run.run_key, denoiser.identity, test, config.decoder, variance, timesteps])
+    folder = run.evaluation("units") / f"nll-{key}"
+    n, found = nll_images(experiment, run)[0], {}
+    for start in range(0, n, config.nll_batch_size):
+        stop = min(start + config.nll_batch_size, n)
+        file = folder / f"{start:06d}-{stop:06d}.npz"
+        args = (experiment, run, denoiser, start, stop, timesteps, file)
+        passes = experiment.diffusion.timesteps if timesteps is None else len(timesteps)
+        found[file] = Unit(bound, args, f"NLL of test images {start}-{stop - 1}", stop - start, passes)
+    return found
+
+
+def bound(
+    ctx: WorkerContext, experiment: Experiment, run: Run, denoiser: Denoiser, start: int, stop: int,
+    timesteps: Sequence[int] | None, file: Path,
+) -> None:  # fmt: skip
+    """The work unit: the terms of the bound of test images [start, stop), float32 as they were computed."""
+    config = experiment.evaluate
+    pixels, classes = tars.load_images(run.data, "test", start, stop)
+    index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
+    result = bits_per_dim(
+        Diffusion(experiment.diffusion),
+        denoiser.load(ctx.device),
+        from_uint8(torch.from_numpy(pixels).to(ctx.device)),
+        lambda t: normal(experiment.seed, Stream.NLL, t, index, shape),
+        timesteps=timesteps,
+        timesteps_per_call=timesteps_per_call(stop - start, shape),
+        decoder=config.decoder,
+        clip=denoiser.clip,
+        variance=config.variance,
+        context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
+    )
+    arrays = {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
+    write_unit(file, **arrays)
+
+
+def timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
+    """Few images leave the time to overhead instead of the network, so some of their timesteps share a call."""
+    most_images, most_pixels = CALL
+    return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
+
+
+def merge(units: dict[Path, Unit], timesteps: int) -> dict[str, Any]:
+    """Means over the images of all units: the scores, and what nll.json holds.
+
+    Raises PipelineError naming a unit that is not of its images, or of other timesteps.
+    """
+    terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
+    for file, unit in units.items():
+        arrays = read_unit(file)
+        if arrays["terms"].shape != (unit.images, timesteps):
+            raise PipelineError(
+                f"{file} holds terms of shape {arrays['terms'].shape}, not ({unit.images}, {timesteps}); "
+                "delete it to have it made again"
+            )
+        terms += arrays["terms"].sum(axis=0, dtype=np.float64)
+        mse += arrays["mse"].sum(axis=0, dtype=np.float64)
+        prior += float(arrays["prior"].sum(dtype=np.float64))
+        n += unit.images
+    return summarise(terms / n, mse / n, prior / n, n)
+
+
+def summarise(terms: np.ndarray, mse: np.ndarray, prior: float, n: int) -> dict[str, Any]:
+    """From means over n images of terms (T,), mse (T,) and prior."""
+    rows = (torch.from_numpy(terms)[None], torch.from_numpy(mse)[None], torch.tensor([prior]).double())
+    mean = Likelihood(torch.arange(len(terms)), *rows)
+    curve = rate_distortion(mean)
+    points = zip(curve.rate.tolist(), curve.rmse.tolist(), strict=True)
+    return {
+        "scores": {
+            "nll_bpd": float(mean.total),
+            "rate_bpd": float(curve.rate[-1]),
+            "distortion_bpd": curve.distortion,
+            "prior_bpd": prior,
+            "rmse": float(curve.rmse[-1]),
+        },
+        "terms": terms.tolist(),
+        "mse": mse.tolist(),
+        "prior": prior,
+        "n": n,
+        "rate_distortion": [
+            {"k": k, "rate_bpd": rate, "rmse": rmse} for k, (rate, rmse) in enumerate(points, 1)
+        ],
+    }

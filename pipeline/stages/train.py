@@ -1,0 +1,386 @@
+"""The train stage: what each worker does, with or without peers.
+
+The order of images, noise, t, flips and dropout are functions of (seed, step, row of the global batch), so a
+worker needs no memory but the TrainState, and it does not matter how the batch is cut into slices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ddpm.backbones import has_batch_norm
+from ddpm.diffusion import Diffusion
+from ddpm.images import to_uint8
+from ddpm.rng import Stream, permutation
+from ddpm.sampler import sample
+from ddpm.training import TrainConfig, TrainState, learning_rate, train_step
+from pipeline.compute.work import WorkerContext
+from pipeline.config import Experiment
+from pipeline.data.dataset import open_dataset
+from pipeline.drawing.grids import save_grid
+from pipeline.errors import PipelineError
+from pipeline.store import checkpoint
+from pipeline.store.run import Run, atomic_file, naming_storage_faults, remove_leftovers
+
+GRID_SIDE = 8
+GRID_STEPS = 50  # DDIM steps of the grids on the way: a glance, not a score
+
+
+def is_done(experiment: Experiment, run: Run) -> bool:
+    return checkpoint.is_whole(run.step_dir(experiment.train.steps))
+
+
+def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
+    """The rows of the global batch that `rank` works on, int64; uneven where it does not divide."""
+    return torch.arange(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
+def check_workers(config: TrainConfig, workers: int) -> None:
+    """Raise PipelineError unless every worker gets an image of each batch."""
+    if workers > config.batch_size:
+        raise PipelineError(
+            f"{workers} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
+        )
+
+
+class Order:
+    """The stateless order of the training images.
+
+    Slot k = step * batch_size + row holds image perm_e[k mod N] with e = k // N: every image once per epoch,
+    whatever the number of workers, the batch size or the step at which a process starts.
+    """
+
+    def __init__(self, seed: int, num_images: int):
+        self.seed, self.num_images = seed, num_images
+        self._permutations: dict[int, torch.Tensor] = {}
+
+    def indices(self, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
+        """Image indices, int64 (len(rows),), of the global batch's `rows` at `step`."""
+        slots = step * batch_size + rows
+        epochs = slots // self.num_images
+        found = torch.empty_like(slots)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            found[here] = self._permutation(epoch)[slots[here] % self.num_images]
+        return found
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        if epoch not in self._permutations:
+            # A batch touches few epochs, in ascending order: older ones are done with.
+            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
+            self._permutations[epoch] = permutation(self.seed, Stream.ORDER, epoch, self.num_images)
+        return self._permutations[epoch]
+
+
+class Log:
+    """log.jsonl: the points of the training curve, with the time at which each was first seen.
+
+    A resumed run computes some steps again, bit for bit; their points are on file already and keep their
+    first timestamps, so that no tracking server ever sees one twice.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with naming_storage_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_step = self._drop_torn_line()
+
+    def _drop_torn_line(self) -> int:
+        if not self.path.exists():
+            return -1
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if len(whole) < len(lines):
+            with atomic_file(self.path) as temporary:
+                temporary.write_bytes(b"".join(whole))
+        return json.loads(whole[-1])["step"] if whole else -1
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if step <= self.last_step:
+            return
+        self.last_step = step
+        point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
+        with naming_storage_faults(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+
+
+class _Heartbeat:
+    """The step that is under way, for whoever shows progress: log points can be minutes apart."""
+
+    def __init__(self, path: Path):
+        self.path, self.last = path, 0.0
+
+    def beat(self, step: int) -> None:
+        if time.monotonic() - self.last > 1:
+            self.last = time.monotonic()
+            with suppress(OSError):  # a full disk ends training where something is lost by it
+                self.path.write_text(str(step))
+
+
+class _Window:
+    """Sums of loss and gradient norm since the last log point; they stay on the device until they are read.
+
+    A run that is stopped between two points takes its sums along, so that its curve is an untouched run's.
+    """
+
+    def __init__(self, step: int, device: torch.device):
+        self.start, self.began, self.time = step, step, time.perf_counter()
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+        self.sums += torch.stack((metrics["loss"], metrics["grad_norm"]))
+
+    def means(self, ctx: WorkerContext, step: int) -> tuple[float, float]:
+        """Loss over the global batch and gradient norm, averaged over the window's steps."""
+        loss, grad_norm = (ctx.total(self.sums) / ctx.world_size / (step - self.start)).tolist()
+        return loss, grad_norm
+
+    def steps_per_second(self, step: int) -> float:
+        """Of this process: those before it was stopped are not its own."""
+        return (step - self.began) / (time.perf_counter() - self.time)
+
+    def tensors(self, ctx: WorkerContext) -> dict[str, torch.Tensor]:
+        """The sums of all ranks, for a checkpoint between two points."""
+        sums = self.sums.new_zeros(ctx.world_size, 2)
+        sums[ctx.rank] = self.sums
+        return {"window.sums": ctx.total(sums), "window.start": torch.tensor(self.start)}
+
+    def load_tensors(self, ctx: WorkerContext, tensors: dict[str, torch.Tensor]) -> None:
+        """Each rank its own, bit for bit; where their number has changed, their sum in equal parts."""
+        sums = tensors["window.sums"]
+        mine = sums[ctx.rank] if len(sums) == ctx.world_size else sums.mean(dim=0)
+        self.sums.copy_(mine)
+        self.start = int(tensors["window.start"])
+
+
+class _Saves:
+    """Checkpoints on their way to disk, one at a time. Rank 0 writes them beside the training; every rank
+    reports each when it is safe: before the next one, or at the end."""
+
+    def __init__(self, ctx: WorkerContext, experiment: Experiment, run: Run):
+        self.ctx, self.experiment, self.run = ctx, experiment, run
+        self.writer = checkpoint.Writer()
+        self.step: int | None = None
+
+    def __enter__(self) -> _Saves:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:
+            self.finish()
+        self.writer.close()
+
+    def begin(self, state: TrainState, sums: dict[str, torch.Tensor]) -> None:
+        """Take a copy of the state, and of the sums since the last point, and write it while training goes on."""
+        self.finish()
+        self.step = state.step
+        folder = self.run.step_dir(state.step)
+        if self.ctx.rank == 0 and not checkpoint.is_whole(folder):
+            self.writer.start(folder, state.tensors() | sums, state.emas[0].tensors(), state.step)
+
+    def finish(self) -> None:
+        """Wait until the last one is on disk. Raises what writing it raised."""
+        if self.step is None:
+            return
+        self.writer.finish()
+        if self.ctx.rank == 0:
+            checkpoint.drop_old(self.experiment, self.run, self.step)
+        self.ctx.report(self.step)
+        self.step = None
+
+
+def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
+    """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
+    config = experiment.train
+    check_workers(config, ctx.world_size)
+    _check_groups(ctx, config)
+    torch.use_deterministic_algorithms(config.deterministic)
+    if ctx.rank == 0:
+        remove_leftovers(run.train)  # of a group that was killed before this one
+    state, window = _restore(ctx, experiment, run)
+    step = _step_function(ctx, experiment, run, state)
+    log = Log(run.log) if ctx.rank == 0 else None
+    heartbeat = _Heartbeat(run.heartbeat) if ctx.rank == 0 else None
+    with _Saves(ctx, experiment, run) as saves:
+        while state.step < config.steps:
+            window.add(step())
+            if heartbeat:
+                heartbeat.beat(state.step)
+            save = state.step % config.checkpoint_every == 0 or state.step == config.steps
+            if save or state.step % config.log_every == 0:
+                _log_point(ctx, experiment, state.step, window, log)
+                window = _Window(state.step, ctx.device)
+            stop = _stop_requested(ctx, run, state.step, config.log_every)
+            if save:
+                saves.begin(state, {})
+            elif stop:
+                saves.begin(state, _carried_on(ctx, state.step, window))
+            if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
+                _draw_grid(ctx, experiment, run, state)
+            if stop:
+                return
+
+
+def _check_groups(ctx: WorkerContext, config: TrainConfig) -> None:
+    """Clipping by group needs slices that begin and end with a group."""
+    group, rank, size = config.grad_clip_group, ctx.rank, config.batch_size
+    if group and any(r * size // ctx.world_size % group for r in (rank, rank + 1)):
+        raise PipelineError(
+            f"train.grad_clip_group={group} cannot be cut among {ctx.world_size} workers at train.batch_size={size}: "
+            "choose a number of workers that divides the number of groups"
+        )
+
+
+def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> tuple[TrainState, _Window]:
+    """The newest whole checkpoint's state on this worker's device, or the first one; and the sums it came with."""
+    net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
+    state = TrainState.create(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
+    found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
+    tensors = {} if found is None else checkpoint.load(run.step_dir(found))
+    sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
+    if tensors:
+        state.load_tensors(tensors)
+    window = _Window(state.step, ctx.device)
+    if sums:
+        window.load_tensors(ctx, sums)
+    return state, window
+
+
+def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
+    """BatchNorm sees the global batch, so that the number of workers does not change what is computed."""
+    if ctx.world_size == 1 or not has_batch_norm(net):
+        return net
+    if ctx.device.type == "cpu":
+        raise PipelineError(
+            f"BatchNorm over {ctx.world_size} CPU workers would see each worker's images only: "
+            "use cluster.workers=1, or model.norm=group"
+        )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
+def _step_function(
+    ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState
+) -> Callable[[], dict[str, torch.Tensor]]:
+    """A function that makes one training step."""
+    config = experiment.train
+    images = open_dataset(run.data, "train", ctx)
+    order = Order(experiment.seed, len(images))
+    rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
+    diffusion = Diffusion(experiment.diffusion).to(ctx.device)
+    forward = ctx.parallel(state.net)
+    if config.compile:
+        forward = cast(nn.Module, torch.compile(forward))
+    _settle(forward, images.batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
+
+    def step() -> dict[str, torch.Tensor]:
+        for ahead in range(images.ahead):
+            images.prefetch(order.indices(state.step + ahead, config.batch_size, rows))
+        x_0, labels = images.batch(order.indices(state.step, config.batch_size, rows))
+        return train_step(
+            state, diffusion, x_0, rows,
+            config=config, seed=experiment.seed, world_size=ctx.world_size, forward=forward,
+            context=labels if experiment.takes_labels else None,
+        )  # fmt: skip
+
+    return step
+
+
+def _settle(forward: nn.Module, image: torch.Tensor, count: int) -> None:
+    """One throwaway forward and backward: DDP rebuilds its buckets after the first, and sums depend on an
+    element's place in its bucket, so a resumed run must start from the same layout as an untouched one."""
+    x = image.float().expand(count, -1, -1, -1)
+    forward.eval()  # running statistics of normalisation layers stay as they are
+    forward(x, torch.zeros(count, dtype=torch.int64, device=x.device)).sum().backward()
+    forward.train()
+    forward.zero_grad(set_to_none=True)
+
+
+def _stop_requested(ctx: WorkerContext, run: Run, step: int, log_every: int) -> bool:
+    """Whether all ranks stop after this step. A GPU is asked seldom: the answer waits for its queue."""
+    if ctx.device.type != "cpu" and step % log_every:
+        return False
+    return ctx.decide(run.stop_file.exists())
+
+
+def _finite_means(ctx: WorkerContext, step: int, window: _Window) -> tuple[float, float]:
+    """Loss and gradient norm of the window. Raises PipelineError where training has diverged."""
+    loss, grad_norm = window.means(ctx, step)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise PipelineError(
+            f"the training loss became {loss} (gradient norm {grad_norm}) between steps {window.start} and {step}; "
+            "the checkpoints before it are kept: lower train.lr, or use train.precision=fp32"
+        )
+    return loss, grad_norm
+
+
+def _carried_on(ctx: WorkerContext, step: int, window: _Window) -> dict[str, torch.Tensor]:
+    """What a checkpoint between two points holds beside the state."""
+    if window.start == step:
+        return {}
+    _finite_means(ctx, step, window)
+    return window.tensors(ctx)
+
+
+def _log_point(
+    ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: Log | None
+) -> None:
+    loss, grad_norm = _finite_means(ctx, step, window)
+    if log:
+        metrics = {
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": learning_rate(experiment.train, step - 1),
+            "train/images_per_second": window.steps_per_second(step) * experiment.train.batch_size,
+        }
+        log.write(step, metrics)
+
+
+@torch.no_grad()
+def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState) -> None:
+    """EMA samples from the same noise every time, so that the grids of one run show the same images grow; of each
+    class in turn, where the network takes labels."""
+    path = run.grids / f"{state.step:08d}.png"
+    if path.exists():
+        return
+    net = checkpoint.new_network(experiment, "meta").to_empty(device=ctx.device)
+    net.load_state_dict(state.emas[0].tensors())
+    index = torch.arange(GRID_SIDE**2)
+    labels = (index % experiment.data.labels).to(ctx.device) if experiment.takes_labels else None
+    images = sample(
+        Diffusion(experiment.diffusion), net.eval(),
+        index=index, shape=experiment.data.shape, context=labels,
+        seed=experiment.seed, sampler="ddim", steps=min(GRID_STEPS, experiment.diffusion.timesteps),
+        device=ctx.device,
+    )  # fmt: skip
+    save_grid(to_uint8(images).cpu(), GRID_SIDE, path)
+
+
+def progress(run: Run) -> tuple[int, float | None]:
+    """The step that training has reached, and the last loss on file, for whoever shows progress."""
+    point = _latest_point(run.log)
+    step, loss = (point["step"], point["metrics"]["train/loss"]) if point else (0, None)
+    try:
+        return max(step, int(run.heartbeat.read_text())), loss
+    except (OSError, ValueError):  # none yet, or just being written
+        return step, loss
+
+
+def _latest_point(log: Path) -> dict[str, Any] | None:
+    """The last whole line of the log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 2000))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
+    return json.loads(whole[-1]) if whole else None

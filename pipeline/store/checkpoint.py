@@ -1,0 +1,220 @@
+"""TrainState <-> files: one folder per step, atomic, hashed, tensors only.
+
+train/step_00001000/ holds state.safetensors (everything), ema.safetensors (the first EMA's weights, named as
+the network's own) and meta.json, which carries the step and the sha256 of both. A folder is on disk whole or
+not at all, and is believed only while its hashes verify.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ddpm.backbones import build_network
+from ddpm.diffusion import Diffusion
+from ddpm.sampler import InBF16
+from pipeline.config import Experiment
+from pipeline.errors import PipelineError
+from pipeline.store.run import Run, atomic_directory, check_file, file_facts, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
+
+
+def save(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
+    """Write one step's folder, atomically. Tensors of any device; they are stored as they are."""
+    _write(directory, _copied(tensors, {}), _copied(ema, {}), step)
+
+
+class Writer:
+    """Writes checkpoints beside whatever changes the tensors meanwhile, one at a time.
+
+    It keeps the memory of its copies: touching new pages costs more than the copying.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._state: Tensors = {}
+        self._ema: Tensors = {}
+
+    def start(self, directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
+        """`save` in the background, of the tensors as they are now."""
+        self.finish()
+        self._state, self._ema = _copied(tensors, self._state), _copied(ema, self._ema)
+        self._pending = self._thread.submit(_write, directory, self._state, self._ema, step)
+
+    def finish(self) -> None:
+        """Wait until what was started is on disk. Raises what writing it raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Let what was started come to its end, for better or worse."""
+        self._thread.shutdown()
+
+
+def _write(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
+    with atomic_directory(directory) as temporary:
+        _save_file(tensors, temporary / STATE)
+        _save_file(ema, temporary / EMA)
+        files = {name: file_facts(temporary / name) for name in (STATE, EMA)}
+        write_json(temporary / META, {"step": step, "files": files})
+
+
+def _save_file(tensors: Tensors, path: Path) -> None:
+    """Raises OSError where the file system is at fault, which safetensors says in words of its own."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+def _copied(tensors: Tensors, into: Tensors) -> Tensors:
+    """On the CPU, in the memory of `into` where that fits: safetensors takes neither views nor channels_last."""
+    copies = {}
+    for name, tensor in tensors.items():
+        kept = into.get(name)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = kept.copy_(tensor.detach())
+    return copies
+
+
+def steps_on_disk(train: Path) -> list[int]:
+    """The steps that have a folder, ascending."""
+    names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
+    return sorted(int(match[1]) for match in names if match)
+
+
+def verify(directory: Path) -> None:
+    """Raise PipelineError unless the folder is a whole checkpoint."""
+    for name, facts in _files(directory).items():
+        check_file(directory / name, facts)
+
+
+def _files(directory: Path) -> dict[str, Any]:
+    """The files of a checkpoint with their facts, as its meta file lists them."""
+    meta = directory / META
+    if not meta.exists():
+        raise PipelineError(f"{directory} has no {META}: it is not a whole checkpoint")
+    content = read_json(meta)
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise PipelineError(f"{meta} lists no files: it is not a whole checkpoint")
+    return content["files"]
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether the folder carries a checkpoint that verifies."""
+    try:
+        verify(directory)
+    except PipelineError:
+        return False
+    return True
+
+
+def newest(run: Run, at_most: int) -> int | None:
+    """The newest step up to `at_most` whose hashes verify; broken ones are passed over with a warning."""
+    for step in reversed(steps_on_disk(run.train)):
+        if step > at_most:
+            continue
+        try:
+            verify(run.step_dir(step))
+            return step
+        except PipelineError as error:
+            logger.warning("%s; going back to the checkpoint before it", error)
+    return None
+
+
+def load(directory: Path) -> Tensors:
+    """All tensors of a checkpoint, on the CPU."""
+    verify(directory)
+    return load_file(directory / STATE)
+
+
+def drop_old(experiment: Experiment, run: Run, at_most: int) -> None:
+    """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
+    those that the experiment keeps for ever, and those that anything in the run refers to."""
+    steps = [step for step in steps_on_disk(run.train) if step <= at_most]
+    old = [step for step in steps[: -experiment.train.keep] if not experiment.keeps(step)]
+    try:
+        wanted = referred_to(run) if old else set()
+    except (PipelineError, OSError, KeyError) as error:
+        logger.warning("%s; until that is mended, no checkpoint is deleted", error)
+        return
+    for step in set(old) - wanted:
+        shutil.rmtree(run.step_dir(step), ignore_errors=True)
+
+
+def referred_to(run: Run) -> set[int]:
+    """The steps that a sample set, even an unfinished one, a score or a selection was made of."""
+    drawn = [next(folder.glob("[!.]*.json"), None) for folder in run.path.glob("samples/*")]
+    scored = run.path.glob("evaluation/*/metrics.json")
+    steps = {read_json(file)["protocol"]["checkpoint"] for file in [*drawn, *scored] if file}
+    for file in run.path.glob("selection/*/selection.json"):
+        steps |= {score["step"] for score in read_json(file)["scores"]}
+    return steps
+
+
+def weights(directory: Path, which: str) -> Tensors:
+    """The network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
+    verify(directory)
+    if which == "ema":
+        return load_file(directory / EMA)
+    state = load_file(directory / STATE)
+    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+
+
+def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
+    """The experiment's network with its first weights."""
+    data = experiment.data
+    out_channels = Diffusion(experiment.diffusion).out_channels(data.channels)
+    classes = data.labels if experiment.takes_labels else 0
+    return build_network(
+        experiment.model, data.image_size, data.channels, out_channels, experiment.seed, classes, device
+    )
+
+
+@lru_cache(maxsize=1)
+def load_network(
+    experiment: Experiment,
+    run: Run,
+    step: int,
+    which: str,
+    device: Any,
+    precision: str = "fp32",
+    compiled: bool = False,
+) -> nn.Module:
+    """The network of a checkpoint, ready for sampling: eval mode, no gradients. Kept by the process, since
+    one process works on many units."""
+    directory = run.step_dir(step)
+    if not directory.is_dir():
+        known = ", ".join(map(str, steps_on_disk(run.train))) or "none"
+        raise PipelineError(f"{run.path} has no checkpoint of step {step} (there are: {known})")
+    net = new_network(experiment, "meta")
+    net.to_empty(device="cpu")
+    try:
+        net.load_state_dict(weights(directory, which))
+    except RuntimeError as error:
+        raise PipelineError(f"{directory} holds another network: {error}") from error
+    net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = InBF16(net) if precision == "bf16" else net
+    return cast(nn.Module, torch.compile(net)) if compiled else net

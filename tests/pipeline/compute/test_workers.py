@@ -1,0 +1,148 @@
+"""Training groups of one to four processes, over gloo as Ray sets them up: the same run, whatever their number and
+whatever becomes of them. Ray itself is beside the point here, and would need a core for each."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from conftest import tiny_experiment
+
+from pipeline.compute.cluster import Peer
+from pipeline.stages import train
+from pipeline.store import checkpoint
+from pipeline.store.run import sha256_of
+
+STEPS = 30
+LONG = 120  # seconds in which any of these groups is through
+
+
+class Member(Peer):
+    """A training worker that has nobody to report to, and stops after so many steps."""
+
+    steps_left = None
+
+    def report(self, step):
+        pass
+
+    def decide(self, flag):
+        if self.steps_left is None:
+            return super().decide(flag)
+        self.steps_left -= 1
+        return self.steps_left == 0
+
+
+def member(rank, world_size, port, experiment, run, steps):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
+    )
+    context = Member(torch.device("cpu"), 1, rank, world_size)
+    context.steps_left = steps
+    train.body(context, experiment, run)
+    torch.distributed.destroy_process_group()
+
+
+class Group:
+    """So many processes that train together."""
+
+    def __init__(self, workers, experiment, run, steps=None):
+        self.run = run
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload(
+            ["pipeline.stages.train", "pipeline.compute.cluster", __name__]
+        )  # imported once
+        args = (workers, port, experiment, run, steps)
+        self.processes = [server.Process(target=member, args=(rank, *args)) for rank in range(workers)]
+        for process in self.processes:
+            process.start()
+
+    def wait_for_step(self, step):
+        deadline = time.monotonic() + LONG
+        while not any(found >= step for found in checkpoint.steps_on_disk(self.run.train)):
+            assert time.monotonic() < deadline and all(p.is_alive() for p in self.processes)
+            time.sleep(0.01)
+
+    def kill(self, rank):
+        """One is killed; the rest of the group is of no use, and Ray ends it too."""
+        os.kill(self.processes[rank].pid, signal.SIGKILL)
+        time.sleep(0.2)
+        for process in self.processes:
+            process.kill()
+        self.finish()
+
+    def finish(self):
+        for process in self.processes:
+            process.join(LONG)
+        return [process.exitcode for process in self.processes]
+
+
+def experiment_of(run, dropout=0.0):
+    """17 images a batch: one to four slices of it are never all equal."""
+    return tiny_experiment(
+        f"name={run.name}", f"model.dropout={dropout}", f"train.steps={STEPS}", "train.batch_size=17",
+        "train.checkpoint_every=5", "train.log_every=2", "train.keep=20",
+    )  # fmt: skip
+
+
+def apart(run, name):
+    return dataclasses.replace(run, name=f"{run.name}-{name}")
+
+
+def losses(run):
+    points = [json.loads(line) for line in run.log.read_text().splitlines()]
+    return [(point["step"], point["metrics"]["train/loss"]) for point in points]
+
+
+def state_hash(run, step):
+    return sha256_of(run.step_dir(step) / checkpoint.STATE)
+
+
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
+def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, workers):
+    _, run = tiny_run
+    experiment = experiment_of(run, dropout=0.2)
+    untouched = apart(run, "untouched")
+    assert set(Group(workers, experiment, untouched).finish()) == {0}
+
+    first = Group(workers, experiment, run)
+    first.wait_for_step(5)
+    first.kill(random.Random(workers).randrange(workers))
+    assert not run.step_dir(STEPS).exists(), "killed too late to prove anything"
+    second = Group(workers, experiment, run)
+    second.wait_for_step(checkpoint.newest(run, STEPS) + 5)
+    run.stop_file.touch()
+    assert set(second.finish()) == {0}
+    run.stop_file.unlink()
+    assert not run.step_dir(STEPS).exists(), "stopped too late to prove anything"
+    assert set(Group(workers, experiment, run).finish()) == {0}
+
+    assert state_hash(run, STEPS) == state_hash(untouched, STEPS)
+    assert losses(run) == losses(untouched)
+
+
+@pytest.mark.slow
+def test_one_to_four_workers_train_alike_and_their_number_may_change(tiny_run):
+    """Also from one resumption to the next: 3, then 1, then 4, changed between two points of the curve."""
+    _, run = tiny_run
+    for workers in (1, 2, 3, 4):
+        assert set(Group(workers, experiment_of(run), apart(run, str(workers))).finish()) == {0}
+    changing = apart(run, "changing")
+    for workers, steps in ((3, 11), (1, 10), (4, None)):
+        assert set(Group(workers, experiment_of(run), changing, steps).finish()) == {0}
+    assert {11, 21} <= set(checkpoint.steps_on_disk(changing.train))
+    alone = losses(apart(run, "1"))
+    assert [step for step, _ in alone] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
+    for name in ("2", "3", "4", "changing"):
+        assert losses(apart(run, name)) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in alone], (
+            name
+        )

@@ -1,0 +1,309 @@
+"""Configuration: every file loads, every fault is reported at once, keys hash content and never place."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm.diffusion import Diffusion
+from ddpm.unet import UNetConfig
+from pipeline import config
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.store import checkpoint, keys
+
+CONF = Path(__file__).parents[3] / "conf"
+EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
+PAPER, WITH_VARIANCE = 35_746_307, 35_749_766
+PARAMETERS = {
+    "celebahq256": 113_673_219,
+    "cifar10": PAPER,
+    "cifar10_cosine": PAPER,
+    "cifar10_cosine_hybrid": WITH_VARIANCE,
+    "cifar10_cosine_vlb": WITH_VARIANCE,
+    "cifar10_linear_hybrid": WITH_VARIANCE,
+    "cifar10_published": PAPER,
+    "cifar10_short": PAPER,
+    "cifar10_simple_mean": PAPER,
+    "cifar10_small": 8_952_067,
+    "cifar10_vlb_eps_fixed": PAPER,
+    "cifar10_vlb_eps_learned": WITH_VARIANCE,
+    "cifar10_vlb_mean_fixed": PAPER,
+    "cifar10_vlb_mean_learned": WITH_VARIANCE,
+    "context_digits": 1_069_633,
+    "context_sprites": 1_501_443,
+    "digits": 701_345,
+    "lsun_bedroom": 113_673_219,
+    "lsun_bedroom_large": 255_677_955,
+    "lsun_cat": 113_673_219,
+    "lsun_church": 113_673_219,
+    "mha64": 23_332_739,
+    "unet_annotated": 212_015_235,
+}
+
+
+def problems(name: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.load_experiment(name, list(overrides))
+    return caught.value.problems
+
+
+def test_there_are_configurations():
+    assert {"cifar10", "digits"} <= set(EXPERIMENTS)
+    assert PARAMETERS.keys() >= set(EXPERIMENTS), "every configuration has its parameter count here"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_loads_and_has_its_parameter_count(name):
+    experiment = config.load_experiment(name, [])
+    net = checkpoint.new_network(experiment, torch.device("meta"))
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "cluster").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_cluster_loads(path):
+    assert config.load_cluster(str(path), []).storage
+
+
+@pytest.mark.parametrize("uri", ["foo://host", "mlruns", "http:/host", "sqlite://", "host:5000"])
+def test_a_tracking_uri_that_mlflow_does_not_know_is_refused(uri):
+    with pytest.raises(
+        ConfigError, match=r"cluster\.tracking_uri begins with '.*MLflow's stores are http://"
+    ):
+        config.load_cluster("local", [f"tracking_uri={uri}"])
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host:5000", "sqlite:////data/mlflow.db", "postgresql+psycopg2://db/x"]
+)
+def test_a_tracking_uri_that_mlflow_knows_is_taken(uri):
+    assert config.load_cluster("local", [f"tracking_uri={uri}"]).tracking_uri == uri
+
+
+def test_cifar10_is_the_paper():
+    """The yaml and the defaults of the library both say the paper's values: they must agree."""
+    experiment = config.load_experiment("cifar10", [])
+    assert experiment.model == UNetConfig()
+    assert experiment.diffusion == Diffusion().config
+    assert (experiment.train.lr, experiment.train.warmup_steps, experiment.train.ema_decay) == (
+        2e-4,
+        5000,
+        (0.9999,),
+    )
+
+
+TABLE_2 = {  # (predict, loss, variance) of every cell
+    "cifar10_vlb_mean_learned": ("mean", "vlb", "learned"),
+    "cifar10_vlb_eps_learned": ("eps", "vlb", "learned"),
+    "cifar10_vlb_mean_fixed": ("mean", "vlb", "fixedlarge"),
+    "cifar10_vlb_eps_fixed": ("eps", "vlb", "fixedlarge"),
+    "cifar10_simple_mean": ("mean", "simple", "fixedlarge"),
+    "cifar10": ("eps", "simple", "fixedlarge"),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_rows_of_the_tables_differ_in_their_objective_alone(name):
+    row, paper = config.load_experiment(name, []), config.load_experiment("cifar10", [])
+    diffusion = row.diffusion
+    assert (diffusion.predict, diffusion.loss, diffusion.variance) == TABLE_2[name]
+    assert bool(diffusion.warnings()) == (name in ("cifar10_vlb_eps_learned", "cifar10_simple_mean"))
+    assert dataclasses.replace(row, name=paper.name, diffusion=paper.diffusion) == paper
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "flip"),
+    [
+        ("celebahq256", 500_000, True),
+        ("lsun_bedroom", 2_400_000, False),
+        ("lsun_bedroom_large", 1_150_000, False),
+        ("lsun_church", 1_200_000, True),
+        ("lsun_cat", 1_800_000, True),
+    ],
+)
+def test_256_pixels_are_the_papers(name, steps, flip):
+    experiment = config.load_experiment(name, [])
+    train = experiment.train
+    assert (train.steps, train.batch_size, train.lr, train.random_flip) == (steps, 64, 2e-5, flip)
+    assert (experiment.model.dropout, experiment.diffusion.variance) == (0.0, "fixedsmall")
+    assert (experiment.data.image_size, experiment.data.labels) == (256, 0)
+
+
+def test_another_network_takes_no_key_of_the_base_network(tmp_path):
+    path = tmp_path / "other.yaml"
+    mha = "{name: mha_unet, channels: 32, channel_mult: [1, 2], num_heads: 4, time_width: 32}"
+    path.write_text(f"base: digits\nmodel: {mha}\n")
+    assert config.load_experiment(str(path), []).model.channels == 32
+    path.write_text("base: digits\nmodel: {name: mha_unet, channels: 32}\n")
+    assert "model.num_heads is missing" in problems(str(path))
+    path.write_text("base: digits\nmodel: {name: unet, dropout: 0.3}\n")
+    assert config.load_experiment(str(path), []).model.dropout == 0.3
+    assert "model.time_width is missing" in problems("digits", "model.name=mha_unet")
+
+
+def test_all_faults_are_reported_at_once_with_suggestions():
+    found = problems(
+        "digits", "model.dropuot=0.3", "dropout=1", "train.lr=fast", "train.steps=0", "seed=x",
+        "evaluate.metrics=[fid,ins]", "data.source=digit", "sample.eta=2",
+    )  # fmt: skip
+    text = "\n".join(found)
+    assert "model.dropuot is unknown (did you mean 'dropout'?)" in found
+    assert "dropout is unknown (did you mean 'model.dropout'?)" in found
+    assert "train.lr is 'fast'; a number is expected" in found
+    assert "seed is 'x'; a whole number is expected" in found
+    assert "data.source is 'digit'; one of cifar10, digits, folder, lmdb, npy, parquet" in text
+    assert "evaluate.metrics has 'ins', which is unknown" in text
+    assert "sample.eta is 2.0" in text
+    assert all("\n" not in line for line in found)
+
+
+def test_ranges_are_reported_together_with_each_other():
+    found = problems(
+        "digits", "train.steps=0", "sample.num_images=0", "diffusion.timesteps=1", "sample.steps=null"
+    )
+    names = {line.split()[0] for line in found}
+    assert names == {"train.steps", "sample.num_images", "diffusion.timesteps"}
+
+
+def test_a_wrong_type_hides_no_other_fault():
+    found = problems("digits", "train.lr=fast", "train.warmup_steps=-1", "seed=true")
+    assert {line.split()[0] for line in found} == {"train.lr", "train.warmup_steps", "seed"}
+    found = problems("digits", "train.lr=fast", "sample.steps=5000", "data.source=digit")
+    assert {line.split()[0] for line in found} == {"train.lr", "sample.steps", "data.source"}
+    assert any("did you mean 'digits'?" in line for line in found)
+
+
+def test_a_missing_value_is_named(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("seed: 0\ndata: {source: digits}\n")
+    found = problems(str(path))
+    assert "data.image_size is missing" in found
+    assert "train is missing" in found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (["sample.steps=2000"], "sample.steps"),
+        (["sample.checkpoint=9999"], "sample.checkpoint"),
+        (["data.labels=0"], "evaluate.features"),
+        (["model.norm_groups=7"], "model.norm_groups"),
+        (["seed=-1"], "seed"),
+        (["name=../x"], "name"),
+        (["model.name=unnet"], "model.name"),
+        (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
+        (["sample.checkpoint=best"], "sample.checkpoint is best; say among which: evaluate.checkpoints"),
+        (["sample.checkpoint=bets"], "sample.checkpoint is 'bets'"),
+        (["evaluate.checkpoints=some"], "evaluate.checkpoints is 'some'; use null, all or every:N"),
+        (["evaluate.checkpoints=every:0"], "evaluate.checkpoints is 'every:0'"),
+        (["evaluate.checkpoints=every:300"], "evaluate.checkpoints is every:300; N is a multiple of"),
+        (["evaluate.checkpoints=every:1400"], "evaluate.checkpoints is every:1400; N is a multiple of"),
+        (["evaluate.checkpoints=all", "evaluate.checkpoint_images=30"], "evaluate.checkpoint_images is 30"),
+        (["evaluate.beside=true", "published.weights=ema", "published.path=x"], "evaluate.beside"),
+        (["evaluate.checkpoints=all", "published.weights=ema", "published.path=x"], "evaluate.checkpoints"),
+        (["train.keep_every=300"], "train.keep_every must be a multiple of checkpoint_every=200"),
+    ],
+)
+def test_nonsense_is_refused_by_name(overrides, names):
+    assert any(line.startswith(names) for line in problems("digits", *overrides))
+
+
+def test_a_named_file_that_is_not_here_is_no_fault_of_the_values():
+    (line,) = config.load_experiment("digits", ["evaluate.extractor_weights=/nowhere.pth"]).missing()
+    assert line.startswith("evaluate.extractor_weights '/nowhere.pth' is not a file")
+
+
+def test_unknown_experiments_and_bad_overrides(tmp_path):
+    assert "did you mean 'digits'?" in problems("digit")[0]
+    assert "write key=value" in problems("digits", "train.steps")[0]
+    assert "does not exist" in problems("nowhere.yaml")[0]
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    assert "not valid yaml" in problems(str(tmp_path / "broken.yaml"))[0]
+    (tmp_path / "loop.yaml").write_text("base: loop\n")
+    assert "leads back" in problems(str(tmp_path / "loop.yaml"))[0]
+
+
+def test_a_resolved_configuration_loads_as_itself(tmp_path):
+    experiment = config.load_experiment("digits", ["model.dropout=0.3"])
+    path = tmp_path / "again.yaml"
+    path.write_text(config.to_yaml(experiment))
+    assert config.load_experiment(str(path), []) == experiment
+
+
+# Keys
+
+
+def keys_of(*overrides: str) -> tuple[str, str, str]:
+    experiment = config.load_experiment("digits", list(overrides))
+    run = keys.run_key(experiment, keys.data_key(experiment, "fingerprint"))
+    return run, keys.sample_key(experiment, run), keys.evaluate_key(experiment, run)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=3000",
+        "train.checkpoint_every=7",
+        "train.keep=9",
+        "train.keep_every=400",
+        "data.images_per_shard=9",
+    ],
+)
+def test_extending_a_run_keeps_its_key(override):
+    assert keys_of(override)[0] == keys_of()[0]
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "train.lr=0.1", "model.dropout=0.4", "diffusion.beta_schedule=quad", "data.labels=11"],
+)
+def test_what_changes_a_number_changes_the_run_key(override):
+    assert keys_of(override)[0] != keys_of()[0]
+
+
+def test_steps_count_when_the_learning_rate_decays_over_them():
+    assert keys_of("train.lr_decay=linear")[0] != keys_of("train.lr_decay=linear", "train.steps=3000")[0]
+
+
+def test_samples_and_scores_have_their_own_keys():
+    run, samples, score = keys_of()
+    assert keys_of("sample.num_images=600")[:2] == (run, samples)
+    assert keys_of("sample.num_images=600")[2] != score
+    assert keys_of("sample.sampler=ddim")[0] == run
+    assert keys_of("sample.sampler=ddim")[1] != samples
+    assert keys_of("train.steps=3000")[1] != samples, "'last' means the step"
+    assert keys_of("evaluate.metrics=[nll]")[:2] == (run, samples)
+
+
+def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
+    wider = ("evaluate.checkpoints=all", "evaluate.checkpoint_images=128", "evaluate.beside=true")
+    assert keys_of(*wider) == keys_of()
+    experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
+    with pytest.raises(PipelineError, match=r"known once evaluate\.checkpoints are scored"):
+        keys.sample_key(experiment, "0a")
+    first, second = (config.chosen(experiment, 1200, of) for of in (3, 4))
+    last = config.load_experiment("digits", [])
+    assert keys.sample_key(first, "0a") == keys.sample_key(second, "0a") == keys.sample_key(last, "0a")
+    assert len({keys.evaluate_key(e, "0a") for e in (first, second, last)}) == 3
+
+
+def test_the_twin_beside_differs_in_its_weights_alone():
+    experiment = config.load_experiment("digits", ["evaluate.beside=true"])
+    (twin,) = config.beside(experiment).values()
+    assert list(config.beside(experiment)) == ["raw"] and list(config.beside(twin)) == ["ema"]
+    assert config.beside(twin)["ema"] == experiment
+    assert config.beside(config.load_experiment("digits", [])) == {}
+
+
+def test_keys_hash_content_not_place(tmp_path):
+    weights = [tmp_path / "a.pth", tmp_path / "b.pth"]
+    for path in weights:
+        path.write_bytes(b"the same")
+    first, second = (keys_of(f"evaluate.extractor_weights={path}")[2] for path in weights)
+    weights[0].write_bytes(b"another")
+    assert first == second != keys_of(f"evaluate.extractor_weights={weights[0]}")[2]
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.load_experiment("digits", []).seed = 3

@@ -1,0 +1,80 @@
+"""Training reads the same batches from memory and from the tars."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.compute.work import WorkerContext
+from pipeline.data.dataset import InMemory, InTars, open_dataset
+from pipeline.errors import PipelineError
+from pipeline.store import tars
+
+COUNTS = (7, 5, 1)
+
+
+def context(image_memory=0):
+    return WorkerContext(torch.device("cpu"), cpus=2, image_memory=image_memory)
+
+
+@pytest.fixture(params=["labelled", "unlabelled"])
+def folder(tmp_path, request):
+    """Three tars of 13 images of 9x9 in all."""
+    images = np.random.default_rng(0).integers(0, 256, (sum(COUNTS), 9, 9, 3), dtype=np.uint8)
+    shards, start = [], 0
+    for number, count in enumerate(COUNTS):
+        records = [
+            tars.Record(
+                f"{i:04d}", tars.encode_png(images[i]), i % 4 if request.param == "labelled" else None
+            )
+            for i in range(start, start + count)
+        ]
+        facts = tars.write_shard(tmp_path / f"train-{number:05d}.tar", records)
+        tars.write_json(tmp_path / f"train-{number:05d}.json", facts)
+        shards.append(facts)
+        start += count
+    tars.write_index(tmp_path, {"train": shards}, image_size=9, channels=3)
+    return tmp_path
+
+
+def test_memory_and_tars_give_the_same_batches(folder):
+    small, large = open_dataset(folder, "train", context(2**20)), open_dataset(folder, "train", context())
+    assert isinstance(small, InMemory) and isinstance(large, InTars) and len(small) == len(large) == 13
+    for index in (torch.randperm(13), torch.tensor([12, 0, 7, 7]), torch.tensor([6])):
+        for ours, theirs in zip(small.batch(index), large.batch(index), strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+def test_the_bound_counts_the_pixels(folder):
+    pixels = 13 * 3 * 9 * 9
+    assert isinstance(open_dataset(folder, "train", context(pixels)), InMemory)
+    assert isinstance(open_dataset(folder, "train", context(pixels - 1)), InTars)
+
+
+def test_a_prefetched_batch_is_the_one_that_was_asked_for(folder):
+    dataset = open_dataset(folder, "train", context())
+    batches = torch.randperm(13).split(4)
+    for index in batches:
+        dataset.prefetch(index)
+        dataset.prefetch(index)  # twice is once
+    for index in reversed(batches):
+        images, _ = dataset.batch(index)
+        assert torch.equal(images, torch.from_numpy(tars.load_images(folder, "train")[0])[index])
+    assert not dataset.coming
+
+
+def test_a_damaged_image_is_named(folder):
+    file = folder / "train-00001.tar"
+    content = bytearray(file.read_bytes())
+    offset = tars.open_index(folder).places(file.name)[2, tars.OFFSET]
+    content[offset + 60] ^= 1
+    file.write_bytes(content)
+    dataset = open_dataset(folder, "train", context())
+    dataset.batch(torch.tensor([0, 7, 8, 10, 12]))
+    with pytest.raises(PipelineError, match=r"image 9 in .*train-00001.tar is damaged"):
+        dataset.batch(torch.tensor([9]))
+
+
+def test_an_index_of_another_tar_is_refused(folder):
+    (folder / "train-00000.json").write_text((folder / "train-00001.json").read_text())
+    with pytest.raises(PipelineError, match=r"train-00000.json is not the index of train-00000.tar"):
+        open_dataset(folder, "train", context())

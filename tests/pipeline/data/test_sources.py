@@ -1,0 +1,757 @@
+"""Sources: what they read, what they refuse and how they name it, and fingerprints of content."""
+
+import dataclasses
+import hashlib
+import io
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import DataConfig
+from pipeline.data import sources
+from pipeline.data.sources import cifar10, content, order
+from pipeline.errors import PipelineError
+from pipeline.store.tars import decode_png, encode_png
+
+CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
+needs_cifar10 = pytest.mark.skipif(
+    not CIFAR10.is_dir(), reason=f"CIFAR-10's parquet files are not in {CIFAR10}"
+)
+
+
+def config(source: str, path=None, **changes) -> DataConfig:
+    common = DataConfig(source, path and str(path), 8, 3, 0, 100, 0, "refuse", 0)
+    return dataclasses.replace(common, **changes)
+
+
+def read(data: DataConfig, split: str = "train"):
+    source = sources.Source(data)
+    return list(source.read(split, 0, source.splits[split]))
+
+
+def pixels(data: DataConfig, split: str = "train") -> np.ndarray:
+    return np.stack([decode_png(record.png) for record in read(data, split)])
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+
+
+# Order
+
+
+def test_shuffle_is_a_fixed_permutation():
+    assert sorted(order.shuffled(1000)) == list(range(1000))
+    # Golden values, from Philox4x64-10 with key 0: they must never change, or every split would.
+    assert order.shuffled(10).tolist() == GOLDEN_ORDER
+    assert not np.array_equal(order.shuffled(1000), np.arange(1000))
+
+
+GOLDEN_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+
+
+# Digits
+
+
+def test_digits_are_scikit_learns_split_evenly():
+    from sklearn.datasets import load_digits
+
+    data = config("digits", channels=1, labels=10)
+    assert sources.Source(data).splits == {"train": 1437, "test": 360}
+    test_labels = np.array([record.label for record in read(data, "test")])
+    train_labels = np.array([record.label for record in read(data)])
+    assert np.bincount(test_labels).tolist() == [36] * 10
+    digits = load_digits()
+    assert np.array_equal(np.bincount(train_labels) + 36, np.bincount(digits.target))
+    both = np.concatenate([pixels(data), pixels(data, "test")])[:, 0]
+    expected = np.floor(digits.images * 255 / 16 + 0.5).astype(np.uint8)
+    assert both.min() == 0 and both.max() == 255
+    ours = sorted(
+        (image.tobytes(), label) for image, label in zip(both, [*train_labels, *test_labels], strict=True)
+    )
+    assert ours == sorted(
+        (image.tobytes(), label) for image, label in zip(expected, digits.target, strict=True)
+    )
+
+
+def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
+    data = config("digits", channels=1, labels=10)
+    cache = tmp_path / "fingerprints.json"
+    first = sources.fingerprint(data, cache)
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from pipeline import sources; from pipeline.config import DataConfig\n"
+        f"print(sources.fingerprint({data!r}, Path({str(cache)!r})))\n"
+        "assert not {'sklearn', 'pyarrow', 'webdataset'} & set(sys.modules)"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[3]
+    )
+    assert again.stdout.strip() == first, again.stderr
+
+
+# CIFAR-10, parquet
+
+
+@needs_cifar10
+def test_cifar10_parquet_is_passed_through():
+    import pyarrow.parquet as parquet
+
+    data = config("cifar10", CIFAR10, image_size=32, labels=10)
+    source = sources.Source(data)
+    assert source.splits == {"train": 50_000, "test": 10_000}
+    rows = (
+        parquet.ParquetFile(CIFAR10 / "train-00001-of-00002.parquet")
+        .read_row_group(0)
+        .slice(0, 3)
+        .to_pylist()
+    )
+    across = list(source.read("train", 24_998, 25_003))  # from the first file into the second
+    assert [record.png for record in across[2:]] == [row["img"]["bytes"] for row in rows]
+    assert [record.label for record in across[2:]] == [row["label"] for row in rows]
+    assert [record.key for record in across] == [f"train-{i:08d}" for i in range(24_998, 25_003)]
+
+
+@needs_cifar10
+def test_cifar10_test_split_has_its_known_mean():
+    data = config("cifar10", CIFAR10, image_size=32, labels=10)
+    means = np.stack(
+        [decode_png(r.png).mean(axis=(1, 2)) for r in sources.Source(data).read("test", 0, 10_000)]
+    )
+    assert np.allclose(means.mean(axis=0) / 255, [0.494214, 0.485131, 0.450409], atol=1e-6)
+
+
+def write_parquet(path: Path, images: list, labels: list[int] | None, **more) -> None:
+    """Encoded images as on the hub, in four rows a group; `more` are further columns."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    column = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
+    columns = {"img": column} | ({} if labels is None else {"label": labels}) | more
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=4)
+
+
+@pytest.fixture
+def parquet_set(tmp_path):
+    images = [encode_png(image) for image in noise(10, 8, 8, 3)]
+    write_parquet(tmp_path / "plain_text" / "train-00000-of-00002.parquet", images[:6], list(range(6)))
+    write_parquet(tmp_path / "plain_text" / "train-00001-of-00002.parquet", images[6:], list(range(6, 10)))
+    return tmp_path
+
+
+def test_parquet_ranges_join_to_the_whole(parquet_set):
+    source = sources.Source(config("cifar10", parquet_set, labels=10))
+    assert source.splits == {"train": 10}
+    for size in (1, 3, 4, 7, 10):
+        parts = [record for a in range(0, 10, size) for record in source.read("train", a, min(a + size, 10))]
+        assert [record.label for record in parts] == list(range(10))
+    assert np.array_equal(decode_png(parts[9].png), noise(10, 8, 8, 3)[9].transpose(2, 0, 1))
+
+
+def test_truncated_parquet_is_named(parquet_set):
+    file = parquet_set / "plain_text" / "train-00001-of-00002.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(PipelineError, match=r"train-00001-of-00002\.parquet is no readable parquet"):
+        sources.fingerprint(config("cifar10", parquet_set, labels=10), None)
+
+
+def test_parquet_without_the_columns_is_named(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [encode_png(noise(8, 8, 3))], None)
+    with pytest.raises(PipelineError, match=r"train-0\.parquet has no column 'label', only img; .*labels=0"):
+        read(config("cifar10", tmp_path, labels=10))
+    write_parquet(tmp_path / "train-0.parquet", [encode_png(noise(8, 8, 3))], None, mask=[{"bytes": b""}])
+    with pytest.raises(
+        PipelineError, match=r"train-0\.parquet has 2 columns of encoded images, not one: img"
+    ):
+        read(config("parquet", tmp_path))
+
+
+def test_an_empty_place_is_named(tmp_path):
+    with pytest.raises(PipelineError, match=r"holds no train-\*\.parquet"):
+        sources.fingerprint(config("cifar10", tmp_path), None)
+    with pytest.raises(PipelineError, match="nowhere does not exist"):
+        sources.fingerprint(config("cifar10", tmp_path / "nowhere"), None)
+
+
+# Any set in parquet files
+
+
+def numbered(n: int, extension: str = "png") -> list[bytes]:
+    """Encoded images, the i-th of which has the grey level 10 i."""
+    found = []
+    for i in range(n):
+        file = io.BytesIO()
+        lossless = {"lossless": True} if extension == "webp" else {}
+        Image.fromarray(np.full((8, 8, 3), 10 * i, np.uint8)).save(file, extension, **lossless)
+        found.append(file.getvalue())
+    return found
+
+
+def numbers(data: DataConfig, split: str = "train") -> list[int]:
+    return (pixels(data, split)[:, 0, 0, 0] // 10).tolist()
+
+
+@pytest.mark.parametrize(
+    "test", ["test-00000-of-00001.parquet", "validation-0.parquet", "validation/0.parquet"]
+)
+def test_parquet_splits_are_named_by_files_or_folders(tmp_path, test):
+    write_parquet(tmp_path / "data" / "train-0.parquet", numbered(6), None)
+    write_parquet(tmp_path / "data" / test, numbered(9)[6:], None)
+    data = config("parquet", tmp_path, test_images=2)
+    assert numbers(data) == [0, 1, 2, 3, 4, 5]
+    assert numbers(data, "test") == [6, 7, 8]
+
+
+def test_a_parquet_test_split_goes_before_a_validation_split(tmp_path):
+    for i, split in enumerate(("train", "test", "validation")):
+        write_parquet(tmp_path / f"{split}-0.parquet", numbered(3)[i:][:1], None)
+    assert (numbers(config("parquet", tmp_path)), numbers(config("parquet", tmp_path), "test")) == ([0], [1])
+
+
+@pytest.mark.parametrize("place", ["set.parquet", "."])
+def test_parquet_rows_are_held_out_across_row_groups(tmp_path, place):
+    write_parquet(tmp_path / "set.parquet", numbered(25), list(range(25)))
+    data = config("parquet", tmp_path / place, test_images=5, labels=25)
+    test, train = numbers(data, "test"), numbers(data)
+    assert len(test) == 5 and sorted(test + train) == list(range(25)) and train == sorted(train)
+    assert [record.label for record in read(data)] == train
+    source = sources.Source(data)
+    parts = [record for a in range(0, 20, 3) for record in source.read("train", a, min(a + 3, 20))]
+    assert parts == read(data)
+
+
+def test_parquet_with_bare_bytes(tmp_path):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        table = pyarrow.table({"jpg": pyarrow.array(numbered(3), kind), "text": ["a", "b", "c"]})
+        parquet.write_table(table, tmp_path / "images.parquet")
+        assert numbers(config("parquet", tmp_path)) == [0, 1, 2]
+
+
+def test_a_parquet_row_without_an_image_does_not_decode(tmp_path):
+    write_parquet(tmp_path / "train-0.parquet", [*numbered(2), None], None)
+    with pytest.raises(PipelineError, match=r"train-0\.parquet row 2 \(2\.png\) does not decode"):
+        read(config("parquet", tmp_path))
+
+
+# LMDB
+
+
+def write_lmdb(folder: Path, images: list[bytes]) -> Path:
+    import lmdb
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        lmdb.open(str(folder), map_size=1 << 24, lock=False) as environment,
+        environment.begin(write=True) as transaction,
+    ):
+        for i, image in enumerate(images):
+            transaction.put(b"%040x" % (i * 977), image)
+    return folder
+
+
+@pytest.fixture
+def lsun(tmp_path):
+    write_lmdb(tmp_path / "church_outdoor_train_lmdb", numbered(20, "webp"))
+    write_lmdb(tmp_path / "church_outdoor_val_lmdb", numbered(25, "webp")[20:])
+    return tmp_path
+
+
+def test_lsun_splits_are_its_databases(lsun):
+    forms = [config("lmdb", lsun), config("lmdb", lsun / "church_outdoor_train_lmdb", test_images=3)]
+    for data in forms:
+        assert numbers(data) == list(range(20))
+        assert numbers(data, "test") == list(range(20, 25))
+    source = sources.Source(forms[0])
+    parts = [record for a in range(0, 20, 7) for record in source.read("train", a, min(a + 7, 20))]
+    assert parts == read(forms[0])
+    first, second = (sources.fingerprint(data, None) for data in forms)
+    assert first == second
+    (lsun / "church_outdoor_val_lmdb" / "data.mdb").unlink()
+    assert sources.fingerprint(forms[0], None) != first
+
+
+def test_one_lmdb_has_test_images_held_out(tmp_path):
+    folder = write_lmdb(tmp_path / "cat", numbered(20, "jpeg"))
+    data = config("lmdb", folder, test_images=4)
+    test, train = numbers(data, "test"), numbers(data)
+    assert len(test) == 4 and sorted(test + train) == list(range(20))
+    assert numbers(config("lmdb", folder / "data.mdb")) == list(range(20))
+    with pytest.raises(PipelineError, match=r"key b'0+' has no label.*set data\.labels=0"):
+        read(config("lmdb", folder, labels=3))
+    with pytest.raises(PipelineError, match=r"has 20 images; .*=20 leaves none"):
+        read(config("lmdb", folder, test_images=20))
+
+
+def test_an_lmdb_value_that_does_not_decode_is_named(tmp_path):
+    with pytest.raises(PipelineError, match=r"data\.mdb key b'0+3d1' does not decode"):
+        read(config("lmdb", write_lmdb(tmp_path / "cat", [numbered(1)[0], b"no image"])))
+
+
+def test_lmdb_places_without_one_database_are_named(lsun):
+    write_lmdb(lsun / "cat_train_lmdb", numbered(1))
+    with pytest.raises(
+        PipelineError, match=r"cat_train_lmdb, church_outdoor_train_lmdb\); set data\.path to one"
+    ):
+        sources.fingerprint(config("lmdb", lsun), None)
+    with pytest.raises(PipelineError, match=r"nowhere has no data\.mdb"):
+        sources.fingerprint(config("lmdb", lsun / "nowhere"), None)
+
+
+@pytest.mark.parametrize("keep, reason", [(50, "is no readable LMDB"), (12_000, "is cut short")])
+def test_a_broken_lmdb_is_named_and_never_mapped(tmp_path, keep, reason):
+    file = write_lmdb(tmp_path / "cat", [bytes(9000), bytes(9000)]) / "data.mdb"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(PipelineError, match=rf"data\.mdb {reason} .*fetch it again"):
+        sources.fingerprint(config("lmdb", file.parent), None)
+
+
+def test_without_the_package_lmdb_the_remedy_is_named(lsun, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(PipelineError, match=r"data\.source=lmdb needs the package lmdb: pip install lmdb"):
+        sources.fingerprint(config("lmdb", lsun), None)
+
+
+# CIFAR-10, official batches
+
+
+def python2_pickle(data: np.ndarray, labels: list[int]) -> bytes:
+    """The opcodes that Python 2's cPickle and NumPy 1 wrote into the official batches."""
+
+    def text(value: bytes) -> bytes:
+        return b"U" + bytes([len(value)]) + value
+
+    n, width = data.shape
+    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNN"
+    dtype += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
+    state = (
+        b"(K\x01" + b"M" + struct.pack("<H", n) + b"M" + struct.pack("<H", width) + b"\x86" + dtype + b"\x89"
+    )
+    state += b"T" + struct.pack("<i", data.size) + data.tobytes() + b"tb"
+    items = b"".join(b"K" + bytes([label]) for label in labels)
+    return b"\x80\x02}(" + text(b"data") + array + state + text(b"labels") + b"](" + items + b"eu."
+
+
+@pytest.fixture
+def batches(tmp_path):
+    """Five training batches and the test batch, four images each, unpacked."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for number, name in enumerate(cifar10.BATCHES):
+        rows = noise(24, 3072)[4 * number : 4 * number + 4]
+        (folder / name).write_bytes(python2_pickle(rows, [number, 1, 2, 9]))
+    return folder
+
+
+def pack(batches: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(batches, arcname="cifar-10-batches-py")
+    return archive
+
+
+def test_official_batches(batches):
+    data = config("cifar10", batches, image_size=32, labels=10)
+    expected = noise(24, 3072).reshape(24, 3, 32, 32)
+    assert np.array_equal(pixels(data), expected[:20])
+    assert np.array_equal(pixels(data, "test"), expected[20:])
+    assert [r.label for r in read(data)] == [label for n in range(5) for label in (n, 1, 2, 9)]
+
+
+def test_official_archive_equals_its_unpacked_folder(batches, tmp_path):
+    archive = pack(batches, tmp_path / "elsewhere.tar.gz")
+    forms = [config("cifar10", path, image_size=32, labels=10) for path in (archive, batches, batches.parent)]
+    assert read(forms[0]) == read(forms[1]) == read(forms[2])
+    assert len({sources.fingerprint(data, None) for data in forms}) == 1
+
+
+def test_the_genuine_archive_is_known_before_it_is_here():
+    from torchvision.datasets import CIFAR10 as Reference
+
+    assert dict(Reference.train_list + Reference.test_list) == cifar10.BATCHES
+    assert Reference.url == cifar10.ADDRESS and Reference.tgz_md5 == cifar10.ARCHIVE_MD5
+    assert len(sources.fingerprint(config("cifar10", None, image_size=32, labels=10), None)) == 64
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+@pytest.mark.parametrize(
+    "harmful, name",
+    [
+        (Harmful(), "posix.system"),
+        (np.array([Harmful()], dtype=object), "posix.system"),
+        (print, "__builtin__.print"),
+        (Path("x"), "pathlib"),
+        (np.random.default_rng(0), "numpy.random"),
+    ],
+)
+def test_the_unpickler_refuses_by_name_and_runs_nothing(batches, tmp_path, monkeypatch, harmful, name):
+    monkeypatch.chdir(tmp_path)
+    (batches / "data_batch_3").write_bytes(pickle.dumps({b"data": harmful, b"labels": [0]}, protocol=2))
+    with pytest.raises(PipelineError, match=rf"data_batch_3 is no CIFAR-10 batch \(it asks for {name}"):
+        read(config("cifar10", batches, image_size=32))
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_broken_official_batches_are_named(batches, tmp_path):
+    archive = pack(batches, tmp_path / "a.tar.gz")
+    archive.write_bytes(archive.read_bytes()[:5000])
+    with pytest.raises(PipelineError, match=r"a\.tar\.gz cannot be read"):
+        sources.fingerprint(config("cifar10", archive), None)
+    whole = (batches / "data_batch_2").read_bytes()
+    (batches / "data_batch_2").write_bytes(whole[:1000])
+    with pytest.raises(PipelineError, match="data_batch_2 is no CIFAR-10 batch"):
+        read(config("cifar10", batches, image_size=32))
+    (batches / "data_batch_2").unlink()
+    with pytest.raises(PipelineError, match="lacks data_batch_2"):
+        sources.fingerprint(config("cifar10", batches), None)
+
+
+def test_download_checks_the_md5_and_keeps_nothing_wrong(batches, tmp_path, monkeypatch):
+    served = pack(batches, tmp_path / "cifar-10-python.tar.gz")
+    monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
+    downloads = tmp_path / "downloads"
+    with pytest.raises(PipelineError, match="came with md5"):
+        sources.locate(config("cifar10"), downloads)
+    assert not list(downloads.iterdir())
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
+    located = sources.locate(config("cifar10", image_size=32, labels=10), downloads)
+    assert len(read(located)) == 20
+    monkeypatch.setattr(cifar10, "_fetch", lambda to: pytest.fail("fetched twice"))
+    assert sources.locate(config("cifar10"), downloads).path == located.path
+
+
+def test_a_broken_download_is_fetched_again(batches, tmp_path, monkeypatch):
+    served = pack(batches, tmp_path / "cifar-10-python.tar.gz")
+    monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / served.name).write_bytes(b"half")
+    assert Path(sources.locate(config("cifar10"), downloads).path).read_bytes() == served.read_bytes()
+
+
+def test_without_a_network_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/cifar-10-python.tar.gz")
+    with pytest.raises(PipelineError, match=r"cannot be downloaded .*set data\.path"):
+        sources.locate(config("cifar10"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# Folders of image files
+
+
+def save(path: Path, image: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **options)
+    return path
+
+
+def class_folders(root: Path, per_class: int = 6) -> Path:
+    for number, name in enumerate(("ant", "bee", "cat")):
+        for i in range(per_class):
+            save(root / name / f"{i}.png", np.full((8, 8, 3), 60 * number + i, np.uint8))
+    return root
+
+
+def test_class_folders_give_labels_in_order_of_their_names(tmp_path):
+    class_folders(tmp_path)
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    save(tmp_path / ".thumbnails" / "0.png", noise(8, 8, 3))
+    records = read(config("folder", tmp_path, labels=3))
+    assert len(records) == 18
+    assert all(decode_png(record.png)[0, 0, 0] // 60 == record.label for record in records)
+    assert len({record.label for record in records[:9]}) == 3  # shuffled: any first part mixes the classes
+    assert {record.label for record in read(config("folder", tmp_path, labels=0))} == {None}
+
+
+def test_held_out_images_complete_the_train_split(tmp_path):
+    class_folders(tmp_path)
+    data = config("folder", tmp_path, labels=3, test_images=5)
+    test, train = pixels(data, "test"), pixels(data)
+    assert (len(test), len(train)) == (5, 13)
+    assert sorted(np.concatenate([test, train])[:, 0, 0, 0]) == sorted(
+        pixels(config("folder", tmp_path))[:, 0, 0, 0]
+    )
+    assert np.array_equal(test, pixels(data, "test"))
+    with pytest.raises(PipelineError, match=r"has 18 images; .*=18 leaves none"):
+        read(config("folder", tmp_path, test_images=18))
+
+
+def test_train_and_test_folders_are_the_splits(tmp_path):
+    class_folders(tmp_path / "train")
+    class_folders(tmp_path / "test", per_class=2)
+    assert sources.Source(config("folder", tmp_path, labels=3)).splits == {"train": 18, "test": 6}
+    save(tmp_path / "test" / "dog" / "0.png", noise(8, 8, 3))
+    with pytest.raises(PipelineError, match=r"dog.0\.png has the class 'dog', which train/ lacks"):
+        read(config("folder", tmp_path, labels=3), "test")
+    shutil.rmtree(tmp_path / "test")
+    assert sources.Source(config("folder", tmp_path, labels=3, test_images=3)).splits == {
+        "train": 15,
+        "test": 3,
+    }
+
+
+def test_png_that_fits_is_passed_through_and_all_else_is_made_to_fit(tmp_path):
+    original = save(tmp_path / "a.png", noise(8, 8, 3), compress_level=0).read_bytes()
+    assert read(config("folder", tmp_path))[0].png == original
+    grey = read(config("folder", tmp_path, channels=1))[0].png
+    expected = np.asarray(Image.fromarray(noise(8, 8, 3)).convert("L"))
+    assert np.array_equal(decode_png(grey)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a.tiff", "a.webp", "a.ppm", "a.jpg", "a.PNG"])
+def test_any_format(tmp_path, name):
+    options = (
+        {"lossless": True} if name.endswith("webp") else {"quality": 100} if name.endswith("jpg") else {}
+    )
+    image = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    save(tmp_path / name, image, **options)
+    found = pixels(config("folder", tmp_path))[0].astype(int)
+    assert np.abs(found - np.array([200, 100, 50])[:, None, None]).max() <= 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "LA"])
+def test_any_mode(tmp_path, mode):
+    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).convert(mode).save(
+        tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    )
+    for channels in (1, 3):
+        found = pixels(config("folder", tmp_path, channels=channels))
+        assert found.shape == (1, channels, 8, 8) and found.min() >= 254
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path):
+    save(tmp_path / "a.png", np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
+    found = pixels(config("folder", tmp_path, channels=1))[0, 0]
+    assert np.array_equal(found, np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8) >> 8)
+
+
+def test_other_sizes_are_cropped_at_the_centre_and_resized(tmp_path):
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = (10, 20, 30)  # the central square
+    save(tmp_path / "wide.png", wide)
+    found = pixels(config("folder", tmp_path, resize="crop"))[0]
+    assert np.array_equal(found, np.broadcast_to(np.array([10, 20, 30])[:, None, None], (3, 8, 8)))
+    with pytest.raises(
+        PipelineError, match=r"wide\.png has 48x16 pixels, but data.image_size=8; .*resize=crop"
+    ):
+        read(config("folder", tmp_path))
+
+
+def test_resizing_is_antialiased(tmp_path):
+    board = np.indices((64, 64)).sum(axis=0) % 2 * 255  # a chessboard of pixels averages to grey
+    save(tmp_path / "board.png", board.astype(np.uint8))
+    found = pixels(config("folder", tmp_path, channels=1, resize="crop"))
+    assert np.abs(found.astype(int) - 127).max() <= 3
+
+
+def test_orientation_is_applied(tmp_path):
+    image = Image.fromarray(np.repeat(np.arange(8, dtype=np.uint8)[:, None] * 30, 8, axis=1))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    assert pixels(config("folder", tmp_path, channels=1))[0, 0, :, 0].tolist() == list(range(210, -1, -30))
+
+
+def damaged(kind: str) -> bytes:
+    whole = bytearray(encode_png(noise(8, 8, 3)))
+    if kind == "truncated":
+        return bytes(whole[:100])
+    if kind == "flipped":
+        whole[whole.index(b"IDAT") + 60] ^= 1
+        return bytes(whole)
+    return {"empty": b"", "text": b"hello", "cut before the end": bytes(whole[:-12])}[kind]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "empty", "text", "cut before the end"])
+def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
+    class_folders(tmp_path)
+    (tmp_path / "bee" / "3.png").write_bytes(damaged(kind))
+    with pytest.raises(PipelineError, match=r"bee.3\.png does not decode \(.+\); .*data.max_undecodable"):
+        read(config("folder", tmp_path))
+    told = []
+    rest = list(
+        sources.Source(config("folder", tmp_path)).read("train", 0, 18, lambda *args: told.append(args))
+    )
+    assert len(rest) == 17 and len(told) == 1
+    assert len({record.key for record in rest}) == 17
+
+
+def test_a_truncated_jpeg_does_not_decode(tmp_path):
+    file = save(tmp_path / "a.jpg", noise(64, 64, 3))
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(PipelineError, match=r"a\.jpg does not decode"):
+        read(config("folder", tmp_path, resize="crop"))
+
+
+def test_labels_that_do_not_fit_are_refused(tmp_path):
+    class_folders(tmp_path)
+    with pytest.raises(PipelineError, match=r"cat.\d\.png has the label 2, but data.labels=2 allows 0 to 1"):
+        read(config("folder", tmp_path, labels=2))
+    save(tmp_path / "loose.png", noise(8, 8, 3))
+    with pytest.raises(PipelineError, match=r"loose\.png lies in no class folder.*data.labels=0"):
+        read(config("folder", tmp_path, labels=3))
+
+
+def test_a_folder_without_images_is_named(tmp_path):
+    with pytest.raises(PipelineError, match="has no images in its train split"):
+        sources.fingerprint(config("folder", tmp_path), None)
+    with pytest.raises(PipelineError, match="is no folder"):
+        sources.fingerprint(config("folder", tmp_path / "nowhere"), None)
+    (tmp_path / "a.png").symlink_to("nowhere.png")
+    with pytest.raises(PipelineError, match=r"a\.png cannot be read \(No such file"):
+        sources.fingerprint(config("folder", tmp_path), None)
+
+
+# Arrays
+
+
+def npy_folder(root: Path, **arrays) -> Path:
+    root.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        np.save(root / f"{name}.npy", array)
+    return root
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.arange(12) % 4,
+        (np.arange(12) % 4)[:, None].astype(np.uint8),
+        np.eye(4)[np.arange(12) % 4],
+        np.eye(4, dtype=np.int64)[np.arange(12) % 4],
+    ],
+)
+def test_npy_labels_of_every_form(tmp_path, labels):
+    images = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None], (12, 8, 8, 3))
+    records = read(config("npy", npy_folder(tmp_path, images=images, labels=labels), labels=4))
+    assert sorted(decode_png(r.png)[0, 0, 0] for r in records) == list(range(12))
+    assert all(decode_png(r.png)[0, 0, 0] % 4 == r.label for r in records)
+
+
+def test_npy_splits(tmp_path):
+    images = noise(12, 8, 8, 3)
+    one = npy_folder(tmp_path / "one", images=images)
+    two = npy_folder(tmp_path / "two", train_images=images[:8], test_images=images[8:])
+    assert sources.Source(config("npy", one, test_images=4)).splits == {"train": 8, "test": 4}
+    assert np.array_equal(pixels(config("npy", two), "test"), images[8:].transpose(0, 3, 1, 2))
+    single = config(
+        "npy", npy_folder(tmp_path / "x", sprites=images, sprites_labels=np.zeros(12, int)) / "sprites.npy"
+    )
+    assert len(read(dataclasses.replace(single, labels=1))) == 12
+
+
+def test_npy_grey_without_a_channel_axis(tmp_path):
+    data = config("npy", npy_folder(tmp_path, images=noise(5, 8, 8)), channels=1)
+    assert pixels(data).shape == (5, 1, 8, 8)
+    with pytest.raises(PipelineError, match=r"images\.npy image \d has 1 channel\(s\), but data.channels=3"):
+        read(dataclasses.replace(data, channels=3))
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"images": np.zeros((5, 8, 8, 3), np.float32), "labels": np.arange(5)}, r"images\.npy is float32"),
+        (
+            {"images": np.zeros((5, 3, 8, 8), np.uint8), "labels": np.arange(5)},
+            r"images\.npy is uint8 \(5, 3, 8, 8\)",
+        ),
+        (
+            {"images": np.zeros((0, 8, 8, 3), np.uint8), "labels": np.arange(0)},
+            r"images\.npy is uint8 \(0, 8, 8, 3\)",
+        ),
+        ({"images": np.array([None]), "labels": np.arange(1)}, r"images\.npy is no readable array"),
+        ({"pictures": np.zeros((5, 8, 8, 3), np.uint8)}, "holds neither images.npy nor train_images.npy"),
+        ({"images": noise(5, 8, 8, 3)}, r"labels\.npy, the labels of images\.npy, is missing"),
+        ({"images": noise(5, 8, 8, 3), "labels": np.arange(4)}, "has 4 labels for 5 images"),
+        ({"images": noise(5, 8, 8, 3), "labels": np.arange(5) / 2}, r"labels\.npy is float64"),
+        ({"images": noise(5, 8, 8, 3), "labels": np.ones((5, 2))}, r"labels\.npy is float64 \(5, 2\)"),
+        ({"images": noise(5, 8, 8, 3), "labels": np.arange(5) - 1}, "has the label -1"),
+    ],
+)
+def test_npy_that_cannot_be_used_is_named(tmp_path, arrays, message):
+    npy_folder(tmp_path, **arrays)
+    with pytest.raises(PipelineError, match=message):
+        read(config("npy", tmp_path, labels=10))
+
+
+def test_truncated_npy_is_named(tmp_path):
+    file = npy_folder(tmp_path, images=noise(5, 8, 8, 3)) / "images.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(PipelineError, match=r"images\.npy is no readable array"):
+        sources.fingerprint(config("npy", tmp_path), None)
+
+
+# Fingerprints
+
+
+@pytest.fixture
+def made(tmp_path):
+    return {
+        "folder": class_folders(tmp_path / "folder"),
+        "npy": npy_folder(tmp_path / "npy", images=noise(5, 8, 8, 3)),
+        "lmdb": write_lmdb(tmp_path / "lmdb", numbered(5)),
+    }
+
+
+@pytest.mark.parametrize("source", ["folder", "npy", "lmdb"])
+def test_fingerprints_follow_content_not_place(made, tmp_path, source):
+    data = config(source, made[source])
+    before = sources.fingerprint(data, None)
+    moved = tmp_path / "moved"
+    shutil.copytree(made[source], moved)
+    assert sources.fingerprint(config(source, moved), None) == before
+    for file in list(moved.rglob("*.*"))[:1]:
+        file.write_bytes(file.read_bytes() + b"\0")
+    assert sources.fingerprint(config(source, moved), None) != before
+
+
+def test_a_renamed_class_changes_the_fingerprint(made):
+    before = sources.fingerprint(config("folder", made["folder"]), None)
+    (made["folder"] / "ant").rename(made["folder"] / "dog")
+    assert sources.fingerprint(config("folder", made["folder"]), None) != before
+
+
+def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monkeypatch):
+    cache, data = tmp_path / "fingerprints.json", config("folder", made["folder"])
+    first = sources.fingerprint(data, cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(content, "sha256_of", lambda path: pytest.fail(f"{path} was read again"))
+        assert sources.fingerprint(data, cache) == first
+    file = made["folder"] / "ant" / "0.png"
+    save(file, noise(8, 8, 3))
+    changed = sources.fingerprint(data, cache)
+    assert changed != first
+    os.utime(file, ns=(1, 1))  # touched, not changed
+    assert sources.fingerprint(data, cache) == changed
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert file.stat().st_size == size and sources.fingerprint(data, cache) != changed
+
+
+def test_relative_paths_become_absolute(made, monkeypatch):
+    monkeypatch.chdir(made["npy"])
+    assert sources.locate(config("npy", "."), Path("downloads")).path == str(made["npy"])
+
+
+def test_png_ihdr_is_what_is_passed_through(tmp_path):
+    """A palette PNG of the right size is no grey or RGB PNG: it is encoded anew."""
+    Image.fromarray(noise(8, 8, 3)).convert("P").save(tmp_path / "a.png")
+    png = read(config("folder", tmp_path))[0].png
+    assert Image.open(io.BytesIO(png)).mode == "RGB"

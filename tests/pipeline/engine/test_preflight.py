@@ -1,0 +1,66 @@
+"""What a run needs is known before it starts."""
+
+import dataclasses
+import shutil
+from collections import namedtuple
+
+import pytest
+from conftest import one_cpu
+
+from pipeline import config
+from pipeline.engine import preflight
+from pipeline.errors import PipelineError
+from pipeline.stages import train
+from pipeline.store import checkpoint
+from pipeline.store.run import Run
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def cifar10(**changes):
+    return config.load_experiment("cifar10", [f"{key}={value}" for key, value in changes.items()])
+
+
+def test_checkpoints_are_as_large_as_said(tiny_run):
+    experiment, run = tiny_run
+    one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
+    train.body(one_cpu().context, one, run)
+    (written,) = (run.step_dir(step) for step in checkpoint.steps_on_disk(run.train))
+    found = sum(file.stat().st_size for file in written.iterdir())
+    assert preflight.needs(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
+
+
+def test_the_papers_run_takes_gibibytes():
+    wanted = preflight.needs(cifar10())
+    assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
+    assert 3 * 2**30 < wanted.disk < 4 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
+
+
+def test_candidates_and_the_other_weights_count():
+    plain, wide = (
+        preflight.needs(cifar10()),
+        {"evaluate.checkpoints": "every:50000", "evaluate.beside": "true"},
+    )
+    wanted = preflight.needs(cifar10(**wide))
+    assert (plain.kept, plain.images) == (3, 50_000)
+    assert (wanted.kept, wanted.images) == (3 + 15, 2 * 50_000 + 16 * 5_000)
+    kept = preflight.needs(cifar10(**{"train.keep_every": 100_000, "evaluate.checkpoints": "all"}))
+    assert (kept.kept, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
+
+
+def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path, monkeypatch):
+    run = Run(tmp_path, "x", "cifar10", "d", "r")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
+    with pytest.raises(
+        PipelineError, match=r"has 1\.0 GiB free, the run needs 3\.\d GiB more: .*cluster\.storage"
+    ):
+        preflight.check(cifar10(), run)
+
+
+def test_what_is_there_already_is_not_needed_again(tmp_path, monkeypatch):
+    run = Run(tmp_path, "x", "cifar10", "d", "r")
+    run.path.mkdir()
+    with (run.path / "samples").open("wb") as file:
+        file.truncate(3 * 2**30)  # sparse
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
+    assert preflight.check(cifar10(), run).startswith("0.")

@@ -1,0 +1,372 @@
+"""What is refused before anything is sent, what is sent, and how a cluster's answers are worded; no cluster."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.job_submission import JobDetails
+
+from pipeline import config
+from pipeline.cli.program import _parsed, main
+from pipeline.errors import ConfigError
+from pipeline.jobs import luggage, service, shown
+
+ROOT = Path(__file__).parents[3]
+HERE = "cluster.storage=/data/runs"
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch):
+    """No test reaches a cluster that happens to run on this machine, nor a person's token."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+
+
+# Refused before anything is sent
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("submit", "write the command after --"),
+        ("submit run digits", "write the command after --"),
+        ("submit -- status", "'status' cannot be submitted"),
+        ("submit -- submit -- run", "'submit' cannot be submitted"),
+        ("submit -- run digts", "did you mean 'digits'?"),
+        ("submit -- run digits model.dropuot=1", "did you mean 'dropout'?"),
+        ("submit -- run digits", "cluster.storage=runs is a relative path"),
+        ("submit -- run digits cluster.storage=~/runs", "cluster.storage=~/runs is a relative path"),
+        (f"submit -- run cifar10 data.path=images {HERE}", "data.path=images is a relative path"),
+        (f"submit -- run cifar10 data.path=~/images {HERE}", "data.path=~/images is a relative path"),
+        (f"submit -- run digits cluster.tracking_uri=sqlite:///mlflow.db {HERE}", "an absolute one has four"),
+        (f"submit -- run digits cluster.tracking_uri=http://me:secret@host {HERE}", "MLFLOW_TRACKING_PASSWORD"),
+        (f"submit --id a/b -- run digits {HERE}", "--id a/b names a file"),
+        ("jobs foo", "'foo' is unknown"),
+        ("jobs stop", "takes one job id"),
+        ("jobs list --follow", "--follow belongs to"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_is_refused(capsys, words, message):
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "secret" not in error
+
+
+def test_more_workers_than_images_in_a_batch_are_refused_here(capsys):
+    words = f"submit -- run digits train.batch_size=2 cluster.workers=3 {HERE}"
+    assert main(words.split()) == 1
+    assert "3 workers cannot share train.batch_size=2" in capsys.readouterr().err
+
+
+def test_a_relative_path_in_a_file_is_refused_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("base: cifar10\ndata:\n  path: images\n")
+    assert main(["submit", "--", "run", "mine.yaml", HERE]) == 2
+    assert "data.path=images is a relative path" in capsys.readouterr().err
+
+
+def test_a_file_that_only_the_cluster_has_may_be_named(capsys):
+    words = [
+        "submit",
+        "--",
+        "run",
+        "cifar10",
+        "data.path=/theirs",
+        "evaluate.extractor_weights=/theirs.pth",
+        HERE,
+    ]
+    assert main(words) == 1
+    assert "no Ray cluster answers" in capsys.readouterr().err
+
+
+def test_no_cluster_at_the_address(capsys):
+    assert main(["submit", "--", "run", "digits", HERE]) == 1
+    assert "no Ray cluster answers at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_the_options_of_submit_and_of_the_command_are_kept_apart():
+    options = _parsed(
+        ["submit", "--follow", "--id", "a", "--", "run", "x", "--cluster", "compose", "--debug"]
+    )
+    assert options.follow and options.id == "a" and not options.debug
+    assert options.job == ["run", "x", "--cluster", "compose", "--debug"]
+
+
+@pytest.mark.parametrize(
+    ("given", "variables", "address"),
+    [
+        (None, {}, "http://127.0.0.1:8265"),
+        ("head:8265", {"RAY_API_SERVER_ADDRESS": "http://other:1"}, "http://head:8265"),
+        (None, {"RAY_API_SERVER_ADDRESS": "https://a/ray/", "RAY_ADDRESS": "http://b"}, "https://a/ray"),
+        (None, {"RAY_ADDRESS": "http://b:8265"}, "http://b:8265"),
+        (None, {"RAY_ADDRESS": "auto"}, "http://127.0.0.1:8265"),
+    ],
+)
+def test_the_address(monkeypatch, given, variables, address):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert service.resolve_address(given) == address
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head:10001"])
+def test_an_address_that_is_none_for_jobs(monkeypatch, address):
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match="is no web address"):
+        service.resolve_address(None)
+
+
+# What is sent
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "runs/a/x.tar",
+        "data/batch.bin",
+        ".venv/lib/x.py",
+        "conf/notes.txt",
+        "conf/big/x.yaml",
+        ".env",
+    ):
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    Path("conf/own.yaml").write_text("base: digits\n")
+    with luggage.packed(["run", "own"], "abc") as packed:
+        sent = files_of(packed.folder)
+        assert packed.bytes == sum((packed.folder / name).stat().st_size for name in sent)
+    code = {
+        str(path.relative_to(ROOT)) for part in ("ddpm", "pipeline") for path in (ROOT / part).rglob("*.py")
+    }
+    shipped = {f"pipeline/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert code <= sent and shipped <= sent
+    assert {"conf/own.yaml", "pipeline/COMMIT"} <= sent
+    rest = sent - code - shipped - {"conf/own.yaml", "pipeline/COMMIT"}
+    assert not [name for name in rest if not name.startswith("pipeline/")], rest
+    assert not [name for name in sent if name.endswith((".pyc", ".tar", ".bin", ".txt", ".env"))]
+    assert packed.bytes < 2e6
+    assert not packed.folder.exists()
+
+
+def test_what_python_and_editors_leave_beside_the_code_stays_here(tmp_path, monkeypatch):
+    for name in ("__init__.py", "__pycache__/a.pyc", ".swp/a", "inner/__pycache__/a.pyc", "inner/b.py"):
+        (tmp_path / "ddpm" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ddpm" / name).touch()
+    monkeypatch.setattr(luggage, "ddpm", SimpleNamespace(__file__=str(tmp_path / "ddpm" / "__init__.py")))
+    with luggage.packed(["run"], None) as packed:
+        assert files_of(packed.folder / "ddpm") == {"__init__.py", "inner/b.py"}
+
+
+def seen_by_the_job(packed: luggage.Luggage) -> tuple[str, str]:
+    """The experiment and the commit that the code in the luggage finds there."""
+    code = (
+        "import sys; from pipeline import config, provenance; print(provenance.commit()); "
+        "print(config.to_yaml(config.load_experiment(sys.argv[1], [])))"
+    )
+    words = [sys.executable, "-c", code, shlex.split(packed.entrypoint)[5]]
+    environment = {**os.environ, "PYTHONPATH": str(packed.folder)}
+    seen = subprocess.run(
+        words, cwd=packed.folder, env=environment, capture_output=True, text=True, check=True
+    )
+    commit, _, experiment = seen.stdout.partition("\n")
+    return experiment.strip(), commit
+
+
+def test_names_and_paths_mean_there_what_they_mean_here(tmp_path, monkeypatch):
+    """An experiment by path whose base lies beside it, whose own base is in ./conf and hides one that is shipped."""
+    monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
+    Path("conf/digits.yaml").write_text("seed: 7\n" + (ROOT / "conf" / "digits.yaml").read_text())
+    Path("study").mkdir()
+    Path("study/beside.yaml").write_text("base: digits\ntrain:\n  steps: 11\n")
+    Path("study/mine.yaml").write_text("base: beside\ntrain:\n  batch_size: 13\n")
+    here = config.to_yaml(config.load_experiment("study/mine.yaml", []))
+    assert "seed: 7" in here and "steps: 11" in here and "batch_size: 13" in here
+    with luggage.packed(["run", "study/mine.yaml"], "0123abc+") as packed:
+        words = shlex.split(packed.entrypoint)
+        assert words[:5] == ["exec", "python", "-m", "pipeline", "run"]
+        assert words[-1] == "cluster.ray_address=auto"
+        assert seen_by_the_job(packed) == (here.strip(), "0123abc+")
+
+
+def test_a_cluster_by_path_travels_with_the_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("base: local\n")
+    for words in (["run", "--cluster", "mine.yaml"], ["run", "--cluster=mine.yaml"]):
+        with luggage.packed(words, None) as packed:
+            (name,) = (word.split("=")[-1] for word in shlex.split(packed.entrypoint) if "mine.yaml" in word)
+            assert (packed.folder / name).read_text() == "base: local\n"
+
+
+def test_what_is_too_big_for_code_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("conf").mkdir()
+    Path("conf/huge.yaml").write_text("#" * (luggage.LIMIT + 1))
+    with pytest.raises(ConfigError, match=r"the largest is conf/huge\.yaml"), luggage.packed(["run"], None):
+        pass
+
+
+# A cluster's answers
+
+
+def server(answers: dict[str, tuple[int, str]]) -> HTTPServer:
+    """A web server that says what it is told to; `server.asked` are the requests it got."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
+            status, body = answers.get(self.path, (404, "nothing here"))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_PUT = do_GET
+
+        def log_message(self, *_) -> None:
+            pass
+
+    asked: list[str] = []
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    http.asked = asked
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    return http
+
+
+def answers(ray_version: str = ray.__version__, python: str = "3.11.7", of_a_program: bool = False):
+    cluster = {"rayVersion": ray_version, "pythonVersion": python, "rayInitCluster": of_a_program}
+    return {
+        "/api/version": (200, json.dumps({"version": "4", "ray_version": ray_version})),
+        "/api/v0/cluster_metadata": (200, json.dumps({"data": cluster})),
+    }
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (answers("2.9.3"), "runs Ray 2.9.3; 2.50 or newer is needed"),
+        (answers(python="3.9.1"), "runs Python 3.9.1; 3.11 or newer is needed"),
+        (answers(of_a_program=True), "belongs to a program that is running there"),
+        ({"/api/version": (401, "Unauthorized")}, "wants a token, and there is none"),
+        ({"/api/version": (403, "Forbidden")}, "does not accept the token"),
+        ({}, "is no Ray cluster"),
+        ({"/api/version": (200, "<html>")}, "is no Ray cluster"),
+        ({"/api/version": (200, "[]")}, "is no Ray cluster"),
+        ({"/api/version": (503, "later")}, "no Ray cluster answers"),
+    ],
+)
+def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, says, message):
+    http = server(says)
+    try:
+        address = f"127.0.0.1:{http.server_port}"
+        assert main(["submit", "--address", address, "--", "run", "digits", HERE]) == 1
+    finally:
+        http.shutdown()
+    error = capsys.readouterr().err
+    assert message in error and address in error
+    assert len(error.splitlines()) == 1 and "a-token" not in error
+    assert http.asked and all(line.startswith("GET /api/v") for line in http.asked)
+    assert all(line.endswith("Bearer a-token") for line in http.asked)
+
+
+def test_another_version_that_works_is_said():
+    http = server(answers("2.51.0", python="3.12.1"))
+    try:
+        lines = service.Service(f"127.0.0.1:{http.server_port}").differences()
+    finally:
+        http.shutdown()
+    assert "runs Ray 2.51.0" in lines[0] and "runs Python 3.12.1" in lines[1]
+
+
+def test_the_oldest_versions_are_those_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">={}.{}".format(*service.OLDEST_PYTHON)
+    assert "ray[default,train,tune]>={}.{}".format(*service.OLDEST_RAY) in project["dependencies"]
+
+
+def test_the_token_is_found_where_ray_finds_it(monkeypatch, tmp_path):
+    assert service._token() == "a-token"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (tmp_path / "token").write_text("from-a-file\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert service._token() == "from-a-file"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert service._token() is None
+
+
+# A log that breaks off, and how a job ended
+
+
+def test_a_log_that_comes_again_is_written_once():
+    written: list[str] = []
+    reader = service._Reader(written.append)
+    for seen in (["one\n", "two\n"], ["one\ntwo\nthr"], ["one\ntwo\nthree\n", "four\n"]):
+        reader.seen = 0
+        for text in seen:
+            reader.take(text)
+    assert "".join(written) == "one\ntwo\nthree\nfour\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "exit_code", "code", "words"),
+    [
+        ("SUCCEEDED", 0, 0, "done"),
+        ("STOPPED", None, 130, "the same submit goes on"),
+        ("FAILED", 130, 130, "the same submit goes on"),
+        ("FAILED", 1, 1, "exit code 1"),
+        ("FAILED", 2, 2, "exit code 2"),
+        ("FAILED", -9, 1, "exit code -9"),
+        ("FAILED", 127, 1, "no `python` on its PATH"),
+        ("FAILED", None, 1, "the node died"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
+    job = JobDetails(
+        type="SUBMISSION",
+        status=status,
+        entrypoint="x",
+        driver_exit_code=exit_code,
+        message="Oh.\nthe node died",
+    )
+    assert shown.outcome(job)[0] == code
+    assert words in shown.outcome(job)[1]
+
+
+def test_the_table_shows_brackets_as_they_were_typed():
+    job = JobDetails(
+        type="SUBMISSION", status="RUNNING", submission_id="a", entrypoint="exec x", start_time=1000,
+        metadata={"command": "ddpm run digits evaluate.metrics=[nll]"},
+    )  # fmt: skip
+    assert "evaluate.metrics=[nll]" in shown.table([job])
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        ("torch", "has no module torch: install this program for it"),
+        ("pipeline.engine.execute", "Traceback"),  # a fault of ours, not a missing library
+    ],
+)
+def test_a_python_without_the_libraries_says_so(absent, message):
+    code = f"import sys; sys.modules['{absent}'] = None; from pipeline.cli.program import main; sys.exit(main(['run']))"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert outcome.returncode == 1
+    assert message in outcome.stderr

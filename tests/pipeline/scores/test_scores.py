@@ -1,0 +1,405 @@
+"""Features and scores, held by torch-fidelity's own call on the same images and by closed forms."""
+
+import dataclasses
+import pickle
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import tiny_experiment
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_isc import isc_features_to_metric
+
+from pipeline.engine.execute import locate
+from pipeline.errors import PipelineError
+from pipeline.scores import baselines, classifier, extractors
+from pipeline.scores import distances as scores
+from pipeline.store import tars
+
+CPU = torch.device("cpu")
+RELATIVE = 1e-5  # torch-fidelity's mean is float32
+
+
+@pytest.fixture(scope="module")
+def digits(sharded_storage):
+    """(train, test), each (images, labels)."""
+    data = locate(tiny_experiment(), sharded_storage).data
+    return tars.load_images(data, "train"), tars.load_images(data, "test")
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """The classifier's file, trained as the pipeline trains it."""
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    classifier.save(classifier.train(*digits[0], 10), path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["classifier", "projection"])
+def extractor(request, trained):
+    if request.param == "classifier":
+        return extractors.classifier_extractor(trained)
+    return extractors.projection_extractor(trained.with_name("projection.safetensors"), 1)
+
+
+class Images(torch.utils.data.Dataset):
+    """What torch-fidelity takes: uint8 CHW tensors."""
+
+    def __init__(self, images):
+        self.images = torch.from_numpy(images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def their_call(extractor, images, **asked):
+    """torch-fidelity's own, on the same extractor and images."""
+    extractors.register(extractor)
+    layers = {f"feature_layer_{metric}": extractor.features for metric in ("fid", "kid", "prc")}
+    return torch_fidelity.calculate_metrics(
+        input1=Images(images), feature_extractor=extractor.registered,
+        feature_extractor_weights_path=str(extractor.weights), cuda=False, cache=False, save_cpu_ram=True,
+        verbose=False, batch_size=50, isc_splits=min(scores.SPLITS, len(images)), **layers,
+        **({"feature_layer_isc": extractor.logits} if extractor.logits else {}), **asked,
+    )  # fmt: skip
+
+
+def their_scores(extractor, images, reference, fid=True):
+    n = min(len(images), len(reference))
+    found = their_call(
+        extractor, images, input2=Images(reference), fid=fid, kid=True, prc=True, kid_subset_size=n // 2,
+        isc=bool(extractor.logits), samples_shuffle=False,
+    )  # fmt: skip
+    del found["f_score"]
+    if extractor.logits:
+        shuffled = their_call(extractor, images, isc=True)
+        found |= {f"shuffled_{name}": value for name, value in shuffled.items()}
+    return found
+
+
+def our_score(extractor, images, cuts=()):
+    """As the stage does it: features part by part, summed up."""
+    parts = (extractors.extract(extractor, part, CPU) for part in np.split(images, cuts))
+    return scores.score(parts, len(images))
+
+
+def our_scores(parts, reference, with_fid=True):
+    """Under torch-fidelity's names, from (features, logits) in parts, and those of the reference."""
+    features, real = np.concatenate([part for part, _ in parts]), reference[0]
+    scored = scores.score(parts, len(features))
+    found = {}
+    if with_fid:
+        statistics = scores.Moments.of(real).statistics()
+        found["frechet_inception_distance"] = scores.frechet_distance(scored.moments.statistics(), statistics)
+    pairs = {
+        ("kernel_inception_distance_mean", "kernel_inception_distance_std"): scores.kernel_distance,
+        ("precision", "recall"): scores.precision_recall,
+    }
+    for names, function in pairs.items():
+        found |= zip(names, function(features, real), strict=True)
+    for prefix, sums in (("", scored.sums), ("shuffled_", scored.shuffled)):
+        if sums:
+            names = (f"{prefix}inception_score_mean", f"{prefix}inception_score_std")
+            found |= zip(names, sums.inception_score(), strict=True)
+    return found
+
+
+def fid(a, b):
+    return scores.frechet_distance(a.moments.statistics(), b.moments.statistics())
+
+
+def assert_equal_scores(ours, theirs, swapped):
+    """Every score equals theirs, and none does where the images are others."""
+    assert ours == pytest.approx(theirs, rel=RELATIVE)
+    for name, value in theirs.items():
+        assert swapped[name] != pytest.approx(value, rel=100 * RELATIVE), f"{name} does not see its input"
+
+
+def test_scores_equal_torch_fidelitys_own_call(extractor, digits):
+    images, reference = digits[1][0][:203], digits[0][0][:400]
+    theirs = their_scores(extractor, images, reference)
+    real = extractors.extract(extractor, reference, CPU)
+    parts = [extractors.extract(extractor, part, CPU) for part in np.split(images, [64, 128])]
+    swapped = [extractors.extract(extractor, 255 - images, CPU)]
+    assert len(theirs) == (9 if extractor.logits else 5)
+    assert_equal_scores(our_scores(parts, real), theirs, our_scores(swapped, real))
+
+
+def test_how_images_are_cut_into_parts_does_not_matter(extractor, digits):
+    images, reference = digits[1][0], our_score(extractor, digits[0][0])
+    whole, cut = our_score(extractor, images), our_score(extractor, images, [1, 99, 100, 300])
+    assert fid(cut, reference) == pytest.approx(fid(whole, reference), rel=1e-6)
+    if whole.sums:
+        assert cut.sums.inception_score() == pytest.approx(whole.sums.inception_score(), rel=1e-6)
+        assert np.array_equal(cut.classes, whole.classes)
+
+
+def test_features_tell_digits_from_a_gaussian_of_their_mean_and_covariance(extractor, digits):
+    train, test = digits[0][0], digits[1][0]
+    mean, factor = baselines.pixel_gaussian(np.split(train, [500]))
+    reference = our_score(extractor, train)
+    gaussian = our_score(extractor, baselines.gaussian_images(mean, factor, 0, len(test), (1, 8, 8)))
+    noise = our_score(extractor, baselines.noise_images(0, len(test), (1, 8, 8)))
+    assert (
+        1.5 * fid(our_score(extractor, test), reference)
+        < fid(gaussian, reference)
+        < fid(noise, reference) / 2
+    )
+
+
+def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
+    net = classifier.load(trained)
+    assert classifier.accuracy(net, *digits[1]) >= 0.95
+    assert extractors.classifier_extractor(trained).name.startswith("classifier-")
+    other = trained.with_name("other.safetensors")
+    net.head.bias.data += 1
+    classifier.save(net, other)
+    assert extractors.classifier_extractor(other).name != extractors.classifier_extractor(trained).name
+
+
+def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    first = classifier.train(*digits[0], 10).state_dict()
+    torch.manual_seed(99)
+    torch.set_num_threads(2)
+    try:
+        second = classifier.train(*digits[0], 10).state_dict()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("side", [32, 256])
+def test_extractors_take_other_image_sizes(side, tmp_path):
+    images = baselines.noise_images(0, 3, (3, side, side))
+    classifier.save(classifier.Classifier(3, 7), tmp_path / "c.safetensors")
+    features, logits = extractors.extract(
+        extractors.classifier_extractor(tmp_path / "c.safetensors"), images, CPU
+    )
+    assert features.shape == (3, 64) and logits.shape == (3, 7)
+    projection = extractors.projection_extractor(tmp_path / "p.safetensors", 3)
+    features, logits = extractors.extract(projection, images, CPU)
+    assert features.shape == (3, 64) and logits.shape == (3, 0)
+
+
+# Sums
+
+
+def test_moments_are_numpys(digits):
+    features = np.random.default_rng(0).normal(100, 1, (301, 7)).astype(np.float32)
+    parts = [scores.Moments.of(part) for part in np.split(features, [5, 200])]
+    statistics = (parts[2] + parts[0] + parts[1]).statistics()
+    assert np.allclose(statistics.mu, features.astype(np.float64).mean(axis=0), rtol=1e-14, atol=0)
+    assert np.allclose(
+        statistics.sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("n", [97, 10, 7])
+def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
+    logits = np.random.default_rng(1).normal(0, 3, (n, 5)).astype(np.float32)
+    logits[:, 0] += np.linspace(0, 6, n)
+    found = scores.score([(part, part) for part in np.split(logits, [1, 3, n - 2])], n)
+    for sums, shuffle in ((found.sums, False), (found.shuffled, True)):
+        theirs = isc_features_to_metric(torch.from_numpy(logits), splits=min(10, n), shuffle=shuffle)
+        expected = theirs["inception_score_mean"], theirs["inception_score_std"]
+        assert sums.inception_score() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    if n > 10:
+        assert found.sums.inception_score()[0] != pytest.approx(found.shuffled.inception_score()[0], rel=1e-3)
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+    """Peak while 2,000 and while 20,000 images of 64 features and 10 classes are scored, in parts of 500."""
+
+    def peak(n):
+        draw = np.random.default_rng(0)
+        tracemalloc.start()
+        parts = (
+            tuple(draw.normal(size=(500, d)).astype(np.float32) for d in (64, 10)) for _ in range(n // 500)
+        )
+        scores.score(parts, n).sums.inception_score()
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return used
+
+    peak(2000)  # what is imported and cached at the first time
+    few, many = peak(2000), peak(20_000)
+    # What remains is each image's split and class, and the permutation while it is drawn: 20 bytes an image,
+    # where its features and logits have 296.
+    assert many - few < 18_000 * 20
+
+
+def test_kid_subsets_are_torch_fidelitys_or_half_of_a_small_set():
+    assert scores.kid_subset_size(50_000, 10_000) == scores.kid_subset_size(1000, 1000) == 1000
+    assert scores.kid_subset_size(999, 5000) == 499 and scores.kid_subset_size(5000, 4) == 2
+    features = np.ones((3, 2), np.float32)
+    with pytest.raises(PipelineError, match="3 images have no KID"):
+        scores.kernel_distance(features, features)
+    with pytest.raises(PipelineError, match="3 images have no precision"):
+        scores.precision_recall(features, features)
+
+
+def test_closed_form_of_the_frechet_distance():
+    rng = np.random.default_rng(2)
+    a = scores.Statistics(9, np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
+    b = scores.Statistics(9, np.array([0.0, 0.0]), np.diag([1.0, 1.0]))
+    assert scores.frechet_distance(a, b) == pytest.approx(5 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=1e-12)
+    x = rng.normal(size=(50, 4))
+    same = scores.Moments.of(x).statistics()
+    assert abs(scores.frechet_distance(same, same)) < 1e-10
+
+
+@pytest.mark.parametrize("n", [9, 11])
+def test_a_set_of_another_size_has_no_score(n):
+    features = np.ones((10, 3), np.float32)
+    with pytest.raises(PipelineError, match=f"10 images .* {n} "):
+        scores.score([(features[:6], np.empty((6, 0))), (features[6:], np.empty((4, 0)))], n)
+
+
+def test_one_image_has_no_fid():
+    with pytest.raises(PipelineError, match="one image"):
+        scores.Moments.of(np.ones((1, 3))).statistics()
+
+
+# Baselines
+
+
+def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
+    rng = np.random.default_rng(3)
+    images = np.clip(rng.normal(128, 20, (4000, 1, 1, 1)) + rng.normal(0, 5, (4000, 1, 2, 2)), 0, 255).astype(
+        np.uint8
+    )
+    mean, factor = baselines.pixel_gaussian([images[:1000], images[1000:]])
+    drawn = baselines.gaussian_images(mean, factor, 0, 4000, (1, 2, 2))
+    flat, ours = (x.reshape(4000, 4).astype(float) for x in (images, drawn))
+    assert np.allclose(flat.mean(axis=0), ours.mean(axis=0), atol=1.5)
+    assert np.allclose(np.cov(flat.T), np.cov(ours.T), rtol=0.1)
+    assert np.array_equal(drawn[7:9], baselines.gaussian_images(mean, factor, 7, 9, (1, 2, 2)))
+    noise = baselines.noise_images(0, 500, (3, 4, 4))
+    assert noise.min() == 0 and noise.max() == 255 and abs(noise.mean() - 127.5) < 2
+    assert np.array_equal(noise[7:9], baselines.noise_images(7, 9, (3, 4, 4)))
+
+
+# Inception
+
+
+def blocks(n):
+    """Two inputs of n images: coarse noise, and the same kind with half of the contrast."""
+    images = baselines.noise_images(0, 2 * n, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+    return images[:n], images[n:] // 2 + 64
+
+
+@pytest.fixture(scope="module")
+def he_inception(tmp_path_factory):
+    """A weights file of Inception as He initialises it: with the default initialisation features vanish and
+    any input scores zero."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
+        patch.setattr(module, lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    torch.manual_seed(0)
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            layer.weight.data *= 1.15  # pooling takes a share of the variance
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def require_live_features(a, b):
+    """Where features vanish any input scores zero, and a comparison of scores proves nothing."""
+    spread = np.concatenate([a, b]).std(axis=0)
+    assert np.median(spread) > 0.1 and np.square(a.mean(axis=0) - b.mean(axis=0)).sum() > 1
+
+
+def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "SPLITS", 2)  # a split of one image has a score of 1, whatever it shows
+    inception = extractors.inception_extractor(str(he_inception), tmp_path)
+    assert inception.name.startswith("inception-v3-compat-") and not inception.is_official
+    noise, pale = blocks(7)
+    theirs = their_scores(inception, noise, pale, fid=False)
+    ours, real = ([extractors.extract(inception, images, CPU)] for images in (noise, pale))
+    require_live_features(ours[0][0], real[0][0])
+    assert_equal_scores(our_scores(ours, real[0], False), theirs, our_scores(real, ours[0], False))
+    # The distance itself in an earlier layer: the eigenvalues of the last one take half a minute.
+    early = dataclasses.replace(inception, features="192", logits=None)
+    expected = their_call(early, noise, input2=Images(pale), fid=True)["frechet_inception_distance"]
+    assert fid(our_score(early, noise), our_score(early, pale)) == pytest.approx(expected, rel=RELATIVE)
+    assert fid(our_score(early, noise // 2), our_score(early, pale)) != pytest.approx(expected, rel=0.1)
+    grey, logits = extractors.extract(inception, noise[:1, :1], CPU)
+    colour, _ = extractors.extract(inception, noise[:1, :1].repeat(3, axis=1), CPU)
+    assert np.array_equal(grey, colour) and logits.shape == (1, 1008)
+
+
+@pytest.mark.slow
+def test_all_scores_of_inceptions_own_layers_equal_torch_fidelitys_call(he_inception, tmp_path):
+    """2 x 24 images; the FID takes the eigenvalues of a matrix of 2048 x 2048, twice."""
+    inception = extractors.inception_extractor(str(he_inception), tmp_path)
+    noise, pale = blocks(24)
+    ours, real = ([extractors.extract(inception, images, CPU)] for images in (noise, pale))
+    require_live_features(ours[0][0], real[0][0])
+    theirs = their_scores(inception, noise, pale)
+    assert theirs["frechet_inception_distance"] > 1
+    assert our_scores(ours, real[0]) == pytest.approx(theirs, rel=RELATIVE)
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+    path = tmp_path / "vgg.pth"
+    torch.save({"classifier.0.weight": torch.zeros(3)}, path)
+    with pytest.raises(PipelineError, match=r"vgg\.pth \(sha256 [0-9a-f]{8}\) is not Inception.*Missing key"):
+        extractors.inception_extractor(str(path), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir()), "nothing is kept that a later run would trust"
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("code of a weights file was run",)
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a file of weights", pickle.dumps({"a": Bomb()}, protocol=2)], ids=["text", "pickle"]
+)
+def test_weights_files_are_read_as_tensors_only(content, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(PipelineError, match=r"weights\.pth is no file of plain weights"):
+        extractors.inception_extractor(str(path), tmp_path / "cache")
+    assert "was run" not in capsys.readouterr().out
+
+
+def test_missing_inception_weights_say_where_to_put_them(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(PipelineError, match=r"no route to host.*evaluate\.extractor_weights.*6726825d\.pth"):
+        extractors.inception_extractor(None, tmp_path)
+
+
+def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    file.parent.mkdir()
+    file.write_bytes(b"half")
+    with pytest.raises(PipelineError, match="damaged"):
+        extractors.inception_extractor(None, tmp_path)
+
+
+def test_tf32_is_off_around_features_and_restored(monkeypatch, trained, digits):
+    seen = []
+    extractor = extractors.classifier_extractor(trained)
+    load = extractors._load(extractor, CPU)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    hook = load.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    extractors.extract(dataclasses.replace(extractor), digits[1][0][:2], CPU)
+    hook.remove()
+    assert seen == [False] and torch.backends.cudnn.allow_tf32

@@ -1,0 +1,194 @@
+"""Scores at the paper's scale, where CIFAR-10 is at hand: figures that are known beforehand, no training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from conftest import one_cpu
+from staged import run_stage, scoring
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from pipeline import config
+from pipeline.engine.execute import locate
+from pipeline.scores import classifier, extractors
+from pipeline.scores import distances as scores
+from pipeline.scores.image_sets import shard_set, shards_of
+from pipeline.scores.preparations import extractor_of, preparations
+from pipeline.stages import shard
+from pipeline.stages.evaluate import bound
+from pipeline.store import tars
+from pipeline.store.run import read_arrays, read_unit, write_arrays
+
+CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
+pytestmark = [
+    pytest.mark.skipif(not CIFAR10.is_dir(), reason="no copy of CIFAR-10 in ../shared/data/cifar10"),
+    pytest.mark.slow,
+]
+ROWS = (100, 300, 500, 700, 900, 1000)
+# Of the best linear denoiser, in expectation over the 10,000 test images.
+RATES = (4.0483e-05, 1.02489e-03, 7.90632e-03, 3.41312e-02, 1.68577e-01, 2.45278)
+RMSES = (62.7020, 54.3384, 39.8764, 27.9870, 15.3258, 1.10353)
+PRIOR = 7.413700e-06
+
+
+@pytest.fixture(scope="module")
+def cifar10(tmp_path_factory):
+    """(experiment, run) with the shards; the experiment's denoisers predict x_0."""
+    overrides = [f"data.path={CIFAR10}", "diffusion.predict=x0", "evaluate.features=classifier"]
+    experiment = config.load_experiment("cifar10", overrides)
+    run = locate(experiment, tmp_path_factory.mktemp("cifar10"))
+    run_stage(shard, experiment, run)
+    return experiment, run
+
+
+# The bound of the best linear denoiser
+
+
+@dataclass(frozen=True)
+class Lmmse:
+    """x_0 from x_t for Gaussian data of the test set's mean and covariance, kept by eigenvectors in a file."""
+
+    file: Path
+    identity: ClassVar[str] = "lmmse"
+    clip: ClassVar[bool] = False
+
+    def load(self, device):
+        arrays = read_arrays(self.file)
+        mean, values, vectors = (torch.from_numpy(arrays[k]).float() for k in ("mean", "values", "vectors"))
+
+        def net(x_t, t, context=None):
+            signal = torch.from_numpy(alpha_bar())[t].float()[:, None]
+            shrink = signal.sqrt() * values / (signal * values + 1 - signal)
+            components = (x_t.flatten(1) - signal.sqrt() * mean) @ vectors
+            return ((components * shrink) @ vectors.T + mean).reshape(x_t.shape)
+
+        return net
+
+
+def betas():
+    return np.linspace(1e-4, 0.02, 1000)
+
+
+def alpha_bar():
+    return np.cumprod(1 - betas())
+
+
+def expected_terms(mse):
+    """Terms (1000,) at t >= 1 of fixedlarge, from the MSE of the estimate of x_0; index 0 is unused."""
+    beta, now = betas(), alpha_bar()
+    before = np.concatenate([[1.0], now[:-1]])
+    posterior = beta * (1 - before) / (1 - now)
+    with np.errstate(divide="ignore"):
+        overhead = 0.5 * (-1 + np.log(beta / posterior) + posterior / beta)
+    return ((beta * np.sqrt(before) / (1 - now)) ** 2 / (2 * beta) * mse + overhead) / np.log(2)
+
+
+@pytest.fixture(scope="module")
+def lmmse(cifar10, tmp_path_factory):
+    _, run = cifar10
+    x = tars.load_images(run.data, "test")[0].reshape(10_000, -1) / 127.5 - 1
+    values, vectors = np.linalg.eigh(np.cov(x, rowvar=False, bias=True))
+    file = tmp_path_factory.mktemp("lmmse") / "lmmse.npz"
+    write_arrays(file, mean=x.mean(axis=0), values=values.clip(min=0), vectors=vectors)
+    return Lmmse(file)
+
+
+def test_the_table_of_the_best_linear_denoiser_comes_out_of_the_units(cifar10, lmmse):
+    """All 10,000 test images in units of 250, at the six timesteps that Table 4's rows end with: RMSE and terms
+    within 0.3 %. And L_T, to 1e-10: float32 would be off by 6e-10."""
+    experiment, run = cifar10
+    timesteps = [1000 - k for k in ROWS]
+    units = bound.units(experiment, run, lmmse, timesteps)
+    assert len(units) == 40
+    one_cpu().map_units(list(units.values()), lambda unit: None)
+    parts = [read_unit(file) for file in units]
+    mse, terms = (np.concatenate([part[k] for part in parts]).mean(axis=0) for k in ("mse", "terms"))
+    prior = np.concatenate([part["prior"] for part in parts]).mean(dtype=np.float64)
+    assert prior == pytest.approx(PRIOR, abs=1e-10)
+    print(f"L_T off by {prior - PRIOR:.1e}; RMSE over the expected {127.5 * np.sqrt(mse) / RMSES}")
+    assert 127.5 * np.sqrt(mse) == pytest.approx(RMSES, rel=3e-3)
+    whole = np.zeros(1000)
+    whole[timesteps] = (np.array(RMSES) / 127.5) ** 2
+    assert terms[:-1] == pytest.approx(expected_terms(whole)[timesteps[:-1]], rel=3e-3)
+
+
+def test_its_rates_over_all_timesteps_do_too(cifar10, lmmse):
+    """The whole bound of 16 images through units and merge. These images' own expectation is known in closed
+    form, and so is that of all: their ratio turns the rates of the few into those of the table, within the 1 % that
+    one draw of noise for 16 images leaves."""
+    experiment, run = cifar10
+    experiment = scoring(experiment, nll_images=16, nll_batch_size=8)
+    units = bound.units(experiment, run, lmmse)
+    one_cpu().map_units(list(units.values()), lambda unit: None)
+    rows = bound.merge(units, 1000)["rate_distortion"]
+    arrays = read_arrays(lmmse.file)
+    x = tars.load_images(run.data, "test", 0, 16)[0].reshape(16, -1) / 127.5 - 1
+    spread = (((x - arrays["mean"]) @ arrays["vectors"]) ** 2).mean(axis=0)
+    signal, values = alpha_bar()[:, None], arrays["values"]
+    shrink = signal * values / (signal * values + 1 - signal)
+    few = ((1 - shrink) ** 2 * spread + shrink**2 * (1 - signal) / signal).mean(axis=1)
+    everyone = (values * (1 - signal) / (signal * values + 1 - signal)).mean(axis=1)
+    for k, rate in zip(ROWS, RATES, strict=True):
+        of_few, of_all = (expected_terms(mse)[1000 - k + 1 :].sum() for mse in (few, everyone))
+        assert of_all == pytest.approx(rate, rel=2e-5)
+        sent = rows[k - 1]["rate_bpd"] - rows[0]["rate_bpd"]  # without the prior
+        print(f"k = {k}: rate {sent * of_all / of_few:.6g}, expected {rate:.6g}")
+        assert sent * of_all / of_few == pytest.approx(rate, rel=1e-2)
+
+
+# FID
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = torch.from_numpy(images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10):
+    """Through the units, tar by tar, by the features of the classifier that the pipeline trains.
+
+    The two splits are nearly equal in these features, so their FID is a small difference of large numbers and
+    torch-fidelity's float32 mean shows in its fifth digit. Hence its own functions on the merged feature files:
+    in float32 they give its call's result, in float64 ours.
+    """
+    experiment, run = cifar10
+    wanted = [unit for unit in preparations(experiment, run) if "classifier" in unit.name]
+    one_cpu().map_units(wanted, lambda unit: None)
+    extractor = extractor_of(experiment, run)
+    features, found = {}, {}
+    for split in ("test", "train"):
+        images = shard_set(extractor, shards_of(run.data, split), run.data / "references" / "features")
+        one_cpu().map_units(images.missing(), lambda unit: None)
+        features[split], found[split] = images.features(), images.score().moments.statistics()
+    assert (found["test"].n, found["train"].n) == (10_000, 50_000)
+    ours = scores.frechet_distance(found["test"], found["train"])
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(tars.load_images(run.data, "test")[0]),
+        input2=Images(tars.load_images(run.data, "train")[0]),
+        feature_extractor=extractor.registered, feature_extractor_weights_path=str(extractor.weights),
+        feature_layer_fid="features", fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        batch_size=extractors.BATCH,
+    )["frechet_inception_distance"]  # fmt: skip
+    print(f"FID of test against train: {ours!r}, torch-fidelity's {theirs!r}, {ours / theirs - 1:.1e}")
+    assert theirs == pytest.approx(merged_fid(features, torch.float32), rel=1e-6)
+    assert ours == pytest.approx(merged_fid(features, torch.float64), rel=1e-6)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    accuracy = classifier.accuracy(classifier.load(extractor.weights), *tars.load_images(run.data, "test"))
+    assert accuracy > 0.4
+
+
+def merged_fid(features, dtype):
+    """By torch-fidelity's own functions."""
+    parts = (torch.from_numpy(features[split]).to(dtype) for split in ("test", "train"))
+    statistics = (fid_features_to_statistics(part) for part in parts)
+    return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]

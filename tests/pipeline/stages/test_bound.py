@@ -1,0 +1,126 @@
+"""The NLL bound in units: of the run's network, and of any other denoiser."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_cpu
+from staged import asking_for, results, run_stage, scoring, with_weights
+
+from ddpm.diffusion import Diffusion
+from ddpm.images import from_uint8
+from ddpm.likelihood import bits_per_dim
+from ddpm.rng import Stream, normal
+from pipeline.errors import PipelineError
+from pipeline.stages import evaluate
+from pipeline.stages.evaluate import bound
+from pipeline.store import checkpoint, tars
+from pipeline.store.run import read_json
+
+CPU = torch.device("cpu")
+
+
+def test_nll_is_the_bound_of_the_first_test_images(sampled):
+    experiment, run = sampled
+    assert sorted(run_stage(evaluate, experiment, run)) == [
+        "NLL of test images 0-3",
+        "NLL of test images 4-5",
+    ]
+    images = from_uint8(torch.from_numpy(tars.load_images(run.data, "test", 0, 6)[0]))
+    index = torch.arange(6)
+    net = checkpoint.load_network(experiment, run, 6, "ema", CPU)
+    expected = bits_per_dim(
+        Diffusion(experiment.diffusion), net, images,
+        lambda t: normal(experiment.seed, Stream.NLL, t, index, (1, 8, 8)),
+    )  # fmt: skip
+    scores_, nll = (
+        results(experiment, run)["scores"],
+        read_json(evaluate.directory(experiment, run) / "nll.json"),
+    )
+    assert scores_["nll_bpd"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
+    assert np.allclose(nll["terms"], expected.terms.mean(dim=0), rtol=1e-4, atol=1e-6)
+    assert np.allclose(nll["mse"], expected.mse.mean(dim=0), rtol=1e-4)
+    assert nll["n"] == 6 and nll["prior"] == scores_["prior_bpd"]
+    last = nll["rate_distortion"][-1]
+    assert (last["k"], last["rate_bpd"], last["rmse"]) == (20, scores_["rate_bpd"], scores_["rmse"])
+    assert scores_["rate_bpd"] + scores_["distortion_bpd"] == pytest.approx(scores_["nll_bpd"], rel=1e-12)
+    assert last["rmse"] == pytest.approx(127.5 * nll["mse"][0] ** 0.5)
+
+
+def test_other_units_give_the_same_bound(sampled):
+    experiment, run = sampled
+    other = scoring(experiment, nll_batch_size=5)
+    run_stage(evaluate, experiment, run)
+    assert len(run_stage(evaluate, other, run)) == 2
+    assert results(other, run)["scores"] == pytest.approx(results(experiment, run)["scores"], rel=1e-5)
+
+
+def test_progress_counts_what_a_bound_takes_beside_features(sampled):
+    experiment, run = sampled
+    every, two = bound.units(experiment, run), bound.units(experiment, run, timesteps=[3, 5])
+    assert [(unit.images, unit.passes) for unit in every.values()] == [(4, 20), (2, 20)]
+    assert {unit.passes for unit in two.values()} == {2}
+
+
+def test_a_bound_in_bf16_is_near_and_says_so(sampled):
+    experiment, run = sampled
+    fast = scoring(experiment, precision="bf16")
+    for asked in (experiment, fast):
+        run_stage(evaluate, asked, run)
+    exact, near = results(experiment, run), results(fast, run)
+    assert (exact["protocol"]["nll_precision"], near["protocol"]["nll_precision"]) == ("fp32", "bf16")
+    assert 0 < abs(near["scores"]["nll_bpd"] / exact["scores"]["nll_bpd"] - 1) < 0.02
+
+
+def test_another_metric_repeats_nothing(sampled):
+    experiment, run = sampled
+    run_stage(evaluate, experiment, run)
+    before = results(experiment, run)["scores"]
+    everything = scoring(experiment, metrics=("fid", "is", "nll"), features="projection")
+    ran = run_stage(evaluate, everything, run)
+    assert ran and not [name for name in ran if "NLL" in name]
+    assert before.items() <= results(everything, run)["scores"].items()
+    assert not run_stage(evaluate, everything, run), "all units are on disk"
+    only_is = scoring(everything, metrics=("fid",))
+    assert not run_stage(evaluate, only_is, run)
+
+
+def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
+    experiment, run = sampled
+    units = bound.units(experiment, run)
+    assert list(units) == list(bound.units(asking_for(experiment, sampler="ddim", num_images=99), run))
+    for other in (
+        asking_for(experiment, weights="raw"),
+        asking_for(experiment, checkpoint="4"),
+        scoring(experiment, decoder="erf"),
+        scoring(experiment, variance="fixedsmall"),
+    ):
+        assert not set(units) & set(bound.units(other, run))
+
+
+def test_nll_needs_no_samples(tiny_run):
+    experiment, run = tiny_run
+    with_weights(experiment, run)
+    run_stage(evaluate, experiment, run)
+    assert evaluate.is_done(experiment, run)
+    assert results(experiment, run)["protocol"]["why_not"] == ["NLL of 6 of 360 test images"]
+
+
+def test_more_test_images_than_there_are_is_refused(sampled):
+    experiment, run = sampled
+    with pytest.raises(PipelineError, match="nll_images is 361, but the test split has 360"):
+        run_stage(evaluate, scoring(experiment, nll_images=361), run)
+
+
+def test_a_killed_stage_goes_on_with_what_is_missing(sampled):
+    experiment, run = sampled
+    units = next(evaluate.work(experiment, run))
+    one_cpu().map_units(units[:1], lambda unit: None)
+    assert run_stage(evaluate, experiment, run) == ["NLL of test images 4-5"]
+
+
+@pytest.mark.parametrize(
+    ("images", "shape", "timesteps"),
+    [(25, (1, 8, 8), 10), (4, (3, 32, 32), 64), (250, (3, 32, 32), 1), (8, (3, 256, 256), 1)],
+)
+def test_a_network_call_of_the_bound_is_large_but_bounded(images, shape, timesteps):
+    assert bound.timesteps_per_call(images, shape) == timesteps

@@ -1,0 +1,389 @@
+"""Figures: the right pictures in the right order, each held by the chain it shows; made once, in units."""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_cpu, tiny_experiment
+from PIL import Image
+from staged import asking_for, run_stage, with_weights
+
+from ddpm.backbones.context_unet import ContextUNet
+from ddpm.diffusion import Diffusion
+from ddpm.images import from_uint8, to_uint8
+from ddpm.rng import Stream, normal
+from ddpm.sampler import ancestral
+from ddpm.training import NO_LABEL
+from pipeline import config
+from pipeline.config.sections import FIGURES
+from pipeline.engine.execute import locate
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.scores.distances import Moments, frechet_distance
+from pipeline.scores.image_sets import shards_of
+from pipeline.scores.reference import Reference
+from pipeline.stages import evaluate, figures, sample, shard
+from pipeline.stages.figures import chains, curves, nearest, scores_along, stage
+from pipeline.store import tars
+from pipeline.store.checkpoint import load_network
+from pipeline.store.run import Run, read_json, read_manifest, write_arrays
+
+PICTURES = [
+    name + (".svg" if name in ("rate_distortion", "scores_along") else ".png") for name in FIGURES
+]  # fmt: skip
+SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4")
+
+
+def ready(experiment, storage) -> Run:
+    """A run with an untrained checkpoint and its samples."""
+    run = locate(experiment, storage)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with_weights(experiment, run)
+    run_stage(sample, experiment, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def drawn(sharded_storage):
+    """Every figure of the tiny digits."""
+    experiment = tiny_experiment("name=figures", *SCORED)
+    run = ready(experiment, sharded_storage)
+    run_stage(evaluate, experiment, run)
+    run_stage(figures, experiment, run)
+    return experiment, run
+
+
+def cells(picture, size=8):
+    """(rows, columns, size, size) grey levels of a picture of images that were enlarged to 64 pixels."""
+    with Image.open(picture) as image:
+        pixels = np.asarray(image)[..., 0]
+    rows, columns = pixels.shape[0] // 66, pixels.shape[1] // 66
+    tiles = pixels.reshape(rows, 66, columns, 66).transpose(0, 2, 1, 3)[:, :, 1:65, 1:65]
+    return tiles[:, :, :: 64 // size, :: 64 // size]
+
+
+def nearly_equal(a, b):
+    """uint8 images, up to a level's rounding in a thousandth of the pixels."""
+    return (np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)) <= 1).mean() > 0.999
+
+
+def samples_of(experiment, run, n):
+    return tars.load_images(sample.directory(experiment, run), "samples", 0, n)[0]
+
+
+def test_every_figure_is_drawn_in_the_papers_words(drawn):
+    experiment, run = drawn
+    manifest = read_manifest(figures.directory(experiment, run), check="sha256")
+    assert manifest["order"] == PICTURES and manifest["skipped"] == {}
+    assert all("(paper, Fig" in manifest["captions"][name] for name in PICTURES)
+    assert figures.is_done(experiment, run)
+    assert run_stage(figures, experiment, run) == [], "units are kept"
+
+
+def test_samples_stand_in_a_square(drawn):
+    experiment, run = drawn
+    shown = cells(figures.directory(experiment, run) / "samples.png")
+    assert shown.shape[:2] == (4, 3)
+    assert np.array_equal(shown.reshape(12, 8, 8), samples_of(experiment, run, 12)[:, 0])
+
+
+def test_progressive_ends_in_the_samples(drawn):
+    experiment, run = drawn
+    shown = cells(figures.directory(experiment, run) / "progressive.png")
+    assert shown.shape[:2] == (4, 10)
+    assert nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
+    assert not nearly_equal(shown[:, 0], shown[:, -1])
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 20, 1000])
+def test_stages_are_evenly_spaced_and_end_the_chain(steps):
+    kept = chains.shown_steps(steps)
+    assert kept[-1] == steps and len(kept) == min(10, steps)
+    assert steps < 10 or set(np.diff([0, *kept])) == {steps // 10}
+
+
+def plain_end(experiment, run, image, pair, steps):
+    """The source diffused by so many steps with the pair's noise, and reversed: no mixing anywhere."""
+    diffusion, index = Diffusion(experiment.diffusion), torch.tensor([pair])
+    net = load_network(experiment, run, experiment.train.steps, "ema", torch.device("cpu"))
+    eps = normal(experiment.seed, Stream.FIGURES, len(diffusion), index, image.shape)
+    x_t = diffusion.q_sample(from_uint8(image)[None], torch.tensor([steps - 1]), eps)
+
+    def noise(t):
+        return normal(experiment.seed, Stream.FIGURES, t, index, image.shape)
+
+    *_, last = ancestral(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
+    return to_uint8(last.x_t)[0, 0]
+
+
+def test_interpolation_at_lambda_0_and_1_is_the_plain_chains(drawn):
+    experiment, run = drawn
+    shown = cells(figures.directory(experiment, run) / "interpolation.png")
+    assert shown.shape[:2] == (4, 13)
+    test_images = torch.from_numpy(tars.load_images(run.data, "test", 0, 8)[0])
+    for pair in range(4):
+        a, b = test_images[2 * pair], test_images[2 * pair + 1]
+        assert np.array_equal(shown[pair, 0], a[0]) and np.array_equal(shown[pair, 12], b[0])
+        assert nearly_equal(shown[pair, 1], plain_end(experiment, run, a, pair, 10))
+        assert nearly_equal(shown[pair, 11], plain_end(experiment, run, b, pair, 10))
+        assert not nearly_equal(shown[pair, 1], shown[pair, 11])
+
+
+def test_the_noise_is_shared_over_lambda(drawn):
+    experiment, run = drawn
+    image = torch.from_numpy(tars.load_images(run.data, "test", 0, 1)[0][0])
+    same = chains.mixed(one_cpu().context, experiment, run, image, image, 0, 10)
+    assert same.shape == (11, 1, 8, 8)
+    assert torch.allclose(same, same[:1].expand_as(same), atol=1e-4), "only the sources may differ"
+    other = chains.mixed(one_cpu().context, experiment, run, image, image, 1, 10)
+    assert not torch.allclose(same, other, atol=0.01), "pairs have noise of their own"
+
+
+def test_coarse_to_fine_goes_from_all_steps_to_the_pixels(drawn):
+    experiment, run = drawn
+    folder = figures.directory(experiment, run)
+    shown = cells(folder / "coarse_to_fine.png")
+    assert shown.shape[:2] == (9, 13)
+    assert np.array_equal(shown[4], cells(folder / "interpolation.png")[0]), "the row of t = T/2"
+    a, b = from_uint8(torch.from_numpy(tars.load_images(run.data, "test", 0, 2)[0]))[:, 0]
+    for column in range(11):
+        blend = to_uint8((1 - column / 10) * a + column / 10 * b)
+        assert nearly_equal(shown[8, 1 + column], blend), "no step at all mixes pixels"
+    distance = np.abs(shown[:, 1].astype(int) - shown[:, 0]).mean(axis=(1, 2))
+    assert distance[0] > distance[6] > distance[8] == 0, "the fewer steps, the more of the source is left"
+
+
+def test_a_shared_latent_lies_on_the_samples_chain(drawn):
+    experiment, run = drawn
+    diffusion, index = Diffusion(experiment.diffusion), torch.arange(3)
+    net = load_network(experiment, run, experiment.train.steps, "ema", torch.device("cpu"))
+    for steps in (20, 10, 5):
+        x_t, children = chains.shared(one_cpu().context, experiment, run, 3, steps)
+
+        def noise(t):
+            return normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
+
+        *_, last = ancestral(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
+        assert nearly_equal(to_uint8(last.x_t), samples_of(experiment, run, 3))
+        assert children.shape == (9, 1, 8, 8)
+    assert torch.equal(
+        chains.shared(one_cpu().context, experiment, run, 3, 20)[0],
+        normal(experiment.seed, Stream.X_T, 0, index, (1, 8, 8)),
+    )
+
+
+def test_later_latents_leave_less_to_differ(drawn):
+    experiment, run = drawn
+    shown = cells(figures.directory(experiment, run) / "shared_latents.png").astype(float)
+    assert shown.shape[:2] == (4, 16)
+    spread = [shown[:, at + 1 : at + 4].std(axis=1).mean() for at in (0, 4, 8, 12)]
+    assert spread[0] > spread[2] > spread[3] > 0
+
+
+def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_path):
+    experiment, run = drawn
+    panels = []
+    monkeypatch.setattr(curves, "save", lambda made, file: panels.extend(made))
+    curves.rate_distortion(experiment, run).draw([], tmp_path / "x.svg")
+    rows = read_json(evaluate.directory(experiment, run) / "nll.json")["rate_distortion"]
+    for panel, across, up in zip(
+        panels, ("k", "k", "rate_bpd"), ("rmse", "rate_bpd", "rmse"), strict=True
+    ):  # fmt: skip
+        assert panel.x == [row[across] for row in rows] and panel.y == [row[up] for row in rows]
+
+
+def test_scores_along_end_in_the_runs_own(drawn):
+    experiment, run = drawn
+    figure = scores_along.scores_along(experiment, run)
+    assert "12 images, too few" in figure.caption
+    reference = Reference.of(run, scores_along.scored_extractor(experiment, run), "train")
+    along = scores_along.score_stages(list(figure.units), 12, reference)
+    scored = read_json(evaluate.directory(experiment, run) / evaluate.METRICS)["scores"]["fid"]
+    assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
+    assert along[0]["fid"] != pytest.approx(scored, rel=1e-3)
+
+
+def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
+    draw = np.random.default_rng(0)
+    features, logits = draw.normal(size=(2, 30, 5)), 4 * draw.normal(size=(2, 30, 3))
+    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for file, rows in zip(files, (slice(0, 20), slice(20, 30)), strict=True):
+        write_arrays(file, features=features[:, rows], logits=logits[:, rows])
+    reference = Moments.of(draw.normal(size=(40, 5))).statistics()
+    kept = Reference(tmp_path / "reference.npz", "content")
+    arrays = {"n": np.array(reference.n), "content": np.array("content")}
+    write_arrays(kept.file, mu=reference.mu, sigma=reference.sigma, **arrays)
+    found = scores_along.score_stages(files, 30, kept)
+    for number in (0, 1):
+        expected = frechet_distance(Moments.of(features[number]).statistics(), reference)
+        assert found[number]["fid"] == pytest.approx(expected, rel=1e-9)
+        assert 1 <= found[number]["is_mean"] <= 3
+    with pytest.raises(PipelineError, match="short set"):
+        scores_along.score_stages(files[:1], 30, kept)
+
+
+def samples_from(folder, images):
+    records = (tars.Record(f"{i:08d}", tars.encode_png(image[0]), None) for i, image in enumerate(images))
+    shards = [tars.write_shard(folder / "00000.tar", records)]
+    tars.write_index(folder, {"samples": shards}, image_size=images.shape[-1], channels=1)
+
+
+@pytest.mark.parametrize("space", ["pixels", "features"])
+def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
+    _, run = drawn
+    pixels = tars.load_images(run.data, "train")[0]
+    chosen = [3, 700, 1400]  # a tar each
+    samples_from(tmp_path, pixels[chosen])
+    vectors = pixels.reshape(len(pixels), -1).astype(np.float32)
+    if space == "features":
+        vectors = vectors @ np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
+    files = []
+    for tar in shards_of(run.data, "train"):
+        query, gallery = None, None
+        if space == "features":
+            query, gallery = vectors[chosen], tmp_path / f"{tar.name}-features.npz"
+            write_arrays(gallery, features=vectors[tar.start : tar.start + tar.count])
+        files.append(tmp_path / f"{tar.name}.npz")
+        nearest.search(one_cpu().context, tmp_path, 3, query, tar, gallery, files[-1])
+    found = nearest.nearest(files)
+    assert found["index"][:, 0].tolist() == chosen and (found["distance"][:, 0] == 0).all()
+    assert np.array_equal(found["images"][:, 0], pixels[chosen])
+    distance = np.linalg.norm(vectors[chosen][:, None] - vectors[None], axis=2)
+    expected = np.sort(distance, axis=1)[:, : nearest.NEIGHBOURS]
+    assert np.allclose(found["distance"], expected, rtol=1e-5)
+
+
+def test_nearest_features_are_those_of_the_evaluation(drawn):
+    experiment, run = drawn
+    folder = figures.directory(experiment, run)
+    by_pixels, by_features = (cells(folder / f"nearest_{space}.png") for space in ("pixels", "features"))
+    for shown in (by_pixels, by_features):
+        assert shown.shape[:2] == (4, 1 + nearest.NEIGHBOURS)
+        assert np.array_equal(shown[:, 0], samples_of(experiment, run, 4)[:, 0])
+    assert not np.array_equal(by_pixels, by_features)
+
+
+def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
+    experiment = tiny_experiment(
+        "name=again", "figures.images=4", "figures.which=[interpolation,progressive]"
+    )
+    run = ready(experiment, sharded_storage)
+    assert len(run_stage(figures, experiment, run)) == 5
+    folder = figures.directory(experiment, run)
+    before = (folder / "interpolation.png").read_bytes()
+    units = {file: file.stat().st_mtime_ns for file in run.figures("units").rglob("*.npz")}
+    (gone,) = run.figures("units").glob("mixed-*/0002-*.npz")
+    gone.unlink()
+    assert figures.is_done(experiment, run), "what is sealed needs no units"
+    (folder / "interpolation.png").unlink()
+    assert not figures.is_done(experiment, run)
+    assert run_stage(figures, experiment, run) == ["interpolation of pair 2 after 10 steps"]
+    assert figures.is_done(experiment, run) and (folder / "interpolation.png").read_bytes() == before
+    for file, written in units.items():
+        assert (file.stat().st_mtime_ns == written) == (file != gone)
+    other = replace(experiment, figures=replace(experiment.figures, images=5))
+    assert sorted(run_stage(figures, other, run)) == [
+        "interpolation of pair 4 after 10 steps", "progressive 0-4",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplog):
+    wanted = "[samples,rate_distortion,scores_along,nearest_features]"
+    experiment = tiny_experiment("name=unscored", f"figures.which={wanted}")
+    run = ready(experiment, sharded_storage)
+    with caplog.at_level(logging.WARNING):
+        assert run_stage(figures, experiment, run) == []
+    manifest = read_manifest(figures.directory(experiment, run))
+    assert manifest["order"] == ["samples.png"]
+    assert "`ddpm evaluate unscored`" in manifest["skipped"]["rate_distortion"]
+    assert set(manifest["skipped"]) == {"rate_distortion", "scores_along", "nearest_features"}
+    assert "figure rate_distortion is left out: it needs the bound" in caplog.text
+    assert not figures.is_done(experiment, run), "an evaluation may still come"
+    run_stage(evaluate, experiment, run)
+    run_stage(figures, experiment, run)
+    manifest = read_manifest(figures.directory(experiment, run))
+    assert manifest["order"] == ["samples.png", "rate_distortion.svg"]
+    assert set(manifest["skipped"]) == {"scores_along", "nearest_features"}, "metrics=[nll] makes no features"
+    assert figures.is_done(experiment, run), "nothing more can come of this evaluation"
+
+
+@pytest.mark.parametrize(
+    "how", [{"steps": 5, "variance": "fixedsmall"}, {"sampler": "ddim", "eta": 0.0, "steps": 5}]
+)
+def test_figures_run_the_chain_of_the_samples(sharded_storage, how):
+    which = "figures.which=[progressive,interpolation,shared_latents]"
+    experiment = asking_for(
+        tiny_experiment(f"name={how.get('sampler', 'respaced')}", which, "figures.images=4"), **how
+    )
+    run = ready(experiment, sharded_storage)
+    run_stage(figures, experiment, run)
+    folder = figures.directory(experiment, run)
+    shown = cells(folder / "progressive.png")
+    assert shown.shape[:2] == (4, 5) and nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
+    captions = read_manifest(folder)["captions"]
+    assert all("T = 20, respaced to 5 steps" in caption for caption in captions.values())
+    # Steps 0, 5, 10, 14, 19 of T = 20: two of them make t = 6.
+    assert "latents at t = 6:" in captions["interpolation.png"]
+    assert "for t = 20, 15, 6, 1, left" in captions["shared_latents.png"]
+
+
+def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.scores.preparations.LARGEST_GAUSSIAN", 0)  # 3,072 dimensions take seconds
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    small = (
+        "data.source=npy", f"data.path={tmp_path / 'images.npy'}", "data.labels=0", "data.test_images=10",
+        "data.images_per_shard=20", "diffusion.timesteps=4", "model.channels=8", "model.norm_groups=4",
+        "train.steps=1", "sample.num_images=6", "sample.batch_size=6", "evaluate.features=projection",
+        "evaluate.metrics=[fid,nll]", "evaluate.nll_images=4", "figures.images=2",
+        f"figures.which=[{','.join(FIGURES)}]",
+    )  # fmt: skip
+    experiment = config.load_experiment("cifar10", list(small))
+    storage = tmp_path / "storage"
+    run_stage(shard, experiment, locate(experiment, storage))
+    run = ready(experiment, storage)
+    run_stage(evaluate, experiment, run)
+    run_stage(figures, experiment, run)
+    folder = figures.directory(experiment, run)
+    assert read_manifest(folder)["order"] == PICTURES
+    assert cells(folder / "coarse_to_fine.png", 32).shape == (5, 13, 32, 32), (
+        "T = 4 has five numbers of steps"
+    )
+
+
+def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeypatch):
+    small = (
+        "diffusion.timesteps=2", "model.channels=8", "model.norm_groups=4", "train.steps=1",
+        "sample.num_images=12", "sample.batch_size=6", "sample.steps=null", "evaluate.nll_images=4",
+        "evaluate.metrics=[fid,nll]", "figures.images=3",
+    )  # fmt: skip
+    experiment = config.load_experiment("context_digits", list(small))
+    assert experiment.sample.label == "cycle" and experiment.sample.guidance_scale > 1
+    asked = []
+    plain_forward = ContextUNet.forward
+
+    def listening(net, x_t, t, context=None):
+        asked.append((len(x_t), None if context is None else context.tolist()))
+        return plain_forward(net, x_t, t, context)
+
+    run = ready(experiment, sharded_storage)
+    run_stage(evaluate, experiment, run)
+    monkeypatch.setattr(ContextUNet, "forward", listening)
+    run_stage(figures, experiment, run)
+    manifest = read_manifest(figures.directory(experiment, run))
+    assert manifest["order"] == PICTURES and manifest["skipped"] == {}
+    assert (6, [0, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL]) in asked, "chosen and unconditional rows, in one call"
+    between = [labels for count, labels in asked if count == len(chains.LAMBDAS)]
+    assert between and set(between) == {None}, "two images can be of two classes"
+    shown = cells(figures.directory(experiment, run) / "progressive.png")
+    assert nearly_equal(shown[:, -1], samples_of(experiment, run, 3)[:, 0]), "guided as the samples are"
+
+
+def test_every_figure_that_can_be_asked_for_has_its_code():
+    assert tuple(stage.FIGURES) == FIGURES == config.load_experiment("digits", []).figures.which
+
+
+def test_a_figure_has_at_least_one_row():
+    with pytest.raises(ConfigError, match=r"figures\.images"):
+        tiny_experiment("figures.images=0")

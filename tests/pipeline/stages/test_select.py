@@ -1,0 +1,298 @@
+"""The best of several checkpoints: chosen by the scores that they have, made once, and told to whoever comes after."""
+
+import dataclasses
+import io
+import json
+import logging
+from contextlib import redirect_stdout
+
+import pytest
+from conftest import ONE_CPU, TINY, one_cpu
+from staged import asking_for, run_stage, with_weights
+
+from pipeline import config
+from pipeline.cli.program import main
+from pipeline.compute.work import InProcess
+from pipeline.errors import PipelineError
+from pipeline.stages import evaluate, sample, select
+from pipeline.store import checkpoint, selection
+from pipeline.store.run import read_json
+
+STEPS = (2, 4, 6)
+UNITS = 2  # of twelve samples each
+
+
+@pytest.fixture
+def trained(tiny_run):
+    """Three checkpoints of weights that differ much, and an experiment that looks for the best."""
+    experiment, run = tiny_run
+    asked = {"metrics": ("fid",), "features": "projection", "checkpoints": "every:2", "checkpoint_images": 12}
+    evaluation = dataclasses.replace(experiment.evaluate, **asked)
+    experiment = asking_for(dataclasses.replace(experiment, evaluate=evaluation), checkpoint="best")
+    for step, scale in zip(STEPS, (1.0, 0.01, 3.0), strict=True):
+        save(experiment, run, step, scale)
+    return experiment, run
+
+
+def save(experiment, run, step, scale):
+    train = dataclasses.replace(experiment.train, steps=step)
+    with_weights(dataclasses.replace(experiment, train=train), run, scale)
+
+
+def up_to(experiment, steps):
+    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps))
+
+
+def fids(experiment, run):
+    """The FID of each candidate, as its own evaluation has it."""
+    found = {}
+    for step in selection.candidates(experiment, run):
+        metrics = evaluate.directory(config.candidate(experiment, step), run) / "metrics.json"
+        found[step] = read_json(metrics)["scores"]["fid"]
+    return found
+
+
+def test_the_best_is_the_one_of_minimum_fid(trained):
+    experiment, run = trained
+    assert not select.is_done(experiment, run) and selection.resolved(experiment, run) is None
+    run_stage(select, experiment, run)
+    assert select.is_done(experiment, run)
+    found, scores = selection.read(experiment, run), fids(experiment, run)
+    assert len(set(scores.values())) == len(STEPS)
+    assert found["best"] == sorted(scores, key=scores.get)[0]
+    assert [(score["step"], score["fid"]) for score in found["scores"]] == sorted(scores.items())
+    assert (found["metric"], found["n"], found["weights"], found["reference"]) == ("fid", 12, "ema", "train")
+    for score in found["scores"]:
+        assert (run.evaluation(score["evaluation"]) / "manifest.json").exists()
+
+
+def test_later_stages_are_told_the_step_and_the_rule(trained):
+    experiment, run = trained
+    run_stage(select, experiment, run)
+    best = selection.read(experiment, run)["best"]
+    resolved = selection.resolved(experiment, run)
+    assert config.checkpoint_step(resolved) == best
+    plain = asking_for(experiment, checkpoint=str(best))
+    assert sample.directory(resolved, run) == sample.directory(plain, run)
+    assert evaluate.directory(resolved, run) != evaluate.directory(plain, run), "another protocol"
+    assert run_stage(sample, resolved, run) == [], "the candidate's samples are its first"
+    run_stage(evaluate, resolved, run)
+    protocol = read_json(evaluate.directory(resolved, run) / "metrics.json")["protocol"]
+    assert protocol["checkpoint"] == best
+    assert protocol["checkpoint_rule"] == "best of 3 checkpoints by FID on 12 images, ema weights"
+
+
+def test_candidates_share_their_rounds_and_the_reference(trained):
+    """All samples in one round; the features of the reference once, however many candidates ask for them."""
+    experiment, run = trained
+    rounds = []
+    for units in select.work(experiment, run):
+        rounds.append([unit.name for unit in units])
+        one_cpu().map_units(units, lambda unit: None)
+    sampling = next(names for names in rounds if names)
+    assert len(sampling) == UNITS * len(STEPS)
+    ran = [unit for names in rounds for unit in names]
+    assert not [name for name in ran if "train" in name and ran.count(name) > 1]
+
+
+def test_what_was_done_is_not_done_again(trained):
+    experiment, run = trained
+    first = next(select.work(experiment, run))
+    one_cpu().map_units(first[:4], lambda unit: None)  # then the command was killed
+    left = run_stage(select, experiment, run)
+    assert sum(name.startswith("samples") for name in left) == UNITS * len(STEPS) - 4
+    assert run_stage(select, experiment, run) == []
+
+
+def test_new_checkpoints_join_and_old_scores_stay(trained):
+    experiment, run = trained
+    run_stage(select, experiment, run)
+    before = fids(experiment, run)
+    longer = up_to(experiment, 8)
+    assert not select.is_done(longer, run), "training has not come to its end"
+    save(experiment, run, 8, 0.02)
+    assert not select.is_done(longer, run)
+    ran = run_stage(select, longer, run)
+    assert sum(name.startswith("samples") for name in ran) == UNITS
+    found = selection.read(longer, run)
+    assert [score["step"] for score in found["scores"]] == [*STEPS, 8]
+    assert before.items() <= fids(longer, run).items()
+    assert config.checkpoint_rule(selection.resolved(longer, run)).startswith("best of 4 ")
+
+
+def test_an_interruption_leaves_no_candidate(trained):
+    experiment, run = trained
+    save(experiment, run, 5, 1.0)
+    assert selection.candidates(experiment, run) == [2, 4, 6]
+    every = dataclasses.replace(experiment.evaluate, checkpoints="all")
+    assert selection.candidates(dataclasses.replace(experiment, evaluate=every), run) == [2, 4, 6]
+    assert selection.candidates(dataclasses.replace(up_to(experiment, 5), evaluate=every), run) == [2, 4, 5]
+
+
+def test_a_damaged_choice_is_made_again(trained, caplog):
+    experiment, run = trained
+    run_stage(select, experiment, run)
+    path = selection.file(experiment, run)
+    path.write_text(path.read_text().replace('"best": ', '"best": 1'))
+    assert not select.is_done(experiment, run) and selection.resolved(experiment, run) is None
+    assert "the choice is made again" in caplog.text
+    assert run_stage(select, experiment, run) == []
+    assert select.is_done(experiment, run)
+
+
+def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog):
+    experiment, run = trained
+    checkpoint.shutil.rmtree(run.step_dir(2))
+    with caplog.at_level(logging.WARNING):
+        next(select.work(experiment, run))
+    assert "2 of 3 checkpoints are there" in caplog.text
+    for step in (4, 6):
+        checkpoint.shutil.rmtree(run.step_dir(step))
+    save(experiment, run, 5, 1.0)
+    with pytest.raises(
+        PipelineError, match=r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
+    ):
+        next(select.work(experiment, run))
+
+
+# During training
+
+
+class Beside(InProcess):
+    """An executor with room for one unit beside the training."""
+
+    spare = 1
+
+    def __init__(self, fails=False):
+        super().__init__(one_cpu().context)
+        self.batches, self.fails = [], fails
+
+    def map_units(self, units, done):
+        self.batches.append(len(units))
+        if self.fails:
+            raise RuntimeError("no room at all")
+        super().map_units(units, done)
+
+
+def wait_until(true, seconds=60):
+    for _ in range(int(seconds / 0.05)):
+        if true():
+            return
+        select.threading.Event().wait(0.05)
+    raise AssertionError("it never came to that")
+
+
+def test_candidates_are_scored_while_training_goes_on(trained, monkeypatch):
+    monkeypatch.setattr(select, "LOOK_SECONDS", 0.01)
+    experiment, run = trained
+    executor = Beside()
+    with select.during_training(experiment, run, executor):
+        wait_until(lambda: all(
+            evaluate.is_done(config.candidate(experiment, step), run) for step in STEPS
+        ))  # fmt: skip
+    assert max(executor.batches) == executor.spare, "never more than training leaves room for"
+    assert run_stage(select, experiment, run) == [] and select.is_done(experiment, run)
+
+
+def test_a_fault_on_the_way_is_none_of_the_training(trained, monkeypatch, caplog):
+    monkeypatch.setattr(select, "LOOK_SECONDS", 0.01)
+    experiment, run = trained
+    with select.during_training(experiment, run, Beside(fails=True)):
+        wait_until(lambda: "no room at all" in caplog.text)
+    assert "scored after training" in caplog.text
+
+
+def test_checkpoints_that_may_go_are_left_to_the_end(trained, monkeypatch):
+    monkeypatch.setattr(select, "LOOK_SECONDS", 0.01)
+    experiment, run = trained
+    every = dataclasses.replace(experiment.evaluate, checkpoints="all")
+    executor = Beside()
+    with select.during_training(dataclasses.replace(experiment, evaluate=every), run, executor):
+        select.threading.Event().wait(0.3)
+    assert executor.batches == []
+
+
+# The whole command
+
+WORDS = [
+    "evaluate.metrics=[fid]",
+    "evaluate.features=projection",
+    "evaluate.checkpoints=every:2",
+    "evaluate.beside=true",
+    "sample.checkpoint=best",
+    "train.keep=1",
+    "figures.which=[samples]",
+]
+
+
+def ddpm(storage, *words, verb="run"):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main([verb, "digits", *TINY, *WORDS, *ONE_CPU, f"cluster.storage={storage}", *words]) == 0
+    return printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("best")
+    ddpm(storage)
+    (run,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
+    return storage, run
+
+
+def choice(run):
+    (path,) = run.glob("selection/*/selection.json")
+    return json.loads(path.read_text())
+
+
+def test_the_command_scores_the_best_and_the_other_weights_beside(finished):
+    storage, run = finished
+    found = choice(run)
+    on_curve = {score["evaluation"] for score in found["scores"]}
+    others = [
+        json.loads(path.read_text())["protocol"]
+        for path in run.glob("evaluation/*/metrics.json")
+        if path.parent.name not in on_curve
+    ]
+    assert {(p["weights"], p["checkpoint"], p["n"]) for p in others} == {
+        ("ema", found["best"], 12), ("raw", found["best"], 12)
+    }  # fmt: skip
+    assert sorted(int(path.name[5:]) for path in run.glob("train/step_*")) == [2, 4, 6], (
+        "train.keep=1, and yet"
+    )
+    assert "everything up to date" in ddpm(storage)
+
+
+def test_show_and_status_know_the_best(finished, capsys):
+    storage, run = finished
+    best = choice(run)["best"]
+    assert f"checkpoint  {best}, best of 3 checkpoints" in ddpm(storage, verb="show")
+    assert "not known before the best" in ddpm(storage, "evaluate.checkpoint_images=7", verb="show")
+    assert main(["status", f"cluster.storage={storage}"]) == 0
+    assert f"best step {best}:" in capsys.readouterr().out
+
+
+def test_mlflow_has_the_curve_the_choice_and_the_twin_as_a_child(finished):
+    from mlflow.tracking import MlflowClient
+
+    storage, run = finished
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    (parent,) = (r for r in runs if "mlflow.parentRunId" not in r.data.tags)
+    (child,) = (r for r in runs if "mlflow.parentRunId" in r.data.tags)
+    curve = {p.step: p.value for p in client.get_metric_history(parent.info.run_id, "selection/fid")}
+    assert curve == {score["step"]: score["fid"] for score in choice(run)["scores"]}
+    assert parent.data.metrics["selection/best_step"] == choice(run)["best"]
+    assert parent.data.tags["protocol.checkpoint_rule"].startswith("best of 3 ")
+    assert (parent.data.tags["protocol.weights"], child.data.tags["weights"]) == ("ema", "raw")
+    (metrics,) = run.glob(f"evaluation/{child.data.tags['evaluation_key']}/metrics.json")
+    assert child.data.metrics["eval/fid"] == json.loads(metrics.read_text())["scores"]["fid"]
+    assert child.data.metrics["eval/fid"] != parent.data.metrics["eval/fid"]
+
+
+def test_more_steps_bring_more_candidates(finished):
+    storage, run = finished
+    printed = ddpm(storage, "train.steps=8")
+    assert "train, select, sample, evaluate" in printed
+    assert [score["step"] for score in choice(run)["scores"]] == [2, 4, 6, 8]
+    assert "everything up to date" in ddpm(storage, "train.steps=8")

@@ -1,0 +1,289 @@
+"""The shard stage: complete, repeatable, resumable, and never trusting a tar without its facts."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.config import DataConfig
+from pipeline.data import sources
+from pipeline.errors import PipelineError
+from pipeline.stages import shard
+from pipeline.store import tars
+from pipeline.store.run import Run
+
+CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
+DIGITS = DataConfig("digits", None, 8, 1, 10, 500, 0, "refuse", 0)
+
+
+def run_in(storage: Path) -> Run:
+    return Run(storage, "test", "digits", "d" * 12, "e" * 12)
+
+
+def experiment(data: DataConfig) -> SimpleNamespace:
+    """All that the stage reads of an Experiment."""
+    return SimpleNamespace(data=data)
+
+
+def do(data: DataConfig, run: Run, backwards: bool = False) -> list[str]:
+    """Run the stage in this process; the names of the units that it did."""
+    done = []
+    for units in shard.work(experiment(data), run):
+        for unit in reversed(units) if backwards else units:
+            unit.body(None, *unit.args)
+            done.append(unit.name)
+    return done
+
+
+def tar_bytes(run: Run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.data.glob("*.tar")}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_in(tmp_path)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twenty grey images in two class folders; image i has the level 10 i."""
+    for i in range(20):
+        file = tmp_path / "pictures" / ("even" if i % 2 == 0 else "odd") / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(file)
+    return DataConfig("folder", str(tmp_path / "pictures"), 8, 1, 2, 4, 6, "refuse", 0)
+
+
+def test_digits_end_to_end(run):
+    assert not shard.is_done(experiment(DIGITS), run)
+    names = ["train-00000.tar", "train-00001.tar", "train-00002.tar", "test-00000.tar"]
+    assert do(DIGITS, run) == [f"shard {name}" for name in names]
+    assert shard.is_done(experiment(DIGITS), run)
+    index = tars.open_index(run.data)
+    assert (index.count("train"), index.count("test")) == (1437, 360)
+    assert index.facts["fingerprint"] == sources.fingerprint(DIGITS, None)
+    assert {key: index.facts[key] for key in ("image_size", "channels", "labels", "source", "skipped")} == {
+        "image_size": 8,
+        "channels": 1,
+        "labels": 10,
+        "source": "digits",
+        "skipped": 0,
+    }
+    assert list(index.facts["files"]) == sorted(names)
+    assert index.facts["files"]["train-00002.tar"]["count"] == 437
+    pixels, labels = tars.load_images(run.data, "test")
+    assert pixels.shape == (360, 1, 8, 8) and np.bincount(labels).tolist() == [36] * 10
+
+
+def test_shards_are_byte_identical_in_any_order(tmp_path, pictures):
+    first, second = run_in(tmp_path / "a"), run_in(tmp_path / "b")
+    do(pictures, first)
+    do(pictures, second, backwards=True)
+    assert tar_bytes(first) == tar_bytes(second) and len(tar_bytes(first)) == 6
+    assert (first.data / "manifest.json").read_bytes() == (second.data / "manifest.json").read_bytes()
+
+
+def test_images_per_shard_changes_no_index(tmp_path, pictures):
+    first, second = run_in(tmp_path / "a"), run_in(tmp_path / "b")
+    do(pictures, first)
+    do(dataclasses.replace(pictures, images_per_shard=100), second)
+    for split in ("train", "test"):
+        for one, other in zip(
+            tars.load_images(first.data, split), tars.load_images(second.data, split), strict=True
+        ):
+            assert np.array_equal(one, other)
+
+
+def test_a_unit_travels_to_a_worker(pictures, run):
+    import pickle
+
+    units = next(shard.work(experiment(pictures), run))
+    for unit in pickle.loads(pickle.dumps(units)):
+        unit.body(None, *unit.args)
+    assert len(tar_bytes(run)) == 6
+
+
+def test_relative_paths_mean_the_drivers_place(pictures, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    units = next(shard.work(experiment(dataclasses.replace(pictures, path="pictures")), run))
+    monkeypatch.chdir("/")
+    units[0].body(None, *units[0].args)
+    assert (run.data / "train-00000.tar").exists()
+
+
+def interrupted(data: DataConfig, run: Run) -> dict[str, bytes]:
+    """The stage killed after its last unit but before its manifest."""
+    for units in shard.work(experiment(data), run):
+        for unit in units:
+            unit.body(None, *unit.args)
+        break
+    assert not (run.data / "manifest.json").exists()
+    return tar_bytes(run)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[700] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "tar missing": ("train-00001.tar", Path.unlink),
+    "tar cut": ("train-00001.tar", cut),
+    "tar flipped": ("train-00001.tar", flip),
+    "facts missing": ("train-00001.json", Path.unlink),
+    "facts cut": ("train-00001.json", lambda file: file.write_text(file.read_text()[:20])),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_resumed_stage_redoes_only_what_is_missing(pictures, run, kind):
+    whole = interrupted(pictures, run)
+    name, damage = DAMAGE[kind]
+    damage(run.data / name)
+    assert not shard.is_done(experiment(pictures), run)
+    assert do(pictures, run) == ["shard train-00001.tar"]
+    assert tar_bytes(run) == whole and shard.is_done(experiment(pictures), run)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+def test_a_finished_stage_that_lost_a_shard_heals(pictures, run, damage, caplog):
+    do(pictures, run)
+    whole = tar_bytes(run)
+    damage(run.data / "test-00001.tar")
+    assert not shard.is_done(experiment(pictures), run)
+    assert "test-00001.tar" in caplog.text
+    assert do(pictures, run) == ["shard test-00001.tar"]
+    assert tar_bytes(run) == whole and shard.is_done(experiment(pictures), run)
+
+
+def test_shards_of_another_size_are_not_mixed(pictures, run):
+    interrupted(dataclasses.replace(pictures, images_per_shard=5), run)
+    done = do(pictures, run)
+    assert "shard train-00000.tar" in done
+    assert (
+        sorted(tars.load_images(run.data, "train")[0][:, 0, 0, 0]) == sorted(levels(pictures, "train"))
+        and tars.open_index(run.data).count("train") == 14
+    )
+
+
+def levels(data: DataConfig, split: str) -> list[int]:
+    source = sources.Source(data)
+    return [int(tars.decode_png(r.png)[0, 0, 0]) for r in source.read(split, 0, source.splits[split])]
+
+
+def test_a_unit_that_fails_leaves_no_shard(pictures, run):
+    broken = next(Path(pictures.path).rglob("04.png"))
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(PipelineError, match=r"04\.png does not decode"):
+        do(pictures, run)
+    assert not (run.data / "manifest.json").exists()
+    assert all((run.data / name).with_suffix(".json").exists() for name in tar_bytes(run))
+    assert not [file for file in run.data.iterdir() if file.suffix not in (".tar", ".json")]
+
+
+def break_images(data: DataConfig, numbers: list[int]) -> None:
+    for number in numbers:
+        next(Path(data.path).rglob(f"{number:02d}.png")).write_bytes(b"no image")
+
+
+def test_broken_images_up_to_the_limit_are_left_out(pictures, tmp_path, caplog):
+    break_images(pictures, [3, 8, 11])
+    data = dataclasses.replace(pictures, max_undecodable=3)
+    first, second = run_in(tmp_path / "a"), run_in(tmp_path / "b")
+    with caplog.at_level(logging.WARNING):
+        do(data, first)
+    assert all(f"{number:02d}.png does not decode" in caplog.text for number in (3, 8, 11))
+    do(dataclasses.replace(data, max_undecodable=9), second, backwards=True)
+    assert tar_bytes(first) == tar_bytes(second)
+    index = tars.open_index(first.data)
+    assert index.count("train") + index.count("test") == 17 and index.facts["skipped"] == 3
+    shown = [tars.load_images(first.data, split)[0][:, 0, 0, 0] for split in ("train", "test")]
+    assert sorted(np.concatenate(shown)) == [10 * i for i in range(20) if i not in (3, 8, 11)]
+    for (_, start, count), (_, following, _) in zip(
+        index.shards("train"), index.shards("train")[1:], strict=False
+    ):
+        assert start + count == following
+
+
+def test_more_broken_images_than_allowed_stop_the_stage(pictures, run):
+    break_images(pictures, [3, 8, 11])
+    with pytest.raises(PipelineError, match=r"\.png.*max_undecodable"):
+        do(dataclasses.replace(pictures, max_undecodable=2), run)
+    assert not (run.data / "manifest.json").exists()
+
+
+def test_the_limit_holds_over_all_shards_together(pictures, run):
+    """No shard alone exceeds it."""
+    files = [[i for i in range(20) if 10 * i in part] for part in _shards_of(pictures)]
+    break_images(pictures, [files[0][0], files[1][0], files[2][0]])
+    with pytest.raises(PipelineError, match=r"one of 3 broken images where data.max_undecodable=2"):
+        do(dataclasses.replace(pictures, max_undecodable=2), run)
+
+
+def _shards_of(data: DataConfig) -> list[set[int]]:
+    train = levels(data, "train")
+    return [
+        set(train[start : start + data.images_per_shard]) for start in range(0, 12, data.images_per_shard)
+    ]
+
+
+def test_a_split_without_a_whole_image_stops_the_stage(pictures, run):
+    break_images(pictures, list(range(20)))
+    with pytest.raises(PipelineError, match="no image of the train split decodes"):
+        do(dataclasses.replace(pictures, max_undecodable=20), run)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"labels": 1}, r"has the label 1, but data.labels=1"),
+        ({"image_size": 16}, r"\.png has 8x8 pixels, but data.image_size=16"),
+        ({"test_images": 20}, "leaves none to train on"),
+        ({"path": "/nowhere"}, "/nowhere is no folder"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(pictures, run, changes, message):
+    with pytest.raises(PipelineError, match=message):
+        do(dataclasses.replace(pictures, **changes), run)
+    assert not (run.data / "manifest.json").exists()
+
+
+def test_unlabelled_shards_hold_no_labels(pictures, run):
+    do(dataclasses.replace(pictures, labels=0), run)
+    assert b".cls" not in b"".join(tar_bytes(run).values())
+    assert set(tars.load_images(run.data, "train")[1]) == {-1}
+
+
+def test_the_manifest_names_no_place(pictures, run):
+    do(pictures, run)
+    assert pictures.path not in json.dumps(tars.open_index(run.data).facts)
+
+
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"CIFAR-10's parquet files are not in {CIFAR10}")
+def test_cifar10_shards_hold_the_original_bytes(run):
+    import pyarrow.parquet as parquet
+    from webdataset import WebDataset
+
+    data = DataConfig("cifar10", str(CIFAR10), 32, 3, 10, 1000, 0, "refuse", 0)
+    units = next(shard.work(experiment(data), run))
+    assert len(units) == 60 and sum(unit.images for unit in units) == 60_000
+    units[24].body(None, *units[24].args)
+    units[55].body(None, *units[55].args)
+    for tar, file, group in (
+        ("train-00024", "train-00000-of-00002", 24),
+        ("test-00005", "test-00000-of-00001", 5),
+    ):
+        rows = parquet.ParquetFile(CIFAR10 / f"{file}.parquet").read_row_group(group).to_pylist()
+        samples = list(WebDataset(str(run.data / f"{tar}.tar"), shardshuffle=False))
+        assert [sample["png"] for sample in samples] == [row["img"]["bytes"] for row in rows]
+        assert [int(sample["cls"]) for sample in samples] == [row["label"] for row in rows]

@@ -1,0 +1,151 @@
+"""However samples and scores are split over tasks, and whoever dies at it, the files are the same byte for byte."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, one_cpu
+from staged import run_stage, with_weights
+
+from pipeline.config import load_experiment
+from pipeline.engine.execute import locate
+from pipeline.scores import classifier, preparations
+from pipeline.stages import shard
+from pipeline.store.run import TEMPORARY, sha256_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# Untrained. Six units of samples, six of the bound, those of features: enough to be split, long enough to be killed.
+EXPERIMENT = [
+    *TINY,
+    "diffusion.timesteps=60",
+    "sample.num_images=36",
+    "evaluate.metrics=[fid,fid_test,is,kid,prc,nll]",
+    "evaluate.nll_images=24",
+]
+# Ray is told of as many CPUs as there are to be tasks at once, however many the machine has.
+PROGRAM = """
+import os, sys
+os.sched_getaffinity = lambda pid: set(range(int(sys.argv[1])))
+from pipeline.cli.program import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A storage root with the shards, a checkpoint and the classifier: what is not split."""
+    storage = tmp_path_factory.mktemp("prepared")
+    experiment = load_experiment("digits", EXPERIMENT)
+    run = locate(experiment, storage)
+    run_stage(shard, experiment, run)
+    with_weights(experiment, run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "STEPS", 20)
+        preparations.train_classifier(one_cpu().context, run, 10)
+    return storage
+
+
+def evaluation(storage: Path, tasks: int) -> subprocess.Popen:
+    words = ["evaluate", "digits", *EXPERIMENT, f"cluster.storage={storage}", "cluster.cpus_per_task=1"]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tasks), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    return output
+
+
+def made(storage: Path) -> dict[str, str]:
+    """The sha256 of all that the split work leaves; what a killed task was writing, the next command removes."""
+    files = [
+        *storage.glob("tiny-*/samples/**/*.*"),
+        *storage.glob("tiny-*/evaluation/**/*.*"),
+        *storage.glob("data/*/references/**/*.npz"),
+    ]
+    whole = (file for file in files if not file.name.startswith(TEMPORARY))
+    return {str(file.relative_to(storage)): sha256_of(file) for file in whole}
+
+
+@pytest.fixture(scope="module")
+def one(prepared, tmp_path_factory) -> Path:
+    """The storage root of an evaluation by one task at a time."""
+    storage = tmp_path_factory.mktemp("one")
+    shutil.copytree(prepared, storage, dirs_exist_ok=True)
+    finish(evaluation(storage, 1))
+    return storage
+
+
+@pytest.fixture(scope="module")
+def by_one_task(one) -> dict[str, str]:
+    found = made(one)
+    endings = ("00005.tar", "metrics.json", "nll.json", "000020-000024.npz")
+    assert all(any(name.endswith(ending) for name in found) for ending in endings)
+    return found
+
+
+def test_features_are_made_while_others_are_drawn(by_one_task, one):
+    tars, features = (
+        sorted(path.stat().st_mtime_ns for path in one.glob(pattern))
+        for pattern in ("tiny-*/samples/*/*.tar", "tiny-*/evaluation/units/classifier-*/*.npz")
+    )
+    assert len(tars) == len(features) == 6 and features[0] < tars[-1]
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+def test_more_tasks_leave_the_same_files(prepared, by_one_task, tasks, tmp_path):
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    finish(evaluation(tmp_path, tasks))
+    assert made(tmp_path) == by_one_task
+
+
+def test_a_killed_task_costs_one_unit_and_changes_nothing(prepared, by_one_task, tmp_path):
+    """kill -9, once while samples are drawn and once while the bound is computed."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    process, killed = evaluation(tmp_path, 2), []
+    for begun in ("tiny-*/samples/*/*.tar", "tiny-*/evaluation/units/nll-*/*.npz"):
+        while not list(tmp_path.glob(begun)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        killed.append(kill_a_task(process))
+    finish(process)
+    assert len(set(killed)) == 2
+    assert made(tmp_path) == by_one_task
+
+
+def kill_a_task(driver: subprocess.Popen) -> int:
+    """End a process that is working on a unit for this driver, and nobody else's; returns its id."""
+    while driver.poll() is None:
+        for pid in descendants(driver.pid):
+            try:
+                title = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::_run_unit"):
+                os.kill(pid, signal.SIGKILL)
+                return pid
+        time.sleep(0.01)
+    raise AssertionError("no task was seen at work")
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        threads = [path for path in Path(f"/proc/{pid}/task").iterdir() if path.name != str(pid)]
+        children += [child for thread in threads for child in (thread / "children").read_text().split()]
+    except OSError:
+        return []
+    found = [int(child) for child in children]
+    return found + [pid for child in found for pid in descendants(child)]

@@ -1,0 +1,142 @@
+"""Checkpoints are whole and verified, or passed over for the one before."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.store import checkpoint
+from pipeline.store.run import write_json, write_text
+
+TENSORS = {"net.w": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7)}
+EMA = {"w": torch.ones(2, 3)}
+
+
+def saved(run, *steps):
+    for step in steps:
+        checkpoint.save(run.step_dir(step), TENSORS, EMA, step)
+
+
+def test_tensors_come_back_as_they_were(tiny_run):
+    _, run = tiny_run
+    channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    checkpoint.save(run.step_dir(1), {**TENSORS, "c": channels_last, "same": TENSORS["net.w"]}, EMA, 1)
+    loaded = checkpoint.load(run.step_dir(1))
+    assert torch.equal(loaded["c"], channels_last)
+    assert torch.equal(loaded["same"], TENSORS["net.w"])
+    assert loaded["step"] == 7
+    assert torch.equal(checkpoint.weights(run.step_dir(1), "raw")["w"], TENSORS["net.w"])
+    assert torch.equal(checkpoint.weights(run.step_dir(1), "ema")["w"], EMA["w"])
+
+
+def truncate(directory):
+    path = directory / checkpoint.STATE
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_bit(directory):
+    path = directory / checkpoint.STATE
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def lose_meta(directory):
+    (directory / checkpoint.META).unlink()
+
+
+def lose_ema(directory):
+    (directory / checkpoint.EMA).unlink()
+
+
+def empty_meta(directory):
+    (directory / checkpoint.META).write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_meta, lose_ema, empty_meta])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, damage):
+    _, run = tiny_run
+    saved(run, 2, 4)
+    damage(run.step_dir(4))
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.newest(run, at_most=10) == 2
+    assert "step_00000004" in caplog.text
+    with pytest.raises(PipelineError, match="step_00000004"):
+        checkpoint.load(run.step_dir(4))
+
+
+def test_the_newest_is_not_beyond_what_is_asked(tiny_run):
+    _, run = tiny_run
+    saved(run, 2, 4, 6)
+    assert checkpoint.newest(run, at_most=5) == 4
+    assert checkpoint.newest(run, at_most=1) is None
+
+
+def test_a_folder_under_its_temporary_name_is_not_a_checkpoint(tiny_run):
+    _, run = tiny_run
+    saved(run, 2)
+    run.step_dir(2).rename(run.train / ".tmp-step_00000002-abc")
+    assert checkpoint.newest(run, at_most=5) is None
+
+
+def keeping(experiment, keep, keep_every=None, checkpoints=None):
+    return dataclasses.replace(
+        experiment,
+        train=dataclasses.replace(experiment.train, keep=keep, keep_every=keep_every),
+        evaluate=dataclasses.replace(experiment.evaluate, checkpoints=checkpoints),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "left"),
+    [
+        ({"keep": 2}, [5, 6, 8]),
+        ({"keep": 2, "keep_every": 2}, [2, 4, 5, 6, 8]),
+        ({"keep": 1, "checkpoints": "every:3"}, [3, 6, 8]),
+        ({"keep": 1, "checkpoints": "all"}, [6, 8]),
+    ],
+)
+def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
+    experiment, run = tiny_run
+    saved(run, 1, 2, 3, 4, 5, 6, 8)
+    checkpoint.drop_old(
+        keeping(experiment, **rules), run, at_most=6
+    )  # a longer run's are none of its business
+    assert checkpoint.steps_on_disk(run.train) == left
+
+
+def test_what_anything_refers_to_stays(tiny_run):
+    experiment, run = tiny_run
+    saved(run, 1, 2, 3, 4, 5, 6)
+    at = {step: {"protocol": {"checkpoint": step}} for step in (1, 2, 3, 4)}
+    write_json(run.samples("unfinished") / "00000.json", at[1])
+    write_json(run.samples("whole") / "manifest.json", at[2])
+    write_json(run.evaluation("0a") / "metrics.json", at[3])
+    write_json(run.selection("0b") / "selection.json", {"scores": [{"step": 4}], "best": 4})
+    checkpoint.drop_old(keeping(experiment, 1), run, at_most=6)
+    assert checkpoint.steps_on_disk(run.train) == [1, 2, 3, 4, 6]
+
+
+def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, caplog):
+    experiment, run = tiny_run
+    saved(run, 1, 2, 3)
+    write_text(run.evaluation("0a") / "metrics.json", "{")
+    checkpoint.drop_old(keeping(experiment, 1), run, at_most=3)
+    assert checkpoint.steps_on_disk(run.train) == [1, 2, 3]
+    assert "no checkpoint is deleted" in caplog.text
+
+
+def test_a_missing_step_names_those_that_exist(tiny_run):
+    experiment, run = tiny_run
+    saved(run, 2)
+    with pytest.raises(PipelineError, match=r"no checkpoint of step 5 \(there are: 2\)"):
+        checkpoint.load_network(experiment, run, 5, "ema", "cpu")
+
+
+def test_weights_of_another_network_are_refused(tiny_run):
+    experiment, run = tiny_run
+    saved(run, 2)
+    with pytest.raises(PipelineError, match="another network"):
+        checkpoint.load_network(experiment, run, 2, "ema", "cpu")

@@ -1,0 +1,78 @@
+"""Stages on a disk that is full, or that became read-only, and that go on when a person has mended it."""
+
+import dataclasses
+import subprocess
+
+import pytest
+from conftest import one_cpu, tiny_experiment
+from staged import run_stage
+
+from pipeline.engine.execute import locate
+from pipeline.errors import PipelineError
+from pipeline.stages import sample, shard, train
+
+STAGES = {
+    "shard": lambda experiment, run: run_stage(shard, experiment, run),
+    "train": lambda experiment, run: train.body(one_cpu().context, experiment, run),
+    "sample": lambda experiment, run: run_stage(sample, experiment, run),
+}
+MADE = {"shard": "data/*/*", "train": "tiny-*/train/*/*.safetensors", "sample": "tiny-*/samples/*/*.tar"}
+
+
+def mount(*words):
+    return subprocess.run(["mount", *words], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 16 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not mount("-t", "tmpfs", "-o", "size=16m", "none", place):
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(disk):
+    """All but two pages."""
+    free = int(subprocess.check_output(["stat", "-f", "-c", "%a", disk])) * 4096
+    (disk / "ballast").write_bytes(bytes(free - 8192))
+
+
+FAULTS = {
+    "full": (fill, lambda disk: (disk / "ballast").unlink(), "No space left on device"),
+    "read-only": (
+        lambda disk: mount("-o", "remount,ro", disk),
+        lambda disk: mount("-o", "remount,rw", disk),
+        "Read-only file system",
+    ),
+}
+
+
+def made(root, stage):
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in root.glob(MADE[stage]) if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path, stage, fault):
+    breaks, mends, words = FAULTS[fault]
+    experiment = tiny_experiment()
+    run = locate(experiment, disk)
+    elsewhere = dataclasses.replace(run, storage=tmp_path / "elsewhere")
+    for earlier in list(STAGES)[: list(STAGES).index(stage)]:
+        for root in (run, elsewhere):
+            STAGES[earlier](experiment, root)
+
+    breaks(disk)
+    with pytest.raises(PipelineError, match=f"cannot be written .{words}.*the same command goes on"):
+        STAGES[stage](experiment, run)
+    assert made(disk, stage) == {} and not list(disk.rglob(".tmp-*"))
+
+    mends(disk)
+    for root in (run, elsewhere):
+        STAGES[stage](experiment, root)
+    assert made(disk, stage) == made(tmp_path / "elsewhere", stage) != {}

@@ -1,0 +1,464 @@
+"""Published weights: diffusers writes what we read and reads what we write, tensors and pictures compared."""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ONE_CPU, TINY, one_cpu, tiny_experiment
+from diffusers import DDPMPipeline, UNet2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ddpm.backbones import NETWORKS
+from ddpm.diffusion import Diffusion
+from ddpm.images import to_uint8
+from ddpm.sampler import ancestral
+from pipeline import config
+from pipeline.cli.program import main
+from pipeline.engine import execute as stages
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.stages import train
+from pipeline.store import checkpoint, keys, published
+from pipeline.store.run import Run
+
+LEARNED = ["diffusion.variance=learned_range", "diffusion.loss=hybrid"]
+COLOUR = ["data.channels=3", "data.image_size=16"]
+SHAPES = {
+    "tiny": [],
+    "wide": ["model.channels=24", "model.norm_groups=6"],
+    "levels": [*COLOUR, "model.channel_mult=[1,3,2]", "model.attention_resolutions=[16,4]"],
+    "unattended": [*COLOUR, "model.attention_resolutions=[]", "model.num_res_blocks=2"],
+    "learned variance": [*COLOUR, *LEARNED, "model.channel_mult=[1,1,2,2]", "model.norm_groups=2"],
+}
+STEP = 6  # TINY's train.steps
+FILE = "diffusion_pytorch_model"
+
+
+tiny = lru_cache(tiny_experiment)  # reading yaml takes longer than most tests here
+
+
+def randomise(net):
+    """Every parameter is drawn, the norms' and the near-zero ones too, so that no branch hides."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            spread = 0.6 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.2
+            p.copy_(torch.randn(p.shape, generator=generator) * spread + ("norm" in name and p.ndim == 1))
+    return net.eval().requires_grad_(False)
+
+
+def their_network(experiment: config.Experiment) -> UNet2DModel:
+    """diffusers' own network of the experiment's shape, its settings written out here."""
+    data, model = experiment.data, experiment.model
+    attended = [(data.image_size >> i) in model.attention_resolutions for i in range(len(model.channel_mult))]
+    return randomise(
+        UNet2DModel(
+            sample_size=data.image_size,
+            in_channels=data.channels,
+            out_channels=data.channels * (2 if experiment.diffusion.variance == "learned_range" else 1),
+            block_out_channels=[model.channels * mult for mult in model.channel_mult],
+            layers_per_block=model.num_res_blocks,
+            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
+            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
+            downsample_padding=0,
+            norm_eps=1e-6,
+            norm_num_groups=model.norm_groups,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            attention_head_dim=None,
+        )
+    )
+
+
+def publish(folder: Path, experiment: config.Experiment, pickled: bool = False) -> UNet2DModel:
+    net = their_network(experiment)
+    net.save_pretrained(folder, safe_serialization=not pickled)
+    return net
+
+
+def importing(folder: Path, *overrides: str, weights: Any = "unknown") -> config.Experiment:
+    return dataclasses.replace(tiny(*overrides), published=config.PublishedConfig(str(folder), weights))
+
+
+def our_network(experiment: config.Experiment, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    net = checkpoint.new_network(experiment)
+    net.load_state_dict(tensors)
+    return net.eval().requires_grad_(False)
+
+
+def assert_same_outputs(experiment: config.Experiment, ours, theirs) -> None:
+    side, generator = experiment.data.image_size, torch.Generator().manual_seed(1)
+    x_t = torch.randn(3, experiment.data.channels, side, side, generator=generator)
+    t = torch.tensor([0, 7, 999])
+    expected = theirs(x_t, t).sample
+    assert expected.std() > 0.1
+    torch.testing.assert_close(ours(x_t, t), expected, rtol=1e-5, atol=1e-5)
+
+
+def rewrite(path: Path, **changes) -> None:
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value != "absent"}))
+
+
+def trained(root: Path, experiment: config.Experiment) -> tuple[Run, torch.nn.Module]:
+    """A run directory whose one checkpoint holds random weights, raw and averaged ones different."""
+    run = Run(root, experiment.name, experiment.data.source, "data", "key")
+    stages._write_experiment(experiment, run)
+    net = randomise(checkpoint.new_network(experiment))
+    raw = net.state_dict()
+    state = {f"net.{name}": tensor for name, tensor in raw.items()}
+    checkpoint.save(run.step_dir(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP)
+    return run, net
+
+
+# In
+
+
+@pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
+def test_what_diffusers_saved_computes_the_same_here(tmp_path, overrides):
+    theirs = publish(tmp_path, tiny(*overrides))
+    experiment = importing(tmp_path, *overrides)
+    assert_same_outputs(experiment, our_network(experiment, published.read(experiment)), theirs)
+
+
+def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names of attention before diffusers renamed them."""
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
+    for new, old in names.items():
+        tensors = {re.sub(rf"\.{new}\.", f".{old}.", name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def convolutional(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Attention's linear maps as 1x1 convolutions."""
+    return {
+        name: tensor[:, :, None, None] if "attentions" in name and tensor.ndim == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("where", ["", "unet"])
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize(
+    "rename", [dict, older, convolutional, lambda tensors: convolutional(older(tensors))],
+    ids=["new", "older", "convolutions", "older convolutions"],
+)  # fmt: skip
+def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickled, rename):
+    theirs = publish(tmp_path / where, tiny(), pickled)
+    tensors = rename(theirs.state_dict())
+    assert any("proj_attn" in name for name in tensors) == (rename not in (dict, convolutional))
+    if pickled:
+        torch.save(tensors, tmp_path / where / f"{FILE}.bin")
+    else:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / where / f"{FILE}.safetensors")
+    found = published.read(importing(tmp_path))
+    ours = {published.diffusers_name(name): tensor for name, tensor in found.items()}
+    torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
+
+
+class Harmful:
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
+    publish(tmp_path, tiny(), pickled=True)
+    proof = tmp_path / "it ran"
+    torch.save({"conv_in.weight": Harmful(proof)}, tmp_path / f"{FILE}.bin")
+    with pytest.raises(PipelineError, match="holds more than tensors"):
+        published.read(importing(tmp_path))
+    (tmp_path / f"{FILE}.bin").write_bytes(pickle.dumps(Harmful(proof)))
+    with pytest.raises(PipelineError, match="holds more than tensors"):
+        published.read(importing(tmp_path))
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", [f"{FILE}.bin", f"{FILE}.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights at all"])
+def test_broken_files_are_refused(tmp_path, name, content):
+    publish(tmp_path, tiny(), pickled=name.endswith("bin"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PipelineError, match=f"{name} is broken"):
+        published.read(importing(tmp_path))
+
+
+def test_a_table_of_something_else_is_refused(tmp_path):
+    publish(tmp_path, tiny(), pickled=True)
+    torch.save({"state_dict": {}}, tmp_path / f"{FILE}.bin")
+    with pytest.raises(PipelineError, match="no plain table of tensors"):
+        published.read(importing(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("downsample_padding", 1),
+        ("norm_eps", 1e-5),
+        ("flip_sin_to_cos", True),
+        ("freq_shift", 0),
+        ("attention_head_dim", 8),
+        ("act_fn", "gelu"),
+        ("add_attention", False),
+        ("resnet_time_scale_shift", "scale_shift"),
+        ("time_embedding_type", "fourier"),
+        ("class_embed_type", "timestep"),
+        ("center_input_sample", True),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
+        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"]),
+        ("block_out_channels", [8, 12]),
+        ("sample_size", [8, 16]),
+        ("sample_size", None),
+        ("brand_new_setting", 3),
+        ("downsample_padding", "absent"),  # left out means diffusers' default, which is another network
+        ("norm_eps", "absent"),
+        ("flip_sin_to_cos", "absent"),
+        ("freq_shift", "absent"),
+        ("attention_head_dim", "absent"),
+    ],
+)
+def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, value):
+    publish(tmp_path, tiny())
+    rewrite(tmp_path / "config.json", **{setting: value})
+    with pytest.raises(PipelineError, match=setting):
+        published.read(importing(tmp_path))
+
+
+def test_settings_that_change_nothing_may_be_left_out(tmp_path):
+    publish(tmp_path, tiny())
+    for setting in (
+        "time_embedding_dim",
+        "add_attention",
+        "attn_norm_num_groups",
+        "dropout",
+        "upsample_type",
+    ):
+        rewrite(tmp_path / "config.json", **{setting: "absent"})
+    assert published.read(importing(tmp_path))
+
+
+def test_a_network_of_another_shape_names_what_to_set(tmp_path):
+    shape = [
+        "data.image_size=16", "data.channels=3", "model.channels=24", "model.channel_mult=[1,3,2]",
+        "model.num_res_blocks=2", "model.attention_resolutions=[8,4]", "model.norm_groups=6",
+    ]  # fmt: skip
+    theirs = publish(tmp_path, tiny(*shape))
+    with pytest.raises(ConfigError) as caught:
+        published.read(importing(tmp_path))
+    remedies = " ".join(line.split("; set ")[1] for line in caught.value.problems if "; set " in line)
+    assert set(remedies.split()) == set(shape)
+    experiment = importing(tmp_path, *remedies.split())
+    assert_same_outputs(experiment, our_network(experiment, published.read(experiment)), theirs)
+
+
+def test_the_number_of_outputs_belongs_to_the_variance(tmp_path):
+    publish(tmp_path, tiny(*LEARNED))
+    with pytest.raises(
+        ConfigError, match=r"out_channels is 2, the experiment's 1; a learned diffusion\.variance"
+    ):
+        published.read(importing(tmp_path))
+
+
+def test_tensors_that_differ_are_named(tmp_path):
+    publish(tmp_path, tiny())
+    tensors = load_file(tmp_path / f"{FILE}.safetensors")
+    del tensors["conv_in.bias"]
+    tensors["extra.weight"] = torch.zeros(1)
+    tensors["conv_out.weight"] = torch.zeros(1, 4, 3, 3)
+    save_file(tensors, tmp_path / f"{FILE}.safetensors")
+    with pytest.raises(PipelineError) as caught:
+        published.read(importing(tmp_path))
+    assert "1 missing (conv_in.bias); 1 unexpected (extra.weight)" in str(caught.value)
+    assert "1 of another shape (conv_out.weight is (1, 4, 3, 3), not (1, 8, 3, 3))" in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["scheduler", "."])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"num_train_timesteps": 1000}, "it has 1000 timesteps, the experiment diffusion.timesteps=20"),
+        ({"beta_end": 0.03}, "diffusion.beta_schedule=linear"),
+        ({"beta_schedule": "scaled_linear"}, "diffusion.beta_schedule=linear"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"rescale_betas_zero_snr": True}, "rescaled"),
+        ({"prediction_type": "sample"}, "diffusion.predict=eps"),
+    ],
+)
+def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, named):
+    publish(tmp_path, tiny())
+    scheduler = tmp_path / where / "scheduler_config.json"
+    scheduler.parent.mkdir(exist_ok=True)
+    scheduler.write_text(json.dumps({"num_train_timesteps": 20, "beta_schedule": "linear"}))
+    assert published.read(importing(tmp_path))
+    rewrite(scheduler, **changes)
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        published.read(importing(tmp_path))
+
+
+def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no diffusion_pytorch_model\.safetensors or"):
+        published.read(importing(tmp_path))
+    publish(tmp_path, tiny())
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(PipelineError, match=r"config\.json is missing"):
+        published.read(importing(tmp_path))
+
+
+def test_the_weights_must_be_named_and_the_folder_given(tmp_path):
+    with pytest.raises(ConfigError, match=r"published\.weights is null; say"):
+        tiny(f"published.path={tmp_path}")
+    with pytest.raises(ConfigError, match=r"published\.path is null"):
+        keys.run_key(config.load_experiment("cifar10_published", []), "data")
+
+
+def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp_path):
+    def key(*arguments, **more) -> str:
+        return keys.run_key(importing(*arguments, **more), "data")
+
+    for folder in ("a", "b", "c"):
+        publish(tmp_path / folder, tiny())
+    (file,) = (tmp_path / "c").glob("*.safetensors")
+    save_file(load_file(file) | {"conv_in.bias": torch.ones(8)}, file)
+    first = key(tmp_path / "a")
+    assert first == key(tmp_path / "b") == key(tmp_path / "a", "train.lr=7", "train.steps=9")
+    assert first != key(tmp_path / "c")
+    assert first != key(tmp_path / "a", weights="ema")
+    assert first != keys.run_key(tiny(), "data")
+
+
+# Out
+
+
+@pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
+def test_what_we_exported_computes_the_same_in_diffusers(tmp_path, overrides):
+    experiment = tiny(*overrides)
+    run, ours = trained(tmp_path, experiment)
+    published.export(run.path, tmp_path / "out", "raw", None)
+    theirs, report = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", output_loading_info=True)
+    assert not any(report.values())
+    assert_same_outputs(experiment, ours, theirs.eval().requires_grad_(False))
+
+
+@pytest.mark.parametrize("which", ["raw", "ema"])
+def test_export_and_import_give_the_same_tensors(tmp_path, which):
+    run, net = trained(tmp_path, tiny())
+    published.export(run.path, tmp_path / "out", which, STEP)
+    found = published.read(importing(tmp_path / "out"))
+    expected = {name: tensor + (which == "ema") for name, tensor in net.state_dict().items()}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with safe_open(tmp_path / "out" / "unet" / f"{FILE}.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "run": run.path.name, "step": "6", "weights": which}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["diffusion.timesteps=200"],
+        ["sample.variance=fixedsmall"],
+        ["diffusion.beta_schedule=quad"],
+        ["diffusion.beta_schedule=cosine", "diffusion.variance=fixedsmall"],
+        ["diffusion.beta_schedule=const"],
+        ["diffusion.beta_schedule=warmup50", "diffusion.predict=x0"],
+        ["diffusion.beta_schedule=jsd", "diffusion.predict=x0"],
+        LEARNED,
+    ],
+    ids=" ".join,
+)
+def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
+    experiment = tiny("diffusion.timesteps=50", "sample.variance=null", *overrides)
+    run, net = trained(tmp_path, experiment)
+    published.export(run.path, tmp_path / "out", "raw", None)
+    diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
+    z = torch.randn(len(diffusion) + 1, 16, 1, 8, 8, generator=generator)  # x_T last
+    chain = ancestral(diffusion, net, z[-1], lambda t: z[t], variance=experiment.sample.variance)
+    ours = [step.x_t for step in chain][-1]
+
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
+    drawn = iter(z.flip(0))  # in the order in which diffusers asks
+    for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
+        monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: next(drawn))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(16, num_inference_steps=len(diffusion), output_type="np").images
+    theirs = (theirs * 255).round().transpose(0, 3, 1, 2)
+    levels = abs(to_uint8(ours).numpy().astype(int) - theirs)
+    assert theirs.std() > 20
+    assert (levels <= 1).mean() >= 0.999
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.resample=transposed"], "model.resample=transposed"),
+        (["diffusion.predict=mean"], "diffusion.predict=mean"),
+        (["diffusion.variance=learned", "diffusion.loss=vlb"], "diffusion.variance=learned"),
+    ],
+)
+def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
+    run, _ = trained(tmp_path, tiny(*overrides))
+    with pytest.raises(PipelineError, match=named):
+        published.export(run.path, tmp_path / "out", "raw", None)
+
+
+def test_other_networks_are_refused_by_name(tmp_path):
+    experiment = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"][0]())
+    for use in (published.network_settings, lambda e: published._network_faults(e, {})):
+        with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
+            use(experiment)
+
+
+def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
+    run, _ = trained(tmp_path, tiny())
+    with pytest.raises(PipelineError, match="exists and is not empty"):
+        published.export(run.path, run.path, "ema", None)
+    with pytest.raises(PipelineError, match=r"no checkpoint of step 4 \(there are: 6\)"):
+        published.export(run.path, tmp_path / "out", "ema", 4)
+    assert not (tmp_path / "out").exists()
+
+
+# The program
+
+
+def command(storage: Path, *words: str) -> None:
+    assert main([*words, *ONE_CPU, f"cluster.storage={storage}"]) == 0
+
+
+def scores(storage: Path, name: str) -> dict:
+    (path,) = storage.glob(f"{name}-*/evaluation/*/metrics.json")
+    return json.loads(path.read_text())
+
+
+def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_path, capsys):
+    storage, digits = sharded_storage, ["digits", *TINY, "sample.weights=raw", "figures.which=[]"]
+    experiment = config.load_experiment("digits", digits[1:])
+    run = stages.locate(experiment, storage)
+    one_cpu().run_workers(train.body, experiment, run)
+    command(storage, "evaluate", *digits)
+    exported = tmp_path / "exported"
+    main(["export", run.path.name, str(exported), "--weights=raw", f"cluster.storage={storage}"])
+    images = DDPMPipeline.from_pretrained(exported)(2, num_inference_steps=3, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+
+    command(storage, "import", str(exported), "--weights=ema", *digits, "name=entered")
+    (entered,) = storage.glob("entered-*")
+    assert checkpoint.steps_on_disk(entered / "train") == [STEP]
+    assert not list(entered.glob("samples*"))
+    words = [*digits, "name=entered", f"published.path={exported}", "published.weights=ema"]
+    command(storage, "run", *words)
+    assert not (entered / "log.jsonl").exists(), "nothing was trained"
+    assert "published ones (ema)" in (entered / "report" / "report.md").read_text()
+    first, second = scores(storage, "tiny"), scores(storage, "entered")
+    assert first["scores"] == second["scores"]
+    assert (first["protocol"]["weights"], second["protocol"]["weights"]) == ("raw", "ema")
+    assert json.dumps(second["protocol"]) == json.dumps(first["protocol"] | second["protocol"])
+    capsys.readouterr()
+    command(storage, "run", *words)
+    assert "everything up to date" in capsys.readouterr().out

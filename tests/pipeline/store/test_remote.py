@@ -1,0 +1,243 @@
+"""push and pull against a server that speaks S3 (moto's), over HTTP, with the program's own client."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import pytest
+import torch
+from conftest import tiny_experiment
+from moto.server import ThreadedMotoServer
+
+from pipeline.engine.execute import locate
+from pipeline.errors import PipelineError
+from pipeline.store import checkpoint, remote, tars
+from pipeline.store.run import MANIFEST, read_json, write_json, write_manifest
+
+SECRET = "a-secret-that-nobody-may-see"
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(server, monkeypatch, request):
+    """A bucket of the test's own; credentials and address in the environment, as a person sets them."""
+    for name, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="runs")
+    yield client
+    for entry in client.list_objects_v2(Bucket="runs").get("Contents", []):
+        client.delete_object(Bucket="runs", Key=entry["Key"])
+
+
+@pytest.fixture
+def run(tiny_run):
+    """A run with two checkpoints, finished and unfinished folders."""
+    _, run = tiny_run
+    run.experiment_yaml.write_text("name: tiny\n")
+    run.log.write_text('{"step": 1}\n{"step": 2}\n')
+    for step in (2, 4):
+        tensors = {"net.w": torch.full((3,), float(step))}
+        checkpoint.save(run.step_dir(step), tensors, tensors, step)
+    finished, unfinished = run.samples("aaaaaaaaaaaa"), run.samples("bbbbbbbbbbbb")
+    for folder in (finished, unfinished):
+        folder.mkdir(parents=True)
+        (folder / "00000.tar").write_bytes(b"pixels" * 1000)
+        (folder / "sample.yaml").write_text("steps: 20\n")
+    write_manifest(finished, ["00000.tar"])
+    (run.path / "tracking.json").write_text("{}")
+    return run
+
+
+def objects(s3) -> dict[str, bytes]:
+    listed = s3.list_objects_v2(Bucket="runs").get("Contents", [])
+    return {entry["Key"]: s3.get_object(Bucket="runs", Key=entry["Key"])["Body"].read() for entry in listed}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_finished_arrives_byte_for_byte_and_nothing_else(run, s3, tmp_path):
+    remote.push(run.path.name, run.storage, "s3://runs/team/a")
+    told = remote.pull(f"s3://runs/team/a/{run.path.name}", tmp_path)
+    there, here = files(tmp_path / run.path.name), files(run.path)
+    travelled = {name for name in here if "bbbbbbbbbbbb" not in name} - {"tracking.json", ".lock"}
+    assert there.keys() - {".lock"} == travelled
+    assert all(there[name] == here[name] for name in travelled)
+    assert f"{len(travelled)} files fetched, 0 were there" in told
+    assert checkpoint.is_whole(tmp_path / run.path.name / "train" / "step_00000004")
+
+
+def test_shards_travel_by_themselves_and_read_as_before(sharded_storage, s3, tmp_path):
+    run = locate(tiny_experiment(), sharded_storage)
+    remote.push(f"data/{run.data.name}", sharded_storage, "s3://runs/team")
+    remote.pull(f"s3://runs/team/data/{run.data.name}", tmp_path)
+    ours, theirs = (
+        tars.load_images(root / "data" / run.data.name, "test") for root in (sharded_storage, tmp_path)
+    )
+    assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
+
+
+def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):
+    first = remote.push(run.path.name, run.storage, "s3://runs/a")
+    assert ", 0 were there" in first
+    assert ": 0 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
+    checkpoint.save(run.step_dir(6), {}, {"w": torch.ones(1)}, 6)
+    assert ": 3 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
+    remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert ": 0 files fetched" in remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+
+
+def test_a_changed_file_of_the_same_size_travels_again(run, s3):
+    remote.push(run.path.name, run.storage, "s3://runs/a")
+    run.log.write_text('{"step": 1}\n{"step": 3}\n')
+    assert ": 1 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
+
+
+def test_a_broken_push_names_no_contents_and_the_next_one_goes_on(run, s3, monkeypatch, tmp_path):
+    put, sent = remote.Store.put, []
+
+    def dies(store, path, name, facts):
+        if len(sent) == 4:
+            raise KeyboardInterrupt
+        sent.append(name)
+        return put(store, path, name, facts)
+
+    monkeypatch.setattr(remote.Store, "put", dies)
+    with pytest.raises(KeyboardInterrupt):
+        remote.push(run.path.name, run.storage, "s3://runs/a")
+    with pytest.raises(PipelineError, match="is nothing that was pushed"):
+        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    monkeypatch.setattr(remote.Store, "put", put)
+    assert ", 4 were there" in remote.push(run.path.name, run.storage, "s3://runs/a")
+
+
+def test_a_broken_pull_leaves_nothing_that_looks_finished_and_the_next_one_goes_on(
+    run, s3, monkeypatch, tmp_path
+):
+    remote.push(run.path.name, run.storage, "s3://runs/a")
+    get, fetched = remote.Store.get, []
+
+    def dies(store, name, path, facts):
+        if name.endswith("step_00000004/state.safetensors"):
+            raise KeyboardInterrupt
+        fetched.append(name)
+        return get(store, name, path, facts)
+
+    monkeypatch.setattr(remote.Store, "get", dies)
+    with pytest.raises(KeyboardInterrupt):
+        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert "train/step_00000004/ema.safetensors" in fetched
+    assert 4 not in checkpoint.steps_on_disk(tmp_path / run.path.name / "train")
+    monkeypatch.setattr(remote.Store, "get", get)
+    assert f", {len(fetched)} were there" in remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert checkpoint.is_whole(tmp_path / run.path.name / "train" / "step_00000004")
+
+
+def test_a_damaged_object_is_named_and_never_gets_its_name(run, s3, tmp_path):
+    remote.push(run.path.name, run.storage, "s3://runs/a")
+    key = f"a/{run.path.name}/train/step_00000004/ema.safetensors"
+    body = bytearray(objects(s3)[key])
+    body[-1] ^= 1
+    s3.put_object(Bucket="runs", Key=key, Body=bytes(body))
+    with pytest.raises(PipelineError, match=r"ema\.safetensors is not what"):
+        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert not list(tmp_path.rglob("step_00000004"))
+
+
+def test_a_file_that_is_not_what_its_manifest_says_is_not_pushed(run, s3):
+    (run.samples("aaaaaaaaaaaa") / "00000.tar").write_bytes(b"Pixels" + b"pixels" * 999)
+    with pytest.raises(PipelineError, match=r"00000.tar does not match its sha256"):
+        remote.push(run.path.name, run.storage, "s3://runs/a")
+    assert objects(s3) == {}
+
+
+def test_what_was_finished_here_is_kept(run, s3, tmp_path):
+    remote.push(run.path.name, run.storage, "s3://runs/a")
+    shutil.copytree(run.path, tmp_path / run.path.name)
+    mine = tmp_path / run.path.name / "samples" / "aaaaaaaaaaaa"
+    (mine / "00000.tar").write_bytes(b"mine")
+    write_manifest(mine, ["00000.tar"])
+    (tmp_path / run.path.name / "log.jsonl").write_text('{"step": 1}\n')
+    told = remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert "kept as they are here: samples/aaaaaaaaaaaa" in told
+    assert (mine / "00000.tar").read_bytes() == b"mine"
+    assert (tmp_path / run.path.name / "log.jsonl").read_text() == run.log.read_text()  # the longer one
+
+
+def test_a_list_of_contents_leads_nowhere_else(run, s3, tmp_path):
+    remote.push(run.path.name, run.storage, "s3://runs/a")
+    listed = read_json_of(s3, f"a/{run.path.name}/contents.json")
+    listed["files"]["../escaped"] = listed["files"]["log.jsonl"]
+    path = tmp_path / "contents.json"
+    write_json(path, listed)
+    s3.put_object(Bucket="runs", Key=f"a/{run.path.name}/contents.json", Body=path.read_bytes())
+    with pytest.raises(PipelineError, match="lies outside"):
+        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path / "root")
+
+
+def read_json_of(s3, key: str):
+    import json
+
+    return json.loads(s3.get_object(Bucket="runs", Key=key)["Body"].read())
+
+
+def test_a_pulled_manifest_seals_what_is_there(run, s3, tmp_path):
+    remote.push(run.path.name, run.storage, "s3://runs/a")
+    remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    folder = tmp_path / run.path.name / "samples" / "aaaaaaaaaaaa"
+    assert read_json(folder / MANIFEST)["files"].keys() == {"00000.tar"}
+
+
+# The program
+
+
+def ddpm(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *words], env=kept | environment, capture_output=True, text=True
+    )
+
+
+def test_the_program_says_what_is_wrong_in_a_line_and_shows_no_secret(run, s3, server, tmp_path):
+    here, secrets = (
+        f"cluster.storage={run.storage}",
+        {name: os.environ[name] for name in os.environ if "AWS" in name},
+    )
+    none = ddpm("push", run.path.name, "s3://runs/a", here, AWS_ENDPOINT_URL=server, HOME=str(tmp_path),
+                AWS_EC2_METADATA_DISABLED="true")  # fmt: skip
+    assert none.returncode == 1 and "set AWS_ACCESS_KEY_ID" in none.stderr
+    away = ddpm(
+        "push", run.path.name, "s3://runs/a", here, **secrets | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    )
+    bucket = ddpm("push", run.path.name, "s3://not-there/a", here, **secrets)
+    scheme = ddpm("push", run.path.name, "gs://runs/a", here, **secrets)
+    absent = ddpm("pull", "s3://runs/absent", here, **secrets)
+    for outcome, word in (
+        (away, "127.0.0.1:9"),
+        (bucket, "not-there"),
+        (scheme, "s3://BUCKET/PREFIX"),
+        (absent, "none"),
+    ):
+        assert outcome.returncode == 1 and word in outcome.stderr, outcome
+        assert outcome.stderr.startswith("error: ") and len(outcome.stderr.splitlines()) == 1, outcome.stderr
+        assert SECRET not in outcome.stdout + outcome.stderr
+    assert ddpm("push", run.path.name, "s3://runs/a", here, **secrets).returncode == 0
+    pulled = ddpm("pull", f"s3://runs/a/{run.path.name}", f"cluster.storage={tmp_path}", **secrets)
+    assert pulled.returncode == 0 and (tmp_path / run.path.name / "experiment.yaml").exists()

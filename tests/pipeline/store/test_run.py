@@ -1,0 +1,116 @@
+"""Files come into being whole or not at all; manifests are believed only while they are true."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.store import checkpoint, tars
+from pipeline.store import run as rundir
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), rundir.atomic_file(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), rundir.atomic_directory(tmp_path / "d") as temporary:
+        (temporary / "half").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    for text in ("old", "new"):
+        with rundir.atomic_directory(tmp_path / "d") as temporary:
+            (temporary / text).write_text(text)
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["new"]
+
+
+def test_a_manifest_notices_every_difference(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    rundir.write_manifest(tmp_path, ["a"], n=1)
+    assert rundir.read_manifest(tmp_path, "sha256")["n"] == 1
+    (tmp_path / "a").write_bytes(b"abd")
+    rundir.read_manifest(tmp_path, "size")
+    with pytest.raises(PipelineError, match="sha256"):
+        rundir.read_manifest(tmp_path, "sha256")
+    (tmp_path / "a").write_bytes(b"ab")
+    with pytest.raises(PipelineError, match="2 bytes"):
+        rundir.read_manifest(tmp_path)
+    (tmp_path / "a").unlink()
+    with pytest.raises(PipelineError, match="missing"):
+        rundir.read_manifest(tmp_path)
+
+
+def test_an_unsealed_folder_has_no_manifest(tmp_path):
+    assert rundir.read_manifest(tmp_path) is None
+
+
+def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from pipeline.store.run import exclusive\n"
+        "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(PipelineError, match=str(holder.pid)), rundir.exclusive(tmp_path):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    deadline = time.monotonic() + 5
+    with rundir.exclusive(tmp_path):
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_damaged_arrays_are_named(tmp_path, damage):
+    file = tmp_path / "unit.npz"
+    rundir.write_arrays(file, x=np.arange(1000.0))
+    whole = file.read_bytes()
+    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]
+    file.write_bytes({"cut": whole[:-100], "flipped": flipped, "empty": b""}[damage])
+    with pytest.raises(PipelineError, match=f"{file} is damaged .*; delete it"):
+        rundir.read_arrays(file)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk):
+    with pytest.raises(
+        PipelineError, match=r"big cannot be written .No space left.*the same command goes on"
+    ):
+        rundir.write_text(small_disk / "big", "x" * 100_000)
+    tensors = {"net.w": torch.zeros(100_000)}
+    with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
+        checkpoint.save(small_disk / "step_1", tensors, tensors, 1)
+    records = (tars.Record(f"{i:04d}", bytes(1000), None) for i in range(100))
+    with pytest.raises(PipelineError, match=r"x.tar cannot be written .No space left"):
+        tars.write_shard(small_disk / "x.tar", records)
+    assert list(small_disk.iterdir()) == []
+    rundir.write_text(small_disk / "small", "fits")
+
+
+def test_read_only_storage_is_named(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(PipelineError, match=r"file cannot be written .Read-only file system"):
+        rundir.write_text(small_disk / "file", "text")
+    read_only = pytest.raises(PipelineError, match=r"folder cannot be written .Read-only file system")
+    with read_only, rundir.atomic_directory(small_disk / "folder"):
+        pass

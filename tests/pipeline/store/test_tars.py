@@ -1,0 +1,247 @@
+"""Shards: round trip, repeatability, and every kind of damage seen and named."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import PipelineError
+from pipeline.store import tars
+from pipeline.store.tars import Record
+
+COUNTS = (5, 5, 3)
+
+
+def images(n: int, channels: int = 3, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, channels, size, size), dtype=np.uint8)
+
+
+def records(pixels: np.ndarray, first: int = 0, labelled: bool = True) -> list[Record]:
+    return [
+        Record(f"train-{i:08d}", tars.encode_png(image.transpose(1, 2, 0)), i % 7 if labelled else None)
+        for i, image in enumerate(pixels, first)
+    ]
+
+
+def write_folder(directory, pixels: np.ndarray, labelled: bool = True):
+    shards, first = [], 0
+    for number, count in enumerate(COUNTS):
+        part = records(pixels[first : first + count], first, labelled)
+        shards.append(tars.write_shard(directory / f"train-{number:05d}.tar", part))
+        first += count
+    tars.write_index(directory, {"train": shards}, image_size=8, channels=3, labels=7)
+    return directory
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path, images(sum(COUNTS)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_keeps_every_pixel(channels):
+    for image in images(4, channels):
+        png = tars.encode_png(image.transpose(1, 2, 0))
+        assert np.array_equal(tars.decode_png(png), image)
+        assert png == tars.encode_png(image.transpose(1, 2, 0).copy())
+    flat = images(1, 1)[0, 0]
+    assert np.array_equal(tars.decode_png(tars.encode_png(flat)), flat[None])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((3, 8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros(8, np.uint8),
+    ],
+)
+def test_png_of_anything_but_a_picture_is_refused(image):
+    with pytest.raises(ValueError, match="uint8"):
+        tars.encode_png(image)
+
+
+def test_a_shard_is_byte_identical_at_any_time(tmp_path, monkeypatch):
+    written = records(images(6))
+    first = tars.write_shard(tmp_path / "a" / "x.tar", written)
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert tars.write_shard(tmp_path / "b" / "x.tar", iter(written)) == first
+    assert (tmp_path / "a" / "x.tar").read_bytes() == (tmp_path / "b" / "x.tar").read_bytes()
+    assert first["count"] == 6 and first["bytes"] == (tmp_path / "a" / "x.tar").stat().st_size
+    assert list(tars.read_shard(tmp_path / "a" / "x.tar", count=6)) == written
+
+
+def test_webdataset_reads_the_shards(folder):
+    from webdataset import WebDataset
+
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    samples = list(WebDataset(urls, shardshuffle=False).decode("rgb8").to_tuple("__key__", "png", "cls"))
+    assert [key for key, _, _ in samples] == [f"train-{i:08d}" for i in range(13)]
+    assert [label for _, _, label in samples] == [i % 7 for i in range(13)]
+    assert np.array_equal(np.stack([image for _, image, _ in samples]), images(13).transpose(0, 2, 3, 1))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def failing():
+        yield from records(images(2))
+        raise PipelineError("image 2 is broken")
+
+    with pytest.raises(PipelineError, match="image 2"):
+        tars.write_shard(tmp_path / "x.tar", failing())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keys", [("b", "a"), ("a", "a"), ("a.b",)])
+def test_keys_ascend_and_hold_no_dot(tmp_path, keys):
+    png = records(images(1))[0].png
+    with pytest.raises(ValueError, match="keys ascend"):
+        tars.write_shard(tmp_path / "x.tar", [Record(key, png, 0) for key in keys])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bounds=st.tuples(st.integers(0, 13), st.integers(0, 13)).filter(lambda b: b[0] < b[1]))
+def test_any_range_is_a_slice_of_the_whole(folder, bounds):
+    start, stop = bounds
+    loaded, labels = tars.load_images(folder, "train", start, stop)
+    assert loaded.dtype == np.uint8 and labels.dtype == np.int64
+    assert np.array_equal(loaded, images(13)[start:stop])
+    assert labels.tolist() == [i % 7 for i in range(start, stop)]
+
+
+def test_index_counts_and_places(folder):
+    index = tars.open_index(folder)
+    assert index.count("train") == 13 and index.splits == ["train"]
+    assert index.shards("train") == [
+        ("train-00000.tar", 0, 5),
+        ("train-00001.tar", 5, 5),
+        ("train-00002.tar", 10, 3),
+    ]
+    pixels, _ = tars.iterate_shard_images(folder, "train", "train-00001.tar")
+    assert np.array_equal(pixels, images(13)[5:10])
+    before = index.digest
+    tars.write_index(folder, {"train": []})
+    assert tars.open_index(folder).digest != before
+
+
+def test_unlabelled_images_have_label_minus_one(tmp_path):
+    write_folder(tmp_path, images(13), labelled=False)
+    assert tars.load_images(tmp_path, "train")[1].tolist() == [-1] * 13
+    assert {record.label for record in tars.read_shard(tmp_path / "train-00000.tar")} == {None}
+
+
+@pytest.mark.parametrize("start, stop", [(0, 14), (13, 13), (-1, 4), (5, 2)])
+def test_a_range_outside_the_split_is_refused(folder, start, stop):
+    with pytest.raises(PipelineError, match="has 13"):
+        tars.load_images(folder, "train", start, stop)
+
+
+def test_a_split_that_is_not_there_is_named(folder):
+    with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):
+        tars.load_images(folder, "test")
+
+
+def test_a_folder_without_manifest_is_not_trusted(folder):
+    (folder / "manifest.json").unlink()
+    with pytest.raises(PipelineError, match="no finished shards"):
+        tars.open_index(folder)
+
+
+# Damage. A member is a header of 512 bytes and its data, filled up to whole blocks.
+
+SHARD = "train-00001.tar"
+
+
+def second_sample(tar: bytes) -> int:
+    """Where the header of the second image begins."""
+    return tar.index(b"train-00000006.")
+
+
+CUTS = {
+    "at a member boundary": second_sample,
+    "inside a header": lambda tar: second_sample(tar) + 100,
+    "inside data": lambda tar: tar.index(b"IDAT", second_sample(tar)) + 9,
+    "before the closing blocks": lambda tar: len(tar.rstrip(b"\0")) + 512 - len(tar.rstrip(b"\0")) % 512,
+    "to nothing": lambda tar: 0,
+}
+FLIPS = {
+    "in data": lambda tar: tar.index(b"IDAT", second_sample(tar)) + 9,
+    "in a header": lambda tar: second_sample(tar) + 5,
+    "in a label": lambda tar: tar.index(b".cls") + 512,
+    "in the padding": lambda tar: len(tar) - 1,
+}
+
+
+@pytest.mark.parametrize("place", CUTS)
+def test_a_truncated_shard_is_named(folder, place):
+    path = folder / SHARD
+    whole = path.read_bytes()
+    path.write_bytes(whole[: CUTS[place](whole)])
+    with pytest.raises(PipelineError, match=f"{SHARD} has"):
+        tars.load_images(folder, "train")
+
+
+@pytest.mark.parametrize("place", CUTS)
+def test_a_truncated_tar_is_seen_without_its_manifest(folder, place):
+    path = folder / SHARD
+    whole = path.read_bytes()
+    path.write_bytes(whole[: CUTS[place](whole)])
+    with pytest.raises(PipelineError, match=SHARD):
+        list(tars.read_shard(path))
+
+
+@pytest.mark.parametrize("place", CUTS)
+def test_a_truncated_shard_filled_up_with_zeros_is_named(folder, place):
+    path = folder / SHARD
+    whole = path.read_bytes()
+    cut = min(CUTS[place](whole), len(whole.rstrip(b"\0")) - 1)
+    path.write_bytes(whole[:cut].ljust(len(whole), b"\0"))
+    with pytest.raises(PipelineError, match=f"{SHARD} does not match its sha256"):
+        tars.load_images(folder, "train")
+    if place == "at a member boundary":
+        with pytest.raises(PipelineError, match=f"{SHARD} holds 1 images, not 5"):
+            list(tars.read_shard(path, count=5))
+
+
+@pytest.mark.parametrize("place", FLIPS)
+def test_a_flipped_bit_is_seen_and_named(folder, place):
+    path = folder / SHARD
+    content = bytearray(path.read_bytes())
+    content[FLIPS[place](bytes(content))] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PipelineError, match=f"{SHARD} does not match its sha256"):
+        tars.load_images(folder, "train")
+
+
+def test_a_damaged_shard_that_is_not_asked_for_does_no_harm(folder):
+    content = bytearray((folder / SHARD).read_bytes())
+    content[1000] ^= 1
+    (folder / SHARD).write_bytes(content)
+    assert len(tars.load_images(folder, "train", 0, 5)[0]) == 5
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / SHARD).unlink()
+    with pytest.raises(PipelineError, match=f"{SHARD} is missing"):
+        tars.open_index(folder)
+
+
+def test_a_broken_manifest_is_named(folder):
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text()[:100])
+    with pytest.raises(PipelineError, match=r"manifest\.json is not valid JSON"):
+        tars.open_index(folder)
+
+
+def test_shards_out_of_place_give_other_images(folder):
+    """The order of the list in the manifest is the index, not the order of names."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"].reverse()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    loaded, _ = tars.load_images(folder, "train")
+    parts = itertools.pairwise((0, 5, 10, 13))
+    expected = [images(13)[start:stop] for start, stop in reversed(list(parts))]
+    assert np.array_equal(loaded, np.concatenate(expected))

@@ -1,0 +1,319 @@
+"""Sweep files, their points, what is wrong with them, and how many trials run at once."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from conftest import GRID, TRIAL
+
+from pipeline import config
+from pipeline.cli.program import main
+from pipeline.compute.cluster import Resources, Session
+from pipeline.config import load_cluster
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.store import keys
+from pipeline.sweep import budget
+from pipeline.sweep.definition import load_sweep
+from pipeline.sweep.points import points
+from pipeline.sweep.resources import Node, share
+
+DRAWN = "experiment: digits\nspace:\n  %s\ndraw: {method: sobol, points: 2}\n"
+
+
+def sweep_file(folder: Path, text: str = GRID, name: str = "study") -> str:
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def labels(path: str, *overrides: str) -> list[str]:
+    return [point.label for point in points(load_sweep(path, list(overrides)), TRIAL)]
+
+
+def faults(folder: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        points(load_sweep(sweep_file(folder, text), list(overrides)), TRIAL)
+    return error.value.problems
+
+
+# The space
+
+
+def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
+    found = points(load_sweep(sweep_file(tmp_path, GRID + "seeds: [0, 1]\n"), []), TRIAL)
+    assert len(found) == 8
+    assert found[1].label == "linear dropout=0.0 seed=1"
+    assert found[-1].swept == {"diffusion.beta_schedule": "cosine", "model.dropout": 0.2, "seed": 1}
+    last = found[-1].experiment
+    assert (last.diffusion.beta_schedule, last.model.dropout, last.seed) == ("cosine", 0.2, 1)
+    assert last.train.steps == 6  # what the command line says is for all
+
+
+@pytest.mark.parametrize("method", ["random", "sobol"])
+def test_drawn_points_lie_in_the_space_and_more_of_them_begin_with_the_same(tmp_path, method):
+    text = """
+experiment: digits
+space:
+  train.lr: {low: 1.0e-4, high: 1.0e-2, scale: log}
+  model.dropout: {low: 0.0, high: 0.5}
+  sample.batch_size: {low: 1, high: 5}
+draw: {method: %s, points: 16, seed: 3}
+rank: {metric: nll_bpd}
+"""
+    path = sweep_file(tmp_path, text % method)
+    few, many = points(load_sweep(path, ["draw.points=4"]), []), points(load_sweep(path, []), [])
+    assert [point.swept for point in few] == [point.swept for point in many[:4]]
+    rates = sorted(point.experiment.train.lr for point in many)
+    assert 1e-4 <= rates[0] < 1e-3 < rates[-1] <= 1e-2
+    assert {type(point.swept["sample.batch_size"]) for point in many} == {int}
+    assert {point.swept["sample.batch_size"] for point in many} == {1, 2, 3, 4, 5}
+    other = points(load_sweep(path, ["draw.seed=4"]), [])
+    assert [point.swept for point in other] != [point.swept for point in many]
+
+
+def test_sobol_fills_each_half_of_an_axis_evenly(tmp_path):
+    text = "experiment: digits\nspace:\n  model.dropout: {low: 0.0, high: 1.0}\ndraw: {method: sobol, points: 32}\n"
+    values = [
+        point.swept["model.dropout"]
+        for point in points(load_sweep(sweep_file(tmp_path, text), ["rank.metric=nll_bpd"]), TRIAL)
+    ]
+    assert [sum(low <= value < low + 0.125 for value in values) for low in [i / 8 for i in range(8)]] == [
+        4
+    ] * 8
+
+
+def test_named_experiments_are_points_of_their_own(tmp_path):
+    found = points(load_sweep("table2", []), [])
+    assert [point.label for point in found][:2] == ["cifar10", "cifar10_vlb_eps_fixed"]
+    assert found[1].swept == {"experiment": "cifar10_vlb_eps_fixed"}
+    assert found[3].experiment.diffusion.predict == "mean"
+
+
+def test_every_shipped_sweep_loads_and_has_its_trials():
+    sizes = {}
+    for path in sorted((Path(__file__).parents[3] / "conf" / "sweep").glob("*.yaml")):
+        sweep = load_sweep(path.stem, [])
+        sizes[path.stem] = len({json.dumps(point.swept) for point in points(sweep, [])})
+        assert sizes[path.stem] == sweep.size
+    assert sizes == {"beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "table2": 6}
+
+
+def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
+    text = "experiment: digits\nspace:\n  model.dropout: [0.1, 0.2, 0.3]\n  train.lr: [0.001, 0.002]\n"
+    sweep = load_sweep(
+        sweep_file(tmp_path, text + "draw: {method: one_at_a_time}\nrank: {metric: nll_bpd}\n"), []
+    )
+    swept = [tuple(point.swept.values()) for point in points(sweep, TRIAL)]
+    assert swept == [(0.1, 0.001), (0.2, 0.001), (0.3, 0.001), (0.1, 0.002)] and sweep.size == 4
+
+
+def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
+    text = "experiment: digits\nspace:\n  sample.eta: [0.0, 1.0]\n  model.dropout: [0.1]\nrank: {metric: nll_bpd}\n"
+    one, two = points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
+    assert one.beside_run_key == {"sample.eta": 0.0} and two.beside_run_key == {"sample.eta": 1.0}
+    assert keys.run_key(one.experiment, "data") == keys.run_key(two.experiment, "data")
+
+
+# Bad input, each with what to do about it
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("experiment: digits\nspace:\n  diffusion.beta_shedule: [linear]\n", "beta_schedule"),
+        ("experiment: digits\nspace:\n  model.dropout: []\n", "space.model.dropout is []"),
+        ("experiment: digits\n", "the space is empty"),
+        ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "names 0.1 twice"),
+        (GRID + "overrides: {model.dropout: 0.3}\n", "model.dropout is swept and overridden"),
+        (GRID + "draw: {method: grid, points: 4}\n", "draw.points is for random and sobol"),
+        (GRID + "draw: {method: one_at_a_time, points: 4}\n", "one_at_a_time has as many as it has"),
+        (GRID + "draw: {method: sobol}\n", "draw.points is None"),
+        (GRID.replace("nll_bpd", "ndl_bpd"), "did you mean 'nll_bpd'?"),
+        (GRID.replace("nll_bpd", "fid"), "rank.metric=fid is reported by no trial: evaluate.metrics is [nll]"),
+        (GRID.replace("nll_bpd", "train_loss"), "not comparable over diffusion.beta_schedule"),
+        (GRID + "early_stop: {first: 6}\n", "early_stop.first=6 is not below train.steps"),
+        (GRID + "earli_stop: {first: 3}\n", "did you mean 'early_stop'?"),
+        (GRID + "concurrent: 0\n", "concurrent is 0"),
+        (GRID + "budget: {hours: -1}\n", "budget.hours is -1"),
+        (GRID.replace("experiment: digits", ""), "one of the two is needed"),
+        (GRID.replace("digits", "digts"), "did you mean 'digits'?"),
+        (GRID + "seeds: [0, 0]\n", "seeds is [0, 0]"),
+        ("experiment: digits\nspace:\n  seed: [0, 1]\n", "seed cannot be swept: say seeds"),
+        (DRAWN % "model.dropout: {low: 0.5, high: 0.1}", "low=0.5 is not below high=0.1"),
+        ("experiment: digits\nspace:\n  model.dropout: {low: 0.1, high: 0.5}\n", "a grid cannot have"),
+        (DRAWN % "train.lr: {low: 0.0, high: 0.5, scale: log}", "a log scale begins above 0"),
+        (DRAWN % "train.steps: [4, 6]" + "early_stop: {first: 2}\n", "train.steps is swept, and early_stop"),
+        ("experiment: digits\nspace:\n  model.dropout: [0.1, 1.7]\nrank: {metric: nll_bpd}\n", "model.dropout"),
+    ],
+)  # fmt: skip
+def test_bad_sweeps_are_refused_by_name(tmp_path, text, message):
+    found = faults(tmp_path, text)
+    assert any(message in line for line in found), found
+    assert all("\n" not in line for line in found)
+
+
+def test_all_faults_of_a_file_are_reported_at_once_and_each_once(tmp_path):
+    text = GRID + "concurrent: 0\nbudget: {hours: -1}\ndraw: {method: gird}\n"
+    found = faults(tmp_path, text)
+    assert len(found) == 3 and "did you mean 'grid'?" in " ".join(found)
+    assert (
+        len(faults(tmp_path, GRID.replace("[0.0, 0.2]", "[0.0, 1.5]"))) == 1
+    )  # two of the four points say it
+
+
+def test_losses_are_ranked_where_they_are_comparable(tmp_path):
+    text = "experiment: digits\nspace:\n  model.dropout: [0.0, 0.2]\nrank: {metric: train_loss}\n"
+    assert len(labels(sweep_file(tmp_path, text))) == 2
+
+
+def test_early_stopping_needs_a_rate_that_does_not_know_the_end(tmp_path):
+    sweep = load_sweep(sweep_file(tmp_path, GRID + "early_stop: {first: 2}\n"), [])
+    with pytest.raises(ConfigError, match="lr_decay=none"):
+        points(sweep, [*TRIAL, "train.lr_decay=linear"])
+
+
+def test_ten_thousand_trials_ask_first(tmp_path, capsys):
+    text = "experiment: digits\nspace:\n" + "".join(
+        f"  {key}: {list(range(1, 11))}\n" for key in ("seed_", "b", "c", "d")
+    )
+    began = time.monotonic()
+    assert main(["sweep", sweep_file(tmp_path, text), f"cluster.storage={tmp_path}"]) == 2
+    assert time.monotonic() - began < 5  # counted, not built
+    assert "10,000 trials; if that is meant, say --yes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep"], "which sweep?"),
+        (["sweep", "digits_beta_dropuot"], "did you mean 'digits_beta_dropout'?"),
+        (["sweep", "{file}", "sweep.rank.metrik=fid"], "did you mean 'metric'?"),
+        (["sweep", "{file}", "model.dropout=0.5"], "model.dropout=0.5: study sweeps this key"),
+        (["sweep", "{file}", "{file}"], "one sweep at a time"),
+        (["sweep", "{file}", "cluster.wokers=2"], "did you mean 'workers'?"),
+    ],
+)
+def test_a_wrong_command_line_is_two_lines_at_most(tmp_path, capsys, words, message):
+    path = sweep_file(tmp_path)
+    assert main([word.replace("{file}", path) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) <= 2
+
+
+# Resources
+
+
+def cluster(**overrides):
+    return load_cluster("local", [f"{key}={value}" for key, value in overrides.items()])
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "trials", "concurrent", "slots", "workers", "cpus", "gpus"),
+    [
+        ({}, [Node(2, 0)], 8, None, 2, 1, 1, 0),
+        ({}, [Node(2, 0)], 1, None, 1, 1, 2, 0),
+        ({}, [Node(16, 0)], 8, 2, 2, 1, 8, 0),
+        ({"workers": 2}, [Node(2, 0)], 8, None, 1, 2, 1, 0),
+        ({"cpus_per_worker": 2}, [Node(3, 0), Node(3, 0)], 8, None, 2, 1, 2, 0),  # not 6 // 2
+        ({}, [Node(16, 4)], 8, None, 4, 1, 4, 1),
+        ({"gpus_per_worker": 0.5}, [Node(16, 1)], 8, None, 2, 1, 8, 0.5),
+        ({"workers": 8}, [Node(16, 4), Node(16, 4)], 8, None, 1, 8, 4, 1),  # a trial over two machines
+        (
+            {"gpus_per_worker": 2},
+            [Node(8, 3), Node(8, 3)],
+            8,
+            None,
+            2,
+            1,
+            8,
+            2,
+        ),  # no worker over two machines
+    ],
+)
+def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent, slots, workers, cpus, gpus):
+    found = share(cluster(**asked), nodes, trials, concurrent)
+    one = found.resources
+    assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == (
+        slots,
+        workers,
+        cpus,
+        gpus,
+    )
+
+
+def test_a_trial_that_never_fits_is_refused():
+    with pytest.raises(
+        PipelineError, match=r"3 workers with 1 CPUs .* the cluster has 2 CPUs .* lower cluster.workers"
+    ):
+        share(cluster(workers=3), [Node(2, 0)], 4, None)
+
+
+def test_the_tasks_of_a_trial_take_no_more_than_its_workers_hold():
+    assert Session.within(cluster(), Resources(1, 1, 4, 0.0, 0.0, 0), lambda: False).most_in_flight == 4
+    assert (
+        Session.within(
+            cluster(cpus_per_task=2), Resources(2, 2, 3, 0.0, 0.0, 0), lambda: False
+        ).most_in_flight
+        == 3
+    )
+    assert Session.within(cluster(), Resources(1, 1, 8, 0.5, 0.5, 0), lambda: False).most_in_flight == 1
+
+
+# The paper's tables, scaled to a budget
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "hours"),
+    [("2000", 2000, None), ("2h", None, 2.0), ("30min", None, 0.5), ("full", None, None)],
+)
+def test_a_budget_is_steps_or_a_time(text, steps, hours):
+    found = budget.Budget.parse(text)
+    assert (found.steps, found.hours) == (steps, hours)
+
+
+@pytest.mark.parametrize("text", ["", "0", "two hours", "1.5", "-3", "2d"])
+def test_a_budget_that_is_neither_is_refused(text, tmp_path, capsys):
+    assert main(["reproduce", "cifar10", f"--budget={text}", f"cluster.storage={tmp_path}"]) == 2
+    assert "a number of steps (2000), a time (2h, 30min), or full" in capsys.readouterr().err
+
+
+def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
+    full = config.load_experiment("cifar10", [])
+    short = config.load_experiment("cifar10", budget.overrides(8000, full))
+    assert (short.train.steps, short.sample.num_images, short.evaluate.nll_images) == (8000, 500, 100)
+    assert short.train.ema_warmup and short.train.warmup_steps == 400
+    assert budget.forward_passes(short) == pytest.approx(budget.forward_passes(full) / 100)
+    assert budget.overrides(800_000, full) == []
+    assert "1 % of the paper's length" in budget.said(8000, full)
+    assert not config.load_experiment("cifar10", budget.overrides(20_000, full)).train.ema_warmup
+
+
+def test_an_hour_is_what_the_measured_rate_makes_of_it():
+    """At the rate of one full row in ten hours, five rows of equal cost get a tenth each in five hours."""
+    row = config.load_experiment("cifar10", [])
+    rate = budget.forward_passes(row) / 3 / 36_000
+    assert budget.steps_for(5, rate, [row] * 5) == pytest.approx(80_000, abs=1)
+    assert budget.steps_for(500, rate, [row] * 5) == 800_000
+
+
+def test_the_steps_that_were_settled_on_stay(tmp_path):
+    assert budget.remembered(tmp_path, lambda: 123) == budget.remembered(tmp_path, lambda: 456) == 123
+
+
+# As a job on a cluster: checked here, before anything is sent
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep", "digits_beta_dropuot"], "did you mean 'digits_beta_dropout'?"),
+        (["sweep", "beta_dropout", "data.path=images"], "data.path=images is a relative path"),
+        (["sweep", "beta_dropout", "train.stepz=3"], "did you mean 'steps'?"),
+        (["reproduce", "cifar10", "--budget=soon"], "a number of steps (2000)"),
+        (["reproduce", "cifar10", "data.path=images"], "data.path=images is a relative path"),
+    ],
+)
+def test_a_submitted_sweep_is_checked_before_it_is_sent(capsys, words, message):
+    assert main(["submit", "--", *words, "cluster.storage=/data/runs"]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,378 @@
+"""The mirror against a real store, and against a real server that dies and comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+from mlflow import MlflowClient
+from synthetic_run import BEGAN, make_run, write_checkpoint, write_log, write_scores
+
+from pipeline import tracking
+from pipeline.errors import PipelineError
+from pipeline.store import run as rundir
+
+STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Path:
+    """One storage root, because making a store takes seconds."""
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def uri(storage) -> str:
+    return tracking.default_uri(storage)
+
+
+@pytest.fixture(scope="module")
+def client(uri):
+    tracking.check(uri)
+    return MlflowClient(uri)
+
+
+@pytest.fixture(scope="module")
+def mirrored(storage, uri, client):
+    """A whole run directory, delivered: (experiment, run, the MLflow run)."""
+    experiment, run = make_run(storage, "digits", STEPS)
+    other = run.evaluation("0123456789ab")
+    write_scores(other, experiment, scores={"fid": 20.5})
+    with tracking.Mirror(uri, "digits", experiment, run, tags={"device": "cpu"}):
+        pass
+    return experiment, run, find(client, "digits", run)
+
+
+def find(client, study, run):
+    place = client.get_experiment_by_name(study).experiment_id
+    (found,) = client.search_runs([place], f"tags.run_key = '{run.run_key}'")
+    return found
+
+
+def history(client, found, key):
+    return [(p.step, p.timestamp) for p in client.get_metric_history(found.info.run_id, key)]
+
+
+def expected(steps, every=10):
+    return [(step, BEGAN + 85 * step) for step in range(every, steps + 1, every)]
+
+
+def test_the_default_store_is_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tracking.default_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+
+
+def test_parameters_are_curated_and_of_the_run_key_alone(mirrored):
+    _, _, found = mirrored
+    params = found.data.params
+    assert 20 <= len(params) <= 30
+    assert params["diffusion.beta_schedule"] == "linear" and params["model.dropout"] == "0.0"
+    assert params["data.train_images"] == "1437" and params["seed"] == "0"
+    assert "train.steps" not in params and not any(key.startswith(("sample.", "evaluate.")) for key in params)
+
+
+def test_tags_name_the_keys_the_code_and_the_protocol(mirrored):
+    _, run, found = mirrored
+    tags = found.data.tags
+    assert (tags["run_key"], tags["data_key"], tags["device"]) == (run.run_key, run.data_key, "cpu")
+    assert tags["version.torch"] == "2.9" and tags["commit"].startswith("0123")
+    assert tags["protocol.comparable"] == "False" and tags["protocol.n"] == "512"
+    assert "n = 512" in tags["protocol.why_not"]
+
+
+def test_the_ui_opens_a_study_as_model_training(mirrored, client):
+    tags = client.get_experiment(mirrored[2].info.experiment_id).tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
+
+
+def test_curves_carry_their_own_times(mirrored, client):
+    _, _, found = mirrored
+    for key in ("train/loss", "train/lr", "train/grad_norm", "train/images_per_second"):
+        assert history(client, found, key) == expected(100)
+    assert found.info.start_time == BEGAN + 850 and found.info.status == "FINISHED"
+
+
+def test_scores_stand_at_their_checkpoint_and_on_its_model(mirrored, client):
+    _, _, found = mirrored
+    assert found.data.metrics["eval/fid"] == 14.21 and found.data.metrics["eval/nll_bpd"] == 4.52
+    models = client.search_logged_models([found.info.experiment_id], f"source_run_id = '{found.info.run_id}'")
+    scored = {model.tags["step"]: {m.key: m.value for m in model.metrics or []} for model in models}
+    assert scored["100"]["eval/fid"] == 14.21 and scored["50"] == {}
+    assert all(str(model.status) == "READY" and Path(model.tags["path"]).is_dir() for model in models)
+    assert {output.step for output in found.outputs.model_outputs} == {50, 100}
+
+
+def test_another_evaluation_is_a_child(mirrored, client):
+    _, _, found = mirrored
+    query = f"tags.mlflow.parentRunId = '{found.info.run_id}'"
+    (child,) = client.search_runs([found.info.experiment_id], query)
+    assert child.data.tags["evaluation_key"] == "0123456789ab"
+    assert child.data.metrics == {"eval/fid": 20.5} and child.info.status == "FINISHED"
+
+
+def test_the_data_is_a_logged_dataset(mirrored):
+    _, run, found = mirrored
+    (used,) = found.inputs.dataset_inputs
+    assert used.dataset.name == f"digits-{run.data_key}"
+    assert used.dataset.digest == rundir.sha256_of(run.data / "manifest.json")[:36]
+
+
+def test_pictures_and_files_arrive(mirrored, client):
+    _, _, found = mirrored
+    images = [file.path for file in client.list_artifacts(found.info.run_id, "images")]
+    assert sorted(int(p.split("+")[2]) for p in images if p.endswith(".png")) == [50, 100]
+    assert all("samples~ema" in path for path in images)
+    for folder, name in (("", "experiment.yaml"), ("evaluation", "nll.json"), ("samples", "grid.png")):
+        assert name in [Path(f.path).name for f in client.list_artifacts(found.info.run_id, folder)]
+
+
+def test_delivering_again_changes_nothing(mirrored, client, uri):
+    experiment, run, found = mirrored
+    before = client.get_run(found.info.run_id)
+    said = tracking.sync(uri, "digits", experiment, run)
+    assert "log" in said and "2 x grid" in said
+    after = find(client, "digits", run)
+    assert history(client, after, "train/loss") == expected(100)
+    assert len(history(client, after, "eval/fid")) == 1
+    assert (
+        len(client.list_artifacts(found.info.run_id, "images")) == 4
+    )  # two pictures, each with a small twin
+    assert (after.data.params, after.info.status) == (before.data.params, before.info.status)
+    assert len(after.outputs.model_outputs) == 2
+
+
+def test_half_a_picture_is_completed(mirrored, client, uri, storage):
+    experiment, run, found = mirrored
+    for twin in (storage / "mlartifacts" / "digits").rglob("*+step+50+*.webp"):
+        twin.unlink()
+    tracking.sync(uri, "digits", experiment, run)
+    names = {file.path for file in client.list_artifacts(found.info.run_id, "images")}
+    pictures = {name.removesuffix(".png") for name in names if name.endswith(".png")}
+    assert names == {f"{name}.png" for name in pictures} | {f"{name}+compressed.webp" for name in pictures}
+
+
+def test_a_copied_score_is_no_second_point(mirrored, client, uri):
+    experiment, run, found = mirrored
+    for scores in run.path.glob("evaluation/*/metrics.json"):
+        os.utime(scores, (1, 1))
+    tracking.sync(uri, "digits", experiment, run)
+    assert len(history(client, found, "eval/fid")) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (None, "FINISHED")]
+)
+def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, error, status):
+    experiment, run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
+    try:
+        with tracking.Mirror(uri, "ends", experiment, run) as mirror:
+            wait_for(lambda: mirror.session and find(client, "ends", run).info.status == "RUNNING")
+            if error:
+                raise error
+    except BaseException as raised:
+        assert type(raised) is error
+    assert find(client, "ends", run).info.status == status
+    assert "ends" in tracking.describe(run, uri) and "sync" not in tracking.describe(run, uri)
+
+
+def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
+    experiment, run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
+    crashed = tracking.Mirror(uri, "ends", experiment, run)
+    crashed._set_status("RUNNING")
+    crashed.deliver()  # and the driver is gone
+    found = find(client, "ends", run)
+    assert found.info.status == "RUNNING"
+    tracking.sync(uri, "ends", experiment, run)
+    assert find(client, "ends", run).info.run_id == found.info.run_id
+    assert find(client, "ends", run).info.status == "FINISHED"  # its last checkpoint is there
+
+
+def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
+    before, after = tmp_path / "before root", tmp_path / "after"
+    experiment, run = make_run(before, "digits", STEPS)
+    with tracking.Mirror(tracking.default_uri(before), "digits", experiment, run):
+        pass
+    before.rename(after)
+    uri, moved = tracking.default_uri(after), dataclasses.replace(run, storage=after)
+    tracking.check(uri)
+    client = MlflowClient(uri)
+    found = find(client, "digits", moved)
+    pictures = [file.path for file in client.list_artifacts(found.info.run_id, "images")]
+    assert pictures and Path(client.download_artifacts(found.info.run_id, pictures[0])).stat().st_size > 0
+    points = history(client, found, "train/loss")
+    # Another process, as MLflow remembers where this one wrote.
+    code = "import pickle, sys; from pipeline import tracking; tracking.sync(*pickle.load(sys.stdin.buffer))"
+    moved_run = pickle.dumps((uri, "digits", experiment, moved))
+    subprocess.run([sys.executable, "-c", code], input=moved_run, check=True)
+    assert history(client, found, "train/loss") == points != []
+    assert not before.exists()  # nothing was written where the root had been
+
+
+def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path):
+    experiment, run = make_run(tmp_path / "root", "digits", STEPS)
+    shared = f"sqlite:///{tmp_path}/mlflow.db"
+    with tracking.Mirror(shared, "digits", experiment, run):
+        pass
+    (tmp_path / "mlartifacts").mkdir()
+    tracking.check(shared)
+    place = MlflowClient(shared).get_experiment_by_name("digits").artifact_location
+    assert place == (tmp_path / "root" / "mlartifacts" / "digits").as_uri()
+
+
+def test_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
+    experiment, run = make_run(storage, "digits", (*STEPS, "seed=3"), scores=False)
+    with tracking.Mirror(uri, "ends", experiment, run):
+        pass
+    client.delete_run(find(client, "ends", run).info.run_id)
+    with tracking.Mirror(uri, "ends", experiment, run):
+        pass
+    assert history(client, find(client, "ends", run), "train/loss") == expected(100)
+
+
+def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, client):
+    import shutil
+
+    experiment, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
+    with tracking.Mirror(uri, "ends", experiment, run):
+        pass
+    shutil.rmtree(run.step_dir(50))
+    write_checkpoint(run, 150)
+    with tracking.Mirror(uri, "ends", experiment, run):
+        pass
+    found = find(client, "ends", run)
+    models = client.search_logged_models([found.info.experiment_id], f"source_run_id = '{found.info.run_id}'")
+    assert {model.tags["step"] for model in models} == {"100", "150"}
+
+
+def test_only_whole_lines_of_the_log_are_read(storage, uri, client):
+    experiment, run = make_run(storage, "digits", (*STEPS, "seed=5"), scores=False)
+    with run.log.open("a") as file:
+        file.write('{"step": 110, "time": 1, "met')
+    with tracking.Mirror(uri, "ends", experiment, run):
+        pass
+    assert history(client, find(client, "ends", run), "train/loss") == expected(100)
+
+
+# A server that dies and comes back
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_for(holds, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.2)
+
+
+class Server:
+    """`mlflow server` on a fixed port, to be killed and started again."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
+        command += ["--artifacts-destination", str(self.folder / "served")]
+        quiet = {
+            **os.environ,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=quiet, stdout=log, stderr=log, start_new_session=True
+            )
+        wait_for(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            with urlopen(f"{self.uri}/health", timeout=2):
+                return True
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def server(storage, client):
+    """A server on the module's store, whose schema is made already."""
+    made = Server(storage)
+    made.start()
+    yield made
+    if made.process.poll() is None:
+        made.kill()
+
+
+def test_a_server_that_dies_in_the_middle_gets_every_point_once(storage, server, client, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.2)
+    monkeypatch.setattr("pipeline.tracking.mirror.LONGEST_WAIT", 0.5)
+    experiment, run = make_run(storage, "digits", (*STEPS, "seed=6"))
+    warnings: list[str] = []
+    mirror = tracking.Mirror(server.uri, "mortal", experiment, run, warn=warnings.append)
+    mirror.start()
+    wait_for(lambda: mirror._state.get("servers") and "log" in mirror.sent)
+    found = find(client, "mortal", run)
+    wait_for(lambda: history(client, found, "train/loss") == expected(100))
+    server.kill()
+    write_log(run, 100, 200, 10)  # the work goes on
+    wait_for(lambda: warnings)
+    server.start()
+    write_log(run, 200, 300, 10)
+    wait_for(lambda: len(history(client, found, "train/loss")) == 30)
+    mirror.stop("FINISHED")
+    found = find(client, "mortal", run)
+    assert history(client, found, "train/loss") == expected(300) and found.info.status == "FINISHED"
+    assert sum(line.startswith("the tracking server") for line in warnings) == len(warnings) == 1
+    through = MlflowClient(server.uri)  # the server keeps the files
+    assert len(through.list_artifacts(found.info.run_id, "images")) == 4
+    assert server.uri in tracking.describe(run, server.uri)
+
+
+def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage, uri, client):
+    experiment, run = make_run(storage, "digits", (*STEPS, "seed=7"), scores=False)
+    dead, warnings = f"http://127.0.0.1:{free_port()}", []
+    began = time.monotonic()
+    with tracking.Mirror(dead, "late", experiment, run, warn=warnings.append):
+        write_log(run, 100, 200, 10)
+    assert time.monotonic() - began < 5
+    assert "takes nothing (connection refused)" in warnings[0] and "ddpm sync" in warnings[-1]
+    assert "ddpm sync" in tracking.describe(run, dead)
+    tracking.sync(uri, "late", experiment, run)
+    found = find(client, "late", run)
+    assert history(client, found, "train/loss") == expected(200) and found.info.status == "FINISHED"
+
+
+def test_a_server_that_does_not_answer_is_named_at_the_start():
+    began = time.monotonic()
+    with pytest.raises(PipelineError, match=r"http://127\.0\.0\.1:\d+ does not answer.*refused.*ddpm sync"):
+        tracking.check(f"http://user:secret@127.0.0.1:{free_port()}")
+    assert time.monotonic() - began < 15
+
+
+def test_a_taken_port_is_said(tmp_path):
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(PipelineError, match=rf"port {port} .*ddpm ui --port {port + 1}"):
+            tracking.serve(tmp_path, port)

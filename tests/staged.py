@@ -1,0 +1,40 @@
+"""What tests of stages share: an untrained checkpoint, and running a stage in this process."""
+
+import dataclasses
+
+from conftest import one_cpu
+
+from pipeline.stages import evaluate
+from pipeline.store import checkpoint
+from pipeline.store.run import read_json
+
+
+def with_weights(experiment, run, scale=1.0):
+    """A checkpoint at the step that is sampled; untrained, but with an output that is not nearly zero, or the
+    images would hardly depend on it."""
+    tensors = checkpoint.new_network(experiment).state_dict()
+    tensors["conv_out.weight"] *= 1e5 * scale
+    raw = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    checkpoint.save(run.step_dir(experiment.train.steps), raw, tensors, experiment.train.steps)
+    checkpoint.load_network.cache_clear()
+
+
+def asking_for(experiment, **changes):
+    return dataclasses.replace(experiment, sample=dataclasses.replace(experiment.sample, **changes))
+
+
+def scoring(experiment, **changes):
+    return dataclasses.replace(experiment, evaluate=dataclasses.replace(experiment.evaluate, **changes))
+
+
+def results(experiment, run):
+    """What the evaluation found."""
+    return read_json(evaluate.directory(experiment, run) / evaluate.METRICS)
+
+
+def run_stage(stage, experiment, run):
+    """Run the stage; the names of its units."""
+    ran = []
+    for units in stage.work(experiment, run):
+        one_cpu().map_units(units, lambda unit: ran.append(unit.name))
+    return ran

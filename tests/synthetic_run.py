@@ -1,0 +1,140 @@
+"""A run directory as the stages leave it, made in milliseconds, for whoever reads run directories."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from PIL import Image
+
+from pipeline import config
+from pipeline.config import Experiment
+from pipeline.store import keys
+from pipeline.store import run as rundir
+from pipeline.store.run import Run
+
+BEGAN = 1_700_000_000_000  # Unix milliseconds
+
+
+def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (), scores: bool = True):
+    """(experiment, run) with everything from the data's manifest to the figures."""
+    experiment = config.load_experiment(name, list(overrides))
+    data_key = keys.data_key(experiment, "synthetic")
+    run = Run(storage, experiment.name, experiment.data.source, data_key, keys.run_key(experiment, data_key))
+    write_experiment(experiment, run)
+    write_data(run, experiment)
+    write_log(run, 0, experiment.train.steps, experiment.train.log_every)
+    for step in (experiment.train.steps - experiment.train.checkpoint_every, experiment.train.steps):
+        write_checkpoint(run, step)
+        write_grid(run.grids / f"{step:08d}.png", experiment)
+    if scores:
+        write_samples(experiment, run)
+        write_scores(run.evaluation(keys.evaluate_key(experiment, run.run_key)), experiment)
+        write_figures(experiment, run)
+    return experiment, run
+
+
+def write_experiment(experiment: Experiment, run: Run) -> None:
+    made_with = {
+        "commit": "0123456789abcdef0123456789abcdef01234567",
+        "versions": {"torch": "2.9", "ray": "2.50"},
+        "data_key": run.data_key,
+    }
+    tree = config.to_dict(experiment) | {"made_with": made_with}
+    rundir.write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))
+
+
+def write_data(run: Run, experiment: Experiment) -> None:
+    run.data.mkdir(parents=True, exist_ok=True)
+    (run.data / "train-00000.tar").write_bytes(b"images")
+    splits = {
+        "train": {"count": 1437, "shards": ["train-00000.tar"]},
+        "test": {"count": 360, "shards": []},
+    }
+    data = experiment.data
+    facts = {"image_size": data.image_size, "channels": data.channels, "labels": data.labels}
+    rundir.write_manifest(run.data, ["train-00000.tar"], splits=splits, fingerprint="synthetic", **facts)
+
+
+def write_log(run: Run, start: int, stop: int, every: int) -> None:
+    """Points after `start` up to `stop`, appended as the train stage appends them."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(start)
+    with run.log.open("a") as file:
+        for step in range(start + every, stop + 1, every):
+            metrics = {
+                "train/loss": 0.03 + math.exp(-step / 150) + 0.004 * noise.standard_normal(),
+                "train/grad_norm": 0.2 + 2 * math.exp(-step / 100),
+                "train/lr": 1e-3 * min(1.0, step / 200),
+                "train/images_per_second": 1500 + 40 * noise.standard_normal(),
+            }
+            file.write(json.dumps({"step": step, "time": BEGAN + 85 * step, "metrics": metrics}) + "\n")
+
+
+def write_checkpoint(run: Run, step: int) -> None:
+    files = {"ema.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
+    rundir.write_json(run.step_dir(step) / "meta.json", {"step": step, "files": files})
+
+
+def write_grid(path: Path, experiment: Experiment, side: int = 8) -> None:
+    data = experiment.data
+    pixels = np.random.default_rng(3).integers(0, 256, (side * data.image_size,) * 2 + (3,), dtype=np.uint8)
+    with rundir.atomic_file(path) as temporary:
+        Image.fromarray(pixels if data.channels == 3 else pixels[..., 0]).save(temporary, format="PNG")
+
+
+def write_samples(experiment: Experiment, run: Run) -> None:
+    write_grid(run.samples(keys.sample_key(experiment, run.run_key)) / "grid.png", experiment, 10)
+
+
+def write_figures(experiment: Experiment, run: Run) -> None:
+    folder = run.figures(keys.figures_key(experiment, run.run_key))
+    for name in ("samples", "progressive"):
+        write_grid(folder / f"{name}.png", experiment)
+    captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}
+    rundir.write_manifest(folder, list(captions), captions=captions)
+
+
+def write_scores(folder: Path, experiment: Experiment, **changed: Any) -> None:
+    """metrics.json and nll.json with the shape of a trained model's."""
+    steps = experiment.diffusion.timesteps
+    t = np.arange(steps)
+    terms = 1.8 * np.exp(-t / 1.3) + 0.012 * np.exp(-t / 120)
+    mse = (0.01 + 0.5 * (t / steps) ** 1.2) ** 2
+    table = [
+        {
+            "k": k,
+            "rate_bpd": float(terms[steps - k + 1 :].sum()),
+            "rmse": float(127.5 * math.sqrt(mse[steps - k])),
+        }
+        for k in range(1, steps + 1)
+    ]
+    scores = {
+        "fid": 14.21,
+        "is_mean": 9.02,
+        "is_std": 0.21,
+        "nll_bpd": 4.52,
+        "rate_bpd": 2.4,
+        "distortion_bpd": 2.1,
+    }
+    protocol = {
+        "n": experiment.sample.num_images, "comparable": False, "weights": "ema", "sampler": "ancestral",
+        "steps": steps, "variance": "fixedlarge", "reference": "train", "rounding": "round",
+        "extractor": "classifier-0a1b2c3d", "checkpoint": experiment.train.steps, "decoder": "tanh",
+        "nll_images": 100, "splits": 10,
+        "why_not": ["n = 512 images, the paper has 50,000", "features are not Inception's"],
+    }  # fmt: skip
+    points = {
+        "test": {"fid": 31.0, "is_mean": 9.3, "is_std": 0.3, "n": 360},
+        "gaussian": {"fid": 96.4, "is_mean": 3.1, "n": 512},
+        "noise": {"fid": 2288.0, "is_mean": 1.2, "n": 512},
+    }
+    shares = [0.09, 0.11, 0.1, 0.12, 0.08, 0.1, 0.1, 0.09, 0.13, 0.08]
+    metrics = {"scores": scores, "protocol": protocol, "reference_points": points, "class_shares": shares}
+    rundir.write_json(folder / "metrics.json", metrics | changed)
+    nll = {"terms": terms.tolist(), "mse": mse.tolist(), "prior": 7.4e-6, "n": 100, "rate_distortion": table}
+    rundir.write_json(folder / "nll.json", nll)
