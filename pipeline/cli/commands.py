@@ -8,9 +8,6 @@ from typing import Any
 
 from pipeline.console import say
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.store import keys
-from pipeline.sweep.definition import load_sweep
-from pipeline.sweep.points import points, relative_paths_of_sweep
 
 MANY = 200  # trials; more are rarely meant
 
@@ -115,6 +112,7 @@ def jobs(options: Any) -> int:
 
 def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:
     """The sweep that the command line names, the overrides of all its trials, and the cluster."""
+    from pipeline.sweep.definition import load_sweep
 
     named, overrides = _words(options, "sweep")
     if not named:
@@ -129,6 +127,7 @@ def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:
 
 def sweep(options: Any) -> int:
     from pipeline.sweep import Study
+    from pipeline.sweep.points import points
 
     sweep, shared, cluster = _load_sweep(options)
     return _run_study(Study(sweep, points(sweep, shared), cluster), options)
@@ -136,6 +135,7 @@ def sweep(options: Any) -> int:
 
 def check_sweep(options: Any) -> tuple[Any, list[str]]:
     """As `check_stage`, for all trials."""
+    from pipeline.sweep.points import points, relative_paths_of_sweep
 
     sweep, shared, cluster = _load_sweep(options)
     points(sweep, shared)
@@ -161,6 +161,8 @@ def reproduce(options: Any) -> int:
 def check_reproduction(options: Any) -> tuple[Any, list[str]]:
     """As `check_stage`, for all rows."""
     from pipeline.sweep.budget import STUDIES, Budget
+    from pipeline.sweep.definition import load_sweep
+    from pipeline.sweep.points import points, relative_paths_of_sweep
 
     shared, cluster = _load_reproduction(options)
     Budget.parse(options.budget)
@@ -208,7 +210,7 @@ def show(options: Any) -> int:
 def _later_keys(experiment: Any, run: Any) -> list[str]:
     """Those that depend on the checkpoint, once it is known."""
     from pipeline import config
-    from pipeline.store import selection
+    from pipeline.store import keys, selection
 
     found = selection.resolved(experiment, run)
     if found is None:

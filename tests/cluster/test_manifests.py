@@ -69,7 +69,7 @@ def test_the_image_knows_its_commit_where_it_was_given(given, tmp_path):
     (step,) = re.findall(r"^RUN (if .*?) && pip install --no-deps", lines, re.M)
     for package in ("ddpm", "pipeline"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    known = f"{sys.executable} -c 'from pipeline import provenance; print(provenance.commit())'"
+    known = f"{sys.executable} -c 'from pipeline.engine import provenance; print(provenance.commit())'"
     told = subprocess.run(
         ["/bin/sh", "-c", f"{step}\n{known}"],
         cwd=tmp_path,

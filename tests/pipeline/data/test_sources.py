@@ -89,7 +89,7 @@ def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
     first = sources.fingerprint(data, cache)
     script = (
         "import sys; from pathlib import Path\n"
-        "from pipeline import sources; from pipeline.config import DataConfig\n"
+        "from pipeline.data import sources; from pipeline.config import DataConfig\n"
         f"print(sources.fingerprint({data!r}, Path({str(cache)!r})))\n"
         "assert not {'sklearn', 'pyarrow', 'webdataset'} & set(sys.modules)"
     )

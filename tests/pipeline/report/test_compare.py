@@ -7,13 +7,13 @@ import re
 import pytest
 from synthetic_run import make_run
 
-from pipeline import report
 from pipeline.cli.program import main
 from pipeline.report import compare
 from pipeline.report.axes import arranged, brief
 from pipeline.report.compare import Entry
 from pipeline.report.leaderboard import METRICS, groups
 from pipeline.report.page import Matrix, Picture, Pictures
+from pipeline.stages import report
 from pipeline.store import keys
 from pipeline.store import run as rundir
 

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
-from pipeline import config, report
+from pipeline import config
 from pipeline.report import page, paper, pictures
 from pipeline.report.style import COLOURS
 from pipeline.report.web import to_html
+from pipeline.stages import report
 from pipeline.store import keys, selection
 from pipeline.store import run as rundir
 

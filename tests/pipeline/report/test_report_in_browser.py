@@ -4,8 +4,8 @@ import pytest
 from browser import opened
 from synthetic_run import make_run
 
-from pipeline import report
 from pipeline.report import compare
+from pipeline.stages import report
 
 # Wider than the window although no box around it scrolls.
 STICKING_OUT = """
