@@ -1,5 +1,7 @@
 """Errors that a user can cause. Their text is all that is shown: the thing, the reason, the remedy."""
 
+from urllib.parse import urlsplit
+
 
 class PipelineError(Exception):
     """Something outside the program is wrong: data, disk, cluster, server. Exit code 1, no traceback."""
@@ -17,3 +19,27 @@ class ConfigError(PipelineError):
 
     def __reduce__(self):
         return ConfigError, (self.problems,)
+
+
+NETWORK_FAULTS = ("connection refused", "timed out", "name or service not known", "no route to host")
+
+
+def explain_network_error(error: Exception) -> str:
+    """Say in a few words why a server cannot be reached; clients wrap the reason in long messages."""
+    text = f"{error} {error.__context__}".lower()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((fault for fault in NETWORK_FAULTS if fault in text), lines[0][:160])
+
+
+def hide_password(uri: str) -> str:
+    """Return the URI without user and password, so that it can be printed."""
+    user, at, _ = urlsplit(uri).netloc.rpartition("@")
+    return uri.replace(f"{user}{at}", "", 1) if at else uri
+
+
+def last_line(error: BaseException | str) -> str:
+    """Return what an error says last, or how short of memory Ray was: the advice after that fills a screen."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    memory = [line for line in lines if "running low on memory" in line]
+    name = "no reason given" if isinstance(error, str) else type(error).__name__
+    return (memory or lines[-1:] or [name])[0][:300]
