@@ -24,7 +24,7 @@ from pipeline.config.sections import (
     checkpoint_step,
     weights_kind,
 )
-from pipeline.config.variants import beside, candidate, chosen
+from pipeline.config.variants import candidate, chosen
 
 __all__ = [
     "SPLITS",
@@ -35,7 +35,6 @@ __all__ = [
     "FiguresConfig",
     "PublishedConfig",
     "SampleConfig",
-    "beside",
     "candidate",
     "checkpoint_rule",
     "checkpoint_step",

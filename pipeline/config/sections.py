@@ -132,7 +132,7 @@ class EvaluateConfig:
     the NLL.
 
     `checkpoints` (null, all or every:N) are scored with `checkpoint_images` samples each, which shows the way
-    and finds the best; `beside` scores the same samples from the other weights too, raw beside EMA.
+    and finds the best.
     """
 
     metrics: tuple[str, ...]
@@ -146,7 +146,6 @@ class EvaluateConfig:
     precision: Literal["fp32", "bf16"]
     checkpoints: str | None
     checkpoint_images: int
-    beside: bool
 
     @property
     def checkpoint_interval(self) -> int | None:
@@ -275,13 +274,13 @@ class Experiment:
             found.append(
                 ("sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N")
             )
-        if self.published.weights:
-            asked = {"checkpoints": evaluate.checkpoints, "beside": evaluate.beside}
-            found += [
-                (f"evaluate.{key}", "is for networks that are trained here; published weights are one set")
-                for key, value in asked.items()
-                if value
-            ]
+        if self.published.weights and evaluate.checkpoints:
+            found.append(
+                (
+                    "evaluate.checkpoints",
+                    "is for networks that are trained here; published weights are one set",
+                )
+            )
         if interval and (interval % max(1, self.train.checkpoint_every) or interval > self.train.steps):
             found.append(
                 (

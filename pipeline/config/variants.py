@@ -1,19 +1,10 @@
-"""Experiments that follow from one: other checkpoints, other weights, the one whose best checkpoint is known."""
+"""Experiments that follow from one: other checkpoints, the one whose best checkpoint is known."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 from pipeline.config.sections import Experiment
-
-
-def beside(experiment: Experiment) -> dict[str, Experiment]:
-    """The same with the other weights, by their name, where evaluate.beside asks for it; else nothing."""
-    if not experiment.evaluate.beside:
-        return {}
-    other: Literal["raw", "ema"] = "raw" if experiment.sample.weights == "ema" else "ema"
-    return {other: replace(experiment, sample=replace(experiment.sample, weights=other))}
 
 
 def candidate(experiment: Experiment, step: int) -> Experiment:
@@ -22,7 +13,7 @@ def candidate(experiment: Experiment, step: int) -> Experiment:
     return replace(
         experiment,
         sample=replace(experiment.sample, checkpoint=str(step), num_images=n),
-        evaluate=replace(experiment.evaluate, metrics=("fid",), checkpoints=None, beside=False),
+        evaluate=replace(experiment.evaluate, metrics=("fid",), checkpoints=None),
     )
 
 

@@ -107,13 +107,12 @@ def _wanted(experiment: Experiment, last: str) -> list[str]:
 
 
 def subjects(stage: str, experiment: Experiment, run: Run) -> list[Experiment]:
-    """What a stage works on: the experiment; after the choice, with the checkpoint that was chosen; where scores
-    stand beside it, also with the other weights."""
+    """What a stage works on: the experiment; after the choice, with the checkpoint that was chosen."""
     if stage in ("shard", "train", "select"):
         return [experiment]
     found = selection.resolved(experiment, run)
     assert found is not None, "the choice comes first"
-    return [found, *config.beside(found).values()] if stage in ("sample", "evaluate") else [found]
+    return [found]
 
 
 def check(experiment: Experiment, cluster: ClusterConfig) -> None:

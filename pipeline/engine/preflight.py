@@ -61,12 +61,12 @@ def _kept(experiment: Experiment) -> int:
 
 
 def _images(experiment: Experiment) -> int:
-    """Samples of the run, of the other weights beside, and of every candidate for the best checkpoint."""
+    """Samples of the run, and of every candidate for the best checkpoint."""
     config = experiment.evaluate
     interval = config.checkpoint_interval
     candidates = experiment.train.steps // interval if interval else _kept(experiment)
     few = candidates * config.checkpoint_images if config.checkpoints else 0
-    return experiment.sample.num_images * (2 if config.beside else 1) + few
+    return experiment.sample.num_images + few
 
 
 def check(experiment: Experiment, run: Run) -> str:

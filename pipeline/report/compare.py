@@ -27,7 +27,6 @@ MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
 NOT_COMPARED = (
     "name", "data.path", "data.images_per_shard", "published.path", "evaluate.extractor_weights", "figures.",
     "train.checkpoint_every", "train.sample_every", "train.log_every", "train.keep", "evaluate.checkpoint_images",
-    "evaluate.beside",
 )  # fmt: skip
 
 __all__ = ["METRICS", "Entry", "entries_of", "place", "write"]

@@ -94,6 +94,3 @@ LMMSE = {"rate_bpd": 2.4528, "rmse": 1.1035}
 
 # FID against training steps: tqch/ddpm-torch, batch 128, EMA with warm-up, 50,000 samples.
 LADDER = {46_800: 9.16, 93_600: 5.78, 187_200: 4.08, 421_000: 3.31, 796_000: 3.19}
-
-# FID of the authors' weights at step 790,000 through torch-fidelity.
-AUTHORS_WEIGHTS = {"ema": 3.21, "raw": 12.14}

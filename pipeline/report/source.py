@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from pipeline import config
 from pipeline.config import Experiment
 from pipeline.report.page import Block, Text
 from pipeline.store import keys, selection
@@ -40,9 +39,6 @@ class Source:
         }
         if e.evaluate.checkpoints:
             found["selection"] = selection.file(e, run)
-        for weights, twin in config.beside(e).items():
-            folder = run.evaluation(keys.evaluate_key(twin, run.run_key))
-            found[f"metrics {weights}"] = folder / "metrics.json"
         found |= {f"grid {path.stem}": path for path in run.grids.glob("[0-9]*.png")}
         return {name: path for name, path in found.items() if path.is_file()}
 
@@ -73,14 +69,6 @@ class Source:
     @cached_property
     def metrics(self) -> dict[str, Any]:
         return {"scores": {}, "protocol": {}, "reference_points": {}} | self.read("metrics")
-
-    @cached_property
-    def by_weights(self) -> dict[str, dict[str, float]]:
-        """The scores of the same samples drawn from EMA and from raw weights, those that were asked for."""
-        found = {config.weights_kind(self.experiment): self.metrics["scores"]}
-        for weights in config.beside(self.experiment):
-            found[weights] = self.read(f"metrics {weights}").get("scores", {})
-        return {weights: found[weights] for weights in sorted(found) if found[weights]}
 
     @cached_property
     def points(self) -> list[dict[str, Any]]:

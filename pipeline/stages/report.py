@@ -12,7 +12,7 @@ from pipeline import config
 from pipeline.compute.work import Unit
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.report import beside_paper, likelihood, made, pictures, scores, training, weights
+from pipeline.report import beside_paper, likelihood, made, pictures, scores, training
 from pipeline.report.markdown import to_markdown
 from pipeline.report.page import HTML, MARKDOWN, Cards, Code, Page, Section
 from pipeline.report.source import Source
@@ -47,7 +47,6 @@ def compose(source: Source) -> Page:
     sections = [
         Section("Beside the paper", beside_paper.section(source)),
         Section("Scores", scores.section(source)),
-        Section("EMA and raw weights", weights.section(source)),
         Section("Samples", pictures.section(source)),
         Section("Training", training.section(source)),
         Section("Checkpoints", training.checkpoints(source)),

@@ -14,7 +14,7 @@ from pipeline.config.variants import candidate
 from pipeline.store.run import sha256_of
 
 # Which other evaluations are made beside this one says nothing about this one.
-_NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images", "beside"}
+_NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images"}
 # What may change without making another run: how far it goes, and what is kept or shown on the way.
 _NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "keep_every"}
 

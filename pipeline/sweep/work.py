@@ -63,9 +63,7 @@ def _bound_at(order: Order, executor: Executor, steps: int) -> float:
 
 def at_rung(experiment: Experiment, steps: int, nll_images: int) -> Experiment:
     """The same run, so far, and of its scores the bound alone."""
-    bound = replace(
-        experiment.evaluate, metrics=("nll",), nll_images=nll_images, checkpoints=None, beside=False
-    )
+    bound = replace(experiment.evaluate, metrics=("nll",), nll_images=nll_images, checkpoints=None)
     return replace(
         experiment,
         train=replace(experiment.train, steps=steps),

@@ -199,7 +199,6 @@ def test_a_missing_value_is_named(tmp_path):
         (["evaluate.checkpoints=every:300"], "evaluate.checkpoints is every:300; N is a multiple of"),
         (["evaluate.checkpoints=every:1400"], "evaluate.checkpoints is every:1400; N is a multiple of"),
         (["evaluate.checkpoints=all", "evaluate.checkpoint_images=30"], "evaluate.checkpoint_images is 30"),
-        (["evaluate.beside=true", "published.weights=ema", "published.path=x"], "evaluate.beside"),
         (["evaluate.checkpoints=all", "published.weights=ema", "published.path=x"], "evaluate.checkpoints"),
         (["train.keep_every=300"], "train.keep_every must be a multiple of checkpoint_every=200"),
     ],
@@ -276,7 +275,7 @@ def test_samples_and_scores_have_their_own_keys():
 
 
 def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
-    wider = ("evaluate.checkpoints=all", "evaluate.checkpoint_images=128", "evaluate.beside=true")
+    wider = ("evaluate.checkpoints=all", "evaluate.checkpoint_images=128")
     assert keys_of(*wider) == keys_of()
     experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
     with pytest.raises(PipelineError, match=r"known once evaluate\.checkpoints are scored"):
@@ -285,14 +284,6 @@ def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
     last = config.load_experiment("digits", [])
     assert keys.sample_key(first, "0a") == keys.sample_key(second, "0a") == keys.sample_key(last, "0a")
     assert len({keys.evaluate_key(e, "0a") for e in (first, second, last)}) == 3
-
-
-def test_the_twin_beside_differs_in_its_weights_alone():
-    experiment = config.load_experiment("digits", ["evaluate.beside=true"])
-    (twin,) = config.beside(experiment).values()
-    assert list(config.beside(experiment)) == ["raw"] and list(config.beside(twin)) == ["ema"]
-    assert config.beside(twin)["ema"] == experiment
-    assert config.beside(config.load_experiment("digits", [])) == {}
 
 
 def test_keys_hash_content_not_place(tmp_path):

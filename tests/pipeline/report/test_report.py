@@ -406,19 +406,6 @@ def test_other_images_have_no_published_ladder(tmp_path, undrawn):
     assert "| 20,000 | 16.50 |" in section and "published" not in section
 
 
-def test_both_weights_stand_side_by_side(tmp_path, undrawn):
-    experiment, run = make_run(tmp_path, "cifar10", (*CIFAR10, "evaluate.beside=true"))
-    assert "The other weights are not scored yet" in write(experiment, run)[1]
-    (twin,) = config.beside(experiment).values()
-    write_scores(
-        run.evaluation(keys.evaluate_key(twin, run.run_key)), twin, scores={"fid": 44.4, "is_mean": 5.0}
-    )
-    assert not report.is_done(experiment, run), "the other weights' scores are something it shows"
-    markdown = write(experiment, run)[1].replace("\u00a0", " ")
-    assert "| EMA | 14.21 | 9.02 ± 0.21 | ≤ 4.52 |\n| raw | 44.40 | 5.00 | – |" in markdown
-    assert "12.1 raw and 3.2 averaged" in markdown
-
-
 def test_sampling_and_bound_are_projected_from_what_they_took(tmp_path, undrawn):
     experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
     chains = {"50": {"images": 10, "seconds": 99.0}, "250": {"images": 500, "seconds": 1000.0}}
