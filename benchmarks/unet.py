@@ -11,7 +11,7 @@ from benchmarks import subjects
 from benchmarks.floor import floor_of
 from benchmarks.harness import FLOOR, OURS, Contender, Outcome, Settings, offered, race
 from benchmarks.subjects import Precision, Way, contender, ways
-from ddpm import winograd
+from ddpm.kernels import winograd
 
 TRAIN = {
     OURS: subjects.our_train_step,

@@ -7,81 +7,16 @@ are float64 and are cast to the images' type only when they are gathered.
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm.gaussians import Decoder, decoder_log_likelihood, mean_flat, normal_kl
-from ddpm.schedules import BetaSchedule, betas
+from ddpm.config import LEARNED, Decoder, DiffusionConfig, Variance
+from ddpm.gaussians import decoder_log_likelihood, mean_flat, normal_kl
+from ddpm.schedules import betas
 
-Predict = Literal["eps", "x0", "mean"]
-Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
-Loss = Literal["simple", "vlb", "hybrid"]
-TSampling = Literal["uniform", "importance"]
 Network = Callable[..., Tensor]  # net(x_t, t) or net(x_t, t, context) -> (N, C or 2C, H, W)
-
-LEARNED = ("learned", "learned_range")
-
-
-@dataclass(frozen=True)
-class DiffusionConfig:
-    """What defines the process and its objective; the defaults are the paper's CIFAR-10 settings."""
-
-    timesteps: int = 1000
-    beta_schedule: BetaSchedule = "linear"
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    predict: Predict = "eps"
-    variance: Variance = "fixedlarge"
-    loss: Loss = "simple"
-    t_sampling: TSampling = "uniform"
-
-    def problems(self) -> list[tuple[str, str]]:
-        """(key, message) of every value that is out of range or contradicts another."""
-        return [*self._range_problems(), *self._contradictions()]
-
-    def _range_problems(self) -> list[tuple[str, str]]:
-        choices = {"beta_schedule": BetaSchedule, "predict": Predict, "variance": Variance, "loss": Loss,
-                   "t_sampling": TSampling}  # fmt: skip
-        found = [
-            (key, f"{getattr(self, key)!r} is unknown: choose one of {', '.join(get_args(names))}")
-            for key, names in choices.items()
-            if getattr(self, key) not in get_args(names)
-        ]
-        if self.timesteps < 2:
-            found.append(("timesteps", f"{self.timesteps} is too few: at least 2 are needed"))
-        for key in ("beta_start", "beta_end"):
-            if not 0 < getattr(self, key) < 1:
-                found.append((key, f"{getattr(self, key)} is not a variance between 0 and 1 (exclusive)"))
-        return found
-
-    def _contradictions(self) -> list[tuple[str, str]]:
-        found = []
-        if self.beta_start > self.beta_end and self.beta_schedule not in ("const", "jsd", "cosine"):
-            found.append(("beta_start", f"{self.beta_start} exceeds beta_end {self.beta_end}: swap them"))
-        if self.beta_schedule == "jsd" and self.predict == "eps":
-            found.append(
-                ("predict", "eps cannot be turned into x_0 under the jsd schedule, whose alpha_bar_T is 0: "
-                 "use predict=x0 or predict=mean")
-            )  # fmt: skip
-        if self.loss == "hybrid" and self.variance not in LEARNED:
-            found.append(("loss", f"hybrid trains a learned variance, not {self.variance}: use loss=simple"))
-        if self.loss == "simple" and self.variance in LEARNED:
-            found.append(("loss", f"simple leaves variance={self.variance} untrained: use vlb or hybrid"))
-        return found
-
-    def warnings(self) -> list[str]:
-        """What the paper says against a combination that is allowed all the same."""
-        found = []
-        if (self.predict, self.loss) == ("mean", "simple"):
-            found.append("predict=mean with loss=simple was unstable in the paper (Table 2)")
-        if self.predict == "eps" and self.loss == "vlb" and self.variance == "learned":
-            found.append("predict=eps with loss=vlb and variance=learned was unstable in the paper (Table 2)")
-        if self.predict == "x0":
-            found.append("predict=x0 gave worse samples in the paper's early experiments (Sec. 3.2)")
-        return found
 
 
 class Posterior(NamedTuple):
@@ -106,7 +41,8 @@ class Diffusion:
     timesteps (K,) int64: the network's t at each step of this chain; 0..T-1 unless the chain is respaced.
     """
 
-    def __init__(self, config: DiffusionConfig = DiffusionConfig()):
+    def __init__(self, config: DiffusionConfig | None = None) -> None:
+        config = config or DiffusionConfig()
         if problems := config.problems():
             raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
         self.config = config

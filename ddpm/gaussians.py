@@ -1,12 +1,11 @@
 """The densities of the variational bound: a KL divergence and the decoder of 8-bit pixels. Units: nats."""
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Decoder = Literal["tanh", "erf"]
+from ddpm.config import Decoder
 
 
 def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:

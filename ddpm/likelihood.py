@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddpm.diffusion import Diffusion, Network, Variance
-from ddpm.gaussians import Decoder, mean_flat, normal_kl
+from ddpm.config import Decoder, Variance
+from ddpm.diffusion import Diffusion, Network
+from ddpm.gaussians import mean_flat, normal_kl
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ddpm.diffusion import Diffusion, Network, Variance
+from ddpm.config import Sampler, Variance
+from ddpm.diffusion import Diffusion, Network
 from ddpm.rng import Stream, normal
 
 Noise = Callable[[int], Tensor]
-Sampler = Literal["ancestral", "ddim"]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The beta schedules, float64."""
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-BetaSchedule = Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"]
+from ddpm.config import BetaSchedule
+
 NAMES: tuple[str, ...] = get_args(BetaSchedule)
 
 

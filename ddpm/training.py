@@ -12,13 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm import images, rng
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig, TrainConfig
+from ddpm.diffusion import Diffusion
 from ddpm.ema import EMA
+from ddpm.networks import NO_LABEL
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
-from ddpm.train_config import TrainConfig, learning_rate
-
-NO_LABEL = -1  # what a dropped label becomes
 
 
 class TrainState:
@@ -360,3 +359,13 @@ def _update(state: TrainState, config: TrainConfig) -> None:
     for ema in state.emas:
         ema.update(state.net, state.step)
     state.step += 1
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Rate of update step = 0, 1, ...: lr min(step / warmup_steps, 1), so the first one is 0 (authors' code).
+
+    lr_decay="linear" multiplies by 1 - step / steps.
+    """
+    warmup = min(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    decay = max(1 - step / config.steps, 0.0) if config.lr_decay == "linear" else 1.0
+    return config.lr * warmup * decay

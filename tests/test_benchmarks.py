@@ -12,7 +12,7 @@ from benchmarks import sampling, subjects, unet
 from benchmarks.floor import floor_of
 from benchmarks.harness import Contender, Outcome, Settings, Skipped, offered, race, table
 from ddpm import UNetConfig
-from ddpm.unet import UNet
+from ddpm.networks.unet import UNet
 
 SETTINGS = Settings(torch.device("cpu"), quick=True, rounds=3)
 TINY = UNetConfig(channels=16, channel_mult=(1, 2), num_res_blocks=1, norm_groups=8)

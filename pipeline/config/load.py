@@ -13,7 +13,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddpm.backbones import NETWORKS
+from ddpm.networks import NETWORKS
 from pipeline.config.checks import suggestion
 from pipeline.config.sections import SPLITS, ClusterConfig, Experiment
 from pipeline.errors import ConfigError
@@ -175,7 +175,7 @@ def _sections(tree: dict[str, Any], fallback: dict[str, Any], faults: list[str])
     model = tree.get("model")
     name = model.get("name", "unet") if isinstance(model, dict) else "unet"
     if name in NETWORKS:
-        types["model"] = NETWORKS[name][0]
+        types["model"] = NETWORKS[name].config
     else:
         faults.append(
             f"model.name is '{name}'{suggestion(str(name), NETWORKS)}; known: {', '.join(NETWORKS)}"

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddpm.backbones import TAKES_LABELS
-from ddpm.diffusion import DiffusionConfig
-from ddpm.training import TrainConfig
+from ddpm.config import DiffusionConfig, TrainConfig
+from ddpm.networks import TAKES_LABELS
 from pipeline.config.checks import Problems, among, at_least, suggestion
 from pipeline.errors import ConfigError, PipelineError
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ddpm.diffusion import DiffusionConfig
+from ddpm.config import DiffusionConfig
 
 STEPS, SAMPLES, TEST_IMAGES = 800_000, 50_000, 10_000  # App. B and Sec. 4.1, CIFAR-10
 SPEED = "21 steps/s and 10.6 h for 800,000 steps, 256 samples in 17 s, on a TPU v3-8"  # App. B

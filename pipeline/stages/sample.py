@@ -16,8 +16,8 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
+from ddpm.networks import NO_LABEL
 from ddpm.sampler import few_steps_warning, guided, sample
-from ddpm.training import NO_LABEL
 from pipeline.compute.work import Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step, to_yaml, weights_kind
 from pipeline.drawing.grids import save_grid

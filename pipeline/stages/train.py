@@ -17,12 +17,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ddpm.backbones import has_batch_norm
+from ddpm.config import TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
+from ddpm.networks.build import has_batch_norm
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
-from ddpm.training import TrainConfig, TrainState, learning_rate, train_step
+from ddpm.training import TrainState, learning_rate, train_step
 from pipeline.compute.work import WorkerContext
 from pipeline.config import Experiment
 from pipeline.data.dataset import open_dataset

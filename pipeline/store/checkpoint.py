@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ddpm.backbones import build_network
 from ddpm.diffusion import Diffusion
+from ddpm.networks.build import build_network
 from ddpm.sampler import InBF16
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ddpm import schedules
-from ddpm.diffusion import LEARNED, Diffusion, DiffusionConfig
+from ddpm.config import LEARNED, DiffusionConfig
+from ddpm.diffusion import Diffusion
 from pipeline.config import Experiment, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ddpm.diffusion import Diffusion, DiffusionConfig, _spaced_betas
+from ddpm.config import DiffusionConfig
+from ddpm.diffusion import Diffusion, _spaced_betas
 
 PAPER = DiffusionConfig()
 SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)

@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig
+from ddpm.diffusion import Diffusion
 from ddpm.gaussians import decoder_log_likelihood
 from ddpm.images import from_uint8
 from ddpm.likelihood import Likelihood, bits_per_dim, prior_bits_per_dim, rate_distortion

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig
+from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import bits_per_dim, prior_bits_per_dim
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig
+from ddpm.diffusion import Diffusion
 from ddpm.sampler import ancestral
 
 SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)

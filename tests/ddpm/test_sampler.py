@@ -5,7 +5,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from ddpm import sampler
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig
+from ddpm.diffusion import Diffusion
 from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral, ddim
 

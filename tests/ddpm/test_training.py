@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from ddpm import rng
-from ddpm.backbones import build_network
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig, TrainConfig
+from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
+from ddpm.networks import NO_LABEL
+from ddpm.networks.build import build_network
+from ddpm.networks.config import UNetConfig
 from ddpm.rng import Stream
 from ddpm.training import (
-    NO_LABEL,
-    TrainConfig,
     TrainState,
     draw_batch,
     drop_labels,
     learning_rate,
     train_step,
 )
-from ddpm.unet import UNetConfig
 
 CONFIG = TrainConfig(
     steps=100,

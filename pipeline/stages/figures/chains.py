@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ddpm.diffusion import Network, Variance
+from ddpm.config import Variance
+from ddpm.diffusion import Network
 from ddpm.images import from_uint8, to_uint8
+from ddpm.networks import NO_LABEL
 from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral, guided, interpolate, reverse, shared_latent
-from ddpm.training import NO_LABEL
 from pipeline.compute.work import Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.drawing.grids import save_grid

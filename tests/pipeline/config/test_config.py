@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ddpm.diffusion import Diffusion
-from ddpm.unet import UNetConfig
+from ddpm.networks.config import UNetConfig
 from pipeline import config
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint, keys

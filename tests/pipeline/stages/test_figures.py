@@ -10,12 +10,12 @@ from conftest import one_cpu, tiny_experiment
 from PIL import Image
 from staged import asking_for, run_stage, with_weights
 
-from ddpm.backbones.context_unet import ContextUNet
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
+from ddpm.networks import NO_LABEL
+from ddpm.networks.context_unet import ContextUNet
 from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral
-from ddpm.training import NO_LABEL
 from pipeline import config
 from pipeline.config.sections import FIGURES
 from pipeline.engine.execute import locate

@@ -16,9 +16,9 @@ from diffusers import DDPMPipeline, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm.backbones import NETWORKS
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
+from ddpm.networks import NETWORKS
 from ddpm.sampler import ancestral
 from pipeline import config
 from pipeline.cli.program import main

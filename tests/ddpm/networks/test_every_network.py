@@ -6,14 +6,13 @@ import dataclasses
 import pytest
 import torch
 
-from ddpm.backbones import NETWORKS, TAKES_LABELS, build_network, has_batch_norm
-from ddpm.backbones.context_unet import ContextUNetConfig
-from ddpm.backbones.mha_unet import MHAUNetConfig
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig, TrainConfig
+from ddpm.diffusion import Diffusion
+from ddpm.networks import NETWORKS, NO_LABEL, TAKES_LABELS
+from ddpm.networks.build import build_network, has_batch_norm
+from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
 from ddpm.sampler import guided, sample
-from ddpm.train_config import TrainConfig
-from ddpm.training import NO_LABEL, TrainState, train_step
-from ddpm.unet import UNetConfig
+from ddpm.training import TrainState, train_step
 
 CLASSES = 3
 SIZE = 16
@@ -73,7 +72,7 @@ def drawn(net, context=None, count=4, **kwargs):
 
 def test_all_networks_are_tested_here():
     assert {config.name for config in CONFIGS.values()} == NETWORKS.keys()
-    assert all(NETWORKS[name][0]().name == name for name in NETWORKS)
+    assert all(NETWORKS[name].config().name == name for name in NETWORKS)
 
 
 @every_network

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpm import kernels
+from ddpm.kernels import cpu as kernels
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
 

@@ -7,8 +7,9 @@ import torch
 from conftest import assert_refused_by_name
 from torch import nn
 
-from ddpm.backbones import build_network
-from ddpm.backbones.mha_unet import Attention, Block, DoubleConv, MHAUNet, MHAUNetConfig, Up
+from ddpm.networks.build import build_network
+from ddpm.networks.config import MHAUNetConfig
+from ddpm.networks.mha_unet import Attention, Block, DoubleConv, MHAUNet, Up
 
 SMALL = MHAUNetConfig(channels=8, channel_mult=(1, 2, 4), time_width=12)
 

@@ -1,82 +1,18 @@
 """The paper's U-Net (Appendix B, Section 4; details from the authors' code)."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.kernels import attend, conv3x3, dropout, group_norm, pointwise
+from ddpm.kernels.cpu import attend, conv3x3, dropout, group_norm, pointwise
+from ddpm.networks.config import UNetConfig
 
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 NEAR_ZERO_GAIN = 1e-5  # authors' code: variance scale 1e-10, small but not zero
 NEAR_ZERO_LAYERS = ("conv2", "proj_out", "conv_out")  # the last layer of each residual branch, and of the net
 Modules = list[nn.Module]
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Shape of a `UNet`; the defaults are the paper's CIFAR-10 network (35,746,307 parameters).
-
-    channels: width of the first level; channel_mult: each level's width over it, finest level first;
-    attention_resolutions: the image sides at which every residual block is followed by attention;
-    resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2).
-    """
-
-    name: Literal["unet"] = "unet"
-    channels: int = 128
-    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
-    num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.1
-    norm_groups: int = 32
-    resample: Literal["conv", "transposed"] = "conv"
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
-        return tuple(self.channels * mult for mult in self.channel_mult)
-
-    def resolutions(self, image_size: int) -> tuple[int, ...]:
-        """Image side at each level, finest first."""
-        return tuple(image_size >> level for level in range(len(self.channel_mult)))
-
-    def problems(self, image_size: int) -> list[tuple[str, str]]:
-        """What is wrong with these settings for images of this side: (key, message) pairs.
-
-        Messages continue the key: f"{key} {message}" is one readable line.
-        """
-        found = []
-        if self.channels < 4 or self.channels % 2:
-            found.append(("channels", f"must be even and at least 4, not {self.channels}"))
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            found.append(("channel_mult", "must hold one multiplier of at least 1 per level"))
-        if self.num_res_blocks < 1:
-            found.append(("num_res_blocks", f"must be at least 1, not {self.num_res_blocks}"))
-        if not 0 <= self.dropout < 1:
-            found.append(("dropout", f"must lie in [0, 1), not {self.dropout}"))
-        if self.resample not in ("conv", "transposed"):
-            found.append(("resample", f"must be conv or transposed, not {self.resample}"))
-        if self.norm_groups < 1 or any(width % self.norm_groups for width in self.widths):
-            widths = ", ".join(map(str, self.widths))
-            found.append(("norm_groups", f"{self.norm_groups} does not divide every width ({widths})"))
-        return found + self._resolution_problems(image_size)
-
-    def _resolution_problems(self, image_size: int) -> list[tuple[str, str]]:
-        levels = len(self.channel_mult)
-        factor = 2 ** max(levels - 1, 0)
-        if image_size < 1 or image_size % factor:
-            message = f"has {levels} levels, which need an image size divisible by {factor}, not {image_size}"
-            return [("channel_mult", message)]
-        visited = self.resolutions(image_size)
-        names = ", ".join(map(str, visited))
-        return [
-            ("attention_resolutions", f"{r} is the side of no level: choose among {names}")
-            for r in self.attention_resolutions
-            if r not in visited
-        ]
 
 
 class UNet(nn.Module):

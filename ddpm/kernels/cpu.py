@@ -4,7 +4,7 @@ Each function equals the plain expression that its docstring names up to roundin
 and a test holds it to that. What is slow in bf16: group norm is not vectorised for groups of fewer than 16
 channels, fused attention multiplies at a third of the speed of plain products, dropout draws one number after
 the other. In float32 too: small products go at half the speed of a 1x1 convolution, and 3x3 convolutions make
-several times the multiplications that they need (ddpm/winograd.py). Figures: docs/performance.md.
+several times the multiplications that they need (ddpm/kernels/winograd.py). Figures: docs/performance.md.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm import winograd
+from ddpm.kernels import winograd
 
 CACHED = 2**17  # float32 numbers that stay in a core's cache between two passes
 NARROW_GROUP = 16  # channels of a group below which torch's bf16 kernel is not vectorised ...

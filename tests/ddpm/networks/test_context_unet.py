@@ -7,12 +7,14 @@ import torch
 from conftest import assert_refused_by_name
 from torch import nn
 
-from ddpm.backbones import build_network
-from ddpm.backbones.context_unet import ContextUNet, ContextUNetConfig, Film, ResidualConv, Up
-from ddpm.diffusion import Diffusion, DiffusionConfig
+from ddpm.config import DiffusionConfig, TrainConfig
+from ddpm.diffusion import Diffusion
+from ddpm.networks import NO_LABEL
+from ddpm.networks.build import build_network
+from ddpm.networks.config import ContextUNetConfig
+from ddpm.networks.context_unet import ContextUNet, Film, ResidualConv, Up
 from ddpm.sampler import guided, sample
-from ddpm.train_config import TrainConfig
-from ddpm.training import NO_LABEL, TrainState, train_step
+from ddpm.training import TrainState, train_step
 
 SMALL = ContextUNetConfig(channels=8, channel_mult=(1, 3, 2), norm_groups=4)
 CLASSES = 5

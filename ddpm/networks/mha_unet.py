@@ -3,53 +3,15 @@
 Their widths at 64x64: 64, 128, 256, 256, a bottleneck of 512, and decoder levels of 128, 64, 64.
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.backbones.levels import draw_weights, level_problems
-from ddpm.unet import timestep_embedding
-
-
-@dataclass(frozen=True)
-class MHAUNetConfig:
-    """Shape of an `MHAUNet`.
-
-    channels: width of the first level; channel_mult: each level's width over it, finest level first;
-    num_heads: of every attention; time_width: of the sinusoidal embedding.
-    """
-
-    name: Literal["mha_unet"] = "mha_unet"
-    channels: int = 64
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_heads: int = 4
-    time_width: int = 256
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each encoder level, finest first."""
-        return tuple(self.channels * mult for mult in self.channel_mult)
-
-    @property
-    def up_widths(self) -> tuple[int, ...]:
-        """Channels that leave the bottleneck, then each decoder level, coarsest first.
-
-        Each but the last is the width of the skip it is joined with.
-        """
-        return (*self.widths[-2::-1], self.widths[0])
-
-    def problems(self, image_size: int) -> list[tuple[str, str]]:
-        """What is wrong with these settings for images of this side: (key, message) pairs."""
-        found = level_problems(self.channels, self.channel_mult, image_size)
-        if self.num_heads < 1 or self.channels % self.num_heads:
-            found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))
-        if self.time_width < 4 or self.time_width % 2:
-            found.append(("time_width", f"must be even and at least 4, not {self.time_width}"))
-        return found
+from ddpm.networks.config import MHAUNetConfig
+from ddpm.networks.layers import draw_weights
+from ddpm.networks.unet import timestep_embedding
 
 
 class MHAUNet(nn.Module):

@@ -6,48 +6,16 @@ the network need not know T; the scale is 1 + embedding, so that a network witho
 """
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.backbones.levels import draw_weights, level_problems
-from ddpm.training import NO_LABEL
-from ddpm.unet import timestep_embedding
-
-
-@dataclass(frozen=True)
-class ContextUNetConfig:
-    """Shape of a `ContextUNet`.
-
-    channels: width of the first level; channel_mult: each level's width over it, finest level first; norm: of
-    the residual blocks ("batch" is the published one; its result depends on who shares a batch);
-    norm_groups: groups of every GroupNorm, which the pooled vector's way back and the head have always.
-    """
-
-    name: Literal["context_unet"] = "context_unet"
-    channels: int = 64
-    channel_mult: tuple[int, ...] = (1, 1, 2)
-    norm: Literal["batch", "group"] = "batch"
-    norm_groups: int = 8
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
-        return tuple(self.channels * mult for mult in self.channel_mult)
-
-    def problems(self, image_size: int) -> list[tuple[str, str]]:
-        """What is wrong with these settings for images of this side: (key, message) pairs."""
-        found = level_problems(self.channels, self.channel_mult, image_size)
-        if self.norm not in ("batch", "group"):
-            found.append(("norm", f"must be batch or group, not {self.norm}"))
-        if self.norm_groups < 1 or any(width % self.norm_groups for width in self.widths):
-            widths = ", ".join(map(str, self.widths))
-            found.append(("norm_groups", f"{self.norm_groups} does not divide every width ({widths})"))
-        return found
+from ddpm.networks import NO_LABEL
+from ddpm.networks.config import ContextUNetConfig
+from ddpm.networks.layers import draw_weights
+from ddpm.networks.unet import timestep_embedding
 
 
 class ContextUNet(nn.Module):

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddpm import kernels, winograd
-from ddpm.unet import UNet, UNetConfig
+from ddpm.kernels import cpu as kernels
+from ddpm.kernels import winograd
+from ddpm.networks.config import UNetConfig
+from ddpm.networks.unet import UNet
 
 BASES = [winograd.F2, winograd.F4]
 # Relative errors of the whole tensor; of the plain layer: 6e-7 in float32, 3e-3 in bf16.

@@ -9,15 +9,15 @@ from conftest import assert_refused_by_name
 from diffusers import UNet2DModel
 from torch import nn
 
-from ddpm.backbones import build_network
-from ddpm.unet import (
+from ddpm.networks.build import build_network
+from ddpm.networks.config import UNetConfig
+from ddpm.networks.unet import (
     NEAR_ZERO_LAYERS,
     Attention,
     Downsample,
     ResBlock,
     TransposedUpsample,
     UNet,
-    UNetConfig,
     timestep_embedding,
 )
 from pipeline.store.published import diffusers_name

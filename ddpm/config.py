@@ -1,0 +1,168 @@
+"""The settings of the diffusion process and of training. Imports no torch, so that reading a configuration is fast."""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+BetaSchedule = Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"]
+Predict = Literal["eps", "x0", "mean"]
+Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
+Loss = Literal["simple", "vlb", "hybrid"]
+TSampling = Literal["uniform", "importance"]
+Decoder = Literal["tanh", "erf"]
+Sampler = Literal["ancestral", "ddim"]
+
+LEARNED = ("learned", "learned_range")
+LIMITS = {
+    "ge": (operator.ge, "at least"), "gt": (operator.gt, "above"),
+    "le": (operator.le, "at most"), "lt": (operator.lt, "below"),
+}  # fmt: skip
+
+Problems = list[tuple[str, str]]  # (key, message); f"{key} {message}" is one readable line
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may hold, as in `Annotated[int, Range(ge=1)]`. None leaves a side open."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def _limits(self) -> dict[str, float]:
+        return {name: limit for name in LIMITS if (limit := getattr(self, name)) is not None}
+
+    def __contains__(self, value: float) -> bool:
+        return all(LIMITS[name][0](value, limit) for name, limit in self._limits().items())
+
+    def __str__(self) -> str:
+        return " and ".join(f"{LIMITS[name][1]} {limit}" for name, limit in self._limits().items())
+
+
+def value_problems(config: Any) -> Problems:
+    """Find every value of a dataclass that is outside the choices or the range of its field's type."""
+    hints = get_type_hints(type(config), include_extras=True)
+    return [(key, fault) for key, hint in hints.items() for fault in _faults(hint, getattr(config, key))]
+
+
+def _faults(hint: Any, value: Any) -> list[str]:
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is tuple:
+        return [fault for item in value for fault in _faults(arguments[0], item)]
+    if kind is Literal and value not in arguments:
+        return [f"is {value!r}; choose one of {', '.join(map(str, arguments))}"]
+    if kind is Annotated and value is not None and value not in arguments[1]:
+        return [f"is {value}; it must be {arguments[1]}"]
+    return []
+
+
+Share = Annotated[float, Range(ge=0, le=1)]
+Decay = Annotated[float, Range(ge=0, lt=1)]
+Positive = Annotated[float, Range(gt=0, lt=math.inf)]
+Count = Annotated[int, Range(ge=1)]
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """What defines the process and its objective; the defaults are the paper's CIFAR-10 settings."""
+
+    timesteps: Annotated[int, Range(ge=2)] = 1000
+    beta_schedule: BetaSchedule = "linear"
+    beta_start: Annotated[float, Range(gt=0, lt=1)] = 1e-4
+    beta_end: Annotated[float, Range(gt=0, lt=1)] = 0.02
+    predict: Predict = "eps"
+    variance: Variance = "fixedlarge"
+    loss: Loss = "simple"
+    t_sampling: TSampling = "uniform"
+
+    def problems(self) -> Problems:
+        """Find every value that is out of range or contradicts another."""
+        found = value_problems(self)
+        if self.beta_start > self.beta_end and self.beta_schedule not in ("const", "jsd", "cosine"):
+            found.append(("beta_start", f"{self.beta_start} exceeds beta_end {self.beta_end}: swap them"))
+        if self.beta_schedule == "jsd" and self.predict == "eps":
+            found.append(
+                ("predict", "eps cannot be turned into x_0 under the jsd schedule, whose alpha_bar_T is 0: "
+                 "use predict=x0 or predict=mean")
+            )  # fmt: skip
+        if self.loss == "hybrid" and self.variance not in LEARNED:
+            found.append(("loss", f"hybrid trains a learned variance, not {self.variance}: use loss=simple"))
+        if self.loss == "simple" and self.variance in LEARNED:
+            found.append(("loss", f"simple leaves variance={self.variance} untrained: use vlb or hybrid"))
+        return found
+
+    def warnings(self) -> list[str]:
+        """Say what the paper found against a combination that is allowed all the same."""
+        found = []
+        if (self.predict, self.loss) == ("mean", "simple"):
+            found.append("predict=mean with loss=simple was unstable in the paper (Table 2)")
+        if self.predict == "eps" and self.loss == "vlb" and self.variance == "learned":
+            found.append("predict=eps with loss=vlb and variance=learned was unstable in the paper (Table 2)")
+        if self.predict == "x0":
+            found.append("predict=x0 gave worse samples in the paper's early experiments (Sec. 3.2)")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained. Values live in the experiment's yaml; all counts are global, not per worker.
+
+    accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient,
+    or of each group of grad_clip_group consecutive images before averaging (authors' code: 16);
+    label_dropout: share of labels replaced by NO_LABEL; compile, deterministic, checkpoint_every, sample_every (0:
+    never), keep, keep_every and log_every are read by the training loop around `train_step`.
+    """
+
+    steps: Count
+    batch_size: Count
+    accumulate: Count
+    random_flip: bool
+    lr: Positive
+    lr_decay: Literal["none", "linear"]
+    warmup_steps: Annotated[int, Range(ge=0)]
+    grad_clip: Annotated[float | None, Range(gt=0)]
+    grad_clip_group: int | None
+    ema_decay: tuple[Decay, ...]
+    ema_warmup: bool
+    label_dropout: Share
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    deterministic: bool
+    checkpoint_every: Count
+    sample_every: Annotated[int, Range(ge=0)]
+    keep: Count
+    keep_every: int | None
+    log_every: Count
+
+    def problems(self) -> Problems:
+        """Find every value that is out of range or contradicts another."""
+        found = value_problems(self)
+        if self.keep_every is not None and (
+            self.keep_every < 1 or self.keep_every % max(1, self.checkpoint_every)
+        ):
+            found.append(
+                (
+                    "keep_every",
+                    f"must be a multiple of checkpoint_every={self.checkpoint_every} or null, not {self.keep_every}",
+                )
+            )
+        if not self.ema_decay:
+            found.append(("ema_decay", "must hold one or several values"))
+        if self.accumulate > self.batch_size:
+            found.append(("accumulate", f"cannot cut {self.batch_size} images into {self.accumulate} parts"))
+        return found + self._clip_problems()
+
+    def _clip_problems(self) -> Problems:
+        found: Problems = []
+        group = self.grad_clip_group
+        if group is None:
+            return found
+        if self.grad_clip is None:
+            found.append(("grad_clip_group", "needs grad_clip, the norm each group is clipped to"))
+        if group < 1 or self.batch_size % group:
+            found.append(("grad_clip_group", f"{group} does not divide the batch of {self.batch_size}"))
+        if self.accumulate > 1:
+            found.append(("grad_clip_group", "already runs group by group: set accumulate to 1"))
+        return found

@@ -1,0 +1,143 @@
+"""The shapes of the networks. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+from ddpm.config import Count, Problems, Range, value_problems
+
+
+class NetworkConfig(Protocol):
+    """What every network's settings offer: their network's name, and what is wrong with them for a size of image."""
+
+    @property
+    def name(self) -> str: ...
+
+    def problems(self, image_size: int) -> Problems: ...
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a `UNet`; the defaults are the paper's CIFAR-10 network (35,746,307 parameters).
+
+    channels: width of the first level; channel_mult: each level's width over it, finest level first;
+    attention_resolutions: the image sides at which every residual block is followed by attention;
+    resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2).
+    """
+
+    name: Literal["unet"] = "unet"
+    channels: Annotated[int, Range(ge=4)] = 128
+    channel_mult: tuple[Count, ...] = (1, 2, 2, 2)
+    num_res_blocks: Count = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1
+    norm_groups: Count = 32
+    resample: Literal["conv", "transposed"] = "conv"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    def resolutions(self, image_size: int) -> tuple[int, ...]:
+        """Image side at each level, finest first."""
+        return tuple(image_size >> level for level in range(len(self.channel_mult)))
+
+    def problems(self, image_size: int) -> Problems:
+        """Find what is wrong with these settings for images of this side."""
+        found = value_problems(self) + _level_problems(self.channels, self.channel_mult, image_size)
+        found += _group_problems(self.norm_groups, self.widths)
+        sides = self.resolutions(image_size)
+        return found + [
+            ("attention_resolutions", f"{r} is the side of no level: choose among {_listed(sides)}")
+            for r in self.attention_resolutions
+            if r not in sides
+        ]
+
+
+@dataclass(frozen=True)
+class ContextUNetConfig:
+    """Shape of a `ContextUNet`.
+
+    channels: width of the first level; channel_mult: each level's width over it, finest level first; norm: of
+    the residual blocks ("batch" is the published one; its result depends on who shares a batch);
+    norm_groups: groups of every GroupNorm, which the pooled vector's way back and the head have always.
+    """
+
+    name: Literal["context_unet"] = "context_unet"
+    channels: Annotated[int, Range(ge=4)] = 64
+    channel_mult: tuple[Count, ...] = (1, 1, 2)
+    norm: Literal["batch", "group"] = "batch"
+    norm_groups: Count = 8
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    def problems(self, image_size: int) -> Problems:
+        """Find what is wrong with these settings for images of this side."""
+        found = value_problems(self) + _level_problems(self.channels, self.channel_mult, image_size, least=2)
+        return found + _group_problems(self.norm_groups, self.widths)
+
+
+@dataclass(frozen=True)
+class MHAUNetConfig:
+    """Shape of an `MHAUNet`.
+
+    channels: width of the first level; channel_mult: each level's width over it, finest level first;
+    num_heads: of every attention; time_width: of the sinusoidal embedding.
+    """
+
+    name: Literal["mha_unet"] = "mha_unet"
+    channels: Annotated[int, Range(ge=4)] = 64
+    channel_mult: tuple[Count, ...] = (1, 2, 4, 4)
+    num_heads: Count = 4
+    time_width: Annotated[int, Range(ge=4)] = 256
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each encoder level, finest first."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    @property
+    def up_widths(self) -> tuple[int, ...]:
+        """Channels that leave the bottleneck, then each decoder level, coarsest first.
+
+        Each but the last is the width of the skip it is joined with.
+        """
+        return (*self.widths[-2::-1], self.widths[0])
+
+    def problems(self, image_size: int) -> Problems:
+        """Find what is wrong with these settings for images of this side."""
+        found = value_problems(self) + _level_problems(self.channels, self.channel_mult, image_size, least=2)
+        if self.num_heads < 1 or self.channels % self.num_heads:
+            found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))
+        if self.time_width % 2:
+            found.append(("time_width", f"must be even, not {self.time_width}"))
+        return found
+
+
+def _level_problems(
+    channels: int, channel_mult: tuple[int, ...], image_size: int, least: int = 1
+) -> Problems:
+    """Find what keeps levels of these widths, each half the size of the one before, from images of this side."""
+    found = []
+    if channels % 2:
+        found.append(("channels", f"must be even, not {channels}"))
+    if len(channel_mult) < least:
+        found.append(("channel_mult", f"must hold a multiplier for each of {least} or more levels"))
+    factor = 2 ** max(len(channel_mult) - 1, 0)
+    if image_size < 1 or image_size % factor:
+        need = f"need an image size divisible by {factor}, not {image_size}"
+        found.append(("channel_mult", f"has {len(channel_mult)} levels, which {need}"))
+    return found
+
+
+def _group_problems(norm_groups: int, widths: tuple[int, ...]) -> Problems:
+    if norm_groups < 1 or any(width % norm_groups for width in widths):
+        return [("norm_groups", f"{norm_groups} does not divide every width ({_listed(widths)})")]
+    return []
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
