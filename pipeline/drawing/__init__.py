@@ -1,1 +1,1 @@
-"""Charts, grids and colours."""
+"""Charts, grids and colours: one style for pages and figures."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from ddpm.images import to_uint8
 from pipeline.compute.work import Unit, WorkerContext
 from pipeline.config import Experiment
+from pipeline.drawing import charts
 from pipeline.errors import PipelineError
 from pipeline.scores.preparations import extractor_of
 from pipeline.scores.reference import Reference
-from pipeline.stages.figures import curves
 from pipeline.stages.figures.chains import chain_of, estimates, shown_steps
 from pipeline.stages.figures.figure import Figure, Unavailable, in_words, unit_folder
 from pipeline.store.keys import evaluate_key
@@ -86,8 +86,8 @@ def _draw(steps: list[int], n: int, reference: Reference, files: list[Path], fil
     stages = score_stages(files, n, reference)
     names = {"is_mean": "IS", "fid": "FID"}
     panels = [
-        curves.Panel(title, "reverse steps", title, steps, [scores[key] for scores in stages])
+        charts.curves(title, "reverse steps", [charts.Line(steps, [scores[key] for scores in stages])])
         for key, title in names.items()
         if key in stages[0]
     ]
-    curves.save(panels, file)
+    charts.save(panels, file)

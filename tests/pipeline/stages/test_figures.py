@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_cpu, tiny_experiment
+from matplotlib.figure import Figure
 from PIL import Image
 from staged import asking_for, run_stage, with_weights
 
@@ -18,6 +19,7 @@ from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral
 from pipeline import config
 from pipeline.config.sections import FIGURES
+from pipeline.drawing import charts
 from pipeline.engine.execute import locate
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores.distances import Moments, frechet_distance
@@ -184,13 +186,15 @@ def test_later_latents_leave_less_to_differ(drawn):
 def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_path):
     experiment, run = drawn
     panels = []
-    monkeypatch.setattr(curves, "save", lambda made, file: panels.extend(made))
+    monkeypatch.setattr(charts, "save", lambda made, file: panels.extend(made))
     curves.rate_distortion(experiment, run).draw([], tmp_path / "x.svg")
     rows = read_json(evaluate.directory(experiment, run) / "nll.json")["rate_distortion"]
     for panel, across, up in zip(
         panels, ("k", "k", "rate_bpd"), ("rmse", "rate_bpd", "rmse"), strict=True
     ):  # fmt: skip
-        assert panel.x == [row[across] for row in rows] and panel.y == [row[up] for row in rows]
+        axes = Figure().subplots()
+        panel.draw(axes)
+        assert axes.lines[0].get_xydata().tolist() == [[row[across], row[up]] for row in rows]
 
 
 def test_scores_along_end_in_the_runs_own(drawn):
