@@ -125,7 +125,7 @@ def write_scores(folder: Path, experiment: Experiment, **changed: Any) -> None:
         "n": experiment.sample.num_images, "comparable": False, "weights": "ema", "sampler": "ancestral",
         "steps": steps, "variance": "fixedlarge", "reference": "train", "rounding": "round",
         "extractor": "classifier-0a1b2c3d", "checkpoint": experiment.train.steps, "decoder": "tanh",
-        "nll_images": 100, "splits": 10,
+        "nll_images": 100, "test_images": 360, "splits": 10,
         "why_not": ["n = 512 images, the paper has 50,000", "features are not Inception's"],
     }  # fmt: skip
     points = {

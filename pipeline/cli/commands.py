@@ -234,10 +234,12 @@ def compare(options: Any) -> int:
     from pipeline import config
     from pipeline.engine import execute as stages
     from pipeline.report import compare
+    from pipeline.scores import metrics
 
-    if options.metric not in compare.METRICS:
-        hint = config.suggestion(options.metric, compare.METRICS)
-        raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(compare.METRICS)}")
+    metric = metrics.find_metric(options.metric)
+    if metric is None:
+        hint, known = config.suggestion(options.metric, metrics.METRICS), ", ".join(metrics.METRICS)
+        raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {known}")
     where = [word for word in options.arguments if word.startswith("cluster.")]
     root = stages.storage_root(_load_cluster(options.cluster, where))
     names = [word for word in options.arguments if word not in where]
@@ -246,8 +248,8 @@ def compare(options: Any) -> int:
         found = f"only {next(iter(paths)).name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
     entries = compare.entries_of(stages.opened(path) for path in paths)
-    folder = compare.place(root, entries, options.metric)
-    say(f"comparison: {compare.write(entries, folder, 'Comparison', options.metric)}")
+    folder = compare.place(root, entries, metric)
+    say(f"comparison: {compare.write(entries, folder, 'Comparison', metric)}")
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 from pipeline import config
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
+from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.store import checkpoint
 from pipeline.store.run import read_json
 
@@ -44,16 +45,16 @@ def table(root: Path) -> str:
 def _sweep(path: Path) -> list[str]:
     """One sweep, from its leaderboard."""
     content = read_json(path)
-    trials, metric = content["trials"], content["metric"]
+    trials, metric = content["trials"], METRICS[content["metric"]]
     states = [trial["state"] for trial in trials]
-    best = next((trial for trial in trials if trial["rank"] == 1), None)
+    best = content.get("best")
     return [
         path.parent.name,
         f"{states.count('finished')}/{len(trials)}",
         str(states.count("stopped") or "-"),
         str(states.count("failed") or "-"),
-        best["label"] if best else "-",
-        f"{metric} {best['scores'][metric]:.3f}" if best else "-",
+        best["name"] if best else "-",
+        f"{metric.heading} {metric.format(best['mean'], best['spread'])}" if best else "-",
     ]
 
 
@@ -89,13 +90,8 @@ def _choice(choice: dict[str, Any]) -> str:
 def _scores(path: Path) -> str:
     metrics = read_json(path)
     scores, protocol = metrics["scores"], metrics["protocol"]
-    shown = [
-        f"{label} {scores[key]:.{digits}f}"
-        for key, label, digits in (("fid", "FID", 2), ("is_mean", "IS", 2), ("nll_bpd", "NLL", 3))
-        if key in scores
-    ]
     about = f"step {protocol['checkpoint']}, {protocol['weights']}, n={protocol.get('n')}"
-    return f"{', '.join(shown)} ({about}, {protocol.get('extractor', 'no features')})"
+    return f"{format_headline(scores)} ({about}, {protocol.get('extractor', 'no features')})"
 
 
 def doctor(cluster: ClusterConfig) -> str:

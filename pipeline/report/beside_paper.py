@@ -9,10 +9,11 @@ from typing import Any
 from pipeline import config
 from pipeline.report import paper
 from pipeline.report.page import Block, Table, Text
-from pipeline.report.scores import FIRM, cell, plain
+from pipeline.report.scores import plain
 from pipeline.report.source import Source
+from pipeline.scores.metrics import FIRM, METRICS, Metric
 
-COLUMNS = {"fid": "FID", "fid_test": "FID, test set", "is_mean": "IS", "nll_bpd": "NLL, bits/dim"}
+COLUMNS = tuple(METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd"))
 KEY = (
     "ε and μ̃ say what the network predicts: the noise, or the posterior mean. A dash in a row of the paper: "
     "not printed, or unstable in training. Which of the two fixed variances its L rows have it does not say."
@@ -28,15 +29,18 @@ def section(source: Source) -> list[Block]:
     strong, soft = set(), set()
     apart = "difference" if source.is_comparable else "difference, across protocols"
     for row in paper.TABLES_1_AND_2:
-        rows.append([row.name, *(row.scores.get(key, "–").replace(" ", FIRM) for key in COLUMNS)])
+        rows.append([row.name, *_printed(row)])
         if row is mine and scores:
             strong.add(len(rows))
             soft.add(len(rows) + 1)
-            rows += [_ours(scores), [apart, *(difference(scores, row, key) for key in COLUMNS)]]
+            rows += [
+                ["this run", *_scored(scores)],
+                [apart, *(difference(scores, row, metric) for metric in COLUMNS)],
+            ]
     if mine is None and scores:
         strong.add(len(rows))
-        rows.append(_ours(scores))
-    table = Table(("", *COLUMNS.values()), rows, frozenset(strong), frozenset(soft))
+        rows.append(["this run", *_scored(scores)])
+    table = Table(("", *(metric.title for metric in COLUMNS)), rows, frozenset(strong), frozenset(soft))
     no_row = "" if mine else "**The paper has no row for this objective.** "
     return [table, Text(no_row + KEY), Text(_protocol(source)), Text(_recipe(source))]
 
@@ -48,31 +52,33 @@ def together(runs: Sequence[tuple[str, Source]]) -> list[Block]:
         return []
     sources, rows, strong = dict(runs), [], set()
     for row in paper.TABLES_1_AND_2:
-        rows.append(
-            [row.name, *(row.scores.get(key, "–").replace(" ", FIRM) for key in COLUMNS), "the paper"]
-        )
+        rows.append([row.name, *_printed(row), "the paper"])
         for label in (label for label, its in mine.items() if its is row):
             strong.add(len(rows))
             source = sources[label]
             fair = "comparable" if source.is_comparable else "not comparable"
-            rows.append([label, *(cell(source.metrics["scores"], key) for key in COLUMNS), fair])
-    table = Table(("", *COLUMNS.values(), "Protocol"), rows, frozenset(strong))
+            rows.append([label, *_scored(source.metrics["scores"]), fair])
+    table = Table(("", *(metric.title for metric in COLUMNS), "Protocol"), rows, frozenset(strong))
     reasons = dict.fromkeys(
         why for label in mine for why in sources[label].metrics["protocol"].get("why_not", [])
     )
     return [table, Text(KEY), *([Text(f"**Why not comparable**: {'; '.join(reasons)}.")] if reasons else [])]
 
 
-def _ours(scores: dict[str, float]) -> list[str]:
-    return ["this run", *(cell(scores, key) for key in COLUMNS)]
+def _printed(row: paper.Row) -> list[str]:
+    return [row.scores.get(metric.name, "–").replace(" ", FIRM) for metric in COLUMNS]
 
 
-def difference(scores: dict[str, float], row: paper.Row, key: str) -> str:
+def _scored(scores: dict[str, float]) -> list[str]:
+    return [metric.format_from(scores) for metric in COLUMNS]
+
+
+def difference(scores: dict[str, float], row: paper.Row, metric: Metric) -> str:
     """Ours less the paper's, signed; a dash where one is absent."""
-    printed = re.search(r"\d+\.\d+", row.scores.get(key, ""))
-    if printed is None or scores.get(key) is None:
+    printed = re.search(r"\d+\.\d+", row.scores.get(metric.name, ""))
+    if printed is None or scores.get(metric.name) is None:
         return "–"
-    return signed(scores[key] - float(printed[0]), 2)
+    return signed(scores[metric.name] - float(printed[0]), 2)
 
 
 def signed(value: float, digits: int) -> str:

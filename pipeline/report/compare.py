@@ -14,11 +14,13 @@ from pipeline import config
 from pipeline.config import Experiment
 from pipeline.console import duration
 from pipeline.report import axes, beside_paper, plots
-from pipeline.report.leaderboard import METRICS, Entry, Group, Metric, groups
+from pipeline.report.leaderboard import Entry, describe_protocol, differing_protocol
 from pipeline.report.markdown import to_markdown
 from pipeline.report.page import HTML, MARKDOWN, Block, Page, Picture, Pictures, Section, Table, Text
-from pipeline.report.scores import FIRM, PROTOCOL, SCORES, cell, plain, useless_ones
+from pipeline.report.scores import PROTOCOL, plain, useless_ones
 from pipeline.report.web import to_html
+from pipeline.scores.metrics import FIRM, METRICS, Metric
+from pipeline.scores.ranking import Group, describe_objective, format_winner, rank_runs
 from pipeline.store.keys import hash_of
 from pipeline.store.run import Run, atomic_directory, write_manifest
 
@@ -29,7 +31,7 @@ NOT_COMPARED = (
     "train.checkpoint_every", "train.sample_every", "train.log_every", "train.keep", "evaluate.checkpoint_images",
 )  # fmt: skip
 
-__all__ = ["METRICS", "Entry", "entries_of", "place", "write"]
+__all__ = ["Entry", "entries_of", "place", "write"]
 
 
 def entries_of(runs: Iterable[tuple[Experiment, Run]]) -> list[Entry]:
@@ -51,16 +53,18 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return parts
 
 
-def place(storage: Path, runs: Sequence[Entry], metric: str) -> Path:
+def place(storage: Path, runs: Sequence[Entry], metric: Metric) -> Path:
     """Where the comparison of these runs by this metric is kept."""
     of = sorted((e.run.path.name, config.to_dict(e.source.experiment.sample)["checkpoint"]) for e in runs)
-    return storage / "comparisons" / hash_of([of, metric])
+    return storage / "comparisons" / hash_of([of, metric.name])
 
 
-def write(runs: Sequence[Entry], folder: Path, title: str, metric: str = "fid", note: str = "") -> Path:
+def write(
+    runs: Sequence[Entry], folder: Path, title: str, metric: Metric = METRICS["fid"], note: str = ""
+) -> Path:
     """The page as HTML, the path of which is returned, with its Markdown twin and its pictures beside it; `note`
     is said before anything is shown."""
-    page = compose(runs, folder, title, METRICS[metric], note)
+    page = compose(runs, folder, title, metric, note)
     with atomic_directory(folder) as made:
         (made / HTML).write_text(to_html(page), encoding="utf-8")
         (made / MARKDOWN).write_text(to_markdown(page), encoding="utf-8")
@@ -71,7 +75,7 @@ def write(runs: Sequence[Entry], folder: Path, title: str, metric: str = "fid", 
 
 
 def compose(runs: Sequence[Entry], folder: Path, title: str, metric: Metric, note: str = "") -> Page:
-    ranked = groups(runs, metric)
+    ranked = rank_runs(runs, metric)
     sections = [
         Section("Leaderboard", _leaderboard(runs, ranked, metric, folder)),
         Section("Beside the paper", beside_paper.together([(e.label, e.source) for e in runs])),
@@ -81,8 +85,8 @@ def compose(runs: Sequence[Entry], folder: Path, title: str, metric: Metric, not
         Section("What differs", _differences(runs)),
         Section("What was run", [_what_was_run(runs)]),
     ]
-    subtitle = f"{len(runs)} runs · ranked by {metric.name}, {metric.better}"
-    verdict = useless_ones([entry.source for entry in runs]) + _verdict(ranked, metric)
+    subtitle = f"{len(runs)} runs · ranked by {metric.heading}, the {metric.best} first"
+    verdict = f"{useless_ones([entry.source for entry in runs])}**{format_winner(ranked, metric)}**."
     return Page(
         title,
         subtitle,
@@ -92,49 +96,41 @@ def compose(runs: Sequence[Entry], folder: Path, title: str, metric: Metric, not
     )
 
 
-def _verdict(ranked: Sequence[Group], metric: Metric) -> str:
-    if not ranked:
-        return f"None of the runs has a score of {metric.name} yet."
-    if len(ranked) > 1:
-        return (
-            f"**No common order**: the runs were scored by {len(ranked)} protocols, and {metric.name} of one cannot be "
-            "held against that of another. Each group has an order of its own."
-        )
-    first = ranked[0].entries[0]
-    said = f"**{first.label}** has the best {metric.name}, {cell(first.scores, metric.score)}"
-    return f"{said}, of {len(ranked[0].entries)} runs scored alike."
-
-
 # The leaderboard
 
 
-def _leaderboard(runs: Sequence[Entry], ranked: Sequence[Group], metric: Metric, folder: Path) -> list[Block]:
+def _leaderboard(
+    runs: Sequence[Entry], ranked: Sequence[Group[Entry]], metric: Metric, folder: Path
+) -> list[Block]:
     blocks: list[Block] = []
     for group in ranked:
-        blocks += [Text(f"Scored alike: {group.said}."), _table(group, metric, folder)]
+        blocks += [Text(f"Scored alike: {describe_protocol(group)}."), _table(group, metric, folder)]
         blocks += [Text(warning) for warning in _warnings(group)]
-    scored = [entry for group in ranked for entry in group.entries]
+    scored = [entry for group in ranked for entry in group.runs]
     left = [f"{_link(entry, folder)}" for entry in runs if entry not in scored]
-    return blocks + ([Text(f"Without {metric.name}: {', '.join(left)}.")] if left else [])
+    return blocks + ([Text(f"Without {metric.heading}: {', '.join(left)}.")] if left else [])
 
 
-def _table(group: Group, metric: Metric, folder: Path) -> Table:
-    keys = [key for key in _swept(group.entries) if not _in_labels(group.entries, key)][:MOST_COLUMNS]
-    others = [m.score for m in METRICS.values() if any(m.score in entry.scores for entry in group.entries)]
-    shown = [metric.score, *(score for score in others if score != metric.score)]
-    apart = group.differing()
+def _table(group: Group[Entry], metric: Metric, folder: Path) -> Table:
+    runs = group.runs
+    keys = [key for key in _swept(runs) if not _in_labels(runs, key)][:MOST_COLUMNS]
+    others = [m for m in METRICS.values() if not m.detail and any(m.name in entry.scores for entry in runs)]
+    shown = [metric, *(other for other in others if other.name != metric.name)]
+    apart = differing_protocol(runs)
     rows = [
         [
-            f"{rank}.{FIRM}{_link(entry, folder)}",
-            *(cell(entry.scores, score) for score in shown),
+            f"{position.rank}.{FIRM}{_link(entry, folder)}",
+            *([metric.format(position.mean, position.spread)] if group.has_seeds else []),
+            *(each.format_from(entry.scores) for each in shown),
             *(axes.said(entry.swept.get(key)) for key in keys),
             plain(entry.protocol.get("checkpoint", "–")),
             *(plain(entry.protocol.get(key, "–")) for key in apart),
         ]
-        for rank, entry in enumerate(group.entries, 1)
+        for entry, position in group.ranked
     ]
     names = [
-        *(SCORES[score][0] for score in shown),
+        *([f"{metric.title}, mean of seeds"] if group.has_seeds else []),
+        *(each.title for each in shown),
         *map(axes.short, keys),
         "Step",
         *(PROTOCOL[key] for key in apart),
@@ -151,12 +147,9 @@ def _in_labels(entries: Sequence[Entry], key: str) -> bool:
     )
 
 
-def _warnings(group: Group) -> list[str]:
+def _warnings(group: Group[Entry]) -> list[str]:
     short = {
-        why
-        for e in group.entries
-        for why in e.protocol.get("why_not", [])
-        if why.startswith("rank-deficient")
+        why for e in group.runs for why in e.protocol.get("why_not", []) if why.startswith("rank-deficient")
     }
     return [f"**{why}**." for why in sorted(short)]
 
@@ -179,12 +172,11 @@ def _swept(entries: Sequence[Entry]) -> list[str]:
 def _bars(runs: Sequence[Entry]) -> list[Block]:
     """FID and NLL of each group that has an order."""
     drawn, names = [], axes.brief(runs, _swept(runs))
-    for name in ("fid", "nll"):
-        metric = METRICS[name]
-        for number, group in enumerate(g for g in groups(runs, metric) if len(g.entries) > 1):
-            values = [(names[entry.label], entry.scores[metric.score]) for entry in group.entries]
-            caption = f"{metric.name}, {metric.better}: {group.said}"
-            drawn.append(plots.ranked(f"bars-{name}-{number}", metric.name, values, caption))
+    for metric in (METRICS["fid"], METRICS["nll_bpd"]):
+        for number, group in enumerate(g for g in rank_runs(runs, metric) if len(g.ranked) > 1):
+            values = [(names[entry.label], entry.scores[metric.name]) for entry in group.runs]
+            caption = f"{metric.title}, the {metric.best} first: {describe_protocol(group)}"
+            drawn.append(plots.ranked(f"bars-{metric.name}-{number}", metric.title, values, caption))
     return [Pictures(drawn)] if drawn else []
 
 
@@ -232,11 +224,8 @@ def _training(runs: Sequence[Entry]) -> list[Block]:
 
 
 def _objective(entry: Entry) -> dict[str, Any]:
-    """What makes losses comparable: data and diffusion; the variance only where the loss depends on it."""
-    diffusion = config.to_dict(entry.experiment.diffusion)
-    if entry.experiment.diffusion.loss == "simple" and diffusion["variance"].startswith("fixed"):
-        diffusion.pop("variance")
-    return {"data": f"{entry.run.source} {entry.run.data_key}", **diffusion}
+    """What makes losses comparable."""
+    return {"data": entry.data, **describe_objective(entry.experiment)}
 
 
 # What differs, and where it was made

@@ -8,17 +8,9 @@ from typing import Any
 from pipeline.report import paper
 from pipeline.report.page import Block, Card, Table, Text
 from pipeline.report.source import Source, missing
+from pipeline.scores.metrics import FIRM, HEADLINE, METRICS
 
-FIRM = "\u00a0"  # a space that does not break the line
 POINTS = {"test": "Test images", "train": "Training images", "gaussian": "Gaussian", "noise": "Noise"}
-HEADLINE = (("FID", "fid"), ("IS", "is_mean"), ("NLL", "nll_bpd"))
-
-# What a score is called, and its digits.
-SCORES = {
-    "fid": ("FID", 2), "fid_test": ("FID, test set", 2), "is_mean": ("IS", 2),
-    "is_shuffled_mean": ("IS, shuffled", 2), "kid_mean": ("KID", 5), "precision": ("Precision", 3),
-    "recall": ("Recall", 3), "as_asked": ("Of the class asked for", 3), "nll_bpd": ("NLL, bits/dim", 2),
-}  # fmt: skip
 PROTOCOL = {
     "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as", "weights": "Weights",
     "sampler": "Sampler", "steps": "Sampling steps", "eta": "eta", "variance": "Sampling variance",
@@ -78,10 +70,12 @@ def useless_ones(sources: Sequence[Source]) -> str:
 
 def _headline(source: Source) -> str:
     scores = source.metrics["scores"]
-    said = [f"{label}{FIRM}{score(scores, key)}" for label, key in HEADLINE if key in scores]
+    said = [
+        f"{m.heading}{FIRM}{m.format_from(scores)} {m.unit}".rstrip() for m in HEADLINE if m.name in scores
+    ]
     if source.is_comparable:
         row = paper.row_of(source.experiment.diffusion)
-        its = [f"{label} {row.scores[key]}" for label, key in HEADLINE if key in row.scores] if row else []
+        its = [f"{m.heading} {row.scores[m.name]}" for m in HEADLINE if m.name in row.scores] if row else []
         tail = ", ".join(its).replace(" ", FIRM) or "which prints no score for this objective"
         return f"{', '.join(said)}, by the paper's protocol ({tail})"
     gaussian = source.metrics["reference_points"].get("gaussian", {}).get("fid")
@@ -95,40 +89,23 @@ def _headline(source: Source) -> str:
     )
 
 
-def score(scores: dict[str, float], key: str) -> str:
-    """A score as the paper prints it, or a dash."""
-    if scores.get(key) is None:
-        return "–"
-    if key == "nll_bpd":
-        return f"≤{FIRM}{scores[key]:.2f} bits/dim"
-    digits = SCORES[key][1]
-    spread = key.replace("_mean", "_std")
-    error = f"{FIRM}±{FIRM}{scores[spread]:.{digits}f}" if spread != key and spread in scores else ""
-    return f"{scores[key]:,.{digits}f}{error}"
-
-
-def cell(scores: dict[str, float], key: str) -> str:
-    """The same where the unit stands beside it."""
-    return score(scores, key).removesuffix(" bits/dim")
-
-
 def cards(source: Source) -> list[Card]:
     scores, points = source.metrics["scores"], source.metrics["reference_points"]
     comparable = source.is_comparable
     row = paper.row_of(source.experiment.diffusion) if source.is_cifar10 else None
     badge = ("comparable" if comparable else "not comparable", comparable) if source.is_cifar10 else None
     made = []
-    for label, key in HEADLINE:
-        if key not in scores:
+    for metric in HEADLINE:
+        if metric.name not in scores:
             continue
-        beside = [f"paper {row.scores[key]}"] if row and key in row.scores else []
+        beside = [f"paper {row.scores[metric.name]}"] if row and metric.name in row.scores else []
         beside += [
-            f"{name} {cell(points[point], key)}"
+            f"{name} {metric.format_from(points[point])}"
             for name, point in (("test images", "test"), ("Gaussian", "gaussian"))
-            if not comparable and key in points.get(point, {})
+            if not comparable and metric.name in points.get(point, {})
         ]
-        full = f"{label} in bits/dim" if key == "nll_bpd" else label
-        made.append(Card(full, cell(scores, key), " · ".join(beside) or "upper bound, test images", badge))
+        note = " · ".join(beside) or "upper bound, test images"
+        made.append(Card(metric.title, metric.format_from(scores), note, badge))
     return made
 
 
@@ -140,9 +117,9 @@ def section(source: Source) -> list[Block]:
     shown = [name for name in POINTS if name in points]
     columns = [source.metrics["scores"], *(points[name] for name in shown)]
     rows = [
-        [name, *(cell(column, key) for column in columns)]
-        for key, (name, _) in SCORES.items()
-        if any(key in column for column in columns)
+        [metric.title, *(metric.format_from(column) for column in columns)]
+        for metric in METRICS.values()
+        if not metric.detail and any(metric.name in column for column in columns)
     ]
     n = [protocol.get("n"), *(points[name]["n"] for name in shown)]
     rows += [["Images", *(f"{count:,}" for count in n)]] if protocol.get("n") else []

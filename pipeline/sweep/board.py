@@ -11,10 +11,12 @@ from typing import Any
 from pipeline import config, tracking
 from pipeline.console import duration, say
 from pipeline.engine import execute as stages
+from pipeline.scores.metrics import format_headline
 from pipeline.stages import train
 from pipeline.store.run import seconds_by_stage, write_text
 from pipeline.sweep import leaderboard
 from pipeline.sweep.definition import Sweep
+from pipeline.sweep.leaderboard import Leaderboard
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
 
@@ -83,8 +85,8 @@ class Board:
         self.ledger.note(trial, state, reason)
         mirror.tags |= {tracking.STATE: state, **({"sweep.reason": reason} if reason else {})}
         mirror.stop(STATUS.get(state, "KILLED"))
-        rows = self.publish()
-        say(f"{trial.label}: {_outcome(next(row for row in rows if row.trial.key == key))}")
+        row = next(row for row in self.publish().rows if row.trial.key == key)
+        say(f"{trial.label}: {_outcome(row)}")
 
     def _how(self, trial: Trial, error: str | None) -> tuple[str, str]:
         if not stages.pending(trial.experiment, trial.run, "report"):
@@ -109,48 +111,40 @@ class Board:
             tags[tracking.PARENT] = self.parent.run_id
         return tracking.Mirror(self.uri, self.sweep.name, trial.experiment, trial.run, tags, say, child)
 
-    def publish(self) -> list[leaderboard.Row]:
+    def publish(self) -> Leaderboard:
         """The leaderboard as it is now, in the sweep's folder and on the server."""
-        rows = leaderboard.rows(self.sweep, list(self.trials.values()), self.ledger)
-        leaderboard.write(self.sweep, rows, self.folder, self.note)
+        ranked = leaderboard.rank_trials(self.sweep, list(self.trials.values()), self.ledger)
+        leaderboard.write(ranked, self.folder, self.note)
         tags: dict[str, str] = {}
         scores: dict[str, float] = {}
-        if rows and rows[0].rank:
-            best = rows[0]
+        if ranked.rows and ranked.rows[0].rank:
+            best = ranked.rows[0]
             tags = {"best_trial": best.trial.label, "best_run": best.trial.run.path.name}
             tags |= {f"best.{key}": str(value) for key, value in best.trial.point.swept.items()}
             scores = {f"best/{self.sweep.rank.metric}": best.scores[self.sweep.rank.metric]}
         rungs = {key: list(self.ledger.of(key).rungs) for key in self.trials}
-        note = leaderboard.markdown(self.sweep, rows, self.note)
-        self.parent.publish(
-            tracking.Standing(leaderboard.table(self.sweep, rows), note, (tags, scores), rungs)
-        )
-        return rows
+        note = leaderboard.to_markdown(ranked, self.note)
+        standing = tracking.Standing(leaderboard.tabulate(ranked), note, (tags, scores), rungs)
+        self.parent.publish(standing)
+        return ranked
 
-    def close(self, status: str) -> list[leaderboard.Row]:
+    def close(self, status: str) -> Leaderboard:
         """The leaderboard, the report and the last word to the server, however the sweep ended."""
-        rows = self.publish()
-        self._write_report(rows)
+        ranked = self.publish()
+        self._write_report(ranked)
         self.parent.finish(status, self.folder / "report")
-        return rows
+        return ranked
 
-    def _write_report(self, rows: list[leaderboard.Row]) -> None:
+    def _write_report(self, ranked: Leaderboard) -> None:
         from pipeline.report import compare
 
         entries = [
             compare.Entry(row.trial.label, row.trial.experiment, row.trial.run, row.trial.point.swept)
-            for row in rows
+            for row in ranked.rows
             if row.scores
         ]
         if entries:
-            compare.write(entries, self.folder / "report", self.sweep.name, self._metric(), self.note)
-
-    def _metric(self) -> str:
-        """What the report ranks by: as the leaderboard, or by FID where it does not know that score."""
-        from pipeline.report import compare
-
-        known = (name for name, metric in compare.METRICS.items() if metric.score == self.sweep.rank.metric)
-        return next(known, "fid")
+            compare.write(entries, self.folder / "report", self.sweep.name, self.sweep.rank.by, self.note)
 
     def progress(self) -> tuple[int, str]:
         """How many trials have ended, and how far those are that run."""
@@ -180,9 +174,4 @@ def _text(trial: Trial, key: str) -> str:
 def _outcome(row: leaderboard.Row) -> str:
     if row.state != "finished":
         return f"failed: {row.reason}" if row.state == "failed" else row.reason or row.state
-    scores = [
-        f"{leaderboard.SHOWN[key][0]} {row.scores[key]:.{leaderboard.SHOWN[key][1]}f}"
-        for key in leaderboard.ALWAYS
-        if key in row.scores
-    ]
-    return f"finished in {duration(row.seconds)}: {', '.join(scores)}"
+    return f"finished in {duration(row.seconds)}: {format_headline(row.scores)}"

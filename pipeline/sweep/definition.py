@@ -5,25 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.config.checks import Problems, suggestion
 from pipeline.config.load import find, plain_tree, section_with_defaults
 from pipeline.errors import ConfigError
-
-# The scores that each metric of an experiment gives, and those of them that are better when larger.
-SCORES = {
-    "fid": ("fid",),
-    "fid_test": ("fid_test",),
-    "is": ("is_mean", "is_shuffled_mean"),
-    "kid": ("kid_mean",),
-    "prc": ("precision", "recall"),
-    "nll": ("nll_bpd", "rate_bpd", "distortion_bpd", "rmse"),
-}
-LOSS = "train_loss"
-RANKED_BY = (*(score for scores in SCORES.values() for score in scores), LOSS)
-LARGER_IS_BETTER = {"is_mean", "is_shuffled_mean", "precision", "recall"}
+from pipeline.scores.metrics import METRICS, Metric
 
 
 @dataclass(frozen=True)
@@ -61,19 +49,16 @@ class Rank:
     mode: Literal["min", "max"] | None = None
 
     def problems(self) -> Problems:
-        if self.metric in RANKED_BY:
+        if self.metric in METRICS:
             return []
-        known = f"known: {', '.join(RANKED_BY)}"
-        return [
-            (
-                "metric",
-                f"is '{self.metric}'{suggestion(self.metric, RANKED_BY)}, which no trial reports; {known}",
-            )
-        ]
+        hint, known = suggestion(self.metric, METRICS), ", ".join(METRICS)
+        return [("metric", f"is '{self.metric}'{hint}, which no trial reports; known: {known}")]
 
     @property
-    def larger_is_better(self) -> bool:
-        return (self.mode or ("max" if self.metric in LARGER_IS_BETTER else "min")) == "max"
+    def by(self) -> Metric:
+        """The metric, in the direction that is asked for."""
+        metric = METRICS[self.metric]
+        return replace(metric, larger_is_better=self.mode == "max") if self.mode else metric
 
 
 @dataclass(frozen=True)

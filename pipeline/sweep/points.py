@@ -14,8 +14,10 @@ import torch
 from pipeline.config.load import load_experiment, relative_paths
 from pipeline.config.sections import Experiment
 from pipeline.errors import ConfigError
+from pipeline.scores.metrics import LOSS
+from pipeline.scores.ranking import describe_objective, name_values
 from pipeline.store.keys import run_content
-from pipeline.sweep.definition import LOSS, SCORES, Draw, Range, Sweep
+from pipeline.sweep.definition import Draw, Range, Sweep
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def points(sweep: Sweep, overrides: list[str]) -> list[Point]:
         own = [f"{key}={json.dumps(value)}" for key, value in swept.items() if key != "experiment"]
         try:
             experiment = load_experiment(swept.get("experiment", sweep.experiments[0]), common + own)
-            found.append(Point(_label(swept), swept, experiment))
+            found.append(Point(name_values(swept), swept, experiment))
         except ConfigError as error:
             faults |= dict.fromkeys(error.problems)
     faults |= dict.fromkeys(_incomparable(sweep, found))
@@ -111,34 +113,24 @@ def _unit_cube(draw: Draw, dimensions: int) -> list[list[float]]:
     return engine.draw(count, dtype=torch.float64).clamp(max=1 - 1e-9).tolist()
 
 
-def _label(swept: dict[str, Any]) -> str:
-    """'cosine dropout=0.1': a word says what it is, a number does not."""
-    return " ".join(
-        value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
-        for key, value in swept.items()
-    )
-
-
 def _incomparable(sweep: Sweep, found: list[Point]) -> list[str]:
     """Why the trials cannot be ranked, or stopped, as the sweep says."""
     faults = []
-    metric = sweep.rank.metric
-    if metric == LOSS:
-        varied = sorted({json.dumps(run_content(point.experiment)["diffusion"]) for point in found})
-        if len(varied) > 1:
+    metric = sweep.rank.by
+    if metric.name == LOSS.name:
+        if len({json.dumps(describe_objective(point.experiment)) for point in found}) > 1:
             keys = [key for key in sweep.space if key.startswith("diffusion.")] or [
                 "the experiments' diffusion"
             ]
             faults.append(
-                f"rank.metric={LOSS}: losses are not comparable over {', '.join(keys)}; rank by nll_bpd or fid"
+                f"rank.metric={LOSS.name}: losses are not comparable over {', '.join(keys)}; rank by nll_bpd or fid"
             )
-    else:
-        needed = next(name for name, scores in SCORES.items() if metric in scores)
-        if found and not any(needed in point.experiment.evaluate.metrics for point in found):
-            asked = ", ".join(found[0].experiment.evaluate.metrics)
-            faults.append(
-                f"rank.metric={metric} is reported by no trial: evaluate.metrics is [{asked}]; add {needed} to it"
-            )
+    elif found and not any(metric.family in (None, *point.experiment.evaluate.metrics) for point in found):
+        asked = ", ".join(found[0].experiment.evaluate.metrics)
+        faults.append(
+            f"rank.metric={metric.name} is reported by no trial: evaluate.metrics is [{asked}]; "
+            f"add {metric.family} to it"
+        )
     if sweep.early_stop.first:
         if any(point.experiment.train.lr_decay != "none" for point in found):
             faults.append(

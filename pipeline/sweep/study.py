@@ -16,12 +16,13 @@ from pipeline.config import ClusterConfig
 from pipeline.console import bar, duration, following, say
 from pipeline.engine import execute as stages
 from pipeline.errors import PipelineError
+from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import preparations
 from pipeline.stages import evaluate
 from pipeline.store.run import exclusive
 from pipeline.sweep import budget, leaderboard
 from pipeline.sweep.board import Board
-from pipeline.sweep.definition import LOSS, Sweep, load_sweep
+from pipeline.sweep.definition import Sweep, load_sweep
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.points import Point, points
 from pipeline.sweep.resources import Node, Share, share, this_machine
@@ -79,8 +80,8 @@ class Study:
 
     def _estimate(self, slots: int) -> float | None:
         """Seconds, from what finished trials took; None where none has finished."""
-        rows = leaderboard.rows(self.sweep, list(self.trials.values()), self.ledger)
-        took = [row.seconds for row in rows if row.state == "finished" and row.seconds]
+        ranked = leaderboard.rank_trials(self.sweep, list(self.trials.values()), self.ledger)
+        took = [row.seconds for row in ranked.rows if row.state == "finished" and row.seconds]
         return math.ceil(len(self.todo()) / slots) * sum(took) / len(took) if took else None
 
     def _shares(self, nodes: list[Node]) -> Share:
@@ -113,7 +114,7 @@ class Study:
                 status = "FAILED"
                 raise
             finally:
-                self.rows = board.close(status)
+                self.standings = board.close(status)
                 shutil.rmtree(self.folder / "ray", ignore_errors=True)
 
     def _work(self, board: Board, todo: list[str]) -> None:
@@ -224,24 +225,24 @@ class Study:
 
     def shown(self) -> str:
         width = max(100, shutil.get_terminal_size().columns)
-        return leaderboard.text(self.sweep, self.rows, width)
+        return leaderboard.to_text(self.standings, width)
 
     def left(self) -> str:
         """What the budget did not allow; nothing where it sufficed."""
-        never = [row for row in self.rows if row.state in ("new", "interrupted")]
+        never = [row for row in self.standings.rows if row.state in ("new", "interrupted")]
         hours = self.sweep.budget.hours
         if not never or hours is None:
             return ""
         return f"budget.hours={hours:g} is spent, {len(never)} trials are left; the same command goes on"
 
     def failures(self) -> list[str]:
-        return leaderboard.failures(self.rows)
+        return leaderboard.failures(self.standings)
 
     def whereabouts(self) -> list[tuple[str, str]]:
-        rank, report = self.sweep.rank, self.folder / "report" / "report.html"
-        metric = "train/loss" if rank.metric == LOSS else f"eval/{rank.metric}"
+        by, report = self.sweep.rank.by, self.folder / "report" / "report.html"
+        metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
         found = [("leaderboard", str(self.folder / "leaderboard.md"))]
-        found += self.board.parent.links(metric, rank.larger_is_better)
+        found += self.board.parent.links(metric, by.larger_is_better)
         return [*found, ("report", str(report))] if report.exists() else found
 
 

@@ -11,8 +11,9 @@ from pipeline.cli.program import main
 from pipeline.report import compare
 from pipeline.report.axes import arranged, brief
 from pipeline.report.compare import Entry
-from pipeline.report.leaderboard import METRICS, groups
 from pipeline.report.page import Matrix, Picture, Pictures
+from pipeline.scores.metrics import METRICS
+from pipeline.scores.ranking import rank_runs
 from pipeline.stages import report
 from pipeline.store import keys
 from pipeline.store import run as rundir
@@ -52,29 +53,28 @@ def undrawn(monkeypatch):
 
 
 def page(entries, folder, metric: str = "fid") -> str:
-    return (
-        compare.write(entries, folder, "Four", metric).with_suffix(".md").read_text().replace("\u00a0", " ")
-    )
+    html = compare.write(entries, folder, "Four", METRICS[metric])
+    return html.with_suffix(".md").read_text().replace("\u00a0", " ")
 
 
 @pytest.mark.parametrize(
     ("metric", "order"),
     [
         ("fid", ["linear-0.1", "cosine-0.2", "linear-0.2", "cosine-0.1"]),
-        ("is", ["cosine-0.2", "cosine-0.1", "linear-0.1", "linear-0.2"]),  # more is better
+        ("is_mean", ["cosine-0.2", "cosine-0.1", "linear-0.1", "linear-0.2"]),  # more is better
     ],
 )
 def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, undrawn, metric, order):
     markdown = page(four, tmp_path / "page", metric)
     assert re.findall(r"^\| \d\. (\S+) \|", markdown, re.MULTILINE) == order
-    assert f"> **{order[0]}** has the best {METRICS[metric].name}" in markdown
+    assert f"> **{order[0]} has the {METRICS[metric].best} {METRICS[metric].heading} of 4" in markdown
 
 
 @pytest.mark.parametrize("other", [{"n": 64}, {"extractor": "another"}, {"reference": "test"}])
 def test_what_was_scored_otherwise_is_not_ranked_with_the_rest(four, tmp_path, undrawn, other):
     score(four[1], other, fid=1.0)
     markdown = page(four, tmp_path / "page")
-    assert "> **No common order**: the runs were scored by 2 protocols" in markdown
+    assert "> **No common order: the runs were scored by 2 protocols" in markdown
     assert re.findall(r"^\| (\d)\. (\S+) \|", markdown, re.MULTILINE) == [
         ("1", "cosine-0.2"), ("2", "linear-0.2"), ("3", "cosine-0.1"), ("1", "linear-0.1")
     ]  # fmt: skip
@@ -93,7 +93,7 @@ def test_how_samples_were_drawn_is_compared_and_shown(four, tmp_path, undrawn):
 def test_other_images_are_another_protocol(four, tmp_path):
     experiment, run = make_run(tmp_path, "digits", ("data.test_images=7",))
     other = Entry("other", experiment, run, {})
-    assert [len(group.entries) for group in groups([*four, other], METRICS["fid"])] == [4, 1]
+    assert [len(group.runs) for group in rank_runs([*four, other], METRICS["fid"])] == [4, 1]
 
 
 def test_a_run_without_the_score_is_named_and_not_ranked(four, tmp_path, undrawn):
@@ -223,7 +223,9 @@ def test_rows_of_the_papers_tables_stand_beside_the_papers(tmp_path, undrawn):
         entries.append(Entry(name, experiment, run, {"experiment": name}))
         score(entries[-1], fid=fid, nll_bpd=3.9, rmse=1.0)
     note = "scaled down"
-    written = compare.write(entries, tmp_path / "page", "Two", "fid", note).with_suffix(".md").read_text()
+    written = (
+        compare.write(entries, tmp_path / "page", "Two", METRICS["fid"], note).with_suffix(".md").read_text()
+    )
     markdown = written.replace("\u00a0", " ")
     assert "\nScaled down.\n" in markdown
     beside = markdown.partition("## Beside the paper")[2].partition("\n## ")[0]

@@ -95,7 +95,7 @@ def test_the_markdown_twin_has_its_pictures_beside_it(digits):
 
 
 def test_the_verdict_comes_first(digits, cifar10):
-    said = "After 1,200 training steps: FID 14.21 (15% of a Gaussian's 96.4), IS 9.02 ± 0.21, NLL ≤ 4.52 bits/dim."
+    said = "After 1,200 training steps: FID 14.21 (15% of a Gaussian's 96.4), IS 9.02 ± 0.21, NLL ≤ 4.520 bits/dim."
     assert f"> {said}\n" in digits[3].replace("\u00a0", " ")
     assert "Not comparable with the paper's row, for the reasons below.\n" in cifar10[3]
 
@@ -104,7 +104,7 @@ def test_cifar10_stands_beside_the_paper(cifar10):
     markdown = cifar10[3].replace("\u00a0", " ")
     rows = [
         "| ε, L_simple | 3.17 | 5.24 | 9.46 ± 0.11 | ≤ 3.75 |",
-        "| this run | 14.21 | – | 9.02 ± 0.21 | ≤ 4.52 |",
+        "| this run | 14.21 | – | 9.02 ± 0.21 | ≤ 4.520 |",
         "| difference, across protocols | +11.04 | – | −0.44 | +0.77 |",
     ]
     assert "\n".join(rows) in markdown, "this run stands below its own row"
@@ -127,7 +127,7 @@ def test_other_images_stand_beside_reference_points_only(digits):
         "|  | This run | Test images | Gaussian | Noise |",
         "| FID | 14.21 | 31.00 | 96.40 | 2,288.00 |",
         "| IS | 9.02 ± 0.21 | 9.30 ± 0.30 | 3.10 | 1.20 |",
-        "| NLL, bits/dim | ≤ 4.52 | – | – | – |",
+        "| NLL, bits/dim | ≤ 4.520 | – | – | – |",
         "| Images | 512 | 360 | 512 | 512 |",
     ]
     assert all(row in markdown for row in rows)
@@ -369,10 +369,10 @@ def test_every_score_that_is_there_is_shown(tmp_path, undrawn):
         "FID, test set | 16.30",
         "IS, shuffled | 8.90 ± 0.10",
         "KID | 0.00432 ± 0.00040",
-        "Precision | 0.610",
+        "precision | 0.610",
     ):
         assert f"| {row} | – |" in markdown
-    assert "| Recall | 0.420 |" in markdown
+    assert "| recall | 0.420 |" in markdown
 
 
 CHOOSING = ("evaluate.checkpoints=every:10000", "sample.batch_size=500")

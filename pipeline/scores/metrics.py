@@ -1,0 +1,89 @@
+"""The registry of metrics: every score by its name in metrics.json and MLflow. A new metric is one entry here.
+
+This module imports nothing heavy: errors in a configuration list its names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+FIRM = "\u00a0"  # a space that does not break the line
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score. `family` is the entry of evaluate.metrics that gives it, None where none does; `interval` is the
+    score that holds its standard deviation; `protocol` names what must be equal for two values to be compared,
+    beside the data; `detail`: shown where it is asked for, not in every table; `bound`: the value is an upper bound."""
+
+    name: str
+    family: str | None
+    heading: str
+    digits: int
+    larger_is_better: bool = False
+    interval: str | None = None
+    unit: str = ""
+    bound: bool = False
+    detail: bool = False
+    protocol: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The heading with the unit, for a column."""
+        return f"{self.heading}, {self.unit}" if self.unit else self.heading
+
+    @property
+    def best(self) -> str:
+        return "highest" if self.larger_is_better else "lowest"
+
+    def format(self, value: float | None, spread: float | None = None) -> str:
+        """The value as the paper prints it, without its unit; a dash for None."""
+        if value is None:
+            return "–"
+        error = "" if spread is None else f"{FIRM}±{FIRM}{spread:,.{self.digits}f}"
+        return f"{f'≤{FIRM}' if self.bound else ''}{value:,.{self.digits}f}{error}"
+
+    def format_from(self, scores: Mapping[str, float]) -> str:
+        """The same of a mapping of scores, with its interval where there is one."""
+        return self.format(scores.get(self.name), scores.get(self.interval or ""))
+
+
+IMAGES = ("n", "extractor", "rounding")
+AGAINST = (*IMAGES, "reference", "reference_images")
+SPLITS = (*IMAGES, "splits")
+NLL = ("nll_images", "decoder", "nll_precision")
+BITS = "bits/dim"
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("fid", "fid", "FID", 2, protocol=AGAINST),
+        Metric("fid_test", "fid_test", "FID, test set", 2, protocol=(*IMAGES, "fid_test_images")),
+        Metric("is_mean", "is", "IS", 2, True, "is_std", protocol=SPLITS),
+        Metric("is_shuffled_mean", "is", "IS, shuffled", 2, True, "is_shuffled_std", protocol=SPLITS),
+        Metric("kid_mean", "kid", "KID", 5, interval="kid_std", protocol=(*AGAINST, "kid")),
+        Metric("precision", "prc", "precision", 3, True, protocol=(*AGAINST, "prc")),
+        Metric("recall", "prc", "recall", 3, True, protocol=(*AGAINST, "prc")),
+        Metric("as_asked", None, "share of the class asked for", 3, True, protocol=IMAGES),
+        Metric("nll_bpd", "nll", "NLL", 3, unit=BITS, bound=True, protocol=NLL),
+        Metric("rate_bpd", "nll", "rate", 3, unit=BITS, detail=True, protocol=NLL),
+        Metric("distortion_bpd", "nll", "distortion", 3, unit=BITS, detail=True, protocol=NLL),
+        Metric("rmse", "nll", "RMSE", 2, detail=True, protocol=NLL),
+        Metric("train_loss", None, "training loss", 4, detail=True, protocol=("objective",)),
+    )
+}
+LOSS = METRICS["train_loss"]
+HEADLINE = tuple(METRICS[name] for name in ("fid", "is_mean", "nll_bpd"))
+FAMILIES = tuple(dict.fromkeys(metric.family for metric in METRICS.values() if metric.family))
+
+
+def format_headline(scores: Mapping[str, float]) -> str:
+    """'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752', of those that there are."""
+    return ", ".join(f"{m.heading}{FIRM}{m.format_from(scores)}" for m in HEADLINE if m.name in scores)
+
+
+def find_metric(word: str) -> Metric | None:
+    """The metric of that name, or the first one of that family; None where there is neither."""
+    family = (metric for metric in METRICS.values() if metric.family == word)
+    return METRICS.get(word) or next(family, None)

@@ -1,0 +1,124 @@
+"""The one order of runs: among those scored alike, by the mean over the seeds of each point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any, Generic, Protocol, TypeVar
+
+from pipeline.config import Experiment, to_dict
+from pipeline.scores.metrics import Metric
+
+
+class Rankable(Protocol):
+    """A run or a trial. `swept` are the values that tell it from the others, and those that differ in nothing but
+    the seed are one point; `data` names its images, `protocol` says how its scores came about."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def swept(self) -> Mapping[str, Any]: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def scores(self) -> Mapping[str, float]: ...
+    @property
+    def protocol(self) -> Mapping[str, Any]: ...
+
+
+R = TypeVar("R", bound=Rankable)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a point stands: its rank from 1, the same for equals; its name; mean and standard deviation over its
+    seeds, None with one seed."""
+
+    rank: int
+    name: str
+    mean: float
+    spread: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Group(Generic[R]):
+    """Runs whose score of one metric came about alike, the best point first. `protocol` is what they share."""
+
+    protocol: dict[str, Any]
+    ranked: Sequence[tuple[R, Position]]
+
+    @property
+    def runs(self) -> list[R]:
+        return [run for run, _ in self.ranked]
+
+    @property
+    def has_seeds(self) -> bool:
+        return any(position.seeds > 1 for _, position in self.ranked)
+
+
+def rank_runs(runs: Sequence[R], metric: Metric) -> list[Group[R]]:
+    """Groups of equal protocol, the largest first. A run without the score is in none: numbers of different
+    protocols have no common order."""
+    alike: dict[tuple[str, ...], list[R]] = {}
+    for run in runs:
+        if metric.name in run.scores:
+            signature = run.data, *(str(run.protocol.get(key)) for key in metric.protocol)
+            alike.setdefault(signature, []).append(run)
+    return [_rank_alike(own, metric) for own in sorted(alike.values(), key=len, reverse=True)]
+
+
+def _rank_alike(runs: Sequence[R], metric: Metric) -> Group[R]:
+    points: dict[str, list[R]] = {}
+    for run in runs:
+        values = {key: value for key, value in run.swept.items() if key != "seed"}
+        points.setdefault(json.dumps(values, default=str), []).append(run)
+    means = {point: mean(run.scores[metric.name] for run in own) for point, own in points.items()}
+    sign = -1 if metric.larger_is_better else 1
+    ranked = []
+    for point, own in sorted(points.items(), key=lambda item: (sign * means[item[0]], item[1][0].label)):
+        better = sum(sign * other < sign * means[point] for other in means.values())
+        spread = stdev(run.scores[metric.name] for run in own) if len(own) > 1 else None
+        position = Position(better + 1, _name_point(own), means[point], spread, len(own))
+        ranked += [(run, position) for run in own]
+    shared = {key: runs[0].protocol[key] for key in metric.protocol if runs[0].protocol.get(key) is not None}
+    return Group({"data": runs[0].data, **shared}, ranked)
+
+
+def _name_point(seeds: Sequence[Rankable]) -> str:
+    """The label of one run; of several seeds, the values that they share."""
+    shared = {key: value for key, value in seeds[0].swept.items() if key != "seed"}
+    return seeds[0].label if len(seeds) == 1 else name_values(shared) or ", ".join(run.label for run in seeds)
+
+
+def name_values(swept: Mapping[str, Any]) -> str:
+    """'cosine dropout=0.1': a word says what it is, a number does not."""
+    return " ".join(
+        value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
+        for key, value in swept.items()
+    )
+
+
+def format_winner(groups: Sequence[Group[R]], metric: Metric) -> str:
+    """Who is the best, in a sentence without its full stop; or why there is none."""
+    if not groups:
+        return f"No run has a score of {metric.heading} yet"
+    if len(groups) > 1:
+        return f"No common order: the runs were scored by {len(groups)} protocols, and each has an order of its own"
+    positions = dict.fromkeys(position for _, position in groups[0].ranked)
+    first = [position for position in positions if position.rank == 1]
+    verb = "has" if len(first) == 1 else "have"
+    over = f", mean of {first[0].seeds} seeds" if first[0].seeds > 1 else ""
+    value = metric.format(first[0].mean, first[0].spread)
+    names = " and ".join(position.name for position in first)
+    return f"{names} {verb} the {metric.best} {metric.heading} of {len(positions)}: {value}{over}"
+
+
+def describe_objective(experiment: Experiment) -> dict[str, Any]:
+    """What makes training losses comparable, beside the data; the variance only where the loss depends on it."""
+    diffusion = to_dict(experiment.diffusion)
+    if experiment.diffusion.loss == "simple" and experiment.diffusion.variance.startswith("fixed"):
+        diffusion.pop("variance")
+    return diffusion

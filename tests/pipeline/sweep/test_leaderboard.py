@@ -1,0 +1,112 @@
+"""One order of trials, on the leaderboard of a sweep and on the page that the sweep writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from synthetic_run import make_run, write_scores
+
+from pipeline import tracking
+from pipeline.report.page import Picture
+from pipeline.store import keys
+from pipeline.sweep.board import Board
+from pipeline.sweep.definition import load_sweep
+from pipeline.sweep.ledger import Ledger
+from pipeline.sweep.points import Point
+from pipeline.sweep.trials import Trial
+
+SCORES = {"is_mean": 2.0, "nll_bpd": 3.0, "rate_bpd": 2.0, "distortion_bpd": 1.0, "rmse": 1.0}
+SPACE = "experiment: digits\nspace: {model.dropout: [0.0, 0.2]}\nseeds: [0, 1]\n"
+
+
+class Silence:
+    """A tracking server that is not there."""
+
+    run_id = ""
+
+    def __init__(self, *_: object, **__: object):
+        self.published: list[tracking.Standing] = []
+
+    def publish(self, standing: tracking.Standing) -> None:
+        self.published.append(standing)
+
+    def finish(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    """No server, and pictures that take no time."""
+
+    def picture(name, title, x, caption, draw, size=None):
+        return Picture(f"{name}.svg", b"<svg></svg>", f"{title}: {caption}")
+
+    monkeypatch.setattr("pipeline.report.plots._picture", picture)
+    monkeypatch.setattr(tracking, "Parent", Silence)
+
+
+def finished(storage: Path, dropout: float, seed: int, loss: float = 0.1, **scores: float) -> Trial:
+    """A trial that has ended, with these scores and this last loss."""
+    swept = {"model.dropout": dropout, "seed": seed}
+    experiment, run = make_run(storage, "digits", tuple(f"{key}={value}" for key, value in swept.items()))
+    folder = run.evaluation(keys.evaluate_key(experiment, run.run_key))
+    write_scores(folder, experiment, scores=SCORES | scores)
+    point = {"step": experiment.train.steps, "time": 1, "metrics": {"train/loss": loss}}
+    with run.log.open("a") as log:
+        log.write(json.dumps(point) + "\n")
+    return Trial(run.run_key, Point(f"dropout={dropout} seed={seed}", swept, experiment), run)
+
+
+def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
+    """leaderboard.md and the page of a sweep that has these trials, as people read them."""
+    file, folder = storage / "study.yaml", storage / "sweeps" / "study"
+    file.write_text(SPACE)
+    sweep = load_sweep(str(file), list(words))
+    ledger = Ledger.open(folder, sweep)
+    for trial in trials:
+        ledger.note(trial, "finished")
+    Board(sweep, {trial.key: trial for trial in trials}, ledger, folder, "", lambda: False).close("FINISHED")
+    texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
+    return texts[0].replace("\u00a0", " "), texts[1].replace("\u00a0", " ")
+
+
+def winner(text: str) -> str:
+    """The label in the sentence that names it."""
+    found = re.search(r"\*\*(dropout=0\.\d).* ha(?:s|ve) the (?:lowest|highest|best) ", text)
+    assert found, text
+    return found[1]
+
+
+def test_two_seeds_have_one_winner_on_the_leaderboard_and_on_the_page(tmp_path):
+    """0.0 has the best single run, 0.2 the best mean: 0.2 wins on both."""
+    scores = [(0.0, 0, 10.0), (0.0, 1, 40.0), (0.2, 0, 20.0), (0.2, 1, 24.0)]
+    trials = [finished(tmp_path, dropout, seed, fid=fid) for dropout, seed, fid in scores]
+    leaderboard, page = publish(tmp_path, trials)
+    assert (winner(leaderboard), winner(page)) == ("dropout=0.2", "dropout=0.2")
+    assert re.findall(r"^\| (\d)\. \[?dropout=(\S+) seed=(\d)", page, re.MULTILINE) == [
+        ("1", "0.2", "0"), ("1", "0.2", "1"), ("2", "0.0", "0"), ("2", "0.0", "1")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("metric", "heading"),
+    [
+        ("rmse", "RMSE"),
+        ("rate_bpd", "rate"),
+        ("distortion_bpd", "distortion"),
+        ("train_loss", "training loss"),
+    ],
+)
+def test_the_page_is_ranked_by_the_metric_of_the_sweep(tmp_path, metric, heading):
+    """By FID the order would be the other way round."""
+    trials = []
+    for dropout, fid, value in ((0.0, 1.0, 9.0), (0.2, 2.0, 8.0)):
+        own = {"loss" if metric == "train_loss" else metric: value}
+        trials.append(finished(tmp_path, dropout, 0, fid=fid, **own))
+    leaderboard, page = publish(tmp_path, trials, f"rank.metric={metric}")
+    assert winner(leaderboard) == winner(page) == "dropout=0.2"
+    assert f"ranked by {heading}" in page
+    assert re.findall(r"^\| 1\. \[?(dropout=\S+)", page, re.MULTILINE) == ["dropout=0.2"]
