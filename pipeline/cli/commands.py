@@ -104,10 +104,10 @@ def jobs(options: Any) -> int:
     if options.follow and action != "logs":
         raise ConfigError("--follow belongs to `ddpm jobs logs ID`")
     if action == "list":
-        return jobs.listing(options.address)
+        return jobs.list_jobs(options.address)
     if action == "logs":
-        return jobs.logs(names[0], options.address, options.follow)
-    return (jobs.status if action == "status" else jobs.stop)(names[0], options.address)
+        return jobs.show_log(names[0], options.address, options.follow)
+    return (jobs.show_status if action == "status" else jobs.stop)(names[0], options.address)
 
 
 def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:

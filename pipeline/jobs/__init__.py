@@ -1,8 +1,8 @@
 """The same command line as a Ray job on a cluster, and the cluster's jobs.
 
-Code and configurations travel, data never (`luggage`). Only `service` and `shown` know Ray.
+Code and configurations travel, data never (`package`). Only `client` knows Ray.
 """
 
-from pipeline.jobs.commands import listing, logs, status, stop, submit
+from pipeline.jobs.commands import list_jobs, show_log, show_status, stop, submit
 
-__all__ = ["listing", "logs", "status", "stop", "submit"]
+__all__ = ["list_jobs", "show_log", "show_status", "stop", "submit"]

@@ -1,20 +1,24 @@
-"""`ddpm submit` and `ddpm jobs`."""
+"""`ddpm submit` and `ddpm jobs`: each function is one command and returns its exit code."""
 
 from __future__ import annotations
 
 import re
 import shlex
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
 from pipeline.config import ClusterConfig
 from pipeline.console import say
-from pipeline.engine.provenance import commit
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.jobs import shown
-from pipeline.jobs.luggage import check_places, packed
-from pipeline.jobs.service import Service
+from pipeline.jobs.client import Cluster, check_versions, connect, follow_log
+from pipeline.jobs.format import describe_end, format_job, format_jobs
+from pipeline.jobs.package import check_paths, pack
+
+# How long a stopped job may take to reach a safe point and write its checkpoint before it is killed; Ray's 3
+# seconds are less than many a training step.
+STOP_SECONDS = 300
 
 
 def submit(
@@ -25,81 +29,83 @@ def submit(
     name: str,
     follow: bool,
 ) -> int:
-    """Send the command `words` as a job and return an exit code: with `follow` the job's own.
+    """Send the command `words` as a job and, with `follow`, write its log and end as it ends.
 
     words: a command line without the program's name, whose configuration was checked; relative: its paths that
     would mean another place on the cluster. Raises ConfigError, PipelineError before anything is sent.
     """
-    check_places(relative, cluster)
-    name = name or _name(words)
+    from pipeline.engine.provenance import commit
+
+    check_paths(relative, cluster)
+    if not name:  # 'run-cifar10-20260131-235959'
+        named = [Path(word).stem for word in words[:2] if not word.startswith("-") and "=" not in word]
+        name = "-".join([*named, datetime.now().strftime("%Y%m%d-%H%M%S")])
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ConfigError(f"--id {name} names a file: letters, digits, '.', '_' and '-' only")
-    service = Service(address)
-    for difference in service.differences():
-        say(difference)
-    with packed(words, commit()) as luggage:
-        service.submit(name, luggage, shlex.join(["ddpm", *words]))
-    say(f"submitted to {service.shown} as {name} ({luggage.bytes / 1e6:.1f} MB of code and configurations)")
+    with pack(words, commit()) as package, connect(address, name) as there:
+        for difference in check_versions(there):
+            say(difference)
+        there.client.submit_job(
+            entrypoint=package.entrypoint,
+            submission_id=name,
+            runtime_env={
+                "working_dir": str(package.folder),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+            },
+            metadata={"command": shlex.join(["ddpm", *words])},
+        )
+    say(f"submitted to {there.name} as {name} ({package.bytes / 1e6:.1f} MB of code and configurations)")
     if follow:
-        say(f"Ctrl-C leaves it running; {_how_to_stop(service, name)}")
-        return _follow(service, name)
-    say(f"follow it with `ddpm jobs logs {name} --follow{service.hint}`, {_how_to_stop(service, name)}")
+        say("Ctrl-C leaves it running")
+        return show_log(name, address, follow=True)
+    say(f"follow it with `ddpm jobs logs {name} --follow{there.option}`, {_stop_hint(name, there)}")
     return 0
 
 
-def _name(words: list[str]) -> str:
-    """A job's name from its command and the time: 'run-cifar10-20260131-235959'."""
-    named = [Path(word).stem for word in words[:2] if not word.startswith("-") and "=" not in word]
-    return "-".join([*named, datetime.now().strftime("%Y%m%d-%H%M%S")])
+def list_jobs(address: str | None) -> int:
+    """Print the jobs that were submitted to the cluster, oldest first."""
+    with connect(address) as there:
+        jobs = [job for job in there.client.list_jobs() if job.type == "SUBMISSION"]
+    jobs.sort(key=lambda job: job.start_time or 0)
+    print(format_jobs(jobs) if jobs else f"no jobs on {there.name} yet; `ddpm submit -- run` makes one")
+    return 0
 
 
-def _how_to_stop(service: Service, name: str) -> str:
-    return f"stop it with `ddpm jobs stop {name}{service.hint}`"
-
-
-def _follow(service: Service, name: str) -> int:
-    """Write the job's log until it ends; returns its exit code. Ctrl-C leaves the job alone."""
-    try:
-        job = service.follow(name, _write)
-    except KeyboardInterrupt:
-        print(f"\nthe job goes on; {_how_to_stop(service, name)}", file=sys.stderr)
-        return 130
-    code, what = shown.outcome(job)
-    say(f"job {name}: {what}")
+def show_log(name: str, address: str | None, follow: bool) -> int:
+    """Print a job's log, with `follow` until it ends; its exit code then is this one. Ctrl-C leaves it alone."""
+    with connect(address, name) as there:
+        if not follow:
+            print(there.client.get_job_logs(name), end="")
+            return 0
+        try:
+            code, end = describe_end(follow_log(there, name))
+        except KeyboardInterrupt:
+            print(f"\nthe job goes on; {_stop_hint(name, there)}", file=sys.stderr)
+            return 130
+    say(f"job {name}: {end}")
     return code
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def listing(address: str | None) -> int:
-    service = Service(address)
-    jobs = service.all()
-    print(shown.table(jobs) if jobs else f"no jobs on {service.shown} yet; `ddpm submit -- run` makes one")
-    return 0
-
-
-def logs(name: str, address: str | None, follow: bool) -> int:
-    service = Service(address)
-    if follow:
-        return _follow(service, name)
-    _write(service.log(name))
-    return 0
-
-
-def status(name: str, address: str | None) -> int:
-    print(shown.details(Service(address).job(name)))
+def show_status(name: str, address: str | None) -> int:
+    """Print the facts of one job."""
+    with connect(address, name) as there:
+        print(format_job(there.client.get_job_info(name)))
     return 0
 
 
 def stop(name: str, address: str | None) -> int:
-    """Wait for the job to reach a safe point; a job that ended before is not an error."""
-    service = Service(address)
-    before = service.job(name)
-    if before.status.is_terminal():
-        raise PipelineError(f"job {name} runs no more: {shown.outcome(before)[1]}")
-    say(f"{name}: stopping at the next safe point")
-    say(f"{name}: {shown.outcome(service.stop(name))[1]}")
+    """Stop a job and wait until it has reached a safe point. Raises PipelineError where it ended before."""
+    with connect(address, name) as there:
+        job = there.client.get_job_info(name)
+        if job.status.is_terminal():
+            raise PipelineError(f"job {name} runs no more: {describe_end(job)[1]}")
+        say(f"{name}: stopping at the next safe point")
+        there.client.stop_job(name)
+        while not (job := there.client.get_job_info(name)).status.is_terminal():
+            time.sleep(0.5)
+    say(f"{name}: {describe_end(job)[1]}")
     return 0
+
+
+def _stop_hint(name: str, there: Cluster) -> str:
+    return f"stop it with `ddpm jobs stop {name}{there.option}`"

@@ -9,7 +9,6 @@ import threading
 import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ray
@@ -18,7 +17,7 @@ from ray.job_submission import JobDetails
 from pipeline import config
 from pipeline.cli.program import _parsed, main
 from pipeline.errors import ConfigError
-from pipeline.jobs import luggage, service, shown
+from pipeline.jobs import client, format, package
 
 ROOT = Path(__file__).parents[3]
 HERE = "cluster.storage=/data/runs"
@@ -28,9 +27,8 @@ HERE = "cluster.storage=/data/runs"
 def nowhere(monkeypatch):
     """No test reaches a cluster that happens to run on this machine, nor a person's token."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
 
 
 # Refused before anything is sent
@@ -118,7 +116,7 @@ def test_the_address(monkeypatch, given, variables, address):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert service.resolve_address(given) == address
+    assert client.resolve_address(given) == address
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head:10001"])
@@ -126,7 +124,7 @@ def test_an_address_that_is_none_for_jobs(monkeypatch, address):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match="is no web address"):
-        service.resolve_address(None)
+        client.resolve_address(None)
 
 
 # What is sent
@@ -150,7 +148,7 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     Path("conf/own.yaml").write_text("base: digits\n")
-    with luggage.packed(["run", "own"], "abc") as packed:
+    with package.pack(["run", "own"], "abc") as packed:
         sent = files_of(packed.folder)
         assert packed.bytes == sum((packed.folder / name).stat().st_size for name in sent)
     code = {
@@ -168,14 +166,15 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
 
 def test_what_python_and_editors_leave_beside_the_code_stays_here(tmp_path, monkeypatch):
     for name in ("__init__.py", "__pycache__/a.pyc", ".swp/a", "inner/__pycache__/a.pyc", "inner/b.py"):
-        (tmp_path / "ddpm" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "ddpm" / name).touch()
-    monkeypatch.setattr(luggage, "ddpm", SimpleNamespace(__file__=str(tmp_path / "ddpm" / "__init__.py")))
-    with luggage.packed(["run"], None) as packed:
+        for code in ("ddpm", "pipeline"):
+            (tmp_path / code / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / code / name).touch()
+    monkeypatch.setattr(package, "CODE", tmp_path)
+    with package.pack(["run"], None) as packed:
         assert files_of(packed.folder / "ddpm") == {"__init__.py", "inner/b.py"}
 
 
-def seen_by_the_job(packed: luggage.Luggage) -> tuple[str, str]:
+def seen_by_the_job(packed: package.Package) -> tuple[str, str]:
     """The experiment and the commit that the code in the luggage finds there."""
     code = (
         "import sys; from pipeline import config; from pipeline.engine import provenance; print(provenance.commit()); "
@@ -200,7 +199,7 @@ def test_names_and_paths_mean_there_what_they_mean_here(tmp_path, monkeypatch):
     Path("study/mine.yaml").write_text("base: beside\ntrain:\n  batch_size: 13\n")
     here = config.to_yaml(config.load_experiment("study/mine.yaml", []))
     assert "seed: 7" in here and "steps: 11" in here and "batch_size: 13" in here
-    with luggage.packed(["run", "study/mine.yaml"], "0123abc+") as packed:
+    with package.pack(["run", "study/mine.yaml"], "0123abc+") as packed:
         words = shlex.split(packed.entrypoint)
         assert words[:5] == ["exec", "python", "-m", "pipeline", "run"]
         assert words[-1] == "cluster.ray_address=auto"
@@ -211,7 +210,7 @@ def test_a_cluster_by_path_travels_with_the_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("base: local\n")
     for words in (["run", "--cluster", "mine.yaml"], ["run", "--cluster=mine.yaml"]):
-        with luggage.packed(words, None) as packed:
+        with package.pack(words, None) as packed:
             (name,) = (word.split("=")[-1] for word in shlex.split(packed.entrypoint) if "mine.yaml" in word)
             assert (packed.folder / name).read_text() == "base: local\n"
 
@@ -219,8 +218,8 @@ def test_a_cluster_by_path_travels_with_the_option(tmp_path, monkeypatch):
 def test_what_is_too_big_for_code_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("conf").mkdir()
-    Path("conf/huge.yaml").write_text("#" * (luggage.LIMIT + 1))
-    with pytest.raises(ConfigError, match=r"the largest is conf/huge\.yaml"), luggage.packed(["run"], None):
+    Path("conf/huge.yaml").write_text("#" * (package.LIMIT + 1))
+    with pytest.raises(ConfigError, match=r"conf/huge\.yaml has 4\.0 MB"), package.pack(["run"], None):
         pass
 
 
@@ -282,15 +281,15 @@ def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, says, messag
         http.shutdown()
     error = capsys.readouterr().err
     assert message in error and address in error
-    assert len(error.splitlines()) == 1 and "a-token" not in error
+    assert len(error.splitlines()) == 1
     assert http.asked and all(line.startswith("GET /api/v") for line in http.asked)
-    assert all(line.endswith("Bearer a-token") for line in http.asked)
 
 
 def test_another_version_that_works_is_said():
     http = server(answers("2.51.0", python="3.12.1"))
     try:
-        lines = service.Service(f"127.0.0.1:{http.server_port}").differences()
+        with client.connect(f"127.0.0.1:{http.server_port}") as cluster:
+            lines = client.check_versions(cluster)
     finally:
         http.shutdown()
     assert "runs Ray 2.51.0" in lines[0] and "runs Python 3.12.1" in lines[1]
@@ -298,31 +297,52 @@ def test_another_version_that_works_is_said():
 
 def test_the_oldest_versions_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == ">={}.{}".format(*service.OLDEST_PYTHON)
-    assert "ray[default,train,tune]>={}.{}".format(*service.OLDEST_RAY) in project["dependencies"]
+    assert project["requires-python"] == f">={client.OLDEST['Python']}"
+    assert f"ray[default,train,tune]>={client.OLDEST['Ray']}" in project["dependencies"]
 
 
-def test_the_token_is_found_where_ray_finds_it(monkeypatch, tmp_path):
-    assert service._token() == "a-token"
-    monkeypatch.delenv("RAY_AUTH_TOKEN")
+@pytest.mark.parametrize(
+    ("variables", "sent"),
+    [
+        ({"RAY_AUTH_TOKEN": "a-token"}, "Bearer a-token"),
+        ({"RAY_AUTH_TOKEN_PATH": "token"}, "Bearer from-a-file"),
+        ({"RAY_AUTH_TOKEN": "a-token", "RAY_AUTH_MODE": "disabled"}, "None"),
+    ],
+)
+def test_ray_finds_the_token_and_sends_it(tmp_path, variables, sent):
+    """In a process of its own: Ray reads these when it is imported."""
     (tmp_path / "token").write_text("from-a-file\n")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert service._token() == "from-a-file"
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert service._token() is None
+    http = server(answers())
+    address = f"127.0.0.1:{http.server_port}"
+    words = [sys.executable, "-m", "pipeline", "jobs", "--address", address]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    try:
+        outcome = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    finally:
+        http.shutdown()
+    assert http.asked and all(line.endswith(sent) for line in http.asked)
+    assert "a-token" not in outcome.stdout + outcome.stderr
 
 
 # A log that breaks off, and how a job ended
 
 
-def test_a_log_that_comes_again_is_written_once():
-    written: list[str] = []
-    reader = service._Reader(written.append)
-    for seen in (["one\n", "two\n"], ["one\ntwo\nthr"], ["one\ntwo\nthree\n", "four\n"]):
-        reader.seen = 0
-        for text in seen:
-            reader.take(text)
-    assert "".join(written) == "one\ntwo\nthree\nfour\n"
+def test_a_log_that_breaks_off_comes_again_and_is_written_once(capsys, monkeypatch):
+    connections = iter((["one\n", "two\n"], ["one\ntwo\nthr"], ["one\ntwo\nthree\n", "four\n"]))
+
+    class Log:
+        async def tail_job_logs(self, name):
+            for text in (texts := next(connections)):
+                yield text
+            if "four\n" not in texts:
+                raise RuntimeError("the connection is lost")
+
+        def get_job_info(self, name):
+            return JobDetails(type="SUBMISSION", status="SUCCEEDED", entrypoint="x")
+
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    assert client.follow_log(client.Cluster(Log(), "http://head", ""), "a").status == "SUCCEEDED"
+    assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
 
 
 @pytest.mark.parametrize(
@@ -346,8 +366,8 @@ def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
         driver_exit_code=exit_code,
         message="Oh.\nthe node died",
     )
-    assert shown.outcome(job)[0] == code
-    assert words in shown.outcome(job)[1]
+    assert format.describe_end(job)[0] == code
+    assert words in format.describe_end(job)[1]
 
 
 def test_the_table_shows_brackets_as_they_were_typed():
@@ -355,7 +375,7 @@ def test_the_table_shows_brackets_as_they_were_typed():
         type="SUBMISSION", status="RUNNING", submission_id="a", entrypoint="exec x", start_time=1000,
         metadata={"command": "ddpm run digits evaluate.metrics=[nll]"},
     )  # fmt: skip
-    assert "evaluate.metrics=[nll]" in shown.table([job])
+    assert "evaluate.metrics=[nll]" in format.format_jobs([job])
 
 
 @pytest.mark.parametrize(
