@@ -14,7 +14,7 @@ from pipeline.compute.work import local_context
 from pipeline.stages import shard
 from pipeline.stages.train import Order, batch_slice
 from pipeline.store import tars
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 BATCH = 128
 
@@ -38,7 +38,7 @@ def run(settings: Settings) -> Outcome:
     return outcome
 
 
-def _shard(experiment: Any, run: Run) -> float:
+def _shard(experiment: Any, run: Place) -> float:
     """Seconds of all work units, one after the other, and the manifest."""
     began, context = time.perf_counter(), local_context(1)
     for units in shard.work(experiment, run):
@@ -47,7 +47,7 @@ def _shard(experiment: Any, run: Run) -> float:
     return time.perf_counter() - began
 
 
-def _loaded(run: Run) -> tuple[Callable[[], Any], float]:
+def _loaded(run: Place) -> tuple[Callable[[], Any], float]:
     """A function that gives the next shuffled batch, and the seconds that the first one waits for."""
     began = time.perf_counter()
     images = torch.from_numpy(tars.load_images(run.data, "train")[0])
@@ -62,7 +62,7 @@ def _loaded(run: Run) -> tuple[Callable[[], Any], float]:
     return batch, seconds
 
 
-def _webdataset(run: Run) -> Callable[[], Any]:
+def _webdataset(run: Place) -> Callable[[], Any]:
     """Shards from disk (its cache is warm), decoded and shuffled in this process."""
     import webdataset
 

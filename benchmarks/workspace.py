@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.harness import Settings
 from pipeline.config import Experiment, load_experiment
 from pipeline.engine.execute import locate
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Workspace:
     def experiment(self, *overrides: str) -> Experiment:
         return load_experiment("cifar10", [*self.overrides, *overrides])
 
-    def run_of(self, experiment: Experiment) -> Run:
+    def run_of(self, experiment: Experiment) -> Place:
         return locate(experiment, self.root)
 
 

@@ -1,5 +1,6 @@
 """What every test shares: one thread, and the smallest experiment that is still the real pipeline."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from pipeline import config
 from pipeline.compute.work import InProcess, WorkerContext
 from pipeline.engine.execute import locate
 from pipeline.stages import shard
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 # A network of a few thousand parameters on the digits; every stage is the real one.
 UNNAMED = [
@@ -58,6 +59,12 @@ def assert_refused_by_name(network, settings, image_size: int, key: str) -> None
         network(settings, image_size, 3, 3)
 
 
+def renamed(run: Place, ending: str) -> Place:
+    """The same experiment in another run directory."""
+    experiment = run.experiment
+    return dataclasses.replace(run, experiment=dataclasses.replace(experiment, name=experiment.name + ending))
+
+
 def one_cpu() -> InProcess:
     return InProcess(WorkerContext(torch.device("cpu"), cpus=1))
 
@@ -78,7 +85,7 @@ def sharded_storage(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Run]:
+def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Place]:
     """The tiny experiment under a name of its own, so that no test sees another's run directory."""
     experiment = tiny_experiment(f"name={request.node.name.translate({ord('['): '-', ord(']'): None})}")
     run = locate(experiment, sharded_storage)
@@ -87,7 +94,7 @@ def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Run]:
 
 
 @pytest.fixture
-def sampled(tiny_run) -> tuple[config.Experiment, Run]:
+def sampled(tiny_run) -> tuple[config.Experiment, Place]:
     """The tiny run with an untrained network and its twelve samples."""
     from staged import run_stage, with_weights  # beside the tests that ask for this
 

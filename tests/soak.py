@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipeline.store.run import sha256_of
+from pipeline.store.files import sha256_of
 
 STEPS = 1000
 EXPERIMENT = [

@@ -6,7 +6,7 @@ from conftest import one_cpu
 
 from pipeline.stages import evaluate
 from pipeline.store import checkpoint
-from pipeline.store.run import read_json
+from pipeline.store.files import read_json
 
 
 def with_weights(experiment, run, scale=1.0):
@@ -15,7 +15,7 @@ def with_weights(experiment, run, scale=1.0):
     tensors = checkpoint.new_network(experiment).state_dict()
     tensors["conv_out.weight"] *= 1e5 * scale
     raw = {f"net.{name}": tensor for name, tensor in tensors.items()}
-    checkpoint.save(run.step_dir(experiment.train.steps), raw, tensors, experiment.train.steps)
+    checkpoint.save(run.step_folder(experiment.train.steps), raw, tensors, experiment.train.steps)
     checkpoint.load_network.cache_clear()
 
 

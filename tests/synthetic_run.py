@@ -13,9 +13,9 @@ from PIL import Image
 
 from pipeline import config
 from pipeline.config import Experiment
+from pipeline.store import files as rundir
 from pipeline.store import keys
-from pipeline.store import run as rundir
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 BEGAN = 1_700_000_000_000  # Unix milliseconds
 
@@ -24,7 +24,7 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
     """(experiment, run) with everything from the data's manifest to the figures."""
     experiment = config.load_experiment(name, list(overrides))
     data_key = keys.data_key(experiment, "synthetic")
-    run = Run(storage, experiment.name, experiment.data.source, data_key, keys.run_key(experiment, data_key))
+    run = Place(storage, experiment, data_key, keys.run_key(experiment, data_key))
     write_experiment(experiment, run)
     write_data(run, experiment)
     write_log(run, 0, experiment.train.steps, experiment.train.log_every)
@@ -33,12 +33,12 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
         write_grid(run.grids / f"{step:08d}.png", experiment)
     if scores:
         write_samples(experiment, run)
-        write_scores(run.evaluation(keys.evaluate_key(experiment, run.run_key)), experiment)
+        write_scores(run.of(experiment).scores, experiment)
         write_figures(experiment, run)
     return experiment, run
 
 
-def write_experiment(experiment: Experiment, run: Run) -> None:
+def write_experiment(experiment: Experiment, run: Place) -> None:
     made_with = {
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "versions": {"torch": "2.9", "ray": "2.50"},
@@ -48,7 +48,7 @@ def write_experiment(experiment: Experiment, run: Run) -> None:
     rundir.write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))
 
 
-def write_data(run: Run, experiment: Experiment) -> None:
+def write_data(run: Place, experiment: Experiment) -> None:
     run.data.mkdir(parents=True, exist_ok=True)
     (run.data / "train-00000.tar").write_bytes(b"images")
     splits = {
@@ -60,7 +60,7 @@ def write_data(run: Run, experiment: Experiment) -> None:
     rundir.write_manifest(run.data, ["train-00000.tar"], splits=splits, fingerprint="synthetic", **facts)
 
 
-def write_log(run: Run, start: int, stop: int, every: int) -> None:
+def write_log(run: Place, start: int, stop: int, every: int) -> None:
     """Points after `start` up to `stop`, appended as the train stage appends them."""
     run.path.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(start)
@@ -75,9 +75,9 @@ def write_log(run: Run, start: int, stop: int, every: int) -> None:
             file.write(json.dumps({"step": step, "time": BEGAN + 85 * step, "metrics": metrics}) + "\n")
 
 
-def write_checkpoint(run: Run, step: int) -> None:
+def write_checkpoint(run: Place, step: int) -> None:
     files = {"ema.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
-    rundir.write_json(run.step_dir(step) / "meta.json", {"step": step, "files": files})
+    rundir.write_json(run.step_folder(step) / "meta.json", {"step": step, "files": files})
 
 
 def write_grid(path: Path, experiment: Experiment, side: int = 8) -> None:
@@ -87,12 +87,12 @@ def write_grid(path: Path, experiment: Experiment, side: int = 8) -> None:
         Image.fromarray(pixels if data.channels == 3 else pixels[..., 0]).save(temporary, format="PNG")
 
 
-def write_samples(experiment: Experiment, run: Run) -> None:
-    write_grid(run.samples(keys.sample_key(experiment, run.run_key)) / "grid.png", experiment, 10)
+def write_samples(experiment: Experiment, run: Place) -> None:
+    write_grid(run.of(experiment).samples_grid, experiment, 10)
 
 
-def write_figures(experiment: Experiment, run: Run) -> None:
-    folder = run.figures(keys.figures_key(experiment, run.run_key))
+def write_figures(experiment: Experiment, run: Place) -> None:
+    folder = run.of(experiment).figures
     for name in ("samples", "progressive"):
         write_grid(folder / f"{name}.png", experiment)
     captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}

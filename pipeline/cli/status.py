@@ -17,7 +17,7 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.store import checkpoint
-from pipeline.store.run import read_json
+from pipeline.store.files import read_json
 
 
 def table(root: Path) -> str:

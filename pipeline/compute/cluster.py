@@ -23,7 +23,8 @@ from torch import nn
 from pipeline.compute.work import GIB, Done, Spent, Unit, WorkerContext, local_context
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
-from pipeline.store.run import Run, write_text
+from pipeline.store.files import write_text
+from pipeline.store.run import Place
 
 POLL_SECONDS = 0.5
 
@@ -170,10 +171,10 @@ class Session:
 
     # Training
 
-    def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:
+    def run_workers(self, body: Callable[..., None], experiment: Any, run: Place) -> None:
         """Train with DDP. A lost worker restarts the group from the newest checkpoint on disk, up to
         `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
-        failure = run.path / ".failure"
+        failure = run.failure
         failure.unlink(missing_ok=True)
         shutil.rmtree(run.ray, ignore_errors=True)
         error = off_the_main_thread(lambda: self._trainer(body, experiment, run, failure).fit(), "ray-train")
@@ -185,7 +186,7 @@ class Session:
             why = _why_it_ended(error, self.cluster.retries)
             raise PipelineError(f"{why}; the same command goes on from the newest checkpoint") from error
 
-    def _trainer(self, body: Callable[..., None], experiment: Any, run: Run, failure: Path) -> Any:
+    def _trainer(self, body: Callable[..., None], experiment: Any, run: Place, failure: Path) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -326,7 +327,7 @@ def _result(reference: Any, unit: Unit) -> float:
         ) from error
 
 
-def release(run: Run) -> None:
+def release(run: Place) -> None:
     """Give back what a run's last training group may still hold. Ray does so itself, unless memory ran out and
     took the group's keepers with it; then other trials would wait for those CPUs for ever."""
     from ray import PlacementGroupID
@@ -337,7 +338,7 @@ def release(run: Run) -> None:
         _group_file(run).unlink()
 
 
-def _group_file(run: Run) -> Path:
+def _group_file(run: Place) -> Path:
     return run.path / ".placement-group"
 
 

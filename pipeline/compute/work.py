@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 NO_LIMIT = 2**62
 GIB = 2**30
@@ -107,7 +107,7 @@ class Executor(Protocol):
         """How many units can be under way while `run_workers` is, without taking anything from it."""
         ...
 
-    def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None: ...
+    def run_workers(self, body: Callable[..., None], experiment: Any, run: Place) -> None: ...
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None: ...
 
@@ -127,7 +127,7 @@ class InProcess:
         self.context, self.interrupted, self.spent = context, interrupted, Spent()
         torch.set_num_threads(self.context.cpus)
 
-    def run_workers(self, body: Callable[..., None], experiment: Any, run: Run) -> None:
+    def run_workers(self, body: Callable[..., None], experiment: Any, run: Place) -> None:
         body(self.context, experiment, run)
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None:

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddpm.networks import NETWORKS
 from pipeline.config.checks import suggestion
+from pipeline.config.neutral import add_neutral_values
 from pipeline.config.sections import SPLITS, ClusterConfig, Experiment
 from pipeline.errors import ConfigError
 
@@ -200,6 +201,7 @@ def load_experiment(name: str, overrides: list[str]) -> Experiment:
     written = _read(path)
     tree = _plain(_with_overrides(written, overrides))
     tree.setdefault("name", path.stem)
+    add_neutral_values(tree)
     faults: list[str] = []
     sections = _sections(tree, _plain(written), faults)
     if type(tree.get("seed")) is not int:  # true and false are integers, but no seeds

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddpm.images import grid
-from pipeline.store.run import atomic_file
+from pipeline.store.files import atomic_file
 
 CELL_PIXELS = 64  # smaller images are enlarged
 

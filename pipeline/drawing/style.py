@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.store.run import atomic_file
+from pipeline.store.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

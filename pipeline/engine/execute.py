@@ -22,17 +22,8 @@ from pipeline.engine.provenance import commit, made_with
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import select
 from pipeline.store import keys, selection
-from pipeline.store.run import (
-    STAGES,
-    Run,
-    commits_by_stage,
-    exclusive,
-    read_json,
-    remove_leftovers,
-    seconds_by_stage,
-    write_json,
-    write_text,
-)
+from pipeline.store.files import exclusive, read_json, remove_leftovers, write_json, write_text
+from pipeline.store.run import STAGES, Place, fingerprints_json
 
 if TYPE_CHECKING:
     from pipeline.compute.cluster import Session
@@ -70,16 +61,16 @@ def _check_files(experiment: Experiment) -> None:
         raise ConfigError(missing)
 
 
-def locate(experiment: Experiment, root: Path) -> Run:
+def locate(experiment: Experiment, root: Path) -> Place:
     """The run that `experiment` means. Reads the data source's fingerprint; raises ConfigError where a file that
     the experiment names is missing."""
     _check_files(experiment)
-    fingerprint = sources.fingerprint(experiment.data, root / "data" / "fingerprints.json")
+    fingerprint = sources.fingerprint(experiment.data, fingerprints_json(root))
     data_key = keys.data_key(experiment, fingerprint)
-    return Run(root, experiment.name, experiment.data.source, data_key, keys.run_key(experiment, data_key))
+    return Place(root, experiment, data_key, keys.run_key(experiment, data_key))
 
 
-def pending(experiment: Experiment, run: Run, last: str) -> list[str]:
+def pending(experiment: Experiment, run: Place, last: str) -> list[str]:
     """The stages that `last` needs, itself included, that still have work, in order.
 
     As long as a choice among checkpoints is to be made, so is everything after it: nobody knows yet of which.
@@ -106,7 +97,7 @@ def _wanted(experiment: Experiment, last: str) -> list[str]:
     return [s for s in (STAGES if last == "report" else (*BEFORE[last], last)) if s not in needless]
 
 
-def subjects(stage: str, experiment: Experiment, run: Run) -> list[Experiment]:
+def subjects(stage: str, experiment: Experiment, run: Place) -> list[Experiment]:
     """What a stage works on: the experiment; after the choice, with the checkpoint that was chosen."""
     if stage in ("shard", "train", "select"):
         return [experiment]
@@ -120,7 +111,7 @@ def check(experiment: Experiment, cluster: ClusterConfig) -> None:
     _module("train").check_workers(experiment.train, cluster.workers or 1)
 
 
-def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Run:
+def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
     """Bring the run up to date, `last` included. Raises Interrupted, PipelineError."""
     root = storage_root(cluster)
     run = locate(experiment, root)
@@ -142,7 +133,7 @@ def execute_within(
     interrupted: Callable[[], bool],
     experiment: Experiment,
     cluster: ClusterConfig,
-    run: Run,
+    run: Place,
     last: str,
     asked: Experiment | None = None,
 ) -> None:
@@ -164,7 +155,7 @@ def execute_within(
             work.do_all(todo, last)
 
 
-def _say_plan(run: Run, todo: list[str], last: str) -> None:
+def _say_plan(run: Place, todo: list[str], last: str) -> None:
     if not todo:
         say(f"{run.path.name}: everything up to date, '{last}' included")
     else:
@@ -188,7 +179,7 @@ def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStac
 class _Work:
     """One command's work: the executor and the mirror, started when first needed, and the way out."""
 
-    def __init__(self, experiment: Experiment, cluster: ClusterConfig, run: Run):
+    def __init__(self, experiment: Experiment, cluster: ClusterConfig, run: Place):
         self.experiment, self.cluster, self.run = experiment, cluster, run
         self.interrupt = Interrupt(run.stop_file)
         self.interrupted = self.interrupt.requested
@@ -301,7 +292,7 @@ class _Work:
             raise Interrupted
 
 
-def _show_progress(shown: Any, run: Run, start: int, steps: int) -> None:
+def _show_progress(shown: Any, run: Place, start: int, steps: int) -> None:
     from pipeline.stages.train import progress
 
     step, loss = progress(run)
@@ -309,31 +300,31 @@ def _show_progress(shown: Any, run: Run, start: int, steps: int) -> None:
         shown.update(step, "" if loss is None else f"loss {loss:.4f}")
 
 
-def _write_experiment(experiment: Experiment, run: Run) -> None:
+def _write_experiment(experiment: Experiment, run: Place) -> None:
     """The resolved configuration, with what it was made with: the record that a run directory opens with."""
     write_text(
         run.experiment_yaml, config.to_yaml(experiment, made_with={**made_with(), "data_key": run.data_key})
     )
 
 
-def _note_commit(run: Run, stage: str) -> None:
+def _note_commit(run: Place, stage: str) -> None:
     """The code that begins on a stage; training may go on with other code than it began with."""
-    commits, here = commits_by_stage(run), commit()
+    commits, here = run.commits_by_stage(), commit()
     if here is not None and here not in commits.setdefault(stage, []):
         commits[stage].append(here)
-        write_json(run.commits, commits)
+        write_json(run.commits_json, commits)
 
 
-def _note_timing(run: Run, stage: str, seconds: float) -> None:
+def _note_timing(run: Place, stage: str, seconds: float) -> None:
     """Seconds that each stage took, summed over the commands that worked on it."""
-    timings = seconds_by_stage(run)
-    write_json(run.timings, {**timings, stage: timings.get(stage, 0.0) + seconds})
+    timings = run.seconds_by_stage()
+    write_json(run.timings_json, {**timings, stage: timings.get(stage, 0.0) + seconds})
 
 
-def _note_spent(run: Run, experiment: Experiment, spent: Spent) -> None:
+def _note_spent(run: Place, experiment: Experiment, spent: Spent) -> None:
     """Images and worker seconds by kind of unit and by the length of the sampling chain, summed over commands;
     `spent` starts again from nothing."""
-    path = run.path / "spent.json"
+    path = run.spent_json
     noted = read_json(path) if path.exists() else {}
     chain = str(experiment.sample.steps or experiment.diffusion.timesteps)
     for kind, new in spent.by_kind.items():
@@ -343,7 +334,7 @@ def _note_spent(run: Run, experiment: Experiment, spent: Spent) -> None:
     write_json(path, noted)
 
 
-def whereabouts(run: Run, cluster: ClusterConfig) -> list[tuple[str, str]]:
+def whereabouts(run: Place, cluster: ClusterConfig) -> list[tuple[str, str]]:
     """What a command ends by naming."""
     from pipeline import tracking
 
@@ -364,7 +355,7 @@ def sync(name: str, cluster: ClusterConfig) -> str:
         return tracking.sync(uri, experiment.name, experiment, run)
 
 
-def opened(path: Path) -> tuple[Experiment, Run]:
+def opened(path: Path) -> tuple[Experiment, Place]:
     """What a run directory is of, as the last command on it had it."""
     try:
         experiment = config.load_experiment(str(path / "experiment.yaml"), [])
@@ -373,7 +364,7 @@ def opened(path: Path) -> tuple[Experiment, Run]:
     _check_files(experiment)
     data_key = config.made_with(path / "experiment.yaml")["data_key"]  # the data itself may be elsewhere
     key = keys.run_key(experiment, data_key)
-    return experiment, Run(path.parent, experiment.name, experiment.data.source, data_key, key)
+    return experiment, Place(path.parent, experiment, data_key, key)
 
 
 def run_directories(name: str, root: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from pipeline.compute.work import GIB
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 FLOAT = 4  # bytes
 MEMBERS = 1536  # bytes of a tar that an image takes beside its PNG: headers and padding
@@ -69,7 +69,7 @@ def _images(experiment: Experiment) -> int:
     return experiment.sample.num_images + few
 
 
-def check(experiment: Experiment, run: Run) -> str:
+def check(experiment: Experiment, run: Place) -> str:
     """What the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
     wanted = needs(experiment)
     left, free = max(0, wanted.disk - _bytes_below(run.path)), shutil.disk_usage(run.storage).free

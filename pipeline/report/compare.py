@@ -21,8 +21,9 @@ from pipeline.report.scores import PROTOCOL, plain, useless_ones
 from pipeline.report.web import to_html
 from pipeline.scores.metrics import FIRM, METRICS, Metric
 from pipeline.scores.ranking import Group, describe_objective, format_winner, rank_runs
+from pipeline.store.files import atomic_directory, write_manifest
 from pipeline.store.keys import hash_of
-from pipeline.store.run import Run, atomic_directory, write_manifest
+from pipeline.store.run import Place
 
 MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
 # What says nothing of a number: names, places, and how often something is kept or shown.
@@ -34,7 +35,7 @@ NOT_COMPARED = (
 __all__ = ["Entry", "entries_of", "place", "write"]
 
 
-def entries_of(runs: Iterable[tuple[Experiment, Run]]) -> list[Entry]:
+def entries_of(runs: Iterable[tuple[Experiment, Place]]) -> list[Entry]:
     """Runs under their own names, with whatever differs between their experiments as what is swept."""
     found = list(runs)
     flat = [_flat(config.to_dict(experiment)) for experiment, _ in found]

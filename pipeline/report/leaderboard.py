@@ -13,7 +13,7 @@ from pipeline.report.source import Source
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import Group, describe_objective
 from pipeline.store import selection
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 UNSAID = ("rounding", "reference_images")  # always the same, or said by the others
 
@@ -24,7 +24,7 @@ class Entry:
 
     label: str
     experiment: Experiment
-    run: Run
+    run: Place
     swept: dict[str, Any]
 
     @cached_property
@@ -35,7 +35,7 @@ class Entry:
 
     @property
     def data(self) -> str:
-        return f"{self.run.source} {self.run.data_key}"
+        return f"{self.run.experiment.data.source} {self.run.data_key}"
 
     @cached_property
     def scores(self) -> dict[str, float]:

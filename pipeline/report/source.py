@@ -13,7 +13,8 @@ import yaml
 from pipeline.config import Experiment
 from pipeline.report.page import Block, Text
 from pipeline.store import keys, selection
-from pipeline.store.run import MANIFEST, Run, commits_by_stage, read_json, seconds_by_stage, sha256_of
+from pipeline.store.files import MANIFEST, read_json, sha256_of
+from pipeline.store.run import Place
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,21 @@ class Source:
     """The files that a report is made of, those that are there."""
 
     experiment: Experiment
-    run: Run
+    run: Place
 
     @cached_property
     def files(self) -> dict[str, Path]:
         e, run = self.experiment, self.run
-        evaluation = run.evaluation(keys.evaluate_key(e, run.run_key))
+        evaluation = run.of(e).scores
         found = {
             "experiment": run.experiment_yaml,
             "log": run.log,
             "data": run.data / MANIFEST,
-            "grid": run.samples(keys.sample_key(e, run.run_key)) / "grid.png",
+            "grid": run.of(e).samples_grid,
             "metrics": evaluation / "metrics.json",
             "nll": evaluation / "nll.json",
-            "figures": run.figures(keys.figures_key(e, run.run_key)) / MANIFEST,
-            "spent": run.path / "spent.json",
+            "figures": run.of(e).figures_manifest,
+            "spent": run.spent_json,
         }
         if e.evaluate.checkpoints:
             found["selection"] = selection.file(e, run)
@@ -48,12 +49,12 @@ class Source:
     @cached_property
     def timings(self) -> dict[str, float]:
         """Seconds by stage; without this stage's own, which is known only after it."""
-        return {k: v for k, v in seconds_by_stage(self.run).items() if k != "report"}
+        return {k: v for k, v in self.run.seconds_by_stage().items() if k != "report"}
 
     @cached_property
     def commits(self) -> dict[str, list[str]]:
         """Commits by stage; without this stage's own, which says nothing of what it shows."""
-        return {k: v for k, v in commits_by_stage(self.run).items() if k != "report"}
+        return {k: v for k, v in self.run.commits_by_stage().items() if k != "report"}
 
     @cached_property
     def made_with(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from pipeline.errors import PipelineError
 from pipeline.scores import classifier, projection
-from pipeline.store.run import atomic_file, sha256_of
+from pipeline.store.files import atomic_file, sha256_of
 
 INCEPTION = "inception-v3-compat"
 OFFICIAL_SHA8 = "6726825d"  # of the file at URL_INCEPTION_V3, as its name says

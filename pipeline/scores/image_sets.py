@@ -14,8 +14,8 @@ import numpy as np
 from pipeline.compute.work import Unit, WorkerContext
 from pipeline.errors import PipelineError
 from pipeline.store import tars
+from pipeline.store.files import read_arrays, read_unit, sha256_of, write_unit
 from pipeline.store.keys import hash_of
-from pipeline.store.run import read_arrays, read_unit, sha256_of, write_unit
 
 if TYPE_CHECKING:
     from pipeline.scores.distances import Scored

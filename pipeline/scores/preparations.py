@@ -13,7 +13,8 @@ from pipeline.errors import PipelineError
 from pipeline.scores import classifier, projection
 from pipeline.scores.image_sets import content_of, shards_of
 from pipeline.store import tars
-from pipeline.store.run import Run, atomic_file, read_json, sha256_of, write_arrays, write_json
+from pipeline.store.files import atomic_file, read_json, sha256_of, write_arrays, write_json
+from pipeline.store.run import Place
 
 if TYPE_CHECKING:
     from pipeline.scores.extractors import Extractor
@@ -26,7 +27,7 @@ WIDTHS = {
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
 
 
-def preparations(experiment: Experiment, run: Run) -> list[Unit]:
+def preparations(experiment: Experiment, run: Place) -> list[Unit]:
     """The units that are still missing."""
     found = tars.open_index(run.data).count("train")
     units = []
@@ -38,12 +39,12 @@ def preparations(experiment: Experiment, run: Run) -> list[Unit]:
     return units
 
 
-def is_prepared(experiment: Experiment, run: Run) -> bool:
+def is_prepared(experiment: Experiment, run: Place) -> bool:
     """Whether the extractor needs no unit of work any more."""
     return experiment.evaluate.features != "classifier" or _is_trained(run)
 
 
-def extractor_of(experiment: Experiment, run: Run) -> "Extractor":
+def extractor_of(experiment: Experiment, run: Place) -> "Extractor":
     """The extractor that evaluate.features names; the classifier is trained by then."""
     from pipeline.scores import extractors
 
@@ -56,17 +57,17 @@ def extractor_of(experiment: Experiment, run: Run) -> "Extractor":
     return extractors.inception_extractor(config.extractor_weights, run.storage / "extractors")
 
 
-def classifier_files(run: Run) -> tuple[Path, Path]:
+def classifier_files(run: Place) -> tuple[Path, Path]:
     """The weights, and the json that is written after them with their hash and test accuracy."""
     return run.data / "classifier" / "classifier.safetensors", run.data / "classifier" / "classifier.json"
 
 
-def _is_trained(run: Run) -> bool:
+def _is_trained(run: Place) -> bool:
     weights, facts = classifier_files(run)
     return facts.exists() and weights.exists() and read_json(facts)["sha256"] == sha256_of(weights)
 
 
-def train_classifier(ctx: WorkerContext, run: Run, classes: int) -> None:
+def train_classifier(ctx: WorkerContext, run: Place, classes: int) -> None:
     """The work unit: on the CPU whatever the device."""
     images, labels = tars.load_images(run.data, "train")
     if labels.min() < 0 or labels.max() >= classes:
@@ -83,14 +84,14 @@ def train_classifier(ctx: WorkerContext, run: Run, classes: int) -> None:
     write_json(facts, {"sha256": sha256_of(weights), "test_accuracy": accuracy, "steps": classifier.STEPS})
 
 
-def pixels_file(experiment: Experiment, run: Run) -> Path | None:
+def pixels_file(experiment: Experiment, run: Place) -> Path | None:
     """Where the Gaussian is kept; None for images that are too large for one."""
     if prod(experiment.data.shape) > LARGEST_GAUSSIAN:
         return None
     return run.data / "references" / f"gaussian-{content_of(shards_of(run.data, 'train'))}.npz"
 
 
-def fit_gaussian(ctx: WorkerContext, run: Run, file: Path) -> None:
+def fit_gaussian(ctx: WorkerContext, run: Place, file: Path) -> None:
     """The work unit: mean and covariance of the training pixels."""
     from pipeline.scores.baselines import pixel_gaussian
 

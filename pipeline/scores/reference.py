@@ -9,7 +9,8 @@ import numpy as np
 from pipeline.config import SPLITS
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import ImageSet, content_of, shards_of
-from pipeline.store.run import Run, read_arrays, sha256_of, write_arrays
+from pipeline.store.files import read_arrays, sha256_of, write_arrays
+from pipeline.store.run import Place
 
 if TYPE_CHECKING:  # importing torch-fidelity takes seconds
     from pipeline.scores.distances import Statistics
@@ -25,7 +26,7 @@ class Reference:
     content: str | None
 
     @staticmethod
-    def of(run: Run, extractor: "Extractor", reference: str) -> "Reference":
+    def of(run: Place, extractor: "Extractor", reference: str) -> "Reference":
         """Of what evaluate.reference names: a split, or a file."""
         if reference not in SPLITS:
             return Reference(Path(reference), None)

@@ -17,10 +17,11 @@ from pipeline.report.markdown import to_markdown
 from pipeline.report.page import HTML, MARKDOWN, Cards, Code, Page, Section
 from pipeline.report.source import Source
 from pipeline.report.web import to_html
-from pipeline.store.run import Run, atomic_directory, read_manifest, write_manifest
+from pipeline.store.files import atomic_directory, read_manifest, write_manifest
+from pipeline.store.run import Place
 
 
-def is_done(experiment: Experiment, run: Run) -> bool:
+def is_done(experiment: Experiment, run: Place) -> bool:
     try:
         manifest = read_manifest(run.report)
     except PipelineError:
@@ -28,7 +29,7 @@ def is_done(experiment: Experiment, run: Run) -> bool:
     return manifest is not None and manifest["inputs"] == Source(experiment, run).digest
 
 
-def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
+def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     """Writes the report in the driver: there is nothing to hand out."""
     source = Source(experiment, run)
     page = compose(source)

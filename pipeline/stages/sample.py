@@ -24,8 +24,8 @@ from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_network
-from pipeline.store.keys import sample_key
-from pipeline.store.run import MANIFEST, Run, check_file, read_json, write_json, write_text
+from pipeline.store.files import MANIFEST, check_file, read_json, write_json, write_text
+from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +75,11 @@ def protocol(experiment: Experiment) -> Protocol:
     )
 
 
-def directory(experiment: Experiment, run: Run) -> Path:
-    return run.samples(sample_key(experiment, run.run_key))
+def directory(experiment: Experiment, run: Place) -> Path:
+    return run.of(experiment).samples
 
 
-def is_done(experiment: Experiment, run: Run) -> bool:
+def is_done(experiment: Experiment, run: Place) -> bool:
     """Whether at least as many samples as asked for are on disk, and sealed."""
     folder = directory(experiment, run)
     if not (folder / MANIFEST).exists():
@@ -93,7 +93,7 @@ def is_done(experiment: Experiment, run: Run) -> bool:
     return pictured and index.count(SPLIT) >= experiment.sample.num_images
 
 
-def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
+def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     """Yields the ranges that are not on disk, then draws the grid and seals the folder."""
     config, folder = experiment.sample, directory(experiment, run)
     if config.sampler == "ancestral":
@@ -123,7 +123,7 @@ def plan(num_images: int, batch_size: int) -> list[tuple[int, int]]:
     return [(start, start + size) for start in range(0, num_images, size)]
 
 
-def draw(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop: int) -> None:
+def draw(ctx: WorkerContext, experiment: Experiment, run: Place, start: int, stop: int) -> None:
     """The work unit: images [start, stop) as one tar, then its facts."""
     config = experiment.sample
     net = load_network(

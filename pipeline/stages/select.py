@@ -19,19 +19,19 @@ from pipeline.errors import PipelineError
 from pipeline.stages import evaluate, sample
 from pipeline.store import selection
 from pipeline.store.checkpoint import steps_on_disk
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
 
 
-def is_done(experiment: Experiment, run: Run) -> bool:
+def is_done(experiment: Experiment, run: Place) -> bool:
     """Whether the choice is made, among all that training leaves."""
-    return run.step_dir(experiment.train.steps).is_dir() and selection.is_current(experiment, run)
+    return run.step_folder(experiment.train.steps).is_dir() and selection.is_current(experiment, run)
 
 
-def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
+def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     """Yields the units of all candidates, then makes the choice."""
     steps = selection.candidates(experiment, run)
     _check(experiment, run, steps)
@@ -39,7 +39,7 @@ def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
     selection.write(experiment, run)
 
 
-def _check(experiment: Experiment, run: Run, steps: list[int]) -> None:
+def _check(experiment: Experiment, run: Place, steps: list[int]) -> None:
     """Raise PipelineError where there is nothing to choose from; say where that is less than was asked for."""
     asked, every = experiment.evaluate.checkpoints, experiment.evaluate.checkpoint_interval
     if not steps:
@@ -54,7 +54,7 @@ def _check(experiment: Experiment, run: Run, steps: list[int]) -> None:
         )  # fmt: skip
 
 
-def score(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
+def score(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     """Samples and scores of one experiment, as far as they are missing."""
     for stage in (sample, evaluate):
         if not stage.is_done(experiment, run):
@@ -74,7 +74,7 @@ def together(works: Iterable[Iterator[list[Unit]]]) -> Iterator[list[Unit]]:
 
 
 @contextmanager
-def during_training(experiment: Experiment, run: Run, executor: Executor) -> Generator[None]:
+def during_training(experiment: Experiment, run: Place, executor: Executor) -> Generator[None]:
     """Score candidates beside the body, on what training leaves free, as soon as they are on disk.
 
     Training neither waits for it nor ends by it: what is not scored by then, or went wrong, is the stage's.
@@ -86,7 +86,7 @@ def during_training(experiment: Experiment, run: Run, executor: Executor) -> Gen
         yield
 
 
-def _follow(experiment: Experiment, run: Run, executor: Executor, over: threading.Event) -> None:
+def _follow(experiment: Experiment, run: Place, executor: Executor, over: threading.Event) -> None:
     done: set[int] = set()
     try:
         while not over.wait(LOOK_SECONDS):

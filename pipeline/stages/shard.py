@@ -14,7 +14,8 @@ from pipeline.compute.work import Unit, WorkerContext
 from pipeline.config import DataConfig, Experiment
 from pipeline.data.sources import fingerprint, locate, open_source, refuse
 from pipeline.errors import PipelineError
-from pipeline.store.run import Run, check_file, read_json, read_manifest, write_json
+from pipeline.store.files import check_file, read_json, read_manifest, write_json
+from pipeline.store.run import Place
 from pipeline.store.tars import write_index, write_shard
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Shard:
     stop: int
 
 
-def is_done(experiment: Experiment, run: Run) -> bool:
+def is_done(experiment: Experiment, run: Place) -> bool:
     try:
         return read_manifest(run.data, check="size") is not None
     except PipelineError as error:
@@ -38,7 +39,7 @@ def is_done(experiment: Experiment, run: Run) -> bool:
         return False
 
 
-def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
+def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     """Yields the shards that are missing, then seals the folder with the manifest."""
     shared = run.storage / "data"
     data = locate(experiment.data, shared / "downloads")

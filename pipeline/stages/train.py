@@ -30,14 +30,15 @@ from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
-from pipeline.store.run import Run, atomic_file, naming_storage_faults, remove_leftovers
+from pipeline.store.files import atomic_file, naming_storage_faults, remove_leftovers
+from pipeline.store.run import Place
 
 GRID_SIDE = 8
 GRID_STEPS = 50  # DDIM steps of the grids on the way: a glance, not a score
 
 
-def is_done(experiment: Experiment, run: Run) -> bool:
-    return checkpoint.is_whole(run.step_dir(experiment.train.steps))
+def is_done(experiment: Experiment, run: Place) -> bool:
+    return checkpoint.is_whole(run.step_folder(experiment.train.steps))
 
 
 def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
@@ -167,7 +168,7 @@ class _Saves:
     """Checkpoints on their way to disk, one at a time. Rank 0 writes them beside the training; every rank
     reports each when it is safe: before the next one, or at the end."""
 
-    def __init__(self, ctx: WorkerContext, experiment: Experiment, run: Run):
+    def __init__(self, ctx: WorkerContext, experiment: Experiment, run: Place):
         self.ctx, self.experiment, self.run = ctx, experiment, run
         self.writer = checkpoint.Writer()
         self.step: int | None = None
@@ -184,7 +185,7 @@ class _Saves:
         """Take a copy of the state, and of the sums since the last point, and write it while training goes on."""
         self.finish()
         self.step = state.step
-        folder = self.run.step_dir(state.step)
+        folder = self.run.step_folder(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_whole(folder):
             self.writer.start(folder, state.tensors() | sums, state.emas[0].tensors(), state.step)
 
@@ -199,7 +200,7 @@ class _Saves:
         self.step = None
 
 
-def body(ctx: WorkerContext, experiment: Experiment, run: Run) -> None:
+def body(ctx: WorkerContext, experiment: Experiment, run: Place) -> None:
     """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
     config = experiment.train
     check_workers(config, ctx.world_size)
@@ -241,12 +242,12 @@ def _check_groups(ctx: WorkerContext, config: TrainConfig) -> None:
         )
 
 
-def _restore(ctx: WorkerContext, experiment: Experiment, run: Run) -> tuple[TrainState, _Window]:
+def _restore(ctx: WorkerContext, experiment: Experiment, run: Place) -> tuple[TrainState, _Window]:
     """The newest whole checkpoint's state on this worker's device, or the first one; and the sums it came with."""
     net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     state = TrainState.create(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
     found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
-    tensors = {} if found is None else checkpoint.load(run.step_dir(found))
+    tensors = {} if found is None else checkpoint.load(run.step_folder(found))
     sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     if tensors:
         state.load_tensors(tensors)
@@ -269,7 +270,7 @@ def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
 
 
 def _step_function(
-    ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState
+    ctx: WorkerContext, experiment: Experiment, run: Place, state: TrainState
 ) -> Callable[[], dict[str, torch.Tensor]]:
     """A function that makes one training step."""
     config = experiment.train
@@ -305,7 +306,7 @@ def _settle(forward: nn.Module, image: torch.Tensor, count: int) -> None:
     forward.zero_grad(set_to_none=True)
 
 
-def _stop_requested(ctx: WorkerContext, run: Run, step: int, log_every: int) -> bool:
+def _stop_requested(ctx: WorkerContext, run: Place, step: int, log_every: int) -> bool:
     """Whether all ranks stop after this step. A GPU is asked seldom: the answer waits for its queue."""
     if ctx.device.type != "cpu" and step % log_every:
         return False
@@ -346,7 +347,7 @@ def _log_point(
 
 
 @torch.no_grad()
-def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: TrainState) -> None:
+def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Place, state: TrainState) -> None:
     """EMA samples from the same noise every time, so that the grids of one run show the same images grow; of each
     class in turn, where the network takes labels."""
     path = run.grids / f"{state.step:08d}.png"
@@ -365,7 +366,7 @@ def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Run, state: Trai
     save_grid(to_uint8(images).cpu(), GRID_SIDE, path)
 
 
-def progress(run: Run) -> tuple[int, float | None]:
+def progress(run: Place) -> tuple[int, float | None]:
     """The step that training has reached, and the last loss on file, for whoever shows progress."""
     point = _latest_point(run.log)
     step, loss = (point["step"], point["metrics"]["train/loss"]) if point else (0, None)

@@ -26,7 +26,8 @@ from ddpm.networks.build import build_network
 from ddpm.sampler import InBF16
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store.run import Run, atomic_directory, check_file, file_facts, read_json, write_json
+from pipeline.store.files import atomic_directory, check_file, file_facts, read_json, write_json
+from pipeline.store.run import Place
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +132,13 @@ def is_whole(directory: Path) -> bool:
     return True
 
 
-def newest(run: Run, at_most: int) -> int | None:
+def newest(run: Place, at_most: int) -> int | None:
     """The newest step up to `at_most` whose hashes verify; broken ones are passed over with a warning."""
     for step in reversed(steps_on_disk(run.train)):
         if step > at_most:
             continue
         try:
-            verify(run.step_dir(step))
+            verify(run.step_folder(step))
             return step
         except PipelineError as error:
             logger.warning("%s; going back to the checkpoint before it", error)
@@ -150,7 +151,7 @@ def load(directory: Path) -> Tensors:
     return load_file(directory / STATE)
 
 
-def drop_old(experiment: Experiment, run: Run, at_most: int) -> None:
+def drop_old(experiment: Experiment, run: Place, at_most: int) -> None:
     """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
     those that the experiment keeps for ever, and those that anything in the run refers to."""
     steps = [step for step in steps_on_disk(run.train) if step <= at_most]
@@ -161,10 +162,10 @@ def drop_old(experiment: Experiment, run: Run, at_most: int) -> None:
         logger.warning("%s; until that is mended, no checkpoint is deleted", error)
         return
     for step in set(old) - wanted:
-        shutil.rmtree(run.step_dir(step), ignore_errors=True)
+        shutil.rmtree(run.step_folder(step), ignore_errors=True)
 
 
-def referred_to(run: Run) -> set[int]:
+def referred_to(run: Place) -> set[int]:
     """The steps that a sample set, even an unfinished one, a score or a selection was made of."""
     drawn = [next(folder.glob("[!.]*.json"), None) for folder in run.path.glob("samples/*")]
     scored = run.path.glob("evaluation/*/metrics.json")
@@ -196,7 +197,7 @@ def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> n
 @lru_cache(maxsize=1)
 def load_network(
     experiment: Experiment,
-    run: Run,
+    run: Place,
     step: int,
     which: str,
     device: Any,
@@ -205,7 +206,7 @@ def load_network(
 ) -> nn.Module:
     """The network of a checkpoint, ready for sampling: eval mode, no gradients. Kept by the process, since
     one process works on many units."""
-    directory = run.step_dir(step)
+    directory = run.step_folder(step)
     if not directory.is_dir():
         known = ", ".join(map(str, steps_on_disk(run.train))) or "none"
         raise PipelineError(f"{run.path} has no checkpoint of step {step} (there are: {known})")

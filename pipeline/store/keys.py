@@ -1,4 +1,8 @@
-"""Keys hash content, never place: equal keys mean equal numbers, wherever the files lie."""
+"""Keys hash content, never place: equal keys mean equal numbers, wherever the files lie.
+
+What of a section is hashed, `pipeline.config.neutral` says. VERSION counts the rules of this module: runs that an
+earlier version made lie under other keys.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +12,89 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.load import to_dict
-from pipeline.config.sections import Experiment, checkpoint_rule, checkpoint_step
-from pipeline.config.variants import candidate
-from pipeline.store.run import sha256_of
+from pipeline.config import Experiment, candidate, checkpoint_rule, checkpoint_step, to_dict
+from pipeline.config.neutral import hashed_content
+from pipeline.store.files import sha256_of
 
-# Which other evaluations are made beside this one says nothing about this one.
+VERSION = 2
+
+# How many images are asked for, and which other evaluations are made, says nothing about these samples or this score.
+_NOT_IN_SAMPLE_KEY = {"num_images", "checkpoint"}
 _NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images"}
 # What may change without making another run: how far it goes, and what is kept or shown on the way.
 _NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "keep_every"}
 
 
 def hash_of(content: Any) -> str:
-    """12 hex digits of the sha256 over canonical JSON."""
+    """Return 12 hex digits of the sha256 over canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def data_key(experiment: Experiment, fingerprint: str) -> str:
-    data = experiment.data
-    return hash_of([fingerprint, data.image_size, data.channels, data.labels, data.test_images])
+    """Name the shards: the source's content, and the shape of what is made of it."""
+    data = hashed_content("data", experiment.data)
+    shape = ("image_size", "channels", "labels", "test_images")
+    return hash_of([fingerprint, {key: data[key] for key in shape if key in data}])
 
 
-def run_content(experiment: Experiment) -> dict[str, Any]:
-    """What the run key hashes beside the data: also the parameters that a tracking server is told.
+def run_content(experiment: Experiment, whole: bool = False) -> dict[str, Any]:
+    """Return what the run key hashes beside the data; `whole` with the values that keys leave out, for people.
 
     Published weights take the place of training: their content counts, and no setting of `train` does.
     """
     dropped = _NOT_IN_RUN_KEY if experiment.train.lr_decay != "none" else _NOT_IN_RUN_KEY | {"steps"}
-    tree = to_dict(experiment)
-    always = {"seed": tree["seed"], "diffusion": tree["diffusion"], "model": tree["model"]}
+
+    def content(name: str, section: Any) -> dict[str, Any]:
+        return to_dict(section) if whole else hashed_content(name, section)
+
+    always = {
+        "seed": experiment.seed,
+        "diffusion": content("diffusion", experiment.diffusion),
+        "model": content("model", experiment.model),
+    }
     file, weights = experiment.published.file, experiment.published.weights
     if file is not None:
         return always | {"published": {"sha256": sha256_of(file), "weights": weights}}
-    train = {key: value for key, value in tree["train"].items() if key not in dropped}
-    return always | {"train": train}
+    train = content("train", experiment.train)
+    return always | {"train": {key: value for key, value in train.items() if key not in dropped}}
 
 
 def run_key(experiment: Experiment, data_key: str) -> str:
+    """Name a training: the data, the network, and all that moves its weights."""
     return hash_of([data_key, run_content(experiment)])
 
 
 def sample_key(experiment: Experiment, run_key: str) -> str:
-    """`num_images` is left out: asking for more images adds units."""
-    sampler = to_dict(experiment.sample)
-    del sampler["num_images"], sampler["checkpoint"]
-    return hash_of([run_key, checkpoint_step(experiment), sampler])
+    """Name a sample set: the weights and the sampler. Asking for more images adds units to it."""
+    sampler = hashed_content("sample", experiment.sample)
+    content = {key: value for key, value in sampler.items() if key not in _NOT_IN_SAMPLE_KEY}
+    return hash_of([run_key, checkpoint_step(experiment), content])
 
 
 def evaluate_key(experiment: Experiment, run_key: str) -> str:
-    """A checkpoint that was chosen by its score has another protocol than one that was asked for."""
-    evaluate = {k: v for k, v in to_dict(experiment.evaluate).items() if k not in _NOT_IN_SCORE_KEY}
-    weights = evaluate["extractor_weights"]
-    evaluate["extractor_weights"] = _content_of(Path(weights)) if weights else None
-    file = experiment.evaluate.reference_file
-    if file is not None:
-        evaluate["reference"] = _content_of(file)
+    """Name a set of scores. A checkpoint that was chosen by its score has another protocol than one asked for."""
+    evaluate = hashed_content("evaluate", experiment.evaluate)
+    content = {key: value for key, value in evaluate.items() if key not in _NOT_IN_SCORE_KEY}
+    if experiment.evaluate.extractor_weights:
+        content["extractor_weights"] = _content_of(Path(experiment.evaluate.extractor_weights))
+    if experiment.evaluate.reference_file is not None:
+        content["reference"] = _content_of(experiment.evaluate.reference_file)
     drawn = [sample_key(experiment, run_key), experiment.sample.num_images, checkpoint_rule(experiment)]
-    return hash_of([*drawn, evaluate])
+    return hash_of([*drawn, content])
 
 
 def selection_key(experiment: Experiment, run_key: str) -> str:
-    """More checkpoints of the same kind belong to the same selection."""
+    """Name a choice among checkpoints. More checkpoints of the same kind belong to the same selection."""
     return hash_of([evaluate_key(candidate(experiment, 0), run_key), experiment.evaluate.checkpoints])
 
 
+def figures_key(experiment: Experiment, run_key: str) -> str:
+    """Name a set of figures, which show samples and what the evaluation found about them."""
+    return hash_of([evaluate_key(experiment, run_key), hashed_content("figures", experiment.figures)])
+
+
 def _content_of(path: Path) -> str:
-    """Read once while it stays as it is: keys of many checkpoints, asked again and again, name the same file."""
+    """Hash a file once while it stays as it is: keys of many checkpoints name the same file."""
     facts = path.stat()
     return _content_of_version(path, facts.st_size, facts.st_mtime_ns)
 
@@ -81,8 +102,3 @@ def _content_of(path: Path) -> str:
 @lru_cache
 def _content_of_version(path: Path, size: int, modified: int) -> str:
     return sha256_of(path)
-
-
-def figures_key(experiment: Experiment, run_key: str) -> str:
-    """Figures show samples, and what the evaluation found about them."""
-    return hash_of([evaluate_key(experiment, run_key), to_dict(experiment.figures)])

@@ -21,7 +21,8 @@ from ddpm.diffusion import Diffusion
 from pipeline.config import Experiment, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
-from pipeline.store.run import Run, atomic_directory, read_json, write_json
+from pipeline.store.files import atomic_directory, read_json, write_json
+from pipeline.store.run import Place
 
 Tensors = dict[str, torch.Tensor]
 
@@ -100,7 +101,7 @@ def diffusers_name(name: str) -> str:
 # In
 
 
-def import_weights(experiment: Experiment, run: Run) -> None:
+def import_weights(experiment: Experiment, run: Place) -> None:
     """Make the published weights the checkpoint of step `train.steps`, as which every stage reads them.
 
     Raises ConfigError where the published settings are not the experiment's, PipelineError where the tensors
@@ -109,7 +110,7 @@ def import_weights(experiment: Experiment, run: Run) -> None:
     tensors = read(experiment)
     state = {f"net.{name}": tensor for name, tensor in tensors.items()}
     step = experiment.train.steps
-    checkpoint.save(run.step_dir(step), state, tensors, step)
+    checkpoint.save(run.step_folder(step), state, tensors, step)
 
 
 def read(experiment: Experiment) -> Tensors:
@@ -318,7 +319,7 @@ def export(path: Path, directory: Path, which: str, step: int | None) -> str:
 def _step_dir(path: Path, experiment: Experiment, step: int) -> Path:
     """Needs neither the images nor their key, so a run can be exported where its data is not."""
     key = path.name.removeprefix(f"{experiment.name}-")
-    return Run(path.parent, experiment.name, experiment.data.source, "", key).step_dir(step)
+    return Place(path.parent, experiment, "", key).step_folder(step)
 
 
 def _exported(tensors: Tensors) -> Tensors:

@@ -24,7 +24,7 @@ from pyarrow import fs
 
 from pipeline.console import bar
 from pipeline.errors import PipelineError
-from pipeline.store.run import MANIFEST, TEMPORARY, atomic_file, check_file, exclusive, read_json, sha256_of
+from pipeline.store.files import MANIFEST, TEMPORARY, atomic_file, check_file, exclusive, read_json, sha256_of
 
 SEALS = (MANIFEST, "meta.json")
 RECORD = ("experiment.yaml", "log.jsonl", "timings.json", "commits.json", "grids/*.png")

@@ -1,60 +1,85 @@
-"""The name of every artefact, and the rules by which files come into being.
-
-Everything is written to a temporary name and renamed, so a file that carries its final name is whole; a
-manifest is written last and carries bytes and sha256, so a folder that has one is complete.
-"""
+"""The name of every artefact: where a run, its data and a storage root keep what. No other room spells a file name."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
-import json
-import os
-import shutil
-import uuid
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
+from pipeline.config import Experiment
+from pipeline.store import keys
+from pipeline.store.files import MANIFEST, read_json, write_json
 
-from pipeline.errors import PipelineError
-
-MANIFEST = "manifest.json"
-TEMPORARY = ".tmp-"
+EXPERIMENT, METRICS, SELECTION = "experiment.yaml", "metrics.json", "selection.json"
+LEADERBOARD = "leaderboard.json"
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
 @dataclass(frozen=True)
-class Run:
-    """Where one run keeps what. Plain and picklable: it travels to every worker.
+class Place:
+    """One run of an experiment below a storage root: every path and every key of it.
 
-    storage: absolute path of the storage root, shared by all hosts; data_key, run_key: content hashes
-    (`pipeline.config`), so equal paths mean equal content.
+    Plain and picklable, since it travels to every worker; made once per command, so each key is hashed once. storage:
+    absolute path of the root, shared by all hosts. data_key, run_key: content hashes (`pipeline.store.keys`), so equal
+    paths mean equal content. The keys of samples, scores and figures depend on `experiment.sample.checkpoint`.
     """
 
     storage: Path
-    name: str
-    source: str
+    experiment: Experiment
     data_key: str
     run_key: str
 
-    @property
-    def path(self) -> Path:
-        return self.storage / f"{self.name}-{self.run_key}"
+    def of(self, experiment: Experiment) -> Place:
+        """Return the same run, asked for another checkpoint, other weights or other scores."""
+        return replace(self, experiment=replace(experiment, name=self.experiment.name))
+
+    # Keys
+
+    @cached_property
+    def sample_key(self) -> str:
+        return keys.sample_key(self.experiment, self.run_key)
+
+    @cached_property
+    def score_key(self) -> str:
+        return keys.evaluate_key(self.experiment, self.run_key)
+
+    @cached_property
+    def figures_key(self) -> str:
+        return keys.figures_key(self.experiment, self.run_key)
+
+    @cached_property
+    def selection_key(self) -> str:
+        return keys.selection_key(self.experiment, self.run_key)
+
+    # The run's folder
 
     @property
-    def data(self) -> Path:
-        return self.storage / "data" / f"{self.source}-{self.data_key}"
+    def name(self) -> str:
+        return f"{self.experiment.name}-{self.run_key}"
+
+    @cached_property
+    def path(self) -> Path:
+        return self.storage / self.name
 
     @property
     def experiment_yaml(self) -> Path:
-        return self.path / "experiment.yaml"
+        return self.path / EXPERIMENT
+
+    @property
+    def commits_json(self) -> Path:
+        return self.path / "commits.json"
+
+    @property
+    def spent_json(self) -> Path:
+        return self.path / "spent.json"
+
+    @property
+    def timings_json(self) -> Path:
+        return self.path / "timings.json"
+
+    @property
+    def tracking_json(self) -> Path:
+        return self.path / "tracking.json"
 
     @property
     def log(self) -> Path:
@@ -69,238 +94,168 @@ class Run:
         return self.path / ".step"
 
     @property
+    def failure(self) -> Path:
+        return self.path / ".failure"
+
+    @property
+    def placement_group(self) -> Path:
+        return self.path / ".placement-group"
+
+    @property
+    def ray(self) -> Path:
+        return self.path / "ray"
+
+    # Training
+
+    @property
     def train(self) -> Path:
         return self.path / "train"
 
-    def step_dir(self, step: int) -> Path:
+    def step_folder(self, step: int) -> Path:
         return self.train / f"step_{step:08d}"
 
     @property
     def grids(self) -> Path:
         return self.path / "grids"
 
+    def grid(self, step: int) -> Path:
+        return self.grids / f"{step:08d}.png"
+
+    # Samples, scores, figures, the report
+
     @property
-    def ray(self) -> Path:
-        return self.path / "ray"
+    def samples(self) -> Path:
+        return self.path / "samples" / self.sample_key
 
-    def samples(self, key: str) -> Path:
-        return self.path / "samples" / key
+    @property
+    def samples_grid(self) -> Path:
+        return self.samples / "grid.png"
 
-    def evaluation(self, key: str) -> Path:
-        return self.path / "evaluation" / key
+    @property
+    def samples_yaml(self) -> Path:
+        return self.samples / "sample.yaml"
 
-    def selection(self, key: str) -> Path:
-        return self.path / "selection" / key
+    @property
+    def score_units(self) -> Path:
+        return self.path / "evaluation" / "units"
 
-    def figures(self, key: str) -> Path:
-        return self.path / "figures" / key
+    @property
+    def scores(self) -> Path:
+        return self.path / "evaluation" / self.score_key
+
+    @property
+    def metrics_json(self) -> Path:
+        return self.scores / METRICS
+
+    @property
+    def nll_json(self) -> Path:
+        return self.scores / "nll.json"
+
+    @property
+    def evaluate_yaml(self) -> Path:
+        return self.scores / "evaluate.yaml"
+
+    @property
+    def scores_manifest(self) -> Path:
+        return self.scores / MANIFEST
+
+    @property
+    def selection(self) -> Path:
+        return self.path / "selection" / self.selection_key
+
+    @property
+    def selection_json(self) -> Path:
+        return self.selection / SELECTION
+
+    @property
+    def figure_units(self) -> Path:
+        return self.path / "figures" / "units"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures" / self.figures_key
+
+    @property
+    def figures_manifest(self) -> Path:
+        return self.figures / MANIFEST
 
     @property
     def report(self) -> Path:
         return self.path / "report"
 
     @property
-    def timings(self) -> Path:
-        return self.path / "timings.json"
+    def report_html(self) -> Path:
+        return self.report / "report.html"
+
+    # The data, shared by all runs on it
 
     @property
-    def commits(self) -> Path:
-        return self.path / "commits.json"
+    def data(self) -> Path:
+        return self.storage / "data" / f"{self.experiment.data.source}-{self.data_key}"
+
+    @property
+    def references(self) -> Path:
+        return self.data / "references"
+
+    @property
+    def reference_features(self) -> Path:
+        return self.references / "features"
+
+    @property
+    def classifier(self) -> Path:
+        return self.data / "classifier" / "classifier.safetensors"
+
+    @property
+    def classifier_json(self) -> Path:
+        return self.data / "classifier" / "classifier.json"
+
+    # Records
+
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Read how long each stage took, over all commands that worked on it; one that never ended is not there."""
+        return read_json(self.timings_json) if self.timings_json.exists() else {}
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add the seconds that one command worked on a stage."""
+        timings = self.seconds_by_stage()
+        write_json(self.timings_json, {**timings, stage: timings.get(stage, 0.0) + seconds})
+
+    def commits_by_stage(self) -> dict[str, list[str]]:
+        """Read the commits of the code that worked on each stage, in order; experiment.yaml names the last one only."""
+        return read_json(self.commits_json) if self.commits_json.exists() else {}
+
+    def add_commit(self, stage: str, commit: str | None) -> None:
+        """Record the code that begins on a stage; training may go on with other code than it began with."""
+        commits = self.commits_by_stage()
+        if commit is not None and commit not in commits.setdefault(stage, []):
+            commits[stage].append(commit)
+            write_json(self.commits_json, commits)
 
 
-def seconds_by_stage(run: Run) -> dict[str, float]:
-    """How long each stage took, over all commands that worked on it; a stage that never ended is not there."""
-    return read_json(run.timings) if run.timings.exists() else {}
+# Below a storage root, beside the runs
 
 
-def commits_by_stage(run: Run) -> dict[str, list[str]]:
-    """The commits of the code that worked on each stage, in order: experiment.yaml names the last command's only."""
-    return read_json(run.commits) if run.commits.exists() else {}
+def downloads(storage: Path) -> Path:
+    """Return where downloaded archives are kept."""
+    return storage / "data" / "downloads"
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no reader trusts and no two writers share."""
-    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+def fingerprints_json(storage: Path) -> Path:
+    """Return where the fingerprints of data sources are remembered."""
+    return storage / "data" / "fingerprints.json"
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def sweep_folder(storage: Path, name: str) -> Path:
+    """Return where a study keeps its state, its leaderboard and its page."""
+    return storage / "sweeps" / name
 
 
-# What a person can mend and go on; anything else that the system says is a fault of ours.
-STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+def comparison_folder(storage: Path, key: str) -> Path:
+    """Return where the comparison of several runs is kept."""
+    return storage / "comparisons" / key
 
 
-@contextmanager
-def naming_storage_faults(path: Path) -> Iterator[None]:
-    """Say in a user's words that `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in STORAGE_FAULTS:
-            raise
-        raise PipelineError(
-            f"{path} cannot be written ({error.strerror}): make room or mend the storage; the same command goes on"
-        ) from error
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it is on disk under the final name, on failure it is gone."""
-    temporary = temporary_name(path)
-    with naming_storage_faults(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-            _sync(path.parent)
-        except BaseException:
-            with suppress(OSError):  # it would hide what went wrong
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """The same for a folder. A folder that already carries the name is replaced."""
-    temporary = temporary_name(path)
-    with naming_storage_faults(path):
-        try:
-            temporary.mkdir(parents=True)
-            yield temporary
-            for file in temporary.rglob("*"):
-                _sync(file)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-            _sync(path.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Delete what writers that were killed left under temporary names. The caller holds the folder's lock."""
-    for path in list(directory.rglob(f"{TEMPORARY}*")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PipelineError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
-
-
-def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """An .npz, atomically."""
-    with atomic_file(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz. Raises PipelineError where it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise PipelineError(f"{path} is damaged ({error}); delete it to have it made again") from error
-
-
-def write_unit(path: Path, **arrays: np.ndarray) -> None:
-    """The arrays of a work unit whose folder and name say what they are of. The file repeats both, so that it is
-    never taken for another's, wherever it is moved to."""
-    write_arrays(path, unit=np.array(f"{path.parent.name}/{path.stem}"), **arrays)
-
-
-def read_unit(path: Path) -> dict[str, np.ndarray]:
-    """Raises PipelineError where the file is damaged, or was made as another unit's."""
-    arrays = read_arrays(path)
-    unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
-    if unit != expected:
-        raise PipelineError(f"{path} holds {unit}, not {expected}; delete it to have it made again")
-    return arrays
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_facts(path: Path) -> dict[str, Any]:
-    """What a manifest says of one file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> dict[str, Any]:
-    """Seal `directory`: the named files with their bytes and sha256, and whatever else `facts` says."""
-    manifest = {"files": {name: file_facts(directory / name) for name in names}, **facts}
-    write_json(directory / MANIFEST, manifest)
-    return manifest
-
-
-def read_manifest(directory: Path, check: Literal["size", "sha256"] | None = "size") -> dict[str, Any] | None:
-    """The manifest of `directory`, or None where it was never sealed.
-
-    Raises PipelineError naming the first listed file that is missing or differs.
-    """
-    path = directory / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_json(path)
-    if check:
-        for name, facts in manifest["files"].items():
-            check_file(directory / name, facts, check)
-    return manifest
-
-
-def check_file(path: Path, facts: dict[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
-    """Raise PipelineError unless `path` is the file that `facts` describes."""
-    if not path.exists():
-        raise PipelineError(
-            f"{path} is missing although its manifest lists it; delete {path.parent} to rebuild"
-        )
-    size = path.stat().st_size
-    if size != facts["bytes"]:
-        raise PipelineError(
-            f"{path} has {size} bytes, its manifest says {facts['bytes']}; delete {path.parent} to rebuild"
-        )
-    if check == "sha256" and sha256_of(path) != facts["sha256"]:
-        raise PipelineError(f"{path} does not match its sha256; delete {path.parent} to rebuild")
-
-
-@contextmanager
-def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the folder's lock: one driver at a time. The kernel frees it when its holder dies.
-
-    Raises PipelineError where another holds it, or waits for that one to finish.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise PipelineError(
-                f"{path} is being worked on by another command (process {holder}); wait for it, or stop it"
-            ) from None
-        with naming_storage_faults(path / ".lock"):
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-        yield
+def find_runs(storage: Path, beginning: str = "") -> list[Path]:
+    """List the run directories below the root whose names begin so, sorted."""
+    found = storage.glob(f"*/{EXPERIMENT}")
+    return sorted(path.parent for path in found if path.parent.name.startswith(beginning))

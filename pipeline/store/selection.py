@@ -13,20 +13,20 @@ from typing import Any
 from pipeline.config import Experiment, candidate, chosen, weights_kind
 from pipeline.errors import PipelineError
 from pipeline.store.checkpoint import steps_on_disk
-from pipeline.store.keys import evaluate_key, selection_key
-from pipeline.store.run import Run, read_json, read_manifest, write_json, write_manifest
+from pipeline.store.files import read_json, read_manifest, write_json, write_manifest
+from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
 
 SELECTION = "selection.json"
 
 
-def file(experiment: Experiment, run: Run) -> Path:
+def file(experiment: Experiment, run: Place) -> Path:
     """Where the selection stands that evaluate.checkpoints asks for."""
-    return run.selection(selection_key(experiment, run.run_key)) / SELECTION
+    return run.of(experiment).selection / SELECTION
 
 
-def candidates(experiment: Experiment, run: Run) -> list[int]:
+def candidates(experiment: Experiment, run: Place) -> list[int]:
     """The steps on disk that evaluate.checkpoints means, ascending. What an interruption left at some other step
     is none of them: the choice must not depend on it."""
     every = experiment.evaluate.checkpoint_interval or experiment.train.checkpoint_every
@@ -36,15 +36,12 @@ def candidates(experiment: Experiment, run: Run) -> list[int]:
     return [step for step in steps if step <= last and (step % every == 0 or step in ends_it)]
 
 
-def evaluations(experiment: Experiment, run: Run) -> dict[Path, int]:
+def evaluations(experiment: Experiment, run: Place) -> dict[Path, int]:
     """The folder of every candidate's scores, made or not, with its step."""
-    return {
-        run.evaluation(evaluate_key(candidate(experiment, step), run.run_key)): step
-        for step in candidates(experiment, run)
-    }
+    return {run.of(candidate(experiment, step)).scores: step for step in candidates(experiment, run)}
 
 
-def write(experiment: Experiment, run: Run) -> None:
+def write(experiment: Experiment, run: Place) -> None:
     """Choose the candidate of minimum FID, the earliest of equals, and seal the choice. All of them are scored."""
     scores, protocol = [], {}
     for folder, step in evaluations(experiment, run).items():
@@ -66,7 +63,7 @@ def write(experiment: Experiment, run: Run) -> None:
     write_manifest(path.parent, [SELECTION])
 
 
-def read(experiment: Experiment, run: Run) -> dict[str, Any] | None:
+def read(experiment: Experiment, run: Place) -> dict[str, Any] | None:
     """What was chosen, and from what; None where it was not, or the file is damaged."""
     path = file(experiment, run)
     try:
@@ -76,14 +73,14 @@ def read(experiment: Experiment, run: Run) -> dict[str, Any] | None:
         return None
 
 
-def is_current(experiment: Experiment, run: Run) -> bool:
+def is_current(experiment: Experiment, run: Place) -> bool:
     """Whether the choice was made among the checkpoints that are there now."""
     found = read(experiment, run)
     steps = [score["step"] for score in found["scores"]] if found else []
     return bool(found) and steps == candidates(experiment, run)
 
 
-def resolved(experiment: Experiment, run: Run) -> Experiment | None:
+def resolved(experiment: Experiment, run: Place) -> Experiment | None:
     """The experiment whose checkpoint is known: itself, or with the best one filled in; None where no choice was
     made yet. Everything after the choice is told of this one."""
     if experiment.sample.checkpoint != "best":

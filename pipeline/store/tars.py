@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import PipelineError
-from pipeline.store.run import (
+from pipeline.store.files import (
     MANIFEST,
     atomic_file,
     check_file,

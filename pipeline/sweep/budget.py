@@ -15,7 +15,8 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.errors import ConfigError
-from pipeline.store.run import Run, read_json, write_json
+from pipeline.store.files import read_json, write_json
+from pipeline.store.run import Place
 
 STUDIES = {"cifar10": "table2"}  # what can be reproduced: the sweep file of its rows
 TEST_IMAGES = 10_000
@@ -73,7 +74,7 @@ def probe(experiment: Experiment) -> Experiment:
     return replace(experiment, name="probe", train=train)
 
 
-def measured_rate(run: Run) -> float:
+def measured_rate(run: Place) -> float:
     """Images per second of a probe: the best window, since the first ones warm up."""
     points = [json.loads(line) for line in run.log.read_text().splitlines()]
     return max(point["metrics"]["train/images_per_second"] for point in points)

@@ -11,8 +11,8 @@ from pipeline.console import duration
 from pipeline.scores.metrics import HEADLINE, LOSS, METRICS
 from pipeline.scores.ranking import Group, Position, describe_objective, format_winner, rank_runs
 from pipeline.stages import train
-from pipeline.store import keys, selection
-from pipeline.store.run import read_json, seconds_by_stage, write_json, write_text
+from pipeline.store import selection
+from pipeline.store.files import read_json, write_json, write_text
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
@@ -46,7 +46,7 @@ class Row:
 
     @property
     def data(self) -> str:
-        return f"{self.trial.run.source} {self.trial.run.data_key}"
+        return f"{self.trial.run.experiment.data.source} {self.trial.run.data_key}"
 
     @property
     def rank(self) -> int | None:
@@ -80,11 +80,11 @@ def _read_row(trial: Trial, ledger: Ledger) -> Row:
     step, loss = train.progress(run)
     resolved = selection.resolved(trial.experiment, run)
     if entry.state == "finished" and resolved is not None:
-        content = read_json(run.evaluation(keys.evaluate_key(resolved, run.run_key)) / "metrics.json")
+        content = read_json(run.of(resolved).metrics_json)
         scores = {key: value for key, value in content["scores"].items() if isinstance(value, (int, float))}
         protocol = content["protocol"] | {"objective": describe_objective(trial.experiment)}
         scores |= {} if loss is None else {LOSS.name: loss}
-    return Row(trial, entry.state, entry.reason, step, scores, protocol, sum(seconds_by_stage(run).values()))
+    return Row(trial, entry.state, entry.reason, step, scores, protocol, sum(run.seconds_by_stage().values()))
 
 
 # What is shown

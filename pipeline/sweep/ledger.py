@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline import config
 from pipeline.engine import execute as stages
-from pipeline.store.run import read_json, write_json
+from pipeline.store.files import read_json, write_json
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.trials import Trial
 

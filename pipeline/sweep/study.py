@@ -19,7 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import preparations
 from pipeline.stages import evaluate
-from pipeline.store.run import exclusive
+from pipeline.store.files import exclusive
 from pipeline.sweep import budget, leaderboard
 from pipeline.sweep.board import Board
 from pipeline.sweep.definition import Sweep, load_sweep

@@ -10,7 +10,7 @@ from pipeline.config import Experiment
 from pipeline.engine import execute as stages
 from pipeline.errors import ConfigError
 from pipeline.store import keys
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 from pipeline.sweep.points import Point
 
 
@@ -20,7 +20,7 @@ class Trial:
 
     key: str
     point: Point
-    run: Run
+    run: Place
 
     @property
     def label(self) -> str:
@@ -34,7 +34,7 @@ class Trial:
 def locate(points: list[Point], root: Path) -> list[Trial]:
     """Raises ConfigError where two points would be the same trial."""
     found: dict[str, Trial] = {}
-    known: dict[Any, Run] = {}  # reading a source's fingerprint can take a while
+    known: dict[Any, Place] = {}  # reading a source's fingerprint can take a while
     faults = []
     for point in points:
         data = point.experiment.data
@@ -49,11 +49,12 @@ def locate(points: list[Point], root: Path) -> list[Trial]:
     return list(found.values())
 
 
-def _trial(point: Point, same_data: Run) -> Trial:
+def _trial(point: Point, same_data: Place) -> Trial:
     key = keys.run_key(point.experiment, same_data.data_key)
-    run = replace(same_data, name=point.experiment.name, source=point.experiment.data.source, run_key=key)
+    run = replace(same_data, experiment=point.experiment, run_key=key)
     elsewhere = [path.parent.name for path in run.storage.glob(f"*-{key}/experiment.yaml")]
     if elsewhere and run.path.name not in elsewhere:  # made under another experiment's name: the same numbers
-        run = replace(run, name=min(elsewhere).removesuffix(f"-{key}"))
+        name = min(elsewhere).removesuffix(f"-{key}")
+        run = replace(run, experiment=replace(point.experiment, name=name))
     beside = point.beside_run_key
     return Trial(f"{key}-{keys.hash_of(beside)}" if beside else key, point, run)

@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 from pipeline.compute.cluster import Session, last_line, off_the_main_thread, release
 from pipeline.compute.interrupt import Interrupted
 from pipeline.errors import PipelineError
-from pipeline.store.run import write_text
+from pipeline.store.files import write_text
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.work import Order, carry_out

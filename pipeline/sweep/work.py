@@ -12,8 +12,8 @@ from pipeline.compute.work import Executor
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import following
 from pipeline.engine import execute as stages
-from pipeline.store import keys
-from pipeline.store.run import Run, read_json
+from pipeline.store.files import read_json
+from pipeline.store.run import Place
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Order:
     nll_images test images."""
 
     experiment: Experiment
-    run: Run
+    run: Place
     cluster: ClusterConfig
     resources: Resources
     stop_file: Path
@@ -57,7 +57,7 @@ def _bound_at(order: Order, executor: Executor, steps: int) -> float:
     same run, which the next one extends."""
     experiment = at_rung(order.experiment, steps, order.nll_images)
     _bring(order, executor, experiment, "evaluate")
-    folder = order.run.evaluation(keys.evaluate_key(experiment, order.run.run_key))
+    folder = order.run.of(experiment).scores
     return float(read_json(folder / "metrics.json")["scores"]["nll_bpd"])
 
 

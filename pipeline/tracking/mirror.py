@@ -15,8 +15,8 @@ from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store import run as rundir
-from pipeline.store.run import Run
+from pipeline.store import files as rundir
+from pipeline.store.run import Place
 from pipeline.tracking.parcels import Parcel, parcels
 from pipeline.tracking.session import VIEW, Child, Session, default_uri, reason, shown
 
@@ -40,7 +40,7 @@ class Mirror:
         uri: str,
         study: str,
         experiment: Experiment,
-        run: Run,
+        run: Place,
         tags: dict[str, str] | None = None,
         warn: Callable[[str], None] = logger.warning,
         child: Child | None = None,
@@ -144,7 +144,7 @@ class Mirror:
         self._state.get("servers", {}).pop(shown(self.uri), None)
         self.status = self._state.get("status", "RUNNING")
         if self.status == "RUNNING":  # that driver was killed, or there was none that knew of tracking
-            finished = self.run.step_dir(self.experiment.train.steps).exists()
+            finished = self.run.step_folder(self.experiment.train.steps).exists()
             self.status = self._state["status"] = "FINISHED" if finished else "KILLED"
 
 
@@ -152,7 +152,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return rundir.read_json(path) if path.exists() else {}
 
 
-def sync(uri: str, study: str, experiment: Experiment, run: Run, tags: dict[str, str] | None = None) -> str:
+def sync(uri: str, study: str, experiment: Experiment, run: Place, tags: dict[str, str] | None = None) -> str:
     """Deliver the whole run directory again, and say what was sent. The caller holds the run's lock.
 
     Raises PipelineError where the server does not answer.
@@ -170,7 +170,7 @@ def sync(uri: str, study: str, experiment: Experiment, run: Run, tags: dict[str,
     return f"{describe(run, uri)}: delivered {sent}"
 
 
-def describe(run: Run, uri: str | None) -> str:
+def describe(run: Place, uri: str | None) -> str:
     """Where a person finds the run in MLflow, and whether it is all there. Reads files only."""
     uri = uri or default_uri(run.storage)
     state = _read_state(run.path / STATE)
@@ -186,7 +186,7 @@ def describe(run: Run, uri: str | None) -> str:
     return f"{where}, not up to date ({_sync_command(run, uri)})" if behind else where
 
 
-def _sync_command(run: Run, uri: str) -> str:
+def _sync_command(run: Place, uri: str) -> str:
     """What delivers the run to that server, as it can be typed in any folder."""
     other = uri != default_uri(run.storage)
     words = ["ddpm", "sync", str(run.path), *([f"cluster.tracking_uri={shown(uri)}"] if other else [])]

@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 
 from pipeline.config import Experiment
+from pipeline.store import files as rundir
 from pipeline.store import keys, selection
-from pipeline.store import run as rundir
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 from pipeline.tracking.session import Child, Session
 
 # Of the run key's content, what would only lengthen the list in the UI; experiment.yaml has it all.
@@ -45,7 +45,7 @@ def _version(path: Path) -> str:
 
 def parcels(
     experiment: Experiment,
-    run: Run,
+    run: Place,
     tags: dict[str, str],
     delivered: dict[str, str],
     child: Child | None = None,
@@ -74,12 +74,12 @@ def parcels(
 
 
 def _evaluations(
-    experiment: Experiment, resolved: Experiment | None, run: Run, alone: bool
+    experiment: Experiment, resolved: Experiment | None, run: Place, alone: bool
 ) -> Iterator[Parcel]:
     """One evaluation is the headline; those of candidates are points of a curve; the others stand beside it,
     unless it is to be `alone`: the rungs of a sweep would be rows beside its trials."""
     found = sorted(run.path.glob("evaluation/[0-9a-f]*/metrics.json"))
-    headline = resolved and run.evaluation(keys.evaluate_key(resolved, run.run_key))
+    headline = resolved and run.of(resolved).scores
     # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
     chooses = bool(experiment.evaluate.checkpoints)
     candidates = selection.evaluations(experiment, run) if chooses else {}
@@ -97,17 +97,17 @@ def _evaluations(
         yield Parcel(f"selection {choice.parent.name}", _version(choice), send)
 
 
-def _artifacts(experiment: Experiment | None, run: Run) -> Iterator[tuple[str, Path]]:
+def _artifacts(experiment: Experiment | None, run: Place) -> Iterator[tuple[str, Path]]:
     """(folder on the server, file): the configuration, and what belongs to the headline evaluation, once it is
     known which one that is."""
     if run.experiment_yaml.is_file():
         yield "", run.experiment_yaml
     if experiment is None:
         return
-    evaluation = run.evaluation(keys.evaluate_key(experiment, run.run_key))
-    figures = run.figures(keys.figures_key(experiment, run.run_key))
+    evaluation = run.of(experiment).scores
+    figures = run.of(experiment).figures
     wanted = {
-        "samples": [run.samples(keys.sample_key(experiment, run.run_key)) / "grid.png"],
+        "samples": [run.of(experiment).samples_grid],
         "evaluation": [evaluation / "metrics.json", evaluation / "nll.json"],
         "figures": sorted(figures.glob("*.png")) + sorted(figures.glob("*.svg")),
         "report": [file for file in sorted(run.report.glob("*")) if file.name != rundir.MANIFEST],
@@ -127,23 +127,23 @@ def _end_of_log(path: Path, start: int) -> int:
         return start + file.read().rfind(b"\n") + 1
 
 
-def _tags(run: Run) -> dict[str, str]:
+def _tags(run: Place) -> dict[str, str]:
     """What experiment.yaml says of where the run was made, and the keys."""
     tree = yaml.safe_load(run.experiment_yaml.read_text()) if run.experiment_yaml.exists() else {}
     made = tree.get("made_with") or {}
     tags = {"run_key": run.run_key, "data_key": run.data_key}
     if made.get("commit"):
         tags |= {"commit": made["commit"], "mlflow.source.git.commit": made["commit"]}
-    tags |= {f"commit.{stage}": ", ".join(commits) for stage, commits in rundir.commits_by_stage(run).items()}
+    tags |= {f"commit.{stage}": ", ".join(commits) for stage, commits in run.commits_by_stage().items()}
     return tags | {f"version.{name}": str(version) for name, version in (made.get("versions") or {}).items()}
 
 
-def _parameters(experiment: Experiment, run: Run) -> dict[str, str]:
+def _parameters(experiment: Experiment, run: Place) -> dict[str, str]:
     """About 25, all determined by the run key, because MLflow lets no parameter change."""
-    content = keys.run_content(experiment)
+    content = keys.run_content(experiment, whole=True)
     shown = {
         "seed": str(content.pop("seed")),
-        "data.source": run.source,
+        "data.source": run.experiment.data.source,
         "data.image_size": str(experiment.data.image_size),
     }
     for section, values in content.items():

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store import run as rundir
-from pipeline.store.run import Run
+from pipeline.store import files as rundir
+from pipeline.store.run import Place
 from pipeline.tracking.moved import ARTIFACTS, follow_move
 
 BATCH = 1000  # metrics that MLflow takes in one call
@@ -131,7 +131,7 @@ class Session:
     It looks up what the server has before it makes anything; after a failure it is dropped for a new one.
     """
 
-    def __init__(self, uri: str, study: str, experiment: Experiment, run: Run, child: Child | None = None):
+    def __init__(self, uri: str, study: str, experiment: Experiment, run: Place, child: Child | None = None):
         self.client = client_of(uri)
         self.experiment, self.run = experiment, run
         self.experiment_id = find_study(self.client, uri, run.storage, study)
@@ -219,7 +219,7 @@ class Session:
         """The weights stay where they are; the model says where that is."""
         from mlflow.entities import LoggedModelOutput
 
-        folder = self.run.step_dir(step)
+        folder = self.run.step_folder(step)
         if model is None:
             facts = rundir.read_json(folder / "meta.json").get("files", {})
             hashes = {f"sha256.{name}": file["sha256"] for name, file in facts.items()}

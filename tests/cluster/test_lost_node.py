@@ -14,7 +14,7 @@ import pytest
 from compose_file import COMPOSE, VARIABLE, services
 from conftest import TINY
 
-from pipeline.store.run import sha256_of
+from pipeline.store.files import sha256_of
 
 pytestmark = [
     pytest.mark.ray,

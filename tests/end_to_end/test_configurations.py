@@ -16,7 +16,7 @@ from pipeline.compute.work import Unit
 from pipeline.engine.execute import locate
 from pipeline.stages import evaluate, sample, shard, train
 from pipeline.store import tars
-from pipeline.store.run import read_json
+from pipeline.store.files import read_json
 
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GRID, TRIAL
+from conftest import GRID, TRIAL, tiny_experiment
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.ray
@@ -37,7 +37,7 @@ def process(storage: Path, *words: str) -> subprocess.Popen:
 
 
 def sweep(storage: Path, *words: str) -> str:
-    """Run `ddpm sweep` to its end; returns what it printed."""
+    """Place `ddpm sweep` to its end; returns what it printed."""
     running = process(storage, *words)
     said, _ = running.communicate()
     assert running.returncode == 0, said
@@ -144,15 +144,15 @@ def test_what_a_lost_training_group_held_is_given_back(tmp_path):
 
     from pipeline.compute import cluster
     from pipeline.config import load_cluster
-    from pipeline.store.run import Run
+    from pipeline.store.run import Place
 
-    run = Run(tmp_path, "tiny", "digits", "data", "key")
+    run = Place(tmp_path, tiny_experiment(), "data", "key")
     run.path.mkdir()
     with cluster.Session(load_cluster("local", ["workers=1", "cpus_per_worker=1"])):
         before = ray.available_resources()["CPU"]
         group = ray.util.placement_group([{"CPU": 1}])
         ray.get(group.ready())
-        (run.path / ".placement-group").write_text(group.id.hex())
+        run.placement_group.write_text(group.id.hex())
         assert ray.available_resources()["CPU"] == before - 1
         cluster.release(run)
         deadline = time.monotonic() + 30

@@ -20,7 +20,7 @@ from pipeline.data.sources.npy import Npy
 from pipeline.data.sources.parquet import Parquet
 from pipeline.data.sources.picture import Picture, Undecodable, to_record
 from pipeline.errors import PipelineError
-from pipeline.store.run import read_json, write_json
+from pipeline.store.files import read_json, write_json
 from pipeline.store.tars import Record
 
 

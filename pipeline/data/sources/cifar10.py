@@ -23,7 +23,7 @@ from pipeline.config import DataConfig
 from pipeline.data.sources.parquet import Parquet
 from pipeline.data.sources.picture import Picture
 from pipeline.errors import PipelineError
-from pipeline.store.run import atomic_file
+from pipeline.store.files import atomic_file
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 REMEDY = f"fetch it again from {ADDRESS}"

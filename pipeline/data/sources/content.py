@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import PipelineError
-from pipeline.store.run import sha256_of
+from pipeline.store.files import sha256_of
 
 
 def digest_of(files: list[Path], root: Path) -> str:

@@ -11,7 +11,7 @@ from pipeline.config import DataConfig
 from pipeline.data.sources.order import shuffled
 from pipeline.data.sources.picture import Picture
 from pipeline.errors import PipelineError
-from pipeline.store.run import sha256_of
+from pipeline.store.files import sha256_of
 
 TEST_PER_CLASS = 36
 LEVELS = 16

@@ -8,10 +8,11 @@ from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import Shard, shard_set
 from pipeline.scores.preparations import extractor_of, is_prepared
-from pipeline.store.run import Run, read_json
+from pipeline.store.files import read_json
+from pipeline.store.run import Place
 
 
-def ahead(experiment: Experiment, run: Run) -> Callable[[Unit], list[Unit]]:
+def ahead(experiment: Experiment, run: Place) -> Callable[[Unit], list[Unit]]:
     """What can be done once a unit of samples is: the unit of its features, if they will be scored and their
     extractor is there. Where it is not, the evaluate stage makes it, or says why it cannot."""
     if set(experiment.evaluate.metrics) <= {"nll"} or not is_prepared(experiment, run):
@@ -25,7 +26,7 @@ def ahead(experiment: Experiment, run: Run) -> Callable[[Unit], list[Unit]]:
         if unit.tar is None:
             return []
         shard = _drawn(unit.tar, experiment.data.shape)
-        return shard_set(extractor, [shard], run.evaluation("units")).missing()
+        return shard_set(extractor, [shard], run.score_units).missing()
 
     return features_of
 

@@ -17,8 +17,9 @@ from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import content_of, shards_of
 from pipeline.store import checkpoint, tars
+from pipeline.store.files import read_json, read_unit, write_unit
 from pipeline.store.keys import hash_of
-from pipeline.store.run import Run, read_json, read_unit, write_unit
+from pipeline.store.run import Place
 
 CALL = (256, 2**18)  # images and pixels that one network call of the bound takes at most
 
@@ -43,7 +44,7 @@ class CheckpointDenoiser:
     """The run's own network, with the weights that are sampled."""
 
     experiment: Experiment
-    run: Run
+    run: Place
     clip: ClassVar[bool] = True  # authors' code
 
     @property
@@ -54,7 +55,7 @@ class CheckpointDenoiser:
     @property
     def weights(self) -> str | None:
         """The sha256 of their file; None where there is none."""
-        meta = self.run.step_dir(checkpoint_step(self.experiment)) / checkpoint.META
+        meta = self.run.step_folder(checkpoint_step(self.experiment)) / checkpoint.META
         file = checkpoint.EMA if self.experiment.sample.weights == "ema" else checkpoint.STATE
         return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
 
@@ -64,7 +65,7 @@ class CheckpointDenoiser:
         return checkpoint.load_network(self.experiment, self.run, step, which, device, precision)
 
 
-def nll_images(experiment: Experiment, run: Run) -> tuple[int, int]:
+def nll_images(experiment: Experiment, run: Place) -> tuple[int, int]:
     """How many test images are scored, and how many there are."""
     there = tars.open_index(run.data).count("test")
     asked = experiment.evaluate.nll_images or there
@@ -77,7 +78,7 @@ def nll_images(experiment: Experiment, run: Run) -> tuple[int, int]:
 
 def units(
     experiment: Experiment,
-    run: Run,
+    run: Place,
     denoiser: Denoiser | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> dict[Path, Unit]:
@@ -89,7 +90,7 @@ def units(
     variance = config.variance or experiment.diffusion.variance
     test = content_of(shards_of(run.data, "test"))
     key = hash_of([run.run_key, denoiser.identity, test, config.decoder, variance, timesteps])
-    folder = run.evaluation("units") / f"nll-{key}"
+    folder = run.score_units / f"nll-{key}"
     n, found = nll_images(experiment, run)[0], {}
     for start in range(0, n, config.nll_batch_size):
         stop = min(start + config.nll_batch_size, n)
@@ -101,7 +102,7 @@ def units(
 
 
 def bound(
-    ctx: WorkerContext, experiment: Experiment, run: Run, denoiser: Denoiser, start: int, stop: int,
+    ctx: WorkerContext, experiment: Experiment, run: Place, denoiser: Denoiser, start: int, stop: int,
     timesteps: Sequence[int] | None, file: Path,
 ) -> None:  # fmt: skip
     """The work unit: the terms of the bound of test images [start, stop), float32 as they were computed."""

@@ -11,7 +11,7 @@ from pipeline.scores.image_sets import ImageSet, Shard, baseline_set, shard_set,
 from pipeline.scores.preparations import pixels_file
 from pipeline.scores.reference import Reference
 from pipeline.store import tars
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 if TYPE_CHECKING:  # importing torch-fidelity takes seconds, and a command that is up to date needs none of it
     from pipeline.scores.distances import Scored, Statistics
@@ -53,7 +53,7 @@ def compares_images(config: EvaluateConfig) -> bool:
     return bool({"kid", "prc"} & set(config.metrics))
 
 
-def image_sets(experiment: Experiment, run: Run, extractor: "Extractor", samples: list[Shard]) -> ImageSets:
+def image_sets(experiment: Experiment, run: Place, extractor: "Extractor", samples: list[Shard]) -> ImageSets:
     """The samples; the splits they are compared with; and as points the other split, a Gaussian, noise."""
     config, n = experiment.evaluate, experiment.sample.num_images
     shared = run.data / "references" / "features"
@@ -73,12 +73,12 @@ def image_sets(experiment: Experiment, run: Run, extractor: "Extractor", samples
     if pixels:
         points["gaussian"] = baseline_set(extractor, n, shape, shared, pixels)
     points["noise"] = baseline_set(extractor, n, shape, shared, None)
-    drawn = shard_set(extractor, samples, run.evaluation("units"), n)
+    drawn = shard_set(extractor, samples, run.score_units, n)
     return ImageSets(drawn, {split: split_set(split) for split in SPLITS if split in splits}, points)
 
 
 def add_scores(
-    metrics: dict[str, Any], experiment: Experiment, run: Run, extractor: "Extractor", sets: ImageSets
+    metrics: dict[str, Any], experiment: Experiment, run: Place, extractor: "Extractor", sets: ImageSets
 ) -> None:
     """Scores, reference points, class shares and their part of the protocol, once all features are there."""
     config = experiment.evaluate
@@ -98,7 +98,7 @@ def add_scores(
     metrics["protocol"] |= _protocol(config, extractor, scored, real)
 
 
-def _real(config: EvaluateConfig, run: Run, extractor: "Extractor", sets: ImageSets) -> Real:
+def _real(config: EvaluateConfig, run: Place, extractor: "Extractor", sets: ImageSets) -> Real:
     statistics: dict[str, Statistics] = {}
     for score, name in references(config).items():
         reference = Reference.of(run, extractor, name)

@@ -6,20 +6,19 @@ from pipeline.config import Experiment, checkpoint_rule, checkpoint_step, weight
 from pipeline.scores.reference import name_of
 from pipeline.stages.evaluate.bound import nll_images
 from pipeline.store import tars
-from pipeline.store.keys import sample_key
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 PAPER_SAMPLES = 50_000
 
 
-def protocol(experiment: Experiment, run: Run) -> dict[str, Any]:
+def protocol(experiment: Experiment, run: Place) -> dict[str, Any]:
     """What no number of ours stands without; `images` adds what only the features show."""
     config = experiment.evaluate
     found: dict[str, Any] = {"checkpoint": checkpoint_step(experiment), "weights": weights_kind(experiment)}
     if rule := checkpoint_rule(experiment):
         found["checkpoint_rule"] = rule
     if set(config.metrics) - {"nll"}:
-        drawn = tars.open_index(run.samples(sample_key(experiment, run.run_key))).facts["protocol"]
+        drawn = tars.open_index(run.of(experiment).samples).facts["protocol"]
         found |= drawn | {"n": experiment.sample.num_images, "reference": name_of(config.reference)}
     if "nll" in config.metrics:
         asked, there = nll_images(experiment, run)

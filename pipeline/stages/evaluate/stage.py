@@ -19,19 +19,19 @@ from pipeline.scores.reference import brought
 from pipeline.stages.evaluate import bound, images
 from pipeline.stages.evaluate.protocol import protocol, why_not
 from pipeline.store import tars
-from pipeline.store.keys import evaluate_key, sample_key
-from pipeline.store.run import Run, read_manifest, write_json, write_manifest, write_text
+from pipeline.store.files import read_manifest, write_json, write_manifest, write_text
+from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
 
 METRICS, NLL, CONFIG = "metrics.json", "nll.json", "evaluate.yaml"
 
 
-def directory(experiment: Experiment, run: Run) -> Path:
-    return run.evaluation(evaluate_key(experiment, run.run_key))
+def directory(experiment: Experiment, run: Place) -> Path:
+    return run.of(experiment).scores
 
 
-def is_done(experiment: Experiment, run: Run) -> bool:
+def is_done(experiment: Experiment, run: Place) -> bool:
     """Whether the scores are sealed, and are those of the samples and the weights that are there now."""
     try:
         manifest = read_manifest(directory(experiment, run), check="size")
@@ -45,7 +45,7 @@ def is_done(experiment: Experiment, run: Run) -> bool:
     return all(manifest.get(name) == value for name, value in now.items() if value is not None)
 
 
-def _inputs(experiment: Experiment, run: Run) -> dict[str, str | None]:
+def _inputs(experiment: Experiment, run: Place) -> dict[str, str | None]:
     """Hashes of what the scores are of, beside what is in their key; None where it is not there."""
     samples = sample_shards(experiment, run) if needs_samples(experiment) else []
     scores_weights = "nll" in experiment.evaluate.metrics
@@ -57,13 +57,13 @@ def needs_samples(experiment: Experiment) -> bool:
     return bool(set(experiment.evaluate.metrics) - {"nll"})
 
 
-def sample_shards(experiment: Experiment, run: Run) -> list[Shard]:
+def sample_shards(experiment: Experiment, run: Place) -> list[Shard]:
     """The tars of the first num_images samples. Raises PipelineError where there are fewer."""
-    folder = run.samples(sample_key(experiment, run.run_key))
+    folder = run.of(experiment).samples
     return shards_of(folder, "samples", experiment.sample.num_images)
 
 
-def check(experiment: Experiment, run: Run) -> None:
+def check(experiment: Experiment, run: Place) -> None:
     """Raise PipelineError for what the shards alone show to be impossible, before anything is trained."""
     config = experiment.evaluate
     if "nll" in config.metrics:
@@ -75,7 +75,7 @@ def check(experiment: Experiment, run: Run) -> None:
             brought(config.reference_file, WIDTHS[config.features])
 
 
-def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
+def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     """Yields what features need first, then all else at once; then adds up and seals the scores."""
     check(experiment, run)
     bounds = bound.units(experiment, run) if "nll" in experiment.evaluate.metrics else {}
@@ -99,7 +99,7 @@ def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
     _seal(experiment, run, metrics, inputs)
 
 
-def _seal(experiment: Experiment, run: Run, metrics: dict[str, Any], inputs: dict[str, str | None]) -> None:
+def _seal(experiment: Experiment, run: Place, metrics: dict[str, Any], inputs: dict[str, str | None]) -> None:
     folder = directory(experiment, run)
     write_json(folder / METRICS, metrics)
     write_text(folder / CONFIG, to_yaml(experiment.evaluate))

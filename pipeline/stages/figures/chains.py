@@ -22,7 +22,8 @@ from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, chain_of, in_words, unit_folder
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_network
-from pipeline.store.run import Run, read_arrays, write_arrays
+from pipeline.store.files import read_arrays, write_arrays
+from pipeline.store.run import Place
 
 UNIT_IMAGES = 8  # chains in a unit of the progressive figure
 STAGES = 10
@@ -44,13 +45,13 @@ def at_t(steps: int, experiment: Experiment) -> int:
     return int(chain_of(experiment).timesteps[steps - 1]) + 1 if steps else 0
 
 
-def network(ctx: WorkerContext, experiment: Experiment, run: Run) -> Network:
+def network(ctx: WorkerContext, experiment: Experiment, run: Place) -> Network:
     """The network of the checkpoint, guided as samples are."""
     net, scale = plain_network(ctx, experiment, run), experiment.sample.guidance_scale
     return guided(net, scale, NO_LABEL) if scale != 1 else net
 
 
-def plain_network(ctx: WorkerContext, experiment: Experiment, run: Run) -> nn.Module:
+def plain_network(ctx: WorkerContext, experiment: Experiment, run: Place) -> nn.Module:
     config = experiment.sample
     return load_network(
         experiment, run, checkpoint_step(experiment), config.weights, ctx.device, config.precision
@@ -89,7 +90,7 @@ def draw_rows(files: list[Path], file: Path) -> None:
 # Figs. 6 and 14
 
 
-def progressive(experiment: Experiment, run: Run) -> Figure:
+def progressive(experiment: Experiment, run: Place) -> Figure:
     n, folder = images_asked(experiment), unit_folder(experiment, run, "progressive")
     units = {}
     for start in range(0, n, UNIT_IMAGES):
@@ -105,14 +106,14 @@ def progressive(experiment: Experiment, run: Run) -> Figure:
 
 
 def keep_estimates(
-    ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop: int, file: Path
+    ctx: WorkerContext, experiment: Experiment, run: Place, start: int, stop: int, file: Path
 ) -> None:
     """The work unit: a row for each of samples [start, stop)."""
     stages = estimates(ctx, experiment, run, start, stop)
     write_arrays(file, images=to_uint8(stages.transpose(0, 1)).numpy())
 
 
-def estimates(ctx: WorkerContext, experiment: Experiment, run: Run, start: int, stop: int) -> Tensor:
+def estimates(ctx: WorkerContext, experiment: Experiment, run: Place, start: int, stop: int) -> Tensor:
     """Estimates of x_0 in [-1, 1], (stages, images, C, H, W), on the CPU, evenly spaced over the chains of
     samples [start, stop); the last is their end."""
     config, index = experiment.sample, torch.arange(start, stop, device=ctx.device)
@@ -134,7 +135,7 @@ def shown_steps(steps: int) -> list[int]:
 # Figs. 8 and 9
 
 
-def interpolation(experiment: Experiment, run: Run) -> Figure:
+def interpolation(experiment: Experiment, run: Place) -> Figure:
     steps = steps_of(INTERPOLATED_AT, experiment)
     units = dict(mixing_unit(experiment, run, pair, steps) for pair in range(images_asked(experiment)))
     caption = (
@@ -145,7 +146,7 @@ def interpolation(experiment: Experiment, run: Run) -> Figure:
     return Figure("interpolation.png", caption, units, draw_rows)
 
 
-def coarse_to_fine(experiment: Experiment, run: Run) -> Figure:
+def coarse_to_fine(experiment: Experiment, run: Place) -> Figure:
     counts = [steps_of(share, experiment) for share in COARSE_TO_FINE]
     units = dict(mixing_unit(experiment, run, 0, steps) for steps in counts)
     said = ", ".join(f"{at_t(steps, experiment):,}" for steps in dict.fromkeys(counts))
@@ -156,7 +157,7 @@ def coarse_to_fine(experiment: Experiment, run: Run) -> Figure:
     return Figure("coarse_to_fine.png", caption, units, draw_rows)
 
 
-def mixing_unit(experiment: Experiment, run: Run, pair: int, steps: int) -> tuple[Path, Unit]:
+def mixing_unit(experiment: Experiment, run: Place, pair: int, steps: int) -> tuple[Path, Unit]:
     """Both figures share what both show."""
     file = unit_folder(experiment, run, "mixed") / f"{pair:04d}-{steps:04d}.npz"
     args = (experiment, run, pair, steps, file)
@@ -164,7 +165,7 @@ def mixing_unit(experiment: Experiment, run: Run, pair: int, steps: int) -> tupl
 
 
 def keep_mixed(
-    ctx: WorkerContext, experiment: Experiment, run: Run, pair: int, steps: int, file: Path
+    ctx: WorkerContext, experiment: Experiment, run: Place, pair: int, steps: int, file: Path
 ) -> None:
     """The work unit: one row, (1, 13, C, H, W)."""
     a, b = sources(run, pair)
@@ -174,7 +175,7 @@ def keep_mixed(
 
 
 def mixed(
-    ctx: WorkerContext, experiment: Experiment, run: Run, a: Tensor, b: Tensor, pair: int, steps: int
+    ctx: WorkerContext, experiment: Experiment, run: Place, a: Tensor, b: Tensor, pair: int, steps: int
 ) -> Tensor:
     """Images (11, C, H, W) for the lambdas between uint8 images a and b, all from the pair's draw of the noise.
 
@@ -195,12 +196,12 @@ def mixed(
     )  # fmt: skip
 
 
-def split_of(run: Run) -> str:
+def split_of(run: Place) -> str:
     """The images that are interpolated: unseen ones, where there are any."""
     return "test" if "test" in tars.open_index(run.data).splits else "train"
 
 
-def sources(run: Run, pair: int) -> Tensor:
+def sources(run: Place, pair: int) -> Tensor:
     """The two images of a pair, uint8 (2, C, H, W); where there are too few, pairs come again."""
     split = split_of(run)
     count = tars.open_index(run.data).count(split)
@@ -212,7 +213,7 @@ def sources(run: Run, pair: int) -> Tensor:
 # Fig. 7
 
 
-def shared_latents(experiment: Experiment, run: Run) -> Figure:
+def shared_latents(experiment: Experiment, run: Place) -> Figure:
     n, folder = images_asked(experiment), unit_folder(experiment, run, "shared")
     counts = [steps_of(share, experiment) for share in SHARED]
     units = {}
@@ -234,14 +235,18 @@ def draw_beside(files: list[Path], file: Path) -> None:
     save_grid(rows.flatten(0, 1), rows.shape[1], file)
 
 
-def keep_shared(ctx: WorkerContext, experiment: Experiment, run: Run, n: int, steps: int, file: Path) -> None:
+def keep_shared(
+    ctx: WorkerContext, experiment: Experiment, run: Place, n: int, steps: int, file: Path
+) -> None:
     """The work unit: (n, 1 + children, C, H, W), each row a latent of the sample's chain and its images."""
     x_t, children = shared(ctx, experiment, run, n, steps)
     rows = torch.cat([x_t[:, None], children.unflatten(0, (n, CHILDREN))], dim=1)
     write_arrays(file, images=to_uint8(rows).cpu().numpy())
 
 
-def shared(ctx: WorkerContext, experiment: Experiment, run: Run, n: int, steps: int) -> tuple[Tensor, Tensor]:
+def shared(
+    ctx: WorkerContext, experiment: Experiment, run: Place, n: int, steps: int
+) -> tuple[Tensor, Tensor]:
     """x_t (n, C, H, W) on the way to the first n samples, and the images (n * children, C, H, W) from it."""
     chain, net, shape = chain_of(experiment), network(ctx, experiment, run), experiment.data.shape
     draw = partial(normal, experiment.seed, shape=shape)

@@ -6,13 +6,13 @@ from pathlib import Path
 from pipeline.config import Experiment
 from pipeline.drawing import charts
 from pipeline.stages.figures.figure import Figure, Unavailable
-from pipeline.store.keys import evaluate_key
-from pipeline.store.run import Run, read_json
+from pipeline.store.files import read_json
+from pipeline.store.run import Place
 
 
-def rate_distortion(experiment: Experiment, run: Run) -> Figure:
+def rate_distortion(experiment: Experiment, run: Place) -> Figure:
     """Fig. 5, from the evaluation's nll.json."""
-    nll = run.evaluation(evaluate_key(experiment, run.run_key)) / "nll.json"
+    nll = run.of(experiment).nll_json
     if "nll" not in experiment.evaluate.metrics or not nll.exists():
         raise Unavailable(
             f"it needs the bound: `ddpm evaluate {experiment.name}` with nll among evaluate.metrics makes it"

@@ -11,7 +11,7 @@ from pipeline.compute.work import Unit
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store.keys import hash_of, sample_key
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 
 class Unavailable(PipelineError):
@@ -28,9 +28,9 @@ class Figure:
     draw: Callable[[list[Path], Path], None]
 
 
-def unit_folder(experiment: Experiment, run: Run, kind: str, *depends: Any) -> Path:
+def unit_folder(experiment: Experiment, run: Place, kind: str, *depends: Any) -> Path:
     """Where results are kept that depend on how samples are drawn, and on `depends`."""
-    return run.figures("units") / f"{kind}-{hash_of([sample_key(experiment, run.run_key), *depends])}"
+    return run.figure_units / f"{kind}-{hash_of([sample_key(experiment, run.run_key), *depends])}"
 
 
 def chain_of(experiment: Experiment) -> Diffusion:

@@ -15,8 +15,8 @@ from pipeline.stages.figures.chains import images_asked
 from pipeline.stages.figures.figure import Figure, Unavailable, unit_folder
 from pipeline.stages.figures.scores_along import scored_extractor
 from pipeline.store import tars
-from pipeline.store.keys import sample_key
-from pipeline.store.run import Run, read_arrays, write_arrays
+from pipeline.store.files import read_arrays, write_arrays
+from pipeline.store.run import Place
 
 if TYPE_CHECKING:
     from pipeline.scores.extractors import Extractor
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 NEIGHBOURS = 9
 
 
-def nearest_pixels(experiment: Experiment, run: Run) -> Figure:
+def nearest_pixels(experiment: Experiment, run: Place) -> Figure:
     caption = "Samples, first column, and the training images nearest in pixel space (paper, Fig. 12)"
     return _figure("nearest_pixels", caption, experiment, run, None)
 
 
-def nearest_features(experiment: Experiment, run: Run) -> Figure:
+def nearest_features(experiment: Experiment, run: Place) -> Figure:
     extractor = scored_extractor(experiment, run)
     caption = (
         f"Samples, first column, and the training images nearest in the feature space of `{extractor.name}` "
@@ -39,9 +39,9 @@ def nearest_features(experiment: Experiment, run: Run) -> Figure:
 
 
 def _figure(
-    name: str, caption: str, experiment: Experiment, run: Run, extractor: "Extractor | None"
+    name: str, caption: str, experiment: Experiment, run: Place, extractor: "Extractor | None"
 ) -> Figure:
-    samples = run.samples(sample_key(experiment, run.run_key))
+    samples = run.of(experiment).samples
     n, shards = images_asked(experiment), shards_of(run.data, "train")
     galleries: list[Path | None] = [None] * len(shards)
     query = None
@@ -61,9 +61,9 @@ def _figure(
     return Figure(f"{name}.png", caption, units, partial(_draw, samples, n))
 
 
-def sample_features(extractor: "Extractor", samples: Path, run: Run, n: int) -> np.ndarray:
+def sample_features(extractor: "Extractor", samples: Path, run: Place, n: int) -> np.ndarray:
     """(n, d) float32 of the first samples. Raises Unavailable where the evaluation left none."""
-    images = shard_set(extractor, shards_of(samples, "samples", n), run.evaluation("units"), n)
+    images = shard_set(extractor, shards_of(samples, "samples", n), run.score_units, n)
     if images.missing():
         raise Unavailable("it needs the features of the samples, which `ddpm evaluate` makes")
     return np.concatenate([features for features, _ in images.parts()])

@@ -13,8 +13,8 @@ from pipeline.scores.preparations import extractor_of
 from pipeline.scores.reference import Reference
 from pipeline.stages.figures.chains import chain_of, estimates, shown_steps
 from pipeline.stages.figures.figure import Figure, Unavailable, in_words, unit_folder
-from pipeline.store.keys import evaluate_key
-from pipeline.store.run import MANIFEST, Run, read_arrays, write_arrays
+from pipeline.store.files import read_arrays, write_arrays
+from pipeline.store.run import Place
 
 if TYPE_CHECKING:  # as in the evaluate stage: seconds that a command with nothing to do need not spend
     from pipeline.scores.extractors import Extractor
@@ -23,11 +23,11 @@ PER_ROW = 16  # images scored for each row that the other figures have
 UNIT_IMAGES = 16
 
 
-def scored_extractor(experiment: Experiment, run: Run) -> "Extractor":
+def scored_extractor(experiment: Experiment, run: Place) -> "Extractor":
     """The extractor that the run was scored with. Raises Unavailable where no FID was."""
     if "fid" not in experiment.evaluate.metrics:
         raise Unavailable("it needs features, which are made where evaluate.metrics holds fid")
-    if not (run.evaluation(evaluate_key(experiment, run.run_key)) / MANIFEST).exists():
+    if not (run.of(experiment).scores_manifest).exists():
         raise Unavailable(f"it needs features, which `ddpm evaluate {experiment.name}` makes")
     try:
         return extractor_of(experiment, run)
@@ -35,7 +35,7 @@ def scored_extractor(experiment: Experiment, run: Run) -> "Extractor":
         raise Unavailable(f"its feature extractor is not there: {error}") from error
 
 
-def scores_along(experiment: Experiment, run: Run) -> Figure:
+def scores_along(experiment: Experiment, run: Place) -> Figure:
     extractor = scored_extractor(experiment, run)
     reference = Reference.of(run, extractor, experiment.evaluate.reference)
     n = min(PER_ROW * experiment.figures.images, experiment.sample.num_images)
@@ -57,7 +57,7 @@ def scores_along(experiment: Experiment, run: Run) -> Figure:
 
 
 def keep_features(
-    ctx: WorkerContext, extractor: "Extractor", experiment: Experiment, run: Run, start: int, stop: int, file: Path
+    ctx: WorkerContext, extractor: "Extractor", experiment: Experiment, run: Place, start: int, stop: int, file: Path
 ) -> None:  # fmt: skip
     """The work unit: features (stages, n, d) and logits of the estimates of samples [start, stop)."""
     from pipeline.scores.extractors import extract

@@ -18,30 +18,30 @@ from pipeline.errors import PipelineError
 from pipeline.stages.figures import chains, curves, nearest, scores_along
 from pipeline.stages.figures.figure import Figure, Unavailable
 from pipeline.store import tars
-from pipeline.store.keys import evaluate_key, figures_key, sample_key
-from pipeline.store.run import MANIFEST, Run, read_manifest, write_manifest
+from pipeline.store.files import MANIFEST, read_manifest, write_manifest
+from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
 
 SAMPLES_SIDE = 16
 
 
-def directory(experiment: Experiment, run: Run) -> Path:
-    return run.figures(figures_key(experiment, run.run_key))
+def directory(experiment: Experiment, run: Place) -> Path:
+    return run.of(experiment).figures
 
 
-def is_done(experiment: Experiment, run: Run) -> bool:
+def is_done(experiment: Experiment, run: Place) -> bool:
     """Whether the figures are sealed, and those that were left out have nothing more to wait for."""
     try:
         manifest = read_manifest(directory(experiment, run), check="size")
     except PipelineError as error:
         log.warning("%s; its figures are drawn again", error)
         return False
-    scored = (run.evaluation(evaluate_key(experiment, run.run_key)) / MANIFEST).exists()
+    scored = (run.of(experiment).scores_manifest).exists()
     return manifest is not None and (scored or not manifest["skipped"])
 
 
-def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
+def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     """Yields the units whose results are missing, then draws the pictures and seals the folder."""
     folder = directory(experiment, run)
     if (folder / MANIFEST).exists():  # sealed, but not what was sealed, or not all: is_done said so
@@ -58,7 +58,7 @@ def work(experiment: Experiment, run: Run) -> Iterator[list[Unit]]:
     write_manifest(folder, order, order=order, captions=captions, skipped=skipped)
 
 
-def plan(experiment: Experiment, run: Run) -> tuple[list[Figure], dict[str, str]]:
+def plan(experiment: Experiment, run: Place) -> tuple[list[Figure], dict[str, str]]:
     """The figures asked for that can be drawn, and the reasons why others cannot."""
     figures, skipped = [], {}
     for name in experiment.figures.which:
@@ -70,8 +70,8 @@ def plan(experiment: Experiment, run: Run) -> tuple[list[Figure], dict[str, str]
     return figures, skipped
 
 
-def samples(experiment: Experiment, run: Run) -> Figure:
-    folder = run.samples(sample_key(experiment, run.run_key))
+def samples(experiment: Experiment, run: Place) -> Figure:
+    folder = run.of(experiment).samples
     caption = "Unconditional samples" if experiment.sample.label is None else "Samples"
     caption += ", the first ones, not selected (paper, Fig. 13)"
     shown = min(SAMPLES_SIDE**2, experiment.sample.num_images)
@@ -84,7 +84,7 @@ def _draw_samples(folder: Path, shown: int, files: list[Path], file: Path) -> No
     save_grid(torch.from_numpy(images), min(SAMPLES_SIDE, max(1, int(shown**0.5))), file)
 
 
-FIGURES: dict[str, Callable[[Experiment, Run], Figure]] = {
+FIGURES: dict[str, Callable[[Experiment, Place], Figure]] = {
     "samples": samples,
     "progressive": chains.progressive,
     "interpolation": chains.interpolation,

@@ -1,7 +1,6 @@
 """Training groups of one to four processes, over gloo as Ray sets them up: the same run, whatever their number and
 whatever becomes of them. Ray itself is beside the point here, and would need a core for each."""
 
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -12,12 +11,12 @@ import time
 
 import pytest
 import torch
-from conftest import tiny_experiment
+from conftest import renamed, tiny_experiment
 
 from pipeline.compute.cluster import Peer
 from pipeline.stages import train
 from pipeline.store import checkpoint
-from pipeline.store.run import sha256_of
+from pipeline.store.files import sha256_of
 
 STEPS = 30
 LONG = 120  # seconds in which any of these groups is through
@@ -89,13 +88,13 @@ class Group:
 def experiment_of(run, dropout=0.0):
     """17 images a batch: one to four slices of it are never all equal."""
     return tiny_experiment(
-        f"name={run.name}", f"model.dropout={dropout}", f"train.steps={STEPS}", "train.batch_size=17",
+        f"name={run.experiment.name}", f"model.dropout={dropout}", f"train.steps={STEPS}", "train.batch_size=17",
         "train.checkpoint_every=5", "train.log_every=2", "train.keep=20",
     )  # fmt: skip
 
 
 def apart(run, name):
-    return dataclasses.replace(run, name=f"{run.name}-{name}")
+    return renamed(run, f"-{name}")
 
 
 def losses(run):
@@ -104,7 +103,7 @@ def losses(run):
 
 
 def state_hash(run, step):
-    return sha256_of(run.step_dir(step) / checkpoint.STATE)
+    return sha256_of(run.step_folder(step) / checkpoint.STATE)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
@@ -117,13 +116,13 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
     first = Group(workers, experiment, run)
     first.wait_for_step(5)
     first.kill(random.Random(workers).randrange(workers))
-    assert not run.step_dir(STEPS).exists(), "killed too late to prove anything"
+    assert not run.step_folder(STEPS).exists(), "killed too late to prove anything"
     second = Group(workers, experiment, run)
     second.wait_for_step(checkpoint.newest(run, STEPS) + 5)
     run.stop_file.touch()
     assert set(second.finish()) == {0}
     run.stop_file.unlink()
-    assert not run.step_dir(STEPS).exists(), "stopped too late to prove anything"
+    assert not run.step_folder(STEPS).exists(), "stopped too late to prove anything"
     assert set(Group(workers, experiment, run).finish()) == {0}
 
     assert state_hash(run, STEPS) == state_hash(untouched, STEPS)

@@ -12,7 +12,7 @@ from pipeline.engine import preflight
 from pipeline.errors import PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -25,7 +25,7 @@ def test_checkpoints_are_as_large_as_said(tiny_run):
     experiment, run = tiny_run
     one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
     train.body(one_cpu().context, one, run)
-    (written,) = (run.step_dir(step) for step in checkpoint.steps_on_disk(run.train))
+    (written,) = (run.step_folder(step) for step in checkpoint.steps_on_disk(run.train))
     found = sum(file.stat().st_size for file in written.iterdir())
     assert preflight.needs(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
 
@@ -46,7 +46,7 @@ def test_candidates_count():
 
 
 def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path, monkeypatch):
-    run = Run(tmp_path, "x", "cifar10", "d", "r")
+    run = Place(tmp_path, cifar10(), "d", "r")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
     with pytest.raises(
         PipelineError, match=r"has 1\.0 GiB free, the run needs 3\.\d GiB more: .*cluster\.storage"
@@ -55,7 +55,7 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path, monkeypatch)
 
 
 def test_what_is_there_already_is_not_needed_again(tmp_path, monkeypatch):
-    run = Run(tmp_path, "x", "cifar10", "d", "r")
+    run = Place(tmp_path, cifar10(), "d", "r")
     run.path.mkdir()
     with (run.path / "samples").open("wb") as file:
         file.truncate(3 * 2**30)  # sparse

@@ -15,8 +15,7 @@ from pipeline.report.page import Matrix, Picture, Pictures
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.ranking import rank_runs
 from pipeline.stages import report
-from pipeline.store import keys
-from pipeline.store import run as rundir
+from pipeline.store import files as rundir
 
 SPACE = [(beta, dropout) for beta in ("linear", "cosine") for dropout in (0.2, 0.1)]
 
@@ -29,7 +28,7 @@ def entry(storage, beta: str, dropout: float, label: str = "", **swept) -> Entry
 
 
 def score(one: Entry, protocol: dict | None = None, **scores: float) -> None:
-    file = one.run.evaluation(keys.evaluate_key(one.experiment, one.run.run_key)) / "metrics.json"
+    file = one.run.of(one.experiment).metrics_json
     metrics = rundir.read_json(file)
     whole = {"rate_bpd": 1.0, "distortion_bpd": 1.0, **scores}
     metrics["scores"], metrics["protocol"] = whole, metrics["protocol"] | (protocol or {})

@@ -17,8 +17,8 @@ from pipeline.report import page, paper, pictures
 from pipeline.report.style import COLOURS
 from pipeline.report.web import to_html
 from pipeline.stages import report
-from pipeline.store import keys, selection
-from pipeline.store import run as rundir
+from pipeline.store import files as rundir
+from pipeline.store import selection
 
 ROOT = Path(__file__).parents[3]
 CIFAR10 = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
@@ -33,7 +33,7 @@ def write(experiment, run) -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     experiment, run = make_run(tmp_path_factory.mktemp("storage"))
-    rundir.write_json(run.path / "timings.json", {"train": 130.0, "report": 2.0})
+    rundir.write_json(run.timings_json, {"train": 130.0, "report": 2.0})
     return experiment, run, *write(experiment, run)
 
 
@@ -136,7 +136,7 @@ def test_other_images_stand_beside_reference_points_only(digits):
 
 def test_a_score_by_the_papers_protocol_is_called_comparable(tmp_path, undrawn):
     experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
-    folder = run.evaluation(keys.evaluate_key(experiment, run.run_key))
+    folder = run.of(experiment).scores
     protocol = rundir.read_json(folder / "metrics.json")["protocol"] | {"comparable": True, "why_not": []}
     write_scores(folder, experiment, protocol=protocol)
     html, markdown = write(experiment, run)
@@ -156,7 +156,7 @@ def test_every_score_has_its_protocol(digits):
 
 def test_every_figure_in_the_manifest_is_shown_with_its_caption(tmp_path, undrawn):
     experiment, run = make_run(tmp_path)
-    folder = run.figures(keys.figures_key(experiment, run.run_key))
+    folder = run.of(experiment).figures
     for name in ("scores_along.svg", "rate_distortion.svg"):
         (folder / name).write_text(f"<svg><text>{name}</text></svg>")
     order = ["samples.png", "scores_along.svg", "rate_distortion.svg", "progressive.png"]
@@ -196,14 +196,14 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path, undrawn)
     assert report.is_done(experiment, run)
     assert write(experiment, run) == first
     run.log.touch()
-    rundir.write_json(run.path / "timings.json", {"report": 2.0})  # its own time is none of its inputs
+    rundir.write_json(run.timings_json, {"report": 2.0})  # its own time is none of its inputs
     assert report.is_done(experiment, run)
     changes = [
-        lambda: rundir.write_json(run.path / "commits.json", {"train": ["a1"]}),
+        lambda: rundir.write_json(run.commits_json, {"train": ["a1"]}),
         lambda: write_grid(run.grids / "00000100.png", experiment),
-        lambda: rundir.write_json(run.path / "timings.json", {"train": 9.0}),
+        lambda: rundir.write_json(run.timings_json, {"train": 9.0}),
         lambda: run.log.write_text(run.log.read_text().replace('"step": 1200', '"step": 1600')),
-        lambda: shutil.rmtree(run.evaluation(keys.evaluate_key(experiment, run.run_key))),
+        lambda: shutil.rmtree(run.of(experiment).scores),
         lambda: (run.report / "report.html").write_text("half"),
     ]
     for change in changes:
@@ -222,7 +222,7 @@ def test_commits_are_named_by_stage_where_they_differ(tmp_path, undrawn):
             "shard, train `a1` · train, evaluate `b2`",
         ),
     ):
-        rundir.write_json(run.path / "commits.json", commits)
+        rundir.write_json(run.commits_json, commits)
         assert f"| Commit | {said} |" in write(experiment, run)[1]
 
 
@@ -248,7 +248,7 @@ def test_a_run_of_which_nothing_is_there_has_a_report(tmp_path, undrawn):
 
 def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
     experiment, run = make_run(tmp_path)
-    folder = run.evaluation(keys.evaluate_key(experiment, run.run_key))
+    folder = run.of(experiment).scores
     write_scores(folder, experiment, scores={"fid": 20.0}, reference_points={})
     (folder / "nll.json").unlink()
     _, markdown = write(experiment, run)
@@ -259,7 +259,7 @@ def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
 
 def test_bad_scores_are_called_what_they_are(tmp_path, undrawn):
     experiment, run = make_run(tmp_path)
-    folder = run.evaluation(keys.evaluate_key(experiment, run.run_key))
+    folder = run.of(experiment).scores
     protocol = rundir.read_json(folder / "metrics.json")["protocol"]
     protocol["why_not"] = ["rank-deficient: n = 32 is not above 64 features"]
     write_scores(folder, experiment, scores={"fid": 192.8}, protocol=protocol)
@@ -285,7 +285,7 @@ def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
 
 def change_scores(experiment, run, **changed) -> None:
     """Overwrite parts of metrics.json: scores and protocol are added to, all else replaced."""
-    file = run.evaluation(keys.evaluate_key(experiment, run.run_key)) / "metrics.json"
+    file = run.of(experiment).metrics_json
     metrics = rundir.read_json(file)
     parts = {name: metrics[name] | changed.pop(name, {}) for name in ("scores", "protocol")}
     rundir.write_json(file, metrics | parts | changed)
@@ -409,9 +409,7 @@ def test_other_images_have_no_published_ladder(tmp_path, undrawn):
 def test_sampling_and_bound_are_projected_from_what_they_took(tmp_path, undrawn):
     experiment, run = make_run(tmp_path, "cifar10", CIFAR10)
     chains = {"50": {"images": 10, "seconds": 99.0}, "250": {"images": 500, "seconds": 1000.0}}
-    rundir.write_json(
-        run.path / "spent.json", {"samples": chains, "NLL": {"250": {"images": 100, "seconds": 360.0}}}
-    )
+    rundir.write_json(run.spent_json, {"samples": chains, "NLL": {"250": {"images": 100, "seconds": 360.0}}})
     markdown = write(experiment, run)[1]
     # 2 s an image of 250 steps, so 8 s of 1,000: 50,000 take 111 h 6 min.
     assert (

@@ -16,7 +16,7 @@ FID = METRICS["fid"]
 
 
 @dataclass(frozen=True)
-class Run:
+class Place:
     label: str
     swept: dict = field(default_factory=dict)
     scores: dict = field(default_factory=dict)
@@ -24,12 +24,14 @@ class Run:
     data: str = "digits"
 
 
-def run(lr: float, seed: int, fid: float | None, n: int = 64, data: str = "digits") -> Run:
+def run(lr: float, seed: int, fid: float | None, n: int = 64, data: str = "digits") -> Place:
     scores = {} if fid is None else {"fid": fid}
-    return Run(f"lr={lr} seed={seed}", {"lr": lr, "seed": seed}, scores, {"n": n, "sampler": str(seed)}, data)
+    return Place(
+        f"lr={lr} seed={seed}", {"lr": lr, "seed": seed}, scores, {"n": n, "sampler": str(seed)}, data
+    )
 
 
-def ranks(runs: list[Run], metric=FID) -> list[list[tuple[str, int]]]:
+def ranks(runs: list[Place], metric=FID) -> list[list[tuple[str, int]]]:
     return [[(one.label, at.rank) for one, at in group.ranked] for group in rank_runs(runs, metric)]
 
 
@@ -53,7 +55,7 @@ def test_equals_share_a_rank_whatever_the_order_they_come_in():
 
 
 def test_the_direction_is_the_metrics():
-    runs = [Run("a", {"x": 1}, {"is_mean": 1.0}), Run("b", {"x": 2}, {"is_mean": 2.0})]
+    runs = [Place("a", {"x": 1}, {"is_mean": 1.0}), Place("b", {"x": 2}, {"is_mean": 2.0})]
     assert ranks(runs, METRICS["is_mean"]) == [[("b", 1), ("a", 2)]]
     assert ranks(runs, replace(METRICS["is_mean"], larger_is_better=False)) == [[("a", 1), ("b", 2)]]
 

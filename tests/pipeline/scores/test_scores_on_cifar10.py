@@ -21,7 +21,7 @@ from pipeline.scores.preparations import extractor_of, preparations
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
 from pipeline.store import tars
-from pipeline.store.run import read_arrays, read_unit, write_arrays
+from pipeline.store.files import read_arrays, read_unit, write_arrays
 
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
 pytestmark = [

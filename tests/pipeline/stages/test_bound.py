@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
 from pipeline.store import checkpoint, tars
-from pipeline.store.run import read_json
+from pipeline.store.files import read_json
 
 CPU = torch.device("cpu")
 

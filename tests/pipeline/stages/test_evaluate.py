@@ -95,7 +95,7 @@ def test_all_scores_are_torch_fidelitys_on_the_merged_feature_files(sampled, fea
     drawn, train, test = (
         shard_set(extractor, shards, place)
         for shards, place in (
-            (evaluate.sample_shards(experiment, run), run.evaluation("units")),
+            (evaluate.sample_shards(experiment, run), run.score_units),
             (shards_of(run.data, "train"), folder),
             (shards_of(run.data, "test"), folder),
         )

@@ -17,7 +17,7 @@ from pipeline.scores.reference import Reference
 from pipeline.stages import evaluate, sample
 from pipeline.stages.evaluate import bound
 from pipeline.store import tars
-from pipeline.store.run import read_manifest, read_unit, sha256_of, write_json, write_unit
+from pipeline.store.files import read_manifest, read_unit, sha256_of, write_json, write_unit
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def test_a_unit_with_a_row_too_few_is_refused(sampled):
     run_stage(evaluate, experiment, run)
     extractor = preparations.extractor_of(experiment, run)
     last = evaluate.sample_shards(experiment, run)[-1]
-    file = run.evaluation("units") / extractor.name / f"{last.sha256[:16]}.npz"
+    file = run.score_units / extractor.name / f"{last.sha256[:16]}.npz"
     with np.load(file) as arrays:
         cut = {name: array[:-1] if array.ndim else array for name, array in arrays.items()}
     np.savez(file, **cut)
@@ -135,7 +135,7 @@ def test_features_of_other_images_are_not_taken_for_these(projected):
     run_stage(evaluate, experiment, run)
     scored = results(experiment, run)
     extractor = preparations.extractor_of(experiment, run)
-    folder = run.evaluation("units") / extractor.name
+    folder = run.score_units / extractor.name
     first, second = (folder / f"{shard.sha256[:16]}.npz" for shard in evaluate.sample_shards(experiment, run))
     shutil.copy(first, folder / "0123456789abcdef.npz")
     run_stage(evaluate, experiment, run)
@@ -183,7 +183,7 @@ def test_other_weights_under_the_same_step_make_the_bound_again(sampled):
 def test_a_checkpoint_that_was_deleted_leaves_its_scores(sampled):
     experiment, run = sampled
     run_stage(evaluate, experiment, run)
-    shutil.rmtree(run.step_dir(experiment.train.steps))
+    shutil.rmtree(run.step_folder(experiment.train.steps))
     assert evaluate.is_done(experiment, run)
 
 

@@ -29,7 +29,8 @@ from pipeline.stages import evaluate, figures, sample, shard
 from pipeline.stages.figures import chains, curves, nearest, scores_along, stage
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_network
-from pipeline.store.run import Run, read_json, read_manifest, write_arrays
+from pipeline.store.files import read_json, read_manifest, write_arrays
+from pipeline.store.run import Place
 
 PICTURES = [
     name + (".svg" if name in ("rate_distortion", "scores_along") else ".png") for name in FIGURES
@@ -37,7 +38,7 @@ PICTURES = [
 SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4")
 
 
-def ready(experiment, storage) -> Run:
+def ready(experiment, storage) -> Place:
     """A run with an untrained checkpoint and its samples."""
     run = locate(experiment, storage)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -276,8 +277,8 @@ def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
     assert len(run_stage(figures, experiment, run)) == 5
     folder = figures.directory(experiment, run)
     before = (folder / "interpolation.png").read_bytes()
-    units = {file: file.stat().st_mtime_ns for file in run.figures("units").rglob("*.npz")}
-    (gone,) = run.figures("units").glob("mixed-*/0002-*.npz")
+    units = {file: file.stat().st_mtime_ns for file in run.figure_units.rglob("*.npz")}
+    (gone,) = run.figure_units.glob("mixed-*/0002-*.npz")
     gone.unlink()
     assert figures.is_done(experiment, run), "what is sealed needs no units"
     (folder / "interpolation.png").unlink()

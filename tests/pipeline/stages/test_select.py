@@ -16,7 +16,7 @@ from pipeline.compute.work import InProcess
 from pipeline.errors import PipelineError
 from pipeline.stages import evaluate, sample, select
 from pipeline.store import checkpoint, selection
-from pipeline.store.run import read_json
+from pipeline.store.files import read_json
 
 STEPS = (2, 4, 6)
 UNITS = 2  # of twelve samples each
@@ -63,7 +63,7 @@ def test_the_best_is_the_one_of_minimum_fid(trained):
     assert [(score["step"], score["fid"]) for score in found["scores"]] == sorted(scores.items())
     assert (found["metric"], found["n"], found["weights"], found["reference"]) == ("fid", 12, "ema", "train")
     for score in found["scores"]:
-        assert (run.evaluation(score["evaluation"]) / "manifest.json").exists()
+        assert ((run.path / "evaluation" / score["evaluation"]) / "manifest.json").exists()
 
 
 def test_later_stages_are_told_the_step_and_the_rule(trained):
@@ -142,12 +142,12 @@ def test_a_damaged_choice_is_made_again(trained, caplog):
 
 def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog):
     experiment, run = trained
-    checkpoint.shutil.rmtree(run.step_dir(2))
+    checkpoint.shutil.rmtree(run.step_folder(2))
     with caplog.at_level(logging.WARNING):
         next(select.work(experiment, run))
     assert "2 of 3 checkpoints are there" in caplog.text
     for step in (4, 6):
-        checkpoint.shutil.rmtree(run.step_dir(step))
+        checkpoint.shutil.rmtree(run.step_folder(step))
     save(experiment, run, 5, 1.0)
     with pytest.raises(
         PipelineError, match=r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"

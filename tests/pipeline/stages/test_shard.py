@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import tiny_experiment
 from PIL import Image
 
 from pipeline.config import DataConfig
@@ -15,14 +16,14 @@ from pipeline.data import sources
 from pipeline.errors import PipelineError
 from pipeline.stages import shard
 from pipeline.store import tars
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
 DIGITS = DataConfig("digits", None, 8, 1, 10, 500, 0, "refuse", 0)
 
 
-def run_in(storage: Path) -> Run:
-    return Run(storage, "test", "digits", "d" * 12, "e" * 12)
+def run_in(storage: Path) -> Place:
+    return Place(storage, tiny_experiment(), "d" * 12, "e" * 12)
 
 
 def experiment(data: DataConfig) -> SimpleNamespace:
@@ -30,7 +31,7 @@ def experiment(data: DataConfig) -> SimpleNamespace:
     return SimpleNamespace(data=data)
 
 
-def do(data: DataConfig, run: Run, backwards: bool = False) -> list[str]:
+def do(data: DataConfig, run: Place, backwards: bool = False) -> list[str]:
     """Run the stage in this process; the names of the units that it did."""
     done = []
     for units in shard.work(experiment(data), run):
@@ -40,7 +41,7 @@ def do(data: DataConfig, run: Run, backwards: bool = False) -> list[str]:
     return done
 
 
-def tar_bytes(run: Run) -> dict[str, bytes]:
+def tar_bytes(run: Place) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.data.glob("*.tar")}
 
 
@@ -116,7 +117,7 @@ def test_relative_paths_mean_the_drivers_place(pictures, run, tmp_path, monkeypa
     assert (run.data / "train-00000.tar").exists()
 
 
-def interrupted(data: DataConfig, run: Run) -> dict[str, bytes]:
+def interrupted(data: DataConfig, run: Place) -> dict[str, bytes]:
     """The stage killed after its last unit but before its manifest."""
     for units in shard.work(experiment(data), run):
         for unit in units:

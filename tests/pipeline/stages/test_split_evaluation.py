@@ -16,7 +16,7 @@ from pipeline.config import load_experiment
 from pipeline.engine.execute import locate
 from pipeline.scores import classifier, preparations
 from pipeline.stages import shard
-from pipeline.store.run import TEMPORARY, sha256_of
+from pipeline.store.files import TEMPORARY, sha256_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import one_cpu
+from conftest import one_cpu, renamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +26,7 @@ def train_to(experiment, run, steps):
 
 
 def final_state(run, step):
-    return checkpoint.load(run.step_dir(step))
+    return checkpoint.load(run.step_folder(step))
 
 
 def points(run):
@@ -78,7 +78,7 @@ def test_slices_cover_the_batch_in_order(batch_size, workers):
 
 def test_images_read_from_the_tars_train_the_same_run(tiny_run):
     experiment, run = tiny_run
-    from_memory = dataclasses.replace(run, name=f"{run.name}-from-memory")
+    from_memory = renamed(run, "-from-memory")
     train_to(experiment, from_memory, 3)
     context = WorkerContext(torch.device("cpu"), cpus=1, image_memory=0)
     shorter = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=3))
@@ -90,7 +90,7 @@ def test_images_read_from_the_tars_train_the_same_run(tiny_run):
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
     experiment, run = tiny_run
     experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dropout=0.3))
-    untouched = dataclasses.replace(run, name=f"{run.name}-untouched")
+    untouched = renamed(run, "-untouched")
     train_to(experiment, untouched, 6)
     train_to(experiment, run, 4)
     torch.randn(5)  # whatever else the process drew
@@ -106,7 +106,7 @@ def test_a_final_checkpoint_that_fails_its_hash_is_made_again(tiny_run):
     experiment, run = tiny_run
     train_to(experiment, run, 6)
     good = {name: tensor.clone() for name, tensor in final_state(run, 6).items()}  # not a map of the file
-    file = run.step_dir(6) / checkpoint.STATE
+    file = run.step_folder(6) / checkpoint.STATE
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
@@ -128,7 +128,7 @@ def test_steps_computed_again_are_logged_once(tiny_run):
     train_to(experiment, run, 6)
     before = points(run)
     for step in (4, 6):
-        (run.step_dir(step) / checkpoint.META).unlink()
+        (run.step_folder(step) / checkpoint.META).unlink()
     with run.log.open("a") as file:
         file.write('{"step": 7, "ti')  # a writer killed in mid-line
     train_to(experiment, run, 6)
@@ -173,7 +173,7 @@ def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run, 
     experiment, run = tiny_run
     seldom = dataclasses.replace(experiment.train, log_every=4, checkpoint_every=8, steps=12)
     experiment = dataclasses.replace(experiment, train=seldom)
-    untouched = dataclasses.replace(run, name=f"{run.name}-untouched")
+    untouched = renamed(run, "-untouched")
     train.body(one_cpu().context, experiment, untouched)
     train.body(stop_at(run, step), experiment, run)
     assert checkpoint.steps_on_disk(run.train) == [step]
@@ -203,12 +203,12 @@ def test_a_run_that_has_diverged_is_not_saved_when_it_is_stopped(tiny_run):
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     """The file holds the state of its step although the tensors have moved on meanwhile."""
     experiment, run = tiny_run
-    untouched = dataclasses.replace(run, name=f"{run.name}-untouched")
+    untouched = renamed(run, "-untouched")
     train_to(experiment, untouched, 6)
     stepped, write = threading.Event(), checkpoint._write
 
     def slow(directory, *args):
-        if directory == run.step_dir(2):
+        if directory == run.step_folder(2):
             assert stepped.wait(20), "training waited for the checkpoint"
         write(directory, *args)
 
@@ -284,7 +284,7 @@ def test_a_compiled_network_trains_the_same_run_up_to_rounding(tiny_run):
     experiment, run = tiny_run
     train_to(experiment, run, 3)
     compiled = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, compile=True))
-    other = dataclasses.replace(run, name=f"{run.name}-compiled")
+    other = renamed(run, "-compiled")
     train_to(compiled, other, 3)
     for ours, theirs in zip(points(other), points(run), strict=True):
         assert ours["metrics"]["train/loss"] == pytest.approx(theirs["metrics"]["train/loss"], rel=1e-4)

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
-from pipeline.store.run import write_json, write_text
+from pipeline.store.files import write_json, write_text
 
 TENSORS = {"net.w": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7)}
 EMA = {"w": torch.ones(2, 3)}
@@ -16,19 +16,19 @@ EMA = {"w": torch.ones(2, 3)}
 
 def saved(run, *steps):
     for step in steps:
-        checkpoint.save(run.step_dir(step), TENSORS, EMA, step)
+        checkpoint.save(run.step_folder(step), TENSORS, EMA, step)
 
 
 def test_tensors_come_back_as_they_were(tiny_run):
     _, run = tiny_run
     channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    checkpoint.save(run.step_dir(1), {**TENSORS, "c": channels_last, "same": TENSORS["net.w"]}, EMA, 1)
-    loaded = checkpoint.load(run.step_dir(1))
+    checkpoint.save(run.step_folder(1), {**TENSORS, "c": channels_last, "same": TENSORS["net.w"]}, EMA, 1)
+    loaded = checkpoint.load(run.step_folder(1))
     assert torch.equal(loaded["c"], channels_last)
     assert torch.equal(loaded["same"], TENSORS["net.w"])
     assert loaded["step"] == 7
-    assert torch.equal(checkpoint.weights(run.step_dir(1), "raw")["w"], TENSORS["net.w"])
-    assert torch.equal(checkpoint.weights(run.step_dir(1), "ema")["w"], EMA["w"])
+    assert torch.equal(checkpoint.weights(run.step_folder(1), "raw")["w"], TENSORS["net.w"])
+    assert torch.equal(checkpoint.weights(run.step_folder(1), "ema")["w"], EMA["w"])
 
 
 def truncate(directory):
@@ -59,12 +59,12 @@ def empty_meta(directory):
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, damage):
     _, run = tiny_run
     saved(run, 2, 4)
-    damage(run.step_dir(4))
+    damage(run.step_folder(4))
     with caplog.at_level(logging.WARNING):
         assert checkpoint.newest(run, at_most=10) == 2
     assert "step_00000004" in caplog.text
     with pytest.raises(PipelineError, match="step_00000004"):
-        checkpoint.load(run.step_dir(4))
+        checkpoint.load(run.step_folder(4))
 
 
 def test_the_newest_is_not_beyond_what_is_asked(tiny_run):
@@ -77,7 +77,7 @@ def test_the_newest_is_not_beyond_what_is_asked(tiny_run):
 def test_a_folder_under_its_temporary_name_is_not_a_checkpoint(tiny_run):
     _, run = tiny_run
     saved(run, 2)
-    run.step_dir(2).rename(run.train / ".tmp-step_00000002-abc")
+    run.step_folder(2).rename(run.train / ".tmp-step_00000002-abc")
     assert checkpoint.newest(run, at_most=5) is None
 
 
@@ -111,10 +111,10 @@ def test_what_anything_refers_to_stays(tiny_run):
     experiment, run = tiny_run
     saved(run, 1, 2, 3, 4, 5, 6)
     at = {step: {"protocol": {"checkpoint": step}} for step in (1, 2, 3, 4)}
-    write_json(run.samples("unfinished") / "00000.json", at[1])
-    write_json(run.samples("whole") / "manifest.json", at[2])
-    write_json(run.evaluation("0a") / "metrics.json", at[3])
-    write_json(run.selection("0b") / "selection.json", {"scores": [{"step": 4}], "best": 4})
+    write_json((run.path / "samples" / "unfinished") / "00000.json", at[1])
+    write_json((run.path / "samples" / "whole") / "manifest.json", at[2])
+    write_json((run.path / "evaluation" / "0a") / "metrics.json", at[3])
+    write_json((run.path / "selection" / "0b") / "selection.json", {"scores": [{"step": 4}], "best": 4})
     checkpoint.drop_old(keeping(experiment, 1), run, at_most=6)
     assert checkpoint.steps_on_disk(run.train) == [1, 2, 3, 4, 6]
 
@@ -122,7 +122,7 @@ def test_what_anything_refers_to_stays(tiny_run):
 def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, caplog):
     experiment, run = tiny_run
     saved(run, 1, 2, 3)
-    write_text(run.evaluation("0a") / "metrics.json", "{")
+    write_text((run.path / "evaluation" / "0a") / "metrics.json", "{")
     checkpoint.drop_old(keeping(experiment, 1), run, at_most=3)
     assert checkpoint.steps_on_disk(run.train) == [1, 2, 3]
     assert "no checkpoint is deleted" in caplog.text

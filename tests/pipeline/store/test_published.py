@@ -26,7 +26,7 @@ from pipeline.engine import execute as stages
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint, keys, published
-from pipeline.store.run import Run
+from pipeline.store.run import Place
 
 LEARNED = ["diffusion.variance=learned_range", "diffusion.loss=hybrid"]
 COLOUR = ["data.channels=3", "data.image_size=16"]
@@ -107,14 +107,14 @@ def rewrite(path: Path, **changes) -> None:
     path.write_text(json.dumps({key: value for key, value in settings.items() if value != "absent"}))
 
 
-def trained(root: Path, experiment: config.Experiment) -> tuple[Run, torch.nn.Module]:
+def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.Module]:
     """A run directory whose one checkpoint holds random weights, raw and averaged ones different."""
-    run = Run(root, experiment.name, experiment.data.source, "data", "key")
+    run = Place(root, experiment, "data", "key")
     stages._write_experiment(experiment, run)
     net = randomise(checkpoint.new_network(experiment))
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
-    checkpoint.save(run.step_dir(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP)
+    checkpoint.save(run.step_folder(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP)
     return run, net
 
 

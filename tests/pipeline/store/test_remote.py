@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 from pipeline.engine.execute import locate
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint, remote, tars
-from pipeline.store.run import MANIFEST, read_json, write_json, write_manifest
+from pipeline.store.files import MANIFEST, read_json, write_json, write_manifest
 
 SECRET = "a-secret-that-nobody-may-see"
 
@@ -54,8 +54,8 @@ def run(tiny_run):
     run.log.write_text('{"step": 1}\n{"step": 2}\n')
     for step in (2, 4):
         tensors = {"net.w": torch.full((3,), float(step))}
-        checkpoint.save(run.step_dir(step), tensors, tensors, step)
-    finished, unfinished = run.samples("aaaaaaaaaaaa"), run.samples("bbbbbbbbbbbb")
+        checkpoint.save(run.step_folder(step), tensors, tensors, step)
+    finished, unfinished = (run.path / "samples" / "aaaaaaaaaaaa"), (run.path / "samples" / "bbbbbbbbbbbb")
     for folder in (finished, unfinished):
         folder.mkdir(parents=True)
         (folder / "00000.tar").write_bytes(b"pixels" * 1000)
@@ -106,7 +106,7 @@ def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):
     first = remote.push(run.path.name, run.storage, "s3://runs/a")
     assert ", 0 were there" in first
     assert ": 0 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
-    checkpoint.save(run.step_dir(6), {}, {"w": torch.ones(1)}, 6)
+    checkpoint.save(run.step_folder(6), {}, {"w": torch.ones(1)}, 6)
     assert ": 3 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
     remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
     assert ": 0 files fetched" in remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
@@ -170,7 +170,7 @@ def test_a_damaged_object_is_named_and_never_gets_its_name(run, s3, tmp_path):
 
 
 def test_a_file_that_is_not_what_its_manifest_says_is_not_pushed(run, s3):
-    (run.samples("aaaaaaaaaaaa") / "00000.tar").write_bytes(b"Pixels" + b"pixels" * 999)
+    ((run.path / "samples" / "aaaaaaaaaaaa") / "00000.tar").write_bytes(b"Pixels" + b"pixels" * 999)
     with pytest.raises(PipelineError, match=r"00000.tar does not match its sha256"):
         remote.push(run.path.name, run.storage, "s3://runs/a")
     assert objects(s3) == {}

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint, tars
-from pipeline.store import run as rundir
+from pipeline.store import files as rundir
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -54,7 +54,7 @@ def test_an_unsealed_folder_has_no_manifest(tmp_path):
 
 def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from pipeline.store.run import exclusive\n"
+        "import sys, time; from pathlib import Path; from pipeline.store.files import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -11,7 +11,6 @@ from synthetic_run import make_run, write_scores
 
 from pipeline import tracking
 from pipeline.report.page import Picture
-from pipeline.store import keys
 from pipeline.sweep.board import Board
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.ledger import Ledger
@@ -52,7 +51,7 @@ def finished(storage: Path, dropout: float, seed: int, loss: float = 0.1, **scor
     """A trial that has ended, with these scores and this last loss."""
     swept = {"model.dropout": dropout, "seed": seed}
     experiment, run = make_run(storage, "digits", tuple(f"{key}={value}" for key, value in swept.items()))
-    folder = run.evaluation(keys.evaluate_key(experiment, run.run_key))
+    folder = run.of(experiment).scores
     write_scores(folder, experiment, scores=SCORES | scores)
     point = {"step": experiment.train.steps, "time": 1, "metrics": {"train/loss": loss}}
     with run.log.open("a") as log:

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from pipeline import config, tracking
 from pipeline.cli.program import main
-from pipeline.store.run import exclusive, read_json, write_json
+from pipeline.store.files import exclusive, read_json, write_json
 
 SMALL = [*TRIAL, "train.sample_every=6"]
 SPACE = "experiment: digits\nspace:\n  diffusion.beta_schedule: %s\n  model.dropout: %s\nrank: {metric: nll_bpd}\n"

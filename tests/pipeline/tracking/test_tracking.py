@@ -19,7 +19,7 @@ from synthetic_run import BEGAN, make_run, write_checkpoint, write_log, write_sc
 
 from pipeline import tracking
 from pipeline.errors import PipelineError
-from pipeline.store import run as rundir
+from pipeline.store import files as rundir
 
 STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
 
@@ -45,7 +45,7 @@ def client(uri):
 def mirrored(storage, uri, client):
     """A whole run directory, delivered: (experiment, run, the MLflow run)."""
     experiment, run = make_run(storage, "digits", STEPS)
-    other = run.evaluation("0123456789ab")
+    other = run.path / "evaluation" / "0123456789ab"
     write_scores(other, experiment, scores={"fid": 20.5})
     with tracking.Mirror(uri, "digits", experiment, run, tags={"device": "cpu"}):
         pass
@@ -244,7 +244,7 @@ def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, clien
     experiment, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
     with tracking.Mirror(uri, "ends", experiment, run):
         pass
-    shutil.rmtree(run.step_dir(50))
+    shutil.rmtree(run.step_folder(50))
     write_checkpoint(run, 150)
     with tracking.Mirror(uri, "ends", experiment, run):
         pass

@@ -1,0 +1,58 @@
+"""Which settings take no part in a key, so that a new option makes no old run another run.
+
+A new option needs a line in NEUTRAL: the value at which everything is as it was before the option. There it is left
+out of every key, and a file that was written before the option means that value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+NEUTRAL: dict[str, Any] = {
+    "data.labels": 0,
+    "data.test_images": 0,
+    "diffusion.t_sampling": "uniform",
+    "train.grad_clip": None,
+    "train.grad_clip_group": None,
+    "train.lr_decay": "none",
+    "train.ema_warmup": False,
+    "train.label_dropout": 0.0,
+    "sample.steps": None,
+    "sample.variance": None,
+    "sample.label": None,
+    "sample.guidance_scale": 1.0,
+    "evaluate.extractor_weights": None,
+    "evaluate.nll_images": None,
+    "evaluate.variance": None,
+}
+
+# These move a number by the order of its sums only: meta.json and the protocols record them, no key hashes them.
+UNHASHED = {"train.accumulate", "train.compile", "train.deterministic", "sample.compile"}
+
+# The version of a formula that was corrected, by the setting that uses it. Version 1 is left out of the key.
+FORMULAS = {"diffusion.variance=learned_range": 1}
+
+
+def hashed_content(name: str, section: Any) -> dict[str, Any]:
+    """Return what a key hashes of the section `name` (a dataclass), as plain containers."""
+    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(section)))
+    content = {
+        key: value
+        for key, value in tree.items()
+        if f"{name}.{key}" not in UNHASHED
+        and not (f"{name}.{key}" in NEUTRAL and value == NEUTRAL[f"{name}.{key}"])
+    }
+    for key, value in tree.items():
+        if FORMULAS.get(f"{name}.{key}={value}", 1) > 1:
+            content[f"{key}.formula"] = FORMULAS[f"{name}.{key}={value}"]
+    return content
+
+
+def add_neutral_values(tree: dict[str, Any]) -> None:
+    """Give each section of an experiment's tree the options that its file was written before."""
+    for full, value in NEUTRAL.items():
+        section, _, key = full.partition(".")
+        if isinstance(tree.get(section), dict):
+            tree[section].setdefault(key, value)

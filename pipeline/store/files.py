@@ -1,0 +1,216 @@
+"""The rules by which files come into being.
+
+Everything is written to a temporary name and renamed, so a file that carries its final name is whole; a
+manifest is written last and carries bytes and sha256, so a folder that has one is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.errors import PipelineError
+
+MANIFEST = "manifest.json"
+TEMPORARY = ".tmp-"
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no reader trusts and no two writers share."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# What a person can mend and go on; anything else that the system says is a fault of ours.
+STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+
+
+@contextmanager
+def naming_storage_faults(path: Path) -> Iterator[None]:
+    """Say in a user's words that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_FAULTS:
+            raise
+        raise PipelineError(
+            f"{path} cannot be written ({error.strerror}): make room or mend the storage; the same command goes on"
+        ) from error
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success it is on disk under the final name, on failure it is gone."""
+    temporary = temporary_name(path)
+    with naming_storage_faults(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            with suppress(OSError):  # it would hide what went wrong
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """The same for a folder. A folder that already carries the name is replaced."""
+    temporary = temporary_name(path)
+    with naming_storage_faults(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what writers that were killed left under temporary names. The caller holds the folder's lock."""
+    for path in list(directory.rglob(f"{TEMPORARY}*")):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PipelineError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """An .npz, atomically."""
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz. Raises PipelineError where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise PipelineError(f"{path} is damaged ({error}); delete it to have it made again") from error
+
+
+def write_unit(path: Path, **arrays: np.ndarray) -> None:
+    """The arrays of a work unit whose folder and name say what they are of. The file repeats both, so that it is
+    never taken for another's, wherever it is moved to."""
+    write_arrays(path, unit=np.array(f"{path.parent.name}/{path.stem}"), **arrays)
+
+
+def read_unit(path: Path) -> dict[str, np.ndarray]:
+    """Raises PipelineError where the file is damaged, or was made as another unit's."""
+    arrays = read_arrays(path)
+    unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
+    if unit != expected:
+        raise PipelineError(f"{path} holds {unit}, not {expected}; delete it to have it made again")
+    return arrays
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """What a manifest says of one file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> dict[str, Any]:
+    """Seal `directory`: the named files with their bytes and sha256, and whatever else `facts` says."""
+    manifest = {"files": {name: file_facts(directory / name) for name in names}, **facts}
+    write_json(directory / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(directory: Path, check: Literal["size", "sha256"] | None = "size") -> dict[str, Any] | None:
+    """The manifest of `directory`, or None where it was never sealed.
+
+    Raises PipelineError naming the first listed file that is missing or differs.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    manifest = read_json(path)
+    if check:
+        for name, facts in manifest["files"].items():
+            check_file(directory / name, facts, check)
+    return manifest
+
+
+def check_file(path: Path, facts: dict[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
+    """Raise PipelineError unless `path` is the file that `facts` describes."""
+    if not path.exists():
+        raise PipelineError(
+            f"{path} is missing although its manifest lists it; delete {path.parent} to rebuild"
+        )
+    size = path.stat().st_size
+    if size != facts["bytes"]:
+        raise PipelineError(
+            f"{path} has {size} bytes, its manifest says {facts['bytes']}; delete {path.parent} to rebuild"
+        )
+    if check == "sha256" and sha256_of(path) != facts["sha256"]:
+        raise PipelineError(f"{path} does not match its sha256; delete {path.parent} to rebuild")
+
+
+@contextmanager
+def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the folder's lock: one driver at a time. The kernel frees it when its holder dies.
+
+    Raises PipelineError where another holds it, or waits for that one to finish.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise PipelineError(
+                f"{path} is being worked on by another command (process {holder}); wait for it, or stop it"
+            ) from None
+        with naming_storage_faults(path / ".lock"):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+        yield

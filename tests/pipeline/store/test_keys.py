@@ -1,0 +1,86 @@
+"""Keys stay: an option that is added later, at the value at which it changes nothing, moves no key."""
+
+import dataclasses
+
+import pytest
+from conftest import tiny_experiment
+
+from pipeline.config import neutral
+from pipeline.store import keys
+from pipeline.store.run import Place
+
+SECTIONS = ["data", "diffusion", "model", "train", "sample", "evaluate", "figures"]
+
+
+def all_keys(experiment, fingerprint="f" * 12):
+    data_key = keys.data_key(experiment, fingerprint)
+    place = Place("/root", experiment, data_key, keys.run_key(experiment, data_key))
+    return [
+        data_key,
+        place.run_key,
+        place.sample_key,
+        place.score_key,
+        place.figures_key,
+        place.selection_key,
+    ]
+
+
+def with_option(experiment, section, value):
+    """The experiment as a later version has it, whose section has one more option."""
+    old = getattr(experiment, section)
+    kind = dataclasses.make_dataclass(
+        type(old).__name__, [("added", object, None)], bases=(type(old),), frozen=True, kw_only=True
+    )
+    values = {field.name: getattr(old, field.name) for field in dataclasses.fields(old)}
+    return dataclasses.replace(experiment, **{section: kind(**values, added=value)})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("at_rest", [None, False, 1, "none"])
+def test_a_new_option_at_its_neutral_value_moves_no_key(monkeypatch, section, at_rest):
+    experiment = tiny_experiment()
+    before = all_keys(experiment)
+    monkeypatch.setitem(neutral.NEUTRAL, f"{section}.added", at_rest)
+    assert all_keys(with_option(experiment, section, at_rest)) == before
+    if section != "data":  # the data key names what it hashes: a fingerprint and a shape
+        assert all_keys(with_option(experiment, section, 7)) != before
+
+
+@pytest.mark.parametrize("key", sorted(neutral.NEUTRAL))
+def test_a_value_that_differs_from_the_neutral_one_is_hashed(key):
+    """Each entry is a real setting, and leaving it out is no collision."""
+    section, _, name = key.partition(".")
+    experiment = tiny_experiment()
+    there = getattr(experiment, section)
+    assert name in {field.name for field in dataclasses.fields(there)}, f"{key} is no setting any more"
+    at_rest = dataclasses.replace(there, **{name: neutral.NEUTRAL[key]})
+    moved = dataclasses.replace(there, **{name: "something else"})
+    assert name not in neutral.hashed_content(section, at_rest)
+    assert neutral.hashed_content(section, moved)[name] == "something else"
+
+
+@pytest.mark.parametrize("key", sorted(neutral.UNHASHED))
+def test_what_moves_only_the_order_of_sums_is_in_no_key(key):
+    section, _, name = key.partition(".")
+    experiment = tiny_experiment()
+    there = getattr(experiment, section)
+    other = dataclasses.replace(there, **{name: 2 if name == "accumulate" else True})
+    assert all_keys(dataclasses.replace(experiment, **{section: other})) == all_keys(experiment)
+
+
+def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch):
+    plain, learned = (
+        tiny_experiment(),
+        tiny_experiment("diffusion.variance=learned_range", "diffusion.loss=hybrid"),
+    )
+    before = all_keys(plain), all_keys(learned)
+    monkeypatch.setitem(neutral.FORMULAS, "diffusion.variance=learned_range", 2)
+    assert all_keys(plain) == before[0]
+    assert all_keys(learned)[1] != before[1][1]
+
+
+def test_a_file_from_before_an_option_means_its_neutral_value():
+    tree = {"train": {"lr": 0.1}, "sample": {"label": "cycle"}}
+    neutral.add_neutral_values(tree)
+    assert tree["train"]["ema_warmup"] is False
+    assert tree["sample"]["label"] == "cycle"
