@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import select
 from pipeline.store import keys, selection
 from pipeline.store.files import exclusive, read_json, remove_leftovers, write_json, write_text
+from pipeline.store.log import read_progress
 from pipeline.store.run import STAGES, Place, fingerprints_json
 
 if TYPE_CHECKING:
@@ -293,9 +294,7 @@ class _Work:
 
 
 def _show_progress(shown: Any, run: Place, start: int, steps: int) -> None:
-    from pipeline.stages.train import progress
-
-    step, loss = progress(run)
+    step, loss = read_progress(run)
     if start < step <= steps:
         shown.update(step, "" if loss is None else f"loss {loss:.4f}")
 

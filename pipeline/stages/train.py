@@ -6,12 +6,9 @@ worker needs no memory but the TrainState, and it does not matter how the batch 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -30,7 +27,8 @@ from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
-from pipeline.store.files import atomic_file, naming_storage_faults, remove_leftovers
+from pipeline.store.files import remove_leftovers
+from pipeline.store.log import Heartbeat, LogWriter
 from pipeline.store.run import Place
 
 GRID_SIDE = 8
@@ -81,51 +79,6 @@ class Order:
             self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
             self._permutations[epoch] = permutation(self.seed, Stream.ORDER, epoch, self.num_images)
         return self._permutations[epoch]
-
-
-class Log:
-    """log.jsonl: the points of the training curve, with the time at which each was first seen.
-
-    A resumed run computes some steps again, bit for bit; their points are on file already and keep their
-    first timestamps, so that no tracking server ever sees one twice.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        with naming_storage_faults(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self.last_step = self._drop_torn_line()
-
-    def _drop_torn_line(self) -> int:
-        if not self.path.exists():
-            return -1
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        if len(whole) < len(lines):
-            with atomic_file(self.path) as temporary:
-                temporary.write_bytes(b"".join(whole))
-        return json.loads(whole[-1])["step"] if whole else -1
-
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        if step <= self.last_step:
-            return
-        self.last_step = step
-        point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
-        with naming_storage_faults(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(point) + "\n")
-
-
-class _Heartbeat:
-    """The step that is under way, for whoever shows progress: log points can be minutes apart."""
-
-    def __init__(self, path: Path):
-        self.path, self.last = path, 0.0
-
-    def beat(self, step: int) -> None:
-        if time.monotonic() - self.last > 1:
-            self.last = time.monotonic()
-            with suppress(OSError):  # a full disk ends training where something is lost by it
-                self.path.write_text(str(step))
 
 
 class _Window:
@@ -210,8 +163,8 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Place) -> None:
         remove_leftovers(run.train)  # of a group that was killed before this one
     state, window = _restore(ctx, experiment, run)
     step = _step_function(ctx, experiment, run, state)
-    log = Log(run.log) if ctx.rank == 0 else None
-    heartbeat = _Heartbeat(run.heartbeat) if ctx.rank == 0 else None
+    log = LogWriter(run.log) if ctx.rank == 0 else None
+    heartbeat = Heartbeat(run.heartbeat) if ctx.rank == 0 else None
     with _Saves(ctx, experiment, run) as saves:
         while state.step < config.steps:
             window.add(step())
@@ -333,7 +286,7 @@ def _carried_on(ctx: WorkerContext, step: int, window: _Window) -> dict[str, tor
 
 
 def _log_point(
-    ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: Log | None
+    ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: LogWriter | None
 ) -> None:
     loss, grad_norm = _finite_means(ctx, step, window)
     if log:
@@ -364,25 +317,3 @@ def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Place, state: Tr
         device=ctx.device,
     )  # fmt: skip
     save_grid(to_uint8(images).cpu(), GRID_SIDE, path)
-
-
-def progress(run: Place) -> tuple[int, float | None]:
-    """The step that training has reached, and the last loss on file, for whoever shows progress."""
-    point = _latest_point(run.log)
-    step, loss = (point["step"], point["metrics"]["train/loss"]) if point else (0, None)
-    try:
-        return max(step, int(run.heartbeat.read_text())), loss
-    except (OSError, ValueError):  # none yet, or just being written
-        return step, loss
-
-
-def _latest_point(log: Path) -> dict[str, Any] | None:
-    """The last whole line of the log."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - 2000))
-            lines = file.read().splitlines(keepends=True)
-    except OSError:
-        return None
-    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
-    return json.loads(whole[-1]) if whole else None

@@ -12,8 +12,8 @@ from pipeline import config, tracking
 from pipeline.console import duration, say
 from pipeline.engine import execute as stages
 from pipeline.scores.metrics import format_headline
-from pipeline.stages import train
 from pipeline.store.files import write_text
+from pipeline.store.log import read_progress
 from pipeline.sweep import leaderboard
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard
@@ -155,7 +155,7 @@ class Board:
 
 def _under_way(trial: Trial) -> str:
     """The stage that a trial is in, told from its files; of training the step."""
-    step, steps = train.progress(trial.run)[0], trial.experiment.train.steps
+    step, steps = read_progress(trial.run)[0], trial.experiment.train.steps
     ended = trial.run.seconds_by_stage()
     if step < steps or not ended:
         return f"{step}/{steps}"

@@ -10,9 +10,9 @@ from typing import Any
 from pipeline.console import duration
 from pipeline.scores.metrics import HEADLINE, LOSS, METRICS
 from pipeline.scores.ranking import Group, Position, describe_objective, format_winner, rank_runs
-from pipeline.stages import train
 from pipeline.store import selection
 from pipeline.store.files import read_json, write_json, write_text
+from pipeline.store.log import read_progress
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.trials import Trial
@@ -77,7 +77,7 @@ def _read_row(trial: Trial, ledger: Ledger) -> Row:
     run, entry = trial.run, ledger.of(trial.key)
     scores: dict[str, float] = {}
     protocol: dict[str, Any] = {}
-    step, loss = train.progress(run)
+    step, loss = read_progress(run)
     resolved = selection.resolved(trial.experiment, run)
     if entry.state == "finished" and resolved is not None:
         content = read_json(run.of(resolved).metrics_json)

@@ -1,0 +1,114 @@
+"""log.jsonl: the points of the training curve. Every reader and the one writer of it stand here.
+
+A line is {"step": .., "time": Unix milliseconds, "metrics": {name: value}}. The last line may be half written; readers
+pass over it. A resumed run computes some steps again, bit for bit; their points are on file already and keep their
+first timestamps, so that no tracking server ever sees one twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TypedDict
+
+from pipeline.store.files import atomic_file, naming_storage_faults
+from pipeline.store.run import Place
+
+TAIL = 2000  # bytes; a line is some 200
+
+
+class Point(TypedDict):
+    """One line of the log."""
+
+    step: int
+    time: int
+    metrics: dict[str, float]
+
+
+class LogWriter:
+    """Appends points, each step once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with naming_storage_faults(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self.last_step = self._drop_torn_line()
+
+    def _drop_torn_line(self) -> int:
+        if not self.path.exists():
+            return -1
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with atomic_file(self.path) as temporary:
+                temporary.write_bytes(whole)
+        last = read_last_point(self.path)
+        return last["step"] if last else -1
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append the point of `step`, unless it is on file."""
+        if step <= self.last_step:
+            return
+        self.last_step = step
+        point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
+        with naming_storage_faults(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+
+
+def read_points(path: Path, start: int = 0, end: int | None = None) -> list[Point]:
+    """Read the whole lines between two places of the file (in bytes), by default all of them; none without a file."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read() if end is None else file.read(end - start)
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def find_end(path: Path, start: int = 0) -> int:
+    """Return the bytes up to the end of the last whole line, looking from `start`; 0 without a file."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        start = 0 if start > file.seek(0, os.SEEK_END) else start
+        file.seek(start)
+        return start + file.read().rfind(b"\n") + 1
+
+
+def read_last_point(path: Path) -> Point | None:
+    """Read the last whole line, without reading the others."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return None
+    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
+    point: Point | None = json.loads(whole[-1]) if whole else None
+    return point
+
+
+class Heartbeat:
+    """Writes the step that is under way, at most once a second: log points can be minutes apart."""
+
+    def __init__(self, path: Path):
+        self.path, self.last = path, 0.0
+
+    def beat(self, step: int) -> None:
+        if time.monotonic() - self.last > 1:
+            self.last = time.monotonic()
+            with suppress(OSError):  # a full disk ends training where something is lost by it
+                self.path.write_text(str(step))
+
+
+def read_progress(place: Place) -> tuple[int, float | None]:
+    """Return the step that training has reached, and the last loss on file."""
+    point = read_last_point(place.log)
+    step, loss = (point["step"], point["metrics"]["train/loss"]) if point else (0, None)
+    try:
+        return max(step, int(place.heartbeat.read_text())), loss
+    except (OSError, ValueError):  # none yet, or just being written
+        return step, loss
