@@ -75,7 +75,7 @@ class TrainState:
         changes nothing.
         """
         own = self.tensors()
-        if faults := _mismatches(own, tensors):
+        if faults := describe_mismatch(own, tensors):
             raise ValueError(f"the saved state is of another network or optimiser: {faults}")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -96,8 +96,8 @@ def _adam(net: nn.Module) -> torch.optim.Adam:
     return optimizer
 
 
-def _mismatches(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """What keeps `given` from being loaded into `own`, in one line; empty if nothing does."""
+def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """Say in one line what keeps `given` from being loaded into `own`; empty if nothing does."""
 
     def kind(tensor: Tensor) -> str:
         return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

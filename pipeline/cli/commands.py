@@ -261,11 +261,13 @@ def import_weights(options: Any) -> int:
 
 def export_weights(options: Any) -> int:
     from pipeline.engine import execute as stages
-    from pipeline.store import published
+    from pipeline.store import diffusers_layout
 
     path = stages.run_directory(options.run, stages.storage_root(_cluster_only(options)))
     say(
-        published.export(path, Path(options.directory).expanduser().absolute(), options.weights, options.step)
+        diffusers_layout.export(
+            path, Path(options.directory).expanduser().absolute(), options.weights, options.step
+        )
     )
     return 0
 

@@ -241,10 +241,10 @@ class _Work:
 
     def _train(self) -> None:
         from pipeline.stages import train
-        from pipeline.store import checkpoint, published
+        from pipeline.store import checkpoint, diffusers_layout
 
         if self.experiment.published.weights:
-            published.import_weights(self.experiment, self.run)
+            diffusers_layout.import_weights(self.run)
             return
         steps = self.experiment.train.steps
         start = max([step for step in checkpoint.steps_on_disk(self.run.train) if step <= steps], default=0)

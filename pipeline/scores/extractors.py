@@ -19,6 +19,7 @@ from torch_fidelity.utils import create_feature_extractor
 from pipeline.errors import PipelineError
 from pipeline.scores import classifier, projection
 from pipeline.store.files import atomic_file, sha256_of
+from pipeline.store.tensors import load_tensors
 
 INCEPTION = "inception-v3-compat"
 OFFICIAL_SHA8 = "6726825d"  # of the file at URL_INCEPTION_V3, as its name says
@@ -170,22 +171,11 @@ def inception_extractor(weights: str | None, cache: Path) -> Extractor:
     name = f"{INCEPTION}-{sha256_of(source)[:8]}"
     copy = cache / f"{name}.pth"
     if not copy.exists():
-        tensors = _read_tensors(source)
+        tensors = load_tensors(source, _remedy())
         with atomic_file(copy) as temporary:
             torch.save(tensors, temporary)
             _require_inception(source, temporary)
     return Extractor(name, INCEPTION, copy, "2048", "logits_unbiased")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever a broken file leads to
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PipelineError(f"{path} is no file of plain weights ({reason}); {_remedy()}") from error
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise PipelineError(f"{path} holds no dictionary of tensors; {_remedy()}")
-    return content
 
 
 def _require_inception(source: Path, copy: Path) -> None:

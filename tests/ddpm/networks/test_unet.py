@@ -20,7 +20,7 @@ from ddpm.networks.unet import (
     UNet,
     timestep_embedding,
 )
-from pipeline.store.published import diffusers_name
+from pipeline.store.diffusers_layout import diffusers_name
 
 SMALL = UNetConfig(channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=8)
 LARGE_MULT = (1, 1, 2, 2, 4, 4)

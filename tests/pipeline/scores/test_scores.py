@@ -370,7 +370,7 @@ class Bomb:
 def test_weights_files_are_read_as_tensors_only(content, tmp_path, capsys):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
-    with pytest.raises(PipelineError, match=r"weights\.pth is no file of plain weights"):
+    with pytest.raises(PipelineError, match=r"weights\.pth is broken or holds more than plain tensors"):
         extractors.inception_extractor(str(path), tmp_path / "cache")
     assert "was run" not in capsys.readouterr().out
 

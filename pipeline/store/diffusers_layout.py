@@ -1,0 +1,308 @@
+"""The diffusers layout: published weights in, our own out.
+
+A folder holds config.json with the network's settings beside diffusion_pytorch_model.safetensors or .bin, at
+its root or under unet/; scheduler_config.json, at the root or under scheduler/, holds the diffusion's.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ddpm import schedules
+from ddpm.config import LEARNED, DiffusionConfig
+from ddpm.diffusion import Diffusion
+from ddpm.training import describe_mismatch
+from pipeline.config import Experiment, load_experiment
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.store import checkpoint
+from pipeline.store.files import atomic_directory, read_json, write_json
+from pipeline.store.run import EXPERIMENT, Place
+from pipeline.store.tensors import Tensors, load_tensors
+
+Settings = dict[str, Any]  # as diffusers keeps them in JSON
+
+NETWORK, SCHEDULER, PIPELINE = "config.json", "scheduler_config.json", "model_index.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LAYOUT_VERSION = "0.30.0"  # of diffusers, whose names of settings these are
+
+# What the settings of diffusers' UNet2DModel must be to mean the paper's network ...
+FIXED: Settings = {
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "freq_shift": 1,
+    "flip_sin_to_cos": False,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "downsample_padding": 0,
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "act_fn": "silu",
+    "attention_head_dim": None,
+    "attn_norm_num_groups": None,
+    "norm_eps": 1e-6,
+    "resnet_time_scale_shift": "default",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_class_embeds": None,
+}
+# ... and what leaving one out means.
+LEFT_OUT = FIXED | {
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "downsample_padding": 1,
+    "attention_head_dim": 8,
+    "norm_eps": 1e-5,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+}
+UNREAD = ("dropout", "num_train_timesteps")  # neither changes what a trained network computes
+
+SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
+VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small", "learned_range": "learned_range"}
+
+RENAMES = [  # from our names of tensors to those of diffusers
+    (r"^time_mlp\.0\.", "time_embedding.linear_1."),
+    (r"^time_mlp\.2\.", "time_embedding.linear_2."),
+    (r"^(down|up)\.", r"\1_blocks."),
+    (r"^middle\.block1\.", "mid_block.resnets.0."),
+    (r"^middle\.block2\.", "mid_block.resnets.1."),
+    (r"^middle\.attention\.", "mid_block.attentions.0."),
+    (r"^norm_out\.", "conv_norm_out."),
+    (r"\.blocks\.", ".resnets."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."),
+    (r"\.time_proj\.", ".time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"\.norm\.", ".group_norm."),
+    (r"\.([qkv])\.", r".to_\1."),
+    (r"\.proj_out\.", ".to_out.0."),
+]
+OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def diffusers_name(name: str) -> str:
+    """Return what diffusers calls our tensor `name`."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# In
+
+
+def import_weights(place: Place) -> None:
+    """Make the published weights the checkpoint of step `train.steps`, as which every stage reads them.
+
+    Raises ConfigError where the published settings are not the experiment's, PipelineError where the tensors
+    are not the network's.
+    """
+    tensors = read_weights(place.experiment)
+    state = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    step = place.experiment.train.steps
+    checkpoint.save(place.step_folder(step), state, tensors, step)
+
+
+def read_weights(experiment: Experiment) -> Tensors:
+    """Read the tensors at `published.path`, float32, under our names. Raises as `import_weights` does."""
+    file = experiment.published.file
+    assert file is not None, "the experiment trains its own weights"
+    folder = file.parent
+    if not (folder / NETWORK).is_file():
+        raise PipelineError(
+            f"{folder / NETWORK} is missing; the weights beside it cannot be understood without it"
+        )
+    root = folder.parent if folder.name == "unet" else folder
+    schedulers = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
+    faults = find_network_faults(experiment, read_json(folder / NETWORK))
+    if schedulers:  # some publish the network alone
+        faults += _find_scheduler_faults(experiment.diffusion, read_json(schedulers[0]))
+    if faults:
+        raise ConfigError([f"{folder}: {fault}" for fault in faults])
+    given = {
+        re.sub(
+            r"\.(query|key|value|proj_attn)\.", lambda match: f".{OLDER_NAMES[match[1]]}.", name
+        ): tensor.float()
+        for name, tensor in load_tensors(file, "fetch it again in the diffusers layout").items()
+    }
+    own = checkpoint.new_network(experiment, "meta").state_dict()
+    wanted = {diffusers_name(name): tensor for name, tensor in own.items()}
+    for name in wanted.keys() & given.keys():  # a 1x1 convolution is a linear map over channels
+        if _drop_ones(given[name].shape) == _drop_ones(wanted[name].shape):
+            given[name] = given[name].reshape(wanted[name].shape)
+    if fault := describe_mismatch(wanted, given):
+        raise PipelineError(f"{file} holds another network than its settings say: {fault}")
+    return {name: given[diffusers_name(name)] for name in own}
+
+
+def _drop_ones(shape: torch.Size) -> list[int]:
+    """Return the shape without the trailing ones of a convolution's kernel."""
+    return [*shape[:2], *(side for side in shape[2:] if side != 1)]
+
+
+def find_network_faults(experiment: Experiment, published: Settings) -> list[str]:
+    """Name the published settings that our network has not, or that the experiment has otherwise."""
+    own = network_settings(experiment)
+    given = LEFT_OUT | {name: value for name, value in published.items() if not name.startswith("_")}
+    faults = [
+        f"{name}={given[name]!r} is a setting not known here" for name in given if name not in {*own, *UNREAD}
+    ]
+    if missing := [name for name in own if name not in {*FIXED, *UNREAD} and given.get(name) is None]:
+        return [*faults, f"{NETWORK} does not say {', '.join(missing)}"]
+    remedies = _find_overrides(given)
+    if given["up_block_types"] == [
+        kind.replace("Down", "Up") for kind in reversed(given["down_block_types"])
+    ]:
+        del own["up_block_types"]  # the other half says it already
+    return faults + [
+        f"{name} is {given[name]!r}, the experiment's network has {value!r}{remedies.get(name, '')}"
+        for name, value in own.items()
+        if name not in UNREAD and given[name] != value
+    ]
+
+
+def _find_overrides(given: Settings) -> dict[str, str]:
+    """Say for each published setting that an experiment can have what to set."""
+    size, widths, kinds = given["sample_size"], given["block_out_channels"], given["down_block_types"]
+    if not isinstance(size, int):
+        return {"sample_size": "; images are squares, with one side"}
+    if any(width % widths[0] for width in widths):
+        return {"block_out_channels": "; every width must be a multiple of the first"}
+    mults = ",".join(str(width // widths[0]) for width in widths)
+    attended = ",".join(str(size >> level) for level, kind in enumerate(kinds) if "Attn" in kind)
+    return {
+        "sample_size": f"; set data.image_size={size}",
+        "in_channels": f"; set data.channels={given['in_channels']}",
+        "out_channels": "; a learned diffusion.variance has twice the image's channels, a fixed one as many",
+        "block_out_channels": f"; set model.channels={widths[0]} model.channel_mult=[{mults}]",
+        "layers_per_block": f"; set model.num_res_blocks={given['layers_per_block']}",
+        "norm_num_groups": f"; set model.norm_groups={given['norm_num_groups']}",
+        "down_block_types": f"; set model.attention_resolutions=[{attended}]",
+    }
+
+
+def _find_scheduler_faults(diffusion: DiffusionConfig, given: Settings) -> list[str]:
+    """Name how the published diffusion differs from the experiment's; how it is sampled is free."""
+    faults = []
+    predicts = given.get("prediction_type", "epsilon")
+    if predicts != PREDICTIONS.get(diffusion.predict):
+        faults.append(
+            f"prediction_type is {predicts!r}, the experiment has diffusion.predict={diffusion.predict}"
+        )
+    theirs, ours = _published_betas(given), Diffusion(diffusion).tables["beta"]
+    if theirs is None or given.get("rescale_betas_zero_snr"):
+        faults.append(f"its beta schedule ({given.get('beta_schedule')}, maybe rescaled) is none of ours")
+    elif len(theirs) != len(ours):
+        faults.append(f"it has {len(theirs)} timesteps, the experiment diffusion.timesteps={len(ours)}")
+    elif not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-8):
+        spans = [
+            ", ".join(f"{betas[i].item():.3g}" for i in (0, len(betas) // 2, -1)) for betas in (theirs, ours)
+        ]
+        faults.append(
+            f"its betas ({spans[0]}) are not those of diffusion.beta_schedule={diffusion.beta_schedule} ({spans[1]})"
+        )
+    return faults
+
+
+def _published_betas(given: Settings) -> torch.Tensor | None:
+    """Return every beta of a scheduler's settings, float64 (T,); None for a schedule that we do not have."""
+    if given.get("trained_betas") is not None:
+        return torch.tensor(given["trained_betas"], dtype=torch.float64)
+    names = {theirs: own for own, theirs in SCHEDULES.items()}
+    name = names.get(given.get("beta_schedule", "linear"))
+    if name is None:
+        return None
+    ends = given.get("beta_start", 1e-4), given.get("beta_end", 0.02)
+    return schedules.betas(name, given.get("num_train_timesteps", 1000), *ends)
+
+
+# Out
+
+
+def export(path: Path, directory: Path, which: str, step: int | None) -> str:
+    """Write the weights of the run directory `path` so that diffusers' DDPMPipeline loads `directory`.
+
+    which: `ema` or `raw`; step None = the newest checkpoint. Returns what was written, in a line.
+    """
+    experiment = load_experiment(str(path / EXPERIMENT), [])
+    place = Place(
+        path.parent, experiment, "", path.name.removeprefix(f"{experiment.name}-")
+    )  # without its data
+    scheduler, network = scheduler_settings(experiment), network_settings(experiment)
+    steps = checkpoint.steps_on_disk(place.train)
+    if not steps or (step is not None and step not in steps):
+        known = ", ".join(map(str, steps)) or "none"
+        raise PipelineError(f"{path} has no checkpoint of step {step or 'any'} (there are: {known})")
+    step = step or steps[-1]
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
+    tensors = checkpoint.weights(place.step_folder(step), which)
+    exported = {diffusers_name(name): tensor.contiguous() for name, tensor in tensors.items()}
+    kind = experiment.published.weights or which
+    header = {"_diffusers_version": LAYOUT_VERSION}
+    parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    with atomic_directory(directory) as temporary:
+        for folder in parts:
+            (temporary / folder).mkdir()
+        facts = {"format": "pt", "run": path.name, "step": str(step), "weights": kind}
+        save_file(exported, temporary / "unet" / WEIGHTS, facts)
+        write_json(temporary / "unet" / NETWORK, header | {"_class_name": "UNet2DModel"} | network)
+        write_json(temporary / "scheduler" / SCHEDULER, header | {"_class_name": "DDPMScheduler"} | scheduler)
+        write_json(temporary / PIPELINE, header | {"_class_name": "DDPMPipeline"} | parts)
+    return f"{directory}: {kind} weights of step {step} of {path.name}"
+
+
+def network_settings(experiment: Experiment) -> Settings:
+    """Return the settings of diffusers' UNet2DModel that make it our network."""
+    data, model = experiment.data, experiment.model
+    for name, value, only in (
+        ("name", model.name, "unet"),
+        ("resample", getattr(model, "resample", "conv"), "conv"),
+    ):
+        if value != only:
+            raise PipelineError(
+                f"model.{name}={value} has no place in the diffusers layout; only {only} has one"
+            )
+    attended = [side in model.attention_resolutions for side in model.resolutions(data.image_size)]
+    return FIXED | {
+        "sample_size": data.image_size,
+        "in_channels": data.channels,
+        "out_channels": Diffusion(experiment.diffusion).out_channels(data.channels),
+        "block_out_channels": list(model.widths),
+        "layers_per_block": model.num_res_blocks,
+        "norm_num_groups": model.norm_groups,
+        "dropout": model.dropout,
+        "down_block_types": ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in attended],
+        "up_block_types": ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attended)],
+    }
+
+
+def scheduler_settings(experiment: Experiment) -> Settings:
+    """Return the settings of diffusers' DDPMScheduler that make it our ancestral sampler over all timesteps."""
+    diffusion = experiment.diffusion
+    learned = diffusion.variance in LEARNED
+    variance = diffusion.variance if learned else experiment.sample.variance or diffusion.variance
+    for key, value, known in (("predict", diffusion.predict, PREDICTIONS), ("variance", variance, VARIANCES)):
+        if value not in known:
+            raise PipelineError(f"diffusion.{key}={value} is nothing that diffusers' DDPMScheduler reverses")
+    named = diffusion.beta_schedule in SCHEDULES
+    return {
+        "num_train_timesteps": diffusion.timesteps,
+        "beta_schedule": SCHEDULES.get(diffusion.beta_schedule, "linear"),
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "trained_betas": None if named else Diffusion(diffusion).tables["beta"].tolist(),
+        "variance_type": VARIANCES[variance],
+        "prediction_type": PREDICTIONS[diffusion.predict],
+        "clip_sample": True,
+        "clip_sample_range": 1.0,
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    }
