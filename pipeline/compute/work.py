@@ -1,4 +1,4 @@
-"""What a stage's body sees of the place where it runs, and the in-process twin of that place."""
+"""Units of work, what a body and a unit see of the place where they run, and the in-process twin of that place."""
 
 from __future__ import annotations
 
@@ -7,63 +7,70 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
-from torch import nn
-
+from pipeline.compute.spent import Spent
+from pipeline.config import Experiment
 from pipeline.store.run import Place
+
+if TYPE_CHECKING:  # importing torch takes seconds, and a command that is up to date needs none of it
+    import torch
+    from torch import nn
 
 NO_LIMIT = 2**62
 GIB = 2**30
+Value = TypeVar("Value")
+
+
+class Kind(StrEnum):
+    """What a unit makes."""
+
+    SHARD = "shard"
+    SAMPLES = "samples"
+    FEATURES = "features"
+    NLL = "nll"
+    PREPARATION = "preparation"
+    FIGURE = "figure"
 
 
 @dataclass(frozen=True)
 class Unit:
     """A piece of work that is complete or absent: `body(ctx, *args)` writes its result atomically.
 
-    `body` is a module-level function; `name` opens with what it makes and is shown when it fails; `images` is
-    its share of the progress, and `passes` says how many of a network each of them takes, where units of several kinds
-    are made beside each other. `tar` is the one that it leaves, with its facts beside it, where others can go on
-    with it.
+    body: a module-level function.
+    name: what a person reads where the unit fails.
+    needs_gpu: it uses a network, so it gets a GPU where there are any, and a process that keeps the network.
+    images, passes: its share of the progress, and how many passes of a network each image takes.
+    tar: the tar that it leaves, with its facts beside it, where other units can go on with it.
     """
 
+    kind: Kind
     body: Callable[..., None]
     args: tuple[Any, ...]
     name: str
     images: int = 1
     passes: int = 1
     tar: Path | None = None
+    needs_gpu: bool = False
 
     def run(self, ctx: WorkerContext) -> float:
-        """Do the work here; returns the seconds it took."""
+        """Do the work here; return the seconds it took."""
         began = time.perf_counter()
         self.body(ctx, *self.args)
         return time.perf_counter() - began
 
 
-# Told of a unit that is finished; gives what can be done now that it is.
+# Called with a unit that is finished; returns the units that can be done now that it is.
 Done = Callable[[Unit], Sequence[Unit] | None]
-
-
-class Spent:
-    """Images made and the seconds of one worker that they took, by the first word of the units' names."""
-
-    def __init__(self) -> None:
-        self.by_kind: dict[str, dict[str, float]] = {}
-
-    def add(self, unit: Unit, seconds: float) -> None:
-        kind = self.by_kind.setdefault(unit.name.split()[0], {"images": 0, "seconds": 0.0})
-        kind["images"] += unit.images
-        kind["seconds"] += seconds
 
 
 class WorkerContext:
     """One process among `world_size`, with the device, the CPUs, and the bytes for training images that it may use.
 
-    This class is the lone worker; `pipeline.compute.cluster` has the one whose doors lead to its peers. Every method
-    is called equally often on every rank.
+    This class is the lone worker; `pipeline.compute.training` has the one whose methods reach its peers. Every
+    method is called equally often on every rank.
     """
 
     def __init__(
@@ -77,28 +84,31 @@ class WorkerContext:
         self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
         self.image_memory = image_memory
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+    def broadcast(self, value: Value) -> Value:
+        """Return rank 0's value, on every rank."""
         return value
 
     def decide(self, flag: bool) -> bool:
-        """Rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
+        """Return rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
         return flag
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of `value` over all ranks."""
+        """Return the sum of `value` over all ranks."""
         return value
 
     def parallel(self, net: nn.Module) -> nn.Module:
-        """`net` as its training forward is called: with gradients averaged over the ranks."""
+        """Return `net` as its training forward is called: with gradients averaged over the ranks."""
         return net
 
     def report(self, step: int) -> None:
         """Tell the launcher that the checkpoint of `step` is safe on disk."""
 
 
+Body = Callable[[WorkerContext, Experiment, Place], None]
+
+
 class Executor(Protocol):
-    """Who runs bodies and units: `InProcess` here, a Ray session in `pipeline.compute.cluster`."""
+    """Who runs bodies and units: `InProcess` here, a Ray session in `pipeline.compute.session`."""
 
     spent: Spent
 
@@ -107,13 +117,15 @@ class Executor(Protocol):
         """How many units can be under way while `run_workers` is, without taking anything from it."""
         ...
 
-    def run_workers(self, body: Callable[..., None], experiment: Any, run: Place) -> None: ...
+    def run_workers(self, body: Body, experiment: Experiment, run: Place) -> None: ...
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None: ...
 
 
 def local_context(cpus: int | None = None, image_memory: int = NO_LIMIT) -> WorkerContext:
-    """This process as a worker: the first GPU if there is one, and so many CPUs (None: every one it may use)."""
+    """Return this process as a worker: the first GPU if there is one, and so many CPUs (None: all it may use)."""
+    import torch
+
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return WorkerContext(device, cpus or len(os.sched_getaffinity(0)), image_memory=image_memory)
 
@@ -124,17 +136,19 @@ class InProcess:
     spare = 0
 
     def __init__(self, context: WorkerContext, interrupted: Callable[[], bool] = lambda: False):
+        import torch
+
         self.context, self.interrupted, self.spent = context, interrupted, Spent()
         torch.set_num_threads(self.context.cpus)
 
-    def run_workers(self, body: Callable[..., None], experiment: Any, run: Place) -> None:
+    def run_workers(self, body: Body, experiment: Experiment, run: Place) -> None:
         body(self.context, experiment, run)
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None:
         waiting = deque(units)
         while waiting:
             unit = waiting.popleft()
-            self.spent.add(unit, unit.run(self.context))
+            self.spent.add(unit.kind, unit.images, unit.run(self.context))
             waiting.extend(done(unit) or ())
             if self.interrupted():
                 return

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import config
 from pipeline.compute.interrupt import Interrupt, Interrupted
-from pipeline.compute.work import GIB, Done, Executor, InProcess, Spent, Unit, local_context
+from pipeline.compute.work import GIB, Done, Executor, InProcess, Unit, local_context
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import bar, duration, following, say
 from pipeline.data import sources
@@ -22,12 +22,12 @@ from pipeline.engine.provenance import commit, made_with
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import select
 from pipeline.store import keys, selection
-from pipeline.store.files import exclusive, read_json, remove_leftovers, write_json, write_text
+from pipeline.store.files import exclusive, remove_leftovers, write_json, write_text
 from pipeline.store.log import read_progress
 from pipeline.store.run import STAGES, Place, fingerprints_json
 
 if TYPE_CHECKING:
-    from pipeline.compute.cluster import Session
+    from pipeline.compute.session import Session
 
 BEFORE: dict[str, tuple[str, ...]] = {
     "shard": (),
@@ -168,7 +168,7 @@ def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStac
     if cluster.workers == 0:
         context = local_context(cluster.cpus_per_worker, int(cluster.image_memory * GIB))
         return InProcess(context, interrupt.requested)
-    from pipeline.compute.cluster import Session
+    from pipeline.compute.session import Session
 
     address = cluster.ray_address
     say("starting Ray" if address is None else f"joining Ray at {address}")
@@ -274,6 +274,7 @@ class _Work:
         mixed, done = len({unit.passes for unit in units}) > 1, 0
         share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
         executor = self._start_executor()
+        chain = self.experiment.sample.steps or self.experiment.diffusion.timesteps
         with bar(stage, sum(share.values()), "network passes" if mixed else "images") as shown:
 
             def finished(unit: Unit) -> Sequence[Unit] | None:
@@ -285,7 +286,7 @@ class _Work:
             try:
                 executor.map_units(units, finished)
             finally:
-                _note_spent(self.run, self.experiment, executor.spent)
+                executor.spent.write(self.run.spent_json, chain)
         self._leave_if_interrupted()
 
     def _leave_if_interrupted(self) -> None:
@@ -318,19 +319,6 @@ def _note_timing(run: Place, stage: str, seconds: float) -> None:
     """Seconds that each stage took, summed over the commands that worked on it."""
     timings = run.seconds_by_stage()
     write_json(run.timings_json, {**timings, stage: timings.get(stage, 0.0) + seconds})
-
-
-def _note_spent(run: Place, experiment: Experiment, spent: Spent) -> None:
-    """Images and worker seconds by kind of unit and by the length of the sampling chain, summed over commands;
-    `spent` starts again from nothing."""
-    path = run.spent_json
-    noted = read_json(path) if path.exists() else {}
-    chain = str(experiment.sample.steps or experiment.diffusion.timesteps)
-    for kind, new in spent.by_kind.items():
-        known = noted.setdefault(kind, {}).setdefault(chain, {"images": 0, "seconds": 0.0})
-        noted[kind][chain] = {name: known[name] + new[name] for name in known}
-    spent.by_kind.clear()
-    write_json(path, noted)
 
 
 def whereabouts(run: Place, cluster: ClusterConfig) -> list[tuple[str, str]]:

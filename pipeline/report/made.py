@@ -67,7 +67,7 @@ def _training(source: Source) -> list[str] | None:
 
 def _sampling(source: Source) -> list[str] | None:
     """From the chain measured at most, stretched to the length of the full one."""
-    e, chains = source.experiment, source.read("spent").get("samples", {})
+    e, chains = source.experiment, source.spent.get("samples", {})
     if not chains:
         return None
     measured = max(chains, key=lambda chain: chains[chain]["images"])
@@ -80,7 +80,7 @@ def _sampling(source: Source) -> list[str] | None:
 
 
 def _bound(source: Source) -> list[str] | None:
-    noted = source.read("spent").get("NLL", {}).values()  # it takes all T terms, however samples are drawn
+    noted = source.spent.get("nll", {}).values()  # it takes all T terms, however samples are drawn
     images, seconds = (sum(part[name] for part in noted) for name in ("images", "seconds"))
     if not images:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.compute.spent import Cost, read_spent
 from pipeline.config import Experiment
 from pipeline.report.page import Block, Text
 from pipeline.store import keys, selection
@@ -55,6 +56,11 @@ class Source:
     def commits(self) -> dict[str, list[str]]:
         """Commits by stage; without this stage's own, which says nothing of what it shows."""
         return {k: v for k, v in self.run.commits_by_stage().items() if k != "report"}
+
+    @cached_property
+    def spent(self) -> dict[str, dict[str, Cost]]:
+        """What units cost, by kind and length of the sampling chain."""
+        return read_spent(self.files["spent"]) if "spent" in self.files else {}
 
     @cached_property
     def made_with(self) -> dict[str, Any]:

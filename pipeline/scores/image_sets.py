@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.errors import PipelineError
 from pipeline.store import tars
 from pipeline.store.files import read_arrays, read_unit, sha256_of, write_unit
@@ -100,8 +100,8 @@ def shard_set(extractor: "Extractor", shards: list[Shard], folder: Path, n: int 
     units = {}
     for shard in shards:
         file = folder / extractor.name / f"{shard.sha256[:16]}.npz"
-        unit = Unit(extract_shard, (extractor, shard, file), f"features of {shard.name}", shard.count)
-        units[file] = unit
+        args, name = (extractor, shard, file), f"features of {shard.name}"
+        units[file] = Unit(Kind.FEATURES, extract_shard, args, name, shard.count, needs_gpu=True)
     return ImageSet(sum(shard.count for shard in shards) if n is None else n, units)
 
 
@@ -112,7 +112,8 @@ def baseline_set(extractor: "Extractor", n: int, shape: Shape, folder: Path, pix
         stop = min(start + BASELINE_UNIT, n)
         file = folder / extractor.name / f"{kind}-{start}-{stop}.npz"
         args = (extractor, pixels, start, stop, shape, file)
-        units[file] = Unit(extract_baseline, args, f"features of {kind} {start}-{stop - 1}", stop - start)
+        name = f"features of {kind} {start}-{stop - 1}"
+        units[file] = Unit(Kind.FEATURES, extract_baseline, args, name, stop - start, needs_gpu=True)
     return ImageSet(n, units)
 
 

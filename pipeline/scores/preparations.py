@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores import classifier, projection
@@ -32,10 +32,12 @@ def preparations(experiment: Experiment, run: Place) -> list[Unit]:
     found = tars.open_index(run.data).count("train")
     units = []
     if not is_prepared(experiment, run):
-        units.append(Unit(train_classifier, (run, experiment.data.labels), "the classifier", found))
+        args = (run, experiment.data.labels)
+        units.append(Unit(Kind.PREPARATION, train_classifier, args, "the classifier", found))
     pixels = pixels_file(experiment, run)
     if pixels and not pixels.exists():
-        units.append(Unit(fit_gaussian, (run, pixels), "the Gaussian of the training pixels", found))
+        name = "the Gaussian of the training pixels"
+        units.append(Unit(Kind.PREPARATION, fit_gaussian, (run, pixels), name, found))
     return units
 
 

@@ -18,7 +18,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.sampler import few_steps_warning, guided, sample
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step, to_yaml, weights_kind
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
@@ -103,11 +103,13 @@ def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     ranges = plan(config.num_images, config.batch_size)
     yield [
         Unit(
+            Kind.SAMPLES,
             draw,
             (experiment, run, start, stop),
             f"samples {start}-{stop - 1}",
             stop - start,
             tar=_tar(folder, start, stop),
+            needs_gpu=True,
         )
         for start, stop in ranges
         if finished(experiment, folder, start, stop) is None

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import DataConfig, Experiment
 from pipeline.data.sources import fingerprint, locate, open_source, refuse
 from pipeline.errors import PipelineError
@@ -45,7 +45,7 @@ def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     data = locate(experiment.data, shared / "downloads")
     shards = plan(open_source(data).splits, data.images_per_shard)
     yield [
-        Unit(write, (data, run.data, shard), f"shard {shard.name}", shard.stop - shard.start)
+        Unit(Kind.SHARD, write, (data, run.data, shard), f"shard {shard.name}", shard.stop - shard.start)
         for shard in shards
         if finished(run.data, shard) is None
     ]

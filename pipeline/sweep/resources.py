@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.compute.cluster import Resources
+from pipeline.compute.resources import Resources
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 

@@ -20,9 +20,10 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline.compute.cluster import Session, last_line, off_the_main_thread, release
 from pipeline.compute.interrupt import Interrupted
-from pipeline.errors import PipelineError
+from pipeline.compute.session import Session
+from pipeline.compute.training import release, run_off_main_thread
+from pipeline.errors import PipelineError, last_line
 from pipeline.store.files import write_text
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.ledger import Ledger
@@ -180,7 +181,7 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )  # fmt: skip
-    error = off_the_main_thread(tuner.fit, "ray-tune")
+    error = run_off_main_thread(tuner.fit, "ray-tune")
     if error is not None:
         raise PipelineError(f"Ray Tune gave up: {one_line(error)}; the same command goes on") from error
 

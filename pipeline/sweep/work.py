@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.compute.cluster import Resources
 from pipeline.compute.interrupt import Interrupted
+from pipeline.compute.resources import Resources
 from pipeline.compute.work import Executor
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import following

@@ -98,8 +98,8 @@ def test_scores_stand_with_their_protocol(finished):
 
 def test_what_the_images_cost_is_noted(finished):
     spent = json.loads((run_directory(finished) / "spent.json").read_text())
-    assert {spent[kind]["20"]["images"] for kind in ("samples", "NLL")} == {12, 6}
-    assert all(0 < spent[kind]["20"]["seconds"] < 60 for kind in ("samples", "NLL"))
+    assert {spent[kind]["20"]["images"] for kind in ("samples", "nll")} == {12, 6}
+    assert all(0 < spent[kind]["20"]["seconds"] < 60 for kind in ("samples", "nll"))
 
 
 def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):

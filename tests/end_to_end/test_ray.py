@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ONE_CPU, TINY
 
-from pipeline.compute.cluster import resolve
+from pipeline.compute.resources import resolve
 from pipeline.config import load_cluster
 from pipeline.errors import PipelineError
 
@@ -92,7 +92,7 @@ def test_both_runs_have_the_same_keys_and_nearly_the_same_scores(runs):
 
 def test_what_images_cost_is_noted_whoever_makes_them(runs):
     one, two = (json.loads((run / "spent.json").read_text()) for run in runs)
-    for kind in ("samples", "NLL"):
+    for kind in ("samples", "nll"):
         (a,), (b,) = one[kind].values(), two[kind].values()
         assert a["images"] == b["images"] > 0 and a["seconds"] > 0 and b["seconds"] > 0
 
@@ -182,7 +182,7 @@ def test_nulls_become_what_the_machine_has():
 
 
 def test_a_lack_of_memory_is_told_in_a_line():
-    from pipeline.compute.cluster import last_line
+    from pipeline.errors import last_line
 
     told = (
         "2 worker(s) were killed due to the node running low on memory. Memory on the node was 22.37GB used\n"

@@ -12,7 +12,7 @@ from ddpm.diffusion import Diffusion, Network
 from ddpm.images import from_uint8
 from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
 from ddpm.rng import Stream, normal
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import content_of, shards_of
@@ -97,7 +97,8 @@ def units(
         file = folder / f"{start:06d}-{stop:06d}.npz"
         args = (experiment, run, denoiser, start, stop, timesteps, file)
         passes = experiment.diffusion.timesteps if timesteps is None else len(timesteps)
-        found[file] = Unit(bound, args, f"NLL of test images {start}-{stop - 1}", stop - start, passes)
+        name = f"NLL of test images {start}-{stop - 1}"
+        found[file] = Unit(Kind.NLL, bound, args, name, stop - start, passes, needs_gpu=True)
     return found
 
 

@@ -16,7 +16,7 @@ from ddpm.images import from_uint8, to_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral, guided, interpolate, reverse, shared_latent
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, chain_of, in_words, unit_folder
@@ -97,7 +97,8 @@ def progressive(experiment: Experiment, run: Place) -> Figure:
         stop = min(start + UNIT_IMAGES, n)
         file = folder / f"{start:06d}-{stop:06d}.npz"
         args = (experiment, run, start, stop, file)
-        units[file] = Unit(keep_estimates, args, f"progressive {start}-{stop - 1}", stop - start)
+        name = f"progressive {start}-{stop - 1}"
+        units[file] = Unit(Kind.FIGURE, keep_estimates, args, name, stop - start, needs_gpu=True)
     caption = (
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
         f"right, after each tenth of the steps (paper, Figs. 6 and 14; {in_words(experiment)})"
@@ -161,7 +162,8 @@ def mixing_unit(experiment: Experiment, run: Place, pair: int, steps: int) -> tu
     """Both figures share what both show."""
     file = unit_folder(experiment, run, "mixed") / f"{pair:04d}-{steps:04d}.npz"
     args = (experiment, run, pair, steps, file)
-    return file, Unit(keep_mixed, args, f"interpolation of pair {pair} after {steps} steps", len(LAMBDAS))
+    name = f"interpolation of pair {pair} after {steps} steps"
+    return file, Unit(Kind.FIGURE, keep_mixed, args, name, len(LAMBDAS), needs_gpu=True)
 
 
 def keep_mixed(
@@ -220,7 +222,8 @@ def shared_latents(experiment: Experiment, run: Place) -> Figure:
     for steps in dict.fromkeys(counts):
         file = folder / f"{n:04d}-{steps:04d}.npz"
         args = (experiment, run, n, steps, file)
-        units[file] = Unit(keep_shared, args, f"images that share x_t after {steps} steps", n * CHILDREN)
+        name = f"images that share x_t after {steps} steps"
+        units[file] = Unit(Kind.FIGURE, keep_shared, args, name, n * CHILDREN, needs_gpu=True)
     said = ", ".join(f"{at_t(steps, experiment):,}" for steps in dict.fromkeys(counts))
     caption = (
         f"Images that share a latent: x_t, then {CHILDREN} images from it, for t = {said}, left to right; a "

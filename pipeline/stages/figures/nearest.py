@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.scores.image_sets import Shard, content_of, shard_set, shards_of
@@ -57,7 +57,7 @@ def _figure(
     for shard, gallery in zip(shards, galleries, strict=True):
         file = folder / f"{shard.name.removesuffix('.tar')}.npz"
         args = (samples, n, query, shard, gallery, file)
-        units[file] = Unit(search, args, f"{name} in {shard.name}", shard.count)
+        units[file] = Unit(Kind.FIGURE, search, args, f"{name} in {shard.name}", shard.count, needs_gpu=True)
     return Figure(f"{name}.png", caption, units, partial(_draw, samples, n))
 
 

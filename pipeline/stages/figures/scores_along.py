@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddpm.images import to_uint8
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment
 from pipeline.drawing import charts
 from pipeline.errors import PipelineError
@@ -46,7 +46,8 @@ def scores_along(experiment: Experiment, run: Place) -> Figure:
         stop = min(start + UNIT_IMAGES, n)
         file = folder / f"{start:06d}-{stop:06d}.npz"
         args = (extractor, experiment, run, start, stop, file)
-        units[file] = Unit(keep_features, args, f"scores along samples {start}-{stop - 1}", stop - start)
+        name = f"scores along samples {start}-{stop - 1}"
+        units[file] = Unit(Kind.FIGURE, keep_features, args, name, stop - start, needs_gpu=True)
     few = ", too few for a score that stands by itself" if n < 10_000 else ""
     caption = (
         f"Scores of the estimate of x_0 along the reverse process, of {n:,} images{few}, by the features of "

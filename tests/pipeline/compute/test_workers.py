@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import renamed, tiny_experiment
 
-from pipeline.compute.cluster import Peer
+from pipeline.compute.training import Peer
 from pipeline.stages import train
 from pipeline.store import checkpoint
 from pipeline.store.files import sha256_of
@@ -58,7 +58,7 @@ class Group:
             port = probe.getsockname()[1]
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(
-            ["pipeline.stages.train", "pipeline.compute.cluster", __name__]
+            ["pipeline.stages.train", "pipeline.compute.training", __name__]
         )  # imported once
         args = (workers, port, experiment, run, steps)
         self.processes = [server.Process(target=member, args=(rank, *args)) for rank in range(workers)]

@@ -9,7 +9,8 @@ from conftest import GRID, TRIAL
 
 from pipeline import config
 from pipeline.cli.program import main
-from pipeline.compute.cluster import Resources, Session
+from pipeline.compute.resources import Resources
+from pipeline.compute.session import Session
 from pipeline.config import load_cluster
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys

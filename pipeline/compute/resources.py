@@ -1,0 +1,63 @@
+"""What a command may use of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import PipelineError
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a session was promised, nulls resolved."""
+
+    workers: int
+    min_workers: int  # fewer than `workers`: training goes on with what is left
+    cpus_per_worker: int
+    gpus_per_worker: float
+    gpus_per_task: float
+    spare: int  # tasks that fit beside all workers
+
+    def tasks_at_once(self, cpus_per_task: int) -> int:
+        """Return how many tasks fit into what the workers hold; at least one."""
+        by_cpu = self.workers * self.cpus_per_worker // cpus_per_task
+        by_gpu = (
+            int(self.workers * self.gpus_per_worker / self.gpus_per_task) if self.gpus_per_task else by_cpu
+        )
+        return max(1, min(by_cpu, by_gpu))
+
+
+def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None) -> Resources:
+    """Fill the nulls from what there is, and refuse at once what can never be scheduled.
+
+    cpus_per_node: those of the largest node; no worker and no task can have more.
+    """
+    most = cpus if cpus_per_node is None else cpus_per_node
+    workers = cluster.workers or gpus or min(2, cpus)
+    min_workers = min(cluster.min_workers or workers, workers)
+    per_worker = cluster.cpus_per_worker or max(1, min(cpus // workers, most))
+    gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
+    gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
+    for what, asked, there, key in (
+        ("CPUs", min_workers * per_worker, cpus, "cluster.cpus_per_worker"),
+        ("GPUs", min_workers * gpus_per_worker, gpus, "cluster.gpus_per_worker"),
+    ):
+        if asked > there:
+            raise PipelineError(
+                f"{min_workers} workers ask for {asked:g} {what}, the cluster has {there}: "
+                f"lower cluster.workers or {key}"
+            )
+    for key, asked, there in (
+        ("cluster.cpus_per_worker", per_worker, most),
+        ("cluster.cpus_per_task", cluster.cpus_per_task, most),
+        ("cluster.gpus_per_task", gpus_per_task, gpus),
+    ):
+        if asked > there:
+            raise PipelineError(
+                f"{key}={asked:g}, but no machine of the cluster has more than {there}: lower it"
+            )
+    spare = (cpus - workers * per_worker) // cluster.cpus_per_task
+    if gpus_per_task:
+        spare = min(spare, int((gpus - workers * gpus_per_worker) / gpus_per_task))
+    return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task, max(0, spare))

@@ -1,0 +1,188 @@
+"""Training groups: processes that train one network together, by Ray Train and torch.distributed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pipeline.compute.resources import Resources
+from pipeline.compute.work import GIB, Body, Value, WorkerContext
+from pipeline.config import ClusterConfig, Experiment
+from pipeline.errors import PipelineError, last_line
+from pipeline.store.files import write_text
+from pipeline.store.run import Place
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+POLL_SECONDS = 0.5
+
+
+class Peer(WorkerContext):
+    """A worker of a training group; it reaches the others through torch.distributed, Ray Train through `report`."""
+
+    def broadcast(self, value: Value) -> Value:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def decide(self, flag: bool) -> bool:
+        decision = torch.tensor(int(flag), device=self.device)
+        torch.distributed.broadcast(decision, src=0)
+        return bool(decision)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        summed = value.clone()
+        torch.distributed.all_reduce(summed)
+        return summed
+
+    def parallel(self, net: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return net
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+
+    def report(self, step: int) -> None:
+        from ray import train
+
+        if self.rank > 0:
+            train.report({"step": step})
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            # A pointer only: Ray copies in place and calls a run corrupted whose registered folder vanished,
+            # so the step folders in the run directory stay the authority.
+            (Path(folder) / "step").write_text(str(step))
+            train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(folder))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What each worker of a group is given."""
+
+    body: Body
+    experiment: Experiment
+    run: Place
+    cpus: int
+    image_memory: int
+
+
+def run_group(
+    cluster: ClusterConfig, resources: Resources, body: Body, experiment: Experiment, run: Place
+) -> None:
+    """Train with DDP. A lost worker restarts the group from the newest checkpoint on disk, up to
+    `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
+    failure, memory = run.failure, int(cluster.image_memory * GIB)
+    failure.unlink(missing_ok=True)
+    shutil.rmtree(run.ray, ignore_errors=True)
+    task = _Task(body, experiment, run, resources.cpus_per_worker, memory)
+    error = run_off_main_thread(_make_trainer(task, resources, cluster.retries).fit, "ray-train")
+    if failure.exists():
+        message = failure.read_text()
+        failure.unlink()
+        raise PipelineError(message)
+    if error is not None:
+        why = _explain_end(error, cluster.retries)
+        raise PipelineError(f"{why}; the same command goes on from the newest checkpoint") from error
+
+
+def _make_trainer(task: _Task, resources: Resources, retries: int) -> TorchTrainer:
+    from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.config import ScalingConfig  # ray.train's own, with its types
+
+    # Seconds between Ray Train's looks at the group; by default it sees two seconds late that training has ended.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    use_gpu = resources.gpus_per_worker > 0
+    per_worker = {"CPU": float(resources.cpus_per_worker)}
+    if use_gpu:
+        per_worker["GPU"] = resources.gpus_per_worker
+    fixed = resources.min_workers == resources.workers
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={"task": task},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers if fixed else (resources.min_workers, resources.workers),
+            use_gpu=use_gpu,
+            resources_per_worker=per_worker,
+        ),
+        run_config=RunConfig(
+            # A name of its own for every attempt: Ray takes a known name for a run to be taken up.
+            name=f"{task.run.run_key}-{time.time_ns()}",
+            storage_path=str(task.run.ray),
+            failure_config=FailureConfig(max_failures=retries),
+        ),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+    )
+
+
+def run_off_main_thread(fit: Callable[[], object], name: str) -> BaseException | None:
+    """Run what would replace the handling of Ctrl-C on the main thread, which waits and stays free for it;
+    return what it raised."""
+    outcome: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+    return outcome[0] if outcome else None
+
+
+def _explain_end(error: BaseException, retries: int) -> str:
+    """Say why a group ended. Ray Train restarts its workers, but not the controller that leads them."""
+    from ray.exceptions import RayActorError
+
+    if isinstance(error, RayActorError):
+        return "training lost the process that leads it"
+    return f"training stopped after {retries} restarts: {last_line(error)}"
+
+
+def release(run: Place) -> None:
+    """Give back what a run's last training group may still hold. Ray does so itself, unless memory ran out and
+    took the group's keepers with it; then other trials would wait for those CPUs for ever."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    with suppress(FileNotFoundError):
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(run.placement_group.read_text())))
+        run.placement_group.unlink()
+
+
+def _train_worker(config: dict[str, _Task]) -> None:
+    """Run the body as one worker of a group, in the process that Ray Train started for it."""
+    from ray import train
+    from ray.train.torch import get_device
+    from ray.util.placement_group import get_current_placement_group
+
+    task = config["task"]
+    if task.run.failure.exists():  # a peer gave up for good; this restart of the group ends at once
+        return
+    torch.set_num_threads(task.cpus)
+    # What train.deterministic needs, before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    place = train.get_context()
+    context = Peer(get_device(), task.cpus, place.get_world_rank(), place.get_world_size(), task.image_memory)
+    group = get_current_placement_group()
+    if context.rank == 0 and group is not None:
+        write_text(task.run.placement_group, group.id.hex())
+    try:
+        task.body(context, task.experiment, task.run)
+    except PipelineError as error:
+        write_text(task.run.failure, str(error))
+        raise
