@@ -15,11 +15,12 @@ MANY = 200  # trials; more are rarely meant
 def _load(options: Any) -> tuple[Any, Any]:
     """The experiment and the cluster that the command line names, with the faults of both reported at once."""
     from pipeline import config
+    from pipeline.engine.names import known_names
 
     name, own = _experiment_words(options)
     loaded, problems = [], []
     for load in (
-        lambda: config.load_experiment(name, own),
+        lambda: config.load_experiment(name, own, known_names()),
         lambda: _load_cluster(options.cluster, options.arguments),
     ):
         try:

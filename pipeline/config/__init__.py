@@ -1,16 +1,9 @@
 """Experiment (whatever may change a number) and Cluster (where it runs; it must not change one)."""
 
+from pipeline.config.checkpoints import candidate, checkpoint_rule, checkpoint_step, choose, weights_kind
 from pipeline.config.checks import suggestion
-from pipeline.config.load import (
-    conf_folders,
-    files,
-    load_cluster,
-    load_experiment,
-    made_with,
-    relative_paths,
-    to_dict,
-    to_yaml,
-)
+from pipeline.config.files import conf_folders, files, find, made_with, names_in_conf
+from pipeline.config.load import load_cluster, load_experiment, relative_paths, to_dict, to_yaml
 from pipeline.config.sections import (
     SPLITS,
     ClusterConfig,
@@ -20,11 +13,7 @@ from pipeline.config.sections import (
     FiguresConfig,
     PublishedConfig,
     SampleConfig,
-    checkpoint_rule,
-    checkpoint_step,
-    weights_kind,
 )
-from pipeline.config.variants import candidate, chosen
 
 __all__ = [
     "SPLITS",
@@ -38,12 +27,14 @@ __all__ = [
     "candidate",
     "checkpoint_rule",
     "checkpoint_step",
-    "chosen",
+    "choose",
     "conf_folders",
     "files",
+    "find",
     "load_cluster",
     "load_experiment",
     "made_with",
+    "names_in_conf",
     "relative_paths",
     "suggestion",
     "to_dict",

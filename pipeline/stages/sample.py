@@ -45,7 +45,7 @@ class Protocol:
     timesteps: int
     eta: float | None
     variance: str | None
-    label: str | None
+    label: int | str | None
     guidance_scale: float
     seed: int
     batch_size: int
@@ -200,6 +200,6 @@ def _seal(experiment: Experiment, folder: Path, facts: list[dict[str, Any]]) -> 
     shape = {
         "image_size": data.image_size,
         "channels": data.channels,
-        "labels": data.labels if experiment.sample.label else 0,
+        "labels": 0 if experiment.sample.label is None else data.labels,
     }
     tars.write_index(folder, {SPLIT: facts}, **shape, protocol=asdict(how))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from ddpm import schedules
 from ddpm.config import LEARNED, DiffusionConfig
 from ddpm.diffusion import Diffusion
+from ddpm.networks.config import UNetConfig
 from ddpm.training import describe_mismatch
 from pipeline.config import Experiment, load_experiment
 from pipeline.errors import ConfigError, PipelineError
@@ -270,6 +271,7 @@ def network_settings(experiment: Experiment) -> Settings:
             raise PipelineError(
                 f"model.{name}={value} has no place in the diffusers layout; only {only} has one"
             )
+    assert isinstance(model, UNetConfig), "its name says so"
     attended = [side in model.attention_resolutions for side in model.resolutions(data.image_size)]
     return FIXED | {
         "sample_size": data.image_size,

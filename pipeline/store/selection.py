@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Experiment, candidate, chosen, weights_kind
+from pipeline.config import Experiment, candidate, choose, weights_kind
 from pipeline.errors import PipelineError
 from pipeline.store.checkpoint import steps_on_disk
 from pipeline.store.files import read_json, read_manifest, write_json, write_manifest
@@ -86,4 +86,4 @@ def resolved(experiment: Experiment, run: Place) -> Experiment | None:
     if experiment.sample.checkpoint != "best":
         return experiment
     found = read(experiment, run)
-    return chosen(experiment, found["best"], len(found["scores"])) if found else None
+    return choose(experiment, found["best"], len(found["scores"])) if found else None

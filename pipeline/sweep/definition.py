@@ -8,8 +8,10 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.config.checks import Problems, suggestion
-from pipeline.config.load import find, plain_tree, section_with_defaults
+from ddpm.config import Problems
+from pipeline.config import find, suggestion
+from pipeline.config.files import override, read_file
+from pipeline.config.load import read_section
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import METRICS, Metric
 
@@ -163,14 +165,14 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     """Read conf/sweep/, override, check; `overrides` without their `sweep.`. Raises ConfigError with every fault
     that the file alone shows."""
     path = find(name, "sweep")
-    tree = plain_tree(path, overrides)
+    tree = override(read_file(path), overrides)
     faults = [
         f"{key} is unknown in a sweep{suggestion(str(key), (*TOP, *SECTIONS))}; known: {', '.join((*TOP, *SECTIONS))}"
         for key in tree
         if key not in TOP and key not in SECTIONS
     ]
-    sections = {
-        key: section_with_defaults(cls, tree.get(key) or {}, key, faults) for key, cls in SECTIONS.items()
+    sections: dict[str, Any] = {
+        key: read_section(cls, tree.get(key) or {}, key, faults) for key, cls in SECTIONS.items()
     }
     for key, section in sections.items():
         faults += [f"{key}.{inner} {message}" for inner, message in (section.problems() if section else [])]
@@ -210,7 +212,7 @@ def _space(tree: Any, faults: list[str]) -> dict[str, list[Any] | Range]:
     for key, values in tree.items():
         where = f"space.{key}"
         if isinstance(values, dict):
-            found = section_with_defaults(Range, values, where, faults)
+            found = read_section(Range, values, where, faults)
             if found is not None:
                 # The dataclass makes floats of them, and whole numbers mean whole numbers.
                 space[key] = Range(values["low"], values["high"], found.scale)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from pipeline.config.load import load_experiment, relative_paths
-from pipeline.config.sections import Experiment
+from pipeline.config import Experiment, load_experiment, relative_paths
+from pipeline.engine.names import known_names
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import describe_objective, name_values
@@ -49,13 +48,13 @@ def points(sweep: Sweep, overrides: list[str]) -> list[Point]:
     swept_by_hand = [word for word in overrides if word.partition("=")[0] in sweep.space]
     if swept_by_hand:
         raise ConfigError(f"{swept_by_hand[0]}: {sweep.name} sweeps this key; change the file, or copy it")
-    common = _common(sweep, overrides)
+    common, known = _common(sweep, overrides), known_names()
     found: list[Point] = []
     faults: dict[str, None] = {}  # a set that keeps its order
     for swept in itertools.islice(_combinations(sweep), sweep.size):
         own = [f"{key}={json.dumps(value)}" for key, value in swept.items() if key != "experiment"]
         try:
-            experiment = load_experiment(swept.get("experiment", sweep.experiments[0]), common + own)
+            experiment = load_experiment(swept.get("experiment", sweep.experiments[0]), common + own, known)
             found.append(Point(name_values(swept), swept, experiment))
         except ConfigError as error:
             faults |= dict.fromkeys(error.problems)
@@ -109,6 +108,8 @@ def _unit_cube(draw: Draw, dimensions: int) -> list[list[float]]:
     count = draw.points or 0
     if draw.method == "random":
         return np.random.default_rng(draw.seed).random((count, dimensions)).tolist()
+    import torch  # not before it is needed: a wrong sweep is told of at once
+
     engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=draw.seed)
     return engine.draw(count, dtype=torch.float64).clamp(max=1 - 1e-9).tolist()
 

@@ -9,6 +9,7 @@ import torch
 from ddpm.diffusion import Diffusion
 from ddpm.networks.config import UNetConfig
 from pipeline import config
+from pipeline.engine.names import known_names
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint, keys
 
@@ -44,7 +45,7 @@ PARAMETERS = {
 
 def problems(name: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config.load_experiment(name, list(overrides))
+        config.load_experiment(name, list(overrides), known_names())
     return caught.value.problems
 
 
@@ -152,8 +153,8 @@ def test_all_faults_are_reported_at_once_with_suggestions():
     assert "train.lr is 'fast'; a number is expected" in found
     assert "seed is 'x'; a whole number is expected" in found
     assert "data.source is 'digit'; one of cifar10, digits, folder, lmdb, npy, parquet" in text
-    assert "evaluate.metrics has 'ins', which is unknown" in text
-    assert "sample.eta is 2.0" in text
+    assert "evaluate.metrics has 'ins'; one of fid, fid_test, is, kid, prc, nll (did you mean 'is'?)" in text
+    assert "sample.eta is 2; it must be at least 0 and at most 1" in text
     assert all("\n" not in line for line in found)
 
 
@@ -280,7 +281,7 @@ def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
     experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
     with pytest.raises(PipelineError, match=r"known once evaluate\.checkpoints are scored"):
         keys.sample_key(experiment, "0a")
-    first, second = (config.chosen(experiment, 1200, of) for of in (3, 4))
+    first, second = (config.choose(experiment, 1200, of) for of in (3, 4))
     last = config.load_experiment("digits", [])
     assert keys.sample_key(first, "0a") == keys.sample_key(second, "0a") == keys.sample_key(last, "0a")
     assert len({keys.evaluate_key(e, "0a") for e in (first, second, last)}) == 3

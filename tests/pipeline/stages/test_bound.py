@@ -90,7 +90,7 @@ def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
     assert list(units) == list(bound.units(asking_for(experiment, sampler="ddim", num_images=99), run))
     for other in (
         asking_for(experiment, weights="raw"),
-        asking_for(experiment, checkpoint="4"),
+        asking_for(experiment, checkpoint=4),
         scoring(experiment, decoder="erf"),
         scoring(experiment, variance="fixedsmall"),
     ):

@@ -72,7 +72,7 @@ def test_later_stages_are_told_the_step_and_the_rule(trained):
     best = selection.read(experiment, run)["best"]
     resolved = selection.resolved(experiment, run)
     assert config.checkpoint_step(resolved) == best
-    plain = asking_for(experiment, checkpoint=str(best))
+    plain = asking_for(experiment, checkpoint=best)
     assert sample.directory(resolved, run) == sample.directory(plain, run)
     assert evaluate.directory(resolved, run) != evaluate.directory(plain, run), "another protocol"
     assert run_stage(sample, resolved, run) == [], "the candidate's samples are its first"

@@ -1,0 +1,14 @@
+"""The names that configurations may use, from the registries of their owners. Imports no torch before it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def known_names() -> dict[str, Iterable[str]]:
+    """Return what each key that holds names may hold, for the reader of configurations."""
+    from pipeline.data.sources import KINDS
+    from pipeline.scores.metrics import FAMILIES
+    from pipeline.stages.figures.stage import FIGURES
+
+    return {"data.source": KINDS, "evaluate.metrics": FAMILIES, "figures.which": FIGURES}
