@@ -21,6 +21,7 @@ ONLY_IMPORTER = {
     "webdataset": {"store"},
     "torch_fidelity": {"scores"},
     "omegaconf": {"config"},
+    "pydantic": {"config", "store"},
     "pyarrow": {"data", "store"},
     "boto3": set(),
 }
