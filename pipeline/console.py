@@ -1,29 +1,30 @@
-"""What a person sees while work is under way: a bar on a terminal, plain dated lines elsewhere."""
+"""What a person sees: a bar on a terminal and plain dated lines elsewhere while work is under way, and tables."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_SECONDS = 15.0
-
-
-class Bar(Protocol):
-    def update(self, done: int, note: str = "") -> None: ...
+SMALL = 1 / 10  # of what is done: units that are no larger tell their pace by themselves
 
 
 def say(text: str) -> None:
-    """One line of output: dated where nobody watches."""
+    """Print one line, dated where nobody watches."""
     stamp = "" if sys.stdout.isatty() else time.strftime("%Y-%m-%d %H:%M:%S  ")
     print(f"{stamp}{text}", flush=True)
 
 
 def duration(seconds: float) -> str:
-    """'1 h 05 min', '3 min 20 s', '4.2 s'."""
+    """Write seconds as '1 h 05 min', '3 min 20 s', '4.2 s'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds // 60)
@@ -33,57 +34,47 @@ def duration(seconds: float) -> str:
 
 
 def pace_of(rate: float) -> str:
-    """'23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
+    """Write units per second as '23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
     number, unit = next(
         ((rate * n, u) for n, u in ((1, "s"), (60, "min")) if rate * n >= 1), (rate * 3600, "h")
     )
     return f"{number:,.0f}/{unit}" if number >= 100 else f"{number:.3g}/{unit}"
 
 
-@contextmanager
-def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
-    """Progress of one stage from `start` to `total` units ('steps', 'images')."""
-    if sys.stdout.isatty():
-        with _terminal_bar(stage, total, unit, start) as shown:
-            yield shown
-    else:
-        yield _Lines(stage, total, unit, start)
+def format_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, width: int = 0
+) -> str:
+    """Draw a table; `width` 0 = as wide as the terminal, and at least 100 columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*headings, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=width or max(100, shutil.get_terminal_size().columns), markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
 
 
-class _Speed:
-    """Units per second. Where units are small the pace is the one since the first were done: what came before was
-    starting up. Where they are large several end together, and only the whole time tells."""
+class Bar:
+    """Progress of one stage from `start` to `total` units; without a terminal, a line every LINE_SECONDS at most."""
 
-    SMALL = 1 / 10  # of what is done: the first that were
-
-    def __init__(self, start: int) -> None:
-        self.began, self.start = time.monotonic(), start
-        self.first: tuple[float, int] | None = None
-
-    def at(self, done: int) -> float | None:
-        """The pace now; None as long as it cannot be told."""
-        now = time.monotonic()
-        if self.first is None and done > self.start:
-            self.first = now, done
-        if self.first is None or done == self.first[1]:
-            return None
-        then, first = self.first
-        small = first - self.start <= self.SMALL * (done - self.start)
-        since, units = (then, done - first) if small else (self.began, done - self.start)
-        return units / max(now - since, 1e-9)
-
-
-class _Lines:
-    """At most one line every LINE_SECONDS, and one at the end."""
-
-    def __init__(self, stage: str, total: int, unit: str, start: int):
-        self.stage, self.total, self.unit, self.start = stage, total, unit, start
-        self.last_line, self.last = time.monotonic(), (start, "")
-        self.speed = _Speed(start)
+    def __init__(self, stage: str, total: int, unit: str, start: int, terminal: Progress | None = None):
+        self.stage, self.total, self.unit, self.start, self.terminal = stage, total, unit, start, terminal
+        self.began = self.last_line = time.monotonic()
+        self.last = (start, "")
+        self.first: tuple[float, int] | None = None  # when the first units were done, and how many
+        if terminal:
+            self.task = terminal.add_task(stage, total=total, completed=start, rate="", note="")
 
     def update(self, done: int, note: str = "") -> None:
+        """Say how many units are done; `note` is a word on the newest."""
+        rate = self._pace(done)
+        if self.terminal:
+            self.terminal.update(self.task, completed=done, rate=pace_of(rate) if rate else "", note=note)
+            return
         now = time.monotonic()
-        rate = self.speed.at(done)
         if (done, note) == self.last or (done < self.total and now - self.last_line < LINE_SECONDS):
             return
         self.last_line, self.last = now, (done, note)
@@ -91,39 +82,42 @@ class _Lines:
         left = f", {duration((self.total - done) / rate)} left" if rate and done < self.total else ""
         say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
+    def _pace(self, done: int) -> float | None:
+        """Return units per second; None as long as it cannot be told.
+
+        Small units count from the first that were done: what came before was starting up. Where units are large,
+        several end together, and only the whole time tells.
+        """
+        now = time.monotonic()
+        if self.first is None and done > self.start:
+            self.first = now, done
+        if self.first is None or done == self.first[1]:
+            return None
+        then, first = self.first
+        small = first - self.start <= SMALL * (done - self.start)
+        since, units = (then, done - first) if small else (self.began, done - self.start)
+        return units / max(now - since, 1e-9)
+
 
 @contextmanager
-def _terminal_bar(stage: str, total: int, unit: str, start: int) -> Iterator[Bar]:
+def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
+    """Show the progress of one stage from `start` to `total` units ('steps', 'images')."""
+    if not sys.stdout.isatty():
+        yield Bar(stage, total, unit, start)
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("[bold]{task.description:>9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, redirect_stderr=False) as progress:
-        task = progress.add_task(stage, total=total, completed=start, rate="", note="")
-        yield _Terminal(progress, task, start)
-
-
-class _Terminal:
-    def __init__(self, progress, task, start: int):
-        self.progress, self.task = progress, task
-        self.speed = _Speed(start)
-
-    def update(self, done: int, note: str = "") -> None:
-        rate = self.speed.at(done)
-        shown = pace_of(rate) if rate else ""
-        self.progress.update(self.task, completed=done, rate=shown, note=note)
+    with Progress(
+        TextColumn("[bold]{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        redirect_stderr=False,
+    ) as progress:  # fmt: skip
+        yield Bar(stage, total, unit, start, progress)
 
 
 @contextmanager
 def following(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` every half second beside the body, and once after it."""
+    """Call `look` every half second during the body, and once after it."""
 
     def follow(over: threading.Event) -> None:
         while not over.wait(0.5):
@@ -138,7 +132,7 @@ def following(look: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work` in a thread of its own beside the body. It is told when the body is over, and waited for."""
+    """Run `work` in a thread of its own during the body. It is told when the body is over, and waited for."""
     over = threading.Event()
     thread = threading.Thread(target=work, args=(over,), daemon=True)
     thread.start()

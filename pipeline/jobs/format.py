@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from pipeline.console import duration
+from pipeline.console import duration, format_table
 from pipeline.errors import last_line
 
 if TYPE_CHECKING:
@@ -30,16 +29,8 @@ def describe_end(job: JobDetails) -> tuple[int, str]:
 
 def format_jobs(jobs: list[JobDetails]) -> str:
     """Return a table, a row for each job."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("id", "status", "started", "took", "command")
-    for job in jobs:
-        table.add_row(str(job.submission_id), job.status.lower(), *_times(job), _command(job))
-    console = Console(width=max(100, shutil.get_terminal_size().columns), markup=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    rows = [(str(job.submission_id), job.status.lower(), *_times(job), _command(job)) for job in jobs]
+    return format_table(("id", "status", "started", "took", "command"), rows)
 
 
 def format_job(job: JobDetails) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import duration
+from pipeline.console import duration, format_table
 from pipeline.scores.metrics import HEADLINE, LOSS, METRICS
 from pipeline.scores.ranking import Group, Position, describe_objective, format_winner, rank_runs
 from pipeline.store import selection
@@ -166,19 +166,10 @@ def failures(board: Leaderboard) -> list[str]:
 
 def to_text(board: Leaderboard, width: int) -> str:
     """The table for a terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
     cells = tabulate(board)
     headings = [heading.rpartition(".")[2] for heading in (cells[0] if cells else ())]
     title = f"{board.sweep.name}: {headline(board)}"
-    shown = Table(*headings, title=title, title_justify="left")
-    for row in cells:
-        shown.add_row(*_texts(row))
-    console = Console(width=width)
-    with console.capture() as capture:
-        console.print(shown)
-    return capture.get().rstrip()
+    return format_table(headings, map(_texts, cells), title, width)
 
 
 def write(board: Leaderboard, folder: Path, note: str = "") -> None:
