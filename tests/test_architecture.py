@@ -20,6 +20,8 @@ ONLY_IMPORTER = {
     "mlflow": {"tracking"},
     "webdataset": {"store"},
     "torch_fidelity": {"scores"},
+    "jinja2": {"report"},
+    "markdown_it": {"report"},
     "omegaconf": {"config"},
     "pydantic": {"config", "store"},
     "pyarrow": {"data", "store"},

@@ -236,6 +236,7 @@ def compare(options: Any) -> int:
     from pipeline.engine import execute as stages
     from pipeline.report import compare
     from pipeline.scores import metrics
+    from pipeline.store.run import comparison_folder
 
     metric = metrics.find_metric(options.metric)
     if metric is None:
@@ -248,9 +249,10 @@ def compare(options: Any) -> int:
     if len(paths) < 2:
         found = f"only {next(iter(paths)).name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
-    entries = compare.entries_of(stages.opened(path) for path in paths)
-    folder = compare.place(root, entries, metric)
-    say(f"comparison: {compare.write(entries, folder, 'Comparison', metric)}")
+    runs = [stages.opened(path) for path in paths]
+    entries = compare.list_entries(run.of(experiment) for experiment, run in runs)
+    folder = comparison_folder(root, compare.hash_entries(entries, metric))
+    say(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
     return 0
 
 

@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ddpm.peers import Peers
 from pipeline.compute.spent import Spent
 from pipeline.config import Experiment
 from pipeline.store.run import Place
@@ -67,7 +66,7 @@ class Unit:
 Done = Callable[[Unit], Sequence[Unit] | None]
 
 
-class WorkerContext(Peers):
+class WorkerContext:
     """One process among `world_size`, with the device, the CPUs, and the bytes for training images that it may use.
 
     This class is the lone worker; `pipeline.compute.training` has the one whose methods reach its peers. Every
@@ -82,8 +81,7 @@ class WorkerContext(Peers):
         world_size: int = 1,
         image_memory: int = NO_LIMIT,
     ):
-        super().__init__(world_size)
-        self.device, self.cpus, self.rank = device, cpus, rank
+        self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
         self.image_memory = image_memory
 
     def broadcast(self, value: Value) -> Value:
@@ -93,6 +91,10 @@ class WorkerContext(Peers):
     def decide(self, flag: bool) -> bool:
         """Return rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
         return flag
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `value` over all ranks."""
+        return value
 
     def parallel(self, net: nn.Module) -> nn.Module:
         """Return `net` as its training forward is called: with gradients averaged over the ranks."""

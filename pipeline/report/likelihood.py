@@ -2,87 +2,90 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from ddpm.config import DiffusionConfig
 from ddpm.schedules import betas
-from pipeline.report import paper, plots
-from pipeline.report.beside_paper import signed
-from pipeline.report.page import Block, Pictures, Table, Text
-from pipeline.report.pictures import RATE_DISTORTION, figures
-from pipeline.report.source import Source, missing
+from pipeline.drawing import charts
+from pipeline.drawing.charts import SMALL, Line, Picture
+from pipeline.report import paper
+from pipeline.report.paper_tables import format_difference
+from pipeline.report.source import Nll, Source
 
 
-def section(source: Source) -> list[Block]:
-    nll, scores = source.read("nll"), source.metrics["scores"]
-    if not nll or "nll_bpd" not in scores:
-        return missing(source, "There are no NLL terms yet", "evaluate")
-    said = (
-        f"**NLL ≤ {scores['nll_bpd']:.4f} bits/dim** = rate {scores['rate_bpd']:.4f} (L_1 to L_T) "
-        f"+ distortion {scores['distortion_bpd']:.4f} (L_0), the prior's L_T being {nll['prior']:.2e}; "
-        f"means over {nll['n']:,} test images, one noise draw for each timestep."
-    )
-    return [Text(said), Pictures(plots.likelihood(nll["terms"], nll["mse"]))]
-
-
-def rate_distortion(source: Source) -> list[Block]:
-    rows = source.read("nll").get("rate_distortion", [])
-    if not rows:
-        return []
-    its = source.is_cifar10 and paper.has_its_schedule(source.experiment.diffusion)
-    beside = paper.TABLE_4 if its else {}
-    said = (
-        "What x_t costs when it is sent step by step, and how far off the estimate of x_0 then is, on the scale "
-        "0 to 255."
-    )
-    drawn = figures(source).get(RATE_DISTORTION)
-    blocks: list[Block] = [Text(said), *([Pictures([drawn], wide=True)] if drawn else [])]
-    # Our own panels add the paper's points; without these they would be the figure once more.
-    if beside or not drawn:
-        blocks.append(Pictures(plots.rate_distortion(rows, beside), small=True))
+def draw_terms(nll: Nll, folder: Path) -> list[Picture]:
+    """Draw the terms of the bound and the error of the estimate of x_0 over t."""
+    t = range(1, len(nll["terms"]) + 1)
+    rmse = [127.5 * value**0.5 for value in nll["mse"]]
+    terms = charts.curves("NLL terms, bits/dim", "t", [Line(t, nll["terms"])], log_x=True, log_y=True)
+    error = charts.curves("RMSE of the estimate of x_0", "t", [Line(t, rmse)])
+    scale = "Root mean square error of the estimate of x_0, on the scale 0 to 255"
     return [
-        *blocks,
-        *([*_end(rows[-1]), Text("The paper's Table 4:")] if beside else []),
-        _table_4(rows, beside),
+        charts.draw(folder, "terms", terms, "Term of the bound at each t; the first is the decoder's L_0"),
+        charts.draw(folder, "error", error, scale),
     ]
 
 
-def _end(last: dict[str, float]) -> list[Block]:
+def get_table_4(source: Source) -> dict[int, tuple[float, float]]:
+    """Return the paper's Table 4 where a run can stand beside it."""
+    its = source.is_cifar10 and paper.has_its_schedule(source.experiment.diffusion)
+    return paper.TABLE_4 if its else {}
+
+
+def draw_rate_distortion(
+    rows: list[dict[str, float]], table: dict[int, tuple[float, float]], folder: Path
+) -> list[Picture]:
+    """Draw the panels of Fig. 5 as pictures of their own, with the paper's points."""
+    captions = {
+        "rd-distortion": "RMSE against reverse steps T − t (paper, Fig. 5)",
+        "rd-rate": "Rate, bits/dim against reverse steps T − t (paper, Fig. 5)",
+        "rd": "RMSE against rate, bits/dim (paper, Fig. 5)",
+    }
+    panels = zip(captions.items(), charts.rate_distortion(rows, table), strict=True)
+    return [charts.draw(folder, name, panel, caption) for (name, caption), panel in panels]
+
+
+def compare_chain_end(last: dict[str, float]) -> list[list[str]]:
     """After all steps: beside the paper, and beside the line that takes no training."""
-    lines = [
-        ("this run", (last["rate_bpd"], last["rmse"])),
-        ("paper, Table 4", paper.TABLE_4[1000]),
-        ("best linear denoiser", tuple(paper.LMMSE.values())),
-    ]
-    said = (
-        "At the end of the chain. The best linear denoiser has the mean and the covariance of the test images and "
-        "needs no training; its rate is that of the linear schedule with `fixedlarge`. A network that does not "
-        "beat it is not yet useful."
-    )
-    cells = [[name, *(f"{value:.4f}" for value in values)] for name, values in lines]
-    return [Text(said), Table(("", "Rate, bits/dim", "RMSE"), cells, frozenset({0}))]
+    lines = {
+        "**this run**": (last["rate_bpd"], last["rmse"]),
+        "paper, Table 4": paper.TABLE_4[1000],
+        "best linear denoiser": tuple(paper.LMMSE.values()),
+    }
+    return [[name, *(f"{value:.4f}" for value in values)] for name, values in lines.items()]
 
 
-def _table_4(rows: list[dict[str, float]], beside: dict[int, tuple[float, float]]) -> Table:
-    """Every tenth of the reverse process, as the paper's Table 4, with the differences from it."""
+def tabulate_chain(
+    rows: list[dict[str, float]], table: dict[int, tuple[float, float]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of every tenth of the reverse process, as in Table 4, with the differences from it."""
     tenth, cells = max(1, len(rows) // 10), []
     for row in reversed(rows):
         if row["k"] % tenth:
             continue
-        ours, its = (row["rate_bpd"], row["rmse"]), beside.get(int(row["k"]), ())
-        numbers = [f"{value:.5f}" for value in ours]
-        if its:
-            pairs = zip(ours, its, strict=True)
-            numbers = [said for a, b in pairs for said in (f"{a:.5f}", f"{b:.5f}", signed(a - b, 5))]
+        numbers = []
+        for number, key in enumerate(("rate_bpd", "rmse")):
+            numbers.append(f"{row[key]:.5f}")
+            if its := table.get(int(row["k"])):
+                numbers += [f"{its[number]:.5f}", format_difference(row[key] - its[number], 5)]
         cells.append([f"{row['k']:,}", *numbers])
-    both = ("Rate, bits/dim", "paper", "difference", "RMSE", "paper", "difference")
-    return Table(("Reverse steps", *(both if beside else both[::3])), cells)
+    both = ["Rate, bits/dim", "paper", "difference", "RMSE", "paper", "difference"]
+    return ["Reverse steps", *(both if table else both[::3])], cells
 
 
-def schedule(source: Source) -> list[Block]:
-    d = source.experiment.diffusion
-    beta = betas(d.beta_schedule, d.timesteps, d.beta_start, d.beta_end)
+def draw_schedule(diffusion: DiffusionConfig, folder: Path) -> tuple[float, list[Picture]]:
+    """Draw beta, alpha_bar and their signal-to-noise ratio over t; with alpha_bar at t = T."""
+    beta = betas(diffusion.beta_schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
     alpha_bar = torch.cumprod(1 - beta, 0)
-    said = (
-        f"`{d.beta_schedule}`, T = {d.timesteps:,}; at t = T the image keeps ᾱ = {alpha_bar[-1].item():.2e}."
-    )
-    return [Text(said), Pictures(plots.schedule(beta.tolist(), alpha_bar.tolist()), small=True)]
+    snr = alpha_bar / (1 - alpha_bar)
+    t, pictures = range(1, len(beta) + 1), []
+    for name, title, y, caption in (
+        ("beta", "β", beta, "Variance added at each step"),
+        ("alpha-bar", "ᾱ", alpha_bar, "Share of the image's variance in x_t"),
+        ("snr", "ᾱ / (1 − ᾱ)", snr, "Signal-to-noise ratio of x_t"),
+    ):
+        panel = charts.curves(title, "t", [Line(t, y.tolist())], log_y=name == "snr", size=SMALL)
+        pictures.append(charts.draw(folder, name, panel, caption))
+    return alpha_bar[-1].item(), pictures

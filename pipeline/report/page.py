@@ -1,111 +1,48 @@
-"""A page of words, tables and pictures, written twice: one self-contained HTML file, and its Markdown twin.
-
-Text may hold `code`, **strong** words and [links](to a file beside the page). Pictures are PNG or SVG; an SVG
-drawn in the light colours of `style.COLOURS` follows the reader's theme in the HTML.
-"""
+"""A page in its folder: Markdown from a template, the HTML made from it, and the pictures beside both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.report.html import TEMPLATES, to_html
+from pipeline.store.files import atomic_directory, write_manifest
 
 HTML, MARKDOWN = "report.html", "report.md"
 
 
-@dataclass(frozen=True)
-class Text:
-    text: str
+def write_page(folder: Path, write_markdown: Callable[[Path], str], **facts: str) -> None:
+    """Write the page atomically and seal it with `facts`. `write_markdown` is handed the folder for its pictures."""
+    with atomic_directory(folder) as temporary:
+        markdown = re.sub(r"\n{3,}", "\n\n", write_markdown(temporary)).strip() + "\n"
+        (temporary / MARKDOWN).write_text(markdown, encoding="utf-8")
+        (temporary / HTML).write_text(to_html(markdown, temporary), encoding="utf-8")
+        write_manifest(temporary, sorted(path.name for path in temporary.iterdir()), **facts)
 
 
-@dataclass(frozen=True)
-class Card:
-    """A number to be seen at a glance; `badge` is (text, good?)."""
-
-    label: str
-    value: str
-    note: str
-    badge: tuple[str, bool] | None = None
-
-
-@dataclass(frozen=True)
-class Cards:
-    cards: Sequence[Card]
+def format_value(value: str | int | float | bool | list[int] | None) -> str:
+    """Write a setting or a count as a person does, safe as Markdown."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
 
 
-@dataclass(frozen=True)
-class Table:
-    """`header` empty: rows of a name and what it is. `strong` rows stand out and `soft` ones stand back; `lead`:
-    the first column of values is this run's; `dense` facts share lines."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    strong: frozenset[int] = frozenset()
-    soft: frozenset[int] = frozenset()
-    lead: bool = False
-    dense: bool = False
+def escape(text: str) -> str:
+    """Keep text from outside from being read as Markdown: as code, stress, a link or a tag."""
+    return re.sub(r"([\\`*<]|(?<=\])\()", r"\\\1", text)
 
 
-@dataclass(frozen=True)
-class Picture:
-    """`name` with its suffix .png or .svg; `data` its bytes."""
-
-    name: str
-    data: bytes
-    caption: str
+def _format_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Panels share a row where there is room, small ones by three; a wide picture has one of its own."""
-
-    pictures: Sequence[Picture]
-    wide: bool = False
-    small: bool = False
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Pictures in rows and columns; `across` and `down` are what the columns and the rows are values of, `cells`
-    the pictures of (row, column). Captions are shown where their place does not say it all."""
-
-    across: str
-    down: str
-    columns: Sequence[str]
-    rows: Sequence[str]
-    cells: Mapping[tuple[int, int], Sequence[Picture]]
-    captions: bool
-
-    @property
-    def pictures(self) -> list[Picture]:
-        return [picture for spot in sorted(self.cells) for picture in self.cells[spot]]
-
-
-@dataclass(frozen=True)
-class Code:
-    summary: str
-    text: str
-
-
-Block = Text | Cards | Table | Pictures | Matrix | Code
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True)
-class Page:
-    title: str
-    subtitle: str
-    verdict: str
-    head: Sequence[Block]
-    sections: Sequence[Section]
-
-    @property
-    def pictures(self) -> list[Picture]:
-        blocks = [*self.head, *(block for section in self.sections for block in section.blocks)]
-        return [
-            picture for block in blocks if isinstance(block, Pictures | Matrix) for picture in block.pictures
-        ]
+# Markdown is no HTML: `html` escapes all that the parser does not know.
+MARKDOWN_TEMPLATES = Environment(
+    loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+MARKDOWN_TEMPLATES.filters |= {"cell": _format_cell, "value": format_value}

@@ -2,67 +2,68 @@
 
 from __future__ import annotations
 
-from io import BytesIO
+import shutil
 from pathlib import Path
 
 from PIL import Image
 
-from pipeline.report import plots
-from pipeline.report.page import Block, Picture, Pictures, Text
-from pipeline.report.source import Source, missing
+from pipeline.drawing import charts
+from pipeline.drawing.charts import Picture
+from pipeline.report.source import Source
 
 LEAST_WIDTH = 1000  # pixels; smaller pictures are enlarged, so that their pixels stay sharp
-RATE_DISTORTION = "rate_distortion.svg"  # stands with the numbers, not among the samples
+STEP_GRIDS = 4
+FIGURE_5 = "rate_distortion.svg"  # stands with the numbers, not among the samples
 
 
-def section(source: Source) -> list[Block]:
-    if "grid" not in source.files:
-        return missing(source, "There are no samples yet", "sample")
-    drawn = figures(source)
-    shown = [picture for name, picture in drawn.items() if name != RATE_DISTORTION]
-    if "samples.png" not in drawn:
-        shown.insert(
-            0, Picture("grid.png", enlarged(source.files["grid"]), "The first samples, not selected")
-        )
-    blocks: list[Block] = [Pictures(shown, wide=True)]
-    if "figures" not in source.files:
-        blocks += missing(source, "There are no figures of the paper yet", "figures")
-    left_out = source.read("figures").get("skipped", {})
-    if left_out:
-        reasons = "; ".join(f"`{name}`, because {why}" for name, why in left_out.items())
-        blocks.append(Text(f"Not drawn: {reasons}."))
-    return blocks + _class_shares(source)
-
-
-def figures(source: Source) -> dict[str, Picture]:
-    """What the figures stage drew, in its order, by file name."""
+def copy_figures(source: Source, folder: Path) -> dict[str, Picture]:
+    """Copy what the figures stage drew, in its order, by file name."""
     manifest = source.read("figures")
-    captions = manifest.get("captions", {})
-    pictures = {}
-    for name in manifest.get("order", sorted(captions)):
-        file = source.files["figures"].parent / name
-        data = file.read_bytes() if file.suffix == ".svg" else enlarged(file)
-        pictures[name] = Picture(name, data, captions[name])
+    captions: dict[str, str] = manifest.get("captions", {})
+    names: list[str] = manifest.get("order", sorted(captions))
+    return {name: copy(source.files["figures"].parent / name, folder, captions[name]) for name in names}
+
+
+def copy_samples(source: Source, figures: dict[str, Picture], folder: Path) -> list[Picture]:
+    """The figures that show samples, and the first samples where no figure does; none without samples."""
+    if "grid" not in source.files:
+        return []
+    pictures = [picture for name, picture in figures.items() if name != FIGURE_5]
+    if "samples.png" not in figures:
+        pictures.insert(0, copy(source.files["grid"], folder, "The first samples, not selected"))
     return pictures
 
 
-def _class_shares(source: Source) -> list[Block]:
-    shares = source.metrics.get("class_shares")
-    if not shares:
+def copy_step_grids(source: Source, folder: Path) -> list[Picture]:
+    """Copy a few of the grids that training drew, the first and the last among them."""
+    names = sorted(name for name in source.files if name.startswith("grid "))
+    if not names:
         return []
-    said = f"Each class holds {min(shares):.1%} to {max(shares):.1%} of the samples, as the classifier sees them."
-    percent = [100 * share for share in shares]
-    return [Pictures([plots.bars("classes", "Samples by class, %", percent, x="class", caption=said)])]
+    chosen = sorted({round(i * (len(names) - 1) / (STEP_GRIDS - 1)) for i in range(STEP_GRIDS)})
+    steps = {int(names[place].split()[1]): source.files[names[place]] for place in chosen}
+    return [copy(file, folder, f"Step {step:,}", f"step-{step}.png") for step, file in steps.items()]
 
 
-def enlarged(path: Path) -> bytes:
-    """PNG of at least LEAST_WIDTH pixels, each of the original's repeated."""
-    with Image.open(path) as image:
+def draw_class_shares(source: Source, folder: Path) -> list[Picture]:
+    shares = source.metrics.get("class_shares")
+    if not shares or "grid" not in source.files:
+        return []
+    caption = f"Each class holds {min(shares):.1%} to {max(shares):.1%} of the samples, as the classifier sees them."
+    panel = charts.bars("Samples by class, %", "class", [100 * share for share in shares])
+    return [charts.draw(folder, "classes", panel, caption)]
+
+
+def copy(file: Path, folder: Path, caption: str, name: str = "") -> Picture:
+    """Copy a picture into the page's folder: a PNG at least LEAST_WIDTH wide, each of its pixels repeated."""
+    to = folder / (name or file.name)
+    if file.suffix == ".svg":
+        shutil.copyfile(file, to)
+        return Picture(to.name, caption)
+    with Image.open(file) as image:
         times = -(-LEAST_WIDTH // image.width)
         if times == 1:
-            return path.read_bytes()
-        stream = BytesIO()
-        image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST).save(
-            stream, "PNG"
-        )
-        return stream.getvalue()
+            shutil.copyfile(file, to)
+        else:
+            size = (times * image.width, times * image.height)
+            image.resize(size, Image.Resampling.NEAREST).save(to, "PNG")
+    return Picture(to.name, caption)

@@ -1,88 +1,157 @@
-"""The files that a report is made of, those that are there."""
+"""The files that a page of one run is made of, those that are there."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import yaml
 
 from pipeline.compute.spent import Cost, read_spent
 from pipeline.config import Experiment
-from pipeline.report.page import Block, Text
-from pipeline.store import keys, selection
+from pipeline.drawing.charts import Series
+from pipeline.store import keys
 from pipeline.store.files import MANIFEST, read_json, sha256_of
 from pipeline.store.run import Place
+
+EMPTY: dict[str, Any] = {"scores": {}, "protocol": {}, "reference_points": {}}
+
+
+class Metrics(TypedDict):
+    """metrics.json; `protocol` says how the scores came about, `reference_points` what known images score."""
+
+    scores: dict[str, float]
+    protocol: dict[str, Any]
+    reference_points: dict[str, dict[str, float]]
+    class_shares: NotRequired[list[float]]
+
+
+class Nll(TypedDict):
+    """nll.json: terms (T,) in bits/dim and mse (T,) on [-1, 1], from t = 1; rows of k, rate_bpd and rmse."""
+
+    n: int
+    prior: float
+    terms: list[float]
+    mse: list[float]
+    rate_distortion: list[dict[str, float]]
+
+
+class MadeWith(TypedDict, total=False):
+    """What the last command ran with, as experiment.yaml has it."""
+
+    commit: str
+    hardware: str
+    versions: dict[str, str]
+
+
+class Point(TypedDict):
+    """A line of log.jsonl."""
+
+    step: int
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files that a report is made of, those that are there."""
+    """A run's files, read once. What is not there yet is empty."""
 
-    experiment: Experiment
-    run: Place
+    place: Place
+
+    @property
+    def experiment(self) -> Experiment:
+        return self.place.experiment
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        e, run = self.experiment, self.run
-        evaluation = run.of(e).scores
+        place = self.place
         found = {
-            "experiment": run.experiment_yaml,
-            "log": run.log,
-            "data": run.data / MANIFEST,
-            "grid": run.of(e).samples_grid,
-            "metrics": evaluation / "metrics.json",
-            "nll": evaluation / "nll.json",
-            "figures": run.of(e).figures_manifest,
-            "spent": run.spent_json,
+            "experiment": place.experiment_yaml,
+            "log": place.log,
+            "data": place.data / MANIFEST,
+            "grid": place.samples_grid,
+            "metrics": place.metrics_json,
+            "nll": place.nll_json,
+            "figures": place.figures_manifest,
+            "spent": place.spent_json,
         }
-        if e.evaluate.checkpoints:
-            found["selection"] = selection.file(e, run)
-        found |= {f"grid {path.stem}": path for path in run.grids.glob("[0-9]*.png")}
+        if self.experiment.evaluate.checkpoints:
+            found["selection"] = place.selection_json
+        found |= {f"grid {path.stem}": path for path in place.grids.glob("[0-9]*.png")}
         return {name: path for name, path in found.items() if path.is_file()}
 
-    def read(self, name: str) -> dict[str, Any]:
+    def read(self, name: str) -> Any:
+        """Return the content of a JSON file; {} where it is not there."""
         return read_json(self.files[name]) if name in self.files else {}
 
     @cached_property
-    def timings(self) -> dict[str, float]:
-        """Seconds by stage; without this stage's own, which is known only after it."""
-        return {k: v for k, v in self.run.seconds_by_stage().items() if k != "report"}
-
-    @cached_property
-    def commits(self) -> dict[str, list[str]]:
-        """Commits by stage; without this stage's own, which says nothing of what it shows."""
-        return {k: v for k, v in self.run.commits_by_stage().items() if k != "report"}
-
-    @cached_property
-    def spent(self) -> dict[str, dict[str, Cost]]:
-        """What units cost, by kind and length of the sampling chain."""
-        return read_spent(self.files["spent"]) if "spent" in self.files else {}
-
-    @cached_property
-    def made_with(self) -> dict[str, Any]:
-        """The last command's commit, versions and hardware, as experiment.yaml has them."""
-        tree = yaml.safe_load(self.files["experiment"].read_text()) if "experiment" in self.files else {}
-        return tree.get("made_with") or {}
-
-    @cached_property
     def digest(self) -> str:
+        """Hash all that the page shows."""
         hashes = {name: sha256_of(path) for name, path in self.files.items()}
         return keys.hash_of([hashes, self.timings, self.commits])
 
     @cached_property
-    def metrics(self) -> dict[str, Any]:
-        return {"scores": {}, "protocol": {}, "reference_points": {}} | self.read("metrics")
+    def timings(self) -> dict[str, float]:
+        """Seconds by stage; without this stage's own, which is known only after it."""
+        return {k: v for k, v in self.place.seconds_by_stage().items() if k != "report"}
 
     @cached_property
-    def points(self) -> list[dict[str, Any]]:
+    def commits(self) -> dict[str, list[str]]:
+        """Commits by stage; without this stage's own, which says nothing of what it shows."""
+        return {k: v for k, v in self.place.commits_by_stage().items() if k != "report"}
+
+    @cached_property
+    def spent(self) -> dict[str, dict[str, Cost]]:
+        """What units cost, by kind and length of the sampling chain."""
+        return read_spent(self.place.spent_json)
+
+    @cached_property
+    def made_with(self) -> MadeWith:
+        if "experiment" not in self.files:
+            return {}
+        made: MadeWith | None = yaml.safe_load(self.files["experiment"].read_text()).get("made_with")
+        return made or {}
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return EMPTY | self.read("metrics")
+
+    @property
+    def scores(self) -> dict[str, float]:
+        return self.metrics["scores"]
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        return self.metrics["protocol"]
+
+    @cached_property
+    def nll(self) -> Nll | None:
+        return self.read("nll") or None
+
+    @cached_property
+    def points(self) -> list[Point]:
         if "log" not in self.files:
             return []
         lines = self.files["log"].read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def series(self, metric: str) -> Series:
+        """Return the steps and the values of one metric of training."""
+        found = [(p["step"], p["metrics"][metric]) for p in self.points if metric in p["metrics"]]
+        return [step for step, _ in found], [value for _, value in found]
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint that was scored, or the last one that was logged; 0 before training."""
+        return self.protocol.get("checkpoint") or (self.points[-1]["step"] if self.points else 0)
+
+    @property
+    def rate(self) -> float:
+        """Median of the images per second of training; 0 where there is none."""
+        return statistics.median(self.series("train/images_per_second")[1] or [0.0])
 
     @property
     def is_cifar10(self) -> bool:
@@ -90,8 +159,4 @@ class Source:
 
     @property
     def is_comparable(self) -> bool:
-        return self.is_cifar10 and bool(self.metrics["protocol"].get("comparable"))
-
-
-def missing(source: Source, what: str, stage: str) -> list[Block]:
-    return [Text(f"{what}: `ddpm {stage} {source.experiment.name}` with the same overrides makes them.")]
+        return self.is_cifar10 and bool(self.protocol.get("comparable"))

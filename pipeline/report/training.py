@@ -1,76 +1,93 @@
-"""How training went."""
+"""How training went, and which of its checkpoints is the best."""
 
 from __future__ import annotations
 
-import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
 
-from pipeline.report import paper, plots
-from pipeline.report.page import Block, Picture, Pictures, Table, Text
-from pipeline.report.pictures import enlarged
-from pipeline.report.source import Source, missing
+from pipeline.drawing import charts
+from pipeline.drawing.charts import Line, Picture
+from pipeline.report import paper
+from pipeline.report.source import Source
+from pipeline.scores.metrics import METRICS
 
-GRIDS_SHOWN = 4
-LADDER_NOTE = (
-    " The ladder is that of tqch/ddpm-torch: the same network and recipe, the EMA warmed up, 50,000 samples for each "
-    "score. FID falls with the number of samples, so its course can be compared, and its level only at equal n."
-)
-
-
-def section(source: Source) -> list[Block]:
-    published = source.experiment.published
-    if published.weights:
-        return [Text(f"Nothing was trained: the weights are published ones ({published.weights}).")]
-    if not source.points:
-        return missing(source, "There is no training curve yet", "train")
-    last = source.points[-1]["step"]
-    batch = source.experiment.train.batch_size
-    said = f"{last:,} steps of {batch:,} images, {rate(source):,.0f} images/s (median)."
-    blocks: list[Block] = [Text(said), Pictures(plots.training(source.points))]
-    grids = _shown_grids(source)
-    if grids:
-        blocks += [
-            Text("EMA samples from the same noise, as training went on:"),
-            Pictures(grids, small=len(grids) == 3),
-        ]
-    return blocks
+# metric of log.jsonl: name of the file, title, logarithmic, caption
+CURVES = {
+    "train/loss": ("loss", "Loss", True, "Loss, per window of steps (faint) and smoothed"),
+    "train/grad_norm": ("grad-norm", "Gradient norm", True, "Gradient norm before clipping"),
+    "train/lr": ("lr", "Learning rate", False, "Learning rate"),
+    "train/images_per_second": ("speed", "Images per second", False, "Images per second, all workers"),
+}
 
 
-def rate(source: Source) -> float:
-    rates = [point["metrics"].get("train/images_per_second", 0.0) for point in source.points]
-    return statistics.median(rates)
+def draw_curves(source: Source, folder: Path) -> list[Picture]:
+    pictures = []
+    for metric, (name, title, log, caption) in CURVES.items():
+        steps, values = source.series(metric)
+        if steps:
+            smooth = [Line(steps, values, kind="faint"), Line(steps, charts.smooth(values))]
+            lines = [Line(steps, values)] if metric == "train/lr" else smooth
+            pictures.append(
+                charts.draw(folder, name, charts.curves(title, "step", lines, log_y=log), caption)
+            )
+    return pictures
 
 
-def _shown_grids(source: Source) -> list[Picture]:
-    """A few of the grids, the first and the last among them."""
-    names = sorted(name for name in source.files if name.startswith("grid "))
-    last = len(names) - 1
-    places = sorted({round(i * last / (GRIDS_SHOWN - 1)) for i in range(GRIDS_SHOWN)}) if names else []
-    steps = [int(names[place].split()[1]) for place in places]
-    return [
-        Picture(f"step-{step}.png", enlarged(source.files[f"grid {step:08d}"]), f"Step {step:,}")
-        for step in steps
-    ]
+class Selection(TypedDict):
+    """selection.json, as far as the page shows it; each score is a step and its value of `metric`."""
+
+    metric: str
+    best: int
+    scores: list[dict[str, float]]
 
 
-def checkpoints(source: Source) -> list[Block]:
+@dataclass(frozen=True)
+class Checkpoints:
+    name: str
+    best: str
+    has_ladder: bool
+    chart: Picture
+    header: list[str]
+    rows: list[list[str]]
+
+
+def describe_checkpoints(source: Source, folder: Path) -> Checkpoints | None:
     """The score of each checkpoint that was looked at, the best among them, beside the published ladder."""
-    found = source.read("selection")
+    found: Selection = source.read("selection")
     if not found:
-        asked = source.experiment.evaluate.checkpoints
-        return missing(source, "The checkpoints are not scored yet", "evaluate") if asked else []
-    metric, scores = found["metric"], {row["step"]: row[found["metric"]] for row in found["scores"]}
-    name, best = metric.upper(), found["best"]
-    ladder = paper.LADDER if source.is_cifar10 and metric == "fid" else {}
-    said = (
-        f"**Step {best:,} has the best {name}, {scores[best]:,.2f}**, of {len(scores)} checkpoints, each scored on "
-        f"{found['n']:,} samples of its {found['weights']} weights against the {found['reference']} split "
-        f"(`{found['extractor']}`).{LADDER_NOTE if ladder else ''}"
-    )
-    columns = {f"{name}, this run": scores, **({f"{name}, published": ladder} if ladder else {})}
+        return None
+    metric, best = METRICS[found["metric"]], found["best"]
+    scores = {int(row["step"]): row[metric.name] for row in found["scores"]}
+    ladder = paper.LADDER if source.is_cifar10 and metric.name == "fid" else {}
+    columns = {f"{metric.heading}, this run": scores}
+    if ladder:
+        columns[f"{metric.heading}, published"] = ladder
     steps = sorted({step for column in columns.values() for step in column})
     rows = [
-        [f"{step:,}", *(f"{column[step]:,.2f}" if step in column else "–" for column in columns.values())]
+        [
+            f"**{step:,}**" if step == best else f"{step:,}",
+            *(metric.format(c.get(step)) for c in columns.values()),
+        ]
         for step in steps
     ]
-    table = Table(("Step", *columns), rows, frozenset({steps.index(best)}))
-    return [Text(said), Pictures([plots.selection(scores, best, name, ladder)]), table]
+    chart = _draw_selection(scores, best, metric.heading, ladder, folder)
+    return Checkpoints(
+        metric.heading, metric.format(scores[best]), bool(ladder), chart, ["Step", *columns], rows
+    )
+
+
+def _draw_selection(
+    scores: Mapping[int, float], best: int, name: str, ladder: Mapping[int, float], folder: Path
+) -> Picture:
+    """Draw {step: score} of the checkpoints, the best one ringed, beside the published {step: FID}."""
+    lines = [
+        Line(list(scores), list(scores.values()), "this run" if ladder else "", "steps"),
+        Line([best], [scores[best]], "best", "best"),
+    ]
+    if ladder:
+        lines.append(Line(list(ladder), list(ladder.values()), "published, n = 50,000", "marks"))
+    panel = charts.curves(name, "step", lines, log_x=bool(ladder), log_y=bool(ladder))
+    caption = f"{name} against training steps" + (", beside the published ladder" if ladder else "")
+    return charts.draw(folder, "selection", panel, caption)

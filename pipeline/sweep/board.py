@@ -139,12 +139,14 @@ class Board:
         from pipeline.report import compare
 
         entries = [
-            compare.Entry(row.trial.label, row.trial.experiment, row.trial.run, row.trial.point.swept)
+            compare.Entry(row.trial.label, row.trial.run.of(row.trial.experiment), row.trial.point.swept)
             for row in ranked.rows
             if row.scores
         ]
         if entries:
-            compare.write(entries, self.folder / "report", self.sweep.name, self.sweep.rank.by, self.note)
+            compare.write_comparison(
+                entries, self.folder / "report", self.sweep.name, self.sweep.rank.by, self.note
+            )
 
     def progress(self) -> tuple[int, str]:
         """How many trials have ended, and how far those are that run."""

@@ -22,6 +22,7 @@ _NOT_SHOWN = {
     "model.norm_groups",
     "model.resample",
     "train.accumulate",
+    "train.grad_clip_group",
     "train.label_dropout",
     "train.deterministic",
 }  # fmt: skip

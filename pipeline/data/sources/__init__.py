@@ -1,30 +1,47 @@
 """Where images come from: one class for each `data.source`, all read in the same way.
 
-A new source is a class with the members of `ImageSource` and a line in `SOURCES`.
+A new kind of set is a class with the four members of `ImageSet` and a line in `KINDS`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
+from typing import Any, Protocol
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.cifar10 import Undownloaded, open_cifar10
+from pipeline.data.sources.cifar10 import download, open_cifar10
+from pipeline.data.sources.content import stamp_of
 from pipeline.data.sources.digits import Digits
 from pipeline.data.sources.folder import Folder
 from pipeline.data.sources.lmdb import Lmdb
 from pipeline.data.sources.npy import Npy
 from pipeline.data.sources.parquet import Parquet
-from pipeline.data.sources.raw_image import Undecodable, to_record
-from pipeline.data.sources.source import ImageSource, split_images, stamp_files
+from pipeline.data.sources.picture import Picture, Undecodable, to_record
 from pipeline.errors import PipelineError
 from pipeline.store.files import read_json, write_json
 from pipeline.store.tars import Record
 
-SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
+
+class ImageSet(Protocol):
+    """A set of images. Making one only lists its files, and raises PipelineError where there are none.
+
+    files: all that it reads. digest: sha256 of their content, wherever they lie. splits: the number of images
+    of "train" and, if there is one, "test". pictures: images [start, stop) of a split, as the set holds them.
+    """
+
+    def files(self) -> list[Path]: ...
+
+    def digest(self) -> str: ...
+
+    @property
+    def splits(self) -> dict[str, int]: ...
+
+    def pictures(self, split: str, start: int, stop: int) -> Iterator[Picture]: ...
+
+
+KINDS: dict[str, Callable[[DataConfig], ImageSet]] = {
     "cifar10": open_cifar10,
     "digits": Digits,
     "folder": Folder,
@@ -35,72 +52,66 @@ SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
 
 
 def refuse(name: str, reason: str) -> None:
-    """Raise PipelineError: what becomes of an image that does not decode, unless the caller says otherwise."""
+    """What becomes of an image that does not decode, unless the caller says otherwise."""
     raise PipelineError(f"{name} does not decode ({reason}); repair it, or raise data.max_undecodable")
 
 
-class SourceReader:
-    """Reads a source as the splits and the records that `data` asks for."""
+class Source:
+    """A set of images, seen as the records that `data` asks for."""
 
     def __init__(self, data: DataConfig):
-        self.data, self.source = data, SOURCES[data.source](data)
-
-    @cached_property
-    def _indices(self) -> dict[str, tuple[str, np.ndarray]]:
-        return split_images(self.source, self.data)
+        self._data, self._images = data, KINDS[data.source](data)
 
     @property
     def splits(self) -> dict[str, int]:
         """Number of images of each split, those that do not decode included."""
-        return {split: len(indices) for split, (_, indices) in self._indices.items()}
+        return self._images.splits
 
     def read(
         self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = refuse
     ) -> Iterator[Record]:
-        """Yield images [start, stop) of a split, each under a key made of its split and index.
+        """Images [start, stop) of a split, each under a key made of its split and index.
 
         PNG bytes that fit already are passed through. `undecodable(name, reason)` is told of each image
         that does not decode; where it returns, the image is left out. Raises PipelineError naming an
         image whose size, channels or label do not fit the configuration.
         """
-        part, indices = self._indices[split]
-        for index, raw in enumerate(self.source.read(part, indices[start:stop]), start):
+        for index, picture in enumerate(self._images.pictures(split, start, stop), start):
             try:
-                yield to_record(f"{split}-{index:08d}", raw, self.data)
+                yield to_record(f"{split}-{index:08d}", picture, self._data)
             except Undecodable as error:
-                undecodable(raw.name, str(error))
+                undecodable(picture.name, str(error))
 
 
 @lru_cache(maxsize=1)
-def open_source(data: DataConfig) -> SourceReader:
-    """Open the images that `data` describes; once per process."""
-    return SourceReader(data)
+def open_source(data: DataConfig) -> Source:
+    """The images that `data` describes; opened once per process."""
+    return Source(data)
 
 
 def locate(data: DataConfig, downloads: Path) -> DataConfig:
-    """Return `data` with an absolute path, fetched into `downloads` if need be: what a worker elsewhere can open."""
+    """`data` with an absolute path, fetched into `downloads` if need be: what a worker elsewhere can open."""
     if data.path is not None:
         return dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
-    source = SOURCES[data.source](data)
-    if isinstance(source, Undownloaded):
-        return dataclasses.replace(data, path=str(source.download(downloads)))
+    if data.source == "cifar10":
+        return dataclasses.replace(data, path=str(download(downloads)))
     return data
 
 
 def fingerprint(data: DataConfig, cache: Path | None) -> str:
-    """Return the sha256 of the content of the images' files and their names below data.path, wherever that lies.
+    """sha256 of the content of the images' files and their names below data.path, wherever that lies.
 
     A file's content is read once: `cache` (a JSON file) remembers the result as long as paths, sizes and
     modification times stay. Raises PipelineError where images are missing or broken.
     """
-    reader = SourceReader(data)
+    images = KINDS[data.source](data)
     place = f"{data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
-    stamp = stamp_files(reader.source.files)
-    known = _read_cache(cache)
+    stamp = stamp_of(images.files())
+    known = _remembered(cache)
     if known.get(place, {}).get("stamp") == stamp:
         return known[place]["content"]
-    content = reader.source.digest()
-    if not reader.splits.get("train"):
+    content = images.digest()
+    if not images.splits.get("train"):
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")
     if cache:
         with suppress(OSError):  # a cache that cannot be written only costs time
@@ -108,10 +119,12 @@ def fingerprint(data: DataConfig, cache: Path | None) -> str:
     return content
 
 
-def _read_cache(cache: Path | None) -> dict[str, dict[str, str]]:
-    """Return what the cache holds; a broken one holds nothing."""
+def _remembered(cache: Path | None) -> dict[str, Any]:
+    """What the cache holds; a broken one holds nothing."""
+    if cache is None or not cache.exists():
+        return {}
     with suppress(PipelineError):
-        known = read_json(cache) if cache and cache.exists() else None
+        known = read_json(cache)
         if isinstance(known, dict) and all(isinstance(entry, dict) for entry in known.values()):
             return known
     return {}

@@ -24,9 +24,11 @@ def pages(tmp_path_factory):
     for name, overrides in (("digits", ()), ("cifar10", wide)):
         experiment, run = make_run(storage, name, overrides)
         assert list(report.work(experiment, run)) == []
-        made.append((experiment, run))
-    comparison = compare.write(compare.entries_of(made), storage / "comparisons" / "both", "Both")
-    return [*(run.report / "report.html" for _, run in made), comparison]
+        made.append(run.of(experiment))
+    comparison = compare.write_comparison(
+        compare.list_entries(made), storage / "comparisons" / "both", "Both"
+    )
+    return [*(place.report_html for place in made), comparison]
 
 
 @pytest.mark.slow

@@ -1,0 +1,116 @@
+"""Runs of a comparison: what tells them apart, what they share, and how they are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from pipeline import config
+from pipeline.report.page import format_value
+from pipeline.report.scores import PROTOCOL
+from pipeline.report.source import Source
+from pipeline.scores.metrics import LOSS
+from pipeline.scores.ranking import Group, describe_objective
+from pipeline.store import selection
+from pipeline.store.run import Place
+
+# What says nothing of a number: names, places, and how often something is kept or shown.
+NOT_COMPARED = (
+    "name", "data.path", "data.images_per_shard", "published.path", "evaluate.extractor_weights", "figures.",
+    "train.checkpoint_every", "train.sample_every", "train.log_every", "train.keep", "evaluate.checkpoint_images",
+)  # fmt: skip
+IMPLIED = ("rounding", "reference_images")  # always the same, or said by the others
+MOST_IN_PLOTS, MOST_LETTERS = 3, 26
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run among several, as one experiment sees it; swept: key -> value of what differs, in order."""
+
+    label: str
+    place: Place
+    swept: Mapping[str, Any]
+
+    @cached_property
+    def source(self) -> Source:
+        """Its files. A best checkpoint that is not chosen yet has none: there the last one stands."""
+        experiment = self.place.experiment
+        last = replace(experiment, sample=replace(experiment.sample, checkpoint="last"))
+        return Source(self.place.of(selection.resolved(experiment, self.place) or last))
+
+    @property
+    def data(self) -> str:
+        return f"{self.place.experiment.data.source} {self.place.data_key}"
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        losses = self.source.series("train/loss")[1]
+        return {**({LOSS.name: losses[-1]} if losses else {}), **self.source.scores}
+
+    @cached_property
+    def objective(self) -> dict[str, Any]:
+        """What makes losses comparable."""
+        return {"data": self.data, **describe_objective(self.place.experiment)}
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        return {**self.source.protocol, "objective": describe_objective(self.place.experiment)}
+
+
+def list_entries(places: Iterable[Place]) -> list[Entry]:
+    """Name runs by their folders, with whatever differs between their experiments as what is swept."""
+    found = [(place, _flatten(config.to_dict(place.experiment))) for place in places]
+    keys = dict.fromkeys(key for _, tree in found for key in tree if not key.startswith(NOT_COMPARED))
+    differing = [key for key in keys if len({str(tree.get(key)) for _, tree in found}) > 1]
+    return [
+        Entry(place.name, place, {key: tree[key] for key in differing if key in tree})
+        for place, tree in found
+    ]
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for key, value in tree.items():
+        parts |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return parts
+
+
+def find_swept(entries: Sequence[Entry]) -> list[str]:
+    """List the keys with more than one value, in order."""
+    keys = dict.fromkeys(key for entry in entries for key in entry.swept)
+    return [key for key in keys if len({str(entry.swept.get(key)) for entry in entries}) > 1]
+
+
+def shorten(key: str) -> str:
+    """Return the last part of a dotted key."""
+    return key.rpartition(".")[2]
+
+
+def name_briefly(entries: Sequence[Entry], keys: Sequence[str]) -> dict[str, str]:
+    """Map labels to what a plot has room for: the swept values where they tell the entries apart."""
+    values = {e.label: " · ".join(format_value(e.swept.get(key)) for key in keys) for e in entries}
+    if 0 < len(keys) <= MOST_IN_PLOTS and len(set(values.values())) == len(entries):
+        return values
+    return {
+        label: label if len(label) <= MOST_LETTERS else f"…{label[-MOST_LETTERS + 1 :]}" for label in values
+    }
+
+
+def describe_protocol(group: Group[Entry]) -> str:
+    """Write what the runs of a group share, as part of a sentence."""
+    parts = []
+    for key, value in group.protocol.items():
+        if key not in IMPLIED:
+            name = PROTOCOL.get(key, key)
+            parts.append(
+                f"{name if name[:2].isupper() else name[0].lower() + name[1:]} {format_value(value)}"
+            )
+    return ", ".join(parts)
+
+
+def differing_protocol(entries: Sequence[Entry]) -> list[str]:
+    """List what else of their protocols is not the same for all: it is part of what is compared."""
+    keys = [key for key in PROTOCOL if key not in ("checkpoint", "batch_size", "seed")]
+    return [key for key in keys if len({str(entry.protocol.get(key)) for entry in entries}) > 1]
