@@ -21,7 +21,7 @@ from benchmarks.subjects import Way
 from ddpm import Diffusion, bits_per_dim
 from ddpm.rng import Stream, normal
 from pipeline.scores import distances as scores
-from pipeline.scores import extractors
+from pipeline.scores import extractors, inception
 
 
 def run(settings: Settings) -> Outcome:
@@ -34,10 +34,10 @@ def run(settings: Settings) -> Outcome:
 
 def _fid(settings: Settings, folder: Path) -> list[Row]:
     weights = _random_weights(folder / "weights.pth")
-    extractor = extractors.inception_extractor(str(weights), folder)
+    extractor = extractors.Extractor.of(inception.NAME, *inception.copy_weights(str(weights), folder))
     count = 2000 if settings.on_gpu else (10 if settings.quick else 100)
     images = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-    net = extractors._load(extractor, settings.device)
+    net = extractors.load_network(extractor, settings.device)
 
     def ours() -> scores.Scored:
         return scores.score([extractors.extract(extractor, images, settings.device)], count)
@@ -79,7 +79,7 @@ def _random_weights(path: Path) -> Path:
         mock.patch(f"{module}.load_state_dict_from_url", return_value={}),
         mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"),
     ):
-        net = FeatureExtractorInceptionV3(extractors.INCEPTION, ["2048"])
+        net = FeatureExtractorInceptionV3(inception.NAME, ["2048"])
     for layer in net.modules():
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

@@ -4,7 +4,6 @@ import dataclasses
 
 from conftest import one_cpu
 
-from pipeline.stages import evaluate
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json
 
@@ -29,7 +28,7 @@ def scoring(experiment, **changes):
 
 def results(experiment, run):
     """What the evaluation found."""
-    return read_json(evaluate.directory(experiment, run) / evaluate.METRICS)
+    return read_json(run.of(experiment).metrics_json)
 
 
 def run_stage(stage, experiment, run):

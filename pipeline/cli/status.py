@@ -133,9 +133,9 @@ def _libraries() -> list[tuple[str, str]]:
 
 
 def _inception() -> list[tuple[str, str]]:
-    from pipeline.scores import extractors
+    from pipeline.scores import inception
 
-    path = extractors.download_path()
+    path = inception.download_path()
     absent = f"not at {path}; fetched when first needed, or name a file in evaluate.extractor_weights"
     return [("Inception weights", str(path) if path.exists() else absent)]
 

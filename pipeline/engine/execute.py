@@ -260,7 +260,11 @@ class _Work:
     def _units(self, stage: str, scored: bool) -> None:
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         lock = exclusive(self.run.data, wait=True) if stage == "shard" else nullcontext()
-        after = _module("evaluate").ahead(self.experiment, self.run) if scored and stage == "sample" else None
+        after = (
+            _module("evaluate").follow_samples(self.experiment, self.run)
+            if scored and stage == "sample"
+            else None
+        )
         with lock:
             module, run = _module(stage), self.run
             asked = [e for e in subjects(stage, self.experiment, run) if not module.is_done(e, run)]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, integers, normal
+from pipeline.store.files import sha256_of
+from pipeline.store.run import Place
 
 FEATURES = 64
 # Bounded: seconds for digits, a minute for CIFAR-10 on one core.
@@ -46,7 +48,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """He initialisation by counter: equal on every machine."""
+        """Draw He's initialisation by counter: equal on every machine."""
         for number, parameter in enumerate(self.parameters()):
             if parameter.ndim == 1:
                 parameter.zero_()
@@ -56,35 +58,31 @@ class Classifier(nn.Module):
 
 
 def train(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
-    """Fit to uint8 images (n,C,H,W) and their labels in 0..classes-1. On one thread in fp32, so that the same
+    """Fit to uint8 images (n,C,H,W) and their labels in 0..classes-1, in fp32 on one thread, so that the same
     machine gives the same bits however many threads are around."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _train(torch.from_numpy(images), torch.from_numpy(labels), classes)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(images: Tensor, labels: Tensor, classes: int) -> Classifier:
-    net = Classifier(images.shape[1], classes)
+    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    net = Classifier(x.shape[1], classes)
     net.reset_parameters()
     optimizer = torch.optim.Adam(net.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, STEPS)
-    rows = torch.arange(BATCH_SIZE)
-    for step in range(STEPS):
-        chosen = integers(SEED, Stream.CLASSIFIER, step + 1, rows, len(images))
-        _, logits = net(images[chosen])
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits, labels[chosen]).backward()
-        optimizer.step()
-        schedule.step()
+    rows, threads = torch.arange(BATCH_SIZE), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for step in range(STEPS):
+            chosen = integers(SEED, Stream.CLASSIFIER, step + 1, rows, len(x))
+            _, logits = net(x[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(logits, y[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(threads)
     return net.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def accuracy(net: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    """Share of images whose largest logit is their label."""
+    """Return the share of images whose largest logit is their label."""
     batches = torch.from_numpy(images).split(500)
     predicted = torch.cat([net(batch)[1].argmax(dim=1) for batch in batches])
     return float((predicted.numpy() == labels).mean())
@@ -95,8 +93,13 @@ def save(net: Classifier, path: Path) -> None:
 
 
 def load(path: Path) -> Classifier:
-    """The network of a file; its shape is read from the tensors."""
+    """Load the network of a file; its shape is read from the tensors."""
     state = load_file(path)
     net = Classifier(state["convs.0.weight"].shape[1], len(state["head.bias"]))
     net.load_state_dict(state)
     return net.eval()
+
+
+def find_weights(place: Place) -> tuple[Path, str]:
+    """Find the classifier of the run's data, which is trained by then."""
+    return place.classifier, sha256_of(place.classifier)

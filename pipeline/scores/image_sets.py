@@ -1,25 +1,23 @@
 """Sets of images as files of features: what a work unit makes of a tar, and where it keeps it.
 
-Features are kept under the hash of the tar and of the extractor, so they are used wherever they hold and
-nowhere else. This module is cheap to import: torch-fidelity is loaded when features are made.
+Features are kept under the hash of the tar and of the extractor, so they are used wherever they hold and nowhere
+else.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.errors import PipelineError
+from pipeline.scores.baselines import gaussian_images, noise_images
+from pipeline.scores.distances import Scored, score
+from pipeline.scores.extractors import Extractor, extract
 from pipeline.store import tars
 from pipeline.store.files import read_arrays, read_unit, sha256_of, write_unit
 from pipeline.store.keys import hash_of
-
-if TYPE_CHECKING:
-    from pipeline.scores.distances import Scored
-    from pipeline.scores.extractors import Extractor
 
 BASELINE_UNIT = 500  # images
 Shape = tuple[int, int, int]
@@ -38,8 +36,8 @@ class Shard:
     shape: Shape
 
 
-def shards_of(folder: Path, split: str, n: int | None = None) -> list[Shard]:
-    """The tars that hold the first n images of a split (None: all). Raises PipelineError where it has fewer."""
+def list_shards(folder: Path, split: str, n: int | None = None) -> list[Shard]:
+    """List the tars that hold the first n images of a split (None: all). Raises PipelineError where it has fewer."""
     index = tars.open_index(folder)
     n = index.count(split) if n is None else n
     if index.count(split) < n:
@@ -48,16 +46,17 @@ def shards_of(folder: Path, split: str, n: int | None = None) -> list[Shard]:
             "run the stage before this one"
         )
     facts, size = index.facts, index.facts["image_size"]
-    shape = (facts["channels"], size, size)
     return [
-        Shard(folder, split, name, start, count, facts["files"][name]["sha256"], shape)
+        Shard(
+            folder, split, name, start, count, facts["files"][name]["sha256"], (facts["channels"], size, size)
+        )
         for name, start, count in index.shards(split)
         if start < n
     ]
 
 
-def content_of(shards: list[Shard]) -> str:
-    """A hash of the images in these tars."""
+def hash_shards(shards: list[Shard]) -> str:
+    """Return a hash of the images in these tars."""
     return hash_of([shard.sha256 for shard in shards])
 
 
@@ -72,7 +71,7 @@ class ImageSet:
         return [unit for file, unit in self.units.items() if not file.exists()]
 
     def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Features and logits, file by file, up to the n-th image."""
+        """Yield features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
             arrays = read_unit(file)
@@ -81,7 +80,7 @@ class ImageSet:
             yield features, logits
 
     def features(self) -> np.ndarray:
-        """All of them, (n, d) float32. Raises PipelineError where they are fewer than n."""
+        """Return all of them, (n, d) float32. Raises PipelineError where they are fewer than n."""
         features = np.concatenate([part for part, _ in self.parts()])
         if len(features) != self.n:
             raise PipelineError(
@@ -89,14 +88,12 @@ class ImageSet:
             )
         return features
 
-    def score(self) -> "Scored":
-        from pipeline.scores.distances import score
-
+    def score(self) -> Scored:
         return score(self.parts(), self.n)
 
 
-def shard_set(extractor: "Extractor", shards: list[Shard], folder: Path, n: int | None = None) -> ImageSet:
-    """The first n images (None: all) of these tars; features are kept in `folder`."""
+def shard_set(extractor: Extractor, shards: list[Shard], folder: Path, n: int | None = None) -> ImageSet:
+    """Return the first n images (None: all) of these tars; features are kept in `folder`."""
     units = {}
     for shard in shards:
         file = folder / extractor.name / f"{shard.sha256[:16]}.npz"
@@ -105,14 +102,13 @@ def shard_set(extractor: "Extractor", shards: list[Shard], folder: Path, n: int 
     return ImageSet(sum(shard.count for shard in shards) if n is None else n, units)
 
 
-def baseline_set(extractor: "Extractor", n: int, shape: Shape, folder: Path, pixels: Path | None) -> ImageSet:
-    """n images of the Gaussian in the file `pixels`, or of uniform noise where that is None."""
+def baseline_set(extractor: Extractor, n: int, shape: Shape, folder: Path, pixels: Path | None) -> ImageSet:
+    """Return n images of the Gaussian in the file `pixels`, or of uniform noise where that is None."""
     units, kind = {}, pixels.stem if pixels else "noise"
     for start in range(0, n, BASELINE_UNIT):
         stop = min(start + BASELINE_UNIT, n)
         file = folder / extractor.name / f"{kind}-{start}-{stop}.npz"
-        args = (extractor, pixels, start, stop, shape, file)
-        name = f"features of {kind} {start}-{stop - 1}"
+        args, name = (extractor, pixels, start, stop, shape, file), f"features of {kind} {start}-{stop - 1}"
         units[file] = Unit(Kind.FEATURES, extract_baseline, args, name, stop - start, needs_gpu=True)
     return ImageSet(n, units)
 
@@ -120,13 +116,14 @@ def baseline_set(extractor: "Extractor", n: int, shape: Shape, folder: Path, pix
 # Work units
 
 
-def extract_shard(ctx: WorkerContext, extractor: "Extractor", shard: Shard, file: Path) -> None:
-    """Features of one tar."""
-    _extract(ctx, extractor, images_of(shard), file)
+def extract_shard(ctx: WorkerContext, extractor: Extractor, shard: Shard, file: Path) -> None:
+    """Write the features of one tar."""
+    features, logits = extract(extractor, read_images(shard), ctx.device)
+    write_unit(file, features=features, logits=logits)
 
 
-def images_of(shard: Shard) -> np.ndarray:
-    """uint8 (count, C, H, W). Raises PipelineError where the tar is another, or its images are.
+def read_images(shard: Shard) -> np.ndarray:
+    """Read uint8 (count, C, H, W). Raises PipelineError where the tar is another, or its images are.
 
     It asks no manifest, since samples are looked at before all of them are drawn.
     """
@@ -147,21 +144,13 @@ def images_of(shard: Shard) -> np.ndarray:
 
 
 def extract_baseline(
-    ctx: WorkerContext, extractor: "Extractor", pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
+    ctx: WorkerContext, extractor: Extractor, pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
 ) -> None:  # fmt: skip
-    """Features of images [start, stop) of a baseline."""
-    from pipeline.scores.baselines import gaussian_images, noise_images
-
+    """Write the features of images [start, stop) of a baseline."""
     if pixels is None:
         images = noise_images(start, stop, shape)
     else:
         arrays = read_arrays(pixels)
         images = gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
-    _extract(ctx, extractor, images, file)
-
-
-def _extract(ctx: WorkerContext, extractor: "Extractor", images: np.ndarray, file: Path) -> None:
-    from pipeline.scores.extractors import extract
-
     features, logits = extract(extractor, images, ctx.device)
     write_unit(file, features=features, logits=logits)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, normal
+from pipeline.store.files import atomic_file, sha256_of
+from pipeline.store.run import Place
 
 FEATURES = 64
 FILTERS = 64
@@ -21,7 +23,7 @@ SEED = 0
 
 
 class Projection(nn.Module):
-    """uint8 images (N,C,H,W) -> features (N, 64), float32. Weights are a function of C alone."""
+    """uint8 images (N,C,H,W) -> features (N, 64), float32, alone in a tuple. Weights are a function of C alone."""
 
     filters: Tensor
     matrix: Tensor
@@ -31,20 +33,28 @@ class Projection(nn.Module):
         self.register_buffer("filters", _normals(0, FILTERS, channels, 3, 3))
         self.register_buffer("matrix", _normals(1, FEATURES, FILTERS * POOLED_SIDE**2))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> tuple[Tensor]:
         x = F.relu(F.conv2d(from_uint8(images), self.filters, padding=1))
         x = F.adaptive_avg_pool2d(x, POOLED_SIDE)  # (N, 64, 4, 4)
-        return F.linear(x.flatten(1), self.matrix)
+        return (F.linear(x.flatten(1), self.matrix),)
 
 
 def _normals(step: int, rows: int, *shape: int) -> Tensor:
-    """(rows, *shape) of variance 1 / elements of a row."""
+    """Draw (rows, *shape) of variance 1 / elements of a row."""
     draw = normal(SEED, Stream.PROJECTION, step, torch.arange(rows), shape)
     return draw / draw[0].numel() ** 0.5
 
 
-def save(net: Projection, path: Path) -> None:
-    save_file(net.state_dict(), path)
+def write_weights(path: Path, channels: int) -> tuple[Path, str]:
+    """Write the projection for images of so many channels, unless it is there; return the file and its sha256."""
+    if not path.exists():
+        with atomic_file(path) as temporary:
+            save_file(Projection(channels).state_dict(), temporary)
+    return path, sha256_of(path)
+
+
+def find_weights(place: Place) -> tuple[Path, str]:
+    return write_weights(place.projection, place.experiment.data.channels)
 
 
 def load(path: Path) -> Projection:

@@ -2,51 +2,44 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.config import SPLITS
 from pipeline.errors import PipelineError
-from pipeline.scores.image_sets import ImageSet, content_of, shards_of
+from pipeline.scores.distances import Statistics
+from pipeline.scores.extractors import Extractor
+from pipeline.scores.image_sets import ImageSet, hash_shards, list_shards
 from pipeline.store.files import read_arrays, sha256_of, write_arrays
 from pipeline.store.run import Place
-
-if TYPE_CHECKING:  # importing torch-fidelity takes seconds
-    from pipeline.scores.distances import Statistics
-    from pipeline.scores.extractors import Extractor
 
 
 @dataclass(frozen=True)
 class Reference:
     """A file of statistics. `content` is the hash of the images that they have to be of, so they are never stale
-    and never mixed; None for a file that the user brought."""
+    and never mixed; None for a user's file."""
 
     file: Path
     content: str | None
 
     @staticmethod
-    def of(run: Place, extractor: "Extractor", reference: str) -> "Reference":
-        """Of what evaluate.reference names: a split, or a file."""
+    def of(place: Place, extractor: Extractor, reference: str) -> "Reference":
+        """Find what evaluate.reference names: a split, or a file."""
         if reference not in SPLITS:
             return Reference(Path(reference), None)
-        file = run.data / "references" / f"{extractor.name}-{reference}.npz"
-        return Reference(file, content_of(shards_of(run.data, reference)))
+        file = place.references / f"{extractor.name}-{reference}.npz"
+        return Reference(file, hash_shards(list_shards(place.data, reference)))
 
-    def load(self) -> "Statistics | None":
-        """What is on disk, if it is of these images. Raises PipelineError where a user's file is none."""
-        from pipeline.scores.distances import Statistics
-
+    def load(self) -> Statistics | None:
+        """Load what is on disk, if it is of these images. Raises PipelineError where a user's file is none."""
         if self.content is None:
-            return brought(self.file)
-        if not self.file.exists():
-            return None
-        arrays = read_arrays(self.file)
-        if arrays["content"].item() != self.content:
+            return load_statistics(self.file)
+        arrays = read_arrays(self.file) if self.file.exists() else None
+        if arrays is None or arrays["content"].item() != self.content:
             return None
         return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
 
-    def make(self, images: ImageSet) -> "Statistics":
+    def make(self, images: ImageSet) -> Statistics:
         """Sum up the features of the whole split, and keep the result."""
         found = images.score().moments.statistics()
         kept = {"n": np.array(found.n), "content": np.array(self.content)}
@@ -54,16 +47,14 @@ class Reference:
         return found
 
 
-def brought(file: Path, width: int | None = None) -> "Statistics":
-    """The statistics of a user's .npz: mu (d,), sigma (d, d) and, where it says so, n.
+def load_statistics(file: Path, width: int | None = None) -> Statistics:
+    """Load a user's .npz: mu (d,), sigma (d, d) and, where it says so, n.
 
     Raises PipelineError, in a line, where they are not those of features (of that width).
     """
-    from pipeline.scores.distances import Statistics
-
     try:
         arrays = read_arrays(file)
-        fault = _fault(arrays, width)
+        fault = _find_fault(arrays, width)
     except PipelineError as error:
         fault = f"is no .npz of plain arrays ({error.__cause__})"
     if fault:
@@ -72,7 +63,7 @@ def brought(file: Path, width: int | None = None) -> "Statistics":
     return Statistics(n, arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
 
 
-def _fault(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
+def _find_fault(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         return f"has no {' and no '.join(missing)}, only {', '.join(arrays) or 'nothing'}"
@@ -82,7 +73,7 @@ def _fault(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
             return f"has {name} of type {array.dtype}, not float64 or float32"
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         return f"has mu of shape {mu.shape} and sigma of shape {sigma.shape}"
-    if width is not None and len(mu) != width:
+    if width not in (None, len(mu)):
         return f"is of {len(mu)} features, where evaluate.features has {width}"
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         return "holds values that are not finite"
@@ -93,8 +84,8 @@ def _fault(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
     return None
 
 
-def name_of(reference: str) -> str:
-    """What a protocol calls it: content, never place."""
+def name_reference(reference: str) -> str:
+    """Name evaluate.reference for a protocol: content, never place."""
     if reference in SPLITS:
         return reference
     return f"{Path(reference).name} (sha256 {sha256_of(Path(reference))[:8]})"

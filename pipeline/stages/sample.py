@@ -16,14 +16,13 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
-from ddpm.networks import NO_LABEL
-from ddpm.sampler import few_steps_warning, guided, sample
+from ddpm.sampler import few_steps_warning, sample
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step, to_yaml, weights_kind
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.store import tars
-from pipeline.store.checkpoint import load_network
+from pipeline.store.chain import choose_labels, load_guided
 from pipeline.store.files import MANIFEST, check_file, read_json, write_json, write_text
 from pipeline.store.run import Place
 
@@ -128,24 +127,13 @@ def plan(num_images: int, batch_size: int) -> list[tuple[int, int]]:
 def draw(ctx: WorkerContext, experiment: Experiment, run: Place, start: int, stop: int) -> None:
     """The work unit: images [start, stop) as one tar, then its facts."""
     config = experiment.sample
-    net = load_network(
-        experiment,
-        run,
-        checkpoint_step(experiment),
-        config.weights,
-        ctx.device,
-        config.precision,
-        config.compile,
-    )
-    index = torch.arange(start, stop)
+    index = torch.arange(start, stop, device=ctx.device)
     labels = [experiment.asked_label(number) for number in range(start, stop)]
-    context = None if config.label is None else torch.tensor(labels, device=ctx.device)
-    guide = guided(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
     images = sample(
-        Diffusion(experiment.diffusion), guide,
+        Diffusion(experiment.diffusion), load_guided(run.of(experiment), ctx.device, config.compile),
         index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
-        variance=config.variance, context=context, device=ctx.device,
+        variance=config.variance, context=choose_labels(experiment, index), device=ctx.device,
     )  # fmt: skip
     if not bool(images.isfinite().all()):
         raise PipelineError(

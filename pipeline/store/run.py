@@ -209,6 +209,14 @@ class Place:
     def classifier_json(self) -> Path:
         return self.data / "classifier" / "classifier.json"
 
+    @property
+    def projection(self) -> Path:
+        return self.data / "projection" / "projection.safetensors"
+
+    @property
+    def inception_cache(self) -> Path:
+        return self.storage / "extractors"
+
     # Records
 
     def seconds_by_stage(self) -> dict[str, float]:

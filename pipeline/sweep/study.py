@@ -17,7 +17,7 @@ from pipeline.console import bar, duration, following, say
 from pipeline.engine import execute as stages
 from pipeline.errors import PipelineError
 from pipeline.scores.metrics import LOSS
-from pipeline.scores.preparations import preparations
+from pipeline.scores.preparations import missing_preparations
 from pipeline.stages import evaluate
 from pipeline.store.files import exclusive
 from pipeline.sweep import budget, leaderboard
@@ -167,7 +167,7 @@ class Study:
                 evaluate.check(experiment, run)
                 features = (run.data, experiment.evaluate.features)
                 if features not in made and evaluate.needs_samples(experiment):
-                    self._prepare_features(executor, preparations(experiment, run))
+                    self._prepare_features(executor, missing_preparations(run.of(experiment)))
                 made |= {run.data, features}
                 able.append(key)
             except PipelineError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from ddpm.rng import Stream, normal
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
-from pipeline.scores.image_sets import content_of, shards_of
+from pipeline.scores.image_sets import hash_shards, list_shards
+from pipeline.scores.results import Bound, Scores
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_json, read_unit, write_unit
 from pipeline.store.keys import hash_of
@@ -28,47 +29,54 @@ class Denoiser(Protocol):
     """Whose bound it is. Small and picklable, since it travels to every worker; the weights are loaded there."""
 
     @property
-    def identity(self) -> Any:
-        """What its outputs depend on, as JSON."""
+    def identity(self) -> Sequence[str | int | None]:
+        """What its outputs depend on."""
 
     @property
     def clip(self) -> bool:
         """Whether its estimates of x_0 are limited to [-1, 1]."""
 
     def load(self, device: torch.device) -> Network:
-        """net(x_t, t, context=None); what it predicts is what diffusion.predict says."""
+        """Load net(x_t, t, context=None); what it predicts is what diffusion.predict says."""
 
 
 @dataclass(frozen=True)
 class CheckpointDenoiser:
     """The run's own network, with the weights that are sampled."""
 
-    experiment: Experiment
-    run: Place
+    place: Place
     clip: ClassVar[bool] = True  # authors' code
 
     @property
-    def identity(self) -> Any:
-        step, which = checkpoint_step(self.experiment), self.experiment.sample.weights
-        return [self.run.run_key, step, which, self.weights, self.experiment.evaluate.precision]
+    def identity(self) -> list[str | int | None]:
+        experiment, step = self.place.experiment, checkpoint_step(self.place.experiment)
+        which, precision = experiment.sample.weights, experiment.evaluate.precision
+        return [self.place.run_key, step, which, self.weights, precision]
 
     @property
     def weights(self) -> str | None:
         """The sha256 of their file; None where there is none."""
-        meta = self.run.step_folder(checkpoint_step(self.experiment)) / checkpoint.META
-        file = checkpoint.EMA if self.experiment.sample.weights == "ema" else checkpoint.STATE
+        experiment = self.place.experiment
+        meta = self.place.step_folder(checkpoint_step(experiment)) / checkpoint.META
+        file = checkpoint.EMA if experiment.sample.weights == "ema" else checkpoint.STATE
         return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
 
     def load(self, device: torch.device) -> Network:
-        step, which = checkpoint_step(self.experiment), self.experiment.sample.weights
-        precision = self.experiment.evaluate.precision
-        return checkpoint.load_network(self.experiment, self.run, step, which, device, precision)
+        experiment = self.place.experiment
+        step, which, precision = (
+            checkpoint_step(experiment), experiment.sample.weights, experiment.evaluate.precision
+        )  # fmt: skip
+        return checkpoint.load_network(experiment, self.place, step, which, device, precision)
 
 
-def nll_images(experiment: Experiment, run: Place) -> tuple[int, int]:
-    """How many test images are scored, and how many there are."""
-    there = tars.open_index(run.data).count("test")
-    asked = experiment.evaluate.nll_images or there
+def choose_variance(experiment: Experiment) -> str:
+    return experiment.evaluate.variance or experiment.diffusion.variance
+
+
+def count_images(place: Place) -> tuple[int, int]:
+    """Count the test images that are scored, and those that there are."""
+    there = tars.open_index(place.data).count("test")
+    asked = place.experiment.evaluate.nll_images or there
     if asked > there:
         raise PipelineError(
             f"evaluate.nll_images is {asked}, but the test split has {there} images; lower it"
@@ -77,38 +85,33 @@ def nll_images(experiment: Experiment, run: Place) -> tuple[int, int]:
 
 
 def units(
-    experiment: Experiment,
-    run: Place,
-    denoiser: Denoiser | None = None,
-    timesteps: Sequence[int] | None = None,
+    place: Place, denoiser: Denoiser | None = None, timesteps: Sequence[int] | None = None
 ) -> dict[Path, Unit]:
-    """Each range of test images with the file of its bound, keyed by all that the bound depends on; nothing
-    of it says how samples are drawn. Of the run's own network unless another denoiser is given; over all
-    timesteps, of which some are enough to look at one."""
-    config = experiment.evaluate
-    denoiser = denoiser or CheckpointDenoiser(experiment, run)
-    variance = config.variance or experiment.diffusion.variance
-    test = content_of(shards_of(run.data, "test"))
-    key = hash_of([run.run_key, denoiser.identity, test, config.decoder, variance, timesteps])
-    folder = run.score_units / f"nll-{key}"
-    n, found = nll_images(experiment, run)[0], {}
+    """Return each range of test images with the file of its bound, keyed by all that the bound depends on; nothing
+    of it says how samples are drawn. Of the run's own network unless another denoiser is given; over all timesteps,
+    of which some are enough to look at one."""
+    experiment, config = place.experiment, place.experiment.evaluate
+    denoiser = denoiser or CheckpointDenoiser(place)
+    test = hash_shards(list_shards(place.data, "test"))
+    variance = choose_variance(experiment)
+    key = hash_of([place.run_key, denoiser.identity, test, config.decoder, variance, timesteps])
+    passes = experiment.diffusion.timesteps if timesteps is None else len(timesteps)
+    n, found = count_images(place)[0], {}
     for start in range(0, n, config.nll_batch_size):
         stop = min(start + config.nll_batch_size, n)
-        file = folder / f"{start:06d}-{stop:06d}.npz"
-        args = (experiment, run, denoiser, start, stop, timesteps, file)
-        passes = experiment.diffusion.timesteps if timesteps is None else len(timesteps)
-        name = f"NLL of test images {start}-{stop - 1}"
-        found[file] = Unit(Kind.NLL, bound, args, name, stop - start, passes, needs_gpu=True)
+        file = place.score_units / f"nll-{key}" / f"{start:06d}-{stop:06d}.npz"
+        args, name = (place, denoiser, start, stop, timesteps, file), f"NLL of test images {start}-{stop - 1}"
+        found[file] = Unit(Kind.NLL, compute_bound, args, name, stop - start, passes, needs_gpu=True)
     return found
 
 
-def bound(
-    ctx: WorkerContext, experiment: Experiment, run: Place, denoiser: Denoiser, start: int, stop: int,
+def compute_bound(
+    ctx: WorkerContext, place: Place, denoiser: Denoiser, start: int, stop: int,
     timesteps: Sequence[int] | None, file: Path,
 ) -> None:  # fmt: skip
-    """The work unit: the terms of the bound of test images [start, stop), float32 as they were computed."""
-    config = experiment.evaluate
-    pixels, classes = tars.load_images(run.data, "test", start, stop)
+    """Do the work unit: the terms of the bound of test images [start, stop), float32 as they were computed."""
+    experiment, config = place.experiment, place.experiment.evaluate
+    pixels, classes = tars.load_images(place.data, "test", start, stop)
     index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
     result = bits_per_dim(
         Diffusion(experiment.diffusion),
@@ -116,7 +119,7 @@ def bound(
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
         lambda t: normal(experiment.seed, Stream.NLL, t, index, shape),
         timesteps=timesteps,
-        timesteps_per_call=timesteps_per_call(stop - start, shape),
+        timesteps_per_call=count_timesteps(stop - start, shape),
         decoder=config.decoder,
         clip=denoiser.clip,
         variance=config.variance,
@@ -126,14 +129,14 @@ def bound(
     write_unit(file, **arrays)
 
 
-def timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
-    """Few images leave the time to overhead instead of the network, so some of their timesteps share a call."""
+def count_timesteps(images: int, shape: tuple[int, int, int]) -> int:
+    """Count the timesteps that share a network call: few images leave the time to overhead instead of the network."""
     most_images, most_pixels = CALL
     return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 
 
-def merge(units: dict[Path, Unit], timesteps: int) -> dict[str, Any]:
-    """Means over the images of all units: the scores, and what nll.json holds.
+def merge(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
+    """Average over the images of all units.
 
     Raises PipelineError naming a unit that is not of its images, or of other timesteps.
     """
@@ -149,28 +152,16 @@ def merge(units: dict[Path, Unit], timesteps: int) -> dict[str, Any]:
         mse += arrays["mse"].sum(axis=0, dtype=np.float64)
         prior += float(arrays["prior"].sum(dtype=np.float64))
         n += unit.images
-    return summarise(terms / n, mse / n, prior / n, n)
-
-
-def summarise(terms: np.ndarray, mse: np.ndarray, prior: float, n: int) -> dict[str, Any]:
-    """From means over n images of terms (T,), mse (T,) and prior."""
+    terms, mse, prior = terms / n, mse / n, prior / n
     rows = (torch.from_numpy(terms)[None], torch.from_numpy(mse)[None], torch.tensor([prior]).double())
-    mean = Likelihood(torch.arange(len(terms)), *rows)
+    mean = Likelihood(torch.arange(timesteps), *rows)
     curve = rate_distortion(mean)
-    points = zip(curve.rate.tolist(), curve.rmse.tolist(), strict=True)
-    return {
-        "scores": {
-            "nll_bpd": float(mean.total),
-            "rate_bpd": float(curve.rate[-1]),
-            "distortion_bpd": curve.distortion,
-            "prior_bpd": prior,
-            "rmse": float(curve.rmse[-1]),
-        },
-        "terms": terms.tolist(),
-        "mse": mse.tolist(),
-        "prior": prior,
-        "n": n,
-        "rate_distortion": [
-            {"k": k, "rate_bpd": rate, "rmse": rmse} for k, (rate, rmse) in enumerate(points, 1)
-        ],
-    }
+    scores = {
+        "nll_bpd": float(mean.total), "rate_bpd": float(curve.rate[-1]), "distortion_bpd": curve.distortion,
+        "prior_bpd": prior, "rmse": float(curve.rmse[-1]),
+    }  # fmt: skip
+    points = enumerate(zip(curve.rate.tolist(), curve.rmse.tolist(), strict=True), 1)
+    return scores, {
+        "terms": terms.tolist(), "mse": mse.tolist(), "prior": prior, "n": n,
+        "rate_distortion": [{"k": k, "rate_bpd": rate, "rmse": rmse} for k, (rate, rmse) in points],
+    }  # fmt: skip

@@ -1,21 +1,19 @@
 """FID, IS, KID, precision and recall of the samples, and of the reference points beside them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.compute.work import Unit
-from pipeline.config import SPLITS, EvaluateConfig, Experiment
-from pipeline.scores.image_sets import ImageSet, Shard, baseline_set, shard_set, shards_of
-from pipeline.scores.preparations import pixels_file
+from pipeline.config import SPLITS, EvaluateConfig
+from pipeline.scores import distances
+from pipeline.scores.extractors import Extractor
+from pipeline.scores.image_sets import ImageSet, Shard, baseline_set, list_shards, shard_set
+from pipeline.scores.preparations import gaussian_file
 from pipeline.scores.reference import Reference
+from pipeline.scores.results import Results, ScoreProtocol, Scores
 from pipeline.store import tars
 from pipeline.store.run import Place
-
-if TYPE_CHECKING:  # importing torch-fidelity takes seconds, and a command that is up to date needs none of it
-    from pipeline.scores.distances import Scored, Statistics
-    from pipeline.scores.extractors import Extractor
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class ImageSets:
     points: dict[str, ImageSet]
 
     def missing(self) -> list[Unit]:
-        """The units whose features are not on disk, each once: a point may be a part of a split."""
+        """List the units whose features are not on disk, each once: a point may be a part of a split."""
         sets = (self.samples, *self.splits.values(), *self.points.values())
         missing = {file: unit for images in sets for file, unit in images.units.items() if not file.exists()}
         return list(missing.values())
@@ -36,113 +34,110 @@ class ImageSets:
 
 @dataclass(frozen=True)
 class Real:
-    """What the real images give: statistics by the score that is the distance to them, and the features of the
-    reference (n, d) where single images are compared."""
+    """What scores compare with: the statistics that each FID is the distance to, by the name of the score, and the
+    features (n, d) of the reference where single images are compared."""
 
-    statistics: "dict[str, Statistics]"
+    statistics: dict[str, distances.Statistics]
     features: np.ndarray | None
 
 
-def references(config: EvaluateConfig) -> dict[str, str]:
-    """Whose statistics each FID is the distance to."""
-    all_of_them = {"fid": config.reference, "fid_test": "test"}
-    return {score: reference for score, reference in all_of_them.items() if score in config.metrics}
+def list_references(config: EvaluateConfig) -> dict[str, str]:
+    """List whose statistics each FID is the distance to."""
+    every = {"fid": config.reference, "fid_test": "test"}
+    return {score: reference for score, reference in every.items() if score in config.metrics}
 
 
 def compares_images(config: EvaluateConfig) -> bool:
     return bool({"kid", "prc"} & set(config.metrics))
 
 
-def image_sets(experiment: Experiment, run: Place, extractor: "Extractor", samples: list[Shard]) -> ImageSets:
-    """The samples; the splits they are compared with; and as points the other split, a Gaussian, noise."""
-    config, n = experiment.evaluate, experiment.sample.num_images
-    shared = run.data / "references" / "features"
+def collect_sets(place: Place, extractor: Extractor, samples: list[Shard]) -> ImageSets:
+    """Collect the samples; the splits they are compared with; and as points the other split, a Gaussian, noise."""
+    config, n, shape = (
+        place.experiment.evaluate,
+        place.experiment.sample.num_images,
+        place.experiment.data.shape,
+    )
+    folder = place.reference_features
 
     def split_set(split: str, at_most: int | None = None) -> ImageSet:
-        return shard_set(extractor, shards_of(run.data, split, at_most), shared, at_most)
+        return shard_set(extractor, list_shards(place.data, split, at_most), folder, at_most)
 
-    unknown = {
-        split for split in references(config).values() if Reference.of(run, extractor, split).load() is None
-    }
-    splits = unknown | ({config.reference} if compares_images(config) else set())
-    points, index = {}, tars.open_index(run.data)
+    splits = {
+        split for split in list_references(config).values() if Reference.of(place, extractor, split).load() is None
+    } | ({config.reference} if compares_images(config) else set())  # fmt: skip
+    points, index = {}, tars.open_index(place.data)
     other = "train" if config.reference == "test" else "test"
     if other in index.splits:
         points[other] = split_set(other, min(n, index.count(other)))
-    shape, pixels = experiment.data.shape, pixels_file(experiment, run)
-    if pixels:
-        points["gaussian"] = baseline_set(extractor, n, shape, shared, pixels)
-    points["noise"] = baseline_set(extractor, n, shape, shared, None)
-    drawn = shard_set(extractor, samples, run.score_units, n)
-    return ImageSets(drawn, {split: split_set(split) for split in SPLITS if split in splits}, points)
+    if pixels := gaussian_file(place):
+        points["gaussian"] = baseline_set(extractor, n, shape, folder, pixels)
+    points["noise"] = baseline_set(extractor, n, shape, folder, None)
+    own = shard_set(extractor, samples, place.score_units, n)
+    return ImageSets(own, {split: split_set(split) for split in SPLITS if split in splits}, points)
 
 
-def add_scores(
-    metrics: dict[str, Any], experiment: Experiment, run: Place, extractor: "Extractor", sets: ImageSets
-) -> None:
-    """Scores, reference points, class shares and their part of the protocol, once all features are there."""
-    config = experiment.evaluate
-    real, scored = _real(config, run, extractor, sets), sets.samples.score()
-    metrics["scores"] |= _scores(scored, sets.samples, real, config.metrics)
-    to_reference = Real({k: v for k, v in real.statistics.items() if k == "fid"}, real.features)
-    metrics["reference_points"] = {
-        name: {**_scores(images.score(), images, to_reference, config.metrics), "n": images.n}
+def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSets) -> None:
+    """Add scores, reference points, class shares and their part of the protocol, once all features are there."""
+    experiment, config = place.experiment, place.experiment.evaluate
+    statistics = {}
+    for score, name in list_references(config).items():
+        reference = Reference.of(place, extractor, name)
+        statistics[score] = reference.load() or reference.make(sets.splits[name])
+    features = sets.splits[config.reference].features() if compares_images(config) else None
+    scored, real = sets.samples.score(), Real(statistics, features)
+    found["scores"] |= _compare(scored, sets.samples, real, config.metrics)
+    to_reference = Real({name: its for name, its in statistics.items() if name == "fid"}, features)
+    found["reference_points"] = {
+        name: {**_compare(images.score(), images, to_reference, config.metrics), "n": images.n}
         for name, images in sets.points.items()
     }
     if config.features == "classifier" and scored.classes is not None:
         counts = np.bincount(scored.classes, minlength=experiment.data.labels)
-        metrics["class_shares"] = (counts / len(scored.classes)).tolist()
+        found["class_shares"] = (counts / len(scored.classes)).tolist()
         if experiment.sample.label is not None:
             asked = [experiment.asked_label(index) for index in range(len(scored.classes))]
-            metrics["scores"]["as_asked"] = float(np.mean(scored.classes == np.array(asked)))
-    metrics["protocol"] |= _protocol(config, extractor, scored, real)
+            found["scores"]["as_asked"] = float(np.mean(scored.classes == np.array(asked)))
+    found["protocol"] |= _describe(config, extractor, scored, real)
 
 
-def _real(config: EvaluateConfig, run: Place, extractor: "Extractor", sets: ImageSets) -> Real:
-    statistics: dict[str, Statistics] = {}
-    for score, name in references(config).items():
-        reference = Reference.of(run, extractor, name)
-        statistics[score] = reference.load() or reference.make(sets.splits[name])
-    return Real(statistics, sets.splits[config.reference].features() if compares_images(config) else None)
-
-
-def _scores(scored: "Scored", images: ImageSet, real: Real, asked: tuple[str, ...]) -> dict[str, float]:
-    from pipeline.scores.distances import frechet_distance, kernel_distance, precision_recall
-
-    scores: dict[str, float] = {}
+def _compare(scored: distances.Scored, images: ImageSet, real: Real, asked: tuple[str, ...]) -> Scores:
+    scores: Scores = {}
     if real.statistics:
         own = scored.moments.statistics()
-        scores |= {name: frechet_distance(own, theirs) for name, theirs in real.statistics.items()}
-    if "is" in asked and scored.sums is not None and scored.shuffled is not None:
+        scores |= {name: distances.frechet_distance(own, its) for name, its in real.statistics.items()}
+    if "is" in asked and scored.sums and scored.shuffled:
         scores["is_mean"], scores["is_std"] = scored.sums.inception_score()
         scores["is_shuffled_mean"], scores["is_shuffled_std"] = scored.shuffled.inception_score()
     if real.features is not None:
         features = images.features()
         if "kid" in asked:
-            scores["kid_mean"], scores["kid_std"] = kernel_distance(features, real.features)
+            scores["kid_mean"], scores["kid_std"] = distances.kernel_distance(features, real.features)
         if "prc" in asked:
-            scores["precision"], scores["recall"] = precision_recall(features, real.features)
+            scores["precision"], scores["recall"] = distances.precision_recall(features, real.features)
     return scores
 
 
-def _protocol(config: EvaluateConfig, extractor: "Extractor", scored: "Scored", real: Real) -> dict[str, Any]:
-    from pipeline.scores.distances import KID_SUBSETS, NEIGHBOURS, SEED, kid_subset_size
-
-    found: dict[str, Any] = {
+def _describe(
+    config: EvaluateConfig, extractor: Extractor, scored: distances.Scored, real: Real
+) -> ScoreProtocol:
+    found: ScoreProtocol = {
         "extractor": extractor.name,
         "official_extractor": extractor.is_official,
         "features": len(scored.moments.first),
         "splits": len(scored.sums.n) if scored.sums else None,
     }
-    found |= {
-        {"fid": "reference_images", "fid_test": "fid_test_images"}[score]: statistics.n
-        for score, statistics in real.statistics.items()
-    }
+    if "fid" in real.statistics:
+        found["reference_images"] = real.statistics["fid"].n
+    if "fid_test" in real.statistics:
+        found["fid_test_images"] = real.statistics["fid_test"].n
     if "is" in config.metrics and scored.sums:
-        found["is_shuffle_seed"] = SEED
+        found["is_shuffle_seed"] = distances.SEED
     if "kid" in config.metrics and real.features is not None:
-        size = kid_subset_size(scored.moments.n, len(real.features))
-        found["kid"] = f"{KID_SUBSETS} subsets of {size} images, cubic kernel, seed {SEED}"
+        size = distances.kid_subset_size(scored.moments.n, len(real.features))
+        subsets = f"{distances.KID_SUBSETS} subsets of {size} images"
+        found["kid"] = f"{subsets}, cubic kernel, seed {distances.SEED}"
     if "prc" in config.metrics:
-        found["prc"] = f"{NEIGHBOURS} neighbours in the features of {extractor.name}, not of VGG-16"
+        neighbours = f"{distances.NEIGHBOURS} neighbours in the features of {extractor.name}"
+        found["prc"] = f"{neighbours}, not of VGG-16"
     return found

@@ -1,38 +1,40 @@
 """How scores come about, and what of that keeps them from standing beside the paper's."""
 
-from typing import Any
-
-from pipeline.config import Experiment, checkpoint_rule, checkpoint_step, weights_kind
-from pipeline.scores.reference import name_of
-from pipeline.stages.evaluate.bound import nll_images
+from pipeline.config import checkpoint_rule, checkpoint_step, weights_kind
+from pipeline.scores.reference import name_reference
+from pipeline.scores.results import ScoreProtocol
+from pipeline.stages.evaluate.bound import choose_variance, count_images
 from pipeline.store import tars
 from pipeline.store.run import Place
 
 PAPER_SAMPLES = 50_000
 
 
-def protocol(experiment: Experiment, run: Place) -> dict[str, Any]:
-    """What no number of ours stands without; `images` adds what only the features show."""
-    config = experiment.evaluate
-    found: dict[str, Any] = {"checkpoint": checkpoint_step(experiment), "weights": weights_kind(experiment)}
+def describe_protocol(place: Place) -> ScoreProtocol:
+    """Describe how the scores come about; `images` adds what only the features show."""
+    experiment, config = place.experiment, place.experiment.evaluate
+    found: ScoreProtocol = {
+        "checkpoint": checkpoint_step(experiment), "weights": weights_kind(experiment)
+    }  # fmt: skip
     if rule := checkpoint_rule(experiment):
         found["checkpoint_rule"] = rule
     if set(config.metrics) - {"nll"}:
-        drawn = tars.open_index(run.of(experiment).samples).facts["protocol"]
-        found |= drawn | {"n": experiment.sample.num_images, "reference": name_of(config.reference)}
+        found |= tars.open_index(place.samples).facts["protocol"]
+        found |= {"n": experiment.sample.num_images, "reference": name_reference(config.reference)}
     if "nll" in config.metrics:
-        asked, there = nll_images(experiment, run)
-        variance = config.variance or experiment.diffusion.variance
-        found |= {"decoder": config.decoder, "nll_variance": variance, "nll_precision": config.precision}
-        found |= {"nll_images": asked, "test_images": there}
+        asked, there = count_images(place)
+        found |= {
+            "decoder": config.decoder, "nll_variance": choose_variance(experiment),
+            "nll_precision": config.precision, "nll_images": asked, "test_images": there,
+        }  # fmt: skip
     return found
 
 
-def why_not(found: dict[str, Any], asked: tuple[str, ...]) -> list[str]:
-    """What keeps these scores from being comparable with the paper's; empty where nothing does."""
+def explain_differences(found: ScoreProtocol, asked: tuple[str, ...]) -> list[str]:
+    """List what keeps these scores from being comparable with the paper's; nothing where they are."""
     reasons = [] if found["weights"] == "ema" else [f"{found['weights']} weights, not EMA"]
     if set(asked) - {"nll"}:
-        reasons += _why_not_images(found)
+        reasons += _explain_images(found)
     if "is" in asked and found["splits"] is None:
         reasons.append("no IS: these features know no classes")
     if "nll" in asked and found["nll_images"] < found["test_images"]:
@@ -42,7 +44,7 @@ def why_not(found: dict[str, Any], asked: tuple[str, ...]) -> list[str]:
     return reasons
 
 
-def _why_not_images(found: dict[str, Any]) -> list[str]:
+def _explain_images(found: ScoreProtocol) -> list[str]:
     n, steps, timesteps = found["n"], found["steps"], found["timesteps"]
     reasons = []
     if n != PAPER_SAMPLES:

@@ -2,83 +2,69 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pipeline.compute.work import Kind, Unit, WorkerContext
-from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
-from pipeline.scores.image_sets import Shard, content_of, shard_set, shards_of
-from pipeline.stages.figures.chains import images_asked
-from pipeline.stages.figures.figure import Figure, Unavailable, unit_folder
-from pipeline.stages.figures.scores_along import scored_extractor
+from pipeline.scores.extractors import Extractor
+from pipeline.scores.image_sets import Shard, hash_shards, list_shards, shard_set
+from pipeline.stages.figures.curves import find_scoring_extractor
+from pipeline.stages.figures.figure import Figure, Unavailable, count_rows, unit_folder
 from pipeline.store import tars
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
 
-if TYPE_CHECKING:
-    from pipeline.scores.extractors import Extractor
-
 NEIGHBOURS = 9
 
 
-def nearest_pixels(experiment: Experiment, run: Place) -> Figure:
+def nearest_pixels(place: Place) -> Figure:
     caption = "Samples, first column, and the training images nearest in pixel space (paper, Fig. 12)"
-    return _figure("nearest_pixels", caption, experiment, run, None)
+    return _plan("nearest_pixels", caption, place, None)
 
 
-def nearest_features(experiment: Experiment, run: Place) -> Figure:
-    extractor = scored_extractor(experiment, run)
+def nearest_features(place: Place) -> Figure:
+    extractor = find_scoring_extractor(place)
     caption = (
         f"Samples, first column, and the training images nearest in the feature space of `{extractor.name}` "
         "(paper, Fig. 15)"
     )
-    return _figure("nearest_features", caption, experiment, run, extractor)
+    return _plan("nearest_features", caption, place, extractor)
 
 
-def _figure(
-    name: str, caption: str, experiment: Experiment, run: Place, extractor: "Extractor | None"
-) -> Figure:
-    samples = run.of(experiment).samples
-    n, shards = images_asked(experiment), shards_of(run.data, "train")
+def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) -> Figure:
+    n, shards = count_rows(place.experiment), list_shards(place.data, "train")
     galleries: list[Path | None] = [None] * len(shards)
     query = None
     if extractor:
-        galleries = [*shard_set(extractor, shards, run.data / "references" / "features").units]
-        query = sample_features(extractor, samples, run, n)
-        if not all(gallery and gallery.exists() for gallery in galleries):
+        known = shard_set(extractor, shards, place.reference_features)
+        galleries, query = [*known.units], read_sample_features(extractor, place, n)
+        if known.missing():
             raise Unavailable(
                 "it needs the features of all training images, which evaluate.reference=train makes"
             )
-    kept = [extractor.name if extractor else "pixels", content_of(shards), n]
-    folder, units = unit_folder(experiment, run, "nearest", *kept), {}
+    kept: list[str | int] = [extractor.name if extractor else "pixels", hash_shards(shards), n]
+    folder, units = unit_folder(place, "nearest", *kept), {}
     for shard, gallery in zip(shards, galleries, strict=True):
         file = folder / f"{shard.name.removesuffix('.tar')}.npz"
-        args = (samples, n, query, shard, gallery, file)
+        args = (place.samples, n, query, shard, gallery, file)
         units[file] = Unit(Kind.FIGURE, search, args, f"{name} in {shard.name}", shard.count, needs_gpu=True)
-    return Figure(f"{name}.png", caption, units, partial(_draw, samples, n))
+    return Figure(f"{name}.png", caption, units, partial(_draw, place.samples, n))
 
 
-def sample_features(extractor: "Extractor", samples: Path, run: Place, n: int) -> np.ndarray:
-    """(n, d) float32 of the first samples. Raises Unavailable where the evaluation left none."""
-    images = shard_set(extractor, shards_of(samples, "samples", n), run.score_units, n)
+def read_sample_features(extractor: Extractor, place: Place, n: int) -> np.ndarray:
+    """Read (n, d) float32 of the first samples. Raises Unavailable where the evaluation left none."""
+    images = shard_set(extractor, list_shards(place.samples, "samples", n), place.score_units, n)
     if images.missing():
         raise Unavailable("it needs the features of the samples, which `ddpm evaluate` makes")
-    return np.concatenate([features for features, _ in images.parts()])
+    return images.features()
 
 
 def search(
-    ctx: WorkerContext,
-    samples: Path,
-    n: int,
-    query: np.ndarray | None,
-    shard: Shard,
-    gallery: Path | None,
-    file: Path,
-) -> None:
-    """The work unit: of one tar, the images nearest to each of n samples, by pixels unless features are given."""
+    ctx: WorkerContext, samples: Path, n: int, query: np.ndarray | None, shard: Shard, gallery: Path | None, file: Path
+) -> None:  # fmt: skip
+    """Do the work unit: of one tar, the images nearest to each of n samples, by pixels unless features are given."""
     images, _ = tars.iterate_shard_images(shard.folder, shard.split, shard.name)
     if gallery is None or query is None:
         query = tars.load_images(samples, "samples", 0, n)[0].reshape(n, -1)
@@ -89,12 +75,12 @@ def search(
     # By matrix products an image would be at some distance from itself.
     distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
     found = distance.topk(min(NEIGHBOURS, len(images)), largest=False)
-    place = found.indices.cpu().numpy()
-    write_arrays(file, distance=found.values.cpu().numpy(), index=place + shard.start, images=images[place])
+    rows = found.indices.cpu().numpy()
+    write_arrays(file, distance=found.values.cpu().numpy(), index=rows + shard.start, images=images[rows])
 
 
-def nearest(files: list[Path]) -> dict[str, np.ndarray]:
-    """Over all tars, nearest first: distance and index in the split (n, k), images (n, k, C, H, W)."""
+def merge_nearest(files: list[Path]) -> dict[str, np.ndarray]:
+    """Merge all tars, nearest first: distance and index in the split (n, k), images (n, k, C, H, W)."""
     parts = [read_arrays(file) for file in files]
     joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
     order = joined["distance"].argsort(axis=1, kind="stable")[:, :NEIGHBOURS]
@@ -103,6 +89,6 @@ def nearest(files: list[Path]) -> dict[str, np.ndarray]:
 
 
 def _draw(samples: Path, n: int, files: list[Path], file: Path) -> None:
-    shown, _ = tars.load_images(samples, "samples", 0, n)
-    rows = np.concatenate([shown[:, None], nearest(files)["images"]], axis=1)
+    own, _ = tars.load_images(samples, "samples", 0, n)
+    rows = np.concatenate([own[:, None], merge_nearest(files)["images"]], axis=1)
     save_grid(torch.from_numpy(rows).flatten(0, 1), rows.shape[1], file)

@@ -1,7 +1,7 @@
 """Which figures are drawn, out of which units, and the seal.
 
-What units make is kept under all that it depends on, so asking for another figure repeats nothing. A figure
-that needs what the run has not got is left out; the manifest says why.
+What units make is kept under all that it depends on, so asking for another figure repeats nothing. A figure that
+needs what the run has not got is left out; the manifest says why.
 """
 
 import logging
@@ -15,10 +15,10 @@ from pipeline.compute.work import Unit
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
-from pipeline.stages.figures import chains, curves, nearest, scores_along
+from pipeline.stages.figures import chains, curves, nearest
 from pipeline.stages.figures.figure import Figure, Unavailable
 from pipeline.store import tars
-from pipeline.store.files import MANIFEST, read_manifest, write_manifest
+from pipeline.store.files import read_manifest, write_manifest
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
@@ -32,66 +32,66 @@ def directory(experiment: Experiment, run: Place) -> Path:
 
 def is_done(experiment: Experiment, run: Place) -> bool:
     """Whether the figures are sealed, and those that were left out have nothing more to wait for."""
+    place = run.of(experiment)
     try:
-        manifest = read_manifest(directory(experiment, run), check="size")
+        manifest = read_manifest(place.figures, check="size")
     except PipelineError as error:
         log.warning("%s; its figures are drawn again", error)
         return False
-    scored = (run.of(experiment).scores_manifest).exists()
-    return manifest is not None and (scored or not manifest["skipped"])
+    return manifest is not None and (place.scores_manifest.exists() or not manifest["skipped"])
 
 
 def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
-    """Yields the units whose results are missing, then draws the pictures and seals the folder."""
-    folder = directory(experiment, run)
-    if (folder / MANIFEST).exists():  # sealed, but not what was sealed, or not all: is_done said so
-        for file in (folder / MANIFEST, *folder.glob("*.png"), *folder.glob("*.svg")):
+    """Yield the units whose results are missing, then draw the pictures and seal the folder."""
+    place = run.of(experiment)
+    if place.figures_manifest.exists():  # sealed, but not what was sealed, or not all: is_done said so
+        for file in (place.figures_manifest, *place.figures.glob("*.png"), *place.figures.glob("*.svg")):
             file.unlink(missing_ok=True)
-    figures, skipped = plan(experiment, run)
+    figures, skipped = plan_figures(place)
     units = {file: unit for figure in figures for file, unit in figure.units.items()}
     yield [unit for file, unit in units.items() if not file.exists()]
     for figure in figures:
-        if not (folder / figure.file).exists():
-            figure.draw(list(figure.units), folder / figure.file)
+        if not (place.figures / figure.file).exists():
+            figure.draw(list(figure.units), place.figures / figure.file)
     order = [figure.file for figure in figures]
     captions = {figure.file: figure.caption for figure in figures}
-    write_manifest(folder, order, order=order, captions=captions, skipped=skipped)
+    write_manifest(place.figures, order, order=order, captions=captions, skipped=skipped)
 
 
-def plan(experiment: Experiment, run: Place) -> tuple[list[Figure], dict[str, str]]:
-    """The figures asked for that can be drawn, and the reasons why others cannot."""
+def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
+    """Plan the figures asked for that can be drawn; the reasons why others cannot."""
     figures, skipped = [], {}
-    for name in experiment.figures.which:
+    for name in place.experiment.figures.which:
         try:
-            figures.append(FIGURES[name](experiment, run))
+            figures.append(FIGURES[name](place))
         except Unavailable as error:
             log.warning("figure %s is left out: %s", name, error)
             skipped[name] = str(error)
     return figures, skipped
 
 
-def samples(experiment: Experiment, run: Place) -> Figure:
-    folder = run.of(experiment).samples
-    caption = "Unconditional samples" if experiment.sample.label is None else "Samples"
+def samples(place: Place) -> Figure:
+    """Plan Fig. 13."""
+    caption = "Unconditional samples" if place.experiment.sample.label is None else "Samples"
     caption += ", the first ones, not selected (paper, Fig. 13)"
-    shown = min(SAMPLES_SIDE**2, experiment.sample.num_images)
-    return Figure("samples.png", caption, {}, partial(_draw_samples, folder, shown))
+    n = min(SAMPLES_SIDE**2, place.experiment.sample.num_images)
+    return Figure("samples.png", caption, {}, partial(_draw_samples, place.samples, n))
 
 
-def _draw_samples(folder: Path, shown: int, files: list[Path], file: Path) -> None:
-    """The first samples of the set, in a square."""
-    images, _ = tars.load_images(folder, "samples", 0, shown)
-    save_grid(torch.from_numpy(images), min(SAMPLES_SIDE, max(1, int(shown**0.5))), file)
+def _draw_samples(folder: Path, n: int, files: list[Path], file: Path) -> None:
+    """Draw the first samples of the set in a square."""
+    images, _ = tars.load_images(folder, "samples", 0, n)
+    save_grid(torch.from_numpy(images), min(SAMPLES_SIDE, max(1, int(n**0.5))), file)
 
 
-FIGURES: dict[str, Callable[[Experiment, Place], Figure]] = {
+FIGURES: dict[str, Callable[[Place], Figure]] = {
     "samples": samples,
     "progressive": chains.progressive,
     "interpolation": chains.interpolation,
     "coarse_to_fine": chains.coarse_to_fine,
     "shared_latents": chains.shared_latents,
     "rate_distortion": curves.rate_distortion,
-    "scores_along": scores_along.scores_along,
+    "scores_along": curves.scores_along,
     "nearest_pixels": nearest.nearest_pixels,
     "nearest_features": nearest.nearest_features,
 }

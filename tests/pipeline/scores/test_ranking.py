@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from pipeline.config import sections
-from pipeline.scores.metrics import FAMILIES, METRICS, find_metric
+from pipeline.scores.metrics import METRICS, find_metric
 from pipeline.scores.ranking import format_winner, rank_runs
 
 FID = METRICS["fid"]
@@ -65,10 +64,6 @@ def test_other_images_and_other_protocols_are_groups_of_their_own():
     assert [len(group.ranked) for group in rank_runs(runs, FID)] == [2, 1, 1]
     assert "scored by 3 protocols" in format_winner(rank_runs(runs, FID), FID)
     assert "No run has a score of FID" in format_winner([], FID)
-
-
-def test_a_configuration_knows_every_family():
-    assert sections.METRICS == FAMILIES
 
 
 def test_a_metric_is_found_by_its_name_or_its_family():

@@ -9,14 +9,18 @@ import pytest
 import torch
 import torch_fidelity
 from conftest import tiny_experiment
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from fidelity import arguments
+from torch_fidelity.defaults import DEFAULTS
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from pipeline.engine.execute import locate
 from pipeline.errors import PipelineError
-from pipeline.scores import baselines, classifier, extractors
+from pipeline.scores import baselines, classifier, extractors, inception, projection
 from pipeline.scores import distances as scores
+from pipeline.scores.extractors import Extractor
 from pipeline.store import tars
+from pipeline.store.files import sha256_of
 
 CPU = torch.device("cpu")
 RELATIVE = 1e-5  # torch-fidelity's mean is float32
@@ -40,8 +44,22 @@ def trained(digits, tmp_path_factory):
 @pytest.fixture(scope="module", params=["classifier", "projection"])
 def extractor(request, trained):
     if request.param == "classifier":
-        return extractors.classifier_extractor(trained)
-    return extractors.projection_extractor(trained.with_name("projection.safetensors"), 1)
+        return in_file("classifier", trained)
+    return Extractor.of(
+        "projection", *projection.write_weights(trained.with_name("projection.safetensors"), 1)
+    )
+
+
+def in_file(kind, path):
+    return Extractor.of(kind, path, sha256_of(path))
+
+
+def knows_classes(extractor):
+    return extractor.kind != "projection"
+
+
+def in_inception(path, cache):
+    return Extractor.of(inception.NAME, *inception.copy_weights(path, cache))
 
 
 class Images(torch.utils.data.Dataset):
@@ -59,13 +77,10 @@ class Images(torch.utils.data.Dataset):
 
 def their_call(extractor, images, **asked):
     """torch-fidelity's own, on the same extractor and images."""
-    extractors.register(extractor)
-    layers = {f"feature_layer_{metric}": extractor.features for metric in ("fid", "kid", "prc")}
+    metrics = ("fid", "kid", "prc", *(("isc",) if asked.get("isc") else ()))
     return torch_fidelity.calculate_metrics(
-        input1=Images(images), feature_extractor=extractor.registered,
-        feature_extractor_weights_path=str(extractor.weights), cuda=False, cache=False, save_cpu_ram=True,
-        verbose=False, batch_size=50, isc_splits=min(scores.SPLITS, len(images)), **layers,
-        **({"feature_layer_isc": extractor.logits} if extractor.logits else {}), **asked,
+        input1=Images(images), cuda=False, cache=False, save_cpu_ram=True, verbose=False, batch_size=50,
+        isc_splits=min(scores.SPLITS, len(images)), **arguments(extractor, *metrics), **asked,
     )  # fmt: skip
 
 
@@ -73,10 +88,10 @@ def their_scores(extractor, images, reference, fid=True):
     n = min(len(images), len(reference))
     found = their_call(
         extractor, images, input2=Images(reference), fid=fid, kid=True, prc=True, kid_subset_size=n // 2,
-        isc=bool(extractor.logits), samples_shuffle=False,
+        isc=knows_classes(extractor), samples_shuffle=False,
     )  # fmt: skip
     del found["f_score"]
-    if extractor.logits:
+    if knows_classes(extractor):
         shuffled = their_call(extractor, images, isc=True)
         found |= {f"shuffled_{name}": value for name, value in shuffled.items()}
     return found
@@ -126,7 +141,7 @@ def test_scores_equal_torch_fidelitys_own_call(extractor, digits):
     real = extractors.extract(extractor, reference, CPU)
     parts = [extractors.extract(extractor, part, CPU) for part in np.split(images, [64, 128])]
     swapped = [extractors.extract(extractor, 255 - images, CPU)]
-    assert len(theirs) == (9 if extractor.logits else 5)
+    assert len(theirs) == (9 if knows_classes(extractor) else 5)
     assert_equal_scores(our_scores(parts, real), theirs, our_scores(swapped, real))
 
 
@@ -155,11 +170,11 @@ def test_features_tell_digits_from_a_gaussian_of_their_mean_and_covariance(extra
 def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
     net = classifier.load(trained)
     assert classifier.accuracy(net, *digits[1]) >= 0.95
-    assert extractors.classifier_extractor(trained).name.startswith("classifier-")
+    assert in_file("classifier", trained).name.startswith("classifier-")
     other = trained.with_name("other.safetensors")
     net.head.bias.data += 1
     classifier.save(net, other)
-    assert extractors.classifier_extractor(other).name != extractors.classifier_extractor(trained).name
+    assert in_file("classifier", other).name != in_file("classifier", trained).name
 
 
 def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
@@ -179,12 +194,10 @@ def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
 def test_extractors_take_other_image_sizes(side, tmp_path):
     images = baselines.noise_images(0, 3, (3, side, side))
     classifier.save(classifier.Classifier(3, 7), tmp_path / "c.safetensors")
-    features, logits = extractors.extract(
-        extractors.classifier_extractor(tmp_path / "c.safetensors"), images, CPU
-    )
+    features, logits = extractors.extract(in_file("classifier", tmp_path / "c.safetensors"), images, CPU)
     assert features.shape == (3, 64) and logits.shape == (3, 7)
-    projection = extractors.projection_extractor(tmp_path / "p.safetensors", 3)
-    features, logits = extractors.extract(projection, images, CPU)
+    drawn = Extractor.of("projection", *projection.write_weights(tmp_path / "p.safetensors", 3))
+    features, logits = extractors.extract(drawn, images, CPU)
     assert features.shape == (3, 64) and logits.shape == (3, 0)
 
 
@@ -233,6 +246,13 @@ def test_memory_does_not_grow_with_the_number_of_images():
     # What remains is each image's split and class, and the permutation while it is drawn: 20 bytes an image,
     # where its features and logits have 296.
     assert many - few < 18_000 * 20
+
+
+def test_the_settings_are_torch_fidelitys_defaults():
+    """Ours are spelled, since the import takes seconds."""
+    names = ("isc_splits", "rng_seed", "kid_subsets", "kid_subset_size", "prc_neighborhood")
+    ours = (scores.SPLITS, scores.SEED, scores.KID_SUBSETS, scores.KID_SUBSET_SIZE, scores.NEIGHBOURS)
+    assert ours == tuple(DEFAULTS[name] for name in names) and inception.URL == URL_INCEPTION_V3
 
 
 def test_kid_subsets_are_torch_fidelitys_or_half_of_a_small_set():
@@ -322,31 +342,33 @@ def require_live_features(a, b):
 
 def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "SPLITS", 2)  # a split of one image has a score of 1, whatever it shows
-    inception = extractors.inception_extractor(str(he_inception), tmp_path)
-    assert inception.name.startswith("inception-v3-compat-") and not inception.is_official
+    network = in_inception(str(he_inception), tmp_path)
+    assert network.name.startswith("inception-v3-compat-") and not network.is_official
     noise, pale = blocks(7)
-    theirs = their_scores(inception, noise, pale, fid=False)
-    ours, real = ([extractors.extract(inception, images, CPU)] for images in (noise, pale))
+    theirs = their_scores(network, noise, pale, fid=False)
+    ours, real = ([extractors.extract(network, images, CPU)] for images in (noise, pale))
     require_live_features(ours[0][0], real[0][0])
     assert_equal_scores(our_scores(ours, real[0], False), theirs, our_scores(real, ours[0], False))
-    # The distance itself in an earlier layer: the eigenvalues of the last one take half a minute.
-    early = dataclasses.replace(inception, features="192", logits=None)
-    expected = their_call(early, noise, input2=Images(pale), fid=True)["frechet_inception_distance"]
-    assert fid(our_score(early, noise), our_score(early, pale)) == pytest.approx(expected, rel=RELATIVE)
-    assert fid(our_score(early, noise // 2), our_score(early, pale)) != pytest.approx(expected, rel=0.1)
-    grey, logits = extractors.extract(inception, noise[:1, :1], CPU)
-    colour, _ = extractors.extract(inception, noise[:1, :1].repeat(3, axis=1), CPU)
+    grey, logits = extractors.extract(network, noise[:1, :1], CPU)
+    colour, _ = extractors.extract(network, noise[:1, :1].repeat(3, axis=1), CPU)
     assert np.array_equal(grey, colour) and logits.shape == (1, 1008)
+    # The distance itself in an earlier layer: the eigenvalues of the last one take half a minute.
+    monkeypatch.setattr(inception, "LAYERS", ("192", "logits_unbiased"))
+    extractors.load_network.cache_clear()
+    expected = their_call(network, noise, input2=Images(pale), fid=True)["frechet_inception_distance"]
+    assert fid(our_score(network, noise), our_score(network, pale)) == pytest.approx(expected, rel=RELATIVE)
+    assert fid(our_score(network, noise // 2), our_score(network, pale)) != pytest.approx(expected, rel=0.1)
+    extractors.load_network.cache_clear()
 
 
 @pytest.mark.slow
 def test_all_scores_of_inceptions_own_layers_equal_torch_fidelitys_call(he_inception, tmp_path):
     """2 x 24 images; the FID takes the eigenvalues of a matrix of 2048 x 2048, twice."""
-    inception = extractors.inception_extractor(str(he_inception), tmp_path)
+    network = in_inception(str(he_inception), tmp_path)
     noise, pale = blocks(24)
-    ours, real = ([extractors.extract(inception, images, CPU)] for images in (noise, pale))
+    ours, real = ([extractors.extract(network, images, CPU)] for images in (noise, pale))
     require_live_features(ours[0][0], real[0][0])
-    theirs = their_scores(inception, noise, pale)
+    theirs = their_scores(network, noise, pale)
     assert theirs["frechet_inception_distance"] > 1
     assert our_scores(ours, real[0]) == pytest.approx(theirs, rel=RELATIVE)
 
@@ -355,7 +377,7 @@ def test_weights_of_another_network_are_named(tmp_path):
     path = tmp_path / "vgg.pth"
     torch.save({"classifier.0.weight": torch.zeros(3)}, path)
     with pytest.raises(PipelineError, match=r"vgg\.pth \(sha256 [0-9a-f]{8}\) is not Inception.*Missing key"):
-        extractors.inception_extractor(str(path), tmp_path / "cache")
+        inception.copy_weights(str(path), tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir()), "nothing is kept that a later run would trust"
 
 
@@ -371,7 +393,7 @@ def test_weights_files_are_read_as_tensors_only(content, tmp_path, capsys):
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(PipelineError, match=r"weights\.pth is broken or holds more than plain tensors"):
-        extractors.inception_extractor(str(path), tmp_path / "cache")
+        inception.copy_weights(str(path), tmp_path / "cache")
     assert "was run" not in capsys.readouterr().out
 
 
@@ -382,7 +404,7 @@ def test_missing_inception_weights_say_where_to_put_them(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(PipelineError, match=r"no route to host.*evaluate\.extractor_weights.*6726825d\.pth"):
-        extractors.inception_extractor(None, tmp_path)
+        inception.copy_weights(None, tmp_path)
 
 
 def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
@@ -391,13 +413,13 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
     file.parent.mkdir()
     file.write_bytes(b"half")
     with pytest.raises(PipelineError, match="damaged"):
-        extractors.inception_extractor(None, tmp_path)
+        inception.copy_weights(None, tmp_path)
 
 
 def test_tf32_is_off_around_features_and_restored(monkeypatch, trained, digits):
     seen = []
-    extractor = extractors.classifier_extractor(trained)
-    load = extractors._load(extractor, CPU)
+    extractor = in_file("classifier", trained)
+    load = extractors.load_network(extractor, CPU)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     hook = load.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     extractors.extract(dataclasses.replace(extractor), digits[1][0][:2], CPU)

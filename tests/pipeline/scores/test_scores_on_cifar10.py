@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_fidelity
 from conftest import one_cpu
+from fidelity import arguments
 from staged import run_stage, scoring
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -16,8 +17,9 @@ from pipeline import config
 from pipeline.engine.execute import locate
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
-from pipeline.scores.image_sets import shard_set, shards_of
-from pipeline.scores.preparations import extractor_of, preparations
+from pipeline.scores.extractors import find_extractor
+from pipeline.scores.image_sets import list_shards, shard_set
+from pipeline.scores.preparations import missing_preparations
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
 from pipeline.store import tars
@@ -53,7 +55,7 @@ class Lmmse:
     """x_0 from x_t for Gaussian data of the test set's mean and covariance, kept by eigenvectors in a file."""
 
     file: Path
-    identity: ClassVar[str] = "lmmse"
+    identity: ClassVar[tuple[str]] = ("lmmse",)
     clip: ClassVar[bool] = False
 
     def load(self, device):
@@ -102,7 +104,7 @@ def test_the_table_of_the_best_linear_denoiser_comes_out_of_the_units(cifar10, l
     within 0.3 %. And L_T, to 1e-10: float32 would be off by 6e-10."""
     experiment, run = cifar10
     timesteps = [1000 - k for k in ROWS]
-    units = bound.units(experiment, run, lmmse, timesteps)
+    units = bound.units(run.of(experiment), lmmse, timesteps)
     assert len(units) == 40
     one_cpu().map_units(list(units.values()), lambda unit: None)
     parts = [read_unit(file) for file in units]
@@ -122,9 +124,9 @@ def test_its_rates_over_all_timesteps_do_too(cifar10, lmmse):
     one draw of noise for 16 images leaves."""
     experiment, run = cifar10
     experiment = scoring(experiment, nll_images=16, nll_batch_size=8)
-    units = bound.units(experiment, run, lmmse)
+    units = bound.units(run.of(experiment), lmmse)
     one_cpu().map_units(list(units.values()), lambda unit: None)
-    rows = bound.merge(units, 1000)["rate_distortion"]
+    rows = bound.merge(units, 1000)[1]["rate_distortion"]
     arrays = read_arrays(lmmse.file)
     x = tars.load_images(run.data, "test", 0, 16)[0].reshape(16, -1) / 127.5 - 1
     spread = (((x - arrays["mean"]) @ arrays["vectors"]) ** 2).mean(axis=0)
@@ -162,12 +164,12 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     in float32 they give its call's result, in float64 ours.
     """
     experiment, run = cifar10
-    wanted = [unit for unit in preparations(experiment, run) if "classifier" in unit.name]
+    wanted = [unit for unit in missing_preparations(run.of(experiment)) if "classifier" in unit.name]
     one_cpu().map_units(wanted, lambda unit: None)
-    extractor = extractor_of(experiment, run)
+    extractor = find_extractor(run.of(experiment))
     features, found = {}, {}
     for split in ("test", "train"):
-        images = shard_set(extractor, shards_of(run.data, split), run.data / "references" / "features")
+        images = shard_set(extractor, list_shards(run.data, split), run.reference_features)
         one_cpu().map_units(images.missing(), lambda unit: None)
         features[split], found[split] = images.features(), images.score().moments.statistics()
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)
@@ -175,8 +177,7 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(tars.load_images(run.data, "test")[0]),
         input2=Images(tars.load_images(run.data, "train")[0]),
-        feature_extractor=extractor.registered, feature_extractor_weights_path=str(extractor.weights),
-        feature_layer_fid="features", fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        **arguments(extractor, "fid"), fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
         batch_size=extractors.BATCH,
     )["frechet_inception_distance"]  # fmt: skip
     print(f"FID of test against train: {ours!r}, torch-fidelity's {theirs!r}, {ours / theirs - 1:.1e}")

@@ -34,7 +34,7 @@ def test_nll_is_the_bound_of_the_first_test_images(sampled):
     )  # fmt: skip
     scores_, nll = (
         results(experiment, run)["scores"],
-        read_json(evaluate.directory(experiment, run) / "nll.json"),
+        read_json(run.of(experiment).nll_json),
     )
     assert scores_["nll_bpd"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
     assert np.allclose(nll["terms"], expected.terms.mean(dim=0), rtol=1e-4, atol=1e-6)
@@ -56,7 +56,7 @@ def test_other_units_give_the_same_bound(sampled):
 
 def test_progress_counts_what_a_bound_takes_beside_features(sampled):
     experiment, run = sampled
-    every, two = bound.units(experiment, run), bound.units(experiment, run, timesteps=[3, 5])
+    every, two = bound.units(run.of(experiment)), bound.units(run.of(experiment), timesteps=[3, 5])
     assert [(unit.images, unit.passes) for unit in every.values()] == [(4, 20), (2, 20)]
     assert {unit.passes for unit in two.values()} == {2}
 
@@ -86,15 +86,15 @@ def test_another_metric_repeats_nothing(sampled):
 
 def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
     experiment, run = sampled
-    units = bound.units(experiment, run)
-    assert list(units) == list(bound.units(asking_for(experiment, sampler="ddim", num_images=99), run))
+    units = bound.units(run.of(experiment))
+    assert list(units) == list(bound.units(run.of(asking_for(experiment, sampler="ddim", num_images=99))))
     for other in (
         asking_for(experiment, weights="raw"),
         asking_for(experiment, checkpoint=4),
         scoring(experiment, decoder="erf"),
         scoring(experiment, variance="fixedsmall"),
     ):
-        assert not set(units) & set(bound.units(other, run))
+        assert not set(units) & set(bound.units(run.of(other)))
 
 
 def test_nll_needs_no_samples(tiny_run):
@@ -123,4 +123,4 @@ def test_a_killed_stage_goes_on_with_what_is_missing(sampled):
     [(25, (1, 8, 8), 10), (4, (3, 32, 32), 64), (250, (3, 32, 32), 1), (8, (3, 256, 256), 1)],
 )
 def test_a_network_call_of_the_bound_is_large_but_bounded(images, shape, timesteps):
-    assert bound.timesteps_per_call(images, shape) == timesteps
+    assert bound.count_timesteps(images, shape) == timesteps

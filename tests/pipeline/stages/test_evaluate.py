@@ -14,11 +14,13 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipeline.scores import classifier, extractors, preparations
+from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
-from pipeline.scores.image_sets import shard_set, shards_of
+from pipeline.scores.extractors import find_extractor
+from pipeline.scores.image_sets import list_shards, shard_set
 from pipeline.stages import evaluate, sample
-from pipeline.stages.evaluate import protocol
+from pipeline.stages.evaluate.protocol import explain_differences
+from pipeline.stages.evaluate.stage import list_samples
 from pipeline.store import tars
 
 CPU = torch.device("cpu")
@@ -63,7 +65,7 @@ def test_scores_are_those_of_the_stored_images(sampled):
     experiment, run = sampled
     experiment = scoring(experiment, metrics=FIDELITY)
     run_stage(evaluate, experiment, run)
-    extractor = preparations.extractor_of(experiment, run)
+    extractor = find_extractor(run.of(experiment))
 
     def score(folder, split, n=None):
         images, _ = tars.load_images(folder, split, 0, n)
@@ -90,14 +92,14 @@ def test_all_scores_are_torch_fidelitys_on_the_merged_feature_files(sampled, fea
     experiment, run = sampled
     experiment = scoring(experiment, metrics=EVERY, features=features)
     run_stage(evaluate, experiment, run)
-    extractor = preparations.extractor_of(experiment, run)
+    extractor = find_extractor(run.of(experiment))
     folder = run.data / "references" / "features"
     drawn, train, test = (
         shard_set(extractor, shards, place)
         for shards, place in (
-            (evaluate.sample_shards(experiment, run), run.score_units),
-            (shards_of(run.data, "train"), folder),
-            (shards_of(run.data, "test"), folder),
+            (list_samples(run.of(experiment)), run.score_units),
+            (list_shards(run.data, "train"), folder),
+            (list_shards(run.data, "test"), folder),
         )
     )
     own, real = merged(drawn), merged(train)
@@ -171,7 +173,7 @@ PAPER = {
 
 
 def test_the_papers_protocol_is_comparable():
-    assert protocol.why_not(PAPER, ("fid", "is", "nll")) == []
+    assert explain_differences(PAPER, ("fid", "is", "nll")) == []
 
 
 @pytest.mark.parametrize(
@@ -190,12 +192,12 @@ def test_the_papers_protocol_is_comparable():
     ],
 )
 def test_each_departure_from_it_is_a_reason(change, reason):
-    assert any(reason in found for found in protocol.why_not(PAPER | change, ("fid", "is", "nll")))
+    assert any(reason in found for found in explain_differences(PAPER | change, ("fid", "is", "nll")))
 
 
 def test_what_was_not_scored_is_no_reason():
-    assert protocol.why_not(PAPER | {"n": 16, "official_extractor": False}, ("nll",)) == []
-    assert protocol.why_not(PAPER | {"nll_images": 4}, ("fid",)) == []
+    assert explain_differences(PAPER | {"n": 16, "official_extractor": False}, ("nll",)) == []
+    assert explain_differences(PAPER | {"nll_images": 4}, ("fid",)) == []
 
 
 def test_looking_whether_it_is_done_loads_no_fidelity_library():
@@ -211,7 +213,7 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
     experiment = scoring(experiment, metrics=("fid",), features=features)
     with_weights(experiment, run)
     shutil.rmtree(run.data / "classifier", ignore_errors=True)
-    after, ran = evaluate.ahead(experiment, run), []
+    after, ran = evaluate.follow_samples(experiment, run), []
 
     def done(unit):
         ran.append(unit.name)
@@ -223,7 +225,9 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
     assert ran == ["samples 0-5", "samples 6-11"] + (made if features == "projection" else [])
     left = run_stage(evaluate, experiment, run)
     assert ("features of 00000.tar" in left) == (features == "classifier")
-    assert not evaluate.ahead(scoring(experiment, metrics=("nll",)), run)(sample_units(experiment, run)[0])
+    assert not evaluate.follow_samples(scoring(experiment, metrics=("nll",)), run)(
+        sample_units(experiment, run)[0]
+    )
 
 
 def sample_units(experiment, run):

@@ -13,9 +13,11 @@ from staged import asking_for, results, run_stage, scoring, with_weights
 from pipeline.engine.execute import locate
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores import classifier, preparations
+from pipeline.scores.extractors import find_extractor
 from pipeline.scores.reference import Reference
 from pipeline.stages import evaluate, sample
 from pipeline.stages.evaluate import bound
+from pipeline.stages.evaluate.stage import list_samples
 from pipeline.store import tars
 from pipeline.store.files import read_manifest, read_unit, sha256_of, write_json, write_unit
 
@@ -45,8 +47,8 @@ def test_a_unit_with_a_row_too_few_is_refused(sampled):
     experiment, run = sampled
     experiment = scoring(experiment, metrics=("fid",))
     run_stage(evaluate, experiment, run)
-    extractor = preparations.extractor_of(experiment, run)
-    last = evaluate.sample_shards(experiment, run)[-1]
+    extractor = find_extractor(run.of(experiment))
+    last = list_samples(run.of(experiment))[-1]
     file = run.score_units / extractor.name / f"{last.sha256[:16]}.npz"
     with np.load(file) as arrays:
         cut = {name: array[:-1] if array.ndim else array for name, array in arrays.items()}
@@ -59,7 +61,7 @@ def test_reference_statistics_are_never_stale(sampled):
     experiment, run = sampled
     experiment = scoring(experiment, metrics=("fid",), features="projection")
     run_stage(evaluate, experiment, run)
-    extractor = preparations.extractor_of(experiment, run)
+    extractor = find_extractor(run.of(experiment))
     reference = Reference.of(run, extractor, "train")
     assert reference.load().n == 1437
     assert dataclasses.replace(reference, content="of other images").load() is None
@@ -68,9 +70,10 @@ def test_reference_statistics_are_never_stale(sampled):
 
 
 def test_labels_beyond_the_classes_are_refused(sampled):
-    _, run = sampled
+    experiment, run = sampled
+    fewer = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, labels=5))
     with pytest.raises(PipelineError, match=r"labels 0\.\.9 .*data\.labels=5 allows 0\.\.4"):
-        preparations.train_classifier(one_cpu().context, run, 5)
+        preparations.train_classifier(one_cpu().context, run.of(fewer))
 
 
 # Units and tars that are not what they are taken for
@@ -134,9 +137,9 @@ def test_features_of_other_images_are_not_taken_for_these(projected):
     experiment, run = projected
     run_stage(evaluate, experiment, run)
     scored = results(experiment, run)
-    extractor = preparations.extractor_of(experiment, run)
+    extractor = find_extractor(run.of(experiment))
     folder = run.score_units / extractor.name
-    first, second = (folder / f"{shard.sha256[:16]}.npz" for shard in evaluate.sample_shards(experiment, run))
+    first, second = (folder / f"{shard.sha256[:16]}.npz" for shard in list_samples(run.of(experiment)))
     shutil.copy(first, folder / "0123456789abcdef.npz")
     run_stage(evaluate, experiment, run)
     assert results(experiment, run) == scored
@@ -150,7 +153,7 @@ def test_a_bound_of_another_key_is_not_taken_for_this(sampled):
     other = scoring(experiment, decoder="erf")
     run_stage(evaluate, experiment, run)
     run_stage(evaluate, other, run)
-    ours, theirs = (next(iter(bound.units(e, run))) for e in (experiment, other))
+    ours, theirs = (next(iter(bound.units(run.of(e)))) for e in (experiment, other))
     shutil.copy(theirs, ours)
     with pytest.raises(PipelineError, match=f"holds {theirs.parent.name}/.*, not {ours.parent.name}/"):
         run_stage(evaluate, experiment, run)
@@ -159,7 +162,7 @@ def test_a_bound_of_another_key_is_not_taken_for_this(sampled):
 def test_a_bound_of_fewer_images_or_timesteps_is_refused(sampled):
     experiment, run = sampled
     run_stage(evaluate, experiment, run)
-    file = next(iter(bound.units(experiment, run)))
+    file = next(iter(bound.units(run.of(experiment))))
     whole = read_unit(file)
     for cut in (np.s_[:3], np.s_[:, :19]):
         write_unit(file, **{**whole, "terms": whole["terms"][cut]})
@@ -201,7 +204,7 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
     """The training split's own statistics, brought as a file, give the same FID."""
     experiment, run = projected
     run_stage(evaluate, experiment, run)
-    kept = Reference.of(run, preparations.extractor_of(experiment, run), "train").load()
+    kept = Reference.of(run, find_extractor(run.of(experiment)), "train").load()
     file = statistics(tmp_path / "their.npz", mu=kept.mu, sigma=kept.sigma)
     brought = scoring(experiment, reference=file)
     run_stage(evaluate, brought, run)

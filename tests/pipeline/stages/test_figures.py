@@ -22,10 +22,10 @@ from pipeline.drawing import charts
 from pipeline.engine.execute import locate
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores.distances import Moments, frechet_distance
-from pipeline.scores.image_sets import shards_of
+from pipeline.scores.image_sets import list_shards
 from pipeline.scores.reference import Reference
 from pipeline.stages import evaluate, figures, sample, shard
-from pipeline.stages.figures import chains, curves, nearest, scores_along
+from pipeline.stages.figures import chains, curves, nearest
 from pipeline.stages.figures.stage import FIGURES
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_network
@@ -101,7 +101,7 @@ def test_progressive_ends_in_the_samples(drawn):
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 20, 1000])
 def test_stages_are_evenly_spaced_and_end_the_chain(steps):
-    kept = chains.shown_steps(steps)
+    kept = chains.choose_stages(steps)
     assert kept[-1] == steps and len(kept) == min(10, steps)
     assert steps < 10 or set(np.diff([0, *kept])) == {steps // 10}
 
@@ -136,10 +136,10 @@ def test_interpolation_at_lambda_0_and_1_is_the_plain_chains(drawn):
 def test_the_noise_is_shared_over_lambda(drawn):
     experiment, run = drawn
     image = torch.from_numpy(tars.load_images(run.data, "test", 0, 1)[0][0])
-    same = chains.mixed(one_cpu().context, experiment, run, image, image, 0, 10)
+    same = chains.mix(one_cpu().context, run.of(experiment), image, image, 0, 10)
     assert same.shape == (11, 1, 8, 8)
     assert torch.allclose(same, same[:1].expand_as(same), atol=1e-4), "only the sources may differ"
-    other = chains.mixed(one_cpu().context, experiment, run, image, image, 1, 10)
+    other = chains.mix(one_cpu().context, run.of(experiment), image, image, 1, 10)
     assert not torch.allclose(same, other, atol=0.01), "pairs have noise of their own"
 
 
@@ -162,7 +162,7 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
     diffusion, index = Diffusion(experiment.diffusion), torch.arange(3)
     net = load_network(experiment, run, experiment.train.steps, "ema", torch.device("cpu"))
     for steps in (20, 10, 5):
-        x_t, children = chains.shared(one_cpu().context, experiment, run, 3, steps)
+        x_t, children = chains.share_latents(one_cpu().context, run.of(experiment), 3, steps)
 
         def noise(t):
             return normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
@@ -171,7 +171,7 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
         assert nearly_equal(to_uint8(last.x_t), samples_of(experiment, run, 3))
         assert children.shape == (9, 1, 8, 8)
     assert torch.equal(
-        chains.shared(one_cpu().context, experiment, run, 3, 20)[0],
+        chains.share_latents(one_cpu().context, run.of(experiment), 3, 20)[0],
         normal(experiment.seed, Stream.X_T, 0, index, (1, 8, 8)),
     )
 
@@ -188,8 +188,8 @@ def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_pat
     experiment, run = drawn
     panels = []
     monkeypatch.setattr(charts, "save", lambda made, file: panels.extend(made))
-    curves.rate_distortion(experiment, run).draw([], tmp_path / "x.svg")
-    rows = read_json(evaluate.directory(experiment, run) / "nll.json")["rate_distortion"]
+    curves.rate_distortion(run.of(experiment)).draw([], tmp_path / "x.svg")
+    rows = read_json(run.of(experiment).nll_json)["rate_distortion"]
     for panel, across, up in zip(
         panels, ("k", "k", "rate_bpd"), ("rmse", "rate_bpd", "rmse"), strict=True
     ):  # fmt: skip
@@ -200,11 +200,11 @@ def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_pat
 
 def test_scores_along_end_in_the_runs_own(drawn):
     experiment, run = drawn
-    figure = scores_along.scores_along(experiment, run)
+    figure = curves.scores_along(run.of(experiment))
     assert "12 images, too few" in figure.caption
-    reference = Reference.of(run, scores_along.scored_extractor(experiment, run), "train")
-    along = scores_along.score_stages(list(figure.units), 12, reference)
-    scored = read_json(evaluate.directory(experiment, run) / evaluate.METRICS)["scores"]["fid"]
+    reference = Reference.of(run, curves.find_scoring_extractor(run.of(experiment)), "train")
+    along = curves.score_stages(list(figure.units), 12, reference)
+    scored = read_json(run.of(experiment).metrics_json)["scores"]["fid"]
     assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
     assert along[0]["fid"] != pytest.approx(scored, rel=1e-3)
 
@@ -219,13 +219,13 @@ def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
     kept = Reference(tmp_path / "reference.npz", "content")
     arrays = {"n": np.array(reference.n), "content": np.array("content")}
     write_arrays(kept.file, mu=reference.mu, sigma=reference.sigma, **arrays)
-    found = scores_along.score_stages(files, 30, kept)
+    found = curves.score_stages(files, 30, kept)
     for number in (0, 1):
         expected = frechet_distance(Moments.of(features[number]).statistics(), reference)
         assert found[number]["fid"] == pytest.approx(expected, rel=1e-9)
         assert 1 <= found[number]["is_mean"] <= 3
     with pytest.raises(PipelineError, match="short set"):
-        scores_along.score_stages(files[:1], 30, kept)
+        curves.score_stages(files[:1], 30, kept)
 
 
 def samples_from(folder, images):
@@ -244,14 +244,14 @@ def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
     if space == "features":
         vectors = vectors @ np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
     files = []
-    for tar in shards_of(run.data, "train"):
+    for tar in list_shards(run.data, "train"):
         query, gallery = None, None
         if space == "features":
             query, gallery = vectors[chosen], tmp_path / f"{tar.name}-features.npz"
             write_arrays(gallery, features=vectors[tar.start : tar.start + tar.count])
         files.append(tmp_path / f"{tar.name}.npz")
         nearest.search(one_cpu().context, tmp_path, 3, query, tar, gallery, files[-1])
-    found = nearest.nearest(files)
+    found = nearest.merge_nearest(files)
     assert found["index"][:, 0].tolist() == chosen and (found["distance"][:, 0] == 0).all()
     assert np.array_equal(found["images"][:, 0], pixels[chosen])
     distance = np.linalg.norm(vectors[chosen][:, None] - vectors[None], axis=2)

@@ -47,7 +47,7 @@ def prepared(tmp_path_factory) -> Path:
     with_weights(experiment, run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "STEPS", 20)
-        preparations.train_classifier(one_cpu().context, run, 10)
+        preparations.train_classifier(one_cpu().context, run)
     return storage
 
 

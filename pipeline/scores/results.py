@@ -1,0 +1,54 @@
+"""What metrics.json holds: scores, and how they came about."""
+
+from typing import TypedDict
+
+Scores = dict[str, float]
+
+
+class ScoreProtocol(TypedDict, total=False):
+    """How scores came about; nulls and what was not asked for are left out or None. Samples add the keys of theirs."""
+
+    checkpoint: int
+    checkpoint_rule: str
+    weights: str
+    n: int
+    reference: str
+    reference_images: int | None
+    fid_test_images: int | None
+    sampler: str
+    steps: int
+    timesteps: int
+    extractor: str
+    official_extractor: bool
+    features: int
+    splits: int | None
+    is_shuffle_seed: int
+    kid: str
+    prc: str
+    decoder: str
+    nll_variance: str
+    nll_precision: str
+    nll_images: int
+    test_images: int
+    comparable: bool
+    why_not: list[str]
+
+
+class Results(TypedDict, total=False):
+    """`reference_points`: the scores of known images; `class_shares`: of the samples, by the classifier."""
+
+    scores: Scores
+    protocol: ScoreProtocol
+    reference_points: dict[str, Scores]
+    class_shares: list[float]
+
+
+class Bound(TypedDict):
+    """What nll.json holds: means over n test images of the terms (T,) in bits/dim, the MSE (T,) of x_0 and the prior,
+    and the rows of rate and distortion after k reverse steps."""
+
+    terms: list[float]
+    mse: list[float]
+    prior: float
+    n: int
+    rate_distortion: list[dict[str, float]]

@@ -1,0 +1,39 @@
+"""The reverse process that samples are drawn by, for whoever draws: its steps, its network, its labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.diffusion import Diffusion, Network
+from ddpm.networks import NO_LABEL
+from ddpm.sampler import guided, spaced_timesteps
+from pipeline.config import Experiment, checkpoint_step
+from pipeline.store.checkpoint import load_network
+from pipeline.store.run import Place
+
+
+def build_chain(experiment: Experiment) -> Diffusion:
+    """Build the diffusion of all T steps, or of sample.steps of them."""
+    diffusion, steps = Diffusion(experiment.diffusion), experiment.sample.steps
+    return diffusion.respaced(spaced_timesteps(len(diffusion), steps)) if steps else diffusion
+
+
+def load_plain(place: Place, device: torch.device, compiled: bool = False) -> nn.Module:
+    """Load the network of the checkpoint that is sampled."""
+    experiment, sample = place.experiment, place.experiment.sample
+    return load_network(
+        experiment, place, checkpoint_step(experiment), sample.weights, device, sample.precision, compiled
+    )
+
+
+def load_guided(place: Place, device: torch.device, compiled: bool = False) -> Network:
+    """Load the same with the guidance of sample.guidance_scale."""
+    net, scale = load_plain(place, device, compiled), place.experiment.sample.guidance_scale
+    return guided(net, scale, NO_LABEL) if scale != 1 else net
+
+
+def choose_labels(experiment: Experiment, index: Tensor) -> Tensor | None:
+    """Choose the classes of images index (N,), int64 (N,) on its device; None where no class is asked for."""
+    labels = [experiment.asked_label(number) for number in index.tolist()]
+    return None if experiment.sample.label is None else torch.tensor(labels, device=index.device)
