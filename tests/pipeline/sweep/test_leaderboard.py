@@ -10,7 +10,7 @@ import pytest
 from synthetic_run import make_run, write_scores
 
 from pipeline import tracking
-from pipeline.report.page import Picture
+from pipeline.drawing import charts
 from pipeline.sweep.board import Board
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.ledger import Ledger
@@ -40,10 +40,7 @@ class Silence:
 def plain(monkeypatch):
     """No server, and pictures that take no time."""
 
-    def picture(name, title, x, caption, draw, size=None):
-        return Picture(f"{name}.svg", b"<svg></svg>", f"{title}: {caption}")
-
-    monkeypatch.setattr("pipeline.report.plots._picture", picture)
+    monkeypatch.setattr(charts, "save", lambda panels, file: file.write_text("<svg></svg>"))
     monkeypatch.setattr(tracking, "Parent", Silence)
 
 
