@@ -29,7 +29,7 @@ def gaussian_images(
 ) -> np.ndarray:
     """Draws [start, stop) of the Gaussian, rounded and clamped to uint8 (n,C,H,W)."""
     z = normal(SEED, Stream.BASELINE, GAUSSIAN, torch.arange(start, stop), (len(mean),)).double().numpy()
-    pixels = mean + z @ factor.T
+    pixels: np.ndarray = mean + z @ factor.T
     return pixels.round().clip(0, 255).astype(np.uint8).reshape(-1, *shape)
 
 

@@ -62,7 +62,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (a, b))
-    return fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
+    return float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
 
 
 # IS

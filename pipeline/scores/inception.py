@@ -32,7 +32,8 @@ class Inception(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.net(images.repeat(1, 3, 1, 1) if images.shape[1] == 1 else images)
+        outputs: tuple[Tensor, ...] = self.net(images.repeat(1, 3, 1, 1) if images.shape[1] == 1 else images)
+        return outputs
 
 
 load = Inception

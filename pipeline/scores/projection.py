@@ -42,7 +42,8 @@ class Projection(nn.Module):
 def _normals(step: int, rows: int, *shape: int) -> Tensor:
     """Draw (rows, *shape) of variance 1 / elements of a row."""
     draw = normal(SEED, Stream.PROJECTION, step, torch.arange(rows), shape)
-    return draw / draw[0].numel() ** 0.5
+    scale: float = draw[0].numel() ** 0.5
+    return draw / scale
 
 
 def write_weights(path: Path, channels: int) -> tuple[Path, str]:
