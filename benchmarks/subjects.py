@@ -11,6 +11,7 @@ from torch import nn
 
 from benchmarks.harness import Contender, Settings, Skipped
 from ddpm import Diffusion, TrainConfig, TrainState, UNetConfig, build_network, train_step
+from ddpm.kernels import accelerate
 
 PAPER = UNetConfig()
 SIDE = 32
@@ -58,7 +59,7 @@ class Way:
 
 
 def our_network(device: torch.device) -> nn.Module:
-    return Way("fp32").place(build_network(PAPER, SIDE, 3, 3, seed=0), device)
+    return Way("fp32").place(accelerate(build_network(PAPER, SIDE, 3, 3, seed=0)), device)
 
 
 def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any]:

@@ -12,6 +12,7 @@ _WHERE = {
         "config": "DiffusionConfig TrainConfig",
         "diffusion": "Diffusion",
         "ema": "EMA",
+        "kernels": "accelerate",
         "images": "from_uint8 to_uint8",
         "likelihood": "Likelihood bits_per_dim rate_distortion",
         "networks": "NETWORKS NO_LABEL",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ddpm.ema import EMA as EMA
     from ddpm.images import from_uint8 as from_uint8
     from ddpm.images import to_uint8 as to_uint8
+    from ddpm.kernels import accelerate as accelerate
     from ddpm.likelihood import Likelihood as Likelihood
     from ddpm.likelihood import bits_per_dim as bits_per_dim
     from ddpm.likelihood import rate_distortion as rate_distortion

@@ -14,17 +14,13 @@ from torch import Tensor, nn
 
 from ddpm.networks import NO_LABEL
 from ddpm.networks.config import ContextUNetConfig
-from ddpm.networks.layers import draw_weights
-from ddpm.networks.unet import timestep_embedding
+from ddpm.networks.layers import SeededNetwork, shortcut, timestep_embedding
 
 
-class ContextUNet(nn.Module):
+class ContextUNet(SeededNetwork):
     """eps_theta(x_t, t, context) with time and class acting on every level below the finest.
 
-    num_classes = 0 makes a network without context. Weights are drawn at construction from torch's global
-    generator; `reset_parameters` draws them again from a given one.
-
-    Raises ValueError when `config.problems(image_size)` is not empty.
+    num_classes = 0 makes a network without context.
     """
 
     def __init__(
@@ -35,9 +31,7 @@ class ContextUNet(nn.Module):
         out_channels: int,
         num_classes: int = 0,
     ) -> None:
-        super().__init__()
-        if problems := config.problems(image_size):
-            raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
+        super().__init__(config, image_size)
         self.config, self.num_classes = config, num_classes
         widths = config.widths
         self.conv_in = ResidualConv(in_channels, widths[0], config)
@@ -53,10 +47,6 @@ class ContextUNet(nn.Module):
         )
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew and forget the running statistics."""
-        draw_weights(self, generator)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict from a noised image.
@@ -127,8 +117,7 @@ class ResidualConv(nn.Module):
         self.norm1 = _norm(out_channels, config)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels, config)
-        same_width = in_channels == out_channels
-        self.shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.norm1(self.conv1(x)))

@@ -1,23 +1,59 @@
-"""The first draw of weights that networks share."""
+"""What the networks share: how their weights are drawn, and how t enters."""
+
+import math
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ddpm.networks.unet import NEAR_ZERO_GAIN
+from ddpm.networks.config import NetworkConfig
 
+NEAR_ZERO_GAIN = 1e-5  # authors' code: variance scale 1e-10, small but not zero
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
-def draw_weights(net: nn.Module, generator: torch.Generator | None) -> None:
-    """As in the paper's network: Xavier-uniform weights, zero biases, a first output near zero.
+class SeededNetwork(nn.Module):
+    """A network whose weights can be drawn again from a given generator.
 
-    The last layer of `net` is its `conv_out`; norms start as the identity.
+    A subclass draws them at construction from torch's global generator. `near_zero` names the layers whose
+    weights are so small that what they end passes next to nothing at first.
+
+    Raises ValueError when `config.problems(image_size)` is not empty.
     """
-    for module in net.modules():
-        if isinstance(module, NORMS):
-            module.reset_parameters()  # running statistics and their counter too
-        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            gain = NEAR_ZERO_GAIN if module is net.conv_out else 1.0
-            nn.init.xavier_uniform_(module.weight, gain, generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+
+    near_zero: ClassVar[tuple[str, ...]] = ("conv_out",)
+
+    def __init__(self, config: NetworkConfig, image_size: int) -> None:
+        super().__init__()
+        if problems := config.problems(image_size):
+            raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw Xavier-uniform weights, with gain 1e-5 in the layers in `near_zero`, and reset biases and norms.
+
+        Authors' code: variance scaling, fan_avg, uniform, with scale 1 or 1e-10.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, NORMS):
+                module.reset_parameters()  # running statistics and their counter too
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                gain = NEAR_ZERO_GAIN if name.split(".")[-1] in self.near_zero else 1.0
+                nn.init.xavier_uniform_(module.weight, gain, generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """Embed t (N,) in sinusoids: float32 (N, width), all sines, then all cosines (authors' code).
+
+    Frequencies 10000^(-i / (half-1)), i = 0..half-1, half = width / 2.
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def shortcut(in_channels: int, out_channels: int) -> nn.Module:
+    """Make the way past a residual block: the identity, or a 1x1 convolution where the width changes."""
+    return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)

@@ -10,23 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.networks.config import MHAUNetConfig
-from ddpm.networks.layers import draw_weights
-from ddpm.networks.unet import timestep_embedding
+from ddpm.networks.layers import SeededNetwork, timestep_embedding
 
 
-class MHAUNet(nn.Module):
-    """eps_theta(x_t, t): double convolutions and self-attention on each level, joined by skip connections.
-
-    Weights are drawn at construction from torch's global generator; `reset_parameters` draws them again from a
-    given one.
-
-    Raises ValueError when `config.problems(image_size)` is not empty.
-    """
+class MHAUNet(SeededNetwork):
+    """eps_theta(x_t, t): double convolutions and self-attention on each level, joined by skip connections."""
 
     def __init__(self, config: MHAUNetConfig, image_size: int, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        if problems := config.problems(image_size):
-            raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
+        super().__init__(config, image_size)
         self.config = config
         widths, up_widths = config.widths, config.up_widths
         self.conv_in = DoubleConv(in_channels, widths[0], widths[0])
@@ -40,10 +31,6 @@ class MHAUNet(nn.Module):
         self.up = nn.ModuleList(Up(coarse, fine, config) for coarse, fine in pairwise(up_widths))
         self.conv_out = nn.Conv2d(up_widths[-1], out_channels, 1)
         self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw all weights anew."""
-        draw_weights(self, generator)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict from a noised image.

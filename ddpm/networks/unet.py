@@ -1,57 +1,51 @@
 """The paper's U-Net (Appendix B, Section 4; details from the authors' code)."""
 
-import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.kernels.cpu import attend, conv3x3, dropout, group_norm, pointwise
 from ddpm.networks.config import UNetConfig
+from ddpm.networks.layers import SeededNetwork, shortcut, timestep_embedding
 
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
-NEAR_ZERO_GAIN = 1e-5  # authors' code: variance scale 1e-10, small but not zero
-NEAR_ZERO_LAYERS = ("conv2", "proj_out", "conv_out")  # the last layer of each residual branch, and of the net
-Modules = list[nn.Module]
+swish = F.silu
 
 
-class UNet(nn.Module):
+class UNet(SeededNetwork):
     """eps_theta(x_t, t): residual blocks on several resolutions, joined by skip connections.
 
-    `image_size` decides only which levels have attention. Weights are drawn at construction from torch's
-    global generator; `reset_parameters` draws them again from a given one.
-
-    Raises ValueError when `config.problems(image_size)` is not empty.
+    `image_size` decides only which levels have attention.
     """
 
+    # The last layer of each residual branch, and of the net.
+    near_zero: ClassVar[tuple[str, ...]] = ("conv2", "proj_out", "conv_out")
+
     def __init__(self, config: UNetConfig, image_size: int, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        if problems := config.problems(image_size):
-            raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
+        super().__init__(config, image_size)
         self.config = config
-        width, groups = config.channels, config.norm_groups
+        width, blocks = config.channels, config.num_res_blocks
+        levels = list(zip(config.widths, config.resolutions(image_size), strict=True))
         self.time_mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.down, skip_widths = _encoder(config, image_size)
-        self.middle = Middle(config.widths[-1], config)
-        self.up = _decoder(config, image_size, skip_widths)
-        self.norm_out = nn.GroupNorm(groups, config.widths[0], NORM_EPS)
-        self.conv_out = nn.Conv2d(config.widths[0], out_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        skips = [width]  # the width of every skip, in the order in which they are pushed
+        for i, (width, side) in enumerate(levels):
+            is_coarsest = i == len(levels) - 1
+            in_widths = [skips[-1]] + [width] * (blocks - 1)
+            self.down.append(DownLevel(in_widths, width, side, is_coarsest, config))
+            skips += [width] * (blocks if is_coarsest else blocks + 1)
+        self.middle = Middle(width, config)
+        self.up = nn.ModuleList()
+        for i, (out_width, side) in reversed(list(enumerate(levels))):
+            # One block more than on the way down, for the skip that was downsampled.
+            in_widths = [(out_width if n else width) + skips.pop() for n in range(blocks + 1)]
+            self.up.append(UpLevel(in_widths, out_width, side, i == 0, config))
+            width = out_width
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, NORM_EPS)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Xavier-uniform weights and zero biases; the layers in NEAR_ZERO_LAYERS get gain 1e-5.
-
-        Authors' code: variance scaling, fan_avg, uniform, with scale 1 or 1e-10.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.GroupNorm):
-                module.reset_parameters()
-            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                gain = NEAR_ZERO_GAIN if name.split(".")[-1] in NEAR_ZERO_LAYERS else 1.0
-                nn.init.xavier_uniform_(module.weight, gain, generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict from a noised image.
@@ -62,7 +56,7 @@ class UNet(nn.Module):
         if context is not None:
             raise ValueError("the unet takes no labels: use context_unet, or leave data.labels off")
         # The swish before every block's projection is the same tensor, so it is taken once.
-        temb = F.silu(self.time_mlp(timestep_embedding(t, self.config.channels)))
+        temb = swish(self.time_mlp(timestep_embedding(t, self.config.channels)))
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:
@@ -70,16 +64,33 @@ class UNet(nn.Module):
         h = self.middle(h, temb)
         for level in self.up:
             h = level(h, temb, skips)
-        return self.conv_out(group_norm(self.norm_out, h, swish=True)).float()
+        return self.head(h)
+
+    def head(self, h: Tensor) -> Tensor:
+        """conv(swish(norm(h))), float32 (N, out_channels, H, W)."""
+        return self.conv_out(swish(self.norm_out(h))).float()
 
 
-class DownLevel(nn.Module):
-    """Residual blocks of one resolution, each with its attention if any, then downsampling if any."""
+class Level(nn.Module):
+    """Residual blocks of one resolution, each followed by attention where the resolution has it."""
 
-    def __init__(self, blocks: Modules, attentions: Modules, downsample: nn.Module | None) -> None:
+    def __init__(self, in_widths: list[int], width: int, side: int, config: UNetConfig) -> None:
         super().__init__()
-        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
-        self.downsample = downsample
+        self.blocks = nn.ModuleList(ResBlock(in_width, width, config) for in_width in in_widths)
+        attends = side in config.attention_resolutions
+        self.attentions = nn.ModuleList(
+            Attention(width, config.norm_groups) if attends else nn.Identity() for _ in in_widths
+        )
+
+
+class DownLevel(Level):
+    """A level on the way down: its blocks, then downsampling, but for the coarsest."""
+
+    def __init__(
+        self, in_widths: list[int], width: int, side: int, is_coarsest: bool, config: UNetConfig
+    ) -> None:
+        super().__init__(in_widths, width, side, config)
+        self.downsample = None if is_coarsest else Downsample(width)
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Append every output to `skips`, the downsampled one too."""
@@ -92,13 +103,15 @@ class DownLevel(nn.Module):
         return h
 
 
-class UpLevel(nn.Module):
-    """Residual blocks of one resolution, each taking one skip, then upsampling if any."""
+class UpLevel(Level):
+    """A level on the way up: its blocks, each of which takes one skip, then upsampling, but for the finest."""
 
-    def __init__(self, blocks: Modules, attentions: Modules, upsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
-        self.upsample = upsample
+    def __init__(
+        self, in_widths: list[int], width: int, side: int, is_finest: bool, config: UNetConfig
+    ) -> None:
+        super().__init__(in_widths, width, side, config)
+        upsample = {"conv": Upsample, "transposed": TransposedUpsample}[config.resample]
+        self.upsample = None if is_finest else upsample(width)
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Pop one skip per block, last in first out, and join it behind h."""
@@ -131,15 +144,11 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        same_width = in_channels == out_channels
-        self.shortcut = nn.Identity() if same_width else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = (
-            conv3x3(self.conv1, group_norm(self.norm1, x, swish=True))
-            + self.time_proj(temb)[:, :, None, None]
-        )
-        h = conv3x3(self.conv2, dropout(self.dropout, group_norm(self.norm2, h, swish=True)))
+        h = self.conv1(swish(self.norm1(x))) + self.time_proj(temb)[:, :, None, None]
+        h = self.conv2(self.dropout(swish(self.norm2(h))))
         return self.shortcut(x) + h
 
 
@@ -153,11 +162,9 @@ class Attention(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = group_norm(self.norm, x, swish=False)
-        # (N, C, H, W) -> (N, H*W, C), without a copy in channels_last
-        q, k, v = (pointwise(f, normed).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
-        h = attend(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + pointwise(self.proj_out, h)
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # (N, H*W, C)
+        h = F.scaled_dot_product_attention(self.q(pixels), self.k(pixels), self.v(pixels))
+        return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
 
 
 class Downsample(nn.Module):
@@ -179,7 +186,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv3x3(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class TransposedUpsample(nn.Module):
@@ -191,52 +198,3 @@ class TransposedUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
-
-
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
-    """Sinusoids of t (N,) -> float32 (N, width): all sines, then all cosines (authors' code).
-
-    Frequencies 10000^(-i / (half-1)), i = 0..half-1, half = width / 2.
-    """
-    half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-    angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-
-def _attention(width: int, resolution: int, config: UNetConfig) -> nn.Module:
-    wanted = resolution in config.attention_resolutions
-    return Attention(width, config.norm_groups) if wanted else nn.Identity()
-
-
-def _encoder(config: UNetConfig, image_size: int) -> tuple[nn.ModuleList, list[int]]:
-    """The levels, finest first, and the width of every skip in the order in which they are pushed."""
-    levels, skip_widths = nn.ModuleList(), [config.channels]
-    for width, resolution in zip(config.widths, config.resolutions(image_size), strict=True):
-        blocks: Modules = []
-        for _ in range(config.num_res_blocks):
-            blocks.append(ResBlock(skip_widths[-1], width, config))
-            skip_widths.append(width)
-        attentions = [_attention(width, resolution, config) for _ in blocks]
-        coarsest = len(levels) == len(config.widths) - 1
-        levels.append(DownLevel(blocks, attentions, None if coarsest else Downsample(width)))
-        if not coarsest:
-            skip_widths.append(width)
-    return levels, skip_widths
-
-
-def _decoder(config: UNetConfig, image_size: int, skip_widths: list[int]) -> nn.ModuleList:
-    """The levels, coarsest first; each has one block more than the encoder's, for the downsampled skip."""
-    upsample = {"conv": Upsample, "transposed": TransposedUpsample}[config.resample]
-    skip_widths, levels = list(skip_widths), nn.ModuleList()
-    in_width = config.widths[-1]
-    coarse_to_fine = list(zip(config.widths, config.resolutions(image_size), strict=True))[::-1]
-    for width, resolution in coarse_to_fine:
-        blocks: Modules = []
-        for _ in range(config.num_res_blocks + 1):
-            blocks.append(ResBlock(in_width + skip_widths.pop(), width, config))
-            in_width = width
-        attentions = [_attention(width, resolution, config) for _ in blocks]
-        finest = len(levels) == len(config.widths) - 1
-        levels.append(UpLevel(blocks, attentions, None if finest else upsample(width)))
-    return levels

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ddpm.diffusion import Diffusion
+from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.sampler import InBF16
 from pipeline.config import Experiment
@@ -189,8 +190,10 @@ def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> n
     data = experiment.data
     out_channels = Diffusion(experiment.diffusion).out_channels(data.channels)
     classes = data.labels if experiment.takes_labels else 0
-    return build_network(
-        experiment.model, data.image_size, data.channels, out_channels, experiment.seed, classes, device
+    return accelerate(
+        build_network(
+            experiment.model, data.image_size, data.channels, out_channels, experiment.seed, classes, device
+        )
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from ddpm.config import DiffusionConfig, TrainConfig
 from ddpm.diffusion import Diffusion
+from ddpm.kernels import accelerate
 from ddpm.networks import NETWORKS, NO_LABEL, TAKES_LABELS
 from ddpm.networks.build import build_network, has_batch_norm
 from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
@@ -44,7 +45,9 @@ def classes(config):
 
 
 def build(config, seed=0, out_channels=3, **kwargs):
-    return build_network(config, SIZE, 3, out_channels, seed, num_classes=classes(config), **kwargs)
+    return accelerate(
+        build_network(config, SIZE, 3, out_channels, seed, num_classes=classes(config), **kwargs)
+    )
 
 
 def state_of(config, seed=0):

@@ -9,16 +9,16 @@ from conftest import assert_refused_by_name
 from diffusers import UNet2DModel
 from torch import nn
 
+from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
+from ddpm.networks.layers import timestep_embedding
 from ddpm.networks.unet import (
-    NEAR_ZERO_LAYERS,
     Attention,
     Downsample,
     ResBlock,
     TransposedUpsample,
     UNet,
-    timestep_embedding,
 )
 from pipeline.store.diffusers_layout import diffusers_name
 
@@ -105,9 +105,10 @@ def diffusers_twin(net, image_size, in_channels, out_channels):
     ],
 )
 @pytest.mark.parametrize("input_scale", [1.0, 1e-3])  # small activations show the norms' eps
-def test_equals_diffusers(changes, image_size, channels, out_channels, input_scale):
+@pytest.mark.parametrize("route", [lambda net: net, accelerate], ids=["plain", "accelerated"])
+def test_equals_diffusers(changes, image_size, channels, out_channels, input_scale, route):
     config = dataclasses.replace(SMALL, **changes)
-    net = randomised(UNet(config, image_size, channels, out_channels))
+    net = route(randomised(UNet(config, image_size, channels, out_channels)))
     with torch.no_grad():
         for p in net.conv_in.parameters():
             p *= input_scale
@@ -167,7 +168,7 @@ def test_initial_weights():
         assert not module.bias.any()
         receptive = module.weight[0, 0].numel()
         limit = math.sqrt(6 / (receptive * (module.weight.shape[0] + module.weight.shape[1])))
-        if name.endswith(NEAR_ZERO_LAYERS):
+        if name.endswith(UNet.near_zero):
             near_zero.append(name)
             limit *= 1e-5
         largest, spread = module.weight.abs().max().item(), module.weight.std().item()
