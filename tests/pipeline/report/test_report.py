@@ -259,6 +259,14 @@ def test_scores_without_the_nll_leave_it_out(tmp_path, undrawn):
     )
 
 
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_a_bound_alone_needs_no_protocol_of_images(tmp_path, undrawn, name):
+    experiment, run = make_run(tmp_path, name)
+    scores = {"nll_bpd": 4.5, "rate_bpd": 2.0, "distortion_bpd": 2.5}
+    write_scores(run.of(experiment).scores, experiment, scores=scores, protocol={}, reference_points={})
+    assert "NLL ≤ 4.500 bits/dim" in write(experiment, run)[1].replace("\u00a0", " ")
+
+
 def test_bad_scores_are_called_what_they_are(tmp_path, undrawn):
     experiment, run = make_run(tmp_path)
     folder = run.of(experiment).scores
