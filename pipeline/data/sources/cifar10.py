@@ -9,23 +9,25 @@ import hashlib
 import io
 import logging
 import pickle
+import shutil
 import tarfile
 import urllib.request
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.sources.parquet import Parquet
-from pipeline.data.sources.picture import Picture
+from pipeline.data.sources.raw_image import RawImage
+from pipeline.data.sources.source import Arrays, ImageSource
 from pipeline.errors import PipelineError
 from pipeline.store.files import atomic_file
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 REMEDY = f"fetch it again from {ADDRESS}"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 BATCHES = {  # md5 of each, as they are in the official archive
@@ -36,109 +38,7 @@ BATCHES = {  # md5 of each, as they are in the official archive
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-
-log = logging.getLogger(__name__)
-
-
-def open_cifar10(data: DataConfig) -> "Parquet | Batches | Undownloaded":
-    if data.path is None:
-        return Undownloaded()
-    root = Path(data.path)
-    if not root.exists():
-        raise PipelineError(f"{root} does not exist; set data.path to CIFAR-10, or to null to download it")
-    if root.is_file() or (root / "data_batch_1").exists() or (root / "cifar-10-batches-py").exists():
-        return Batches(root)
-    if (root / "cifar-10-python.tar.gz").exists():
-        return Batches(root / "cifar-10-python.tar.gz")
-    return Parquet(data)
-
-
-class Undownloaded:
-    """The official archive before it is here. What it holds is known by its md5, so it has a fingerprint."""
-
-    def files(self) -> list[Path]:
-        return []
-
-    def digest(self) -> str:
-        return _digest(BATCHES)
-
-    @property
-    def splits(self) -> dict[str, int]:
-        return {"train": 50_000, "test": 10_000}
-
-    def pictures(self, split: str, start: int, stop: int) -> Iterator[Picture]:
-        raise PipelineError("CIFAR-10 is not downloaded yet; run the shard stage, or set data.path")
-
-
-class Batches:
-    """The official python batches, from the archive or unpacked. Held in memory once read (184 MB)."""
-
-    def __init__(self, root: Path):
-        unpacked = root / "cifar-10-batches-py"
-        self._root = unpacked if unpacked.exists() else root
-
-    def files(self) -> list[Path]:
-        return (
-            [self._root]
-            if self._root.is_file()
-            else [file for name in BATCHES if (file := self._root / name).exists()]
-        )
-
-    def digest(self) -> str:
-        return _digest({name: hashlib.md5(content).hexdigest() for name, content in self._contents()})
-
-    @cached_property
-    def splits(self) -> dict[str, int]:
-        return {split: len(labels) for split, (_, labels) in self._arrays.items()}
-
-    def pictures(self, split: str, start: int, stop: int) -> Iterator[Picture]:
-        images, labels = self._arrays[split]
-        for i in range(start, stop):
-            yield Picture(f"{self._root} {split} image {i}", images[i], int(labels[i]))
-
-    @cached_property
-    def _arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        batches = {name: _parse(content, f"{self._root} {name}") for name, content in self._contents()}
-        train = [batches[name] for name in BATCHES if name != "test_batch"]
-        images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-        return {"train": (images, labels), "test": batches["test_batch"]}
-
-    def _contents(self) -> Iterator[tuple[str, bytes]]:
-        """(name, bytes) of each batch; raises PipelineError naming one that is missing or cannot be read."""
-        found = set()
-        try:
-            for name, content in _members(self._root) if self._root.is_file() else _folder(self._root):
-                found.add(name)
-                yield name, content
-        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-            raise PipelineError(f"{self._root} cannot be read ({error}); {REMEDY}") from error
-        missing = [name for name in BATCHES if name not in found]
-        if missing:
-            raise PipelineError(f"{self._root} lacks {missing[0]}; {REMEDY}")
-
-
-def _members(archive: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(archive, "r|*") as tar:
-        for member in tar:
-            name = Path(member.name).name
-            if member.isfile() and name in BATCHES:
-                yield name, tar.extractfile(member).read()  # type: ignore[union-attr]
-
-
-def _folder(root: Path) -> Iterator[tuple[str, bytes]]:
-    for file in map(root.joinpath, BATCHES):
-        if file.exists():
-            yield file.name, file.read_bytes()
-
-
-def _digest(md5: dict[str, str]) -> str:
-    return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
-
-
-# The pickles
-
-
-ADMITTED = {
+ADMITTED = {  # what the pickles of the batches may ask for
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -146,11 +46,115 @@ ADMITTED = {
     ("_codecs", "encode"),
 }
 
+log = logging.getLogger(__name__)
+
+
+def open_cifar10(data: DataConfig) -> ImageSource:
+    if data.path is None:
+        return Undownloaded()
+    root = Path(data.path)
+    if not root.exists():
+        raise PipelineError(f"{root} does not exist; set data.path to CIFAR-10, or to null to download it")
+    for place in (root / UNPACKED, root / ARCHIVE):
+        if place.exists():
+            return Batches(place)
+    return Batches(root) if root.is_file() or (root / "data_batch_1").exists() else Parquet(data)
+
+
+def _hash_batches(md5: dict[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
+
+
+class Undownloaded(ImageSource):
+    """The official archive before it is here. What it holds is known by its md5, so it has a fingerprint."""
+
+    def __init__(self) -> None:
+        self.files, self.root = [], Path()
+
+    def digest(self) -> str:
+        return _hash_batches(BATCHES)
+
+    def count(self) -> dict[str, int]:
+        return {"train": 50_000, "test": 10_000}
+
+    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+        raise PipelineError("CIFAR-10 is not downloaded yet; run the shard stage, or set data.path")
+
+    def download(self, folder: Path) -> Path:
+        """Fetch the official archive into `folder`, unless it is there; compare its md5 either way."""
+        archive = folder / ARCHIVE
+        if archive.exists() and _md5(archive) == ARCHIVE_MD5:
+            return archive
+        log.warning("downloading %s (170 MB) to %s", ADDRESS, archive)
+        with atomic_file(archive) as temporary:
+            try:
+                with urllib.request.urlopen(ADDRESS, timeout=30) as answer, temporary.open("wb") as file:
+                    shutil.copyfileobj(answer, file)
+            except OSError as error:
+                raise PipelineError(
+                    f"{ADDRESS} cannot be downloaded ({error}); fetch it elsewhere and set data.path to the file, "
+                    "or to a folder with CIFAR-10's parquet files"
+                ) from error
+            if (found := _md5(temporary)) != ARCHIVE_MD5:
+                raise PipelineError(
+                    f"{ADDRESS} came with md5 {found}, not {ARCHIVE_MD5}; run the command again"
+                )
+        return archive
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
+
+
+class Batches(Arrays):
+    """The official python batches, from the archive or unpacked. Held in memory once read (184 MB)."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.files = [root] if root.is_file() else [root / name for name in BATCHES if (root / name).exists()]
+
+    def digest(self) -> str:
+        return _hash_batches({name: hashlib.md5(content).hexdigest() for name, content in self._contents()})
+
+    @cached_property
+    def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        batches = {name: _parse(content, f"{self.root} {name}") for name, content in self._contents()}
+        test = batches.pop("test_batch")
+        train = [batches[name] for name in sorted(batches)]
+        images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+        return {"train": (images, labels), "test": test}
+
+    def _contents(self) -> Iterator[tuple[str, bytes]]:
+        """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
+        missing = set(BATCHES)
+        try:
+            for name, content in _unpack(self.root) if self.root.is_file() else _read_all(self.files):
+                missing.discard(name)
+                yield name, content
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            raise PipelineError(f"{self.root} cannot be read ({error}); {REMEDY}") from error
+        if missing:
+            raise PipelineError(f"{self.root} lacks {min(missing)}; {REMEDY}")
+
+
+def _read_all(files: list[Path]) -> Iterator[tuple[str, bytes]]:
+    for file in files:
+        yield file.name, file.read_bytes()
+
+
+def _unpack(archive: Path) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(archive, "r|*") as tar:
+        for member in tar:
+            name, content = Path(member.name).name, tar.extractfile(member)
+            if content and name in BATCHES:
+                yield name, content.read()
+
 
 class _ArraysOnly(pickle.Unpickler):
     """Admits NumPy arrays, byte strings and plain containers; anything else is refused by name."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         if (module, name) not in ADMITTED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of images needs")
         # NumPy 2 moved numpy.core and warns at its old name.
@@ -158,7 +162,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (n,32,32,3) and int64 (n,) of one batch, whose rows hold the red, green and blue planes."""
+    """Return uint8 (n,32,32,3) and int64 (n,) of one batch, whose rows hold the red, green and blue planes."""
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
         images, labels = batch[b"data"], np.array(batch[b"labels"], dtype=np.int64)
@@ -167,36 +171,3 @@ def _parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # a broken pickle raises nearly anything
         raise PipelineError(f"{name} is no CIFAR-10 batch ({error}); {REMEDY}") from error
     return images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
-
-
-# The download
-
-
-def download(folder: Path) -> Path:
-    """The official archive in `folder`, fetched unless it is there; its md5 is compared either way."""
-    archive = folder / ADDRESS.rsplit("/", 1)[1]
-    if archive.exists() and _md5(archive) == ARCHIVE_MD5:
-        return archive
-    log.warning("downloading %s (170 MB) to %s", ADDRESS, archive)
-    with atomic_file(archive) as temporary:
-        _fetch(temporary)
-        if (found := _md5(temporary)) != ARCHIVE_MD5:
-            raise PipelineError(f"{ADDRESS} came with md5 {found}, not {ARCHIVE_MD5}; run the command again")
-    return archive
-
-
-def _fetch(to: Path) -> None:
-    try:
-        with urllib.request.urlopen(ADDRESS, timeout=30) as answer, to.open("wb") as file:
-            while block := answer.read(1 << 20):
-                file.write(block)
-    except OSError as error:
-        raise PipelineError(
-            f"{ADDRESS} cannot be downloaded ({error}); fetch it elsewhere and set data.path to the file, "
-            "or to a folder with CIFAR-10's parquet files"
-        ) from error
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

@@ -4,6 +4,8 @@ A folder that holds train/ and test/ (or train/ alone) takes its splits from the
 data.test_images are held out by a fixed shuffle. Classes are numbered in the order of their folders' names.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -12,81 +14,62 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.content import digest_of
-from pipeline.data.sources.order import held_out, shuffled
-from pipeline.data.sources.picture import Picture, readable
+from pipeline.data.sources.raw_image import RawImage, readable
+from pipeline.data.sources.source import ImageSource
 from pipeline.errors import PipelineError
 
 
-class Folder:
-    """Images are taken in shuffled order, so that any first n of a split mix the classes."""
-
+class Folder(ImageSource):
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
-        self._root = Path(data.path)
-        self._test_images, self._labelled = data.test_images, data.labels > 0
-        if not self._root.is_dir():
-            raise PipelineError(f"{self._root} is no folder; set data.path to the folder with the images")
-        self._files = {split: _images_in(folder) for split, folder in _split_folders(self._root).items()}
-        for split, files in self._files.items():
+        self.root, self.order, self._labelled = Path(data.path), "shuffled", data.labels > 0
+        if not self.root.is_dir():
+            raise PipelineError(f"{self.root} is no folder; set data.path to the folder with the images")
+        inside = {entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != "."}
+        if {"train", "test"} <= inside:
+            self._folders = {"train": self.root / "train", "test": self.root / "test"}
+        else:
+            self._folders = {"train": self.root / "train" if inside == {"train"} else self.root}
+        self._parts = {part: _find_images(folder) for part, folder in self._folders.items()}
+        for part, files in self._parts.items():
             if not files:
-                raise PipelineError(f"{self._root} has no images in its {split} split; set data.path")
+                raise PipelineError(f"{self.root} has no images in its {part} split; set data.path")
+        self.files = sorted(file for files in self._parts.values() for file in files)
 
-    def files(self) -> list[Path]:
-        return sorted(file for files in self._files.values() for file in files)
+    def count(self) -> dict[str, int]:
+        return {part: len(files) for part, files in self._parts.items()}
 
-    def digest(self) -> str:
-        return digest_of(self.files(), self._root)
+    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+        for file in (self._parts[part][i] for i in indices):
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                raise PipelineError(
+                    f"{file} cannot be read ({error.strerror}); restore it or remove it"
+                ) from error
+            yield RawImage(str(file), content, self._label(part, file) if self._labelled else None)
 
-    @cached_property
-    def splits(self) -> dict[str, int]:
-        return {split: len(indices) for split, (_, indices) in self._order.items()}
-
-    def pictures(self, split: str, start: int, stop: int) -> Iterator[Picture]:
-        origin, indices = self._order[split]
-        for i in indices[start:stop]:
-            file = self._files[origin][i]
-            yield Picture(str(file), _bytes_of(file), self._label(origin, file))
-
-    @cached_property
-    def _order(self) -> dict[str, tuple[str, np.ndarray]]:
-        """split -> (whose files, indices into them)."""
-        if "test" in self._files:
-            return {split: (split, shuffled(len(files))) for split, files in self._files.items()}
-        splits = held_out(self._root, len(self._files["train"]), self._test_images)
-        return {split: ("train", indices) for split, indices in splits.items()}
-
-    @cached_property
-    def _classes(self) -> dict[str, int]:
-        folder = _split_folders(self._root)["train"]
-        names = sorted({_class_of(file, folder) for file in self._files["train"]})
-        return {name: number for number, name in enumerate(names)}
-
-    def _label(self, origin: str, file: Path) -> int | None:
-        if not self._labelled:
-            return None
-        name = _class_of(file, _split_folders(self._root)[origin])
+    def _label(self, part: str, file: Path) -> int:
+        name = _class_of(file, self._folders[part])
         if name not in self._classes:
             raise PipelineError(f"{file} has the class '{name}', which train/ lacks; move or remove it")
         return self._classes[name]
 
-
-def _split_folders(root: Path) -> dict[str, Path]:
-    folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    if {"train", "test"} <= folders:
-        return {"train": root / "train", "test": root / "test"}
-    return {"train": root / "train" if folders == {"train"} else root}
+    @cached_property
+    def _classes(self) -> dict[str, int]:
+        names = {_class_of(file, self._folders["train"]) for file in self._parts["train"]}
+        return {name: number for number, name in enumerate(sorted(names))}
 
 
-def _images_in(folder: Path) -> list[Path]:
-    """All image files at any depth, hidden ones left out, sorted by path."""
+def _find_images(folder: Path) -> list[Path]:
+    """List all image files at any depth, hidden ones left out, sorted by path."""
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if name[0] != "."]
         found += [
             Path(place, name)
             for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in readable()
+            if name[0] != "." and os.path.splitext(name)[1].lower() in readable()
         ]
     return sorted(found)
 
@@ -96,10 +79,3 @@ def _class_of(file: Path, folder: Path) -> str:
     if len(parts) == 1:
         raise PipelineError(f"{file} lies in no class folder; move it into one, or set data.labels=0")
     return parts[0]
-
-
-def _bytes_of(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise PipelineError(f"{file} cannot be read ({error.strerror}); restore it or remove it") from error

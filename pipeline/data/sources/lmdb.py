@@ -5,64 +5,53 @@
 by a fixed shuffle. There are no labels.
 """
 
+from __future__ import annotations
+
 import importlib.util
 from collections.abc import Iterator
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.content import digest_of
-from pipeline.data.sources.order import neighbouring
-from pipeline.data.sources.picture import Picture
+from pipeline.data.sources.raw_image import RawImage
+from pipeline.data.sources.source import ImageSource
 from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    import lmdb
 
 TRAIN, VAL, CONTENT = "train_lmdb", "val_lmdb", "data.mdb"
 
 
-class Lmdb:
+class Lmdb(ImageSource):
     """Images in the order of their keys. The keys (40 bytes each in LSUN) are held in memory once read."""
 
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
         if importlib.util.find_spec("lmdb") is None:
             raise PipelineError("data.source=lmdb needs the package lmdb: pip install lmdb")
-        self._root, self._test_images = Path(data.path), data.test_images
-        self._files = _databases(self._root)
-
-    def files(self) -> list[Path]:
-        return list(self._files.values())
-
-    def digest(self) -> str:
-        folder = self._files["train"].parent
+        self._parts = _find_databases(Path(data.path))
+        self.files = list(self._parts.values())
+        folder = self._parts["train"].parent
         # The names of LSUN's folders tell its splits apart; any other folder is a place.
-        return digest_of(self.files(), folder.parent if folder.name.endswith(TRAIN) else folder)
+        self.root = folder.parent if folder.name.endswith(TRAIN) else folder
 
-    @cached_property
-    def splits(self) -> dict[str, int]:
-        return {split: len(indices) for split, (_, indices) in self._order.items()}
+    def count(self) -> dict[str, int]:
+        return {part: _open(file).stat()["entries"] for part, file in self._parts.items()}
 
-    def pictures(self, split: str, start: int, stop: int) -> Iterator[Picture]:
-        origin, indices = self._order[split]
-        file, keys = self._files[origin], self._keys[origin]
-        with _environment(file).begin() as transaction:
-            for i in indices[start:stop]:
-                yield Picture(f"{file} key {keys[i]!r}", transaction.get(keys[i]), None)
-
-    @cached_property
-    def _order(self) -> dict[str, tuple[str, np.ndarray]]:
-        counts = {split: _environment(file).stat()["entries"] for split, file in self._files.items()}
-        return neighbouring(self._root, counts, self._test_images)
-
-    @cached_property
-    def _keys(self) -> dict[str, list[bytes]]:
-        return {split: _keys_of(file) for split, file in self._files.items()}
+    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+        file = self._parts[part]
+        keys = _list_keys(file)
+        with _open(file).begin() as transaction:
+            for key in (keys[i] for i in indices):
+                yield RawImage(f"{file} key {key!r}", transaction.get(key) or b"", None)
 
 
-def _databases(root: Path) -> dict[str, Path]:
-    """split -> the file of its database."""
+def _find_databases(root: Path) -> dict[str, Path]:
+    """Return the file of the database of each part."""
     if root.is_file():
         return {"train": root}
     if (root / CONTENT).is_file():
@@ -77,12 +66,12 @@ def _databases(root: Path) -> dict[str, Path]:
         train = found[0]
     test = train.with_name(train.name.removesuffix(TRAIN) + VAL)
     both = {"train": train / CONTENT, "test": test / CONTENT}
-    return {split: file for split, file in both.items() if file.is_file()}
+    return {part: file for part, file in both.items() if file.is_file()}
 
 
 @cache
-def _environment(file: Path) -> Any:
-    """The open database: one for a process, since LMDB refuses to open a file twice."""
+def _open(file: Path) -> lmdb.Environment:
+    """Open the database: once for a process, since LMDB refuses to open a file twice."""
     import lmdb
 
     try:
@@ -96,6 +85,7 @@ def _environment(file: Path) -> Any:
     return opened
 
 
-def _keys_of(file: Path) -> list[bytes]:
-    with _environment(file).begin() as transaction:
+@cache
+def _list_keys(file: Path) -> list[bytes]:
+    with _open(file).begin() as transaction:
         return list(transaction.cursor().iternext(keys=True, values=False))

@@ -7,7 +7,8 @@
 images: uint8, (N,H,W,C) or grey (N,H,W). labels: integers (N,) or (N,1), or one-hot (N,K). Nothing pickled.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
 from functools import cached_property
 from pathlib import Path
 from zipfile import BadZipFile
@@ -15,72 +16,42 @@ from zipfile import BadZipFile
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.content import digest_of
-from pipeline.data.sources.order import held_out
-from pipeline.data.sources.picture import Picture
+from pipeline.data.sources.source import Arrays
 from pipeline.errors import PipelineError
 
 
-class Npy:
+class Npy(Arrays):
     """Arrays, read in place. Without `test_images.npy`, data.test_images are held out by a fixed shuffle."""
 
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
         root = Path(data.path)
-        self._test_images, self._labelled = data.test_images, data.labels > 0
         if root.is_file():
-            self._images = {"train": root}
+            found = {"train": root}
+        elif (root / "train_images.npy").is_file():
+            found = {"train": root / "train_images.npy", "test": root / "test_images.npy"}
         else:
-            candidates = {"train": root / "train_images.npy", "test": root / "test_images.npy"}
-            if not candidates["train"].is_file():
-                candidates = {"train": root / "images.npy"}
-            self._images = {split: file for split, file in candidates.items() if file.is_file()}
+            found = {"train": root / "images.npy"}
+        self._images = {part: file for part, file in found.items() if file.is_file()}
         if not self._images:
             raise PipelineError(f"{root} holds neither images.npy nor train_images.npy; set data.path")
-        labelled = self._images.items() if self._labelled else ()
-        self._labels = {split: _labels_of(file) for split, file in labelled}
-
-    def files(self) -> list[Path]:
-        return sorted([*self._images.values(), *self._labels.values()])
-
-    def digest(self) -> str:
-        return digest_of(self.files(), self._images["train"].parent)
+        self._labels = {part: _find_labels(file) for part, file in self._images.items() if data.labels}
+        self.files = sorted([*self._images.values(), *self._labels.values()])
+        self.root, self.order = self._images["train"].parent, "shuffled if held out"
 
     @cached_property
-    def splits(self) -> dict[str, int]:
-        return {split: len(indices) for split, (_, indices) in self._arrays.items()}
-
-    def pictures(self, split: str, start: int, stop: int) -> Iterator[Picture]:
-        origin, indices = self._arrays[split]
-        file = self._images[origin]
-        images, labels = self._loaded[origin]
-        for i in indices[start:stop]:
-            label = None if labels is None else int(labels[i])
-            yield Picture(f"{file} image {i}", np.asarray(images[i]), label)
-
-    @cached_property
-    def _arrays(self) -> dict[str, tuple[str, np.ndarray]]:
-        """split -> (which file, indices into it)."""
-        if "test" in self._images:
-            return {split: (split, np.arange(len(images))) for split, (images, _) in self._loaded.items()}
-        splits = held_out(self._images["train"], len(self._loaded["train"][0]), self._test_images)
-        return {split: ("train", indices) for split, indices in splits.items()}
-
-    @cached_property
-    def _loaded(self) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-        return {split: self._load(split) for split in self._images}
-
-    def _load(self, split: str) -> tuple[np.ndarray, np.ndarray | None]:
-        images = _as_images(self._images[split])
-        if not self._labelled:
-            return images, None
-        labels = _as_classes(self._labels[split])
-        if len(labels) != len(images):
-            raise PipelineError(f"{self._labels[split]} has {len(labels)} labels for {len(images)} images")
-        return images, labels
+    def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        arrays: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        for part, file in self._images.items():
+            images = _load_images(file)
+            labels = _load_labels(self._labels[part]) if self._labels else None
+            if labels is not None and len(labels) != len(images):
+                raise PipelineError(f"{self._labels[part]} has {len(labels)} labels for {len(images)} images")
+            arrays[part] = images, labels
+        return arrays
 
 
-def _labels_of(images: Path) -> Path:
+def _find_labels(images: Path) -> Path:
     stem = images.stem
     name = "labels".join(stem.rsplit("images", 1)) if "images" in stem else f"{stem}_labels"
     file = images.with_name(f"{name}.npy")
@@ -99,7 +70,8 @@ def _load(file: Path) -> np.ndarray:
     return array
 
 
-def _as_images(file: Path) -> np.ndarray:
+def _load_images(file: Path) -> np.ndarray:
+    """Return uint8 (N,H,W,C), mapped from the file."""
     images = _load(file)
     if images.ndim == 3:
         images = images[..., None]
@@ -110,7 +82,8 @@ def _as_images(file: Path) -> np.ndarray:
     return images
 
 
-def _as_classes(file: Path) -> np.ndarray:
+def _load_labels(file: Path) -> np.ndarray:
+    """Return the classes, integers (N,)."""
     labels = np.asarray(_load(file))
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

@@ -18,7 +18,8 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data import sources
-from pipeline.data.sources import cifar10, content, order
+from pipeline.data.sources import cifar10
+from pipeline.data.sources import source as source_module
 from pipeline.errors import PipelineError
 from pipeline.store.tars import decode_png, encode_png
 
@@ -34,7 +35,7 @@ def config(source: str, path=None, **changes) -> DataConfig:
 
 
 def read(data: DataConfig, split: str = "train"):
-    source = sources.Source(data)
+    source = sources.SourceReader(data)
     return list(source.read(split, 0, source.splits[split]))
 
 
@@ -50,10 +51,10 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def test_shuffle_is_a_fixed_permutation():
-    assert sorted(order.shuffled(1000)) == list(range(1000))
+    assert sorted(source_module.shuffle(1000)) == list(range(1000))
     # Golden values, from Philox4x64-10 with key 0: they must never change, or every split would.
-    assert order.shuffled(10).tolist() == GOLDEN_ORDER
-    assert not np.array_equal(order.shuffled(1000), np.arange(1000))
+    assert source_module.shuffle(10).tolist() == GOLDEN_ORDER
+    assert not np.array_equal(source_module.shuffle(1000), np.arange(1000))
 
 
 GOLDEN_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
@@ -66,7 +67,7 @@ def test_digits_are_scikit_learns_split_evenly():
     from sklearn.datasets import load_digits
 
     data = config("digits", channels=1, labels=10)
-    assert sources.Source(data).splits == {"train": 1437, "test": 360}
+    assert sources.SourceReader(data).splits == {"train": 1437, "test": 360}
     test_labels = np.array([record.label for record in read(data, "test")])
     train_labels = np.array([record.label for record in read(data)])
     assert np.bincount(test_labels).tolist() == [36] * 10
@@ -107,7 +108,7 @@ def test_cifar10_parquet_is_passed_through():
     import pyarrow.parquet as parquet
 
     data = config("cifar10", CIFAR10, image_size=32, labels=10)
-    source = sources.Source(data)
+    source = sources.SourceReader(data)
     assert source.splits == {"train": 50_000, "test": 10_000}
     rows = (
         parquet.ParquetFile(CIFAR10 / "train-00001-of-00002.parquet")
@@ -125,7 +126,7 @@ def test_cifar10_parquet_is_passed_through():
 def test_cifar10_test_split_has_its_known_mean():
     data = config("cifar10", CIFAR10, image_size=32, labels=10)
     means = np.stack(
-        [decode_png(r.png).mean(axis=(1, 2)) for r in sources.Source(data).read("test", 0, 10_000)]
+        [decode_png(r.png).mean(axis=(1, 2)) for r in sources.SourceReader(data).read("test", 0, 10_000)]
     )
     assert np.allclose(means.mean(axis=0) / 255, [0.494214, 0.485131, 0.450409], atol=1e-6)
 
@@ -150,7 +151,7 @@ def parquet_set(tmp_path):
 
 
 def test_parquet_ranges_join_to_the_whole(parquet_set):
-    source = sources.Source(config("cifar10", parquet_set, labels=10))
+    source = sources.SourceReader(config("cifar10", parquet_set, labels=10))
     assert source.splits == {"train": 10}
     for size in (1, 3, 4, 7, 10):
         parts = [record for a in range(0, 10, size) for record in source.read("train", a, min(a + size, 10))]
@@ -225,7 +226,7 @@ def test_parquet_rows_are_held_out_across_row_groups(tmp_path, place):
     test, train = numbers(data, "test"), numbers(data)
     assert len(test) == 5 and sorted(test + train) == list(range(25)) and train == sorted(train)
     assert [record.label for record in read(data)] == train
-    source = sources.Source(data)
+    source = sources.SourceReader(data)
     parts = [record for a in range(0, 20, 3) for record in source.read("train", a, min(a + 3, 20))]
     assert parts == read(data)
 
@@ -274,7 +275,7 @@ def test_lsun_splits_are_its_databases(lsun):
     for data in forms:
         assert numbers(data) == list(range(20))
         assert numbers(data, "test") == list(range(20, 25))
-    source = sources.Source(forms[0])
+    source = sources.SourceReader(forms[0])
     parts = [record for a in range(0, 20, 7) for record in source.read("train", a, min(a + 7, 20))]
     assert parts == read(forms[0])
     first, second = (sources.fingerprint(data, None) for data in forms)
@@ -432,7 +433,7 @@ def test_download_checks_the_md5_and_keeps_nothing_wrong(batches, tmp_path, monk
     monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
     located = sources.locate(config("cifar10", image_size=32, labels=10), downloads)
     assert len(read(located)) == 20
-    monkeypatch.setattr(cifar10, "_fetch", lambda to: pytest.fail("fetched twice"))
+    monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/not-fetched-twice")
     assert sources.locate(config("cifar10"), downloads).path == located.path
 
 
@@ -496,12 +497,12 @@ def test_held_out_images_complete_the_train_split(tmp_path):
 def test_train_and_test_folders_are_the_splits(tmp_path):
     class_folders(tmp_path / "train")
     class_folders(tmp_path / "test", per_class=2)
-    assert sources.Source(config("folder", tmp_path, labels=3)).splits == {"train": 18, "test": 6}
+    assert sources.SourceReader(config("folder", tmp_path, labels=3)).splits == {"train": 18, "test": 6}
     save(tmp_path / "test" / "dog" / "0.png", noise(8, 8, 3))
     with pytest.raises(PipelineError, match=r"dog.0\.png has the class 'dog', which train/ lacks"):
         read(config("folder", tmp_path, labels=3), "test")
     shutil.rmtree(tmp_path / "test")
-    assert sources.Source(config("folder", tmp_path, labels=3, test_images=3)).splits == {
+    assert sources.SourceReader(config("folder", tmp_path, labels=3, test_images=3)).splits == {
         "train": 15,
         "test": 3,
     }
@@ -587,7 +588,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
         read(config("folder", tmp_path))
     told = []
     rest = list(
-        sources.Source(config("folder", tmp_path)).read("train", 0, 18, lambda *args: told.append(args))
+        sources.SourceReader(config("folder", tmp_path)).read("train", 0, 18, lambda *args: told.append(args))
     )
     assert len(rest) == 17 and len(told) == 1
     assert len({record.key for record in rest}) == 17
@@ -649,7 +650,7 @@ def test_npy_splits(tmp_path):
     images = noise(12, 8, 8, 3)
     one = npy_folder(tmp_path / "one", images=images)
     two = npy_folder(tmp_path / "two", train_images=images[:8], test_images=images[8:])
-    assert sources.Source(config("npy", one, test_images=4)).splits == {"train": 8, "test": 4}
+    assert sources.SourceReader(config("npy", one, test_images=4)).splits == {"train": 8, "test": 4}
     assert np.array_equal(pixels(config("npy", two), "test"), images[8:].transpose(0, 3, 1, 2))
     single = config(
         "npy", npy_folder(tmp_path / "x", sprites=images, sprites_labels=np.zeros(12, int)) / "sprites.npy"
@@ -660,7 +661,7 @@ def test_npy_splits(tmp_path):
 def test_npy_grey_without_a_channel_axis(tmp_path):
     data = config("npy", npy_folder(tmp_path, images=noise(5, 8, 8)), channels=1)
     assert pixels(data).shape == (5, 1, 8, 8)
-    with pytest.raises(PipelineError, match=r"images\.npy image \d has 1 channel\(s\), but data.channels=3"):
+    with pytest.raises(PipelineError, match=r"train image \d has 1 channel\(s\), but data.channels=3"):
         read(dataclasses.replace(data, channels=3))
 
 
@@ -732,7 +733,7 @@ def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monk
     cache, data = tmp_path / "fingerprints.json", config("folder", made["folder"])
     first = sources.fingerprint(data, cache)
     with monkeypatch.context() as patch:
-        patch.setattr(content, "sha256_of", lambda path: pytest.fail(f"{path} was read again"))
+        patch.setattr(source_module, "sha256_of", lambda path: pytest.fail(f"{path} was read again"))
         assert sources.fingerprint(data, cache) == first
     file = made["folder"] / "ant" / "0.png"
     save(file, noise(8, 8, 3))

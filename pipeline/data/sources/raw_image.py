@@ -1,0 +1,103 @@
+"""From an image as its source holds it to the PNG of a shard: decoded, converted, cropped, or refused by name."""
+
+import io
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipeline.config import DataConfig
+from pipeline.errors import PipelineError
+from pipeline.store.tars import Record, encode_png
+
+MODES = {1: "L", 3: "RGB"}
+
+
+class RawImage(NamedTuple):
+    """An image as its source holds it: encoded bytes, or uint8 (H,W,C). `name` is what an error calls it."""
+
+    name: str
+    image: bytes | np.ndarray
+    label: int | None
+
+
+class Undecodable(Exception):
+    """The bytes are no whole image."""
+
+
+@cache
+def readable() -> dict[str, str]:
+    """Map the extensions of all that Pillow reads by itself to formats (PostScript would start Ghostscript)."""
+    extensions = Image.registered_extensions()
+    return {extension: name for extension, name in extensions.items() if name in Image.OPEN and name != "EPS"}
+
+
+def to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
+    """Make of the image what `data` wants. Raises Undecodable, or PipelineError where it does not fit `data`."""
+    return Record(key, _to_png(raw, data), _check_label(raw, data.labels) if data.labels else None)
+
+
+def _check_label(raw: RawImage, classes: int) -> int:
+    if raw.label is None:
+        raise PipelineError(f"{raw.name} has no label, but data.labels={classes}; set data.labels=0")
+    if not isinstance(raw.label, int | np.integer):
+        raise PipelineError(f"{raw.name} has the label {raw.label!r}, no class number; set data.labels=0")
+    if not 0 <= raw.label < classes:
+        raise PipelineError(
+            f"{raw.name} has the label {raw.label}, but data.labels={classes} allows 0 to {classes - 1}; "
+            "set data.labels to the number of classes"
+        )
+    return int(raw.label)
+
+
+def _to_png(raw: RawImage, data: DataConfig) -> bytes:
+    size, mode = (data.image_size, data.image_size), MODES[data.channels]
+    if isinstance(raw.image, bytes):
+        image = _decode(raw.image)
+        fits = image.format == "PNG" and image.mode == mode and image.size == size
+        if fits and not image.info.get("exif"):
+            return raw.image
+        image = _convert(ImageOps.exif_transpose(image), mode)
+    else:
+        channels = raw.image.shape[2]
+        if channels != data.channels:
+            raise PipelineError(
+                f"{raw.name} has {channels} channel(s), but data.channels={data.channels}; "
+                f"set data.channels={channels}"
+            )
+        image = Image.fromarray(raw.image[:, :, 0] if channels == 1 else raw.image)
+    if image.size != size:
+        if data.resize == "refuse":
+            raise PipelineError(
+                f"{raw.name} has {image.width}x{image.height} pixels, but data.image_size={data.image_size}; "
+                "set data.resize=crop to crop and resize"
+            )
+        # Cropped first: resize(box=...) would let the filter reach beyond the square.
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        image = square.resize(size, Image.Resampling.LANCZOS)
+    return encode_png(np.asarray(image))
+
+
+def _decode(encoded: bytes) -> Image.Image:
+    formats = tuple(dict.fromkeys(("PNG", "JPEG", *readable().values())))  # tried in this order
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=formats)
+        if image.format == "PNG":  # decoding does not compare the checksums of PNG's chunks, verify() does
+            image.verify()
+            image = Image.open(io.BytesIO(encoded), formats=("PNG",))
+        image.load()
+    except Exception as error:  # Pillow's plugins raise nearly anything on broken input
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise Undecodable(reason or type(error).__name__) from error
+    return image
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Undecodable(f"mode {image.mode} has no defined range of grey; save it with 8 bits")
+    return image.convert(mode)
