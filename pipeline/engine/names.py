@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 def known_names() -> dict[str, Iterable[str]]:
     """Return what each key that holds names may hold, for the reader of configurations."""
-    from pipeline.data.sources import KINDS
+    from pipeline.data.sources import SOURCES
     from pipeline.scores.metrics import FAMILIES
     from pipeline.stages.figures.stage import FIGURES
 
-    return {"data.source": KINDS, "evaluate.metrics": FAMILIES, "figures.which": FIGURES}
+    return {"data.source": SOURCES, "evaluate.metrics": FAMILIES, "figures.which": FIGURES}
