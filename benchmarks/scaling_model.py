@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 
 from ddpm.diffusion import Diffusion
+from ddpm.peers import Peers
 from ddpm.training import TrainState, train_step
 from pipeline.config import load_experiment
 from pipeline.stages.train import batch_slice
@@ -55,7 +56,7 @@ def measure(rank: int, workers: int, batch: int, steps: int, results: multiproce
     torch.set_num_threads(1)
     experiment = load_experiment("cifar10", [f"train.batch_size={batch}"])
     net = checkpoint.new_network(experiment).to(device).to(memory_format=torch.channels_last)
-    state = TrainState.create(experiment.train, net, experiment.diffusion)
+    state = TrainState(experiment.train, net, experiment.diffusion)
     diffusion = Diffusion(experiment.diffusion).to(device)
     rows = batch_slice(batch, rank, workers) if workers else batch_slice(batch, 0, 1)
     images = torch.randint(0, 256, (len(rows), *experiment.data.shape), dtype=torch.uint8, device=device)
@@ -68,7 +69,7 @@ def measure(rank: int, workers: int, batch: int, steps: int, results: multiproce
     def step() -> None:
         train_step(
             state, diffusion, images, rows,
-            config=experiment.train, seed=0, world_size=max(1, workers), forward=forward,
+            config=experiment.train, seed=0, peers=Peers(max(1, workers)), forward=forward,
         )  # fmt: skip
 
     def reduce() -> None:

@@ -19,9 +19,7 @@ Precision = Literal["fp32", "bf16"]
 
 TRAIN = TrainConfig(
     steps=10**6, batch_size=0, accumulate=1, random_flip=True, lr=2e-4, lr_decay="none", warmup_steps=5000,
-    grad_clip=1.0, grad_clip_group=None, ema_decay=(0.9999,), ema_warmup=False, label_dropout=0.0,
-    precision="fp32", compile=False, deterministic=False, checkpoint_every=10**6, sample_every=0, keep=1,
-    keep_every=None, log_every=100,
+    grad_clip=1.0, ema_decay=(0.9999,), ema_warmup=False, label_dropout=0.0, precision="fp32",
 )  # fmt: skip
 
 
@@ -66,7 +64,7 @@ def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any
     """One step as the train stage makes it: draws, flips, loss, clipping, Adam, EMA; images lie as uint8."""
     train = dataclasses.replace(TRAIN, batch_size=batch, precision=way.precision)
     net = our_network(settings.device)
-    state, diffusion = TrainState.create(train, net), Diffusion().to(settings.device)
+    state, diffusion = TrainState(train, net), Diffusion().to(settings.device)
     images = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device=settings.device)
     forward, rows = way.call(net), torch.arange(batch)
 

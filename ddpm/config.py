@@ -59,8 +59,6 @@ def _faults(hint: Any, value: Any) -> list[str]:
 
 
 Share = Annotated[float, Range(ge=0, le=1)]
-Decay = Annotated[float, Range(ge=0, lt=1)]
-Positive = Annotated[float, Range(gt=0, lt=math.inf)]
 Count = Annotated[int, Range(ge=1)]
 
 
@@ -107,62 +105,30 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a network is trained. Values live in the experiment's yaml; all counts are global, not per worker.
+    """How the weights of a network come about. All counts are global, not per worker.
 
-    accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient,
-    or of each group of grad_clip_group consecutive images before averaging (authors' code: 16);
-    label_dropout: share of labels replaced by NO_LABEL; compile, deterministic, checkpoint_every, sample_every (0:
-    never), keep, keep_every and log_every are read by the training loop around `train_step`.
+    accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient;
+    label_dropout: share of labels replaced by NO_LABEL; steps matters where the learning rate decays over them.
     """
 
     steps: Count
     batch_size: Count
     accumulate: Count
     random_flip: bool
-    lr: Positive
+    lr: Annotated[float, Range(gt=0, lt=math.inf)]
     lr_decay: Literal["none", "linear"]
     warmup_steps: Annotated[int, Range(ge=0)]
     grad_clip: Annotated[float | None, Range(gt=0)]
-    grad_clip_group: int | None
-    ema_decay: tuple[Decay, ...]
+    ema_decay: tuple[Annotated[float, Range(ge=0, lt=1)], ...]
     ema_warmup: bool
     label_dropout: Share
     precision: Literal["fp32", "bf16"]
-    compile: bool
-    deterministic: bool
-    checkpoint_every: Count
-    sample_every: Annotated[int, Range(ge=0)]
-    keep: Count
-    keep_every: int | None
-    log_every: Count
 
     def problems(self) -> Problems:
         """Find every value that is out of range or contradicts another."""
         found = value_problems(self)
-        if self.keep_every is not None and (
-            self.keep_every < 1 or self.keep_every % max(1, self.checkpoint_every)
-        ):
-            found.append(
-                (
-                    "keep_every",
-                    f"must be a multiple of checkpoint_every={self.checkpoint_every} or null, not {self.keep_every}",
-                )
-            )
         if not self.ema_decay:
             found.append(("ema_decay", "must hold one or several values"))
         if self.accumulate > self.batch_size:
             found.append(("accumulate", f"cannot cut {self.batch_size} images into {self.accumulate} parts"))
-        return found + self._clip_problems()
-
-    def _clip_problems(self) -> Problems:
-        found: Problems = []
-        group = self.grad_clip_group
-        if group is None:
-            return found
-        if self.grad_clip is None:
-            found.append(("grad_clip_group", "needs grad_clip, the norm each group is clipped to"))
-        if group < 1 or self.batch_size % group:
-            found.append(("grad_clip_group", f"{group} does not divide the batch of {self.batch_size}"))
-        if self.accumulate > 1:
-            found.append(("grad_clip_group", "already runs group by group: set accumulate to 1"))
         return found

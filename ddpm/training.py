@@ -5,17 +5,19 @@ row of the global batch), so neither the number of workers nor an interruption c
 """
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpm import images, rng
+from ddpm import rng
 from ddpm.config import DiffusionConfig, TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.ema import EMA
+from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
+from ddpm.peers import Peers
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
 
@@ -26,32 +28,26 @@ class TrainState:
     t_sampler: the history of losses that importance sampling of t goes by; None where t is uniform.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        emas: list[EMA],
-        optimizer: torch.optim.Adam,
-        t_sampler: ImportanceSampler | None = None,
-    ) -> None:
-        self.net, self.emas, self.optimizer, self.t_sampler = net, emas, optimizer, t_sampler
-        self.step = 0
-
-    @classmethod
-    def create(
-        cls, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig | None = None
-    ) -> "TrainState":
-        """The state before the first update. `net` is on its device and in its memory format already.
+    def __init__(self, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig | None = None) -> None:
+        """Make the state before the first update. `net` is on its device and in its memory format already.
 
         diffusion is needed for t_sampling="importance" only.
         """
-        emas = [EMA(net, decay, config.ema_warmup) for decay in config.ema_decay]
-        t_sampler = None
+        self.net, self.step = net, 0
+        self.emas = [EMA(net, decay, config.ema_warmup) for decay in config.ema_decay]
+        self.t_sampler = None
         if diffusion is not None and diffusion.t_sampling == "importance":
-            t_sampler = ImportanceSampler(diffusion.timesteps, next(net.parameters()).device)
-        return cls(net, emas, _adam(net), t_sampler)
+            self.t_sampler = ImportanceSampler(diffusion.timesteps, next(net.parameters()).device)
+        self.optimizer = torch.optim.Adam(net.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        for p in net.parameters():  # moments made now, so that a fresh state has all its tensors
+            self.optimizer.state[p] = {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it: net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step, t_sampler.* and step.
+        """Return all of it: net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step, t_sampler.* and step.
 
         The tensors are live, not copies (`step` apart): write or clone them before the next update.
         """
@@ -84,18 +80,6 @@ class TrainState:
         self.step = int(tensors["step"])
 
 
-def _adam(net: nn.Module) -> torch.optim.Adam:
-    """Adam(0.9, 0.999, 1e-8) with its moments made now, so that a fresh state has all its tensors."""
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    for p in net.parameters():
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }
-    return optimizer
-
-
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     """Say in one line what keeps `given` from being loaded into `own`; empty if nothing does."""
 
@@ -103,16 +87,16 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
         return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
     faults = {
-        "missing": [name for name in own if name not in given],
-        "unexpected": [name for name in given if name not in own],
-        "different": [
+        "missing": own.keys() - given.keys(),
+        "unexpected": given.keys() - own.keys(),
+        "different": {
             f"{name} is {kind(given[name])}, not {kind(own[name])}"
-            for name in own
-            if name in given and kind(own[name]) != kind(given[name])
-        ],
+            for name in own.keys() & given.keys()
+            if kind(own[name]) != kind(given[name])
+        },
     }
     return "; ".join(
-        f"{len(names)} {fault} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
+        f"{len(names)} {fault} ({', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''})"
         for fault, names in faults.items()
         if names
     )
@@ -140,7 +124,7 @@ def draw_batch(
     random_flip: bool,
     t_sampler: ImportanceSampler | None = None,
 ) -> Draws:
-    """The draws of update `step` for rows (int64, (N,)) of the global batch, on the device of `rows`.
+    """Make the draws of update `step` for rows (int64, (N,)) of the global batch, on the device of `rows`.
 
     shape: (C, H, W); t is uniform over 0..timesteps-1, or as t_sampler has it; flip has probability 1/2, or 0
     without random_flip.
@@ -156,7 +140,7 @@ def draw_batch(
 
 
 def drop_labels(seed: int, step: int, rows: Tensor, labels: Tensor, share: float) -> Tensor:
-    """labels (int64, (N,)) with that share of them, chosen by row, replaced by NO_LABEL."""
+    """Replace that share of labels (int64, (N,)), chosen by row, by NO_LABEL."""
     dropped = rng.uniform(seed, Stream.LABEL, step, rows) < share
     return labels.masked_fill(dropped, NO_LABEL)
 
@@ -169,190 +153,93 @@ def train_step(
     *,
     config: TrainConfig,
     seed: int,
-    world_size: int = 1,
-    forward: nn.Module | None = None,
     context: Tensor | None = None,
+    forward: nn.Module | None = None,
+    peers: Peers | None = None,
 ) -> dict[str, Tensor]:
-    """One update on this worker's slice of the global batch (Algorithm 1).
+    """Make one update with this worker's slice of the global batch (Algorithm 1).
 
     Never waits for the device (importance sampling of t apart).
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU,
     consecutive places in the global batch of config.batch_size; context: int64 labels (N,). `forward` is the
-    network as it is called (wrapped by DDP or compiled); default the network itself. Slices may differ in
-    length: each is weighted by it, so that DDP's average is the gradient of the mean over the global batch.
+    network as it is called (wrapped for several workers, or compiled); default the network itself. Slices may
+    differ in length: each is weighted by it, so that the workers' average is the gradient of the mean over the
+    global batch. The slice passes the network in config.accumulate parts.
 
     Returns 0-d tensors: loss, so weighted that its mean over workers is the mean over the global batch, and
-    grad_norm before clipping (with grad_clip_group, the mean norm of this worker's groups).
+    grad_norm before clipping.
     """
-    net = state.net if forward is None else forward
-    parts = _parts(state, diffusion, x_0, rows, context, config, seed)
-    state.optimizer.zero_grad(set_to_none=True)
-    if config.grad_clip_group is None:
-        losses = _backward(net, diffusion, parts, config, world_size)
-        grad_norm = _clip(state.net, config.grad_clip)
-    else:
-        losses, grad_norm = _backward_clipped(net, diffusion, parts, config, world_size)
-    if state.t_sampler is not None:
-        _remember(state.t_sampler, parts, losses, rows, config.batch_size, world_size)
-    _update(state, config)
-    weight = torch.cat([part.weight for part in parts])
-    return {"loss": (losses * weight).sum() * (world_size / config.batch_size), "grad_norm": grad_norm}
-
-
-class _Part(NamedTuple):
-    """Consecutive images that go through the network together."""
-
-    x_0: Tensor
-    t: Tensor
-    weight: Tensor
-    eps: Tensor
-    context: Tensor | None
-    dropout_seed: int
-
-
-def _parts(
-    state: TrainState,
-    diffusion: Diffusion,
-    x_0: Tensor,
-    rows: Tensor,
-    context: Tensor | None,
-    config: TrainConfig,
-    seed: int,
-) -> list[_Part]:
-    """Make the draws, flip, and cut the slice into `accumulate` parts or into groups for clipping."""
     if (diffusion.config.t_sampling == "importance") != (state.t_sampler is not None):
-        raise ValueError("t_sampling=importance needs TrainState.create(config, net, diffusion.config)")
-    step, on_device = state.step, rows.to(x_0.device, non_blocking=True)
-    t, weight, eps, flip = draw_batch(
-        seed, step, on_device, tuple(x_0.shape[1:]), len(diffusion), config.random_flip, state.t_sampler
-    )
-    x_0 = images.from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
-    x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
+        raise ValueError("t_sampling=importance needs TrainState(config, net, diffusion.config)")
+    net, step, peers = forward or state.net, state.step, peers or Peers()
+    on_device, shape = rows.to(x_0.device, non_blocking=True), tuple(x_0.shape[1:])
+    draws = draw_batch(seed, step, on_device, shape, len(diffusion), config.random_flip, state.t_sampler)
+    x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
+    x_0 = torch.where(draws.flip[:, None, None, None], x_0.flip(3), x_0)
     if context is not None:
         context = drop_labels(seed, step, on_device, context, config.label_dropout)
-    return [
-        _Part(
-            x_0[cut],
-            t[cut],
-            weight[cut],
-            eps[cut],
-            None if context is None else context[cut],
-            rng.torch_seed(seed, Stream.DROPOUT, step, int(rows[cut.start])),
-        )
-        for cut in _cuts(rows, config)
-    ]
-
-
-def _cuts(rows: Tensor, config: TrainConfig) -> list[slice]:
-    group = config.grad_clip_group
-    if group is None:
-        ends = [len(rows) * (i + 1) // config.accumulate for i in range(config.accumulate)]
-    elif len(rows) % group or int(rows[0]) % group:
-        raise ValueError(
-            f"grad_clip_group={group} cannot cut images {int(rows[0])} to {int(rows[-1])} of the batch into "
-            "whole groups: choose a number of workers that gives each a multiple of it"
-        )
-    else:
-        ends = list(range(group, len(rows) + 1, group))
-    cuts = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    return [cut for cut in cuts if cut.start < cut.stop]
-
-
-def _losses(net: nn.Module, diffusion: Diffusion, part: _Part, precision: str) -> Tensor:
-    """Loss per image (N,). bf16 is inside the network only: x_t, eps and the loss stay float32."""
-    torch.manual_seed(part.dropout_seed)
-    x_t = diffusion.q_sample(part.x_0, part.t, part.eps)
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        output = net(x_t, part.t, part.context)
-    return diffusion.training_losses(output.float(), part.x_0, x_t, part.t, part.eps)
-
-
-def _backward(
-    net: nn.Module, diffusion: Diffusion, parts: list[_Part], config: TrainConfig, world_size: int
-) -> Tensor:
-    """Leave the gradient in p.grad, averaged by DDP on the last part only; return the losses (N,)."""
-    no_sync = getattr(net, "no_sync", nullcontext)
+    state.optimizer.zero_grad(set_to_none=True)
+    scale = peers.world_size / config.batch_size  # the average over workers divides by their number
+    ends = sorted({len(rows) * i // config.accumulate for i in range(config.accumulate + 1)})
     found = []
-    for part in parts:
-        with nullcontext() if part is parts[-1] else no_sync():
-            losses = _losses(net, diffusion, part, config.precision)
-            # DDP divides by world_size
-            ((losses * part.weight).sum() * (world_size / config.batch_size)).backward()
-        found.append(losses.detach())
-    return torch.cat(found)
+    for start, stop in pairwise(ends):
+        part = slice(start, stop)
+        labels = None if context is None else context[part]
+        with nullcontext() if stop == len(rows) else peers.no_sync(net):
+            torch.manual_seed(rng.torch_seed(seed, Stream.DROPOUT, step, int(rows[start])))
+            loss = _losses(
+                net, diffusion, x_0[part], draws.t[part], draws.eps[part], labels, config.precision
+            )
+            ((loss * draws.weight[part]).sum() * scale).backward()
+        found.append(loss.detach())
+    losses = torch.cat(found)
+    grad_norm = _clip(state.net, config.grad_clip)
+    if state.t_sampler is not None:
+        _remember(state.t_sampler, draws.t, losses, rows, config.batch_size, peers)
+    _update(state, config)
+    return {"loss": (losses * draws.weight).sum() * scale, "grad_norm": grad_norm}
 
 
-def _backward_clipped(
-    net: nn.Module, diffusion: Diffusion, parts: list[_Part], config: TrainConfig, world_size: int
-) -> tuple[Tensor, Tensor]:
-    """The mean over groups of each group's clipped gradient, as the authors' eight cores made it.
-
-    DDP cannot clip before it averages, so its inner network is called and the sum over workers taken here.
-    """
-    assert config.grad_clip is not None  # TrainConfig.problems
-    net = getattr(net, "module", net)
-    parameters = list(net.parameters())
-    mean = [torch.zeros_like(p) for p in parameters]
-    found, norms = [], []
-    for part in parts:
-        losses = _losses(net, diffusion, part, config.precision)
-        gradient = torch.autograd.grad((losses * part.weight).mean(), parameters)
-        norm = nn.utils.get_total_norm(gradient)
-        share = _clip_factor(norm, config.grad_clip) * (len(part.t) / config.batch_size)
-        torch._foreach_add_(mean, torch._foreach_mul(gradient, share))
-        found.append(losses.detach())
-        norms.append(norm)
-    if world_size > 1:
-        _all_reduce(mean)
-    for p, gradient_mean in zip(parameters, mean, strict=True):
-        p.grad = gradient_mean
-    return torch.cat(found), torch.stack(norms).mean()
+def _losses(
+    net: nn.Module,
+    diffusion: Diffusion,
+    x_0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    context: Tensor | None,
+    precision: str,
+) -> Tensor:
+    """Return the loss of each image (N,): Algorithm 1, line 5. bf16 is inside the network only."""
+    x_t = diffusion.q_sample(x_0, t, eps)
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = net(x_t, t, context)
+    return diffusion.training_losses(output, x_0, x_t, t, eps)
 
 
 def _remember(
-    t_sampler: ImportanceSampler,
-    parts: list[_Part],
-    losses: Tensor,
-    rows: Tensor,
-    batch_size: int,
-    world_size: int,
+    t_sampler: ImportanceSampler, t: Tensor, losses: Tensor, rows: Tensor, batch_size: int, peers: Peers
 ) -> None:
     """Give the history the whole global batch, in its order, so that every worker holds the same."""
     batch = torch.zeros(2, batch_size, dtype=torch.float64, device=losses.device)
-    batch[0, rows[0] : rows[-1] + 1] = torch.cat([part.t for part in parts]).double()
-    batch[1, rows[0] : rows[-1] + 1] = losses.double()
-    if world_size > 1:
-        dist.all_reduce(batch)
+    batch[:, rows[0] : rows[-1] + 1] = torch.stack((t.double(), losses.double()))
+    batch = peers.total(batch)
     t_sampler.update(batch[0].long(), batch[1].float())
 
 
-def _all_reduce(tensors: list[Tensor]) -> None:
-    """Sum over workers in place, as one message."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(total.view(tensor.shape))
-
-
 def _clip(net: nn.Module, grad_clip: float | None) -> Tensor:
-    """Scale the gradient to a norm of at most grad_clip; return the norm it had."""
+    """Scale the gradient to a norm of at most grad_clip; return the norm it had, left on the device."""
     gradient = [p.grad for p in net.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradient)
     if grad_clip is not None:
-        torch._foreach_mul_(gradient, _clip_factor(norm, grad_clip))
+        torch._foreach_mul_(gradient, grad_clip / norm.clamp(min=grad_clip))
     return norm
-
-
-def _clip_factor(norm: Tensor, grad_clip: float) -> Tensor:
-    """min(grad_clip / norm, 1), left on the device."""
-    return grad_clip / norm.clamp(min=grad_clip)
 
 
 def _update(state: TrainState, config: TrainConfig) -> None:
     if any(p.stride() != moments["exp_avg"].stride() for p, moments in state.optimizer.state.items()):
         # The fused kernel walks raw memory and would pair weights with the moments of others.
-        raise RuntimeError("the network's memory format changed after TrainState.create: change it before")
+        raise RuntimeError("the network's memory format changed after TrainState was made: change it before")
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()

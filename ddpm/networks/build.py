@@ -38,8 +38,3 @@ def build_network(
     net.to_empty(device="cpu")
     net.reset_parameters(torch.Generator().manual_seed(seed))
     return net.to(device)
-
-
-def has_batch_norm(net: nn.Module) -> bool:
-    """Whether what it computes in training depends on which images share a worker's batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in net.modules())

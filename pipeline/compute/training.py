@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +52,9 @@ class Peer(WorkerContext):
             return net
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+
+    def no_sync(self, forward: nn.Module) -> AbstractContextManager[None]:
+        return getattr(forward, "no_sync", nullcontext)()
 
     def report(self, step: int) -> None:
         from ray import train

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from ddpm.peers import Peers
 from pipeline.compute.spent import Spent
 from pipeline.config import Experiment
 from pipeline.store.run import Place
@@ -66,7 +67,7 @@ class Unit:
 Done = Callable[[Unit], Sequence[Unit] | None]
 
 
-class WorkerContext:
+class WorkerContext(Peers):
     """One process among `world_size`, with the device, the CPUs, and the bytes for training images that it may use.
 
     This class is the lone worker; `pipeline.compute.training` has the one whose methods reach its peers. Every
@@ -81,7 +82,8 @@ class WorkerContext:
         world_size: int = 1,
         image_memory: int = NO_LIMIT,
     ):
-        self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
+        super().__init__(world_size)
+        self.device, self.cpus, self.rank = device, cpus, rank
         self.image_memory = image_memory
 
     def broadcast(self, value: Value) -> Value:
@@ -91,10 +93,6 @@ class WorkerContext:
     def decide(self, flag: bool) -> bool:
         """Return rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
         return flag
-
-    def total(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `value` over all ranks."""
-        return value
 
     def parallel(self, net: nn.Module) -> nn.Module:
         """Return `net` as its training forward is called: with gradients averaged over the ranks."""

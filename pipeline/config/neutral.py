@@ -15,7 +15,6 @@ NEUTRAL: dict[str, Any] = {
     "data.test_images": 0,
     "diffusion.t_sampling": "uniform",
     "train.grad_clip": None,
-    "train.grad_clip_group": None,
     "train.lr_decay": "none",
     "train.ema_warmup": False,
     "train.label_dropout": 0.0,

@@ -60,6 +60,31 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TrainStageConfig(TrainConfig):
+    """How a network is trained (`TrainConfig`), and what the train stage does meanwhile: checkpoints, of which the
+    `keep` newest and every `keep_every`-th step stay, sample grids (`sample_every` 0: none), points of the log."""
+
+    compile: bool
+    deterministic: bool
+    checkpoint_every: Count
+    sample_every: Annotated[int, Range(ge=0)]
+    keep: Count
+    keep_every: Annotated[int | None, Range(ge=1)]
+    log_every: Count
+
+    def problems(self) -> Problems:
+        found, every = super().problems(), self.checkpoint_every
+        if self.keep_every is not None and self.keep_every % max(1, every):
+            found.append(
+                (
+                    "keep_every",
+                    f"must be a multiple of checkpoint_every={every} or null",
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class PublishedConfig:
     """Weights that stand in for training: `path` is a folder in the diffusers layout, `weights` what its authors
     say they are. Both null = the network is trained here."""
@@ -203,7 +228,7 @@ class Experiment:
     data: DataConfig
     diffusion: DiffusionConfig
     model: NetworkConfig
-    train: TrainConfig
+    train: TrainStageConfig
     published: PublishedConfig
     sample: SampleConfig
     evaluate: EvaluateConfig

@@ -17,7 +17,6 @@ from torch import nn
 from ddpm.config import TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
-from ddpm.networks.build import has_batch_norm
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, learning_rate, train_step
@@ -157,7 +156,6 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Place) -> None:
     """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
     config = experiment.train
     check_workers(config, ctx.world_size)
-    _check_groups(ctx, config)
     torch.use_deterministic_algorithms(config.deterministic)
     if ctx.rank == 0:
         remove_leftovers(run.train)  # of a group that was killed before this one
@@ -185,20 +183,10 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Place) -> None:
                 return
 
 
-def _check_groups(ctx: WorkerContext, config: TrainConfig) -> None:
-    """Clipping by group needs slices that begin and end with a group."""
-    group, rank, size = config.grad_clip_group, ctx.rank, config.batch_size
-    if group and any(r * size // ctx.world_size % group for r in (rank, rank + 1)):
-        raise PipelineError(
-            f"train.grad_clip_group={group} cannot be cut among {ctx.world_size} workers at train.batch_size={size}: "
-            "choose a number of workers that divides the number of groups"
-        )
-
-
 def _restore(ctx: WorkerContext, experiment: Experiment, run: Place) -> tuple[TrainState, _Window]:
     """The newest whole checkpoint's state on this worker's device, or the first one; and the sums it came with."""
     net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
-    state = TrainState.create(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
+    state = TrainState(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
     found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
     tensors = {} if found is None else checkpoint.load(run.step_folder(found))
     sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
@@ -212,7 +200,7 @@ def _restore(ctx: WorkerContext, experiment: Experiment, run: Place) -> tuple[Tr
 
 def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
     """BatchNorm sees the global batch, so that the number of workers does not change what is computed."""
-    if ctx.world_size == 1 or not has_batch_norm(net):
+    if ctx.world_size == 1 or not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         return net
     if ctx.device.type == "cpu":
         raise PipelineError(
@@ -242,7 +230,7 @@ def _step_function(
         x_0, labels = images.batch(order.indices(state.step, config.batch_size, rows))
         return train_step(
             state, diffusion, x_0, rows,
-            config=config, seed=experiment.seed, world_size=ctx.world_size, forward=forward,
+            config=config, seed=experiment.seed, forward=forward, peers=ctx,
             context=labels if experiment.takes_labels else None,
         )  # fmt: skip
 

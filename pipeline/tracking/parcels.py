@@ -22,7 +22,6 @@ _NOT_SHOWN = {
     "model.norm_groups",
     "model.resample",
     "train.accumulate",
-    "train.grad_clip_group",
     "train.label_dropout",
     "train.deterministic",
 }  # fmt: skip

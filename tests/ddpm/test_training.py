@@ -16,6 +16,7 @@ from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
+from ddpm.peers import Peers
 from ddpm.rng import Stream
 from ddpm.training import (
     TrainState,
@@ -34,18 +35,10 @@ CONFIG = TrainConfig(
     lr_decay="none",
     warmup_steps=4,
     grad_clip=1.0,
-    grad_clip_group=None,
     ema_decay=(0.9,),
     ema_warmup=False,
     label_dropout=0.0,
     precision="fp32",
-    compile=False,
-    deterministic=False,
-    checkpoint_every=10,
-    sample_every=10,
-    keep=2,
-    keep_every=None,
-    log_every=1,
 )
 SEED = 11
 DIFFUSION = Diffusion(DiffusionConfig(timesteps=50))
@@ -67,7 +60,7 @@ def small_state(settings, dropout=0.0, memory_format=torch.channels_last, seed=3
     with torch.no_grad():
         for p in net.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
-    return TrainState.create(settings, net.to(memory_format=memory_format), diffusion.config)
+    return TrainState(settings, net.to(memory_format=memory_format), diffusion.config)
 
 
 def step(state, settings, rows=ROWS, diffusion=DIFFUSION, **kwargs):
@@ -134,7 +127,7 @@ def oracle(settings, steps):
 @pytest.mark.parametrize("grad_clip", [0.05, 100.0])
 def test_steps_equal_the_oracle(grad_clip):
     settings = config(lr=0.05, grad_clip=grad_clip)
-    state = TrainState.create(settings, Affine())
+    state = TrainState(settings, Affine())
     for loss, norm, theta, ema in oracle(settings, 12):
         metrics = step(state, settings)
         assert metrics["loss"].item() == pytest.approx(loss, rel=1e-5)
@@ -202,7 +195,7 @@ def test_labels_are_dropped_by_row():
 
 def test_labels_reach_the_network():
     settings = config(label_dropout=0.5)
-    state = TrainState.create(settings, Affine())
+    state = TrainState(settings, Affine())
     step(state, settings, context=torch.arange(8))
     assert torch.equal(state.net.seen[0][2], drop_labels(SEED, 0, ROWS, torch.arange(8), 0.5))
 
@@ -212,7 +205,7 @@ def test_labels_reach_the_network():
 
 def test_bf16_is_inside_the_network_only():
     settings = config(precision="bf16")
-    state = TrainState.create(settings, Affine())
+    state = TrainState(settings, Affine())
     metrics = step(state, settings)
     x_t, t, _, autocast = state.net.seen[0]
     draws = draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, True)
@@ -240,7 +233,7 @@ def mean_over_workers(settings, cuts, **net_settings):
     found, loss = [], 0.0
     for start, stop in cuts:
         state = small_state(settings, **net_settings)
-        metrics = step(state, settings, ROWS[start:stop], world_size=len(cuts))
+        metrics = step(state, settings, ROWS[start:stop], peers=Peers(len(cuts)))
         found.append(gradients(state))
         loss += metrics["loss"].item() / len(cuts)
     return {name: sum(g[name] for g in found) / len(cuts) for name in found[0]}, loss
@@ -280,49 +273,32 @@ def test_more_parts_than_images_in_a_slice():
     assert_close(sliced, gradients(whole), rtol=1e-4, atol=1e-6)
 
 
-def test_clipping_by_groups_equals_a_loop_over_groups():
-    settings = config(grad_clip_group=2, grad_clip=0.5)
-    state, other = small_state(settings), small_state(settings)
-    expected = {name: torch.zeros_like(p) for name, p in state.net.named_parameters()}
-    norms = []
-    for start in range(0, 8, 2):
-        alone = config(grad_clip=None, batch_size=2)
-        other = small_state(alone)
-        step(other, alone, ROWS[start : start + 2])
-        found = gradients(other)
-        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in found.values())))
-        for name, gradient in found.items():
-            expected[name] += gradient * min(0.5 / norms[-1], 1) / 4
-    metrics = step(state, settings)
-    assert min(norms) > 0.5  # every group is clipped
-    assert metrics["grad_norm"].item() == pytest.approx(sum(norms) / 4, rel=1e-5)
-    assert_close(gradients(state), expected, rtol=1e-4, atol=1e-6)
+class Group(Peers):
+    """Peers that reach each other through torch.distributed."""
 
+    def total(self, value):
+        summed = value.clone()
+        torch.distributed.all_reduce(summed)
+        return summed
 
-def test_clipping_by_groups_refuses_half_groups():
-    settings = config(grad_clip_group=4)
-    with pytest.raises(ValueError, match="grad_clip_group=4"):
-        step(small_state(settings), settings, ROWS[:3])
-    with pytest.raises(ValueError, match="grad_clip_group=4"):
-        step(small_state(settings), settings, ROWS[2:6])
+    def no_sync(self, forward):
+        return forward.no_sync()
 
 
 def _worker(rank, world_size, path, settings, rows):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}/store", rank=rank, world_size=world_size)
-    for name, one in settings.items():
-        state = small_state(one, diffusion=IMPORTANCE)
-        ddp = nn.parallel.DistributedDataParallel(state.net)
-        for _ in range(2):
-            step(state, one, rows[name][rank], IMPORTANCE, world_size=world_size, forward=ddp)
-        if rank == 1:
-            torch.save(gradients(state) | {"history": state.t_sampler.losses}, f"{path}/{name}.pt")
+    state = small_state(settings, diffusion=IMPORTANCE)
+    ddp = nn.parallel.DistributedDataParallel(state.net)
+    for _ in range(2):
+        step(state, settings, rows[rank], IMPORTANCE, peers=Group(world_size), forward=ddp)
+    if rank == 1:
+        torch.save(gradients(state) | {"history": state.t_sampler.losses}, f"{path}/parts.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    settings = {"parts": config(accumulate=2), "groups": config(grad_clip_group=2, grad_clip=0.5)}
-    rows = {"parts": [ROWS[:3], ROWS[3:]], "groups": [ROWS[:2], ROWS[2:]]}
+    settings, rows = config(accumulate=2), [ROWS[:3], ROWS[3:]]
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_worker, args=(r, 2, str(tmp_path), settings, rows)) for r in range(2)]
     for worker in workers:
@@ -330,13 +306,12 @@ def test_two_processes_equal_one(tmp_path):
     for worker in workers:
         worker.join(timeout=120)
         assert worker.exitcode == 0
-    for name, one in settings.items():
-        state = small_state(one, diffusion=IMPORTANCE)
-        for _ in range(2):
-            step(state, one, diffusion=IMPORTANCE)
-        saved = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        expected = gradients(state) | {"history": state.t_sampler.losses}
-        assert_close(saved, expected, rtol=1e-4, atol=1e-6)
+    state = small_state(settings, diffusion=IMPORTANCE)
+    for _ in range(2):
+        step(state, settings, diffusion=IMPORTANCE)
+    saved = torch.load(tmp_path / "parts.pt", weights_only=True)
+    expected = gradients(state) | {"history": state.t_sampler.losses}
+    assert_close(saved, expected, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ importance-sampled t
@@ -365,7 +340,7 @@ def test_importance_sampling_learns_from_the_whole_batch_and_resumes():
 
 def test_importance_weights_reach_loss_and_gradient():
     settings = config(grad_clip=None)
-    state = TrainState.create(settings, Affine(), IMPORTANCE.config)
+    state = TrainState(settings, Affine(), IMPORTANCE.config)
     state.t_sampler.counts.fill_(10)
     state.t_sampler.losses.copy_(torch.tensor([[1.0], [2.0], [5.0]]).expand(3, 10))
     draws = draw_batch(SEED, 0, ROWS, (1, 8, 8), 3, True, state.t_sampler)
@@ -384,7 +359,7 @@ def test_importance_weights_reach_loss_and_gradient():
 
 
 def test_importance_sampling_needs_its_history():
-    state = TrainState.create(CONFIG, Affine())
+    state = TrainState(CONFIG, Affine())
     with pytest.raises(ValueError, match="t_sampling=importance"):
         step(state, CONFIG, diffusion=IMPORTANCE)
 
@@ -463,7 +438,7 @@ def test_loading_names_what_does_not_fit_and_changes_nothing():
 
 def test_a_sound_config_has_no_problems():
     assert CONFIG.problems() == []
-    assert config(grad_clip_group=4, grad_clip=1.0, ema_decay=(0.9, 0.9999)).problems() == []
+    assert config(ema_decay=(0.9, 0.9999)).problems() == []
 
 
 @pytest.mark.parametrize(
@@ -477,15 +452,10 @@ def test_a_sound_config_has_no_problems():
         ("lr_decay", {"lr_decay": "cosine"}),
         ("warmup_steps", {"warmup_steps": -1}),
         ("grad_clip", {"grad_clip": 0.0}),
-        ("grad_clip_group", {"grad_clip_group": 3}),
-        ("grad_clip_group", {"grad_clip_group": 0}),
-        ("grad_clip_group", {"grad_clip_group": 4, "grad_clip": None}),
-        ("grad_clip_group", {"grad_clip_group": 4, "accumulate": 2}),
         ("ema_decay", {"ema_decay": ()}),
         ("ema_decay", {"ema_decay": (0.9, 1.0)}),
         ("label_dropout", {"label_dropout": 1.5}),
         ("precision", {"precision": "fp16"}),
-        ("keep", {"keep": 0}),
     ],
 )
 def test_problems_name_the_key(key, changes):

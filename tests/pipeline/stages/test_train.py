@@ -212,13 +212,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
             assert stepped.wait(20), "training waited for the checkpoint"
         write(directory, *args)
 
-    class Beat(train._Heartbeat):
+    class Beat(train.Heartbeat):
         def beat(self, step):
             if step == 3:
                 stepped.set()
 
     monkeypatch.setattr(checkpoint, "_write", slow)
-    monkeypatch.setattr(train, "_Heartbeat", Beat)
+    monkeypatch.setattr(train, "Heartbeat", Beat)
     train_to(experiment, run, 6)
     for step in (2, 4, 6):
         ours, theirs = final_state(run, step), final_state(untouched, step)
