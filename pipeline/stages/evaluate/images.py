@@ -32,15 +32,6 @@ class ImageSets:
         return list(missing.values())
 
 
-@dataclass(frozen=True)
-class Real:
-    """What scores compare with: the statistics that each FID is the distance to, by the name of the score, and the
-    features (n, d) of the reference where single images are compared."""
-
-    statistics: dict[str, distances.Statistics]
-    features: np.ndarray | None
-
-
 def list_references(config: EvaluateConfig) -> dict[str, str]:
     """List whose statistics each FID is the distance to."""
     every = {"fid": config.reference, "fid_test": "test"}
@@ -84,12 +75,13 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSe
     for score, name in list_references(config).items():
         reference = Reference.of(place, extractor, name)
         statistics[score] = reference.load() or reference.make(sets.splits[name])
-    features = sets.splits[config.reference].features() if compares_images(config) else None
-    scored, real = sets.samples.score(), Real(statistics, features)
-    found["scores"] |= _compare(scored, sets.samples, real, config.metrics)
-    to_reference = Real({name: its for name, its in statistics.items() if name == "fid"}, features)
+    real = sets.splits[config.reference].features() if compares_images(config) else None
+    scored = sets.samples.score()
+    found["protocol"] |= _describe(config, extractor, scored, statistics, real)
+    found["scores"] |= _compare(sets.samples, scored, statistics, real, config.metrics)
+    statistics.pop("fid_test", None)  # reference points are compared with the reference alone
     found["reference_points"] = {
-        name: {**_compare(images.score(), images, to_reference, config.metrics), "n": images.n}
+        name: {**_compare(images, images.score(), statistics, real, config.metrics), "n": images.n}
         for name, images in sets.points.items()
     }
     if config.features == "classifier" and scored.classes is not None:
@@ -98,44 +90,47 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSe
         if experiment.sample.label is not None:
             asked = [experiment.asked_label(index) for index in range(len(scored.classes))]
             found["scores"]["as_asked"] = float(np.mean(scored.classes == np.array(asked)))
-    found["protocol"] |= _describe(config, extractor, scored, real)
 
 
-def _compare(scored: distances.Scored, images: ImageSet, real: Real, asked: tuple[str, ...]) -> Scores:
+def _compare(
+    images: ImageSet, scored: distances.Scored, statistics: dict[str, distances.Statistics],
+    real: np.ndarray | None, asked: tuple[str, ...],
+) -> Scores:  # fmt: skip
+    """Compute the scores of a set: against `statistics`, by the name of the score, and real features (n, d)."""
     scores: Scores = {}
-    if real.statistics:
+    if statistics:
         own = scored.moments.statistics()
-        scores |= {name: distances.frechet_distance(own, its) for name, its in real.statistics.items()}
+        scores |= {name: distances.frechet_distance(own, its) for name, its in statistics.items()}
     if "is" in asked and scored.sums and scored.shuffled:
         scores["is_mean"], scores["is_std"] = scored.sums.inception_score()
         scores["is_shuffled_mean"], scores["is_shuffled_std"] = scored.shuffled.inception_score()
-    if real.features is not None:
+    if real is not None:
         features = images.features()
         if "kid" in asked:
-            scores["kid_mean"], scores["kid_std"] = distances.kernel_distance(features, real.features)
+            scores["kid_mean"], scores["kid_std"] = distances.kernel_distance(features, real)
         if "prc" in asked:
-            scores["precision"], scores["recall"] = distances.precision_recall(features, real.features)
+            scores["precision"], scores["recall"] = distances.precision_recall(features, real)
     return scores
 
 
 def _describe(
-    config: EvaluateConfig, extractor: Extractor, scored: distances.Scored, real: Real
-) -> ScoreProtocol:
+    config: EvaluateConfig, extractor: Extractor, scored: distances.Scored,
+    statistics: dict[str, distances.Statistics], real: np.ndarray | None,
+) -> ScoreProtocol:  # fmt: skip
     found: ScoreProtocol = {
         "extractor": extractor.name,
         "official_extractor": extractor.is_official,
         "features": len(scored.moments.first),
         "splits": len(scored.sums.n) if scored.sums else None,
     }
-    if "fid" in real.statistics:
-        found["reference_images"] = real.statistics["fid"].n
-    if "fid_test" in real.statistics:
-        found["fid_test_images"] = real.statistics["fid_test"].n
+    if "fid" in statistics:
+        found["reference_images"] = statistics["fid"].n
+    if "fid_test" in statistics:
+        found["fid_test_images"] = statistics["fid_test"].n
     if "is" in config.metrics and scored.sums:
         found["is_shuffle_seed"] = distances.SEED
-    if "kid" in config.metrics and real.features is not None:
-        size = distances.kid_subset_size(scored.moments.n, len(real.features))
-        subsets = f"{distances.KID_SUBSETS} subsets of {size} images"
+    if "kid" in config.metrics and real is not None:
+        subsets = f"{distances.KID_SUBSETS} subsets of {distances.kid_subset_size(scored.moments.n, len(real))} images"
         found["kid"] = f"{subsets}, cubic kernel, seed {distances.SEED}"
     if "prc" in config.metrics:
         neighbours = f"{distances.NEIGHBOURS} neighbours in the features of {extractor.name}"
