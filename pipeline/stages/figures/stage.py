@@ -1,7 +1,8 @@
 """Which figures are drawn, out of which units, and the seal.
 
 What units make is kept under all that it depends on, so asking for another figure repeats nothing. A figure that
-needs what the run has not got is left out; the manifest says why.
+needs what the run has not got is left out; the manifest says why. Every configuration is checked against FIGURES, so
+torch and what draws are imported when they are called.
 """
 
 import logging
@@ -9,13 +10,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from pipeline.compute.work import Unit
 from pipeline.config import Experiment
-from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
-from pipeline.stages.figures import chains, curves, nearest
 from pipeline.stages.figures.figure import Figure, Unavailable
 from pipeline.store import tars
 from pipeline.store.files import read_manifest, write_manifest
@@ -23,6 +20,10 @@ from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
 
+FIGURES = (
+    "samples", "progressive", "interpolation", "coarse_to_fine", "shared_latents", "rate_distortion", "scores_along",
+    "nearest_pixels", "nearest_features",
+)  # fmt: skip
 SAMPLES_SIDE = 16
 
 
@@ -60,10 +61,23 @@ def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
 
 def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
     """Plan the figures asked for that can be drawn; the reasons why others cannot."""
+    from pipeline.stages.figures import chains, curves, nearest
+
+    plans: dict[str, Callable[[Place], Figure]] = {
+        "samples": samples,
+        "progressive": chains.progressive,
+        "interpolation": chains.interpolation,
+        "coarse_to_fine": chains.coarse_to_fine,
+        "shared_latents": chains.shared_latents,
+        "rate_distortion": curves.rate_distortion,
+        "scores_along": curves.scores_along,
+        "nearest_pixels": nearest.nearest_pixels,
+        "nearest_features": nearest.nearest_features,
+    }
     figures, skipped = [], {}
     for name in place.experiment.figures.which:
         try:
-            figures.append(FIGURES[name](place))
+            figures.append(plans[name](place))
         except Unavailable as error:
             log.warning("figure %s is left out: %s", name, error)
             skipped[name] = str(error)
@@ -80,18 +94,9 @@ def samples(place: Place) -> Figure:
 
 def _draw_samples(folder: Path, n: int, files: list[Path], file: Path) -> None:
     """Draw the first samples of the set in a square."""
+    import torch
+
+    from pipeline.drawing.grids import save_grid
+
     images, _ = tars.load_images(folder, "samples", 0, n)
     save_grid(torch.from_numpy(images), min(SAMPLES_SIDE, max(1, int(n**0.5))), file)
-
-
-FIGURES: dict[str, Callable[[Place], Figure]] = {
-    "samples": samples,
-    "progressive": chains.progressive,
-    "interpolation": chains.interpolation,
-    "coarse_to_fine": chains.coarse_to_fine,
-    "shared_latents": chains.shared_latents,
-    "rate_distortion": curves.rate_distortion,
-    "scores_along": curves.scores_along,
-    "nearest_pixels": nearest.nearest_pixels,
-    "nearest_features": nearest.nearest_features,
-}
