@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import torch
+import ray
 
 from pipeline.compute import training
+from pipeline.compute.pool import Pool
 from pipeline.compute.resources import Resources, resolve
 from pipeline.compute.spent import Spent
-from pipeline.compute.work import Body, Done, Unit, local_context
+from pipeline.compute.work import Body, Done, Unit
 from pipeline.config import ClusterConfig, Experiment
+from pipeline.console import following
 from pipeline.errors import PipelineError, last_line
 from pipeline.store.run import Place
-
-POLL_SECONDS = 0.5
 
 
 class Session:
@@ -28,40 +29,47 @@ class Session:
     `interrupted` is asked between waits: when it says yes, work that is under way is given up.
     """
 
+    resources: Resources
+    pool: Pool
+
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
         self.cluster, self.interrupted, self.spent = cluster, interrupted, Spent()
-        self.most_in_flight: int | None = None  # units; None: enough to keep every CPU busy
+        self.most_in_flight: int | None = None  # units; None: as many as the cluster has room for
 
     @staticmethod
-    def within(cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]) -> Session:
-        """Return the share of a trial in a session that its process has joined already: `resources` and no more."""
+    @contextmanager
+    def within(
+        cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]
+    ) -> Iterator[Session]:
+        """Give a trial its share of a session that its process has joined already: `resources` and no more."""
         session = Session(cluster, interrupted)
-        session.resources = resources
         session.most_in_flight = resources.tasks_at_once(cluster.cpus_per_task)
-        return session
+        session._use(resources)
+        try:
+            yield session
+        finally:
+            session.pool.end()
 
     def __enter__(self) -> Session:
         _start_ray(self.cluster.ray_address)
-        import ray
-
         try:
             there = ray.cluster_resources()
             most = max(cpus for cpus, _ in self.nodes())
-            self.resources = resolve(self.cluster, int(there.get("CPU", 0)), int(there.get("GPU", 0)), most)
+            self._use(resolve(self.cluster, int(there.get("CPU", 0)), int(there.get("GPU", 0)), most))
         except BaseException:
             ray.shutdown()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        import ray
-
         ray.shutdown()
+
+    def _use(self, resources: Resources) -> None:
+        self.resources = resources
+        self.pool = Pool(self.cluster, resources.gpus_per_task, self._limits, self.interrupted)
 
     def nodes(self) -> list[tuple[int, int]]:
         """Return (CPUs, GPUs) of each machine."""
-        import ray
-
         found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
 
@@ -70,63 +78,25 @@ class Session:
         return self.resources.spare
 
     def run_workers(self, body: Body, experiment: Experiment, run: Place) -> None:
-        """Train with DDP (`pipeline.compute.training`)."""
-        training.run_group(self.cluster, self.resources, body, experiment, run)
+        """Train with DDP (`pipeline.compute.training`), on what the pool gives back first."""
+        self.pool.end()
+        with following(self.pool.end_unused):
+            training.run_group(self.cluster, self.resources, body, experiment, run)
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None:
-        """Run the units as Ray tasks, a bounded number in flight; lost tasks are repeated by Ray. What can be
-        done after a unit comes before the units that still wait."""
-        import ray
+        """Run the units (`pipeline.compute.pool`)."""
+        self.pool.map(units, done, self.spent)
 
-        task = ray.remote(_run_unit).options(
-            num_cpus=self.cluster.cpus_per_task,
-            num_gpus=self.resources.gpus_per_task,
-            max_retries=self.cluster.retries,
-            scheduling_strategy="DEFAULT",  # not in the caller's placement group, where the caller is a trial
-        )
-        waiting = list(reversed(units))
-        in_flight: dict[ray.ObjectRef, Unit] = {}
-        everywhere = int(ray.cluster_resources().get("CPU", 1)) // self.cluster.cpus_per_task
-        slots = self.most_in_flight or 2 * max(1, everywhere)
-        while waiting or in_flight:
-            while waiting and len(in_flight) < slots:
-                unit = waiting.pop()
-                in_flight[task.remote(unit, self.cluster.cpus_per_task)] = unit
-            finished, _ = ray.wait(list(in_flight), timeout=POLL_SECONDS)
-            for reference in finished:
-                unit = in_flight.pop(reference)
-                self.spent.add(unit.kind, unit.images, _result(reference, unit))
-                waiting += done(unit) or ()
-            if self.interrupted():
-                for reference in in_flight:
-                    ray.cancel(reference, force=True)
-                return
-
-
-def _result(reference, unit: Unit) -> float:
-    """The seconds that the unit took; or raise what it raised, in a user's words where the user can help it."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PipelineError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        raise PipelineError(
-            f"'{unit.name}' lost its process again and again ({last_line(error)}); the same command goes on here"
-        ) from error
-
-
-def _run_unit(unit: Unit, cpus: int) -> float:
-    torch.set_num_threads(cpus)
-    return unit.run(local_context(cpus))
+    def _limits(self) -> tuple[int, int]:
+        """Return how many actors and how many tasks there may be at once."""
+        if self.most_in_flight:
+            return self.most_in_flight, self.most_in_flight
+        there, per_task = ray.cluster_resources(), self.resources.gpus_per_task
+        tasks = max(1, int(there.get("CPU", 1)) // self.cluster.cpus_per_task)
+        return (max(1, min(tasks, int(there.get("GPU", 0) / per_task))) if per_task else tasks), tasks
 
 
 def _start_ray(address: str | None) -> None:
-    import ray
-
     # Workers print the same line many times over.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     try:
@@ -157,7 +127,6 @@ def _name_interface() -> None:
     cannot reach it; NCCL takes the first interface that it likes. What the host's environment says comes first.
     """
     import psutil
-    import ray
 
     here = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():

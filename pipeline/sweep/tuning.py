@@ -189,15 +189,16 @@ def run_trials(
 def _trial(given: dict[str, Any], orders: dict[str, Order], failures: Path) -> None:
     """What Tune's process for a trial runs. Tune ends it while it waits in `report`, when nothing is under way."""
     order = orders[given["trial"]]
-    session = Session.within(order.cluster, order.resources, order.interrupted)
+    with Session.within(order.cluster, order.resources, order.interrupted) as session:
 
-    def goes_on(step: int, bound: float) -> bool:
-        tune.report({STEP: step, BOUND: bound})
-        return True
+        def goes_on(step: int, bound: float) -> bool:
+            session.pool.end()  # before Tune may end this process
+            tune.report({STEP: step, BOUND: bound})
+            return True
 
-    try:
-        carry_out(order, session, goes_on)
-    except Interrupted:
-        pass  # what is on disk says how far it came
-    except Exception as error:
-        write_text(failures / given["trial"], one_line(error))
+        try:
+            carry_out(order, session, goes_on)
+        except Interrupted:
+            pass  # what is on disk says how far it came
+        except Exception as error:
+            write_text(failures / given["trial"], one_line(error))

@@ -250,15 +250,17 @@ def test_a_trial_that_never_fits_is_refused():
         share(cluster(workers=3), [Node(2, 0)], 4, None)
 
 
-def test_the_tasks_of_a_trial_take_no_more_than_its_workers_hold():
-    assert Session.within(cluster(), Resources(1, 1, 4, 0.0, 0.0, 0), lambda: False).most_in_flight == 4
-    assert (
-        Session.within(
-            cluster(cpus_per_task=2), Resources(2, 2, 3, 0.0, 0.0, 0), lambda: False
-        ).most_in_flight
-        == 3
-    )
-    assert Session.within(cluster(), Resources(1, 1, 8, 0.5, 0.5, 0), lambda: False).most_in_flight == 1
+@pytest.mark.parametrize(
+    ("overrides", "resources", "most"),
+    [
+        ({}, Resources(1, 1, 4, 0.0, 0.0, 0), 4),
+        ({"cpus_per_task": 2}, Resources(2, 2, 3, 0.0, 0.0, 0), 3),
+        ({}, Resources(1, 1, 8, 0.5, 0.5, 0), 1),
+    ],
+)
+def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, resources, most):
+    with Session.within(cluster(**overrides), resources, lambda: False) as session:
+        assert session.pool.limits() == (most, most)
 
 
 # The paper's tables, scaled to a budget

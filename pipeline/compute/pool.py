@@ -1,0 +1,212 @@
+"""Work units on a Ray session: a pool of actors for those that use a network, Ray tasks for the others.
+
+An actor keeps one GPU, or one share of the CPUs, for life, and in its process the network and the extractor of
+its last unit. CUDA reads once which GPUs a process may use, so a Ray task's process, which is given to another
+task with another GPU, would go on computing on its first one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import ray
+import torch
+from ray import ObjectRef
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from pipeline.compute.spent import Spent
+from pipeline.compute.work import Done, Unit, WorkerContext, local_context
+from pipeline.config import ClusterConfig
+from pipeline.errors import PipelineError, last_line
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+UNUSED_SECONDS = 5.0
+END_SECONDS = 30.0  # how long a map waits for what it has cancelled
+
+
+class Actor:
+    """A process of the pool."""
+
+    def __init__(self, cpus: int):
+        torch.set_num_threads(cpus)
+        self.context = local_context(cpus)
+
+    def run(self, unit: Unit) -> float:
+        return unit.run(self.context)
+
+
+def run_task(unit: Unit, cpus: int) -> float:
+    """Run a unit that uses no network, on CPUs: Ray does not hide the GPUs from a task that asked for none."""
+    torch.set_num_threads(cpus)
+    return unit.run(WorkerContext(torch.device("cpu"), cpus))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A unit under way, on an actor or as a task."""
+
+    unit: Unit
+    actor: ActorHandle | None
+
+
+class Pool:
+    """The actors of a command: a map starts those that it lacks and leaves them idle for the next one.
+
+    limits: returns how many actors and how many tasks there may be at once; it is asked at every look, so a node
+    that joins is used. interrupted: when it says yes, a map gives up what is under way and returns.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        gpus: float,
+        limits: Callable[[], tuple[int, int]],
+        interrupted: Callable[[], bool],
+    ):
+        self.cpus, self.retries = cluster.cpus_per_task, cluster.retries
+        self.limits, self.interrupted = limits, interrupted
+        # "DEFAULT": not in the caller's placement group, where the caller is a trial.
+        self.new_actor = ray.remote(Actor).options(
+            num_cpus=self.cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="DEFAULT"
+        )
+        self.new_task = ray.remote(run_task).options(
+            num_cpus=self.cpus, num_gpus=0, max_retries=self.retries, scheduling_strategy="DEFAULT"
+        )
+        self.idle: list[ActorHandle] = []
+        self.starting: dict[ObjectRef, ActorHandle] = {}
+        self.calls: dict[ObjectRef, Call] = {}
+        self.waiting: dict[bool, list[Unit]] = {}  # by whether they use a network, the next one last
+        self.losses: Counter[int] = Counter()  # lost processes by unit; 0: those that never started
+        self.last_used = time.monotonic()
+        self.lock = threading.Lock()  # held by a map
+
+    def map(self, units: Sequence[Unit], done: Done, spent: Spent) -> None:
+        """Run the units, one at a time on each actor. What can be done after a unit comes before those that wait.
+
+        A unit whose actor dies is given to another, up to `cluster.retries` times. A unit's own error ends the
+        map. On every way out what is under way is cancelled.
+        """
+        with self.lock:
+            try:
+                self.waiting, self.losses = {True: [], False: []}, Counter()
+                self._add(reversed(units))
+                while self.calls or any(self.waiting.values()):
+                    self._hand_out()
+                    finished, _ = ray.wait([*self.calls, *self.starting], timeout=POLL_SECONDS)
+                    for reference in finished:
+                        if reference in self.starting:
+                            self._accept(reference)
+                        elif (seconds := self._result(reference)) is not None:
+                            unit = self.calls.pop(reference).unit
+                            spent.add(unit.kind, unit.images, seconds)
+                            self._add(done(unit) or ())
+                    if self.interrupted():
+                        return
+            finally:
+                self._cancel()
+                self.last_used = time.monotonic()
+
+    def _add(self, units: Iterable[Unit]) -> None:
+        for unit in units:
+            self.waiting[unit.needs_gpu].append(unit)
+
+    def _hand_out(self) -> None:
+        """Give idle actors a unit each, start those that are missing, and as many tasks as are allowed."""
+        networks, others = self.waiting[True], self.waiting[False]
+        most_actors, most_tasks = self.limits()
+        busy = sum(call.actor is not None for call in self.calls.values())
+        tasks = len(self.calls) - busy
+        for _ in range(min(len(others), most_tasks - tasks)):
+            unit = others.pop()
+            self.calls[self.new_task.remote(unit, self.cpus)] = Call(unit, None)
+        while networks and self.idle:
+            unit, actor = networks.pop(), self.idle.pop()
+            self.calls[actor.run.remote(unit)] = Call(unit, actor)
+            busy += 1
+        missing = min(len(networks), most_actors - busy) - len(self.starting)
+        for _ in range(missing):
+            new = self.new_actor.remote(self.cpus)
+            assert isinstance(new, ActorHandle)
+            self.starting[new.__ray_ready__.remote()] = new
+        if len(self.calls) > busy and self.idle and ray.available_resources().get("CPU", 0) < self.cpus:
+            self._end_idle()  # a task may be waiting for what they hold
+
+    def _accept(self, reference: ObjectRef) -> None:
+        """Count an actor that has started among the idle ones."""
+        actor = self.starting.pop(reference)
+        try:
+            ray.get(reference)
+            self.idle.append(actor)
+        except RayError as error:
+            self._note_loss(0, "a process for work units", error)
+
+    def _result(self, reference: ObjectRef) -> float | None:
+        """Return the seconds that a unit took, and its actor to the idle ones; None where the actor was lost.
+
+        Raises what the unit raised, in a user's words where the user can help it.
+        """
+        call = self.calls[reference]
+        try:
+            seconds = ray.get(reference)
+        except RayTaskError as error:
+            if isinstance(error.cause, PipelineError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            if call.actor is None:  # Ray has tried as often
+                self.losses[id(call.unit)] = self.retries
+            self._note_loss(id(call.unit), f"'{call.unit.name}'", error)
+            self.waiting[True].append(self.calls.pop(reference).unit)
+            return None
+        if call.actor is not None:
+            self.idle.append(call.actor)
+        return seconds
+
+    def _note_loss(self, number: int, what: str, error: RayError) -> None:
+        self.losses[number] += 1
+        if self.losses[number] > self.retries:
+            raise PipelineError(
+                f"{what} lost its process again and again ({last_line(error)}); the same command goes on here"
+            ) from error
+        log.warning("%s lost its process (%s); another takes its place", what, last_line(error))
+
+    def _cancel(self) -> None:
+        """End what is under way or starting, and wait until it has ended."""
+        for reference, call in self.calls.items():
+            if call.actor is None:
+                ray.cancel(reference, force=True)
+            else:
+                ray.kill(call.actor)
+        for actor in self.starting.values():
+            ray.kill(actor)
+        ended = list(self.calls)
+        self.calls, self.starting = {}, {}
+        if ended:
+            ray.wait(ended, num_returns=len(ended), timeout=END_SECONDS)
+
+    def _end_idle(self) -> None:
+        for actor in self.idle:
+            ray.kill(actor)
+        self.idle = []
+
+    def end(self) -> None:
+        """End the actors, once no map is under way: Ray gives their GPUs to others when their processes are gone."""
+        with self.lock:
+            self._end_idle()
+
+    def end_unused(self) -> None:
+        """End actors that were idle for a while; a training group that lost a node may need their place."""
+        if self.lock.acquire(blocking=False):
+            try:
+                if time.monotonic() - self.last_used > UNUSED_SECONDS:
+                    self._end_idle()
+            finally:
+                self.lock.release()
