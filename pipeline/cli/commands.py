@@ -127,20 +127,20 @@ def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:
 
 
 def sweep(options: Any) -> int:
-    from pipeline.sweep import Study
-    from pipeline.sweep.points import points
+    from pipeline.sweep.points import list_points
+    from pipeline.sweep.study import Study
 
     sweep, shared, cluster = _load_sweep(options)
-    return _run_study(Study(sweep, points(sweep, shared), cluster), options)
+    return _run_study(Study(sweep, list_points(sweep, shared), cluster), options)
 
 
 def check_sweep(options: Any) -> tuple[Any, list[str]]:
     """As `check_stage`, for all trials."""
-    from pipeline.sweep.points import points, relative_paths_of_sweep
+    from pipeline.sweep.points import list_points, list_relative_paths
 
     sweep, shared, cluster = _load_sweep(options)
-    points(sweep, shared)
-    return cluster, relative_paths_of_sweep(sweep, shared)
+    list_points(sweep, shared)
+    return cluster, list_relative_paths(sweep, shared)
 
 
 def _load_reproduction(options: Any) -> tuple[list[str], Any]:
@@ -153,39 +153,42 @@ def _load_reproduction(options: Any) -> tuple[list[str], Any]:
 
 
 def reproduce(options: Any) -> int:
-    from pipeline.sweep import reproduction
+    from pipeline.sweep.reproduce import plan_reproduction
 
     shared, cluster = _load_reproduction(options)
-    return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
+    return _run_study(
+        plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run), options
+    )
 
 
 def check_reproduction(options: Any) -> tuple[Any, list[str]]:
     """As `check_stage`, for all rows."""
-    from pipeline.sweep.budget import STUDIES, Budget
     from pipeline.sweep.definition import load_sweep
-    from pipeline.sweep.points import points, relative_paths_of_sweep
+    from pipeline.sweep.points import list_points, list_relative_paths
+    from pipeline.sweep.reproduce import SWEEPS, parse_budget
 
     shared, cluster = _load_reproduction(options)
-    Budget.parse(options.budget)
-    sweep = load_sweep(STUDIES[options.target], [])
-    points(sweep, shared)
-    return cluster, relative_paths_of_sweep(sweep, shared)
+    parse_budget(options.budget)
+    sweep = load_sweep(SWEEPS[options.target], [])
+    list_points(sweep, shared)
+    return cluster, list_relative_paths(sweep, shared)
 
 
 def _run_study(study: Any, options: Any) -> int:
+    from pipeline.sweep.leaderboard import to_text
+
     if options.dry_run:
         print(study.preview())
         return 0
-    study.run()
-    print(study.shown())
-    for what, where in study.whereabouts():
+    board = study.run()
+    print(to_text(board))
+    for what, where in study.list_places():
         say(f"{what:>11}: {where}")
-    if left := study.left():
-        say(left)
-    failed = study.failures()
-    for line in failed:
+    if rest := study.describe_rest():
+        say(rest)
+    for line in board.failures:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if board.failures else 0
 
 
 def show(options: Any) -> int:

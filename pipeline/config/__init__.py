@@ -3,7 +3,7 @@
 from pipeline.config.checkpoints import candidate, checkpoint_rule, checkpoint_step, choose, weights_kind
 from pipeline.config.checks import suggestion
 from pipeline.config.files import conf_folders, files, find, made_with, names_in_conf
-from pipeline.config.load import load_cluster, load_experiment, relative_paths, to_dict, to_yaml
+from pipeline.config.load import flatten, load_cluster, load_experiment, relative_paths, to_dict, to_yaml
 from pipeline.config.sections import (
     SPLITS,
     ClusterConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "conf_folders",
     "files",
     "find",
+    "flatten",
     "load_cluster",
     "load_experiment",
     "made_with",

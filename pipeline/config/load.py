@@ -138,17 +138,18 @@ def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     return values["cluster"]
 
 
-def read_section(cls: type[Section], tree: object, where: str, faults: list[str]) -> Section | None:
-    """Make a dataclass whose keys may be left out of a tree; None, and lines in `faults`, where it is wrong."""
-    values, found = check_values({where: cls}, {where: tree}, complete=False)
-    faults += _lines(found)
-    return values.get(where)
-
-
 def to_dict(section: DataclassInstance) -> Tree:
     """Return a dataclass as plain containers, tuples as lists."""
     tree = json.loads(json.dumps(dataclasses.asdict(section)))
     return {key: value for key, value in tree.items() if key in field_types(type(section))}
+
+
+def flatten(tree: Tree, prefix: str = "") -> Tree:
+    """Return nested sections as dotted keys."""
+    flat: Tree = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def to_yaml(section: DataclassInstance, **more: object) -> str:

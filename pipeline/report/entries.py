@@ -61,20 +61,13 @@ class Entry:
 
 def list_entries(places: Iterable[Place]) -> list[Entry]:
     """Name runs by their folders, with whatever differs between their experiments as what is swept."""
-    found = [(place, _flatten(config.to_dict(place.experiment))) for place in places]
+    found = [(place, config.flatten(config.to_dict(place.experiment))) for place in places]
     keys = dict.fromkeys(key for _, tree in found for key in tree if not key.startswith(NOT_COMPARED))
     differing = [key for key in keys if len({str(tree.get(key)) for _, tree in found}) > 1]
     return [
         Entry(place.name, place, {key: tree[key] for key in differing if key in tree})
         for place, tree in found
     ]
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    for key, value in tree.items():
-        parts |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return parts
 
 
 def find_swept(entries: Sequence[Entry]) -> list[str]:

@@ -5,23 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import NamedTuple
 
 from pipeline.compute.resources import Resources
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """What one machine of the cluster offers."""
 
     cpus: int
     gpus: int
 
     def places(self, cpus: int, gpus: float) -> int:
-        """How many workers of that size it has room for."""
+        """Return how many workers of that size it has room for."""
         by_cpu = self.cpus // cpus
         return min(by_cpu, int(self.gpus / gpus + 1e-9)) if gpus else by_cpu
 
@@ -40,13 +38,18 @@ class Share:
         return f"{self.slots} at a time, each {workers} with {one.cpus_per_worker} CPU{gpus}"
 
 
-def this_machine() -> list[Node]:
+def list_local_nodes() -> list[Node]:
+    """Return this machine, as a cluster of one."""
+    import torch
+
     return [Node(len(os.sched_getaffinity(0)), torch.cuda.device_count())]
 
 
-def share(cluster: ClusterConfig, nodes: Sequence[Node], trials: int, concurrent: int | None) -> Share:
-    """One worker for each trial unless the cluster says otherwise, a GPU for each worker where there are any, and
-    the CPUs divided among the trials that run at once.
+def share_cluster(
+    cluster: ClusterConfig, nodes: Sequence[Node], trials: int, concurrent: int | None
+) -> Share:
+    """Give each trial one worker unless the cluster says otherwise, each worker a GPU where there are any, and
+    divide the CPUs among the trials that run at once.
 
     Raises PipelineError where not even one trial has room.
     """

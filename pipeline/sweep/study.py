@@ -1,17 +1,15 @@
-"""The driver of a sweep: what is to do, who does it, and the same again after an interruption."""
+"""The driver of a study: what is to do, who does it, and the same again after an interruption."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline import tracking
 from pipeline.compute.interrupt import Interrupt, Interrupted
-from pipeline.compute.work import Executor, InProcess, Unit
+from pipeline.compute.work import Executor, InProcess
 from pipeline.config import ClusterConfig
 from pipeline.console import bar, duration, following, say
 from pipeline.engine import execute as stages
@@ -20,260 +18,191 @@ from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import missing_preparations
 from pipeline.stages import evaluate
 from pipeline.store.files import exclusive
-from pipeline.sweep import budget, leaderboard
-from pipeline.sweep.board import Board
-from pipeline.sweep.definition import Sweep, load_sweep
+from pipeline.store.run import sweep_folder
+from pipeline.sweep.definition import Sweep
+from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.points import Point, points
-from pipeline.sweep.resources import Node, Share, share, this_machine
-from pipeline.sweep.trials import locate
-from pipeline.sweep.work import Order, carry_out
+from pipeline.sweep.points import Point
+from pipeline.sweep.recorder import Recorder
+from pipeline.sweep.resources import Node, Share, list_local_nodes, share_cluster
+from pipeline.sweep.trials import locate_trials
+from pipeline.sweep.work import Task, run_trial
+
+if TYPE_CHECKING:
+    from pipeline.sweep.tuning import Halving
 
 
 class Study:
-    """A sweep over a storage root. The driver alone writes the sweep's folder and talks to MLflow; trials write
-    run directories."""
+    """A sweep over a storage root. The driver alone writes the study's folder and talks to MLflow; trials write run
+    directories."""
 
-    def __init__(self, sweep: Sweep, points: list[Point], cluster: ClusterConfig, note: str = ""):
+    def __init__(self, sweep: Sweep, points: list[Point], cluster: ClusterConfig):
         self.sweep, self.cluster = sweep, cluster
-        self.note = note  # what a reader has to know before any number
         self.root = stages.storage_root(cluster)
-        self.folder = self.root / "sweeps" / sweep.name
-        self.trials = {trial.key: trial for trial in locate(points, self.root)}
-        self.ledger = self._judged_ledger()
+        self.folder = sweep_folder(self.root, sweep.name)
+        self.trials = {trial.key: trial for trial in locate_trials(points, self.root)}
+        self.ledger = Ledger(self.folder, sweep.early_stop, self.trials.values())
         self.interrupt = Interrupt(self.folder / ".stop")
-        self.board: Board
 
-    def _judged_ledger(self) -> Ledger:
-        ledger = Ledger.open(self.folder, self.sweep)
-        ledger.judge(list(self.trials.values()))
-        return ledger
-
-    def todo(self) -> list[str]:
+    def _list_open(self) -> list[str]:
+        """Return the keys of the trials that are to do."""
         return [key for key in self.trials if not self.ledger.has_ended(key)]
 
-    # What the command would do
-
     def preview(self) -> str:
-        """Trials, resources and the time left; starts nothing and writes nothing."""
-        lines = [f"{self.sweep.name}: {len(self.trials)} trials, {len(self.todo())} to do", *self._noted()]
-        lines += [f"  {self.ledger.of(key).state:<12} {trial.label}" for key, trial in self.trials.items()]
-        slots, resources = self._expected()
-        seconds = self._estimate(slots)
+        """List trials, resources and the time left; start nothing and write nothing."""
+        todo = len(self._list_open())
+        slots, resources = 1, "this process, one trial after the other"
+        if self.cluster.workers != 0 and self.cluster.ray_address is None:
+            share = self._share(list_local_nodes())
+            slots, resources = share.slots, str(share)
+        elif self.cluster.workers != 0:  # a cluster that runs elsewhere is not asked
+            slots = self.sweep.concurrent or 1
+            resources = f"as many trials at a time as {self.cluster.ray_address} has room for"
+        board = rank_trials(self.sweep, self.trials.values(), self.ledger)
+        took = [row.seconds for row in board.rows if row.state == "finished" and row.seconds]
         left = "unknown until a trial has finished"
-        if seconds is not None:
+        if took:
+            seconds = math.ceil(todo / slots) * sum(took) / len(took)
             left = f"about {duration(seconds)}, from what finished trials took"
+        lines = [f"{self.sweep.name}: {len(self.trials)} trials, {todo} to do"]
+        lines += [self.sweep.note] if self.sweep.note else []
+        lines += [
+            f"  {self.ledger.records[key].state:<12} {trial.label}" for key, trial in self.trials.items()
+        ]
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
 
-    def _noted(self) -> list[str]:
-        return [self.note] if self.note else []
+    def _share(self, nodes: list[Node]) -> Share:
+        return share_cluster(self.cluster, nodes, max(1, len(self._list_open())), self.sweep.concurrent)
 
-    def _expected(self) -> tuple[int, str]:
-        """Trials at a time, and in words; a cluster that runs elsewhere is not asked."""
-        if self.cluster.workers == 0:
-            return 1, "this process, one trial after the other"
-        if self.cluster.ray_address is not None:
-            room = f"as many trials at a time as {self.cluster.ray_address} has room for"
-            return self.sweep.concurrent or 1, room
-        shares = self._shares(this_machine())
-        return shares.slots, str(shares)
-
-    def _estimate(self, slots: int) -> float | None:
-        """Seconds, from what finished trials took; None where none has finished."""
-        ranked = leaderboard.rank_trials(self.sweep, list(self.trials.values()), self.ledger)
-        took = [row.seconds for row in ranked.rows if row.state == "finished" and row.seconds]
-        return math.ceil(len(self.todo()) / slots) * sum(took) / len(took) if took else None
-
-    def _shares(self, nodes: list[Node]) -> Share:
-        return share(self.cluster, nodes, max(1, len(self.todo())), self.sweep.concurrent)
-
-    # Doing it
-
-    def run(self) -> None:
-        """Bring every trial up to date. A trial that fails raises nothing. Raises Interrupted, PipelineError."""
+    def run(self) -> Leaderboard:
+        """Bring every trial up to date and rank them. A trial that fails raises nothing. Raises Interrupted,
+        PipelineError."""
         uri = self.cluster.tracking_uri or tracking.default_uri(self.root)
         if self.cluster.tracking_uri:
             tracking.check(uri)
         with exclusive(self.folder):
             self.interrupt.stop_file.unlink(missing_ok=True)
-            self.ledger = self._judged_ledger()
-            self.board = board = Board(
-                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested, self.note
+            self.ledger = Ledger(self.folder, self.sweep.early_stop, self.trials.values())
+            self.recorder = Recorder(
+                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested
             )
-            todo, total = self.todo(), len(self.trials)
+            todo, total = self._list_open(), len(self.trials)
             say(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
-            for line in self._noted():
-                say(line)
-            board.open()
+            if self.sweep.note:
+                say(self.sweep.note)
+            self.recorder.open()
             status = "KILLED"
             try:
                 if todo:
-                    self._work(board, todo)
+                    self._run_trials(todo)
                 status = "FINISHED"
             except PipelineError:
                 status = "FAILED"
                 raise
             finally:
-                self.standings = board.close(status)
+                self.recorder.close(status)
                 shutil.rmtree(self.folder / "ray", ignore_errors=True)
+        return self.recorder.leaderboard
 
-    def _work(self, board: Board, todo: list[str]) -> None:
+    def _run_trials(self, todo: list[str]) -> None:
+        recorder = self.recorder
         with self.interrupt, ExitStack() as stack:
-            executor, shares = self._start(stack)
+            executor = stages.start_executor(self.cluster, self.interrupt, stack)
             try:
-                orders = {key: self._order(key, shares) for key in self._prepare(executor, board, todo)}
-                done, _ = board.progress()
+                able = self._prepare(executor, todo)
+                tasks = {key: self._plan(key) for key in able}
+                judge = self._find_judge()
                 with (
-                    bar(self.sweep.name, len(self.trials), "trials", done) as shown,
-                    following(lambda: shown.update(*board.progress())),
+                    bar(self.sweep.name, len(self.trials), "trials", recorder.count_ended()) as shown,
+                    following(lambda: shown.update(recorder.count_ended(), recorder.describe_progress())),
                 ):
-                    self._carry_out(orders, executor, shares, board)
+                    if isinstance(executor, InProcess):
+                        for key, task in tasks.items():
+                            self._run_in_process(key, task, executor, judge)
+                    elif tasks:
+                        from pipeline.sweep.tuning import run_tasks
+
+                        share = self._share([Node(*counts) for counts in executor.nodes()])
+                        say(f"{self.sweep.name}: {share}")
+                        run_tasks(tasks, share, recorder, judge, self.folder / "ray")
             finally:
-                for key in list(board.mirrors):  # this driver is on its way out, and they with it
-                    board.ended(key, None)
+                for key in list(recorder.mirrors):  # this driver is on its way out, and they with it
+                    recorder.end_trial(key, None)
             if self.interrupt.requested():
                 raise Interrupted
 
-    def _start(self, stack: ExitStack) -> tuple[Executor, Share]:
-        """Who does the work, and what each trial may use of it."""
-        executor = stages.start_executor(self.cluster, self.interrupt, stack)
-        if isinstance(executor, InProcess):
-            alone = replace(self.cluster, workers=1, cpus_per_worker=1)
-            return executor, share(alone, this_machine(), 1, 1)
-        shares = self._shares([Node(*counts) for counts in executor.nodes()])
-        say(f"{self.sweep.name}: {shares}")
-        return executor, shares
+    def _plan(self, key: str) -> Task:
+        place, stop = self.trials[key].place, self.sweep.early_stop
+        rungs = stop.rungs(place.experiment.train.steps) if stop.first else []
+        return Task(place, self.cluster, self.interrupt.stop_file, rungs, stop.nll_images)
 
-    def _order(self, key: str, shares: Share) -> Order:
-        trial, stop = self.trials[key], self.sweep.early_stop
-        rungs = tuple(stop.rungs(trial.experiment.train.steps)) if stop.first else ()
-        return Order(
-            trial.experiment, trial.run, self.cluster, shares.resources, self.interrupt.stop_file,
-            rungs, stop.nll_images,
-        )  # fmt: skip
-
-    def _prepare(self, executor: Executor, board: Board, todo: list[str]) -> list[str]:
-        """Make what trials share before they would all make it; returns those that can go on from there."""
-        made: set[Any] = set()
+    def _prepare(self, executor: Executor, todo: list[str]) -> list[str]:
+        """Make what trials share before they would all make it; return those that can go on from there."""
+        made: set[object] = set()
         able = []
         for key in todo:
-            trial = self.trials[key]
-            experiment, run = trial.experiment, trial.run
+            place = self.trials[key].place
+            experiment = place.experiment
+            features = (place.data, experiment.evaluate.features)
             try:
-                if run.data not in made:
+                if place.data not in made:
                     stages.execute_within(
-                        executor, self.interrupt.requested, experiment, self.cluster, run, "shard"
+                        executor, self.interrupt.requested, experiment, self.cluster, place, "shard"
                     )
-                evaluate.check(experiment, run)
-                features = (run.data, experiment.evaluate.features)
+                evaluate.check(experiment, place)
                 if features not in made and evaluate.needs_samples(experiment):
-                    self._prepare_features(executor, missing_preparations(run.of(experiment)))
-                made |= {run.data, features}
+                    units = missing_preparations(place)
+                    if units:
+                        names = " and ".join(unit.name for unit in units)
+                        say(f"{self.sweep.name}: making {names}, which all trials share")
+                    executor.map_units(units, lambda unit: None)
+                made |= {place.data, features}
                 able.append(key)
             except PipelineError as error:
-                board.started(key)
-                board.ended(key, " ".join(str(error).split()))
+                self.recorder.start_trial(key)
+                self.recorder.end_trial(key, " ".join(str(error).split()))
             if self.interrupt.requested():
                 raise Interrupted
         return able
 
-    def _prepare_features(self, executor: Executor, units: list[Unit]) -> None:
-        if units:
-            say(
-                f"{self.sweep.name}: making {' and '.join(unit.name for unit in units)}, which all trials share"
-            )
-        executor.map_units(units, lambda unit: None)
-
-    def _carry_out(self, orders: dict[str, Order], executor: Executor, shares: Share, board: Board) -> None:
-        scheduler = self._judge(orders)
-        if self.cluster.workers == 0:
-            for key, order in orders.items():
-                if not board.closed():
-                    self._in_process(key, order, executor, scheduler, board)
-        elif orders:
-            from pipeline.sweep.tuning import run_trials
-
-            run_trials(orders, shares.slots, board, scheduler, self.folder / "ray")
-
-    def _judge(self, orders: dict[str, Order]) -> Any:
-        """Who stops trials early; None where nobody does."""
+    def _find_judge(self) -> Halving | None:
+        """Return who stops trials early; None where nobody does."""
         if not self.sweep.early_stop.first:
             return None
-        from pipeline.sweep.tuning import Rungs
+        from pipeline.sweep.tuning import Halving
 
-        steps = max(trial.experiment.train.steps for trial in self.trials.values())
-        return Rungs(self.sweep, steps, self.ledger, [key for key in self.trials if key not in orders])
+        steps = max(trial.place.experiment.train.steps for trial in self.trials.values())
+        past = [key for key in self.trials if self.ledger.has_ended(key)]
+        return Halving(self.sweep.early_stop, steps, self.ledger, past)
 
-    def _in_process(self, key: str, order: Order, executor: Executor, scheduler: Any, board: Board) -> None:
-        """Without Ray: the same work and the same judge."""
-        goes_on: Callable[[int, float], bool] = _always
-        if scheduler is not None:
-            from pipeline.sweep.tuning import by_hand
-
-            goes_on = by_hand(scheduler, key)
-        board.started(key)
+    def _run_in_process(self, key: str, task: Task, executor: InProcess, judge: Halving | None) -> None:
+        """Do without Ray the same work, with the same judge."""
+        if self.recorder.is_closed():
+            return
+        self.recorder.start_trial(key)
         error = None
         try:
-            carry_out(order, executor, goes_on)
+            run_trial(task, executor, lambda step, bound: judge is None or judge.judge(key, step, bound))
         except Interrupted:
             pass
         except Exception as failure:  # whatever it is, the other trials do not suffer from it
             error = " ".join(str(failure).split()) or type(failure).__name__
-        board.ended(key, error)
+        self.recorder.end_trial(key, error)
 
     # What the command ends with
 
-    def shown(self) -> str:
-        width = max(100, shutil.get_terminal_size().columns)
-        return leaderboard.to_text(self.standings, width)
-
-    def left(self) -> str:
-        """What the budget did not allow; nothing where it sufficed."""
-        never = [row for row in self.standings.rows if row.state in ("new", "interrupted")]
-        hours = self.sweep.budget.hours
-        if not never or hours is None:
+    def describe_rest(self) -> str:
+        """Say what the budget did not allow; nothing where it sufficed."""
+        states = [self.ledger.records[key].state for key in self.trials]
+        left, hours = states.count("new") + states.count("interrupted"), self.sweep.budget.hours
+        if not left or hours is None:
             return ""
-        return f"budget.hours={hours:g} is spent, {len(never)} trials are left; the same command goes on"
+        return f"budget.hours={hours:g} is spent, {left} trials are left; the same command goes on"
 
-    def failures(self) -> list[str]:
-        return leaderboard.failures(self.standings)
-
-    def whereabouts(self) -> list[tuple[str, str]]:
+    def list_places(self) -> list[tuple[str, str]]:
+        """Return (what, where) of everything that a person may want to look at."""
         by, report = self.sweep.rank.by, self.folder / "report" / "report.html"
         metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
-        found = [("leaderboard", str(self.folder / "leaderboard.md"))]
-        found += self.board.parent.links(metric, by.larger_is_better)
-        return [*found, ("report", str(report))] if report.exists() else found
-
-
-def reproduction(
-    target: str, text: str, shared: list[str], cluster: ClusterConfig, dry_run: bool = False
-) -> Study:
-    """The rows of the paper's tables as one study, of the length that `--budget` says.
-
-    Where that is a time, the rate of training is measured once, unless this is a dry run. Raises ConfigError,
-    PipelineError.
-    """
-    asked = budget.Budget.parse(text)
-    sweep = load_sweep(budget.STUDIES[target], [])
-    rows = [point.experiment for point in points(sweep, shared)]
-    name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
-    sweep, steps = replace(sweep, name=name), asked.steps or rows[0].train.steps
-    if asked.hours is not None:
-        hours, folder = asked.hours, stages.storage_root(cluster) / "sweeps" / name
-        if dry_run and not budget.is_remembered(folder):
-            later = f"how many steps of {steps:,} fit into {text} is measured at the start"
-            return Study(sweep, points(sweep, shared), cluster, later)
-
-        def measure() -> int:
-            say("measuring how fast this cluster trains")
-            rate = budget.measured_rate(stages.execute(budget.probe(rows[0]), cluster, "train"))
-            return budget.steps_for(hours, rate, rows)
-
-        steps = budget.remembered(folder, measure)
-    scaled = [*budget.overrides(steps, rows[0]), *shared]
-    return Study(sweep, points(sweep, scaled), cluster, budget.said(steps, rows[0]))
-
-
-def _always(step: int, bound: float) -> bool:
-    return True
+        links = self.recorder.parent.links(metric, by.larger_is_better)
+        places = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
+        return [*places, ("report", str(report))] if report.exists() else places

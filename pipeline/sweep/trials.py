@@ -1,16 +1,16 @@
-"""The trials of a sweep: each point with the run directory that holds it."""
+"""The trials of a study: each point with the run directory that holds it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pipeline.config import Experiment
+from pipeline.config import DataConfig
 from pipeline.engine import execute as stages
 from pipeline.errors import ConfigError
 from pipeline.store import keys
-from pipeline.store.run import Place
+from pipeline.store.run import Place, find_runs
+from pipeline.sweep.definition import Values
 from pipeline.sweep.points import Point
 
 
@@ -19,42 +19,43 @@ class Trial:
     """key: the run key, with a hash of the swept values that it does not hold; what a trial is known by."""
 
     key: str
-    point: Point
-    run: Place
+    label: str
+    swept: Values
+    place: Place
 
     @property
-    def label(self) -> str:
-        return self.point.label
-
-    @property
-    def experiment(self) -> Experiment:
-        return self.point.experiment
+    def data(self) -> str:
+        """The data that it runs on, by name."""
+        return self.place.data.name
 
 
-def locate(points: list[Point], root: Path) -> list[Trial]:
-    """Raises ConfigError where two points would be the same trial."""
-    found: dict[str, Trial] = {}
-    known: dict[Any, Place] = {}  # reading a source's fingerprint can take a while
+def locate_trials(points: list[Point], root: Path) -> list[Trial]:
+    """Find the run of each point. Raises ConfigError where two points would be the same trial."""
+    trials: dict[str, Trial] = {}
+    known: dict[DataConfig, Place] = {}  # reading a source's fingerprint can take a while
+    runs = [path.name for path in find_runs(root)]
     faults = []
     for point in points:
         data = point.experiment.data
         if data not in known:
             known[data] = stages.locate(point.experiment, root)
-        trial = _trial(point, known[data])
-        if trial.key in found:
-            faults.append(f"'{point.label}' and '{found[trial.key].label}' are the same trial; leave one out")
-        found[trial.key] = trial
+        trial = _locate(point, known[data], runs)
+        if trial.key in trials:
+            faults.append(
+                f"'{point.label}' and '{trials[trial.key].label}' are the same trial; leave one out"
+            )
+        trials[trial.key] = trial
     if faults:
         raise ConfigError(faults)
-    return list(found.values())
+    return list(trials.values())
 
 
-def _trial(point: Point, same_data: Place) -> Trial:
+def _locate(point: Point, same_data: Place, runs: list[str]) -> Trial:
     key = keys.run_key(point.experiment, same_data.data_key)
-    run = replace(same_data, experiment=point.experiment, run_key=key)
-    elsewhere = [path.parent.name for path in run.storage.glob(f"*-{key}/experiment.yaml")]
-    if elsewhere and run.path.name not in elsewhere:  # made under another experiment's name: the same numbers
-        name = min(elsewhere).removesuffix(f"-{key}")
-        run = replace(run, experiment=replace(point.experiment, name=name))
-    beside = point.beside_run_key
-    return Trial(f"{key}-{keys.hash_of(beside)}" if beside else key, point, run)
+    place = replace(same_data, experiment=point.experiment, run_key=key)
+    names = [name for name in runs if name.endswith(f"-{key}")]
+    if names and place.name not in names:  # made under another experiment's name: the same numbers
+        experiment = replace(point.experiment, name=min(names).removesuffix(f"-{key}"))
+        place = replace(place, experiment=experiment)
+    other = point.other_values
+    return Trial(f"{key}-{keys.hash_of(other)}" if other else key, point.label, point.swept, place)

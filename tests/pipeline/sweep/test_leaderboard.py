@@ -11,10 +11,9 @@ from synthetic_run import make_run, write_scores
 
 from pipeline import tracking
 from pipeline.drawing import charts
-from pipeline.sweep.board import Board
 from pipeline.sweep.definition import load_sweep
-from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.points import Point
+from pipeline.sweep.ledger import Ledger, Record
+from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.trials import Trial
 
 SCORES = {"is_mean": 2.0, "nll_bpd": 3.0, "rate_bpd": 2.0, "distortion_bpd": 1.0, "rmse": 1.0}
@@ -53,7 +52,7 @@ def finished(storage: Path, dropout: float, seed: int, loss: float = 0.1, **scor
     point = {"step": experiment.train.steps, "time": 1, "metrics": {"train/loss": loss}}
     with run.log.open("a") as log:
         log.write(json.dumps(point) + "\n")
-    return Trial(run.run_key, Point(f"dropout={dropout} seed={seed}", swept, experiment), run)
+    return Trial(run.run_key, f"dropout={dropout} seed={seed}", swept, run)
 
 
 def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
@@ -61,10 +60,10 @@ def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
     file, folder = storage / "study.yaml", storage / "sweeps" / "study"
     file.write_text(SPACE)
     sweep = load_sweep(str(file), list(words))
-    ledger = Ledger.open(folder, sweep)
-    for trial in trials:
-        ledger.note(trial, "finished")
-    Board(sweep, {trial.key: trial for trial in trials}, ledger, folder, "", lambda: False).close("FINISHED")
+    ledger = Ledger(folder, sweep.early_stop, [])
+    ledger.records = {trial.key: Record("finished") for trial in trials}
+    recorder = Recorder(sweep, {trial.key: trial for trial in trials}, ledger, folder, "", lambda: False)
+    recorder.close("FINISHED")
     texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
     return texts[0].replace("\u00a0", " "), texts[1].replace("\u00a0", " ")
 

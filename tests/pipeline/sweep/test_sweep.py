@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import GRID, TRIAL
@@ -14,10 +15,10 @@ from pipeline.compute.session import Session
 from pipeline.config import load_cluster
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
-from pipeline.sweep import budget
+from pipeline.sweep import reproduce
 from pipeline.sweep.definition import load_sweep
-from pipeline.sweep.points import points
-from pipeline.sweep.resources import Node, share
+from pipeline.sweep.points import list_points
+from pipeline.sweep.resources import Node, share_cluster
 
 DRAWN = "experiment: digits\nspace:\n  %s\ndraw: {method: sobol, points: 2}\n"
 
@@ -29,12 +30,12 @@ def sweep_file(folder: Path, text: str = GRID, name: str = "study") -> str:
 
 
 def labels(path: str, *overrides: str) -> list[str]:
-    return [point.label for point in points(load_sweep(path, list(overrides)), TRIAL)]
+    return [point.label for point in list_points(load_sweep(path, list(overrides)), TRIAL)]
 
 
 def faults(folder: Path, text: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
-        points(load_sweep(sweep_file(folder, text), list(overrides)), TRIAL)
+        list_points(load_sweep(sweep_file(folder, text), list(overrides)), TRIAL)
     return error.value.problems
 
 
@@ -42,7 +43,7 @@ def faults(folder: Path, text: str, *overrides: str) -> list[str]:
 
 
 def test_a_grid_is_every_combination_in_the_order_of_the_file(tmp_path):
-    found = points(load_sweep(sweep_file(tmp_path, GRID + "seeds: [0, 1]\n"), []), TRIAL)
+    found = list_points(load_sweep(sweep_file(tmp_path, GRID + "seeds: [0, 1]\n"), []), TRIAL)
     assert len(found) == 8
     assert found[1].label == "linear dropout=0.0 seed=1"
     assert found[-1].swept == {"diffusion.beta_schedule": "cosine", "model.dropout": 0.2, "seed": 1}
@@ -63,13 +64,13 @@ draw: {method: %s, points: 16, seed: 3}
 rank: {metric: nll_bpd}
 """
     path = sweep_file(tmp_path, text % method)
-    few, many = points(load_sweep(path, ["draw.points=4"]), []), points(load_sweep(path, []), [])
+    few, many = list_points(load_sweep(path, ["draw.points=4"]), []), list_points(load_sweep(path, []), [])
     assert [point.swept for point in few] == [point.swept for point in many[:4]]
     rates = sorted(point.experiment.train.lr for point in many)
     assert 1e-4 <= rates[0] < 1e-3 < rates[-1] <= 1e-2
     assert {type(point.swept["sample.batch_size"]) for point in many} == {int}
     assert {point.swept["sample.batch_size"] for point in many} == {1, 2, 3, 4, 5}
-    other = points(load_sweep(path, ["draw.seed=4"]), [])
+    other = list_points(load_sweep(path, ["draw.seed=4"]), [])
     assert [point.swept for point in other] != [point.swept for point in many]
 
 
@@ -77,7 +78,7 @@ def test_sobol_fills_each_half_of_an_axis_evenly(tmp_path):
     text = "experiment: digits\nspace:\n  model.dropout: {low: 0.0, high: 1.0}\ndraw: {method: sobol, points: 32}\n"
     values = [
         point.swept["model.dropout"]
-        for point in points(load_sweep(sweep_file(tmp_path, text), ["rank.metric=nll_bpd"]), TRIAL)
+        for point in list_points(load_sweep(sweep_file(tmp_path, text), ["rank.metric=nll_bpd"]), TRIAL)
     ]
     assert [sum(low <= value < low + 0.125 for value in values) for low in [i / 8 for i in range(8)]] == [
         4
@@ -85,7 +86,7 @@ def test_sobol_fills_each_half_of_an_axis_evenly(tmp_path):
 
 
 def test_named_experiments_are_points_of_their_own(tmp_path):
-    found = points(load_sweep("table2", []), [])
+    found = list_points(load_sweep("table2", []), [])
     assert [point.label for point in found][:2] == ["cifar10", "cifar10_vlb_eps_fixed"]
     assert found[1].swept == {"experiment": "cifar10_vlb_eps_fixed"}
     assert found[3].experiment.diffusion.predict == "mean"
@@ -95,7 +96,7 @@ def test_every_shipped_sweep_loads_and_has_its_trials():
     sizes = {}
     for path in sorted((Path(__file__).parents[3] / "conf" / "sweep").glob("*.yaml")):
         sweep = load_sweep(path.stem, [])
-        sizes[path.stem] = len({json.dumps(point.swept) for point in points(sweep, [])})
+        sizes[path.stem] = len({json.dumps(point.swept) for point in list_points(sweep, [])})
         assert sizes[path.stem] == sweep.size
     assert sizes == {"beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "table2": 6}
 
@@ -105,14 +106,14 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
     sweep = load_sweep(
         sweep_file(tmp_path, text + "draw: {method: one_at_a_time}\nrank: {metric: nll_bpd}\n"), []
     )
-    swept = [tuple(point.swept.values()) for point in points(sweep, TRIAL)]
+    swept = [tuple(point.swept.values()) for point in list_points(sweep, TRIAL)]
     assert swept == [(0.1, 0.001), (0.2, 0.001), (0.3, 0.001), (0.1, 0.002)] and sweep.size == 4
 
 
 def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
     text = "experiment: digits\nspace:\n  sample.eta: [0.0, 1.0]\n  model.dropout: [0.1]\nrank: {metric: nll_bpd}\n"
-    one, two = points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
-    assert one.beside_run_key == {"sample.eta": 0.0} and two.beside_run_key == {"sample.eta": 1.0}
+    one, two = list_points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
+    assert one.other_values == {"sample.eta": 0.0} and two.other_values == {"sample.eta": 1.0}
     assert keys.run_key(one.experiment, "data") == keys.run_key(two.experiment, "data")
 
 
@@ -124,12 +125,12 @@ def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
     [
         ("experiment: digits\nspace:\n  diffusion.beta_shedule: [linear]\n", "beta_schedule"),
         ("experiment: digits\nspace:\n  model.dropout: []\n", "space.model.dropout is []"),
-        ("experiment: digits\n", "the space is empty"),
-        ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "names 0.1 twice"),
-        (GRID + "overrides: {model.dropout: 0.3}\n", "model.dropout is swept and overridden"),
+        ("experiment: digits\n", "space is empty"),
+        ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "each value may stand there once"),
+        (GRID + "overrides: {model.dropout: 0.3}\n", "space.model.dropout is overridden too"),
         (GRID + "draw: {method: grid, points: 4}\n", "draw.points is for random and sobol"),
         (GRID + "draw: {method: one_at_a_time, points: 4}\n", "one_at_a_time has as many as it has"),
-        (GRID + "draw: {method: sobol}\n", "draw.points is None"),
+        (GRID + "draw: {method: sobol}\n", "draw.points is null"),
         (GRID.replace("nll_bpd", "ndl_bpd"), "did you mean 'nll_bpd'?"),
         (GRID.replace("nll_bpd", "fid"), "rank.metric=fid is reported by no trial: evaluate.metrics is [nll]"),
         (GRID.replace("nll_bpd", "train_loss"), "not comparable over diffusion.beta_schedule"),
@@ -140,9 +141,9 @@ def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
         (GRID.replace("experiment: digits", ""), "one of the two is needed"),
         (GRID.replace("digits", "digts"), "did you mean 'digits'?"),
         (GRID + "seeds: [0, 0]\n", "seeds is [0, 0]"),
-        ("experiment: digits\nspace:\n  seed: [0, 1]\n", "seed cannot be swept: say seeds"),
+        ("experiment: digits\nspace:\n  seed: [0, 1]\n", "space.seed cannot be swept"),
         (DRAWN % "model.dropout: {low: 0.5, high: 0.1}", "low=0.5 is not below high=0.1"),
-        ("experiment: digits\nspace:\n  model.dropout: {low: 0.1, high: 0.5}\n", "a grid cannot have"),
+        ("experiment: digits\nspace:\n  model.dropout: {low: 0.1, high: 0.5}\n", "which grid cannot have"),
         (DRAWN % "train.lr: {low: 0.0, high: 0.5, scale: log}", "a log scale begins above 0"),
         (DRAWN % "train.steps: [4, 6]" + "early_stop: {first: 2}\n", "train.steps is swept, and early_stop"),
         ("experiment: digits\nspace:\n  model.dropout: [0.1, 1.7]\nrank: {metric: nll_bpd}\n", "model.dropout"),
@@ -171,7 +172,7 @@ def test_losses_are_ranked_where_they_are_comparable(tmp_path):
 def test_early_stopping_needs_a_rate_that_does_not_know_the_end(tmp_path):
     sweep = load_sweep(sweep_file(tmp_path, GRID + "early_stop: {first: 2}\n"), [])
     with pytest.raises(ConfigError, match="lr_decay=none"):
-        points(sweep, [*TRIAL, "train.lr_decay=linear"])
+        list_points(sweep, [*TRIAL, "train.lr_decay=linear"])
 
 
 def test_ten_thousand_trials_ask_first(tmp_path, capsys):
@@ -233,7 +234,7 @@ def cluster(**overrides):
     ],
 )
 def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent, slots, workers, cpus, gpus):
-    found = share(cluster(**asked), nodes, trials, concurrent)
+    found = share_cluster(cluster(**asked), nodes, trials, concurrent)
     one = found.resources
     assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == (
         slots,
@@ -247,7 +248,7 @@ def test_a_trial_that_never_fits_is_refused():
     with pytest.raises(
         PipelineError, match=r"3 workers with 1 CPUs .* the cluster has 2 CPUs .* lower cluster.workers"
     ):
-        share(cluster(workers=3), [Node(2, 0)], 4, None)
+        share_cluster(cluster(workers=3), [Node(2, 0)], 4, None)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +272,7 @@ def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, reso
     [("2000", 2000, None), ("2h", None, 2.0), ("30min", None, 0.5), ("full", None, None)],
 )
 def test_a_budget_is_steps_or_a_time(text, steps, hours):
-    found = budget.Budget.parse(text)
+    found = reproduce.parse_budget(text)
     assert (found.steps, found.hours) == (steps, hours)
 
 
@@ -283,25 +284,33 @@ def test_a_budget_that_is_neither_is_refused(text, tmp_path, capsys):
 
 def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
     full = config.load_experiment("cifar10", [])
-    short = config.load_experiment("cifar10", budget.overrides(8000, full))
+    short = config.load_experiment("cifar10", reproduce.scale(8000, full))
     assert (short.train.steps, short.sample.num_images, short.evaluate.nll_images) == (8000, 500, 100)
     assert short.train.ema_warmup and short.train.warmup_steps == 400
-    assert budget.forward_passes(short) == pytest.approx(budget.forward_passes(full) / 100)
-    assert budget.overrides(800_000, full) == []
-    assert "1 % of the paper's length" in budget.said(8000, full)
-    assert not config.load_experiment("cifar10", budget.overrides(20_000, full)).train.ema_warmup
+    assert reproduce.count_passes(short) == pytest.approx(reproduce.count_passes(full) / 100)
+    assert reproduce.scale(800_000, full) == []
+    assert "1 % of the paper's length" in reproduce.describe_scale(8000, full)
+    assert not config.load_experiment("cifar10", reproduce.scale(20_000, full)).train.ema_warmup
 
 
 def test_an_hour_is_what_the_measured_rate_makes_of_it():
     """At the rate of one full row in ten hours, five rows of equal cost get a tenth each in five hours."""
     row = config.load_experiment("cifar10", [])
-    rate = budget.forward_passes(row) / 3 / 36_000
-    assert budget.steps_for(5, rate, [row] * 5) == pytest.approx(80_000, abs=1)
-    assert budget.steps_for(500, rate, [row] * 5) == 800_000
+    rate = reproduce.count_passes(row) / 3 / 36_000
+    assert reproduce.fit_steps(5, rate, [row] * 5) == pytest.approx(80_000, abs=1)
+    assert reproduce.fit_steps(500, rate, [row] * 5) == 800_000
 
 
-def test_the_steps_that_were_settled_on_stay(tmp_path):
-    assert budget.remembered(tmp_path, lambda: 123) == budget.remembered(tmp_path, lambda: 456) == 123
+def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
+    row = config.load_experiment("cifar10", [])
+    rates = (1.0, reproduce.count_passes(row) / 3 / 36_000)
+    lines = [json.dumps({"metrics": {"train/images_per_second": rate}}) for rate in rates]
+    (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    monkeypatch.setattr(reproduce.stages, "execute", lambda *_: SimpleNamespace(log=tmp_path / "log.jsonl"))
+    arguments = (tmp_path / "budget.json", 5, [row] * 5, cluster())
+    assert reproduce.recall_steps(*arguments) == pytest.approx(80_000, abs=1)
+    monkeypatch.delattr(reproduce.stages, "execute")
+    assert reproduce.recall_steps(*arguments) == pytest.approx(80_000, abs=1)
 
 
 # As a job on a cluster: checked here, before anything is sent
