@@ -3,101 +3,308 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.console import say
 from pipeline.errors import ConfigError, PipelineError
 
+if TYPE_CHECKING:
+    from pipeline.config import ClusterConfig, Experiment
+    from pipeline.store.run import Place
+    from pipeline.sweep import Study
+    from pipeline.sweep.definition import Sweep
+
 MANY = 200  # trials; more are rarely meant
 
+# The cluster that a command line means, and its paths that mean something else on another machine.
+Checked = tuple["ClusterConfig", list[str]]
 
-def _load(options: Any) -> tuple[Any, Any]:
-    """The experiment and the cluster that the command line names, with the faults of both reported at once."""
+
+def version() -> str:
+    """Return the version of the installed program."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("ddpm-pipeline")
+    except metadata.PackageNotFoundError:
+        return "from a checkout that is not installed"
+
+
+# Words of a command line
+
+
+def _split(options: Namespace) -> tuple[list[str], list[str]]:
+    """Return the names among the words, and the overrides that are not the cluster's."""
+    words = [word for word in options.words if not word.startswith("cluster.")]
+    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+
+
+def _split_one(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
+    """Return the one name that is given, if any, and the overrides."""
+    names, overrides = _split(options)
+    if len(names) > 1:
+        raise ConfigError(f"one {kind} at a time, not {' and '.join(names)}; overrides are written key=value")
+    return (names[0] if names else None), overrides
+
+
+def _load_cluster(options: Namespace) -> ClusterConfig:
     from pipeline import config
-    from pipeline.engine.names import known_names
 
-    name, own = _experiment_words(options)
-    loaded, problems = [], []
-    for load in (
-        lambda: config.load_experiment(name, own, known_names()),
-        lambda: _load_cluster(options.cluster, options.arguments),
-    ):
-        try:
-            loaded.append(load())
-        except ConfigError as error:
-            problems += error.problems
+    own = [word.removeprefix("cluster.") for word in options.words if word.startswith("cluster.")]
+    return config.load_cluster(options.cluster, own)
+
+
+def _load_cluster_only(options: Namespace) -> ClusterConfig:
+    names, overrides = _split(options)
+    if stray := [*names, *overrides]:
+        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
+    return _load_cluster(options)
+
+
+def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
+    """Read the experiment and the cluster that the command line names; the faults of both are told at once."""
+    from pipeline.engine.names import load_experiment
+
+    name, overrides = _split_one(options, "experiment")
+    problems: list[str] = []
+    try:
+        experiment = load_experiment(name or options.default, overrides)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        cluster = _load_cluster(options)
+    except ConfigError as error:
+        problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return loaded[0], loaded[1]
+    return experiment, cluster
 
 
-def _experiment_words(options: Any) -> tuple[str, list[str]]:
-    """The experiment that the command line names, and its overrides."""
-    named, overrides = _words(options, "experiment")
-    own = [word for word in overrides if not word.startswith("cluster.")]
-    return named[0] if named else options.default, own
+# The stages of one run
 
 
-def _words(options: Any, kind: str) -> tuple[list[str], list[str]]:
-    """The name that the command line gives, if any, and the overrides."""
-    named = [word for word in options.arguments if "=" not in word]
-    if len(named) > 1:
-        raise ConfigError(f"one {kind} at a time, not {' and '.join(named)}; overrides are written key=value")
-    return named, [word for word in options.arguments if "=" in word]
-
-
-def _load_cluster(name: str, overrides: list[str]) -> Any:
-    from pipeline import config
-
-    return config.load_cluster(
-        name, [word.removeprefix("cluster.") for word in overrides if word.startswith("cluster.")]
-    )
-
-
-def _cluster_only(options: Any) -> Any:
-    stray = [word for word in options.overrides if not word.startswith("cluster.")]
-    if stray:
-        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
-    return _load_cluster(options.cluster, options.overrides)
-
-
-def stage(options: Any) -> int:
+def run_stages(options: Namespace) -> int:
+    """`ddpm run` and the commands that are named like a stage."""
     from pipeline.engine import execute as stages
 
     experiment, cluster = _load(options)
-    run = stages.execute(experiment, cluster, options.last)
+    last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
+    run = stages.execute(experiment, cluster, last)
     for what, where in stages.whereabouts(run, cluster):
         say(f"{what:>10}: {where}")
     return 0
 
 
-def check_stage(options: Any) -> tuple[Any, list[str]]:
-    """The cluster that a command line means, and its paths that mean something else elsewhere; starts nothing."""
+def check_experiment(options: Namespace) -> Checked:
     from pipeline import config
     from pipeline.engine import execute as stages
 
     experiment, cluster = _load(options)
     stages.check(experiment, cluster)
-    return cluster, config.relative_paths(*_experiment_words(options))
+    name, overrides = _split_one(options, "experiment")
+    return cluster, config.relative_paths(name or options.default, overrides)
 
 
-def submit(options: Any) -> int:
+def show(options: Namespace) -> int:
+    from pipeline import config
+    from pipeline.engine import execute as stages
+
+    experiment, cluster = _load(options)
+    print(config.to_yaml(experiment), end="")
+    print("\n# cluster\n" + config.to_yaml(cluster), end="")
+    for warning in experiment.diffusion.warnings():
+        print(f"# warning: {warning}")
+    try:
+        place = stages.locate(experiment, Path(cluster.storage).expanduser().absolute())
+    except PipelineError as error:
+        print(f"\n# keys: not known: {error}")
+        return 0
+    print(f"\n# data key    {place.data_key}\n# run key     {place.run_key}")
+    print("\n".join(f"# {line}" for line in _list_later_keys(place)))
+    print(f"# directory   {place.path}")
+    return 0
+
+
+def _list_later_keys(place: Place) -> list[str]:
+    """List the keys that depend on the checkpoint, once it is known."""
+    from pipeline import config
+    from pipeline.store import selection
+
+    found = selection.resolve(place)
+    if found is None:
+        return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
+    lines = [f"sample key  {found.sample_key}", f"score key   {found.score_key}"]
+    rule = config.checkpoint_rule(found.experiment)
+    return [f"checkpoint  {config.checkpoint_step(found.experiment)}, {rule}", *lines] if rule else lines
+
+
+def import_weights(options: Namespace) -> int:
+    options.words = [*options.words, f"published.path={options.path}", f"published.weights={options.weights}"]
+    return run_stages(options)
+
+
+# Studies
+
+
+def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], ClusterConfig]:
+    """Read the sweep that the command line names, the overrides of all its trials, and the cluster."""
+    from pipeline.sweep.definition import load_sweep
+
+    name, overrides = _split_one(options, "sweep")
+    if name is None:
+        raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
+    own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
+    sweep, cluster = load_sweep(name, own), _load_cluster(options)
+    if sweep.size > MANY and not options.yes:
+        raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
+    return sweep, [word for word in overrides if not word.startswith("sweep.")], cluster
+
+
+def sweep(options: Namespace) -> int:
+    from pipeline.sweep import Study
+    from pipeline.sweep.points import points
+
+    sweep, shared, cluster = _load_sweep(options)
+    return _run_study(Study(sweep, points(sweep, shared), cluster), options)
+
+
+def check_sweep(options: Namespace) -> Checked:
+    from pipeline.sweep.points import points, relative_paths_of_sweep
+
+    sweep, shared, cluster = _load_sweep(options)
+    points(sweep, shared)
+    return cluster, relative_paths_of_sweep(sweep, shared)
+
+
+def _load_reproduction(options: Namespace) -> tuple[list[str], ClusterConfig]:
+    """Read the overrides of all rows, and the cluster."""
+    names, overrides = _split(options)
+    if names:
+        raise ConfigError(f"'{names[0]}' is no override; write key=value")
+    return overrides, _load_cluster(options)
+
+
+def reproduce(options: Namespace) -> int:
+    from pipeline.sweep import reproduction
+
+    shared, cluster = _load_reproduction(options)
+    return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
+
+
+def check_reproduction(options: Namespace) -> Checked:
+    from pipeline.sweep.budget import STUDIES, Budget
+    from pipeline.sweep.definition import load_sweep
+    from pipeline.sweep.points import points, relative_paths_of_sweep
+
+    shared, cluster = _load_reproduction(options)
+    Budget.parse(options.budget)
+    sweep = load_sweep(STUDIES[options.target], [])
+    points(sweep, shared)
+    return cluster, relative_paths_of_sweep(sweep, shared)
+
+
+def _run_study(study: Study, options: Namespace) -> int:
+    if options.dry_run:
+        print(study.preview())
+        return 0
+    study.run()
+    print(study.shown())
+    for what, where in study.whereabouts():
+        say(f"{what:>11}: {where}")
+    if left := study.left():
+        say(left)
+    failed = study.failures()
+    for line in failed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# Runs that are there
+
+
+def status(options: Namespace) -> int:
+    from pipeline.cli import status
+
+    print(status.format_status(Path(_load_cluster_only(options).storage).expanduser().absolute()))
+    return 0
+
+
+def compare(options: Namespace) -> int:
+    from pipeline import config
+    from pipeline.engine import execute as stages
+    from pipeline.report import compare
+    from pipeline.scores.metrics import METRICS, find_metric
+
+    metric = find_metric(options.metric)
+    if metric is None:
+        hint = config.suggestion(options.metric, METRICS)
+        raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
+    names, overrides = _split(options)
+    root = stages.storage_root(_load_cluster(options))
+    paths = dict.fromkeys(path for name in [*names, *overrides] for path in stages.run_directories(name, root))
+    if len(paths) < 2:
+        found = f"only {next(iter(paths)).name}" if paths else "no run"
+        raise ConfigError(f"compare needs two runs or more, and {found} is named")
+    entries = compare.entries_of(stages.opened(path) for path in paths)
+    folder = compare.place(root, entries, metric)
+    say(f"comparison: {compare.write(entries, folder, 'Comparison', metric)}")
+    return 0
+
+
+def export_weights(options: Namespace) -> int:
+    from pipeline.engine import execute as stages
+    from pipeline.store import diffusers_layout
+
+    path = stages.run_directory(options.run, stages.storage_root(_load_cluster_only(options)))
+    folder = Path(options.directory).expanduser().absolute()
+    say(diffusers_layout.export(path, folder, options.weights, options.step))
+    return 0
+
+
+def sync(options: Namespace) -> int:
+    from pipeline.engine import execute as stages
+
+    say(stages.sync(options.run, _load_cluster_only(options)))
+    return 0
+
+
+def push(options: Namespace) -> int:
+    from pipeline.engine import execute as stages
+    from pipeline.store import remote
+
+    say(remote.push(options.run, stages.storage_root(_load_cluster_only(options)), options.uri))
+    return 0
+
+
+def pull(options: Namespace) -> int:
+    from pipeline.engine import execute as stages
+    from pipeline.store import remote
+
+    say(remote.pull(options.uri, stages.storage_root(_load_cluster_only(options))))
+    return 0
+
+
+# Jobs, servers, this machine
+
+
+def submit(options: Namespace) -> int:
     from pipeline import jobs
 
-    if options.arguments or not options.job:
+    if options.words or not options.job:
         raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
-    job = options.job_options
-    if "check" not in job:
+    check = options.job_options.command.check
+    if check is None:
         raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
-    cluster, relative = job.check(job)
+    cluster, relative = check(options.job_options)
     return jobs.submit(options.job, cluster, relative, options.address, options.id, options.follow)
 
 
-def jobs(options: Any) -> int:
+def jobs(options: Namespace) -> int:
     from pipeline import jobs
 
-    action, *names = options.arguments or ["list"]
+    action, *names = options.words or ["list"]
     if action not in ("list", "logs", "status", "stop"):
         raise ConfigError(f"'{action}' is unknown; `ddpm jobs` knows list, logs ID, status ID and stop ID")
     if len(names) != (action != "list"):
@@ -111,207 +318,16 @@ def jobs(options: Any) -> int:
     return (jobs.show_status if action == "status" else jobs.stop)(names[0], options.address)
 
 
-def _load_sweep(options: Any) -> tuple[Any, list[str], Any]:
-    """The sweep that the command line names, the overrides of all its trials, and the cluster."""
-    from pipeline.sweep.definition import load_sweep
-
-    named, overrides = _words(options, "sweep")
-    if not named:
-        raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
-    own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
-    shared = [word for word in overrides if not word.startswith(("sweep.", "cluster."))]
-    sweep, cluster = load_sweep(named[0], own), _load_cluster(options.cluster, overrides)
-    if sweep.size > MANY and not options.yes:
-        raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
-    return sweep, shared, cluster
-
-
-def sweep(options: Any) -> int:
-    from pipeline.sweep.points import list_points
-    from pipeline.sweep.study import Study
-
-    sweep, shared, cluster = _load_sweep(options)
-    return _run_study(Study(sweep, list_points(sweep, shared), cluster), options)
-
-
-def check_sweep(options: Any) -> tuple[Any, list[str]]:
-    """As `check_stage`, for all trials."""
-    from pipeline.sweep.points import list_points, list_relative_paths
-
-    sweep, shared, cluster = _load_sweep(options)
-    list_points(sweep, shared)
-    return cluster, list_relative_paths(sweep, shared)
-
-
-def _load_reproduction(options: Any) -> tuple[list[str], Any]:
-    """The overrides of all rows, and the cluster."""
-    named, overrides = _words(options, "target")
-    if named:
-        raise ConfigError(f"'{named[0]}' is no override; write key=value")
-    shared = [word for word in overrides if not word.startswith("cluster.")]
-    return shared, _load_cluster(options.cluster, overrides)
-
-
-def reproduce(options: Any) -> int:
-    from pipeline.sweep.reproduce import plan_reproduction
-
-    shared, cluster = _load_reproduction(options)
-    return _run_study(
-        plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run), options
-    )
-
-
-def check_reproduction(options: Any) -> tuple[Any, list[str]]:
-    """As `check_stage`, for all rows."""
-    from pipeline.sweep.definition import load_sweep
-    from pipeline.sweep.points import list_points, list_relative_paths
-    from pipeline.sweep.reproduce import SWEEPS, parse_budget
-
-    shared, cluster = _load_reproduction(options)
-    parse_budget(options.budget)
-    sweep = load_sweep(SWEEPS[options.target], [])
-    list_points(sweep, shared)
-    return cluster, list_relative_paths(sweep, shared)
-
-
-def _run_study(study: Any, options: Any) -> int:
-    from pipeline.sweep.leaderboard import to_text
-
-    if options.dry_run:
-        print(study.preview())
-        return 0
-    board = study.run()
-    print(to_text(board))
-    for what, where in study.list_places():
-        say(f"{what:>11}: {where}")
-    if rest := study.describe_rest():
-        say(rest)
-    for line in board.failures:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if board.failures else 0
-
-
-def show(options: Any) -> int:
-    from pipeline import config
-    from pipeline.engine import execute as stages
-
-    experiment, cluster = _load(options)
-    print(config.to_yaml(experiment), end="")
-    print("\n# cluster\n" + config.to_yaml(cluster), end="")
-    for warning in experiment.diffusion.warnings():
-        print(f"# warning: {warning}")
-    try:
-        run = stages.locate(experiment, Path(cluster.storage).expanduser().absolute())
-    except PipelineError as error:
-        print(f"\n# keys: not known: {error}")
-        return 0
-    print(f"\n# data key    {run.data_key}\n# run key     {run.run_key}")
-    print("\n".join(f"# {line}" for line in _later_keys(experiment, run)))
-    print(f"# directory   {run.path}")
-    return 0
-
-
-def _later_keys(experiment: Any, run: Any) -> list[str]:
-    """Those that depend on the checkpoint, once it is known."""
-    from pipeline import config
-    from pipeline.store import keys, selection
-
-    found = selection.resolved(experiment, run)
-    if found is None:
-        return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
-    lines = [
-        f"sample key  {keys.sample_key(found, run.run_key)}",
-        f"score key   {keys.evaluate_key(found, run.run_key)}",
-    ]
-    rule = config.checkpoint_rule(found)
-    return [f"checkpoint  {config.checkpoint_step(found)}, {rule}", *lines] if rule else lines
-
-
-def status(options: Any) -> int:
-    from pipeline.cli import status
-
-    print(status.table(Path(_cluster_only(options).storage).expanduser().absolute()))
-    return 0
-
-
-def compare(options: Any) -> int:
-    from pipeline import config
-    from pipeline.engine import execute as stages
-    from pipeline.report import compare
-    from pipeline.scores import metrics
-    from pipeline.store.run import comparison_folder
-
-    metric = metrics.find_metric(options.metric)
-    if metric is None:
-        hint, known = config.suggestion(options.metric, metrics.METRICS), ", ".join(metrics.METRICS)
-        raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {known}")
-    where = [word for word in options.arguments if word.startswith("cluster.")]
-    root = stages.storage_root(_load_cluster(options.cluster, where))
-    names = [word for word in options.arguments if word not in where]
-    paths = dict.fromkeys(path for name in names for path in stages.run_directories(name, root))
-    if len(paths) < 2:
-        found = f"only {next(iter(paths)).name}" if paths else "no run"
-        raise ConfigError(f"compare needs two runs or more, and {found} is named")
-    runs = [stages.opened(path) for path in paths]
-    entries = compare.list_entries(run.of(experiment) for experiment, run in runs)
-    folder = comparison_folder(root, compare.hash_entries(entries, metric))
-    say(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
-    return 0
-
-
-def import_weights(options: Any) -> int:
-    published = [f"published.path={options.path}", f"published.weights={options.weights}"]
-    options.arguments = [*options.arguments, *published]
-    return stage(options)
-
-
-def export_weights(options: Any) -> int:
-    from pipeline.engine import execute as stages
-    from pipeline.store import diffusers_layout
-
-    path = stages.run_directory(options.run, stages.storage_root(_cluster_only(options)))
-    say(
-        diffusers_layout.export(
-            path, Path(options.directory).expanduser().absolute(), options.weights, options.step
-        )
-    )
-    return 0
-
-
-def sync(options: Any) -> int:
-    from pipeline.engine import execute as stages
-
-    cluster = _cluster_only(options)
-    say(stages.sync(options.run, cluster))
-    return 0
-
-
-def push(options: Any) -> int:
-    from pipeline.engine import execute as stages
-    from pipeline.store import remote
-
-    say(remote.push(options.name, stages.storage_root(_cluster_only(options)), options.uri))
-    return 0
-
-
-def pull(options: Any) -> int:
-    from pipeline.engine import execute as stages
-    from pipeline.store import remote
-
-    say(remote.pull(options.uri, stages.storage_root(_cluster_only(options))))
-    return 0
-
-
-def ui(options: Any) -> int:
+def ui(options: Namespace) -> int:
     from pipeline import tracking
     from pipeline.engine import execute as stages
 
-    cluster = _cluster_only(options)
+    cluster = _load_cluster_only(options)
     return tracking.serve(stages.storage_root(cluster), options.port, uri=cluster.tracking_uri)
 
 
-def doctor(options: Any) -> int:
+def doctor(options: Namespace) -> int:
     from pipeline.cli import status
 
-    print(status.doctor(_cluster_only(options)))
+    print(status.diagnose(_load_cluster_only(options)))
     return 0

@@ -1,44 +1,202 @@
-"""The program `ddpm`: commands, overrides, exit codes (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
+"""The program `ddpm`: its commands and options, and its exit codes (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-from pipeline.cli import commands as does
+from pipeline.cli import commands as do
+from pipeline.cli import completion
 from pipeline.errors import ConfigError, PipelineError
 
-DEFAULT_EXPERIMENT = "digits"
-PUBLISHED_EXPERIMENT = "cifar10_published"
+CONFIGURATIONS = """
+EXPERIMENT and CLUSTER are paths, or names of files in ./conf. key=value overrides one key of the experiment,
+cluster.key=value one of the cluster. `ddpm show EXPERIMENT` writes all keys.
+"""
+GOES_ON = """
+The same command again goes on where it was interrupted, and does nothing where everything is up to date.
+"""
 
-STAGE_HELP = {
-    "run": "shard, train, sample, evaluate, figures, report: whatever is not done yet",
-    "shard": "write the images as webdataset tars",
-    "train": "train the network (DDP; goes on from the newest checkpoint)",
-    "sample": "draw samples from the trained network",
-    "evaluate": "compute FID, IS and the NLL bound, each with its protocol",
-    "figures": "draw the paper's figures",
-    "report": "write report.html and report.md from what is there",
-}
 
-EPILOG = """\
-EXPERIMENT and CLUSTER are paths, or names of files in ./conf (see `ddpm show`). key=value overrides one key
-of the experiment, cluster.key=value one of the cluster:
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, what it takes (`declare`), and examples with what a user should know of them.
 
+    check: reads its words as it would here and starts nothing; commands that have it can be submitted as jobs.
+    """
+
+    name: str
+    run: Callable[[Namespace], int]
+    text: str
+    examples: str
+    declare: Callable[[ArgumentParser], None]
+    check: Callable[[Namespace], do.Checked] | None = None
+
+
+# What commands take
+
+
+def _words(parser: ArgumentParser, name: str, text: str, complete: completion.Completer) -> None:
+    """Declare free words: names and key=value in any order."""
+    action = parser.add_argument("words", nargs="*", metavar=name, help=text)
+    completion.attach(action, complete)
+
+
+def _cluster(parser: ArgumentParser) -> None:
+    action = parser.add_argument(
+        "--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)"
+    )
+    completion.attach(action, completion.list_clusters)
+
+
+def _cluster_only(parser: ArgumentParser) -> None:
+    _words(parser, "cluster.key=value", "overrides of the cluster", completion.list_cluster_keys)
+    _cluster(parser)
+
+
+def _experiment(parser: ArgumentParser, default: str = "digits") -> None:
+    text = f"an experiment (default: {default}), and any number of overrides"
+    _words(parser, "EXPERIMENT | key=value", text, completion.list_experiment_words)
+    parser.set_defaults(default=default)
+    _cluster(parser)
+
+
+def _run(parser: ArgumentParser) -> None:
+    action = parser.add_argument("run", metavar="RUN", help="a run directory, or how its name begins")
+    completion.attach(action, completion.list_runs)
+
+
+def _sync(parser: ArgumentParser) -> None:
+    _run(parser)
+    _cluster_only(parser)
+
+
+def _study(parser: ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="list trials, resources and the time left; start nothing")
+    parser.add_argument("--yes", action="store_true", help=f"really more than {do.MANY} trials")
+    _cluster(parser)
+
+
+def _sweep(parser: ArgumentParser) -> None:
+    _words(parser, "SWEEP | key=value", "a sweep, and any number of overrides", completion.list_sweep_words)
+    _study(parser)
+
+
+def _reproduce(parser: ArgumentParser) -> None:
+    parser.add_argument("target", choices=("cifar10",), help="what to reproduce")
+    text = "overrides of every row, or cluster.key=value"
+    _words(parser, "key=value", text, completion.list_keys)
+    parser.add_argument(
+        "--budget", default="full", metavar="STEPS | TIME | full",
+        help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full",
+    )  # fmt: skip
+    _study(parser)
+
+
+def _compare(parser: ArgumentParser) -> None:
+    text = "a run directory, or how the names of one or several begin"
+    _words(parser, "RUN", text, completion.list_runs)
+    parser.add_argument("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ...")
+    _cluster(parser)
+
+
+def _import(parser: ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="their folder: config.json and the weights, or unet/")
+    parser.add_argument(
+        "--weights", choices=("raw", "ema", "unknown"), default="unknown", help="what their authors say they are"
+    )
+    _experiment(parser, "cifar10_published")
+
+
+def _export(parser: ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("directory", metavar="DIR", help="the folder to write; it must not exist yet")
+    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
+    parser.add_argument("--step", type=int, help="default: the newest checkpoint")
+    _cluster_only(parser)
+
+
+def _push(parser: ArgumentParser) -> None:
+    text = "a run directory or data/NAME, or how the name of a run begins"
+    completion.attach(parser.add_argument("run", metavar="RUN", help=text), completion.list_runs)
+    parser.add_argument("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there")
+    _cluster_only(parser)
+
+
+def _pull(parser: ArgumentParser) -> None:
+    parser.add_argument("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named")
+    _cluster_only(parser)
+
+
+def _ui(parser: ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=5000, help="default: 5000")
+    _cluster_only(parser)
+
+
+def _address(parser: ArgumentParser) -> None:
+    default = "RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265"
+    parser.add_argument("--address", metavar="URL", help=f"the cluster's dashboard; default: {default}")
+
+
+def _submit(parser: ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="-- COMMAND", help="run, sweep, train, ... as always")
+    parser.add_argument("--follow", action="store_true", help="write the job's log, and end as it ends")
+    parser.add_argument("--id", default="", metavar="NAME", help="default: the command and the time")
+    _address(parser)
+
+
+def _jobs(parser: ArgumentParser) -> None:
+    parser.add_argument("words", nargs="*", metavar="list | logs ID | status ID | stop ID", help="default: list")
+    parser.add_argument("--follow", action="store_true", help="with logs: until the job ends, and as it ends")
+    _address(parser)
+
+
+def _stage(name: str, text: str, examples: str) -> Command:
+    return Command(name, do.run_stages, text, examples + CONFIGURATIONS + GOES_ON, _experiment, do.check_experiment)
+
+
+COMMANDS = (
+    _stage("run", "shard, train, sample, evaluate, figures, report: whatever is not done yet", """\
   ddpm run                                            the digits, in minutes on two cores
   ddpm run cifar10 data.path=FOLDER                   the paper's CIFAR-10 experiment
   ddpm run cifar10 train.steps=20000 train.ema_warmup=true sample.num_images=5000
   ddpm run digits cluster.workers=2 cluster.storage=/data/runs
   ddpm submit --follow -- run cifar10 --cluster CLUSTER      the same command as a job on a cluster
-
-The same command again goes on where it was interrupted, and does nothing where everything is up to date.
-"""
-
-
-SWEEP_EPILOG = """\
+"""),
+    _stage("shard", "write the images as webdataset tars", """\
+  ddpm shard cifar10 data.path=FOLDER                 from a folder of images, or what else data.source names
+  ddpm shard digits data.images_per_shard=500
+"""),
+    _stage("train", "train the network (DDP; goes on from the newest checkpoint)", """\
+  ddpm train digits train.steps=3000                  1,000 more steps than the file says
+  ddpm train cifar10 cluster.workers=4 train.precision=bf16
+"""),
+    _stage("sample", "draw samples from the trained network", """\
+  ddpm sample digits sample.num_images=1000           asking for more images draws only those that are missing
+  ddpm sample digits sample.sampler=ddim sample.steps=50
+  ddpm sample digits evaluate.checkpoints=all sample.checkpoint=best
+"""),
+    _stage("evaluate", "compute FID, IS and the NLL bound, each with its protocol", """\
+  ddpm evaluate digits evaluate.metrics=[fid,is,kid]
+  ddpm evaluate digits sample.weights=raw             scores of the raw weights of the same run
+"""),
+    _stage("figures", "draw the paper's figures", """\
+  ddpm figures digits figures.which=[samples,progressive]
+  ddpm figures digits figures.images=8
+"""),
+    _stage("report", "write report.html and report.md from what is there", """\
+  ddpm report digits                                  `ddpm run` ends with it
+"""),
+    Command("show", do.show, "the resolved configuration and its keys; starts nothing", f"""\
+  ddpm show cifar10                                   every key with its value
+  ddpm show digits train.lr=1e-4                      which run directory that would be
+{CONFIGURATIONS}""", _experiment),
+    Command("sweep", do.sweep, "all trials of a sweep file, several at once; the same command again goes on", """\
 SWEEP is a path, or the name of a file in ./conf/sweep, which says what varies:
 
   experiment: digits                                  what every trial starts from
@@ -56,24 +214,120 @@ SWEEP is a path, or the name of a file in ./conf/sweep, which says what varies:
 
 conf/sweep/beta_dropout.yaml says every key of a sweep: random and quasi-random spaces, seeds, early stopping,
 budgets. Finished trials are not repeated, broken ones are tried again, points added to the file are run.
-"""
-
-REPRODUCE_EPILOG = """\
+""", _sweep, do.check_sweep),
+    Command("reproduce", do.reproduce,
+        "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget", """\
   ddpm reproduce cifar10                     six rows of 800,000 steps, as in the paper
   ddpm reproduce cifar10 --budget 2h         what two hours allow on this cluster, by a measured rate
   ddpm reproduce cifar10 --budget 2000       2,000 steps each, on images and scores by the same share
   ddpm reproduce cifar10 --budget 200 evaluate.features=classifier data.path=FOLDER
 
 The same command again goes on. A study that is shorter than the paper's says so in its first line.
-"""
+""", _reproduce, do.check_reproduction),
+    Command("status", do.status, "the runs, their stages, progress and scores", """\
+  ddpm status
+  ddpm status cluster.storage=/data/runs              those of another storage root
+""", _cluster_only),
+    Command("import", do.import_weights, "published weights in the diffusers layout become a run", f"""\
+  ddpm import FOLDER                                  google/ddpm-cifar10-32, for example
+  ddpm import FOLDER --weights ema lsun_church
+{CONFIGURATIONS}""", _import),
+    Command("export", do.export_weights, "a run's weights for diffusers' DDPMPipeline.from_pretrained", """\
+  ddpm export digits-3f2a DIR                         the newest EMA weights
+  ddpm export digits-3f2a DIR --weights raw --step 1000
+""", _export),
+    Command("compare", do.compare, "a report over several runs", """\
+  ddpm compare digits-3f2a digits-91bc
+  ddpm compare cifar10 --metric nll                   all runs whose names begin so, ranked by their bound
+""", _compare),
+    Command("sync", do.sync, "deliver to the tracking server what it has not got", """\
+  ddpm sync digits-3f2a cluster.tracking_uri=http://HOST:5000
+""", _sync),
+    Command("push", do.push, "finished shards, checkpoints, samples and scores to an object store", """\
+  ddpm push digits-3f2a s3://BUCKET/runs
+  ddpm push data/digits-77aa s3://BUCKET/runs         the shards alone
+""", _push),
+    Command("pull", do.pull, "what was pushed, into the storage root", """\
+  ddpm pull s3://BUCKET/runs/digits-3f2a
+""", _pull),
+    Command("ui", do.ui, "open the MLflow UI on this project's store", """\
+  ddpm ui --port 5001
+  ddpm ui cluster.storage=/data/runs
+""", _ui),
+    Command("submit", do.submit,
+        "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER", """\
+  ddpm submit -- run cifar10 --cluster compose
+  ddpm submit --follow --id first -- sweep digits_beta_dropout --cluster kuberay
+
+Code and configurations travel, data never. `ddpm jobs` shows what became of it.
+""", _submit),
+    Command("jobs", do.jobs, "a cluster's jobs: list them; a log; one's status; stop one", """\
+  ddpm jobs
+  ddpm jobs logs run-cifar10-20260131-235959 --follow
+  ddpm jobs stop run-cifar10-20260131-235959
+""", _jobs),
+    Command("doctor", do.doctor, "what this machine has, and what to do about what is missing", """\
+  ddpm doctor
+  ddpm doctor cluster.tracking_uri=http://HOST:5000   whether that server answers, too
+""", _cluster_only),
+)  # fmt: skip
+
+
+def declare() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """Make the parser of the program, and those of its commands by name."""
+    common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    program = ArgumentParser(
+        prog="ddpm", description="Denoising Diffusion Probabilistic Models, end to end.",
+        epilog=f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each.", **common,
+    )  # fmt: skip
+    program.add_argument("--version", action="store_true", help="say which version this is")
+    parsers = program.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for command in COMMANDS:
+        parser = parsers.add_parser(
+            command.name, help=command.text, description=command.text, epilog=command.examples, **common
+        )
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.declare(parser)
+    return program, parsers.choices
+
+
+def parse(arguments: list[str]) -> Namespace:
+    """Read a command line; options may stand anywhere among the words. Exits with 2 where it is wrong.
+
+    `command` is the Command. What follows `submit --` is a command line of its own: `job`, and what it means,
+    `job_options`.
+    """
+    program, parsers = declare()
+    if "_ARGCOMPLETE" in os.environ:
+        completion.complete(program)
+    if arguments == ["--version"]:
+        program.exit(message=f"ddpm {do.version()}\n")
+    if not arguments or arguments[0].startswith("-"):
+        program.parse_args(arguments)
+    name, *words = arguments
+    if name not in parsers:
+        from pipeline.config import suggestion
+
+        program.error(f"no command is named '{name}'{suggestion(name, parsers)}; known: {', '.join(parsers)}")
+    cut = words.index("--") if name == "submit" and "--" in words else len(words)
+    options, stray = parsers[name].parse_known_intermixed_args(words[:cut])
+    if stray:
+        from pipeline.config import suggestion
+
+        known = parsers[name]._option_string_actions
+        parsers[name].error(f"unknown option {stray[0]}{suggestion(stray[0], known)}")
+    options.command = next(command for command in COMMANDS if command.name == name)
+    options.job = words[cut + 1 :]
+    options.job_options = parse(options.job) if options.job else None
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    options = _parsed(arguments)
+    options = parse(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        return options.command(options)
+        return options.command.run(options)
     except ConfigError as error:
         return _fail(error, 2, options.debug)
     except PipelineError as error:
@@ -99,210 +353,3 @@ def _fail(error: Exception, code: int, debug: bool) -> int:
         raise error
     print(f"error: {error}", file=sys.stderr)
     return code
-
-
-def _parsed(arguments: list[str] | None) -> Any:
-    """argparse loses words that follow an option; here they may stand anywhere. What follows `submit --` is a
-    command line of its own: `options.job`, and what it means, `options.job_options`."""
-    parser = _parser()
-    own = sys.argv[1:] if arguments is None else list(arguments)
-    cut = own.index("--") if own[:1] == ["submit"] and "--" in own else len(own)
-    options, late = parser.parse_known_args(own[:cut])
-    options.job = own[cut + 1 :]
-    options.job_options = _parsed(options.job) if options.job else None
-    if stray := [word for word in late if word.startswith("-")]:
-        parser.error(f"unrecognized arguments: {' '.join(stray)}")
-    words = options.arguments if "arguments" in options else options.overrides
-    words += late
-    return options
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ddpm",
-        description="Denoising Diffusion Probabilistic Models, end to end.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in STAGE_HELP.items():
-        command = _add(commands, name, text, does.stage)
-        command.set_defaults(last="report" if name == "run" else name, check=does.check_stage)
-        _takes_experiment(command)
-    _takes_experiment(
-        _add(commands, "show", "the resolved configuration and its keys; starts nothing", does.show)
-    )
-    _sweep_command(commands)
-    _reproduce_command(commands)
-    status = _add(commands, "status", "the runs, their stages, progress and scores", does.status)
-    status.add_argument("overrides", nargs="*", metavar="cluster.key=value")
-    _cluster_option(status)
-    _import_command(commands)
-    _export_command(commands)
-    _compare_command(commands)
-    sync = _add(commands, "sync", "deliver to the tracking server what it has not got", does.sync)
-    sync.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
-    sync.add_argument("overrides", nargs="*", metavar="cluster.key=value")
-    _cluster_option(sync)
-    _store_commands(commands)
-    ui = _add(commands, "ui", "open the MLflow UI on this project's store", does.ui)
-    ui.add_argument("--port", type=int, default=5000, help="default: 5000")
-    ui.add_argument("overrides", nargs="*", metavar="cluster.key=value")
-    _cluster_option(ui)
-    _submit_command(commands)
-    _jobs_command(commands)
-    doctor = _add(
-        commands, "doctor", "what this machine has, and what to do about what is missing", does.doctor
-    )
-    doctor.add_argument("overrides", nargs="*", metavar="cluster.key=value")
-    _cluster_option(doctor)
-    return parser
-
-
-def _compare_command(commands: Any) -> None:
-    command = _add(commands, "compare", "a report over several runs", does.compare)
-    command.add_argument(
-        "arguments",
-        nargs="+",
-        metavar="RUN",
-        help="a run directory, its name in the storage root, or how the names of several begin",
-    )
-    command.add_argument(
-        "--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."
-    )
-    _cluster_option(command)
-
-
-def _import_command(commands: Any) -> None:
-    command = _add(
-        commands, "import", "published weights in the diffusers layout become a run", does.import_weights
-    )
-    command.add_argument("path", metavar="PATH", help="their folder: config.json and the weights, or unet/")
-    command.add_argument(
-        "--weights",
-        choices=("raw", "ema", "unknown"),
-        default="unknown",
-        help="what their authors say they are",
-    )
-    _takes_experiment(command, PUBLISHED_EXPERIMENT)
-    command.set_defaults(last="train")
-
-
-def _export_command(commands: Any) -> None:
-    command = _add(
-        commands, "export", "a run's weights for diffusers' DDPMPipeline.from_pretrained", does.export_weights
-    )
-    command.add_argument("run", metavar="RUN", help="a run directory, or its name in the storage root")
-    command.add_argument("directory", metavar="DIR", help="the folder to write; it must not exist yet")
-    command.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
-    command.add_argument("--step", type=int, help="default: the newest checkpoint")
-    command.add_argument("overrides", nargs="*", metavar="cluster.key=value")
-    _cluster_option(command)
-
-
-def _submit_command(commands: Any) -> None:
-    text = (
-        "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER"
-    )
-    command = _add(commands, "submit", text, does.submit)
-    command.add_argument(
-        "arguments", nargs="*", metavar="-- COMMAND", help="run, sweep, train, ... as always"
-    )
-    command.add_argument("--follow", action="store_true", help="write the job's log, and end as it ends")
-    command.add_argument("--id", default="", metavar="NAME", help="default: the command and the time")
-    _address_option(command)
-
-
-def _jobs_command(commands: Any) -> None:
-    command = _add(commands, "jobs", "a cluster's jobs: list them; a log; one's status; stop one", does.jobs)
-    command.add_argument(
-        "arguments", nargs="*", metavar="list | logs ID | status ID | stop ID", help="default: list"
-    )
-    command.add_argument(
-        "--follow", action="store_true", help="with logs: until the job ends, and as it ends"
-    )
-    _address_option(command)
-
-
-def _address_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address",
-        metavar="URL",
-        help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265",
-    )
-
-
-def _store_commands(commands: Any) -> None:
-    push = _add(
-        commands, "push", "finished shards, checkpoints, samples and scores to an S3 store", does.push
-    )
-    push.add_argument(
-        "name", metavar="RUN", help="a run directory or data/NAME, or its name in the storage root"
-    )
-    push.add_argument("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there")
-    pull = _add(commands, "pull", "what was pushed, into the storage root", does.pull)
-    pull.add_argument("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named")
-    for command in (push, pull):
-        command.add_argument("overrides", nargs="*", metavar="cluster.key=value")
-        _cluster_option(command)
-
-
-def _sweep_command(commands: Any) -> None:
-    text = "all trials of a sweep file, several at once; the same command again goes on"
-    command = _add(commands, "sweep", text, does.sweep, SWEEP_EPILOG)
-    command.add_argument(
-        "arguments", nargs="*", metavar="SWEEP | key=value", help="a sweep, and any number of overrides"
-    )
-    command.set_defaults(check=does.check_sweep)
-    _sweep_options(command)
-
-
-def _reproduce_command(commands: Any) -> None:
-    text = "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget"
-    command = _add(commands, "reproduce", text, does.reproduce, REPRODUCE_EPILOG)
-    command.add_argument("target", choices=("cifar10",), help="what to reproduce")
-    command.add_argument(
-        "arguments", nargs="*", metavar="key=value", help="overrides of every row, or cluster.key=value"
-    )
-    command.add_argument(
-        "--budget", default="full", metavar="STEPS | TIME | full",
-        help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full",
-    )  # fmt: skip
-    command.set_defaults(check=does.check_reproduction)
-    _sweep_options(command)
-
-
-def _sweep_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
-    )
-    command.add_argument("--yes", action="store_true", help=f"really more than {does.MANY} trials")
-    _cluster_option(command)
-
-
-def _add(
-    commands: Any, name: str, text: str, command: Callable[[Any], int], epilog: str = EPILOG
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=text, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.set_defaults(command=command)
-    return parser
-
-
-def _takes_experiment(parser: argparse.ArgumentParser, default: str = DEFAULT_EXPERIMENT) -> None:
-    parser.add_argument(
-        "arguments",
-        nargs="*",
-        metavar="EXPERIMENT | key=value",
-        help=f"an experiment (default: {default}), and any number of overrides",
-    )
-    parser.set_defaults(default=default)
-    _cluster_option(parser)
-
-
-def _cluster_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)"
-    )
