@@ -1,4 +1,7 @@
-"""What each command of `ddpm` does with its parsed words. Imports stand inside: a command loads what it needs."""
+"""What each command of `ddpm` does with its parsed words.
+
+Imports stand inside, after what a wrong configuration is told by: a command loads what it needs when it needs it.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from pipeline.errors import ConfigError, PipelineError
 if TYPE_CHECKING:
     from pipeline.config import ClusterConfig, Experiment
     from pipeline.store.run import Place
-    from pipeline.sweep import Study
     from pipeline.sweep.definition import Sweep
+    from pipeline.sweep.study import Study
 
 MANY = 200  # trials; more are rarely meant
 
@@ -87,9 +90,9 @@ def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
 
 def run_stages(options: Namespace) -> int:
     """`ddpm run` and the commands that are named like a stage."""
+    experiment, cluster = _load(options)
     from pipeline.engine import execute as stages
 
-    experiment, cluster = _load(options)
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
     run = stages.execute(experiment, cluster, last)
     for what, where in stages.whereabouts(run, cluster):
@@ -98,20 +101,20 @@ def run_stages(options: Namespace) -> int:
 
 
 def check_experiment(options: Namespace) -> Checked:
+    experiment, cluster = _load(options)
     from pipeline import config
     from pipeline.engine import execute as stages
 
-    experiment, cluster = _load(options)
     stages.check(experiment, cluster)
     name, overrides = _split_one(options, "experiment")
     return cluster, config.relative_paths(name or options.default, overrides)
 
 
 def show(options: Namespace) -> int:
+    experiment, cluster = _load(options)
     from pipeline import config
     from pipeline.engine import execute as stages
 
-    experiment, cluster = _load(options)
     print(config.to_yaml(experiment), end="")
     print("\n# cluster\n" + config.to_yaml(cluster), end="")
     for warning in experiment.diffusion.warnings():
@@ -122,22 +125,22 @@ def show(options: Namespace) -> int:
         print(f"\n# keys: not known: {error}")
         return 0
     print(f"\n# data key    {place.data_key}\n# run key     {place.run_key}")
-    print("\n".join(f"# {line}" for line in _list_later_keys(place)))
+    print("\n".join(f"# {line}" for line in _list_later_keys(experiment, place)))
     print(f"# directory   {place.path}")
     return 0
 
 
-def _list_later_keys(place: Place) -> list[str]:
+def _list_later_keys(experiment: Experiment, place: Place) -> list[str]:
     """List the keys that depend on the checkpoint, once it is known."""
     from pipeline import config
     from pipeline.store import selection
 
-    found = selection.resolve(place)
+    found = selection.resolved(experiment, place)
     if found is None:
         return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
-    lines = [f"sample key  {found.sample_key}", f"score key   {found.score_key}"]
-    rule = config.checkpoint_rule(found.experiment)
-    return [f"checkpoint  {config.checkpoint_step(found.experiment)}, {rule}", *lines] if rule else lines
+    lines = [f"sample key  {place.of(found).sample_key}", f"score key   {place.of(found).score_key}"]
+    rule = config.checkpoint_rule(found)
+    return [f"checkpoint  {config.checkpoint_step(found)}, {rule}", *lines] if rule else lines
 
 
 def import_weights(options: Namespace) -> int:
@@ -163,11 +166,13 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], ClusterConfig]:
 
 
 def sweep(options: Namespace) -> int:
-    from pipeline.sweep import Study
     from pipeline.sweep.points import points
 
     sweep, shared, cluster = _load_sweep(options)
-    return _run_study(Study(sweep, points(sweep, shared), cluster), options)
+    found = points(sweep, shared)
+    from pipeline.sweep.study import Study
+
+    return _run_study(Study(sweep, found, cluster), options)
 
 
 def check_sweep(options: Namespace) -> Checked:
@@ -187,9 +192,9 @@ def _load_reproduction(options: Namespace) -> tuple[list[str], ClusterConfig]:
 
 
 def reproduce(options: Namespace) -> int:
-    from pipeline.sweep import reproduction
-
     shared, cluster = _load_reproduction(options)
+    from pipeline.sweep.study import reproduction
+
     return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
 
 
@@ -236,6 +241,7 @@ def compare(options: Namespace) -> int:
     from pipeline.engine import execute as stages
     from pipeline.report import compare
     from pipeline.scores.metrics import METRICS, find_metric
+    from pipeline.store.run import comparison_folder
 
     metric = find_metric(options.metric)
     if metric is None:
@@ -243,13 +249,16 @@ def compare(options: Namespace) -> int:
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
     names, overrides = _split(options)
     root = stages.storage_root(_load_cluster(options))
-    paths = dict.fromkeys(path for name in [*names, *overrides] for path in stages.run_directories(name, root))
+    paths = dict.fromkeys(
+        path for name in [*names, *overrides] for path in stages.run_directories(name, root)
+    )
     if len(paths) < 2:
         found = f"only {next(iter(paths)).name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
-    entries = compare.entries_of(stages.opened(path) for path in paths)
-    folder = compare.place(root, entries, metric)
-    say(f"comparison: {compare.write(entries, folder, 'Comparison', metric)}")
+    runs = [stages.opened(path) for path in paths]
+    entries = compare.list_entries(run.of(experiment) for experiment, run in runs)
+    folder = comparison_folder(root, compare.hash_entries(entries, metric))
+    say(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
     return 0
 
 

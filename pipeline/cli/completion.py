@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -69,8 +68,12 @@ def list_sweep_words(prefix: str) -> list[str]:
 
 
 def list_runs(prefix: str) -> list[str]:
-    """List the runs below ./runs, the storage root of the local cluster."""
-    return [*(path.parent.name for path in Path("runs").glob("*/experiment.yaml")), *list_cluster_keys(prefix)]
+    """List the runs of the local cluster's storage root."""
+    from pipeline.config import load_cluster
+    from pipeline.store.run import find_runs
+
+    names = [path.name for path in find_runs(Path(load_cluster("local", []).storage))]
+    return [*names, *list_cluster_keys(prefix)]
 
 
 def list_cluster_keys(prefix: str) -> list[str]:
@@ -82,9 +85,10 @@ def list_cluster_keys(prefix: str) -> list[str]:
 def list_keys(prefix: str) -> list[str]:
     """List key=value: the keys of an experiment and of a cluster; after "=", the values where they can be listed."""
     from ddpm.networks import NETWORKS
-    from pipeline.config import Experiment, field_types
+    from pipeline.config import Experiment, field_types, is_section
 
-    sections = [(name, kind) for name, kind in field_types(Experiment).items() if dataclasses.is_dataclass(kind)]
+    types = field_types(Experiment)
+    sections: list[tuple[str, type]] = [(key, types[key]) for key in types if is_section(types[key])]
     sections += [("model", entry.config) for entry in NETWORKS.values()]
     found = [word for name, kind in sections for word in _list_section(name, kind, prefix)]
     return [*dict.fromkeys(found), "seed=", "name=", *list_cluster_keys(prefix)]

@@ -1,12 +1,11 @@
-"""The program `ddpm`: its commands and options, and its exit codes (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
+"""The program `ddpm`: commands, options, exit codes (0 done, 1 failed, 2 wrong usage, 130 interrupted)."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,7 +76,9 @@ def _sync(parser: ArgumentParser) -> None:
 
 
 def _study(parser: ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="list trials, resources and the time left; start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
+    )
     parser.add_argument("--yes", action="store_true", help=f"really more than {do.MANY} trials")
     _cluster(parser)
 
@@ -101,14 +102,19 @@ def _reproduce(parser: ArgumentParser) -> None:
 def _compare(parser: ArgumentParser) -> None:
     text = "a run directory, or how the names of one or several begin"
     _words(parser, "RUN", text, completion.list_runs)
-    parser.add_argument("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ...")
+    parser.add_argument(
+        "--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."
+    )
     _cluster(parser)
 
 
 def _import(parser: ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="their folder: config.json and the weights, or unet/")
     parser.add_argument(
-        "--weights", choices=("raw", "ema", "unknown"), default="unknown", help="what their authors say they are"
+        "--weights",
+        choices=("raw", "ema", "unknown"),
+        default="unknown",
+        help="what their authors say they are",
     )
     _experiment(parser, "cifar10_published")
 
@@ -151,13 +157,17 @@ def _submit(parser: ArgumentParser) -> None:
 
 
 def _jobs(parser: ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="list | logs ID | status ID | stop ID", help="default: list")
+    parser.add_argument(
+        "words", nargs="*", metavar="list | logs ID | status ID | stop ID", help="default: list"
+    )
     parser.add_argument("--follow", action="store_true", help="with logs: until the job ends, and as it ends")
     _address(parser)
 
 
 def _stage(name: str, text: str, examples: str) -> Command:
-    return Command(name, do.run_stages, text, examples + CONFIGURATIONS + GOES_ON, _experiment, do.check_experiment)
+    return Command(
+        name, do.run_stages, text, examples + CONFIGURATIONS + GOES_ON, _experiment, do.check_experiment
+    )
 
 
 COMMANDS = (
@@ -275,16 +285,23 @@ Code and configurations travel, data never. `ddpm jobs` shows what became of it.
 
 def declare() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """Make the parser of the program, and those of its commands by name."""
-    common = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     program = ArgumentParser(
-        prog="ddpm", description="Denoising Diffusion Probabilistic Models, end to end.",
-        epilog=f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each.", **common,
-    )  # fmt: skip
+        prog="ddpm",
+        description="Denoising Diffusion Probabilistic Models, end to end.",
+        epilog=f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each.",
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     program.add_argument("--version", action="store_true", help="say which version this is")
     parsers = program.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in COMMANDS:
         parser = parsers.add_parser(
-            command.name, help=command.text, description=command.text, epilog=command.examples, **common
+            command.name,
+            help=command.text,
+            description=command.text,
+            epilog=command.examples,
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.declare(parser)
@@ -301,7 +318,8 @@ def parse(arguments: list[str]) -> Namespace:
     if "_ARGCOMPLETE" in os.environ:
         completion.complete(program)
     if arguments == ["--version"]:
-        program.exit(message=f"ddpm {do.version()}\n")
+        print(f"ddpm {do.version()}")
+        program.exit()
     if not arguments or arguments[0].startswith("-"):
         program.parse_args(arguments)
     name, *words = arguments

@@ -267,3 +267,26 @@ def find_runs(storage: Path, beginning: str = "") -> list[Path]:
     """List the run directories below the root whose names begin so, sorted."""
     found = storage.glob(f"*/{EXPERIMENT}")
     return sorted(path.parent for path in found if path.parent.name.startswith(beginning))
+
+
+# Below a run directory, whatever the experiment is
+
+
+def find_sample_manifests(run: Path) -> list[Path]:
+    """List the manifests of finished sample sets, sorted."""
+    return sorted(run.glob(f"samples/*/{MANIFEST}"))
+
+
+def find_scores(run: Path) -> list[Path]:
+    """List the files of scores, those of candidates included, sorted."""
+    return sorted(run.glob(f"evaluation/*/{METRICS}"))
+
+
+def find_selections(run: Path) -> list[Path]:
+    """List the files that say which checkpoint was chosen, sorted."""
+    return sorted(run.glob(f"selection/*/{SELECTION}"))
+
+
+def find_leaderboards(storage: Path) -> list[Path]:
+    """List the leaderboards of all studies below the root, sorted."""
+    return sorted(storage.glob(f"sweeps/*/{LEADERBOARD}"))

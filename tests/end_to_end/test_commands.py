@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import ONE_CPU, TINY
 
-from pipeline.cli.program import main
+from pipeline.cli.program import COMMANDS, main, parse
 from pipeline.store import checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -287,3 +287,88 @@ def test_bad_input_gets_a_clear_error(tmp_path, capsys, words, code, message):
     assert message in error
     assert "Traceback" not in error
     assert len(error.splitlines()) <= 2
+
+
+def python(code: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, env=ENVIRONMENT | variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["run", "digits", "model.dropuot=1"],
+        ["sweep", "beta_dropout", "train.lr=fast"],
+    ],
+)
+def test_help_and_wrong_configurations_import_nothing_heavy(words):
+    code = (
+        "import sys; from pipeline.cli.program import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "assert not {'torch', 'ray', 'mlflow', 'matplotlib'} & set(sys.modules), 'imported'; sys.exit(code)"
+    )
+    outcome = python(code, *words)
+    assert outcome.returncode == (0 if "--help" in words else 2), outcome.stderr
+    assert "imported" not in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rnu"], "did you mean 'run'?"),
+        (["run", "digits", "--clustr", "local"], "did you mean '--cluster'?"),
+        (["export", "a"], "DIR"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_a_suggestion(capsys, words, message):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and re.match(r"ddpm \S", capsys.readouterr().out)
+
+
+def test_every_command_has_help_and_examples_of_its_own():
+    assert len({command.examples for command in COMMANDS}) == len(COMMANDS)
+    for command in COMMANDS:
+        assert f"ddpm {command.name}" in command.examples
+
+
+def test_options_stand_anywhere_among_words():
+    options = parse(["run", "--cluster", "slurm", "digits", "--debug", "train.steps=3"])
+    assert (options.words, options.cluster, options.debug) == (["digits", "train.steps=3"], "slurm", True)
+    options = parse(["reproduce", "--budget", "2h", "cifar10", "--dry-run", "data.path=x"])
+    assert (options.target, options.words, options.budget) == ("cifar10", ["data.path=x"], "2h")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("ddpm eval", {"evaluate"}),
+        ("ddpm run dig", {"digits"}),
+        ("ddpm run digits train.prec", {"train.precision="}),
+        ("ddpm run digits train.precision=", {"train.precision=fp32", "train.precision=bf16"}),
+        ("ddpm run --cluster kuberay digits --debug train.ema_w", {"train.ema_warmup="}),
+        ("ddpm run digits --cluster slu", {"slurm"}),
+        ("ddpm sweep digits_b", {"digits_beta_dropout"}),
+        ("ddpm status cluster.stor", {"cluster.storage="}),
+        ("ddpm submit --follow -- sample context_d", {"context_digits"}),
+    ],
+)
+def test_the_shell_completes(tmp_path, line, expected):
+    found = tmp_path / "completions"
+    outcome = python(
+        "from pipeline.cli.program import main; main()",
+        _ARGCOMPLETE="1", COMP_LINE=line, COMP_POINT=str(len(line)), COMP_TYPE="9", _ARGCOMPLETE_IFS="\n",
+        _ARGCOMPLETE_STDOUT_FILENAME=str(found), _ARGCOMPLETE_COMP_WORDBREAKS=" ",
+    )  # fmt: skip
+    assert {word.strip() for word in found.read_text().splitlines()} == expected, outcome.stderr

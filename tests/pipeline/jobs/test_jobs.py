@@ -15,7 +15,7 @@ import ray
 from ray.job_submission import JobDetails
 
 from pipeline import config
-from pipeline.cli.program import _parsed, main
+from pipeline.cli.program import main, parse
 from pipeline.errors import ConfigError
 from pipeline.jobs import client, format, package
 
@@ -95,9 +95,7 @@ def test_no_cluster_at_the_address(capsys):
 
 
 def test_the_options_of_submit_and_of_the_command_are_kept_apart():
-    options = _parsed(
-        ["submit", "--follow", "--id", "a", "--", "run", "x", "--cluster", "compose", "--debug"]
-    )
+    options = parse(["submit", "--follow", "--id", "a", "--", "run", "x", "--cluster", "compose", "--debug"])
     assert options.follow and options.id == "a" and not options.debug
     assert options.job == ["run", "x", "--cluster", "compose", "--debug"]
 
