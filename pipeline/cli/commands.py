@@ -68,12 +68,13 @@ def _load_cluster_only(options: Namespace) -> ClusterConfig:
 
 def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
     """Read the experiment and the cluster that the command line names; the faults of both are told at once."""
-    from pipeline.engine.names import load_experiment
+    from pipeline import config
+    from pipeline.engine.names import known_names
 
     name, overrides = _split_one(options, "experiment")
     problems: list[str] = []
     try:
-        experiment = load_experiment(name or options.default, overrides)
+        experiment = config.load_experiment(name or options.default, overrides, known_names())
     except ConfigError as error:
         problems += error.problems
     try:
@@ -166,21 +167,21 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], ClusterConfig]:
 
 
 def sweep(options: Namespace) -> int:
-    from pipeline.sweep.points import points
+    from pipeline.sweep.points import list_points
 
     sweep, shared, cluster = _load_sweep(options)
-    found = points(sweep, shared)
+    points = list_points(sweep, shared)
     from pipeline.sweep.study import Study
 
-    return _run_study(Study(sweep, found, cluster), options)
+    return _run_study(Study(sweep, points, cluster), options)
 
 
 def check_sweep(options: Namespace) -> Checked:
-    from pipeline.sweep.points import points, relative_paths_of_sweep
+    from pipeline.sweep.points import list_points, list_relative_paths
 
     sweep, shared, cluster = _load_sweep(options)
-    points(sweep, shared)
-    return cluster, relative_paths_of_sweep(sweep, shared)
+    list_points(sweep, shared)
+    return cluster, list_relative_paths(sweep, shared)
 
 
 def _load_reproduction(options: Namespace) -> tuple[list[str], ClusterConfig]:
@@ -193,37 +194,39 @@ def _load_reproduction(options: Namespace) -> tuple[list[str], ClusterConfig]:
 
 def reproduce(options: Namespace) -> int:
     shared, cluster = _load_reproduction(options)
-    from pipeline.sweep.study import reproduction
+    from pipeline.sweep.reproduce import plan_reproduction
 
-    return _run_study(reproduction(options.target, options.budget, shared, cluster, options.dry_run), options)
+    study = plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run)
+    return _run_study(study, options)
 
 
 def check_reproduction(options: Namespace) -> Checked:
-    from pipeline.sweep.budget import STUDIES, Budget
     from pipeline.sweep.definition import load_sweep
-    from pipeline.sweep.points import points, relative_paths_of_sweep
+    from pipeline.sweep.points import list_points, list_relative_paths
+    from pipeline.sweep.reproduce import SWEEPS, parse_budget
 
     shared, cluster = _load_reproduction(options)
-    Budget.parse(options.budget)
-    sweep = load_sweep(STUDIES[options.target], [])
-    points(sweep, shared)
-    return cluster, relative_paths_of_sweep(sweep, shared)
+    parse_budget(options.budget)
+    sweep = load_sweep(SWEEPS[options.target], [])
+    list_points(sweep, shared)
+    return cluster, list_relative_paths(sweep, shared)
 
 
 def _run_study(study: Study, options: Namespace) -> int:
+    from pipeline.sweep.leaderboard import to_text
+
     if options.dry_run:
         print(study.preview())
         return 0
-    study.run()
-    print(study.shown())
-    for what, where in study.whereabouts():
+    board = study.run()
+    print(to_text(board))
+    for what, where in study.list_places():
         say(f"{what:>11}: {where}")
-    if left := study.left():
-        say(left)
-    failed = study.failures()
-    for line in failed:
+    if rest := study.describe_rest():
+        say(rest)
+    for line in board.failures:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if board.failures else 0
 
 
 # Runs that are there

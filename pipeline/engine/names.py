@@ -1,4 +1,4 @@
-"""The names that configurations may use, from the registries of their owners. Imports no torch before it is asked."""
+"""The names that configurations may use, from the registries of their owners. None of them imports torch."""
 
 from __future__ import annotations
 
