@@ -41,7 +41,7 @@ def run(settings: Settings) -> Outcome:
 def _shard(experiment: Any, run: Place) -> float:
     """Seconds of all work units, one after the other, and the manifest."""
     began, context = time.perf_counter(), local_context(1)
-    for units in shard.work(experiment, run):
+    for units in shard.STAGE.work(run.of(experiment)):
         for unit in units:
             unit.body(context, *unit.args)
     return time.perf_counter() - began
@@ -66,7 +66,7 @@ def _webdataset(run: Place) -> Callable[[], Any]:
     """Shards from disk (its cache is warm), decoded and shuffled in this process."""
     import webdataset
 
-    names = [str(run.data / name) for name, _, _ in tars.open_index(run.data).shards("train")]
+    names = [str(shard.path) for shard in tars.open_index(run.data).shards("train")]
     dataset = webdataset.WebDataset(names, shardshuffle=len(names), seed=0, empty_check=False)
     stream = iter(dataset.shuffle(1000).decode("torchrgb8").to_tuple("png", "cls").batched(BATCH).repeat())
     return lambda: next(stream)

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.harness import Settings
 from pipeline.config import Experiment, load_experiment
-from pipeline.engine.execute import locate
+from pipeline.engine.find import locate_run
 from pipeline.store.run import Place
 
 
@@ -26,7 +26,7 @@ class Workspace:
         return load_experiment("cifar10", [*self.overrides, *overrides])
 
     def run_of(self, experiment: Experiment) -> Place:
-        return locate(experiment, self.root)
+        return locate_run(experiment, self.root)
 
 
 @contextmanager

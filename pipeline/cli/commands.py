@@ -96,7 +96,7 @@ def run_stages(options: Namespace) -> int:
 
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
     run = stages.execute(experiment, cluster, last)
-    for what, where in stages.whereabouts(run, cluster):
+    for what, where in stages.list_results(run, cluster):
         say(f"{what:>10}: {where}")
     return 0
 
@@ -114,34 +114,34 @@ def check_experiment(options: Namespace) -> Checked:
 def show(options: Namespace) -> int:
     experiment, cluster = _load(options)
     from pipeline import config
-    from pipeline.engine import execute as stages
+    from pipeline.engine import find
 
     print(config.to_yaml(experiment), end="")
     print("\n# cluster\n" + config.to_yaml(cluster), end="")
     for warning in experiment.diffusion.warnings():
         print(f"# warning: {warning}")
     try:
-        place = stages.locate(experiment, Path(cluster.storage).expanduser().absolute())
+        place = find.locate_run(experiment, Path(cluster.storage).expanduser().absolute())
     except PipelineError as error:
         print(f"\n# keys: not known: {error}")
         return 0
     print(f"\n# data key    {place.data_key}\n# run key     {place.run_key}")
-    print("\n".join(f"# {line}" for line in _list_later_keys(experiment, place)))
+    print("\n".join(f"# {line}" for line in _list_later_keys(place)))
     print(f"# directory   {place.path}")
     return 0
 
 
-def _list_later_keys(experiment: Experiment, place: Place) -> list[str]:
+def _list_later_keys(place: Place) -> list[str]:
     """List the keys that depend on the checkpoint, once it is known."""
     from pipeline import config
     from pipeline.store import selection
 
-    found = selection.resolved(experiment, place)
+    found = selection.resolve(place)
     if found is None:
         return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
-    lines = [f"sample key  {place.of(found).sample_key}", f"score key   {place.of(found).score_key}"]
-    rule = config.checkpoint_rule(found)
-    return [f"checkpoint  {config.checkpoint_step(found)}, {rule}", *lines] if rule else lines
+    lines = [f"sample key  {found.sample_key}", f"score key   {found.score_key}"]
+    rule = config.checkpoint_rule(found.experiment)
+    return [f"checkpoint  {config.checkpoint_step(found.experiment)}, {rule}", *lines] if rule else lines
 
 
 def import_weights(options: Namespace) -> int:
@@ -241,7 +241,7 @@ def status(options: Namespace) -> int:
 
 def compare(options: Namespace) -> int:
     from pipeline import config
-    from pipeline.engine import execute as stages
+    from pipeline.engine import find
     from pipeline.report import compare
     from pipeline.scores.metrics import METRICS, find_metric
     from pipeline.store.run import comparison_folder
@@ -251,25 +251,22 @@ def compare(options: Namespace) -> int:
         hint = config.suggestion(options.metric, METRICS)
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
     names, overrides = _split(options)
-    root = stages.storage_root(_load_cluster(options))
-    paths = dict.fromkeys(
-        path for name in [*names, *overrides] for path in stages.run_directories(name, root)
-    )
+    root = find.prepare_storage_root(_load_cluster(options))
+    paths = dict.fromkeys(path for name in [*names, *overrides] for path in find.find_named_runs(name, root))
     if len(paths) < 2:
         found = f"only {next(iter(paths)).name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
-    runs = [stages.opened(path) for path in paths]
-    entries = compare.list_entries(run.of(experiment) for experiment, run in runs)
+    entries = compare.list_entries(find.open_run(path) for path in paths)
     folder = comparison_folder(root, compare.hash_entries(entries, metric))
     say(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
     return 0
 
 
 def export_weights(options: Namespace) -> int:
-    from pipeline.engine import execute as stages
+    from pipeline.engine import find
     from pipeline.store import diffusers_layout
 
-    path = stages.run_directory(options.run, stages.storage_root(_load_cluster_only(options)))
+    path = find.find_run(options.run, find.prepare_storage_root(_load_cluster_only(options)))
     folder = Path(options.directory).expanduser().absolute()
     say(diffusers_layout.export(path, folder, options.weights, options.step))
     return 0
@@ -278,23 +275,23 @@ def export_weights(options: Namespace) -> int:
 def sync(options: Namespace) -> int:
     from pipeline.engine import execute as stages
 
-    say(stages.sync(options.run, _load_cluster_only(options)))
+    say(stages.sync_run(options.run, _load_cluster_only(options)))
     return 0
 
 
 def push(options: Namespace) -> int:
-    from pipeline.engine import execute as stages
+    from pipeline.engine import find
     from pipeline.store import remote
 
-    say(remote.push(options.run, stages.storage_root(_load_cluster_only(options)), options.uri))
+    say(remote.push(options.run, find.prepare_storage_root(_load_cluster_only(options)), options.uri))
     return 0
 
 
 def pull(options: Namespace) -> int:
-    from pipeline.engine import execute as stages
+    from pipeline.engine import find
     from pipeline.store import remote
 
-    say(remote.pull(options.uri, stages.storage_root(_load_cluster_only(options))))
+    say(remote.pull(options.uri, find.prepare_storage_root(_load_cluster_only(options))))
     return 0
 
 
@@ -332,10 +329,10 @@ def jobs(options: Namespace) -> int:
 
 def ui(options: Namespace) -> int:
     from pipeline import tracking
-    from pipeline.engine import execute as stages
+    from pipeline.engine import find
 
     cluster = _load_cluster_only(options)
-    return tracking.serve(stages.storage_root(cluster), options.port, uri=cluster.tracking_uri)
+    return tracking.serve(find.prepare_storage_root(cluster), options.port, uri=cluster.tracking_uri)
 
 
 def doctor(options: Namespace) -> int:

@@ -124,14 +124,14 @@ def _list_packages() -> Iterator[tuple[str, str]]:
 
 def _list_stores(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     from pipeline import tracking
-    from pipeline.engine import execute as stages
+    from pipeline.engine import find
     from pipeline.scores import inception
 
     weights = inception.download_path()
     absent = f"not at {weights}; fetched when first needed, or name a file in evaluate.extractor_weights"
     yield "Inception weights", str(weights) if weights.exists() else absent
     try:
-        root = stages.storage_root(cluster)
+        root = find.prepare_storage_root(cluster)
     except PipelineError as error:
         yield "storage", f"PROBLEM: {error}"
         return

@@ -17,7 +17,7 @@ from pipeline.compute.pool import Pool
 from pipeline.compute.resources import Resources, resolve
 from pipeline.compute.spent import Spent
 from pipeline.compute.work import Body, Done, Unit
-from pipeline.config import ClusterConfig, Experiment
+from pipeline.config import ClusterConfig
 from pipeline.console import following
 from pipeline.errors import PipelineError, last_line
 from pipeline.store.run import Place
@@ -77,11 +77,11 @@ class Session:
     def spare(self) -> int:
         return self.resources.spare
 
-    def run_workers(self, body: Body, experiment: Experiment, run: Place) -> None:
+    def run_workers(self, body: Body, place: Place) -> None:
         """Train with DDP (`pipeline.compute.training`), on what the pool gives back first."""
         self.pool.end()
         with following(self.pool.end_unused):
-            training.run_group(self.cluster, self.resources, body, experiment, run)
+            training.run_group(self.cluster, self.resources, body, place)
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None:
         """Run the units (`pipeline.compute.pool`)."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from pipeline.compute.resources import Resources
 from pipeline.compute.work import GIB, Body, Value, WorkerContext
-from pipeline.config import ClusterConfig, Experiment
+from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, last_line
 from pipeline.store.files import write_text
 from pipeline.store.run import Place
@@ -74,21 +74,18 @@ class _Task:
     """What each worker of a group is given."""
 
     body: Body
-    experiment: Experiment
     run: Place
     cpus: int
     image_memory: int
 
 
-def run_group(
-    cluster: ClusterConfig, resources: Resources, body: Body, experiment: Experiment, run: Place
-) -> None:
+def run_group(cluster: ClusterConfig, resources: Resources, body: Body, place: Place) -> None:
     """Train with DDP. A lost worker restarts the group from the newest checkpoint on disk, up to
     `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
-    failure, memory = run.failure, int(cluster.image_memory * GIB)
+    failure, memory = place.failure, int(cluster.image_memory * GIB)
     failure.unlink(missing_ok=True)
-    shutil.rmtree(run.ray, ignore_errors=True)
-    task = _Task(body, experiment, run, resources.cpus_per_worker, memory)
+    shutil.rmtree(place.ray, ignore_errors=True)
+    task = _Task(body, place, resources.cpus_per_worker, memory)
     error = run_off_main_thread(_make_trainer(task, resources, cluster.retries).fit, "ray-train")
     if failure.exists():
         message = failure.read_text()
@@ -185,7 +182,7 @@ def _train_worker(config: dict[str, _Task]) -> None:
     if context.rank == 0 and group is not None:
         write_text(task.run.placement_group, group.id.hex())
     try:
-        task.body(context, task.experiment, task.run)
+        task.body(context, task.run)
     except PipelineError as error:
         write_text(task.run.failure, str(error))
         raise

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ddpm.peers import Peers
 from pipeline.compute.spent import Spent
-from pipeline.config import Experiment
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a command that is up to date needs none of it
@@ -102,7 +101,7 @@ class WorkerContext(Peers):
         """Tell the launcher that the checkpoint of `step` is safe on disk."""
 
 
-Body = Callable[[WorkerContext, Experiment, Place], None]
+Body = Callable[[WorkerContext, Place], None]
 
 
 class Executor(Protocol):
@@ -115,7 +114,7 @@ class Executor(Protocol):
         """How many units can be under way while `run_workers` is, without taking anything from it."""
         ...
 
-    def run_workers(self, body: Body, experiment: Experiment, run: Place) -> None: ...
+    def run_workers(self, body: Body, place: Place) -> None: ...
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None: ...
 
@@ -139,8 +138,8 @@ class InProcess:
         self.context, self.interrupted, self.spent = context, interrupted, Spent()
         torch.set_num_threads(self.context.cpus)
 
-    def run_workers(self, body: Body, experiment: Experiment, run: Place) -> None:
-        body(self.context, experiment, run)
+    def run_workers(self, body: Body, place: Place) -> None:
+        body(self.context, place)
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None:
         waiting = deque(units)

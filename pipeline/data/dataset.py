@@ -75,9 +75,9 @@ class InTars:
 
     def __init__(self, index: tars.Index, split: str, ctx: WorkerContext):
         shards = index.shards(split)
-        self.places = np.concatenate([index.places(name) for name, _, _ in shards])
-        self.shard_of = np.repeat(np.arange(len(shards)), [count for _, _, count in shards])
-        self.paths = [index.directory / name for name, _, _ in shards]
+        self.places = np.concatenate([index.places(shard.name) for shard in shards])
+        self.shard_of = np.repeat(np.arange(len(shards)), [shard.stop - shard.start for shard in shards])
+        self.paths = [shard.path for shard in shards]
         self.device = ctx.device
         self.threads = ThreadPoolExecutor(ctx.cpus, thread_name_prefix="decode")
         self.coming: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()

@@ -69,14 +69,15 @@ def _images(experiment: Experiment) -> int:
     return experiment.sample.num_images + few
 
 
-def check(experiment: Experiment, run: Place) -> str:
-    """What the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
-    wanted = needs(experiment)
-    left, free = max(0, wanted.disk - _bytes_below(run.path)), shutil.disk_usage(run.storage).free
+def check(place: Place) -> str:
+    """Say what the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
+    wanted = needs(place.experiment)
+    left, free = max(0, wanted.disk - _bytes_below(place.path)), shutil.disk_usage(place.storage).free
     if left > free:
         raise PipelineError(
-            f"{run.storage} has {_size(free)} free, the run needs {_size(left)} more: {_size(wanted.checkpoints)} for "
-            f"{wanted.kept} checkpoints, {_size(wanted.samples)} for {wanted.images:,} samples; make room, set "
+            f"{place.storage} has {_size(free)} free, the run needs {_size(left)} more: "
+            f"{_size(wanted.checkpoints)} for {wanted.kept} checkpoints, "
+            f"{_size(wanted.samples)} for {wanted.images:,} samples; make room, set "
             "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"
         )
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -38,7 +38,7 @@ class Entry:
         """Its files. A best checkpoint that is not chosen yet has none: there the last one stands."""
         experiment = self.place.experiment
         last = replace(experiment, sample=replace(experiment.sample, checkpoint="last"))
-        return Source(self.place.of(selection.resolved(experiment, self.place) or last))
+        return Source(selection.resolve(self.place) or self.place.of(last))
 
     @property
     def data(self) -> str:

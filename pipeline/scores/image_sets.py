@@ -39,19 +39,9 @@ class Shard:
 def list_shards(folder: Path, split: str, n: int | None = None) -> list[Shard]:
     """List the tars that hold the first n images of a split (None: all). Raises PipelineError where it has fewer."""
     index = tars.open_index(folder)
-    n = index.count(split) if n is None else n
-    if index.count(split) < n:
-        raise PipelineError(
-            f"{folder} holds {index.count(split)} images where {n} are to be scored; a short set has no score: "
-            "run the stage before this one"
-        )
-    facts, size = index.facts, index.facts["image_size"]
     return [
-        Shard(
-            folder, split, name, start, count, facts["files"][name]["sha256"], (facts["channels"], size, size)
-        )
-        for name, start, count in index.shards(split)
-        if start < n
+        Shard(folder, split, tar.name, tar.start, tar.stop - tar.start, tar.sha256, index.shape)
+        for tar in index.shards(split, n)
     ]
 
 

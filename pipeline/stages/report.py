@@ -14,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.report.page import write_page
 from pipeline.report.run import write_markdown
 from pipeline.report.source import Source
+from pipeline.stages.stage import Stage
 from pipeline.store.files import read_manifest
 from pipeline.store.run import Place
 
@@ -31,3 +32,23 @@ def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
     source = Source(run.of(experiment))
     write_page(run.report, partial(write_markdown, source), inputs=source.digest)
     yield from ()
+
+
+class ReportStage(Stage):
+    """Writes the page of a run."""
+
+    name = "report"
+    chosen = True
+    shows_others = True
+
+    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+        return ("evaluate", "figures")
+
+    def is_done(self, place: Place) -> bool:
+        return is_done(place.experiment, place)
+
+    def work(self, place: Place) -> Iterator[list[Unit]]:
+        return work(place.experiment, place)
+
+
+STAGE = ReportStage()

@@ -1,15 +1,13 @@
 """The sample stage: a checkpoint -> tars of images, one work unit for each range of image indices.
 
-Every draw is a function of (seed, image index, t), so an image does not depend on who makes it, or when.
-Beside `00000.tar` stands `00000.json` with its range, protocol and facts, written after it: a tar that lacks
-it, or differs from it, is drawn again.
+Every draw is a function of (seed, image index, t), so an image does not depend on who makes it, or when. A tar that
+was drawn by another protocol is drawn again.
 """
 
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,21 +19,22 @@ from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step, to_yaml, weights_kind
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
+from pipeline.stages.stage import Stage
 from pipeline.store import tars
 from pipeline.store.chain import choose_labels, load_guided
-from pipeline.store.files import MANIFEST, check_file, read_json, write_json, write_text
+from pipeline.store.files import write_text
 from pipeline.store.run import Place
+from pipeline.store.tars import Shard, ShardFacts
 
 log = logging.getLogger(__name__)
 
 SPLIT = "samples"
-GRID, PROTOCOL = "grid.png", "sample.yaml"
 GRID_SIDE = 10
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a set of samples was drawn, nulls resolved: what stands beside every score of it."""
+    """How a set of samples was drawn, nulls resolved. It stands beside every score of the set."""
 
     checkpoint: int
     weights: str
@@ -53,7 +52,8 @@ class Protocol:
     rounding: str
 
 
-def protocol(experiment: Experiment) -> Protocol:
+def describe_protocol(experiment: Experiment) -> Protocol:
+    """Say how the samples of an experiment are drawn."""
     config, timesteps = experiment.sample, experiment.diffusion.timesteps
     ancestral = config.sampler == "ancestral"
     return Protocol(
@@ -74,120 +74,104 @@ def protocol(experiment: Experiment) -> Protocol:
     )
 
 
-def directory(experiment: Experiment, run: Place) -> Path:
-    return run.of(experiment).samples
+class SampleStage(Stage):
+    """Draws images of the chosen checkpoint."""
+
+    name = "sample"
+    chosen = True
+
+    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+        return ("shard", "train", "select") if experiment.sample.checkpoint == "best" else ("shard", "train")
+
+    def is_done(self, place: Place) -> bool:
+        """Tell whether at least as many samples as asked for are on disk, and sealed."""
+        try:
+            index = tars.find_index(place.samples)
+        except PipelineError as error:
+            log.warning("%s; its samples are drawn again", error)
+            return False
+        if index is None or index.count(SPLIT) < place.experiment.sample.num_images:
+            return False
+        return place.samples_grid.exists() and place.samples_yaml.exists()
+
+    def work(self, place: Place) -> Iterator[list[Unit]]:
+        """Yield the ranges that are not on disk, then draw the grid and seal the folder."""
+        config, made_by = place.experiment.sample, _identity(place.experiment)
+        if config.sampler == "ancestral":
+            diffusion = Diffusion(place.experiment.diffusion)
+            if warning := few_steps_warning(diffusion, config.steps, config.variance):
+                log.warning("sample: %s", warning)
+        shards = plan(place)
+        yield [
+            Unit(
+                Kind.SAMPLES, draw, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
+                shard.stop - shard.start, tar=shard.path, needs_gpu=True,
+            )
+            for shard in shards
+            if shard.read_facts(**made_by) is None
+        ]  # fmt: skip
+        _seal(place, [shard.require_facts(**made_by) for shard in shards])
 
 
-def is_done(experiment: Experiment, run: Place) -> bool:
-    """Whether at least as many samples as asked for are on disk, and sealed."""
-    folder = directory(experiment, run)
-    if not (folder / MANIFEST).exists():
-        return False
-    try:
-        index = tars.open_index(folder)
-    except PipelineError as error:
-        log.warning("%s; its samples are drawn again", error)
-        return False
-    pictured = (folder / GRID).exists() and (folder / PROTOCOL).exists()
-    return pictured and index.count(SPLIT) >= experiment.sample.num_images
+STAGE = SampleStage()
 
 
-def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
-    """Yields the ranges that are not on disk, then draws the grid and seals the folder."""
-    config, folder = experiment.sample, directory(experiment, run)
-    if config.sampler == "ancestral":
-        warning = few_steps_warning(Diffusion(experiment.diffusion), config.steps, config.variance)
-        if warning:
-            log.warning("sample: %s", warning)
-    ranges = plan(config.num_images, config.batch_size)
-    yield [
-        Unit(
-            Kind.SAMPLES,
-            draw,
-            (experiment, run, start, stop),
-            f"samples {start}-{stop - 1}",
-            stop - start,
-            tar=_tar(folder, start, stop),
-            needs_gpu=True,
-        )
-        for start, stop in ranges
-        if finished(experiment, folder, start, stop) is None
+def plan(place: Place) -> list[Shard]:
+    """List the tars that hold the first num_images, batch_size images each; a set that is smaller than one batch is
+    one tar of its own size."""
+    config = place.experiment.sample
+    size = min(config.batch_size, config.num_images)
+    return [
+        Shard(place.samples, f"{start // size:05d}.tar", SPLIT, start, start + size)
+        for start in range(0, config.num_images, size)
     ]
-    facts = [_finished_or_raise(experiment, folder, start, stop) for start, stop in ranges]
-    _seal(experiment, folder, facts)
 
 
-def plan(num_images: int, batch_size: int) -> list[tuple[int, int]]:
-    """Ranges of exactly batch_size images that hold the first num_images; a set that is smaller than one
-    batch is a single range of its own size."""
-    size = min(batch_size, num_images)
-    return [(start, start + size) for start in range(0, num_images, size)]
-
-
-def draw(ctx: WorkerContext, experiment: Experiment, run: Place, start: int, stop: int) -> None:
-    """The work unit: images [start, stop) as one tar, then its facts."""
-    config = experiment.sample
-    index = torch.arange(start, stop, device=ctx.device)
-    labels = [experiment.asked_label(number) for number in range(start, stop)]
+def draw(ctx: WorkerContext, place: Place, shard: Shard) -> None:
+    """Do the work unit: the images of one tar, then its facts."""
+    experiment, config = place.experiment, place.experiment.sample
+    index = torch.arange(shard.start, shard.stop)
+    labels = choose_labels(experiment, index)
     images = sample(
-        Diffusion(experiment.diffusion), load_guided(run.of(experiment), ctx.device, config.compile),
+        Diffusion(experiment.diffusion),
+        load_guided(place, ctx.device, config.compile),
         index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
-        variance=config.variance, context=choose_labels(experiment, index), device=ctx.device,
+        variance=config.variance, context=None if labels is None else labels.to(ctx.device), device=ctx.device,
     )  # fmt: skip
     if not bool(images.isfinite().all()):
         raise PipelineError(
-            f"samples {start}-{stop - 1} of {run.path} are not finite: the weights of step "
+            f"samples {shard.start}-{shard.stop - 1} of {place.path} are not finite: the weights of step "
             f"{checkpoint_step(experiment)} have diverged; name an earlier step in sample.checkpoint"
         )
     pixels = to_uint8(images).cpu().numpy().transpose(0, 2, 3, 1)
+    classes = [None] * len(pixels) if labels is None else labels.tolist()
     records = (
         tars.Record(f"{number:08d}", tars.encode_png(image), label)
-        for number, image, label in zip(range(start, stop), pixels, labels, strict=True)
+        for number, image, label in zip(range(shard.start, shard.stop), pixels, classes, strict=True)
     )
-    tar = _tar(directory(experiment, run), start, stop)
-    facts = tars.write_shard(tar, records)
-    write_json(tar.with_suffix(".json"), {**_identity(experiment, start, stop), **facts})
+    shard.write(records, **_identity(experiment), compiled=config.compile)
 
 
-def finished(experiment: Experiment, folder: Path, start: int, stop: int) -> dict[str, Any] | None:
-    """The facts of a range that is on disk, whole and drawn by this very protocol, else None."""
-    tar = _tar(folder, start, stop)
-    if not tar.with_suffix(".json").exists():
-        return None
-    try:
-        facts = read_json(tar.with_suffix(".json"))
-        check_file(tar, facts)
-    except PipelineError:
-        return None
-    return facts if _identity(experiment, start, stop).items() <= facts.items() else None
+def _identity(experiment: Experiment) -> dict[str, Any]:
+    """Return what the facts of a tar must say; compiling moves the order of sums only."""
+    protocol = asdict(describe_protocol(experiment))
+    del protocol["compiled"]
+    return {"protocol": protocol}
 
 
-def _identity(experiment: Experiment, start: int, stop: int) -> dict[str, Any]:
-    return {"start": start, "stop": stop, "protocol": asdict(protocol(experiment))}
-
-
-def _tar(folder: Path, start: int, stop: int) -> Path:
-    return folder / f"{start // (stop - start):05d}.tar"
-
-
-def _finished_or_raise(experiment: Experiment, folder: Path, start: int, stop: int) -> dict[str, Any]:
-    facts = finished(experiment, folder, start, stop)
-    if facts is None:
-        raise PipelineError(f"{_tar(folder, start, stop)} changed under our hands; run the command again")
-    return facts
-
-
-def _seal(experiment: Experiment, folder: Path, facts: list[dict[str, Any]]) -> None:
-    """The grid and the protocol, then the manifest, without which nobody believes the folder."""
-    how, data = protocol(experiment), experiment.data
-    first = chain.from_iterable(tars.read_shard(folder / shard["name"]) for shard in facts)
+def _seal(place: Place, facts: list[ShardFacts]) -> None:
+    """Write the grid and the protocol, then the manifest."""
+    protocol, data = describe_protocol(place.experiment), place.experiment.data
+    first = chain.from_iterable(tars.read_shard(place.samples / shard["name"]) for shard in facts)
     pixels = [torch.tensor(tars.decode_png(record.png)) for record in islice(first, GRID_SIDE**2)]
-    save_grid(torch.stack(pixels), GRID_SIDE, folder / GRID)
-    write_text(folder / PROTOCOL, to_yaml(how))
-    shape = {
-        "image_size": data.image_size,
-        "channels": data.channels,
-        "labels": 0 if experiment.sample.label is None else data.labels,
-    }
-    tars.write_index(folder, {SPLIT: facts}, **shape, protocol=asdict(how))
+    save_grid(torch.stack(pixels), GRID_SIDE, place.samples_grid)
+    write_text(place.samples_yaml, to_yaml(protocol))
+    tars.write_index(
+        place.samples,
+        {SPLIT: facts},
+        image_size=data.image_size,
+        channels=data.channels,
+        labels=0 if place.experiment.sample.label is None else data.labels,
+        protocol=asdict(protocol),
+    )

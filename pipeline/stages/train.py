@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -20,12 +20,13 @@ from ddpm.images import to_uint8
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, learning_rate, train_step
-from pipeline.compute.work import WorkerContext
+from pipeline.compute.work import Unit, WorkerContext
 from pipeline.config import Experiment
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
-from pipeline.store import checkpoint
+from pipeline.stages.stage import GroupStage
+from pipeline.store import checkpoint, diffusers_layout
 from pipeline.store.files import remove_leftovers
 from pipeline.store.log import Heartbeat, LogWriter
 from pipeline.store.run import Place
@@ -34,8 +35,38 @@ GRID_SIDE = 8
 GRID_STEPS = 50  # DDIM steps of the grids on the way: a glance, not a score
 
 
-def is_done(experiment: Experiment, run: Place) -> bool:
-    return checkpoint.is_whole(run.step_folder(experiment.train.steps))
+class TrainStage(GroupStage):
+    """Trains the network, or puts published weights in its place."""
+
+    name = "train"
+
+    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+        return (
+            () if experiment.published.weights else ("shard",)
+        )  # nothing is trained, so no images are needed
+
+    def is_done(self, place: Place) -> bool:
+        return checkpoint.is_whole(place.step_folder(place.experiment.train.steps))
+
+    def needs_group(self, place: Place) -> bool:
+        return not place.experiment.published.weights
+
+    def work(self, place: Place) -> Iterator[list[Unit]]:
+        """Import published weights, which takes no worker."""
+        diffusers_layout.import_weights(place)
+        yield from ()
+
+    def count_steps(self, place: Place) -> tuple[int, int]:
+        steps = place.experiment.train.steps
+        return max(
+            [step for step in checkpoint.steps_on_disk(place.train) if step <= steps], default=0
+        ), steps
+
+    def body(self, ctx: WorkerContext, place: Place) -> None:
+        body(ctx, place)
+
+
+STAGE = TrainStage()
 
 
 def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
@@ -120,8 +151,8 @@ class _Saves:
     """Checkpoints on their way to disk, one at a time. Rank 0 writes them beside the training; every rank
     reports each when it is safe: before the next one, or at the end."""
 
-    def __init__(self, ctx: WorkerContext, experiment: Experiment, run: Place):
-        self.ctx, self.experiment, self.run = ctx, experiment, run
+    def __init__(self, ctx: WorkerContext, place: Place):
+        self.ctx, self.place = ctx, place
         self.writer = checkpoint.Writer()
         self.step: int | None = None
 
@@ -137,9 +168,14 @@ class _Saves:
         """Take a copy of the state, and of the sums since the last point, and write it while training goes on."""
         self.finish()
         self.step = state.step
-        folder = self.run.step_folder(state.step)
+        folder = self.place.step_folder(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_whole(folder):
-            self.writer.start(folder, state.tensors() | sums, state.emas[0].tensors(), state.step)
+            config = self.place.experiment.train
+            facts = {
+                "run_key": self.place.run_key,
+                **{key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")},
+            }
+            self.writer.start(folder, state.tensors() | sums, state.emas[0].tensors(), state.step, facts)
 
     def finish(self) -> None:
         """Wait until the last one is on disk. Raises what writing it raised."""
@@ -147,23 +183,23 @@ class _Saves:
             return
         self.writer.finish()
         if self.ctx.rank == 0:
-            checkpoint.drop_old(self.experiment, self.run, self.step)
+            checkpoint.drop_old(self.place, self.step)
         self.ctx.report(self.step)
         self.step = None
 
 
-def body(ctx: WorkerContext, experiment: Experiment, run: Place) -> None:
+def body(ctx: WorkerContext, place: Place) -> None:
     """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
-    config = experiment.train
+    experiment, config = place.experiment, place.experiment.train
     check_workers(config, ctx.world_size)
     torch.use_deterministic_algorithms(config.deterministic)
     if ctx.rank == 0:
-        remove_leftovers(run.train)  # of a group that was killed before this one
-    state, window = _restore(ctx, experiment, run)
-    step = _step_function(ctx, experiment, run, state)
-    log = LogWriter(run.log) if ctx.rank == 0 else None
-    heartbeat = Heartbeat(run.heartbeat) if ctx.rank == 0 else None
-    with _Saves(ctx, experiment, run) as saves:
+        remove_leftovers(place.train)  # of a group that was killed before this one
+    state, window = _restore(ctx, place)
+    step = _build_step(ctx, place, state)
+    log = LogWriter(place.log) if ctx.rank == 0 else None
+    heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
+    with _Saves(ctx, place) as saves:
         while state.step < config.steps:
             window.add(step())
             if heartbeat:
@@ -172,23 +208,24 @@ def body(ctx: WorkerContext, experiment: Experiment, run: Place) -> None:
             if save or state.step % config.log_every == 0:
                 _log_point(ctx, experiment, state.step, window, log)
                 window = _Window(state.step, ctx.device)
-            stop = _stop_requested(ctx, run, state.step, config.log_every)
+            stop = _stop_requested(ctx, place, state.step, config.log_every)
             if save:
                 saves.begin(state, {})
             elif stop:
-                saves.begin(state, _carried_on(ctx, state.step, window))
+                saves.begin(state, _list_open_sums(ctx, state.step, window))
             if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
-                _draw_grid(ctx, experiment, run, state)
+                _draw_grid(ctx, place, state)
             if stop:
                 return
 
 
-def _restore(ctx: WorkerContext, experiment: Experiment, run: Place) -> tuple[TrainState, _Window]:
-    """The newest whole checkpoint's state on this worker's device, or the first one; and the sums it came with."""
+def _restore(ctx: WorkerContext, place: Place) -> tuple[TrainState, _Window]:
+    """Load the newest whole checkpoint's state onto this worker's device, or make the first one; and its sums."""
+    experiment = place.experiment
     net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     state = TrainState(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
-    found = ctx.broadcast(checkpoint.newest(run, experiment.train.steps) if ctx.rank == 0 else None)
-    tensors = {} if found is None else checkpoint.load(run.step_folder(found))
+    found = ctx.broadcast(checkpoint.newest(place, experiment.train.steps) if ctx.rank == 0 else None)
+    tensors = {} if found is None else checkpoint.load(place.step_folder(found))
     sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     if tensors:
         state.load_tensors(tensors)
@@ -210,12 +247,10 @@ def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
 
-def _step_function(
-    ctx: WorkerContext, experiment: Experiment, run: Place, state: TrainState
-) -> Callable[[], dict[str, torch.Tensor]]:
-    """A function that makes one training step."""
-    config = experiment.train
-    images = open_dataset(run.data, "train", ctx)
+def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable[[], dict[str, torch.Tensor]]:
+    """Return a function that makes one training step."""
+    experiment, config = place.experiment, place.experiment.train
+    images = open_dataset(place.data, "train", ctx)
     order = Order(experiment.seed, len(images))
     rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
     diffusion = Diffusion(experiment.diffusion).to(ctx.device)
@@ -247,11 +282,11 @@ def _settle(forward: nn.Module, image: torch.Tensor, count: int) -> None:
     forward.zero_grad(set_to_none=True)
 
 
-def _stop_requested(ctx: WorkerContext, run: Place, step: int, log_every: int) -> bool:
+def _stop_requested(ctx: WorkerContext, place: Place, step: int, log_every: int) -> bool:
     """Whether all ranks stop after this step. A GPU is asked seldom: the answer waits for its queue."""
     if ctx.device.type != "cpu" and step % log_every:
         return False
-    return ctx.decide(run.stop_file.exists())
+    return ctx.decide(place.stop_file.exists())
 
 
 def _finite_means(ctx: WorkerContext, step: int, window: _Window) -> tuple[float, float]:
@@ -265,8 +300,8 @@ def _finite_means(ctx: WorkerContext, step: int, window: _Window) -> tuple[float
     return loss, grad_norm
 
 
-def _carried_on(ctx: WorkerContext, step: int, window: _Window) -> dict[str, torch.Tensor]:
-    """What a checkpoint between two points holds beside the state."""
+def _list_open_sums(ctx: WorkerContext, step: int, window: _Window) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint between two points holds beside the state."""
     if window.start == step:
         return {}
     _finite_means(ctx, step, window)
@@ -288,10 +323,10 @@ def _log_point(
 
 
 @torch.no_grad()
-def _draw_grid(ctx: WorkerContext, experiment: Experiment, run: Place, state: TrainState) -> None:
-    """EMA samples from the same noise every time, so that the grids of one run show the same images grow; of each
-    class in turn, where the network takes labels."""
-    path = run.grids / f"{state.step:08d}.png"
+def _draw_grid(ctx: WorkerContext, place: Place, state: TrainState) -> None:
+    """Draw EMA samples from the same noise every time, so that the grids of one run show the same images grow; of
+    each class in turn, where the network takes labels."""
+    experiment, path = place.experiment, place.grid(state.step)
     if path.exists():
         return
     net = checkpoint.new_network(experiment, "meta").to_empty(device=ctx.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ddpm.diffusion import Diffusion, Network
 from ddpm.networks import NO_LABEL
 from ddpm.sampler import guided, spaced_timesteps
-from pipeline.config import Experiment, checkpoint_step
+from pipeline.config import Experiment
 from pipeline.store.checkpoint import load_network
 from pipeline.store.run import Place
 
@@ -21,10 +21,7 @@ def build_chain(experiment: Experiment) -> Diffusion:
 
 def load_plain(place: Place, device: torch.device, compiled: bool = False) -> nn.Module:
     """Load the network of the checkpoint that is sampled."""
-    experiment, sample = place.experiment, place.experiment.sample
-    return load_network(
-        experiment, place, checkpoint_step(experiment), sample.weights, device, sample.precision, compiled
-    )
+    return load_network(place, device, place.experiment.sample.precision, compiled)
 
 
 def load_guided(place: Place, device: torch.device, compiled: bool = False) -> Network:

@@ -25,7 +25,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.sampler import InBF16
-from pipeline.config import Experiment
+from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
 from pipeline.store.files import atomic_directory, check_file, file_facts, read_json, write_json
 from pipeline.store.run import Place
@@ -33,13 +33,14 @@ from pipeline.store.run import Place
 logger = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
+Facts = dict[str, str | int | bool]
 
 STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 
-def save(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
-    """Write one step's folder, atomically. Tensors of any device; they are stored as they are."""
-    _write(directory, _copied(tensors, {}), _copied(ema, {}), step)
+def save(directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None) -> None:
+    """Write one step's folder, atomically. Tensors of any device; they are stored as they are. facts: of its meta."""
+    _write(directory, _copied(tensors, {}), _copied(ema, {}), step, facts)
 
 
 class Writer:
@@ -54,11 +55,13 @@ class Writer:
         self._state: Tensors = {}
         self._ema: Tensors = {}
 
-    def start(self, directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
+    def start(
+        self, directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None
+    ) -> None:
         """`save` in the background, of the tensors as they are now."""
         self.finish()
         self._state, self._ema = _copied(tensors, self._state), _copied(ema, self._ema)
-        self._pending = self._thread.submit(_write, directory, self._state, self._ema, step)
+        self._pending = self._thread.submit(_write, directory, self._state, self._ema, step, facts)
 
     def finish(self) -> None:
         """Wait until what was started is on disk. Raises what writing it raised."""
@@ -71,12 +74,12 @@ class Writer:
         self._thread.shutdown()
 
 
-def _write(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
+def _write(directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None) -> None:
     with atomic_directory(directory) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)
         files = {name: file_facts(temporary / name) for name in (STATE, EMA)}
-        write_json(temporary / META, {"step": step, "files": files})
+        write_json(temporary / META, {"step": step, "files": files, **(facts or {})})
 
 
 def _save_file(tensors: Tensors, path: Path) -> None:
@@ -152,18 +155,18 @@ def load(directory: Path) -> Tensors:
     return load_file(directory / STATE)
 
 
-def drop_old(experiment: Experiment, run: Place, at_most: int) -> None:
+def drop_old(place: Place, at_most: int) -> None:
     """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
     those that the experiment keeps for ever, and those that anything in the run refers to."""
-    steps = [step for step in steps_on_disk(run.train) if step <= at_most]
-    old = [step for step in steps[: -experiment.train.keep] if not experiment.keeps(step)]
+    steps = [step for step in steps_on_disk(place.train) if step <= at_most]
+    old = [step for step in steps[: -place.experiment.train.keep] if not place.experiment.keeps(step)]
     try:
-        wanted = referred_to(run) if old else set()
+        wanted = referred_to(place) if old else set()
     except (PipelineError, OSError, KeyError) as error:
         logger.warning("%s; until that is mended, no checkpoint is deleted", error)
         return
     for step in set(old) - wanted:
-        shutil.rmtree(run.step_folder(step), ignore_errors=True)
+        shutil.rmtree(place.step_folder(step), ignore_errors=True)
 
 
 def referred_to(run: Place) -> set[int]:
@@ -199,24 +202,19 @@ def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> n
 
 @lru_cache(maxsize=1)
 def load_network(
-    experiment: Experiment,
-    run: Place,
-    step: int,
-    which: str,
-    device: Any,
-    precision: str = "fp32",
-    compiled: bool = False,
+    place: Place, device: torch.device, precision: str = "fp32", compiled: bool = False
 ) -> nn.Module:
-    """The network of a checkpoint, ready for sampling: eval mode, no gradients. Kept by the process, since
-    one process works on many units."""
-    directory = run.step_folder(step)
+    """Load the network of the checkpoint that is sampled and scored: eval mode, no gradients. Kept by the process,
+    since one process works on many units. Raises PipelineError where there is no such checkpoint."""
+    step, experiment = checkpoint_step(place.experiment), place.experiment
+    directory = place.step_folder(step)
     if not directory.is_dir():
-        known = ", ".join(map(str, steps_on_disk(run.train))) or "none"
-        raise PipelineError(f"{run.path} has no checkpoint of step {step} (there are: {known})")
+        known = ", ".join(map(str, steps_on_disk(place.train))) or "none"
+        raise PipelineError(f"{place.path} has no checkpoint of step {step} (there are: {known})")
     net = new_network(experiment, "meta")
     net.to_empty(device="cpu")
     try:
-        net.load_state_dict(weights(directory, which))
+        net.load_state_dict(weights(directory, experiment.sample.weights))
     except RuntimeError as error:
         raise PipelineError(f"{directory} holds another network: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)

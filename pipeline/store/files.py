@@ -15,7 +15,7 @@ import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -178,7 +178,7 @@ def read_manifest(directory: Path, check: Literal["size", "sha256"] | None = "si
     return manifest
 
 
-def check_file(path: Path, facts: dict[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
+def check_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
     """Raise PipelineError unless `path` is the file that `facts` describes."""
     if not path.exists():
         raise PipelineError(

@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: the candidates, what they scored, and the file that says who was chosen.
+"""Which checkpoint is the best: the candidates, what they scored, and the file that says which was chosen.
 
 The paper reports its scores at the checkpoint of minimum FID (App. B). `selection.json`, sealed by its manifest,
 holds the FID of every candidate; `pipeline.stages.select` makes it.
@@ -7,10 +7,9 @@ holds the FID of every candidate; `pipeline.stages.select` makes it.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from pipeline.config import Experiment, candidate, choose, weights_kind
+from pipeline.config import candidate, choose, weights_kind
 from pipeline.errors import PipelineError
 from pipeline.store.checkpoint import steps_on_disk
 from pipeline.store.files import read_json, read_manifest, write_json, write_manifest
@@ -18,72 +17,84 @@ from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
 
-SELECTION = "selection.json"
+
+class CandidateScore(TypedDict):
+    """One candidate: its step, its FID, and the key of the evaluation that found it."""
+
+    step: int
+    fid: float
+    evaluation: str
 
 
-def file(experiment: Experiment, run: Place) -> Path:
-    """Where the selection stands that evaluate.checkpoints asks for."""
-    return run.of(experiment).selection / SELECTION
+class Selection(TypedDict):
+    """What selection.json holds."""
+
+    metric: str
+    n: int
+    weights: str
+    extractor: str
+    reference: str
+    best: int
+    scores: list[CandidateScore]
 
 
-def candidates(experiment: Experiment, run: Place) -> list[int]:
-    """The steps on disk that evaluate.checkpoints means, ascending. What an interruption left at some other step
-    is none of them: the choice must not depend on it."""
+def list_candidates(place: Place) -> dict[int, Place]:
+    """List the steps on disk that evaluate.checkpoints means, ascending, each as the run that is scored for it.
+
+    What an interruption left at some other step is none of them: the choice must not depend on it.
+    """
+    experiment = place.experiment
     every = experiment.evaluate.checkpoint_interval or experiment.train.checkpoint_every
     last = experiment.train.steps
     ends_it = {last} if experiment.evaluate.checkpoints == "all" else set()
-    steps = steps_on_disk(run.train)
-    return [step for step in steps if step <= last and (step % every == 0 or step in ends_it)]
+    return {
+        step: place.of(candidate(experiment, step))
+        for step in steps_on_disk(place.train)
+        if step <= last and (step % every == 0 or step in ends_it)
+    }
 
 
-def evaluations(experiment: Experiment, run: Place) -> dict[Path, int]:
-    """The folder of every candidate's scores, made or not, with its step."""
-    return {run.of(candidate(experiment, step)).scores: step for step in candidates(experiment, run)}
-
-
-def write(experiment: Experiment, run: Place) -> None:
+def write(place: Place) -> None:
     """Choose the candidate of minimum FID, the earliest of equals, and seal the choice. All of them are scored."""
-    scores, protocol = [], {}
-    for folder, step in evaluations(experiment, run).items():
-        metrics = read_json(folder / "metrics.json")
-        scores.append({"step": step, "fid": metrics["scores"]["fid"], "evaluation": folder.name})
-        protocol = metrics["protocol"]
-    best = min(scores, key=lambda score: score["fid"])["step"]
-    content = {
+    metrics = {step: read_json(scored.metrics_json) for step, scored in list_candidates(place).items()}
+    scores: list[CandidateScore] = [
+        {"step": step, "fid": metrics[step]["scores"]["fid"], "evaluation": scored.score_key}
+        for step, scored in list_candidates(place).items()
+    ]
+    protocol = metrics[scores[-1]["step"]]["protocol"]
+    content: Selection = {
         "metric": "fid",
-        "n": experiment.evaluate.checkpoint_images,
-        "weights": weights_kind(experiment),
+        "n": place.experiment.evaluate.checkpoint_images,
+        "weights": weights_kind(place.experiment),
         "extractor": protocol["extractor"],
         "reference": protocol["reference"],
-        "best": best,
+        "best": min(scores, key=lambda score: score["fid"])["step"],
         "scores": scores,
     }
-    path = file(experiment, run)
-    write_json(path, content)
-    write_manifest(path.parent, [SELECTION])
+    write_json(place.selection_json, content)
+    write_manifest(place.selection, [place.selection_json.name])
 
 
-def read(experiment: Experiment, run: Place) -> dict[str, Any] | None:
-    """What was chosen, and from what; None where it was not, or the file is damaged."""
-    path = file(experiment, run)
+def read_selection(place: Place) -> Selection | None:
+    """Read what was chosen, and from what; None where nothing was, or the file is damaged."""
     try:
-        return read_json(path) if read_manifest(path.parent, check="sha256") else None
+        sealed = read_manifest(place.selection, check="sha256")
+        found: Selection | None = read_json(place.selection_json) if sealed else None
+        return found
     except PipelineError as error:
         log.warning("%s; the choice is made again", error)
         return None
 
 
-def is_current(experiment: Experiment, run: Place) -> bool:
-    """Whether the choice was made among the checkpoints that are there now."""
-    found = read(experiment, run)
-    steps = [score["step"] for score in found["scores"]] if found else []
-    return bool(found) and steps == candidates(experiment, run)
+def is_current(place: Place) -> bool:
+    """Tell whether the choice was made among the checkpoints that are there now."""
+    found = read_selection(place)
+    return found is not None and [score["step"] for score in found["scores"]] == list(list_candidates(place))
 
 
-def resolved(experiment: Experiment, run: Place) -> Experiment | None:
-    """The experiment whose checkpoint is known: itself, or with the best one filled in; None where no choice was
-    made yet. Everything after the choice is told of this one."""
-    if experiment.sample.checkpoint != "best":
-        return experiment
-    found = read(experiment, run)
-    return choose(experiment, found["best"], len(found["scores"])) if found else None
+def resolve(place: Place) -> Place | None:
+    """Return the run whose checkpoint is known: itself, or with the best one filled in; None before the choice."""
+    if place.experiment.sample.checkpoint != "best":
+        return place
+    found = read_selection(place)
+    return place.of(choose(place.experiment, found["best"], len(found["scores"]))) if found else None

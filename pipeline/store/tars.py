@@ -10,6 +10,8 @@ An image's index in its split is its place in the shards, read in the order of t
 `<split>-00000.json` with what `write_shard` found, the place of every image in the tar included.
 """
 
+from __future__ import annotations
+
 import io
 import tarfile
 import zlib
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -72,9 +74,70 @@ def decode_png(png: bytes) -> np.ndarray:
 # One shard
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A tar of the images [start, stop) of a split, whole or absent. Beside it stands a .json with its facts, written
+    after it: a tar that lacks it, or differs from it, is made again. sha256: of the tar, where a manifest lists it."""
+
+    folder: Path
+    name: str
+    split: str
+    start: int
+    stop: int
+    sha256: str = ""
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+    @property
+    def facts_json(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def write(self, records: Iterable[Record], **more: Any) -> None:
+        """Write the tar, then its facts and whatever `more` says of how it came about."""
+        facts = write_shard(self.path, records)
+        write_json(self.facts_json, {**self._range(), **facts, **more})
+
+    def read_facts(self, **more: Any) -> ShardFacts | None:
+        """Read the facts of a tar that is on disk, whole, of this very range, and made as `more` says; else None."""
+        if not self.facts_json.exists():
+            return None
+        try:
+            facts: ShardFacts = read_json(self.facts_json)
+            check_file(self.path, facts)
+        except PipelineError:
+            return None
+        return facts if (self._range() | more).items() <= facts.items() else None
+
+    def require_facts(self, **more: Any) -> ShardFacts:
+        """Read the facts. Raises PipelineError where the tar changed since it was made."""
+        facts = self.read_facts(**more)
+        if facts is None:
+            raise PipelineError(f"{self.path} changed while it was used; run the command again")
+        return facts
+
+    def _range(self) -> dict[str, Any]:
+        return {"split": self.split, "start": self.start, "stop": self.stop}
+
+
+class ShardFacts(TypedDict):
+    """What stands beside a tar. places: for each image the offset and the size of its PNG in the tar, its crc32, and
+    its label (-1 = none); skipped: names and reasons of images that do not decode (data only)."""
+
+    name: str
+    split: str
+    start: int
+    stop: int
+    count: int
+    bytes: int
+    sha256: str
+    places: list[list[int]]
+    skipped: NotRequired[list[list[str]]]
+
+
 def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
-    """Write a tar atomically; equal records give equal bytes. Returns its name, count, bytes and sha256, and for
-    each image its place: offset and size of the PNG in the tar, its crc32, and the label (-1 = none)."""
+    """Write a tar atomically; equal records give equal bytes. Returns name, count, bytes, sha256 and places."""
     from webdataset import TarWriter
 
     last = ""
@@ -168,12 +231,30 @@ class Index:
     def count(self, split: str) -> int:
         return self._split(split)["count"]
 
-    def shards(self, split: str) -> list[tuple[str, int, int]]:
-        """(name, index of its first image, number of images) of each shard."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self.facts["channels"], self.facts["image_size"], self.facts["image_size"]
+
+    def shards(self, split: str, n: int | None = None) -> list[Shard]:
+        """List the shards that hold the first n images of a split (None: all), each with the range of its images.
+
+        Raises PipelineError where there are fewer.
+        """
+        n = self.count(split) if n is None else n
+        if self.count(split) < n:
+            raise PipelineError(
+                f"{self.directory} holds {self.count(split)} images where {n} are asked for; a short set "
+                "has no score: run the stage before this one"
+            )
+        files = self.facts["files"]
         names = self._split(split)["shards"]
-        counts = [self.facts["files"][name]["count"] for name in names]
-        firsts = accumulate(counts, initial=0)
-        return list(zip(names, firsts, counts, strict=False))
+        ends = list(accumulate((files[name]["count"] for name in names), initial=0))
+        return [
+            Shard(self.directory, name, split, start, stop, files[name]["sha256"])
+            for name, start, stop in zip(names, ends, ends[1:], strict=False)
+            if start < n
+        ]
 
     def places(self, name: str) -> np.ndarray:
         """Where the images of a tar lie in it: int64 (count, 4), columns OFFSET, SIZE, CRC32, LABEL."""
@@ -199,12 +280,19 @@ class Index:
         return self.facts["splits"][split]
 
 
-def open_index(directory: Path) -> Index:
-    """Raises PipelineError where the folder was never sealed, or a shard is missing or has another size."""
+def find_index(directory: Path) -> Index | None:
+    """Read a folder's manifest; None where it was never sealed. Raises PipelineError where a shard is missing or has
+    another size."""
     manifest = read_manifest(directory, check="size")
-    if manifest is None:
+    return None if manifest is None else Index(directory, manifest)
+
+
+def open_index(directory: Path) -> Index:
+    """Do the same for a folder that must be sealed."""
+    index = find_index(directory)
+    if index is None:
         raise PipelineError(f"{directory} holds no finished shards; run the stage that writes them")
-    return Index(directory, manifest)
+    return index
 
 
 def load_images(
@@ -223,23 +311,22 @@ def load_images(
             f"it has {index.count(split)}"
         )
     parts = [
-        _decode(_verified(index, name)[max(0, start - first) : stop - first])
-        for name, first, count in index.shards(split)
-        if first < stop and start < first + count
+        _decode(_read_verified(index, shard)[max(0, start - shard.start) : stop - shard.start])
+        for shard in index.shards(split)
+        if shard.start < stop and start < shard.stop
     ]
     return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
 
 
 def iterate_shard_images(directory: Path, split: str, shard_name: str) -> tuple[np.ndarray, np.ndarray]:
     """All images and labels of one shard, as `load_images` gives them."""
-    first, count = next((f, c) for name, f, c in open_index(directory).shards(split) if name == shard_name)
-    return load_images(directory, split, first, first + count)
+    shard = next(shard for shard in open_index(directory).shards(split) if shard.name == shard_name)
+    return load_images(directory, split, shard.start, shard.stop)
 
 
-def _verified(index: Index, name: str) -> list[Record]:
-    facts = index.facts["files"][name]
-    check_file(index.directory / name, facts, "sha256")
-    return list(read_shard(index.directory / name, facts["count"]))
+def _read_verified(index: Index, shard: Shard) -> list[Record]:
+    check_file(shard.path, index.facts["files"][shard.name])
+    return list(read_shard(shard.path, shard.stop - shard.start))
 
 
 def _decode(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:

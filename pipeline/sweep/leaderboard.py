@@ -80,9 +80,9 @@ def _read_row(trial: Trial, ledger: Ledger) -> Row:
     scores: dict[str, float] = {}
     protocol: Tree = {}
     step, loss = read_progress(place)
-    resolved = selection.resolved(place.experiment, place)
+    resolved = selection.resolve(place)
     if record.state == "finished" and resolved is not None:
-        content = read_json(place.of(resolved).metrics_json)
+        content = read_json(resolved.metrics_json)
         scores = {key: value for key, value in content["scores"].items() if isinstance(value, (int, float))}
         protocol = content["protocol"] | {"objective": describe_objective(place.experiment)}
         scores |= {} if loss is None else {LOSS.name: loss}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import config, tracking
 from pipeline.console import duration, say
-from pipeline.engine import execute as stages
+from pipeline.engine.plan import list_pending
 from pipeline.scores.metrics import format_headline
 from pipeline.store.files import write_text
 from pipeline.store.log import read_progress
@@ -86,7 +86,7 @@ class Recorder:
 
     def _find_end(self, trial: Trial, error: str | None) -> tuple[State, str]:
         """Return the state and the reason of a trial that runs no more."""
-        if not stages.pending(trial.place.experiment, trial.place, "report"):
+        if not list_pending(trial.place, "report"):
             return "finished", ""
         record = self.ledger.records[trial.key]
         if record.state == "stopped":

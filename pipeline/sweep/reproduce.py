@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import say
 from pipeline.engine import execute as stages
+from pipeline.engine import find
 from pipeline.errors import ConfigError
 from pipeline.store.files import read_json, write_json
 from pipeline.store.log import read_points
@@ -65,7 +66,7 @@ def plan_reproduction(
     name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
     steps = budget.steps or rows[0].train.steps
     if budget.hours is not None:
-        memory = sweep_folder(stages.storage_root(cluster), name) / "budget.json"
+        memory = sweep_folder(find.prepare_storage_root(cluster), name) / "budget.json"
         if dry_run and not memory.exists():
             note = f"how many steps of {steps:,} fit into {text} is measured at the start"
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)

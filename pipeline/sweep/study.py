@@ -13,6 +13,7 @@ from pipeline.compute.work import Executor, InProcess
 from pipeline.config import ClusterConfig
 from pipeline.console import bar, duration, following, say
 from pipeline.engine import execute as stages
+from pipeline.engine import find
 from pipeline.errors import PipelineError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import missing_preparations
@@ -38,7 +39,7 @@ class Study:
 
     def __init__(self, sweep: Sweep, points: list[Point], cluster: ClusterConfig):
         self.sweep, self.cluster = sweep, cluster
-        self.root = stages.storage_root(cluster)
+        self.root = find.prepare_storage_root(cluster)
         self.folder = sweep_folder(self.root, sweep.name)
         self.trials = {trial.key: trial for trial in locate_trials(points, self.root)}
         self.ledger = Ledger(self.folder, sweep.early_stop, self.trials.values())
@@ -146,9 +147,7 @@ class Study:
             features = (place.data, experiment.evaluate.features)
             try:
                 if place.data not in made:
-                    stages.execute_within(
-                        executor, self.interrupt.requested, experiment, self.cluster, place, "shard"
-                    )
+                    stages.execute_within(executor, self.interrupt.requested, self.cluster, place, "shard")
                 evaluate.check(experiment, place)
                 if features not in made and evaluate.needs_samples(experiment):
                     units = missing_preparations(place)

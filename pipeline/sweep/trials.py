@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import DataConfig
-from pipeline.engine import execute as stages
+from pipeline.engine import find
 from pipeline.errors import ConfigError
 from pipeline.store import keys
 from pipeline.store.run import Place, find_runs
@@ -38,7 +38,7 @@ def locate_trials(points: list[Point], root: Path) -> list[Trial]:
     for point in points:
         data = point.experiment.data
         if data not in known:
-            known[data] = stages.locate(point.experiment, root)
+            known[data] = find.locate_run(point.experiment, root)
         trial = _locate(point, known[data], runs)
         if trial.key in trials:
             faults.append(

@@ -47,7 +47,7 @@ def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bo
         if task.interrupted():
             raise Interrupted
         stages.execute_within(
-            executor, task.interrupted, experiment, task.cluster, place, last, asked=place.experiment
+            executor, task.interrupted, task.cluster, place.of(experiment), last, asked=place.experiment
         )
 
     with following(pass_on):

@@ -65,7 +65,8 @@ def parcels(
     steps = sorted(int(meta.parent.name[5:]) for meta in run.train.glob("step_*/meta.json"))
     if steps:
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
-    resolved = selection.resolved(experiment, run)
+    found = selection.resolve(run.of(experiment))
+    resolved = found.experiment if found else None
     yield from _evaluations(experiment, resolved, run, alone=child is not None)
     for folder, file in _artifacts(resolved, run):
         send = partial(Session.send_file, file=file, folder=folder)
@@ -81,7 +82,8 @@ def _evaluations(
     headline = resolved and run.of(resolved).scores
     # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
     chooses = bool(experiment.evaluate.checkpoints)
-    candidates = selection.evaluations(experiment, run) if chooses else {}
+    scored = selection.list_candidates(run.of(experiment)) if chooses else {}
+    candidates = {place.scores: step for step, place in scored.items()}
     for scores in found:
         key, version = scores.parent.name, _version(scores)
         if scores.parent in candidates:
@@ -91,7 +93,7 @@ def _evaluations(
             yield Parcel(f"scores {key}", version, partial(Session.send_scores, scores=scores))
         elif scores.parent not in candidates and not alone:
             yield Parcel(f"evaluation {key}", version, partial(Session.send_evaluation, scores=scores))
-    if chooses and (choice := selection.file(experiment, run)).exists():
+    if chooses and (choice := run.of(experiment).selection_json).exists():
         send = partial(Session.send_choice, file=choice)
         yield Parcel(f"selection {choice.parent.name}", _version(choice), send)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.compute.work import Unit
-from pipeline.engine.execute import locate
+from pipeline.engine.find import locate_run
 from pipeline.stages import evaluate, sample, shard, train
 from pipeline.store import tars
 from pipeline.store.files import read_json
@@ -123,19 +123,19 @@ def test_two_steps(named, storage):
     name, data = named
     whole = config.load_experiment(name, data)
     experiment = config.load_experiment(name, [*data, *SHORT, *NARROW[whole.model.name]])
-    run = locate(experiment, storage)
+    run = locate_run(experiment, storage)
     run.path.mkdir(parents=True)
-    carry_out(shard.work(experiment, run))
-    train.body(one_cpu().context, experiment, run)
-    carry_out(sample.work(experiment, run))
+    carry_out(shard.STAGE.work(run.of(experiment)))
+    train.body(one_cpu().context, run.of(experiment))
+    carry_out(sample.STAGE.work(run.of(experiment)))
     losses = [json.loads(line)["metrics"]["train/loss"] for line in run.log.read_text().splitlines()]
     assert len(losses) == 2 and np.isfinite(losses).all()
-    images, _ = tars.load_images(sample.directory(experiment, run), "samples")
+    images, _ = tars.load_images(run.of(experiment).samples, "samples")
     size = experiment.data.image_size
     assert images.shape == (2, experiment.data.channels, size, size)
     if "nll" in whole.evaluate.metrics:
-        carry_out(evaluate.work(experiment, run))
-        scores = read_json(evaluate.directory(experiment, run) / "metrics.json")["scores"]
+        carry_out(evaluate.STAGE.work(run.of(experiment)))
+        scores = read_json(run.of(experiment).scores / "metrics.json")["scores"]
         assert np.isfinite(scores["nll_bpd"])
 
 

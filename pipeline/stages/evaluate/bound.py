@@ -62,11 +62,7 @@ class CheckpointDenoiser:
         return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
 
     def load(self, device: torch.device) -> Network:
-        experiment = self.place.experiment
-        step, which, precision = (
-            checkpoint_step(experiment), experiment.sample.weights, experiment.evaluate.precision
-        )  # fmt: skip
-        return checkpoint.load_network(experiment, self.place, step, which, device, precision)
+        return checkpoint.load_network(self.place, device, self.place.experiment.evaluate.precision)
 
 
 def choose_variance(experiment: Experiment) -> str:

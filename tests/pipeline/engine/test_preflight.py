@@ -24,7 +24,7 @@ def cifar10(**changes):
 def test_checkpoints_are_as_large_as_said(tiny_run):
     experiment, run = tiny_run
     one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
-    train.body(one_cpu().context, one, run)
+    train.body(one_cpu().context, run.of(one))
     (written,) = (run.step_folder(step) for step in checkpoint.steps_on_disk(run.train))
     found = sum(file.stat().st_size for file in written.iterdir())
     assert preflight.needs(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
@@ -51,7 +51,7 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path, monkeypatch)
     with pytest.raises(
         PipelineError, match=r"has 1\.0 GiB free, the run needs 3\.\d GiB more: .*cluster\.storage"
     ):
-        preflight.check(cifar10(), run)
+        preflight.check(run)
 
 
 def test_what_is_there_already_is_not_needed_again(tmp_path, monkeypatch):
@@ -60,4 +60,4 @@ def test_what_is_there_already_is_not_needed_again(tmp_path, monkeypatch):
     with (run.path / "samples").open("wb") as file:
         file.truncate(3 * 2**30)  # sparse
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
-    assert preflight.check(cifar10(), run).startswith("0.")
+    assert preflight.check(run).startswith("0.")

@@ -19,7 +19,6 @@ from pipeline.report import paper, pictures
 from pipeline.report.html import to_html
 from pipeline.stages import report
 from pipeline.store import files as rundir
-from pipeline.store import selection
 
 ROOT = Path(__file__).parents[3]
 CIFAR10 = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
@@ -27,7 +26,7 @@ CIFAR10 = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_ev
 
 def write(experiment, run) -> tuple[str, str]:
     """(HTML, Markdown), remade."""
-    assert list(report.work(experiment, run)) == []
+    assert list(report.STAGE.work(run.of(experiment))) == []
     return (run.report / "report.html").read_text(), (run.report / "report.md").read_text()
 
 
@@ -193,13 +192,13 @@ def test_the_full_training_is_projected_from_the_measured_rate(cifar10):
 
 def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path, undrawn):
     experiment, run = make_run(tmp_path)
-    assert not report.is_done(experiment, run)
+    assert not report.STAGE.is_done(run.of(experiment))
     first = write(experiment, run)
-    assert report.is_done(experiment, run)
+    assert report.STAGE.is_done(run.of(experiment))
     assert write(experiment, run) == first
     run.log.touch()
     rundir.write_json(run.timings_json, {"report": 2.0})  # its own time is none of its inputs
-    assert report.is_done(experiment, run)
+    assert report.STAGE.is_done(run.of(experiment))
     changes = [
         lambda: rundir.write_json(run.commits_json, {"train": ["a1"]}),
         lambda: write_grid(run.grids / "00000100.png", experiment),
@@ -210,9 +209,9 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(tmp_path, undrawn)
     ]
     for change in changes:
         change()
-        assert not report.is_done(experiment, run)
+        assert not report.STAGE.is_done(run.of(experiment))
         write(experiment, run)
-        assert report.is_done(experiment, run)
+        assert report.STAGE.is_done(run.of(experiment))
 
 
 def test_commits_are_named_by_stage_where_they_differ(tmp_path, undrawn):
@@ -405,14 +404,14 @@ def choose(experiment, run) -> None:
         {"step": step, "fid": fid, "evaluation": "-"} for step, fid in ((10_000, 17.25), (20_000, 16.5))
     ]
     content = {"metric": "fid", "n": 5000, "weights": "ema", "extractor": "inception", "reference": "train"}
-    rundir.write_json(selection.file(experiment, run), content | {"best": 20_000, "scores": scores})
+    rundir.write_json(run.of(experiment).selection_json, content | {"best": 20_000, "scores": scores})
 
 
 def test_checkpoints_stand_beside_the_published_ladder(tmp_path, undrawn):
     experiment, run = make_run(tmp_path, "cifar10", (*CIFAR10, *CHOOSING))
     assert "The checkpoints are not scored yet" in write(experiment, run)[1]
     choose(experiment, run)
-    assert not report.is_done(experiment, run), "a selection is something it shows"
+    assert not report.STAGE.is_done(run.of(experiment)), "a selection is something it shows"
     markdown = write(experiment, run)[1]
     assert (
         "**Step 20,000 has the best FID, 16.50**, of 2 checkpoints, each scored on 5,000 samples" in markdown

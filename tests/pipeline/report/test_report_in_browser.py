@@ -23,7 +23,7 @@ def pages(tmp_path_factory):
     made = []
     for name, overrides in (("digits", ()), ("cifar10", wide)):
         experiment, run = make_run(storage, name, overrides)
-        assert list(report.work(experiment, run)) == []
+        assert list(report.STAGE.work(run.of(experiment))) == []
         made.append(run.of(experiment))
     comparison = compare.write_comparison(
         compare.list_entries(made), storage / "comparisons" / "both", "Both"

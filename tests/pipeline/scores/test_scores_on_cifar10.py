@@ -14,7 +14,7 @@ from staged import run_stage, scoring
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from pipeline import config
-from pipeline.engine.execute import locate
+from pipeline.engine.find import locate_run
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
@@ -42,7 +42,7 @@ def cifar10(tmp_path_factory):
     """(experiment, run) with the shards; the experiment's denoisers predict x_0."""
     overrides = [f"data.path={CIFAR10}", "diffusion.predict=x0", "evaluate.features=classifier"]
     experiment = config.load_experiment("cifar10", overrides)
-    run = locate(experiment, tmp_path_factory.mktemp("cifar10"))
+    run = locate_run(experiment, tmp_path_factory.mktemp("cifar10"))
     run_stage(shard, experiment, run)
     return experiment, run
 

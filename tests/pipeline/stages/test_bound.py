@@ -27,7 +27,7 @@ def test_nll_is_the_bound_of_the_first_test_images(sampled):
     ]
     images = from_uint8(torch.from_numpy(tars.load_images(run.data, "test", 0, 6)[0]))
     index = torch.arange(6)
-    net = checkpoint.load_network(experiment, run, 6, "ema", CPU)
+    net = checkpoint.load_network(run.of(experiment), CPU)
     expected = bits_per_dim(
         Diffusion(experiment.diffusion), net, images,
         lambda t: normal(experiment.seed, Stream.NLL, t, index, (1, 8, 8)),
@@ -101,7 +101,7 @@ def test_nll_needs_no_samples(tiny_run):
     experiment, run = tiny_run
     with_weights(experiment, run)
     run_stage(evaluate, experiment, run)
-    assert evaluate.is_done(experiment, run)
+    assert evaluate.STAGE.is_done(run.of(experiment))
     assert results(experiment, run)["protocol"]["why_not"] == ["NLL of 6 of 360 test images"]
 
 
@@ -113,7 +113,7 @@ def test_more_test_images_than_there_are_is_refused(sampled):
 
 def test_a_killed_stage_goes_on_with_what_is_missing(sampled):
     experiment, run = sampled
-    units = next(evaluate.work(experiment, run))
+    units = next(evaluate.STAGE.work(run.of(experiment)))
     one_cpu().map_units(units[:1], lambda unit: None)
     assert run_stage(evaluate, experiment, run) == ["NLL of test images 4-5"]
 

@@ -40,9 +40,9 @@ def short_training(monkeypatch):
 def test_scores_stand_with_reference_points_and_protocol(sampled, features):
     experiment, run = sampled
     experiment = scoring(experiment, metrics=FIDELITY, features=features)
-    assert not evaluate.is_done(experiment, run)
+    assert not evaluate.STAGE.is_done(run.of(experiment))
     run_stage(evaluate, experiment, run)
-    assert evaluate.is_done(experiment, run)
+    assert evaluate.STAGE.is_done(run.of(experiment))
     found = results(experiment, run)
     points, how = found["reference_points"], found["protocol"]
     assert list(points) == ["gaussian", "noise", "test"] and all(
@@ -72,7 +72,7 @@ def test_scores_are_those_of_the_stored_images(sampled):
         return scores.score([extractors.extract(extractor, images, CPU)], len(images))
 
     train = score(run.data, "train").moments.statistics()
-    drawn, test = score(sample.directory(experiment, run), "samples", 12), score(run.data, "test", 12)
+    drawn, test = score(run.of(experiment).samples, "samples", 12), score(run.data, "test", 12)
     found = results(experiment, run)
     assert found["scores"]["fid"] == pytest.approx(
         scores.frechet_distance(drawn.moments.statistics(), train), rel=1e-6
@@ -155,10 +155,10 @@ def test_drawing_other_images_makes_the_scores_again(sampled):
     run_stage(evaluate, experiment, run)
     before = results(experiment, run)["scores"]["fid"]
     with_weights(experiment, run, scale=0.5)
-    for tar in sample.directory(experiment, run).glob("*.tar"):
+    for tar in run.of(experiment).samples.glob("*.tar"):
         tar.unlink()
     run_stage(sample, experiment, run)
-    assert not evaluate.is_done(experiment, run)
+    assert not evaluate.STAGE.is_done(run.of(experiment))
     run_stage(evaluate, experiment, run)
     assert results(experiment, run)["scores"]["fid"] != pytest.approx(before, rel=1e-3)
 
@@ -219,7 +219,7 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
         ran.append(unit.name)
         return after(unit)
 
-    for units in sample.work(experiment, run):
+    for units in sample.STAGE.work(run.of(experiment)):
         one_cpu().map_units(units, done)
     made = ["features of 00000.tar", "features of 00001.tar"]
     assert ran == ["samples 0-5", "samples 6-11"] + (made if features == "projection" else [])
@@ -231,8 +231,8 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
 
 
 def sample_units(experiment, run):
-    shutil.rmtree(sample.directory(experiment, run))
-    return next(sample.work(experiment, run))
+    shutil.rmtree(run.of(experiment).samples)
+    return next(sample.STAGE.work(run.of(experiment)))
 
 
 def test_the_size_of_sampling_units_hardly_shows(tiny_run):
@@ -245,7 +245,7 @@ def test_the_size_of_sampling_units_hardly_shows(tiny_run):
         asked = scoring(asked, metrics=("fid",), features="projection")
         run_stage(sample, asked, run)
         run_stage(evaluate, asked, run)
-        pixels.append(tars.load_images(sample.directory(asked, run), "samples", 0, 200)[0])
+        pixels.append(tars.load_images(run.of(asked).samples, "samples", 0, 200)[0])
         scored.append(results(asked, run)["scores"]["fid"])
     equal = (pixels[0] == pixels[1]).mean()
     print(equal, scored)

@@ -10,12 +10,12 @@ from conftest import one_cpu, tiny_experiment
 from PIL import Image
 from staged import asking_for, results, run_stage, scoring, with_weights
 
-from pipeline.engine.execute import locate
+from pipeline.engine.find import locate_run
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores import classifier, preparations
 from pipeline.scores.extractors import find_extractor
 from pipeline.scores.reference import Reference
-from pipeline.stages import evaluate, sample
+from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
 from pipeline.stages.evaluate.stage import list_samples
 from pipeline.store import tars
@@ -81,7 +81,7 @@ def test_labels_beyond_the_classes_are_refused(sampled):
 
 def replace_tar(experiment, run, images):
     """The first tar of the samples, with its place in the manifest, as if these images had been drawn."""
-    folder = sample.directory(experiment, run)
+    folder = run.of(experiment).samples
     manifest = read_manifest(folder)
     name = manifest["splits"]["samples"]["shards"][0]
     records = (tars.Record(f"{i:08d}", tars.encode_png(image), None) for i, image in enumerate(images))
@@ -124,7 +124,7 @@ def test_a_mode_that_no_stage_writes_is_refused(projected, monkeypatch):
 
 def test_a_tar_that_changed_after_it_was_sealed_is_refused(projected):
     experiment, run = projected
-    tar = sample.directory(experiment, run) / "00001.tar"
+    tar = run.of(experiment).samples / "00001.tar"
     content = bytearray(tar.read_bytes())
     content[700] ^= 1
     tar.write_bytes(content)
@@ -178,7 +178,7 @@ def test_other_weights_under_the_same_step_make_the_bound_again(sampled):
     run_stage(evaluate, experiment, run)
     before = results(experiment, run)["scores"]["nll_bpd"]
     with_weights(experiment, run, scale=0.5)
-    assert not evaluate.is_done(experiment, run)
+    assert not evaluate.STAGE.is_done(run.of(experiment))
     assert len(run_stage(evaluate, experiment, run)) == 2
     assert results(experiment, run)["scores"]["nll_bpd"] != pytest.approx(before, rel=1e-3)
 
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_was_deleted_leaves_its_scores(sampled):
     experiment, run = sampled
     run_stage(evaluate, experiment, run)
     shutil.rmtree(run.step_folder(experiment.train.steps))
-    assert evaluate.is_done(experiment, run)
+    assert evaluate.STAGE.is_done(run.of(experiment))
 
 
 # A user's statistics
@@ -223,7 +223,7 @@ def test_other_statistics_under_the_same_name_are_another_evaluation(projected, 
     run_stage(evaluate, experiment, run)
     before = results(experiment, run)["scores"]["fid"]
     statistics(tmp_path / "their.npz", mu=np.ones(64), n=np.array(777))
-    assert not evaluate.is_done(experiment, run)
+    assert not evaluate.STAGE.is_done(run.of(experiment))
     run_stage(evaluate, experiment, run)
     found = results(experiment, run)
     assert found["scores"]["fid"] != pytest.approx(before, rel=1e-3)
@@ -261,7 +261,7 @@ def test_a_reference_that_is_neither_split_nor_statistics_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluate\.reference is 'trian' \(did you mean 'train'\?\)"):
         tiny_experiment("evaluate.reference=trian")
     with pytest.raises(ConfigError, match=r"evaluate\.reference '.*nowhere\.npz' is not a file"):
-        locate(tiny_experiment("evaluate.reference=nowhere.npz"), tmp_path)
+        locate_run(tiny_experiment("evaluate.reference=nowhere.npz"), tmp_path)
     file = statistics(tmp_path / "their.npz")
     with pytest.raises(
         ConfigError, match=r"evaluate\.reference names statistics, and kid and prc need images"

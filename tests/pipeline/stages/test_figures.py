@@ -19,7 +19,7 @@ from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral
 from pipeline import config
 from pipeline.drawing import charts
-from pipeline.engine.execute import locate
+from pipeline.engine.find import locate_run
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores.distances import Moments, frechet_distance
 from pipeline.scores.image_sets import list_shards
@@ -40,7 +40,7 @@ SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures
 
 def ready(experiment, storage) -> Place:
     """A run with an untrained checkpoint and its samples."""
-    run = locate(experiment, storage)
+    run = locate_run(experiment, storage)
     run.path.mkdir(parents=True, exist_ok=True)
     with_weights(experiment, run)
     run_stage(sample, experiment, run)
@@ -72,28 +72,28 @@ def nearly_equal(a, b):
 
 
 def samples_of(experiment, run, n):
-    return tars.load_images(sample.directory(experiment, run), "samples", 0, n)[0]
+    return tars.load_images(run.of(experiment).samples, "samples", 0, n)[0]
 
 
 def test_every_figure_is_drawn_in_the_papers_words(drawn):
     experiment, run = drawn
-    manifest = read_manifest(figures.directory(experiment, run), check="sha256")
+    manifest = read_manifest(run.of(experiment).figures, check="sha256")
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
     assert all("(paper, Fig" in manifest["captions"][name] for name in PICTURES)
-    assert figures.is_done(experiment, run)
+    assert figures.STAGE.is_done(run.of(experiment))
     assert run_stage(figures, experiment, run) == [], "units are kept"
 
 
 def test_samples_stand_in_a_square(drawn):
     experiment, run = drawn
-    shown = cells(figures.directory(experiment, run) / "samples.png")
+    shown = cells(run.of(experiment).figures / "samples.png")
     assert shown.shape[:2] == (4, 3)
     assert np.array_equal(shown.reshape(12, 8, 8), samples_of(experiment, run, 12)[:, 0])
 
 
 def test_progressive_ends_in_the_samples(drawn):
     experiment, run = drawn
-    shown = cells(figures.directory(experiment, run) / "progressive.png")
+    shown = cells(run.of(experiment).figures / "progressive.png")
     assert shown.shape[:2] == (4, 10)
     assert nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
     assert not nearly_equal(shown[:, 0], shown[:, -1])
@@ -109,7 +109,7 @@ def test_stages_are_evenly_spaced_and_end_the_chain(steps):
 def plain_end(experiment, run, image, pair, steps):
     """The source diffused by so many steps with the pair's noise, and reversed: no mixing anywhere."""
     diffusion, index = Diffusion(experiment.diffusion), torch.tensor([pair])
-    net = load_network(experiment, run, experiment.train.steps, "ema", torch.device("cpu"))
+    net = load_network(run.of(experiment), torch.device("cpu"))
     eps = normal(experiment.seed, Stream.FIGURES, len(diffusion), index, image.shape)
     x_t = diffusion.q_sample(from_uint8(image)[None], torch.tensor([steps - 1]), eps)
 
@@ -122,7 +122,7 @@ def plain_end(experiment, run, image, pair, steps):
 
 def test_interpolation_at_lambda_0_and_1_is_the_plain_chains(drawn):
     experiment, run = drawn
-    shown = cells(figures.directory(experiment, run) / "interpolation.png")
+    shown = cells(run.of(experiment).figures / "interpolation.png")
     assert shown.shape[:2] == (4, 13)
     test_images = torch.from_numpy(tars.load_images(run.data, "test", 0, 8)[0])
     for pair in range(4):
@@ -145,7 +145,7 @@ def test_the_noise_is_shared_over_lambda(drawn):
 
 def test_coarse_to_fine_goes_from_all_steps_to_the_pixels(drawn):
     experiment, run = drawn
-    folder = figures.directory(experiment, run)
+    folder = run.of(experiment).figures
     shown = cells(folder / "coarse_to_fine.png")
     assert shown.shape[:2] == (9, 13)
     assert np.array_equal(shown[4], cells(folder / "interpolation.png")[0]), "the row of t = T/2"
@@ -160,7 +160,7 @@ def test_coarse_to_fine_goes_from_all_steps_to_the_pixels(drawn):
 def test_a_shared_latent_lies_on_the_samples_chain(drawn):
     experiment, run = drawn
     diffusion, index = Diffusion(experiment.diffusion), torch.arange(3)
-    net = load_network(experiment, run, experiment.train.steps, "ema", torch.device("cpu"))
+    net = load_network(run.of(experiment), torch.device("cpu"))
     for steps in (20, 10, 5):
         x_t, children = chains.share_latents(one_cpu().context, run.of(experiment), 3, steps)
 
@@ -178,7 +178,7 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
 
 def test_later_latents_leave_less_to_differ(drawn):
     experiment, run = drawn
-    shown = cells(figures.directory(experiment, run) / "shared_latents.png").astype(float)
+    shown = cells(run.of(experiment).figures / "shared_latents.png").astype(float)
     assert shown.shape[:2] == (4, 16)
     spread = [shown[:, at + 1 : at + 4].std(axis=1).mean() for at in (0, 4, 8, 12)]
     assert spread[0] > spread[2] > spread[3] > 0
@@ -261,7 +261,7 @@ def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
 
 def test_nearest_features_are_those_of_the_evaluation(drawn):
     experiment, run = drawn
-    folder = figures.directory(experiment, run)
+    folder = run.of(experiment).figures
     by_pixels, by_features = (cells(folder / f"nearest_{space}.png") for space in ("pixels", "features"))
     for shown in (by_pixels, by_features):
         assert shown.shape[:2] == (4, 1 + nearest.NEIGHBOURS)
@@ -275,16 +275,16 @@ def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
     )
     run = ready(experiment, sharded_storage)
     assert len(run_stage(figures, experiment, run)) == 5
-    folder = figures.directory(experiment, run)
+    folder = run.of(experiment).figures
     before = (folder / "interpolation.png").read_bytes()
     units = {file: file.stat().st_mtime_ns for file in run.figure_units.rglob("*.npz")}
     (gone,) = run.figure_units.glob("mixed-*/0002-*.npz")
     gone.unlink()
-    assert figures.is_done(experiment, run), "what is sealed needs no units"
+    assert figures.STAGE.is_done(run.of(experiment)), "what is sealed needs no units"
     (folder / "interpolation.png").unlink()
-    assert not figures.is_done(experiment, run)
+    assert not figures.STAGE.is_done(run.of(experiment))
     assert run_stage(figures, experiment, run) == ["interpolation of pair 2 after 10 steps"]
-    assert figures.is_done(experiment, run) and (folder / "interpolation.png").read_bytes() == before
+    assert figures.STAGE.is_done(run.of(experiment)) and (folder / "interpolation.png").read_bytes() == before
     for file, written in units.items():
         assert (file.stat().st_mtime_ns == written) == (file != gone)
     other = replace(experiment, figures=replace(experiment.figures, images=5))
@@ -299,18 +299,18 @@ def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplo
     run = ready(experiment, sharded_storage)
     with caplog.at_level(logging.WARNING):
         assert run_stage(figures, experiment, run) == []
-    manifest = read_manifest(figures.directory(experiment, run))
+    manifest = read_manifest(run.of(experiment).figures)
     assert manifest["order"] == ["samples.png"]
     assert "`ddpm evaluate unscored`" in manifest["skipped"]["rate_distortion"]
     assert set(manifest["skipped"]) == {"rate_distortion", "scores_along", "nearest_features"}
     assert "figure rate_distortion is left out: it needs the bound" in caplog.text
-    assert not figures.is_done(experiment, run), "an evaluation may still come"
+    assert not figures.STAGE.is_done(run.of(experiment)), "an evaluation may still come"
     run_stage(evaluate, experiment, run)
     run_stage(figures, experiment, run)
-    manifest = read_manifest(figures.directory(experiment, run))
+    manifest = read_manifest(run.of(experiment).figures)
     assert manifest["order"] == ["samples.png", "rate_distortion.svg"]
     assert set(manifest["skipped"]) == {"scores_along", "nearest_features"}, "metrics=[nll] makes no features"
-    assert figures.is_done(experiment, run), "nothing more can come of this evaluation"
+    assert figures.STAGE.is_done(run.of(experiment)), "nothing more can come of this evaluation"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_figures_run_the_chain_of_the_samples(sharded_storage, how):
     )
     run = ready(experiment, sharded_storage)
     run_stage(figures, experiment, run)
-    folder = figures.directory(experiment, run)
+    folder = run.of(experiment).figures
     shown = cells(folder / "progressive.png")
     assert shown.shape[:2] == (4, 5) and nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
     captions = read_manifest(folder)["captions"]
@@ -346,11 +346,11 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
     )  # fmt: skip
     experiment = config.load_experiment("cifar10", list(small))
     storage = tmp_path / "storage"
-    run_stage(shard, experiment, locate(experiment, storage))
+    run_stage(shard, experiment, locate_run(experiment, storage))
     run = ready(experiment, storage)
     run_stage(evaluate, experiment, run)
     run_stage(figures, experiment, run)
-    folder = figures.directory(experiment, run)
+    folder = run.of(experiment).figures
     assert read_manifest(folder)["order"] == PICTURES
     assert cells(folder / "coarse_to_fine.png", 32).shape == (5, 13, 32, 32), (
         "T = 4 has five numbers of steps"
@@ -376,12 +376,12 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
     run_stage(evaluate, experiment, run)
     monkeypatch.setattr(ContextUNet, "forward", listening)
     run_stage(figures, experiment, run)
-    manifest = read_manifest(figures.directory(experiment, run))
+    manifest = read_manifest(run.of(experiment).figures)
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
     assert (6, [0, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL]) in asked, "chosen and unconditional rows, in one call"
     between = [labels for count, labels in asked if count == len(chains.LAMBDAS)]
     assert between and set(between) == {None}, "two images can be of two classes"
-    shown = cells(figures.directory(experiment, run) / "progressive.png")
+    shown = cells(run.of(experiment).figures / "progressive.png")
     assert nearly_equal(shown[:, -1], samples_of(experiment, run, 3)[:, 0]), "guided as the samples are"
 
 

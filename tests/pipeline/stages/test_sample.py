@@ -16,22 +16,22 @@ from pipeline.store import checkpoint, tars
 
 
 def images_of(experiment, run):
-    return tars.load_images(sample.directory(experiment, run), "samples")[0]
+    return tars.load_images(run.of(experiment).samples, "samples")[0]
 
 
 @pytest.fixture
 def sampled(tiny_run):
     experiment, run = tiny_run
     with_weights(experiment, run)
-    assert not sample.is_done(experiment, run)
+    assert not sample.STAGE.is_done(run.of(experiment))
     assert run_stage(sample, experiment, run) == ["samples 0-5", "samples 6-11"]
-    assert sample.is_done(experiment, run)
+    assert sample.STAGE.is_done(run.of(experiment))
     return experiment, run
 
 
 def test_images_are_those_of_the_science_package(sampled):
     experiment, run = sampled
-    net = checkpoint.load_network(experiment, run, 6, "ema", torch.device("cpu"))
+    net = checkpoint.load_network(run.of(experiment), torch.device("cpu"))
     expected = draw_directly(
         Diffusion(experiment.diffusion),
         net,
@@ -49,7 +49,10 @@ def test_bf16_is_another_set_and_says_so(sampled):
     experiment, run = sampled
     fast = asking_for(experiment, precision="bf16")
     run_stage(sample, fast, run)
-    assert sample.protocol(fast).precision == "bf16" and sample.protocol(experiment).precision == "fp32"
+    assert (
+        sample.describe_protocol(fast).precision == "bf16"
+        and sample.describe_protocol(experiment).precision == "fp32"
+    )
     difference = np.abs(images_of(experiment, run).astype(int) - images_of(fast, run))
     assert 0 < difference.mean() < 20, "not the same bits, and much the same images"
 
@@ -58,38 +61,38 @@ def test_other_batches_give_the_same_images(sampled):
     experiment, run = sampled
     other = asking_for(experiment, batch_size=4)
     assert len(run_stage(sample, other, run)) == 3
-    assert sample.directory(other, run) != sample.directory(experiment, run)
+    assert run.of(other).samples != run.of(experiment).samples
     difference = np.abs(images_of(experiment, run).astype(int) - images_of(other, run))
     assert (difference <= 1).mean() > 0.999
 
 
 def test_more_images_add_units_and_leave_the_others(sampled):
     experiment, run = sampled
-    folder = sample.directory(experiment, run)
+    folder = run.of(experiment).samples
     before = {name: (folder / name).read_bytes() for name in ("00000.tar", "00001.tar")}
     more = asking_for(experiment, num_images=15)
-    assert sample.directory(more, run) == folder
+    assert run.of(more).samples == folder
     assert run_stage(sample, more, run) == ["samples 12-17"]
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert tars.open_index(folder).count("samples") == 18  # the last unit is whole too
-    assert sample.is_done(experiment, run), "a set with more than was asked for will do"
+    assert sample.STAGE.is_done(run.of(experiment)), "a set with more than was asked for will do"
 
 
 def test_a_killed_stage_draws_only_what_is_missing(tiny_run):
     experiment, run = tiny_run
     with_weights(experiment, run)
-    units = next(sample.work(experiment, run))
+    units = next(sample.STAGE.work(run.of(experiment)))
     one_cpu().map_units(units[:1], lambda unit: None)
-    assert not sample.is_done(experiment, run)
+    assert not sample.STAGE.is_done(run.of(experiment))
     assert run_stage(sample, experiment, run) == ["samples 6-11"]
 
 
 def test_a_damaged_tar_is_drawn_again(sampled):
     experiment, run = sampled
-    tar = sample.directory(experiment, run) / "00001.tar"
+    tar = run.of(experiment).samples / "00001.tar"
     before = tar.read_bytes()
     tar.write_bytes(before[:-512])
-    assert not sample.is_done(experiment, run)
+    assert not sample.STAGE.is_done(run.of(experiment))
     assert run_stage(sample, experiment, run) == ["samples 6-11"]
     assert tar.read_bytes() == before
 
@@ -105,7 +108,7 @@ def test_a_set_smaller_than_a_batch_draws_no_more_than_asked(tiny_run):
 
 def test_what_stands_beside_the_tars(sampled):
     experiment, run = sampled
-    folder = sample.directory(experiment, run)
+    folder = run.of(experiment).samples
     with Image.open(folder / "grid.png") as grid:
         assert grid.size == (10 * (64 + 2), 2 * (64 + 2))
     text = (folder / "sample.yaml").read_text()
@@ -120,4 +123,4 @@ def test_weights_that_diverged_are_refused(tiny_run):
     with_weights(experiment, run, scale=float("nan"))
     with pytest.raises(PipelineError, match=r"samples 0-5 .* not finite.*step 6"):
         run_stage(sample, experiment, run)
-    assert not list(sample.directory(experiment, run).glob("*.tar"))
+    assert not list(run.of(experiment).samples.glob("*.tar"))

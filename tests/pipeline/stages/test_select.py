@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import threading
 from contextlib import redirect_stdout
 
 import pytest
@@ -13,6 +14,9 @@ from staged import asking_for, run_stage, with_weights
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.compute.work import InProcess
+from pipeline.engine import during_training
+from pipeline.engine.during_training import score_during_training
+from pipeline.engine.plan import list_rounds
 from pipeline.errors import PipelineError
 from pipeline.stages import evaluate, sample, select
 from pipeline.store import checkpoint, selection
@@ -46,18 +50,18 @@ def up_to(experiment, steps):
 def fids(experiment, run):
     """The FID of each candidate, as its own evaluation has it."""
     found = {}
-    for step in selection.candidates(experiment, run):
-        metrics = evaluate.directory(config.candidate(experiment, step), run) / "metrics.json"
+    for step in selection.list_candidates(run.of(experiment)):
+        metrics = run.of(config.candidate(experiment, step)).scores / "metrics.json"
         found[step] = read_json(metrics)["scores"]["fid"]
     return found
 
 
 def test_the_best_is_the_one_of_minimum_fid(trained):
     experiment, run = trained
-    assert not select.is_done(experiment, run) and selection.resolved(experiment, run) is None
+    assert not select.STAGE.is_done(run.of(experiment)) and selection.resolve(run.of(experiment)) is None
     run_stage(select, experiment, run)
-    assert select.is_done(experiment, run)
-    found, scores = selection.read(experiment, run), fids(experiment, run)
+    assert select.STAGE.is_done(run.of(experiment))
+    found, scores = selection.read_selection(run.of(experiment)), fids(experiment, run)
     assert len(set(scores.values())) == len(STEPS)
     assert found["best"] == sorted(scores, key=scores.get)[0]
     assert [(score["step"], score["fid"]) for score in found["scores"]] == sorted(scores.items())
@@ -69,15 +73,15 @@ def test_the_best_is_the_one_of_minimum_fid(trained):
 def test_later_stages_are_told_the_step_and_the_rule(trained):
     experiment, run = trained
     run_stage(select, experiment, run)
-    best = selection.read(experiment, run)["best"]
-    resolved = selection.resolved(experiment, run)
+    best = selection.read_selection(run.of(experiment))["best"]
+    resolved = selection.resolve(run.of(experiment)).experiment
     assert config.checkpoint_step(resolved) == best
     plain = asking_for(experiment, checkpoint=best)
-    assert sample.directory(resolved, run) == sample.directory(plain, run)
-    assert evaluate.directory(resolved, run) != evaluate.directory(plain, run), "another protocol"
+    assert run.of(resolved).samples == run.of(plain).samples
+    assert run.of(resolved).scores != run.of(plain).scores, "another protocol"
     assert run_stage(sample, resolved, run) == [], "the candidate's samples are its first"
     run_stage(evaluate, resolved, run)
-    protocol = read_json(evaluate.directory(resolved, run) / "metrics.json")["protocol"]
+    protocol = read_json(run.of(resolved).scores / "metrics.json")["protocol"]
     assert protocol["checkpoint"] == best
     assert protocol["checkpoint_rule"] == "best of 3 checkpoints by FID on 12 images, ema weights"
 
@@ -86,7 +90,7 @@ def test_candidates_share_their_rounds_and_the_reference(trained):
     """All samples in one round; the features of the reference once, however many candidates ask for them."""
     experiment, run = trained
     rounds = []
-    for units in select.work(experiment, run):
+    for units in list_rounds(select.STAGE, run.of(experiment)):
         rounds.append([unit.name for unit in units])
         one_cpu().map_units(units, lambda unit: None)
     sampling = next(names for names in rounds if names)
@@ -97,7 +101,7 @@ def test_candidates_share_their_rounds_and_the_reference(trained):
 
 def test_what_was_done_is_not_done_again(trained):
     experiment, run = trained
-    first = next(select.work(experiment, run))
+    first = next(list_rounds(select.STAGE, run.of(experiment)))
     one_cpu().map_units(first[:4], lambda unit: None)  # then the command was killed
     left = run_stage(select, experiment, run)
     assert sum(name.startswith("samples") for name in left) == UNITS * len(STEPS) - 4
@@ -109,42 +113,48 @@ def test_new_checkpoints_join_and_old_scores_stay(trained):
     run_stage(select, experiment, run)
     before = fids(experiment, run)
     longer = up_to(experiment, 8)
-    assert not select.is_done(longer, run), "training has not come to its end"
+    assert not select.STAGE.is_done(run.of(longer)), "training has not come to its end"
     save(experiment, run, 8, 0.02)
-    assert not select.is_done(longer, run)
+    assert not select.STAGE.is_done(run.of(longer))
     ran = run_stage(select, longer, run)
     assert sum(name.startswith("samples") for name in ran) == UNITS
-    found = selection.read(longer, run)
+    found = selection.read_selection(run.of(longer))
     assert [score["step"] for score in found["scores"]] == [*STEPS, 8]
     assert before.items() <= fids(longer, run).items()
-    assert config.checkpoint_rule(selection.resolved(longer, run)).startswith("best of 4 ")
+    assert config.checkpoint_rule(selection.resolve(run.of(longer)).experiment).startswith("best of 4 ")
 
 
 def test_an_interruption_leaves_no_candidate(trained):
     experiment, run = trained
     save(experiment, run, 5, 1.0)
-    assert selection.candidates(experiment, run) == [2, 4, 6]
+    assert list(selection.list_candidates(run.of(experiment))) == [2, 4, 6]
     every = dataclasses.replace(experiment.evaluate, checkpoints="all")
-    assert selection.candidates(dataclasses.replace(experiment, evaluate=every), run) == [2, 4, 6]
-    assert selection.candidates(dataclasses.replace(up_to(experiment, 5), evaluate=every), run) == [2, 4, 5]
+    assert list(selection.list_candidates(run.of(dataclasses.replace(experiment, evaluate=every)))) == [
+        2,
+        4,
+        6,
+    ]
+    assert list(
+        selection.list_candidates(run.of(dataclasses.replace(up_to(experiment, 5), evaluate=every)))
+    ) == [2, 4, 5]
 
 
 def test_a_damaged_choice_is_made_again(trained, caplog):
     experiment, run = trained
     run_stage(select, experiment, run)
-    path = selection.file(experiment, run)
+    path = run.of(experiment).selection_json
     path.write_text(path.read_text().replace('"best": ', '"best": 1'))
-    assert not select.is_done(experiment, run) and selection.resolved(experiment, run) is None
+    assert not select.STAGE.is_done(run.of(experiment)) and selection.resolve(run.of(experiment)) is None
     assert "the choice is made again" in caplog.text
     assert run_stage(select, experiment, run) == []
-    assert select.is_done(experiment, run)
+    assert select.STAGE.is_done(run.of(experiment))
 
 
 def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog):
     experiment, run = trained
     checkpoint.shutil.rmtree(run.step_folder(2))
     with caplog.at_level(logging.WARNING):
-        next(select.work(experiment, run))
+        next(list_rounds(select.STAGE, run.of(experiment)))
     assert "2 of 3 checkpoints are there" in caplog.text
     for step in (4, 6):
         checkpoint.shutil.rmtree(run.step_folder(step))
@@ -152,7 +162,7 @@ def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog
     with pytest.raises(
         PipelineError, match=r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
     ):
-        next(select.work(experiment, run))
+        next(list_rounds(select.STAGE, run.of(experiment)))
 
 
 # During training
@@ -178,37 +188,37 @@ def wait_until(true, seconds=60):
     for _ in range(int(seconds / 0.05)):
         if true():
             return
-        select.threading.Event().wait(0.05)
+        threading.Event().wait(0.05)
     raise AssertionError("it never came to that")
 
 
 def test_candidates_are_scored_while_training_goes_on(trained, monkeypatch):
-    monkeypatch.setattr(select, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(during_training, "LOOK_SECONDS", 0.01)
     experiment, run = trained
     executor = Beside()
-    with select.during_training(experiment, run, executor):
+    with score_during_training(run.of(experiment), executor):
         wait_until(lambda: all(
-            evaluate.is_done(config.candidate(experiment, step), run) for step in STEPS
+            evaluate.STAGE.is_done(run.of(config.candidate(experiment, step))) for step in STEPS
         ))  # fmt: skip
     assert max(executor.batches) == executor.spare, "never more than training leaves room for"
-    assert run_stage(select, experiment, run) == [] and select.is_done(experiment, run)
+    assert run_stage(select, experiment, run) == [] and select.STAGE.is_done(run.of(experiment))
 
 
 def test_a_fault_on_the_way_is_none_of_the_training(trained, monkeypatch, caplog):
-    monkeypatch.setattr(select, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(during_training, "LOOK_SECONDS", 0.01)
     experiment, run = trained
-    with select.during_training(experiment, run, Beside(fails=True)):
+    with score_during_training(run.of(experiment), Beside(fails=True)):
         wait_until(lambda: "no room at all" in caplog.text)
     assert "scored after training" in caplog.text
 
 
 def test_checkpoints_that_may_go_are_left_to_the_end(trained, monkeypatch):
-    monkeypatch.setattr(select, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(during_training, "LOOK_SECONDS", 0.01)
     experiment, run = trained
     every = dataclasses.replace(experiment.evaluate, checkpoints="all")
     executor = Beside()
-    with select.during_training(dataclasses.replace(experiment, evaluate=every), run, executor):
-        select.threading.Event().wait(0.3)
+    with score_during_training(run.of(dataclasses.replace(experiment, evaluate=every)), executor):
+        threading.Event().wait(0.3)
     assert executor.batches == []
 
 

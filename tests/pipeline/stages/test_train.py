@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ddpm import ContextUNet
 from pipeline import config
 from pipeline.compute.work import WorkerContext
-from pipeline.engine.execute import locate
+from pipeline.engine.find import locate_run
 from pipeline.errors import PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint
@@ -22,7 +22,7 @@ from pipeline.store import checkpoint
 
 def train_to(experiment, run, steps):
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps))
-    train.body(one_cpu().context, experiment, run)
+    train.body(one_cpu().context, run.of(experiment))
 
 
 def final_state(run, step):
@@ -82,7 +82,7 @@ def test_images_read_from_the_tars_train_the_same_run(tiny_run):
     train_to(experiment, from_memory, 3)
     context = WorkerContext(torch.device("cpu"), cpus=1, image_memory=0)
     shorter = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=3))
-    train.body(context, shorter, run)
+    train.body(context, run.of(shorter))
     ours, theirs = final_state(run, 3), final_state(from_memory, 3)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -110,9 +110,9 @@ def test_a_final_checkpoint_that_fails_its_hash_is_made_again(tiny_run):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(bytes(content))
-    assert not train.is_done(experiment, run)
+    assert not train.STAGE.is_done(run.of(experiment))
     train_to(experiment, run, 6)
-    assert train.is_done(experiment, run)
+    assert train.STAGE.is_done(run.of(experiment))
     assert all(torch.equal(final_state(run, 6)[name], good[name]) for name in good)
 
 
@@ -174,10 +174,10 @@ def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run, 
     seldom = dataclasses.replace(experiment.train, log_every=4, checkpoint_every=8, steps=12)
     experiment = dataclasses.replace(experiment, train=seldom)
     untouched = renamed(run, "-untouched")
-    train.body(one_cpu().context, experiment, untouched)
-    train.body(stop_at(run, step), experiment, run)
+    train.body(one_cpu().context, untouched.of(experiment))
+    train.body(stop_at(run, step), run.of(experiment))
     assert checkpoint.steps_on_disk(run.train) == [step]
-    train.body(one_cpu().context, experiment, run)
+    train.body(one_cpu().context, run.of(experiment))
     ours, theirs = (
         [(p["step"], p["metrics"]["train/loss"], p["metrics"]["train/grad_norm"]) for p in points(r)]
         for r in (run, untouched)
@@ -194,8 +194,7 @@ def test_a_run_that_has_diverged_is_not_saved_when_it_is_stopped(tiny_run):
     with pytest.raises(PipelineError, match="loss became"):
         train.body(
             stop_at(run, 30),
-            dataclasses.replace(experiment, train=dataclasses.replace(wild, checkpoint_every=50)),
-            run,
+            run.of(dataclasses.replace(experiment, train=dataclasses.replace(wild, checkpoint_every=50))),
         )
     assert checkpoint.steps_on_disk(run.train) == []
 
@@ -252,7 +251,7 @@ def test_more_workers_than_images_in_the_batch_are_refused(tiny_run):
     context = one_cpu().context
     context.world_size = 17
     with pytest.raises(PipelineError, match="17 workers cannot share"):
-        train.body(context, experiment, run)
+        train.body(context, run.of(experiment))
 
 
 def test_grids_show_the_same_noise_at_every_step(tiny_run):
@@ -275,7 +274,7 @@ def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, m
         return forward(net, x_t, t, context)
 
     monkeypatch.setattr(ContextUNet, "forward", listening)
-    train_to(experiment, locate(experiment, sharded_storage), 2)
+    train_to(experiment, locate_run(experiment, sharded_storage), 2)
     assert asked and all(labels[:12] == [*range(10), 0, 1] for labels in asked)
 
 

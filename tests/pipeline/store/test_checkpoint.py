@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from staged import asking_for
 
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
@@ -102,7 +103,7 @@ def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
     experiment, run = tiny_run
     saved(run, 1, 2, 3, 4, 5, 6, 8)
     checkpoint.drop_old(
-        keeping(experiment, **rules), run, at_most=6
+        run.of(keeping(experiment, **rules)), at_most=6
     )  # a longer run's are none of its business
     assert checkpoint.steps_on_disk(run.train) == left
 
@@ -115,7 +116,7 @@ def test_what_anything_refers_to_stays(tiny_run):
     write_json((run.path / "samples" / "whole") / "manifest.json", at[2])
     write_json((run.path / "evaluation" / "0a") / "metrics.json", at[3])
     write_json((run.path / "selection" / "0b") / "selection.json", {"scores": [{"step": 4}], "best": 4})
-    checkpoint.drop_old(keeping(experiment, 1), run, at_most=6)
+    checkpoint.drop_old(run.of(keeping(experiment, 1)), at_most=6)
     assert checkpoint.steps_on_disk(run.train) == [1, 2, 3, 4, 6]
 
 
@@ -123,7 +124,7 @@ def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, 
     experiment, run = tiny_run
     saved(run, 1, 2, 3)
     write_text((run.path / "evaluation" / "0a") / "metrics.json", "{")
-    checkpoint.drop_old(keeping(experiment, 1), run, at_most=3)
+    checkpoint.drop_old(run.of(keeping(experiment, 1)), at_most=3)
     assert checkpoint.steps_on_disk(run.train) == [1, 2, 3]
     assert "no checkpoint is deleted" in caplog.text
 
@@ -132,11 +133,11 @@ def test_a_missing_step_names_those_that_exist(tiny_run):
     experiment, run = tiny_run
     saved(run, 2)
     with pytest.raises(PipelineError, match=r"no checkpoint of step 5 \(there are: 2\)"):
-        checkpoint.load_network(experiment, run, 5, "ema", "cpu")
+        checkpoint.load_network(run.of(asking_for(experiment, checkpoint=5)), torch.device("cpu"))
 
 
 def test_weights_of_another_network_are_refused(tiny_run):
     experiment, run = tiny_run
     saved(run, 2)
     with pytest.raises(PipelineError, match="another network"):
-        checkpoint.load_network(experiment, run, 2, "ema", "cpu")
+        checkpoint.load_network(run.of(asking_for(experiment, checkpoint=2)), torch.device("cpu"))

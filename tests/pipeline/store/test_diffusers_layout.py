@@ -23,6 +23,7 @@ from ddpm.sampler import ancestral
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.engine import execute as stages
+from pipeline.engine import find
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint, diffusers_layout, keys
@@ -443,8 +444,8 @@ def scores(storage: Path, name: str) -> dict:
 def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_path, capsys):
     storage, digits = sharded_storage, ["digits", *TINY, "sample.weights=raw", "figures.which=[]"]
     experiment = config.load_experiment("digits", digits[1:])
-    run = stages.locate(experiment, storage)
-    one_cpu().run_workers(train.body, experiment, run)
+    run = find.locate_run(experiment, storage)
+    one_cpu().run_workers(train.body, run.of(experiment))
     command(storage, "evaluate", *digits)
     exported = tmp_path / "exported"
     main(["export", run.path.name, str(exported), "--weights=raw", f"cluster.storage={storage}"])

@@ -7,13 +7,13 @@ import pytest
 from conftest import one_cpu, tiny_experiment
 from staged import run_stage
 
-from pipeline.engine.execute import locate
+from pipeline.engine.find import locate_run
 from pipeline.errors import PipelineError
 from pipeline.stages import sample, shard, train
 
 STAGES = {
     "shard": lambda experiment, run: run_stage(shard, experiment, run),
-    "train": lambda experiment, run: train.body(one_cpu().context, experiment, run),
+    "train": lambda experiment, run: train.body(one_cpu().context, run.of(experiment)),
     "sample": lambda experiment, run: run_stage(sample, experiment, run),
 }
 MADE = {"shard": "data/*/*", "train": "tiny-*/train/*/*.safetensors", "sample": "tiny-*/samples/*/*.tar"}
@@ -61,7 +61,7 @@ def made(root, stage):
 def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path, stage, fault):
     breaks, mends, words = FAULTS[fault]
     experiment = tiny_experiment()
-    run = locate(experiment, disk)
+    run = locate_run(experiment, disk)
     elsewhere = dataclasses.replace(run, storage=tmp_path / "elsewhere")
     for earlier in list(STAGES)[: list(STAGES).index(stage)]:
         for root in (run, elsewhere):

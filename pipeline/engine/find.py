@@ -1,0 +1,88 @@
+"""Finding runs: of an experiment, by name, in a folder that an earlier version left."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipeline import config
+from pipeline.config import ClusterConfig, Experiment
+from pipeline.data import sources
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.store import keys
+from pipeline.store.run import EXPERIMENT, Place, find_runs, fingerprints_json
+
+
+def prepare_storage_root(cluster: ClusterConfig) -> Path:
+    """Return the absolute storage root, made if need be. Raises PipelineError where it cannot be written."""
+    root = Path(cluster.storage).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise PipelineError(
+            f"the storage root {root} cannot be written ({error.strerror}); set cluster.storage"
+        ) from error
+    return root
+
+
+def locate_run(experiment: Experiment, root: Path) -> Place:
+    """Return the run that `experiment` means. Reads the data source's fingerprint; raises ConfigError where a file
+    that the experiment names is missing."""
+    if missing := experiment.missing():
+        raise ConfigError(missing)
+    fingerprint = sources.fingerprint(experiment.data, fingerprints_json(root))
+    data_key = keys.data_key(experiment, fingerprint)
+    return Place(root, experiment, data_key, keys.run_key(experiment, data_key))
+
+
+def open_run(path: Path) -> Place:
+    """Read what a run directory is of, as the last command on it had it; its data may be elsewhere."""
+    file = path / EXPERIMENT
+    try:
+        made_with = config.made_with(file)
+        if explanation := explain_old_run(path):
+            raise PipelineError(explanation)
+        experiment = config.load_experiment(str(file), [])
+        data_key = str(made_with["data_key"])
+    except (PipelineError, KeyError, TypeError) as error:
+        raise PipelineError(f"{file} cannot be read: {error}") from error
+    if missing := experiment.missing():
+        raise ConfigError(missing)
+    return Place(path.parent, experiment, data_key, keys.run_key(experiment, data_key))
+
+
+def explain_old_run(path: Path) -> str | None:
+    """Return a line on a run directory of the first version, with the command that reads it; None for others."""
+    made_with = config.made_with(path / EXPERIMENT)
+    if made_with.get("keys", 1) >= keys.VERSION:
+        return None
+    commit = str(made_with.get("commit") or "ef6030f").rstrip("+")
+    return (
+        f"{path.name} was made by the first version of this program, under other keys; to read it: "
+        f"git worktree add first-version {commit} && cd first-version && make run"
+    )
+
+
+def find_old_runs(place: Place) -> list[str]:
+    """Explain the runs of the first version that bear the name of this experiment."""
+    named = find_runs(place.storage, f"{place.experiment.name}-")
+    alike = [path for path in named if len(path.name) == len(place.name)]
+    return [line for path in alike if (line := explain_old_run(path))]
+
+
+def find_run(name: str, root: Path) -> Path:
+    """Return the absolute path of the run that `name` (a path, or a name in the storage root) means."""
+    for path in (Path(name).absolute(), root / name):
+        if (path / EXPERIMENT).is_file():
+            return path
+    known = ", ".join(path.name for path in find_runs(root)) or "none"
+    raise PipelineError(f"'{name}' is no run directory; runs in {root}: {known}")
+
+
+def find_named_runs(name: str, root: Path) -> list[Path]:
+    """List every run that `name` means: a path, a name in the storage root, or how several names there begin."""
+    exact = (root / name / EXPERIMENT).is_file()
+    return ([] if exact else find_runs(root, name)) or [find_run(name, root)]
