@@ -43,6 +43,7 @@ def write_experiment(experiment: Experiment, run: Place) -> None:
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "versions": {"torch": "2.9", "ray": "2.50"},
         "data_key": run.data_key,
+        "keys": keys.VERSION,
     }
     tree = config.to_dict(experiment) | {"made_with": made_with}
     rundir.write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))

@@ -36,7 +36,7 @@ def projected(sampled):
 def test_a_short_set_is_refused_and_a_longer_one_is_cut(sampled):
     experiment, run = sampled
     experiment = scoring(experiment, metrics=("fid",))
-    with pytest.raises(PipelineError, match="holds 12 images where 13 are to be scored"):
+    with pytest.raises(PipelineError, match="holds 12 images where 13 are asked for"):
         run_stage(evaluate, asking_for(experiment, num_images=13), run)
     shorter = asking_for(experiment, num_images=8)
     run_stage(evaluate, shorter, run)
