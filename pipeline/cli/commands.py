@@ -74,7 +74,7 @@ def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
     name, overrides = _split_one(options, "experiment")
     problems: list[str] = []
     try:
-        experiment = config.load_experiment(name or options.default, overrides, known_names())
+        experiment = config.load_experiment(name or options.command.default, overrides, known_names())
     except ConfigError as error:
         problems += error.problems
     try:
@@ -108,7 +108,7 @@ def check_experiment(options: Namespace) -> Checked:
 
     stages.check(experiment, cluster)
     name, overrides = _split_one(options, "experiment")
-    return cluster, config.relative_paths(name or options.default, overrides)
+    return cluster, config.relative_paths(name or options.command.default, overrides)
 
 
 def show(options: Namespace) -> int:

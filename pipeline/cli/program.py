@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.cli import commands as do
 from pipeline.cli import completion
@@ -22,152 +23,70 @@ The same command again goes on where it was interrupted, and does nothing where 
 """
 
 
+Take = Callable[[ArgumentParser], None]  # declares an argument
+
+
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, what it takes (`declare`), and examples with what a user should know of them.
+    """One command: what it does, examples with what a user should know of them, and what it takes.
 
     check: reads its words as it would here and starts nothing; commands that have it can be submitted as jobs.
+    default: the experiment where none is named.
     """
 
     name: str
     run: Callable[[Namespace], int]
     text: str
     examples: str
-    declare: Callable[[ArgumentParser], None]
+    takes: tuple[Take, ...]
     check: Callable[[Namespace], do.Checked] | None = None
+    default: str = "digits"
 
 
 # What commands take
 
 
-def _words(parser: ArgumentParser, name: str, text: str, complete: completion.Completer) -> None:
-    """Declare free words: names and key=value in any order."""
-    action = parser.add_argument("words", nargs="*", metavar=name, help=text)
-    completion.attach(action, complete)
+def _take(*names: str, complete: completion.Completer | None = None, **settings: Any) -> Take:
+    """Say how an argument is declared, and how the shell completes it."""
+
+    def declare(parser: ArgumentParser) -> None:
+        action = parser.add_argument(*names, **settings)
+        if complete:
+            completion.attach(action, complete)
+
+    return declare
 
 
-def _cluster(parser: ArgumentParser) -> None:
-    action = parser.add_argument(
-        "--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)"
-    )
-    completion.attach(action, completion.list_clusters)
+def _take_words(metavar: str, text: str, complete: completion.Completer | None = None) -> Take:
+    return _take("words", nargs="*", metavar=metavar, help=text, complete=complete)
 
 
-def _cluster_only(parser: ArgumentParser) -> None:
-    _words(parser, "cluster.key=value", "overrides of the cluster", completion.list_cluster_keys)
-    _cluster(parser)
-
-
-def _experiment(parser: ArgumentParser, default: str = "digits") -> None:
-    text = f"an experiment (default: {default}), and any number of overrides"
-    _words(parser, "EXPERIMENT | key=value", text, completion.list_experiment_words)
-    parser.set_defaults(default=default)
-    _cluster(parser)
-
-
-def _run(parser: ArgumentParser) -> None:
-    action = parser.add_argument("run", metavar="RUN", help="a run directory, or how its name begins")
-    completion.attach(action, completion.list_runs)
-
-
-def _sync(parser: ArgumentParser) -> None:
-    _run(parser)
-    _cluster_only(parser)
-
-
-def _study(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
-    )
-    parser.add_argument("--yes", action="store_true", help=f"really more than {do.MANY} trials")
-    _cluster(parser)
-
-
-def _sweep(parser: ArgumentParser) -> None:
-    _words(parser, "SWEEP | key=value", "a sweep, and any number of overrides", completion.list_sweep_words)
-    _study(parser)
-
-
-def _reproduce(parser: ArgumentParser) -> None:
-    parser.add_argument("target", choices=("cifar10",), help="what to reproduce")
-    text = "overrides of every row, or cluster.key=value"
-    _words(parser, "key=value", text, completion.list_keys)
-    parser.add_argument(
-        "--budget", default="full", metavar="STEPS | TIME | full",
-        help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full",
-    )  # fmt: skip
-    _study(parser)
-
-
-def _compare(parser: ArgumentParser) -> None:
-    text = "a run directory, or how the names of one or several begin"
-    _words(parser, "RUN", text, completion.list_runs)
-    parser.add_argument(
-        "--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."
-    )
-    _cluster(parser)
-
-
-def _import(parser: ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="their folder: config.json and the weights, or unet/")
-    parser.add_argument(
-        "--weights",
-        choices=("raw", "ema", "unknown"),
-        default="unknown",
-        help="what their authors say they are",
-    )
-    _experiment(parser, "cifar10_published")
-
-
-def _export(parser: ArgumentParser) -> None:
-    _run(parser)
-    parser.add_argument("directory", metavar="DIR", help="the folder to write; it must not exist yet")
-    parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default: ema")
-    parser.add_argument("--step", type=int, help="default: the newest checkpoint")
-    _cluster_only(parser)
-
-
-def _push(parser: ArgumentParser) -> None:
-    text = "a run directory or data/NAME, or how the name of a run begins"
-    completion.attach(parser.add_argument("run", metavar="RUN", help=text), completion.list_runs)
-    parser.add_argument("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there")
-    _cluster_only(parser)
-
-
-def _pull(parser: ArgumentParser) -> None:
-    parser.add_argument("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named")
-    _cluster_only(parser)
-
-
-def _ui(parser: ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, default=5000, help="default: 5000")
-    _cluster_only(parser)
-
-
-def _address(parser: ArgumentParser) -> None:
-    default = "RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265"
-    parser.add_argument("--address", metavar="URL", help=f"the cluster's dashboard; default: {default}")
-
-
-def _submit(parser: ArgumentParser) -> None:
-    parser.add_argument("words", nargs="*", metavar="-- COMMAND", help="run, sweep, train, ... as always")
-    parser.add_argument("--follow", action="store_true", help="write the job's log, and end as it ends")
-    parser.add_argument("--id", default="", metavar="NAME", help="default: the command and the time")
-    _address(parser)
-
-
-def _jobs(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", metavar="list | logs ID | status ID | stop ID", help="default: list"
-    )
-    parser.add_argument("--follow", action="store_true", help="with logs: until the job ends, and as it ends")
-    _address(parser)
+CLUSTER = _take(
+    "--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)",
+    complete=completion.list_clusters,
+)  # fmt: skip
+CLUSTER_ONLY = (_take_words("cluster.key=value", "of the cluster", completion.list_cluster_keys), CLUSTER)
+EXPERIMENT = (
+    _take_words("EXPERIMENT | key=value", "one experiment, many overrides", completion.list_experiment_words),
+    CLUSTER,
+)
+RUN = _take(
+    "run", metavar="RUN", help="a run directory, or how its name begins", complete=completion.list_runs
+)
+STUDY = (
+    _take("--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"),
+    _take("--yes", action="store_true", help=f"really more than {do.MANY} trials"),
+    CLUSTER,
+)
+ADDRESS = _take(
+    "--address", metavar="URL",
+    help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265",
+)  # fmt: skip
 
 
 def _stage(name: str, text: str, examples: str) -> Command:
-    return Command(
-        name, do.run_stages, text, examples + CONFIGURATIONS + GOES_ON, _experiment, do.check_experiment
-    )
+    examples += CONFIGURATIONS + GOES_ON
+    return Command(name, do.run_stages, text, examples, EXPERIMENT, do.check_experiment)
 
 
 COMMANDS = (
@@ -183,7 +102,7 @@ COMMANDS = (
   ddpm shard digits data.images_per_shard=500
 """),
     _stage("train", "train the network (DDP; goes on from the newest checkpoint)", """\
-  ddpm train digits train.steps=3000                  1,000 more steps than the file says
+  ddpm train digits train.steps=3000                  more steps, from where it ended
   ddpm train cifar10 cluster.workers=4 train.precision=bf16
 """),
     _stage("sample", "draw samples from the trained network", """\
@@ -205,7 +124,7 @@ COMMANDS = (
     Command("show", do.show, "the resolved configuration and its keys; starts nothing", f"""\
   ddpm show cifar10                                   every key with its value
   ddpm show digits train.lr=1e-4                      which run directory that would be
-{CONFIGURATIONS}""", _experiment),
+{CONFIGURATIONS}""", EXPERIMENT),
     Command("sweep", do.sweep, "all trials of a sweep file, several at once; the same command again goes on", """\
 SWEEP is a path, or the name of a file in ./conf/sweep, which says what varies:
 
@@ -224,7 +143,9 @@ SWEEP is a path, or the name of a file in ./conf/sweep, which says what varies:
 
 conf/sweep/beta_dropout.yaml says every key of a sweep: random and quasi-random spaces, seeds, early stopping,
 budgets. Finished trials are not repeated, broken ones are tried again, points added to the file are run.
-""", _sweep, do.check_sweep),
+""", (
+        _take_words("SWEEP | key=value", "a sweep, and any number of overrides", completion.list_sweep_words), *STUDY,
+    ), do.check_sweep),
     Command("reproduce", do.reproduce,
         "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget", """\
   ddpm reproduce cifar10                     six rows of 800,000 steps, as in the paper
@@ -233,57 +154,85 @@ budgets. Finished trials are not repeated, broken ones are tried again, points a
   ddpm reproduce cifar10 --budget 200 evaluate.features=classifier data.path=FOLDER
 
 The same command again goes on. A study that is shorter than the paper's says so in its first line.
-""", _reproduce, do.check_reproduction),
+""", (
+        _take("target", choices=("cifar10",), help="what to reproduce"),
+        _take_words("key=value", "overrides of every row, or cluster.key=value", completion.list_keys),
+        _take("--budget", default="full", metavar="STEPS | TIME | full",
+            help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full"), *STUDY,
+    ), do.check_reproduction),
     Command("status", do.status, "the runs, their stages, progress and scores", """\
   ddpm status
   ddpm status cluster.storage=/data/runs              those of another storage root
-""", _cluster_only),
+""", CLUSTER_ONLY),
     Command("import", do.import_weights, "published weights in the diffusers layout become a run", f"""\
   ddpm import FOLDER                                  google/ddpm-cifar10-32, for example
   ddpm import FOLDER --weights ema lsun_church
-{CONFIGURATIONS}""", _import),
+{CONFIGURATIONS}""", (
+        _take("path", metavar="PATH", help="their folder: config.json and the weights, or unet/"),
+        _take("--weights", choices=("raw", "ema", "unknown"), default="unknown", help="what their authors call them"),
+        *EXPERIMENT,
+    ), default="cifar10_published"),
     Command("export", do.export_weights, "a run's weights for diffusers' DDPMPipeline.from_pretrained", """\
   ddpm export digits-3f2a DIR                         the newest EMA weights
   ddpm export digits-3f2a DIR --weights raw --step 1000
-""", _export),
+""", (
+        RUN, _take("directory", metavar="DIR", help="the folder to write; it must not exist yet"),
+        _take("--weights", choices=("ema", "raw"), default="ema", help="default: ema"),
+        _take("--step", type=int, help="default: the newest checkpoint"), *CLUSTER_ONLY,
+    )),
     Command("compare", do.compare, "a report over several runs", """\
   ddpm compare digits-3f2a digits-91bc
   ddpm compare cifar10 --metric nll                   all runs whose names begin so, ranked by their bound
-""", _compare),
+""", (
+        _take_words("RUN", "a run directory, or how the names of one or several begin", completion.list_runs),
+        _take("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."), CLUSTER,
+    )),
     Command("sync", do.sync, "deliver to the tracking server what it has not got", """\
   ddpm sync digits-3f2a cluster.tracking_uri=http://HOST:5000
-""", _sync),
+""", (RUN, *CLUSTER_ONLY)),
     Command("push", do.push, "finished shards, checkpoints, samples and scores to an object store", """\
   ddpm push digits-3f2a s3://BUCKET/runs
   ddpm push data/digits-77aa s3://BUCKET/runs         the shards alone
-""", _push),
+""", (
+        _take("run", metavar="RUN", help="a run, or data/NAME: shards alone", complete=completion.list_runs),
+        _take("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there"), *CLUSTER_ONLY,
+    )),
     Command("pull", do.pull, "what was pushed, into the storage root", """\
   ddpm pull s3://BUCKET/runs/digits-3f2a
-""", _pull),
+""", (
+        _take("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named"), *CLUSTER_ONLY,
+    )),
     Command("ui", do.ui, "open the MLflow UI on this project's store", """\
   ddpm ui --port 5001
   ddpm ui cluster.storage=/data/runs
-""", _ui),
+""", (_take("--port", type=int, default=5000, help="default: 5000"), *CLUSTER_ONLY)),
     Command("submit", do.submit,
         "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER", """\
   ddpm submit -- run cifar10 --cluster compose
   ddpm submit --follow --id first -- sweep digits_beta_dropout --cluster kuberay
 
 Code and configurations travel, data never. `ddpm jobs` shows what became of it.
-""", _submit),
+""", (
+        _take_words("-- COMMAND", "run, sweep, train, ... as always"),
+        _take("--follow", action="store_true", help="write the job's log, and end as it ends"),
+        _take("--id", default="", metavar="NAME", help="default: the command and the time"), ADDRESS,
+    )),
     Command("jobs", do.jobs, "a cluster's jobs: list them; a log; one's status; stop one", """\
   ddpm jobs
   ddpm jobs logs run-cifar10-20260131-235959 --follow
   ddpm jobs stop run-cifar10-20260131-235959
-""", _jobs),
+""", (
+        _take_words("list | logs ID | status ID | stop ID", "default: list"),
+        _take("--follow", action="store_true", help="with logs: until the job ends, and as it ends"), ADDRESS,
+    )),
     Command("doctor", do.doctor, "what this machine has, and what to do about what is missing", """\
   ddpm doctor
   ddpm doctor cluster.tracking_uri=http://HOST:5000   whether that server answers, too
-""", _cluster_only),
+""", CLUSTER_ONLY),
 )  # fmt: skip
 
 
-def declare() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+def declare_commands() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """Make the parser of the program, and those of its commands by name."""
     program = ArgumentParser(
         prog="ddpm",
@@ -304,7 +253,8 @@ def declare() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
             allow_abbrev=False,
         )
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.declare(parser)
+        for take in command.takes:
+            take(parser)
     return program, parsers.choices
 
 
@@ -314,7 +264,7 @@ def parse(arguments: list[str]) -> Namespace:
     `command` is the Command. What follows `submit --` is a command line of its own: `job`, and what it means,
     `job_options`.
     """
-    program, parsers = declare()
+    program, parsers = declare_commands()
     if "_ARGCOMPLETE" in os.environ:
         completion.complete(program)
     if arguments == ["--version"]:
