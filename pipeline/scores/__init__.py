@@ -1,5 +1,6 @@
 """Features and scores: the only room that imports torch_fidelity.
 
-`extractors` turns images into features, `classifier` and `projection` are the extractors of our own, `scores`
-turns features into FID and IS, `baselines` makes the images that scores are compared with.
+`metrics` is the registry of scores, `ranking` the order of runs by one of them. `extractors` turns images into
+features (`inception`, `classifier` and `projection` are its networks), `image_sets` keeps these in files, `distances`
+turns them into FID, IS, KID, precision and recall. `reference` and `baselines` are what samples are compared with.
 """

@@ -13,9 +13,13 @@ FIRM = "\u00a0"  # a space that does not break the line
 
 @dataclass(frozen=True)
 class Metric:
-    """One score. `family` is the entry of evaluate.metrics that gives it, None where none does; `interval` is the
-    score that holds its standard deviation; `protocol` names what must be equal for two values to be compared,
-    beside the data; `detail`: shown where it is asked for, not in every table; `bound`: the value is an upper bound."""
+    """One score.
+
+    family: the entry of evaluate.metrics that gives it; None where none does.
+    interval: the score that holds its standard deviation; None where it has none.
+    bound: the value is an upper bound. detail: it is shown where it is asked for, not in every table.
+    protocol: what must be equal for two values to be compared, beside the data.
+    """
 
     name: str
     family: str | None
@@ -30,7 +34,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The heading with the unit, for a column."""
+        """Return the heading with the unit, for a column."""
         return f"{self.heading}, {self.unit}" if self.unit else self.heading
 
     @property
@@ -38,14 +42,14 @@ class Metric:
         return "highest" if self.larger_is_better else "lowest"
 
     def format(self, value: float | None, spread: float | None = None) -> str:
-        """The value as the paper prints it, without its unit; a dash for None."""
+        """Write the value as the paper prints it, without its unit; a dash for None."""
         if value is None:
             return "–"
         error = "" if spread is None else f"{FIRM}±{FIRM}{spread:,.{self.digits}f}"
         return f"{f'≤{FIRM}' if self.bound else ''}{value:,.{self.digits}f}{error}"
 
     def format_from(self, scores: Mapping[str, float]) -> str:
-        """The same of a mapping of scores, with its interval where there is one."""
+        """Write its value among these scores, with its interval where there is one."""
         return self.format(scores.get(self.name), scores.get(self.interval or ""))
 
 
@@ -79,11 +83,11 @@ FAMILIES = tuple(dict.fromkeys(metric.family for metric in METRICS.values() if m
 
 
 def format_headline(scores: Mapping[str, float]) -> str:
-    """'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752', of those that there are."""
+    """Write 'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752', of those that there are."""
     return ", ".join(f"{m.heading}{FIRM}{m.format_from(scores)}" for m in HEADLINE if m.name in scores)
 
 
 def find_metric(word: str) -> Metric | None:
-    """The metric of that name, or the first one of that family; None where there is neither."""
+    """Find the metric of that name, or the first one of that family; None where there is neither."""
     family = (metric for metric in METRICS.values() if metric.family == word)
     return METRICS.get(word) or next(family, None)

@@ -9,12 +9,13 @@ from statistics import mean, stdev
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.config import Experiment, to_dict
+from pipeline.config.checks import Tree
 from pipeline.scores.metrics import Metric
 
 
 class Rankable(Protocol):
-    """A run or a trial. `swept` are the values that tell it from the others, and those that differ in nothing but
-    the seed are one point; `data` names its images, `protocol` says how its scores came about."""
+    """A run or a trial. `swept`: the values that tell it from the others; runs that differ in nothing but the seed are
+    one point. `data` names its images, `protocol` says how its scores came about."""
 
     @property
     def label(self) -> str: ...
@@ -47,7 +48,7 @@ class Position:
 class Group(Generic[R]):
     """Runs whose score of one metric came about alike, the best point first. `protocol` is what they share."""
 
-    protocol: dict[str, Any]
+    protocol: Tree
     ranked: Sequence[tuple[R, Position]]
 
     @property
@@ -60,7 +61,7 @@ class Group(Generic[R]):
 
 
 def rank_runs(runs: Sequence[R], metric: Metric) -> list[Group[R]]:
-    """Groups of equal protocol, the largest first. A run without the score is in none: numbers of different
+    """Group runs of equal protocol, the largest group first. A run without the score is in none: numbers of different
     protocols have no common order."""
     alike: dict[tuple[str, ...], list[R]] = {}
     for run in runs:
@@ -88,13 +89,13 @@ def _rank_alike(runs: Sequence[R], metric: Metric) -> Group[R]:
 
 
 def _name_point(seeds: Sequence[Rankable]) -> str:
-    """The label of one run; of several seeds, the values that they share."""
+    """Return the label of one run; of several seeds, the values that they share."""
     shared = {key: value for key, value in seeds[0].swept.items() if key != "seed"}
     return seeds[0].label if len(seeds) == 1 else name_values(shared) or ", ".join(run.label for run in seeds)
 
 
 def name_values(swept: Mapping[str, Any]) -> str:
-    """'cosine dropout=0.1': a word says what it is, a number does not."""
+    """Write 'cosine dropout=0.1': a word says what it is, a number does not."""
     return " ".join(
         value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
         for key, value in swept.items()
@@ -102,7 +103,7 @@ def name_values(swept: Mapping[str, Any]) -> str:
 
 
 def format_winner(groups: Sequence[Group[R]], metric: Metric) -> str:
-    """Who is the best, in a sentence without its full stop; or why there is none."""
+    """Say who is the best, in a sentence without its full stop; or why nobody is."""
     if not groups:
         return f"No run has a score of {metric.heading} yet"
     if len(groups) > 1:
@@ -116,8 +117,8 @@ def format_winner(groups: Sequence[Group[R]], metric: Metric) -> str:
     return f"{names} {verb} the {metric.best} {metric.heading} of {len(positions)}: {value}{over}"
 
 
-def describe_objective(experiment: Experiment) -> dict[str, Any]:
-    """What makes training losses comparable, beside the data; the variance only where the loss depends on it."""
+def describe_objective(experiment: Experiment) -> Tree:
+    """Return what makes training losses comparable, beside the data; the variance where the loss depends on it."""
     diffusion = to_dict(experiment.diffusion)
     if experiment.diffusion.loss == "simple" and experiment.diffusion.variance.startswith("fixed"):
         diffusion.pop("variance")
