@@ -23,29 +23,7 @@ BASELINE_UNIT = 500  # images
 Shape = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A tar of images [start, start + count) of a split, each of that shape."""
-
-    folder: Path
-    split: str
-    name: str
-    start: int
-    count: int
-    sha256: str
-    shape: Shape
-
-
-def list_shards(folder: Path, split: str, n: int | None = None) -> list[Shard]:
-    """List the tars that hold the first n images of a split (None: all). Raises PipelineError where it has fewer."""
-    index = tars.open_index(folder)
-    return [
-        Shard(folder, split, tar.name, tar.start, tar.stop - tar.start, tar.sha256, index.shape)
-        for tar in index.shards(split, n)
-    ]
-
-
-def hash_shards(shards: list[Shard]) -> str:
+def hash_shards(shards: list[tars.Shard]) -> str:
     """Return a hash of the images in these tars."""
     return hash_of([shard.sha256 for shard in shards])
 
@@ -82,14 +60,18 @@ class ImageSet:
         return score(self.parts(), self.n)
 
 
-def shard_set(extractor: Extractor, shards: list[Shard], folder: Path, n: int | None = None) -> ImageSet:
-    """Return the first n images (None: all) of these tars; features are kept in `folder`."""
-    units = {}
+def shard_set(
+    extractor: Extractor, shards: list[tars.Shard], shape: Shape, folder: Path, n: int | None = None
+) -> ImageSet:
+    """Return the first n images (None: all) of these tars, each of that shape; features are kept in `folder`."""
+    units, count = {}, 0
     for shard in shards:
         file = folder / extractor.name / f"{shard.sha256[:16]}.npz"
-        args, name = (extractor, shard, file), f"features of {shard.name}"
-        units[file] = Unit(Kind.FEATURES, extract_shard, args, name, shard.count, needs_gpu=True)
-    return ImageSet(sum(shard.count for shard in shards) if n is None else n, units)
+        args, images = (extractor, shard, shape, file), shard.stop - shard.start
+        name = f"features of {shard.name}"
+        units[file] = Unit(Kind.FEATURES, extract_shard, args, name, images, needs_gpu=True)
+        count += images
+    return ImageSet(count if n is None else n, units)
 
 
 def baseline_set(extractor: Extractor, n: int, shape: Shape, folder: Path, pixels: Path | None) -> ImageSet:
@@ -106,29 +88,30 @@ def baseline_set(extractor: Extractor, n: int, shape: Shape, folder: Path, pixel
 # Work units
 
 
-def extract_shard(ctx: WorkerContext, extractor: Extractor, shard: Shard, file: Path) -> None:
+def extract_shard(
+    ctx: WorkerContext, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path
+) -> None:
     """Write the features of one tar."""
-    features, logits = extract(extractor, read_images(shard), ctx.device)
+    features, logits = extract(extractor, read_images(shard, shape), ctx.device)
     write_unit(file, features=features, logits=logits)
 
 
-def read_images(shard: Shard) -> np.ndarray:
-    """Read uint8 (count, C, H, W). Raises PipelineError where the tar is another, or its images are.
+def read_images(shard: tars.Shard, shape: Shape) -> np.ndarray:
+    """Read uint8 (n, C, H, W). Raises PipelineError where the tar is another, or its images are.
 
     It asks no manifest, since samples are looked at before all of them are drawn.
     """
-    path = shard.folder / shard.name
-    remedy = "delete it and run the stage that wrote it"
-    if not path.exists() or sha256_of(path) != shard.sha256:
-        raise PipelineError(f"{path} is missing or does not match its sha256; {remedy}")
+    if not shard.path.exists() or sha256_of(shard.path) != shard.sha256:
+        raise PipelineError(f"{shard.path} is missing or does not match its sha256; {tars.REMEDY}")
     try:
-        images = [tars.decode_png(record.png) for record in tars.read_shard(path, shard.count)]
+        records = tars.read_shard(shard.path, shard.stop - shard.start)
+        images = [tars.decode_png(record.png) for record in records]
     except (ValueError, OSError) as error:
-        raise PipelineError(f"{path} cannot be scored ({error}); {remedy}") from error
-    others = sorted({image.shape for image in images} - {shard.shape})
+        raise PipelineError(f"{shard.path} cannot be scored ({error}); {tars.REMEDY}") from error
+    others = sorted({image.shape for image in images} - {shape})
     if others:
         raise PipelineError(
-            f"{path} holds images of shape (C, H, W) = {others[0]} where {shard.shape} is scored; {remedy}"
+            f"{shard.path} holds images of shape (C, H, W) = {others[0]} where {shape} is scored; {tars.REMEDY}"
         )
     return np.stack(images)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
-from pipeline.scores.image_sets import hash_shards, list_shards
+from pipeline.scores.image_sets import hash_shards
 from pipeline.store import tars
 from pipeline.store.files import atomic_file, read_json, sha256_of, write_arrays, write_json
 from pipeline.store.run import Place
@@ -59,12 +59,12 @@ def gaussian_file(place: Place) -> Path | None:
     """Return where the Gaussian is kept; None for images that are too large for one."""
     if prod(place.experiment.data.shape) > LARGEST_GAUSSIAN:
         return None
-    return place.references / f"gaussian-{hash_shards(list_shards(place.data, 'train'))}.npz"
+    return place.references / f"gaussian-{hash_shards(tars.open_index(place.data).shards('train'))}.npz"
 
 
 def fit_gaussian(ctx: WorkerContext, place: Place, file: Path) -> None:
     """Do the work unit: mean and covariance of the training pixels."""
-    shards = list_shards(place.data, "train")
-    parts = (tars.iterate_shard_images(place.data, "train", shard.name)[0] for shard in shards)
+    shards = tars.open_index(place.data).shards("train")
+    parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)
     mean, factor = baselines.pixel_gaussian(parts)
     write_arrays(file, mean=mean, factor=factor)

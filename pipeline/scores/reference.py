@@ -9,9 +9,10 @@ from pipeline.config import SPLITS
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics
 from pipeline.scores.extractors import Extractor
-from pipeline.scores.image_sets import ImageSet, hash_shards, list_shards
+from pipeline.scores.image_sets import ImageSet, hash_shards
 from pipeline.store.files import read_arrays, sha256_of, write_arrays
 from pipeline.store.run import Place
+from pipeline.store.tars import open_index
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Reference:
         if reference not in SPLITS:
             return Reference(Path(reference), None)
         file = place.references / f"{extractor.name}-{reference}.npz"
-        return Reference(file, hash_shards(list_shards(place.data, reference)))
+        return Reference(file, hash_shards(open_index(place.data).shards(reference)))
 
     def load(self) -> Statistics | None:
         """Load what is on disk, if it is of these images. Raises PipelineError where a user's file is none."""

@@ -148,7 +148,7 @@ class Study:
             try:
                 if place.data not in made:
                     stages.execute_within(executor, self.interrupt.requested, self.cluster, place, "shard")
-                evaluate.check(experiment, place)
+                evaluate.STAGE.check(place)
                 if features not in made and evaluate.needs_samples(experiment):
                     units = missing_preparations(place)
                     if units:

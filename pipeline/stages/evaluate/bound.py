@@ -15,7 +15,7 @@ from ddpm.rng import Stream, normal
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
-from pipeline.scores.image_sets import hash_shards, list_shards
+from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.results import Bound, Scores
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_json, read_unit, write_unit
@@ -88,7 +88,7 @@ def units(
     of which some are enough to look at one."""
     experiment, config = place.experiment, place.experiment.evaluate
     denoiser = denoiser or CheckpointDenoiser(place)
-    test = hash_shards(list_shards(place.data, "test"))
+    test = hash_shards(tars.open_index(place.data).shards("test"))
     variance = choose_variance(experiment)
     key = hash_of([place.run_key, denoiser.identity, test, config.decoder, variance, timesteps])
     passes = experiment.diffusion.timesteps if timesteps is None else len(timesteps)

@@ -8,7 +8,7 @@ from pipeline.compute.work import Unit
 from pipeline.config import SPLITS, EvaluateConfig
 from pipeline.scores import distances
 from pipeline.scores.extractors import Extractor
-from pipeline.scores.image_sets import ImageSet, Shard, baseline_set, list_shards, shard_set
+from pipeline.scores.image_sets import ImageSet, baseline_set, shard_set
 from pipeline.scores.preparations import gaussian_file
 from pipeline.scores.reference import Reference
 from pipeline.scores.results import Results, ScoreProtocol, Scores
@@ -42,29 +42,29 @@ def compares_images(config: EvaluateConfig) -> bool:
     return bool({"kid", "prc"} & set(config.metrics))
 
 
-def collect_sets(place: Place, extractor: Extractor, samples: list[Shard]) -> ImageSets:
+def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) -> ImageSets:
     """Collect the samples; the splits they are compared with; and as points the other split, a Gaussian, noise."""
     config, n, shape = (
         place.experiment.evaluate,
         place.experiment.sample.num_images,
         place.experiment.data.shape,
     )
-    folder = place.reference_features
+    folder, index = place.reference_features, tars.open_index(place.data)
 
     def split_set(split: str, at_most: int | None = None) -> ImageSet:
-        return shard_set(extractor, list_shards(place.data, split, at_most), folder, at_most)
+        return shard_set(extractor, index.shards(split, at_most), shape, folder, at_most)
 
     splits = {
         split for split in list_references(config).values() if Reference.of(place, extractor, split).load() is None
     } | ({config.reference} if compares_images(config) else set())  # fmt: skip
-    points, index = {}, tars.open_index(place.data)
+    points = {}
     other = "train" if config.reference == "test" else "test"
     if other in index.splits:
         points[other] = split_set(other, min(n, index.count(other)))
     if pixels := gaussian_file(place):
         points["gaussian"] = baseline_set(extractor, n, shape, folder, pixels)
     points["noise"] = baseline_set(extractor, n, shape, folder, None)
-    own = shard_set(extractor, samples, place.score_units, n)
+    own = shard_set(extractor, samples, shape, place.score_units, n)
     return ImageSets(own, {split: split_set(split) for split in SPLITS if split in splits}, points)
 
 

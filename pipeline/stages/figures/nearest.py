@@ -9,7 +9,7 @@ import torch
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.drawing.grids import save_grid
 from pipeline.scores.extractors import Extractor
-from pipeline.scores.image_sets import Shard, hash_shards, list_shards, shard_set
+from pipeline.scores.image_sets import hash_shards, shard_set
 from pipeline.stages.figures.curves import find_scoring_extractor
 from pipeline.stages.figures.figure import Figure, Unavailable, count_rows, unit_folder
 from pipeline.store import tars
@@ -34,11 +34,11 @@ def nearest_features(place: Place) -> Figure:
 
 
 def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) -> Figure:
-    n, shards = count_rows(place.experiment), list_shards(place.data, "train")
+    n, shards = count_rows(place.experiment), tars.open_index(place.data).shards("train")
     galleries: list[Path | None] = [None] * len(shards)
     query = None
     if extractor:
-        known = shard_set(extractor, shards, place.reference_features)
+        known = shard_set(extractor, shards, place.experiment.data.shape, place.reference_features)
         galleries, query = [*known.units], read_sample_features(extractor, place, n)
         if known.missing():
             raise Unavailable(
@@ -49,23 +49,27 @@ def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) ->
     for shard, gallery in zip(shards, galleries, strict=True):
         file = folder / f"{shard.name.removesuffix('.tar')}.npz"
         args = (place.samples, n, query, shard, gallery, file)
-        units[file] = Unit(Kind.FIGURE, search, args, f"{name} in {shard.name}", shard.count, needs_gpu=True)
+        units[file] = Unit(
+            Kind.FIGURE, search, args, f"{name} in {shard.name}", shard.stop - shard.start, needs_gpu=True
+        )
     return Figure(f"{name}.png", caption, units, partial(_draw, place.samples, n))
 
 
 def read_sample_features(extractor: Extractor, place: Place, n: int) -> np.ndarray:
     """Read (n, d) float32 of the first samples. Raises Unavailable where the evaluation left none."""
-    images = shard_set(extractor, list_shards(place.samples, "samples", n), place.score_units, n)
+    shards = tars.open_index(place.samples).shards("samples", n)
+    images = shard_set(extractor, shards, place.experiment.data.shape, place.score_units, n)
     if images.missing():
         raise Unavailable("it needs the features of the samples, which `ddpm evaluate` makes")
     return images.features()
 
 
 def search(
-    ctx: WorkerContext, samples: Path, n: int, query: np.ndarray | None, shard: Shard, gallery: Path | None, file: Path
+    ctx: WorkerContext, samples: Path, n: int, query: np.ndarray | None, shard: tars.Shard, gallery: Path | None,
+    file: Path,
 ) -> None:  # fmt: skip
     """Do the work unit: of one tar, the images nearest to each of n samples, by pixels unless features are given."""
-    images, _ = tars.iterate_shard_images(shard.folder, shard.split, shard.name)
+    images, _ = tars.load_images(shard.folder, shard.split, shard.start, shard.stop)
     if gallery is None or query is None:
         query = tars.load_images(samples, "samples", 0, n)[0].reshape(n, -1)
         candidates = images.reshape(len(images), -1)

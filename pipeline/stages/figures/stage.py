@@ -14,6 +14,7 @@ from pipeline.compute.work import Unit
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.stages.figures.figure import Figure, Unavailable
+from pipeline.stages.stage import Stage
 from pipeline.store import tars
 from pipeline.store.files import read_manifest, write_manifest
 from pipeline.store.run import Place
@@ -27,36 +28,41 @@ FIGURES = (
 SAMPLES_SIDE = 16
 
 
-def directory(experiment: Experiment, run: Place) -> Path:
-    return run.of(experiment).figures
+class FiguresStage(Stage):
+    """Draws the paper's figures of the chosen checkpoint."""
+
+    name = "figures"
+    chosen = True
+
+    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+        return ("shard", "train", "sample")
+
+    def is_done(self, place: Place) -> bool:
+        """Tell whether the figures are sealed, and those that were left out have nothing more to wait for."""
+        try:
+            manifest = read_manifest(place.figures, check="size")
+        except PipelineError as error:
+            log.warning("%s; its figures are drawn again", error)
+            return False
+        return manifest is not None and (place.scores_manifest.exists() or not manifest["skipped"])
+
+    def work(self, place: Place) -> Iterator[list[Unit]]:
+        """Yield the units whose results are missing, then draw the pictures and seal the folder."""
+        if place.figures_manifest.exists():  # sealed, but not what was sealed, or not all: is_done said so
+            for file in (place.figures_manifest, *place.figures.glob("*.png"), *place.figures.glob("*.svg")):
+                file.unlink(missing_ok=True)
+        figures, skipped = plan_figures(place)
+        units = {file: unit for figure in figures for file, unit in figure.units.items()}
+        yield [unit for file, unit in units.items() if not file.exists()]
+        for figure in figures:
+            if not (place.figures / figure.file).exists():
+                figure.draw(list(figure.units), place.figures / figure.file)
+        order = [figure.file for figure in figures]
+        captions = {figure.file: figure.caption for figure in figures}
+        write_manifest(place.figures, order, order=order, captions=captions, skipped=skipped)
 
 
-def is_done(experiment: Experiment, run: Place) -> bool:
-    """Whether the figures are sealed, and those that were left out have nothing more to wait for."""
-    place = run.of(experiment)
-    try:
-        manifest = read_manifest(place.figures, check="size")
-    except PipelineError as error:
-        log.warning("%s; its figures are drawn again", error)
-        return False
-    return manifest is not None and (place.scores_manifest.exists() or not manifest["skipped"])
-
-
-def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
-    """Yield the units whose results are missing, then draw the pictures and seal the folder."""
-    place = run.of(experiment)
-    if place.figures_manifest.exists():  # sealed, but not what was sealed, or not all: is_done said so
-        for file in (place.figures_manifest, *place.figures.glob("*.png"), *place.figures.glob("*.svg")):
-            file.unlink(missing_ok=True)
-    figures, skipped = plan_figures(place)
-    units = {file: unit for figure in figures for file, unit in figure.units.items()}
-    yield [unit for file, unit in units.items() if not file.exists()]
-    for figure in figures:
-        if not (place.figures / figure.file).exists():
-            figure.draw(list(figure.units), place.figures / figure.file)
-    order = [figure.file for figure in figures]
-    captions = {figure.file: figure.caption for figure in figures}
-    write_manifest(place.figures, order, order=order, captions=captions, skipped=skipped)
+STAGE = FiguresStage()
 
 
 def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:

@@ -18,7 +18,7 @@ from pipeline.engine.find import locate_run
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
-from pipeline.scores.image_sets import list_shards, shard_set
+from pipeline.scores.image_sets import shard_set
 from pipeline.scores.preparations import missing_preparations
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
@@ -169,7 +169,9 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     extractor = find_extractor(run.of(experiment))
     features, found = {}, {}
     for split in ("test", "train"):
-        images = shard_set(extractor, list_shards(run.data, split), run.reference_features)
+        images = shard_set(
+            extractor, tars.open_index(run.data).shards(split), (3, 32, 32), run.reference_features
+        )
         one_cpu().map_units(images.missing(), lambda unit: None)
         features[split], found[split] = images.features(), images.score().moments.statistics()
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)

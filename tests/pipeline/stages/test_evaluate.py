@@ -17,7 +17,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
-from pipeline.scores.image_sets import list_shards, shard_set
+from pipeline.scores.image_sets import shard_set
 from pipeline.stages import evaluate, sample
 from pipeline.stages.evaluate.protocol import explain_differences
 from pipeline.stages.evaluate.stage import list_samples
@@ -95,11 +95,11 @@ def test_all_scores_are_torch_fidelitys_on_the_merged_feature_files(sampled, fea
     extractor = find_extractor(run.of(experiment))
     folder = run.data / "references" / "features"
     drawn, train, test = (
-        shard_set(extractor, shards, place)
+        shard_set(extractor, shards, (1, 8, 8), place)
         for shards, place in (
             (list_samples(run.of(experiment)), run.score_units),
-            (list_shards(run.data, "train"), folder),
-            (list_shards(run.data, "test"), folder),
+            (tars.open_index(run.data).shards("train"), folder),
+            (tars.open_index(run.data).shards("test"), folder),
         )
     )
     own, real = merged(drawn), merged(train)
@@ -213,11 +213,11 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
     experiment = scoring(experiment, metrics=("fid",), features=features)
     with_weights(experiment, run)
     shutil.rmtree(run.data / "classifier", ignore_errors=True)
-    after, ran = evaluate.follow_samples(experiment, run), []
+    after, ran = evaluate.STAGE.follow(run.of(experiment)), []
 
     def done(unit):
         ran.append(unit.name)
-        return after(unit)
+        return after(unit) if after else None
 
     for units in sample.STAGE.work(run.of(experiment)):
         one_cpu().map_units(units, done)
@@ -225,14 +225,7 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
     assert ran == ["samples 0-5", "samples 6-11"] + (made if features == "projection" else [])
     left = run_stage(evaluate, experiment, run)
     assert ("features of 00000.tar" in left) == (features == "classifier")
-    assert not evaluate.follow_samples(scoring(experiment, metrics=("nll",)), run)(
-        sample_units(experiment, run)[0]
-    )
-
-
-def sample_units(experiment, run):
-    shutil.rmtree(run.of(experiment).samples)
-    return next(sample.STAGE.work(run.of(experiment)))
+    assert evaluate.STAGE.follow(run.of(scoring(experiment, metrics=("nll",)))) is None
 
 
 def test_the_size_of_sampling_units_hardly_shows(tiny_run):

@@ -253,7 +253,7 @@ def test_statistics_of_anything_else_are_refused_in_a_line(projected, tmp_path, 
     experiment, run = projected
     experiment = scoring(experiment, reference=statistics(tmp_path / "their.npz", **changed))
     with pytest.raises(PipelineError, match=message) as refused:
-        evaluate.check(experiment, run)  # before anything is trained
+        evaluate.STAGE.check(run.of(experiment))  # before anything is trained
     assert "\n" not in str(refused.value) and "their.npz" in str(refused.value)
 
 
@@ -280,4 +280,4 @@ def test_without_a_test_split_fid_test_is_refused_before_training(tiny_run):
     run = dataclasses.replace(run, data_key="train-only")
     tars.write_index(run.data, {"train": []}, image_size=8, channels=1)
     with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):
-        evaluate.check(scoring(experiment, metrics=("fid_test",)), run)
+        evaluate.STAGE.check(run.of(scoring(experiment, metrics=("fid_test",))))

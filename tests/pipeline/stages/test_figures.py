@@ -22,7 +22,6 @@ from pipeline.drawing import charts
 from pipeline.engine.find import locate_run
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores.distances import Moments, frechet_distance
-from pipeline.scores.image_sets import list_shards
 from pipeline.scores.reference import Reference
 from pipeline.stages import evaluate, figures, sample, shard
 from pipeline.stages.figures import chains, curves, nearest
@@ -244,11 +243,11 @@ def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
     if space == "features":
         vectors = vectors @ np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
     files = []
-    for tar in list_shards(run.data, "train"):
+    for tar in tars.open_index(run.data).shards("train"):
         query, gallery = None, None
         if space == "features":
             query, gallery = vectors[chosen], tmp_path / f"{tar.name}-features.npz"
-            write_arrays(gallery, features=vectors[tar.start : tar.start + tar.count])
+            write_arrays(gallery, features=vectors[tar.start : tar.stop])
         files.append(tmp_path / f"{tar.name}.npz")
         nearest.search(one_cpu().context, tmp_path, 3, query, tar, gallery, files[-1])
     found = nearest.merge_nearest(files)
