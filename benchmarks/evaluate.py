@@ -39,8 +39,8 @@ def _fid(settings: Settings, folder: Path) -> list[Row]:
     images = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
     net = extractors.load_network(extractor, settings.device)
 
-    def ours() -> scores.Scored:
-        return scores.score([extractors.extract(extractor, images, settings.device)], count)
+    def ours() -> scores.FeatureSums:
+        return scores.sum_features([extractors.extract(extractor, images, settings.device)], count)
 
     @torch.no_grad()
     def bare() -> None:

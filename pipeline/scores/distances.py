@@ -112,9 +112,9 @@ class ProbabilitySums:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What n images score. Where there are classes: `sums` over splits in the images' order, `shuffled` over
-    torch-fidelity's, and `classes` (n,) int16, that of each image's largest logit."""
+class FeatureSums:
+    """What the features of n images add up to. Where there are classes: `sums` over splits in the images' order,
+    `shuffled` over torch-fidelity's, and `classes` (n,) int16, that of each image's largest logit."""
 
     moments: Moments
     sums: ProbabilitySums | None = None
@@ -122,7 +122,7 @@ class Scored:
     classes: np.ndarray | None = None
 
 
-def score(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Scored:
+def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> FeatureSums:
     """Sum up the features (m, d) and logits (m, classes) of n images, which come in order, in parts of any size.
 
     Raises PipelineError where they are not exactly n.
@@ -145,7 +145,7 @@ def score(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Scored:
             classes.append(logits.argmax(axis=1).astype(np.int16))
     if moments is None or start != n:
         raise PipelineError(f"{start} images are there where {n} are to be scored; a short set has no score")
-    return Scored(moments, sums[0], sums[1], np.concatenate(classes)) if sums else Scored(moments)
+    return FeatureSums(moments, sums[0], sums[1], np.concatenate(classes)) if sums else FeatureSums(moments)
 
 
 # KID, precision and recall, from all features at once

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.errors import PipelineError
 from pipeline.scores.baselines import gaussian_images, noise_images
-from pipeline.scores.distances import Scored, score
+from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract
 from pipeline.store import tars
 from pipeline.store.files import read_arrays, read_unit, sha256_of, write_unit
@@ -56,8 +56,8 @@ class ImageSet:
             )
         return features
 
-    def score(self) -> Scored:
-        return score(self.parts(), self.n)
+    def sum_features(self) -> FeatureSums:
+        return sum_features(self.parts(), self.n)
 
 
 def shard_set(

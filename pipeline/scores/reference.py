@@ -42,7 +42,7 @@ class Reference:
 
     def make(self, images: ImageSet) -> Statistics:
         """Sum up the features of the whole split, and keep the result."""
-        found = images.score().moments.statistics()
+        found = images.sum_features().moments.statistics()
         kept = {"n": np.array(found.n), "content": np.array(self.content)}
         write_arrays(self.file, mu=found.mu, sigma=found.sigma, **kept)
         return found

@@ -76,12 +76,12 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSe
         reference = Reference.of(place, extractor, name)
         statistics[score] = reference.load() or reference.make(sets.splits[name])
     real = sets.splits[config.reference].features() if compares_images(config) else None
-    scored = sets.samples.score()
+    scored = sets.samples.sum_features()
     found["protocol"] |= _describe(config, extractor, scored, statistics, real)
     found["scores"] |= _compare(sets.samples, scored, statistics, real, config.metrics)
     statistics.pop("fid_test", None)  # reference points are compared with the reference alone
     found["reference_points"] = {
-        name: {**_compare(images, images.score(), statistics, real, config.metrics), "n": images.n}
+        name: {**_compare(images, images.sum_features(), statistics, real, config.metrics), "n": images.n}
         for name, images in sets.points.items()
     }
     if config.features == "classifier" and scored.classes is not None:
@@ -93,7 +93,7 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSe
 
 
 def _compare(
-    images: ImageSet, scored: distances.Scored, statistics: dict[str, distances.Statistics],
+    images: ImageSet, scored: distances.FeatureSums, statistics: dict[str, distances.Statistics],
     real: np.ndarray | None, asked: tuple[str, ...],
 ) -> Scores:  # fmt: skip
     """Compute the scores of a set: against `statistics`, by the name of the score, and real features (n, d)."""
@@ -114,7 +114,7 @@ def _compare(
 
 
 def _describe(
-    config: EvaluateConfig, extractor: Extractor, scored: distances.Scored,
+    config: EvaluateConfig, extractor: Extractor, scored: distances.FeatureSums,
     statistics: dict[str, distances.Statistics], real: np.ndarray | None,
 ) -> ScoreProtocol:  # fmt: skip
     found: ScoreProtocol = {

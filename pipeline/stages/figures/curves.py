@@ -7,7 +7,7 @@ from ddpm.images import to_uint8
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.drawing import charts
 from pipeline.errors import PipelineError
-from pipeline.scores.distances import frechet_distance, score
+from pipeline.scores.distances import frechet_distance, sum_features
 from pipeline.scores.extractors import Extractor, extract, find_extractor
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.reference import Reference
@@ -90,7 +90,7 @@ def score_stages(files: list[Path], n: int, reference: Reference) -> list[Scores
     statistics, loaded = reference.load(), [read_arrays(file) for file in files]
     assert statistics is not None
     for stage in range(len(loaded[0]["features"])):
-        scored = score(((part["features"][stage], part["logits"][stage]) for part in loaded), n)
+        scored = sum_features(((part["features"][stage], part["logits"][stage]) for part in loaded), n)
         scores = {"fid": frechet_distance(scored.moments.statistics(), statistics)}
         found.append(scores | ({"is_mean": scored.sums.inception_score()[0]} if scored.sums else {}))
     return found

@@ -100,13 +100,13 @@ def their_scores(extractor, images, reference, fid=True):
 def our_score(extractor, images, cuts=()):
     """As the stage does it: features part by part, summed up."""
     parts = (extractors.extract(extractor, part, CPU) for part in np.split(images, cuts))
-    return scores.score(parts, len(images))
+    return scores.sum_features(parts, len(images))
 
 
 def our_scores(parts, reference, with_fid=True):
     """Under torch-fidelity's names, from (features, logits) in parts, and those of the reference."""
     features, real = np.concatenate([part for part, _ in parts]), reference[0]
-    scored = scores.score(parts, len(features))
+    scored = scores.sum_features(parts, len(features))
     found = {}
     if with_fid:
         statistics = scores.Moments.of(real).statistics()
@@ -218,7 +218,7 @@ def test_moments_are_numpys(digits):
 def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
     logits = np.random.default_rng(1).normal(0, 3, (n, 5)).astype(np.float32)
     logits[:, 0] += np.linspace(0, 6, n)
-    found = scores.score([(part, part) for part in np.split(logits, [1, 3, n - 2])], n)
+    found = scores.sum_features([(part, part) for part in np.split(logits, [1, 3, n - 2])], n)
     for sums, shuffle in ((found.sums, False), (found.shuffled, True)):
         theirs = isc_features_to_metric(torch.from_numpy(logits), splits=min(10, n), shuffle=shuffle)
         expected = theirs["inception_score_mean"], theirs["inception_score_std"]
@@ -236,7 +236,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
         parts = (
             tuple(draw.normal(size=(500, d)).astype(np.float32) for d in (64, 10)) for _ in range(n // 500)
         )
-        scores.score(parts, n).sums.inception_score()
+        scores.sum_features(parts, n).sums.inception_score()
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used
@@ -279,7 +279,7 @@ def test_closed_form_of_the_frechet_distance():
 def test_a_set_of_another_size_has_no_score(n):
     features = np.ones((10, 3), np.float32)
     with pytest.raises(PipelineError, match=f"10 images .* {n} "):
-        scores.score([(features[:6], np.empty((6, 0))), (features[6:], np.empty((4, 0)))], n)
+        scores.sum_features([(features[:6], np.empty((6, 0))), (features[6:], np.empty((4, 0)))], n)
 
 
 def test_one_image_has_no_fid():

@@ -173,7 +173,7 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
             extractor, tars.open_index(run.data).shards(split), (3, 32, 32), run.reference_features
         )
         one_cpu().map_units(images.missing(), lambda unit: None)
-        features[split], found[split] = images.features(), images.score().moments.statistics()
+        features[split], found[split] = images.features(), images.sum_features().moments.statistics()
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)
     ours = scores.frechet_distance(found["test"], found["train"])
     theirs = torch_fidelity.calculate_metrics(

@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_stored_images(sampled):
 
     def score(folder, split, n=None):
         images, _ = tars.load_images(folder, split, 0, n)
-        return scores.score([extractors.extract(extractor, images, CPU)], len(images))
+        return scores.sum_features([extractors.extract(extractor, images, CPU)], len(images))
 
     train = score(run.data, "train").moments.statistics()
     drawn, test = score(run.of(experiment).samples, "samples", 12), score(run.data, "test", 12)
