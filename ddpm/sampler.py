@@ -7,16 +7,21 @@ not called at the last step, where z = 0.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial, wraps
 from itertools import islice
+from typing import NamedTuple, ParamSpec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm.config import Sampler, Variance
 from ddpm.diffusion import Diffusion, Network
 from ddpm.rng import Stream, normal
 
 Noise = Callable[[int], Tensor]
+
+
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -28,91 +33,86 @@ class Step:
     x_0: Tensor
 
 
-def ancestral(
+def chain(
     diffusion: Diffusion,
     net: Network,
     x_T: Tensor,
     noise: Noise,
     *,
+    sampler: Sampler = "ancestral",
+    eta: float = 0.0,
     variance: Variance | None = None,
     timesteps: Sequence[int] | Tensor | None = None,
     context: Tensor | None = None,
     clip: bool = True,
 ) -> Iterator[Step]:
-    """Algorithm 2 from x_T (N, C, H, W), over all timesteps or an ascending subset.
+    """Reverse the diffusion from x_T (N, C, H, W), over all timesteps or an ascending subset.
 
-    variance overrides the configured kind; clip as in Diffusion.p_mean_variance. The subset 0..t starts the
-    chain at x_t.
+    sampler is a name in SAMPLERS; eta is DDIM's: 0 is deterministic, 1 is ancestral sampling with fixedsmall;
+    variance overrides the configured kind, of ancestral sampling; clip as in Diffusion.p_mean_variance. The
+    subset 0..t starts the chain at x_t.
     """
-    chain = _chain(diffusion, timesteps, x_T)
-
-    def step(output: Tensor, x_t: Tensor, t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
-        reverse = chain.p_mean_variance(output, x_t, t, clip, variance)
-        if z is None:
-            return reverse.mean, reverse.x_0
-        return reverse.mean + torch.exp(0.5 * reverse.log_variance) * z, reverse.x_0
-
-    return _run(chain, net, x_T, noise, context, step)
-
-
-def ddim(
-    diffusion: Diffusion,
-    net: Network,
-    x_T: Tensor,
-    noise: Noise,
-    *,
-    eta: float = 0.0,
-    timesteps: Sequence[int] | Tensor | None = None,
-    context: Tensor | None = None,
-    clip: bool = True,
-) -> Iterator[Step]:
-    """DDIM (Song, Meng and Ermon 2020, Eqs. 12 and 16) with eps recomputed from the clipped estimate of x_0.
-
-    eta = 0 is deterministic, eta = 1 is ancestral sampling with fixedsmall.
-    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: choose {' or '.join(SAMPLERS)}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    chain = _chain(diffusion, timesteps, x_T)
-
-    def step(output: Tensor, x_t: Tensor, t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
-        x_0 = chain.predict_x0(output, x_t, t, clip)
-        return _ddim_step(chain, x_0, x_t, t, z, eta), x_0
-
-    return _run(chain, net, x_T, noise, context, step)
-
-
-def _ddim_step(chain: Diffusion, x_0: Tensor, x_t: Tensor, t: Tensor, z: Tensor | None, eta: float) -> Tensor:
-    """x_{t-1} by Eq. 12: towards x_0, in the direction of eps, plus sigma z with sigma of Eq. 16."""
-    signal, noise = (chain.at(name, t, x_t) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"))
-    eps = (x_t - signal * x_0) / noise
-    alpha_bar_prev = chain.at("alpha_bar_prev", t, x_t)
-    variance = eta**2 * chain.at("posterior_variance", t, x_t)
-    x = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
-    return x if z is None else x + variance.sqrt() * z
-
-
-def _chain(diffusion: Diffusion, timesteps: Sequence[int] | Tensor | None, x_T: Tensor) -> Diffusion:
     diffusion = diffusion.to(x_T.device)
-    return diffusion if timesteps is None else diffusion.respaced(timesteps)
+    how = _How(diffusion if timesteps is None else diffusion.respaced(timesteps), eta, variance, clip)
+    return _run(how, SAMPLERS[sampler], net, x_T, noise, context)
+
+
+ancestral = partial(chain, sampler="ancestral")
+ddim = partial(chain, sampler="ddim")
+
+
+class _How(NamedTuple):
+    """What one step of a chain goes by."""
+
+    diffusion: Diffusion
+    eta: float
+    variance: Variance | None
+    clip: bool
 
 
 @torch.no_grad()
 def _run(
-    chain: Diffusion,
-    net: Network,
-    x_t: Tensor,
-    noise: Noise,
-    context: Tensor | None,
-    step: Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    how: _How, rule: "Rule", net: Network, x_t: Tensor, noise: Noise, context: Tensor | None
 ) -> Iterator[Step]:
     labels = () if context is None else (context,)
-    timesteps = chain.timesteps.tolist()
-    for i in reversed(range(len(chain))):
+    timesteps = how.diffusion.timesteps.tolist()
+    for i in reversed(range(len(timesteps))):
         z = noise(timesteps[i]) if i > 0 else None
         t = torch.full((len(x_t),), i, device=x_t.device)
         output = net(x_t, torch.full_like(t, timesteps[i]), *labels).to(x_t.dtype)
-        x_t, x_0 = step(output, x_t, t, z)
+        x_t, x_0 = rule(how, output, x_t, t, z)
         yield Step(timesteps[i], x_t, x_0)
+
+
+def _ancestral_step(
+    how: _How, output: Tensor, x_t: Tensor, t: Tensor, z: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return x_{t-1} by Algorithm 2, line 4, and the estimate of x_0 behind it; z is None at the last step."""
+    reverse = how.diffusion.p_mean_variance(output, x_t, t, how.clip, how.variance)
+    if z is None:
+        return reverse.mean, reverse.x_0
+    return reverse.mean + torch.exp(0.5 * reverse.log_variance) * z, reverse.x_0
+
+
+def _ddim_step(how: _How, output: Tensor, x_t: Tensor, t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return x_{t-1} by DDIM (Song, Meng and Ermon 2020, Eqs. 12 and 16), and the estimate of x_0 behind it.
+
+    Towards the clipped x_0, in the direction of the eps that belongs to it, plus sigma z.
+    """
+    x_0 = how.diffusion.predict_x0(output, x_t, t, how.clip)
+    names = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "alpha_bar_prev", "posterior_variance")
+    signal, noise, alpha_bar_prev, variance = (how.diffusion.at(name, t, x_t) for name in names)
+    eps, variance = (x_t - signal * x_0) / noise, how.eta**2 * variance
+    x = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
+    return (x if z is None else x + variance.sqrt() * z), x_0
+
+
+Rule = Callable[[_How, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+SAMPLERS: dict[str, Rule] = {"ancestral": _ancestral_step, "ddim": _ddim_step}
 
 
 def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
@@ -131,16 +131,16 @@ def reverse(
     index: Tensor,
     shape: tuple[int, int, int],
     seed: int,
-    sampler: Sampler = "ancestral",
     steps: int | None = None,
+    sampler: Sampler = "ancestral",
     eta: float = 0.0,
     variance: Variance | None = None,
     context: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Step]:
-    """The chain of images index (N,) int64 of shape (C, H, W): every draw is a function of seed, image and t.
+    """Run the chain of images index (N,) int64 of shape (C, H, W): every draw is a function of seed, image and t.
 
-    steps respaces the chain (None: all timesteps); eta is DDIM's and variance is ancestral sampling's.
+    steps respaces the chain (None: all timesteps); sampler, eta and variance as in `chain`.
     """
     index = index.to(device if device is not None else index.device)
     timesteps = None if steps is None else spaced_timesteps(len(diffusion), steps)
@@ -149,51 +149,30 @@ def reverse(
         return normal(seed, Stream.REVERSE, t, index, shape)
 
     x_T = normal(seed, Stream.X_T, 0, index, shape)
-    if sampler == "ddim":
-        return ddim(diffusion, net, x_T, noise, eta=eta, timesteps=timesteps, context=context)
-    if sampler == "ancestral":
-        return ancestral(diffusion, net, x_T, noise, variance=variance, timesteps=timesteps, context=context)
-    raise ValueError(f"unknown sampler {sampler!r}: choose ancestral or ddim")
-
-
-def sample(
-    diffusion: Diffusion,
-    net: Network,
-    *,
-    index: Tensor,
-    shape: tuple[int, int, int],
-    seed: int,
-    sampler: Sampler = "ancestral",
-    steps: int | None = None,
-    eta: float = 0.0,
-    variance: Variance | None = None,
-    context: Tensor | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Images (N, C, H, W), float32 in [-1, 1]: the end of reverse(), whose arguments these are."""
-    chain = reverse(
-        diffusion, net, index=index, shape=shape, seed=seed, sampler=sampler, steps=steps, eta=eta,
-        variance=variance, context=context, device=device,
+    return chain(
+        diffusion, net, x_T, noise,
+        sampler=sampler, eta=eta, variance=variance, timesteps=timesteps, context=context,
     )  # fmt: skip
-    return _last(chain).clamp(-1, 1)
+
+
+def _images_of(chain: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Tensor]:
+    """Make the function that gives the images at the end of a chain, called as the chain itself is."""
+
+    @wraps(chain, assigned=())
+    def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        """Draw images (N, C, H, W), float32 in [-1, 1]: the end of `reverse`, whose arguments these are."""
+        return _last(chain(*args, **kwargs)).clamp(-1, 1)
+
+    return sample
+
+
+sample = _images_of(reverse)
 
 
 def _last(chain: Iterator[Step], default: Tensor | None = None) -> Tensor:
     """x_t at the end of a chain, keeping no other step."""
     ends = deque((step.x_t for step in chain), maxlen=1)
     return ends.pop() if default is None or ends else default
-
-
-class InBF16(nn.Module):
-    """net(x_t, t, ...) computed in bfloat16 where that is harmless (torch.autocast); its output is float32."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x_t: Tensor, *args: Tensor | None) -> Tensor:
-        with torch.autocast(x_t.device.type, torch.bfloat16):
-            return self.net(x_t, *args).float()
 
 
 def few_steps_warning(

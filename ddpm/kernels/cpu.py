@@ -7,8 +7,6 @@ the other. In float32 too: small products go at half the speed of a 1x1 convolut
 several times the multiplications that they need (ddpm/kernels/winograd.py). Figures: docs/performance.md.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,6 +83,13 @@ def _is_slow(norm: nn.GroupNorm, x: Tensor) -> bool:
     return narrow and (torch.is_grad_enabled() or x.shape[2] * x.shape[3] < WIDE_IMAGE)
 
 
+class _Saved(torch.autograd.function.FunctionCtx):
+    groups: int
+    size: int
+    swish: bool
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class _GroupNorm(torch.autograd.Function):
     """silu(group_norm(x)) or group_norm(x) of a bf16 x: float32 kernels on as many images as the cache holds.
 
@@ -93,7 +98,7 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, swish: bool
+        ctx: _Saved, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, swish: bool
     ) -> Tensor:
         channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
         size = max(1, CACHED // (channels * pixels))
@@ -110,7 +115,7 @@ class _GroupNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, means, rstds = ctx.saved_tensors
         channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
         d_x, d_weight, d_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)

@@ -13,7 +13,7 @@ with respect to w goes the same way backwards.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,18 +75,24 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Ten
     return _Conv3x3.apply(x, weight, bias, basis)
 
 
+class _Saved(torch.autograd.function.FunctionCtx):
+    basis: Basis
+    saved_tensors: tuple[Tensor, Tensor]
+    needs_input_grad: tuple[bool, bool, bool, bool]
+
+
 class _Conv3x3(torch.autograd.Function):
     """Keeps x only: its tiles, several times as large, are made again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Tensor:
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.basis = basis
         kernel = _weight_tiles(weight, basis, x.dtype)
         return _convolved(x, kernel.transpose(1, 2), basis, bias)
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Saved, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         d_x = d_weight = d_bias = None

@@ -43,6 +43,18 @@ class SeededNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
+class InBF16(nn.Module):
+    """net(x_t, t, ...) computed in bfloat16 where that is harmless (torch.autocast); its output is float32."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x_t: Tensor, *args: Tensor | None) -> Tensor:
+        with torch.autocast(x_t.device.type, torch.bfloat16):
+            return self.net(x_t, *args).float()
+
+
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """Embed t (N,) in sinusoids: float32 (N, width), all sines, then all cosines (authors' code).
 

@@ -24,7 +24,7 @@ from torch import nn
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
-from ddpm.sampler import InBF16
+from ddpm.networks.layers import InBF16
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
 from pipeline.store.files import atomic_directory, check_file, file_facts, read_json, write_json
