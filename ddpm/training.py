@@ -177,7 +177,7 @@ def train_step(
     found = []
     state.optimizer.zero_grad(set_to_none=True)
     for start, stop in pairwise(ends):
-        part = Batch(*(None if values is None else values[start:stop] for values in batch))
+        part = batch.part(slice(start, stop))
         with nullcontext() if stop == len(rows) else peers.no_sync(net):
             torch.manual_seed(rng.torch_seed(seed, Stream.DROPOUT, state.step, int(rows[start])))
             loss = _losses(net, diffusion, part, config.precision)
@@ -198,6 +198,11 @@ class Batch(NamedTuple):
     weight: Tensor
     eps: Tensor
     context: Tensor | None
+
+    def part(self, cut: slice) -> "Batch":
+        """Return consecutive images that go through the network together."""
+        context = None if self.context is None else self.context[cut]
+        return Batch(self.x_0[cut], self.t[cut], self.weight[cut], self.eps[cut], context)
 
 
 def _prepare(
