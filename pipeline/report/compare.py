@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from pipeline.console import duration
 from pipeline.drawing import charts
 from pipeline.drawing.charts import Picture
-from pipeline.report import axes, paper, paper_tables
+from pipeline.report import axes
 from pipeline.report.entries import (
     Entry,
     describe_protocol,
@@ -25,8 +24,8 @@ from pipeline.report.entries import (
     name_briefly,
     shorten,
 )
-from pipeline.report.page import HTML, MARKDOWN_TEMPLATES, escape, format_value, write_page
-from pipeline.report.scores import PROTOCOL, compare_with_linear
+from pipeline.report.page import HTML, PROTOCOL, TEMPLATE, escape, format_value, write_page
+from pipeline.report.scores import compare_with_linear
 from pipeline.scores.metrics import FIRM, METRICS, Metric
 from pipeline.scores.ranking import Group, format_winner, name_values, rank_runs
 from pipeline.store.keys import hash_of
@@ -57,16 +56,21 @@ def write_markdown(
     """Write the page as Markdown with links from `folder`, its pictures into `pictures`."""
     groups = rank_runs(entries, metric)
     ranked = [entry for group in groups for entry in group.runs]
-    return MARKDOWN_TEMPLATES.get_template("comparison.md").render(
+    beside_paper = [entry for entry in entries if entry.source.is_cifar10]
+    several = len({entry.source.row.name for entry in beside_paper if entry.source.row}) > 1
+    return TEMPLATE.get_template("comparison.md").render(
         title=escape(title),
         note=note,
         metric=metric,
-        linear=paper.LMMSE,
         useful=sum(not compare_with_linear(entry.source) for entry in entries),
         winner=escape(format_winner(groups, metric)),
-        groups=[tabulate_group(group, metric, folder) for group in groups],
+        groups=[
+            (describe_protocol(group), tabulate_group(group, metric, folder), list_reasons(group.runs))
+            for group in groups
+        ],
         unranked=[_link(entry, folder) for entry in entries if entry not in ranked],
-        paper=paper_tables.place_runs([(entry.label, entry.source) for entry in entries]),
+        beside_paper=[(entry.label, entry.source) for entry in beside_paper] if several else [],
+        why_not=list_reasons(beside_paper),
         bars=draw_bars(entries, pictures),
         samples=copy_samples(entries, pictures),
         losses=draw_losses(entries, pictures),
@@ -76,17 +80,8 @@ def write_markdown(
     )
 
 
-@dataclass(frozen=True)
-class Table:
-    """A group of the leaderboard: what its runs share, and what keeps a score from meaning anything."""
-
-    protocol: str
-    header: list[str]
-    rows: list[list[str]]
-    warnings: list[str]
-
-
-def tabulate_group(group: Group[Entry], metric: Metric, folder: Path) -> Table:
+def tabulate_group(group: Group[Entry], metric: Metric, folder: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the leaderboard of one group."""
     runs = group.runs
     keys = [key for key in find_swept(runs) if not _is_in_labels(runs, key)][:MOST_COLUMNS]
     others = [m for m in METRICS.values() if not m.detail and any(m.name in entry.scores for entry in runs)]
@@ -108,9 +103,12 @@ def tabulate_group(group: Group[Entry], metric: Metric, folder: Path) -> Table:
         ]
         for entry, position in group.ranked
     ]
-    why_not = {why for entry in runs for why in entry.protocol.get("why_not", [])}
-    warnings = sorted(why for why in why_not if why.startswith("rank-deficient"))
-    return Table(describe_protocol(group), ["Run", f"**{header[0]}**", *header[1:]], rows, warnings)
+    return ["Run", f"**{header[0]}**", *header[1:]], rows
+
+
+def list_reasons(entries: Sequence[Entry]) -> list[str]:
+    """List why scores are not comparable with the paper's, each reason once."""
+    return list(dict.fromkeys(why for entry in entries for why in entry.protocol.get("why_not", [])))
 
 
 def _is_in_labels(entries: Sequence[Entry], key: str) -> bool:

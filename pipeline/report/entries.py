@@ -8,8 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline import config
-from pipeline.report.page import format_value
-from pipeline.report.scores import PROTOCOL
+from pipeline.report.page import PROTOCOL, format_value
 from pipeline.report.source import Source
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import Group, describe_objective

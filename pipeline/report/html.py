@@ -14,9 +14,7 @@ from urllib.parse import unquote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
-from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
-from markdown_it.utils import EnvType, OptionsDict
 from markupsafe import Markup
 
 from pipeline.drawing.style import COLOURS, FONTS
@@ -27,88 +25,66 @@ FRAME = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefin
 
 
 def to_html(markdown: str, folder: Path) -> str:
-    """Write the page whose pictures lie in `folder`. HTML in the Markdown is shown as text, not obeyed."""
+    """Make the page whose pictures lie in `folder`. HTML in the Markdown is shown as text, not obeyed."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    for name, rule in (
-        ("image", _image),
-        ("fence", _fold),
-        ("table_open", _table),
-        ("table_close", _table_end),
-    ):
-        parser.add_render_rule(name, rule)
-    env = {"folder": folder.resolve()}
-    tokens = parser.parse(markdown, env)
-    _shape_figures(tokens)
-    _shape_rows(tokens)
-    title = next((tokens[i + 1].content for i, token in enumerate(tokens) if token.tag == "h1"), "")
+    tokens = parser.parse(markdown)
+    _shape(tokens, folder.resolve())
+
+    def render(part: Sequence[Token]) -> Markup:
+        html = parser.renderer.render(part, parser.options, {})
+        return Markup(
+            html.replace("<table>", "<div class=scroll><table>").replace("</table>", "</table></div>")
+        )
+
     cuts = [i for i, token in enumerate(tokens) if token.type == "heading_open" and token.tag == "h2"]
     head, *parts = (tokens[start:end] for start, end in pairwise([0, *cuts, len(tokens)]))
-    sections = []
-    for part in parts:
-        name = part[1].content
-        body = Markup(parser.renderer.render(part, parser.options, env))
-        sections.append((re.sub(r"\W+", "-", name.lower()).strip("-"), name, body))
-    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    names = [part[1].content for part in parts]
     return FRAME.get_template("frame.html").render(
-        title=title,
-        head=Markup(parser.renderer.render(head, parser.options, env)),
-        sections=sections,
-        style=style,
+        title=head[1].content if head else "",
+        head=render(head),
+        sections=[
+            (re.sub(r"\W+", "-", n.lower()).strip("-"), n, render(p))
+            for n, p in zip(names, parts, strict=True)
+        ],
+        style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         colours=COLOURS,
         fonts=Markup(FONTS),
     )
 
 
-def _shape_figures(tokens: Sequence[Token]) -> None:
-    """Make a paragraph that begins with a picture a figure, and the emphasised line below it the caption."""
-    for start, inline, end in zip(tokens, tokens[1:], tokens[2:], strict=False):
-        children = inline.children or []
-        if start.type == "paragraph_open" and children and children[0].type == "image":
-            start.tag = end.tag = "figure"
-            start.hidden = end.hidden = False
-            if len(children) > 2 and children[2].type == "em_open":
-                children[2].tag = children[-1].tag = "figcaption"
-                del children[1]  # the line break
+def _shape(tokens: Sequence[Token], folder: Path) -> None:
+    """Put pictures inside; make figures, headings of rows, and folds of what has no tag of its own in Markdown."""
+    for number, token in enumerate(tokens):
+        for child in token.children or []:
+            if child.type == "image":
+                _embed(child, folder)
+        if token.type == "inline" and tokens[number - 1].type == "paragraph_open":
+            _shape_figure(tokens[number - 1], token, tokens[number + 1])
+        elif token.type == "tr_open" and tokens[number + 1].type == "td_open":
+            tokens[number + 1].tag = tokens[number + 3].tag = "th"
+            tokens[number + 1].attrs["scope"] = "row"
+        elif token.type == "fence":  # folded away under what stands after the language
+            title, code = (escapeHtml(text) for text in (token.info.partition(" ")[2], token.content))
+            token.type = "html_block"
+            token.content = f"<details><summary>{title}</summary><pre>{code}</pre></details>"
 
 
-def _shape_rows(tokens: Sequence[Token]) -> None:
-    """Make the first cell of a table's row the heading of the row."""
-    for row, cell, _, end in zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False):
-        if row.type == "tr_open" and cell.type == "td_open":
-            cell.tag = end.tag = "th"
-            cell.attrs["scope"] = "row"
+def _embed(image: Token, folder: Path) -> None:
+    """Of a file that is not the page's own, only the words are shown."""
+    file = (folder / unquote(str(image.attrs["src"]))).resolve()
+    if file.is_relative_to(folder) and file.suffix in TYPES and file.is_file():
+        data = base64.b64encode(file.read_bytes()).decode()
+        image.attrs |= {"class": file.suffix[1:], "src": f"data:{TYPES[file.suffix]};base64,{data}"}
+    else:
+        image.type = "text"
 
 
-def _image(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    """Put the picture into the page. Of a file that is not the page's own, only the words are shown."""
-    token = tokens[index]
-    alt = renderer.renderInlineAsText(token.children or [], options, env)
-    file = (env["folder"] / unquote(str(token.attrs["src"]))).resolve()
-    if not (file.is_relative_to(env["folder"]) and file.suffix in TYPES and file.is_file()):
-        return escapeHtml(alt)
-    data = base64.b64encode(file.read_bytes()).decode()
-    token.attrs = {"alt": alt, "class": file.suffix[1:], "src": f"data:{TYPES[file.suffix]};base64,{data}"}
-    return renderer.renderToken(tokens, index, options, env)
-
-
-def _fold(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    """Fold code away under what its fence says after the language."""
-    title = tokens[index].info.partition(" ")[2]
-    code = f"<pre>{escapeHtml(tokens[index].content)}</pre>"
-    return f"<details><summary>{escapeHtml(title)}</summary>{code}</details>" if title else code
-
-
-def _table(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    return "<div class=scroll><table>"
-
-
-def _table_end(
-    renderer: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType
-) -> str:
-    return "</table></div>"
+def _shape_figure(start: Token, inline: Token, end: Token) -> None:
+    """A paragraph that begins with a picture is a figure, and the emphasised line below it the caption."""
+    children = inline.children or []
+    if children and children[0].type == "image":
+        start.tag = end.tag = "figure"
+        start.hidden = end.hidden = False
+        if len(children) > 2 and children[2].type == "em_open":
+            children[2].tag = children[-1].tag = "figcaption"
+            del children[1]  # the line break

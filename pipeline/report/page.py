@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.console import duration
+from pipeline.report import paper
 from pipeline.report.html import TEMPLATES, to_html
+from pipeline.scores.metrics import HEADLINE, METRICS
 from pipeline.store.files import atomic_directory, write_manifest
 
 HTML, MARKDOWN = "report.html", "report.md"
+# What a protocol says, in the order of a page.
+PROTOCOL = {
+    "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as", "weights": "Weights",
+    "sampler": "Sampler", "steps": "Sampling steps", "eta": "eta", "variance": "Sampling variance",
+    "rounding": "Rounding to uint8", "reference": "Reference", "reference_images": "Reference images",
+    "fid_test_images": "Test images in FID, test set", "extractor": "Feature extractor",
+    "features": "Feature width", "splits": "Splits of the IS", "kid": "KID", "prc": "Precision and recall",
+    "nll_images": "Test images in the NLL", "test_images": "Test images", "nll_variance": "Variance in the NLL",
+    "decoder": "Decoder", "precision": "Sampling precision", "compiled": "Sampling compiled",
+    "nll_precision": "NLL precision", "batch_size": "Images per sampling unit", "seed": "Seed",
+}  # fmt: skip
 
 
 def write_page(folder: Path, write_markdown: Callable[[Path], str], **facts: str) -> None:
@@ -23,7 +37,7 @@ def write_page(folder: Path, write_markdown: Callable[[Path], str], **facts: str
         write_manifest(temporary, sorted(path.name for path in temporary.iterdir()), **facts)
 
 
-def format_value(value: str | int | float | bool | list[int] | None) -> str:
+def format_value(value: str | float | Sequence[int | float | str] | None) -> str:
     """Write a setting or a count as a person does, safe as Markdown."""
     if value is None:
         return "–"
@@ -37,12 +51,14 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*<]|(?<=\])\()", r"\\\1", text)
 
 
-def _format_cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-# Markdown is no HTML: `html` escapes all that the parser does not know.
-MARKDOWN_TEMPLATES = Environment(
+# Markdown is no HTML: `to_html` escapes all that it does not know.
+TEMPLATE = Environment(
     loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-MARKDOWN_TEMPLATES.filters |= {"cell": _format_cell, "value": format_value}
+TEMPLATE.globals |= {"HEADLINE": HEADLINE, "METRICS": METRICS, "PROTOCOL": PROTOCOL, "paper": paper}
+TEMPLATE.filters |= {
+    "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
+    "duration": duration,
+    "signed": lambda value, digits: f"{value:+.{digits}f}".replace("-", "−"),
+    "value": format_value,
+}

@@ -4,13 +4,16 @@ and a few of the field's.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config import DiffusionConfig
+from pipeline.scores.metrics import FIRM, METRICS, Metric
 
 STEPS, SAMPLES, TEST_IMAGES = 800_000, 50_000, 10_000  # App. B and Sec. 4.1, CIFAR-10
-SPEED = "21 steps/s and 10.6 h for 800,000 steps, 256 samples in 17 s, on a TPU v3-8"  # App. B
+COLUMNS = [METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd")]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,16 @@ class Row:
     variance: str
     name: str
     scores: dict[str, str]
+
+    def print(self, metric: Metric) -> str:
+        return self.scores.get(metric.name, "–").replace(" ", FIRM)
+
+    def subtract_from(self, scores: Mapping[str, float], metric: Metric) -> str:
+        """Write a run's score less this one, signed; a dash where one is absent."""
+        printed = re.search(r"\d+\.\d+", self.print(metric))
+        if printed is None or metric.name not in scores:
+            return "–"
+        return f"{scores[metric.name] - float(printed[0]):+.2f}".replace("-", "−")
 
 
 # Tables 1 and 2: CIFAR-10, 50,000 samples, NLL of the test set in bits/dim. The third row of each half is the
@@ -44,7 +57,7 @@ TABLES_1_AND_2 = (
 _VARIANCES = {"fixedlarge": "fixed", "fixedsmall": "fixed", "learned": "learned"}
 
 
-def row_of(diffusion: DiffusionConfig) -> Row | None:
+def find_row(diffusion: DiffusionConfig) -> Row | None:
     """The row that an objective belongs to; None where the paper has none."""
     asked = (diffusion.predict, diffusion.loss, _VARIANCES.get(diffusion.variance))
     return next((row for row in TABLES_1_AND_2 if (row.predict, row.loss, row.variance) == asked), None)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.drawing import charts
 from pipeline.drawing.charts import Picture
 from pipeline.report.source import Source
 
@@ -25,13 +24,15 @@ def copy_figures(source: Source, folder: Path) -> dict[str, Picture]:
 
 
 def copy_samples(source: Source, figures: dict[str, Picture], folder: Path) -> list[Picture]:
-    """The figures that show samples, and the first samples where no figure does; none without samples."""
+    """Return the figures, with the first samples where none shows them; none without samples."""
     if "grid" not in source.files:
         return []
-    pictures = [picture for name, picture in figures.items() if name != FIGURE_5]
-    if "samples.png" not in figures:
-        pictures.insert(0, copy(source.files["grid"], folder, "The first samples, not selected"))
-    return pictures
+    grid = (
+        []
+        if "samples.png" in figures
+        else [copy(source.files["grid"], folder, "The first samples, not selected")]
+    )
+    return [*grid, *figures.values()]
 
 
 def copy_step_grids(source: Source, folder: Path) -> list[Picture]:
@@ -42,15 +43,6 @@ def copy_step_grids(source: Source, folder: Path) -> list[Picture]:
     chosen = sorted({round(i * (len(names) - 1) / (STEP_GRIDS - 1)) for i in range(STEP_GRIDS)})
     steps = {int(names[place].split()[1]): source.files[names[place]] for place in chosen}
     return [copy(file, folder, f"Step {step:,}", f"step-{step}.png") for step, file in steps.items()]
-
-
-def draw_class_shares(source: Source, folder: Path) -> list[Picture]:
-    shares = source.metrics.get("class_shares")
-    if not shares or "grid" not in source.files:
-        return []
-    caption = f"Each class holds {min(shares):.1%} to {max(shares):.1%} of the samples, as the classifier sees them."
-    panel = charts.bars("Samples by class, %", "class", [100 * share for share in shares])
-    return [charts.draw(folder, "classes", panel, caption)]
 
 
 def copy(file: Path, folder: Path, caption: str, name: str = "") -> Picture:

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
-import yaml
-
+from pipeline import config
 from pipeline.compute.spent import Cost, read_spent
 from pipeline.config import Experiment
 from pipeline.drawing.charts import Series
+from pipeline.report import paper
+from pipeline.scores.results import Bound, Results, Scores
 from pipeline.store import keys
 from pipeline.store.files import MANIFEST, read_json, sha256_of
+from pipeline.store.log import Point, read_points
 from pipeline.store.run import Place
 
-EMPTY: dict[str, Any] = {"scores": {}, "protocol": {}, "reference_points": {}}
-
-
-class Metrics(TypedDict):
-    """metrics.json; `protocol` says how the scores came about, `reference_points` what known images score."""
-
-    scores: dict[str, float]
-    protocol: dict[str, Any]
-    reference_points: dict[str, dict[str, float]]
-    class_shares: NotRequired[list[float]]
-
-
-class Nll(TypedDict):
-    """nll.json: terms (T,) in bits/dim and mse (T,) on [-1, 1], from t = 1; rows of k, rate_bpd and rmse."""
-
-    n: int
-    prior: float
-    terms: list[float]
-    mse: list[float]
-    rate_distortion: list[dict[str, float]]
-
-
-class MadeWith(TypedDict, total=False):
-    """What the last command ran with, as experiment.yaml has it."""
-
-    commit: str
-    hardware: str
-    versions: dict[str, str]
-
-
-class Point(TypedDict):
-    """A line of log.jsonl."""
-
-    step: int
-    metrics: dict[str, float]
+REFERENCE_POINTS = {
+    "test": "Test images", "train": "Training images", "gaussian": "Gaussian", "noise": "Noise",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,15 +38,10 @@ class Source:
     def files(self) -> dict[str, Path]:
         place = self.place
         found = {
-            "experiment": place.experiment_yaml,
-            "log": place.log,
-            "data": place.data / MANIFEST,
-            "grid": place.samples_grid,
-            "metrics": place.metrics_json,
-            "nll": place.nll_json,
-            "figures": place.figures_manifest,
-            "spent": place.spent_json,
-        }
+            "experiment": place.experiment_yaml, "log": place.log, "data": place.data / MANIFEST,
+            "grid": place.samples_grid, "metrics": place.metrics_json, "nll": place.nll_json,
+            "figures": place.figures_manifest, "spent": place.spent_json,
+        }  # fmt: skip
         if self.experiment.evaluate.checkpoints:
             found["selection"] = place.selection_json
         found |= {f"grid {path.stem}": path for path in place.grids.glob("[0-9]*.png")}
@@ -109,34 +73,36 @@ class Source:
         return read_spent(self.place.spent_json)
 
     @cached_property
-    def made_with(self) -> MadeWith:
-        if "experiment" not in self.files:
-            return {}
-        made: MadeWith | None = yaml.safe_load(self.files["experiment"].read_text()).get("made_with")
-        return made or {}
+    def made_with(self) -> dict[str, Any]:
+        """What the last command ran with: commit, hardware, versions."""
+        return config.made_with(self.files["experiment"]) if "experiment" in self.files else {}
 
     @cached_property
-    def metrics(self) -> Metrics:
-        return EMPTY | self.read("metrics")
+    def metrics(self) -> Results:
+        return {"scores": {}, "protocol": {}, "reference_points": {}, **self.read("metrics")}
 
     @property
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> Scores:
         return self.metrics["scores"]
 
     @property
     def protocol(self) -> dict[str, Any]:
-        return self.metrics["protocol"]
+        return {**self.metrics["protocol"]}
+
+    @property
+    def columns(self) -> dict[str, Scores]:
+        """Scores and number of images: this run's, and those of images that are known."""
+        points = self.metrics["reference_points"]
+        known = {name: points[key] for key, name in REFERENCE_POINTS.items() if key in points}
+        return {"**This run**": {**self.scores, "n": self.protocol.get("n", 0)}, **known}
 
     @cached_property
-    def nll(self) -> Nll | None:
+    def bound(self) -> Bound | None:
         return self.read("nll") or None
 
     @cached_property
     def points(self) -> list[Point]:
-        if "log" not in self.files:
-            return []
-        lines = self.files["log"].read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_points(self.place.log)
 
     def series(self, metric: str) -> Series:
         """Return the steps and the values of one metric of training."""
@@ -160,3 +126,8 @@ class Source:
     @property
     def is_comparable(self) -> bool:
         return self.is_cifar10 and bool(self.protocol.get("comparable"))
+
+    @property
+    def row(self) -> paper.Row | None:
+        """The row of the paper's Tables 1 and 2 that this run belongs to."""
+        return paper.find_row(self.experiment.diffusion) if self.is_cifar10 else None

@@ -288,9 +288,11 @@ def test_only_pictures_of_the_page_are_put_into_it(tmp_path):
     for name in ("page/in.svg", "out.svg", "page/in.txt"):
         (tmp_path / name).write_text("<svg/>")
     names = ("in.svg", "../out.svg", "in.txt", str(tmp_path / "out.svg"), "absent.svg")
-    html = to_html("\n\n".join(f"![*{name}* & words]({name})" for name in names), tmp_path / "page")
-    assert re.findall(r'<img alt="(.*?)"', html) == ["in.svg &amp; words"]
-    assert html.count(" &amp; words") == len(names)
+    html = to_html(
+        "# Title\n\n" + "\n\n".join(f"![*{name}* & words]({name})" for name in names), tmp_path / "page"
+    )
+    assert re.findall(r'<img .*alt="(.*?)"', html) == ["in.svg &amp; words"]
+    assert html.count(" &amp; words") == len(names) and html.count("<figure>") == 1
 
 
 def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
@@ -318,14 +320,14 @@ def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
     for file in files:
         comments = "".join(line for line in file.open() if line.startswith("#"))
         experiment = config.load_experiment(str(file), [])
-        row, text = paper.row_of(experiment.diffusion), comments.replace("+-", "±").replace("<=", "≤")
+        row, text = paper.find_row(experiment.diffusion), comments.replace("+-", "±").replace("<=", "≤")
         printed = [row.scores[key] for key in ("fid", "is_mean", "nll_bpd") if key in row.scores]
         assert all(number in text for number in printed) and bool(printed) != ("FID -" in text), file.name
     cifar10 = config.to_dict(config.load_experiment("cifar10", []))
     for section, recipe in paper.RECIPE.items():
         assert recipe == {key: cifar10[section][key] for key in recipe}
     assert len({id(row) for row in paper.TABLES_1_AND_2}) == 6
-    assert paper.row_of(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
+    assert paper.find_row(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
 
 
 def test_a_run_stands_below_the_row_of_its_objective(tmp_path, undrawn):

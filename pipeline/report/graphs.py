@@ -1,0 +1,98 @@
+"""The charts on the page of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ddpm.config import DiffusionConfig
+from ddpm.schedules import betas
+from pipeline.drawing import charts
+from pipeline.drawing.charts import SMALL, Line, Picture, curves, draw
+from pipeline.report.source import Source
+from pipeline.scores.metrics import Metric
+from pipeline.scores.results import Bound
+
+# metric of log.jsonl: name of the file, title, logarithmic, caption
+TRAINING = {
+    "train/loss": ("loss", "Loss", True, "Loss, per window of steps (faint) and smoothed"),
+    "train/grad_norm": ("grad-norm", "Gradient norm", True, "Gradient norm before clipping"),
+    "train/lr": ("lr", "Learning rate", False, "Learning rate"),
+    "train/images_per_second": ("speed", "Images per second", False, "Images per second, all workers"),
+}
+FIGURE_5 = {
+    "rd-distortion": "RMSE against reverse steps T − t (paper, Fig. 5)",
+    "rd-rate": "Rate, bits/dim against reverse steps T − t (paper, Fig. 5)",
+    "rd": "RMSE against rate, bits/dim (paper, Fig. 5)",
+}
+
+
+def draw_training(source: Source, folder: Path) -> list[Picture]:
+    pictures = []
+    for metric, (name, title, log, caption) in TRAINING.items():
+        steps, values = source.series(metric)
+        if steps:
+            smooth = [Line(steps, values, kind="faint"), Line(steps, charts.smooth(values))]
+            lines = [Line(steps, values)] if metric == "train/lr" else smooth
+            pictures.append(draw(folder, name, curves(title, "step", lines, log_y=log), caption))
+    return pictures
+
+
+def draw_checkpoints(
+    scores: Mapping[int, float], best: int, metric: Metric, ladder: Mapping[int, float], folder: Path
+) -> Picture:
+    """Draw {step: score} of the checkpoints, the best one ringed, beside the published {step: FID}."""
+    lines = [
+        Line(list(scores), list(scores.values()), "this run" if ladder else "", "steps"),
+        Line([best], [scores[best]], "best", "best"),
+    ]
+    if ladder:
+        lines.append(Line(list(ladder), list(ladder.values()), "published, n = 50,000", "marks"))
+    panel = curves(metric.heading, "step", lines, log_x=bool(ladder), log_y=bool(ladder))
+    beside = ", beside the published ladder" if ladder else ""
+    return draw(folder, "selection", panel, f"{metric.heading} against training steps{beside}")
+
+
+def draw_class_shares(shares: Sequence[float], folder: Path) -> Picture:
+    caption = f"Each class holds {min(shares):.1%} to {max(shares):.1%} of the samples, as the classifier sees them."
+    panel = charts.bars("Samples by class, %", "class", [100 * share for share in shares])
+    return draw(folder, "classes", panel, caption)
+
+
+def draw_bound(bound: Bound, folder: Path) -> list[Picture]:
+    """Draw the terms of the bound and the error of the estimate of x_0 over t."""
+    t = range(1, len(bound["terms"]) + 1)
+    rmse = [127.5 * value**0.5 for value in bound["mse"]]
+    terms = curves("NLL terms, bits/dim", "t", [Line(t, bound["terms"])], log_x=True, log_y=True)
+    error = curves("RMSE of the estimate of x_0", "t", [Line(t, rmse)])
+    scale = "Root mean square error of the estimate of x_0, on the scale 0 to 255"
+    return [
+        draw(folder, "terms", terms, "Term of the bound at each t; the first is the decoder's L_0"),
+        draw(folder, "error", error, scale),
+    ]
+
+
+def draw_rate_distortion(
+    bound: Bound, table: Mapping[int, tuple[float, float]], folder: Path
+) -> list[Picture]:
+    """Draw the panels of Fig. 5 as pictures of their own, with the paper's points."""
+    panels = charts.rate_distortion(bound["rate_distortion"], table)
+    return [draw(folder, *part) for part in zip(FIGURE_5, panels, FIGURE_5.values(), strict=True)]
+
+
+def draw_schedule(diffusion: DiffusionConfig, folder: Path) -> tuple[float, list[Picture]]:
+    """Draw beta, alpha_bar and their signal-to-noise ratio over t; with alpha_bar at t = T."""
+    beta = betas(diffusion.beta_schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
+    alpha_bar = torch.cumprod(1 - beta, 0)
+    snr = alpha_bar / (1 - alpha_bar)
+    t, pictures = range(1, len(beta) + 1), []
+    for name, title, y, caption in (
+        ("beta", "β", beta, "Variance added at each step"),
+        ("alpha-bar", "ᾱ", alpha_bar, "Share of the image's variance in x_t"),
+        ("snr", "ᾱ / (1 − ᾱ)", snr, "Signal-to-noise ratio of x_t"),
+    ):
+        panel = curves(title, "t", [Line(t, y.tolist())], log_y=name == "snr", size=SMALL)
+        pictures.append(draw(folder, name, panel, caption))
+    return alpha_bar[-1].item(), pictures
