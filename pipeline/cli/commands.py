@@ -283,7 +283,9 @@ def push(options: Namespace) -> int:
     from pipeline.engine import find
     from pipeline.store import remote
 
-    say(remote.push(options.run, find.prepare_storage_root(_load_cluster_only(options)), options.uri))
+    root = find.prepare_storage_root(_load_cluster_only(options))
+    name = options.run if "/" in options.run else str(find.find_run(options.run, root))  # data/NAME is no run
+    say(remote.push(name, root, options.uri))
     return 0
 
 

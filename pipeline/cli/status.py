@@ -63,13 +63,16 @@ def _describe_sweep(leaderboard: Path) -> list[str]:
 
 
 def _describe_run(path: Path) -> list[str]:
+    from pipeline.engine.find import explain_old_run
     from pipeline.store.checkpoint import steps_on_disk
 
     try:
-        experiment = config.load_experiment(str(path / EXPERIMENT), [])
+        problem = explain_old_run(path)
+        experiment = None if problem else config.load_experiment(str(path / EXPERIMENT), [])
     except PipelineError as error:
-        problem = f"{EXPERIMENT} cannot be read: {str(error).splitlines()[0]}"
-        return [path.name, "-", "-", "-", problem, "-"]
+        problem, experiment = f"{EXPERIMENT} cannot be read: {str(error).splitlines()[0]}", None
+    if experiment is None:
+        return [path.name, "-", "-", "-", str(problem), "-"]
     steps = steps_on_disk(path / "train")
     choices = [read_json(file) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for choice in choices for score in choice["scores"]}

@@ -105,4 +105,4 @@ def override(tree: Tree, overrides: list[str]) -> Tree:
 
 def made_with(path: Path) -> Tree:
     """Read what a run directory's experiment.yaml says of how it was made: commit, versions, data key."""
-    return cast(Tree, _read_yaml(path)["made_with"])
+    return _read_yaml(path).get("made_with") or {}

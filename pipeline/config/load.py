@@ -57,9 +57,9 @@ def load_experiment(name: str, overrides: list[str], known: Names | None = None)
         if left or "model.name" in faults:
             raise ConfigError(_lines(faults))
     experiment = Experiment(**values)
-    faults = dict(experiment.problems()) | faults
-    if faults:
-        raise ConfigError(_lines(faults))
+    lines = [f"{key} {fault}" for key, fault in experiment.problems() if key not in faults]
+    if lines or faults:
+        raise ConfigError([*_lines(faults), *lines])
     return _with_absolute_paths(experiment)
 
 
@@ -131,10 +131,8 @@ def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     )
     _take_texts(tree, [f"cluster.{word}" for word in overrides], types)
     values, faults = check_values(types, tree)
-    if not faults:
-        faults = {f"cluster.{key}": fault for key, fault in values["cluster"].problems()}
-    if faults:
-        raise ConfigError(_lines(faults))
+    if lines := _lines(faults) or [f"cluster.{key} {fault}" for key, fault in values["cluster"].problems()]:
+        raise ConfigError(lines)
     return values["cluster"]
 
 

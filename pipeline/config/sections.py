@@ -7,6 +7,7 @@ The settings of the science (diffusion, model, train) stand beside the code that
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +23,7 @@ TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databric
 SPLITS = ("train", "test")
 FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
+Problem = tuple[str, str]  # key, what is wrong with it
 FromZero = Annotated[int, Range(ge=0)]
 CountOrNull = Annotated[int | None, Range(ge=1)]
 FixedVariance = Literal["fixedlarge", "fixedsmall"]
@@ -48,15 +50,11 @@ class DataConfig:
         """(C, H, W) of every image."""
         return self.channels, self.image_size, self.image_size
 
-    def problems(self) -> Problems:
-        found: Problems = []
+    def problems(self) -> Iterator[Problem]:
         if self.source == "digits" and self.path is not None:
-            found.append(
-                ("path", "is given, but the digits come with scikit-learn; set it to null, or data.source")
-            )
+            yield "path", "is given, but the digits come with scikit-learn; set it to null, or data.source"
         if self.source not in ("cifar10", "digits") and self.path is None:
-            found.append(("path", f"is null; data.source={self.source} needs the place of the images"))
-        return found
+            yield "path", f"is null; data.source={self.source} needs the place of the images"
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,10 @@ class TrainStageConfig(TrainConfig):
     log_every: Count
 
     def problems(self) -> Problems:
-        found, every = super().problems(), self.checkpoint_every
-        if self.keep_every is not None and self.keep_every % max(1, every):
-            found.append(
-                (
-                    "keep_every",
-                    f"must be a multiple of checkpoint_every={every} or null",
-                )
-            )
+        found = super().problems()
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            fault = f"must be a multiple of checkpoint_every={self.checkpoint_every} or null"
+            found.append(("keep_every", fault))
         return found
 
 
@@ -92,10 +86,9 @@ class PublishedConfig:
     path: str | None
     weights: Literal["raw", "ema", "unknown"] | None
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[Problem]:
         if self.path is not None and self.weights is None:
-            return [("weights", "is null; say what the published weights are: raw, ema or unknown")]
-        return []
+            yield "weights", "is null; say what the published weights are: raw, ema or unknown"
 
     @property
     def file(self) -> Path | None:
@@ -168,33 +161,23 @@ class EvaluateConfig:
         """The user's statistics; None where the reference is a split of the data."""
         return None if self.reference in SPLITS else Path(self.reference).expanduser()
 
-    def problems(self) -> Problems:
-        found: Problems = []
+    def problems(self) -> Iterator[Problem]:
         if self.checkpoints not in (None, "all") and self.checkpoint_interval is None:
-            found.append(
-                ("checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps")
-            )
+            yield "checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps"
         needs_images = [metric for metric in ("kid", "prc") if metric in self.metrics]
         if self.reference_file and self.reference_file.suffix != ".npz":
             hint = suggestion(self.reference, SPLITS)
-            found.append(
-                ("reference", f"is '{self.reference}'{hint}; use train, test or the path of an .npz")
-            )
+            yield "reference", f"is '{self.reference}'{hint}; use train, test or the path of an .npz"
         elif self.reference_file and needs_images:
             need = f"{' and '.join(needs_images)} need images: use train or test"
-            found.append(("reference", f"names statistics, and {need}"))
-        return found
+            yield "reference", f"names statistics, and {need}"
 
-    def missing(self) -> Problems:
+    def missing(self) -> Iterator[Problem]:
         """Find the named files that are not on this machine: no fault of the values."""
-        found: Problems = []
         if self.extractor_weights is not None and not Path(self.extractor_weights).is_file():
-            found.append(
-                ("extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`")
-            )
+            yield "extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`"
         if self.reference_file is not None and not self.reference_file.is_file():
-            found.append(("reference", f"'{self.reference}' is not a file"))
-        return found
+            yield "reference", f"'{self.reference}' is not a file"
 
 
 @dataclass(frozen=True)
@@ -235,14 +218,11 @@ class Experiment:
     figures: FiguresConfig
     choice: Choice | None = field(default=None, metadata={"in_file": False})
 
-    def problems(self) -> Problems:
+    def problems(self) -> Iterator[Problem]:
         """Find what only several keys together show, each fault with its full key."""
-        found: Problems = []
         if not re.fullmatch(FILE_NAME, self.name):
-            found.append(
-                ("name", f"is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-' only")
-            )
-        sections = {
+            yield "name", f"is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-' only"
+        sections: dict[str, Iterable[Problem]] = {
             "data": self.data.problems(),
             "diffusion": self.diffusion.problems(),
             "model": self.model.problems(self.data.image_size),
@@ -250,14 +230,16 @@ class Experiment:
             "published": self.published.problems(),
             "evaluate": self.evaluate.problems(),
         }
-        found += [(f"{name}.{key}", fault) for name, faults in sections.items() for key, fault in faults]
+        for name, faults in sections.items():
+            yield from ((f"{name}.{key}", fault) for key, fault in faults)
         if (self.sample.steps or 0) > self.diffusion.timesteps:
             limit = f"diffusion.timesteps={self.diffusion.timesteps}"
-            found.append(("sample.steps", f"is {self.sample.steps}, more than {limit}"))
+            yield "sample.steps", f"is {self.sample.steps}, more than {limit}"
         if self.evaluate.features == "classifier" and not self.data.labels:
             fault = "is classifier, which needs labels; use projection for unlabelled images"
-            found.append(("evaluate.features", fault))
-        return found + self._label_problems() + self._checkpoint_problems()
+            yield "evaluate.features", fault
+        yield from self._label_problems()
+        yield from self._checkpoint_problems()
 
     def missing(self) -> list[str]:
         """Find the files that the values name and that are not on this machine, a line each. Scores made with them
@@ -279,44 +261,39 @@ class Experiment:
         every = (self.train.keep_every, self.evaluate.checkpoint_interval)
         return any(number is not None and step % number == 0 for number in every)
 
-    def _checkpoint_problems(self) -> Problems:
+    def _checkpoint_problems(self) -> Iterator[Problem]:
         sample, evaluate, train = self.sample, self.evaluate, self.train
-        found: Problems = []
         if isinstance(sample.checkpoint, int) and not 0 <= sample.checkpoint <= train.steps:
             limit = f"between 0 and train.steps={train.steps}"
-            found.append(("sample.checkpoint", f"is {sample.checkpoint}; it must lie {limit}"))
+            yield "sample.checkpoint", f"is {sample.checkpoint}; it must lie {limit}"
         if sample.checkpoint == "best" and not evaluate.checkpoints:
-            fault = "is best; say among which: evaluate.checkpoints=all or every:N"
-            found.append(("sample.checkpoint", fault))
+            yield "sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N"
         if self.published.weights and evaluate.checkpoints:
             fault = "is for networks that are trained here; published weights are one set"
-            found.append(("evaluate.checkpoints", fault))
+            yield "evaluate.checkpoints", fault
         interval = evaluate.checkpoint_interval
         if interval and (interval % train.checkpoint_every or interval > train.steps):
             limit = f"train.checkpoint_every={train.checkpoint_every}, up to train.steps={train.steps}"
-            found.append(("evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}"))
+            yield "evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}"
         units = {min(n, sample.batch_size) for n in (sample.num_images, evaluate.checkpoint_images)}
         if evaluate.checkpoints and len(units) > 1:
             need = f"it and sample.num_images={sample.num_images} must both be at least"
             limit = f"sample.batch_size={sample.batch_size}, so that they are cut into the same units"
-            fault = f"is {evaluate.checkpoint_images}: {need} {limit}"
-            found.append(("evaluate.checkpoint_images", fault))
-        return found
+            yield "evaluate.checkpoint_images", f"is {evaluate.checkpoint_images}: {need} {limit}"
 
-    def _label_problems(self) -> Problems:
+    def _label_problems(self) -> Iterator[Problem]:
         label, scale = self.sample.label, self.sample.guidance_scale
         if not self.takes_labels:
-            able = " or ".join(sorted(TAKES_LABELS))
-            asked = label is not None or scale != 1 or self.train.label_dropout > 0
-            return [("sample.label", f"is for networks that take labels: model.name={able}")] if asked else []
-        found: Problems = []
+            if label is not None or scale != 1 or self.train.label_dropout > 0:
+                able = " or ".join(sorted(TAKES_LABELS))
+                yield "sample.label", f"is for networks that take labels: model.name={able}"
+            return
         if isinstance(label, int) and not 0 <= label < self.data.labels:
             last = f"data.labels={self.data.labels}, so classes are 0 to {self.data.labels - 1}"
-            found.append(("sample.label", f"is {label}; {last}"))
+            yield "sample.label", f"is {label}; {last}"
         if scale != 1 and (label is None or self.train.label_dropout == 0):
             need = "needs a sample.label, and a network trained with train.label_dropout"
-            found.append(("sample.guidance_scale", need))
-        return found
+            yield "sample.guidance_scale", need
 
 
 @dataclass(frozen=True)
@@ -335,13 +312,13 @@ class ClusterConfig:
     storage: str
     tracking_uri: str | None
 
-    def problems(self) -> Problems:
-        found: Problems = []
+    def problems(self) -> Iterator[Problem]:
         if self.min_workers and self.workers is not None and self.min_workers > self.workers:
-            fault = f"is {self.min_workers}; cluster.workers={self.workers} is the most that train"
-            found.append(("min_workers", fault))
+            yield (
+                "min_workers",
+                f"is {self.min_workers}; cluster.workers={self.workers} is the most that train",
+            )
         scheme, _, rest = (self.tracking_uri or "").partition("://")
         if self.tracking_uri is not None and not (rest and scheme.split("+")[0] in TRACKING):
             known = ", ".join(f"{known}://" for known in TRACKING)
-            found.append(("tracking_uri", f"begins with '{scheme}'; MLflow's stores are {known}"))
-        return found
+            yield "tracking_uri", f"begins with '{scheme}'; MLflow's stores are {known}"

@@ -74,15 +74,20 @@ def find_old_runs(place: Place) -> list[str]:
 
 
 def find_run(name: str, root: Path) -> Path:
-    """Return the absolute path of the run that `name` (a path, or a name in the storage root) means."""
-    for path in (Path(name).absolute(), root / name):
-        if (path / EXPERIMENT).is_file():
-            return path
-    known = ", ".join(path.name for path in find_runs(root)) or "none"
-    raise PipelineError(f"'{name}' is no run directory; runs in {root}: {known}")
+    """Return the absolute path of the one run that `name` means (see `find_named_runs`)."""
+    found = find_named_runs(name, root)
+    if len(found) > 1:
+        several = ", ".join(path.name for path in found)
+        raise PipelineError(f"'{name}' is how several runs begin: {several}; write more of the name")
+    return found[0]
 
 
 def find_named_runs(name: str, root: Path) -> list[Path]:
     """List every run that `name` means: a path, a name in the storage root, or how several names there begin."""
-    exact = (root / name / EXPERIMENT).is_file()
-    return ([] if exact else find_runs(root, name)) or [find_run(name, root)]
+    for path in (Path(name).absolute(), root / name):
+        if (path / EXPERIMENT).is_file():
+            return [path]
+    if found := find_runs(root, name):
+        return found
+    known = ", ".join(path.name for path in find_runs(root)) or "none"
+    raise PipelineError(f"'{name}' is no run directory; runs in {root}: {known}")

@@ -18,6 +18,8 @@ import pytest
 from conftest import ONE_CPU, TINY
 
 from pipeline.cli.program import COMMANDS, main, parse
+from pipeline.engine.find import find_named_runs, find_run
+from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -260,6 +262,27 @@ def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, fin
     noted = [time for _, time, _ in points]
     assert noted != sorted(noted), "the clock did not jump"
     assert all(0 < seconds < 600 for seconds in json.loads((ours / "timings.json").read_text()).values())
+
+
+def test_a_run_of_the_first_version_is_shown_with_the_command_that_reads_it(tmp_path, capsys):
+    (tmp_path / "old-0a").mkdir()
+    (tmp_path / "old-0a" / "experiment.yaml").write_text("name: old\nmade_with: {commit: ef6030f}\n")
+    assert main(["status", f"cluster.storage={tmp_path}"]) == 0
+    assert "git worktree add" in capsys.readouterr().out
+    assert main(["sync", "old", f"cluster.storage={tmp_path}"]) == 1
+    assert "git worktree add first-version ef6030f" in capsys.readouterr().err
+
+
+def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
+    for name in ("a-1", "a-2", "b-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experiment.yaml").write_text("name: x\n")
+    assert find_run("b", tmp_path) == find_run(str(tmp_path / "b-1"), Path()) == tmp_path / "b-1"
+    assert len(find_named_runs("a", tmp_path)) == 2
+    with pytest.raises(PipelineError, match="a-1, a-2"):
+        find_run("a", tmp_path)
+    with pytest.raises(PipelineError, match=r"no run directory; runs in .*: a-1, a-2, b-1"):
+        find_run("c", tmp_path)
 
 
 # Bad input: a line or two, exit code 1 or 2, no traceback
