@@ -112,7 +112,7 @@ class _Work:
         _remove_signs(place)
         with ExitStack() as stack:
             uri = uri or tracking.default_uri(place.storage)
-            stack.enter_context(tracking.Mirror(uri, place.experiment.name, place.experiment, place))
+            stack.enter_context(tracking.Mirror(uri, place.experiment.name, place))
             stack.enter_context(self.interrupt)
             self.stack = stack.pop_all()
         return self
@@ -231,4 +231,4 @@ def sync_run(name: str, cluster: ClusterConfig) -> str:
     uri = cluster.tracking_uri or tracking.default_uri(place.storage)
     tracking.check(uri)
     with exclusive(place.path):
-        return tracking.sync(uri, place.experiment.name, place.experiment, place)
+        return tracking.sync(uri, place.experiment.name, place)

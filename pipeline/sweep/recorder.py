@@ -108,9 +108,7 @@ class Recorder:
         tags = {**identity, **swept, tracking.STATE: state}
         if self.parent.run_id:
             tags[tracking.PARENT] = self.parent.run_id
-        return tracking.Mirror(
-            self.uri, self.sweep.name, trial.place.experiment, trial.place, tags, say, child
-        )
+        return tracking.Mirror(self.uri, self.sweep.name, trial.place, tags, say, child)
 
     def publish(self) -> None:
         """Write the leaderboard as it is now, into the study's folder and to the server."""

@@ -6,9 +6,10 @@ is delivered once it answers, by the driver or by `ddpm sync`. Sending a parcel 
 sending it once does.
 """
 
+from pipeline.tracking.client import check, default_uri
 from pipeline.tracking.mirror import Mirror, describe, sync
 from pipeline.tracking.parent import PARENT, STATE, TRIAL, Parent, Standing
-from pipeline.tracking.session import Child, check, default_uri
+from pipeline.tracking.session import Child
 from pipeline.tracking.ui import serve
 
 __all__ = [

@@ -11,25 +11,41 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-from pipeline.config import Experiment
-from pipeline.errors import PipelineError
-from pipeline.store import files as rundir
+from pipeline.errors import PipelineError, explain_network_error, hide_password
+from pipeline.store.files import read_json, write_json
 from pipeline.store.run import Place
-from pipeline.tracking.parcels import Parcel, parcels
-from pipeline.tracking.session import VIEW, Child, Session, default_uri, reason, shown
+from pipeline.tracking.client import VIEW, Sender, default_uri
+from pipeline.tracking.parcels import Parcel, list_parcels
+from pipeline.tracking.session import Child, Session
 
 logger = logging.getLogger(__name__)
 
 POLL, LONGEST_WAIT = 2.0, 60.0  # seconds between looks at the files; ceiling of the back-off
-STATE = "tracking.json"
 
 
-class Mirror:
+class Copy(TypedDict):
+    """What one server has of a run; parcels: name -> version that arrived."""
+
+    study: str
+    experiment_id: str
+    run_id: str
+    parcels: dict[str, str]
+
+
+class State(TypedDict, total=False):
+    """The memory: how the last driver ended, when (Unix milliseconds), and what each server has, by its URI."""
+
+    status: str
+    time: int
+    servers: dict[str, Copy]
+
+
+class Mirror(Sender):
     """Follows a run directory into MLflow, on a thread of its own, until it is stopped.
 
-        with Mirror(uri, study, experiment, run) as mirror: ...
+        with Mirror(uri, study, place) as mirror: ...
 
     It never raises, and no work waits for a server: `warn` is told once that the server does not answer. The
     block's end sets the status: FINISHED, FAILED (an exception) or KILLED (an interruption).
@@ -39,17 +55,17 @@ class Mirror:
         self,
         uri: str,
         study: str,
-        experiment: Experiment,
-        run: Place,
+        place: Place,
         tags: dict[str, str] | None = None,
         warn: Callable[[str], None] = logger.warning,
         child: Child | None = None,
     ):
-        self.child, self.state_file = child, child.state if child else run.path / STATE
-        self.uri, self.study, self.experiment, self.run, self.tags = uri, study, experiment, run, tags or {}
-        self.warn, self.status, self.warned = warn, "RUNNING", False
+        super().__init__(uri, warn)
+        self.study, self.place, self.tags, self.child = study, place, tags or {}, child
+        self.status = "RUNNING"
         self.session: Session | None = None
         self.sent: list[str] = []
+        self.state_file = child.state if child else place.tracking_json
         self._state = _read_state(self.state_file)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
@@ -73,121 +89,109 @@ class Mirror:
         self._thread.join()
 
     def _set_status(self, status: str) -> None:
-        self.status = status
-        self._state |= {"status": status, "time": time.time_ns() // 1_000_000}
-        self._save_state()
-
-    def _save_state(self) -> None:
-        rundir.write_json(self.state_file, self._state)
+        self.status = self._state["status"] = status
+        self._state["time"] = time.time_ns() // 1_000_000
+        write_json(self.state_file, self._state)
 
     def _follow(self) -> None:
         wait = 0.0
         while not self._stopping.wait(wait):
             wait = POLL if self._attempt() else min(max(2 * wait, POLL), LONGEST_WAIT)
         if not self._attempt():
-            again = f"`ddpm sweep {self.study}`" if self.child else _sync_command(self.run, self.uri)
-            self.warn(f"not everything reached {shown(self.uri)}: deliver it with {again}")
+            again = f"`ddpm sweep {self.study}`" if self.child else _sync_command(self.place, self.uri)
+            self.warn(f"not everything reached {hide_password(self.uri)}: deliver it with {again}")
 
     def _attempt(self) -> bool:
-        """Deliver what is outstanding; whether the server took it."""
-        try:
-            self.deliver()
-        except FileNotFoundError:
-            return True  # as in `deliver`, while it was listed
-        except Exception as error:  # whatever a server or its client comes up with, the work goes on
-            self.session = None
-            if not self.warned:
-                self.warn(
-                    f"the tracking server {shown(self.uri)} takes nothing ({reason(error)}); "
-                    "the work goes on, and what is missing there is delivered when it is back"
-                )
-            self.warned = True
-            logger.debug("tracking", exc_info=True)
-            return False
-        return True
+        taken = self.attempt(self.deliver)
+        self.session = self.session if taken else None
+        return taken
 
     def deliver(self) -> None:
         """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""
-        self.session = self.session or Session(self.uri, self.study, self.experiment, self.run, self.child)
-        delivered = self._delivered(self.session)
-        for parcel in self._parcels(delivered):
-            if delivered.get(parcel.name) == parcel.version:
-                continue
-            with suppress(FileNotFoundError):  # replaced under our hands: the next look finds the new one
-                parcel.send(self.session)
-                delivered[parcel.name] = parcel.version
-                self.sent.append(parcel.name)
-                self._save_state()
+        self.session = self.session or Session(self.uri, self.study, self.place, self.child)
+        delivered = self._read_delivered(self.session)
+        with suppress(FileNotFoundError):  # gone while it was listed: the next look finds the new one
+            for parcel in self._list_outstanding(delivered):
+                with suppress(FileNotFoundError):
+                    parcel.send(self.session)
+                    delivered[parcel.name] = parcel.version
+                    self.sent.append(parcel.name)
+                    write_json(self.state_file, self._state)
 
-    def _parcels(self, delivered: dict[str, str]) -> list[Parcel]:
+    def _list_outstanding(self, delivered: dict[str, str]) -> list[Parcel]:
         send = partial(Session.send_status, status=self.status, end=self._state.get("time"))
         status = Parcel("status", self.status, send)
-        rest = list(parcels(self.experiment, self.run, self.tags, delivered, self.child))
-        return [status, *rest] if self.status == "RUNNING" else [*rest, status]
+        rest = list(list_parcels(self.place, self.tags, delivered, self.child))
+        parcels = [status, *rest] if self.status == "RUNNING" else [*rest, status]
+        return [parcel for parcel in parcels if delivered.get(parcel.name) != parcel.version]
 
     @property
     def is_outstanding(self) -> bool:
         """Whether the files hold anything that never arrived. Asks no server."""
-        delivered = self._state.get("servers", {}).get(shown(self.uri), {}).get("parcels", {})
-        return any(delivered.get(parcel.name) != parcel.version for parcel in self._parcels(delivered))
+        server = self._state.get("servers", {}).get(hide_password(self.uri))
+        return bool(self._list_outstanding(server["parcels"] if server else {}))
 
-    def _delivered(self, session: Session) -> dict[str, str]:
-        """Versions by parcel. A run that is new to the server has got nothing."""
-        servers = self._state.setdefault("servers", {})
-        if servers.get(shown(self.uri), {}).get("run_id") != session.run_id:
-            place = {"study": self.study, "experiment_id": session.experiment_id, "run_id": session.run_id}
-            servers[shown(self.uri)] = {**place, "parcels": {}}
-        return servers[shown(self.uri)]["parcels"]
+    def _read_delivered(self, session: Session) -> dict[str, str]:
+        """Return versions by parcel. A run that is new to the server has got nothing."""
+        servers, uri = self._state.setdefault("servers", {}), hide_password(self.uri)
+        if uri not in servers or servers[uri]["run_id"] != session.run_id:
+            servers[uri] = Copy(
+                study=self.study, experiment_id=session.experiment_id, run_id=session.run_id, parcels={}
+            )
+        return servers[uri]["parcels"]
 
     def forget(self) -> None:
         """Take nothing for delivered, and the status for what the last driver left behind."""
-        self._state.get("servers", {}).pop(shown(self.uri), None)
+        self._state.get("servers", {}).pop(hide_password(self.uri), None)
         self.status = self._state.get("status", "RUNNING")
         if self.status == "RUNNING":  # that driver was killed, or there was none that knew of tracking
-            finished = self.run.step_folder(self.experiment.train.steps).exists()
+            finished = self.place.step_folder(self.place.experiment.train.steps).exists()
             self.status = self._state["status"] = "FINISHED" if finished else "KILLED"
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    return rundir.read_json(path) if path.exists() else {}
+def _read_state(path: Path) -> State:
+    state: State = read_json(path) if path.exists() else {}
+    return state
 
 
-def sync(uri: str, study: str, experiment: Experiment, run: Place, tags: dict[str, str] | None = None) -> str:
+def sync(uri: str, study: str, place: Place, tags: dict[str, str] | None = None) -> str:
     """Deliver the whole run directory again, and say what was sent. The caller holds the run's lock.
 
     Raises PipelineError where the server does not answer.
     """
-    mirror = Mirror(uri, study, experiment, run, tags)
+    mirror = Mirror(uri, study, place, tags)
     mirror.forget()
     try:
         mirror.deliver()
     except Exception as error:
         raise PipelineError(
-            f"{run.path} could not be delivered to {shown(uri)} ({reason(error)}); try again later"
+            f"{place.path} could not be delivered to {hide_password(uri)} ({explain_network_error(error)}); "
+            "try again later"
         ) from error
     kinds = Counter(name.split()[0] for name in mirror.sent)
     sent = ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
-    return f"{describe(run, uri)}: delivered {sent}"
+    return f"{describe(place, uri)}: delivered {sent}"
 
 
-def describe(run: Place, uri: str | None) -> str:
-    """Where a person finds the run in MLflow, and whether it is all there. Reads files only."""
-    uri = uri or default_uri(run.storage)
-    state = _read_state(run.path / STATE)
-    server = state.get("servers", {}).get(shown(uri))
+def describe(place: Place, uri: str | None) -> str:
+    """Say where a person finds the run in MLflow, and whether it is all there. Reads files only."""
+    uri = uri or default_uri(place.storage)
+    shown, state = hide_password(uri), _read_state(place.tracking_json)
+    server = state.get("servers", {}).get(shown)
     if server is None:
-        return f"nothing in {shown(uri)} yet ({_sync_command(run, uri)})"
-    ui = shlex.join(["ddpm", "ui", f"cluster.storage={run.storage}"])
-    where = f"{server['study']} / {run.path.name} in {shown(uri)} (`{ui}`)"
+        return f"nothing in {shown} yet ({_sync_command(place, uri)})"
     if uri.startswith("http"):
-        place = f"#/experiments/{server['experiment_id']}/runs/{server['run_id']}{VIEW}"
-        where = f"{shown(uri).rstrip('/')}/{place}"
+        where = f"{shown.rstrip('/')}/#/experiments/{server['experiment_id']}/runs/{server['run_id']}{VIEW}"
+    else:
+        ui = shlex.join(["ddpm", "ui", f"cluster.storage={place.storage}"])
+        where = f"{server['study']} / {place.name} in {shown} (`{ui}`)"
     behind = server["parcels"].get("status") != state["status"]
-    return f"{where}, not up to date ({_sync_command(run, uri)})" if behind else where
+    return f"{where}, not up to date ({_sync_command(place, uri)})" if behind else where
 
 
-def _sync_command(run: Place, uri: str) -> str:
-    """What delivers the run to that server, as it can be typed in any folder."""
-    other = uri != default_uri(run.storage)
-    words = ["ddpm", "sync", str(run.path), *([f"cluster.tracking_uri={shown(uri)}"] if other else [])]
+def _sync_command(place: Place, uri: str) -> str:
+    """Return what delivers the run to that server, as it can be typed in any folder."""
+    words = ["ddpm", "sync", str(place.path)]
+    if uri != default_uri(place.storage):
+        words.append(f"cluster.tracking_uri={hide_password(uri)}")
     return f"`{shlex.join(words)}`"

@@ -6,108 +6,126 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from urllib.parse import quote, urlencode
 
-from pipeline.tracking.session import VIEW, client_of, find_run, find_study, reason, shown
+from pipeline.errors import hide_password
+from pipeline.tracking.client import VIEW, Sender, connect, find_run, find_study, log
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+P = ParamSpec("P")
 
 logger = logging.getLogger(__name__)
 
 TABLE = "leaderboard.json"
 PARENT, TRIAL, STATE, REMOVED = "mlflow.parentRunId", "sweep.trial", "sweep.state", "sweep.removed"
 
+Cell = bool | int | float | str | None | list["Cell"]
+Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
+
 
 @dataclass(frozen=True)
 class Standing:
     """How a sweep stands: table: the leaderboard, a mapping for each row; note: the same for people, in
-    Markdown; best: (tags, metrics) of the first row; rungs: trial -> (step, bound, Unix milliseconds)."""
+    Markdown; best: (tags, metrics) of the first row; rungs: by trial."""
 
-    table: list[dict[str, Any]]
+    table: Sequence[Mapping[str, Cell]]
     note: str
     best: tuple[dict[str, str], dict[str, float]]
-    rungs: dict[str, list[tuple[int, float, int]]]
+    rungs: Mapping[str, Sequence[Rung]]
 
 
-class Parent:
-    """The parent run of a study. It never raises: a server that takes nothing is warned of once, and the same
-    command delivers later what is missing."""
+def _attempted(send: Callable[Concatenate[Parent, P], None]) -> Callable[Concatenate[Parent, P], None]:
+    """Make a method of the parent connect first, and warn where the server takes nothing."""
+
+    @wraps(send)
+    def attempt(parent: Parent, *args: P.args, **kwargs: P.kwargs) -> None:
+        def connect_and_send() -> None:
+            if not parent.run_id:
+                parent.connect()
+            send(parent, *args, **kwargs)
+
+        parent.attempt(connect_and_send, " of the sweep")
+
+    return attempt
+
+
+class Parent(Sender):
+    """The parent run of a study. It never raises: the same command delivers later what a server did not take."""
+
+    client: MlflowClient
+    experiment_id = run_id = ""
 
     def __init__(self, uri: str, study: str, storage: Path, warn: Callable[[str], None] = logger.warning):
-        self.uri, self.study, self.storage, self.warn = uri, study, storage, warn
-        self.client: Any = None
-        self.experiment_id = self.run_id = ""
-        self.warned = False
+        super().__init__(uri, warn)
+        self.study, self.storage = study, storage
 
+    def connect(self) -> None:
+        """Find or make the parent."""
+        self.client = connect(self.uri)
+        self.experiment_id = find_study(self.client, self.uri, self.storage, self.study)
+        identity, now = {"sweep": self.study, "sweep.role": "parent"}, time.time_ns() // 1_000_000
+        self.run_id = find_run(self.client, self.experiment_id, f"sweep {self.study}", identity, now)
+
+    @_attempted
     def start(self, sweep_file: Path) -> None:
-        """Find or make the parent, which runs from now on."""
+        """Let the parent run from now on."""
+        self.client.update_run(self.run_id, status="RUNNING")
+        self.client.log_artifact(self.run_id, str(sweep_file))
 
-        def send() -> None:
-            self.client.update_run(self.run_id, status="RUNNING")
-            self.client.log_artifact(self.run_id, str(sweep_file))
-
-        self._attempt(send)
-
+    @_attempted
     def reconcile(self, trials: set[str]) -> None:
-        """Children of points that the sweep has no more are marked, not deleted, and run no longer."""
+        """Mark children of points that the sweep has no more; they are not deleted, and run no longer."""
+        for child in self._list_children():
+            run_id, tags = child.info.run_id, child.data.tags
+            if tags.get(TRIAL) in trials:
+                if REMOVED in tags:
+                    self.client.delete_tag(run_id, REMOVED)
+                continue
+            self.client.set_tag(run_id, REMOVED, "the sweep file does not have this point any more")
+            if child.info.status == "RUNNING":
+                self.client.set_tag(run_id, STATE, "interrupted")
+                self.client.set_terminated(run_id, "KILLED")
 
-        def send() -> None:
-            for child in self._children():
-                run_id, tags = child.info.run_id, child.data.tags
-                if tags.get(TRIAL) in trials:
-                    if REMOVED in tags:
-                        self.client.delete_tag(run_id, REMOVED)
-                    continue
-                self.client.set_tag(run_id, REMOVED, "the sweep file does not have this point any more")
-                if child.info.status == "RUNNING":
-                    self.client.set_tag(run_id, STATE, "interrupted")
-                    self.client.set_terminated(run_id, "KILLED")
-
-        self._attempt(send)
-
+    @_attempted
     def publish(self, standing: Standing) -> None:
-        """The leaderboard as it is now."""
-
-        def send() -> None:
-            from mlflow.entities import Metric, RunTag
-
+        """Send the leaderboard as it is now."""
+        if standing.table:
             self._send_table(standing.table)
-            tags, metrics = standing.best
-            now = time.time_ns() // 1_000_000
-            known = self.client.get_run(self.run_id).data.metrics
-            self.client.log_batch(
-                self.run_id,
-                metrics=[
-                    Metric(key, value, now, 0) for key, value in metrics.items() if known.get(key) != value
-                ],
-                tags=[RunTag(key, value) for key, value in tags.items()]
-                + [RunTag("mlflow.note.content", standing.note)],
-            )
-            self._send_rungs(standing.rungs)
+        tags, values = standing.best
+        known, now = self.client.get_run(self.run_id).data.metrics, time.time_ns() // 1_000_000
+        points = [(key, value, now, 0) for key, value in values.items() if known.get(key) != value]
+        log(self.client, self.run_id, points, tags | {"mlflow.note.content": standing.note})
+        for child in self._list_children() if any(standing.rungs.values()) else ():
+            rungs = standing.rungs.get(child.data.tags.get(TRIAL, ""), ())
+            if rungs:
+                points = [("rung/nll_bpd", value, when, step) for step, value, when in rungs]
+                log(self.client, child.info.run_id, points)
 
-        self._attempt(send)
-
+    @_attempted
     def finish(self, status: str, report: Path) -> None:
-        """The report as artifact, and the last word."""
-
-        def send() -> None:
-            if report.is_dir():
-                self.client.log_artifacts(self.run_id, str(report), "report")
-            self.client.set_terminated(self.run_id, status)
-
-        self._attempt(send)
+        """Send the report as artifact, and the last word."""
+        if report.is_dir():
+            self.client.log_artifacts(self.run_id, str(report), "report")
+        self.client.set_terminated(self.run_id, status)
 
     def links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
-        """(what, where) in the UI: the study with its leaderboard, and its trials with their charts, best first."""
+        """Return (what, where) in the UI: the study with its leaderboard, and its trials with their charts, best
+        first."""
+        shown = hide_password(self.uri)
         if not self.run_id:
-            return [("MLflow", f"nothing in {shown(self.uri)} yet; the same command delivers it")]
-        served, ui = (
-            self.uri.startswith("http"),
-            shlex.join(["ddpm", "ui", f"cluster.storage={self.storage}"]),
-        )
-        base = shown(self.uri).rstrip("/") if served else "http://127.0.0.1:5000"
+            return [("MLflow", f"nothing in {shown} yet; the same command delivers it")]
+        base, hint = shown.rstrip("/"), ""
+        if not self.uri.startswith("http"):
+            ui = shlex.join(["ddpm", "ui", f"cluster.storage={self.storage}"])
+            base, hint = "http://127.0.0.1:5000", f"`{ui}`, then "
         runs = f"{base}/#/experiments/{self.experiment_id}/runs"
         query = {
             "compareRunsMode": "CHART",
@@ -116,32 +134,11 @@ class Parent:
             "orderByAsc": str(not larger_is_better).lower(),
         }
         return [
-            ("MLflow", f"{'' if served else f'`{ui}`, then '}{runs}/{self.run_id}{VIEW}"),
+            ("MLflow", f"{hint}{runs}/{self.run_id}{VIEW}"),
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 
-    def _attempt(self, send: Callable[[], None]) -> None:
-        try:
-            if self.client is None:
-                self._connect()
-            send()
-        except Exception as error:  # whatever a server or its client comes up with, the work goes on
-            self.client = None
-            if not self.warned:
-                self.warn(
-                    f"the tracking server {shown(self.uri)} takes nothing of the sweep ({reason(error)})"
-                )
-            self.warned = True
-            logger.debug("tracking", exc_info=True)
-
-    def _connect(self) -> None:
-        client = client_of(self.uri)
-        self.experiment_id = find_study(client, self.uri, self.storage, self.study)
-        identity, now = {"sweep": self.study, "sweep.role": "parent"}, time.time_ns() // 1_000_000
-        self.run_id = find_run(client, self.experiment_id, f"sweep {self.study}", identity, now, {})
-        self.client = client
-
-    def _children(self) -> Iterator[Any]:
+    def _list_children(self) -> Iterator[Run]:
         query, token = f"tags.`{PARENT}` = '{self.run_id}'", None
         while True:
             page = self.client.search_runs([self.experiment_id], query, page_token=token)
@@ -150,24 +147,11 @@ class Parent:
             if not token:
                 return
 
-    def _send_table(self, rows: list[dict[str, Any]]) -> None:
-        """`log_table` appends to a table that is there, so only the first one is its."""
-        if not rows:
-            return
+    def _send_table(self, rows: Sequence[Mapping[str, Cell]]) -> None:
+        """Replace the table: `log_table` appends to one that is there, so only the first one is its."""
         columns = {key: [row.get(key) for row in rows] for key in rows[0]}
-        there = self.client.get_run(self.run_id).data.tags.get("mlflow.loggedArtifacts", "")
-        if TABLE not in there:
+        if TABLE not in self.client.get_run(self.run_id).data.tags.get("mlflow.loggedArtifacts", ""):
             self.client.log_table(self.run_id, columns, TABLE)
             return
         split = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
         self.client.log_text(self.run_id, json.dumps(split), TABLE)
-
-    def _send_rungs(self, rungs: dict[str, list[tuple[int, float, int]]]) -> None:
-        from mlflow.entities import Metric
-
-        judged = {trial: points for trial, points in rungs.items() if points}
-        for child in self._children() if judged else ():
-            points = judged.get(child.data.tags.get(TRIAL), [])
-            metrics = [Metric("rung/nll_bpd", value, when, step) for step, value, when in points]
-            if metrics:
-                self.client.log_batch(child.info.run_id, metrics=metrics)

@@ -1,117 +1,31 @@
-"""One connection to a tracking server, standing at one run. The only importer of mlflow."""
+"""One connection to a tracking server that stands at one run: how each kind of file of a run is sent."""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, TypedDict
 
-from pipeline.config import Experiment
-from pipeline.errors import PipelineError
-from pipeline.store import files as rundir
+from pipeline.store.files import MANIFEST, read_json, sha256_of
+from pipeline.store.log import read_points
 from pipeline.store.run import Place
-from pipeline.tracking.moved import ARTIFACTS, follow_move
+from pipeline.tracking.client import connect, find_run, find_study, log
 
-BATCH = 1000  # metrics that MLflow takes in one call
-# What makes the UI show studies as training runs instead of language models' evaluations: a tag, or in newer
-# versions the link.
-KIND = {"mlflow.experimentKind": "custom_model_development"}
-VIEW = "?workflowType=machine_learning"
+if TYPE_CHECKING:
+    from mlflow.entities import LoggedModel
+
 TWIN = "+compressed.webp"  # how `log_image` names the small copy that it uploads after the picture
 
-# The mirror tries again by itself, and a look-up precedes everything that must not be made twice.
-ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
+Protocol = dict[str, str | int | float | bool | list[str] | None]
 
 
-def default_uri(storage: Path) -> str:
-    """The embedded store of a storage root."""
-    return f"sqlite:///{storage.resolve()}/mlflow.db"
+class Scores(TypedDict):
+    """What a metrics.json holds for the server."""
 
-
-def find_study(client: Any, uri: str, storage: Path, study: str) -> str:
-    """The id of MLflow's experiment of that name, made if there is none."""
-    found = client.get_experiment_by_name(study)
-    if found is None:
-        place = (storage / ARTIFACTS / study).resolve().as_uri()
-        return client.create_experiment(study, None if uri.startswith("http") else place, KIND)
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return found.experiment_id
-
-
-def find_run(
-    client: Any, experiment_id: str, name: str, identity: dict[str, str], start: int, tags: dict[str, str]
-) -> str:
-    """The id of the run that carries the tags `identity`, made if there is none."""
-    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
-    found = client.search_runs([experiment_id], query, max_results=1)
-    return (
-        found[0].info.run_id
-        if found
-        else client.create_run(experiment_id, start, identity | tags, name).info.run_id
-    )
-
-
-def check(uri: str) -> None:
-    """Raise PipelineError unless the tracking server answers an API call."""
-    try:
-        client_of(uri).search_experiments(max_results=1)
-    except Exception as error:  # MLflow, SQLAlchemy, requests and urllib3 share no narrower base
-        raise PipelineError(
-            f"the tracking server {shown(uri)} does not answer ({reason(error)}); start it, or leave out "
-            f"cluster.tracking_uri and deliver later with `ddpm sync RUN cluster.tracking_uri={shown(uri)}`"
-        ) from error
-
-
-def client_of(uri: str) -> Any:
-    """Importing MLflow takes seconds, so it happens here, on whichever thread needs it."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    if uri.startswith("sqlite:///"):
-        store = Path(uri.removeprefix("sqlite:///"))
-        _make_store(store)
-        follow_move(store)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _make_store(path: Path) -> None:
-    """MLflow makes its tables one by one, and a store in which a killed process made some is lost for good:
-    they are made under another name."""
-    if path.exists():
-        return
-    from mlflow import MlflowClient
-
-    with rundir.atomic_file(path) as temporary:
-        MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments(max_results=1)
-
-
-def shown(uri: str) -> str:
-    """The URI without user and password."""
-    parts = urlsplit(uri)
-    return uri.replace(f"{parts.netloc.rpartition('@')[0]}@", "") if "@" in parts.netloc else uri
-
-
-def reason(error: Exception) -> str:
-    text = str(error)
-    for sign in ("Connection refused", "timed out", "Name or service not known", "No route to host"):
-        if sign.lower() in text.lower():
-            return sign.lower()
-    return (text.strip().splitlines() or [type(error).__name__])[0][:160]
+    scores: dict[str, float]
+    protocol: Protocol
 
 
 @dataclass(frozen=True)
@@ -126,66 +40,51 @@ class Child:
 
 
 class Session:
-    """A connection that stands at this run on the server.
+    """Looks up what the server has before it makes anything; after a failure it is dropped for a new one."""
 
-    It looks up what the server has before it makes anything; after a failure it is dropped for a new one.
-    """
-
-    def __init__(self, uri: str, study: str, experiment: Experiment, run: Place, child: Child | None = None):
-        self.client = client_of(uri)
-        self.experiment, self.run = experiment, run
-        self.experiment_id = find_study(self.client, uri, run.storage, study)
-        name, identity = (child.name, child.identity) if child else (run.path.name, {"run_key": run.run_key})
-        self.run_id = self._find_run(name, identity)
-        self.grids = self._grids_on_server()
-
-    def _find_run(self, name: str, identity: dict[str, str], **tags: str) -> str:
-        start = _first_time(self.run.log)
-        return find_run(self.client, self.experiment_id, name, identity, start, tags)
-
-    def _grids_on_server(self) -> dict[int, str | None]:
-        """Steps whose picture arrived; with the name of its small twin where only that is still missing."""
+    def __init__(self, uri: str, study: str, place: Place, child: Child | None = None):
+        self.client, self.place = connect(uri), place
+        self.experiment_id = find_study(self.client, uri, place.storage, study)
+        first = read_points(place.log)[:1]
+        self.start = first[0]["time"] if first else time.time_ns() // 1_000_000  # Unix milliseconds
+        name, identity = (child.name, child.identity) if child else (place.name, {"run_key": place.run_key})
+        self.run_id = find_run(self.client, self.experiment_id, name, identity, self.start)
         paths = {file.path for file in self.client.list_artifacts(self.run_id, "images")}
         twins = {path: path.removesuffix(".png") + TWIN for path in paths if path.endswith(".png")}
-        return {int(path.split("+")[2]): None if twin in paths else twin for path, twin in twins.items()}
+        # step of each picture that arrived -> the name of its small twin where only that is still missing
+        self.grids = {
+            int(path.split("+")[2]): None if twin in paths else twin for path, twin in twins.items()
+        }
 
     def send_description(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
-        from mlflow.entities import Param, RunTag
-
         known = self.client.get_run(self.run_id).data.params
-        params = [Param(k, v) for k, v in parameters.items() if k not in known]
-        labels = [RunTag(key, str(value)) for key, value in tags.items()]
-        self.client.log_batch(self.run_id, params=params, tags=labels)
+        new = {key: value for key, value in parameters.items() if key not in known}
+        log(self.client, self.run_id, tags=tags, params=new)
 
     def send_dataset(self) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        manifest = self.run.data / rundir.MANIFEST
-        facts = {key: value for key, value in rundir.read_json(manifest).items() if key != "files"}
+        manifest = self.place.data / MANIFEST
+        facts = {key: value for key, value in read_json(manifest).items() if key != "files"}
         splits = {name: split["count"] for name, split in facts.pop("splits").items()}
         dataset = Dataset(
-            name=self.run.data.name,
-            digest=rundir.sha256_of(manifest)[:36],
+            name=self.place.data.name,
+            digest=sha256_of(manifest)[:36],
             source_type="local",
-            source=json.dumps({"uri": str(self.run.data)}),
+            source=json.dumps({"uri": str(self.place.data)}),
             profile=json.dumps(facts | splits),
         )
-        use = InputTag("mlflow.data.context", "training")
-        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [use])])
+        used = DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
+        self.client.log_inputs(self.run_id, [used])
 
     def send_log(self, start: int, end: int) -> None:
-        from mlflow.entities import Metric
-
-        with self.run.log.open("rb") as file:
-            file.seek(start)
-            points = [json.loads(line) for line in file.read(end - start).splitlines()]
-        metrics = [
-            Metric(key, float(value), point["time"], point["step"])
-            for point in points
+        """Send the points between two places of the log, in bytes."""
+        points = [
+            (key, float(value), point["time"], point["step"])
+            for point in read_points(self.place.log, start, end)
             for key, value in point["metrics"].items()
         ]
-        for first in range(0, len(metrics), BATCH):
-            self.client.log_batch(self.run_id, metrics=metrics[first : first + BATCH])
+        log(self.client, self.run_id, points)
 
     def send_grid(self, grid: Path) -> None:
         from PIL import Image
@@ -202,88 +101,78 @@ class Session:
         self.grids[step] = None
 
     def send_checkpoints(self, steps: list[int]) -> None:
-        """Every checkpoint on disk as a logged model; the unscored ones that `train.keep` deleted go."""
-        models = self._models()
+        """Make every checkpoint on disk a logged model; the unscored ones that `train.keep` deleted go."""
+        from mlflow.entities import LoggedModelOutput
+
+        models = self._find_models()
+        outputs = self.client.get_run(self.run_id).outputs
+        linked = {output.model_id for output in outputs.model_outputs} if outputs else set()
         for step in steps:
-            self._register(step, models.get(step))
+            model = models.get(step) or self._create_model(step)
+            if str(model.status) != "READY":
+                self.client.finalize_logged_model(model.model_id, "READY")
+            if model.model_id not in linked:
+                self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
         for step, model in models.items():
             if step < steps[-1] and step not in steps and not model.metrics:
                 self.client.delete_logged_model(model.model_id)
 
-    def _models(self) -> dict[int, Any]:
+    def _find_models(self) -> dict[int, LoggedModel]:
         query = f"source_run_id = '{self.run_id}'"
         found = self.client.search_logged_models([self.experiment_id], filter_string=query)
         return {int(model.tags["step"]): model for model in found}
 
-    def _register(self, step: int, model: Any) -> None:
+    def _create_model(self, step: int) -> LoggedModel:
         """The weights stay where they are; the model says where that is."""
-        from mlflow.entities import LoggedModelOutput
+        folder = self.place.step_folder(step)
+        files = read_json(folder / "meta.json").get("files", {})
+        tags = {"step": str(step), "path": str(folder), "run_key": self.place.run_key}
+        tags |= {f"sha256.{name}": facts["sha256"] for name, facts in files.items()}
+        kind = self.place.experiment.model.name
+        return self.client.create_logged_model(
+            self.experiment_id, folder.name, self.run_id, tags, model_type=kind
+        )
 
-        folder = self.run.step_folder(step)
-        if model is None:
-            facts = rundir.read_json(folder / "meta.json").get("files", {})
-            hashes = {f"sha256.{name}": file["sha256"] for name, file in facts.items()}
-            where = {"step": str(step), "path": str(folder), "run_key": self.run.run_key}
-            kind = self.experiment.model.name
-            model = self.client.create_logged_model(
-                self.experiment_id, folder.name, self.run_id, where | hashes, model_type=kind
-            )
-        if str(model.status) != "READY":
-            self.client.finalize_logged_model(model.model_id, "READY")
-        linked = self.client.get_run(self.run_id).outputs.model_outputs
-        if model.model_id not in {output.model_id for output in linked}:
-            self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
-
-    def send_candidate(self, step: int, scores: Path) -> None:
-        """One of the checkpoints among which the best is looked for: a point of the FID's curve."""
-        value = rundir.read_json(scores)["scores"]["fid"]
-        self._point("selection/fid", value, step, milliseconds(scores))
+    def send_candidate(self, step: int, file: Path) -> None:
+        """Send the scores of a checkpoint among which the best is looked for: a point of the FID's curve."""
+        scores: Scores = read_json(file)
+        self._log(self.run_id, {"selection/fid": scores["scores"]["fid"]}, {}, step, milliseconds(file))
 
     def send_choice(self, file: Path) -> None:
-        from mlflow.entities import RunTag
+        found = read_json(file)
+        tags = {f"selection.{key}": str(found[key]) for key in ("n", "weights", "extractor", "reference")}
+        last = found["scores"][-1]["step"]
+        self._log(self.run_id, {"selection/best_step": found["best"]}, tags, last, milliseconds(file))
 
-        found = rundir.read_json(file)
-        self._point("selection/best_step", found["best"], found["scores"][-1]["step"], milliseconds(file))
-        protocol = {key: found[key] for key in ("n", "weights", "extractor", "reference")}
-        tags = [RunTag(f"selection.{key}", str(value)) for key, value in protocol.items()]
-        self.client.log_batch(self.run_id, tags=tags)
+    def send_scores(self, file: Path, run_id: str = "") -> None:
+        """Send the headline evaluation, or another one to a run of its own."""
+        content: Scores = read_json(file)
+        protocol = content["protocol"]
+        scores = {f"eval/{k}": v for k, v in content["scores"].items() if isinstance(v, (int, float))}
+        texts = {k: "; ".join(map(str, v)) if isinstance(v, list) else v for k, v in protocol.items()}
+        tags = {f"protocol.{k}": str(v) for k, v in texts.items() if v not in (None, "")}
+        step = int(str(protocol.get("checkpoint") or 0))
+        self._log(run_id or self.run_id, scores, tags, step, milliseconds(file))
 
-    def _point(self, key: str, value: float, step: int, when: int) -> None:
-        from mlflow.entities import Metric
+    def send_evaluation(self, file: Path) -> None:
+        """Send an evaluation beside the headline one: a child run."""
+        content: Scores = read_json(file)
+        name, identity = f"evaluation {file.parent.name}", {"evaluation_key": file.parent.name}
+        tags = {"mlflow.parentRunId": self.run_id, "weights": str(content["protocol"]["weights"])}
+        child = find_run(self.client, self.experiment_id, name, identity, self.start, **tags)
+        self.send_scores(file, child)
+        self.client.set_terminated(child, "FINISHED", milliseconds(file))
 
-        if not self._has(self.run_id, key, step, value):
-            model = self._models().get(step)
-            metric = Metric(key, float(value), when, step, model_id=model and model.model_id)
-            self.client.log_batch(self.run_id, metrics=[metric])
-
-    def send_scores(self, scores: Path) -> None:
-        self._score(self.run_id, scores)
-
-    def send_evaluation(self, scores: Path) -> None:
-        """An evaluation beside the headline one: a child run."""
-        key, weights = scores.parent.name, rundir.read_json(scores)["protocol"]["weights"]
-        tags = {"mlflow.parentRunId": self.run_id, "weights": weights}
-        child = self._find_run(f"evaluation {key}", {"evaluation_key": key}, **tags)
-        self._score(child, scores)
-        self.client.set_terminated(child, "FINISHED", milliseconds(scores))
-
-    def _score(self, run_id: str, scores: Path) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        content = rundir.read_json(scores)
-        step = int(content["protocol"].get("checkpoint") or 0)
-        model = self._models().get(step)
+    def _log(self, run_id: str, values: dict[str, float], tags: dict[str, str], step: int, when: int) -> None:
+        """Log values at the model of their checkpoint, each once: a copied file has a new time, and would be another
+        point of the same score."""
+        model = self._find_models().get(step)
         points = [
-            Metric(f"eval/{key}", float(value), milliseconds(scores), step, model_id=model and model.model_id)
-            for key, value in content["scores"].items()
-            if isinstance(value, (int, float)) and not self._has(run_id, f"eval/{key}", step, value)
+            (key, float(value), when, step)
+            for key, value in values.items()
+            if all((p.step, p.value) != (step, value) for p in self.client.get_metric_history(run_id, key))
         ]
-        tags = [RunTag(key, value) for key, value in _protocol_tags(content["protocol"]).items()]
-        self.client.log_batch(run_id, metrics=points, tags=tags)
-
-    def _has(self, run_id: str, key: str, step: int, value: float) -> bool:
-        """A copied file has a new time, and would be another point of the same score."""
-        return any((p.step, p.value) == (step, value) for p in self.client.get_metric_history(run_id, key))
+        log(self.client, run_id, points, tags, model_id=model.model_id if model else None)
 
     def send_file(self, file: Path, folder: str) -> None:
         self.client.log_artifact(self.run_id, str(file), folder or None)
@@ -295,21 +184,6 @@ class Session:
             self.client.set_terminated(self.run_id, status, end)
 
 
-def _first_time(log: Path) -> int:
-    """When the run began, in Unix milliseconds: its first point, or now."""
-    if log.exists():
-        with log.open() as file:
-            line = file.readline()
-        if line.endswith("\n"):
-            return int(json.loads(line)["time"])
-    return time.time_ns() // 1_000_000
-
-
 def milliseconds(path: Path) -> int:
+    """Return when a file was written, in Unix milliseconds."""
     return path.stat().st_mtime_ns // 1_000_000
-
-
-def _protocol_tags(protocol: dict[str, Any]) -> dict[str, str]:
-    lists = {key: "; ".join(map(str, value)) for key, value in protocol.items() if isinstance(value, list)}
-    said = {key: str(value) for key, value in (protocol | lists).items() if value not in (None, "")}
-    return {f"protocol.{key}": value for key, value in said.items()}

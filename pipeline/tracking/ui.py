@@ -12,9 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
-from pipeline.errors import PipelineError
-from pipeline.tracking.moved import ARTIFACTS, follow_move
-from pipeline.tracking.session import ENVIRONMENT, VIEW, default_uri, shown
+from pipeline.errors import PipelineError, hide_password
+from pipeline.tracking.client import ARTIFACTS, ENVIRONMENT, VIEW, default_uri, follow_move
 
 STARTING = 120.0  # seconds that a server may take to answer
 
@@ -26,32 +25,36 @@ def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = N
     """
     uri = uri or default_uri(storage)
     if uri.startswith("http"):
-        print(f"{shown(uri)} is a server already: open it in a browser", flush=True)
+        print(f"{hide_password(uri)} is a server already: open it in a browser", flush=True)
         return 0
     _require_free(host, port)
     storage.mkdir(parents=True, exist_ok=True)
     follow_move(Path(uri.removeprefix("sqlite:///")))
-    print(f"starting the MLflow UI on {shown(uri)}", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", host]
-    command += [
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--artifacts-destination",
-        str(storage / ARTIFACTS),
-    ]
+    print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
+    options = {
+        "--backend-store-uri": uri,
+        "--host": host,
+        "--port": str(port),
+        "--workers": "1",
+        "--artifacts-destination": str(storage / ARTIFACTS),
+    }
+    command = [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **ENVIRONMENT, **os.environ}
     with (storage / "mlflow-server.log").open("wb") as log:
         server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
     try:
-        _wait_until_it_answers(server, f"http://{host}:{port}", Path(log.name))
+        _await_answer(server, f"http://{host}:{port}", Path(log.name))
         print(f"http://{host}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        _end(server)
+        with suppress(ProcessLookupError):  # the server and its workers
+            os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 def _require_free(host: str, port: int) -> None:
@@ -66,23 +69,12 @@ def _require_free(host: str, port: int) -> None:
             ) from error
 
 
-def _wait_until_it_answers(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
-    for _ in range(int(STARTING / 0.2)):
-        if server.poll() is not None:
-            break
+def _await_answer(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
+    end = time.monotonic() + STARTING
+    while time.monotonic() < end and server.poll() is None:
         try:
             with urlopen(f"{link}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.2)
     raise PipelineError(f"the MLflow server did not start; {log} says why")
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    """The server and its workers."""
-    with suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-    try:
-        server.wait(10)
-    except subprocess.TimeoutExpired:
-        os.killpg(server.pid, signal.SIGKILL)

@@ -47,7 +47,7 @@ def mirrored(storage, uri, client):
     experiment, run = make_run(storage, "digits", STEPS)
     other = run.path / "evaluation" / "0123456789ab"
     write_scores(other, experiment, scores={"fid": 20.5})
-    with tracking.Mirror(uri, "digits", experiment, run, tags={"device": "cpu"}):
+    with tracking.Mirror(uri, "digits", run, tags={"device": "cpu"}):
         pass
     return experiment, run, find(client, "digits", run)
 
@@ -136,9 +136,9 @@ def test_pictures_and_files_arrive(mirrored, client):
 
 
 def test_delivering_again_changes_nothing(mirrored, client, uri):
-    experiment, run, found = mirrored
+    _, run, found = mirrored
     before = client.get_run(found.info.run_id)
-    said = tracking.sync(uri, "digits", experiment, run)
+    said = tracking.sync(uri, "digits", run)
     assert "log" in said and "2 x grid" in said
     after = find(client, "digits", run)
     assert history(client, after, "train/loss") == expected(100)
@@ -151,20 +151,20 @@ def test_delivering_again_changes_nothing(mirrored, client, uri):
 
 
 def test_half_a_picture_is_completed(mirrored, client, uri, storage):
-    experiment, run, found = mirrored
+    _, run, found = mirrored
     for twin in (storage / "mlartifacts" / "digits").rglob("*+step+50+*.webp"):
         twin.unlink()
-    tracking.sync(uri, "digits", experiment, run)
+    tracking.sync(uri, "digits", run)
     names = {file.path for file in client.list_artifacts(found.info.run_id, "images")}
     pictures = {name.removesuffix(".png") for name in names if name.endswith(".png")}
     assert names == {f"{name}.png" for name in pictures} | {f"{name}+compressed.webp" for name in pictures}
 
 
 def test_a_copied_score_is_no_second_point(mirrored, client, uri):
-    experiment, run, found = mirrored
+    _, run, found = mirrored
     for scores in run.path.glob("evaluation/*/metrics.json"):
         os.utime(scores, (1, 1))
-    tracking.sync(uri, "digits", experiment, run)
+    tracking.sync(uri, "digits", run)
     assert len(history(client, found, "eval/fid")) == 1
 
 
@@ -172,9 +172,9 @@ def test_a_copied_score_is_no_second_point(mirrored, client, uri):
     ("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (None, "FINISHED")]
 )
 def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, error, status):
-    experiment, run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
+    _, run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
     try:
-        with tracking.Mirror(uri, "ends", experiment, run) as mirror:
+        with tracking.Mirror(uri, "ends", run) as mirror:
             wait_for(lambda: mirror.session and find(client, "ends", run).info.status == "RUNNING")
             if error:
                 raise error
@@ -185,21 +185,21 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
 
 
 def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
-    experiment, run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
-    crashed = tracking.Mirror(uri, "ends", experiment, run)
+    _, run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
+    crashed = tracking.Mirror(uri, "ends", run)
     crashed._set_status("RUNNING")
     crashed.deliver()  # and the driver is gone
     found = find(client, "ends", run)
     assert found.info.status == "RUNNING"
-    tracking.sync(uri, "ends", experiment, run)
+    tracking.sync(uri, "ends", run)
     assert find(client, "ends", run).info.run_id == found.info.run_id
     assert find(client, "ends", run).info.status == "FINISHED"  # its last checkpoint is there
 
 
 def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
     before, after = tmp_path / "before root", tmp_path / "after"
-    experiment, run = make_run(before, "digits", STEPS)
-    with tracking.Mirror(tracking.default_uri(before), "digits", experiment, run):
+    _, run = make_run(before, "digits", STEPS)
+    with tracking.Mirror(tracking.default_uri(before), "digits", run):
         pass
     before.rename(after)
     uri, moved = tracking.default_uri(after), dataclasses.replace(run, storage=after)
@@ -211,16 +211,16 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
     points = history(client, found, "train/loss")
     # Another process, as MLflow remembers where this one wrote.
     code = "import pickle, sys; from pipeline import tracking; tracking.sync(*pickle.load(sys.stdin.buffer))"
-    moved_run = pickle.dumps((uri, "digits", experiment, moved))
+    moved_run = pickle.dumps((uri, "digits", moved))
     subprocess.run([sys.executable, "-c", code], input=moved_run, check=True)
     assert history(client, found, "train/loss") == points != []
     assert not before.exists()  # nothing was written where the root had been
 
 
 def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path):
-    experiment, run = make_run(tmp_path / "root", "digits", STEPS)
+    _, run = make_run(tmp_path / "root", "digits", STEPS)
     shared = f"sqlite:///{tmp_path}/mlflow.db"
-    with tracking.Mirror(shared, "digits", experiment, run):
+    with tracking.Mirror(shared, "digits", run):
         pass
     (tmp_path / "mlartifacts").mkdir()
     tracking.check(shared)
@@ -229,11 +229,11 @@ def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path):
 
 
 def test_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
-    experiment, run = make_run(storage, "digits", (*STEPS, "seed=3"), scores=False)
-    with tracking.Mirror(uri, "ends", experiment, run):
+    _, run = make_run(storage, "digits", (*STEPS, "seed=3"), scores=False)
+    with tracking.Mirror(uri, "ends", run):
         pass
     client.delete_run(find(client, "ends", run).info.run_id)
-    with tracking.Mirror(uri, "ends", experiment, run):
+    with tracking.Mirror(uri, "ends", run):
         pass
     assert history(client, find(client, "ends", run), "train/loss") == expected(100)
 
@@ -241,12 +241,12 @@ def test_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
 def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, client):
     import shutil
 
-    experiment, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
-    with tracking.Mirror(uri, "ends", experiment, run):
+    _, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
+    with tracking.Mirror(uri, "ends", run):
         pass
     shutil.rmtree(run.step_folder(50))
     write_checkpoint(run, 150)
-    with tracking.Mirror(uri, "ends", experiment, run):
+    with tracking.Mirror(uri, "ends", run):
         pass
     found = find(client, "ends", run)
     models = client.search_logged_models([found.info.experiment_id], f"source_run_id = '{found.info.run_id}'")
@@ -254,10 +254,10 @@ def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, clien
 
 
 def test_only_whole_lines_of_the_log_are_read(storage, uri, client):
-    experiment, run = make_run(storage, "digits", (*STEPS, "seed=5"), scores=False)
+    _, run = make_run(storage, "digits", (*STEPS, "seed=5"), scores=False)
     with run.log.open("a") as file:
         file.write('{"step": 110, "time": 1, "met')
-    with tracking.Mirror(uri, "ends", experiment, run):
+    with tracking.Mirror(uri, "ends", run):
         pass
     assert history(client, find(client, "ends", run), "train/loss") == expected(100)
 
@@ -326,9 +326,9 @@ def server(storage, client):
 def test_a_server_that_dies_in_the_middle_gets_every_point_once(storage, server, client, monkeypatch):
     monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.2)
     monkeypatch.setattr("pipeline.tracking.mirror.LONGEST_WAIT", 0.5)
-    experiment, run = make_run(storage, "digits", (*STEPS, "seed=6"))
+    _, run = make_run(storage, "digits", (*STEPS, "seed=6"))
     warnings: list[str] = []
-    mirror = tracking.Mirror(server.uri, "mortal", experiment, run, warn=warnings.append)
+    mirror = tracking.Mirror(server.uri, "mortal", run, warn=warnings.append)
     mirror.start()
     wait_for(lambda: mirror._state.get("servers") and "log" in mirror.sent)
     found = find(client, "mortal", run)
@@ -349,15 +349,15 @@ def test_a_server_that_dies_in_the_middle_gets_every_point_once(storage, server,
 
 
 def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage, uri, client):
-    experiment, run = make_run(storage, "digits", (*STEPS, "seed=7"), scores=False)
+    _, run = make_run(storage, "digits", (*STEPS, "seed=7"), scores=False)
     dead, warnings = f"http://127.0.0.1:{free_port()}", []
     began = time.monotonic()
-    with tracking.Mirror(dead, "late", experiment, run, warn=warnings.append):
+    with tracking.Mirror(dead, "late", run, warn=warnings.append):
         write_log(run, 100, 200, 10)
     assert time.monotonic() - began < 5
     assert "takes nothing (connection refused)" in warnings[0] and "ddpm sync" in warnings[-1]
     assert "ddpm sync" in tracking.describe(run, dead)
-    tracking.sync(uri, "late", experiment, run)
+    tracking.sync(uri, "late", run)
     found = find(client, "late", run)
     assert history(client, found, "train/loss") == expected(200) and found.info.status == "FINISHED"
 
