@@ -44,7 +44,7 @@ UNITS = {
     "sampling": ["driver", "driver", "task", "task", "task"],
     "evaluation": ["driver", "driver", "task", "task", "task"],
 }
-PROCESSES = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "task": "ray::_run_unit"}
+PROCESSES = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "task": "ray::Actor.run"}
 # How far the run comes between two kills, at most: points of the curve, or units.
 APART = {"training": 6, "checkpoint": 6, "sampling": 2, "evaluation": 4}
 DELAY = 0.5  # seconds at most, from there to the kill

@@ -318,12 +318,6 @@ def load_images(
     return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
 
 
-def iterate_shard_images(directory: Path, split: str, shard_name: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images and labels of one shard, as `load_images` gives them."""
-    shard = next(shard for shard in open_index(directory).shards(split) if shard.name == shard_name)
-    return load_images(directory, split, shard.start, shard.stop)
-
-
 def _read_verified(index: Index, shard: Shard) -> list[Record]:
     check_file(shard.path, index.facts["files"][shard.name])
     return list(read_shard(shard.path, shard.stop - shard.start))

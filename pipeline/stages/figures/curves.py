@@ -33,11 +33,11 @@ def rate_distortion(place: Place) -> Figure:
         f"Progressive lossy compression of {read_json(nll)['n']:,} test images: rate, and error of the estimate "
         "of x_0 on the scale 0 to 255 (paper, Fig. 5)"
     )
-    return Figure("rate_distortion.svg", caption, {}, partial(_draw_rate_distortion, nll))
 
+    def draw(files: list[Path], file: Path) -> None:
+        charts.save(charts.rate_distortion(read_json(nll)["rate_distortion"]), file)
 
-def _draw_rate_distortion(nll: Path, files: list[Path], file: Path) -> None:
-    charts.save(charts.rate_distortion(read_json(nll)["rate_distortion"]), file)
+    return Figure("rate_distortion.svg", caption, {}, draw)
 
 
 def find_scoring_extractor(place: Place) -> Extractor:

@@ -133,7 +133,7 @@ def kill_a_task(driver: subprocess.Popen) -> int:
                 title = Path(f"/proc/{pid}/cmdline").read_bytes()
             except OSError:
                 continue
-            if title.startswith(b"ray::_run_unit"):
+            if title.startswith(b"ray::Actor.run"):
                 os.kill(pid, signal.SIGKILL)
                 return pid
         time.sleep(0.01)
