@@ -115,13 +115,11 @@ def test_any_range_is_a_slice_of_the_whole(folder, bounds):
 def test_index_counts_and_places(folder):
     index = tars.open_index(folder)
     assert index.count("train") == 13 and index.splits == ["train"]
-    assert index.shards("train") == [
+    assert [(shard.name, shard.start, shard.stop) for shard in index.shards("train")] == [
         ("train-00000.tar", 0, 5),
-        ("train-00001.tar", 5, 5),
-        ("train-00002.tar", 10, 3),
+        ("train-00001.tar", 5, 10),
+        ("train-00002.tar", 10, 13),
     ]
-    pixels, _ = tars.iterate_shard_images(folder, "train", "train-00001.tar")
-    assert np.array_equal(pixels, images(13)[5:10])
     before = index.digest
     tars.write_index(folder, {"train": []})
     assert tars.open_index(folder).digest != before

@@ -81,6 +81,8 @@ def test_two_seeds_have_one_winner_on_the_leaderboard_and_on_the_page(tmp_path):
     trials = [finished(tmp_path, dropout, seed, fid=fid) for dropout, seed, fid in scores]
     leaderboard, page = publish(tmp_path, trials)
     assert (winner(leaderboard), winner(page)) == ("dropout=0.2", "dropout=0.2")
+    assert all("FID, mean of seeds" in text for text in (leaderboard, page))
+    assert re.findall(r"^\| (\d) \| 0\.\d", leaderboard, re.MULTILINE) == ["1", "1", "2", "2"]
     assert re.findall(r"^\| (\d)\. \[?dropout=(\S+) seed=(\d)", page, re.MULTILINE) == [
         ("1", "0.2", "0"), ("1", "0.2", "1"), ("2", "0.0", "0"), ("2", "0.0", "1")
     ]  # fmt: skip

@@ -312,14 +312,3 @@ def test_status_shows_the_sweeps(grid, storage, capsys):
     assert main(["status", f"cluster.storage={storage}"]) == 0
     said = capsys.readouterr().out
     assert "grid" in said and "4/4" in said and board(storage, "grid")[0]["label"] in said
-
-
-def test_seeds_are_ranked_by_their_mean(grid, storage):
-    assert sweep(storage, "seeds", SPACE % ("[linear]", "[0.0, 0.2]") + "seeds: [0, 1]\n") == 0
-    rows = board(storage, "seeds")
-    means = {}
-    for row in rows:
-        means.setdefault(row["swept"]["model.dropout"], []).append(row["scores"]["nll_bpd"])
-    best = min(means, key=lambda dropout: sum(means[dropout]))
-    assert [row["rank"] for row in rows] == [1, 1, 2, 2] and rows[0]["swept"]["model.dropout"] == best
-    assert "mean of seeds" in (storage / "sweeps" / "seeds" / "leaderboard.md").read_text()
