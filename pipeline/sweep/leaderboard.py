@@ -66,11 +66,8 @@ def rank_trials(sweep: Sweep, trials: Iterable[Trial], ledger: Ledger) -> Leader
     """Read what each trial has scored, and put them in order."""
     rows = [_read_row(trial, ledger) for trial in trials]
     groups = rank_runs(rows, sweep.rank.by)
-    ranked = [
-        replace(row, position=position if len(groups) == 1 else None)
-        for group in groups
-        for row, position in group.ranked
-    ]
+    one = len(groups) == 1
+    ranked = [replace(row, position=at if one else None) for group in groups for row, at in group.ranked]
     keys = {row.key for row in ranked}
     return Leaderboard(sweep, [*ranked, *(row for row in rows if row.key not in keys)], groups)
 
@@ -87,15 +84,8 @@ def _read_row(trial: Trial, ledger: Ledger) -> Row:
         protocol = content["protocol"] | {"objective": describe_objective(place.experiment)}
         scores |= {} if loss is None else {LOSS.name: loss}
     seconds = sum(place.seconds_by_stage().values())
-    return Row(
-        **vars(trial),
-        state=record.state,
-        reason=record.reason,
-        step=step,
-        scores=scores,
-        protocol=protocol,
-        seconds=seconds,
-    )
+    identity = (trial.key, trial.label, trial.swept, place)
+    return Row(*identity, record.state, record.reason, step, scores, protocol, seconds)
 
 
 def tabulate(board: Leaderboard) -> list[Values]:

@@ -118,25 +118,24 @@ def _draw_unit_cube(draw: Draw, dimensions: int) -> list[list[float]]:
 def _find_contradictions(sweep: Sweep, points: list[Point]) -> list[str]:
     """Say why the trials cannot be ranked, or stopped, as the sweep says."""
     faults = []
-    metric, stop = sweep.rank.by, sweep.early_stop
+    metric, first = sweep.rank.by, sweep.early_stop.first
     experiments = [point.experiment for point in points]
-    if metric.name == LOSS.name:
-        if len({json.dumps(describe_objective(experiment)) for experiment in experiments}) > 1:
-            keys = [key for key in sweep.space if key.startswith("diffusion.")]
-            varied = ", ".join(keys) or "the experiments' diffusion"
-            faults.append(
-                f"rank.metric={LOSS.name}: losses are not comparable over {varied}; rank by nll_bpd or fid"
-            )
-    elif experiments and not any(metric.family in (None, *e.evaluate.metrics) for e in experiments):
+    if metric.name == LOSS.name and len({json.dumps(describe_objective(e)) for e in experiments}) > 1:
+        keys = [key for key in sweep.space if key.startswith("diffusion.")]
+        faults.append(
+            f"rank.metric={LOSS.name}: losses are not comparable over "
+            f"{', '.join(keys) or 'the experiments'}; rank by nll_bpd or fid"
+        )
+    if experiments and not any(metric.family in (None, *e.evaluate.metrics) for e in experiments):
         asked = ", ".join(experiments[0].evaluate.metrics)
         faults.append(
             f"rank.metric={metric.name} is reported by no trial: evaluate.metrics is [{asked}]; "
             f"add {metric.family} to it"
         )
-    if stop.first and any(experiment.train.lr_decay != "none" for experiment in experiments):
+    if first and any(e.train.lr_decay != "none" for e in experiments):
         faults.append(
             "early_stop needs train.lr_decay=none: a rate that decays over the steps makes other runs"
         )
-    if stop.first and not all(stop.rungs(experiment.train.steps) for experiment in experiments):
-        faults.append(f"early_stop.first={stop.first} is not below train.steps: nothing would be stopped")
+    if first and any(e.train.steps <= first for e in experiments):
+        faults.append(f"early_stop.first={first} is not below train.steps: nothing would be stopped")
     return faults

@@ -99,10 +99,8 @@ class Recorder:
     def _mirror(self, key: str, state: State) -> tracking.Mirror:
         trial = self.trials[key]
         # as the experiment has them: 0 is 0.0 where a number is meant, as in every other trial
-        values = config.flatten(config.to_dict(trial.place.experiment)) | {
-            "experiment": trial.swept.get("experiment")
-        }
-        swept = {name: str(values[name]) for name in trial.swept}
+        values = config.flatten(config.to_dict(trial.place.experiment))
+        swept = {name: str(values.get(name, value)) for name, value in trial.swept.items()}
         identity = {tracking.TRIAL: key, "sweep": self.sweep.name}
         child = tracking.Child(trial.label, identity, swept, self.folder / "tracking" / f"{key}.json")
         tags = {**identity, **swept, tracking.STATE: state}

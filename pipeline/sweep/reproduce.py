@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.config import ClusterConfig, Experiment
@@ -32,24 +32,14 @@ WARM_UP = 20  # at most so large a part of a run is warm-up; the authors' is 1/1
 PROBE_STEPS = 20
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What `--budget` asks for: steps of each row, or hours for all rows together; neither is the paper's length."""
-
-    steps: int | None = None
-    hours: float | None = None
-
-
-def parse_budget(text: str) -> Budget:
-    """Read '2000', '2h', '30min' or 'full'. Raises ConfigError."""
-    if text == "full":
-        return Budget()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(h|min)?", text)
-    if not match or float(match[1]) <= 0 or (match[2] is None and "." in match[1]):
+def parse_budget(text: str) -> tuple[int | None, float | None]:
+    """Read '2000', '2h', '30min' or 'full': steps of each row, or hours for all rows together, or neither, which is
+    the paper's length. Raises ConfigError."""
+    match = re.fullmatch(r"(?P<steps>\d+)|(?P<hours>\d+(\.\d+)?)h|(?P<minutes>\d+(\.\d+)?)min|full", text)
+    steps, hours, minutes = match.group("steps", "hours", "minutes") if match else ("0", None, None)
+    if any(number is not None and float(number) == 0 for number in (steps, hours, minutes)):
         raise ConfigError(f"--budget {text}: say a number of steps (2000), a time (2h, 30min), or full")
-    if match[2] is None:
-        return Budget(steps=int(match[1]))
-    return Budget(hours=float(match[1]) / (60 if match[2] == "min" else 1))
+    return int(steps) if steps else None, float(hours) if hours else float(minutes) / 60 if minutes else None
 
 
 def plan_reproduction(
@@ -60,17 +50,17 @@ def plan_reproduction(
     Where that is a time, the rate of training is measured once, unless this is a dry run. Raises ConfigError,
     PipelineError.
     """
-    budget = parse_budget(text)
+    steps, hours = parse_budget(text)
     sweep = load_sweep(SWEEPS[target], [])
     rows = [point.experiment for point in list_points(sweep, shared)]
     name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
-    steps = budget.steps or rows[0].train.steps
-    if budget.hours is not None:
+    steps = steps or rows[0].train.steps
+    if hours is not None:
         memory = sweep_folder(find.prepare_storage_root(cluster), name) / "budget.json"
         if dry_run and not memory.exists():
             note = f"how many steps of {steps:,} fit into {text} is measured at the start"
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)
-        steps = recall_steps(memory, budget.hours, rows, cluster)
+        steps = recall_steps(memory, hours, rows, cluster)
     sweep = replace(sweep, name=name, note=describe_scale(steps, rows[0]))
     return Study(sweep, list_points(sweep, [*scale(steps, rows[0]), *shared]), cluster)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import tracking
@@ -110,8 +111,9 @@ class Study:
         with self.interrupt, ExitStack() as stack:
             executor = stages.start_executor(self.cluster, self.interrupt, stack)
             try:
-                able = self._prepare(executor, todo)
-                tasks = {key: self._plan(key) for key in able}
+                stop_file, stop = self.interrupt.stop_file, self.sweep.early_stop
+                places = {key: self.trials[key].place for key in self._prepare(executor, todo)}
+                tasks = {key: Task(place, self.cluster, stop_file, stop) for key, place in places.items()}
                 judge = self._find_judge()
                 with (
                     bar(self.sweep.name, len(self.trials), "trials", recorder.count_ended()) as shown,
@@ -123,6 +125,7 @@ class Study:
                     elif tasks:
                         from pipeline.sweep.tuning import run_tasks
 
+                        executor.pool.end()  # what was prepared for all; each trial has a pool of its own
                         share = self._share([Node(*counts) for counts in executor.nodes()])
                         say(f"{self.sweep.name}: {share}")
                         run_tasks(tasks, share, recorder, judge, self.folder / "ray")
@@ -132,30 +135,21 @@ class Study:
             if self.interrupt.requested():
                 raise Interrupted
 
-    def _plan(self, key: str) -> Task:
-        place, stop = self.trials[key].place, self.sweep.early_stop
-        rungs = stop.rungs(place.experiment.train.steps) if stop.first else []
-        return Task(place, self.cluster, self.interrupt.stop_file, rungs, stop.nll_images)
-
     def _prepare(self, executor: Executor, todo: list[str]) -> list[str]:
         """Make what trials share before they would all make it; return those that can go on from there."""
-        made: set[object] = set()
+        sharded: set[Path] = set()
         able = []
         for key in todo:
             place = self.trials[key].place
-            experiment = place.experiment
-            features = (place.data, experiment.evaluate.features)
             try:
-                if place.data not in made:
+                if place.data not in sharded:
                     stages.execute_within(executor, self.interrupt.requested, self.cluster, place, "shard")
                 evaluate.STAGE.check(place)
-                if features not in made and evaluate.needs_samples(experiment):
-                    units = missing_preparations(place)
-                    if units:
-                        names = " and ".join(unit.name for unit in units)
-                        say(f"{self.sweep.name}: making {names}, which all trials share")
+                sharded.add(place.data)
+                if evaluate.needs_samples(place.experiment) and (units := missing_preparations(place)):
+                    names = " and ".join(unit.name for unit in units)
+                    say(f"{self.sweep.name}: making {names}, which all trials share")
                     executor.map_units(units, lambda unit: None)
-                made |= {place.data, features}
                 able.append(key)
             except PipelineError as error:
                 self.recorder.start_trial(key)

@@ -90,14 +90,10 @@ class _Queue(_Unsaved, Searcher):
     def suggest(self, trial_id):
         return {"trial": self.keys.pop()} if self.keys and not self.is_closed() else Searcher.FINISHED
 
-    def on_trial_complete(self, trial_id, result=None, error=False):
-        pass
+    def _ignore(self, *arguments, **options):
+        """Do nothing: the run directories remember."""
 
-    def save(self, checkpoint_path):
-        pass
-
-    def restore(self, checkpoint_path):
-        pass
+    on_trial_complete = save = restore = _ignore
 
 
 class _Observer(_Unsaved, tune.Callback):

@@ -13,18 +13,17 @@ from pipeline.console import following
 from pipeline.engine import execute as stages
 from pipeline.store.files import read_json
 from pipeline.store.run import Place
+from pipeline.sweep.definition import EarlyStop
 
 
 @dataclass(frozen=True)
 class Task:
-    """One trial's work. stop_file: of the whole study; rungs: the steps at which it is judged, by its bound on
-    nll_images test images."""
+    """One trial's work. stop_file: of the whole study; early_stop: where and how the trial is judged."""
 
     place: Place
     cluster: ClusterConfig
     stop_file: Path
-    rungs: list[int]
-    nll_images: int
+    early_stop: EarlyStop
 
     def interrupted(self) -> bool:
         """Tell whether the study is to stop."""
@@ -51,8 +50,8 @@ def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bo
         )
 
     with following(pass_on):
-        for steps in task.rungs:
-            experiment = shorten(place.experiment, steps, task.nll_images)
+        for steps in task.early_stop.rungs(place.experiment.train.steps):
+            experiment = shorten(place.experiment, steps, task.early_stop.nll_images)
             bring(experiment, "evaluate")
             metrics = read_json(place.of(experiment).metrics_json)
             if not goes_on(steps, metrics["scores"]["nll_bpd"]):
