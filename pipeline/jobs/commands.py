@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 
 from pipeline.config import ClusterConfig
+from pipeline.config.sections import FILE_NAME
 from pipeline.console import say
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.jobs.client import Cluster, check_versions, connect, follow_log
+from pipeline.jobs.client import check_versions, connect, follow_log
 from pipeline.jobs.format import describe_end, format_job, format_jobs
 from pipeline.jobs.package import check_paths, pack
 
@@ -40,7 +41,7 @@ def submit(
     if not name:  # 'run-cifar10-20260131-235959'
         named = [Path(word).stem for word in words[:2] if not word.startswith("-") and "=" not in word]
         name = "-".join([*named, datetime.now().strftime("%Y%m%d-%H%M%S")])
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(FILE_NAME, name):
         raise ConfigError(f"--id {name} names a file: letters, digits, '.', '_' and '-' only")
     with pack(words, commit()) as package, connect(address, name) as there:
         for difference in check_versions(there):
@@ -58,7 +59,9 @@ def submit(
     if follow:
         say("Ctrl-C leaves it running")
         return show_log(name, address, follow=True)
-    say(f"follow it with `ddpm jobs logs {name} --follow{there.option}`, {_stop_hint(name, there)}")
+    say(
+        f"`ddpm jobs logs {name} --follow{there.option}` follows it, `ddpm jobs stop {name}{there.option}` stops it"
+    )
     return 0
 
 
@@ -74,14 +77,16 @@ def list_jobs(address: str | None) -> int:
 def show_log(name: str, address: str | None, follow: bool) -> int:
     """Print a job's log, with `follow` until it ends; its exit code then is this one. Ctrl-C leaves it alone."""
     with connect(address, name) as there:
-        if not follow:
-            print(there.client.get_job_logs(name), end="")
-            return 0
         try:
-            code, end = describe_end(follow_log(there, name))
+            log = "" if follow else there.client.get_job_logs(name)
+            job = follow_log(there, name) if follow else None
         except KeyboardInterrupt:
-            print(f"\nthe job goes on; {_stop_hint(name, there)}", file=sys.stderr)
+            print(f"\nthe job goes on; stop it with `ddpm jobs stop {name}{there.option}`", file=sys.stderr)
             return 130
+    if job is None:
+        print(log, end="")
+        return 0
+    code, end = describe_end(job)
     say(f"job {name}: {end}")
     return code
 
@@ -89,7 +94,8 @@ def show_log(name: str, address: str | None, follow: bool) -> int:
 def show_status(name: str, address: str | None) -> int:
     """Print the facts of one job."""
     with connect(address, name) as there:
-        print(format_job(there.client.get_job_info(name)))
+        job = there.client.get_job_info(name)
+    print(format_job(job))
     return 0
 
 
@@ -105,7 +111,3 @@ def stop(name: str, address: str | None) -> int:
             time.sleep(0.5)
     say(f"{name}: {describe_end(job)[1]}")
     return 0
-
-
-def _stop_hint(name: str, there: Cluster) -> str:
-    return f"stop it with `ddpm jobs stop {name}{there.option}`"
