@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -96,11 +97,16 @@ class _Queue(_Unsaved, Searcher):
     on_trial_complete = save = restore = _ignore
 
 
-class _Observer(_Unsaved, tune.Callback):
-    """Passes on to the recorder what Tune notices. A trial that fails says why in its last result."""
+class _Observer(_Unsaved, TrialProgressCallback):
+    """Passes on to the recorder what Tune notices, and stands where Tune's own printer would. A trial that fails
+    says why in its last result."""
 
     def __init__(self, recorder: Recorder, tasks: dict[str, Task]):
+        super().__init__()
         self.recorder, self.tasks = recorder, tasks
+
+    def on_trial_result(self, *trial, **info):
+        """Print nothing."""
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self.recorder.start_trial(trial.config["trial"])
