@@ -38,25 +38,7 @@ class Likelihood:
 
     def _require_all(self) -> None:
         if not torch.equal(self.timesteps, torch.arange(len(self.timesteps))):
-            raise ValueError("the bound sums all timesteps and this result holds only some: join its parts")
-
-    @staticmethod
-    def join_timesteps(parts: Sequence["Likelihood"]) -> "Likelihood":
-        """One result from parts that cover other timesteps of the same images, in any order."""
-        order = torch.argsort(timesteps := torch.cat([part.timesteps for part in parts]))
-        if bool((timesteps[order].diff() == 0).any()):
-            raise ValueError("two parts hold the same timestep")
-        terms = torch.cat([part.terms for part in parts], dim=1)[:, order]
-        mse = torch.cat([part.mse for part in parts], dim=1)[:, order]
-        return Likelihood(timesteps[order], terms, mse, parts[0].prior)
-
-    @staticmethod
-    def join_images(parts: Sequence["Likelihood"]) -> "Likelihood":
-        """One result from parts that cover other images at the same timesteps."""
-        if any(not torch.equal(part.timesteps, parts[0].timesteps) for part in parts):
-            raise ValueError("the parts cover different timesteps: join their timesteps first")
-        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("terms", "mse", "prior")}
-        return Likelihood(parts[0].timesteps, **joined)
+            raise ValueError("the bound sums all timesteps and this result holds only some")
 
 
 def prior_bits_per_dim(diffusion: Diffusion, x_0: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Stream(IntEnum):
 
 
 def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
-    """Philox4x32-10: four counter words (they broadcast) and a 64-bit key to four random words."""
+    """Turn, by Philox4x32-10, four counter words (they broadcast) and a 64-bit key to four random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK, seed >> 32 & MASK
     for _ in range(ROUNDS):
@@ -52,7 +52,7 @@ def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Wor
 
 
 def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
-    """High and low word of a 32 x 32 bit product, by halves: the whole product would overflow int64."""
+    """Return the high and low word of a 32 x 32 bit product, by halves: the whole product would overflow int64."""
     low = (word & 0xFFFF) * constant
     high = (word >> 16) * constant + (low >> 16)
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
@@ -64,14 +64,13 @@ def normal(
     step: int | Tensor,
     index: Tensor,
     shape: tuple[int, ...],
-    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normals, float32 (N, *shape); by Box-Muller, |z| up to 6.66.
+    """Draw standard normals, float32 (N, *shape); by Box-Muller, |z| up to 6.66.
 
     index: int64 (N,), each below 2**32. step: an int or an int64 tensor, one for all rows or (N,). All
-    functions here take the same arguments; device defaults to that of index.
+    functions here take the same arguments; draws are on the device of index.
     """
-    a, b, c, d = _words(seed, stream, step, index, math.prod(shape), device)
+    a, b, c, d = _words(seed, stream, step, index, math.prod(shape))
     return _rows([*_box_muller(a, b), *_box_muller(c, d)], shape)
 
 
@@ -81,42 +80,38 @@ def uniform(
     step: int | Tensor,
     index: Tensor,
     shape: tuple[int, ...] = (),
-    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
-    words = _words(seed, stream, step, index, math.prod(shape), device)
+    """Draw uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
+    words = _words(seed, stream, step, index, math.prod(shape))
     return _rows([(word >> 8).float() * 2.0**-24 for word in words], shape)
 
 
 def integers(seed: int, stream: int, step: int | Tensor, index: Tensor, high: int) -> Tensor:
-    """Integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
+    """Draw integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
     if high < 1:
         raise ValueError(f"integers: high must be at least 1, got {high}")
-    a, b, _, _ = _words(seed, stream, step, index, 1, None)
+    a, b, _, _ = _words(seed, stream, step, index, 1)
     return ((a >> 1 << 32 | b) % high)[:, 0]
 
 
-def permutation(
-    seed: int, stream: int, step: int | Tensor, n: int, device: torch.device | str | None = None
-) -> Tensor:
-    """A random order of 0..n-1, int64 (n,): the argsort of 64-bit keys, one per index."""
-    a, b, _, _ = _words(seed, stream, step, torch.arange(n, device=device), 1, None)
+def permutation(seed: int, stream: int, step: int | Tensor, n: int) -> Tensor:
+    """Draw a random order of 0..n-1, int64 (n,): the argsort of 64-bit keys, one per index."""
+    a, b, _, _ = _words(seed, stream, step, torch.arange(n), 1)
     return torch.argsort(((a - 2**31) * 2**32 + b)[:, 0], stable=True)
 
 
 def torch_seed(seed: int, stream: int, step: int, index: int) -> int:
-    """A 63-bit seed for torch's own generators, where torch draws the numbers (dropout, initial weights)."""
+    """Draw a 63-bit seed for torch's own generators, where torch draws the numbers (dropout, initial weights)."""
     a, b, _, _ = philox((0, index & MASK, step & MASK, int(stream)), seed)
     return int(a) >> 1 << 32 | int(b)
 
 
 def _words(
-    seed: int, stream: int, step: int | Tensor, index: Tensor, count: int, device: torch.device | str | None
+    seed: int, stream: int, step: int | Tensor, index: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four int64 tensors (N, blocks) that hold at least count words per row."""
+    """Draw four int64 tensors (N, blocks) that hold at least count words per row."""
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")
-    index = index.to(device if device is not None else index.device)
     if isinstance(step, Tensor):
         step = step.to(index.device).reshape(-1, 1)
     blocks = torch.arange(-(-count // 4), device=index.device)
@@ -125,13 +120,13 @@ def _words(
 
 
 def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two independent standard normals from two words. a + 1 > 0 keeps the logarithm finite."""
+    """Turn two words into two independent standard normals. a + 1 > 0 keeps the logarithm finite."""
     radius = torch.sqrt(-2 * torch.log((a + 1).float() * 2.0**-32))
     angle = (b - 2**31).float() * (math.pi * 2.0**-31)
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
 def _rows(values: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Four (N, blocks) tensors to (N, *shape), block by block: a shorter row is a prefix of a longer one."""
+    """Join four (N, blocks) tensors to (N, *shape), block by block: a shorter row is a prefix of a longer one."""
     flat = torch.stack(values, dim=-1).flatten(1)
     return flat[:, : math.prod(shape)].reshape(len(flat), *shape)

@@ -134,7 +134,7 @@ def draw_batch(
         weight = torch.ones(len(rows), device=rows.device)
     else:
         t, weight = t_sampler.sample(rng.uniform(seed, Stream.TIMESTEP, step, rows))
-    eps = rng.normal(seed, Stream.NOISE, step, rows, shape, rows.device)
+    eps = rng.normal(seed, Stream.NOISE, step, rows, shape)
     flip = rng.integers(seed, Stream.FLIP, step, rows, 2) == 1
     return Draws(t, weight, eps, flip & random_flip)
 

@@ -15,11 +15,45 @@ class NetworkConfig(Protocol):
     def problems(self, image_size: int) -> Problems: ...
 
 
+class Levels:
+    """What the shapes have in common: levels, each half the size of the one before.
+
+    channels: width of the first level; channel_mult: each level's width over it, finest level first.
+    """
+
+    channels: int
+    channel_mult: tuple[int, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level on the way down, finest first."""
+        return tuple(self.channels * mult for mult in self.channel_mult)
+
+    def level_problems(self, image_size: int, least: int = 1) -> Problems:
+        """Find values out of range, and what keeps at least so many levels from images of this side."""
+        found, levels = value_problems(self), len(self.channel_mult)
+        if self.channels % 2:
+            found.append(("channels", f"must be even, not {self.channels}"))
+        if levels < least:
+            found.append(("channel_mult", f"must hold a multiplier for each of {least} or more levels"))
+        factor = 2 ** max(levels - 1, 0)
+        if image_size < 1 or image_size % factor:
+            need = f"need an image size divisible by {factor}, not {image_size}"
+            found.append(("channel_mult", f"has {levels} levels, which {need}"))
+        return found
+
+    def group_problems(self, norm_groups: int) -> Problems:
+        """Find the norms whose groups do not divide their width."""
+        if norm_groups < 1 or any(width % norm_groups for width in self.widths):
+            widths = ", ".join(map(str, self.widths))
+            return [("norm_groups", f"{norm_groups} does not divide every width ({widths})")]
+        return []
+
+
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Levels):
     """Shape of a `UNet`; the defaults are the paper's CIFAR-10 network (35,746,307 parameters).
 
-    channels: width of the first level; channel_mult: each level's width over it, finest level first;
     attention_resolutions: the image sides at which every residual block is followed by attention;
     resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2).
     """
@@ -33,33 +67,30 @@ class UNetConfig:
     norm_groups: Count = 32
     resample: Literal["conv", "transposed"] = "conv"
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
-        return tuple(self.channels * mult for mult in self.channel_mult)
-
     def resolutions(self, image_size: int) -> tuple[int, ...]:
         """Image side at each level, finest first."""
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
     def problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        found = value_problems(self) + _level_problems(self.channels, self.channel_mult, image_size)
-        found += _group_problems(self.norm_groups, self.widths)
+        found = self.level_problems(image_size)
+        found += self.group_problems(self.norm_groups)
         sides = self.resolutions(image_size)
         return found + [
-            ("attention_resolutions", f"{r} is the side of no level: choose among {_listed(sides)}")
+            (
+                "attention_resolutions",
+                f"{r} is the side of no level: choose among {', '.join(map(str, sides))}",
+            )
             for r in self.attention_resolutions
             if r not in sides
         ]
 
 
 @dataclass(frozen=True)
-class ContextUNetConfig:
+class ContextUNetConfig(Levels):
     """Shape of a `ContextUNet`.
 
-    channels: width of the first level; channel_mult: each level's width over it, finest level first; norm: of
-    the residual blocks ("batch" is the published one; its result depends on who shares a batch);
+    norm: of the residual blocks ("batch" is the published one; its result depends on who shares a batch);
     norm_groups: groups of every GroupNorm, which the pooled vector's way back and the head have always.
     """
 
@@ -69,22 +100,16 @@ class ContextUNetConfig:
     norm: Literal["batch", "group"] = "batch"
     norm_groups: Count = 8
 
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
-        return tuple(self.channels * mult for mult in self.channel_mult)
-
     def problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        found = value_problems(self) + _level_problems(self.channels, self.channel_mult, image_size, least=2)
-        return found + _group_problems(self.norm_groups, self.widths)
+        found = self.level_problems(image_size, least=2)
+        return found + self.group_problems(self.norm_groups)
 
 
 @dataclass(frozen=True)
-class MHAUNetConfig:
+class MHAUNetConfig(Levels):
     """Shape of an `MHAUNet`.
 
-    channels: width of the first level; channel_mult: each level's width over it, finest level first;
     num_heads: of every attention; time_width: of the sinusoidal embedding.
     """
 
@@ -93,11 +118,6 @@ class MHAUNetConfig:
     channel_mult: tuple[Count, ...] = (1, 2, 4, 4)
     num_heads: Count = 4
     time_width: Annotated[int, Range(ge=4)] = 256
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each encoder level, finest first."""
-        return tuple(self.channels * mult for mult in self.channel_mult)
 
     @property
     def up_widths(self) -> tuple[int, ...]:
@@ -109,35 +129,9 @@ class MHAUNetConfig:
 
     def problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        found = value_problems(self) + _level_problems(self.channels, self.channel_mult, image_size, least=2)
+        found = self.level_problems(image_size, least=2)
         if self.num_heads < 1 or self.channels % self.num_heads:
             found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))
         if self.time_width % 2:
             found.append(("time_width", f"must be even, not {self.time_width}"))
         return found
-
-
-def _level_problems(
-    channels: int, channel_mult: tuple[int, ...], image_size: int, least: int = 1
-) -> Problems:
-    """Find what keeps levels of these widths, each half the size of the one before, from images of this side."""
-    found = []
-    if channels % 2:
-        found.append(("channels", f"must be even, not {channels}"))
-    if len(channel_mult) < least:
-        found.append(("channel_mult", f"must hold a multiplier for each of {least} or more levels"))
-    factor = 2 ** max(len(channel_mult) - 1, 0)
-    if image_size < 1 or image_size % factor:
-        need = f"need an image size divisible by {factor}, not {image_size}"
-        found.append(("channel_mult", f"has {len(channel_mult)} levels, which {need}"))
-    return found
-
-
-def _group_problems(norm_groups: int, widths: tuple[int, ...]) -> Problems:
-    if norm_groups < 1 or any(width % norm_groups for width in widths):
-        return [("norm_groups", f"{norm_groups} does not divide every width ({_listed(widths)})")]
-    return []
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers))

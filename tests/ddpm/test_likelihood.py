@@ -143,17 +143,12 @@ def test_an_image_has_one_result_whatever_the_batching():
     )
     with pytest.raises(ValueError, match="only some"):
         _ = late.total
-    equal(Likelihood.join_timesteps([late, early]))
-    with pytest.raises(ValueError, match="same timestep"):
-        Likelihood.join_timesteps([late, late])
-    rows = [slice(0, 1), slice(1, 3)]
-    equal(
-        Likelihood.join_images(
-            [bits_per_dim(diffusion, blurred, x_0[row], lambda t, row=row: draws[t][row]) for row in rows]
-        )
-    )
-    with pytest.raises(ValueError, match="different timesteps"):
-        Likelihood.join_images([whole, early])
+    for name in ("terms", "mse"):
+        parts = torch.cat([getattr(early, name), getattr(late, name)], dim=1)
+        torch.testing.assert_close(parts, getattr(whole, name), rtol=1e-12, atol=1e-14)
+    for row in (slice(0, 1), slice(1, 3)):
+        alone = bits_per_dim(diffusion, blurred, x_0[row], lambda t, row=row: draws[t][row])
+        torch.testing.assert_close(alone.total, whole.total[row], rtol=1e-12, atol=1e-14)
 
 
 def test_context_follows_its_images():

@@ -101,7 +101,7 @@ def oracle(settings, steps):
     for n in range(steps):
         loss, grad, count = 0.0, [0.0, 0.0], PIXELS.numel()
         t = rng.integers(SEED, Stream.TIMESTEP, n, ROWS, 50)
-        eps = rng.normal(SEED, Stream.NOISE, n, ROWS, (1, 8, 8), "cpu").double()
+        eps = rng.normal(SEED, Stream.NOISE, n, ROWS, (1, 8, 8)).double()
         flip = rng.integers(SEED, Stream.FLIP, n, ROWS, 2)
         for i in range(8):
             x_0 = PIXELS[i].double() / 127.5 - 1
