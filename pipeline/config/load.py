@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -39,7 +39,6 @@ PATHS = (
 )
 
 Names = Mapping[str, Iterable[str]]  # dotted key -> the names that it may hold
-Section = TypeVar("Section")
 
 
 def load_experiment(name: str, overrides: list[str], known: Names | None = None) -> Experiment:
@@ -50,9 +49,8 @@ def load_experiment(name: str, overrides: list[str], known: Names | None = None)
     written, tree, types = _read_experiment(name, overrides)
     values, faults = check_values(types, tree)
     faults |= check_names(tree, {"model.name": NETWORKS, **(known or {})})
-    if (
-        faults
-    ):  # with the file's values in the place of wrong ones, the others can still be held against each other
+    if faults:
+        # With the file's values in the place of wrong ones, the others can still be held against each other.
         values, left = check_values(types, _mend(tree, written, faults))
         if left or "model.name" in faults:
             raise ConfigError(_lines(faults))
@@ -81,11 +79,12 @@ def _take_texts(tree: Tree, overrides: list[str], types: Types) -> None:
     for word in overrides:
         key, _, text = word.partition("=")
         section, _, name = key.rpartition(".")
-        inside, known = (
-            (tree.get(section), field_types(types[section]))
-            if is_section(types.get(section))
-            else (tree, types)
-        )
+        if not section:
+            inside, known = tree, types
+        elif is_section(types.get(section)):
+            inside, known = tree.get(section, {}), field_types(types[section])
+        else:
+            continue
         if isinstance(inside, dict) and takes_text(known.get(name)) and inside.get(name) is not None:
             inside[name] = inside[name] if text[0] in "\"'" else text
 
@@ -110,17 +109,23 @@ def _with_absolute_paths(experiment: Experiment) -> Experiment:
     """Make paths mean the same in every process: workers have other working folders."""
     for name, key in PATHS:
         section = getattr(experiment, name)
-        if (path := getattr(section, key)) and path not in SPLITS:
+        if _is_path(key, path := getattr(section, key)):
             section = dataclasses.replace(section, **{key: str(Path(path).expanduser().absolute())})
             experiment = dataclasses.replace(experiment, **{name: section})
     return experiment
 
 
+def _is_path(key: str, value: str | None) -> bool:
+    return bool(value) and not (key == "reference" and value in SPLITS)
+
+
 def relative_paths(name: str, overrides: list[str]) -> list[str]:
     """Return the paths of a valid experiment that depend on the folder or the person, as 'data.path=images'."""
     _, tree, _ = _read_experiment(name, overrides)
-    paths = {f"{section}.{key}": tree[section][key] for section, key in PATHS}
-    return [f"{key}={path}" for key, path in paths.items() if path and path not in SPLITS and path[0] != "/"]
+    paths = [(section, key, tree[section][key]) for section, key in PATHS]
+    return [
+        f"{section}.{key}={path}" for section, key, path in paths if _is_path(key, path) and path[0] != "/"
+    ]
 
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:

@@ -223,6 +223,37 @@ def test_unknown_experiments_and_bad_overrides(tmp_path):
     assert "leads back" in problems(str(tmp_path / "loop.yaml"))[0]
 
 
+@pytest.mark.parametrize(
+    ("typed", "means"),
+    [
+        ("007", "007"),
+        ("1e5", "1e5"),
+        ("yes", "yes"),
+        ("'a b'", "a b"),
+        ("a #b", "a #b"),
+        ("${oc.env:HOME}", "${oc.env:HOME}"),
+    ],
+)
+def test_a_text_is_taken_as_typed_and_nothing_is_filled_in(typed, means):
+    experiment = config.load_experiment("cifar10", [f"data.path={typed}"])
+    assert experiment.data.path == str(Path(means).absolute())
+    assert config.load_experiment("cifar10", ["data.path=null"]).data.path is None
+
+
+def test_a_folder_may_be_called_like_a_split():
+    experiment = config.load_experiment("cifar10", ["data.path=train"])
+    assert (experiment.data.path, experiment.evaluate.reference) == (str(Path("train").absolute()), "train")
+
+
+def test_a_chosen_checkpoint_is_in_no_file():
+    asked = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
+    chosen = config.choose(asked, 400, 3)
+    assert config.to_yaml(chosen) == config.to_yaml(asked)
+    assert config.checkpoint_step(chosen) == 400
+    assert config.checkpoint_rule(chosen) == "best of 3 checkpoints by FID on 256 images, ema weights"
+    assert config.checkpoint_rule(asked) is None
+
+
 def test_a_resolved_configuration_loads_as_itself(tmp_path):
     experiment = config.load_experiment("digits", ["model.dropout=0.3"])
     path = tmp_path / "again.yaml"
