@@ -2,12 +2,26 @@
 
 from pathlib import Path
 
+import torch
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from pipeline.scores import inception
 from pipeline.scores.extractors import EXTRACTORS, Extractor
+
+
+class Images(torch.utils.data.Dataset):
+    """What torch-fidelity takes: uint8 CHW tensors."""
+
+    def __init__(self, images):
+        self.images = torch.from_numpy(images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
 
 
 class Registered(FeatureExtractorBase):

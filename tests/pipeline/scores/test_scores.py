@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_fidelity
 from conftest import tiny_experiment
-from fidelity import arguments
+from fidelity import Images, arguments
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -60,19 +60,6 @@ def knows_classes(extractor):
 
 def in_inception(path, cache):
     return Extractor.of(inception.NAME, *inception.copy_weights(path, cache))
-
-
-class Images(torch.utils.data.Dataset):
-    """What torch-fidelity takes: uint8 CHW tensors."""
-
-    def __init__(self, images):
-        self.images = torch.from_numpy(images)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
 
 
 def their_call(extractor, images, **asked):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch_fidelity
 from conftest import one_cpu
-from fidelity import arguments
+from fidelity import Images, arguments
 from staged import run_stage, scoring
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
@@ -143,17 +143,6 @@ def test_its_rates_over_all_timesteps_do_too(cifar10, lmmse):
 
 
 # FID
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = torch.from_numpy(images)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
 
 
 def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10):

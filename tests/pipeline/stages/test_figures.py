@@ -384,10 +384,6 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
     assert nearly_equal(shown[:, -1], samples_of(experiment, run, 3)[:, 0]), "guided as the samples are"
 
 
-def test_every_figure_that_can_be_asked_for_has_its_code():
-    assert tuple(FIGURES) == config.load_experiment("digits", []).figures.which
-
-
 def test_a_figure_has_at_least_one_row():
     with pytest.raises(ConfigError, match=r"figures\.images"):
         tiny_experiment("figures.images=0")
