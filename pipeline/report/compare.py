@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from pipeline.console import duration
 from pipeline.drawing import charts
 from pipeline.drawing.charts import Picture
 from pipeline.report import axes
@@ -54,7 +53,7 @@ def write_markdown(
     entries: Sequence[Entry], folder: Path, title: str, metric: Metric, note: str, pictures: Path
 ) -> str:
     """Write the page as Markdown with links from `folder`, its pictures into `pictures`."""
-    groups = rank_runs(entries, metric)
+    groups, keys = rank_runs(entries, metric), find_swept(entries)
     ranked = [entry for group in groups for entry in group.runs]
     beside_paper = [entry for entry in entries if entry.source.is_cifar10]
     several = len({entry.source.row.name for entry in beside_paper if entry.source.row}) > 1
@@ -74,9 +73,8 @@ def write_markdown(
         bars=draw_bars(entries, pictures),
         samples=copy_samples(entries, pictures),
         losses=draw_losses(entries, pictures),
-        labels=[escape(entry.label) for entry in entries],
-        differences=list_differences(entries),
-        work=list_work(entries),
+        entries=entries,
+        differences=keys if len(keys) > MOST_COLUMNS else [],
     )
 
 
@@ -160,23 +158,3 @@ def draw_losses(entries: Sequence[Entry], folder: Path) -> list[Picture]:
         panel = charts.losses(title, lines)
         pictures.append(charts.draw(folder, f"loss-{number}", panel, f"{title}, smoothed"))
     return pictures
-
-
-def list_differences(entries: Sequence[Entry]) -> list[list[str]]:
-    """List every key that has several values, unless labels or leaderboard say them all."""
-    keys = find_swept(entries)
-    if len(keys) <= MOST_COLUMNS:
-        return []
-    return [[f"`{key}`", *(format_value(entry.swept.get(key)) for entry in entries)] for key in keys]
-
-
-def list_work(entries: Sequence[Entry]) -> list[list[str]]:
-    """List commit, time and hardware of each run."""
-    rows = []
-    for entry in entries:
-        made, seconds = entry.source.made_with, sum(entry.source.timings.values())
-        commit = str((entry.source.commits.get("train") or [made.get("commit") or "–"])[-1])
-        short = f"`{commit[:10]}{'+' * commit.endswith('+')}`"
-        hardware = format_value(made.get("hardware"))
-        rows.append([escape(entry.label), short, duration(seconds) if seconds else "–", hardware])
-    return rows

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from pipeline import config
+from pipeline.config.checks import Tree
 from pipeline.report.page import PROTOCOL, format_value
 from pipeline.report.source import Source
 from pipeline.scores.metrics import LOSS
@@ -30,7 +30,7 @@ class Entry:
 
     label: str
     place: Place
-    swept: Mapping[str, Any]
+    swept: Tree
 
     @cached_property
     def source(self) -> Source:
@@ -49,12 +49,12 @@ class Entry:
         return {**({LOSS.name: losses[-1]} if losses else {}), **self.source.scores}
 
     @cached_property
-    def objective(self) -> dict[str, Any]:
+    def objective(self) -> Tree:
         """What makes losses comparable."""
         return {"data": self.data, **describe_objective(self.place.experiment)}
 
     @cached_property
-    def protocol(self) -> dict[str, Any]:
+    def protocol(self) -> Tree:
         return {**self.source.protocol, "objective": describe_objective(self.place.experiment)}
 
 

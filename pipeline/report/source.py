@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import config
 from pipeline.compute.spent import Cost, read_spent
 from pipeline.config import Experiment
+from pipeline.config.checks import Tree
 from pipeline.drawing.charts import Series
 from pipeline.report import paper
 from pipeline.scores.results import Bound, Results, Scores
@@ -73,7 +74,7 @@ class Source:
         return read_spent(self.place.spent_json)
 
     @cached_property
-    def made_with(self) -> dict[str, Any]:
+    def made_with(self) -> Tree:
         """What the last command ran with: commit, hardware, versions."""
         return config.made_with(self.files["experiment"]) if "experiment" in self.files else {}
 
@@ -86,7 +87,7 @@ class Source:
         return self.metrics["scores"]
 
     @property
-    def protocol(self) -> dict[str, Any]:
+    def protocol(self) -> Tree:
         return {**self.metrics["protocol"]}
 
     @property

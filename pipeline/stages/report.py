@@ -19,21 +19,6 @@ from pipeline.store.files import read_manifest
 from pipeline.store.run import Place
 
 
-def is_done(experiment: Experiment, run: Place) -> bool:
-    try:
-        manifest = read_manifest(run.report)
-    except PipelineError:
-        return False
-    return manifest is not None and manifest["inputs"] == Source(run.of(experiment)).digest
-
-
-def work(experiment: Experiment, run: Place) -> Iterator[list[Unit]]:
-    """Writes the report in the driver: there is nothing to hand out."""
-    source = Source(run.of(experiment))
-    write_page(run.report, partial(write_markdown, source), inputs=source.digest)
-    yield from ()
-
-
 class ReportStage(Stage):
     """Writes the page of a run."""
 
@@ -45,10 +30,17 @@ class ReportStage(Stage):
         return ("evaluate", "figures")
 
     def is_done(self, place: Place) -> bool:
-        return is_done(place.experiment, place)
+        try:
+            manifest = read_manifest(place.report)
+        except PipelineError:
+            return False
+        return manifest is not None and manifest["inputs"] == Source(place).digest
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        return work(place.experiment, place)
+        """Write the report in the driver: there is nothing to hand out."""
+        source = Source(place)
+        write_page(place.report, partial(write_markdown, source), inputs=source.digest)
+        yield from ()
 
 
 STAGE = ReportStage()

@@ -144,7 +144,7 @@ def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
 
 
 def test_the_page_is_whole_and_leads_to_each_report(four, tmp_path):
-    assert list(report.work(four[0].place.experiment, four[0].place)) == []
+    assert list(report.STAGE.work(four[0].place)) == []
     html = compare.write_comparison(four, tmp_path / "comparisons" / "x", "Four")
     place = re.findall(r'href="(\.\./[^"]+)"', html.read_text())
     assert place == [f"../../{four[0].place.name}/report/report.html"]
