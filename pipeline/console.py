@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def pace_of(rate: float) -> str:
+def format_rate(rate: float) -> str:
     """Write units per second as '23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
     number, unit = next(
         ((rate * n, u) for n, u in ((1, "s"), (60, "min")) if rate * n >= 1), (rate * 3600, "h")
@@ -72,13 +72,13 @@ class Bar:
         """Say how many units are done; `note` is a word on the newest."""
         rate = self._pace(done)
         if self.terminal:
-            self.terminal.update(self.task, completed=done, rate=pace_of(rate) if rate else "", note=note)
+            self.terminal.update(self.task, completed=done, rate=format_rate(rate) if rate else "", note=note)
             return
         now = time.monotonic()
         if (done, note) == self.last or (done < self.total and now - self.last_line < LINE_SECONDS):
             return
         self.last_line, self.last = now, (done, note)
-        pace = f", {pace_of(rate)}" if rate else ""
+        pace = f", {format_rate(rate)}" if rate else ""
         left = f", {duration((self.total - done) / rate)} left" if rate and done < self.total else ""
         say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
@@ -116,7 +116,7 @@ def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
 
 
 @contextmanager
-def following(look: Callable[[], None]) -> Iterator[None]:
+def watch(look: Callable[[], None]) -> Iterator[None]:
     """Call `look` every half second during the body, and once after it."""
 
     def follow(over: threading.Event) -> None:
@@ -124,14 +124,14 @@ def following(look: Callable[[], None]) -> Iterator[None]:
             look()
 
     try:
-        with beside(follow):
+        with run_during(follow):
             yield
     finally:
         look()
 
 
 @contextmanager
-def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+def run_during(work: Callable[[threading.Event], None]) -> Iterator[None]:
     """Run `work` in a thread of its own during the body. It is told when the body is over, and waited for."""
     over = threading.Event()
     thread = threading.Thread(target=work, args=(over,), daemon=True)

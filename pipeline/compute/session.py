@@ -18,7 +18,7 @@ from pipeline.compute.resources import Resources, resolve
 from pipeline.compute.spent import Spent
 from pipeline.compute.work import Body, Done, Unit
 from pipeline.config import ClusterConfig
-from pipeline.console import following
+from pipeline.console import watch
 from pipeline.errors import PipelineError, last_line
 from pipeline.store.run import Place
 
@@ -80,7 +80,7 @@ class Session:
     def run_workers(self, body: Body, place: Place) -> None:
         """Train with DDP (`pipeline.compute.training`), on what the pool gives back first."""
         self.pool.end()
-        with following(self.pool.end_unused):
+        with watch(self.pool.end_unused):
             training.run_group(self.cluster, self.resources, body, place)
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None:

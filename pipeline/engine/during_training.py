@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from pipeline.compute.work import Executor, Unit
-from pipeline.console import beside
+from pipeline.console import run_during
 from pipeline.engine.plan import BY_NAME, STAGES, list_missing
 from pipeline.store.run import Place
 
@@ -25,7 +25,7 @@ def score_during_training(place: Place, executor: Executor) -> Generator[None]:
     if not executor.spare:
         yield
         return
-    with beside(partial(_follow, place, executor)):
+    with run_during(partial(_follow, place, executor)):
         yield
 
 

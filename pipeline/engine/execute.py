@@ -13,7 +13,7 @@ from pipeline import config
 from pipeline.compute.interrupt import Interrupt, Interrupted
 from pipeline.compute.work import GIB, Done, Executor, InProcess, Unit, local_context
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import bar, duration, following, say
+from pipeline.console import bar, duration, say, watch
 from pipeline.engine import preflight
 from pipeline.engine.during_training import score_during_training
 from pipeline.engine.find import find_old_runs, find_run, locate_run, open_run, prepare_storage_root
@@ -155,7 +155,7 @@ class _Work:
                 if start < step <= end:
                     shown.update(step, "" if loss is None else f"loss {loss:.4f}")
 
-            with following(show), score_during_training(self.place, executor):
+            with watch(show), score_during_training(self.place, executor):
                 executor.run_workers(stage.body, self.place)
         self._leave_if_interrupted()
 

@@ -12,7 +12,7 @@ from pipeline import tracking
 from pipeline.compute.interrupt import Interrupt, Interrupted
 from pipeline.compute.work import Executor, InProcess
 from pipeline.config import ClusterConfig
-from pipeline.console import bar, duration, following, say
+from pipeline.console import bar, duration, say, watch
 from pipeline.engine import execute as stages
 from pipeline.engine import find
 from pipeline.errors import PipelineError
@@ -117,7 +117,7 @@ class Study:
                 judge = self._find_judge()
                 with (
                     bar(self.sweep.name, len(self.trials), "trials", recorder.count_ended()) as shown,
-                    following(lambda: shown.update(recorder.count_ended(), recorder.describe_progress())),
+                    watch(lambda: shown.update(recorder.count_ended(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, InProcess):
                         for key, task in tasks.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.compute.interrupt import Interrupted
 from pipeline.compute.work import Executor
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import following
+from pipeline.console import watch
 from pipeline.engine import execute as stages
 from pipeline.store.files import read_json
 from pipeline.store.run import Place
@@ -49,7 +49,7 @@ def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bo
             executor, task.interrupted, task.cluster, place.of(experiment), last, asked=place.experiment
         )
 
-    with following(pass_on):
+    with watch(pass_on):
         for steps in task.early_stop.rungs(place.experiment.train.steps):
             experiment = shorten(place.experiment, steps, task.early_stop.nll_images)
             bring(experiment, "evaluate")

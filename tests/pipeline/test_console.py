@@ -76,4 +76,4 @@ def test_what_is_under_way_is_news_too(clock, said):
     ("rate", "text"), [(23_710.0, "23,710/s"), (13.26, "13.3/s"), (0.0512, "3.07/min"), (0.0001, "0.36/h")]
 )
 def test_rates_have_digits_that_mean_something(rate, text):
-    assert progress.pace_of(rate) == text
+    assert progress.format_rate(rate) == text
