@@ -51,9 +51,9 @@ def run_task(unit: Unit, cpus: int) -> float:
 
 @dataclass(frozen=True)
 class Call:
-    """A unit under way, on an actor or as a task."""
+    """A unit under way on an actor; without a unit: an actor that starts; without an actor: a task."""
 
-    unit: Unit
+    unit: Unit | None
     actor: ActorHandle | None
 
 
@@ -81,10 +81,9 @@ class Pool:
             num_cpus=self.cpus, num_gpus=0, max_retries=self.retries, scheduling_strategy="DEFAULT"
         )
         self.idle: list[ActorHandle] = []
-        self.starting: dict[ObjectRef, ActorHandle] = {}
         self.calls: dict[ObjectRef, Call] = {}
         self.waiting: dict[bool, list[Unit]] = {}  # by whether they use a network, the next one last
-        self.losses: Counter[int] = Counter()  # lost processes by unit; 0: those that never started
+        self.losses: Counter[int] = Counter()  # of processes, by the unit's id
         self.last_used = time.monotonic()
         self.lock = threading.Lock()  # held by a map
 
@@ -95,17 +94,14 @@ class Pool:
         map. On every way out what is under way is cancelled.
         """
         with self.lock:
+            self.waiting, self.losses = {True: [], False: []}, Counter()
+            self._add(reversed(units))
             try:
-                self.waiting, self.losses = {True: [], False: []}, Counter()
-                self._add(reversed(units))
-                while self.calls or any(self.waiting.values()):
+                while any(self.waiting.values()) or any(call.unit for call in self.calls.values()):
                     self._hand_out()
-                    finished, _ = ray.wait([*self.calls, *self.starting], timeout=POLL_SECONDS)
-                    for reference in finished:
-                        if reference in self.starting:
-                            self._accept(reference)
-                        elif (seconds := self._result(reference)) is not None:
-                            unit = self.calls.pop(reference).unit
+                    for reference in ray.wait(list(self.calls), timeout=POLL_SECONDS)[0]:
+                        seconds, unit = self._result(reference), self.calls.pop(reference).unit
+                        if unit and seconds is not None:
                             spent.add(unit.kind, unit.images, seconds)
                             self._add(done(unit) or ())
                     if self.interrupted():
@@ -122,31 +118,21 @@ class Pool:
         """Give idle actors a unit each, start those that are missing, and as many tasks as are allowed."""
         networks, others = self.waiting[True], self.waiting[False]
         most_actors, most_tasks = self.limits()
-        busy = sum(call.actor is not None for call in self.calls.values())
-        tasks = len(self.calls) - busy
+        tasks = sum(call.actor is None for call in self.calls.values())
         for _ in range(min(len(others), most_tasks - tasks)):
             unit = others.pop()
             self.calls[self.new_task.remote(unit, self.cpus)] = Call(unit, None)
+            tasks += 1
         while networks and self.idle:
             unit, actor = networks.pop(), self.idle.pop()
             self.calls[actor.run.remote(unit)] = Call(unit, actor)
-            busy += 1
-        missing = min(len(networks), most_actors - busy) - len(self.starting)
-        for _ in range(missing):
+        starting = sum(call.unit is None for call in self.calls.values())
+        for _ in range(min(len(networks) - starting, most_actors - len(self.calls) + tasks)):
             new = self.new_actor.remote(self.cpus)
             assert isinstance(new, ActorHandle)
-            self.starting[new.__ray_ready__.remote()] = new
-        if len(self.calls) > busy and self.idle and ray.available_resources().get("CPU", 0) < self.cpus:
+            self.calls[new.__ray_ready__.remote()] = Call(None, new)
+        if tasks and self.idle and ray.available_resources().get("CPU", 0) < self.cpus:
             self._end_idle()  # a task may be waiting for what they hold
-
-    def _accept(self, reference: ObjectRef) -> None:
-        """Count an actor that has started among the idle ones."""
-        actor = self.starting.pop(reference)
-        try:
-            ray.get(reference)
-            self.idle.append(actor)
-        except RayError as error:
-            self._note_loss(0, "a process for work units", error)
 
     def _result(self, reference: ObjectRef) -> float | None:
         """Return the seconds that a unit took, and its actor to the idle ones; None where the actor was lost.
@@ -161,41 +147,40 @@ class Pool:
                 raise error.cause from None
             raise
         except RayError as error:
-            if call.actor is None:  # Ray has tried as often
-                self.losses[id(call.unit)] = self.retries
-            self._note_loss(id(call.unit), f"'{call.unit.name}'", error)
-            self.waiting[True].append(self.calls.pop(reference).unit)
+            name = f"'{call.unit.name}'" if call.unit else "what does the units"
+            self.losses[id(call.unit)] += 1
+            if (
+                call.actor is None or self.losses[id(call.unit)] > self.retries
+            ):  # Ray has tried a task as often
+                raise PipelineError(
+                    f"{name} lost its process again and again ({last_line(error)}); the same command goes on here"
+                ) from error
+            log.warning("%s lost its process (%s); another takes its place", name, last_line(error))
+            ray.kill(call.actor)  # it may be out of reach only
+            self._add([call.unit] if call.unit else [])
             return None
-        if call.actor is not None:
-            self.idle.append(call.actor)
+        self.idle += [call.actor] if call.actor else []
         return seconds
 
-    def _note_loss(self, number: int, what: str, error: RayError) -> None:
-        self.losses[number] += 1
-        if self.losses[number] > self.retries:
-            raise PipelineError(
-                f"{what} lost its process again and again ({last_line(error)}); the same command goes on here"
-            ) from error
-        log.warning("%s lost its process (%s); another takes its place", what, last_line(error))
-
     def _cancel(self) -> None:
-        """End what is under way or starting, and wait until it has ended."""
-        for reference, call in self.calls.items():
+        """End the units that are under way, and wait until they have ended."""
+        calls = {ref: call for ref, call in self.calls.items() if call.unit}
+        for ref, call in calls.items():
             if call.actor is None:
-                ray.cancel(reference, force=True)
+                ray.cancel(ref, force=True)
             else:
                 ray.kill(call.actor)
-        for actor in self.starting.values():
-            ray.kill(actor)
-        ended = list(self.calls)
-        self.calls, self.starting = {}, {}
-        if ended:
-            ray.wait(ended, num_returns=len(ended), timeout=END_SECONDS)
+        if calls:
+            ray.wait(list(calls), num_returns=len(calls), timeout=END_SECONDS)
+        self.calls = {ref: call for ref, call in self.calls.items() if ref not in calls}
 
     def _end_idle(self) -> None:
-        for actor in self.idle:
+        """End the actors that have no unit, those that are starting too."""
+        starting = {ref: call.actor for ref, call in self.calls.items() if call.actor and not call.unit}
+        for actor in [*self.idle, *starting.values()]:
             ray.kill(actor)
         self.idle = []
+        self.calls = {ref: call for ref, call in self.calls.items() if ref not in starting}
 
     def end(self) -> None:
         """End the actors, once no map is under way: Ray gives their GPUs to others when their processes are gone."""
@@ -204,9 +189,6 @@ class Pool:
 
     def end_unused(self) -> None:
         """End actors that were idle for a while; a training group that lost a node may need their place."""
-        if self.lock.acquire(blocking=False):
-            try:
-                if time.monotonic() - self.last_used > UNUSED_SECONDS:
-                    self._end_idle()
-            finally:
-                self.lock.release()
+        if time.monotonic() - self.last_used > UNUSED_SECONDS and self.lock.acquire(blocking=False):
+            self._end_idle()
+            self.lock.release()

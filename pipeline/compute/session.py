@@ -29,9 +29,6 @@ class Session:
     `interrupted` is asked between waits: when it says yes, work that is under way is given up.
     """
 
-    resources: Resources
-    pool: Pool
-
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
         self.cluster, self.interrupted, self.spent = cluster, interrupted, Spent()
         self.most_in_flight: int | None = None  # units; None: as many as the cluster has room for
@@ -65,17 +62,13 @@ class Session:
         ray.shutdown()
 
     def _use(self, resources: Resources) -> None:
-        self.resources = resources
+        self.resources, self.spare = resources, resources.spare
         self.pool = Pool(self.cluster, resources.gpus_per_task, self._limits, self.interrupted)
 
     def nodes(self) -> list[tuple[int, int]]:
         """Return (CPUs, GPUs) of each machine."""
         found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
-
-    @property
-    def spare(self) -> int:
-        return self.resources.spare
 
     def run_workers(self, body: Body, place: Place) -> None:
         """Train with DDP (`pipeline.compute.training`), on what the pool gives back first."""
