@@ -9,11 +9,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from ray import PlacementGroupID
+from ray.exceptions import RayActorError
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    remove_placement_group,
+)
 from torch import nn
 
 from pipeline.compute.resources import Resources
@@ -22,9 +28,6 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, last_line
 from pipeline.store.files import write_text
 from pipeline.store.run import Place
-
-if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
 
 POLL_SECONDS = 0.5
 
@@ -69,61 +72,44 @@ class Peer(WorkerContext):
             train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(folder))
 
 
-@dataclass(frozen=True)
-class _Task:
-    """What each worker of a group is given."""
-
-    body: Body
-    run: Place
-    cpus: int
-    image_memory: int
-
-
 def run_group(cluster: ClusterConfig, resources: Resources, body: Body, place: Place) -> None:
     """Train with DDP. A lost worker restarts the group from the newest checkpoint on disk, up to
     `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
-    failure, memory = place.failure, int(cluster.image_memory * GIB)
-    failure.unlink(missing_ok=True)
-    shutil.rmtree(place.ray, ignore_errors=True)
-    task = _Task(body, place, resources.cpus_per_worker, memory)
-    error = run_off_main_thread(_make_trainer(task, resources, cluster.retries).fit, "ray-train")
-    if failure.exists():
-        message = failure.read_text()
-        failure.unlink()
-        raise PipelineError(message)
-    if error is not None:
-        why = _explain_end(error, cluster.retries)
-        raise PipelineError(f"{why}; the same command goes on from the newest checkpoint") from error
-
-
-def _make_trainer(task: _Task, resources: Resources, retries: int) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import ScalingConfig  # ray.train's own, with its types
 
     # Seconds between Ray Train's looks at the group; by default it sees two seconds late that training has ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    use_gpu = resources.gpus_per_worker > 0
-    per_worker = {"CPU": float(resources.cpus_per_worker)}
-    if use_gpu:
-        per_worker["GPU"] = resources.gpus_per_worker
+    place.failure.unlink(missing_ok=True)
+    shutil.rmtree(place.ray, ignore_errors=True)
+    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     fixed = resources.min_workers == resources.workers
-    return TorchTrainer(
-        _train_worker,
-        train_loop_config={"task": task},
+    trainer = TorchTrainer(
+        partial(_train_worker, body, place, cpus, int(cluster.image_memory * GIB)),
         scaling_config=ScalingConfig(
             num_workers=resources.workers if fixed else (resources.min_workers, resources.workers),
-            use_gpu=use_gpu,
-            resources_per_worker=per_worker,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": cpus, "GPU": gpus},
         ),
         run_config=RunConfig(
             # A name of its own for every attempt: Ray takes a known name for a run to be taken up.
-            name=f"{task.run.run_key}-{time.time_ns()}",
-            storage_path=str(task.run.ray),
-            failure_config=FailureConfig(max_failures=retries),
+            name=f"{place.run_key}-{time.time_ns()}",
+            storage_path=str(place.ray),
+            failure_config=FailureConfig(max_failures=cluster.retries),
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=1800),
+        torch_config=TorchConfig(timeout_s=1800),  # NCCL with GPUs, else gloo
     )
+    error = run_off_main_thread(trainer.fit, "ray-train")
+    if place.failure.exists():
+        message = place.failure.read_text()
+        place.failure.unlink()
+        raise PipelineError(message)
+    if error is not None:
+        # Ray Train restarts its workers, but not the controller that leads them.
+        why = f"stopped after {cluster.retries} restarts: {last_line(error)}"
+        why = "lost the process that leads it" if isinstance(error, RayActorError) else why
+        raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
 
 
 def run_off_main_thread(fit: Callable[[], object], name: str) -> BaseException | None:
@@ -144,45 +130,32 @@ def run_off_main_thread(fit: Callable[[], object], name: str) -> BaseException |
     return outcome[0] if outcome else None
 
 
-def _explain_end(error: BaseException, retries: int) -> str:
-    """Say why a group ended. Ray Train restarts its workers, but not the controller that leads them."""
-    from ray.exceptions import RayActorError
-
-    if isinstance(error, RayActorError):
-        return "training lost the process that leads it"
-    return f"training stopped after {retries} restarts: {last_line(error)}"
-
-
-def release(run: Place) -> None:
+def release(place: Place) -> None:
     """Give back what a run's last training group may still hold. Ray does so itself, unless memory ran out and
     took the group's keepers with it; then other trials would wait for those CPUs for ever."""
-    from ray import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, remove_placement_group
-
     with suppress(FileNotFoundError):
-        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(run.placement_group.read_text())))
-        run.placement_group.unlink()
+        group = PlacementGroupID.from_hex(place.placement_group.read_text())
+        remove_placement_group(PlacementGroup(group))
+        place.placement_group.unlink()
 
 
-def _train_worker(config: dict[str, _Task]) -> None:
+def _train_worker(body: Body, place: Place, cpus: int, image_memory: int) -> None:
     """Run the body as one worker of a group, in the process that Ray Train started for it."""
     from ray import train
     from ray.train.torch import get_device
-    from ray.util.placement_group import get_current_placement_group
 
-    task = config["task"]
-    if task.run.failure.exists():  # a peer gave up for good; this restart of the group ends at once
+    if place.failure.exists():  # a peer gave up for good; this restart of the group ends at once
         return
-    torch.set_num_threads(task.cpus)
+    torch.set_num_threads(cpus)
     # What train.deterministic needs, before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    place = train.get_context()
-    context = Peer(get_device(), task.cpus, place.get_world_rank(), place.get_world_size(), task.image_memory)
-    group = get_current_placement_group()
-    if context.rank == 0 and group is not None:
-        write_text(task.run.placement_group, group.id.hex())
+    group = train.get_context()
+    context = Peer(get_device(), cpus, group.get_world_rank(), group.get_world_size(), image_memory)
+    held = get_current_placement_group()
+    if context.rank == 0 and held is not None:
+        write_text(place.placement_group, held.id.hex())
     try:
-        task.body(context, task.run)
+        body(context, place)
     except PipelineError as error:
-        write_text(task.run.failure, str(error))
+        write_text(place.failure, str(error))
         raise

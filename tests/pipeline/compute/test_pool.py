@@ -193,7 +193,7 @@ def test_training_gets_the_gpus_and_the_pool_keeps_off_them(session, tmp_path, m
         (tmp_path / "stop").touch()
 
     with beside(score):
-        session.run_workers(None, tmp_path, None)
+        session.run_workers(None, tmp_path)
     session.map_units(after, lambda unit: None)
 
     group = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1)]
@@ -205,7 +205,7 @@ def test_training_gets_the_gpus_and_the_pool_keeps_off_them(session, tmp_path, m
     assert session.spare == 2 and len({row["pid"] for row in notes_of(during)}) <= 2
 
 
-def train_on_two_gpus(cluster, resources, body, folder, run) -> None:
+def train_on_two_gpus(cluster, resources, body, folder) -> None:
     """Ray Train with the resources of the session, without torch's process group: NCCL needs real GPUs."""
     from ray.train import RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
