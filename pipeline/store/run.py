@@ -15,6 +15,11 @@ LEADERBOARD = "leaderboard.json"
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
+def _below(folder: str, name: str) -> cached_property[Path]:
+    """Name a file or a folder below one of a place's folders."""
+    return cached_property(lambda place: getattr(place, folder) / name)
+
+
 @dataclass(frozen=True)
 class Place:
     """One run of an experiment below a storage root: every path and every key of it.
@@ -51,7 +56,7 @@ class Place:
     def selection_key(self) -> str:
         return keys.selection_key(self.experiment, self.run_key)
 
-    # The run's folder
+    # Folders
 
     @property
     def name(self) -> str:
@@ -61,161 +66,66 @@ class Place:
     def path(self) -> Path:
         return self.storage / self.name
 
-    @property
-    def experiment_yaml(self) -> Path:
-        return self.path / EXPERIMENT
+    @cached_property
+    def data(self) -> Path:
+        """The folder of the shards, which all runs on them share."""
+        return self.storage / "data" / f"{self.experiment.data.source}-{self.data_key}"
 
-    @property
-    def commits_json(self) -> Path:
-        return self.path / "commits.json"
+    @cached_property
+    def samples(self) -> Path:
+        return self.path / "samples" / self.sample_key
 
-    @property
-    def spent_json(self) -> Path:
-        return self.path / "spent.json"
+    @cached_property
+    def scores(self) -> Path:
+        return self.path / "evaluation" / self.score_key
 
-    @property
-    def timings_json(self) -> Path:
-        return self.path / "timings.json"
+    @cached_property
+    def selection(self) -> Path:
+        return self.path / "selection" / self.selection_key
 
-    @property
-    def tracking_json(self) -> Path:
-        return self.path / "tracking.json"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def stop_file(self) -> Path:
-        return self.path / ".stop"
-
-    @property
-    def heartbeat(self) -> Path:
-        return self.path / ".step"
-
-    @property
-    def failure(self) -> Path:
-        return self.path / ".failure"
-
-    @property
-    def placement_group(self) -> Path:
-        return self.path / ".placement-group"
-
-    @property
-    def ray(self) -> Path:
-        return self.path / "ray"
-
-    # Training
-
-    @property
-    def train(self) -> Path:
-        return self.path / "train"
+    @cached_property
+    def figures(self) -> Path:
+        return self.path / "figures" / self.figures_key
 
     def step_folder(self, step: int) -> Path:
         return self.train / f"step_{step:08d}"
 
-    @property
-    def grids(self) -> Path:
-        return self.path / "grids"
-
     def grid(self, step: int) -> Path:
         return self.grids / f"{step:08d}.png"
 
-    # Samples, scores, figures, the report
+    # Files and folders with fixed names
 
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples" / self.sample_key
-
-    @property
-    def samples_grid(self) -> Path:
-        return self.samples / "grid.png"
-
-    @property
-    def samples_yaml(self) -> Path:
-        return self.samples / "sample.yaml"
-
-    @property
-    def score_units(self) -> Path:
-        return self.path / "evaluation" / "units"
-
-    @property
-    def scores(self) -> Path:
-        return self.path / "evaluation" / self.score_key
-
-    @property
-    def metrics_json(self) -> Path:
-        return self.scores / METRICS
-
-    @property
-    def nll_json(self) -> Path:
-        return self.scores / "nll.json"
-
-    @property
-    def evaluate_yaml(self) -> Path:
-        return self.scores / "evaluate.yaml"
-
-    @property
-    def scores_manifest(self) -> Path:
-        return self.scores / MANIFEST
-
-    @property
-    def selection(self) -> Path:
-        return self.path / "selection" / self.selection_key
-
-    @property
-    def selection_json(self) -> Path:
-        return self.selection / SELECTION
-
-    @property
-    def figure_units(self) -> Path:
-        return self.path / "figures" / "units"
-
-    @property
-    def figures(self) -> Path:
-        return self.path / "figures" / self.figures_key
-
-    @property
-    def figures_manifest(self) -> Path:
-        return self.figures / MANIFEST
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report"
-
-    @property
-    def report_html(self) -> Path:
-        return self.report / "report.html"
-
-    # The data, shared by all runs on it
-
-    @property
-    def data(self) -> Path:
-        return self.storage / "data" / f"{self.experiment.data.source}-{self.data_key}"
-
-    @property
-    def references(self) -> Path:
-        return self.data / "references"
-
-    @property
-    def reference_features(self) -> Path:
-        return self.references / "features"
-
-    @property
-    def classifier(self) -> Path:
-        return self.data / "classifier" / "classifier.safetensors"
-
-    @property
-    def classifier_json(self) -> Path:
-        return self.data / "classifier" / "classifier.json"
-
-    @property
-    def projection(self) -> Path:
-        return self.data / "projection" / "projection.safetensors"
-
-    @property
-    def inception_cache(self) -> Path:
-        return self.storage / "extractors"
+    experiment_yaml = _below("path", EXPERIMENT)
+    commits_json = _below("path", "commits.json")
+    spent_json = _below("path", "spent.json")
+    timings_json = _below("path", "timings.json")
+    tracking_json = _below("path", "tracking.json")
+    log = _below("path", "log.jsonl")
+    stop_file = _below("path", ".stop")
+    heartbeat = _below("path", ".step")
+    failure = _below("path", ".failure")
+    placement_group = _below("path", ".placement-group")
+    ray = _below("path", "ray")
+    train = _below("path", "train")
+    grids = _below("path", "grids")
+    report = _below("path", "report")
+    report_html = _below("report", "report.html")
+    samples_grid = _below("samples", "grid.png")
+    samples_yaml = _below("samples", "sample.yaml")
+    score_units = _below("path", "evaluation/units")
+    metrics_json = _below("scores", METRICS)
+    nll_json = _below("scores", "nll.json")
+    evaluate_yaml = _below("scores", "evaluate.yaml")
+    scores_manifest = _below("scores", MANIFEST)
+    selection_json = _below("selection", SELECTION)
+    figure_units = _below("path", "figures/units")
+    figures_manifest = _below("figures", MANIFEST)
+    references = _below("data", "references")
+    reference_features = _below("data", "references/features")
+    projection = _below("data", "projection/projection.safetensors")
+    classifier = _below("data", "classifier/classifier.safetensors")
+    inception_cache = _below("storage", "extractors")
+    classifier_json = _below("data", "classifier/classifier.json")
 
     # Records
 
