@@ -1,1 +1,1 @@
-"""Where images come from, and the batches of training."""
+"""Sources of images, and the batches of training."""

@@ -25,20 +25,20 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Dataset(Protocol):
-    ahead: int  # batches, beginning with the one asked for, that are worth a `prefetch`
+    lookahead: int  # batches, beginning with the one asked for, that are worth a `prefetch`
 
     def __len__(self) -> int: ...
 
     def prefetch(self, index: Tensor) -> None:
-        """Images index, int64 (n,), will be asked for soon."""
+        """Begin to read images `index`, int64 (n,), which will be asked for soon."""
 
     def batch(self, index: Tensor) -> Batch:
-        """uint8 (n,C,H,W) and int64 labels (n,), -1 = none, on the worker's device."""
+        """Return uint8 (n,C,H,W) and int64 labels (n,), -1 = none, on the worker's device."""
         ...
 
 
 def open_dataset(directory: Path, split: str, ctx: WorkerContext) -> Dataset:
-    """In memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
+    """Open a split: in memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
     index = tars.open_index(directory)
     pixels = index.count(split) * prod((index.facts["channels"], *2 * (index.facts["image_size"],)))
     if pixels <= ctx.image_memory:
@@ -47,7 +47,7 @@ def open_dataset(directory: Path, split: str, ctx: WorkerContext) -> Dataset:
 
 
 class InMemory:
-    ahead = 0
+    lookahead = 0
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
         self.images, self.labels = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
@@ -56,7 +56,7 @@ class InMemory:
         return len(self.images)
 
     def prefetch(self, index: Tensor) -> None:
-        """All are there."""
+        """Do nothing: all are there."""
 
     def batch(self, index: Tensor) -> Batch:
         index = index.to(self.images.device)
@@ -71,7 +71,7 @@ class InTars:
     is random over all images of hundreds of tars has it scanning for ever.
     """
 
-    ahead = 4
+    lookahead = 4
 
     def __init__(self, index: tars.Index, split: str, ctx: WorkerContext):
         shards = index.shards(split)
@@ -80,19 +80,19 @@ class InTars:
         self.paths = [shard.path for shard in shards]
         self.device = ctx.device
         self.threads = ThreadPoolExecutor(ctx.cpus, thread_name_prefix="decode")
-        self.coming: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()
+        self.pending: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.places)
 
     def prefetch(self, index: Tensor) -> None:
         key = index.numpy().tobytes()
-        if key not in self.coming:
-            self.coming[key] = [self.threads.submit(self._image, number) for number in index.tolist()]
+        if key not in self.pending:
+            self.pending[key] = [self.threads.submit(self._image, number) for number in index.tolist()]
 
     def batch(self, index: Tensor) -> Batch:
         self.prefetch(index)
-        images = np.stack([image.result() for image in self.coming.pop(index.numpy().tobytes())])
+        images = np.stack([image.result() for image in self.pending.pop(index.numpy().tobytes())])
         labels = self.places[index.numpy(), tars.LABEL]
         return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).to(self.device)
 

@@ -260,7 +260,7 @@ def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable
     _settle(forward, images.batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
 
     def step() -> dict[str, torch.Tensor]:
-        for ahead in range(images.ahead):
+        for ahead in range(images.lookahead):
             images.prefetch(order.indices(state.step + ahead, config.batch_size, rows))
         x_0, labels = images.batch(order.indices(state.step, config.batch_size, rows))
         return train_step(

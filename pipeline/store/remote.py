@@ -166,7 +166,7 @@ class Store:
 
     @cached_property
     def contents(self) -> dict[str, Facts]:
-        """What was pushed here, by name; nothing where nothing was."""
+        """The files that were pushed here, by name; none where nothing was."""
         if CONTENTS not in self.objects:
             return {}
         files: dict[str, Facts] = json.loads(b"".join(self._read(CONTENTS)))["files"]

@@ -26,7 +26,7 @@ POLL, LONGEST_WAIT = 2.0, 60.0  # seconds between looks at the files; ceiling of
 
 
 class Copy(TypedDict):
-    """What one server has of a run; parcels: name -> version that arrived."""
+    """The copy of a run on one server; parcels: name -> version that arrived."""
 
     study: str
     experiment_id: str
@@ -127,7 +127,7 @@ class Mirror(Sender):
 
     @property
     def is_outstanding(self) -> bool:
-        """Whether the files hold anything that never arrived. Asks no server."""
+        """Tell whether the files hold anything that never arrived. Asks no server."""
         server = self._state.get("servers", {}).get(hide_password(self.uri))
         return bool(self._list_outstanding(server["parcels"] if server else {}))
 
@@ -176,15 +176,15 @@ def sync(uri: str, study: str, place: Place, tags: dict[str, str] | None = None)
 def describe(place: Place, uri: str | None) -> str:
     """Say where a person finds the run in MLflow, and whether it is all there. Reads files only."""
     uri = uri or default_uri(place.storage)
-    shown, state = hide_password(uri), _read_state(place.tracking_json)
-    server = state.get("servers", {}).get(shown)
+    address, state = hide_password(uri), _read_state(place.tracking_json)
+    server = state.get("servers", {}).get(address)
     if server is None:
-        return f"nothing in {shown} yet ({_sync_command(place, uri)})"
+        return f"nothing in {address} yet ({_sync_command(place, uri)})"
     if uri.startswith("http"):
-        where = f"{shown.rstrip('/')}/#/experiments/{server['experiment_id']}/runs/{server['run_id']}{VIEW}"
+        where = f"{address.rstrip('/')}/#/experiments/{server['experiment_id']}/runs/{server['run_id']}{VIEW}"
     else:
         ui = shlex.join(["ddpm", "ui", f"cluster.storage={place.storage}"])
-        where = f"{server['study']} / {place.name} in {shown} (`{ui}`)"
+        where = f"{server['study']} / {place.name} in {address} (`{ui}`)"
     behind = server["parcels"].get("status") != state["status"]
     return f"{where}, not up to date ({_sync_command(place, uri)})" if behind else where
 

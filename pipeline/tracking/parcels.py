@@ -1,4 +1,4 @@
-"""What a run directory holds for the tracking server, in parcels that are sent when their version changes."""
+"""The files of a run directory in parcels, which are sent to the tracking server when their version changes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Parcel:
     send: Callable[[Session], None]
 
 
-def _version(path: Path) -> str:
-    """Cheap, and safe because every file but the log comes into being whole."""
-    facts = path.stat()
-    return f"{facts.st_size}-{facts.st_mtime_ns}"
+def _pack(name: str, file: Path, send: Callable[..., None], **more: int | str) -> Parcel:
+    """Make a parcel of a file. Its version is cheap, and safe because every file but the log comes into being whole."""
+    facts = file.stat()
+    return Parcel(name, f"{facts.st_size}-{facts.st_mtime_ns}", partial(send, file=file, **more))
 
 
 def list_parcels(
@@ -59,32 +59,29 @@ def list_parcels(
     if steps:
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
     headline = selection.resolve(place)
-    yield from _list_evaluations(place, headline, beside=child is None)
+    yield from _list_evaluations(place, headline, in_own_run=child is None)
     for folder, file in _list_files(place, headline):
-        send = partial(Session.send_file, file=file, folder=folder)
-        yield Parcel(f"artifact {folder}/{file.name}", _version(file), send)
+        yield _pack(f"artifact {folder}/{file.name}", file, Session.send_file, folder=folder)
 
 
-def _list_evaluations(place: Place, headline: Place | None, beside: bool) -> Iterator[Parcel]:
-    """Yield the scores. One evaluation is the headline; those of candidates are points of a curve; the others stand
-    `beside` it, but not in a sweep, where the rungs would be rows beside its trials."""
+def _list_evaluations(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
+    """Yield the scores. One evaluation is the headline; those of candidates are points of a curve; the others get
+    runs of their own, but not in a sweep, where the rungs would be rows beside its trials."""
     found = sorted(place.path.glob(f"evaluation/[0-9a-f]*/{METRICS}"))
     # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
     chooses = bool(place.experiment.evaluate.checkpoints)
     scored = selection.list_candidates(place) if chooses else {}
     candidates = {candidate.scores: step for step, candidate in scored.items()}
     for file in found:
-        key, version = file.parent.name, _version(file)
+        key = file.parent.name
         if file.parent in candidates:
-            send = partial(Session.send_candidate, step=candidates[file.parent], file=file)
-            yield Parcel(f"candidate {key}", version, send)
+            yield _pack(f"candidate {key}", file, Session.send_candidate, step=candidates[file.parent])
         if headline and file.parent == headline.scores:
-            yield Parcel(f"scores {key}", version, partial(Session.send_scores, file=file))
-        elif file.parent not in candidates and beside:
-            yield Parcel(f"evaluation {key}", version, partial(Session.send_evaluation, file=file))
+            yield _pack(f"scores {key}", file, Session.send_scores)
+        elif file.parent not in candidates and in_own_run:
+            yield _pack(f"evaluation {key}", file, Session.send_evaluation)
     if chooses and (choice := place.selection_json).exists():
-        send = partial(Session.send_choice, file=choice)
-        yield Parcel(f"selection {choice.parent.name}", _version(choice), send)
+        yield _pack(f"selection {choice.parent.name}", choice, Session.send_choice)
 
 
 def _list_files(place: Place, headline: Place | None) -> Iterator[tuple[str, Path]]:

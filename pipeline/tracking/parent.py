@@ -33,7 +33,7 @@ Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
 
 @dataclass(frozen=True)
 class Standing:
-    """How a sweep stands: table: the leaderboard, a mapping for each row; note: the same for people, in
+    """The present state of a sweep. table: the leaderboard, a mapping for each row; note: the same for people, in
     Markdown; best: (tags, metrics) of the first row; rungs: by trial."""
 
     table: Sequence[Mapping[str, Cell]]
@@ -119,10 +119,10 @@ class Parent(Sender):
     def links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
         """Return (what, where) in the UI: the study with its leaderboard, and its trials with their charts, best
         first."""
-        shown = hide_password(self.uri)
+        address = hide_password(self.uri)
         if not self.run_id:
-            return [("MLflow", f"nothing in {shown} yet; the same command delivers it")]
-        base, hint = shown.rstrip("/"), ""
+            return [("MLflow", f"nothing in {address} yet; the same command delivers it")]
+        base, hint = address.rstrip("/"), ""
         if not self.uri.startswith("http"):
             ui = shlex.join(["ddpm", "ui", f"cluster.storage={self.storage}"])
             base, hint = "http://127.0.0.1:5000", f"`{ui}`, then "

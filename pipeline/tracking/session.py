@@ -22,7 +22,7 @@ Protocol = dict[str, str | int | float | bool | list[str] | None]
 
 
 class Scores(TypedDict):
-    """What a metrics.json holds for the server."""
+    """The part of a metrics.json that the server gets."""
 
     scores: dict[str, float]
     protocol: Protocol

@@ -1,4 +1,4 @@
-"""Where images come from: one class for each `data.source`, all read in the same way.
+"""Sources of images: one class for each `data.source`, all read in the same way.
 
 A new source is a class with the members of `ImageSource` and a line in `SOURCES`.
 """

@@ -1,4 +1,4 @@
-"""What every source of images offers, how its files are hashed, and how its splits are made."""
+"""The members of every source of images, the hash of its files, and its splits."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_a_prefetched_batch_is_the_one_that_was_asked_for(folder):
     for index in reversed(batches):
         images, _ = dataset.batch(index)
         assert torch.equal(images, torch.from_numpy(tars.load_images(folder, "train")[0])[index])
-    assert not dataset.coming
+    assert not dataset.pending
 
 
 def test_a_damaged_image_is_named(folder):
