@@ -100,7 +100,7 @@ class Pool:
                 while any(self.waiting.values()) or any(call.unit for call in self.calls.values()):
                     self._hand_out()
                     for reference in ray.wait(list(self.calls), timeout=POLL_SECONDS)[0]:
-                        seconds, unit = self._result(reference), self.calls.pop(reference).unit
+                        seconds, unit = self._take_result(reference), self.calls.pop(reference).unit
                         if unit and seconds is not None:
                             spent.add(unit.kind, unit.images, seconds)
                             self._add(done(unit) or ())
@@ -134,7 +134,7 @@ class Pool:
         if tasks and self.idle and ray.available_resources().get("CPU", 0) < self.cpus:
             self._end_idle()  # a task may be waiting for what they hold
 
-    def _result(self, reference: ObjectRef) -> float | None:
+    def _take_result(self, reference: ObjectRef) -> float | None:
         """Return the seconds that a unit took, and its actor to the idle ones; None where the actor was lost.
 
         Raises what the unit raised, in a user's words where the user can help it.

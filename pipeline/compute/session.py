@@ -35,7 +35,7 @@ class Session:
 
     @staticmethod
     @contextmanager
-    def within(
+    def open_share(
         cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]
     ) -> Iterator[Session]:
         """Give a trial its share of a session that its process has joined already: `resources` and no more."""

@@ -158,7 +158,7 @@ def run_tasks(
 def _run_task(given: dict[str, str], tasks: dict[str, Task], resources: Resources) -> dict[str, str] | None:
     """Run a trial in Tune's process for it. Tune ends it while it waits in `report`, when nothing is under way."""
     task = tasks[given["trial"]]
-    with Session.within(task.cluster, resources, task.interrupted) as session:
+    with Session.open_share(task.cluster, resources, task.interrupted) as session:
 
         def report(step: int, bound: float) -> bool:
             session.pool.end()  # before Tune may end this process

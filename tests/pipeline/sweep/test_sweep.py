@@ -260,7 +260,7 @@ def test_a_trial_that_never_fits_is_refused():
     ],
 )
 def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, resources, most):
-    with Session.within(cluster(**overrides), resources, lambda: False) as session:
+    with Session.open_share(cluster(**overrides), resources, lambda: False) as session:
         assert session.pool.limits() == (most, most)
 
 
