@@ -13,7 +13,7 @@ from pipeline.compute import training
 from pipeline.compute.session import Session
 from pipeline.compute.work import Kind, Unit
 from pipeline.config import load_cluster
-from pipeline.console import beside
+from pipeline.console import run_during
 from pipeline.errors import PipelineError
 
 pytestmark = pytest.mark.ray
@@ -192,7 +192,7 @@ def test_training_gets_the_gpus_and_the_pool_keeps_off_them(session, tmp_path, m
             session.map_units(during[start : start + session.spare], lambda unit: None)
         (tmp_path / "stop").touch()
 
-    with beside(score):
+    with run_during(score):
         session.run_workers(None, tmp_path)
     session.map_units(after, lambda unit: None)
 
