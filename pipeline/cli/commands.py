@@ -104,9 +104,8 @@ def run_stages(options: Namespace) -> int:
 def check_experiment(options: Namespace) -> Checked:
     experiment, cluster = _load(options)
     from pipeline import config
-    from pipeline.engine import execute as stages
 
-    stages.check(experiment, cluster)
+    config.check_workers(experiment.train, cluster.workers or 1)
     name, overrides = _split_one(options, "experiment")
     return cluster, config.relative_paths(name or options.command.default, overrides)
 

@@ -13,6 +13,7 @@ from pipeline.config.sections import (
     FiguresConfig,
     PublishedConfig,
     SampleConfig,
+    check_workers,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PublishedConfig",
     "SampleConfig",
     "candidate",
+    "check_workers",
     "checkpoint_rule",
     "checkpoint_step",
     "choose",

@@ -16,7 +16,7 @@ from ddpm.config import Count, Decoder, DiffusionConfig, Problems, Range, Sample
 from ddpm.networks import TAKES_LABELS
 from ddpm.networks.config import NetworkConfig
 from pipeline.config.checks import suggestion
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -322,3 +322,11 @@ class ClusterConfig:
         if self.tracking_uri is not None and not (rest and scheme.split("+")[0] in TRACKING):
             known = ", ".join(f"{known}://" for known in TRACKING)
             yield "tracking_uri", f"begins with '{scheme}'; MLflow's stores are {known}"
+
+
+def check_workers(config: TrainConfig, workers: int) -> None:
+    """Raise PipelineError unless every worker gets an image of each batch."""
+    if workers > config.batch_size:
+        raise PipelineError(
+            f"{workers} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
+        )

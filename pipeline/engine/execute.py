@@ -20,7 +20,6 @@ from pipeline.engine.find import find_old_runs, find_run, locate_run, open_run, 
 from pipeline.engine.plan import find_subject, list_pending, list_rounds
 from pipeline.engine.provenance import commit, made_with
 from pipeline.stages.stage import GroupStage, Stage
-from pipeline.stages.train import check_workers
 from pipeline.store import keys
 from pipeline.store.files import exclusive, remove_leftovers, write_text
 from pipeline.store.log import read_progress
@@ -28,11 +27,6 @@ from pipeline.store.run import Place
 
 if TYPE_CHECKING:
     from pipeline.compute.session import Session
-
-
-def check(experiment: Experiment, cluster: ClusterConfig) -> None:
-    """Raise PipelineError where experiment and cluster, each valid, do not go together."""
-    check_workers(experiment.train, cluster.workers or 1)
 
 
 def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
@@ -47,7 +41,7 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
             say(f"{place.name}: everything up to date, '{last}' included")
             return place
         say(f"{place.name}: {', '.join(stage.name for stage in todo)}")
-        check(experiment, cluster)
+        config.check_workers(experiment.train, cluster.workers or 1)
         say(f"needs {preflight.check(place)}")
         _write_experiment(place)
         with _Work(cluster, place) as work:

@@ -8,8 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def made_with() -> dict[str, Any]:
     """Commit, versions and hardware."""
@@ -25,6 +23,8 @@ def made_with() -> dict[str, Any]:
 
 def _hardware() -> str:
     """The driver's machine, in words."""
+    import torch
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{len(os.sched_getaffinity(0))} CPUs ({capability}), {', '.join(gpus) or 'no GPU'}"

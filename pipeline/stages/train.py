@@ -14,14 +14,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ddpm.config import TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, learning_rate, train_step
 from pipeline.compute.work import Unit, WorkerContext
-from pipeline.config import Experiment
+from pipeline.config import Experiment, check_workers
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
@@ -72,14 +71,6 @@ STAGE = TrainStage()
 def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
     """The rows of the global batch that `rank` works on, int64; uneven where it does not divide."""
     return torch.arange(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-
-
-def check_workers(config: TrainConfig, workers: int) -> None:
-    """Raise PipelineError unless every worker gets an image of each batch."""
-    if workers > config.batch_size:
-        raise PipelineError(
-            f"{workers} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
-        )
 
 
 class Order:

@@ -155,7 +155,7 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
     shipped = {f"pipeline/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     assert code <= sent and shipped <= sent
     assert {"conf/own.yaml", "pipeline/COMMIT"} <= sent
-    rest = sent - code - shipped - {"conf/own.yaml", "pipeline/COMMIT"}
+    rest = sent - code - shipped - {"conf/own.yaml", "pipeline/COMMIT", "ddpm/py.typed"}
     assert not [name for name in rest if not name.startswith("pipeline/")], rest
     assert not [name for name in sent if name.endswith((".pyc", ".tar", ".bin", ".txt", ".env"))]
     assert packed.bytes < 2e6
@@ -307,18 +307,21 @@ def test_the_oldest_versions_are_those_of_pyproject():
         ({"RAY_AUTH_TOKEN": "a-token", "RAY_AUTH_MODE": "disabled"}, "None"),
     ],
 )
-def test_ray_finds_the_token_and_sends_it(tmp_path, variables, sent):
+def test_ray_finds_the_token_and_sends_it_and_torch_stays_away(tmp_path, variables, sent):
     """In a process of its own: Ray reads these when it is imported."""
     (tmp_path / "token").write_text("from-a-file\n")
-    http = server(answers())
+    http = server(answers(of_a_program=True))
     address = f"127.0.0.1:{http.server_port}"
-    words = [sys.executable, "-m", "pipeline", "jobs", "--address", address]
+    command = ["submit", "--address", address, "--", "run", "digits", HERE]
+    code = f"import sys; from pipeline.cli.program import main; main({command}); assert 'torch' not in sys.modules"
+    words = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
     try:
         outcome = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     finally:
         http.shutdown()
     assert http.asked and all(line.endswith(sent) for line in http.asked)
+    assert outcome.returncode == 0, outcome.stderr
     assert "a-token" not in outcome.stdout + outcome.stderr
 
 
