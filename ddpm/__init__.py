@@ -21,7 +21,7 @@ _WHERE = {
         "networks.context_unet": "ContextUNet",
         "networks.mha_unet": "MHAUNet",
         "networks.unet": "UNet",
-        "sampler": "Step ancestral ddim few_steps_warning guided interpolate progressive reverse sample shared_latent",
+        "sampler": "Step ancestral ddim few_steps_warning guide interpolate progressive reverse sample shared_latent",
         "timesteps": "ImportanceSampler",
         "training": "TrainState train_step",
     }.items()
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ddpm.sampler import ancestral as ancestral
     from ddpm.sampler import ddim as ddim
     from ddpm.sampler import few_steps_warning as few_steps_warning
-    from ddpm.sampler import guided as guided
+    from ddpm.sampler import guide as guide
     from ddpm.sampler import interpolate as interpolate
     from ddpm.sampler import progressive as progressive
     from ddpm.sampler import reverse as reverse

@@ -36,7 +36,7 @@ class Reverse(NamedTuple):
 
 
 class Diffusion:
-    """Forward and reverse process. Immutable: to() and respaced() return new objects.
+    """Forward and reverse process. Immutable: to() and respace() return new objects.
 
     timesteps (K,) int64: the network's t at each step of this chain; 0..T-1 unless the chain is respaced.
     """
@@ -52,18 +52,18 @@ class Diffusion:
         self.spaced = False
 
     def __len__(self) -> int:
-        """Number of steps of this chain."""
+        """Return the number of steps of this chain."""
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> "Diffusion":
-        """The same process with its tables on the device, where gathering from them costs no transfer."""
+        """Return the same process with its tables on the device, where gathering from them costs no transfer."""
         moved = copy.copy(self)
         moved.tables = {name: table.to(device) for name, table in self.tables.items()}
         moved.timesteps = self.timesteps.to(device)
         return moved
 
-    def respaced(self, timesteps: Sequence[int] | Tensor) -> "Diffusion":
-        """The chain over ascending timesteps only (Nichol and Dhariwal 2021, Sec. 4); t counts its steps.
+    def respace(self, timesteps: Sequence[int] | Tensor) -> "Diffusion":
+        """Return the chain over ascending timesteps only (Nichol and Dhariwal 2021, Sec. 4); t counts its steps.
 
         A prefix 0..k is the end of the reverse process, unchanged. variance=learned belongs to full steps and
         does not carry over to other spacings; learned_range does.
@@ -84,27 +84,27 @@ class Diffusion:
         return chain
 
     def out_channels(self, channels: int) -> int:
-        """Channels of the network's output for images of so many channels: doubled by a learned variance."""
+        """Return the channels of the network's output for images of so many: doubled by a learned variance."""
         return 2 * channels if self.config.variance in LEARNED else channels
 
     def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of q(x_t | x_0), Eq. 4."""
+        """Return mean, variance and log variance of q(x_t | x_0), Eq. 4."""
         mean = self.at("sqrt_alpha_bar", t, x_0) * x_0
         return mean, self.at("one_minus_alpha_bar", t, x_0), self.at("log_one_minus_alpha_bar", t, x_0)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_t from x_0 and standard normal eps of the same shape, Eq. 4."""
+        """Diffuse: x_t from x_0 and standard normal eps of the same shape, Eq. 4."""
         _same_shape(x_0=x_0, eps=eps)
         return self.at("sqrt_alpha_bar", t, x_0) * x_0 + self.at("sqrt_one_minus_alpha_bar", t, x_0) * eps
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Posterior:
-        """q(x_{t-1} | x_t, x_0), Eqs. 6 and 7; the log variance at t = 0 is that of t = 1 (authors' code)."""
+        """Return q(x_{t-1} | x_t, x_0), Eqs. 6 and 7; the log variance at t = 0 is that of t = 1 (authors' code)."""
         _same_shape(x_0=x_0, x_t=x_t)
         mean = self.at("posterior_coef_x_0", t, x_t) * x_0 + self.at("posterior_coef_x_t", t, x_t) * x_t
         return Posterior(mean, self.at("posterior_variance", t, x_t), self.at("log_fixedsmall", t, x_t))
 
     def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
-        """The estimate of x_0 in the network's output, optionally clipped to [-1, 1]."""
+        """Read the estimate of x_0 off the network's output, optionally clipped to [-1, 1]."""
         prediction, _ = _split(output, x_t)
         match self.config.predict:
             case "eps":  # Eq. 4 solved for x_0 (text after Eq. 14)
@@ -120,7 +120,7 @@ class Diffusion:
     def p_mean_variance(
         self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True, variance: Variance | None = None
     ) -> Reverse:
-        """p(x_{t-1} | x_t) from the network's output (N, C or 2C, H, W).
+        """Return p(x_{t-1} | x_t) from the network's output (N, C or 2C, H, W).
 
         clip limits the x_0 estimate to [-1, 1] before the posterior mean; predict=mean is used as it is.
         variance overrides the configured kind; a learned kind needs an output of 2C channels.
@@ -151,14 +151,14 @@ class Diffusion:
     def vlb_terms(
         self, reverse: Reverse, x_0: Tensor, x_t: Tensor, t: Tensor, decoder: Decoder = "tanh"
     ) -> Tensor:
-        """L_{t-1} of Eq. 5, or L_0 (the decoder, Eq. 13) where t = 0, per image (N,), bits/dim."""
+        """Return L_{t-1} of Eq. 5, or L_0 (the decoder, Eq. 13) where t = 0, per image (N,), bits/dim."""
         posterior = self.q_posterior(x_0, x_t, t)
         kl = normal_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
         nll = -decoder_log_likelihood(x_0, reverse.mean, reverse.log_variance, decoder)
         return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
 
     def training_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Loss per image (N,): simple (Eq. 14), vlb (one term of Eq. 5 in bits/dim, not times T) or hybrid.
+        """Return the loss per image (N,): simple (Eq. 14), vlb (one term of Eq. 5 in bits/dim, not times T) or hybrid.
 
         hybrid is simple + T/1000 vlb with the mean detached (Nichol and Dhariwal 2021, Eq. 16). Nothing is
         clipped.
@@ -184,7 +184,7 @@ class Diffusion:
                 return self.q_posterior(x_0, x_t, t).mean
 
     def at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        """Table values at t in the type of x, shaped (N, 1, 1, 1) like x."""
+        """Return table values at t in the type of x, shaped (N, 1, 1, 1) like x."""
         if t.dtype != torch.int64 or t.shape != x.shape[:1]:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
         values = self.tables[name].to(t.device)[t].to(x.dtype)
@@ -192,7 +192,7 @@ class Diffusion:
 
 
 def _tables(beta: Tensor) -> dict[str, Tensor]:
-    """Everything that is gathered at t, float64 (K,). Symbols as in the paper's Eqs. 4 to 7."""
+    """Compute all that is gathered at t, float64 (K,). Symbols as in the paper's Eqs. 4 to 7."""
     alpha_bar = torch.cumprod(1 - beta, dim=0)
     alpha_bar_prev = torch.cat([torch.ones_like(beta[:1]), alpha_bar[:-1]])
     variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -219,12 +219,12 @@ def _tables(beta: Tensor) -> dict[str, Tensor]:
 
 
 def _spaced_betas(alpha_bar: Tensor) -> Tensor:
-    """The betas of a chain that visits only these alpha_bar."""
+    """Return the betas of a chain that visits only these alpha_bar."""
     return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
 
 
 def _split(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The prediction and, where the output has 2C channels, the values that parameterise the variance."""
+    """Split off the prediction and, where the output has 2C channels, the values that parameterise the variance."""
     channels = x_t.shape[1]
     fits = output.ndim == x_t.ndim and output.shape[2:] == x_t.shape[2:] and len(output) == len(x_t)
     if not fits or output.shape[1] not in (channels, 2 * channels):

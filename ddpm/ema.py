@@ -18,14 +18,14 @@ class EMA:
         self.buffers = {name: b.clone() for name, b in net.named_buffers() if name in persistent}
 
     def decay_at(self, n: int) -> float:
-        """Decay of update n = 0, 1, ...: the first one copies (authors' code)."""
+        """Return the decay of update n = 0, 1, ...: the first one copies (authors' code)."""
         if n == 0:
             return 0.0
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
-        """average <- decay average + (1 - decay) parameters, after optimiser step n = 0, 1, ..."""
+        """Set average <- decay average + (1 - decay) parameters, after optimiser step n = 0, 1, ..."""
         current = [p.detach().float() for p in net.parameters()]
         torch._foreach_lerp_(list(self.parameters.values()), current, 1 - self.decay_at(n))
         for name, buffer in net.named_buffers():
@@ -33,5 +33,5 @@ class EMA:
                 self.buffers[name].copy_(buffer)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The average itself, not a copy; `net.load_state_dict` takes it."""
+        """Return the average itself, not a copy; `net.load_state_dict` takes it."""
         return self.parameters | self.buffers

@@ -32,7 +32,7 @@ class Likelihood:
 
     @property
     def total(self) -> Tensor:
-        """The bound (N,), bits/dim; needs every timestep."""
+        """Sum the bound (N,), bits/dim; needs every timestep."""
         self._require_all()
         return self.terms.sum(dim=1) + self.prior
 
@@ -42,7 +42,7 @@ class Likelihood:
 
 
 def prior_bits_per_dim(diffusion: Diffusion, x_0: Tensor) -> Tensor:
-    """L_T of Eq. 5 per image (N,): KL of q(x_T | x_0) from the standard normal, bits/dim."""
+    """Return L_T of Eq. 5 per image (N,): KL of q(x_T | x_0) from the standard normal, bits/dim."""
     last = torch.full((len(x_0),), len(diffusion) - 1, device=x_0.device)
     mean, _, log_variance = diffusion.q_mean_variance(x_0, last)
     zero = torch.zeros((), dtype=x_0.dtype, device=x_0.device)
@@ -63,7 +63,7 @@ def bits_per_dim(
     variance: Variance | None = None,
     context: Tensor | None = None,
 ) -> Likelihood:
-    """The bound for images x_0 (N, C, H, W), grey levels scaled to [-1, 1], on the device of x_0.
+    """Compute the bound for images x_0 (N, C, H, W), grey levels scaled to [-1, 1], on the device of x_0.
 
     noise(t) gives a fresh standard normal draw like x_0 for each timestep. net must be in evaluation mode;
     any denoise(x_t, t) -> x_0 is a network with predict="x0". timesteps_per_call of them share one network
@@ -103,7 +103,7 @@ class RateDistortion(NamedTuple):
 
 
 def rate_distortion(result: Likelihood) -> RateDistortion:
-    """Rows k = T - t + 1: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k])."""
+    """Average, in rows k = T - t + 1: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k])."""
     result._require_all()
     mse, terms = result.mse.mean(dim=0), result.terms.mean(dim=0)
     sent_before = torch.cat([torch.zeros_like(terms[:1]), terms.flip(0)[:-1].cumsum(0)])

@@ -57,7 +57,7 @@ def chain(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     diffusion = diffusion.to(x_T.device)
-    how = _How(diffusion if timesteps is None else diffusion.respaced(timesteps), eta, variance, clip)
+    how = _How(diffusion if timesteps is None else diffusion.respace(timesteps), eta, variance, clip)
     return _run(how, SAMPLERS[sampler], net, x_T, noise, context)
 
 
@@ -116,7 +116,7 @@ SAMPLERS: dict[str, Rule] = {"ancestral": _ancestral_step, "ddim": _ddim_step}
 
 
 def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
-    """So many of 0..timesteps-1, evenly spaced, both ends among them (Nichol and Dhariwal 2021, Sec. 4)."""
+    """Choose so many of 0..timesteps-1, evenly spaced, both ends among them (Nichol and Dhariwal 2021, Sec. 4)."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must lie in 1..{timesteps}, got {steps}")
     if steps == 1:
@@ -170,7 +170,7 @@ sample = _images_of(reverse)
 
 
 def _last(chain: Iterator[Step], default: Tensor | None = None) -> Tensor:
-    """x_t at the end of a chain, keeping no other step."""
+    """Return x_t at the end of a chain, keeping no other step."""
     ends = deque((step.x_t for step in chain), maxlen=1)
     return ends.pop() if default is None or ends else default
 
@@ -178,7 +178,7 @@ def _last(chain: Iterator[Step], default: Tensor | None = None) -> Tensor:
 def few_steps_warning(
     diffusion: Diffusion, steps: int | None, variance: Variance | None = None
 ) -> str | None:
-    """Why this many ancestral steps with fixedlarge variance spoil the samples, or None."""
+    """Say why this many ancestral steps with fixedlarge variance spoil the samples, or None."""
     kind = variance or diffusion.config.variance
     if kind != "fixedlarge" or steps is None or steps >= len(diffusion) // 2:
         return None
@@ -189,7 +189,7 @@ def few_steps_warning(
 
 
 def progressive(chain: Iterator[Step], every: int) -> Iterator[Step]:
-    """The last step of each so many timesteps, whose x_0 show how an image appears (Figs. 6, 10 and 14)."""
+    """Yield the last step of each so many timesteps, whose x_0 show how an image appears (Figs. 6, 10 and 14)."""
     previous = None
     for step in chain:
         if previous is not None and step.t // every != previous.t // every:
@@ -212,7 +212,7 @@ def interpolate(
     variance: Variance | None = None,
     context: Tensor | None = None,
 ) -> Tensor:
-    """Images between x_a and x_b (N, C, H, W): latents after so many diffusion steps, mixed and reversed.
+    """Draw images between x_a and x_b (N, C, H, W): latents after so many diffusion steps, mixed and reversed.
 
     Sec. 4.4 and Fig. 8. weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W)
     diffuses both images. More steps mix coarser features (Fig. 9); 0 steps mix the pixels.
@@ -241,7 +241,7 @@ def shared_latent(
     variance: Variance | None = None,
     context: Tensor | None = None,
 ) -> Tensor:
-    """x_t (N, C, H, W) on the way from x_T, with so many reverse steps still to go.
+    """Return x_t (N, C, H, W) on the way from x_T, with so many reverse steps still to go.
 
     Several ancestral chains over timesteps=range(steps) from it share what is in it (Fig. 7).
     """
@@ -251,8 +251,8 @@ def shared_latent(
     return _last(islice(chain, len(diffusion) - steps), default=x_T)
 
 
-def guided(net: Network, scale: float, null_context: Tensor | int) -> Network:
-    """Classifier-free guidance: null + scale (chosen - null), by one call of 2N images.
+def guide(net: Network, scale: float, null_context: Tensor | int) -> Network:
+    """Guide without a classifier: null + scale (chosen - null), by one call of 2N images.
 
     Ho and Salimans 2022, Eq. 6, with scale = 1 + w: 1 is the plain conditional network, 0 the unconditional
     one. null_context (a label, or a tensor like one row of context) stands for no context. Learned variances

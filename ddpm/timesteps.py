@@ -19,14 +19,14 @@ class ImportanceSampler:
         self.counts = torch.zeros(timesteps, dtype=torch.int64, device=device)
 
     def probabilities(self) -> Tensor:
-        """p(t), float64 (T,)."""
+        """Return p(t), float64 (T,)."""
         scores = (self.losses.double() ** 2).mean(dim=1).sqrt()
         share = (1 - UNIFORM) * scores / scores.sum() + UNIFORM / len(scores)
         ready = (self.counts >= HISTORY).all() & (scores.sum() > 0)
         return torch.where(ready, share, torch.full_like(share, 1 / len(share)))
 
     def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """t int64 (N,) from uniform u in [0, 1) (N,), and weights float32 (N,) that unbias the loss."""
+        """Draw t int64 (N,) from uniform u in [0, 1) (N,), and weights float32 (N,) that unbias the loss."""
         p = self.probabilities()
         t = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=len(p) - 1)
         return t, (1 / (len(p) * p[t])).float()

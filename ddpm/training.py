@@ -269,7 +269,7 @@ def _update(state: TrainState, config: TrainConfig) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of update step = 0, 1, ...: lr min(step / warmup_steps, 1), so the first one is 0 (authors' code).
+    """Return the rate of update 0, 1, ...: lr min(step / warmup_steps, 1), so the first one is 0 (authors' code).
 
     lr_decay="linear" multiplies by 1 - step / steps.
     """

@@ -60,12 +60,12 @@ def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
 
 
 def _is_bf16_on_cpu(x: Tensor) -> bool:
-    """Where torch's own routes are slow; a compiler makes its own kernels."""
+    """Tell where torch's own routes are slow; a compiler makes its own kernels."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
-    """The basis in which the convolution takes less time; None where the plain layer does."""
+    """Return the basis in which the convolution takes less time; None where the plain layer does."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or layer.weight.dtype != torch.float32:
         return None
     count, _, height, width = x.shape

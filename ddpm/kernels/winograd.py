@@ -61,7 +61,7 @@ CHUNK = 4096  # pixels at a time: products of a size that is fast, tiles that th
 
 
 def basis_for(x: Tensor) -> Basis | None:
-    """The largest basis that x (N, C, H, W) bears: F4 in float32, F2 in bf16; None where its tiles do not fit."""
+    """Return the largest basis for x (N, C, H, W): F4 in float32, F2 in bf16; None where its tiles do not fit."""
     basis = {torch.float32: F4, torch.bfloat16: F2}.get(x.dtype)
     return basis if basis and not (x.shape[2] % basis.m or x.shape[3] % basis.m) else None
 
@@ -89,7 +89,7 @@ class _Conv3x3(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.basis = basis
         kernel = _weight_tiles(weight, basis, x.dtype)
-        return _convolved(x, kernel.transpose(1, 2), basis, bias)
+        return _convolve(x, kernel.transpose(1, 2), basis, bias)
 
     @staticmethod
     def backward(ctx: _Saved, d_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,7 +97,7 @@ class _Conv3x3(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         d_x = d_weight = d_bias = None
         if wants_x:
-            d_x = _convolved(d_y, _weight_tiles(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
+            d_x = _convolve(d_y, _weight_tiles(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
         if wants_weight:
             d_weight = _weight_gradient(x, d_y, ctx.basis)
         if wants_bias:
@@ -105,8 +105,8 @@ class _Conv3x3(torch.autograd.Function):
         return d_x, d_weight, d_bias, None
 
 
-def _convolved(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = None) -> Tensor:
-    """x (N, C, H, W) with the kernel's tiles (n * n, C, K) -> (N, K, H, W) in channels_last."""
+def _convolve(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = None) -> Tensor:
+    """Convolve x (N, C, H, W) with the kernel's tiles (n * n, C, K) -> (N, K, H, W) in channels_last."""
     count, channels, height, width = x.shape
     m, n, out_channels = basis.m, basis.n, kernel.shape[2]
     result = x.new_empty(count, height, width, out_channels)
@@ -123,7 +123,7 @@ def _convolved(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = No
 
 
 def _weight_gradient(x: Tensor, d_y: Tensor, basis: Basis) -> Tensor:
-    """d weight, float32 (K, C, 3, 3): G^T [ sum over tiles of (A d_y A^T) (B^T x B) ] G."""
+    """Return d weight, float32 (K, C, 3, 3): G^T [ sum over tiles of (A d_y A^T) (B^T x B) ] G."""
     channels, out_channels, n = x.shape[1], d_y.shape[1], basis.n
     total = torch.zeros(n * n, out_channels, channels)
     for some, d_some in _chunks(x.permute(0, 2, 3, 1), d_y.permute(0, 2, 3, 1)):
@@ -137,7 +137,7 @@ def _weight_gradient(x: Tensor, d_y: Tensor, basis: Basis) -> Tensor:
 
 
 def _chunks(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Some images of each at a time, (N', H, W, C)."""
+    """Yield some images of each at a time, (N', H, W, C)."""
     size = max(1, CHUNK // (images[0].shape[1] * images[0].shape[2]))
     return zip(*(one.split(size) for one in images), strict=True)
 

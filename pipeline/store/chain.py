@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ddpm.diffusion import Diffusion, Network
 from ddpm.networks import NO_LABEL
-from ddpm.sampler import guided, spaced_timesteps
+from ddpm.sampler import guide, spaced_timesteps
 from pipeline.config import Experiment
 from pipeline.store.checkpoint import load_network
 from pipeline.store.run import Place
@@ -16,7 +16,7 @@ from pipeline.store.run import Place
 def build_chain(experiment: Experiment) -> Diffusion:
     """Build the diffusion of all T steps, or of sample.steps of them."""
     diffusion, steps = Diffusion(experiment.diffusion), experiment.sample.steps
-    return diffusion.respaced(spaced_timesteps(len(diffusion), steps)) if steps else diffusion
+    return diffusion.respace(spaced_timesteps(len(diffusion), steps)) if steps else diffusion
 
 
 def load_plain(place: Place, device: torch.device, compiled: bool = False) -> nn.Module:
@@ -27,7 +27,7 @@ def load_plain(place: Place, device: torch.device, compiled: bool = False) -> nn
 def load_guided(place: Place, device: torch.device, compiled: bool = False) -> Network:
     """Load the same with the guidance of sample.guidance_scale."""
     net, scale = load_plain(place, device, compiled), place.experiment.sample.guidance_scale
-    return guided(net, scale, NO_LABEL) if scale != 1 else net
+    return guide(net, scale, NO_LABEL) if scale != 1 else net
 
 
 def choose_labels(experiment: Experiment, index: Tensor) -> Tensor | None:

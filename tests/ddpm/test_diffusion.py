@@ -182,7 +182,7 @@ def test_every_timestep_is_finite(schedule, predict):
 
 def test_respacing_to_all_steps_or_to_a_prefix_changes_no_table():
     diffusion = Diffusion()
-    for chain in (diffusion.respaced(range(1000)), diffusion.respaced(range(300))):
+    for chain in (diffusion.respace(range(1000)), diffusion.respace(range(300))):
         for name, table in chain.tables.items():
             assert torch.equal(table, diffusion.tables[name][: len(chain)])
 
@@ -197,18 +197,18 @@ def test_mean_prediction_is_respaced_through_its_estimate():
     diffusion = Diffusion(replace(SMALL, predict="mean"))
     kept = torch.tensor([2, 9, 19])
     x_0, x_t, _ = triple(kept, diffusion)
-    p = diffusion.respaced(kept).p_mean_variance(
+    p = diffusion.respace(kept).p_mean_variance(
         diffusion.q_posterior(x_0, x_t, kept).mean, x_t, torch.arange(3), clip=False
     )
     torch.testing.assert_close(p.x_0, x_0)
-    expected = diffusion.respaced(kept).q_posterior(x_0, x_t, torch.arange(3)).mean
+    expected = diffusion.respace(kept).q_posterior(x_0, x_t, torch.arange(3)).mean
     torch.testing.assert_close(p.mean, expected)
 
 
 @pytest.mark.parametrize("chosen", [[], [3, 3], [5, 2], [-1, 4], [0, 20]])
 def test_timesteps_that_do_not_ascend_within_the_chain_are_refused(chosen):
     with pytest.raises(ValueError, match="ascend within"):
-        Diffusion(SMALL).respaced(chosen)
+        Diffusion(SMALL).respace(chosen)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +272,6 @@ def test_wrong_shapes_and_types_are_refused_clearly():
         diffusion.p_mean_variance(x, x, t, variance="learned")
     with pytest.raises(ValueError, match="needs a network of 6 output channels"):
         Diffusion(replace(PAPER, variance="learned", loss="hybrid")).training_losses(x, x, x, t, x)
-    short = Diffusion(replace(PAPER, variance="learned", loss="vlb")).respaced([0, 500])
+    short = Diffusion(replace(PAPER, variance="learned", loss="vlb")).respace([0, 500])
     with pytest.raises(ValueError, match="full steps only"):
         short.p_mean_variance(torch.zeros(2, 6, 4, 4), x, t)

@@ -195,4 +195,4 @@ def test_clip_and_variance_are_honoured():
 def test_a_shortened_chain_is_refused():
     diffusion = Diffusion(DiffusionConfig(timesteps=10, predict="x0"))
     with pytest.raises(ValueError, match="full chain"):
-        bits_per_dim(diffusion.respaced([0, 5, 9]), blurred, grey(1), noise_like(grey(1)))
+        bits_per_dim(diffusion.respace([0, 5, 9]), blurred, grey(1), noise_like(grey(1)))

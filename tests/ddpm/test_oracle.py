@@ -122,7 +122,7 @@ def test_respaced_chain_agrees_with_the_oracle():
     kept = [1, 4, 5, 13, 19]
     bars = [1.0] + [process.alpha_bar[i + 1] for i in kept]
     short = Process([1 - bars[i + 1] / bars[i] for i in range(5)])
-    chain = Diffusion(replace(SMALL, variance="fixedsmall")).respaced(kept)
+    chain = Diffusion(replace(SMALL, variance="fixedsmall")).respace(kept)
     assert len(chain) == 5 and chain.timesteps.tolist() == kept
     x_t, eps = randn(5, 1, 1, 1), randn(5, 1, 1, 1, seed=1)
     p = chain.p_mean_variance(eps, x_t, torch.arange(5), clip=False)

@@ -272,14 +272,14 @@ def test_guidance_extrapolates_from_no_context_to_the_chosen_one():
     x, t, context = randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4])
     plain, without = net(x, t, context), net(x, t, torch.tensor([-1, -1]))
     for scale, expected in ((1.0, plain), (0.0, without), (3.0, without + 3 * (plain - without))):
-        torch.testing.assert_close(sampler.guided(net, scale, -1)(x, t, context), expected)
+        torch.testing.assert_close(sampler.guide(net, scale, -1)(x, t, context), expected)
 
 
 def test_guidance_leaves_learned_variances_to_the_chosen_context():
     def wide(x_t, t, context):
         return torch.cat([net(x_t, t, context), context.reshape(-1, 1, 1, 1).expand_as(x_t)], dim=1)
 
-    output = sampler.guided(wide, 3.0, -1)(randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4]))
+    output = sampler.guide(wide, 3.0, -1)(randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4]))
     assert output[:, 3:].flatten(1).unique(dim=1).tolist() == [[2.0], [4.0]]
 
 

@@ -1,9 +1,11 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from ddpm import schedules
+from ddpm.config import BetaSchedule
 
 
 @pytest.mark.parametrize(
@@ -34,9 +36,10 @@ def test_cosine_is_squared_cosine_with_a_cap():
     assert beta[-1] == 0.999
 
 
-@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("name", get_args(BetaSchedule))
 @pytest.mark.parametrize("timesteps", [2, 7, 1000, 4000])
 def test_every_schedule_is_float64_of_length_T_within_0_and_1(name, timesteps):
+    assert name in schedules.SCHEDULES
     beta = schedules.betas(name, timesteps)
     assert beta.dtype == torch.float64 and beta.shape == (timesteps,)
     assert beta.min() > 0 and beta.max() <= 1

@@ -12,7 +12,7 @@ from ddpm.kernels import accelerate
 from ddpm.networks import NETWORKS, NO_LABEL, TAKES_LABELS
 from ddpm.networks.build import build_network
 from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
-from ddpm.sampler import guided, sample
+from ddpm.sampler import guide, sample
 from ddpm.training import TrainState, train_step
 
 CLASSES = 3
@@ -137,10 +137,10 @@ def test_guidance(config):
         return
     labels = LABELS[:4]
     chosen, none = drawn(net, labels), drawn(net, torch.full_like(labels, NO_LABEL))
-    torch.testing.assert_close(drawn(guided(net, 1.0, NO_LABEL), labels), chosen, atol=1e-4, rtol=0)
-    torch.testing.assert_close(drawn(guided(net, 0.0, NO_LABEL), labels), none, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(guide(net, 1.0, NO_LABEL), labels), chosen, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(guide(net, 0.0, NO_LABEL), labels), none, atol=1e-4, rtol=0)
     torch.testing.assert_close(drawn(net), none, atol=1e-4, rtol=0)
-    assert (drawn(guided(net, 3.0, NO_LABEL), labels) - chosen).abs().max() > 1e-2
+    assert (drawn(guide(net, 3.0, NO_LABEL), labels) - chosen).abs().max() > 1e-2
 
 
 @every_network
