@@ -13,8 +13,6 @@ ORDER = [
     "__main__", "cli", "sweep", "jobs", "engine", "stages", "report", "scores", "data", "tracking", "compute",
     "drawing", "store", "config", "console", "errors",
 ]  # fmt: skip
-# Stages import no other stage: the engine composes them.
-COMPOSED = {"select"}  # until the engine composes it too
 ONLY_IMPORTER = {
     "ray": {"compute", "sweep", "jobs"},
     "mlflow": {"tracking"},
@@ -27,12 +25,17 @@ ONLY_IMPORTER = {
     "pyarrow": {"data", "store"},
     "boto3": set(),
 }
+FILES_OF_A_RUN = {
+    "experiment.yaml", "commits.json", "spent.json", "timings.json", "tracking.json", "log.jsonl", "metrics.json",
+    "nll.json", "evaluate.yaml", "selection.json", "grid.png", "sample.yaml", "report.html", "classifier.json",
+    ".stop", ".step", ".failure",
+}  # fmt: skip
 SCIENCE_MAY_IMPORT = {"torch", "numpy", "ddpm"} | set(sys.stdlib_module_names)
 WITHOUT_IO = {"io", "os", "pathlib", "logging", "time", "datetime", "json", "random", "shutil", "tempfile"}
 
 
 # Names that are found when they are first used.
-LOOKS_UP = {"execute", "__init__", "build"}
+LOOKS_UP = {"ddpm/__init__.py", "ddpm/networks/build.py"}
 
 
 def modules(package: str) -> list[Path]:
@@ -49,7 +52,7 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: imports are written in full"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
-            assert path.stem in LOOKS_UP, f"{path}: nothing else looks modules up by name"
+            assert str(path.relative_to(ROOT)) in LOOKS_UP, f"{path}: imports are written in full"
     return found
 
 
@@ -111,7 +114,21 @@ def test_every_folder_stands_in_the_order():
 def test_stages_import_no_other_stage(path):
     own = path.relative_to(ROOT / "pipeline" / "stages").parts[0].removesuffix(".py")
     names = {name.split(".")[2] for name in imported(path) if name.startswith("pipeline.stages.")}
-    assert own in COMPOSED or names <= {own, "stage"}
+    assert names <= {own, "stage"}
+
+
+OUTSIDE_STORE = [path for path in modules("pipeline") if path.parts[-2] != "store"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE_STORE, ids=lambda p: str(p.relative_to(ROOT / "pipeline")))
+def test_the_store_alone_spells_file_names_of_a_run_directory(path):
+    strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+    assert not strings & FILES_OF_A_RUN
+
+
+def test_the_list_of_file_names_is_the_store_s():
+    spelled = (ROOT / "pipeline" / "store" / "run.py").read_text()
+    assert all(f'{name}"' in spelled for name in FILES_OF_A_RUN)
 
 
 def loaded_by(code: str) -> set[str]:

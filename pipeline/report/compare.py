@@ -23,11 +23,12 @@ from pipeline.report.entries import (
     name_briefly,
     shorten,
 )
-from pipeline.report.page import HTML, PROTOCOL, TEMPLATE, escape, format_value, write_page
+from pipeline.report.page import PROTOCOL, TEMPLATE, escape, format_value, write_page
 from pipeline.report.scores import compare_with_linear
 from pipeline.scores.metrics import FIRM, METRICS, Metric
 from pipeline.scores.ranking import Group, format_winner, name_values, rank_runs
 from pipeline.store.keys import hash_of
+from pipeline.store.run import REPORT_HTML
 
 __all__ = ["Entry", "hash_entries", "list_entries", "write_comparison"]
 
@@ -46,7 +47,7 @@ def write_comparison(
 ) -> Path:
     """Write the page and return the path of its HTML; `note` is said before anything is shown."""
     write_page(folder, partial(write_markdown, entries, folder, title, metric, note))
-    return folder / HTML
+    return folder / REPORT_HTML
 
 
 def write_markdown(

@@ -13,8 +13,8 @@ from pipeline.report import paper
 from pipeline.report.html import TEMPLATES, to_html
 from pipeline.scores.metrics import HEADLINE, METRICS
 from pipeline.store.files import atomic_directory, write_manifest
+from pipeline.store.run import REPORT_HTML, REPORT_MD
 
-HTML, MARKDOWN = "report.html", "report.md"
 # What a protocol says, in the order of a page.
 PROTOCOL = {
     "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as", "weights": "Weights",
@@ -32,8 +32,8 @@ def write_page(folder: Path, write_markdown: Callable[[Path], str], **facts: str
     """Write the page atomically and seal it with `facts`. `write_markdown` is handed the folder for its pictures."""
     with atomic_directory(folder) as temporary:
         markdown = re.sub(r"\n{3,}", "\n\n", write_markdown(temporary)).strip() + "\n"
-        (temporary / MARKDOWN).write_text(markdown, encoding="utf-8")
-        (temporary / HTML).write_text(to_html(markdown, temporary), encoding="utf-8")
+        (temporary / REPORT_MD).write_text(markdown, encoding="utf-8")
+        (temporary / REPORT_HTML).write_text(to_html(markdown, temporary), encoding="utf-8")
         write_manifest(temporary, sorted(path.name for path in temporary.iterdir()), **facts)
 
 
@@ -51,7 +51,7 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*<]|(?<=\])\()", r"\\\1", text)
 
 
-# Markdown is no HTML: `to_html` escapes all that it does not know.
+# Markdown is no REPORT_HTML: `to_html` escapes all that it does not know.
 TEMPLATE = Environment(
     loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )

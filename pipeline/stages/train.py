@@ -235,7 +235,8 @@ def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
             f"BatchNorm over {ctx.world_size} CPU workers would see each worker's images only: "
             "use cluster.workers=1, or model.norm=group"
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return converted
 
 
 def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable[[], dict[str, torch.Tensor]]:

@@ -122,9 +122,10 @@ def _files(directory: Path) -> dict[str, Any]:
     if not meta.exists():
         raise PipelineError(f"{directory} has no {META}: it is not a whole checkpoint")
     content = read_json(meta)
-    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict):
         raise PipelineError(f"{meta} lists no files: it is not a whole checkpoint")
-    return content["files"]
+    return files
 
 
 def is_whole(directory: Path) -> bool:

@@ -171,7 +171,7 @@ def read_manifest(directory: Path, check: Literal["size", "sha256"] | None = "si
     path = directory / MANIFEST
     if not path.exists():
         return None
-    manifest = read_json(path)
+    manifest: dict[str, Any] = read_json(path)
     if check:
         for name, facts in manifest["files"].items():
             check_file(directory / name, facts, check)

@@ -11,6 +11,7 @@ from pipeline.store import keys
 from pipeline.store.files import MANIFEST, read_json, write_json
 
 EXPERIMENT, METRICS, SELECTION = "experiment.yaml", "metrics.json", "selection.json"
+REPORT_HTML, REPORT_MD, STOP = "report.html", "report.md", ".stop"
 LEADERBOARD = "leaderboard.json"
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
@@ -101,7 +102,7 @@ class Place:
     timings_json = _below("path", "timings.json")
     tracking_json = _below("path", "tracking.json")
     log = _below("path", "log.jsonl")
-    stop_file = _below("path", ".stop")
+    stop_file = _below("path", STOP)
     heartbeat = _below("path", ".step")
     failure = _below("path", ".failure")
     placement_group = _below("path", ".placement-group")
@@ -109,7 +110,7 @@ class Place:
     train = _below("path", "train")
     grids = _below("path", "grids")
     report = _below("path", "report")
-    report_html = _below("report", "report.html")
+    report_html = _below("report", REPORT_HTML)
     samples_grid = _below("samples", "grid.png")
     samples_yaml = _below("samples", "sample.yaml")
     score_units = _below("path", "evaluation/units")

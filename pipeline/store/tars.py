@@ -229,7 +229,7 @@ class Index:
         return list(self.facts["splits"])
 
     def count(self, split: str) -> int:
-        return self._split(split)["count"]
+        return int(self._split(split)["count"])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -277,7 +277,8 @@ class Index:
                 f"{self.directory} has no {split} split, only {', '.join(self.splits)}; "
                 "for a source without one, set data.test_images"
             )
-        return self.facts["splits"][split]
+        found: dict[str, Any] = self.facts["splits"][split]
+        return found
 
 
 def find_index(directory: Path) -> Index | None:

@@ -20,7 +20,7 @@ from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import missing_preparations
 from pipeline.stages import evaluate
 from pipeline.store.files import exclusive
-from pipeline.store.run import sweep_folder
+from pipeline.store.run import REPORT_HTML, STOP, sweep_folder
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.ledger import Ledger
@@ -44,7 +44,7 @@ class Study:
         self.folder = sweep_folder(self.root, sweep.name)
         self.trials = {trial.key: trial for trial in locate_trials(points, self.root)}
         self.ledger = Ledger(self.folder, sweep.early_stop, self.trials.values())
-        self.interrupt = Interrupt(self.folder / ".stop")
+        self.interrupt = Interrupt(self.folder / STOP)
 
     def _list_open(self) -> list[str]:
         """Return the keys of the trials that are to do."""
@@ -194,7 +194,7 @@ class Study:
 
     def list_places(self) -> list[tuple[str, str]]:
         """Return (what, where) of everything that a person may want to look at."""
-        by, report = self.sweep.rank.by, self.folder / "report" / "report.html"
+        by, report = self.sweep.rank.by, self.folder / "report" / REPORT_HTML
         metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
         links = self.recorder.parent.links(metric, by.larger_is_better)
         places = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
