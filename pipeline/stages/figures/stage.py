@@ -44,13 +44,14 @@ class FiguresStage(Stage):
         except PipelineError as error:
             log.warning("%s; its figures are drawn again", error)
             return False
-        return manifest is not None and (place.scores_manifest.exists() or not manifest["skipped"])
+        return manifest is not None and (not manifest["skipped"] or manifest.get("scored", False))
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units whose results are missing, then draw the pictures and seal the folder."""
         if place.figures_manifest.exists():  # sealed, but not what was sealed, or not all: is_done said so
             for file in (place.figures_manifest, *place.figures.glob("*.png"), *place.figures.glob("*.svg")):
                 file.unlink(missing_ok=True)
+        scored = place.scores_manifest.exists()
         figures, skipped = plan_figures(place)
         units = {file: unit for figure in figures for file, unit in figure.units.items()}
         yield [unit for file, unit in units.items() if not file.exists()]
@@ -59,7 +60,7 @@ class FiguresStage(Stage):
                 figure.draw(list(figure.units), place.figures / figure.file)
         order = [figure.file for figure in figures]
         captions = {figure.file: figure.caption for figure in figures}
-        write_manifest(place.figures, order, order=order, captions=captions, skipped=skipped)
+        write_manifest(place.figures, order, order=order, captions=captions, skipped=skipped, scored=scored)
 
 
 STAGE = FiguresStage()

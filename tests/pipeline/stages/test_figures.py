@@ -305,6 +305,7 @@ def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplo
     assert "figure rate_distortion is left out: it needs the bound" in caplog.text
     assert not figures.STAGE.is_done(run.of(experiment)), "an evaluation may still come"
     run_stage(evaluate, experiment, run)
+    assert not figures.STAGE.is_done(run.of(experiment)), "what waited for it can be drawn"
     run_stage(figures, experiment, run)
     manifest = read_manifest(run.of(experiment).figures)
     assert manifest["order"] == ["samples.png", "rate_distortion.svg"]
