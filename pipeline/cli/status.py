@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline import config
-from pipeline.config import ClusterConfig
+from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import format_table
 from pipeline.errors import PipelineError
 from pipeline.scores.metrics import METRICS, format_headline
@@ -39,10 +39,18 @@ PACKAGES = (
 
 def format_status(root: Path) -> str:
     """Tell of the runs and the sweeps below `root`, read from their files alone."""
-    runs = [_describe_run(path) for path in find_runs(root)]
-    if not runs:
+    found = find_runs(root)
+    if not found:
         return f"no runs in {root} yet; `ddpm run` makes one"
-    tables = [format_table(("run", "data", "step", "samples", "scores", "report"), runs, str(root))]
+    runs, problems = [], []
+    for path in found:
+        experiment = _read_experiment(path)
+        if isinstance(experiment, str):
+            problems.append(experiment)
+        else:
+            runs.append(_describe_run(path, experiment))
+    columns = ("run", "data", "step", "samples", "scores", "report")
+    tables = [*([format_table(columns, runs, str(root))] if runs else []), *problems]
     if sweeps := [_describe_sweep(path) for path in find_leaderboards(root)]:
         tables.append(format_table(("sweep", "finished", "stopped", "failed", "best", "score"), sweeps))
     return "\n".join(tables)
@@ -62,17 +70,19 @@ def _describe_sweep(leaderboard: Path) -> list[str]:
     ]
 
 
-def _describe_run(path: Path) -> list[str]:
+def _read_experiment(path: Path) -> Experiment | str:
+    """Read what a run directory is of, or say why it cannot be read."""
     from pipeline.engine.find import explain_old_run
-    from pipeline.store.checkpoint import steps_on_disk
 
     try:
-        problem = explain_old_run(path)
-        experiment = None if problem else config.load_experiment(str(path / EXPERIMENT), [])
+        return explain_old_run(path) or config.load_experiment(str(path / EXPERIMENT), [])
     except PipelineError as error:
-        problem, experiment = f"{EXPERIMENT} cannot be read: {str(error).splitlines()[0]}", None
-    if experiment is None:
-        return [path.name, "-", "-", "-", str(problem), "-"]
+        return f"{path.name}: {EXPERIMENT} cannot be read: {str(error).splitlines()[0]}"
+
+
+def _describe_run(path: Path, experiment: Experiment) -> list[str]:
+    from pipeline.store.checkpoint import steps_on_disk
+
     steps = steps_on_disk(path / "train")
     choices = [read_json(file) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for choice in choices for score in choice["scores"]}

@@ -1,0 +1,70 @@
+"""Runs are found by experiment and by name; those of the first version are recognised."""
+
+import pytest
+import yaml
+from conftest import ONE_CPU, tiny_experiment
+from synthetic_run import make_run
+
+from pipeline.cli.program import main
+from pipeline.engine import find
+from pipeline.engine.plan import list_needed
+from pipeline.errors import PipelineError
+from pipeline.store.run import Place
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """A run directory whose experiment.yaml tells of no version of the keys, and has options that are gone."""
+    _, run = make_run(tmp_path)
+    tree = yaml.safe_load(run.experiment_yaml.read_text())
+    del tree["made_with"]["keys"]
+    tree["train"]["grad_clip_group"] = None
+    run.experiment_yaml.write_text(yaml.safe_dump(tree))
+    return run
+
+
+def test_status_tells_of_an_old_run_and_how_to_read_it(old_run, capsys):
+    assert main(["status", f"cluster.storage={old_run.storage}"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "first version" in told and "git worktree add" in told and "0123456789abcdef" in told
+
+
+def test_an_old_run_is_not_opened(old_run):
+    with pytest.raises(PipelineError, match=r"first version of this program.*git worktree add"):
+        find.open_run(old_run.path)
+
+
+def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
+    words = ["show", "digits", *ONE_CPU, f"cluster.storage={old_run.storage}"]
+    assert main(words) == 0
+    fresh = Place(old_run.storage, tiny_experiment("name=digits"), "d" * 12, "e" * 12)
+    (line,) = find.find_old_runs(fresh)
+    assert line.startswith(old_run.name) and "git worktree add" in line
+    assert find.find_old_runs(Place(old_run.storage, tiny_experiment("name=digit"), "d" * 12, "e" * 12)) == []
+
+
+def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
+    _, run = make_run(tmp_path)
+    assert find.open_run(run.path) == run
+    assert find.find_named_runs("digits-", tmp_path) == [run.path]
+    with pytest.raises(PipelineError, match=f"runs in {tmp_path}: {run.name}"):
+        find.find_run("nothing", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("last", "overrides", "names"),
+    [
+        ("shard", [], "shard"),
+        ("train", [], "shard train"),
+        ("sample", [], "shard train sample"),
+        ("evaluate", [], "shard train evaluate"),  # the bound alone
+        ("evaluate", ["evaluate.metrics=[fid]"], "shard train sample evaluate"),
+        ("sample", ["evaluate.checkpoints=all", "sample.checkpoint=best"], "shard train select sample"),
+        ("sample", ["evaluate.checkpoints=all"], "shard train sample"),
+        ("report", ["evaluate.checkpoints=all"], "shard train select sample evaluate figures report"),
+        ("report", [], "shard train sample evaluate figures report"),
+    ],
+)
+def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
+    place = Place(tmp_path, tiny_experiment(*overrides), "d" * 12, "e" * 12)
+    assert [stage.name for stage in list_needed(place, last)] == names.split()
