@@ -23,7 +23,7 @@ DIGITS = {metric.title: metric.digits for metric in METRICS.values()}
 
 
 @dataclass(frozen=True)
-class Row(Trial):
+class RankedTrial(Trial):
     """One trial. scores: of its own evaluation; seconds: that its stages took; position: of its point, None while
     it has no score, or no common order with the others."""
 
@@ -45,11 +45,11 @@ class Leaderboard:
     """The trials of a study, the best first, then what has no score."""
 
     sweep: Sweep
-    rows: Sequence[Row]
-    groups: Sequence[Group[Row]]
+    rows: Sequence[RankedTrial]
+    groups: Sequence[Group[RankedTrial]]
 
     @property
-    def winner(self) -> Row | None:
+    def winner(self) -> RankedTrial | None:
         """The first row, where there is an order."""
         return self.rows[0] if self.rows and self.rows[0].position else None
 
@@ -72,7 +72,7 @@ def rank_trials(sweep: Sweep, trials: Iterable[Trial], ledger: Ledger) -> Leader
     return Leaderboard(sweep, [*ranked, *(row for row in rows if row.key not in keys)], groups)
 
 
-def _read_row(trial: Trial, ledger: Ledger) -> Row:
+def _read_row(trial: Trial, ledger: Ledger) -> RankedTrial:
     place, record = trial.place, ledger.records[trial.key]
     scores: dict[str, float] = {}
     protocol: Tree = {}
@@ -85,7 +85,7 @@ def _read_row(trial: Trial, ledger: Ledger) -> Row:
         scores |= {} if loss is None else {LOSS.name: loss}
     seconds = sum(place.seconds_by_stage().values())
     identity = (trial.key, trial.label, trial.swept, place)
-    return Row(*identity, record.state, record.reason, step, scores, protocol, seconds)
+    return RankedTrial(*identity, record.state, record.reason, step, scores, protocol, seconds)
 
 
 def tabulate(board: Leaderboard) -> list[Values]:

@@ -18,7 +18,7 @@ State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"
 
 
 @dataclass
-class Record:
+class TrialState:
     """How a trial stands. label, run: for people who read the file; rungs: (step, bound, Unix ms)."""
 
     state: State = "new"
@@ -37,16 +37,16 @@ class Ledger:
 
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
         self.path, self.early_stop = folder / "state.json", config.to_dict(early_stop)
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, TrialState] = {}
         if self.path.exists():
             content = read_json(self.path)
-            self.records = {key: Record(**facts) for key, facts in content["trials"].items()}
+            self.records = {key: TrialState(**facts) for key, facts in content["trials"].items()}
             if content["early_stop"] != self.early_stop:
                 for record in self.records.values():
                     record.rungs = []
                     record.state = "new" if record.state == "stopped" else record.state
         for trial in trials:
-            record = self.records.setdefault(trial.key, Record())
+            record = self.records.setdefault(trial.key, TrialState())
             record.label, record.run = trial.label, trial.place.name
             if not list_pending(trial.place, "report"):
                 record.state, record.reason = "finished", ""

@@ -17,7 +17,7 @@ from pipeline.sweep.definition import Draw, Interval, Sweep, Values
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One place in the space. swept: key -> value for what differs, in the order of the file."""
 
     label: str
@@ -35,7 +35,7 @@ class Point:
         }
 
 
-def list_points(sweep: Sweep, overrides: list[str]) -> list[Point]:
+def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
     """Return every point, in the order of the file; `overrides` are key=value for all of them.
 
     Raises ConfigError with every fault of every experiment, each once.
@@ -44,14 +44,14 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[Point]:
         if word.partition("=")[0] in sweep.space:
             raise ConfigError(f"{word}: {sweep.name} sweeps this key; change the file, or copy it")
     common, known = _format_overrides(sweep.overrides) + overrides, known_names()
-    points: list[Point] = []
+    points: list[SweepPoint] = []
     faults: dict[str, None] = {}  # a set that keeps its order
     for swept in itertools.islice(_combine(sweep), sweep.size):
         own = {key: value for key, value in swept.items() if key != "experiment"}
         name = str(swept.get("experiment", sweep.experiments[0]))
         try:
             experiment = load_experiment(name, common + _format_overrides(own), known)
-            points.append(Point(name_values(swept), swept, experiment))
+            points.append(SweepPoint(name_values(swept), swept, experiment))
         except ConfigError as error:
             faults |= dict.fromkeys(error.problems)
     faults |= dict.fromkeys(_find_contradictions(sweep, points))
@@ -115,7 +115,7 @@ def _draw_unit_cube(draw: Draw, dimensions: int) -> list[list[float]]:
     return engine.draw(count, dtype=torch.float64).clamp(max=1 - 1e-9).tolist()
 
 
-def _find_contradictions(sweep: Sweep, points: list[Point]) -> list[str]:
+def _find_contradictions(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
     """Say why the trials cannot be ranked, or stopped, as the sweep says."""
     faults = []
     metric, first = sweep.rank.by, sweep.early_stop.first

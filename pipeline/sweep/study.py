@@ -24,7 +24,7 @@ from pipeline.store.run import REPORT_HTML, STOP, sweep_folder
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.points import Point
+from pipeline.sweep.points import SweepPoint
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.resources import Node, Share, list_local_nodes, share_cluster
 from pipeline.sweep.trials import locate_trials
@@ -38,7 +38,7 @@ class Study:
     """A sweep over a storage root. The driver alone writes the study's folder and talks to MLflow; trials write run
     directories."""
 
-    def __init__(self, sweep: Sweep, points: list[Point], cluster: ClusterConfig):
+    def __init__(self, sweep: Sweep, points: list[SweepPoint], cluster: ClusterConfig):
         self.sweep, self.cluster = sweep, cluster
         self.root = find.prepare_storage_root(cluster)
         self.folder = sweep_folder(self.root, sweep.name)

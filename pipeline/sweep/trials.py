@@ -11,7 +11,7 @@ from pipeline.errors import ConfigError
 from pipeline.store import keys
 from pipeline.store.run import Place, find_runs
 from pipeline.sweep.definition import Values
-from pipeline.sweep.points import Point
+from pipeline.sweep.points import SweepPoint
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Trial:
         return self.place.data.name
 
 
-def locate_trials(points: list[Point], root: Path) -> list[Trial]:
+def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
     """Find the run of each point. Raises ConfigError where two points would be the same trial."""
     trials: dict[str, Trial] = {}
     known: dict[DataConfig, Place] = {}  # reading a source's fingerprint can take a while
@@ -50,7 +50,7 @@ def locate_trials(points: list[Point], root: Path) -> list[Trial]:
     return list(trials.values())
 
 
-def _locate(point: Point, same_data: Place, runs: list[str]) -> Trial:
+def _locate(point: SweepPoint, same_data: Place, runs: list[str]) -> Trial:
     key = keys.run_key(point.experiment, same_data.data_key)
     place = replace(same_data, experiment=point.experiment, run_key=key)
     names = [name for name in runs if name.endswith(f"-{key}")]

@@ -12,7 +12,7 @@ from synthetic_run import make_run, write_scores
 from pipeline import tracking
 from pipeline.drawing import charts
 from pipeline.sweep.definition import load_sweep
-from pipeline.sweep.ledger import Ledger, Record
+from pipeline.sweep.ledger import Ledger, TrialState
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.trials import Trial
 
@@ -61,7 +61,7 @@ def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
     file.write_text(SPACE)
     sweep = load_sweep(str(file), list(words))
     ledger = Ledger(folder, sweep.early_stop, [])
-    ledger.records = {trial.key: Record("finished") for trial in trials}
+    ledger.records = {trial.key: TrialState("finished") for trial in trials}
     recorder = Recorder(sweep, {trial.key: trial for trial in trials}, ledger, folder, "", lambda: False)
     recorder.close("FINISHED")
     texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
