@@ -240,6 +240,12 @@ def test_a_text_is_taken_as_typed_and_nothing_is_filled_in(typed, means):
     assert config.load_experiment("cifar10", ["data.path=null"]).data.path is None
 
 
+def test_nothing_is_filled_in_from_the_environment(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: cifar10\ndata:\n  path: ${oc.env:HOME}/images\n")
+    assert config.load_experiment(str(path), []).data.path.endswith("${oc.env:HOME}/images")
+
+
 def test_a_folder_may_be_called_like_a_split():
     experiment = config.load_experiment("cifar10", ["data.path=train"])
     assert (experiment.data.path, experiment.evaluate.reference) == (str(Path("train").absolute()), "train")
