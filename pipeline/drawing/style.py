@@ -64,9 +64,9 @@ def save_svg(figure: Figure, file: Path) -> None:
 
 def _theme() -> str:
     """The page's fonts, and in the dark each light colour that matplotlib wrote replaced by its twin."""
-    dark = "".join(
+    rules = "".join(
         f'[style*="{part}: {light}"] {{{part}: {dark} !important}}'
         for light, dark in COLOURS.values()
         for part in ("fill", "stroke")
     )
-    return f"text {{font-family: {FONTS} !important}} @media (prefers-color-scheme: dark) {{{dark}}}"
+    return f"text {{font-family: {FONTS} !important}} @media (prefers-color-scheme: dark) {{{rules}}}"
