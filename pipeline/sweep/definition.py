@@ -176,6 +176,7 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     that the file alone shows."""
     path = find(name, "sweep")
     tree: Tree = {"name": path.stem, **override(read_file(path), overrides)}
+    tree.pop("note", None)  # the sweep.yaml that a study leaves can be run again
     shared = flatten(tree.pop("overrides", None) or {})
     space, faults = _read_space(tree.pop("space", None) or {})
     given = {key: value for key, value in tree.items() if value is not None}

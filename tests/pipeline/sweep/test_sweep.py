@@ -101,6 +101,13 @@ def test_every_shipped_sweep_loads_and_has_its_trials():
     assert sizes == {"beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "table2": 6}
 
 
+def test_what_a_study_writes_down_can_be_run_again(tmp_path):
+    text = DRAWN % "train.lr: {low: 1.0e-4, high: 1.0e-2, scale: log}" + "overrides: {model.dropout: 0.3}\n"
+    sweep = load_sweep(sweep_file(tmp_path, text), [])
+    again = load_sweep(sweep_file(tmp_path, config.to_yaml(sweep), "sweep"), [])
+    assert again == sweep
+
+
 def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
     text = "experiment: digits\nspace:\n  model.dropout: [0.1, 0.2, 0.3]\n  train.lr: [0.001, 0.002]\n"
     sweep = load_sweep(
