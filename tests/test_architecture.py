@@ -126,6 +126,13 @@ def test_the_store_alone_spells_file_names_of_a_run_directory(path):
     assert not strings & FILES_OF_A_RUN
 
 
+def test_the_names_of_the_stages_stand_in_one_order():
+    from pipeline.engine import plan
+    from pipeline.store import run
+
+    assert tuple(stage.name for stage in plan.STAGES) == run.STAGES
+
+
 def test_the_list_of_file_names_is_the_store_s():
     spelled = (ROOT / "pipeline" / "store" / "run.py").read_text()
     assert all(f'{name}"' in spelled for name in FILES_OF_A_RUN)

@@ -51,7 +51,7 @@ def run_task(unit: Unit, cpus: int) -> float:
 
 @dataclass(frozen=True)
 class Call:
-    """A unit under way on an actor; without a unit: an actor that starts; without an actor: a task."""
+    """What is under way: a unit on an actor, an actor that starts (unit None), or a unit as a task (actor None)."""
 
     unit: Unit | None
     actor: ActorHandle | None
@@ -147,7 +147,7 @@ class Pool:
                 raise error.cause from None
             raise
         except RayError as error:
-            name = f"'{call.unit.name}'" if call.unit else "what does the units"
+            name = f"'{call.unit.name}'" if call.unit else "a process for work units"
             self.losses[id(call.unit)] += 1
             if (
                 call.actor is None or self.losses[id(call.unit)] > self.retries

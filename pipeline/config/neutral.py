@@ -1,4 +1,4 @@
-"""Which settings take no part in a key, so that a new option makes no old run another run.
+"""The settings that no key hashes. Thanks to them, a new option leaves the keys of all old runs as they are.
 
 A new option needs a line in NEUTRAL: the value at which everything is as it was before the option. There it is left
 out of every key, and a file that was written before the option means that value.

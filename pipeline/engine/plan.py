@@ -28,7 +28,7 @@ def list_needed(place: Place, last: str) -> list[Stage]:
 def list_pending(place: Place, last: str) -> list[Stage]:
     """List the stages that `last` needs, itself included, that still have work, in order.
 
-    As long as a choice among checkpoints is to be made, so is everything that works on the chosen one.
+    While the choice among checkpoints is open, the stages that work on the chosen one count as not done.
     """
     todo: list[Stage] = []
     for stage in list_needed(place, last):
