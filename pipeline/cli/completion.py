@@ -1,102 +1,79 @@
-"""Completion of the command line by the shell: `eval "$(register-python-argcomplete ddpm)"` turns it on."""
+"""Completion of the command line by the shell: `eval "$(register-python-argcomplete ddpm)"` turns it on.
+
+Only a shell that asks for completion imports this module.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Callable
+from argparse import Action, ArgumentParser
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-VALUED = {"--cluster", "--metric", "--weights", "--step", "--port", "--address", "--id", "--budget"}
+import argcomplete
 
-Completer = Callable[[str], list[str]]  # from what is typed of a word to the words that it may become
+from ddpm.networks import NETWORKS
+from pipeline.config import (
+    ClusterConfig,
+    Experiment,
+    field_types,
+    is_section,
+    load_cluster,
+    names_in_conf,
+)
+from pipeline.store.run import find_runs
 
 
-def attach(action: argparse.Action, complete: Completer) -> None:
-    """Tell argcomplete how a word or the value of an option is completed."""
-    action.completer = lambda prefix, **_: complete(prefix)  # type: ignore[attr-defined]
-
-
-def complete(program: argparse.ArgumentParser) -> None:
-    """Answer the shell and end the process."""
-    import argcomplete
-
-    line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
-    line = hide_options(line.encode()[:point].decode())
+def complete(program: ArgumentParser, parsers: Mapping[str, ArgumentParser]) -> None:
+    """Answer the shell and end the process. The metavar of an argument tells how it is completed."""
+    actions = [action for parser in parsers.values() for action in parser._actions]
+    for action in actions:
+        if action.metavar in LISTERS:
+            action.completer = _list_words  # type: ignore[attr-defined]
+    valued = {name for action in actions if action.nargs is None for name in action.option_strings}
+    line = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode()
+    line = hide_options(line, valued)
     os.environ["COMP_LINE"], os.environ["COMP_POINT"] = line, str(len(line.encode()))
     argcomplete.autocomplete(program)
 
 
-def hide_options(line: str) -> str:
+def hide_options(line: str, valued: set[str]) -> str:
     """Take finished options out of a line that is being typed: argparse would end the list of words at them.
 
-    After `submit --` the line is that of the job.
+    `valued` are the options that take a value. After `submit --` the line is that of the job.
     """
-    program, *words = line.split(" ")
-    if words[:1] == ["submit"] and "--" in words[:-1]:
-        words = words[words.index("--") + 1 :]
-    kept = []
-    while len(words) > 1:
-        word = words.pop(0)
-        if not word.startswith("-"):
-            kept.append(word)
-        elif word in VALUED:
-            if len(words) == 1:  # its value is being typed
-                kept.append(word)
-            else:
-                words.pop(0)
-    return " ".join([program, *kept, *words])
+    program, *done, typed = line.split(" ")
+    if done[:1] == ["submit"] and "--" in done:
+        done = done[done.index("--") + 1 :]
+    before = ["", *done]
+    kept = [
+        word
+        for last, word in zip(before, done, strict=False)
+        if not word.startswith("-") and last not in valued
+    ]
+    if before[-1] in valued:  # its value is being typed
+        kept.append(before[-1])
+    return " ".join([program, *kept, typed])
 
 
-def list_clusters(prefix: str) -> list[str]:
-    from pipeline.config import names_in_conf
-
-    return names_in_conf("cluster")
+def _list_words(prefix: str, action: Action, **_: object) -> list[str]:
+    return LISTERS[str(action.metavar)](prefix)
 
 
-def list_experiment_words(prefix: str) -> list[str]:
-    from pipeline.config import names_in_conf
-
-    return [*names_in_conf(), *list_keys(prefix)]
-
-
-def list_sweep_words(prefix: str) -> list[str]:
-    from pipeline.config import names_in_conf
-
-    return [*names_in_conf("sweep"), *list_keys(prefix)]
-
-
-def list_runs(prefix: str) -> list[str]:
-    """List the runs of the local cluster's storage root."""
-    from pipeline.config import load_cluster
-    from pipeline.store.run import find_runs
-
-    names = [path.name for path in find_runs(Path(load_cluster("local", []).storage))]
-    return [*names, *list_cluster_keys(prefix)]
-
-
-def list_cluster_keys(prefix: str) -> list[str]:
-    from pipeline.config import ClusterConfig
-
+def _list_cluster_keys(prefix: str) -> list[str]:
     return _list_section("cluster", ClusterConfig, prefix)
 
 
-def list_keys(prefix: str) -> list[str]:
+def _list_keys(prefix: str) -> list[str]:
     """List key=value: the keys of an experiment and of a cluster; after "=", the values where they can be listed."""
-    from ddpm.networks import NETWORKS
-    from pipeline.config import Experiment, field_types, is_section
-
-    types = field_types(Experiment)
-    sections: list[tuple[str, type]] = [(key, types[key]) for key in types if is_section(types[key])]
+    sections = [(key, kind) for key, kind in field_types(Experiment).items() if is_section(kind)]
     sections += [("model", entry.config) for entry in NETWORKS.values()]
     found = [word for name, kind in sections for word in _list_section(name, kind, prefix)]
-    return [*dict.fromkeys(found), "seed=", "name=", *list_cluster_keys(prefix)]
+    return [*dict.fromkeys(found), "seed=", "name=", *_list_cluster_keys(prefix)]
 
 
 def _list_section(name: str, section: type, prefix: str) -> list[str]:
-    from pipeline.config import field_types
-
     words = []
     for key, kind in field_types(section).items():
         word = f"{name}.{key}="
@@ -114,3 +91,19 @@ def _list_values(kind: object) -> list[str]:
     if get_origin(kind) is Literal:
         return [str(value) for value in get_args(kind)]
     return [value for option in get_args(kind) for value in _list_values(option)]
+
+
+def _list_runs() -> list[str]:
+    """List the runs of the local cluster's storage root."""
+    return [path.name for path in find_runs(Path(load_cluster("local", []).storage))]
+
+
+# From the metavar of an argument and what is typed of a word to the words that it may become.
+LISTERS: dict[str, Callable[[str], list[str]]] = {
+    "CLUSTER": lambda prefix: names_in_conf("cluster"),
+    "cluster.key=value": _list_cluster_keys,
+    "key=value": _list_keys,
+    "EXPERIMENT | key=value": lambda prefix: [*names_in_conf(), *_list_keys(prefix)],
+    "SWEEP | key=value": lambda prefix: [*names_in_conf("sweep"), *_list_keys(prefix)],
+    "RUN": lambda prefix: [*_list_runs(), *_list_cluster_keys(prefix)],
+}

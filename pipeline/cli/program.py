@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cli import commands as do
-from pipeline.cli import completion
 from pipeline.errors import ConfigError, PipelineError
 
 CONFIGURATIONS = """
@@ -23,7 +22,7 @@ The same command again goes on where it was interrupted, and does nothing where 
 """
 
 
-Take = Callable[[ArgumentParser], None]  # declares an argument
+Take = tuple[tuple[str, ...], dict[str, Any]]  # what declares an argument: its names and settings
 
 
 @dataclass(frozen=True)
@@ -46,33 +45,19 @@ class Command:
 # What commands take
 
 
-def _take(*names: str, complete: completion.Completer | None = None, **settings: Any) -> Take:
-    """Say how an argument is declared, and how the shell completes it."""
-
-    def declare(parser: ArgumentParser) -> None:
-        action = parser.add_argument(*names, **settings)
-        if complete:
-            completion.attach(action, complete)
-
-    return declare
+def _take(*names: str, **settings: Any) -> Take:
+    """Give an argument as argparse's `add_argument` takes it."""
+    return names, settings
 
 
-def _take_words(metavar: str, text: str, complete: completion.Completer | None = None) -> Take:
-    return _take("words", nargs="*", metavar=metavar, help=text, complete=complete)
+def _take_words(metavar: str, text: str) -> Take:
+    return _take("words", nargs="*", metavar=metavar, help=text)
 
 
-CLUSTER = _take(
-    "--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)",
-    complete=completion.list_clusters,
-)  # fmt: skip
-CLUSTER_ONLY = (_take_words("cluster.key=value", "of the cluster", completion.list_cluster_keys), CLUSTER)
-EXPERIMENT = (
-    _take_words("EXPERIMENT | key=value", "one experiment, many overrides", completion.list_experiment_words),
-    CLUSTER,
-)
-RUN = _take(
-    "run", metavar="RUN", help="a run directory, or how its name begins", complete=completion.list_runs
-)
+CLUSTER = _take("--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)")
+CLUSTER_ONLY = (_take_words("cluster.key=value", "of the cluster"), CLUSTER)
+EXPERIMENT = (_take_words("EXPERIMENT | key=value", "one experiment, many overrides"), CLUSTER)
+RUN = _take("run", metavar="RUN", help="a run directory, or how its name begins")
 STUDY = (
     _take("--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"),
     _take("--yes", action="store_true", help=f"really more than {do.MANY} trials"),
@@ -93,13 +78,10 @@ COMMANDS = (
     _stage("run", "shard, train, sample, evaluate, figures, report: whatever is not done yet", """\
   ddpm run                                            the digits, in minutes on two cores
   ddpm run cifar10 data.path=FOLDER                   the paper's CIFAR-10 experiment
-  ddpm run cifar10 train.steps=20000 train.ema_warmup=true sample.num_images=5000
   ddpm run digits cluster.workers=2 cluster.storage=/data/runs
-  ddpm submit --follow -- run cifar10 --cluster CLUSTER      the same command as a job on a cluster
 """),
     _stage("shard", "write the images as webdataset tars", """\
   ddpm shard cifar10 data.path=FOLDER                 from a folder of images, or what else data.source names
-  ddpm shard digits data.images_per_shard=500
 """),
     _stage("train", "train the network (DDP; goes on from the newest checkpoint)", """\
   ddpm train digits train.steps=3000                  more steps, from where it ended
@@ -116,7 +98,6 @@ COMMANDS = (
 """),
     _stage("figures", "draw the paper's figures", """\
   ddpm figures digits figures.which=[samples,progressive]
-  ddpm figures digits figures.images=8
 """),
     _stage("report", "write report.html and report.md from what is there", """\
   ddpm report digits                                  `ddpm run` ends with it
@@ -126,43 +107,28 @@ COMMANDS = (
   ddpm show digits train.lr=1e-4                      which run directory that would be
 {CONFIGURATIONS}""", EXPERIMENT),
     Command("sweep", do.sweep, "all trials of a sweep file, several at once; the same command again goes on", """\
-SWEEP is a path, or the name of a file in ./conf/sweep, which says what varies:
-
-  experiment: digits                                  what every trial starts from
-  space:
-    diffusion.beta_schedule: [linear, cosine]         any keys of the experiment, each with its values
-    model.dropout: [0.0, 0.2]
-  rank: {metric: fid}                                 what the leaderboard is ordered by
-
   ddpm sweep digits_beta_dropout --dry-run            the trials, what each may use, the time left
-  ddpm sweep digits_beta_dropout                      eight small trials, in minutes on two cores
   ddpm sweep beta_dropout train.steps=20000           key=value is for all trials,
-  ddpm sweep beta_dropout sweep.concurrent=4          sweep.key=value for the sweep,
-  ddpm sweep beta_dropout cluster.workers=2           cluster.key=value for the place (workers are each trial's)
-  ddpm ui                                             then look at it
+  ddpm sweep beta_dropout sweep.concurrent=4          sweep.key=value for the sweep
 
-conf/sweep/beta_dropout.yaml says every key of a sweep: random and quasi-random spaces, seeds, early stopping,
-budgets. Finished trials are not repeated, broken ones are tried again, points added to the file are run.
-""", (
-        _take_words("SWEEP | key=value", "a sweep, and any number of overrides", completion.list_sweep_words), *STUDY,
-    ), do.check_sweep),
+SWEEP is a path, or the name of a file in ./conf/sweep; conf/sweep/beta_dropout.yaml explains every key of one.
+Finished trials are not repeated, broken ones are tried again, points added to the file are run.
+""", (_take_words("SWEEP | key=value", "a sweep, and any number of overrides"), *STUDY), do.check_sweep),
     Command("reproduce", do.reproduce,
         "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget", """\
-  ddpm reproduce cifar10                     six rows of 800,000 steps, as in the paper
-  ddpm reproduce cifar10 --budget 2h         what two hours allow on this cluster, by a measured rate
-  ddpm reproduce cifar10 --budget 2000       2,000 steps each, on images and scores by the same share
-  ddpm reproduce cifar10 --budget 200 evaluate.features=classifier data.path=FOLDER
+  ddpm reproduce cifar10                              six rows of 800,000 steps, as in the paper
+  ddpm reproduce cifar10 --budget 2h                  what two hours allow on this cluster, by a measured rate
+  ddpm reproduce cifar10 --budget 2000                2,000 steps each, on images and scores by the same share
 
 The same command again goes on. A study that is shorter than the paper's says so in its first line.
 """, (
         _take("target", choices=("cifar10",), help="what to reproduce"),
-        _take_words("key=value", "overrides of every row, or cluster.key=value", completion.list_keys),
+        _take_words("key=value", "overrides of every row, or cluster.key=value"),
         _take("--budget", default="full", metavar="STEPS | TIME | full",
             help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full"), *STUDY,
     ), do.check_reproduction),
     Command("status", do.status, "the runs, their stages, progress and scores", """\
-  ddpm status
-  ddpm status cluster.storage=/data/runs              those of another storage root
+  ddpm status cluster.storage=/data/runs              the runs of another storage root
 """, CLUSTER_ONLY),
     Command("import", do.import_weights, "published weights in the diffusers layout become a run", f"""\
   ddpm import FOLDER                                  google/ddpm-cifar10-32, for example
@@ -184,7 +150,7 @@ The same command again goes on. A study that is shorter than the paper's says so
   ddpm compare digits-3f2a digits-91bc
   ddpm compare cifar10 --metric nll                   all runs whose names begin so, ranked by their bound
 """, (
-        _take_words("RUN", "a run directory, or how the names of one or several begin", completion.list_runs),
+        _take_words("RUN", "a run directory, or how the names of one or several begin"),
         _take("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."), CLUSTER,
     )),
     Command("sync", do.sync, "deliver to the tracking server what it has not got", """\
@@ -194,17 +160,14 @@ The same command again goes on. A study that is shorter than the paper's says so
   ddpm push digits-3f2a s3://BUCKET/runs
   ddpm push data/digits-77aa s3://BUCKET/runs         the shards alone
 """, (
-        _take("run", metavar="RUN", help="a run, or data/NAME: shards alone", complete=completion.list_runs),
+        _take("run", metavar="RUN", help="a run, or data/NAME: shards alone"),
         _take("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there"), *CLUSTER_ONLY,
     )),
     Command("pull", do.pull, "what was pushed, into the storage root", """\
   ddpm pull s3://BUCKET/runs/digits-3f2a
-""", (
-        _take("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named"), *CLUSTER_ONLY,
-    )),
+""", (_take("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named"), *CLUSTER_ONLY)),
     Command("ui", do.ui, "open the MLflow UI on this project's store", """\
-  ddpm ui --port 5001
-  ddpm ui cluster.storage=/data/runs
+  ddpm ui --port 5001 cluster.storage=/data/runs
 """, (_take("--port", type=int, default=5000, help="default: 5000"), *CLUSTER_ONLY)),
     Command("submit", do.submit,
         "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER", """\
@@ -220,13 +183,11 @@ Code and configurations travel, data never. `ddpm jobs` shows what became of it.
     Command("jobs", do.jobs, "a cluster's jobs: list them; a log; one's status; stop one", """\
   ddpm jobs
   ddpm jobs logs run-cifar10-20260131-235959 --follow
-  ddpm jobs stop run-cifar10-20260131-235959
 """, (
         _take_words("list | logs ID | status ID | stop ID", "default: list"),
         _take("--follow", action="store_true", help="with logs: until the job ends, and as it ends"), ADDRESS,
     )),
     Command("doctor", do.doctor, "what this machine has, and what to do about what is missing", """\
-  ddpm doctor
   ddpm doctor cluster.tracking_uri=http://HOST:5000   whether that server answers, too
 """, CLUSTER_ONLY),
 )  # fmt: skip
@@ -234,27 +195,19 @@ Code and configurations travel, data never. `ddpm jobs` shows what became of it.
 
 def declare_commands() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """Make the parser of the program, and those of its commands by name."""
-    program = ArgumentParser(
-        prog="ddpm",
-        description="Denoising Diffusion Probabilistic Models, end to end.",
-        epilog=f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each.",
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    shared: Any = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
+    text = "Denoising Diffusion Probabilistic Models, end to end."
+    hint = f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each."
+    program = ArgumentParser(prog="ddpm", description=text, epilog=hint, **shared)
     program.add_argument("--version", action="store_true", help="say which version this is")
     parsers = program.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in COMMANDS:
         parser = parsers.add_parser(
-            command.name,
-            help=command.text,
-            description=command.text,
-            epilog=command.examples,
-            formatter_class=RawDescriptionHelpFormatter,
-            allow_abbrev=False,
+            command.name, help=command.text, description=command.text, epilog=command.examples, **shared
         )
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        for take in command.takes:
-            take(parser)
+        for names, settings in command.takes:
+            parser.add_argument(*names, **settings)
     return program, parsers.choices
 
 
@@ -266,7 +219,9 @@ def parse(arguments: list[str]) -> Namespace:
     """
     program, parsers = declare_commands()
     if "_ARGCOMPLETE" in os.environ:
-        completion.complete(program)
+        from pipeline.cli import completion
+
+        completion.complete(program, parsers)
     if arguments == ["--version"]:
         print(f"ddpm {do.version()}")
         program.exit()
@@ -296,28 +251,26 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return options.command.run(options)
-    except ConfigError as error:
-        return _fail(error, 2, options.debug)
-    except PipelineError as error:
-        return _fail(error, 1, options.debug)
-    except ModuleNotFoundError as error:
-        if options.debug or (error.name or "").split(".")[0] in ("pipeline", "ddpm"):
-            raise
-        missing = f"{sys.executable} has no module {error.name}: install this program for it (pip install .)"
-        return _fail(PipelineError(missing), 1, False)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away
         return 1
-    except OSError as error:  # a full disk, a folder that cannot be written
-        if options.debug:
+    except (PipelineError, ModuleNotFoundError, OSError) as error:
+        text = _explain(error)
+        if options.debug or text is None:
             raise
-        return _fail(PipelineError(f"{error.filename or 'a file'}: {error.strerror or error}"), 1, False)
+        print(f"error: {text}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
 
 
-def _fail(error: Exception, code: int, debug: bool) -> int:
-    if debug:
-        raise error
-    print(f"error: {error}", file=sys.stderr)
-    return code
+def _explain(error: Exception) -> str | None:
+    """Say what is wrong and what to do; None where the fault is the program's."""
+    if isinstance(error, ModuleNotFoundError):
+        name = error.name or ""
+        if name.split(".")[0] in ("pipeline", "ddpm"):
+            return None
+        return f"{sys.executable} has no module {name}: install this program for it (pip install .)"
+    if isinstance(error, OSError):  # a full disk, a folder that cannot be written
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    return str(error)
