@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.config import ClusterConfig, Experiment
     from pipeline.store.run import Place
     from pipeline.sweep.definition import Sweep
+    from pipeline.sweep.points import SweepPoint
     from pipeline.sweep.study import Study
 
 MANY = 200  # trials; more are rarely meant
@@ -151,9 +152,10 @@ def import_weights(options: Namespace) -> int:
 # Studies
 
 
-def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], ClusterConfig]:
-    """Read the sweep that the command line names, the overrides of all its trials, and the cluster."""
+def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint], ClusterConfig]:
+    """Read the sweep that the command line names, the overrides of all its trials, its points, and the cluster."""
     from pipeline.sweep.definition import load_sweep
+    from pipeline.sweep.points import list_points
 
     name, overrides = _split_one(options, "sweep")
     if name is None:
@@ -162,24 +164,21 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], ClusterConfig]:
     sweep, cluster = load_sweep(name, own), _load_cluster(options)
     if sweep.size > MANY and not options.yes:
         raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
-    return sweep, [word for word in overrides if not word.startswith("sweep.")], cluster
+    shared = [word for word in overrides if not word.startswith("sweep.")]
+    return sweep, shared, list_points(sweep, shared), cluster
 
 
 def sweep(options: Namespace) -> int:
-    from pipeline.sweep.points import list_points
-
-    sweep, shared, cluster = _load_sweep(options)
-    points = list_points(sweep, shared)
+    sweep, _, points, cluster = _load_sweep(options)
     from pipeline.sweep.study import Study
 
     return _run_study(Study(sweep, points, cluster), options)
 
 
 def check_sweep(options: Namespace) -> Checked:
-    from pipeline.sweep.points import list_points, list_relative_paths
+    from pipeline.sweep.points import list_relative_paths
 
-    sweep, shared, cluster = _load_sweep(options)
-    list_points(sweep, shared)
+    sweep, shared, _, cluster = _load_sweep(options)
     return cluster, list_relative_paths(sweep, shared)
 
 
@@ -241,7 +240,6 @@ def status(options: Namespace) -> int:
 def compare(options: Namespace) -> int:
     from pipeline import config
     from pipeline.engine import find
-    from pipeline.report import compare
     from pipeline.scores.metrics import METRICS, find_metric
     from pipeline.store.run import comparison_folder
 
@@ -255,6 +253,8 @@ def compare(options: Namespace) -> int:
     if len(paths) < 2:
         found = f"only {next(iter(paths)).name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
+    from pipeline.report import compare
+
     entries = compare.list_entries(find.open_run(path) for path in paths)
     folder = comparison_folder(root, compare.hash_entries(entries, metric))
     say(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
@@ -272,9 +272,10 @@ def export_weights(options: Namespace) -> int:
 
 
 def sync(options: Namespace) -> int:
+    cluster = _load_cluster_only(options)
     from pipeline.engine import execute as stages
 
-    say(stages.sync_run(options.run, _load_cluster_only(options)))
+    say(stages.sync_run(options.run, cluster))
     return 0
 
 
@@ -329,10 +330,10 @@ def jobs(options: Namespace) -> int:
 
 
 def ui(options: Namespace) -> int:
+    cluster = _load_cluster_only(options)
     from pipeline import tracking
     from pipeline.engine import find
 
-    cluster = _load_cluster_only(options)
     return tracking.serve(find.prepare_storage_root(cluster), options.port, uri=cluster.tracking_uri)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
@@ -46,13 +45,12 @@ def load_experiment(name: str, overrides: list[str], known: Names | None = None)
 
     `known` are the names that the owners of data sources, metrics and figures know; without it they are not checked.
     """
-    written, tree, types = _read_experiment(name, overrides)
-    values, faults = check_values(types, tree)
-    faults |= check_names(tree, {"model.name": NETWORKS, **(known or {})})
+    values, faults = _check_experiment(name, overrides, known)
     if faults:
-        # With the file's values in the place of wrong ones, the others can still be held against each other.
-        values, left = check_values(types, _mend(tree, written, faults))
-        if left or "model.name" in faults:
+        # Without the wrong overrides, the others can still be held against each other.
+        right = [word for word in overrides if word.partition("=")[0] not in faults]
+        values, left = _check_experiment(name, right, known)
+        if left:
             raise ConfigError(_lines(faults))
     experiment = Experiment(**values)
     lines = [f"{key} {fault}" for key, fault in experiment.problems() if key not in faults]
@@ -61,17 +59,22 @@ def load_experiment(name: str, overrides: list[str], known: Names | None = None)
     return _with_absolute_paths(experiment)
 
 
-def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Tree, Types]:
-    """Return what the file says, the same with the overrides, and what each key may hold."""
+def _check_experiment(name: str, overrides: list[str], known: Names | None) -> tuple[Tree, Faults]:
+    tree, types = _read_experiment(name, overrides)
+    values, faults = check_values(types, tree)
+    return values, faults | check_names(tree, {"model.name": NETWORKS, **(known or {})})
+
+
+def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
+    """Return what the file says with the overrides, and what each key may hold."""
     path = find(name)
-    written = {"name": path.stem, **read_file(path)}
-    tree = override(written, overrides)
+    tree = override({"name": path.stem, **read_file(path)}, overrides)
     add_neutral_values(tree)
     model = tree.get("model")
     network = NETWORKS.get(str(model.get("name", "unet") if isinstance(model, dict) else "unet"))
     types = {**field_types(Experiment), "model": network.config if network else Tree}
     _take_texts(tree, overrides, types)
-    return written, tree, types
+    return tree, types
 
 
 def _take_texts(tree: Tree, overrides: list[str], types: Types) -> None:
@@ -87,18 +90,6 @@ def _take_texts(tree: Tree, overrides: list[str], types: Types) -> None:
             continue
         if isinstance(inside, dict) and takes_text(known.get(name)) and inside.get(name) is not None:
             inside[name] = inside[name] if text[0] in "\"'" else text
-
-
-def _mend(tree: Tree, written: Tree, faults: Faults) -> Tree:
-    """Put what the file says in the place of what is wrong; what is wrong there too is left out."""
-    mended = copy.deepcopy(tree)
-    for key in faults:
-        section, _, name = key.rpartition(".")
-        inside, before = (found.get(section, {}) if section else found for found in (mended, written))
-        wrong = inside.pop(name, None)
-        if name in before and before[name] != wrong:
-            inside[name] = before[name]
-    return mended
 
 
 def _lines(faults: Faults) -> list[str]:
@@ -121,19 +112,18 @@ def _is_path(key: str, value: str | None) -> bool:
 
 def relative_paths(name: str, overrides: list[str]) -> list[str]:
     """Return the paths of a valid experiment that depend on the folder or the person, as 'data.path=images'."""
-    _, tree, _ = _read_experiment(name, overrides)
-    paths = [(section, key, tree[section][key]) for section, key in PATHS]
+    tree, _ = _read_experiment(name, overrides)
     return [
-        f"{section}.{key}={path}" for section, key, path in paths if _is_path(key, path) and path[0] != "/"
+        f"{section}.{key}={path}"
+        for section, key in PATHS
+        if _is_path(key, path := tree[section][key]) and path[0] != "/"
     ]
 
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """Read a file of conf/cluster/, override, check; `overrides` without their `cluster.`."""
-    tree, types = (
-        {"cluster": override(read_file(find(name, "cluster")), overrides)},
-        {"cluster": ClusterConfig},
-    )
+    tree = {"cluster": override(read_file(find(name, "cluster")), overrides)}
+    types = {"cluster": ClusterConfig}
     _take_texts(tree, [f"cluster.{word}" for word in overrides], types)
     values, faults = check_values(types, tree)
     if lines := _lines(faults) or [f"cluster.{key} {fault}" for key, fault in values["cluster"].problems()]:

@@ -10,10 +10,10 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import say
-from pipeline.engine import execute as stages
 from pipeline.engine import find
 from pipeline.errors import ConfigError
 from pipeline.store.files import read_json, write_json
@@ -21,7 +21,9 @@ from pipeline.store.log import read_points
 from pipeline.store.run import sweep_folder
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import list_points
-from pipeline.sweep.study import Study
+
+if TYPE_CHECKING:
+    from pipeline.sweep.study import Study
 
 SWEEPS = {"cifar10": "table2"}  # what can be reproduced: the sweep file of its rows
 TEST_IMAGES = 10_000
@@ -53,6 +55,8 @@ def plan_reproduction(
     steps, hours = parse_budget(text)
     sweep = load_sweep(SWEEPS[target], [])
     rows = [point.experiment for point in list_points(sweep, shared)]
+    from pipeline.sweep.study import Study  # brings torch, which a wrong override is told without
+
     name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
     steps = steps or rows[0].train.steps
     if hours is not None:
@@ -68,6 +72,8 @@ def plan_reproduction(
 def recall_steps(memory: Path, hours: float, rows: list[Experiment], cluster: ClusterConfig) -> int:
     """Return the steps that an earlier command settled on, so that the same command again is the same study."""
     if not memory.exists():
+        from pipeline.engine import execute as stages
+
         say("measuring how fast this cluster trains")
         train = replace(
             rows[0].train, steps=PROBE_STEPS, warmup_steps=1, log_every=PROBE_STEPS // 4, sample_every=0

@@ -324,6 +324,7 @@ def python(code: str, *words: str, **variables: str) -> subprocess.CompletedProc
         ["run", "--help"],
         ["run", "digits", "model.dropuot=1"],
         ["sweep", "beta_dropout", "train.lr=fast"],
+        ["reproduce", "cifar10", "train.lr=fast"],
     ],
 )
 def test_help_and_wrong_configurations_import_nothing_heavy(words):

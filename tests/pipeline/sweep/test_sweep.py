@@ -13,6 +13,7 @@ from pipeline.cli.program import main
 from pipeline.compute.resources import Resources
 from pipeline.compute.session import Session
 from pipeline.config import load_cluster
+from pipeline.engine import execute
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
 from pipeline.sweep import reproduce
@@ -312,10 +313,10 @@ def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
     rates = (1.0, reproduce.count_passes(row) / 3 / 36_000)
     lines = [json.dumps({"metrics": {"train/images_per_second": rate}}) for rate in rates]
     (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    monkeypatch.setattr(reproduce.stages, "execute", lambda *_: SimpleNamespace(log=tmp_path / "log.jsonl"))
+    monkeypatch.setattr(execute, "execute", lambda *_: SimpleNamespace(log=tmp_path / "log.jsonl"))
     arguments = (tmp_path / "budget.json", 5, [row] * 5, cluster())
     assert reproduce.recall_steps(*arguments) == pytest.approx(80_000, abs=1)
-    monkeypatch.delattr(reproduce.stages, "execute")
+    monkeypatch.delattr(execute, "execute")
     assert reproduce.recall_steps(*arguments) == pytest.approx(80_000, abs=1)
 
 
