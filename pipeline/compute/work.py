@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # importing torch takes seconds, and a command that is up to 
     import torch
     from torch import nn
 
+    from pipeline.store.tars import Shard
+
 NO_LIMIT = 2**62
 GIB = 2**30
 Value = TypeVar("Value")
@@ -43,7 +45,7 @@ class Unit:
     name: what a person reads where the unit fails.
     needs_gpu: it uses a network, so it gets a GPU where there are any, and a process that keeps the network.
     images, passes: its share of the progress, and how many passes of a network each image takes.
-    tar: the tar that it leaves, with its facts beside it, where other units can go on with it.
+    shard: the tar that it leaves, with its facts beside it, where other units can go on with it.
     """
 
     kind: Kind
@@ -52,7 +54,7 @@ class Unit:
     name: str
     images: int = 1
     passes: int = 1
-    tar: Path | None = None
+    shard: Shard | None = None
     needs_gpu: bool = False
 
     def run(self, ctx: WorkerContext) -> float:
@@ -60,6 +62,20 @@ class Unit:
         began = time.perf_counter()
         self.body(ctx, *self.args)
         return time.perf_counter() - began
+
+
+def split_units(
+    kind: Kind, body: Callable[..., None], args: tuple[Any, ...], n: int, size: int, folder: Path, name: str,
+    passes: int = 1,
+) -> dict[Path, Unit]:  # fmt: skip
+    """Cut n images into units that use a network: `body(ctx, *args, start, stop, file)` each."""
+    units = {}
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        file = folder / f"{start:06d}-{stop:06d}.npz"
+        its, title = (*args, start, stop, file), f"{name} {start}-{stop - 1}"
+        units[file] = Unit(kind, body, its, title, stop - start, passes, needs_gpu=True)
+    return units
 
 
 # Called with a unit that is finished; returns the units that can be done now that it is.

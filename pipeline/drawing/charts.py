@@ -71,8 +71,7 @@ def save(panels: Sequence[Panel], file: Path) -> None:
         figure = Figure(figsize=(width, height), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             panel.draw(axes)
-            axes.set_title(panel.title)
-            axes.set_xlabel(panel.x)
+            axes.set(title=panel.title, xlabel=panel.x)
             axes.tick_params(which="both", length=0)
             for axis in (axes.xaxis, axes.yaxis):
                 _label_ticks(axis)
@@ -100,8 +99,7 @@ def curves(
             every = max(1, len(line.x) // MOST_POINTS)
             (drawn,) = axes.plot(line.x[::every], line.y[::every], label=line.label or None)
             drawn.set(**KINDS[line.kind])
-        axes.set_xscale("log" if log_x else "linear")
-        axes.set_yscale("log" if log_y else "linear")
+        axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
         if any(line.label for line in lines):
             axes.legend()
 
@@ -159,27 +157,22 @@ def rate_distortion(
 
     rows: k = T − t, rate_bpd in bits/dim, rmse on the scale 0 to 255.
     """
-    ours = {key: [row[key] for row in rows] for key in ("k", "rate_bpd", "rmse")}
     names = {"k": "reverse steps T − t", "rate_bpd": "Rate, bits/dim", "rmse": "RMSE"}
-    rates, errors = zip(*paper.values(), strict=True) if paper else ((), ())
-    its: dict[str, list[float]] = {"k": list(paper), "rate_bpd": list(rates), "rmse": list(errors)}
+    printed = [{"k": k, "rate_bpd": rate, "rmse": rmse} for k, (rate, rmse) in paper.items()]
     panels = []
     for across, up in (("k", "rmse"), ("k", "rate_bpd"), ("rate_bpd", "rmse")):
-        lines = [Line(ours[across], ours[up], "this run" if paper else "")]
+        lines = [Line([row[across] for row in rows], [row[up] for row in rows], "this run" if paper else "")]
         if paper:
-            lines.append(Line(its[across], its[up], "paper, Table 4", "marks"))
+            x, y = [row[across] for row in printed], [row[up] for row in printed]
+            lines.append(Line(x, y, "paper, Table 4", "marks"))
         panels.append(curves(names[up], names[across], lines, size=SMALL))
     return panels
 
 
 def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
     """Running mean (n,) over a share of the points, its window cut off at both ends."""
-    y = np.asarray(values, dtype=np.float64)
-    half = int(len(y) * share / 2)
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    place = np.arange(len(y))
-    first, last = np.maximum(place - half, 0), np.minimum(place + half + 1, len(y))
-    return (total[last] - total[first]) / (last - first)
+    window = np.ones(2 * int(len(values) * share / 2) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _label_ticks(axis: Axis) -> None:

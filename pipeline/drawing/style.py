@@ -42,8 +42,10 @@ def apply_style(name: str) -> None:
     rc("svg", fonttype="none", hashsalt=name)
     rc("font", size=9)
     rc("text", color=INK)
-    rc("axes", titlecolor=INK, titlesize=10, titlelocation="left", titleweight="bold", grid=True)
-    rc("axes", labelcolor=SOFT, edgecolor=LINE, facecolor=PAPER, axisbelow=True)
+    rc(
+        "axes", titlecolor=INK, titlesize=10, titlelocation="left", titleweight="bold", grid=True,
+        labelcolor=SOFT, edgecolor=LINE, facecolor=PAPER, axisbelow=True,
+    )  # fmt: skip
     rc("axes.spines", top=False, right=False)
     rc("axes.formatter", useoffset=False)
     rc("grid", color=LINE, linewidth=0.7)

@@ -18,6 +18,7 @@ from pipeline.report.entries import (
     Entry,
     describe_protocol,
     differing_protocol,
+    find_differing,
     find_swept,
     list_entries,
     name_briefly,
@@ -46,19 +47,12 @@ def write_comparison(
     entries: Sequence[Entry], folder: Path, title: str, metric: Metric = METRICS["fid"], note: str = ""
 ) -> Path:
     """Write the page and return the path of its HTML; `note` is said before anything is shown."""
-    write_page(folder, partial(write_markdown, entries, folder, title, metric, note))
-    return folder / REPORT_HTML
-
-
-def write_markdown(
-    entries: Sequence[Entry], folder: Path, title: str, metric: Metric, note: str, pictures: Path
-) -> str:
-    """Write the page as Markdown with links from `folder`, its pictures into `pictures`."""
     groups, keys = rank_runs(entries, metric), find_swept(entries)
     ranked = [entry for group in groups for entry in group.runs]
     beside_paper = [entry for entry in entries if entry.source.is_cifar10]
     several = len({entry.source.row.name for entry in beside_paper if entry.source.row}) > 1
-    return TEMPLATE.get_template("comparison.md").render(
+    render = partial(
+        TEMPLATE.get_template("comparison.md").render,
         title=escape(title),
         note=note,
         metric=metric,
@@ -71,12 +65,16 @@ def write_markdown(
         unranked=[_link(entry, folder) for entry in entries if entry not in ranked],
         beside_paper=[(entry.label, entry.source) for entry in beside_paper] if several else [],
         why_not=list_reasons(beside_paper),
-        bars=draw_bars(entries, pictures),
-        samples=copy_samples(entries, pictures),
-        losses=draw_losses(entries, pictures),
         entries=entries,
         differences=keys if len(keys) > MOST_COLUMNS else [],
     )
+
+    def write_markdown(pictures: Path) -> str:
+        bars, losses = draw_bars(entries, pictures), draw_losses(entries, pictures)
+        return render(bars=bars, samples=copy_samples(entries, pictures), losses=losses)
+
+    write_page(folder, write_markdown)
+    return folder / REPORT_HTML
 
 
 def tabulate_group(group: Group[Entry], metric: Metric, folder: Path) -> tuple[list[str], list[list[str]]]:
@@ -151,7 +149,7 @@ def draw_losses(entries: Sequence[Entry], folder: Path) -> list[Picture]:
             groups.setdefault(str(entry.objective), []).append((place, entry))
             seen.add(entry.place.path)
     objectives = [own[0][1].objective for own in groups.values()]
-    keys = [key for key in next(iter(objectives), {}) if len({str(tree.get(key)) for tree in objectives}) > 1]
+    keys = find_differing(objectives)
     names, pictures = name_briefly(entries, find_swept(entries)), []
     for number, (own, objective) in enumerate(zip(groups.values(), objectives, strict=True)):
         title = ", ".join(["Loss", *(f"{shorten(key)} {format_value(objective.get(key))}" for key in keys)])

@@ -58,21 +58,25 @@ class Entry:
         return {**self.source.protocol, "objective": describe_objective(self.place.experiment)}
 
 
+def find_differing(trees: Sequence[Tree]) -> list[str]:
+    """List the keys with more than one value in these trees, in order."""
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    return [key for key in keys if len({str(tree.get(key)) for tree in trees}) > 1]
+
+
 def list_entries(places: Iterable[Place]) -> list[Entry]:
     """Name runs by their folders, with whatever differs between their experiments as what is swept."""
     found = [(place, config.flatten(config.to_dict(place.experiment))) for place in places]
-    keys = dict.fromkeys(key for _, tree in found for key in tree if not key.startswith(NOT_COMPARED))
-    differing = [key for key in keys if len({str(tree.get(key)) for _, tree in found}) > 1]
+    differing = find_differing([tree for _, tree in found])
+    keys = [key for key in differing if not key.startswith(NOT_COMPARED)]
     return [
-        Entry(place.name, place, {key: tree[key] for key in differing if key in tree})
-        for place, tree in found
+        Entry(place.name, place, {key: tree[key] for key in keys if key in tree}) for place, tree in found
     ]
 
 
 def find_swept(entries: Sequence[Entry]) -> list[str]:
-    """List the keys with more than one value, in order."""
-    keys = dict.fromkeys(key for entry in entries for key in entry.swept)
-    return [key for key in keys if len({str(entry.swept.get(key)) for entry in entries}) > 1]
+    """List what was swept and has more than one value among these."""
+    return find_differing([entry.swept for entry in entries])
 
 
 def shorten(key: str) -> str:
@@ -104,5 +108,9 @@ def describe_protocol(group: Group[Entry]) -> str:
 
 def differing_protocol(entries: Sequence[Entry]) -> list[str]:
     """List what else of their protocols is not the same for all: it is part of what is compared."""
-    keys = [key for key in PROTOCOL if key not in ("checkpoint", "batch_size", "seed")]
-    return [key for key in keys if len({str(entry.protocol.get(key)) for entry in entries}) > 1]
+    differing = set(find_differing([entry.protocol for entry in entries])) - {
+        "checkpoint",
+        "batch_size",
+        "seed",
+    }
+    return [key for key in PROTOCOL if key in differing]

@@ -54,12 +54,11 @@ TABLES_1_AND_2 = (
         {"fid": "3.17", "fid_test": "5.24", "is_mean": "9.46 ± 0.11", "nll_bpd": "≤ 3.75"}),
 )  # fmt: skip
 
-_VARIANCES = {"fixedlarge": "fixed", "fixedsmall": "fixed", "learned": "learned"}
-
 
 def find_row(diffusion: DiffusionConfig) -> Row | None:
     """The row that an objective belongs to; None where the paper has none."""
-    asked = (diffusion.predict, diffusion.loss, _VARIANCES.get(diffusion.variance))
+    variance = "fixed" if diffusion.variance.startswith("fixed") else diffusion.variance
+    asked = (diffusion.predict, diffusion.loss, variance)
     return next((row for row in TABLES_1_AND_2 if (row.predict, row.loss, row.variance) == asked), None)
 
 

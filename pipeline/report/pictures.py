@@ -27,35 +27,27 @@ def copy_samples(source: Source, figures: dict[str, Picture], folder: Path) -> l
     """Return the figures, with the first samples where none shows them; none without samples."""
     if "grid" not in source.files:
         return []
-    grid = (
-        []
-        if "samples.png" in figures
-        else [copy(source.files["grid"], folder, "The first samples, not selected")]
-    )
-    return [*grid, *figures.values()]
+    if "samples.png" in figures:
+        return list(figures.values())
+    return [copy(source.files["grid"], folder, "The first samples, not selected"), *figures.values()]
 
 
 def copy_step_grids(source: Source, folder: Path) -> list[Picture]:
     """Copy a few of the grids that training drew, the first and the last among them."""
-    names = sorted(name for name in source.files if name.startswith("grid "))
-    if not names:
+    grids = source.step_grids
+    if not grids:
         return []
-    chosen = sorted({round(i * (len(names) - 1) / (STEP_GRIDS - 1)) for i in range(STEP_GRIDS)})
-    steps = {int(names[place].split()[1]): source.files[names[place]] for place in chosen}
-    return [copy(file, folder, f"Step {step:,}", f"step-{step}.png") for step, file in steps.items()]
+    chosen = sorted({round(i * (len(grids) - 1) / (STEP_GRIDS - 1)) for i in range(STEP_GRIDS)})
+    return [copy(grids[place], folder, f"Step {int(grids[place].stem):,}") for place in chosen]
 
 
-def copy(file: Path, folder: Path, caption: str, name: str = "") -> Picture:
+def copy(file: Path, folder: Path, caption: str) -> Picture:
     """Copy a picture into the page's folder: a PNG at least LEAST_WIDTH wide, each of its pixels repeated."""
-    to = folder / (name or file.name)
     if file.suffix == ".svg":
-        shutil.copyfile(file, to)
-        return Picture(to.name, caption)
-    with Image.open(file) as image:
-        times = -(-LEAST_WIDTH // image.width)
-        if times == 1:
-            shutil.copyfile(file, to)
-        else:
+        shutil.copyfile(file, folder / file.name)
+    else:
+        with Image.open(file) as image:
+            times = -(-LEAST_WIDTH // image.width)
             size = (times * image.width, times * image.height)
-            image.resize(size, Image.Resampling.NEAREST).save(to, "PNG")
-    return Picture(to.name, caption)
+            image.resize(size, Image.Resampling.NEAREST).save(folder / file.name)
+    return Picture(file.name, caption)

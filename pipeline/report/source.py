@@ -45,8 +45,12 @@ class Source:
         }  # fmt: skip
         if self.experiment.evaluate.checkpoints:
             found["selection"] = place.selection_json
-        found |= {f"grid {path.stem}": path for path in place.grids.glob("[0-9]*.png")}
         return {name: path for name, path in found.items() if path.is_file()}
+
+    @cached_property
+    def step_grids(self) -> list[Path]:
+        """The grids that training drew, by step, which is their name."""
+        return sorted(self.place.grids.glob("[0-9]*.png"))
 
     def read(self, name: str) -> Any:
         """Return the content of a JSON file; {} where it is not there."""
@@ -55,7 +59,8 @@ class Source:
     @cached_property
     def digest(self) -> str:
         """Hash all that the page shows."""
-        hashes = {name: sha256_of(path) for name, path in self.files.items()}
+        files = [*self.files.items(), *((f"grid {path.stem}", path) for path in self.step_grids)]
+        hashes = {name: sha256_of(path) for name, path in files}
         return keys.hash_of([hashes, self.timings, self.commits])
 
     @cached_property

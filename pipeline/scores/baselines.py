@@ -1,6 +1,8 @@
 """Images that know less than any model should: what a score is worth shows beside theirs, at equal n."""
 
 from collections.abc import Iterable
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
@@ -14,12 +16,7 @@ GAUSSIAN, NOISE = 0, 1  # steps of the stream
 
 def pixel_gaussian(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and factor (d, d), with covariance = factor factor^T, of uint8 images (n,C,H,W) in parts."""
-    moments = None
-    for images in parts:
-        part = Moments.of(images.reshape(len(images), -1))
-        moments = part if moments is None else moments + part
-    assert moments is not None
-    statistics = moments.statistics()
+    statistics = reduce(add, (Moments.of(images.reshape(len(images), -1)) for images in parts)).statistics()
     values, vectors = np.linalg.eigh(statistics.sigma)
     return statistics.mu, vectors * np.sqrt(values.clip(min=0))
 

@@ -59,8 +59,7 @@ def copy_weights(weights: str | None, cache: Path) -> tuple[Path, str]:
             try:
                 Inception(temporary)
             except RuntimeError as error:
-                lines = [line.strip() for line in str(error).splitlines()[1:3]]
-                what = "; ".join(line if len(line) < 150 else line[:150] + " ..." for line in lines)
+                what = "; ".join(f"{line.strip():.150}" for line in str(error).splitlines()[1:3])
                 raise PipelineError(
                     f"{source} (sha256 {sha256[:8]}) is not Inception: {what}; {REMEDY}"
                 ) from error

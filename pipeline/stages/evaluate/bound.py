@@ -1,18 +1,15 @@
-"""The NLL bound of the test split in units of image ranges, for the run's network or any other denoiser."""
+"""The NLL bound of the test split by the run's network, in units of image ranges."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
-from ddpm.diffusion import Diffusion, Network
+from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
 from ddpm.rng import Stream, normal
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext, split_units
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
@@ -25,44 +22,11 @@ from pipeline.store.run import Place
 CALL = (256, 2**18)  # images and pixels that one network call of the bound takes at most
 
 
-class Denoiser(Protocol):
-    """Whose bound it is. Small and picklable, since it travels to every worker; the weights are loaded there."""
-
-    @property
-    def identity(self) -> Sequence[str | int | None]:
-        """What its outputs depend on."""
-
-    @property
-    def clip(self) -> bool:
-        """Whether its estimates of x_0 are limited to [-1, 1]."""
-
-    def load(self, device: torch.device) -> Network:
-        """Load net(x_t, t, context=None); what it predicts is what diffusion.predict says."""
-
-
-@dataclass(frozen=True)
-class CheckpointDenoiser:
-    """The run's own network, with the weights that are sampled."""
-
-    place: Place
-    clip: ClassVar[bool] = True  # authors' code
-
-    @property
-    def identity(self) -> list[str | int | None]:
-        experiment, step = self.place.experiment, checkpoint_step(self.place.experiment)
-        which, precision = experiment.sample.weights, experiment.evaluate.precision
-        return [self.place.run_key, step, which, self.weights, precision]
-
-    @property
-    def weights(self) -> str | None:
-        """The sha256 of their file; None where there is none."""
-        experiment = self.place.experiment
-        meta = self.place.step_folder(checkpoint_step(experiment)) / checkpoint.META
-        file = checkpoint.EMA if experiment.sample.weights == "ema" else checkpoint.STATE
-        return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
-
-    def load(self, device: torch.device) -> Network:
-        return checkpoint.load_network(self.place, device, self.place.experiment.evaluate.precision)
+def hash_weights(place: Place) -> str | None:
+    """Return the sha256 of the weights that are sampled; None where they are not there."""
+    meta = place.step_folder(checkpoint_step(place.experiment)) / checkpoint.META
+    file = checkpoint.EMA if place.experiment.sample.weights == "ema" else checkpoint.STATE
+    return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
 
 
 def choose_variance(experiment: Experiment) -> str:
@@ -80,44 +44,33 @@ def count_images(place: Place) -> tuple[int, int]:
     return asked, there
 
 
-def units(
-    place: Place, denoiser: Denoiser | None = None, timesteps: Sequence[int] | None = None
-) -> dict[Path, Unit]:
+def units(place: Place) -> dict[Path, Unit]:
     """Return each range of test images with the file of its bound, keyed by all that the bound depends on; nothing
-    of it says how samples are drawn. Of the run's own network unless another denoiser is given; over all timesteps,
-    of which some are enough to look at one."""
+    of it says how samples are drawn."""
     experiment, config = place.experiment, place.experiment.evaluate
-    denoiser = denoiser or CheckpointDenoiser(place)
     test = hash_shards(tars.open_index(place.data).shards("test"))
-    variance = choose_variance(experiment)
-    key = hash_of([place.run_key, denoiser.identity, test, config.decoder, variance, timesteps])
-    passes = experiment.diffusion.timesteps if timesteps is None else len(timesteps)
-    n, found = count_images(place)[0], {}
-    for start in range(0, n, config.nll_batch_size):
-        stop = min(start + config.nll_batch_size, n)
-        file = place.score_units / f"nll-{key}" / f"{start:06d}-{stop:06d}.npz"
-        args, name = (place, denoiser, start, stop, timesteps, file), f"NLL of test images {start}-{stop - 1}"
-        found[file] = Unit(Kind.NLL, compute_bound, args, name, stop - start, passes, needs_gpu=True)
-    return found
+    step, which = checkpoint_step(experiment), experiment.sample.weights
+    network = [place.run_key, step, which, hash_weights(place), config.precision]
+    # The null once named the timesteps of a part of the bound; without it every key would be another.
+    key = hash_of([place.run_key, network, test, config.decoder, choose_variance(experiment), None])
+    return split_units(
+        Kind.NLL, compute_bound, (place,), count_images(place)[0], config.nll_batch_size,
+        place.score_units / f"nll-{key}", "NLL of test images", experiment.diffusion.timesteps,
+    )  # fmt: skip
 
 
-def compute_bound(
-    ctx: WorkerContext, place: Place, denoiser: Denoiser, start: int, stop: int,
-    timesteps: Sequence[int] | None, file: Path,
-) -> None:  # fmt: skip
+def compute_bound(ctx: WorkerContext, place: Place, start: int, stop: int, file: Path) -> None:
     """Do the work unit: the terms of the bound of test images [start, stop), float32 as they were computed."""
     experiment, config = place.experiment, place.experiment.evaluate
     pixels, classes = tars.load_images(place.data, "test", start, stop)
     index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
     result = bits_per_dim(
         Diffusion(experiment.diffusion),
-        denoiser.load(ctx.device),
+        checkpoint.load_network(place, ctx.device, config.precision),
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
         lambda t: normal(experiment.seed, Stream.NLL, t, index, shape),
-        timesteps=timesteps,
         timesteps_per_call=count_timesteps(stop - start, shape),
         decoder=config.decoder,
-        clip=denoiser.clip,
         variance=config.variance,
         context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
     )

@@ -28,8 +28,7 @@ class ImageSets:
     def missing(self) -> list[Unit]:
         """List the units whose features are not on disk, each once: a point may be a part of a split."""
         sets = (self.samples, *self.splits.values(), *self.points.values())
-        missing = {file: unit for images in sets for file, unit in images.units.items() if not file.exists()}
-        return list(missing.values())
+        return list(dict.fromkeys(unit for images in sets for unit in images.missing()))
 
 
 def list_references(config: EvaluateConfig) -> dict[str, str]:

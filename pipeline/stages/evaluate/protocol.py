@@ -32,29 +32,27 @@ def describe_protocol(place: Place) -> ScoreProtocol:
 
 def explain_differences(found: ScoreProtocol, asked: tuple[str, ...]) -> list[str]:
     """List what keeps these scores from being comparable with the paper's; nothing where they are."""
-    reasons = [] if found["weights"] == "ema" else [f"{found['weights']} weights, not EMA"]
+    reasons = [(found["weights"] != "ema", f"{found['weights']} weights, not EMA")]
     if set(asked) - {"nll"}:
-        reasons += _explain_images(found)
-    if "is" in asked and found["splits"] is None:
-        reasons.append("no IS: these features know no classes")
-    if "nll" in asked and found["nll_images"] < found["test_images"]:
-        reasons.append(f"NLL of {found['nll_images']} of {found['test_images']} test images")
-    if "nll" in asked and found["decoder"] != "tanh":
-        reasons.append(f"{found['decoder']} decoder, not the authors' tanh")
-    return reasons
-
-
-def _explain_images(found: ScoreProtocol) -> list[str]:
-    n, steps, timesteps = found["n"], found["steps"], found["timesteps"]
-    reasons = []
-    if n != PAPER_SAMPLES:
-        reasons.append(f"n = {n:,}, not {PAPER_SAMPLES:,}")
-    if n <= found["features"]:
-        reasons.append(f"rank-deficient: n = {n} is not above {found['features']} features")
-    if found["sampler"] != "ancestral" or steps != timesteps:
-        reasons.append(f"{steps} steps of the {found['sampler']} sampler, not {timesteps} ancestral ones")
-    if not found["official_extractor"]:
-        reasons.append(f"features of {found['extractor']}, not of the published Inception")
-    if found["reference"] != "train":
-        reasons.append(f"reference {found['reference']}, not train")
-    return reasons
+        n, steps, timesteps = found["n"], found["steps"], found["timesteps"]
+        sampler, width, reference = found["sampler"], found["features"], found["reference"]
+        drawn = f"{steps} steps of the {sampler} sampler, not {timesteps} ancestral ones"
+        reasons += [
+            (n != PAPER_SAMPLES, f"n = {n:,}, not {PAPER_SAMPLES:,}"),
+            (n <= width, f"rank-deficient: n = {n} is not above {width} features"),
+            (sampler != "ancestral" or steps != timesteps, drawn),
+            (
+                not found["official_extractor"],
+                f"features of {found['extractor']}, not of the published Inception",
+            ),
+            (reference != "train", f"reference {reference}, not train"),
+        ]
+    if "is" in asked:
+        reasons.append((found["splits"] is None, "no IS: these features know no classes"))
+    if "nll" in asked:
+        n, there, decoder = found["nll_images"], found["test_images"], found["decoder"]
+        reasons += [
+            (n < there, f"NLL of {n} of {there} test images"),
+            (decoder != "tanh", f"{decoder} decoder, not the authors' tanh"),
+        ]
+    return [reason for holds, reason in reasons if holds]

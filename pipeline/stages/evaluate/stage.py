@@ -6,6 +6,7 @@ A work unit is the features of one tar (`pipeline.scores.image_sets`), or the bo
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pipeline.compute.work import Done, Unit
 from pipeline.config import Experiment, to_yaml
@@ -94,11 +95,10 @@ class EvaluateStage(Stage):
             return None
 
         def list_features(unit: Unit) -> list[Unit]:
-            if unit.tar is None:
+            if unit.shard is None:
                 return []
-            facts = read_json(unit.tar.with_suffix(".json"))  # there is no manifest yet
-            where = (unit.tar.parent, unit.tar.name, facts["split"], facts["start"], facts["stop"])
-            shard = Shard(*where, facts["sha256"])
+            facts = read_json(unit.shard.facts_json)  # there is no manifest yet
+            shard = replace(unit.shard, sha256=facts["sha256"])
             return shard_set(extractor, [shard], place.experiment.data.shape, place.score_units).missing()
 
         return list_features
@@ -119,6 +119,5 @@ def list_samples(place: Place) -> list[Shard]:
 def _hash_inputs(place: Place) -> dict[str, str | None]:
     """Hash what the scores are of, beside what is in their key; None where it is not there."""
     samples = list_samples(place) if needs_samples(place.experiment) else []
-    scores_weights = "nll" in place.experiment.evaluate.metrics
-    weights = bound.CheckpointDenoiser(place).weights if scores_weights else None
+    weights = bound.hash_weights(place) if "nll" in place.experiment.evaluate.metrics else None
     return {"samples": hash_shards(samples), "weights": weights}

@@ -1,6 +1,6 @@
-"""The figures that run the reverse process: Figs. 6 and 14, 7, 8 and 9.
+"""The samples (Fig. 13), and the figures that run the reverse process: Figs. 6 and 14, 7, 8 and 9.
 
-They run the chain that samples are drawn by. Where the paper names a t for T = 1000, it is that share of the chain's
+These run the chain that samples are drawn by. Where the paper names a t for T = 1000, it is that share of the chain's
 steps.
 """
 
@@ -14,7 +14,7 @@ from ddpm.config import Variance
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral, interpolate, reverse, shared_latent
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.work import Kind, Unit, WorkerContext, split_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, unit_folder
@@ -23,6 +23,7 @@ from pipeline.store.chain import build_chain, choose_labels, load_guided, load_p
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
 
+SAMPLES_SIDE = 16  # most rows of the figure of samples
 UNIT_IMAGES = 8  # chains in a unit of the progressive figure
 STAGES = 10
 LAMBDAS = tuple(i / 10 for i in range(11))  # 0 and 1 reconstruct the sources
@@ -55,16 +56,27 @@ def draw_rows(files: list[Path], file: Path, dim: int = 0) -> None:
     save_grid(rows.flatten(0, 1), rows.shape[1], file)
 
 
+# Fig. 13
+
+
+def samples(place: Place) -> Figure:
+    caption = "Unconditional samples" if place.experiment.sample.label is None else "Samples"
+    caption += ", the first ones, not selected (paper, Fig. 13)"
+    n = min(SAMPLES_SIDE**2, place.experiment.sample.num_images)
+
+    def draw(files: list[Path], file: Path) -> None:
+        images, _ = tars.load_images(place.samples, "samples", 0, n)
+        save_grid(torch.from_numpy(images), int(n**0.5), file)
+
+    return Figure("samples.png", caption, {}, draw)
+
+
 # Figs. 6 and 14
 
 
 def progressive(place: Place) -> Figure:
-    n, units = count_rows(place.experiment), {}
-    for start in range(0, n, UNIT_IMAGES):
-        stop = min(start + UNIT_IMAGES, n)
-        file = unit_folder(place, "progressive") / f"{start:06d}-{stop:06d}.npz"
-        args, name = (place, start, stop, file), f"progressive {start}-{stop - 1}"
-        units[file] = Unit(Kind.FIGURE, keep_estimates, args, name, stop - start, needs_gpu=True)
+    n, folder = count_rows(place.experiment), unit_folder(place, "progressive")
+    units = split_units(Kind.FIGURE, keep_estimates, (place,), n, UNIT_IMAGES, folder, "progressive")
     caption = (
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
         f"right, after each tenth of the steps (paper, Figs. 6 and 14; {describe_chain(place.experiment)})"

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from ddpm.images import to_uint8
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.work import Kind, WorkerContext, split_units
 from pipeline.drawing import charts
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import frechet_distance, sum_features
@@ -59,12 +59,8 @@ def scores_along(place: Place) -> Figure:
     n = min(PER_ROW * experiment.figures.images, experiment.sample.num_images)
     if n < 2 or reference.load() is None:
         raise Unavailable("it needs two samples" if n < 2 else "the reference's statistics are not there")
-    folder, units = unit_folder(place, "along", extractor.name), {}
-    for start in range(0, n, UNIT_IMAGES):
-        stop = min(start + UNIT_IMAGES, n)
-        file = folder / f"{start:06d}-{stop:06d}.npz"
-        args, name = (extractor, place, start, stop, file), f"scores along samples {start}-{stop - 1}"
-        units[file] = Unit(Kind.FIGURE, keep_features, args, name, stop - start, needs_gpu=True)
+    folder, args = unit_folder(place, "along", extractor.name), (extractor, place)
+    units = split_units(Kind.FIGURE, keep_features, args, n, UNIT_IMAGES, folder, "scores along samples")
     few = ", too few for a score that stands by itself" if n < 10_000 else ""
     caption = (
         f"Scores of the estimate of x_0 along the reverse process, of {n:,} images{few}, by the features of "

@@ -7,15 +7,12 @@ torch and what draws are imported when they are called.
 
 import logging
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
 
 from pipeline.compute.work import Unit
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.stages.figures.figure import Figure, Unavailable
 from pipeline.stages.stage import Stage
-from pipeline.store import tars
 from pipeline.store.files import read_manifest, write_manifest
 from pipeline.store.run import Place
 
@@ -25,7 +22,6 @@ FIGURES = (
     "samples", "progressive", "interpolation", "coarse_to_fine", "shared_latents", "rate_distortion", "scores_along",
     "nearest_pixels", "nearest_features",
 )  # fmt: skip
-SAMPLES_SIDE = 16
 
 
 class FiguresStage(Stage):
@@ -71,7 +67,7 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
     from pipeline.stages.figures import chains, curves, nearest
 
     plans: dict[str, Callable[[Place], Figure]] = {
-        "samples": samples,
+        "samples": chains.samples,
         "progressive": chains.progressive,
         "interpolation": chains.interpolation,
         "coarse_to_fine": chains.coarse_to_fine,
@@ -89,21 +85,3 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
             log.warning("figure %s is left out: %s", name, error)
             skipped[name] = str(error)
     return figures, skipped
-
-
-def samples(place: Place) -> Figure:
-    """Plan Fig. 13."""
-    caption = "Unconditional samples" if place.experiment.sample.label is None else "Samples"
-    caption += ", the first ones, not selected (paper, Fig. 13)"
-    n = min(SAMPLES_SIDE**2, place.experiment.sample.num_images)
-    return Figure("samples.png", caption, {}, partial(_draw_samples, place.samples, n))
-
-
-def _draw_samples(folder: Path, n: int, files: list[Path], file: Path) -> None:
-    """Draw the first samples of the set in a square."""
-    import torch
-
-    from pipeline.drawing.grids import save_grid
-
-    images, _ = tars.load_images(folder, "samples", 0, n)
-    save_grid(torch.from_numpy(images), min(SAMPLES_SIDE, max(1, int(n**0.5))), file)
