@@ -21,7 +21,7 @@ _WHERE = {
         "networks.context_unet": "ContextUNet",
         "networks.mha_unet": "MHAUNet",
         "networks.unet": "UNet",
-        "sampler": "Step ancestral ddim few_steps_warning guide interpolate progressive reverse sample shared_latent",
+        "sampler": "Step ancestral ddim draw_shared_latent guide interpolate reverse sample warn_of_few_steps",
         "timesteps": "ImportanceSampler",
         "training": "TrainState train_step",
     }.items()
@@ -51,13 +51,12 @@ if TYPE_CHECKING:
     from ddpm.sampler import Step as Step
     from ddpm.sampler import ancestral as ancestral
     from ddpm.sampler import ddim as ddim
-    from ddpm.sampler import few_steps_warning as few_steps_warning
+    from ddpm.sampler import draw_shared_latent as draw_shared_latent
     from ddpm.sampler import guide as guide
     from ddpm.sampler import interpolate as interpolate
-    from ddpm.sampler import progressive as progressive
     from ddpm.sampler import reverse as reverse
     from ddpm.sampler import sample as sample
-    from ddpm.sampler import shared_latent as shared_latent
+    from ddpm.sampler import warn_of_few_steps as warn_of_few_steps
     from ddpm.timesteps import ImportanceSampler as ImportanceSampler
     from ddpm.training import TrainState as TrainState
     from ddpm.training import train_step as train_step

@@ -15,9 +15,11 @@ Sampler = Literal["ancestral", "ddim"]
 
 LEARNED = ("learned", "learned_range")
 LIMITS = {
-    "ge": (operator.ge, "at least"), "gt": (operator.gt, "above"),
-    "le": (operator.le, "at most"), "lt": (operator.lt, "below"),
-}  # fmt: skip
+    "ge": "at least",
+    "gt": "above",
+    "le": "at most",
+    "lt": "below",
+}  # the names are those of `operator`
 
 Problems = list[tuple[str, str]]  # (key, message); f"{key} {message}" is one readable line
 
@@ -31,14 +33,13 @@ class Range:
     le: float | None = None
     lt: float | None = None
 
-    def _limits(self) -> dict[str, float]:
-        return {name: limit for name in LIMITS if (limit := getattr(self, name)) is not None}
-
     def __contains__(self, value: float) -> bool:
-        return all(LIMITS[name][0](value, limit) for name, limit in self._limits().items())
+        limits = vars(self).items()
+        return all(limit is None or getattr(operator, name)(value, limit) for name, limit in limits)
 
     def __str__(self) -> str:
-        return " and ".join(f"{LIMITS[name][1]} {limit}" for name, limit in self._limits().items())
+        limits = vars(self).items()
+        return " and ".join(f"{LIMITS[name]} {limit}" for name, limit in limits if limit is not None)
 
 
 def value_problems(config: Any) -> Problems:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import islice
-from typing import NamedTuple, ParamSpec
+from typing import ParamSpec, get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from ddpm.diffusion import Diffusion, Network
 from ddpm.rng import Stream, normal
 
 Noise = Callable[[int], Tensor]
-
-
 Arguments = ParamSpec("Arguments")
 
 
@@ -33,6 +31,7 @@ class Step:
     x_0: Tensor
 
 
+@torch.no_grad()
 def chain(
     diffusion: Diffusion,
     net: Network,
@@ -48,71 +47,48 @@ def chain(
 ) -> Iterator[Step]:
     """Reverse the diffusion from x_T (N, C, H, W), over all timesteps or an ascending subset.
 
-    sampler is a name in SAMPLERS; eta is DDIM's: 0 is deterministic, 1 is ancestral sampling with fixedsmall;
+    eta is DDIM's: 0 is deterministic, 1 is ancestral sampling with fixedsmall;
     variance overrides the configured kind, of ancestral sampling; clip as in Diffusion.p_mean_variance. The
     subset 0..t starts the chain at x_t.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose {' or '.join(SAMPLERS)}")
+    if sampler not in get_args(Sampler):
+        raise ValueError(f"unknown sampler {sampler!r}: choose {' or '.join(get_args(Sampler))}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
     diffusion = diffusion.to(x_T.device)
-    how = _How(diffusion if timesteps is None else diffusion.respace(timesteps), eta, variance, clip)
-    return _run(how, SAMPLERS[sampler], net, x_T, noise, context)
+    if timesteps is not None:
+        diffusion = diffusion.respace(timesteps)
+    visited, x_t = diffusion.timesteps.tolist(), x_T
+    labels = () if context is None else (context,)
+    for i in reversed(range(len(visited))):
+        t = torch.full((len(x_t),), i, device=x_t.device)
+        output = net(x_t, torch.full_like(t, visited[i]), *labels).to(x_t.dtype)
+        if sampler == "ddim":
+            mean, deviation, x_0 = _ddim(diffusion, output, x_t, t, clip, eta)
+        else:  # Algorithm 2, line 4
+            mean, log_variance, x_0 = diffusion.p_mean_variance(output, x_t, t, clip, variance)
+            deviation = torch.exp(0.5 * log_variance)
+        x_t = mean + deviation * noise(visited[i]) if i > 0 else mean
+        yield Step(visited[i], x_t, x_0)
 
 
 ancestral = partial(chain, sampler="ancestral")
 ddim = partial(chain, sampler="ddim")
 
 
-class _How(NamedTuple):
-    """What one step of a chain goes by."""
+def _ddim(
+    diffusion: Diffusion, output: Tensor, x_t: Tensor, t: Tensor, clip: bool, eta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean and deviation of x_{t-1} by DDIM (Song, Meng and Ermon 2020, Eqs. 12 and 16), and x_0.
 
-    diffusion: Diffusion
-    eta: float
-    variance: Variance | None
-    clip: bool
-
-
-@torch.no_grad()
-def _run(
-    how: _How, rule: "Rule", net: Network, x_t: Tensor, noise: Noise, context: Tensor | None
-) -> Iterator[Step]:
-    labels = () if context is None else (context,)
-    timesteps = how.diffusion.timesteps.tolist()
-    for i in reversed(range(len(timesteps))):
-        z = noise(timesteps[i]) if i > 0 else None
-        t = torch.full((len(x_t),), i, device=x_t.device)
-        output = net(x_t, torch.full_like(t, timesteps[i]), *labels).to(x_t.dtype)
-        x_t, x_0 = rule(how, output, x_t, t, z)
-        yield Step(timesteps[i], x_t, x_0)
-
-
-def _ancestral_step(
-    how: _How, output: Tensor, x_t: Tensor, t: Tensor, z: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return x_{t-1} by Algorithm 2, line 4, and the estimate of x_0 behind it; z is None at the last step."""
-    reverse = how.diffusion.p_mean_variance(output, x_t, t, how.clip, how.variance)
-    if z is None:
-        return reverse.mean, reverse.x_0
-    return reverse.mean + torch.exp(0.5 * reverse.log_variance) * z, reverse.x_0
-
-
-def _ddim_step(how: _How, output: Tensor, x_t: Tensor, t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return x_{t-1} by DDIM (Song, Meng and Ermon 2020, Eqs. 12 and 16), and the estimate of x_0 behind it.
-
-    Towards the clipped x_0, in the direction of the eps that belongs to it, plus sigma z.
+    The mean lies towards the clipped x_0, in the direction of the eps that belongs to it.
     """
-    x_0 = how.diffusion.predict_x0(output, x_t, t, how.clip)
+    x_0 = diffusion.predict_x0(output, x_t, t, clip)
     names = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "alpha_bar_prev", "posterior_variance")
-    signal, noise, alpha_bar_prev, variance = (how.diffusion.at(name, t, x_t) for name in names)
-    eps, variance = (x_t - signal * x_0) / noise, how.eta**2 * variance
-    x = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
-    return (x if z is None else x + variance.sqrt() * z), x_0
-
-
-Rule = Callable[[_How, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-SAMPLERS: dict[str, Rule] = {"ancestral": _ancestral_step, "ddim": _ddim_step}
+    signal, noise, alpha_bar_prev, variance = (diffusion.at(name, t, x_t) for name in names)
+    eps, variance = (x_t - signal * x_0) / noise, eta**2 * variance
+    mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
+    return mean, variance.sqrt(), x_0
 
 
 def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
@@ -144,13 +120,9 @@ def reverse(
     """
     index = index.to(device if device is not None else index.device)
     timesteps = None if steps is None else spaced_timesteps(len(diffusion), steps)
-
-    def noise(t: int) -> Tensor:
-        return normal(seed, Stream.REVERSE, t, index, shape)
-
-    x_T = normal(seed, Stream.X_T, 0, index, shape)
+    draw = partial(normal, seed, index=index, shape=shape)
     return chain(
-        diffusion, net, x_T, noise,
+        diffusion, net, draw(Stream.X_T, 0), partial(draw, Stream.REVERSE),
         sampler=sampler, eta=eta, variance=variance, timesteps=timesteps, context=context,
     )  # fmt: skip
 
@@ -161,7 +133,7 @@ def _images_of(chain: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments
     @wraps(chain, assigned=())
     def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         """Draw images (N, C, H, W), float32 in [-1, 1]: the end of `reverse`, whose arguments these are."""
-        return _last(chain(*args, **kwargs)).clamp(-1, 1)
+        return deque(chain(*args, **kwargs), maxlen=1).pop().x_t.clamp(-1, 1)
 
     return sample
 
@@ -169,13 +141,7 @@ def _images_of(chain: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments
 sample = _images_of(reverse)
 
 
-def _last(chain: Iterator[Step], default: Tensor | None = None) -> Tensor:
-    """Return x_t at the end of a chain, keeping no other step."""
-    ends = deque((step.x_t for step in chain), maxlen=1)
-    return ends.pop() if default is None or ends else default
-
-
-def few_steps_warning(
+def warn_of_few_steps(
     diffusion: Diffusion, steps: int | None, variance: Variance | None = None
 ) -> str | None:
     """Say why this many ancestral steps with fixedlarge variance spoil the samples, or None."""
@@ -186,17 +152,6 @@ def few_steps_warning(
         f"{steps} of {len(diffusion)} steps with variance=fixedlarge leave noise in the images (CIFAR-10 FID "
         "367 at 10 steps, 10 at 100): use variance=fixedsmall or sampler=ddim"
     )
-
-
-def progressive(chain: Iterator[Step], every: int) -> Iterator[Step]:
-    """Yield the last step of each so many timesteps, whose x_0 show how an image appears (Figs. 6, 10 and 14)."""
-    previous = None
-    for step in chain:
-        if previous is not None and step.t // every != previous.t // every:
-            yield previous
-        previous = step
-    if previous is not None:
-        yield previous
 
 
 def interpolate(
@@ -226,12 +181,11 @@ def interpolate(
         return (1 - mix) * x_a + mix * x_b
     t = torch.full((len(x_a),), steps - 1, device=x_a.device)
     x_t = (1 - mix) * diffusion.q_sample(x_a, t, eps) + mix * diffusion.q_sample(x_b, t, eps)
-    return _last(
-        ancestral(diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context)
-    )
+    chain = ancestral(diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context)
+    return deque(chain, maxlen=1).pop().x_t
 
 
-def shared_latent(
+def draw_shared_latent(
     diffusion: Diffusion,
     net: Network,
     x_T: Tensor,
@@ -247,8 +201,10 @@ def shared_latent(
     """
     if not 1 <= steps <= len(diffusion):
         raise ValueError(f"steps must lie in 1..{len(diffusion)}, got {steps}")
-    chain = ancestral(diffusion, net, x_T, noise, variance=variance, context=context)
-    return _last(islice(chain, len(diffusion) - steps), default=x_T)
+    x_t, chain = x_T, ancestral(diffusion, net, x_T, noise, variance=variance, context=context)
+    for step in islice(chain, len(diffusion) - steps):
+        x_t = step.x_t
+    return x_t
 
 
 def guide(net: Network, scale: float, null_context: Tensor | int) -> Network:

@@ -1,10 +1,12 @@
 """The beta schedules, float64."""
 
 import math
-from collections.abc import Callable
+from typing import get_args
 
 import torch
 from torch import Tensor
+
+from ddpm.config import BetaSchedule
 
 
 def betas(name: str, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -12,33 +14,24 @@ def betas(name: str, timesteps: int, beta_start: float = 1e-4, beta_end: float =
 
     jsd and cosine ignore the end points; const uses beta_end alone. jsd ends at beta = 1, so alpha_bar_T = 0.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"unknown beta schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](timesteps, beta_start, beta_end)
+    match name:
+        case "linear":
+            return _line(beta_start, beta_end, timesteps)
+        case "quad":
+            return _line(beta_start**0.5, beta_end**0.5, timesteps) ** 2
+        case "const":
+            return _line(beta_end, beta_end, timesteps)
+        case "warmup10" | "warmup50":
+            warm = timesteps // (10 if name == "warmup10" else 2)
+            return torch.cat([_line(beta_start, beta_end, warm), _line(beta_end, beta_end, timesteps - warm)])
+        case "jsd":
+            return 1 / _line(timesteps, 1, timesteps)
+        case "cosine":  # Nichol and Dhariwal 2021, Eq. 17, with beta capped at 0.999
+            u = _line(0, 1, timesteps + 1)
+            alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise ValueError(f"unknown beta schedule {name!r}: choose one of {', '.join(get_args(BetaSchedule))}")
 
 
 def _line(start: float, end: float, steps: int) -> Tensor:
     return torch.linspace(start, end, steps, dtype=torch.float64)
-
-
-def _warmup(timesteps: int, start: float, end: float, fraction: float) -> Tensor:
-    warm = int(timesteps * fraction)
-    return torch.cat([_line(start, end, warm), _line(end, end, timesteps - warm)])
-
-
-def _cosine(timesteps: int) -> Tensor:
-    """Return the schedule of Nichol and Dhariwal 2021, Eq. 17, with beta capped at 0.999."""
-    u = _line(0, 1, timesteps + 1)
-    alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-
-
-SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {
-    "linear": lambda steps, start, end: _line(start, end, steps),
-    "quad": lambda steps, start, end: _line(start**0.5, end**0.5, steps) ** 2,
-    "const": lambda steps, start, end: _line(end, end, steps),
-    "warmup10": lambda steps, start, end: _warmup(steps, start, end, 0.1),
-    "warmup50": lambda steps, start, end: _warmup(steps, start, end, 0.5),
-    "jsd": lambda steps, start, end: 1 / _line(steps, 1, steps),
-    "cosine": lambda steps, start, end: _cosine(steps),
-}

@@ -5,7 +5,6 @@ row of the global batch), so neither the number of workers nor an interruption c
 """
 
 from contextlib import nullcontext
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -170,71 +169,35 @@ def train_step(
     Returns 0-d tensors: loss, so weighted that its mean over workers is the mean over the global batch, and
     grad_norm before clipping.
     """
+    if (diffusion.config.t_sampling == "importance") != (state.t_sampler is not None):
+        raise ValueError("t_sampling=importance needs TrainState(config, net, diffusion.config)")
     net, peers = forward or state.net, peers or Peers()
-    batch = _prepare(state, diffusion, x_0, rows, context, config, seed)
+    x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
+    on_device = rows.to(x_0.device, non_blocking=True)
+    t, weight, eps, flip = draw_batch(
+        seed, state.step, on_device, tuple(x_0.shape[1:]), len(diffusion), config.random_flip, state.t_sampler
+    )
+    x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
+    if context is not None:
+        context = drop_labels(seed, state.step, on_device, context, config.label_dropout)
     scale = peers.world_size / config.batch_size  # the average over workers divides by their number
     ends = sorted({len(rows) * i // config.accumulate for i in range(config.accumulate + 1)})
     found = []
     state.optimizer.zero_grad(set_to_none=True)
-    for start, stop in pairwise(ends):
-        part = batch.part(slice(start, stop))
-        with nullcontext() if stop == len(rows) else peers.no_sync(net):
-            torch.manual_seed(rng.torch_seed(seed, Stream.DROPOUT, state.step, int(rows[start])))
-            loss = _losses(net, diffusion, part, config.precision)
-            ((loss * part.weight).sum() * scale).backward()
+    for part in map(slice, ends, ends[1:]):
+        with nullcontext() if part.stop == len(rows) else peers.no_sync(net):
+            torch.manual_seed(rng.torch_seed(seed, Stream.DROPOUT, state.step, int(rows[part.start])))
+            x_t = diffusion.q_sample(x_0[part], t[part], eps[part])
+            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                output = net(x_t, t[part], None if context is None else context[part])
+            loss = diffusion.training_losses(output, x_0[part], x_t, t[part], eps[part])
+            ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())
     losses, grad_norm = torch.cat(found), _clip(state.net, config.grad_clip)
     if state.t_sampler is not None:
-        _remember(state.t_sampler, batch.t, losses, rows, config.batch_size, peers)
+        _remember(state.t_sampler, t, losses, rows, config.batch_size, peers)
     _update(state, config)
-    return {"loss": (losses * batch.weight).sum() * scale, "grad_norm": grad_norm}
-
-
-class Batch(NamedTuple):
-    """Images as Algorithm 1 takes them, lines 2 to 4, flipped: each with its t, weight, eps and label, if any."""
-
-    x_0: Tensor
-    t: Tensor
-    weight: Tensor
-    eps: Tensor
-    context: Tensor | None
-
-    def part(self, cut: slice) -> "Batch":
-        """Return consecutive images that go through the network together."""
-        context = None if self.context is None else self.context[cut]
-        return Batch(self.x_0[cut], self.t[cut], self.weight[cut], self.eps[cut], context)
-
-
-def _prepare(
-    state: TrainState,
-    diffusion: Diffusion,
-    x_0: Tensor,
-    rows: Tensor,
-    context: Tensor | None,
-    config: TrainConfig,
-    seed: int,
-) -> Batch:
-    """Make the draws, flip the images, drop labels."""
-    if (diffusion.config.t_sampling == "importance") != (state.t_sampler is not None):
-        raise ValueError("t_sampling=importance needs TrainState(config, net, diffusion.config)")
-    rows, shape = rows.to(x_0.device, non_blocking=True), tuple(x_0.shape[1:])
-    t, weight, eps, flip = draw_batch(
-        seed, state.step, rows, shape, len(diffusion), config.random_flip, state.t_sampler
-    )
-    x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
-    x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
-    if context is not None:
-        context = drop_labels(seed, state.step, rows, context, config.label_dropout)
-    return Batch(x_0, t, weight, eps, context)
-
-
-def _losses(net: nn.Module, diffusion: Diffusion, batch: Batch, precision: str) -> Tensor:
-    """Return the loss of each image (N,): Algorithm 1, line 5. bf16 is inside the network only."""
-    x_0, t, _, eps, context = batch
-    x_t = diffusion.q_sample(x_0, t, eps)
-    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        output = net(x_t, t, context)
-    return diffusion.training_losses(output, x_0, x_t, t, eps)
+    return {"loss": (losses * weight).sum() * scale, "grad_norm": grad_norm}
 
 
 def _remember(

@@ -24,7 +24,9 @@ LARGE_IMAGE = 16  # ... in bf16 with its smaller tiles for larger images only, a
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
     """norm(x), or silu(norm(x)) with swish; x (N, C, H, W)."""
-    if not _is_bf16_on_cpu(x) or not _is_slow(norm, x):
+    narrow = norm.num_channels // norm.num_groups < NARROW_GROUP
+    is_slow = narrow and (torch.is_grad_enabled() or x.shape[2] * x.shape[3] < WIDE_IMAGE)
+    if not _is_bf16_on_cpu(x) or not is_slow:
         return F.silu(norm(x)) if swish else norm(x)
     return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, swish)
 
@@ -44,7 +46,9 @@ def pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
 def conv3x3(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """layer(x); layer: 3x3, stride 1, padding 1, with bias. In fewer multiplications where that is faster."""
     basis = _basis(layer, x)
-    return layer(x) if basis is None else winograd.conv3x3(x, layer.weight, layer.bias, basis)
+    if basis is None or layer.bias is None:
+        return layer(x)
+    return winograd.conv3x3(x, layer.weight, layer.bias, basis)
 
 
 def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
@@ -71,16 +75,11 @@ def _basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
     count, _, height, width = x.shape
     if min(layer.weight.shape[:2]) < WIDE_CONV or count * height * width < MANY_PIXELS:
         return None
-    if x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        return winograd.basis_for(x)
-    if x.dtype == torch.bfloat16 and height >= LARGE_IMAGE and not torch.cpu._is_amx_tile_supported():
-        return winograd.basis_for(x)
-    return None
-
-
-def _is_slow(norm: nn.GroupNorm, x: Tensor) -> bool:
-    narrow = norm.num_channels // norm.num_groups < NARROW_GROUP
-    return narrow and (torch.is_grad_enabled() or x.shape[2] * x.shape[3] < WIDE_IMAGE)
+    if x.dtype == torch.bfloat16:
+        pays = height >= LARGE_IMAGE and not torch.cpu._is_amx_tile_supported()
+    else:
+        pays = not torch.is_autocast_enabled("cpu")
+    return winograd.basis_for(x) if pays else None
 
 
 class _Saved(torch.autograd.function.FunctionCtx):

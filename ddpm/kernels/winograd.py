@@ -66,10 +66,10 @@ def basis_for(x: Tensor) -> Basis | None:
     return basis if basis and not (x.shape[2] % basis.m or x.shape[3] % basis.m) else None
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Tensor:
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
     """F.conv2d(x, weight, bias, padding=1), up to rounding, as x's type; sides are multiples of basis.m.
 
-    x: float32 or bf16 (N, C, H, W); weight: float32 (K, C, 3, 3); bias: float32 (K,), or None. Differentiable once.
+    x: float32 or bf16 (N, C, H, W); weight: float32 (K, C, 3, 3); bias: float32 (K,). Differentiable once.
     Returns (N, K, H, W) in channels_last.
     """
     return _Conv3x3.apply(x, weight, bias, basis)
@@ -78,14 +78,13 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Ten
 class _Saved(torch.autograd.function.FunctionCtx):
     basis: Basis
     saved_tensors: tuple[Tensor, Tensor]
-    needs_input_grad: tuple[bool, bool, bool, bool]
 
 
 class _Conv3x3(torch.autograd.Function):
     """Keeps x only: its tiles, several times as large, are made again on the way back."""
 
     @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis) -> Tensor:
+    def forward(ctx: _Saved, x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.basis = basis
         kernel = _weight_tiles(weight, basis, x.dtype)
@@ -94,15 +93,9 @@ class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Saved, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
-        d_x = d_weight = d_bias = None
-        if wants_x:
-            d_x = _convolve(d_y, _weight_tiles(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
-        if wants_weight:
-            d_weight = _weight_gradient(x, d_y, ctx.basis)
-        if wants_bias:
-            d_bias = d_y.sum((0, 2, 3), dtype=torch.float32)
-        return d_x, d_weight, d_bias, None
+        d_x = _convolve(d_y, _weight_tiles(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
+        d_bias = d_y.sum((0, 2, 3), dtype=torch.float32)
+        return d_x, _weight_gradient(x, d_y, ctx.basis), d_bias, None
 
 
 def _convolve(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = None) -> Tensor:
@@ -144,24 +137,26 @@ def _chunks(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def _input_tiles(x: Tensor, basis: Basis) -> Tensor:
     """B^T x B of each tile: (N, H, W, C) -> (n, n, N, H/m, W/m, C), tile places first."""
-    (count, height, width, channels), (m, n) = x.shape, (basis.m, basis.n)
+    count, height, width, channels = x.shape
     padded = x.new_zeros(count, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1] = x
-    columns = x.new_empty(n, count, height + 2, width // m, channels)
-    _combine(basis.inputs, [padded[:, :, j : j + width - m + 1 : m] for j in range(n)], columns)
-    tiles = x.new_empty(n, n, count, height // m, width // m, channels)
-    _combine(basis.inputs, [columns[:, :, i : i + height - m + 1 : m] for i in range(n)], tiles)
-    return tiles
+    return _transform_tiles(basis.inputs, padded, basis.m)
 
 
 def _output_tiles(y: Tensor, basis: Basis) -> Tensor:
     """A y A^T of each tile: (N, H, W, K) -> (n, n, N, H/m, W/m, K), the adjoint of the output transform."""
-    (count, height, width, channels), (m, n) = y.shape, (basis.m, basis.n)
-    adjoint = tuple(zip(*basis.outputs, strict=True))
-    columns = y.new_empty(n, count, height, width // m, channels)
-    _combine(adjoint, [y[:, :, j::m] for j in range(m)], columns)
-    tiles = y.new_empty(n, n, count, height // m, width // m, channels)
-    _combine(adjoint, [columns[:, :, i::m] for i in range(m)], tiles)
+    return _transform_tiles(tuple(zip(*basis.outputs, strict=True)), y, basis.m)
+
+
+def _transform_tiles(matrix: Matrix, x: Tensor, m: int) -> Tensor:
+    """M x M^T of each tile of x (N, H, W, C), the tiles m apart and as wide as the matrix (n, width)."""
+    n, (count, height, width, channels) = len(matrix), x.shape
+    starts = range(len(matrix[0]))
+    down, across = ((side - len(starts)) // m + 1 for side in (height, width))
+    columns = x.new_empty(n, count, height, across, channels)
+    _combine(matrix, [x[:, :, j : j + m * across : m] for j in starts], columns)
+    tiles = x.new_empty(n, n, count, down, across, channels)
+    _combine(matrix, [columns[:, :, i : i + m * down : m] for i in starts], tiles)
     return tiles
 
 

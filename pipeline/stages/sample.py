@@ -14,7 +14,7 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
-from ddpm.sampler import few_steps_warning, sample
+from ddpm.sampler import sample, warn_of_few_steps
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import Experiment, checkpoint_step, to_yaml, weights_kind
 from pipeline.drawing.grids import save_grid
@@ -99,7 +99,7 @@ class SampleStage(Stage):
         config, made_by = place.experiment.sample, _identity(place.experiment)
         if config.sampler == "ancestral":
             diffusion = Diffusion(place.experiment.diffusion)
-            if warning := few_steps_warning(diffusion, config.steps, config.variance):
+            if warning := warn_of_few_steps(diffusion, config.steps, config.variance):
                 log.warning("sample: %s", warning)
         shards = plan(place)
         yield [

@@ -211,13 +211,6 @@ def test_context_reaches_the_network():
     assert torch.equal(same, plain[0]) and not torch.equal(other, plain[1])
 
 
-def test_progressive_keeps_the_last_step_of_each_group():
-    chain = ancestral(Diffusion(), net, randn(*SHAPE), noise)
-    assert [step.t for step in sampler.progressive(chain, 50)] == list(range(950, -1, -50))
-    short = ancestral(Diffusion(SMALL), net, randn(*SHAPE), noise, timesteps=[1, 4, 6, 9, 13])
-    assert [step.t for step in sampler.progressive(short, 5)] == [13, 6, 1]
-
-
 def test_interpolation_at_0_and_1_is_the_plain_chain():
     diffusion = Diffusion(SMALL)
     x_a, x_b, eps = (randn(*SHAPE, seed=s) for s in range(3))
@@ -254,7 +247,7 @@ def test_interpolation_refuses_what_lies_outside(weight, steps, message):
 @pytest.mark.parametrize("steps", [20, 12, 1])
 def test_a_shared_latent_finished_with_the_same_noise_is_the_plain_chain(steps):
     diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
-    latent = sampler.shared_latent(diffusion, net, x_T, noise, steps)
+    latent = sampler.draw_shared_latent(diffusion, net, x_T, noise, steps)
     finished = end(ancestral(diffusion, net, latent, noise, timesteps=range(steps)))
     assert torch.equal(finished, end(ancestral(diffusion, net, x_T, noise)))
     assert (steps == 20) == torch.equal(latent, x_T)
@@ -262,10 +255,10 @@ def test_a_shared_latent_finished_with_the_same_noise_is_the_plain_chain(steps):
 
 def test_few_steps_with_fixedlarge_are_warned_of():
     diffusion = Diffusion()
-    assert "FID" in sampler.few_steps_warning(diffusion, 10)
-    assert sampler.few_steps_warning(diffusion, None) is None
-    assert sampler.few_steps_warning(diffusion, 1000) is None
-    assert sampler.few_steps_warning(diffusion, 10, "fixedsmall") is None
+    assert "FID" in sampler.warn_of_few_steps(diffusion, 10)
+    assert sampler.warn_of_few_steps(diffusion, None) is None
+    assert sampler.warn_of_few_steps(diffusion, 1000) is None
+    assert sampler.warn_of_few_steps(diffusion, 10, "fixedsmall") is None
 
 
 def test_guidance_extrapolates_from_no_context_to_the_chosen_one():
@@ -287,4 +280,4 @@ def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="unknown sampler 'euler'"):
         sampler.sample(Diffusion(SMALL), net, index=torch.arange(1), shape=(1, 2, 2), seed=0, sampler="euler")
     with pytest.raises(ValueError, match="eta"):
-        ddim(Diffusion(SMALL), net, randn(*SHAPE), noise, eta=1.5)
+        next(ddim(Diffusion(SMALL), net, randn(*SHAPE), noise, eta=1.5))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.config import Variance
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, normal
-from ddpm.sampler import ancestral, interpolate, reverse, shared_latent
+from ddpm.sampler import ancestral, draw_shared_latent, interpolate, reverse
 from pipeline.compute.work import Kind, Unit, WorkerContext, split_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
@@ -217,7 +217,7 @@ def share_latents(ctx: WorkerContext, place: Place, n: int, steps: int) -> tuple
     )
     draw = partial(normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
-    x_t = shared_latent(
+    x_t = draw_shared_latent(
         chain, net, draw(Stream.X_T, 0, index), lambda t: draw(Stream.REVERSE, t, index), steps,
         variance=variance, context=choose_labels(experiment, index),
     )  # fmt: skip
