@@ -27,17 +27,14 @@ def duration(seconds: float) -> str:
     """Write seconds as '1 h 05 min', '3 min 20 s', '4.2 s'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = int(seconds // 60)
-    if minutes < 60:
-        return f"{minutes} min {int(seconds % 60):02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def format_rate(rate: float) -> str:
     """Write units per second as '23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
-    number, unit = next(
-        ((rate * n, u) for n, u in ((1, "s"), (60, "min")) if rate * n >= 1), (rate * 3600, "h")
-    )
+    unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if rate * pair[1] >= 1), ("h", 3600))
+    number = rate * seconds
     return f"{number:,.0f}/{unit}" if number >= 100 else f"{number:.3g}/{unit}"
 
 

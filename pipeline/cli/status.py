@@ -11,8 +11,9 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline import config
-from pipeline.config import ClusterConfig, Experiment
+from pipeline.config import ClusterConfig
 from pipeline.console import format_table
+from pipeline.engine.find import explain_old_run, prepare_storage_root
 from pipeline.errors import PipelineError
 from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.store.files import read_json
@@ -25,7 +26,7 @@ from pipeline.store.run import (
     find_selections,
 )
 
-PACKAGES = (
+PACKAGES = [
     "torch",
     "torchvision",
     "ray",
@@ -34,7 +35,7 @@ PACKAGES = (
     "torch-fidelity",
     "omegaconf",
     "safetensors",
-)
+]
 
 
 def format_status(root: Path) -> str:
@@ -44,11 +45,13 @@ def format_status(root: Path) -> str:
         return f"no runs in {root} yet; `ddpm run` makes one"
     runs, problems = [], []
     for path in found:
-        experiment = _read_experiment(path)
-        if isinstance(experiment, str):
-            problems.append(experiment)
-        else:
-            runs.append(_describe_run(path, experiment))
+        try:
+            if old := explain_old_run(path):
+                problems.append(old)
+            else:
+                runs.append(_describe_run(path))
+        except PipelineError as error:
+            problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
     columns = ("run", "data", "step", "samples", "scores", "report")
     tables = [*([format_table(columns, runs, str(root))] if runs else []), *problems]
     if sweeps := [_describe_sweep(path) for path in find_leaderboards(root)]:
@@ -70,19 +73,10 @@ def _describe_sweep(leaderboard: Path) -> list[str]:
     ]
 
 
-def _read_experiment(path: Path) -> Experiment | str:
-    """Read what a run directory is of, or say why it cannot be read."""
-    from pipeline.engine.find import explain_old_run
-
-    try:
-        return explain_old_run(path) or config.load_experiment(str(path / EXPERIMENT), [])
-    except PipelineError as error:
-        return f"{path.name}: {EXPERIMENT} cannot be read: {str(error).splitlines()[0]}"
-
-
-def _describe_run(path: Path, experiment: Experiment) -> list[str]:
+def _describe_run(path: Path) -> list[str]:
     from pipeline.store.checkpoint import steps_on_disk
 
+    experiment = config.load_experiment(str(path / EXPERIMENT), [])
     steps = steps_on_disk(path / "train")
     choices = [read_json(file) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for choice in choices for score in choice["scores"]}
@@ -137,14 +131,13 @@ def _list_packages() -> Iterator[tuple[str, str]]:
 
 def _list_stores(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     from pipeline import tracking
-    from pipeline.engine import find
     from pipeline.scores import inception
 
     weights = inception.download_path()
     absent = f"not at {weights}; fetched when first needed, or name a file in evaluate.extractor_weights"
     yield "Inception weights", str(weights) if weights.exists() else absent
     try:
-        root = find.prepare_storage_root(cluster)
+        root = prepare_storage_root(cluster)
     except PipelineError as error:
         yield "storage", f"PROBLEM: {error}"
         return

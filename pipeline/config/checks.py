@@ -10,6 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
+from inspect import signature
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -100,9 +101,8 @@ def _compile(types: tuple[tuple[str, Any], ...], optional: frozenset[str], compl
 def _strict(kind: Any, complete: bool) -> Any:
     """Write the type of a field as pydantic knows it."""
     if is_section(kind):
-        optional = (
-            [] if complete else [field.name for field in dataclasses.fields(kind) if not _is_needed(field)]
-        )
+        given = signature(kind).parameters.values()
+        optional = [] if complete else [one.name for one in given if one.default is not one.empty]
 
         def build(found: BaseModel) -> Any:
             return kind(**{name: getattr(found, name) for name in found.model_fields_set})
@@ -111,8 +111,7 @@ def _strict(kind: Any, complete: bool) -> Any:
         return Annotated[model, AfterValidator(build)]
     if get_origin(kind) is Annotated:
         inner, limits = get_args(kind)
-        given = {name: limit for name, limit in dataclasses.asdict(limits).items() if limit is not None}
-        return Annotated[_strict(inner, complete), Field(**given)]
+        return Annotated[_strict(inner, complete), Field(**dataclasses.asdict(limits))]
     if get_origin(kind) is tuple:
         item: Any = _strict(get_args(kind)[0], complete)
         return Annotated[tuple[item, ...], BeforeValidator(_as_tuple)]
@@ -125,10 +124,6 @@ def is_section(kind: Any) -> bool:
 
 def _as_tuple(value: object) -> tuple[object, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _is_needed(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _as_text(value: object) -> object:

@@ -51,7 +51,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    near = _base_beside(path, base)
+    near = path.parent / f"{base}.yaml"
     below = read_file(near if near.is_file() else find(base), (*seen, path.resolve()))
     below.pop("name", None)  # a name belongs to the file that says it
     return _merge(below, tree)
@@ -71,16 +71,10 @@ def _plain(tree: DictConfig) -> Tree:
     return cast(Tree, OmegaConf.to_container(tree, resolve=False))
 
 
-def _base_beside(path: Path, base: str) -> Path:
-    """Return where a base is looked for first."""
-    return path.parent / f"{base}.yaml"
-
-
 def files(path: Path) -> list[Path]:
     """Return a yaml file and those of its bases that lie in its folder: what reading it needs, but for named ones."""
-    base = _read_yaml(path).get("base")
-    near = _base_beside(path, str(base))
-    return [path, *(files(near) if base and near.is_file() else [])]
+    near = path.parent / f"{_read_yaml(path).get('base')}.yaml"
+    return [path, *(files(near) if near.is_file() else [])]
 
 
 def _merge(base: Tree, tree: Tree) -> Tree:

@@ -65,9 +65,9 @@ class TrainStageConfig(TrainConfig):
     compile: bool
     deterministic: bool
     checkpoint_every: Count
-    sample_every: Annotated[int, Range(ge=0)]
+    sample_every: FromZero
     keep: Count
-    keep_every: Annotated[int | None, Range(ge=1)]
+    keep_every: CountOrNull
     log_every: Count
 
     def problems(self) -> Problems:
@@ -169,15 +169,8 @@ class EvaluateConfig:
             hint = suggestion(self.reference, SPLITS)
             yield "reference", f"is '{self.reference}'{hint}; use train, test or the path of an .npz"
         elif self.reference_file and needs_images:
-            need = f"{' and '.join(needs_images)} need images: use train or test"
-            yield "reference", f"names statistics, and {need}"
-
-    def missing(self) -> Iterator[Problem]:
-        """Find the named files that are not on this machine: no fault of the values."""
-        if self.extractor_weights is not None and not Path(self.extractor_weights).is_file():
-            yield "extractor_weights", f"'{self.extractor_weights}' is not a file; see `ddpm doctor`"
-        if self.reference_file is not None and not self.reference_file.is_file():
-            yield "reference", f"'{self.reference}' is not a file"
+            metrics = " and ".join(needs_images)
+            yield "reference", f"names statistics, and {metrics} need images: use train or test"
 
 
 @dataclass(frozen=True)
@@ -236,15 +229,25 @@ class Experiment:
             limit = f"diffusion.timesteps={self.diffusion.timesteps}"
             yield "sample.steps", f"is {self.sample.steps}, more than {limit}"
         if self.evaluate.features == "classifier" and not self.data.labels:
-            fault = "is classifier, which needs labels; use projection for unlabelled images"
-            yield "evaluate.features", fault
+            yield (
+                "evaluate.features",
+                "is classifier, which needs labels; for images without any use projection",
+            )
         yield from self._label_problems()
         yield from self._checkpoint_problems()
 
     def missing(self) -> list[str]:
         """Find the files that the values name and that are not on this machine, a line each. Scores made with them
         stay readable; no key that hashes them can be told."""
-        return [f"evaluate.{key} {fault}" for key, fault in self.evaluate.missing()]
+        files = {
+            "extractor_weights": self.evaluate.extractor_weights,
+            "reference": self.evaluate.reference_file,
+        }
+        return [
+            f"evaluate.{key} '{file}' is not a file; see `ddpm doctor`"
+            for key, file in files.items()
+            if file is not None and not Path(file).is_file()
+        ]
 
     @property
     def takes_labels(self) -> bool:
@@ -269,8 +272,10 @@ class Experiment:
         if sample.checkpoint == "best" and not evaluate.checkpoints:
             yield "sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N"
         if self.published.weights and evaluate.checkpoints:
-            fault = "is for networks that are trained here; published weights are one set"
-            yield "evaluate.checkpoints", fault
+            yield (
+                "evaluate.checkpoints",
+                "is for networks that are trained here; published weights are one set",
+            )
         interval = evaluate.checkpoint_interval
         if interval and (interval % train.checkpoint_every or interval > train.steps):
             limit = f"train.checkpoint_every={train.checkpoint_every}, up to train.steps={train.steps}"
@@ -292,8 +297,10 @@ class Experiment:
             last = f"data.labels={self.data.labels}, so classes are 0 to {self.data.labels - 1}"
             yield "sample.label", f"is {label}; {last}"
         if scale != 1 and (label is None or self.train.label_dropout == 0):
-            need = "needs a sample.label, and a network trained with train.label_dropout"
-            yield "sample.guidance_scale", need
+            yield (
+                "sample.guidance_scale",
+                "needs a sample.label, and a network trained with train.label_dropout",
+            )
 
 
 @dataclass(frozen=True)
