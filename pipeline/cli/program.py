@@ -195,19 +195,19 @@ Code and configurations travel, data never. `ddpm jobs` shows what became of it.
 
 def declare_commands() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     """Make the parser of the program, and those of its commands by name."""
-    shared: Any = {"formatter_class": RawDescriptionHelpFormatter, "allow_abbrev": False}
     text = "Denoising Diffusion Probabilistic Models, end to end."
     hint = f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each."
-    program = ArgumentParser(prog="ddpm", description=text, epilog=hint, **shared)
+    program = ArgumentParser(prog="ddpm", description=text, epilog=hint)
     program.add_argument("--version", action="store_true", help="say which version this is")
     parsers = program.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in COMMANDS:
-        parser = parsers.add_parser(
-            command.name, help=command.text, description=command.text, epilog=command.examples, **shared
-        )
+        text = command.text
+        parser = parsers.add_parser(command.name, help=text, description=text, epilog=command.examples)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         for names, settings in command.takes:
             parser.add_argument(*names, **settings)
+    for parser in (program, *parsers.choices.values()):
+        parser.formatter_class, parser.allow_abbrev = RawDescriptionHelpFormatter, False
     return program, parsers.choices
 
 

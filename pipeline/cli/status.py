@@ -26,16 +26,9 @@ from pipeline.store.run import (
     find_selections,
 )
 
-PACKAGES = [
-    "torch",
-    "torchvision",
-    "ray",
-    "mlflow",
-    "webdataset",
-    "torch-fidelity",
-    "omegaconf",
-    "safetensors",
-]
+PACKAGES = (
+    "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "safetensors",
+)  # fmt: skip
 
 
 def format_status(root: Path) -> str:

@@ -52,6 +52,14 @@ def field_types(cls: type) -> Types:
     }
 
 
+def flatten(tree: Tree, prefix: str = "") -> Tree:
+    """Return nested sections as dotted keys."""
+    flat: Tree = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def takes_text(kind: Any) -> bool:
     """Whether a key of this type holds a text."""
     return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
@@ -76,11 +84,9 @@ def check_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree,
 
 def check_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Faults:
     """Find the names in a tree that are not among those known for their (dotted) key."""
-    faults = {}
+    faults, values = {}, flatten(tree)
     for key, names in known.items():
-        section, _, name = key.partition(".")
-        inside = tree.get(section)
-        value = inside.get(name) if isinstance(inside, dict) else None
+        value = values.get(key)
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and word not in names:
                 verb = "has" if isinstance(value, list) else "is"

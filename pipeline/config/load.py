@@ -68,28 +68,29 @@ def _check_experiment(name: str, overrides: list[str], known: Names | None) -> t
 def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     """Return what the file says with the overrides, and what each key may hold."""
     path = find(name)
-    tree = override({"name": path.stem, **read_file(path)}, overrides)
+    known = field_types(Experiment)
+    tree = override({"name": path.stem, **read_file(path)}, _quote_texts(overrides, known))
     add_neutral_values(tree)
     model = tree.get("model")
     network = NETWORKS.get(str(model.get("name", "unet") if isinstance(model, dict) else "unet"))
-    types = {**field_types(Experiment), "model": network.config if network else Tree}
-    _take_texts(tree, overrides, types)
-    return tree, types
+    return tree, {**known, "model": network.config if network else Tree}
 
 
-def _take_texts(tree: Tree, overrides: list[str], types: Types) -> None:
-    """Give each key that holds a text what was typed, unless that is in quotes: in a path, 007 is no number."""
+def _quote_texts(overrides: list[str], types: Types) -> list[str]:
+    """Quote the values of the keys that hold a text, unless they are: in a path, 007 is no number."""
+    words = []
     for word in overrides:
         key, _, text = word.partition("=")
         section, _, name = key.rpartition(".")
-        if not section:
-            inside, known = tree, types
-        elif is_section(types.get(section)):
-            inside, known = tree.get(section, {}), field_types(types[section])
-        else:
-            continue
-        if isinstance(inside, dict) and takes_text(known.get(name)) and inside.get(name) is not None:
-            inside[name] = inside[name] if text[0] in "\"'" else text
+        kind = types.get(section, str)
+        known = types if not section else field_types(kind) if is_section(kind) else {}
+        plain = text in ("", "null") or text[0] in "\"'"
+        words.append(
+            word
+            if plain or not takes_text(known.get(name))
+            else f"{key}={json.dumps(text, ensure_ascii=False)}"
+        )
+    return words
 
 
 def _lines(faults: Faults) -> list[str]:
@@ -122,10 +123,9 @@ def relative_paths(name: str, overrides: list[str]) -> list[str]:
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """Read a file of conf/cluster/, override, check; `overrides` without their `cluster.`."""
-    tree = {"cluster": override(read_file(find(name, "cluster")), overrides)}
-    types = {"cluster": ClusterConfig}
-    _take_texts(tree, [f"cluster.{word}" for word in overrides], types)
-    values, faults = check_values(types, tree)
+    typed = _quote_texts(overrides, field_types(ClusterConfig))
+    tree = {"cluster": override(read_file(find(name, "cluster")), typed)}
+    values, faults = check_values({"cluster": ClusterConfig}, tree)
     if lines := _lines(faults) or [f"cluster.{key} {fault}" for key, fault in values["cluster"].problems()]:
         raise ConfigError(lines)
     return values["cluster"]
@@ -135,14 +135,6 @@ def to_dict(section: DataclassInstance) -> Tree:
     """Return a dataclass as plain containers, tuples as lists."""
     tree = json.loads(json.dumps(dataclasses.asdict(section)))
     return {key: value for key, value in tree.items() if key in field_types(type(section))}
-
-
-def flatten(tree: Tree, prefix: str = "") -> Tree:
-    """Return nested sections as dotted keys."""
-    flat: Tree = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def to_yaml(section: DataclassInstance, **more: object) -> str:

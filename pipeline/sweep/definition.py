@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from ddpm.config import Count, Problems, Range
-from pipeline.config.checks import Faults, Tree, check_names, check_values
+from pipeline.config.checks import Faults, Tree, check_names, check_values, flatten
 from pipeline.config.files import find, override, read_file
-from pipeline.config.load import flatten
 from pipeline.config.sections import FILE_NAME, CountOrNull
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import METRICS, Metric
