@@ -84,7 +84,7 @@ def _quote_texts(overrides: list[str], types: Types) -> list[str]:
         section, _, name = key.rpartition(".")
         kind = types.get(section, str)
         known = types if not section else field_types(kind) if is_section(kind) else {}
-        plain = text in ("", "null") or text[0] in "\"'"
+        plain = text.lower() in ("", "null", "~") or text[0] in "\"'"
         words.append(
             word
             if plain or not takes_text(known.get(name))
