@@ -9,7 +9,6 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import Protocol
 
@@ -40,8 +39,7 @@ class Dataset(Protocol):
 def open_dataset(directory: Path, split: str, ctx: WorkerContext) -> Dataset:
     """Open a split: in memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
     index = tars.open_index(directory)
-    pixels = index.count(split) * prod((index.facts["channels"], *2 * (index.facts["image_size"],)))
-    if pixels <= ctx.image_memory:
+    if index.count(split) * index.facts["channels"] * index.facts["image_size"] ** 2 <= ctx.image_memory:
         return InMemory(*tars.load_images(directory, split), ctx.device)
     return InTars(index, split, ctx)
 

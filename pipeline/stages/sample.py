@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import tars
 from pipeline.store.chain import choose_labels, load_guided
-from pipeline.store.files import write_text
+from pipeline.store.files import read_manifest, write_text
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard, ShardFacts
 
@@ -86,11 +86,11 @@ class SampleStage(Stage):
     def is_done(self, place: Place) -> bool:
         """Tell whether at least as many samples as asked for are on disk, and sealed."""
         try:
-            index = tars.find_index(place.samples)
+            manifest = read_manifest(place.samples)
         except PipelineError as error:
             log.warning("%s; its samples are drawn again", error)
             return False
-        if index is None or index.count(SPLIT) < place.experiment.sample.num_images:
+        if manifest is None or manifest["splits"][SPLIT]["count"] < place.experiment.sample.num_images:
             return False
         return place.samples_grid.exists() and place.samples_yaml.exists()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from pipeline.store import checkpoint, diffusers_layout
 from pipeline.store.files import remove_leftovers
 from pipeline.store.log import Heartbeat, LogWriter
 from pipeline.store.run import Place
+from pipeline.store.tensors import Tensors
 
 GRID_SIDE = 8
 GRID_STEPS = 50  # DDIM steps of the grids on the way: a glance, not a score
@@ -40,9 +42,7 @@ class TrainStage(GroupStage):
     name = "train"
 
     def needs(self, experiment: Experiment) -> tuple[str, ...]:
-        return (
-            () if experiment.published.weights else ("shard",)
-        )  # nothing is trained, so no images are needed
+        return () if experiment.published.weights else ("shard",)  # published ones need no images
 
     def is_done(self, place: Place) -> bool:
         return checkpoint.is_whole(place.step_folder(place.experiment.train.steps))
@@ -57,9 +57,8 @@ class TrainStage(GroupStage):
 
     def count_steps(self, place: Place) -> tuple[int, int]:
         steps = place.experiment.train.steps
-        return max(
-            [step for step in checkpoint.steps_on_disk(place.train) if step <= steps], default=0
-        ), steps
+        there = [step for step in checkpoint.steps_on_disk(place.train) if step <= steps]
+        return max(there, default=0), steps
 
     def body(self, ctx: WorkerContext, place: Place) -> None:
         body(ctx, place)
@@ -112,29 +111,33 @@ class _Window:
         self.start, self.began, self.time = step, step, time.perf_counter()
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)
 
-    def add(self, metrics: dict[str, torch.Tensor]) -> None:
+    def add(self, metrics: Tensors) -> None:
         self.sums += torch.stack((metrics["loss"], metrics["grad_norm"]))
 
     def means(self, ctx: WorkerContext, step: int) -> tuple[float, float]:
-        """Loss over the global batch and gradient norm, averaged over the window's steps."""
+        """Return loss over the global batch and gradient norm, averaged over the window's steps. Raises PipelineError
+        where training has diverged."""
         loss, grad_norm = (ctx.total(self.sums) / ctx.world_size / (step - self.start)).tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise PipelineError(
+                f"the training loss became {loss} (gradient norm {grad_norm}) between steps {self.start} and {step}; "
+                "the checkpoints before it are kept: lower train.lr, or use train.precision=fp32"
+            )
         return loss, grad_norm
 
-    def steps_per_second(self, step: int) -> float:
-        """Of this process: those before it was stopped are not its own."""
-        return (step - self.began) / (time.perf_counter() - self.time)
-
-    def tensors(self, ctx: WorkerContext) -> dict[str, torch.Tensor]:
-        """The sums of all ranks, for a checkpoint between two points."""
+    def tensors(self, ctx: WorkerContext, step: int) -> Tensors:
+        """Return the sums of all ranks, which a checkpoint between two points holds beside the state."""
+        if self.start == step:
+            return {}
+        self.means(ctx, step)  # a state that has diverged is not kept
         sums = self.sums.new_zeros(ctx.world_size, 2)
         sums[ctx.rank] = self.sums
         return {"window.sums": ctx.total(sums), "window.start": torch.tensor(self.start)}
 
-    def load_tensors(self, ctx: WorkerContext, tensors: dict[str, torch.Tensor]) -> None:
-        """Each rank its own, bit for bit; where their number has changed, their sum in equal parts."""
+    def load_tensors(self, ctx: WorkerContext, tensors: Tensors) -> None:
+        """Take each rank's own, bit for bit; where their number has changed, their sum in equal parts."""
         sums = tensors["window.sums"]
-        mine = sums[ctx.rank] if len(sums) == ctx.world_size else sums.mean(dim=0)
-        self.sums.copy_(mine)
+        self.sums.copy_(sums[ctx.rank] if len(sums) == ctx.world_size else sums.mean(dim=0))
         self.start = int(tensors["window.start"])
 
 
@@ -144,7 +147,10 @@ class _Saves:
 
     def __init__(self, ctx: WorkerContext, place: Place):
         self.ctx, self.place = ctx, place
-        self.writer = checkpoint.Writer()
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
+        self.state: Tensors = {}
+        self.ema: Tensors = {}
         self.step: int | None = None
 
     def __enter__(self) -> _Saves:
@@ -153,26 +159,29 @@ class _Saves:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             self.finish()
-        self.writer.close()
+        self.thread.shutdown()
 
-    def begin(self, state: TrainState, sums: dict[str, torch.Tensor]) -> None:
+    def begin(self, state: TrainState, sums: Tensors) -> None:
         """Take a copy of the state, and of the sums since the last point, and write it while training goes on."""
         self.finish()
         self.step = state.step
         folder = self.place.step_folder(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_whole(folder):
             config = self.place.experiment.train
-            facts = {
-                "run_key": self.place.run_key,
-                **{key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")},
-            }
-            self.writer.start(folder, state.tensors() | sums, state.emas[0].tensors(), state.step, facts)
+            recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
+            facts = {"run_key": self.place.run_key, **recorded}
+            self.state = checkpoint.copy_to_cpu(state.tensors() | sums, self.state)
+            self.ema = checkpoint.copy_to_cpu(state.emas[0].tensors(), self.ema)
+            self.pending = self.thread.submit(
+                checkpoint.write, folder, self.state, self.ema, state.step, facts
+            )
 
     def finish(self) -> None:
         """Wait until the last one is on disk. Raises what writing it raised."""
         if self.step is None:
             return
-        self.writer.finish()
+        if self.pending:
+            self.pending.result()
         if self.ctx.rank == 0:
             checkpoint.drop_old(self.place, self.step)
         self.ctx.report(self.step)
@@ -203,7 +212,7 @@ def body(ctx: WorkerContext, place: Place) -> None:
             if save:
                 saves.begin(state, {})
             elif stop:
-                saves.begin(state, _list_open_sums(ctx, state.step, window))
+                saves.begin(state, window.tensors(ctx, state.step))
             if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
                 _draw_grid(ctx, place, state)
             if stop:
@@ -239,7 +248,7 @@ def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
     return converted
 
 
-def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable[[], dict[str, torch.Tensor]]:
+def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable[[], Tensors]:
     """Return a function that makes one training step."""
     experiment, config = place.experiment, place.experiment.train
     images = open_dataset(place.data, "train", ctx)
@@ -251,7 +260,7 @@ def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable
         forward = cast(nn.Module, torch.compile(forward))
     _settle(forward, images.batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
 
-    def step() -> dict[str, torch.Tensor]:
+    def step() -> Tensors:
         for ahead in range(images.lookahead):
             images.prefetch(order.indices(state.step + ahead, config.batch_size, rows))
         x_0, labels = images.batch(order.indices(state.step, config.batch_size, rows))
@@ -281,35 +290,18 @@ def _stop_requested(ctx: WorkerContext, place: Place, step: int, log_every: int)
     return ctx.decide(place.stop_file.exists())
 
 
-def _finite_means(ctx: WorkerContext, step: int, window: _Window) -> tuple[float, float]:
-    """Loss and gradient norm of the window. Raises PipelineError where training has diverged."""
-    loss, grad_norm = window.means(ctx, step)
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise PipelineError(
-            f"the training loss became {loss} (gradient norm {grad_norm}) between steps {window.start} and {step}; "
-            "the checkpoints before it are kept: lower train.lr, or use train.precision=fp32"
-        )
-    return loss, grad_norm
-
-
-def _list_open_sums(ctx: WorkerContext, step: int, window: _Window) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint between two points holds beside the state."""
-    if window.start == step:
-        return {}
-    _finite_means(ctx, step, window)
-    return window.tensors(ctx)
-
-
 def _log_point(
     ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: LogWriter | None
 ) -> None:
-    loss, grad_norm = _finite_means(ctx, step, window)
+    loss, grad_norm = window.means(ctx, step)
     if log:
+        # Of this process: the steps before it was stopped are not its own.
+        speed = (step - window.began) / (time.perf_counter() - window.time)
         metrics = {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": learning_rate(experiment.train, step - 1),
-            "train/images_per_second": window.steps_per_second(step) * experiment.train.batch_size,
+            "train/images_per_second": speed * experiment.train.batch_size,
         }
         log.write(step, metrics)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm.diffusion import Diffusion, Network
 from ddpm.networks import NO_LABEL
@@ -19,15 +19,11 @@ def build_chain(experiment: Experiment) -> Diffusion:
     return diffusion.respace(spaced_timesteps(len(diffusion), steps)) if steps else diffusion
 
 
-def load_plain(place: Place, device: torch.device, compiled: bool = False) -> nn.Module:
-    """Load the network of the checkpoint that is sampled."""
-    return load_network(place, device, place.experiment.sample.precision, compiled)
-
-
 def load_guided(place: Place, device: torch.device, compiled: bool = False) -> Network:
-    """Load the same with the guidance of sample.guidance_scale."""
-    net, scale = load_plain(place, device, compiled), place.experiment.sample.guidance_scale
-    return guide(net, scale, NO_LABEL) if scale != 1 else net
+    """Load the network of the checkpoint that is sampled, with the guidance of sample.guidance_scale."""
+    config = place.experiment.sample
+    net = load_network(place, device, config.precision, compiled)
+    return guide(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
 
 
 def choose_labels(experiment: Experiment, index: Tensor) -> Tensor | None:

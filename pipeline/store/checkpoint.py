@@ -11,10 +11,9 @@ import logging
 import os
 import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,58 +27,28 @@ from ddpm.networks.layers import InBF16
 from pipeline.config import Experiment, checkpoint_step
 from pipeline.errors import PipelineError
 from pipeline.store.files import atomic_directory, check_file, file_facts, read_json, write_json
-from pipeline.store.run import Place
+from pipeline.store.run import Place, find_scores, find_selections
+from pipeline.store.tensors import Tensors
 
 logger = logging.getLogger(__name__)
 
-Tensors = dict[str, torch.Tensor]
 Facts = dict[str, str | int | bool]
 
 STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 
-def save(directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None) -> None:
-    """Write one step's folder, atomically. Tensors of any device; they are stored as they are. facts: of its meta."""
-    _write(directory, _copied(tensors, {}), _copied(ema, {}), step, facts)
+def save(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
+    """Write one step's folder, atomically. Tensors of any device and layout."""
+    write(directory, copy_to_cpu(tensors, {}), copy_to_cpu(ema, {}), step, {})
 
 
-class Writer:
-    """Writes checkpoints beside whatever changes the tensors meanwhile, one at a time.
-
-    It keeps the memory of its copies: touching new pages costs more than the copying.
-    """
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._state: Tensors = {}
-        self._ema: Tensors = {}
-
-    def start(
-        self, directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None
-    ) -> None:
-        """`save` in the background, of the tensors as they are now."""
-        self.finish()
-        self._state, self._ema = _copied(tensors, self._state), _copied(ema, self._ema)
-        self._pending = self._thread.submit(_write, directory, self._state, self._ema, step, facts)
-
-    def finish(self) -> None:
-        """Wait until what was started is on disk. Raises what writing it raised."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """Let what was started come to its end, for better or worse."""
-        self._thread.shutdown()
-
-
-def _write(directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None) -> None:
+def write(directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts) -> None:
+    """Do the same with tensors that `copy_to_cpu` made, and with more facts in the meta file."""
     with atomic_directory(directory) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)
         files = {name: file_facts(temporary / name) for name in (STATE, EMA)}
-        write_json(temporary / META, {"step": step, "files": files, **(facts or {})})
+        write_json(temporary / META, {"step": step, "files": files, **facts})
 
 
 def _save_file(tensors: Tensors, path: Path) -> None:
@@ -93,8 +62,9 @@ def _save_file(tensors: Tensors, path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def _copied(tensors: Tensors, into: Tensors) -> Tensors:
-    """On the CPU, in the memory of `into` where that fits: safetensors takes neither views nor channels_last."""
+def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
+    """Copy into the memory of `into` where that fits (touching new pages costs more than the copying): safetensors
+    takes neither views nor channels_last."""
     copies = {}
     for name, tensor in tensors.items():
         kept = into.get(name)
@@ -112,20 +82,12 @@ def steps_on_disk(train: Path) -> list[int]:
 
 def verify(directory: Path) -> None:
     """Raise PipelineError unless the folder is a whole checkpoint."""
-    for name, facts in _files(directory).items():
-        check_file(directory / name, facts)
-
-
-def _files(directory: Path) -> dict[str, Any]:
-    """The files of a checkpoint with their facts, as its meta file lists them."""
     meta = directory / META
-    if not meta.exists():
-        raise PipelineError(f"{directory} has no {META}: it is not a whole checkpoint")
-    content = read_json(meta)
-    files = content.get("files") if isinstance(content, dict) else None
-    if not isinstance(files, dict):
-        raise PipelineError(f"{meta} lists no files: it is not a whole checkpoint")
-    return files
+    content = read_json(meta) if meta.exists() else None
+    if not isinstance(content, dict) or "files" not in content:
+        raise PipelineError(f"{meta} is missing or lists no files: {directory} is not a whole checkpoint")
+    for name, facts in content["files"].items():
+        check_file(directory / name, facts)
 
 
 def is_whole(directory: Path) -> bool:
@@ -173,11 +135,9 @@ def drop_old(place: Place, at_most: int) -> None:
 def referred_to(run: Place) -> set[int]:
     """The steps that a sample set, even an unfinished one, a score or a selection was made of."""
     drawn = [next(folder.glob("[!.]*.json"), None) for folder in run.path.glob("samples/*")]
-    scored = run.path.glob("evaluation/*/metrics.json")
-    steps = {read_json(file)["protocol"]["checkpoint"] for file in [*drawn, *scored] if file}
-    for file in run.path.glob("selection/*/selection.json"):
-        steps |= {score["step"] for score in read_json(file)["scores"]}
-    return steps
+    steps = {read_json(file)["protocol"]["checkpoint"] for file in [*drawn, *find_scores(run.path)] if file}
+    chosen = [read_json(file)["scores"] for file in find_selections(run.path)]
+    return steps | {score["step"] for scores in chosen for score in scores}
 
 
 def weights(directory: Path, which: str) -> Tensors:
@@ -191,12 +151,12 @@ def weights(directory: Path, which: str) -> Tensors:
 
 def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """The experiment's network with its first weights."""
-    data = experiment.data
-    out_channels = Diffusion(experiment.diffusion).out_channels(data.channels)
+    data, channels = experiment.data, experiment.data.channels
+    out_channels = Diffusion(experiment.diffusion).out_channels(channels)
     classes = data.labels if experiment.takes_labels else 0
     return accelerate(
         build_network(
-            experiment.model, data.image_size, data.channels, out_channels, experiment.seed, classes, device
+            experiment.model, data.image_size, channels, out_channels, experiment.seed, classes, device
         )
     )
 

@@ -156,14 +156,14 @@ def file_facts(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> dict[str, Any]:
+def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> None:
     """Seal `directory`: the named files with their bytes and sha256, and whatever else `facts` says."""
-    manifest = {"files": {name: file_facts(directory / name) for name in names}, **facts}
-    write_json(directory / MANIFEST, manifest)
-    return manifest
+    write_json(
+        directory / MANIFEST, {"files": {name: file_facts(directory / name) for name in names}, **facts}
+    )
 
 
-def read_manifest(directory: Path, check: Literal["size", "sha256"] | None = "size") -> dict[str, Any] | None:
+def read_manifest(directory: Path, check: Literal["size", "sha256"] = "size") -> dict[str, Any] | None:
     """The manifest of `directory`, or None where it was never sealed.
 
     Raises PipelineError naming the first listed file that is missing or differs.
@@ -172,25 +172,22 @@ def read_manifest(directory: Path, check: Literal["size", "sha256"] | None = "si
     if not path.exists():
         return None
     manifest: dict[str, Any] = read_json(path)
-    if check:
-        for name, facts in manifest["files"].items():
-            check_file(directory / name, facts, check)
+    for name, facts in manifest["files"].items():
+        check_file(directory / name, facts, check)
     return manifest
 
 
 def check_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
     """Raise PipelineError unless `path` is the file that `facts` describes."""
     if not path.exists():
-        raise PipelineError(
-            f"{path} is missing although its manifest lists it; delete {path.parent} to rebuild"
-        )
-    size = path.stat().st_size
-    if size != facts["bytes"]:
-        raise PipelineError(
-            f"{path} has {size} bytes, its manifest says {facts['bytes']}; delete {path.parent} to rebuild"
-        )
-    if check == "sha256" and sha256_of(path) != facts["sha256"]:
-        raise PipelineError(f"{path} does not match its sha256; delete {path.parent} to rebuild")
+        fault = "is missing although its manifest lists it"
+    elif (size := path.stat().st_size) != facts["bytes"]:
+        fault = f"has {size} bytes, its manifest says {facts['bytes']}"
+    elif check == "sha256" and sha256_of(path) != facts["sha256"]:
+        fault = "does not match its sha256"
+    else:
+        return
+    raise PipelineError(f"{path} {fault}; delete {path.parent} to rebuild")
 
 
 @contextmanager

@@ -56,12 +56,11 @@ def list_candidates(place: Place) -> dict[int, Place]:
 
 def write(place: Place) -> None:
     """Choose the candidate of minimum FID, the earliest of equals, and seal the choice. All of them are scored."""
-    metrics = {step: read_json(scored.metrics_json) for step, scored in list_candidates(place).items()}
-    scores: list[CandidateScore] = [
-        {"step": step, "fid": metrics[step]["scores"]["fid"], "evaluation": scored.score_key}
-        for step, scored in list_candidates(place).items()
-    ]
-    protocol = metrics[scores[-1]["step"]]["protocol"]
+    scores: list[CandidateScore] = []
+    for step, scored in list_candidates(place).items():
+        metrics = read_json(scored.metrics_json)
+        scores.append({"step": step, "fid": metrics["scores"]["fid"], "evaluation": scored.score_key})
+    protocol = metrics["protocol"]  # the same for all of them
     content: Selection = {
         "metric": "fid",
         "n": place.experiment.evaluate.checkpoint_images,

@@ -17,7 +17,6 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -33,7 +32,6 @@ from pipeline.store.files import (
     file_facts,
     read_json,
     read_manifest,
-    sha256_of,
     write_json,
 )
 
@@ -147,23 +145,20 @@ def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
             for record in records:
                 if record.key <= last or "." in record.key:
                     raise ValueError(f"key {record.key!r} after {last!r}: keys ascend and hold no dot")
-                tar.write(_members(record))
-                places.append(_place(record, tar.tarstream.offset))
+                labelled, size = record.label is not None, len(record.png)
+                label = {"cls": str(record.label).encode()} if labelled else {}
+                tar.write({"__key__": record.key, "png": record.png, **label})
+                # The PNG is the last member, padded to whole blocks.
+                offset = tar.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                places.append([offset, size, zlib.crc32(record.png), _number(record)])
                 last = record.key
         facts = file_facts(temporary)
     return {"name": path.name, "count": len(places), **facts, "places": places}
 
 
-def _place(record: Record, end: int) -> list[int]:
-    """Of a record that ends at `end` in its tar: the PNG is its last member, padded to whole blocks."""
-    size = len(record.png)
-    offset = end - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return [offset, size, zlib.crc32(record.png), -1 if record.label is None else record.label]
-
-
-def _members(record: Record) -> dict[str, Any]:
-    label = {} if record.label is None else {"cls": str(record.label).encode()}
-    return {"__key__": record.key, "png": record.png, **label}
+def _number(record: Record) -> int:
+    """Return the label as arrays hold it: -1 = none."""
+    return -1 if record.label is None else record.label
 
 
 def read_shard(path: Path, count: int | None = None) -> Iterator[Record]:
@@ -200,9 +195,7 @@ def _require_end(file: io.BufferedReader) -> None:
 # A folder of shards
 
 
-def write_index(
-    directory: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any
-) -> dict[str, Any]:
+def write_index(directory: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any) -> None:
     """Seal a folder: `splits` maps a split to what `write_shard` returned for its shards, in order."""
     shards = [shard for of_split in splits.values() for shard in of_split]
     manifest = {
@@ -214,7 +207,6 @@ def write_index(
         **facts,
     }
     write_json(directory / MANIFEST, manifest)
-    return manifest
 
 
 @dataclass(frozen=True)
@@ -230,11 +222,6 @@ class Index:
 
     def count(self, split: str) -> int:
         return int(self._split(split)["count"])
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of every image."""
-        return self.facts["channels"], self.facts["image_size"], self.facts["image_size"]
 
     def shards(self, split: str, n: int | None = None) -> list[Shard]:
         """List the shards that hold the first n images of a split (None: all), each with the range of its images.
@@ -266,11 +253,6 @@ class Index:
             )
         return np.array(facts["places"], dtype=np.int64).reshape(-1, 4)
 
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of the manifest, which holds the sha256 of every shard."""
-        return sha256_of(self.directory / MANIFEST)
-
     def _split(self, split: str) -> dict[str, Any]:
         if split not in self.facts["splits"]:
             raise PipelineError(
@@ -281,19 +263,12 @@ class Index:
         return found
 
 
-def find_index(directory: Path) -> Index | None:
-    """Read a folder's manifest; None where it was never sealed. Raises PipelineError where a shard is missing or has
-    another size."""
-    manifest = read_manifest(directory, check="size")
-    return None if manifest is None else Index(directory, manifest)
-
-
 def open_index(directory: Path) -> Index:
-    """Do the same for a folder that must be sealed."""
-    index = find_index(directory)
-    if index is None:
+    """Read the manifest. Raises PipelineError where there is none, or a shard is missing or has another size."""
+    manifest = read_manifest(directory)
+    if manifest is None:
         raise PipelineError(f"{directory} holds no finished shards; run the stage that writes them")
-    return index
+    return Index(directory, manifest)
 
 
 def load_images(
@@ -311,19 +286,13 @@ def load_images(
             f"images {start} to {stop} of the {split} split of {directory} were asked for; "
             f"it has {index.count(split)}"
         )
-    parts = [
-        _decode(_read_verified(index, shard)[max(0, start - shard.start) : stop - shard.start])
-        for shard in index.shards(split)
-        if shard.start < stop and start < shard.stop
-    ]
-    return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
-
-
-def _read_verified(index: Index, shard: Shard) -> list[Record]:
-    check_file(shard.path, index.facts["files"][shard.name])
-    return list(read_shard(shard.path, shard.stop - shard.start))
-
-
-def _decode(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
-    labels = [-1 if record.label is None else record.label for record in records]
-    return np.stack([decode_png(record.png) for record in records]), np.array(labels, dtype=np.int64)
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for shard in index.shards(split, stop):
+        if shard.stop > start:
+            check_file(shard.path, index.facts["files"][shard.name])
+            records = list(read_shard(shard.path, shard.stop - shard.start))
+            records = records[max(0, start - shard.start) : stop - shard.start]
+            images += [decode_png(record.png) for record in records]
+            labels += map(_number, records)
+    return np.stack(images), np.array(labels, dtype=np.int64)

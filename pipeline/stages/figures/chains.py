@@ -19,7 +19,8 @@ from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, unit_folder
 from pipeline.store import tars
-from pipeline.store.chain import build_chain, choose_labels, load_guided, load_plain
+from pipeline.store.chain import build_chain, choose_labels, load_guided
+from pipeline.store.checkpoint import load_network
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
 
@@ -159,7 +160,7 @@ def mix(ctx: WorkerContext, place: Place, a: Tensor, b: Tensor, pair: int, steps
     def noise(t: int) -> Tensor:
         return normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
 
-    net = load_plain(place, ctx.device)
+    net = load_network(place, ctx.device, place.experiment.sample.precision, False)
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
     return interpolate(

@@ -204,7 +204,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     experiment, run = tiny_run
     untouched = renamed(run, "-untouched")
     train_to(experiment, untouched, 6)
-    stepped, write = threading.Event(), checkpoint._write
+    stepped, write = threading.Event(), checkpoint.write
 
     def slow(directory, *args):
         if directory == run.step_folder(2):
@@ -216,7 +216,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
             if step == 3:
                 stepped.set()
 
-    monkeypatch.setattr(checkpoint, "_write", slow)
+    monkeypatch.setattr(checkpoint, "write", slow)
     monkeypatch.setattr(train, "Heartbeat", Beat)
     train_to(experiment, run, 6)
     for step in (2, 4, 6):
