@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline import config
@@ -44,7 +44,7 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
         config.check_workers(experiment.train, cluster.workers or 1)
         say(f"needs {preflight.check(place)}")
         _write_experiment(place)
-        with _Work(cluster, place) as work:
+        with _start_work(cluster, place) as work:
             work.do_all(todo, last)
     return place
 
@@ -68,9 +68,7 @@ def execute_within(
         if todo := list_pending(place, last):
             preflight.check(place)
             _write_experiment(place.of(asked) if asked else place)
-            work = _Work(cluster, place)
-            work.executor, work.interrupted = executor, interrupted
-            work.do_all(todo, last)
+            _Work(cluster, place, Interrupt(place.stop_file), interrupted, executor).do_all(todo, last)
 
 
 def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStack) -> Session | InProcess:
@@ -87,34 +85,30 @@ def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStac
     return session
 
 
+@contextmanager
+def _start_work(cluster: ClusterConfig, place: Place) -> Iterator[_Work]:
+    """Start the mirror of one command; its executor starts when it is first needed."""
+    from pipeline import tracking
+
+    if cluster.tracking_uri:
+        tracking.check(cluster.tracking_uri)
+    _remove_signs(place)
+    uri, interrupt = cluster.tracking_uri or tracking.default_uri(place.storage), Interrupt(place.stop_file)
+    work = _Work(cluster, place, interrupt, interrupt.requested)
+    with tracking.Mirror(uri, place.experiment.name, place), interrupt, work.stack:
+        yield work
+
+
+@dataclass
 class _Work:
-    """One command's work on one run: the executor and the mirror, started when first needed, and the way out."""
+    """One command's work on one run."""
 
-    def __init__(self, cluster: ClusterConfig, place: Place):
-        self.cluster, self.place = cluster, place
-        self.interrupt = Interrupt(place.stop_file)
-        self.interrupted = self.interrupt.requested
-        self.executor: Executor | None = None
-        self.stack = ExitStack()
-
-    def __enter__(self) -> _Work:
-        from pipeline import tracking
-
-        place, uri = self.place, self.cluster.tracking_uri
-        if uri:
-            tracking.check(uri)
-        _remove_signs(place)
-        with ExitStack() as stack:
-            uri = uri or tracking.default_uri(place.storage)
-            stack.enter_context(tracking.Mirror(uri, place.experiment.name, place))
-            stack.enter_context(self.interrupt)
-            self.stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stack.__exit__(kind, error, trace)
+    cluster: ClusterConfig
+    place: Place
+    interrupt: Interrupt
+    interrupted: Callable[[], bool]
+    executor: Executor | None = None
+    stack: ExitStack = field(default_factory=ExitStack)  # ends the executor
 
     def do_all(self, todo: list[Stage], last: str) -> None:
         """Do the stages in order. What waits for a choice among checkpoints is planned anew once it is made."""

@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
 
@@ -42,7 +41,12 @@ def needs(experiment: Experiment) -> Needs:
     train = experiment.train
     weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
-    kept, images = _kept(experiment), _images(experiment)
+    # The newest, and at the most all that are kept for ever beside them.
+    kept = train.keep + sum(map(experiment.keeps, range(0, train.steps, train.checkpoint_every)[1:]))
+    scored, images = experiment.evaluate, experiment.sample.num_images
+    if scored.checkpoints:
+        interval = scored.checkpoint_interval
+        images += (train.steps // interval if interval else kept) * scored.checkpoint_images
     return Needs(
         kept=kept,
         # One more than are kept, while the newest is written; the first EMA is stored twice.
@@ -54,25 +58,11 @@ def needs(experiment: Experiment) -> Needs:
     )
 
 
-def _kept(experiment: Experiment) -> int:
-    """Checkpoints that stay: the newest, and at the most all that are kept for ever beside them."""
-    train = experiment.train
-    return train.keep + sum(map(experiment.keeps, range(0, train.steps, train.checkpoint_every)[1:]))
-
-
-def _images(experiment: Experiment) -> int:
-    """Samples of the run, and of every candidate for the best checkpoint."""
-    config = experiment.evaluate
-    interval = config.checkpoint_interval
-    candidates = experiment.train.steps // interval if interval else _kept(experiment)
-    few = candidates * config.checkpoint_images if config.checkpoints else 0
-    return experiment.sample.num_images + few
-
-
 def check(place: Place) -> str:
     """Say what the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
     wanted = needs(place.experiment)
-    left, free = max(0, wanted.disk - _bytes_below(place.path)), shutil.disk_usage(place.storage).free
+    there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
+    left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free
     if left > free:
         raise PipelineError(
             f"{place.storage} has {_size(free)} free, the run needs {_size(left)} more: "
@@ -86,10 +76,6 @@ def check(place: Place) -> str:
         f"{_size(left)} of disk ({_size(free)} free), {_size(wanted.memory)} of memory a worker beside images and "
         f"activations ({_size(memory)} free here, {cpus} CPUs, {gpus} GPUs)"
     )
-
-
-def _bytes_below(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _size(size: float) -> str:

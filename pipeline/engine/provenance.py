@@ -10,24 +10,17 @@ from typing import Any
 
 
 def made_with() -> dict[str, Any]:
-    """Commit, versions and hardware."""
-    packages = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "absent"
-    return {"commit": commit(), "versions": versions, "hardware": _hardware()}
-
-
-def _hardware() -> str:
-    """The driver's machine, in words."""
+    """Collect the commit, the versions and the driver's machine, in words."""
     import torch
 
+    packages = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{len(os.sched_getaffinity(0))} CPUs ({capability}), {', '.join(gpus) or 'no GPU'}"
+    cpus = f"{len(os.sched_getaffinity(0))} CPUs ({torch.backends.cpu.get_cpu_capability()})"
+    return {
+        "commit": commit(),
+        "versions": {package: metadata.version(package) for package in packages},
+        "hardware": f"{cpus}, {', '.join(gpus) or 'no GPU'}",
+    }
 
 
 def commit() -> str | None:
@@ -42,8 +35,7 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -36,16 +36,15 @@ class SelectStage(Stage):
     def parts(self, place: Place) -> list[tuple[str, Place]]:
         """List the samples and the scores of all candidates. Raises PipelineError where there is none."""
         asked, every = place.experiment.evaluate.checkpoints, place.experiment.evaluate.checkpoint_interval
-        candidates = selection.list_candidates(place)
-        if not candidates:
+        if not (candidates := selection.list_candidates(place)):
             known = ", ".join(map(str, steps_on_disk(place.train))) or "none"
             raise PipelineError(
                 f"{place.path} has no checkpoint for evaluate.checkpoints={asked} (there are: {known})"
             )
-        if every and len(candidates) < place.experiment.train.steps // every:
+        if every and len(candidates) < (expected := place.experiment.train.steps // every):
             log.warning(
                 "evaluate.checkpoints=%s: %d of %d checkpoints are there; the others went before they were asked for",
-                asked, len(candidates), place.experiment.train.steps // every,
+                asked, len(candidates), expected,
             )  # fmt: skip
         return [(stage, candidate) for candidate in candidates.values() for stage in ("sample", "evaluate")]
 

@@ -82,13 +82,11 @@ def write(ctx: WorkerContext, data: DataConfig, shard: Shard) -> None:
 
 
 def _group_by_split(shards: list[ShardFacts]) -> dict[str, list[ShardFacts]]:
-    splits: dict[str, list[ShardFacts]] = {}
-    for shard in shards:
-        splits.setdefault(shard["split"], []).append(shard)
-    for split, of_split in splits.items():
-        if not any(shard["count"] for shard in of_split):
+    groups = {shard["split"]: [s for s in shards if s["split"] == shard["split"]] for shard in shards}
+    for split, group in groups.items():
+        if not any(shard["count"] for shard in group):
             raise PipelineError(f"no image of the {split} split decodes; check data.path")
-    return splits
+    return groups
 
 
 def _report_skipped(skipped: list[list[str]], allowed: int) -> None:

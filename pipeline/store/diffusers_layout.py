@@ -86,12 +86,14 @@ RENAMES = [  # from our names of tensors to those of diffusers
     (r"\.([qkv])\.", r".to_\1."),
     (r"\.proj_out\.", ".to_out.0."),
 ]
-OLDER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLDER_NAMES = [  # of diffusers, to its present ones
+    (r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."), (r"\.proj_attn\.", ".to_out.0."),
+]  # fmt: skip
 
 
-def diffusers_name(name: str) -> str:
+def diffusers_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
     """Return what diffusers calls our tensor `name`."""
-    for pattern, replacement in RENAMES:
+    for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
@@ -127,25 +129,17 @@ def read_weights(experiment: Experiment) -> Tensors:
         faults += _find_scheduler_faults(experiment.diffusion, read_json(schedulers[0]))
     if faults:
         raise ConfigError([f"{folder}: {fault}" for fault in faults])
-    given = {
-        re.sub(
-            r"\.(query|key|value|proj_attn)\.", lambda match: f".{OLDER_NAMES[match[1]]}.", name
-        ): tensor.float()
-        for name, tensor in load_tensors(file, "fetch it again in the diffusers layout").items()
-    }
+    read = load_tensors(file, "fetch it again in the diffusers layout")
+    given = {diffusers_name(name, OLDER_NAMES): tensor.float() for name, tensor in read.items()}
     own = checkpoint.new_network(experiment, "meta").state_dict()
     wanted = {diffusers_name(name): tensor for name, tensor in own.items()}
     for name in wanted.keys() & given.keys():  # a 1x1 convolution is a linear map over channels
-        if _drop_ones(given[name].shape) == _drop_ones(wanted[name].shape):
-            given[name] = given[name].reshape(wanted[name].shape)
+        ours, theirs = wanted[name], given[name]
+        if ours.shape[:2] == theirs.shape[:2] and ours.numel() == theirs.numel():
+            given[name] = theirs.reshape(ours.shape)
     if fault := describe_mismatch(wanted, given):
         raise PipelineError(f"{file} holds another network than its settings say: {fault}")
     return {name: given[diffusers_name(name)] for name in own}
-
-
-def _drop_ones(shape: torch.Size) -> list[int]:
-    """Return the shape without the trailing ones of a convolution's kernel."""
-    return [*shape[:2], *(side for side in shape[2:] if side != 1)]
 
 
 def find_network_faults(experiment: Experiment, published: Settings) -> list[str]:
@@ -158,9 +152,8 @@ def find_network_faults(experiment: Experiment, published: Settings) -> list[str
     if missing := [name for name in own if name not in {*FIXED, *UNREAD} and given.get(name) is None]:
         return [*faults, f"{NETWORK} does not say {', '.join(missing)}"]
     remedies = _find_overrides(given)
-    if given["up_block_types"] == [
-        kind.replace("Down", "Up") for kind in reversed(given["down_block_types"])
-    ]:
+    mirrored = [kind.replace("Down", "Up") for kind in reversed(given["down_block_types"])]
+    if given["up_block_types"] == mirrored:
         del own["up_block_types"]  # the other half says it already
     return faults + [
         f"{name} is {given[name]!r}, the experiment's network has {value!r}{remedies.get(name, '')}"
@@ -203,11 +196,10 @@ def _find_scheduler_faults(diffusion: DiffusionConfig, given: Settings) -> list[
     elif len(theirs) != len(ours):
         faults.append(f"it has {len(theirs)} timesteps, the experiment diffusion.timesteps={len(ours)}")
     elif not torch.allclose(theirs, ours, rtol=1e-3, atol=1e-8):
-        spans = [
-            ", ".join(f"{betas[i].item():.3g}" for i in (0, len(betas) // 2, -1)) for betas in (theirs, ours)
-        ]
+        worst = int((theirs - ours).abs().argmax())
         faults.append(
-            f"its betas ({spans[0]}) are not those of diffusion.beta_schedule={diffusion.beta_schedule} ({spans[1]})"
+            f"its beta {worst + 1} is {theirs[worst]:.3g}; diffusion.beta_schedule={diffusion.beta_schedule} has "
+            f"{ours[worst]:.3g}"
         )
     return faults
 
@@ -263,15 +255,14 @@ def export(path: Path, directory: Path, which: str, step: int | None) -> str:
 def network_settings(experiment: Experiment) -> Settings:
     """Return the settings of diffusers' UNet2DModel that make it our network."""
     data, model = experiment.data, experiment.model
-    for name, value, only in (
-        ("name", model.name, "unet"),
-        ("resample", getattr(model, "resample", "conv"), "conv"),
-    ):
-        if value != only:
-            raise PipelineError(
-                f"model.{name}={value} has no place in the diffusers layout; only {only} has one"
-            )
-    assert isinstance(model, UNetConfig), "its name says so"
+    if not isinstance(model, UNetConfig):
+        raise PipelineError(
+            f"model.name={model.name} has no place in the diffusers layout; only unet has one"
+        )
+    if model.resample != "conv":
+        raise PipelineError(
+            f"model.resample={model.resample} has no place in the diffusers layout; only conv has one"
+        )
     attended = [side in model.attention_resolutions for side in model.resolutions(data.image_size)]
     return FIXED | {
         "sample_size": data.image_size,

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -151,8 +151,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_facts(path: Path) -> dict[str, Any]:
+class FileFacts(TypedDict):
     """What a manifest says of one file."""
+
+    bytes: int
+    sha256: str
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Read the size of a file and hash it."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 

@@ -17,24 +17,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from pyarrow import fs
 
 from pipeline.console import bar
 from pipeline.errors import PipelineError
-from pipeline.store.files import MANIFEST, TEMPORARY, atomic_file, check_file, exclusive, read_json, sha256_of
+from pipeline.store.files import (
+    MANIFEST,
+    TEMPORARY,
+    FileFacts,
+    atomic_file,
+    check_file,
+    exclusive,
+    file_facts,
+    read_json,
+    sha256_of,
+)  # fmt: skip
+from pipeline.store.run import EXPERIMENT, LOG, RECORD
 
 SEALS = (MANIFEST, "meta.json")
-RECORD = ("experiment.yaml", "log.jsonl", "timings.json", "commits.json", "grids/*.png")
 CONTENTS = "contents.json"
 BLOCK = 8 << 20  # bytes that travel at a time
-
-
-class Facts(TypedDict):
-    bytes: int
-    sha256: str
 
 
 def push(name: str, root: Path, uri: str) -> str:
@@ -43,7 +48,7 @@ def push(name: str, root: Path, uri: str) -> str:
     Raises PipelineError where a file is not what its manifest says, or the store does not take it.
     """
     places = (Path(name).absolute(), root / name)
-    path = next((p for p in places if (p / "experiment.yaml").is_file() or (p / MANIFEST).is_file()), None)
+    path = next((p for p in places if (p / EXPERIMENT).is_file() or (p / MANIFEST).is_file()), None)
     if path is None:
         raise PipelineError(f"'{name}' is neither a run nor finished shards (data/NAME), here or in {root}")
     item = f"data/{path.name}" if path.parent.name == "data" else path.name
@@ -91,7 +96,7 @@ def pull(uri: str, root: Path) -> str:
     return f"{target}: {fetched} files fetched, {len(store.contents) - fetched} were there{note}"
 
 
-def _list_finished(path: Path) -> dict[str, Facts]:
+def _list_finished(path: Path) -> dict[str, FileFacts]:
     """List what is finished below `path`, by name relative to it, seals after what they seal.
 
     Raises PipelineError where a sealed folder is not what its seal says.
@@ -104,17 +109,14 @@ def _list_finished(path: Path) -> dict[str, Facts]:
             check_file(seal.parent / name, facts)
         inside = [file for file in sorted(seal.parent.iterdir()) if file.is_file() and file.name[0] != "."]
         files += [file for file in inside if file != seal] + [seal]
-    return {
-        str(file.relative_to(path)): Facts(bytes=file.stat().st_size, sha256=sha256_of(file))
-        for file in files
-    }
+    return {str(file.relative_to(path)): file_facts(file) for file in files}
 
 
 def _is_seal(file: str) -> bool:
     return Path(file).name in SEALS
 
 
-def _is_equal(path: Path, facts: Facts) -> bool:
+def _is_equal(path: Path, facts: FileFacts) -> bool:
     return path.is_file() and path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"]
 
 
@@ -123,7 +125,7 @@ def _fetch_record(store: Store, target: Path, files: list[str]) -> int:
     fetched = 0
     for file in files:
         path, size = target / file, store.contents[file]["bytes"]
-        if not path.exists() or (file == "log.jsonl" and path.stat().st_size < size):
+        if not path.exists() or (file == LOG and path.stat().st_size < size):
             fetched += store.get(file, path)
     return fetched
 
@@ -165,16 +167,16 @@ class Store:
         return {info.path: info for info in found if info.is_file}
 
     @cached_property
-    def contents(self) -> dict[str, Facts]:
+    def contents(self) -> dict[str, FileFacts]:
         """The files that were pushed here, by name; none where nothing was."""
         if CONTENTS not in self.objects:
             return {}
-        files: dict[str, Facts] = json.loads(b"".join(self._read(CONTENTS)))["files"]
+        files: dict[str, FileFacts] = json.loads(b"".join(self._read(CONTENTS)))["files"]
         if stray := [file for file in files if file.startswith("/") or ".." in Path(file).parts]:
             raise PipelineError(f"{self.uri}/{CONTENTS} lists '{stray[0]}', which lies outside")
         return files
 
-    def put(self, path: Path, name: str, facts: Facts) -> bool:
+    def put(self, path: Path, name: str, facts: FileFacts) -> bool:
         """Upload a file unless an equal object is there; return whether it was not.
 
         An object that `contents.json` vouches for is not read to compare it.
@@ -192,7 +194,7 @@ class Store:
             self._write(name, file)
         return True
 
-    def write_contents(self, files: dict[str, Facts]) -> None:
+    def write_contents(self, files: dict[str, FileFacts]) -> None:
         text = json.dumps({"files": {**self.contents, **files}}, indent=1, sort_keys=True)
         self._write(CONTENTS, io.BytesIO(text.encode()))
 

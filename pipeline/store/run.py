@@ -12,7 +12,14 @@ from pipeline.store.files import MANIFEST, read_json, write_json
 
 EXPERIMENT, METRICS, SELECTION = "experiment.yaml", "metrics.json", "selection.json"
 REPORT_HTML, REPORT_MD, STOP = "report.html", "report.md", ".stop"
-LEADERBOARD = "leaderboard.json"
+LEADERBOARD, LOG = "leaderboard.json", "log.jsonl"
+RECORD = (
+    EXPERIMENT,
+    LOG,
+    "timings.json",
+    "commits.json",
+    "grids/*.png",
+)  # of a run, beside its sealed folders
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
@@ -101,7 +108,7 @@ class Place:
     spent_json = _below("path", "spent.json")
     timings_json = _below("path", "timings.json")
     tracking_json = _below("path", "tracking.json")
-    log = _below("path", "log.jsonl")
+    log = _below("path", LOG)
     stop_file = _below("path", STOP)
     heartbeat = _below("path", ".step")
     failure = _below("path", ".failure")

@@ -96,7 +96,9 @@ def fingerprint(data: DataConfig, cache: Path | None) -> str:
     reader = SourceReader(data)
     place = f"{data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
     stamp = stamp_files(reader.source.files)
-    known = _read_cache(cache)
+    known: dict[str, dict[str, str]] = {}
+    with suppress(PipelineError):  # a broken cache holds nothing
+        known = read_json(cache) if cache and cache.exists() else {}
     if known.get(place, {}).get("stamp") == stamp:
         return known[place]["content"]
     content = reader.source.digest()
@@ -106,12 +108,3 @@ def fingerprint(data: DataConfig, cache: Path | None) -> str:
         with suppress(OSError):  # a cache that cannot be written only costs time
             write_json(cache, {**known, place: {"stamp": stamp, "content": content}})
     return content
-
-
-def _read_cache(cache: Path | None) -> dict[str, dict[str, str]]:
-    """Return what the cache holds; a broken one holds nothing."""
-    with suppress(PipelineError):
-        known = read_json(cache) if cache and cache.exists() else None
-        if isinstance(known, dict) and all(isinstance(entry, dict) for entry in known.values()):
-            return known
-    return {}

@@ -129,18 +129,14 @@ class Batches(Arrays):
         """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
         missing = set(BATCHES)
         try:
-            for name, content in _unpack(self.root) if self.root.is_file() else _read_all(self.files):
+            unpacked = ((file.name, file.read_bytes()) for file in self.files)
+            for name, content in _unpack(self.root) if self.root.is_file() else unpacked:
                 missing.discard(name)
                 yield name, content
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise PipelineError(f"{self.root} cannot be read ({error}); {REMEDY}") from error
         if missing:
             raise PipelineError(f"{self.root} lacks {min(missing)}; {REMEDY}")
-
-
-def _read_all(files: list[Path]) -> Iterator[tuple[str, bytes]]:
-    for file in files:
-        yield file.name, file.read_bytes()
 
 
 def _unpack(archive: Path) -> Iterator[tuple[str, bytes]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.sources.raw_image import RawImage, readable
-from pipeline.data.sources.source import ImageSource
+from pipeline.data.sources.source import ImageSource, name_unreadable
 from pipeline.errors import PipelineError
 
 
@@ -27,7 +27,7 @@ class Folder(ImageSource):
             raise PipelineError(f"{self.root} is no folder; set data.path to the folder with the images")
         inside = {entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != "."}
         if {"train", "test"} <= inside:
-            self._folders = {"train": self.root / "train", "test": self.root / "test"}
+            self._folders = {part: self.root / part for part in ("train", "test")}
         else:
             self._folders = {"train": self.root / "train" if inside == {"train"} else self.root}
         self._parts = {part: _find_images(folder) for part, folder in self._folders.items()}
@@ -41,12 +41,8 @@ class Folder(ImageSource):
 
     def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         for file in (self._parts[part][i] for i in indices):
-            try:
+            with name_unreadable():
                 content = file.read_bytes()
-            except OSError as error:
-                raise PipelineError(
-                    f"{file} cannot be read ({error.strerror}); restore it or remove it"
-                ) from error
             yield RawImage(str(file), content, self._label(part, file) if self._labelled else None)
 
     def _label(self, part: str, file: Path) -> int:
@@ -66,12 +62,8 @@ def _find_images(folder: Path) -> list[Path]:
     found = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
-        found += [
-            Path(place, name)
-            for name in names
-            if name[0] != "." and os.path.splitext(name)[1].lower() in readable()
-        ]
-    return sorted(found)
+        found += [Path(place, name) for name in names if name[0] != "."]
+    return sorted(file for file in found if file.suffix.lower() in readable())
 
 
 def _class_of(file: Path, folder: Path) -> str:

@@ -54,18 +54,15 @@ def _find_databases(root: Path) -> dict[str, Path]:
     """Return the file of the database of each part."""
     if root.is_file():
         return {"train": root}
-    if (root / CONTENT).is_file():
-        train = root
-    else:
-        found = sorted(file.parent for file in root.glob(f"*{TRAIN}/{CONTENT}"))
-        if len(found) != 1:
-            names = ", ".join(folder.name for folder in found) or "none"
-            raise PipelineError(
-                f"{root} has no {CONTENT}, nor a single *{TRAIN} ({names}); set data.path to one of them"
-            )
-        train = found[0]
-    test = train.with_name(train.name.removesuffix(TRAIN) + VAL)
-    both = {"train": train / CONTENT, "test": test / CONTENT}
+    inside = (root / CONTENT).is_file()
+    found = [root] if inside else sorted(file.parent for file in root.glob(f"*{TRAIN}/{CONTENT}"))
+    if len(found) != 1:
+        names = ", ".join(folder.name for folder in found) or "none"
+        raise PipelineError(
+            f"{root} has no {CONTENT}, nor a single *{TRAIN} ({names}); set data.path to one of them"
+        )
+    test = found[0].with_name(found[0].name.removesuffix(TRAIN) + VAL)
+    both = {"train": found[0] / CONTENT, "test": test / CONTENT}
     return {part: file for part, file in both.items() if file.is_file()}
 
 

@@ -41,7 +41,7 @@ class Npy(Arrays):
 
     @cached_property
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-        arrays: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        arrays = {}
         for part, file in self._images.items():
             images = _load_images(file)
             labels = _load_labels(self._labels[part]) if self._labels else None

@@ -39,10 +39,9 @@ def to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
 
 
 def _check_label(raw: RawImage, classes: int) -> int:
-    if raw.label is None:
-        raise PipelineError(f"{raw.name} has no label, but data.labels={classes}; set data.labels=0")
     if not isinstance(raw.label, int | np.integer):
-        raise PipelineError(f"{raw.name} has the label {raw.label!r}, no class number; set data.labels=0")
+        found = "no label" if raw.label is None else f"the label {raw.label!r}, no class number"
+        raise PipelineError(f"{raw.name} has {found}, but data.labels={classes}; set data.labels=0")
     if not 0 <= raw.label < classes:
         raise PipelineError(
             f"{raw.name} has the label {raw.label}, but data.labels={classes} allows 0 to {classes - 1}; "
@@ -76,8 +75,7 @@ def _to_png(raw: RawImage, data: DataConfig) -> bytes:
         # Cropped first: resize(box=...) would let the filter reach beyond the square.
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        image = square.resize(size, Image.Resampling.LANCZOS)
+        image = image.crop((left, top, left + side, top + side)).resize(size, Image.Resampling.LANCZOS)
     return encode_png(np.asarray(image))
 
 

@@ -30,7 +30,7 @@ class ImageSource(Protocol):
 
     def digest(self) -> str:
         """Return the sha256 of the files' content and their names below `root`, wherever that lies."""
-        with _name_unreadable():
+        with name_unreadable():
             lines = [f"{file.relative_to(self.root).as_posix()} {sha256_of(file)}" for file in self.files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -91,13 +91,14 @@ def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, 
 
 def stamp_files(files: list[Path]) -> str:
     """Return the sha256 over paths, sizes and modification times: it tells cheaply that nothing has changed."""
-    with _name_unreadable():
+    with name_unreadable():
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 @contextmanager
-def _name_unreadable() -> Iterator[None]:
+def name_unreadable() -> Iterator[None]:
+    """Say which file cannot be read, and what to do."""
     try:
         yield
     except OSError as error:
