@@ -10,12 +10,11 @@ from functools import partial
 
 from pipeline.compute.work import Unit
 from pipeline.config import Experiment
-from pipeline.errors import PipelineError
 from pipeline.report.page import write_page
 from pipeline.report.run import write_markdown
 from pipeline.report.source import Source
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_manifest
+from pipeline.store.files import find_manifest
 from pipeline.store.run import Place
 
 
@@ -30,10 +29,7 @@ class ReportStage(Stage):
         return ("evaluate", "figures")
 
     def is_done(self, place: Place) -> bool:
-        try:
-            manifest = read_manifest(place.report)
-        except PipelineError:
-            return False
+        manifest = find_manifest(place.report)
         return manifest is not None and manifest["inputs"] == Source(place).digest
 
     def work(self, place: Place) -> Iterator[list[Unit]]:

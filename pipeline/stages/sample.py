@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import tars
 from pipeline.store.chain import choose_labels, load_guided
-from pipeline.store.files import read_manifest, write_text
+from pipeline.store.files import find_manifest, write_text
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard, ShardFacts
 
@@ -85,11 +85,7 @@ class SampleStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Tell whether at least as many samples as asked for are on disk, and sealed."""
-        try:
-            manifest = read_manifest(place.samples)
-        except PipelineError as error:
-            log.warning("%s; its samples are drawn again", error)
-            return False
+        manifest = find_manifest(place.samples)
         if manifest is None or manifest["splits"][SPLIT]["count"] < place.experiment.sample.num_images:
             return False
         return place.samples_grid.exists() and place.samples_yaml.exists()

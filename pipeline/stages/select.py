@@ -11,10 +11,9 @@ from collections.abc import Iterator
 
 from pipeline.compute.work import Unit
 from pipeline.config import Experiment
-from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import selection
-from pipeline.store.checkpoint import steps_on_disk
+from pipeline.store.checkpoint import no_checkpoint
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
@@ -37,10 +36,7 @@ class SelectStage(Stage):
         """List the samples and the scores of all candidates. Raises PipelineError where there is none."""
         asked, every = place.experiment.evaluate.checkpoints, place.experiment.evaluate.checkpoint_interval
         if not (candidates := selection.list_candidates(place)):
-            known = ", ".join(map(str, steps_on_disk(place.train))) or "none"
-            raise PipelineError(
-                f"{place.path} has no checkpoint for evaluate.checkpoints={asked} (there are: {known})"
-            )
+            raise no_checkpoint(place, f"for evaluate.checkpoints={asked}")
         if every and len(candidates) < (expected := place.experiment.train.steps // every):
             log.warning(
                 "evaluate.checkpoints=%s: %d of %d checkpoints are there; the others went before they were asked for",

@@ -9,7 +9,7 @@ from pipeline.config import DataConfig
 from pipeline.data.sources import fingerprint, locate, open_source, refuse
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_manifest
+from pipeline.store.files import find_manifest
 from pipeline.store.run import Place, downloads, fingerprints_json
 from pipeline.store.tars import Shard, ShardFacts, write_index
 
@@ -22,11 +22,7 @@ class ShardStage(Stage):
     name = "shard"
 
     def is_done(self, place: Place) -> bool:
-        try:
-            return read_manifest(place.data, check="size") is not None
-        except PipelineError as error:
-            log.warning("%s; its shard is made again", error)
-            return False
+        return find_manifest(place.data) is not None
 
     def lock(self, place: Place) -> Path:
         return place.data

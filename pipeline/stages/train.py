@@ -57,8 +57,7 @@ class TrainStage(GroupStage):
 
     def count_steps(self, place: Place) -> tuple[int, int]:
         steps = place.experiment.train.steps
-        there = [step for step in checkpoint.steps_on_disk(place.train) if step <= steps]
-        return max(there, default=0), steps
+        return max(checkpoint.steps_on_disk(place.train, steps), default=0), steps
 
     def body(self, ctx: WorkerContext, place: Place) -> None:
         body(ctx, place)

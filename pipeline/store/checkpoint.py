@@ -8,6 +8,7 @@ not at all, and is believed only while its hashes verify.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -74,10 +75,16 @@ def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
     return copies
 
 
-def steps_on_disk(train: Path) -> list[int]:
-    """The steps that have a folder, ascending."""
+def steps_on_disk(train: Path, at_most: float = math.inf) -> list[int]:
+    """List the steps that have a folder, ascending."""
     names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
-    return sorted(int(match[1]) for match in names if match)
+    return sorted(step for match in names if match and (step := int(match[1])) <= at_most)
+
+
+def no_checkpoint(place: Place, which: str) -> PipelineError:
+    """Say that a run has not the checkpoint that was asked for, and which ones it has."""
+    known = ", ".join(map(str, steps_on_disk(place.train))) or "none"
+    return PipelineError(f"{place.path} has no checkpoint {which} (there are: {known})")
 
 
 def verify(directory: Path) -> None:
@@ -101,9 +108,7 @@ def is_whole(directory: Path) -> bool:
 
 def newest(run: Place, at_most: int) -> int | None:
     """The newest step up to `at_most` whose hashes verify; broken ones are passed over with a warning."""
-    for step in reversed(steps_on_disk(run.train)):
-        if step > at_most:
-            continue
+    for step in reversed(steps_on_disk(run.train, at_most)):
         try:
             verify(run.step_folder(step))
             return step
@@ -121,8 +126,8 @@ def load(directory: Path) -> Tensors:
 def drop_old(place: Place, at_most: int) -> None:
     """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
     those that the experiment keeps for ever, and those that anything in the run refers to."""
-    steps = [step for step in steps_on_disk(place.train) if step <= at_most]
-    old = [step for step in steps[: -place.experiment.train.keep] if not place.experiment.keeps(step)]
+    steps = steps_on_disk(place.train, at_most)[: -place.experiment.train.keep]
+    old = [step for step in steps if not place.experiment.keeps(step)]
     try:
         wanted = referred_to(place) if old else set()
     except (PipelineError, OSError, KeyError) as error:
@@ -170,8 +175,7 @@ def load_network(
     step, experiment = checkpoint_step(place.experiment), place.experiment
     directory = place.step_folder(step)
     if not directory.is_dir():
-        known = ", ".join(map(str, steps_on_disk(place.train))) or "none"
-        raise PipelineError(f"{place.path} has no checkpoint of step {step} (there are: {known})")
+        raise no_checkpoint(place, f"of step {step}")
     net = new_network(experiment, "meta")
     net.to_empty(device="cpu")
     try:

@@ -231,8 +231,7 @@ def export(path: Path, directory: Path, which: str, step: int | None) -> str:
     scheduler, network = scheduler_settings(experiment), network_settings(experiment)
     steps = checkpoint.steps_on_disk(place.train)
     if not steps or (step is not None and step not in steps):
-        known = ", ".join(map(str, steps)) or "none"
-        raise PipelineError(f"{path} has no checkpoint of step {step or 'any'} (there are: {known})")
+        raise checkpoint.no_checkpoint(place, f"of step {step or 'any'}")
     step = step or steps[-1]
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")

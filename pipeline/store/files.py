@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -23,6 +24,8 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from pipeline.errors import PipelineError
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
@@ -182,6 +185,15 @@ def read_manifest(directory: Path, check: Literal["size", "sha256"] = "size") ->
     for name, facts in manifest["files"].items():
         check_file(directory / name, facts, check)
     return manifest
+
+
+def find_manifest(directory: Path, check: Literal["size", "sha256"] = "size") -> dict[str, Any] | None:
+    """Do the same for what can be made again: None, with a warning, also where a file differs."""
+    try:
+        return read_manifest(directory, check)
+    except PipelineError as error:
+        log.warning("%s; it is made again", error)
+        return None
 
 
 def check_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-from pipeline.store.files import atomic_file, naming_storage_faults
+from pipeline.store.files import naming_storage_faults
 from pipeline.store.run import Place
 
 TAIL = 2000  # bytes; a line is some 200
@@ -35,18 +35,10 @@ class LogWriter:
         self.path = path
         with naming_storage_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self.last_step = self._drop_torn_line()
-
-    def _drop_torn_line(self) -> int:
-        if not self.path.exists():
-            return -1
-        content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with atomic_file(self.path) as temporary:
-                temporary.write_bytes(whole)
-        last = read_last_point(self.path)
-        return last["step"] if last else -1
+            if path.exists():
+                os.truncate(path, find_end(path))  # a torn line
+        last = read_last_point(path)
+        self.last_step = last["step"] if last else -1
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append the point of `step`, unless it is on file."""
@@ -64,7 +56,7 @@ def read_points(path: Path, start: int = 0, end: int | None = None) -> list[Poin
         return []
     with path.open("rb") as file:
         file.seek(start)
-        content = file.read() if end is None else file.read(end - start)
+        content = file.read(-1 if end is None else end - start)
     return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
 
 

@@ -6,16 +6,12 @@ holds the FID of every candidate; `pipeline.stages.select` makes it.
 
 from __future__ import annotations
 
-import logging
 from typing import TypedDict
 
 from pipeline.config import candidate, choose, weights_kind
-from pipeline.errors import PipelineError
 from pipeline.store.checkpoint import steps_on_disk
-from pipeline.store.files import read_json, read_manifest, write_json, write_manifest
+from pipeline.store.files import find_manifest, read_json, write_json, write_manifest
 from pipeline.store.run import Place
-
-log = logging.getLogger(__name__)
 
 
 class CandidateScore(TypedDict):
@@ -49,8 +45,8 @@ def list_candidates(place: Place) -> dict[int, Place]:
     ends_it = {last} if experiment.evaluate.checkpoints == "all" else set()
     return {
         step: place.of(candidate(experiment, step))
-        for step in steps_on_disk(place.train)
-        if step <= last and (step % every == 0 or step in ends_it)
+        for step in steps_on_disk(place.train, last)
+        if step % every == 0 or step in ends_it
     }
 
 
@@ -76,13 +72,9 @@ def write(place: Place) -> None:
 
 def read_selection(place: Place) -> Selection | None:
     """Read what was chosen, and from what; None where nothing was, or the file is damaged."""
-    try:
-        sealed = read_manifest(place.selection, check="sha256")
-        found: Selection | None = read_json(place.selection_json) if sealed else None
-        return found
-    except PipelineError as error:
-        log.warning("%s; the choice is made again", error)
-        return None
+    sealed = find_manifest(place.selection, "sha256")
+    found: Selection | None = read_json(place.selection_json) if sealed else None
+    return found
 
 
 def is_current(place: Place) -> bool:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 
 from pipeline.compute.work import Unit
 from pipeline.config import Experiment
-from pipeline.errors import PipelineError
 from pipeline.stages.figures.figure import Figure, Unavailable
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_manifest, write_manifest
+from pipeline.store.files import find_manifest, write_manifest
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
@@ -35,11 +34,7 @@ class FiguresStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Tell whether the figures are sealed, and those that were left out have nothing more to wait for."""
-        try:
-            manifest = read_manifest(place.figures, check="size")
-        except PipelineError as error:
-            log.warning("%s; its figures are drawn again", error)
-            return False
+        manifest = find_manifest(place.figures)
         return manifest is not None and (not manifest["skipped"] or manifest.get("scored", False))
 
     def work(self, place: Place) -> Iterator[list[Unit]]:

@@ -145,7 +145,7 @@ def test_a_damaged_choice_is_made_again(trained, caplog):
     path = run.of(experiment).selection_json
     path.write_text(path.read_text().replace('"best": ', '"best": 1'))
     assert not select.STAGE.is_done(run.of(experiment)) and selection.resolve(run.of(experiment)) is None
-    assert "the choice is made again" in caplog.text
+    assert "made again" in caplog.text
     assert run_stage(select, experiment, run) == []
     assert select.STAGE.is_done(run.of(experiment))
 
