@@ -111,7 +111,7 @@ def rewrite(path: Path, **changes) -> None:
 def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.Module]:
     """A run directory whose one checkpoint holds random weights, raw and averaged ones different."""
     run = Place(root, experiment, "data", "key")
-    stages._write_experiment(experiment, run)
+    stages._write_experiment(run)
     net = randomise(checkpoint.new_network(experiment))
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
