@@ -34,7 +34,7 @@ from pipeline.store.files import (
     file_facts,
     read_json,
     sha256_of,
-)  # fmt: skip
+)
 from pipeline.store.run import EXPERIMENT, LOG, RECORD
 
 SEALS = (MANIFEST, "meta.json")
