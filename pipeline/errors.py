@@ -1,5 +1,7 @@
 """Errors that a user can cause. Their text is all that is shown: the thing, the reason, the remedy."""
 
+import difflib
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 
@@ -19,6 +21,12 @@ class ConfigError(PipelineError):
 
     def __reduce__(self):
         return ConfigError, (self.problems,)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return ' (did you mean 'x'?)', or nothing where no known word is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 NETWORK_FAULTS = ("connection refused", "timed out", "name or service not known", "no route to host")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.console import say
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, suggestion
 
 if TYPE_CHECKING:
     from pipeline.config import ClusterConfig, Experiment
@@ -39,18 +39,18 @@ def version() -> str:
 # Words of a command line
 
 
-def _split(options: Namespace) -> tuple[list[str], list[str]]:
-    """Return the names among the words, and the overrides that are not the cluster's."""
-    words = [word for word in options.words if not word.startswith("cluster.")]
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+def _list_words(options: Namespace) -> list[str]:
+    """Return the words that are not the cluster's."""
+    return [word for word in options.words if not word.startswith("cluster.")]
 
 
-def _split_one(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
+def _split_words(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
     """Return the one name that is given, if any, and the overrides."""
-    names, overrides = _split(options)
+    words = _list_words(options)
+    names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise ConfigError(f"one {kind} at a time, not {' and '.join(names)}; overrides are written key=value")
-    return (names[0] if names else None), overrides
+    return (names[0] if names else None), [word for word in words if "=" in word]
 
 
 def _load_cluster(options: Namespace) -> ClusterConfig:
@@ -61,8 +61,7 @@ def _load_cluster(options: Namespace) -> ClusterConfig:
 
 
 def _load_cluster_only(options: Namespace) -> ClusterConfig:
-    names, overrides = _split(options)
-    if stray := [*names, *overrides]:
+    if stray := _list_words(options):
         raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
     return _load_cluster(options)
 
@@ -72,7 +71,7 @@ def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
     from pipeline import config
     from pipeline.engine.names import known_names
 
-    name, overrides = _split_one(options, "experiment")
+    name, overrides = _split_words(options, "experiment")
     problems: list[str] = []
     try:
         experiment = config.load_experiment(name or options.command.default, overrides, known_names())
@@ -107,7 +106,7 @@ def check_experiment(options: Namespace) -> Checked:
     from pipeline import config
 
     config.check_workers(experiment.train, cluster.workers or 1)
-    name, overrides = _split_one(options, "experiment")
+    name, overrides = _split_words(options, "experiment")
     return cluster, config.relative_paths(name or options.command.default, overrides)
 
 
@@ -157,7 +156,7 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint],
     from pipeline.sweep.definition import load_sweep
     from pipeline.sweep.points import list_points
 
-    name, overrides = _split_one(options, "sweep")
+    name, overrides = _split_words(options, "sweep")
     if name is None:
         raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
     own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
@@ -182,18 +181,11 @@ def check_sweep(options: Namespace) -> Checked:
     return cluster, list_relative_paths(sweep, shared)
 
 
-def _load_reproduction(options: Namespace) -> tuple[list[str], ClusterConfig]:
-    """Read the overrides of all rows, and the cluster."""
-    names, overrides = _split(options)
-    if names:
-        raise ConfigError(f"'{names[0]}' is no override; write key=value")
-    return overrides, _load_cluster(options)
-
-
 def reproduce(options: Namespace) -> int:
-    shared, cluster = _load_reproduction(options)
+    cluster = _load_cluster(options)
     from pipeline.sweep.reproduce import plan_reproduction
 
+    shared = _list_words(options)
     study = plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run)
     return _run_study(study, options)
 
@@ -203,7 +195,7 @@ def check_reproduction(options: Namespace) -> Checked:
     from pipeline.sweep.points import list_points, list_relative_paths
     from pipeline.sweep.reproduce import SWEEPS, parse_budget
 
-    shared, cluster = _load_reproduction(options)
+    cluster, shared = _load_cluster(options), _list_words(options)
     parse_budget(options.budget)
     sweep = load_sweep(SWEEPS[options.target], [])
     list_points(sweep, shared)
@@ -238,18 +230,16 @@ def status(options: Namespace) -> int:
 
 
 def compare(options: Namespace) -> int:
-    from pipeline import config
     from pipeline.engine import find
     from pipeline.scores.metrics import METRICS, find_metric
     from pipeline.store.run import comparison_folder
 
     metric = find_metric(options.metric)
     if metric is None:
-        hint = config.suggestion(options.metric, METRICS)
+        hint = suggestion(options.metric, METRICS)
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
-    names, overrides = _split(options)
     root = find.prepare_storage_root(_load_cluster(options))
-    paths = dict.fromkeys(path for name in [*names, *overrides] for path in find.find_named_runs(name, root))
+    paths = dict.fromkeys(path for name in _list_words(options) for path in find.find_named_runs(name, root))
     if len(paths) < 2:
         found = f"only {next(iter(paths)).name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")

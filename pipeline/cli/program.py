@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cli import commands as do
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, suggestion
 
 CONFIGURATIONS = """
 EXPERIMENT and CLUSTER are paths, or names of files in ./conf. key=value overrides one key of the experiment,
@@ -229,14 +229,10 @@ def parse(arguments: list[str]) -> Namespace:
         program.parse_args(arguments)
     name, *words = arguments
     if name not in parsers:
-        from pipeline.config import suggestion
-
         program.error(f"no command is named '{name}'{suggestion(name, parsers)}; known: {', '.join(parsers)}")
     cut = words.index("--") if name == "submit" and "--" in words else len(words)
     options, stray = parsers[name].parse_known_intermixed_args(words[:cut])
     if stray:
-        from pipeline.config import suggestion
-
         known = parsers[name]._option_string_actions
         parsers[name].error(f"unknown option {stray[0]}{suggestion(stray[0], known)}")
     options.command = next(command for command in COMMANDS if command.name == name)

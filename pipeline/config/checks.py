@@ -6,7 +6,6 @@ A field says by its type what it may hold: a choice is a `Literal`, a list a tup
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -26,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ddpm.config import Range
+from pipeline.errors import suggestion
 
 Tree = dict[str, Any]  # plain containers, as yaml has them
 Types = Mapping[str, Any]  # key -> what it may hold
@@ -34,12 +34,6 @@ Faults = dict[str, str]  # dotted key -> what is wrong with it; f"{key} {fault}"
 STRICT = ConfigDict(extra="forbid", strict=True)
 OUT_OF_RANGE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than"}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return ' (did you mean 'x'?)', or nothing where no known word is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean '{near[0]}'?)" if near else ""
 
 
 def field_types(cls: type) -> Types:

@@ -10,8 +10,8 @@ from typing import Literal, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config.checks import Tree, suggestion
-from pipeline.errors import ConfigError
+from pipeline.config.checks import Tree
+from pipeline.errors import ConfigError, suggestion
 
 Kind = Literal["", "cluster", "sweep"]
 

@@ -15,8 +15,7 @@ from typing import Annotated, Literal
 from ddpm.config import Count, Decoder, DiffusionConfig, Problems, Range, Sampler, Share, TrainConfig
 from ddpm.networks import TAKES_LABELS
 from ddpm.networks.config import NetworkConfig
-from pipeline.config.checks import suggestion
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PipelineError, suggestion
 
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")

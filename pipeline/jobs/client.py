@@ -13,8 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.config import suggestion
-from pipeline.errors import ConfigError, PipelineError, explain_network_error, hide_password, last_line
+from pipeline.errors import (
+    ConfigError,
+    PipelineError,
+    explain_network_error,
+    hide_password,
+    last_line,
+    suggestion,
+)
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
