@@ -88,9 +88,9 @@ class Bar:
         now = time.monotonic()
         if self.first is None and done > self.start:
             self.first = now, done
-        if self.first is None or done == self.first[1]:
+        then, first = self.first or (now, done)
+        if done == first:
             return None
-        then, first = self.first
         small = first - self.start <= SMALL * (done - self.start)
         since, units = (then, done - first) if small else (self.began, done - self.start)
         return units / max(now - since, 1e-9)

@@ -10,7 +10,7 @@ from typing import Literal, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.config.checks import Tree
+from pipeline.config.checks import Tree, flatten
 from pipeline.errors import ConfigError, suggestion
 
 Kind = Literal["", "cluster", "sweep"]
@@ -79,8 +79,7 @@ def files(path: Path) -> list[Path]:
 
 def _merge(base: Tree, tree: Tree) -> Tree:
     """Lay the keys of `tree` over `base`, without base's model where `tree` names another: no key would fit it."""
-    models = [below.get("model") for below in (base, tree)]
-    before, after = (model.get("name") if isinstance(model, dict) else None for model in models)
+    before, after = (flatten(below).get("model.name") for below in (base, tree))
     if after not in (None, before):
         base = {key: value for key, value in base.items() if key != "model"}
     return _plain(cast(DictConfig, OmegaConf.merge(base, tree)))

@@ -18,6 +18,7 @@ from pipeline.config.checks import (
     check_names,
     check_values,
     field_types,
+    flatten,
     is_section,
     takes_text,
 )
@@ -71,8 +72,7 @@ def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     known = field_types(Experiment)
     tree = override({"name": path.stem, **read_file(path)}, _quote_texts(overrides, known))
     add_neutral_values(tree)
-    model = tree.get("model")
-    network = NETWORKS.get(str(model.get("name", "unet") if isinstance(model, dict) else "unet"))
+    network = NETWORKS.get(str(flatten(tree).get("model.name", "unet")))
     return tree, {**known, "model": network.config if network else Tree}
 
 

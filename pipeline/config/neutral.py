@@ -36,16 +36,13 @@ FORMULAS = {"diffusion.variance=learned_range": 1}
 
 def hashed_content(name: str, section: Any) -> dict[str, Any]:
     """Return what a key hashes of the section `name` (a dataclass), as plain containers."""
-    tree: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(section)))
-    content = {
-        key: value
-        for key, value in tree.items()
-        if f"{name}.{key}" not in UNHASHED
-        and not (f"{name}.{key}" in NEUTRAL and value == NEUTRAL[f"{name}.{key}"])
-    }
-    for key, value in tree.items():
-        if FORMULAS.get(f"{name}.{key}={value}", 1) > 1:
-            content[f"{key}.formula"] = FORMULAS[f"{name}.{key}={value}"]
+    content: dict[str, Any] = {}
+    for key, value in json.loads(json.dumps(dataclasses.asdict(section))).items():
+        full = f"{name}.{key}"
+        if full not in UNHASHED and not (full in NEUTRAL and value == NEUTRAL[full]):
+            content[key] = value
+        if (version := FORMULAS.get(f"{full}={value}", 1)) > 1:
+            content[f"{key}.formula"] = version
     return content
 
 
