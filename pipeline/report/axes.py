@@ -31,23 +31,17 @@ def arrange(
         return [_caption(entry, files, keys) for entry in _sort(entries, keys)]
     across, down, *others = keys
     columns, rows = _list_values(entries, across), _list_values(entries, down)
-    cells: list[list[list[Picture]]] = [[[] for _ in columns] for _ in rows]
+    cells: dict[tuple[str, str], list[Picture]] = {}
     for entry in _sort(entries, others):
-        row, column = rows.index(_value(entry, down)), columns.index(_value(entry, across))
-        cells[row][column].append(_caption(entry, files, others))
-    return Matrix(
-        shorten(across),
-        shorten(down),
-        columns,
-        list(zip(rows, cells, strict=True)),
-        has_captions=bool(others),
-    )
+        cell = cells.setdefault((entry.value(down), entry.value(across)), [])
+        cell.append(_caption(entry, files, others))
+    grid = [(row, [cells.get((row, column), []) for column in columns]) for row in rows]
+    return Matrix(shorten(across), shorten(down), columns, grid, has_captions=bool(others))
 
 
 def _caption(entry: Entry, files: Mapping[str, str], keys: Sequence[str]) -> Picture:
     """Name a picture by the values that its place does not say."""
-    values = {key: _value(entry, key) for key in keys}
-    words = [f"{shorten(key)} {value}" for key, value in values.items() if value != entry.label]
+    words = [f"{shorten(key)} {entry.value(key)}" for key in keys if entry.value(key) != entry.label]
     return Picture(
         files[entry.label], ", ".join(words) if 0 < len(words) <= MOST_IN_PLOTS else escape(entry.label)
     )
@@ -55,7 +49,7 @@ def _caption(entry: Entry, files: Mapping[str, str], keys: Sequence[str]) -> Pic
 
 def _sort(entries: Sequence[Entry], keys: Sequence[str]) -> list[Entry]:
     orders = {key: _list_values(entries, key) for key in keys}
-    return sorted(entries, key=lambda entry: [orders[key].index(_value(entry, key)) for key in keys])
+    return sorted(entries, key=lambda entry: [orders[key].index(entry.value(key)) for key in keys])
 
 
 def _list_values(entries: Sequence[Entry], key: str) -> list[str]:
@@ -63,7 +57,3 @@ def _list_values(entries: Sequence[Entry], key: str) -> list[str]:
     values = [entry.swept.get(key) for entry in entries]
     numbers = sorted(value for value in values if isinstance(value, int | float))
     return list(dict.fromkeys(map(format_value, numbers if len(numbers) == len(values) else values)))
-
-
-def _value(entry: Entry, key: str) -> str:
-    return format_value(entry.swept.get(key))

@@ -95,7 +95,7 @@ def tabulate_group(group: Group[Entry], metric: Metric, folder: Path) -> tuple[l
             f"{position.rank}.{FIRM}{_link(entry, folder)}",
             *([metric.format(position.mean, position.spread)] if group.has_seeds else []),
             *(each.format_from(entry.scores) for each in metrics),
-            *(format_value(entry.swept.get(key)) for key in keys),
+            *map(entry.value, keys),
             *(format_value(entry.protocol.get(key)) for key in protocol),
         ]
         for entry, position in group.ranked
@@ -148,10 +148,10 @@ def draw_losses(entries: Sequence[Entry], folder: Path) -> list[Picture]:
         if entry.source.points and entry.place.path not in seen:  # several entries may share a run
             groups.setdefault(str(entry.objective), []).append((place, entry))
             seen.add(entry.place.path)
-    objectives = [own[0][1].objective for own in groups.values()]
-    keys = find_differing(objectives)
+    keys = find_differing([own[0][1].objective for own in groups.values()])
     names, pictures = name_briefly(entries, find_swept(entries)), []
-    for number, (own, objective) in enumerate(zip(groups.values(), objectives, strict=True)):
+    for number, own in enumerate(groups.values()):
+        objective = own[0][1].objective
         title = ", ".join(["Loss", *(f"{shorten(key)} {format_value(objective.get(key))}" for key in keys)])
         lines = [(names[entry.label], place, entry.source.series("train/loss")) for place, entry in own]
         panel = charts.losses(title, lines)

@@ -32,6 +32,10 @@ class Entry:
     place: Place
     swept: Tree
 
+    def value(self, key: str) -> str:
+        """Write what it has for a key that was swept."""
+        return format_value(self.swept.get(key))
+
     @cached_property
     def source(self) -> Source:
         """Its files. A best checkpoint that is not chosen yet has none: there the last one stands."""
@@ -86,7 +90,7 @@ def shorten(key: str) -> str:
 
 def name_briefly(entries: Sequence[Entry], keys: Sequence[str]) -> dict[str, str]:
     """Map labels to what a plot has room for: the swept values where they tell the entries apart."""
-    values = {e.label: " · ".join(format_value(e.swept.get(key)) for key in keys) for e in entries}
+    values = {e.label: " · ".join(map(e.value, keys)) for e in entries}
     if 0 < len(keys) <= MOST_IN_PLOTS and len(set(values.values())) == len(entries):
         return values
     return {

@@ -6,7 +6,7 @@ torch and what draws are imported when they are called.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from pipeline.compute.work import Unit
 from pipeline.config import Experiment
@@ -61,7 +61,7 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
     """Plan the figures asked for that can be drawn; the reasons why others cannot."""
     from pipeline.stages.figures import chains, curves, nearest
 
-    plans: dict[str, Callable[[Place], Figure]] = {
+    plans = {
         "samples": chains.samples,
         "progressive": chains.progressive,
         "interpolation": chains.interpolation,
