@@ -38,13 +38,12 @@ def to_html(markdown: str, folder: Path) -> str:
 
     cuts = [i for i, token in enumerate(tokens) if token.type == "heading_open" and token.tag == "h2"]
     head, *parts = (tokens[start:end] for start, end in pairwise([0, *cuts, len(tokens)]))
-    names = [part[1].content for part in parts]
     return FRAME.get_template("frame.html").render(
         title=head[1].content if head else "",
         head=render(head),
         sections=[
-            (re.sub(r"\W+", "-", n.lower()).strip("-"), n, render(p))
-            for n, p in zip(names, parts, strict=True)
+            (re.sub(r"\W+", "-", part[1].content.lower()).strip("-"), part[1].content, render(part))
+            for part in parts
         ],
         style=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         colours=COLOURS,

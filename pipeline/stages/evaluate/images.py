@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.compute.work import Unit
-from pipeline.config import SPLITS, EvaluateConfig
+from pipeline.config import EvaluateConfig
 from pipeline.scores import distances
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, baseline_set, shard_set
@@ -53,9 +53,10 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
     def split_set(split: str, at_most: int | None = None) -> ImageSet:
         return shard_set(extractor, index.shards(split, at_most), shape, folder, at_most)
 
-    splits = {
-        split for split in list_references(config).values() if Reference.of(place, extractor, split).load() is None
-    } | ({config.reference} if compares_images(config) else set())  # fmt: skip
+    splits = {config.reference} if compares_images(config) else set()
+    for split in list_references(config).values():
+        if Reference.of(place, extractor, split).load() is None:
+            splits.add(split)
     points = {}
     other = "train" if config.reference == "test" else "test"
     if other in index.splits:
@@ -64,7 +65,7 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
         points["gaussian"] = baseline_set(extractor, n, shape, folder, pixels)
     points["noise"] = baseline_set(extractor, n, shape, folder, None)
     own = shard_set(extractor, samples, shape, place.score_units, n)
-    return ImageSets(own, {split: split_set(split) for split in SPLITS if split in splits}, points)
+    return ImageSets(own, {split: split_set(split) for split in sorted(splits)}, points)
 
 
 def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSets) -> None:

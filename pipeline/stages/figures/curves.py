@@ -1,6 +1,5 @@
 """The figures that are curves: rate and distortion (Fig. 5), scores along the reverse process (Fig. 10)."""
 
-from functools import partial
 from pathlib import Path
 
 from ddpm.images import to_uint8
@@ -67,7 +66,19 @@ def scores_along(place: Place) -> Figure:
         f"`{extractor.name}` (paper, Fig. 10; {describe_chain(experiment)})"
     )
     steps = choose_stages(len(build_chain(experiment)))
-    return Figure("scores_along.svg", caption, units, partial(_draw_scores, steps, n, reference))
+
+    def draw(files: list[Path], file: Path) -> None:
+        stages = score_stages(files, n, reference)
+        lines = {
+            name: [scores[name] for scores in stages] for name in ("is_mean", "fid") if name in stages[0]
+        }
+        panels = [
+            charts.curves(METRICS[name].heading, "reverse steps", [charts.Line(steps, values)])
+            for name, values in lines.items()
+        ]
+        charts.save(panels, file)
+
+    return Figure("scores_along.svg", caption, units, draw)
 
 
 def keep_features(
@@ -90,15 +101,3 @@ def score_stages(files: list[Path], n: int, reference: Reference) -> list[Scores
         scores = {"fid": frechet_distance(scored.moments.statistics(), statistics)}
         found.append(scores | ({"is_mean": scored.sums.inception_score()[0]} if scored.sums else {}))
     return found
-
-
-def _draw_scores(steps: list[int], n: int, reference: Reference, files: list[Path], file: Path) -> None:
-    stages = score_stages(files, n, reference)
-    panels = [
-        charts.curves(
-            METRICS[name].heading, "reverse steps", [charts.Line(steps, [scores[name] for scores in stages])]
-        )
-        for name in ("is_mean", "fid")
-        if name in stages[0]
-    ]
-    charts.save(panels, file)

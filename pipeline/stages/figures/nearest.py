@@ -1,6 +1,5 @@
 """The training images nearest to the first samples, in pixel space (Fig. 12) and in feature space (Fig. 15)."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +34,9 @@ def nearest_features(place: Place) -> Figure:
 
 def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) -> Figure:
     n, shards = count_rows(place.experiment), tars.open_index(place.data).shards("train")
+    own, _ = tars.load_images(place.samples, "samples", 0, n)
     galleries: list[Path | None] = [None] * len(shards)
-    query = None
+    query = own.reshape(n, -1)
     if extractor:
         known = shard_set(extractor, shards, place.experiment.data.shape, place.reference_features)
         galleries, query = [*known.units], read_sample_features(extractor, place, n)
@@ -44,15 +44,18 @@ def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) ->
             raise Unavailable(
                 "it needs the features of all training images, which evaluate.reference=train makes"
             )
-    kept: list[str | int] = [extractor.name if extractor else "pixels", hash_shards(shards), n]
-    folder, units = unit_folder(place, "nearest", *kept), {}
+    space = extractor.name if extractor else "pixels"
+    folder, units = unit_folder(place, "nearest", space, hash_shards(shards), n), {}
     for shard, gallery in zip(shards, galleries, strict=True):
-        file = folder / f"{shard.name.removesuffix('.tar')}.npz"
-        args = (place.samples, n, query, shard, gallery, file)
-        units[file] = Unit(
-            Kind.FIGURE, search, args, f"{name} in {shard.name}", shard.stop - shard.start, needs_gpu=True
-        )
-    return Figure(f"{name}.png", caption, units, partial(_draw, place.samples, n))
+        file, images = folder / f"{shard.name.removesuffix('.tar')}.npz", shard.stop - shard.start
+        args, title = (query, shard, gallery, file), f"{name} in {shard.name}"
+        units[file] = Unit(Kind.FIGURE, search, args, title, images, needs_gpu=True)
+
+    def draw(files: list[Path], file: Path) -> None:
+        rows = np.concatenate([own[:, None], merge_nearest(files)["images"]], axis=1)
+        save_grid(torch.from_numpy(rows).flatten(0, 1), rows.shape[1], file)
+
+    return Figure(f"{name}.png", caption, units, draw)
 
 
 def read_sample_features(extractor: Extractor, place: Place, n: int) -> np.ndarray:
@@ -65,16 +68,12 @@ def read_sample_features(extractor: Extractor, place: Place, n: int) -> np.ndarr
 
 
 def search(
-    ctx: WorkerContext, samples: Path, n: int, query: np.ndarray | None, shard: tars.Shard, gallery: Path | None,
-    file: Path,
-) -> None:  # fmt: skip
-    """Do the work unit: of one tar, the images nearest to each of n samples, by pixels unless features are given."""
+    ctx: WorkerContext, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path
+) -> None:
+    """Do the work unit: of one tar, the images nearest to each row of `query` (n, d), which are features where the
+    file `gallery` holds those of the tar, else pixels."""
     images, _ = tars.load_images(shard.folder, shard.split, shard.start, shard.stop)
-    if gallery is None or query is None:
-        query = tars.load_images(samples, "samples", 0, n)[0].reshape(n, -1)
-        candidates = images.reshape(len(images), -1)
-    else:
-        candidates = read_arrays(gallery)["features"]
+    candidates = read_arrays(gallery)["features"] if gallery else images.reshape(len(images), -1)
     a, b = (torch.from_numpy(rows).to(ctx.device).float() for rows in (query, candidates))
     # By matrix products an image would be at some distance from itself.
     distance = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
@@ -90,9 +89,3 @@ def merge_nearest(files: list[Path]) -> dict[str, np.ndarray]:
     order = joined["distance"].argsort(axis=1, kind="stable")[:, :NEIGHBOURS]
     rows = np.arange(len(order))[:, None]
     return {name: values[rows, order] for name, values in joined.items()}
-
-
-def _draw(samples: Path, n: int, files: list[Path], file: Path) -> None:
-    own, _ = tars.load_images(samples, "samples", 0, n)
-    rows = np.concatenate([own[:, None], merge_nearest(files)["images"]], axis=1)
-    save_grid(torch.from_numpy(rows).flatten(0, 1), rows.shape[1], file)

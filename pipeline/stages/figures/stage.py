@@ -40,8 +40,8 @@ class FiguresStage(Stage):
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units whose results are missing, then draw the pictures and seal the folder."""
         if place.figures_manifest.exists():  # sealed, but not what was sealed, or not all: is_done said so
-            for file in (place.figures_manifest, *place.figures.glob("*.png"), *place.figures.glob("*.svg")):
-                file.unlink(missing_ok=True)
+            for file in [*place.figures.iterdir()]:
+                file.unlink()
         scored = place.scores_manifest.exists()
         figures, skipped = plan_figures(place)
         units = {file: unit for figure in figures for file, unit in figure.units.items()}
