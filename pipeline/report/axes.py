@@ -1,7 +1,5 @@
 """What was swept as the axes of a picture: one key is a row of grids, two are a matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

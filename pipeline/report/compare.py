@@ -3,8 +3,6 @@
 It is made from the runs' files alone, as their own reports are, which it links to.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Sequence

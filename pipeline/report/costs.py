@@ -1,7 +1,5 @@
 """What a full run would take, at the rates that this one was measured at."""
 
-from __future__ import annotations
-
 from pipeline.console import duration
 from pipeline.report import paper
 from pipeline.report.source import Source

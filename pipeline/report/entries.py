@@ -1,7 +1,5 @@
 """Runs of a comparison: what tells them apart, what they share, and how they are named."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

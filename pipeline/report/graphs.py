@@ -1,7 +1,5 @@
 """The charts on the page of one run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 nothing is fetched. How a thing looks follows from what the Markdown says; `templates/style.css` has the rules.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A page in its folder: Markdown from a template, the HTML made from it, and the pictures beside both."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path

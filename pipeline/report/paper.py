@@ -2,8 +2,6 @@
 and a few of the field's.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What was drawn: samples, and the figures of the paper."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

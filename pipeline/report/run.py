@@ -1,7 +1,5 @@
 """The page of one run. Whatever is not there yet is left out, with the command that makes it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline import config

@@ -1,7 +1,5 @@
 """What a run scored, in a sentence and beside other numbers."""
 
-from __future__ import annotations
-
 from pipeline import config
 from pipeline.report import paper
 from pipeline.report.page import format_value

@@ -1,7 +1,5 @@
 """The files that a page of one run is made of, those that are there."""
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass
 from functools import cached_property

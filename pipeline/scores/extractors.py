@@ -1,7 +1,5 @@
 """Images -> features: the registry of feature extractors. A new one is one module and one entry here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +43,7 @@ class Extractor:
     weights: Path
 
     @staticmethod
-    def of(kind: str, weights: Path, sha256: str) -> Extractor:
+    def of(kind: str, weights: Path, sha256: str) -> "Extractor":
         return Extractor(kind, f"{kind}-{sha256[:8]}", weights)
 
     @property

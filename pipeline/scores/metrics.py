@@ -3,8 +3,6 @@
 This module imports nothing heavy: errors in a configuration list its names.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The one order of runs: among those scored alike, by the mean over the seeds of each point."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The report is made again exactly when a file that it shows has changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

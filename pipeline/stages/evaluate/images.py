@@ -43,11 +43,8 @@ def compares_images(config: EvaluateConfig) -> bool:
 
 def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) -> ImageSets:
     """Collect the samples; the splits they are compared with; and as points the other split, a Gaussian, noise."""
-    config, n, shape = (
-        place.experiment.evaluate,
-        place.experiment.sample.num_images,
-        place.experiment.data.shape,
-    )
+    experiment, config = place.experiment, place.experiment.evaluate
+    n, shape = experiment.sample.num_images, experiment.data.shape
     folder, index = place.reference_features, tars.open_index(place.data)
 
     def split_set(split: str, at_most: int | None = None) -> ImageSet:

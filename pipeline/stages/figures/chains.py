@@ -211,11 +211,8 @@ def keep_shared(ctx: WorkerContext, place: Place, n: int, steps: int, file: Path
 def share_latents(ctx: WorkerContext, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Make x_t (n, C, H, W) on the way to the first n samples, and the images (n * children, C, H, W) from it."""
     experiment = place.experiment
-    chain, net, variance = (
-        build_chain(experiment),
-        load_guided(place, ctx.device),
-        choose_variance(experiment),
-    )
+    chain, net = build_chain(experiment), load_guided(place, ctx.device)
+    variance = choose_variance(experiment)
     draw = partial(normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
     x_t = draw_shared_latent(

@@ -6,7 +6,7 @@ from ddpm.images import to_uint8
 from pipeline.compute.work import Kind, WorkerContext, split_units
 from pipeline.drawing import charts
 from pipeline.errors import PipelineError
-from pipeline.scores.distances import frechet_distance, sum_features
+from pipeline.scores.distances import Statistics, frechet_distance, sum_features
 from pipeline.scores.extractors import Extractor, extract, find_extractor
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.reference import Reference
@@ -54,9 +54,9 @@ def find_scoring_extractor(place: Place) -> Extractor:
 def scores_along(place: Place) -> Figure:
     """Plan Fig. 10: IS and FID of the estimates of x_0."""
     experiment, extractor = place.experiment, find_scoring_extractor(place)
-    reference = Reference.of(place, extractor, experiment.evaluate.reference)
+    statistics = Reference.of(place, extractor, experiment.evaluate.reference).load()
     n = min(PER_ROW * experiment.figures.images, experiment.sample.num_images)
-    if n < 2 or reference.load() is None:
+    if n < 2 or statistics is None:
         raise Unavailable("it needs two samples" if n < 2 else "the reference's statistics are not there")
     folder, args = unit_folder(place, "along", extractor.name), (extractor, place)
     units = split_units(Kind.FIGURE, keep_features, args, n, UNIT_IMAGES, folder, "scores along samples")
@@ -68,7 +68,7 @@ def scores_along(place: Place) -> Figure:
     steps = choose_stages(len(build_chain(experiment)))
 
     def draw(files: list[Path], file: Path) -> None:
-        stages = score_stages(files, n, reference)
+        stages = score_stages(files, n, statistics)
         lines = {
             name: [scores[name] for scores in stages] for name in ("is_mean", "fid") if name in stages[0]
         }
@@ -91,11 +91,10 @@ def keep_features(
     write_arrays(file, features=features.reshape(*shape, -1), logits=logits.reshape(*shape, logits.shape[1]))
 
 
-def score_stages(files: list[Path], n: int, reference: Reference) -> list[Scores]:
+def score_stages(files: list[Path], n: int, statistics: Statistics) -> list[Scores]:
     """Compute fid, and is_mean where there are classes, of each stage."""
     found: list[Scores] = []
-    statistics, loaded = reference.load(), [read_arrays(file) for file in files]
-    assert statistics is not None
+    loaded = [read_arrays(file) for file in files]
     for stage in range(len(loaded[0]["features"])):
         scored = sum_features(((part["features"][stage], part["logits"][stage]) for part in loaded), n)
         scores = {"fid": frechet_distance(scored.moments.statistics(), statistics)}

@@ -201,7 +201,7 @@ def test_scores_along_end_in_the_runs_own(drawn):
     experiment, run = drawn
     figure = curves.scores_along(run.of(experiment))
     assert "12 images, too few" in figure.caption
-    reference = Reference.of(run, curves.find_scoring_extractor(run.of(experiment)), "train")
+    reference = Reference.of(run, curves.find_scoring_extractor(run.of(experiment)), "train").load()
     along = curves.score_stages(list(figure.units), 12, reference)
     scored = read_json(run.of(experiment).metrics_json)["scores"]["fid"]
     assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
@@ -215,16 +215,13 @@ def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
     for file, rows in zip(files, (slice(0, 20), slice(20, 30)), strict=True):
         write_arrays(file, features=features[:, rows], logits=logits[:, rows])
     reference = Moments.of(draw.normal(size=(40, 5))).statistics()
-    kept = Reference(tmp_path / "reference.npz", "content")
-    arrays = {"n": np.array(reference.n), "content": np.array("content")}
-    write_arrays(kept.file, mu=reference.mu, sigma=reference.sigma, **arrays)
-    found = curves.score_stages(files, 30, kept)
+    found = curves.score_stages(files, 30, reference)
     for number in (0, 1):
         expected = frechet_distance(Moments.of(features[number]).statistics(), reference)
         assert found[number]["fid"] == pytest.approx(expected, rel=1e-9)
         assert 1 <= found[number]["is_mean"] <= 3
     with pytest.raises(PipelineError, match="short set"):
-        curves.score_stages(files[:1], 30, kept)
+        curves.score_stages(files[:1], 30, reference)
 
 
 @pytest.mark.parametrize("space", ["pixels", "features"])
