@@ -16,16 +16,3 @@ def to_uint8(x: Tensor) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"to_uint8 expects floating-point values in [-1, 1], got {x.dtype}")
     return (x.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
-    """Tile uint8 (N,C,H,W) images row by row into one uint8 (H',W',3) picture, two pixels apart on white.
-
-    `scale` repeats each pixel, for images too small to be seen; the last row may be short.
-    """
-    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    n, c, h, w = images.shape
-    rows = -(-n // columns)
-    tiles = images.new_full((rows * columns, 3, h + 2, w + 2), 255)
-    tiles[:n, :, 1:-1, 1:-1] = images.expand(n, 3, h, w) if c == 1 else images
-    return tiles.reshape(rows, columns, 3, h + 2, w + 2).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), -1, 3)

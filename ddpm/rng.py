@@ -58,13 +58,7 @@ def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def normal(
-    seed: int,
-    stream: int,
-    step: int | Tensor,
-    index: Tensor,
-    shape: tuple[int, ...],
-) -> Tensor:
+def normal(seed: int, stream: int, step: int | Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Draw standard normals, float32 (N, *shape); by Box-Muller, |z| up to 6.66.
 
     index: int64 (N,), each below 2**32. step: an int or an int64 tensor, one for all rows or (N,). All
@@ -74,13 +68,7 @@ def normal(
     return _rows([*_box_muller(a, b), *_box_muller(c, d)], shape)
 
 
-def uniform(
-    seed: int,
-    stream: int,
-    step: int | Tensor,
-    index: Tensor,
-    shape: tuple[int, ...] = (),
-) -> Tensor:
+def uniform(seed: int, stream: int, step: int | Tensor, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
     words = _words(seed, stream, step, index, math.prod(shape))
     return _rows([(word >> 8).float() * 2.0**-24 for word in words], shape)

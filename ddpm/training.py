@@ -82,16 +82,17 @@ class TrainState:
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     """Say in one line what keeps `given` from being loaded into `own`; empty if nothing does."""
 
-    def kind(tensor: Tensor) -> str:
-        return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
+    needed, found = (
+        {name: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for name, x in tensors.items()}
+        for tensors in (own, given)
+    )
     faults = {
-        "missing": own.keys() - given.keys(),
-        "unexpected": given.keys() - own.keys(),
+        "missing": needed.keys() - found.keys(),
+        "unexpected": found.keys() - needed.keys(),
         "different": {
-            f"{name} is {kind(given[name])}, not {kind(own[name])}"
-            for name in own.keys() & given.keys()
-            if kind(own[name]) != kind(given[name])
+            f"{name} is {found[name]}, not {needed[name]}"
+            for name in needed.keys() & found.keys()
+            if needed[name] != found[name]
         },
     }
     return "; ".join(

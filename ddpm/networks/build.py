@@ -1,12 +1,23 @@
 """From the settings of a network to the network."""
 
-from importlib import import_module
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from ddpm.networks import NETWORKS, TAKES_LABELS
+from ddpm.networks import TAKES_LABELS
 from ddpm.networks.config import NetworkConfig
+from ddpm.networks.context_unet import ContextUNet
+from ddpm.networks.layers import SeededNetwork
+from ddpm.networks.mha_unet import MHAUNet
+from ddpm.networks.unet import UNet
+
+# All are called `net(x_t, t, context=None)`.
+CLASSES: dict[str, Callable[..., SeededNetwork]] = {
+    "unet": UNet,
+    "context_unet": ContextUNet,
+    "mha_unet": MHAUNet,
+}
 
 
 def build_network(
@@ -25,14 +36,13 @@ def build_network(
 
     Raises ValueError for settings that do not fit the images, and for classes the network cannot take.
     """
-    entry = NETWORKS[config.name]
-    if num_classes and not entry.takes_labels:
+    takes_labels = config.name in TAKES_LABELS
+    if num_classes and not takes_labels:
         able = " or ".join(sorted(TAKES_LABELS))
         raise ValueError(f"model.name={config.name} takes no labels: set data.labels=0, or model.name={able}")
-    network_class = getattr(import_module(entry.module), entry.network)
-    classes = (num_classes,) if entry.takes_labels else ()
+    classes = (num_classes,) if takes_labels else ()
     with torch.device("meta"):
-        net = network_class(config, image_size, in_channels, out_channels, *classes)
+        net = CLASSES[config.name](config, image_size, in_channels, out_channels, *classes)
     if torch.device(device).type == "meta":
         return net
     net.to_empty(device="cpu")

@@ -79,18 +79,13 @@ class ContextUNet(SeededNetwork):
             raise ValueError(
                 f"context has shape {tuple(context.shape)}; one label per image is {tuple(t.shape)}"
             )
-        if context.device.type == "cpu":
-            _refuse_unknown(context, self.num_classes)
+        unknown = (context != NO_LABEL) & ((context < 0) | (context >= self.num_classes))
+        if context.device.type == "cpu" and unknown.any():
+            raise ValueError(
+                f"context has the label {context[unknown][0]}; this network knows 0 to {self.num_classes - 1}, "
+                f"and {NO_LABEL} for none"
+            )
         return (context[:, None] == torch.arange(self.num_classes, device=t.device)).float()
-
-
-def _refuse_unknown(context: Tensor, num_classes: int) -> None:
-    unknown = (context != NO_LABEL) & ((context < 0) | (context >= num_classes))
-    if unknown.any():
-        raise ValueError(
-            f"context has the label {context[unknown][0]}; this network knows 0 to {num_classes - 1}, "
-            f"and {NO_LABEL} for none"
-        )
 
 
 class Film(nn.Module):

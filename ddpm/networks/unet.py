@@ -111,13 +111,13 @@ class UpLevel(Level):
     ) -> None:
         super().__init__(in_widths, width, side, config)
         upsample = {"conv": Upsample, "transposed": TransposedUpsample}[config.resample]
-        self.upsample = None if is_finest else upsample(width)
+        self.upsample = nn.Identity() if is_finest else upsample(width)
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Pop one skip per block, last in first out, and join it behind h."""
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             h = attention(block(torch.cat([h, skips.pop()], dim=1), temb))
-        return h if self.upsample is None else self.upsample(h)
+        return self.upsample(h)
 
 
 class Middle(nn.Module):

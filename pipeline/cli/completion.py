@@ -68,7 +68,7 @@ def _list_cluster_keys(prefix: str) -> list[str]:
 def _list_keys(prefix: str) -> list[str]:
     """List key=value: the keys of an experiment and of a cluster; after "=", the values where they can be listed."""
     sections = [(key, kind) for key, kind in field_types(Experiment).items() if is_section(kind)]
-    sections += [("model", entry.config) for entry in NETWORKS.values()]
+    sections += [("model", config) for config in NETWORKS.values()]
     found = [word for name, kind in sections for word in _list_section(name, kind, prefix)]
     return [*dict.fromkeys(found), "seed=", "name=", *_list_cluster_keys(prefix)]
 

@@ -72,8 +72,8 @@ def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     known = field_types(Experiment)
     tree = override({"name": path.stem, **read_file(path)}, _quote_texts(overrides, known))
     add_neutral_values(tree)
-    network = NETWORKS.get(str(flatten(tree).get("model.name", "unet")))
-    return tree, {**known, "model": network.config if network else Tree}
+    network = str(flatten(tree).get("model.name", "unet"))
+    return tree, {**known, "model": NETWORKS.get(network, Tree)}
 
 
 def _quote_texts(overrides: list[str], types: Types) -> list[str]:

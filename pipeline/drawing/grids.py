@@ -5,14 +5,22 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from ddpm.images import grid
 from pipeline.store.files import atomic_file
 
 CELL_PIXELS = 64  # smaller images are enlarged
 
 
 def save_grid(images: Tensor, columns: int, file: Path) -> None:
-    """uint8 images (N,C,H,W) on the CPU, row by row, as one PNG, atomically."""
-    picture = grid(images, columns, max(1, CELL_PIXELS // images.shape[-1]))
+    """Tile uint8 images (N,C,H,W) on the CPU row by row, two pixels apart on white, into one PNG, atomically.
+
+    The last row may be short.
+    """
+    scale = max(1, CELL_PIXELS // images.shape[-1])
+    images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    tiles = images.new_full((rows * columns, 3, h + 2, w + 2), 255)
+    tiles[:n, :, 1:-1, 1:-1] = images  # one channel becomes three
+    picture = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), -1, 3)
     with atomic_file(file) as temporary:
         Image.fromarray(picture.numpy()).save(temporary, format="PNG")

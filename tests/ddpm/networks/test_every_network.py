@@ -73,7 +73,7 @@ def drawn(net, context=None, count=4, **kwargs):
 
 def test_all_networks_are_tested_here():
     assert {config.name for config in CONFIGS.values()} == NETWORKS.keys()
-    assert all(NETWORKS[name].config().name == name for name in NETWORKS)
+    assert all(NETWORKS[name]().name == name for name in NETWORKS)
 
 
 @every_network

@@ -414,7 +414,7 @@ def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
 
 
 def test_other_networks_are_refused_by_name(tmp_path):
-    experiment = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"].config())
+    experiment = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"]())
     for use in (diffusers_layout.network_settings, lambda e: diffusers_layout.find_network_faults(e, {})):
         with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
             use(experiment)
