@@ -44,8 +44,7 @@ class Recorder:
     def open(self) -> None:
         """Let the parent run; put right what a killed driver left on the server, and deliver what it owed."""
         write_text(self.folder / "sweep.yaml", config.to_yaml(self.sweep))
-        self.parent.start(self.folder / "sweep.yaml")
-        self.parent.reconcile(set(self.trials))
+        self.parent.start(self.folder / "sweep.yaml", self.trials)
         for key in self.trials:
             state = self.ledger.records[key].state
             if state == "new":
@@ -120,8 +119,8 @@ class Recorder:
             tags |= {f"best.{key}": str(value) for key, value in best.swept.items()}
             scores = {f"best/{metric}": best.scores[metric]}
         rungs = {key: self.ledger.records[key].rungs for key in self.trials}
-        note = leaderboard.to_markdown(board)
-        self.parent.publish(tracking.Standing(leaderboard.tabulate(board), note, (tags, scores), rungs))
+        table, note = leaderboard.tabulate(board), leaderboard.to_markdown(board)
+        self.parent.publish(table, note, tags, scores, rungs)
 
     def close(self, status: str) -> None:
         """Write leaderboard and report, and say the last word to the server, however the study ended."""
@@ -129,11 +128,10 @@ class Recorder:
 
         self.publish()
         rows = [row for row in self.leaderboard.rows if row.scores]
-        entries = [compare.Entry(row.label, row.place, row.swept) for row in rows]
-        if entries:
-            sweep, folder = self.sweep, self.folder / "report"
-            compare.write_comparison(entries, folder, sweep.name, sweep.rank.by, sweep.note)
-        self.parent.finish(status, self.folder / "report")
+        sweep, report = self.sweep, self.folder / "report"
+        if rows:
+            compare.write_comparison(rows, report, sweep.name, sweep.rank.by, sweep.note)
+        self.parent.finish(status, report)
 
     def count_ended(self) -> int:
         return sum(self.ledger.has_ended(key) for key in self.trials)

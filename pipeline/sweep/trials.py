@@ -23,11 +23,6 @@ class Trial:
     swept: Values
     place: Place
 
-    @property
-    def data(self) -> str:
-        """The data that it runs on, by name."""
-        return self.place.data.name
-
 
 def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
     """Find the run of each point. Raises ConfigError where two points would be the same trial."""

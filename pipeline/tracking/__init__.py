@@ -8,11 +8,11 @@ sending it once does.
 
 from pipeline.tracking.client import check, default_uri
 from pipeline.tracking.mirror import Mirror, describe, sync
-from pipeline.tracking.parent import PARENT, STATE, TRIAL, Parent, Standing
+from pipeline.tracking.parent import PARENT, STATE, TRIAL, Parent
 from pipeline.tracking.session import Child
 from pipeline.tracking.ui import serve
 
 __all__ = [
-    "PARENT", "STATE", "TRIAL", "Child", "Mirror", "Parent", "Standing", "check", "default_uri", "describe", "serve",
+    "PARENT", "STATE", "TRIAL", "Child", "Mirror", "Parent", "check", "default_uri", "describe", "serve",
     "sync",
 ]  # fmt: skip

@@ -6,8 +6,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Concatenate, ParamSpec
@@ -25,21 +24,11 @@ P = ParamSpec("P")
 logger = logging.getLogger(__name__)
 
 TABLE = "leaderboard.json"
+MOST = 50_000  # runs that MLflow takes as the limit of one search
 PARENT, TRIAL, STATE, REMOVED = "mlflow.parentRunId", "sweep.trial", "sweep.state", "sweep.removed"
 
 Cell = bool | int | float | str | None | list["Cell"]
 Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
-
-
-@dataclass(frozen=True)
-class Standing:
-    """The present state of a sweep. table: the leaderboard, a mapping for each row; note: the same for people, in
-    Markdown; best: (tags, metrics) of the first row; rungs: by trial."""
-
-    table: Sequence[Mapping[str, Cell]]
-    note: str
-    best: tuple[dict[str, str], dict[str, float]]
-    rungs: Mapping[str, Sequence[Rung]]
 
 
 def _attempted(send: Callable[Concatenate[Parent, P], None]) -> Callable[Concatenate[Parent, P], None]:
@@ -75,14 +64,10 @@ class Parent(Sender):
         self.run_id = find_run(self.client, self.experiment_id, f"sweep {self.study}", identity, now)
 
     @_attempted
-    def start(self, sweep_file: Path) -> None:
-        """Let the parent run from now on."""
+    def start(self, sweep_file: Path, trials: Collection[str]) -> None:
+        """Let the parent run from now on. Children of points that the sweep has no more are marked, not deleted."""
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_artifact(self.run_id, str(sweep_file))
-
-    @_attempted
-    def reconcile(self, trials: set[str]) -> None:
-        """Mark children of points that the sweep has no more; they are not deleted, and run no longer."""
         for child in self._list_children():
             run_id, tags = child.info.run_id, child.data.tags
             if tags.get(TRIAL) in trials:
@@ -95,18 +80,27 @@ class Parent(Sender):
                 self.client.set_terminated(run_id, "KILLED")
 
     @_attempted
-    def publish(self, standing: Standing) -> None:
-        """Send the leaderboard as it is now."""
-        if standing.table:
-            self._send_table(standing.table)
-        tags, values = standing.best
+    def publish(
+        self,
+        table: Sequence[Mapping[str, Cell]],
+        note: str,
+        tags: dict[str, str],
+        scores: dict[str, float],
+        rungs: Mapping[str, Sequence[Rung]],
+    ) -> None:
+        """Send the leaderboard as it is now. table: a mapping for each row; note: the same for people, in Markdown;
+        tags, scores: of the best trial; rungs: by trial."""
+        # MLflow's own `log_table` would append to the rows that are there.
+        content = {"columns": list(table[0]), "data": [list(row.values()) for row in table]}
+        self.client.log_text(self.run_id, json.dumps(content), TABLE)
+        tags = {**tags, "mlflow.note.content": note}
+        tags["mlflow.loggedArtifacts"] = json.dumps([{"path": TABLE, "type": "table"}])
         known, now = self.client.get_run(self.run_id).data.metrics, time.time_ns() // 1_000_000
-        points = [(key, value, now, 0) for key, value in values.items() if known.get(key) != value]
-        log(self.client, self.run_id, points, tags | {"mlflow.note.content": standing.note})
-        for child in self._list_children() if any(standing.rungs.values()) else ():
-            rungs = standing.rungs.get(child.data.tags.get(TRIAL, ""), ())
-            if rungs:
-                points = [("rung/nll_bpd", value, when, step) for step, value, when in rungs]
+        points = [(key, value, now, 0) for key, value in scores.items() if known.get(key) != value]
+        log(self.client, self.run_id, points, tags)
+        for child in self._list_children() if any(rungs.values()) else ():
+            if own := rungs.get(child.data.tags.get(TRIAL, "")):
+                points = [("rung/nll_bpd", value, when, step) for step, value, when in own]
                 log(self.client, child.info.run_id, points)
 
     @_attempted
@@ -138,20 +132,6 @@ class Parent(Sender):
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 
-    def _list_children(self) -> Iterator[Run]:
-        query, token = f"tags.`{PARENT}` = '{self.run_id}'", None
-        while True:
-            page = self.client.search_runs([self.experiment_id], query, page_token=token)
-            yield from page
-            token = page.token
-            if not token:
-                return
-
-    def _send_table(self, rows: Sequence[Mapping[str, Cell]]) -> None:
-        """Replace the table: `log_table` appends to one that is there, so only the first one is its."""
-        columns = {key: [row.get(key) for row in rows] for key in rows[0]}
-        if TABLE not in self.client.get_run(self.run_id).data.tags.get("mlflow.loggedArtifacts", ""):
-            self.client.log_table(self.run_id, columns, TABLE)
-            return
-        split = {"columns": list(columns), "data": [list(row) for row in zip(*columns.values(), strict=True)]}
-        self.client.log_text(self.run_id, json.dumps(split), TABLE)
+    def _list_children(self) -> list[Run]:
+        query = f"tags.`{PARENT}` = '{self.run_id}'"
+        return list(self.client.search_runs([self.experiment_id], query, max_results=MOST))

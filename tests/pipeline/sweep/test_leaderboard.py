@@ -26,13 +26,9 @@ class Silence:
     run_id = ""
 
     def __init__(self, *_: object, **__: object):
-        self.published: list[tracking.Standing] = []
-
-    def publish(self, standing: tracking.Standing) -> None:
-        self.published.append(standing)
-
-    def finish(self, *_: object) -> None:
         pass
+
+    publish = finish = __init__
 
 
 @pytest.fixture(autouse=True)
