@@ -66,32 +66,29 @@ def connect(address: str | None, job: str = "") -> Iterator[Cluster]:
     for noisy in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
         logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
     try:
-        cluster = Cluster(PatientClient(url), name, option)
-        yield cluster
+        yield (cluster := Cluster(PatientClient(url), name, option))
     except AuthenticationError as error:
         refused = "failed" in str(error)
         problem = "does not accept the token" if refused else "wants a token, and there is none"
         raise PipelineError(f"{name} {problem}: {TOKEN}") from error
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        if "already exists" in str(error):
+            raise ConfigError(
+                f"there is already a job '{job}' on {name}: choose another --id, or leave it out (a run goes on "
+                "whatever its job is called)"
+            ) from error
         if not job or "does not exist" not in str(error):
-            raise _explain_refusal(str(error), name, job) from error
+            what = f"{name} is no Ray cluster, or does not take that: {last_line(str(error))}"
+            raise PipelineError(what) from error
         near = suggestion(job, [str(other.submission_id) for other in cluster.client.list_jobs()])
-        known = f"`ddpm jobs{option}` lists them"
-        raise PipelineError(f"no job on {name} is called '{job}'{near}; {known}") from error
+        raise PipelineError(
+            f"no job on {name} is called '{job}'{near}; `ddpm jobs{option}` lists them"
+        ) from error
     except OSError as error:
         raise PipelineError(
             f"no Ray cluster answers at {name} ({explain_network_error(error)}); start it, or give --address "
             "http://HOST:8265, the port of its dashboard"
         ) from error
-
-
-def _explain_refusal(text: str, name: str, job: str) -> PipelineError:
-    if "already exists" in text:
-        return ConfigError(
-            f"there is already a job '{job}' on {name}: choose another --id, or leave it out (a run goes on "
-            "whatever its job is called)"
-        )
-    return PipelineError(f"{name} is no Ray cluster, or does not take that: {last_line(text)}")
 
 
 def resolve_address(given: str | None) -> str:

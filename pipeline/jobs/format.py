@@ -28,31 +28,28 @@ def describe_end(job: JobDetails) -> tuple[int, str]:
 
 
 def format_jobs(jobs: list[JobDetails]) -> str:
-    """Return a table, a row for each job."""
-    rows = [(str(job.submission_id), job.status.lower(), *_times(job), _command(job)) for job in jobs]
-    return format_table(("id", "status", "started", "took", "command"), rows)
+    """Return a table, a row for each job; at least one."""
+    facts = [_list_facts(job) for job in jobs]
+    return format_table(list(facts[0]), [list(row.values()) for row in facts])
 
 
 def format_job(job: JobDetails) -> str:
     """Return a line for each fact about one job."""
-    started, took = _times(job)
-    facts = {
-        "job": job.submission_id,
-        "command": _command(job),
-        "status": describe_end(job)[1] if job.status.is_terminal() else job.status.lower(),
-        "started": started,
-        "took": took,
-    }
+    facts = _list_facts(job)
+    if job.status.is_terminal():
+        facts["status"] = describe_end(job)[1]
     return "\n".join(f"{name:>8}: {fact}" for name, fact in facts.items())
 
 
-def _command(job: JobDetails) -> str:
-    """What a person typed, or the shell command of a job that was submitted otherwise."""
-    return (job.metadata or {}).get("command") or job.entrypoint
-
-
-def _times(job: JobDetails) -> tuple[str, str]:
-    """When the job started, and how long it took or has taken so far."""
+def _list_facts(job: JobDetails) -> dict[str, str]:
+    """Return what people read about a job. took: so far, of one that runs; command: as a person typed it, or the
+    shell command of a job that was submitted otherwise."""
     start = (job.start_time or 0) / 1000
     end = job.end_time / 1000 if job.end_time else time.time()
-    return datetime.fromtimestamp(start).strftime("%Y-%m-%d %H:%M:%S"), duration(max(0.0, end - start))
+    return {
+        "id": str(job.submission_id),
+        "status": job.status.lower(),
+        "started": datetime.fromtimestamp(start).strftime("%Y-%m-%d %H:%M:%S"),
+        "took": duration(max(0.0, end - start)),
+        "command": (job.metadata or {}).get("command") or job.entrypoint,
+    }

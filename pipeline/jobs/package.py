@@ -63,8 +63,8 @@ def pack(words: list[str], commit: str | None) -> Iterator[Package]:
     """Lay out a temporary folder as the installed program is, with the command `words` to be run in it."""
     with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as name:
         folder = Path(name)
+        ignored = shutil.ignore_patterns("__pycache__", ".*")
         for package in ("pipeline", "ddpm"):
-            ignored = shutil.ignore_patterns("__pycache__", ".*")
             shutil.copytree(CODE / package, folder / package, ignore=ignored)
         if commit:
             (folder / "pipeline" / "COMMIT").write_text(commit)

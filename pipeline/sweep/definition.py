@@ -29,11 +29,6 @@ class Draw:
     points: CountOrNull = None
     seed: int = 0
 
-    @property
-    def takes_lists(self) -> bool:
-        """Whether the values that are listed decide how many points there are."""
-        return self.method in ("grid", "one_at_a_time")
-
 
 @dataclass(frozen=True)
 class Rank:
@@ -132,7 +127,8 @@ class Sweep(Settings):
     def problems(self) -> Problems:
         """Find what only several values together show."""
         found: Problems = []
-        method, lists = self.draw.method, self.draw.takes_lists
+        method = self.draw.method
+        lists = method in ("grid", "one_at_a_time")  # their values decide how many points there are
         if not re.fullmatch(FILE_NAME, self.name):
             found.append(
                 ("name", f"is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-' only")

@@ -43,14 +43,14 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
     for word in overrides:
         if word.partition("=")[0] in sweep.space:
             raise ConfigError(f"{word}: {sweep.name} sweeps this key; change the file, or copy it")
-    common, known = _format_overrides(sweep.overrides) + overrides, known_names()
+    common, known = format_overrides(sweep.overrides) + overrides, known_names()
     points: list[SweepPoint] = []
     faults: dict[str, None] = {}  # a set that keeps its order
     for swept in itertools.islice(_combine(sweep), sweep.size):
         own = {key: value for key, value in swept.items() if key != "experiment"}
         name = str(swept.get("experiment", sweep.experiments[0]))
         try:
-            experiment = load_experiment(name, common + _format_overrides(own), known)
+            experiment = load_experiment(name, common + format_overrides(own), known)
             points.append(SweepPoint(name_values(swept), swept, experiment))
         except ConfigError as error:
             faults |= dict.fromkeys(error.problems)
@@ -62,11 +62,12 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
 
 def list_relative_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
     """Return the paths of a valid sweep that depend on the folder or the person, as 'data.path=images', each once."""
-    common = _format_overrides(sweep.overrides) + overrides
+    common = format_overrides(sweep.overrides) + overrides
     return list(dict.fromkeys(path for name in sweep.experiments for path in relative_paths(name, common)))
 
 
-def _format_overrides(values: Values) -> list[str]:
+def format_overrides(values: Values) -> list[str]:
+    """Write values as they are given on the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 

@@ -6,7 +6,6 @@ comparable with each other, and by nothing but their order with the paper.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,8 @@ from pipeline.errors import ConfigError
 from pipeline.store.files import read_json, write_json
 from pipeline.store.log import read_points
 from pipeline.store.run import sweep_folder
-from pipeline.sweep.definition import load_sweep
-from pipeline.sweep.points import list_points
+from pipeline.sweep.definition import Values, load_sweep
+from pipeline.sweep.points import format_overrides, list_points
 
 if TYPE_CHECKING:
     from pipeline.sweep.study import Study
@@ -37,11 +36,12 @@ PROBE_STEPS = 20
 def parse_budget(text: str) -> tuple[int | None, float | None]:
     """Read '2000', '2h', '30min' or 'full': steps of each row, or hours for all rows together, or neither, which is
     the paper's length. Raises ConfigError."""
-    match = re.fullmatch(r"(?P<steps>\d+)|(?P<hours>\d+(\.\d+)?)h|(?P<minutes>\d+(\.\d+)?)min|full", text)
-    steps, hours, minutes = match.group("steps", "hours", "minutes") if match else ("0", None, None)
-    if any(number is not None and float(number) == 0 for number in (steps, hours, minutes)):
+    if text == "full":
+        return None, None
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)(h|min)", text)
+    if not match or float(match[1] or match[2]) == 0:
         raise ConfigError(f"--budget {text}: say a number of steps (2000), a time (2h, 30min), or full")
-    return int(steps) if steps else None, float(hours) if hours else float(minutes) / 60 if minutes else None
+    return (int(match[1]), None) if match[1] else (None, float(match[2]) / (1 if match[3] == "h" else 60))
 
 
 def plan_reproduction(
@@ -110,7 +110,7 @@ def scale(steps: int, full: Experiment) -> list[str]:
         return []
     samples = max(LEAST_SAMPLES, round(share * full.sample.num_images))
     bounds = max(LEAST_BOUNDS, round(share * (full.evaluate.nll_images or TEST_IMAGES)))
-    values = {
+    values: Values = {
         "train.steps": steps,
         "train.warmup_steps": min(full.train.warmup_steps, max(1, steps // WARM_UP)),
         "train.checkpoint_every": min(full.train.checkpoint_every, max(1, steps // 4)),
@@ -122,7 +122,7 @@ def scale(steps: int, full: Experiment) -> list[str]:
         "sample.batch_size": min(full.sample.batch_size, samples),
         "evaluate.nll_batch_size": min(full.evaluate.nll_batch_size, bounds),
     }
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    return format_overrides(values)
 
 
 def describe_scale(steps: int, full: Experiment) -> str:

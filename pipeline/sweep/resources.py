@@ -5,23 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from pipeline.compute.resources import Resources
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 
-
-class Node(NamedTuple):
-    """What one machine of the cluster offers."""
-
-    cpus: int
-    gpus: int
-
-    def places(self, cpus: int, gpus: float) -> int:
-        """Return how many workers of that size it has room for."""
-        by_cpu = self.cpus // cpus
-        return min(by_cpu, int(self.gpus / gpus + 1e-9)) if gpus else by_cpu
+Nodes = Sequence[tuple[int, int]]  # CPUs and GPUs of each machine
 
 
 @dataclass(frozen=True)
@@ -38,30 +27,31 @@ class Share:
         return f"{self.slots} at a time, each {workers} with {one.cpus_per_worker} CPU{gpus}"
 
 
-def list_local_nodes() -> list[Node]:
+def list_local_nodes() -> Nodes:
     """Return this machine, as a cluster of one."""
     import torch
 
-    return [Node(len(os.sched_getaffinity(0)), torch.cuda.device_count())]
+    return [(len(os.sched_getaffinity(0)), torch.cuda.device_count())]
 
 
-def share_cluster(
-    cluster: ClusterConfig, nodes: Sequence[Node], trials: int, concurrent: int | None
-) -> Share:
+def count_places(nodes: Nodes, cpus: int, gpus: float) -> int:
+    """Return how many workers of that size the machines have room for."""
+    return sum(min(there // cpus, int(own / gpus + 1e-9)) if gpus else there // cpus for there, own in nodes)
+
+
+def share_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent: int | None) -> Share:
     """Give each trial one worker unless the cluster says otherwise, each worker a GPU where there are any, and
     divide the CPUs among the trials that run at once.
 
     Raises PipelineError where not even one trial has room.
     """
-    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    cpus, gpus = (sum(counts) for counts in zip(*nodes, strict=True))
     workers = cluster.workers or 1
     per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     wanted = min(trials, concurrent or trials)
-    by_gpu = sum(node.places(1, per_gpu) for node in nodes) // workers
-    at_once = max(1, min(wanted, by_gpu))
-    largest = max(node.cpus for node in nodes)
-    per_cpu = cluster.cpus_per_worker or max(1, min(cpus // (at_once * workers), largest))
-    slots = min(wanted, sum(node.places(per_cpu, per_gpu) for node in nodes) // workers)
+    at_once = max(1, min(wanted, count_places(nodes, 1, per_gpu) // workers))
+    per_cpu = cluster.cpus_per_worker or max(1, min(cpus // (at_once * workers), max(nodes)[0]))
+    slots = min(wanted, count_places(nodes, per_cpu, per_gpu) // workers)
     if slots < 1:
         raise PipelineError(
             f"one trial asks for {workers} workers with {per_cpu} CPUs and {per_gpu:g} GPUs each, the cluster has "

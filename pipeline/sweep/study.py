@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,9 @@ from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.points import SweepPoint
 from pipeline.sweep.recorder import Recorder
-from pipeline.sweep.resources import Node, Share, list_local_nodes, share_cluster
+from pipeline.sweep.resources import Nodes, Share, list_local_nodes, share_cluster
 from pipeline.sweep.trials import locate_trials
-from pipeline.sweep.work import Task, run_trial
+from pipeline.sweep.work import Task, explain, run_trial
 
 if TYPE_CHECKING:
     from pipeline.sweep.tuning import Halving
@@ -73,7 +74,7 @@ class Study:
         ]
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
 
-    def _share(self, nodes: list[Node]) -> Share:
+    def _share(self, nodes: Nodes) -> Share:
         return share_cluster(self.cluster, nodes, max(1, len(self._list_open())), self.sweep.concurrent)
 
     def run(self) -> Leaderboard:
@@ -120,13 +121,12 @@ class Study:
                     watch(lambda: shown.update(recorder.count_ended(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, InProcess):
-                        for key, task in tasks.items():
-                            self._run_in_process(key, task, executor, judge)
+                        self._run_in_process(tasks, executor, judge)
                     elif tasks:
                         from pipeline.sweep.tuning import run_tasks
 
                         executor.pool.end()  # what was prepared for all; each trial has a pool of its own
-                        share = self._share([Node(*counts) for counts in executor.nodes()])
+                        share = self._share(executor.nodes())
                         say(f"{self.sweep.name}: {share}")
                         run_tasks(tasks, share, recorder, judge, self.folder / "ray")
             finally:
@@ -153,7 +153,7 @@ class Study:
                 able.append(key)
             except PipelineError as error:
                 self.recorder.start_trial(key)
-                self.recorder.end_trial(key, " ".join(str(error).split()))
+                self.recorder.end_trial(key, explain(error))
             if self.interrupt.requested():
                 raise Interrupted
         return able
@@ -168,19 +168,14 @@ class Study:
         past = [key for key in self.trials if self.ledger.has_ended(key)]
         return Halving(self.sweep.early_stop, steps, self.ledger, past)
 
-    def _run_in_process(self, key: str, task: Task, executor: InProcess, judge: Halving | None) -> None:
+    def _run_in_process(self, tasks: dict[str, Task], executor: InProcess, judge: Halving | None) -> None:
         """Do without Ray the same work, with the same judge."""
-        if self.recorder.is_closed():
-            return
-        self.recorder.start_trial(key)
-        error = None
-        try:
-            run_trial(task, executor, lambda step, bound: judge is None or judge.judge(key, step, bound))
-        except Interrupted:
-            pass
-        except Exception as failure:  # whatever it is, the other trials do not suffer from it
-            error = " ".join(str(failure).split()) or type(failure).__name__
-        self.recorder.end_trial(key, error)
+        for key, task in tasks.items():
+            if self.recorder.is_closed():
+                return
+            self.recorder.start_trial(key)
+            goes_on = partial(judge.judge, key) if judge else lambda step, bound: True
+            self.recorder.end_trial(key, run_trial(task, executor, goes_on))
 
     # What the command ends with
 

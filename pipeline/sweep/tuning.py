@@ -19,16 +19,15 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from pipeline.compute.interrupt import Interrupted
 from pipeline.compute.resources import Resources
 from pipeline.compute.session import Session
 from pipeline.compute.training import release, run_off_main_thread
-from pipeline.errors import PipelineError, last_line
+from pipeline.errors import PipelineError
 from pipeline.sweep.definition import EarlyStop
 from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.resources import Share
-from pipeline.sweep.work import Task, run_trial
+from pipeline.sweep.work import Task, explain, run_trial
 
 BOUND, STEP = "nll_bpd", "step"
 QUIET = {
@@ -152,7 +151,7 @@ def run_tasks(
     )
     error = run_off_main_thread(tuner.fit, "ray-tune")
     if error is not None:
-        raise PipelineError(f"Ray Tune gave up: {_explain(error)}; the same command goes on") from error
+        raise PipelineError(f"Ray Tune gave up: {explain(error)}; the same command goes on") from error
 
 
 def _run_task(given: dict[str, str], tasks: dict[str, Task], resources: Resources) -> dict[str, str] | None:
@@ -165,17 +164,5 @@ def _run_task(given: dict[str, str], tasks: dict[str, Task], resources: Resource
             tune.report({STEP: step, BOUND: bound})
             return True
 
-        try:
-            run_trial(task, session, report)
-        except Interrupted:
-            pass  # what is on disk says how far it came
-        except Exception as error:
-            return {"error": _explain(error)}
-    return None
-
-
-def _explain(error: BaseException) -> str:
-    """Return the reason in a user's words: the cause, without the layers that carried it."""
-    while (cause := getattr(error, "cause", None)) is not None:
-        error = cause
-    return " ".join(str(error).split()) if isinstance(error, PipelineError) else last_line(error)
+        error = run_trial(task, session, report)
+    return {"error": error} if error else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pipeline.compute.interrupt import Interrupted
@@ -11,6 +12,7 @@ from pipeline.compute.work import Executor
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import watch
 from pipeline.engine import execute as stages
+from pipeline.errors import PipelineError, last_line
 from pipeline.store.files import read_json
 from pipeline.store.run import Place
 from pipeline.sweep.definition import EarlyStop
@@ -30,17 +32,34 @@ class Task:
         return self.stop_file.exists()
 
 
-def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bool]) -> None:
-    """Bring the trial's run up to date. `goes_on(step, bound)` decides at each rung whether it is worth it.
+def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bool]) -> str | None:
+    """Bring the trial's run up to date, and say why it failed where it did: the other trials do not suffer from it.
+    `goes_on(step, bound)` decides at each rung whether it is worth it."""
+    try:
+        with watch(partial(_pass_on, task)):
+            _run_rungs(task, executor, goes_on)
+    except Interrupted:
+        pass  # what is on disk says how far it came
+    except Exception as error:
+        return explain(error)
+    return None
 
-    Raises Interrupted, PipelineError.
-    """
+
+def explain(error: BaseException) -> str:
+    """Return the reason in a user's words: the cause, without the layers that carried it."""
+    while (cause := getattr(error, "cause", None)) is not None:
+        error = cause
+    return " ".join(str(error).split()) if isinstance(error, PipelineError) else last_line(error)
+
+
+def _pass_on(task: Task) -> None:
+    """Tell the training workers to stop, who look at their run directory."""
+    if task.interrupted() and task.place.path.exists():
+        task.place.stop_file.touch()
+
+
+def _run_rungs(task: Task, executor: Executor, goes_on: Callable[[int, float], bool]) -> None:
     place = task.place
-
-    def pass_on() -> None:
-        """Tell the training workers, who look at their run directory."""
-        if task.interrupted() and place.path.exists():
-            place.stop_file.touch()
 
     def bring(experiment: Experiment, last: str) -> None:
         if task.interrupted():
@@ -49,14 +68,13 @@ def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bo
             executor, task.interrupted, task.cluster, place.of(experiment), last, asked=place.experiment
         )
 
-    with watch(pass_on):
-        for steps in task.early_stop.rungs(place.experiment.train.steps):
-            experiment = shorten(place.experiment, steps, task.early_stop.nll_images)
-            bring(experiment, "evaluate")
-            metrics = read_json(place.of(experiment).metrics_json)
-            if not goes_on(steps, metrics["scores"]["nll_bpd"]):
-                return
-        bring(place.experiment, "report")
+    for steps in task.early_stop.rungs(place.experiment.train.steps):
+        experiment = shorten(place.experiment, steps, task.early_stop.nll_images)
+        bring(experiment, "evaluate")
+        metrics = read_json(place.of(experiment).metrics_json)
+        if not goes_on(steps, metrics["scores"]["nll_bpd"]):
+            return
+    bring(place.experiment, "report")
 
 
 def shorten(experiment: Experiment, steps: int, nll_images: int) -> Experiment:

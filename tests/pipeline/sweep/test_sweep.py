@@ -19,7 +19,7 @@ from pipeline.store import keys
 from pipeline.sweep import reproduce
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import list_points
-from pipeline.sweep.resources import Node, share_cluster
+from pipeline.sweep.resources import share_cluster
 
 DRAWN = "experiment: digits\nspace:\n  %s\ndraw: {method: sobol, points: 2}\n"
 
@@ -221,17 +221,17 @@ def cluster(**overrides):
 @pytest.mark.parametrize(
     ("asked", "nodes", "trials", "concurrent", "slots", "workers", "cpus", "gpus"),
     [
-        ({}, [Node(2, 0)], 8, None, 2, 1, 1, 0),
-        ({}, [Node(2, 0)], 1, None, 1, 1, 2, 0),
-        ({}, [Node(16, 0)], 8, 2, 2, 1, 8, 0),
-        ({"workers": 2}, [Node(2, 0)], 8, None, 1, 2, 1, 0),
-        ({"cpus_per_worker": 2}, [Node(3, 0), Node(3, 0)], 8, None, 2, 1, 2, 0),  # not 6 // 2
-        ({}, [Node(16, 4)], 8, None, 4, 1, 4, 1),
-        ({"gpus_per_worker": 0.5}, [Node(16, 1)], 8, None, 2, 1, 8, 0.5),
-        ({"workers": 8}, [Node(16, 4), Node(16, 4)], 8, None, 1, 8, 4, 1),  # a trial over two machines
+        ({}, [(2, 0)], 8, None, 2, 1, 1, 0),
+        ({}, [(2, 0)], 1, None, 1, 1, 2, 0),
+        ({}, [(16, 0)], 8, 2, 2, 1, 8, 0),
+        ({"workers": 2}, [(2, 0)], 8, None, 1, 2, 1, 0),
+        ({"cpus_per_worker": 2}, [(3, 0), (3, 0)], 8, None, 2, 1, 2, 0),  # not 6 // 2
+        ({}, [(16, 4)], 8, None, 4, 1, 4, 1),
+        ({"gpus_per_worker": 0.5}, [(16, 1)], 8, None, 2, 1, 8, 0.5),
+        ({"workers": 8}, [(16, 4), (16, 4)], 8, None, 1, 8, 4, 1),  # a trial over two machines
         (
             {"gpus_per_worker": 2},
-            [Node(8, 3), Node(8, 3)],
+            [(8, 3), (8, 3)],
             8,
             None,
             2,
@@ -256,7 +256,7 @@ def test_a_trial_that_never_fits_is_refused():
     with pytest.raises(
         PipelineError, match=r"3 workers with 1 CPUs .* the cluster has 2 CPUs .* lower cluster.workers"
     ):
-        share_cluster(cluster(workers=3), [Node(2, 0)], 4, None)
+        share_cluster(cluster(workers=3), [(2, 0)], 4, None)
 
 
 @pytest.mark.parametrize(
