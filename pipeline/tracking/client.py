@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -59,6 +60,15 @@ def connect(uri: str) -> MlflowClient:
                 MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         follow_move(store)
     return MlflowClient(uri)
+
+
+def locate_runs(uri: str, storage: Path, experiment_id: str) -> str:
+    """Return where the UI shows the runs of a study; before it, of an embedded store, the command that serves it."""
+    base = hide_password(uri).rstrip("/")
+    if not uri.startswith("http"):
+        command = shlex.join(["ddpm", "ui", f"cluster.storage={storage}"])
+        base = f"`{command}`, then http://127.0.0.1:5000"
+    return f"{base}/#/experiments/{experiment_id}/runs"
 
 
 def check(uri: str) -> None:

@@ -16,7 +16,7 @@ from typing import TypedDict
 from pipeline.errors import PipelineError, explain_network_error, hide_password
 from pipeline.store.files import read_json, write_json
 from pipeline.store.run import Place
-from pipeline.tracking.client import VIEW, Sender, default_uri
+from pipeline.tracking.client import VIEW, Sender, default_uri, locate_runs
 from pipeline.tracking.parcels import Parcel, list_parcels
 from pipeline.tracking.session import Child, Session
 
@@ -154,12 +154,12 @@ def _read_state(path: Path) -> State:
     return state
 
 
-def sync(uri: str, study: str, place: Place, tags: dict[str, str] | None = None) -> str:
+def sync(uri: str, study: str, place: Place) -> str:
     """Deliver the whole run directory again, and say what was sent. The caller holds the run's lock.
 
     Raises PipelineError where the server does not answer.
     """
-    mirror = Mirror(uri, study, place, tags)
+    mirror = Mirror(uri, study, place)
     mirror.forget()
     try:
         mirror.deliver()
@@ -180,11 +180,8 @@ def describe(place: Place, uri: str | None) -> str:
     server = state.get("servers", {}).get(address)
     if server is None:
         return f"nothing in {address} yet ({_sync_command(place, uri)})"
-    if uri.startswith("http"):
-        where = f"{address.rstrip('/')}/#/experiments/{server['experiment_id']}/runs/{server['run_id']}{VIEW}"
-    else:
-        ui = shlex.join(["ddpm", "ui", f"cluster.storage={place.storage}"])
-        where = f"{server['study']} / {place.name} in {address} (`{ui}`)"
+    runs = locate_runs(uri, place.storage, server["experiment_id"])
+    where = f"{runs}/{server['run_id']}{VIEW}"
     behind = server["parcels"].get("status") != state["status"]
     return f"{where}, not up to date ({_sync_command(place, uri)})" if behind else where
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.store import keys, selection
+from pipeline.store.checkpoint import steps_on_disk
 from pipeline.store.files import MANIFEST, read_json
 from pipeline.store.log import find_end
-from pipeline.store.run import METRICS, Place
+from pipeline.store.run import Place, find_scores
 from pipeline.tracking.session import Child, Session
 
 # Of the run key's content, what would only lengthen the list in the UI; experiment.yaml has it all.
@@ -55,8 +56,7 @@ def list_parcels(
         yield Parcel("log", str(end), partial(Session.send_log, start=start if start <= end else 0, end=end))
     for grid in sorted(place.grids.glob("[0-9]*.png")):
         yield Parcel(f"grid {grid.stem}", "1", partial(Session.send_grid, grid=grid))
-    steps = sorted(int(meta.parent.name[5:]) for meta in place.train.glob("step_*/meta.json"))
-    if steps:
+    if steps := steps_on_disk(place.train):
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
     headline = selection.resolve(place)
     yield from _list_evaluations(place, headline, in_own_run=child is None)
@@ -67,7 +67,7 @@ def list_parcels(
 def _list_evaluations(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
     """Yield the scores. One evaluation is the headline; those of candidates are points of a curve; the others get
     runs of their own, but not in a sweep, where the rungs would be rows beside its trials."""
-    found = sorted(place.path.glob(f"evaluation/[0-9a-f]*/{METRICS}"))
+    found = find_scores(place.path)
     # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
     chooses = bool(place.experiment.evaluate.checkpoints)
     scored = selection.list_candidates(place) if chooses else {}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import wraps
@@ -13,15 +11,13 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from urllib.parse import quote, urlencode
 
 from pipeline.errors import hide_password
-from pipeline.tracking.client import VIEW, Sender, connect, find_run, find_study, log
+from pipeline.tracking.client import VIEW, Sender, connect, find_run, find_study, locate_runs, log
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 P = ParamSpec("P")
-
-logger = logging.getLogger(__name__)
 
 TABLE = "leaderboard.json"
 MOST = 50_000  # runs that MLflow takes as the limit of one search
@@ -52,7 +48,7 @@ class Parent(Sender):
     client: MlflowClient
     experiment_id = run_id = ""
 
-    def __init__(self, uri: str, study: str, storage: Path, warn: Callable[[str], None] = logger.warning):
+    def __init__(self, uri: str, study: str, storage: Path, warn: Callable[[str], None]):
         super().__init__(uri, warn)
         self.study, self.storage = study, storage
 
@@ -113,14 +109,9 @@ class Parent(Sender):
     def links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
         """Return (what, where) in the UI: the study with its leaderboard, and its trials with their charts, best
         first."""
-        address = hide_password(self.uri)
         if not self.run_id:
-            return [("MLflow", f"nothing in {address} yet; the same command delivers it")]
-        base, hint = address.rstrip("/"), ""
-        if not self.uri.startswith("http"):
-            ui = shlex.join(["ddpm", "ui", f"cluster.storage={self.storage}"])
-            base, hint = "http://127.0.0.1:5000", f"`{ui}`, then "
-        runs = f"{base}/#/experiments/{self.experiment_id}/runs"
+            return [("MLflow", f"nothing in {hide_password(self.uri)} yet; the same command delivers it")]
+        runs = locate_runs(self.uri, self.storage, self.experiment_id)
         query = {
             "compareRunsMode": "CHART",
             "searchFilter": f"tags.`{TRIAL}` != ''",
@@ -128,7 +119,7 @@ class Parent(Sender):
             "orderByAsc": str(not larger_is_better).lower(),
         }
         return [
-            ("MLflow", f"{hint}{runs}/{self.run_id}{VIEW}"),
+            ("MLflow", f"{runs}/{self.run_id}{VIEW}"),
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 

@@ -136,13 +136,13 @@ class Session:
     def send_candidate(self, step: int, file: Path) -> None:
         """Send the scores of a checkpoint among which the best is looked for: a point of the FID's curve."""
         scores: Scores = read_json(file)
-        self._log(self.run_id, {"selection/fid": scores["scores"]["fid"]}, {}, step, milliseconds(file))
+        self._log(self.run_id, {"selection/fid": scores["scores"]["fid"]}, {}, step, file)
 
     def send_choice(self, file: Path) -> None:
         found = read_json(file)
         tags = {f"selection.{key}": str(found[key]) for key in ("n", "weights", "extractor", "reference")}
         last = found["scores"][-1]["step"]
-        self._log(self.run_id, {"selection/best_step": found["best"]}, tags, last, milliseconds(file))
+        self._log(self.run_id, {"selection/best_step": found["best"]}, tags, last, file)
 
     def send_scores(self, file: Path, run_id: str = "") -> None:
         """Send the headline evaluation, or another one to a run of its own."""
@@ -152,7 +152,7 @@ class Session:
         texts = {k: "; ".join(map(str, v)) if isinstance(v, list) else v for k, v in protocol.items()}
         tags = {f"protocol.{k}": str(v) for k, v in texts.items() if v not in (None, "")}
         step = int(str(protocol.get("checkpoint") or 0))
-        self._log(run_id or self.run_id, scores, tags, step, milliseconds(file))
+        self._log(run_id or self.run_id, scores, tags, step, file)
 
     def send_evaluation(self, file: Path) -> None:
         """Send an evaluation beside the headline one: a child run."""
@@ -163,12 +163,14 @@ class Session:
         self.send_scores(file, child)
         self.client.set_terminated(child, "FINISHED", milliseconds(file))
 
-    def _log(self, run_id: str, values: dict[str, float], tags: dict[str, str], step: int, when: int) -> None:
+    def _log(
+        self, run_id: str, values: dict[str, float], tags: dict[str, str], step: int, file: Path
+    ) -> None:
         """Log values at the model of their checkpoint, each once: a copied file has a new time, and would be another
         point of the same score."""
         model = self._find_models().get(step)
         points = [
-            (key, float(value), when, step)
+            (key, float(value), milliseconds(file), step)
             for key, value in values.items()
             if all((p.step, p.value) != (step, value) for p in self.client.get_metric_history(run_id, key))
         ]

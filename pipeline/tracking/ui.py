@@ -15,10 +15,10 @@ from urllib.request import urlopen
 from pipeline.errors import PipelineError, hide_password
 from pipeline.tracking.client import ARTIFACTS, ENVIRONMENT, VIEW, default_uri, follow_move
 
-STARTING = 120.0  # seconds that a server may take to answer
+HOST, STARTING = "127.0.0.1", 120.0  # seconds that a server may take to answer
 
 
-def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = None) -> int:
+def serve(storage: Path, port: int, uri: str | None = None) -> int:
     """Run MLflow's server on the store until it is interrupted; prints the link once it answers.
 
     Raises PipelineError where the port is taken or the server does not start.
@@ -27,13 +27,13 @@ def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = N
     if uri.startswith("http"):
         print(f"{hide_password(uri)} is a server already: open it in a browser", flush=True)
         return 0
-    _require_free(host, port)
+    _require_free(port)
     storage.mkdir(parents=True, exist_ok=True)
     follow_move(Path(uri.removeprefix("sqlite:///")))
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
     options = {
         "--backend-store-uri": uri,
-        "--host": host,
+        "--host": HOST,
         "--port": str(port),
         "--workers": "1",
         "--artifacts-destination": str(storage / ARTIFACTS),
@@ -43,8 +43,8 @@ def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = N
     with (storage / "mlflow-server.log").open("wb") as log:
         server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
     try:
-        _await_answer(server, f"http://{host}:{port}", Path(log.name))
-        print(f"http://{host}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
+        _await_answer(server, f"http://{HOST}:{port}", Path(log.name))
+        print(f"http://{HOST}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         return 0
@@ -57,15 +57,15 @@ def serve(storage: Path, port: int, host: str = "127.0.0.1", uri: str | None = N
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def _require_free(host: str, port: int) -> None:
+def _require_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            probe.bind((HOST, port))
         except OSError as error:
             raise PipelineError(
-                f"port {port} of {host} cannot be used ({error.strerror}); if an MLflow UI runs there, open "
-                f"http://{host}:{port}, else choose another: `ddpm ui --port {port + 1}`"
+                f"port {port} of {HOST} cannot be used ({error.strerror}); if an MLflow UI runs there, open "
+                f"http://{HOST}:{port}, else choose another: `ddpm ui --port {port + 1}`"
             ) from error
 
 

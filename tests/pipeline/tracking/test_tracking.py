@@ -180,8 +180,9 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
                 raise error
     except BaseException as raised:
         assert type(raised) is error
-    assert find(client, "ends", run).info.status == status
-    assert "ends" in tracking.describe(run, uri) and "sync" not in tracking.describe(run, uri)
+    found, where = find(client, "ends", run), tracking.describe(run, uri)
+    assert found.info.status == status
+    assert found.info.run_id in where and "ddpm ui" in where and "sync" not in where
 
 
 def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
