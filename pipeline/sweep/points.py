@@ -73,10 +73,9 @@ def format_overrides(values: Values) -> list[str]:
 
 def _combine(sweep: Sweep) -> Iterator[Values]:
     """Yield the swept values of every point: experiments, then the space, then seeds."""
-    experiments: list[Values] = [{"experiment": name} for name in sweep.experiments]
+    several = len(sweep.experiments) > 1
+    experiments: list[Values] = [{"experiment": name} for name in sweep.experiments] if several else [{}]
     seeds: list[Values] = [{"seed": seed} for seed in sweep.seeds] or [{}]
-    if len(experiments) == 1:
-        experiments = [{}]
     for experiment, values, seed in itertools.product(experiments, _draw(sweep), seeds):
         yield {**experiment, **values, **seed}
 
@@ -88,8 +87,7 @@ def _draw(sweep: Sweep) -> Iterator[Values]:
         yield from (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
         return
     if sweep.draw.method == "one_at_a_time":
-        first = {key: values[0] for key, values in lists.items()}
-        yield first
+        yield (first := {key: values[0] for key, values in lists.items()})
         yield from ({**first, key: value} for key, values in lists.items() for value in values[1:])
         return
     seen = set()

@@ -34,23 +34,17 @@ def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
         data = point.experiment.data
         if data not in known:
             known[data] = find.locate_run(point.experiment, root)
-        trial = _locate(point, known[data], runs)
-        if trial.key in trials:
-            faults.append(
-                f"'{point.label}' and '{trials[trial.key].label}' are the same trial; leave one out"
-            )
-        trials[trial.key] = trial
+        run_key = keys.run_key(point.experiment, known[data].data_key)
+        place = replace(known[data], experiment=point.experiment, run_key=run_key)
+        names = [name for name in runs if name.endswith(f"-{run_key}")]
+        if names and place.name not in names:  # made under another experiment's name: the same numbers
+            experiment = replace(point.experiment, name=min(names).removesuffix(f"-{run_key}"))
+            place = replace(place, experiment=experiment)
+        other = point.other_values
+        key = f"{run_key}-{keys.hash_of(other)}" if other else run_key
+        if key in trials:
+            faults.append(f"'{point.label}' and '{trials[key].label}' are the same trial; leave one out")
+        trials[key] = Trial(key, point.label, point.swept, place)
     if faults:
         raise ConfigError(faults)
     return list(trials.values())
-
-
-def _locate(point: SweepPoint, same_data: Place, runs: list[str]) -> Trial:
-    key = keys.run_key(point.experiment, same_data.data_key)
-    place = replace(same_data, experiment=point.experiment, run_key=key)
-    names = [name for name in runs if name.endswith(f"-{key}")]
-    if names and place.name not in names:  # made under another experiment's name: the same numbers
-        experiment = replace(point.experiment, name=min(names).removesuffix(f"-{key}"))
-        place = replace(place, experiment=experiment)
-    other = point.other_values
-    return Trial(f"{key}-{keys.hash_of(other)}" if other else key, point.label, point.swept, place)

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 Point = tuple[str, float, int, int]  # name, value, Unix milliseconds, step
 
 ARTIFACTS = "mlartifacts"
+COLUMNS = {"experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location"}
 BATCH = 1000  # metrics that MLflow takes in one call
 # What makes the UI show studies as training runs instead of language models' evaluations: a tag, or in newer
 # versions the link.
@@ -154,15 +155,11 @@ def follow_move(store: Path) -> None:
     here = (store.parent / ARTIFACTS).resolve()
     if not (store.exists() and here.is_dir()):
         return
-    columns = ("experiments.artifact_location", "runs.artifact_uri", "logged_models.artifact_location")
     with closing(sqlite3.connect(store)) as db, db:
-        places = [row[0] or "" for row in db.execute("select artifact_location from experiments")]
-        roots = {place.rpartition(f"/{ARTIFACTS}/")[0] for place in places if place.startswith("file://")}
-        for old in (f"{root}/{ARTIFACTS}" for root in roots if root):
-            if old == here.as_uri() or Path(unquote(urlsplit(old).path)).exists():
-                continue
-            for table, column in (name.split(".") for name in columns):
-                db.execute(
-                    f"update {table} set {column} = ? || substr({column}, ?) where substr({column}, 1, ?) = ?",
-                    (f"{here.as_uri()}/", len(old) + 2, len(old) + 1, f"{old}/"),
-                )
+        query = "select artifact_location from experiments where artifact_location like ?"
+        places = [place for (place,) in db.execute(query, (f"file://%/{ARTIFACTS}/%",))]
+        for root in {place.rpartition(f"/{ARTIFACTS}/")[0] for place in places}:
+            old, new = f"{root}/{ARTIFACTS}/", f"{here.as_uri()}/"
+            if not Path(unquote(urlsplit(old).path)).exists():
+                for table, column in COLUMNS.items():
+                    db.execute(f"update {table} set {column} = replace({column}, ?, ?)", (old, new))

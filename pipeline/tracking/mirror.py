@@ -102,8 +102,8 @@ class Mirror(Sender):
             self.warn(f"not everything reached {hide_password(self.uri)}: deliver it with {again}")
 
     def _attempt(self) -> bool:
-        taken = self.attempt(self.deliver)
-        self.session = self.session if taken else None
+        if not (taken := self.attempt(self.deliver)):
+            self.session = None
         return taken
 
     def deliver(self) -> None:

@@ -16,8 +16,6 @@ from pipeline.tracking.client import connect, find_run, find_study, log
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
-TWIN = "+compressed.webp"  # how `log_image` names the small copy that it uploads after the picture
-
 Protocol = dict[str, str | int | float | bool | list[str] | None]
 
 
@@ -49,12 +47,6 @@ class Session:
         self.start = first[0]["time"] if first else time.time_ns() // 1_000_000  # Unix milliseconds
         name, identity = (child.name, child.identity) if child else (place.name, {"run_key": place.run_key})
         self.run_id = find_run(self.client, self.experiment_id, name, identity, self.start)
-        paths = {file.path for file in self.client.list_artifacts(self.run_id, "images")}
-        twins = {path: path.removesuffix(".png") + TWIN for path in paths if path.endswith(".png")}
-        # step of each picture that arrived -> the name of its small twin where only that is still missing
-        self.grids = {
-            int(path.split("+")[2]): None if twin in paths else twin for path, twin in twins.items()
-        }
 
     def send_description(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
         known = self.client.get_run(self.run_id).data.params
@@ -87,18 +79,17 @@ class Session:
         log(self.client, self.run_id, points)
 
     def send_grid(self, grid: Path) -> None:
+        """Send a picture and its small copy. MLflow's own names hold a random part; of these, one that is sent again
+        replaces what is there."""
         from PIL import Image
 
-        step = int(grid.stem)
-        twin = self.grids.get(step)
+        step, key = int(grid.stem), self.place.run_key
+        name = f"images/samples~ema+step+{step}+timestamp+{self.start}+{key}"
         with Image.open(grid) as image:
-            if step not in self.grids:
-                when = milliseconds(grid)
-                self.client.log_image(self.run_id, image, key="samples/ema", step=step, timestamp=when)
-            elif twin:  # the server died between the two
-                image.thumbnail((256, 256))
-                self.client.log_image(self.run_id, image, artifact_file=twin)
-        self.grids[step] = None
+            self.client.log_image(self.run_id, image, artifact_file=f"{name}.png")
+            image.thumbnail((256, 256))
+            self.client.log_image(self.run_id, image, artifact_file=f"{name}+compressed.webp")
+        self.client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
     def send_checkpoints(self, steps: list[int]) -> None:
         """Make every checkpoint on disk a logged model; the unscored ones that `train.keep` deleted go."""
