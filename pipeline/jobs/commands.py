@@ -8,14 +8,17 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig
 from pipeline.config.sections import FILE_NAME
-from pipeline.console import say
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.console import duration, format_table, say
+from pipeline.errors import ConfigError, PipelineError, last_line
 from pipeline.jobs.client import check_versions, connect, follow_log
-from pipeline.jobs.format import describe_end, format_job, format_jobs
 from pipeline.jobs.package import check_paths, pack
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
 
 # How long a stopped job may take to reach a safe point and write its checkpoint before it is killed; Ray's 3
 # seconds are less than many a training step.
@@ -95,7 +98,11 @@ def show_status(name: str, address: str | None) -> int:
     """Print the facts of one job."""
     with connect(address, name) as there:
         job = there.client.get_job_info(name)
-    print(format_job(job))
+    facts = _list_facts(job)
+    if job.status.is_terminal():
+        facts["status"] = describe_end(job)[1]
+    for what, fact in facts.items():
+        print(f"{what:>8}: {fact}")
     return 0
 
 
@@ -111,3 +118,40 @@ def stop(name: str, address: str | None) -> int:
             time.sleep(0.5)
     say(f"{name}: {describe_end(job)[1]}")
     return 0
+
+
+# What people read about a job
+
+
+def describe_end(job: JobDetails) -> tuple[int, str]:
+    """Return the exit code that an ended job gives the command here, and what happened, in words."""
+    code = job.driver_exit_code
+    if job.status == "SUCCEEDED":
+        return 0, "done"
+    if job.status == "STOPPED" or code == 130:
+        return 130, "stopped; the same submit goes on from what is on disk"
+    if code is None:
+        return 1, f"failed: {last_line(job.message or '')}"
+    if code == 127:
+        return 1, "failed: the cluster has no `python` on its PATH"
+    return (code if code in (1, 2) else 1), f"failed with exit code {code}"
+
+
+def format_jobs(jobs: list[JobDetails]) -> str:
+    """Return a table, a row for each job; at least one."""
+    facts = [_list_facts(job) for job in jobs]
+    return format_table(list(facts[0]), [list(row.values()) for row in facts])
+
+
+def _list_facts(job: JobDetails) -> dict[str, str]:
+    """Return what people read about a job. took: so far, of one that runs; command: as a person typed it, or the
+    shell command of a job that was submitted otherwise."""
+    start = (job.start_time or 0) / 1000
+    end = job.end_time / 1000 if job.end_time else time.time()
+    return {
+        "id": str(job.submission_id),
+        "status": job.status.lower(),
+        "started": datetime.fromtimestamp(start).strftime("%Y-%m-%d %H:%M:%S"),
+        "took": duration(max(0.0, end - start)),
+        "command": (job.metadata or {}).get("command") or job.entrypoint,
+    }

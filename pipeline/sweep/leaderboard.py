@@ -16,7 +16,7 @@ from pipeline.store.log import read_progress
 from pipeline.store.run import LEADERBOARD
 from pipeline.sweep.definition import Sweep, Value, Values
 from pipeline.sweep.ledger import Ledger, State
-from pipeline.sweep.trials import Trial
+from pipeline.sweep.points import Trial
 
 
 @dataclass(frozen=True)

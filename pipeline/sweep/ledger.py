@@ -12,7 +12,7 @@ from pipeline import config
 from pipeline.engine.plan import list_pending
 from pipeline.store.files import read_json, write_json
 from pipeline.sweep.definition import EarlyStop
-from pipeline.sweep.trials import Trial
+from pipeline.sweep.points import Trial
 
 State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]  # stopped: early, at a rung
 

@@ -1,18 +1,21 @@
-"""The points of a sweep: its space, drawn, and every point of it as an experiment."""
+"""The points of a sweep: its space, drawn; every point as an experiment, and as a trial, which has a run directory."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from pipeline.config import Experiment, flatten, load_experiment, relative_paths
+from pipeline.config import DataConfig, Experiment, flatten, load_experiment, relative_paths
+from pipeline.engine import find
 from pipeline.engine.names import known_names
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import describe_objective, name_values
-from pipeline.store.keys import run_content
+from pipeline.store import keys
+from pipeline.store.run import Place, find_runs
 from pipeline.sweep.definition import Draw, Interval, Sweep, Values
 
 
@@ -27,7 +30,7 @@ class SweepPoint:
     @property
     def other_values(self) -> Values:
         """The swept values that make no other run, only other samples or scores of it."""
-        names = flatten(run_content(self.experiment, whole=True))
+        names = flatten(keys.run_content(self.experiment, whole=True))
         return {
             key: value
             for key, value in self.swept.items()
@@ -138,3 +141,39 @@ def _find_contradictions(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
     if first and any(e.train.steps <= first for e in experiments):
         faults.append(f"early_stop.first={first} is not below train.steps: nothing would be stopped")
     return faults
+
+
+@dataclass(frozen=True)
+class Trial:
+    """key: the run key, with a hash of the swept values that it does not hold; what a trial is known by."""
+
+    key: str
+    label: str
+    swept: Values
+    place: Place
+
+
+def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
+    """Find the run of each point. Raises ConfigError where two points would be the same trial."""
+    trials: dict[str, Trial] = {}
+    known: dict[DataConfig, Place] = {}  # reading a source's fingerprint can take a while
+    runs = [path.name for path in find_runs(root)]
+    faults = []
+    for point in points:
+        data = point.experiment.data
+        if data not in known:
+            known[data] = find.locate_run(point.experiment, root)
+        run_key = keys.run_key(point.experiment, known[data].data_key)
+        place = replace(known[data], experiment=point.experiment, run_key=run_key)
+        names = [name for name in runs if name.endswith(f"-{run_key}")]
+        if names and place.name not in names:  # made under another experiment's name: the same numbers
+            experiment = replace(point.experiment, name=min(names).removesuffix(f"-{run_key}"))
+            place = replace(place, experiment=experiment)
+        other = point.other_values
+        key = f"{run_key}-{keys.hash_of(other)}" if other else run_key
+        if key in trials:
+            faults.append(f"'{point.label}' and '{trials[key].label}' are the same trial; leave one out")
+        trials[key] = Trial(key, point.label, point.swept, place)
+    if faults:
+        raise ConfigError(faults)
+    return list(trials.values())

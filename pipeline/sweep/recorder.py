@@ -17,7 +17,7 @@ from pipeline.store.log import read_progress
 from pipeline.sweep import leaderboard
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.ledger import Ledger, State
-from pipeline.sweep.trials import Trial
+from pipeline.sweep.points import Trial
 
 AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
 LONGEST = 300  # characters of a reason; libraries can be wordy

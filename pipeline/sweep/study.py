@@ -25,10 +25,9 @@ from pipeline.store.run import REPORT_HTML, STOP, sweep_folder
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.points import SweepPoint
+from pipeline.sweep.points import SweepPoint, locate_trials
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.resources import Nodes, Share, list_local_nodes, share_cluster
-from pipeline.sweep.trials import locate_trials
 from pipeline.sweep.work import Task, explain, run_trial
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from ray.job_submission import JobDetails
 from pipeline import config
 from pipeline.cli.program import main, parse
 from pipeline.errors import ConfigError
-from pipeline.jobs import client, format, package
+from pipeline.jobs import client, commands, package
 
 ROOT = Path(__file__).parents[3]
 HERE = "cluster.storage=/data/runs"
@@ -367,8 +367,8 @@ def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
         driver_exit_code=exit_code,
         message="Oh.\nthe node died",
     )
-    assert format.describe_end(job)[0] == code
-    assert words in format.describe_end(job)[1]
+    assert commands.describe_end(job)[0] == code
+    assert words in commands.describe_end(job)[1]
 
 
 def test_the_table_shows_brackets_as_they_were_typed():
@@ -376,7 +376,7 @@ def test_the_table_shows_brackets_as_they_were_typed():
         type="SUBMISSION", status="RUNNING", submission_id="a", entrypoint="exec x", start_time=1000,
         metadata={"command": "ddpm run digits evaluate.metrics=[nll]"},
     )  # fmt: skip
-    assert "evaluate.metrics=[nll]" in format.format_jobs([job])
+    assert "evaluate.metrics=[nll]" in commands.format_jobs([job])
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from pipeline import tracking
 from pipeline.drawing import charts
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.ledger import Ledger, TrialState
+from pipeline.sweep.points import Trial
 from pipeline.sweep.recorder import Recorder
-from pipeline.sweep.trials import Trial
 
 SCORES = {"is_mean": 2.0, "nll_bpd": 3.0, "rate_bpd": 2.0, "distortion_bpd": 1.0, "rmse": 1.0}
 SPACE = "experiment: digits\nspace: {model.dropout: [0.0, 0.2]}\nseeds: [0, 1]\n"
