@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,13 +59,13 @@ class Leaderboard:
         return [f"{row.label} failed: {row.reason}" for row in self.rows if row.state == "failed"]
 
 
-def rank_trials(sweep: Sweep, trials: Iterable[Trial], ledger: Ledger) -> Leaderboard:
+def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], ledger: Ledger) -> Leaderboard:
     """Read what each trial has scored, and put them in order."""
     rows = []
-    for trial in trials:
-        place, record = trial.place, ledger.records[trial.key]
+    for key, trial in trials.items():
+        place, record = trial.place, ledger.records[key]
         seconds, step = sum(place.seconds_by_stage().values()), read_progress(place)[0]
-        identity = (trial.label, place, trial.swept, trial.key)
+        identity = (trial.label, place, trial.swept, key)
         rows.append(RankedTrial(*identity, record.state, record.reason, step, seconds))
     groups = rank_runs(rows, sweep.rank.by)
     ranked = {row.key: (row, position) for group in groups for row, position in group.ranked}

@@ -39,7 +39,7 @@ class Recorder:
         self.parent = tracking.Parent(self.uri, self.sweep.name, self.folder.parent.parent, warn=say)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
-        self.leaderboard = leaderboard.rank_trials(self.sweep, self.trials.values(), self.ledger)
+        self.leaderboard = leaderboard.rank_trials(self.sweep, self.trials, self.ledger)
 
     def open(self) -> None:
         """Let the parent run; put right what a killed driver left on the server, and deliver what it owed."""
@@ -109,7 +109,7 @@ class Recorder:
 
     def publish(self) -> None:
         """Write the leaderboard as it is now, into the study's folder and to the server."""
-        self.leaderboard = board = leaderboard.rank_trials(self.sweep, self.trials.values(), self.ledger)
+        self.leaderboard = board = leaderboard.rank_trials(self.sweep, self.trials, self.ledger)
         leaderboard.write(board, self.folder)
         tags: dict[str, str] = {}
         scores: dict[str, float] = {}

@@ -60,7 +60,7 @@ class Study:
         elif self.cluster.workers != 0:  # a cluster that runs elsewhere is not asked
             slots = self.sweep.concurrent or 1
             resources = f"as many trials at a time as {self.cluster.ray_address} has room for"
-        board = rank_trials(self.sweep, self.trials.values(), self.ledger)
+        board = rank_trials(self.sweep, self.trials, self.ledger)
         took = [row.seconds for row in board.rows if row.state == "finished" and row.seconds]
         left = "unknown until a trial has finished"
         if took:
