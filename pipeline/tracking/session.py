@@ -79,12 +79,12 @@ class Session:
         log(self.client, self.run_id, points)
 
     def send_grid(self, grid: Path) -> None:
-        """Send a picture and its small copy. MLflow's own names hold a random part; of these, one that is sent again
-        replaces what is there."""
+        """Send a picture and its small copy. MLflow's own names hold the time and a random part; under these, one that
+        is sent again replaces what is there."""
         from PIL import Image
 
-        step, key = int(grid.stem), self.place.run_key
-        name = f"images/samples~ema+step+{step}+timestamp+{self.start}+{key}"
+        step = int(grid.stem)
+        name = f"images/samples~ema+step+{step}+timestamp+{step}+{self.place.run_key}"
         with Image.open(grid) as image:
             self.client.log_image(self.run_id, image, artifact_file=f"{name}.png")
             image.thumbnail((256, 256))
