@@ -163,9 +163,7 @@ class Study:
             return None
         from pipeline.sweep.tuning import Halving
 
-        steps = max(trial.place.experiment.train.steps for trial in self.trials.values())
-        past = [key for key in self.trials if self.ledger.has_ended(key)]
-        return Halving(self.sweep.early_stop, steps, self.ledger, past)
+        return Halving(self.sweep.early_stop, self.trials, self.ledger)
 
     def _run_in_process(self, tasks: dict[str, Task], executor: InProcess, judge: Halving | None) -> None:
         """Do without Ray the same work, with the same judge."""

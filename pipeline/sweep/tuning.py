@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +25,7 @@ from pipeline.compute.training import release, run_off_main_thread
 from pipeline.errors import PipelineError
 from pipeline.sweep.definition import EarlyStop
 from pipeline.sweep.ledger import Ledger
+from pipeline.sweep.points import Trial
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.resources import Share
 from pipeline.sweep.work import Task, explain, run_trial
@@ -45,13 +46,14 @@ class Halving(ASHAScheduler):
     would.
     """
 
-    def __init__(self, stop: EarlyStop, steps: int, ledger: Ledger, past: list[str]):
+    def __init__(self, stop: EarlyStop, trials: Mapping[str, Trial], ledger: Ledger):
+        steps = max(trial.place.experiment.train.steps for trial in trials.values())
         super().__init__(
             STEP, BOUND, "min", max_t=steps, grace_period=stop.first or steps,
             reduction_factor=stop.factor, stop_last_trials=False,
         )  # fmt: skip
         self.ledger = ledger
-        for key in past:
+        for key in filter(ledger.has_ended, trials):
             for step, bound, _ in ledger.records[key].rungs:
                 self.judge(key, step, bound)
 

@@ -112,14 +112,8 @@ def _describe_code(place: Place) -> dict[str, str]:
 def _list_parameters(place: Place) -> dict[str, str]:
     """Return about 25 parameters, all determined by the run key, because MLflow lets none of them change."""
     content, data = keys.run_content(place.experiment, whole=True), place.experiment.data
-    parameters = {
-        "seed": content.pop("seed"),
-        "data.source": data.source,
-        "data.image_size": data.image_size,
-    }
-    for section, values in content.items():
-        named = {f"{section}.{key}": value for key, value in values.items()}
-        parameters |= {key: value for key, value in named.items() if key not in _LEFT_OUT}
+    parameters = {key: value for key, value in config.flatten(content).items() if key not in _LEFT_OUT}
+    parameters |= {"data.source": data.source, "data.image_size": data.image_size}
     if (place.data / MANIFEST).exists():
         splits = read_json(place.data / MANIFEST)["splits"]
         parameters |= {f"data.{name}_images": split["count"] for name, split in splits.items()}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from pipeline.store.checkpoint import META
 from pipeline.store.files import MANIFEST, read_json, sha256_of
 from pipeline.store.log import read_points
 from pipeline.store.run import Place
@@ -116,12 +117,11 @@ class Session:
     def _create_model(self, step: int) -> LoggedModel:
         """The weights stay where they are; the model says where that is."""
         folder = self.place.step_folder(step)
-        files = read_json(folder / "meta.json").get("files", {})
+        files = read_json(folder / META).get("files", {})
         tags = {"step": str(step), "path": str(folder), "run_key": self.place.run_key}
         tags |= {f"sha256.{name}": facts["sha256"] for name, facts in files.items()}
-        kind = self.place.experiment.model.name
         return self.client.create_logged_model(
-            self.experiment_id, folder.name, self.run_id, tags, model_type=kind
+            self.experiment_id, folder.name, self.run_id, tags, model_type=self.place.experiment.model.name
         )
 
     def send_candidate(self, step: int, file: Path) -> None:

@@ -31,14 +31,8 @@ def serve(storage: Path, port: int, uri: str | None = None) -> int:
     storage.mkdir(parents=True, exist_ok=True)
     follow_move(Path(uri.removeprefix("sqlite:///")))
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
-    options = {
-        "--backend-store-uri": uri,
-        "--host": HOST,
-        "--port": str(port),
-        "--workers": "1",
-        "--artifacts-destination": str(storage / ARTIFACTS),
-    }
-    command = [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
+    command = [sys.executable, "-m", "mlflow", "server", f"--backend-store-uri={uri}", f"--host={HOST}"]
+    command += [f"--port={port}", "--workers=1", f"--artifacts-destination={storage / ARTIFACTS}"]
     quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **ENVIRONMENT, **os.environ}
     with (storage / "mlflow-server.log").open("wb") as log:
         server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
