@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
-from inspect import signature
+from inspect import Parameter, signature
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -65,7 +65,7 @@ def check_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree,
     `complete`: every key must be there, whatever its default. One value stands for a list of one.
     """
     try:
-        model = _compile(tuple(types.items()), frozenset(), complete)
+        model = _create_model({name: (_strict(kind, complete), ...) for name, kind in types.items()})
         return dict(model.model_validate_json(json.dumps(tree, default=str))), {}
     except ValidationError as error:
         # A key that may be of several types has a fault of each: the first one, told from the whole type, is enough.
@@ -91,24 +91,24 @@ def check_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Faults:
 # The checker: a pydantic model for each section
 
 
-@cache
-def _compile(types: tuple[tuple[str, Any], ...], optional: frozenset[str], complete: bool) -> type[BaseModel]:
-    """Make the model of a section with keys of these types."""
-    fields: Any = {name: (_strict(kind, complete), None if name in optional else ...) for name, kind in types}
+def _create_model(fields: Any) -> type[BaseModel]:
     return create_model("Section", __config__=STRICT, **fields)
 
 
+@cache
 def _strict(kind: Any, complete: bool) -> Any:
     """Write the type of a field as pydantic knows it."""
     if is_section(kind):
-        given = signature(kind).parameters.values()
-        optional = [] if complete else [one.name for one in given if one.default is not one.empty]
+        arguments = signature(kind).parameters
+        fields = {}
+        for name, inside in field_types(kind).items():
+            needed = complete or arguments[name].default is Parameter.empty
+            fields[name] = _strict(inside, complete), ... if needed else None
 
         def build(found: BaseModel) -> Any:
             return kind(**{name: getattr(found, name) for name in found.model_fields_set})
 
-        model = _compile(tuple(field_types(kind).items()), frozenset(optional), complete)
-        return Annotated[model, AfterValidator(build)]
+        return Annotated[_create_model(fields), AfterValidator(build)]
     if get_origin(kind) is Annotated:
         inner, limits = get_args(kind)
         return Annotated[_strict(inner, complete), Field(**dataclasses.asdict(limits))]
