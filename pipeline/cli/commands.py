@@ -120,7 +120,7 @@ def show(options: Namespace) -> int:
     for warning in experiment.diffusion.warnings():
         print(f"# warning: {warning}")
     try:
-        place = find.locate_run(experiment, Path(cluster.storage).expanduser().absolute())
+        place = find.locate_run(experiment, cluster.storage_root)
     except PipelineError as error:
         print(f"\n# keys: not known: {error}")
         return 0
@@ -225,7 +225,7 @@ def _run_study(study: Study, options: Namespace) -> int:
 def status(options: Namespace) -> int:
     from pipeline.cli import status
 
-    print(status.format_status(Path(_load_cluster_only(options).storage).expanduser().absolute()))
+    print(status.format_status(_load_cluster_only(options).storage_root))
     return 0
 
 

@@ -318,6 +318,11 @@ class ClusterConfig:
     storage: str
     tracking_uri: str | None
 
+    @property
+    def storage_root(self) -> Path:
+        """The absolute path below which runs lie."""
+        return Path(self.storage).expanduser().absolute()
+
     def problems(self) -> Iterator[Problem]:
         if self.min_workers and self.workers is not None and self.min_workers > self.workers:
             yield (

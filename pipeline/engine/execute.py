@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import config
@@ -215,7 +214,7 @@ def sync_run(name: str, cluster: ClusterConfig) -> str:
     """Deliver a run directory to the tracking server; return what was done, in a line."""
     from pipeline import tracking
 
-    place = open_run(find_run(name, Path(cluster.storage).expanduser().absolute()))
+    place = open_run(find_run(name, cluster.storage_root))
     uri = cluster.tracking_uri or tracking.default_uri(place.storage)
     tracking.check(uri)
     with exclusive(place.path):

@@ -15,7 +15,7 @@ from pipeline.store.run import EXPERIMENT, Place, find_runs, fingerprints_json
 
 def prepare_storage_root(cluster: ClusterConfig) -> Path:
     """Return the absolute storage root, made if need be. Raises PipelineError where it cannot be written."""
-    root = Path(cluster.storage).expanduser().absolute()
+    root = cluster.storage_root
     try:
         root.mkdir(parents=True, exist_ok=True)
         probe = root / f".probe-{os.getpid()}"

@@ -18,10 +18,10 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 def list_needed(place: Place, last: str) -> list[Stage]:
     """List `last` and all that it needs, in order."""
-    names, new = {last}, [last]
-    while new:
-        new = [name for name in BY_NAME[new.pop()].needs(place.experiment) if name not in names] + new
-        names.update(new)
+    names = {last}
+    for stage in reversed(STAGES):  # a stage needs earlier ones
+        if stage.name in names:
+            names.update(stage.needs(place.experiment))
     return [stage for stage in STAGES if stage.name in names]
 
 

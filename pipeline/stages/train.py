@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -80,7 +81,6 @@ class Order:
 
     def __init__(self, seed: int, num_images: int):
         self.seed, self.num_images = seed, num_images
-        self._permutations: dict[int, torch.Tensor] = {}
 
     def indices(self, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
         """Image indices, int64 (len(rows),), of the global batch's `rows` at `step`."""
@@ -89,15 +89,13 @@ class Order:
         found = torch.empty_like(slots)
         for epoch in epochs.unique().tolist():
             here = epochs == epoch
-            found[here] = self._permutation(epoch)[slots[here] % self.num_images]
+            found[here] = _permutation(self.seed, epoch, self.num_images)[slots[here] % self.num_images]
         return found
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if epoch not in self._permutations:
-            # A batch touches few epochs, in ascending order: older ones are done with.
-            self._permutations = {e: p for e, p in self._permutations.items() if e == epoch - 1}
-            self._permutations[epoch] = permutation(self.seed, Stream.ORDER, epoch, self.num_images)
-        return self._permutations[epoch]
+
+@lru_cache(maxsize=2)  # a batch touches few epochs, in ascending order
+def _permutation(seed: int, epoch: int, num_images: int) -> torch.Tensor:
+    return permutation(seed, Stream.ORDER, epoch, num_images)
 
 
 class _Window:
@@ -208,9 +206,7 @@ def body(ctx: WorkerContext, place: Place) -> None:
                 _log_point(ctx, experiment, state.step, window, log)
                 window = _Window(state.step, ctx.device)
             stop = _stop_requested(ctx, place, state.step, config.log_every)
-            if save:
-                saves.begin(state, {})
-            elif stop:
+            if save or stop:
                 saves.begin(state, window.tensors(ctx, state.step))
             if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
                 _draw_grid(ctx, place, state)

@@ -147,10 +147,10 @@ def referred_to(run: Place) -> set[int]:
 
 def weights(directory: Path, which: str) -> Tensors:
     """The network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
-    verify(directory)
     if which == "ema":
+        verify(directory)
         return load_file(directory / EMA)
-    state = load_file(directory / STATE)
+    state = load(directory)
     return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
 
 

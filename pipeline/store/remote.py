@@ -122,12 +122,12 @@ def _is_equal(path: Path, facts: FileFacts) -> bool:
 
 def _fetch_record(store: Store, target: Path, files: list[str]) -> int:
     """Fetch the files of a run's record that are not here, and the log where the other one is longer."""
-    fetched = 0
-    for file in files:
-        path, size = target / file, store.contents[file]["bytes"]
-        if not path.exists() or (file == LOG and path.stat().st_size < size):
-            fetched += store.get(file, path)
-    return fetched
+    paths = {file: target / file for file in files}
+    return sum(
+        store.get(file, path)
+        for file, path in paths.items()
+        if not path.exists() or (file == LOG and path.stat().st_size < store.contents[file]["bytes"])
+    )
 
 
 def _fetch_folder(store: Store, target: Path, folder: str, files: list[str]) -> int:

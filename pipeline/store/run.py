@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,11 @@ def _below(folder: str, name: str) -> cached_property[Path]:
     return cached_property(lambda place: getattr(place, folder) / name)
 
 
+def _hash(make_key: Callable[[Experiment, str], str]) -> cached_property[str]:
+    """Name what a place's experiment asks for, once."""
+    return cached_property(lambda place: make_key(place.experiment, place.run_key))
+
+
 @dataclass(frozen=True)
 class Place:
     """One run of an experiment below a storage root: every path and every key of it.
@@ -48,21 +54,10 @@ class Place:
 
     # Keys
 
-    @cached_property
-    def sample_key(self) -> str:
-        return keys.sample_key(self.experiment, self.run_key)
-
-    @cached_property
-    def score_key(self) -> str:
-        return keys.evaluate_key(self.experiment, self.run_key)
-
-    @cached_property
-    def figures_key(self) -> str:
-        return keys.figures_key(self.experiment, self.run_key)
-
-    @cached_property
-    def selection_key(self) -> str:
-        return keys.selection_key(self.experiment, self.run_key)
+    sample_key = _hash(keys.sample_key)
+    score_key = _hash(keys.evaluate_key)
+    figures_key = _hash(keys.figures_key)
+    selection_key = _hash(keys.selection_key)
 
     # Folders
 

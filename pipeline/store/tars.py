@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,7 @@ from PIL import Image
 from pipeline.errors import PipelineError
 from pipeline.store.files import (
     MANIFEST,
+    FileFacts,
     atomic_file,
     check_file,
     file_facts,
@@ -119,7 +120,7 @@ class Shard:
         return {"split": self.split, "start": self.start, "stop": self.stop}
 
 
-class ShardFacts(TypedDict):
+class ShardFacts(FileFacts):
     """What stands beside a tar. places: for each image the offset and the size of its PNG in the tar, its crc32, and
     its label (-1 = none); skipped: names and reasons of images that do not decode (data only)."""
 
@@ -128,8 +129,6 @@ class ShardFacts(TypedDict):
     start: int
     stop: int
     count: int
-    bytes: int
-    sha256: str
     places: list[list[int]]
     skipped: NotRequired[list[list[str]]]
 
