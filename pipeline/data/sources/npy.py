@@ -26,12 +26,9 @@ class Npy(Arrays):
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
         root = Path(data.path)
-        if root.is_file():
-            found = {"train": root}
-        elif (root / "train_images.npy").is_file():
-            found = {"train": root / "train_images.npy", "test": root / "test_images.npy"}
-        else:
-            found = {"train": root / "images.npy"}
+        found = {part: root / f"{part}_images.npy" for part in ("train", "test")}
+        if not found["train"].is_file():
+            found = {"train": root if root.is_file() else root / "images.npy"}
         self._images = {part: file for part, file in found.items() if file.is_file()}
         if not self._images:
             raise PipelineError(f"{root} holds neither images.npy nor train_images.npy; set data.path")
@@ -73,8 +70,7 @@ def _load(file: Path) -> np.ndarray:
 def _load_images(file: Path) -> np.ndarray:
     """Return uint8 (N,H,W,C), mapped from the file."""
     images = _load(file)
-    if images.ndim == 3:
-        images = images[..., None]
+    images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
         raise PipelineError(
             f"{file} is {images.dtype} {images.shape}; uint8 (N,H,W,C) with C = 1 or 3 and N > 0 is expected"

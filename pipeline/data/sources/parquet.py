@@ -48,8 +48,9 @@ class Parquet(ImageSource):
         first = 0
         for file in self._parts[part]:
             opened = _open(file)
-            yield from self._read_rows(file, opened, _within(indices, first, opened.metadata.num_rows))
-            first += opened.metadata.num_rows
+            count = opened.metadata.num_rows
+            yield from self._read_rows(file, opened, _within(indices, first, count))
+            first += count
 
     def _read_rows(self, file: Path, opened: parquet.ParquetFile, rows: np.ndarray) -> Iterator[RawImage]:
         """Yield the images of these ascending rows of a file, reading only the row groups that hold them."""
