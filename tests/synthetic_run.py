@@ -97,7 +97,7 @@ def write_figures(experiment: Experiment, run: Place) -> None:
     for name in ("samples", "progressive"):
         write_grid(folder / f"{name}.png", experiment)
     captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}
-    rundir.write_manifest(folder, list(captions), captions=captions)
+    rundir.write_manifest(folder, list(captions), order=list(captions), captions=captions)
 
 
 def write_scores(folder: Path, experiment: Experiment, **changed: Any) -> None:

@@ -98,14 +98,11 @@ def name_briefly(entries: Sequence[Entry], keys: Sequence[str]) -> dict[str, str
 
 def describe_protocol(group: Group[Entry]) -> str:
     """Write what the runs of a group share, as part of a sentence."""
-    parts = []
-    for key, value in group.protocol.items():
-        if key not in IMPLIED:
-            name = PROTOCOL.get(key, key)
-            parts.append(
-                f"{name if name[:2].isupper() else name[0].lower() + name[1:]} {format_value(value)}"
-            )
-    return ", ".join(parts)
+    names = {key: PROTOCOL.get(key, key) for key in group.protocol if key not in IMPLIED}
+    return ", ".join(
+        f"{name if name[:2].isupper() else name[0].lower() + name[1:]} {format_value(group.protocol[key])}"
+        for key, name in names.items()
+    )
 
 
 def differing_protocol(entries: Sequence[Entry]) -> list[str]:

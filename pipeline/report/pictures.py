@@ -15,10 +15,10 @@ FIGURE_5 = "rate_distortion.svg"  # stands with the numbers, not among the sampl
 
 def copy_figures(source: Source, folder: Path) -> dict[str, Picture]:
     """Copy what the figures stage drew, in its order, by file name."""
-    manifest = source.read("figures")
-    captions: dict[str, str] = manifest.get("captions", {})
-    names: list[str] = manifest.get("order", sorted(captions))
-    return {name: copy(source.files["figures"].parent / name, folder, captions[name]) for name in names}
+    manifest, drawn = source.read("figures"), source.place.figures
+    return {
+        name: copy(drawn / name, folder, manifest["captions"][name]) for name in manifest.get("order", [])
+    }
 
 
 def copy_samples(source: Source, figures: dict[str, Picture], folder: Path) -> list[Picture]:
