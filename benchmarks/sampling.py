@@ -49,7 +49,8 @@ def _size(settings: Settings) -> tuple[int, int]:
 def _ours(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], Any]:
     """The chain as the sample stage runs it: x_T and every z from the counter-based generator."""
     net = subjects.our_network(settings.device).eval().requires_grad_(False)
-    call, diffusion, index = way.call(net), Diffusion().to(settings.device), torch.arange(batch)
+    call, diffusion = way.call(net), Diffusion().to(settings.device)
+    index = torch.arange(batch, device=settings.device)
 
     def network(x_t: Tensor, t: Tensor) -> Tensor:
         with way.autocast(settings.device):
@@ -58,7 +59,7 @@ def _ours(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], 
     def chain() -> None:
         for _ in reverse(
             diffusion, network, index=index, shape=(3, subjects.SIDE, subjects.SIDE), seed=0,
-            steps=steps, device=settings.device,
+            steps=steps,
         ):  # fmt: skip
             pass
 

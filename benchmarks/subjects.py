@@ -64,7 +64,8 @@ def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any
     """One step as the train stage makes it: draws, flips, loss, clipping, Adam, EMA; images lie as uint8."""
     train = dataclasses.replace(TRAIN, batch_size=batch, precision=way.precision)
     net = our_network(settings.device)
-    state, diffusion = TrainState(train, net), Diffusion().to(settings.device)
+    diffusion = Diffusion().to(settings.device)
+    state = TrainState(train, net, diffusion.config)
     images = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device=settings.device)
     forward, rows = way.call(net), torch.arange(batch)
 

@@ -58,23 +58,23 @@ def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def normal(seed: int, stream: int, step: int | Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def normal(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Draw standard normals, float32 (N, *shape); by Box-Muller, |z| up to 6.66.
 
-    index: int64 (N,), each below 2**32. step: an int or an int64 tensor, one for all rows or (N,). All
-    functions here take the same arguments; draws are on the device of index.
+    index: int64 (N,), each below 2**32. All functions here take the same arguments; draws are on
+    the device of index.
     """
     a, b, c, d = _words(seed, stream, step, index, math.prod(shape))
     return _rows([*_box_muller(a, b), *_box_muller(c, d)], shape)
 
 
-def uniform(seed: int, stream: int, step: int | Tensor, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+def uniform(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
     words = _words(seed, stream, step, index, math.prod(shape))
     return _rows([(word >> 8).float() * 2.0**-24 for word in words], shape)
 
 
-def integers(seed: int, stream: int, step: int | Tensor, index: Tensor, high: int) -> Tensor:
+def integers(seed: int, stream: int, step: int, index: Tensor, high: int) -> Tensor:
     """Draw integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
     if high < 1:
         raise ValueError(f"integers: high must be at least 1, got {high}")
@@ -82,7 +82,7 @@ def integers(seed: int, stream: int, step: int | Tensor, index: Tensor, high: in
     return ((a >> 1 << 32 | b) % high)[:, 0]
 
 
-def permutation(seed: int, stream: int, step: int | Tensor, n: int) -> Tensor:
+def permutation(seed: int, stream: int, step: int, n: int) -> Tensor:
     """Draw a random order of 0..n-1, int64 (n,): the argsort of 64-bit keys, one per index."""
     a, b, _, _ = _words(seed, stream, step, torch.arange(n), 1)
     return torch.argsort(((a - 2**31) * 2**32 + b)[:, 0], stable=True)
@@ -95,13 +95,11 @@ def torch_seed(seed: int, stream: int, step: int, index: int) -> int:
 
 
 def _words(
-    seed: int, stream: int, step: int | Tensor, index: Tensor, count: int
+    seed: int, stream: int, step: int, index: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw four int64 tensors (N, blocks) that hold at least count words per row."""
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")
-    if isinstance(step, Tensor):
-        step = step.to(index.device).reshape(-1, 1)
     blocks = torch.arange(-(-count // 4), device=index.device)
     words = philox((blocks[None, :], index[:, None] & MASK, step & MASK, int(stream)), seed)
     return words  # type: ignore[return-value]  # tensors, since two of the counter words are

@@ -112,13 +112,12 @@ def reverse(
     eta: float = 0.0,
     variance: Variance | None = None,
     context: Tensor | None = None,
-    device: torch.device | str | None = None,
 ) -> Iterator[Step]:
-    """Run the chain of images index (N,) int64 of shape (C, H, W): every draw is a function of seed, image and t.
+    """Run the chain of images index (N,) int64 of shape (C, H, W): each draw is a function of seed, image and t.
 
-    steps respaces the chain (None: all timesteps); sampler, eta and variance as in `chain`.
+    Draws are on the device of index. steps respaces the chain (None: all timesteps); sampler, eta and variance
+    as in `chain`.
     """
-    index = index.to(device if device is not None else index.device)
     timesteps = None if steps is None else spaced_timesteps(len(diffusion), steps)
     draw = partial(normal, seed, index=index, shape=shape)
     return chain(

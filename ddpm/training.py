@@ -27,15 +27,12 @@ class TrainState:
     t_sampler: the history of losses that importance sampling of t goes by; None where t is uniform.
     """
 
-    def __init__(self, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig | None = None) -> None:
-        """Make the state before the first update. `net` is on its device and in its memory format already.
-
-        diffusion is needed for t_sampling="importance" only.
-        """
+    def __init__(self, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig) -> None:
+        """Make the state before the first update. `net` is on its device and in its memory format already."""
         self.net, self.step = net, 0
         self.emas = [EMA(net, decay, config.ema_warmup) for decay in config.ema_decay]
         self.t_sampler = None
-        if diffusion is not None and diffusion.t_sampling == "importance":
+        if diffusion.t_sampling == "importance":
             self.t_sampler = ImportanceSampler(diffusion.timesteps, next(net.parameters()).device)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
         for p in net.parameters():  # moments made now, so that a fresh state has all its tensors
@@ -170,8 +167,6 @@ def train_step(
     Returns 0-d tensors: loss, so weighted that its mean over workers is the mean over the global batch, and
     grad_norm before clipping.
     """
-    if (diffusion.config.t_sampling == "importance") != (state.t_sampler is not None):
-        raise ValueError("t_sampling=importance needs TrainState(config, net, diffusion.config)")
     net, peers = forward or state.net, peers or Peers()
     x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
     on_device = rows.to(x_0.device, non_blocking=True)

@@ -126,14 +126,14 @@ def plan(place: Place) -> list[Shard]:
 def draw(ctx: WorkerContext, place: Place, shard: Shard) -> None:
     """Do the work unit: the images of one tar, then its facts."""
     experiment, config = place.experiment, place.experiment.sample
-    index = torch.arange(shard.start, shard.stop)
+    index = torch.arange(shard.start, shard.stop, device=ctx.device)
     labels = choose_labels(experiment, index)
     images = sample(
         Diffusion(experiment.diffusion),
         load_guided(place, ctx.device, config.compile),
         index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
-        variance=config.variance, context=None if labels is None else labels.to(ctx.device), device=ctx.device,
+        variance=config.variance, context=labels,
     )  # fmt: skip
     if not bool(images.isfinite().all()):
         raise PipelineError(

@@ -310,12 +310,11 @@ def _draw_grid(ctx: WorkerContext, place: Place, state: TrainState) -> None:
         return
     net = checkpoint.new_network(experiment, "meta").to_empty(device=ctx.device)
     net.load_state_dict(state.emas[0].tensors())
-    index = torch.arange(GRID_SIDE**2)
-    labels = (index % experiment.data.labels).to(ctx.device) if experiment.takes_labels else None
+    index = torch.arange(GRID_SIDE**2, device=ctx.device)
+    labels = index % experiment.data.labels if experiment.takes_labels else None
     images = sample(
         Diffusion(experiment.diffusion), net.eval(),
         index=index, shape=experiment.data.shape, context=labels,
         seed=experiment.seed, sampler="ddim", steps=min(GRID_STEPS, experiment.diffusion.timesteps),
-        device=ctx.device,
     )  # fmt: skip
     save_grid(to_uint8(images).cpu(), GRID_SIDE, path)

@@ -115,19 +115,12 @@ def test_values_within_a_row_are_independent():
     assert squares.abs().max() < 5 / 20_000**0.5
 
 
-def test_step_may_be_a_tensor_or_one_per_row():
-    expected = rng.normal(1, Stream.NOISE, 7, ROWS, (5,))
-    assert torch.equal(rng.normal(1, Stream.NOISE, torch.tensor(7), ROWS, (5,)), expected)
-    per_row = rng.normal(1, Stream.NOISE, torch.tensor([6, 7]), torch.tensor([3, 3]), (5,))
-    assert torch.equal(per_row[1], expected[3]) and not torch.equal(per_row[0], expected[3])
-
-
-def test_traces_without_a_graph_break_and_without_a_constant_step():
+def test_traces_without_a_graph_break():
     def draw(step):
         return rng.normal(1, Stream.NOISE, step, ROWS, (5,)), rng.integers(1, Stream.TIMESTEP, step, ROWS, 10)
 
     compiled = torch.compile(draw, backend="eager", fullgraph=True)
-    for step in (torch.tensor(3), torch.tensor(4)):
+    for step in (3, 4):
         for value, expected in zip(compiled(step), draw(step), strict=True):
             assert torch.equal(value, expected)
 

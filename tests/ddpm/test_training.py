@@ -127,7 +127,7 @@ def oracle(settings, steps):
 @pytest.mark.parametrize("grad_clip", [0.05, 100.0])
 def test_steps_equal_the_oracle(grad_clip):
     settings = config(lr=0.05, grad_clip=grad_clip)
-    state = TrainState(settings, Affine())
+    state = TrainState(settings, Affine(), DIFFUSION.config)
     for loss, norm, theta, ema in oracle(settings, 12):
         metrics = step(state, settings)
         assert metrics["loss"].item() == pytest.approx(loss, rel=1e-5)
@@ -195,7 +195,7 @@ def test_labels_are_dropped_by_row():
 
 def test_labels_reach_the_network():
     settings = config(label_dropout=0.5)
-    state = TrainState(settings, Affine())
+    state = TrainState(settings, Affine(), DIFFUSION.config)
     step(state, settings, context=torch.arange(8))
     assert torch.equal(state.net.seen[0][2], drop_labels(SEED, 0, ROWS, torch.arange(8), 0.5))
 
@@ -205,7 +205,7 @@ def test_labels_reach_the_network():
 
 def test_bf16_is_inside_the_network_only():
     settings = config(precision="bf16")
-    state = TrainState(settings, Affine())
+    state = TrainState(settings, Affine(), DIFFUSION.config)
     metrics = step(state, settings)
     x_t, t, _, autocast = state.net.seen[0]
     draws = draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, True)
@@ -356,12 +356,6 @@ def test_importance_weights_reach_loss_and_gradient():
         newest = losses[t == timestep].sort().values
         kept = state.t_sampler.losses[timestep].sort().values
         assert all(torch.isclose(kept, value, rtol=1e-5).any() for value in newest)
-
-
-def test_importance_sampling_needs_its_history():
-    state = TrainState(CONFIG, Affine())
-    with pytest.raises(ValueError, match="t_sampling=importance"):
-        step(state, CONFIG, diffusion=IMPORTANCE)
 
 
 # ---------------------------------------------------------------------------------------------- the state

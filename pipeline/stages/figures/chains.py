@@ -99,7 +99,7 @@ def estimate(ctx: WorkerContext, place: Place, start: int, stop: int) -> Tensor:
     chain = reverse(
         diffusion, load_guided(place, ctx.device), index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, eta=config.eta, variance=config.variance,
-        context=choose_labels(experiment, index), device=ctx.device,
+        context=choose_labels(experiment, index),
     )  # fmt: skip
     kept = choose_stages(len(diffusion))
     return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in kept])

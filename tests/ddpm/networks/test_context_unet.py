@@ -194,7 +194,7 @@ def test_learns_to_draw_the_class_that_is_asked_for():
     diffusion = Diffusion(DiffusionConfig(timesteps=100, beta_end=0.1))
     config = ContextUNetConfig(channels=16, channel_mult=(1, 1, 2))
     net = build_network(config, 8, 1, 1, seed=0, num_classes=BARS)
-    state = TrainState(settings, net)
+    state = TrainState(settings, net, diffusion.config)
     generator = torch.Generator().manual_seed(0)
     for _ in range(settings.steps):
         labels = torch.randint(0, BARS, (32,), generator=generator)

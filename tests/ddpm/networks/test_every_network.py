@@ -54,7 +54,7 @@ def state_of(config, seed=0):
     with torch.no_grad():
         for p in net.parameters():
             p += 0.05 * torch.randn(p.shape, generator=generator)
-    return TrainState(TRAIN, net.to(memory_format=torch.channels_last))
+    return TrainState(TRAIN, net.to(memory_format=torch.channels_last), DIFFUSION.config)
 
 
 def updates(state, count, settings=TRAIN):
