@@ -14,12 +14,7 @@ Decoder = Literal["tanh", "erf"]
 Sampler = Literal["ancestral", "ddim"]
 
 LEARNED = ("learned", "learned_range")
-LIMITS = {
-    "ge": "at least",
-    "gt": "above",
-    "le": "at most",
-    "lt": "below",
-}  # the names are those of `operator`
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # names of functions in `operator`
 
 Problems = list[tuple[str, str]]  # (key, message); f"{key} {message}" is one readable line
 

@@ -29,8 +29,11 @@ class Levels:
         """Channels of each level on the way down, finest first."""
         return tuple(self.channels * mult for mult in self.channel_mult)
 
-    def level_problems(self, image_size: int, least: int = 1) -> Problems:
-        """Find values out of range, and what keeps at least so many levels from images of this side."""
+    def level_problems(self, image_size: int, least: int = 1, norm_groups: int = 1) -> Problems:
+        """Find values out of range, and what keeps at least so many levels from images of this side.
+
+        norm_groups must divide the width of every level.
+        """
         found, levels = value_problems(self), len(self.channel_mult)
         if self.channels % 2:
             found.append(("channels", f"must be even, not {self.channels}"))
@@ -40,14 +43,10 @@ class Levels:
         if image_size < 1 or image_size % factor:
             need = f"need an image size divisible by {factor}, not {image_size}"
             found.append(("channel_mult", f"has {levels} levels, which {need}"))
-        return found
-
-    def group_problems(self, norm_groups: int) -> Problems:
-        """Find the norms whose groups do not divide their width."""
         if norm_groups < 1 or any(width % norm_groups for width in self.widths):
             widths = ", ".join(map(str, self.widths))
-            return [("norm_groups", f"{norm_groups} does not divide every width ({widths})")]
-        return []
+            found.append(("norm_groups", f"{norm_groups} does not divide every width ({widths})"))
+        return found
 
 
 @dataclass(frozen=True)
@@ -73,17 +72,11 @@ class UNetConfig(Levels):
 
     def problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        found = self.level_problems(image_size)
-        found += self.group_problems(self.norm_groups)
+        found = self.level_problems(image_size, norm_groups=self.norm_groups)
         sides = self.resolutions(image_size)
-        return found + [
-            (
-                "attention_resolutions",
-                f"{r} is the side of no level: choose among {', '.join(map(str, sides))}",
-            )
-            for r in self.attention_resolutions
-            if r not in sides
-        ]
+        fault = f"is the side of no level: choose among {', '.join(map(str, sides))}"
+        strays = [side for side in self.attention_resolutions if side not in sides]
+        return found + [("attention_resolutions", f"{side} {fault}") for side in strays]
 
 
 @dataclass(frozen=True)
@@ -102,8 +95,7 @@ class ContextUNetConfig(Levels):
 
     def problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        found = self.level_problems(image_size, least=2)
-        return found + self.group_problems(self.norm_groups)
+        return self.level_problems(image_size, least=2, norm_groups=self.norm_groups)
 
 
 @dataclass(frozen=True)
