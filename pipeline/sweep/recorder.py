@@ -39,7 +39,6 @@ class Recorder:
         self.parent = tracking.Parent(self.uri, self.sweep.name, self.folder.parent.parent, warn=say)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
-        self.leaderboard = leaderboard.rank_trials(self.sweep, self.trials, self.ledger)
 
     def open(self) -> None:
         """Let the parent run; put right what a killed driver left on the server, and deliver what it owed."""
