@@ -396,7 +396,7 @@ class Harmful:
     [
         (Harmful(), "posix.system"),
         (np.array([Harmful()], dtype=object), "posix.system"),
-        (print, "__builtin__.print"),
+        (len, "__builtin__.len"),
         (Path("x"), "pathlib"),
         (np.random.default_rng(0), "numpy.random"),
     ],
