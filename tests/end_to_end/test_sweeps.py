@@ -37,7 +37,7 @@ def process(storage: Path, *words: str) -> subprocess.Popen:
 
 
 def sweep(storage: Path, *words: str) -> str:
-    """Place `ddpm sweep` to its end; returns what it printed."""
+    """Run `ddpm sweep` to its end; returns what it printed."""
     running = process(storage, *words)
     said, _ = running.communicate()
     assert running.returncode == 0, said

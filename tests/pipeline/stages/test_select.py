@@ -67,7 +67,7 @@ def test_the_best_is_the_one_of_minimum_fid(trained):
     assert [(score["step"], score["fid"]) for score in found["scores"]] == sorted(scores.items())
     assert (found["metric"], found["n"], found["weights"], found["reference"]) == ("fid", 12, "ema", "train")
     for score in found["scores"]:
-        assert ((run.path / "evaluation" / score["evaluation"]) / "manifest.json").exists()
+        assert (run.path / "evaluation" / score["evaluation"] / "manifest.json").exists()
 
 
 def test_later_stages_are_told_the_step_and_the_rule(trained):

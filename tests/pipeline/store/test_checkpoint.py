@@ -112,10 +112,10 @@ def test_what_anything_refers_to_stays(tiny_run):
     experiment, run = tiny_run
     saved(run, 1, 2, 3, 4, 5, 6)
     at = {step: {"protocol": {"checkpoint": step}} for step in (1, 2, 3, 4)}
-    write_json((run.path / "samples" / "unfinished") / "00000.json", at[1])
-    write_json((run.path / "samples" / "whole") / "manifest.json", at[2])
-    write_json((run.path / "evaluation" / "0a") / "metrics.json", at[3])
-    write_json((run.path / "selection" / "0b") / "selection.json", {"scores": [{"step": 4}], "best": 4})
+    write_json(run.path / "samples" / "unfinished" / "00000.json", at[1])
+    write_json(run.path / "samples" / "whole" / "manifest.json", at[2])
+    write_json(run.path / "evaluation" / "0a" / "metrics.json", at[3])
+    write_json(run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
     checkpoint.drop_old(run.of(keeping(experiment, 1)), at_most=6)
     assert checkpoint.steps_on_disk(run.train) == [1, 2, 3, 4, 6]
 
@@ -123,7 +123,7 @@ def test_what_anything_refers_to_stays(tiny_run):
 def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, caplog):
     experiment, run = tiny_run
     saved(run, 1, 2, 3)
-    write_text((run.path / "evaluation" / "0a") / "metrics.json", "{")
+    write_text(run.path / "evaluation" / "0a" / "metrics.json", "{")
     checkpoint.drop_old(run.of(keeping(experiment, 1)), at_most=3)
     assert checkpoint.steps_on_disk(run.train) == [1, 2, 3]
     assert "no checkpoint is deleted" in caplog.text

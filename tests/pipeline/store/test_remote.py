@@ -55,7 +55,7 @@ def run(tiny_run):
     for step in (2, 4):
         tensors = {"net.w": torch.full((3,), float(step))}
         checkpoint.save(run.step_folder(step), tensors, tensors, step)
-    finished, unfinished = (run.path / "samples" / "aaaaaaaaaaaa"), (run.path / "samples" / "bbbbbbbbbbbb")
+    finished, unfinished = run.path / "samples" / "aaaaaaaaaaaa", run.path / "samples" / "bbbbbbbbbbbb"
     for folder in (finished, unfinished):
         folder.mkdir(parents=True)
         (folder / "00000.tar").write_bytes(b"pixels" * 1000)
@@ -170,7 +170,7 @@ def test_a_damaged_object_is_named_and_never_gets_its_name(run, s3, tmp_path):
 
 
 def test_a_file_that_is_not_what_its_manifest_says_is_not_pushed(run, s3):
-    ((run.path / "samples" / "aaaaaaaaaaaa") / "00000.tar").write_bytes(b"Pixels" + b"pixels" * 999)
+    (run.path / "samples" / "aaaaaaaaaaaa" / "00000.tar").write_bytes(b"Pixels" + b"pixels" * 999)
     with pytest.raises(PipelineError, match=r"00000.tar does not match its sha256"):
         remote.push(run.path.name, run.storage, "s3://runs/a")
     assert objects(s3) == {}
