@@ -60,7 +60,7 @@ class Line:
     kind: Literal["clear", "faint", "marks", "steps", "best"] = "clear"
 
 
-def save(panels: Sequence[Panel], file: Path) -> None:
+def save_panels(panels: Sequence[Panel], file: Path) -> None:
     """Write the panels beside each other as one SVG."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -78,13 +78,13 @@ def save(panels: Sequence[Panel], file: Path) -> None:
         style.save_svg(figure, file)
 
 
-def draw(folder: Path, name: str, panel: Panel, caption: str) -> Picture:
+def save_picture(folder: Path, name: str, panel: Panel, caption: str) -> Picture:
     """Write one panel into a page's folder."""
-    save([panel], folder / f"{name}.svg")
+    save_panels([panel], folder / f"{name}.svg")
     return Picture(f"{name}.svg", caption)
 
 
-def curves(
+def plot_curves(
     title: str,
     x: str,
     lines: Sequence[Line],
@@ -106,7 +106,7 @@ def curves(
     return Panel(title, x, plot, size)
 
 
-def bars(title: str, x: str, heights: Sequence[float]) -> Panel:
+def plot_bars(title: str, x: str, heights: Sequence[float]) -> Panel:
     """Make a panel with one bar for each of the numbers, counted from 0."""
 
     def plot(axes: Axes) -> None:
@@ -117,7 +117,7 @@ def bars(title: str, x: str, heights: Sequence[float]) -> Panel:
     return Panel(title, x, plot)
 
 
-def ranking(title: str, values: Sequence[tuple[str, float]]) -> Panel:
+def plot_ranking(title: str, values: Sequence[tuple[str, float]]) -> Panel:
     """Make a panel with a bar for each named value, in order from the top, the first one standing out."""
 
     def plot(axes: Axes) -> None:
@@ -134,7 +134,7 @@ def ranking(title: str, values: Sequence[tuple[str, float]]) -> Panel:
     return Panel(title, "", plot, (SIZE[0], 0.9 + 0.3 * len(values)))
 
 
-def losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
+def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
     """Make a panel of (label, place, losses) of each run; a run keeps the colour of its place in every panel."""
 
     def plot(axes: Axes) -> None:
@@ -150,7 +150,7 @@ def losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
     return Panel(title, "step", plot, (SIZE[0], SIZE[1] + 0.17 * -(-len(runs) // columns)))
 
 
-def rate_distortion(
+def plot_rate_distortion(
     rows: Sequence[Mapping[str, float]], paper: Mapping[int, tuple[float, float]] = MappingProxyType({})
 ) -> list[Panel]:
     """Make the three panels of the paper's Fig. 5; the paper's own {k: (rate, RMSE)} are marks.
@@ -165,7 +165,7 @@ def rate_distortion(
         if paper:
             x, y = [row[across] for row in printed], [row[up] for row in printed]
             lines.append(Line(x, y, "paper, Table 4", "marks"))
-        panels.append(curves(names[up], names[across], lines, size=SMALL))
+        panels.append(plot_curves(names[up], names[across], lines, size=SMALL))
     return panels
 
 

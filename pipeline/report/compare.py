@@ -124,8 +124,8 @@ def draw_bars(entries: Sequence[Entry], folder: Path) -> list[Picture]:
         for number, group in enumerate(g for g in rank_runs(entries, metric) if len(g.ranked) > 1):
             values = [(names[entry.label], entry.scores[metric.name]) for entry in group.runs]
             caption = f"{metric.title}, the {metric.best} first: {describe_protocol(group)}"
-            panel = charts.ranking(metric.title, values)
-            pictures.append(charts.draw(folder, f"bars-{metric.name}-{number}", panel, caption))
+            panel = charts.plot_ranking(metric.title, values)
+            pictures.append(charts.save_picture(folder, f"bars-{metric.name}-{number}", panel, caption))
     return pictures
 
 
@@ -152,6 +152,6 @@ def draw_losses(entries: Sequence[Entry], folder: Path) -> list[Picture]:
         objective = own[0][1].objective
         title = ", ".join(["Loss", *(f"{shorten(key)} {format_value(objective.get(key))}" for key in keys)])
         lines = [(names[entry.label], place, entry.source.series("train/loss")) for place, entry in own]
-        panel = charts.losses(title, lines)
-        pictures.append(charts.draw(folder, f"loss-{number}", panel, f"{title}, smoothed"))
+        panel = charts.plot_losses(title, lines)
+        pictures.append(charts.save_picture(folder, f"loss-{number}", panel, f"{title}, smoothed"))
     return pictures

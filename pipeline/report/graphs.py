@@ -8,7 +8,7 @@ import torch
 from ddpm.config import DiffusionConfig
 from ddpm.schedules import betas
 from pipeline.drawing import charts
-from pipeline.drawing.charts import SMALL, Line, Picture, curves, draw
+from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_picture
 from pipeline.report.source import Source
 from pipeline.scores.metrics import Metric
 from pipeline.scores.results import Bound
@@ -34,7 +34,7 @@ def draw_training(source: Source, folder: Path) -> list[Picture]:
         if steps:
             smooth = [Line(steps, values, kind="faint"), Line(steps, charts.smooth(values))]
             lines = [Line(steps, values)] if metric == "train/lr" else smooth
-            pictures.append(draw(folder, name, curves(title, "step", lines, log_y=log), caption))
+            pictures.append(save_picture(folder, name, plot_curves(title, "step", lines, log_y=log), caption))
     return pictures
 
 
@@ -48,27 +48,27 @@ def draw_checkpoints(
     ]
     if ladder:
         lines.append(Line(list(ladder), list(ladder.values()), "published, n = 50,000", "marks"))
-    panel = curves(metric.heading, "step", lines, log_x=bool(ladder), log_y=bool(ladder))
+    panel = plot_curves(metric.heading, "step", lines, log_x=bool(ladder), log_y=bool(ladder))
     beside = ", beside the published ladder" if ladder else ""
-    return draw(folder, "selection", panel, f"{metric.heading} against training steps{beside}")
+    return save_picture(folder, "selection", panel, f"{metric.heading} against training steps{beside}")
 
 
 def draw_class_shares(shares: Sequence[float], folder: Path) -> Picture:
     caption = f"Each class holds {min(shares):.1%} to {max(shares):.1%} of the samples, as the classifier sees them."
-    panel = charts.bars("Samples by class, %", "class", [100 * share for share in shares])
-    return draw(folder, "classes", panel, caption)
+    panel = charts.plot_bars("Samples by class, %", "class", [100 * share for share in shares])
+    return save_picture(folder, "classes", panel, caption)
 
 
 def draw_bound(bound: Bound, folder: Path) -> list[Picture]:
     """Draw the terms of the bound and the error of the estimate of x_0 over t."""
     t = range(1, len(bound["terms"]) + 1)
     rmse = [127.5 * value**0.5 for value in bound["mse"]]
-    terms = curves("NLL terms, bits/dim", "t", [Line(t, bound["terms"])], log_x=True, log_y=True)
-    error = curves("RMSE of the estimate of x_0", "t", [Line(t, rmse)])
+    terms = plot_curves("NLL terms, bits/dim", "t", [Line(t, bound["terms"])], log_x=True, log_y=True)
+    error = plot_curves("RMSE of the estimate of x_0", "t", [Line(t, rmse)])
     scale = "Root mean square error of the estimate of x_0, on the scale 0 to 255"
     return [
-        draw(folder, "terms", terms, "Term of the bound at each t; the first is the decoder's L_0"),
-        draw(folder, "error", error, scale),
+        save_picture(folder, "terms", terms, "Term of the bound at each t; the first is the decoder's L_0"),
+        save_picture(folder, "error", error, scale),
     ]
 
 
@@ -76,8 +76,8 @@ def draw_rate_distortion(
     bound: Bound, table: Mapping[int, tuple[float, float]], folder: Path
 ) -> list[Picture]:
     """Draw the panels of Fig. 5 as pictures of their own, with the paper's points."""
-    panels = charts.rate_distortion(bound["rate_distortion"], table)
-    return [draw(folder, *part) for part in zip(FIGURE_5, panels, FIGURE_5.values(), strict=True)]
+    panels = charts.plot_rate_distortion(bound["rate_distortion"], table)
+    return [save_picture(folder, *part) for part in zip(FIGURE_5, panels, FIGURE_5.values(), strict=True)]
 
 
 def draw_schedule(diffusion: DiffusionConfig, folder: Path) -> tuple[float, list[Picture]]:
@@ -91,6 +91,6 @@ def draw_schedule(diffusion: DiffusionConfig, folder: Path) -> tuple[float, list
         ("alpha-bar", "ᾱ", alpha_bar, "Share of the image's variance in x_t"),
         ("snr", "ᾱ / (1 − ᾱ)", snr, "Signal-to-noise ratio of x_t"),
     ):
-        panel = curves(title, "t", [Line(t, y.tolist())], log_y=name == "snr", size=SMALL)
-        pictures.append(draw(folder, name, panel, caption))
+        panel = plot_curves(title, "t", [Line(t, y.tolist())], log_y=name == "snr", size=SMALL)
+        pictures.append(save_picture(folder, name, panel, caption))
     return alpha_bar[-1].item(), pictures

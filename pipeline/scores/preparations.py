@@ -17,7 +17,7 @@ from pipeline.store.run import Place
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
 
 
-def missing_preparations(place: Place) -> list[Unit]:
+def list_preparations(place: Place) -> list[Unit]:
     """List the units that are still to be done."""
     count, units = tars.open_index(place.data).count("train"), []
     if not has_extractor(place):

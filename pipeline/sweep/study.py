@@ -18,7 +18,7 @@ from pipeline.engine import execute as stages
 from pipeline.engine import find
 from pipeline.errors import PipelineError
 from pipeline.scores.metrics import LOSS
-from pipeline.scores.preparations import missing_preparations
+from pipeline.scores.preparations import list_preparations
 from pipeline.stages import evaluate
 from pipeline.store.files import exclusive
 from pipeline.store.run import REPORT_HTML, STOP, sweep_folder
@@ -145,7 +145,7 @@ class Study:
                     stages.execute_within(executor, self.interrupt.requested, self.cluster, place, "shard")
                 evaluate.STAGE.check(place)
                 sharded.add(place.data)
-                if evaluate.needs_samples(place.experiment) and (units := missing_preparations(place)):
+                if evaluate.needs_samples(place.experiment) and (units := list_preparations(place)):
                     names = " and ".join(unit.name for unit in units)
                     say(f"{self.sweep.name}: making {names}, which all trials share")
                     executor.map_units(units, lambda unit: None)

@@ -13,7 +13,7 @@ from pipeline.config import Experiment, to_yaml
 from pipeline.errors import PipelineError
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
 from pipeline.scores.image_sets import hash_shards, shard_set
-from pipeline.scores.preparations import has_extractor, missing_preparations
+from pipeline.scores.preparations import has_extractor, list_preparations
 from pipeline.scores.reference import load_statistics
 from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
@@ -66,7 +66,7 @@ class EvaluateStage(Stage):
         found: Results = {"scores": {}, "protocol": describe_protocol(place)}
         inputs, files = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
         if needs_samples(place.experiment):
-            yield missing_preparations(place)
+            yield list_preparations(place)
             extractor = find_extractor(place)
             sets = images.collect_sets(place, extractor, list_samples(place))
             yield pending + sets.missing()

@@ -34,7 +34,7 @@ def rate_distortion(place: Place) -> Figure:
     )
 
     def draw(files: list[Path], file: Path) -> None:
-        charts.save(charts.rate_distortion(read_json(nll)["rate_distortion"]), file)
+        charts.save_panels(charts.plot_rate_distortion(read_json(nll)["rate_distortion"]), file)
 
     return Figure("rate_distortion.svg", caption, {}, draw)
 
@@ -73,10 +73,10 @@ def scores_along(place: Place) -> Figure:
             name: [scores[name] for scores in stages] for name in ("is_mean", "fid") if name in stages[0]
         }
         panels = [
-            charts.curves(METRICS[name].heading, "reverse steps", [charts.Line(steps, values)])
+            charts.plot_curves(METRICS[name].heading, "reverse steps", [charts.Line(steps, values)])
             for name, values in lines.items()
         ]
-        charts.save(panels, file)
+        charts.save_panels(panels, file)
 
     return Figure("scores_along.svg", caption, units, draw)
 

@@ -45,7 +45,7 @@ def four(tmp_path):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    monkeypatch.setattr(charts, "save", lambda panels, file: file.write_text("<svg></svg>"))
+    monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
 
 
 def page(entries, folder, metric: str = "fid") -> str:
@@ -165,8 +165,8 @@ def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatc
         Entry("250", run.of(experiment), {"sample.steps": 250}),
         Entry("50", same.of(other), {"sample.steps": 50}),
     ]
-    drawn, losses = [], charts.losses
-    monkeypatch.setattr(charts, "losses", lambda title, runs: drawn.append(runs) or losses(title, runs))
+    drawn, losses = [], charts.plot_losses
+    monkeypatch.setattr(charts, "plot_losses", lambda title, runs: drawn.append(runs) or losses(title, runs))
     markdown = page(found, tmp_path / "page")
     assert [len(runs) for runs in drawn] == [1]
     assert markdown.count("![") >= 4

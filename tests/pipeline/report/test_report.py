@@ -47,7 +47,7 @@ def cifar10(tmp_path_factory):
 def undrawn(monkeypatch):
     """Plots take most of the time, and only some tests look at them."""
 
-    monkeypatch.setattr(charts, "save", lambda panels, file: file.write_text("<svg></svg>"))
+    monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
 
 
 class Elements(HTMLParser):

@@ -19,7 +19,7 @@ from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
 from pipeline.scores.image_sets import shard_set
-from pipeline.scores.preparations import missing_preparations
+from pipeline.scores.preparations import list_preparations
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
 from pipeline.store import tars
@@ -117,7 +117,7 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     in float32 they give its call's result, in float64 ours.
     """
     experiment, run = cifar10
-    wanted = [unit for unit in missing_preparations(run.of(experiment)) if "classifier" in unit.name]
+    wanted = [unit for unit in list_preparations(run.of(experiment)) if "classifier" in unit.name]
     one_cpu().map_units(wanted, lambda unit: None)
     extractor = find_extractor(run.of(experiment))
     features, found = {}, {}

@@ -186,7 +186,7 @@ def test_later_latents_leave_less_to_differ(drawn):
 def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_path):
     experiment, run = drawn
     panels = []
-    monkeypatch.setattr(charts, "save", lambda made, file: panels.extend(made))
+    monkeypatch.setattr(charts, "save_panels", lambda made, file: panels.extend(made))
     curves.rate_distortion(run.of(experiment)).draw([], tmp_path / "x.svg")
     rows = read_json(run.of(experiment).nll_json)["rate_distortion"]
     for panel, across, up in zip(

@@ -35,7 +35,7 @@ class Silence:
 def plain(monkeypatch):
     """No server, and pictures that take no time."""
 
-    monkeypatch.setattr(charts, "save", lambda panels, file: file.write_text("<svg></svg>"))
+    monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
     monkeypatch.setattr(tracking, "Parent", Silence)
 
 
