@@ -54,7 +54,7 @@ bench: $(READY)
 env:
 	@$(PYTHON) deploy/make_env.py
 
-# As provenance.commit() has it: a '+' where the tree differs from the commit.
+# As provenance.find_commit() has it: a '+' where the tree differs from the commit.
 image:
 	@docker build --tag ddpm:0.1.0 --build-arg COMMIT="$$(git describe --always --exclude='*' --abbrev=40 --dirty=+)" .
 

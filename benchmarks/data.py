@@ -12,7 +12,7 @@ from benchmarks.subjects import Way
 from benchmarks.workspace import workspace
 from pipeline.compute.work import local_context
 from pipeline.stages import shard
-from pipeline.stages.train import Order, batch_slice
+from pipeline.stages.train import ImageOrder, slice_batch
 from pipeline.store import tars
 from pipeline.store.run import Place
 
@@ -52,12 +52,12 @@ def _loaded(run: Place) -> tuple[Callable[[], Any], float]:
     began = time.perf_counter()
     images = torch.from_numpy(tars.load_images(run.data, "train")[0])
     seconds = time.perf_counter() - began
-    order, rows, step = Order(0, len(images)), batch_slice(BATCH, 0, 1), 0
+    order, rows, step = ImageOrder(0, len(images)), slice_batch(BATCH, 0, 1), 0
 
     def batch() -> torch.Tensor:
         nonlocal step
         step += 1
-        return images[order.indices(step, BATCH, rows)]
+        return images[order.list_indices(step, BATCH, rows)]
 
     return batch, seconds
 

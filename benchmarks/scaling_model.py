@@ -23,7 +23,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.peers import Peers
 from ddpm.training import TrainState, train_step
 from pipeline.config import load_experiment
-from pipeline.stages.train import batch_slice
+from pipeline.stages.train import slice_batch
 from pipeline.store import checkpoint
 
 # Projected, not measured. One GPU: 5.8 steps/s on CIFAR-10, as an RTX 4090 is reported to do; 256x256 by the ratio of
@@ -58,7 +58,7 @@ def measure(rank: int, workers: int, batch: int, steps: int, results: multiproce
     net = checkpoint.new_network(experiment).to(device).to(memory_format=torch.channels_last)
     state = TrainState(experiment.train, net, experiment.diffusion)
     diffusion = Diffusion(experiment.diffusion).to(device)
-    rows = batch_slice(batch, rank, workers) if workers else batch_slice(batch, 0, 1)
+    rows = slice_batch(batch, rank, workers) if workers else slice_batch(batch, 0, 1)
     images = torch.randint(0, 256, (len(rows), *experiment.data.shape), dtype=torch.uint8, device=device)
     forward: nn.Module = state.net
     if workers > 1:

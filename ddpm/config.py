@@ -37,7 +37,7 @@ class Range:
         return " and ".join(f"{LIMITS[name]} {limit}" for name, limit in limits if limit is not None)
 
 
-def value_problems(config: Any) -> Problems:
+def find_value_problems(config: Any) -> Problems:
     """Find every value of a dataclass that is outside the choices or the range of its field's type."""
     hints = get_type_hints(type(config), include_extras=True)
     return [(key, fault) for key, hint in hints.items() for fault in _faults(hint, getattr(config, key))]
@@ -71,9 +71,9 @@ class DiffusionConfig:
     loss: Loss = "simple"
     t_sampling: TSampling = "uniform"
 
-    def problems(self) -> Problems:
+    def find_problems(self) -> Problems:
         """Find every value that is out of range or contradicts another."""
-        found = value_problems(self)
+        found = find_value_problems(self)
         if self.beta_start > self.beta_end and self.beta_schedule not in ("const", "jsd", "cosine"):
             found.append(("beta_start", f"{self.beta_start} exceeds beta_end {self.beta_end}: swap them"))
         if self.beta_schedule == "jsd" and self.predict == "eps":
@@ -87,7 +87,7 @@ class DiffusionConfig:
             found.append(("loss", f"simple leaves variance={self.variance} untrained: use vlb or hybrid"))
         return found
 
-    def warnings(self) -> list[str]:
+    def list_warnings(self) -> list[str]:
         """Say what the paper found against a combination that is allowed all the same."""
         found = []
         if (self.predict, self.loss) == ("mean", "simple"):
@@ -120,9 +120,9 @@ class TrainConfig:
     label_dropout: Share
     precision: Literal["fp32", "bf16"]
 
-    def problems(self) -> Problems:
+    def find_problems(self) -> Problems:
         """Find every value that is out of range or contradicts another."""
-        found = value_problems(self)
+        found = find_value_problems(self)
         if not self.ema_decay:
             found.append(("ema_decay", "must hold one or several values"))
         if self.accumulate > self.batch_size:

@@ -43,7 +43,7 @@ class Diffusion:
 
     def __init__(self, config: DiffusionConfig | None = None) -> None:
         config = config or DiffusionConfig()
-        if problems := config.problems():
+        if problems := config.find_problems():
             raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
         self.config = config
         schedule = betas(config.beta_schedule, config.timesteps, config.beta_start, config.beta_end)

@@ -23,7 +23,7 @@ def say(text: str) -> None:
     print(f"{stamp}{text}", flush=True)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Write seconds as '1 h 05 min', '3 min 20 s', '4.2 s'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -54,7 +54,7 @@ def format_table(
     return capture.get().rstrip()
 
 
-class Bar:
+class ProgressBar:
     """Progress of one stage from `start` to `total` units; without a terminal, a line every LINE_SECONDS at most."""
 
     def __init__(self, stage: str, total: int, unit: str, start: int, terminal: Progress | None = None):
@@ -76,7 +76,7 @@ class Bar:
             return
         self.last_line, self.last = now, (done, note)
         pace = f", {format_rate(rate)}" if rate else ""
-        left = f", {duration((self.total - done) / rate)} left" if rate and done < self.total else ""
+        left = f", {format_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
         say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
     def _pace(self, done: int) -> float | None:
@@ -97,10 +97,10 @@ class Bar:
 
 
 @contextmanager
-def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
+def show_progress(stage: str, total: int, unit: str, start: int = 0) -> Iterator[ProgressBar]:
     """Show the progress of one stage from `start` to `total` units ('steps', 'images')."""
     if not sys.stdout.isatty():
-        yield Bar(stage, total, unit, start)
+        yield ProgressBar(stage, total, unit, start)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -109,11 +109,11 @@ def bar(stage: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         redirect_stderr=False,
     ) as progress:  # fmt: skip
-        yield Bar(stage, total, unit, start, progress)
+        yield ProgressBar(stage, total, unit, start, progress)
 
 
 @contextmanager
-def watch(look: Callable[[], None]) -> Iterator[None]:
+def poll_during(look: Callable[[], None]) -> Iterator[None]:
     """Call `look` every half second during the body, and once after it."""
 
     def follow(over: threading.Event) -> None:

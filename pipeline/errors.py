@@ -23,7 +23,7 @@ class ConfigError(PipelineError):
         return ConfigError, (self.problems,)
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
+def suggest(word: str, known: Iterable[str]) -> str:
     """Return ' (did you mean 'x'?)', or nothing where no known word is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
@@ -45,7 +45,7 @@ def hide_password(uri: str) -> str:
     return uri.replace(f"{user}{at}", "", 1) if at else uri
 
 
-def last_line(error: BaseException | str) -> str:
+def shorten_error(error: BaseException | str) -> str:
     """Return what an error says last, or how short of memory Ray was: the advice after that fills a screen."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     memory = [line for line in lines if "running low on memory" in line]

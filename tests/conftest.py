@@ -52,7 +52,7 @@ def tiny_experiment(*overrides: str) -> config.Experiment:
 
 def assert_refused_by_name(network, settings, image_size: int, key: str) -> None:
     """The settings' problems name the key, in a line each, and the network itself refuses them."""
-    problems = settings.problems(image_size)
+    problems = settings.find_problems(image_size)
     assert key in [name for name, _ in problems]
     assert all("\n" not in message for _, message in problems)
     with pytest.raises(ValueError, match=key):

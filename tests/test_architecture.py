@@ -157,6 +157,6 @@ def test_the_science_loads_no_pipeline_library():
 def test_settings_and_names_of_networks_load_no_torch():
     assert "torch" not in loaded_by(
         "from ddpm import NETWORKS, DiffusionConfig, TrainConfig, UNetConfig\n"
-        "assert not DiffusionConfig().problems()\n"
-        "assert not any(config().problems(64) for config in NETWORKS.values())"
+        "assert not DiffusionConfig().find_problems()\n"
+        "assert not any(config().find_problems(64) for config in NETWORKS.values())"
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
-from ddpm.config import Count, Problems, Range, value_problems
+from ddpm.config import Count, Problems, Range, find_value_problems
 
 
 class NetworkConfig(Protocol):
@@ -12,7 +12,7 @@ class NetworkConfig(Protocol):
     @property
     def name(self) -> str: ...
 
-    def problems(self, image_size: int) -> Problems: ...
+    def find_problems(self, image_size: int) -> Problems: ...
 
 
 class Levels:
@@ -29,12 +29,12 @@ class Levels:
         """Channels of each level on the way down, finest first."""
         return tuple(self.channels * mult for mult in self.channel_mult)
 
-    def level_problems(self, image_size: int, least: int = 1, norm_groups: int = 1) -> Problems:
+    def find_level_problems(self, image_size: int, least: int = 1, norm_groups: int = 1) -> Problems:
         """Find values out of range, and what keeps at least so many levels from images of this side.
 
         norm_groups must divide the width of every level.
         """
-        found, levels = value_problems(self), len(self.channel_mult)
+        found, levels = find_value_problems(self), len(self.channel_mult)
         if self.channels % 2:
             found.append(("channels", f"must be even, not {self.channels}"))
         if levels < least:
@@ -70,9 +70,9 @@ class UNetConfig(Levels):
         """Image side at each level, finest first."""
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
-    def problems(self, image_size: int) -> Problems:
+    def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        found = self.level_problems(image_size, norm_groups=self.norm_groups)
+        found = self.find_level_problems(image_size, norm_groups=self.norm_groups)
         sides = self.resolutions(image_size)
         fault = f"is the side of no level: choose among {', '.join(map(str, sides))}"
         strays = [side for side in self.attention_resolutions if side not in sides]
@@ -93,9 +93,9 @@ class ContextUNetConfig(Levels):
     norm: Literal["batch", "group"] = "batch"
     norm_groups: Count = 8
 
-    def problems(self, image_size: int) -> Problems:
+    def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        return self.level_problems(image_size, least=2, norm_groups=self.norm_groups)
+        return self.find_level_problems(image_size, least=2, norm_groups=self.norm_groups)
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ class MHAUNetConfig(Levels):
         """
         return (*self.widths[-2::-1], self.widths[0])
 
-    def problems(self, image_size: int) -> Problems:
+    def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
-        found = self.level_problems(image_size, least=2)
+        found = self.find_level_problems(image_size, least=2)
         if self.num_heads < 1 or self.channels % self.num_heads:
             found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))
         if self.time_width % 2:

@@ -18,14 +18,14 @@ class SeededNetwork(nn.Module):
     A subclass draws them at construction from torch's global generator. `near_zero` names the layers whose
     weights are so small that what they end passes next to nothing at first.
 
-    Raises ValueError when `config.problems(image_size)` is not empty.
+    Raises ValueError when `config.find_problems(image_size)` is not empty.
     """
 
     near_zero: ClassVar[tuple[str, ...]] = ("conv_out",)
 
     def __init__(self, config: NetworkConfig, image_size: int) -> None:
         super().__init__()
-        if problems := config.problems(image_size):
+        if problems := config.find_problems(image_size):
             raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

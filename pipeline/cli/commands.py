@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.console import say
-from pipeline.errors import ConfigError, PipelineError, suggestion
+from pipeline.errors import ConfigError, PipelineError, suggest
 
 if TYPE_CHECKING:
     from pipeline.config import ClusterConfig, Experiment
@@ -107,7 +107,7 @@ def check_experiment(options: Namespace) -> Checked:
 
     config.check_workers(experiment.train, cluster.workers or 1)
     name, overrides = _split_words(options, "experiment")
-    return cluster, config.relative_paths(name or options.command.default, overrides)
+    return cluster, config.find_relative_paths(name or options.command.default, overrides)
 
 
 def show(options: Namespace) -> int:
@@ -117,7 +117,7 @@ def show(options: Namespace) -> int:
 
     print(config.to_yaml(experiment), end="")
     print("\n# cluster\n" + config.to_yaml(cluster), end="")
-    for warning in experiment.diffusion.warnings():
+    for warning in experiment.diffusion.list_warnings():
         print(f"# warning: {warning}")
     try:
         place = find.locate_run(experiment, cluster.storage_root)
@@ -132,15 +132,14 @@ def show(options: Namespace) -> int:
 
 def _list_later_keys(place: Place) -> list[str]:
     """List the keys that depend on the checkpoint, once it is known."""
-    from pipeline import config
     from pipeline.store import selection
 
     found = selection.resolve(place)
     if found is None:
         return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
     lines = [f"sample key  {found.sample_key}", f"score key   {found.score_key}"]
-    rule = config.checkpoint_rule(found.experiment)
-    return [f"checkpoint  {config.checkpoint_step(found.experiment)}, {rule}", *lines] if rule else lines
+    rule = found.experiment.checkpoint_rule
+    return [f"checkpoint  {found.experiment.checkpoint_step}, {rule}", *lines] if rule else lines
 
 
 def import_weights(options: Namespace) -> int:
@@ -236,7 +235,7 @@ def compare(options: Namespace) -> int:
 
     metric = find_metric(options.metric)
     if metric is None:
-        hint = suggestion(options.metric, METRICS)
+        hint = suggest(options.metric, METRICS)
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
     root = find.prepare_storage_root(_load_cluster(options))
     paths = dict.fromkeys(path for name in _list_words(options) for path in find.find_named_runs(name, root))

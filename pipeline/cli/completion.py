@@ -17,10 +17,10 @@ from ddpm.networks import NETWORKS
 from pipeline.config import (
     ClusterConfig,
     Experiment,
-    field_types,
+    get_field_types,
     is_section,
+    list_names,
     load_cluster,
-    names_in_conf,
 )
 from pipeline.store.run import find_runs
 
@@ -67,7 +67,7 @@ def _list_cluster_keys(prefix: str) -> list[str]:
 
 def _list_keys(prefix: str) -> list[str]:
     """List key=value: the keys of an experiment and of a cluster; after "=", the values where they can be listed."""
-    sections = [(key, kind) for key, kind in field_types(Experiment).items() if is_section(kind)]
+    sections = [(key, kind) for key, kind in get_field_types(Experiment).items() if is_section(kind)]
     sections += [("model", config) for config in NETWORKS.values()]
     found = [word for name, kind in sections for word in _list_section(name, kind, prefix)]
     return [*dict.fromkeys(found), "seed=", "name=", *_list_cluster_keys(prefix)]
@@ -75,7 +75,7 @@ def _list_keys(prefix: str) -> list[str]:
 
 def _list_section(name: str, section: type, prefix: str) -> list[str]:
     words = []
-    for key, kind in field_types(section).items():
+    for key, kind in get_field_types(section).items():
         word = f"{name}.{key}="
         values = _list_values(kind) if prefix.startswith(word) else []
         words += [f"{word}{value}" for value in values] or [word]
@@ -100,10 +100,10 @@ def _list_runs() -> list[str]:
 
 # From the metavar of an argument and what is typed of a word to the words that it may become.
 LISTERS: dict[str, Callable[[str], list[str]]] = {
-    "CLUSTER": lambda prefix: names_in_conf("cluster"),
+    "CLUSTER": lambda prefix: list_names("cluster"),
     "cluster.key=value": _list_cluster_keys,
     "key=value": _list_keys,
-    "EXPERIMENT | key=value": lambda prefix: [*names_in_conf(), *_list_keys(prefix)],
-    "SWEEP | key=value": lambda prefix: [*names_in_conf("sweep"), *_list_keys(prefix)],
+    "EXPERIMENT | key=value": lambda prefix: [*list_names(), *_list_keys(prefix)],
+    "SWEEP | key=value": lambda prefix: [*list_names("sweep"), *_list_keys(prefix)],
     "RUN": lambda prefix: [*_list_runs(), *_list_cluster_keys(prefix)],
 }

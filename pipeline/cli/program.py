@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cli import commands as do
-from pipeline.errors import ConfigError, PipelineError, suggestion
+from pipeline.errors import ConfigError, PipelineError, suggest
 
 CONFIGURATIONS = """
 EXPERIMENT and CLUSTER are paths, or names of files in ./conf. key=value overrides one key of the experiment,
@@ -229,12 +229,12 @@ def parse(arguments: list[str]) -> Namespace:
         program.parse_args(arguments)
     name, *words = arguments
     if name not in parsers:
-        program.error(f"no command is named '{name}'{suggestion(name, parsers)}; known: {', '.join(parsers)}")
+        program.error(f"no command is named '{name}'{suggest(name, parsers)}; known: {', '.join(parsers)}")
     cut = words.index("--") if name == "submit" and "--" in words else len(words)
     options, stray = parsers[name].parse_known_intermixed_args(words[:cut])
     if stray:
         known = parsers[name]._option_string_actions
-        parsers[name].error(f"unknown option {stray[0]}{suggestion(stray[0], known)}")
+        parsers[name].error(f"unknown option {stray[0]}{suggest(stray[0], known)}")
     options.command = next(command for command in COMMANDS if command.name == name)
     options.job = words[cut + 1 :]
     options.job_options = parse(options.job) if options.job else None

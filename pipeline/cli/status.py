@@ -91,7 +91,7 @@ def _describe_run(path: Path) -> list[str]:
         experiment.data.source,
         f"{max(steps, default=0)}/{experiment.train.steps}",
         str(images or "-"),
-        "\n".join([*lines, *experiment.missing()]) or "-",
+        "\n".join([*lines, *experiment.find_missing_files()]) or "-",
         "yes" if (path / "report").is_dir() else "-",
     ]
 

@@ -23,7 +23,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.compute.spent import Spent
 from pipeline.compute.work import Done, Unit, WorkerContext, local_context
 from pipeline.config import ClusterConfig
-from pipeline.errors import PipelineError, last_line
+from pipeline.errors import PipelineError, shorten_error
 
 log = logging.getLogger(__name__)
 
@@ -153,9 +153,9 @@ class Pool:
                 call.actor is None or self.losses[id(call.unit)] > self.retries
             ):  # Ray has tried a task as often
                 raise PipelineError(
-                    f"{name} lost its process again and again ({last_line(error)}); the same command goes on here"
+                    f"{name} lost its process again and again ({shorten_error(error)}); the same command goes on here"
                 ) from error
-            log.warning("%s lost its process (%s); another takes its place", name, last_line(error))
+            log.warning("%s lost its process (%s); another takes its place", name, shorten_error(error))
             ray.kill(call.actor)  # it may be out of reach only
             self._add([call.unit] if call.unit else [])
             return None

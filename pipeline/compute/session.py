@@ -18,8 +18,8 @@ from pipeline.compute.resources import Resources, resolve
 from pipeline.compute.spent import Spent
 from pipeline.compute.work import Body, Done, Unit
 from pipeline.config import ClusterConfig
-from pipeline.console import watch
-from pipeline.errors import PipelineError, last_line
+from pipeline.console import poll_during
+from pipeline.errors import PipelineError, shorten_error
 from pipeline.store.run import Place
 
 
@@ -73,7 +73,7 @@ class Session:
     def run_workers(self, body: Body, place: Place) -> None:
         """Train with DDP (`pipeline.compute.training`), on what the pool gives back first."""
         self.pool.end()
-        with watch(self.pool.end_unused):
+        with poll_during(self.pool.end_unused):
             training.run_group(self.cluster, self.resources, body, place)
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None:
@@ -109,7 +109,7 @@ def _start_ray(address: str | None) -> None:
             f"the cluster at cluster.ray_address={address}" if address else "a Ray cluster on this machine"
         )
         whole = "Version mismatch" in str(error)  # told over several lines
-        reason = " ".join(str(error).split()) if whole else last_line(error)
+        reason = " ".join(str(error).split()) if whole else shorten_error(error)
         raise PipelineError(f"{where} cannot be reached or started: {reason}") from error
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from pipeline.compute.resources import Resources
 from pipeline.compute.work import GIB, Body, Value, WorkerContext
 from pipeline.config import ClusterConfig
-from pipeline.errors import PipelineError, last_line
+from pipeline.errors import PipelineError, shorten_error
 from pipeline.store.files import write_text
 from pipeline.store.run import Place
 
@@ -107,7 +107,7 @@ def run_group(cluster: ClusterConfig, resources: Resources, body: Body, place: P
         raise PipelineError(message)
     if error is not None:
         # Ray Train restarts its workers, but not the controller that leads them.
-        why = f"stopped after {cluster.retries} restarts: {last_line(error)}"
+        why = f"stopped after {cluster.retries} restarts: {shorten_error(error)}"
         why = "lost the process that leads it" if isinstance(error, RayActorError) else why
         raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
 

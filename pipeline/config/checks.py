@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ddpm.config import Range
-from pipeline.errors import suggestion
+from pipeline.errors import suggest
 
 Tree = dict[str, Any]  # plain containers, as yaml has them
 Types = Mapping[str, Any]  # key -> what it may hold
@@ -36,7 +36,7 @@ OUT_OF_RANGE = {"greater_than_equal", "greater_than", "less_than_equal", "less_t
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
 
-def field_types(cls: type) -> Types:
+def get_field_types(cls: type) -> Types:
     """Return what each key of a section may hold; fields that no file has are left out."""
     hints = get_type_hints(cls, include_extras=True)
     return {
@@ -101,7 +101,7 @@ def _strict(kind: Any, complete: bool) -> Any:
     if is_section(kind):
         arguments = signature(kind).parameters
         fields = {}
-        for name, inside in field_types(kind).items():
+        for name, inside in get_field_types(kind).items():
             needed = complete or arguments[name].default is Parameter.empty
             fields[name] = _strict(inside, complete), ... if needed else None
 
@@ -140,7 +140,7 @@ def _describe(types: Types, fault: ErrorDetails) -> tuple[str, str]:
         if isinstance(part, int):  # the place in a list
             kind, verb = get_args(_bare(kind))[0], "has"
         elif kind is None or is_section(kind):
-            known = types if kind is None else field_types(kind)
+            known = types if kind is None else get_field_types(kind)
             kind = known.get(part)
             names.append(part)
     return ".".join(names), _reason(fault["type"], fault["input"], verb, kind, known, names)
@@ -152,7 +152,7 @@ def _reason(fault: str, value: object, verb: str, kind: Any, known: Types, names
     if fault == "extra_forbidden":
         return f"is unknown{_near_key(names, known)}"
     if is_section(kind):
-        return f"is {value!r}; it is a section with the keys {', '.join(field_types(kind))}"
+        return f"is {value!r}; it is a section with the keys {', '.join(get_field_types(kind))}"
     if fault in OUT_OF_RANGE:
         (limits,) = (argument for argument in get_args(kind) if isinstance(argument, Range))
         return f"{verb} {value}; it must be {limits}"
@@ -163,11 +163,11 @@ def _near_key(names: list[str], known: Types) -> str:
     """Suggest a key for an unknown one; one above the sections may belong into one of them."""
     name = names[-1]
     if len(names) > 1:
-        return suggestion(name, known)
+        return suggest(name, known)
     sections = {key: kind for key, kind in known.items() if is_section(kind)}
-    inner = [f"{key}.{below}" for key, kind in sections.items() for below in field_types(kind)]
+    inner = [f"{key}.{below}" for key, kind in sections.items() for below in get_field_types(kind)]
     exact = [key for key in inner if key.endswith(f".{name}")]
-    return suggestion(exact[0] if exact else name, [*known, *inner])
+    return suggest(exact[0] if exact else name, [*known, *inner])
 
 
 def _bare(kind: Any) -> Any:
@@ -186,4 +186,4 @@ def _expected(kind: Any, value: object) -> str:
 
 def _one_of(choices: Iterable[object], value: object) -> str:
     words = list(map(str, choices))
-    return f"one of {', '.join(words)}{suggestion(str(value), words)}"
+    return f"one of {', '.join(words)}{suggest(str(value), words)}"

@@ -11,34 +11,34 @@ from typing import Literal, cast
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.config.checks import Tree, flatten
-from pipeline.errors import ConfigError, suggestion
+from pipeline.errors import ConfigError, suggest
 
 Kind = Literal["", "cluster", "sweep"]
 
 
-def conf_folders() -> list[Path]:
+def list_conf_folders() -> list[Path]:
     """Return where names are looked up: ./conf, then the conf/ that came with the program."""
     package = Path(__file__).parent.parent
     return [Path.cwd() / "conf", package / "conf", package.parent / "conf"]
 
 
-def names_in_conf(kind: Kind = "") -> list[str]:
+def list_names(kind: Kind = "") -> list[str]:
     """Return the names of the configurations of a kind, sorted."""
-    return sorted({file.stem for folder in conf_folders() for file in (folder / kind).glob("*.yaml")})
+    return sorted({file.stem for folder in list_conf_folders() for file in (folder / kind).glob("*.yaml")})
 
 
-def find(name: str, kind: Kind = "") -> Path:
+def find_file(name: str, kind: Kind = "") -> Path:
     """Return the file that `name` (a path, or a name in conf/) means."""
     if Path(name).suffix in (".yaml", ".yml"):
         if Path(name).is_file():
             return Path(name)
         raise ConfigError(f"{name} does not exist; give the path of a yaml file, or a name in conf/{kind}")
-    for folder in conf_folders():
+    for folder in list_conf_folders():
         if (folder / kind / f"{name}.yaml").is_file():
             return folder / kind / f"{name}.yaml"
-    known = names_in_conf(kind)
+    known = list_names(kind)
     raise ConfigError(
-        f"no {kind or 'experiment'} is named '{name}'{suggestion(name, known)}; known: {', '.join(known)}"
+        f"no {kind or 'experiment'} is named '{name}'{suggest(name, known)}; known: {', '.join(known)}"
     )
 
 
@@ -52,7 +52,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if base is None:
         return tree
     near = path.parent / f"{base}.yaml"
-    below = read_file(near if near.is_file() else find(base), (*seen, path.resolve()))
+    below = read_file(near if near.is_file() else find_file(base), (*seen, path.resolve()))
     below.pop("name", None)  # a name belongs to the file that says it
     return _merge(below, tree)
 
@@ -71,10 +71,10 @@ def _plain(tree: DictConfig) -> Tree:
     return cast(Tree, OmegaConf.to_container(tree, resolve=False))
 
 
-def files(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
     """Return a yaml file and those of its bases that lie in its folder: what reading it needs, but for named ones."""
     near = path.parent / f"{_read_yaml(path).get('base')}.yaml"
-    return [path, *(files(near) if near.is_file() else [])]
+    return [path, *(list_files(near) if near.is_file() else [])]
 
 
 def _merge(base: Tree, tree: Tree) -> Tree:
@@ -85,7 +85,7 @@ def _merge(base: Tree, tree: Tree) -> Tree:
     return _plain(cast(DictConfig, OmegaConf.merge(base, tree)))
 
 
-def override(tree: Tree, overrides: list[str]) -> Tree:
+def apply_overrides(tree: Tree, overrides: list[str]) -> Tree:
     """Lay key=value over a tree."""
     bad = [word for word in overrides if "=" not in word or word.startswith("=")]
     if bad:
@@ -96,6 +96,6 @@ def override(tree: Tree, overrides: list[str]) -> Tree:
         raise ConfigError(f"an override cannot be applied: {' '.join(str(error).split())}") from error
 
 
-def made_with(path: Path) -> Tree:
+def read_provenance(path: Path) -> Tree:
     """Read what a run directory's experiment.yaml says of how it was made: commit, versions, data key."""
     return _read_yaml(path).get("made_with") or {}

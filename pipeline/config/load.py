@@ -17,12 +17,12 @@ from pipeline.config.checks import (
     Types,
     check_names,
     check_values,
-    field_types,
     flatten,
+    get_field_types,
     is_section,
     takes_text,
 )
-from pipeline.config.files import find, override, read_file
+from pipeline.config.files import apply_overrides, find_file, read_file
 from pipeline.config.neutral import add_neutral_values
 from pipeline.config.sections import SPLITS, ClusterConfig, Experiment
 from pipeline.errors import ConfigError
@@ -54,7 +54,7 @@ def load_experiment(name: str, overrides: list[str], known: Names | None = None)
         if left:
             raise ConfigError(_lines(faults))
     experiment = Experiment(**values)
-    lines = [f"{key} {fault}" for key, fault in experiment.problems() if key not in faults]
+    lines = [f"{key} {fault}" for key, fault in experiment.find_problems() if key not in faults]
     if lines or faults:
         raise ConfigError([*_lines(faults), *lines])
     return _with_absolute_paths(experiment)
@@ -68,9 +68,9 @@ def _check_experiment(name: str, overrides: list[str], known: Names | None) -> t
 
 def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     """Return what the file says with the overrides, and what each key may hold."""
-    path = find(name)
-    known = field_types(Experiment)
-    tree = override({"name": path.stem, **read_file(path)}, _quote_texts(overrides, known))
+    path = find_file(name)
+    known = get_field_types(Experiment)
+    tree = apply_overrides({"name": path.stem, **read_file(path)}, _quote_texts(overrides, known))
     add_neutral_values(tree)
     network = str(flatten(tree).get("model.name", "unet"))
     return tree, {**known, "model": NETWORKS.get(network, Tree)}
@@ -83,7 +83,7 @@ def _quote_texts(overrides: list[str], types: Types) -> list[str]:
         key, _, text = word.partition("=")
         section, _, name = key.rpartition(".")
         kind = types.get(section, str)
-        known = types if not section else field_types(kind) if is_section(kind) else {}
+        known = types if not section else get_field_types(kind) if is_section(kind) else {}
         plain = text.lower() in ("", "null", "~") or text[0] in "\"'"
         words.append(
             word
@@ -111,7 +111,7 @@ def _is_path(key: str, value: str | None) -> bool:
     return bool(value) and not (key == "reference" and value in SPLITS)
 
 
-def relative_paths(name: str, overrides: list[str]) -> list[str]:
+def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
     """Return the paths of a valid experiment that depend on the folder or the person, as 'data.path=images'."""
     tree, _ = _read_experiment(name, overrides)
     return [
@@ -123,10 +123,12 @@ def relative_paths(name: str, overrides: list[str]) -> list[str]:
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """Read a file of conf/cluster/, override, check; `overrides` without their `cluster.`."""
-    typed = _quote_texts(overrides, field_types(ClusterConfig))
-    tree = {"cluster": override(read_file(find(name, "cluster")), typed)}
+    typed = _quote_texts(overrides, get_field_types(ClusterConfig))
+    tree = {"cluster": apply_overrides(read_file(find_file(name, "cluster")), typed)}
     values, faults = check_values({"cluster": ClusterConfig}, tree)
-    if lines := _lines(faults) or [f"cluster.{key} {fault}" for key, fault in values["cluster"].problems()]:
+    if lines := _lines(faults) or [
+        f"cluster.{key} {fault}" for key, fault in values["cluster"].find_problems()
+    ]:
         raise ConfigError(lines)
     return values["cluster"]
 
@@ -134,7 +136,7 @@ def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
 def to_dict(section: DataclassInstance) -> Tree:
     """Return a dataclass as plain containers, tuples as lists."""
     tree = json.loads(json.dumps(dataclasses.asdict(section)))
-    return {key: value for key, value in tree.items() if key in field_types(type(section))}
+    return {key: value for key, value in tree.items() if key in get_field_types(type(section))}
 
 
 def to_yaml(section: DataclassInstance, **more: object) -> str:

@@ -1,5 +1,5 @@
 """What an experiment and a cluster consist of: frozen dataclasses. Types say what a key may hold (`checks` reads
-them), `problems` what only several keys show.
+them), `find_problems` what only several keys show.
 
 The settings of the science (diffusion, model, train) stand beside the code that they configure, in `ddpm`.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from ddpm.config import Count, Decoder, DiffusionConfig, Problems, Range, Sampler, Share, TrainConfig
 from ddpm.networks import TAKES_LABELS
 from ddpm.networks.config import NetworkConfig
-from pipeline.errors import ConfigError, PipelineError, suggestion
+from pipeline.errors import ConfigError, PipelineError, suggest
 
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -49,7 +49,7 @@ class DataConfig:
         """(C, H, W) of every image."""
         return self.channels, self.image_size, self.image_size
 
-    def problems(self) -> Iterator[Problem]:
+    def find_problems(self) -> Iterator[Problem]:
         if self.source == "digits" and self.path is not None:
             yield "path", "is given, but the digits come with scikit-learn; set it to null, or data.source"
         if self.source not in ("cifar10", "digits") and self.path is None:
@@ -69,8 +69,8 @@ class TrainStageConfig(TrainConfig):
     keep_every: CountOrNull
     log_every: Count
 
-    def problems(self) -> Problems:
-        found = super().problems()
+    def find_problems(self) -> Problems:
+        found = super().find_problems()
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             fault = f"must be a multiple of checkpoint_every={self.checkpoint_every} or null"
             found.append(("keep_every", fault))
@@ -85,7 +85,7 @@ class PublishedConfig:
     path: str | None
     weights: Literal["raw", "ema", "unknown"] | None
 
-    def problems(self) -> Iterator[Problem]:
+    def find_problems(self) -> Iterator[Problem]:
         if self.path is not None and self.weights is None:
             yield "weights", "is null; say what the published weights are: raw, ema or unknown"
 
@@ -160,12 +160,12 @@ class EvaluateConfig:
         """The user's statistics; None where the reference is a split of the data."""
         return None if self.reference in SPLITS else Path(self.reference).expanduser()
 
-    def problems(self) -> Iterator[Problem]:
+    def find_problems(self) -> Iterator[Problem]:
         if self.checkpoints not in (None, "all") and self.checkpoint_interval is None:
             yield "checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps"
         needs_images = [metric for metric in ("kid", "prc") if metric in self.metrics]
         if self.reference_file and self.reference_file.suffix != ".npz":
-            hint = suggestion(self.reference, SPLITS)
+            hint = suggest(self.reference, SPLITS)
             yield "reference", f"is '{self.reference}'{hint}; use train, test or the path of an .npz"
         elif self.reference_file and needs_images:
             metrics = " and ".join(needs_images)
@@ -181,22 +181,17 @@ class FiguresConfig:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The best of several checkpoints: its step, and what it was chosen by. It belongs to the protocol of scores."""
+class BestCheckpoint:
+    """The step of the best of several checkpoints, and the rule by which it was selected, in words."""
 
     step: int
-    candidates: int
-    images: int
-    weights: str
-
-    def __str__(self) -> str:
-        return f"best of {self.candidates} checkpoints by FID on {self.images} images, {self.weights} weights"
+    rule: str
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that may change a number. `choice` is what sample.checkpoint=best turned out to be, once it is
-    known: no file says it."""
+    """Everything that may change a number. `best` is the checkpoint that sample.checkpoint=best means, once it is
+    known; no file holds it."""
 
     name: str
     seed: Annotated[int, Range(ge=0, lt=2**63)]
@@ -208,19 +203,19 @@ class Experiment:
     sample: SampleConfig
     evaluate: EvaluateConfig
     figures: FiguresConfig
-    choice: Choice | None = field(default=None, metadata={"in_file": False})
+    best: BestCheckpoint | None = field(default=None, metadata={"in_file": False})
 
-    def problems(self) -> Iterator[Problem]:
+    def find_problems(self) -> Iterator[Problem]:
         """Find what only several keys together show, each fault with its full key."""
         if not re.fullmatch(FILE_NAME, self.name):
             yield "name", f"is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-' only"
         sections: dict[str, Iterable[Problem]] = {
-            "data": self.data.problems(),
-            "diffusion": self.diffusion.problems(),
-            "model": self.model.problems(self.data.image_size),
-            "train": self.train.problems(),
-            "published": self.published.problems(),
-            "evaluate": self.evaluate.problems(),
+            "data": self.data.find_problems(),
+            "diffusion": self.diffusion.find_problems(),
+            "model": self.model.find_problems(self.data.image_size),
+            "train": self.train.find_problems(),
+            "published": self.published.find_problems(),
+            "evaluate": self.evaluate.find_problems(),
         }
         for name, faults in sections.items():
             yield from ((f"{name}.{key}", fault) for key, fault in faults)
@@ -235,7 +230,7 @@ class Experiment:
         yield from self._label_problems()
         yield from self._checkpoint_problems()
 
-    def missing(self) -> list[str]:
+    def find_missing_files(self) -> list[str]:
         """Find the files that the values name and that are not on this machine, a line each. Scores made with them
         stay readable; no key that hashes them can be told."""
         files = {
@@ -253,12 +248,48 @@ class Experiment:
         """Whether the network is told the class of an image."""
         return self.model.name in TAKES_LABELS
 
-    def asked_label(self, index: int) -> int | None:
+    @property
+    def checkpoint_step(self) -> int:
+        """The training step whose weights are sampled and scored. Raises PipelineError while the best is not known."""
+        which = self.sample.checkpoint
+        if isinstance(which, int):
+            return which
+        if which == "last":
+            return self.train.steps
+        if self.best is None:
+            raise PipelineError(
+                "sample.checkpoint=best is known once evaluate.checkpoints are scored; `ddpm sample` does that first"
+            )
+        return self.best.step
+
+    @property
+    def checkpoint_rule(self) -> str | None:
+        """The rule by which the checkpoint was selected, a part of the protocol of every score; None for a step."""
+        return self.best.rule if self.sample.checkpoint == "best" and self.best else None
+
+    @property
+    def weights_kind(self) -> str:
+        """What a protocol calls the weights that are sampled and scored: ema, raw or unknown."""
+        return self.published.weights or self.sample.weights
+
+    def make_candidate(self, step: int) -> Experiment:
+        """Return the experiment that judges the checkpoint of `step` as a candidate: fewer images, only their FID."""
+        sample = replace(self.sample, checkpoint=step, num_images=self.evaluate.checkpoint_images)
+        evaluate = replace(self.evaluate, metrics=("fid",), checkpoints=None)
+        return replace(self, sample=sample, evaluate=evaluate)
+
+    def select_checkpoint(self, step: int, candidates: int) -> Experiment:
+        """Return the experiment in which sample.checkpoint=best means `step`, the best of so many candidates."""
+        images, weights = self.evaluate.checkpoint_images, self.sample.weights
+        rule = f"best of {candidates} checkpoints by FID on {images} images, {weights} weights"
+        return replace(self, best=BestCheckpoint(step, rule))
+
+    def choose_label(self, index: int) -> int | None:
         """Return the class that sample `index` is asked to be; None where none is."""
         label = self.sample.label
         return index % self.data.labels if label == "cycle" else label
 
-    def keeps(self, step: int) -> bool:
+    def keeps_checkpoint(self, step: int) -> bool:
         """Whether the checkpoint of `step` stays, however many come after it."""
         every = (self.train.keep_every, self.evaluate.checkpoint_interval)
         return any(number is not None and step % number == 0 for number in every)
@@ -323,7 +354,7 @@ class ClusterConfig:
         """The absolute path below which runs lie."""
         return Path(self.storage).expanduser().absolute()
 
-    def problems(self) -> Iterator[Problem]:
+    def find_problems(self) -> Iterator[Problem]:
         if self.min_workers and self.workers is not None and self.min_workers > self.workers:
             yield (
                 "min_workers",

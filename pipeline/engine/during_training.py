@@ -33,7 +33,7 @@ def _follow(place: Place, executor: Executor, over: threading.Event) -> None:
     done: set[tuple[str, Place]] = set()
     try:
         while not over.wait(LOOK_SECONDS):
-            parts = [part for stage in STAGES for part in stage.early_parts(place)]
+            parts = [part for stage in STAGES for part in stage.list_early_inputs(place)]
             for name, part in parts:
                 if (name, part) in done:
                     continue

@@ -12,12 +12,12 @@ from pipeline import config
 from pipeline.compute.interrupt import Interrupt, Interrupted
 from pipeline.compute.work import GIB, Done, Executor, InProcess, Unit, local_context
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import bar, duration, say, watch
+from pipeline.console import format_duration, poll_during, say, show_progress
 from pipeline.engine import preflight
 from pipeline.engine.during_training import score_during_training
 from pipeline.engine.find import find_old_runs, find_run, locate_run, open_run, prepare_storage_root
-from pipeline.engine.plan import find_subject, list_pending, list_rounds
-from pipeline.engine.provenance import commit, made_with
+from pipeline.engine.plan import fill_in_checkpoint, list_pending, list_rounds
+from pipeline.engine.provenance import collect_provenance, find_commit
 from pipeline.stages.stage import GroupStage, Stage
 from pipeline.store import keys
 from pipeline.store.files import exclusive, remove_leftovers, write_text
@@ -41,14 +41,14 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
             return place
         say(f"{place.name}: {', '.join(stage.name for stage in todo)}")
         config.check_workers(experiment.train, cluster.workers or 1)
-        say(f"needs {preflight.check(place)}")
+        say(f"needs {preflight.check_resources(place)}")
         _write_experiment(place)
         with _start_work(cluster, place) as work:
             work.do_all(todo, last)
     return place
 
 
-def execute_within(
+def execute_with(
     executor: Executor,
     interrupted: Callable[[], bool],
     cluster: ClusterConfig,
@@ -65,7 +65,7 @@ def execute_within(
         remove_leftovers(place.path)
         _remove_signs(place)
         if todo := list_pending(place, last):
-            preflight.check(place)
+            preflight.check_resources(place)
             _write_experiment(place.of(asked) if asked else place)
             _Work(cluster, place, Interrupt(place.stop_file), interrupted, executor).do_all(todo, last)
 
@@ -115,45 +115,45 @@ class _Work:
             stage = todo.pop(0)
             if isinstance(stage, GroupStage):
                 for later in todo:
-                    later.check(self.place)  # before hours of training
+                    later.check_before_training(self.place)  # before hours of training
             self._do(stage, todo)
-            if stage.chooses:
+            if stage.selects_checkpoint:
                 todo = list_pending(self.place, last)
 
     def _do(self, stage: Stage, later: list[Stage]) -> None:
         """Bring one stage to its end and record how long it took and by which code."""
         began = time.monotonic()
-        self.place.add_commit(stage.name, commit())
+        self.place.add_commit(stage.name, find_commit())
         if isinstance(stage, GroupStage) and stage.needs_group(self.place):
             self._run_group(stage)
         else:
             self._run_units(stage, later)
         seconds = time.monotonic() - began
         self.place.add_seconds(stage.name, seconds)
-        say(f"{stage.name}: done in {duration(seconds)}")
+        say(f"{stage.name}: done in {format_duration(seconds)}")
 
     def _run_group(self, stage: GroupStage) -> None:
         start, end = stage.count_steps(self.place)
         executor = self._start_executor()
-        with bar(stage.name, end, "steps", start) as shown:
+        with show_progress(stage.name, end, "steps", start) as shown:
 
             def show() -> None:
                 step, loss = read_progress(self.place)
                 if start < step <= end:
                     shown.update(step, "" if loss is None else f"loss {loss:.4f}")
 
-            with watch(show), score_during_training(self.place, executor):
-                executor.run_workers(stage.body, self.place)
+            with poll_during(show), score_during_training(self.place, executor):
+                executor.run_workers(stage.run_worker, self.place)
         self._leave_if_interrupted()
 
     def _run_units(self, stage: Stage, later: list[Stage]) -> None:
-        subject = find_subject(stage, self.place)
-        shared = stage.lock(subject)
+        subject = fill_in_checkpoint(stage, self.place)
+        shared = stage.find_shared_folder(subject)
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         with exclusive(shared, wait=True) if shared else nullcontext():
             if stage.is_done(subject):  # another command did it meanwhile
                 return
-            followers = [done for other in later if (done := other.follow(self.place))]
+            followers = [done for other in later if (done := other.plan_follow_ups(self.place))]
             for units in list_rounds(stage, subject):
                 if units:
                     self._map_units(stage, units, followers)
@@ -164,7 +164,7 @@ class _Work:
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
         share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
         executor = self._start_executor()
-        with bar(stage.name, sum(share.values()), "network passes" if mixed else "images") as shown:
+        with show_progress(stage.name, sum(share.values()), "network passes" if mixed else "images") as shown:
 
             def done(unit: Unit) -> Sequence[Unit]:
                 nonlocal finished
@@ -198,7 +198,7 @@ def _remove_signs(place: Place) -> None:
 
 def _write_experiment(place: Place) -> None:
     """Write the resolved configuration, with what it was made with: the record that a run directory opens with."""
-    record = {**made_with(), "data_key": place.data_key, "keys": keys.VERSION}
+    record = {**collect_provenance(), "data_key": place.data_key, "keys": keys.VERSION}
     write_text(place.experiment_yaml, config.to_yaml(place.experiment, made_with=record))
 
 

@@ -31,7 +31,7 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
 def locate_run(experiment: Experiment, root: Path) -> Place:
     """Return the run that `experiment` means. Reads the data source's fingerprint; raises ConfigError where a file
     that the experiment names is missing."""
-    if missing := experiment.missing():
+    if missing := experiment.find_missing_files():
         raise ConfigError(missing)
     fingerprint = sources.fingerprint(experiment.data, fingerprints_json(root))
     data_key = keys.data_key(experiment, fingerprint)
@@ -42,21 +42,21 @@ def open_run(path: Path) -> Place:
     """Read what a run directory is of, as the last command on it had it; its data may be elsewhere."""
     file = path / EXPERIMENT
     try:
-        made_with = config.made_with(file)
+        made_with = config.read_provenance(file)
         if explanation := explain_old_run(path):
             raise PipelineError(explanation)
         experiment = config.load_experiment(str(file), [])
         data_key = str(made_with["data_key"])
     except (PipelineError, KeyError, TypeError) as error:
         raise PipelineError(f"{file} cannot be read: {error}") from error
-    if missing := experiment.missing():
+    if missing := experiment.find_missing_files():
         raise ConfigError(missing)
     return Place(path.parent, experiment, data_key, keys.run_key(experiment, data_key))
 
 
 def explain_old_run(path: Path) -> str | None:
     """Return a line on a run directory of the first version, with the command that reads it; None for others."""
-    made_with = config.made_with(path / EXPERIMENT)
+    made_with = config.read_provenance(path / EXPERIMENT)
     if made_with.get("keys", 1) >= keys.VERSION:
         return None
     commit = str(made_with.get("commit") or "ef6030f").rstrip("+")

@@ -21,7 +21,7 @@ def list_needed(place: Place, last: str) -> list[Stage]:
     names = {last}
     for stage in reversed(STAGES):  # a stage needs earlier ones
         if stage.name in names:
-            names.update(stage.needs(place.experiment))
+            names.update(stage.list_required(place.experiment))
     return [stage for stage in STAGES if stage.name in names]
 
 
@@ -32,15 +32,19 @@ def list_pending(place: Place, last: str) -> list[Stage]:
     """
     todo: list[Stage] = []
     for stage in list_needed(place, last):
-        waits = stage.chosen and any(earlier.chooses for earlier in todo)
-        if waits or (stage.shows_others and todo) or not stage.is_done(find_subject(stage, place)):
+        waits = stage.uses_checkpoint and any(earlier.selects_checkpoint for earlier in todo)
+        if (
+            waits
+            or (stage.shows_other_stages and todo)
+            or not stage.is_done(fill_in_checkpoint(stage, place))
+        ):
             todo.append(stage)
     return todo
 
 
-def find_subject(stage: Stage, place: Place) -> Place:
+def fill_in_checkpoint(stage: Stage, place: Place) -> Place:
     """Return what the stage works on: the run as it was asked for, or with the checkpoint that was chosen."""
-    if not stage.chosen:
+    if not stage.uses_checkpoint:
         return place
     found = selection.resolve(place)
     assert found is not None, "the choice comes first"
@@ -50,7 +54,7 @@ def find_subject(stage: Stage, place: Place) -> Place:
 def list_rounds(stage: Stage, place: Place) -> Iterator[list[Unit]]:
     """Yield the rounds of units of a stage: those of the parts that it puts together, all at once, then its own."""
     parts: dict[Place, list[Stage]] = {}
-    for name, part in stage.parts(place):
+    for name, part in stage.list_inputs(place):
         parts.setdefault(part, []).append(BY_NAME[name])
     yield from merge_rounds(list_missing(stages, part) for part, stages in parts.items())
     yield from stage.work(place)

@@ -36,13 +36,15 @@ class Needs:
         return self.checkpoints + self.samples + MARGIN
 
 
-def needs(experiment: Experiment) -> Needs:
+def estimate_needs(experiment: Experiment) -> Needs:
     """What the whole run takes. The PNG of noise is as large as its pixels, so that is what an image counts."""
     train = experiment.train
     weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
     # The newest, and at the most all that are kept for ever beside them.
-    kept = train.keep + sum(map(experiment.keeps, range(0, train.steps, train.checkpoint_every)[1:]))
+    kept = train.keep + sum(
+        map(experiment.keeps_checkpoint, range(0, train.steps, train.checkpoint_every)[1:])
+    )
     scored, images = experiment.evaluate, experiment.sample.num_images
     if scored.checkpoints:
         interval = scored.checkpoint_interval
@@ -58,9 +60,9 @@ def needs(experiment: Experiment) -> Needs:
     )
 
 
-def check(place: Place) -> str:
+def check_resources(place: Place) -> str:
     """Say what the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
-    wanted = needs(place.experiment)
+    wanted = estimate_needs(place.experiment)
     there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
     left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free
     if left > free:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 
-def made_with() -> dict[str, Any]:
+def collect_provenance() -> dict[str, Any]:
     """Collect the commit, the versions and the driver's machine, in words."""
     import torch
 
@@ -17,13 +17,13 @@ def made_with() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cpus = f"{len(os.sched_getaffinity(0))} CPUs ({torch.backends.cpu.get_cpu_capability()})"
     return {
-        "commit": commit(),
+        "commit": find_commit(),
         "versions": {package: metadata.version(package) for package in packages},
         "hardware": f"{cpus}, {', '.join(gpus) or 'no GPU'}",
     }
 
 
-def commit() -> str | None:
+def find_commit() -> str | None:
     """The commit of the code, with '+' where the tree differs from it; None outside a checkout."""
     here = Path(__file__).parent.parent
     if (here / "COMMIT").is_file():  # the code came with a job, without its history

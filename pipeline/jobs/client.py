@@ -18,8 +18,8 @@ from pipeline.errors import (
     PipelineError,
     explain_network_error,
     hide_password,
-    last_line,
-    suggestion,
+    shorten_error,
+    suggest,
 )
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ def connect(address: str | None, job: str = "") -> Iterator[Cluster]:
                 "whatever its job is called)"
             ) from error
         if not job or "does not exist" not in str(error):
-            what = f"{name} is no Ray cluster, or does not take that: {last_line(str(error))}"
+            what = f"{name} is no Ray cluster, or does not take that: {shorten_error(str(error))}"
             raise PipelineError(what) from error
-        near = suggestion(job, [str(other.submission_id) for other in cluster.client.list_jobs()])
+        near = suggest(job, [str(other.submission_id) for other in cluster.client.list_jobs()])
         raise PipelineError(
             f"no job on {name} is called '{job}'{near}; `ddpm jobs{option}` lists them"
         ) from error

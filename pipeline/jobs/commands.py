@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig
 from pipeline.config.sections import FILE_NAME
-from pipeline.console import duration, format_table, say
-from pipeline.errors import ConfigError, PipelineError, last_line
+from pipeline.console import format_duration, format_table, say
+from pipeline.errors import ConfigError, PipelineError, shorten_error
 from pipeline.jobs.client import check_versions, connect, follow_log
 from pipeline.jobs.package import check_paths, pack
 
@@ -38,7 +38,7 @@ def submit(
     words: a command line without the program's name, whose configuration was checked; relative: its paths that
     would mean another place on the cluster. Raises ConfigError, PipelineError before anything is sent.
     """
-    from pipeline.engine.provenance import commit
+    from pipeline.engine.provenance import find_commit
 
     check_paths(relative, cluster)
     if not name:  # 'run-cifar10-20260131-235959'
@@ -46,7 +46,7 @@ def submit(
         name = "-".join([*named, datetime.now().strftime("%Y%m%d-%H%M%S")])
     if not re.fullmatch(FILE_NAME, name):
         raise ConfigError(f"--id {name} names a file: letters, digits, '.', '_' and '-' only")
-    with pack(words, commit()) as package, connect(address, name) as there:
+    with pack(words, find_commit()) as package, connect(address, name) as there:
         for difference in check_versions(there):
             say(difference)
         there.client.submit_job(
@@ -131,7 +131,7 @@ def describe_end(job: JobDetails) -> tuple[int, str]:
     if job.status == "STOPPED" or code == 130:
         return 130, "stopped; the same submit goes on from what is on disk"
     if code is None:
-        return 1, f"failed: {last_line(job.message or '')}"
+        return 1, f"failed: {shorten_error(job.message or '')}"
     if code == 127:
         return 1, "failed: the cluster has no `python` on its PATH"
     return (code if code in (1, 2) else 1), f"failed with exit code {code}"
@@ -152,6 +152,6 @@ def _list_facts(job: JobDetails) -> dict[str, str]:
         "id": str(job.submission_id),
         "status": job.status.lower(),
         "started": datetime.fromtimestamp(start).strftime("%Y-%m-%d %H:%M:%S"),
-        "took": duration(max(0.0, end - start)),
+        "took": format_duration(max(0.0, end - start)),
         "command": (job.metadata or {}).get("command") or job.entrypoint,
     }

@@ -80,7 +80,7 @@ def _copy_configurations(folder: Path) -> None:
 
     So a name is found there in the same file as here.
     """
-    here, *installed = config.conf_folders()
+    here, *installed = config.list_conf_folders()
     shipped = next(source for source in installed if source.is_dir())
     for source, target in ((here, folder / "conf"), (shipped, folder / "pipeline" / "conf")):
         for pattern in ("*.yaml", "cluster/*.yaml", "sweep/*.yaml"):
@@ -98,7 +98,7 @@ def _take_along(word: str, folder: Path) -> str:
         return word
     place = folder / GIVEN / str(len(list(folder.glob(f"{GIVEN}/*"))))
     place.mkdir(parents=True)
-    for file in config.files(path):
+    for file in config.list_files(path):
         shutil.copy(file, place / file.name)
     return f"{option}{equals}{(place / path.name).relative_to(folder)}"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.console import duration
+from pipeline.console import format_duration
 from pipeline.report import paper
 from pipeline.report.html import TEMPLATES, to_html
 from pipeline.scores.metrics import HEADLINE, METRICS
@@ -56,7 +56,7 @@ TEMPLATE = Environment(
 TEMPLATE.globals |= {"HEADLINE": HEADLINE, "METRICS": METRICS, "PROTOCOL": PROTOCOL, "paper": paper}
 TEMPLATE.filters |= {
     "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
-    "duration": duration,
+    "duration": format_duration,
     "signed": lambda value, digits: f"{value:+.{digits}f}".replace("-", "−"),
     "value": format_value,
 }

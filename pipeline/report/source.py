@@ -79,7 +79,7 @@ class Source:
     @cached_property
     def made_with(self) -> Tree:
         """What the last command ran with: commit, hardware, versions."""
-        return config.made_with(self.files["experiment"]) if "experiment" in self.files else {}
+        return config.read_provenance(self.files["experiment"]) if "experiment" in self.files else {}
 
     @cached_property
     def metrics(self) -> Results:

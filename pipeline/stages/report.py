@@ -20,10 +20,10 @@ class ReportStage(Stage):
     """Writes the page of a run."""
 
     name = "report"
-    chosen = True
-    shows_others = True
+    uses_checkpoint = True
+    shows_other_stages = True
 
-    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return ("evaluate", "figures")
 
     def is_done(self, place: Place) -> bool:

@@ -16,7 +16,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.sampler import sample, warn_of_few_steps
 from pipeline.compute.work import Kind, Unit, WorkerContext
-from pipeline.config import Experiment, checkpoint_step, to_yaml, weights_kind
+from pipeline.config import Experiment, to_yaml
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
@@ -33,7 +33,7 @@ GRID_SIDE = 10
 
 
 @dataclass(frozen=True)
-class Protocol:
+class SampleProtocol:
     """How a set of samples was drawn, nulls resolved. It stands beside every score of the set."""
 
     checkpoint: int
@@ -52,13 +52,13 @@ class Protocol:
     rounding: str
 
 
-def describe_protocol(experiment: Experiment) -> Protocol:
+def describe_sampling(experiment: Experiment) -> SampleProtocol:
     """Say how the samples of an experiment are drawn."""
     config, timesteps = experiment.sample, experiment.diffusion.timesteps
     ancestral = config.sampler == "ancestral"
-    return Protocol(
-        checkpoint=checkpoint_step(experiment),
-        weights=weights_kind(experiment),
+    return SampleProtocol(
+        checkpoint=experiment.checkpoint_step,
+        weights=experiment.weights_kind,
         sampler=config.sampler,
         steps=config.steps or timesteps,
         timesteps=timesteps,
@@ -78,9 +78,9 @@ class SampleStage(Stage):
     """Draws images of the chosen checkpoint."""
 
     name = "sample"
-    chosen = True
+    uses_checkpoint = True
 
-    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train", "select") if experiment.sample.checkpoint == "best" else ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
@@ -97,10 +97,10 @@ class SampleStage(Stage):
             diffusion = Diffusion(place.experiment.diffusion)
             if warning := warn_of_few_steps(diffusion, config.steps, config.variance):
                 log.warning("sample: %s", warning)
-        shards = plan(place)
+        shards = plan_shards(place)
         yield [
             Unit(
-                Kind.SAMPLES, draw, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
+                Kind.SAMPLES, draw_samples, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
                 shard.stop - shard.start, shard=shard, needs_gpu=True,
             )
             for shard in shards
@@ -112,7 +112,7 @@ class SampleStage(Stage):
 STAGE = SampleStage()
 
 
-def plan(place: Place) -> list[Shard]:
+def plan_shards(place: Place) -> list[Shard]:
     """List the tars that hold the first num_images, batch_size images each; a set that is smaller than one batch is
     one tar of its own size."""
     config = place.experiment.sample
@@ -123,7 +123,7 @@ def plan(place: Place) -> list[Shard]:
     ]
 
 
-def draw(ctx: WorkerContext, place: Place, shard: Shard) -> None:
+def draw_samples(ctx: WorkerContext, place: Place, shard: Shard) -> None:
     """Do the work unit: the images of one tar, then its facts."""
     experiment, config = place.experiment, place.experiment.sample
     index = torch.arange(shard.start, shard.stop, device=ctx.device)
@@ -138,7 +138,7 @@ def draw(ctx: WorkerContext, place: Place, shard: Shard) -> None:
     if not bool(images.isfinite().all()):
         raise PipelineError(
             f"samples {shard.start}-{shard.stop - 1} of {place.path} are not finite: the weights of step "
-            f"{checkpoint_step(experiment)} have diverged; name an earlier step in sample.checkpoint"
+            f"{experiment.checkpoint_step} have diverged; name an earlier step in sample.checkpoint"
         )
     pixels = to_uint8(images).cpu().numpy().transpose(0, 2, 3, 1)
     classes = [None] * len(pixels) if labels is None else labels.tolist()
@@ -151,14 +151,14 @@ def draw(ctx: WorkerContext, place: Place, shard: Shard) -> None:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """Return what the facts of a tar must say; compiling moves the order of sums only."""
-    protocol = asdict(describe_protocol(experiment))
+    protocol = asdict(describe_sampling(experiment))
     del protocol["compiled"]
     return {"protocol": protocol}
 
 
 def _seal(place: Place, facts: list[ShardFacts]) -> None:
     """Write the grid and the protocol, then the manifest."""
-    protocol, data = describe_protocol(place.experiment), place.experiment.data
+    protocol, data = describe_sampling(place.experiment), place.experiment.data
     first = chain.from_iterable(tars.read_shard(place.samples / shard["name"]) for shard in facts)
     pixels = [torch.tensor(tars.decode_png(record.png)) for record in islice(first, GRID_SIDE**2)]
     save_grid(torch.stack(pixels), GRID_SIDE, place.samples_grid)

@@ -23,16 +23,16 @@ class SelectStage(Stage):
     """Chooses among the checkpoints that evaluate.checkpoints means."""
 
     name = "select"
-    chooses = True
+    selects_checkpoint = True
 
-    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
         """Tell whether the choice is made, among all that training leaves."""
         return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_current(place)
 
-    def parts(self, place: Place) -> list[tuple[str, Place]]:
+    def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
         """List the samples and the scores of all candidates. Raises PipelineError where there is none."""
         asked, every = place.experiment.evaluate.checkpoints, place.experiment.evaluate.checkpoint_interval
         if not (candidates := selection.list_candidates(place)):
@@ -44,11 +44,15 @@ class SelectStage(Stage):
             )  # fmt: skip
         return [(stage, candidate) for candidate in candidates.values() for stage in ("sample", "evaluate")]
 
-    def early_parts(self, place: Place) -> list[tuple[str, Place]]:
+    def list_early_inputs(self, place: Place) -> list[tuple[str, Place]]:
         """List those of the candidates that stay: others may be deleted under our hands."""
         if not place.experiment.evaluate.checkpoints:
             return []
-        stay = [p for step, p in selection.list_candidates(place).items() if place.experiment.keeps(step)]
+        stay = [
+            p
+            for step, p in selection.list_candidates(place).items()
+            if place.experiment.keeps_checkpoint(step)
+        ]
         return [(stage, candidate) for candidate in stay for stage in ("sample", "evaluate")]
 
     def work(self, place: Place) -> Iterator[list[Unit]]:

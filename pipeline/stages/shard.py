@@ -24,16 +24,16 @@ class ShardStage(Stage):
     def is_done(self, place: Place) -> bool:
         return find_manifest(place.data) is not None
 
-    def lock(self, place: Place) -> Path:
+    def find_shared_folder(self, place: Place) -> Path:
         return place.data
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the shards that are missing, then seal the folder."""
         config = place.experiment.data
         data = locate(config, downloads(place.storage))
-        shards = plan(place.data, open_source(data).splits, data.images_per_shard)
+        shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
         yield [
-            Unit(Kind.SHARD, write, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
+            Unit(Kind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
             for shard in shards
             if shard.read_facts() is None
         ]
@@ -55,7 +55,7 @@ class ShardStage(Stage):
 STAGE = ShardStage()
 
 
-def plan(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Shard]:
+def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Shard]:
     """List the tars that hold splits of these sizes."""
     return [
         Shard(folder, f"{split}-{number:05d}.tar", split, start, min(start + images_per_shard, count))
@@ -64,7 +64,7 @@ def plan(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Sh
     ]
 
 
-def write(ctx: WorkerContext, data: DataConfig, shard: Shard) -> None:
+def write_shard(ctx: WorkerContext, data: DataConfig, shard: Shard) -> None:
     """Do the work unit: one tar, then its facts."""
     skipped: list[list[str]] = []
 

@@ -15,16 +15,18 @@ from pipeline.store.run import Place
 class Stage(ABC):
     """A part of a run that is made of work units, and is done or not.
 
-    name: what people type; chooses: it makes the selection; chosen: it works on the checkpoint that was chosen;
-    shows_others: it shows what the other stages left, so it is looked at again whenever one of them had work.
+    name: what people type.
+    selects_checkpoint: it makes the selection.
+    uses_checkpoint: it works on the checkpoint that sample.checkpoint means.
+    shows_other_stages: it shows results of the other stages, so it is asked again whenever one of them had work.
     """
 
     name: ClassVar[str]
-    chooses: ClassVar[bool] = False
-    chosen: ClassVar[bool] = False
-    shows_others: ClassVar[bool] = False
+    selects_checkpoint: ClassVar[bool] = False
+    uses_checkpoint: ClassVar[bool] = False
+    shows_other_stages: ClassVar[bool] = False
 
-    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         """Name the stages that come before it."""
         return ()
 
@@ -39,22 +41,22 @@ class Stage(ABC):
         A unit whose result is on disk is not yielded again. Raises PipelineError.
         """
 
-    def parts(self, place: Place) -> list[tuple[str, Place]]:
+    def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
         """List the work of other stages that it puts together: (stage, of which place), done before its own."""
         return []
 
-    def early_parts(self, place: Place) -> list[tuple[str, Place]]:
+    def list_early_inputs(self, place: Place) -> list[tuple[str, Place]]:
         """List those of its parts that can be done while training goes on."""
         return []
 
-    def check(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
+    def check_before_training(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
         """Raise PipelineError for what the shards alone show to be impossible, before hours of training."""
 
-    def follow(self, place: Place) -> Done | None:
+    def plan_follow_ups(self, place: Place) -> Done | None:
         """Return what can be done as soon as a unit of an earlier stage is there; None for nothing."""
         return None
 
-    def lock(self, place: Place) -> Path | None:
+    def find_shared_folder(self, place: Place) -> Path | None:
         """Return the folder that it writes to and other runs share; None for the run's own."""
         return None
 
@@ -72,5 +74,5 @@ class GroupStage(Stage):
         """Return the step from which the group goes on, and the last one."""
 
     @abstractmethod
-    def body(self, ctx: WorkerContext, place: Place) -> None:
+    def run_worker(self, ctx: WorkerContext, place: Place) -> None:
         """Do one worker's share, from the newest checkpoint to the end or until the stop file appears."""

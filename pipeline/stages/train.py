@@ -42,7 +42,7 @@ class TrainStage(GroupStage):
 
     name = "train"
 
-    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return () if experiment.published.weights else ("shard",)  # published ones need no images
 
     def is_done(self, place: Place) -> bool:
@@ -60,19 +60,44 @@ class TrainStage(GroupStage):
         steps = place.experiment.train.steps
         return max(checkpoint.steps_on_disk(place.train, steps), default=0), steps
 
-    def body(self, ctx: WorkerContext, place: Place) -> None:
-        body(ctx, place)
+    def run_worker(self, ctx: WorkerContext, place: Place) -> None:
+        """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
+        experiment, config = place.experiment, place.experiment.train
+        check_workers(config, ctx.world_size)
+        torch.use_deterministic_algorithms(config.deterministic)
+        if ctx.rank == 0:
+            remove_leftovers(place.train)  # of a group that was killed before this one
+        state, window = _restore(ctx, place)
+        step = _build_step(ctx, place, state)
+        log = LogWriter(place.log) if ctx.rank == 0 else None
+        heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
+        with _Saves(ctx, place) as saves:
+            while state.step < config.steps:
+                window.add(step())
+                if heartbeat:
+                    heartbeat.beat(state.step)
+                save = state.step % config.checkpoint_every == 0 or state.step == config.steps
+                if save or state.step % config.log_every == 0:
+                    _log_point(ctx, experiment, state.step, window, log)
+                    window = _Window(state.step, ctx.device)
+                stop = _stop_requested(ctx, place, state.step, config.log_every)
+                if save or stop:
+                    saves.begin(state, window.tensors(ctx, state.step))
+                if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
+                    _draw_grid(ctx, place, state)
+                if stop:
+                    return
 
 
 STAGE = TrainStage()
 
 
-def batch_slice(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
+def slice_batch(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
     """The rows of the global batch that `rank` works on, int64; uneven where it does not divide."""
     return torch.arange(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
-class Order:
+class ImageOrder:
     """The stateless order of the training images.
 
     Slot k = step * batch_size + row holds image perm_e[k mod N] with e = k // N: every image once per epoch,
@@ -82,7 +107,7 @@ class Order:
     def __init__(self, seed: int, num_images: int):
         self.seed, self.num_images = seed, num_images
 
-    def indices(self, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
+    def list_indices(self, step: int, batch_size: int, rows: torch.Tensor) -> torch.Tensor:
         """Image indices, int64 (len(rows),), of the global batch's `rows` at `step`."""
         slots = step * batch_size + rows
         epochs = slots // self.num_images
@@ -185,35 +210,6 @@ class _Saves:
         self.step = None
 
 
-def body(ctx: WorkerContext, place: Place) -> None:
-    """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
-    experiment, config = place.experiment, place.experiment.train
-    check_workers(config, ctx.world_size)
-    torch.use_deterministic_algorithms(config.deterministic)
-    if ctx.rank == 0:
-        remove_leftovers(place.train)  # of a group that was killed before this one
-    state, window = _restore(ctx, place)
-    step = _build_step(ctx, place, state)
-    log = LogWriter(place.log) if ctx.rank == 0 else None
-    heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
-    with _Saves(ctx, place) as saves:
-        while state.step < config.steps:
-            window.add(step())
-            if heartbeat:
-                heartbeat.beat(state.step)
-            save = state.step % config.checkpoint_every == 0 or state.step == config.steps
-            if save or state.step % config.log_every == 0:
-                _log_point(ctx, experiment, state.step, window, log)
-                window = _Window(state.step, ctx.device)
-            stop = _stop_requested(ctx, place, state.step, config.log_every)
-            if save or stop:
-                saves.begin(state, window.tensors(ctx, state.step))
-            if config.sample_every and state.step % config.sample_every == 0 and ctx.rank == 0:
-                _draw_grid(ctx, place, state)
-            if stop:
-                return
-
-
 def _restore(ctx: WorkerContext, place: Place) -> tuple[TrainState, _Window]:
     """Load the newest whole checkpoint's state onto this worker's device, or make the first one; and its sums."""
     experiment = place.experiment
@@ -247,8 +243,8 @@ def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable
     """Return a function that makes one training step."""
     experiment, config = place.experiment, place.experiment.train
     images = open_dataset(place.data, "train", ctx)
-    order = Order(experiment.seed, len(images))
-    rows = batch_slice(config.batch_size, ctx.rank, ctx.world_size)
+    order = ImageOrder(experiment.seed, len(images))
+    rows = slice_batch(config.batch_size, ctx.rank, ctx.world_size)
     diffusion = Diffusion(experiment.diffusion).to(ctx.device)
     forward = ctx.parallel(state.net)
     if config.compile:
@@ -257,8 +253,8 @@ def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable
 
     def step() -> Tensors:
         for ahead in range(images.lookahead):
-            images.prefetch(order.indices(state.step + ahead, config.batch_size, rows))
-        x_0, labels = images.batch(order.indices(state.step, config.batch_size, rows))
+            images.prefetch(order.list_indices(state.step + ahead, config.batch_size, rows))
+        x_0, labels = images.batch(order.list_indices(state.step, config.batch_size, rows))
         return train_step(
             state, diffusion, x_0, rows,
             config=config, seed=experiment.seed, forward=forward, peers=ctx,

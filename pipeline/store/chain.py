@@ -28,5 +28,5 @@ def load_guided(place: Place, device: torch.device, compiled: bool = False) -> N
 
 def choose_labels(experiment: Experiment, index: Tensor) -> Tensor | None:
     """Choose the classes of images index (N,), int64 (N,) on its device; None where no class is asked for."""
-    labels = [experiment.asked_label(number) for number in index.tolist()]
+    labels = [experiment.choose_label(number) for number in index.tolist()]
     return None if experiment.sample.label is None else torch.tensor(labels, device=index.device)

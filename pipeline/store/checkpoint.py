@@ -25,7 +25,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.networks.layers import InBF16
-from pipeline.config import Experiment, checkpoint_step
+from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store.files import atomic_directory, check_file, file_facts, read_json, write_json
 from pipeline.store.run import Place, find_scores, find_selections
@@ -127,7 +127,7 @@ def drop_old(place: Place, at_most: int) -> None:
     """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
     those that the experiment keeps for ever, and those that anything in the run refers to."""
     steps = steps_on_disk(place.train, at_most)[: -place.experiment.train.keep]
-    old = [step for step in steps if not place.experiment.keeps(step)]
+    old = [step for step in steps if not place.experiment.keeps_checkpoint(step)]
     try:
         wanted = referred_to(place) if old else set()
     except (PipelineError, OSError, KeyError) as error:
@@ -172,7 +172,7 @@ def load_network(
 ) -> nn.Module:
     """Load the network of the checkpoint that is sampled and scored: eval mode, no gradients. Kept by the process,
     since one process works on many units. Raises PipelineError where there is no such checkpoint."""
-    step, experiment = checkpoint_step(place.experiment), place.experiment
+    step, experiment = place.experiment.checkpoint_step, place.experiment
     directory = place.step_folder(step)
     if not directory.is_dir():
         raise no_checkpoint(place, f"of step {step}")

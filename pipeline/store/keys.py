@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Experiment, candidate, checkpoint_rule, checkpoint_step, to_dict
+from pipeline.config import Experiment, to_dict
 from pipeline.config.neutral import hashed_content
 from pipeline.store.files import sha256_of
 
@@ -68,7 +68,7 @@ def sample_key(experiment: Experiment, run_key: str) -> str:
     """Name a sample set: the weights and the sampler. Asking for more images adds units to it."""
     sampler = hashed_content("sample", experiment.sample)
     content = {key: value for key, value in sampler.items() if key not in _NOT_IN_SAMPLE_KEY}
-    return hash_of([run_key, checkpoint_step(experiment), content])
+    return hash_of([run_key, experiment.checkpoint_step, content])
 
 
 def evaluate_key(experiment: Experiment, run_key: str) -> str:
@@ -79,13 +79,13 @@ def evaluate_key(experiment: Experiment, run_key: str) -> str:
         content["extractor_weights"] = _content_of(Path(experiment.evaluate.extractor_weights))
     if experiment.evaluate.reference_file is not None:
         content["reference"] = _content_of(experiment.evaluate.reference_file)
-    drawn = [sample_key(experiment, run_key), experiment.sample.num_images, checkpoint_rule(experiment)]
+    drawn = [sample_key(experiment, run_key), experiment.sample.num_images, experiment.checkpoint_rule]
     return hash_of([*drawn, content])
 
 
 def selection_key(experiment: Experiment, run_key: str) -> str:
     """Name a choice among checkpoints. More checkpoints of the same kind belong to the same selection."""
-    return hash_of([evaluate_key(candidate(experiment, 0), run_key), experiment.evaluate.checkpoints])
+    return hash_of([evaluate_key(experiment.make_candidate(0), run_key), experiment.evaluate.checkpoints])
 
 
 def figures_key(experiment: Experiment, run_key: str) -> str:

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from pipeline.console import bar
+from pipeline.console import show_progress
 from pipeline.errors import PipelineError
 from pipeline.store.files import (
     MANIFEST,
@@ -58,7 +58,7 @@ def push(name: str, root: Path, uri: str) -> str:
         if not files:
             raise PipelineError(f"{path} holds nothing that is finished")
         sent = 0
-        with bar("push", len(files), "files") as progress:
+        with show_progress("push", len(files), "files") as progress:
             for done, (file, facts) in enumerate(files.items(), 1):
                 sent += store.put(path / file, file, facts)
                 progress.update(done)
@@ -83,7 +83,7 @@ def pull(uri: str, root: Path) -> str:
     for file in sorted(store.contents, key=_is_seal):  # seals come last
         folders.setdefault(str(Path(file).parent), []).append(file)
     fetched, kept = 0, []
-    with exclusive(target), bar("pull", len(folders), "folders") as progress:
+    with exclusive(target), show_progress("pull", len(folders), "folders") as progress:
         for done, (folder, files) in enumerate(folders.items(), 1):
             if not any(map(_is_seal, files)):
                 fetched += _fetch_record(store, target, files)

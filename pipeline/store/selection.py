@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from pipeline.config import candidate, choose, weights_kind
 from pipeline.store.checkpoint import steps_on_disk
 from pipeline.store.files import find_manifest, read_json, write_json, write_manifest
 from pipeline.store.run import Place
@@ -44,7 +43,7 @@ def list_candidates(place: Place) -> dict[int, Place]:
     last = experiment.train.steps
     ends_it = {last} if experiment.evaluate.checkpoints == "all" else set()
     return {
-        step: place.of(candidate(experiment, step))
+        step: place.of(experiment.make_candidate(step))
         for step in steps_on_disk(place.train, last)
         if step % every == 0 or step in ends_it
     }
@@ -60,7 +59,7 @@ def write(place: Place) -> None:
     content: Selection = {
         "metric": "fid",
         "n": place.experiment.evaluate.checkpoint_images,
-        "weights": weights_kind(place.experiment),
+        "weights": place.experiment.weights_kind,
         "extractor": protocol["extractor"],
         "reference": protocol["reference"],
         "best": min(scores, key=lambda score: score["fid"])["step"],
@@ -88,4 +87,6 @@ def resolve(place: Place) -> Place | None:
     if place.experiment.sample.checkpoint != "best":
         return place
     found = read_selection(place)
-    return place.of(choose(place.experiment, found["best"], len(found["scores"]))) if found else None
+    return (
+        place.of(place.experiment.select_checkpoint(found["best"], len(found["scores"]))) if found else None
+    )

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from ddpm.config import Count, Problems, Range
 from pipeline.config.checks import Faults, Tree, check_names, check_values, flatten
-from pipeline.config.files import find, override, read_file
+from pipeline.config.files import apply_overrides, find_file, read_file
 from pipeline.config.sections import FILE_NAME, CountOrNull
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import METRICS, Metric
@@ -124,7 +124,7 @@ class Sweep(Settings):
         count = len(self.experiments) * drawn * max(1, len(self.seeds))
         return min(count, self.budget.trials or count)
 
-    def problems(self) -> Problems:
+    def find_problems(self) -> Problems:
         """Find what only several values together show."""
         found: Problems = []
         method = self.draw.method
@@ -169,8 +169,8 @@ class Sweep(Settings):
 def load_sweep(name: str, overrides: list[str]) -> Sweep:
     """Read conf/sweep/, override, check; `overrides` without their `sweep.`. Raises ConfigError with every fault
     that the file alone shows."""
-    path = find(name, "sweep")
-    tree: Tree = {"name": path.stem, **override(read_file(path), overrides)}
+    path = find_file(name, "sweep")
+    tree: Tree = {"name": path.stem, **apply_overrides(read_file(path), overrides)}
     tree.pop("note", None)  # the sweep.yaml that a study leaves can be run again
     shared = flatten(tree.pop("overrides", None) or {})
     space, faults = _read_space(tree.pop("space", None) or {})
@@ -184,7 +184,7 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     faults |= wrong
     if not wrong:
         sweep = Sweep(**vars(values["sweep"]), space=space, overrides=shared)
-        faults |= dict(sweep.problems())
+        faults |= dict(sweep.find_problems())
     if faults:
         raise ConfigError([f"{path.name}: {key} {fault}" for key, fault in faults.items()])
     return sweep

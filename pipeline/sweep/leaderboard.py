@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pipeline.console import duration, format_table
+from pipeline.console import format_duration, format_table
 from pipeline.report.entries import Entry
 from pipeline.scores.metrics import HEADLINE, METRICS
 from pipeline.scores.ranking import Group, Position, format_winner, rank_runs
@@ -94,7 +94,7 @@ def tabulate(board: Leaderboard, write: Callable[[float, int], Value] = round) -
             key: None if value is None else write(value, digits) for key, (value, digits) in scores.items()
         }
         cells["steps"] = row.step
-        cells["time"] = duration(row.seconds) if row.seconds else None
+        cells["time"] = format_duration(row.seconds) if row.seconds else None
         cells["state"] = row.reason if row.state == "stopped" else row.state
         table.append(cells)
     return table

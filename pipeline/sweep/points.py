@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config import DataConfig, Experiment, flatten, load_experiment, relative_paths
+from pipeline.config import DataConfig, Experiment, find_relative_paths, flatten, load_experiment
 from pipeline.engine import find
 from pipeline.engine.names import known_names
 from pipeline.errors import ConfigError
@@ -66,7 +66,9 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
 def list_relative_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
     """Return the paths of a valid sweep that depend on the folder or the person, as 'data.path=images', each once."""
     common = format_overrides(sweep.overrides) + overrides
-    return list(dict.fromkeys(path for name in sweep.experiments for path in relative_paths(name, common)))
+    return list(
+        dict.fromkeys(path for name in sweep.experiments for path in find_relative_paths(name, common))
+    )
 
 
 def format_overrides(values: Values) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import config, tracking
-from pipeline.console import duration, say
+from pipeline.console import format_duration, say
 from pipeline.engine.plan import list_pending
 from pipeline.scores.metrics import format_headline
 from pipeline.store.files import write_text
@@ -77,7 +77,7 @@ class Recorder:
         self.publish()
         row = next(row for row in self.leaderboard.rows if row.key == key)
         end = {
-            "finished": f"finished in {duration(row.seconds)}: {format_headline(row.scores)}",
+            "finished": f"finished in {format_duration(row.seconds)}: {format_headline(row.scores)}",
             "failed": f"failed: {reason}",
         }
         say(f"{trial.label}: {end.get(state, reason or state)}")

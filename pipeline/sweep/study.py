@@ -13,7 +13,7 @@ from pipeline import tracking
 from pipeline.compute.interrupt import Interrupt, Interrupted
 from pipeline.compute.work import Executor, InProcess
 from pipeline.config import ClusterConfig
-from pipeline.console import bar, duration, say, watch
+from pipeline.console import format_duration, poll_during, say, show_progress
 from pipeline.engine import execute as stages
 from pipeline.engine import find
 from pipeline.errors import PipelineError
@@ -65,7 +65,7 @@ class Study:
         left = "unknown until a trial has finished"
         if took:
             seconds = math.ceil(todo / slots) * sum(took) / len(took)
-            left = f"about {duration(seconds)}, from what finished trials took"
+            left = f"about {format_duration(seconds)}, from what finished trials took"
         lines = [f"{self.sweep.name}: {len(self.trials)} trials, {todo} to do"]
         lines += [self.sweep.note] if self.sweep.note else []
         lines += [
@@ -116,8 +116,10 @@ class Study:
                 tasks = {key: Task(place, self.cluster, stop_file, stop) for key, place in places.items()}
                 judge = self._find_judge()
                 with (
-                    bar(self.sweep.name, len(self.trials), "trials", recorder.count_ended()) as shown,
-                    watch(lambda: shown.update(recorder.count_ended(), recorder.describe_progress())),
+                    show_progress(
+                        self.sweep.name, len(self.trials), "trials", recorder.count_ended()
+                    ) as shown,
+                    poll_during(lambda: shown.update(recorder.count_ended(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, InProcess):
                         self._run_in_process(tasks, executor, judge)
@@ -142,8 +144,8 @@ class Study:
             place = self.trials[key].place
             try:
                 if place.data not in sharded:
-                    stages.execute_within(executor, self.interrupt.requested, self.cluster, place, "shard")
-                evaluate.STAGE.check(place)
+                    stages.execute_with(executor, self.interrupt.requested, self.cluster, place, "shard")
+                evaluate.STAGE.check_before_training(place)
                 sharded.add(place.data)
                 if evaluate.needs_samples(place.experiment) and (units := list_preparations(place)):
                     names = " and ".join(unit.name for unit in units)

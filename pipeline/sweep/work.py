@@ -10,9 +10,9 @@ from pathlib import Path
 from pipeline.compute.interrupt import Interrupted
 from pipeline.compute.work import Executor
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import watch
+from pipeline.console import poll_during
 from pipeline.engine import execute as stages
-from pipeline.errors import PipelineError, last_line
+from pipeline.errors import PipelineError, shorten_error
 from pipeline.store.files import read_json
 from pipeline.store.run import Place
 from pipeline.sweep.definition import EarlyStop
@@ -36,7 +36,7 @@ def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bo
     """Bring the trial's run up to date, and say why it failed where it did: the other trials do not suffer from it.
     `goes_on(step, bound)` decides at each rung whether it is worth it."""
     try:
-        with watch(partial(_pass_on, task)):
+        with poll_during(partial(_pass_on, task)):
             _run_rungs(task, executor, goes_on)
     except Interrupted:
         pass  # what is on disk says how far it came
@@ -49,7 +49,7 @@ def explain(error: BaseException) -> str:
     """Return the reason in a user's words: the cause, without the layers that carried it."""
     while (cause := getattr(error, "cause", None)) is not None:
         error = cause
-    return " ".join(str(error).split()) if isinstance(error, PipelineError) else last_line(error)
+    return " ".join(str(error).split()) if isinstance(error, PipelineError) else shorten_error(error)
 
 
 def _pass_on(task: Task) -> None:
@@ -64,7 +64,7 @@ def _run_rungs(task: Task, executor: Executor, goes_on: Callable[[int, float], b
     def bring(experiment: Experiment, last: str) -> None:
         if task.interrupted():
             raise Interrupted
-        stages.execute_within(
+        stages.execute_with(
             executor, task.interrupted, task.cluster, place.of(experiment), last, asked=place.experiment
         )
 

@@ -101,7 +101,7 @@ def _list_files(place: Place, headline: Place | None) -> Iterator[tuple[str, Pat
 
 def _describe_code(place: Place) -> dict[str, str]:
     """Return the keys as tags, and what experiment.yaml says of where the run was made."""
-    made = config.made_with(place.experiment_yaml) if place.experiment_yaml.exists() else {}
+    made = config.read_provenance(place.experiment_yaml) if place.experiment_yaml.exists() else {}
     tags = {"run_key": place.run_key, "data_key": place.data_key}
     if made.get("commit"):
         tags |= {"commit": made["commit"], "mlflow.source.git.commit": made["commit"]}

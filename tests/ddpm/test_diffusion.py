@@ -229,15 +229,15 @@ def test_timesteps_that_do_not_ascend_within_the_chain_are_refused(chosen):
 )
 def test_problems_name_their_key_and_no_process_is_built(changes, key):
     config = replace(PAPER, **changes)
-    assert [name for name, _ in config.problems()] == [key]
-    assert all("\n" not in message for _, message in config.problems())
+    assert [name for name, _ in config.find_problems()] == [key]
+    assert all("\n" not in message for _, message in config.find_problems())
     with pytest.raises(ValueError, match=key):
         Diffusion(config)
 
 
 def test_all_problems_are_told_at_once():
     config = replace(PAPER, timesteps=1, beta_start=-1.0, loss="hybrid")
-    assert {key for key, _ in config.problems()} == {"timesteps", "beta_start", "loss"}
+    assert {key for key, _ in config.find_problems()} == {"timesteps", "beta_start", "loss"}
 
 
 @pytest.mark.parametrize(
@@ -253,8 +253,8 @@ def test_all_problems_are_told_at_once():
 )
 def test_combinations_the_paper_found_unstable_are_allowed_with_a_warning(changes, count):
     config = replace(PAPER, **changes)
-    assert not config.problems()
-    assert len(config.warnings()) == count
+    assert not config.find_problems()
+    assert len(config.list_warnings()) == count
 
 
 def test_wrong_shapes_and_types_are_refused_clearly():

@@ -431,8 +431,8 @@ def test_loading_names_what_does_not_fit_and_changes_nothing():
 
 
 def test_a_sound_config_has_no_problems():
-    assert CONFIG.problems() == []
-    assert config(ema_decay=(0.9, 0.9999)).problems() == []
+    assert CONFIG.find_problems() == []
+    assert config(ema_decay=(0.9, 0.9999)).find_problems() == []
 
 
 @pytest.mark.parametrize(
@@ -453,4 +453,4 @@ def test_a_sound_config_has_no_problems():
     ],
 )
 def test_problems_name_the_key(key, changes):
-    assert key in [name for name, _ in config(**changes).problems()]
+    assert key in [name for name, _ in config(**changes).find_problems()]

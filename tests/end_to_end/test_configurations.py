@@ -126,7 +126,7 @@ def test_two_steps(named, storage):
     run = locate_run(experiment, storage)
     run.path.mkdir(parents=True)
     carry_out(shard.STAGE.work(run.of(experiment)))
-    train.body(one_cpu().context, run.of(experiment))
+    train.STAGE.run_worker(one_cpu().context, run.of(experiment))
     carry_out(sample.STAGE.work(run.of(experiment)))
     losses = [json.loads(line)["metrics"]["train/loss"] for line in run.log.read_text().splitlines()]
     assert len(losses) == 2 and np.isfinite(losses).all()

@@ -182,13 +182,13 @@ def test_nulls_become_what_the_machine_has():
 
 
 def test_a_lack_of_memory_is_told_in_a_line():
-    from pipeline.errors import last_line
+    from pipeline.errors import shorten_error
 
     told = (
         "2 worker(s) were killed due to the node running low on memory. Memory on the node was 22.37GB used\n"
         "OOM kill reason: ...\nRefer to the documentation on how to address the out of memory issue: https://..."
     )
-    assert last_line(RuntimeError(told)).endswith(
+    assert shorten_error(RuntimeError(told)).endswith(
         "running low on memory. Memory on the node was 22.37GB used"
     )
-    assert last_line(RuntimeError("Traceback\n  ValueError: no\n")) == "ValueError: no"
+    assert shorten_error(RuntimeError("Traceback\n  ValueError: no\n")) == "ValueError: no"

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import TINY
 
-from pipeline.engine.provenance import commit
+from pipeline.engine.provenance import find_commit
 from pipeline.store import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -138,7 +138,7 @@ def test_a_followed_job_ends_with_its_files_and_its_exit_code(client):
     assert code == 0, output
     run = client.run_directory()
     assert (run / "report" / "report.html").exists() and list(run.glob("evaluation/*/metrics.json"))
-    assert yaml.safe_load((run / "experiment.yaml").read_text())["made_with"]["commit"] == commit()
+    assert yaml.safe_load((run / "experiment.yaml").read_text())["made_with"]["commit"] == find_commit()
     assert "train: 6/6 steps" in output and "job first: done" in output
     assert "\x1b" not in output and "\r" not in output  # plain lines, no bars
 

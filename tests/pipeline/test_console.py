@@ -22,7 +22,7 @@ def said(monkeypatch):
 
 
 def test_time_left_is_of_the_works_own_pace(clock, said):
-    with progress.bar("train", 100, "steps") as shown:
+    with progress.show_progress("train", 100, "steps") as shown:
         clock[0] += 60  # starting up
         shown.update(1)
         clock[0] += 20
@@ -37,7 +37,7 @@ def test_time_left_is_of_the_works_own_pace(clock, said):
 
 
 def test_a_resumed_stage_does_not_count_what_was_there(clock, said):
-    with progress.bar("train", 1000, "steps", start=600) as shown:
+    with progress.show_progress("train", 1000, "steps", start=600) as shown:
         clock[0] += 20
         shown.update(601)
         clock[0] += 20
@@ -46,7 +46,7 @@ def test_a_resumed_stage_does_not_count_what_was_there(clock, said):
 
 
 def test_lines_are_seldom_and_news(clock, said):
-    with progress.bar("sample", 10, "images") as shown:
+    with progress.show_progress("sample", 10, "images") as shown:
         for done in (1, 2, 2):
             clock[0] += 10
             shown.update(done)
@@ -56,7 +56,7 @@ def test_lines_are_seldom_and_news(clock, said):
 
 
 def test_large_units_that_end_together_count_from_the_beginning(clock, said):
-    with progress.bar("sweep", 6, "trials") as shown:
+    with progress.show_progress("sweep", 6, "trials") as shown:
         clock[0] += 300
         shown.update(1)
         clock[0] += 20
@@ -65,7 +65,7 @@ def test_large_units_that_end_together_count_from_the_beginning(clock, said):
 
 
 def test_what_is_under_way_is_news_too(clock, said):
-    with progress.bar("sweep", 2, "trials") as shown:
+    with progress.show_progress("sweep", 2, "trials") as shown:
         for note in ("a 1/6", "a 2/6", "a 2/6"):
             clock[0] += 20
             shown.update(0, note)

@@ -10,7 +10,7 @@ from ddpm.images import from_uint8
 from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
 from ddpm.rng import Stream, normal
 from pipeline.compute.work import Kind, Unit, WorkerContext, split_units
-from pipeline.config import Experiment, checkpoint_step
+from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.results import Bound, Scores
@@ -24,7 +24,7 @@ CALL = (256, 2**18)  # images and pixels that one network call of the bound take
 
 def hash_weights(place: Place) -> str | None:
     """Return the sha256 of the weights that are sampled; None where they are not there."""
-    meta = place.step_folder(checkpoint_step(place.experiment)) / checkpoint.META
+    meta = place.step_folder(place.experiment.checkpoint_step) / checkpoint.META
     file = checkpoint.EMA if place.experiment.sample.weights == "ema" else checkpoint.STATE
     return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
 
@@ -49,7 +49,7 @@ def units(place: Place) -> dict[Path, Unit]:
     of it says how samples are drawn."""
     experiment, config = place.experiment, place.experiment.evaluate
     test = hash_shards(tars.open_index(place.data).shards("test"))
-    step, which = checkpoint_step(experiment), experiment.sample.weights
+    step, which = experiment.checkpoint_step, experiment.sample.weights
     network = [place.run_key, step, which, hash_weights(place), config.precision]
     # The null once named the timesteps of a part of the bound; without it every key would be another.
     key = hash_of([place.run_key, network, test, config.decoder, choose_variance(experiment), None])

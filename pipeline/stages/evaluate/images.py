@@ -85,7 +85,7 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSe
         counts = np.bincount(scored.classes, minlength=experiment.data.labels)
         found["class_shares"] = (counts / len(scored.classes)).tolist()
         if experiment.sample.label is not None:
-            asked = [experiment.asked_label(index) for index in range(len(scored.classes))]
+            asked = [experiment.choose_label(index) for index in range(len(scored.classes))]
             found["scores"]["as_asked"] = float(np.mean(scored.classes == np.array(asked)))
 
 

@@ -1,6 +1,5 @@
 """How scores come about, and what of that keeps them from standing beside the paper's."""
 
-from pipeline.config import checkpoint_rule, checkpoint_step, weights_kind
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_variance, count_images
@@ -14,9 +13,9 @@ def describe_protocol(place: Place) -> ScoreProtocol:
     """Describe how the scores come about; `images` adds what only the features show."""
     experiment, config = place.experiment, place.experiment.evaluate
     found: ScoreProtocol = {
-        "checkpoint": checkpoint_step(experiment), "weights": weights_kind(experiment)
+        "checkpoint": experiment.checkpoint_step, "weights": experiment.weights_kind
     }  # fmt: skip
-    if rule := checkpoint_rule(experiment):
+    if rule := experiment.checkpoint_rule:
         found["checkpoint_rule"] = rule
     if set(config.metrics) - {"nll"}:
         found |= tars.open_index(place.samples).facts["protocol"]

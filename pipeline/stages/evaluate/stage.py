@@ -30,9 +30,9 @@ class EvaluateStage(Stage):
     """Scores the samples and the bound of the chosen checkpoint."""
 
     name = "evaluate"
-    chosen = True
+    uses_checkpoint = True
 
-    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         samples = ("sample",) if needs_samples(experiment) else ()
         return ("shard", "train", *samples, *(("select",) if experiment.evaluate.checkpoints else ()))
 
@@ -47,7 +47,7 @@ class EvaluateStage(Stage):
         # A checkpoint may be deleted once it is scored; one of other weights is another matter.
         return manifest is not None and all(manifest.get(name) == its for name, its in inputs.items() if its)
 
-    def check(self, place: Place) -> None:
+    def check_before_training(self, place: Place) -> None:
         config = place.experiment.evaluate
         if "nll" in config.metrics:
             bound.count_images(place)
@@ -59,7 +59,7 @@ class EvaluateStage(Stage):
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield what features need first, then all else at once; then add up and seal the scores."""
-        self.check(place)
+        self.check_before_training(place)
         config = place.experiment.evaluate
         bounds = bound.units(place) if "nll" in config.metrics else {}
         pending = [unit for file, unit in bounds.items() if not file.exists()]
@@ -84,7 +84,7 @@ class EvaluateStage(Stage):
         write_text(place.evaluate_yaml, to_yaml(config))
         write_manifest(place.scores, [file.name for file in files], **inputs)
 
-    def follow(self, place: Place) -> Done | None:
+    def plan_follow_ups(self, place: Place) -> Done | None:
         """Return the features of a tar of samples as soon as it is there, if they will be scored and their extractor
         is there. Where it is not, `work` makes it, or says why it cannot."""
         if not needs_samples(place.experiment) or not has_extractor(place):

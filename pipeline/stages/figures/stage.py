@@ -27,9 +27,9 @@ class FiguresStage(Stage):
     """Draws the paper's figures of the chosen checkpoint."""
 
     name = "figures"
-    chosen = True
+    uses_checkpoint = True
 
-    def needs(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train", "sample")
 
     def is_done(self, place: Place) -> bool:

@@ -170,7 +170,7 @@ def test_problems_name_the_key(changes, image_size, key):
 
 
 def test_the_published_settings_have_no_problems():
-    assert ContextUNetConfig().problems(16) == ContextUNetConfig().problems(28) == []
+    assert ContextUNetConfig().find_problems(16) == ContextUNetConfig().find_problems(28) == []
 
 
 # ---------------------------------------------------------------------------------------------------- learning

@@ -212,7 +212,7 @@ def test_labels_are_refused_by_networks_without_them():
 
 
 def test_annotated_unet_at_its_own_width():
-    assert ANNOTATED.problems(32) == []
+    assert ANNOTATED.find_problems(32) == []
     net = build_network(ANNOTATED, 32, 3, 3, seed=0, device="meta")
     assert sum(p.numel() for p in net.parameters()) == 212_015_235
     out = net(torch.zeros(2, 3, 32, 32, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))

@@ -132,7 +132,7 @@ def test_every_parameter_learns():
 
 def test_published_widths_at_64():
     config = MHAUNetConfig()
-    assert config.problems(64) == []
+    assert config.find_problems(64) == []
     assert config.widths == (64, 128, 256, 256)
     assert config.up_widths == (256, 128, 64, 64)
     net = build_network(config, 64, 3, 3, seed=0, device="meta")

@@ -275,8 +275,8 @@ def test_problems_name_the_key(changes, image_size, key):
 
 
 def test_the_papers_settings_have_no_problems():
-    assert UNetConfig().problems(32) == []
-    assert UNetConfig(channel_mult=LARGE_MULT).problems(256) == []
+    assert UNetConfig().find_problems(32) == []
+    assert UNetConfig(channel_mult=LARGE_MULT).find_problems(256) == []
 
 
 def test_labels_are_refused():

@@ -44,7 +44,7 @@ def member(rank, world_size, port, experiment, run, steps):
     )
     context = Member(torch.device("cpu"), 1, rank, world_size)
     context.steps_left = steps
-    train.body(context, run.of(experiment))
+    train.STAGE.run_worker(context, run.of(experiment))
     torch.distributed.destroy_process_group()
 
 

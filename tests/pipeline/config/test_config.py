@@ -108,7 +108,7 @@ def test_rows_of_the_tables_differ_in_their_objective_alone(name):
     row, paper = config.load_experiment(name, []), config.load_experiment("cifar10", [])
     diffusion = row.diffusion
     assert (diffusion.predict, diffusion.loss, diffusion.variance) == TABLE_2[name]
-    assert bool(diffusion.warnings()) == (name in ("cifar10_vlb_eps_learned", "cifar10_simple_mean"))
+    assert bool(diffusion.list_warnings()) == (name in ("cifar10_vlb_eps_learned", "cifar10_simple_mean"))
     assert dataclasses.replace(row, name=paper.name, diffusion=paper.diffusion) == paper
 
 
@@ -209,7 +209,9 @@ def test_nonsense_is_refused_by_name(overrides, names):
 
 
 def test_a_named_file_that_is_not_here_is_no_fault_of_the_values():
-    (line,) = config.load_experiment("digits", ["evaluate.extractor_weights=/nowhere.pth"]).missing()
+    (line,) = config.load_experiment(
+        "digits", ["evaluate.extractor_weights=/nowhere.pth"]
+    ).find_missing_files()
     assert line.startswith("evaluate.extractor_weights '/nowhere.pth' is not a file")
 
 
@@ -253,11 +255,11 @@ def test_a_folder_may_be_called_like_a_split():
 
 def test_a_chosen_checkpoint_is_in_no_file():
     asked = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
-    chosen = config.choose(asked, 400, 3)
+    chosen = asked.select_checkpoint(400, 3)
     assert config.to_yaml(chosen) == config.to_yaml(asked)
-    assert config.checkpoint_step(chosen) == 400
-    assert config.checkpoint_rule(chosen) == "best of 3 checkpoints by FID on 256 images, ema weights"
-    assert config.checkpoint_rule(asked) is None
+    assert chosen.checkpoint_step == 400
+    assert chosen.checkpoint_rule == "best of 3 checkpoints by FID on 256 images, ema weights"
+    assert asked.checkpoint_rule is None
 
 
 def test_a_resolved_configuration_loads_as_itself(tmp_path):
@@ -318,7 +320,7 @@ def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
     experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
     with pytest.raises(PipelineError, match=r"known once evaluate\.checkpoints are scored"):
         keys.sample_key(experiment, "0a")
-    first, second = (config.choose(experiment, 1200, of) for of in (3, 4))
+    first, second = (experiment.select_checkpoint(1200, of) for of in (3, 4))
     last = config.load_experiment("digits", [])
     assert keys.sample_key(first, "0a") == keys.sample_key(second, "0a") == keys.sample_key(last, "0a")
     assert len({keys.evaluate_key(e, "0a") for e in (first, second, last)}) == 3

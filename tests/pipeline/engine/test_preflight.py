@@ -24,24 +24,24 @@ def cifar10(**changes):
 def test_checkpoints_are_as_large_as_said(tiny_run):
     experiment, run = tiny_run
     one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
-    train.body(one_cpu().context, run.of(one))
+    train.STAGE.run_worker(one_cpu().context, run.of(one))
     (written,) = (run.step_folder(step) for step in checkpoint.steps_on_disk(run.train))
     found = sum(file.stat().st_size for file in written.iterdir())
-    assert preflight.needs(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
+    assert preflight.estimate_needs(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
 
 
 def test_the_papers_run_takes_gibibytes():
-    wanted = preflight.needs(cifar10())
+    wanted = preflight.estimate_needs(cifar10())
     assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
     assert 3 * 2**30 < wanted.disk < 4 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
 
 
 def test_candidates_count():
-    plain = preflight.needs(cifar10())
-    wanted = preflight.needs(cifar10(**{"evaluate.checkpoints": "every:50000"}))
+    plain = preflight.estimate_needs(cifar10())
+    wanted = preflight.estimate_needs(cifar10(**{"evaluate.checkpoints": "every:50000"}))
     assert (plain.kept, plain.images) == (3, 50_000)
     assert (wanted.kept, wanted.images) == (3 + 15, 50_000 + 16 * 5_000)
-    kept = preflight.needs(cifar10(**{"train.keep_every": 100_000, "evaluate.checkpoints": "all"}))
+    kept = preflight.estimate_needs(cifar10(**{"train.keep_every": 100_000, "evaluate.checkpoints": "all"}))
     assert (kept.kept, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
 
 
@@ -51,7 +51,7 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path, monkeypatch)
     with pytest.raises(
         PipelineError, match=r"has 1\.0 GiB free, the run needs 3\.\d GiB more: .*cluster\.storage"
     ):
-        preflight.check(run)
+        preflight.check_resources(run)
 
 
 def test_what_is_there_already_is_not_needed_again(tmp_path, monkeypatch):
@@ -60,4 +60,4 @@ def test_what_is_there_already_is_not_needed_again(tmp_path, monkeypatch):
     with (run.path / "samples").open("wb") as file:
         file.truncate(3 * 2**30)  # sparse
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
-    assert preflight.check(run).startswith("0.")
+    assert preflight.check_resources(run).startswith("0.")

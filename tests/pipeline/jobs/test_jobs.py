@@ -175,7 +175,8 @@ def test_what_python_and_editors_leave_beside_the_code_stays_here(tmp_path, monk
 def seen_by_the_job(packed: package.Package) -> tuple[str, str]:
     """The experiment and the commit that the code in the luggage finds there."""
     code = (
-        "import sys; from pipeline import config; from pipeline.engine import provenance; print(provenance.commit()); "
+        "import sys; from pipeline import config; from pipeline.engine.provenance import find_commit; "
+        "print(find_commit()); "
         "print(config.to_yaml(config.load_experiment(sys.argv[1], [])))"
     )
     words = [sys.executable, "-c", code, shlex.split(packed.entrypoint)[5]]

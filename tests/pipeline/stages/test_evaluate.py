@@ -213,7 +213,7 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
     experiment = scoring(experiment, metrics=("fid",), features=features)
     with_weights(experiment, run)
     shutil.rmtree(run.data / "classifier", ignore_errors=True)
-    after, ran = evaluate.STAGE.follow(run.of(experiment)), []
+    after, ran = evaluate.STAGE.plan_follow_ups(run.of(experiment)), []
 
     def done(unit):
         ran.append(unit.name)
@@ -225,7 +225,7 @@ def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
     assert ran == ["samples 0-5", "samples 6-11"] + (made if features == "projection" else [])
     left = run_stage(evaluate, experiment, run)
     assert ("features of 00000.tar" in left) == (features == "classifier")
-    assert evaluate.STAGE.follow(run.of(scoring(experiment, metrics=("nll",)))) is None
+    assert evaluate.STAGE.plan_follow_ups(run.of(scoring(experiment, metrics=("nll",)))) is None
 
 
 def test_the_size_of_sampling_units_hardly_shows(tiny_run):

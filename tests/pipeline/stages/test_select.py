@@ -11,7 +11,6 @@ import pytest
 from conftest import ONE_CPU, TINY, one_cpu
 from staged import asking_for, run_stage, with_weights
 
-from pipeline import config
 from pipeline.cli.program import main
 from pipeline.compute.work import InProcess
 from pipeline.engine import during_training
@@ -51,7 +50,7 @@ def fids(experiment, run):
     """The FID of each candidate, as its own evaluation has it."""
     found = {}
     for step in selection.list_candidates(run.of(experiment)):
-        metrics = run.of(config.candidate(experiment, step)).scores / "metrics.json"
+        metrics = run.of(experiment.make_candidate(step)).scores / "metrics.json"
         found[step] = read_json(metrics)["scores"]["fid"]
     return found
 
@@ -75,7 +74,7 @@ def test_later_stages_are_told_the_step_and_the_rule(trained):
     run_stage(select, experiment, run)
     best = selection.read_selection(run.of(experiment))["best"]
     resolved = selection.resolve(run.of(experiment)).experiment
-    assert config.checkpoint_step(resolved) == best
+    assert resolved.checkpoint_step == best
     plain = asking_for(experiment, checkpoint=best)
     assert run.of(resolved).samples == run.of(plain).samples
     assert run.of(resolved).scores != run.of(plain).scores, "another protocol"
@@ -121,7 +120,7 @@ def test_new_checkpoints_join_and_old_scores_stay(trained):
     found = selection.read_selection(run.of(longer))
     assert [score["step"] for score in found["scores"]] == [*STEPS, 8]
     assert before.items() <= fids(longer, run).items()
-    assert config.checkpoint_rule(selection.resolve(run.of(longer)).experiment).startswith("best of 4 ")
+    assert selection.resolve(run.of(longer)).experiment.checkpoint_rule.startswith("best of 4 ")
 
 
 def test_an_interruption_leaves_no_candidate(trained):
@@ -198,7 +197,7 @@ def test_candidates_are_scored_while_training_goes_on(trained, monkeypatch):
     executor = Beside()
     with score_during_training(run.of(experiment), executor):
         wait_until(lambda: all(
-            evaluate.STAGE.is_done(run.of(config.candidate(experiment, step))) for step in STEPS
+            evaluate.STAGE.is_done(run.of(experiment.make_candidate(step))) for step in STEPS
         ))  # fmt: skip
     assert max(executor.batches) == executor.spare, "never more than training leaves room for"
     assert run_stage(select, experiment, run) == [] and select.STAGE.is_done(run.of(experiment))

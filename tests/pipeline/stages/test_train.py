@@ -22,7 +22,7 @@ from pipeline.store import checkpoint
 
 def train_to(experiment, run, steps):
     experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps))
-    train.body(one_cpu().context, run.of(experiment))
+    train.STAGE.run_worker(one_cpu().context, run.of(experiment))
 
 
 def final_state(run, step):
@@ -48,11 +48,11 @@ def test_every_image_once_per_epoch_for_any_workers_batch_and_start(
     steps = start + 3 * num_images // batch_size + 2
     seen = []
     for step in range(start, steps):
-        fresh = train.Order(seed, num_images)  # a new process at every step: nothing is carried over
+        fresh = train.ImageOrder(seed, num_images)  # a new process at every step: nothing is carried over
         for rank in range(workers):
-            rows = train.batch_slice(batch_size, rank, workers)
-            seen += fresh.indices(step, batch_size, rows).tolist()
-    everything = train.Order(seed, num_images).indices(
+            rows = train.slice_batch(batch_size, rank, workers)
+            seen += fresh.list_indices(step, batch_size, rows).tolist()
+    everything = train.ImageOrder(seed, num_images).list_indices(
         0, steps * batch_size, torch.arange(steps * batch_size)
     )
     assert seen == everything[start * batch_size :].tolist()
@@ -61,14 +61,14 @@ def test_every_image_once_per_epoch_for_any_workers_batch_and_start(
 
 
 def test_epochs_and_seeds_have_different_orders():
-    order = train.Order(0, 100).indices(0, 200, torch.arange(200))
+    order = train.ImageOrder(0, 100).list_indices(0, 200, torch.arange(200))
     assert not torch.equal(order[:100], order[100:])
-    assert not torch.equal(order[:100], train.Order(1, 100).indices(0, 100, torch.arange(100)))
+    assert not torch.equal(order[:100], train.ImageOrder(1, 100).list_indices(0, 100, torch.arange(100)))
 
 
 @given(batch_size=st.integers(1, 300), workers=st.integers(1, 9))
 def test_slices_cover_the_batch_in_order(batch_size, workers):
-    slices = [train.batch_slice(batch_size, rank, workers) for rank in range(workers)]
+    slices = [train.slice_batch(batch_size, rank, workers) for rank in range(workers)]
     assert torch.equal(torch.cat(slices), torch.arange(batch_size))
     assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
@@ -82,7 +82,7 @@ def test_images_read_from_the_tars_train_the_same_run(tiny_run):
     train_to(experiment, from_memory, 3)
     context = WorkerContext(torch.device("cpu"), cpus=1, image_memory=0)
     shorter = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=3))
-    train.body(context, run.of(shorter))
+    train.STAGE.run_worker(context, run.of(shorter))
     ours, theirs = final_state(run, 3), final_state(from_memory, 3)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -174,10 +174,10 @@ def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run, 
     seldom = dataclasses.replace(experiment.train, log_every=4, checkpoint_every=8, steps=12)
     experiment = dataclasses.replace(experiment, train=seldom)
     untouched = renamed(run, "-untouched")
-    train.body(one_cpu().context, untouched.of(experiment))
-    train.body(stop_at(run, step), run.of(experiment))
+    train.STAGE.run_worker(one_cpu().context, untouched.of(experiment))
+    train.STAGE.run_worker(stop_at(run, step), run.of(experiment))
     assert checkpoint.steps_on_disk(run.train) == [step]
-    train.body(one_cpu().context, run.of(experiment))
+    train.STAGE.run_worker(one_cpu().context, run.of(experiment))
     ours, theirs = (
         [(p["step"], p["metrics"]["train/loss"], p["metrics"]["train/grad_norm"]) for p in points(r)]
         for r in (run, untouched)
@@ -192,7 +192,7 @@ def test_a_run_that_has_diverged_is_not_saved_when_it_is_stopped(tiny_run):
         experiment.train, lr=1e30, warmup_steps=0, grad_clip=None, log_every=100, steps=40
     )
     with pytest.raises(PipelineError, match="loss became"):
-        train.body(
+        train.STAGE.run_worker(
             stop_at(run, 30),
             run.of(dataclasses.replace(experiment, train=dataclasses.replace(wild, checkpoint_every=50))),
         )
@@ -251,7 +251,7 @@ def test_more_workers_than_images_in_the_batch_are_refused(tiny_run):
     context = one_cpu().context
     context.world_size = 17
     with pytest.raises(PipelineError, match="17 workers cannot share"):
-        train.body(context, run.of(experiment))
+        train.STAGE.run_worker(context, run.of(experiment))
 
 
 def test_grids_show_the_same_noise_at_every_step(tiny_run):

@@ -13,7 +13,7 @@ from pipeline.stages import sample, shard, train
 
 STAGES = {
     "shard": lambda experiment, run: run_stage(shard, experiment, run),
-    "train": lambda experiment, run: train.body(one_cpu().context, run.of(experiment)),
+    "train": lambda experiment, run: train.STAGE.run_worker(one_cpu().context, run.of(experiment)),
     "sample": lambda experiment, run: run_stage(sample, experiment, run),
 }
 MADE = {"shard": "data/*/*", "train": "tiny-*/train/*/*.safetensors", "sample": "tiny-*/samples/*/*.tar"}
