@@ -202,16 +202,16 @@ def check_reproduction(options: Namespace) -> Checked:
 
 
 def _run_study(study: Study, options: Namespace) -> int:
-    from pipeline.sweep.leaderboard import to_text
+    from pipeline.sweep.leaderboard import format_text
 
     if options.dry_run:
-        print(study.preview())
+        print(study.describe_plan())
         return 0
     board = study.run()
-    print(to_text(board))
-    for what, where in study.list_places():
+    print(format_text(board))
+    for what, where in study.list_links():
         say(f"{what:>11}: {where}")
-    if rest := study.describe_rest():
+    if rest := study.describe_unfinished():
         say(rest)
     for line in board.failures:
         print(f"error: {line}", file=sys.stderr)

@@ -40,11 +40,11 @@ def open_dataset(directory: Path, split: str, ctx: WorkerContext) -> Dataset:
     """Open a split: in memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
     index = tars.open_index(directory)
     if index.count(split) * index.facts["channels"] * index.facts["image_size"] ** 2 <= ctx.image_memory:
-        return InMemory(*tars.load_images(directory, split), ctx.device)
-    return InTars(index, split, ctx)
+        return MemoryDataset(*tars.load_images(directory, split), ctx.device)
+    return TarDataset(index, split, ctx)
 
 
-class InMemory:
+class MemoryDataset:
     lookahead = 0
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
@@ -61,7 +61,7 @@ class InMemory:
         return self.images[index], self.labels[index]
 
 
-class InTars:
+class TarDataset:
     """Reads members by the offsets that stand beside each tar, and holds each to its crc32: the sha256 of sets
     of this size would be hours of reading before the first step.
 

@@ -33,7 +33,7 @@ def locate_run(experiment: Experiment, root: Path) -> Place:
     that the experiment names is missing."""
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
-    fingerprint = sources.fingerprint(experiment.data, fingerprints_json(root))
+    fingerprint = sources.compute_fingerprint(experiment.data, fingerprints_json(root))
     data_key = keys.data_key(experiment, fingerprint)
     return Place(root, experiment, data_key, keys.run_key(experiment, data_key))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.compute.work import Kind, Unit, WorkerContext
 from pipeline.config import DataConfig
-from pipeline.data.sources import fingerprint, locate, open_source, refuse
+from pipeline.data.sources import compute_fingerprint, fetch_images, open_source, refuse_image
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store.files import find_manifest
@@ -30,7 +30,7 @@ class ShardStage(Stage):
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the shards that are missing, then seal the folder."""
         config = place.experiment.data
-        data = locate(config, downloads(place.storage))
+        data = fetch_images(config, downloads(place.storage))
         shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
         yield [
             Unit(Kind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
@@ -44,7 +44,7 @@ class ShardStage(Stage):
             place.data,
             _group_by_split(facts),
             source=data.source,
-            fingerprint=fingerprint(config, fingerprints_json(place.storage)),
+            fingerprint=compute_fingerprint(config, fingerprints_json(place.storage)),
             image_size=data.image_size,
             channels=data.channels,
             labels=data.labels,
@@ -71,7 +71,7 @@ def write_shard(ctx: WorkerContext, data: DataConfig, shard: Shard) -> None:
     def pass_over(name: str, reason: str) -> None:
         skipped.append([name, reason])
         if len(skipped) > data.max_undecodable:
-            refuse(name, reason)
+            refuse_image(name, reason)
 
     records = open_source(data).read(shard.split, shard.start, shard.stop, pass_over)
     shard.write(records, skipped=skipped)
@@ -88,6 +88,8 @@ def _group_by_split(shards: list[ShardFacts]) -> dict[str, list[ShardFacts]]:
 def _report_skipped(skipped: list[list[str]], allowed: int) -> None:
     if len(skipped) > allowed:
         name, reason = skipped[allowed]
-        refuse(f"{name}, one of {len(skipped)} broken images where data.max_undecodable={allowed},", reason)
+        refuse_image(
+            f"{name}, one of {len(skipped)} broken images where data.max_undecodable={allowed},", reason
+        )
     for name, reason in skipped:
         log.warning("%s does not decode (%s) and is left out", name, reason)

@@ -23,7 +23,7 @@ Values = dict[str, Value]
 class Draw:
     """How points are taken from the space: every combination (grid), every value of one key with the first ones of
     all others (one_at_a_time), or `points` of them, at random or by a Sobol sequence, which fills the space evenly.
-    More points keep those that are there."""
+    A larger number of points begins with the same points."""
 
     method: Literal["grid", "one_at_a_time", "random", "sobol"] = "grid"
     points: CountOrNull = None
@@ -32,16 +32,10 @@ class Draw:
 
 @dataclass(frozen=True)
 class Rank:
-    """What the leaderboard is ordered by. `mode` null: as the metric has it."""
+    """The metric that orders the leaderboard. mode: which end is better; null = as the metric has it."""
 
     metric: str = "fid"
     mode: Literal["min", "max"] | None = None
-
-    @property
-    def by(self) -> Metric:
-        """The metric, in the direction that is asked for."""
-        metric = METRICS[self.metric]
-        return replace(metric, larger_is_better=self.mode == "max") if self.mode else metric
 
 
 @dataclass(frozen=True)
@@ -53,8 +47,8 @@ class EarlyStop:
     factor: Annotated[int, Range(ge=2)] = 3
     nll_images: Count = 32
 
-    def rungs(self, steps: int) -> list[int]:
-        """Return the steps at which a trial of so many is judged."""
+    def list_rungs(self, steps: int) -> list[int]:
+        """Return the steps at which a trial of so many steps is judged."""
         rungs, rung = [], self.first or steps
         while rung < steps:
             rungs.append(rung)
@@ -78,7 +72,7 @@ class Interval:
     high: int | float
     scale: Literal["linear", "log"] = "linear"
 
-    def at(self, u: float) -> int | float:
+    def map_unit(self, u: float) -> int | float:
         """Return the value at u in [0, 1), of six digits."""
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         low, high = self.low, self.high + 1 if whole else self.high
@@ -92,9 +86,9 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a sweep file says besides its space. seeds: of each point, () = the experiment's own; concurrent: trials
-    at once, null = as many as fit."""
+class SweepSettings:
+    """Everything in a sweep file but its space and overrides. seeds: of each point, () = the experiment's own;
+    concurrent: trials at once, null = as many as fit."""
 
     name: str
     experiments: tuple[str, ...]
@@ -107,7 +101,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Sweep(Settings):
+class Sweep(SweepSettings):
     """A sweep. space: key -> the values it takes, or an Interval; overrides: key -> the value it has in all trials;
     note: what a reader has to know before any number."""
 
@@ -116,8 +110,14 @@ class Sweep(Settings):
     note: str = ""
 
     @property
+    def metric(self) -> Metric:
+        """The metric that ranks the trials, in the direction that `rank.mode` asks for."""
+        metric, mode = METRICS[self.rank.metric], self.rank.mode
+        return replace(metric, larger_is_better=mode == "max") if mode else metric
+
+    @property
     def size(self) -> int:
-        """How many trials there are; costs nothing."""
+        """The number of trials, without building them."""
         lengths = [len(values) for values in self.space.values() if isinstance(values, list)]
         counts = {"grid": math.prod(lengths), "one_at_a_time": 1 + sum(lengths) - len(lengths)}
         drawn = counts.get(self.draw.method, self.draw.points or 0)
@@ -125,50 +125,49 @@ class Sweep(Settings):
         return min(count, self.budget.trials or count)
 
     def find_problems(self) -> Problems:
-        """Find what only several values together show."""
-        found: Problems = []
-        method = self.draw.method
+        """Find the faults that show only when several values are seen together."""
+        draw, method = self.draw, self.draw.method
         lists = method in ("grid", "one_at_a_time")  # their values decide how many points there are
-        if not re.fullmatch(FILE_NAME, self.name):
-            found.append(
-                ("name", f"is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-' only")
-            )
-        for key, names in (("experiments", self.experiments), ("seeds", self.seeds)):
-            if len(set(names)) < len(names):
-                found.append((key, f"is {list(names)}; each may stand there once"))
-        if lists and self.draw.points:
-            found.append(("draw.points", f"is for random and sobol; {method} has as many as it has"))
-        if not lists and not self.draw.points:
-            found.append(("draw.points", f"is null; draw.method={method} needs a number of at least 1"))
-        if not self.space and (not lists or (len(self.experiments) == 1 and not self.seeds)):
-            found.append(("space", f"is empty, and draw.method={method} draws from it"))
+        empty = not self.space and (not lists or (len(self.experiments) == 1 and not self.seeds))
+        stops = bool(self.early_stop.first) and "train.steps" in self.space
+        names = "it names a folder: letters, digits, '.', '_' and '-' only"
+        faults = [
+            (not re.fullmatch(FILE_NAME, self.name), "name", f"is {self.name!r}; {names}"),
+            (
+                lists and draw.points,
+                "draw.points",
+                f"is for random and sobol; {method} counts its own points",
+            ),
+            (not lists and not draw.points, "draw.points", f"is null; draw.method={method} needs at least 1"),
+            (empty, "space", f"is empty, and draw.method={method} draws from it"),
+            (stops, "space.train.steps", "is swept, and early_stop compares trials at equal steps"),
+        ]
+        for key, items in (("experiments", list(self.experiments)), ("seeds", list(self.seeds))):
+            faults.append((len(set(items)) < len(items), key, f"is {items}; each may stand there once"))
         for key, values in self.space.items():
             where = f"space.{key}"
-            if key in self.overrides:
-                found.append((where, "is overridden too; say one of the two"))
-            if key in ("name", "seed"):
-                found.append(
-                    (where, "cannot be swept: trials are named by their values, and seeds have a key")
-                )
+            reserved = "cannot be swept: trials are named by their values, and seeds have a key"
+            faults.append((key in ("name", "seed"), where, reserved))
+            faults.append((key in self.overrides, where, "is overridden too; say one of the two"))
             if isinstance(values, Interval):
-                if lists:
-                    found.append(
-                        (where, f"is a range, which {method} cannot have: list values, or draw.method=sobol")
-                    )
-                if values.low >= values.high:
-                    found.append((where, f"is empty: low={values.low} is not below high={values.high}"))
-                if values.scale == "log" and values.low <= 0:
-                    found.append((where, f"begins at {values.low}; a log scale begins above 0"))
-            elif len(set(map(json.dumps, values))) < len(values):
-                found.append((where, f"is {json.dumps(values)}; each value may stand there once"))
-        if self.early_stop.first and "train.steps" in self.space:
-            found.append(("space.train.steps", "is swept, and early_stop compares trials at equal steps"))
-        return found
+                low, high, remedy = values.low, values.high, "list values, or draw.method=sobol"
+                logarithm = values.scale == "log" and low <= 0
+                faults += [
+                    (lists, where, f"is a range, which {method} cannot have: {remedy}"),
+                    (low >= high, where, f"is empty: low={low} is not below high={high}"),
+                    (logarithm, where, f"begins at {low}; a log scale begins above 0"),
+                ]
+            else:
+                doubled = len(set(map(json.dumps, values))) < len(values)
+                faults.append((doubled, where, f"is {json.dumps(values)}; each value may stand there once"))
+        return [(key, reason) for wrong, key, reason in faults if wrong]
 
 
 def load_sweep(name: str, overrides: list[str]) -> Sweep:
-    """Read conf/sweep/, override, check; `overrides` without their `sweep.`. Raises ConfigError with every fault
-    that the file alone shows."""
+    """Read a file of conf/sweep/, apply `overrides` (without their `sweep.`) and check it.
+
+    Raises ConfigError with every fault that the file alone shows.
+    """
     path = find_file(name, "sweep")
     tree: Tree = {"name": path.stem, **apply_overrides(read_file(path), overrides)}
     tree.pop("note", None)  # the sweep.yaml that a study leaves can be run again
@@ -178,7 +177,7 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     if ("experiment" in given) == ("experiments" in given):
         faults["experiment"] = "(a name) or experiments (a list of names): one of the two is needed"
     given["experiments"] = given.pop("experiment", given.get("experiments", []))
-    values, wrong = check_values({"sweep": Settings}, {"sweep": given}, complete=False)
+    values, wrong = check_values({"sweep": SweepSettings}, {"sweep": given}, complete=False)
     wrong = {key.removeprefix("sweep."): fault for key, fault in wrong.items()}
     wrong |= check_names(given, {"rank.metric": METRICS})
     faults |= wrong
@@ -191,7 +190,7 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
 
 
 def _read_space(tree: Tree) -> tuple[dict[str, list[Value] | Interval], Faults]:
-    """Return what each key of the space takes, and what is wrong with it."""
+    """Return the values that each key of the space takes, and its faults."""
     space: dict[str, list[Value] | Interval] = {}
     faults: Faults = {}
     if not isinstance(tree, dict):

@@ -52,7 +52,7 @@ class Leaderboard:
 
     @property
     def headline(self) -> str:
-        return format_winner(self.groups, self.sweep.rank.by)
+        return format_winner(self.groups, self.sweep.metric)
 
     @property
     def failures(self) -> list[str]:
@@ -67,17 +67,17 @@ def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], ledger: Ledger) -> Le
         seconds, step = sum(place.seconds_by_stage().values()), read_progress(place)[0]
         identity = (trial.label, place, trial.swept, key)
         rows.append(RankedTrial(*identity, record.state, record.reason, step, seconds))
-    groups = rank_runs(rows, sweep.rank.by)
+    groups = rank_runs(rows, sweep.metric)
     ranked = {row.key: (row, position) for group in groups for row, position in group.ranked}
     ordered = [row for row, _ in ranked.values()] + [row for row in rows if row.key not in ranked]
     positions = {key: at for key, (_, at) in ranked.items()} if len(groups) == 1 else {}
     return Leaderboard(sweep, ordered, groups, positions)
 
 
-def tabulate(board: Leaderboard, write: Callable[[float, int], Value] = round) -> list[Values]:
+def list_cells(board: Leaderboard, write: Callable[[float, int], Value] = round) -> list[Values]:
     """Return a mapping for each row, all with the same headings. `write` makes a cell of a score and its digits: by
     default a number, so that a column can be sorted."""
-    by = board.sweep.rank.by
+    by = board.sweep.metric
     columns = [metric for metric in METRICS.values() if metric in HEADLINE or metric.name == by.name]
     columns = [metric for metric in columns if any(metric.name in row.scores for row in board.rows)]
     has_seeds = any(group.has_seeds for group in board.groups)
@@ -102,22 +102,22 @@ def tabulate(board: Leaderboard, write: Callable[[float, int], Value] = round) -
 
 def _list_cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows for people: nothing for None, as many digits in each row of a column."""
-    table = tabulate(board, lambda value, digits: f"{value:.{digits}f}")
+    table = list_cells(board, lambda value, digits: f"{value:.{digits}f}")
     rows = [["" if value is None else str(value) for value in cells.values()] for cells in table]
     return list(table[0]) if table else [], rows
 
 
-def to_markdown(board: Leaderboard) -> str:
+def format_markdown(board: Leaderboard) -> str:
     """Say who won, then the table, how the scores came about, what failed."""
     headings, rows = _list_cells(board)
     lines = [f"**{board.headline}**", "", *([board.sweep.note, ""] if board.sweep.note else [])]
     for row in [headings, ["---"] * len(headings), *rows] if rows else []:
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
-    lines += ["", describe_scores(board), *(f"- {line}" for line in board.failures)]
+    lines += ["", describe_protocol(board), *(f"- {line}" for line in board.failures)]
     return "\n".join(lines).strip() + "\n"
 
 
-def describe_scores(board: Leaderboard) -> str:
+def describe_protocol(board: Leaderboard) -> str:
     """Say how the scores come about; those of one study differ in nothing that is not swept."""
     protocol = board.winner.protocol if board.winner else {}
     parts = []
@@ -131,7 +131,7 @@ def describe_scores(board: Leaderboard) -> str:
     return "; ".join(parts)
 
 
-def to_text(board: Leaderboard) -> str:
+def format_text(board: Leaderboard) -> str:
     """Return the table for a terminal."""
     headings, rows = _list_cells(board)
     short = [heading.rpartition(".")[2] for heading in headings]
@@ -140,11 +140,11 @@ def to_text(board: Leaderboard) -> str:
 
 def write(board: Leaderboard, folder: Path) -> None:
     """Write leaderboard.json and leaderboard.md into the study's folder."""
-    by, winner = board.sweep.rank.by, board.winner
+    by, winner = board.sweep.metric, board.winner
     content = {
         "metric": by.name,
         "larger_is_better": by.larger_is_better,
-        "protocol": describe_scores(board),
+        "protocol": describe_protocol(board),
         "note": board.sweep.note,
         "best": asdict(board.positions[winner.key]) if winner else None,
         "trials": [
@@ -158,4 +158,4 @@ def write(board: Leaderboard, folder: Path) -> None:
         ],
     }  # fmt: skip
     write_json(folder / LEADERBOARD, content)
-    write_text(folder / "leaderboard.md", to_markdown(board))
+    write_text(folder / "leaderboard.md", format_markdown(board))

@@ -53,15 +53,15 @@ class Ledger:
             elif record.state in ("finished", "running"):  # its files went, or its driver did
                 record.state, record.reason = "interrupted", ""
 
-    def has_ended(self, key: str) -> bool:
+    def is_done(self, key: str) -> bool:
         """Tell whether the same command leaves the trial alone."""
         return self.records[key].state in ("finished", "stopped")
 
-    def note(self, key: str, state: State, reason: str = "") -> None:
+    def record_state(self, key: str, state: State, reason: str = "") -> None:
         self.records[key].state, self.records[key].reason = state, reason
         self._save()
 
-    def note_rung(self, key: str, step: int, bound: float) -> None:
+    def record_rung(self, key: str, step: int, bound: float) -> None:
         """Note the bound at a rung; one that is reported again after an interruption keeps its first time."""
         rungs = self.records[key].rungs
         if step not in [rung[0] for rung in rungs]:

@@ -1,4 +1,4 @@
-"""The points of a sweep: its space, drawn; every point as an experiment, and as a trial, which has a run directory."""
+"""The points of a sweep: drawn from its space, each an experiment, and a trial with a run directory."""
 
 from __future__ import annotations
 
@@ -16,26 +16,23 @@ from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import describe_objective, name_values
 from pipeline.store import keys
 from pipeline.store.run import Place, find_runs
-from pipeline.sweep.definition import Draw, Interval, Sweep, Values
+from pipeline.sweep.definition import Interval, Sweep, Values
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One place in the space. swept: key -> value for what differs, in the order of the file."""
+    """One point of the space. swept: key -> value of the keys that differ, in the order of the file."""
 
     label: str
     swept: Values
     experiment: Experiment
 
     @property
-    def other_values(self) -> Values:
+    def values_outside_run_key(self) -> Values:
         """The swept values that make no other run, only other samples or scores of it."""
-        names = flatten(keys.run_content(self.experiment, whole=True))
-        return {
-            key: value
-            for key, value in self.swept.items()
-            if key not in names and key.partition(".")[0] not in ("data", "experiment")
-        }
+        inside = flatten(keys.run_content(self.experiment, whole=True))
+        rest = {key: value for key, value in self.swept.items() if key not in inside}
+        return {k: value for k, value in rest.items() if k.partition(".")[0] not in ("data", "experiment")}
 
 
 def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
@@ -49,7 +46,11 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
     common, known = format_overrides(sweep.overrides) + overrides, known_names()
     points: list[SweepPoint] = []
     faults: dict[str, None] = {}  # a set that keeps its order
-    for swept in itertools.islice(_combine(sweep), sweep.size):
+    experiments: list[Values] = [{"experiment": name} for name in sweep.experiments]
+    seeds: list[Values] = [{"seed": seed} for seed in sweep.seeds] or [{}]
+    parts = (experiments if len(experiments) > 1 else [{}], _draw_values(sweep), seeds)
+    for combination in itertools.islice(itertools.product(*parts), sweep.size):
+        swept = dict(itertools.chain.from_iterable(part.items() for part in combination))
         own = {key: value for key, value in swept.items() if key != "experiment"}
         name = str(swept.get("experiment", sweep.experiments[0]))
         try:
@@ -76,78 +77,65 @@ def format_overrides(values: Values) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def _combine(sweep: Sweep) -> Iterator[Values]:
-    """Yield the swept values of every point: experiments, then the space, then seeds."""
-    several = len(sweep.experiments) > 1
-    experiments: list[Values] = [{"experiment": name} for name in sweep.experiments] if several else [{}]
-    seeds: list[Values] = [{"seed": seed} for seed in sweep.seeds] or [{}]
-    for experiment, values, seed in itertools.product(experiments, _draw(sweep), seeds):
-        yield {**experiment, **values, **seed}
-
-
-def _draw(sweep: Sweep) -> Iterator[Values]:
+def _draw_values(sweep: Sweep) -> Iterator[Values]:
     """Yield the values of the space at each point, as `sweep.draw` says."""
-    lists = {key: values for key, values in sweep.space.items() if isinstance(values, list)}
-    if sweep.draw.method == "grid":
+    draw, space = sweep.draw, sweep.space
+    lists = {key: values for key, values in space.items() if isinstance(values, list)}
+    if draw.method == "grid":
         yield from (dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values()))
-        return
-    if sweep.draw.method == "one_at_a_time":
+    elif draw.method == "one_at_a_time":
         yield (first := {key: values[0] for key, values in lists.items()})
         yield from ({**first, key: value} for key, values in lists.items() for value in values[1:])
-        return
-    seen = set()
-    for row in _draw_unit_cube(sweep.draw, len(sweep.space)):
-        point: Values = {
-            key: values.at(u) if isinstance(values, Interval) else values[int(u * len(values))]
-            for (key, values), u in zip(sweep.space.items(), row, strict=True)
-        }
-        if (text := json.dumps(point)) not in seen:  # lists have few values, and two draws may meet
-            seen.add(text)
-            yield point
+    else:
+        seen = set()
+        for row in _draw_unit_cube(draw.method, draw.points or 0, len(space), draw.seed):
+            point: Values = {
+                key: values.map_unit(u) if isinstance(values, Interval) else values[int(u * len(values))]
+                for (key, values), u in zip(space.items(), row, strict=True)
+            }
+            if (text := json.dumps(point)) not in seen:  # lists have few values, and two draws may meet
+                seen.add(text)
+                yield point
 
 
-def _draw_unit_cube(draw: Draw, dimensions: int) -> list[list[float]]:
+def _draw_unit_cube(method: str, count: int, dimensions: int, seed: int) -> list[list[float]]:
     """Return the first points of a sequence in [0, 1)^dimensions: more of them begin with the same."""
-    count = draw.points or 0
-    if draw.method == "random":
+    if method == "random":
         import numpy as np
 
-        return np.random.default_rng(draw.seed).random((count, dimensions)).tolist()
+        return np.random.default_rng(seed).random((count, dimensions)).tolist()
     import torch
 
-    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=draw.seed)
+    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed)
     return engine.draw(count, dtype=torch.float64).clamp(max=1 - 1e-9).tolist()
 
 
 def _find_contradictions(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
     """Say why the trials cannot be ranked, or stopped, as the sweep says."""
-    faults = []
-    metric, first = sweep.rank.by, sweep.early_stop.first
+    metric, first = sweep.metric, sweep.early_stop.first
     experiments = [point.experiment for point in points]
-    if metric.name == LOSS.name and len({json.dumps(describe_objective(e)) for e in experiments}) > 1:
-        keys = [key for key in sweep.space if key.startswith("diffusion.")]
+    objectives = {json.dumps(describe_objective(experiment)) for experiment in experiments}
+    keys = ", ".join(key for key in sweep.space if key.startswith("diffusion.")) or "the experiments"
+    scored = [experiment.evaluate.metrics for experiment in experiments]
+    faults = []
+    if metric.name == LOSS.name and len(objectives) > 1:
+        remedy = "rank by nll_bpd or fid"
+        faults.append(f"rank.metric={LOSS.name}: losses are not comparable over {keys}; {remedy}")
+    if scored and metric.family is not None and not any(metric.family in metrics for metrics in scored):
+        known = f"evaluate.metrics is [{', '.join(scored[0])}]"
         faults.append(
-            f"rank.metric={LOSS.name}: losses are not comparable over "
-            f"{', '.join(keys) or 'the experiments'}; rank by nll_bpd or fid"
+            f"rank.metric={metric.name} is reported by no trial: {known}; add {metric.family} to it"
         )
-    if experiments and not any(metric.family in (None, *e.evaluate.metrics) for e in experiments):
-        asked = ", ".join(experiments[0].evaluate.metrics)
-        faults.append(
-            f"rank.metric={metric.name} is reported by no trial: evaluate.metrics is [{asked}]; "
-            f"add {metric.family} to it"
-        )
-    if first and any(e.train.lr_decay != "none" for e in experiments):
-        faults.append(
-            "early_stop needs train.lr_decay=none: a rate that decays over the steps makes other runs"
-        )
-    if first and any(e.train.steps <= first for e in experiments):
+    if first and any(experiment.train.lr_decay != "none" for experiment in experiments):
+        faults.append("early_stop needs train.lr_decay=none: a rate that decays makes other runs")
+    if first and any(experiment.train.steps <= first for experiment in experiments):
         faults.append(f"early_stop.first={first} is not below train.steps: nothing would be stopped")
     return faults
 
 
 @dataclass(frozen=True)
 class Trial:
-    """key: the run key, with a hash of the swept values that it does not hold; what a trial is known by."""
+    """A point with its run. key: its name in files: the run key and a hash of the swept values outside it."""
 
     key: str
     label: str
@@ -171,7 +159,7 @@ def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
         if names and place.name not in names:  # made under another experiment's name: the same numbers
             experiment = replace(point.experiment, name=min(names).removesuffix(f"-{run_key}"))
             place = replace(place, experiment=experiment)
-        other = point.other_values
+        other = point.values_outside_run_key
         key = f"{run_key}-{keys.hash_of(other)}" if other else run_key
         if key in trials:
             faults.append(f"'{point.label}' and '{trials[key].label}' are the same trial; leave one out")

@@ -55,14 +55,14 @@ class Recorder:
                 mirror.start()
                 mirror.stop(status)
 
-    def is_closed(self) -> bool:
+    def should_stop(self) -> bool:
         """Tell whether no further trial is to be started."""
         hours = self.sweep.budget.hours
         spent = hours is not None and time.monotonic() - self.began > 3600 * hours
         return spent or self.interrupted()
 
     def start_trial(self, key: str) -> None:
-        self.ledger.note(key, "running")
+        self.ledger.record_state(key, "running")
         self.mirrors[key] = self._mirror(key, "running")
         self.mirrors[key].start()
         say(f"{self.trials[key].label}: started")
@@ -71,7 +71,7 @@ class Recorder:
         """Note how a trial ended: its files say how, `error` only why."""
         trial, mirror = self.trials[key], self.mirrors.pop(key)
         state, reason = self._find_end(trial, error)
-        self.ledger.note(key, state, reason)
+        self.ledger.record_state(key, state, reason)
         mirror.tags |= {tracking.STATE: state, **({"sweep.reason": reason} if reason else {})}
         mirror.stop(STATUS.get(state, "KILLED"))
         self.publish()
@@ -118,7 +118,7 @@ class Recorder:
             tags |= {f"best.{key}": str(value) for key, value in best.swept.items()}
             scores = {f"best/{metric}": best.scores[metric]}
         rungs = {key: self.ledger.records[key].rungs for key in self.trials}
-        table, note = leaderboard.tabulate(board), leaderboard.to_markdown(board)
+        table, note = leaderboard.list_cells(board), leaderboard.format_markdown(board)
         self.parent.publish(table, note, tags, scores, rungs)
 
     def close(self, status: str) -> None:
@@ -129,11 +129,11 @@ class Recorder:
         rows = [row for row in self.leaderboard.rows if row.scores]
         sweep, report = self.sweep, self.folder / "report"
         if rows:
-            compare.write_comparison(rows, report, sweep.name, sweep.rank.by, sweep.note)
+            compare.write_comparison(rows, report, sweep.name, sweep.metric, sweep.note)
         self.parent.finish(status, report)
 
-    def count_ended(self) -> int:
-        return sum(self.ledger.has_ended(key) for key in self.trials)
+    def count_done(self) -> int:
+        return sum(self.ledger.is_done(key) for key in self.trials)
 
     def describe_progress(self) -> str:
         """Say of each trial that runs which stage it is in, told from its files; of training the step."""

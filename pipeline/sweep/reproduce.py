@@ -64,12 +64,12 @@ def plan_reproduction(
         if dry_run and not memory.exists():
             note = f"how many steps of {steps:,} fit into {text} is measured at the start"
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)
-        steps = recall_steps(memory, hours, rows, cluster)
+        steps = load_or_measure_steps(memory, hours, rows, cluster)
     sweep = replace(sweep, name=name, note=describe_scale(steps, rows[0]))
-    return Study(sweep, list_points(sweep, [*scale(steps, rows[0]), *shared]), cluster)
+    return Study(sweep, list_points(sweep, [*scale_keys(steps, rows[0]), *shared]), cluster)
 
 
-def recall_steps(memory: Path, hours: float, rows: list[Experiment], cluster: ClusterConfig) -> int:
+def load_or_measure_steps(memory: Path, hours: float, rows: list[Experiment], cluster: ClusterConfig) -> int:
     """Return the steps that an earlier command settled on, so that the same command again is the same study."""
     if not memory.exists():
         from pipeline.engine import execute as stages
@@ -103,7 +103,7 @@ def count_passes(experiment: Experiment) -> float:
     return train + samples + (experiment.evaluate.nll_images or TEST_IMAGES) * timesteps
 
 
-def scale(steps: int, full: Experiment) -> list[str]:
+def scale_keys(steps: int, full: Experiment) -> list[str]:
     """Return the overrides that make a row of the paper's length one of `steps`: every key that is scaled."""
     share = steps / full.train.steps
     if share >= 1:

@@ -34,7 +34,7 @@ def list_local_nodes() -> Nodes:
     return [(len(os.sched_getaffinity(0)), torch.cuda.device_count())]
 
 
-def count_places(nodes: Nodes, cpus: int, gpus: float) -> int:
+def count_fitting_workers(nodes: Nodes, cpus: int, gpus: float) -> int:
     """Return how many workers of that size the machines have room for."""
     return sum(min(there // cpus, int(own / gpus + 1e-9)) if gpus else there // cpus for there, own in nodes)
 
@@ -49,9 +49,9 @@ def share_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent:
     workers = cluster.workers or 1
     per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     wanted = min(trials, concurrent or trials)
-    at_once = max(1, min(wanted, count_places(nodes, 1, per_gpu) // workers))
+    at_once = max(1, min(wanted, count_fitting_workers(nodes, 1, per_gpu) // workers))
     per_cpu = cluster.cpus_per_worker or max(1, min(cpus // (at_once * workers), max(nodes)[0]))
-    slots = min(wanted, count_places(nodes, per_cpu, per_gpu) // workers)
+    slots = min(wanted, count_fitting_workers(nodes, per_cpu, per_gpu) // workers)
     if slots < 1:
         raise PipelineError(
             f"one trial asks for {workers} workers with {per_cpu} CPUs and {per_gpu:g} GPUs each, the cluster has "

@@ -28,10 +28,10 @@ from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.points import SweepPoint, locate_trials
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.resources import Nodes, Share, list_local_nodes, share_cluster
-from pipeline.sweep.work import Task, explain, run_trial
+from pipeline.sweep.work import Task, explain_error, run_trial
 
 if TYPE_CHECKING:
-    from pipeline.sweep.tuning import Halving
+    from pipeline.sweep.tuning import RungScheduler
 
 
 class Study:
@@ -46,13 +46,13 @@ class Study:
         self.ledger = Ledger(self.folder, sweep.early_stop, self.trials.values())
         self.interrupt = Interrupt(self.folder / STOP)
 
-    def _list_open(self) -> list[str]:
+    def _list_pending(self) -> list[str]:
         """Return the keys of the trials that are to do."""
-        return [key for key in self.trials if not self.ledger.has_ended(key)]
+        return [key for key in self.trials if not self.ledger.is_done(key)]
 
-    def preview(self) -> str:
+    def describe_plan(self) -> str:
         """List trials, resources and the time left; start nothing and write nothing."""
-        todo = len(self._list_open())
+        todo = len(self._list_pending())
         slots, resources = 1, "this process, one trial after the other"
         if self.cluster.workers != 0 and self.cluster.ray_address is None:
             share = self._share(list_local_nodes())
@@ -74,7 +74,7 @@ class Study:
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
 
     def _share(self, nodes: Nodes) -> Share:
-        return share_cluster(self.cluster, nodes, max(1, len(self._list_open())), self.sweep.concurrent)
+        return share_cluster(self.cluster, nodes, max(1, len(self._list_pending())), self.sweep.concurrent)
 
     def run(self) -> Leaderboard:
         """Bring every trial up to date and rank them. A trial that fails raises nothing. Raises Interrupted,
@@ -88,7 +88,7 @@ class Study:
             self.recorder = Recorder(
                 self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested
             )
-            todo, total = self._list_open(), len(self.trials)
+            todo, total = self._list_pending(), len(self.trials)
             say(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
             if self.sweep.note:
                 say(self.sweep.note)
@@ -117,9 +117,9 @@ class Study:
                 judge = self._find_judge()
                 with (
                     show_progress(
-                        self.sweep.name, len(self.trials), "trials", recorder.count_ended()
+                        self.sweep.name, len(self.trials), "trials", recorder.count_done()
                     ) as shown,
-                    poll_during(lambda: shown.update(recorder.count_ended(), recorder.describe_progress())),
+                    poll_during(lambda: shown.update(recorder.count_done(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, InProcess):
                         self._run_in_process(tasks, executor, judge)
@@ -154,31 +154,33 @@ class Study:
                 able.append(key)
             except PipelineError as error:
                 self.recorder.start_trial(key)
-                self.recorder.end_trial(key, explain(error))
+                self.recorder.end_trial(key, explain_error(error))
             if self.interrupt.requested():
                 raise Interrupted
         return able
 
-    def _find_judge(self) -> Halving | None:
+    def _find_judge(self) -> RungScheduler | None:
         """Return who stops trials early; None where nobody does."""
         if not self.sweep.early_stop.first:
             return None
-        from pipeline.sweep.tuning import Halving
+        from pipeline.sweep.tuning import RungScheduler
 
-        return Halving(self.sweep.early_stop, self.trials, self.ledger)
+        return RungScheduler(self.sweep.early_stop, self.trials, self.ledger)
 
-    def _run_in_process(self, tasks: dict[str, Task], executor: InProcess, judge: Halving | None) -> None:
+    def _run_in_process(
+        self, tasks: dict[str, Task], executor: InProcess, judge: RungScheduler | None
+    ) -> None:
         """Do without Ray the same work, with the same judge."""
         for key, task in tasks.items():
-            if self.recorder.is_closed():
+            if self.recorder.should_stop():
                 return
             self.recorder.start_trial(key)
-            goes_on = partial(judge.judge, key) if judge else lambda step, bound: True
-            self.recorder.end_trial(key, run_trial(task, executor, goes_on))
+            should_continue = partial(judge.judge, key) if judge else lambda step, bound: True
+            self.recorder.end_trial(key, run_trial(task, executor, should_continue))
 
     # What the command ends with
 
-    def describe_rest(self) -> str:
+    def describe_unfinished(self) -> str:
         """Say what the budget did not allow; nothing where it sufficed."""
         states = [self.ledger.records[key].state for key in self.trials]
         left, hours = states.count("new") + states.count("interrupted"), self.sweep.budget.hours
@@ -186,9 +188,9 @@ class Study:
             return ""
         return f"budget.hours={hours:g} is spent, {left} trials are left; the same command goes on"
 
-    def list_places(self) -> list[tuple[str, str]]:
+    def list_links(self) -> list[tuple[str, str]]:
         """Return (what, where) of everything that a person may want to look at."""
-        by, report = self.sweep.rank.by, self.folder / "report" / REPORT_HTML
+        by, report = self.sweep.metric, self.folder / "report" / REPORT_HTML
         metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
         links = self.recorder.parent.links(metric, by.larger_is_better)
         places = [("leaderboard", str(self.folder / "leaderboard.md")), *links]

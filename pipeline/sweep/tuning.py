@@ -28,7 +28,7 @@ from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.points import Trial
 from pipeline.sweep.recorder import Recorder
 from pipeline.sweep.resources import Share
-from pipeline.sweep.work import Task, explain, run_trial
+from pipeline.sweep.work import Task, explain_error, run_trial
 
 BOUND, STEP = "nll_bpd", "step"
 QUIET = {
@@ -39,7 +39,7 @@ QUIET = {
 }
 
 
-class Halving(ASHAScheduler):
+class RungScheduler(ASHAScheduler):
     """ASHA over the bounds that trials report at their rungs, which the ledger keeps.
 
     It begins with the rungs of trials that have ended before, so a resumed study judges as an uninterrupted one
@@ -53,7 +53,7 @@ class Halving(ASHAScheduler):
             reduction_factor=stop.factor, stop_last_trials=False,
         )  # fmt: skip
         self.ledger = ledger
-        for key in filter(ledger.has_ended, trials):
+        for key in filter(ledger.is_done, trials):
             for step, bound, _ in ledger.records[key].rungs:
                 self.judge(key, step, bound)
 
@@ -68,29 +68,29 @@ class Halving(ASHAScheduler):
 
     def on_trial_result(self, tune_controller, trial, result):
         action, key = super().on_trial_result(tune_controller, trial, result), trial.config["trial"]
-        if BOUND in result and not self.ledger.has_ended(key):
-            self.ledger.note_rung(key, result[STEP], result[BOUND])
+        if BOUND in result and not self.ledger.is_done(key):
+            self.ledger.record_rung(key, result[STEP], result[BOUND])
             if action == TrialScheduler.STOP:  # nothing else would say why it ended
-                self.ledger.note(key, "stopped", f"stopped early at {result[STEP]} steps")
+                self.ledger.record_state(key, "stopped", f"stopped early at {result[STEP]} steps")
         return action
 
 
-class _Unsaved:
+class _Unpickled:
     """Tune pickles what it could be restored from; a study is resumed from its files instead."""
 
     def __getstate__(self):
         return {}
 
 
-class _Queue(_Unsaved, Searcher):
+class _TrialQueue(_Unpickled, Searcher):
     """Gives out the trials one by one, until no further one is to be started."""
 
-    def __init__(self, keys: list[str], is_closed: Callable[[], bool]):
+    def __init__(self, keys: list[str], should_stop: Callable[[], bool]):
         super().__init__()
-        self.keys, self.is_closed = list(reversed(keys)), is_closed
+        self.keys, self.should_stop = list(reversed(keys)), should_stop
 
     def suggest(self, trial_id):
-        return {"trial": self.keys.pop()} if self.keys and not self.is_closed() else Searcher.FINISHED
+        return {"trial": self.keys.pop()} if self.keys and not self.should_stop() else Searcher.FINISHED
 
     def _ignore(self, *arguments, **options):
         """Do nothing: the run directories remember."""
@@ -98,7 +98,7 @@ class _Queue(_Unsaved, Searcher):
     on_trial_complete = save = restore = _ignore
 
 
-class _Observer(_Unsaved, TrialProgressCallback):
+class _TrialObserver(_Unpickled, TrialProgressCallback):
     """Passes on to the recorder what Tune notices, and stands where Tune's own printer would. A trial that fails
     says why in its last result."""
 
@@ -124,7 +124,7 @@ class _Observer(_Unsaved, TrialProgressCallback):
 
 
 def run_tasks(
-    tasks: dict[str, Task], share: Share, recorder: Recorder, scheduler: Halving | None, folder: Path
+    tasks: dict[str, Task], share: Share, recorder: Recorder, scheduler: RungScheduler | None, folder: Path
 ) -> None:
     """Run them all, so many at once, in the Ray session of this process; return when all have ended."""
     os.environ.update(QUIET)
@@ -137,7 +137,7 @@ def run_tasks(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_Queue(list(tasks), recorder.is_closed),
+            search_alg=_TrialQueue(list(tasks), recorder.should_stop),
             scheduler=scheduler,
             num_samples=len(tasks),
             max_concurrent_trials=share.slots,
@@ -147,13 +147,13 @@ def run_tasks(
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_Observer(recorder, tasks)],
+            callbacks=[_TrialObserver(recorder, tasks)],
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )
     error = run_off_main_thread(tuner.fit, "ray-tune")
     if error is not None:
-        raise PipelineError(f"Ray Tune gave up: {explain(error)}; the same command goes on") from error
+        raise PipelineError(f"Ray Tune gave up: {explain_error(error)}; the same command goes on") from error
 
 
 def _run_task(given: dict[str, str], tasks: dict[str, Task], resources: Resources) -> dict[str, str] | None:

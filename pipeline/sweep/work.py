@@ -32,33 +32,33 @@ class Task:
         return self.stop_file.exists()
 
 
-def run_trial(task: Task, executor: Executor, goes_on: Callable[[int, float], bool]) -> str | None:
+def run_trial(task: Task, executor: Executor, should_continue: Callable[[int, float], bool]) -> str | None:
     """Bring the trial's run up to date, and say why it failed where it did: the other trials do not suffer from it.
-    `goes_on(step, bound)` decides at each rung whether it is worth it."""
+    `should_continue(step, bound)` decides at each rung whether it is worth it."""
     try:
-        with poll_during(partial(_pass_on, task)):
-            _run_rungs(task, executor, goes_on)
+        with poll_during(partial(_forward_stop, task)):
+            _run_rungs(task, executor, should_continue)
     except Interrupted:
         pass  # what is on disk says how far it came
     except Exception as error:
-        return explain(error)
+        return explain_error(error)
     return None
 
 
-def explain(error: BaseException) -> str:
+def explain_error(error: BaseException) -> str:
     """Return the reason in a user's words: the cause, without the layers that carried it."""
     while (cause := getattr(error, "cause", None)) is not None:
         error = cause
     return " ".join(str(error).split()) if isinstance(error, PipelineError) else shorten_error(error)
 
 
-def _pass_on(task: Task) -> None:
+def _forward_stop(task: Task) -> None:
     """Tell the training workers to stop, who look at their run directory."""
     if task.interrupted() and task.place.path.exists():
         task.place.stop_file.touch()
 
 
-def _run_rungs(task: Task, executor: Executor, goes_on: Callable[[int, float], bool]) -> None:
+def _run_rungs(task: Task, executor: Executor, should_continue: Callable[[int, float], bool]) -> None:
     place = task.place
 
     def bring(experiment: Experiment, last: str) -> None:
@@ -68,16 +68,16 @@ def _run_rungs(task: Task, executor: Executor, goes_on: Callable[[int, float], b
             executor, task.interrupted, task.cluster, place.of(experiment), last, asked=place.experiment
         )
 
-    for steps in task.early_stop.rungs(place.experiment.train.steps):
-        experiment = shorten(place.experiment, steps, task.early_stop.nll_images)
+    for steps in task.early_stop.list_rungs(place.experiment.train.steps):
+        experiment = shorten_experiment(place.experiment, steps, task.early_stop.nll_images)
         bring(experiment, "evaluate")
         metrics = read_json(place.of(experiment).metrics_json)
-        if not goes_on(steps, metrics["scores"]["nll_bpd"]):
+        if not should_continue(steps, metrics["scores"]["nll_bpd"]):
             return
     bring(place.experiment, "report")
 
 
-def shorten(experiment: Experiment, steps: int, nll_images: int) -> Experiment:
+def shorten_experiment(experiment: Experiment, steps: int, nll_images: int) -> Experiment:
     """Return the same run as far as a rung, and of its scores the bound alone.
 
     The run key does not hold the steps: a rung is a shorter look at the same run, which the next one extends.

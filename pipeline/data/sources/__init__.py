@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.cifar10 import Undownloaded, open_cifar10
+from pipeline.data.sources.cifar10 import RemoteCifar10, open_cifar10
 from pipeline.data.sources.digits import Digits
 from pipeline.data.sources.folder import Folder
 from pipeline.data.sources.lmdb import Lmdb
 from pipeline.data.sources.npy import Npy
 from pipeline.data.sources.parquet import Parquet
-from pipeline.data.sources.raw_image import Undecodable, to_record
+from pipeline.data.sources.raw_image import DecodeError, make_record
 from pipeline.data.sources.source import ImageSource, split_images, stamp_files
 from pipeline.errors import PipelineError
 from pipeline.store.files import read_json, write_json
@@ -34,7 +34,7 @@ SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
 }
 
 
-def refuse(name: str, reason: str) -> None:
+def refuse_image(name: str, reason: str) -> None:
     """Raise PipelineError: what becomes of an image that does not decode, unless the caller says otherwise."""
     raise PipelineError(f"{name} does not decode ({reason}); repair it, or raise data.max_undecodable")
 
@@ -55,7 +55,7 @@ class SourceReader:
         return {split: len(indices) for split, (_, indices) in self._indices.items()}
 
     def read(
-        self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = refuse
+        self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = refuse_image
     ) -> Iterator[Record]:
         """Yield images [start, stop) of a split, each under a key made of its split and index.
 
@@ -66,8 +66,8 @@ class SourceReader:
         part, indices = self._indices[split]
         for index, raw in enumerate(self.source.read(part, indices[start:stop]), start):
             try:
-                yield to_record(f"{split}-{index:08d}", raw, self.data)
-            except Undecodable as error:
+                yield make_record(f"{split}-{index:08d}", raw, self.data)
+            except DecodeError as error:
                 undecodable(raw.name, str(error))
 
 
@@ -77,17 +77,17 @@ def open_source(data: DataConfig) -> SourceReader:
     return SourceReader(data)
 
 
-def locate(data: DataConfig, downloads: Path) -> DataConfig:
+def fetch_images(data: DataConfig, downloads: Path) -> DataConfig:
     """Return `data` with an absolute path, fetched into `downloads` if need be: what a worker elsewhere can open."""
     if data.path is not None:
         return dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
     source = SOURCES[data.source](data)
-    if isinstance(source, Undownloaded):
+    if isinstance(source, RemoteCifar10):
         return dataclasses.replace(data, path=str(source.download(downloads)))
     return data
 
 
-def fingerprint(data: DataConfig, cache: Path | None) -> str:
+def compute_fingerprint(data: DataConfig, cache: Path | None) -> str:
     """Return the sha256 of the content of the images' files and their names below data.path, wherever that lies.
 
     A file's content is read once: `cache` (a JSON file) remembers the result as long as paths, sizes and

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.data.sources.parquet import Parquet
 from pipeline.data.sources.raw_image import RawImage
-from pipeline.data.sources.source import Arrays, ImageSource
+from pipeline.data.sources.source import ArraySource, ImageSource
 from pipeline.errors import PipelineError
 from pipeline.store.files import atomic_file
 
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 def open_cifar10(data: DataConfig) -> ImageSource:
     if data.path is None:
-        return Undownloaded()
+        return RemoteCifar10()
     root = Path(data.path)
     if not root.exists():
         raise PipelineError(f"{root} does not exist; set data.path to CIFAR-10, or to null to download it")
@@ -65,7 +65,7 @@ def _hash_batches(md5: dict[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
 
 
-class Undownloaded(ImageSource):
+class RemoteCifar10(ImageSource):
     """The official archive before it is here. What it holds is known by its md5, so it has a fingerprint."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-class Batches(Arrays):
+class Batches(ArraySource):
     """The official python batches, from the archive or unpacked. Held in memory once read (184 MB)."""
 
     def __init__(self, root: Path):
@@ -147,7 +147,7 @@ def _unpack(archive: Path) -> Iterator[tuple[str, bytes]]:
                 yield name, content.read()
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _ArrayUnpickler(pickle.Unpickler):
     """Admits NumPy arrays, byte strings and plain containers; anything else is refused by name."""
 
     def find_class(self, module: str, name: str) -> object:
@@ -160,7 +160,7 @@ class _ArraysOnly(pickle.Unpickler):
 def _parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 (n,32,32,3) and int64 (n,) of one batch, whose rows hold the red, green and blue planes."""
     try:
-        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+        batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         images, labels = batch[b"data"], np.array(batch[b"labels"], dtype=np.int64)
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise ValueError(f"{images.dtype} {images.shape} for {len(labels)} labels")

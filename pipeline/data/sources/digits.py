@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.source import Arrays, shuffle
+from pipeline.data.sources.source import ArraySource, shuffle
 from pipeline.errors import PipelineError
 from pipeline.store.files import sha256_of
 
@@ -17,7 +17,7 @@ TEST_PER_CLASS = 36
 LEVELS = 16
 
 
-class Digits(Arrays):
+class Digits(ArraySource):
     """Grey level v = 0..16 becomes round(v * 255 / 16). The first 36 of each class in a fixed shuffle are the
     test part (360), the others the train part (1,437); both keep the order of the set."""
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.raw_image import RawImage, readable
-from pipeline.data.sources.source import ImageSource, name_unreadable
+from pipeline.data.sources.raw_image import RawImage, list_formats
+from pipeline.data.sources.source import ImageSource, explain_read_errors
 from pipeline.errors import PipelineError
 
 
@@ -41,19 +41,19 @@ class Folder(ImageSource):
 
     def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         for file in (self._parts[part][i] for i in indices):
-            with name_unreadable():
+            with explain_read_errors():
                 content = file.read_bytes()
             yield RawImage(str(file), content, self._label(part, file) if self._labelled else None)
 
     def _label(self, part: str, file: Path) -> int:
-        name = _class_of(file, self._folders[part])
+        name = _find_class(file, self._folders[part])
         if name not in self._classes:
             raise PipelineError(f"{file} has the class '{name}', which train/ lacks; move or remove it")
         return self._classes[name]
 
     @cached_property
     def _classes(self) -> dict[str, int]:
-        names = {_class_of(file, self._folders["train"]) for file in self._parts["train"]}
+        names = {_find_class(file, self._folders["train"]) for file in self._parts["train"]}
         return {name: number for number, name in enumerate(sorted(names))}
 
 
@@ -63,10 +63,10 @@ def _find_images(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         found += [Path(place, name) for name in names if name[0] != "."]
-    return sorted(file for file in found if file.suffix.lower() in readable())
+    return sorted(file for file in found if file.suffix.lower() in list_formats())
 
 
-def _class_of(file: Path, folder: Path) -> str:
+def _find_class(file: Path, folder: Path) -> str:
     parts = file.relative_to(folder).parts
     if len(parts) == 1:
         raise PipelineError(f"{file} lies in no class folder; move it into one, or set data.labels=0")

@@ -16,12 +16,12 @@ from zipfile import BadZipFile
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.source import Arrays
+from pipeline.data.sources.source import ArraySource
 from pipeline.errors import PipelineError
 
 
-class Npy(Arrays):
-    """Arrays, read in place. Without `test_images.npy`, data.test_images are held out by a fixed shuffle."""
+class Npy(ArraySource):
+    """ArraySource, read in place. Without `test_images.npy`, data.test_images are held out by a fixed shuffle."""
 
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it

@@ -49,7 +49,7 @@ class Parquet(ImageSource):
         for file in self._parts[part]:
             opened = _open(file)
             count = opened.metadata.num_rows
-            yield from self._read_rows(file, opened, _within(indices, first, count))
+            yield from self._read_rows(file, opened, _select_rows(indices, first, count))
             first += count
 
     def _read_rows(self, file: Path, opened: parquet.ParquetFile, rows: np.ndarray) -> Iterator[RawImage]:
@@ -62,9 +62,9 @@ class Parquet(ImageSource):
         first = 0
         for group in range(opened.num_row_groups):
             count = opened.metadata.row_group(group).num_rows
-            here = _within(rows, first, count)
+            here = _select_rows(rows, first, count)
             if len(here):
-                with _name_file(file):
+                with _explain_arrow_errors(file):
                     table = opened.read_row_group(group, columns=columns, use_threads=False)
                     values = table.take(here).to_pylist()
                 for row, value in zip(here + first, values, strict=True):
@@ -86,7 +86,7 @@ def _find_parts(root: Path) -> dict[str, list[Path]]:
     return {part: of_part for part, of_part in parts.items() if of_part}
 
 
-def _within(rows: np.ndarray, first: int, count: int) -> np.ndarray:
+def _select_rows(rows: np.ndarray, first: int, count: int) -> np.ndarray:
     """Return those of the rows that lie in [first, first + count), counted from `first`."""
     return rows[(rows >= first) & (rows < first + count)] - first
 
@@ -107,12 +107,12 @@ def _find_images(schema: pyarrow.Schema, file: Path) -> str:
 def _open(file: Path) -> parquet.ParquetFile:
     from pyarrow import parquet
 
-    with _name_file(file):
+    with _explain_arrow_errors(file):
         return parquet.ParquetFile(file)
 
 
 @contextmanager
-def _name_file(file: Path) -> Iterator[None]:
+def _explain_arrow_errors(file: Path) -> Iterator[None]:
     """Say which file an error of Arrow is about."""
     import pyarrow
 

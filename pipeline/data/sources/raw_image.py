@@ -22,19 +22,19 @@ class RawImage(NamedTuple):
     label: int | None
 
 
-class Undecodable(Exception):
+class DecodeError(Exception):
     """The bytes are no whole image."""
 
 
 @cache
-def readable() -> dict[str, str]:
+def list_formats() -> dict[str, str]:
     """Map the extensions of all that Pillow reads by itself to formats (PostScript would start Ghostscript)."""
     extensions = Image.registered_extensions()
     return {extension: name for extension, name in extensions.items() if name in Image.OPEN and name != "EPS"}
 
 
-def to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
-    """Make of the image what `data` wants. Raises Undecodable, or PipelineError where it does not fit `data`."""
+def make_record(key: str, raw: RawImage, data: DataConfig) -> Record:
+    """Make of the image what `data` wants. Raises DecodeError, or PipelineError where it does not fit `data`."""
     return Record(key, _to_png(raw, data), _check_label(raw, data.labels) if data.labels else None)
 
 
@@ -80,7 +80,7 @@ def _to_png(raw: RawImage, data: DataConfig) -> bytes:
 
 
 def _decode(encoded: bytes) -> Image.Image:
-    formats = tuple(dict.fromkeys(("PNG", "JPEG", *readable().values())))  # tried in this order
+    formats = tuple(dict.fromkeys(("PNG", "JPEG", *list_formats().values())))  # tried in this order
     try:
         image = Image.open(io.BytesIO(encoded), formats=formats)
         if image.format == "PNG":  # decoding does not compare the checksums of PNG's chunks, verify() does
@@ -89,7 +89,7 @@ def _decode(encoded: bytes) -> Image.Image:
         image.load()
     except Exception as error:  # Pillow's plugins raise nearly anything on broken input
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise Undecodable(reason or type(error).__name__) from error
+        raise DecodeError(reason or type(error).__name__) from error
     return image
 
 
@@ -97,5 +97,5 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise Undecodable(f"mode {image.mode} has no defined range of grey; save it with 8 bits")
+        raise DecodeError(f"mode {image.mode} has no defined range of grey; save it with 8 bits")
     return image.convert(mode)

@@ -30,7 +30,7 @@ class ImageSource(Protocol):
 
     def digest(self) -> str:
         """Return the sha256 of the files' content and their names below `root`, wherever that lies."""
-        with name_unreadable():
+        with explain_read_errors():
             lines = [f"{file.relative_to(self.root).as_posix()} {sha256_of(file)}" for file in self.files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -43,7 +43,7 @@ class ImageSource(Protocol):
         ...
 
 
-class Arrays(ImageSource, Protocol):
+class ArraySource(ImageSource, Protocol):
     """A source whose parts are arrays: images, uint8 (N,H,W,C), and labels, integers (N,), or None."""
 
     @property
@@ -91,13 +91,13 @@ def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, 
 
 def stamp_files(files: list[Path]) -> str:
     """Return the sha256 over paths, sizes and modification times: it tells cheaply that nothing has changed."""
-    with name_unreadable():
+    with explain_read_errors():
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 @contextmanager
-def name_unreadable() -> Iterator[None]:
+def explain_read_errors() -> Iterator[None]:
     """Say which file cannot be read, and what to do."""
     try:
         yield

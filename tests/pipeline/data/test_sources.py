@@ -87,11 +87,11 @@ def test_digits_are_scikit_learns_split_evenly():
 def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
     data = config("digits", channels=1, labels=10)
     cache = tmp_path / "fingerprints.json"
-    first = sources.fingerprint(data, cache)
+    first = sources.compute_fingerprint(data, cache)
     script = (
         "import sys; from pathlib import Path\n"
         "from pipeline.data import sources; from pipeline.config import DataConfig\n"
-        f"print(sources.fingerprint({data!r}, Path({str(cache)!r})))\n"
+        f"print(sources.compute_fingerprint({data!r}, Path({str(cache)!r})))\n"
         "assert not {'sklearn', 'pyarrow', 'webdataset'} & set(sys.modules)"
     )
     again = subprocess.run(
@@ -163,7 +163,7 @@ def test_truncated_parquet_is_named(parquet_set):
     file = parquet_set / "plain_text" / "train-00001-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(PipelineError, match=r"train-00001-of-00002\.parquet is no readable parquet"):
-        sources.fingerprint(config("cifar10", parquet_set, labels=10), None)
+        sources.compute_fingerprint(config("cifar10", parquet_set, labels=10), None)
 
 
 def test_parquet_without_the_columns_is_named(tmp_path):
@@ -179,9 +179,9 @@ def test_parquet_without_the_columns_is_named(tmp_path):
 
 def test_an_empty_place_is_named(tmp_path):
     with pytest.raises(PipelineError, match=r"holds no train-\*\.parquet"):
-        sources.fingerprint(config("cifar10", tmp_path), None)
+        sources.compute_fingerprint(config("cifar10", tmp_path), None)
     with pytest.raises(PipelineError, match="nowhere does not exist"):
-        sources.fingerprint(config("cifar10", tmp_path / "nowhere"), None)
+        sources.compute_fingerprint(config("cifar10", tmp_path / "nowhere"), None)
 
 
 # Any set in parquet files
@@ -278,10 +278,10 @@ def test_lsun_splits_are_its_databases(lsun):
     source = sources.SourceReader(forms[0])
     parts = [record for a in range(0, 20, 7) for record in source.read("train", a, min(a + 7, 20))]
     assert parts == read(forms[0])
-    first, second = (sources.fingerprint(data, None) for data in forms)
+    first, second = (sources.compute_fingerprint(data, None) for data in forms)
     assert first == second
     (lsun / "church_outdoor_val_lmdb" / "data.mdb").unlink()
-    assert sources.fingerprint(forms[0], None) != first
+    assert sources.compute_fingerprint(forms[0], None) != first
 
 
 def test_one_lmdb_has_test_images_held_out(tmp_path):
@@ -306,9 +306,9 @@ def test_lmdb_places_without_one_database_are_named(lsun):
     with pytest.raises(
         PipelineError, match=r"cat_train_lmdb, church_outdoor_train_lmdb\); set data\.path to one"
     ):
-        sources.fingerprint(config("lmdb", lsun), None)
+        sources.compute_fingerprint(config("lmdb", lsun), None)
     with pytest.raises(PipelineError, match=r"nowhere has no data\.mdb"):
-        sources.fingerprint(config("lmdb", lsun / "nowhere"), None)
+        sources.compute_fingerprint(config("lmdb", lsun / "nowhere"), None)
 
 
 @pytest.mark.parametrize("keep, reason", [(50, "is no readable LMDB"), (12_000, "is cut short")])
@@ -316,13 +316,13 @@ def test_a_broken_lmdb_is_named_and_never_mapped(tmp_path, keep, reason):
     file = write_lmdb(tmp_path / "cat", [bytes(9000), bytes(9000)]) / "data.mdb"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(PipelineError, match=rf"data\.mdb {reason} .*fetch it again"):
-        sources.fingerprint(config("lmdb", file.parent), None)
+        sources.compute_fingerprint(config("lmdb", file.parent), None)
 
 
 def test_without_the_package_lmdb_the_remedy_is_named(lsun, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(PipelineError, match=r"data\.source=lmdb needs the package lmdb: pip install lmdb"):
-        sources.fingerprint(config("lmdb", lsun), None)
+        sources.compute_fingerprint(config("lmdb", lsun), None)
 
 
 # CIFAR-10, official batches
@@ -375,7 +375,7 @@ def test_official_archive_equals_its_unpacked_folder(batches, tmp_path):
     archive = pack(batches, tmp_path / "elsewhere.tar.gz")
     forms = [config("cifar10", path, image_size=32, labels=10) for path in (archive, batches, batches.parent)]
     assert read(forms[0]) == read(forms[1]) == read(forms[2])
-    assert len({sources.fingerprint(data, None) for data in forms}) == 1
+    assert len({sources.compute_fingerprint(data, None) for data in forms}) == 1
 
 
 def test_the_genuine_archive_is_known_before_it_is_here():
@@ -383,7 +383,7 @@ def test_the_genuine_archive_is_known_before_it_is_here():
 
     assert dict(Reference.train_list + Reference.test_list) == cifar10.BATCHES
     assert Reference.url == cifar10.ADDRESS and Reference.tgz_md5 == cifar10.ARCHIVE_MD5
-    assert len(sources.fingerprint(config("cifar10", None, image_size=32, labels=10), None)) == 64
+    assert len(sources.compute_fingerprint(config("cifar10", None, image_size=32, labels=10), None)) == 64
 
 
 class Harmful:
@@ -413,14 +413,14 @@ def test_broken_official_batches_are_named(batches, tmp_path):
     archive = pack(batches, tmp_path / "a.tar.gz")
     archive.write_bytes(archive.read_bytes()[:5000])
     with pytest.raises(PipelineError, match=r"a\.tar\.gz cannot be read"):
-        sources.fingerprint(config("cifar10", archive), None)
+        sources.compute_fingerprint(config("cifar10", archive), None)
     whole = (batches / "data_batch_2").read_bytes()
     (batches / "data_batch_2").write_bytes(whole[:1000])
     with pytest.raises(PipelineError, match="data_batch_2 is no CIFAR-10 batch"):
         read(config("cifar10", batches, image_size=32))
     (batches / "data_batch_2").unlink()
     with pytest.raises(PipelineError, match="lacks data_batch_2"):
-        sources.fingerprint(config("cifar10", batches), None)
+        sources.compute_fingerprint(config("cifar10", batches), None)
 
 
 def test_download_checks_the_md5_and_keeps_nothing_wrong(batches, tmp_path, monkeypatch):
@@ -428,13 +428,13 @@ def test_download_checks_the_md5_and_keeps_nothing_wrong(batches, tmp_path, monk
     monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
     downloads = tmp_path / "downloads"
     with pytest.raises(PipelineError, match="came with md5"):
-        sources.locate(config("cifar10"), downloads)
+        sources.fetch_images(config("cifar10"), downloads)
     assert not list(downloads.iterdir())
     monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
-    located = sources.locate(config("cifar10", image_size=32, labels=10), downloads)
+    located = sources.fetch_images(config("cifar10", image_size=32, labels=10), downloads)
     assert len(read(located)) == 20
     monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/not-fetched-twice")
-    assert sources.locate(config("cifar10"), downloads).path == located.path
+    assert sources.fetch_images(config("cifar10"), downloads).path == located.path
 
 
 def test_a_broken_download_is_fetched_again(batches, tmp_path, monkeypatch):
@@ -444,13 +444,13 @@ def test_a_broken_download_is_fetched_again(batches, tmp_path, monkeypatch):
     downloads = tmp_path / "downloads"
     downloads.mkdir()
     (downloads / served.name).write_bytes(b"half")
-    assert Path(sources.locate(config("cifar10"), downloads).path).read_bytes() == served.read_bytes()
+    assert Path(sources.fetch_images(config("cifar10"), downloads).path).read_bytes() == served.read_bytes()
 
 
 def test_without_a_network_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(PipelineError, match=r"cannot be downloaded .*set data\.path"):
-        sources.locate(config("cifar10"), tmp_path)
+        sources.fetch_images(config("cifar10"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -612,15 +612,15 @@ def test_labels_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(PipelineError, match="has no images in its train split"):
-        sources.fingerprint(config("folder", tmp_path), None)
+        sources.compute_fingerprint(config("folder", tmp_path), None)
     with pytest.raises(PipelineError, match="is no folder"):
-        sources.fingerprint(config("folder", tmp_path / "nowhere"), None)
+        sources.compute_fingerprint(config("folder", tmp_path / "nowhere"), None)
     (tmp_path / "a.png").symlink_to("nowhere.png")
     with pytest.raises(PipelineError, match=r"a\.png cannot be read \(No such file"):
-        sources.fingerprint(config("folder", tmp_path), None)
+        sources.compute_fingerprint(config("folder", tmp_path), None)
 
 
-# Arrays
+# ArraySource
 
 
 def npy_folder(root: Path, **arrays) -> Path:
@@ -696,7 +696,7 @@ def test_truncated_npy_is_named(tmp_path):
     file = npy_folder(tmp_path, images=noise(5, 8, 8, 3)) / "images.npy"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(PipelineError, match=r"images\.npy is no readable array"):
-        sources.fingerprint(config("npy", tmp_path), None)
+        sources.compute_fingerprint(config("npy", tmp_path), None)
 
 
 # Fingerprints
@@ -714,41 +714,41 @@ def made(tmp_path):
 @pytest.mark.parametrize("source", ["folder", "npy", "lmdb"])
 def test_fingerprints_follow_content_not_place(made, tmp_path, source):
     data = config(source, made[source])
-    before = sources.fingerprint(data, None)
+    before = sources.compute_fingerprint(data, None)
     moved = tmp_path / "moved"
     shutil.copytree(made[source], moved)
-    assert sources.fingerprint(config(source, moved), None) == before
+    assert sources.compute_fingerprint(config(source, moved), None) == before
     for file in list(moved.rglob("*.*"))[:1]:
         file.write_bytes(file.read_bytes() + b"\0")
-    assert sources.fingerprint(config(source, moved), None) != before
+    assert sources.compute_fingerprint(config(source, moved), None) != before
 
 
 def test_a_renamed_class_changes_the_fingerprint(made):
-    before = sources.fingerprint(config("folder", made["folder"]), None)
+    before = sources.compute_fingerprint(config("folder", made["folder"]), None)
     (made["folder"] / "ant").rename(made["folder"] / "dog")
-    assert sources.fingerprint(config("folder", made["folder"]), None) != before
+    assert sources.compute_fingerprint(config("folder", made["folder"]), None) != before
 
 
 def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monkeypatch):
     cache, data = tmp_path / "fingerprints.json", config("folder", made["folder"])
-    first = sources.fingerprint(data, cache)
+    first = sources.compute_fingerprint(data, cache)
     with monkeypatch.context() as patch:
         patch.setattr(source_module, "sha256_of", lambda path: pytest.fail(f"{path} was read again"))
-        assert sources.fingerprint(data, cache) == first
+        assert sources.compute_fingerprint(data, cache) == first
     file = made["folder"] / "ant" / "0.png"
     save(file, noise(8, 8, 3))
-    changed = sources.fingerprint(data, cache)
+    changed = sources.compute_fingerprint(data, cache)
     assert changed != first
     os.utime(file, ns=(1, 1))  # touched, not changed
-    assert sources.fingerprint(data, cache) == changed
+    assert sources.compute_fingerprint(data, cache) == changed
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    assert file.stat().st_size == size and sources.fingerprint(data, cache) != changed
+    assert file.stat().st_size == size and sources.compute_fingerprint(data, cache) != changed
 
 
 def test_relative_paths_become_absolute(made, monkeypatch):
     monkeypatch.chdir(made["npy"])
-    assert sources.locate(config("npy", "."), Path("downloads")).path == str(made["npy"])
+    assert sources.fetch_images(config("npy", "."), Path("downloads")).path == str(made["npy"])
 
 
 def test_png_ihdr_is_what_is_passed_through(tmp_path):

@@ -73,7 +73,7 @@ def test_digits_end_to_end(run):
     assert shard.STAGE.is_done(run.of(experiment(DIGITS)))
     index = tars.open_index(run.data)
     assert (index.count("train"), index.count("test")) == (1437, 360)
-    assert index.facts["fingerprint"] == sources.fingerprint(DIGITS, None)
+    assert index.facts["fingerprint"] == sources.compute_fingerprint(DIGITS, None)
     assert {key: index.facts[key] for key in ("image_size", "channels", "labels", "source", "skipped")} == {
         "image_size": 8,
         "channels": 1,

@@ -121,7 +121,7 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
 def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
     text = "experiment: digits\nspace:\n  sample.eta: [0.0, 1.0]\n  model.dropout: [0.1]\nrank: {metric: nll_bpd}\n"
     one, two = list_points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
-    assert one.other_values == {"sample.eta": 0.0} and two.other_values == {"sample.eta": 1.0}
+    assert one.values_outside_run_key == {"sample.eta": 0.0} and two.values_outside_run_key == {"sample.eta": 1.0}
     assert keys.run_key(one.experiment, "data") == keys.run_key(two.experiment, "data")
 
 
@@ -137,7 +137,6 @@ def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
         ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "each value may stand there once"),
         (GRID + "overrides: {model.dropout: 0.3}\n", "space.model.dropout is overridden too"),
         (GRID + "draw: {method: grid, points: 4}\n", "draw.points is for random and sobol"),
-        (GRID + "draw: {method: one_at_a_time, points: 4}\n", "one_at_a_time has as many as it has"),
         (GRID + "draw: {method: sobol}\n", "draw.points is null"),
         (GRID.replace("nll_bpd", "ndl_bpd"), "did you mean 'nll_bpd'?"),
         (GRID.replace("nll_bpd", "fid"), "rank.metric=fid is reported by no trial: evaluate.metrics is [nll]"),
@@ -291,13 +290,13 @@ def test_a_budget_that_is_neither_is_refused(text, tmp_path, capsys):
 
 def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
     full = config.load_experiment("cifar10", [])
-    short = config.load_experiment("cifar10", reproduce.scale(8000, full))
+    short = config.load_experiment("cifar10", reproduce.scale_keys(8000, full))
     assert (short.train.steps, short.sample.num_images, short.evaluate.nll_images) == (8000, 500, 100)
     assert short.train.ema_warmup and short.train.warmup_steps == 400
     assert reproduce.count_passes(short) == pytest.approx(reproduce.count_passes(full) / 100)
-    assert reproduce.scale(800_000, full) == []
+    assert reproduce.scale_keys(800_000, full) == []
     assert "1 % of the paper's length" in reproduce.describe_scale(8000, full)
-    assert not config.load_experiment("cifar10", reproduce.scale(20_000, full)).train.ema_warmup
+    assert not config.load_experiment("cifar10", reproduce.scale_keys(20_000, full)).train.ema_warmup
 
 
 def test_an_hour_is_what_the_measured_rate_makes_of_it():
@@ -315,9 +314,9 @@ def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
     monkeypatch.setattr(execute, "execute", lambda *_: SimpleNamespace(log=tmp_path / "log.jsonl"))
     arguments = (tmp_path / "budget.json", 5, [row] * 5, cluster())
-    assert reproduce.recall_steps(*arguments) == pytest.approx(80_000, abs=1)
+    assert reproduce.load_or_measure_steps(*arguments) == pytest.approx(80_000, abs=1)
     monkeypatch.delattr(execute, "execute")
-    assert reproduce.recall_steps(*arguments) == pytest.approx(80_000, abs=1)
+    assert reproduce.load_or_measure_steps(*arguments) == pytest.approx(80_000, abs=1)
 
 
 # As a job on a cluster: checked here, before anything is sent
