@@ -323,7 +323,7 @@ def ui(options: Namespace) -> int:
     from pipeline import tracking
     from pipeline.engine import find
 
-    return tracking.serve(find.prepare_storage_root(cluster), options.port, uri=cluster.tracking_uri)
+    return tracking.serve_ui(find.prepare_storage_root(cluster), options.port, uri=cluster.tracking_uri)
 
 
 def doctor(options: Namespace) -> int:

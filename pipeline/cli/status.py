@@ -137,7 +137,7 @@ def _list_stores(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     yield "storage", f"{root}, {shutil.disk_usage(root).free / 2**30:.0f} GiB free"
     uri = cluster.tracking_uri or tracking.default_uri(root)
     try:
-        tracking.check(uri)
+        tracking.check_server(uri)
         yield "tracking", uri
     except PipelineError as error:
         yield "tracking", f"PROBLEM: {error}"

@@ -90,7 +90,7 @@ def _start_work(cluster: ClusterConfig, place: Place) -> Iterator[_Work]:
     from pipeline import tracking
 
     if cluster.tracking_uri:
-        tracking.check(cluster.tracking_uri)
+        tracking.check_server(cluster.tracking_uri)
     _remove_signs(place)
     uri, interrupt = cluster.tracking_uri or tracking.default_uri(place.storage), Interrupt(place.stop_file)
     work = _Work(cluster, place, interrupt, interrupt.requested)
@@ -206,7 +206,7 @@ def list_results(place: Place, cluster: ClusterConfig) -> list[tuple[str, str]]:
     """List what a command ends by naming: (what, where)."""
     from pipeline import tracking
 
-    found = [("run", str(place.path)), ("MLflow", tracking.describe(place, cluster.tracking_uri))]
+    found = [("run", str(place.path)), ("MLflow", tracking.describe_delivery(place, cluster.tracking_uri))]
     return [*found, ("report", str(place.report_html))] if place.report_html.exists() else found
 
 
@@ -216,6 +216,6 @@ def sync_run(name: str, cluster: ClusterConfig) -> str:
 
     place = open_run(find_run(name, cluster.storage_root))
     uri = cluster.tracking_uri or tracking.default_uri(place.storage)
-    tracking.check(uri)
+    tracking.check_server(uri)
     with exclusive(place.path):
-        return tracking.sync(uri, place.experiment.name, place)
+        return tracking.deliver_run(uri, place.experiment.name, place)

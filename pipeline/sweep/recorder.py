@@ -36,7 +36,7 @@ class Recorder:
     interrupted: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.parent = tracking.Parent(self.uri, self.sweep.name, self.folder.parent.parent, warn=say)
+        self.parent = tracking.ParentRun(self.uri, self.sweep.name, self.folder.parent.parent, warn=say)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
 
@@ -51,7 +51,7 @@ class Recorder:
             # The server may not have all of it: its driver was killed, or it was made elsewhere.
             mirror = self._mirror(key, state)
             mirror.status = status = STATUS.get(state, "KILLED")
-            if mirror.is_outstanding:
+            if not mirror.is_done:
                 mirror.start()
                 mirror.stop(status)
 
@@ -72,7 +72,7 @@ class Recorder:
         trial, mirror = self.trials[key], self.mirrors.pop(key)
         state, reason = self._find_end(trial, error)
         self.ledger.record_state(key, state, reason)
-        mirror.tags |= {tracking.STATE: state, **({"sweep.reason": reason} if reason else {})}
+        mirror.tags |= {tracking.STATE_TAG: state, **({"sweep.reason": reason} if reason else {})}
         mirror.stop(STATUS.get(state, "KILLED"))
         self.publish()
         row = next(row for row in self.leaderboard.rows if row.key == key)
@@ -99,11 +99,11 @@ class Recorder:
         # as the experiment has them: 0 is 0.0 where a number is meant, as in every other trial
         values = config.flatten(config.to_dict(trial.place.experiment))
         swept = {name: str(values.get(name, value)) for name, value in trial.swept.items()}
-        identity = {tracking.TRIAL: key, "sweep": self.sweep.name}
-        child = tracking.Child(trial.label, identity, swept, self.folder / "tracking" / f"{key}.json")
-        tags = {**identity, **swept, tracking.STATE: state}
+        identity = {tracking.TRIAL_TAG: key, "sweep": self.sweep.name}
+        child = tracking.ChildRun(trial.label, identity, swept, self.folder / "tracking" / f"{key}.json")
+        tags = {**identity, **swept, tracking.STATE_TAG: state}
         if self.parent.run_id:
-            tags[tracking.PARENT] = self.parent.run_id
+            tags[tracking.PARENT_TAG] = self.parent.run_id
         return tracking.Mirror(self.uri, self.sweep.name, trial.place, tags, say, child)
 
     def publish(self) -> None:

@@ -81,7 +81,7 @@ class Study:
         PipelineError."""
         uri = self.cluster.tracking_uri or tracking.default_uri(self.root)
         if self.cluster.tracking_uri:
-            tracking.check(uri)
+            tracking.check_server(uri)
         with exclusive(self.folder):
             self.interrupt.stop_file.unlink(missing_ok=True)
             self.ledger = Ledger(self.folder, self.sweep.early_stop, self.trials.values())
@@ -192,6 +192,6 @@ class Study:
         """Return (what, where) of everything that a person may want to look at."""
         by, report = self.sweep.metric, self.folder / "report" / REPORT_HTML
         metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
-        links = self.recorder.parent.links(metric, by.larger_is_better)
+        links = self.recorder.parent.list_links(metric, by.larger_is_better)
         places = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
         return [*places, ("report", str(report))] if report.exists() else places

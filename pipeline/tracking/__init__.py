@@ -6,13 +6,8 @@ is delivered once it answers, by the driver or by `ddpm sync`. Sending a parcel 
 sending it once does.
 """
 
-from pipeline.tracking.client import check, default_uri
-from pipeline.tracking.mirror import Mirror, describe, sync
-from pipeline.tracking.parent import PARENT, STATE, TRIAL, Parent
-from pipeline.tracking.session import Child
-from pipeline.tracking.ui import serve
-
-__all__ = [
-    "PARENT", "STATE", "TRIAL", "Child", "Mirror", "Parent", "check", "default_uri", "describe", "serve",
-    "sync",
-]  # fmt: skip
+from pipeline.tracking.client import check_server, default_uri
+from pipeline.tracking.mirror import Mirror, deliver_run, describe_delivery
+from pipeline.tracking.parent import PARENT_TAG, STATE_TAG, TRIAL_TAG, ParentRun
+from pipeline.tracking.session import ChildRun
+from pipeline.tracking.ui import serve_ui

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
@@ -20,34 +21,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Point = tuple[str, float, int, int]  # name, value, Unix milliseconds, step
+MetricPoint = tuple[str, float, int, int]  # name, value, Unix milliseconds, step
 
 ARTIFACTS = "mlartifacts"
 COLUMNS = {"experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location"}
 BATCH = 1000  # metrics that MLflow takes in one call
-# What makes the UI show studies as training runs instead of language models' evaluations: a tag, or in newer
-# versions the link.
+# The UI shows a study as training runs, not as evaluations of language models, because of this tag, or in newer
+# versions because of the link.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 VIEW = "?workflowType=machine_learning"
 
-# The mirror tries again by itself, and a look-up precedes everything that must not be made twice.
+# No retries: the mirror tries again by itself.
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}  # fmt: skip
 
 
 def default_uri(storage: Path) -> str:
-    """Return the embedded store of a storage root."""
+    """Return the URI of the embedded store of a storage root."""
     return f"sqlite:///{storage.resolve()}/mlflow.db"
 
 
 def connect(uri: str) -> MlflowClient:
-    """Make a client. Importing MLflow takes seconds, so it happens here, on whichever thread needs it."""
+    """Make a client for the server or store at `uri`. Importing MLflow takes seconds, so it happens only here."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -56,23 +54,22 @@ def connect(uri: str) -> MlflowClient:
     if uri.startswith("sqlite:///"):
         store = Path(uri.removeprefix("sqlite:///"))
         if not store.exists():
-            # MLflow makes its tables one by one, and a store in which a killed process made some is lost for good.
+            # MLflow makes its tables one by one; a store that a killed process left half made cannot be repaired.
             with atomic_file(store) as temporary:
                 MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
-        follow_move(store)
+        correct_artifact_paths(store)
     return MlflowClient(uri)
 
 
 def locate_runs(uri: str, storage: Path, experiment_id: str) -> str:
-    """Return where the UI shows the runs of a study; before it, of an embedded store, the command that serves it."""
+    """Write the address of a study's runs in the UI; for an embedded store, after the command that serves it."""
     base = hide_password(uri).rstrip("/")
     if not uri.startswith("http"):
-        command = shlex.join(["ddpm", "ui", f"cluster.storage={storage}"])
-        base = f"`{command}`, then http://127.0.0.1:5000"
+        base = f"`{shlex.join(['ddpm', 'ui', f'cluster.storage={storage}'])}`, then http://127.0.0.1:5000"
     return f"{base}/#/experiments/{experiment_id}/runs"
 
 
-def check(uri: str) -> None:
+def check_server(uri: str) -> None:
     """Raise PipelineError unless the tracking server answers an API call."""
     try:
         connect(uri).search_experiments(max_results=1)
@@ -84,48 +81,45 @@ def check(uri: str) -> None:
         ) from error
 
 
-def find_study(client: MlflowClient, uri: str, storage: Path, study: str) -> str:
-    """Return the id of MLflow's experiment of that name, made if there is none."""
+def ensure_study(client: MlflowClient, uri: str, storage: Path, study: str) -> str:
+    """Return the id of MLflow's experiment of that name; create it where there is none."""
     found = client.get_experiment_by_name(study)
     if found is None:
-        place = (storage / ARTIFACTS / study).resolve().as_uri()
-        made: str = client.create_experiment(study, None if uri.startswith("http") else place, KIND)
-        return made
+        place = None if uri.startswith("http") else (storage / ARTIFACTS / study).resolve().as_uri()
+        return str(client.create_experiment(study, place, KIND))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
     return str(found.experiment_id)
 
 
-def find_run(
+def ensure_run(
     client: MlflowClient, experiment_id: str, name: str, identity: dict[str, str], start: int, **tags: str
 ) -> str:
-    """Return the id of the run that carries the tags `identity`, made if there is none; start: Unix milliseconds."""
+    """Return the id of the run with the tags `identity`; create it where there is none. start: Unix milliseconds."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_runs([experiment_id], query, max_results=1)
     run = found[0] if found else client.create_run(experiment_id, start, identity | tags, name)
     return str(run.info.run_id)
 
 
-def log(
+def log_batches(
     client: MlflowClient,
     run_id: str,
-    points: Iterable[Point] = (),
-    tags: Mapping[str, str] | None = None,
-    params: Mapping[str, str] | None = None,
+    points: Iterable[MetricPoint],
+    tags: Mapping[str, str] = MappingProxyType({}),
     model_id: str | None = None,
 ) -> None:
-    """Log points, tags and parameters in as few calls as MLflow allows."""
-    from mlflow.entities import Metric, Param, RunTag
+    """Log points and tags of a run in as few calls as MLflow allows; the points at a model too, where one is named."""
+    from mlflow.entities import Metric, RunTag
 
     metrics = [Metric(*point, model_id=model_id) for point in points]
-    labels = [RunTag(*tag) for tag in (tags or {}).items()]
-    parameters = [Param(*param) for param in (params or {}).items()]
+    labels = [RunTag(*tag) for tag in tags.items()]
     for first in range(0, max(len(metrics), 1), BATCH):
-        client.log_batch(run_id, metrics[first : first + BATCH], parameters, labels)
+        client.log_batch(run_id, metrics[first : first + BATCH], tags=labels)
 
 
 class Sender:
-    """Sends to a server that may be away: the first refusal is warned of, none is raised, and the work goes on."""
+    """Sends to a server that may be away. It warns of the first refusal and raises none, so the work goes on."""
 
     def __init__(self, uri: str, warn: Callable[[str], None]):
         self.uri, self.warn, self.warned = uri, warn, False
@@ -134,23 +128,23 @@ class Sender:
         """Send, and tell whether the server took it."""
         try:
             send()
+            return True
         except Exception as error:  # whatever a server or its client comes up with
+            logger.debug("tracking", exc_info=True)
             if not self.warned:
+                self.warned = True
                 self.warn(
                     f"the tracking server {hide_password(self.uri)} takes nothing{what} "
                     f"({explain_network_error(error)}); the work goes on, and what is missing there is delivered "
                     "when it is back"
                 )
-            self.warned = True
-            logger.debug("tracking", exc_info=True)
             return False
-        return True
 
 
-def follow_move(store: Path) -> None:
-    """Correct the absolute paths that a store, a sqlite file, has of its artifacts, where its storage root was moved.
+def correct_artifact_paths(store: Path) -> None:
+    """Correct the absolute paths of artifacts in a store, a sqlite file, after its storage root was moved.
 
-    That is so where they are gone from their place and lie beside the store. Anything else is left as it is.
+    It was moved where the artifacts are gone from their old place and lie beside the store.
     """
     here = (store.parent / ARTIFACTS).resolve()
     if not (store.exists() and here.is_dir()):

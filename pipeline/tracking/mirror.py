@@ -18,14 +18,14 @@ from pipeline.store.files import read_json, write_json
 from pipeline.store.run import Place
 from pipeline.tracking.client import VIEW, Sender, default_uri, locate_runs
 from pipeline.tracking.parcels import Parcel, list_parcels
-from pipeline.tracking.session import Child, Session
+from pipeline.tracking.session import ChildRun, Session
 
 logger = logging.getLogger(__name__)
 
 POLL, LONGEST_WAIT = 2.0, 60.0  # seconds between looks at the files; ceiling of the back-off
 
 
-class Copy(TypedDict):
+class ServerCopy(TypedDict):
     """The copy of a run on one server; parcels: name -> version that arrived."""
 
     study: str
@@ -34,21 +34,21 @@ class Copy(TypedDict):
     parcels: dict[str, str]
 
 
-class State(TypedDict, total=False):
-    """The memory: how the last driver ended, when (Unix milliseconds), and what each server has, by its URI."""
+class MirrorState(TypedDict, total=False):
+    """What tracking.json holds: how the last driver ended, when (Unix milliseconds), each server's copy by its URI."""
 
     status: str
     time: int
-    servers: dict[str, Copy]
+    servers: dict[str, ServerCopy]
 
 
 class Mirror(Sender):
-    """Follows a run directory into MLflow, on a thread of its own, until it is stopped.
+    """Copies a run directory to MLflow as it grows, on a thread of its own, until it is stopped.
 
         with Mirror(uri, study, place) as mirror: ...
 
-    It never raises, and no work waits for a server: `warn` is told once that the server does not answer. The
-    block's end sets the status: FINISHED, FAILED (an exception) or KILLED (an interruption).
+    It never raises, and no work waits for a server: it warns once of a server that does not answer. The end of the
+    block sets the status: FINISHED, FAILED (an exception) or KILLED (an interruption).
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class Mirror(Sender):
         place: Place,
         tags: dict[str, str] | None = None,
         warn: Callable[[str], None] = logger.warning,
-        child: Child | None = None,
+        child: ChildRun | None = None,
     ):
         super().__init__(uri, warn)
         self.study, self.place, self.tags, self.child = study, place, tags or {}, child
         self.status = "RUNNING"
         self.session: Session | None = None
         self.sent: list[str] = []
-        self.state_file = child.state if child else place.tracking_json
+        self.state_file = child.state_file if child else place.tracking_json
         self._state = _read_state(self.state_file)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._deliver_until_stopped, name="tracking", daemon=True)
 
     def __enter__(self) -> Mirror:
         self.start()
@@ -93,32 +93,36 @@ class Mirror(Sender):
         self._state["time"] = time.time_ns() // 1_000_000
         write_json(self.state_file, self._state)
 
-    def _follow(self) -> None:
-        wait = 0.0
-        while not self._stopping.wait(wait):
-            wait = POLL if self._attempt() else min(max(2 * wait, POLL), LONGEST_WAIT)
-        if not self._attempt():
-            again = f"`ddpm sweep {self.study}`" if self.child else _sync_command(self.place, self.uri)
+    def _deliver_until_stopped(self) -> None:
+        wait, is_last = 0.0, False
+        while not is_last:
+            is_last = self._stopping.wait(wait)
+            if taken := self.attempt(self.deliver):
+                wait = POLL
+            else:
+                self.session, wait = None, min(max(2 * wait, POLL), LONGEST_WAIT)
+        if not taken:
+            again = f"`ddpm sweep {self.study}`" if self.child else _write_command(self.place, self.uri)
             self.warn(f"not everything reached {hide_password(self.uri)}: deliver it with {again}")
-
-    def _attempt(self) -> bool:
-        if not (taken := self.attempt(self.deliver)):
-            self.session = None
-        return taken
 
     def deliver(self) -> None:
         """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""
-        self.session = self.session or Session(self.uri, self.study, self.place, self.child)
-        delivered = self._read_delivered(self.session)
+        session = self.session = self.session or Session(self.uri, self.study, self.place, self.child)
+        servers, uri = self._state.setdefault("servers", {}), hide_password(self.uri)
+        if uri not in servers or servers[uri]["run_id"] != session.run_id:  # new to this server
+            servers[uri] = ServerCopy(
+                study=self.study, experiment_id=session.experiment_id, run_id=session.run_id, parcels={}
+            )
+        delivered = servers[uri]["parcels"]
         with suppress(FileNotFoundError):  # gone while it was listed: the next look finds the new one
-            for parcel in self._list_outstanding(delivered):
+            for parcel in self._list_missing(delivered):
                 with suppress(FileNotFoundError):
-                    parcel.send(self.session)
+                    parcel.send(session)
                     delivered[parcel.name] = parcel.version
                     self.sent.append(parcel.name)
                     write_json(self.state_file, self._state)
 
-    def _list_outstanding(self, delivered: dict[str, str]) -> list[Parcel]:
+    def _list_missing(self, delivered: dict[str, str]) -> list[Parcel]:
         send = partial(Session.send_status, status=self.status, end=self._state.get("time"))
         status = Parcel("status", self.status, send)
         rest = list(list_parcels(self.place, self.tags, delivered, self.child))
@@ -126,22 +130,13 @@ class Mirror(Sender):
         return [parcel for parcel in parcels if delivered.get(parcel.name) != parcel.version]
 
     @property
-    def is_outstanding(self) -> bool:
-        """Tell whether the files hold anything that never arrived. Asks no server."""
+    def is_done(self) -> bool:
+        """Tell whether everything that the files hold has arrived. Asks no server."""
         server = self._state.get("servers", {}).get(hide_password(self.uri))
-        return bool(self._list_outstanding(server["parcels"] if server else {}))
+        return not self._list_missing(server["parcels"] if server else {})
 
-    def _read_delivered(self, session: Session) -> dict[str, str]:
-        """Return versions by parcel. A run that is new to the server has got nothing."""
-        servers, uri = self._state.setdefault("servers", {}), hide_password(self.uri)
-        if uri not in servers or servers[uri]["run_id"] != session.run_id:
-            servers[uri] = Copy(
-                study=self.study, experiment_id=session.experiment_id, run_id=session.run_id, parcels={}
-            )
-        return servers[uri]["parcels"]
-
-    def forget(self) -> None:
-        """Take nothing for delivered, and the status for what the last driver left behind."""
+    def forget_deliveries(self) -> None:
+        """Make the next delivery send everything, and the status as the last driver left it."""
         self._state.get("servers", {}).pop(hide_password(self.uri), None)
         self.status = self._state.get("status", "RUNNING")
         if self.status == "RUNNING":  # that driver was killed, or there was none that knew of tracking
@@ -149,18 +144,18 @@ class Mirror(Sender):
             self.status = self._state["status"] = "FINISHED" if finished else "KILLED"
 
 
-def _read_state(path: Path) -> State:
-    state: State = read_json(path) if path.exists() else {}
+def _read_state(path: Path) -> MirrorState:
+    state: MirrorState = read_json(path) if path.exists() else {}
     return state
 
 
-def sync(uri: str, study: str, place: Place) -> str:
+def deliver_run(uri: str, study: str, place: Place) -> str:
     """Deliver the whole run directory again, and say what was sent. The caller holds the run's lock.
 
     Raises PipelineError where the server does not answer.
     """
     mirror = Mirror(uri, study, place)
-    mirror.forget()
+    mirror.forget_deliveries()
     try:
         mirror.deliver()
     except Exception as error:
@@ -170,24 +165,23 @@ def sync(uri: str, study: str, place: Place) -> str:
         ) from error
     kinds = Counter(name.split()[0] for name in mirror.sent)
     sent = ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
-    return f"{describe(place, uri)}: delivered {sent}"
+    return f"{describe_delivery(place, uri)}: delivered {sent}"
 
 
-def describe(place: Place, uri: str | None) -> str:
+def describe_delivery(place: Place, uri: str | None) -> str:
     """Say where a person finds the run in MLflow, and whether it is all there. Reads files only."""
     uri = uri or default_uri(place.storage)
     address, state = hide_password(uri), _read_state(place.tracking_json)
     server = state.get("servers", {}).get(address)
     if server is None:
-        return f"nothing in {address} yet ({_sync_command(place, uri)})"
-    runs = locate_runs(uri, place.storage, server["experiment_id"])
-    where = f"{runs}/{server['run_id']}{VIEW}"
-    behind = server["parcels"].get("status") != state["status"]
-    return f"{where}, not up to date ({_sync_command(place, uri)})" if behind else where
+        return f"nothing in {address} yet ({_write_command(place, uri)})"
+    where = f"{locate_runs(uri, place.storage, server['experiment_id'])}/{server['run_id']}{VIEW}"
+    is_current = server["parcels"].get("status") == state["status"]
+    return where if is_current else f"{where}, not up to date ({_write_command(place, uri)})"
 
 
-def _sync_command(place: Place, uri: str) -> str:
-    """Return what delivers the run to that server, as it can be typed in any folder."""
+def _write_command(place: Place, uri: str) -> str:
+    """Write the command that delivers the run to that server, as it can be typed in any folder."""
     words = ["ddpm", "sync", str(place.path)]
     if uri != default_uri(place.storage):
         words.append(f"cluster.tracking_uri={hide_password(uri)}")

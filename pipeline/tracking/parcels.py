@@ -13,36 +13,32 @@ from pipeline.store.checkpoint import steps_on_disk
 from pipeline.store.files import MANIFEST, read_json
 from pipeline.store.log import find_end
 from pipeline.store.run import Place, find_scores
-from pipeline.tracking.session import Child, Session
+from pipeline.tracking.session import ChildRun, Session
 
-# Of the run key's content, what would only lengthen the list in the UI; experiment.yaml has it all.
+# These of the run key's content would only lengthen the list in the UI; experiment.yaml has them all.
 _LEFT_OUT = {
-    "diffusion.t_sampling",
-    "model.norm_groups",
-    "model.resample",
-    "train.accumulate",
-    "train.label_dropout",
+    "diffusion.t_sampling", "model.norm_groups", "model.resample", "train.accumulate", "train.label_dropout",
     "train.deterministic",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """A piece of the mirror. `version` changes with its content; `send` puts it onto the server."""
+    """A part of a run that is sent at once. `version` changes with its content; `send` puts it onto the server."""
 
     name: str
     version: str
     send: Callable[[Session], None]
 
 
-def _pack(name: str, file: Path, send: Callable[..., None], **more: int | str) -> Parcel:
-    """Make a parcel of a file. Its version is cheap, and safe because every file but the log comes into being whole."""
+def _pack_file(name: str, file: Path, send: Callable[..., None], **arguments: int | str) -> Parcel:
+    """Make a parcel of a file. Size and time are its version: every file but the log is written once, whole."""
     facts = file.stat()
-    return Parcel(name, f"{facts.st_size}-{facts.st_mtime_ns}", partial(send, file=file, **more))
+    return Parcel(name, f"{facts.st_size}-{facts.st_mtime_ns}", partial(send, file=file, **arguments))
 
 
 def list_parcels(
-    place: Place, tags: dict[str, str], delivered: dict[str, str], child: Child | None = None
+    place: Place, tags: dict[str, str], delivered: dict[str, str], child: ChildRun | None = None
 ) -> Iterator[Parcel]:
     """Yield everything that the run directory holds by now, in the order in which it is delivered."""
     labels = _describe_code(place) | tags
@@ -60,47 +56,41 @@ def list_parcels(
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
     headline = selection.resolve(place)
     yield from _list_evaluations(place, headline, in_own_run=child is None)
-    for folder, file in _list_files(place, headline):
-        yield _pack(f"artifact {folder}/{file.name}", file, Session.send_file, folder=folder)
-
-
-def _list_evaluations(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
-    """Yield the scores. One evaluation is the headline; those of candidates are points of a curve; the others get
-    runs of their own, but not in a sweep, where the rungs would be rows beside its trials."""
-    found = find_scores(place.path)
-    # Looked up after the scores, which come after their checkpoint: so no candidate is taken for another.
-    chooses = bool(place.experiment.evaluate.checkpoints)
-    scored = selection.list_candidates(place) if chooses else {}
-    candidates = {candidate.scores: step for step, candidate in scored.items()}
-    for file in found:
-        key = file.parent.name
-        if file.parent in candidates:
-            yield _pack(f"candidate {key}", file, Session.send_candidate, step=candidates[file.parent])
-        if headline and file.parent == headline.scores:
-            yield _pack(f"scores {key}", file, Session.send_scores)
-        elif file.parent not in candidates and in_own_run:
-            yield _pack(f"evaluation {key}", file, Session.send_evaluation)
-    if chooses and (choice := place.selection_json).exists():
-        yield _pack(f"selection {choice.parent.name}", choice, Session.send_choice)
-
-
-def _list_files(place: Place, headline: Place | None) -> Iterator[tuple[str, Path]]:
-    """Yield (folder on the server, file): the configuration, and what belongs to the headline evaluation, once it is
-    known which one that is."""
-    wanted = {"": [place.experiment_yaml]}
-    if headline:
-        wanted |= {
+    files = {"": [place.experiment_yaml]}
+    if headline:  # what belongs to the headline evaluation, once it is known which one that is
+        files |= {
             "samples": [headline.samples_grid],
             "evaluation": [headline.metrics_json, headline.nll_json],
             "figures": [*sorted(headline.figures.glob("*.png")), *sorted(headline.figures.glob("*.svg"))],
             "report": [file for file in sorted(place.report.glob("*")) if file.name != MANIFEST],
         }
-    for folder, files in wanted.items():
-        yield from ((folder, file) for file in files if file.is_file())
+    for folder, found in files.items():
+        for file in filter(Path.is_file, found):
+            yield _pack_file(f"artifact {folder}/{file.name}", file, Session.send_file, folder=folder)
+
+
+def _list_evaluations(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
+    """Yield the scores. One evaluation is the headline; those of candidates are points of a curve; the others get
+    runs of their own, but not in a sweep, where they would be rows beside its trials."""
+    found = find_scores(place.path)
+    # The checkpoints are listed after the scores, which come after them: so no candidate is taken for another.
+    has_candidates = bool(place.experiment.evaluate.checkpoints)
+    scored = selection.list_candidates(place) if has_candidates else {}
+    candidates = {candidate.scores: step for step, candidate in scored.items()}
+    for file in found:
+        key = file.parent.name
+        if file.parent in candidates:
+            yield _pack_file(f"candidate {key}", file, Session.send_candidate, step=candidates[file.parent])
+        if headline and file.parent == headline.scores:
+            yield _pack_file(f"scores {key}", file, Session.send_scores)
+        elif file.parent not in candidates and in_own_run:
+            yield _pack_file(f"evaluation {key}", file, Session.send_evaluation)
+    if has_candidates and (file := place.selection_json).exists():
+        yield _pack_file(f"selection {file.parent.name}", file, Session.send_selection)
 
 
 def _describe_code(place: Place) -> dict[str, str]:
-    """Return the keys as tags, and what experiment.yaml says of where the run was made."""
+    """Return tags: the keys of the run, and the commits and versions that made it."""
     made = config.read_provenance(place.experiment_yaml) if place.experiment_yaml.exists() else {}
     tags = {"run_key": place.run_key, "data_key": place.data_key}
     if made.get("commit"):
@@ -110,7 +100,7 @@ def _describe_code(place: Place) -> dict[str, str]:
 
 
 def _list_parameters(place: Place) -> dict[str, str]:
-    """Return about 25 parameters, all determined by the run key, because MLflow lets none of them change."""
+    """Return about 25 parameters. The run key fixes all of them, because MLflow lets none change."""
     content, data = keys.run_content(place.experiment, whole=True), place.experiment.data
     parameters = {key: value for key, value in config.flatten(content).items() if key not in _LEFT_OUT}
     parameters |= {"data.source": data.source, "data.image_size": data.image_size}

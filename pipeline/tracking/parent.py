@@ -1,4 +1,4 @@
-"""A sweep on the tracking server: the parent run, and the state of its children after every kind of end."""
+"""A study on the tracking server: its parent run, which holds the leaderboard, and the state of its trials."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from urllib.parse import quote, urlencode
 
 from pipeline.errors import hide_password
-from pipeline.tracking.client import VIEW, Sender, connect, find_run, find_study, locate_runs, log
+from pipeline.tracking.client import (
+    VIEW,
+    Sender,
+    connect,
+    ensure_run,
+    ensure_study,
+    locate_runs,
+    log_batches,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,20 +29,20 @@ P = ParamSpec("P")
 
 TABLE = "leaderboard.json"
 MOST = 50_000  # runs that MLflow takes as the limit of one search
-PARENT, TRIAL, STATE, REMOVED = "mlflow.parentRunId", "sweep.trial", "sweep.state", "sweep.removed"
+PARENT_TAG, TRIAL_TAG, STATE_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.state"
+REMOVED_TAG = "sweep.removed"
 
 Cell = bool | int | float | str | None | list["Cell"]
 Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
 
 
-def _attempted(send: Callable[Concatenate[Parent, P], None]) -> Callable[Concatenate[Parent, P], None]:
-    """Make a method of the parent connect first, and warn where the server takes nothing."""
+def _attempting(send: Callable[Concatenate[ParentRun, P], None]) -> Callable[Concatenate[ParentRun, P], None]:
+    """Make a method of ParentRun connect first, and warn where the server takes nothing."""
 
     @wraps(send)
-    def attempt(parent: Parent, *args: P.args, **kwargs: P.kwargs) -> None:
+    def attempt(parent: ParentRun, *args: P.args, **kwargs: P.kwargs) -> None:
         def connect_and_send() -> None:
-            if not parent.run_id:
-                parent.connect()
+            parent.connect()
             send(parent, *args, **kwargs)
 
         parent.attempt(connect_and_send, " of the sweep")
@@ -42,8 +50,8 @@ def _attempted(send: Callable[Concatenate[Parent, P], None]) -> Callable[Concate
     return attempt
 
 
-class Parent(Sender):
-    """The parent run of a study. It never raises: the same command delivers later what a server did not take."""
+class ParentRun(Sender):
+    """The parent run of a study. Its methods never raise: the same command later delivers what is missing."""
 
     client: MlflowClient
     experiment_id = run_id = ""
@@ -53,76 +61,74 @@ class Parent(Sender):
         self.study, self.storage = study, storage
 
     def connect(self) -> None:
-        """Find or make the parent."""
-        self.client = connect(self.uri)
-        self.experiment_id = find_study(self.client, self.uri, self.storage, self.study)
-        identity, now = {"sweep": self.study, "sweep.role": "parent"}, time.time_ns() // 1_000_000
-        self.run_id = find_run(self.client, self.experiment_id, f"sweep {self.study}", identity, now)
+        """Connect to the server, and find the parent run there or create it; once."""
+        if not self.run_id:
+            self.client = connect(self.uri)
+            self.experiment_id = ensure_study(self.client, self.uri, self.storage, self.study)
+            identity, now = {"sweep": self.study, "sweep.role": "parent"}, time.time_ns() // 1_000_000
+            self.run_id = ensure_run(self.client, self.experiment_id, f"sweep {self.study}", identity, now)
 
-    @_attempted
+    @_attempting
     def start(self, sweep_file: Path, trials: Collection[str]) -> None:
-        """Let the parent run from now on. Children of points that the sweep has no more are marked, not deleted."""
+        """Set the parent to RUNNING. Mark the children of points that are no longer in the sweep."""
         self.client.update_run(self.run_id, status="RUNNING")
         self.client.log_artifact(self.run_id, str(sweep_file))
         for child in self._list_children():
             run_id, tags = child.info.run_id, child.data.tags
-            if tags.get(TRIAL) in trials:
-                if REMOVED in tags:
-                    self.client.delete_tag(run_id, REMOVED)
+            if tags.get(TRIAL_TAG) in trials:
+                if REMOVED_TAG in tags:
+                    self.client.delete_tag(run_id, REMOVED_TAG)
                 continue
-            self.client.set_tag(run_id, REMOVED, "the sweep file does not have this point any more")
+            self.client.set_tag(run_id, REMOVED_TAG, "the sweep file does not have this point any more")
             if child.info.status == "RUNNING":
-                self.client.set_tag(run_id, STATE, "interrupted")
+                self.client.set_tag(run_id, STATE_TAG, "interrupted")
                 self.client.set_terminated(run_id, "KILLED")
 
-    @_attempted
+    @_attempting
     def publish(
         self,
         table: Sequence[Mapping[str, Cell]],
-        note: str,
+        markdown: str,
         tags: dict[str, str],
         scores: dict[str, float],
         rungs: Mapping[str, Sequence[Rung]],
     ) -> None:
-        """Send the leaderboard as it is now. table: a mapping for each row; note: the same for people, in Markdown;
-        tags, scores: of the best trial; rungs: by trial."""
+        """Send the leaderboard: `table` in rows, and in Markdown for people; `tags` and `scores` are of the best trial,
+        `rungs` by trial."""
         # MLflow's own `log_table` would append to the rows that are there.
         content = {"columns": list(table[0]), "data": [list(row.values()) for row in table]}
         self.client.log_text(self.run_id, json.dumps(content), TABLE)
-        tags = {**tags, "mlflow.note.content": note}
+        tags = {**tags, "mlflow.note.content": markdown}
         tags["mlflow.loggedArtifacts"] = json.dumps([{"path": TABLE, "type": "table"}])
         known, now = self.client.get_run(self.run_id).data.metrics, time.time_ns() // 1_000_000
         points = [(key, value, now, 0) for key, value in scores.items() if known.get(key) != value]
-        log(self.client, self.run_id, points, tags)
+        log_batches(self.client, self.run_id, points, tags)
         for child in self._list_children() if any(rungs.values()) else ():
-            if own := rungs.get(child.data.tags.get(TRIAL, "")):
+            if own := rungs.get(child.data.tags.get(TRIAL_TAG, "")):
                 points = [("rung/nll_bpd", value, when, step) for step, value, when in own]
-                log(self.client, child.info.run_id, points)
+                log_batches(self.client, child.info.run_id, points)
 
-    @_attempted
+    @_attempting
     def finish(self, status: str, report: Path) -> None:
-        """Send the report as artifact, and the last word."""
+        """Send the report and the final status."""
         if report.is_dir():
             self.client.log_artifacts(self.run_id, str(report), "report")
         self.client.set_terminated(self.run_id, status)
 
-    def links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
-        """Return (what, where) in the UI: the study with its leaderboard, and its trials with their charts, best
-        first."""
+    def list_links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
+        """List (what, where) in the UI: the study with its leaderboard, and its trials with their charts."""
         if not self.run_id:
             return [("MLflow", f"nothing in {hide_password(self.uri)} yet; the same command delivers it")]
         runs = locate_runs(self.uri, self.storage, self.experiment_id)
         query = {
-            "compareRunsMode": "CHART",
-            "searchFilter": f"tags.`{TRIAL}` != ''",
-            "orderByKey": f"metrics.`{metric}`",
-            "orderByAsc": str(not larger_is_better).lower(),
-        }
+            "compareRunsMode": "CHART", "searchFilter": f"tags.`{TRIAL_TAG}` != ''",
+            "orderByKey": f"metrics.`{metric}`", "orderByAsc": str(not larger_is_better).lower(),
+        }  # fmt: skip
         return [
             ("MLflow", f"{runs}/{self.run_id}{VIEW}"),
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 
     def _list_children(self) -> list[Run]:
-        query = f"tags.`{PARENT}` = '{self.run_id}'"
+        query = f"tags.`{PARENT_TAG}` = '{self.run_id}'"
         return list(self.client.search_runs([self.experiment_id], query, max_results=MOST))

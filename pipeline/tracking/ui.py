@@ -13,13 +13,13 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from pipeline.errors import PipelineError, hide_password
-from pipeline.tracking.client import ARTIFACTS, ENVIRONMENT, VIEW, default_uri, follow_move
+from pipeline.tracking.client import ARTIFACTS, ENVIRONMENT, VIEW, correct_artifact_paths, default_uri
 
 HOST, STARTING = "127.0.0.1", 120.0  # seconds that a server may take to answer
 
 
-def serve(storage: Path, port: int, uri: str | None = None) -> int:
-    """Run MLflow's server on the store until it is interrupted; prints the link once it answers.
+def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
+    """Run MLflow's server on the store until it is interrupted, and print the link once it answers.
 
     Raises PipelineError where the port is taken or the server does not start.
     """
@@ -29,7 +29,7 @@ def serve(storage: Path, port: int, uri: str | None = None) -> int:
         return 0
     _require_free(port)
     storage.mkdir(parents=True, exist_ok=True)
-    follow_move(Path(uri.removeprefix("sqlite:///")))
+    correct_artifact_paths(Path(uri.removeprefix("sqlite:///")))
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", f"--backend-store-uri={uri}", f"--host={HOST}"]
     command += [f"--port={port}", "--workers=1", f"--artifacts-destination={storage / ARTIFACTS}"]
@@ -37,7 +37,7 @@ def serve(storage: Path, port: int, uri: str | None = None) -> int:
     with (storage / "mlflow-server.log").open("wb") as log:
         server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
     try:
-        _await_answer(server, f"http://{HOST}:{port}", Path(log.name))
+        _wait_for_answer(server, f"http://{HOST}:{port}", Path(log.name))
         print(f"http://{HOST}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
@@ -63,7 +63,7 @@ def _require_free(port: int) -> None:
             ) from error
 
 
-def _await_answer(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
+def _wait_for_answer(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
     end = time.monotonic() + STARTING
     while time.monotonic() < end and server.poll() is None:
         try:

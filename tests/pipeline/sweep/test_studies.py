@@ -22,7 +22,7 @@ def storage(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(storage) -> MlflowClient:
-    tracking.check(tracking.default_uri(storage))
+    tracking.check_server(tracking.default_uri(storage))
     return MlflowClient(tracking.default_uri(storage))
 
 
@@ -48,9 +48,9 @@ def parent_and_children(client: MlflowClient, name: str):
     place = client.get_experiment_by_name(name).experiment_id
     runs = client.search_runs([place])
     (parent,) = (run for run in runs if run.data.tags.get("sweep.role") == "parent")
-    children = [run for run in runs if run.data.tags.get(tracking.PARENT) == parent.info.run_id]
+    children = [run for run in runs if run.data.tags.get(tracking.PARENT_TAG) == parent.info.run_id]
     assert len(children) == len(runs) - 1, "rungs and other evaluations are no rows beside the trials"
-    return parent, {child.data.tags[tracking.TRIAL]: child for child in children}
+    return parent, {child.data.tags[tracking.TRIAL_TAG]: child for child in children}
 
 
 def trained(storage: Path) -> dict[str, int]:
@@ -98,7 +98,7 @@ def test_children_are_comparable_at_once(grid, storage, client):
         assert float(child.data.params["model.dropout"]) == row["swept"]["model.dropout"]
         assert child.data.tags["diffusion.beta_schedule"] == row["swept"]["diffusion.beta_schedule"]
         assert child.data.metrics["eval/nll_bpd"] == row["scores"]["nll_bpd"]
-        assert child.data.tags[tracking.STATE] == "finished"
+        assert child.data.tags[tracking.STATE_TAG] == "finished"
         pictures = {file.path for file in client.list_artifacts(child.info.run_id, "samples")}
         assert "samples/grid.png" in pictures
         assert client.list_artifacts(child.info.run_id, "images")
@@ -268,7 +268,7 @@ def test_what_a_killed_driver_left_is_put_right(grid, storage, client):
     assert {child.info.run_id for child in again.values()} == {
         child.info.run_id for child in children.values()
     }
-    assert {child.data.tags[tracking.STATE] for child in again.values()} == {"finished"}
+    assert {child.data.tags[tracking.STATE_TAG] for child in again.values()} == {"finished"}
 
 
 def test_a_broken_trial_is_repaired_alone(grid, storage):

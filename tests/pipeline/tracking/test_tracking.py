@@ -37,7 +37,7 @@ def uri(storage) -> str:
 
 @pytest.fixture(scope="module")
 def client(uri):
-    tracking.check(uri)
+    tracking.check_server(uri)
     return MlflowClient(uri)
 
 
@@ -138,7 +138,7 @@ def test_pictures_and_files_arrive(mirrored, client):
 def test_delivering_again_changes_nothing(mirrored, client, uri):
     _, run, found = mirrored
     before = client.get_run(found.info.run_id)
-    said = tracking.sync(uri, "digits", run)
+    said = tracking.deliver_run(uri, "digits", run)
     assert "log" in said and "2 x grid" in said
     after = find(client, "digits", run)
     assert history(client, after, "train/loss") == expected(100)
@@ -154,7 +154,7 @@ def test_half_a_picture_is_completed(mirrored, client, uri, storage):
     _, run, found = mirrored
     for twin in (storage / "mlartifacts" / "digits").rglob("*+step+50+*.webp"):
         twin.unlink()
-    tracking.sync(uri, "digits", run)
+    tracking.deliver_run(uri, "digits", run)
     names = {file.path for file in client.list_artifacts(found.info.run_id, "images")}
     pictures = {name.removesuffix(".png") for name in names if name.endswith(".png")}
     assert names == {f"{name}.png" for name in pictures} | {f"{name}+compressed.webp" for name in pictures}
@@ -164,7 +164,7 @@ def test_a_copied_score_is_no_second_point(mirrored, client, uri):
     _, run, found = mirrored
     for scores in run.path.glob("evaluation/*/metrics.json"):
         os.utime(scores, (1, 1))
-    tracking.sync(uri, "digits", run)
+    tracking.deliver_run(uri, "digits", run)
     assert len(history(client, found, "eval/fid")) == 1
 
 
@@ -180,7 +180,7 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
                 raise error
     except BaseException as raised:
         assert type(raised) is error
-    found, where = find(client, "ends", run), tracking.describe(run, uri)
+    found, where = find(client, "ends", run), tracking.describe_delivery(run, uri)
     assert found.info.status == status
     assert found.info.run_id in where and "ddpm ui" in where and "sync" not in where
 
@@ -192,7 +192,7 @@ def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
     crashed.deliver()  # and the driver is gone
     found = find(client, "ends", run)
     assert found.info.status == "RUNNING"
-    tracking.sync(uri, "ends", run)
+    tracking.deliver_run(uri, "ends", run)
     assert find(client, "ends", run).info.run_id == found.info.run_id
     assert find(client, "ends", run).info.status == "FINISHED"  # its last checkpoint is there
 
@@ -204,14 +204,14 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
         pass
     before.rename(after)
     uri, moved = tracking.default_uri(after), dataclasses.replace(run, storage=after)
-    tracking.check(uri)
+    tracking.check_server(uri)
     client = MlflowClient(uri)
     found = find(client, "digits", moved)
     pictures = [file.path for file in client.list_artifacts(found.info.run_id, "images")]
     assert pictures and Path(client.download_artifacts(found.info.run_id, pictures[0])).stat().st_size > 0
     points = history(client, found, "train/loss")
     # Another process, as MLflow remembers where this one wrote.
-    code = "import pickle, sys; from pipeline import tracking; tracking.sync(*pickle.load(sys.stdin.buffer))"
+    code = "import pickle, sys; from pipeline import tracking; tracking.deliver_run(*pickle.load(sys.stdin.buffer))"
     moved_run = pickle.dumps((uri, "digits", moved))
     subprocess.run([sys.executable, "-c", code], input=moved_run, check=True)
     assert history(client, found, "train/loss") == points != []
@@ -224,7 +224,7 @@ def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path):
     with tracking.Mirror(shared, "digits", run):
         pass
     (tmp_path / "mlartifacts").mkdir()
-    tracking.check(shared)
+    tracking.check_server(shared)
     place = MlflowClient(shared).get_experiment_by_name("digits").artifact_location
     assert place == (tmp_path / "root" / "mlartifacts" / "digits").as_uri()
 
@@ -346,7 +346,7 @@ def test_a_server_that_dies_in_the_middle_gets_every_point_once(storage, server,
     assert sum(line.startswith("the tracking server") for line in warnings) == len(warnings) == 1
     through = MlflowClient(server.uri)  # the server keeps the files
     assert len(through.list_artifacts(found.info.run_id, "images")) == 4
-    assert server.uri in tracking.describe(run, server.uri)
+    assert server.uri in tracking.describe_delivery(run, server.uri)
 
 
 def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage, uri, client):
@@ -357,8 +357,8 @@ def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage
         write_log(run, 100, 200, 10)
     assert time.monotonic() - began < 5
     assert "takes nothing (connection refused)" in warnings[0] and "ddpm sync" in warnings[-1]
-    assert "ddpm sync" in tracking.describe(run, dead)
-    tracking.sync(uri, "late", run)
+    assert "ddpm sync" in tracking.describe_delivery(run, dead)
+    tracking.deliver_run(uri, "late", run)
     found = find(client, "late", run)
     assert history(client, found, "train/loss") == expected(200) and found.info.status == "FINISHED"
 
@@ -366,7 +366,7 @@ def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage
 def test_a_server_that_does_not_answer_is_named_at_the_start():
     began = time.monotonic()
     with pytest.raises(PipelineError, match=r"http://127\.0\.0\.1:\d+ does not answer.*refused.*ddpm sync"):
-        tracking.check(f"http://user:secret@127.0.0.1:{free_port()}")
+        tracking.check_server(f"http://user:secret@127.0.0.1:{free_port()}")
     assert time.monotonic() - began < 15
 
 
@@ -376,4 +376,4 @@ def test_a_taken_port_is_said(tmp_path):
         holder.listen()
         port = holder.getsockname()[1]
         with pytest.raises(PipelineError, match=rf"port {port} .*ddpm ui --port {port + 1}"):
-            tracking.serve(tmp_path, port)
+            tracking.serve_ui(tmp_path, port)
