@@ -121,7 +121,9 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
 def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
     text = "experiment: digits\nspace:\n  sample.eta: [0.0, 1.0]\n  model.dropout: [0.1]\nrank: {metric: nll_bpd}\n"
     one, two = list_points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
-    assert one.values_outside_run_key == {"sample.eta": 0.0} and two.values_outside_run_key == {"sample.eta": 1.0}
+    assert one.values_outside_run_key == {"sample.eta": 0.0} and two.values_outside_run_key == {
+        "sample.eta": 1.0
+    }
     assert keys.run_key(one.experiment, "data") == keys.run_key(two.experiment, "data")
 
 
