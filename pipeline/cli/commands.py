@@ -92,12 +92,15 @@ def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
 def run_stages(options: Namespace) -> int:
     """`ddpm run` and the commands that are named like a stage."""
     experiment, cluster = _load(options)
-    from pipeline.engine import execute as stages
+    from pipeline import tracking
+    from pipeline.engine.execute import execute
 
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
-    run = stages.execute(experiment, cluster, last)
-    for what, where in stages.list_results(run, cluster):
-        say(f"{what:>10}: {where}")
+    place = execute(experiment, cluster, last)
+    say(f"       run: {place.path}")
+    say(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
+    if place.report_html.exists():
+        say(f"    report: {place.report_html}")
     return 0
 
 
@@ -262,9 +265,15 @@ def export_weights(options: Namespace) -> int:
 
 def sync(options: Namespace) -> int:
     cluster = _load_cluster_only(options)
-    from pipeline.engine import execute as stages
+    from pipeline import tracking
+    from pipeline.engine import find
+    from pipeline.store.files import exclusive
 
-    say(stages.sync_run(options.run, cluster))
+    place = find.open_run(find.find_run(options.run, cluster.storage_root))
+    uri = cluster.tracking_uri or tracking.default_uri(place.storage)
+    tracking.check_server(uri)
+    with exclusive(place.path):
+        say(tracking.deliver_run(uri, place.experiment.name, place))
     return 0
 
 

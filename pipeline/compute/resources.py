@@ -17,7 +17,6 @@ class Resources:
     cpus_per_worker: int
     gpus_per_worker: float
     gpus_per_task: float
-    spare: int  # tasks that fit beside all workers
 
     def tasks_at_once(self, cpus_per_task: int) -> int:
         """Return how many tasks fit into what the workers hold; at least one."""
@@ -57,7 +56,4 @@ def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | N
             raise PipelineError(
                 f"{key}={asked:g}, but no machine of the cluster has more than {there}: lower it"
             )
-    spare = (cpus - workers * per_worker) // cluster.cpus_per_task
-    if gpus_per_task:
-        spare = min(spare, int((gpus - workers * gpus_per_worker) / gpus_per_task))
-    return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task, max(0, spare))
+    return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task)

@@ -62,7 +62,7 @@ class Session:
         ray.shutdown()
 
     def _use(self, resources: Resources) -> None:
-        self.resources, self.spare = resources, resources.spare
+        self.resources = resources
         self.pool = Pool(self.cluster, resources.gpus_per_task, self._limits, self.interrupted)
 
     def nodes(self) -> list[tuple[int, int]]:

@@ -125,11 +125,6 @@ class Executor(Protocol):
 
     spent: Spent
 
-    @property
-    def spare(self) -> int:
-        """How many units can be under way while `run_workers` is, without taking anything from it."""
-        ...
-
     def run_workers(self, body: Body, place: Place) -> None: ...
 
     def map_units(self, units: Sequence[Unit], done: Done) -> None: ...
@@ -145,8 +140,6 @@ def local_context(cpus: int | None = None, image_memory: int = NO_LIMIT) -> Work
 
 class InProcess:
     """Runs everything here, one after the other, without Ray (`cluster.workers=0`)."""
-
-    spare = 0
 
     def __init__(self, context: WorkerContext, interrupted: Callable[[], bool] = lambda: False):
         import torch

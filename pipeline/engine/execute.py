@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,12 @@ from pipeline.compute.work import GIB, Done, Executor, InProcess, Unit, local_co
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import format_duration, poll_during, say, show_progress
 from pipeline.engine import preflight
-from pipeline.engine.during_training import score_during_training
-from pipeline.engine.find import find_old_runs, find_run, locate_run, open_run, prepare_storage_root
+from pipeline.engine.find import find_old_runs, locate_run, prepare_storage_root
 from pipeline.engine.plan import fill_in_checkpoint, list_pending, list_rounds
 from pipeline.engine.provenance import collect_provenance, find_commit
 from pipeline.stages.stage import GroupStage, Stage
 from pipeline.store import keys
 from pipeline.store.files import exclusive, remove_leftovers, write_text
-from pipeline.store.log import read_progress
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:
@@ -43,7 +41,15 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
         config.check_workers(experiment.train, cluster.workers or 1)
         say(f"needs {preflight.check_resources(place)}")
         _write_experiment(place)
-        with _start_work(cluster, place) as work:
+        from pipeline import tracking
+
+        uri = cluster.tracking_uri or tracking.default_uri(place.storage)
+        if cluster.tracking_uri:
+            tracking.check_server(uri)
+        _remove_signs(place)
+        interrupt = Interrupt(place.stop_file)
+        work = _Work(cluster, place, interrupt, interrupt.requested)
+        with tracking.Mirror(uri, experiment.name, place), interrupt, work.stack:
             work.do_all(todo, last)
     return place
 
@@ -84,23 +90,9 @@ def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStac
     return session
 
 
-@contextmanager
-def _start_work(cluster: ClusterConfig, place: Place) -> Iterator[_Work]:
-    """Start the mirror of one command; its executor starts when it is first needed."""
-    from pipeline import tracking
-
-    if cluster.tracking_uri:
-        tracking.check_server(cluster.tracking_uri)
-    _remove_signs(place)
-    uri, interrupt = cluster.tracking_uri or tracking.default_uri(place.storage), Interrupt(place.stop_file)
-    work = _Work(cluster, place, interrupt, interrupt.requested)
-    with tracking.Mirror(uri, place.experiment.name, place), interrupt, work.stack:
-        yield work
-
-
 @dataclass
 class _Work:
-    """One command's work on one run."""
+    """The work of one command on one run; the executor starts when it is first needed."""
 
     cluster: ClusterConfig
     place: Place
@@ -110,84 +102,82 @@ class _Work:
     stack: ExitStack = field(default_factory=ExitStack)  # ends the executor
 
     def do_all(self, todo: list[Stage], last: str) -> None:
-        """Do the stages in order. What waits for a choice among checkpoints is planned anew once it is made."""
+        """Do the stages in order, and record for each how long it took and by which code. What uses the best
+        checkpoint is planned anew once that is selected."""
         while todo:
             stage = todo.pop(0)
-            if isinstance(stage, GroupStage):
+            began = time.monotonic()
+            self.place.add_commit(stage.name, find_commit())
+            if isinstance(stage, GroupStage) and stage.needs_group(self.place):
                 for later in todo:
-                    later.check_before_training(self.place)  # before hours of training
-            self._do(stage, todo)
+                    later.check_before_training(self.place)
+                self._run_group(stage)
+            else:
+                self._run_units(stage, todo)
+            seconds = time.monotonic() - began
+            self.place.add_seconds(stage.name, seconds)
+            say(f"{stage.name}: done in {format_duration(seconds)}")
             if stage.selects_checkpoint:
                 todo = list_pending(self.place, last)
 
-    def _do(self, stage: Stage, later: list[Stage]) -> None:
-        """Bring one stage to its end and record how long it took and by which code."""
-        began = time.monotonic()
-        self.place.add_commit(stage.name, find_commit())
-        if isinstance(stage, GroupStage) and stage.needs_group(self.place):
-            self._run_group(stage)
-        else:
-            self._run_units(stage, later)
-        seconds = time.monotonic() - began
-        self.place.add_seconds(stage.name, seconds)
-        say(f"{stage.name}: done in {format_duration(seconds)}")
-
     def _run_group(self, stage: GroupStage) -> None:
+        """Run a group of workers to the end of the stage, and show its steps."""
         start, end = stage.count_steps(self.place)
         executor = self._start_executor()
-        with show_progress(stage.name, end, "steps", start) as shown:
+        with show_progress(stage.name, end, "steps", start) as progress:
 
-            def show() -> None:
-                step, loss = read_progress(self.place)
+            def show_step() -> None:
+                step, note = stage.read_progress(self.place)
                 if start < step <= end:
-                    shown.update(step, "" if loss is None else f"loss {loss:.4f}")
+                    progress.update(step, note)
 
-            with poll_during(show), score_during_training(self.place, executor):
+            with poll_during(show_step):
                 executor.run_workers(stage.run_worker, self.place)
-        self._leave_if_interrupted()
+        if self.interrupted():
+            raise Interrupted
 
     def _run_units(self, stage: Stage, later: list[Stage]) -> None:
-        subject = fill_in_checkpoint(stage, self.place)
-        shared = stage.find_shared_folder(subject)
+        """Run the rounds of units of a stage; and those of later stages that can be done between them."""
+        place = fill_in_checkpoint(stage, self.place)
+        shared = stage.find_shared_folder(place)
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         with exclusive(shared, wait=True) if shared else nullcontext():
-            if stage.is_done(subject):  # another command did it meanwhile
+            if stage.is_done(place):  # another command did it meanwhile
                 return
-            followers = [done for other in later if (done := other.plan_follow_ups(self.place))]
-            for units in list_rounds(stage, subject):
+            follow_ups = [found for other in later if (found := other.plan_follow_ups(self.place))]
+            for units in list_rounds(stage, place):
                 if units:
-                    self._map_units(stage, units, followers)
+                    self._map_units(stage, units, follow_ups)
 
-    def _map_units(self, stage: Stage, units: list[Unit], followers: list[Done]) -> None:
+    def _map_units(self, stage: Stage, units: list[Unit], follow_ups: list[Done]) -> None:
         """Run the units, and what can be done as soon as one of them is: features while others sample."""
-        # An image's bound takes a thousand times as long as its features: told as one, no time left would be true.
+        # An image's bound takes a thousand times as long as its features: only passes tell the time left of both.
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
         share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
         executor = self._start_executor()
-        with show_progress(stage.name, sum(share.values()), "network passes" if mixed else "images") as shown:
+        with show_progress(
+            stage.name, sum(share.values()), "network passes" if mixed else "images"
+        ) as progress:
 
-            def done(unit: Unit) -> Sequence[Unit]:
+            def finish(unit: Unit) -> Sequence[Unit]:
                 nonlocal finished
                 finished += share.get(id(unit), 0)
-                shown.update(finished)
-                return [new for follow in followers for new in follow(unit) or ()]
+                progress.update(finished)
+                return [new for list_units in follow_ups for new in list_units(unit) or ()]
 
             try:
-                executor.map_units(units, done)
+                executor.map_units(units, finish)
             finally:
                 experiment = self.place.experiment
                 chain = experiment.sample.steps or experiment.diffusion.timesteps
                 executor.spent.write(self.place.spent_json, chain)
-        self._leave_if_interrupted()
+        if self.interrupted():
+            raise Interrupted
 
     def _start_executor(self) -> Executor:
         if self.executor is None:
             self.executor = start_executor(self.cluster, self.interrupt, self.stack)
         return self.executor
-
-    def _leave_if_interrupted(self) -> None:
-        if self.interrupted():
-            raise Interrupted
 
 
 def _remove_signs(place: Place) -> None:
@@ -197,25 +187,6 @@ def _remove_signs(place: Place) -> None:
 
 
 def _write_experiment(place: Place) -> None:
-    """Write the resolved configuration, with what it was made with: the record that a run directory opens with."""
+    """Write the resolved configuration, with its provenance: the record that a run directory opens with."""
     record = {**collect_provenance(), "data_key": place.data_key, "keys": keys.VERSION}
     write_text(place.experiment_yaml, config.to_yaml(place.experiment, made_with=record))
-
-
-def list_results(place: Place, cluster: ClusterConfig) -> list[tuple[str, str]]:
-    """List what a command ends by naming: (what, where)."""
-    from pipeline import tracking
-
-    found = [("run", str(place.path)), ("MLflow", tracking.describe_delivery(place, cluster.tracking_uri))]
-    return [*found, ("report", str(place.report_html))] if place.report_html.exists() else found
-
-
-def sync_run(name: str, cluster: ClusterConfig) -> str:
-    """Deliver a run directory to the tracking server; return what was done, in a line."""
-    from pipeline import tracking
-
-    place = open_run(find_run(name, cluster.storage_root))
-    uri = cluster.tracking_uri or tracking.default_uri(place.storage)
-    tracking.check_server(uri)
-    with exclusive(place.path):
-        return tracking.deliver_run(uri, place.experiment.name, place)

@@ -1,4 +1,4 @@
-"""Finding runs: of an experiment, by name, in a folder that an earlier version left."""
+"""Finding runs: of an experiment, by name, and those that an earlier version left."""
 
 from __future__ import annotations
 
@@ -39,14 +39,13 @@ def locate_run(experiment: Experiment, root: Path) -> Place:
 
 
 def open_run(path: Path) -> Place:
-    """Read what a run directory is of, as the last command on it had it; its data may be elsewhere."""
+    """Read a run directory, with the experiment of the last command on it; its data may be elsewhere."""
     file = path / EXPERIMENT
     try:
-        made_with = config.read_provenance(file)
         if explanation := explain_old_run(path):
             raise PipelineError(explanation)
         experiment = config.load_experiment(str(file), [])
-        data_key = str(made_with["data_key"])
+        data_key = str(config.read_provenance(file)["data_key"])
     except (PipelineError, KeyError, TypeError) as error:
         raise PipelineError(f"{file} cannot be read: {error}") from error
     if missing := experiment.find_missing_files():
@@ -56,10 +55,10 @@ def open_run(path: Path) -> Place:
 
 def explain_old_run(path: Path) -> str | None:
     """Return a line on a run directory of the first version, with the command that reads it; None for others."""
-    made_with = config.read_provenance(path / EXPERIMENT)
-    if made_with.get("keys", 1) >= keys.VERSION:
+    provenance = config.read_provenance(path / EXPERIMENT)
+    if provenance.get("keys", 1) >= keys.VERSION:
         return None
-    commit = str(made_with.get("commit") or "ef6030f").rstrip("+")
+    commit = str(provenance.get("commit") or "ef6030f").rstrip("+")
     return (
         f"{path.name} was made by the first version of this program, under other keys; to read it: "
         f"git worktree add first-version {commit} && cd first-version && make run"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from pipeline.compute.work import Unit
 from pipeline.stages import evaluate, figures, report, sample, select, shard, train
@@ -17,7 +17,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def list_needed(place: Place, last: str) -> list[Stage]:
-    """List `last` and all that it needs, in order."""
+    """List `last` and all stages that it needs, in order."""
     names = {last}
     for stage in reversed(STAGES):  # a stage needs earlier ones
         if stage.name in names:
@@ -28,7 +28,7 @@ def list_needed(place: Place, last: str) -> list[Stage]:
 def list_pending(place: Place, last: str) -> list[Stage]:
     """List the stages that `last` needs, itself included, that still have work, in order.
 
-    While the choice among checkpoints is open, the stages that work on the chosen one count as not done.
+    Until the best checkpoint is selected, the stages that work on it count as not done.
     """
     todo: list[Stage] = []
     for stage in list_needed(place, last):
@@ -43,34 +43,31 @@ def list_pending(place: Place, last: str) -> list[Stage]:
 
 
 def fill_in_checkpoint(stage: Stage, place: Place) -> Place:
-    """Return what the stage works on: the run as it was asked for, or with the checkpoint that was chosen."""
-    if not stage.uses_checkpoint:
-        return place
-    found = selection.resolve(place)
-    assert found is not None, "the choice comes first"
+    """Return the run with the selected checkpoint filled in, for the stages that work on it; else the run itself."""
+    found = selection.resolve(place) if stage.uses_checkpoint else place
+    assert found is not None, "the selection comes first"
     return found
 
 
 def list_rounds(stage: Stage, place: Place) -> Iterator[list[Unit]]:
-    """Yield the rounds of units of a stage: those of the parts that it puts together, all at once, then its own."""
-    parts: dict[Place, list[Stage]] = {}
-    for name, part in stage.list_inputs(place):
-        parts.setdefault(part, []).append(BY_NAME[name])
-    yield from merge_rounds(list_missing(stages, part) for part, stages in parts.items())
-    yield from stage.work(place)
+    """Yield the rounds of units of a stage: those that make its inputs, then its own.
 
-
-def list_missing(stages: Iterable[Stage], place: Place) -> Iterator[list[Unit]]:
-    """Yield the rounds of those stages that are not done, one stage after the other."""
-    for stage in stages:
-        if not stage.is_done(place):
-            yield from stage.work(place)
-
-
-def merge_rounds(works: Iterable[Iterator[list[Unit]]]) -> Iterator[list[Unit]]:
-    """Do several works at once, round by round; equal units (the reference's features) once."""
-    running = list(works)
+    The inputs of different places are made at the same time, round by round; equal units (the features of the
+    reference) come once.
+    """
+    inputs: dict[Place, list[Stage]] = {}
+    for name, subject in stage.list_inputs(place):
+        inputs.setdefault(subject, []).append(BY_NAME[name])
+    running = [_work_on_inputs(stages, subject) for subject, stages in inputs.items()]
     while running:
         rounds = [(work, next(work, None)) for work in running]
         running = [work for work, units in rounds if units is not None]
         yield list(dict.fromkeys(unit for _, units in rounds for unit in units or ()))
+    yield from stage.work(place)
+
+
+def _work_on_inputs(stages: list[Stage], place: Place) -> Iterator[list[Unit]]:
+    """Yield the rounds of those stages that are not done, one stage after the other."""
+    for stage in stages:
+        if not stage.is_done(place):
+            yield from stage.work(place)

@@ -7,8 +7,6 @@ import shutil
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from pipeline.compute.work import GIB
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
@@ -22,8 +20,11 @@ MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes, for so many checkpoints that stay and so many images. `memory` is a training worker's, without
-    activations, which nobody knows before the first step, and without the training images."""
+    """What a run needs, in bytes but for the numbers of kept checkpoints and of images.
+
+    `memory` is a training worker's, without the training images, and without activations, which nobody knows
+    before the first step.
+    """
 
     kept: int
     checkpoints: int
@@ -37,18 +38,16 @@ class Needs:
 
 
 def estimate_needs(experiment: Experiment) -> Needs:
-    """What the whole run takes. The PNG of noise is as large as its pixels, so that is what an image counts."""
-    train = experiment.train
+    """Estimate what the whole run takes. An image counts as large as its pixels: that is the PNG of noise."""
+    train, evaluate, images = experiment.train, experiment.evaluate, experiment.sample.num_images
     weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
     # The newest, and at the most all that are kept for ever beside them.
-    kept = train.keep + sum(
-        map(experiment.keeps_checkpoint, range(0, train.steps, train.checkpoint_every)[1:])
-    )
-    scored, images = experiment.evaluate, experiment.sample.num_images
-    if scored.checkpoints:
-        interval = scored.checkpoint_interval
-        images += (train.steps // interval if interval else kept) * scored.checkpoint_images
+    steps = range(0, train.steps, train.checkpoint_every)[1:]
+    kept = train.keep + sum(map(experiment.keeps_checkpoint, steps))
+    if evaluate.checkpoints:
+        interval = evaluate.checkpoint_interval
+        images += (train.steps // interval if interval else kept) * evaluate.checkpoint_images
     return Needs(
         kept=kept,
         # One more than are kept, while the newest is written; the first EMA is stored twice.
@@ -62,23 +61,25 @@ def estimate_needs(experiment: Experiment) -> Needs:
 
 def check_resources(place: Place) -> str:
     """Say what the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
+    import torch
+
     wanted = estimate_needs(place.experiment)
     there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
     left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free
     if left > free:
         raise PipelineError(
-            f"{place.storage} has {_size(free)} free, the run needs {_size(left)} more: "
-            f"{_size(wanted.checkpoints)} for {wanted.kept} checkpoints, "
-            f"{_size(wanted.samples)} for {wanted.images:,} samples; make room, set "
+            f"{place.storage} has {_format_size(free)} free, the run needs {_format_size(left)} more: "
+            f"{_format_size(wanted.checkpoints)} for {wanted.kept} checkpoints, "
+            f"{_format_size(wanted.samples)} for {wanted.images:,} samples; make room, set "
             "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"
         )
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
     return (
-        f"{_size(left)} of disk ({_size(free)} free), {_size(wanted.memory)} of memory a worker beside images and "
-        f"activations ({_size(memory)} free here, {cpus} CPUs, {gpus} GPUs)"
+        f"{_format_size(left)} of disk ({_format_size(free)} free), {_format_size(wanted.memory)} of memory a worker "
+        f"beside images and activations ({_format_size(memory)} free here, {cpus} CPUs, {gpus} GPUs)"
     )
 
 
-def _size(size: float) -> str:
+def _format_size(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

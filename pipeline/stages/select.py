@@ -1,7 +1,7 @@
-"""The select stage: every candidate is sampled and scored as any run is, and the best is chosen.
+"""The select stage: every candidate is sampled and scored as any run is, and the best is selected.
 
-The candidates' samples and scores are kept where those of any run are: what is scored already is not scored again,
-and the chosen one has its first samples.
+The candidates' samples and scores lie where those of any run do: what is scored already is not scored again, and
+the selected one has its first samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class SelectStage(Stage):
-    """Chooses among the checkpoints that evaluate.checkpoints means."""
+    """Selects the best among the checkpoints that evaluate.checkpoints means."""
 
     name = "select"
     selects_checkpoint = True
@@ -29,7 +29,7 @@ class SelectStage(Stage):
         return ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
-        """Tell whether the choice is made, among all that training leaves."""
+        """Tell whether the selection is made, among all that training leaves."""
         return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_current(place)
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
@@ -44,19 +44,8 @@ class SelectStage(Stage):
             )  # fmt: skip
         return [(stage, candidate) for candidate in candidates.values() for stage in ("sample", "evaluate")]
 
-    def list_early_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """List those of the candidates that stay: others may be deleted under our hands."""
-        if not place.experiment.evaluate.checkpoints:
-            return []
-        stay = [
-            p
-            for step, p in selection.list_candidates(place).items()
-            if place.experiment.keeps_checkpoint(step)
-        ]
-        return [(stage, candidate) for candidate in stay for stage in ("sample", "evaluate")]
-
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Make the choice, once all candidates are scored."""
+        """Make the selection, once all candidates are scored."""
         selection.write(place)
         yield from ()
 

@@ -42,36 +42,35 @@ class Stage(ABC):
         """
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """List the work of other stages that it puts together: (stage, of which place), done before its own."""
-        return []
-
-    def list_early_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """List those of its parts that can be done while training goes on."""
+        """List the stages whose results it reads, each with its place; they are brought up to date before it works."""
         return []
 
     def check_before_training(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
         """Raise PipelineError for what the shards alone show to be impossible, before hours of training."""
 
     def plan_follow_ups(self, place: Place) -> Done | None:
-        """Return what can be done as soon as a unit of an earlier stage is there; None for nothing."""
+        """Return a function from a finished unit of an earlier stage to the units that this stage can do then."""
         return None
 
     def find_shared_folder(self, place: Place) -> Path | None:
-        """Return the folder that it writes to and other runs share; None for the run's own."""
+        """Return the folder that it writes to and other runs share; None where it writes to the run's own."""
         return None
 
 
 class GroupStage(Stage):
-    """A stage that one group of workers does together. Where no workers are needed, `work` does it in
-    this process."""
+    """A stage that one group of workers does together. Where no workers are needed, `work` does it in this process."""
 
     @abstractmethod
     def needs_group(self, place: Place) -> bool:
-        """Tell whether workers are needed, or `work` alone does it."""
+        """Tell whether workers are needed."""
 
     @abstractmethod
     def count_steps(self, place: Place) -> tuple[int, int]:
         """Return the step from which the group goes on, and the last one."""
+
+    @abstractmethod
+    def read_progress(self, place: Place) -> tuple[int, str]:
+        """Return the step that the group has reached, and a word on it."""
 
     @abstractmethod
     def run_worker(self, ctx: WorkerContext, place: Place) -> None:

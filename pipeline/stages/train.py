@@ -29,7 +29,7 @@ from pipeline.errors import PipelineError
 from pipeline.stages.stage import GroupStage
 from pipeline.store import checkpoint, diffusers_layout
 from pipeline.store.files import remove_leftovers
-from pipeline.store.log import Heartbeat, LogWriter
+from pipeline.store.log import Heartbeat, LogWriter, read_progress
 from pipeline.store.run import Place
 from pipeline.store.tensors import Tensors
 
@@ -59,6 +59,10 @@ class TrainStage(GroupStage):
     def count_steps(self, place: Place) -> tuple[int, int]:
         steps = place.experiment.train.steps
         return max(checkpoint.steps_on_disk(place.train, steps), default=0), steps
+
+    def read_progress(self, place: Place) -> tuple[int, str]:
+        step, loss = read_progress(place)
+        return step, "" if loss is None else f"loss {loss:.4f}"
 
     def run_worker(self, ctx: WorkerContext, place: Place) -> None:
         """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""

@@ -59,4 +59,4 @@ def share_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent:
         )
     least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)
-    return Share(slots, Resources(workers, least, per_cpu, per_gpu, per_task, spare=0))
+    return Share(slots, Resources(workers, least, per_cpu, per_gpu, per_task))

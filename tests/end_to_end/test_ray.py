@@ -163,17 +163,6 @@ def test_elastic_training_asks_for_the_least_that_it_goes_on_with():
         cluster(workers=2, min_workers=3)
 
 
-def test_what_training_leaves_free_is_counted_in_tasks():
-    assert resolve(cluster(), cpus=8, gpus=0).spare == 0
-    assert resolve(cluster(workers=2, cpus_per_worker=2), cpus=8, gpus=0).spare == 4
-    assert resolve(cluster(workers=2, cpus_per_worker=2, cpus_per_task=3), cpus=8, gpus=0).spare == 1
-    assert resolve(cluster(workers=2, cpus_per_worker=2), cpus=16, gpus=2).spare == 0
-    assert resolve(cluster(workers=2, cpus_per_worker=2), cpus=16, gpus=3).spare == 1
-    assert resolve(cluster(workers=2, cpus_per_worker=2, gpus_per_task=0.5), cpus=16, gpus=3).spare == 2
-    shrunk = resolve(cluster(workers=4, min_workers=2, cpus_per_worker=1), cpus=3, gpus=0)
-    assert shrunk.spare == 0, "what an elastic group may come back for is not free"
-
-
 def test_nulls_become_what_the_machine_has():
     on_cpus = resolve(cluster(), cpus=8, gpus=0)
     assert (on_cpus.workers, on_cpus.cpus_per_worker, on_cpus.gpus_per_worker) == (2, 4, 0.0)

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import logging
-import threading
 from contextlib import redirect_stdout
 
 import pytest
@@ -12,9 +11,6 @@ from conftest import ONE_CPU, TINY, one_cpu
 from staged import asking_for, run_stage, with_weights
 
 from pipeline.cli.program import main
-from pipeline.compute.work import InProcess
-from pipeline.engine import during_training
-from pipeline.engine.during_training import score_during_training
 from pipeline.engine.plan import list_rounds
 from pipeline.errors import PipelineError
 from pipeline.stages import evaluate, sample, select
@@ -162,63 +158,6 @@ def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog
         PipelineError, match=r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
     ):
         next(list_rounds(select.STAGE, run.of(experiment)))
-
-
-# During training
-
-
-class Beside(InProcess):
-    """An executor with room for one unit beside the training."""
-
-    spare = 1
-
-    def __init__(self, fails=False):
-        super().__init__(one_cpu().context)
-        self.batches, self.fails = [], fails
-
-    def map_units(self, units, done):
-        self.batches.append(len(units))
-        if self.fails:
-            raise RuntimeError("no room at all")
-        super().map_units(units, done)
-
-
-def wait_until(true, seconds=60):
-    for _ in range(int(seconds / 0.05)):
-        if true():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("it never came to that")
-
-
-def test_candidates_are_scored_while_training_goes_on(trained, monkeypatch):
-    monkeypatch.setattr(during_training, "LOOK_SECONDS", 0.01)
-    experiment, run = trained
-    executor = Beside()
-    with score_during_training(run.of(experiment), executor):
-        wait_until(lambda: all(
-            evaluate.STAGE.is_done(run.of(experiment.make_candidate(step))) for step in STEPS
-        ))  # fmt: skip
-    assert max(executor.batches) == executor.spare, "never more than training leaves room for"
-    assert run_stage(select, experiment, run) == [] and select.STAGE.is_done(run.of(experiment))
-
-
-def test_a_fault_on_the_way_is_none_of_the_training(trained, monkeypatch, caplog):
-    monkeypatch.setattr(during_training, "LOOK_SECONDS", 0.01)
-    experiment, run = trained
-    with score_during_training(run.of(experiment), Beside(fails=True)):
-        wait_until(lambda: "no room at all" in caplog.text)
-    assert "scored after training" in caplog.text
-
-
-def test_checkpoints_that_may_go_are_left_to_the_end(trained, monkeypatch):
-    monkeypatch.setattr(during_training, "LOOK_SECONDS", 0.01)
-    experiment, run = trained
-    every = dataclasses.replace(experiment.evaluate, checkpoints="all")
-    executor = Beside()
-    with score_during_training(run.of(dataclasses.replace(experiment, evaluate=every)), executor):
-        threading.Event().wait(0.3)
-    assert executor.batches == []
 
 
 # The whole command
