@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.harness import Settings
 from pipeline.config import Experiment, load_experiment
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.store.run import Place
 
 
@@ -26,7 +26,7 @@ class Workspace:
         return load_experiment("cifar10", [*self.overrides, *overrides])
 
     def run_of(self, experiment: Experiment) -> Place:
-        return locate_run(experiment, self.root)
+        return make_place(experiment, self.root)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ LINE_SECONDS = 15.0
 SMALL = 1 / 10  # of what is done: units that are no larger tell their pace by themselves
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print one line, dated where nobody watches."""
     stamp = "" if sys.stdout.isatty() else time.strftime("%Y-%m-%d %H:%M:%S  ")
     print(f"{stamp}{text}", flush=True)
@@ -77,7 +77,7 @@ class ProgressBar:
         self.last_line, self.last = now, (done, note)
         pace = f", {format_rate(rate)}" if rate else ""
         left = f", {format_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
-        say(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
+        print_line(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
     def _pace(self, done: int) -> float | None:
         """Return units per second; None as long as it cannot be told.

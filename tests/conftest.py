@@ -8,7 +8,7 @@ import torch
 
 from pipeline import config
 from pipeline.compute.work import InProcess, WorkerContext
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.stages import shard
 from pipeline.store.run import Place
 
@@ -79,7 +79,7 @@ def sharded_storage(tmp_path_factory) -> Path:
     """A storage root that holds the digits as tars."""
     root = tmp_path_factory.mktemp("storage")
     experiment = tiny_experiment()
-    for units in shard.STAGE.work(locate_run(experiment, root)):
+    for units in shard.STAGE.work(make_place(experiment, root)):
         one_cpu().map_units(units, lambda unit: None)
     return root
 
@@ -88,7 +88,7 @@ def sharded_storage(tmp_path_factory) -> Path:
 def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Place]:
     """The tiny experiment under a name of its own, so that no test sees another's run directory."""
     experiment = tiny_experiment(f"name={request.node.name.translate({ord('['): '-', ord(']'): None})}")
-    run = locate_run(experiment, sharded_storage)
+    run = make_place(experiment, sharded_storage)
     run.path.mkdir(parents=True, exist_ok=True)
     return experiment, run
 

@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.console import say
+from pipeline.console import print_line
 from pipeline.errors import ConfigError, PipelineError, suggest
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ def _load_cluster_only(options: Namespace) -> ClusterConfig:
 def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
     """Read the experiment and the cluster that the command line names; the faults of both are told at once."""
     from pipeline import config
-    from pipeline.engine.names import known_names
+    from pipeline.engine.names import list_known_names
 
     name, overrides = _split_words(options, "experiment")
     problems: list[str] = []
     try:
-        experiment = config.load_experiment(name or options.command.default, overrides, known_names())
+        experiment = config.load_experiment(name or options.command.default, overrides, list_known_names())
     except ConfigError as error:
         problems += error.problems
     try:
@@ -89,18 +89,18 @@ def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
 # The stages of one run
 
 
-def run_stages(options: Namespace) -> int:
+def run_command(options: Namespace) -> int:
     """`ddpm run` and the commands that are named like a stage."""
     experiment, cluster = _load(options)
     from pipeline import tracking
-    from pipeline.engine.execute import execute
+    from pipeline.engine.execute import run_stages
 
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
-    place = execute(experiment, cluster, last)
-    say(f"       run: {place.path}")
-    say(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
+    place = run_stages(experiment, cluster, last)
+    print_line(f"       run: {place.path}")
+    print_line(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
     if place.report_html.exists():
-        say(f"    report: {place.report_html}")
+        print_line(f"    report: {place.report_html}")
     return 0
 
 
@@ -108,7 +108,7 @@ def check_experiment(options: Namespace) -> Checked:
     experiment, cluster = _load(options)
     from pipeline import config
 
-    config.check_workers(experiment.train, cluster.workers or 1)
+    config.require_images_for_workers(experiment.train, cluster.workers or 1)
     name, overrides = _split_words(options, "experiment")
     return cluster, config.find_relative_paths(name or options.command.default, overrides)
 
@@ -123,7 +123,7 @@ def show(options: Namespace) -> int:
     for warning in experiment.diffusion.list_warnings():
         print(f"# warning: {warning}")
     try:
-        place = find.locate_run(experiment, cluster.storage_root)
+        place = find.make_place(experiment, cluster.storage_root)
     except PipelineError as error:
         print(f"\n# keys: not known: {error}")
         return 0
@@ -147,7 +147,7 @@ def _list_later_keys(place: Place) -> list[str]:
 
 def import_weights(options: Namespace) -> int:
     options.words = [*options.words, f"published.path={options.path}", f"published.weights={options.weights}"]
-    return run_stages(options)
+    return run_command(options)
 
 
 # Studies
@@ -213,9 +213,9 @@ def _run_study(study: Study, options: Namespace) -> int:
     board = study.run()
     print(format_text(board))
     for what, where in study.list_links():
-        say(f"{what:>11}: {where}")
+        print_line(f"{what:>11}: {where}")
     if rest := study.describe_unfinished():
-        say(rest)
+        print_line(rest)
     for line in board.failures:
         print(f"error: {line}", file=sys.stderr)
     return 1 if board.failures else 0
@@ -247,9 +247,9 @@ def compare(options: Namespace) -> int:
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
     from pipeline.report import compare
 
-    entries = compare.list_entries(find.open_run(path) for path in paths)
+    entries = compare.list_entries(find.read_place(path) for path in paths)
     folder = comparison_folder(root, compare.hash_entries(entries, metric))
-    say(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
+    print_line(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
     return 0
 
 
@@ -259,7 +259,7 @@ def export_weights(options: Namespace) -> int:
 
     path = find.find_run(options.run, find.prepare_storage_root(_load_cluster_only(options)))
     folder = Path(options.directory).expanduser().absolute()
-    say(diffusers_layout.export(path, folder, options.weights, options.step))
+    print_line(diffusers_layout.export(path, folder, options.weights, options.step))
     return 0
 
 
@@ -269,11 +269,11 @@ def sync(options: Namespace) -> int:
     from pipeline.engine import find
     from pipeline.store.files import exclusive
 
-    place = find.open_run(find.find_run(options.run, cluster.storage_root))
+    place = find.read_place(find.find_run(options.run, cluster.storage_root))
     uri = cluster.tracking_uri or tracking.default_uri(place.storage)
     tracking.check_server(uri)
     with exclusive(place.path):
-        say(tracking.deliver_run(uri, place.experiment.name, place))
+        print_line(tracking.deliver_run(uri, place.experiment.name, place))
     return 0
 
 
@@ -283,7 +283,7 @@ def push(options: Namespace) -> int:
 
     root = find.prepare_storage_root(_load_cluster_only(options))
     name = options.run if "/" in options.run else str(find.find_run(options.run, root))  # data/NAME is no run
-    say(remote.push(name, root, options.uri))
+    print_line(remote.push(name, root, options.uri))
     return 0
 
 
@@ -291,7 +291,7 @@ def pull(options: Namespace) -> int:
     from pipeline.engine import find
     from pipeline.store import remote
 
-    say(remote.pull(options.uri, find.prepare_storage_root(_load_cluster_only(options))))
+    print_line(remote.pull(options.uri, find.prepare_storage_root(_load_cluster_only(options))))
     return 0
 
 

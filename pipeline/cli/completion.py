@@ -19,7 +19,7 @@ from pipeline.config import (
     Experiment,
     get_field_types,
     is_section,
-    list_names,
+    list_configurations,
     load_cluster,
 )
 from pipeline.store.run import find_runs
@@ -100,10 +100,10 @@ def _list_runs() -> list[str]:
 
 # From the metavar of an argument and what is typed of a word to the words that it may become.
 LISTERS: dict[str, Callable[[str], list[str]]] = {
-    "CLUSTER": lambda prefix: list_names("cluster"),
+    "CLUSTER": lambda prefix: list_configurations("cluster"),
     "cluster.key=value": _list_cluster_keys,
     "key=value": _list_keys,
-    "EXPERIMENT | key=value": lambda prefix: [*list_names(), *_list_keys(prefix)],
-    "SWEEP | key=value": lambda prefix: [*list_names("sweep"), *_list_keys(prefix)],
+    "EXPERIMENT | key=value": lambda prefix: [*list_configurations(), *_list_keys(prefix)],
+    "SWEEP | key=value": lambda prefix: [*list_configurations("sweep"), *_list_keys(prefix)],
     "RUN": lambda prefix: [*_list_runs(), *_list_cluster_keys(prefix)],
 }

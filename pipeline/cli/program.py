@@ -71,7 +71,7 @@ ADDRESS = _take(
 
 def _stage(name: str, text: str, examples: str) -> Command:
     examples += CONFIGURATIONS + GOES_ON
-    return Command(name, do.run_stages, text, examples, EXPERIMENT, do.check_experiment)
+    return Command(name, do.run_command, text, examples, EXPERIMENT, do.check_experiment)
 
 
 COMMANDS = (

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import say
+from pipeline.console import print_line
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,7 +39,7 @@ class Interrupt:
             raise KeyboardInterrupt
         self._asked.set()
         self.stop_file.touch()
-        say("stopping at the next safe point; once more to stop at once")
+        print_line("stopping at the next safe point; once more to stop at once")
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():

@@ -1,7 +1,13 @@
 """Experiment (whatever may change a number) and Cluster (where it runs; it must not change one)."""
 
 from pipeline.config.checks import flatten, get_field_types, is_section
-from pipeline.config.files import find_file, list_conf_folders, list_files, list_names, read_provenance
+from pipeline.config.files import (
+    find_configuration,
+    list_base_files,
+    list_conf_folders,
+    list_configurations,
+    read_provenance,
+)
 from pipeline.config.load import find_relative_paths, load_cluster, load_experiment, to_dict, to_yaml
 from pipeline.config.sections import (
     SPLITS,
@@ -12,5 +18,5 @@ from pipeline.config.sections import (
     FiguresConfig,
     PublishedConfig,
     SampleConfig,
-    check_workers,
+    require_images_for_workers,
 )

@@ -59,7 +59,7 @@ def takes_text(kind: Any) -> bool:
     return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
 
 
-def check_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, Faults]:
+def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, Faults]:
     """Turn a tree into values of these types, sections into their dataclasses; where there are faults, give these.
 
     `complete`: every key must be there, whatever its default. One value stands for a list of one.
@@ -76,7 +76,7 @@ def check_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree,
         return {}, faults
 
 
-def check_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Faults:
+def find_unknown_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Faults:
     """Find the names in a tree that are not among those known for their (dotted) key."""
     faults, values = {}, flatten(tree)
     for key, names in known.items():

@@ -22,12 +22,12 @@ def list_conf_folders() -> list[Path]:
     return [Path.cwd() / "conf", package / "conf", package.parent / "conf"]
 
 
-def list_names(kind: Kind = "") -> list[str]:
+def list_configurations(kind: Kind = "") -> list[str]:
     """Return the names of the configurations of a kind, sorted."""
     return sorted({file.stem for folder in list_conf_folders() for file in (folder / kind).glob("*.yaml")})
 
 
-def find_file(name: str, kind: Kind = "") -> Path:
+def find_configuration(name: str, kind: Kind = "") -> Path:
     """Return the file that `name` (a path, or a name in conf/) means."""
     if Path(name).suffix in (".yaml", ".yml"):
         if Path(name).is_file():
@@ -36,13 +36,13 @@ def find_file(name: str, kind: Kind = "") -> Path:
     for folder in list_conf_folders():
         if (folder / kind / f"{name}.yaml").is_file():
             return folder / kind / f"{name}.yaml"
-    known = list_names(kind)
+    known = list_configurations(kind)
     raise ConfigError(
         f"no {kind or 'experiment'} is named '{name}'{suggest(name, known)}; known: {', '.join(known)}"
     )
 
 
-def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
+def read_configuration(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     """Read a yaml file over its base."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` leads back to the file itself")
@@ -52,7 +52,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     if base is None:
         return tree
     near = path.parent / f"{base}.yaml"
-    below = read_file(near if near.is_file() else find_file(base), (*seen, path.resolve()))
+    below = read_configuration(near if near.is_file() else find_configuration(base), (*seen, path.resolve()))
     below.pop("name", None)  # a name belongs to the file that says it
     return _merge(below, tree)
 
@@ -71,10 +71,10 @@ def _plain(tree: DictConfig) -> Tree:
     return cast(Tree, OmegaConf.to_container(tree, resolve=False))
 
 
-def list_files(path: Path) -> list[Path]:
+def list_base_files(path: Path) -> list[Path]:
     """Return a yaml file and those of its bases that lie in its folder: what reading it needs, but for named ones."""
     near = path.parent / f"{_read_yaml(path).get('base')}.yaml"
-    return [path, *(list_files(near) if near.is_file() else [])]
+    return [path, *(list_base_files(near) if near.is_file() else [])]
 
 
 def _merge(base: Tree, tree: Tree) -> Tree:

@@ -15,14 +15,14 @@ from pipeline.config.checks import (
     Faults,
     Tree,
     Types,
-    check_names,
-    check_values,
+    convert_values,
+    find_unknown_names,
     flatten,
     get_field_types,
     is_section,
     takes_text,
 )
-from pipeline.config.files import apply_overrides, find_file, read_file
+from pipeline.config.files import apply_overrides, find_configuration, read_configuration
 from pipeline.config.neutral import add_neutral_values
 from pipeline.config.sections import SPLITS, ClusterConfig, Experiment
 from pipeline.errors import ConfigError
@@ -62,15 +62,15 @@ def load_experiment(name: str, overrides: list[str], known: Names | None = None)
 
 def _check_experiment(name: str, overrides: list[str], known: Names | None) -> tuple[Tree, Faults]:
     tree, types = _read_experiment(name, overrides)
-    values, faults = check_values(types, tree)
-    return values, faults | check_names(tree, {"model.name": NETWORKS, **(known or {})})
+    values, faults = convert_values(types, tree)
+    return values, faults | find_unknown_names(tree, {"model.name": NETWORKS, **(known or {})})
 
 
 def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     """Return what the file says with the overrides, and what each key may hold."""
-    path = find_file(name)
+    path = find_configuration(name)
     known = get_field_types(Experiment)
-    tree = apply_overrides({"name": path.stem, **read_file(path)}, _quote_texts(overrides, known))
+    tree = apply_overrides({"name": path.stem, **read_configuration(path)}, _quote_texts(overrides, known))
     add_neutral_values(tree)
     network = str(flatten(tree).get("model.name", "unet"))
     return tree, {**known, "model": NETWORKS.get(network, Tree)}
@@ -124,8 +124,8 @@ def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """Read a file of conf/cluster/, override, check; `overrides` without their `cluster.`."""
     typed = _quote_texts(overrides, get_field_types(ClusterConfig))
-    tree = {"cluster": apply_overrides(read_file(find_file(name, "cluster")), typed)}
-    values, faults = check_values({"cluster": ClusterConfig}, tree)
+    tree = {"cluster": apply_overrides(read_configuration(find_configuration(name, "cluster")), typed)}
+    values, faults = convert_values({"cluster": ClusterConfig}, tree)
     if lines := _lines(faults) or [
         f"cluster.{key} {fault}" for key, fault in values["cluster"].find_problems()
     ]:

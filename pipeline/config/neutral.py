@@ -34,7 +34,7 @@ UNHASHED = {"train.accumulate", "train.compile", "train.deterministic", "sample.
 FORMULAS = {"diffusion.variance=learned_range": 1}
 
 
-def hashed_content(name: str, section: Any) -> dict[str, Any]:
+def get_key_content(name: str, section: Any) -> dict[str, Any]:
     """Return what a key hashes of the section `name` (a dataclass), as plain containers."""
     content: dict[str, Any] = {}
     for key, value in json.loads(json.dumps(dataclasses.asdict(section))).items():

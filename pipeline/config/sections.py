@@ -181,7 +181,7 @@ class FiguresConfig:
 
 
 @dataclass(frozen=True)
-class BestCheckpoint:
+class SelectedCheckpoint:
     """The step of the best of several checkpoints, and the rule by which it was selected, in words."""
 
     step: int
@@ -203,7 +203,7 @@ class Experiment:
     sample: SampleConfig
     evaluate: EvaluateConfig
     figures: FiguresConfig
-    best: BestCheckpoint | None = field(default=None, metadata={"in_file": False})
+    selected: SelectedCheckpoint | None = field(default=None, metadata={"in_file": False})
 
     def find_problems(self) -> Iterator[Problem]:
         """Find what only several keys together show, each fault with its full key."""
@@ -256,16 +256,16 @@ class Experiment:
             return which
         if which == "last":
             return self.train.steps
-        if self.best is None:
+        if self.selected is None:
             raise PipelineError(
                 "sample.checkpoint=best is known once evaluate.checkpoints are scored; `ddpm sample` does that first"
             )
-        return self.best.step
+        return self.selected.step
 
     @property
     def checkpoint_rule(self) -> str | None:
         """The rule by which the checkpoint was selected, a part of the protocol of every score; None for a step."""
-        return self.best.rule if self.sample.checkpoint == "best" and self.best else None
+        return self.selected.rule if self.sample.checkpoint == "best" and self.selected else None
 
     @property
     def weights_kind(self) -> str:
@@ -282,7 +282,7 @@ class Experiment:
         """Return the experiment in which sample.checkpoint=best means `step`, the best of so many candidates."""
         images, weights = self.evaluate.checkpoint_images, self.sample.weights
         rule = f"best of {candidates} checkpoints by FID on {images} images, {weights} weights"
-        return replace(self, best=BestCheckpoint(step, rule))
+        return replace(self, selected=SelectedCheckpoint(step, rule))
 
     def choose_label(self, index: int) -> int | None:
         """Return the class that sample `index` is asked to be; None where none is."""
@@ -366,7 +366,7 @@ class ClusterConfig:
             yield "tracking_uri", f"begins with '{scheme}'; MLflow's stores are {known}"
 
 
-def check_workers(config: TrainConfig, workers: int) -> None:
+def require_images_for_workers(config: TrainConfig, workers: int) -> None:
     """Raise PipelineError unless every worker gets an image of each batch."""
     if workers > config.batch_size:
         raise PipelineError(

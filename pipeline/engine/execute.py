@@ -12,10 +12,10 @@ from pipeline import config
 from pipeline.compute.interrupt import Interrupt, Interrupted
 from pipeline.compute.work import GIB, Done, Executor, InProcess, Unit, local_context
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import format_duration, poll_during, say, show_progress
+from pipeline.console import format_duration, poll_during, print_line, show_progress
 from pipeline.engine import preflight
-from pipeline.engine.find import find_old_runs, locate_run, prepare_storage_root
-from pipeline.engine.plan import fill_in_checkpoint, list_pending, list_rounds
+from pipeline.engine.find import find_old_runs, make_place, prepare_storage_root
+from pipeline.engine.plan import fill_in_selection, list_rounds, list_unfinished_stages
 from pipeline.engine.provenance import collect_provenance, find_commit
 from pipeline.stages.stage import GroupStage, Stage
 from pipeline.store import keys
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from pipeline.compute.session import Session
 
 
-def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
+def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
     """Bring the run up to date, `last` included. Raises Interrupted, PipelineError."""
-    place = locate_run(experiment, prepare_storage_root(cluster))
+    place = make_place(experiment, prepare_storage_root(cluster))
     for line in [] if place.path.exists() else find_old_runs(place):
-        say(line)
+        print_line(line)
     with exclusive(place.path):
         remove_leftovers(place.path)
-        todo = list_pending(place, last)
+        todo = list_unfinished_stages(place, last)
         if not todo:
-            say(f"{place.name}: everything up to date, '{last}' included")
+            print_line(f"{place.name}: everything up to date, '{last}' included")
             return place
-        say(f"{place.name}: {', '.join(stage.name for stage in todo)}")
-        config.check_workers(experiment.train, cluster.workers or 1)
-        say(f"needs {preflight.check_resources(place)}")
+        print_line(f"{place.name}: {', '.join(stage.name for stage in todo)}")
+        config.require_images_for_workers(experiment.train, cluster.workers or 1)
+        print_line(f"needs {preflight.check_resources(place)}")
         _write_experiment(place)
         from pipeline import tracking
 
@@ -48,13 +48,13 @@ def execute(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
             tracking.check_server(uri)
         _remove_signs(place)
         interrupt = Interrupt(place.stop_file)
-        work = _Work(cluster, place, interrupt, interrupt.requested)
+        work = _RunExecution(cluster, place, interrupt, interrupt.requested)
         with tracking.Mirror(uri, experiment.name, place), interrupt, work.stack:
-            work.do_all(todo, last)
+            work.run_all(todo, last)
     return place
 
 
-def execute_with(
+def run_trial_stages(
     executor: Executor,
     interrupted: Callable[[], bool],
     cluster: ClusterConfig,
@@ -70,10 +70,12 @@ def execute_with(
     with exclusive(place.path, wait=True):
         remove_leftovers(place.path)
         _remove_signs(place)
-        if todo := list_pending(place, last):
+        if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place)
             _write_experiment(place.of(asked) if asked else place)
-            _Work(cluster, place, Interrupt(place.stop_file), interrupted, executor).do_all(todo, last)
+            _RunExecution(cluster, place, Interrupt(place.stop_file), interrupted, executor).run_all(
+                todo, last
+            )
 
 
 def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStack) -> Session | InProcess:
@@ -84,14 +86,14 @@ def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStac
     from pipeline.compute.session import Session
 
     address = cluster.ray_address
-    say("starting Ray" if address is None else f"joining Ray at {address}")
+    print_line("starting Ray" if address is None else f"joining Ray at {address}")
     session = stack.enter_context(Session(cluster, interrupt.requested))
     interrupt.install()  # ray.init replaces the handler of SIGTERM
     return session
 
 
 @dataclass
-class _Work:
+class _RunExecution:
     """The work of one command on one run; the executor starts when it is first needed."""
 
     cluster: ClusterConfig
@@ -101,7 +103,7 @@ class _Work:
     executor: Executor | None = None
     stack: ExitStack = field(default_factory=ExitStack)  # ends the executor
 
-    def do_all(self, todo: list[Stage], last: str) -> None:
+    def run_all(self, todo: list[Stage], last: str) -> None:
         """Do the stages in order, and record for each how long it took and by which code. What uses the best
         checkpoint is planned anew once that is selected."""
         while todo:
@@ -116,9 +118,9 @@ class _Work:
                 self._run_units(stage, todo)
             seconds = time.monotonic() - began
             self.place.add_seconds(stage.name, seconds)
-            say(f"{stage.name}: done in {format_duration(seconds)}")
+            print_line(f"{stage.name}: done in {format_duration(seconds)}")
             if stage.selects_checkpoint:
-                todo = list_pending(self.place, last)
+                todo = list_unfinished_stages(self.place, last)
 
     def _run_group(self, stage: GroupStage) -> None:
         """Run a group of workers to the end of the stage, and show its steps."""
@@ -138,7 +140,7 @@ class _Work:
 
     def _run_units(self, stage: Stage, later: list[Stage]) -> None:
         """Run the rounds of units of a stage; and those of later stages that can be done between them."""
-        place = fill_in_checkpoint(stage, self.place)
+        place = fill_in_selection(stage, self.place)
         shared = stage.find_shared_folder(place)
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         with exclusive(shared, wait=True) if shared else nullcontext():

@@ -28,7 +28,7 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
     return root
 
 
-def locate_run(experiment: Experiment, root: Path) -> Place:
+def make_place(experiment: Experiment, root: Path) -> Place:
     """Return the run that `experiment` means. Reads the data source's fingerprint; raises ConfigError where a file
     that the experiment names is missing."""
     if missing := experiment.find_missing_files():
@@ -38,7 +38,7 @@ def locate_run(experiment: Experiment, root: Path) -> Place:
     return Place(root, experiment, data_key, keys.run_key(experiment, data_key))
 
 
-def open_run(path: Path) -> Place:
+def read_place(path: Path) -> Place:
     """Read a run directory, with the experiment of the last command on it; its data may be elsewhere."""
     file = path / EXPERIMENT
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def known_names() -> dict[str, Iterable[str]]:
+def list_known_names() -> dict[str, Iterable[str]]:
     """Return what each key that holds names may hold, for the reader of configurations."""
     from pipeline.data.sources import SOURCES
     from pipeline.scores.metrics import FAMILIES

@@ -16,7 +16,7 @@ STAGES: tuple[Stage, ...] = (
 BY_NAME = {stage.name: stage for stage in STAGES}
 
 
-def list_needed(place: Place, last: str) -> list[Stage]:
+def list_required_stages(place: Place, last: str) -> list[Stage]:
     """List `last` and all stages that it needs, in order."""
     names = {last}
     for stage in reversed(STAGES):  # a stage needs earlier ones
@@ -25,24 +25,20 @@ def list_needed(place: Place, last: str) -> list[Stage]:
     return [stage for stage in STAGES if stage.name in names]
 
 
-def list_pending(place: Place, last: str) -> list[Stage]:
+def list_unfinished_stages(place: Place, last: str) -> list[Stage]:
     """List the stages that `last` needs, itself included, that still have work, in order.
 
     Until the best checkpoint is selected, the stages that work on it count as not done.
     """
     todo: list[Stage] = []
-    for stage in list_needed(place, last):
+    for stage in list_required_stages(place, last):
         waits = stage.uses_checkpoint and any(earlier.selects_checkpoint for earlier in todo)
-        if (
-            waits
-            or (stage.shows_other_stages and todo)
-            or not stage.is_done(fill_in_checkpoint(stage, place))
-        ):
+        if waits or (stage.shows_other_stages and todo) or not stage.is_done(fill_in_selection(stage, place)):
             todo.append(stage)
     return todo
 
 
-def fill_in_checkpoint(stage: Stage, place: Place) -> Place:
+def fill_in_selection(stage: Stage, place: Place) -> Place:
     """Return the run with the selected checkpoint filled in, for the stages that work on it; else the run itself."""
     found = selection.resolve(place) if stage.uses_checkpoint else place
     assert found is not None, "the selection comes first"

@@ -19,7 +19,7 @@ MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 
 
 @dataclass(frozen=True)
-class Needs:
+class Requirements:
     """What a run needs, in bytes but for the numbers of kept checkpoints and of images.
 
     `memory` is a training worker's, without the training images, and without activations, which nobody knows
@@ -37,7 +37,7 @@ class Needs:
         return self.checkpoints + self.samples + MARGIN
 
 
-def estimate_needs(experiment: Experiment) -> Needs:
+def estimate_requirements(experiment: Experiment) -> Requirements:
     """Estimate what the whole run takes. An image counts as large as its pixels: that is the PNG of noise."""
     train, evaluate, images = experiment.train, experiment.evaluate, experiment.sample.num_images
     weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
@@ -48,7 +48,7 @@ def estimate_needs(experiment: Experiment) -> Needs:
     if evaluate.checkpoints:
         interval = evaluate.checkpoint_interval
         images += (train.steps // interval if interval else kept) * evaluate.checkpoint_images
-    return Needs(
+    return Requirements(
         kept=kept,
         # One more than are kept, while the newest is written; the first EMA is stored twice.
         checkpoints=(kept + 1) * (state + weights),
@@ -63,7 +63,7 @@ def check_resources(place: Place) -> str:
     """Say what the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
     import torch
 
-    wanted = estimate_needs(place.experiment)
+    wanted = estimate_requirements(place.experiment)
     there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
     left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free
     if left > free:

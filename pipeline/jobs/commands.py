@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig
 from pipeline.config.sections import FILE_NAME
-from pipeline.console import format_duration, format_table, say
+from pipeline.console import format_duration, format_table, print_line
 from pipeline.errors import ConfigError, PipelineError, shorten_error
 from pipeline.jobs.client import check_versions, connect, follow_log
 from pipeline.jobs.package import check_paths, pack
@@ -48,7 +48,7 @@ def submit(
         raise ConfigError(f"--id {name} names a file: letters, digits, '.', '_' and '-' only")
     with pack(words, find_commit()) as package, connect(address, name) as there:
         for difference in check_versions(there):
-            say(difference)
+            print_line(difference)
         there.client.submit_job(
             entrypoint=package.entrypoint,
             submission_id=name,
@@ -58,11 +58,13 @@ def submit(
             },
             metadata={"command": shlex.join(["ddpm", *words])},
         )
-    say(f"submitted to {there.name} as {name} ({package.bytes / 1e6:.1f} MB of code and configurations)")
+    print_line(
+        f"submitted to {there.name} as {name} ({package.bytes / 1e6:.1f} MB of code and configurations)"
+    )
     if follow:
-        say("Ctrl-C leaves it running")
+        print_line("Ctrl-C leaves it running")
         return show_log(name, address, follow=True)
-    say(
+    print_line(
         f"`ddpm jobs logs {name} --follow{there.option}` follows it, `ddpm jobs stop {name}{there.option}` stops it"
     )
     return 0
@@ -90,7 +92,7 @@ def show_log(name: str, address: str | None, follow: bool) -> int:
         print(log, end="")
         return 0
     code, end = describe_end(job)
-    say(f"job {name}: {end}")
+    print_line(f"job {name}: {end}")
     return code
 
 
@@ -112,11 +114,11 @@ def stop(name: str, address: str | None) -> int:
         job = there.client.get_job_info(name)
         if job.status.is_terminal():
             raise PipelineError(f"job {name} runs no more: {describe_end(job)[1]}")
-        say(f"{name}: stopping at the next safe point")
+        print_line(f"{name}: stopping at the next safe point")
         there.client.stop_job(name)
         while not (job := there.client.get_job_info(name)).status.is_terminal():
             time.sleep(0.5)
-    say(f"{name}: {describe_end(job)[1]}")
+    print_line(f"{name}: {describe_end(job)[1]}")
     return 0
 
 

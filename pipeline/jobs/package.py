@@ -98,7 +98,7 @@ def _take_along(word: str, folder: Path) -> str:
         return word
     place = folder / GIVEN / str(len(list(folder.glob(f"{GIVEN}/*"))))
     place.mkdir(parents=True)
-    for file in config.list_files(path):
+    for file in config.list_base_files(path):
         shutil.copy(file, place / file.name)
     return f"{option}{equals}{(place / path.name).relative_to(folder)}"
 

@@ -22,7 +22,7 @@ from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, learning_rate, train_step
 from pipeline.compute.work import Unit, WorkerContext
-from pipeline.config import Experiment, check_workers
+from pipeline.config import Experiment, require_images_for_workers
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
@@ -67,7 +67,7 @@ class TrainStage(GroupStage):
     def run_worker(self, ctx: WorkerContext, place: Place) -> None:
         """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
         experiment, config = place.experiment, place.experiment.train
-        check_workers(config, ctx.world_size)
+        require_images_for_workers(config, ctx.world_size)
         torch.use_deterministic_algorithms(config.deterministic)
         if ctx.rank == 0:
             remove_leftovers(place.train)  # of a group that was killed before this one

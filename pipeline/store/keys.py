@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Experiment, to_dict
-from pipeline.config.neutral import hashed_content
+from pipeline.config.neutral import get_key_content
 from pipeline.store.files import sha256_of
 
 VERSION = 2
@@ -32,7 +32,7 @@ def hash_of(content: Any) -> str:
 
 def data_key(experiment: Experiment, fingerprint: str) -> str:
     """Name the shards: the source's content, and the shape of what is made of it."""
-    data = hashed_content("data", experiment.data)
+    data = get_key_content("data", experiment.data)
     shape = ("image_size", "channels", "labels", "test_images")
     return hash_of([fingerprint, {key: data[key] for key in shape if key in data}])
 
@@ -45,7 +45,7 @@ def run_content(experiment: Experiment, whole: bool = False) -> dict[str, Any]:
     dropped = _NOT_IN_RUN_KEY if experiment.train.lr_decay != "none" else _NOT_IN_RUN_KEY | {"steps"}
 
     def content(name: str, section: Any) -> dict[str, Any]:
-        return to_dict(section) if whole else hashed_content(name, section)
+        return to_dict(section) if whole else get_key_content(name, section)
 
     always = {
         "seed": experiment.seed,
@@ -66,14 +66,14 @@ def run_key(experiment: Experiment, data_key: str) -> str:
 
 def sample_key(experiment: Experiment, run_key: str) -> str:
     """Name a sample set: the weights and the sampler. Asking for more images adds units to it."""
-    sampler = hashed_content("sample", experiment.sample)
+    sampler = get_key_content("sample", experiment.sample)
     content = {key: value for key, value in sampler.items() if key not in _NOT_IN_SAMPLE_KEY}
     return hash_of([run_key, experiment.checkpoint_step, content])
 
 
 def evaluate_key(experiment: Experiment, run_key: str) -> str:
     """Name a set of scores. A checkpoint that was chosen by its score has another protocol than one asked for."""
-    evaluate = hashed_content("evaluate", experiment.evaluate)
+    evaluate = get_key_content("evaluate", experiment.evaluate)
     content = {key: value for key, value in evaluate.items() if key not in _NOT_IN_SCORE_KEY}
     if experiment.evaluate.extractor_weights:
         content["extractor_weights"] = _content_of(Path(experiment.evaluate.extractor_weights))
@@ -90,7 +90,7 @@ def selection_key(experiment: Experiment, run_key: str) -> str:
 
 def figures_key(experiment: Experiment, run_key: str) -> str:
     """Name a set of figures, which show samples and what the evaluation found about them."""
-    return hash_of([evaluate_key(experiment, run_key), hashed_content("figures", experiment.figures)])
+    return hash_of([evaluate_key(experiment, run_key), get_key_content("figures", experiment.figures)])
 
 
 def _content_of(path: Path) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from ddpm.config import Count, Problems, Range
-from pipeline.config.checks import Faults, Tree, check_names, check_values, flatten
-from pipeline.config.files import apply_overrides, find_file, read_file
+from pipeline.config.checks import Faults, Tree, convert_values, find_unknown_names, flatten
+from pipeline.config.files import apply_overrides, find_configuration, read_configuration
 from pipeline.config.sections import FILE_NAME, CountOrNull
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import METRICS, Metric
@@ -168,8 +168,8 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
 
     Raises ConfigError with every fault that the file alone shows.
     """
-    path = find_file(name, "sweep")
-    tree: Tree = {"name": path.stem, **apply_overrides(read_file(path), overrides)}
+    path = find_configuration(name, "sweep")
+    tree: Tree = {"name": path.stem, **apply_overrides(read_configuration(path), overrides)}
     tree.pop("note", None)  # the sweep.yaml that a study leaves can be run again
     shared = flatten(tree.pop("overrides", None) or {})
     space, faults = _read_space(tree.pop("space", None) or {})
@@ -177,9 +177,9 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     if ("experiment" in given) == ("experiments" in given):
         faults["experiment"] = "(a name) or experiments (a list of names): one of the two is needed"
     given["experiments"] = given.pop("experiment", given.get("experiments", []))
-    values, wrong = check_values({"sweep": SweepSettings}, {"sweep": given}, complete=False)
+    values, wrong = convert_values({"sweep": SweepSettings}, {"sweep": given}, complete=False)
     wrong = {key.removeprefix("sweep."): fault for key, fault in wrong.items()}
-    wrong |= check_names(given, {"rank.metric": METRICS})
+    wrong |= find_unknown_names(given, {"rank.metric": METRICS})
     faults |= wrong
     if not wrong:
         sweep = Sweep(**vars(values["sweep"]), space=space, overrides=shared)
@@ -198,7 +198,7 @@ def _read_space(tree: Tree) -> tuple[dict[str, list[Value] | Interval], Faults]:
     for key, values in tree.items():
         where = f"space.{key}"
         if isinstance(values, dict):
-            found, wrong = check_values({where: Interval}, {where: values}, complete=False)
+            found, wrong = convert_values({where: Interval}, {where: values}, complete=False)
             faults |= wrong
             if not wrong:
                 space[key] = found[where]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline import config
-from pipeline.engine.plan import list_pending
+from pipeline.engine.plan import list_unfinished_stages
 from pipeline.store.files import read_json, write_json
 from pipeline.sweep.definition import EarlyStop
 from pipeline.sweep.points import Trial
@@ -48,7 +48,7 @@ class Ledger:
         for trial in trials:
             record = self.records.setdefault(trial.key, TrialState())
             record.label, record.run = trial.label, trial.place.name
-            if not list_pending(trial.place, "report"):
+            if not list_unfinished_stages(trial.place, "report"):
                 record.state, record.reason = "finished", ""
             elif record.state in ("finished", "running"):  # its files went, or its driver did
                 record.state, record.reason = "interrupted", ""

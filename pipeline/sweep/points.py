@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.config import DataConfig, Experiment, find_relative_paths, flatten, load_experiment
 from pipeline.engine import find
-from pipeline.engine.names import known_names
+from pipeline.engine.names import list_known_names
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import describe_objective, name_values
@@ -43,7 +43,7 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
     for word in overrides:
         if word.partition("=")[0] in sweep.space:
             raise ConfigError(f"{word}: {sweep.name} sweeps this key; change the file, or copy it")
-    common, known = format_overrides(sweep.overrides) + overrides, known_names()
+    common, known = format_overrides(sweep.overrides) + overrides, list_known_names()
     points: list[SweepPoint] = []
     faults: dict[str, None] = {}  # a set that keeps its order
     experiments: list[Values] = [{"experiment": name} for name in sweep.experiments]
@@ -152,7 +152,7 @@ def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
     for point in points:
         data = point.experiment.data
         if data not in known:
-            known[data] = find.locate_run(point.experiment, root)
+            known[data] = find.make_place(point.experiment, root)
         run_key = keys.run_key(point.experiment, known[data].data_key)
         place = replace(known[data], experiment=point.experiment, run_key=run_key)
         names = [name for name in runs if name.endswith(f"-{run_key}")]

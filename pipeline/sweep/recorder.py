@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import config, tracking
-from pipeline.console import format_duration, say
-from pipeline.engine.plan import list_pending
+from pipeline.console import format_duration, print_line
+from pipeline.engine.plan import list_unfinished_stages
 from pipeline.scores.metrics import format_headline
 from pipeline.store.files import write_text
 from pipeline.store.log import read_progress
@@ -36,7 +36,7 @@ class Recorder:
     interrupted: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.parent = tracking.ParentRun(self.uri, self.sweep.name, self.folder.parent.parent, warn=say)
+        self.parent = tracking.ParentRun(self.uri, self.sweep.name, self.folder.parent.parent, warn=print_line)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
 
@@ -65,7 +65,7 @@ class Recorder:
         self.ledger.record_state(key, "running")
         self.mirrors[key] = self._mirror(key, "running")
         self.mirrors[key].start()
-        say(f"{self.trials[key].label}: started")
+        print_line(f"{self.trials[key].label}: started")
 
     def end_trial(self, key: str, error: str | None) -> None:
         """Note how a trial ended: its files say how, `error` only why."""
@@ -80,11 +80,11 @@ class Recorder:
             "finished": f"finished in {format_duration(row.seconds)}: {format_headline(row.scores)}",
             "failed": f"failed: {reason}",
         }
-        say(f"{trial.label}: {end.get(state, reason or state)}")
+        print_line(f"{trial.label}: {end.get(state, reason or state)}")
 
     def _find_end(self, trial: Trial, error: str | None) -> tuple[State, str]:
         """Return the state and the reason of a trial that runs no more."""
-        if not list_pending(trial.place, "report"):
+        if not list_unfinished_stages(trial.place, "report"):
             return "finished", ""
         record = self.ledger.records[trial.key]
         if record.state == "stopped":
@@ -104,7 +104,7 @@ class Recorder:
         tags = {**identity, **swept, tracking.STATE_TAG: state}
         if self.parent.run_id:
             tags[tracking.PARENT_TAG] = self.parent.run_id
-        return tracking.Mirror(self.uri, self.sweep.name, trial.place, tags, say, child)
+        return tracking.Mirror(self.uri, self.sweep.name, trial.place, tags, print_line, child)
 
     def publish(self) -> None:
         """Write the leaderboard as it is now, into the study's folder and to the server."""

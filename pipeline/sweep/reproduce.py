@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import say
+from pipeline.console import print_line
 from pipeline.engine import find
 from pipeline.errors import ConfigError
 from pipeline.store.files import read_json, write_json
@@ -74,11 +74,11 @@ def load_or_measure_steps(memory: Path, hours: float, rows: list[Experiment], cl
     if not memory.exists():
         from pipeline.engine import execute as stages
 
-        say("measuring how fast this cluster trains")
+        print_line("measuring how fast this cluster trains")
         train = replace(
             rows[0].train, steps=PROBE_STEPS, warmup_steps=1, log_every=PROBE_STEPS // 4, sample_every=0
         )
-        place = stages.execute(replace(rows[0], name="probe", train=train), cluster, "train")
+        place = stages.run_stages(replace(rows[0], name="probe", train=train), cluster, "train")
         # the best window, since the first ones warm up
         rate = max(point["metrics"]["train/images_per_second"] for point in read_points(place.log))
         write_json(memory, {"steps": fit_steps(hours, rate, rows)})

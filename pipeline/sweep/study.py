@@ -13,7 +13,7 @@ from pipeline import tracking
 from pipeline.compute.interrupt import Interrupt, Interrupted
 from pipeline.compute.work import Executor, InProcess
 from pipeline.config import ClusterConfig
-from pipeline.console import format_duration, poll_during, say, show_progress
+from pipeline.console import format_duration, poll_during, print_line, show_progress
 from pipeline.engine import execute as stages
 from pipeline.engine import find
 from pipeline.errors import PipelineError
@@ -89,9 +89,9 @@ class Study:
                 self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested
             )
             todo, total = self._list_pending(), len(self.trials)
-            say(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
+            print_line(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
             if self.sweep.note:
-                say(self.sweep.note)
+                print_line(self.sweep.note)
             self.recorder.open()
             status = "KILLED"
             try:
@@ -128,7 +128,7 @@ class Study:
 
                         executor.pool.end()  # what was prepared for all; each trial has a pool of its own
                         share = self._share(executor.nodes())
-                        say(f"{self.sweep.name}: {share}")
+                        print_line(f"{self.sweep.name}: {share}")
                         run_tasks(tasks, share, recorder, judge, self.folder / "ray")
             finally:
                 for key in list(recorder.mirrors):  # this driver is on its way out, and they with it
@@ -144,12 +144,12 @@ class Study:
             place = self.trials[key].place
             try:
                 if place.data not in sharded:
-                    stages.execute_with(executor, self.interrupt.requested, self.cluster, place, "shard")
+                    stages.run_trial_stages(executor, self.interrupt.requested, self.cluster, place, "shard")
                 evaluate.STAGE.check_before_training(place)
                 sharded.add(place.data)
                 if evaluate.needs_samples(place.experiment) and (units := list_preparations(place)):
                     names = " and ".join(unit.name for unit in units)
-                    say(f"{self.sweep.name}: making {names}, which all trials share")
+                    print_line(f"{self.sweep.name}: making {names}, which all trials share")
                     executor.map_units(units, lambda unit: None)
                 able.append(key)
             except PipelineError as error:

@@ -64,7 +64,7 @@ def _run_rungs(task: Task, executor: Executor, should_continue: Callable[[int, f
     def bring(experiment: Experiment, last: str) -> None:
         if task.interrupted():
             raise Interrupted
-        stages.execute_with(
+        stages.run_trial_stages(
             executor, task.interrupted, task.cluster, place.of(experiment), last, asked=place.experiment
         )
 

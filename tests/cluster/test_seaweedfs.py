@@ -17,7 +17,7 @@ from conftest import tiny_experiment
 from mlflow import MlflowClient
 from test_compose import ENV, SERVICES, WEED
 
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.store import remote, tars
 
@@ -111,7 +111,7 @@ def test_shards_travel_there_and_back_and_strangers_see_nothing(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", store)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    run = locate_run(tiny_experiment(), sharded_storage)
+    run = make_place(tiny_experiment(), sharded_storage)
     name = f"data/{run.data.name}"
     assert ", 0 were there" in remote.push(name, sharded_storage, "s3://team/runs")
     assert ": 0 files sent" in remote.push(name, sharded_storage, "s3://team/runs")

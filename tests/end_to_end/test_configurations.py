@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.compute.work import Unit
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.stages import evaluate, sample, shard, train
 from pipeline.store import tars
 from pipeline.store.files import read_json
@@ -123,7 +123,7 @@ def test_two_steps(named, storage):
     name, data = named
     whole = config.load_experiment(name, data)
     experiment = config.load_experiment(name, [*data, *SHORT, *NARROW[whole.model.name]])
-    run = locate_run(experiment, storage)
+    run = make_place(experiment, storage)
     run.path.mkdir(parents=True)
     carry_out(shard.STAGE.work(run.of(experiment)))
     train.STAGE.run_worker(one_cpu().context, run.of(experiment))

@@ -16,7 +16,7 @@ def clock(monkeypatch):
 @pytest.fixture
 def said(monkeypatch):
     lines = []
-    monkeypatch.setattr(progress, "say", lines.append)
+    monkeypatch.setattr(progress, "print_line", lines.append)
     monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: False, raising=False)
     return lines
 

@@ -9,7 +9,7 @@ import torch
 from ddpm.diffusion import Diffusion
 from ddpm.networks.config import UNetConfig
 from pipeline import config
-from pipeline.engine.names import known_names
+from pipeline.engine.names import list_known_names
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint, keys
 
@@ -45,7 +45,7 @@ PARAMETERS = {
 
 def problems(name: str, *overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config.load_experiment(name, list(overrides), known_names())
+        config.load_experiment(name, list(overrides), list_known_names())
     return caught.value.problems
 
 

@@ -7,7 +7,7 @@ from synthetic_run import make_run
 
 from pipeline.cli.program import main
 from pipeline.engine import find
-from pipeline.engine.plan import list_needed
+from pipeline.engine.plan import list_required_stages
 from pipeline.errors import PipelineError
 from pipeline.store.run import Place
 
@@ -31,7 +31,7 @@ def test_status_tells_of_an_old_run_and_how_to_read_it(old_run, capsys):
 
 def test_an_old_run_is_not_opened(old_run):
     with pytest.raises(PipelineError, match=r"first version of this program.*git worktree add"):
-        find.open_run(old_run.path)
+        find.read_place(old_run.path)
 
 
 def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
@@ -45,7 +45,7 @@ def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
 
 def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
     _, run = make_run(tmp_path)
-    assert find.open_run(run.path) == run
+    assert find.read_place(run.path) == run
     assert find.find_named_runs("digits-", tmp_path) == [run.path]
     with pytest.raises(PipelineError, match=f"runs in {tmp_path}: {run.name}"):
         find.find_run("nothing", tmp_path)
@@ -67,4 +67,4 @@ def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
 )
 def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
     place = Place(tmp_path, tiny_experiment(*overrides), "d" * 12, "e" * 12)
-    assert [stage.name for stage in list_needed(place, last)] == names.split()
+    assert [stage.name for stage in list_required_stages(place, last)] == names.split()

@@ -27,21 +27,23 @@ def test_checkpoints_are_as_large_as_said(tiny_run):
     train.STAGE.run_worker(one_cpu().context, run.of(one))
     (written,) = (run.step_folder(step) for step in checkpoint.steps_on_disk(run.train))
     found = sum(file.stat().st_size for file in written.iterdir())
-    assert preflight.estimate_needs(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
+    assert preflight.estimate_requirements(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
 
 
 def test_the_papers_run_takes_gibibytes():
-    wanted = preflight.estimate_needs(cifar10())
+    wanted = preflight.estimate_requirements(cifar10())
     assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
     assert 3 * 2**30 < wanted.disk < 4 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
 
 
 def test_candidates_count():
-    plain = preflight.estimate_needs(cifar10())
-    wanted = preflight.estimate_needs(cifar10(**{"evaluate.checkpoints": "every:50000"}))
+    plain = preflight.estimate_requirements(cifar10())
+    wanted = preflight.estimate_requirements(cifar10(**{"evaluate.checkpoints": "every:50000"}))
     assert (plain.kept, plain.images) == (3, 50_000)
     assert (wanted.kept, wanted.images) == (3 + 15, 50_000 + 16 * 5_000)
-    kept = preflight.estimate_needs(cifar10(**{"train.keep_every": 100_000, "evaluate.checkpoints": "all"}))
+    kept = preflight.estimate_requirements(
+        cifar10(**{"train.keep_every": 100_000, "evaluate.checkpoints": "all"})
+    )
     assert (kept.kept, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
 
 

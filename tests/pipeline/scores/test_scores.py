@@ -14,7 +14,7 @@ from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier, extractors, inception, projection
 from pipeline.scores import distances as scores
@@ -29,7 +29,7 @@ RELATIVE = 1e-5  # torch-fidelity's mean is float32
 @pytest.fixture(scope="module")
 def digits(sharded_storage):
     """(train, test), each (images, labels)."""
-    data = locate_run(tiny_experiment(), sharded_storage).data
+    data = make_place(tiny_experiment(), sharded_storage).data
     return tars.load_images(data, "train"), tars.load_images(data, "test")
 
 

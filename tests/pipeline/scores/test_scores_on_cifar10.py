@@ -14,7 +14,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from ddpm.likelihood import bits_per_dim
 from pipeline import config
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
@@ -39,7 +39,7 @@ def cifar10(tmp_path_factory):
     """(experiment, run) with the shards; the experiment's denoisers predict x_0."""
     overrides = [f"data.path={CIFAR10}", "diffusion.predict=x0", "evaluate.features=classifier"]
     experiment = config.load_experiment("cifar10", overrides)
-    run = locate_run(experiment, tmp_path_factory.mktemp("cifar10"))
+    run = make_place(experiment, tmp_path_factory.mktemp("cifar10"))
     run_stage(shard, experiment, run)
     return experiment, run
 

@@ -10,7 +10,7 @@ from conftest import one_cpu, tiny_experiment
 from PIL import Image
 from staged import asking_for, results, run_stage, scoring, with_weights
 
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores import classifier, preparations
 from pipeline.scores.extractors import find_extractor
@@ -261,7 +261,7 @@ def test_a_reference_that_is_neither_split_nor_statistics_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"evaluate\.reference is 'trian' \(did you mean 'train'\?\)"):
         tiny_experiment("evaluate.reference=trian")
     with pytest.raises(ConfigError, match=r"evaluate\.reference '.*nowhere\.npz' is not a file"):
-        locate_run(tiny_experiment("evaluate.reference=nowhere.npz"), tmp_path)
+        make_place(tiny_experiment("evaluate.reference=nowhere.npz"), tmp_path)
     file = statistics(tmp_path / "their.npz")
     with pytest.raises(
         ConfigError, match=r"evaluate\.reference names statistics, and kid and prc need images"

@@ -19,7 +19,7 @@ from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral
 from pipeline import config
 from pipeline.drawing import charts
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores.distances import Moments, frechet_distance
 from pipeline.scores.reference import Reference
@@ -39,7 +39,7 @@ SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures
 
 def ready(experiment, storage) -> Place:
     """A run with an untrained checkpoint and its samples."""
-    run = locate_run(experiment, storage)
+    run = make_place(experiment, storage)
     run.path.mkdir(parents=True, exist_ok=True)
     with_weights(experiment, run)
     run_stage(sample, experiment, run)
@@ -336,7 +336,7 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
     )  # fmt: skip
     experiment = config.load_experiment("cifar10", list(small))
     storage = tmp_path / "storage"
-    run_stage(shard, experiment, locate_run(experiment, storage))
+    run_stage(shard, experiment, make_place(experiment, storage))
     run = ready(experiment, storage)
     run_stage(evaluate, experiment, run)
     run_stage(figures, experiment, run)

@@ -13,7 +13,7 @@ from conftest import TINY, one_cpu
 from staged import run_stage, with_weights
 
 from pipeline.config import load_experiment
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.scores import classifier, preparations
 from pipeline.stages import shard
 from pipeline.store.files import TEMPORARY, sha256_of
@@ -42,7 +42,7 @@ def prepared(tmp_path_factory) -> Path:
     """A storage root with the shards, a checkpoint and the classifier: what is not split."""
     storage = tmp_path_factory.mktemp("prepared")
     experiment = load_experiment("digits", EXPERIMENT)
-    run = locate_run(experiment, storage)
+    run = make_place(experiment, storage)
     run_stage(shard, experiment, run)
     with_weights(experiment, run)
     with pytest.MonkeyPatch.context() as patch:

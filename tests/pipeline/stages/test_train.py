@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ddpm import ContextUNet
 from pipeline import config
 from pipeline.compute.work import WorkerContext
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint
@@ -274,7 +274,7 @@ def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, m
         return forward(net, x_t, t, context)
 
     monkeypatch.setattr(ContextUNet, "forward", listening)
-    train_to(experiment, locate_run(experiment, sharded_storage), 2)
+    train_to(experiment, make_place(experiment, sharded_storage), 2)
     assert asked and all(labels[:12] == [*range(10), 0, 1] for labels in asked)
 
 

@@ -444,7 +444,7 @@ def scores(storage: Path, name: str) -> dict:
 def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_path, capsys):
     storage, digits = sharded_storage, ["digits", *TINY, "sample.weights=raw", "figures.which=[]"]
     experiment = config.load_experiment("digits", digits[1:])
-    run = find.locate_run(experiment, storage)
+    run = find.make_place(experiment, storage)
     one_cpu().run_workers(train.STAGE.run_worker, run.of(experiment))
     command(storage, "evaluate", *digits)
     exported = tmp_path / "exported"

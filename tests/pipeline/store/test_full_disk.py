@@ -7,7 +7,7 @@ import pytest
 from conftest import one_cpu, tiny_experiment
 from staged import run_stage
 
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import sample, shard, train
 
@@ -61,7 +61,7 @@ def made(root, stage):
 def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path, stage, fault):
     breaks, mends, words = FAULTS[fault]
     experiment = tiny_experiment()
-    run = locate_run(experiment, disk)
+    run = make_place(experiment, disk)
     elsewhere = dataclasses.replace(run, storage=tmp_path / "elsewhere")
     for earlier in list(STAGES)[: list(STAGES).index(stage)]:
         for root in (run, elsewhere):

@@ -55,8 +55,8 @@ def test_a_value_that_differs_from_the_neutral_one_is_hashed(key):
     assert name in {field.name for field in dataclasses.fields(there)}, f"{key} is no setting any more"
     at_rest = dataclasses.replace(there, **{name: neutral.NEUTRAL[key]})
     moved = dataclasses.replace(there, **{name: "something else"})
-    assert name not in neutral.hashed_content(section, at_rest)
-    assert neutral.hashed_content(section, moved)[name] == "something else"
+    assert name not in neutral.get_key_content(section, at_rest)
+    assert neutral.get_key_content(section, moved)[name] == "something else"
 
 
 @pytest.mark.parametrize("key", sorted(neutral.UNHASHED))

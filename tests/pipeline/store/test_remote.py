@@ -13,7 +13,7 @@ import torch
 from conftest import tiny_experiment
 from moto.server import ThreadedMotoServer
 
-from pipeline.engine.find import locate_run
+from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint, remote, tars
 from pipeline.store.files import MANIFEST, read_json, write_json, write_manifest
@@ -86,7 +86,7 @@ def test_what_is_finished_arrives_byte_for_byte_and_nothing_else(run, s3, tmp_pa
 
 
 def test_shards_travel_by_themselves_and_read_as_before(sharded_storage, s3, tmp_path):
-    run = locate_run(tiny_experiment(), sharded_storage)
+    run = make_place(tiny_experiment(), sharded_storage)
     remote.push(f"data/{run.data.name}", sharded_storage, "s3://runs/team")
     remote.pull(f"s3://runs/team/data/{run.data.name}", tmp_path)
     ours, theirs = (

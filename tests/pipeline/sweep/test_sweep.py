@@ -314,7 +314,7 @@ def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
     rates = (1.0, reproduce.count_passes(row) / 3 / 36_000)
     lines = [json.dumps({"metrics": {"train/images_per_second": rate}}) for rate in rates]
     (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    monkeypatch.setattr(execute, "execute", lambda *_: SimpleNamespace(log=tmp_path / "log.jsonl"))
+    monkeypatch.setattr(execute, "run_stages", lambda *_: SimpleNamespace(log=tmp_path / "log.jsonl"))
     arguments = (tmp_path / "budget.json", 5, [row] * 5, cluster())
     assert reproduce.load_or_measure_steps(*arguments) == pytest.approx(80_000, abs=1)
     monkeypatch.delattr(execute, "execute")
