@@ -10,7 +10,7 @@ from benchmarks import subjects
 from benchmarks.harness import OURS, Contender, Outcome, Row, Settings, race
 from benchmarks.subjects import Way
 from benchmarks.workspace import workspace
-from pipeline.compute.work import local_context
+from pipeline.compute.units import create_local_worker
 from pipeline.stages import shard
 from pipeline.stages.train import ImageOrder, slice_batch
 from pipeline.store import tars
@@ -40,7 +40,7 @@ def run(settings: Settings) -> Outcome:
 
 def _shard(experiment: Any, run: Place) -> float:
     """Seconds of all work units, one after the other, and the manifest."""
-    began, context = time.perf_counter(), local_context(1)
+    began, context = time.perf_counter(), create_local_worker(1)
     for units in shard.STAGE.work(run.of(experiment)):
         for unit in units:
             unit.body(context, *unit.args)

@@ -55,7 +55,7 @@ def measure(rank: int, workers: int, batch: int, steps: int, results: multiproce
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     torch.set_num_threads(1)
     experiment = load_experiment("cifar10", [f"train.batch_size={batch}"])
-    net = checkpoint.new_network(experiment).to(device).to(memory_format=torch.channels_last)
+    net = checkpoint.create_network(experiment).to(device).to(memory_format=torch.channels_last)
     state = TrainState(experiment.train, net, experiment.diffusion)
     diffusion = Diffusion(experiment.diffusion).to(device)
     rows = slice_batch(batch, rank, workers) if workers else slice_batch(batch, 0, 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import config
-from pipeline.compute.work import InProcess, WorkerContext
+from pipeline.compute.units import LocalExecutor, Worker
 from pipeline.engine.find import make_place
 from pipeline.stages import shard
 from pipeline.store.run import Place
@@ -65,8 +65,8 @@ def renamed(run: Place, ending: str) -> Place:
     return dataclasses.replace(run, experiment=dataclasses.replace(experiment, name=experiment.name + ending))
 
 
-def one_cpu() -> InProcess:
-    return InProcess(WorkerContext(torch.device("cpu"), cpus=1))
+def one_cpu() -> LocalExecutor:
+    return LocalExecutor(Worker(torch.device("cpu"), cpus=1))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 
 STEPS = 1000
 EXPERIMENT = [
@@ -192,7 +192,7 @@ def files_of(run: Run) -> dict[str, str]:
         "figures/*/*.png", "figures/*/*.svg",
     )  # fmt: skip
     paths = sorted(path for pattern in patterns for path in run.path.glob(pattern))
-    return {str(path.relative_to(run.path)): sha256_of(path) for path in paths}
+    return {str(path.relative_to(run.path)): hash_file(path) for path in paths}
 
 
 def curves_of(run: Run) -> dict[str, list[tuple[int, float]]]:

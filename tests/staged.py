@@ -12,7 +12,7 @@ from pipeline.store.files import read_json
 def with_weights(experiment, run, scale=1.0):
     """A checkpoint at the step that is sampled; untrained, but with an output that is not nearly zero, or the
     images would hardly depend on it."""
-    tensors = checkpoint.new_network(experiment).state_dict()
+    tensors = checkpoint.create_network(experiment).state_dict()
     tensors["conv_out.weight"] *= 1e5 * scale
     raw = {f"net.{name}": tensor for name, tensor in tensors.items()}
     checkpoint.save(run.step_folder(experiment.train.steps), raw, tensors, experiment.train.steps)

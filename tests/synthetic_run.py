@@ -23,8 +23,8 @@ BEGAN = 1_700_000_000_000  # Unix milliseconds
 def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (), scores: bool = True):
     """(experiment, run) with everything from the data's manifest to the figures."""
     experiment = config.load_experiment(name, list(overrides))
-    data_key = keys.data_key(experiment, "synthetic")
-    run = Place(storage, experiment, data_key, keys.run_key(experiment, data_key))
+    data_key = keys.make_data_key(experiment, "synthetic")
+    run = Place(storage, experiment, data_key, keys.make_run_key(experiment, data_key))
     write_experiment(experiment, run)
     write_data(run, experiment)
     write_log(run, 0, experiment.train.steps, experiment.train.log_every)

@@ -137,7 +137,7 @@ def _list_later_keys(place: Place) -> list[str]:
     """List the keys that depend on the checkpoint, once it is known."""
     from pipeline.store import selection
 
-    found = selection.resolve(place)
+    found = selection.resolve_best(place)
     if found is None:
         return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
     lines = [f"sample key  {found.sample_key}", f"score key   {found.score_key}"]
@@ -267,12 +267,12 @@ def sync(options: Namespace) -> int:
     cluster = _load_cluster_only(options)
     from pipeline import tracking
     from pipeline.engine import find
-    from pipeline.store.files import exclusive
+    from pipeline.store.files import lock_folder
 
     place = find.read_place(find.find_run(options.run, cluster.storage_root))
     uri = cluster.tracking_uri or tracking.default_uri(place.storage)
     tracking.check_server(uri)
-    with exclusive(place.path):
+    with lock_folder(place.path):
         print_line(tracking.deliver_run(uri, place.experiment.name, place))
     return 0
 

@@ -67,10 +67,10 @@ def _describe_sweep(leaderboard: Path) -> list[str]:
 
 
 def _describe_run(path: Path) -> list[str]:
-    from pipeline.store.checkpoint import steps_on_disk
+    from pipeline.store.checkpoint import list_steps
 
     experiment = config.load_experiment(str(path / EXPERIMENT), [])
-    steps = steps_on_disk(path / "train")
+    steps = list_steps(path / "train")
     choices = [read_json(file) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for choice in choices for score in choice["scores"]}
     scores = [file for file in find_scores(path) if file.parent.name not in of_candidates]

@@ -10,11 +10,11 @@ from typing import Any
 from pipeline.console import print_line
 
 
-class Interrupted(KeyboardInterrupt):
+class StopRequest(KeyboardInterrupt):
     """A person or the system asked the command to stop, and it did so at a safe point."""
 
 
-class Interrupt:
+class StopSignals:
     """Ctrl-C and SIGTERM: the first asks the work to stop at the next safe point, the second stops at once."""
 
     def __init__(self, stop_file: Path):
@@ -22,10 +22,10 @@ class Interrupt:
         self._asked = threading.Event()
         self._before: dict[int, Any] = {}
 
-    def requested(self) -> bool:
+    def is_requested(self) -> bool:
         return self._asked.is_set()
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> StopSignals:
         self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         self.install()
         return self

@@ -20,15 +20,15 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.compute.spent import Spent
-from pipeline.compute.work import Done, Unit, WorkerContext, local_context
+from pipeline.compute.costs import CostCounter
+from pipeline.compute.units import Unit, WhenDone, Worker, create_local_worker
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, shorten_error
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-UNUSED_SECONDS = 5.0
+IDLE_SECONDS = 5.0
 END_SECONDS = 30.0  # how long a map waits for what it has cancelled
 
 
@@ -37,7 +37,7 @@ class Actor:
 
     def __init__(self, cpus: int):
         torch.set_num_threads(cpus)
-        self.context = local_context(cpus)
+        self.context = create_local_worker(cpus)
 
     def run(self, unit: Unit) -> float:
         return unit.run(self.context)
@@ -46,11 +46,11 @@ class Actor:
 def run_task(unit: Unit, cpus: int) -> float:
     """Run a unit that uses no network, on CPUs: Ray does not hide the GPUs from a task that asked for none."""
     torch.set_num_threads(cpus)
-    return unit.run(WorkerContext(torch.device("cpu"), cpus))
+    return unit.run(Worker(torch.device("cpu"), cpus))
 
 
 @dataclass(frozen=True)
-class Call:
+class PendingCall:
     """What is under way: a unit on an actor, an actor that starts (unit None), or a unit as a task (actor None)."""
 
     unit: Unit | None
@@ -81,13 +81,13 @@ class Pool:
             num_cpus=self.cpus, num_gpus=0, max_retries=self.retries, scheduling_strategy="DEFAULT"
         )
         self.idle: list[ActorHandle] = []
-        self.calls: dict[ObjectRef, Call] = {}
+        self.calls: dict[ObjectRef, PendingCall] = {}
         self.waiting: dict[bool, list[Unit]] = {}  # by whether they use a network, the next one last
         self.losses: Counter[int] = Counter()  # of processes, by the unit's id
         self.last_used = time.monotonic()
         self.lock = threading.Lock()  # held by a map
 
-    def map(self, units: Sequence[Unit], done: Done, spent: Spent) -> None:
+    def run_units(self, units: Sequence[Unit], done: WhenDone, costs: CostCounter) -> None:
         """Run the units, one at a time on each actor. What can be done after a unit comes before those that wait.
 
         A unit whose actor dies is given to another, up to `cluster.retries` times. A unit's own error ends the
@@ -95,42 +95,42 @@ class Pool:
         """
         with self.lock:
             self.waiting, self.losses = {True: [], False: []}, Counter()
-            self._add(reversed(units))
+            self._queue_units(reversed(units))
             try:
                 while any(self.waiting.values()) or any(call.unit for call in self.calls.values()):
-                    self._hand_out()
+                    self._start_calls()
                     for reference in ray.wait(list(self.calls), timeout=POLL_SECONDS)[0]:
                         seconds, unit = self._take_result(reference), self.calls.pop(reference).unit
                         if unit and seconds is not None:
-                            spent.add(unit.kind, unit.images, seconds)
-                            self._add(done(unit) or ())
+                            costs.add(unit.kind, unit.images, seconds)
+                            self._queue_units(done(unit) or ())
                     if self.interrupted():
                         return
             finally:
                 self._cancel()
                 self.last_used = time.monotonic()
 
-    def _add(self, units: Iterable[Unit]) -> None:
+    def _queue_units(self, units: Iterable[Unit]) -> None:
         for unit in units:
             self.waiting[unit.needs_gpu].append(unit)
 
-    def _hand_out(self) -> None:
+    def _start_calls(self) -> None:
         """Give idle actors a unit each, start those that are missing, and as many tasks as are allowed."""
         networks, others = self.waiting[True], self.waiting[False]
         most_actors, most_tasks = self.limits()
         tasks = sum(call.actor is None for call in self.calls.values())
         for _ in range(min(len(others), most_tasks - tasks)):
             unit = others.pop()
-            self.calls[self.new_task.remote(unit, self.cpus)] = Call(unit, None)
+            self.calls[self.new_task.remote(unit, self.cpus)] = PendingCall(unit, None)
             tasks += 1
         while networks and self.idle:
             unit, actor = networks.pop(), self.idle.pop()
-            self.calls[actor.run.remote(unit)] = Call(unit, actor)
+            self.calls[actor.run.remote(unit)] = PendingCall(unit, actor)
         starting = sum(call.unit is None for call in self.calls.values())
         for _ in range(min(len(networks) - starting, most_actors - len(self.calls) + tasks)):
             new = self.new_actor.remote(self.cpus)
             assert isinstance(new, ActorHandle)
-            self.calls[new.__ray_ready__.remote()] = Call(None, new)
+            self.calls[new.__ray_ready__.remote()] = PendingCall(None, new)
         if tasks and self.idle and ray.available_resources().get("CPU", 0) < self.cpus:
             self._end_idle()  # a task may be waiting for what they hold
 
@@ -157,7 +157,7 @@ class Pool:
                 ) from error
             log.warning("%s lost its process (%s); another takes its place", name, shorten_error(error))
             ray.kill(call.actor)  # it may be out of reach only
-            self._add([call.unit] if call.unit else [])
+            self._queue_units([call.unit] if call.unit else [])
             return None
         self.idle += [call.actor] if call.actor else []
         return seconds
@@ -187,8 +187,8 @@ class Pool:
         with self.lock:
             self._end_idle()
 
-    def end_unused(self) -> None:
+    def end_idle_actors(self) -> None:
         """End actors that were idle for a while; a training group that lost a node may need their place."""
-        if time.monotonic() - self.last_used > UNUSED_SECONDS and self.lock.acquire(blocking=False):
+        if time.monotonic() - self.last_used > IDLE_SECONDS and self.lock.acquire(blocking=False):
             self._end_idle()
             self.lock.release()

@@ -18,7 +18,7 @@ class Resources:
     gpus_per_worker: float
     gpus_per_task: float
 
-    def tasks_at_once(self, cpus_per_task: int) -> int:
+    def count_tasks(self, cpus_per_task: int) -> int:
         """Return how many tasks fit into what the workers hold; at least one."""
         by_cpu = self.workers * self.cpus_per_worker // cpus_per_task
         by_gpu = (
@@ -27,7 +27,9 @@ class Resources:
         return max(1, min(by_cpu, by_gpu))
 
 
-def resolve(cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None) -> Resources:
+def resolve_resources(
+    cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None
+) -> Resources:
     """Fill the nulls from what there is, and refuse at once what can never be scheduled.
 
     cpus_per_node: those of the largest node; no worker and no task can have more.

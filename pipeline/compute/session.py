@@ -1,6 +1,6 @@
 """Ray for a whole command: start or join a cluster, train on it, map work units over it.
 
-Bodies and units never see Ray; they get a WorkerContext.
+Bodies and units never see Ray; they get a Worker.
 """
 
 from __future__ import annotations
@@ -12,47 +12,48 @@ from contextlib import contextmanager
 
 import ray
 
-from pipeline.compute import training
+from pipeline.compute import ray_train
+from pipeline.compute.costs import CostCounter
 from pipeline.compute.pool import Pool
-from pipeline.compute.resources import Resources, resolve
-from pipeline.compute.spent import Spent
-from pipeline.compute.work import Body, Done, Unit
+from pipeline.compute.resources import Resources, resolve_resources
+from pipeline.compute.units import Body, Unit, WhenDone
 from pipeline.config import ClusterConfig
 from pipeline.console import poll_during
 from pipeline.errors import PipelineError, shorten_error
 from pipeline.store.run import Place
 
 
-class Session:
-    """A Ray cluster of its own, or a connection to one; an Executor (`pipeline.compute.work`).
+class RaySession:
+    """A Ray cluster of its own, or a connection to one; an Executor (`pipeline.compute.units`).
 
     `interrupted` is asked between waits: when it says yes, work that is under way is given up.
     """
 
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
-        self.cluster, self.interrupted, self.spent = cluster, interrupted, Spent()
+        self.cluster, self.interrupted, self.costs = cluster, interrupted, CostCounter()
         self.most_in_flight: int | None = None  # units; None: as many as the cluster has room for
 
     @staticmethod
     @contextmanager
     def open_share(
         cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]
-    ) -> Iterator[Session]:
+    ) -> Iterator[RaySession]:
         """Give a trial its share of a session that its process has joined already: `resources` and no more."""
-        session = Session(cluster, interrupted)
-        session.most_in_flight = resources.tasks_at_once(cluster.cpus_per_task)
-        session._use(resources)
+        session = RaySession(cluster, interrupted)
+        session.most_in_flight = resources.count_tasks(cluster.cpus_per_task)
+        session._set_resources(resources)
         try:
             yield session
         finally:
             session.pool.end()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> RaySession:
         _start_ray(self.cluster.ray_address)
         try:
             there = ray.cluster_resources()
-            most = max(cpus for cpus, _ in self.nodes())
-            self._use(resolve(self.cluster, int(there.get("CPU", 0)), int(there.get("GPU", 0)), most))
+            most = max(cpus for cpus, _ in self.list_nodes())
+            cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
+            self._set_resources(resolve_resources(self.cluster, cpus, gpus, most))
         except BaseException:
             ray.shutdown()
             raise
@@ -61,26 +62,26 @@ class Session:
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
 
-    def _use(self, resources: Resources) -> None:
+    def _set_resources(self, resources: Resources) -> None:
         self.resources = resources
-        self.pool = Pool(self.cluster, resources.gpus_per_task, self._limits, self.interrupted)
+        self.pool = Pool(self.cluster, resources.gpus_per_task, self._count_slots, self.interrupted)
 
-    def nodes(self) -> list[tuple[int, int]]:
+    def list_nodes(self) -> list[tuple[int, int]]:
         """Return (CPUs, GPUs) of each machine."""
         found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
 
     def run_workers(self, body: Body, place: Place) -> None:
-        """Train with DDP (`pipeline.compute.training`), on what the pool gives back first."""
+        """Train with DDP (`pipeline.compute.ray_train`), on what the pool gives back first."""
         self.pool.end()
-        with poll_during(self.pool.end_unused):
-            training.run_group(self.cluster, self.resources, body, place)
+        with poll_during(self.pool.end_idle_actors):
+            ray_train.run_training_group(self.cluster, self.resources, body, place)
 
-    def map_units(self, units: Sequence[Unit], done: Done) -> None:
+    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         """Run the units (`pipeline.compute.pool`)."""
-        self.pool.map(units, done, self.spent)
+        self.pool.run_units(units, done, self.costs)
 
-    def _limits(self) -> tuple[int, int]:
+    def _count_slots(self) -> tuple[int, int]:
         """Return how many actors and how many tasks there may be at once."""
         if self.most_in_flight:
             return self.most_in_flight, self.most_in_flight
@@ -102,7 +103,7 @@ def _start_ray(address: str | None) -> None:
                 logging_level=logging.ERROR, log_to_driver=False,
             )  # fmt: skip
         else:
-            hook = {"worker_process_setup_hook": _name_interface}
+            hook = {"worker_process_setup_hook": _set_network_interface}
             ray.init(address=address, runtime_env=hook, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         where = (
@@ -113,7 +114,7 @@ def _start_ray(address: str | None) -> None:
         raise PipelineError(f"{where} cannot be reached or started: {reason}") from error
 
 
-def _name_interface() -> None:
+def _set_network_interface() -> None:
     """Tell gloo and NCCL the interface by which the hosts of this cluster know each other.
 
     Gloo looks up the host's own name, which many hosts give a loopback address, and then waits for peers that

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.compute.work import WorkerContext
+from pipeline.compute.units import Worker
 from pipeline.errors import PipelineError
 from pipeline.store import tars
 
@@ -36,7 +36,7 @@ class Dataset(Protocol):
         ...
 
 
-def open_dataset(directory: Path, split: str, ctx: WorkerContext) -> Dataset:
+def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
     """Open a split: in memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
     index = tars.open_index(directory)
     if index.count(split) * index.facts["channels"] * index.facts["image_size"] ** 2 <= ctx.image_memory:
@@ -71,7 +71,7 @@ class TarDataset:
 
     lookahead = 4
 
-    def __init__(self, index: tars.Index, split: str, ctx: WorkerContext):
+    def __init__(self, index: tars.Index, split: str, ctx: Worker):
         shards = index.shards(split)
         self.places = np.concatenate([index.places(shard.name) for shard in shards])
         self.shard_of = np.repeat(np.arange(len(shards)), [shard.stop - shard.start for shard in shards])

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline import config
-from pipeline.compute.interrupt import Interrupt, Interrupted
-from pipeline.compute.work import GIB, Done, Executor, InProcess, Unit, local_context
+from pipeline.compute.interrupt import StopRequest, StopSignals
+from pipeline.compute.units import GIB, Executor, LocalExecutor, Unit, WhenDone, create_local_worker
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import format_duration, poll_during, print_line, show_progress
 from pipeline.engine import preflight
@@ -19,19 +19,19 @@ from pipeline.engine.plan import fill_in_selection, list_rounds, list_unfinished
 from pipeline.engine.provenance import collect_provenance, find_commit
 from pipeline.stages.stage import GroupStage, Stage
 from pipeline.store import keys
-from pipeline.store.files import exclusive, remove_leftovers, write_text
+from pipeline.store.files import lock_folder, remove_leftovers, write_text
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:
-    from pipeline.compute.session import Session
+    from pipeline.compute.session import RaySession
 
 
 def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
-    """Bring the run up to date, `last` included. Raises Interrupted, PipelineError."""
+    """Bring the run up to date, `last` included. Raises StopRequest, PipelineError."""
     place = make_place(experiment, prepare_storage_root(cluster))
     for line in [] if place.path.exists() else find_old_runs(place):
         print_line(line)
-    with exclusive(place.path):
+    with lock_folder(place.path):
         remove_leftovers(place.path)
         todo = list_unfinished_stages(place, last)
         if not todo:
@@ -47,8 +47,8 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Pla
         if cluster.tracking_uri:
             tracking.check_server(uri)
         _remove_signs(place)
-        interrupt = Interrupt(place.stop_file)
-        work = _RunExecution(cluster, place, interrupt, interrupt.requested)
+        interrupt = StopSignals(place.stop_file)
+        work = _RunExecution(cluster, place, interrupt, interrupt.is_requested)
         with tracking.Mirror(uri, experiment.name, place), interrupt, work.stack:
             work.run_all(todo, last)
     return place
@@ -65,29 +65,31 @@ def run_trial_stages(
     """Do the same for a caller that has an executor, notices interruptions and mirrors by itself: a sweep.
 
     Waits for another command that works on the run. `asked` is what experiment.yaml says, where that is more
-    than this call does. Raises Interrupted, PipelineError.
+    than this call does. Raises StopRequest, PipelineError.
     """
-    with exclusive(place.path, wait=True):
+    with lock_folder(place.path, wait=True):
         remove_leftovers(place.path)
         _remove_signs(place)
         if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place)
             _write_experiment(place.of(asked) if asked else place)
-            _RunExecution(cluster, place, Interrupt(place.stop_file), interrupted, executor).run_all(
+            _RunExecution(cluster, place, StopSignals(place.stop_file), interrupted, executor).run_all(
                 todo, last
             )
 
 
-def start_executor(cluster: ClusterConfig, interrupt: Interrupt, stack: ExitStack) -> Session | InProcess:
+def start_executor(
+    cluster: ClusterConfig, interrupt: StopSignals, stack: ExitStack
+) -> RaySession | LocalExecutor:
     """Start whoever does the work, where the cluster says so; `stack` ends it."""
     if cluster.workers == 0:
-        context = local_context(cluster.cpus_per_worker, int(cluster.image_memory * GIB))
-        return InProcess(context, interrupt.requested)
-    from pipeline.compute.session import Session
+        context = create_local_worker(cluster.cpus_per_worker, int(cluster.image_memory * GIB))
+        return LocalExecutor(context, interrupt.is_requested)
+    from pipeline.compute.session import RaySession
 
     address = cluster.ray_address
     print_line("starting Ray" if address is None else f"joining Ray at {address}")
-    session = stack.enter_context(Session(cluster, interrupt.requested))
+    session = stack.enter_context(RaySession(cluster, interrupt.is_requested))
     interrupt.install()  # ray.init replaces the handler of SIGTERM
     return session
 
@@ -98,7 +100,7 @@ class _RunExecution:
 
     cluster: ClusterConfig
     place: Place
-    interrupt: Interrupt
+    interrupt: StopSignals
     interrupted: Callable[[], bool]
     executor: Executor | None = None
     stack: ExitStack = field(default_factory=ExitStack)  # ends the executor
@@ -136,14 +138,14 @@ class _RunExecution:
             with poll_during(show_step):
                 executor.run_workers(stage.run_worker, self.place)
         if self.interrupted():
-            raise Interrupted
+            raise StopRequest
 
     def _run_units(self, stage: Stage, later: list[Stage]) -> None:
         """Run the rounds of units of a stage; and those of later stages that can be done between them."""
         place = fill_in_selection(stage, self.place)
         shared = stage.find_shared_folder(place)
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
-        with exclusive(shared, wait=True) if shared else nullcontext():
+        with lock_folder(shared, wait=True) if shared else nullcontext():
             if stage.is_done(place):  # another command did it meanwhile
                 return
             follow_ups = [found for other in later if (found := other.plan_follow_ups(self.place))]
@@ -151,7 +153,7 @@ class _RunExecution:
                 if units:
                     self._map_units(stage, units, follow_ups)
 
-    def _map_units(self, stage: Stage, units: list[Unit], follow_ups: list[Done]) -> None:
+    def _map_units(self, stage: Stage, units: list[Unit], follow_ups: list[WhenDone]) -> None:
         """Run the units, and what can be done as soon as one of them is: features while others sample."""
         # An image's bound takes a thousand times as long as its features: only passes tell the time left of both.
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
@@ -172,9 +174,9 @@ class _RunExecution:
             finally:
                 experiment = self.place.experiment
                 chain = experiment.sample.steps or experiment.diffusion.timesteps
-                executor.spent.write(self.place.spent_json, chain)
+                executor.costs.write(self.place.spent_json, chain)
         if self.interrupted():
-            raise Interrupted
+            raise StopRequest
 
     def _start_executor(self) -> Executor:
         if self.executor is None:

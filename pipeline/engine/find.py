@@ -34,8 +34,8 @@ def make_place(experiment: Experiment, root: Path) -> Place:
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
     fingerprint = sources.compute_fingerprint(experiment.data, fingerprints_json(root))
-    data_key = keys.data_key(experiment, fingerprint)
-    return Place(root, experiment, data_key, keys.run_key(experiment, data_key))
+    data_key = keys.make_data_key(experiment, fingerprint)
+    return Place(root, experiment, data_key, keys.make_run_key(experiment, data_key))
 
 
 def read_place(path: Path) -> Place:
@@ -50,7 +50,7 @@ def read_place(path: Path) -> Place:
         raise PipelineError(f"{file} cannot be read: {error}") from error
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
-    return Place(path.parent, experiment, data_key, keys.run_key(experiment, data_key))
+    return Place(path.parent, experiment, data_key, keys.make_run_key(experiment, data_key))
 
 
 def explain_old_run(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.compute.work import Unit
+from pipeline.compute.units import Unit
 from pipeline.stages import evaluate, figures, report, sample, select, shard, train
 from pipeline.stages.stage import Stage
 from pipeline.store import selection
@@ -40,7 +40,7 @@ def list_unfinished_stages(place: Place, last: str) -> list[Stage]:
 
 def fill_in_selection(stage: Stage, place: Place) -> Place:
     """Return the run with the selected checkpoint filled in, for the stages that work on it; else the run itself."""
-    found = selection.resolve(place) if stage.uses_checkpoint else place
+    found = selection.resolve_best(place) if stage.uses_checkpoint else place
     assert found is not None, "the selection comes first"
     return found
 

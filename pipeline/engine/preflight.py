@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from math import prod
 
-from pipeline.compute.work import GIB
+from pipeline.compute.units import GIB
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
@@ -40,7 +40,7 @@ class Requirements:
 def estimate_requirements(experiment: Experiment) -> Requirements:
     """Estimate what the whole run takes. An image counts as large as its pixels: that is the PNG of noise."""
     train, evaluate, images = experiment.train, experiment.evaluate, experiment.sample.num_images
-    weights = FLOAT * sum(p.numel() for p in checkpoint.new_network(experiment, "meta").parameters())
+    weights = FLOAT * sum(p.numel() for p in checkpoint.create_network(experiment, "meta").parameters())
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
     # The newest, and at the most all that are kept for ever beside them.
     steps = range(0, train.steps, train.checkpoint_every)[1:]

@@ -26,7 +26,7 @@ from pipeline.report.page import PROTOCOL, TEMPLATE, escape, format_value, write
 from pipeline.report.scores import compare_with_linear
 from pipeline.scores.metrics import FIRM, METRICS, Metric
 from pipeline.scores.ranking import Group, format_winner, name_values, rank_runs
-from pipeline.store.keys import hash_of
+from pipeline.store.keys import hash_content
 from pipeline.store.run import REPORT_HTML
 
 __all__ = ["Entry", "hash_entries", "list_entries", "write_comparison"]
@@ -36,7 +36,7 @@ MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
 
 def hash_entries(entries: Sequence[Entry], metric: Metric) -> str:
     """The key of the comparison of these runs by this metric."""
-    return hash_of(
+    return hash_content(
         [sorted((e.place.name, e.source.experiment.sample.checkpoint) for e in entries), metric.name]
     )
 

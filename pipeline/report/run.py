@@ -7,7 +7,7 @@ from pipeline.report import costs, graphs, paper, pictures, scores
 from pipeline.report.page import TEMPLATE
 from pipeline.report.source import Source
 from pipeline.scores.metrics import METRICS
-from pipeline.store.checkpoint import new_network
+from pipeline.store.checkpoint import create_network
 from pipeline.store.run import STAGES
 
 
@@ -49,7 +49,7 @@ def write_markdown(source: Source, folder: Path) -> str:
         rate_distortion=graphs.draw_rate_distortion(bound, table_4, folder) if bound and has_panels else [],
         last_alpha_bar=last_alpha_bar,
         schedule=schedule,
-        parameters=sum(tensor.numel() for tensor in new_network(e, "meta").parameters()),
+        parameters=sum(tensor.numel() for tensor in create_network(e, "meta").parameters()),
         commits=list_commits(source),
         projections=costs.project_full_run(source),
         data=source.read("data"),

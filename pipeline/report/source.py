@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.compute.spent import Cost, read_spent
+from pipeline.compute.costs import Cost, read_costs
 from pipeline.config import Experiment
 from pipeline.config.checks import Tree
 from pipeline.drawing.charts import Series
 from pipeline.report import paper
 from pipeline.scores.results import Bound, Results, Scores
 from pipeline.store import keys
-from pipeline.store.files import MANIFEST, read_json, sha256_of
+from pipeline.store.files import MANIFEST, hash_file, read_json
 from pipeline.store.log import Point, read_points
 from pipeline.store.run import Place
 
@@ -58,8 +58,8 @@ class Source:
     def digest(self) -> str:
         """Hash all that the page shows."""
         files = [*self.files.items(), *((f"grid {path.stem}", path) for path in self.step_grids)]
-        hashes = {name: sha256_of(path) for name, path in files}
-        return keys.hash_of([hashes, self.timings, self.commits])
+        hashes = {name: hash_file(path) for name, path in files}
+        return keys.hash_content([hashes, self.timings, self.commits])
 
     @cached_property
     def timings(self) -> dict[str, float]:
@@ -74,7 +74,7 @@ class Source:
     @cached_property
     def spent(self) -> dict[str, dict[str, Cost]]:
         """What units cost, by kind and length of the sampling chain."""
-        return read_spent(self.place.spent_json)
+        return read_costs(self.place.spent_json)
 
     @cached_property
     def made_with(self) -> Tree:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, integers, normal
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 from pipeline.store.run import Place
 
 FEATURES = 64
@@ -102,4 +102,4 @@ def load(path: Path) -> Classifier:
 
 def find_weights(place: Place) -> tuple[Path, str]:
     """Find the classifier of the run's data, which is trained by then."""
-    return place.classifier, sha256_of(place.classifier)
+    return place.classifier, hash_file(place.classifier)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
 from pipeline.scores.baselines import gaussian_images, noise_images
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract
 from pipeline.store import tars
-from pipeline.store.files import read_arrays, read_unit, sha256_of, write_unit
-from pipeline.store.keys import hash_of
+from pipeline.store.files import hash_file, read_arrays, read_unit, write_unit
+from pipeline.store.keys import hash_content
 
 BASELINE_UNIT = 500  # images
 Shape = tuple[int, int, int]
@@ -25,7 +25,7 @@ Shape = tuple[int, int, int]
 
 def hash_shards(shards: list[tars.Shard]) -> str:
     """Return a hash of the images in these tars."""
-    return hash_of([shard.sha256 for shard in shards])
+    return hash_content([shard.sha256 for shard in shards])
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def shard_set(
         file = folder / extractor.name / f"{shard.sha256[:16]}.npz"
         args, images = (extractor, shard, shape, file), shard.stop - shard.start
         name = f"features of {shard.name}"
-        units[file] = Unit(Kind.FEATURES, extract_shard, args, name, images, needs_gpu=True)
+        units[file] = Unit(UnitKind.FEATURES, extract_shard, args, name, images, needs_gpu=True)
         count += images
     return ImageSet(count if n is None else n, units)
 
@@ -81,16 +81,14 @@ def baseline_set(extractor: Extractor, n: int, shape: Shape, folder: Path, pixel
         stop = min(start + BASELINE_UNIT, n)
         file = folder / extractor.name / f"{kind}-{start}-{stop}.npz"
         args, name = (extractor, pixels, start, stop, shape, file), f"features of {kind} {start}-{stop - 1}"
-        units[file] = Unit(Kind.FEATURES, extract_baseline, args, name, stop - start, needs_gpu=True)
+        units[file] = Unit(UnitKind.FEATURES, extract_baseline, args, name, stop - start, needs_gpu=True)
     return ImageSet(n, units)
 
 
 # Work units
 
 
-def extract_shard(
-    ctx: WorkerContext, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path
-) -> None:
+def extract_shard(ctx: Worker, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path) -> None:
     """Write the features of one tar."""
     features, logits = extract(extractor, read_images(shard, shape), ctx.device)
     write_unit(file, features=features, logits=logits)
@@ -101,7 +99,7 @@ def read_images(shard: tars.Shard, shape: Shape) -> np.ndarray:
 
     It asks no manifest, since samples are looked at before all of them are drawn.
     """
-    if not shard.path.exists() or sha256_of(shard.path) != shard.sha256:
+    if not shard.path.exists() or hash_file(shard.path) != shard.sha256:
         raise PipelineError(f"{shard.path} is missing or does not match its sha256; {tars.REMEDY}")
     try:
         records = tars.read_shard(shard.path, shard.stop - shard.start)
@@ -117,7 +115,7 @@ def read_images(shard: tars.Shard, shape: Shape) -> np.ndarray:
 
 
 def extract_baseline(
-    ctx: WorkerContext, extractor: Extractor, pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
+    ctx: Worker, extractor: Extractor, pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
 ) -> None:  # fmt: skip
     """Write the features of images [start, stop) of a baseline."""
     if pixels is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import atomic_file, sha256_of
+from pipeline.store.files import atomic_file, hash_file
 from pipeline.store.run import Place
 from pipeline.store.tensors import load_tensors
 
@@ -50,7 +50,7 @@ def copy_weights(weights: str | None, cache: Path) -> tuple[Path, str]:
     Raises PipelineError naming a file that is not Inception's.
     """
     source = Path(weights) if weights else _download()
-    sha256 = sha256_of(source)
+    sha256 = hash_file(source)
     copy = cache / f"{NAME}-{sha256[:8]}.pth"
     if not copy.exists():
         tensors = load_tensors(source, REMEDY)
@@ -82,6 +82,6 @@ def _download() -> Path:
             raise PipelineError(
                 f"Inception's weights cannot be fetched ({error}); {REMEDY}, or put it at {path}"
             ) from error
-    if not sha256_of(path).startswith(OFFICIAL_SHA8):
+    if not hash_file(path).startswith(OFFICIAL_SHA8):
         raise PipelineError(f"{path} is damaged: its sha256 does not begin with {OFFICIAL_SHA8}; delete it")
     return path

@@ -6,12 +6,12 @@ Both belong to the data and are shared by the runs on them.
 from math import prod
 from pathlib import Path
 
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
 from pipeline.scores.image_sets import hash_shards
 from pipeline.store import tars
-from pipeline.store.files import atomic_file, read_json, sha256_of, write_arrays, write_json
+from pipeline.store.files import atomic_file, hash_file, read_json, write_arrays, write_json
 from pipeline.store.run import Place
 
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
@@ -21,11 +21,11 @@ def list_preparations(place: Place) -> list[Unit]:
     """List the units that are still to be done."""
     count, units = tars.open_index(place.data).count("train"), []
     if not has_extractor(place):
-        units.append(Unit(Kind.PREPARATION, train_classifier, (place,), "the classifier", count))
+        units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     pixels = gaussian_file(place)
     if pixels and not pixels.exists():
         name = "the Gaussian of the training pixels"
-        units.append(Unit(Kind.PREPARATION, fit_gaussian, (place, pixels), name, count))
+        units.append(Unit(UnitKind.PREPARATION, fit_gaussian, (place, pixels), name, count))
     return units
 
 
@@ -34,10 +34,10 @@ def has_extractor(place: Place) -> bool:
     if place.experiment.evaluate.features != "classifier":
         return True
     weights, facts = place.classifier, place.classifier_json
-    return facts.exists() and weights.exists() and read_json(facts)["sha256"] == sha256_of(weights)
+    return facts.exists() and weights.exists() and read_json(facts)["sha256"] == hash_file(weights)
 
 
-def train_classifier(ctx: WorkerContext, place: Place) -> None:
+def train_classifier(ctx: Worker, place: Place) -> None:
     """Do the work unit: on the CPU whatever the device. The facts are written after the weights."""
     classes = place.experiment.data.labels
     images, labels = tars.load_images(place.data, "train")
@@ -51,7 +51,7 @@ def train_classifier(ctx: WorkerContext, place: Place) -> None:
         classifier.save(net, temporary)
     has_test = "test" in tars.open_index(place.data).splits
     accuracy = classifier.accuracy(net, *tars.load_images(place.data, "test")) if has_test else None
-    facts = {"sha256": sha256_of(place.classifier), "test_accuracy": accuracy, "steps": classifier.STEPS}
+    facts = {"sha256": hash_file(place.classifier), "test_accuracy": accuracy, "steps": classifier.STEPS}
     write_json(place.classifier_json, facts)
 
 
@@ -62,7 +62,7 @@ def gaussian_file(place: Place) -> Path | None:
     return place.references / f"gaussian-{hash_shards(tars.open_index(place.data).shards('train'))}.npz"
 
 
-def fit_gaussian(ctx: WorkerContext, place: Place, file: Path) -> None:
+def fit_gaussian(ctx: Worker, place: Place, file: Path) -> None:
     """Do the work unit: mean and covariance of the training pixels."""
     shards = tars.open_index(place.data).shards("train")
     parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, normal
-from pipeline.store.files import atomic_file, sha256_of
+from pipeline.store.files import atomic_file, hash_file
 from pipeline.store.run import Place
 
 FEATURES = 64
@@ -51,7 +51,7 @@ def write_weights(path: Path, channels: int) -> tuple[Path, str]:
     if not path.exists():
         with atomic_file(path) as temporary:
             save_file(Projection(channels).state_dict(), temporary)
-    return path, sha256_of(path)
+    return path, hash_file(path)
 
 
 def find_weights(place: Place) -> tuple[Path, str]:

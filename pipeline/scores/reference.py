@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, hash_shards
-from pipeline.store.files import read_arrays, sha256_of, write_arrays
+from pipeline.store.files import hash_file, read_arrays, write_arrays
 from pipeline.store.run import Place
 from pipeline.store.tars import open_index
 
@@ -89,4 +89,4 @@ def name_reference(reference: str) -> str:
     """Name evaluate.reference for a protocol: content, never place."""
     if reference in SPLITS:
         return reference
-    return f"{Path(reference).name} (sha256 {sha256_of(Path(reference))[:8]})"
+    return f"{Path(reference).name} (sha256 {hash_file(Path(reference))[:8]})"

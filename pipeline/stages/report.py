@@ -6,7 +6,7 @@ The report is made again exactly when a file that it shows has changed.
 from collections.abc import Iterator
 from functools import partial
 
-from pipeline.compute.work import Unit
+from pipeline.compute.units import Unit
 from pipeline.config import Experiment
 from pipeline.report.page import write_page
 from pipeline.report.run import write_markdown

@@ -15,7 +15,7 @@ import torch
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.sampler import sample, warn_of_few_steps
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import Experiment, to_yaml
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
@@ -100,7 +100,7 @@ class SampleStage(Stage):
         shards = plan_shards(place)
         yield [
             Unit(
-                Kind.SAMPLES, draw_samples, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
+                UnitKind.SAMPLES, draw_samples, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
                 shard.stop - shard.start, shard=shard, needs_gpu=True,
             )
             for shard in shards
@@ -123,7 +123,7 @@ def plan_shards(place: Place) -> list[Shard]:
     ]
 
 
-def draw_samples(ctx: WorkerContext, place: Place, shard: Shard) -> None:
+def draw_samples(ctx: Worker, place: Place, shard: Shard) -> None:
     """Do the work unit: the images of one tar, then its facts."""
     experiment, config = place.experiment, place.experiment.sample
     index = torch.arange(shard.start, shard.stop, device=ctx.device)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from pipeline.compute.work import Unit
+from pipeline.compute.units import Unit
 from pipeline.config import Experiment
 from pipeline.stages.stage import Stage
 from pipeline.store import selection
-from pipeline.store.checkpoint import no_checkpoint
+from pipeline.store.checkpoint import raise_no_checkpoint
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
@@ -30,13 +30,13 @@ class SelectStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Tell whether the selection is made, among all that training leaves."""
-        return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_current(place)
+        return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_done(place)
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
         """List the samples and the scores of all candidates. Raises PipelineError where there is none."""
         asked, every = place.experiment.evaluate.checkpoints, place.experiment.evaluate.checkpoint_interval
         if not (candidates := selection.list_candidates(place)):
-            raise no_checkpoint(place, f"for evaluate.checkpoints={asked}")
+            raise_no_checkpoint(place, f"for evaluate.checkpoints={asked}")
         if every and len(candidates) < (expected := place.experiment.train.steps // every):
             log.warning(
                 "evaluate.checkpoints=%s: %d of %d checkpoints are there; the others went before they were asked for",
@@ -46,7 +46,7 @@ class SelectStage(Stage):
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Make the selection, once all candidates are scored."""
-        selection.write(place)
+        selection.write_selection(place)
         yield from ()
 
 

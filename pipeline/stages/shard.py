@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import DataConfig
 from pipeline.data.sources import compute_fingerprint, fetch_images, open_source, refuse_image
 from pipeline.errors import PipelineError
@@ -33,7 +33,7 @@ class ShardStage(Stage):
         data = fetch_images(config, downloads(place.storage))
         shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
         yield [
-            Unit(Kind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
+            Unit(UnitKind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
             for shard in shards
             if shard.read_facts() is None
         ]
@@ -64,7 +64,7 @@ def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> 
     ]
 
 
-def write_shard(ctx: WorkerContext, data: DataConfig, shard: Shard) -> None:
+def write_shard(ctx: Worker, data: DataConfig, shard: Shard) -> None:
     """Do the work unit: one tar, then its facts."""
     skipped: list[list[str]] = []
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.compute.work import Done, Unit, WorkerContext
+from pipeline.compute.units import Unit, WhenDone, Worker
 from pipeline.config import Experiment
 from pipeline.store.run import Place
 
@@ -48,7 +48,7 @@ class Stage(ABC):
     def check_before_training(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
         """Raise PipelineError for what the shards alone show to be impossible, before hours of training."""
 
-    def plan_follow_ups(self, place: Place) -> Done | None:
+    def plan_follow_ups(self, place: Place) -> WhenDone | None:
         """Return a function from a finished unit of an earlier stage to the units that this stage can do then."""
         return None
 
@@ -73,5 +73,5 @@ class GroupStage(Stage):
         """Return the step that the group has reached, and a word on it."""
 
     @abstractmethod
-    def run_worker(self, ctx: WorkerContext, place: Place) -> None:
+    def run_worker(self, ctx: Worker, place: Place) -> None:
         """Do one worker's share, from the newest checkpoint to the end or until the stop file appears."""

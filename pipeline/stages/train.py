@@ -21,7 +21,7 @@ from ddpm.images import to_uint8
 from ddpm.rng import Stream, permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, learning_rate, train_step
-from pipeline.compute.work import Unit, WorkerContext
+from pipeline.compute.units import Unit, Worker
 from pipeline.config import Experiment, require_images_for_workers
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
@@ -53,18 +53,18 @@ class TrainStage(GroupStage):
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Import published weights, which takes no worker."""
-        diffusers_layout.import_weights(place)
+        diffusers_layout.import_diffusers(place)
         yield from ()
 
     def count_steps(self, place: Place) -> tuple[int, int]:
         steps = place.experiment.train.steps
-        return max(checkpoint.steps_on_disk(place.train, steps), default=0), steps
+        return max(checkpoint.list_steps(place.train, steps), default=0), steps
 
     def read_progress(self, place: Place) -> tuple[int, str]:
         step, loss = read_progress(place)
         return step, "" if loss is None else f"loss {loss:.4f}"
 
-    def run_worker(self, ctx: WorkerContext, place: Place) -> None:
+    def run_worker(self, ctx: Worker, place: Place) -> None:
         """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
         experiment, config = place.experiment, place.experiment.train
         require_images_for_workers(config, ctx.world_size)
@@ -140,7 +140,7 @@ class _Window:
     def add(self, metrics: Tensors) -> None:
         self.sums += torch.stack((metrics["loss"], metrics["grad_norm"]))
 
-    def means(self, ctx: WorkerContext, step: int) -> tuple[float, float]:
+    def means(self, ctx: Worker, step: int) -> tuple[float, float]:
         """Return loss over the global batch and gradient norm, averaged over the window's steps. Raises PipelineError
         where training has diverged."""
         loss, grad_norm = (ctx.total(self.sums) / ctx.world_size / (step - self.start)).tolist()
@@ -151,7 +151,7 @@ class _Window:
             )
         return loss, grad_norm
 
-    def tensors(self, ctx: WorkerContext, step: int) -> Tensors:
+    def tensors(self, ctx: Worker, step: int) -> Tensors:
         """Return the sums of all ranks, which a checkpoint between two points holds beside the state."""
         if self.start == step:
             return {}
@@ -160,7 +160,7 @@ class _Window:
         sums[ctx.rank] = self.sums
         return {"window.sums": ctx.total(sums), "window.start": torch.tensor(self.start)}
 
-    def load_tensors(self, ctx: WorkerContext, tensors: Tensors) -> None:
+    def load_tensors(self, ctx: Worker, tensors: Tensors) -> None:
         """Take each rank's own, bit for bit; where their number has changed, their sum in equal parts."""
         sums = tensors["window.sums"]
         self.sums.copy_(sums[ctx.rank] if len(sums) == ctx.world_size else sums.mean(dim=0))
@@ -171,7 +171,7 @@ class _Saves:
     """Checkpoints on their way to disk, one at a time. Rank 0 writes them beside the training; every rank
     reports each when it is safe: before the next one, or at the end."""
 
-    def __init__(self, ctx: WorkerContext, place: Place):
+    def __init__(self, ctx: Worker, place: Place):
         self.ctx, self.place = ctx, place
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
@@ -209,17 +209,17 @@ class _Saves:
         if self.pending:
             self.pending.result()
         if self.ctx.rank == 0:
-            checkpoint.drop_old(self.place, self.step)
-        self.ctx.report(self.step)
+            checkpoint.delete_old(self.place, self.step)
+        self.ctx.report_checkpoint(self.step)
         self.step = None
 
 
-def _restore(ctx: WorkerContext, place: Place) -> tuple[TrainState, _Window]:
+def _restore(ctx: Worker, place: Place) -> tuple[TrainState, _Window]:
     """Load the newest whole checkpoint's state onto this worker's device, or make the first one; and its sums."""
     experiment = place.experiment
-    net = checkpoint.new_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
+    net = checkpoint.create_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     state = TrainState(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
-    found = ctx.broadcast(checkpoint.newest(place, experiment.train.steps) if ctx.rank == 0 else None)
+    found = ctx.broadcast(checkpoint.find_newest(place, experiment.train.steps) if ctx.rank == 0 else None)
     tensors = {} if found is None else checkpoint.load(place.step_folder(found))
     sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     if tensors:
@@ -230,7 +230,7 @@ def _restore(ctx: WorkerContext, place: Place) -> tuple[TrainState, _Window]:
     return state, window
 
 
-def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
+def _with_global_statistics(ctx: Worker, net: nn.Module) -> nn.Module:
     """BatchNorm sees the global batch, so that the number of workers does not change what is computed."""
     if ctx.world_size == 1 or not any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         return net
@@ -243,14 +243,14 @@ def _with_global_statistics(ctx: WorkerContext, net: nn.Module) -> nn.Module:
     return converted
 
 
-def _build_step(ctx: WorkerContext, place: Place, state: TrainState) -> Callable[[], Tensors]:
+def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Tensors]:
     """Return a function that makes one training step."""
     experiment, config = place.experiment, place.experiment.train
     images = open_dataset(place.data, "train", ctx)
     order = ImageOrder(experiment.seed, len(images))
     rows = slice_batch(config.batch_size, ctx.rank, ctx.world_size)
     diffusion = Diffusion(experiment.diffusion).to(ctx.device)
-    forward = ctx.parallel(state.net)
+    forward = ctx.wrap_network(state.net)
     if config.compile:
         forward = cast(nn.Module, torch.compile(forward))
     _settle(forward, images.batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
@@ -278,15 +278,15 @@ def _settle(forward: nn.Module, image: torch.Tensor, count: int) -> None:
     forward.zero_grad(set_to_none=True)
 
 
-def _stop_requested(ctx: WorkerContext, place: Place, step: int, log_every: int) -> bool:
+def _stop_requested(ctx: Worker, place: Place, step: int, log_every: int) -> bool:
     """Whether all ranks stop after this step. A GPU is asked seldom: the answer waits for its queue."""
     if ctx.device.type != "cpu" and step % log_every:
         return False
-    return ctx.decide(place.stop_file.exists())
+    return ctx.broadcast_flag(place.stop_file.exists())
 
 
 def _log_point(
-    ctx: WorkerContext, experiment: Experiment, step: int, window: _Window, log: LogWriter | None
+    ctx: Worker, experiment: Experiment, step: int, window: _Window, log: LogWriter | None
 ) -> None:
     loss, grad_norm = window.means(ctx, step)
     if log:
@@ -302,13 +302,13 @@ def _log_point(
 
 
 @torch.no_grad()
-def _draw_grid(ctx: WorkerContext, place: Place, state: TrainState) -> None:
+def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
     """Draw EMA samples from the same noise every time, so that the grids of one run show the same images grow; of
     each class in turn, where the network takes labels."""
     experiment, path = place.experiment, place.grid(state.step)
     if path.exists():
         return
-    net = checkpoint.new_network(experiment, "meta").to_empty(device=ctx.device)
+    net = checkpoint.create_network(experiment, "meta").to_empty(device=ctx.device)
     net.load_state_dict(state.emas[0].tensors())
     index = torch.arange(GRID_SIDE**2, device=ctx.device)
     labels = index % experiment.data.labels if experiment.takes_labels else None

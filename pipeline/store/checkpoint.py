@@ -14,7 +14,7 @@ import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ from ddpm.networks.build import build_network
 from ddpm.networks.layers import InBF16
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store.files import atomic_directory, check_file, file_facts, read_json, write_json
+from pipeline.store.files import atomic_directory, check_file, describe_file, read_json, write_json
 from pipeline.store.run import Place, find_scores, find_selections
 from pipeline.store.tensors import Tensors
 
@@ -48,7 +48,7 @@ def write(directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Fac
     with atomic_directory(directory) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)
-        files = {name: file_facts(temporary / name) for name in (STATE, EMA)}
+        files = {name: describe_file(temporary / name) for name in (STATE, EMA)}
         write_json(temporary / META, {"step": step, "files": files, **facts})
 
 
@@ -75,16 +75,16 @@ def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
     return copies
 
 
-def steps_on_disk(train: Path, at_most: float = math.inf) -> list[int]:
+def list_steps(train: Path, at_most: float = math.inf) -> list[int]:
     """List the steps that have a folder, ascending."""
     names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
     return sorted(step for match in names if match and (step := int(match[1])) <= at_most)
 
 
-def no_checkpoint(place: Place, which: str) -> PipelineError:
+def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
     """Say that a run has not the checkpoint that was asked for, and which ones it has."""
-    known = ", ".join(map(str, steps_on_disk(place.train))) or "none"
-    return PipelineError(f"{place.path} has no checkpoint {which} (there are: {known})")
+    known = ", ".join(map(str, list_steps(place.train))) or "none"
+    raise PipelineError(f"{place.path} has no checkpoint {which} (there are: {known})")
 
 
 def verify(directory: Path) -> None:
@@ -106,9 +106,9 @@ def is_whole(directory: Path) -> bool:
     return True
 
 
-def newest(run: Place, at_most: int) -> int | None:
+def find_newest(run: Place, at_most: int) -> int | None:
     """The newest step up to `at_most` whose hashes verify; broken ones are passed over with a warning."""
-    for step in reversed(steps_on_disk(run.train, at_most)):
+    for step in reversed(list_steps(run.train, at_most)):
         try:
             verify(run.step_folder(step))
             return step
@@ -123,13 +123,13 @@ def load(directory: Path) -> Tensors:
     return load_file(directory / STATE)
 
 
-def drop_old(place: Place, at_most: int) -> None:
+def delete_old(place: Place, at_most: int) -> None:
     """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
     those that the experiment keeps for ever, and those that anything in the run refers to."""
-    steps = steps_on_disk(place.train, at_most)[: -place.experiment.train.keep]
+    steps = list_steps(place.train, at_most)[: -place.experiment.train.keep]
     old = [step for step in steps if not place.experiment.keeps_checkpoint(step)]
     try:
-        wanted = referred_to(place) if old else set()
+        wanted = find_steps_in_use(place) if old else set()
     except (PipelineError, OSError, KeyError) as error:
         logger.warning("%s; until that is mended, no checkpoint is deleted", error)
         return
@@ -137,7 +137,7 @@ def drop_old(place: Place, at_most: int) -> None:
         shutil.rmtree(place.step_folder(step), ignore_errors=True)
 
 
-def referred_to(run: Place) -> set[int]:
+def find_steps_in_use(run: Place) -> set[int]:
     """The steps that a sample set, even an unfinished one, a score or a selection was made of."""
     drawn = [next(folder.glob("[!.]*.json"), None) for folder in run.path.glob("samples/*")]
     steps = {read_json(file)["protocol"]["checkpoint"] for file in [*drawn, *find_scores(run.path)] if file}
@@ -145,7 +145,7 @@ def referred_to(run: Place) -> set[int]:
     return steps | {score["step"] for scores in chosen for score in scores}
 
 
-def weights(directory: Path, which: str) -> Tensors:
+def load_weights(directory: Path, which: str) -> Tensors:
     """The network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
     if which == "ema":
         verify(directory)
@@ -154,7 +154,7 @@ def weights(directory: Path, which: str) -> Tensors:
     return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
 
 
-def new_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
+def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """The experiment's network with its first weights."""
     data, channels = experiment.data, experiment.data.channels
     out_channels = Diffusion(experiment.diffusion).out_channels(channels)
@@ -175,11 +175,11 @@ def load_network(
     step, experiment = place.experiment.checkpoint_step, place.experiment
     directory = place.step_folder(step)
     if not directory.is_dir():
-        raise no_checkpoint(place, f"of step {step}")
-    net = new_network(experiment, "meta")
+        raise_no_checkpoint(place, f"of step {step}")
+    net = create_network(experiment, "meta")
     net.to_empty(device="cpu")
     try:
-        net.load_state_dict(weights(directory, experiment.sample.weights))
+        net.load_state_dict(load_weights(directory, experiment.sample.weights))
     except RuntimeError as error:
         raise PipelineError(f"{directory} holds another network: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)

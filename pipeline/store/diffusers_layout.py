@@ -101,7 +101,7 @@ def diffusers_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
 # In
 
 
-def import_weights(place: Place) -> None:
+def import_diffusers(place: Place) -> None:
     """Make the published weights the checkpoint of step `train.steps`, as which every stage reads them.
 
     Raises ConfigError where the published settings are not the experiment's, PipelineError where the tensors
@@ -131,7 +131,7 @@ def read_weights(experiment: Experiment) -> Tensors:
         raise ConfigError([f"{folder}: {fault}" for fault in faults])
     read = load_tensors(file, "fetch it again in the diffusers layout")
     given = {diffusers_name(name, OLDER_NAMES): tensor.float() for name, tensor in read.items()}
-    own = checkpoint.new_network(experiment, "meta").state_dict()
+    own = checkpoint.create_network(experiment, "meta").state_dict()
     wanted = {diffusers_name(name): tensor for name, tensor in own.items()}
     for name in wanted.keys() & given.keys():  # a 1x1 convolution is a linear map over channels
         ours, theirs = wanted[name], given[name]
@@ -229,13 +229,13 @@ def export(path: Path, directory: Path, which: str, step: int | None) -> str:
         path.parent, experiment, "", path.name.removeprefix(f"{experiment.name}-")
     )  # without its data
     scheduler, network = scheduler_settings(experiment), network_settings(experiment)
-    steps = checkpoint.steps_on_disk(place.train)
+    steps = checkpoint.list_steps(place.train)
     if not steps or (step is not None and step not in steps):
-        raise checkpoint.no_checkpoint(place, f"of step {step or 'any'}")
+        checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")
     step = step or steps[-1]
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
-    tensors = checkpoint.weights(place.step_folder(step), which)
+    tensors = checkpoint.load_weights(place.step_folder(step), which)
     exported = {diffusers_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     kind = experiment.published.weights or which
     header = {"_diffusers_version": LAYOUT_VERSION}

@@ -49,7 +49,7 @@ STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 
 
 @contextmanager
-def naming_storage_faults(path: Path) -> Iterator[None]:
+def explain_storage_faults(path: Path) -> Iterator[None]:
     """Say in a user's words that `path` cannot be written."""
     try:
         yield
@@ -65,7 +65,7 @@ def naming_storage_faults(path: Path) -> Iterator[None]:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success it is on disk under the final name, on failure it is gone."""
     temporary = temporary_name(path)
-    with naming_storage_faults(path):
+    with explain_storage_faults(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -82,7 +82,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """The same for a folder. A folder that already carries the name is replaced."""
     temporary = temporary_name(path)
-    with naming_storage_faults(path):
+    with explain_storage_faults(path):
         try:
             temporary.mkdir(parents=True)
             yield temporary
@@ -149,7 +149,7 @@ def read_unit(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -161,15 +161,15 @@ class FileFacts(TypedDict):
     sha256: str
 
 
-def file_facts(path: Path) -> FileFacts:
+def describe_file(path: Path) -> FileFacts:
     """Read the size of a file and hash it."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> None:
     """Seal `directory`: the named files with their bytes and sha256, and whatever else `facts` says."""
     write_json(
-        directory / MANIFEST, {"files": {name: file_facts(directory / name) for name in names}, **facts}
+        directory / MANIFEST, {"files": {name: describe_file(directory / name) for name in names}, **facts}
     )
 
 
@@ -202,7 +202,7 @@ def check_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha
         fault = "is missing although its manifest lists it"
     elif (size := path.stat().st_size) != facts["bytes"]:
         fault = f"has {size} bytes, its manifest says {facts['bytes']}"
-    elif check == "sha256" and sha256_of(path) != facts["sha256"]:
+    elif check == "sha256" and hash_file(path) != facts["sha256"]:
         fault = "does not match its sha256"
     else:
         return
@@ -210,7 +210,7 @@ def check_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha
 
 
 @contextmanager
-def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
+def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the folder's lock: one driver at a time. The kernel frees it when its holder dies.
 
     Raises PipelineError where another holds it, or waits for that one to finish.
@@ -225,7 +225,7 @@ def exclusive(path: Path, wait: bool = False) -> Iterator[None]:
             raise PipelineError(
                 f"{path} is being worked on by another command (process {holder}); wait for it, or stop it"
             ) from None
-        with naming_storage_faults(path / ".lock"):
+        with explain_storage_faults(path / ".lock"):
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Experiment, to_dict
 from pipeline.config.neutral import get_key_content
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 
 VERSION = 2
 
@@ -25,19 +25,19 @@ _NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images"}
 _NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "keep_every"}
 
 
-def hash_of(content: Any) -> str:
+def hash_content(content: Any) -> str:
     """Return 12 hex digits of the sha256 over canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def data_key(experiment: Experiment, fingerprint: str) -> str:
+def make_data_key(experiment: Experiment, fingerprint: str) -> str:
     """Name the shards: the source's content, and the shape of what is made of it."""
     data = get_key_content("data", experiment.data)
     shape = ("image_size", "channels", "labels", "test_images")
-    return hash_of([fingerprint, {key: data[key] for key in shape if key in data}])
+    return hash_content([fingerprint, {key: data[key] for key in shape if key in data}])
 
 
-def run_content(experiment: Experiment, whole: bool = False) -> dict[str, Any]:
+def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[str, Any]:
     """Return what the run key hashes beside the data; `whole` with the values that keys leave out, for people.
 
     Published weights take the place of training: their content counts, and no setting of `train` does.
@@ -54,24 +54,24 @@ def run_content(experiment: Experiment, whole: bool = False) -> dict[str, Any]:
     }
     file, weights = experiment.published.file, experiment.published.weights
     if file is not None:
-        return always | {"published": {"sha256": sha256_of(file), "weights": weights}}
+        return always | {"published": {"sha256": hash_file(file), "weights": weights}}
     train = content("train", experiment.train)
     return always | {"train": {key: value for key, value in train.items() if key not in dropped}}
 
 
-def run_key(experiment: Experiment, data_key: str) -> str:
+def make_run_key(experiment: Experiment, data_key: str) -> str:
     """Name a training: the data, the network, and all that moves its weights."""
-    return hash_of([data_key, run_content(experiment)])
+    return hash_content([data_key, collect_run_settings(experiment)])
 
 
-def sample_key(experiment: Experiment, run_key: str) -> str:
+def make_sample_key(experiment: Experiment, run_key: str) -> str:
     """Name a sample set: the weights and the sampler. Asking for more images adds units to it."""
     sampler = get_key_content("sample", experiment.sample)
     content = {key: value for key, value in sampler.items() if key not in _NOT_IN_SAMPLE_KEY}
-    return hash_of([run_key, experiment.checkpoint_step, content])
+    return hash_content([run_key, experiment.checkpoint_step, content])
 
 
-def evaluate_key(experiment: Experiment, run_key: str) -> str:
+def make_score_key(experiment: Experiment, run_key: str) -> str:
     """Name a set of scores. A checkpoint that was chosen by its score has another protocol than one asked for."""
     evaluate = get_key_content("evaluate", experiment.evaluate)
     content = {key: value for key, value in evaluate.items() if key not in _NOT_IN_SCORE_KEY}
@@ -79,18 +79,20 @@ def evaluate_key(experiment: Experiment, run_key: str) -> str:
         content["extractor_weights"] = _content_of(Path(experiment.evaluate.extractor_weights))
     if experiment.evaluate.reference_file is not None:
         content["reference"] = _content_of(experiment.evaluate.reference_file)
-    drawn = [sample_key(experiment, run_key), experiment.sample.num_images, experiment.checkpoint_rule]
-    return hash_of([*drawn, content])
+    drawn = [make_sample_key(experiment, run_key), experiment.sample.num_images, experiment.checkpoint_rule]
+    return hash_content([*drawn, content])
 
 
-def selection_key(experiment: Experiment, run_key: str) -> str:
+def make_selection_key(experiment: Experiment, run_key: str) -> str:
     """Name a choice among checkpoints. More checkpoints of the same kind belong to the same selection."""
-    return hash_of([evaluate_key(experiment.make_candidate(0), run_key), experiment.evaluate.checkpoints])
+    return hash_content(
+        [make_score_key(experiment.make_candidate(0), run_key), experiment.evaluate.checkpoints]
+    )
 
 
-def figures_key(experiment: Experiment, run_key: str) -> str:
+def make_figures_key(experiment: Experiment, run_key: str) -> str:
     """Name a set of figures, which show samples and what the evaluation found about them."""
-    return hash_of([evaluate_key(experiment, run_key), get_key_content("figures", experiment.figures)])
+    return hash_content([make_score_key(experiment, run_key), get_key_content("figures", experiment.figures)])
 
 
 def _content_of(path: Path) -> str:
@@ -101,4 +103,4 @@ def _content_of(path: Path) -> str:
 
 @lru_cache
 def _content_of_version(path: Path, size: int, modified: int) -> str:
-    return sha256_of(path)
+    return hash_file(path)

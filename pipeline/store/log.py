@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-from pipeline.store.files import naming_storage_faults
+from pipeline.store.files import explain_storage_faults
 from pipeline.store.run import Place
 
 TAIL = 2000  # bytes; a line is some 200
@@ -33,7 +33,7 @@ class LogWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        with naming_storage_faults(path):
+        with explain_storage_faults(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 os.truncate(path, find_end(path))  # a torn line
@@ -46,7 +46,7 @@ class LogWriter:
             return
         self.last_step = step
         point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
-        with naming_storage_faults(self.path), self.path.open("a", encoding="utf-8") as file:
+        with explain_storage_faults(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 
 

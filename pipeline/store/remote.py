@@ -30,10 +30,10 @@ from pipeline.store.files import (
     FileFacts,
     atomic_file,
     check_file,
-    exclusive,
-    file_facts,
+    describe_file,
+    hash_file,
+    lock_folder,
     read_json,
-    sha256_of,
 )
 from pipeline.store.run import EXPERIMENT, LOG, RECORD
 
@@ -53,7 +53,7 @@ def push(name: str, root: Path, uri: str) -> str:
         raise PipelineError(f"'{name}' is neither a run nor finished shards (data/NAME), here or in {root}")
     item = f"data/{path.name}" if path.parent.name == "data" else path.name
     store = Store(f"{uri.rstrip('/')}/{item}")
-    with exclusive(path):
+    with lock_folder(path):
         files = _list_finished(path)
         if not files:
             raise PipelineError(f"{path} holds nothing that is finished")
@@ -83,7 +83,7 @@ def pull(uri: str, root: Path) -> str:
     for file in sorted(store.contents, key=_is_seal):  # seals come last
         folders.setdefault(str(Path(file).parent), []).append(file)
     fetched, kept = 0, []
-    with exclusive(target), show_progress("pull", len(folders), "folders") as progress:
+    with lock_folder(target), show_progress("pull", len(folders), "folders") as progress:
         for done, (folder, files) in enumerate(folders.items(), 1):
             if not any(map(_is_seal, files)):
                 fetched += _fetch_record(store, target, files)
@@ -109,7 +109,7 @@ def _list_finished(path: Path) -> dict[str, FileFacts]:
             check_file(seal.parent / name, facts)
         inside = [file for file in sorted(seal.parent.iterdir()) if file.is_file() and file.name[0] != "."]
         files += [file for file in inside if file != seal] + [seal]
-    return {str(file.relative_to(path)): file_facts(file) for file in files}
+    return {str(file.relative_to(path)): describe_file(file) for file in files}
 
 
 def _is_seal(file: str) -> bool:
@@ -117,7 +117,7 @@ def _is_seal(file: str) -> bool:
 
 
 def _is_equal(path: Path, facts: FileFacts) -> bool:
-    return path.is_file() and path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"]
+    return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["sha256"]
 
 
 def _fetch_record(store: Store, target: Path, files: list[str]) -> int:

@@ -54,10 +54,10 @@ class Place:
 
     # Keys
 
-    sample_key = _hash(keys.sample_key)
-    score_key = _hash(keys.evaluate_key)
-    figures_key = _hash(keys.figures_key)
-    selection_key = _hash(keys.selection_key)
+    sample_key = _hash(keys.make_sample_key)
+    score_key = _hash(keys.make_score_key)
+    figures_key = _hash(keys.make_figures_key)
+    selection_key = _hash(keys.make_selection_key)
 
     # Folders
 

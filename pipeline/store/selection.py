@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from pipeline.store.checkpoint import steps_on_disk
+from pipeline.store.checkpoint import list_steps
 from pipeline.store.files import find_manifest, read_json, write_json, write_manifest
 from pipeline.store.run import Place
 
@@ -44,12 +44,12 @@ def list_candidates(place: Place) -> dict[int, Place]:
     ends_it = {last} if experiment.evaluate.checkpoints == "all" else set()
     return {
         step: place.of(experiment.make_candidate(step))
-        for step in steps_on_disk(place.train, last)
+        for step in list_steps(place.train, last)
         if step % every == 0 or step in ends_it
     }
 
 
-def write(place: Place) -> None:
+def write_selection(place: Place) -> None:
     """Choose the candidate of minimum FID, the earliest of equals, and seal the choice. All of them are scored."""
     scores: list[CandidateScore] = []
     for step, scored in list_candidates(place).items():
@@ -76,13 +76,13 @@ def read_selection(place: Place) -> Selection | None:
     return found
 
 
-def is_current(place: Place) -> bool:
+def is_done(place: Place) -> bool:
     """Tell whether the choice was made among the checkpoints that are there now."""
     found = read_selection(place)
     return found is not None and [score["step"] for score in found["scores"]] == list(list_candidates(place))
 
 
-def resolve(place: Place) -> Place | None:
+def resolve_best(place: Place) -> Place | None:
     """Return the run whose checkpoint is known: itself, or with the best one filled in; None before the choice."""
     if place.experiment.sample.checkpoint != "best":
         return place

@@ -30,7 +30,7 @@ from pipeline.store.files import (
     FileFacts,
     atomic_file,
     check_file,
-    file_facts,
+    describe_file,
     read_json,
     read_manifest,
     write_json,
@@ -151,7 +151,7 @@ def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
                 offset = tar.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 places.append([offset, size, zlib.crc32(record.png), _number(record)])
                 last = record.key
-        facts = file_facts(temporary)
+        facts = describe_file(temporary)
     return {"name": path.name, "count": len(places), **facts, "places": places}
 
 

@@ -30,7 +30,7 @@ class SweepPoint:
     @property
     def values_outside_run_key(self) -> Values:
         """The swept values that make no other run, only other samples or scores of it."""
-        inside = flatten(keys.run_content(self.experiment, whole=True))
+        inside = flatten(keys.collect_run_settings(self.experiment, whole=True))
         rest = {key: value for key, value in self.swept.items() if key not in inside}
         return {k: value for k, value in rest.items() if k.partition(".")[0] not in ("data", "experiment")}
 
@@ -153,14 +153,14 @@ def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
         data = point.experiment.data
         if data not in known:
             known[data] = find.make_place(point.experiment, root)
-        run_key = keys.run_key(point.experiment, known[data].data_key)
+        run_key = keys.make_run_key(point.experiment, known[data].data_key)
         place = replace(known[data], experiment=point.experiment, run_key=run_key)
         names = [name for name in runs if name.endswith(f"-{run_key}")]
         if names and place.name not in names:  # made under another experiment's name: the same numbers
             experiment = replace(point.experiment, name=min(names).removesuffix(f"-{run_key}"))
             place = replace(place, experiment=experiment)
         other = point.values_outside_run_key
-        key = f"{run_key}-{keys.hash_of(other)}" if other else run_key
+        key = f"{run_key}-{keys.hash_content(other)}" if other else run_key
         if key in trials:
             faults.append(f"'{point.label}' and '{trials[key].label}' are the same trial; leave one out")
         trials[key] = Trial(key, point.label, point.swept, place)

@@ -36,7 +36,9 @@ class Recorder:
     interrupted: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.parent = tracking.ParentRun(self.uri, self.sweep.name, self.folder.parent.parent, warn=print_line)
+        self.parent = tracking.ParentRun(
+            self.uri, self.sweep.name, self.folder.parent.parent, warn=print_line
+        )
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
 

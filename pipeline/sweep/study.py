@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline import tracking
-from pipeline.compute.interrupt import Interrupt, Interrupted
-from pipeline.compute.work import Executor, InProcess
+from pipeline.compute.interrupt import StopRequest, StopSignals
+from pipeline.compute.units import Executor, LocalExecutor
 from pipeline.config import ClusterConfig
 from pipeline.console import format_duration, poll_during, print_line, show_progress
 from pipeline.engine import execute as stages
@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import list_preparations
 from pipeline.stages import evaluate
-from pipeline.store.files import exclusive
+from pipeline.store.files import lock_folder
 from pipeline.store.run import REPORT_HTML, STOP, sweep_folder
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
@@ -44,7 +44,7 @@ class Study:
         self.folder = sweep_folder(self.root, sweep.name)
         self.trials = {trial.key: trial for trial in locate_trials(points, self.root)}
         self.ledger = Ledger(self.folder, sweep.early_stop, self.trials.values())
-        self.interrupt = Interrupt(self.folder / STOP)
+        self.interrupt = StopSignals(self.folder / STOP)
 
     def _list_pending(self) -> list[str]:
         """Return the keys of the trials that are to do."""
@@ -77,16 +77,16 @@ class Study:
         return share_cluster(self.cluster, nodes, max(1, len(self._list_pending())), self.sweep.concurrent)
 
     def run(self) -> Leaderboard:
-        """Bring every trial up to date and rank them. A trial that fails raises nothing. Raises Interrupted,
+        """Bring every trial up to date and rank them. A trial that fails raises nothing. Raises StopRequest,
         PipelineError."""
         uri = self.cluster.tracking_uri or tracking.default_uri(self.root)
         if self.cluster.tracking_uri:
             tracking.check_server(uri)
-        with exclusive(self.folder):
+        with lock_folder(self.folder):
             self.interrupt.stop_file.unlink(missing_ok=True)
             self.ledger = Ledger(self.folder, self.sweep.early_stop, self.trials.values())
             self.recorder = Recorder(
-                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.requested
+                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.is_requested
             )
             todo, total = self._list_pending(), len(self.trials)
             print_line(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
@@ -121,20 +121,20 @@ class Study:
                     ) as shown,
                     poll_during(lambda: shown.update(recorder.count_done(), recorder.describe_progress())),
                 ):
-                    if isinstance(executor, InProcess):
+                    if isinstance(executor, LocalExecutor):
                         self._run_in_process(tasks, executor, judge)
                     elif tasks:
                         from pipeline.sweep.tuning import run_tasks
 
                         executor.pool.end()  # what was prepared for all; each trial has a pool of its own
-                        share = self._share(executor.nodes())
+                        share = self._share(executor.list_nodes())
                         print_line(f"{self.sweep.name}: {share}")
                         run_tasks(tasks, share, recorder, judge, self.folder / "ray")
             finally:
                 for key in list(recorder.mirrors):  # this driver is on its way out, and they with it
                     recorder.end_trial(key, None)
-            if self.interrupt.requested():
-                raise Interrupted
+            if self.interrupt.is_requested():
+                raise StopRequest
 
     def _prepare(self, executor: Executor, todo: list[str]) -> list[str]:
         """Make what trials share before they would all make it; return those that can go on from there."""
@@ -144,7 +144,9 @@ class Study:
             place = self.trials[key].place
             try:
                 if place.data not in sharded:
-                    stages.run_trial_stages(executor, self.interrupt.requested, self.cluster, place, "shard")
+                    stages.run_trial_stages(
+                        executor, self.interrupt.is_requested, self.cluster, place, "shard"
+                    )
                 evaluate.STAGE.check_before_training(place)
                 sharded.add(place.data)
                 if evaluate.needs_samples(place.experiment) and (units := list_preparations(place)):
@@ -155,8 +157,8 @@ class Study:
             except PipelineError as error:
                 self.recorder.start_trial(key)
                 self.recorder.end_trial(key, explain_error(error))
-            if self.interrupt.requested():
-                raise Interrupted
+            if self.interrupt.is_requested():
+                raise StopRequest
         return able
 
     def _find_judge(self) -> RungScheduler | None:
@@ -168,7 +170,7 @@ class Study:
         return RungScheduler(self.sweep.early_stop, self.trials, self.ledger)
 
     def _run_in_process(
-        self, tasks: dict[str, Task], executor: InProcess, judge: RungScheduler | None
+        self, tasks: dict[str, Task], executor: LocalExecutor, judge: RungScheduler | None
     ) -> None:
         """Do without Ray the same work, with the same judge."""
         for key, task in tasks.items():

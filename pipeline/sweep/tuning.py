@@ -19,9 +19,9 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from pipeline.compute.ray_train import release_training_group, run_in_thread
 from pipeline.compute.resources import Resources
-from pipeline.compute.session import Session
-from pipeline.compute.training import release, run_off_main_thread
+from pipeline.compute.session import RaySession
 from pipeline.errors import PipelineError
 from pipeline.sweep.definition import EarlyStop
 from pipeline.sweep.ledger import Ledger
@@ -119,7 +119,7 @@ class _TrialObserver(_Unpickled, TrialProgressCallback):
         self._end(trial.config["trial"], "its process was lost; Ray's logs in /tmp/ray say more")
 
     def _end(self, key: str, error: str | None) -> None:
-        release(self.tasks[key].place)
+        release_training_group(self.tasks[key].place)
         self.recorder.end_trial(key, error)
 
 
@@ -151,7 +151,7 @@ def run_tasks(
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )
-    error = run_off_main_thread(tuner.fit, "ray-tune")
+    error = run_in_thread(tuner.fit, "ray-tune")
     if error is not None:
         raise PipelineError(f"Ray Tune gave up: {explain_error(error)}; the same command goes on") from error
 
@@ -159,7 +159,7 @@ def run_tasks(
 def _run_task(given: dict[str, str], tasks: dict[str, Task], resources: Resources) -> dict[str, str] | None:
     """Run a trial in Tune's process for it. Tune ends it while it waits in `report`, when nothing is under way."""
     task = tasks[given["trial"]]
-    with Session.open_share(task.cluster, resources, task.interrupted) as session:
+    with RaySession.open_share(task.cluster, resources, task.interrupted) as session:
 
         def report(step: int, bound: float) -> bool:
             session.pool.end()  # before Tune may end this process

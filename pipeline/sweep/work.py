@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.compute.interrupt import Interrupted
-from pipeline.compute.work import Executor
+from pipeline.compute.interrupt import StopRequest
+from pipeline.compute.units import Executor
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import poll_during
 from pipeline.engine import execute as stages
@@ -38,7 +38,7 @@ def run_trial(task: Task, executor: Executor, should_continue: Callable[[int, fl
     try:
         with poll_during(partial(_forward_stop, task)):
             _run_rungs(task, executor, should_continue)
-    except Interrupted:
+    except StopRequest:
         pass  # what is on disk says how far it came
     except Exception as error:
         return explain_error(error)
@@ -63,7 +63,7 @@ def _run_rungs(task: Task, executor: Executor, should_continue: Callable[[int, f
 
     def bring(experiment: Experiment, last: str) -> None:
         if task.interrupted():
-            raise Interrupted
+            raise StopRequest
         stages.run_trial_stages(
             executor, task.interrupted, task.cluster, place.of(experiment), last, asked=place.experiment
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.store import keys, selection
-from pipeline.store.checkpoint import steps_on_disk
+from pipeline.store.checkpoint import list_steps
 from pipeline.store.files import MANIFEST, read_json
 from pipeline.store.log import find_end
 from pipeline.store.run import Place, find_scores
@@ -44,7 +44,7 @@ def list_parcels(
     labels = _describe_code(place) | tags
     parameters = _list_parameters(place) | (child.parameters if child else {})
     describe = partial(Session.send_description, parameters=parameters, tags=labels)
-    yield Parcel("description", keys.hash_of([parameters, labels]), describe)
+    yield Parcel("description", keys.hash_content([parameters, labels]), describe)
     if (place.data / MANIFEST).exists():
         yield Parcel("dataset", place.data_key, Session.send_dataset)
     start = int(delivered.get("log", 0))
@@ -52,9 +52,9 @@ def list_parcels(
         yield Parcel("log", str(end), partial(Session.send_log, start=start if start <= end else 0, end=end))
     for grid in sorted(place.grids.glob("[0-9]*.png")):
         yield Parcel(f"grid {grid.stem}", "1", partial(Session.send_grid, grid=grid))
-    if steps := steps_on_disk(place.train):
+    if steps := list_steps(place.train):
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
-    headline = selection.resolve(place)
+    headline = selection.resolve_best(place)
     yield from _list_evaluations(place, headline, in_own_run=child is None)
     files = {"": [place.experiment_yaml]}
     if headline:  # what belongs to the headline evaluation, once it is known which one that is
@@ -101,7 +101,7 @@ def _describe_code(place: Place) -> dict[str, str]:
 
 def _list_parameters(place: Place) -> dict[str, str]:
     """Return about 25 parameters. The run key fixes all of them, because MLflow lets none change."""
-    content, data = keys.run_content(place.experiment, whole=True), place.experiment.data
+    content, data = keys.collect_run_settings(place.experiment, whole=True), place.experiment.data
     parameters = {key: value for key, value in config.flatten(content).items() if key not in _LEFT_OUT}
     parameters |= {"data.source": data.source, "data.image_size": data.image_size}
     if (place.data / MANIFEST).exists():

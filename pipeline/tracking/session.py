@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.store.checkpoint import META
-from pipeline.store.files import MANIFEST, read_json, sha256_of
+from pipeline.store.files import MANIFEST, hash_file, read_json
 from pipeline.store.log import read_points
 from pipeline.store.run import Place
 from pipeline.tracking.client import connect, ensure_run, ensure_study, log_batches
@@ -58,7 +58,7 @@ class Session:
         manifest = self.place.data / MANIFEST
         facts = {key: value for key, value in read_json(manifest).items() if key != "files"}
         facts |= {name: split["count"] for name, split in facts.pop("splits").items()}
-        digest, source = sha256_of(manifest)[:36], json.dumps({"uri": str(self.place.data)})
+        digest, source = hash_file(manifest)[:36], json.dumps({"uri": str(self.place.data)})
         dataset = Dataset(self.place.data.name, digest, "local", source, profile=json.dumps(facts))
         context = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, context)])

@@ -14,7 +14,7 @@ import pytest
 from compose_file import COMPOSE, VARIABLE, services
 from conftest import TINY
 
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 
 pytestmark = [
     pytest.mark.ray,
@@ -113,7 +113,7 @@ def test_training_waits_for_a_node_that_returns_and_ends_with_the_same_bits(clus
     cluster.up("node-2")
     run = finished(cluster, "returns", command)
     state = f"train/step_{STEPS:08d}/state.safetensors"
-    assert sha256_of(run / state) == sha256_of(untouched / state)
+    assert hash_file(run / state) == hash_file(untouched / state)
     assert losses(run) == losses(untouched)
 
 

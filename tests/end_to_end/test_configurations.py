@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline import config
 from pipeline.cli.program import main
-from pipeline.compute.work import Unit
+from pipeline.compute.units import Unit
 from pipeline.engine.find import make_place
 from pipeline.stages import evaluate, sample, shard, train
 from pipeline.store import tars

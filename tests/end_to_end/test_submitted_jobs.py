@@ -119,7 +119,7 @@ class Client:
 
     def steps(self) -> list[int]:
         return sorted(
-            step for run in self.storage.glob("tiny-*") for step in checkpoint.steps_on_disk(run / "train")
+            step for run in self.storage.glob("tiny-*") for step in checkpoint.list_steps(run / "train")
         )
 
 

@@ -143,22 +143,22 @@ def test_what_a_lost_training_group_held_is_given_back(tmp_path):
     """Its controller and its cleaner can be killed together; without this, its CPU would be nobody's."""
     import ray
 
-    from pipeline.compute.session import Session
-    from pipeline.compute.training import release
+    from pipeline.compute.ray_train import release_training_group
+    from pipeline.compute.session import RaySession
     from pipeline.config import load_cluster
     from pipeline.store.run import Place
 
     run = Place(tmp_path, tiny_experiment(), "data", "key")
     run.path.mkdir()
-    with Session(load_cluster("local", ["workers=1", "cpus_per_worker=1"])):
+    with RaySession(load_cluster("local", ["workers=1", "cpus_per_worker=1"])):
         before = ray.available_resources()["CPU"]
         group = ray.util.placement_group([{"CPU": 1}])
         ray.get(group.ready())
         run.placement_group.write_text(group.id.hex())
         assert ray.available_resources()["CPU"] == before - 1
-        release(run)
+        release_training_group(run)
         deadline = time.monotonic() + 30
         while ray.available_resources().get("CPU") != before:
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        release(run)  # nothing to give back
+        release_training_group(run)  # nothing to give back

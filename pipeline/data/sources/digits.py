@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.data.sources.source import ArraySource, shuffle
 from pipeline.errors import PipelineError
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 
 TEST_PER_CLASS = 36
 LEVELS = 16
@@ -31,7 +31,7 @@ class Digits(ArraySource):
             raise PipelineError(f"{self.root} is missing from scikit-learn; reinstall scikit-learn")
 
     def digest(self) -> str:
-        return sha256_of(self.root)
+        return hash_file(self.root)
 
     @cached_property
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

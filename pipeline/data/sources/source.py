@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.config import DataConfig
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 
 
 class ImageSource(Protocol):
@@ -31,7 +31,7 @@ class ImageSource(Protocol):
     def digest(self) -> str:
         """Return the sha256 of the files' content and their names below `root`, wherever that lies."""
         with explain_read_errors():
-            lines = [f"{file.relative_to(self.root).as_posix()} {sha256_of(file)}" for file in self.files]
+            lines = [f"{file.relative_to(self.root).as_posix()} {hash_file(file)}" for file in self.files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def count(self) -> dict[str, int]:

@@ -9,14 +9,14 @@ from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
 from ddpm.rng import Stream, normal
-from pipeline.compute.work import Kind, Unit, WorkerContext, split_units
+from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.results import Bound, Scores
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_json, read_unit, write_unit
-from pipeline.store.keys import hash_of
+from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
 CALL = (256, 2**18)  # images and pixels that one network call of the bound takes at most
@@ -52,14 +52,14 @@ def units(place: Place) -> dict[Path, Unit]:
     step, which = experiment.checkpoint_step, experiment.sample.weights
     network = [place.run_key, step, which, hash_weights(place), config.precision]
     # The null once named the timesteps of a part of the bound; without it every key would be another.
-    key = hash_of([place.run_key, network, test, config.decoder, choose_variance(experiment), None])
+    key = hash_content([place.run_key, network, test, config.decoder, choose_variance(experiment), None])
     return split_units(
-        Kind.NLL, compute_bound, (place,), count_images(place)[0], config.nll_batch_size,
+        UnitKind.NLL, compute_bound, (place,), count_images(place)[0], config.nll_batch_size,
         place.score_units / f"nll-{key}", "NLL of test images", experiment.diffusion.timesteps,
     )  # fmt: skip
 
 
-def compute_bound(ctx: WorkerContext, place: Place, start: int, stop: int, file: Path) -> None:
+def compute_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
     """Do the work unit: the terms of the bound of test images [start, stop), float32 as they were computed."""
     experiment, config = place.experiment, place.experiment.evaluate
     pixels, classes = tars.load_images(place.data, "test", start, stop)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.compute.work import Unit
+from pipeline.compute.units import Unit
 from pipeline.config import EvaluateConfig
 from pipeline.scores import distances
 from pipeline.scores.extractors import Extractor

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pipeline.compute.work import Done, Unit
+from pipeline.compute.units import Unit, WhenDone
 from pipeline.config import Experiment, to_yaml
 from pipeline.errors import PipelineError
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
@@ -84,7 +84,7 @@ class EvaluateStage(Stage):
         write_text(place.evaluate_yaml, to_yaml(config))
         write_manifest(place.scores, [file.name for file in files], **inputs)
 
-    def plan_follow_ups(self, place: Place) -> Done | None:
+    def plan_follow_ups(self, place: Place) -> WhenDone | None:
         """Return the features of a tar of samples as soon as it is there, if they will be scored and their extractor
         is there. Where it is not, `work` makes it, or says why it cannot."""
         if not needs_samples(place.experiment) or not has_extractor(place):

@@ -14,7 +14,7 @@ from ddpm.config import Variance
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, normal
 from ddpm.sampler import ancestral, draw_shared_latent, interpolate, reverse
-from pipeline.compute.work import Kind, Unit, WorkerContext, split_units
+from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, unit_folder
@@ -77,7 +77,7 @@ def samples(place: Place) -> Figure:
 
 def progressive(place: Place) -> Figure:
     n, folder = count_rows(place.experiment), unit_folder(place, "progressive")
-    units = split_units(Kind.FIGURE, keep_estimates, (place,), n, UNIT_IMAGES, folder, "progressive")
+    units = split_units(UnitKind.FIGURE, keep_estimates, (place,), n, UNIT_IMAGES, folder, "progressive")
     caption = (
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
         f"right, after each tenth of the steps (paper, Figs. 6 and 14; {describe_chain(place.experiment)})"
@@ -85,13 +85,13 @@ def progressive(place: Place) -> Figure:
     return Figure("progressive.png", caption, units, draw_rows)
 
 
-def keep_estimates(ctx: WorkerContext, place: Place, start: int, stop: int, file: Path) -> None:
+def keep_estimates(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
     """Do the work unit: a row for each of samples [start, stop)."""
     stages = estimate(ctx, place, start, stop)
     write_arrays(file, images=to_uint8(stages.transpose(0, 1)).numpy())
 
 
-def estimate(ctx: WorkerContext, place: Place, start: int, stop: int) -> Tensor:
+def estimate(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
     """Estimate x_0 in [-1, 1], (stages, images, C, H, W), on the CPU, evenly spaced over the chains of samples
     [start, stop); the last is their end."""
     experiment, config = place.experiment, place.experiment.sample
@@ -139,17 +139,19 @@ def mixing_unit(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
     """Return the unit of a row, which both figures share."""
     file = unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
     name = f"interpolation of pair {pair} after {steps} steps"
-    return file, Unit(Kind.FIGURE, keep_mixed, (place, pair, steps, file), name, len(LAMBDAS), needs_gpu=True)
+    return file, Unit(
+        UnitKind.FIGURE, keep_mixed, (place, pair, steps, file), name, len(LAMBDAS), needs_gpu=True
+    )
 
 
-def keep_mixed(ctx: WorkerContext, place: Place, pair: int, steps: int, file: Path) -> None:
+def keep_mixed(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
     """Do the work unit: one row, (1, 13, C, H, W)."""
     a, b = load_pair(place, pair)
     row = torch.cat([a[None], to_uint8(mix(ctx, place, a, b, pair, steps)).cpu(), b[None]])
     write_arrays(file, images=row[None].numpy())
 
 
-def mix(ctx: WorkerContext, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) -> Tensor:
+def mix(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) -> Tensor:
     """Make images (11, C, H, W) for the lambdas between uint8 images a and b, all from the pair's draw of the noise.
 
     No class is asked for and nothing guides: the two sources can be of two classes.
@@ -192,7 +194,7 @@ def shared_latents(place: Place) -> Figure:
     for steps in dict.fromkeys(counts):
         file = unit_folder(place, "shared") / f"{n:04d}-{steps:04d}.npz"
         args, name = (place, n, steps, file), f"images that share x_t after {steps} steps"
-        units[file] = Unit(Kind.FIGURE, keep_shared, args, name, n * CHILDREN, needs_gpu=True)
+        units[file] = Unit(UnitKind.FIGURE, keep_shared, args, name, n * CHILDREN, needs_gpu=True)
     caption = (
         f"Images that share a latent: x_t, then {CHILDREN} images from it, for "
         f"t = {name_timesteps(counts, place.experiment)}, left to right; a chain in a row "
@@ -201,14 +203,14 @@ def shared_latents(place: Place) -> Figure:
     return Figure("shared_latents.png", caption, units, partial(draw_rows, dim=1))
 
 
-def keep_shared(ctx: WorkerContext, place: Place, n: int, steps: int, file: Path) -> None:
+def keep_shared(ctx: Worker, place: Place, n: int, steps: int, file: Path) -> None:
     """Do the work unit: (n, 1 + children, C, H, W), each row a latent of the sample's chain and its images."""
     x_t, children = share_latents(ctx, place, n, steps)
     rows = torch.cat([x_t[:, None], children.unflatten(0, (n, CHILDREN))], dim=1)
     write_arrays(file, images=to_uint8(rows).cpu().numpy())
 
 
-def share_latents(ctx: WorkerContext, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
+def share_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Make x_t (n, C, H, W) on the way to the first n samples, and the images (n * children, C, H, W) from it."""
     experiment = place.experiment
     chain, net = build_chain(experiment), load_guided(place, ctx.device)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddpm.images import to_uint8
-from pipeline.compute.work import Kind, WorkerContext, split_units
+from pipeline.compute.units import UnitKind, Worker, split_units
 from pipeline.drawing import charts
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics, frechet_distance, sum_features
@@ -59,7 +59,7 @@ def scores_along(place: Place) -> Figure:
     if n < 2 or statistics is None:
         raise Unavailable("it needs two samples" if n < 2 else "the reference's statistics are not there")
     folder, args = unit_folder(place, "along", extractor.name), (extractor, place)
-    units = split_units(Kind.FIGURE, keep_features, args, n, UNIT_IMAGES, folder, "scores along samples")
+    units = split_units(UnitKind.FIGURE, keep_features, args, n, UNIT_IMAGES, folder, "scores along samples")
     few = ", too few for a score that stands by itself" if n < 10_000 else ""
     caption = (
         f"Scores of the estimate of x_0 along the reverse process, of {n:,} images{few}, by the features of "
@@ -81,9 +81,7 @@ def scores_along(place: Place) -> Figure:
     return Figure("scores_along.svg", caption, units, draw)
 
 
-def keep_features(
-    ctx: WorkerContext, extractor: Extractor, place: Place, start: int, stop: int, file: Path
-) -> None:
+def keep_features(ctx: Worker, extractor: Extractor, place: Place, start: int, stop: int, file: Path) -> None:
     """Do the work unit: features (stages, n, d) and logits of the estimates of samples [start, stop)."""
     stages = to_uint8(estimate(ctx, place, start, stop)).numpy()
     features, logits = extract(extractor, stages.reshape(-1, *stages.shape[2:]), ctx.device)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.compute.work import Unit
+from pipeline.compute.units import Unit
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store.keys import hash_of
+from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
 
@@ -27,7 +27,7 @@ class Figure:
 
 def unit_folder(place: Place, kind: str, *depends: str | int) -> Path:
     """Return where results are kept that depend on how samples are drawn, and on `depends`."""
-    return place.figure_units / f"{kind}-{hash_of([place.sample_key, *depends])}"
+    return place.figure_units / f"{kind}-{hash_content([place.sample_key, *depends])}"
 
 
 def count_rows(experiment: Experiment) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.compute.work import Kind, Unit, WorkerContext
+from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.drawing.grids import save_grid
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import hash_shards, shard_set
@@ -49,7 +49,7 @@ def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) ->
     for shard, gallery in zip(shards, galleries, strict=True):
         file, images = folder / f"{shard.name.removesuffix('.tar')}.npz", shard.stop - shard.start
         args, title = (query, shard, gallery, file), f"{name} in {shard.name}"
-        units[file] = Unit(Kind.FIGURE, search, args, title, images, needs_gpu=True)
+        units[file] = Unit(UnitKind.FIGURE, search, args, title, images, needs_gpu=True)
 
     def draw(files: list[Path], file: Path) -> None:
         rows = np.concatenate([own[:, None], merge_nearest(files)["images"]], axis=1)
@@ -67,9 +67,7 @@ def read_sample_features(extractor: Extractor, place: Place, n: int) -> np.ndarr
     return images.features()
 
 
-def search(
-    ctx: WorkerContext, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path
-) -> None:
+def search(ctx: Worker, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path) -> None:
     """Do the work unit: of one tar, the images nearest to each row of `query` (n, d), which are features where the
     file `gallery` holds those of the tar, else pixels."""
     images, _ = tars.load_images(shard.folder, shard.split, shard.start, shard.stop)

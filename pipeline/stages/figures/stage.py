@@ -8,7 +8,7 @@ torch and what draws are imported when they are called.
 import logging
 from collections.abc import Iterator
 
-from pipeline.compute.work import Unit
+from pipeline.compute.units import Unit
 from pipeline.config import Experiment
 from pipeline.stages.figures.figure import Figure, Unavailable
 from pipeline.stages.stage import Stage

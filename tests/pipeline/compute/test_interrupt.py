@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from pipeline.compute.interrupt import Interrupt
+from pipeline.compute.interrupt import StopSignals
 
 
 @pytest.mark.parametrize(
@@ -15,10 +15,10 @@ from pipeline.compute.interrupt import Interrupt
 def test_the_first_signal_asks_and_the_second_stops_at_once(tmp_path, first, second):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     stop_file = tmp_path / ".stop"
-    with Interrupt(stop_file) as interrupt:
-        assert not interrupt.requested() and not stop_file.exists()
+    with StopSignals(stop_file) as interrupt:
+        assert not interrupt.is_requested() and not stop_file.exists()
         signal.raise_signal(first)
-        assert interrupt.requested() and stop_file.exists()
+        assert interrupt.is_requested() and stop_file.exists()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), second)
             time.sleep(5)

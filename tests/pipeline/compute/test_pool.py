@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.compute import training
-from pipeline.compute.session import Session
-from pipeline.compute.work import Kind, Unit
+from pipeline.compute import ray_train
+from pipeline.compute.session import RaySession
+from pipeline.compute.units import Unit, UnitKind
 from pipeline.config import load_cluster
 from pipeline.console import run_during
 from pipeline.errors import PipelineError
@@ -72,14 +72,16 @@ def address():
 @pytest.fixture
 def session(address, request):
     words = getattr(request, "param", ["workers=2"])
-    with Session(load_cluster("local", [f"ray_address={address}", "cpus_per_worker=1", *words])) as session:
+    with RaySession(
+        load_cluster("local", [f"ray_address={address}", "cpus_per_worker=1", *words])
+    ) as session:
         yield session
 
 
 def units_of(
     folder: Path, count: int, needs_gpu: bool = True, seconds: float = 0.1, peers: int = 1
 ) -> list[Unit]:
-    kind = Kind.SAMPLES if needs_gpu else Kind.SHARD
+    kind = UnitKind.SAMPLES if needs_gpu else UnitKind.SHARD
     return [
         Unit(kind, note, (folder / f"{kind}-{n}", seconds, peers), f"{kind} {n}", needs_gpu=needs_gpu)
         for n in range(count)
@@ -110,7 +112,7 @@ def test_each_actor_keeps_one_gpu_and_a_second_map_uses_the_same_actors(session,
     assert all(row["now"] == row["first"] for row in rows)
     assert {row["now"] for row in rows} == {"0", "1", "2", "3"}
     assert len({row["pid"] for row in rows}) == 4
-    assert session.spent.by_kind["samples"]["images"] == 32
+    assert session.costs.by_kind["samples"]["images"] == 32
     session.pool.end()
     wait_for_free_gpus(4)
 
@@ -140,7 +142,7 @@ def test_idle_actors_make_room_for_tasks(session, tmp_path):
 
 
 def test_the_unit_of_a_killed_actor_is_done_by_another(session, tmp_path, caplog):
-    mortal = Unit(Kind.SAMPLES, die_at_first, (2, tmp_path / "mortal"), "mortal", needs_gpu=True)
+    mortal = Unit(UnitKind.SAMPLES, die_at_first, (2, tmp_path / "mortal"), "mortal", needs_gpu=True)
     units = [mortal, *units_of(tmp_path, 8)]
     finished = []
     session.map_units(units, finished.append)
@@ -151,7 +153,7 @@ def test_the_unit_of_a_killed_actor_is_done_by_another(session, tmp_path, caplog
 
 @pytest.mark.parametrize("session", [["workers=2", "retries=1"]], indirect=True)
 def test_a_unit_that_always_loses_its_process_ends_the_map(session, tmp_path):
-    mortal = Unit(Kind.SAMPLES, die_at_first, (9, tmp_path / "mortal"), "mortal", needs_gpu=True)
+    mortal = Unit(UnitKind.SAMPLES, die_at_first, (9, tmp_path / "mortal"), "mortal", needs_gpu=True)
     with pytest.raises(PipelineError, match="'mortal' lost its process again and again"):
         session.map_units([mortal], lambda unit: None)
     assert len(list(tmp_path.glob("mortal-try-*"))) == 2
@@ -160,7 +162,7 @@ def test_a_unit_that_always_loses_its_process_ends_the_map(session, tmp_path):
 def test_an_error_ends_what_is_under_way_and_frees_the_gpus(session, tmp_path):
     networks = units_of(tmp_path, 6, seconds=6)
     others = units_of(tmp_path, 2, needs_gpu=False, seconds=6)
-    failing = Unit(Kind.SAMPLES, fail, (tmp_path, 6), "failing", needs_gpu=True)
+    failing = Unit(UnitKind.SAMPLES, fail, (tmp_path, 6), "failing", needs_gpu=True)
     with pytest.raises(PipelineError, match="this unit cannot be done"):
         session.map_units([failing, *networks, *others], lambda unit: None)
     session.pool.end()
@@ -183,7 +185,7 @@ def test_training_gets_the_gpus_and_the_pool_keeps_off_them(session, tmp_path, m
     before = units_of(tmp_path / "before", 8, peers=4)
     during, after = units_of(tmp_path / "during", 8), units_of(tmp_path / "after", 8)
     session.map_units(before, lambda unit: None)
-    monkeypatch.setattr(training, "run_group", train_on_two_gpus)
+    monkeypatch.setattr(ray_train, "run_training_group", train_on_two_gpus)
 
     def score(over) -> None:
         while not (tmp_path / "rank-0").exists() or not (tmp_path / "rank-1").exists():

@@ -13,26 +13,26 @@ import pytest
 import torch
 from conftest import renamed, tiny_experiment
 
-from pipeline.compute.training import Peer
+from pipeline.compute.ray_train import RayWorker
 from pipeline.stages import train
 from pipeline.store import checkpoint
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 
 STEPS = 30
 LONG = 120  # seconds in which any of these groups is through
 
 
-class Member(Peer):
+class Member(RayWorker):
     """A training worker that has nobody to report to, and stops after so many steps."""
 
     steps_left = None
 
-    def report(self, step):
+    def report_checkpoint(self, step):
         pass
 
-    def decide(self, flag):
+    def broadcast_flag(self, flag):
         if self.steps_left is None:
-            return super().decide(flag)
+            return super().broadcast_flag(flag)
         self.steps_left -= 1
         return self.steps_left == 0
 
@@ -58,7 +58,7 @@ class Group:
             port = probe.getsockname()[1]
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(
-            ["pipeline.stages.train", "pipeline.compute.training", __name__]
+            ["pipeline.stages.train", "pipeline.compute.ray_train", __name__]
         )  # imported once
         args = (workers, port, experiment, run, steps)
         self.processes = [server.Process(target=member, args=(rank, *args)) for rank in range(workers)]
@@ -67,7 +67,7 @@ class Group:
 
     def wait_for_step(self, step):
         deadline = time.monotonic() + LONG
-        while not any(found >= step for found in checkpoint.steps_on_disk(self.run.train)):
+        while not any(found >= step for found in checkpoint.list_steps(self.run.train)):
             assert time.monotonic() < deadline and all(p.is_alive() for p in self.processes)
             time.sleep(0.01)
 
@@ -103,7 +103,7 @@ def losses(run):
 
 
 def state_hash(run, step):
-    return sha256_of(run.step_folder(step) / checkpoint.STATE)
+    return hash_file(run.step_folder(step) / checkpoint.STATE)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
@@ -118,7 +118,7 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
     first.kill(random.Random(workers).randrange(workers))
     assert not run.step_folder(STEPS).exists(), "killed too late to prove anything"
     second = Group(workers, experiment, run)
-    second.wait_for_step(checkpoint.newest(run, STEPS) + 5)
+    second.wait_for_step(checkpoint.find_newest(run, STEPS) + 5)
     run.stop_file.touch()
     assert set(second.finish()) == {0}
     run.stop_file.unlink()
@@ -138,7 +138,7 @@ def test_one_to_four_workers_train_alike_and_their_number_may_change(tiny_run):
     changing = apart(run, "changing")
     for workers, steps in ((3, 11), (1, 10), (4, None)):
         assert set(Group(workers, experiment_of(run), changing, steps).finish()) == {0}
-    assert {11, 21} <= set(checkpoint.steps_on_disk(changing.train))
+    assert {11, 21} <= set(checkpoint.list_steps(changing.train))
     alone = losses(apart(run, "1"))
     assert [step for step, _ in alone] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
     for name in ("2", "3", "4", "changing"):

@@ -57,7 +57,7 @@ def test_there_are_configurations():
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_loads_and_has_its_parameter_count(name):
     experiment = config.load_experiment(name, [])
-    net = checkpoint.new_network(experiment, torch.device("meta"))
+    net = checkpoint.create_network(experiment, torch.device("meta"))
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
 
 
@@ -274,8 +274,8 @@ def test_a_resolved_configuration_loads_as_itself(tmp_path):
 
 def keys_of(*overrides: str) -> tuple[str, str, str]:
     experiment = config.load_experiment("digits", list(overrides))
-    run = keys.run_key(experiment, keys.data_key(experiment, "fingerprint"))
-    return run, keys.sample_key(experiment, run), keys.evaluate_key(experiment, run)
+    run = keys.make_run_key(experiment, keys.make_data_key(experiment, "fingerprint"))
+    return run, keys.make_sample_key(experiment, run), keys.make_score_key(experiment, run)
 
 
 @pytest.mark.parametrize(
@@ -319,11 +319,15 @@ def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
     assert keys_of(*wider) == keys_of()
     experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
     with pytest.raises(PipelineError, match=r"known once evaluate\.checkpoints are scored"):
-        keys.sample_key(experiment, "0a")
+        keys.make_sample_key(experiment, "0a")
     first, second = (experiment.select_checkpoint(1200, of) for of in (3, 4))
     last = config.load_experiment("digits", [])
-    assert keys.sample_key(first, "0a") == keys.sample_key(second, "0a") == keys.sample_key(last, "0a")
-    assert len({keys.evaluate_key(e, "0a") for e in (first, second, last)}) == 3
+    assert (
+        keys.make_sample_key(first, "0a")
+        == keys.make_sample_key(second, "0a")
+        == keys.make_sample_key(last, "0a")
+    )
+    assert len({keys.make_score_key(e, "0a") for e in (first, second, last)}) == 3
 
 
 def test_keys_hash_content_not_place(tmp_path):

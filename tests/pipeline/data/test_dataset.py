@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.compute.work import WorkerContext
+from pipeline.compute.units import Worker
 from pipeline.data.dataset import MemoryDataset, TarDataset, open_dataset
 from pipeline.errors import PipelineError
 from pipeline.store import tars
@@ -13,7 +13,7 @@ COUNTS = (7, 5, 1)
 
 
 def context(image_memory=0):
-    return WorkerContext(torch.device("cpu"), cpus=2, image_memory=image_memory)
+    return Worker(torch.device("cpu"), cpus=2, image_memory=image_memory)
 
 
 @pytest.fixture(params=["labelled", "unlabelled"])

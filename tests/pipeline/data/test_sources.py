@@ -733,7 +733,7 @@ def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monk
     cache, data = tmp_path / "fingerprints.json", config("folder", made["folder"])
     first = sources.compute_fingerprint(data, cache)
     with monkeypatch.context() as patch:
-        patch.setattr(source_module, "sha256_of", lambda path: pytest.fail(f"{path} was read again"))
+        patch.setattr(source_module, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
         assert sources.compute_fingerprint(data, cache) == first
     file = made["folder"] / "ant" / "0.png"
     save(file, noise(8, 8, 3))

@@ -25,7 +25,7 @@ def test_checkpoints_are_as_large_as_said(tiny_run):
     experiment, run = tiny_run
     one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
     train.STAGE.run_worker(one_cpu().context, run.of(one))
-    (written,) = (run.step_folder(step) for step in checkpoint.steps_on_disk(run.train))
+    (written,) = (run.step_folder(step) for step in checkpoint.list_steps(run.train))
     found = sum(file.stat().st_size for file in written.iterdir())
     assert preflight.estimate_requirements(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
 

@@ -20,7 +20,7 @@ from pipeline.scores import baselines, classifier, extractors, inception, projec
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import Extractor
 from pipeline.store import tars
-from pipeline.store.files import sha256_of
+from pipeline.store.files import hash_file
 
 CPU = torch.device("cpu")
 RELATIVE = 1e-5  # torch-fidelity's mean is float32
@@ -51,7 +51,7 @@ def extractor(request, trained):
 
 
 def in_file(kind, path):
-    return Extractor.of(kind, path, sha256_of(path))
+    return Extractor.of(kind, path, hash_file(path))
 
 
 def knows_classes(extractor):

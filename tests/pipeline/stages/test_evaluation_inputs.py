@@ -19,7 +19,7 @@ from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
 from pipeline.stages.evaluate.stage import list_samples
 from pipeline.store import tars
-from pipeline.store.files import read_manifest, read_unit, sha256_of, write_json, write_unit
+from pipeline.store.files import hash_file, read_manifest, read_unit, write_json, write_unit
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +210,7 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
     run_stage(evaluate, brought, run)
     found, own = results(brought, run), results(experiment, run)
     assert found["scores"] == own["scores"] and found["reference_points"] == own["reference_points"]
-    named = f"their.npz (sha256 {sha256_of(tmp_path / 'their.npz')[:8]})"
+    named = f"their.npz (sha256 {hash_file(tmp_path / 'their.npz')[:8]})"
     assert found["protocol"]["reference"] == named and found["protocol"]["reference_images"] is None
     assert f"reference {named}, not train" in found["protocol"]["why_not"]
     assert str(tmp_path) not in str(found)

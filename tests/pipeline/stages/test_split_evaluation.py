@@ -16,7 +16,7 @@ from pipeline.config import load_experiment
 from pipeline.engine.find import make_place
 from pipeline.scores import classifier, preparations
 from pipeline.stages import shard
-from pipeline.store.files import TEMPORARY, sha256_of
+from pipeline.store.files import TEMPORARY, hash_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -76,7 +76,7 @@ def made(storage: Path) -> dict[str, str]:
         *storage.glob("data/*/references/**/*.npz"),
     ]
     whole = (file for file in files if not file.name.startswith(TEMPORARY))
-    return {str(file.relative_to(storage)): sha256_of(file) for file in whole}
+    return {str(file.relative_to(storage)): hash_file(file) for file in whole}
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ddpm import ContextUNet
 from pipeline import config
-from pipeline.compute.work import WorkerContext
+from pipeline.compute.units import Worker
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import train
@@ -80,7 +80,7 @@ def test_images_read_from_the_tars_train_the_same_run(tiny_run):
     experiment, run = tiny_run
     from_memory = renamed(run, "-from-memory")
     train_to(experiment, from_memory, 3)
-    context = WorkerContext(torch.device("cpu"), cpus=1, image_memory=0)
+    context = Worker(torch.device("cpu"), cpus=1, image_memory=0)
     shorter = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=3))
     train.STAGE.run_worker(context, run.of(shorter))
     ours, theirs = final_state(run, 3), final_state(from_memory, 3)
@@ -120,7 +120,7 @@ def test_fewer_steps_than_were_trained_leave_the_others_alone(tiny_run):
     experiment, run = tiny_run
     train_to(experiment, run, 6)
     train_to(experiment, run, 1)
-    assert checkpoint.steps_on_disk(run.train) == [1, 2, 4, 6]
+    assert checkpoint.list_steps(run.train) == [1, 2, 4, 6]
 
 
 def test_steps_computed_again_are_logged_once(tiny_run):
@@ -150,14 +150,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tiny
     wild = dataclasses.replace(experiment.train, lr=1e30, grad_clip=None, log_every=100, checkpoint_every=5)
     with pytest.raises(PipelineError, match=r"loss became .* lower train\.lr"):
         train_to(dataclasses.replace(experiment, train=wild), run, 40)
-    assert checkpoint.newest(run, at_most=100) == 2
+    assert checkpoint.find_newest(run, at_most=100) == 2
 
 
 def test_the_stop_file_ends_training_with_a_checkpoint(tiny_run):
     experiment, run = tiny_run
     run.stop_file.touch()
     train_to(experiment, run, 6)
-    assert checkpoint.newest(run, at_most=6) == 1
+    assert checkpoint.find_newest(run, at_most=6) == 1
 
 
 def stop_at(run, step):
@@ -176,7 +176,7 @@ def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run, 
     untouched = renamed(run, "-untouched")
     train.STAGE.run_worker(one_cpu().context, untouched.of(experiment))
     train.STAGE.run_worker(stop_at(run, step), run.of(experiment))
-    assert checkpoint.steps_on_disk(run.train) == [step]
+    assert checkpoint.list_steps(run.train) == [step]
     train.STAGE.run_worker(one_cpu().context, run.of(experiment))
     ours, theirs = (
         [(p["step"], p["metrics"]["train/loss"], p["metrics"]["train/grad_norm"]) for p in points(r)]
@@ -196,7 +196,7 @@ def test_a_run_that_has_diverged_is_not_saved_when_it_is_stopped(tiny_run):
             stop_at(run, 30),
             run.of(dataclasses.replace(experiment, train=dataclasses.replace(wild, checkpoint_every=50))),
         )
-    assert checkpoint.steps_on_disk(run.train) == []
+    assert checkpoint.list_steps(run.train) == []
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
@@ -243,7 +243,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_training(tiny_run, monkeypatch
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises((PipelineError, OSError), match="No space left"):
         train_to(experiment, run, 6)
-    assert checkpoint.steps_on_disk(run.train) == []
+    assert checkpoint.list_steps(run.train) == []
 
 
 def test_more_workers_than_images_in_the_batch_are_refused(tiny_run):

@@ -28,8 +28,8 @@ def test_tensors_come_back_as_they_were(tiny_run):
     assert torch.equal(loaded["c"], channels_last)
     assert torch.equal(loaded["same"], TENSORS["net.w"])
     assert loaded["step"] == 7
-    assert torch.equal(checkpoint.weights(run.step_folder(1), "raw")["w"], TENSORS["net.w"])
-    assert torch.equal(checkpoint.weights(run.step_folder(1), "ema")["w"], EMA["w"])
+    assert torch.equal(checkpoint.load_weights(run.step_folder(1), "raw")["w"], TENSORS["net.w"])
+    assert torch.equal(checkpoint.load_weights(run.step_folder(1), "ema")["w"], EMA["w"])
 
 
 def truncate(directory):
@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
     saved(run, 2, 4)
     damage(run.step_folder(4))
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.newest(run, at_most=10) == 2
+        assert checkpoint.find_newest(run, at_most=10) == 2
     assert "step_00000004" in caplog.text
     with pytest.raises(PipelineError, match="step_00000004"):
         checkpoint.load(run.step_folder(4))
@@ -71,15 +71,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
 def test_the_newest_is_not_beyond_what_is_asked(tiny_run):
     _, run = tiny_run
     saved(run, 2, 4, 6)
-    assert checkpoint.newest(run, at_most=5) == 4
-    assert checkpoint.newest(run, at_most=1) is None
+    assert checkpoint.find_newest(run, at_most=5) == 4
+    assert checkpoint.find_newest(run, at_most=1) is None
 
 
 def test_a_folder_under_its_temporary_name_is_not_a_checkpoint(tiny_run):
     _, run = tiny_run
     saved(run, 2)
     run.step_folder(2).rename(run.train / ".tmp-step_00000002-abc")
-    assert checkpoint.newest(run, at_most=5) is None
+    assert checkpoint.find_newest(run, at_most=5) is None
 
 
 def keeping(experiment, keep, keep_every=None, checkpoints=None):
@@ -102,10 +102,10 @@ def keeping(experiment, keep, keep_every=None, checkpoints=None):
 def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
     experiment, run = tiny_run
     saved(run, 1, 2, 3, 4, 5, 6, 8)
-    checkpoint.drop_old(
+    checkpoint.delete_old(
         run.of(keeping(experiment, **rules)), at_most=6
     )  # a longer run's are none of its business
-    assert checkpoint.steps_on_disk(run.train) == left
+    assert checkpoint.list_steps(run.train) == left
 
 
 def test_what_anything_refers_to_stays(tiny_run):
@@ -116,16 +116,16 @@ def test_what_anything_refers_to_stays(tiny_run):
     write_json(run.path / "samples" / "whole" / "manifest.json", at[2])
     write_json(run.path / "evaluation" / "0a" / "metrics.json", at[3])
     write_json(run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
-    checkpoint.drop_old(run.of(keeping(experiment, 1)), at_most=6)
-    assert checkpoint.steps_on_disk(run.train) == [1, 2, 3, 4, 6]
+    checkpoint.delete_old(run.of(keeping(experiment, 1)), at_most=6)
+    assert checkpoint.list_steps(run.train) == [1, 2, 3, 4, 6]
 
 
 def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, caplog):
     experiment, run = tiny_run
     saved(run, 1, 2, 3)
     write_text(run.path / "evaluation" / "0a" / "metrics.json", "{")
-    checkpoint.drop_old(run.of(keeping(experiment, 1)), at_most=3)
-    assert checkpoint.steps_on_disk(run.train) == [1, 2, 3]
+    checkpoint.delete_old(run.of(keeping(experiment, 1)), at_most=3)
+    assert checkpoint.list_steps(run.train) == [1, 2, 3]
     assert "no checkpoint is deleted" in caplog.text
 
 

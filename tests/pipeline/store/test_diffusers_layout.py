@@ -89,7 +89,7 @@ def importing(folder: Path, *overrides: str, weights: Any = "unknown") -> config
 
 
 def our_network(experiment: config.Experiment, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-    net = checkpoint.new_network(experiment)
+    net = checkpoint.create_network(experiment)
     net.load_state_dict(tensors)
     return net.eval().requires_grad_(False)
 
@@ -112,7 +112,7 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
     """A run directory whose one checkpoint holds random weights, raw and averaged ones different."""
     run = Place(root, experiment, "data", "key")
     stages._write_experiment(run)
-    net = randomise(checkpoint.new_network(experiment))
+    net = randomise(checkpoint.create_network(experiment))
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
     checkpoint.save(run.step_folder(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP)
@@ -322,12 +322,12 @@ def test_the_weights_must_be_named_and_the_folder_given(tmp_path):
     with pytest.raises(ConfigError, match=r"published\.weights is null; say"):
         tiny(f"published.path={tmp_path}")
     with pytest.raises(ConfigError, match=r"published\.path is null"):
-        keys.run_key(config.load_experiment("cifar10_published", []), "data")
+        keys.make_run_key(config.load_experiment("cifar10_published", []), "data")
 
 
 def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp_path):
     def key(*arguments, **more) -> str:
-        return keys.run_key(importing(*arguments, **more), "data")
+        return keys.make_run_key(importing(*arguments, **more), "data")
 
     for folder in ("a", "b", "c"):
         publish(tmp_path / folder, tiny())
@@ -337,7 +337,7 @@ def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp
     assert first == key(tmp_path / "b") == key(tmp_path / "a", "train.lr=7", "train.steps=9")
     assert first != key(tmp_path / "c")
     assert first != key(tmp_path / "a", weights="ema")
-    assert first != keys.run_key(tiny(), "data")
+    assert first != keys.make_run_key(tiny(), "data")
 
 
 # Out
@@ -454,7 +454,7 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
 
     command(storage, "import", str(exported), "--weights=ema", *digits, "name=entered")
     (entered,) = storage.glob("entered-*")
-    assert checkpoint.steps_on_disk(entered / "train") == [STEP]
+    assert checkpoint.list_steps(entered / "train") == [STEP]
     assert not list(entered.glob("samples*"))
     words = [*digits, "name=entered", f"published.path={exported}", "published.weights=ema"]
     command(storage, "run", *words)

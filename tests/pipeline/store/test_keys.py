@@ -13,8 +13,8 @@ SECTIONS = ["data", "diffusion", "model", "train", "sample", "evaluate", "figure
 
 
 def all_keys(experiment, fingerprint="f" * 12):
-    data_key = keys.data_key(experiment, fingerprint)
-    place = Place("/root", experiment, data_key, keys.run_key(experiment, data_key))
+    data_key = keys.make_data_key(experiment, fingerprint)
+    place = Place("/root", experiment, data_key, keys.make_run_key(experiment, data_key))
     return [
         data_key,
         place.run_key,

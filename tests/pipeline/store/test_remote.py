@@ -152,7 +152,7 @@ def test_a_broken_pull_leaves_nothing_that_looks_finished_and_the_next_one_goes_
     with pytest.raises(KeyboardInterrupt):
         remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
     assert "train/step_00000004/ema.safetensors" in fetched
-    assert 4 not in checkpoint.steps_on_disk(tmp_path / run.path.name / "train")
+    assert 4 not in checkpoint.list_steps(tmp_path / run.path.name / "train")
     monkeypatch.setattr(remote.Store, "get", get)
     assert f", {len(fetched)} were there" in remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
     assert checkpoint.is_whole(tmp_path / run.path.name / "train" / "step_00000004")

@@ -54,17 +54,17 @@ def test_an_unsealed_folder_has_no_manifest(tmp_path):
 
 def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from pipeline.store.files import exclusive\n"
-        "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from pipeline.store.files import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(PipelineError, match=str(holder.pid)), rundir.exclusive(tmp_path):
+    with pytest.raises(PipelineError, match=str(holder.pid)), rundir.lock_folder(tmp_path):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     deadline = time.monotonic() + 5
-    with rundir.exclusive(tmp_path):
+    with rundir.lock_folder(tmp_path):
         assert time.monotonic() < deadline
 
 

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 
 from pipeline import config, tracking
 from pipeline.cli.program import main
-from pipeline.store.files import exclusive, read_json, write_json
+from pipeline.store.files import lock_folder, read_json, write_json
 
 SMALL = [*TRIAL, "train.sample_every=6"]
 SPACE = "experiment: digits\nspace:\n  diffusion.beta_schedule: %s\n  model.dropout: %s\nrank: {metric: nll_bpd}\n"
@@ -291,7 +291,7 @@ def test_a_spent_budget_starts_nothing_more_and_says_so(grid, storage, client, c
 
 
 def test_two_sweeps_of_one_name_are_told_apart(grid, storage, capsys):
-    with exclusive(grid):
+    with lock_folder(grid):
         assert sweep(storage, "grid", GRID) == 1
     assert "sweeps/grid is being worked on by another command" in capsys.readouterr().err
 

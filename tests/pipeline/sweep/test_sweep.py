@@ -11,7 +11,7 @@ from conftest import GRID, TRIAL
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.compute.resources import Resources
-from pipeline.compute.session import Session
+from pipeline.compute.session import RaySession
 from pipeline.config import load_cluster
 from pipeline.engine import execute
 from pipeline.errors import ConfigError, PipelineError
@@ -124,7 +124,7 @@ def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
     assert one.values_outside_run_key == {"sample.eta": 0.0} and two.values_outside_run_key == {
         "sample.eta": 1.0
     }
-    assert keys.run_key(one.experiment, "data") == keys.run_key(two.experiment, "data")
+    assert keys.make_run_key(one.experiment, "data") == keys.make_run_key(two.experiment, "data")
 
 
 # Bad input, each with what to do about it
@@ -269,7 +269,7 @@ def test_a_trial_that_never_fits_is_refused():
     ],
 )
 def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, resources, most):
-    with Session.open_share(cluster(**overrides), resources, lambda: False) as session:
+    with RaySession.open_share(cluster(**overrides), resources, lambda: False) as session:
         assert session.pool.limits() == (most, most)
 
 

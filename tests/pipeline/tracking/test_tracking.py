@@ -123,7 +123,7 @@ def test_the_data_is_a_logged_dataset(mirrored):
     _, run, found = mirrored
     (used,) = found.inputs.dataset_inputs
     assert used.dataset.name == f"digits-{run.data_key}"
-    assert used.dataset.digest == rundir.sha256_of(run.data / "manifest.json")[:36]
+    assert used.dataset.digest == rundir.hash_file(run.data / "manifest.json")[:36]
 
 
 def test_pictures_and_files_arrive(mirrored, client):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ddpm.peers import Peers
-from pipeline.compute.spent import Spent
+from pipeline.compute.costs import CostCounter
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a command that is up to date needs none of it
@@ -26,7 +26,7 @@ GIB = 2**30
 Value = TypeVar("Value")
 
 
-class Kind(StrEnum):
+class UnitKind(StrEnum):
     """What a unit makes."""
 
     SHARD = "shard"
@@ -48,7 +48,7 @@ class Unit:
     shard: the tar that it leaves, with its facts beside it, where other units can go on with it.
     """
 
-    kind: Kind
+    kind: UnitKind
     body: Callable[..., None]
     args: tuple[Any, ...]
     name: str
@@ -57,7 +57,7 @@ class Unit:
     shard: Shard | None = None
     needs_gpu: bool = False
 
-    def run(self, ctx: WorkerContext) -> float:
+    def run(self, ctx: Worker) -> float:
         """Do the work here; return the seconds it took."""
         began = time.perf_counter()
         self.body(ctx, *self.args)
@@ -65,7 +65,7 @@ class Unit:
 
 
 def split_units(
-    kind: Kind, body: Callable[..., None], args: tuple[Any, ...], n: int, size: int, folder: Path, name: str,
+    kind: UnitKind, body: Callable[..., None], args: tuple[Any, ...], n: int, size: int, folder: Path, name: str,
     passes: int = 1,
 ) -> dict[Path, Unit]:  # fmt: skip
     """Cut n images into units that use a network: `body(ctx, *args, start, stop, file)` each."""
@@ -79,13 +79,13 @@ def split_units(
 
 
 # Called with a unit that is finished; returns the units that can be done now that it is.
-Done = Callable[[Unit], Sequence[Unit] | None]
+WhenDone = Callable[[Unit], Sequence[Unit] | None]
 
 
-class WorkerContext(Peers):
+class Worker(Peers):
     """One process among `world_size`, with the device, the CPUs, and the bytes for training images that it may use.
 
-    This class is the lone worker; `pipeline.compute.training` has the one whose methods reach its peers. Every
+    This class is the lone worker; `pipeline.compute.ray_train` has the one whose methods reach its peers. Every
     method is called equally often on every rank.
     """
 
@@ -105,56 +105,56 @@ class WorkerContext(Peers):
         """Return rank 0's value, on every rank."""
         return value
 
-    def decide(self, flag: bool) -> bool:
+    def broadcast_flag(self, flag: bool) -> bool:
         """Return rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
         return flag
 
-    def parallel(self, net: nn.Module) -> nn.Module:
+    def wrap_network(self, net: nn.Module) -> nn.Module:
         """Return `net` as its training forward is called: with gradients averaged over the ranks."""
         return net
 
-    def report(self, step: int) -> None:
+    def report_checkpoint(self, step: int) -> None:
         """Tell the launcher that the checkpoint of `step` is safe on disk."""
 
 
-Body = Callable[[WorkerContext, Place], None]
+Body = Callable[[Worker, Place], None]
 
 
 class Executor(Protocol):
-    """Who runs bodies and units: `InProcess` here, a Ray session in `pipeline.compute.session`."""
+    """Who runs bodies and units: `LocalExecutor` here, a Ray session in `pipeline.compute.session`."""
 
-    spent: Spent
+    costs: CostCounter
 
     def run_workers(self, body: Body, place: Place) -> None: ...
 
-    def map_units(self, units: Sequence[Unit], done: Done) -> None: ...
+    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None: ...
 
 
-def local_context(cpus: int | None = None, image_memory: int = NO_LIMIT) -> WorkerContext:
+def create_local_worker(cpus: int | None = None, image_memory: int = NO_LIMIT) -> Worker:
     """Return this process as a worker: the first GPU if there is one, and so many CPUs (None: all it may use)."""
     import torch
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    return WorkerContext(device, cpus or len(os.sched_getaffinity(0)), image_memory=image_memory)
+    return Worker(device, cpus or len(os.sched_getaffinity(0)), image_memory=image_memory)
 
 
-class InProcess:
+class LocalExecutor:
     """Runs everything here, one after the other, without Ray (`cluster.workers=0`)."""
 
-    def __init__(self, context: WorkerContext, interrupted: Callable[[], bool] = lambda: False):
+    def __init__(self, context: Worker, interrupted: Callable[[], bool] = lambda: False):
         import torch
 
-        self.context, self.interrupted, self.spent = context, interrupted, Spent()
+        self.context, self.interrupted, self.costs = context, interrupted, CostCounter()
         torch.set_num_threads(self.context.cpus)
 
     def run_workers(self, body: Body, place: Place) -> None:
         body(self.context, place)
 
-    def map_units(self, units: Sequence[Unit], done: Done) -> None:
+    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         waiting = deque(units)
         while waiting:
             unit = waiting.popleft()
-            self.spent.add(unit.kind, unit.images, unit.run(self.context))
+            self.costs.add(unit.kind, unit.images, unit.run(self.context))
             waiting.extend(done(unit) or ())
             if self.interrupted():
                 return

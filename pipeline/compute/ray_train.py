@@ -23,7 +23,7 @@ from ray.util.placement_group import (
 from torch import nn
 
 from pipeline.compute.resources import Resources
-from pipeline.compute.work import GIB, Body, Value, WorkerContext
+from pipeline.compute.units import GIB, Body, Value, Worker
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, shorten_error
 from pipeline.store.files import write_text
@@ -32,7 +32,7 @@ from pipeline.store.run import Place
 POLL_SECONDS = 0.5
 
 
-class Peer(WorkerContext):
+class RayWorker(Worker):
     """A worker of a training group; it reaches the others through torch.distributed, Ray Train through `report`."""
 
     def broadcast(self, value: Value) -> Value:
@@ -40,7 +40,7 @@ class Peer(WorkerContext):
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def decide(self, flag: bool) -> bool:
+    def broadcast_flag(self, flag: bool) -> bool:
         decision = torch.tensor(int(flag), device=self.device)
         torch.distributed.broadcast(decision, src=0)
         return bool(decision)
@@ -50,7 +50,7 @@ class Peer(WorkerContext):
         torch.distributed.all_reduce(summed)
         return summed
 
-    def parallel(self, net: nn.Module) -> nn.Module:
+    def wrap_network(self, net: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return net
         devices = [self.device] if self.device.type == "cuda" else None
@@ -59,7 +59,7 @@ class Peer(WorkerContext):
     def no_sync(self, forward: nn.Module) -> AbstractContextManager[None]:
         return getattr(forward, "no_sync", nullcontext)()
 
-    def report(self, step: int) -> None:
+    def report_checkpoint(self, step: int) -> None:
         from ray import train
 
         if self.rank > 0:
@@ -72,7 +72,7 @@ class Peer(WorkerContext):
             train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(folder))
 
 
-def run_group(cluster: ClusterConfig, resources: Resources, body: Body, place: Place) -> None:
+def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body, place: Place) -> None:
     """Train with DDP. A lost worker restarts the group from the newest checkpoint on disk, up to
     `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
     from ray.train import FailureConfig, RunConfig
@@ -100,7 +100,7 @@ def run_group(cluster: ClusterConfig, resources: Resources, body: Body, place: P
         ),
         torch_config=TorchConfig(timeout_s=1800),  # NCCL with GPUs, else gloo
     )
-    error = run_off_main_thread(trainer.fit, "ray-train")
+    error = run_in_thread(trainer.fit, "ray-train")
     if place.failure.exists():
         message = place.failure.read_text()
         place.failure.unlink()
@@ -112,7 +112,7 @@ def run_group(cluster: ClusterConfig, resources: Resources, body: Body, place: P
         raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
 
 
-def run_off_main_thread(fit: Callable[[], object], name: str) -> BaseException | None:
+def run_in_thread(fit: Callable[[], object], name: str) -> BaseException | None:
     """Run what would replace the handling of Ctrl-C on the main thread, which waits and stays free for it;
     return what it raised."""
     outcome: list[BaseException] = []
@@ -130,7 +130,7 @@ def run_off_main_thread(fit: Callable[[], object], name: str) -> BaseException |
     return outcome[0] if outcome else None
 
 
-def release(place: Place) -> None:
+def release_training_group(place: Place) -> None:
     """Give back what a run's last training group may still hold. Ray does so itself, unless memory ran out and
     took the group's keepers with it; then other trials would wait for those CPUs for ever."""
     with suppress(FileNotFoundError):
@@ -150,7 +150,7 @@ def _train_worker(body: Body, place: Place, cpus: int, image_memory: int) -> Non
     # What train.deterministic needs, before CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     group = train.get_context()
-    context = Peer(get_device(), cpus, group.get_world_rank(), group.get_world_size(), image_memory)
+    context = RayWorker(get_device(), cpus, group.get_world_rank(), group.get_world_size(), image_memory)
     held = get_current_placement_group()
     if context.rank == 0 and held is not None:
         write_text(place.placement_group, held.id.hex())

@@ -15,13 +15,13 @@ class Cost(TypedDict):
     seconds: float
 
 
-def read_spent(path: Path) -> dict[str, dict[str, Cost]]:
+def read_costs(path: Path) -> dict[str, dict[str, Cost]]:
     """Return the costs on file by kind of unit and by the steps of the sampling chain; empty where there is none."""
     noted = read_json(path) if path.exists() else {}
     return {OLD_KINDS.get(kind, kind): chains for kind, chains in noted.items()}
 
 
-class Spent:
+class CostCounter:
     """Costs by kind of unit since they were last written."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Spent:
 
     def write(self, path: Path, chain: int) -> None:
         """Add the costs to those on file, for a sampling chain of so many steps, and begin again from nothing."""
-        noted = read_spent(path)
+        noted = read_costs(path)
         for kind, new in self.by_kind.items():
             known = noted.setdefault(kind, {}).setdefault(str(chain), {"images": 0, "seconds": 0.0})
             known["images"] += new["images"]
