@@ -25,7 +25,7 @@ def run(settings: Settings) -> Outcome:
         experiment = place.experiment()
         run = place.run_of(experiment)
         seconds = _shard(experiment, run)
-        count = tars.open_index(run.data).count("train")
+        count = tars.open_shards(run.data).count_images("train")
         outcome.rows.append(Row(f"shard {place.images}", f"{OURS}, one process", seconds, "s"))
         warm, load_seconds = _loaded(run)
         outcome.rows.append(Row("read a split, verify, decode", OURS, count / load_seconds, "images/s"))
@@ -66,7 +66,7 @@ def _webdataset(run: Place) -> Callable[[], Any]:
     """Shards from disk (its cache is warm), decoded and shuffled in this process."""
     import webdataset
 
-    names = [str(shard.path) for shard in tars.open_index(run.data).shards("train")]
+    names = [str(shard.path) for shard in tars.open_shards(run.data).list_shards("train")]
     dataset = webdataset.WebDataset(names, shardshuffle=len(names), seed=0, empty_check=False)
     stream = iter(dataset.shuffle(1000).decode("torchrgb8").to_tuple("png", "cls").batched(BATCH).repeat())
     return lambda: next(stream)

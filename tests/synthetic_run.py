@@ -84,7 +84,7 @@ def write_checkpoint(run: Place, step: int) -> None:
 def write_grid(path: Path, experiment: Experiment, side: int = 8) -> None:
     data = experiment.data
     pixels = np.random.default_rng(3).integers(0, 256, (side * data.image_size,) * 2 + (3,), dtype=np.uint8)
-    with rundir.atomic_file(path) as temporary:
+    with rundir.write_atomically(path) as temporary:
         Image.fromarray(pixels if data.channels == 3 else pixels[..., 0]).save(temporary, format="PNG")
 
 

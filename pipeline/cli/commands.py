@@ -137,7 +137,7 @@ def _list_later_keys(place: Place) -> list[str]:
     """List the keys that depend on the checkpoint, once it is known."""
     from pipeline.store import selection
 
-    found = selection.resolve_best(place)
+    found = selection.fill_in_selection(place)
     if found is None:
         return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
     lines = [f"sample key  {found.sample_key}", f"score key   {found.score_key}"]
@@ -234,7 +234,7 @@ def status(options: Namespace) -> int:
 def compare(options: Namespace) -> int:
     from pipeline.engine import find
     from pipeline.scores.metrics import METRICS, find_metric
-    from pipeline.store.run import comparison_folder
+    from pipeline.store.run import locate_comparison
 
     metric = find_metric(options.metric)
     if metric is None:
@@ -248,7 +248,7 @@ def compare(options: Namespace) -> int:
     from pipeline.report import compare
 
     entries = compare.list_entries(find.read_place(path) for path in paths)
-    folder = comparison_folder(root, compare.hash_entries(entries, metric))
+    folder = locate_comparison(root, compare.hash_entries(entries, metric))
     print_line(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
     return 0
 
@@ -259,7 +259,7 @@ def export_weights(options: Namespace) -> int:
 
     path = find.find_run(options.run, find.prepare_storage_root(_load_cluster_only(options)))
     folder = Path(options.directory).expanduser().absolute()
-    print_line(diffusers_layout.export(path, folder, options.weights, options.step))
+    print_line(diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step))
     return 0
 
 
@@ -283,7 +283,7 @@ def push(options: Namespace) -> int:
 
     root = find.prepare_storage_root(_load_cluster_only(options))
     name = options.run if "/" in options.run else str(find.find_run(options.run, root))  # data/NAME is no run
-    print_line(remote.push(name, root, options.uri))
+    print_line(remote.push_run(name, root, options.uri))
     return 0
 
 
@@ -291,7 +291,7 @@ def pull(options: Namespace) -> int:
     from pipeline.engine import find
     from pipeline.store import remote
 
-    print_line(remote.pull(options.uri, find.prepare_storage_root(_load_cluster_only(options))))
+    print_line(remote.pull_run(options.uri, find.prepare_storage_root(_load_cluster_only(options))))
     return 0
 
 

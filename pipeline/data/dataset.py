@@ -38,8 +38,11 @@ class Dataset(Protocol):
 
 def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
     """Open a split: in memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
-    index = tars.open_index(directory)
-    if index.count(split) * index.facts["channels"] * index.facts["image_size"] ** 2 <= ctx.image_memory:
+    index = tars.open_shards(directory)
+    if (
+        index.count_images(split) * index.facts["channels"] * index.facts["image_size"] ** 2
+        <= ctx.image_memory
+    ):
         return MemoryDataset(*tars.load_images(directory, split), ctx.device)
     return TarDataset(index, split, ctx)
 
@@ -71,9 +74,9 @@ class TarDataset:
 
     lookahead = 4
 
-    def __init__(self, index: tars.Index, split: str, ctx: Worker):
-        shards = index.shards(split)
-        self.places = np.concatenate([index.places(shard.name) for shard in shards])
+    def __init__(self, index: tars.ShardManifest, split: str, ctx: Worker):
+        shards = index.list_shards(split)
+        self.places = np.concatenate([index.read_offsets(shard.name) for shard in shards])
         self.shard_of = np.repeat(np.arange(len(shards)), [shard.stop - shard.start for shard in shards])
         self.paths = [shard.path for shard in shards]
         self.device = ctx.device

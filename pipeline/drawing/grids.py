@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from pipeline.store.files import atomic_file
+from pipeline.store.files import write_atomically
 
 CELL_PIXELS = 64  # smaller images are enlarged
 
@@ -22,5 +22,5 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
     tiles = images.new_full((rows * columns, 3, h + 2, w + 2), 255)
     tiles[:n, :, 1:-1, 1:-1] = images  # one channel becomes three
     picture = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), -1, 3)
-    with atomic_file(file) as temporary:
+    with write_atomically(file) as temporary:
         Image.fromarray(picture.numpy()).save(temporary, format="PNG")

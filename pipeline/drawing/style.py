@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.store.files import atomic_file
+from pipeline.store.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def save_svg(figure: Figure, file: Path) -> None:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     head, start, body = stream.getvalue().partition("<defs>")
-    with atomic_file(file) as temporary:
+    with write_atomically(file) as temporary:
         temporary.write_text(f"{head}<style>{_theme()}</style>{start}{body}", encoding="utf-8")
 
 

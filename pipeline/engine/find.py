@@ -10,7 +10,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.data import sources
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
-from pipeline.store.run import EXPERIMENT, Place, find_runs, fingerprints_json
+from pipeline.store.run import EXPERIMENT, Place, find_runs, locate_fingerprints
 
 
 def prepare_storage_root(cluster: ClusterConfig) -> Path:
@@ -33,7 +33,7 @@ def make_place(experiment: Experiment, root: Path) -> Place:
     that the experiment names is missing."""
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
-    fingerprint = sources.compute_fingerprint(experiment.data, fingerprints_json(root))
+    fingerprint = sources.compute_fingerprint(experiment.data, locate_fingerprints(root))
     data_key = keys.make_data_key(experiment, fingerprint)
     return Place(root, experiment, data_key, keys.make_run_key(experiment, data_key))
 

@@ -40,7 +40,7 @@ def list_unfinished_stages(place: Place, last: str) -> list[Stage]:
 
 def fill_in_selection(stage: Stage, place: Place) -> Place:
     """Return the run with the selected checkpoint filled in, for the stages that work on it; else the run itself."""
-    found = selection.resolve_best(place) if stage.uses_checkpoint else place
+    found = selection.fill_in_selection(place) if stage.uses_checkpoint else place
     assert found is not None, "the selection comes first"
     return found
 

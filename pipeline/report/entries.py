@@ -39,7 +39,7 @@ class Entry:
         """Its files. A best checkpoint that is not chosen yet has none: there the last one stands."""
         experiment = self.place.experiment
         last = replace(experiment, sample=replace(experiment.sample, checkpoint="last"))
-        return Source(selection.resolve_best(self.place) or self.place.of(last))
+        return Source(selection.fill_in_selection(self.place) or self.place.of(last))
 
     @property
     def data(self) -> str:

@@ -10,7 +10,7 @@ from pipeline.console import format_duration
 from pipeline.report import paper
 from pipeline.report.html import TEMPLATES, to_html
 from pipeline.scores.metrics import HEADLINE, METRICS
-from pipeline.store.files import atomic_directory, write_manifest
+from pipeline.store.files import write_folder_atomically, write_manifest
 from pipeline.store.run import REPORT_HTML, REPORT_MD
 
 # What a protocol says, in the order of a page.
@@ -28,7 +28,7 @@ PROTOCOL = {
 
 def write_page(folder: Path, write_markdown: Callable[[Path], str], **facts: str) -> None:
     """Write the page atomically and seal it with `facts`. `write_markdown` is handed the folder for its pictures."""
-    with atomic_directory(folder) as temporary:
+    with write_folder_atomically(folder) as temporary:
         markdown = re.sub(r"\n{3,}", "\n\n", write_markdown(temporary)).strip() + "\n"
         (temporary / REPORT_MD).write_text(markdown, encoding="utf-8")
         (temporary / REPORT_HTML).write_text(to_html(markdown, temporary), encoding="utf-8")

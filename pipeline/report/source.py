@@ -15,7 +15,7 @@ from pipeline.report import paper
 from pipeline.scores.results import Bound, Results, Scores
 from pipeline.store import keys
 from pipeline.store.files import MANIFEST, hash_file, read_json
-from pipeline.store.log import Point, read_points
+from pipeline.store.log import LogPoint, read_points
 from pipeline.store.run import Place
 
 REFERENCE_POINTS = {
@@ -64,12 +64,12 @@ class Source:
     @cached_property
     def timings(self) -> dict[str, float]:
         """Seconds by stage; without this stage's own, which is known only after it."""
-        return {k: v for k, v in self.place.seconds_by_stage().items() if k != "report"}
+        return {k: v for k, v in self.place.read_stage_seconds().items() if k != "report"}
 
     @cached_property
     def commits(self) -> dict[str, list[str]]:
         """Commits by stage; without this stage's own, which says nothing of what it shows."""
-        return {k: v for k, v in self.place.commits_by_stage().items() if k != "report"}
+        return {k: v for k, v in self.place.read_stage_commits().items() if k != "report"}
 
     @cached_property
     def spent(self) -> dict[str, dict[str, Cost]]:
@@ -105,7 +105,7 @@ class Source:
         return self.read("nll") or None
 
     @cached_property
-    def points(self) -> list[Point]:
+    def points(self) -> list[LogPoint]:
         return read_points(self.place.log)
 
     def series(self, metric: str) -> Series:

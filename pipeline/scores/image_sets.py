@@ -16,7 +16,7 @@ from pipeline.scores.baselines import gaussian_images, noise_images
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract
 from pipeline.store import tars
-from pipeline.store.files import hash_file, read_arrays, read_unit, write_unit
+from pipeline.store.files import hash_file, read_arrays, read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
 
 BASELINE_UNIT = 500  # images
@@ -42,7 +42,7 @@ class ImageSet:
         """Yield features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
-            arrays = read_unit(file)
+            arrays = read_unit_arrays(file)
             features, logits = arrays["features"][:left], arrays["logits"][:left]
             left -= len(features)
             yield features, logits
@@ -91,7 +91,7 @@ def baseline_set(extractor: Extractor, n: int, shape: Shape, folder: Path, pixel
 def extract_shard(ctx: Worker, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path) -> None:
     """Write the features of one tar."""
     features, logits = extract(extractor, read_images(shard, shape), ctx.device)
-    write_unit(file, features=features, logits=logits)
+    write_unit_arrays(file, features=features, logits=logits)
 
 
 def read_images(shard: tars.Shard, shape: Shape) -> np.ndarray:
@@ -102,7 +102,7 @@ def read_images(shard: tars.Shard, shape: Shape) -> np.ndarray:
     if not shard.path.exists() or hash_file(shard.path) != shard.sha256:
         raise PipelineError(f"{shard.path} is missing or does not match its sha256; {tars.REMEDY}")
     try:
-        records = tars.read_shard(shard.path, shard.stop - shard.start)
+        records = tars.read_records(shard.path, shard.stop - shard.start)
         images = [tars.decode_png(record.png) for record in records]
     except (ValueError, OSError) as error:
         raise PipelineError(f"{shard.path} cannot be scored ({error}); {tars.REMEDY}") from error
@@ -124,4 +124,4 @@ def extract_baseline(
         arrays = read_arrays(pixels)
         images = gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
     features, logits = extract(extractor, images, ctx.device)
-    write_unit(file, features=features, logits=logits)
+    write_unit_arrays(file, features=features, logits=logits)

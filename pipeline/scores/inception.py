@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import atomic_file, hash_file
+from pipeline.store.files import hash_file, write_atomically
 from pipeline.store.run import Place
 from pipeline.store.tensors import load_tensors
 
@@ -54,7 +54,7 @@ def copy_weights(weights: str | None, cache: Path) -> tuple[Path, str]:
     copy = cache / f"{NAME}-{sha256[:8]}.pth"
     if not copy.exists():
         tensors = load_tensors(source, REMEDY)
-        with atomic_file(copy) as temporary:
+        with write_atomically(copy) as temporary:
             torch.save(tensors, temporary)
             try:
                 Inception(temporary)

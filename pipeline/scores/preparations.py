@@ -11,7 +11,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
 from pipeline.scores.image_sets import hash_shards
 from pipeline.store import tars
-from pipeline.store.files import atomic_file, hash_file, read_json, write_arrays, write_json
+from pipeline.store.files import hash_file, read_json, write_arrays, write_atomically, write_json
 from pipeline.store.run import Place
 
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
@@ -19,7 +19,7 @@ LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fil
 
 def list_preparations(place: Place) -> list[Unit]:
     """List the units that are still to be done."""
-    count, units = tars.open_index(place.data).count("train"), []
+    count, units = tars.open_shards(place.data).count_images("train"), []
     if not has_extractor(place):
         units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     pixels = gaussian_file(place)
@@ -47,9 +47,9 @@ def train_classifier(ctx: Worker, place: Place) -> None:
             f"0..{classes - 1}; correct it, or use evaluate.features=projection"
         )
     net = classifier.train(images, labels, classes)
-    with atomic_file(place.classifier) as temporary:
+    with write_atomically(place.classifier) as temporary:
         classifier.save(net, temporary)
-    has_test = "test" in tars.open_index(place.data).splits
+    has_test = "test" in tars.open_shards(place.data).splits
     accuracy = classifier.accuracy(net, *tars.load_images(place.data, "test")) if has_test else None
     facts = {"sha256": hash_file(place.classifier), "test_accuracy": accuracy, "steps": classifier.STEPS}
     write_json(place.classifier_json, facts)
@@ -59,12 +59,12 @@ def gaussian_file(place: Place) -> Path | None:
     """Return where the Gaussian is kept; None for images that are too large for one."""
     if prod(place.experiment.data.shape) > LARGEST_GAUSSIAN:
         return None
-    return place.references / f"gaussian-{hash_shards(tars.open_index(place.data).shards('train'))}.npz"
+    return place.references / f"gaussian-{hash_shards(tars.open_shards(place.data).list_shards('train'))}.npz"
 
 
 def fit_gaussian(ctx: Worker, place: Place, file: Path) -> None:
     """Do the work unit: mean and covariance of the training pixels."""
-    shards = tars.open_index(place.data).shards("train")
+    shards = tars.open_shards(place.data).list_shards("train")
     parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)
     mean, factor = baselines.pixel_gaussian(parts)
     write_arrays(file, mean=mean, factor=factor)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, normal
-from pipeline.store.files import atomic_file, hash_file
+from pipeline.store.files import hash_file, write_atomically
 from pipeline.store.run import Place
 
 FEATURES = 64
@@ -49,7 +49,7 @@ def _normals(step: int, rows: int, *shape: int) -> Tensor:
 def write_weights(path: Path, channels: int) -> tuple[Path, str]:
     """Write the projection for images of so many channels, unless it is there; return the file and its sha256."""
     if not path.exists():
-        with atomic_file(path) as temporary:
+        with write_atomically(path) as temporary:
             save_file(Projection(channels).state_dict(), temporary)
     return path, hash_file(path)
 

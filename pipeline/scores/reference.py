@@ -12,7 +12,7 @@ from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, hash_shards
 from pipeline.store.files import hash_file, read_arrays, write_arrays
 from pipeline.store.run import Place
-from pipeline.store.tars import open_index
+from pipeline.store.tars import open_shards
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Reference:
         if reference not in SPLITS:
             return Reference(Path(reference), None)
         file = place.references / f"{extractor.name}-{reference}.npz"
-        return Reference(file, hash_shards(open_index(place.data).shards(reference)))
+        return Reference(file, hash_shards(open_shards(place.data).list_shards(reference)))
 
     def load(self) -> Statistics | None:
         """Load what is on disk, if it is of these images. Raises PipelineError where a user's file is none."""

@@ -12,7 +12,7 @@ from pipeline.report.page import write_page
 from pipeline.report.run import write_markdown
 from pipeline.report.source import Source
 from pipeline.stages.stage import Stage
-from pipeline.store.files import find_manifest
+from pipeline.store.files import read_manifest_or_none
 from pipeline.store.run import Place
 
 
@@ -27,7 +27,7 @@ class ReportStage(Stage):
         return ("evaluate", "figures")
 
     def is_done(self, place: Place) -> bool:
-        manifest = find_manifest(place.report)
+        manifest = read_manifest_or_none(place.report)
         return manifest is not None and manifest["inputs"] == Source(place).digest
 
     def work(self, place: Place) -> Iterator[list[Unit]]:

@@ -21,8 +21,8 @@ from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import tars
-from pipeline.store.chain import choose_labels, load_guided
-from pipeline.store.files import find_manifest, write_text
+from pipeline.store.chain import load_guided_network, make_labels
+from pipeline.store.files import read_manifest_or_none, write_text
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard, ShardFacts
 
@@ -85,7 +85,7 @@ class SampleStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Tell whether at least as many samples as asked for are on disk, and sealed."""
-        manifest = find_manifest(place.samples)
+        manifest = read_manifest_or_none(place.samples)
         if manifest is None or manifest["splits"][SPLIT]["count"] < place.experiment.sample.num_images:
             return False
         return place.samples_grid.exists() and place.samples_yaml.exists()
@@ -127,10 +127,10 @@ def draw_samples(ctx: Worker, place: Place, shard: Shard) -> None:
     """Do the work unit: the images of one tar, then its facts."""
     experiment, config = place.experiment, place.experiment.sample
     index = torch.arange(shard.start, shard.stop, device=ctx.device)
-    labels = choose_labels(experiment, index)
+    labels = make_labels(experiment, index)
     images = sample(
         Diffusion(experiment.diffusion),
-        load_guided(place, ctx.device, config.compile),
+        load_guided_network(place, ctx.device, config.compile),
         index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
         variance=config.variance, context=labels,
@@ -159,11 +159,11 @@ def _identity(experiment: Experiment) -> dict[str, Any]:
 def _seal(place: Place, facts: list[ShardFacts]) -> None:
     """Write the grid and the protocol, then the manifest."""
     protocol, data = describe_sampling(place.experiment), place.experiment.data
-    first = chain.from_iterable(tars.read_shard(place.samples / shard["name"]) for shard in facts)
+    first = chain.from_iterable(tars.read_records(place.samples / shard["name"]) for shard in facts)
     pixels = [torch.tensor(tars.decode_png(record.png)) for record in islice(first, GRID_SIDE**2)]
     save_grid(torch.stack(pixels), GRID_SIDE, place.samples_grid)
     write_text(place.samples_yaml, to_yaml(protocol))
-    tars.write_index(
+    tars.write_shard_manifest(
         place.samples,
         {SPLIT: facts},
         image_size=data.image_size,

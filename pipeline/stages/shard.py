@@ -9,9 +9,9 @@ from pipeline.config import DataConfig
 from pipeline.data.sources import compute_fingerprint, fetch_images, open_source, refuse_image
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
-from pipeline.store.files import find_manifest
-from pipeline.store.run import Place, downloads, fingerprints_json
-from pipeline.store.tars import Shard, ShardFacts, write_index
+from pipeline.store.files import read_manifest_or_none
+from pipeline.store.run import Place, locate_downloads, locate_fingerprints
+from pipeline.store.tars import Shard, ShardFacts, write_shard_manifest
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class ShardStage(Stage):
     name = "shard"
 
     def is_done(self, place: Place) -> bool:
-        return find_manifest(place.data) is not None
+        return read_manifest_or_none(place.data) is not None
 
     def find_shared_folder(self, place: Place) -> Path:
         return place.data
@@ -30,7 +30,7 @@ class ShardStage(Stage):
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the shards that are missing, then seal the folder."""
         config = place.experiment.data
-        data = fetch_images(config, downloads(place.storage))
+        data = fetch_images(config, locate_downloads(place.storage))
         shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
         yield [
             Unit(UnitKind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
@@ -40,11 +40,11 @@ class ShardStage(Stage):
         facts = [shard.require_facts() for shard in shards]
         skipped = [entry for shard in facts for entry in shard.get("skipped", [])]
         _report_skipped(skipped, data.max_undecodable)
-        write_index(
+        write_shard_manifest(
             place.data,
             _group_by_split(facts),
             source=data.source,
-            fingerprint=compute_fingerprint(config, fingerprints_json(place.storage)),
+            fingerprint=compute_fingerprint(config, locate_fingerprints(place.storage)),
             image_size=data.image_size,
             channels=data.channels,
             labels=data.labels,

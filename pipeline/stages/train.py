@@ -46,14 +46,14 @@ class TrainStage(GroupStage):
         return () if experiment.published.weights else ("shard",)  # published ones need no images
 
     def is_done(self, place: Place) -> bool:
-        return checkpoint.is_whole(place.step_folder(place.experiment.train.steps))
+        return checkpoint.is_valid(place.step_folder(place.experiment.train.steps))
 
     def needs_group(self, place: Place) -> bool:
         return not place.experiment.published.weights
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Import published weights, which takes no worker."""
-        diffusers_layout.import_diffusers(place)
+        diffusers_layout.import_published_weights(place)
         yield from ()
 
     def count_steps(self, place: Place) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class TrainStage(GroupStage):
             while state.step < config.steps:
                 window.add(step())
                 if heartbeat:
-                    heartbeat.beat(state.step)
+                    heartbeat.write(state.step)
                 save = state.step % config.checkpoint_every == 0 or state.step == config.steps
                 if save or state.step % config.log_every == 0:
                     _log_point(ctx, experiment, state.step, window, log)
@@ -192,14 +192,14 @@ class _Saves:
         self.finish()
         self.step = state.step
         folder = self.place.step_folder(state.step)
-        if self.ctx.rank == 0 and not checkpoint.is_whole(folder):
+        if self.ctx.rank == 0 and not checkpoint.is_valid(folder):
             config = self.place.experiment.train
             recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
             facts = {"run_key": self.place.run_key, **recorded}
             self.state = checkpoint.copy_to_cpu(state.tensors() | sums, self.state)
             self.ema = checkpoint.copy_to_cpu(state.emas[0].tensors(), self.ema)
             self.pending = self.thread.submit(
-                checkpoint.write, folder, self.state, self.ema, state.step, facts
+                checkpoint.save_checkpoint, folder, self.state, self.ema, state.step, facts
             )
 
     def finish(self) -> None:
@@ -209,7 +209,7 @@ class _Saves:
         if self.pending:
             self.pending.result()
         if self.ctx.rank == 0:
-            checkpoint.delete_old(self.place, self.step)
+            checkpoint.delete_old_checkpoints(self.place, self.step)
         self.ctx.report_checkpoint(self.step)
         self.step = None
 
@@ -220,7 +220,7 @@ def _restore(ctx: Worker, place: Place) -> tuple[TrainState, _Window]:
     net = checkpoint.create_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     state = TrainState(experiment.train, _with_global_statistics(ctx, net), experiment.diffusion)
     found = ctx.broadcast(checkpoint.find_newest(place, experiment.train.steps) if ctx.rank == 0 else None)
-    tensors = {} if found is None else checkpoint.load(place.step_folder(found))
+    tensors = {} if found is None else checkpoint.load_checkpoint(place.step_folder(found))
     sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     if tensors:
         state.load_tensors(tensors)

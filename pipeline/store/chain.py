@@ -13,20 +13,20 @@ from pipeline.store.checkpoint import load_network
 from pipeline.store.run import Place
 
 
-def build_chain(experiment: Experiment) -> Diffusion:
+def build_diffusion(experiment: Experiment) -> Diffusion:
     """Build the diffusion of all T steps, or of sample.steps of them."""
     diffusion, steps = Diffusion(experiment.diffusion), experiment.sample.steps
     return diffusion.respace(spaced_timesteps(len(diffusion), steps)) if steps else diffusion
 
 
-def load_guided(place: Place, device: torch.device, compiled: bool = False) -> Network:
+def load_guided_network(place: Place, device: torch.device, compiled: bool = False) -> Network:
     """Load the network of the checkpoint that is sampled, with the guidance of sample.guidance_scale."""
     config = place.experiment.sample
     net = load_network(place, device, config.precision, compiled)
     return guide(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
 
 
-def choose_labels(experiment: Experiment, index: Tensor) -> Tensor | None:
+def make_labels(experiment: Experiment, index: Tensor) -> Tensor | None:
     """Choose the classes of images index (N,), int64 (N,) on its device; None where no class is asked for."""
     labels = [experiment.choose_label(number) for number in index.tolist()]
     return None if experiment.sample.label is None else torch.tensor(labels, device=index.device)

@@ -27,7 +27,7 @@ from ddpm.networks.build import build_network
 from ddpm.networks.layers import InBF16
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store.files import atomic_directory, check_file, describe_file, read_json, write_json
+from pipeline.store.files import read_file_facts, read_json, require_file, write_folder_atomically, write_json
 from pipeline.store.run import Place, find_scores, find_selections
 from pipeline.store.tensors import Tensors
 
@@ -38,18 +38,15 @@ Facts = dict[str, str | int | bool]
 STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 
-def save(directory: Path, tensors: Tensors, ema: Tensors, step: int) -> None:
-    """Write one step's folder, atomically. Tensors of any device and layout."""
-    write(directory, copy_to_cpu(tensors, {}), copy_to_cpu(ema, {}), step, {})
-
-
-def write(directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts) -> None:
-    """Do the same with tensors that `copy_to_cpu` made, and with more facts in the meta file."""
-    with atomic_directory(directory) as temporary:
+def save_checkpoint(
+    directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None
+) -> None:
+    """Write the checkpoint of one step atomically. Contiguous tensors on the CPU, such as `copy_to_cpu` makes."""
+    with write_folder_atomically(directory) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)
-        files = {name: describe_file(temporary / name) for name in (STATE, EMA)}
-        write_json(temporary / META, {"step": step, "files": files, **facts})
+        files = {name: read_file_facts(temporary / name) for name in (STATE, EMA)}
+        write_json(temporary / META, {"step": step, "files": files, **(facts or {})})
 
 
 def _save_file(tensors: Tensors, path: Path) -> None:
@@ -87,20 +84,20 @@ def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
     raise PipelineError(f"{place.path} has no checkpoint {which} (there are: {known})")
 
 
-def verify(directory: Path) -> None:
+def verify_checkpoint(directory: Path) -> None:
     """Raise PipelineError unless the folder is a whole checkpoint."""
     meta = directory / META
     content = read_json(meta) if meta.exists() else None
     if not isinstance(content, dict) or "files" not in content:
         raise PipelineError(f"{meta} is missing or lists no files: {directory} is not a whole checkpoint")
     for name, facts in content["files"].items():
-        check_file(directory / name, facts)
+        require_file(directory / name, facts)
 
 
-def is_whole(directory: Path) -> bool:
+def is_valid(directory: Path) -> bool:
     """Whether the folder carries a checkpoint that verifies."""
     try:
-        verify(directory)
+        verify_checkpoint(directory)
     except PipelineError:
         return False
     return True
@@ -110,26 +107,26 @@ def find_newest(run: Place, at_most: int) -> int | None:
     """The newest step up to `at_most` whose hashes verify; broken ones are passed over with a warning."""
     for step in reversed(list_steps(run.train, at_most)):
         try:
-            verify(run.step_folder(step))
+            verify_checkpoint(run.step_folder(step))
             return step
         except PipelineError as error:
             logger.warning("%s; going back to the checkpoint before it", error)
     return None
 
 
-def load(directory: Path) -> Tensors:
+def load_checkpoint(directory: Path) -> Tensors:
     """All tensors of a checkpoint, on the CPU."""
-    verify(directory)
+    verify_checkpoint(directory)
     return load_file(directory / STATE)
 
 
-def delete_old(place: Place, at_most: int) -> None:
+def delete_old_checkpoints(place: Place, at_most: int) -> None:
     """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
     those that the experiment keeps for ever, and those that anything in the run refers to."""
     steps = list_steps(place.train, at_most)[: -place.experiment.train.keep]
     old = [step for step in steps if not place.experiment.keeps_checkpoint(step)]
     try:
-        wanted = find_steps_in_use(place) if old else set()
+        wanted = list_used_steps(place) if old else set()
     except (PipelineError, OSError, KeyError) as error:
         logger.warning("%s; until that is mended, no checkpoint is deleted", error)
         return
@@ -137,7 +134,7 @@ def delete_old(place: Place, at_most: int) -> None:
         shutil.rmtree(place.step_folder(step), ignore_errors=True)
 
 
-def find_steps_in_use(run: Place) -> set[int]:
+def list_used_steps(run: Place) -> set[int]:
     """The steps that a sample set, even an unfinished one, a score or a selection was made of."""
     drawn = [next(folder.glob("[!.]*.json"), None) for folder in run.path.glob("samples/*")]
     steps = {read_json(file)["protocol"]["checkpoint"] for file in [*drawn, *find_scores(run.path)] if file}
@@ -148,9 +145,9 @@ def find_steps_in_use(run: Place) -> set[int]:
 def load_weights(directory: Path, which: str) -> Tensors:
     """The network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
     if which == "ema":
-        verify(directory)
+        verify_checkpoint(directory)
         return load_file(directory / EMA)
-    state = load(directory)
+    state = load_checkpoint(directory)
     return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
 
 

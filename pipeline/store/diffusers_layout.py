@@ -21,7 +21,7 @@ from ddpm.training import describe_mismatch
 from pipeline.config import Experiment, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
-from pipeline.store.files import atomic_directory, read_json, write_json
+from pipeline.store.files import read_json, write_folder_atomically, write_json
 from pipeline.store.run import EXPERIMENT, Place
 from pipeline.store.tensors import Tensors, load_tensors
 
@@ -91,7 +91,7 @@ OLDER_NAMES = [  # of diffusers, to its present ones
 ]  # fmt: skip
 
 
-def diffusers_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
+def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
     """Return what diffusers calls our tensor `name`."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
@@ -101,7 +101,7 @@ def diffusers_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
 # In
 
 
-def import_diffusers(place: Place) -> None:
+def import_published_weights(place: Place) -> None:
     """Make the published weights the checkpoint of step `train.steps`, as which every stage reads them.
 
     Raises ConfigError where the published settings are not the experiment's, PipelineError where the tensors
@@ -110,7 +110,7 @@ def import_diffusers(place: Place) -> None:
     tensors = read_weights(place.experiment)
     state = {f"net.{name}": tensor for name, tensor in tensors.items()}
     step = place.experiment.train.steps
-    checkpoint.save(place.step_folder(step), state, tensors, step)
+    checkpoint.save_checkpoint(place.step_folder(step), state, tensors, step)
 
 
 def read_weights(experiment: Experiment) -> Tensors:
@@ -124,27 +124,27 @@ def read_weights(experiment: Experiment) -> Tensors:
         )
     root = folder.parent if folder.name == "unet" else folder
     schedulers = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
-    faults = find_network_faults(experiment, read_json(folder / NETWORK))
+    faults = find_network_differences(experiment, read_json(folder / NETWORK))
     if schedulers:  # some publish the network alone
-        faults += _find_scheduler_faults(experiment.diffusion, read_json(schedulers[0]))
+        faults += _find_scheduler_differences(experiment.diffusion, read_json(schedulers[0]))
     if faults:
         raise ConfigError([f"{folder}: {fault}" for fault in faults])
     read = load_tensors(file, "fetch it again in the diffusers layout")
-    given = {diffusers_name(name, OLDER_NAMES): tensor.float() for name, tensor in read.items()}
+    given = {translate_name(name, OLDER_NAMES): tensor.float() for name, tensor in read.items()}
     own = checkpoint.create_network(experiment, "meta").state_dict()
-    wanted = {diffusers_name(name): tensor for name, tensor in own.items()}
+    wanted = {translate_name(name): tensor for name, tensor in own.items()}
     for name in wanted.keys() & given.keys():  # a 1x1 convolution is a linear map over channels
         ours, theirs = wanted[name], given[name]
         if ours.shape[:2] == theirs.shape[:2] and ours.numel() == theirs.numel():
             given[name] = theirs.reshape(ours.shape)
     if fault := describe_mismatch(wanted, given):
         raise PipelineError(f"{file} holds another network than its settings say: {fault}")
-    return {name: given[diffusers_name(name)] for name in own}
+    return {name: given[translate_name(name)] for name in own}
 
 
-def find_network_faults(experiment: Experiment, published: Settings) -> list[str]:
+def find_network_differences(experiment: Experiment, published: Settings) -> list[str]:
     """Name the published settings that our network has not, or that the experiment has otherwise."""
-    own = network_settings(experiment)
+    own = make_network_settings(experiment)
     given = LEFT_OUT | {name: value for name, value in published.items() if not name.startswith("_")}
     faults = [
         f"{name}={given[name]!r} is a setting not known here" for name in given if name not in {*own, *UNREAD}
@@ -182,7 +182,7 @@ def _find_overrides(given: Settings) -> dict[str, str]:
     }
 
 
-def _find_scheduler_faults(diffusion: DiffusionConfig, given: Settings) -> list[str]:
+def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> list[str]:
     """Name how the published diffusion differs from the experiment's; how it is sampled is free."""
     faults = []
     predicts = given.get("prediction_type", "epsilon")
@@ -190,7 +190,7 @@ def _find_scheduler_faults(diffusion: DiffusionConfig, given: Settings) -> list[
         faults.append(
             f"prediction_type is {predicts!r}, the experiment has diffusion.predict={diffusion.predict}"
         )
-    theirs, ours = _published_betas(given), Diffusion(diffusion).tables["beta"]
+    theirs, ours = _compute_scheduler_betas(given), Diffusion(diffusion).tables["beta"]
     if theirs is None or given.get("rescale_betas_zero_snr"):
         faults.append(f"its beta schedule ({given.get('beta_schedule')}, maybe rescaled) is none of ours")
     elif len(theirs) != len(ours):
@@ -204,7 +204,7 @@ def _find_scheduler_faults(diffusion: DiffusionConfig, given: Settings) -> list[
     return faults
 
 
-def _published_betas(given: Settings) -> torch.Tensor | None:
+def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
     """Return every beta of a scheduler's settings, float64 (T,); None for a schedule that we do not have."""
     if given.get("trained_betas") is not None:
         return torch.tensor(given["trained_betas"], dtype=torch.float64)
@@ -219,7 +219,7 @@ def _published_betas(given: Settings) -> torch.Tensor | None:
 # Out
 
 
-def export(path: Path, directory: Path, which: str, step: int | None) -> str:
+def export_to_diffusers(path: Path, directory: Path, which: str, step: int | None) -> str:
     """Write the weights of the run directory `path` so that diffusers' DDPMPipeline loads `directory`.
 
     which: `ema` or `raw`; step None = the newest checkpoint. Returns what was written, in a line.
@@ -228,7 +228,7 @@ def export(path: Path, directory: Path, which: str, step: int | None) -> str:
     place = Place(
         path.parent, experiment, "", path.name.removeprefix(f"{experiment.name}-")
     )  # without its data
-    scheduler, network = scheduler_settings(experiment), network_settings(experiment)
+    scheduler, network = make_scheduler_settings(experiment), make_network_settings(experiment)
     steps = checkpoint.list_steps(place.train)
     if not steps or (step is not None and step not in steps):
         checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")
@@ -236,11 +236,11 @@ def export(path: Path, directory: Path, which: str, step: int | None) -> str:
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
     tensors = checkpoint.load_weights(place.step_folder(step), which)
-    exported = {diffusers_name(name): tensor.contiguous() for name, tensor in tensors.items()}
+    exported = {translate_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     kind = experiment.published.weights or which
     header = {"_diffusers_version": LAYOUT_VERSION}
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    with atomic_directory(directory) as temporary:
+    with write_folder_atomically(directory) as temporary:
         for folder in parts:
             (temporary / folder).mkdir()
         facts = {"format": "pt", "run": path.name, "step": str(step), "weights": kind}
@@ -251,7 +251,7 @@ def export(path: Path, directory: Path, which: str, step: int | None) -> str:
     return f"{directory}: {kind} weights of step {step} of {path.name}"
 
 
-def network_settings(experiment: Experiment) -> Settings:
+def make_network_settings(experiment: Experiment) -> Settings:
     """Return the settings of diffusers' UNet2DModel that make it our network."""
     data, model = experiment.data, experiment.model
     if not isinstance(model, UNetConfig):
@@ -276,7 +276,7 @@ def network_settings(experiment: Experiment) -> Settings:
     }
 
 
-def scheduler_settings(experiment: Experiment) -> Settings:
+def make_scheduler_settings(experiment: Experiment) -> Settings:
     """Return the settings of diffusers' DDPMScheduler that make it our ancestral sampler over all timesteps."""
     diffusion = experiment.diffusion
     learned = diffusion.variance in LEARNED

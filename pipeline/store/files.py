@@ -49,7 +49,7 @@ STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 
 
 @contextmanager
-def explain_storage_faults(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Say in a user's words that `path` cannot be written."""
     try:
         yield
@@ -62,10 +62,10 @@ def explain_storage_faults(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success it is on disk under the final name, on failure it is gone."""
     temporary = temporary_name(path)
-    with explain_storage_faults(path):
+    with explain_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -79,10 +79,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def write_folder_atomically(path: Path) -> Iterator[Path]:
     """The same for a folder. A folder that already carries the name is replaced."""
     temporary = temporary_name(path)
-    with explain_storage_faults(path):
+    with explain_write_errors(path):
         try:
             temporary.mkdir(parents=True)
             yield temporary
@@ -104,7 +104,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
+    with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -121,7 +121,7 @@ def read_json(path: Path) -> Any:
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """An .npz, atomically."""
-    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+    with write_atomically(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
@@ -134,13 +134,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise PipelineError(f"{path} is damaged ({error}); delete it to have it made again") from error
 
 
-def write_unit(path: Path, **arrays: np.ndarray) -> None:
+def write_unit_arrays(path: Path, **arrays: np.ndarray) -> None:
     """The arrays of a work unit whose folder and name say what they are of. The file repeats both, so that it is
     never taken for another's, wherever it is moved to."""
     write_arrays(path, unit=np.array(f"{path.parent.name}/{path.stem}"), **arrays)
 
 
-def read_unit(path: Path) -> dict[str, np.ndarray]:
+def read_unit_arrays(path: Path) -> dict[str, np.ndarray]:
     """Raises PipelineError where the file is damaged, or was made as another unit's."""
     arrays = read_arrays(path)
     unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
@@ -161,7 +161,7 @@ class FileFacts(TypedDict):
     sha256: str
 
 
-def describe_file(path: Path) -> FileFacts:
+def read_file_facts(path: Path) -> FileFacts:
     """Read the size of a file and hash it."""
     return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
@@ -169,7 +169,7 @@ def describe_file(path: Path) -> FileFacts:
 def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> None:
     """Seal `directory`: the named files with their bytes and sha256, and whatever else `facts` says."""
     write_json(
-        directory / MANIFEST, {"files": {name: describe_file(directory / name) for name in names}, **facts}
+        directory / MANIFEST, {"files": {name: read_file_facts(directory / name) for name in names}, **facts}
     )
 
 
@@ -183,11 +183,13 @@ def read_manifest(directory: Path, check: Literal["size", "sha256"] = "size") ->
         return None
     manifest: dict[str, Any] = read_json(path)
     for name, facts in manifest["files"].items():
-        check_file(directory / name, facts, check)
+        require_file(directory / name, facts, check)
     return manifest
 
 
-def find_manifest(directory: Path, check: Literal["size", "sha256"] = "size") -> dict[str, Any] | None:
+def read_manifest_or_none(
+    directory: Path, check: Literal["size", "sha256"] = "size"
+) -> dict[str, Any] | None:
     """Do the same for what can be made again: None, with a warning, also where a file differs."""
     try:
         return read_manifest(directory, check)
@@ -196,7 +198,7 @@ def find_manifest(directory: Path, check: Literal["size", "sha256"] = "size") ->
         return None
 
 
-def check_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
+def require_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
     """Raise PipelineError unless `path` is the file that `facts` describes."""
     if not path.exists():
         fault = "is missing although its manifest lists it"
@@ -225,7 +227,7 @@ def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
             raise PipelineError(
                 f"{path} is being worked on by another command (process {holder}); wait for it, or stop it"
             ) from None
-        with explain_storage_faults(path / ".lock"):
+        with explain_write_errors(path / ".lock"):
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

@@ -14,13 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-from pipeline.store.files import explain_storage_faults
+from pipeline.store.files import explain_write_errors
 from pipeline.store.run import Place
 
 TAIL = 2000  # bytes; a line is some 200
 
 
-class Point(TypedDict):
+class LogPoint(TypedDict):
     """One line of the log."""
 
     step: int
@@ -33,7 +33,7 @@ class LogWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        with explain_storage_faults(path):
+        with explain_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 os.truncate(path, find_end(path))  # a torn line
@@ -46,11 +46,11 @@ class LogWriter:
             return
         self.last_step = step
         point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
-        with explain_storage_faults(self.path), self.path.open("a", encoding="utf-8") as file:
+        with explain_write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 
 
-def read_points(path: Path, start: int = 0, end: int | None = None) -> list[Point]:
+def read_points(path: Path, start: int = 0, end: int | None = None) -> list[LogPoint]:
     """Read the whole lines between two places of the file (in bytes), by default all of them; none without a file."""
     if not path.exists():
         return []
@@ -70,7 +70,7 @@ def find_end(path: Path, start: int = 0) -> int:
         return start + file.read().rfind(b"\n") + 1
 
 
-def read_last_point(path: Path) -> Point | None:
+def read_last_point(path: Path) -> LogPoint | None:
     """Read the last whole line, without reading the others."""
     try:
         with path.open("rb") as file:
@@ -79,7 +79,7 @@ def read_last_point(path: Path) -> Point | None:
     except OSError:
         return None
     whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
-    point: Point | None = json.loads(whole[-1]) if whole else None
+    point: LogPoint | None = json.loads(whole[-1]) if whole else None
     return point
 
 
@@ -89,7 +89,7 @@ class Heartbeat:
     def __init__(self, path: Path):
         self.path, self.last = path, 0.0
 
-    def beat(self, step: int) -> None:
+    def write(self, step: int) -> None:
         if time.monotonic() - self.last > 1:
             self.last = time.monotonic()
             with suppress(OSError):  # a full disk ends training where something is lost by it

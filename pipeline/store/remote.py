@@ -28,12 +28,12 @@ from pipeline.store.files import (
     MANIFEST,
     TEMPORARY,
     FileFacts,
-    atomic_file,
-    check_file,
-    describe_file,
     hash_file,
     lock_folder,
+    read_file_facts,
     read_json,
+    require_file,
+    write_atomically,
 )
 from pipeline.store.run import EXPERIMENT, LOG, RECORD
 
@@ -42,7 +42,7 @@ CONTENTS = "contents.json"
 BLOCK = 8 << 20  # bytes that travel at a time
 
 
-def push(name: str, root: Path, uri: str) -> str:
+def push_run(name: str, root: Path, uri: str) -> str:
     """Bring what is finished of a run (or of data/<shards>) to the prefix `uri`; return what was done, in a line.
 
     Raises PipelineError where a file is not what its manifest says, or the store does not take it.
@@ -52,7 +52,7 @@ def push(name: str, root: Path, uri: str) -> str:
     if path is None:
         raise PipelineError(f"'{name}' is neither a run nor finished shards (data/NAME), here or in {root}")
     item = f"data/{path.name}" if path.parent.name == "data" else path.name
-    store = Store(f"{uri.rstrip('/')}/{item}")
+    store = ObjectStore(f"{uri.rstrip('/')}/{item}")
     with lock_folder(path):
         files = _list_finished(path)
         if not files:
@@ -66,13 +66,13 @@ def push(name: str, root: Path, uri: str) -> str:
     return f"{store.uri}: {sent} files sent, {len(files) - sent} were there"
 
 
-def pull(uri: str, root: Path) -> str:
+def pull_run(uri: str, root: Path) -> str:
     """Bring what `push` left at `uri` (a prefix and the name of a run, or data/<shards>) into the storage root.
 
     What this root has finished itself is kept. Raises PipelineError where nothing was pushed, or an object is not
     what the list of contents says.
     """
-    store = Store(uri)
+    store = ObjectStore(uri)
     if not store.contents:
         items = [name.removesuffix(f"/{CONTENTS}") for name in store.objects if name.endswith(f"/{CONTENTS}")]
         known = ", ".join(f"{store.uri}/{item}" for item in items) or "none"
@@ -106,10 +106,10 @@ def _list_finished(path: Path) -> dict[str, FileFacts]:
         if any(part.startswith(TEMPORARY) for part in seal.relative_to(path).parts):
             continue
         for name, facts in read_json(seal)["files"].items():
-            check_file(seal.parent / name, facts)
+            require_file(seal.parent / name, facts)
         inside = [file for file in sorted(seal.parent.iterdir()) if file.is_file() and file.name[0] != "."]
         files += [file for file in inside if file != seal] + [seal]
-    return {str(file.relative_to(path)): describe_file(file) for file in files}
+    return {str(file.relative_to(path)): read_file_facts(file) for file in files}
 
 
 def _is_seal(file: str) -> bool:
@@ -120,7 +120,7 @@ def _is_equal(path: Path, facts: FileFacts) -> bool:
     return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["sha256"]
 
 
-def _fetch_record(store: Store, target: Path, files: list[str]) -> int:
+def _fetch_record(store: ObjectStore, target: Path, files: list[str]) -> int:
     """Fetch the files of a run's record that are not here, and the log where the other one is longer."""
     paths = {file: target / file for file in files}
     return sum(
@@ -130,7 +130,7 @@ def _fetch_record(store: Store, target: Path, files: list[str]) -> int:
     )
 
 
-def _fetch_folder(store: Store, target: Path, folder: str, files: list[str]) -> int:
+def _fetch_folder(store: ObjectStore, target: Path, folder: str, files: list[str]) -> int:
     """Fetch a sealed folder, which appears whole; what a broken pull fetched of it is not fetched again."""
     final = target / folder
     # The item itself holds the lock and stays in its place; its seal comes last.
@@ -142,7 +142,7 @@ def _fetch_folder(store: Store, target: Path, folder: str, files: list[str]) -> 
     return fetched
 
 
-class Store:
+class ObjectStore:
     """The objects below the prefix `uri`, as they were when they were first listed."""
 
     def __init__(self, uri: str):
@@ -205,7 +205,7 @@ class Store:
         """
         if _is_equal(path, self.contents[name]):
             return False
-        with atomic_file(path) as temporary:
+        with write_atomically(path) as temporary:
             with temporary.open("wb") as file:
                 file.writelines(self._read(name))
             if not _is_equal(temporary, self.contents[name]):

@@ -24,12 +24,12 @@ RECORD = (
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
-def _below(folder: str, name: str) -> cached_property[Path]:
+def _path_property(folder: str, name: str) -> cached_property[Path]:
     """Name a file or a folder below one of a place's folders."""
     return cached_property(lambda place: getattr(place, folder) / name)
 
 
-def _hash(make_key: Callable[[Experiment, str], str]) -> cached_property[str]:
+def _key_property(make_key: Callable[[Experiment, str], str]) -> cached_property[str]:
     """Name what a place's experiment asks for, once."""
     return cached_property(lambda place: make_key(place.experiment, place.run_key))
 
@@ -54,10 +54,10 @@ class Place:
 
     # Keys
 
-    sample_key = _hash(keys.make_sample_key)
-    score_key = _hash(keys.make_score_key)
-    figures_key = _hash(keys.make_figures_key)
-    selection_key = _hash(keys.make_selection_key)
+    sample_key = _key_property(keys.make_sample_key)
+    score_key = _key_property(keys.make_score_key)
+    figures_key = _key_property(keys.make_figures_key)
+    selection_key = _key_property(keys.make_selection_key)
 
     # Folders
 
@@ -98,56 +98,56 @@ class Place:
 
     # Files and folders with fixed names
 
-    experiment_yaml = _below("path", EXPERIMENT)
-    commits_json = _below("path", "commits.json")
-    spent_json = _below("path", "spent.json")
-    timings_json = _below("path", "timings.json")
-    tracking_json = _below("path", "tracking.json")
-    log = _below("path", LOG)
-    stop_file = _below("path", STOP)
-    heartbeat = _below("path", ".step")
-    failure = _below("path", ".failure")
-    placement_group = _below("path", ".placement-group")
-    ray = _below("path", "ray")
-    train = _below("path", "train")
-    grids = _below("path", "grids")
-    report = _below("path", "report")
-    report_html = _below("report", REPORT_HTML)
-    samples_grid = _below("samples", "grid.png")
-    samples_yaml = _below("samples", "sample.yaml")
-    score_units = _below("path", "evaluation/units")
-    metrics_json = _below("scores", METRICS)
-    nll_json = _below("scores", "nll.json")
-    evaluate_yaml = _below("scores", "evaluate.yaml")
-    scores_manifest = _below("scores", MANIFEST)
-    selection_json = _below("selection", SELECTION)
-    figure_units = _below("path", "figures/units")
-    figures_manifest = _below("figures", MANIFEST)
-    references = _below("data", "references")
-    reference_features = _below("data", "references/features")
-    projection = _below("data", "projection/projection.safetensors")
-    classifier = _below("data", "classifier/classifier.safetensors")
-    inception_cache = _below("storage", "extractors")
-    classifier_json = _below("data", "classifier/classifier.json")
+    experiment_yaml = _path_property("path", EXPERIMENT)
+    commits_json = _path_property("path", "commits.json")
+    spent_json = _path_property("path", "spent.json")
+    timings_json = _path_property("path", "timings.json")
+    tracking_json = _path_property("path", "tracking.json")
+    log = _path_property("path", LOG)
+    stop_file = _path_property("path", STOP)
+    heartbeat = _path_property("path", ".step")
+    failure = _path_property("path", ".failure")
+    placement_group = _path_property("path", ".placement-group")
+    ray = _path_property("path", "ray")
+    train = _path_property("path", "train")
+    grids = _path_property("path", "grids")
+    report = _path_property("path", "report")
+    report_html = _path_property("report", REPORT_HTML)
+    samples_grid = _path_property("samples", "grid.png")
+    samples_yaml = _path_property("samples", "sample.yaml")
+    score_units = _path_property("path", "evaluation/units")
+    metrics_json = _path_property("scores", METRICS)
+    nll_json = _path_property("scores", "nll.json")
+    evaluate_yaml = _path_property("scores", "evaluate.yaml")
+    scores_manifest = _path_property("scores", MANIFEST)
+    selection_json = _path_property("selection", SELECTION)
+    figure_units = _path_property("path", "figures/units")
+    figures_manifest = _path_property("figures", MANIFEST)
+    references = _path_property("data", "references")
+    reference_features = _path_property("data", "references/features")
+    projection = _path_property("data", "projection/projection.safetensors")
+    classifier = _path_property("data", "classifier/classifier.safetensors")
+    inception_cache = _path_property("storage", "extractors")
+    classifier_json = _path_property("data", "classifier/classifier.json")
 
     # Records
 
-    def seconds_by_stage(self) -> dict[str, float]:
+    def read_stage_seconds(self) -> dict[str, float]:
         """Read how long each stage took, over all commands that worked on it; one that never ended is not there."""
         return read_json(self.timings_json) if self.timings_json.exists() else {}
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add the seconds that one command worked on a stage."""
-        timings = self.seconds_by_stage()
+        timings = self.read_stage_seconds()
         write_json(self.timings_json, {**timings, stage: timings.get(stage, 0.0) + seconds})
 
-    def commits_by_stage(self) -> dict[str, list[str]]:
+    def read_stage_commits(self) -> dict[str, list[str]]:
         """Read the commits of the code that worked on each stage, in order; experiment.yaml names the last one only."""
         return read_json(self.commits_json) if self.commits_json.exists() else {}
 
     def add_commit(self, stage: str, commit: str | None) -> None:
         """Record the code that begins on a stage; training may go on with other code than it began with."""
-        commits = self.commits_by_stage()
+        commits = self.read_stage_commits()
         if commit is not None and commit not in commits.setdefault(stage, []):
             commits[stage].append(commit)
             write_json(self.commits_json, commits)
@@ -156,22 +156,22 @@ class Place:
 # Below a storage root, beside the runs
 
 
-def downloads(storage: Path) -> Path:
+def locate_downloads(storage: Path) -> Path:
     """Return where downloaded archives are kept."""
     return storage / "data" / "downloads"
 
 
-def fingerprints_json(storage: Path) -> Path:
+def locate_fingerprints(storage: Path) -> Path:
     """Return where the fingerprints of data sources are remembered."""
     return storage / "data" / "fingerprints.json"
 
 
-def sweep_folder(storage: Path, name: str) -> Path:
+def locate_study(storage: Path, name: str) -> Path:
     """Return where a study keeps its state, its leaderboard and its page."""
     return storage / "sweeps" / name
 
 
-def comparison_folder(storage: Path, key: str) -> Path:
+def locate_comparison(storage: Path, key: str) -> Path:
     """Return where the comparison of several runs is kept."""
     return storage / "comparisons" / key
 

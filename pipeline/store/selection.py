@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TypedDict
 
 from pipeline.store.checkpoint import list_steps
-from pipeline.store.files import find_manifest, read_json, write_json, write_manifest
+from pipeline.store.files import read_json, read_manifest_or_none, write_json, write_manifest
 from pipeline.store.run import Place
 
 
@@ -71,7 +71,7 @@ def write_selection(place: Place) -> None:
 
 def read_selection(place: Place) -> Selection | None:
     """Read what was chosen, and from what; None where nothing was, or the file is damaged."""
-    sealed = find_manifest(place.selection, "sha256")
+    sealed = read_manifest_or_none(place.selection, "sha256")
     found: Selection | None = read_json(place.selection_json) if sealed else None
     return found
 
@@ -82,7 +82,7 @@ def is_done(place: Place) -> bool:
     return found is not None and [score["step"] for score in found["scores"]] == list(list_candidates(place))
 
 
-def resolve_best(place: Place) -> Place | None:
+def fill_in_selection(place: Place) -> Place | None:
     """Return the run whose checkpoint is known: itself, or with the best one filled in; None before the choice."""
     if place.experiment.sample.checkpoint != "best":
         return place

@@ -7,7 +7,7 @@ A folder of shards holds `<split>-00000.tar ...` with members `<key>.png` and, w
      "splits": {"train": {"count": ..., "shards": ["train-00000.tar", ...]}, ...}, ...facts}
 
 An image's index in its split is its place in the shards, read in the order of the list. Beside each tar stands
-`<split>-00000.json` with what `write_shard` found, the place of every image in the tar included.
+`<split>-00000.json` with what `write_tar` found, the place of every image in the tar included.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from pipeline.errors import PipelineError
 from pipeline.store.files import (
     MANIFEST,
     FileFacts,
-    atomic_file,
-    check_file,
-    describe_file,
+    read_file_facts,
     read_json,
     read_manifest,
+    require_file,
+    write_atomically,
     write_json,
 )
 
@@ -95,7 +95,7 @@ class Shard:
 
     def write(self, records: Iterable[Record], **more: Any) -> None:
         """Write the tar, then its facts and whatever `more` says of how it came about."""
-        facts = write_shard(self.path, records)
+        facts = write_tar(self.path, records)
         write_json(self.facts_json, {**self._range(), **facts, **more})
 
     def read_facts(self, **more: Any) -> ShardFacts | None:
@@ -104,7 +104,7 @@ class Shard:
             return None
         try:
             facts: ShardFacts = read_json(self.facts_json)
-            check_file(self.path, facts)
+            require_file(self.path, facts)
         except PipelineError:
             return None
         return facts if (self._range() | more).items() <= facts.items() else None
@@ -133,13 +133,13 @@ class ShardFacts(FileFacts):
     skipped: NotRequired[list[list[str]]]
 
 
-def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
+def write_tar(path: Path, records: Iterable[Record]) -> dict[str, Any]:
     """Write a tar atomically; equal records give equal bytes. Returns name, count, bytes, sha256 and places."""
     from webdataset import TarWriter
 
     last = ""
     places: list[list[int]] = []
-    with atomic_file(path) as temporary:
+    with write_atomically(path) as temporary:
         with temporary.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
             for record in records:
                 if record.key <= last or "." in record.key:
@@ -149,18 +149,18 @@ def write_shard(path: Path, records: Iterable[Record]) -> dict[str, Any]:
                 tar.write({"__key__": record.key, "png": record.png, **label})
                 # The PNG is the last member, padded to whole blocks.
                 offset = tar.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                places.append([offset, size, zlib.crc32(record.png), _number(record)])
+                places.append([offset, size, zlib.crc32(record.png), _encode_label(record)])
                 last = record.key
-        facts = describe_file(temporary)
+        facts = read_file_facts(temporary)
     return {"name": path.name, "count": len(places), **facts, "places": places}
 
 
-def _number(record: Record) -> int:
+def _encode_label(record: Record) -> int:
     """Return the label as arrays hold it: -1 = none."""
     return -1 if record.label is None else record.label
 
 
-def read_shard(path: Path, count: int | None = None) -> Iterator[Record]:
+def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
     """The records of a tar, in order.
 
     Raises PipelineError naming the shard where the tar is cut or broken, or does not hold `count` records.
@@ -194,8 +194,10 @@ def _require_end(file: io.BufferedReader) -> None:
 # A folder of shards
 
 
-def write_index(directory: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any) -> None:
-    """Seal a folder: `splits` maps a split to what `write_shard` returned for its shards, in order."""
+def write_shard_manifest(
+    directory: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any
+) -> None:
+    """Seal a folder: `splits` maps a split to what `write_tar` returned for its shards, in order."""
     shards = [shard for of_split in splits.values() for shard in of_split]
     manifest = {
         "files": {shard["name"]: {key: shard[key] for key in FILE_FACTS} for shard in shards},
@@ -209,7 +211,7 @@ def write_index(directory: Path, splits: Mapping[str, Sequence[Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Index:
+class ShardManifest:
     """The manifest of a folder of shards."""
 
     directory: Path
@@ -219,18 +221,18 @@ class Index:
     def splits(self) -> list[str]:
         return list(self.facts["splits"])
 
-    def count(self, split: str) -> int:
+    def count_images(self, split: str) -> int:
         return int(self._split(split)["count"])
 
-    def shards(self, split: str, n: int | None = None) -> list[Shard]:
+    def list_shards(self, split: str, n: int | None = None) -> list[Shard]:
         """List the shards that hold the first n images of a split (None: all), each with the range of its images.
 
         Raises PipelineError where there are fewer.
         """
-        n = self.count(split) if n is None else n
-        if self.count(split) < n:
+        n = self.count_images(split) if n is None else n
+        if self.count_images(split) < n:
             raise PipelineError(
-                f"{self.directory} holds {self.count(split)} images where {n} are asked for; a short set "
+                f"{self.directory} holds {self.count_images(split)} images where {n} are asked for; a short set "
                 "has no score: run the stage before this one"
             )
         files = self.facts["files"]
@@ -242,7 +244,7 @@ class Index:
             if start < n
         ]
 
-    def places(self, name: str) -> np.ndarray:
+    def read_offsets(self, name: str) -> np.ndarray:
         """Where the images of a tar lie in it: int64 (count, 4), columns OFFSET, SIZE, CRC32, LABEL."""
         file = (self.directory / name).with_suffix(".json")
         facts = read_json(file) if file.exists() else {}
@@ -262,12 +264,12 @@ class Index:
         return found
 
 
-def open_index(directory: Path) -> Index:
+def open_shards(directory: Path) -> ShardManifest:
     """Read the manifest. Raises PipelineError where there is none, or a shard is missing or has another size."""
     manifest = read_manifest(directory)
     if manifest is None:
         raise PipelineError(f"{directory} holds no finished shards; run the stage that writes them")
-    return Index(directory, manifest)
+    return ShardManifest(directory, manifest)
 
 
 def load_images(
@@ -278,20 +280,20 @@ def load_images(
     Compares the sha256 of each shard it opens. Raises PipelineError naming a shard that differs, or the
     split where it has fewer than `stop` images.
     """
-    index = open_index(directory)
-    stop = index.count(split) if stop is None else stop
-    if not 0 <= start < stop <= index.count(split):
+    index = open_shards(directory)
+    stop = index.count_images(split) if stop is None else stop
+    if not 0 <= start < stop <= index.count_images(split):
         raise PipelineError(
             f"images {start} to {stop} of the {split} split of {directory} were asked for; "
-            f"it has {index.count(split)}"
+            f"it has {index.count_images(split)}"
         )
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for shard in index.shards(split, stop):
+    for shard in index.list_shards(split, stop):
         if shard.stop > start:
-            check_file(shard.path, index.facts["files"][shard.name])
-            records = list(read_shard(shard.path, shard.stop - shard.start))
+            require_file(shard.path, index.facts["files"][shard.name])
+            records = list(read_records(shard.path, shard.stop - shard.start))
             records = records[max(0, start - shard.start) : stop - shard.start]
             images += [decode_png(record.png) for record in records]
-            labels += map(_number, records)
+            labels += map(_encode_label, records)
     return np.stack(images), np.array(labels, dtype=np.int64)

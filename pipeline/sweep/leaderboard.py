@@ -64,7 +64,7 @@ def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], ledger: Ledger) -> Le
     rows = []
     for key, trial in trials.items():
         place, record = trial.place, ledger.records[key]
-        seconds, step = sum(place.seconds_by_stage().values()), read_progress(place)[0]
+        seconds, step = sum(place.read_stage_seconds().values()), read_progress(place)[0]
         identity = (trial.label, place, trial.swept, key)
         rows.append(RankedTrial(*identity, record.state, record.reason, step, seconds))
     groups = rank_runs(rows, sweep.metric)

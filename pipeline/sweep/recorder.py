@@ -143,7 +143,7 @@ class Recorder:
         for key in list(self.mirrors):
             trial = self.trials[key]
             step, steps = read_progress(trial.place)[0], trial.place.experiment.train.steps
-            ended = trial.place.seconds_by_stage()
+            ended = trial.place.read_stage_seconds()
             stage = next((stage for stage in AFTER_TRAINING if stage not in ended), "ends")
             notes.append(f"{trial.label} {f'{step}/{steps}' if step < steps or not ended else stage}")
         return "; ".join(notes)

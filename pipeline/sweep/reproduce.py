@@ -17,7 +17,7 @@ from pipeline.engine import find
 from pipeline.errors import ConfigError
 from pipeline.store.files import read_json, write_json
 from pipeline.store.log import read_points
-from pipeline.store.run import sweep_folder
+from pipeline.store.run import locate_study
 from pipeline.sweep.definition import Values, load_sweep
 from pipeline.sweep.points import format_overrides, list_points
 
@@ -60,7 +60,7 @@ def plan_reproduction(
     name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
     steps = steps or rows[0].train.steps
     if hours is not None:
-        memory = sweep_folder(find.prepare_storage_root(cluster), name) / "budget.json"
+        memory = locate_study(find.prepare_storage_root(cluster), name) / "budget.json"
         if dry_run and not memory.exists():
             note = f"how many steps of {steps:,} fit into {text} is measured at the start"
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)

@@ -21,7 +21,7 @@ from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import list_preparations
 from pipeline.stages import evaluate
 from pipeline.store.files import lock_folder
-from pipeline.store.run import REPORT_HTML, STOP, sweep_folder
+from pipeline.store.run import REPORT_HTML, STOP, locate_study
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.ledger import Ledger
@@ -41,7 +41,7 @@ class Study:
     def __init__(self, sweep: Sweep, points: list[SweepPoint], cluster: ClusterConfig):
         self.sweep, self.cluster = sweep, cluster
         self.root = find.prepare_storage_root(cluster)
-        self.folder = sweep_folder(self.root, sweep.name)
+        self.folder = locate_study(self.root, sweep.name)
         self.trials = {trial.key: trial for trial in locate_trials(points, self.root)}
         self.ledger = Ledger(self.folder, sweep.early_stop, self.trials.values())
         self.interrupt = StopSignals(self.folder / STOP)

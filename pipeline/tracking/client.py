@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import PipelineError, explain_network_error, hide_password
-from pipeline.store.files import atomic_file
+from pipeline.store.files import write_atomically
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -55,7 +55,7 @@ def connect(uri: str) -> MlflowClient:
         store = Path(uri.removeprefix("sqlite:///"))
         if not store.exists():
             # MLflow makes its tables one by one; a store that a killed process left half made cannot be repaired.
-            with atomic_file(store) as temporary:
+            with write_atomically(store) as temporary:
                 MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
         correct_artifact_paths(store)
     return MlflowClient(uri)

@@ -54,7 +54,7 @@ def list_parcels(
         yield Parcel(f"grid {grid.stem}", "1", partial(Session.send_grid, grid=grid))
     if steps := list_steps(place.train):
         yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
-    headline = selection.resolve_best(place)
+    headline = selection.fill_in_selection(place)
     yield from _list_evaluations(place, headline, in_own_run=child is None)
     files = {"": [place.experiment_yaml]}
     if headline:  # what belongs to the headline evaluation, once it is known which one that is
@@ -95,7 +95,7 @@ def _describe_code(place: Place) -> dict[str, str]:
     tags = {"run_key": place.run_key, "data_key": place.data_key}
     if made.get("commit"):
         tags |= {"commit": made["commit"], "mlflow.source.git.commit": made["commit"]}
-    tags |= {f"commit.{stage}": ", ".join(commits) for stage, commits in place.commits_by_stage().items()}
+    tags |= {f"commit.{stage}": ", ".join(commits) for stage, commits in place.read_stage_commits().items()}
     return tags | {f"version.{name}": str(version) for name, version in (made.get("versions") or {}).items()}
 
 

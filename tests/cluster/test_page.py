@@ -7,7 +7,7 @@ from compose_file import ROOT
 
 from benchmarks.scaling_model import PROJECTED, allreduce_seconds, project
 from pipeline.config import load_experiment
-from pipeline.engine.preflight import GIB, estimate_needs
+from pipeline.engine.preflight import GIB, estimate_requirements
 
 PAGE = (ROOT / "docs" / "cluster.md").read_text()
 
@@ -35,7 +35,7 @@ def test_projected_efficiencies_are_the_model_s(network):
 
 def test_sizes_are_those_that_a_run_prints():
     for i, name in enumerate(("cifar10", "lsun_church", "lsun_bedroom_large")):
-        wanted = estimate_needs(load_experiment(name, []))
+        wanted = estimate_requirements(load_experiment(name, []))
         one = wanted.checkpoints / (wanted.kept + 1) / GIB
         for row, size in (
             ("one checkpoint (weights, Adam, EMA twice)", one),

@@ -113,9 +113,9 @@ def test_shards_travel_there_and_back_and_strangers_see_nothing(
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     run = make_place(tiny_experiment(), sharded_storage)
     name = f"data/{run.data.name}"
-    assert ", 0 were there" in remote.push(name, sharded_storage, "s3://team/runs")
-    assert ": 0 files sent" in remote.push(name, sharded_storage, "s3://team/runs")
-    remote.pull(f"s3://team/runs/{name}", tmp_path)
+    assert ", 0 were there" in remote.push_run(name, sharded_storage, "s3://team/runs")
+    assert ": 0 files sent" in remote.push_run(name, sharded_storage, "s3://team/runs")
+    remote.pull_run(f"s3://team/runs/{name}", tmp_path)
     ours, theirs = (tars.load_images(root / name, "test")[0] for root in (sharded_storage, tmp_path))
     assert (ours == theirs).all()
     with pytest.raises(HTTPError) as refused:
@@ -123,4 +123,4 @@ def test_shards_travel_there_and_back_and_strangers_see_nothing(
     assert refused.value.code == 403
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     with pytest.raises(PipelineError, match="set AWS_ACCESS_KEY_ID"):
-        remote.pull(f"s3://team/runs/{name}", tmp_path / "stranger")
+        remote.pull_run(f"s3://team/runs/{name}", tmp_path / "stranger")

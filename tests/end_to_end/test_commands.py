@@ -48,7 +48,7 @@ def run_directory(storage: Path) -> Path:
 
 
 def final_state(storage: Path, step: int) -> dict:
-    return checkpoint.load(run_directory(storage) / "train" / f"step_{step:08d}")
+    return checkpoint.load_checkpoint(run_directory(storage) / "train" / f"step_{step:08d}")
 
 
 def mlflow_run(storage: Path, store: str = "mlflow.db") -> tuple[Any, Any]:

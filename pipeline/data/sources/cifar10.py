@@ -24,7 +24,7 @@ from pipeline.data.sources.parquet import Parquet
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.data.sources.source import ArraySource, ImageSource
 from pipeline.errors import PipelineError
-from pipeline.store.files import atomic_file
+from pipeline.store.files import write_atomically
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
@@ -86,7 +86,7 @@ class RemoteCifar10(ImageSource):
         if archive.exists() and _md5(archive) == ARCHIVE_MD5:
             return archive
         log.warning("downloading %s (170 MB) to %s", ADDRESS, archive)
-        with atomic_file(archive) as temporary:
+        with write_atomically(archive) as temporary:
             try:
                 with urllib.request.urlopen(ADDRESS, timeout=30) as answer, temporary.open("wb") as file:
                     shutil.copyfileobj(answer, file)

@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.results import Bound, Scores
 from pipeline.store import checkpoint, tars
-from pipeline.store.files import read_json, read_unit, write_unit
+from pipeline.store.files import read_json, read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
@@ -35,7 +35,7 @@ def choose_variance(experiment: Experiment) -> str:
 
 def count_images(place: Place) -> tuple[int, int]:
     """Count the test images that are scored, and those that there are."""
-    there = tars.open_index(place.data).count("test")
+    there = tars.open_shards(place.data).count_images("test")
     asked = place.experiment.evaluate.nll_images or there
     if asked > there:
         raise PipelineError(
@@ -48,7 +48,7 @@ def units(place: Place) -> dict[Path, Unit]:
     """Return each range of test images with the file of its bound, keyed by all that the bound depends on; nothing
     of it says how samples are drawn."""
     experiment, config = place.experiment, place.experiment.evaluate
-    test = hash_shards(tars.open_index(place.data).shards("test"))
+    test = hash_shards(tars.open_shards(place.data).list_shards("test"))
     step, which = experiment.checkpoint_step, experiment.sample.weights
     network = [place.run_key, step, which, hash_weights(place), config.precision]
     # The null once named the timesteps of a part of the bound; without it every key would be another.
@@ -75,7 +75,7 @@ def compute_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) 
         context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
     )
     arrays = {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
-    write_unit(file, **arrays)
+    write_unit_arrays(file, **arrays)
 
 
 def count_timesteps(images: int, shape: tuple[int, int, int]) -> int:
@@ -91,7 +91,7 @@ def merge(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
     """
     terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
     for file, unit in units.items():
-        arrays = read_unit(file)
+        arrays = read_unit_arrays(file)
         if arrays["terms"].shape != (unit.images, timesteps):
             raise PipelineError(
                 f"{file} holds terms of shape {arrays['terms'].shape}, not ({unit.images}, {timesteps}); "

@@ -45,10 +45,10 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
     """Collect the samples; the splits they are compared with; and as points the other split, a Gaussian, noise."""
     experiment, config = place.experiment, place.experiment.evaluate
     n, shape = experiment.sample.num_images, experiment.data.shape
-    folder, index = place.reference_features, tars.open_index(place.data)
+    folder, index = place.reference_features, tars.open_shards(place.data)
 
     def split_set(split: str, at_most: int | None = None) -> ImageSet:
-        return shard_set(extractor, index.shards(split, at_most), shape, folder, at_most)
+        return shard_set(extractor, index.list_shards(split, at_most), shape, folder, at_most)
 
     splits = {config.reference} if compares_images(config) else set()
     for split in list_references(config).values():
@@ -57,7 +57,7 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
     points = {}
     other = "train" if config.reference == "test" else "test"
     if other in index.splits:
-        points[other] = split_set(other, min(n, index.count(other)))
+        points[other] = split_set(other, min(n, index.count_images(other)))
     if pixels := gaussian_file(place):
         points["gaussian"] = baseline_set(extractor, n, shape, folder, pixels)
     points["noise"] = baseline_set(extractor, n, shape, folder, None)

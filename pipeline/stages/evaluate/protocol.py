@@ -18,7 +18,7 @@ def describe_protocol(place: Place) -> ScoreProtocol:
     if rule := experiment.checkpoint_rule:
         found["checkpoint_rule"] = rule
     if set(config.metrics) - {"nll"}:
-        found |= tars.open_index(place.samples).facts["protocol"]
+        found |= tars.open_shards(place.samples).facts["protocol"]
         found |= {"n": experiment.sample.num_images, "reference": name_reference(config.reference)}
     if "nll" in config.metrics:
         asked, there = count_images(place)

@@ -21,7 +21,7 @@ from pipeline.stages.evaluate.protocol import describe_protocol, explain_differe
 from pipeline.stages.stage import Stage
 from pipeline.store.files import read_json, read_manifest, write_json, write_manifest, write_text
 from pipeline.store.run import Place
-from pipeline.store.tars import Shard, open_index
+from pipeline.store.tars import Shard, open_shards
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class EvaluateStage(Stage):
             bound.count_images(place)
         if needs_samples(place.experiment):
             if "fid_test" in config.metrics or config.reference == "test":
-                open_index(place.data).count("test")
+                open_shards(place.data).count_images("test")
             if config.reference_file:
                 load_statistics(config.reference_file, EXTRACTORS[config.features].width)
 
@@ -113,7 +113,7 @@ def needs_samples(experiment: Experiment) -> bool:
 
 def list_samples(place: Place) -> list[Shard]:
     """List the tars of the first num_images samples. Raises PipelineError where there are fewer."""
-    return open_index(place.samples).shards("samples", place.experiment.sample.num_images)
+    return open_shards(place.samples).list_shards("samples", place.experiment.sample.num_images)
 
 
 def _hash_inputs(place: Place) -> dict[str, str | None]:

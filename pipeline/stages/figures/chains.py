@@ -19,7 +19,7 @@ from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, unit_folder
 from pipeline.store import tars
-from pipeline.store.chain import build_chain, choose_labels, load_guided
+from pipeline.store.chain import build_diffusion, load_guided_network, make_labels
 from pipeline.store.checkpoint import load_network
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
@@ -37,12 +37,12 @@ CHILDREN_FROM = 2**16  # their indices in the stream of the figures; the pairs' 
 
 def count_steps(share: float, experiment: Experiment) -> int:
     """Count the steps of that share of the chain; at least one, unless the share is 0."""
-    return max(1 if share else 0, round(share * len(build_chain(experiment))))
+    return max(1 if share else 0, round(share * len(build_diffusion(experiment))))
 
 
 def name_timesteps(counts: list[int], experiment: Experiment) -> str:
     """Name the paper's t, counted from 1, of latents with so many steps to go; 0 is the image."""
-    timesteps = build_chain(experiment).timesteps
+    timesteps = build_diffusion(experiment).timesteps
     return ", ".join(f"{int(timesteps[steps - 1]) + 1 if steps else 0:,}" for steps in dict.fromkeys(counts))
 
 
@@ -95,11 +95,11 @@ def estimate(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
     """Estimate x_0 in [-1, 1], (stages, images, C, H, W), on the CPU, evenly spaced over the chains of samples
     [start, stop); the last is their end."""
     experiment, config = place.experiment, place.experiment.sample
-    index, diffusion = torch.arange(start, stop, device=ctx.device), build_chain(experiment)
+    index, diffusion = torch.arange(start, stop, device=ctx.device), build_diffusion(experiment)
     chain = reverse(
-        diffusion, load_guided(place, ctx.device), index=index, shape=experiment.data.shape,
+        diffusion, load_guided_network(place, ctx.device), index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, eta=config.eta, variance=config.variance,
-        context=choose_labels(experiment, index),
+        context=make_labels(experiment, index),
     )  # fmt: skip
     kept = choose_stages(len(diffusion))
     return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in kept])
@@ -166,20 +166,20 @@ def mix(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) 
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
     return interpolate(
-        build_chain(experiment).to(ctx.device), net, x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
+        build_diffusion(experiment).to(ctx.device), net, x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
         steps, eps, noise, variance=choose_variance(experiment),
     )  # fmt: skip
 
 
 def choose_split(place: Place) -> str:
     """Choose the images that are interpolated: unseen ones, where there are any."""
-    return "test" if "test" in tars.open_index(place.data).splits else "train"
+    return "test" if "test" in tars.open_shards(place.data).splits else "train"
 
 
 def load_pair(place: Place, pair: int) -> Tensor:
     """Load the two images of a pair, uint8 (2, C, H, W); where there are too few, pairs come again."""
     split = choose_split(place)
-    count = tars.open_index(place.data).count(split)
+    count = tars.open_shards(place.data).count_images(split)
     start = 2 * pair % max(1, count - 1)
     images, _ = tars.load_images(place.data, split, start, min(start + 2, count))
     return torch.from_numpy(images[[0, -1]])
@@ -213,18 +213,18 @@ def keep_shared(ctx: Worker, place: Place, n: int, steps: int, file: Path) -> No
 def share_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Make x_t (n, C, H, W) on the way to the first n samples, and the images (n * children, C, H, W) from it."""
     experiment = place.experiment
-    chain, net = build_chain(experiment), load_guided(place, ctx.device)
+    chain, net = build_diffusion(experiment), load_guided_network(place, ctx.device)
     variance = choose_variance(experiment)
     draw = partial(normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
     x_t = draw_shared_latent(
         chain, net, draw(Stream.X_T, 0, index), lambda t: draw(Stream.REVERSE, t, index), steps,
-        variance=variance, context=choose_labels(experiment, index),
+        variance=variance, context=make_labels(experiment, index),
     )  # fmt: skip
     parents = index.repeat_interleave(CHILDREN)
     children = CHILDREN_FROM + torch.arange(n * CHILDREN, device=ctx.device)
     *_, last = ancestral(
         chain, net, x_t.repeat_interleave(CHILDREN, 0), lambda t: draw(Stream.FIGURES, t, children),
-        variance=variance, timesteps=range(steps), context=choose_labels(experiment, parents),
+        variance=variance, timesteps=range(steps), context=make_labels(experiment, parents),
     )  # fmt: skip
     return x_t, last.x_t

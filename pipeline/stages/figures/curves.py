@@ -13,7 +13,7 @@ from pipeline.scores.reference import Reference
 from pipeline.scores.results import Scores
 from pipeline.stages.figures.chains import choose_stages, estimate
 from pipeline.stages.figures.figure import Figure, Unavailable, describe_chain, unit_folder
-from pipeline.store.chain import build_chain
+from pipeline.store.chain import build_diffusion
 from pipeline.store.files import read_arrays, read_json, write_arrays
 from pipeline.store.run import Place
 
@@ -65,7 +65,7 @@ def scores_along(place: Place) -> Figure:
         f"Scores of the estimate of x_0 along the reverse process, of {n:,} images{few}, by the features of "
         f"`{extractor.name}` (paper, Fig. 10; {describe_chain(experiment)})"
     )
-    steps = choose_stages(len(build_chain(experiment)))
+    steps = choose_stages(len(build_diffusion(experiment)))
 
     def draw(files: list[Path], file: Path) -> None:
         stages = score_stages(files, n, statistics)

@@ -33,7 +33,7 @@ def nearest_features(place: Place) -> Figure:
 
 
 def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) -> Figure:
-    n, shards = count_rows(place.experiment), tars.open_index(place.data).shards("train")
+    n, shards = count_rows(place.experiment), tars.open_shards(place.data).list_shards("train")
     own, _ = tars.load_images(place.samples, "samples", 0, n)
     galleries: list[Path | None] = [None] * len(shards)
     query = own.reshape(n, -1)
@@ -60,7 +60,7 @@ def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) ->
 
 def read_sample_features(extractor: Extractor, place: Place, n: int) -> np.ndarray:
     """Read (n, d) float32 of the first samples. Raises Unavailable where the evaluation left none."""
-    shards = tars.open_index(place.samples).shards("samples", n)
+    shards = tars.open_shards(place.samples).list_shards("samples", n)
     images = shard_set(extractor, shards, place.experiment.data.shape, place.score_units, n)
     if images.missing():
         raise Unavailable("it needs the features of the samples, which `ddpm evaluate` makes")

@@ -12,7 +12,7 @@ from pipeline.compute.units import Unit
 from pipeline.config import Experiment
 from pipeline.stages.figures.figure import Figure, Unavailable
 from pipeline.stages.stage import Stage
-from pipeline.store.files import find_manifest, write_manifest
+from pipeline.store.files import read_manifest_or_none, write_manifest
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class FiguresStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Tell whether the figures are sealed, and those that were left out have nothing more to wait for."""
-        manifest = find_manifest(place.figures)
+        manifest = read_manifest_or_none(place.figures)
         return manifest is not None and (not manifest["skipped"] or manifest.get("scored", False))
 
     def work(self, place: Place) -> Iterator[list[Unit]]:

@@ -20,7 +20,7 @@ from ddpm.networks.unet import (
     TransposedUpsample,
     UNet,
 )
-from pipeline.store.diffusers_layout import diffusers_name
+from pipeline.store.diffusers_layout import translate_name
 
 SMALL = UNetConfig(channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=8)
 LARGE_MULT = (1, 1, 2, 2, 4, 4)
@@ -90,7 +90,7 @@ def diffusers_twin(net, image_size, in_channels, out_channels):
         freq_shift=1,
         attention_head_dim=None,
     )
-    twin.load_state_dict({diffusers_name(name): p for name, p in net.state_dict().items()})
+    twin.load_state_dict({translate_name(name): p for name, p in net.state_dict().items()})
     return twin.eval()
 
 

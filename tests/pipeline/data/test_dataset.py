@@ -28,11 +28,11 @@ def folder(tmp_path, request):
             )
             for i in range(start, start + count)
         ]
-        facts = tars.write_shard(tmp_path / f"train-{number:05d}.tar", records)
+        facts = tars.write_tar(tmp_path / f"train-{number:05d}.tar", records)
         tars.write_json(tmp_path / f"train-{number:05d}.json", facts)
         shards.append(facts)
         start += count
-    tars.write_index(tmp_path, {"train": shards}, image_size=9, channels=3)
+    tars.write_shard_manifest(tmp_path, {"train": shards}, image_size=9, channels=3)
     return tmp_path
 
 
@@ -67,7 +67,7 @@ def test_a_prefetched_batch_is_the_one_that_was_asked_for(folder):
 def test_a_damaged_image_is_named(folder):
     file = folder / "train-00001.tar"
     content = bytearray(file.read_bytes())
-    offset = tars.open_index(folder).places(file.name)[2, tars.OFFSET]
+    offset = tars.open_shards(folder).read_offsets(file.name)[2, tars.OFFSET]
     content[offset + 60] ^= 1
     file.write_bytes(content)
     dataset = open_dataset(folder, "train", context())

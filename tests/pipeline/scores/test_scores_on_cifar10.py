@@ -123,7 +123,7 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     features, found = {}, {}
     for split in ("test", "train"):
         images = shard_set(
-            extractor, tars.open_index(run.data).shards(split), (3, 32, 32), run.reference_features
+            extractor, tars.open_shards(run.data).list_shards(split), (3, 32, 32), run.reference_features
         )
         one_cpu().map_units(images.missing(), lambda unit: None)
         features[split], found[split] = images.features(), images.sum_features().moments.statistics()

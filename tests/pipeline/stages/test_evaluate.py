@@ -98,8 +98,8 @@ def test_all_scores_are_torch_fidelitys_on_the_merged_feature_files(sampled, fea
         shard_set(extractor, shards, (1, 8, 8), place)
         for shards, place in (
             (list_samples(run.of(experiment)), run.score_units),
-            (tars.open_index(run.data).shards("train"), folder),
-            (tars.open_index(run.data).shards("test"), folder),
+            (tars.open_shards(run.data).list_shards("train"), folder),
+            (tars.open_shards(run.data).list_shards("test"), folder),
         )
     )
     own, real = merged(drawn), merged(train)

@@ -19,7 +19,7 @@ from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
 from pipeline.stages.evaluate.stage import list_samples
 from pipeline.store import tars
-from pipeline.store.files import hash_file, read_manifest, read_unit, write_json, write_unit
+from pipeline.store.files import hash_file, read_manifest, read_unit_arrays, write_json, write_unit_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +85,7 @@ def replace_tar(experiment, run, images):
     manifest = read_manifest(folder)
     name = manifest["splits"]["samples"]["shards"][0]
     records = (tars.Record(f"{i:08d}", tars.encode_png(image), None) for i, image in enumerate(images))
-    facts = tars.write_shard(folder / name, records)
+    facts = tars.write_tar(folder / name, records)
     manifest["files"][name] = {key: facts[key] for key in tars.FILE_FACTS} | {"count": 6}
     write_json(folder / "manifest.json", manifest)
 
@@ -163,9 +163,9 @@ def test_a_bound_of_fewer_images_or_timesteps_is_refused(sampled):
     experiment, run = sampled
     run_stage(evaluate, experiment, run)
     file = next(iter(bound.units(run.of(experiment))))
-    whole = read_unit(file)
+    whole = read_unit_arrays(file)
     for cut in (np.s_[:3], np.s_[:, :19]):
-        write_unit(file, **{**whole, "terms": whole["terms"][cut]})
+        write_unit_arrays(file, **{**whole, "terms": whole["terms"][cut]})
         with pytest.raises(PipelineError, match=r"terms of shape \((3, 20|4, 19)\), not \(4, 20\)"):
             run_stage(evaluate, experiment, run)
 
@@ -278,6 +278,6 @@ def test_statistics_are_found_from_any_working_folder(tmp_path, monkeypatch):
 def test_without_a_test_split_fid_test_is_refused_before_training(tiny_run):
     experiment, run = tiny_run
     run = dataclasses.replace(run, data_key="train-only")
-    tars.write_index(run.data, {"train": []}, image_size=8, channels=1)
+    tars.write_shard_manifest(run.data, {"train": []}, image_size=8, channels=1)
     with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):
         evaluate.STAGE.check(run.of(scoring(experiment, metrics=("fid_test",))))

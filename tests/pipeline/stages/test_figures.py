@@ -233,7 +233,7 @@ def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
     if space == "features":
         vectors = vectors @ np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
     files = []
-    for tar in tars.open_index(run.data).shards("train"):
+    for tar in tars.open_shards(run.data).list_shards("train"):
         gallery = None
         if space == "features":
             gallery = tmp_path / f"{tar.name}-features.npz"

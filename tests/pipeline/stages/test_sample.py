@@ -74,7 +74,7 @@ def test_more_images_add_units_and_leave_the_others(sampled):
     assert run.of(more).samples == folder
     assert run_stage(sample, more, run) == ["samples 12-17"]
     assert {name: (folder / name).read_bytes() for name in before} == before
-    assert tars.open_index(folder).count("samples") == 18  # the last unit is whole too
+    assert tars.open_shards(folder).count_images("samples") == 18  # the last unit is whole too
     assert sample.STAGE.is_done(run.of(experiment)), "a set with more than was asked for will do"
 
 
@@ -115,7 +115,7 @@ def test_what_stands_beside_the_tars(sampled):
     variance = experiment.sample.variance or experiment.diffusion.variance
     for line in ("checkpoint: 6", "weights: ema", "sampler: ancestral", "steps: 20", f"variance: {variance}"):
         assert line in text
-    assert next(record.key for record in tars.read_shard(folder / "00001.tar")) == "00000006"
+    assert next(record.key for record in tars.read_records(folder / "00001.tar")) == "00000006"
 
 
 def test_weights_that_diverged_are_refused(tiny_run):

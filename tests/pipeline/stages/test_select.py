@@ -53,7 +53,10 @@ def fids(experiment, run):
 
 def test_the_best_is_the_one_of_minimum_fid(trained):
     experiment, run = trained
-    assert not select.STAGE.is_done(run.of(experiment)) and selection.resolve_best(run.of(experiment)) is None
+    assert (
+        not select.STAGE.is_done(run.of(experiment))
+        and selection.fill_in_selection(run.of(experiment)) is None
+    )
     run_stage(select, experiment, run)
     assert select.STAGE.is_done(run.of(experiment))
     found, scores = selection.read_selection(run.of(experiment)), fids(experiment, run)
@@ -69,7 +72,7 @@ def test_later_stages_are_told_the_step_and_the_rule(trained):
     experiment, run = trained
     run_stage(select, experiment, run)
     best = selection.read_selection(run.of(experiment))["best"]
-    resolved = selection.resolve_best(run.of(experiment)).experiment
+    resolved = selection.fill_in_selection(run.of(experiment)).experiment
     assert resolved.checkpoint_step == best
     plain = asking_for(experiment, checkpoint=best)
     assert run.of(resolved).samples == run.of(plain).samples
@@ -116,7 +119,7 @@ def test_new_checkpoints_join_and_old_scores_stay(trained):
     found = selection.read_selection(run.of(longer))
     assert [score["step"] for score in found["scores"]] == [*STEPS, 8]
     assert before.items() <= fids(longer, run).items()
-    assert selection.resolve_best(run.of(longer)).experiment.checkpoint_rule.startswith("best of 4 ")
+    assert selection.fill_in_selection(run.of(longer)).experiment.checkpoint_rule.startswith("best of 4 ")
 
 
 def test_an_interruption_leaves_no_candidate(trained):
@@ -139,7 +142,10 @@ def test_a_damaged_choice_is_made_again(trained, caplog):
     run_stage(select, experiment, run)
     path = run.of(experiment).selection_json
     path.write_text(path.read_text().replace('"best": ', '"best": 1'))
-    assert not select.STAGE.is_done(run.of(experiment)) and selection.resolve_best(run.of(experiment)) is None
+    assert (
+        not select.STAGE.is_done(run.of(experiment))
+        and selection.fill_in_selection(run.of(experiment)) is None
+    )
     assert "made again" in caplog.text
     assert run_stage(select, experiment, run) == []
     assert select.STAGE.is_done(run.of(experiment))

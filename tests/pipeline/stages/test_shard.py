@@ -71,8 +71,8 @@ def test_digits_end_to_end(run):
     names = ["train-00000.tar", "train-00001.tar", "train-00002.tar", "test-00000.tar"]
     assert do(DIGITS, run) == [f"shard {name}" for name in names]
     assert shard.STAGE.is_done(run.of(experiment(DIGITS)))
-    index = tars.open_index(run.data)
-    assert (index.count("train"), index.count("test")) == (1437, 360)
+    index = tars.open_shards(run.data)
+    assert (index.count_images("train"), index.count_images("test")) == (1437, 360)
     assert index.facts["fingerprint"] == sources.compute_fingerprint(DIGITS, None)
     assert {key: index.facts[key] for key in ("image_size", "channels", "labels", "source", "skipped")} == {
         "image_size": 8,
@@ -179,7 +179,7 @@ def test_shards_of_another_size_are_not_mixed(pictures, run):
     assert "shard train-00000.tar" in done
     assert (
         sorted(tars.load_images(run.data, "train")[0][:, 0, 0, 0]) == sorted(levels(pictures, "train"))
-        and tars.open_index(run.data).count("train") == 14
+        and tars.open_shards(run.data).count_images("train") == 14
     )
 
 
@@ -212,11 +212,11 @@ def test_broken_images_up_to_the_limit_are_left_out(pictures, tmp_path, caplog):
     assert all(f"{number:02d}.png does not decode" in caplog.text for number in (3, 8, 11))
     do(dataclasses.replace(data, max_undecodable=9), second, backwards=True)
     assert tar_bytes(first) == tar_bytes(second)
-    index = tars.open_index(first.data)
-    assert index.count("train") + index.count("test") == 17 and index.facts["skipped"] == 3
+    index = tars.open_shards(first.data)
+    assert index.count_images("train") + index.count_images("test") == 17 and index.facts["skipped"] == 3
     shown = [tars.load_images(first.data, split)[0][:, 0, 0, 0] for split in ("train", "test")]
     assert sorted(np.concatenate(shown)) == [10 * i for i in range(20) if i not in (3, 8, 11)]
-    shards = index.shards("train")
+    shards = index.list_shards("train")
     assert [shard.stop for shard in shards[:-1]] == [shard.start for shard in shards[1:]]
 
 
@@ -271,7 +271,7 @@ def test_unlabelled_shards_hold_no_labels(pictures, run):
 
 def test_the_manifest_names_no_place(pictures, run):
     do(pictures, run)
-    assert pictures.path not in json.dumps(tars.open_index(run.data).facts)
+    assert pictures.path not in json.dumps(tars.open_shards(run.data).facts)
 
 
 @pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"CIFAR-10's parquet files are not in {CIFAR10}")

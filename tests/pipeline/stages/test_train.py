@@ -26,7 +26,7 @@ def train_to(experiment, run, steps):
 
 
 def final_state(run, step):
-    return checkpoint.load(run.step_folder(step))
+    return checkpoint.load_checkpoint(run.step_folder(step))
 
 
 def points(run):
@@ -204,7 +204,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     experiment, run = tiny_run
     untouched = renamed(run, "-untouched")
     train_to(experiment, untouched, 6)
-    stepped, write = threading.Event(), checkpoint.write
+    stepped, write = threading.Event(), checkpoint.save_checkpoint
 
     def slow(directory, *args):
         if directory == run.step_folder(2):

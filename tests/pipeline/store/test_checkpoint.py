@@ -17,14 +17,15 @@ EMA = {"w": torch.ones(2, 3)}
 
 def saved(run, *steps):
     for step in steps:
-        checkpoint.save(run.step_folder(step), TENSORS, EMA, step)
+        checkpoint.save_checkpoint(run.step_folder(step), TENSORS, EMA, step)
 
 
 def test_tensors_come_back_as_they_were(tiny_run):
     _, run = tiny_run
     channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    checkpoint.save(run.step_folder(1), {**TENSORS, "c": channels_last, "same": TENSORS["net.w"]}, EMA, 1)
-    loaded = checkpoint.load(run.step_folder(1))
+    tensors = {**TENSORS, "c": channels_last, "same": TENSORS["net.w"]}
+    checkpoint.save_checkpoint(run.step_folder(1), checkpoint.copy_to_cpu(tensors, {}), EMA, 1)
+    loaded = checkpoint.load_checkpoint(run.step_folder(1))
     assert torch.equal(loaded["c"], channels_last)
     assert torch.equal(loaded["same"], TENSORS["net.w"])
     assert loaded["step"] == 7
@@ -65,7 +66,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
         assert checkpoint.find_newest(run, at_most=10) == 2
     assert "step_00000004" in caplog.text
     with pytest.raises(PipelineError, match="step_00000004"):
-        checkpoint.load(run.step_folder(4))
+        checkpoint.load_checkpoint(run.step_folder(4))
 
 
 def test_the_newest_is_not_beyond_what_is_asked(tiny_run):
@@ -102,7 +103,7 @@ def keeping(experiment, keep, keep_every=None, checkpoints=None):
 def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
     experiment, run = tiny_run
     saved(run, 1, 2, 3, 4, 5, 6, 8)
-    checkpoint.delete_old(
+    checkpoint.delete_old_checkpoints(
         run.of(keeping(experiment, **rules)), at_most=6
     )  # a longer run's are none of its business
     assert checkpoint.list_steps(run.train) == left
@@ -116,7 +117,7 @@ def test_what_anything_refers_to_stays(tiny_run):
     write_json(run.path / "samples" / "whole" / "manifest.json", at[2])
     write_json(run.path / "evaluation" / "0a" / "metrics.json", at[3])
     write_json(run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
-    checkpoint.delete_old(run.of(keeping(experiment, 1)), at_most=6)
+    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, 1)), at_most=6)
     assert checkpoint.list_steps(run.train) == [1, 2, 3, 4, 6]
 
 
@@ -124,7 +125,7 @@ def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, 
     experiment, run = tiny_run
     saved(run, 1, 2, 3)
     write_text(run.path / "evaluation" / "0a" / "metrics.json", "{")
-    checkpoint.delete_old(run.of(keeping(experiment, 1)), at_most=3)
+    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, 1)), at_most=3)
     assert checkpoint.list_steps(run.train) == [1, 2, 3]
     assert "no checkpoint is deleted" in caplog.text
 

@@ -115,7 +115,9 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
     net = randomise(checkpoint.create_network(experiment))
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
-    checkpoint.save(run.step_folder(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP)
+    checkpoint.save_checkpoint(
+        run.step_folder(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP
+    )
     return run, net
 
 
@@ -162,7 +164,7 @@ def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickle
     else:
         save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / where / f"{FILE}.safetensors")
     found = diffusers_layout.read_weights(importing(tmp_path))
-    ours = {diffusers_layout.diffusers_name(name): tensor for name, tensor in found.items()}
+    ours = {diffusers_layout.translate_name(name): tensor for name, tensor in found.items()}
     torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
 
 
@@ -347,7 +349,7 @@ def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp
 def test_what_we_exported_computes_the_same_in_diffusers(tmp_path, overrides):
     experiment = tiny(*overrides)
     run, ours = trained(tmp_path, experiment)
-    diffusers_layout.export(run.path, tmp_path / "out", "raw", None)
+    diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
     theirs, report = UNet2DModel.from_pretrained(tmp_path / "out" / "unet", output_loading_info=True)
     assert not any(report.values())
     assert_same_outputs(experiment, ours, theirs.eval().requires_grad_(False))
@@ -356,7 +358,7 @@ def test_what_we_exported_computes_the_same_in_diffusers(tmp_path, overrides):
 @pytest.mark.parametrize("which", ["raw", "ema"])
 def test_export_and_import_give_the_same_tensors(tmp_path, which):
     run, net = trained(tmp_path, tiny())
-    diffusers_layout.export(run.path, tmp_path / "out", which, STEP)
+    diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", which, STEP)
     found = diffusers_layout.read_weights(importing(tmp_path / "out"))
     expected = {name: tensor + (which == "ema") for name, tensor in net.state_dict().items()}
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -381,7 +383,7 @@ def test_export_and_import_give_the_same_tensors(tmp_path, which):
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
     experiment = tiny("diffusion.timesteps=50", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)
-    diffusers_layout.export(run.path, tmp_path / "out", "raw", None)
+    diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
     diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
     z = torch.randn(len(diffusion) + 1, 16, 1, 8, 8, generator=generator)  # x_T last
     chain = ancestral(diffusion, net, z[-1], lambda t: z[t], variance=experiment.sample.variance)
@@ -410,12 +412,15 @@ def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrid
 def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
     run, _ = trained(tmp_path, tiny(*overrides))
     with pytest.raises(PipelineError, match=named):
-        diffusers_layout.export(run.path, tmp_path / "out", "raw", None)
+        diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
 
 
 def test_other_networks_are_refused_by_name(tmp_path):
     experiment = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"]())
-    for use in (diffusers_layout.network_settings, lambda e: diffusers_layout.find_network_faults(e, {})):
+    for use in (
+        diffusers_layout.make_network_settings,
+        lambda e: diffusers_layout.find_network_differences(e, {}),
+    ):
         with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
             use(experiment)
 
@@ -423,9 +428,9 @@ def test_other_networks_are_refused_by_name(tmp_path):
 def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
     run, _ = trained(tmp_path, tiny())
     with pytest.raises(PipelineError, match="exists and is not empty"):
-        diffusers_layout.export(run.path, run.path, "ema", None)
+        diffusers_layout.export_to_diffusers(run.path, run.path, "ema", None)
     with pytest.raises(PipelineError, match=r"no checkpoint of step 4 \(there are: 6\)"):
-        diffusers_layout.export(run.path, tmp_path / "out", "ema", 4)
+        diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "ema", 4)
     assert not (tmp_path / "out").exists()
 
 

@@ -54,7 +54,7 @@ def run(tiny_run):
     run.log.write_text('{"step": 1}\n{"step": 2}\n')
     for step in (2, 4):
         tensors = {"net.w": torch.full((3,), float(step))}
-        checkpoint.save(run.step_folder(step), tensors, tensors, step)
+        checkpoint.save_checkpoint(run.step_folder(step), tensors, tensors, step)
     finished, unfinished = run.path / "samples" / "aaaaaaaaaaaa", run.path / "samples" / "bbbbbbbbbbbb"
     for folder in (finished, unfinished):
         folder.mkdir(parents=True)
@@ -75,20 +75,20 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_finished_arrives_byte_for_byte_and_nothing_else(run, s3, tmp_path):
-    remote.push(run.path.name, run.storage, "s3://runs/team/a")
-    told = remote.pull(f"s3://runs/team/a/{run.path.name}", tmp_path)
+    remote.push_run(run.path.name, run.storage, "s3://runs/team/a")
+    told = remote.pull_run(f"s3://runs/team/a/{run.path.name}", tmp_path)
     there, here = files(tmp_path / run.path.name), files(run.path)
     travelled = {name for name in here if "bbbbbbbbbbbb" not in name} - {"tracking.json", ".lock"}
     assert there.keys() - {".lock"} == travelled
     assert all(there[name] == here[name] for name in travelled)
     assert f"{len(travelled)} files fetched, 0 were there" in told
-    assert checkpoint.is_whole(tmp_path / run.path.name / "train" / "step_00000004")
+    assert checkpoint.is_valid(tmp_path / run.path.name / "train" / "step_00000004")
 
 
 def test_shards_travel_by_themselves_and_read_as_before(sharded_storage, s3, tmp_path):
     run = make_place(tiny_experiment(), sharded_storage)
-    remote.push(f"data/{run.data.name}", sharded_storage, "s3://runs/team")
-    remote.pull(f"s3://runs/team/data/{run.data.name}", tmp_path)
+    remote.push_run(f"data/{run.data.name}", sharded_storage, "s3://runs/team")
+    remote.pull_run(f"s3://runs/team/data/{run.data.name}", tmp_path)
     ours, theirs = (
         tars.load_images(root / "data" / run.data.name, "test") for root in (sharded_storage, tmp_path)
     )
@@ -96,30 +96,30 @@ def test_shards_travel_by_themselves_and_read_as_before(sharded_storage, s3, tmp
 
 
 def test_a_folder_is_a_store_too(run, tmp_path):
-    assert ", 0 were there" in remote.push(run.path.name, run.storage, f"file://{tmp_path}/store")
-    assert ": 0 files sent" in remote.push(run.path.name, run.storage, f"file://{tmp_path}/store/")
-    remote.pull(f"file://{tmp_path}/store/{run.path.name}", tmp_path / "root")
-    assert checkpoint.is_whole(tmp_path / "root" / run.path.name / "train" / "step_00000004")
+    assert ", 0 were there" in remote.push_run(run.path.name, run.storage, f"file://{tmp_path}/store")
+    assert ": 0 files sent" in remote.push_run(run.path.name, run.storage, f"file://{tmp_path}/store/")
+    remote.pull_run(f"file://{tmp_path}/store/{run.path.name}", tmp_path / "root")
+    assert checkpoint.is_valid(tmp_path / "root" / run.path.name / "train" / "step_00000004")
 
 
 def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):
-    first = remote.push(run.path.name, run.storage, "s3://runs/a")
+    first = remote.push_run(run.path.name, run.storage, "s3://runs/a")
     assert ", 0 were there" in first
-    assert ": 0 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
-    checkpoint.save(run.step_folder(6), {}, {"w": torch.ones(1)}, 6)
-    assert ": 3 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
-    remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
-    assert ": 0 files fetched" in remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert ": 0 files sent" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
+    checkpoint.save_checkpoint(run.step_folder(6), {}, {"w": torch.ones(1)}, 6)
+    assert ": 3 files sent" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
+    remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert ": 0 files fetched" in remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
 
 
 def test_a_changed_file_of_the_same_size_travels_again(run, s3):
-    remote.push(run.path.name, run.storage, "s3://runs/a")
+    remote.push_run(run.path.name, run.storage, "s3://runs/a")
     run.log.write_text('{"step": 1}\n{"step": 3}\n')
-    assert ": 1 files sent" in remote.push(run.path.name, run.storage, "s3://runs/a")
+    assert ": 1 files sent" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
 
 
 def test_a_broken_push_names_no_contents_and_the_next_one_goes_on(run, s3, monkeypatch, tmp_path):
-    put, sent = remote.Store.put, []
+    put, sent = remote.ObjectStore.put, []
 
     def dies(store, path, name, facts):
         if len(sent) == 4:
@@ -127,20 +127,20 @@ def test_a_broken_push_names_no_contents_and_the_next_one_goes_on(run, s3, monke
         sent.append(name)
         return put(store, path, name, facts)
 
-    monkeypatch.setattr(remote.Store, "put", dies)
+    monkeypatch.setattr(remote.ObjectStore, "put", dies)
     with pytest.raises(KeyboardInterrupt):
-        remote.push(run.path.name, run.storage, "s3://runs/a")
+        remote.push_run(run.path.name, run.storage, "s3://runs/a")
     with pytest.raises(PipelineError, match="is nothing that was pushed"):
-        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
-    monkeypatch.setattr(remote.Store, "put", put)
-    assert ", 4 were there" in remote.push(run.path.name, run.storage, "s3://runs/a")
+        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
+    monkeypatch.setattr(remote.ObjectStore, "put", put)
+    assert ", 4 were there" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
 
 
 def test_a_broken_pull_leaves_nothing_that_looks_finished_and_the_next_one_goes_on(
     run, s3, monkeypatch, tmp_path
 ):
-    remote.push(run.path.name, run.storage, "s3://runs/a")
-    get, fetched = remote.Store.get, []
+    remote.push_run(run.path.name, run.storage, "s3://runs/a")
+    get, fetched = remote.ObjectStore.get, []
 
     def dies(store, name, path):
         if name.endswith("step_00000004/state.safetensors"):
@@ -148,56 +148,56 @@ def test_a_broken_pull_leaves_nothing_that_looks_finished_and_the_next_one_goes_
         fetched.append(name)
         return get(store, name, path)
 
-    monkeypatch.setattr(remote.Store, "get", dies)
+    monkeypatch.setattr(remote.ObjectStore, "get", dies)
     with pytest.raises(KeyboardInterrupt):
-        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     assert "train/step_00000004/ema.safetensors" in fetched
     assert 4 not in checkpoint.list_steps(tmp_path / run.path.name / "train")
-    monkeypatch.setattr(remote.Store, "get", get)
-    assert f", {len(fetched)} were there" in remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
-    assert checkpoint.is_whole(tmp_path / run.path.name / "train" / "step_00000004")
+    monkeypatch.setattr(remote.ObjectStore, "get", get)
+    assert f", {len(fetched)} were there" in remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert checkpoint.is_valid(tmp_path / run.path.name / "train" / "step_00000004")
 
 
 def test_a_damaged_object_is_named_and_never_gets_its_name(run, s3, tmp_path):
-    remote.push(run.path.name, run.storage, "s3://runs/a")
+    remote.push_run(run.path.name, run.storage, "s3://runs/a")
     key = f"a/{run.path.name}/train/step_00000004/ema.safetensors"
     body = bytearray(objects(s3)[key])
     body[-1] ^= 1
     s3.put_object(Bucket="runs", Key=key, Body=bytes(body))
     with pytest.raises(PipelineError, match=r"ema\.safetensors is not what"):
-        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     assert not list(tmp_path.rglob("step_00000004"))
 
 
 def test_a_file_that_is_not_what_its_manifest_says_is_not_pushed(run, s3):
     (run.path / "samples" / "aaaaaaaaaaaa" / "00000.tar").write_bytes(b"Pixels" + b"pixels" * 999)
     with pytest.raises(PipelineError, match=r"00000.tar does not match its sha256"):
-        remote.push(run.path.name, run.storage, "s3://runs/a")
+        remote.push_run(run.path.name, run.storage, "s3://runs/a")
     assert objects(s3) == {}
 
 
 def test_what_was_finished_here_is_kept(run, s3, tmp_path):
-    remote.push(run.path.name, run.storage, "s3://runs/a")
+    remote.push_run(run.path.name, run.storage, "s3://runs/a")
     shutil.copytree(run.path, tmp_path / run.path.name)
     mine = tmp_path / run.path.name / "samples" / "aaaaaaaaaaaa"
     (mine / "00000.tar").write_bytes(b"mine")
     write_manifest(mine, ["00000.tar"])
     (tmp_path / run.path.name / "log.jsonl").write_text('{"step": 1}\n')
-    told = remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    told = remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     assert "kept as they are here: samples/aaaaaaaaaaaa" in told
     assert (mine / "00000.tar").read_bytes() == b"mine"
     assert (tmp_path / run.path.name / "log.jsonl").read_text() == run.log.read_text()  # the longer one
 
 
 def test_a_list_of_contents_leads_nowhere_else(run, s3, tmp_path):
-    remote.push(run.path.name, run.storage, "s3://runs/a")
+    remote.push_run(run.path.name, run.storage, "s3://runs/a")
     listed = read_json_of(s3, f"a/{run.path.name}/contents.json")
     listed["files"]["../escaped"] = listed["files"]["log.jsonl"]
     path = tmp_path / "contents.json"
     write_json(path, listed)
     s3.put_object(Bucket="runs", Key=f"a/{run.path.name}/contents.json", Body=path.read_bytes())
     with pytest.raises(PipelineError, match="lies outside"):
-        remote.pull(f"s3://runs/a/{run.path.name}", tmp_path / "root")
+        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path / "root")
 
 
 def read_json_of(s3, key: str):
@@ -207,8 +207,8 @@ def read_json_of(s3, key: str):
 
 
 def test_a_pulled_manifest_seals_what_is_there(run, s3, tmp_path):
-    remote.push(run.path.name, run.storage, "s3://runs/a")
-    remote.pull(f"s3://runs/a/{run.path.name}", tmp_path)
+    remote.push_run(run.path.name, run.storage, "s3://runs/a")
+    remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     folder = tmp_path / run.path.name / "samples" / "aaaaaaaaaaaa"
     assert read_json(folder / MANIFEST)["files"].keys() == {"00000.tar"}
 

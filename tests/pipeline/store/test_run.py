@@ -16,10 +16,10 @@ from pipeline.store import files as rundir
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), rundir.atomic_file(tmp_path / "x") as temporary:
+    with pytest.raises(RuntimeError), rundir.write_atomically(tmp_path / "x") as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    with pytest.raises(RuntimeError), rundir.atomic_directory(tmp_path / "d") as temporary:
+    with pytest.raises(RuntimeError), rundir.write_folder_atomically(tmp_path / "d") as temporary:
         (temporary / "half").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_a_directory_is_replaced_as_a_whole(tmp_path):
     for text in ("old", "new"):
-        with rundir.atomic_directory(tmp_path / "d") as temporary:
+        with rundir.write_folder_atomically(tmp_path / "d") as temporary:
             (temporary / text).write_text(text)
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["new"]
 
@@ -99,10 +99,10 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk):
         rundir.write_text(small_disk / "big", "x" * 100_000)
     tensors = {"net.w": torch.zeros(100_000)}
     with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
-        checkpoint.save(small_disk / "step_1", tensors, tensors, 1)
+        checkpoint.save_checkpoint(small_disk / "step_1", tensors, tensors, 1)
     records = (tars.Record(f"{i:04d}", bytes(1000), None) for i in range(100))
     with pytest.raises(PipelineError, match=r"x.tar cannot be written .No space left"):
-        tars.write_shard(small_disk / "x.tar", records)
+        tars.write_tar(small_disk / "x.tar", records)
     assert list(small_disk.iterdir()) == []
     rundir.write_text(small_disk / "small", "fits")
 
@@ -112,5 +112,5 @@ def test_read_only_storage_is_named(small_disk):
     with pytest.raises(PipelineError, match=r"file cannot be written .Read-only file system"):
         rundir.write_text(small_disk / "file", "text")
     read_only = pytest.raises(PipelineError, match=r"folder cannot be written .Read-only file system")
-    with read_only, rundir.atomic_directory(small_disk / "folder"):
+    with read_only, rundir.write_folder_atomically(small_disk / "folder"):
         pass

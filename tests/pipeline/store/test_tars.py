@@ -30,9 +30,9 @@ def write_folder(directory, pixels: np.ndarray, labelled: bool = True):
     shards, first = [], 0
     for number, count in enumerate(COUNTS):
         part = records(pixels[first : first + count], first, labelled)
-        shards.append(tars.write_shard(directory / f"train-{number:05d}.tar", part))
+        shards.append(tars.write_tar(directory / f"train-{number:05d}.tar", part))
         first += count
-    tars.write_index(directory, {"train": shards}, image_size=8, channels=3, labels=7)
+    tars.write_shard_manifest(directory, {"train": shards}, image_size=8, channels=3, labels=7)
     return directory
 
 
@@ -67,12 +67,12 @@ def test_png_of_anything_but_a_picture_is_refused(image):
 
 def test_a_shard_is_byte_identical_at_any_time(tmp_path, monkeypatch):
     written = records(images(6))
-    first = tars.write_shard(tmp_path / "a" / "x.tar", written)
+    first = tars.write_tar(tmp_path / "a" / "x.tar", written)
     monkeypatch.setattr("time.time", lambda: 4e9)
-    assert tars.write_shard(tmp_path / "b" / "x.tar", iter(written)) == first
+    assert tars.write_tar(tmp_path / "b" / "x.tar", iter(written)) == first
     assert (tmp_path / "a" / "x.tar").read_bytes() == (tmp_path / "b" / "x.tar").read_bytes()
     assert first["count"] == 6 and first["bytes"] == (tmp_path / "a" / "x.tar").stat().st_size
-    assert list(tars.read_shard(tmp_path / "a" / "x.tar", count=6)) == written
+    assert list(tars.read_records(tmp_path / "a" / "x.tar", count=6)) == written
 
 
 def test_webdataset_reads_the_shards(folder):
@@ -91,7 +91,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
         raise PipelineError("image 2 is broken")
 
     with pytest.raises(PipelineError, match="image 2"):
-        tars.write_shard(tmp_path / "x.tar", failing())
+        tars.write_tar(tmp_path / "x.tar", failing())
     assert not list(tmp_path.iterdir())
 
 
@@ -99,7 +99,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def test_keys_ascend_and_hold_no_dot(tmp_path, keys):
     png = records(images(1))[0].png
     with pytest.raises(ValueError, match="keys ascend"):
-        tars.write_shard(tmp_path / "x.tar", [Record(key, png, 0) for key in keys])
+        tars.write_tar(tmp_path / "x.tar", [Record(key, png, 0) for key in keys])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,9 +113,9 @@ def test_any_range_is_a_slice_of_the_whole(folder, bounds):
 
 
 def test_index_counts_and_places(folder):
-    index = tars.open_index(folder)
-    assert index.count("train") == 13 and index.splits == ["train"]
-    assert [(shard.name, shard.start, shard.stop) for shard in index.shards("train")] == [
+    index = tars.open_shards(folder)
+    assert index.count_images("train") == 13 and index.splits == ["train"]
+    assert [(shard.name, shard.start, shard.stop) for shard in index.list_shards("train")] == [
         ("train-00000.tar", 0, 5),
         ("train-00001.tar", 5, 10),
         ("train-00002.tar", 10, 13),
@@ -125,7 +125,7 @@ def test_index_counts_and_places(folder):
 def test_unlabelled_images_have_label_minus_one(tmp_path):
     write_folder(tmp_path, images(13), labelled=False)
     assert tars.load_images(tmp_path, "train")[1].tolist() == [-1] * 13
-    assert {record.label for record in tars.read_shard(tmp_path / "train-00000.tar")} == {None}
+    assert {record.label for record in tars.read_records(tmp_path / "train-00000.tar")} == {None}
 
 
 @pytest.mark.parametrize("start, stop", [(0, 14), (13, 13), (-1, 4), (5, 2)])
@@ -142,7 +142,7 @@ def test_a_split_that_is_not_there_is_named(folder):
 def test_a_folder_without_manifest_is_not_trusted(folder):
     (folder / "manifest.json").unlink()
     with pytest.raises(PipelineError, match="no finished shards"):
-        tars.open_index(folder)
+        tars.open_shards(folder)
 
 
 # Damage. A member is a header of 512 bytes and its data, filled up to whole blocks.
@@ -185,7 +185,7 @@ def test_a_truncated_tar_is_seen_without_its_manifest(folder, place):
     whole = path.read_bytes()
     path.write_bytes(whole[: CUTS[place](whole)])
     with pytest.raises(PipelineError, match=SHARD):
-        list(tars.read_shard(path))
+        list(tars.read_records(path))
 
 
 @pytest.mark.parametrize("place", CUTS)
@@ -198,7 +198,7 @@ def test_a_truncated_shard_filled_up_with_zeros_is_named(folder, place):
         tars.load_images(folder, "train")
     if place == "at a member boundary":
         with pytest.raises(PipelineError, match=f"{SHARD} holds 1 images, not 5"):
-            list(tars.read_shard(path, count=5))
+            list(tars.read_records(path, count=5))
 
 
 @pytest.mark.parametrize("place", FLIPS)
@@ -221,14 +221,14 @@ def test_a_damaged_shard_that_is_not_asked_for_does_no_harm(folder):
 def test_a_missing_shard_is_named(folder):
     (folder / SHARD).unlink()
     with pytest.raises(PipelineError, match=f"{SHARD} is missing"):
-        tars.open_index(folder)
+        tars.open_shards(folder)
 
 
 def test_a_broken_manifest_is_named(folder):
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
     with pytest.raises(PipelineError, match=r"manifest\.json is not valid JSON"):
-        tars.open_index(folder)
+        tars.open_shards(folder)
 
 
 def test_shards_out_of_place_give_other_images(folder):

@@ -263,9 +263,9 @@ def test_a_trial_that_never_fits_is_refused():
 @pytest.mark.parametrize(
     ("overrides", "resources", "most"),
     [
-        ({}, Resources(1, 1, 4, 0.0, 0.0, 0), 4),
-        ({"cpus_per_task": 2}, Resources(2, 2, 3, 0.0, 0.0, 0), 3),
-        ({}, Resources(1, 1, 8, 0.5, 0.5, 0), 1),
+        ({}, Resources(1, 1, 4, 0.0, 0.0), 4),
+        ({"cpus_per_task": 2}, Resources(2, 2, 3, 0.0, 0.0), 3),
+        ({}, Resources(1, 1, 8, 0.5, 0.5), 1),
     ],
 )
 def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, resources, most):
