@@ -46,6 +46,15 @@ TRIAL = [*UNNAMED, "figures.which=[samples]"]
 ONE_CPU = ["cluster.workers=0", "cluster.cpus_per_worker=1"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file in one process of `make test`; all files that start Ray share one, which begins with them:
+    two clusters at once would fight for the cores."""
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
+    items.sort(key=lambda item: item.path not in with_ray)
+
+
 def tiny_experiment(*overrides: str) -> config.Experiment:
     return config.load_experiment("digits", [*TINY, *overrides])
 
