@@ -9,14 +9,13 @@ QUICK := tests/ddpm tests/pipeline/config tests/pipeline/store tests/test_archit
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 
-.PHONY: help run quick test test-all coverage soak check bench env image cluster-test
+.PHONY: help run quick test test-all soak check bench env image cluster-test
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
 	@echo "make quick     install, then the tests of the science, the architecture and what else is fast (a minute)"
 	@echo "make test      the tests a person runs before a commit (minutes)"
 	@echo "make test-all  the same with the slow ones (an hour)"
-	@echo "make coverage  make test, with the lines that no test reached"
 	@echo "make soak      a digits run killed 21 times beside an untouched one (some 20 minutes on two cores)"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
@@ -37,7 +36,7 @@ run: $(READY)
 
 quick: $(READY)
 	@echo "== quick tests"
-	@$(PYTEST) $(QUICK) -m "not slow and not ray" $(TWICE)
+	@$(PYTEST) $(QUICK) -m "not slow and not ray" $(TWICE) $(ARGS)
 
 test: $(READY)
 	@echo "== tests"
@@ -46,10 +45,6 @@ test: $(READY)
 test-all: $(READY)
 	@echo "== all tests"
 	@$(PYTEST) $(ARGS)
-
-coverage: $(READY)
-	@echo "== tests, with coverage"
-	@$(PYTEST) -m "not slow" $(TWICE) --cov --cov-report=term --cov-report=xml
 
 soak: $(READY)
 	@echo "== soak"

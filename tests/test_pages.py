@@ -1,0 +1,59 @@
+"""The README and the pages of docs/: what they name exists, and what they show works as it stands there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.cli.program import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [README, *sorted(ROOT.glob("[A-Z]*.md")), *DOCS]
+RESULTS = ROOT / "docs" / "results"
+CODE = "\n".join(file.read_text() for top in ("ddpm", "pipeline") for file in (ROOT / top).rglob("*.py"))
+FOLDERS = ("ddpm/", "pipeline/", "conf/", "tests/", "deploy/", "docs/", "benchmarks/", ".ci/", ".github/")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert "://" in target or (page.parent / target).exists(), f"a link leads to {target}"
+    quoted = set(re.findall(r"`([^`\n]+)`", text))
+    for path in (word for word in quoted if word.startswith(FOLDERS) and " " not in word):
+        assert "*" in path or (ROOT / path).exists(), f"{path} is not there"
+    for name in (word.removesuffix("()") for word in quoted if re.fullmatch(r"\w+\(\)", word)):
+        assert re.search(rf"\b(def|class) {name}\b|^{name} = ", CODE, re.MULTILINE), f"{name}() is not there"
+    commands = {command.name for command in COMMANDS}
+    assert set(re.findall(r"`ddpm ([a-z]+)", text)) <= commands
+
+
+def test_the_tree_of_the_architecture_page_is_that_of_the_code():
+    tree = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    listed = [line.split()[0].rstrip("/") for line in tree.splitlines() if re.match(r"  \w+/ ", line)]
+    rooms = {path.parent.name for top in ("ddpm", "pipeline") for path in (ROOT / top).glob("*/__init__.py")}
+    assert set(listed) == rooms and len(listed) == len(rooms)
+
+
+def test_the_library_snippet_of_the_readme_trains_and_draws():
+    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    names: dict = {}
+    torch.manual_seed(0)
+    exec(snippet, names)
+    assert torch.isfinite(names["loss"])
+    assert names["images"].shape == (2, 3, 32, 32)
+    assert names["images"].abs().max() <= 1
+
+
+def test_the_results_page_has_the_scores_of_its_twin_and_says_first_how_good_the_network_is():
+    page, twin = (RESULTS / "cifar10.md").read_text(), json.loads((RESULTS / "cifar10.json").read_text())
+    scores, trials = twin["scores"], twin["sweep"]["trials"]
+    shown = [scores[key] for key in ("nll_bpd", "rate_bpd", "distortion_bpd", "rmse", "fid")]
+    shown += [trial["scores"]["nll_bpd"] for trial in trials]
+    assert len(trials) >= 7 and all(f"{score:.4f}" in page for score in shown)
+    beats_linear_denoiser = scores["rate_bpd"] < 2.4528 and scores["rmse"] < 1.1035
+    assert beats_linear_denoiser != ("Not yet useful" in page.split("\n\n")[1].split(":")[0])
