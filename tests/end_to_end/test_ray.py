@@ -4,10 +4,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,37 +106,6 @@ def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs,
         ours, theirs = sorted(copy.glob(pattern)), sorted(one.glob(pattern))
         assert [path.relative_to(copy) for path in ours] == [path.relative_to(one) for path in theirs]
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True)), pattern
-
-
-def test_checkpoints_are_scored_on_what_training_leaves_free(tmp_path):
-    """One of two CPUs trains, for longer than anybody waits; the other scores. Then a person stops it all."""
-    words = [
-        "name=beside", "train.steps=1000000", "train.log_every=50", "train.checkpoint_every=50", "train.keep=1",
-        "evaluate.checkpoints=every:50", "evaluate.features=projection", "evaluate.checkpoint_images=12",
-        "cluster.workers=1", "cluster.cpus_per_worker=1", f"cluster.storage={tmp_path}",
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "pipeline", "train", "digits", *TINY, *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    training = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 180
-    while len(list(tmp_path.glob("beside-*/evaluation/*/manifest.json"))) < 2:
-        assert training.poll() is None and time.monotonic() < deadline, training.communicate()
-        time.sleep(0.1)
-    (run,) = (path.parent for path in tmp_path.glob("beside-*/experiment.yaml"))
-    trained = newest_step(run)
-    while newest_step(run) == trained:
-        assert training.poll() is None and time.monotonic() < deadline, "the training goes on meanwhile"
-        time.sleep(0.1)
-    training.send_signal(signal.SIGTERM)
-    _, errors = training.communicate(timeout=120)
-    assert training.returncode == 130, errors
-    assert b"on the way" not in errors
-    metrics = [json.loads(path.read_text()) for path in run.glob("evaluation/*/metrics.json")]
-    assert {m["protocol"]["checkpoint"] for m in metrics} >= {50, 100}
-
-
-def newest_step(run: Path) -> str:
-    return max(path.name for path in run.glob("train/step_*"))
 
 
 def cluster(**overrides):
