@@ -126,7 +126,7 @@ def _list_stores(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     from pipeline import tracking
     from pipeline.scores import inception
 
-    weights = inception.download_path()
+    weights = inception.locate_download()
     absent = f"not at {weights}; fetched when first needed, or name a file in evaluate.extractor_weights"
     yield "Inception weights", str(weights) if weights.exists() else absent
     try:

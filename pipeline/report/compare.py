@@ -25,7 +25,7 @@ from pipeline.report.entries import (
 from pipeline.report.page import PROTOCOL, TEMPLATE, escape, format_value, write_page
 from pipeline.report.scores import compare_with_linear
 from pipeline.scores.metrics import FIRM, METRICS, Metric
-from pipeline.scores.ranking import Group, format_winner, name_values, rank_runs
+from pipeline.scores.ranking import Group, format_values, format_winner, rank_runs
 from pipeline.store.keys import hash_content
 from pipeline.store.run import REPORT_HTML
 
@@ -108,7 +108,7 @@ def list_reasons(entries: Sequence[Entry]) -> list[str]:
 
 def _is_in_labels(entries: Sequence[Entry], key: str) -> bool:
     """Whether the labels say it already, as those of a sweep's trials do."""
-    return all(f" {name_values({key: entry.swept.get(key)})} " in f" {entry.label} " for entry in entries)
+    return all(f" {format_values({key: entry.swept.get(key)})} " in f" {entry.label} " for entry in entries)
 
 
 def _link(entry: Entry, folder: Path) -> str:

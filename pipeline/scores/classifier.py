@@ -1,7 +1,7 @@
-"""A small convolutional classifier: labels turn into features that know what the images show.
+"""A small convolutional classifier, whose features know what the images show.
 
-It stands in for Inception where images are small or weights are out of reach. Its scores compare runs on the
-same data and nothing else, so it is trained once per data key, and every protocol names it by its hash.
+It stands in for Inception where images are small or Inception's weights are out of reach. Its scores compare runs on
+the same data only, so it is trained once per data key, and every protocol names it by its hash.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpm.images import from_uint8
@@ -18,14 +18,13 @@ from pipeline.store.files import hash_file
 from pipeline.store.run import Place
 
 FEATURES = 64
-# Bounded: seconds for digits, a minute for CIFAR-10 on one core.
-STEPS, BATCH_SIZE, LR = 800, 64, 2e-3
+STEPS, BATCH_SIZE, LR = 800, 64, 2e-3  # seconds for digits, a minute for CIFAR-10 on one core
 SEED = 0
 LARGEST_SIDE = 32  # larger images are averaged down, which bounds the cost
 
 
 class Classifier(nn.Module):
-    """uint8 images (N,C,H,W) -> features (N, 64) and logits (N, classes), float32."""
+    """Maps uint8 images (N,C,H,W) to features (N, 64) and logits (N, classes), float32."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -42,24 +41,26 @@ class Classifier(nn.Module):
             x = F.adaptive_avg_pool2d(x, LARGEST_SIDE)
         for conv in self.convs:
             x = F.relu(conv(x))
-        x = F.adaptive_avg_pool2d(x, 2)  # (N, 64, 2, 2): where something is matters for digits
+        x = F.adaptive_avg_pool2d(x, 2)  # (N, 64, 2, 2): for digits it matters where something is
         features = F.relu(self.hidden(x.flatten(1)))
         return features, self.head(features)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw He's initialisation by counter: equal on every machine."""
+        """Draw He's initialisation from (seed, stream, number of the tensor), so that it is equal on every machine."""
         for number, parameter in enumerate(self.parameters()):
             if parameter.ndim == 1:
                 parameter.zero_()
-                continue
-            draw = normal(SEED, Stream.CLASSIFIER, 0, torch.tensor([number]), tuple(parameter.shape))[0]
-            parameter.copy_(draw * (2 / parameter[0].numel()) ** 0.5)
+            else:
+                draw = normal(SEED, Stream.CLASSIFIER, 0, torch.tensor([number]), tuple(parameter.shape))[0]
+                parameter.copy_(draw * (2 / parameter[0].numel()) ** 0.5)
 
 
 def train(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
-    """Fit to uint8 images (n,C,H,W) and their labels in 0..classes-1, in fp32 on one thread, so that the same
-    machine gives the same bits however many threads are around."""
+    """Train a classifier on uint8 images (n,C,H,W) and their labels in 0..classes-1.
+
+    It trains in fp32 on one thread, so that the same machine gives the same bits whatever its number of threads.
+    """
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     net = Classifier(x.shape[1], classes)
     net.reset_parameters()
@@ -69,10 +70,10 @@ def train(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
     torch.set_num_threads(1)
     try:
         for step in range(STEPS):
-            chosen = integers(SEED, Stream.CLASSIFIER, step + 1, rows, len(x))
-            _, logits = net(x[chosen])
+            batch = integers(SEED, Stream.CLASSIFIER, step + 1, rows, len(x))
+            _, logits = net(x[batch])
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(logits, y[chosen]).backward()
+            F.cross_entropy(logits, y[batch]).backward()
             optimizer.step()
             schedule.step()
     finally:
@@ -81,19 +82,15 @@ def train(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
 
 
 @torch.no_grad()
-def accuracy(net: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of images whose largest logit is their label."""
+def measure_accuracy(net: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
+    """Measure the share of images whose largest logit is their label."""
     batches = torch.from_numpy(images).split(500)
     predicted = torch.cat([net(batch)[1].argmax(dim=1) for batch in batches])
     return float((predicted.numpy() == labels).mean())
 
 
-def save(net: Classifier, path: Path) -> None:
-    save_file(net.state_dict(), path)
-
-
 def load(path: Path) -> Classifier:
-    """Load the network of a file; its shape is read from the tensors."""
+    """Load the network of a file; the shapes of the tensors tell its size."""
     state = load_file(path)
     net = Classifier(state["convs.0.weight"].shape[1], len(state["head.bias"]))
     net.load_state_dict(state)
@@ -101,5 +98,5 @@ def load(path: Path) -> Classifier:
 
 
 def find_weights(place: Place) -> tuple[Path, str]:
-    """Find the classifier of the run's data, which is trained by then."""
+    """Return the classifier of the run's data, which must have been trained, and its sha256."""
     return place.classifier, hash_file(place.classifier)

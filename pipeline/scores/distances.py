@@ -1,8 +1,8 @@
-"""Features -> FID, IS, KID, precision and recall.
+"""FID, IS, KID, precision and recall of features.
 
-FID and IS come from float64 sums that merge by addition, so their memory does not grow with the number of images
-(but for a byte of each image's split). KID, precision and recall compare single images: they take all features at
-once. The last step of each is torch-fidelity's own; its import takes seconds, so it waits for the call.
+FID and IS come from float64 sums that merge by addition, so their memory does not grow with the number of images,
+apart from a few bytes an image. KID, precision and recall compare single images, so they take all features at once.
+The last step of each is torch-fidelity's own; its import takes seconds, so the functions import it.
 """
 
 from collections.abc import Iterable
@@ -19,12 +19,9 @@ KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 
 
-# FID
-
-
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (d,) and covariance (d, d) of n features, float64; n is None where it is not known."""
+    """Mean (d,) and covariance (d, d) of n features, float64; n is None if it is not known."""
 
     n: int | None
     mu: np.ndarray
@@ -33,31 +30,30 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Moments:
-    """n, sum f (d,) and sum f f^T (d, d) of features f, float64."""
+    """The number n of features f, sum f (d,) and sum f f^T (d, d), float64."""
 
     n: int
     first: np.ndarray
     second: np.ndarray
 
     @staticmethod
-    def of(features: np.ndarray) -> "Moments":
+    def from_features(features: np.ndarray) -> "Moments":
+        """Sum up features (n, d)."""
         f = features.astype(np.float64)
         return Moments(len(f), f.sum(axis=0), f.T @ f)
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.n + other.n, self.first + other.first, self.second + other.second)
 
-    def statistics(self) -> Statistics:
+    def to_statistics(self) -> Statistics:
         """Return mean and unbiased covariance. Raises PipelineError for a single image, which has none."""
         if self.n < 2:
-            raise PipelineError(
-                "one image has no FID; ask for more of them, or take fid out of evaluate.metrics"
-            )
+            raise PipelineError("one image has no FID; ask for more, or take fid out of evaluate.metrics")
         mu = self.first / self.n
         return Statistics(self.n, mu, (self.second - self.n * np.outer(mu, mu)) / (self.n - 1))
 
 
-def frechet_distance(a: Statistics, b: Statistics) -> float:
+def compute_fid(a: Statistics, b: Statistics) -> float:
     """Compute the FID between two sets of features."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
@@ -65,34 +61,17 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
 
 
-# IS
-
-
-def splits_in_order(n: int) -> np.ndarray:
-    """Say which split each of n images is in, int8 (n,): the i-th holds [i n // splits, (i + 1) n // splits)."""
-    splits = min(SPLITS, n)
-    ends = [(i + 1) * n // splits for i in range(splits)]
-    return np.searchsorted(ends, np.arange(n), side="right").astype(np.int8)
-
-
-def splits_shuffled(n: int) -> np.ndarray:
-    """Do the same after torch-fidelity's permutation, whose k-th place holds image permutation[k]."""
-    member = np.empty(n, np.int8)
-    member[np.random.RandomState(SEED).permutation(n)] = splits_in_order(n)
-    return member
-
-
 @dataclass(frozen=True)
 class ProbabilitySums:
-    """Per split: the number of images, sum p (splits, classes) and sum p log p, float64."""
+    """For each split the number of images, sum p (splits, classes) and sum p log p, float64."""
 
     n: np.ndarray
     p: np.ndarray
     p_log_p: np.ndarray
 
     @staticmethod
-    def of(log_p: np.ndarray, member: np.ndarray, splits: int) -> "ProbabilitySums":
-        """Of log probabilities (n, classes) of images that are in the splits member (n,)."""
+    def from_log_probabilities(log_p: np.ndarray, member: np.ndarray, splits: int) -> "ProbabilitySums":
+        """Sum up the log probabilities (n, classes) of images that are in the splits `member` (n,)."""
         p = np.exp(log_p)
         one_hot = (member[None, :] == np.arange(splits)[:, None]).astype(np.float64)
         return ProbabilitySums(one_hot.sum(axis=1), one_hot @ p, one_hot @ (p * log_p).sum(axis=1))
@@ -100,7 +79,7 @@ class ProbabilitySums:
     def __add__(self, other: "ProbabilitySums") -> "ProbabilitySums":
         return ProbabilitySums(self.n + other.n, self.p + other.p, self.p_log_p + other.p_log_p)
 
-    def inception_score(self) -> tuple[float, float]:
+    def compute_inception_score(self) -> tuple[float, float]:
         """Return mean and (population) standard deviation over the splits of exp E KL(p(y|x) || p(y))."""
         q = self.p / self.n[:, None]
         negative_entropy = np.where(q > 0, q * np.log(np.where(q > 0, q, 1)), 0).sum(axis=1)
@@ -108,16 +87,13 @@ class ProbabilitySums:
         return float(scores.mean()), float(scores.std())
 
 
-# Both, from features that come in parts
-
-
 @dataclass(frozen=True)
 class FeatureSums:
-    """What the features of n images add up to. Where there are classes: `sums` over splits in the images' order,
-    `shuffled` over torch-fidelity's, and `classes` (n,) int16, that of each image's largest logit."""
+    """The sums over the features of n images. If there are classes, `in_order` is over splits in the images' order,
+    `shuffled` over torch-fidelity's splits, and `classes` (n,) int16 has the class of each image's largest logit."""
 
     moments: Moments
-    sums: ProbabilitySums | None = None
+    in_order: ProbabilitySums | None = None
     shuffled: ProbabilitySums | None = None
     classes: np.ndarray | None = None
 
@@ -125,9 +101,13 @@ class FeatureSums:
 def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> FeatureSums:
     """Sum up the features (m, d) and logits (m, classes) of n images, which come in order, in parts of any size.
 
-    Raises PipelineError where they are not exactly n.
+    The i-th split holds the images [i n // splits, (i + 1) n // splits), in their order or in torch-fidelity's
+    permutation. Raises PipelineError if they are not exactly n images.
     """
-    members, start = (splits_in_order(n), splits_shuffled(n)), 0
+    splits, start = min(SPLITS, n), 0
+    in_order = np.repeat(np.arange(splits, dtype=np.int8), np.diff(np.arange(splits + 1) * n // splits))
+    shuffled = np.empty_like(in_order)
+    shuffled[np.random.RandomState(SEED).permutation(n)] = in_order
     moments: Moments | None = None
     sums: list[ProbabilitySums] = []
     classes: list[np.ndarray] = []
@@ -136,11 +116,14 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
         start = rows.stop
         if start > n:
             continue
-        own = Moments.of(features)
+        own = Moments.from_features(features)
         moments = own if moments is None else moments + own
         if logits.shape[1]:
             log_p = torch.from_numpy(logits).double().log_softmax(dim=1).numpy()
-            added = [ProbabilitySums.of(log_p, member[rows], min(SPLITS, n)) for member in members]
+            added = [
+                ProbabilitySums.from_log_probabilities(log_p, member[rows], splits)
+                for member in (in_order, shuffled)
+            ]
             sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
             classes.append(logits.argmax(axis=1).astype(np.int16))
     if moments is None or start != n:
@@ -148,47 +131,44 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
     return FeatureSums(moments, sums[0], sums[1], np.concatenate(classes)) if sums else FeatureSums(moments)
 
 
-# KID, precision and recall, from all features at once
+def choose_kid_subset_size(n: int, n_reference: int) -> int:
+    """Choose torch-fidelity's size, or half of a smaller set: subsets of all its images would show no spread.
 
-
-def kid_subset_size(n: int, n_reference: int) -> int:
-    """Return torch-fidelity's size, or half of a set that has fewer images: the whole of it would show no spread.
-
-    Raises PipelineError where nothing can be estimated from the half.
+    Raises PipelineError if nothing can be estimated from the half.
     """
     smallest = min(n, n_reference)
     if smallest < 4:
         raise PipelineError(
-            f"{smallest} images have no KID, which needs 4; ask for more of them, or take kid out of evaluate.metrics"
+            f"{smallest} images have no KID, which needs 4; ask for more, or take kid out of evaluate.metrics"
         )
     return KID_SUBSET_SIZE if smallest >= KID_SUBSET_SIZE else smallest // 2
 
 
-def kernel_distance(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+def compute_kid(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Compute the KID between features (n, d) and (m, d), float32: mean and standard deviation over random subsets."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     found = kid_features_to_metric(
         torch.from_numpy(features),
         torch.from_numpy(reference),
-        kid_subset_size=kid_subset_size(len(features), len(reference)),
+        kid_subset_size=choose_kid_subset_size(len(features), len(reference)),
         verbose=False,
     )
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
 
 
-def precision_recall(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+def compute_precision_recall(features: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Compute precision and recall (Kynkaanniemi et al. 2019) of features (n, d) against (m, d), float32.
 
-    Raises PipelineError where an image has fewer neighbours than are looked at.
+    Raises PipelineError if an image has too few neighbours.
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     smallest = min(len(features), len(reference))
     if smallest <= NEIGHBOURS:
         raise PipelineError(
-            f"{smallest} images have no precision and recall, which look at "
-            f"{NEIGHBOURS} neighbours of each; ask for more of them, or take prc out of evaluate.metrics"
+            f"{smallest} images have no precision and recall, which look at {NEIGHBOURS} neighbours of each; "
+            "ask for more, or take prc out of evaluate.metrics"
         )
     found = prc_features_to_metric(
         torch.from_numpy(features), torch.from_numpy(reference), save_cpu_ram=True, verbose=False

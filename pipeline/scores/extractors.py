@@ -1,7 +1,6 @@
-"""Images -> features: the registry of feature extractors. A new one is one module and one entry here."""
+"""The registry of feature extractors. A new one is one module and one entry here."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,10 +16,12 @@ BATCH = 50  # images per forward pass: a constant, since the last bits of featur
 
 
 @dataclass(frozen=True)
-class Family:
-    """A kind of extractor: the width of its features, what finds its weights for a run and their sha256, and the
-    network in a file of them. The network maps uint8 images (N,C,H,W) to features (N, width) and, where it knows
-    classes, logits (N, classes)."""
+class ExtractorKind:
+    """A kind of extractor. `find_weights` returns the file of its weights for a run, and the sha256.
+
+    The network that `load` returns maps uint8 images (N,C,H,W) to features (N, width) and, if it knows classes,
+    logits (N, classes).
+    """
 
     width: int
     find_weights: Callable[[Place], tuple[Path, str]]
@@ -28,23 +29,23 @@ class Family:
 
 
 EXTRACTORS = {
-    inception.NAME: Family(inception.WIDTH, inception.find_weights, inception.load),
-    "classifier": Family(classifier.FEATURES, classifier.find_weights, classifier.load),
-    "projection": Family(projection.FEATURES, projection.find_weights, projection.load),
+    inception.NAME: ExtractorKind(inception.WIDTH, inception.find_weights, inception.Inception),
+    "classifier": ExtractorKind(classifier.FEATURES, classifier.find_weights, classifier.load),
+    "projection": ExtractorKind(projection.FEATURES, projection.find_weights, projection.load),
 }
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """An entry of EXTRACTORS with its weights. `name` ends in their hash and stands in every protocol."""
+    """A kind of EXTRACTORS with its weights. `name` ends in their hash and stands in every protocol."""
 
     kind: str
-    name: str
     weights: Path
+    sha256: str
 
-    @staticmethod
-    def of(kind: str, weights: Path, sha256: str) -> "Extractor":
-        return Extractor(kind, f"{kind}-{sha256[:8]}", weights)
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.sha256[:8]}"
 
     @property
     def is_official(self) -> bool:
@@ -53,35 +54,33 @@ class Extractor:
 
 
 def find_extractor(place: Place) -> Extractor:
-    """Find the extractor that evaluate.features names; the classifier is trained by then."""
+    """Find the extractor that evaluate.features names; a classifier must have been trained."""
     kind = place.experiment.evaluate.features
-    return Extractor.of(kind, *EXTRACTORS[kind].find_weights(place))
+    return Extractor(kind, *EXTRACTORS[kind].find_weights(place))
 
 
-def extract(extractor: Extractor, images: np.ndarray, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
-    """Compute features (n, d) and logits (n, classes), float32, of uint8 images (n,C,H,W); without classes (n, 0)."""
-    net = load_network(extractor, device)
-    features, logits = [], []
-    with torch.no_grad(), _full_precision():
+@torch.no_grad()
+def extract_features(
+    extractor: Extractor, images: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compute features (n, d) and logits (n, classes), float32, of uint8 images (n,C,H,W); without classes (n, 0).
+
+    TF32 is off meanwhile: it would move Inception's features by more than the scores' digits.
+    """
+    net, features, logits = load_network(extractor, device), [], []
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
         for batch in torch.from_numpy(images).split(BATCH):
             outputs: list[Tensor] = [layer.float().cpu() for layer in net(batch.to(device))]
             features.append(outputs[0])
             logits.append(outputs[1] if len(outputs) > 1 else torch.empty(len(batch), 0))
-    return torch.cat(features).numpy(), torch.cat(logits).numpy()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Switch TF32 off: it would move Inception's features by more than the scores' digits."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+    return torch.cat(features).numpy(), torch.cat(logits).numpy()
 
 
 @lru_cache(maxsize=1)
 def load_network(extractor: Extractor, device: torch.device) -> nn.Module:
-    """Load the network of an extractor; the last one is kept."""
+    """Load the network of an extractor; the last one stays in memory."""
     return EXTRACTORS[extractor.kind].load(extractor.weights).to(device)

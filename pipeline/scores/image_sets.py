@@ -1,4 +1,4 @@
-"""Sets of images as files of features: what a work unit makes of a tar, and where it keeps it.
+"""Image sets as files of features: what a unit makes of a tar, and where it stands.
 
 Features are kept under the hash of the tar and of the extractor, so they are used wherever they hold and nowhere
 else.
@@ -12,9 +12,9 @@ import numpy as np
 
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
-from pipeline.scores.baselines import gaussian_images, noise_images
+from pipeline.scores.baselines import draw_gaussian, draw_noise
 from pipeline.scores.distances import FeatureSums, sum_features
-from pipeline.scores.extractors import Extractor, extract
+from pipeline.scores.extractors import Extractor, extract_features
 from pipeline.store import tars
 from pipeline.store.files import hash_file, read_arrays, read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
@@ -30,15 +30,16 @@ def hash_shards(shards: list[tars.Shard]) -> str:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """n images as files of features in order, each with the unit that makes it; the last may hold more."""
+    """The features of n images as files in order, each with the unit that makes it; the last file may hold more."""
 
     n: int
     units: dict[Path, Unit]
 
-    def missing(self) -> list[Unit]:
+    def list_missing(self) -> list[Unit]:
+        """List the units whose files are not there."""
         return [unit for file, unit in self.units.items() if not file.exists()]
 
-    def parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def read_parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
@@ -47,35 +48,34 @@ class ImageSet:
             left -= len(features)
             yield features, logits
 
-    def features(self) -> np.ndarray:
-        """Return all of them, (n, d) float32. Raises PipelineError where they are fewer than n."""
-        features = np.concatenate([part for part, _ in self.parts()])
+    def read_features(self) -> np.ndarray:
+        """Read all features, (n, d) float32. Raises PipelineError if they are fewer than n."""
+        features = np.concatenate([part for part, _ in self.read_parts()])
         if len(features) != self.n:
-            raise PipelineError(
-                f"{len(features)} images are there where {self.n} are to be scored; a short set has no score"
-            )
+            raise PipelineError(f"{len(features)} images are there where {self.n} are to be scored")
         return features
 
     def sum_features(self) -> FeatureSums:
-        return sum_features(self.parts(), self.n)
+        """Sum up the features of all n images."""
+        return sum_features(self.read_parts(), self.n)
 
 
-def shard_set(
+def make_shard_set(
     extractor: Extractor, shards: list[tars.Shard], shape: Shape, folder: Path, n: int | None = None
 ) -> ImageSet:
-    """Return the first n images (None: all) of these tars, each of that shape; features are kept in `folder`."""
-    units, count = {}, 0
+    """Make the set of the first n images (None: all) of these tars, each of that shape; `folder` keeps the features."""
+    units = {}
     for shard in shards:
-        file = folder / extractor.name / f"{shard.sha256[:16]}.npz"
-        args, images = (extractor, shard, shape, file), shard.stop - shard.start
-        name = f"features of {shard.name}"
+        file, images = folder / extractor.name / f"{shard.sha256[:16]}.npz", shard.stop - shard.start
+        args, name = (extractor, shard, shape, file), f"features of {shard.name}"
         units[file] = Unit(UnitKind.FEATURES, extract_shard, args, name, images, needs_gpu=True)
-        count += images
-    return ImageSet(count if n is None else n, units)
+    return ImageSet(sum(unit.images for unit in units.values()) if n is None else n, units)
 
 
-def baseline_set(extractor: Extractor, n: int, shape: Shape, folder: Path, pixels: Path | None) -> ImageSet:
-    """Return n images of the Gaussian in the file `pixels`, or of uniform noise where that is None."""
+def make_baseline_set(
+    extractor: Extractor, n: int, shape: Shape, folder: Path, pixels: Path | None
+) -> ImageSet:
+    """Make the set of n images of the Gaussian in the file `pixels`, or of uniform noise if that is None."""
     units, kind = {}, pixels.stem if pixels else "noise"
     for start in range(0, n, BASELINE_UNIT):
         stop = min(start + BASELINE_UNIT, n)
@@ -85,19 +85,10 @@ def baseline_set(extractor: Extractor, n: int, shape: Shape, folder: Path, pixel
     return ImageSet(n, units)
 
 
-# Work units
-
-
 def extract_shard(ctx: Worker, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path) -> None:
-    """Write the features of one tar."""
-    features, logits = extract(extractor, read_images(shard, shape), ctx.device)
-    write_unit_arrays(file, features=features, logits=logits)
+    """Write the features of one tar (body of a unit). Raises PipelineError if the tar or its images are others.
 
-
-def read_images(shard: tars.Shard, shape: Shape) -> np.ndarray:
-    """Read uint8 (n, C, H, W). Raises PipelineError where the tar is another, or its images are.
-
-    It asks no manifest, since samples are looked at before all of them are drawn.
+    It reads no manifest, since a tar of samples is looked at before all of them are drawn.
     """
     if not shard.path.exists() or hash_file(shard.path) != shard.sha256:
         raise PipelineError(f"{shard.path} is missing or does not match its sha256; {tars.REMEDY}")
@@ -106,22 +97,22 @@ def read_images(shard: tars.Shard, shape: Shape) -> np.ndarray:
         images = [tars.decode_png(record.png) for record in records]
     except (ValueError, OSError) as error:
         raise PipelineError(f"{shard.path} cannot be scored ({error}); {tars.REMEDY}") from error
-    others = sorted({image.shape for image in images} - {shape})
-    if others:
+    if others := sorted({image.shape for image in images} - {shape}):
         raise PipelineError(
             f"{shard.path} holds images of shape (C, H, W) = {others[0]} where {shape} is scored; {tars.REMEDY}"
         )
-    return np.stack(images)
+    features, logits = extract_features(extractor, np.stack(images), ctx.device)
+    write_unit_arrays(file, features=features, logits=logits)
 
 
 def extract_baseline(
     ctx: Worker, extractor: Extractor, pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
 ) -> None:  # fmt: skip
-    """Write the features of images [start, stop) of a baseline."""
+    """Write the features of images [start, stop) of a baseline (body of a unit)."""
     if pixels is None:
-        images = noise_images(start, stop, shape)
+        images = draw_noise(start, stop, shape)
     else:
         arrays = read_arrays(pixels)
-        images = gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
-    features, logits = extract(extractor, images, ctx.device)
+        images = draw_gaussian(arrays["mean"], arrays["factor"], start, stop, shape)
+    features, logits = extract_features(extractor, images, ctx.device)
     write_unit_arrays(file, features=features, logits=logits)

@@ -1,6 +1,6 @@
-"""torch-fidelity's Inception, the network of the published scores, and where its weights come from.
+"""torch-fidelity's Inception, the network of the published scores, and its weights.
 
-torch-fidelity unpickles whatever file it is given, so it is given a copy that was read as plain tensors first.
+torch-fidelity unpickles any file that it gets, so it gets a copy, which was read as plain tensors first.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ REMEDY = f"get {URL} and name it in evaluate.extractor_weights"
 
 
 class Inception(nn.Module):
-    """uint8 images (N,C,H,W) of one or three channels -> the outputs of LAYERS."""
+    """Maps uint8 images (N,C,H,W) of one or three channels to the outputs of LAYERS."""
 
     def __init__(self, weights: Path):
         from torch_fidelity.utils import create_feature_extractor
@@ -36,16 +36,13 @@ class Inception(nn.Module):
         return outputs
 
 
-load = Inception
-
-
 def find_weights(place: Place) -> tuple[Path, str]:
-    """Find the file of evaluate.extractor_weights, or torch-fidelity's download."""
+    """Return a copy of evaluate.extractor_weights, or of torch-fidelity's download, and the sha256."""
     return copy_weights(place.experiment.evaluate.extractor_weights, place.inception_cache)
 
 
 def copy_weights(weights: str | None, cache: Path) -> tuple[Path, str]:
-    """Copy the tensors of a file into `cache`, once; return the copy and the sha256 of the file.
+    """Copy the tensors of a file (None: the download) into `cache`, once; return the copy and the file's sha256.
 
     Raises PipelineError naming a file that is not Inception's.
     """
@@ -66,14 +63,14 @@ def copy_weights(weights: str | None, cache: Path) -> tuple[Path, str]:
     return copy, sha256
 
 
-def download_path() -> Path:
-    """Return where torch-fidelity keeps Inception's weights once they were fetched."""
+def locate_download() -> Path:
+    """Return where torch-fidelity keeps Inception's weights after the download."""
     return Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
 
 
 def _download() -> Path:
-    """Find the file where torch-fidelity itself looks for it, fetched if need be."""
-    path = download_path()
+    """Download the weights to where torch-fidelity itself looks for them, unless they are there; return the file."""
+    path = locate_download()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

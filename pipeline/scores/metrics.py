@@ -11,11 +11,11 @@ FIRM = "\u00a0"  # a space that does not break the line
 
 @dataclass(frozen=True)
 class Metric:
-    """One score.
+    """A score: how it is named, written and compared.
 
-    family: the entry of evaluate.metrics that gives it; None where none does.
-    interval: the score that holds its standard deviation; None where it has none.
-    bound: the value is an upper bound. detail: it is shown where it is asked for, not in every table.
+    family: the entry of evaluate.metrics that gives it; None if none does.
+    interval: the score that holds its standard deviation; None if it has none.
+    bound: the value is an upper bound. detail: only tables that ask for it show it.
     protocol: what must be equal for two values to be compared, beside the data.
     """
 
@@ -32,11 +32,12 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """Return the heading with the unit, for a column."""
+        """The heading of a column, with the unit."""
         return f"{self.heading}, {self.unit}" if self.unit else self.heading
 
     @property
     def best(self) -> str:
+        """The word for its best value."""
         return "highest" if self.larger_is_better else "lowest"
 
     def format(self, value: float | None, spread: float | None = None) -> str:
@@ -44,10 +45,11 @@ class Metric:
         if value is None:
             return "–"
         error = "" if spread is None else f"{FIRM}±{FIRM}{spread:,.{self.digits}f}"
-        return f"{f'≤{FIRM}' if self.bound else ''}{value:,.{self.digits}f}{error}"
+        sign = f"≤{FIRM}" if self.bound else ""
+        return f"{sign}{value:,.{self.digits}f}{error}"
 
     def format_from(self, scores: Mapping[str, float]) -> str:
-        """Write its value among these scores, with its interval where there is one."""
+        """Write its value among these scores, with its interval if there is one."""
         return self.format(scores.get(self.name), scores.get(self.interval or ""))
 
 
@@ -81,11 +83,11 @@ FAMILIES = tuple(dict.fromkeys(metric.family for metric in METRICS.values() if m
 
 
 def format_headline(scores: Mapping[str, float]) -> str:
-    """Write 'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752', of those that there are."""
+    """Write the scores of HEADLINE that are there: 'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752'."""
     return ", ".join(f"{m.heading}{FIRM}{m.format_from(scores)}" for m in HEADLINE if m.name in scores)
 
 
 def find_metric(word: str) -> Metric | None:
-    """Find the metric of that name, or the first one of that family; None where there is neither."""
+    """Find the metric of that name, or the first one of that family; None if there is neither."""
     family = (metric for metric in METRICS.values() if metric.family == word)
     return METRICS.get(word) or next(family, None)

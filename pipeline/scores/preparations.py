@@ -1,10 +1,12 @@
-"""What has to be there before features are made: the classifier, and the Gaussian of the training pixels.
+"""Units that come before those of features: the classifier, and the Gaussian of the training pixels.
 
 Both belong to the data and are shared by the runs on them.
 """
 
 from math import prod
 from pathlib import Path
+
+from safetensors.torch import save_file
 
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
@@ -18,19 +20,19 @@ LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fil
 
 
 def list_preparations(place: Place) -> list[Unit]:
-    """List the units that are still to be done."""
+    """List the units that are not done."""
     count, units = tars.open_shards(place.data).count_images("train"), []
     if not has_extractor(place):
         units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
-    pixels = gaussian_file(place)
+    pixels = locate_gaussian(place)
     if pixels and not pixels.exists():
         name = "the Gaussian of the training pixels"
-        units.append(Unit(UnitKind.PREPARATION, fit_gaussian, (place, pixels), name, count))
+        units.append(Unit(UnitKind.PREPARATION, write_gaussian, (place, pixels), name, count))
     return units
 
 
 def has_extractor(place: Place) -> bool:
-    """Whether the extractor needs no unit of work any more."""
+    """Return whether the extractor is there, or needs no unit."""
     if place.experiment.evaluate.features != "classifier":
         return True
     weights, facts = place.classifier, place.classifier_json
@@ -38,7 +40,7 @@ def has_extractor(place: Place) -> bool:
 
 
 def train_classifier(ctx: Worker, place: Place) -> None:
-    """Do the work unit: on the CPU whatever the device. The facts are written after the weights."""
+    """Train the classifier and write it (body of a unit), always on the CPU. Its facts are written last."""
     classes = place.experiment.data.labels
     images, labels = tars.load_images(place.data, "train")
     if labels.min() < 0 or labels.max() >= classes:
@@ -48,23 +50,23 @@ def train_classifier(ctx: Worker, place: Place) -> None:
         )
     net = classifier.train(images, labels, classes)
     with write_atomically(place.classifier) as temporary:
-        classifier.save(net, temporary)
+        save_file(net.state_dict(), temporary)
     has_test = "test" in tars.open_shards(place.data).splits
-    accuracy = classifier.accuracy(net, *tars.load_images(place.data, "test")) if has_test else None
+    accuracy = classifier.measure_accuracy(net, *tars.load_images(place.data, "test")) if has_test else None
     facts = {"sha256": hash_file(place.classifier), "test_accuracy": accuracy, "steps": classifier.STEPS}
     write_json(place.classifier_json, facts)
 
 
-def gaussian_file(place: Place) -> Path | None:
-    """Return where the Gaussian is kept; None for images that are too large for one."""
+def locate_gaussian(place: Place) -> Path | None:
+    """Return where the Gaussian is kept; None if the images are too large for one."""
     if prod(place.experiment.data.shape) > LARGEST_GAUSSIAN:
         return None
     return place.references / f"gaussian-{hash_shards(tars.open_shards(place.data).list_shards('train'))}.npz"
 
 
-def fit_gaussian(ctx: Worker, place: Place, file: Path) -> None:
-    """Do the work unit: mean and covariance of the training pixels."""
+def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
+    """Write mean and covariance of the training pixels (body of a unit)."""
     shards = tars.open_shards(place.data).list_shards("train")
     parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)
-    mean, factor = baselines.pixel_gaussian(parts)
+    mean, factor = baselines.fit_gaussian(parts)
     write_arrays(file, mean=mean, factor=factor)

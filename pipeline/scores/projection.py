@@ -23,15 +23,17 @@ SEED = 0
 
 
 class Projection(nn.Module):
-    """uint8 images (N,C,H,W) -> features (N, 64), float32, alone in a tuple. Weights are a function of C alone."""
+    """Maps uint8 images (N,C,H,W) to a tuple of one: features (N, 64), float32. Its weights depend on C alone."""
 
     filters: Tensor
     matrix: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
-        self.register_buffer("filters", _normals(0, FILTERS, channels, 3, 3))
-        self.register_buffer("matrix", _normals(1, FEATURES, FILTERS * POOLED_SIDE**2))
+        shapes = {"filters": (FILTERS, channels, 3, 3), "matrix": (FEATURES, FILTERS * POOLED_SIDE**2)}
+        for step, (name, (rows, *shape)) in enumerate(shapes.items()):
+            draw = normal(SEED, Stream.PROJECTION, step, torch.arange(rows), tuple(shape))
+            self.register_buffer(name, draw / draw[0].numel() ** 0.5)  # variance 1 / elements of a row
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         x = F.relu(F.conv2d(from_uint8(images), self.filters, padding=1))
@@ -39,26 +41,16 @@ class Projection(nn.Module):
         return (F.linear(x.flatten(1), self.matrix),)
 
 
-def _normals(step: int, rows: int, *shape: int) -> Tensor:
-    """Draw (rows, *shape) of variance 1 / elements of a row."""
-    draw = normal(SEED, Stream.PROJECTION, step, torch.arange(rows), shape)
-    scale: float = draw[0].numel() ** 0.5
-    return draw / scale
-
-
-def write_weights(path: Path, channels: int) -> tuple[Path, str]:
-    """Write the projection for images of so many channels, unless it is there; return the file and its sha256."""
-    if not path.exists():
-        with write_atomically(path) as temporary:
-            save_file(Projection(channels).state_dict(), temporary)
-    return path, hash_file(path)
-
-
 def find_weights(place: Place) -> tuple[Path, str]:
-    return write_weights(place.projection, place.experiment.data.channels)
+    """Return the file of the projection for the run's images, written if need be, and its sha256."""
+    if not place.projection.exists():
+        with write_atomically(place.projection) as temporary:
+            save_file(Projection(place.experiment.data.channels).state_dict(), temporary)
+    return place.projection, hash_file(place.projection)
 
 
 def load(path: Path) -> Projection:
+    """Load the network of a file."""
     state = load_file(path)
     net = Projection(state["filters"].shape[1])
     net.load_state_dict(state)

@@ -32,7 +32,7 @@ R = TypeVar("R", bound=Rankable)
 
 @dataclass(frozen=True)
 class Position:
-    """Where a point stands: its rank from 1, the same for equals; its name; mean and standard deviation over its
+    """The position of a point: its rank from 1, the same for equals; its name; mean and standard deviation over its
     seeds, None with one seed."""
 
     rank: int
@@ -44,7 +44,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Group(Generic[R]):
-    """Runs whose score of one metric came about alike, the best point first. `protocol` is what they share."""
+    """Runs of equal protocol in one metric, the best point first. `protocol` is what they share."""
 
     protocol: Tree
     ranked: Sequence[tuple[R, Position]]
@@ -59,41 +59,41 @@ class Group(Generic[R]):
 
 
 def rank_runs(runs: Sequence[R], metric: Metric) -> list[Group[R]]:
-    """Group runs of equal protocol, the largest group first. A run without the score is in none: numbers of different
-    protocols have no common order."""
+    """Group runs of equal protocol, the largest group first, and rank each group. A run without the score is in none:
+    numbers of different protocols have no common order."""
     alike: dict[tuple[str, ...], list[R]] = {}
     for run in runs:
         if metric.name in run.scores:
             signature = run.data, *(str(run.protocol.get(key)) for key in metric.protocol)
             alike.setdefault(signature, []).append(run)
-    return [_rank_alike(own, metric) for own in sorted(alike.values(), key=len, reverse=True)]
+    return [_rank_group(own, metric) for own in sorted(alike.values(), key=len, reverse=True)]
 
 
-def _rank_alike(runs: Sequence[R], metric: Metric) -> Group[R]:
+def _rank_group(runs: Sequence[R], metric: Metric) -> Group[R]:
+    """Rank runs of equal protocol; runs that differ in the seed alone are one point."""
     points: dict[str, list[R]] = {}
     for run in runs:
-        values = {key: value for key, value in run.swept.items() if key != "seed"}
-        points.setdefault(json.dumps(values, default=str), []).append(run)
+        points.setdefault(json.dumps(_drop_seed(run), default=str), []).append(run)
     means = {point: mean(run.scores[metric.name] for run in own) for point, own in points.items()}
     sign = -1 if metric.larger_is_better else 1
     ranked = []
     for point, own in sorted(points.items(), key=lambda item: (sign * means[item[0]], item[1][0].label)):
         better = sum(sign * other < sign * means[point] for other in means.values())
-        spread = stdev(run.scores[metric.name] for run in own) if len(own) > 1 else None
-        position = Position(better + 1, _name_point(own), means[point], spread, len(own))
-        ranked += [(run, position) for run in own]
+        name, spread = own[0].label, None
+        if len(own) > 1:
+            name = format_values(_drop_seed(own[0])) or ", ".join(run.label for run in own)
+            spread = stdev(run.scores[metric.name] for run in own)
+        ranked += [(run, Position(better + 1, name, means[point], spread, len(own))) for run in own]
     shared = {key: runs[0].protocol[key] for key in metric.protocol if runs[0].protocol.get(key) is not None}
     return Group({"data": runs[0].data, **shared}, ranked)
 
 
-def _name_point(seeds: Sequence[Rankable]) -> str:
-    """Return the label of one run; of several seeds, the values that they share."""
-    shared = {key: value for key, value in seeds[0].swept.items() if key != "seed"}
-    return seeds[0].label if len(seeds) == 1 else name_values(shared) or ", ".join(run.label for run in seeds)
+def _drop_seed(run: Rankable) -> Tree:
+    return {key: value for key, value in run.swept.items() if key != "seed"}
 
 
-def name_values(swept: Mapping[str, Any]) -> str:
-    """Write 'cosine dropout=0.1': a word says what it is, a number does not."""
+def format_values(swept: Mapping[str, Any]) -> str:
+    """Write swept values as 'cosine dropout=0.1': a word says what it is, a number does not."""
     return " ".join(
         value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
         for key, value in swept.items()
@@ -101,7 +101,7 @@ def name_values(swept: Mapping[str, Any]) -> str:
 
 
 def format_winner(groups: Sequence[Group[R]], metric: Metric) -> str:
-    """Say who is the best, in a sentence without its full stop; or why nobody is."""
+    """Write who is the best, or why nobody is: a sentence without its full stop."""
     if not groups:
         return f"No run has a score of {metric.heading} yet"
     if len(groups) > 1:
@@ -116,7 +116,7 @@ def format_winner(groups: Sequence[Group[R]], metric: Metric) -> str:
 
 
 def describe_objective(experiment: Experiment) -> Tree:
-    """Return what makes training losses comparable, beside the data; the variance where the loss depends on it."""
+    """Return what makes training losses comparable, beside the data; the variance only if the loss depends on it."""
     diffusion = to_dict(experiment.diffusion)
     if experiment.diffusion.loss == "simple" and experiment.diffusion.variance.startswith("fixed"):
         diffusion.pop("variance")

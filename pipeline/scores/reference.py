@@ -1,6 +1,5 @@
-"""What samples are compared with: the statistics of a split of the data, or those of a user's file."""
+"""The statistics that samples are compared with: those of a split of the data, or those of a user's file."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,43 +14,38 @@ from pipeline.store.run import Place
 from pipeline.store.tars import open_shards
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A file of statistics. `content` is the hash of the images that they have to be of, so they are never stale
-    and never mixed; None for a user's file."""
+def locate_statistics(place: Place, extractor: Extractor, split: str) -> tuple[Path, str]:
+    """Return the file of the statistics of a split, and the hash of its images.
 
-    file: Path
-    content: str | None
+    The file repeats the hash, so statistics are never stale and never mixed.
+    """
+    file = place.references / f"{extractor.name}-{split}.npz"
+    return file, hash_shards(open_shards(place.data).list_shards(split))
 
-    @staticmethod
-    def of(place: Place, extractor: Extractor, reference: str) -> "Reference":
-        """Find what evaluate.reference names: a split, or a file."""
-        if reference not in SPLITS:
-            return Reference(Path(reference), None)
-        file = place.references / f"{extractor.name}-{reference}.npz"
-        return Reference(file, hash_shards(open_shards(place.data).list_shards(reference)))
 
-    def load(self) -> Statistics | None:
-        """Load what is on disk, if it is of these images. Raises PipelineError where a user's file is none."""
-        if self.content is None:
-            return load_statistics(self.file)
-        arrays = read_arrays(self.file) if self.file.exists() else None
-        if arrays is None or arrays["content"].item() != self.content:
-            return None
-        return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
+def load_reference(place: Place, extractor: Extractor, reference: str) -> Statistics | None:
+    """Load the statistics of a split or of a user's file; None if those of the split are still to be made."""
+    if reference not in SPLITS:
+        return load_statistics(Path(reference))
+    file, content = locate_statistics(place, extractor, reference)
+    arrays = read_arrays(file) if file.exists() else None
+    if arrays is None or arrays["content"].item() != content:
+        return None
+    return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
 
-    def make(self, images: ImageSet) -> Statistics:
-        """Sum up the features of the whole split, and keep the result."""
-        found = images.sum_features().moments.statistics()
-        kept = {"n": np.array(found.n), "content": np.array(self.content)}
-        write_arrays(self.file, mu=found.mu, sigma=found.sigma, **kept)
-        return found
+
+def make_reference(place: Place, extractor: Extractor, split: str, images: ImageSet) -> Statistics:
+    """Sum up the features of a whole split, and keep the result."""
+    found = images.sum_features().moments.to_statistics()
+    file, content = locate_statistics(place, extractor, split)
+    write_arrays(file, mu=found.mu, sigma=found.sigma, n=np.array(found.n), content=np.array(content))
+    return found
 
 
 def load_statistics(file: Path, width: int | None = None) -> Statistics:
-    """Load a user's .npz: mu (d,), sigma (d, d) and, where it says so, n.
+    """Load a user's .npz: mu (d,), sigma (d, d) and, if it has it, n.
 
-    Raises PipelineError, in a line, where they are not those of features (of that width).
+    Raises PipelineError, in a line, if it holds no statistics of features (of that width).
     """
     try:
         arrays = read_arrays(file)
@@ -65,6 +59,7 @@ def load_statistics(file: Path, width: int | None = None) -> Statistics:
 
 
 def _find_fault(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
+    """Say why these are not the statistics of features (of that width); None if they are."""
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         return f"has no {' and no '.join(missing)}, only {', '.join(arrays) or 'nothing'}"
@@ -86,7 +81,7 @@ def _find_fault(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
 
 
 def name_reference(reference: str) -> str:
-    """Name evaluate.reference for a protocol: content, never place."""
+    """Name evaluate.reference for a protocol: by its content, never by its place."""
     if reference in SPLITS:
         return reference
     return f"{Path(reference).name} (sha256 {hash_file(Path(reference))[:8]})"

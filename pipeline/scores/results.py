@@ -1,4 +1,4 @@
-"""What metrics.json holds: scores, and how they came about."""
+"""The contents of metrics.json and nll.json: scores, and how they came about."""
 
 from typing import TypedDict
 
@@ -6,7 +6,7 @@ Scores = dict[str, float]
 
 
 class ScoreProtocol(TypedDict, total=False):
-    """How scores came about; nulls and what was not asked for are left out or None. Samples add the keys of theirs."""
+    """How scores came about. What was not asked for is left out or None; samples add the keys of their protocol."""
 
     checkpoint: int
     checkpoint_rule: str
@@ -35,7 +35,8 @@ class ScoreProtocol(TypedDict, total=False):
 
 
 class Results(TypedDict, total=False):
-    """`reference_points`: the scores of known images; `class_shares`: of the samples, by the classifier."""
+    """The contents of metrics.json. `reference_points`: the scores of the baselines; `class_shares`: the share of each
+    class among the samples, as the classifier sees them."""
 
     scores: Scores
     protocol: ScoreProtocol
@@ -44,8 +45,8 @@ class Results(TypedDict, total=False):
 
 
 class Bound(TypedDict):
-    """What nll.json holds: means over n test images of the terms (T,) in bits/dim, the MSE (T,) of x_0 and the prior,
-    and the rows of rate and distortion after k reverse steps."""
+    """The contents of nll.json: means over n test images of the terms (T,) in bits/dim, the MSE (T,) of x_0 and the
+    prior, and the rows of rate and distortion after k reverse steps."""
 
     terms: list[float]
     mse: list[float]

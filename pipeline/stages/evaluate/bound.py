@@ -1,4 +1,4 @@
-"""The NLL bound of the test split by the run's network, in units of image ranges."""
+"""The NLL bound of the test split by the run's network, in units of test images."""
 
 from pathlib import Path
 
@@ -23,44 +23,47 @@ CALL = (256, 2**18)  # images and pixels that one network call of the bound take
 
 
 def hash_weights(place: Place) -> str | None:
-    """Return the sha256 of the weights that are sampled; None where they are not there."""
+    """Return the sha256 of the weights that are sampled; None if they are not there."""
     meta = place.step_folder(place.experiment.checkpoint_step) / checkpoint.META
     file = checkpoint.EMA if place.experiment.sample.weights == "ema" else checkpoint.STATE
     return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
 
 
 def choose_variance(experiment: Experiment) -> str:
+    """Return the variance of the bound: evaluate.variance, or that of the diffusion."""
     return experiment.evaluate.variance or experiment.diffusion.variance
 
 
 def count_images(place: Place) -> tuple[int, int]:
-    """Count the test images that are scored, and those that there are."""
+    """Count the test images that are scored, and all of them. Raises PipelineError if there are too few."""
     there = tars.open_shards(place.data).count_images("test")
-    asked = place.experiment.evaluate.nll_images or there
-    if asked > there:
+    scored = place.experiment.evaluate.nll_images or there
+    if scored > there:
         raise PipelineError(
-            f"evaluate.nll_images is {asked}, but the test split has {there} images; lower it"
+            f"evaluate.nll_images is {scored}, but the test split has {there} images; lower it"
         )
-    return asked, there
+    return scored, there
 
 
-def units(place: Place) -> dict[Path, Unit]:
-    """Return each range of test images with the file of its bound, keyed by all that the bound depends on; nothing
-    of it says how samples are drawn."""
+def plan_units(place: Place) -> dict[Path, Unit]:
+    """Plan a unit for each range of test images, by the file of its bound.
+
+    The folder's key covers all that the bound depends on; how samples are drawn does not belong to it.
+    """
     experiment, config = place.experiment, place.experiment.evaluate
     test = hash_shards(tars.open_shards(place.data).list_shards("test"))
-    step, which = experiment.checkpoint_step, experiment.sample.weights
-    network = [place.run_key, step, which, hash_weights(place), config.precision]
-    # The null once named the timesteps of a part of the bound; without it every key would be another.
+    step, weights = experiment.checkpoint_step, experiment.sample.weights
+    network = [place.run_key, step, weights, hash_weights(place), config.precision]
+    # The null was once the timesteps of a part of the bound; without it every key would change.
     key = hash_content([place.run_key, network, test, config.decoder, choose_variance(experiment), None])
     return split_units(
-        UnitKind.NLL, compute_bound, (place,), count_images(place)[0], config.nll_batch_size,
+        UnitKind.NLL, write_bound, (place,), count_images(place)[0], config.nll_batch_size,
         place.score_units / f"nll-{key}", "NLL of test images", experiment.diffusion.timesteps,
     )  # fmt: skip
 
 
-def compute_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
-    """Do the work unit: the terms of the bound of test images [start, stop), float32 as they were computed."""
+def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
+    """Write the terms of the bound of test images [start, stop), float32 (body of a unit)."""
     experiment, config = place.experiment, place.experiment.evaluate
     pixels, classes = tars.load_images(place.data, "test", start, stop)
     index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
@@ -79,16 +82,13 @@ def compute_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) 
 
 
 def count_timesteps(images: int, shape: tuple[int, int, int]) -> int:
-    """Count the timesteps that share a network call: few images leave the time to overhead instead of the network."""
+    """Count the timesteps that share a network call; a call with few images would spend its time on overhead."""
     most_images, most_pixels = CALL
     return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 
 
-def merge(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
-    """Average over the images of all units.
-
-    Raises PipelineError naming a unit that is not of its images, or of other timesteps.
-    """
+def merge_units(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
+    """Average over the images of all units. Raises PipelineError naming a unit of other images or timesteps."""
     terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
     for file, unit in units.items():
         arrays = read_unit_arrays(file)

@@ -1,4 +1,4 @@
-"""How scores come about, and what of that keeps them from standing beside the paper's."""
+"""The protocol: how scores come about, and what of that differs from the paper."""
 
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
@@ -10,48 +10,44 @@ PAPER_SAMPLES = 50_000
 
 
 def describe_protocol(place: Place) -> ScoreProtocol:
-    """Describe how the scores come about; `images` adds what only the features show."""
+    """Describe how the scores come about; `images` adds what only the features tell."""
     experiment, config = place.experiment, place.experiment.evaluate
-    found: ScoreProtocol = {
-        "checkpoint": experiment.checkpoint_step, "weights": experiment.weights_kind
-    }  # fmt: skip
+    found: ScoreProtocol = {"checkpoint": experiment.checkpoint_step, "weights": experiment.weights_kind}
     if rule := experiment.checkpoint_rule:
         found["checkpoint_rule"] = rule
     if set(config.metrics) - {"nll"}:
         found |= tars.open_shards(place.samples).facts["protocol"]
         found |= {"n": experiment.sample.num_images, "reference": name_reference(config.reference)}
     if "nll" in config.metrics:
-        asked, there = count_images(place)
+        scored, there = count_images(place)
         found |= {
             "decoder": config.decoder, "nll_variance": choose_variance(experiment),
-            "nll_precision": config.precision, "nll_images": asked, "test_images": there,
+            "nll_precision": config.precision, "nll_images": scored, "test_images": there,
         }  # fmt: skip
     return found
 
 
-def explain_differences(found: ScoreProtocol, asked: tuple[str, ...]) -> list[str]:
-    """List what keeps these scores from being comparable with the paper's; nothing where they are."""
+def explain_differences(found: ScoreProtocol, metrics: tuple[str, ...]) -> list[str]:
+    """List why these scores are not comparable with the paper's; nothing if they are."""
     reasons = [(found["weights"] != "ema", f"{found['weights']} weights, not EMA")]
-    if set(asked) - {"nll"}:
+    if set(metrics) - {"nll"}:
         n, steps, timesteps = found["n"], found["steps"], found["timesteps"]
         sampler, width, reference = found["sampler"], found["features"], found["reference"]
-        drawn = f"{steps} steps of the {sampler} sampler, not {timesteps} ancestral ones"
+        chain = f"{steps} steps of the {sampler} sampler, not {timesteps} ancestral ones"
+        features = f"features of {found['extractor']}, not of the published Inception"
         reasons += [
             (n != PAPER_SAMPLES, f"n = {n:,}, not {PAPER_SAMPLES:,}"),
             (n <= width, f"rank-deficient: n = {n} is not above {width} features"),
-            (sampler != "ancestral" or steps != timesteps, drawn),
-            (
-                not found["official_extractor"],
-                f"features of {found['extractor']}, not of the published Inception",
-            ),
+            (sampler != "ancestral" or steps != timesteps, chain),
+            (not found["official_extractor"], features),
             (reference != "train", f"reference {reference}, not train"),
         ]
-    if "is" in asked:
+    if "is" in metrics:
         reasons.append((found["splits"] is None, "no IS: these features know no classes"))
-    if "nll" in asked:
+    if "nll" in metrics:
         n, there, decoder = found["nll_images"], found["test_images"], found["decoder"]
         reasons += [
             (n < there, f"NLL of {n} of {there} test images"),
             (decoder != "tanh", f"{decoder} decoder, not the authors' tanh"),
         ]
-    return [reason for holds, reason in reasons if holds]
+    return [reason for differs, reason in reasons if differs]

@@ -1,7 +1,7 @@
-"""What of an evaluation is missing, in which order it is made, and the seal.
+"""The evaluate stage: which units are missing, their order, and the seal.
 
-A work unit is the features of one tar (`pipeline.scores.image_sets`), or the bound of one range of test images
-(`bound`). A unit's result is kept under all that it depends on, so asking for another metric repeats nothing.
+A unit makes the features of one tar (`pipeline.scores.image_sets`), or the bound of one range of test images
+(`bound`). A unit's file is named after all that it depends on, so asking for another metric repeats nothing.
 """
 
 import logging
@@ -12,7 +12,7 @@ from pipeline.compute.units import Unit, WhenDone
 from pipeline.config import Experiment, to_yaml
 from pipeline.errors import PipelineError
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
-from pipeline.scores.image_sets import hash_shards, shard_set
+from pipeline.scores.image_sets import hash_shards, make_shard_set
 from pipeline.scores.preparations import has_extractor, list_preparations
 from pipeline.scores.reference import load_statistics
 from pipeline.scores.results import Results
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class EvaluateStage(Stage):
-    """Scores the samples and the bound of the chosen checkpoint."""
+    """The stage that scores the samples and computes the bound of the selected checkpoint."""
 
     name = "evaluate"
     uses_checkpoint = True
@@ -37,7 +37,7 @@ class EvaluateStage(Stage):
         return ("shard", "train", *samples, *(("select",) if experiment.evaluate.checkpoints else ()))
 
     def is_done(self, place: Place) -> bool:
-        """Tell whether the scores are sealed, and are those of the samples and the weights that are there now."""
+        """Return whether the scores are sealed, and belong to the samples and the weights that are there now."""
         try:
             manifest = read_manifest(place.scores, check="size")
             inputs = _hash_inputs(place) if manifest else {}
@@ -58,10 +58,10 @@ class EvaluateStage(Stage):
                 load_statistics(config.reference_file, EXTRACTORS[config.features].width)
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield what features need first, then all else at once; then add up and seal the scores."""
+        """Yield the units that features need, then all others at once; then write and seal the scores."""
         self.check_before_training(place)
         config = place.experiment.evaluate
-        bounds = bound.units(place) if "nll" in config.metrics else {}
+        bounds = bound.plan_units(place) if "nll" in config.metrics else {}
         pending = [unit for file, unit in bounds.items() if not file.exists()]
         found: Results = {"scores": {}, "protocol": describe_protocol(place)}
         inputs, files = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
@@ -69,12 +69,12 @@ class EvaluateStage(Stage):
             yield list_preparations(place)
             extractor = find_extractor(place)
             sets = images.collect_sets(place, extractor, list_samples(place))
-            yield pending + sets.missing()
+            yield pending + sets.list_missing()
             images.add_scores(found, place, extractor, sets)
         else:
             yield pending
         if bounds:
-            scores, nll = bound.merge(bounds, place.experiment.diffusion.timesteps)
+            scores, nll = bound.merge_units(bounds, place.experiment.diffusion.timesteps)
             found["scores"] |= scores
             write_json(place.nll_json, nll)
             files.append(place.nll_json)
@@ -85,8 +85,10 @@ class EvaluateStage(Stage):
         write_manifest(place.scores, [file.name for file in files], **inputs)
 
     def plan_follow_ups(self, place: Place) -> WhenDone | None:
-        """Return the features of a tar of samples as soon as it is there, if they will be scored and their extractor
-        is there. Where it is not, `work` makes it, or says why it cannot."""
+        """Return what makes the features of a tar of samples as soon as the tar is there; None if nothing scores them.
+
+        None also if their extractor is not there: `work` makes it, or raises what is wrong with it.
+        """
         if not needs_samples(place.experiment) or not has_extractor(place):
             return None
         try:
@@ -99,7 +101,8 @@ class EvaluateStage(Stage):
                 return []
             facts = read_json(unit.shard.facts_json)  # there is no manifest yet
             shard = replace(unit.shard, sha256=facts["sha256"])
-            return shard_set(extractor, [shard], place.experiment.data.shape, place.score_units).missing()
+            images = make_shard_set(extractor, [shard], place.experiment.data.shape, place.score_units)
+            return images.list_missing()
 
         return list_features
 
@@ -108,16 +111,17 @@ STAGE = EvaluateStage()
 
 
 def needs_samples(experiment: Experiment) -> bool:
+    """Return whether a metric is asked for that scores samples."""
     return bool(set(experiment.evaluate.metrics) - {"nll"})
 
 
 def list_samples(place: Place) -> list[Shard]:
-    """List the tars of the first num_images samples. Raises PipelineError where there are fewer."""
+    """List the tars of the first num_images samples. Raises PipelineError if there are fewer."""
     return open_shards(place.samples).list_shards("samples", place.experiment.sample.num_images)
 
 
 def _hash_inputs(place: Place) -> dict[str, str | None]:
-    """Hash what the scores are of, beside what is in their key; None where it is not there."""
+    """Hash what the scores belong to, beside what is in their key; None if it is not there."""
     samples = list_samples(place) if needs_samples(place.experiment) else []
     weights = bound.hash_weights(place) if "nll" in place.experiment.evaluate.metrics else None
     return {"samples": hash_shards(samples), "weights": weights}

@@ -26,7 +26,7 @@ from pipeline.store.run import Place
 
 SAMPLES_SIDE = 16  # most rows of the figure of samples
 UNIT_IMAGES = 8  # chains in a unit of the progressive figure
-STAGES = 10
+SNAPSHOTS = 10
 LAMBDAS = tuple(i / 10 for i in range(11))  # 0 and 1 reconstruct the sources
 INTERPOLATED_AT = 0.5  # Fig. 8: t = 500
 COARSE_TO_FINE = (1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0)  # Fig. 9: 1000 ... 0 steps
@@ -40,19 +40,19 @@ def count_steps(share: float, experiment: Experiment) -> int:
     return max(1 if share else 0, round(share * len(build_diffusion(experiment))))
 
 
-def name_timesteps(counts: list[int], experiment: Experiment) -> str:
-    """Name the paper's t, counted from 1, of latents with so many steps to go; 0 is the image."""
+def format_timesteps(counts: list[int], experiment: Experiment) -> str:
+    """Write the paper's t, counted from 1, of latents with so many steps left; 0 is the image."""
     timesteps = build_diffusion(experiment).timesteps
     return ", ".join(f"{int(timesteps[steps - 1]) + 1 if steps else 0:,}" for steps in dict.fromkeys(counts))
 
 
 def choose_variance(experiment: Experiment) -> Variance | None:
-    """Choose the variance of ancestral chains; DDIM's ancestral twin, eta = 1, is fixedsmall."""
+    """Choose the variance of ancestral chains; for DDIM that of its ancestral twin, eta = 1: fixedsmall."""
     return "fixedsmall" if experiment.sample.sampler == "ddim" else experiment.sample.variance
 
 
 def draw_rows(files: list[Path], file: Path, dim: int = 0) -> None:
-    """Draw the images (rows, columns, C, H, W), uint8, of the units: some rows each, or with dim=1 some columns."""
+    """Save a grid of the units' images (rows, columns, C, H, W), uint8: each unit has some rows, or columns (dim=1)."""
     rows = torch.cat([torch.from_numpy(read_arrays(unit)["images"]) for unit in files], dim=dim)
     save_grid(rows.flatten(0, 1), rows.shape[1], file)
 
@@ -60,24 +60,25 @@ def draw_rows(files: list[Path], file: Path, dim: int = 0) -> None:
 # Fig. 13
 
 
-def samples(place: Place) -> Figure:
+def plan_samples(place: Place) -> Figure:
+    """Plan a grid of the first samples."""
     caption = "Unconditional samples" if place.experiment.sample.label is None else "Samples"
-    caption += ", the first ones, not selected (paper, Fig. 13)"
     n = min(SAMPLES_SIDE**2, place.experiment.sample.num_images)
 
     def draw(files: list[Path], file: Path) -> None:
         images, _ = tars.load_images(place.samples, "samples", 0, n)
         save_grid(torch.from_numpy(images), int(n**0.5), file)
 
-    return Figure("samples.png", caption, {}, draw)
+    return Figure("samples.png", f"{caption}, the first ones, not selected (paper, Fig. 13)", {}, draw)
 
 
 # Figs. 6 and 14
 
 
-def progressive(place: Place) -> Figure:
+def plan_progressive(place: Place) -> Figure:
+    """Plan a row of snapshots for each of the first samples."""
     n, folder = count_rows(place.experiment), unit_folder(place, "progressive")
-    units = split_units(UnitKind.FIGURE, keep_estimates, (place,), n, UNIT_IMAGES, folder, "progressive")
+    units = split_units(UnitKind.FIGURE, write_snapshots, (place,), n, UNIT_IMAGES, folder, "progressive")
     caption = (
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
         f"right, after each tenth of the steps (paper, Figs. 6 and 14; {describe_chain(place.experiment)})"
@@ -85,15 +86,17 @@ def progressive(place: Place) -> Figure:
     return Figure("progressive.png", caption, units, draw_rows)
 
 
-def keep_estimates(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
-    """Do the work unit: a row for each of samples [start, stop)."""
-    stages = estimate(ctx, place, start, stop)
-    write_arrays(file, images=to_uint8(stages.transpose(0, 1)).numpy())
+def write_snapshots(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
+    """Write a row of snapshots for each of samples [start, stop) (body of a unit)."""
+    snapshots = make_snapshots(ctx, place, start, stop)
+    write_arrays(file, images=to_uint8(snapshots.transpose(0, 1)).numpy())
 
 
-def estimate(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
-    """Estimate x_0 in [-1, 1], (stages, images, C, H, W), on the CPU, evenly spaced over the chains of samples
-    [start, stop); the last is their end."""
+def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
+    """Make evenly spaced snapshots of the chains of samples [start, stop): estimates of x_0 in [-1, 1].
+
+    Returns (snapshots, images, C, H, W) on the CPU; the last snapshot is the sample.
+    """
     experiment, config = place.experiment, place.experiment.sample
     index, diffusion = torch.arange(start, stop, device=ctx.device), build_diffusion(experiment)
     chain = reverse(
@@ -101,57 +104,63 @@ def estimate(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
         seed=experiment.seed, sampler=config.sampler, eta=config.eta, variance=config.variance,
         context=make_labels(experiment, index),
     )  # fmt: skip
-    kept = choose_stages(len(diffusion))
-    return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in kept])
+    wanted = list_snapshots(len(diffusion))
+    return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in wanted])
 
 
-def choose_stages(steps: int) -> list[int]:
-    """Choose which of 1..steps are shown: the end of each tenth of the chain."""
-    return sorted({-(-stage * steps // STAGES) for stage in range(1, STAGES + 1)})
+def list_snapshots(steps: int) -> list[int]:
+    """List which of the steps 1..steps a snapshot follows: the last of each tenth of the chain."""
+    return sorted({-(-number * steps // SNAPSHOTS) for number in range(1, SNAPSHOTS + 1)})
 
 
 # Figs. 8 and 9
 
 
-def interpolation(place: Place) -> Figure:
+def plan_interpolation(place: Place) -> Figure:
+    """Plan a row for each pair of images."""
     steps = count_steps(INTERPOLATED_AT, place.experiment)
-    units = dict(mixing_unit(place, pair, steps) for pair in range(count_rows(place.experiment)))
+    units = dict(plan_pair(place, pair, steps) for pair in range(count_rows(place.experiment)))
     caption = (
-        f"Interpolation of latents at t = {name_timesteps([steps], place.experiment)}: source, its reconstruction "
+        f"Interpolation of latents at t = {format_timesteps([steps], place.experiment)}: source, its reconstruction "
         f"(λ = 0), λ = 0.1 to 0.9, reconstruction (λ = 1), source; {choose_split(place)} images, a pair in a row, "
         f"the noise shared (paper, Fig. 8; {describe_chain(place.experiment)})"
     )
     return Figure("interpolation.png", caption, units, draw_rows)
 
 
-def coarse_to_fine(place: Place) -> Figure:
+def plan_coarse_to_fine(place: Place) -> Figure:
+    """Plan a row of the first pair for each number of steps."""
     counts = [count_steps(share, place.experiment) for share in COARSE_TO_FINE]
-    units = dict(mixing_unit(place, 0, steps) for steps in counts)
+    units = dict(plan_pair(place, 0, steps) for steps in counts)
     caption = (
         "Coarse to fine: the first pair of the interpolation, diffused to "
-        f"t = {name_timesteps(counts, place.experiment)} from top to bottom before its latents are mixed "
+        f"t = {format_timesteps(counts, place.experiment)} from top to bottom before its latents are mixed "
         f"(paper, Fig. 9; {describe_chain(place.experiment)})"
     )
     return Figure("coarse_to_fine.png", caption, units, draw_rows)
 
 
-def mixing_unit(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
-    """Return the unit of a row, which both figures share."""
+def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
+    """Plan the unit of a row, which both figures share; return its file and the unit."""
     file = unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
     name = f"interpolation of pair {pair} after {steps} steps"
     return file, Unit(
-        UnitKind.FIGURE, keep_mixed, (place, pair, steps, file), name, len(LAMBDAS), needs_gpu=True
+        UnitKind.FIGURE, write_pair, (place, pair, steps, file), name, len(LAMBDAS), needs_gpu=True
     )
 
 
-def keep_mixed(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
-    """Do the work unit: one row, (1, 13, C, H, W)."""
-    a, b = load_pair(place, pair)
-    row = torch.cat([a[None], to_uint8(mix(ctx, place, a, b, pair, steps)).cpu(), b[None]])
+def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
+    """Write one row, (1, 13, C, H, W), of the two sources and their mixtures (body of a unit)."""
+    split = choose_split(place)
+    count = tars.open_shards(place.data).count_images(split)
+    start = 2 * pair % max(1, count - 1)  # if there are too few images, pairs come again
+    images, _ = tars.load_images(place.data, split, start, min(start + 2, count))
+    a, b = torch.from_numpy(images[[0, -1]])
+    row = torch.cat([a[None], to_uint8(mix_pair(ctx, place, a, b, pair, steps)).cpu(), b[None]])
     write_arrays(file, images=row[None].numpy())
 
 
-def mix(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) -> Tensor:
+def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) -> Tensor:
     """Make images (11, C, H, W) for the lambdas between uint8 images a and b, all from the pair's draw of the noise.
 
     No class is asked for and nothing guides: the two sources can be of two classes.
@@ -172,49 +181,40 @@ def mix(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) 
 
 
 def choose_split(place: Place) -> str:
-    """Choose the images that are interpolated: unseen ones, where there are any."""
+    """Choose the split whose images are interpolated: the test split if there is one."""
     return "test" if "test" in tars.open_shards(place.data).splits else "train"
-
-
-def load_pair(place: Place, pair: int) -> Tensor:
-    """Load the two images of a pair, uint8 (2, C, H, W); where there are too few, pairs come again."""
-    split = choose_split(place)
-    count = tars.open_shards(place.data).count_images(split)
-    start = 2 * pair % max(1, count - 1)
-    images, _ = tars.load_images(place.data, split, start, min(start + 2, count))
-    return torch.from_numpy(images[[0, -1]])
 
 
 # Fig. 7
 
 
-def shared_latents(place: Place) -> Figure:
+def plan_shared_latents(place: Place) -> Figure:
+    """Plan columns of images that share a latent, for each of the four t."""
     n, units = count_rows(place.experiment), {}
     counts = [count_steps(share, place.experiment) for share in SHARED]
     for steps in dict.fromkeys(counts):
         file = unit_folder(place, "shared") / f"{n:04d}-{steps:04d}.npz"
         args, name = (place, n, steps, file), f"images that share x_t after {steps} steps"
-        units[file] = Unit(UnitKind.FIGURE, keep_shared, args, name, n * CHILDREN, needs_gpu=True)
+        units[file] = Unit(UnitKind.FIGURE, write_children, args, name, n * CHILDREN, needs_gpu=True)
     caption = (
         f"Images that share a latent: x_t, then {CHILDREN} images from it, for "
-        f"t = {name_timesteps(counts, place.experiment)}, left to right; a chain in a row "
+        f"t = {format_timesteps(counts, place.experiment)}, left to right; a chain in a row "
         f"(paper, Fig. 7; {describe_chain(place.experiment)})"
     )
     return Figure("shared_latents.png", caption, units, partial(draw_rows, dim=1))
 
 
-def keep_shared(ctx: Worker, place: Place, n: int, steps: int, file: Path) -> None:
-    """Do the work unit: (n, 1 + children, C, H, W), each row a latent of the sample's chain and its images."""
-    x_t, children = share_latents(ctx, place, n, steps)
+def write_children(ctx: Worker, place: Place, n: int, steps: int, file: Path) -> None:
+    """Write (n, 1 + children, C, H, W), each row a latent and its images (body of a unit)."""
+    x_t, children = draw_children(ctx, place, n, steps)
     rows = torch.cat([x_t[:, None], children.unflatten(0, (n, CHILDREN))], dim=1)
     write_arrays(file, images=to_uint8(rows).cpu().numpy())
 
 
-def share_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Make x_t (n, C, H, W) on the way to the first n samples, and the images (n * children, C, H, W) from it."""
-    experiment = place.experiment
+def draw_children(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Draw x_t (n, C, H, W) on the way to the first n samples, and images (n * children, C, H, W) from it."""
+    experiment, variance = place.experiment, choose_variance(place.experiment)
     chain, net = build_diffusion(experiment), load_guided_network(place, ctx.device)
-    variance = choose_variance(experiment)
     draw = partial(normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
     x_t = draw_shared_latent(

@@ -1,4 +1,4 @@
-"""What a figure consists of, and what its units share."""
+"""A figure of the paper: its caption, its units and how it is drawn."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from pipeline.store.run import Place
 
 
 class Unavailable(PipelineError):
-    """A figure needs what this run does not have; the message says what, and what makes it."""
+    """Raised for a figure that needs what this run does not have; the message says what, and what makes it."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """`draw` makes the picture `file` out of the results of `units`, which are complete or absent files."""
+    """A figure: `draw(files of the units, target)` makes the picture `file` once the units are done."""
 
     file: str
     caption: str
@@ -26,7 +26,7 @@ class Figure:
 
 
 def unit_folder(place: Place, kind: str, *depends: str | int) -> Path:
-    """Return where results are kept that depend on how samples are drawn, and on `depends`."""
+    """Return the folder of units that depend on how samples are drawn, and on `depends`."""
     return place.figure_units / f"{kind}-{hash_content([place.sample_key, *depends])}"
 
 
@@ -36,6 +36,6 @@ def count_rows(experiment: Experiment) -> int:
 
 
 def describe_chain(experiment: Experiment) -> str:
-    """Say how long the chain is, for captions."""
+    """Describe the length of the chain for a caption."""
     timesteps, steps = experiment.diffusion.timesteps, experiment.sample.steps
     return f"T = {timesteps:,}" + (f", respaced to {steps:,} steps" if steps not in (None, timesteps) else "")

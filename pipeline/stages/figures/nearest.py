@@ -8,7 +8,7 @@ import torch
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.drawing.grids import save_grid
 from pipeline.scores.extractors import Extractor
-from pipeline.scores.image_sets import hash_shards, shard_set
+from pipeline.scores.image_sets import hash_shards, make_shard_set
 from pipeline.stages.figures.curves import find_scoring_extractor
 from pipeline.stages.figures.figure import Figure, Unavailable, count_rows, unit_folder
 from pipeline.store import tars
@@ -18,58 +18,59 @@ from pipeline.store.run import Place
 NEIGHBOURS = 9
 
 
-def nearest_pixels(place: Place) -> Figure:
-    caption = "Samples, first column, and the training images nearest in pixel space (paper, Fig. 12)"
-    return _plan("nearest_pixels", caption, place, None)
+def plan_nearest_pixels(place: Place) -> Figure:
+    """Plan the neighbours in pixel space."""
+    return _plan_nearest("nearest_pixels", "pixel space (paper, Fig. 12)", place, None)
 
 
-def nearest_features(place: Place) -> Figure:
+def plan_nearest_features(place: Place) -> Figure:
+    """Plan the neighbours in the features that the run was scored with."""
     extractor = find_scoring_extractor(place)
-    caption = (
-        f"Samples, first column, and the training images nearest in the feature space of `{extractor.name}` "
-        "(paper, Fig. 15)"
+    return _plan_nearest(
+        "nearest_features", f"the feature space of `{extractor.name}` (paper, Fig. 15)", place, extractor
     )
-    return _plan("nearest_features", caption, place, extractor)
 
 
-def _plan(name: str, caption: str, place: Place, extractor: Extractor | None) -> Figure:
-    n, shards = count_rows(place.experiment), tars.open_shards(place.data).list_shards("train")
+def _plan_nearest(name: str, space: str, place: Place, extractor: Extractor | None) -> Figure:
+    """Plan a row for each of the first samples: a unit looks through one tar of training images."""
+    n, shape = count_rows(place.experiment), place.experiment.data.shape
+    shards = tars.open_shards(place.data).list_shards("train")
     own, _ = tars.load_images(place.samples, "samples", 0, n)
     galleries: list[Path | None] = [None] * len(shards)
     query = own.reshape(n, -1)
     if extractor:
-        known = shard_set(extractor, shards, place.experiment.data.shape, place.reference_features)
-        galleries, query = [*known.units], read_sample_features(extractor, place, n)
-        if known.missing():
+        first = tars.open_shards(place.samples).list_shards("samples", n)
+        drawn = make_shard_set(extractor, first, shape, place.score_units, n)
+        known = make_shard_set(extractor, shards, shape, place.reference_features)
+        if drawn.list_missing():
+            raise Unavailable("it needs the features of the samples, which `ddpm evaluate` makes")
+        if known.list_missing():
             raise Unavailable(
-                "it needs the features of all training images, which evaluate.reference=train makes"
+                "it needs the features of all training images, made by evaluate.reference=train"
             )
-    space = extractor.name if extractor else "pixels"
-    folder, units = unit_folder(place, "nearest", space, hash_shards(shards), n), {}
+        galleries, query = [*known.units], drawn.read_features()
+    key = extractor.name if extractor else "pixels"
+    folder, units = unit_folder(place, "nearest", key, hash_shards(shards), n), {}
     for shard, gallery in zip(shards, galleries, strict=True):
         file, images = folder / f"{shard.name.removesuffix('.tar')}.npz", shard.stop - shard.start
         args, title = (query, shard, gallery, file), f"{name} in {shard.name}"
-        units[file] = Unit(UnitKind.FIGURE, search, args, title, images, needs_gpu=True)
+        units[file] = Unit(UnitKind.FIGURE, write_nearest, args, title, images, needs_gpu=True)
 
     def draw(files: list[Path], file: Path) -> None:
         rows = np.concatenate([own[:, None], merge_nearest(files)["images"]], axis=1)
         save_grid(torch.from_numpy(rows).flatten(0, 1), rows.shape[1], file)
 
+    caption = f"Samples, first column, and the training images nearest in {space}"
     return Figure(f"{name}.png", caption, units, draw)
 
 
-def read_sample_features(extractor: Extractor, place: Place, n: int) -> np.ndarray:
-    """Read (n, d) float32 of the first samples. Raises Unavailable where the evaluation left none."""
-    shards = tars.open_shards(place.samples).list_shards("samples", n)
-    images = shard_set(extractor, shards, place.experiment.data.shape, place.score_units, n)
-    if images.missing():
-        raise Unavailable("it needs the features of the samples, which `ddpm evaluate` makes")
-    return images.features()
+def write_nearest(
+    ctx: Worker, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path
+) -> None:
+    """Write the images of one tar that are nearest to each row of `query` (n, d) (body of a unit).
 
-
-def search(ctx: Worker, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path) -> None:
-    """Do the work unit: of one tar, the images nearest to each row of `query` (n, d), which are features where the
-    file `gallery` holds those of the tar, else pixels."""
+    The rows are features if the file `gallery` has those of the tar, else pixels.
+    """
     images, _ = tars.load_images(shard.folder, shard.split, shard.start, shard.stop)
     candidates = read_arrays(gallery)["features"] if gallery else images.reshape(len(images), -1)
     a, b = (torch.from_numpy(rows).to(ctx.device).float() for rows in (query, candidates))

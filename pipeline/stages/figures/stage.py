@@ -1,8 +1,8 @@
-"""Which figures are drawn, out of which units, and the seal.
+"""The figures stage: which figures are drawn, their units, and the seal.
 
-What units make is kept under all that it depends on, so asking for another figure repeats nothing. A figure that
-needs what the run has not got is left out; the manifest says why. Every configuration is checked against FIGURES, so
-torch and what draws are imported when they are called.
+A unit's file is named after all that it depends on, so asking for another figure repeats nothing. A figure that
+needs what the run does not have is left out, and the manifest says why. Every configuration is checked against FIGURES,
+so the modules that import torch are imported when they are needed.
 """
 
 import logging
@@ -24,7 +24,7 @@ FIGURES = (
 
 
 class FiguresStage(Stage):
-    """Draws the paper's figures of the chosen checkpoint."""
+    """The stage that draws the paper's figures of the selected checkpoint."""
 
     name = "figures"
     uses_checkpoint = True
@@ -33,7 +33,7 @@ class FiguresStage(Stage):
         return ("shard", "train", "sample")
 
     def is_done(self, place: Place) -> bool:
-        """Tell whether the figures are sealed, and those that were left out have nothing more to wait for."""
+        """Return whether the figures are sealed, and no evaluation can add those that were left out."""
         manifest = read_manifest_or_none(place.figures)
         return manifest is not None and (not manifest["skipped"] or manifest.get("scored", False))
 
@@ -58,19 +58,19 @@ STAGE = FiguresStage()
 
 
 def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
-    """Plan the figures asked for that can be drawn; the reasons why others cannot."""
+    """Plan the figures asked for; return those that can be drawn, and by name the reason why another cannot."""
     from pipeline.stages.figures import chains, curves, nearest
 
     plans = {
-        "samples": chains.samples,
-        "progressive": chains.progressive,
-        "interpolation": chains.interpolation,
-        "coarse_to_fine": chains.coarse_to_fine,
-        "shared_latents": chains.shared_latents,
-        "rate_distortion": curves.rate_distortion,
-        "scores_along": curves.scores_along,
-        "nearest_pixels": nearest.nearest_pixels,
-        "nearest_features": nearest.nearest_features,
+        "samples": chains.plan_samples,
+        "progressive": chains.plan_progressive,
+        "interpolation": chains.plan_interpolation,
+        "coarse_to_fine": chains.plan_coarse_to_fine,
+        "shared_latents": chains.plan_shared_latents,
+        "rate_distortion": curves.plan_rate_distortion,
+        "scores_along": curves.plan_scores_along,
+        "nearest_pixels": nearest.plan_nearest_pixels,
+        "nearest_features": nearest.plan_nearest_features,
     }
     figures, skipped = [], {}
     for name in place.experiment.figures.which:

@@ -10,6 +10,7 @@ import torch
 import torch_fidelity
 from conftest import tiny_experiment
 from fidelity import Images, arguments
+from safetensors.torch import save_file
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -37,7 +38,7 @@ def digits(sharded_storage):
 def trained(digits, tmp_path_factory):
     """The classifier's file, trained as the pipeline trains it."""
     path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
-    classifier.save(classifier.train(*digits[0], 10), path)
+    save_file(classifier.train(*digits[0], 10).state_dict(), path)
     return path
 
 
@@ -45,13 +46,16 @@ def trained(digits, tmp_path_factory):
 def extractor(request, trained):
     if request.param == "classifier":
         return in_file("classifier", trained)
-    return Extractor.of(
-        "projection", *projection.write_weights(trained.with_name("projection.safetensors"), 1)
-    )
+    return projection_of(1, trained.with_name("projection.safetensors"))
 
 
 def in_file(kind, path):
-    return Extractor.of(kind, path, hash_file(path))
+    return Extractor(kind, path, hash_file(path))
+
+
+def projection_of(channels, path):
+    save_file(projection.Projection(channels).state_dict(), path)
+    return in_file("projection", path)
 
 
 def knows_classes(extractor):
@@ -59,7 +63,7 @@ def knows_classes(extractor):
 
 
 def in_inception(path, cache):
-    return Extractor.of(inception.NAME, *inception.copy_weights(path, cache))
+    return Extractor(inception.NAME, *inception.copy_weights(path, cache))
 
 
 def their_call(extractor, images, **asked):
@@ -86,7 +90,7 @@ def their_scores(extractor, images, reference, fid=True):
 
 def our_score(extractor, images, cuts=()):
     """As the stage does it: features part by part, summed up."""
-    parts = (extractors.extract(extractor, part, CPU) for part in np.split(images, cuts))
+    parts = (extractors.extract_features(extractor, part, CPU) for part in np.split(images, cuts))
     return scores.sum_features(parts, len(images))
 
 
@@ -96,23 +100,23 @@ def our_scores(parts, reference, with_fid=True):
     scored = scores.sum_features(parts, len(features))
     found = {}
     if with_fid:
-        statistics = scores.Moments.of(real).statistics()
-        found["frechet_inception_distance"] = scores.frechet_distance(scored.moments.statistics(), statistics)
+        statistics = scores.Moments.from_features(real).to_statistics()
+        found["frechet_inception_distance"] = scores.compute_fid(scored.moments.to_statistics(), statistics)
     pairs = {
-        ("kernel_inception_distance_mean", "kernel_inception_distance_std"): scores.kernel_distance,
-        ("precision", "recall"): scores.precision_recall,
+        ("kernel_inception_distance_mean", "kernel_inception_distance_std"): scores.compute_kid,
+        ("precision", "recall"): scores.compute_precision_recall,
     }
     for names, function in pairs.items():
         found |= zip(names, function(features, real), strict=True)
-    for prefix, sums in (("", scored.sums), ("shuffled_", scored.shuffled)):
+    for prefix, sums in (("", scored.in_order), ("shuffled_", scored.shuffled)):
         if sums:
             names = (f"{prefix}inception_score_mean", f"{prefix}inception_score_std")
-            found |= zip(names, sums.inception_score(), strict=True)
+            found |= zip(names, sums.compute_inception_score(), strict=True)
     return found
 
 
 def fid(a, b):
-    return scores.frechet_distance(a.moments.statistics(), b.moments.statistics())
+    return scores.compute_fid(a.moments.to_statistics(), b.moments.to_statistics())
 
 
 def assert_equal_scores(ours, theirs, swapped):
@@ -125,9 +129,9 @@ def assert_equal_scores(ours, theirs, swapped):
 def test_scores_equal_torch_fidelitys_own_call(extractor, digits):
     images, reference = digits[1][0][:203], digits[0][0][:400]
     theirs = their_scores(extractor, images, reference)
-    real = extractors.extract(extractor, reference, CPU)
-    parts = [extractors.extract(extractor, part, CPU) for part in np.split(images, [64, 128])]
-    swapped = [extractors.extract(extractor, 255 - images, CPU)]
+    real = extractors.extract_features(extractor, reference, CPU)
+    parts = [extractors.extract_features(extractor, part, CPU) for part in np.split(images, [64, 128])]
+    swapped = [extractors.extract_features(extractor, 255 - images, CPU)]
     assert len(theirs) == (9 if knows_classes(extractor) else 5)
     assert_equal_scores(our_scores(parts, real), theirs, our_scores(swapped, real))
 
@@ -136,17 +140,19 @@ def test_how_images_are_cut_into_parts_does_not_matter(extractor, digits):
     images, reference = digits[1][0], our_score(extractor, digits[0][0])
     whole, cut = our_score(extractor, images), our_score(extractor, images, [1, 99, 100, 300])
     assert fid(cut, reference) == pytest.approx(fid(whole, reference), rel=1e-6)
-    if whole.sums:
-        assert cut.sums.inception_score() == pytest.approx(whole.sums.inception_score(), rel=1e-6)
+    if whole.in_order:
+        assert cut.in_order.compute_inception_score() == pytest.approx(
+            whole.in_order.compute_inception_score(), rel=1e-6
+        )
         assert np.array_equal(cut.classes, whole.classes)
 
 
 def test_features_tell_digits_from_a_gaussian_of_their_mean_and_covariance(extractor, digits):
     train, test = digits[0][0], digits[1][0]
-    mean, factor = baselines.pixel_gaussian(np.split(train, [500]))
+    mean, factor = baselines.fit_gaussian(np.split(train, [500]))
     reference = our_score(extractor, train)
-    gaussian = our_score(extractor, baselines.gaussian_images(mean, factor, 0, len(test), (1, 8, 8)))
-    noise = our_score(extractor, baselines.noise_images(0, len(test), (1, 8, 8)))
+    gaussian = our_score(extractor, baselines.draw_gaussian(mean, factor, 0, len(test), (1, 8, 8)))
+    noise = our_score(extractor, baselines.draw_noise(0, len(test), (1, 8, 8)))
     assert (
         1.5 * fid(our_score(extractor, test), reference)
         < fid(gaussian, reference)
@@ -156,11 +162,11 @@ def test_features_tell_digits_from_a_gaussian_of_their_mean_and_covariance(extra
 
 def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
     net = classifier.load(trained)
-    assert classifier.accuracy(net, *digits[1]) >= 0.95
+    assert classifier.measure_accuracy(net, *digits[1]) >= 0.95
     assert in_file("classifier", trained).name.startswith("classifier-")
     other = trained.with_name("other.safetensors")
     net.head.bias.data += 1
-    classifier.save(net, other)
+    save_file(net.state_dict(), other)
     assert in_file("classifier", other).name != in_file("classifier", trained).name
 
 
@@ -179,12 +185,14 @@ def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
 
 @pytest.mark.parametrize("side", [32, 256])
 def test_extractors_take_other_image_sizes(side, tmp_path):
-    images = baselines.noise_images(0, 3, (3, side, side))
-    classifier.save(classifier.Classifier(3, 7), tmp_path / "c.safetensors")
-    features, logits = extractors.extract(in_file("classifier", tmp_path / "c.safetensors"), images, CPU)
+    images = baselines.draw_noise(0, 3, (3, side, side))
+    save_file(classifier.Classifier(3, 7).state_dict(), tmp_path / "c.safetensors")
+    features, logits = extractors.extract_features(
+        in_file("classifier", tmp_path / "c.safetensors"), images, CPU
+    )
     assert features.shape == (3, 64) and logits.shape == (3, 7)
-    drawn = Extractor.of("projection", *projection.write_weights(tmp_path / "p.safetensors", 3))
-    features, logits = extractors.extract(drawn, images, CPU)
+    projected = projection_of(3, tmp_path / "p.safetensors")
+    features, logits = extractors.extract_features(projected, images, CPU)
     assert features.shape == (3, 64) and logits.shape == (3, 0)
 
 
@@ -193,8 +201,8 @@ def test_extractors_take_other_image_sizes(side, tmp_path):
 
 def test_moments_are_numpys(digits):
     features = np.random.default_rng(0).normal(100, 1, (301, 7)).astype(np.float32)
-    parts = [scores.Moments.of(part) for part in np.split(features, [5, 200])]
-    statistics = (parts[2] + parts[0] + parts[1]).statistics()
+    parts = [scores.Moments.from_features(part) for part in np.split(features, [5, 200])]
+    statistics = (parts[2] + parts[0] + parts[1]).to_statistics()
     assert np.allclose(statistics.mu, features.astype(np.float64).mean(axis=0), rtol=1e-14, atol=0)
     assert np.allclose(
         statistics.sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-10
@@ -206,12 +214,14 @@ def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
     logits = np.random.default_rng(1).normal(0, 3, (n, 5)).astype(np.float32)
     logits[:, 0] += np.linspace(0, 6, n)
     found = scores.sum_features([(part, part) for part in np.split(logits, [1, 3, n - 2])], n)
-    for sums, shuffle in ((found.sums, False), (found.shuffled, True)):
+    for sums, shuffle in ((found.in_order, False), (found.shuffled, True)):
         theirs = isc_features_to_metric(torch.from_numpy(logits), splits=min(10, n), shuffle=shuffle)
         expected = theirs["inception_score_mean"], theirs["inception_score_std"]
-        assert sums.inception_score() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        assert sums.compute_inception_score() == pytest.approx(expected, rel=1e-12, abs=1e-12)
     if n > 10:
-        assert found.sums.inception_score()[0] != pytest.approx(found.shuffled.inception_score()[0], rel=1e-3)
+        assert found.in_order.compute_inception_score()[0] != pytest.approx(
+            found.shuffled.compute_inception_score()[0], rel=1e-3
+        )
 
 
 def test_memory_does_not_grow_with_the_number_of_images():
@@ -223,7 +233,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
         parts = (
             tuple(draw.normal(size=(500, d)).astype(np.float32) for d in (64, 10)) for _ in range(n // 500)
         )
-        scores.sum_features(parts, n).sums.inception_score()
+        scores.sum_features(parts, n).in_order.compute_inception_score()
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return used
@@ -243,23 +253,23 @@ def test_the_settings_are_torch_fidelitys_defaults():
 
 
 def test_kid_subsets_are_torch_fidelitys_or_half_of_a_small_set():
-    assert scores.kid_subset_size(50_000, 10_000) == scores.kid_subset_size(1000, 1000) == 1000
-    assert scores.kid_subset_size(999, 5000) == 499 and scores.kid_subset_size(5000, 4) == 2
+    assert scores.choose_kid_subset_size(50_000, 10_000) == scores.choose_kid_subset_size(1000, 1000) == 1000
+    assert scores.choose_kid_subset_size(999, 5000) == 499 and scores.choose_kid_subset_size(5000, 4) == 2
     features = np.ones((3, 2), np.float32)
     with pytest.raises(PipelineError, match="3 images have no KID"):
-        scores.kernel_distance(features, features)
+        scores.compute_kid(features, features)
     with pytest.raises(PipelineError, match="3 images have no precision"):
-        scores.precision_recall(features, features)
+        scores.compute_precision_recall(features, features)
 
 
 def test_closed_form_of_the_frechet_distance():
     rng = np.random.default_rng(2)
     a = scores.Statistics(9, np.array([1.0, 2.0]), np.diag([4.0, 9.0]))
     b = scores.Statistics(9, np.array([0.0, 0.0]), np.diag([1.0, 1.0]))
-    assert scores.frechet_distance(a, b) == pytest.approx(5 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=1e-12)
+    assert scores.compute_fid(a, b) == pytest.approx(5 + (2 - 1) ** 2 + (3 - 1) ** 2, rel=1e-12)
     x = rng.normal(size=(50, 4))
-    same = scores.Moments.of(x).statistics()
-    assert abs(scores.frechet_distance(same, same)) < 1e-10
+    same = scores.Moments.from_features(x).to_statistics()
+    assert abs(scores.compute_fid(same, same)) < 1e-10
 
 
 @pytest.mark.parametrize("n", [9, 11])
@@ -271,7 +281,7 @@ def test_a_set_of_another_size_has_no_score(n):
 
 def test_one_image_has_no_fid():
     with pytest.raises(PipelineError, match="one image"):
-        scores.Moments.of(np.ones((1, 3))).statistics()
+        scores.Moments.from_features(np.ones((1, 3))).to_statistics()
 
 
 # Baselines
@@ -282,15 +292,15 @@ def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
     images = np.clip(rng.normal(128, 20, (4000, 1, 1, 1)) + rng.normal(0, 5, (4000, 1, 2, 2)), 0, 255).astype(
         np.uint8
     )
-    mean, factor = baselines.pixel_gaussian([images[:1000], images[1000:]])
-    drawn = baselines.gaussian_images(mean, factor, 0, 4000, (1, 2, 2))
+    mean, factor = baselines.fit_gaussian([images[:1000], images[1000:]])
+    drawn = baselines.draw_gaussian(mean, factor, 0, 4000, (1, 2, 2))
     flat, ours = (x.reshape(4000, 4).astype(float) for x in (images, drawn))
     assert np.allclose(flat.mean(axis=0), ours.mean(axis=0), atol=1.5)
     assert np.allclose(np.cov(flat.T), np.cov(ours.T), rtol=0.1)
-    assert np.array_equal(drawn[7:9], baselines.gaussian_images(mean, factor, 7, 9, (1, 2, 2)))
-    noise = baselines.noise_images(0, 500, (3, 4, 4))
+    assert np.array_equal(drawn[7:9], baselines.draw_gaussian(mean, factor, 7, 9, (1, 2, 2)))
+    noise = baselines.draw_noise(0, 500, (3, 4, 4))
     assert noise.min() == 0 and noise.max() == 255 and abs(noise.mean() - 127.5) < 2
-    assert np.array_equal(noise[7:9], baselines.noise_images(7, 9, (3, 4, 4)))
+    assert np.array_equal(noise[7:9], baselines.draw_noise(7, 9, (3, 4, 4)))
 
 
 # Inception
@@ -298,7 +308,7 @@ def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
 
 def blocks(n):
     """Two inputs of n images: coarse noise, and the same kind with half of the contrast."""
-    images = baselines.noise_images(0, 2 * n, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+    images = baselines.draw_noise(0, 2 * n, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
     return images[:n], images[n:] // 2 + 64
 
 
@@ -333,11 +343,11 @@ def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, t
     assert network.name.startswith("inception-v3-compat-") and not network.is_official
     noise, pale = blocks(7)
     theirs = their_scores(network, noise, pale, fid=False)
-    ours, real = ([extractors.extract(network, images, CPU)] for images in (noise, pale))
+    ours, real = ([extractors.extract_features(network, images, CPU)] for images in (noise, pale))
     require_live_features(ours[0][0], real[0][0])
     assert_equal_scores(our_scores(ours, real[0], False), theirs, our_scores(real, ours[0], False))
-    grey, logits = extractors.extract(network, noise[:1, :1], CPU)
-    colour, _ = extractors.extract(network, noise[:1, :1].repeat(3, axis=1), CPU)
+    grey, logits = extractors.extract_features(network, noise[:1, :1], CPU)
+    colour, _ = extractors.extract_features(network, noise[:1, :1].repeat(3, axis=1), CPU)
     assert np.array_equal(grey, colour) and logits.shape == (1, 1008)
     # The distance itself in an earlier layer: the eigenvalues of the last one take half a minute.
     monkeypatch.setattr(inception, "LAYERS", ("192", "logits_unbiased"))
@@ -353,7 +363,7 @@ def test_all_scores_of_inceptions_own_layers_equal_torch_fidelitys_call(he_incep
     """2 x 24 images; the FID takes the eigenvalues of a matrix of 2048 x 2048, twice."""
     network = in_inception(str(he_inception), tmp_path)
     noise, pale = blocks(24)
-    ours, real = ([extractors.extract(network, images, CPU)] for images in (noise, pale))
+    ours, real = ([extractors.extract_features(network, images, CPU)] for images in (noise, pale))
     require_live_features(ours[0][0], real[0][0])
     theirs = their_scores(network, noise, pale)
     assert theirs["frechet_inception_distance"] > 1
@@ -409,6 +419,6 @@ def test_tf32_is_off_around_features_and_restored(monkeypatch, trained, digits):
     load = extractors.load_network(extractor, CPU)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     hook = load.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
-    extractors.extract(dataclasses.replace(extractor), digits[1][0][:2], CPU)
+    extractors.extract_features(dataclasses.replace(extractor), digits[1][0][:2], CPU)
     hook.remove()
     assert seen == [False] and torch.backends.cudnn.allow_tf32

@@ -18,7 +18,7 @@ from pipeline.engine.find import make_place
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
-from pipeline.scores.image_sets import shard_set
+from pipeline.scores.image_sets import make_shard_set
 from pipeline.scores.preparations import list_preparations
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
@@ -90,9 +90,9 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
     net = best_linear_network(mean, values, vectors)
     monkeypatch.setattr(bound.checkpoint, "load_network", lambda *_: net)
     monkeypatch.setattr(bound, "bits_per_dim", partial(bits_per_dim, clip=False))
-    units = bound.units(run.of(experiment))
+    units = bound.plan_units(run.of(experiment))
     one_cpu().map_units(list(units.values()), lambda unit: None)
-    rows = bound.merge(units, 1000)[1]["rate_distortion"]
+    rows = bound.merge_units(units, 1000)[1]["rate_distortion"]
     spread = (((x[:16] - mean) @ vectors) ** 2).mean(axis=0)
     signal = alpha_bar()[:, None]
     shrink = signal * values / (signal * values + 1 - signal)
@@ -122,13 +122,13 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     extractor = find_extractor(run.of(experiment))
     features, found = {}, {}
     for split in ("test", "train"):
-        images = shard_set(
+        images = make_shard_set(
             extractor, tars.open_shards(run.data).list_shards(split), (3, 32, 32), run.reference_features
         )
-        one_cpu().map_units(images.missing(), lambda unit: None)
-        features[split], found[split] = images.features(), images.sum_features().moments.statistics()
+        one_cpu().map_units(images.list_missing(), lambda unit: None)
+        features[split], found[split] = images.read_features(), images.sum_features().moments.to_statistics()
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)
-    ours = scores.frechet_distance(found["test"], found["train"])
+    ours = scores.compute_fid(found["test"], found["train"])
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(tars.load_images(run.data, "test")[0]),
         input2=Images(tars.load_images(run.data, "train")[0]),
@@ -139,7 +139,9 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     assert theirs == pytest.approx(merged_fid(features, torch.float32), rel=1e-6)
     assert ours == pytest.approx(merged_fid(features, torch.float64), rel=1e-6)
     assert ours == pytest.approx(theirs, rel=1e-4)
-    accuracy = classifier.accuracy(classifier.load(extractor.weights), *tars.load_images(run.data, "test"))
+    accuracy = classifier.measure_accuracy(
+        classifier.load(extractor.weights), *tars.load_images(run.data, "test")
+    )
     assert accuracy > 0.4
 
 

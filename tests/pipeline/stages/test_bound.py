@@ -56,7 +56,7 @@ def test_other_units_give_the_same_bound(sampled):
 
 def test_progress_counts_what_a_bound_takes_beside_features(sampled):
     experiment, run = sampled
-    units = bound.units(run.of(experiment)).values()
+    units = bound.plan_units(run.of(experiment)).values()
     assert [(unit.images, unit.passes) for unit in units] == [(4, 20), (2, 20)]
 
 
@@ -85,15 +85,17 @@ def test_another_metric_repeats_nothing(sampled):
 
 def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
     experiment, run = sampled
-    units = bound.units(run.of(experiment))
-    assert list(units) == list(bound.units(run.of(asking_for(experiment, sampler="ddim", num_images=99))))
+    units = bound.plan_units(run.of(experiment))
+    assert list(units) == list(
+        bound.plan_units(run.of(asking_for(experiment, sampler="ddim", num_images=99)))
+    )
     for other in (
         asking_for(experiment, weights="raw"),
         asking_for(experiment, checkpoint=4),
         scoring(experiment, decoder="erf"),
         scoring(experiment, variance="fixedsmall"),
     ):
-        assert not set(units) & set(bound.units(run.of(other)))
+        assert not set(units) & set(bound.plan_units(run.of(other)))
 
 
 def test_nll_needs_no_samples(tiny_run):

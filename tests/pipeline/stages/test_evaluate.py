@@ -17,7 +17,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
-from pipeline.scores.image_sets import shard_set
+from pipeline.scores.image_sets import make_shard_set
 from pipeline.stages import evaluate, sample
 from pipeline.stages.evaluate.protocol import explain_differences
 from pipeline.stages.evaluate.stage import list_samples
@@ -69,22 +69,22 @@ def test_scores_are_those_of_the_stored_images(sampled):
 
     def score(folder, split, n=None):
         images, _ = tars.load_images(folder, split, 0, n)
-        return scores.sum_features([extractors.extract(extractor, images, CPU)], len(images))
+        return scores.sum_features([extractors.extract_features(extractor, images, CPU)], len(images))
 
-    train = score(run.data, "train").moments.statistics()
+    train = score(run.data, "train").moments.to_statistics()
     drawn, test = score(run.of(experiment).samples, "samples", 12), score(run.data, "test", 12)
     found = results(experiment, run)
     assert found["scores"]["fid"] == pytest.approx(
-        scores.frechet_distance(drawn.moments.statistics(), train), rel=1e-6
+        scores.compute_fid(drawn.moments.to_statistics(), train), rel=1e-6
     )
-    assert found["scores"]["is_mean"] == pytest.approx(drawn.sums.inception_score()[0], rel=1e-6)
+    assert found["scores"]["is_mean"] == pytest.approx(drawn.in_order.compute_inception_score()[0], rel=1e-6)
     point = found["reference_points"]["test"]["fid"]
-    assert point == pytest.approx(scores.frechet_distance(test.moments.statistics(), train), rel=1e-6)
+    assert point == pytest.approx(scores.compute_fid(test.moments.to_statistics(), train), rel=1e-6)
     assert found["scores"]["fid"] != pytest.approx(point, rel=0.1)
 
 
 def merged(images):
-    return torch.from_numpy(images.features())
+    return torch.from_numpy(images.read_features())
 
 
 @pytest.mark.parametrize("features", ["classifier", "projection"])
@@ -95,7 +95,7 @@ def test_all_scores_are_torch_fidelitys_on_the_merged_feature_files(sampled, fea
     extractor = find_extractor(run.of(experiment))
     folder = run.data / "references" / "features"
     drawn, train, test = (
-        shard_set(extractor, shards, (1, 8, 8), place)
+        make_shard_set(extractor, shards, (1, 8, 8), place)
         for shards, place in (
             (list_samples(run.of(experiment)), run.score_units),
             (tars.open_shards(run.data).list_shards("train"), folder),
@@ -113,7 +113,7 @@ def test_all_scores_are_torch_fidelitys_on_the_merged_feature_files(sampled, fea
         "precision": prc["precision"], "recall": prc["recall"],
     }  # fmt: skip
     if features == "classifier":
-        logits = torch.from_numpy(np.concatenate([part for _, part in drawn.parts()]))
+        logits = torch.from_numpy(np.concatenate([part for _, part in drawn.read_parts()]))
         for name, shuffle in (("is", False), ("is_shuffled", True)):
             found = isc_features_to_metric(logits, shuffle=shuffle)
             expected |= {

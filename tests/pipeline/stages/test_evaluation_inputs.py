@@ -14,12 +14,20 @@ from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores import classifier, preparations
 from pipeline.scores.extractors import find_extractor
-from pipeline.scores.reference import Reference
+from pipeline.scores.reference import load_reference, locate_statistics
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
 from pipeline.stages.evaluate.stage import list_samples
 from pipeline.store import tars
-from pipeline.store.files import hash_file, read_manifest, read_unit_arrays, write_json, write_unit_arrays
+from pipeline.store.files import (
+    hash_file,
+    read_arrays,
+    read_manifest,
+    read_unit_arrays,
+    write_arrays,
+    write_json,
+    write_unit_arrays,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +70,14 @@ def test_reference_statistics_are_never_stale(sampled):
     experiment = scoring(experiment, metrics=("fid",), features="projection")
     run_stage(evaluate, experiment, run)
     extractor = find_extractor(run.of(experiment))
-    reference = Reference.of(run, extractor, "train")
-    assert reference.load().n == 1437
-    assert dataclasses.replace(reference, content="of other images").load() is None
-    assert Reference.of(run, extractor, "test").file != reference.file
-    assert run.data in reference.file.parents and extractor.name in reference.file.name
+    file, _ = locate_statistics(run, extractor, "train")
+    assert load_reference(run, extractor, "train").n == 1437
+    assert locate_statistics(run, extractor, "test")[0] != file
+    assert run.data in file.parents and extractor.name in file.name
+    kept = file.read_bytes()
+    write_arrays(file, **{**read_arrays(file), "content": np.array("of other images")})
+    assert load_reference(run, extractor, "train") is None
+    file.write_bytes(kept)  # other tests use the same storage
 
 
 def test_labels_beyond_the_classes_are_refused(sampled):
@@ -85,7 +96,7 @@ def replace_tar(experiment, run, images):
     manifest = read_manifest(folder)
     name = manifest["splits"]["samples"]["shards"][0]
     records = (tars.Record(f"{i:08d}", tars.encode_png(image), None) for i, image in enumerate(images))
-    facts = tars.write_tar(folder / name, records)
+    facts = tars.write_shard(folder / name, records)
     manifest["files"][name] = {key: facts[key] for key in tars.FILE_FACTS} | {"count": 6}
     write_json(folder / "manifest.json", manifest)
 
@@ -153,7 +164,7 @@ def test_a_bound_of_another_key_is_not_taken_for_this(sampled):
     other = scoring(experiment, decoder="erf")
     run_stage(evaluate, experiment, run)
     run_stage(evaluate, other, run)
-    ours, theirs = (next(iter(bound.units(run.of(e)))) for e in (experiment, other))
+    ours, theirs = (next(iter(bound.plan_units(run.of(e)))) for e in (experiment, other))
     shutil.copy(theirs, ours)
     with pytest.raises(PipelineError, match=f"holds {theirs.parent.name}/.*, not {ours.parent.name}/"):
         run_stage(evaluate, experiment, run)
@@ -162,7 +173,7 @@ def test_a_bound_of_another_key_is_not_taken_for_this(sampled):
 def test_a_bound_of_fewer_images_or_timesteps_is_refused(sampled):
     experiment, run = sampled
     run_stage(evaluate, experiment, run)
-    file = next(iter(bound.units(run.of(experiment))))
+    file = next(iter(bound.plan_units(run.of(experiment))))
     whole = read_unit_arrays(file)
     for cut in (np.s_[:3], np.s_[:, :19]):
         write_unit_arrays(file, **{**whole, "terms": whole["terms"][cut]})
@@ -204,7 +215,7 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
     """The training split's own statistics, brought as a file, give the same FID."""
     experiment, run = projected
     run_stage(evaluate, experiment, run)
-    kept = Reference.of(run, find_extractor(run.of(experiment)), "train").load()
+    kept = load_reference(run, find_extractor(run.of(experiment)), "train")
     file = statistics(tmp_path / "their.npz", mu=kept.mu, sigma=kept.sigma)
     brought = scoring(experiment, reference=file)
     run_stage(evaluate, brought, run)
@@ -253,7 +264,7 @@ def test_statistics_of_anything_else_are_refused_in_a_line(projected, tmp_path, 
     experiment, run = projected
     experiment = scoring(experiment, reference=statistics(tmp_path / "their.npz", **changed))
     with pytest.raises(PipelineError, match=message) as refused:
-        evaluate.STAGE.check(run.of(experiment))  # before anything is trained
+        evaluate.STAGE.check_before_training(run.of(experiment))  # before anything is trained
     assert "\n" not in str(refused.value) and "their.npz" in str(refused.value)
 
 
@@ -280,4 +291,4 @@ def test_without_a_test_split_fid_test_is_refused_before_training(tiny_run):
     run = dataclasses.replace(run, data_key="train-only")
     tars.write_shard_manifest(run.data, {"train": []}, image_size=8, channels=1)
     with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):
-        evaluate.STAGE.check(run.of(scoring(experiment, metrics=("fid_test",))))
+        evaluate.STAGE.check_before_training(run.of(scoring(experiment, metrics=("fid_test",))))

@@ -21,8 +21,8 @@ from pipeline import config
 from pipeline.drawing import charts
 from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.scores.distances import Moments, frechet_distance
-from pipeline.scores.reference import Reference
+from pipeline.scores.distances import Moments, compute_fid
+from pipeline.scores.reference import load_reference
 from pipeline.stages import evaluate, figures, sample, shard
 from pipeline.stages.figures import chains, curves, nearest
 from pipeline.stages.figures.stage import FIGURES
@@ -100,7 +100,7 @@ def test_progressive_ends_in_the_samples(drawn):
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 20, 1000])
 def test_stages_are_evenly_spaced_and_end_the_chain(steps):
-    kept = chains.choose_stages(steps)
+    kept = chains.list_snapshots(steps)
     assert kept[-1] == steps and len(kept) == min(10, steps)
     assert steps < 10 or set(np.diff([0, *kept])) == {steps // 10}
 
@@ -135,10 +135,10 @@ def test_interpolation_at_lambda_0_and_1_is_the_plain_chains(drawn):
 def test_the_noise_is_shared_over_lambda(drawn):
     experiment, run = drawn
     image = torch.from_numpy(tars.load_images(run.data, "test", 0, 1)[0][0])
-    same = chains.mix(one_cpu().context, run.of(experiment), image, image, 0, 10)
+    same = chains.mix_pair(one_cpu().context, run.of(experiment), image, image, 0, 10)
     assert same.shape == (11, 1, 8, 8)
     assert torch.allclose(same, same[:1].expand_as(same), atol=1e-4), "only the sources may differ"
-    other = chains.mix(one_cpu().context, run.of(experiment), image, image, 1, 10)
+    other = chains.mix_pair(one_cpu().context, run.of(experiment), image, image, 1, 10)
     assert not torch.allclose(same, other, atol=0.01), "pairs have noise of their own"
 
 
@@ -161,7 +161,7 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
     diffusion, index = Diffusion(experiment.diffusion), torch.arange(3)
     net = load_network(run.of(experiment), torch.device("cpu"))
     for steps in (20, 10, 5):
-        x_t, children = chains.share_latents(one_cpu().context, run.of(experiment), 3, steps)
+        x_t, children = chains.draw_children(one_cpu().context, run.of(experiment), 3, steps)
 
         def noise(t):
             return normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
@@ -170,7 +170,7 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
         assert nearly_equal(to_uint8(last.x_t), samples_of(experiment, run, 3))
         assert children.shape == (9, 1, 8, 8)
     assert torch.equal(
-        chains.share_latents(one_cpu().context, run.of(experiment), 3, 20)[0],
+        chains.draw_children(one_cpu().context, run.of(experiment), 3, 20)[0],
         normal(experiment.seed, Stream.X_T, 0, index, (1, 8, 8)),
     )
 
@@ -187,7 +187,7 @@ def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_pat
     experiment, run = drawn
     panels = []
     monkeypatch.setattr(charts, "save_panels", lambda made, file: panels.extend(made))
-    curves.rate_distortion(run.of(experiment)).draw([], tmp_path / "x.svg")
+    curves.plan_rate_distortion(run.of(experiment)).draw([], tmp_path / "x.svg")
     rows = read_json(run.of(experiment).nll_json)["rate_distortion"]
     for panel, across, up in zip(
         panels, ("k", "k", "rate_bpd"), ("rmse", "rate_bpd", "rmse"), strict=True
@@ -199,10 +199,10 @@ def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_pat
 
 def test_scores_along_end_in_the_runs_own(drawn):
     experiment, run = drawn
-    figure = curves.scores_along(run.of(experiment))
+    figure = curves.plan_scores_along(run.of(experiment))
     assert "12 images, too few" in figure.caption
-    reference = Reference.of(run, curves.find_scoring_extractor(run.of(experiment)), "train").load()
-    along = curves.score_stages(list(figure.units), 12, reference)
+    reference = load_reference(run, curves.find_scoring_extractor(run.of(experiment)), "train")
+    along = curves.score_snapshots(list(figure.units), 12, reference)
     scored = read_json(run.of(experiment).metrics_json)["scores"]["fid"]
     assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
     assert along[0]["fid"] != pytest.approx(scored, rel=1e-3)
@@ -214,14 +214,14 @@ def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
     files = [tmp_path / "a.npz", tmp_path / "b.npz"]
     for file, rows in zip(files, (slice(0, 20), slice(20, 30)), strict=True):
         write_arrays(file, features=features[:, rows], logits=logits[:, rows])
-    reference = Moments.of(draw.normal(size=(40, 5))).statistics()
-    found = curves.score_stages(files, 30, reference)
+    reference = Moments.from_features(draw.normal(size=(40, 5))).to_statistics()
+    found = curves.score_snapshots(files, 30, reference)
     for number in (0, 1):
-        expected = frechet_distance(Moments.of(features[number]).statistics(), reference)
+        expected = compute_fid(Moments.from_features(features[number]).to_statistics(), reference)
         assert found[number]["fid"] == pytest.approx(expected, rel=1e-9)
         assert 1 <= found[number]["is_mean"] <= 3
-    with pytest.raises(PipelineError, match="short set"):
-        curves.score_stages(files[:1], 30, reference)
+    with pytest.raises(PipelineError, match="20 images"):
+        curves.score_snapshots(files[:1], 30, reference)
 
 
 @pytest.mark.parametrize("space", ["pixels", "features"])
@@ -239,7 +239,7 @@ def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
             gallery = tmp_path / f"{tar.name}-features.npz"
             write_arrays(gallery, features=vectors[tar.start : tar.stop])
         files.append(tmp_path / f"{tar.name}.npz")
-        nearest.search(one_cpu().context, vectors[chosen], tar, gallery, files[-1])
+        nearest.write_nearest(one_cpu().context, vectors[chosen], tar, gallery, files[-1])
     found = nearest.merge_nearest(files)
     assert found["index"][:, 0].tolist() == chosen and (found["distance"][:, 0] == 0).all()
     assert np.array_equal(found["images"][:, 0], pixels[chosen])
