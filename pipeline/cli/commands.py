@@ -245,11 +245,11 @@ def compare(options: Namespace) -> int:
     if len(paths) < 2:
         found = f"only {next(iter(paths)).name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
-    from pipeline.report import compare
+    from pipeline.report import compared_run, comparison
 
-    entries = compare.list_entries(find.read_place(path) for path in paths)
-    folder = locate_comparison(root, compare.hash_entries(entries, metric))
-    print_line(f"comparison: {compare.write_comparison(entries, folder, 'Comparison', metric)}")
+    runs = compared_run.list_compared_runs(find.read_place(path) for path in paths)
+    folder = locate_comparison(root, comparison.hash_comparison(runs, metric))
+    print_line(f"comparison: {comparison.write_comparison(runs, folder, 'Comparison', metric)}")
     return 0
 
 
@@ -270,7 +270,7 @@ def sync(options: Namespace) -> int:
     from pipeline.store.files import lock_folder
 
     place = find.read_place(find.find_run(options.run, cluster.storage_root))
-    uri = cluster.tracking_uri or tracking.default_uri(place.storage)
+    uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
     tracking.check_server(uri)
     with lock_folder(place.path):
         print_line(tracking.deliver_run(uri, place.experiment.name, place))

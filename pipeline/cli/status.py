@@ -135,7 +135,7 @@ def _list_stores(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
         yield "storage", f"PROBLEM: {error}"
         return
     yield "storage", f"{root}, {shutil.disk_usage(root).free / 2**30:.0f} GiB free"
-    uri = cluster.tracking_uri or tracking.default_uri(root)
+    uri = cluster.tracking_uri or tracking.find_default_uri(root)
     try:
         tracking.check_server(uri)
         yield "tracking", uri

@@ -43,7 +43,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Pla
         _write_experiment(place)
         from pipeline import tracking
 
-        uri = cluster.tracking_uri or tracking.default_uri(place.storage)
+        uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
         if cluster.tracking_uri:
             tracking.check_server(uri)
         _remove_signs(place)

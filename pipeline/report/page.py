@@ -8,12 +8,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.console import format_duration
 from pipeline.report import paper
-from pipeline.report.html import TEMPLATES, to_html
+from pipeline.report.html import TEMPLATES, convert_to_html
 from pipeline.scores.metrics import HEADLINE, METRICS
 from pipeline.store.files import write_folder_atomically, write_manifest
 from pipeline.store.run import REPORT_HTML, REPORT_MD
 
-# What a protocol says, in the order of a page.
+# The words of a protocol, in the order of a page.
 PROTOCOL = {
     "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as", "weights": "Weights",
     "sampler": "Sampler", "steps": "Sampling steps", "eta": "eta", "variance": "Sampling variance",
@@ -26,30 +26,33 @@ PROTOCOL = {
 }  # fmt: skip
 
 
-def write_page(folder: Path, write_markdown: Callable[[Path], str], **facts: str) -> None:
-    """Write the page atomically and seal it with `facts`. `write_markdown` is handed the folder for its pictures."""
+def write_page(folder: Path, compose: Callable[[Path], str], **facts: str) -> None:
+    """Write a page's Markdown, HTML and pictures, then its manifest with `facts`.
+
+    compose: returns the Markdown; it draws the page's pictures into the folder that it is called with.
+    """
     with write_folder_atomically(folder) as temporary:
-        markdown = re.sub(r"\n{3,}", "\n\n", write_markdown(temporary)).strip() + "\n"
+        markdown = re.sub(r"\n{3,}", "\n\n", compose(temporary)).strip() + "\n"
         (temporary / REPORT_MD).write_text(markdown, encoding="utf-8")
-        (temporary / REPORT_HTML).write_text(to_html(markdown, temporary), encoding="utf-8")
+        (temporary / REPORT_HTML).write_text(convert_to_html(markdown, temporary), encoding="utf-8")
         write_manifest(temporary, sorted(path.name for path in temporary.iterdir()), **facts)
 
 
 def format_value(value: str | float | Sequence[int | float | str] | None) -> str:
-    """Write a setting or a count as a person does, safe as Markdown."""
+    """Return a setting or a count as Markdown text: 50,000, true, a dash for None."""
     if value is None:
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else escape_markdown(str(value))
 
 
-def escape(text: str) -> str:
-    """Keep text from outside from being read as Markdown: as code, stress, a link or a tag."""
+def escape_markdown(text: str) -> str:
+    """Escape what Markdown would read as code, stress, a link or a tag."""
     return re.sub(r"([\\`*<]|(?<=\])\()", r"\\\1", text)
 
 
-# Markdown is no REPORT_HTML: `to_html` escapes all that it does not know.
+# Without autoescape, which is for HTML: `convert_to_html` escapes what Markdown does not know.
 TEMPLATE = Environment(
     loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )

@@ -1,6 +1,4 @@
-"""The numbers of Ho, Jain and Abbeel 2020 (arXiv 2006.11239v2) that stand beside ours, as the paper prints them,
-and a few of the field's.
-"""
+"""The numbers of Ho, Jain and Abbeel 2020 (arXiv 2006.11239v2) as the paper prints them, and a published ladder."""
 
 import re
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ COLUMNS = [METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd")]
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One row of Tables 1 and 2: what the network predicts, the objective, and {score: as printed}.
 
     FID is against the training set, `fid_test` against the test set; no scores = unstable in training, "out of
@@ -28,12 +26,12 @@ class Row:
     name: str
     scores: dict[str, str]
 
-    def print(self, metric: Metric) -> str:
+    def format_score(self, metric: Metric) -> str:
         return self.scores.get(metric.name, "–").replace(" ", FIRM)
 
-    def subtract_from(self, scores: Mapping[str, float], metric: Metric) -> str:
-        """Write a run's score less this one, signed; a dash where one is absent."""
-        printed = re.search(r"\d+\.\d+", self.print(metric))
+    def format_difference(self, scores: Mapping[str, float], metric: Metric) -> str:
+        """Return a run's score less the paper's, with its sign; a dash where one is missing."""
+        printed = re.search(r"\d+\.\d+", self.format_score(metric))
         if printed is None or metric.name not in scores:
             return "–"
         return f"{scores[metric.name] - float(printed[0]):+.2f}".replace("-", "−")
@@ -42,22 +40,22 @@ class Row:
 # Tables 1 and 2: CIFAR-10, 50,000 samples, NLL of the test set in bits/dim. The third row of each half is the
 # unweighted mean square error, which for eps is L_simple.
 TABLES_1_AND_2 = (
-    Row("mean", "vlb", "learned", "μ̃, L, learned diagonal Σ", {"fid": "23.69", "is_mean": "7.28 ± 0.10"}),
-    Row("mean", "vlb", "fixed", "μ̃, L, fixed isotropic Σ", {"fid": "13.22", "is_mean": "8.06 ± 0.09"}),
-    Row("mean", "simple", "fixed", "μ̃, unweighted MSE", {}),
-    Row("eps", "vlb", "learned", "ε, L, learned diagonal Σ", {}),
-    Row("eps", "vlb", "fixed", "ε, L, fixed isotropic Σ",
+    PaperRow("mean", "vlb", "learned", "μ̃, L, learned diagonal Σ", {"fid": "23.69", "is_mean": "7.28 ± 0.10"}),
+    PaperRow("mean", "vlb", "fixed", "μ̃, L, fixed isotropic Σ", {"fid": "13.22", "is_mean": "8.06 ± 0.09"}),
+    PaperRow("mean", "simple", "fixed", "μ̃, unweighted MSE", {}),
+    PaperRow("eps", "vlb", "learned", "ε, L, learned diagonal Σ", {}),
+    PaperRow("eps", "vlb", "fixed", "ε, L, fixed isotropic Σ",
         {"fid": "13.51", "is_mean": "7.67 ± 0.13", "nll_bpd": "≤ 3.70"}),
-    Row("eps", "simple", "fixed", "ε, L_simple",
+    PaperRow("eps", "simple", "fixed", "ε, L_simple",
         {"fid": "3.17", "fid_test": "5.24", "is_mean": "9.46 ± 0.11", "nll_bpd": "≤ 3.75"}),
 )  # fmt: skip
 
 
-def find_row(diffusion: DiffusionConfig) -> Row | None:
-    """The row that an objective belongs to; None where the paper has none."""
+def find_row(diffusion: DiffusionConfig) -> PaperRow | None:
+    """Find the row of an objective; None where the paper has none."""
     variance = "fixed" if diffusion.variance.startswith("fixed") else diffusion.variance
-    asked = (diffusion.predict, diffusion.loss, variance)
-    return next((row for row in TABLES_1_AND_2 if (row.predict, row.loss, row.variance) == asked), None)
+    key = (diffusion.predict, diffusion.loss, variance)
+    return next((row for row in TABLES_1_AND_2 if (row.predict, row.loss, row.variance) == key), None)
 
 
 # App. B and the authors' code: what its rows of CIFAR-10 share, whatever the objective.
@@ -77,26 +75,18 @@ RECIPE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def has_its_schedule(diffusion: DiffusionConfig) -> bool:
-    """Whether x_t is as noisy at each t as in the paper: where rates and errors along the chain can be compared."""
+def has_paper_schedule(diffusion: DiffusionConfig) -> bool:
+    """Tell whether x_t is as noisy at each t as in the paper, so that rates and errors along the chain compare."""
     keys = ("timesteps", "beta_schedule", "beta_start", "beta_end")
     return all(getattr(diffusion, key) == RECIPE["diffusion"][key] for key in keys)
 
 
-# Table 4: {k = T - t + 1: (rate in bits/dim, RMSE on the scale 0 to 255)}, CIFAR-10, test set,
-# L_simple.
+# Table 4: {k = T - t + 1: (rate in bits/dim, RMSE on the scale 0 to 255)}, CIFAR-10, test set, L_simple.
 TABLE_4 = {
-    1000: (1.77581, 0.95136),
-    900: (0.11994, 12.02277),
-    800: (0.05415, 18.47482),
-    700: (0.02866, 24.43656),
-    600: (0.01507, 30.80948),
-    500: (0.00716, 38.03236),
-    400: (0.00282, 46.12765),
-    300: (0.00081, 54.18826),
-    200: (0.00013, 60.97170),
-    100: (0.00000, 67.60125),
-}
+    1000: (1.77581, 0.95136), 900: (0.11994, 12.02277), 800: (0.05415, 18.47482), 700: (0.02866, 24.43656),
+    600: (0.01507, 30.80948), 500: (0.00716, 38.03236), 400: (0.00282, 46.12765), 300: (0.00081, 54.18826),
+    200: (0.00013, 60.97170), 100: (0.00000, 67.60125),
+}  # fmt: skip
 
 # The best linear denoiser of CIFAR-10's test set (its mean and covariance, nothing trained), at the end of the
 # chain: rate in bits/dim with fixedlarge, RMSE on the scale 0 to 255. From the closed form, not from the paper.

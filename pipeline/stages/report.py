@@ -9,8 +9,8 @@ from functools import partial
 from pipeline.compute.units import Unit
 from pipeline.config import Experiment
 from pipeline.report.page import write_page
-from pipeline.report.run import write_markdown
-from pipeline.report.source import Source
+from pipeline.report.run_files import RunFiles
+from pipeline.report.run_page import compose_page
 from pipeline.stages.stage import Stage
 from pipeline.store.files import read_manifest_or_none
 from pipeline.store.run import Place
@@ -28,12 +28,12 @@ class ReportStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         manifest = read_manifest_or_none(place.report)
-        return manifest is not None and manifest["inputs"] == Source(place).digest
+        return manifest is not None and manifest["inputs"] == RunFiles(place).content_hash
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Write the report in the driver: there is nothing to hand out."""
-        source = Source(place)
-        write_page(place.report, partial(write_markdown, source), inputs=source.digest)
+        run = RunFiles(place)
+        write_page(place.report, partial(compose_page, run), inputs=run.content_hash)
         yield from ()
 
 

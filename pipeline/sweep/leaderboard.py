@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.console import format_duration, format_table
-from pipeline.report.entries import Entry
+from pipeline.report.compared_run import ComparedRun
 from pipeline.scores.metrics import HEADLINE, METRICS
 from pipeline.scores.ranking import Group, Position, format_winner, rank_runs
 from pipeline.store.files import write_json, write_text
@@ -20,7 +20,7 @@ from pipeline.sweep.points import Trial
 
 
 @dataclass(frozen=True)
-class RankedTrial(Entry):
+class RankedTrial(ComparedRun):
     """One trial, as an entry of the study's page. seconds: that its stages took."""
 
     key: str

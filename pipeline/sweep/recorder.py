@@ -121,17 +121,17 @@ class Recorder:
             scores = {f"best/{metric}": best.scores[metric]}
         rungs = {key: self.ledger.records[key].rungs for key in self.trials}
         table, note = leaderboard.list_cells(board), leaderboard.format_markdown(board)
-        self.parent.publish(table, note, tags, scores, rungs)
+        self.parent.send_leaderboard(table, note, tags, scores, rungs)
 
     def close(self, status: str) -> None:
         """Write leaderboard and report, and say the last word to the server, however the study ended."""
-        from pipeline.report import compare
+        from pipeline.report import comparison
 
         self.publish()
         rows = [row for row in self.leaderboard.rows if row.scores]
         sweep, report = self.sweep, self.folder / "report"
         if rows:
-            compare.write_comparison(rows, report, sweep.name, sweep.metric, sweep.note)
+            comparison.write_comparison(rows, report, sweep.name, sweep.metric, sweep.note)
         self.parent.finish(status, report)
 
     def count_done(self) -> int:

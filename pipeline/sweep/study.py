@@ -79,7 +79,7 @@ class Study:
     def run(self) -> Leaderboard:
         """Bring every trial up to date and rank them. A trial that fails raises nothing. Raises StopRequest,
         PipelineError."""
-        uri = self.cluster.tracking_uri or tracking.default_uri(self.root)
+        uri = self.cluster.tracking_uri or tracking.find_default_uri(self.root)
         if self.cluster.tracking_uri:
             tracking.check_server(uri)
         with lock_folder(self.folder):

@@ -1,4 +1,4 @@
-"""The mirror itself: the thread that follows the files, and the memory of what arrived."""
+"""The mirror: a thread that sends the files of a run to MLflow, and the file that remembers what arrived."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import TypedDict
 from pipeline.errors import PipelineError, explain_network_error, hide_password
 from pipeline.store.files import read_json, write_json
 from pipeline.store.run import Place
-from pipeline.tracking.client import VIEW, Sender, default_uri, locate_runs
+from pipeline.tracking.mlflow_client import VIEW, Sender, find_default_uri, format_study_url
 from pipeline.tracking.parcels import Parcel, list_parcels
-from pipeline.tracking.session import ChildRun, Session
+from pipeline.tracking.run_sender import ChildRun, RunSender
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ POLL, LONGEST_WAIT = 2.0, 60.0  # seconds between looks at the files; ceiling of
 
 
 class ServerCopy(TypedDict):
-    """The copy of a run on one server; parcels: name -> version that arrived."""
+    """What one server has of a run; parcels: name -> version that arrived."""
 
     study: str
     experiment_id: str
@@ -63,7 +63,7 @@ class Mirror(Sender):
         super().__init__(uri, warn)
         self.study, self.place, self.tags, self.child = study, place, tags or {}, child
         self.status = "RUNNING"
-        self.session: Session | None = None
+        self.sender: RunSender | None = None
         self.sent: list[str] = []
         self.state_file = child.state_file if child else place.tracking_json
         self._state = _read_state(self.state_file)
@@ -83,7 +83,7 @@ class Mirror(Sender):
         self._thread.start()
 
     def stop(self, status: str) -> None:
-        """Deliver the rest, with one last attempt, and set the status."""
+        """Set the status and send what is left, if the server answers once more."""
         self._set_status(status)
         self._stopping.set()
         self._thread.join()
@@ -97,33 +97,33 @@ class Mirror(Sender):
         wait, is_last = 0.0, False
         while not is_last:
             is_last = self._stopping.wait(wait)
-            if taken := self.attempt(self.deliver):
+            if taken := self.try_send(self.deliver):
                 wait = POLL
             else:
-                self.session, wait = None, min(max(2 * wait, POLL), LONGEST_WAIT)
+                self.sender, wait = None, min(max(2 * wait, POLL), LONGEST_WAIT)
         if not taken:
-            again = f"`ddpm sweep {self.study}`" if self.child else _write_command(self.place, self.uri)
+            again = f"`ddpm sweep {self.study}`" if self.child else _format_sync_command(self.place, self.uri)
             self.warn(f"not everything reached {hide_password(self.uri)}: deliver it with {again}")
 
     def deliver(self) -> None:
         """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""
-        session = self.session = self.session or Session(self.uri, self.study, self.place, self.child)
+        sender = self.sender = self.sender or RunSender(self.uri, self.study, self.place, self.child)
         servers, uri = self._state.setdefault("servers", {}), hide_password(self.uri)
-        if uri not in servers or servers[uri]["run_id"] != session.run_id:  # new to this server
+        if uri not in servers or servers[uri]["run_id"] != sender.run_id:  # new to this server
             servers[uri] = ServerCopy(
-                study=self.study, experiment_id=session.experiment_id, run_id=session.run_id, parcels={}
+                study=self.study, experiment_id=sender.experiment_id, run_id=sender.run_id, parcels={}
             )
         delivered = servers[uri]["parcels"]
         with suppress(FileNotFoundError):  # gone while it was listed: the next look finds the new one
             for parcel in self._list_missing(delivered):
                 with suppress(FileNotFoundError):
-                    parcel.send(session)
+                    parcel.send(sender)
                     delivered[parcel.name] = parcel.version
                     self.sent.append(parcel.name)
                     write_json(self.state_file, self._state)
 
     def _list_missing(self, delivered: dict[str, str]) -> list[Parcel]:
-        send = partial(Session.send_status, status=self.status, end=self._state.get("time"))
+        send = partial(RunSender.send_status, status=self.status, end=self._state.get("time"))
         status = Parcel("status", self.status, send)
         rest = list(list_parcels(self.place, self.tags, delivered, self.child))
         parcels = [status, *rest] if self.status == "RUNNING" else [*rest, status]
@@ -150,7 +150,7 @@ def _read_state(path: Path) -> MirrorState:
 
 
 def deliver_run(uri: str, study: str, place: Place) -> str:
-    """Deliver the whole run directory again, and say what was sent. The caller holds the run's lock.
+    """Send the whole run directory again, and return a summary. The caller holds the run's lock.
 
     Raises PipelineError where the server does not answer.
     """
@@ -169,20 +169,20 @@ def deliver_run(uri: str, study: str, place: Place) -> str:
 
 
 def describe_delivery(place: Place, uri: str | None) -> str:
-    """Say where a person finds the run in MLflow, and whether it is all there. Reads files only."""
-    uri = uri or default_uri(place.storage)
+    """Return where the run is in MLflow, and whether it is complete there. Reads files only."""
+    uri = uri or find_default_uri(place.storage)
     address, state = hide_password(uri), _read_state(place.tracking_json)
     server = state.get("servers", {}).get(address)
     if server is None:
-        return f"nothing in {address} yet ({_write_command(place, uri)})"
-    where = f"{locate_runs(uri, place.storage, server['experiment_id'])}/{server['run_id']}{VIEW}"
+        return f"nothing in {address} yet ({_format_sync_command(place, uri)})"
+    where = f"{format_study_url(uri, place.storage, server['experiment_id'])}/{server['run_id']}{VIEW}"
     is_current = server["parcels"].get("status") == state["status"]
-    return where if is_current else f"{where}, not up to date ({_write_command(place, uri)})"
+    return where if is_current else f"{where}, not up to date ({_format_sync_command(place, uri)})"
 
 
-def _write_command(place: Place, uri: str) -> str:
-    """Write the command that delivers the run to that server, as it can be typed in any folder."""
+def _format_sync_command(place: Place, uri: str) -> str:
+    """Return the command that delivers the run to that server, as it can be typed in any folder."""
     words = ["ddpm", "sync", str(place.path)]
-    if uri != default_uri(place.storage):
+    if uri != find_default_uri(place.storage):
         words.append(f"cluster.tracking_uri={hide_password(uri)}")
     return f"`{shlex.join(words)}`"

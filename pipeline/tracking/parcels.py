@@ -13,7 +13,7 @@ from pipeline.store.checkpoint import list_steps
 from pipeline.store.files import MANIFEST, read_json
 from pipeline.store.log import find_end
 from pipeline.store.run import Place, find_scores
-from pipeline.tracking.session import ChildRun, Session
+from pipeline.tracking.run_sender import ChildRun, RunSender
 
 # These of the run key's content would only lengthen the list in the UI; experiment.yaml has them all.
 _LEFT_OUT = {
@@ -24,15 +24,15 @@ _LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Parcel:
-    """A part of a run that is sent at once. `version` changes with its content; `send` puts it onto the server."""
+    """A part of a run that is sent to MLflow, again whenever its `version` changes."""
 
     name: str
     version: str
-    send: Callable[[Session], None]
+    send: Callable[[RunSender], None]
 
 
-def _pack_file(name: str, file: Path, send: Callable[..., None], **arguments: int | str) -> Parcel:
-    """Make a parcel of a file. Size and time are its version: every file but the log is written once, whole."""
+def _make_parcel(name: str, file: Path, send: Callable[..., None], **arguments: int | str) -> Parcel:
+    """Make the parcel of a file. Size and time are its version: every file but the log is written once, whole."""
     facts = file.stat()
     return Parcel(name, f"{facts.st_size}-{facts.st_mtime_ns}", partial(send, file=file, **arguments))
 
@@ -40,22 +40,24 @@ def _pack_file(name: str, file: Path, send: Callable[..., None], **arguments: in
 def list_parcels(
     place: Place, tags: dict[str, str], delivered: dict[str, str], child: ChildRun | None = None
 ) -> Iterator[Parcel]:
-    """Yield everything that the run directory holds by now, in the order in which it is delivered."""
-    labels = _describe_code(place) | tags
+    """Yield the parcels of a run directory, in the order in which they are sent. delivered: versions by name."""
+    labels = _make_tags(place) | tags
     parameters = _list_parameters(place) | (child.parameters if child else {})
-    describe = partial(Session.send_description, parameters=parameters, tags=labels)
+    describe = partial(RunSender.send_parameters_and_tags, parameters=parameters, tags=labels)
     yield Parcel("description", keys.hash_content([parameters, labels]), describe)
     if (place.data / MANIFEST).exists():
-        yield Parcel("dataset", place.data_key, Session.send_dataset)
+        yield Parcel("dataset", place.data_key, RunSender.send_dataset)
     start = int(delivered.get("log", 0))
     if end := find_end(place.log, start):
-        yield Parcel("log", str(end), partial(Session.send_log, start=start if start <= end else 0, end=end))
+        yield Parcel(
+            "log", str(end), partial(RunSender.send_log, start=start if start <= end else 0, end=end)
+        )
     for grid in sorted(place.grids.glob("[0-9]*.png")):
-        yield Parcel(f"grid {grid.stem}", "1", partial(Session.send_grid, grid=grid))
+        yield Parcel(f"grid {grid.stem}", "1", partial(RunSender.send_grid, grid=grid))
     if steps := list_steps(place.train):
-        yield Parcel("checkpoints", str(steps), partial(Session.send_checkpoints, steps=steps))
+        yield Parcel("checkpoints", str(steps), partial(RunSender.send_checkpoints, steps=steps))
     headline = selection.fill_in_selection(place)
-    yield from _list_evaluations(place, headline, in_own_run=child is None)
+    yield from _list_score_parcels(place, headline, in_own_run=child is None)
     files = {"": [place.experiment_yaml]}
     if headline:  # what belongs to the headline evaluation, once it is known which one that is
         files |= {
@@ -66,10 +68,10 @@ def list_parcels(
         }
     for folder, found in files.items():
         for file in filter(Path.is_file, found):
-            yield _pack_file(f"artifact {folder}/{file.name}", file, Session.send_file, folder=folder)
+            yield _make_parcel(f"artifact {folder}/{file.name}", file, RunSender.send_file, folder=folder)
 
 
-def _list_evaluations(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
+def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
     """Yield the scores. One evaluation is the headline; those of candidates are points of a curve; the others get
     runs of their own, but not in a sweep, where they would be rows beside its trials."""
     found = find_scores(place.path)
@@ -80,17 +82,19 @@ def _list_evaluations(place: Place, headline: Place | None, in_own_run: bool) ->
     for file in found:
         key = file.parent.name
         if file.parent in candidates:
-            yield _pack_file(f"candidate {key}", file, Session.send_candidate, step=candidates[file.parent])
+            yield _make_parcel(
+                f"candidate {key}", file, RunSender.send_candidate, step=candidates[file.parent]
+            )
         if headline and file.parent == headline.scores:
-            yield _pack_file(f"scores {key}", file, Session.send_scores)
+            yield _make_parcel(f"scores {key}", file, RunSender.send_scores)
         elif file.parent not in candidates and in_own_run:
-            yield _pack_file(f"evaluation {key}", file, Session.send_evaluation)
+            yield _make_parcel(f"evaluation {key}", file, RunSender.send_child_evaluation)
     if has_candidates and (file := place.selection_json).exists():
-        yield _pack_file(f"selection {file.parent.name}", file, Session.send_selection)
+        yield _make_parcel(f"selection {file.parent.name}", file, RunSender.send_selection)
 
 
-def _describe_code(place: Place) -> dict[str, str]:
-    """Return tags: the keys of the run, and the commits and versions that made it."""
+def _make_tags(place: Place) -> dict[str, str]:
+    """Make the tags: the keys of the run, and the commits and versions that made it."""
     made = config.read_provenance(place.experiment_yaml) if place.experiment_yaml.exists() else {}
     tags = {"run_key": place.run_key, "data_key": place.data_key}
     if made.get("commit"):

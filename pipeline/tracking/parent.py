@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from urllib.parse import quote, urlencode
 
 from pipeline.errors import hide_password
-from pipeline.tracking.client import (
+from pipeline.tracking.mlflow_client import (
     VIEW,
     Sender,
-    connect,
+    create_client,
+    ensure_experiment,
     ensure_run,
-    ensure_study,
-    locate_runs,
+    format_study_url,
     log_batches,
 )
 
@@ -36,8 +36,10 @@ Cell = bool | int | float | str | None | list["Cell"]
 Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
 
 
-def _attempting(send: Callable[Concatenate[ParentRun, P], None]) -> Callable[Concatenate[ParentRun, P], None]:
-    """Make a method of ParentRun connect first, and warn where the server takes nothing."""
+def _send_safely(
+    send: Callable[Concatenate[ParentRun, P], None],
+) -> Callable[Concatenate[ParentRun, P], None]:
+    """Decorate a method: connect first, and warn instead of raising."""
 
     @wraps(send)
     def attempt(parent: ParentRun, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -45,7 +47,7 @@ def _attempting(send: Callable[Concatenate[ParentRun, P], None]) -> Callable[Con
             parent.connect()
             send(parent, *args, **kwargs)
 
-        parent.attempt(connect_and_send, " of the sweep")
+        parent.try_send(connect_and_send, " of the sweep")
 
     return attempt
 
@@ -61,14 +63,14 @@ class ParentRun(Sender):
         self.study, self.storage = study, storage
 
     def connect(self) -> None:
-        """Connect to the server, and find the parent run there or create it; once."""
+        """Find or create the parent run, once."""
         if not self.run_id:
-            self.client = connect(self.uri)
-            self.experiment_id = ensure_study(self.client, self.uri, self.storage, self.study)
+            self.client = create_client(self.uri)
+            self.experiment_id = ensure_experiment(self.client, self.uri, self.storage, self.study)
             identity, now = {"sweep": self.study, "sweep.role": "parent"}, time.time_ns() // 1_000_000
             self.run_id = ensure_run(self.client, self.experiment_id, f"sweep {self.study}", identity, now)
 
-    @_attempting
+    @_send_safely
     def start(self, sweep_file: Path, trials: Collection[str]) -> None:
         """Set the parent to RUNNING. Mark the children of points that are no longer in the sweep."""
         self.client.update_run(self.run_id, status="RUNNING")
@@ -84,8 +86,8 @@ class ParentRun(Sender):
                 self.client.set_tag(run_id, STATE_TAG, "interrupted")
                 self.client.set_terminated(run_id, "KILLED")
 
-    @_attempting
-    def publish(
+    @_send_safely
+    def send_leaderboard(
         self,
         table: Sequence[Mapping[str, Cell]],
         markdown: str,
@@ -108,7 +110,7 @@ class ParentRun(Sender):
                 points = [("rung/nll_bpd", value, when, step) for step, value, when in own]
                 log_batches(self.client, child.info.run_id, points)
 
-    @_attempting
+    @_send_safely
     def finish(self, status: str, report: Path) -> None:
         """Send the report and the final status."""
         if report.is_dir():
@@ -119,7 +121,7 @@ class ParentRun(Sender):
         """List (what, where) in the UI: the study with its leaderboard, and its trials with their charts."""
         if not self.run_id:
             return [("MLflow", f"nothing in {hide_password(self.uri)} yet; the same command delivers it")]
-        runs = locate_runs(self.uri, self.storage, self.experiment_id)
+        runs = format_study_url(self.uri, self.storage, self.experiment_id)
         query = {
             "compareRunsMode": "CHART", "searchFilter": f"tags.`{TRIAL_TAG}` != ''",
             "orderByKey": f"metrics.`{metric}`", "orderByAsc": str(not larger_is_better).lower(),

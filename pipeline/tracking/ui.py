@@ -13,7 +13,13 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from pipeline.errors import PipelineError, hide_password
-from pipeline.tracking.client import ARTIFACTS, ENVIRONMENT, VIEW, correct_artifact_paths, default_uri
+from pipeline.tracking.mlflow_client import (
+    ARTIFACTS,
+    ENVIRONMENT,
+    VIEW,
+    correct_artifact_paths,
+    find_default_uri,
+)
 
 HOST, STARTING = "127.0.0.1", 120.0  # seconds that a server may take to answer
 
@@ -23,11 +29,11 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
 
     Raises PipelineError where the port is taken or the server does not start.
     """
-    uri = uri or default_uri(storage)
+    uri = uri or find_default_uri(storage)
     if uri.startswith("http"):
         print(f"{hide_password(uri)} is a server already: open it in a browser", flush=True)
         return 0
-    _require_free(port)
+    _require_free_port(port)
     storage.mkdir(parents=True, exist_ok=True)
     correct_artifact_paths(Path(uri.removeprefix("sqlite:///")))
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
@@ -37,7 +43,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     with (storage / "mlflow-server.log").open("wb") as log:
         server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
     try:
-        _wait_for_answer(server, f"http://{HOST}:{port}", Path(log.name))
+        _wait_for_server(server, f"http://{HOST}:{port}", Path(log.name))
         print(f"http://{HOST}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
         return server.wait()
     except KeyboardInterrupt:
@@ -51,7 +57,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
             os.killpg(server.pid, signal.SIGKILL)
 
 
-def _require_free(port: int) -> None:
+def _require_free_port(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -63,7 +69,7 @@ def _require_free(port: int) -> None:
             ) from error
 
 
-def _wait_for_answer(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
+def _wait_for_server(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
     end = time.monotonic() + STARTING
     while time.monotonic() < end and server.poll() is None:
         try:

@@ -4,7 +4,8 @@ import pytest
 from browser import opened
 from synthetic_run import make_run
 
-from pipeline.report import compare
+from pipeline.report.compared_run import list_compared_runs
+from pipeline.report.comparison import write_comparison
 from pipeline.stages import report
 
 # Wider than the window although no box around it scrolls.
@@ -20,15 +21,13 @@ return [...document.querySelectorAll('body *')]
 def pages(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
     wide = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
-    made = []
+    places = []
     for name, overrides in (("digits", ()), ("cifar10", wide)):
         experiment, run = make_run(storage, name, overrides)
-        assert list(report.STAGE.work(run.of(experiment))) == []
-        made.append(run.of(experiment))
-    comparison = compare.write_comparison(
-        compare.list_entries(made), storage / "comparisons" / "both", "Both"
-    )
-    return [*(place.report_html for place in made), comparison]
+        places.append(run.of(experiment))
+        assert list(report.STAGE.work(places[-1])) == []
+    both = write_comparison(list_compared_runs(places), storage / "comparisons" / "both", "Both")
+    return [*(place.report_html for place in places), both]
 
 
 @pytest.mark.slow

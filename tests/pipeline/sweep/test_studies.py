@@ -22,8 +22,8 @@ def storage(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(storage) -> MlflowClient:
-    tracking.check_server(tracking.default_uri(storage))
-    return MlflowClient(tracking.default_uri(storage))
+    tracking.check_server(tracking.find_default_uri(storage))
+    return MlflowClient(tracking.find_default_uri(storage))
 
 
 def sweep(storage: Path, name: str, text: str, *words: str) -> int:
@@ -83,7 +83,9 @@ def test_the_parent_shows_who_won(grid, storage, client, monkeypatch):
     assert parent.data.tags["best.diffusion.beta_schedule"] == best["swept"]["diffusion.beta_schedule"]
     assert parent.data.metrics["best/nll_bpd"] == best["scores"]["nll_bpd"]
     assert best["label"] in parent.data.tags["mlflow.note.content"]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.default_uri(storage))  # load_table asks the global one
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_URI", tracking.find_default_uri(storage)
+    )  # load_table asks the global one
     table = client.load_table(parent.info.experiment_id, "leaderboard.json", [parent.info.run_id])
     assert list(table["rank"]) == [1, 2, 3, 4]  # replaced at every trial, not appended to
     names = {file.path for file in client.list_artifacts(parent.info.run_id)}
@@ -298,7 +300,7 @@ def test_two_sweeps_of_one_name_are_told_apart(grid, storage, capsys):
 
 def test_a_dead_server_costs_nothing_and_gets_it_later(grid, storage, client, monkeypatch, capsys):
     text = SPACE % ("[cosine]", "[0.0]")
-    monkeypatch.setattr(tracking, "default_uri", lambda storage: "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "find_default_uri", lambda storage: "http://127.0.0.1:9")
     assert sweep(storage, "late", text) == 0
     said = capsys.readouterr().out
     assert "takes nothing of the sweep" in said and "the same command delivers it" in said

@@ -32,7 +32,7 @@ def storage(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def uri(storage) -> str:
-    return tracking.default_uri(storage)
+    return tracking.find_default_uri(storage)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def expected(steps, every=10):
 
 def test_the_default_store_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert tracking.default_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert tracking.find_default_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
 def test_parameters_are_curated_and_of_the_run_key_alone(mirrored):
@@ -200,10 +200,10 @@ def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
 def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
     before, after = tmp_path / "before root", tmp_path / "after"
     _, run = make_run(before, "digits", STEPS)
-    with tracking.Mirror(tracking.default_uri(before), "digits", run):
+    with tracking.Mirror(tracking.find_default_uri(before), "digits", run):
         pass
     before.rename(after)
-    uri, moved = tracking.default_uri(after), dataclasses.replace(run, storage=after)
+    uri, moved = tracking.find_default_uri(after), dataclasses.replace(run, storage=after)
     tracking.check_server(uri)
     client = MlflowClient(uri)
     found = find(client, "digits", moved)

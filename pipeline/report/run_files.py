@@ -1,4 +1,4 @@
-"""The files that a page of one run is made of, those that are there."""
+"""The files that a page of one run shows, those that are there."""
 
 import statistics
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import config
-from pipeline.compute.costs import Cost, read_costs
 from pipeline.config import Experiment
 from pipeline.config.checks import Tree
 from pipeline.drawing.charts import Series
@@ -24,8 +23,8 @@ REFERENCE_POINTS = {
 
 
 @dataclass(frozen=True)
-class Source:
-    """A run's files, read once. What is not there yet is empty."""
+class RunFiles:
+    """The content of one run's files, read once. What is not there yet is empty."""
 
     place: Place
 
@@ -34,7 +33,8 @@ class Source:
         return self.place.experiment
 
     @cached_property
-    def files(self) -> dict[str, Path]:
+    def paths(self) -> dict[str, Path]:
+        """Paths of the files that the page shows, by name; those that are there."""
         place = self.place
         found = {
             "experiment": place.experiment_yaml, "log": place.log, "data": place.data / MANIFEST,
@@ -50,40 +50,35 @@ class Source:
         """The grids that training drew, by step, which is their name."""
         return sorted(self.place.grids.glob("[0-9]*.png"))
 
-    def read(self, name: str) -> Any:
+    def read_content(self, name: str) -> Any:
         """Return the content of a JSON file; {} where it is not there."""
-        return read_json(self.files[name]) if name in self.files else {}
+        return read_json(self.paths[name]) if name in self.paths else {}
 
     @cached_property
-    def digest(self) -> str:
-        """Hash all that the page shows."""
-        files = [*self.files.items(), *((f"grid {path.stem}", path) for path in self.step_grids)]
+    def content_hash(self) -> str:
+        """The hash of all that the page shows."""
+        files = [*self.paths.items(), *((f"grid {path.stem}", path) for path in self.step_grids)]
         hashes = {name: hash_file(path) for name, path in files}
-        return keys.hash_content([hashes, self.timings, self.commits])
+        return keys.hash_content([hashes, self.seconds_by_stage, self.commits_by_stage])
 
     @cached_property
-    def timings(self) -> dict[str, float]:
-        """Seconds by stage; without this stage's own, which is known only after it."""
+    def seconds_by_stage(self) -> dict[str, float]:
+        """Seconds by stage; without those of the report, which are known only after it."""
         return {k: v for k, v in self.place.read_stage_seconds().items() if k != "report"}
 
     @cached_property
-    def commits(self) -> dict[str, list[str]]:
-        """Commits by stage; without this stage's own, which says nothing of what it shows."""
+    def commits_by_stage(self) -> dict[str, list[str]]:
+        """Commits by stage; without those of the report, which changed nothing that it shows."""
         return {k: v for k, v in self.place.read_stage_commits().items() if k != "report"}
 
     @cached_property
-    def spent(self) -> dict[str, dict[str, Cost]]:
-        """What units cost, by kind and length of the sampling chain."""
-        return read_costs(self.place.spent_json)
-
-    @cached_property
-    def made_with(self) -> Tree:
+    def provenance(self) -> Tree:
         """What the last command ran with: commit, hardware, versions."""
-        return config.read_provenance(self.files["experiment"]) if "experiment" in self.files else {}
+        return config.read_provenance(self.paths["experiment"]) if "experiment" in self.paths else {}
 
     @cached_property
     def metrics(self) -> Results:
-        return {"scores": {}, "protocol": {}, "reference_points": {}, **self.read("metrics")}
+        return {"scores": {}, "protocol": {}, "reference_points": {}, **self.read_content("metrics")}
 
     @property
     def scores(self) -> Scores:
@@ -94,21 +89,21 @@ class Source:
         return {**self.metrics["protocol"]}
 
     @property
-    def columns(self) -> dict[str, Scores]:
-        """Scores and number of images: this run's, and those of images that are known."""
+    def score_columns(self) -> dict[str, Scores]:
+        """Scores and number of images: of this run, then of the reference points."""
         points = self.metrics["reference_points"]
         known = {name: points[key] for key, name in REFERENCE_POINTS.items() if key in points}
         return {"**This run**": {**self.scores, "n": self.protocol.get("n", 0)}, **known}
 
     @cached_property
     def bound(self) -> Bound | None:
-        return self.read("nll") or None
+        return self.read_content("nll") or None
 
     @cached_property
     def points(self) -> list[LogPoint]:
         return read_points(self.place.log)
 
-    def series(self, metric: str) -> Series:
+    def read_series(self, metric: str) -> Series:
         """Return the steps and the values of one metric of training."""
         found = [(p["step"], p["metrics"][metric]) for p in self.points if metric in p["metrics"]]
         return [step for step, _ in found], [value for _, value in found]
@@ -119,9 +114,9 @@ class Source:
         return self.protocol.get("checkpoint") or (self.points[-1]["step"] if self.points else 0)
 
     @property
-    def rate(self) -> float:
-        """Median of the images per second of training; 0 where there is none."""
-        return statistics.median(self.series("train/images_per_second")[1] or [0.0])
+    def images_per_second(self) -> float:
+        """The median over training; 0 where there is none."""
+        return statistics.median(self.read_series("train/images_per_second")[1] or [0.0])
 
     @property
     def is_cifar10(self) -> bool:
@@ -132,6 +127,6 @@ class Source:
         return self.is_cifar10 and bool(self.protocol.get("comparable"))
 
     @property
-    def row(self) -> paper.Row | None:
+    def paper_row(self) -> paper.PaperRow | None:
         """The row of the paper's Tables 1 and 2 that this run belongs to."""
         return paper.find_row(self.experiment.diffusion) if self.is_cifar10 else None

@@ -1,4 +1,4 @@
-"""One connection to a tracking server that stands at one run: how each kind of file of a run is sent."""
+"""How each kind of file of a run is sent to MLflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.store.checkpoint import META
 from pipeline.store.files import MANIFEST, hash_file, read_json
 from pipeline.store.log import read_points
 from pipeline.store.run import Place
-from pipeline.tracking.client import connect, ensure_run, ensure_study, log_batches
+from pipeline.tracking.mlflow_client import create_client, ensure_experiment, ensure_run, log_batches
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -31,19 +31,18 @@ class ChildRun:
     state_file: Path
 
 
-class Session:
-    """Sends the files of one run. It looks up what the server has before it makes anything; after a failure, a new
-    session takes its place."""
+class RunSender:
+    """Sends the files of one run to its run in MLflow. It looks up what is there before it makes anything."""
 
     def __init__(self, uri: str, study: str, place: Place, child: ChildRun | None = None):
-        self.client, self.place = connect(uri), place
-        self.experiment_id = ensure_study(self.client, uri, place.storage, study)
+        self.client, self.place = create_client(uri), place
+        self.experiment_id = ensure_experiment(self.client, uri, place.storage, study)
         first = read_points(place.log)[:1]
         self.start = first[0]["time"] if first else time.time_ns() // 1_000_000  # Unix milliseconds
         name, identity = (child.name, child.identity) if child else (place.name, {"run_key": place.run_key})
         self.run_id = ensure_run(self.client, self.experiment_id, name, identity, self.start)
 
-    def send_description(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
+    def send_parameters_and_tags(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
         """Send the tags, and the parameters that are not there yet: MLflow lets none of them change."""
         from mlflow.entities import Param
 
@@ -53,6 +52,7 @@ class Session:
         log_batches(self.client, self.run_id, [], tags)
 
     def send_dataset(self) -> None:
+        """Send the facts of the data, without the images."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         manifest = self.place.data / MANIFEST
@@ -64,7 +64,7 @@ class Session:
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, context)])
 
     def send_log(self, start: int, end: int) -> None:
-        """Send the points between two places of the log, in bytes."""
+        """Send the points between two byte offsets of the log."""
         points = [
             (key, float(value), point["time"], point["step"])
             for point in read_points(self.place.log, start, end)
@@ -119,7 +119,7 @@ class Session:
         )
 
     def send_candidate(self, step: int, file: Path) -> None:
-        """Send the FID of a checkpoint among which the best is looked for: a point of a curve."""
+        """Send the FID of a candidate for the selection, as a point of a curve."""
         self._send_values(self.run_id, {"selection/fid": read_json(file)["scores"]["fid"]}, {}, step, file)
 
     def send_selection(self, file: Path) -> None:
@@ -130,7 +130,7 @@ class Session:
         self._send_values(self.run_id, {"selection/best_step": found["best"]}, tags, step, file)
 
     def send_scores(self, file: Path, run_id: str = "") -> None:
-        """Send the headline evaluation, or another one to a run of its own."""
+        """Send the headline evaluation; another one to the run `run_id`."""
         content = read_json(file)
         scores = {f"eval/{k}": v for k, v in content["scores"].items() if isinstance(v, int | float)}
         tags = {
@@ -141,8 +141,8 @@ class Session:
         step = int(content["protocol"].get("checkpoint") or 0)
         self._send_values(run_id or self.run_id, scores, tags, step, file)
 
-    def send_evaluation(self, file: Path) -> None:
-        """Send an evaluation beside the headline one: a child run."""
+    def send_child_evaluation(self, file: Path) -> None:
+        """Send an evaluation that is not the headline as a child run."""
         name, identity = f"evaluation {file.parent.name}", {"evaluation_key": file.parent.name}
         weights = str(read_json(file)["protocol"]["weights"])
         tags = {"mlflow.parentRunId": self.run_id, "weights": weights}
@@ -153,8 +153,8 @@ class Session:
     def _send_values(
         self, run_id: str, values: dict[str, float], tags: dict[str, str], step: int, file: Path
     ) -> None:
-        """Log values at the model of their checkpoint, each once: a copied file has a new time, and would be another
-        point of the same score."""
+        """Log values at the model of their checkpoint, each once: a copied file has a new time, and would make a
+        second point of the same score."""
         model = self._find_models().get(step)
         points = [
             (key, float(value), _read_mtime(file), step)

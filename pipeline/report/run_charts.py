@@ -9,7 +9,7 @@ from ddpm.config import DiffusionConfig
 from ddpm.schedules import betas
 from pipeline.drawing import charts
 from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_picture
-from pipeline.report.source import Source
+from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import Metric
 from pipeline.scores.results import Bound
 
@@ -27,10 +27,11 @@ FIGURE_5 = {
 }
 
 
-def draw_training(source: Source, folder: Path) -> list[Picture]:
+def draw_training(run: RunFiles, folder: Path) -> list[Picture]:
+    """Draw the curves of training that the log has."""
     pictures = []
     for metric, (name, title, log, caption) in TRAINING.items():
-        steps, values = source.series(metric)
+        steps, values = run.read_series(metric)
         if steps:
             smooth = [Line(steps, values, kind="faint"), Line(steps, charts.smooth(values))]
             lines = [Line(steps, values)] if metric == "train/lr" else smooth
@@ -54,6 +55,7 @@ def draw_checkpoints(
 
 
 def draw_class_shares(shares: Sequence[float], folder: Path) -> Picture:
+    """Draw the share of the samples in each class, as bars."""
     caption = f"Each class holds {min(shares):.1%} to {max(shares):.1%} of the samples, as the classifier sees them."
     panel = charts.plot_bars("Samples by class, %", "class", [100 * share for share in shares])
     return save_picture(folder, "classes", panel, caption)
@@ -81,7 +83,7 @@ def draw_rate_distortion(
 
 
 def draw_schedule(diffusion: DiffusionConfig, folder: Path) -> tuple[float, list[Picture]]:
-    """Draw beta, alpha_bar and their signal-to-noise ratio over t; with alpha_bar at t = T."""
+    """Draw beta, alpha_bar and the signal-to-noise ratio over t. Return alpha_bar at t = T, and the pictures."""
     beta = betas(diffusion.beta_schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end)
     alpha_bar = torch.cumprod(1 - beta, 0)
     snr = alpha_bar / (1 - alpha_bar)

@@ -1,4 +1,4 @@
-"""Connections to a tracking server, or to the embedded store of a storage root."""
+"""Clients of a tracking server or of the embedded store of a storage root, and what they need."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
-def default_uri(storage: Path) -> str:
+def find_default_uri(storage: Path) -> str:
     """Return the URI of the embedded store of a storage root."""
     return f"sqlite:///{storage.resolve()}/mlflow.db"
 
 
-def connect(uri: str) -> MlflowClient:
-    """Make a client for the server or store at `uri`. Importing MLflow takes seconds, so it happens only here."""
+def create_client(uri: str) -> MlflowClient:
+    """Create a client for the server or store at `uri`. MLflow is imported here, because that takes seconds."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -61,8 +61,8 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(uri)
 
 
-def locate_runs(uri: str, storage: Path, experiment_id: str) -> str:
-    """Write the address of a study's runs in the UI; for an embedded store, after the command that serves it."""
+def format_study_url(uri: str, storage: Path, experiment_id: str) -> str:
+    """Return the UI's address of a study's runs; for an embedded store, the command that starts the UI first."""
     base = hide_password(uri).rstrip("/")
     if not uri.startswith("http"):
         base = f"`{shlex.join(['ddpm', 'ui', f'cluster.storage={storage}'])}`, then http://127.0.0.1:5000"
@@ -72,7 +72,7 @@ def locate_runs(uri: str, storage: Path, experiment_id: str) -> str:
 def check_server(uri: str) -> None:
     """Raise PipelineError unless the tracking server answers an API call."""
     try:
-        connect(uri).search_experiments(max_results=1)
+        create_client(uri).search_experiments(max_results=1)
     except Exception as error:  # MLflow, SQLAlchemy, requests and urllib3 share no narrower base
         place = hide_password(uri)
         raise PipelineError(
@@ -81,7 +81,7 @@ def check_server(uri: str) -> None:
         ) from error
 
 
-def ensure_study(client: MlflowClient, uri: str, storage: Path, study: str) -> str:
+def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str) -> str:
     """Return the id of MLflow's experiment of that name; create it where there is none."""
     found = client.get_experiment_by_name(study)
     if found is None:
@@ -119,13 +119,13 @@ def log_batches(
 
 
 class Sender:
-    """Sends to a server that may be away. It warns of the first refusal and raises none, so the work goes on."""
+    """Base of what sends to a server that may be away: it warns of the first error and raises none."""
 
     def __init__(self, uri: str, warn: Callable[[str], None]):
         self.uri, self.warn, self.warned = uri, warn, False
 
-    def attempt(self, send: Callable[[], None], what: str = "") -> bool:
-        """Send, and tell whether the server took it."""
+    def try_send(self, send: Callable[[], None], what: str = "") -> bool:
+        """Call `send`, and tell whether the server took it."""
         try:
             send()
             return True

@@ -1,0 +1,162 @@
+"""A page over several runs: which is best, how they trained, what they draw, how they differ.
+
+It is made from the runs' files alone, as their own reports are, which it links to.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.drawing import charts
+from pipeline.drawing.charts import Picture, save_picture
+from pipeline.report.compared_run import (
+    ComparedRun,
+    find_differing_keys,
+    find_swept_keys,
+    format_shared_protocol,
+    shorten_key,
+    shorten_labels,
+)
+from pipeline.report.headline import compare_with_linear_denoiser
+from pipeline.report.matrix import PictureMatrix, arrange_pictures
+from pipeline.report.page import PROTOCOL, TEMPLATE, escape_markdown, format_value, write_page
+from pipeline.scores.metrics import FIRM, METRICS, Metric
+from pipeline.scores.ranking import Group, format_values, format_winner, rank_runs
+from pipeline.store.keys import hash_content
+from pipeline.store.run import REPORT_HTML
+
+MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
+
+
+def hash_comparison(runs: Sequence[ComparedRun], metric: Metric) -> str:
+    """Return the key of the comparison of these runs by this metric."""
+    names = sorted((run.place.name, run.files.experiment.sample.checkpoint) for run in runs)
+    return hash_content([names, metric.name])
+
+
+def write_comparison(
+    runs: Sequence[ComparedRun], folder: Path, title: str, metric: Metric = METRICS["fid"], note: str = ""
+) -> Path:
+    """Write the page and return the path of its HTML; `note` stands before all tables and pictures."""
+    groups, keys = rank_runs(runs, metric), find_swept_keys(runs)
+    ranked = [run for group in groups for run in group.runs]
+    of_cifar10 = [run for run in runs if run.files.is_cifar10]
+    rows = {run.files.paper_row.name for run in of_cifar10 if run.files.paper_row}
+
+    def compose(pictures: Path) -> str:
+        return TEMPLATE.get_template("comparison.md").render(
+            title=escape_markdown(title),
+            note=note,
+            metric=metric,
+            useful=sum(not compare_with_linear_denoiser(run.files) for run in runs),
+            winner=escape_markdown(format_winner(groups, metric)),
+            groups=[
+                (
+                    format_shared_protocol(group),
+                    tabulate_group(group, metric, folder),
+                    list_reasons(group.runs),
+                )
+                for group in groups
+            ],
+            unranked=[_format_link(run, folder) for run in runs if run not in ranked],
+            beside_paper=[(run.label, run.files) for run in of_cifar10] if len(rows) > 1 else [],
+            why_not=list_reasons(of_cifar10),
+            runs=runs,
+            differences=keys if len(keys) > MOST_COLUMNS else [],
+            bars=draw_scores(runs, pictures),
+            samples=copy_sample_grids(runs, pictures),
+            losses=draw_losses(runs, pictures),
+        )
+
+    write_page(folder, compose)
+    return folder / REPORT_HTML
+
+
+def tabulate_group(
+    group: Group[ComparedRun], metric: Metric, folder: Path
+) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the leaderboard of one group."""
+    runs = group.runs
+
+    def is_in_labels(key: str) -> bool:  # as what was swept is in those of a sweep's trials
+        return all(f" {format_values({key: run.swept.get(key)})} " in f" {run.label} " for run in runs)
+
+    keys = [key for key in find_swept_keys(runs) if not is_in_labels(key)][:MOST_COLUMNS]
+    others = [m for m in METRICS.values() if not m.detail and any(m.name in run.scores for run in runs)]
+    metrics = [metric, *(other for other in others if other.name != metric.name)]
+    # how samples were drawn may differ within a group: it is part of what is compared
+    differing = set(find_differing_keys([run.protocol for run in runs])) - {
+        "checkpoint",
+        "batch_size",
+        "seed",
+    }
+    protocol = {"checkpoint": "Step", **{key: name for key, name in PROTOCOL.items() if key in differing}}
+    header = [
+        *([f"{metric.title}, mean of seeds"] if group.has_seeds else []),
+        *(each.title for each in metrics),
+        *map(shorten_key, keys),
+        *protocol.values(),
+    ]
+    rows = [
+        [
+            f"{position.rank}.{FIRM}{_format_link(run, folder)}",
+            *([metric.format(position.mean, position.spread)] if group.has_seeds else []),
+            *(each.format_from(run.scores) for each in metrics),
+            *map(run.format_swept_value, keys),
+            *(format_value(run.protocol.get(key)) for key in protocol),
+        ]
+        for run, position in group.ranked
+    ]
+    return ["Run", f"**{header[0]}**", *header[1:]], rows
+
+
+def list_reasons(runs: Sequence[ComparedRun]) -> list[str]:
+    """List why scores are not comparable with the paper's, each reason once."""
+    return list(dict.fromkeys(why for run in runs for why in run.protocol.get("why_not", [])))
+
+
+def _format_link(run: ComparedRun, folder: Path) -> str:
+    """Write the label, as a link to the run's own report where there is one."""
+    report, label = run.place.report_html, escape_markdown(run.label)
+    return f"[{label}]({os.path.relpath(report, folder)})" if report.is_file() else label
+
+
+def draw_scores(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
+    """Draw FID and NLL of each group that has an order, as bars."""
+    pictures, names = [], shorten_labels(runs)
+    for metric in (METRICS["fid"], METRICS["nll_bpd"]):
+        for number, group in enumerate(g for g in rank_runs(runs, metric) if len(g.ranked) > 1):
+            values = [(names[run.label], run.scores[metric.name]) for run in group.runs]
+            caption = f"{metric.title}, the {metric.best} first: {format_shared_protocol(group)}"
+            panel = charts.plot_ranking(metric.title, values)
+            pictures.append(save_picture(folder, f"bars-{metric.name}-{number}", panel, caption))
+    return pictures
+
+
+def copy_sample_grids(runs: Sequence[ComparedRun], folder: Path) -> list[Picture] | PictureMatrix:
+    """Copy the sample grids, arranged by what was swept."""
+    sampled, names = [run for run in runs if "grid" in run.files.paths], {}
+    for number, run in enumerate(sampled):
+        names[run.label] = f"grid-{number}.png"
+        shutil.copyfile(run.files.paths["grid"], folder / names[run.label])
+    return arrange_pictures(sampled, names, find_swept_keys(sampled))
+
+
+def draw_losses(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
+    """Draw losses over each other where the objective is the same, else in panels of their own."""
+    groups: dict[str, dict[Path, tuple[int, ComparedRun]]] = {}
+    for number, run in enumerate(runs):
+        if run.files.points:  # several compared runs may share a directory: its loss is one curve
+            groups.setdefault(str(run.objective), {}).setdefault(run.place.path, (number, run))
+    objectives = [next(iter(group.values()))[1].objective for group in groups.values()]
+    keys, names, pictures = find_differing_keys(objectives), shorten_labels(runs), []
+    for panel, (objective, group) in enumerate(zip(objectives, groups.values(), strict=True)):
+        values = [f"{shorten_key(key)} {format_value(objective.get(key))}" for key in keys]
+        title = ", ".join(["Loss", *values])
+        lines = [
+            (names[run.label], number, run.files.read_series("train/loss")) for number, run in group.values()
+        ]
+        picture = charts.plot_losses(title, lines)
+        pictures.append(save_picture(folder, f"loss-{panel}", picture, f"{title}, smoothed"))
+    return pictures

@@ -1,0 +1,64 @@
+"""Sample grids arranged by what was swept: one key makes a row of pictures, two make a matrix."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.drawing.charts import Picture
+from pipeline.report.compared_run import MOST_IN_PLOTS, ComparedRun, shorten_key
+from pipeline.report.page import escape_markdown, format_value
+
+
+@dataclass(frozen=True)
+class PictureMatrix:
+    """Pictures in rows (name, cells) and columns, which are values of `down` and `across`."""
+
+    across: str
+    down: str
+    columns: list[str]
+    rows: list[tuple[str, list[list[Picture]]]]
+    has_captions: bool
+
+
+def arrange_pictures(
+    runs: Sequence[ComparedRun], files: Mapping[str, str], keys: Sequence[str]
+) -> list[Picture] | PictureMatrix:
+    """Arrange pictures, given by label, in a matrix by the first two swept keys, or in a list for one key.
+
+    The captions name further keys.
+    """
+
+    def list_pictures(runs: Sequence[ComparedRun], keys: Sequence[str]) -> list[Picture]:
+        pictures = []
+        for run in sorted(
+            runs, key=lambda run: [values[key].index(run.format_swept_value(key)) for key in keys]
+        ):
+            words = [
+                f"{shorten_key(k)} {run.format_swept_value(k)}"
+                for k in keys
+                if run.format_swept_value(k) != run.label
+            ]
+            caption = ", ".join(words) if 0 < len(words) <= MOST_IN_PLOTS else escape_markdown(run.label)
+            pictures.append(Picture(files[run.label], caption))
+        return pictures
+
+    values = {key: _list_values(runs, key) for key in keys}
+    if len(keys) < 2:
+        return list_pictures(runs, keys)
+    across, down, *others = keys
+    cells: dict[tuple[str, str], list[ComparedRun]] = {}
+    for run in runs:
+        cells.setdefault((run.format_swept_value(down), run.format_swept_value(across)), []).append(run)
+    rows = [
+        (row, [list_pictures(cells.get((row, column), []), others) for column in values[across]])
+        for row in values[down]
+    ]
+    return PictureMatrix(
+        shorten_key(across), shorten_key(down), values[across], rows, has_captions=bool(others)
+    )
+
+
+def _list_values(runs: Sequence[ComparedRun], key: str) -> list[str]:
+    """List each value once: numbers by size, all else in the order of the runs."""
+    values = [run.swept.get(key) for run in runs]
+    numbers = sorted(value for value in values if isinstance(value, int | float))
+    return list(dict.fromkeys(map(format_value, numbers if len(numbers) == len(values) else values)))

@@ -1,0 +1,220 @@
+"""Several runs on one page: who is ranked with whom, what is drawn over what, and the command."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from synthetic_run import make_run
+
+from pipeline.cli.program import main
+from pipeline.drawing import charts
+from pipeline.report import comparison
+from pipeline.report.compared_run import ComparedRun, list_compared_runs, shorten_labels
+from pipeline.report.matrix import PictureMatrix, arrange_pictures
+from pipeline.scores.metrics import METRICS
+from pipeline.scores.ranking import rank_runs
+from pipeline.stages import report
+from pipeline.store import files as rundir
+
+SPACE = [(beta, dropout) for beta in ("linear", "cosine") for dropout in (0.2, 0.1)]
+SHORT = ("train.steps=400", "train.checkpoint_every=200")
+
+
+def compared(storage, *overrides: str, label: str = "", name: str = "digits", **swept) -> ComparedRun:
+    experiment, run = make_run(storage, name, (*SHORT, *overrides))
+    return ComparedRun(label, run.of(experiment), swept)
+
+
+def score(one: ComparedRun, protocol: dict | None = None, **scores: float) -> None:
+    metrics = rundir.read_json(one.place.metrics_json)
+    metrics["scores"] = {"rate_bpd": 1.0, "distortion_bpd": 1.0, **scores}
+    metrics["protocol"] |= protocol or {}
+    rundir.write_json(one.place.metrics_json, metrics)
+
+
+def reread(runs) -> list[ComparedRun]:
+    return [replace(run) for run in runs]
+
+
+@pytest.fixture
+def four(tmp_path):
+    found = []
+    for (beta, dropout), fid, is_mean in zip(
+        SPACE, (30.0, 10.0, 20.0, 40.0), (1.0, 2.0, 4.0, 3.0), strict=True
+    ):
+        swept = {"diffusion.beta_schedule": beta, "model.dropout": dropout}
+        overrides = (f"{key}={value}" for key, value in swept.items())
+        found.append(compared(tmp_path, *overrides, label=f"{beta}-{dropout}", **swept))
+        score(found[-1], fid=fid, is_mean=is_mean, nll_bpd=fid / 10)
+    return found
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
+
+
+def page(runs, folder, metric: str = "fid", note: str = "") -> str:
+    html = comparison.write_comparison(reread(runs), folder, "Four", METRICS[metric], note)
+    return html.with_suffix(".md").read_text().replace("\u00a0", " ")
+
+
+def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, undrawn):
+    for metric, order in (
+        ("fid", ["linear-0.1", "cosine-0.2", "linear-0.2", "cosine-0.1"]),
+        ("is_mean", ["cosine-0.2", "cosine-0.1", "linear-0.1", "linear-0.2"]),  # more is better
+    ):
+        markdown = page(four, tmp_path / "page", metric)
+        assert re.findall(r"^\| \d\. (\S+) \|", markdown, re.MULTILINE) == order
+        assert f"> **{order[0]} has the {METRICS[metric].best} {METRICS[metric].heading} of 4" in markdown
+    assert "Beside the paper" not in markdown
+
+
+@pytest.mark.parametrize("other", [{"n": 64}, {"extractor": "another"}, {"reference": "test"}])
+def test_other_protocols_are_not_ranked_with_the_rest(four, tmp_path, undrawn, other):
+    score(four[1], other, fid=1.0)
+    markdown = page(four, tmp_path / "page")
+    assert "> **No common order: the runs were scored by 2 protocols" in markdown
+    assert re.findall(r"^\| (\d)\. (\S+) \|", markdown, re.MULTILINE) == [
+        ("1", "cosine-0.2"), ("2", "linear-0.2"), ("3", "cosine-0.1"), ("1", "linear-0.1")
+    ]  # fmt: skip
+    assert str(next(iter(other.values()))) in markdown
+
+
+def test_how_samples_were_drawn_is_compared_and_a_run_without_the_score_named(four, tmp_path, undrawn):
+    score(four[1], {"weights": "raw"}, fid=5.0)
+    score(four[0], nll_bpd=3.0)
+    markdown = page(four, tmp_path / "page")
+    assert "No common order" not in markdown, "EMA against raw is a fair question"
+    assert "| Weights |" in markdown and re.search(
+        r"^\| 1\. linear-0\.1 \|.* raw \|$", markdown, re.MULTILINE
+    )
+    assert "Without FID: linear-0.2." in markdown and "| 3. cosine-0.1 |" in markdown
+
+
+def test_other_images_are_another_protocol(four, tmp_path):
+    other = compared(tmp_path, "data.test_images=7", label="other")
+    assert [len(group.runs) for group in rank_runs([*four, other], METRICS["fid"])] == [4, 1]
+
+
+def test_losses_share_a_panel_only_under_the_same_objective(four, tmp_path, undrawn):
+    markdown = page(four, tmp_path / "page")
+    assert "2 objectives" in markdown
+    titles = ["Loss, beta_schedule linear", "Loss, beta_schedule cosine"]
+    assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == titles
+    markdown = page(four[:2], tmp_path / "page")
+    assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == ["Loss"] and "the same objective" in markdown
+
+
+def test_the_variance_makes_another_objective_only_where_the_loss_depends_on_it(tmp_path):
+    for loss, same in (("simple", True), ("vlb", False)):
+        one, other = (
+            compared(tmp_path, f"diffusion.loss={loss}", f"diffusion.variance={variance}").objective
+            for variance in ("fixedlarge", "fixedsmall")
+        )
+        assert (one == other) is same
+
+
+def test_two_swept_keys_make_a_matrix(four):
+    files = {run.label: f"{run.label}.png" for run in four}
+    matrix = arrange_pictures(four[:3], files, ["diffusion.beta_schedule", "model.dropout"])
+    assert isinstance(matrix, PictureMatrix) and not matrix.has_captions
+    assert matrix.columns == ["linear", "cosine"]
+    assert [(row, [[p.name for p in found] for found in cells]) for row, cells in matrix.rows] == [
+        ("0.1", [["linear-0.1.png"], []]), ("0.2", [["linear-0.2.png"], ["cosine-0.2.png"]])
+    ]  # fmt: skip
+
+
+def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
+    place = compared(tmp_path).place
+    found = [
+        ComparedRun(f"seed-{seed}", place, {"beta": "linear", "dropout": dropout, "seed": seed})
+        for seed, dropout in ((11, 0.1), (2, 0.1), (2, 0.2))
+    ]
+    files = {run.label: f"{run.label}.png" for run in found}
+    matrix = arrange_pictures(found[:2], files, ["beta", "dropout", "seed"])
+    assert isinstance(matrix, PictureMatrix) and matrix.has_captions
+    assert [p.caption for p in matrix.rows[0][1][0]] == ["seed 2", "seed 11"]
+    row = arrange_pictures(found[:2], files, ["seed"])
+    assert isinstance(row, list) and [p.caption for p in row] == ["seed 2", "seed 11"]
+    assert shorten_labels(found[:2]) == {"seed-11": "11", "seed-2": "2"}
+    assert shorten_labels([found[0], found[2]]) == {"seed-11": "0.1 · 11", "seed-2": "0.2 · 2"}
+    same = [ComparedRun(label, place, {"seed": 1}) for label in ("one", "two")]
+    assert shorten_labels(same) == {"one": "one", "two": "two"}, "values that tell nothing apart"
+
+
+def test_the_page_is_whole_and_leads_to_each_report(four, tmp_path):
+    assert list(report.STAGE.work(four[0].place)) == []
+    html = comparison.write_comparison(four[:2], tmp_path / "comparisons" / "x", "Two")
+    place = re.findall(r'href="(\.\./[^"]+)"', html.read_text())
+    assert place == [f"../../{four[0].place.name}/report/report.html"]
+    assert (html.parent / place[0]).is_file()
+    manifest = rundir.read_manifest(html.parent, "sha256")
+    names = set(re.findall(r"!\[.*?\]\((.*?)\)", html.with_suffix(".md").read_text()))
+    assert names | {"report.html", "report.md"} == set(manifest["files"])
+    assert sum(name.startswith("grid-") for name in names) == 2
+    assert "<script" not in html.read_text() and not re.search(r"url\((?!#)", html.read_text())
+
+
+def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatch):
+    """What only sampling differs in is one run directory: its loss is one curve."""
+    found = [compared(tmp_path, f"sample.steps={n}", label=str(n), **{"sample.steps": n}) for n in (100, 50)]
+    assert found[0].place.path == found[1].place.path
+    drawn, plot_losses = [], charts.plot_losses
+    monkeypatch.setattr(
+        charts, "plot_losses", lambda title, runs: drawn.append(runs) or plot_losses(title, runs)
+    )
+    markdown = page(found, tmp_path / "page")
+    assert [len(runs) for runs in drawn] == [1] and markdown.count("![") >= 4
+
+
+# The command
+
+
+def test_the_command_takes_names_beginnings_and_paths(four, tmp_path, undrawn, capsys):
+    found = list_compared_runs(one.place for one in four)
+    assert [(one.swept, one.label) for one in found] == [(one.swept, one.place.name) for one in four]
+    names = sorted(one.place.name for one in four)
+    written = set()
+    for runs in ([names[0], str(tmp_path / names[1]), *names[2:]], ["digits"], [*names, "digits-"]):
+        assert main(["compare", *runs, f"cluster.storage={tmp_path}"]) == 0
+        written.add(capsys.readouterr().out.split("comparison: ")[1].strip())
+    (path,) = written
+    assert path.startswith(str(tmp_path / "comparisons")) and path.endswith("report.html")
+    assert main(["compare", "digits", "--metric", "nll", f"cluster.storage={tmp_path}"]) == 0
+    assert path not in capsys.readouterr().out, "another order is another page"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["nothing", "digits"], "error: 'nothing' is no run directory"),
+        (["digits"], "error: compare needs two runs or more, and only digits-"),
+        (["digits", "--metric", "fod"], "error: --metric fod is unknown (did you mean 'fid'?)"),
+    ],
+)
+def test_mistakes_are_a_line(tmp_path, capsys, words, complaint):
+    make_run(tmp_path)
+    assert main(["compare", *words, f"cluster.storage={tmp_path}"]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith(complaint) and error.count("\n") == 1
+
+
+def test_rows_of_the_papers_tables_stand_beside_the_papers(tmp_path, undrawn):
+    runs = []
+    for name, fid in (("cifar10", 7.0), ("cifar10_vlb_eps_fixed", 20.0)):
+        overrides = ("train.steps=10000", "train.log_every=1000")
+        runs.append(compared(tmp_path, *overrides, label=name, name=name, experiment=name))
+        score(runs[-1], fid=fid, nll_bpd=3.9, rmse=1.0)
+    markdown = page(runs, tmp_path / "page", note="scaled down")
+    assert "\nScaled down.\n" in markdown
+    beside = markdown.partition("## Beside the paper")[2].partition("\n## ")[0]
+    rows = [line for line in beside.splitlines() if line.startswith(("| ε, L_simple", "| **cifar10** |"))]
+    assert re.match(r"\| ε, L_simple \| 3\.17 \| 5\.24 \| 9\.46 ± 0\.11 \| ≤ 3\.75 \| the paper \|", rows[0])
+    assert re.match(r"\| \*\*cifar10\*\* \| 7\.00 \|.*not comparable", rows[1])
+    assert beside.index("7.67") < beside.index("cifar10_vlb_eps_fixed") < beside.index("L_simple")
+    assert "Not yet useful" not in markdown
+    score(runs[0], fid=7.0, rmse=1.2)
+    assert "**Not yet useful**: only 1 of the 2 networks beats" in page(runs, tmp_path / "page")
