@@ -18,8 +18,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from benchmarks import subjects
 from benchmarks.harness import FLOOR, OURS, Contender, Outcome, Row, Settings, race
 from benchmarks.subjects import Way
-from ddpm import Diffusion, bits_per_dim
-from ddpm.rng import Stream, normal
+from ddpm import Diffusion, compute_bits_per_dim
+from ddpm.rng import Stream, draw_normal
 from pipeline.scores import distances as scores
 from pipeline.scores import extractors, inception
 
@@ -95,10 +95,10 @@ def _bound(settings: Settings) -> list[Row]:
     diffusion, index = Diffusion(), torch.arange(batch, device=settings.device)
 
     def noise(t: int) -> Tensor:
-        return normal(0, Stream.NLL, t, index, tuple(x_0.shape[1:]))
+        return draw_normal(0, Stream.NLL, t, index, tuple(x_0.shape[1:]))
 
     def ours() -> Any:
-        return bits_per_dim(diffusion, net, x_0, noise, timesteps=range(100, 100 + steps))
+        return compute_bits_per_dim(diffusion, net, x_0, noise, timesteps=range(100, 100 + steps))
 
     found = [
         Contender(f"{OURS}: NLL terms", ours, batch * steps),

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 
 from ddpm.diffusion import Diffusion
-from ddpm.peers import Peers
 from ddpm.training import TrainState, train_step
 from pipeline.config import load_experiment
 from pipeline.stages.train import slice_batch
@@ -69,7 +68,7 @@ def measure(rank: int, workers: int, batch: int, steps: int, results: multiproce
     def step() -> None:
         train_step(
             state, diffusion, images, rows,
-            config=experiment.train, seed=0, peers=Peers(max(1, workers)), forward=forward,
+            config=experiment.train, seed=0, world_size=max(1, workers), forward=forward,
         )  # fmt: skip
 
     def reduce() -> None:

@@ -88,7 +88,7 @@ def diffusers_network() -> nn.Module:
     """diffusers' UNet2DModel of the same shape, as of google/ddpm-cifar10-32."""
     from diffusers import UNet2DModel
 
-    attended = [side in PAPER.attention_resolutions for side in PAPER.resolutions(SIDE)]
+    attended = [side in PAPER.attention_resolutions for side in PAPER.list_sides(SIDE)]
     return UNet2DModel(
         sample_size=SIDE, in_channels=3, out_channels=3, block_out_channels=PAPER.widths,
         layers_per_block=PAPER.num_res_blocks,

@@ -6,64 +6,46 @@ Names are resolved when they are first used, so that a program that reads config
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_WHERE = {
-    name: f"ddpm.{module}"
-    for module, names in {
-        "config": "DiffusionConfig TrainConfig",
-        "diffusion": "Diffusion",
-        "ema": "EMA",
-        "kernels": "accelerate",
-        "images": "from_uint8 to_uint8",
-        "likelihood": "Likelihood bits_per_dim rate_distortion",
-        "networks": "NETWORKS NO_LABEL",
-        "networks.build": "build_network",
-        "networks.config": "ContextUNetConfig MHAUNetConfig UNetConfig",
-        "networks.context_unet": "ContextUNet",
-        "networks.mha_unet": "MHAUNet",
-        "networks.unet": "UNet",
-        "sampler": "Step ancestral ddim draw_shared_latent guide interpolate reverse sample warn_of_few_steps",
-        "timesteps": "ImportanceSampler",
-        "training": "TrainState train_step",
-    }.items()
-    for name in names.split()
-}
+__all__ = [
+    "EMA", "NETWORKS", "NO_LABEL", "ContextUNet", "ContextUNetConfig", "Diffusion", "DiffusionConfig",
+    "ImportanceSampler", "Likelihood", "MHAUNet", "MHAUNetConfig", "Step", "TrainConfig", "TrainState", "UNet",
+    "UNetConfig", "accelerate", "build_network", "compute_bits_per_dim", "compute_rate_distortion",
+    "draw_shared_latent", "from_uint8", "guide", "interpolate", "run_chain", "sample", "sample_steps", "to_uint8",
+    "train_step", "warn_of_few_steps",
+]  # fmt: skip
 
 if TYPE_CHECKING:
-    from ddpm.config import DiffusionConfig as DiffusionConfig
-    from ddpm.config import TrainConfig as TrainConfig
-    from ddpm.diffusion import Diffusion as Diffusion
-    from ddpm.ema import EMA as EMA
-    from ddpm.images import from_uint8 as from_uint8
-    from ddpm.images import to_uint8 as to_uint8
-    from ddpm.kernels import accelerate as accelerate
-    from ddpm.likelihood import Likelihood as Likelihood
-    from ddpm.likelihood import bits_per_dim as bits_per_dim
-    from ddpm.likelihood import rate_distortion as rate_distortion
-    from ddpm.networks import NETWORKS as NETWORKS
-    from ddpm.networks import NO_LABEL as NO_LABEL
-    from ddpm.networks.build import build_network as build_network
-    from ddpm.networks.config import ContextUNetConfig as ContextUNetConfig
-    from ddpm.networks.config import MHAUNetConfig as MHAUNetConfig
-    from ddpm.networks.config import UNetConfig as UNetConfig
-    from ddpm.networks.context_unet import ContextUNet as ContextUNet
-    from ddpm.networks.mha_unet import MHAUNet as MHAUNet
-    from ddpm.networks.unet import UNet as UNet
-    from ddpm.sampler import Step as Step
-    from ddpm.sampler import ancestral as ancestral
-    from ddpm.sampler import ddim as ddim
-    from ddpm.sampler import draw_shared_latent as draw_shared_latent
-    from ddpm.sampler import guide as guide
-    from ddpm.sampler import interpolate as interpolate
-    from ddpm.sampler import reverse as reverse
-    from ddpm.sampler import sample as sample
-    from ddpm.sampler import warn_of_few_steps as warn_of_few_steps
-    from ddpm.timesteps import ImportanceSampler as ImportanceSampler
-    from ddpm.training import TrainState as TrainState
-    from ddpm.training import train_step as train_step
+    from ddpm.config import DiffusionConfig, TrainConfig
+    from ddpm.diffusion import Diffusion
+    from ddpm.ema import EMA
+    from ddpm.images import from_uint8, to_uint8
+    from ddpm.kernels import accelerate
+    from ddpm.likelihood import Likelihood, compute_bits_per_dim, compute_rate_distortion
+    from ddpm.networks import NETWORKS, NO_LABEL
+    from ddpm.networks.build import build_network
+    from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
+    from ddpm.networks.context_unet import ContextUNet
+    from ddpm.networks.mha_unet import MHAUNet
+    from ddpm.networks.unet import UNet
+    from ddpm.sampler import (
+        Step,
+        draw_shared_latent,
+        guide,
+        interpolate,
+        run_chain,
+        sample,
+        sample_steps,
+        warn_of_few_steps,
+    )  # fmt: skip
+    from ddpm.timesteps import ImportanceSampler
+    from ddpm.training import TrainState, train_step
 else:
+    _MODULES = "config networks networks.config networks.build images kernels sampler likelihood training"
 
     def __getattr__(name):
-        if name not in _WHERE:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(_WHERE[name]), name)
-        return value
+        if name in __all__:
+            for module in _MODULES.split():  # those that import no torch stand first
+                found = vars(import_module(f"ddpm.{module}"))
+                if name in found:
+                    return globals().setdefault(name, found[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

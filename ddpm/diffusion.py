@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ddpm.config import LEARNED, Decoder, DiffusionConfig, Variance
-from ddpm.gaussians import decoder_log_likelihood, mean_flat, normal_kl
-from ddpm.schedules import betas
+from ddpm.gaussians import average_per_image, compute_decoder_log_likelihood, compute_kl
+from ddpm.schedules import compute_betas
 
 Network = Callable[..., Tensor]  # net(x_t, t) or net(x_t, t, context) -> (N, C or 2C, H, W)
 
@@ -46,10 +46,10 @@ class Diffusion:
         if problems := config.find_problems():
             raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
         self.config = config
-        schedule = betas(config.beta_schedule, config.timesteps, config.beta_start, config.beta_end)
+        schedule = compute_betas(config.beta_schedule, config.timesteps, config.beta_start, config.beta_end)
         self.tables = _tables(schedule)
         self.timesteps = torch.arange(config.timesteps)
-        self.spaced = False
+        self.is_respaced = False
 
     def __len__(self) -> int:
         """Return the number of steps of this chain."""
@@ -80,41 +80,52 @@ class Diffusion:
         alpha_bar = self.tables["alpha_bar"][chosen]
         kept = {name: self.tables[name][chosen] for name in ("step_coef_x_0", "step_coef_x_t")}
         chain.tables = _tables(_spaced_betas(alpha_bar)) | kept
-        chain.spaced = True
+        chain.is_respaced = True
         return chain
 
-    def out_channels(self, channels: int) -> int:
+    def count_out_channels(self, channels: int) -> int:
         """Return the channels of the network's output for images of so many: doubled by a learned variance."""
         return 2 * channels if self.config.variance in LEARNED else channels
 
     def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and log variance of q(x_t | x_0), Eq. 4."""
-        mean = self.at("sqrt_alpha_bar", t, x_0) * x_0
-        return mean, self.at("one_minus_alpha_bar", t, x_0), self.at("log_one_minus_alpha_bar", t, x_0)
+        mean = self.gather("sqrt_alpha_bar", t, x_0) * x_0
+        return (
+            mean,
+            self.gather("one_minus_alpha_bar", t, x_0),
+            self.gather("log_one_minus_alpha_bar", t, x_0),
+        )
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Diffuse: x_t from x_0 and standard normal eps of the same shape, Eq. 4."""
         _same_shape(x_0=x_0, eps=eps)
-        return self.at("sqrt_alpha_bar", t, x_0) * x_0 + self.at("sqrt_one_minus_alpha_bar", t, x_0) * eps
+        return (
+            self.gather("sqrt_alpha_bar", t, x_0) * x_0
+            + self.gather("sqrt_one_minus_alpha_bar", t, x_0) * eps
+        )
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Posterior:
         """Return q(x_{t-1} | x_t, x_0), Eqs. 6 and 7; the log variance at t = 0 is that of t = 1 (authors' code)."""
         _same_shape(x_0=x_0, x_t=x_t)
-        mean = self.at("posterior_coef_x_0", t, x_t) * x_0 + self.at("posterior_coef_x_t", t, x_t) * x_t
-        return Posterior(mean, self.at("posterior_variance", t, x_t), self.at("log_fixedsmall", t, x_t))
+        mean = (
+            self.gather("posterior_coef_x_0", t, x_t) * x_0 + self.gather("posterior_coef_x_t", t, x_t) * x_t
+        )
+        return Posterior(
+            mean, self.gather("posterior_variance", t, x_t), self.gather("log_fixedsmall", t, x_t)
+        )
 
     def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
         """Read the estimate of x_0 off the network's output, optionally clipped to [-1, 1]."""
         prediction, _ = _split(output, x_t)
         match self.config.predict:
             case "eps":  # Eq. 4 solved for x_0 (text after Eq. 14)
-                noise = self.at("sqrt_one_minus_alpha_bar", t, x_t) * prediction
-                x_0 = (x_t - noise) / self.at("sqrt_alpha_bar", t, x_t)
+                noise = self.gather("sqrt_one_minus_alpha_bar", t, x_t) * prediction
+                x_0 = (x_t - noise) / self.gather("sqrt_alpha_bar", t, x_t)
             case "x0":
                 x_0 = prediction
             case "mean":  # Eq. 7 solved for x_0, by the full chain's coefficients: that is what was trained
-                rest = prediction - self.at("step_coef_x_t", t, x_t) * x_t
-                x_0 = rest / self.at("step_coef_x_0", t, x_t)
+                rest = prediction - self.gather("step_coef_x_t", t, x_t) * x_t
+                x_0 = rest / self.gather("step_coef_x_0", t, x_t)
         return x_0.clamp(-1, 1) if clip else x_0
 
     def p_mean_variance(
@@ -126,7 +137,7 @@ class Diffusion:
         variance overrides the configured kind; a learned kind needs an output of 2C channels.
         """
         x_0 = self.predict_x0(output, x_t, t, clip)
-        if self.config.predict == "mean" and not self.spaced:
+        if self.config.predict == "mean" and not self.is_respaced:
             mean = _split(output, x_t)[0]
         else:
             mean = self.q_posterior(x_0, x_t, t).mean
@@ -134,7 +145,7 @@ class Diffusion:
 
     def _log_variance(self, output: Tensor, x_t: Tensor, t: Tensor, kind: Variance) -> Tensor:
         if kind in ("fixedlarge", "fixedsmall"):
-            return self.at(f"log_{kind}", t, x_t)
+            return self.gather(f"log_{kind}", t, x_t)
         _, values = _split(output, x_t)
         if values is None:
             raise ValueError(
@@ -142,20 +153,20 @@ class Diffusion:
                 f"{output.shape[1]}: use fixedlarge or fixedsmall"
             )
         if kind == "learned_range":  # Nichol and Dhariwal 2021, Eq. 15, for values in [-1, 1]
-            small, large = self.at("log_fixedsmall", t, x_t), self.at("log_fixedlarge", t, x_t)
+            small, large = self.gather("log_fixedsmall", t, x_t), self.gather("log_fixedlarge", t, x_t)
             return small + (values + 1) / 2 * (large - small)
-        if self.spaced:
+        if self.is_respaced:
             raise ValueError("variance=learned holds for full steps only: use fixedlarge or fixedsmall")
         return values
 
-    def vlb_terms(
+    def compute_vlb_terms(
         self, reverse: Reverse, x_0: Tensor, x_t: Tensor, t: Tensor, decoder: Decoder = "tanh"
     ) -> Tensor:
         """Return L_{t-1} of Eq. 5, or L_0 (the decoder, Eq. 13) where t = 0, per image (N,), bits/dim."""
         posterior = self.q_posterior(x_0, x_t, t)
-        kl = normal_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
-        nll = -decoder_log_likelihood(x_0, reverse.mean, reverse.log_variance, decoder)
-        return torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
+        kl = compute_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
+        nll = -compute_decoder_log_likelihood(x_0, reverse.mean, reverse.log_variance, decoder)
+        return torch.where(t == 0, average_per_image(nll), average_per_image(kl)) / math.log(2)
 
     def training_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Return the loss per image (N,): simple (Eq. 14), vlb (one term of Eq. 5 in bits/dim, not times T) or hybrid.
@@ -165,13 +176,13 @@ class Diffusion:
         """
         output = output.to(x_t.dtype)  # a network under autocast answers in bf16
         if self.config.loss == "vlb":
-            return self.vlb_terms(self.p_mean_variance(output, x_t, t, clip=False), x_0, x_t, t)
+            return self.compute_vlb_terms(self.p_mean_variance(output, x_t, t, clip=False), x_0, x_t, t)
         prediction, _ = _split(output, x_t)
-        loss = mean_flat((self._target(x_0, x_t, t, eps) - prediction) ** 2)
+        loss = average_per_image((self._target(x_0, x_t, t, eps) - prediction) ** 2)
         if self.config.loss == "simple":
             return loss
         frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
-        vlb = self.vlb_terms(self.p_mean_variance(frozen, x_t, t, clip=False), x_0, x_t, t)
+        vlb = self.compute_vlb_terms(self.p_mean_variance(frozen, x_t, t, clip=False), x_0, x_t, t)
         return loss + vlb * len(self) / 1000
 
     def _target(self, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -183,7 +194,7 @@ class Diffusion:
             case "mean":
                 return self.q_posterior(x_0, x_t, t).mean
 
-    def at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+    def gather(self, name: str, t: Tensor, x: Tensor) -> Tensor:
         """Return table values at t in the type of x, shaped (N, 1, 1, 1) like x."""
         if t.dtype != torch.int64 or t.shape != x.shape[:1]:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")

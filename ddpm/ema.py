@@ -17,7 +17,7 @@ class EMA:
         persistent = net.state_dict().keys()
         self.buffers = {name: b.clone() for name, b in net.named_buffers() if name in persistent}
 
-    def decay_at(self, n: int) -> float:
+    def compute_decay(self, n: int) -> float:
         """Return the decay of update n = 0, 1, ...: the first one copies (authors' code)."""
         if n == 0:
             return 0.0
@@ -27,11 +27,11 @@ class EMA:
     def update(self, net: nn.Module, n: int) -> None:
         """Set average <- decay average + (1 - decay) parameters, after optimiser step n = 0, 1, ..."""
         current = [p.detach().float() for p in net.parameters()]
-        torch._foreach_lerp_(list(self.parameters.values()), current, 1 - self.decay_at(n))
+        torch._foreach_lerp_(list(self.parameters.values()), current, 1 - self.compute_decay(n))
         for name, buffer in net.named_buffers():
             if name in self.buffers:
                 self.buffers[name].copy_(buffer)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the average itself, not a copy; `net.load_state_dict` takes it."""
         return self.parameters | self.buffers

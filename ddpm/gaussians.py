@@ -8,13 +8,15 @@ from torch import Tensor
 from ddpm.config import Decoder
 
 
-def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+def compute_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
     """Return KL(N(mean_1, variance_1) || N(mean_2, variance_2)) per dimension; the arguments broadcast."""
     ratio = log_variance_1 - log_variance_2
     return 0.5 * (-1 - ratio + torch.exp(ratio) + (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2))
 
 
-def decoder_log_likelihood(x_0: Tensor, mean: Tensor, log_variance: Tensor, cdf: Decoder = "tanh") -> Tensor:
+def compute_decoder_log_likelihood(
+    x_0: Tensor, mean: Tensor, log_variance: Tensor, cdf: Decoder = "tanh"
+) -> Tensor:
     """Return log p(x_0) per dimension of a Gaussian integrated over each pixel's bin (paper, Eq. 13).
 
     x_0 holds the 256 grey levels scaled to [-1, 1]; the first and the last bin are open. cdf "tanh" is the
@@ -33,6 +35,6 @@ def _tanh_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def mean_flat(x: Tensor) -> Tensor:
+def average_per_image(x: Tensor) -> Tensor:
     """Average over all but the first dimension, (N,)."""
     return x.flatten(1).mean(dim=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddpm.config import Decoder, Variance
 from ddpm.diffusion import Diffusion, Network
-from ddpm.gaussians import mean_flat, normal_kl
+from ddpm.gaussians import average_per_image, compute_kl
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Likelihood:
             raise ValueError("the bound sums all timesteps and this result holds only some")
 
 
-def prior_bits_per_dim(diffusion: Diffusion, x_0: Tensor) -> Tensor:
+def compute_prior(diffusion: Diffusion, x_0: Tensor) -> Tensor:
     """Return L_T of Eq. 5 per image (N,): KL of q(x_T | x_0) from the standard normal, bits/dim."""
     last = torch.full((len(x_0),), len(diffusion) - 1, device=x_0.device)
     mean, _, log_variance = diffusion.q_mean_variance(x_0, last)
     zero = torch.zeros((), dtype=x_0.dtype, device=x_0.device)
-    return mean_flat(normal_kl(mean, log_variance, zero, zero)) / math.log(2)
+    return average_per_image(compute_kl(mean, log_variance, zero, zero)) / math.log(2)
 
 
 @torch.no_grad()
-def bits_per_dim(
+def compute_bits_per_dim(
     diffusion: Diffusion,
     net: Network,
     x_0: Tensor,
@@ -81,13 +81,13 @@ def bits_per_dim(
         x_t = diffusion.q_sample(x, t, torch.cat([noise(step) for step in group]))
         labels = () if context is None else (context.repeat(len(group), *[1] * (context.ndim - 1)),)
         reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
-        terms.append(diffusion.vlb_terms(reverse, x, x_t, t, decoder).reshape(len(group), -1))
-        mse.append(mean_flat((reverse.x_0 - x) ** 2).reshape(len(group), -1))
+        terms.append(diffusion.compute_vlb_terms(reverse, x, x_t, t, decoder).reshape(len(group), -1))
+        mse.append(average_per_image((reverse.x_0 - x) ** 2).reshape(len(group), -1))
     return Likelihood(
         torch.tensor(chosen),
         torch.cat(terms).T.double().cpu(),
         torch.cat(mse).T.double().cpu(),
-        prior_bits_per_dim(diffusion, x_0.double()).cpu(),  # in float32 it would drown in rounding
+        compute_prior(diffusion, x_0.double()).cpu(),  # in float32 it would drown in rounding
     )
 
 
@@ -102,7 +102,7 @@ class RateDistortion(NamedTuple):
     distortion: float
 
 
-def rate_distortion(result: Likelihood) -> RateDistortion:
+def compute_rate_distortion(result: Likelihood) -> RateDistortion:
     """Average, in rows k = T - t + 1: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k])."""
     result._require_all()
     mse, terms = result.mse.mean(dim=0), result.terms.mean(dim=0)

@@ -58,7 +58,7 @@ def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def normal(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def draw_normal(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Draw standard normals, float32 (N, *shape); by Box-Muller, |z| up to 6.66.
 
     index: int64 (N,), each below 2**32. All functions here take the same arguments; draws are on
@@ -68,13 +68,13 @@ def normal(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, .
     return _rows([*_box_muller(a, b), *_box_muller(c, d)], shape)
 
 
-def uniform(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+def draw_uniform(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
     words = _words(seed, stream, step, index, math.prod(shape))
     return _rows([(word >> 8).float() * 2.0**-24 for word in words], shape)
 
 
-def integers(seed: int, stream: int, step: int, index: Tensor, high: int) -> Tensor:
+def draw_integers(seed: int, stream: int, step: int, index: Tensor, high: int) -> Tensor:
     """Draw integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
     if high < 1:
         raise ValueError(f"integers: high must be at least 1, got {high}")
@@ -82,13 +82,13 @@ def integers(seed: int, stream: int, step: int, index: Tensor, high: int) -> Ten
     return ((a >> 1 << 32 | b) % high)[:, 0]
 
 
-def permutation(seed: int, stream: int, step: int, n: int) -> Tensor:
+def draw_permutation(seed: int, stream: int, step: int, n: int) -> Tensor:
     """Draw a random order of 0..n-1, int64 (n,): the argsort of 64-bit keys, one per index."""
     a, b, _, _ = _words(seed, stream, step, torch.arange(n), 1)
     return torch.argsort(((a - 2**31) * 2**32 + b)[:, 0], stable=True)
 
 
-def torch_seed(seed: int, stream: int, step: int, index: int) -> int:
+def draw_torch_seed(seed: int, stream: int, step: int, index: int) -> int:
     """Draw a 63-bit seed for torch's own generators, where torch draws the numbers (dropout, initial weights)."""
     a, b, _, _ = philox((0, index & MASK, step & MASK, int(stream)), seed)
     return int(a) >> 1 << 32 | int(b)

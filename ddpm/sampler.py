@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddpm.config import Sampler, Variance
 from ddpm.diffusion import Diffusion, Network
-from ddpm.rng import Stream, normal
+from ddpm.rng import Stream, draw_normal
 
 Noise = Callable[[int], Tensor]
 Arguments = ParamSpec("Arguments")
@@ -32,7 +32,7 @@ class Step:
 
 
 @torch.no_grad()
-def chain(
+def run_chain(
     diffusion: Diffusion,
     net: Network,
     x_T: Tensor,
@@ -45,11 +45,11 @@ def chain(
     context: Tensor | None = None,
     clip: bool = True,
 ) -> Iterator[Step]:
-    """Reverse the diffusion from x_T (N, C, H, W), over all timesteps or an ascending subset.
+    """Reverse the diffusion from x_T (N, C, H, W), over all timesteps or an ascending subset of them.
 
-    eta is DDIM's: 0 is deterministic, 1 is ancestral sampling with fixedsmall;
-    variance overrides the configured kind, of ancestral sampling; clip as in Diffusion.p_mean_variance. The
-    subset 0..t starts the chain at x_t.
+    eta belongs to DDIM: 0 is deterministic, 1 is ancestral sampling with fixedsmall. variance replaces the
+    configured kind in ancestral sampling. clip is that of Diffusion.p_mean_variance. With the timesteps 0..t the
+    chain starts at x_t.
     """
     if sampler not in get_args(Sampler):
         raise ValueError(f"unknown sampler {sampler!r}: choose {' or '.join(get_args(Sampler))}")
@@ -63,35 +63,21 @@ def chain(
     for i in reversed(range(len(visited))):
         t = torch.full((len(x_t),), i, device=x_t.device)
         output = net(x_t, torch.full_like(t, visited[i]), *labels).to(x_t.dtype)
-        if sampler == "ddim":
-            mean, deviation, x_0 = _ddim(diffusion, output, x_t, t, clip, eta)
-        else:  # Algorithm 2, line 4
+        if sampler == "ancestral":  # Algorithm 2, line 4
             mean, log_variance, x_0 = diffusion.p_mean_variance(output, x_t, t, clip, variance)
             deviation = torch.exp(0.5 * log_variance)
+        else:  # DDIM (Song, Meng and Ermon 2020, Eqs. 12 and 16): towards x_0, along the eps that belongs to it
+            x_0 = diffusion.predict_x0(output, x_t, t, clip)
+            names = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "alpha_bar_prev", "posterior_variance")
+            signal, spread, alpha_bar_prev, smallest = (diffusion.gather(name, t, x_t) for name in names)
+            eps, squared = (x_t - signal * x_0) / spread, eta**2 * smallest
+            mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - squared).clamp(min=0).sqrt() * eps
+            deviation = squared.sqrt()
         x_t = mean + deviation * noise(visited[i]) if i > 0 else mean
         yield Step(visited[i], x_t, x_0)
 
 
-ancestral = partial(chain, sampler="ancestral")
-ddim = partial(chain, sampler="ddim")
-
-
-def _ddim(
-    diffusion: Diffusion, output: Tensor, x_t: Tensor, t: Tensor, clip: bool, eta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean and deviation of x_{t-1} by DDIM (Song, Meng and Ermon 2020, Eqs. 12 and 16), and x_0.
-
-    The mean lies towards the clipped x_0, in the direction of the eps that belongs to it.
-    """
-    x_0 = diffusion.predict_x0(output, x_t, t, clip)
-    names = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "alpha_bar_prev", "posterior_variance")
-    signal, noise, alpha_bar_prev, variance = (diffusion.at(name, t, x_t) for name in names)
-    eps, variance = (x_t - signal * x_0) / noise, eta**2 * variance
-    mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * eps
-    return mean, variance.sqrt(), x_0
-
-
-def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
+def space_timesteps(timesteps: int, steps: int) -> list[int]:
     """Choose so many of 0..timesteps-1, evenly spaced, both ends among them (Nichol and Dhariwal 2021, Sec. 4)."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must lie in 1..{timesteps}, got {steps}")
@@ -100,7 +86,7 @@ def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
     return [round(i * (timesteps - 1) / (steps - 1)) for i in range(steps)]
 
 
-def reverse(
+def sample_steps(
     diffusion: Diffusion,
     net: Network,
     *,
@@ -113,37 +99,42 @@ def reverse(
     variance: Variance | None = None,
     context: Tensor | None = None,
 ) -> Iterator[Step]:
-    """Run the chain of images index (N,) int64 of shape (C, H, W): each draw is a function of seed, image and t.
+    """Run the chain of the images index (int64, (N,)) of shape (C, H, W), a function of seed and index alone.
 
-    Draws are on the device of index. steps respaces the chain (None: all timesteps); sampler, eta and variance
-    as in `chain`.
+    All is drawn on the device of index. steps respaces the chain (None: all timesteps); sampler, eta and variance
+    are those of `run_chain`.
     """
-    timesteps = None if steps is None else spaced_timesteps(len(diffusion), steps)
-    draw = partial(normal, seed, index=index, shape=shape)
-    return chain(
+    timesteps = None if steps is None else space_timesteps(len(diffusion), steps)
+    draw = partial(draw_normal, seed, index=index, shape=shape)
+    return run_chain(
         diffusion, net, draw(Stream.X_T, 0), partial(draw, Stream.REVERSE),
         sampler=sampler, eta=eta, variance=variance, timesteps=timesteps, context=context,
     )  # fmt: skip
 
 
-def _images_of(chain: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Tensor]:
-    """Make the function that gives the images at the end of a chain, called as the chain itself is."""
+def _keep_images(run: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Tensor]:
+    """Make the function that returns the images at the end of a chain and takes the arguments of the chain."""
 
-    @wraps(chain, assigned=())
+    @wraps(run, assigned=())
     def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        """Draw images (N, C, H, W), float32 in [-1, 1]: the end of `reverse`, whose arguments these are."""
-        return deque(chain(*args, **kwargs), maxlen=1).pop().x_t.clamp(-1, 1)
+        """Draw images (N, C, H, W), float32 in [-1, 1]; the arguments are those of `sample_steps`."""
+        return _run_to_end(run(*args, **kwargs)).clamp(-1, 1)
 
     return sample
 
 
-sample = _images_of(reverse)
+sample = _keep_images(sample_steps)
+
+
+def _run_to_end(steps: Iterator[Step]) -> Tensor:
+    """Return the images of the last step; no other step is kept in memory."""
+    return deque(steps, maxlen=1).pop().x_t
 
 
 def warn_of_few_steps(
     diffusion: Diffusion, steps: int | None, variance: Variance | None = None
 ) -> str | None:
-    """Say why this many ancestral steps with fixedlarge variance spoil the samples, or None."""
+    """Say why so few ancestral steps with fixedlarge variance spoil the samples; None where they do not."""
     kind = variance or diffusion.config.variance
     if kind != "fixedlarge" or steps is None or steps >= len(diffusion) // 2:
         return None
@@ -180,8 +171,9 @@ def interpolate(
         return (1 - mix) * x_a + mix * x_b
     t = torch.full((len(x_a),), steps - 1, device=x_a.device)
     x_t = (1 - mix) * diffusion.q_sample(x_a, t, eps) + mix * diffusion.q_sample(x_b, t, eps)
-    chain = ancestral(diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context)
-    return deque(chain, maxlen=1).pop().x_t
+    return _run_to_end(
+        run_chain(diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context)
+    )
 
 
 def draw_shared_latent(
@@ -200,7 +192,7 @@ def draw_shared_latent(
     """
     if not 1 <= steps <= len(diffusion):
         raise ValueError(f"steps must lie in 1..{len(diffusion)}, got {steps}")
-    x_t, chain = x_T, ancestral(diffusion, net, x_T, noise, variance=variance, context=context)
+    x_t, chain = x_T, run_chain(diffusion, net, x_T, noise, variance=variance, context=context)
     for step in islice(chain, len(diffusion) - steps):
         x_t = step.x_t
     return x_t

@@ -9,7 +9,7 @@ from torch import Tensor
 from ddpm.config import BetaSchedule
 
 
-def betas(name: str, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
+def compute_betas(name: str, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """Return beta_1..beta_T at index 0..T-1, float64 (T,). End points are not rescaled with T (authors' code).
 
     jsd and cosine ignore the end points; const uses beta_end alone. jsd ends at beta = 1, so alpha_bar_T = 0.

@@ -4,8 +4,8 @@ The one place that joins network and diffusion. Every random number is a functio
 row of the global batch), so neither the number of workers nor an interruption changes what is drawn.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from ddpm.diffusion import Diffusion
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
-from ddpm.peers import Peers
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
 
@@ -42,14 +41,14 @@ class TrainState:
                 "exp_avg_sq": torch.zeros_like(p),
             }
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return all of it: net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step, t_sampler.* and step.
 
         The tensors are live, not copies (`step` apart): write or clone them before the next update.
         """
         found = {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
         for i, ema in enumerate(self.emas):
-            found |= {f"ema.{i}.{name}": tensor for name, tensor in ema.tensors().items()}
+            found |= {f"ema.{i}.{name}": tensor for name, tensor in ema.state_dict().items()}
         for name, p in self.net.named_parameters():
             moments = self.optimizer.state[p]
             found |= {f"adam.{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
@@ -60,13 +59,13 @@ class TrainState:
         return found | {"step": torch.tensor(self.step)}
 
     @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors()` gave, from any device.
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_dict()` gave, from any device.
 
         Raises ValueError naming the keys that are missing, unexpected or of another shape or type, and then
         changes nothing.
         """
-        own = self.tensors()
+        own = self.state_dict()
         if faults := describe_mismatch(own, tensors):
             raise ValueError(f"the saved state is of another network or optimiser: {faults}")
         for name, tensor in own.items():
@@ -75,22 +74,37 @@ class TrainState:
             moments["step"].copy_(tensors["adam.step"])
         self.step = int(tensors["step"])
 
+    def update(self, config: TrainConfig) -> Tensor:
+        """Clip the gradient, make one step of Adam and average; return the norm before clipping, on the device."""
+        if any(p.stride() != moments["exp_avg"].stride() for p, moments in self.optimizer.state.items()):
+            # The fused kernel walks raw memory and would pair weights with the moments of others.
+            raise RuntimeError(
+                "the network's memory format changed after TrainState was made: change it before"
+            )
+        gradient = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradient)
+        if config.grad_clip is not None:
+            torch._foreach_mul_(gradient, config.grad_clip / norm.clamp(min=config.grad_clip))
+        for group in self.optimizer.param_groups:
+            group["lr"] = compute_learning_rate(config, self.step)
+        self.optimizer.step()
+        for ema in self.emas:
+            ema.update(self.net, self.step)
+        self.step += 1
+        return norm
+
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     """Say in one line what keeps `given` from being loaded into `own`; empty if nothing does."""
-
     needed, found = (
         {name: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for name, x in tensors.items()}
         for tensors in (own, given)
     )
+    both = needed.keys() & found.keys()
     faults = {
-        "missing": needed.keys() - found.keys(),
-        "unexpected": found.keys() - needed.keys(),
-        "different": {
-            f"{name} is {found[name]}, not {needed[name]}"
-            for name in needed.keys() & found.keys()
-            if needed[name] != found[name]
-        },
+        "missing": needed.keys() - both,
+        "unexpected": found.keys() - both,
+        "different": {f"{n} is {found[n]}, not {needed[n]}" for n in both if needed[n] != found[n]},
     }
     return "; ".join(
         f"{len(names)} {fault} ({', '.join(sorted(names)[:4])}{', ...' if len(names) > 4 else ''})"
@@ -99,47 +113,26 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     )
 
 
-class Draws(NamedTuple):
-    """What chance decides for each image.
-
-    t int64 (N,); weight float32 (N,) of its loss, 1 where t is uniform; eps float32 (N, C, H, W); flip bool
-    (N,).
-    """
-
-    t: Tensor
-    weight: Tensor
-    eps: Tensor
-    flip: Tensor
-
-
 def draw_batch(
     seed: int,
     step: int,
     rows: Tensor,
     shape: tuple[int, ...],
     timesteps: int,
-    random_flip: bool,
-    t_sampler: ImportanceSampler | None = None,
-) -> Draws:
-    """Make the draws of update `step` for rows (int64, (N,)) of the global batch, on the device of `rows`.
+    t_sampler: ImportanceSampler | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw what chance decides in update `step` for rows (int64, (N,)) of the global batch, on the device of rows.
 
-    shape: (C, H, W); t is uniform over 0..timesteps-1, or as t_sampler has it; flip has probability 1/2, or 0
-    without random_flip.
+    Returns t int64 (N,), uniform over 0..timesteps-1 or as t_sampler has it; the weight float32 (N,) of each loss,
+    1 where t is uniform; eps float32 (N, *shape); flip bool (N,), true with probability 1/2.
     """
     if t_sampler is None:
-        t = rng.integers(seed, Stream.TIMESTEP, step, rows, timesteps)
+        t = rng.draw_integers(seed, Stream.TIMESTEP, step, rows, timesteps)
         weight = torch.ones(len(rows), device=rows.device)
     else:
-        t, weight = t_sampler.sample(rng.uniform(seed, Stream.TIMESTEP, step, rows))
-    eps = rng.normal(seed, Stream.NOISE, step, rows, shape)
-    flip = rng.integers(seed, Stream.FLIP, step, rows, 2) == 1
-    return Draws(t, weight, eps, flip & random_flip)
-
-
-def drop_labels(seed: int, step: int, rows: Tensor, labels: Tensor, share: float) -> Tensor:
-    """Replace that share of labels (int64, (N,)), chosen by row, by NO_LABEL."""
-    dropped = rng.uniform(seed, Stream.LABEL, step, rows) < share
-    return labels.masked_fill(dropped, NO_LABEL)
+        t, weight = t_sampler.sample(rng.draw_uniform(seed, Stream.TIMESTEP, step, rows))
+    eps = rng.draw_normal(seed, Stream.NOISE, step, rows, shape)
+    return t, weight, eps, rng.draw_integers(seed, Stream.FLIP, step, rows, 2) == 1
 
 
 def train_step(
@@ -152,82 +145,55 @@ def train_step(
     seed: int,
     context: Tensor | None = None,
     forward: nn.Module | None = None,
-    peers: Peers | None = None,
+    world_size: int = 1,
+    sum_over_workers: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, Tensor]:
-    """Make one update with this worker's slice of the global batch (Algorithm 1).
-
-    Never waits for the device (importance sampling of t apart).
+    """Make one update with this worker's slice of the global batch (Algorithm 1), in config.accumulate parts.
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU,
-    consecutive places in the global batch of config.batch_size; context: int64 labels (N,). `forward` is the
-    network as it is called (wrapped for several workers, or compiled); default the network itself. Slices may
-    differ in length: each is weighted by it, so that the workers' average is the gradient of the mean over the
-    global batch. The slice passes the network in config.accumulate parts.
+    consecutive places in the global batch; context: int64 labels (N,). `forward` is the network as it is called
+    (wrapped for several workers, or compiled); default the network itself. Slices may differ in length: each is
+    weighted by it, so that the workers' average is the gradient of the mean over the global batch.
 
     Returns 0-d tensors: loss, so weighted that its mean over workers is the mean over the global batch, and
-    grad_norm before clipping.
+    grad_norm before clipping. Never waits for the device (importance sampling of t apart).
     """
-    net, peers = forward or state.net, peers or Peers()
-    x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
-    on_device = rows.to(x_0.device, non_blocking=True)
-    t, weight, eps, flip = draw_batch(
-        seed, state.step, on_device, tuple(x_0.shape[1:]), len(diffusion), config.random_flip, state.t_sampler
+    net, step = forward or state.net, state.step
+    x_0, on_device = (
+        from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0,
+        rows.to(x_0.device, non_blocking=True),
     )
-    x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
+    t, weight, eps, flip = draw_batch(seed, step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler)
+    x_0 = torch.where((flip & config.random_flip)[:, None, None, None], x_0.flip(3), x_0)
     if context is not None:
-        context = drop_labels(seed, state.step, on_device, context, config.label_dropout)
-    scale = peers.world_size / config.batch_size  # the average over workers divides by their number
+        is_dropped = rng.draw_uniform(seed, Stream.LABEL, step, on_device) < config.label_dropout
+        context = context.masked_fill(is_dropped, NO_LABEL)
+    scale = world_size / config.batch_size  # the average over workers divides by their number
     ends = sorted({len(rows) * i // config.accumulate for i in range(config.accumulate + 1)})
-    found = []
     state.optimizer.zero_grad(set_to_none=True)
+    found = []
     for part in map(slice, ends, ends[1:]):
-        with nullcontext() if part.stop == len(rows) else peers.no_sync(net):
-            torch.manual_seed(rng.torch_seed(seed, Stream.DROPOUT, state.step, int(rows[part.start])))
+        # Gradients are averaged over the workers with the last part.
+        with nullcontext() if part.stop == len(rows) else getattr(net, "no_sync", nullcontext)():
+            torch.manual_seed(rng.draw_torch_seed(seed, Stream.DROPOUT, step, int(rows[part.start])))
             x_t = diffusion.q_sample(x_0[part], t[part], eps[part])
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 output = net(x_t, t[part], None if context is None else context[part])
             loss = diffusion.training_losses(output, x_0[part], x_t, t[part], eps[part])
             ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())
-    losses, grad_norm = torch.cat(found), _clip(state.net, config.grad_clip)
-    if state.t_sampler is not None:
-        _remember(state.t_sampler, t, losses, rows, config.batch_size, peers)
-    _update(state, config)
-    return {"loss": (losses * weight).sum() * scale, "grad_norm": grad_norm}
+    losses = torch.cat(found)
+    if (
+        state.t_sampler is not None
+    ):  # its history takes the whole global batch, so that all workers hold the same
+        batch = torch.zeros(2, config.batch_size, dtype=torch.float64, device=losses.device)
+        batch[:, rows[0] : rows[-1] + 1] = torch.stack((t.double(), losses.double()))
+        batch = sum_over_workers(batch)
+        state.t_sampler.update(batch[0].long(), batch[1].float())
+    return {"loss": (losses * weight).sum() * scale, "grad_norm": state.update(config)}
 
 
-def _remember(
-    t_sampler: ImportanceSampler, t: Tensor, losses: Tensor, rows: Tensor, batch_size: int, peers: Peers
-) -> None:
-    """Give the history the whole global batch, in its order, so that every worker holds the same."""
-    batch = torch.zeros(2, batch_size, dtype=torch.float64, device=losses.device)
-    batch[:, rows[0] : rows[-1] + 1] = torch.stack((t.double(), losses.double()))
-    batch = peers.total(batch)
-    t_sampler.update(batch[0].long(), batch[1].float())
-
-
-def _clip(net: nn.Module, grad_clip: float | None) -> Tensor:
-    """Scale the gradient to a norm of at most grad_clip; return the norm it had, left on the device."""
-    gradient = [p.grad for p in net.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradient)
-    if grad_clip is not None:
-        torch._foreach_mul_(gradient, grad_clip / norm.clamp(min=grad_clip))
-    return norm
-
-
-def _update(state: TrainState, config: TrainConfig) -> None:
-    if any(p.stride() != moments["exp_avg"].stride() for p, moments in state.optimizer.state.items()):
-        # The fused kernel walks raw memory and would pair weights with the moments of others.
-        raise RuntimeError("the network's memory format changed after TrainState was made: change it before")
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
-    state.optimizer.step()
-    for ema in state.emas:
-        ema.update(state.net, state.step)
-    state.step += 1
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
+def compute_learning_rate(config: TrainConfig, step: int) -> float:
     """Return the rate of update 0, 1, ...: lr min(step / warmup_steps, 1), so the first one is 0 (authors' code).
 
     lr_decay="linear" multiplies by 1 - step / steps.

@@ -149,7 +149,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_science_loads_no_pipeline_library():
-    loaded = loaded_by("import ddpm\nfor name in ddpm._WHERE: getattr(ddpm, name)")
+    loaded = loaded_by("import ddpm\nfor name in ddpm.__all__: getattr(ddpm, name)")
     assert "torch" in loaded
     assert not {"ray", "mlflow", "webdataset", "omegaconf", "pipeline"} & loaded
 

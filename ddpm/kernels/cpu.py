@@ -79,7 +79,7 @@ def _basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
         pays = height >= LARGE_IMAGE and not torch.cpu._is_amx_tile_supported()
     else:
         pays = not torch.is_autocast_enabled("cpu")
-    return winograd.basis_for(x) if pays else None
+    return winograd.choose_basis(x) if pays else None
 
 
 class _Saved(torch.autograd.function.FunctionCtx):

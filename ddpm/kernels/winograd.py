@@ -60,7 +60,7 @@ F4 = Basis(
 CHUNK = 4096  # pixels at a time: products of a size that is fast, tiles that the cache holds
 
 
-def basis_for(x: Tensor) -> Basis | None:
+def choose_basis(x: Tensor) -> Basis | None:
     """Return the largest basis for x (N, C, H, W): F4 in float32, F2 in bf16; None where its tiles do not fit."""
     basis = {torch.float32: F4, torch.bfloat16: F2}.get(x.dtype)
     return basis if basis and not (x.shape[2] % basis.m or x.shape[3] % basis.m) else None

@@ -66,14 +66,14 @@ class UNetConfig(Levels):
     norm_groups: Count = 32
     resample: Literal["conv", "transposed"] = "conv"
 
-    def resolutions(self, image_size: int) -> tuple[int, ...]:
+    def list_sides(self, image_size: int) -> tuple[int, ...]:
         """Image side at each level, finest first."""
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
     def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
         found = self.find_level_problems(image_size, norm_groups=self.norm_groups)
-        sides = self.resolutions(image_size)
+        sides = self.list_sides(image_size)
         fault = f"is the side of no level: choose among {', '.join(map(str, sides))}"
         strays = [side for side in self.attention_resolutions if side not in sides]
         return found + [("attention_resolutions", f"{side} {fault}") for side in strays]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddpm.networks import NO_LABEL
 from ddpm.networks.config import ContextUNetConfig
-from ddpm.networks.layers import SeededNetwork, shortcut, timestep_embedding
+from ddpm.networks.layers import SeededNetwork, embed_timesteps, make_shortcut
 
 
 class ContextUNet(SeededNetwork):
@@ -58,7 +58,7 @@ class ContextUNet(SeededNetwork):
         Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check,
         since looking would wait for the device.
         """
-        time, classes = timestep_embedding(t, self.config.channels), self._one_hot(context, t)
+        time, classes = embed_timesteps(t, self.config.channels), self._one_hot(context, t)
         h = finest = self.conv_in(x_t)
         skips = []
         for down in self.down:
@@ -112,7 +112,7 @@ class ResidualConv(nn.Module):
         self.norm1 = _norm(out_channels, config)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels, config)
-        self.shortcut = shortcut(in_channels, out_channels)
+        self.shortcut = make_shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.norm1(self.conv1(x)))

@@ -55,7 +55,7 @@ class InBF16(nn.Module):
             return self.net(x_t, *args).float()
 
 
-def timestep_embedding(t: Tensor, width: int) -> Tensor:
+def embed_timesteps(t: Tensor, width: int) -> Tensor:
     """Embed t (N,) in sinusoids: float32 (N, width), all sines, then all cosines (authors' code).
 
     Frequencies 10000^(-i / (half-1)), i = 0..half-1, half = width / 2.
@@ -66,6 +66,6 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def shortcut(in_channels: int, out_channels: int) -> nn.Module:
+def make_shortcut(in_channels: int, out_channels: int) -> nn.Module:
     """Make the way past a residual block: the identity, or a 1x1 convolution where the width changes."""
     return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)

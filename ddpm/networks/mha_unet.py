@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.networks.config import MHAUNetConfig
-from ddpm.networks.layers import SeededNetwork, timestep_embedding
+from ddpm.networks.layers import SeededNetwork, embed_timesteps
 
 
 class MHAUNet(SeededNetwork):
@@ -40,7 +40,7 @@ class MHAUNet(SeededNetwork):
         """
         if context is not None:
             raise ValueError("the mha_unet takes no labels: use context_unet, or set data.labels=0")
-        temb = F.silu(timestep_embedding(t, self.config.time_width))
+        temb = F.silu(embed_timesteps(t, self.config.time_width))
         h = self.conv_in(x_t)
         skips = []
         for down in self.down:

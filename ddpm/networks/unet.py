@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.networks.config import UNetConfig
-from ddpm.networks.layers import SeededNetwork, shortcut, timestep_embedding
+from ddpm.networks.layers import SeededNetwork, embed_timesteps, make_shortcut
 
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 swish = F.silu
@@ -26,7 +26,7 @@ class UNet(SeededNetwork):
         super().__init__(config, image_size)
         self.config = config
         width, blocks = config.channels, config.num_res_blocks
-        levels = list(zip(config.widths, config.resolutions(image_size), strict=True))
+        levels = list(zip(config.widths, config.list_sides(image_size), strict=True))
         self.time_mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
@@ -56,7 +56,7 @@ class UNet(SeededNetwork):
         if context is not None:
             raise ValueError("the unet takes no labels: use context_unet, or leave data.labels off")
         # The swish before every block's projection is the same tensor, so it is taken once.
-        temb = swish(self.time_mlp(timestep_embedding(t, self.config.channels)))
+        temb = swish(self.time_mlp(embed_timesteps(t, self.config.channels)))
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:
@@ -144,7 +144,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = shortcut(in_channels, out_channels)
+        self.shortcut = make_shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(swish(self.norm1(x))) + self.time_proj(temb)[:, :, None, None]

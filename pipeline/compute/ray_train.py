@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -55,9 +55,6 @@ class RayWorker(Worker):
             return net
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
-
-    def no_sync(self, forward: nn.Module) -> AbstractContextManager[None]:
-        return getattr(forward, "no_sync", nullcontext)()
 
     def report_checkpoint(self, step: int) -> None:
         from ray import train

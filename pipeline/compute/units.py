@@ -11,7 +11,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ddpm.peers import Peers
 from pipeline.compute.costs import CostCounter
 from pipeline.store.run import Place
 
@@ -82,7 +81,7 @@ def split_units(
 WhenDone = Callable[[Unit], Sequence[Unit] | None]
 
 
-class Worker(Peers):
+class Worker:
     """One process among `world_size`, with the device, the CPUs, and the bytes for training images that it may use.
 
     This class is the lone worker; `pipeline.compute.ray_train` has the one whose methods reach its peers. Every
@@ -97,8 +96,7 @@ class Worker(Peers):
         world_size: int = 1,
         image_memory: int = NO_LIMIT,
     ):
-        super().__init__(world_size)
-        self.device, self.cpus, self.rank = device, cpus, rank
+        self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
         self.image_memory = image_memory
 
     def broadcast(self, value: Value) -> Value:
@@ -108,6 +106,10 @@ class Worker(Peers):
     def broadcast_flag(self, flag: bool) -> bool:
         """Return rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
         return flag
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `value` over the ranks."""
+        return value
 
     def wrap_network(self, net: nn.Module) -> nn.Module:
         """Return `net` as its training forward is called: with gradients averaged over the ranks."""

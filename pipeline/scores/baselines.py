@@ -7,7 +7,7 @@ from operator import add
 import numpy as np
 import torch
 
-from ddpm.rng import Stream, normal, uniform
+from ddpm.rng import Stream, draw_normal, draw_uniform
 from pipeline.scores.distances import Moments
 
 SEED = 0  # shared by all runs on the same data
@@ -27,12 +27,12 @@ def draw_gaussian(
     mean: np.ndarray, factor: np.ndarray, start: int, stop: int, shape: tuple[int, int, int]
 ) -> np.ndarray:
     """Draw images [start, stop) of the Gaussian, rounded and clamped to uint8 (n,C,H,W)."""
-    z = normal(SEED, Stream.BASELINE, GAUSSIAN, torch.arange(start, stop), (len(mean),)).double().numpy()
+    z = draw_normal(SEED, Stream.BASELINE, GAUSSIAN, torch.arange(start, stop), (len(mean),)).double().numpy()
     pixels: np.ndarray = mean + z @ factor.T
     return pixels.round().clip(0, 255).astype(np.uint8).reshape(-1, *shape)
 
 
 def draw_noise(start: int, stop: int, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw images [start, stop) of independent uniform pixels, uint8 (n,C,H,W)."""
-    draw = uniform(SEED, Stream.BASELINE, NOISE, torch.arange(start, stop), shape)
+    draw = draw_uniform(SEED, Stream.BASELINE, NOISE, torch.arange(start, stop), shape)
     return (draw * 256).floor().to(torch.uint8).numpy()

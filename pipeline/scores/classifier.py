@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpm.images import from_uint8
-from ddpm.rng import Stream, integers, normal
+from ddpm.rng import Stream, draw_integers, draw_normal
 from pipeline.store.files import hash_file
 from pipeline.store.run import Place
 
@@ -52,7 +52,9 @@ class Classifier(nn.Module):
             if parameter.ndim == 1:
                 parameter.zero_()
             else:
-                draw = normal(SEED, Stream.CLASSIFIER, 0, torch.tensor([number]), tuple(parameter.shape))[0]
+                draw = draw_normal(
+                    SEED, Stream.CLASSIFIER, 0, torch.tensor([number]), tuple(parameter.shape)
+                )[0]
                 parameter.copy_(draw * (2 / parameter[0].numel()) ** 0.5)
 
 
@@ -70,7 +72,7 @@ def train(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
     torch.set_num_threads(1)
     try:
         for step in range(STEPS):
-            batch = integers(SEED, Stream.CLASSIFIER, step + 1, rows, len(x))
+            batch = draw_integers(SEED, Stream.CLASSIFIER, step + 1, rows, len(x))
             _, logits = net(x[batch])
             optimizer.zero_grad(set_to_none=True)
             F.cross_entropy(logits, y[batch]).backward()

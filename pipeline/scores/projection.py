@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddpm.images import from_uint8
-from ddpm.rng import Stream, normal
+from ddpm.rng import Stream, draw_normal
 from pipeline.store.files import hash_file, write_atomically
 from pipeline.store.run import Place
 
@@ -32,7 +32,7 @@ class Projection(nn.Module):
         super().__init__()
         shapes = {"filters": (FILTERS, channels, 3, 3), "matrix": (FEATURES, FILTERS * POOLED_SIDE**2)}
         for step, (name, (rows, *shape)) in enumerate(shapes.items()):
-            draw = normal(SEED, Stream.PROJECTION, step, torch.arange(rows), tuple(shape))
+            draw = draw_normal(SEED, Stream.PROJECTION, step, torch.arange(rows), tuple(shape))
             self.register_buffer(name, draw / draw[0].numel() ** 0.5)  # variance 1 / elements of a row
 
     def forward(self, images: Tensor) -> tuple[Tensor]:

@@ -18,9 +18,9 @@ from torch import nn
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
-from ddpm.rng import Stream, permutation
+from ddpm.rng import Stream, draw_permutation
 from ddpm.sampler import sample
-from ddpm.training import TrainState, learning_rate, train_step
+from ddpm.training import TrainState, compute_learning_rate, train_step
 from pipeline.compute.units import Unit, Worker
 from pipeline.config import Experiment, require_images_for_workers
 from pipeline.data.dataset import open_dataset
@@ -124,7 +124,7 @@ class ImageOrder:
 
 @lru_cache(maxsize=2)  # a batch touches few epochs, in ascending order
 def _permutation(seed: int, epoch: int, num_images: int) -> torch.Tensor:
-    return permutation(seed, Stream.ORDER, epoch, num_images)
+    return draw_permutation(seed, Stream.ORDER, epoch, num_images)
 
 
 class _Window:
@@ -196,8 +196,8 @@ class _Saves:
             config = self.place.experiment.train
             recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
             facts = {"run_key": self.place.run_key, **recorded}
-            self.state = checkpoint.copy_to_cpu(state.tensors() | sums, self.state)
-            self.ema = checkpoint.copy_to_cpu(state.emas[0].tensors(), self.ema)
+            self.state = checkpoint.copy_to_cpu(state.state_dict() | sums, self.state)
+            self.ema = checkpoint.copy_to_cpu(state.emas[0].state_dict(), self.ema)
             self.pending = self.thread.submit(
                 checkpoint.save_checkpoint, folder, self.state, self.ema, state.step, facts
             )
@@ -223,7 +223,7 @@ def _restore(ctx: Worker, place: Place) -> tuple[TrainState, _Window]:
     tensors = {} if found is None else checkpoint.load_checkpoint(place.step_folder(found))
     sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     if tensors:
-        state.load_tensors(tensors)
+        state.load_state_dict(tensors)
     window = _Window(state.step, ctx.device)
     if sums:
         window.load_tensors(ctx, sums)
@@ -261,7 +261,8 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
         x_0, labels = images.batch(order.list_indices(state.step, config.batch_size, rows))
         return train_step(
             state, diffusion, x_0, rows,
-            config=config, seed=experiment.seed, forward=forward, peers=ctx,
+            config=config, seed=experiment.seed, forward=forward,
+            world_size=ctx.world_size, sum_over_workers=ctx.total,
             context=labels if experiment.takes_labels else None,
         )  # fmt: skip
 
@@ -295,7 +296,7 @@ def _log_point(
         metrics = {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
-            "train/lr": learning_rate(experiment.train, step - 1),
+            "train/lr": compute_learning_rate(experiment.train, step - 1),
             "train/images_per_second": speed * experiment.train.batch_size,
         }
         log.write(step, metrics)
@@ -309,7 +310,7 @@ def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
     if path.exists():
         return
     net = checkpoint.create_network(experiment, "meta").to_empty(device=ctx.device)
-    net.load_state_dict(state.emas[0].tensors())
+    net.load_state_dict(state.emas[0].state_dict())
     index = torch.arange(GRID_SIDE**2, device=ctx.device)
     labels = index % experiment.data.labels if experiment.takes_labels else None
     images = sample(

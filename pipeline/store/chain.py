@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm.diffusion import Diffusion, Network
 from ddpm.networks import NO_LABEL
-from ddpm.sampler import guide, spaced_timesteps
+from ddpm.sampler import guide, space_timesteps
 from pipeline.config import Experiment
 from pipeline.store.checkpoint import load_network
 from pipeline.store.run import Place
@@ -16,7 +16,7 @@ from pipeline.store.run import Place
 def build_diffusion(experiment: Experiment) -> Diffusion:
     """Build the diffusion of all T steps, or of sample.steps of them."""
     diffusion, steps = Diffusion(experiment.diffusion), experiment.sample.steps
-    return diffusion.respace(spaced_timesteps(len(diffusion), steps)) if steps else diffusion
+    return diffusion.respace(space_timesteps(len(diffusion), steps)) if steps else diffusion
 
 
 def load_guided_network(place: Place, device: torch.device, compiled: bool = False) -> Network:

@@ -154,7 +154,7 @@ def load_weights(directory: Path, which: str) -> Tensors:
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """The experiment's network with its first weights."""
     data, channels = experiment.data, experiment.data.channels
-    out_channels = Diffusion(experiment.diffusion).out_channels(channels)
+    out_channels = Diffusion(experiment.diffusion).count_out_channels(channels)
     classes = data.labels if experiment.takes_labels else 0
     return accelerate(
         build_network(

@@ -213,7 +213,7 @@ def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
     if name is None:
         return None
     ends = given.get("beta_start", 1e-4), given.get("beta_end", 0.02)
-    return schedules.betas(name, given.get("num_train_timesteps", 1000), *ends)
+    return schedules.compute_betas(name, given.get("num_train_timesteps", 1000), *ends)
 
 
 # Out
@@ -262,11 +262,11 @@ def make_network_settings(experiment: Experiment) -> Settings:
         raise PipelineError(
             f"model.resample={model.resample} has no place in the diffusers layout; only conv has one"
         )
-    attended = [side in model.attention_resolutions for side in model.resolutions(data.image_size)]
+    attended = [side in model.attention_resolutions for side in model.list_sides(data.image_size)]
     return FIXED | {
         "sample_size": data.image_size,
         "in_channels": data.channels,
-        "out_channels": Diffusion(experiment.diffusion).out_channels(data.channels),
+        "out_channels": Diffusion(experiment.diffusion).count_out_channels(data.channels),
         "block_out_channels": list(model.widths),
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.norm_groups,

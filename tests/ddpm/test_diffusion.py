@@ -118,7 +118,7 @@ def test_learned_variance_is_the_second_half_of_the_output():
     half = randn(*eps.shape, seed=3)
     p = diffusion.p_mean_variance(torch.cat([eps, half], 1), x_t, torch.tensor([3, 900]))
     assert torch.equal(p.log_variance, half)
-    assert diffusion.out_channels(3) == 6 and Diffusion().out_channels(3) == 3
+    assert diffusion.count_out_channels(3) == 6 and Diffusion().count_out_channels(3) == 3
 
 
 def test_simple_loss_is_the_mean_square_of_each_prediction():
@@ -176,7 +176,11 @@ def test_every_timestep_is_finite(schedule, predict):
     t = torch.arange(50)
     x_0, x_t, eps = triple(t, diffusion)
     p = diffusion.p_mean_variance(x_0, x_t, t)
-    for value in (*p, diffusion.vlb_terms(p, x_0, x_t, t), diffusion.training_losses(x_0, x_0, x_t, t, eps)):
+    for value in (
+        *p,
+        diffusion.compute_vlb_terms(p, x_0, x_t, t),
+        diffusion.training_losses(x_0, x_0, x_t, t, eps),
+    ):
         assert value.isfinite().all()
 
 

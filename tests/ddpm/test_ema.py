@@ -20,8 +20,8 @@ def walk(net, steps, seed=0):
 def test_starts_from_the_initial_weights():
     net = nn.Linear(3, 2)
     ema = EMA(net, 0.9)
-    assert torch.equal(ema.tensors()["weight"], net.weight)
-    assert ema.tensors()["weight"].data_ptr() != net.weight.data_ptr()
+    assert torch.equal(ema.state_dict()["weight"], net.weight)
+    assert ema.state_dict()["weight"].data_ptr() != net.weight.data_ptr()
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.9999])
@@ -32,7 +32,7 @@ def test_constant_decay_after_a_first_copy(decay):
     for n, weight in walk(net, 30):
         expected = weight if n == 0 else decay * expected + (1 - decay) * weight
         ema.update(net, n)
-        torch.testing.assert_close(ema.tensors()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ema.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_warm_up():
@@ -43,8 +43,8 @@ def test_warm_up():
         decay = min(0.8, (1 + n) / (10 + n))
         expected = weight if n == 0 else decay * expected + (1 - decay) * weight
         ema.update(net, n)
-        torch.testing.assert_close(ema.tensors()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
-    assert [ema.decay_at(n) for n in (1, 35, 1000)] == [2 / 11, 0.8, 0.8]
+        torch.testing.assert_close(ema.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert [ema.compute_decay(n) for n in (1, 35, 1000)] == [2 / 11, 0.8, 0.8]
 
 
 def test_float32_whatever_the_network():
@@ -53,7 +53,7 @@ def test_float32_whatever_the_network():
     with torch.no_grad():
         net.weight += 1
     ema.update(net, 1)
-    assert {tensor.dtype for tensor in ema.tensors().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in ema.state_dict().values()} == {torch.float32}
 
 
 def test_buffers_are_copied_and_the_layout_is_the_networks():
@@ -62,7 +62,7 @@ def test_buffers_are_copied_and_the_layout_is_the_networks():
     ema = EMA(net, 0.9)
     net(torch.randn(4, 1, 2, 2))
     ema.update(net, 5)
-    assert ema.tensors()["1.num_batches_tracked"].item() == 1
-    assert torch.equal(ema.tensors()["1.running_mean"], net[1].running_mean)
-    assert ema.tensors().keys() == net.state_dict().keys()
-    net.load_state_dict(ema.tensors())
+    assert ema.state_dict()["1.num_batches_tracked"].item() == 1
+    assert torch.equal(ema.state_dict()["1.running_mean"], net[1].running_mean)
+    assert ema.state_dict().keys() == net.state_dict().keys()
+    net.load_state_dict(ema.state_dict())

@@ -6,9 +6,9 @@ import torch
 
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
-from ddpm.gaussians import decoder_log_likelihood
+from ddpm.gaussians import compute_decoder_log_likelihood
 from ddpm.images import from_uint8
-from ddpm.likelihood import Likelihood, bits_per_dim, prior_bits_per_dim, rate_distortion
+from ddpm.likelihood import Likelihood, compute_bits_per_dim, compute_prior, compute_rate_distortion
 
 PAPER = DiffusionConfig()
 
@@ -53,7 +53,9 @@ def test_bound_of_a_constant_image_under_the_true_noise(level, variance, golden)
     """Golden totals of the authors' evaluation in float64, without the noise that rounding adds."""
     x_0 = grey(level)
     diffusion = Diffusion(replace(PAPER, variance=variance))
-    result = bits_per_dim(diffusion, true_eps(diffusion, x_0), x_0, noise_like(x_0), timesteps_per_call=100)
+    result = compute_bits_per_dim(
+        diffusion, true_eps(diffusion, x_0), x_0, noise_like(x_0), timesteps_per_call=100
+    )
     assert result.total.item() == pytest.approx(golden, abs=1e-9)
     assert result.mse.max() < 1e-15
 
@@ -73,7 +75,9 @@ def test_decoder_golden_values(pixel, mean, decoder, golden):
     """Nats at log scale -4.908362567647835 (fixedsmall and fixedlarge at t = 0), authors' code in float64."""
     x, m = (torch.tensor(value / 127.5 - 1, dtype=torch.float64) for value in (pixel, mean))
     log_variance = torch.tensor(2 * -4.908362567647835, dtype=torch.float64)
-    assert decoder_log_likelihood(x, m, log_variance, decoder).item() == pytest.approx(golden, abs=1e-9)
+    assert compute_decoder_log_likelihood(x, m, log_variance, decoder).item() == pytest.approx(
+        golden, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("decoder", ["tanh", "erf"])
@@ -82,7 +86,7 @@ def test_decoder_golden_values(pixel, mean, decoder, golden):
 def test_the_decoder_sums_to_one_over_the_256_levels(decoder, mean, log_variance):
     levels = torch.arange(256, dtype=torch.float64) / 127.5 - 1
     m, lv = torch.full_like(levels, mean), torch.full_like(levels, log_variance)
-    total = decoder_log_likelihood(levels, m, lv, decoder).exp().sum().item()
+    total = compute_decoder_log_likelihood(levels, m, lv, decoder).exp().sum().item()
     assert total == pytest.approx(1, abs=256e-12)
 
 
@@ -91,7 +95,7 @@ def test_prior_golden_value_of_second_moments():
     diffusion = Diffusion(PAPER)
     for second_moment, golden in ((0.2559858, 7.452938e-06), (0.2546380, 7.413700e-06)):
         x_0 = torch.full((1, 1, 1, 1), math.sqrt(second_moment), dtype=torch.float64)
-        assert prior_bits_per_dim(diffusion, x_0).item() == pytest.approx(golden, abs=2e-12)
+        assert compute_prior(diffusion, x_0).item() == pytest.approx(golden, abs=2e-12)
 
 
 @pytest.mark.parametrize("predict", ["eps", "x0"])
@@ -100,7 +104,7 @@ def test_terms_and_mse_satisfy_their_identity(predict, variance):
     """For a fixed variance and t >= 1: term = (c_1^2 exp(-lv_2) / 2 mse + v) / ln 2."""
     diffusion = Diffusion(replace(PAPER, predict=predict, variance=variance))
     x_0 = from_uint8(torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8)).double()
-    result = bits_per_dim(diffusion, blurred, x_0, noise_like(x_0), timesteps_per_call=50)
+    result = compute_bits_per_dim(diffusion, blurred, x_0, noise_like(x_0), timesteps_per_call=50)
     table = diffusion.tables
     lv1, lv2 = table["log_fixedsmall"], table[f"log_{variance}"]
     v = 0.5 * (-1 + lv2 - lv1 + torch.exp(lv1 - lv2))
@@ -120,8 +124,10 @@ def test_float32_agrees_with_float64():
         clean = x_0.to(x_t.dtype).repeat(len(x_t) // len(x_0), 1, 1, 1)
         return clean + 1e-5 * (t.reshape(-1, 1, 1, 1) + 100) * torch.cos(9 * clean)
 
-    single = bits_per_dim(diffusion, near, x_0, draws.__getitem__, timesteps_per_call=100)
-    double = bits_per_dim(diffusion, near, x_0.double(), lambda t: draws[t].double(), timesteps_per_call=100)
+    single = compute_bits_per_dim(diffusion, near, x_0, draws.__getitem__, timesteps_per_call=100)
+    double = compute_bits_per_dim(
+        diffusion, near, x_0.double(), lambda t: draws[t].double(), timesteps_per_call=100
+    )
     assert single.terms.dtype == torch.float64
     torch.testing.assert_close(single.total, double.total, rtol=1e-5, atol=0)
 
@@ -130,15 +136,17 @@ def test_an_image_has_one_result_whatever_the_batching():
     x_0 = from_uint8(torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)).double()
     draws = [noise_like(x_0, t)(t) for t in range(10)]
     diffusion = Diffusion(DiffusionConfig(timesteps=10, predict="x0"))
-    whole = bits_per_dim(diffusion, blurred, x_0, draws.__getitem__)
+    whole = compute_bits_per_dim(diffusion, blurred, x_0, draws.__getitem__)
 
     def equal(part):
         for name in ("timesteps", "terms", "mse", "prior"):
             torch.testing.assert_close(getattr(part, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
 
-    equal(bits_per_dim(diffusion, blurred, x_0, draws.__getitem__, timesteps_per_call=3))
+    equal(compute_bits_per_dim(diffusion, blurred, x_0, draws.__getitem__, timesteps_per_call=3))
     late, early = (
-        bits_per_dim(diffusion, blurred, x_0, draws.__getitem__, timesteps=range(*ends), timesteps_per_call=2)
+        compute_bits_per_dim(
+            diffusion, blurred, x_0, draws.__getitem__, timesteps=range(*ends), timesteps_per_call=2
+        )
         for ends in ((6, 10), (0, 6))
     )
     with pytest.raises(ValueError, match="only some"):
@@ -147,7 +155,7 @@ def test_an_image_has_one_result_whatever_the_batching():
         parts = torch.cat([getattr(early, name), getattr(late, name)], dim=1)
         torch.testing.assert_close(parts, getattr(whole, name), rtol=1e-12, atol=1e-14)
     for row in (slice(0, 1), slice(1, 3)):
-        alone = bits_per_dim(diffusion, blurred, x_0[row], lambda t, row=row: draws[t][row])
+        alone = compute_bits_per_dim(diffusion, blurred, x_0[row], lambda t, row=row: draws[t][row])
         torch.testing.assert_close(alone.total, whole.total[row], rtol=1e-12, atol=1e-14)
 
 
@@ -159,7 +167,7 @@ def test_context_follows_its_images():
     def net(x_t, t, context):
         return context.reshape(-1, 1, 1, 1).expand_as(x_t)
 
-    result = bits_per_dim(diffusion, net, x_0, noise_like(x_0), context=labels, timesteps_per_call=3)
+    result = compute_bits_per_dim(diffusion, net, x_0, noise_like(x_0), context=labels, timesteps_per_call=3)
     expected = (labels - x_0[0, 0, 0, 0]) ** 2
     torch.testing.assert_close(result.mse, expected[:, None].expand(2, 4))
 
@@ -168,7 +176,7 @@ def test_rate_distortion_rows_by_a_loop():
     generator = torch.Generator().manual_seed(0)
     terms, mse = (torch.rand(3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     prior = torch.rand(3, generator=generator, dtype=torch.float64)
-    table = rate_distortion(Likelihood(torch.arange(6), terms, mse, prior))
+    table = compute_rate_distortion(Likelihood(torch.arange(6), terms, mse, prior))
     for k in range(1, 7):
         rate = sum(prior[n] + sum(terms[n, i] for i in range(6 - k + 1, 6)) for n in range(3)) / 3
         assert table.rate[k - 1].item() == pytest.approx(float(rate))
@@ -185,8 +193,8 @@ def test_clip_and_variance_are_honoured():
         return torch.full_like(x_t, 3.0)
 
     level = x_0[0, 0, 0, 0].item()
-    clipped = bits_per_dim(diffusion, far, x_0, noise_like(x_0))
-    free = bits_per_dim(diffusion, far, x_0, noise_like(x_0), clip=False, variance="fixedsmall")
+    clipped = compute_bits_per_dim(diffusion, far, x_0, noise_like(x_0))
+    free = compute_bits_per_dim(diffusion, far, x_0, noise_like(x_0), clip=False, variance="fixedsmall")
     assert clipped.mse[0, 0].item() == pytest.approx((1 - level) ** 2)
     assert free.mse[0, 0].item() == pytest.approx((3 - level) ** 2)
     assert free.terms[0, 2] > clipped.terms[0, 2]
@@ -195,4 +203,4 @@ def test_clip_and_variance_are_honoured():
 def test_a_shortened_chain_is_refused():
     diffusion = Diffusion(DiffusionConfig(timesteps=10, predict="x0"))
     with pytest.raises(ValueError, match="full chain"):
-        bits_per_dim(diffusion.respace([0, 5, 9]), blurred, grey(1), noise_like(grey(1)))
+        compute_bits_per_dim(diffusion.respace([0, 5, 9]), blurred, grey(1), noise_like(grey(1)))

@@ -10,7 +10,7 @@ import torch
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import bits_per_dim, prior_bits_per_dim
+from ddpm.likelihood import compute_bits_per_dim, compute_prior
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 pytestmark = pytest.mark.skipif(not CIFAR10.is_dir(), reason="no copy of CIFAR-10 in ../shared/data/cifar10")
@@ -34,7 +34,7 @@ def test_images() -> torch.Tensor:
 
 def test_prior_of_the_test_set(test_images):
     assert len(test_images) == 10_000
-    prior = prior_bits_per_dim(Diffusion(), test_images.double())
+    prior = compute_prior(Diffusion(), test_images.double())
     assert prior.mean().item() == pytest.approx(7.413700e-06, abs=5e-13)
 
 
@@ -90,7 +90,7 @@ def test_the_best_linear_denoiser_by_sampling(test_images, covariance):
 
     generator = torch.Generator().manual_seed(0)
     steps = [3, 100, 300, 600]
-    result = bits_per_dim(
+    result = compute_bits_per_dim(
         diffusion,
         denoise,
         x_0,

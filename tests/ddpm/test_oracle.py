@@ -8,7 +8,7 @@ import torch
 
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
-from ddpm.sampler import ancestral
+from ddpm.sampler import run_chain
 
 SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
 
@@ -91,7 +91,7 @@ def test_everything_agrees_with_the_oracle(variance):
     posterior = diffusion.q_posterior(x_0, x_t, t)
     p = diffusion.p_mean_variance(output, x_t, t, clip=False)
     clipped = diffusion.p_mean_variance(output, x_t, t, clip=True)
-    term = diffusion.vlb_terms(p, x_0, x_t, t, decoder="erf")
+    term = diffusion.compute_vlb_terms(p, x_0, x_t, t, decoder="erf")
     for i in range(20):
         expected_term = 0.0
         for pixel in range(12):
@@ -140,7 +140,7 @@ def test_algorithm_2_agrees_with_the_oracle(variance):
         mean = process.mean_from_eps(x, math.tanh(x), t)
         x = mean + (math.sqrt(process.variance(t, variance)) * z[t - 1] if t > 1 else 0.0)
     x_T = torch.full((1, 1, 1, 1), start, dtype=torch.float64)
-    chain = ancestral(
+    chain = run_chain(
         Diffusion(replace(SMALL, variance=variance)),
         lambda x_t, t: torch.tanh(x_t),
         x_T,

@@ -34,7 +34,7 @@ def kolmogorov_distance(values: torch.Tensor, cdf) -> float:
 
 
 def test_normal_has_the_normal_distribution():
-    z = rng.normal(1, Stream.NOISE, 5, torch.arange(1000), (1000,)).double()
+    z = rng.draw_normal(1, Stream.NOISE, 5, torch.arange(1000), (1000,)).double()
     n = z.numel()
     assert abs(z.mean()) < 5 / n**0.5
     assert abs((z**2).mean() - 1) < 5 * (2 / n) ** 0.5
@@ -54,42 +54,42 @@ def test_normal_reaches_beyond_six_sigma_and_stays_finite():
 
 
 def test_uniform_has_the_uniform_distribution():
-    u = rng.uniform(1, Stream.FLIP, 0, torch.arange(1000), (500,))
+    u = rng.draw_uniform(1, Stream.FLIP, 0, torch.arange(1000), (500,))
     assert u.min() >= 0 and u.max() < 1
     assert kolmogorov_distance(u, lambda x: x) < 1.95 / u.numel() ** 0.5
 
 
 def test_integers_are_uniform():
-    draws = rng.integers(3, Stream.TIMESTEP, 9, torch.arange(100_000), 10)
+    draws = rng.draw_integers(3, Stream.TIMESTEP, 9, torch.arange(100_000), 10)
     counts = torch.bincount(draws, minlength=10).double()
     assert len(counts) == 10
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 33.7  # chi-squared, 9 degrees, 0.01 %
-    assert rng.integers(3, Stream.TIMESTEP, 9, ROWS, 1).eq(0).all()
+    assert rng.draw_integers(3, Stream.TIMESTEP, 9, ROWS, 1).eq(0).all()
     with pytest.raises(ValueError, match="high"):
-        rng.integers(3, Stream.TIMESTEP, 9, ROWS, 0)
+        rng.draw_integers(3, Stream.TIMESTEP, 9, ROWS, 0)
 
 
 def test_permutation_is_a_permutation_without_order():
-    order = rng.permutation(1, Stream.ORDER, 0, 50_000)
+    order = rng.draw_permutation(1, Stream.ORDER, 0, 50_000)
     assert torch.equal(order.sort().values, torch.arange(50_000))
     ranks = torch.stack([order.double(), torch.arange(50_000).double()])
     assert abs(torch.corrcoef(ranks)[0, 1]) < 5 / 50_000**0.5
-    assert not torch.equal(order, rng.permutation(1, Stream.ORDER, 1, 50_000))
+    assert not torch.equal(order, rng.draw_permutation(1, Stream.ORDER, 1, 50_000))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 192])
 def test_a_row_depends_on_its_index_alone(count):
     rows = torch.tensor([5, 40, 2**32 - 1, 0, 41])
-    together = rng.normal(9, Stream.X_T, 3, rows, (count,))
+    together = rng.draw_normal(9, Stream.X_T, 3, rows, (count,))
     for i in range(len(rows)):
-        assert torch.equal(together[i : i + 1], rng.normal(9, Stream.X_T, 3, rows[i : i + 1], (count,)))
-    reversed_rows = rng.normal(9, Stream.X_T, 3, rows.flip(0), (count,))
+        assert torch.equal(together[i : i + 1], rng.draw_normal(9, Stream.X_T, 3, rows[i : i + 1], (count,)))
+    reversed_rows = rng.draw_normal(9, Stream.X_T, 3, rows.flip(0), (count,))
     assert torch.equal(reversed_rows.flip(0), together)
 
 
 def test_a_shorter_row_is_a_prefix_of_a_longer_one():
-    long = rng.normal(9, Stream.X_T, 3, ROWS, (11,))
-    assert torch.equal(rng.normal(9, Stream.X_T, 3, ROWS, (6,)), long[:, :6])
+    long = rng.draw_normal(9, Stream.X_T, 3, ROWS, (11,))
+    assert torch.equal(rng.draw_normal(9, Stream.X_T, 3, ROWS, (6,)), long[:, :6])
 
 
 @pytest.mark.parametrize(
@@ -100,15 +100,15 @@ def test_a_shorter_row_is_a_prefix_of_a_longer_one():
 )  # fmt: skip
 def test_seed_stream_step_and_index_are_independent(other):
     seed, stream, step, shift = other
-    a = rng.normal(1, Stream.NOISE, 7, ROWS, IMAGE).flatten()
-    b = rng.normal(seed, stream, step, ROWS + shift, IMAGE).flatten()
+    a = rng.draw_normal(1, Stream.NOISE, 7, ROWS, IMAGE).flatten()
+    b = rng.draw_normal(seed, stream, step, ROWS + shift, IMAGE).flatten()
     assert not (a == b).float().mean() > 1e-3
     for x, y in ((a, b), (a**2, b**2)):
         assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 5 / len(a) ** 0.5
 
 
 def test_values_within_a_row_are_independent():
-    z = rng.normal(1, Stream.NOISE, 7, torch.arange(20_000), (8,)).T
+    z = rng.draw_normal(1, Stream.NOISE, 7, torch.arange(20_000), (8,)).T
     off_diagonal = torch.corrcoef(z) - torch.eye(8)
     assert off_diagonal.abs().max() < 5 / 20_000**0.5
     squares = torch.corrcoef(z**2) - torch.eye(8)
@@ -117,7 +117,9 @@ def test_values_within_a_row_are_independent():
 
 def test_traces_without_a_graph_break():
     def draw(step):
-        return rng.normal(1, Stream.NOISE, step, ROWS, (5,)), rng.integers(1, Stream.TIMESTEP, step, ROWS, 10)
+        return rng.draw_normal(1, Stream.NOISE, step, ROWS, (5,)), rng.draw_integers(
+            1, Stream.TIMESTEP, step, ROWS, 10
+        )
 
     compiled = torch.compile(draw, backend="eager", fullgraph=True)
     for step in (3, 4):
@@ -126,7 +128,9 @@ def test_traces_without_a_graph_break():
 
 
 def test_torch_seeds_are_distinct_63_bit_integers():
-    seeds = {rng.torch_seed(1, stream, step, i) for stream in (4, 5) for step in range(20) for i in range(20)}
+    seeds = {
+        rng.draw_torch_seed(1, stream, step, i) for stream in (4, 5) for step in range(20) for i in range(20)
+    }
     assert len(seeds) == 800
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert max(seeds) > 2**62
@@ -138,4 +142,4 @@ def test_streams_never_share_numbers():
 
 def test_a_wrong_index_is_refused():
     with pytest.raises(ValueError, match="index must be int64"):
-        rng.normal(1, Stream.NOISE, 0, torch.zeros(3), (2,))
+        rng.draw_normal(1, Stream.NOISE, 0, torch.zeros(3), (2,))

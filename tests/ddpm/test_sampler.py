@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,9 +8,10 @@ from diffusers import DDIMScheduler
 from ddpm import sampler
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
-from ddpm.rng import Stream, normal
-from ddpm.sampler import ancestral, ddim
+from ddpm.rng import Stream, draw_normal
+from ddpm.sampler import run_chain
 
+ddim = partial(run_chain, sampler="ddim")
 PAPER = DiffusionConfig()
 SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
 SHAPE = (2, 3, 4, 4)
@@ -51,7 +53,7 @@ def test_normal_data_with_fixedlarge_is_reversed_exactly():
     def unit(t):
         return torch.eye(dimensions, dtype=torch.float64)[20 - t].reshape(1, 1, 1, -1)
 
-    for step in ancestral(diffusion, optimal, x_T, unit, clip=False):
+    for step in run_chain(diffusion, optimal, x_T, unit, clip=False):
         variance = (step.x_t**2).sum().item()
         expected = 1 - diffusion.tables["beta"][0].item() if step.t == 0 else 1.0
         assert variance == pytest.approx(expected, abs=1e-12)
@@ -67,7 +69,7 @@ def test_a_point_mass_with_fixedsmall_is_reversed_exactly():
         return torch.full_like(x_t, a)
 
     def chain(x_T, z):
-        return ancestral(diffusion, point, x_T, z, clip=False)
+        return run_chain(diffusion, point, x_T, z, clip=False)
 
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     tables = diffusion.tables
@@ -94,7 +96,7 @@ def test_the_last_step_has_no_noise_and_ends_at_the_clipped_estimate():
         asked.append(t)
         return noise(t)
 
-    steps = list(ancestral(Diffusion(SMALL), net, 3 * randn(*SHAPE), counting))
+    steps = list(run_chain(Diffusion(SMALL), net, 3 * randn(*SHAPE), counting))
     assert [step.t for step in steps] == list(range(19, -1, -1))
     assert asked == list(range(19, 0, -1))
     torch.testing.assert_close(steps[-1].x_t, steps[-1].x_0, rtol=1e-12, atol=0)
@@ -104,7 +106,7 @@ def test_the_last_step_has_no_noise_and_ends_at_the_clipped_estimate():
 def test_ddim_with_eta_1_is_ancestral_sampling_with_fixedsmall():
     for config in (SMALL, replace(SMALL, predict="x0")):
         for timesteps in (None, [0, 3, 11, 19]):
-            a = ancestral(
+            a = run_chain(
                 Diffusion(config), net, randn(*SHAPE), noise, variance="fixedsmall", timesteps=timesteps
             )
             b = ddim(Diffusion(config), net, randn(*SHAPE), noise, eta=1.0, timesteps=timesteps)
@@ -146,10 +148,10 @@ def test_ddim_with_eta_0_ignores_the_noise_and_inverts_a_point_mass():
 
 def test_respaced_with_all_steps_is_the_full_chain():
     diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
-    full = end(ancestral(diffusion, net, x_T, noise))
-    assert torch.equal(end(ancestral(diffusion, net, x_T, noise, timesteps=range(20))), full)
-    every = sampler.spaced_timesteps(20, 20)
-    assert torch.equal(end(ancestral(diffusion, net, x_T, noise, timesteps=every)), full)
+    full = end(run_chain(diffusion, net, x_T, noise))
+    assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=range(20))), full)
+    every = sampler.space_timesteps(20, 20)
+    assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=every)), full)
 
 
 def test_the_network_sees_the_timesteps_of_the_full_chain():
@@ -159,17 +161,17 @@ def test_the_network_sees_the_timesteps_of_the_full_chain():
         seen.append(t.tolist())
         return net(x_t, t)
 
-    list(ancestral(Diffusion(SMALL), spy, randn(*SHAPE), noise, timesteps=[0, 7, 19]))
+    list(run_chain(Diffusion(SMALL), spy, randn(*SHAPE), noise, timesteps=[0, 7, 19]))
     assert seen == [[19, 19], [7, 7], [0, 0]]
 
 
 def test_spaced_timesteps_hold_both_ends():
-    assert sampler.spaced_timesteps(1000, 1000) == list(range(1000))
-    assert sampler.spaced_timesteps(1000, 5) == [0, 250, 500, 749, 999]
-    assert sampler.spaced_timesteps(10, 1) == [9]
+    assert sampler.space_timesteps(1000, 1000) == list(range(1000))
+    assert sampler.space_timesteps(1000, 5) == [0, 250, 500, 749, 999]
+    assert sampler.space_timesteps(10, 1) == [9]
     for steps in (0, 11):
         with pytest.raises(ValueError, match=r"1\.\.10"):
-            sampler.spaced_timesteps(10, steps)
+            sampler.space_timesteps(10, steps)
 
 
 @pytest.mark.parametrize("how", [{}, {"sampler": "ddim", "steps": 5, "eta": 0.5}, {"variance": "fixedsmall"}])
@@ -186,11 +188,11 @@ def test_images_depend_on_their_index_alone(how):
 
 def test_sample_is_the_ancestral_chain_fed_by_its_streams():
     index = torch.tensor([3, 8])
-    expected = ancestral(
+    expected = run_chain(
         Diffusion(SMALL),
         net,
-        normal(5, Stream.X_T, 0, index, SHAPE[1:]),
-        lambda t: normal(5, Stream.REVERSE, t, index, SHAPE[1:]),
+        draw_normal(5, Stream.X_T, 0, index, SHAPE[1:]),
+        lambda t: draw_normal(5, Stream.REVERSE, t, index, SHAPE[1:]),
     )
     assert torch.equal(
         sampler.sample(Diffusion(SMALL), net, index=index, shape=SHAPE[1:], seed=5), end(expected)
@@ -199,7 +201,7 @@ def test_sample_is_the_ancestral_chain_fed_by_its_streams():
 
 def test_sampling_tracks_no_gradient():
     weight = torch.ones((), requires_grad=True)
-    chain = ancestral(Diffusion(SMALL), lambda x, t: weight * x, randn(*SHAPE), noise)
+    chain = run_chain(Diffusion(SMALL), lambda x, t: weight * x, randn(*SHAPE), noise)
     assert not next(chain).x_t.requires_grad
     assert torch.is_grad_enabled()
 
@@ -217,7 +219,7 @@ def test_interpolation_at_0_and_1_is_the_plain_chain():
     for steps in (1, 12, 20):
         for weight, x in ((0, x_a), (1.0, x_b)):
             x_t = diffusion.q_sample(x, torch.full((2,), steps - 1), eps)
-            plain = end(ancestral(diffusion, net, x_t, noise, timesteps=range(steps)))
+            plain = end(run_chain(diffusion, net, x_t, noise, timesteps=range(steps)))
             mixed = sampler.interpolate(diffusion, net, x_a, x_b, weight, steps, eps, noise)
             assert torch.equal(mixed, plain)
 
@@ -229,7 +231,7 @@ def test_interpolation_mixes_latents_row_by_row():
     t = torch.tensor([11, 11])
     a, b = diffusion.q_sample(x_a, t, eps), diffusion.q_sample(x_b, t, eps)
     x_t = torch.stack([a[0], (a[1] + b[1]) / 2])
-    expected = end(ancestral(diffusion, net, x_t, noise, timesteps=range(12)))
+    expected = end(run_chain(diffusion, net, x_t, noise, timesteps=range(12)))
     torch.testing.assert_close(mixed, expected)
     pixels = sampler.interpolate(diffusion, net, x_a, x_b, 0.25, 0, eps, noise)
     torch.testing.assert_close(pixels, 0.75 * x_a + 0.25 * x_b)
@@ -248,8 +250,8 @@ def test_interpolation_refuses_what_lies_outside(weight, steps, message):
 def test_a_shared_latent_finished_with_the_same_noise_is_the_plain_chain(steps):
     diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
     latent = sampler.draw_shared_latent(diffusion, net, x_T, noise, steps)
-    finished = end(ancestral(diffusion, net, latent, noise, timesteps=range(steps)))
-    assert torch.equal(finished, end(ancestral(diffusion, net, x_T, noise)))
+    finished = end(run_chain(diffusion, net, latent, noise, timesteps=range(steps)))
+    assert torch.equal(finished, end(run_chain(diffusion, net, x_T, noise)))
     assert (steps == 20) == torch.equal(latent, x_T)
 
 

@@ -20,7 +20,7 @@ from ddpm.config import BetaSchedule
     ],
 )
 def test_alpha_bar_of_the_authors_schedules(name, middle, last):
-    alpha_bar = torch.cumprod(1 - schedules.betas(name, 1000, 1e-4, 0.02), 0)
+    alpha_bar = torch.cumprod(1 - schedules.compute_betas(name, 1000, 1e-4, 0.02), 0)
     for value, printed in ((alpha_bar[499], middle), (alpha_bar[999], last)):
         digits = len(printed.split("e")[0].split(".")[1])
         text = f"{float(value):.{digits}e}" if "e" in printed else f"{float(value):.{digits}f}"
@@ -28,7 +28,7 @@ def test_alpha_bar_of_the_authors_schedules(name, middle, last):
 
 
 def test_cosine_is_squared_cosine_with_a_cap():
-    beta = schedules.betas("cosine", 1000)
+    beta = schedules.compute_betas("cosine", 1000)
     u = torch.tensor([0.25, 0.5, 0.9], dtype=torch.float64)
     wave = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     alpha_bar = torch.cumprod(1 - beta, 0)[(u * 1000).long() - 1]
@@ -39,7 +39,7 @@ def test_cosine_is_squared_cosine_with_a_cap():
 @pytest.mark.parametrize("name", get_args(BetaSchedule))
 @pytest.mark.parametrize("timesteps", [2, 7, 1000, 4000])
 def test_every_schedule_is_float64_of_length_T_within_0_and_1(name, timesteps):
-    beta = schedules.betas(name, timesteps)
+    beta = schedules.compute_betas(name, timesteps)
     assert beta.dtype == torch.float64 and beta.shape == (timesteps,)
     assert beta.min() > 0 and beta.max() <= 1
     assert (beta.diff() >= 0).all()
@@ -47,4 +47,4 @@ def test_every_schedule_is_float64_of_length_T_within_0_and_1(name, timesteps):
 
 def test_an_unknown_schedule_is_refused_with_the_names():
     with pytest.raises(ValueError, match=r"'sigmoid'.*linear, quad"):
-        schedules.betas("sigmoid", 10)
+        schedules.compute_betas("sigmoid", 10)

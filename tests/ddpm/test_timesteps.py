@@ -39,7 +39,7 @@ def test_the_oldest_losses_go_first_also_within_one_batch():
 
 def test_draws_follow_p_and_the_weights_keep_the_mean():
     sampler = filled(torch.tensor([0.0, 1.0, 2.0, 5.0]))
-    u = rng.uniform(1, Stream.TIMESTEP, 0, torch.arange(200_000))
+    u = rng.draw_uniform(1, Stream.TIMESTEP, 0, torch.arange(200_000))
     t, weights = sampler.sample(u)
     frequency = torch.bincount(t, minlength=4) / len(t)
     torch.testing.assert_close(frequency.double(), sampler.probabilities(), rtol=0, atol=5e-3)

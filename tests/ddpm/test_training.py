@@ -16,13 +16,11 @@ from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
-from ddpm.peers import Peers
 from ddpm.rng import Stream
 from ddpm.training import (
     TrainState,
+    compute_learning_rate,
     draw_batch,
-    drop_labels,
-    learning_rate,
     train_step,
 )
 
@@ -100,9 +98,9 @@ def oracle(settings, steps):
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 50, dtype=torch.float64), 0)
     for n in range(steps):
         loss, grad, count = 0.0, [0.0, 0.0], PIXELS.numel()
-        t = rng.integers(SEED, Stream.TIMESTEP, n, ROWS, 50)
-        eps = rng.normal(SEED, Stream.NOISE, n, ROWS, (1, 8, 8)).double()
-        flip = rng.integers(SEED, Stream.FLIP, n, ROWS, 2)
+        t = rng.draw_integers(SEED, Stream.TIMESTEP, n, ROWS, 50)
+        eps = rng.draw_normal(SEED, Stream.NOISE, n, ROWS, (1, 8, 8)).double()
+        flip = rng.draw_integers(SEED, Stream.FLIP, n, ROWS, 2)
         for i in range(8):
             x_0 = PIXELS[i].double() / 127.5 - 1
             x_0 = x_0.flip(2) if flip[i] else x_0
@@ -133,7 +131,7 @@ def test_steps_equal_the_oracle(grad_clip):
         assert metrics["loss"].item() == pytest.approx(loss, rel=1e-5)
         assert metrics["grad_norm"].item() == pytest.approx(norm, rel=1e-4)
         assert [state.net.w.item(), state.net.b.item()] == pytest.approx(theta, rel=1e-4)
-        average = state.emas[0].tensors()
+        average = state.emas[0].state_dict()
         assert [average["w"].item(), average["b"].item()] == pytest.approx(ema, rel=1e-4)
 
 
@@ -151,53 +149,62 @@ def test_average_copies_the_first_update_and_then_lags():
     state = small_state(settings)
     for expected_equal in (True, False):
         step(state, settings)
-        average = state.emas[0].tensors()["conv_in.weight"]
+        average = state.emas[0].state_dict()["conv_in.weight"]
         assert torch.equal(average, state.net.conv_in.weight) == expected_equal
 
 
 def test_learning_rate():
     paper = config(lr=2e-4, warmup_steps=5000, steps=800_000)
-    assert [learning_rate(paper, n) for n in (0, 1, 5000, 799_999)] == pytest.approx([0, 4e-8, 2e-4, 2e-4])
+    assert [compute_learning_rate(paper, n) for n in (0, 1, 5000, 799_999)] == pytest.approx(
+        [0, 4e-8, 2e-4, 2e-4]
+    )
     linear = config(lr=1e-3, warmup_steps=0, lr_decay="linear", steps=10)
-    assert [learning_rate(linear, n) for n in (0, 5, 9, 10)] == pytest.approx([1e-3, 5e-4, 1e-4, 0])
+    assert [compute_learning_rate(linear, n) for n in (0, 5, 9, 10)] == pytest.approx([1e-3, 5e-4, 1e-4, 0])
 
 
 # ------------------------------------------------------------------------------------------------- chance
 
 
 def test_t_covers_both_ends_uniformly():
-    t = draw_batch(SEED, 0, torch.arange(8000), (1,), 8, True).t
+    t = draw_batch(SEED, 0, torch.arange(8000), (1,), 8, None)[0]
     counts = torch.bincount(t, minlength=8)
     assert len(counts) == 8 and counts.min() > 850 and counts.max() < 1150
 
 
 def test_flips_are_half_of_the_images_or_none():
-    rows = torch.arange(4000)
-    assert draw_batch(SEED, 0, rows, (1,), 8, True).flip.float().mean().item() == pytest.approx(0.5, abs=0.03)
-    assert not draw_batch(SEED, 0, rows, (1,), 8, False).flip.any()
+    flip = draw_batch(SEED, 0, torch.arange(4000), (1,), 8, None)[3]
+    assert flip.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    x_t, eps = {}, draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, None)[2]
+    for random_flip in (True, False):
+        settings = config(random_flip=random_flip)
+        state = TrainState(settings, Affine(), DIFFUSION.config)
+        step(state, settings)
+        x_t[random_flip], t = state.net.seen[0][:2]
+    assert torch.equal(x_t[False], DIFFUSION.q_sample(from_uint8(PIXELS), t, eps))
+    assert not torch.equal(x_t[True], x_t[False])
 
 
 def test_draws_belong_to_the_row_not_to_the_slice():
-    whole = draw_batch(SEED, 3, ROWS, (1, 8, 8), 50, True)
-    part = draw_batch(SEED, 3, ROWS[5:], (1, 8, 8), 50, True)
+    whole = draw_batch(SEED, 3, ROWS, (1, 8, 8), 50, None)
+    part = draw_batch(SEED, 3, ROWS[5:], (1, 8, 8), 50, None)
     assert all(torch.equal(w[5:], p) for w, p in zip(whole, part, strict=True))
-    other = draw_batch(SEED, 4, ROWS, (1, 8, 8), 50, True)
-    assert not torch.equal(whole.t, other.t) and not torch.equal(whole.eps, other.eps)
+    other = draw_batch(SEED, 4, ROWS, (1, 8, 8), 50, None)
+    assert not torch.equal(whole[0], other[0]) and not torch.equal(whole[2], other[2])
 
 
-def test_labels_are_dropped_by_row():
-    labels, rows = torch.full((4000,), 7), torch.arange(4000)
-    dropped = drop_labels(SEED, 2, rows, labels, 0.25)
-    assert (dropped == NO_LABEL).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(drop_labels(SEED, 2, rows[9:], labels[9:], 0.25), dropped[9:])
-    assert torch.equal(drop_labels(SEED, 2, rows, labels, 0.0), labels)
-
-
-def test_labels_reach_the_network():
-    settings = config(label_dropout=0.5)
-    state = TrainState(settings, Affine(), DIFFUSION.config)
-    step(state, settings, context=torch.arange(8))
-    assert torch.equal(state.net.seen[0][2], drop_labels(SEED, 0, ROWS, torch.arange(8), 0.5))
+def test_labels_are_dropped_by_row_and_reach_the_network():
+    labels, seen = torch.arange(4000) % 7, []
+    for share, rows in ((0.25, torch.arange(4000)), (0.25, torch.arange(9, 4000)), (0.0, torch.arange(4000))):
+        settings = config(label_dropout=share, batch_size=4000)
+        state = TrainState(settings, Affine(), DIFFUSION.config)
+        x_0 = torch.zeros(len(rows), 1, 1, 1)
+        train_step(state, DIFFUSION, x_0, rows, config=settings, seed=SEED, context=labels[rows])
+        seen.append(state.net.seen[0][2])
+    some, slice_of_them, none = seen
+    dropped = some == NO_LABEL
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert torch.equal(some[~dropped], labels[~dropped]) and torch.equal(slice_of_them, some[9:])
+    assert torch.equal(none, labels)
 
 
 # ---------------------------------------------------------------------------------------------- precision
@@ -208,12 +215,12 @@ def test_bf16_is_inside_the_network_only():
     state = TrainState(settings, Affine(), DIFFUSION.config)
     metrics = step(state, settings)
     x_t, t, _, autocast = state.net.seen[0]
-    draws = draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, True)
+    t_drawn, _, eps, flip = draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, None)
     x_0 = from_uint8(PIXELS)
-    x_0 = torch.where(draws.flip[:, None, None, None], x_0.flip(3), x_0)
+    x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
     assert autocast and not torch.is_autocast_enabled("cpu")
     assert x_t.dtype == torch.float32 and metrics["loss"].dtype == torch.float32
-    assert torch.equal(x_t, DIFFUSION.q_sample(x_0, draws.t, draws.eps)) and torch.equal(t, draws.t)
+    assert torch.equal(x_t, DIFFUSION.q_sample(x_0, t_drawn, eps)) and torch.equal(t, t_drawn)
 
 
 def test_bf16_step_is_close_to_fp32():
@@ -233,7 +240,7 @@ def mean_over_workers(settings, cuts, **net_settings):
     found, loss = [], 0.0
     for start, stop in cuts:
         state = small_state(settings, **net_settings)
-        metrics = step(state, settings, ROWS[start:stop], peers=Peers(len(cuts)))
+        metrics = step(state, settings, ROWS[start:stop], world_size=len(cuts))
         found.append(gradients(state))
         loss += metrics["loss"].item() / len(cuts)
     return {name: sum(g[name] for g in found) / len(cuts) for name in found[0]}, loss
@@ -273,16 +280,10 @@ def test_more_parts_than_images_in_a_slice():
     assert_close(sliced, gradients(whole), rtol=1e-4, atol=1e-6)
 
 
-class Group(Peers):
-    """Peers that reach each other through torch.distributed."""
-
-    def total(self, value):
-        summed = value.clone()
-        torch.distributed.all_reduce(summed)
-        return summed
-
-    def no_sync(self, forward):
-        return forward.no_sync()
+def add_over_workers(value):
+    summed = value.clone()
+    torch.distributed.all_reduce(summed)
+    return summed
 
 
 def _worker(rank, world_size, path, settings, rows):
@@ -291,7 +292,10 @@ def _worker(rank, world_size, path, settings, rows):
     state = small_state(settings, diffusion=IMPORTANCE)
     ddp = nn.parallel.DistributedDataParallel(state.net)
     for _ in range(2):
-        step(state, settings, rows[rank], IMPORTANCE, peers=Group(world_size), forward=ddp)
+        step(
+            state, settings, rows[rank], IMPORTANCE,
+            world_size=world_size, sum_over_workers=add_over_workers, forward=ddp,
+        )  # fmt: skip
     if rank == 1:
         torch.save(gradients(state) | {"history": state.t_sampler.losses}, f"{path}/parts.pt")
     torch.distributed.destroy_process_group()
@@ -329,9 +333,9 @@ def test_importance_sampling_learns_from_the_whole_batch_and_resumes():
     assert sampler.probabilities().max() > 0.34  # no longer uniform
 
     resumed = small_state(settings, diffusion=IMPORTANCE, seed=9)
-    resumed.load_tensors(state.tensors())
-    draws = draw_batch(SEED, 8, ROWS, (1, 8, 8), 3, True, resumed.t_sampler)
-    torch.testing.assert_close(draws.weight, (1 / (3 * sampler.probabilities()[draws.t])).float())
+    resumed.load_state_dict(state.state_dict())
+    t, weight, _, _ = draw_batch(SEED, 8, ROWS, (1, 8, 8), 3, resumed.t_sampler)
+    torch.testing.assert_close(weight, (1 / (3 * sampler.probabilities()[t])).float())
     metrics = step(resumed, settings, diffusion=IMPORTANCE)
     expected = step(state, settings, diffusion=IMPORTANCE)
     assert torch.equal(metrics["loss"], expected["loss"])
@@ -343,14 +347,14 @@ def test_importance_weights_reach_loss_and_gradient():
     state = TrainState(settings, Affine(), IMPORTANCE.config)
     state.t_sampler.counts.fill_(10)
     state.t_sampler.losses.copy_(torch.tensor([[1.0], [2.0], [5.0]]).expand(3, 10))
-    draws = draw_batch(SEED, 0, ROWS, (1, 8, 8), 3, True, state.t_sampler)
+    t_drawn, weight, eps, _ = draw_batch(SEED, 0, ROWS, (1, 8, 8), 3, state.t_sampler)
     metrics = step(state, settings, diffusion=IMPORTANCE)
     x_t, t = state.net.seen[0][:2]
-    assert torch.equal(t, draws.t)
-    error = 0.3 * x_t - 0.2 - draws.eps
+    assert torch.equal(t, t_drawn)
+    error = 0.3 * x_t - 0.2 - eps
     losses = error.square().mean(dim=(1, 2, 3))
-    assert metrics["loss"].item() == pytest.approx((draws.weight * losses).mean().item(), rel=1e-5)
-    slope = (draws.weight * (2 * error).mean(dim=(1, 2, 3))).mean()
+    assert metrics["loss"].item() == pytest.approx((weight * losses).mean().item(), rel=1e-5)
+    slope = (weight * (2 * error).mean(dim=(1, 2, 3))).mean()
     assert state.net.b.grad.item() == pytest.approx(slope.item(), rel=1e-4)
     for timestep in range(3):  # the history takes the losses without their weights
         newest = losses[t == timestep].sort().values
@@ -367,18 +371,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(memory_format):
     state = small_state(settings, 0.3, memory_format)
     for _ in range(3):
         step(state, settings)
-    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    saved = {name: tensor.clone() for name, tensor in state.state_dict().items()}
     for _ in range(3):
         last = step(state, settings)
 
     resumed = small_state(settings, 0.3, memory_format, seed=77)
-    resumed.load_tensors(saved)
+    resumed.load_state_dict(saved)
     assert resumed.step == 3
     torch.rand(5)  # the process's own history must not matter
     for _ in range(3):
         again = step(resumed, settings)
     assert torch.equal(last["loss"], again["loss"]) and torch.equal(last["grad_norm"], again["grad_norm"])
-    expected, found = state.tensors(), resumed.tensors()
+    expected, found = state.state_dict(), resumed.state_dict()
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -402,7 +406,7 @@ def test_dropout_differs_from_step_to_step():
 
 def test_names_of_the_state():
     state = small_state(config(ema_decay=(0.9, 0.99)))
-    names = state.tensors().keys()
+    names = state.state_dict().keys()
     weights = state.net.state_dict().keys()
     assert names == {"step", "adam.step"} | {
         f"{part}.{name}"
@@ -413,18 +417,18 @@ def test_names_of_the_state():
 
 def test_loading_names_what_does_not_fit_and_changes_nothing():
     state = small_state(CONFIG)
-    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
     wrong = {name: tensor + 1 for name, tensor in before.items()}
     del wrong["net.conv_in.bias"]
     wrong["net.extra"] = torch.zeros(1)
     wrong["net.conv_out.bias"] = torch.zeros(6)
     with pytest.raises(ValueError) as caught:
-        state.load_tensors(wrong)
+        state.load_state_dict(wrong)
     message = str(caught.value)
     assert "\n" not in message
     assert "1 missing (net.conv_in.bias)" in message and "1 unexpected (net.extra)" in message
     assert "net.conv_out.bias is (6,) float32, not (1,) float32" in message
-    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.state_dict().items())
 
 
 # --------------------------------------------------------------------------------------------- the settings

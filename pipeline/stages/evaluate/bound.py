@@ -7,8 +7,8 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import Likelihood, bits_per_dim, rate_distortion
-from ddpm.rng import Stream, normal
+from ddpm.likelihood import Likelihood, compute_bits_per_dim, compute_rate_distortion
+from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
@@ -67,11 +67,11 @@ def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) ->
     experiment, config = place.experiment, place.experiment.evaluate
     pixels, classes = tars.load_images(place.data, "test", start, stop)
     index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
-    result = bits_per_dim(
+    result = compute_bits_per_dim(
         Diffusion(experiment.diffusion),
         checkpoint.load_network(place, ctx.device, config.precision),
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
-        lambda t: normal(experiment.seed, Stream.NLL, t, index, shape),
+        lambda t: draw_normal(experiment.seed, Stream.NLL, t, index, shape),
         timesteps_per_call=count_timesteps(stop - start, shape),
         decoder=config.decoder,
         variance=config.variance,
@@ -104,7 +104,7 @@ def merge_units(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]
     terms, mse, prior = terms / n, mse / n, prior / n
     rows = (torch.from_numpy(terms)[None], torch.from_numpy(mse)[None], torch.tensor([prior]).double())
     mean = Likelihood(torch.arange(timesteps), *rows)
-    curve = rate_distortion(mean)
+    curve = compute_rate_distortion(mean)
     scores = {
         "nll_bpd": float(mean.total), "rate_bpd": float(curve.rate[-1]), "distortion_bpd": curve.distortion,
         "prior_bpd": prior, "rmse": float(curve.rmse[-1]),

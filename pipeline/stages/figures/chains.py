@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm.config import Variance
 from ddpm.images import from_uint8, to_uint8
-from ddpm.rng import Stream, normal
+from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import ancestral, draw_shared_latent, interpolate, reverse
 from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
@@ -169,7 +169,7 @@ def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: 
     shape, index = experiment.data.shape, torch.tensor([pair], device=ctx.device)
 
     def noise(t: int) -> Tensor:
-        return normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
+        return draw_normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
 
     net = load_network(place, ctx.device, place.experiment.sample.precision, False)
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
@@ -215,7 +215,7 @@ def draw_children(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor
     """Draw x_t (n, C, H, W) on the way to the first n samples, and images (n * children, C, H, W) from it."""
     experiment, variance = place.experiment, choose_variance(place.experiment)
     chain, net = build_diffusion(experiment), load_guided_network(place, ctx.device)
-    draw = partial(normal, experiment.seed, shape=experiment.data.shape)
+    draw = partial(draw_normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
     x_t = draw_shared_latent(
         chain, net, draw(Stream.X_T, 0, index), lambda t: draw(Stream.REVERSE, t, index), steps,

@@ -65,7 +65,7 @@ def test_only_the_gradients_that_are_wanted():
 
 def test_a_basis_for_types_and_sides_that_bear_it():
     def basis(dtype, height, width):
-        return winograd.basis_for(torch.empty(1, 1, height, width, dtype=dtype))
+        return winograd.choose_basis(torch.empty(1, 1, height, width, dtype=dtype))
 
     assert basis(torch.float32, 8, 12) is winograd.F4 and basis(torch.bfloat16, 6, 2) is winograd.F2
     assert basis(torch.float32, 8, 6) is None and basis(torch.bfloat16, 3, 2) is None

@@ -200,7 +200,7 @@ def test_learns_to_draw_the_class_that_is_asked_for():
         labels = torch.randint(0, BARS, (32,), generator=generator)
         x_0, templates = bars(labels, generator)
         train_step(state, diffusion, x_0, torch.arange(32), config=settings, seed=1, context=labels)
-    net.load_state_dict(state.emas[0].tensors())
+    net.load_state_dict(state.emas[0].state_dict())
     asked = torch.arange(40) % BARS
     images = sample(
         diffusion, guide(net.eval(), 2.0, NO_LABEL), index=torch.arange(40), shape=(1, 8, 8), seed=3,

@@ -86,7 +86,7 @@ def test_trains_averages_and_samples(config):
     assert still == []
 
     averaged = build(config, device="meta").to_empty(device="cpu")
-    averaged.load_state_dict(state.emas[0].tensors())  # strict: buffers too
+    averaged.load_state_dict(state.emas[0].state_dict())  # strict: buffers too
     labels = torch.tensor([0, 1, 2, NO_LABEL]) if classes(config) else None
     images = drawn(averaged.eval(), labels)
     assert images.shape == (4, 3, SIZE, SIZE) and images.isfinite().all()
@@ -98,12 +98,12 @@ def test_trains_averages_and_samples(config):
 def test_resumed_run_equals_uninterrupted_one_bit_for_bit(config):
     state = state_of(config)
     updates(state, 2)
-    saved = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    saved = {name: tensor.clone() for name, tensor in state.state_dict().items()}
     updates(state, 2)
     resumed = state_of(config, seed=7)
-    resumed.load_tensors(saved)
+    resumed.load_state_dict(saved)
     updates(resumed, 2)
-    expected, found = state.tensors(), resumed.tensors()
+    expected, found = state.state_dict(), resumed.state_dict()
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
@@ -113,7 +113,7 @@ def test_running_statistics_are_part_of_state_and_average():
     updates(state, 2)
     statistics = [name for name, _ in state.net.named_buffers()]
     assert len(statistics) >= 30
-    tensors = state.tensors()
+    tensors = state.state_dict()
     for name in statistics:
         assert torch.equal(tensors[f"net.{name}"], tensors[f"ema.0.{name}"]), name
         assert tensors[f"net.{name}"].any(), name

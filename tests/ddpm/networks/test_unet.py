@@ -12,7 +12,7 @@ from torch import nn
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
-from ddpm.networks.layers import timestep_embedding
+from ddpm.networks.layers import embed_timesteps
 from ddpm.networks.unet import (
     Attention,
     Downsample,
@@ -74,7 +74,7 @@ def test_parameter_count_of_each_part():
 def diffusers_twin(net, image_size, in_channels, out_channels):
     """diffusers' network of the same shape, with the weights of `net`."""
     config = net.config
-    attended = [r in config.attention_resolutions for r in config.resolutions(image_size)]
+    attended = [r in config.attention_resolutions for r in config.list_sides(image_size)]
     twin = UNet2DModel(
         sample_size=image_size,
         in_channels=in_channels,
@@ -126,7 +126,7 @@ def test_equals_diffusers(changes, image_size, channels, out_channels, input_sca
 
 def test_timestep_embedding_is_all_sines_then_all_cosines_of_raw_t():
     half = 64
-    embedding = timestep_embedding(torch.tensor([0, 1, 999]), 2 * half)
+    embedding = embed_timesteps(torch.tensor([0, 1, 999]), 2 * half)
     assert embedding.dtype == torch.float32
     assert embedding[0].tolist() == [0.0] * half + [1.0] * half
     for row, t in enumerate([0, 1, 999]):

@@ -12,7 +12,7 @@ from fidelity import Images, arguments
 from staged import run_stage, scoring
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from ddpm.likelihood import bits_per_dim
+from ddpm.likelihood import compute_bits_per_dim
 from pipeline import config
 from pipeline.engine.find import make_place
 from pipeline.scores import classifier, extractors
@@ -89,7 +89,7 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
     values = values.clip(min=0)
     net = best_linear_network(mean, values, vectors)
     monkeypatch.setattr(bound.checkpoint, "load_network", lambda *_: net)
-    monkeypatch.setattr(bound, "bits_per_dim", partial(bits_per_dim, clip=False))
+    monkeypatch.setattr(bound, "bits_per_dim", partial(compute_bits_per_dim, clip=False))
     units = bound.plan_units(run.of(experiment))
     one_cpu().map_units(list(units.values()), lambda unit: None)
     rows = bound.merge_units(units, 1000)[1]["rate_distortion"]

@@ -8,8 +8,8 @@ from staged import asking_for, results, run_stage, scoring, with_weights
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import bits_per_dim
-from ddpm.rng import Stream, normal
+from ddpm.likelihood import compute_bits_per_dim
+from ddpm.rng import Stream, draw_normal
 from pipeline.errors import PipelineError
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
@@ -28,9 +28,9 @@ def test_nll_is_the_bound_of_the_first_test_images(sampled):
     images = from_uint8(torch.from_numpy(tars.load_images(run.data, "test", 0, 6)[0]))
     index = torch.arange(6)
     net = checkpoint.load_network(run.of(experiment), CPU)
-    expected = bits_per_dim(
+    expected = compute_bits_per_dim(
         Diffusion(experiment.diffusion), net, images,
-        lambda t: normal(experiment.seed, Stream.NLL, t, index, (1, 8, 8)),
+        lambda t: draw_normal(experiment.seed, Stream.NLL, t, index, (1, 8, 8)),
     )  # fmt: skip
     scores_, nll = (
         results(experiment, run)["scores"],

@@ -15,7 +15,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.networks.context_unet import ContextUNet
-from ddpm.rng import Stream, normal
+from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import ancestral
 from pipeline import config
 from pipeline.drawing import charts
@@ -109,11 +109,11 @@ def plain_end(experiment, run, image, pair, steps):
     """The source diffused by so many steps with the pair's noise, and reversed: no mixing anywhere."""
     diffusion, index = Diffusion(experiment.diffusion), torch.tensor([pair])
     net = load_network(run.of(experiment), torch.device("cpu"))
-    eps = normal(experiment.seed, Stream.FIGURES, len(diffusion), index, image.shape)
+    eps = draw_normal(experiment.seed, Stream.FIGURES, len(diffusion), index, image.shape)
     x_t = diffusion.q_sample(from_uint8(image)[None], torch.tensor([steps - 1]), eps)
 
     def noise(t):
-        return normal(experiment.seed, Stream.FIGURES, t, index, image.shape)
+        return draw_normal(experiment.seed, Stream.FIGURES, t, index, image.shape)
 
     *_, last = ancestral(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
     return to_uint8(last.x_t)[0, 0]
@@ -164,14 +164,14 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
         x_t, children = chains.draw_children(one_cpu().context, run.of(experiment), 3, steps)
 
         def noise(t):
-            return normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
+            return draw_normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
 
         *_, last = ancestral(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
         assert nearly_equal(to_uint8(last.x_t), samples_of(experiment, run, 3))
         assert children.shape == (9, 1, 8, 8)
     assert torch.equal(
         chains.draw_children(one_cpu().context, run.of(experiment), 3, 20)[0],
-        normal(experiment.seed, Stream.X_T, 0, index, (1, 8, 8)),
+        draw_normal(experiment.seed, Stream.X_T, 0, index, (1, 8, 8)),
     )
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.networks import NETWORKS
-from ddpm.sampler import ancestral
+from ddpm.sampler import run_chain
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.engine import execute as stages
@@ -386,7 +386,7 @@ def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrid
     diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
     diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
     z = torch.randn(len(diffusion) + 1, 16, 1, 8, 8, generator=generator)  # x_T last
-    chain = ancestral(diffusion, net, z[-1], lambda t: z[t], variance=experiment.sample.variance)
+    chain = run_chain(diffusion, net, z[-1], lambda t: z[t], variance=experiment.sample.variance)
     ours = [step.x_t for step in chain][-1]
 
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
