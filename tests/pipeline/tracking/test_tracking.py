@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +20,7 @@ from synthetic_run import BEGAN, make_run, write_checkpoint, write_log, write_sc
 from pipeline import tracking
 from pipeline.errors import PipelineError
 from pipeline.store import files as rundir
+from pipeline.tracking.run_sender import RunSender
 
 STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
 
@@ -36,20 +37,25 @@ def uri(storage) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(uri):
+def empty_store(storage, uri) -> Path:
+    """A new store, to be copied: making its tables takes seconds."""
     tracking.check_server(uri)
+    return Path(shutil.copy(storage / "mlflow.db", storage / "empty.db"))
+
+
+@pytest.fixture(scope="module")
+def client(uri, empty_store):
     return MlflowClient(uri)
 
 
 @pytest.fixture(scope="module")
 def mirrored(storage, uri, client):
-    """A whole run directory, delivered: (experiment, run, the MLflow run)."""
+    """A whole run directory, delivered: (run, the MLflow run)."""
     experiment, run = make_run(storage, "digits", STEPS)
-    other = run.path / "evaluation" / "0123456789ab"
-    write_scores(other, experiment, scores={"fid": 20.5})
+    write_scores(run.path / "evaluation" / "0123456789ab", experiment, scores={"fid": 20.5})
     with tracking.Mirror(uri, "digits", run, tags={"device": "cpu"}):
         pass
-    return experiment, run, find(client, "digits", run)
+    return run, find(client, "digits", run)
 
 
 def find(client, study, run):
@@ -66,45 +72,47 @@ def expected(steps, every=10):
     return [(step, BEGAN + 85 * step) for step in range(every, steps + 1, every)]
 
 
+def list_models(client, found):
+    return client.search_logged_models([found.info.experiment_id], f"source_run_id = '{found.info.run_id}'")
+
+
+def list_files(client, found, folder: str) -> list[str]:
+    return [file.path for file in client.list_artifacts(found.info.run_id, folder)]
+
+
 def test_the_default_store_is_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tracking.find_default_uri(Path("runs")) == f"sqlite:///{tmp_path}/runs/mlflow.db"
 
 
-def test_parameters_are_curated_and_of_the_run_key_alone(mirrored):
-    _, _, found = mirrored
-    params = found.data.params
+def test_parameters_are_curated_and_tags_name_keys_code_and_protocol(mirrored, client):
+    run, found = mirrored
+    params, tags = found.data.params, found.data.tags
     assert 20 <= len(params) <= 30
     assert params["diffusion.beta_schedule"] == "linear" and params["model.dropout"] == "0.0"
     assert params["data.train_images"] == "1437" and params["seed"] == "0"
     assert "train.steps" not in params and not any(key.startswith(("sample.", "evaluate.")) for key in params)
-
-
-def test_tags_name_the_keys_the_code_and_the_protocol(mirrored):
-    _, run, found = mirrored
-    tags = found.data.tags
     assert (tags["run_key"], tags["data_key"], tags["device"]) == (run.run_key, run.data_key, "cpu")
     assert tags["version.torch"] == "2.9" and tags["commit"].startswith("0123")
     assert tags["protocol.comparable"] == "False" and tags["protocol.n"] == "512"
     assert "n = 512" in tags["protocol.why_not"]
-
-
-def test_the_ui_opens_a_study_as_model_training(mirrored, client):
-    tags = client.get_experiment(mirrored[2].info.experiment_id).tags
-    assert tags["mlflow.experimentKind"] == "custom_model_development"
+    study = client.get_experiment(found.info.experiment_id)
+    assert study.tags["mlflow.experimentKind"] == "custom_model_development", (
+        "the UI opens it as model training"
+    )
 
 
 def test_curves_carry_their_own_times(mirrored, client):
-    _, _, found = mirrored
+    found = mirrored[1]
     for key in ("train/loss", "train/lr", "train/grad_norm", "train/images_per_second"):
         assert history(client, found, key) == expected(100)
     assert found.info.start_time == BEGAN + 850 and found.info.status == "FINISHED"
 
 
 def test_scores_stand_at_their_checkpoint_and_on_its_model(mirrored, client):
-    _, _, found = mirrored
+    found = mirrored[1]
     assert found.data.metrics["eval/fid"] == 14.21 and found.data.metrics["eval/nll_bpd"] == 4.52
-    models = client.search_logged_models([found.info.experiment_id], f"source_run_id = '{found.info.run_id}'")
+    models = list_models(client, found)
     scored = {model.tags["step"]: {m.key: m.value for m in model.metrics or []} for model in models}
     assert scored["100"]["eval/fid"] == 14.21 and scored["50"] == {}
     assert all(str(model.status) == "READY" and Path(model.tags["path"]).is_dir() for model in models)
@@ -112,60 +120,41 @@ def test_scores_stand_at_their_checkpoint_and_on_its_model(mirrored, client):
 
 
 def test_another_evaluation_is_a_child(mirrored, client):
-    _, _, found = mirrored
+    found = mirrored[1]
     query = f"tags.mlflow.parentRunId = '{found.info.run_id}'"
     (child,) = client.search_runs([found.info.experiment_id], query)
     assert child.data.tags["evaluation_key"] == "0123456789ab"
     assert child.data.metrics == {"eval/fid": 20.5} and child.info.status == "FINISHED"
 
 
-def test_the_data_is_a_logged_dataset(mirrored):
-    _, run, found = mirrored
+def test_dataset_pictures_and_files_arrive(mirrored, client):
+    run, found = mirrored
     (used,) = found.inputs.dataset_inputs
     assert used.dataset.name == f"digits-{run.data_key}"
     assert used.dataset.digest == rundir.hash_file(run.data / "manifest.json")[:36]
-
-
-def test_pictures_and_files_arrive(mirrored, client):
-    _, _, found = mirrored
-    images = [file.path for file in client.list_artifacts(found.info.run_id, "images")]
-    assert sorted(int(p.split("+")[2]) for p in images if p.endswith(".png")) == [50, 100]
+    images = list_files(client, found, "images")
+    assert sorted(int(path.split("+")[2]) for path in images if path.endswith(".png")) == [50, 100]
     assert all("samples~ema" in path for path in images)
-    for folder, name in (("", "experiment.yaml"), ("evaluation", "nll.json"), ("samples", "grid.png")):
-        assert name in [Path(f.path).name for f in client.list_artifacts(found.info.run_id, folder)]
+    for path in ("experiment.yaml", "evaluation/nll.json", "samples/grid.png"):
+        assert path in list_files(client, found, path.rpartition("/")[0])
 
 
-def test_delivering_again_changes_nothing(mirrored, client, uri):
-    _, run, found = mirrored
-    before = client.get_run(found.info.run_id)
-    said = tracking.deliver_run(uri, "digits", run)
-    assert "log" in said and "2 x grid" in said
+def test_delivering_again_changes_nothing_but_completes_what_is_half_there(mirrored, client, uri, storage):
+    run, found = mirrored
+    images = list_files(client, found, "images")
+    assert len(images) == 4, "two pictures, each with a small twin"
+    for twin in (storage / "mlartifacts" / "digits").rglob("*+step+50+*.webp"):
+        twin.unlink()
+    for scores in run.path.glob("evaluation/*/metrics.json"):
+        os.utime(scores, (1, 1))  # as if copied: no second point
+    summary = tracking.deliver_run(uri, "digits", run)
+    assert "log" in summary and "2 x grid" in summary
     after = find(client, "digits", run)
     assert history(client, after, "train/loss") == expected(100)
     assert len(history(client, after, "eval/fid")) == 1
-    assert (
-        len(client.list_artifacts(found.info.run_id, "images")) == 4
-    )  # two pictures, each with a small twin
-    assert (after.data.params, after.info.status) == (before.data.params, before.info.status)
+    assert sorted(list_files(client, found, "images")) == sorted(images)
+    assert (after.data.params, after.info.status) == (found.data.params, found.info.status)
     assert len(after.outputs.model_outputs) == 2
-
-
-def test_half_a_picture_is_completed(mirrored, client, uri, storage):
-    _, run, found = mirrored
-    for twin in (storage / "mlartifacts" / "digits").rglob("*+step+50+*.webp"):
-        twin.unlink()
-    tracking.deliver_run(uri, "digits", run)
-    names = {file.path for file in client.list_artifacts(found.info.run_id, "images")}
-    pictures = {name.removesuffix(".png") for name in names if name.endswith(".png")}
-    assert names == {f"{name}.png" for name in pictures} | {f"{name}+compressed.webp" for name in pictures}
-
-
-def test_a_copied_score_is_no_second_point(mirrored, client, uri):
-    _, run, found = mirrored
-    for scores in run.path.glob("evaluation/*/metrics.json"):
-        os.utime(scores, (1, 1))
-    tracking.deliver_run(uri, "digits", run)
-    assert len(history(client, found, "eval/fid")) == 1
 
 
 @pytest.mark.parametrize(
@@ -175,7 +164,7 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
     _, run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
     try:
         with tracking.Mirror(uri, "ends", run) as mirror:
-            wait_for(lambda: mirror.session and find(client, "ends", run).info.status == "RUNNING")
+            wait_for(lambda: mirror.sender and find(client, "ends", run).info.status == "RUNNING")
             if error:
                 raise error
     except BaseException as raised:
@@ -197,9 +186,10 @@ def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
     assert find(client, "ends", run).info.status == "FINISHED"  # its last checkpoint is there
 
 
-def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
+def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_store):
     before, after = tmp_path / "before root", tmp_path / "after"
     _, run = make_run(before, "digits", STEPS)
+    shutil.copy(empty_store, before / "mlflow.db")
     with tracking.Mirror(tracking.find_default_uri(before), "digits", run):
         pass
     before.rename(after)
@@ -207,20 +197,18 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path):
     tracking.check_server(uri)
     client = MlflowClient(uri)
     found = find(client, "digits", moved)
-    pictures = [file.path for file in client.list_artifacts(found.info.run_id, "images")]
-    assert pictures and Path(client.download_artifacts(found.info.run_id, pictures[0])).stat().st_size > 0
-    points = history(client, found, "train/loss")
-    # Another process, as MLflow remembers where this one wrote.
-    code = "import pickle, sys; from pipeline import tracking; tracking.deliver_run(*pickle.load(sys.stdin.buffer))"
-    moved_run = pickle.dumps((uri, "digits", moved))
-    subprocess.run([sys.executable, "-c", code], input=moved_run, check=True)
-    assert history(client, found, "train/loss") == points != []
-    assert not before.exists()  # nothing was written where the root had been
+    (picture, *_) = list_files(client, found, "images")
+    assert Path(client.download_artifacts(found.info.run_id, picture)).stat().st_size > 0
+    assert history(client, found, "train/loss") == expected(100)
+    places = [found.info.artifact_uri, *(model.artifact_location for model in list_models(client, found))]
+    assert all(place.startswith(after.as_uri()) for place in places), (
+        "what follows is written to the new place"
+    )
 
 
-def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path):
+def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path, empty_store):
     _, run = make_run(tmp_path / "root", "digits", STEPS)
-    shared = f"sqlite:///{tmp_path}/mlflow.db"
+    shared = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
     with tracking.Mirror(shared, "digits", run):
         pass
     (tmp_path / "mlartifacts").mkdir()
@@ -240,8 +228,6 @@ def test_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
 
 
 def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, client):
-    import shutil
-
     _, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
     with tracking.Mirror(uri, "ends", run):
         pass
@@ -250,17 +236,29 @@ def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, clien
     with tracking.Mirror(uri, "ends", run):
         pass
     found = find(client, "ends", run)
-    models = client.search_logged_models([found.info.experiment_id], f"source_run_id = '{found.info.run_id}'")
-    assert {model.tags["step"] for model in models} == {"100", "150"}
+    assert {model.tags["step"] for model in list_models(client, found)} == {"100", "150"}
 
 
-def test_only_whole_lines_of_the_log_are_read(storage, uri, client):
+def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, uri, client, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.02)
     _, run = make_run(storage, "digits", (*STEPS, "seed=5"), scores=False)
     with run.log.open("a") as file:
         file.write('{"step": 110, "time": 1, "met')
-    with tracking.Mirror(uri, "ends", run):
-        pass
-    assert history(client, find(client, "ends", run), "train/loss") == expected(100)
+    failures, send_log = [], RunSender.send_log
+
+    def fail_at_first(sender: RunSender, start: int, end: int) -> None:
+        send_log(sender, start, end if len(failures) == 3 else end // 2)
+        if len(failures) < 3:
+            failures.append(end)
+            raise ConnectionError("the server went away after half of it")
+
+    monkeypatch.setattr(RunSender, "send_log", fail_at_first)
+    warnings: list[str] = []
+    with tracking.Mirror(uri, "ends", run, warn=warnings.append):
+        wait_for(lambda: len(failures) == 3)
+    found = find(client, "ends", run)
+    assert history(client, found, "train/loss") == expected(100) and found.info.status == "FINISHED"
+    assert len(warnings) == 1 and "went away" in warnings[0]
 
 
 # A server that dies and comes back
@@ -291,14 +289,10 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "served")]
-        quiet = {
-            **os.environ,
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-        }
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
-                command, env=quiet, stdout=log, stderr=log, start_new_session=True
+                command, env=os.environ | quiet, stdout=log, stderr=log, start_new_session=True
             )
         wait_for(self.answers)
 
@@ -324,6 +318,7 @@ def server(storage, client):
         made.kill()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_gets_every_point_once(storage, server, client, monkeypatch):
     monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.2)
     monkeypatch.setattr("pipeline.tracking.mirror.LONGEST_WAIT", 0.5)
@@ -345,7 +340,7 @@ def test_a_server_that_dies_in_the_middle_gets_every_point_once(storage, server,
     assert history(client, found, "train/loss") == expected(300) and found.info.status == "FINISHED"
     assert sum(line.startswith("the tracking server") for line in warnings) == len(warnings) == 1
     through = MlflowClient(server.uri)  # the server keeps the files
-    assert len(through.list_artifacts(found.info.run_id, "images")) == 4
+    assert len(list_files(through, found, "images")) == 4
     assert server.uri in tracking.describe_delivery(run, server.uri)
 
 
