@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.config import Variance
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import ancestral, draw_shared_latent, interpolate, reverse
+from ddpm.sampler import draw_shared_latent, interpolate, run_chain, sample_steps
 from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
@@ -99,7 +99,7 @@ def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
     """
     experiment, config = place.experiment, place.experiment.sample
     index, diffusion = torch.arange(start, stop, device=ctx.device), build_diffusion(experiment)
-    chain = reverse(
+    chain = sample_steps(
         diffusion, load_guided_network(place, ctx.device), index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, eta=config.eta, variance=config.variance,
         context=make_labels(experiment, index),
@@ -223,7 +223,7 @@ def draw_children(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor
     )  # fmt: skip
     parents = index.repeat_interleave(CHILDREN)
     children = CHILDREN_FROM + torch.arange(n * CHILDREN, device=ctx.device)
-    *_, last = ancestral(
+    *_, last = run_chain(
         chain, net, x_t.repeat_interleave(CHILDREN, 0), lambda t: draw(Stream.FIGURES, t, children),
         variance=variance, timesteps=range(steps), context=make_labels(experiment, parents),
     )  # fmt: skip

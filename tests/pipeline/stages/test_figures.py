@@ -16,7 +16,7 @@ from ddpm.images import from_uint8, to_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.networks.context_unet import ContextUNet
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import ancestral
+from ddpm.sampler import run_chain
 from pipeline import config
 from pipeline.drawing import charts
 from pipeline.engine.find import make_place
@@ -115,7 +115,7 @@ def plain_end(experiment, run, image, pair, steps):
     def noise(t):
         return draw_normal(experiment.seed, Stream.FIGURES, t, index, image.shape)
 
-    *_, last = ancestral(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
+    *_, last = run_chain(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
     return to_uint8(last.x_t)[0, 0]
 
 
@@ -166,7 +166,7 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
         def noise(t):
             return draw_normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
 
-        *_, last = ancestral(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
+        *_, last = run_chain(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
         assert nearly_equal(to_uint8(last.x_t), samples_of(experiment, run, 3))
         assert children.shape == (9, 1, 8, 8)
     assert torch.equal(
