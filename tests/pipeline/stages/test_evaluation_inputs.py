@@ -96,7 +96,7 @@ def replace_tar(experiment, run, images):
     manifest = read_manifest(folder)
     name = manifest["splits"]["samples"]["shards"][0]
     records = (tars.Record(f"{i:08d}", tars.encode_png(image), None) for i, image in enumerate(images))
-    facts = tars.write_shard(folder / name, records)
+    facts = tars.write_tar(folder / name, records)
     manifest["files"][name] = {key: facts[key] for key in tars.FILE_FACTS} | {"count": 6}
     write_json(folder / "manifest.json", manifest)
 
