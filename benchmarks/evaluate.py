@@ -37,7 +37,7 @@ def _fid(settings: Settings, folder: Path) -> list[Row]:
     extractor = extractors.Extractor(inception.NAME, *inception.copy_weights(str(weights), folder))
     count = 2000 if settings.on_gpu else (10 if settings.quick else 100)
     images = np.random.default_rng(0).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
-    net = extractors.load_network(extractor, settings.device)
+    net = extractors.load_extractor(extractor, settings.device)
 
     def ours() -> scores.FeatureSums:
         return scores.sum_features([extractors.extract_features(extractor, images, settings.device)], count)

@@ -61,10 +61,10 @@ def save_svg(figure: Figure, file: Path) -> None:
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     head, start, body = stream.getvalue().partition("<defs>")
     with write_atomically(file) as temporary:
-        temporary.write_text(f"{head}<style>{_theme()}</style>{start}{body}", encoding="utf-8")
+        temporary.write_text(f"{head}<style>{_make_css()}</style>{start}{body}", encoding="utf-8")
 
 
-def _theme() -> str:
+def _make_css() -> str:
     """The page's fonts, and in the dark each light colour that matplotlib wrote replaced by its twin."""
     rules = "".join(
         f'[style*="{part}: {light}"] {{{part}: {dark} !important}}'

@@ -9,7 +9,7 @@ from pipeline.config.checks import Tree
 from pipeline.report.page import PROTOCOL, format_value
 from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import LOSS
-from pipeline.scores.ranking import Group, describe_objective
+from pipeline.scores.ranking import RankedGroup, describe_objective
 from pipeline.store import selection
 from pipeline.store.run import Place
 
@@ -95,7 +95,7 @@ def shorten_labels(runs: Sequence[ComparedRun]) -> dict[str, str]:
     }
 
 
-def format_shared_protocol(group: Group[ComparedRun]) -> str:
+def format_shared_protocol(group: RankedGroup[ComparedRun]) -> str:
     """Write what the runs of a group share, as part of a sentence."""
     names = {key: PROTOCOL.get(key, key) for key in group.protocol if key not in IMPLIED}
     return ", ".join(

@@ -22,7 +22,7 @@ from pipeline.report.headline import compare_with_linear_denoiser
 from pipeline.report.matrix import PictureMatrix, arrange_pictures
 from pipeline.report.page import PROTOCOL, TEMPLATE, escape_markdown, format_value, write_page
 from pipeline.scores.metrics import FIRM, METRICS, Metric
-from pipeline.scores.ranking import Group, format_values, format_winner, rank_runs
+from pipeline.scores.ranking import RankedGroup, format_values, format_winner, rank_runs
 from pipeline.store.keys import hash_content
 from pipeline.store.run import REPORT_HTML
 
@@ -74,7 +74,7 @@ def write_comparison(
 
 
 def tabulate_group(
-    group: Group[ComparedRun], metric: Metric, folder: Path
+    group: RankedGroup[ComparedRun], metric: Metric, folder: Path
 ) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the leaderboard of one group."""
     runs = group.runs
@@ -93,7 +93,7 @@ def tabulate_group(
     }
     protocol = {"checkpoint": "Step", **{key: name for key, name in PROTOCOL.items() if key in differing}}
     header = [
-        *([f"{metric.title}, mean of seeds"] if group.has_seeds else []),
+        *([f"{metric.title}, mean of seeds"] if group.has_several_seeds else []),
         *(each.title for each in metrics),
         *map(shorten_key, keys),
         *protocol.values(),
@@ -101,8 +101,8 @@ def tabulate_group(
     rows = [
         [
             f"{position.rank}.{FIRM}{_format_link(run, folder)}",
-            *([metric.format(position.mean, position.spread)] if group.has_seeds else []),
-            *(each.format_from(run.scores) for each in metrics),
+            *([metric.format(position.mean, position.spread)] if group.has_several_seeds else []),
+            *(each.format_score(run.scores) for each in metrics),
             *map(run.format_swept_value, keys),
             *(format_value(run.protocol.get(key)) for key in protocol),
         ]

@@ -32,7 +32,7 @@ def compose_headline(run: RunFiles) -> str:
     scores, parts = run.scores, []
     for metric in HEADLINE:
         if metric.name in scores:
-            parts.append(f"{metric.heading}{FIRM}{metric.format_from(scores)} {metric.unit}".rstrip())
+            parts.append(f"{metric.heading}{FIRM}{metric.format_score(scores)} {metric.unit}".rstrip())
     if run.is_comparable:
         printed = run.paper_row.scores if run.paper_row else {}
         beside = [f"{m.heading} {printed[m.name]}" for m in HEADLINE if m.name in printed]
@@ -56,7 +56,7 @@ def list_comparison_numbers(run: RunFiles) -> dict[str, str]:
         parts = [f"paper {printed[metric.name]}"] if metric.name in printed else []
         for point, name in (("test", "test images"), ("gaussian", "Gaussian")):
             if not run.is_comparable and metric.name in points.get(point, {}):
-                parts.append(f"{name} {metric.format_from(points[point])}")
+                parts.append(f"{name} {metric.format_score(points[point])}")
         notes[metric.name] = " · ".join(parts) or "upper bound, test images"
     return notes
 

@@ -58,7 +58,7 @@ class Classifier(nn.Module):
                 parameter.copy_(draw * (2 / parameter[0].numel()) ** 0.5)
 
 
-def train(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
+def fit_classifier(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
     """Train a classifier on uint8 images (n,C,H,W) and their labels in 0..classes-1.
 
     It trains in fp32 on one thread, so that the same machine gives the same bits whatever its number of threads.
@@ -91,7 +91,7 @@ def measure_accuracy(net: Classifier, images: np.ndarray, labels: np.ndarray) ->
     return float((predicted.numpy() == labels).mean())
 
 
-def load(path: Path) -> Classifier:
+def load_classifier(path: Path) -> Classifier:
     """Load the network of a file; the shapes of the tensors tell its size."""
     state = load_file(path)
     net = Classifier(state["convs.0.weight"].shape[1], len(state["head.bias"]))
@@ -99,6 +99,6 @@ def load(path: Path) -> Classifier:
     return net.eval()
 
 
-def find_weights(place: Place) -> tuple[Path, str]:
+def find_classifier_weights(place: Place) -> tuple[Path, str]:
     """Return the classifier of the run's data, which must have been trained, and its sha256."""
     return place.classifier, hash_file(place.classifier)

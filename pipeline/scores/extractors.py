@@ -29,9 +29,13 @@ class ExtractorKind:
 
 
 EXTRACTORS = {
-    inception.NAME: ExtractorKind(inception.WIDTH, inception.find_weights, inception.Inception),
-    "classifier": ExtractorKind(classifier.FEATURES, classifier.find_weights, classifier.load),
-    "projection": ExtractorKind(projection.FEATURES, projection.find_weights, projection.load),
+    inception.NAME: ExtractorKind(inception.WIDTH, inception.find_inception_weights, inception.Inception),
+    "classifier": ExtractorKind(
+        classifier.FEATURES, classifier.find_classifier_weights, classifier.load_classifier
+    ),
+    "projection": ExtractorKind(
+        projection.FEATURES, projection.find_projection_weights, projection.load_projection
+    ),
 }
 
 
@@ -67,7 +71,7 @@ def extract_features(
 
     TF32 is off meanwhile: it would move Inception's features by more than the scores' digits.
     """
-    net, features, logits = load_network(extractor, device), [], []
+    net, features, logits = load_extractor(extractor, device), [], []
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
@@ -81,6 +85,6 @@ def extract_features(
 
 
 @lru_cache(maxsize=1)
-def load_network(extractor: Extractor, device: torch.device) -> nn.Module:
+def load_extractor(extractor: Extractor, device: torch.device) -> nn.Module:
     """Load the network of an extractor; the last one stays in memory."""
     return EXTRACTORS[extractor.kind].load(extractor.weights).to(device)

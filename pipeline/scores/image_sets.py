@@ -39,7 +39,7 @@ class ImageSet:
         """List the units whose files are not there."""
         return [unit for file, unit in self.units.items() if not file.exists()]
 
-    def read_parts(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def read_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
@@ -50,14 +50,14 @@ class ImageSet:
 
     def read_features(self) -> np.ndarray:
         """Read all features, (n, d) float32. Raises PipelineError if they are fewer than n."""
-        features = np.concatenate([part for part, _ in self.read_parts()])
+        features = np.concatenate([part for part, _ in self.read_chunks()])
         if len(features) != self.n:
             raise PipelineError(f"{len(features)} images are there where {self.n} are to be scored")
         return features
 
     def sum_features(self) -> FeatureSums:
         """Sum up the features of all n images."""
-        return sum_features(self.read_parts(), self.n)
+        return sum_features(self.read_chunks(), self.n)
 
 
 def make_shard_set(

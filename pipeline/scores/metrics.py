@@ -48,7 +48,7 @@ class Metric:
         sign = f"≤{FIRM}" if self.bound else ""
         return f"{sign}{value:,.{self.digits}f}{error}"
 
-    def format_from(self, scores: Mapping[str, float]) -> str:
+    def format_score(self, scores: Mapping[str, float]) -> str:
         """Write its value among these scores, with its interval if there is one."""
         return self.format(scores.get(self.name), scores.get(self.interval or ""))
 
@@ -84,7 +84,7 @@ FAMILIES = tuple(dict.fromkeys(metric.family for metric in METRICS.values() if m
 
 def format_headline(scores: Mapping[str, float]) -> str:
     """Write the scores of HEADLINE that are there: 'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752'."""
-    return ", ".join(f"{m.heading}{FIRM}{m.format_from(scores)}" for m in HEADLINE if m.name in scores)
+    return ", ".join(f"{m.heading}{FIRM}{m.format_score(scores)}" for m in HEADLINE if m.name in scores)
 
 
 def find_metric(word: str) -> Metric | None:

@@ -48,7 +48,7 @@ def train_classifier(ctx: Worker, place: Place) -> None:
             f"{place.data} has labels {labels.min()}..{labels.max()} (-1 = none) where data.labels={classes} allows "
             f"0..{classes - 1}; correct it, or use evaluate.features=projection"
         )
-    net = classifier.train(images, labels, classes)
+    net = classifier.fit_classifier(images, labels, classes)
     with write_atomically(place.classifier) as temporary:
         save_file(net.state_dict(), temporary)
     has_test = "test" in tars.open_shards(place.data).splits

@@ -41,7 +41,7 @@ class Projection(nn.Module):
         return (F.linear(x.flatten(1), self.matrix),)
 
 
-def find_weights(place: Place) -> tuple[Path, str]:
+def find_projection_weights(place: Place) -> tuple[Path, str]:
     """Return the file of the projection for the run's images, written if need be, and its sha256."""
     if not place.projection.exists():
         with write_atomically(place.projection) as temporary:
@@ -49,7 +49,7 @@ def find_weights(place: Place) -> tuple[Path, str]:
     return place.projection, hash_file(place.projection)
 
 
-def load(path: Path) -> Projection:
+def load_projection(path: Path) -> Projection:
     """Load the network of a file."""
     state = load_file(path)
     net = Projection(state["filters"].shape[1])

@@ -11,7 +11,7 @@ from pipeline.config.checks import Tree
 from pipeline.scores.metrics import Metric
 
 
-class Rankable(Protocol):
+class ScoredRun(Protocol):
     """A run or a trial. `swept`: the values that tell it from the others; runs that differ in nothing but the seed are
     one point. `data` names its images, `protocol` says how its scores came about."""
 
@@ -27,11 +27,11 @@ class Rankable(Protocol):
     def protocol(self) -> Mapping[str, Any]: ...
 
 
-R = TypeVar("R", bound=Rankable)
+R = TypeVar("R", bound=ScoredRun)
 
 
 @dataclass(frozen=True)
-class Position:
+class RankedPoint:
     """The position of a point: its rank from 1, the same for equals; its name; mean and standard deviation over its
     seeds, None with one seed."""
 
@@ -43,22 +43,22 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Group(Generic[R]):
+class RankedGroup(Generic[R]):
     """Runs of equal protocol in one metric, the best point first. `protocol` is what they share."""
 
     protocol: Tree
-    ranked: Sequence[tuple[R, Position]]
+    ranked: Sequence[tuple[R, RankedPoint]]
 
     @property
     def runs(self) -> list[R]:
         return [run for run, _ in self.ranked]
 
     @property
-    def has_seeds(self) -> bool:
+    def has_several_seeds(self) -> bool:
         return any(position.seeds > 1 for _, position in self.ranked)
 
 
-def rank_runs(runs: Sequence[R], metric: Metric) -> list[Group[R]]:
+def rank_runs(runs: Sequence[R], metric: Metric) -> list[RankedGroup[R]]:
     """Group runs of equal protocol, the largest group first, and rank each group. A run without the score is in none:
     numbers of different protocols have no common order."""
     alike: dict[tuple[str, ...], list[R]] = {}
@@ -69,7 +69,7 @@ def rank_runs(runs: Sequence[R], metric: Metric) -> list[Group[R]]:
     return [_rank_group(own, metric) for own in sorted(alike.values(), key=len, reverse=True)]
 
 
-def _rank_group(runs: Sequence[R], metric: Metric) -> Group[R]:
+def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
     """Rank runs of equal protocol; runs that differ in the seed alone are one point."""
     points: dict[str, list[R]] = {}
     for run in runs:
@@ -83,12 +83,12 @@ def _rank_group(runs: Sequence[R], metric: Metric) -> Group[R]:
         if len(own) > 1:
             name = format_values(_drop_seed(own[0])) or ", ".join(run.label for run in own)
             spread = stdev(run.scores[metric.name] for run in own)
-        ranked += [(run, Position(better + 1, name, means[point], spread, len(own))) for run in own]
+        ranked += [(run, RankedPoint(better + 1, name, means[point], spread, len(own))) for run in own]
     shared = {key: runs[0].protocol[key] for key in metric.protocol if runs[0].protocol.get(key) is not None}
-    return Group({"data": runs[0].data, **shared}, ranked)
+    return RankedGroup({"data": runs[0].data, **shared}, ranked)
 
 
-def _drop_seed(run: Rankable) -> Tree:
+def _drop_seed(run: ScoredRun) -> Tree:
     return {key: value for key, value in run.swept.items() if key != "seed"}
 
 
@@ -100,7 +100,7 @@ def format_values(swept: Mapping[str, Any]) -> str:
     )
 
 
-def format_winner(groups: Sequence[Group[R]], metric: Metric) -> str:
+def format_winner(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
     """Write who is the best, or why nobody is: a sentence without its full stop."""
     if not groups:
         return f"No run has a score of {metric.heading} yet"

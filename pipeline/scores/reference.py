@@ -49,7 +49,7 @@ def load_statistics(file: Path, width: int | None = None) -> Statistics:
     """
     try:
         arrays = read_arrays(file)
-        fault = _find_fault(arrays, width)
+        fault = _find_problem(arrays, width)
     except PipelineError as error:
         fault = f"is no .npz of plain arrays ({error.__cause__})"
     if fault:
@@ -58,7 +58,7 @@ def load_statistics(file: Path, width: int | None = None) -> Statistics:
     return Statistics(n, arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
 
 
-def _find_fault(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
+def _find_problem(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
     """Say why these are not the statistics of features (of that width); None if they are."""
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.console import format_duration, format_table
 from pipeline.report.compared_run import ComparedRun
 from pipeline.scores.metrics import HEADLINE, METRICS
-from pipeline.scores.ranking import Group, Position, format_winner, rank_runs
+from pipeline.scores.ranking import RankedGroup, RankedPoint, format_winner, rank_runs
 from pipeline.store.files import write_json, write_text
 from pipeline.store.log import read_progress
 from pipeline.store.run import LEADERBOARD
@@ -42,8 +42,8 @@ class Leaderboard:
 
     sweep: Sweep
     rows: Sequence[RankedTrial]
-    groups: Sequence[Group[RankedTrial]]
-    positions: Mapping[str, Position]
+    groups: Sequence[RankedGroup[RankedTrial]]
+    positions: Mapping[str, RankedPoint]
 
     @property
     def winner(self) -> RankedTrial | None:
@@ -80,7 +80,7 @@ def list_cells(board: Leaderboard, write: Callable[[float, int], Value] = round)
     by = board.sweep.metric
     columns = [metric for metric in METRICS.values() if metric in HEADLINE or metric.name == by.name]
     columns = [metric for metric in columns if any(metric.name in row.scores for row in board.rows)]
-    has_seeds = any(group.has_seeds for group in board.groups)
+    has_seeds = any(group.has_several_seeds for group in board.groups)
     table = []
     for row in board.rows:
         at = board.positions.get(row.key)

@@ -29,7 +29,7 @@ def hash_weights(place: Place) -> str | None:
     return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
 
 
-def choose_variance(experiment: Experiment) -> str:
+def choose_bound_variance(experiment: Experiment) -> str:
     """Return the variance of the bound: evaluate.variance, or that of the diffusion."""
     return experiment.evaluate.variance or experiment.diffusion.variance
 
@@ -55,7 +55,9 @@ def plan_units(place: Place) -> dict[Path, Unit]:
     step, weights = experiment.checkpoint_step, experiment.sample.weights
     network = [place.run_key, step, weights, hash_weights(place), config.precision]
     # The null was once the timesteps of a part of the bound; without it every key would change.
-    key = hash_content([place.run_key, network, test, config.decoder, choose_variance(experiment), None])
+    key = hash_content(
+        [place.run_key, network, test, config.decoder, choose_bound_variance(experiment), None]
+    )
     return split_units(
         UnitKind.NLL, write_bound, (place,), count_images(place)[0], config.nll_batch_size,
         place.score_units / f"nll-{key}", "NLL of test images", experiment.diffusion.timesteps,
@@ -72,7 +74,7 @@ def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) ->
         checkpoint.load_network(place, ctx.device, config.precision),
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
         lambda t: draw_normal(experiment.seed, Stream.NLL, t, index, shape),
-        timesteps_per_call=count_timesteps(stop - start, shape),
+        timesteps_per_call=choose_timesteps_per_call(stop - start, shape),
         decoder=config.decoder,
         variance=config.variance,
         context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
@@ -81,13 +83,13 @@ def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) ->
     write_unit_arrays(file, **arrays)
 
 
-def count_timesteps(images: int, shape: tuple[int, int, int]) -> int:
+def choose_timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
     """Count the timesteps that share a network call; a call with few images would spend its time on overhead."""
     most_images, most_pixels = CALL
     return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 
 
-def merge_units(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
+def average_units(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
     """Average over the images of all units. Raises PipelineError naming a unit of other images or timesteps."""
     terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
     for file, unit in units.items():

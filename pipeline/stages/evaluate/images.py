@@ -16,7 +16,7 @@ from pipeline.store.run import Place
 
 
 @dataclass(frozen=True)
-class ImageSets:
+class EvaluationSets:
     """All image sets of an evaluation: the samples; the splits of the data whose statistics are still to be made, or
     whose single images are compared; the baselines, of no more images than the samples.
 
@@ -36,7 +36,7 @@ class ImageSets:
         return list(dict.fromkeys(unit for images in sets for unit in images.list_missing()))
 
 
-def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) -> ImageSets:
+def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) -> EvaluationSets:
     """Collect the samples, the splits that they are compared with, and the baselines."""
     experiment, config = place.experiment, place.experiment.evaluate
     n, shape = experiment.sample.num_images, experiment.data.shape
@@ -59,10 +59,10 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
     baselines["noise"] = make_baseline_set(extractor, n, shape, folder, None)
     own = make_shard_set(extractor, samples, shape, place.score_units, n)
     found = {split: make_split_set(split) for split in sorted(splits)}
-    return ImageSets(references, compares_images, own, found, baselines)
+    return EvaluationSets(references, compares_images, own, found, baselines)
 
 
-def add_scores(found: Results, place: Place, extractor: Extractor, sets: ImageSets) -> None:
+def add_scores(found: Results, place: Place, extractor: Extractor, sets: EvaluationSets) -> None:
     """Add scores, those of the baselines, class shares and their part of the protocol. All features must be there."""
     experiment, config = place.experiment, place.experiment.evaluate
     statistics = {

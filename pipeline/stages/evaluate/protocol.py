@@ -2,14 +2,14 @@
 
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
-from pipeline.stages.evaluate.bound import choose_variance, count_images
+from pipeline.stages.evaluate.bound import choose_bound_variance, count_images
 from pipeline.store import tars
 from pipeline.store.run import Place
 
 PAPER_SAMPLES = 50_000
 
 
-def describe_protocol(place: Place) -> ScoreProtocol:
+def describe_score_protocol(place: Place) -> ScoreProtocol:
     """Describe how the scores come about; `images` adds what only the features tell."""
     experiment, config = place.experiment, place.experiment.evaluate
     found: ScoreProtocol = {"checkpoint": experiment.checkpoint_step, "weights": experiment.weights_kind}
@@ -21,7 +21,7 @@ def describe_protocol(place: Place) -> ScoreProtocol:
     if "nll" in config.metrics:
         scored, there = count_images(place)
         found |= {
-            "decoder": config.decoder, "nll_variance": choose_variance(experiment),
+            "decoder": config.decoder, "nll_variance": choose_bound_variance(experiment),
             "nll_precision": config.precision, "nll_images": scored, "test_images": there,
         }  # fmt: skip
     return found

@@ -17,7 +17,7 @@ from pipeline.scores.preparations import has_extractor, list_preparations
 from pipeline.scores.reference import load_statistics
 from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
-from pipeline.stages.evaluate.protocol import describe_protocol, explain_differences
+from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
 from pipeline.stages.stage import Stage
 from pipeline.store.files import read_json, read_manifest, write_json, write_manifest, write_text
 from pipeline.store.run import Place
@@ -63,7 +63,7 @@ class EvaluateStage(Stage):
         config = place.experiment.evaluate
         bounds = bound.plan_units(place) if "nll" in config.metrics else {}
         pending = [unit for file, unit in bounds.items() if not file.exists()]
-        found: Results = {"scores": {}, "protocol": describe_protocol(place)}
+        found: Results = {"scores": {}, "protocol": describe_score_protocol(place)}
         inputs, files = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
         if needs_samples(place.experiment):
             yield list_preparations(place)
@@ -74,7 +74,7 @@ class EvaluateStage(Stage):
         else:
             yield pending
         if bounds:
-            scores, nll = bound.merge_units(bounds, place.experiment.diffusion.timesteps)
+            scores, nll = bound.average_units(bounds, place.experiment.diffusion.timesteps)
             found["scores"] |= scores
             write_json(place.nll_json, nll)
             files.append(place.nll_json)

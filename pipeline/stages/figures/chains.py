@@ -17,7 +17,7 @@ from ddpm.sampler import draw_shared_latent, interpolate, run_chain, sample_step
 from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
-from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, unit_folder
+from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, locate_unit_folder
 from pipeline.store import tars
 from pipeline.store.chain import build_diffusion, load_guided_network, make_labels
 from pipeline.store.checkpoint import load_network
@@ -35,7 +35,7 @@ CHILDREN = 3  # images from each shared latent
 CHILDREN_FROM = 2**16  # their indices in the stream of the figures; the pairs' begin at 0
 
 
-def count_steps(share: float, experiment: Experiment) -> int:
+def count_chain_steps(share: float, experiment: Experiment) -> int:
     """Count the steps of that share of the chain; at least one, unless the share is 0."""
     return max(1 if share else 0, round(share * len(build_diffusion(experiment))))
 
@@ -46,7 +46,7 @@ def format_timesteps(counts: list[int], experiment: Experiment) -> str:
     return ", ".join(f"{int(timesteps[steps - 1]) + 1 if steps else 0:,}" for steps in dict.fromkeys(counts))
 
 
-def choose_variance(experiment: Experiment) -> Variance | None:
+def choose_ancestral_variance(experiment: Experiment) -> Variance | None:
     """Choose the variance of ancestral chains; for DDIM that of its ancestral twin, eta = 1: fixedsmall."""
     return "fixedsmall" if experiment.sample.sampler == "ddim" else experiment.sample.variance
 
@@ -77,7 +77,7 @@ def plan_samples(place: Place) -> Figure:
 
 def plan_progressive(place: Place) -> Figure:
     """Plan a row of snapshots for each of the first samples."""
-    n, folder = count_rows(place.experiment), unit_folder(place, "progressive")
+    n, folder = count_rows(place.experiment), locate_unit_folder(place, "progressive")
     units = split_units(UnitKind.FIGURE, write_snapshots, (place,), n, UNIT_IMAGES, folder, "progressive")
     caption = (
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
@@ -118,11 +118,11 @@ def list_snapshots(steps: int) -> list[int]:
 
 def plan_interpolation(place: Place) -> Figure:
     """Plan a row for each pair of images."""
-    steps = count_steps(INTERPOLATED_AT, place.experiment)
+    steps = count_chain_steps(INTERPOLATED_AT, place.experiment)
     units = dict(plan_pair(place, pair, steps) for pair in range(count_rows(place.experiment)))
     caption = (
         f"Interpolation of latents at t = {format_timesteps([steps], place.experiment)}: source, its reconstruction "
-        f"(λ = 0), λ = 0.1 to 0.9, reconstruction (λ = 1), source; {choose_split(place)} images, a pair in a row, "
+        f"(λ = 0), λ = 0.1 to 0.9, reconstruction (λ = 1), source; {choose_pair_split(place)} images, a pair in a row, "
         f"the noise shared (paper, Fig. 8; {describe_chain(place.experiment)})"
     )
     return Figure("interpolation.png", caption, units, draw_rows)
@@ -130,7 +130,7 @@ def plan_interpolation(place: Place) -> Figure:
 
 def plan_coarse_to_fine(place: Place) -> Figure:
     """Plan a row of the first pair for each number of steps."""
-    counts = [count_steps(share, place.experiment) for share in COARSE_TO_FINE]
+    counts = [count_chain_steps(share, place.experiment) for share in COARSE_TO_FINE]
     units = dict(plan_pair(place, 0, steps) for steps in counts)
     caption = (
         "Coarse to fine: the first pair of the interpolation, diffused to "
@@ -142,7 +142,7 @@ def plan_coarse_to_fine(place: Place) -> Figure:
 
 def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
     """Plan the unit of a row, which both figures share; return its file and the unit."""
-    file = unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
+    file = locate_unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
     name = f"interpolation of pair {pair} after {steps} steps"
     return file, Unit(
         UnitKind.FIGURE, write_pair, (place, pair, steps, file), name, len(LAMBDAS), needs_gpu=True
@@ -151,7 +151,7 @@ def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
 
 def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
     """Write one row, (1, 13, C, H, W), of the two sources and their mixtures (body of a unit)."""
-    split = choose_split(place)
+    split = choose_pair_split(place)
     count = tars.open_shards(place.data).count_images(split)
     start = 2 * pair % max(1, count - 1)  # if there are too few images, pairs come again
     images, _ = tars.load_images(place.data, split, start, min(start + 2, count))
@@ -176,11 +176,11 @@ def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: 
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
     return interpolate(
         build_diffusion(experiment).to(ctx.device), net, x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
-        steps, eps, noise, variance=choose_variance(experiment),
+        steps, eps, noise, variance=choose_ancestral_variance(experiment),
     )  # fmt: skip
 
 
-def choose_split(place: Place) -> str:
+def choose_pair_split(place: Place) -> str:
     """Choose the split whose images are interpolated: the test split if there is one."""
     return "test" if "test" in tars.open_shards(place.data).splits else "train"
 
@@ -191,9 +191,9 @@ def choose_split(place: Place) -> str:
 def plan_shared_latents(place: Place) -> Figure:
     """Plan columns of images that share a latent, for each of the four t."""
     n, units = count_rows(place.experiment), {}
-    counts = [count_steps(share, place.experiment) for share in SHARED]
+    counts = [count_chain_steps(share, place.experiment) for share in SHARED]
     for steps in dict.fromkeys(counts):
-        file = unit_folder(place, "shared") / f"{n:04d}-{steps:04d}.npz"
+        file = locate_unit_folder(place, "shared") / f"{n:04d}-{steps:04d}.npz"
         args, name = (place, n, steps, file), f"images that share x_t after {steps} steps"
         units[file] = Unit(UnitKind.FIGURE, write_children, args, name, n * CHILDREN, needs_gpu=True)
     caption = (
@@ -213,7 +213,7 @@ def write_children(ctx: Worker, place: Place, n: int, steps: int, file: Path) ->
 
 def draw_children(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Draw x_t (n, C, H, W) on the way to the first n samples, and images (n * children, C, H, W) from it."""
-    experiment, variance = place.experiment, choose_variance(place.experiment)
+    experiment, variance = place.experiment, choose_ancestral_variance(place.experiment)
     chain, net = build_diffusion(experiment), load_guided_network(place, ctx.device)
     draw = partial(draw_normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)

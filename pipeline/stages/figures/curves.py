@@ -12,7 +12,7 @@ from pipeline.scores.metrics import METRICS
 from pipeline.scores.reference import load_reference
 from pipeline.scores.results import Scores
 from pipeline.stages.figures.chains import list_snapshots, make_snapshots
-from pipeline.stages.figures.figure import Figure, Unavailable, describe_chain, unit_folder
+from pipeline.stages.figures.figure import Figure, FigureUnavailable, describe_chain, locate_unit_folder
 from pipeline.store.chain import build_diffusion
 from pipeline.store.files import read_arrays, read_json, write_arrays
 from pipeline.store.run import Place
@@ -25,7 +25,7 @@ def plan_rate_distortion(place: Place) -> Figure:
     """Plan Fig. 5, from the evaluation's bound."""
     nll = place.nll_json
     if "nll" not in place.experiment.evaluate.metrics or not nll.exists():
-        raise Unavailable(
+        raise FigureUnavailable(
             f"it needs the bound: `ddpm evaluate {place.experiment.name}` with nll among evaluate.metrics makes it"
         )
     caption = (
@@ -39,26 +39,28 @@ def plan_rate_distortion(place: Place) -> Figure:
     return Figure("rate_distortion.svg", caption, {}, draw)
 
 
-def find_scoring_extractor(place: Place) -> Extractor:
-    """Find the extractor that the run was scored with. Raises Unavailable if it has no FID."""
+def find_extractor_of_scores(place: Place) -> Extractor:
+    """Find the extractor that the run was scored with. Raises FigureUnavailable if it has no FID."""
     if "fid" not in place.experiment.evaluate.metrics:
-        raise Unavailable("it needs features, which are made where evaluate.metrics holds fid")
+        raise FigureUnavailable("it needs features, which are made where evaluate.metrics holds fid")
     if not place.scores_manifest.exists():
-        raise Unavailable(f"it needs features, which `ddpm evaluate {place.experiment.name}` makes")
+        raise FigureUnavailable(f"it needs features, which `ddpm evaluate {place.experiment.name}` makes")
     try:
         return find_extractor(place)
     except (PipelineError, OSError) as error:
-        raise Unavailable(f"its feature extractor is not there: {error}") from error
+        raise FigureUnavailable(f"its feature extractor is not there: {error}") from error
 
 
 def plan_scores_along(place: Place) -> Figure:
     """Plan Fig. 10: IS and FID of the estimates of x_0."""
-    experiment, extractor = place.experiment, find_scoring_extractor(place)
+    experiment, extractor = place.experiment, find_extractor_of_scores(place)
     statistics = load_reference(place, extractor, experiment.evaluate.reference)
     n = min(PER_ROW * experiment.figures.images, experiment.sample.num_images)
     if n < 2 or statistics is None:
-        raise Unavailable("it needs two samples" if n < 2 else "the reference's statistics are not there")
-    folder, args = unit_folder(place, "along", extractor.name), (extractor, place)
+        raise FigureUnavailable(
+            "it needs two samples" if n < 2 else "the reference's statistics are not there"
+        )
+    folder, args = locate_unit_folder(place, "along", extractor.name), (extractor, place)
     units = split_units(UnitKind.FIGURE, write_features, args, n, UNIT_IMAGES, folder, "scores along samples")
     few = ", too few for a score that stands by itself" if n < 10_000 else ""
     caption = (

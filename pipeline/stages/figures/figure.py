@@ -11,7 +11,7 @@ from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
 
-class Unavailable(PipelineError):
+class FigureUnavailable(PipelineError):
     """Raised for a figure that needs what this run does not have; the message says what, and what makes it."""
 
 
@@ -25,7 +25,7 @@ class Figure:
     draw: Callable[[list[Path], Path], None]
 
 
-def unit_folder(place: Place, kind: str, *depends: str | int) -> Path:
+def locate_unit_folder(place: Place, kind: str, *depends: str | int) -> Path:
     """Return the folder of units that depend on how samples are drawn, and on `depends`."""
     return place.figure_units / f"{kind}-{hash_content([place.sample_key, *depends])}"
 

@@ -9,8 +9,8 @@ from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.drawing.grids import save_grid
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import hash_shards, make_shard_set
-from pipeline.stages.figures.curves import find_scoring_extractor
-from pipeline.stages.figures.figure import Figure, Unavailable, count_rows, unit_folder
+from pipeline.stages.figures.curves import find_extractor_of_scores
+from pipeline.stages.figures.figure import Figure, FigureUnavailable, count_rows, locate_unit_folder
 from pipeline.store import tars
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
@@ -25,7 +25,7 @@ def plan_nearest_pixels(place: Place) -> Figure:
 
 def plan_nearest_features(place: Place) -> Figure:
     """Plan the neighbours in the features that the run was scored with."""
-    extractor = find_scoring_extractor(place)
+    extractor = find_extractor_of_scores(place)
     return _plan_nearest(
         "nearest_features", f"the feature space of `{extractor.name}` (paper, Fig. 15)", place, extractor
     )
@@ -43,14 +43,14 @@ def _plan_nearest(name: str, space: str, place: Place, extractor: Extractor | No
         drawn = make_shard_set(extractor, first, shape, place.score_units, n)
         known = make_shard_set(extractor, shards, shape, place.reference_features)
         if drawn.list_missing():
-            raise Unavailable("it needs the features of the samples, which `ddpm evaluate` makes")
+            raise FigureUnavailable("it needs the features of the samples, which `ddpm evaluate` makes")
         if known.list_missing():
-            raise Unavailable(
+            raise FigureUnavailable(
                 "it needs the features of all training images, made by evaluate.reference=train"
             )
         galleries, query = [*known.units], drawn.read_features()
     key = extractor.name if extractor else "pixels"
-    folder, units = unit_folder(place, "nearest", key, hash_shards(shards), n), {}
+    folder, units = locate_unit_folder(place, "nearest", key, hash_shards(shards), n), {}
     for shard, gallery in zip(shards, galleries, strict=True):
         file, images = folder / f"{shard.name.removesuffix('.tar')}.npz", shard.stop - shard.start
         args, title = (query, shard, gallery, file), f"{name} in {shard.name}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from pipeline.compute.units import Unit
 from pipeline.config import Experiment
-from pipeline.stages.figures.figure import Figure, Unavailable
+from pipeline.stages.figures.figure import Figure, FigureUnavailable
 from pipeline.stages.stage import Stage
 from pipeline.store.files import read_manifest_or_none, write_manifest
 from pipeline.store.run import Place
@@ -76,7 +76,7 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
     for name in place.experiment.figures.which:
         try:
             figures.append(plans[name](place))
-        except Unavailable as error:
+        except FigureUnavailable as error:
             log.warning("figure %s is left out: %s", name, error)
             skipped[name] = str(error)
     return figures, skipped

@@ -38,7 +38,7 @@ def digits(sharded_storage):
 def trained(digits, tmp_path_factory):
     """The classifier's file, trained as the pipeline trains it."""
     path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
-    save_file(classifier.train(*digits[0], 10).state_dict(), path)
+    save_file(classifier.fit_classifier(*digits[0], 10).state_dict(), path)
     return path
 
 
@@ -161,7 +161,7 @@ def test_features_tell_digits_from_a_gaussian_of_their_mean_and_covariance(extra
 
 
 def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
-    net = classifier.load(trained)
+    net = classifier.load_classifier(trained)
     assert classifier.measure_accuracy(net, *digits[1]) >= 0.95
     assert in_file("classifier", trained).name.startswith("classifier-")
     other = trained.with_name("other.safetensors")
@@ -172,11 +172,11 @@ def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
 
 def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
     monkeypatch.setattr(classifier, "STEPS", 5)
-    first = classifier.train(*digits[0], 10).state_dict()
+    first = classifier.fit_classifier(*digits[0], 10).state_dict()
     torch.manual_seed(99)
     torch.set_num_threads(2)
     try:
-        second = classifier.train(*digits[0], 10).state_dict()
+        second = classifier.fit_classifier(*digits[0], 10).state_dict()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -351,11 +351,11 @@ def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, t
     assert np.array_equal(grey, colour) and logits.shape == (1, 1008)
     # The distance itself in an earlier layer: the eigenvalues of the last one take half a minute.
     monkeypatch.setattr(inception, "LAYERS", ("192", "logits_unbiased"))
-    extractors.load_network.cache_clear()
+    extractors.load_extractor.cache_clear()
     expected = their_call(network, noise, input2=Images(pale), fid=True)["frechet_inception_distance"]
     assert fid(our_score(network, noise), our_score(network, pale)) == pytest.approx(expected, rel=RELATIVE)
     assert fid(our_score(network, noise // 2), our_score(network, pale)) != pytest.approx(expected, rel=0.1)
-    extractors.load_network.cache_clear()
+    extractors.load_extractor.cache_clear()
 
 
 @pytest.mark.slow
@@ -416,7 +416,7 @@ def test_a_damaged_download_is_refused(tmp_path, monkeypatch):
 def test_tf32_is_off_around_features_and_restored(monkeypatch, trained, digits):
     seen = []
     extractor = in_file("classifier", trained)
-    load = extractors.load_network(extractor, CPU)
+    load = extractors.load_extractor(extractor, CPU)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     hook = load.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
     extractors.extract_features(dataclasses.replace(extractor), digits[1][0][:2], CPU)

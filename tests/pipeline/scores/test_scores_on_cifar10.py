@@ -89,10 +89,10 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
     values = values.clip(min=0)
     net = best_linear_network(mean, values, vectors)
     monkeypatch.setattr(bound.checkpoint, "load_network", lambda *_: net)
-    monkeypatch.setattr(bound, "bits_per_dim", partial(compute_bits_per_dim, clip=False))
+    monkeypatch.setattr(bound, "compute_bits_per_dim", partial(compute_bits_per_dim, clip=False))
     units = bound.plan_units(run.of(experiment))
     one_cpu().map_units(list(units.values()), lambda unit: None)
-    rows = bound.merge_units(units, 1000)[1]["rate_distortion"]
+    rows = bound.average_units(units, 1000)[1]["rate_distortion"]
     spread = (((x[:16] - mean) @ vectors) ** 2).mean(axis=0)
     signal = alpha_bar()[:, None]
     shrink = signal * values / (signal * values + 1 - signal)
@@ -140,7 +140,7 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     assert ours == pytest.approx(merged_fid(features, torch.float64), rel=1e-6)
     assert ours == pytest.approx(theirs, rel=1e-4)
     accuracy = classifier.measure_accuracy(
-        classifier.load(extractor.weights), *tars.load_images(run.data, "test")
+        classifier.load_classifier(extractor.weights), *tars.load_images(run.data, "test")
     )
     assert accuracy > 0.4
 

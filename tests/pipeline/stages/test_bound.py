@@ -124,4 +124,4 @@ def test_a_killed_stage_goes_on_with_what_is_missing(sampled):
     [(25, (1, 8, 8), 10), (4, (3, 32, 32), 64), (250, (3, 32, 32), 1), (8, (3, 256, 256), 1)],
 )
 def test_a_network_call_of_the_bound_is_large_but_bounded(images, shape, timesteps):
-    assert bound.count_timesteps(images, shape) == timesteps
+    assert bound.choose_timesteps_per_call(images, shape) == timesteps

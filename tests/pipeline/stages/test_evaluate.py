@@ -113,7 +113,7 @@ def test_all_scores_are_torch_fidelitys_on_the_merged_feature_files(sampled, fea
         "precision": prc["precision"], "recall": prc["recall"],
     }  # fmt: skip
     if features == "classifier":
-        logits = torch.from_numpy(np.concatenate([part for _, part in drawn.read_parts()]))
+        logits = torch.from_numpy(np.concatenate([part for _, part in drawn.read_chunks()]))
         for name, shuffle in (("is", False), ("is_shuffled", True)):
             found = isc_features_to_metric(logits, shuffle=shuffle)
             expected |= {

@@ -201,7 +201,7 @@ def test_scores_along_end_in_the_runs_own(drawn):
     experiment, run = drawn
     figure = curves.plan_scores_along(run.of(experiment))
     assert "12 images, too few" in figure.caption
-    reference = load_reference(run, curves.find_scoring_extractor(run.of(experiment)), "train")
+    reference = load_reference(run, curves.find_extractor_of_scores(run.of(experiment)), "train")
     along = curves.score_snapshots(list(figure.units), 12, reference)
     scored = read_json(run.of(experiment).metrics_json)["scores"]["fid"]
     assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
