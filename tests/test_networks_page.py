@@ -44,7 +44,7 @@ def test_every_command_is_a_valid_experiment_on_images_that_the_page_makes(folde
         seen.add(experiment.data.source)
         source = open_source(experiment.data)
         assert source.splits["train"] > 1000 and source.splits["test"] >= 100
-        (record,) = source.read("train", 0, 1)
+        (record,) = source.read_records("train", 0, 1)
         assert (record.label is None) == (experiment.data.labels == 0)
     assert seen == {"digits", "npy", "folder"}
 

@@ -163,8 +163,8 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint],
         raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
     own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
     sweep, cluster = load_sweep(name, own), _load_cluster(options)
-    if sweep.size > MANY and not options.yes:
-        raise ConfigError(f"{sweep.name} has {sweep.size:,} trials; if that is meant, say --yes")
+    if sweep.count > MANY and not options.yes:
+        raise ConfigError(f"{sweep.name} has {sweep.count:,} trials; if that is meant, say --yes")
     shared = [word for word in overrides if not word.startswith("sweep.")]
     return sweep, shared, list_points(sweep, shared), cluster
 
@@ -177,15 +177,15 @@ def sweep(options: Namespace) -> int:
 
 
 def check_sweep(options: Namespace) -> Checked:
-    from pipeline.sweep.points import list_relative_paths
+    from pipeline.sweep.points import list_sweep_paths
 
     sweep, shared, _, cluster = _load_sweep(options)
-    return cluster, list_relative_paths(sweep, shared)
+    return cluster, list_sweep_paths(sweep, shared)
 
 
 def reproduce(options: Namespace) -> int:
     cluster = _load_cluster(options)
-    from pipeline.sweep.reproduce import plan_reproduction
+    from pipeline.sweep.reproduction import plan_reproduction
 
     shared = _list_words(options)
     study = plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run)
@@ -194,14 +194,14 @@ def reproduce(options: Namespace) -> int:
 
 def check_reproduction(options: Namespace) -> Checked:
     from pipeline.sweep.definition import load_sweep
-    from pipeline.sweep.points import list_points, list_relative_paths
-    from pipeline.sweep.reproduce import SWEEPS, parse_budget
+    from pipeline.sweep.points import list_points, list_sweep_paths
+    from pipeline.sweep.reproduction import SWEEPS, parse_budget
 
     cluster, shared = _load_cluster(options), _list_words(options)
     parse_budget(options.budget)
     sweep = load_sweep(SWEEPS[options.target], [])
     list_points(sweep, shared)
-    return cluster, list_relative_paths(sweep, shared)
+    return cluster, list_sweep_paths(sweep, shared)
 
 
 def _run_study(study: Study, options: Namespace) -> int:
@@ -214,7 +214,7 @@ def _run_study(study: Study, options: Namespace) -> int:
     print(format_text(board))
     for what, where in study.list_links():
         print_line(f"{what:>11}: {where}")
-    if rest := study.describe_unfinished():
+    if rest := study.describe_unstarted_trials():
         print_line(rest)
     for line in board.failures:
         print(f"error: {line}", file=sys.stderr)
@@ -299,7 +299,7 @@ def pull(options: Namespace) -> int:
 
 
 def submit(options: Namespace) -> int:
-    from pipeline import jobs
+    from pipeline.jobs import job_commands as jobs
 
     if options.words or not options.job:
         raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
@@ -307,11 +307,11 @@ def submit(options: Namespace) -> int:
     if check is None:
         raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
     cluster, relative = check(options.job_options)
-    return jobs.submit(options.job, cluster, relative, options.address, options.id, options.follow)
+    return jobs.submit_job(options.job, cluster, relative, options.address, options.id, options.follow)
 
 
 def jobs(options: Namespace) -> int:
-    from pipeline import jobs
+    from pipeline.jobs import job_commands as jobs
 
     action, *names = options.words or ["list"]
     if action not in ("list", "logs", "status", "stop"):
@@ -324,7 +324,7 @@ def jobs(options: Namespace) -> int:
         return jobs.list_jobs(options.address)
     if action == "logs":
         return jobs.show_log(names[0], options.address, options.follow)
-    return (jobs.show_status if action == "status" else jobs.stop)(names[0], options.address)
+    return (jobs.show_status if action == "status" else jobs.stop_job)(names[0], options.address)
 
 
 def ui(options: Namespace) -> int:

@@ -1,7 +1,7 @@
-"""A split of the data as training reads it: any images, in any order, at any time.
+"""Batches of training: any images of a split, in any order.
 
-A small set lives in memory as uint8, on the device. A larger one stays in its tars, and the images of coming
-batches are read by their place there and decoded while the network works. Both give the same batches.
+A small split is held in memory as uint8, on the device. A larger one stays in its shards, and the images of coming
+batches are read and decoded while the network works. Both give the same batches.
 """
 
 from __future__ import annotations
@@ -24,27 +24,29 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Dataset(Protocol):
+    """Images and labels of one split, read by index."""
+
     lookahead: int  # batches, beginning with the one asked for, that are worth a `prefetch`
 
     def __len__(self) -> int: ...
 
     def prefetch(self, index: Tensor) -> None:
-        """Begin to read images `index`, int64 (n,), which will be asked for soon."""
+        """Start reading images `index`, int64 (n,), in the background."""
 
-    def batch(self, index: Tensor) -> Batch:
-        """Return uint8 (n,C,H,W) and int64 labels (n,), -1 = none, on the worker's device."""
+    def read_batch(self, index: Tensor) -> Batch:
+        """Return images, uint8 (n,C,H,W), and labels, int64 (n,), -1 = none, on the worker's device."""
         ...
 
 
 def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
-    """Open a split: in memory where the pixels fit into `ctx.image_memory` bytes, else in the tars."""
+    """Open a split: loaded if its pixels fit into `ctx.image_memory` bytes, else read from its shards."""
     index = tars.open_shards(directory)
     if (
         index.count_images(split) * index.facts["channels"] * index.facts["image_size"] ** 2
         <= ctx.image_memory
     ):
         return MemoryDataset(*tars.load_images(directory, split), ctx.device)
-    return TarDataset(index, split, ctx)
+    return ShardDataset(index, split, ctx)
 
 
 class MemoryDataset:
@@ -57,19 +59,18 @@ class MemoryDataset:
         return len(self.images)
 
     def prefetch(self, index: Tensor) -> None:
-        """Do nothing: all are there."""
+        """Do nothing: all images are in memory."""
 
-    def batch(self, index: Tensor) -> Batch:
+    def read_batch(self, index: Tensor) -> Batch:
         index = index.to(self.images.device)
         return self.images[index], self.labels[index]
 
 
-class TarDataset:
-    """Reads members by the offsets that stand beside each tar, and holds each to its crc32: the sha256 of sets
-    of this size would be hours of reading before the first step.
+class ShardDataset:
+    """Reads single images from shards by their offsets, and compares each with its crc32.
 
-    wids, webdataset's package for indexed access, scans a tar anew whenever it comes back to it; an order that
-    is random over all images of hundreds of tars has it scanning for ever.
+    The sha256 of sets of this size would take hours before the first step. wids, webdataset's package for indexed
+    access, scans a tar anew whenever it comes back to it, which a random order over hundreds of tars does all the time.
     """
 
     lookahead = 4
@@ -89,15 +90,15 @@ class TarDataset:
     def prefetch(self, index: Tensor) -> None:
         key = index.numpy().tobytes()
         if key not in self.pending:
-            self.pending[key] = [self.threads.submit(self._image, number) for number in index.tolist()]
+            self.pending[key] = [self.threads.submit(self._read_image, number) for number in index.tolist()]
 
-    def batch(self, index: Tensor) -> Batch:
+    def read_batch(self, index: Tensor) -> Batch:
         self.prefetch(index)
         images = np.stack([image.result() for image in self.pending.pop(index.numpy().tobytes())])
         labels = self.places[index.numpy(), tars.LABEL]
         return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).to(self.device)
 
-    def _image(self, number: int) -> np.ndarray:
+    def _read_image(self, number: int) -> np.ndarray:
         shard = int(self.shard_of[number])
         offset, size, crc = self.places[number, : tars.LABEL].tolist()
         with self.paths[shard].open("rb") as file:

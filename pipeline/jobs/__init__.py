@@ -1,8 +1,4 @@
-"""The same command line as a Ray job on a cluster, and the cluster's jobs.
+"""Sends commands to a cluster as Ray jobs, and manages these jobs.
 
-Code and configurations travel, data never (`package`). Only `client` knows Ray.
+Code and configurations travel, data never (`package`). Only `ray_client` imports Ray.
 """
-
-from pipeline.jobs.commands import list_jobs, show_log, show_status, stop, submit
-
-__all__ = ["list_jobs", "show_log", "show_status", "stop", "submit"]

@@ -1,7 +1,7 @@
-"""What travels with a job: the two packages and the configurations, never data.
+"""The folder that is uploaded with a job: both packages and the configurations, no data.
 
-A command line names files of this machine. Configurations are taken along; every other path has to be one that
-the cluster sees.
+A command line names files of this machine. Configurations are copied; every other path has to be one that the
+cluster sees.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ class Package:
 
 
 def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
-    """Raise ConfigError for what would mean another place on the cluster, or be seen by everybody there.
+    """Raise ConfigError for relative paths, and for passwords that everybody on the cluster could read.
 
     relative: overrides and keys with relative paths, as 'data.path=images'.
     """
     means = "is a relative path, which means another folder on the cluster"
     problems = [f"{item} {means}: give an absolute one that it sees" for item in relative]
     if not cluster.storage.startswith("/"):
-        problems.append(
-            f"cluster.storage={cluster.storage} {means}: give one that all its machines share, as /data/runs"
-        )
+        remedy = "give one that all its machines share, as /data/runs"
+        problems.append(f"cluster.storage={cluster.storage} {means}: {remedy}")
     uri = urlsplit(cluster.tracking_uri or "")
     if uri.username or uri.password:
-        problems.append(
-            "cluster.tracking_uri holds a user or a password, which everybody would read: leave it out and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
-        )
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
+        problems.append(f"cluster.tracking_uri holds a user or a password, which all could read: {remedy}")
     if uri.scheme == "sqlite" and not uri.path.startswith("//"):
-        problems.append(
-            f"cluster.tracking_uri={cluster.tracking_uri} is a relative path; an absolute one has four slashes"
-        )
+        remedy = "an absolute one has four slashes"
+        problems.append(f"cluster.tracking_uri={cluster.tracking_uri} is a relative path; {remedy}")
     if problems:
         raise ConfigError(problems)
 
 
 @contextmanager
-def pack(words: list[str], commit: str | None) -> Iterator[Package]:
-    """Lay out a temporary folder as the installed program is, with the command `words` to be run in it."""
+def create_package(words: list[str], commit: str | None) -> Iterator[Package]:
+    """Create a temporary folder with the program, to run the command `words` in.
+
+    The program's conf/ lies in the package, and the ./conf of this folder beside it: a name is found there in the
+    same file as here.
+    """
     with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as name:
         folder = Path(name)
         ignored = shutil.ignore_patterns("__pycache__", ".*")
@@ -68,30 +68,22 @@ def pack(words: list[str], commit: str | None) -> Iterator[Package]:
             shutil.copytree(CODE / package, folder / package, ignore=ignored)
         if commit:
             (folder / "pipeline" / "COMMIT").write_text(commit)
-        _copy_configurations(folder)
-        words = [_take_along(word, folder) for word in words]
+        here, *installed = config.list_conf_folders()
+        shipped = next(source for source in installed if source.is_dir())
+        for source, target in ((here, folder / "conf"), (shipped, folder / "pipeline" / "conf")):
+            for pattern in ("*.yaml", "cluster/*.yaml", "sweep/*.yaml"):
+                for file in source.glob(pattern):
+                    copy = target / file.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(file, copy)
+        words = [_copy_configuration(word, folder) for word in words]
         entrypoint = shlex.join(["python", "-m", "pipeline", *words, "cluster.ray_address=auto"])
         # exec: the signal that stops a job reaches the program, not a shell around it
-        yield Package(folder, f"exec {entrypoint}", _measure(folder))
+        yield Package(folder, f"exec {entrypoint}", _check_size(folder))
 
 
-def _copy_configurations(folder: Path) -> None:
-    """Copy the program's conf/ into the package, as when it is installed, and the ./conf of this folder beside it.
-
-    So a name is found there in the same file as here.
-    """
-    here, *installed = config.list_conf_folders()
-    shipped = next(source for source in installed if source.is_dir())
-    for source, target in ((here, folder / "conf"), (shipped, folder / "pipeline" / "conf")):
-        for pattern in ("*.yaml", "cluster/*.yaml", "sweep/*.yaml"):
-            for file in source.glob(pattern):
-                copy = target / file.relative_to(source)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, copy)
-
-
-def _take_along(word: str, folder: Path) -> str:
-    """Copy a configuration that `word` names by a path, with the bases beside it; return the word for it there."""
+def _copy_configuration(word: str, folder: Path) -> str:
+    """Copy the configuration file that an argument names, with its bases; return the argument for the cluster."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     path = Path(value)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
@@ -103,13 +95,12 @@ def _take_along(word: str, folder: Path) -> str:
     return f"{option}{equals}{(place / path.name).relative_to(folder)}"
 
 
-def _measure(folder: Path) -> int:
-    """Return the bytes of the package. Raises ConfigError where it is too much to be code."""
+def _check_size(folder: Path) -> int:
+    """Return the package's size in bytes. Raises ConfigError if it is too large."""
     sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
     total, largest = sum(sizes.values()), max(sizes, key=lambda file: sizes[file])
     if total > LIMIT:
-        raise ConfigError(
-            f"{largest.relative_to(folder)} has {sizes[largest] / 2**20:.1f} MB, and only {LIMIT / 2**20:.0f} MB of "
-            "code and configurations travel with a job: data belongs where the cluster sees it, not into conf/"
-        )
+        found = f"{largest.relative_to(folder)} has {sizes[largest] / 2**20:.1f} MB"
+        most = f"only {LIMIT / 2**20:.0f} MB of code and configurations travel with a job"
+        raise ConfigError(f"{found}, and {most}: data belongs where the cluster sees it, not into conf/")
     return total

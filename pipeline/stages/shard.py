@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import DataConfig
-from pipeline.data.sources import compute_fingerprint, fetch_images, open_source, refuse_image
+from pipeline.data.sources import compute_fingerprint, download_source, open_source, raise_undecodable
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store.files import read_manifest_or_none
@@ -30,7 +30,7 @@ class ShardStage(Stage):
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the shards that are missing, then seal the folder."""
         config = place.experiment.data
-        data = fetch_images(config, locate_downloads(place.storage))
+        data = download_source(config, locate_downloads(place.storage))
         shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
         yield [
             Unit(UnitKind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
@@ -71,9 +71,9 @@ def write_shard(ctx: Worker, data: DataConfig, shard: Shard) -> None:
     def pass_over(name: str, reason: str) -> None:
         skipped.append([name, reason])
         if len(skipped) > data.max_undecodable:
-            refuse_image(name, reason)
+            raise_undecodable(name, reason)
 
-    records = open_source(data).read(shard.split, shard.start, shard.stop, pass_over)
+    records = open_source(data).read_records(shard.split, shard.start, shard.stop, pass_over)
     shard.write(records, skipped=skipped)
 
 
@@ -88,7 +88,7 @@ def _group_by_split(shards: list[ShardFacts]) -> dict[str, list[ShardFacts]]:
 def _report_skipped(skipped: list[list[str]], allowed: int) -> None:
     if len(skipped) > allowed:
         name, reason = skipped[allowed]
-        refuse_image(
+        raise_undecodable(
             f"{name}, one of {len(skipped)} broken images where data.max_undecodable={allowed},", reason
         )
     for name, reason in skipped:

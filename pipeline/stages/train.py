@@ -253,12 +253,12 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
     forward = ctx.wrap_network(state.net)
     if config.compile:
         forward = cast(nn.Module, torch.compile(forward))
-    _settle(forward, images.batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
+    _settle(forward, images.read_batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
 
     def step() -> Tensors:
         for ahead in range(images.lookahead):
             images.prefetch(order.list_indices(state.step + ahead, config.batch_size, rows))
-        x_0, labels = images.batch(order.list_indices(state.step, config.batch_size, rows))
+        x_0, labels = images.read_batch(order.list_indices(state.step, config.batch_size, rows))
         return train_step(
             state, diffusion, x_0, rows,
             config=config, seed=experiment.seed, forward=forward,

@@ -1,7 +1,6 @@
-"""Studies: many trials of one sweep file, run through Ray Tune, resumed by the same command.
+"""Studies: the trials of a sweep file, run by Ray Tune; the same command again goes on.
 
-`definition` reads the file, `points` draws its space and finds the run of each point. `study` is the driver:
-`ledger` remembers how trials ended, `resources` says how many run at once, `tuning` is the door to Ray Tune, `work`
-what a trial's process does, `recorder` is told what becomes of it, `leaderboard` what comes out. `reproduce` scales
-the paper's tables to what one has.
+`definition` reads the file, `points` draws its space and makes the trials. `study` is the driver: `trial_states` are
+kept in a file, `shares` divides the cluster, `tuning` calls Ray Tune, `trial` runs the stages of one, `recorder` tells
+the server and the console, `leaderboard` ranks. `reproduction` scales the paper's tables to a budget.
 """

@@ -1,4 +1,4 @@
-"""A sweep file: which experiments, over which values of their keys, how many at once, ranked by what."""
+"""The sweep file: experiments, values of their keys, trials at once, ranking, early stopping."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ Values = dict[str, Value]
 
 
 @dataclass(frozen=True)
-class Draw:
-    """How points are taken from the space: every combination (grid), every value of one key with the first ones of
-    all others (one_at_a_time), or `points` of them, at random or by a Sobol sequence, which fills the space evenly.
-    A larger number of points begins with the same points."""
+class PointDesign:
+    """The way in which points are taken from the space.
+
+    Every combination (grid), every value of one key with the first values of the others (one_at_a_time), or `points`
+    points, at random or by a Sobol sequence, which fills the space evenly; more points begin with the same points.
+    """
 
     method: Literal["grid", "one_at_a_time", "random", "sobol"] = "grid"
     points: CountOrNull = None
@@ -31,8 +33,8 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Rank:
-    """The metric that orders the leaderboard. mode: which end is better; null = as the metric has it."""
+class RankingSettings:
+    """Metric and direction of the leaderboard. mode: null = the direction of the metric."""
 
     metric: str = "fid"
     mode: Literal["min", "max"] | None = None
@@ -40,15 +42,18 @@ class Rank:
 
 @dataclass(frozen=True)
 class EarlyStop:
-    """Asynchronous successive halving (ASHA): at `first` steps, and at every `factor` times as many, a trial
-    goes on if its NLL bound on `nll_images` test images is among the best 1/factor so far. Null: never."""
+    """Settings of early stopping by asynchronous successive halving (ASHA).
+
+    At `first` steps, and at every `factor` times as many, a trial goes on if its NLL bound on `nll_images` test images
+    is among the best 1/factor so far. first: null = no trial is stopped.
+    """
 
     first: CountOrNull = None
     factor: Annotated[int, Range(ge=2)] = 3
     nll_images: Count = 32
 
     def list_rungs(self, steps: int) -> list[int]:
-        """Return the steps at which a trial of so many steps is judged."""
+        """Return the steps at which a trial of `steps` steps is compared."""
         rungs, rung = [], self.first or steps
         while rung < steps:
             rungs.append(rung)
@@ -57,23 +62,23 @@ class EarlyStop:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """No trial is started after `hours` of one command, and none beyond the first `trials`. Null: no limit."""
+class Budget:
+    """Limits of a study: hours of one command, after which no trial starts, and trials; null = none."""
 
     hours: Annotated[float | None, Range(gt=0)] = None
     trials: CountOrNull = None
 
 
 @dataclass(frozen=True)
-class Interval:
-    """Values from `low` to `high`, whole numbers where both are."""
+class ValueRange:
+    """Values from `low` to `high`; integers if both ends are."""
 
     low: int | float
     high: int | float
     scale: Literal["linear", "log"] = "linear"
 
-    def map_unit(self, u: float) -> int | float:
-        """Return the value at u in [0, 1), of six digits."""
+    def pick(self, u: float) -> int | float:
+        """Return the value at share u in [0, 1), rounded to six digits."""
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         low, high = self.low, self.high + 1 if whole else self.high
         if self.scale == "linear":
@@ -87,25 +92,30 @@ class Interval:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """Everything in a sweep file but its space and overrides. seeds: of each point, () = the experiment's own;
-    concurrent: trials at once, null = as many as fit."""
+    """Sections of a sweep file with fixed keys.
+
+    seeds: of each point, () = the experiment's own; concurrent: trials at once, null = as many as fit.
+    """
 
     name: str
     experiments: tuple[str, ...]
     seeds: tuple[int, ...] = ()
     concurrent: CountOrNull = None
-    draw: Draw = field(default_factory=Draw)
-    rank: Rank = field(default_factory=Rank)
+    draw: PointDesign = field(default_factory=PointDesign)
+    rank: RankingSettings = field(default_factory=RankingSettings)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
-    budget: Limits = field(default_factory=Limits)
+    budget: Budget = field(default_factory=Budget)
 
 
 @dataclass(frozen=True)
 class Sweep(SweepSettings):
-    """A sweep. space: key -> the values it takes, or an Interval; overrides: key -> the value it has in all trials;
-    note: what a reader has to know before any number."""
+    """Content of a sweep file.
 
-    space: dict[str, list[Value] | Interval] = field(default_factory=dict)
+    space: key -> the values it takes, or an ValueRange; overrides: key -> the value it has in all trials;
+    note: a sentence for readers, shown before any number.
+    """
+
+    space: dict[str, list[Value] | ValueRange] = field(default_factory=dict)
     overrides: Values = field(default_factory=dict)
     note: str = ""
 
@@ -116,8 +126,8 @@ class Sweep(SweepSettings):
         return replace(metric, larger_is_better=mode == "max") if mode else metric
 
     @property
-    def size(self) -> int:
-        """The number of trials, without building them."""
+    def count(self) -> int:
+        """Number of trials."""
         lengths = [len(values) for values in self.space.values() if isinstance(values, list)]
         counts = {"grid": math.prod(lengths), "one_at_a_time": 1 + sum(lengths) - len(lengths)}
         drawn = counts.get(self.draw.method, self.draw.points or 0)
@@ -125,7 +135,7 @@ class Sweep(SweepSettings):
         return min(count, self.budget.trials or count)
 
     def find_problems(self) -> Problems:
-        """Find the faults that show only when several values are seen together."""
+        """Return the problems of values that contradict each other."""
         draw, method = self.draw, self.draw.method
         lists = method in ("grid", "one_at_a_time")  # their values decide how many points there are
         empty = not self.space and (not lists or (len(self.experiments) == 1 and not self.seeds))
@@ -149,7 +159,7 @@ class Sweep(SweepSettings):
             reserved = "cannot be swept: trials are named by their values, and seeds have a key"
             faults.append((key in ("name", "seed"), where, reserved))
             faults.append((key in self.overrides, where, "is overridden too; say one of the two"))
-            if isinstance(values, Interval):
+            if isinstance(values, ValueRange):
                 low, high, remedy = values.low, values.high, "list values, or draw.method=sobol"
                 logarithm = values.scale == "log" and low <= 0
                 faults += [
@@ -164,7 +174,7 @@ class Sweep(SweepSettings):
 
 
 def load_sweep(name: str, overrides: list[str]) -> Sweep:
-    """Read a file of conf/sweep/, apply `overrides` (without their `sweep.`) and check it.
+    """Load a sweep file, apply `overrides` (without their `sweep.`) and check it.
 
     Raises ConfigError with every fault that the file alone shows.
     """
@@ -189,16 +199,16 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     return sweep
 
 
-def _read_space(tree: Tree) -> tuple[dict[str, list[Value] | Interval], Faults]:
-    """Return the values that each key of the space takes, and its faults."""
-    space: dict[str, list[Value] | Interval] = {}
+def _read_space(tree: Tree) -> tuple[dict[str, list[Value] | ValueRange], Faults]:
+    """Return the values of each key of the space, and the problems."""
+    space: dict[str, list[Value] | ValueRange] = {}
     faults: Faults = {}
     if not isinstance(tree, dict):
         return {}, {"space": f"is {tree!r}; it is a section of keys with their values"}
     for key, values in tree.items():
         where = f"space.{key}"
         if isinstance(values, dict):
-            found, wrong = convert_values({where: Interval}, {where: values}, complete=False)
+            found, wrong = convert_values({where: ValueRange}, {where: values}, complete=False)
             faults |= wrong
             if not wrong:
                 space[key] = found[where]

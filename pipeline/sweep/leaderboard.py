@@ -1,4 +1,4 @@
-"""The leaderboard of a study, from the files of its trials: ranked rows, for people and for the server."""
+"""The leaderboard of a study: trials ranked by the scores in their run directories."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.store.files import write_json, write_text
 from pipeline.store.log import read_progress
 from pipeline.store.run import LEADERBOARD
 from pipeline.sweep.definition import Sweep, Value, Values
-from pipeline.sweep.ledger import Ledger, State
 from pipeline.sweep.points import Trial
+from pipeline.sweep.trial_states import State, TrialStates
 
 
 @dataclass(frozen=True)
 class RankedTrial(ComparedRun):
-    """One trial, as an entry of the study's page. seconds: that its stages took."""
+    """A trial with its scores. seconds: the time of its stages."""
 
     key: str
     state: State
@@ -31,14 +31,16 @@ class RankedTrial(ComparedRun):
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Those of its own evaluation, with the last loss; none before it has finished."""
+        """Scores and last loss of the trial; empty before it is finished."""
         return super().scores if self.state == "finished" else {}
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The trials of a study, the best first, then what has no score. positions: by trial, where all that have a
-    score have a common order."""
+    """Trials of a study, the best first, then those without a score.
+
+    positions: by trial; empty where trials were scored by different protocols.
+    """
 
     sweep: Sweep
     rows: Sequence[RankedTrial]
@@ -46,8 +48,8 @@ class Leaderboard:
     positions: Mapping[str, RankedPoint]
 
     @property
-    def winner(self) -> RankedTrial | None:
-        """The first row, where there is an order."""
+    def best_trial(self) -> RankedTrial | None:
+        """The best trial, or None."""
         return self.rows[0] if self.positions else None
 
     @property
@@ -59,57 +61,59 @@ class Leaderboard:
         return [f"{row.label} failed: {row.reason}" for row in self.rows if row.state == "failed"]
 
 
-def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], ledger: Ledger) -> Leaderboard:
-    """Read what each trial has scored, and put them in order."""
+def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], states: TrialStates) -> Leaderboard:
+    """Read the scores of all trials and rank them."""
     rows = []
     for key, trial in trials.items():
-        place, record = trial.place, ledger.records[key]
+        place, record = trial.place, states.records[key]
         seconds, step = sum(place.read_stage_seconds().values()), read_progress(place)[0]
         identity = (trial.label, place, trial.swept, key)
         rows.append(RankedTrial(*identity, record.state, record.reason, step, seconds))
     groups = rank_runs(rows, sweep.metric)
     ranked = {row.key: (row, position) for group in groups for row, position in group.ranked}
     ordered = [row for row, _ in ranked.values()] + [row for row in rows if row.key not in ranked]
-    positions = {key: at for key, (_, at) in ranked.items()} if len(groups) == 1 else {}
+    positions = {key: position for key, (_, position) in ranked.items()} if len(groups) == 1 else {}
     return Leaderboard(sweep, ordered, groups, positions)
 
 
-def list_cells(board: Leaderboard, write: Callable[[float, int], Value] = round) -> list[Values]:
-    """Return a mapping for each row, all with the same headings. `write` makes a cell of a score and its digits: by
-    default a number, so that a column can be sorted."""
-    by = board.sweep.metric
-    columns = [metric for metric in METRICS.values() if metric in HEADLINE or metric.name == by.name]
-    columns = [metric for metric in columns if any(metric.name in row.scores for row in board.rows)]
+def make_rows(board: Leaderboard, write: Callable[[float, int], Value] = round) -> list[Values]:
+    """Return the leaderboard as rows {heading: cell}.
+
+    `write` makes a cell of a score and its digits: by default a number, so that a column can be sorted.
+    """
+    metric = board.sweep.metric
+    columns = [entry for entry in METRICS.values() if entry in HEADLINE or entry.name == metric.name]
+    columns = [entry for entry in columns if any(entry.name in row.scores for row in board.rows)]
     has_seeds = any(group.has_several_seeds for group in board.groups)
     table = []
     for row in board.rows:
         at = board.positions.get(row.key)
-        rank, mean, spread = (at.rank, at.mean, at.spread) if at else (None, None, None)
-        scores = {metric.title: (row.scores.get(metric.name), metric.digits) for metric in columns}
+        scores = {entry.title: (row.scores.get(entry.name), entry.digits) for entry in columns}
         if has_seeds:
-            scores[f"{by.title}, mean of seeds"] = mean, by.digits
-            scores["std"] = spread, by.digits
-        cells: Values = {"rank": rank, **row.swept}
-        cells |= {
+            scores[f"{metric.title}, mean of seeds"] = at.mean if at else None, metric.digits
+            scores["std"] = at.spread if at else None, metric.digits
+        written = {
             key: None if value is None else write(value, digits) for key, (value, digits) in scores.items()
         }
-        cells["steps"] = row.step
-        cells["time"] = format_duration(row.seconds) if row.seconds else None
-        cells["state"] = row.reason if row.state == "stopped" else row.state
-        table.append(cells)
+        ends: Values = {
+            "steps": row.step,
+            "time": format_duration(row.seconds) if row.seconds else None,
+            "state": row.reason if row.state == "stopped" else row.state,
+        }
+        table.append({"rank": at.rank if at else None, **row.swept, **written, **ends})
     return table
 
 
-def _list_cells(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows for people: nothing for None, as many digits in each row of a column."""
-    table = list_cells(board, lambda value, digits: f"{value:.{digits}f}")
+def _format_rows(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows as text."""
+    table = make_rows(board, lambda value, digits: f"{value:.{digits}f}")
     rows = [["" if value is None else str(value) for value in cells.values()] for cells in table]
     return list(table[0]) if table else [], rows
 
 
 def format_markdown(board: Leaderboard) -> str:
-    """Say who won, then the table, how the scores came about, what failed."""
-    headings, rows = _list_cells(board)
+    """Return the leaderboard as Markdown: the best trial, the table, the protocol, the failures."""
+    headings, rows = _format_rows(board)
     lines = [f"**{board.headline}**", "", *([board.sweep.note, ""] if board.sweep.note else [])]
     for row in [headings, ["---"] * len(headings), *rows] if rows else []:
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
@@ -118,8 +122,8 @@ def format_markdown(board: Leaderboard) -> str:
 
 
 def describe_protocol(board: Leaderboard) -> str:
-    """Say how the scores come about; those of one study differ in nothing that is not swept."""
-    protocol = board.winner.protocol if board.winner else {}
+    """Return a sentence on the protocol of the best trial; the others differ only in swept values."""
+    protocol = board.best_trial.protocol if board.best_trial else {}
     parts = []
     if "n" in protocol:
         parts.append(f"{protocol['n']:,} samples, {protocol['weights']} weights, {protocol['steps']} steps")
@@ -132,30 +136,27 @@ def describe_protocol(board: Leaderboard) -> str:
 
 
 def format_text(board: Leaderboard) -> str:
-    """Return the table for a terminal."""
-    headings, rows = _list_cells(board)
+    """Return the leaderboard as a table for a terminal."""
+    headings, rows = _format_rows(board)
     short = [heading.rpartition(".")[2] for heading in headings]
     return format_table(short, rows, f"{board.sweep.name}: {board.headline}")
 
 
-def write(board: Leaderboard, folder: Path) -> None:
+def write_leaderboard(board: Leaderboard, folder: Path) -> None:
     """Write leaderboard.json and leaderboard.md into the study's folder."""
-    by, winner = board.sweep.metric, board.winner
+    metric, winner, trials = board.sweep.metric, board.best_trial, []
+    for row in board.rows:
+        position = board.positions.get(row.key)
+        facts = {"trial": row.key, "label": row.label, "rank": position.rank if position else None}
+        names = ("swept", "state", "reason", "step", "scores", "seconds")
+        trials.append({**facts, **{name: getattr(row, name) for name in names}, "run": row.place.name})
     content = {
-        "metric": by.name,
-        "larger_is_better": by.larger_is_better,
+        "metric": metric.name,
+        "larger_is_better": metric.larger_is_better,
         "protocol": describe_protocol(board),
         "note": board.sweep.note,
         "best": asdict(board.positions[winner.key]) if winner else None,
-        "trials": [
-            {
-                "trial": row.key, "label": row.label, "rank": at.rank if at else None, "swept": row.swept,
-                "state": row.state, "reason": row.reason, "step": row.step, "scores": row.scores,
-                "seconds": row.seconds, "run": row.place.name,
-            }
-            for row in board.rows
-            for at in [board.positions.get(row.key)]
-        ],
-    }  # fmt: skip
+        "trials": trials,
+    }
     write_json(folder / LEADERBOARD, content)
     write_text(folder / "leaderboard.md", format_markdown(board))

@@ -1,4 +1,4 @@
-"""The points of a sweep: drawn from its space, each an experiment, and a trial with a run directory."""
+"""The points of a sweep, and their trials."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import describe_objective, format_values
 from pipeline.store import keys
 from pipeline.store.run import Place, find_runs
-from pipeline.sweep.definition import Interval, Sweep, Values
+from pipeline.sweep.definition import Sweep, ValueRange, Values
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One point of the space. swept: key -> value of the keys that differ, in the order of the file."""
+    """One combination of swept values (key -> value, in the order of the file), with its experiment."""
 
     label: str
     swept: Values
     experiment: Experiment
 
     @property
-    def values_outside_run_key(self) -> Values:
-        """The swept values that make no other run, only other samples or scores of it."""
+    def unhashed_values(self) -> Values:
+        """Swept values that are not part of the run key: they make other samples or scores of one run."""
         inside = flatten(keys.collect_run_settings(self.experiment, whole=True))
         rest = {key: value for key, value in self.swept.items() if key not in inside}
         return {k: value for k, value in rest.items() if k.partition(".")[0] not in ("data", "experiment")}
@@ -48,8 +48,8 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
     faults: dict[str, None] = {}  # a set that keeps its order
     experiments: list[Values] = [{"experiment": name} for name in sweep.experiments]
     seeds: list[Values] = [{"seed": seed} for seed in sweep.seeds] or [{}]
-    parts = (experiments if len(experiments) > 1 else [{}], _draw_values(sweep), seeds)
-    for combination in itertools.islice(itertools.product(*parts), sweep.size):
+    parts = (experiments if len(experiments) > 1 else [{}], _yield_space_values(sweep), seeds)
+    for combination in itertools.islice(itertools.product(*parts), sweep.count):
         swept = dict(itertools.chain.from_iterable(part.items() for part in combination))
         own = {key: value for key, value in swept.items() if key != "experiment"}
         name = str(swept.get("experiment", sweep.experiments[0]))
@@ -58,14 +58,14 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
             points.append(SweepPoint(format_values(swept), swept, experiment))
         except ConfigError as error:
             faults |= dict.fromkeys(error.problems)
-    faults |= dict.fromkeys(_find_contradictions(sweep, points))
+    faults |= dict.fromkeys(_find_point_problems(sweep, points))
     if faults:
         raise ConfigError(list(faults))
     return points
 
 
-def list_relative_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
-    """Return the paths of a valid sweep that depend on the folder or the person, as 'data.path=images', each once."""
+def list_sweep_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
+    """Return the relative and user-specific paths of a valid sweep, as 'data.path=images', each once."""
     common = format_overrides(sweep.overrides) + overrides
     return list(
         dict.fromkeys(path for name in sweep.experiments for path in find_relative_paths(name, common))
@@ -77,8 +77,8 @@ def format_overrides(values: Values) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def _draw_values(sweep: Sweep) -> Iterator[Values]:
-    """Yield the values of the space at each point, as `sweep.draw` says."""
+def _yield_space_values(sweep: Sweep) -> Iterator[Values]:
+    """Yield the values of the space at each point."""
     draw, space = sweep.draw, sweep.space
     lists = {key: values for key, values in space.items() if isinstance(values, list)}
     if draw.method == "grid":
@@ -90,7 +90,7 @@ def _draw_values(sweep: Sweep) -> Iterator[Values]:
         seen = set()
         for row in _draw_unit_cube(draw.method, draw.points or 0, len(space), draw.seed):
             point: Values = {
-                key: values.map_unit(u) if isinstance(values, Interval) else values[int(u * len(values))]
+                key: values.pick(u) if isinstance(values, ValueRange) else values[int(u * len(values))]
                 for (key, values), u in zip(space.items(), row, strict=True)
             }
             if (text := json.dumps(point)) not in seen:  # lists have few values, and two draws may meet
@@ -99,7 +99,7 @@ def _draw_values(sweep: Sweep) -> Iterator[Values]:
 
 
 def _draw_unit_cube(method: str, count: int, dimensions: int, seed: int) -> list[list[float]]:
-    """Return the first points of a sequence in [0, 1)^dimensions: more of them begin with the same."""
+    """Return `count` points in [0, 1)^dimensions; a longer list begins with the shorter one."""
     if method == "random":
         import numpy as np
 
@@ -110,8 +110,8 @@ def _draw_unit_cube(method: str, count: int, dimensions: int, seed: int) -> list
     return engine.draw(count, dtype=torch.float64).clamp(max=1 - 1e-9).tolist()
 
 
-def _find_contradictions(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
-    """Say why the trials cannot be ranked, or stopped, as the sweep says."""
+def _find_point_problems(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
+    """Return the reasons why these points cannot be ranked or stopped early."""
     metric, first = sweep.metric, sweep.early_stop.first
     experiments = [point.experiment for point in points]
     objectives = {json.dumps(describe_objective(experiment)) for experiment in experiments}
@@ -135,7 +135,7 @@ def _find_contradictions(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
 
 @dataclass(frozen=True)
 class Trial:
-    """A point with its run. key: its name in files: the run key and a hash of the swept values outside it."""
+    """A point with its place. key: the run key, and a hash of the swept values outside it."""
 
     key: str
     label: str
@@ -143,8 +143,8 @@ class Trial:
     place: Place
 
 
-def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
-    """Find the run of each point. Raises ConfigError where two points would be the same trial."""
+def make_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
+    """Return the trial of each point. Raises ConfigError if two points are the same trial."""
     trials: dict[str, Trial] = {}
     known: dict[DataConfig, Place] = {}  # reading a source's fingerprint can take a while
     runs = [path.name for path in find_runs(root)]
@@ -159,7 +159,7 @@ def locate_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
         if names and place.name not in names:  # made under another experiment's name: the same numbers
             experiment = replace(point.experiment, name=min(names).removesuffix(f"-{run_key}"))
             place = replace(place, experiment=experiment)
-        other = point.values_outside_run_key
+        other = point.unhashed_values
         key = f"{run_key}-{keys.hash_content(other)}" if other else run_key
         if key in trials:
             faults.append(f"'{point.label}' and '{trials[key].label}' are the same trial; leave one out")

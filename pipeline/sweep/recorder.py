@@ -1,4 +1,4 @@
-"""What becomes of the trials while they run: noted in the ledger, mirrored to MLflow, ranked, said."""
+"""Records starts and ends of trials: state file, MLflow, leaderboard, console."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from pipeline.store.files import write_text
 from pipeline.store.log import read_progress
 from pipeline.sweep import leaderboard
 from pipeline.sweep.definition import Sweep
-from pipeline.sweep.ledger import Ledger, State
 from pipeline.sweep.points import Trial
+from pipeline.sweep.trial_states import State, TrialStates
 
 AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
 LONGEST = 300  # characters of a reason; libraries can be wordy
@@ -25,12 +25,12 @@ STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # on the server; anything
 
 
 @dataclass
-class Recorder:
-    """Told of every start and end, it keeps the study's folder and the tracking server at `uri` up to date."""
+class StudyRecorder:
+    """Records the progress of a study in its folder and in MLflow at `uri`."""
 
     sweep: Sweep
     trials: dict[str, Trial]
-    ledger: Ledger
+    states: TrialStates
     folder: Path
     uri: str
     interrupted: Callable[[], bool]
@@ -42,63 +42,58 @@ class Recorder:
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
 
-    def open(self) -> None:
-        """Let the parent run; put right what a killed driver left on the server, and deliver what it owed."""
+    def start(self) -> None:
+        """Start the study's MLflow run, and send what earlier commands did not."""
         write_text(self.folder / "sweep.yaml", config.to_yaml(self.sweep))
         self.parent.start(self.folder / "sweep.yaml", self.trials)
         for key in self.trials:
-            state = self.ledger.records[key].state
+            state = self.states.records[key].state
             if state == "new":
                 continue
             # The server may not have all of it: its driver was killed, or it was made elsewhere.
-            mirror = self._mirror(key, state)
+            mirror = self._make_mirror(key, state)
             mirror.status = status = STATUS.get(state, "KILLED")
             if not mirror.is_done:
                 mirror.start()
                 mirror.stop(status)
 
-    def should_stop(self) -> bool:
-        """Tell whether no further trial is to be started."""
+    def may_start_trial(self) -> bool:
+        """Return whether another trial may be started."""
         hours = self.sweep.budget.hours
-        spent = hours is not None and time.monotonic() - self.began > 3600 * hours
-        return spent or self.interrupted()
+        return not self.interrupted() and (hours is None or time.monotonic() - self.began <= 3600 * hours)
 
     def start_trial(self, key: str) -> None:
-        self.ledger.record_state(key, "running")
-        self.mirrors[key] = self._mirror(key, "running")
+        self.states.set_state(key, "running")
+        self.mirrors[key] = self._make_mirror(key, "running")
         self.mirrors[key].start()
         print_line(f"{self.trials[key].label}: started")
 
     def end_trial(self, key: str, error: str | None) -> None:
-        """Note how a trial ended: its files say how, `error` only why."""
-        trial, mirror = self.trials[key], self.mirrors.pop(key)
-        state, reason = self._find_end(trial, error)
-        self.ledger.record_state(key, state, reason)
+        """Record the end of a trial; its files decide the state, `error` is the reason of a failure."""
+        trial, mirror, record = self.trials[key], self.mirrors.pop(key), self.states.records[key]
+        state: State = "failed"
+        reason = error or "it ended before its work was done"
+        if not list_unfinished_stages(trial.place, "report"):
+            state, reason = "finished", ""
+        elif record.state == "stopped":
+            state, reason = "stopped", record.reason
+        elif error is None and self.interrupted():
+            state, reason = "interrupted", ""
+        else:
+            reason = textwrap.shorten(reason, LONGEST, placeholder=" ...")
+        self.states.set_state(key, state, reason)
         mirror.tags |= {tracking.STATE_TAG: state, **({"sweep.reason": reason} if reason else {})}
         mirror.stop(STATUS.get(state, "KILLED"))
-        self.publish()
-        row = next(row for row in self.leaderboard.rows if row.key == key)
-        end = {
-            "finished": f"finished in {format_duration(row.seconds)}: {format_headline(row.scores)}",
-            "failed": f"failed: {reason}",
-        }
-        print_line(f"{trial.label}: {end.get(state, reason or state)}")
+        self.update_leaderboard()
+        end = f"failed: {reason}" if state == "failed" else reason or state
+        if state == "finished":
+            row = next(row for row in self.leaderboard.rows if row.key == key)
+            end = f"finished in {format_duration(row.seconds)}: {format_headline(row.scores)}"
+        print_line(f"{trial.label}: {end}")
 
-    def _find_end(self, trial: Trial, error: str | None) -> tuple[State, str]:
-        """Return the state and the reason of a trial that runs no more."""
-        if not list_unfinished_stages(trial.place, "report"):
-            return "finished", ""
-        record = self.ledger.records[trial.key]
-        if record.state == "stopped":
-            return "stopped", record.reason
-        if error is None and self.interrupted():
-            return "interrupted", ""
-        reason = error or "it ended before its work was done"
-        return "failed", textwrap.shorten(reason, LONGEST, placeholder=" ...")
-
-    def _mirror(self, key: str, state: State) -> tracking.Mirror:
+    def _make_mirror(self, key: str, state: State) -> tracking.Mirror:
         trial = self.trials[key]
-        # as the experiment has them: 0 is 0.0 where a number is meant, as in every other trial
+        # Written as the experiment has them, so that 0 is 0.0 in every trial.
         values = config.flatten(config.to_dict(trial.place.experiment))
         swept = {name: str(values.get(name, value)) for name, value in trial.swept.items()}
         identity = {tracking.TRIAL_TAG: key, "sweep": self.sweep.name}
@@ -108,37 +103,33 @@ class Recorder:
             tags[tracking.PARENT_TAG] = self.parent.run_id
         return tracking.Mirror(self.uri, self.sweep.name, trial.place, tags, print_line, child)
 
-    def publish(self) -> None:
-        """Write the leaderboard as it is now, into the study's folder and to the server."""
-        self.leaderboard = board = leaderboard.rank_trials(self.sweep, self.trials, self.ledger)
-        leaderboard.write(board, self.folder)
+    def update_leaderboard(self) -> None:
+        """Write the leaderboard and send it to MLflow."""
+        self.leaderboard = board = leaderboard.rank_trials(self.sweep, self.trials, self.states)
+        leaderboard.write_leaderboard(board, self.folder)
         tags: dict[str, str] = {}
         scores: dict[str, float] = {}
-        if best := board.winner:
+        if best := board.best_trial:
             metric = self.sweep.rank.metric
             tags = {"best_trial": best.label, "best_run": best.place.name}
             tags |= {f"best.{key}": str(value) for key, value in best.swept.items()}
             scores = {f"best/{metric}": best.scores[metric]}
-        rungs = {key: self.ledger.records[key].rungs for key in self.trials}
-        table, note = leaderboard.list_cells(board), leaderboard.format_markdown(board)
+        rungs = {key: self.states.records[key].rungs for key in self.trials}
+        table, note = leaderboard.make_rows(board), leaderboard.format_markdown(board)
         self.parent.send_leaderboard(table, note, tags, scores, rungs)
 
-    def close(self, status: str) -> None:
-        """Write leaderboard and report, and say the last word to the server, however the study ended."""
+    def finish(self, status: str) -> None:
+        """Write leaderboard and report; set the final status in MLflow."""
         from pipeline.report import comparison
 
-        self.publish()
-        rows = [row for row in self.leaderboard.rows if row.scores]
+        self.update_leaderboard()
         sweep, report = self.sweep, self.folder / "report"
-        if rows:
+        if rows := [row for row in self.leaderboard.rows if row.scores]:
             comparison.write_comparison(rows, report, sweep.name, sweep.metric, sweep.note)
         self.parent.finish(status, report)
 
-    def count_done(self) -> int:
-        return sum(self.ledger.is_done(key) for key in self.trials)
-
     def describe_progress(self) -> str:
-        """Say of each trial that runs which stage it is in, told from its files; of training the step."""
+        """Return the stage of each running trial, and the step of training, as one line."""
         notes = []
         for key in list(self.mirrors):
             trial = self.trials[key]

@@ -1,4 +1,4 @@
-"""The driver of a study: what is to do, who does it, and the same again after an interruption."""
+"""The driver of a study."""
 
 from __future__ import annotations
 
@@ -24,75 +24,70 @@ from pipeline.store.files import lock_folder
 from pipeline.store.run import REPORT_HTML, STOP, locate_study
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
-from pipeline.sweep.ledger import Ledger
-from pipeline.sweep.points import SweepPoint, locate_trials
-from pipeline.sweep.recorder import Recorder
-from pipeline.sweep.resources import Nodes, Share, list_local_nodes, share_cluster
-from pipeline.sweep.work import Task, explain_error, run_trial
+from pipeline.sweep.points import SweepPoint, make_trials
+from pipeline.sweep.recorder import StudyRecorder
+from pipeline.sweep.shares import divide_cluster, list_local_nodes
+from pipeline.sweep.trial import TrialWork, explain_error, run_trial
+from pipeline.sweep.trial_states import TrialStates
 
 if TYPE_CHECKING:
-    from pipeline.sweep.tuning import RungScheduler
+    from pipeline.sweep.tuning import EarlyStopScheduler
 
 
 class Study:
-    """A sweep over a storage root. The driver alone writes the study's folder and talks to MLflow; trials write run
-    directories."""
+    """Runs the trials of a sweep; only this driver writes the study's folder and MLflow."""
 
     def __init__(self, sweep: Sweep, points: list[SweepPoint], cluster: ClusterConfig):
         self.sweep, self.cluster = sweep, cluster
         self.root = find.prepare_storage_root(cluster)
         self.folder = locate_study(self.root, sweep.name)
-        self.trials = {trial.key: trial for trial in locate_trials(points, self.root)}
-        self.ledger = Ledger(self.folder, sweep.early_stop, self.trials.values())
+        self.trials = {trial.key: trial for trial in make_trials(points, self.root)}
+        self.states = TrialStates(self.folder, sweep.early_stop, self.trials.values())
         self.interrupt = StopSignals(self.folder / STOP)
 
-    def _list_pending(self) -> list[str]:
-        """Return the keys of the trials that are to do."""
-        return [key for key in self.trials if not self.ledger.is_done(key)]
+    def _list_unfinished_trials(self) -> list[str]:
+        """List the keys of the trials that are not done."""
+        return [key for key in self.trials if not self.states.is_done(key)]
 
     def describe_plan(self) -> str:
-        """List trials, resources and the time left; start nothing and write nothing."""
-        todo = len(self._list_pending())
+        """Return trials, resources and time left as text; start nothing and write nothing."""
+        sweep, cluster, todo = self.sweep, self.cluster, len(self._list_unfinished_trials())
         slots, resources = 1, "this process, one trial after the other"
-        if self.cluster.workers != 0 and self.cluster.ray_address is None:
-            share = self._share(list_local_nodes())
+        if cluster.workers != 0 and cluster.ray_address is None:
+            share = divide_cluster(cluster, list_local_nodes(), todo, sweep.concurrent)
             slots, resources = share.slots, str(share)
-        elif self.cluster.workers != 0:  # a cluster that runs elsewhere is not asked
-            slots = self.sweep.concurrent or 1
-            resources = f"as many trials at a time as {self.cluster.ray_address} has room for"
-        board = rank_trials(self.sweep, self.trials, self.ledger)
+        elif cluster.workers != 0:  # a cluster that runs elsewhere is not asked
+            slots = sweep.concurrent or 1
+            resources = f"as many trials at a time as {cluster.ray_address} has room for"
+        board = rank_trials(sweep, self.trials, self.states)
         took = [row.seconds for row in board.rows if row.state == "finished" and row.seconds]
         left = "unknown until a trial has finished"
         if took:
             seconds = math.ceil(todo / slots) * sum(took) / len(took)
             left = f"about {format_duration(seconds)}, from what finished trials took"
-        lines = [f"{self.sweep.name}: {len(self.trials)} trials, {todo} to do"]
-        lines += [self.sweep.note] if self.sweep.note else []
-        lines += [
-            f"  {self.ledger.records[key].state:<12} {trial.label}" for key, trial in self.trials.items()
-        ]
+        lines = [f"{sweep.name}: {len(self.trials)} trials, {todo} to do", *filter(None, [sweep.note])]
+        lines += [f"  {self.states.records[key].state:<12} {self.trials[key].label}" for key in self.trials]
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
 
-    def _share(self, nodes: Nodes) -> Share:
-        return share_cluster(self.cluster, nodes, max(1, len(self._list_pending())), self.sweep.concurrent)
-
     def run(self) -> Leaderboard:
-        """Bring every trial up to date and rank them. A trial that fails raises nothing. Raises StopRequest,
-        PipelineError."""
-        uri = self.cluster.tracking_uri or tracking.find_default_uri(self.root)
-        if self.cluster.tracking_uri:
+        """Run all unfinished trials and rank them; a failed trial does not stop the others.
+
+        Raises StopRequest, PipelineError.
+        """
+        sweep, cluster = self.sweep, self.cluster
+        uri = cluster.tracking_uri or tracking.find_default_uri(self.root)
+        if cluster.tracking_uri:
             tracking.check_server(uri)
         with lock_folder(self.folder):
             self.interrupt.stop_file.unlink(missing_ok=True)
-            self.ledger = Ledger(self.folder, self.sweep.early_stop, self.trials.values())
-            self.recorder = Recorder(
-                self.sweep, self.trials, self.ledger, self.folder, uri, self.interrupt.is_requested
-            )
-            todo, total = self._list_pending(), len(self.trials)
-            print_line(f"{self.sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
-            if self.sweep.note:
-                print_line(self.sweep.note)
-            self.recorder.open()
+            self.states = states = TrialStates(self.folder, sweep.early_stop, self.trials.values())
+            asked = self.interrupt.is_requested
+            self.recorder = StudyRecorder(sweep, self.trials, states, self.folder, uri, asked)
+            todo, total = self._list_unfinished_trials(), len(self.trials)
+            print_line(f"{sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
+            if sweep.note:
+                print_line(sweep.note)
+            self.recorder.start()
             status = "KILLED"
             try:
                 if todo:
@@ -102,51 +97,59 @@ class Study:
                 status = "FAILED"
                 raise
             finally:
-                self.recorder.close(status)
+                self.recorder.finish(status)
                 shutil.rmtree(self.folder / "ray", ignore_errors=True)
         return self.recorder.leaderboard
 
     def _run_trials(self, todo: list[str]) -> None:
-        recorder = self.recorder
+        """Run the trials `todo`, in this process or in Ray."""
+        recorder, name, stop = self.recorder, self.sweep.name, self.sweep.early_stop
+        stop_file, scheduler = self.interrupt.stop_file, None
         with self.interrupt, ExitStack() as stack:
             executor = stages.start_executor(self.cluster, self.interrupt, stack)
             try:
-                stop_file, stop = self.interrupt.stop_file, self.sweep.early_stop
-                places = {key: self.trials[key].place for key in self._prepare(executor, todo)}
-                tasks = {key: Task(place, self.cluster, stop_file, stop) for key, place in places.items()}
-                judge = self._find_judge()
+                places = {key: self.trials[key].place for key in self._prepare_shared_data(executor, todo)}
+                tasks = {
+                    key: TrialWork(place, self.cluster, stop_file, stop) for key, place in places.items()
+                }
+                if stop.first:
+                    from pipeline.sweep.tuning import EarlyStopScheduler
+
+                    scheduler = EarlyStopScheduler(stop, self.trials, self.states)
+
+                def count_done() -> int:
+                    return len(self.trials) - len(self._list_unfinished_trials())
+
                 with (
-                    show_progress(
-                        self.sweep.name, len(self.trials), "trials", recorder.count_done()
-                    ) as shown,
-                    poll_during(lambda: shown.update(recorder.count_done(), recorder.describe_progress())),
+                    show_progress(name, len(self.trials), "trials", count_done()) as bar,
+                    poll_during(lambda: bar.update(count_done(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, LocalExecutor):
-                        self._run_in_process(tasks, executor, judge)
+                        self._run_locally(tasks, executor, scheduler)
                     elif tasks:
-                        from pipeline.sweep.tuning import run_tasks
+                        from pipeline.sweep.tuning import run_trials
 
                         executor.pool.end()  # what was prepared for all; each trial has a pool of its own
-                        share = self._share(executor.list_nodes())
-                        print_line(f"{self.sweep.name}: {share}")
-                        run_tasks(tasks, share, recorder, judge, self.folder / "ray")
+                        pending, concurrent = len(self._list_unfinished_trials()), self.sweep.concurrent
+                        share = divide_cluster(self.cluster, executor.list_nodes(), pending, concurrent)
+                        print_line(f"{name}: {share}")
+                        run_trials(tasks, share, recorder, scheduler, self.folder / "ray")
             finally:
                 for key in list(recorder.mirrors):  # this driver is on its way out, and they with it
                     recorder.end_trial(key, None)
             if self.interrupt.is_requested():
                 raise StopRequest
 
-    def _prepare(self, executor: Executor, todo: list[str]) -> list[str]:
-        """Make what trials share before they would all make it; return those that can go on from there."""
+    def _prepare_shared_data(self, executor: Executor, todo: list[str]) -> list[str]:
+        """Make the shards and statistics that trials share; return the trials without errors."""
+        interrupted = self.interrupt.is_requested
         sharded: set[Path] = set()
         able = []
         for key in todo:
             place = self.trials[key].place
             try:
                 if place.data not in sharded:
-                    stages.run_trial_stages(
-                        executor, self.interrupt.is_requested, self.cluster, place, "shard"
-                    )
+                    stages.run_trial_stages(executor, interrupted, self.cluster, place, "shard")
                 evaluate.STAGE.check_before_training(place)
                 sharded.add(place.data)
                 if evaluate.needs_samples(place.experiment) and (units := list_preparations(place)):
@@ -157,43 +160,33 @@ class Study:
             except PipelineError as error:
                 self.recorder.start_trial(key)
                 self.recorder.end_trial(key, explain_error(error))
-            if self.interrupt.is_requested():
+            if interrupted():
                 raise StopRequest
         return able
 
-    def _find_judge(self) -> RungScheduler | None:
-        """Return who stops trials early; None where nobody does."""
-        if not self.sweep.early_stop.first:
-            return None
-        from pipeline.sweep.tuning import RungScheduler
-
-        return RungScheduler(self.sweep.early_stop, self.trials, self.ledger)
-
-    def _run_in_process(
-        self, tasks: dict[str, Task], executor: LocalExecutor, judge: RungScheduler | None
+    def _run_locally(
+        self, tasks: dict[str, TrialWork], executor: LocalExecutor, scheduler: EarlyStopScheduler | None
     ) -> None:
-        """Do without Ray the same work, with the same judge."""
+        """Run the trials one after the other, without Ray."""
         for key, task in tasks.items():
-            if self.recorder.should_stop():
+            if not self.recorder.may_start_trial():
                 return
             self.recorder.start_trial(key)
-            should_continue = partial(judge.judge, key) if judge else lambda step, bound: True
-            self.recorder.end_trial(key, run_trial(task, executor, should_continue))
+            decide = partial(scheduler.should_continue, key) if scheduler else lambda step, bound: True
+            self.recorder.end_trial(key, run_trial(task, executor, decide))
 
-    # What the command ends with
-
-    def describe_unfinished(self) -> str:
-        """Say what the budget did not allow; nothing where it sufficed."""
-        states = [self.ledger.records[key].state for key in self.trials]
+    def describe_unstarted_trials(self) -> str:
+        """Return a line on the trials that the budget did not allow, or an empty text."""
+        states = [self.states.records[key].state for key in self.trials]
         left, hours = states.count("new") + states.count("interrupted"), self.sweep.budget.hours
         if not left or hours is None:
             return ""
         return f"budget.hours={hours:g} is spent, {left} trials are left; the same command goes on"
 
     def list_links(self) -> list[tuple[str, str]]:
-        """Return (what, where) of everything that a person may want to look at."""
+        """Return name and address of leaderboard, MLflow pages and report."""
         by, report = self.sweep.metric, self.folder / "report" / REPORT_HTML
         metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
         links = self.recorder.parent.list_links(metric, by.larger_is_better)
-        places = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
-        return [*places, ("report", str(report))] if report.exists() else places
+        found = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
+        return [*found, ("report", str(report))] if report.exists() else found

@@ -1,8 +1,8 @@
-"""Ray Tune: which trial comes next, how many at once, and which of them is stopped early.
+"""Runs the trials of a study by Ray Tune, with early stopping.
 
-A trial is a function of no CPU that runs the stages against the Ray session it lives in; its training workers
-and tasks ask for the CPUs and GPUs. So the number of trials at once is what keeps them from waiting for each
-other (`pipeline.sweep.resources`).
+A trial is a function that holds no CPU and runs the stages in the Ray session of its process; its training workers
+and tasks ask for CPUs and GPUs. The number of trials at once keeps them from waiting for each other
+(`pipeline.sweep.shares`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from pipeline.compute.resources import Resources
 from pipeline.compute.session import RaySession
 from pipeline.errors import PipelineError
 from pipeline.sweep.definition import EarlyStop
-from pipeline.sweep.ledger import Ledger
 from pipeline.sweep.points import Trial
-from pipeline.sweep.recorder import Recorder
-from pipeline.sweep.resources import Share
-from pipeline.sweep.work import Task, explain_error, run_trial
+from pipeline.sweep.recorder import StudyRecorder
+from pipeline.sweep.shares import TrialSlots
+from pipeline.sweep.trial import TrialWork, explain_error, run_trial
+from pipeline.sweep.trial_states import TrialStates
 
 BOUND, STEP = "nll_bpd", "step"
 QUIET = {
@@ -39,70 +39,68 @@ QUIET = {
 }
 
 
-class RungScheduler(ASHAScheduler):
-    """ASHA over the bounds that trials report at their rungs, which the ledger keeps.
+class EarlyStopScheduler(ASHAScheduler):
+    """ASHA on the bounds that trials report at their rungs, kept in the state file.
 
-    It begins with the rungs of trials that have ended before, so a resumed study judges as an uninterrupted one
-    would.
+    It begins with the rungs of trials that are done, so a resumed study stops the same trials.
     """
 
-    def __init__(self, stop: EarlyStop, trials: Mapping[str, Trial], ledger: Ledger):
+    def __init__(self, stop: EarlyStop, trials: Mapping[str, Trial], states: TrialStates):
         steps = max(trial.place.experiment.train.steps for trial in trials.values())
         super().__init__(
             STEP, BOUND, "min", max_t=steps, grace_period=stop.first or steps,
             reduction_factor=stop.factor, stop_last_trials=False,
         )  # fmt: skip
-        self.ledger = ledger
-        for key in filter(ledger.is_done, trials):
-            for step, bound, _ in ledger.records[key].rungs:
-                self.judge(key, step, bound)
+        self.states = states
+        for key in filter(states.is_done, trials):
+            for step, bound, _ in states.records[key].rungs:
+                self.should_continue(key, step, bound)
 
-    def judge(self, key: str, step: int, bound: float) -> bool:
-        """Tell whether a trial that Tune does not run is worth going on."""
+    def should_continue(self, key: str, step: int, bound: float) -> bool:
+        """Return whether a trial may continue after this rung; for trials that Tune does not run."""
         trial = SimpleNamespace(trial_id=key, config={"trial": key})
-        return self._judge(trial, {STEP: step, BOUND: bound}) != TrialScheduler.STOP
+        return self._judge_trial(trial, {STEP: step, BOUND: bound}) != TrialScheduler.STOP
 
-    def _judge(self, trial, result, controller=None):
+    def _judge_trial(self, trial, result, controller=None):
         self.on_trial_add(controller, trial)
         return self.on_trial_result(controller, trial, result)
 
     def on_trial_result(self, tune_controller, trial, result):
         action, key = super().on_trial_result(tune_controller, trial, result), trial.config["trial"]
-        if BOUND in result and not self.ledger.is_done(key):
-            self.ledger.record_rung(key, result[STEP], result[BOUND])
+        if BOUND in result and not self.states.is_done(key):
+            self.states.add_rung(key, result[STEP], result[BOUND])
             if action == TrialScheduler.STOP:  # nothing else would say why it ended
-                self.ledger.record_state(key, "stopped", f"stopped early at {result[STEP]} steps")
+                self.states.set_state(key, "stopped", f"stopped early at {result[STEP]} steps")
         return action
 
 
-class _Unpickled:
-    """Tune pickles what it could be restored from; a study is resumed from its files instead."""
+class _StatelessMixin:
+    """Mixin that gives Tune nothing to pickle: a study resumes from its own files."""
 
     def __getstate__(self):
         return {}
 
 
-class _TrialQueue(_Unpickled, Searcher):
-    """Gives out the trials one by one, until no further one is to be started."""
+class _TrialQueue(_StatelessMixin, Searcher):
+    """Gives Tune the trials in order, while the study may start one."""
 
-    def __init__(self, keys: list[str], should_stop: Callable[[], bool]):
+    def __init__(self, keys: list[str], may_start_trial: Callable[[], bool]):
         super().__init__()
-        self.keys, self.should_stop = list(reversed(keys)), should_stop
+        self.keys, self.may_start_trial = list(reversed(keys)), may_start_trial
 
     def suggest(self, trial_id):
-        return {"trial": self.keys.pop()} if self.keys and not self.should_stop() else Searcher.FINISHED
+        return {"trial": self.keys.pop()} if self.keys and self.may_start_trial() else Searcher.FINISHED
 
     def _ignore(self, *arguments, **options):
-        """Do nothing: the run directories remember."""
+        """Do nothing: the state is in the run directories."""
 
     on_trial_complete = save = restore = _ignore
 
 
-class _TrialObserver(_Unpickled, TrialProgressCallback):
-    """Passes on to the recorder what Tune notices, and stands where Tune's own printer would. A trial that fails
-    says why in its last result."""
+class _TuneCallback(_StatelessMixin, TrialProgressCallback):
+    """Reports starts and ends of trials to the recorder, in the place of Tune's own printer."""
 
-    def __init__(self, recorder: Recorder, tasks: dict[str, Task]):
+    def __init__(self, recorder: StudyRecorder, tasks: dict[str, TrialWork]):
         super().__init__()
         self.recorder, self.tasks = recorder, tasks
 
@@ -123,21 +121,25 @@ class _TrialObserver(_Unpickled, TrialProgressCallback):
         self.recorder.end_trial(key, error)
 
 
-def run_tasks(
-    tasks: dict[str, Task], share: Share, recorder: Recorder, scheduler: RungScheduler | None, folder: Path
+def run_trials(
+    tasks: dict[str, TrialWork],
+    share: TrialSlots,
+    recorder: StudyRecorder,
+    scheduler: EarlyStopScheduler | None,
+    folder: Path,
 ) -> None:
-    """Run them all, so many at once, in the Ray session of this process; return when all have ended."""
+    """Run the trials by Tune in this Ray session; return when all have ended."""
     os.environ.update(QUIET)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what happens
     shutil.rmtree(folder, ignore_errors=True)
-    # Tune wants to reserve something, and CPUs belong to the workers: a byte.
+    # Tune wants to reserve something, and CPUs belong to the workers: it gets a byte.
     trainable = tune.with_resources(
-        tune.with_parameters(_run_task, tasks=tasks, resources=share.resources), {"cpu": 0, "memory": 1}
+        tune.with_parameters(_run_trial, tasks=tasks, resources=share.resources), {"cpu": 0, "memory": 1}
     )
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_TrialQueue(list(tasks), recorder.should_stop),
+            search_alg=_TrialQueue(list(tasks), recorder.may_start_trial),
             scheduler=scheduler,
             num_samples=len(tasks),
             max_concurrent_trials=share.slots,
@@ -147,7 +149,7 @@ def run_tasks(
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_TrialObserver(recorder, tasks)],
+            callbacks=[_TuneCallback(recorder, tasks)],
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )
@@ -156,10 +158,12 @@ def run_tasks(
         raise PipelineError(f"Ray Tune gave up: {explain_error(error)}; the same command goes on") from error
 
 
-def _run_task(given: dict[str, str], tasks: dict[str, Task], resources: Resources) -> dict[str, str] | None:
-    """Run a trial in Tune's process for it. Tune ends it while it waits in `report`, when nothing is under way."""
+def _run_trial(
+    given: dict[str, str], tasks: dict[str, TrialWork], resources: Resources
+) -> dict[str, str] | None:
+    """Run one trial in its process, called by Tune, which may end it inside `report`."""
     task = tasks[given["trial"]]
-    with RaySession.open_share(task.cluster, resources, task.interrupted) as session:
+    with RaySession.open_share(task.cluster, resources, task.should_stop) as session:
 
         def report(step: int, bound: float) -> bool:
             session.pool.end()  # before Tune may end this process

@@ -1,4 +1,4 @@
-"""Sources of images: one class for each `data.source`, all read in the same way.
+"""Image sources: one class for each value of `data.source`.
 
 A new source is a class with the members of `ImageSource` and a line in `SOURCES`.
 """
@@ -12,35 +12,35 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.cifar10 import RemoteCifar10, open_cifar10
-from pipeline.data.sources.digits import Digits
-from pipeline.data.sources.folder import Folder
-from pipeline.data.sources.lmdb import Lmdb
-from pipeline.data.sources.npy import Npy
-from pipeline.data.sources.parquet import Parquet
-from pipeline.data.sources.raw_image import DecodeError, make_record
-from pipeline.data.sources.source import ImageSource, split_images, stamp_files
+from pipeline.data.sources.base import ImageSource, hash_file_stats, split_images
+from pipeline.data.sources.cifar10 import Cifar10Download, open_cifar10
+from pipeline.data.sources.digits import DigitsSource
+from pipeline.data.sources.folder import FolderSource
+from pipeline.data.sources.lmdb import LmdbSource
+from pipeline.data.sources.npy import NpySource
+from pipeline.data.sources.parquet import ParquetSource
+from pipeline.data.sources.raw_image import DecodeError, convert_to_record
 from pipeline.errors import PipelineError
 from pipeline.store.files import read_json, write_json
 from pipeline.store.tars import Record
 
 SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
     "cifar10": open_cifar10,
-    "digits": Digits,
-    "folder": Folder,
-    "lmdb": Lmdb,
-    "npy": Npy,
-    "parquet": Parquet,
+    "digits": DigitsSource,
+    "folder": FolderSource,
+    "lmdb": LmdbSource,
+    "npy": NpySource,
+    "parquet": ParquetSource,
 }
 
 
-def refuse_image(name: str, reason: str) -> None:
-    """Raise PipelineError: what becomes of an image that does not decode, unless the caller says otherwise."""
+def raise_undecodable(name: str, reason: str) -> None:
+    """Raise PipelineError for an image that cannot be decoded (the default handler)."""
     raise PipelineError(f"{name} does not decode ({reason}); repair it, or raise data.max_undecodable")
 
 
 class SourceReader:
-    """Reads a source as the splits and the records that `data` asks for."""
+    """Reads a source as splits of records, as `data` sets them."""
 
     def __init__(self, data: DataConfig):
         self.data, self.source = data, SOURCES[data.source](data)
@@ -51,57 +51,57 @@ class SourceReader:
 
     @property
     def splits(self) -> dict[str, int]:
-        """Number of images of each split, those that do not decode included."""
+        """Number of images by split, undecodable ones included."""
         return {split: len(indices) for split, (_, indices) in self._indices.items()}
 
-    def read(
-        self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = refuse_image
+    def read_records(
+        self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = raise_undecodable
     ) -> Iterator[Record]:
-        """Yield images [start, stop) of a split, each under a key made of its split and index.
+        """Yield the records of images [start, stop) of a split.
 
-        PNG bytes that fit already are passed through. `undecodable(name, reason)` is told of each image
-        that does not decode; where it returns, the image is left out. Raises PipelineError naming an
-        image whose size, channels or label do not fit the configuration.
+        PNG bytes that fit already stay as they are. `undecodable(name, reason)` is called for each image that cannot
+        be decoded; where it returns, the image is left out. Raises PipelineError naming an image whose size, channels
+        or label do not fit `data`.
         """
         part, indices = self._indices[split]
-        for index, raw in enumerate(self.source.read(part, indices[start:stop]), start):
+        for index, raw in enumerate(self.source.read_images(part, indices[start:stop]), start):
             try:
-                yield make_record(f"{split}-{index:08d}", raw, self.data)
+                yield convert_to_record(f"{split}-{index:08d}", raw, self.data)
             except DecodeError as error:
                 undecodable(raw.name, str(error))
 
 
 @lru_cache(maxsize=1)
 def open_source(data: DataConfig) -> SourceReader:
-    """Open the images that `data` describes; once per process."""
+    """Return the reader of the source that `data` names; cached per process."""
     return SourceReader(data)
 
 
-def fetch_images(data: DataConfig, downloads: Path) -> DataConfig:
-    """Return `data` with an absolute path, fetched into `downloads` if need be: what a worker elsewhere can open."""
+def download_source(data: DataConfig, downloads: Path) -> DataConfig:
+    """Return `data` with an absolute path, after downloading the images into `downloads` if needed."""
     if data.path is not None:
         return dataclasses.replace(data, path=str(Path(data.path).expanduser().resolve()))
     source = SOURCES[data.source](data)
-    if isinstance(source, RemoteCifar10):
+    if isinstance(source, Cifar10Download):
         return dataclasses.replace(data, path=str(source.download(downloads)))
     return data
 
 
 def compute_fingerprint(data: DataConfig, cache: Path | None) -> str:
-    """Return the sha256 of the content of the images' files and their names below data.path, wherever that lies.
+    """Return the sha256 over the names and contents of the image files; where data.path lies does not matter.
 
-    A file's content is read once: `cache` (a JSON file) remembers the result as long as paths, sizes and
-    modification times stay. Raises PipelineError where images are missing or broken.
+    `cache` (a JSON file) holds the result while paths, sizes and modification times stay. Raises PipelineError where
+    images are missing or broken.
     """
     reader = SourceReader(data)
     place = f"{data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
-    stamp = stamp_files(reader.source.files)
+    stamp = hash_file_stats(reader.source.files)
     known: dict[str, dict[str, str]] = {}
     with suppress(PipelineError):  # a broken cache holds nothing
         known = read_json(cache) if cache and cache.exists() else {}
     if known.get(place, {}).get("stamp") == stamp:
         return known[place]["content"]
-    content = reader.source.digest()
+    content = reader.source.compute_fingerprint()
     if not reader.splits.get("train"):
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")
     if cache:

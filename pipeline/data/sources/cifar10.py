@@ -2,7 +2,7 @@
 
 `data.path` is a folder with the Hugging Face parquet files, the official `cifar-10-python.tar.gz`, or its
 unpacked `cifar-10-batches-py`; null = the official archive is downloaded. The parquet files hold the images
-in another order, so they have another fingerprint; the official forms share one.
+in another order and have another fingerprint; the official forms share one.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.parquet import Parquet
+from pipeline.data.sources.base import ArraySource, ImageSource
+from pipeline.data.sources.parquet import ParquetSource
 from pipeline.data.sources.raw_image import RawImage
-from pipeline.data.sources.source import ArraySource, ImageSource
 from pipeline.errors import PipelineError
 from pipeline.store.files import write_atomically
 
@@ -38,7 +38,7 @@ BATCHES = {  # md5 of each, as they are in the official archive
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-ADMITTED = {  # what the pickles of the batches may ask for
+ALLOWED = {  # names that the pickles may load
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
     ("numpy", "ndarray"),
@@ -51,39 +51,40 @@ log = logging.getLogger(__name__)
 
 def open_cifar10(data: DataConfig) -> ImageSource:
     if data.path is None:
-        return RemoteCifar10()
+        return Cifar10Download()
     root = Path(data.path)
     if not root.exists():
         raise PipelineError(f"{root} does not exist; set data.path to CIFAR-10, or to null to download it")
     for place in (root / UNPACKED, root / ARCHIVE):
         if place.exists():
-            return Batches(place)
-    return Batches(root) if root.is_file() or (root / "data_batch_1").exists() else Parquet(data)
+            return Cifar10Files(place)
+    return Cifar10Files(root) if root.is_file() or (root / "data_batch_1").exists() else ParquetSource(data)
 
 
 def _hash_batches(md5: dict[str, str]) -> str:
+    """Return the fingerprint from the md5 of each batch."""
     return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
 
 
-class RemoteCifar10(ImageSource):
-    """The official archive before it is here. What it holds is known by its md5, so it has a fingerprint."""
+class Cifar10Download(ImageSource):
+    """CIFAR-10 before its archive is downloaded; the fingerprint follows from the known md5."""
 
     def __init__(self) -> None:
         self.files, self.root = [], Path()
 
-    def digest(self) -> str:
+    def compute_fingerprint(self) -> str:
         return _hash_batches(BATCHES)
 
-    def count(self) -> dict[str, int]:
+    def count_images(self) -> dict[str, int]:
         return {"train": 50_000, "test": 10_000}
 
-    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         raise PipelineError("CIFAR-10 is not downloaded yet; run the shard stage, or set data.path")
 
     def download(self, folder: Path) -> Path:
-        """Fetch the official archive into `folder`, unless it is there; compare its md5 either way."""
+        """Download the archive into `folder` unless it is there, and verify its md5."""
         archive = folder / ARCHIVE
-        if archive.exists() and _md5(archive) == ARCHIVE_MD5:
+        if archive.exists() and _compute_md5(archive) == ARCHIVE_MD5:
             return archive
         log.warning("downloading %s (170 MB) to %s", ADDRESS, archive)
         with write_atomically(archive) as temporary:
@@ -95,42 +96,42 @@ class RemoteCifar10(ImageSource):
                     f"{ADDRESS} cannot be downloaded ({error}); fetch it elsewhere and set data.path to the file, "
                     "or to a folder with CIFAR-10's parquet files"
                 ) from error
-            if (found := _md5(temporary)) != ARCHIVE_MD5:
+            if (found := _compute_md5(temporary)) != ARCHIVE_MD5:
                 raise PipelineError(
                     f"{ADDRESS} came with md5 {found}, not {ARCHIVE_MD5}; run the command again"
                 )
         return archive
 
 
-def _md5(path: Path) -> str:
+def _compute_md5(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-class Batches(ArraySource):
-    """The official python batches, from the archive or unpacked. Held in memory once read (184 MB)."""
+class Cifar10Files(ArraySource):
+    """CIFAR-10's python files, in the archive or unpacked; kept in memory after reading (184 MB)."""
 
     def __init__(self, root: Path):
         self.root = root
         self.files = [root] if root.is_file() else [root / name for name in BATCHES if (root / name).exists()]
 
-    def digest(self) -> str:
-        return _hash_batches({name: hashlib.md5(content).hexdigest() for name, content in self._contents()})
+    def compute_fingerprint(self) -> str:
+        return _hash_batches({name: hashlib.md5(content).hexdigest() for name, content in self._read_files()})
 
     @cached_property
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        batches = {name: _parse(content, f"{self.root} {name}") for name, content in self._contents()}
+        batches = {name: _parse(content, f"{self.root} {name}") for name, content in self._read_files()}
         test = batches.pop("test_batch")
         train = [batches[name] for name in sorted(batches)]
         images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
         return {"train": (images, labels), "test": test}
 
-    def _contents(self) -> Iterator[tuple[str, bytes]]:
+    def _read_files(self) -> Iterator[tuple[str, bytes]]:
         """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
         missing = set(BATCHES)
         try:
             unpacked = ((file.name, file.read_bytes()) for file in self.files)
-            for name, content in _unpack(self.root) if self.root.is_file() else unpacked:
+            for name, content in _read_archive(self.root) if self.root.is_file() else unpacked:
                 missing.discard(name)
                 yield name, content
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -139,7 +140,7 @@ class Batches(ArraySource):
             raise PipelineError(f"{self.root} lacks {min(missing)}; {REMEDY}")
 
 
-def _unpack(archive: Path) -> Iterator[tuple[str, bytes]]:
+def _read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(archive, "r|*") as tar:
         for member in tar:
             name, content = Path(member.name).name, tar.extractfile(member)
@@ -148,10 +149,10 @@ def _unpack(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays, byte strings and plain containers; anything else is refused by name."""
+    """Unpickler that allows only NumPy arrays, bytes and plain containers."""
 
     def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in ADMITTED:
+        if (module, name) not in ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of images needs")
         # NumPy 2 moved numpy.core and warns at its old name.
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.source import ArraySource, shuffle
+from pipeline.data.sources.base import ArraySource, make_fixed_permutation
 from pipeline.errors import PipelineError
 from pipeline.store.files import hash_file
 
@@ -17,9 +17,12 @@ TEST_PER_CLASS = 36
 LEVELS = 16
 
 
-class Digits(ArraySource):
-    """Grey level v = 0..16 becomes round(v * 255 / 16). The first 36 of each class in a fixed shuffle are the
-    test part (360), the others the train part (1,437); both keep the order of the set."""
+class DigitsSource(ArraySource):
+    """scikit-learn's digits; 36 images of each class are the test split (360), the others are for training (1,437).
+
+    Grey level v = 0..16 becomes round(v * 255 / 16). The test images are the first in a fixed permutation; both splits
+    keep the order of the set.
+    """
 
     def __init__(self, data: DataConfig):
         spec = importlib.util.find_spec("sklearn")  # does not import it: a fingerprint takes milliseconds
@@ -30,7 +33,7 @@ class Digits(ArraySource):
         if not self.root.is_file():
             raise PipelineError(f"{self.root} is missing from scikit-learn; reinstall scikit-learn")
 
-    def digest(self) -> str:
+    def compute_fingerprint(self) -> str:
         return hash_file(self.root)
 
     @cached_property
@@ -39,7 +42,7 @@ class Digits(ArraySource):
 
         digits = load_digits()
         images, labels = np.rint(digits.images * 255 / LEVELS).astype(np.uint8)[..., None], digits.target
-        order = shuffle(len(labels))
+        order = make_fixed_permutation(len(labels))
         firsts = np.concatenate([order[labels[order] == digit][:TEST_PER_CLASS] for digit in range(10)])
         test = np.isin(np.arange(len(labels)), firsts)
         return {"train": (images[~test], labels[~test]), "test": (images[test], labels[test])}

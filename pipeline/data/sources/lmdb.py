@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.sources.base import ImageSource
 from pipeline.data.sources.raw_image import RawImage
-from pipeline.data.sources.source import ImageSource
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 TRAIN, VAL, CONTENT = "train_lmdb", "val_lmdb", "data.mdb"
 
 
-class Lmdb(ImageSource):
-    """Images in the order of their keys. The keys (40 bytes each in LSUN) are held in memory once read."""
+class LmdbSource(ImageSource):
+    """Images in the order of their keys; the keys stay in memory (40 bytes each in LSUN)."""
 
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
@@ -39,19 +39,19 @@ class Lmdb(ImageSource):
         # The names of LSUN's folders tell its splits apart; any other folder is a place.
         self.root = folder.parent if folder.name.endswith(TRAIN) else folder
 
-    def count(self) -> dict[str, int]:
-        return {part: _open(file).stat()["entries"] for part, file in self._parts.items()}
+    def count_images(self) -> dict[str, int]:
+        return {part: _open_database(file).stat()["entries"] for part, file in self._parts.items()}
 
-    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         file = self._parts[part]
-        keys = _list_keys(file)
-        with _open(file).begin() as transaction:
+        keys = _list_image_keys(file)
+        with _open_database(file).begin() as transaction:
             for key in (keys[i] for i in indices):
                 yield RawImage(f"{file} key {key!r}", transaction.get(key) or b"", None)
 
 
 def _find_databases(root: Path) -> dict[str, Path]:
-    """Return the file of the database of each part."""
+    """Return the database file of each part."""
     if root.is_file():
         return {"train": root}
     inside = (root / CONTENT).is_file()
@@ -67,7 +67,7 @@ def _find_databases(root: Path) -> dict[str, Path]:
 
 
 @cache
-def _open(file: Path) -> lmdb.Environment:
+def _open_database(file: Path) -> lmdb.Environment:
     """Open the database: once for a process, since LMDB refuses to open a file twice."""
     import lmdb
 
@@ -83,6 +83,6 @@ def _open(file: Path) -> lmdb.Environment:
 
 
 @cache
-def _list_keys(file: Path) -> list[bytes]:
-    with _open(file).begin() as transaction:
+def _list_image_keys(file: Path) -> list[bytes]:
+    with _open_database(file).begin() as transaction:
         return list(transaction.cursor().iternext(keys=True, values=False))

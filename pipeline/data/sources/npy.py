@@ -16,12 +16,12 @@ from zipfile import BadZipFile
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.source import ArraySource
+from pipeline.data.sources.base import ArraySource
 from pipeline.errors import PipelineError
 
 
-class Npy(ArraySource):
-    """ArraySource, read in place. Without `test_images.npy`, data.test_images are held out by a fixed shuffle."""
+class NpySource(ArraySource):
+    """NumPy files, memory-mapped. Without test_images.npy, data.test_images images are the test split."""
 
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
@@ -57,7 +57,7 @@ def _find_labels(images: Path) -> Path:
     return file
 
 
-def _load(file: Path) -> np.ndarray:
+def _load_array(file: Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, BadZipFile) as error:
@@ -69,7 +69,7 @@ def _load(file: Path) -> np.ndarray:
 
 def _load_images(file: Path) -> np.ndarray:
     """Return uint8 (N,H,W,C), mapped from the file."""
-    images = _load(file)
+    images = _load_array(file)
     images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
         raise PipelineError(
@@ -80,7 +80,7 @@ def _load_images(file: Path) -> np.ndarray:
 
 def _load_labels(file: Path) -> np.ndarray:
     """Return the classes, integers (N,)."""
-    labels = np.asarray(_load(file))
+    labels = np.asarray(_load_array(file))
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim == 2 and np.all((labels == 0) | (labels == 1)) and np.all(labels.sum(axis=1) == 1):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
+from pipeline.data.sources.base import ImageSource
 from pipeline.data.sources.raw_image import RawImage
-from pipeline.data.sources.source import ImageSource
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
@@ -28,33 +28,33 @@ if TYPE_CHECKING:
 LABEL = "label"
 
 
-class Parquet(ImageSource):
-    """Rows in the order of the files, so that a range of them lies in few row groups."""
+class ParquetSource(ImageSource):
+    """Rows of parquet files, in the order of the files: a range of them lies in few row groups."""
 
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
         root, self._labelled = Path(data.path), data.labels > 0
         self.root = root.parent if root.is_file() else root
-        self._parts = {"train": [root]} if root.is_file() else _find_parts(root)
+        self._parts = {"train": [root]} if root.is_file() else _find_split_files(root)
         if "train" not in self._parts:
             raise PipelineError(f"{root} holds no train-*.parquet; set data.path to the folder that does")
         self.files = [file for files in self._parts.values() for file in files]
 
-    def count(self) -> dict[str, int]:
+    def count_images(self) -> dict[str, int]:
         parts = self._parts.items()
-        return {part: sum(_open(file).metadata.num_rows for file in files) for part, files in parts}
+        return {part: sum(_open_file(file).metadata.num_rows for file in files) for part, files in parts}
 
-    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         first = 0
         for file in self._parts[part]:
-            opened = _open(file)
+            opened = _open_file(file)
             count = opened.metadata.num_rows
             yield from self._read_rows(file, opened, _select_rows(indices, first, count))
             first += count
 
     def _read_rows(self, file: Path, opened: parquet.ParquetFile, rows: np.ndarray) -> Iterator[RawImage]:
-        """Yield the images of these ascending rows of a file, reading only the row groups that hold them."""
-        column = _find_images(opened.schema_arrow, file)
+        """Yield the images of `rows`, in ascending order, of one file; read only their row groups."""
+        column = _find_image_column(opened.schema_arrow, file)
         if self._labelled and LABEL not in opened.schema_arrow.names:
             known = ", ".join(opened.schema_arrow.names)
             raise PipelineError(f"{file} has no column '{LABEL}', only {known}; set data.labels=0")
@@ -75,7 +75,7 @@ class Parquet(ImageSource):
             first += count
 
 
-def _find_parts(root: Path) -> dict[str, list[Path]]:
+def _find_split_files(root: Path) -> dict[str, list[Path]]:
     files = sorted(root.rglob("*.parquet"))
 
     def find(prefix: str) -> list[Path]:
@@ -87,11 +87,11 @@ def _find_parts(root: Path) -> dict[str, list[Path]]:
 
 
 def _select_rows(rows: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Return those of the rows that lie in [first, first + count), counted from `first`."""
+    """Return the rows in [first, first + count), counted from `first`."""
     return rows[(rows >= first) & (rows < first + count)] - first
 
 
-def _find_images(schema: pyarrow.Schema, file: Path) -> str:
+def _find_image_column(schema: pyarrow.Schema, file: Path) -> str:
     """Return the name of the one column that can hold images."""
     from pyarrow import types
 
@@ -104,7 +104,7 @@ def _find_images(schema: pyarrow.Schema, file: Path) -> str:
     return columns[0]
 
 
-def _open(file: Path) -> parquet.ParquetFile:
+def _open_file(file: Path) -> parquet.ParquetFile:
     from pyarrow import parquet
 
     with _explain_arrow_errors(file):
@@ -113,7 +113,7 @@ def _open(file: Path) -> parquet.ParquetFile:
 
 @contextmanager
 def _explain_arrow_errors(file: Path) -> Iterator[None]:
-    """Say which file an error of Arrow is about."""
+    """Raise Arrow's errors as PipelineError with the file's name."""
     import pyarrow
 
     try:

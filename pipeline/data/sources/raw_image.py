@@ -1,4 +1,4 @@
-"""From an image as its source holds it to the PNG of a shard: decoded, converted, cropped, or refused by name."""
+"""Converts an image of a source to a record of a shard."""
 
 import io
 from functools import cache
@@ -15,7 +15,7 @@ MODES = {1: "L", 3: "RGB"}
 
 
 class RawImage(NamedTuple):
-    """An image as its source holds it: encoded bytes, or uint8 (H,W,C). `name` is what an error calls it."""
+    """An image of a source: encoded bytes, or uint8 (H,W,C); `name` is used in messages."""
 
     name: str
     image: bytes | np.ndarray
@@ -23,19 +23,22 @@ class RawImage(NamedTuple):
 
 
 class DecodeError(Exception):
-    """The bytes are no whole image."""
+    """The bytes are not a complete image."""
 
 
 @cache
-def list_formats() -> dict[str, str]:
-    """Map the extensions of all that Pillow reads by itself to formats (PostScript would start Ghostscript)."""
+def list_image_extensions() -> dict[str, str]:
+    """Return the format of each file extension that Pillow reads without Ghostscript."""
     extensions = Image.registered_extensions()
     return {extension: name for extension, name in extensions.items() if name in Image.OPEN and name != "EPS"}
 
 
-def make_record(key: str, raw: RawImage, data: DataConfig) -> Record:
-    """Make of the image what `data` wants. Raises DecodeError, or PipelineError where it does not fit `data`."""
-    return Record(key, _to_png(raw, data), _check_label(raw, data.labels) if data.labels else None)
+def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
+    """Convert an image to a record of the size, channels and label that `data` sets.
+
+    Raises DecodeError, or PipelineError where the image does not fit.
+    """
+    return Record(key, _convert_to_png(raw, data), _check_label(raw, data.labels) if data.labels else None)
 
 
 def _check_label(raw: RawImage, classes: int) -> int:
@@ -50,14 +53,14 @@ def _check_label(raw: RawImage, classes: int) -> int:
     return int(raw.label)
 
 
-def _to_png(raw: RawImage, data: DataConfig) -> bytes:
+def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
     size, mode = (data.image_size, data.image_size), MODES[data.channels]
     if isinstance(raw.image, bytes):
         image = _decode(raw.image)
         fits = image.format == "PNG" and image.mode == mode and image.size == size
         if fits and not image.info.get("exif"):
             return raw.image
-        image = _convert(ImageOps.exif_transpose(image), mode)
+        image = _convert_mode(ImageOps.exif_transpose(image), mode)
     else:
         channels = raw.image.shape[2]
         if channels != data.channels:
@@ -80,7 +83,7 @@ def _to_png(raw: RawImage, data: DataConfig) -> bytes:
 
 
 def _decode(encoded: bytes) -> Image.Image:
-    formats = tuple(dict.fromkeys(("PNG", "JPEG", *list_formats().values())))  # tried in this order
+    formats = tuple(dict.fromkeys(("PNG", "JPEG", *list_image_extensions().values())))  # tried in this order
     try:
         image = Image.open(io.BytesIO(encoded), formats=formats)
         if image.format == "PNG":  # decoding does not compare the checksums of PNG's chunks, verify() does
@@ -93,7 +96,7 @@ def _decode(encoded: bytes) -> Image.Image:
     return image
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
+def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):

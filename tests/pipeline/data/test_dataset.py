@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.compute.units import Worker
-from pipeline.data.dataset import MemoryDataset, TarDataset, open_dataset
+from pipeline.data.dataset import MemoryDataset, ShardDataset, open_dataset
 from pipeline.errors import PipelineError
 from pipeline.store import tars
 
@@ -39,7 +39,9 @@ def folder(tmp_path, request):
 def test_memory_and_tars_give_the_same_batches(folder):
     small, large = open_dataset(folder, "train", context(2**20)), open_dataset(folder, "train", context())
     assert (
-        isinstance(small, MemoryDataset) and isinstance(large, TarDataset) and len(small) == len(large) == 13
+        isinstance(small, MemoryDataset)
+        and isinstance(large, ShardDataset)
+        and len(small) == len(large) == 13
     )
     for index in (torch.randperm(13), torch.tensor([12, 0, 7, 7]), torch.tensor([6])):
         for ours, theirs in zip(small.batch(index), large.batch(index), strict=True):
@@ -49,7 +51,7 @@ def test_memory_and_tars_give_the_same_batches(folder):
 def test_the_bound_counts_the_pixels(folder):
     pixels = 13 * 3 * 9 * 9
     assert isinstance(open_dataset(folder, "train", context(pixels)), MemoryDataset)
-    assert isinstance(open_dataset(folder, "train", context(pixels - 1)), TarDataset)
+    assert isinstance(open_dataset(folder, "train", context(pixels - 1)), ShardDataset)
 
 
 def test_a_prefetched_batch_is_the_one_that_was_asked_for(folder):

@@ -18,8 +18,7 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.data import sources
-from pipeline.data.sources import cifar10
-from pipeline.data.sources import source as source_module
+from pipeline.data.sources import base, cifar10
 from pipeline.errors import PipelineError
 from pipeline.store.tars import decode_png, encode_png
 
@@ -36,7 +35,7 @@ def config(source: str, path=None, **changes) -> DataConfig:
 
 def read(data: DataConfig, split: str = "train"):
     source = sources.SourceReader(data)
-    return list(source.read(split, 0, source.splits[split]))
+    return list(source.read_records(split, 0, source.splits[split]))
 
 
 def pixels(data: DataConfig, split: str = "train") -> np.ndarray:
@@ -51,10 +50,10 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def test_shuffle_is_a_fixed_permutation():
-    assert sorted(source_module.shuffle(1000)) == list(range(1000))
+    assert sorted(base.make_fixed_permutation(1000)) == list(range(1000))
     # Golden values, from Philox4x64-10 with key 0: they must never change, or every split would.
-    assert source_module.shuffle(10).tolist() == GOLDEN_ORDER
-    assert not np.array_equal(source_module.shuffle(1000), np.arange(1000))
+    assert base.make_fixed_permutation(10).tolist() == GOLDEN_ORDER
+    assert not np.array_equal(base.make_fixed_permutation(1000), np.arange(1000))
 
 
 GOLDEN_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
@@ -116,7 +115,7 @@ def test_cifar10_parquet_is_passed_through():
         .slice(0, 3)
         .to_pylist()
     )
-    across = list(source.read("train", 24_998, 25_003))  # from the first file into the second
+    across = list(source.read_records("train", 24_998, 25_003))  # from the first file into the second
     assert [record.png for record in across[2:]] == [row["img"]["bytes"] for row in rows]
     assert [record.label for record in across[2:]] == [row["label"] for row in rows]
     assert [record.key for record in across] == [f"train-{i:08d}" for i in range(24_998, 25_003)]
@@ -126,7 +125,10 @@ def test_cifar10_parquet_is_passed_through():
 def test_cifar10_test_split_has_its_known_mean():
     data = config("cifar10", CIFAR10, image_size=32, labels=10)
     means = np.stack(
-        [decode_png(r.png).mean(axis=(1, 2)) for r in sources.SourceReader(data).read("test", 0, 10_000)]
+        [
+            decode_png(r.png).mean(axis=(1, 2))
+            for r in sources.SourceReader(data).read_records("test", 0, 10_000)
+        ]
     )
     assert np.allclose(means.mean(axis=0) / 255, [0.494214, 0.485131, 0.450409], atol=1e-6)
 
@@ -154,7 +156,11 @@ def test_parquet_ranges_join_to_the_whole(parquet_set):
     source = sources.SourceReader(config("cifar10", parquet_set, labels=10))
     assert source.splits == {"train": 10}
     for size in (1, 3, 4, 7, 10):
-        parts = [record for a in range(0, 10, size) for record in source.read("train", a, min(a + size, 10))]
+        parts = [
+            record
+            for a in range(0, 10, size)
+            for record in source.read_records("train", a, min(a + size, 10))
+        ]
         assert [record.label for record in parts] == list(range(10))
     assert np.array_equal(decode_png(parts[9].png), noise(10, 8, 8, 3)[9].transpose(2, 0, 1))
 
@@ -227,7 +233,7 @@ def test_parquet_rows_are_held_out_across_row_groups(tmp_path, place):
     assert len(test) == 5 and sorted(test + train) == list(range(25)) and train == sorted(train)
     assert [record.label for record in read(data)] == train
     source = sources.SourceReader(data)
-    parts = [record for a in range(0, 20, 3) for record in source.read("train", a, min(a + 3, 20))]
+    parts = [record for a in range(0, 20, 3) for record in source.read_records("train", a, min(a + 3, 20))]
     assert parts == read(data)
 
 
@@ -276,7 +282,7 @@ def test_lsun_splits_are_its_databases(lsun):
         assert numbers(data) == list(range(20))
         assert numbers(data, "test") == list(range(20, 25))
     source = sources.SourceReader(forms[0])
-    parts = [record for a in range(0, 20, 7) for record in source.read("train", a, min(a + 7, 20))]
+    parts = [record for a in range(0, 20, 7) for record in source.read_records("train", a, min(a + 7, 20))]
     assert parts == read(forms[0])
     first, second = (sources.compute_fingerprint(data, None) for data in forms)
     assert first == second
@@ -428,13 +434,13 @@ def test_download_checks_the_md5_and_keeps_nothing_wrong(batches, tmp_path, monk
     monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
     downloads = tmp_path / "downloads"
     with pytest.raises(PipelineError, match="came with md5"):
-        sources.fetch_images(config("cifar10"), downloads)
+        sources.download_source(config("cifar10"), downloads)
     assert not list(downloads.iterdir())
     monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
-    located = sources.fetch_images(config("cifar10", image_size=32, labels=10), downloads)
+    located = sources.download_source(config("cifar10", image_size=32, labels=10), downloads)
     assert len(read(located)) == 20
     monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/not-fetched-twice")
-    assert sources.fetch_images(config("cifar10"), downloads).path == located.path
+    assert sources.download_source(config("cifar10"), downloads).path == located.path
 
 
 def test_a_broken_download_is_fetched_again(batches, tmp_path, monkeypatch):
@@ -444,13 +450,15 @@ def test_a_broken_download_is_fetched_again(batches, tmp_path, monkeypatch):
     downloads = tmp_path / "downloads"
     downloads.mkdir()
     (downloads / served.name).write_bytes(b"half")
-    assert Path(sources.fetch_images(config("cifar10"), downloads).path).read_bytes() == served.read_bytes()
+    assert (
+        Path(sources.download_source(config("cifar10"), downloads).path).read_bytes() == served.read_bytes()
+    )
 
 
 def test_without_a_network_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(PipelineError, match=r"cannot be downloaded .*set data\.path"):
-        sources.fetch_images(config("cifar10"), tmp_path)
+        sources.download_source(config("cifar10"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -588,7 +596,9 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
         read(config("folder", tmp_path))
     told = []
     rest = list(
-        sources.SourceReader(config("folder", tmp_path)).read("train", 0, 18, lambda *args: told.append(args))
+        sources.SourceReader(config("folder", tmp_path)).read_records(
+            "train", 0, 18, lambda *args: told.append(args)
+        )
     )
     assert len(rest) == 17 and len(told) == 1
     assert len({record.key for record in rest}) == 17
@@ -620,7 +630,7 @@ def test_a_folder_without_images_is_named(tmp_path):
         sources.compute_fingerprint(config("folder", tmp_path), None)
 
 
-# ArraySource
+# Arrays
 
 
 def npy_folder(root: Path, **arrays) -> Path:
@@ -733,7 +743,7 @@ def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monk
     cache, data = tmp_path / "fingerprints.json", config("folder", made["folder"])
     first = sources.compute_fingerprint(data, cache)
     with monkeypatch.context() as patch:
-        patch.setattr(source_module, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
+        patch.setattr(base, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
         assert sources.compute_fingerprint(data, cache) == first
     file = made["folder"] / "ant" / "0.png"
     save(file, noise(8, 8, 3))
@@ -748,7 +758,7 @@ def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monk
 
 def test_relative_paths_become_absolute(made, monkeypatch):
     monkeypatch.chdir(made["npy"])
-    assert sources.fetch_images(config("npy", "."), Path("downloads")).path == str(made["npy"])
+    assert sources.download_source(config("npy", "."), Path("downloads")).path == str(made["npy"])
 
 
 def test_png_ihdr_is_what_is_passed_through(tmp_path):

@@ -17,7 +17,7 @@ from ray.job_submission import JobDetails
 from pipeline import config
 from pipeline.cli.program import main, parse
 from pipeline.errors import ConfigError
-from pipeline.jobs import client, commands, package
+from pipeline.jobs import job_commands, package, ray_client
 
 ROOT = Path(__file__).parents[3]
 HERE = "cluster.storage=/data/runs"
@@ -114,7 +114,7 @@ def test_the_address(monkeypatch, given, variables, address):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert client.resolve_address(given) == address
+    assert ray_client.resolve_address(given) == address
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:6379", "ray://head:10001"])
@@ -122,7 +122,7 @@ def test_an_address_that_is_none_for_jobs(monkeypatch, address):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match="is no web address"):
-        client.resolve_address(None)
+        ray_client.resolve_address(None)
 
 
 # What is sent
@@ -146,7 +146,7 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
     Path("conf/own.yaml").write_text("base: digits\n")
-    with package.pack(["run", "own"], "abc") as packed:
+    with package.create_package(["run", "own"], "abc") as packed:
         sent = files_of(packed.folder)
         assert packed.bytes == sum((packed.folder / name).stat().st_size for name in sent)
     code = {
@@ -168,7 +168,7 @@ def test_what_python_and_editors_leave_beside_the_code_stays_here(tmp_path, monk
             (tmp_path / code / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / code / name).touch()
     monkeypatch.setattr(package, "CODE", tmp_path)
-    with package.pack(["run"], None) as packed:
+    with package.create_package(["run"], None) as packed:
         assert files_of(packed.folder / "ddpm") == {"__init__.py", "inner/b.py"}
 
 
@@ -198,7 +198,7 @@ def test_names_and_paths_mean_there_what_they_mean_here(tmp_path, monkeypatch):
     Path("study/mine.yaml").write_text("base: beside\ntrain:\n  batch_size: 13\n")
     here = config.to_yaml(config.load_experiment("study/mine.yaml", []))
     assert "seed: 7" in here and "steps: 11" in here and "batch_size: 13" in here
-    with package.pack(["run", "study/mine.yaml"], "0123abc+") as packed:
+    with package.create_package(["run", "study/mine.yaml"], "0123abc+") as packed:
         words = shlex.split(packed.entrypoint)
         assert words[:5] == ["exec", "python", "-m", "pipeline", "run"]
         assert words[-1] == "cluster.ray_address=auto"
@@ -209,7 +209,7 @@ def test_a_cluster_by_path_travels_with_the_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("base: local\n")
     for words in (["run", "--cluster", "mine.yaml"], ["run", "--cluster=mine.yaml"]):
-        with package.pack(words, None) as packed:
+        with package.create_package(words, None) as packed:
             (name,) = (word.split("=")[-1] for word in shlex.split(packed.entrypoint) if "mine.yaml" in word)
             assert (packed.folder / name).read_text() == "base: local\n"
 
@@ -218,7 +218,10 @@ def test_what_is_too_big_for_code_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("conf").mkdir()
     Path("conf/huge.yaml").write_text("#" * (package.LIMIT + 1))
-    with pytest.raises(ConfigError, match=r"conf/huge\.yaml has 4\.0 MB"), package.pack(["run"], None):
+    with (
+        pytest.raises(ConfigError, match=r"conf/huge\.yaml has 4\.0 MB"),
+        package.create_package(["run"], None),
+    ):
         pass
 
 
@@ -287,8 +290,8 @@ def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, says, messag
 def test_another_version_that_works_is_said():
     http = server(answers("2.51.0", python="3.12.1"))
     try:
-        with client.connect(f"127.0.0.1:{http.server_port}") as cluster:
-            lines = client.check_versions(cluster)
+        with ray_client.connect_cluster(f"127.0.0.1:{http.server_port}") as cluster:
+            lines = ray_client.check_versions(cluster)
     finally:
         http.shutdown()
     assert "runs Ray 2.51.0" in lines[0] and "runs Python 3.12.1" in lines[1]
@@ -296,8 +299,8 @@ def test_another_version_that_works_is_said():
 
 def test_the_oldest_versions_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["requires-python"] == f">={client.OLDEST['Python']}"
-    assert f"ray[default,train,tune]>={client.OLDEST['Ray']}" in project["dependencies"]
+    assert project["requires-python"] == f">={ray_client.OLDEST['Python']}"
+    assert f"ray[default,train,tune]>={ray_client.OLDEST['Ray']}" in project["dependencies"]
 
 
 @pytest.mark.parametrize(
@@ -342,8 +345,8 @@ def test_a_log_that_breaks_off_comes_again_and_is_written_once(capsys, monkeypat
         def get_job_info(self, name):
             return JobDetails(type="SUBMISSION", status="SUCCEEDED", entrypoint="x")
 
-    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
-    assert client.follow_log(client.Cluster(Log(), "http://head", ""), "a").status == "SUCCEEDED"
+    monkeypatch.setattr(ray_client.time, "sleep", lambda seconds: None)
+    assert ray_client.follow_log(ray_client.JobCluster(Log(), "http://head", ""), "a").status == "SUCCEEDED"
     assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
 
 
@@ -368,8 +371,8 @@ def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
         driver_exit_code=exit_code,
         message="Oh.\nthe node died",
     )
-    assert commands.describe_end(job)[0] == code
-    assert words in commands.describe_end(job)[1]
+    assert job_commands.describe_end(job)[0] == code
+    assert words in job_commands.describe_end(job)[1]
 
 
 def test_the_table_shows_brackets_as_they_were_typed():
@@ -377,7 +380,7 @@ def test_the_table_shows_brackets_as_they_were_typed():
         type="SUBMISSION", status="RUNNING", submission_id="a", entrypoint="exec x", start_time=1000,
         metadata={"command": "ddpm run digits evaluate.metrics=[nll]"},
     )  # fmt: skip
-    assert "evaluate.metrics=[nll]" in commands.format_jobs([job])
+    assert "evaluate.metrics=[nll]" in job_commands.format_jobs([job])
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from synthetic_run import make_run, write_scores
 from pipeline import tracking
 from pipeline.drawing import charts
 from pipeline.sweep.definition import load_sweep
-from pipeline.sweep.ledger import Ledger, TrialState
 from pipeline.sweep.points import Trial
-from pipeline.sweep.recorder import Recorder
+from pipeline.sweep.recorder import StudyRecorder
+from pipeline.sweep.trial_states import TrialState, TrialStates
 
 SCORES = {"is_mean": 2.0, "nll_bpd": 3.0, "rate_bpd": 2.0, "distortion_bpd": 1.0, "rmse": 1.0}
 SPACE = "experiment: digits\nspace: {model.dropout: [0.0, 0.2]}\nseeds: [0, 1]\n"
@@ -56,9 +56,9 @@ def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
     file, folder = storage / "study.yaml", storage / "sweeps" / "study"
     file.write_text(SPACE)
     sweep = load_sweep(str(file), list(words))
-    ledger = Ledger(folder, sweep.early_stop, [])
-    ledger.records = {trial.key: TrialState("finished") for trial in trials}
-    recorder = Recorder(sweep, {trial.key: trial for trial in trials}, ledger, folder, "", lambda: False)
+    states = TrialStates(folder, sweep.early_stop, [])
+    states.records = {trial.key: TrialState("finished") for trial in trials}
+    recorder = StudyRecorder(sweep, {trial.key: trial for trial in trials}, states, folder, "", lambda: False)
     recorder.close("FINISHED")
     texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
     return texts[0].replace("\u00a0", " "), texts[1].replace("\u00a0", " ")

@@ -13,6 +13,7 @@ from pipeline.store.files import lock_folder, read_json, write_json
 SMALL = [*TRIAL, "train.sample_every=6"]
 SPACE = "experiment: digits\nspace:\n  diffusion.beta_schedule: %s\n  model.dropout: %s\nrank: {metric: nll_bpd}\n"
 GRID = SPACE % ("[linear, cosine]", "[0.0, 0.2]")
+ONE_KEY = "experiment: digits\nspace:\n  %s: %s\nrank: {metric: nll_bpd}\n"
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +27,12 @@ def client(storage) -> MlflowClient:
     return MlflowClient(tracking.find_default_uri(storage))
 
 
-def sweep(storage: Path, name: str, text: str, *words: str) -> int:
-    """`ddpm sweep` on a file of that name and text."""
+def sweep(storage: Path, name: str, text: str, *words: str, small: list[str] = SMALL) -> int:
+    """`ddpm sweep` on a file of that name and text; keys that the file sweeps are not overridden."""
     path = storage / f"{name}.yaml"
     path.write_text(text)
-    return main(["sweep", str(path), *SMALL, *ONE_CPU, f"cluster.storage={storage}", *words])
+    own = [word for word in small if f"  {word.partition('=')[0]}:" not in text]
+    return main(["sweep", str(path), *own, *ONE_CPU, f"cluster.storage={storage}", *words])
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,7 @@ def board(storage: Path, name: str) -> list[dict]:
 
 
 def parent_and_children(client: MlflowClient, name: str):
-    place = client.get_experiment_by_name(name).experiment_id
-    runs = client.search_runs([place])
+    runs = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     (parent,) = (run for run in runs if run.data.tags.get("sweep.role") == "parent")
     children = [run for run in runs if run.data.tags.get(tracking.PARENT_TAG) == parent.info.run_id]
     assert len(children) == len(runs) - 1, "rungs and other evaluations are no rows beside the trials"
@@ -75,14 +76,14 @@ def test_the_leaderboard_ranks_every_trial_by_its_own_score(grid, storage):
     assert "6 of 360 test images; not comparable" in text and "lowest NLL" in text
 
 
-def test_the_parent_shows_who_won(grid, storage, client, monkeypatch):
+def test_the_server_shows_who_won_and_the_trials_side_by_side(grid, storage, client, monkeypatch):
     parent, children = parent_and_children(client, "grid")
-    best = board(storage, "grid")[0]
+    rows, tags = board(storage, "grid"), parent.data.tags
+    best = rows[0]
     assert parent.info.status == "FINISHED" and len(children) == 4
-    assert parent.data.tags["best_trial"] == best["label"]
-    assert parent.data.tags["best.diffusion.beta_schedule"] == best["swept"]["diffusion.beta_schedule"]
+    assert tags["best_trial"] == best["label"] and best["label"] in tags["mlflow.note.content"]
+    assert tags["best.diffusion.beta_schedule"] == best["swept"]["diffusion.beta_schedule"]
     assert parent.data.metrics["best/nll_bpd"] == best["scores"]["nll_bpd"]
-    assert best["label"] in parent.data.tags["mlflow.note.content"]
     monkeypatch.setenv(
         "MLFLOW_TRACKING_URI", tracking.find_default_uri(storage)
     )  # load_table asks the global one
@@ -90,40 +91,37 @@ def test_the_parent_shows_who_won(grid, storage, client, monkeypatch):
     assert list(table["rank"]) == [1, 2, 3, 4]  # replaced at every trial, not appended to
     names = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"sweep.yaml", "leaderboard.json", "report"} <= names
-
-
-def test_children_are_comparable_at_once(grid, storage, client):
-    _, children = parent_and_children(client, "grid")
-    for row in board(storage, "grid"):
+    for row in rows:
         child = children[row["trial"]]
         assert child.info.status == "FINISHED" and child.info.run_name == row["label"]
         assert float(child.data.params["model.dropout"]) == row["swept"]["model.dropout"]
         assert child.data.tags["diffusion.beta_schedule"] == row["swept"]["diffusion.beta_schedule"]
         assert child.data.metrics["eval/nll_bpd"] == row["scores"]["nll_bpd"]
         assert child.data.tags[tracking.STATE_TAG] == "finished"
-        pictures = {file.path for file in client.list_artifacts(child.info.run_id, "samples")}
-        assert "samples/grid.png" in pictures
+        assert "samples/grid.png" in {f.path for f in client.list_artifacts(child.info.run_id, "samples")}
         assert client.list_artifacts(child.info.run_id, "images")
     assert len({frozenset(child.data.metrics) for child in children.values()}) == 1
 
 
-def test_the_same_command_again_repeats_nothing(grid, storage, client, capsys):
+def test_the_same_command_again_repeats_nothing_and_status_knows_the_study(grid, storage, client, capsys):
     before = trained(storage)
     assert sweep(storage, "grid", GRID) == 0
     assert trained(storage) == before and "4 done, 0 to do" in capsys.readouterr().out
     assert len(parent_and_children(client, "grid")[1]) == 4
+    assert main(["status", f"cluster.storage={storage}"]) == 0
+    said = capsys.readouterr().out
+    assert "grid" in said and "4/4" in said and board(storage, "grid")[0]["label"] in said
+    with lock_folder(grid):
+        assert sweep(storage, "grid", GRID) == 1
+    assert "sweeps/grid is being worked on by another command" in capsys.readouterr().err
 
 
-def test_a_dry_run_starts_nothing_and_says_what_it_would_take(grid, storage, client, capsys):
-    text = SPACE % ("[linear, cosine, quad]", "[0.0, 0.2]")
-    assert sweep(storage, "grid", text, "--dry-run") == 0
+def test_a_dry_run_starts_nothing_and_says_what_it_would_take(grid, storage, capsys):
+    assert sweep(storage, "grid", SPACE % ("[linear, cosine, quad]", "[0.0, 0.2]"), "--dry-run") == 0
     said = capsys.readouterr().out
     assert "6 trials, 2 to do" in said and "finished     linear dropout=0.0" in said
     assert "new          quad dropout=0.2" in said and "time left: about" in said
     assert len(board(storage, "grid")) == 4
-
-
-def test_a_study_that_was_never_run_has_no_estimate(grid, storage, capsys):
     assert sweep(storage, "fresh", SPACE % ("[quad]", "[0.4]"), "--dry-run", "cluster.workers=1") == 0
     said = capsys.readouterr().out
     assert "unknown until a trial has finished" in said and "1 at a time, each 1 worker with 1 CPU" in said
@@ -134,22 +132,18 @@ def test_a_study_that_was_never_run_has_no_estimate(grid, storage, capsys):
 
 
 def test_new_points_are_run_and_vanished_ones_marked(grid, storage, client):
+    def removed() -> dict[str, bool]:
+        _, children = parent_and_children(client, "moving")
+        runs = [child.data for child in children.values()]
+        return {run.params["model.dropout"]: "sweep.removed" in run.tags for run in runs}
+
     assert sweep(storage, "moving", SPACE % ("[linear]", "[0.0, 0.2]")) == 0
     before = trained(storage)  # made for the other study: nothing was trained for this one
     assert sweep(storage, "moving", SPACE % ("[linear]", "[0.2, 0.4]")) == 0
     assert len(trained(storage)) == len(before) + 1 and trained(storage).items() >= before.items()
-    _, children = parent_and_children(client, "moving")
-    removed = {
-        child.data.params["model.dropout"]: "sweep.removed" in child.data.tags for child in children.values()
-    }
-    assert removed == {"0.0": True, "0.2": False, "0.4": False}
-    assert len(board(storage, "moving")) == 2
+    assert removed() == {"0.0": True, "0.2": False, "0.4": False} and len(board(storage, "moving")) == 2
     assert sweep(storage, "moving", SPACE % ("[linear]", "[0.0]")) == 0
-    _, children = parent_and_children(client, "moving")
-    removed = {
-        child.data.params["model.dropout"]: "sweep.removed" in child.data.tags for child in children.values()
-    }
-    assert removed == {"0.0": False, "0.2": True, "0.4": True}
+    assert removed() == {"0.0": False, "0.2": True, "0.4": True}
 
 
 def test_a_run_made_under_another_name_is_mirrored_not_repeated(grid, storage, client):
@@ -166,12 +160,8 @@ def test_a_run_made_under_another_name_is_mirrored_not_repeated(grid, storage, c
 
 
 def test_points_of_one_run_share_its_training(grid, storage, client):
-    text = "experiment: digits\nspace:\n  sample.steps: [5, 10]\nrank: {metric: nll_bpd}\n"
-    path = storage / "steps.yaml"
-    path.write_text(text)
-    own = [word for word in SMALL if not word.startswith("sample.steps")]
     before = trained(storage)
-    assert main(["sweep", str(path), *own, *ONE_CPU, f"cluster.storage={storage}"]) == 0
+    assert sweep(storage, "steps", ONE_KEY % ("sample.steps", "[5, 10]")) == 0
     assert trained(storage) == before
     rows = board(storage, "steps")
     assert len({row["run"] for row in rows}) == 1 and len({row["trial"] for row in rows}) == 2
@@ -181,55 +171,36 @@ def test_points_of_one_run_share_its_training(grid, storage, client):
 
 # Ends of every kind
 
-RATES = "experiment: digits\nspace:\n  train.lr: %s\nrank: {metric: nll_bpd}\n"
-
 
 def test_a_failing_trial_stops_no_other_and_is_tried_again(grid, storage, client, capsys):
-    text = RATES % "[1.0e+30, 1.0e-3]"
+    text = ONE_KEY % ("train.lr", "[1.0e+30, 1.0e-3]")
     assert sweep(storage, "failing", text) == 1
-    said = capsys.readouterr()
-    assert (
-        said.err.startswith("error: lr=1e+30 failed: the training loss became")
-        and len(said.err.splitlines()) == 1
-    )
+    error = capsys.readouterr().err
+    assert error.startswith("error: lr=1e+30 failed: the training loss became") and error.count("\n") == 1
     parent, children = parent_and_children(client, "failing")
     good, bad = board(storage, "failing")
     assert (good["state"], bad["state"], bad["rank"]) == ("finished", "failed", None)
-    assert (
-        children[bad["trial"]].info.status == "FAILED" and children[good["trial"]].info.status == "FINISHED"
-    )
-    assert "training loss became" in children[bad["trial"]].data.tags["sweep.reason"]
+    failed = children[bad["trial"]]
+    assert failed.info.status == "FAILED" and children[good["trial"]].info.status == "FINISHED"
+    assert "training loss became" in failed.data.tags["sweep.reason"]
     assert "failed: the training loss" in parent.data.tags["mlflow.note.content"]
     assert sweep(storage, "failing", text) == 1
     assert "lr=1e+30: started" in capsys.readouterr().out
 
 
 def test_what_the_data_makes_impossible_fails_before_it_trains(grid, storage):
-    text = "experiment: digits\nspace:\n  seed_: [1]\n".replace(
-        "seed_: [1]", "evaluate.nll_images: [6, 5000]"
-    )
-    path = storage / "impossible.yaml"
-    path.write_text(text + "rank: {metric: nll_bpd}\n")
-    own = [word for word in SMALL if not word.startswith("evaluate.nll_images")]
-    assert main(["sweep", str(path), *own, *ONE_CPU, f"cluster.storage={storage}"]) == 1
+    assert sweep(storage, "impossible", ONE_KEY % ("evaluate.nll_images", "[6, 5000]")) == 1
     assert "the test split has 360 images" in board(storage, "impossible")[1]["reason"]
 
 
-STOPPING = """
-experiment: digits
-space:
-  model.dropout: [0.5, 0.6]
-  diffusion.beta_schedule: [cosine, linear%s]
-rank: {metric: nll_bpd}
-early_stop: {first: 2, factor: 2, nll_images: 4}
-"""
+STOPPING = SPACE % ("[cosine, linear%s]", "[0.5]") + "early_stop: {first: 2, factor: 2, nll_images: 4}\n"
 
 
 def test_trials_that_are_not_worth_it_are_stopped_at_a_rung(grid, storage, client, capsys):
     """Two rungs, at 2 and 4 of 6 steps. Of a chain of 20 steps, cosine alone ends in noise: its bound is the better."""
     assert sweep(storage, "stopping", STOPPING % "") == 0
     rows = {row["label"]: row for row in board(storage, "stopping")}
-    good, bad = rows["dropout=0.5 cosine"], rows["dropout=0.5 linear"]
+    good, bad = rows["cosine"], rows["linear"]
     assert (good["state"], good["rank"], bad["state"], bad["step"]) == ("finished", 1, "stopped", 2)
     _, children = parent_and_children(client, "stopping")
     stopped = children[bad["trial"]]
@@ -238,19 +209,15 @@ def test_trials_that_are_not_worth_it_are_stopped_at_a_rung(grid, storage, clien
     assert [p.step for p in client.get_metric_history(first.info.run_id, "rung/nll_bpd")] == [2, 4]
     before = trained(storage)
     assert sweep(storage, "stopping", STOPPING % "") == 0
-    assert trained(storage) == before and "4 done, 0 to do" in capsys.readouterr().out
-
-
-def test_a_resumed_study_judges_by_what_the_last_command_saw(grid, storage):
-    """The first of all trials would go on whatever its bound: a point that is added is not the first."""
+    assert trained(storage) == before and "2 done, 0 to do" in capsys.readouterr().out
+    # A resumed study judges by what the last command saw: the first of all trials would go on whatever its bound.
     assert sweep(storage, "stopping", STOPPING % ", quad") == 0
-    rows = {row["label"]: row for row in board(storage, "stopping")}
-    added = rows["dropout=0.5 quad"]
+    (added,) = (row for row in board(storage, "stopping") if "quad" in row["label"])
     assert (added["state"], added["step"]) == ("stopped", 2)
 
 
 def test_what_a_killed_driver_left_is_put_right(grid, storage, client):
-    """Its children say RUNNING, its ledger too, and one trial's scores never arrived."""
+    """Its children say RUNNING, its states too, and one trial's scores never arrived and those of another are gone."""
     _, children = parent_and_children(client, "grid")
     state = read_json(grid / "state.json")
     for key, child in children.items():
@@ -262,26 +229,17 @@ def test_what_a_killed_driver_left_is_put_right(grid, storage, client):
         for server in mirror["servers"].values():
             server["parcels"].pop("status")
         write_json(path, mirror | {"status": "RUNNING"})
-    before = trained(storage)
-    assert sweep(storage, "grid", GRID) == 0
-    assert trained(storage) == before
-    _, again = parent_and_children(client, "grid")
-    assert {child.info.status for child in again.values()} == {"FINISHED"}
-    assert {child.info.run_id for child in again.values()} == {
-        child.info.run_id for child in children.values()
-    }
-    assert {child.data.tags[tracking.STATE_TAG] for child in again.values()} == {"finished"}
-
-
-def test_a_broken_trial_is_repaired_alone(grid, storage):
-    broken = board(storage, "grid")[2]
-    found = (storage / broken["run"]).glob("evaluation/[0-9a-f]*/metrics.json")
+    found = (storage / board(storage, "grid")[2]["run"]).glob("evaluation/[0-9a-f]*/metrics.json")
     metrics = min(found, key=lambda path: path.stat().st_mtime_ns)  # later ones are of other studies
     kept, before = metrics.read_bytes(), trained(storage)
     metrics.unlink()
     assert sweep(storage, "grid", GRID) == 0
     assert metrics.read_bytes() == kept and trained(storage) == before
     assert {row["state"] for row in board(storage, "grid")} == {"finished"}
+    _, again = parent_and_children(client, "grid")
+    assert {child.info.status for child in again.values()} == {"FINISHED"}
+    assert {run.info.run_id for run in again.values()} == {run.info.run_id for run in children.values()}
+    assert {child.data.tags[tracking.STATE_TAG] for child in again.values()} == {"finished"}
 
 
 def test_a_spent_budget_starts_nothing_more_and_says_so(grid, storage, client, capsys):
@@ -292,12 +250,6 @@ def test_a_spent_budget_starts_nothing_more_and_says_so(grid, storage, client, c
     assert len(board(storage, "few")) == 3
 
 
-def test_two_sweeps_of_one_name_are_told_apart(grid, storage, capsys):
-    with lock_folder(grid):
-        assert sweep(storage, "grid", GRID) == 1
-    assert "sweeps/grid is being worked on by another command" in capsys.readouterr().err
-
-
 def test_a_dead_server_costs_nothing_and_gets_it_later(grid, storage, client, monkeypatch, capsys):
     text = SPACE % ("[cosine]", "[0.0]")
     monkeypatch.setattr(tracking, "find_default_uri", lambda storage: "http://127.0.0.1:9")
@@ -306,11 +258,4 @@ def test_a_dead_server_costs_nothing_and_gets_it_later(grid, storage, client, mo
     assert "takes nothing of the sweep" in said and "the same command delivers it" in said
     monkeypatch.undo()
     assert sweep(storage, "late", text) == 0
-    _, children = parent_and_children(client, "late")
-    assert len(children) == 1
-
-
-def test_status_shows_the_sweeps(grid, storage, capsys):
-    assert main(["status", f"cluster.storage={storage}"]) == 0
-    said = capsys.readouterr().out
-    assert "grid" in said and "4/4" in said and board(storage, "grid")[0]["label"] in said
+    assert len(parent_and_children(client, "late")[1]) == 1

@@ -16,10 +16,10 @@ from pipeline.config import load_cluster
 from pipeline.engine import execute
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
-from pipeline.sweep import reproduce
+from pipeline.sweep import reproduction, study
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import list_points
-from pipeline.sweep.resources import share_cluster
+from pipeline.sweep.shares import divide_cluster
 
 DRAWN = "experiment: digits\nspace:\n  %s\ndraw: {method: sobol, points: 2}\n"
 
@@ -98,7 +98,7 @@ def test_every_shipped_sweep_loads_and_has_its_trials():
     for path in sorted((Path(__file__).parents[3] / "conf" / "sweep").glob("*.yaml")):
         sweep = load_sweep(path.stem, [])
         sizes[path.stem] = len({json.dumps(point.swept) for point in list_points(sweep, [])})
-        assert sizes[path.stem] == sweep.size
+        assert sizes[path.stem] == sweep.count
     assert sizes == {"beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "table2": 6}
 
 
@@ -115,15 +115,13 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
         sweep_file(tmp_path, text + "draw: {method: one_at_a_time}\nrank: {metric: nll_bpd}\n"), []
     )
     swept = [tuple(point.swept.values()) for point in list_points(sweep, TRIAL)]
-    assert swept == [(0.1, 0.001), (0.2, 0.001), (0.3, 0.001), (0.1, 0.002)] and sweep.size == 4
+    assert swept == [(0.1, 0.001), (0.2, 0.001), (0.3, 0.001), (0.1, 0.002)] and sweep.count == 4
 
 
 def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
     text = "experiment: digits\nspace:\n  sample.eta: [0.0, 1.0]\n  model.dropout: [0.1]\nrank: {metric: nll_bpd}\n"
     one, two = list_points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
-    assert one.values_outside_run_key == {"sample.eta": 0.0} and two.values_outside_run_key == {
-        "sample.eta": 1.0
-    }
+    assert one.unhashed_values == {"sample.eta": 0.0} and two.unhashed_values == {"sample.eta": 1.0}
     assert keys.make_run_key(one.experiment, "data") == keys.make_run_key(two.experiment, "data")
 
 
@@ -243,7 +241,7 @@ def cluster(**overrides):
     ],
 )
 def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent, slots, workers, cpus, gpus):
-    found = share_cluster(cluster(**asked), nodes, trials, concurrent)
+    found = divide_cluster(cluster(**asked), nodes, trials, concurrent)
     one = found.resources
     assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == (
         slots,
@@ -257,7 +255,7 @@ def test_a_trial_that_never_fits_is_refused():
     with pytest.raises(
         PipelineError, match=r"3 workers with 1 CPUs .* the cluster has 2 CPUs .* lower cluster.workers"
     ):
-        share_cluster(cluster(workers=3), [(2, 0)], 4, None)
+        divide_cluster(cluster(workers=3), [(2, 0)], 4, None)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +279,7 @@ def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, reso
     [("2000", 2000, None), ("2h", None, 2.0), ("30min", None, 0.5), ("full", None, None)],
 )
 def test_a_budget_is_steps_or_a_time(text, steps, hours):
-    assert reproduce.parse_budget(text) == (steps, hours)
+    assert reproduction.parse_budget(text) == (steps, hours)
 
 
 @pytest.mark.parametrize("text", ["", "0", "two hours", "1.5", "-3", "2d"])
@@ -292,33 +290,40 @@ def test_a_budget_that_is_neither_is_refused(text, tmp_path, capsys):
 
 def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
     full = config.load_experiment("cifar10", [])
-    short = config.load_experiment("cifar10", reproduce.scale_keys(8000, full))
+    words, note = reproduction.scale_experiment(8000, full)
+    short = config.load_experiment("cifar10", words)
     assert (short.train.steps, short.sample.num_images, short.evaluate.nll_images) == (8000, 500, 100)
     assert short.train.ema_warmup and short.train.warmup_steps == 400
-    assert reproduce.count_passes(short) == pytest.approx(reproduce.count_passes(full) / 100)
-    assert reproduce.scale_keys(800_000, full) == []
-    assert "1 % of the paper's length" in reproduce.describe_scale(8000, full)
-    assert not config.load_experiment("cifar10", reproduce.scale_keys(20_000, full)).train.ema_warmup
+    assert reproduction.count_passes(short) == pytest.approx(reproduction.count_passes(full) / 100)
+    assert reproduction.scale_experiment(800_000, full)[0] == [] and "1 % of the paper's length" in note
+    longer = config.load_experiment("cifar10", reproduction.scale_experiment(20_000, full)[0])
+    assert not longer.train.ema_warmup
 
 
 def test_an_hour_is_what_the_measured_rate_makes_of_it():
     """At the rate of one full row in ten hours, five rows of equal cost get a tenth each in five hours."""
     row = config.load_experiment("cifar10", [])
-    rate = reproduce.count_passes(row) / 3 / 36_000
-    assert reproduce.fit_steps(5, rate, [row] * 5) == pytest.approx(80_000, abs=1)
-    assert reproduce.fit_steps(500, rate, [row] * 5) == 800_000
+    rate = reproduction.count_passes(row) / 3 / 36_000
+    assert reproduction.compute_steps(5, rate, [row] * 5) == pytest.approx(80_000, abs=1)
+    assert reproduction.compute_steps(500, rate, [row] * 5) == 800_000
 
 
 def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
+    """Five rows share five hours; at one full row in ten hours, each gets a tenth of its 800,000 steps."""
     row = config.load_experiment("cifar10", [])
-    rates = (1.0, reproduce.count_passes(row) / 3 / 36_000)
+    rates = (1.0, reproduction.count_passes(row) / 3 / 36_000)
     lines = [json.dumps({"metrics": {"train/images_per_second": rate}}) for rate in rates]
     (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    points = [SimpleNamespace(experiment=row)] * 5
+    monkeypatch.setattr(reproduction, "list_points", lambda sweep, words: seen.append(words) or points)
+    monkeypatch.setattr(study, "Study", lambda *_: None)
     monkeypatch.setattr(execute, "run_stages", lambda *_: SimpleNamespace(log=tmp_path / "log.jsonl"))
-    arguments = (tmp_path / "budget.json", 5, [row] * 5, cluster())
-    assert reproduce.load_or_measure_steps(*arguments) == pytest.approx(80_000, abs=1)
-    monkeypatch.delattr(execute, "execute")
-    assert reproduce.load_or_measure_steps(*arguments) == pytest.approx(80_000, abs=1)
+    there = cluster(storage=tmp_path)
+    for _ in range(2):
+        seen: list[list[str]] = []
+        reproduction.plan_reproduction("cifar10", "5h", [], there)
+        assert any(word.startswith(("train.steps=80000", "train.steps=79999")) for word in seen[-1])
+        monkeypatch.delattr(execute, "run_stages", raising=False)  # the second time nothing is measured
 
 
 # As a job on a cluster: checked here, before anything is sent

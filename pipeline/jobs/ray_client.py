@@ -1,4 +1,4 @@
-"""Ray's own job client and token, with errors in a user's words. Ray is imported when a cluster is asked."""
+"""Ray's job client and token, with errors in a user's words. Ray is imported at the first connection."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ LOST_SECONDS = 60.0  # how long a log that broke off is asked for again
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """name: its address without a password; option: what the next command has to repeat to mean it."""
+class JobCluster:
+    """A Ray cluster that takes jobs. name: its address without a password; option: the option that selects it."""
 
     client: JobSubmissionClient
     name: str
@@ -42,10 +42,10 @@ class Cluster:
 
 
 @contextmanager
-def connect(address: str | None, job: str = "") -> Iterator[Cluster]:
-    """Give the cluster at `address` to a body that asks it about `job`.
+def connect_cluster(address: str | None, job: str = "") -> Iterator[JobCluster]:
+    """Open the job client of the cluster at `address`, to ask it about `job`.
 
-    What Ray's client raises there becomes a PipelineError with the remedy.
+    An error that Ray's client raises in the body becomes a PipelineError with the remedy.
     """
     url = resolve_address(address)
     name = hide_password(url)
@@ -57,8 +57,8 @@ def connect(address: str | None, job: str = "") -> Iterator[Cluster]:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    class PatientClient(JobSubmissionClient):
-        """Ray's would wait for ever for a machine that does not answer."""
+    class ClientWithTimeout(JobSubmissionClient):
+        """Gives up on a machine that does not answer; Ray's own client would wait for ever."""
 
         def _do_request(self, method, endpoint, **options):
             return super()._do_request(method, endpoint, **{"timeout": HTTP_SECONDS, **options})
@@ -66,29 +66,24 @@ def connect(address: str | None, job: str = "") -> Iterator[Cluster]:
     for noisy in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env"):
         logging.getLogger(f"ray.{noisy}").setLevel(logging.WARNING)
     try:
-        yield (cluster := Cluster(PatientClient(url), name, option))
+        yield (cluster := JobCluster(ClientWithTimeout(url), name, option))
     except AuthenticationError as error:
         refused = "failed" in str(error)
         problem = "does not accept the token" if refused else "wants a token, and there is none"
         raise PipelineError(f"{name} {problem}: {TOKEN}") from error
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if "already exists" in str(error):
-            raise ConfigError(
-                f"there is already a job '{job}' on {name}: choose another --id, or leave it out (a run goes on "
-                "whatever its job is called)"
-            ) from error
-        if not job or "does not exist" not in str(error):
-            what = f"{name} is no Ray cluster, or does not take that: {shorten_error(str(error))}"
-            raise PipelineError(what) from error
-        near = suggest(job, [str(other.submission_id) for other in cluster.client.list_jobs()])
-        raise PipelineError(
-            f"no job on {name} is called '{job}'{near}; `ddpm jobs{option}` lists them"
-        ) from error
+            remedy = "choose another --id, or leave it out (a run goes on whatever its job is called)"
+            raise ConfigError(f"there is already a job '{job}' on {name}: {remedy}") from error
+        problem = f"{name} is no Ray cluster, or does not take that: {shorten_error(str(error))}"
+        if job and "does not exist" in str(error):
+            hint = suggest(job, [str(other.submission_id) for other in cluster.client.list_jobs()])
+            problem = f"no job on {name} is called '{job}'{hint}; `ddpm jobs{option}` lists them"
+        raise PipelineError(problem) from error
     except OSError as error:
-        raise PipelineError(
-            f"no Ray cluster answers at {name} ({explain_network_error(error)}); start it, or give --address "
-            "http://HOST:8265, the port of its dashboard"
-        ) from error
+        problem = f"no Ray cluster answers at {name} ({explain_network_error(error)})"
+        remedy = "start it, or give --address http://HOST:8265, the port of its dashboard"
+        raise PipelineError(f"{problem}; {remedy}") from error
 
 
 def resolve_address(given: str | None) -> str:
@@ -98,49 +93,44 @@ def resolve_address(given: str | None) -> str:
     if address in ("auto", "local"):
         return DEFAULT_ADDRESS
     if not re.match(r"https?://[^/]", address):
-        raise ConfigError(
-            f"{address} (--address, RAY_API_SERVER_ADDRESS or RAY_ADDRESS) is no web address; jobs go through the "
-            "dashboard: --address http://HOST:8265"
-        )
+        remedy = "jobs go through the dashboard: --address http://HOST:8265"
+        sources = "--address, RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
+        raise ConfigError(f"{address} ({sources}) is no web address; {remedy}")
     return address.rstrip("/")
 
 
-def check_versions(cluster: Cluster) -> list[str]:
-    """Refuse a cluster that cannot take a job; return a line for each version that is not this machine's."""
+def check_versions(cluster: JobCluster) -> list[str]:
+    """Return a line for each version that differs from this machine's. Raises PipelineError if no job can run."""
     import ray
     from packaging.version import Version
 
-    answer = cluster.client._do_request("GET", "/api/v0/cluster_metadata")
+    answer, name = cluster.client._do_request("GET", "/api/v0/cluster_metadata"), cluster.name
     facts = answer.json().get("data", {}) if answer.status_code == 200 else {}
     if facts.get("rayInitCluster"):
-        raise PipelineError(
-            f"the Ray at {cluster.name} belongs to a program that is running there and ends with it: give "
-            "--address, or start a cluster that stays, with `ray start --head`"
-        )
+        remedy = "give --address, or start a cluster that stays, with `ray start --head`"
+        raise PipelineError(f"the Ray at {name} belongs to a program that is running there: {remedy}")
     lines = []
     for what, here in (("Ray", ray.__version__), ("Python", platform.python_version())):
         there, oldest = facts.get(f"{what.lower()}Version", here), OLDEST[what]
         if Version(there) < Version(oldest):
-            raise PipelineError(
-                f"{cluster.name} runs {what} {there}; {oldest} or newer is needed: update the cluster"
-            )
+            raise PipelineError(f"{name} runs {what} {there}; {oldest} or newer is needed: update it")
         if there != here:
-            lines.append(f"{cluster.name} runs {what} {there}, this machine {here}: the job gets the former")
+            lines.append(f"{name} runs {what} {there}, this machine {here}: the job gets the former")
     return lines
 
 
-def follow_log(cluster: Cluster, job: str) -> JobDetails:
-    """Print the job's log as it grows, from its beginning, and return the ended job.
+def follow_log(cluster: JobCluster, job: str) -> JobDetails:
+    """Print the job's log until the job ends; return its details.
 
     A connection that breaks off is made again; the log then comes from its start, and what was printed is left out.
     """
     from aiohttp import ClientError
 
-    printed = seen = 0
+    printed = 0  # characters
     lost = 0.0  # since when no connection gave anything
 
-    async def read() -> None:
-        nonlocal printed, seen, lost
+    async def print_log() -> None:
+        nonlocal printed, lost
         seen = 0
         async for text in cluster.client.tail_job_logs(job):
             print(text[max(0, printed - seen) :], end="", flush=True)
@@ -150,14 +140,13 @@ def follow_log(cluster: Cluster, job: str) -> JobDetails:
     cluster.client.get_job_info(job)  # a job that does not exist is refused at once
     while True:
         try:
-            asyncio.run(read())
+            asyncio.run(print_log())
             if (details := cluster.client.get_job_info(job)).status.is_terminal():
                 return details
         except (ClientError, OSError, RuntimeError) as error:
             lost = lost or time.monotonic()
             if time.monotonic() - lost > LOST_SECONDS:
-                raise PipelineError(
-                    f"the connection to {cluster.name} is lost; the job may go on: "
-                    f"`ddpm jobs logs {job} --follow{cluster.option}` looks again"
-                ) from error
+                again = f"`ddpm jobs logs {job} --follow{cluster.option}` looks again"
+                problem = f"the connection to {cluster.name} is lost; the job may go on: {again}"
+                raise PipelineError(problem) from error
         time.sleep(1)

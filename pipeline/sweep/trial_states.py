@@ -1,4 +1,4 @@
-"""What a study remembers of its trials besides their run directories: how each ended, and its rungs."""
+"""The states of a study's trials, kept in state.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"
 
 @dataclass
 class TrialState:
-    """How a trial stands. label, run: for people who read the file; rungs: (step, bound, Unix ms)."""
+    """State of one trial. label, run: for people who read the file; rungs: (step, bound, Unix ms)."""
 
     state: State = "new"
     reason: str = ""
@@ -28,11 +28,11 @@ class TrialState:
     rungs: list[tuple[int, float, int]] = field(default_factory=list)
 
 
-class Ledger:
-    """state.json, written at every change; the driver is its only writer.
+class TrialStates:
+    """States of all trials, which the driver writes to state.json at every change.
 
-    It begins with what the last command left, brought into line with the files of the trials: a run directory has
-    the last word. Rungs of other settings are forgotten: they compare nothing.
+    They begin with the file of the last command, corrected by the run directories of the trials. Rungs of other
+    settings are dropped: their bounds cannot be compared.
     """
 
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
@@ -54,15 +54,15 @@ class Ledger:
                 record.state, record.reason = "interrupted", ""
 
     def is_done(self, key: str) -> bool:
-        """Tell whether the same command leaves the trial alone."""
+        """Return whether the trial is finished or stopped early."""
         return self.records[key].state in ("finished", "stopped")
 
-    def record_state(self, key: str, state: State, reason: str = "") -> None:
+    def set_state(self, key: str, state: State, reason: str = "") -> None:
         self.records[key].state, self.records[key].reason = state, reason
         self._save()
 
-    def record_rung(self, key: str, step: int, bound: float) -> None:
-        """Note the bound at a rung; one that is reported again after an interruption keeps its first time."""
+    def add_rung(self, key: str, step: int, bound: float) -> None:
+        """Record the bound at a rung, once: a resumed trial reports it again, and the first time stays."""
         rungs = self.records[key].rungs
         if step not in [rung[0] for rung in rungs]:
             rungs.append((step, bound, time.time_ns() // 1_000_000))

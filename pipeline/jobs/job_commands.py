@@ -14,8 +14,8 @@ from pipeline.config import ClusterConfig
 from pipeline.config.sections import FILE_NAME
 from pipeline.console import format_duration, format_table, print_line
 from pipeline.errors import ConfigError, PipelineError, shorten_error
-from pipeline.jobs.client import check_versions, connect, follow_log
-from pipeline.jobs.package import check_paths, pack
+from pipeline.jobs.package import check_paths, create_package
+from pipeline.jobs.ray_client import check_versions, connect_cluster, follow_log
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STOP_SECONDS = 300
 
 
-def submit(
+def submit_job(
     words: list[str],
     cluster: ClusterConfig,
     relative: list[str],
@@ -33,7 +33,7 @@ def submit(
     name: str,
     follow: bool,
 ) -> int:
-    """Send the command `words` as a job and, with `follow`, write its log and end as it ends.
+    """Send a command as a job; with `follow`, print its log and return its exit code.
 
     words: a command line without the program's name, whose configuration was checked; relative: its paths that
     would mean another place on the cluster. Raises ConfigError, PipelineError before anything is sent.
@@ -46,61 +46,56 @@ def submit(
         name = "-".join([*named, datetime.now().strftime("%Y%m%d-%H%M%S")])
     if not re.fullmatch(FILE_NAME, name):
         raise ConfigError(f"--id {name} names a file: letters, digits, '.', '_' and '-' only")
-    with pack(words, find_commit()) as package, connect(address, name) as there:
-        for difference in check_versions(there):
+    with create_package(words, find_commit()) as package, connect_cluster(address, name) as remote:
+        for difference in check_versions(remote):
             print_line(difference)
-        there.client.submit_job(
+        patience = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        remote.client.submit_job(
             entrypoint=package.entrypoint,
             submission_id=name,
-            runtime_env={
-                "working_dir": str(package.folder),
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
-            },
+            runtime_env={"working_dir": str(package.folder), "env_vars": patience},
             metadata={"command": shlex.join(["ddpm", *words])},
         )
     print_line(
-        f"submitted to {there.name} as {name} ({package.bytes / 1e6:.1f} MB of code and configurations)"
+        f"submitted to {remote.name} as {name} ({package.bytes / 1e6:.1f} MB of code and configurations)"
     )
     if follow:
         print_line("Ctrl-C leaves it running")
         return show_log(name, address, follow=True)
-    print_line(
-        f"`ddpm jobs logs {name} --follow{there.option}` follows it, `ddpm jobs stop {name}{there.option}` stops it"
-    )
+    logs, stop = f"ddpm jobs logs {name} --follow{remote.option}", f"ddpm jobs stop {name}{remote.option}"
+    print_line(f"`{logs}` follows it, `{stop}` stops it")
     return 0
 
 
 def list_jobs(address: str | None) -> int:
     """Print the jobs that were submitted to the cluster, oldest first."""
-    with connect(address) as there:
-        jobs = [job for job in there.client.list_jobs() if job.type == "SUBMISSION"]
+    with connect_cluster(address) as remote:
+        jobs = [job for job in remote.client.list_jobs() if job.type == "SUBMISSION"]
     jobs.sort(key=lambda job: job.start_time or 0)
-    print(format_jobs(jobs) if jobs else f"no jobs on {there.name} yet; `ddpm submit -- run` makes one")
+    print(format_jobs(jobs) if jobs else f"no jobs on {remote.name} yet; `ddpm submit -- run` makes one")
     return 0
 
 
 def show_log(name: str, address: str | None, follow: bool) -> int:
-    """Print a job's log, with `follow` until it ends; its exit code then is this one. Ctrl-C leaves it alone."""
-    with connect(address, name) as there:
+    """Print a job's log; with `follow` until the job ends, and return its exit code. Ctrl-C leaves the job alone."""
+    with connect_cluster(address, name) as remote:
         try:
-            log = "" if follow else there.client.get_job_logs(name)
-            job = follow_log(there, name) if follow else None
+            if not follow:
+                print(remote.client.get_job_logs(name), end="")
+                return 0
+            code, end = describe_end(follow_log(remote, name))
         except KeyboardInterrupt:
-            print(f"\nthe job goes on; stop it with `ddpm jobs stop {name}{there.option}`", file=sys.stderr)
+            print(f"\nthe job goes on; stop it with `ddpm jobs stop {name}{remote.option}`", file=sys.stderr)
             return 130
-    if job is None:
-        print(log, end="")
-        return 0
-    code, end = describe_end(job)
     print_line(f"job {name}: {end}")
     return code
 
 
 def show_status(name: str, address: str | None) -> int:
-    """Print the facts of one job."""
-    with connect(address, name) as there:
-        job = there.client.get_job_info(name)
-    facts = _list_facts(job)
+    """Print the status of one job."""
+    with connect_cluster(address, name) as remote:
+        job = remote.client.get_job_info(name)
+    facts = _describe_job(job)
     if job.status.is_terminal():
         facts["status"] = describe_end(job)[1]
     for what, fact in facts.items():
@@ -108,25 +103,22 @@ def show_status(name: str, address: str | None) -> int:
     return 0
 
 
-def stop(name: str, address: str | None) -> int:
-    """Stop a job and wait until it has reached a safe point. Raises PipelineError where it ended before."""
-    with connect(address, name) as there:
-        job = there.client.get_job_info(name)
+def stop_job(name: str, address: str | None) -> int:
+    """Stop a job at a safe point and wait for it. Raises PipelineError if it ended before."""
+    with connect_cluster(address, name) as remote:
+        job = remote.client.get_job_info(name)
         if job.status.is_terminal():
             raise PipelineError(f"job {name} runs no more: {describe_end(job)[1]}")
         print_line(f"{name}: stopping at the next safe point")
-        there.client.stop_job(name)
-        while not (job := there.client.get_job_info(name)).status.is_terminal():
+        remote.client.stop_job(name)
+        while not (job := remote.client.get_job_info(name)).status.is_terminal():
             time.sleep(0.5)
     print_line(f"{name}: {describe_end(job)[1]}")
     return 0
 
 
-# What people read about a job
-
-
 def describe_end(job: JobDetails) -> tuple[int, str]:
-    """Return the exit code that an ended job gives the command here, and what happened, in words."""
+    """Return the exit code for an ended job, and a sentence about it."""
     code = job.driver_exit_code
     if job.status == "SUCCEEDED":
         return 0, "done"
@@ -141,13 +133,12 @@ def describe_end(job: JobDetails) -> tuple[int, str]:
 
 def format_jobs(jobs: list[JobDetails]) -> str:
     """Return a table, a row for each job; at least one."""
-    facts = [_list_facts(job) for job in jobs]
+    facts = [_describe_job(job) for job in jobs]
     return format_table(list(facts[0]), [list(row.values()) for row in facts])
 
 
-def _list_facts(job: JobDetails) -> dict[str, str]:
-    """Return what people read about a job. took: so far, of one that runs; command: as a person typed it, or the
-    shell command of a job that was submitted otherwise."""
+def _describe_job(job: JobDetails) -> dict[str, str]:
+    """Return label and text of everything shown about a job; of a foreign job its shell command."""
     start = (job.start_time or 0) / 1000
     end = job.end_time / 1000 if job.end_time else time.time()
     return {

@@ -1,4 +1,4 @@
-"""How many trials run at once, and what each may use: never more than there is."""
+"""Trials at once on a cluster, and the resources of each."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Nodes = Sequence[tuple[int, int]]  # CPUs and GPUs of each machine
 
 
 @dataclass(frozen=True)
-class Share:
-    """slots: trials at once; resources: what each of them may use."""
+class TrialSlots:
+    """Number of trials at once, and the resources of each."""
 
     slots: int
     resources: Resources
@@ -28,30 +28,29 @@ class Share:
 
 
 def list_local_nodes() -> Nodes:
-    """Return this machine, as a cluster of one."""
+    """Return CPUs and GPUs of this machine, as a list of one node."""
     import torch
 
     return [(len(os.sched_getaffinity(0)), torch.cuda.device_count())]
 
 
-def count_fitting_workers(nodes: Nodes, cpus: int, gpus: float) -> int:
-    """Return how many workers of that size the machines have room for."""
-    return sum(min(there // cpus, int(own / gpus + 1e-9)) if gpus else there // cpus for there, own in nodes)
+def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent: int | None) -> TrialSlots:
+    """Divide the cluster's CPUs and GPUs among the trials. Raises PipelineError if not even one has room.
 
-
-def share_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent: int | None) -> Share:
-    """Give each trial one worker unless the cluster says otherwise, each worker a GPU where there are any, and
-    divide the CPUs among the trials that run at once.
-
-    Raises PipelineError where not even one trial has room.
+    A trial has one worker unless the cluster file says otherwise, and a worker one GPU where there are any.
     """
     cpus, gpus = (sum(counts) for counts in zip(*nodes, strict=True))
     workers = cluster.workers or 1
     per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
-    wanted = min(trials, concurrent or trials)
-    at_once = max(1, min(wanted, count_fitting_workers(nodes, 1, per_gpu) // workers))
+
+    def count_trials(per_cpu: int) -> int:
+        """Return how many trials fit on the nodes; a worker stays on one node."""
+        room = [min(own // per_cpu, int(its / per_gpu + 1e-9) if per_gpu else own) for own, its in nodes]
+        return min(max(1, trials), concurrent or max(1, trials), sum(room) // workers)
+
+    at_once = max(1, count_trials(1))
     per_cpu = cluster.cpus_per_worker or max(1, min(cpus // (at_once * workers), max(nodes)[0]))
-    slots = min(wanted, count_fitting_workers(nodes, per_cpu, per_gpu) // workers)
+    slots = count_trials(per_cpu)
     if slots < 1:
         raise PipelineError(
             f"one trial asks for {workers} workers with {per_cpu} CPUs and {per_gpu:g} GPUs each, the cluster has "
@@ -59,4 +58,4 @@ def share_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent:
         )
     least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)
-    return Share(slots, Resources(workers, least, per_cpu, per_gpu, per_task))
+    return TrialSlots(slots, Resources(workers, least, per_cpu, per_gpu, per_task))

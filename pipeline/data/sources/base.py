@@ -1,4 +1,4 @@
-"""The members of every source of images, the hash of its files, and its splits."""
+"""Base classes of image sources, and their splits."""
 
 from __future__ import annotations
 
@@ -18,79 +18,80 @@ from pipeline.store.files import hash_file
 
 
 class ImageSource(Protocol):
-    """A set of images. Making one only lists its files, and raises PipelineError where there are none.
+    """A set of images on disk. The constructor only lists files; it raises PipelineError if there are none.
 
-    files: all that it reads, below `root`. order: how the images of a split follow each other: as they are stored,
-    where neighbours are read together cheaply, or shuffled, so that any first n mix the classes.
+    files: all that it reads, below `root`. order: the order of the images in a split: stored, where neighbours are read
+    together cheaply, or shuffled, so that any first n images mix the classes. A source has the part "train", and may
+    have the part "test".
     """
 
     files: list[Path]
     root: Path
     order: Literal["stored", "shuffled", "shuffled if held out"] = "stored"
 
-    def digest(self) -> str:
-        """Return the sha256 of the files' content and their names below `root`, wherever that lies."""
+    def compute_fingerprint(self) -> str:
+        """Return the sha256 over the files' contents and their names below `root`."""
         with explain_read_errors():
             lines = [f"{file.relative_to(self.root).as_posix()} {hash_file(file)}" for file in self.files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def count(self) -> dict[str, int]:
-        """Return the number of images of "train" and, if the set has a part of that name, of "test"."""
+    def count_images(self) -> dict[str, int]:
+        """Return the number of images by part."""
         ...
 
-    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
-        """Yield these images of a part, int64 (n,), in this order; they ascend where `order` is "stored"."""
+    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+        """Yield the images `indices`, int64 (n,), of a part; they ascend where `order` is "stored"."""
         ...
 
 
 class ArraySource(ImageSource, Protocol):
-    """A source whose parts are arrays: images, uint8 (N,H,W,C), and labels, integers (N,), or None."""
+    """A source in arrays: images, uint8 (N,H,W,C), and labels, integers (N,), or None, by part."""
 
     @property
     def arrays(self) -> Mapping[str, tuple[np.ndarray, np.ndarray | None]]: ...
 
-    def count(self) -> dict[str, int]:
+    def count_images(self) -> dict[str, int]:
         return {part: len(images) for part, (images, _) in self.arrays.items()}
 
-    def read(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         images, labels = self.arrays[part]
         for i in indices:
             label = None if labels is None else int(labels[i])
             yield RawImage(f"{self.root} {part} image {i}", np.asarray(images[i]), label)
 
 
-def shuffle(n: int) -> np.ndarray:
+def make_fixed_permutation(n: int) -> np.ndarray:
     """Return a permutation of 0..n-1, int64 (n,), that depends on n alone: on no machine, on no version of NumPy.
 
-    It sorts the raw 64-bit words of the counter-based generator Philox under the key 0: NumPy promises that
-    stream for ever, and promises nothing of `Generator.permutation`.
+    It sorts the raw words of the generator Philox with key 0: NumPy promises that stream for ever, but not
+    `Generator.permutation`.
     """
     return np.argsort(np.random.Philox(key=0).random_raw(n), kind="stable")
 
 
 def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, np.ndarray]]:
-    """Return for each split the part of the source that holds it, and its indices there, int64 (n,).
+    """Return for each split its part of the source and the indices in it, int64 (n,).
 
-    A source without a part "test" has `data.test_images` held out by a fixed shuffle.
+    Without a part "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
     """
-    counts = source.count()
+    counts = source.count_images()
     if "test" in counts:
-        arrange = shuffle if source.order == "shuffled" else np.arange
+        arrange = make_fixed_permutation if source.order == "shuffled" else np.arange
         return {split: (split, arrange(n)) for split, n in counts.items()}
     n, held_out = counts["train"], data.test_images
     if held_out >= n:
         raise PipelineError(
             f"{data.path} has {n} images; data.test_images={held_out} leaves none to train on"
         )
-    order = shuffle(n)
+    order = make_fixed_permutation(n)
     splits = {"train": order[held_out:], "test": order[:held_out]}
     if source.order == "stored":
         splits = {split: np.sort(indices) for split, indices in splits.items()}
     return {split: ("train", indices) for split, indices in splits.items() if len(indices)}
 
 
-def stamp_files(files: list[Path]) -> str:
-    """Return the sha256 over paths, sizes and modification times: it tells cheaply that nothing has changed."""
+def hash_file_stats(files: list[Path]) -> str:
+    """Return the sha256 over paths, sizes and modification times."""
     with explain_read_errors():
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
@@ -98,7 +99,7 @@ def stamp_files(files: list[Path]) -> str:
 
 @contextmanager
 def explain_read_errors() -> Iterator[None]:
-    """Say which file cannot be read, and what to do."""
+    """Raise an OSError as PipelineError with file and remedy."""
     try:
         yield
     except OSError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import ClusterConfig, Experiment
@@ -34,8 +33,10 @@ PROBE_STEPS = 20
 
 
 def parse_budget(text: str) -> tuple[int | None, float | None]:
-    """Read '2000', '2h', '30min' or 'full': steps of each row, or hours for all rows together, or neither, which is
-    the paper's length. Raises ConfigError."""
+    """Parse '2000' (steps of each row), '2h' or '30min' (time for all rows), or 'full': return steps, hours.
+
+    Raises ConfigError.
+    """
     if text == "full":
         return None, None
     match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)(h|min)", text)
@@ -47,15 +48,14 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
 def plan_reproduction(
     target: str, text: str, shared: list[str], cluster: ClusterConfig, dry_run: bool = False
 ) -> Study:
-    """Make one study of the rows of the paper's tables, of the length that `--budget` says.
+    """Return the study that trains every row of the paper's tables within the budget.
 
-    Where that is a time, the rate of training is measured once, unless this is a dry run. Raises ConfigError,
-    PipelineError.
+    For a time the rate of training is measured once, unless this is a dry run. Raises ConfigError, PipelineError.
     """
     steps, hours = parse_budget(text)
     sweep = load_sweep(SWEEPS[target], [])
     rows = [point.experiment for point in list_points(sweep, shared)]
-    from pipeline.sweep.study import Study  # brings torch, which a wrong override is told without
+    from pipeline.sweep.study import Study  # loads torch, which a wrong override does not wait for
 
     name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
     steps = steps or rows[0].train.steps
@@ -64,73 +64,61 @@ def plan_reproduction(
         if dry_run and not memory.exists():
             note = f"how many steps of {steps:,} fit into {text} is measured at the start"
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)
-        steps = load_or_measure_steps(memory, hours, rows, cluster)
-    sweep = replace(sweep, name=name, note=describe_scale(steps, rows[0]))
-    return Study(sweep, list_points(sweep, [*scale_keys(steps, rows[0]), *shared]), cluster)
+        if not memory.exists():
+            write_json(memory, {"steps": compute_steps(hours, measure_rate(rows[0], cluster), rows)})
+        steps = int(read_json(memory)["steps"])  # the same command again is the same study
+    scaled, note = scale_experiment(steps, rows[0])
+    return Study(replace(sweep, name=name, note=note), list_points(sweep, [*scaled, *shared]), cluster)
 
 
-def load_or_measure_steps(memory: Path, hours: float, rows: list[Experiment], cluster: ClusterConfig) -> int:
-    """Return the steps that an earlier command settled on, so that the same command again is the same study."""
-    if not memory.exists():
-        from pipeline.engine import execute as stages
+def measure_rate(row: Experiment, cluster: ClusterConfig) -> float:
+    """Return the training images per second of the whole cluster, from a run of a few steps."""
+    from pipeline.engine import execute as stages
 
-        print_line("measuring how fast this cluster trains")
-        train = replace(
-            rows[0].train, steps=PROBE_STEPS, warmup_steps=1, log_every=PROBE_STEPS // 4, sample_every=0
-        )
-        place = stages.run_stages(replace(rows[0], name="probe", train=train), cluster, "train")
-        # the best window, since the first ones warm up
-        rate = max(point["metrics"]["train/images_per_second"] for point in read_points(place.log))
-        write_json(memory, {"steps": fit_steps(hours, rate, rows)})
-    return int(read_json(memory)["steps"])
+    print_line("measuring how fast this cluster trains")
+    train = replace(row.train, steps=PROBE_STEPS, warmup_steps=1, log_every=PROBE_STEPS // 4, sample_every=0)
+    place = stages.run_stages(replace(row, name="probe", train=train), cluster, "train")
+    # the best window, since the first ones warm up
+    return max(point["metrics"]["train/images_per_second"] for point in read_points(place.log))
 
 
-def fit_steps(hours: float, images_per_second: float, rows: list[Experiment]) -> int:
-    """Return how many steps each row can have, at the rate at which the whole cluster trains.
+def compute_steps(hours: float, images_per_second: float, rows: list[Experiment]) -> int:
+    """Return how many steps each row gets in `hours`, at the measured rate of the whole cluster.
 
-    Everything else is projected from that rate: a forward pass is a third of a training image.
+    Sampling and scoring are projected from that rate: a forward pass is a third of a training image.
     """
-    passes = sum(map(count_passes, rows))
-    share = hours * 3600 * FORWARD_AND_BACKWARD * images_per_second / passes
+    share = hours * 3600 * FORWARD_AND_BACKWARD * images_per_second / sum(map(count_passes, rows))
     return max(1, int(min(1.0, share) * rows[0].train.steps))
 
 
 def count_passes(experiment: Experiment) -> float:
-    """Return what a run costs, in forward passes of one image: training, samples, bound."""
+    """Return the cost of a run in forward passes of one image: training, samples, bound."""
     timesteps = experiment.diffusion.timesteps
     train = FORWARD_AND_BACKWARD * experiment.train.steps * experiment.train.batch_size
     samples = experiment.sample.num_images * (experiment.sample.steps or timesteps)
     return train + samples + (experiment.evaluate.nll_images or TEST_IMAGES) * timesteps
 
 
-def scale_keys(steps: int, full: Experiment) -> list[str]:
-    """Return the overrides that make a row of the paper's length one of `steps`: every key that is scaled."""
-    share = steps / full.train.steps
+def scale_experiment(steps: int, full: Experiment) -> tuple[list[str], str]:
+    """Return the overrides that shorten a run to `steps` steps, and a note for readers."""
+    share, train = steps / full.train.steps, full.train
     if share >= 1:
-        return []
+        return [], "at the paper's length"
     samples = max(LEAST_SAMPLES, round(share * full.sample.num_images))
     bounds = max(LEAST_BOUNDS, round(share * (full.evaluate.nll_images or TEST_IMAGES)))
     values: Values = {
         "train.steps": steps,
-        "train.warmup_steps": min(full.train.warmup_steps, max(1, steps // WARM_UP)),
-        "train.checkpoint_every": min(full.train.checkpoint_every, max(1, steps // 4)),
-        "train.sample_every": min(full.train.sample_every, max(1, steps // 4)),
-        "train.log_every": min(full.train.log_every, max(1, steps // 20)),
-        "train.ema_warmup": full.train.ema_warmup or steps < SHORT,
+        "train.warmup_steps": min(train.warmup_steps, max(1, steps // WARM_UP)),
+        "train.checkpoint_every": min(train.checkpoint_every, max(1, steps // 4)),
+        "train.sample_every": min(train.sample_every, max(1, steps // 4)),
+        "train.log_every": min(train.log_every, max(1, steps // 20)),
+        "train.ema_warmup": train.ema_warmup or steps < SHORT,
         "sample.num_images": samples,
         "evaluate.nll_images": bounds,
         "sample.batch_size": min(full.sample.batch_size, samples),
         "evaluate.nll_batch_size": min(full.evaluate.nll_batch_size, bounds),
     }
-    return format_overrides(values)
-
-
-def describe_scale(steps: int, full: Experiment) -> str:
-    """Say what a reader has to know of a study that is shorter than the paper's."""
-    share = steps / full.train.steps
-    if share >= 1:
-        return "at the paper's length"
-    return (
-        f"scaled down to {100 * share:.2g} % of the paper's length ({steps:,} of {full.train.steps:,} steps, samples "
+    return format_overrides(values), (
+        f"scaled down to {100 * share:.2g} % of the paper's length ({steps:,} of {train.steps:,} steps, samples "
         "and NLL images by the same share): the rows can be held against each other, not against the paper's values"
     )

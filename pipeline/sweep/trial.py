@@ -1,0 +1,83 @@
+"""One trial in its process: the stages of its run, rung by rung where trials are stopped early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.compute.interrupt import StopRequest
+from pipeline.compute.units import Executor
+from pipeline.config import ClusterConfig, Experiment
+from pipeline.console import poll_during
+from pipeline.engine import execute as stages
+from pipeline.errors import PipelineError, shorten_error
+from pipeline.store.files import read_json
+from pipeline.store.run import Place
+from pipeline.sweep.definition import EarlyStop
+
+
+@dataclass(frozen=True)
+class TrialWork:
+    """Everything that the process of one trial needs. stop_file: of the whole study."""
+
+    place: Place
+    cluster: ClusterConfig
+    stop_file: Path
+    early_stop: EarlyStop
+
+    def should_stop(self) -> bool:
+        """Return whether the study asks to stop."""
+        return self.stop_file.exists()
+
+    def forward_stop(self) -> None:
+        """Write the run's stop file when the study's appears: the training workers look there."""
+        if self.should_stop() and self.place.path.exists():
+            self.place.stop_file.touch()
+
+
+def run_trial(
+    task: TrialWork, executor: Executor, should_continue: Callable[[int, float], bool]
+) -> str | None:
+    """Run a trial's unfinished stages; return the error as text, or None.
+
+    `should_continue(step, bound)` decides at each rung whether the trial goes on.
+    """
+    place, stop = task.place, task.early_stop
+    rungs = [(steps, "evaluate") for steps in stop.list_rungs(place.experiment.train.steps)]
+    try:
+        with poll_during(task.forward_stop):
+            for steps, last in [*rungs, (None, "report")]:
+                if task.should_stop():
+                    return None  # the files on disk say how far it came
+                part = place.of(limit_to_rung(place.experiment, steps, stop.nll_images)) if steps else place
+                stages.run_trial_stages(
+                    executor, task.should_stop, task.cluster, part, last, asked=place.experiment
+                )
+                if steps and not should_continue(steps, read_json(part.metrics_json)["scores"]["nll_bpd"]):
+                    return None
+    except StopRequest:
+        pass
+    except Exception as error:
+        return explain_error(error)
+    return None
+
+
+def explain_error(error: BaseException) -> str:
+    """Return the cause of an error as text, without the errors that wrap it."""
+    while (cause := getattr(error, "cause", None)) is not None:
+        error = cause
+    return " ".join(str(error).split()) if isinstance(error, PipelineError) else shorten_error(error)
+
+
+def limit_to_rung(experiment: Experiment, steps: int, nll_images: int) -> Experiment:
+    """Return the experiment with training up to a rung and the bound as its only score.
+
+    The run key does not hold the steps: the next rung extends the same run.
+    """
+    return replace(
+        experiment,
+        train=replace(experiment.train, steps=steps),
+        sample=replace(experiment.sample, checkpoint="last"),
+        evaluate=replace(experiment.evaluate, metrics=("nll",), nll_images=nll_images, checkpoints=None),
+    )
