@@ -36,7 +36,7 @@ def plain(monkeypatch):
     """No server, and pictures that take no time."""
 
     monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
-    monkeypatch.setattr(tracking, "Parent", Silence)
+    monkeypatch.setattr(tracking, "ParentRun", Silence)
 
 
 def finished(storage: Path, dropout: float, seed: int, loss: float = 0.1, **scores: float) -> Trial:
@@ -59,7 +59,7 @@ def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
     states = TrialStates(folder, sweep.early_stop, [])
     states.records = {trial.key: TrialState("finished") for trial in trials}
     recorder = StudyRecorder(sweep, {trial.key: trial for trial in trials}, states, folder, "", lambda: False)
-    recorder.close("FINISHED")
+    recorder.finish("FINISHED")
     texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
     return texts[0].replace("\u00a0", " "), texts[1].replace("\u00a0", " ")
 
