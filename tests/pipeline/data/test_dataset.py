@@ -44,7 +44,7 @@ def test_memory_and_tars_give_the_same_batches(folder):
         and len(small) == len(large) == 13
     )
     for index in (torch.randperm(13), torch.tensor([12, 0, 7, 7]), torch.tensor([6])):
-        for ours, theirs in zip(small.batch(index), large.batch(index), strict=True):
+        for ours, theirs in zip(small.read_batch(index), large.read_batch(index), strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
@@ -61,7 +61,7 @@ def test_a_prefetched_batch_is_the_one_that_was_asked_for(folder):
         dataset.prefetch(index)
         dataset.prefetch(index)  # twice is once
     for index in reversed(batches):
-        images, _ = dataset.batch(index)
+        images, _ = dataset.read_batch(index)
         assert torch.equal(images, torch.from_numpy(tars.load_images(folder, "train")[0])[index])
     assert not dataset.pending
 
@@ -73,9 +73,9 @@ def test_a_damaged_image_is_named(folder):
     content[offset + 60] ^= 1
     file.write_bytes(content)
     dataset = open_dataset(folder, "train", context())
-    dataset.batch(torch.tensor([0, 7, 8, 10, 12]))
+    dataset.read_batch(torch.tensor([0, 7, 8, 10, 12]))
     with pytest.raises(PipelineError, match=r"image 9 in .*train-00001.tar is damaged"):
-        dataset.batch(torch.tensor([9]))
+        dataset.read_batch(torch.tensor([9]))
 
 
 def test_an_index_of_another_tar_is_refused(folder):
