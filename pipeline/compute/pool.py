@@ -88,7 +88,7 @@ class Pool:
         self.lock = threading.Lock()  # held by a map
 
     def run_units(self, units: Sequence[Unit], done: WhenDone, costs: CostCounter) -> None:
-        """Run the units, one at a time on each actor. What can be done after a unit comes before those that wait.
+        """Run the units, one at a time on each actor, and call `done` with each that is finished.
 
         A unit whose actor dies is given to another, up to `cluster.retries` times. A unit's own error ends the
         map. On every way out what is under way is cancelled.
@@ -103,7 +103,7 @@ class Pool:
                         seconds, unit = self._take_result(reference), self.calls.pop(reference).unit
                         if unit and seconds is not None:
                             costs.add(unit.kind, unit.images, seconds)
-                            self._queue_units(done(unit) or ())
+                            done(unit)
                     if self.interrupted():
                         return
             finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,8 +16,6 @@ from pipeline.store.run import Place
 if TYPE_CHECKING:  # importing torch takes seconds, and a command that is up to date needs none of it
     import torch
     from torch import nn
-
-    from pipeline.store.tars import Shard
 
 NO_LIMIT = 2**62
 GIB = 2**30
@@ -44,7 +41,6 @@ class Unit:
     name: what a person reads where the unit fails.
     needs_gpu: it uses a network, so it gets a GPU where there are any, and a process that keeps the network.
     images, passes: its share of the progress, and how many passes of a network each image takes.
-    shard: the tar that it leaves, with its facts beside it, where other units can go on with it.
     """
 
     kind: UnitKind
@@ -53,7 +49,6 @@ class Unit:
     name: str
     images: int = 1
     passes: int = 1
-    shard: Shard | None = None
     needs_gpu: bool = False
 
     def run(self, ctx: Worker) -> float:
@@ -77,8 +72,7 @@ def split_units(
     return units
 
 
-# Called with a unit that is finished; returns the units that can be done now that it is.
-WhenDone = Callable[[Unit], Sequence[Unit] | None]
+WhenDone = Callable[[Unit], None]  # called with each unit that is finished
 
 
 class Worker:
@@ -153,10 +147,8 @@ class LocalExecutor:
         body(self.context, place)
 
     def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
-        waiting = deque(units)
-        while waiting:
-            unit = waiting.popleft()
+        for unit in units:
             self.costs.add(unit.kind, unit.images, unit.run(self.context))
-            waiting.extend(done(unit) or ())
+            done(unit)
             if self.interrupted():
                 return

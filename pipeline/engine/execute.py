@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline import config
 from pipeline.compute.interrupt import StopRequest, StopSignals
-from pipeline.compute.units import GIB, Executor, LocalExecutor, Unit, WhenDone, create_local_worker
+from pipeline.compute.units import GIB, Executor, LocalExecutor, Unit, create_local_worker
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import format_duration, poll_during, print_line, show_progress
 from pipeline.engine import preflight
@@ -117,7 +117,7 @@ class _RunExecution:
                     later.check_before_training(self.place)
                 self._run_group(stage)
             else:
-                self._run_units(stage, todo)
+                self._run_units(stage)
             seconds = time.monotonic() - began
             self.place.add_seconds(stage.name, seconds)
             print_line(f"{stage.name}: done in {format_duration(seconds)}")
@@ -140,21 +140,20 @@ class _RunExecution:
         if self.interrupted():
             raise StopRequest
 
-    def _run_units(self, stage: Stage, later: list[Stage]) -> None:
-        """Run the rounds of units of a stage; and those of later stages that can be done between them."""
+    def _run_units(self, stage: Stage) -> None:
+        """Run the rounds of units of a stage."""
         place = fill_in_selection(stage, self.place)
         shared = stage.find_shared_folder(place)
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         with lock_folder(shared, wait=True) if shared else nullcontext():
             if stage.is_done(place):  # another command did it meanwhile
                 return
-            follow_ups = [found for other in later if (found := other.plan_follow_ups(self.place))]
             for units in list_rounds(stage, place):
                 if units:
-                    self._map_units(stage, units, follow_ups)
+                    self._map_units(stage, units)
 
-    def _map_units(self, stage: Stage, units: list[Unit], follow_ups: list[WhenDone]) -> None:
-        """Run the units, and what can be done as soon as one of them is: features while others sample."""
+    def _map_units(self, stage: Stage, units: list[Unit]) -> None:
+        """Run the units, show their progress and record their cost."""
         # An image's bound takes a thousand times as long as its features: only passes tell the time left of both.
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
         share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
@@ -163,11 +162,10 @@ class _RunExecution:
             stage.name, sum(share.values()), "network passes" if mixed else "images"
         ) as progress:
 
-            def finish(unit: Unit) -> Sequence[Unit]:
+            def finish(unit: Unit) -> None:
                 nonlocal finished
-                finished += share.get(id(unit), 0)
+                finished += share[id(unit)]
                 progress.update(finished)
-                return [new for list_units in follow_ups for new in list_units(unit) or ()]
 
             try:
                 executor.map_units(units, finish)

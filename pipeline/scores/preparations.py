@@ -22,21 +22,15 @@ LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fil
 def list_preparations(place: Place) -> list[Unit]:
     """List the units that are not done."""
     count, units = tars.open_shards(place.data).count_images("train"), []
-    if not has_extractor(place):
+    weights, facts = place.classifier, place.classifier_json
+    there = facts.exists() and weights.exists() and read_json(facts)["sha256"] == hash_file(weights)
+    if place.experiment.evaluate.features == "classifier" and not there:
         units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     pixels = locate_gaussian(place)
     if pixels and not pixels.exists():
         name = "the Gaussian of the training pixels"
         units.append(Unit(UnitKind.PREPARATION, write_gaussian, (place, pixels), name, count))
     return units
-
-
-def has_extractor(place: Place) -> bool:
-    """Return whether the extractor is there, or needs no unit."""
-    if place.experiment.evaluate.features != "classifier":
-        return True
-    weights, facts = place.classifier, place.classifier_json
-    return facts.exists() and weights.exists() and read_json(facts)["sha256"] == hash_file(weights)
 
 
 def train_classifier(ctx: Worker, place: Place) -> None:

@@ -101,7 +101,7 @@ class SampleStage(Stage):
         yield [
             Unit(
                 UnitKind.SAMPLES, draw_samples, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
-                shard.stop - shard.start, shard=shard, needs_gpu=True,
+                shard.stop - shard.start, needs_gpu=True,
             )
             for shard in shards
             if shard.read_facts(**made_by) is None

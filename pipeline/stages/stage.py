@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from pipeline.compute.units import Unit, WhenDone, Worker
+from pipeline.compute.units import Unit, Worker
 from pipeline.config import Experiment
 from pipeline.store.run import Place
 
@@ -47,10 +47,6 @@ class Stage(ABC):
 
     def check_before_training(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
         """Raise PipelineError for what the shards alone show to be impossible, before hours of training."""
-
-    def plan_follow_ups(self, place: Place) -> WhenDone | None:
-        """Return a function from a finished unit of an earlier stage to the units that this stage can do then."""
-        return None
 
     def find_shared_folder(self, place: Place) -> Path | None:
         """Return the folder that it writes to and other runs share; None where it writes to the run's own."""

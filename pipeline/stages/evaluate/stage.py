@@ -6,20 +6,19 @@ A unit makes the features of one tar (`pipeline.scores.image_sets`), or the boun
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 
-from pipeline.compute.units import Unit, WhenDone
+from pipeline.compute.units import Unit
 from pipeline.config import Experiment, to_yaml
 from pipeline.errors import PipelineError
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
-from pipeline.scores.image_sets import hash_shards, make_shard_set
-from pipeline.scores.preparations import has_extractor, list_preparations
+from pipeline.scores.image_sets import hash_shards
+from pipeline.scores.preparations import list_preparations
 from pipeline.scores.reference import load_statistics
 from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
 from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_json, read_manifest, write_json, write_manifest, write_text
+from pipeline.store.files import read_manifest, write_json, write_manifest, write_text
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard, open_shards
 
@@ -83,28 +82,6 @@ class EvaluateStage(Stage):
         write_json(place.metrics_json, found)
         write_text(place.evaluate_yaml, to_yaml(config))
         write_manifest(place.scores, [file.name for file in files], **inputs)
-
-    def plan_follow_ups(self, place: Place) -> WhenDone | None:
-        """Return what makes the features of a tar of samples as soon as the tar is there; None if nothing scores them.
-
-        None also if their extractor is not there: `work` makes it, or raises what is wrong with it.
-        """
-        if not needs_samples(place.experiment) or not has_extractor(place):
-            return None
-        try:
-            extractor = find_extractor(place)
-        except PipelineError:
-            return None
-
-        def list_features(unit: Unit) -> list[Unit]:
-            if unit.shard is None:
-                return []
-            facts = read_json(unit.shard.facts_json)  # there is no manifest yet
-            shard = replace(unit.shard, sha256=facts["sha256"])
-            images = make_shard_set(extractor, [shard], place.experiment.data.shape, place.score_units)
-            return images.list_missing()
-
-        return list_features
 
 
 STAGE = EvaluateStage()

@@ -137,7 +137,7 @@ def test_idle_actors_make_room_for_tasks(session, tmp_path):
     """Two actors hold all CPUs; a unit without a network comes after them, and one beside them."""
     networks, others = units_of(tmp_path, 4), units_of(tmp_path, 2, needs_gpu=False)
     session.map_units(networks[:2], lambda unit: None)
-    session.map_units([others[0], *networks[2:]], lambda unit: [others[1]] if unit is networks[2] else None)
+    session.map_units([others[0], *networks[2:], others[1]], lambda unit: None)
     assert len(notes_of([*networks, *others])) == 6
 
 

@@ -1,13 +1,11 @@
 """Evaluation: scores from units that are kept under what they depend on, never without their protocol."""
 
-import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_cpu
 from staged import asking_for, results, run_stage, scoring, with_weights
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -204,28 +202,6 @@ def test_looking_whether_it_is_done_loads_no_fidelity_library():
     """`ddpm run` on a run that is up to date takes seconds."""
     code = "import sys, pipeline.stages.evaluate, pipeline.stages.figures; assert 'torch_fidelity' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize("features", ["projection", "classifier"])
-def test_features_are_made_while_other_samples_are_drawn(tiny_run, features):
-    """Unless the extractor is not there yet; then the evaluate stage makes them."""
-    experiment, run = tiny_run
-    experiment = scoring(experiment, metrics=("fid",), features=features)
-    with_weights(experiment, run)
-    shutil.rmtree(run.data / "classifier", ignore_errors=True)
-    after, ran = evaluate.STAGE.plan_follow_ups(run.of(experiment)), []
-
-    def done(unit):
-        ran.append(unit.name)
-        return after(unit) if after else None
-
-    for units in sample.STAGE.work(run.of(experiment)):
-        one_cpu().map_units(units, done)
-    made = ["features of 00000.tar", "features of 00001.tar"]
-    assert ran == ["samples 0-5", "samples 6-11"] + (made if features == "projection" else [])
-    left = run_stage(evaluate, experiment, run)
-    assert ("features of 00000.tar" in left) == (features == "classifier")
-    assert evaluate.STAGE.plan_follow_ups(run.of(scoring(experiment, metrics=("nll",)))) is None
 
 
 def test_the_size_of_sampling_units_hardly_shows(tiny_run):

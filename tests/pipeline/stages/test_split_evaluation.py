@@ -96,14 +96,6 @@ def by_one_task(one) -> dict[str, str]:
     return found
 
 
-def test_features_are_made_while_others_are_drawn(by_one_task, one):
-    tars, features = (
-        sorted(path.stat().st_mtime_ns for path in one.glob(pattern))
-        for pattern in ("tiny-*/samples/*/*.tar", "tiny-*/evaluation/units/classifier-*/*.npz")
-    )
-    assert len(tars) == len(features) == 6 and features[0] < tars[-1]
-
-
 @pytest.mark.parametrize("tasks", [2, 3])
 def test_more_tasks_leave_the_same_files(prepared, by_one_task, tasks, tmp_path):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
