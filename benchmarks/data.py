@@ -12,7 +12,7 @@ from benchmarks.subjects import Way
 from benchmarks.workspace import workspace
 from pipeline.compute.units import create_local_worker
 from pipeline.stages import shard
-from pipeline.stages.train import ImageOrder, slice_batch
+from pipeline.stages.train import list_image_indices, slice_batch
 from pipeline.store import tars
 from pipeline.store.run import Place
 
@@ -52,12 +52,12 @@ def _loaded(run: Place) -> tuple[Callable[[], Any], float]:
     began = time.perf_counter()
     images = torch.from_numpy(tars.load_images(run.data, "train")[0])
     seconds = time.perf_counter() - began
-    order, rows, step = ImageOrder(0, len(images)), slice_batch(BATCH, 0, 1), 0
+    rows, step = slice_batch(BATCH, 0, 1), 0
 
     def batch() -> torch.Tensor:
         nonlocal step
         step += 1
-        return images[order.list_indices(step, BATCH, rows)]
+        return images[list_image_indices(0, len(images), step, BATCH, rows)]
 
     return batch, seconds
 

@@ -1,4 +1,4 @@
-"""What tests of stages share: an untrained checkpoint, and running a stage in this process."""
+"""What tests of stages share: an untrained checkpoint, changed settings, and running a stage in this process."""
 
 import dataclasses
 
@@ -19,12 +19,19 @@ def with_weights(experiment, run, scale=1.0):
     checkpoint.load_network.cache_clear()
 
 
+def change(experiment, section, **changes):
+    """The experiment with other settings in one section."""
+    return dataclasses.replace(
+        experiment, **{section: dataclasses.replace(getattr(experiment, section), **changes)}
+    )
+
+
 def asking_for(experiment, **changes):
-    return dataclasses.replace(experiment, sample=dataclasses.replace(experiment.sample, **changes))
+    return change(experiment, "sample", **changes)
 
 
 def scoring(experiment, **changes):
-    return dataclasses.replace(experiment, evaluate=dataclasses.replace(experiment.evaluate, **changes))
+    return change(experiment, "evaluate", **changes)
 
 
 def results(experiment, run):

@@ -18,5 +18,6 @@ from pipeline.config.sections import (
     FiguresConfig,
     PublishedConfig,
     SampleConfig,
+    TrainStageConfig,
     require_images_for_workers,
 )

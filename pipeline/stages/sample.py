@@ -21,10 +21,10 @@ from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import tars
-from pipeline.store.chain import load_guided_network, make_labels
+from pipeline.store.chain import make_labels, load_guided_network
 from pipeline.store.files import read_manifest_or_none, write_text
 from pipeline.store.run import Place
-from pipeline.store.tars import Shard, ShardFacts
+from pipeline.store.tars import Shard
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ GRID_SIDE = 10
 
 @dataclass(frozen=True)
 class SampleProtocol:
-    """How a set of samples was drawn, nulls resolved. It stands beside every score of the set."""
+    """The protocol of a sample set, nulls resolved. It stands beside every score of the set."""
 
     checkpoint: int
     weights: str
@@ -53,7 +53,7 @@ class SampleProtocol:
 
 
 def describe_sampling(experiment: Experiment) -> SampleProtocol:
-    """Say how the samples of an experiment are drawn."""
+    """Return the protocol by which the samples of an experiment are drawn."""
     config, timesteps = experiment.sample, experiment.diffusion.timesteps
     ancestral = config.sampler == "ancestral"
     return SampleProtocol(
@@ -75,7 +75,7 @@ def describe_sampling(experiment: Experiment) -> SampleProtocol:
 
 
 class SampleStage(Stage):
-    """Draws images of the chosen checkpoint."""
+    """Draws images with the checkpoint that sample.checkpoint means."""
 
     name = "sample"
     uses_checkpoint = True
@@ -84,17 +84,18 @@ class SampleStage(Stage):
         return ("shard", "train", "select") if experiment.sample.checkpoint == "best" else ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
-        """Tell whether at least as many samples as asked for are on disk, and sealed."""
+        """Return whether at least as many samples as asked for are on disk, and sealed."""
         manifest = read_manifest_or_none(place.samples)
         if manifest is None or manifest["splits"][SPLIT]["count"] < place.experiment.sample.num_images:
             return False
         return place.samples_grid.exists() and place.samples_yaml.exists()
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield the ranges that are not on disk, then draw the grid and seal the folder."""
-        config, made_by = place.experiment.sample, _identity(place.experiment)
+        """Yield a unit for each tar that is not on disk, then write grid, protocol and manifest."""
+        experiment, config, data = place.experiment, place.experiment.sample, place.experiment.data
+        protocol, facts = describe_sampling(experiment), _list_facts(experiment)
         if config.sampler == "ancestral":
-            diffusion = Diffusion(place.experiment.diffusion)
+            diffusion = Diffusion(experiment.diffusion)
             if warning := warn_of_few_steps(diffusion, config.steps, config.variance):
                 log.warning("sample: %s", warning)
         shards = plan_shards(place)
@@ -104,9 +105,21 @@ class SampleStage(Stage):
                 shard.stop - shard.start, needs_gpu=True,
             )
             for shard in shards
-            if shard.read_facts(**made_by) is None
+            if shard.read_facts(**facts) is None
         ]  # fmt: skip
-        _seal(place, [shard.require_facts(**made_by) for shard in shards])
+        written = [shard.require_facts(**facts) for shard in shards]
+        records = chain.from_iterable(tars.read_records(shard.path) for shard in shards)
+        pixels = [torch.tensor(tars.decode_png(record.png)) for record in islice(records, GRID_SIDE**2)]
+        save_grid(torch.stack(pixels), GRID_SIDE, place.samples_grid)
+        write_text(place.samples_yaml, to_yaml(protocol))
+        tars.write_shard_manifest(
+            place.samples,
+            {SPLIT: written},
+            image_size=data.image_size,
+            channels=data.channels,
+            labels=0 if config.label is None else data.labels,
+            protocol=asdict(protocol),
+        )
 
 
 STAGE = SampleStage()
@@ -124,7 +137,7 @@ def plan_shards(place: Place) -> list[Shard]:
 
 
 def draw_samples(ctx: Worker, place: Place, shard: Shard) -> None:
-    """Do the work unit: the images of one tar, then its facts."""
+    """Draw the images of one tar and write them, then its facts. The body of a unit."""
     experiment, config = place.experiment, place.experiment.sample
     index = torch.arange(shard.start, shard.stop, device=ctx.device)
     labels = make_labels(experiment, index)
@@ -146,28 +159,11 @@ def draw_samples(ctx: Worker, place: Place, shard: Shard) -> None:
         tars.Record(f"{number:08d}", tars.encode_png(image), label)
         for number, image, label in zip(range(shard.start, shard.stop), pixels, classes, strict=True)
     )
-    shard.write(records, **_identity(experiment), compiled=config.compile)
+    shard.write(records, **_list_facts(experiment), compiled=config.compile)
 
 
-def _identity(experiment: Experiment) -> dict[str, Any]:
-    """Return what the facts of a tar must say; compiling moves the order of sums only."""
+def _list_facts(experiment: Experiment) -> dict[str, Any]:
+    """Return what the facts of a tar must hold, or it is drawn again; compiling moves the order of sums only."""
     protocol = asdict(describe_sampling(experiment))
     del protocol["compiled"]
     return {"protocol": protocol}
-
-
-def _seal(place: Place, facts: list[ShardFacts]) -> None:
-    """Write the grid and the protocol, then the manifest."""
-    protocol, data = describe_sampling(place.experiment), place.experiment.data
-    first = chain.from_iterable(tars.read_records(place.samples / shard["name"]) for shard in facts)
-    pixels = [torch.tensor(tars.decode_png(record.png)) for record in islice(first, GRID_SIDE**2)]
-    save_grid(torch.stack(pixels), GRID_SIDE, place.samples_grid)
-    write_text(place.samples_yaml, to_yaml(protocol))
-    tars.write_shard_manifest(
-        place.samples,
-        {SPLIT: facts},
-        image_size=data.image_size,
-        channels=data.channels,
-        labels=0 if place.experiment.sample.label is None else data.labels,
-        protocol=asdict(protocol),
-    )

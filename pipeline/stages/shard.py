@@ -28,7 +28,7 @@ class ShardStage(Stage):
         return place.data
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield the shards that are missing, then seal the folder."""
+        """Yield a unit for each tar that is missing, then check what was left out and write the manifest."""
         config = place.experiment.data
         data = download_source(config, locate_downloads(place.storage))
         shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
@@ -37,12 +37,24 @@ class ShardStage(Stage):
             for shard in shards
             if shard.read_facts() is None
         ]
-        facts = [shard.require_facts() for shard in shards]
-        skipped = [entry for shard in facts for entry in shard.get("skipped", [])]
-        _report_skipped(skipped, data.max_undecodable)
+        splits: dict[str, list[ShardFacts]] = {}
+        for shard in shards:
+            splits.setdefault(shard.split, []).append(shard.require_facts())
+        skipped = [
+            image for facts in splits.values() for shard in facts for image in shard.get("skipped", [])
+        ]
+        if len(skipped) > data.max_undecodable:
+            name, reason = skipped[data.max_undecodable]
+            limit = f"one of {len(skipped)} broken images where data.max_undecodable={data.max_undecodable}"
+            raise_undecodable(f"{name}, {limit},", reason)
+        for name, reason in skipped:
+            log.warning("%s does not decode (%s) and is left out", name, reason)
+        for split, facts in splits.items():
+            if not any(shard["count"] for shard in facts):
+                raise PipelineError(f"no image of the {split} split decodes; check data.path")
         write_shard_manifest(
             place.data,
-            _group_by_split(facts),
+            splits,
             source=data.source,
             fingerprint=compute_fingerprint(config, locate_fingerprints(place.storage)),
             image_size=data.image_size,
@@ -65,31 +77,13 @@ def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> 
 
 
 def write_shard(ctx: Worker, data: DataConfig, shard: Shard) -> None:
-    """Do the work unit: one tar, then its facts."""
+    """Write the images of one tar, then its facts. The body of a unit."""
     skipped: list[list[str]] = []
 
-    def pass_over(name: str, reason: str) -> None:
+    def skip_image(name: str, reason: str) -> None:
         skipped.append([name, reason])
         if len(skipped) > data.max_undecodable:
             raise_undecodable(name, reason)
 
-    records = open_source(data).read_records(shard.split, shard.start, shard.stop, pass_over)
+    records = open_source(data).read_records(shard.split, shard.start, shard.stop, skip_image)
     shard.write(records, skipped=skipped)
-
-
-def _group_by_split(shards: list[ShardFacts]) -> dict[str, list[ShardFacts]]:
-    groups = {shard["split"]: [s for s in shards if s["split"] == shard["split"]] for shard in shards}
-    for split, group in groups.items():
-        if not any(shard["count"] for shard in group):
-            raise PipelineError(f"no image of the {split} split decodes; check data.path")
-    return groups
-
-
-def _report_skipped(skipped: list[list[str]], allowed: int) -> None:
-    if len(skipped) > allowed:
-        name, reason = skipped[allowed]
-        raise_undecodable(
-            f"{name}, one of {len(skipped)} broken images where data.max_undecodable={allowed},", reason
-        )
-    for name, reason in skipped:
-        log.warning("%s does not decode (%s) and is left out", name, reason)

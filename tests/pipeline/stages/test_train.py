@@ -1,6 +1,5 @@
 """The training loop: stateless order, exact resumption, one point per step, whatever happens."""
 
-import dataclasses
 import errno
 import json
 import threading
@@ -10,6 +9,7 @@ import torch
 from conftest import one_cpu, renamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from staged import change
 
 from ddpm import ContextUNet
 from pipeline import config
@@ -20,17 +20,24 @@ from pipeline.stages import train
 from pipeline.store import checkpoint
 
 
-def train_to(experiment, run, steps):
-    experiment = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps))
-    train.STAGE.run_worker(one_cpu().context, run.of(experiment))
+def train_to(experiment, run, steps, context=None):
+    """Train, here or in the given context; return the points of the log."""
+    train.STAGE.run_worker(context or one_cpu().context, run.of(change(experiment, "train", steps=steps)))
+    return [json.loads(line) for line in run.log.read_text().splitlines()] if run.log.exists() else []
+
+
+def curve(points, *names):
+    return [(point["step"], *(point["metrics"][f"train/{name}"] for name in names)) for point in points]
 
 
 def final_state(run, step):
     return checkpoint.load_checkpoint(run.step_folder(step))
 
 
-def points(run):
-    return [json.loads(line) for line in run.log.read_text().splitlines()]
+def assert_equal_states(run, other, *steps):
+    for step in steps:
+        ours, theirs = final_state(run, step), final_state(other, step)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # The order
@@ -48,29 +55,20 @@ def test_every_image_once_per_epoch_for_any_workers_batch_and_start(
     steps = start + 3 * num_images // batch_size + 2
     seen = []
     for step in range(start, steps):
-        fresh = train.ImageOrder(seed, num_images)  # a new process at every step: nothing is carried over
-        for rank in range(workers):
-            rows = train.slice_batch(batch_size, rank, workers)
-            seen += fresh.list_indices(step, batch_size, rows).tolist()
-    everything = train.ImageOrder(seed, num_images).list_indices(
-        0, steps * batch_size, torch.arange(steps * batch_size)
-    )
+        slices = [train.slice_batch(batch_size, rank, workers) for rank in range(workers)]
+        assert max(map(len, slices)) - min(map(len, slices)) <= 1
+        for rows in slices:
+            seen += train.list_image_indices(seed, num_images, step, batch_size, rows).tolist()
+    slots = torch.arange(steps * batch_size)
+    everything = train.list_image_indices(seed, num_images, 0, steps * batch_size, slots)
     assert seen == everything[start * batch_size :].tolist()
     for epoch in everything.split(num_images)[: len(everything) // num_images]:
         assert sorted(epoch.tolist()) == list(range(num_images))
 
 
 def test_epochs_and_seeds_have_different_orders():
-    order = train.ImageOrder(0, 100).list_indices(0, 200, torch.arange(200))
-    assert not torch.equal(order[:100], order[100:])
-    assert not torch.equal(order[:100], train.ImageOrder(1, 100).list_indices(0, 100, torch.arange(100)))
-
-
-@given(batch_size=st.integers(1, 300), workers=st.integers(1, 9))
-def test_slices_cover_the_batch_in_order(batch_size, workers):
-    slices = [train.slice_batch(batch_size, rank, workers) for rank in range(workers)]
-    assert torch.equal(torch.cat(slices), torch.arange(batch_size))
-    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+    order, other = (train.list_image_indices(seed, 100, 0, 200, torch.arange(200)) for seed in (0, 1))
+    assert not torch.equal(order[:100], order[100:]) and not torch.equal(order[:100], other[:100])
 
 
 # The loop
@@ -80,26 +78,19 @@ def test_images_read_from_the_tars_train_the_same_run(tiny_run):
     experiment, run = tiny_run
     from_memory = renamed(run, "-from-memory")
     train_to(experiment, from_memory, 3)
-    context = Worker(torch.device("cpu"), cpus=1, image_memory=0)
-    shorter = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=3))
-    train.STAGE.run_worker(context, run.of(shorter))
-    ours, theirs = final_state(run, 3), final_state(from_memory, 3)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    train_to(experiment, run, 3, Worker(torch.device("cpu"), cpus=1, image_memory=0))
+    assert_equal_states(run, from_memory, 3)
 
 
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
     experiment, run = tiny_run
-    experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, dropout=0.3))
+    experiment = change(experiment, "model", dropout=0.3)
     untouched = renamed(run, "-untouched")
-    train_to(experiment, untouched, 6)
+    expected = train_to(experiment, untouched, 6)
     train_to(experiment, run, 4)
     torch.randn(5)  # whatever else the process drew
-    train_to(experiment, run, 6)
-    ours, theirs = final_state(run, 6), final_state(untouched, 6)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    losses = [[point["metrics"]["train/loss"] for point in points(r)] for r in (run, untouched)]
-    assert losses[0] == losses[1]
+    assert curve(train_to(experiment, run, 6), "loss") == curve(expected, "loss")
+    assert_equal_states(run, untouched, 6)
 
 
 def test_a_final_checkpoint_that_fails_its_hash_is_made_again(tiny_run):
@@ -114,42 +105,43 @@ def test_a_final_checkpoint_that_fails_its_hash_is_made_again(tiny_run):
     train_to(experiment, run, 6)
     assert train.STAGE.is_done(run.of(experiment))
     assert all(torch.equal(final_state(run, 6)[name], good[name]) for name in good)
-
-
-def test_fewer_steps_than_were_trained_leave_the_others_alone(tiny_run):
-    experiment, run = tiny_run
-    train_to(experiment, run, 6)
     train_to(experiment, run, 1)
-    assert checkpoint.list_steps(run.train) == [1, 2, 4, 6]
+    assert checkpoint.list_steps(run.train) == [1, 2, 4, 6], "fewer steps leave the others alone"
 
 
 def test_steps_computed_again_are_logged_once(tiny_run):
     experiment, run = tiny_run
-    train_to(experiment, run, 6)
-    before = points(run)
+    before = train_to(experiment, run, 6)
     for step in (4, 6):
         (run.step_folder(step) / checkpoint.META).unlink()
     with run.log.open("a") as file:
         file.write('{"step": 7, "ti')  # a writer killed in mid-line
-    train_to(experiment, run, 6)
-    assert points(run) == before
+    assert train_to(experiment, run, 6) == before
     assert [point["step"] for point in before] == [1, 2, 3, 4, 5, 6]
-
-
-def test_the_first_update_has_rate_zero_and_the_curve_is_complete(tiny_run):
-    experiment, run = tiny_run
-    train_to(experiment, run, 6)
-    metrics = points(run)[0]["metrics"]
-    assert metrics["train/lr"] == 0
+    metrics = before[0]["metrics"]
     assert metrics.keys() == {"train/loss", "train/grad_norm", "train/lr", "train/images_per_second"}
+    assert metrics["train/lr"] == 0, "the first update has the rate zero"
+    assert train.STAGE.read_progress(run) == (6, f"loss {before[-1]['metrics']['train/loss']:.4f}")
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tiny_run):
+def stop_at(step):
+    """A context under which training is asked to stop after `step`."""
+    context = one_cpu().context
+    asked = iter(range(1, step + 1))
+    context.broadcast_flag = lambda flag: next(asked) == step
+    return context
+
+
+@pytest.mark.parametrize(("stop", "warmup"), [(None, 2), (30, 0)])
+def test_a_run_that_has_diverged_stops_and_keeps_the_last_good_checkpoint(tiny_run, stop, warmup):
     experiment, run = tiny_run
     train_to(experiment, run, 2)
-    wild = dataclasses.replace(experiment.train, lr=1e30, grad_clip=None, log_every=100, checkpoint_every=5)
+    wild = change(
+        experiment, "train", lr=1e30, grad_clip=None, warmup_steps=warmup, log_every=100,
+        checkpoint_every=50 if stop else 5,
+    )  # fmt: skip
     with pytest.raises(PipelineError, match=r"loss became .* lower train\.lr"):
-        train_to(dataclasses.replace(experiment, train=wild), run, 40)
+        train_to(wild, run, 40, stop_at(stop) if stop else None)
     assert checkpoint.find_newest(run, at_most=100) == 2
 
 
@@ -160,43 +152,17 @@ def test_the_stop_file_ends_training_with_a_checkpoint(tiny_run):
     assert checkpoint.find_newest(run, at_most=6) == 1
 
 
-def stop_at(run, step):
-    """A context under which training is asked to stop after `step`."""
-    context = one_cpu().context
-    asked = iter(range(1, step + 1))
-    context.decide = lambda flag: next(asked) == step
-    return context
-
-
-@pytest.mark.parametrize("step", [1, 3, 4, 5])
-def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run, step):
+def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run):
     experiment, run = tiny_run
-    seldom = dataclasses.replace(experiment.train, log_every=4, checkpoint_every=8, steps=12)
-    experiment = dataclasses.replace(experiment, train=seldom)
-    untouched = renamed(run, "-untouched")
-    train.STAGE.run_worker(one_cpu().context, untouched.of(experiment))
-    train.STAGE.run_worker(stop_at(run, step), run.of(experiment))
-    assert checkpoint.list_steps(run.train) == [step]
-    train.STAGE.run_worker(one_cpu().context, run.of(experiment))
-    ours, theirs = (
-        [(p["step"], p["metrics"]["train/loss"], p["metrics"]["train/grad_norm"]) for p in points(r)]
-        for r in (run, untouched)
-    )
-    assert ours == theirs and [step for step, *_ in ours] == [4, 8, 12]
-    assert final_state(run, 12).keys() == final_state(untouched, 12).keys()
-
-
-def test_a_run_that_has_diverged_is_not_saved_when_it_is_stopped(tiny_run):
-    experiment, run = tiny_run
-    wild = dataclasses.replace(
-        experiment.train, lr=1e30, warmup_steps=0, grad_clip=None, log_every=100, steps=40
-    )
-    with pytest.raises(PipelineError, match="loss became"):
-        train.STAGE.run_worker(
-            stop_at(run, 30),
-            run.of(dataclasses.replace(experiment, train=dataclasses.replace(wild, checkpoint_every=50))),
-        )
-    assert checkpoint.list_steps(run.train) == []
+    experiment = change(experiment, "train", log_every=4, checkpoint_every=8)
+    expected = curve(train_to(experiment, run, 12), "loss", "grad_norm")
+    assert [step for step, *_ in expected] == [4, 8, 12]
+    for step in (1, 4, 5):
+        stopped = renamed(run, f"-{step}")
+        train_to(experiment, stopped, 12, stop_at(step))
+        assert checkpoint.list_steps(stopped.train) == [step]
+        assert curve(train_to(experiment, stopped, 12), "loss", "grad_norm") == expected
+        assert_equal_states(stopped, run, 12)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
@@ -212,16 +178,14 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
         write(directory, *args)
 
     class Beat(train.Heartbeat):
-        def beat(self, step):
+        def write(self, step):
             if step == 3:
                 stepped.set()
 
-    monkeypatch.setattr(checkpoint, "write", slow)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
     monkeypatch.setattr(train, "Heartbeat", Beat)
     train_to(experiment, run, 6)
-    for step in (2, 4, 6):
-        ours, theirs = final_state(run, step), final_state(untouched, step)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_equal_states(run, untouched, 2, 4, 6)
 
 
 def test_what_a_killed_group_left_half_written_is_gone_when_the_next_one_trains(tiny_run):
@@ -247,21 +211,13 @@ def test_a_checkpoint_that_cannot_be_written_ends_training(tiny_run, monkeypatch
 
 
 def test_more_workers_than_images_in_the_batch_are_refused(tiny_run):
-    experiment, run = tiny_run
     context = one_cpu().context
     context.world_size = 17
     with pytest.raises(PipelineError, match="17 workers cannot share"):
-        train.STAGE.run_worker(context, run.of(experiment))
+        train_to(*tiny_run, 6, context)
 
 
-def test_grids_show_the_same_noise_at_every_step(tiny_run):
-    experiment, run = tiny_run
-    often = dataclasses.replace(experiment.train, sample_every=3)
-    train_to(dataclasses.replace(experiment, train=often), run, 6)
-    assert sorted(path.name for path in run.grids.iterdir()) == ["00000003.png", "00000006.png"]
-
-
-def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, monkeypatch):
+def test_grids_are_drawn_and_show_each_class_where_the_network_takes_labels(sharded_storage, monkeypatch):
     small = ["diffusion.timesteps=4", "sample.steps=null", "model.channels=8", "model.norm_groups=4"]
     often = ["train.batch_size=16", "train.sample_every=2"]
     experiment = config.load_experiment("context_digits", [*small, *often])
@@ -270,25 +226,27 @@ def test_grids_of_a_network_that_takes_labels_show_each_class(sharded_storage, m
 
     def listening(net, x_t, t, context=None):
         if len(x_t) == train.GRID_SIDE**2:
-            asked.append(context.tolist())
+            asked.append((x_t, context.tolist()))
         return forward(net, x_t, t, context)
 
     monkeypatch.setattr(ContextUNet, "forward", listening)
-    train_to(experiment, make_place(experiment, sharded_storage), 2)
-    assert asked and all(labels[:12] == [*range(10), 0, 1] for labels in asked)
+    run = make_place(experiment, sharded_storage)
+    train_to(experiment, run, 4)
+    assert sorted(path.name for path in run.grids.iterdir()) == ["00000002.png", "00000004.png"]
+    assert all(labels[:12] == [*range(10), 0, 1] for _, labels in asked)
+    first, second = asked[0][0], asked[len(asked) // 2][0]
+    assert torch.equal(first, second), "each grid begins with the same noise"
 
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_the_same_run_up_to_rounding(tiny_run):
     experiment, run = tiny_run
-    train_to(experiment, run, 3)
-    compiled = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, compile=True))
+    expected = train_to(experiment, run, 3)
     other = renamed(run, "-compiled")
-    train_to(compiled, other, 3)
-    for ours, theirs in zip(points(other), points(run), strict=True):
-        assert ours["metrics"]["train/loss"] == pytest.approx(theirs["metrics"]["train/loss"], rel=1e-4)
-        assert ours["metrics"]["train/grad_norm"] == pytest.approx(
-            theirs["metrics"]["train/grad_norm"], rel=1e-3
-        )
-    state, expected = final_state(other, 3), final_state(run, 3)
-    assert state.keys() == expected.keys(), "the checkpoint does not say that it was compiled"
+    points = train_to(change(experiment, "train", compile=True), other, 3)
+    for ours, theirs in zip(points, expected, strict=True):
+        for name, rel in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
+            assert ours["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=rel)
+    assert final_state(other, 3).keys() == final_state(run, 3).keys(), (
+        "the checkpoint does not say that it was compiled"
+    )
