@@ -158,7 +158,7 @@ def train_step(
     Returns 0-d tensors: loss, so weighted that its mean over workers is the mean over the global batch, and
     grad_norm before clipping. Never waits for the device (importance sampling of t apart).
     """
-    net, step = forward or state.net, state.step
+    net, step = state.net if forward is None else forward, state.step
     x_0, on_device = (
         from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0,
         rows.to(x_0.device, non_blocking=True),

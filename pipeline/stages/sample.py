@@ -21,7 +21,7 @@ from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import tars
-from pipeline.store.chain import make_labels, load_guided_network
+from pipeline.store.chain import load_guided_network, make_labels
 from pipeline.store.files import read_manifest_or_none, write_text
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard
