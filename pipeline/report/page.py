@@ -56,7 +56,13 @@ def escape_markdown(text: str) -> str:
 TEMPLATE = Environment(
     loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-TEMPLATE.globals |= {"HEADLINE": HEADLINE, "METRICS": METRICS, "PROTOCOL": PROTOCOL, "paper": paper}
+TEMPLATE.globals |= {
+    "HEADLINE": HEADLINE,
+    "METRICS": METRICS,
+    "PROTOCOL": PROTOCOL,
+    "paper": paper,
+    "zip": zip,
+}
 TEMPLATE.filters |= {
     "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
     "duration": format_duration,

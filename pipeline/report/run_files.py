@@ -39,7 +39,7 @@ class RunFiles:
         found = {
             "experiment": place.experiment_yaml, "log": place.log, "data": place.data / MANIFEST,
             "grid": place.samples_grid, "metrics": place.metrics_json, "nll": place.nll_json,
-            "figures": place.figures_manifest, "spent": place.spent_json,
+            "figures": place.figures_manifest,
         }  # fmt: skip
         if self.experiment.evaluate.checkpoints:
             found["selection"] = place.selection_json
@@ -78,7 +78,13 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> Results:
-        return {"scores": {}, "protocol": {}, "reference_points": {}, **self.read_content("metrics")}
+        return {
+            "scores": {},
+            "protocol": {},
+            "reference_points": {},
+            "class_shares": [],
+            **self.read_content("metrics"),
+        }
 
     @property
     def scores(self) -> Scores:
