@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import subprocess
@@ -43,37 +42,30 @@ class Browser:
             return json.load(answer)["value"]
 
     def open(self, page: Path | str) -> None:
-        """A file, or an address."""
+        """Open a file or an address."""
         self._call("/url", {"url": page if isinstance(page, str) else page.absolute().as_uri()})
 
     def run(self, script: str) -> Any:
         return self._call("/execute/sync", {"script": script, "args": []})
 
-    def complaints(self) -> list[str]:
-        """What the page wrote to the console, and what it failed to load."""
+    def list_complaints(self) -> list[str]:
+        """List what the page wrote to the console, and what it failed to load."""
         return [entry["message"] for entry in self._call("/se/log", {"type": "browser"})]
-
-    def picture(self, file: Path, height: int | None = None) -> None:
-        """A screenshot of the page down to `height`, or of all of it."""
-        tall = height or self.run("return document.documentElement.scrollHeight")
-        area = {"x": 0, "y": 0, "width": self.width, "height": tall, "scale": 1}
-        asked = {"cmd": "Page.captureScreenshot", "params": {"captureBeyondViewport": True, "clip": area}}
-        file.write_bytes(base64.b64decode(self._call("/goog/cdp/execute", asked)["data"]))
 
     def close(self) -> None:
         self._call("", method="DELETE")
 
 
 @contextmanager
-def opened(folder: Path, width: int, dark: bool = False) -> Iterator[Browser]:
-    """A browser that is gone afterwards. Skips the test where there is no Chromium."""
+def open_browser(folder: Path, width: int, dark: bool = False) -> Iterator[Browser]:
+    """Start a browser and end it afterwards. Skips the test where there is no Chromium."""
     driver = shutil.which("chromedriver")
     if driver is None:
         pytest.skip("needs Chromium and its chromedriver (Debian: chromium, chromium-driver)")
     with (folder / "chromedriver.log").open("w") as log:
         process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=log, text=True)
     try:
-        browser = Browser(f"http://127.0.0.1:{_port(process)}", folder / "profile", width, dark)
+        browser = Browser(f"http://127.0.0.1:{_read_port(process)}", folder / "profile", width, dark)
         try:
             yield browser
         finally:
@@ -83,8 +75,8 @@ def opened(folder: Path, width: int, dark: bool = False) -> Iterator[Browser]:
         process.wait()
 
 
-def _port(process: subprocess.Popen[str]) -> int:
-    """The one it chose, which it says once it listens."""
+def _read_port(process: subprocess.Popen[str]) -> int:
+    """Read the port that it chose, which it prints once it listens."""
     deadline = time.monotonic() + 60
     assert process.stdout is not None
     for line in process.stdout:

@@ -25,38 +25,32 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
     experiment = config.load_experiment(name, list(overrides))
     data_key = keys.make_data_key(experiment, "synthetic")
     run = Place(storage, experiment, data_key, keys.make_run_key(experiment, data_key))
-    write_experiment(experiment, run)
-    write_data(run, experiment)
+    made_with = {
+        "commit": "0123456789abcdef0123456789abcdef01234567", "versions": {"torch": "2.9", "ray": "2.50"},
+        "data_key": run.data_key, "keys": keys.VERSION,
+    }  # fmt: skip
+    tree = config.to_dict(experiment) | {"made_with": made_with}
+    rundir.write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))
+    write_data(run)
     write_log(run, 0, experiment.train.steps, experiment.train.log_every)
     for step in (experiment.train.steps - experiment.train.checkpoint_every, experiment.train.steps):
         write_checkpoint(run, step)
-        write_grid(run.grids / f"{step:08d}.png", experiment)
+        write_grid(run.grid(step), experiment)
     if scores:
-        write_samples(experiment, run)
-        write_scores(run.of(experiment).scores, experiment)
-        write_figures(experiment, run)
+        write_grid(run.samples_grid, experiment, 10)
+        write_scores(run.scores, experiment)
+        captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}
+        for figure in captions:
+            write_grid(run.figures / figure, experiment)
+        rundir.write_manifest(run.figures, list(captions), order=list(captions), captions=captions)
     return experiment, run
 
 
-def write_experiment(experiment: Experiment, run: Place) -> None:
-    made_with = {
-        "commit": "0123456789abcdef0123456789abcdef01234567",
-        "versions": {"torch": "2.9", "ray": "2.50"},
-        "data_key": run.data_key,
-        "keys": keys.VERSION,
-    }
-    tree = config.to_dict(experiment) | {"made_with": made_with}
-    rundir.write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))
-
-
-def write_data(run: Place, experiment: Experiment) -> None:
+def write_data(run: Place) -> None:
     run.data.mkdir(parents=True, exist_ok=True)
     (run.data / "train-00000.tar").write_bytes(b"images")
-    splits = {
-        "train": {"count": 1437, "shards": ["train-00000.tar"]},
-        "test": {"count": 360, "shards": []},
-    }
-    data = experiment.data
+    splits = {"train": {"count": 1437, "shards": ["train-00000.tar"]}, "test": {"count": 360, "shards": []}}
+    data = run.experiment.data
     facts = {"image_size": data.image_size, "channels": data.channels, "labels": data.labels}
     rundir.write_manifest(run.data, ["train-00000.tar"], splits=splits, fingerprint="synthetic", **facts)
 
@@ -88,40 +82,20 @@ def write_grid(path: Path, experiment: Experiment, side: int = 8) -> None:
         Image.fromarray(pixels if data.channels == 3 else pixels[..., 0]).save(temporary, format="PNG")
 
 
-def write_samples(experiment: Experiment, run: Place) -> None:
-    write_grid(run.of(experiment).samples_grid, experiment, 10)
-
-
-def write_figures(experiment: Experiment, run: Place) -> None:
-    folder = run.of(experiment).figures
-    for name in ("samples", "progressive"):
-        write_grid(folder / f"{name}.png", experiment)
-    captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}
-    rundir.write_manifest(folder, list(captions), order=list(captions), captions=captions)
-
-
 def write_scores(folder: Path, experiment: Experiment, **changed: Any) -> None:
     """metrics.json and nll.json with the shape of a trained model's."""
     steps = experiment.diffusion.timesteps
     t = np.arange(steps)
     terms = 1.8 * np.exp(-t / 1.3) + 0.012 * np.exp(-t / 120)
     mse = (0.01 + 0.5 * (t / steps) ** 1.2) ** 2
+    rates = np.append(terms[::-1].cumsum()[:-1][::-1], 0)  # of the terms after each
     table = [
-        {
-            "k": k,
-            "rate_bpd": float(terms[steps - k + 1 :].sum()),
-            "rmse": float(127.5 * math.sqrt(mse[steps - k])),
-        }
+        {"k": k, "rate_bpd": float(rates[steps - k]), "rmse": float(127.5 * math.sqrt(mse[steps - k]))}
         for k in range(1, steps + 1)
     ]
     scores = {
-        "fid": 14.21,
-        "is_mean": 9.02,
-        "is_std": 0.21,
-        "nll_bpd": 4.52,
-        "rate_bpd": 2.4,
-        "distortion_bpd": 2.1,
-    }
+        "fid": 14.21, "is_mean": 9.02, "is_std": 0.21, "nll_bpd": 4.52, "rate_bpd": 2.4, "distortion_bpd": 2.1,
+    }  # fmt: skip
     protocol = {
         "n": experiment.sample.num_images, "comparable": False, "weights": "ema", "sampler": "ancestral",
         "steps": steps, "variance": "fixedlarge", "reference": "train", "rounding": "round",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, opened
+from browser import Browser, open_browser
 from conftest import GRID, ONE_CPU, TRIAL
 
 from pipeline.cli.program import main
@@ -41,15 +41,15 @@ def ui(links, tmp_path) -> Iterator[str]:
     words = [sys.executable, "-m", "pipeline", "ui", f"--port={port}", f"cluster.storage={tmp_path}"]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ)
     assert server.stdout is not None
-    said = next(line for line in server.stdout if "http://" in line)
-    assert f"http://127.0.0.1:{port}/" in said
+    line = next(line for line in server.stdout if "http://" in line)
+    assert f"http://127.0.0.1:{port}/" in line
     yield f"http://127.0.0.1:{port}"
     server.send_signal(signal.SIGINT)
     server.wait(30)
 
 
-def seen(browser: Browser, holds: Callable[[str], bool], seconds: float = 120) -> str:
-    """The page's text, once it holds."""
+def wait_for_text(browser: Browser, holds: Callable[[str], bool], seconds: float = 120) -> str:
+    """Wait until the text of the page holds, and return it."""
     end = time.monotonic() + seconds
     while not holds(text := browser.run("return document.body.innerText")):
         assert time.monotonic() < end, text
@@ -58,24 +58,24 @@ def seen(browser: Browser, holds: Callable[[str], bool], seconds: float = 120) -
 
 
 def click(browser: Browser, label: str) -> None:
-    """On the link of that text."""
+    """Click on the link of that text."""
     found = f"[...document.querySelectorAll('a')].find(a => a.innerText.trim() === {label!r})"
     assert browser.run(f"const link = {found}; if (link) link.click(); return !!link"), label
 
 
 def test_a_person_finds_the_winner_the_trials_and_their_samples(links, ui, tmp_path: Path):
-    with opened(tmp_path, 1500) as browser:
+    with open_browser(tmp_path, 1500) as browser:
         browser.open(f"{ui}/{links['MLflow']}")
-        text = seen(
+        text = wait_for_text(
             browser, lambda text: all(trial in text for trial in TRIALS) and "has the lowest NLL" in text
         )
         assert "best_trial" in text and "cosine dropout=0.0 has the lowest NLL" in text
         browser.open(f"{ui}/{links['its trials']}")
-        text = seen(browser, lambda text: "4 matching runs" in text)
+        text = wait_for_text(browser, lambda text: "4 matching runs" in text)
         assert "sweep grid" not in text, "the trials alone"
         click(browser, "cosine dropout=0.0")
-        seen(browser, lambda text: "sweep.trial" in text)
+        wait_for_text(browser, lambda text: "sweep.trial" in text)
         address = browser.run("return location.href").partition("?")[0]
         browser.open(f"{address}/artifacts/samples/grid.png")
         wide = "return Math.max(0, ...[...document.images].filter(i => i.complete).map(i => i.naturalWidth))"
-        seen(browser, lambda text: browser.run(wide) >= 80)
+        wait_for_text(browser, lambda text: browser.run(wide) >= 80)

@@ -319,7 +319,7 @@ def test_a_run_stands_below_the_row_of_its_objective_if_there_is_one(make):
     change_scores(run, scores={"rate_bpd": 9.0, "rmse": 9.0})
     markdown = write(run)[1]
     assert "**The paper has no row for this objective.**" in markdown and "difference" not in markdown
-    assert "**Trained otherwise than in the paper**: `diffusion.timesteps` is 4,000, not 1,000" in markdown
+    assert "**Other settings than the paper's**: `diffusion.timesteps` is 4,000, not 1,000" in markdown
     assert "0.95136" not in markdown, "Table 4 is of another chain"
     assert "Not yet useful" not in markdown, "and so is the linear denoiser"
 
@@ -336,7 +336,7 @@ def test_a_network_that_does_not_beat_the_linear_denoiser_is_not_yet_useful(make
         change_scores(run, scores={"rate_bpd": rate, "rmse": rmse}, protocol={"nll_variance": variance})
         assert (compare_with_linear_denoiser(RunFiles(run)) == "") is useful
     html, markdown = write(run)
-    assert "\n> **Not yet useful**: the best linear denoiser" in markdown
+    assert "\n> **Not yet useful**: it does not beat the best linear" in markdown
     assert "<blockquote>\n<p><strong>Not yet useful</strong>" in html
 
 

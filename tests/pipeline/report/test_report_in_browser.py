@@ -1,7 +1,7 @@
 """The pages in a real Chromium: they load without a complaint, and nothing sticks out on a phone."""
 
 import pytest
-from browser import opened
+from browser import open_browser
 from synthetic_run import make_run
 
 from pipeline.report.compared_run import list_compared_runs
@@ -33,7 +33,7 @@ def pages(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
 def test_pages_load_and_fit(pages, tmp_path, width, dark):
-    with opened(tmp_path, width, dark) as browser:
+    with open_browser(tmp_path, width, dark) as browser:
         for page in pages:
             browser.open(page)
             assert browser.run("return innerWidth") == width, "or nothing of this means anything"
@@ -43,4 +43,4 @@ def test_pages_load_and_fit(pages, tmp_path, width, dark):
             assert browser.run("return matchMedia('(prefers-color-scheme: dark)').matches") is dark
             colour = browser.run("return getComputedStyle(document.documentElement).backgroundColor")
             assert colour == ("rgb(22, 25, 31)" if dark else "rgb(255, 255, 255)")
-        assert browser.complaints() == []
+        assert browser.list_complaints() == []
