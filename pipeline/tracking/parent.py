@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec
 from urllib.parse import quote, urlencode
 
 from pipeline.errors import hide_password
-from pipeline.tracking.mlflow_client import (
-    VIEW,
-    Sender,
-    create_client,
-    ensure_experiment,
-    ensure_run,
-    format_study_url,
-    log_batches,
-)
+from pipeline.tracking import mlflow_client
+from pipeline.tracking.mlflow_client import VIEW, Sender, log_batches
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -65,10 +58,13 @@ class ParentRun(Sender):
     def connect(self) -> None:
         """Find or create the parent run, once."""
         if not self.run_id:
-            self.client = create_client(self.uri)
-            self.experiment_id = ensure_experiment(self.client, self.uri, self.storage, self.study)
-            identity, now = {"sweep": self.study, "sweep.role": "parent"}, time.time_ns() // 1_000_000
-            self.run_id = ensure_run(self.client, self.experiment_id, f"sweep {self.study}", identity, now)
+            self.client = mlflow_client.create_client(self.uri)
+            study, storage, now = self.study, self.storage, time.time_ns() // 1_000_000
+            self.experiment_id = mlflow_client.ensure_experiment(self.client, self.uri, storage, study)
+            identity = {"sweep": study, "sweep.role": "parent"}
+            self.run_id = mlflow_client.ensure_run(
+                self.client, self.experiment_id, f"sweep {study}", identity, now
+            )
 
     @_send_safely
     def start(self, sweep_file: Path, trials: Collection[str]) -> None:
@@ -121,7 +117,7 @@ class ParentRun(Sender):
         """List (what, where) in the UI: the study with its leaderboard, and its trials with their charts."""
         if not self.run_id:
             return [("MLflow", f"nothing in {hide_password(self.uri)} yet; the same command delivers it")]
-        runs = format_study_url(self.uri, self.storage, self.experiment_id)
+        runs = mlflow_client.format_study_url(self.uri, self.storage, self.experiment_id)
         query = {
             "compareRunsMode": "CHART", "searchFilter": f"tags.`{TRIAL_TAG}` != ''",
             "orderByKey": f"metrics.`{metric}`", "orderByAsc": str(not larger_is_better).lower(),

@@ -113,60 +113,59 @@ class RunSender:
         tags = {"step": str(step), "path": str(folder), "run_key": place.run_key}
         files = read_json(folder / META).get("files", {})
         tags |= {f"sha256.{name}": facts["sha256"] for name, facts in files.items()}
-        kind = place.experiment.model.name
-        return self.client.create_logged_model(
-            self.experiment_id, folder.name, self.run_id, tags, model_type=kind
-        )
+        ids, kind = (self.experiment_id, folder.name, self.run_id), place.experiment.model.name
+        return self.client.create_logged_model(*ids, tags, model_type=kind)
 
     def send_candidate(self, step: int, file: Path) -> None:
         """Send the FID of a candidate for the selection, as a point of a curve."""
-        self._send_values(self.run_id, {"selection/fid": read_json(file)["scores"]["fid"]}, {}, step, file)
+        self._send_values(file, step, {"selection/fid": read_json(file)["scores"]["fid"]})
 
     def send_selection(self, file: Path) -> None:
         """Send which checkpoint was chosen, and how."""
         found = read_json(file)
         tags = {f"selection.{key}": str(found[key]) for key in ("n", "weights", "extractor", "reference")}
-        step = found["scores"][-1]["step"]
-        self._send_values(self.run_id, {"selection/best_step": found["best"]}, tags, step, file)
+        self._send_values(file, found["scores"][-1]["step"], {"selection/best_step": found["best"]}, tags)
 
     def send_scores(self, file: Path, run_id: str = "") -> None:
         """Send the headline evaluation; another one to the run `run_id`."""
-        content = read_json(file)
-        scores = {f"eval/{k}": v for k, v in content["scores"].items() if isinstance(v, int | float)}
-        tags = {
-            f"protocol.{k}": "; ".join(map(str, v)) if isinstance(v, list) else str(v)
-            for k, v in content["protocol"].items()
-            if v not in (None, "", [])
-        }
-        step = int(content["protocol"].get("checkpoint") or 0)
-        self._send_values(run_id or self.run_id, scores, tags, step, file)
+        scores, protocol = read_json(file)["scores"], read_json(file)["protocol"]
+        values = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, int | float)}
+        texts = {k: "; ".join(map(str, v)) if isinstance(v, list) else v for k, v in protocol.items()}
+        tags = {f"protocol.{k}": str(v) for k, v in texts.items() if v not in (None, "")}
+        self._send_values(file, int(protocol.get("checkpoint") or 0), values, tags, run_id)
 
     def send_child_evaluation(self, file: Path) -> None:
         """Send an evaluation that is not the headline as a child run."""
         name, identity = f"evaluation {file.parent.name}", {"evaluation_key": file.parent.name}
-        weights = str(read_json(file)["protocol"]["weights"])
-        tags = {"mlflow.parentRunId": self.run_id, "weights": weights}
+        tags = {"mlflow.parentRunId": self.run_id, "weights": str(read_json(file)["protocol"]["weights"])}
         child = ensure_run(self.client, self.experiment_id, name, identity, self.start, **tags)
         self.send_scores(file, child)
         self.client.set_terminated(child, "FINISHED", _read_mtime(file))
 
     def _send_values(
-        self, run_id: str, values: dict[str, float], tags: dict[str, str], step: int, file: Path
+        self,
+        file: Path,
+        step: int,
+        values: dict[str, float],
+        tags: dict[str, str] | None = None,
+        run_id: str = "",
     ) -> None:
-        """Log values at the model of their checkpoint, each once: a copied file has a new time, and would make a
-        second point of the same score."""
-        model = self._find_models().get(step)
+        """Log what a file holds, at the model of its checkpoint too. A value is logged once: a copied file has a new
+        time, and would make a second point."""
+        model, run_id = self._find_models().get(step), run_id or self.run_id
         points = [
             (key, float(value), _read_mtime(file), step)
             for key, value in values.items()
             if all((p.step, p.value) != (step, value) for p in self.client.get_metric_history(run_id, key))
         ]
-        log_batches(self.client, run_id, points, tags, model.model_id if model else None)
+        log_batches(self.client, run_id, points, tags or {}, model.model_id if model else None)
 
     def send_file(self, file: Path, folder: str) -> None:
+        """Send a file as an artifact."""
         self.client.log_artifact(self.run_id, str(file), folder or None)
 
     def send_status(self, status: str, end: int | None) -> None:
+        """Send the status; end: Unix milliseconds."""
         if status == "RUNNING":
             self.client.update_run(self.run_id, status=status)
         else:
