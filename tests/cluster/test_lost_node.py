@@ -1,6 +1,5 @@
 """A head and two nodes with a training worker each, on hosts of their own; one of the nodes is lost in mid-training."""
 
-import json
 import secrets
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import hosts
 import pytest
 from compose_file import COMPOSE, VARIABLE, services
 from conftest import TINY
+from hosts import read_losses, wait_until
 
 from pipeline.store.files import hash_file
 
@@ -85,22 +85,10 @@ def finished(cluster: Cluster, folder: str, command: Future[subprocess.Completed
     return run
 
 
-def losses(run: Path) -> list[tuple[int, float]]:
-    points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(point["step"], point["metrics"]["train/loss"]) for point in points]
-
-
-def wait_until(happened, limit: float = 300) -> None:
-    end = time.monotonic() + limit
-    while not happened():
-        assert time.monotonic() < end, f"it did not happen within {limit:.0f} s"
-        time.sleep(0.2)
-
-
 def test_training_waits_for_a_node_that_returns_and_ends_with_the_same_bits(cluster, untouched):
     """Cut off first: nothing tells its peer that it is gone."""
     command = cluster.train("returns")
-    wait_until(lambda: cluster.step("returns") > 50)
+    wait_until(lambda: cluster.step("returns") > 50, 300)
     node = cluster.network["node-2"]
     subprocess.run(["ip", "-netns", node.namespace, "link", "set", "eth0", "down"], check=True)
     time.sleep(10)
@@ -114,14 +102,16 @@ def test_training_waits_for_a_node_that_returns_and_ends_with_the_same_bits(clus
     run = finished(cluster, "returns", command)
     state = f"train/step_{STEPS:08d}/state.safetensors"
     assert hash_file(run / state) == hash_file(untouched / state)
-    assert losses(run) == losses(untouched)
+    assert read_losses(run) == read_losses(untouched)
 
 
 def test_training_ends_on_what_is_left_where_it_may(cluster, untouched):
     command = cluster.train("left", "cluster.min_workers=1")
-    wait_until(lambda: cluster.step("left") > 50)
+    wait_until(lambda: cluster.step("left") > 50, 300)
     cluster.network["node-2"].kill()
     assert cluster.step("left") < STEPS, "it was over before anything broke"
     run = finished(cluster, "left", command)
-    assert [step for step, _ in losses(run)] == [step for step, _ in losses(untouched)]
-    assert losses(run) == [(step, pytest.approx(loss, rel=0.02)) for step, loss in losses(untouched)]
+    assert [step for step, _ in read_losses(run)] == [step for step, _ in read_losses(untouched)]
+    assert read_losses(run) == [
+        (step, pytest.approx(loss, rel=0.02)) for step, loss in read_losses(untouched)
+    ]

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
@@ -14,6 +13,7 @@ import boto3
 import pytest
 from compose_file import services
 from conftest import tiny_experiment
+from hosts import wait_until
 from mlflow import MlflowClient
 from test_compose import ENV, SERVICES, WEED
 
@@ -26,11 +26,7 @@ SERVICE = SERVICES["seaweedfs"]
 
 
 def wait_until_healthy(check: list[str]) -> None:
-    for _ in range(90):
-        if subprocess.run(check).returncode == 0:
-            return
-        time.sleep(1)
-    raise AssertionError(f"never healthy: {check}")
+    wait_until(lambda: subprocess.run(check).returncode == 0, 90)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +67,8 @@ def tracking_server(store, tmp_path) -> Iterator[str]:
     environment = {**os.environ, **service["environment"], "MLFLOW_S3_ENDPOINT_URL": store}
     server = subprocess.Popen(command, env=environment, cwd=tmp_path)
     try:
-        check = [
-            "wget",
-            "-q",
-            "-O",
-            "/dev/null",
-            f"http://{place}/api/2.0/mlflow/experiments/search?max_results=1",
-        ]
-        wait_until_healthy(check)
+        search = f"http://{place}/api/2.0/mlflow/experiments/search?max_results=1"
+        wait_until_healthy(["wget", "-q", "-O", "/dev/null", search])
         yield f"http://{place}"
     finally:
         server.terminate()
@@ -93,10 +83,8 @@ def test_artifacts_of_mlflow_are_kept_in_the_bucket(store, tracking_server, tmp_
     run = client.create_run(client.create_experiment("study")).info
     assert run.artifact_uri.startswith("mlflow-artifacts:/")
     client.log_text(run.run_id, "a report", "report/report.md")
-    assert (
-        Path(client.download_artifacts(run.run_id, "report/report.md", str(tmp_path))).read_text()
-        == "a report"
-    )
+    local = client.download_artifacts(run.run_id, "report/report.md", str(tmp_path))
+    assert Path(local).read_text() == "a report"
     for name, value in SERVICE["environment"].items():
         monkeypatch.setenv(name, value)
     bucket = boto3.client("s3", endpoint_url=store, region_name="us-east-1")

@@ -19,6 +19,7 @@ import hosts
 import pytest
 from compose_file import ROOT, read_env, services
 from conftest import ONE_CPU, TINY
+from hosts import read_losses, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,13 +34,8 @@ NAMES = {
 WAIT = {"entrypoint": ["sleep"], "command": ["infinity"]}  # a client that commands are run in
 EXPERIMENT = [*TINY, "train.steps=40", "train.checkpoint_every=20", "figures.which=[samples]"]
 LONG = [
-    *TINY,
-    "name=interrupted",
-    "train.steps=1200",
-    "train.checkpoint_every=50",
-    "train.log_every=10",
-    "train.keep=2",
-]
+    *TINY, "name=interrupted", "train.steps=1200", "train.checkpoint_every=50", "train.log_every=10", "train.keep=2",
+]  # fmt: skip
 GROUP = ["cluster.workers=2", "cluster.min_workers=1"]
 
 
@@ -122,16 +118,11 @@ def first_run(cluster) -> str:
     return cluster.wait_for_job(cluster.submit("run", "digits", "--cluster", "compose", *EXPERIMENT, *GROUP))
 
 
-def logged(run: Path) -> list[tuple[int, float]]:
-    points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(point["step"], point["metrics"]["train/loss"]) for point in points]
-
-
 def test_a_job_from_the_client_is_read_back_through_the_tracking_server(cluster, first_run):
     run, there = cluster.run_directory("tiny"), cluster.on_tracking_server("tiny")
     assert there["status"] == "FINISHED"
-    assert [tuple(point) for point in there["points"]["train/loss"]] == logged(run)
-    assert len(logged(run)) == 40
+    assert [tuple(point) for point in there["points"]["train/loss"]] == read_losses(run)
+    assert len(read_losses(run)) == 40
     (metrics,) = run.glob("evaluation/*/metrics.json")
     ((_, value),) = there["points"]["eval/nll_bpd"]
     assert value == json.loads(metrics.read_text())["scores"]["nll_bpd"]
@@ -148,14 +139,19 @@ def test_both_hosts_trained(cluster, first_run):
         assert "Setting up process group" in told or "rank=" in told or "TrainWorker" in told, worker
 
 
-def test_two_hosts_train_as_one_process_does(cluster, first_run, tmp_path):
-    words = ["train", "digits", *EXPERIMENT, f"cluster.storage={tmp_path}", *ONE_CPU]
+def train_here(experiment: list[str], storage: Path) -> Path:
+    words = ["train", "digits", *experiment, f"cluster.storage={storage}", *ONE_CPU]
     subprocess.run([sys.executable, "-m", "pipeline", *words], check=True, capture_output=True)
-    (alone,) = tmp_path.glob("tiny-*")
-    together = cluster.run_directory("tiny")
+    (file,) = storage.glob("*/experiment.yaml")
+    return file.parent
+
+
+def test_two_hosts_train_as_one_process_does(cluster, first_run, tmp_path):
+    alone, together = train_here(EXPERIMENT, tmp_path), cluster.run_directory("tiny")
     assert alone.name == together.name
-    for (a, x), (b, y) in zip(logged(alone), logged(together), strict=True):
-        assert a == b and x == pytest.approx(y, rel=1e-4)
+    assert read_losses(together) == [
+        (step, pytest.approx(loss, rel=1e-4)) for step, loss in read_losses(alone)
+    ]
 
 
 # Access
@@ -253,20 +249,10 @@ def test_a_worker_and_the_tracking_server_go_in_mid_run_and_it_still_ends_right(
 
     there = cluster.on_tracking_server("interrupted")
     assert there["status"] == "FINISHED"
-    assert [tuple(point) for point in there["points"]["train/loss"]] == logged(run)
-    assert [step for step, _ in logged(run)] == list(range(10, 1201, 10))
-    words = ["train", "digits", *LONG, f"cluster.storage={tmp_path}", *ONE_CPU]
-    subprocess.run([sys.executable, "-m", "pipeline", *words], check=True, capture_output=True)
-    (alone,) = tmp_path.glob("interrupted-*")
-    for (a, x), (b, y) in zip(logged(alone), logged(run), strict=True):
-        assert a == b and x == pytest.approx(y, rel=0.02)  # the order of sums differs, over 1,200 steps
-
-
-def wait_until(happened, limit: float) -> None:
-    end = time.monotonic() + limit
-    while not happened():
-        assert time.monotonic() < end, f"it did not happen within {limit:.0f} s"
-        time.sleep(0.5)
+    assert [tuple(point) for point in there["points"]["train/loss"]] == read_losses(run)
+    assert [step for step, _ in read_losses(run)] == list(range(10, 1201, 10))
+    alone = read_losses(train_here(LONG, tmp_path))  # the order of sums differs, over 1,200 steps
+    assert read_losses(run) == [(step, pytest.approx(loss, rel=0.02)) for step, loss in alone]
 
 
 # Last, when everything has been written

@@ -1,10 +1,8 @@
 """deploy/slurm/ddpm.sbatch in a real Slurm: a controller and two nodes on hosts of their own."""
 
-import json
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import hosts
 import pytest
 from compose_file import OURS, ROOT
 from conftest import TINY
+from hosts import read_losses, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 MISSING = [name for name in PROGRAMS if not shutil.which(name)]
@@ -95,17 +94,6 @@ class Slurm:
         told = self.ask("scontrol", "show", "job", job)
         return re.findall(r"JobState=(\w+)", told)[0], re.findall(r"Restarts=(\d+)", told)[0]
 
-    def run_directory(self) -> Path:
-        (path,) = (self.volumes / "runs").glob("tiny-*")
-        return path
-
-
-def wait_until(happened, limit: float) -> None:
-    end = time.monotonic() + limit
-    while not happened():
-        assert time.monotonic() < end, f"it did not happen within {limit:.0f} s"
-        time.sleep(0.5)
-
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
@@ -131,8 +119,8 @@ def test_a_job_trains_on_both_nodes_and_goes_on_from_its_checkpoint_after_the_ti
     wait_until(lambda: slurm.state(job)[0] in ENDED, 400)
     print(log.read_text())
     assert slurm.state(job) == ("COMPLETED", "1"), log.read_text()
-    points = [json.loads(line) for line in (slurm.run_directory() / "log.jsonl").read_text().splitlines()]
-    assert [point["step"] for point in points] == list(range(10, 601, 10))
+    (run,) = (slurm.volumes / "runs").glob("tiny-*")
+    assert [step for step, _ in read_losses(run)] == list(range(10, 601, 10))
     for node in NODES:
         logs = (slurm.network[node].folder / "tmp").glob(f"ray-{job}/session_2*/logs/worker-*.err")
         assert any("TrainWorker" in log.read_text(errors="replace") for log in logs), node

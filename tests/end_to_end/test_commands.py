@@ -22,6 +22,7 @@ from pipeline.engine.find import find_named_runs, find_run
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
 
+SCORED = "evaluate.metrics=[fid,is,nll]"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
@@ -40,6 +41,11 @@ def ddpm(storage: Path, *words: str, verb: str = "run") -> str:
 def process(storage: Path, *words: str, verb: str = "run") -> subprocess.Popen:
     command = [sys.executable, "-m", "pipeline", *arguments(storage, *words, verb=verb)]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def python(code: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, env=ENVIRONMENT | variables, capture_output=True, text=True)
 
 
 def run_directory(storage: Path) -> Path:
@@ -62,11 +68,9 @@ def mlflow_run(storage: Path, store: str = "mlflow.db") -> tuple[Any, Any]:
     return client, run
 
 
-def mlflow_points(
-    storage: Path, metric: str = "train/loss", store: str = "mlflow.db"
-) -> list[tuple[int, int, float]]:
+def mlflow_points(storage: Path, store: str = "mlflow.db") -> list[tuple[int, int, float]]:
     client, run = mlflow_run(storage, store)
-    history = client.get_metric_history(run.info.run_id, metric)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
 
@@ -74,32 +78,24 @@ def mlflow_points(
 def finished(tmp_path_factory) -> Path:
     """A storage root in which the tiny experiment was run to its end."""
     storage = tmp_path_factory.mktemp("finished")
-    assert "report.html" in ddpm(storage, "evaluate.metrics=[fid,is,nll]")
+    assert "report.html" in ddpm(storage, SCORED)
     return storage
 
 
-def test_every_artefact_has_its_place(finished):
+def test_a_finished_run_has_its_artefacts_and_its_scores_have_their_protocol(finished):
     run = run_directory(finished)
     for pattern in (
         "experiment.yaml", "log.jsonl", "timings.json", "train/step_00000006/meta.json", "samples/*/manifest.json",
         "samples/*/00000.tar", "samples/*/grid.png", "evaluation/*/metrics.json", "evaluation/*/nll.json",
-        "figures/*/manifest.json", "report/report.html", "report/report.md",
+        "figures/*/manifest.json", "report/report.html", "report/report.md", "../data/digits-*/train-00000.tar",
     ):  # fmt: skip
         assert list(run.glob(pattern)), pattern
-    assert list(finished.glob("data/digits-*/train-00000.tar"))
     assert not [path for path in finished.rglob(".tmp-*")]
-
-
-def test_scores_stand_with_their_protocol(finished):
-    (path,) = run_directory(finished).glob("evaluation/*/metrics.json")
+    (path,) = run.glob("evaluation/*/metrics.json")
     metrics = json.loads(path.read_text())
     assert {"fid", "is_mean", "is_std", "nll_bpd", "rate_bpd", "distortion_bpd"} <= metrics["scores"].keys()
-    assert metrics["protocol"]["comparable"] is False
-    assert metrics["protocol"]["n"] == 12
-
-
-def test_what_the_images_cost_is_noted(finished):
-    spent = json.loads((run_directory(finished) / "spent.json").read_text())
+    assert metrics["protocol"]["comparable"] is False and metrics["protocol"]["n"] == 12
+    spent = json.loads((run / "spent.json").read_text())
     assert {spent[kind]["20"]["images"] for kind in ("samples", "nll")} == {12, 6}
     assert all(0 < spent[kind]["20"]["seconds"] < 60 for kind in ("samples", "nll"))
 
@@ -109,10 +105,7 @@ def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
         "import sys; from pipeline.cli.program import main; code = main(sys.argv[1:]); "
         "assert 'ray' not in sys.modules, 'Ray was imported'; sys.exit(code)"
     )
-    words = arguments(finished, "evaluate.metrics=[fid,is,nll]")
-    outcome = subprocess.run(
-        [sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True
-    )
+    outcome = python(code, *arguments(finished, SCORED))
     assert outcome.returncode == 0, outcome.stderr
     assert "everything up to date" in outcome.stdout
 
@@ -148,23 +141,17 @@ def test_every_point_is_in_mlflow_once(finished):
     assert mlflow_points(finished) == expected
 
 
-def test_sync_brings_a_run_into_another_store(finished, tmp_path):
-    uri = f"cluster.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
-    assert main(["sync", run_directory(finished).name, f"cluster.storage={finished}", uri]) == 0
-    assert mlflow_points(tmp_path) == mlflow_points(finished) != []
-
-
 def test_an_up_to_date_command_says_how_to_deliver_what_a_server_has_not_got(finished, tmp_path, monkeypatch):
     """And what it says works as it stands, in whatever folder it is typed."""
     uri = f"sqlite:///{tmp_path}/other.db"
-    said = ddpm(finished, "evaluate.metrics=[fid,is,nll]", f"cluster.tracking_uri={uri}")
+    said = ddpm(finished, SCORED, f"cluster.tracking_uri={uri}")
     assert "everything up to date" in said
     (command,) = re.findall("`(ddpm sync .*?)`", said)
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)[1:]) == 0
     assert not (tmp_path / "runs").exists()
     assert mlflow_points(tmp_path, store="other.db") == mlflow_points(finished)
-    said = ddpm(finished, "evaluate.metrics=[fid,is,nll]", f"cluster.tracking_uri={uri}")
+    said = ddpm(finished, SCORED, f"cluster.tracking_uri={uri}")
     assert "ddpm sync" not in said
 
 
@@ -186,18 +173,14 @@ def untouched(tmp_path_factory) -> Path:
     return storage
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130), (signal.SIGINT, 130)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130)])
 def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, number, code):
     first = process(tmp_path, *LONGER, verb="train")
     wait_for_checkpoint(first, tmp_path)
     first.send_signal(number)
     first.communicate(timeout=60)
     assert first.returncode == code
-    assert not (run_directory(tmp_path) / "train" / "step_00000200").exists(), (
-        "stopped too late to prove anything"
-    )
+    assert not (run_directory(tmp_path) / "train" / "step_00000200").exists(), "stopped too late"
     ddpm(tmp_path, *LONGER, verb="train")
     ours, theirs = final_state(tmp_path, 200), final_state(untouched, 200)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
@@ -246,31 +229,20 @@ def test_each_stage_notes_the_commits_that_worked_on_it(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, finished):
     """Trained half-way under one clock that jumps, and taken up under another."""
-    for verb, words in (("train", ["train.steps=4"]), ("run", ["evaluate.metrics=[fid,is,nll]"])):
+    for verb, words in (("train", ["train.steps=4"]), ("run", [SCORED])):
         command = [sys.executable, "-c", JUMPING, *arguments(tmp_path, *words, verb=verb)]
         outcome = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     ours, theirs = run_directory(tmp_path), run_directory(finished)
     for pattern in ("train/step_00000006/*", "samples/*/*.tar", "evaluation/*/metrics.json"):
-        made, expected = (
-            {str(path.relative_to(run)): path.read_bytes() for path in run.glob(pattern)}
-            for run in (ours, theirs)
-        )
+        made, expected = ({str(file.relative_to(run)): file.read_bytes() for file in run.glob(pattern)}
+                          for run in (ours, theirs))  # fmt: skip
         assert made == expected != {}, pattern
     points, expected = (mlflow_points(storage) for storage in (tmp_path, finished))
     assert [(step, value) for step, _, value in points] == [(step, value) for step, _, value in expected]
     noted = [time for _, time, _ in points]
     assert noted != sorted(noted), "the clock did not jump"
     assert all(0 < seconds < 600 for seconds in json.loads((ours / "timings.json").read_text()).values())
-
-
-def test_a_run_of_the_first_version_is_shown_with_the_command_that_reads_it(tmp_path, capsys):
-    (tmp_path / "old-0a").mkdir()
-    (tmp_path / "old-0a" / "experiment.yaml").write_text("name: old\nmade_with: {commit: ef6030f}\n")
-    assert main(["status", f"cluster.storage={tmp_path}"]) == 0
-    assert "git worktree add" in capsys.readouterr().out
-    assert main(["sync", "old", f"cluster.storage={tmp_path}"]) == 1
-    assert "git worktree add first-version ef6030f" in capsys.readouterr().err
 
 
 def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
@@ -312,20 +284,9 @@ def test_bad_input_gets_a_clear_error(tmp_path, capsys, words, code, message):
     assert len(error.splitlines()) <= 2
 
 
-def python(code: str, *words: str, **variables: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", code, *words]
-    return subprocess.run(command, env=ENVIRONMENT | variables, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize(
     "words",
-    [
-        ["--help"],
-        ["run", "--help"],
-        ["run", "digits", "model.dropuot=1"],
-        ["sweep", "beta_dropout", "train.lr=fast"],
-        ["reproduce", "cifar10", "train.lr=fast"],
-    ],
+    [["run", "--help"], ["run", "digits", "model.dropuot=1"], ["reproduce", "cifar10", "train.lr=fast"]],
 )
 def test_help_and_wrong_configurations_import_nothing_heavy(words):
     code = (
@@ -346,19 +307,14 @@ def test_help_and_wrong_configurations_import_nothing_heavy(words):
         (["run", "digits", "--clustr", "local"], "did you mean '--cluster'?"),
         (["export", "a"], "DIR"),
         ([], "COMMAND"),
+        (["--version"], "ddpm "),
     ],
 )
 def test_wrong_usage_ends_with_2_and_a_suggestion(capsys, words, message):
     with pytest.raises(SystemExit) as end:
         main(words)
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_version(capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["--version"])
-    assert end.value.code == 0 and re.match(r"ddpm \S", capsys.readouterr().out)
+    assert end.value.code == (0 if words == ["--version"] else 2)
+    assert message in "".join(capsys.readouterr())
 
 
 def test_every_command_has_help_and_examples_of_its_own():
@@ -377,12 +333,9 @@ def test_options_stand_anywhere_among_words():
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("ddpm eval", {"evaluate"}),
         ("ddpm run dig", {"digits"}),
-        ("ddpm run digits train.prec", {"train.precision="}),
         ("ddpm run digits train.precision=", {"train.precision=fp32", "train.precision=bf16"}),
         ("ddpm run --cluster kuberay digits --debug train.ema_w", {"train.ema_warmup="}),
-        ("ddpm run digits --cluster slu", {"slurm"}),
         ("ddpm sweep digits_b", {"digits_beta_dropout"}),
         ("ddpm status cluster.stor", {"cluster.storage="}),
         ("ddpm submit --follow -- sample context_d", {"context_digits"}),
