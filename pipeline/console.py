@@ -1,4 +1,4 @@
-"""What a person sees: a bar on a terminal and plain dated lines elsewhere while work is under way, and tables."""
+"""Terminal output: progress bars, dated lines where the output is no terminal, tables."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 LINE_SECONDS = 15.0
-SMALL = 1 / 10  # of what is done: units that are no larger tell their pace by themselves
+SMALL = 1 / 10  # of what is done: the rate of units that are no larger is taken from them alone
 
 
 def print_line(text: str) -> None:
-    """Print one line, dated where nobody watches."""
+    """Print one line; with date and time where the output is no terminal."""
     stamp = "" if sys.stdout.isatty() else time.strftime("%Y-%m-%d %H:%M:%S  ")
     print(f"{stamp}{text}", flush=True)
 
 
 def format_duration(seconds: float) -> str:
-    """Write seconds as '1 h 05 min', '3 min 20 s', '4.2 s'."""
+    """Return seconds as '1 h 05 min', '3 min 20 s', '4.2 s'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(seconds), 60)
@@ -32,7 +32,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_rate(rate: float) -> str:
-    """Write units per second as '23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
+    """Return units per second as '23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
     unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if rate * pair[1] >= 1), ("h", 3600))
     number = rate * seconds
     return f"{number:,.0f}/{unit}" if number >= 100 else f"{number:.3g}/{unit}"
@@ -41,7 +41,7 @@ def format_rate(rate: float) -> str:
 def format_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, width: int = 0
 ) -> str:
-    """Draw a table; `width` 0 = as wide as the terminal, and at least 100 columns."""
+    """Return a table as text; `width` 0 = as wide as the terminal, and at least 100 columns."""
     from rich.console import Console
     from rich.table import Table
 
@@ -66,26 +66,25 @@ class ProgressBar:
             self.task = terminal.add_task(stage, total=total, completed=start, rate="", note="")
 
     def update(self, done: int, note: str = "") -> None:
-        """Say how many units are done; `note` is a word on the newest."""
-        rate = self._pace(done)
+        """Set the number of finished units; `note` is shown after it."""
+        now = time.monotonic()
+        rate = self._compute_rate(done, now)
         if self.terminal:
             self.terminal.update(self.task, completed=done, rate=format_rate(rate) if rate else "", note=note)
-            return
-        now = time.monotonic()
-        if (done, note) == self.last or (done < self.total and now - self.last_line < LINE_SECONDS):
-            return
-        self.last_line, self.last = now, (done, note)
-        pace = f", {format_rate(rate)}" if rate else ""
-        left = f", {format_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
-        print_line(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
+        elif (done, note) != self.last and (done >= self.total or now - self.last_line >= LINE_SECONDS):
+            self.last_line, self.last = now, (done, note)
+            pace = f", {format_rate(rate)}" if rate else ""
+            left = (
+                f", {format_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
+            )
+            print_line(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
-    def _pace(self, done: int) -> float | None:
-        """Return units per second; None as long as it cannot be told.
+    def _compute_rate(self, done: int, now: float) -> float | None:
+        """Return units per second; None before it is known.
 
         Small units count from the first that were done: what came before was starting up. Where units are large,
-        several end together, and only the whole time tells.
+        several end together, and only the whole time is meaningful.
         """
-        now = time.monotonic()
         if self.first is None and done > self.start:
             self.first = now, done
         then, first = self.first or (now, done)
@@ -98,7 +97,7 @@ class ProgressBar:
 
 @contextmanager
 def show_progress(stage: str, total: int, unit: str, start: int = 0) -> Iterator[ProgressBar]:
-    """Show the progress of one stage from `start` to `total` units ('steps', 'images')."""
+    """Show the progress of one stage from `start` to `total` units ('steps', 'images') during the body."""
     if not sys.stdout.isatty():
         yield ProgressBar(stage, total, unit, start)
         return
@@ -114,27 +113,18 @@ def show_progress(stage: str, total: int, unit: str, start: int = 0) -> Iterator
 
 @contextmanager
 def poll_during(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` every half second during the body, and once after it."""
+    """Call `look` in a thread every half second during the body, and once after it."""
+    over = threading.Event()
 
-    def follow(over: threading.Event) -> None:
+    def poll() -> None:
         while not over.wait(0.5):
             look()
 
-    try:
-        with run_during(follow):
-            yield
-    finally:
-        look()
-
-
-@contextmanager
-def run_during(work: Callable[[threading.Event], None]) -> Iterator[None]:
-    """Run `work` in a thread of its own during the body. It is told when the body is over, and waited for."""
-    over = threading.Event()
-    thread = threading.Thread(target=work, args=(over,), daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+        look()

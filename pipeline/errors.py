@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Their text is all that is shown: the thing, the reason, the remedy."""
+"""Errors that a user can cause. Their text is all that is printed: the thing, the reason, the remedy."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,14 +6,11 @@ from urllib.parse import urlsplit
 
 
 class PipelineError(Exception):
-    """Something outside the program is wrong: data, disk, cluster, server. Exit code 1, no traceback."""
+    """An error outside the program: data, disk, cluster or server. Exit code 1, no traceback."""
 
 
 class ConfigError(PipelineError):
-    """The command line or a configuration is wrong. Exit code 2.
-
-    `problems` holds one line for each fault found, so that all of them are reported at once.
-    """
+    """An error in the command line or a configuration: all problems found, a line each. Exit code 2."""
 
     def __init__(self, problems: str | list[str]):
         self.problems = [problems] if isinstance(problems, str) else problems
@@ -29,14 +26,14 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-NETWORK_FAULTS = ("connection refused", "timed out", "name or service not known", "no route to host")
+NETWORK_REASONS = ("connection refused", "timed out", "name or service not known", "no route to host")
 
 
 def explain_network_error(error: Exception) -> str:
-    """Say in a few words why a server cannot be reached; clients wrap the reason in long messages."""
+    """Return in a few words why a server cannot be reached; clients wrap the reason in long messages."""
     text = f"{error} {error.__context__}".lower()
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((fault for fault in NETWORK_FAULTS if fault in text), lines[0][:160])
+    return next((reason for reason in NETWORK_REASONS if reason in text), lines[0][:160])
 
 
 def hide_password(uri: str) -> str:
@@ -46,7 +43,7 @@ def hide_password(uri: str) -> str:
 
 
 def shorten_error(error: BaseException | str) -> str:
-    """Return what an error says last, or how short of memory Ray was: the advice after that fills a screen."""
+    """Return the last line of an error; of Ray's memory errors the line with the numbers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     memory = [line for line in lines if "running low on memory" in line]
     name = "no reason given" if isinstance(error, str) else type(error).__name__

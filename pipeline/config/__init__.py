@@ -1,4 +1,4 @@
-"""Experiment (whatever may change a number) and Cluster (where it runs; it must not change one)."""
+"""The configuration: the experiment, which may change a number, and the cluster, which must not."""
 
 from pipeline.config.checks import flatten, get_field_types, is_section
 from pipeline.config.files import (

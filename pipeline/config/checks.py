@@ -1,4 +1,4 @@
-"""Check plain values against the types of dataclasses. pydantic finds all faults in one pass; the words are ours.
+"""Checks of plain values against the types of dataclasses, by pydantic, with messages of our own.
 
 A field says by its type what it may hold: a choice is a `Literal`, a list a tuple, a number may have a `Range`.
 """
@@ -29,7 +29,7 @@ from pipeline.errors import suggest
 
 Tree = dict[str, Any]  # plain containers, as yaml has them
 Types = Mapping[str, Any]  # key -> what it may hold
-Faults = dict[str, str]  # dotted key -> what is wrong with it; f"{key} {fault}" is one line
+ProblemsByKey = dict[str, str]  # dotted key -> what is wrong with it; f"{key} {problem}" is one line
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 OUT_OF_RANGE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than"}
@@ -37,7 +37,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def get_field_types(cls: type) -> Types:
-    """Return what each key of a section may hold; fields that no file has are left out."""
+    """Return the type of each key of a section; without the fields that no file holds."""
     hints = get_type_hints(cls, include_extras=True)
     return {
         field.name: hints[field.name]
@@ -46,8 +46,12 @@ def get_field_types(cls: type) -> Types:
     }
 
 
+def is_section(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind)
+
+
 def flatten(tree: Tree, prefix: str = "") -> Tree:
-    """Return nested sections as dotted keys."""
+    """Return nested sections as one mapping with dotted keys."""
     flat: Tree = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -55,112 +59,100 @@ def flatten(tree: Tree, prefix: str = "") -> Tree:
 
 
 def takes_text(kind: Any) -> bool:
-    """Whether a key of this type holds a text."""
+    """Return whether a key of this type holds a text."""
     return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
 
 
-def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, Faults]:
-    """Turn a tree into values of these types, sections into their dataclasses; where there are faults, give these.
+def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, ProblemsByKey]:
+    """Return the values of a tree, sections as their dataclasses, and the problems; one of both is empty.
 
     `complete`: every key must be there, whatever its default. One value stands for a list of one.
     """
     try:
-        model = _create_model({name: (_strict(kind, complete), ...) for name, kind in types.items()})
+        fields: Any = {name: (_make_pydantic_type(kind, complete), ...) for name, kind in types.items()}
+        model = create_model("Values", __config__=STRICT, **fields)
         return dict(model.model_validate_json(json.dumps(tree, default=str))), {}
     except ValidationError as error:
-        # A key that may be of several types has a fault of each: the first one, told from the whole type, is enough.
-        faults: Faults = {}
-        for fault in error.errors(include_url=False):
-            key, reason = _describe(types, fault)
-            faults.setdefault(key, reason)
-        return {}, faults
+        # A key that may be of several types has a problem of each: the first one, told from the whole type, is enough.
+        problems: ProblemsByKey = {}
+        for found in error.errors(include_url=False):
+            key, reason = _describe_problem(types, found)
+            problems.setdefault(key, reason)
+        return {}, problems
 
 
-def find_unknown_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Faults:
-    """Find the names in a tree that are not among those known for their (dotted) key."""
-    faults, values = {}, flatten(tree)
+def find_unknown_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> ProblemsByKey:
+    """Return a problem for each (dotted) key that holds a name which is not known for it."""
+    problems, values = {}, flatten(tree)
     for key, names in known.items():
         value = values.get(key)
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and word not in names:
                 verb = "has" if isinstance(value, list) else "is"
-                faults[key] = f"{verb} '{word}'; {_one_of(names, word)} is expected"
-    return faults
-
-
-# The checker: a pydantic model for each section
-
-
-def _create_model(fields: Any) -> type[BaseModel]:
-    return create_model("Section", __config__=STRICT, **fields)
+                problems[key] = f"{verb} '{word}'; {_format_choices(names, word)} is expected"
+    return problems
 
 
 @cache
-def _strict(kind: Any, complete: bool) -> Any:
-    """Write the type of a field as pydantic knows it."""
+def _make_pydantic_type(kind: Any, complete: bool) -> Any:
+    """Return the type of a field as pydantic knows it: a section is a model that becomes its dataclass."""
     if is_section(kind):
         arguments = signature(kind).parameters
-        fields = {}
+        fields: Any = {}
         for name, inside in get_field_types(kind).items():
             needed = complete or arguments[name].default is Parameter.empty
-            fields[name] = _strict(inside, complete), ... if needed else None
+            fields[name] = _make_pydantic_type(inside, complete), ... if needed else None
 
         def build(found: BaseModel) -> Any:
             return kind(**{name: getattr(found, name) for name in found.model_fields_set})
 
-        return Annotated[_create_model(fields), AfterValidator(build)]
+        return Annotated[create_model("Section", __config__=STRICT, **fields), AfterValidator(build)]
     if get_origin(kind) is Annotated:
         inner, limits = get_args(kind)
-        return Annotated[_strict(inner, complete), Field(**dataclasses.asdict(limits))]
+        return Annotated[_make_pydantic_type(inner, complete), Field(**dataclasses.asdict(limits))]
     if get_origin(kind) is tuple:
-        item: Any = _strict(get_args(kind)[0], complete)
-        return Annotated[tuple[item, ...], BeforeValidator(_as_tuple)]
-    return Annotated[kind, BeforeValidator(_as_text)] if takes_text(kind) else kind
+        item: Any = _make_pydantic_type(get_args(kind)[0], complete)
+        to_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
+        return Annotated[tuple[item, ...], to_tuple]
+    return Annotated[kind, BeforeValidator(_convert_to_text)] if takes_text(kind) else kind
 
 
-def is_section(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind)
-
-
-def _as_tuple(value: object) -> tuple[object, ...]:
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _as_text(value: object) -> object:
+def _convert_to_text(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-# Faults in a user's words
+# The messages
 
 
-def _describe(types: Types, fault: ErrorDetails) -> tuple[str, str]:
-    """Return the key that a fault is about, and what is wrong with it."""
-    names, kind, known, verb = [], None, types, "is"
-    for part in fault["loc"]:
+def _describe_problem(types: Types, problem: ErrorDetails) -> tuple[str, str]:
+    """Return the key of a problem that pydantic found, and the message."""
+    names: list[str] = []
+    kind: Any = None
+    known, verb = types, "is"
+    for part in problem["loc"]:
         if isinstance(part, int):  # the place in a list
-            kind, verb = get_args(_bare(kind))[0], "has"
+            kind, verb = get_args(_strip_range(kind))[0], "has"
         elif kind is None or is_section(kind):
             known = types if kind is None else get_field_types(kind)
             kind = known.get(part)
             names.append(part)
-    return ".".join(names), _reason(fault["type"], fault["input"], verb, kind, known, names)
-
-
-def _reason(fault: str, value: object, verb: str, kind: Any, known: Types, names: list[str]) -> str:
-    if fault == "missing":
-        return "is missing"
-    if fault == "extra_forbidden":
-        return f"is unknown{_near_key(names, known)}"
-    if is_section(kind):
-        return f"is {value!r}; it is a section with the keys {', '.join(get_field_types(kind))}"
-    if fault in OUT_OF_RANGE:
+    value = problem["input"]
+    if problem["type"] == "missing":
+        reason = "is missing"
+    elif problem["type"] == "extra_forbidden":
+        reason = f"is unknown{_suggest_key(names, known)}"
+    elif is_section(kind):
+        reason = f"is {value!r}; it is a section with the keys {', '.join(get_field_types(kind))}"
+    elif problem["type"] in OUT_OF_RANGE:
         (limits,) = (argument for argument in get_args(kind) if isinstance(argument, Range))
-        return f"{verb} {value}; it must be {limits}"
-    return f"{verb} {value!r}; {_expected(kind, value)} is expected"
+        reason = f"{verb} {value}; it must be {limits}"
+    else:
+        reason = f"{verb} {value!r}; {_describe_type(kind, value)} is expected"
+    return ".".join(names), reason
 
 
-def _near_key(names: list[str], known: Types) -> str:
-    """Suggest a key for an unknown one; one above the sections may belong into one of them."""
+def _suggest_key(names: list[str], known: Types) -> str:
+    """Suggest a key for an unknown one; for one outside the sections also those inside."""
     name = names[-1]
     if len(names) > 1:
         return suggest(name, known)
@@ -170,20 +162,20 @@ def _near_key(names: list[str], known: Types) -> str:
     return suggest(exact[0] if exact else name, [*known, *inner])
 
 
-def _bare(kind: Any) -> Any:
+def _strip_range(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _expected(kind: Any, value: object) -> str:
-    """Say what a type admits."""
-    kind = _bare(kind)
+def _describe_type(kind: Any, value: object) -> str:
+    """Return what a type allows, in words."""
+    kind = _strip_range(kind)
     if get_origin(kind) is Literal:
-        return _one_of(get_args(kind), value)
+        return _format_choices(get_args(kind), value)
     if get_origin(kind) is tuple:
-        return f"a list of {_expected(get_args(kind)[0], value)}"
-    return WORDS.get(kind) or " or ".join(_expected(option, value) for option in get_args(kind))
+        return f"a list of {_describe_type(get_args(kind)[0], value)}"
+    return WORDS.get(kind) or " or ".join(_describe_type(option, value) for option in get_args(kind))
 
 
-def _one_of(choices: Iterable[object], value: object) -> str:
+def _format_choices(choices: Iterable[object], value: object) -> str:
     words = list(map(str, choices))
     return f"one of {', '.join(words)}{suggest(str(value), words)}"

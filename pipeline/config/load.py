@@ -1,4 +1,4 @@
-"""From files and overrides to the dataclasses, and back. Every fault is reported at once, in one line each."""
+"""Loading of experiments and clusters, with all problems reported at once, a line each; and writing them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from ddpm.networks import NETWORKS
 from pipeline.config.checks import (
-    Faults,
+    ProblemsByKey,
     Tree,
     Types,
     convert_values,
@@ -42,64 +42,22 @@ Names = Mapping[str, Iterable[str]]  # dotted key -> the names that it may hold
 
 
 def load_experiment(name: str, overrides: list[str], known: Names | None = None) -> Experiment:
-    """Read, override, check. Raises ConfigError with every fault.
+    """Load and check an experiment. Raises ConfigError with every problem.
 
-    `known` are the names that the owners of data sources, metrics and figures know; without it they are not checked.
+    `known`: the names of data sources, metrics and figures, from their registries; without it they are not checked.
     """
-    values, faults = _check_experiment(name, overrides, known)
-    if faults:
-        # Without the wrong overrides, the others can still be held against each other.
-        right = [word for word in overrides if word.partition("=")[0] not in faults]
-        values, left = _check_experiment(name, right, known)
+    values, problems = _convert_experiment(name, overrides, known)
+    if problems:
+        # Without the wrong overrides, the others can still be compared with each other.
+        right = [word for word in overrides if word.partition("=")[0] not in problems]
+        values, left = _convert_experiment(name, right, known)
         if left:
-            raise ConfigError(_lines(faults))
+            raise ConfigError(_format_problems(problems))
     experiment = Experiment(**values)
-    lines = [f"{key} {fault}" for key, fault in experiment.find_problems() if key not in faults]
-    if lines or faults:
-        raise ConfigError([*_lines(faults), *lines])
-    return _with_absolute_paths(experiment)
-
-
-def _check_experiment(name: str, overrides: list[str], known: Names | None) -> tuple[Tree, Faults]:
-    tree, types = _read_experiment(name, overrides)
-    values, faults = convert_values(types, tree)
-    return values, faults | find_unknown_names(tree, {"model.name": NETWORKS, **(known or {})})
-
-
-def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
-    """Return what the file says with the overrides, and what each key may hold."""
-    path = find_configuration(name)
-    known = get_field_types(Experiment)
-    tree = apply_overrides({"name": path.stem, **read_configuration(path)}, _quote_texts(overrides, known))
-    add_neutral_values(tree)
-    network = str(flatten(tree).get("model.name", "unet"))
-    return tree, {**known, "model": NETWORKS.get(network, Tree)}
-
-
-def _quote_texts(overrides: list[str], types: Types) -> list[str]:
-    """Quote the values of the keys that hold a text, unless they are: in a path, 007 is no number."""
-    words = []
-    for word in overrides:
-        key, _, text = word.partition("=")
-        section, _, name = key.rpartition(".")
-        kind = types.get(section, str)
-        known = types if not section else get_field_types(kind) if is_section(kind) else {}
-        plain = text.lower() in ("", "null", "~") or text[0] in "\"'"
-        words.append(
-            word
-            if plain or not takes_text(known.get(name))
-            else f"{key}={json.dumps(text, ensure_ascii=False)}"
-        )
-    return words
-
-
-def _lines(faults: Faults) -> list[str]:
-    return [f"{key} {fault}" for key, fault in faults.items()]
-
-
-def _with_absolute_paths(experiment: Experiment) -> Experiment:
-    """Make paths mean the same in every process: workers have other working folders."""
-    for name, key in PATHS:
+    more = [f"{key} {problem}" for key, problem in experiment.find_problems() if key not in problems]
+    if problems or more:
+        raise ConfigError([*_format_problems(problems), *more])
+    for name, key in PATHS:  # workers have other working folders
         section = getattr(experiment, name)
         if _is_path(key, path := getattr(section, key)):
             section = dataclasses.replace(section, **{key: str(Path(path).expanduser().absolute())})
@@ -107,12 +65,46 @@ def _with_absolute_paths(experiment: Experiment) -> Experiment:
     return experiment
 
 
+def _convert_experiment(name: str, overrides: list[str], known: Names | None) -> tuple[Tree, ProblemsByKey]:
+    tree, types = _read_experiment(name, overrides)
+    values, problems = convert_values(types, tree)
+    return values, problems | find_unknown_names(tree, {"model.name": NETWORKS, **(known or {})})
+
+
+def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
+    """Return the file's values with the overrides, and the type of each key."""
+    path = find_configuration(name)
+    types = get_field_types(Experiment)
+    tree = apply_overrides({"name": path.stem, **read_configuration(path)}, _quote_texts(overrides, types))
+    add_neutral_values(tree, {key: get_field_types(kind) for key, kind in types.items() if is_section(kind)})
+    network = str(flatten(tree).get("model.name", "unet"))
+    return tree, {**types, "model": NETWORKS.get(network, Tree)}
+
+
+def _quote_texts(overrides: list[str], types: Types) -> list[str]:
+    """Quote override values of text keys, unless they are quoted, so that yaml reads 007 as text."""
+    words = []
+    for word in overrides:
+        key, _, text = word.partition("=")
+        section, _, name = key.rpartition(".")
+        kind = types.get(section, str)
+        known = types if not section else get_field_types(kind) if is_section(kind) else {}
+        plain = text.lower() in ("", "null", "~") or text[0] in "\"'"
+        quote = takes_text(known.get(name)) and not plain
+        words.append(f"{key}={json.dumps(text, ensure_ascii=False)}" if quote else word)
+    return words
+
+
+def _format_problems(problems: ProblemsByKey) -> list[str]:
+    return [f"{key} {problem}" for key, problem in problems.items()]
+
+
 def _is_path(key: str, value: str | None) -> bool:
     return bool(value) and not (key == "reference" and value in SPLITS)
 
 
 def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
-    """Return the paths of a valid experiment that depend on the folder or the person, as 'data.path=images'."""
+    """Return the paths of a valid experiment that mean another file elsewhere, as 'data.path=images'."""
     tree, _ = _read_experiment(name, overrides)
     return [
         f"{section}.{key}={path}"
@@ -122,14 +114,13 @@ def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
 
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
-    """Read a file of conf/cluster/, override, check; `overrides` without their `cluster.`."""
+    """Load and check a cluster; the overrides come without `cluster.`. Raises ConfigError with every problem."""
     typed = _quote_texts(overrides, get_field_types(ClusterConfig))
     tree = {"cluster": apply_overrides(read_configuration(find_configuration(name, "cluster")), typed)}
-    values, faults = convert_values({"cluster": ClusterConfig}, tree)
-    if lines := _lines(faults) or [
-        f"cluster.{key} {fault}" for key, fault in values["cluster"].find_problems()
-    ]:
-        raise ConfigError(lines)
+    values, problems = convert_values({"cluster": ClusterConfig}, tree)
+    problems = problems or {f"cluster.{key}": problem for key, problem in values["cluster"].find_problems()}
+    if problems:
+        raise ConfigError(_format_problems(problems))
     return values["cluster"]
 
 
@@ -140,5 +131,5 @@ def to_dict(section: DataclassInstance) -> Tree:
 
 
 def to_yaml(section: DataclassInstance, **more: object) -> str:
-    """Write a dataclass as yaml, with `more` top-level keys after its own."""
+    """Return a dataclass as yaml, with `more` top-level keys after its own."""
     return OmegaConf.to_yaml(OmegaConf.create({**to_dict(section), **more}))

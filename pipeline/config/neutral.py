@@ -1,4 +1,4 @@
-"""The settings that no key hashes. Thanks to them, a new option leaves the keys of all old runs as they are.
+"""Settings that are left out of every key, so that a new option leaves the keys of all old runs as they are.
 
 A new option needs a line in NEUTRAL: the value at which everything is as it was before the option. There it is left
 out of every key, and a file that was written before the option means that value.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 NEUTRAL: dict[str, Any] = {
@@ -18,6 +19,8 @@ NEUTRAL: dict[str, Any] = {
     "train.lr_decay": "none",
     "train.ema_warmup": False,
     "train.label_dropout": 0.0,
+    "published.path": None,
+    "published.weights": None,
     "sample.steps": None,
     "sample.variance": None,
     "sample.label": None,
@@ -35,7 +38,7 @@ FORMULAS = {"diffusion.variance=learned_range": 1}
 
 
 def get_key_content(name: str, section: Any) -> dict[str, Any]:
-    """Return what a key hashes of the section `name` (a dataclass), as plain containers."""
+    """Return the values of the section `name` (a dataclass) that keys hash, as plain containers."""
     content: dict[str, Any] = {}
     for key, value in json.loads(json.dumps(dataclasses.asdict(section))).items():
         full = f"{name}.{key}"
@@ -46,9 +49,17 @@ def get_key_content(name: str, section: Any) -> dict[str, Any]:
     return content
 
 
-def add_neutral_values(tree: dict[str, Any]) -> None:
-    """Give each section of an experiment's tree the options that its file was written before."""
+def add_neutral_values(tree: dict[str, Any], keys: Mapping[str, Collection[str]]) -> None:
+    """Add the options that did not exist when the file was written, at their neutral values.
+
+    `keys`: those of each section. A section that is missing is added if all its keys have a neutral value.
+    """
+    neutral: dict[str, dict[str, Any]] = {}
     for full, value in NEUTRAL.items():
         section, _, key = full.partition(".")
-        if isinstance(tree.get(section), dict):
-            tree[section].setdefault(key, value)
+        neutral.setdefault(section, {})[key] = value
+    for section, values in neutral.items():
+        complete = section in keys and values.keys() >= set(keys[section])
+        found = tree.get(section, {} if complete else None)
+        if isinstance(found, dict):
+            tree[section] = {**values, **found}

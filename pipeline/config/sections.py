@@ -1,5 +1,5 @@
-"""What an experiment and a cluster consist of: frozen dataclasses. Types say what a key may hold (`checks` reads
-them), `find_problems` what only several keys show.
+"""The sections of an experiment and of a cluster, as frozen dataclasses. The types say what a key may hold (`checks`
+reads them), `find_problems` finds what only several keys together show.
 
 The settings of the science (diffusion, model, train) stand beside the code that they configure, in `ddpm`.
 """
@@ -31,8 +31,11 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from and what shape they have. `labels` is the number of classes, 0 for none;
-    `test_images` are held out where the source has no test split of its own."""
+    """Settings of the images: their source and their shape.
+
+    labels: the number of classes, 0 for none.
+    test_images: so many are held out where the source has no test split of its own.
+    """
 
     source: str
     path: str | None
@@ -58,8 +61,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainStageConfig(TrainConfig):
-    """How a network is trained (`TrainConfig`), and what the train stage does meanwhile: checkpoints, of which the
-    `keep` newest and every `keep_every`-th step stay, sample grids (`sample_every` 0: none), points of the log."""
+    """Settings of training (`TrainConfig`), and of what the train stage writes meanwhile.
+
+    Of the checkpoints stay the `keep` newest and every `keep_every`-th step. sample_every: 0 for no sample grids.
+    """
 
     compile: bool
     deterministic: bool
@@ -72,15 +77,17 @@ class TrainStageConfig(TrainConfig):
     def find_problems(self) -> Problems:
         found = super().find_problems()
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
-            fault = f"must be a multiple of checkpoint_every={self.checkpoint_every} or null"
-            found.append(("keep_every", fault))
+            need = f"must be a multiple of checkpoint_every={self.checkpoint_every} or null"
+            found.append(("keep_every", need))
         return found
 
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """Weights that stand in for training: `path` is a folder in the diffusers layout, `weights` what its authors
-    say they are. Both null = the network is trained here."""
+    """Settings of weights that stand in for training; both null = the network is trained here.
+
+    path: a folder in the diffusers layout; weights: what its authors say they are.
+    """
 
     path: str | None
     weights: Literal["raw", "ema", "unknown"] | None
@@ -96,22 +103,25 @@ class PublishedConfig:
             return None
         if self.path is None:
             raise ConfigError("published.path is null; set it to the folder of the published weights")
-        folders = (Path(self.path), Path(self.path) / "unet")
-        for file in (folder / name for folder in folders for name in PUBLISHED_FILES):
-            if file.is_file():
-                return file
-        raise ConfigError(
-            f"published.path: {self.path} holds no {' or '.join(PUBLISHED_FILES)}, nor does its unet/"
-        )
+        for folder in (Path(self.path), Path(self.path) / "unet"):
+            for file in (folder / name for name in PUBLISHED_FILES):
+                if file.is_file():
+                    return file
+        names = " or ".join(PUBLISHED_FILES)
+        raise ConfigError(f"published.path: {self.path} holds no {names}, nor does its unet/")
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How samples are drawn. `steps` null = all T; `eta` 0 is deterministic, 1 ancestral; `variance` null =
-    diffusion.variance; `checkpoint` is a step, `last` (step train.steps), or `best` (of evaluate.checkpoints). A work
-    unit is `batch_size` images. `label` is null (no class), a class, or `cycle` (image i gets class i modulo
-    data.labels), for networks that take labels; `guidance_scale` 1 is the plain conditional network, more
-    exaggerates; `compile` and `precision` are the network's."""
+    """Settings of the sampler.
+
+    batch_size: the images of one unit.
+    steps: null = all T; eta: 0 is deterministic, 1 ancestral; variance: null = diffusion.variance.
+    checkpoint: a step, `last` (step train.steps), or `best` (of evaluate.checkpoints).
+    label: null (no class), a class, or `cycle` (image i gets class i modulo data.labels).
+    guidance_scale: 1 is the plain conditional network, more exaggerates.
+    compile, precision: of the network.
+    """
 
     num_images: Count
     sampler: Sampler
@@ -129,12 +139,11 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which scores, and their protocol. `reference` is a split of the data, or the path of an .npz with the mu
-    and sigma of somebody's features; `nll_images` null = the whole test split; `precision` is the network's in
-    the NLL.
+    """Settings of the scores and their protocol.
 
-    `checkpoints` (null, all or every:N) are scored with `checkpoint_images` samples each, which shows the way
-    and finds the best.
+    reference: a split of the data, or the path of an .npz with the mu and sigma of somebody's features.
+    nll_images: null = the whole test split; precision: of the network in the NLL.
+    checkpoints: null, all or every:N; these candidates are scored with `checkpoint_images` samples each.
     """
 
     metrics: tuple[str, ...]
@@ -157,7 +166,7 @@ class EvaluateConfig:
 
     @property
     def reference_file(self) -> Path | None:
-        """The user's statistics; None where the reference is a split of the data."""
+        """The path of the user's statistics; None where the reference is a split of the data."""
         return None if self.reference in SPLITS else Path(self.reference).expanduser()
 
     def find_problems(self) -> Iterator[Problem]:
@@ -174,7 +183,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class FiguresConfig:
-    """Which figures of the paper are drawn, with how many rows of images each."""
+    """Settings of the paper's figures: which are drawn, with how many rows of images each."""
 
     which: tuple[str, ...]
     images: Count
@@ -182,7 +191,7 @@ class FiguresConfig:
 
 @dataclass(frozen=True)
 class SelectedCheckpoint:
-    """The step of the best of several checkpoints, and the rule by which it was selected, in words."""
+    """The step of the selected checkpoint, and the rule by which it was selected, in words."""
 
     step: int
     rule: str
@@ -190,8 +199,10 @@ class SelectedCheckpoint:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that may change a number. `best` is the checkpoint that sample.checkpoint=best means, once it is
-    known; no file holds it."""
+    """Everything that may change a number.
+
+    selected: the checkpoint that sample.checkpoint=best means, once it is known; no file holds it.
+    """
 
     name: str
     seed: Annotated[int, Range(ge=0, lt=2**63)]
@@ -206,7 +217,8 @@ class Experiment:
     selected: SelectedCheckpoint | None = field(default=None, metadata={"in_file": False})
 
     def find_problems(self) -> Iterator[Problem]:
-        """Find what only several keys together show, each fault with its full key."""
+        """Find what is wrong between keys, each problem with its full key."""
+        sample, evaluate = self.sample, self.evaluate
         if not re.fullmatch(FILE_NAME, self.name):
             yield "name", f"is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-' only"
         sections: dict[str, Iterable[Problem]] = {
@@ -215,28 +227,57 @@ class Experiment:
             "model": self.model.find_problems(self.data.image_size),
             "train": self.train.find_problems(),
             "published": self.published.find_problems(),
-            "evaluate": self.evaluate.find_problems(),
+            "evaluate": evaluate.find_problems(),
         }
-        for name, faults in sections.items():
-            yield from ((f"{name}.{key}", fault) for key, fault in faults)
-        if (self.sample.steps or 0) > self.diffusion.timesteps:
+        for name, problems in sections.items():
+            yield from ((f"{name}.{key}", problem) for key, problem in problems)
+        if (sample.steps or 0) > self.diffusion.timesteps:
             limit = f"diffusion.timesteps={self.diffusion.timesteps}"
-            yield "sample.steps", f"is {self.sample.steps}, more than {limit}"
-        if self.evaluate.features == "classifier" and not self.data.labels:
-            yield (
-                "evaluate.features",
-                "is classifier, which needs labels; for images without any use projection",
-            )
-        yield from self._label_problems()
-        yield from self._checkpoint_problems()
+            yield "sample.steps", f"is {sample.steps}, more than {limit}"
+        if evaluate.features == "classifier" and not self.data.labels:
+            need = "needs labels; for images without any use projection"
+            yield "evaluate.features", f"is classifier, which {need}"
+        yield from self._find_label_problems()
+        yield from self._find_checkpoint_problems()
+
+    def _find_label_problems(self) -> Iterator[Problem]:
+        label, scale, labels = self.sample.label, self.sample.guidance_scale, self.data.labels
+        if not self.takes_labels:
+            if label is not None or scale != 1 or self.train.label_dropout > 0:
+                able = " or ".join(sorted(TAKES_LABELS))
+                yield "sample.label", f"is for networks that take labels: model.name={able}"
+            return
+        if isinstance(label, int) and not 0 <= label < labels:
+            yield "sample.label", f"is {label}; data.labels={labels}, so classes are 0 to {labels - 1}"
+        if scale != 1 and (label is None or self.train.label_dropout == 0):
+            need = "needs a sample.label, and a network trained with train.label_dropout"
+            yield "sample.guidance_scale", need
+
+    def _find_checkpoint_problems(self) -> Iterator[Problem]:
+        sample, evaluate, train = self.sample, self.evaluate, self.train
+        if isinstance(sample.checkpoint, int) and not 0 <= sample.checkpoint <= train.steps:
+            limit = f"between 0 and train.steps={train.steps}"
+            yield "sample.checkpoint", f"is {sample.checkpoint}; it must lie {limit}"
+        if sample.checkpoint == "best" and not evaluate.checkpoints:
+            yield "sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N"
+        if self.published.weights and evaluate.checkpoints:
+            need = "is for networks that are trained here; published weights are one set"
+            yield "evaluate.checkpoints", need
+        interval = evaluate.checkpoint_interval
+        if interval and (interval % train.checkpoint_every or interval > train.steps):
+            limit = f"train.checkpoint_every={train.checkpoint_every}, up to train.steps={train.steps}"
+            yield "evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}"
+        units = {min(n, sample.batch_size) for n in (sample.num_images, evaluate.checkpoint_images)}
+        if evaluate.checkpoints and len(units) > 1:
+            need = f"it and sample.num_images={sample.num_images} must both be at least"
+            limit = f"sample.batch_size={sample.batch_size}, so that they are cut into the same units"
+            yield "evaluate.checkpoint_images", f"is {evaluate.checkpoint_images}: {need} {limit}"
 
     def find_missing_files(self) -> list[str]:
-        """Find the files that the values name and that are not on this machine, a line each. Scores made with them
-        stay readable; no key that hashes them can be told."""
-        files = {
-            "extractor_weights": self.evaluate.extractor_weights,
-            "reference": self.evaluate.reference_file,
-        }
+        """Return a line for each file that the values name and that is not on this machine. Scores made with it stay
+        readable, but no key that hashes it can be computed."""
+        evaluate = self.evaluate
+        files = {"extractor_weights": evaluate.extractor_weights, "reference": evaluate.reference_file}
         return [
             f"evaluate.{key} '{file}' is not a file; see `ddpm doctor`"
             for key, file in files.items()
@@ -245,7 +286,7 @@ class Experiment:
 
     @property
     def takes_labels(self) -> bool:
-        """Whether the network is told the class of an image."""
+        """Whether the network gets the class of an image."""
         return self.model.name in TAKES_LABELS
 
     @property
@@ -273,69 +314,31 @@ class Experiment:
         return self.published.weights or self.sample.weights
 
     def make_candidate(self, step: int) -> Experiment:
-        """Return the experiment that judges the checkpoint of `step` as a candidate: fewer images, only their FID."""
+        """Return the experiment that scores the checkpoint of `step` for the selection: fewer images, FID only."""
         sample = replace(self.sample, checkpoint=step, num_images=self.evaluate.checkpoint_images)
         evaluate = replace(self.evaluate, metrics=("fid",), checkpoints=None)
         return replace(self, sample=sample, evaluate=evaluate)
 
     def select_checkpoint(self, step: int, candidates: int) -> Experiment:
-        """Return the experiment in which sample.checkpoint=best means `step`, the best of so many candidates."""
+        """Return the experiment with its selected checkpoint filled in: `step`, the best of so many candidates."""
         images, weights = self.evaluate.checkpoint_images, self.sample.weights
         rule = f"best of {candidates} checkpoints by FID on {images} images, {weights} weights"
         return replace(self, selected=SelectedCheckpoint(step, rule))
 
     def choose_label(self, index: int) -> int | None:
-        """Return the class that sample `index` is asked to be; None where none is."""
+        """Return the class that sample `index` is drawn with; None without labels."""
         label = self.sample.label
         return index % self.data.labels if label == "cycle" else label
 
     def keeps_checkpoint(self, step: int) -> bool:
-        """Whether the checkpoint of `step` stays, however many come after it."""
+        """Return whether the checkpoint of `step` is never deleted."""
         every = (self.train.keep_every, self.evaluate.checkpoint_interval)
         return any(number is not None and step % number == 0 for number in every)
-
-    def _checkpoint_problems(self) -> Iterator[Problem]:
-        sample, evaluate, train = self.sample, self.evaluate, self.train
-        if isinstance(sample.checkpoint, int) and not 0 <= sample.checkpoint <= train.steps:
-            limit = f"between 0 and train.steps={train.steps}"
-            yield "sample.checkpoint", f"is {sample.checkpoint}; it must lie {limit}"
-        if sample.checkpoint == "best" and not evaluate.checkpoints:
-            yield "sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N"
-        if self.published.weights and evaluate.checkpoints:
-            yield (
-                "evaluate.checkpoints",
-                "is for networks that are trained here; published weights are one set",
-            )
-        interval = evaluate.checkpoint_interval
-        if interval and (interval % train.checkpoint_every or interval > train.steps):
-            limit = f"train.checkpoint_every={train.checkpoint_every}, up to train.steps={train.steps}"
-            yield "evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}"
-        units = {min(n, sample.batch_size) for n in (sample.num_images, evaluate.checkpoint_images)}
-        if evaluate.checkpoints and len(units) > 1:
-            need = f"it and sample.num_images={sample.num_images} must both be at least"
-            limit = f"sample.batch_size={sample.batch_size}, so that they are cut into the same units"
-            yield "evaluate.checkpoint_images", f"is {evaluate.checkpoint_images}: {need} {limit}"
-
-    def _label_problems(self) -> Iterator[Problem]:
-        label, scale = self.sample.label, self.sample.guidance_scale
-        if not self.takes_labels:
-            if label is not None or scale != 1 or self.train.label_dropout > 0:
-                able = " or ".join(sorted(TAKES_LABELS))
-                yield "sample.label", f"is for networks that take labels: model.name={able}"
-            return
-        if isinstance(label, int) and not 0 <= label < self.data.labels:
-            last = f"data.labels={self.data.labels}, so classes are 0 to {self.data.labels - 1}"
-            yield "sample.label", f"is {label}; {last}"
-        if scale != 1 and (label is None or self.train.label_dropout == 0):
-            yield (
-                "sample.guidance_scale",
-                "needs a sample.label, and a network trained with train.label_dropout",
-            )
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where it runs. Null means chosen from what the cluster has; `workers` 0 = this process, without Ray."""
+    """Settings of the place where it runs. Null = what the cluster has; workers: 0 = this process, no Ray."""
 
     workers: Annotated[int | None, Range(ge=0)]
     min_workers: CountOrNull
@@ -356,10 +359,8 @@ class ClusterConfig:
 
     def find_problems(self) -> Iterator[Problem]:
         if self.min_workers and self.workers is not None and self.min_workers > self.workers:
-            yield (
-                "min_workers",
-                f"is {self.min_workers}; cluster.workers={self.workers} is the most that train",
-            )
+            limit = f"cluster.workers={self.workers} is the most that train"
+            yield "min_workers", f"is {self.min_workers}; {limit}"
         scheme, _, rest = (self.tracking_uri or "").partition("://")
         if self.tracking_uri is not None and not (rest and scheme.split("+")[0] in TRACKING):
             known = ", ".join(f"{known}://" for known in TRACKING)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from ddpm.config import Count, Problems, Range
-from pipeline.config.checks import Faults, Tree, convert_values, find_unknown_names, flatten
+from pipeline.config.checks import ProblemsByKey, Tree, convert_values, find_unknown_names, flatten
 from pipeline.config.files import apply_overrides, find_configuration, read_configuration
 from pipeline.config.sections import FILE_NAME, CountOrNull
 from pipeline.errors import ConfigError
@@ -199,10 +199,10 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     return sweep
 
 
-def _read_space(tree: Tree) -> tuple[dict[str, list[Value] | ValueRange], Faults]:
+def _read_space(tree: Tree) -> tuple[dict[str, list[Value] | ValueRange], ProblemsByKey]:
     """Return the values of each key of the space, and the problems."""
     space: dict[str, list[Value] | ValueRange] = {}
-    faults: Faults = {}
+    faults: ProblemsByKey = {}
     if not isinstance(tree, dict):
         return {}, {"space": f"is {tree!r}; it is a section of keys with their values"}
     for key, values in tree.items():

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from pipeline.compute import ray_train
 from pipeline.compute.session import RaySession
 from pipeline.compute.units import Unit, UnitKind
 from pipeline.config import load_cluster
-from pipeline.console import run_during
 from pipeline.errors import PipelineError
 
 pytestmark = pytest.mark.ray
@@ -187,15 +187,17 @@ def test_training_gets_the_gpus_and_the_pool_keeps_off_them(session, tmp_path, m
     session.map_units(before, lambda unit: None)
     monkeypatch.setattr(ray_train, "run_training_group", train_on_two_gpus)
 
-    def score(over) -> None:
+    def score() -> None:
         while not (tmp_path / "rank-0").exists() or not (tmp_path / "rank-1").exists():
-            assert not over.wait(0.1)
+            time.sleep(0.1)
         for start in range(0, 8, 2):
             session.map_units(during[start : start + 2], lambda unit: None)
         (tmp_path / "stop").touch()
 
-    with run_during(score):
+    with ThreadPoolExecutor(1) as thread:
+        beside = thread.submit(score)
         session.run_workers(None, tmp_path)
+        beside.result()
     session.map_units(after, lambda unit: None)
 
     group = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1)]

@@ -43,6 +43,14 @@ def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
     assert find.find_old_runs(Place(old_run.storage, tiny_experiment("name=digit"), "d" * 12, "e" * 12)) == []
 
 
+def test_a_run_from_before_a_section_existed_is_read(tmp_path):
+    _, run = make_run(tmp_path)
+    tree = yaml.safe_load(run.experiment_yaml.read_text())
+    del tree["published"]
+    run.experiment_yaml.write_text(yaml.safe_dump(tree))
+    assert find.read_place(run.path) == run
+
+
 def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
     _, run = make_run(tmp_path)
     assert find.read_place(run.path) == run

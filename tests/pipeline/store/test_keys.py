@@ -81,6 +81,9 @@ def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch):
 
 def test_a_file_from_before_an_option_means_its_neutral_value():
     tree = {"train": {"lr": 0.1}, "sample": {"label": "cycle"}}
-    neutral.add_neutral_values(tree)
+    keys_of = {"published": ("path", "weights"), "evaluate": ("variance", "features")}
+    neutral.add_neutral_values(tree, keys_of)
     assert tree["train"]["ema_warmup"] is False
     assert tree["sample"]["label"] == "cycle"
+    assert tree["published"] == {"path": None, "weights": None}, "a section that is younger than the file"
+    assert "evaluate" not in tree, "features has no neutral value, so the file is incomplete"
