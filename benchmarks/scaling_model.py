@@ -17,6 +17,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before there is a process group, which it would keep alive to the exit
 from torch import multiprocessing, nn
 
 from ddpm.diffusion import Diffusion

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import importlib
 import math
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,6 +289,9 @@ def add_over_workers(value):
 
 
 def _worker(rank, world_size, path, settings, rows):
+    # torch.distributed.nn keeps the group of the moment of its import in the default arguments of its functions, and
+    # DDP imports it. Then gloo's threads outlive the group, and end the process by SIGABRT where they meet its exit.
+    importlib.import_module("torch.distributed.nn")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{path}/store", rank=rank, world_size=world_size)
     state = small_state(settings, diffusion=IMPORTANCE)
@@ -298,7 +303,10 @@ def _worker(rank, world_size, path, settings, rows):
         )  # fmt: skip
     if rank == 1:
         torch.save(gradients(state) | {"history": state.t_sampler.losses}, f"{path}/parts.pt")
+    del ddp  # it holds the group too
     torch.distributed.destroy_process_group()
+    threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), threads
 
 
 def test_two_processes_equal_one(tmp_path):
