@@ -28,7 +28,7 @@ class Silence:
     def __init__(self, *_: object, **__: object):
         pass
 
-    publish = finish = __init__
+    send_leaderboard = finish = __init__
 
 
 @pytest.fixture(autouse=True)
