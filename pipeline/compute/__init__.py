@@ -1,1 +1,1 @@
-"""Units of work, and who does them."""
+"""Running units and training: in this process, or on Ray."""

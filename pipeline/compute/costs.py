@@ -1,4 +1,4 @@
-"""What units cost: images, and the seconds of one worker that they took."""
+"""Costs of units: images and worker-seconds."""
 
 from __future__ import annotations
 
@@ -15,29 +15,35 @@ class Cost(TypedDict):
     seconds: float
 
 
-def read_costs(path: Path) -> dict[str, dict[str, Cost]]:
-    """Return the costs on file by kind of unit and by the steps of the sampling chain; empty where there is none."""
-    noted = read_json(path) if path.exists() else {}
-    return {OLD_KINDS.get(kind, kind): chains for kind, chains in noted.items()}
+Costs = dict[str, dict[str, Cost]]  # by kind of unit, and by the number of steps of the sampling chain
+
+
+def read_costs(path: Path) -> Costs:
+    """Return the costs on file; empty without a file."""
+    costs: Costs = read_json(path) if path.exists() else {}
+    return {OLD_KINDS.get(kind, kind): chains for kind, chains in costs.items()}
 
 
 class CostCounter:
-    """Costs by kind of unit since they were last written."""
+    """Costs by kind of unit since the last write."""
 
     def __init__(self) -> None:
         self.by_kind: dict[str, Cost] = {}
 
     def add(self, kind: str, images: int, seconds: float) -> None:
-        cost = self.by_kind.setdefault(str(kind), {"images": 0, "seconds": 0.0})
-        cost["images"] += images
-        cost["seconds"] += seconds
+        """Count one unit."""
+        _add(self.by_kind, str(kind), images, seconds)
 
     def write(self, path: Path, chain: int) -> None:
-        """Add the costs to those on file, for a sampling chain of so many steps, and begin again from nothing."""
-        noted = read_costs(path)
-        for kind, new in self.by_kind.items():
-            known = noted.setdefault(kind, {}).setdefault(str(chain), {"images": 0, "seconds": 0.0})
-            known["images"] += new["images"]
-            known["seconds"] += new["seconds"]
+        """Add the costs to the file, for a sampling chain of so many steps, then reset them."""
+        costs = read_costs(path)
+        for kind, cost in self.by_kind.items():
+            _add(costs.setdefault(kind, {}), str(chain), cost["images"], cost["seconds"])
         self.by_kind.clear()
-        write_json(path, noted)
+        write_json(path, costs)
+
+
+def _add(costs: dict[str, Cost], name: str, images: int, seconds: float) -> None:
+    cost = costs.setdefault(name, {"images": 0, "seconds": 0.0})
+    cost["images"] += images
+    cost["seconds"] += seconds

@@ -1,4 +1,4 @@
-"""Asking a command to stop: Ctrl-C and SIGTERM."""
+"""Handling of Ctrl-C and SIGTERM: stop at a safe point."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from pipeline.console import print_line
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopRequest(KeyboardInterrupt):
-    """A person or the system asked the command to stop, and it did so at a safe point."""
+    """Raised when a command has stopped at a safe point, as a person or the system asked."""
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM: the first asks the work to stop at the next safe point, the second stops at once."""
+    """Signal handler: the first signal asks for a stop at the next safe point, the second stops at once."""
 
     def __init__(self, stop_file: Path):
         self.stop_file = stop_file  # tells the workers
@@ -23,15 +25,17 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def is_requested(self) -> bool:
+        """Return whether a signal has come."""
         return self._asked.is_set()
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
         self.install()
         return self
 
     def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Set the handlers; also after ray.init, which replaces them."""
+        for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training groups: processes that train one network together, by Ray Train and torch.distributed."""
+"""Training on several workers by Ray Train and torch.distributed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ from pathlib import Path
 import torch
 from ray import PlacementGroupID
 from ray.exceptions import RayActorError
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_current_placement_group,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 from torch import nn
 
 from pipeline.compute.resources import Resources
@@ -33,7 +29,7 @@ POLL_SECONDS = 0.5
 
 
 class RayWorker(Worker):
-    """A worker of a training group; it reaches the others through torch.distributed, Ray Train through `report`."""
+    """Worker of a training group: reaches the others through torch.distributed."""
 
     def broadcast(self, value: Value) -> Value:
         box = [value]
@@ -70,8 +66,8 @@ class RayWorker(Worker):
 
 
 def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body, place: Place) -> None:
-    """Train with DDP. A lost worker restarts the group from the newest checkpoint on disk, up to
-    `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
+    """Train with DDP on a group of Ray workers. A lost worker restarts the group from the newest checkpoint,
+    up to `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import ScalingConfig  # ray.train's own, with its types
@@ -110,8 +106,7 @@ def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body,
 
 
 def run_in_thread(fit: Callable[[], object], name: str) -> BaseException | None:
-    """Run what would replace the handling of Ctrl-C on the main thread, which waits and stays free for it;
-    return what it raised."""
+    """Run `fit` in a thread, so that the main thread keeps its handling of Ctrl-C; return its error."""
     outcome: list[BaseException] = []
 
     def run() -> None:
@@ -128,7 +123,7 @@ def run_in_thread(fit: Callable[[], object], name: str) -> BaseException | None:
 
 
 def release_training_group(place: Place) -> None:
-    """Give back what a run's last training group may still hold. Ray does so itself, unless memory ran out and
+    """Free the Ray resources of the last training group of a run. Ray does so itself, unless memory ran out and
     took the group's keepers with it; then other trials would wait for those CPUs for ever."""
     with suppress(FileNotFoundError):
         group = PlacementGroupID.from_hex(place.placement_group.read_text())
@@ -137,7 +132,7 @@ def release_training_group(place: Place) -> None:
 
 
 def _train_worker(body: Body, place: Place, cpus: int, image_memory: int) -> None:
-    """Run the body as one worker of a group, in the process that Ray Train started for it."""
+    """Run the body as one worker, in the process that Ray Train started for it."""
     from ray import train
     from ray.train.torch import get_device
 

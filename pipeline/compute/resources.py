@@ -1,4 +1,4 @@
-"""What a command may use of a cluster."""
+"""The share of a cluster that a command uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 
 @dataclass(frozen=True)
 class Resources:
-    """What a session was promised, nulls resolved."""
+    """CPUs and GPUs that a command uses, with no null left."""
 
     workers: int
     min_workers: int  # fewer than `workers`: training goes on with what is left
@@ -21,16 +21,15 @@ class Resources:
     def count_tasks(self, cpus_per_task: int) -> int:
         """Return how many tasks fit into what the workers hold; at least one."""
         by_cpu = self.workers * self.cpus_per_worker // cpus_per_task
-        by_gpu = (
-            int(self.workers * self.gpus_per_worker / self.gpus_per_task) if self.gpus_per_task else by_cpu
-        )
-        return max(1, min(by_cpu, by_gpu))
+        if not self.gpus_per_task:
+            return max(1, by_cpu)
+        return max(1, min(by_cpu, int(self.workers * self.gpus_per_worker / self.gpus_per_task)))
 
 
 def resolve_resources(
     cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None
 ) -> Resources:
-    """Fill the nulls from what there is, and refuse at once what can never be scheduled.
+    """Replace null settings by what the cluster has. Raises PipelineError where it has too little.
 
     cpus_per_node: those of the largest node; no worker and no task can have more.
     """
@@ -40,15 +39,13 @@ def resolve_resources(
     per_worker = cluster.cpus_per_worker or max(1, min(cpus // workers, most))
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
-    for what, asked, there, key in (
-        ("CPUs", min_workers * per_worker, cpus, "cluster.cpus_per_worker"),
-        ("GPUs", min_workers * gpus_per_worker, gpus, "cluster.gpus_per_worker"),
+    too_few = f"{min_workers} workers ask for %g %s, the cluster has %d: lower cluster.workers or %s"
+    for key, asked, there, name in (
+        ("cluster.cpus_per_worker", min_workers * per_worker, cpus, "CPUs"),
+        ("cluster.gpus_per_worker", min_workers * gpus_per_worker, gpus, "GPUs"),
     ):
         if asked > there:
-            raise PipelineError(
-                f"{min_workers} workers ask for {asked:g} {what}, the cluster has {there}: "
-                f"lower cluster.workers or {key}"
-            )
+            raise PipelineError(too_few % (asked, name, there, key))
     for key, asked, there in (
         ("cluster.cpus_per_worker", per_worker, most),
         ("cluster.cpus_per_task", cluster.cpus_per_task, most),

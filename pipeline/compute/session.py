@@ -1,4 +1,4 @@
-"""Ray for a whole command: start or join a cluster, train on it, map work units over it.
+"""Ray for a whole command: start or join a cluster, train on it, run units on it.
 
 Bodies and units never see Ray; they get a Worker.
 """
@@ -18,15 +18,14 @@ from pipeline.compute.pool import Pool
 from pipeline.compute.resources import Resources, resolve_resources
 from pipeline.compute.units import Body, Unit, WhenDone
 from pipeline.config import ClusterConfig
-from pipeline.console import poll_during
 from pipeline.errors import PipelineError, shorten_error
 from pipeline.store.run import Place
 
 
 class RaySession:
-    """A Ray cluster of its own, or a connection to one; an Executor (`pipeline.compute.units`).
+    """Executor on a Ray cluster: its own, or one that it joins.
 
-    `interrupted` is asked between waits: when it says yes, work that is under way is given up.
+    interrupted: asked between waits; when it says yes, the units that run are given up.
     """
 
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
@@ -38,7 +37,7 @@ class RaySession:
     def open_share(
         cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]
     ) -> Iterator[RaySession]:
-        """Give a trial its share of a session that its process has joined already: `resources` and no more."""
+        """Open a session for one trial, limited to `resources` of the Ray cluster that its process is in."""
         session = RaySession(cluster, interrupted)
         session.most_in_flight = resources.count_tasks(cluster.cpus_per_task)
         session._set_resources(resources)
@@ -72,13 +71,12 @@ class RaySession:
         return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
 
     def run_workers(self, body: Body, place: Place) -> None:
-        """Train with DDP (`pipeline.compute.ray_train`), on what the pool gives back first."""
+        """Run `body` on every worker of a training, after the pool has given back its GPUs."""
         self.pool.end()
-        with poll_during(self.pool.end_idle_actors):
-            ray_train.run_training_group(self.cluster, self.resources, body, place)
+        ray_train.run_training_group(self.cluster, self.resources, body, place)
 
     def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
-        """Run the units (`pipeline.compute.pool`)."""
+        """Run the units on the pool, and call `done` after each."""
         self.pool.run_units(units, done, self.costs)
 
     def _count_slots(self) -> tuple[int, int]:
@@ -91,6 +89,7 @@ class RaySession:
 
 
 def _start_ray(address: str | None) -> None:
+    """Start Ray on this machine, or join the cluster at `address`."""
     # Workers print the same line many times over.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     try:
@@ -115,10 +114,10 @@ def _start_ray(address: str | None) -> None:
 
 
 def _set_network_interface() -> None:
-    """Tell gloo and NCCL the interface by which the hosts of this cluster know each other.
+    """Set the network interface for gloo and NCCL, unless the host's environment names one.
 
-    Gloo looks up the host's own name, which many hosts give a loopback address, and then waits for peers that
-    cannot reach it; NCCL takes the first interface that it likes. What the host's environment says comes first.
+    Gloo looks up the host's own name, which many hosts give a loopback address, and then waits for workers that
+    cannot reach it; NCCL takes the first interface that it likes.
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""Units of work, what a body and a unit see of the place where they run, and the in-process twin of that place."""
+"""Units, the worker that runs them, and running them in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class UnitKind(StrEnum):
-    """What a unit makes."""
+    """Kind of a unit's result."""
 
     SHARD = "shard"
     SAMPLES = "samples"
@@ -35,7 +35,7 @@ class UnitKind(StrEnum):
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work that is complete or absent: `body(ctx, *args)` writes its result atomically.
+    """A piece of work with one result, written atomically by `body(ctx, *args)`.
 
     body: a module-level function.
     name: what a person reads where the unit fails.
@@ -52,7 +52,7 @@ class Unit:
     needs_gpu: bool = False
 
     def run(self, ctx: Worker) -> float:
-        """Do the work here; return the seconds it took."""
+        """Run the body in this process; return the seconds it took."""
         began = time.perf_counter()
         self.body(ctx, *self.args)
         return time.perf_counter() - began
@@ -62,7 +62,7 @@ def split_units(
     kind: UnitKind, body: Callable[..., None], args: tuple[Any, ...], n: int, size: int, folder: Path, name: str,
     passes: int = 1,
 ) -> dict[Path, Unit]:  # fmt: skip
-    """Cut n images into units that use a network: `body(ctx, *args, start, stop, file)` each."""
+    """Return units of `size` images each, by result file: `body(ctx, *args, start, stop, file)` uses a network."""
     units = {}
     for start in range(0, n, size):
         stop = min(start + size, n)
@@ -76,10 +76,10 @@ WhenDone = Callable[[Unit], None]  # called with each unit that is finished
 
 
 class Worker:
-    """One process among `world_size`, with the device, the CPUs, and the bytes for training images that it may use.
+    """One worker: rank, device, CPUs, and the bytes that it may use for training images.
 
-    This class is the lone worker; `pipeline.compute.ray_train` has the one whose methods reach its peers. Every
-    method is called equally often on every rank.
+    This one is alone; `pipeline.compute.ray_train` has the one that reaches the others. Every method is called
+    equally often on every rank.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Worker:
         return value
 
     def broadcast_flag(self, flag: bool) -> bool:
-        """Return rank 0's yes or no, on every rank: one number, cheap enough to be asked at every step."""
+        """Return rank 0's flag on every rank; cheap enough for every step."""
         return flag
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
@@ -106,28 +106,32 @@ class Worker:
         return value
 
     def wrap_network(self, net: nn.Module) -> nn.Module:
-        """Return `net` as its training forward is called: with gradients averaged over the ranks."""
+        """Return `net` with gradients averaged over the workers."""
         return net
 
     def report_checkpoint(self, step: int) -> None:
-        """Tell the launcher that the checkpoint of `step` is safe on disk."""
+        """Tell Ray Train that the checkpoint of `step` is on disk."""
 
 
 Body = Callable[[Worker, Place], None]
 
 
 class Executor(Protocol):
-    """Who runs bodies and units: `LocalExecutor` here, a Ray session in `pipeline.compute.session`."""
+    """Runs training bodies and units: here (`LocalExecutor`), or on Ray (`pipeline.compute.session`)."""
 
     costs: CostCounter
 
-    def run_workers(self, body: Body, place: Place) -> None: ...
+    def run_workers(self, body: Body, place: Place) -> None:
+        """Run `body` on every worker of a training."""
+        ...
 
-    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None: ...
+    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
+        """Run the units, and call `done` after each."""
+        ...
 
 
 def create_local_worker(cpus: int | None = None, image_memory: int = NO_LIMIT) -> Worker:
-    """Return this process as a worker: the first GPU if there is one, and so many CPUs (None: all it may use)."""
+    """Return the worker that is this process: the first GPU, if any, and `cpus` CPUs (None: all it may use)."""
     import torch
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -135,7 +139,7 @@ def create_local_worker(cpus: int | None = None, image_memory: int = NO_LIMIT) -
 
 
 class LocalExecutor:
-    """Runs everything here, one after the other, without Ray (`cluster.workers=0`)."""
+    """Executor that runs everything in this process, without Ray (`cluster.workers=0`)."""
 
     def __init__(self, context: Worker, interrupted: Callable[[], bool] = lambda: False):
         import torch

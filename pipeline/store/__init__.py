@@ -1,1 +1,1 @@
-"""The files of a run directory: their names, how they are written, and how they are read."""
+"""Reading and writing the files of a run directory."""

@@ -1,4 +1,4 @@
-"""The reverse process that samples are drawn by, for whoever draws: its steps, its network, its labels."""
+"""The reverse process of a run: its diffusion, its network and its labels, for drawing images."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def build_diffusion(experiment: Experiment) -> Diffusion:
 
 
 def load_guided_network(place: Place, device: torch.device, compiled: bool = False) -> Network:
-    """Load the network of the checkpoint that is sampled, with the guidance of sample.guidance_scale."""
+    """Load the selected network, with guidance if sample.guidance_scale asks for it."""
     config = place.experiment.sample
     net = load_network(place, device, config.precision, compiled)
     return guide(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
 
 
 def make_labels(experiment: Experiment, index: Tensor) -> Tensor | None:
-    """Choose the classes of images index (N,), int64 (N,) on its device; None where no class is asked for."""
+    """Return the labels for images `index` (N,), int64 (N,) on its device; None without labels."""
     labels = [experiment.choose_label(number) for number in index.tolist()]
     return None if experiment.sample.label is None else torch.tensor(labels, device=index.device)

@@ -1,8 +1,8 @@
-"""TrainState <-> files: one folder per step, atomic, hashed, tensors only.
+"""Checkpoints: one folder per step, written atomically, with hashes.
 
 train/step_00001000/ holds state.safetensors (everything), ema.safetensors (the first EMA's weights, named as
-the network's own) and meta.json, which carries the step and the sha256 of both. A folder is on disk whole or
-not at all, and is believed only while its hashes verify.
+the network's own) and meta.json, which carries the step and the sha256 of both. A folder counts only while its
+hashes are right.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ddpm.networks.layers import InBF16
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store.files import read_file_facts, read_json, require_file, write_folder_atomically, write_json
-from pipeline.store.run import Place, find_scores, find_selections
+from pipeline.store.run import Place, find_sample_facts, find_scores, find_selections
 from pipeline.store.tensors import Tensors
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def save_checkpoint(
 
 
 def _save_file(tensors: Tensors, path: Path) -> None:
-    """Raises OSError where the file system is at fault, which safetensors says in words of its own."""
+    """Write safetensors; raise its disk errors as OSError."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -61,41 +61,43 @@ def _save_file(tensors: Tensors, path: Path) -> None:
 
 
 def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
-    """Copy into the memory of `into` where that fits (touching new pages costs more than the copying): safetensors
-    takes neither views nor channels_last."""
+    """Copy tensors to the CPU, into the memory of `into` if it fits: touching new pages costs more than the copy.
+
+    Safetensors takes neither views nor channels_last.
+    """
     copies = {}
     for name, tensor in tensors.items():
-        kept = into.get(name)
-        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
-            kept = torch.empty(tensor.shape, dtype=tensor.dtype)
-        copies[name] = kept.copy_(tensor.detach())
+        copy = into.get(name)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        copies[name] = copy.copy_(tensor.detach())
     return copies
 
 
 def list_steps(train: Path, at_most: float = math.inf) -> list[int]:
-    """List the steps that have a folder, ascending."""
+    """Return the steps with a checkpoint folder, ascending."""
     names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
     return sorted(step for match in names if match and (step := int(match[1])) <= at_most)
 
 
 def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
-    """Say that a run has not the checkpoint that was asked for, and which ones it has."""
+    """Raise the error for a missing checkpoint, with the steps that exist."""
     known = ", ".join(map(str, list_steps(place.train))) or "none"
     raise PipelineError(f"{place.path} has no checkpoint {which} (there are: {known})")
 
 
 def verify_checkpoint(directory: Path) -> None:
-    """Raise PipelineError unless the folder is a whole checkpoint."""
+    """Raise PipelineError unless the folder holds a complete checkpoint."""
     meta = directory / META
     content = read_json(meta) if meta.exists() else None
     if not isinstance(content, dict) or "files" not in content:
-        raise PipelineError(f"{meta} is missing or lists no files: {directory} is not a whole checkpoint")
+        raise PipelineError(f"{meta} is missing or lists no files: {directory} is not a complete checkpoint")
     for name, facts in content["files"].items():
         require_file(directory / name, facts)
 
 
 def is_valid(directory: Path) -> bool:
-    """Whether the folder carries a checkpoint that verifies."""
+    """Return whether the folder holds a complete checkpoint."""
     try:
         verify_checkpoint(directory)
     except PipelineError:
@@ -104,7 +106,7 @@ def is_valid(directory: Path) -> bool:
 
 
 def find_newest(run: Place, at_most: int) -> int | None:
-    """The newest step up to `at_most` whose hashes verify; broken ones are passed over with a warning."""
+    """Return the newest step up to `at_most` with a valid checkpoint; warn of broken ones."""
     for step in reversed(list_steps(run.train, at_most)):
         try:
             verify_checkpoint(run.step_folder(step))
@@ -115,35 +117,37 @@ def find_newest(run: Place, at_most: int) -> int | None:
 
 
 def load_checkpoint(directory: Path) -> Tensors:
-    """All tensors of a checkpoint, on the CPU."""
+    """Load all tensors of a checkpoint on the CPU."""
     verify_checkpoint(directory)
     return load_file(directory / STATE)
 
 
 def delete_old_checkpoints(place: Place, at_most: int) -> None:
-    """Delete checkpoints up to step `at_most` (those beyond are another command's) but the `train.keep` newest,
-    those that the experiment keeps for ever, and those that anything in the run refers to."""
+    """Delete old checkpoints, except the `train.keep` newest, those that the experiment keeps, and those in use.
+
+    Those beyond step `at_most` are another command's.
+    """
     steps = list_steps(place.train, at_most)[: -place.experiment.train.keep]
     old = [step for step in steps if not place.experiment.keeps_checkpoint(step)]
     try:
-        wanted = list_used_steps(place) if old else set()
+        used = list_used_steps(place) if old else set()
     except (PipelineError, OSError, KeyError) as error:
         logger.warning("%s; until that is mended, no checkpoint is deleted", error)
         return
-    for step in set(old) - wanted:
+    for step in set(old) - used:
         shutil.rmtree(place.step_folder(step), ignore_errors=True)
 
 
 def list_used_steps(run: Place) -> set[int]:
-    """The steps that a sample set, even an unfinished one, a score or a selection was made of."""
-    drawn = [next(folder.glob("[!.]*.json"), None) for folder in run.path.glob("samples/*")]
-    steps = {read_json(file)["protocol"]["checkpoint"] for file in [*drawn, *find_scores(run.path)] if file}
-    chosen = [read_json(file)["scores"] for file in find_selections(run.path)]
-    return steps | {score["step"] for scores in chosen for score in scores}
+    """Return the steps that a sample set, even an unfinished one, a score or a selection uses."""
+    files = [*find_sample_facts(run.path), *find_scores(run.path)]
+    steps = {read_json(file)["protocol"]["checkpoint"] for file in files}
+    selected = [read_json(file)["scores"] for file in find_selections(run.path)]
+    return steps | {score["step"] for scores in selected for score in scores}
 
 
 def load_weights(directory: Path, which: str) -> Tensors:
-    """The network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
+    """Return the network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
     if which == "ema":
         verify_checkpoint(directory)
         return load_file(directory / EMA)
@@ -152,7 +156,7 @@ def load_weights(directory: Path, which: str) -> Tensors:
 
 
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
-    """The experiment's network with its first weights."""
+    """Build the experiment's network with its initial weights."""
     data, channels = experiment.data, experiment.data.channels
     out_channels = Diffusion(experiment.diffusion).count_out_channels(channels)
     classes = data.labels if experiment.takes_labels else 0
@@ -167,8 +171,10 @@ def create_network(experiment: Experiment, device: torch.device | str = "cpu") -
 def load_network(
     place: Place, device: torch.device, precision: str = "fp32", compiled: bool = False
 ) -> nn.Module:
-    """Load the network of the checkpoint that is sampled and scored: eval mode, no gradients. Kept by the process,
-    since one process works on many units. Raises PipelineError where there is no such checkpoint."""
+    """Load the network of the selected checkpoint in eval mode; cached, since one process runs many units.
+
+    Raises PipelineError where there is no such checkpoint.
+    """
     step, experiment = place.experiment.checkpoint_step, place.experiment
     directory = place.step_folder(step)
     if not directory.is_dir():

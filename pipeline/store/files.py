@@ -1,4 +1,4 @@
-"""The rules by which files come into being.
+"""Atomic writing, hashing, manifests and locks of files.
 
 Everything is written to a temporary name and renamed, so a file that carries its final name is whole; a
 manifest is written last and carries bytes and sha256, so a folder that has one is complete.
@@ -29,14 +29,15 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 TEMPORARY = ".tmp-"
+Check = Literal["size", "sha256"]
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` that no reader trusts and no two writers share."""
+def _make_temporary_name(path: Path) -> Path:
+    """Return a unique temporary path next to `path`."""
     return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
-def _sync(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -50,7 +51,7 @@ STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.E
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Say in a user's words that `path` cannot be written."""
+    """Raise OSErrors of the body as PipelineError with path and remedy."""
     try:
         yield
     except OSError as error:
@@ -63,15 +64,15 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it is on disk under the final name, on failure it is gone."""
-    temporary = temporary_name(path)
+    """Yield a temporary path that is renamed to `path` on success and deleted on failure."""
+    temporary = _make_temporary_name(path)
     with explain_write_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
+            _flush_to_disk(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            _flush_to_disk(path.parent)
         except BaseException:
             with suppress(OSError):  # it would hide what went wrong
                 temporary.unlink(missing_ok=True)
@@ -80,39 +81,42 @@ def write_atomically(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_folder_atomically(path: Path) -> Iterator[Path]:
-    """The same for a folder. A folder that already carries the name is replaced."""
-    temporary = temporary_name(path)
+    """Yield a temporary folder that replaces `path` on success and is deleted on failure."""
+    temporary = _make_temporary_name(path)
     with explain_write_errors(path):
         try:
             temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
-                _sync(file)
+                _flush_to_disk(file)
             if path.exists():
                 shutil.rmtree(path)
             temporary.rename(path)
-            _sync(path.parent)
+            _flush_to_disk(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what writers that were killed left under temporary names. The caller holds the folder's lock."""
+    """Delete temporary files of killed processes. The caller holds the lock."""
     for path in list(directory.rglob(f"{TEMPORARY}*")):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises PipelineError where it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -120,13 +124,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """An .npz, atomically."""
+    """Write arrays to an .npz atomically."""
     with write_atomically(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz. Raises PipelineError where it is damaged."""
+    """Return the arrays of an .npz. Raises PipelineError where it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -135,13 +139,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_unit_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """The arrays of a work unit whose folder and name say what they are of. The file repeats both, so that it is
-    never taken for another's, wherever it is moved to."""
+    """Write a unit's arrays, with its folder and name inside, so that it is never taken for another's."""
     write_arrays(path, unit=np.array(f"{path.parent.name}/{path.stem}"), **arrays)
 
 
 def read_unit_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Raises PipelineError where the file is damaged, or was made as another unit's."""
+    """Return a unit's arrays. Raises PipelineError where the file is damaged or of another unit."""
     arrays = read_arrays(path)
     unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
     if unit != expected:
@@ -150,33 +153,33 @@ def read_unit_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def hash_file(path: Path) -> str:
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class FileFacts(TypedDict):
-    """What a manifest says of one file."""
+    """Size and sha256 of a file, as a manifest lists them."""
 
     bytes: int
     sha256: str
 
 
 def read_file_facts(path: Path) -> FileFacts:
-    """Read the size of a file and hash it."""
+    """Return the size and the sha256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> None:
-    """Seal `directory`: the named files with their bytes and sha256, and whatever else `facts` says."""
-    write_json(
-        directory / MANIFEST, {"files": {name: read_file_facts(directory / name) for name in names}, **facts}
-    )
+    """Seal a folder: write its manifest with bytes and sha256 of the named files, and `facts`."""
+    files = {name: read_file_facts(directory / name) for name in names}
+    write_json(directory / MANIFEST, {"files": files, **facts})
 
 
-def read_manifest(directory: Path, check: Literal["size", "sha256"] = "size") -> dict[str, Any] | None:
-    """The manifest of `directory`, or None where it was never sealed.
+def read_manifest(directory: Path, check: Check = "size") -> dict[str, Any] | None:
+    """Return the manifest of a folder after checking its files; None without one.
 
-    Raises PipelineError naming the first listed file that is missing or differs.
+    Raises PipelineError naming the first file that is missing or differs.
     """
     path = directory / MANIFEST
     if not path.exists():
@@ -187,10 +190,8 @@ def read_manifest(directory: Path, check: Literal["size", "sha256"] = "size") ->
     return manifest
 
 
-def read_manifest_or_none(
-    directory: Path, check: Literal["size", "sha256"] = "size"
-) -> dict[str, Any] | None:
-    """Do the same for what can be made again: None, with a warning, also where a file differs."""
+def read_manifest_or_none(directory: Path, check: Check = "size") -> dict[str, Any] | None:
+    """Return the manifest of what can be made again; None, with a warning, where a file differs."""
     try:
         return read_manifest(directory, check)
     except PipelineError as error:
@@ -198,7 +199,7 @@ def read_manifest_or_none(
         return None
 
 
-def require_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "sha256"] = "sha256") -> None:
+def require_file(path: Path, facts: Mapping[str, Any], check: Check = "sha256") -> None:
     """Raise PipelineError unless `path` is the file that `facts` describes."""
     if not path.exists():
         fault = "is missing although its manifest lists it"
@@ -213,7 +214,7 @@ def require_file(path: Path, facts: Mapping[str, Any], check: Literal["size", "s
 
 @contextmanager
 def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the folder's lock: one driver at a time. The kernel frees it when its holder dies.
+    """Hold the folder's lock during the body: one driver at a time. The kernel frees it when its holder dies.
 
     Raises PipelineError where another holds it, or waits for that one to finish.
     """

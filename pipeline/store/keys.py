@@ -1,4 +1,4 @@
-"""Keys hash content, never place: equal keys mean equal numbers, wherever the files lie.
+"""Keys: hashes of content, without paths, so equal keys mean equal numbers.
 
 What of a section is hashed, `pipeline.config.neutral` says. VERSION counts the rules of this module: runs that an
 earlier version made lie under other keys.
@@ -26,19 +26,19 @@ _NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "kee
 
 
 def hash_content(content: Any) -> str:
-    """Return 12 hex digits of the sha256 over canonical JSON."""
+    """Return 12 hex digits of the sha256 of canonical JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def make_data_key(experiment: Experiment, fingerprint: str) -> str:
-    """Name the shards: the source's content, and the shape of what is made of it."""
+    """Return the key of the shards: the source's content, and the shape of its images."""
     data = get_key_content("data", experiment.data)
     shape = ("image_size", "channels", "labels", "test_images")
     return hash_content([fingerprint, {key: data[key] for key in shape if key in data}])
 
 
 def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[str, Any]:
-    """Return what the run key hashes beside the data; `whole` with the values that keys leave out, for people.
+    """Return the settings that the run key hashes beside the data; with `whole` also those that keys leave out.
 
     Published weights take the place of training: their content counts, and no setting of `train` does.
     """
@@ -60,47 +60,47 @@ def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[st
 
 
 def make_run_key(experiment: Experiment, data_key: str) -> str:
-    """Name a training: the data, the network, and all that moves its weights."""
+    """Return the key of a run: the data, the network, and all that moves its weights."""
     return hash_content([data_key, collect_run_settings(experiment)])
 
 
 def make_sample_key(experiment: Experiment, run_key: str) -> str:
-    """Name a sample set: the weights and the sampler. Asking for more images adds units to it."""
+    """Return the key of a sample set: weights and sampler. Asking for more images adds units to it."""
     sampler = get_key_content("sample", experiment.sample)
     content = {key: value for key, value in sampler.items() if key not in _NOT_IN_SAMPLE_KEY}
     return hash_content([run_key, experiment.checkpoint_step, content])
 
 
 def make_score_key(experiment: Experiment, run_key: str) -> str:
-    """Name a set of scores. A checkpoint that was chosen by its score has another protocol than one asked for."""
+    """Return the key of a set of scores. A selected checkpoint has another protocol than one asked for."""
     evaluate = get_key_content("evaluate", experiment.evaluate)
     content = {key: value for key, value in evaluate.items() if key not in _NOT_IN_SCORE_KEY}
     if experiment.evaluate.extractor_weights:
-        content["extractor_weights"] = _content_of(Path(experiment.evaluate.extractor_weights))
+        content["extractor_weights"] = _hash_file_cached(Path(experiment.evaluate.extractor_weights))
     if experiment.evaluate.reference_file is not None:
-        content["reference"] = _content_of(experiment.evaluate.reference_file)
+        content["reference"] = _hash_file_cached(experiment.evaluate.reference_file)
     drawn = [make_sample_key(experiment, run_key), experiment.sample.num_images, experiment.checkpoint_rule]
     return hash_content([*drawn, content])
 
 
 def make_selection_key(experiment: Experiment, run_key: str) -> str:
-    """Name a choice among checkpoints. More checkpoints of the same kind belong to the same selection."""
+    """Return the key of a selection. More checkpoints of the same kind belong to the same selection."""
     return hash_content(
         [make_score_key(experiment.make_candidate(0), run_key), experiment.evaluate.checkpoints]
     )
 
 
 def make_figures_key(experiment: Experiment, run_key: str) -> str:
-    """Name a set of figures, which show samples and what the evaluation found about them."""
+    """Return the key of a set of figures, which show samples and their scores."""
     return hash_content([make_score_key(experiment, run_key), get_key_content("figures", experiment.figures)])
 
 
-def _content_of(path: Path) -> str:
-    """Hash a file once while it stays as it is: keys of many checkpoints name the same file."""
+def _hash_file_cached(path: Path) -> str:
+    """Hash a file again only when it has changed: keys of many checkpoints need the same file."""
     facts = path.stat()
-    return _content_of_version(path, facts.st_size, facts.st_mtime_ns)
+    return _hash_version(path, facts.st_size, facts.st_mtime_ns)
 
 
 @lru_cache
-def _content_of_version(path: Path, size: int, modified: int) -> str:
+def _hash_version(path: Path, size: int, modified: int) -> str:
     return hash_file(path)

@@ -1,4 +1,4 @@
-"""log.jsonl: the points of the training curve. Every reader and the one writer of it stand here.
+"""The training log log.jsonl: its writer and its readers.
 
 A line is {"step": .., "time": Unix milliseconds, "metrics": {name: value}}. The last line may be half written; readers
 pass over it. A resumed run computes some steps again, bit for bit; their points are on file already and keep their
@@ -29,7 +29,7 @@ class LogPoint(TypedDict):
 
 
 class LogWriter:
-    """Appends points, each step once."""
+    """Writer of the training log; writes each step once."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -41,7 +41,7 @@ class LogWriter:
         self.last_step = last["step"] if last else -1
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the point of `step`, unless it is on file."""
+        """Append the point of `step`, unless the log has it."""
         if step <= self.last_step:
             return
         self.last_step = step
@@ -51,7 +51,7 @@ class LogWriter:
 
 
 def read_points(path: Path, start: int = 0, end: int | None = None) -> list[LogPoint]:
-    """Read the whole lines between two places of the file (in bytes), by default all of them; none without a file."""
+    """Return the points between two byte offsets, by default all; none without a file."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -61,7 +61,7 @@ def read_points(path: Path, start: int = 0, end: int | None = None) -> list[LogP
 
 
 def find_end(path: Path, start: int = 0) -> int:
-    """Return the bytes up to the end of the last whole line, looking from `start`; 0 without a file."""
+    """Return the byte offset after the last complete line, looking from `start`; 0 without a file."""
     if not path.exists():
         return 0
     with path.open("rb") as file:
@@ -71,7 +71,7 @@ def find_end(path: Path, start: int = 0) -> int:
 
 
 def read_last_point(path: Path) -> LogPoint | None:
-    """Read the last whole line, without reading the others."""
+    """Return the point of the last complete line, without reading the others."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
@@ -84,7 +84,7 @@ def read_last_point(path: Path) -> LogPoint | None:
 
 
 class Heartbeat:
-    """Writes the step that is under way, at most once a second: log points can be minutes apart."""
+    """Writer of the current step to a file, at most once a second: log points can be minutes apart."""
 
     def __init__(self, path: Path):
         self.path, self.last = path, 0.0
@@ -97,7 +97,7 @@ class Heartbeat:
 
 
 def read_progress(place: Place) -> tuple[int, float | None]:
-    """Return the step that training has reached, and the last loss on file."""
+    """Return the current step of training, and the last logged loss."""
     point = read_last_point(place.log)
     step, loss = (point["step"], point["metrics"]["train/loss"]) if point else (0, None)
     try:

@@ -1,4 +1,4 @@
-"""The name of every artefact: where a run, its data and a storage root keep what. No other room spells a file name."""
+"""Paths and keys of a run, its data and the storage root. No other room spells a file name."""
 
 from __future__ import annotations
 
@@ -14,29 +14,24 @@ from pipeline.store.files import MANIFEST, read_json, write_json
 EXPERIMENT, METRICS, SELECTION = "experiment.yaml", "metrics.json", "selection.json"
 REPORT_HTML, REPORT_MD, STOP = "report.html", "report.md", ".stop"
 LEADERBOARD, LOG = "leaderboard.json", "log.jsonl"
-RECORD = (
-    EXPERIMENT,
-    LOG,
-    "timings.json",
-    "commits.json",
-    "grids/*.png",
-)  # of a run, beside its sealed folders
+# The files of a run beside its sealed folders.
+RECORD = (EXPERIMENT, LOG, "timings.json", "commits.json", "grids/*.png")
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
 def _path_property(folder: str, name: str) -> cached_property[Path]:
-    """Name a file or a folder below one of a place's folders."""
+    """Return a property: the path `name` in one of the place's folders."""
     return cached_property(lambda place: getattr(place, folder) / name)
 
 
 def _key_property(make_key: Callable[[Experiment, str], str]) -> cached_property[str]:
-    """Name what a place's experiment asks for, once."""
+    """Return a property: a key of the place, computed once."""
     return cached_property(lambda place: make_key(place.experiment, place.run_key))
 
 
 @dataclass(frozen=True)
 class Place:
-    """One run of an experiment below a storage root: every path and every key of it.
+    """Paths and keys of one run of an experiment below a storage root.
 
     Plain and picklable, since it travels to every worker; made once per command, so each key is hashed once. storage:
     absolute path of the root, shared by all hosts. data_key, run_key: content hashes (`pipeline.store.keys`), so equal
@@ -49,7 +44,7 @@ class Place:
     run_key: str
 
     def of(self, experiment: Experiment) -> Place:
-        """Return the same run, asked for another checkpoint, other weights or other scores."""
+        """Return the same run with other sample or evaluate settings."""
         return replace(self, experiment=replace(experiment, name=self.experiment.name))
 
     # Keys
@@ -71,7 +66,7 @@ class Place:
 
     @cached_property
     def data(self) -> Path:
-        """The folder of the shards, which all runs on them share."""
+        """Folder of the shards, which all runs on them share."""
         return self.storage / "data" / f"{self.experiment.data.source}-{self.data_key}"
 
     @cached_property
@@ -133,20 +128,20 @@ class Place:
     # Records
 
     def read_stage_seconds(self) -> dict[str, float]:
-        """Read how long each stage took, over all commands that worked on it; one that never ended is not there."""
+        """Return the seconds of each finished stage, over all commands."""
         return read_json(self.timings_json) if self.timings_json.exists() else {}
 
     def add_seconds(self, stage: str, seconds: float) -> None:
-        """Add the seconds that one command worked on a stage."""
+        """Add seconds that a command worked on a stage."""
         timings = self.read_stage_seconds()
         write_json(self.timings_json, {**timings, stage: timings.get(stage, 0.0) + seconds})
 
     def read_stage_commits(self) -> dict[str, list[str]]:
-        """Read the commits of the code that worked on each stage, in order; experiment.yaml names the last one only."""
+        """Return the commits that worked on each stage, in order; experiment.yaml names the last one only."""
         return read_json(self.commits_json) if self.commits_json.exists() else {}
 
     def add_commit(self, stage: str, commit: str | None) -> None:
-        """Record the code that begins on a stage; training may go on with other code than it began with."""
+        """Record the commit that starts on a stage; another one may have worked on it before."""
         commits = self.read_stage_commits()
         if commit is not None and commit not in commits.setdefault(stage, []):
             commits[stage].append(commit)
@@ -157,49 +152,55 @@ class Place:
 
 
 def locate_downloads(storage: Path) -> Path:
-    """Return where downloaded archives are kept."""
+    """Return the folder of downloaded archives."""
     return storage / "data" / "downloads"
 
 
 def locate_fingerprints(storage: Path) -> Path:
-    """Return where the fingerprints of data sources are remembered."""
+    """Return the file of the fingerprints of data sources."""
     return storage / "data" / "fingerprints.json"
 
 
 def locate_study(storage: Path, name: str) -> Path:
-    """Return where a study keeps its state, its leaderboard and its page."""
+    """Return the folder of a study: its state, its leaderboard and its page."""
     return storage / "sweeps" / name
 
 
 def locate_comparison(storage: Path, key: str) -> Path:
-    """Return where the comparison of several runs is kept."""
+    """Return the folder of a comparison of several runs."""
     return storage / "comparisons" / key
 
 
-def find_runs(storage: Path, beginning: str = "") -> list[Path]:
-    """List the run directories below the root whose names begin so, sorted."""
+def find_runs(storage: Path, prefix: str = "") -> list[Path]:
+    """Return the run directories below the root whose names start with `prefix`, sorted."""
     found = storage.glob(f"*/{EXPERIMENT}")
-    return sorted(path.parent for path in found if path.parent.name.startswith(beginning))
+    return sorted(path.parent for path in found if path.parent.name.startswith(prefix))
 
 
 # Below a run directory, whatever the experiment is
 
 
+def find_sample_facts(run: Path) -> list[Path]:
+    """Return one file of facts of each sample set, unfinished ones included."""
+    found = (next(folder.glob("[!.]*.json"), None) for folder in run.glob("samples/*"))
+    return [file for file in found if file]
+
+
 def find_sample_manifests(run: Path) -> list[Path]:
-    """List the manifests of finished sample sets, sorted."""
+    """Return the manifests of finished sample sets, sorted."""
     return sorted(run.glob(f"samples/*/{MANIFEST}"))
 
 
 def find_scores(run: Path) -> list[Path]:
-    """List the files of scores, those of candidates included, sorted."""
+    """Return the files of scores, those of candidates included, sorted."""
     return sorted(run.glob(f"evaluation/*/{METRICS}"))
 
 
 def find_selections(run: Path) -> list[Path]:
-    """List the files that say which checkpoint was chosen, sorted."""
+    """Return the selection files, sorted."""
     return sorted(run.glob(f"selection/*/{SELECTION}"))
 
 
 def find_leaderboards(storage: Path) -> list[Path]:
-    """List the leaderboards of all studies below the root, sorted."""
+    """Return the leaderboards of all studies below the root, sorted."""
     return sorted(storage.glob(f"sweeps/*/{LEADERBOARD}"))

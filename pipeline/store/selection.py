@@ -1,4 +1,4 @@
-"""Which checkpoint is the best: the candidates, what they scored, and the file that says which was chosen.
+"""The selection of the best checkpoint: its candidates, their scores, its file.
 
 The paper reports its scores at the checkpoint of minimum FID (App. B). `selection.json`, sealed by its manifest,
 holds the FID of every candidate; `pipeline.stages.select` makes it.
@@ -14,7 +14,7 @@ from pipeline.store.run import Place
 
 
 class CandidateScore(TypedDict):
-    """One candidate: its step, its FID, and the key of the evaluation that found it."""
+    """Step, FID and score key of one candidate."""
 
     step: int
     fid: float
@@ -22,7 +22,7 @@ class CandidateScore(TypedDict):
 
 
 class Selection(TypedDict):
-    """What selection.json holds."""
+    """Content of selection.json: the selected step and the score of each candidate."""
 
     metric: str
     n: int
@@ -34,27 +34,23 @@ class Selection(TypedDict):
 
 
 def list_candidates(place: Place) -> dict[int, Place]:
-    """List the steps on disk that evaluate.checkpoints means, ascending, each as the run that is scored for it.
+    """Return the place of each candidate checkpoint, by step, ascending.
 
-    What an interruption left at some other step is none of them: the choice must not depend on it.
+    What an interruption left at another step is no candidate: the selection must not depend on it.
     """
-    experiment = place.experiment
+    experiment, last = place.experiment, place.experiment.train.steps
     every = experiment.evaluate.checkpoint_interval or experiment.train.checkpoint_every
-    last = experiment.train.steps
-    ends_it = {last} if experiment.evaluate.checkpoints == "all" else set()
-    return {
-        step: place.of(experiment.make_candidate(step))
-        for step in list_steps(place.train, last)
-        if step % every == 0 or step in ends_it
-    }
+    ends = {last} if experiment.evaluate.checkpoints == "all" else set()
+    steps = [step for step in list_steps(place.train, last) if step % every == 0 or step in ends]
+    return {step: place.of(experiment.make_candidate(step)) for step in steps}
 
 
 def write_selection(place: Place) -> None:
-    """Choose the candidate of minimum FID, the earliest of equals, and seal the choice. All of them are scored."""
+    """Select the candidate with the lowest FID, the earliest of equals, and seal the selection."""
     scores: list[CandidateScore] = []
-    for step, scored in list_candidates(place).items():
-        metrics = read_json(scored.metrics_json)
-        scores.append({"step": step, "fid": metrics["scores"]["fid"], "evaluation": scored.score_key})
+    for step, candidate in list_candidates(place).items():
+        metrics = read_json(candidate.metrics_json)
+        scores.append({"step": step, "fid": metrics["scores"]["fid"], "evaluation": candidate.score_key})
     protocol = metrics["protocol"]  # the same for all of them
     content: Selection = {
         "metric": "fid",
@@ -70,23 +66,23 @@ def write_selection(place: Place) -> None:
 
 
 def read_selection(place: Place) -> Selection | None:
-    """Read what was chosen, and from what; None where nothing was, or the file is damaged."""
-    sealed = read_manifest_or_none(place.selection, "sha256")
-    found: Selection | None = read_json(place.selection_json) if sealed else None
+    """Return the selection; None where it is missing or damaged."""
+    found: Selection | None = None
+    if read_manifest_or_none(place.selection, "sha256"):
+        found = read_json(place.selection_json)
     return found
 
 
 def is_done(place: Place) -> bool:
-    """Tell whether the choice was made among the checkpoints that are there now."""
+    """Return whether the selection covers the checkpoints that exist now."""
     found = read_selection(place)
     return found is not None and [score["step"] for score in found["scores"]] == list(list_candidates(place))
 
 
 def fill_in_selection(place: Place) -> Place | None:
-    """Return the run whose checkpoint is known: itself, or with the best one filled in; None before the choice."""
+    """Return the place with its selected checkpoint; None before the selection."""
     if place.experiment.sample.checkpoint != "best":
         return place
-    found = read_selection(place)
-    return (
-        place.of(place.experiment.select_checkpoint(found["best"], len(found["scores"]))) if found else None
-    )
+    if (found := read_selection(place)) is None:
+        return None
+    return place.of(place.experiment.select_checkpoint(found["best"], len(found["scores"])))

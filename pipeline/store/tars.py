@@ -6,8 +6,8 @@ A folder of shards holds `<split>-00000.tar ...` with members `<key>.png` and, w
     {"files":  {"train-00000.tar": {"bytes": ..., "sha256": ..., "count": ...}, ...},
      "splits": {"train": {"count": ..., "shards": ["train-00000.tar", ...]}, ...}, ...facts}
 
-An image's index in its split is its place in the shards, read in the order of the list. Beside each tar stands
-`<split>-00000.json` with what `write_tar` found, the place of every image in the tar included.
+An image's index in its split counts the images of the shards in the order of the list. Beside each tar stands
+`<split>-00000.json` with its facts, the offset of every image in the tar included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipeline.store.files import (
 )
 
 FILE_FACTS = ("bytes", "sha256", "count")
-OFFSET, SIZE, CRC32, LABEL = range(4)  # the columns of an image's place
+OFFSET, SIZE, CRC32, LABEL = range(4)  # the columns of `read_offsets`
 REMEDY = "delete it and run the stage that wrote it"
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -52,7 +52,7 @@ class Record:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """uint8 (H,W), (H,W,1) or (H,W,3) -> PNG. Equal arrays give equal bytes (with one build of Pillow)."""
+    """Encode uint8 (H,W), (H,W,1) or (H,W,3) as PNG. Equal arrays give equal bytes (with one build of Pillow)."""
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (1,), (3,)):
         raise ValueError(f"expected uint8 (H,W), (H,W,1) or (H,W,3), not {image.dtype} {image.shape}")
     stream = io.BytesIO()
@@ -62,7 +62,7 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def decode_png(png: bytes) -> np.ndarray:
-    """An 8-bit grey or RGB PNG -> uint8 (C,H,W)."""
+    """Decode an 8-bit grey or RGB PNG to uint8 (C,H,W)."""
     image = Image.open(io.BytesIO(png), formats=("PNG",))
     if image.mode not in ("L", "RGB"):
         raise ValueError(f"a PNG of mode {image.mode} in a shard; only L and RGB are written")
@@ -75,8 +75,10 @@ def decode_png(png: bytes) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar of the images [start, stop) of a split, whole or absent. Beside it stands a .json with its facts, written
-    after it: a tar that lacks it, or differs from it, is made again. sha256: of the tar, where a manifest lists it."""
+    """A tar with the images [start, stop) of a split, and a .json with its facts, written after it.
+
+    A tar without facts, or other than they say, is made again. sha256: of the tar, where a manifest lists it.
+    """
 
     folder: Path
     name: str
@@ -94,12 +96,12 @@ class Shard:
         return self.path.with_suffix(".json")
 
     def write(self, records: Iterable[Record], **more: Any) -> None:
-        """Write the tar, then its facts and whatever `more` says of how it came about."""
+        """Write the tar, then its facts and `more`."""
         facts = write_tar(self.path, records)
         write_json(self.facts_json, {**self._range(), **facts, **more})
 
     def read_facts(self, **more: Any) -> ShardFacts | None:
-        """Read the facts of a tar that is on disk, whole, of this very range, and made as `more` says; else None."""
+        """Return the facts; None unless the tar is complete, has this range, and the facts say `more`."""
         if not self.facts_json.exists():
             return None
         try:
@@ -110,7 +112,7 @@ class Shard:
         return facts if (self._range() | more).items() <= facts.items() else None
 
     def require_facts(self, **more: Any) -> ShardFacts:
-        """Read the facts. Raises PipelineError where the tar changed since it was made."""
+        """Return the facts. Raises PipelineError where the tar has changed since it was made."""
         facts = self.read_facts(**more)
         if facts is None:
             raise PipelineError(f"{self.path} changed while it was used; run the command again")
@@ -121,8 +123,11 @@ class Shard:
 
 
 class ShardFacts(FileFacts):
-    """What stands beside a tar. places: for each image the offset and the size of its PNG in the tar, its crc32, and
-    its label (-1 = none); skipped: names and reasons of images that do not decode (data only)."""
+    """Content of a shard's .json.
+
+    places: for each image the offset and the size of its PNG in the tar, its crc32, and its label (-1 = none);
+    skipped: names and reasons of images that do not decode (data only).
+    """
 
     name: str
     split: str
@@ -144,26 +149,25 @@ def write_tar(path: Path, records: Iterable[Record]) -> dict[str, Any]:
             for record in records:
                 if record.key <= last or "." in record.key:
                     raise ValueError(f"key {record.key!r} after {last!r}: keys ascend and hold no dot")
-                labelled, size = record.label is not None, len(record.png)
-                label = {"cls": str(record.label).encode()} if labelled else {}
+                label = {} if record.label is None else {"cls": str(record.label).encode()}
                 tar.write({"__key__": record.key, "png": record.png, **label})
                 # The PNG is the last member, padded to whole blocks.
-                offset = tar.tarstream.offset - -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                places.append([offset, size, zlib.crc32(record.png), _encode_label(record)])
+                offset = tar.tarstream.offset - -(-len(record.png) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                places.append([offset, len(record.png), zlib.crc32(record.png), _encode_label(record)])
                 last = record.key
         facts = read_file_facts(temporary)
     return {"name": path.name, "count": len(places), **facts, "places": places}
 
 
 def _encode_label(record: Record) -> int:
-    """Return the label as arrays hold it: -1 = none."""
+    """Return the label as an integer, -1 for none."""
     return -1 if record.label is None else record.label
 
 
 def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
-    """The records of a tar, in order.
+    """Yield the records of a tar, in order.
 
-    Raises PipelineError naming the shard where the tar is cut or broken, or does not hold `count` records.
+    Raises PipelineError naming the tar where it is cut or broken, or does not hold `count` records.
     It cannot see a flipped bit in an image: `load_images` compares the sha256 of the manifest first.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -171,7 +175,12 @@ def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
     found = 0
     try:
         with path.open("rb") as file:
-            _require_end(file)
+            # A tar that was cut between two members reads short without an error, but has lost its closing blocks.
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - len(END_OF_TAR)))
+            if file.read() != END_OF_TAR:
+                raise tarfile.ReadError("truncated: its end-of-archive blocks are missing")
+            file.seek(0)
             for sample in group_by_keys(tar_file_expander([{"url": str(path), "stream": file}])):
                 label = int(sample["cls"]) if "cls" in sample else None
                 yield Record(sample["__key__"], sample["png"], label)
@@ -182,22 +191,13 @@ def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
         raise PipelineError(f"{path} holds {found} images, not {count}; {REMEDY}")
 
 
-def _require_end(file: io.BufferedReader) -> None:
-    """A tar that was cut between two members reads silently short, but has lost its closing blocks."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - len(END_OF_TAR)))
-    if file.read() != END_OF_TAR:
-        raise tarfile.ReadError("truncated: its end-of-archive blocks are missing")
-    file.seek(0)
-
-
 # A folder of shards
 
 
 def write_shard_manifest(
     directory: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any
 ) -> None:
-    """Seal a folder: `splits` maps a split to what `write_tar` returned for its shards, in order."""
+    """Seal a folder of shards. splits: what `write_tar` returned for the shards of each split, in order."""
     shards = [shard for of_split in splits.values() for shard in of_split]
     manifest = {
         "files": {shard["name"]: {key: shard[key] for key in FILE_FACTS} for shard in shards},
@@ -225,7 +225,7 @@ class ShardManifest:
         return int(self._split(split)["count"])
 
     def list_shards(self, split: str, n: int | None = None) -> list[Shard]:
-        """List the shards that hold the first n images of a split (None: all), each with the range of its images.
+        """Return the shards with the first n images of a split (None: all), each with the range of its images.
 
         Raises PipelineError where there are fewer.
         """
@@ -245,7 +245,7 @@ class ShardManifest:
         ]
 
     def read_offsets(self, name: str) -> np.ndarray:
-        """Where the images of a tar lie in it: int64 (count, 4), columns OFFSET, SIZE, CRC32, LABEL."""
+        """Return offset, size, crc32 and label of each image of a shard: int64 (count, 4)."""
         file = (self.directory / name).with_suffix(".json")
         facts = read_json(file) if file.exists() else {}
         if facts.get("sha256") != self.facts["files"][name]["sha256"]:
@@ -265,7 +265,7 @@ class ShardManifest:
 
 
 def open_shards(directory: Path) -> ShardManifest:
-    """Read the manifest. Raises PipelineError where there is none, or a shard is missing or has another size."""
+    """Read a folder's manifest. Raises PipelineError where it or a shard is missing or has another size."""
     manifest = read_manifest(directory)
     if manifest is None:
         raise PipelineError(f"{directory} holds no finished shards; run the stage that writes them")
@@ -275,7 +275,7 @@ def open_shards(directory: Path) -> ShardManifest:
 def load_images(
     directory: Path, split: str, start: int = 0, stop: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images [start, stop) of a split: uint8 (n,C,H,W), and int64 labels (n,), -1 = none.
+    """Return images [start, stop) of a split, uint8 (n,C,H,W), and labels, int64 (n,), -1 = none.
 
     Compares the sha256 of each shard it opens. Raises PipelineError naming a shard that differs, or the
     split where it has fewer than `stop` images.

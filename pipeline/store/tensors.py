@@ -1,4 +1,4 @@
-"""Plain weights from a file that came from outside."""
+"""Safe loading of weights from untrusted files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def load_tensors(path: Path, remedy: str) -> Tensors:
-    """Load a table of tensors from .safetensors or a PyTorch file; nothing that a pickle asks for is run.
+    """Load named tensors from .safetensors or a PyTorch file, without running pickled code.
 
     Raises PipelineError, ending in the remedy, where the file is broken or holds anything else.
     """

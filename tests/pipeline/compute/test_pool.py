@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,41 +20,49 @@ LONG = 120
 
 
 @functools.cache
-def first_devices() -> str:
+def read_first_devices() -> str:
     """What CUDA would go on using in this process, whatever Ray says later."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
 
-def meet(folder: Path, peers: int) -> None:
+def meet(folder: Path, processes: int) -> None:
     """Wait until so many processes have a unit of this folder."""
     (folder / f"process-{os.getpid()}").touch()
     deadline = time.monotonic() + LONG
-    while len(list(folder.glob("process-*"))) < peers:
+    while len(list(folder.glob("process-*"))) < processes:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-def note(ctx, file: Path, seconds: float = 0.1, peers: int = 1) -> None:
+def write_note(worker, file: Path, processes: int = 1) -> None:
     """Write where this ran; fails where it was done before."""
-    here = {"pid": os.getpid(), "first": first_devices(), "now": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
-    meet(file.parent, peers)
-    time.sleep(seconds)
+    devices = {"first": read_first_devices(), "now": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    meet(file.parent, processes)
     with file.open("x") as stream:
-        json.dump({**here, "device": str(ctx.device)}, stream)
+        json.dump({"pid": os.getpid(), "device": str(worker.device), **devices}, stream)
 
 
-def fail(ctx, folder: Path, peers: int) -> None:
-    meet(folder, peers)
+def write_when_told(worker, file: Path) -> None:
+    """Write the file when the test says so, which is after this should have been cancelled."""
+    meet(file.parent, 1)
+    deadline = time.monotonic() + LONG
+    while not (file.parent / "go").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    file.touch()
+
+
+def fail(worker, folder: Path, processes: int) -> None:
+    meet(folder, processes)
     raise PipelineError("this unit cannot be done")
 
 
-def die_at_first(ctx, deaths: int, file: Path) -> None:
+def die_at_first(worker, deaths: int, file: Path) -> None:
     """Take its process with it so many times."""
     tries = len(list(file.parent.glob(f"{file.name}-try-*")))
     (file.parent / f"{file.name}-try-{tries}").touch()
     if tries < deaths:
         os.kill(os.getpid(), signal.SIGKILL)
-    note(ctx, file)
+    write_note(worker, file)
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +85,11 @@ def session(address, request):
         yield session
 
 
-def units_of(
-    folder: Path, count: int, needs_gpu: bool = True, seconds: float = 0.1, peers: int = 1
-) -> list[Unit]:
+def units_of(folder: Path, count: int, needs_gpu: bool = True, body=write_note, **arguments) -> list[Unit]:
     kind = UnitKind.SAMPLES if needs_gpu else UnitKind.SHARD
+    body = functools.partial(body, **arguments)
     return [
-        Unit(kind, note, (folder / f"{kind}-{n}", seconds, peers), f"{kind} {n}", needs_gpu=needs_gpu)
-        for n in range(count)
+        Unit(kind, body, (folder / f"{kind}-{n}",), f"{kind} {n}", needs_gpu=needs_gpu) for n in range(count)
     ]
 
 
@@ -92,22 +97,22 @@ def notes_of(units) -> list[dict]:
     return [json.loads(unit.args[0].read_text()) for unit in units]
 
 
-def wait_for_free_gpus(count: int) -> None:
+def wait_for_free_gpus(count: int, seconds: float = LONG) -> None:
     import ray
 
-    deadline = time.monotonic() + LONG
+    deadline = time.monotonic() + seconds
     while ray.available_resources().get("GPU", 0) < count:
         assert time.monotonic() < deadline, ray.available_resources()
         time.sleep(0.1)
 
 
-def test_each_actor_keeps_one_gpu_and_a_second_map_uses_the_same_actors(session, tmp_path):
+def test_each_actor_keeps_one_gpu_and_the_next_units_use_the_same_actors(session, tmp_path):
     (tmp_path / "more").mkdir()
-    first, second = units_of(tmp_path, 24, peers=4), units_of(tmp_path / "more", 8)
+    first, second = units_of(tmp_path, 24, processes=4), units_of(tmp_path / "more", 8)
     finished = []
     session.map_units(first, finished.append)
     session.map_units(second, finished.append)
-    assert len(finished) == len(set(finished)) == 32
+    assert len(finished) == len(set(map(id, finished))) == 32
     rows = notes_of(finished)
     assert all(row["now"] == row["first"] for row in rows)
     assert {row["now"] for row in rows} == {"0", "1", "2", "3"}
@@ -152,88 +157,45 @@ def test_the_unit_of_a_killed_actor_is_done_by_another(session, tmp_path, caplog
 
 
 @pytest.mark.parametrize("session", [["workers=2", "retries=1"]], indirect=True)
-def test_a_unit_that_always_loses_its_process_ends_the_map(session, tmp_path):
+def test_a_unit_that_always_loses_its_process_ends_the_others(session, tmp_path):
     mortal = Unit(UnitKind.SAMPLES, die_at_first, (9, tmp_path / "mortal"), "mortal", needs_gpu=True)
     with pytest.raises(PipelineError, match="'mortal' lost its process again and again"):
         session.map_units([mortal], lambda unit: None)
     assert len(list(tmp_path.glob("mortal-try-*"))) == 2
 
 
-def test_an_error_ends_what_is_under_way_and_frees_the_gpus(session, tmp_path):
-    networks = units_of(tmp_path, 6, seconds=6)
-    others = units_of(tmp_path, 2, needs_gpu=False, seconds=6)
+def assert_cancelled(folder: Path) -> None:
+    (folder / "go").touch()
+    time.sleep(1.5)
+    assert not list(folder.glob("s*")), "what ran was cancelled"
+
+
+def test_an_error_ends_what_runs_and_frees_the_gpus(session, tmp_path):
+    networks = units_of(tmp_path, 6, body=write_when_told)
+    others = units_of(tmp_path, 2, needs_gpu=False, body=write_when_told)
     failing = Unit(UnitKind.SAMPLES, fail, (tmp_path, 6), "failing", needs_gpu=True)
     with pytest.raises(PipelineError, match="this unit cannot be done"):
         session.map_units([failing, *networks, *others], lambda unit: None)
+    assert_cancelled(tmp_path)
     session.pool.end()
     wait_for_free_gpus(4)
-    time.sleep(7)
-    assert not list(tmp_path.glob("s*")), "the others were cancelled"
 
 
-def test_an_interruption_ends_what_is_under_way(session, tmp_path):
+def test_an_interruption_ends_what_runs(session, tmp_path):
     session.pool.interrupted = lambda: len(list(tmp_path.glob("process-*"))) == 4
-    session.map_units(units_of(tmp_path, 6, seconds=6), lambda unit: None)
-    time.sleep(7)
-    assert not list(tmp_path.glob("samples-*"))
+    session.map_units(units_of(tmp_path, 6, body=write_when_told), lambda unit: None)
+    assert_cancelled(tmp_path)
 
 
-def test_training_gets_the_gpus_and_the_pool_keeps_off_them(session, tmp_path, monkeypatch):
-    """The pool has all four; then a group trains on two, with units beside it on the other two; then all again."""
-    for name in ("before", "during", "after"):
-        (tmp_path / name).mkdir()
-    before = units_of(tmp_path / "before", 8, peers=4)
-    during, after = units_of(tmp_path / "during", 8), units_of(tmp_path / "after", 8)
-    session.map_units(before, lambda unit: None)
-    monkeypatch.setattr(ray_train, "run_training_group", train_on_two_gpus)
-
-    def score() -> None:
-        while not (tmp_path / "rank-0").exists() or not (tmp_path / "rank-1").exists():
-            time.sleep(0.1)
-        for start in range(0, 8, 2):
-            session.map_units(during[start : start + 2], lambda unit: None)
-        (tmp_path / "stop").touch()
-
-    with ThreadPoolExecutor(1) as thread:
-        beside = thread.submit(score)
-        session.run_workers(None, tmp_path)
-        beside.result()
-    session.map_units(after, lambda unit: None)
-
-    group = [json.loads((tmp_path / f"rank-{rank}").read_text()) for rank in (0, 1)]
-    earlier = {row["pid"] for row in notes_of(before)}
-    assert all(not (earlier & set(rank["alive"])) for rank in group), "no process of the pool was left"
-    held = {device for rank in group for device in rank["devices"]}
-    assert len(held) == 2 and not held & {row["now"] for row in notes_of(during)}
-    assert all(row["now"] == row["first"] for row in [*notes_of(before), *notes_of(during), *notes_of(after)])
-    assert len({row["pid"] for row in notes_of(during)}) <= 2
-
-
-def train_on_two_gpus(cluster, resources, body, folder) -> None:
-    """Ray Train with the resources of the session, without torch's process group: NCCL needs real GPUs."""
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    workers = {"CPU": 1, "GPU": resources.gpus_per_worker}
-    DataParallelTrainer(
-        hold_gpus,
-        train_loop_config={"folder": folder},
-        scaling_config=ScalingConfig(
-            num_workers=resources.workers, use_gpu=True, resources_per_worker=workers
-        ),
-        run_config=RunConfig(storage_path=str(folder / "ray")),
-    ).fit()
-
-
-def hold_gpus(config) -> None:
-    from ray import train
-
-    folder = config["folder"]
-    alive = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    devices = (
-        ",".join(map(str, train.get_context().get_world_rank() * [])) or os.environ["CUDA_VISIBLE_DEVICES"]
+def test_training_gets_the_gpus_and_the_pool_gets_them_back(session, tmp_path, monkeypatch):
+    free = []
+    monkeypatch.setattr(
+        ray_train, "run_training_group", lambda *_: free.append(wait_for_free_gpus(4, seconds=20))
     )
-    file = folder / f"rank-{train.get_context().get_world_rank()}"
-    file.write_text(json.dumps({"alive": alive, "devices": devices}))
-    while not (folder / "stop").exists():
-        time.sleep(0.1)
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        units = units_of(tmp_path / name, 8, processes=4)
+        session.map_units(units, lambda unit: None)
+        assert all(row["now"] == row["first"] for row in notes_of(units))
+        session.run_workers(None, tmp_path)
+    assert len(free) == 2
