@@ -34,7 +34,6 @@ class Silence:
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
     """No server, and pictures that take no time."""
-
     monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
     monkeypatch.setattr(tracking, "ParentRun", Silence)
 
