@@ -21,12 +21,13 @@ def folder(tmp_path, request):
     """Three tars of 13 images of 9x9 in all."""
     images = np.random.default_rng(0).integers(0, 256, (sum(COUNTS), 9, 9, 3), dtype=np.uint8)
     shards, start = [], 0
+
+    def label(i: int) -> int | None:
+        return i % 4 if request.param == "labelled" else None
+
     for number, count in enumerate(COUNTS):
         records = [
-            tars.Record(
-                f"{i:04d}", tars.encode_png(images[i]), i % 4 if request.param == "labelled" else None
-            )
-            for i in range(start, start + count)
+            tars.Record(f"{i:04d}", tars.encode_png(images[i]), label(i)) for i in range(start, start + count)
         ]
         facts = tars.write_tar(tmp_path / f"train-{number:05d}.tar", records)
         tars.write_json(tmp_path / f"train-{number:05d}.json", facts)

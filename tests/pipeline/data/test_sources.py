@@ -33,13 +33,34 @@ def config(source: str, path=None, **changes) -> DataConfig:
     return dataclasses.replace(common, **changes)
 
 
+def reader(*words, **changes) -> sources.SourceReader:
+    return sources.SourceReader(config(*words, **changes))
+
+
 def read(data: DataConfig, split: str = "train"):
     source = sources.SourceReader(data)
     return list(source.read_records(split, 0, source.splits[split]))
 
 
+def read_in_parts(data: DataConfig, size: int) -> list:
+    """The train split, `size` images at a time."""
+    source = sources.SourceReader(data)
+    n = source.splits["train"]
+    return [r for a in range(0, n, size) for r in source.read_records("train", a, min(a + size, n))]
+
+
 def pixels(data: DataConfig, split: str = "train") -> np.ndarray:
     return np.stack([decode_png(record.png) for record in read(data, split)])
+
+
+def assert_fingerprint_fails(message: str, *words, **changes) -> None:
+    with pytest.raises(PipelineError, match=message):
+        sources.compute_fingerprint(config(*words, **changes), None)
+
+
+def assert_read_fails(message: str, *words, **changes) -> None:
+    with pytest.raises(PipelineError, match=message):
+        read(config(*words, **changes))
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -49,14 +70,10 @@ def noise(*shape: int) -> np.ndarray:
 # Order
 
 
-def test_shuffle_is_a_fixed_permutation():
+def test_the_permutation_is_fixed():
     assert sorted(base.make_fixed_permutation(1000)) == list(range(1000))
     # Golden values, from Philox4x64-10 with key 0: they must never change, or every split would.
-    assert base.make_fixed_permutation(10).tolist() == GOLDEN_ORDER
-    assert not np.array_equal(base.make_fixed_permutation(1000), np.arange(1000))
-
-
-GOLDEN_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    assert base.make_fixed_permutation(10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 
 
 # Digits
@@ -65,22 +82,14 @@ GOLDEN_ORDER = [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 def test_digits_are_scikit_learns_split_evenly():
     from sklearn.datasets import load_digits
 
-    data = config("digits", channels=1, labels=10)
-    assert sources.SourceReader(data).splits == {"train": 1437, "test": 360}
-    test_labels = np.array([record.label for record in read(data, "test")])
-    train_labels = np.array([record.label for record in read(data)])
-    assert np.bincount(test_labels).tolist() == [36] * 10
-    digits = load_digits()
-    assert np.array_equal(np.bincount(train_labels) + 36, np.bincount(digits.target))
-    both = np.concatenate([pixels(data), pixels(data, "test")])[:, 0]
+    data, digits = config("digits", channels=1, labels=10), load_digits()
+    splits = {split: read(data, split) for split in ("train", "test")}
+    assert {split: len(records) for split, records in splits.items()} == {"train": 1437, "test": 360}
+    assert np.bincount([record.label for record in splits["test"]]).tolist() == [36] * 10
     expected = np.floor(digits.images * 255 / 16 + 0.5).astype(np.uint8)
-    assert both.min() == 0 and both.max() == 255
-    ours = sorted(
-        (image.tobytes(), label) for image, label in zip(both, [*train_labels, *test_labels], strict=True)
-    )
-    assert ours == sorted(
-        (image.tobytes(), label) for image, label in zip(expected, digits.target, strict=True)
-    )
+    assert expected.min() == 0 and expected.max() == 255
+    both = sorted((decode_png(r.png).tobytes(), r.label) for records in splits.values() for r in records)
+    assert both == sorted((image.tobytes(), int(n)) for image, n in zip(expected, digits.target, strict=True))
 
 
 def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
@@ -106,31 +115,20 @@ def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
 def test_cifar10_parquet_is_passed_through():
     import pyarrow.parquet as parquet
 
-    data = config("cifar10", CIFAR10, image_size=32, labels=10)
-    source = sources.SourceReader(data)
+    source = reader("cifar10", CIFAR10, image_size=32, labels=10)
     assert source.splits == {"train": 50_000, "test": 10_000}
-    rows = (
-        parquet.ParquetFile(CIFAR10 / "train-00001-of-00002.parquet")
-        .read_row_group(0)
-        .slice(0, 3)
-        .to_pylist()
-    )
+    second = parquet.ParquetFile(CIFAR10 / "train-00001-of-00002.parquet")
+    rows = second.read_row_group(0).slice(0, 3).to_pylist()
     across = list(source.read_records("train", 24_998, 25_003))  # from the first file into the second
-    assert [record.png for record in across[2:]] == [row["img"]["bytes"] for row in rows]
-    assert [record.label for record in across[2:]] == [row["label"] for row in rows]
+    assert [(r.png, r.label) for r in across[2:]] == [(row["img"]["bytes"], row["label"]) for row in rows]
     assert [record.key for record in across] == [f"train-{i:08d}" for i in range(24_998, 25_003)]
 
 
 @needs_cifar10
 def test_cifar10_test_split_has_its_known_mean():
-    data = config("cifar10", CIFAR10, image_size=32, labels=10)
-    means = np.stack(
-        [
-            decode_png(r.png).mean(axis=(1, 2))
-            for r in sources.SourceReader(data).read_records("test", 0, 10_000)
-        ]
-    )
-    assert np.allclose(means.mean(axis=0) / 255, [0.494214, 0.485131, 0.450409], atol=1e-6)
+    records = reader("cifar10", CIFAR10, image_size=32, labels=10).read_records("test", 0, 10_000)
+    means = np.mean([decode_png(record.png).mean(axis=(1, 2)) for record in records], axis=0) / 255
+    assert np.allclose(means, [0.494214, 0.485131, 0.450409], atol=1e-6)
 
 
 def write_parquet(path: Path, images: list, labels: list[int] | None, **more) -> None:
@@ -153,41 +151,29 @@ def parquet_set(tmp_path):
 
 
 def test_parquet_ranges_join_to_the_whole(parquet_set):
-    source = sources.SourceReader(config("cifar10", parquet_set, labels=10))
-    assert source.splits == {"train": 10}
+    data = config("cifar10", parquet_set, labels=10)
+    assert sources.SourceReader(data).splits == {"train": 10}
     for size in (1, 3, 4, 7, 10):
-        parts = [
-            record
-            for a in range(0, 10, size)
-            for record in source.read_records("train", a, min(a + size, 10))
-        ]
+        parts = read_in_parts(data, size)
         assert [record.label for record in parts] == list(range(10))
     assert np.array_equal(decode_png(parts[9].png), noise(10, 8, 8, 3)[9].transpose(2, 0, 1))
 
 
-def test_truncated_parquet_is_named(parquet_set):
-    file = parquet_set / "plain_text" / "train-00001-of-00002.parquet"
+def test_parquet_that_cannot_be_read_is_named(parquet_set, tmp_path_factory):
+    file, other = (
+        parquet_set / "plain_text" / "train-00001-of-00002.parquet",
+        tmp_path_factory.mktemp("other"),
+    )
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(PipelineError, match=r"train-00001-of-00002\.parquet is no readable parquet"):
-        sources.compute_fingerprint(config("cifar10", parquet_set, labels=10), None)
-
-
-def test_parquet_without_the_columns_is_named(tmp_path):
-    write_parquet(tmp_path / "train-0.parquet", [encode_png(noise(8, 8, 3))], None)
-    with pytest.raises(PipelineError, match=r"train-0\.parquet has no column 'label', only img; .*labels=0"):
-        read(config("cifar10", tmp_path, labels=10))
-    write_parquet(tmp_path / "train-0.parquet", [encode_png(noise(8, 8, 3))], None, mask=[{"bytes": b""}])
-    with pytest.raises(
-        PipelineError, match=r"train-0\.parquet has 2 columns of encoded images, not one: img"
-    ):
-        read(config("parquet", tmp_path))
-
-
-def test_an_empty_place_is_named(tmp_path):
-    with pytest.raises(PipelineError, match=r"holds no train-\*\.parquet"):
-        sources.compute_fingerprint(config("cifar10", tmp_path), None)
-    with pytest.raises(PipelineError, match="nowhere does not exist"):
-        sources.compute_fingerprint(config("cifar10", tmp_path / "nowhere"), None)
+    assert_fingerprint_fails(r"train-00001-of-00002\.parquet is no readable parquet", "cifar10", parquet_set)
+    assert_fingerprint_fails(r"holds no train-\*\.parquet", "cifar10", other)
+    assert_fingerprint_fails("nowhere does not exist", "cifar10", other / "nowhere")
+    image = [encode_png(noise(8, 8, 3))]
+    write_parquet(other / "train-0.parquet", image, None)
+    message = r"train-0\.parquet has no column 'label', only img; .*labels=0"
+    assert_read_fails(message, "cifar10", other, labels=10)
+    write_parquet(other / "train-0.parquet", image, None, mask=[{"bytes": b""}])
+    assert_read_fails(r"train-0\.parquet has 2 columns of encoded images, not one: img", "parquet", other)
 
 
 # Any set in parquet files
@@ -215,14 +201,9 @@ def test_parquet_splits_are_named_by_files_or_folders(tmp_path, test):
     write_parquet(tmp_path / "data" / "train-0.parquet", numbered(6), None)
     write_parquet(tmp_path / "data" / test, numbered(9)[6:], None)
     data = config("parquet", tmp_path, test_images=2)
-    assert numbers(data) == [0, 1, 2, 3, 4, 5]
-    assert numbers(data, "test") == [6, 7, 8]
-
-
-def test_a_parquet_test_split_goes_before_a_validation_split(tmp_path):
-    for i, split in enumerate(("train", "test", "validation")):
-        write_parquet(tmp_path / f"{split}-0.parquet", numbered(3)[i:][:1], None)
-    assert (numbers(config("parquet", tmp_path)), numbers(config("parquet", tmp_path), "test")) == ([0], [1])
+    assert (numbers(data), numbers(data, "test")) == ([0, 1, 2, 3, 4, 5], [6, 7, 8])
+    write_parquet(tmp_path / "test" / "0.parquet", numbered(1), None)  # it goes before a validation split
+    assert numbers(data, "test") == ([0] if "validation" in test else [6, 7, 8, 0])
 
 
 @pytest.mark.parametrize("place", ["set.parquet", "."])
@@ -232,9 +213,7 @@ def test_parquet_rows_are_held_out_across_row_groups(tmp_path, place):
     test, train = numbers(data, "test"), numbers(data)
     assert len(test) == 5 and sorted(test + train) == list(range(25)) and train == sorted(train)
     assert [record.label for record in read(data)] == train
-    source = sources.SourceReader(data)
-    parts = [record for a in range(0, 20, 3) for record in source.read_records("train", a, min(a + 3, 20))]
-    assert parts == read(data)
+    assert read_in_parts(data, 3) == read(data)
 
 
 def test_parquet_with_bare_bytes(tmp_path):
@@ -249,8 +228,7 @@ def test_parquet_with_bare_bytes(tmp_path):
 
 def test_a_parquet_row_without_an_image_does_not_decode(tmp_path):
     write_parquet(tmp_path / "train-0.parquet", [*numbered(2), None], None)
-    with pytest.raises(PipelineError, match=r"train-0\.parquet row 2 \(2\.png\) does not decode"):
-        read(config("parquet", tmp_path))
+    assert_read_fails(r"train-0\.parquet row 2 \(2\.png\) does not decode", "parquet", tmp_path)
 
 
 # LMDB
@@ -279,11 +257,8 @@ def lsun(tmp_path):
 def test_lsun_splits_are_its_databases(lsun):
     forms = [config("lmdb", lsun), config("lmdb", lsun / "church_outdoor_train_lmdb", test_images=3)]
     for data in forms:
-        assert numbers(data) == list(range(20))
-        assert numbers(data, "test") == list(range(20, 25))
-    source = sources.SourceReader(forms[0])
-    parts = [record for a in range(0, 20, 7) for record in source.read_records("train", a, min(a + 7, 20))]
-    assert parts == read(forms[0])
+        assert (numbers(data), numbers(data, "test")) == (list(range(20)), list(range(20, 25)))
+    assert read_in_parts(forms[0], 7) == read(forms[0])
     first, second = (sources.compute_fingerprint(data, None) for data in forms)
     assert first == second
     (lsun / "church_outdoor_val_lmdb" / "data.mdb").unlink()
@@ -296,39 +271,22 @@ def test_one_lmdb_has_test_images_held_out(tmp_path):
     test, train = numbers(data, "test"), numbers(data)
     assert len(test) == 4 and sorted(test + train) == list(range(20))
     assert numbers(config("lmdb", folder / "data.mdb")) == list(range(20))
-    with pytest.raises(PipelineError, match=r"key b'0+' has no label.*set data\.labels=0"):
-        read(config("lmdb", folder, labels=3))
-    with pytest.raises(PipelineError, match=r"has 20 images; .*=20 leaves none"):
-        read(config("lmdb", folder, test_images=20))
+    assert_read_fails(r"key b'0+' has no label.*set data\.labels=0", "lmdb", folder, labels=3)
+    assert_read_fails(r"has 20 images; .*=20 leaves none", "lmdb", folder, test_images=20)
 
 
-def test_an_lmdb_value_that_does_not_decode_is_named(tmp_path):
-    with pytest.raises(PipelineError, match=r"data\.mdb key b'0+3d1' does not decode"):
-        read(config("lmdb", write_lmdb(tmp_path / "cat", [numbered(1)[0], b"no image"])))
-
-
-def test_lmdb_places_without_one_database_are_named(lsun):
-    write_lmdb(lsun / "cat_train_lmdb", numbered(1))
-    with pytest.raises(
-        PipelineError, match=r"cat_train_lmdb, church_outdoor_train_lmdb\); set data\.path to one"
-    ):
-        sources.compute_fingerprint(config("lmdb", lsun), None)
-    with pytest.raises(PipelineError, match=r"nowhere has no data\.mdb"):
-        sources.compute_fingerprint(config("lmdb", lsun / "nowhere"), None)
-
-
-@pytest.mark.parametrize("keep, reason", [(50, "is no readable LMDB"), (12_000, "is cut short")])
-def test_a_broken_lmdb_is_named_and_never_mapped(tmp_path, keep, reason):
-    file = write_lmdb(tmp_path / "cat", [bytes(9000), bytes(9000)]) / "data.mdb"
-    file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(PipelineError, match=rf"data\.mdb {reason} .*fetch it again"):
-        sources.compute_fingerprint(config("lmdb", file.parent), None)
-
-
-def test_without_the_package_lmdb_the_remedy_is_named(lsun, monkeypatch):
+def test_lmdb_that_cannot_be_read_is_named(lsun, tmp_path_factory, monkeypatch):
+    write_lmdb(lsun / "cat_train_lmdb", [numbered(1)[0], b"no image"])
+    assert_read_fails(r"data\.mdb key b'0+3d1' does not decode", "lmdb", lsun / "cat_train_lmdb")
+    message = r"cat_train_lmdb, church_outdoor_train_lmdb\); set data\.path to one"
+    assert_fingerprint_fails(message, "lmdb", lsun)
+    assert_fingerprint_fails(r"nowhere has no data\.mdb", "lmdb", lsun / "nowhere")
+    for keep, reason in ((50, "is no readable LMDB"), (12_000, "is cut short")):  # it is never mapped
+        file = write_lmdb(tmp_path_factory.mktemp("cat"), [bytes(9000), bytes(9000)]) / "data.mdb"
+        file.write_bytes(file.read_bytes()[:keep])
+        assert_fingerprint_fails(rf"data\.mdb {reason} .*fetch it again", "lmdb", file.parent)
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(PipelineError, match=r"data\.source=lmdb needs the package lmdb: pip install lmdb"):
-        sources.compute_fingerprint(config("lmdb", lsun), None)
+    assert_fingerprint_fails(r"data\.source=lmdb needs the package lmdb: pip install lmdb", "lmdb", lsun)
 
 
 # CIFAR-10, official batches
@@ -416,50 +374,32 @@ def test_the_unpickler_refuses_by_name_and_runs_nothing(batches, tmp_path, monke
 
 
 def test_broken_official_batches_are_named(batches, tmp_path):
-    archive = pack(batches, tmp_path / "a.tar.gz")
+    archive, broken = pack(batches, tmp_path / "a.tar.gz"), batches / "data_batch_2"
     archive.write_bytes(archive.read_bytes()[:5000])
-    with pytest.raises(PipelineError, match=r"a\.tar\.gz cannot be read"):
-        sources.compute_fingerprint(config("cifar10", archive), None)
-    whole = (batches / "data_batch_2").read_bytes()
-    (batches / "data_batch_2").write_bytes(whole[:1000])
-    with pytest.raises(PipelineError, match="data_batch_2 is no CIFAR-10 batch"):
-        read(config("cifar10", batches, image_size=32))
-    (batches / "data_batch_2").unlink()
-    with pytest.raises(PipelineError, match="lacks data_batch_2"):
-        sources.compute_fingerprint(config("cifar10", batches), None)
+    assert_fingerprint_fails(r"a\.tar\.gz cannot be read", "cifar10", archive)
+    broken.write_bytes(broken.read_bytes()[:1000])
+    assert_read_fails("data_batch_2 is no CIFAR-10 batch", "cifar10", batches, image_size=32)
+    broken.unlink()
+    assert_fingerprint_fails("lacks data_batch_2", "cifar10", batches)
 
 
-def test_download_checks_the_md5_and_keeps_nothing_wrong(batches, tmp_path, monkeypatch):
-    served = pack(batches, tmp_path / "cifar-10-python.tar.gz")
-    monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
-    downloads = tmp_path / "downloads"
-    with pytest.raises(PipelineError, match="came with md5"):
-        sources.download_source(config("cifar10"), downloads)
-    assert not list(downloads.iterdir())
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
-    located = sources.download_source(config("cifar10", image_size=32, labels=10), downloads)
-    assert len(read(located)) == 20
-    monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/not-fetched-twice")
-    assert sources.download_source(config("cifar10"), downloads).path == located.path
-
-
-def test_a_broken_download_is_fetched_again(batches, tmp_path, monkeypatch):
-    served = pack(batches, tmp_path / "cifar-10-python.tar.gz")
-    monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
-    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
-    downloads = tmp_path / "downloads"
+def test_a_download_is_compared_with_its_md5_and_fetched_once(batches, tmp_path, monkeypatch):
+    served, downloads = pack(batches, tmp_path / "cifar-10-python.tar.gz"), tmp_path / "downloads"
+    data = config("cifar10", image_size=32, labels=10)
     downloads.mkdir()
-    (downloads / served.name).write_bytes(b"half")
-    assert (
-        Path(sources.download_source(config("cifar10"), downloads).path).read_bytes() == served.read_bytes()
-    )
-
-
-def test_without_a_network_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/cifar-10-python.tar.gz")
     with pytest.raises(PipelineError, match=r"cannot be downloaded .*set data\.path"):
-        sources.download_source(config("cifar10"), tmp_path)
-    assert not list(tmp_path.iterdir())
+        sources.download_source(data, downloads)
+    monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
+    with pytest.raises(PipelineError, match=r"came with md5 .* run the command again"):
+        sources.download_source(data, downloads)
+    assert not list(downloads.iterdir())
+    monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
+    (downloads / served.name).write_bytes(b"half")  # of an earlier download
+    located = sources.download_source(data, downloads)
+    assert len(read(located)) == 20
+    monkeypatch.setattr(cifar10, "ADDRESS", "http://127.0.0.1:9/not-fetched-twice")
+    assert sources.download_source(data, downloads).path == located.path
 
 
 # Folders of image files
@@ -487,33 +427,31 @@ def test_class_folders_give_labels_in_order_of_their_names(tmp_path):
     assert all(decode_png(record.png)[0, 0, 0] // 60 == record.label for record in records)
     assert len({record.label for record in records[:9]}) == 3  # shuffled: any first part mixes the classes
     assert {record.label for record in read(config("folder", tmp_path, labels=0))} == {None}
+    message = r"cat.\d\.png has the label 2, but data.labels=2 allows 0 to 1"
+    assert_read_fails(message, "folder", tmp_path, labels=2)
+    save(tmp_path / "loose.png", noise(8, 8, 3))
+    assert_read_fails(r"loose\.png lies in no class folder.*data.labels=0", "folder", tmp_path, labels=3)
 
 
 def test_held_out_images_complete_the_train_split(tmp_path):
     class_folders(tmp_path)
     data = config("folder", tmp_path, labels=3, test_images=5)
-    test, train = pixels(data, "test"), pixels(data)
+    test, train, every = pixels(data, "test"), pixels(data), pixels(config("folder", tmp_path))
     assert (len(test), len(train)) == (5, 13)
-    assert sorted(np.concatenate([test, train])[:, 0, 0, 0]) == sorted(
-        pixels(config("folder", tmp_path))[:, 0, 0, 0]
-    )
+    assert sorted(np.concatenate([test, train])[:, 0, 0, 0]) == sorted(every[:, 0, 0, 0])
     assert np.array_equal(test, pixels(data, "test"))
-    with pytest.raises(PipelineError, match=r"has 18 images; .*=18 leaves none"):
-        read(config("folder", tmp_path, test_images=18))
+    assert_read_fails(r"has 18 images; .*=18 leaves none", "folder", tmp_path, test_images=18)
 
 
 def test_train_and_test_folders_are_the_splits(tmp_path):
     class_folders(tmp_path / "train")
     class_folders(tmp_path / "test", per_class=2)
-    assert sources.SourceReader(config("folder", tmp_path, labels=3)).splits == {"train": 18, "test": 6}
+    assert reader("folder", tmp_path, labels=3).splits == {"train": 18, "test": 6}
     save(tmp_path / "test" / "dog" / "0.png", noise(8, 8, 3))
     with pytest.raises(PipelineError, match=r"dog.0\.png has the class 'dog', which train/ lacks"):
         read(config("folder", tmp_path, labels=3), "test")
     shutil.rmtree(tmp_path / "test")
-    assert sources.SourceReader(config("folder", tmp_path, labels=3, test_images=3)).splits == {
-        "train": 15,
-        "test": 3,
-    }
+    assert reader("folder", tmp_path, labels=3, test_images=3).splits == {"train": 15, "test": 3}
 
 
 def test_png_that_fits_is_passed_through_and_all_else_is_made_to_fit(tmp_path):
@@ -526,46 +464,39 @@ def test_png_that_fits_is_passed_through_and_all_else_is_made_to_fit(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a.tiff", "a.webp", "a.ppm", "a.jpg", "a.PNG"])
 def test_any_format(tmp_path, name):
-    options = (
-        {"lossless": True} if name.endswith("webp") else {"quality": 100} if name.endswith("jpg") else {}
-    )
-    image = np.full((8, 8, 3), (200, 100, 50), np.uint8)
-    save(tmp_path / name, image, **options)
+    options = {"a.webp": {"lossless": True}, "a.jpg": {"quality": 100}}.get(name, {})
+    save(tmp_path / name, np.full((8, 8, 3), (200, 100, 50), np.uint8), **options)
     found = pixels(config("folder", tmp_path))[0].astype(int)
     assert np.abs(found - np.array([200, 100, 50])[:, None, None]).max() <= 2
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "LA"])
 def test_any_mode(tmp_path, mode):
-    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).convert(mode).save(
-        tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
-    )
+    white = Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).convert(mode)
+    white.save(tmp_path / ("a.tiff" if mode == "CMYK" else "a.png"))
     for channels in (1, 3):
         found = pixels(config("folder", tmp_path, channels=channels))
         assert found.shape == (1, channels, 8, 8) and found.min() >= 254
+    png = read(config("folder", tmp_path))[0].png
+    assert Image.open(io.BytesIO(png)).mode == "RGB"  # a palette PNG of the right size is encoded anew
 
 
 def test_16_bit_grey_keeps_its_range(tmp_path):
-    save(tmp_path / "a.png", np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8))
-    found = pixels(config("folder", tmp_path, channels=1))[0, 0]
-    assert np.array_equal(found, np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8) >> 8)
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    save(tmp_path / "a.png", levels)
+    assert np.array_equal(pixels(config("folder", tmp_path, channels=1))[0, 0], levels >> 8)
 
 
-def test_other_sizes_are_cropped_at_the_centre_and_resized(tmp_path):
+def test_other_sizes_are_cropped_at_the_centre_and_resized_with_antialiasing(tmp_path):
     wide = np.zeros((16, 48, 3), np.uint8)
     wide[:, 16:32] = (10, 20, 30)  # the central square
     save(tmp_path / "wide.png", wide)
     found = pixels(config("folder", tmp_path, resize="crop"))[0]
     assert np.array_equal(found, np.broadcast_to(np.array([10, 20, 30])[:, None, None], (3, 8, 8)))
-    with pytest.raises(
-        PipelineError, match=r"wide\.png has 48x16 pixels, but data.image_size=8; .*resize=crop"
-    ):
-        read(config("folder", tmp_path))
-
-
-def test_resizing_is_antialiased(tmp_path):
+    message = r"wide\.png has 48x16 pixels, but data.image_size=8; .*resize=crop"
+    assert_read_fails(message, "folder", tmp_path)
     board = np.indices((64, 64)).sum(axis=0) % 2 * 255  # a chessboard of pixels averages to grey
-    save(tmp_path / "board.png", board.astype(np.uint8))
+    save(tmp_path / "wide.png", board.astype(np.uint8))
     found = pixels(config("folder", tmp_path, channels=1, resize="crop"))
     assert np.abs(found.astype(int) - 127).max() <= 3
 
@@ -592,42 +523,24 @@ def damaged(kind: str) -> bytes:
 def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
     class_folders(tmp_path)
     (tmp_path / "bee" / "3.png").write_bytes(damaged(kind))
-    with pytest.raises(PipelineError, match=r"bee.3\.png does not decode \(.+\); .*data.max_undecodable"):
-        read(config("folder", tmp_path))
+    message = r"bee.3\.png does not decode \(.+\); .*data.max_undecodable"
+    assert_read_fails(message, "folder", tmp_path)
     told = []
-    rest = list(
-        sources.SourceReader(config("folder", tmp_path)).read_records(
-            "train", 0, 18, lambda *args: told.append(args)
-        )
-    )
-    assert len(rest) == 17 and len(told) == 1
-    assert len({record.key for record in rest}) == 17
+    rest = list(reader("folder", tmp_path).read_records("train", 0, 18, lambda *args: told.append(args)))
+    assert (len(rest), len(told), len({record.key for record in rest})) == (17, 1, 17)
 
 
 def test_a_truncated_jpeg_does_not_decode(tmp_path):
     file = save(tmp_path / "a.jpg", noise(64, 64, 3))
     file.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(PipelineError, match=r"a\.jpg does not decode"):
-        read(config("folder", tmp_path, resize="crop"))
-
-
-def test_labels_that_do_not_fit_are_refused(tmp_path):
-    class_folders(tmp_path)
-    with pytest.raises(PipelineError, match=r"cat.\d\.png has the label 2, but data.labels=2 allows 0 to 1"):
-        read(config("folder", tmp_path, labels=2))
-    save(tmp_path / "loose.png", noise(8, 8, 3))
-    with pytest.raises(PipelineError, match=r"loose\.png lies in no class folder.*data.labels=0"):
-        read(config("folder", tmp_path, labels=3))
+    assert_read_fails(r"a\.jpg does not decode", "folder", tmp_path, resize="crop")
 
 
 def test_a_folder_without_images_is_named(tmp_path):
-    with pytest.raises(PipelineError, match="has no images in its train split"):
-        sources.compute_fingerprint(config("folder", tmp_path), None)
-    with pytest.raises(PipelineError, match="is no folder"):
-        sources.compute_fingerprint(config("folder", tmp_path / "nowhere"), None)
+    assert_fingerprint_fails("has no images in its train split", "folder", tmp_path)
+    assert_fingerprint_fails("is no folder", "folder", tmp_path / "nowhere")
     (tmp_path / "a.png").symlink_to("nowhere.png")
-    with pytest.raises(PipelineError, match=r"a\.png cannot be read \(No such file"):
-        sources.compute_fingerprint(config("folder", tmp_path), None)
+    assert_fingerprint_fails(r"a\.png cannot be read \(No such file", "folder", tmp_path)
 
 
 # Arrays
@@ -640,14 +553,12 @@ def npy_folder(root: Path, **arrays) -> Path:
     return root
 
 
+CLASSES = np.arange(12) % 4
+
+
 @pytest.mark.parametrize(
     "labels",
-    [
-        np.arange(12) % 4,
-        (np.arange(12) % 4)[:, None].astype(np.uint8),
-        np.eye(4)[np.arange(12) % 4],
-        np.eye(4, dtype=np.int64)[np.arange(12) % 4],
-    ],
+    [CLASSES, CLASSES[:, None].astype(np.uint8), np.eye(4)[CLASSES], np.eye(4, dtype=np.int64)[CLASSES]],
 )
 def test_npy_labels_of_every_form(tmp_path, labels):
     images = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None], (12, 8, 8, 3))
@@ -656,57 +567,48 @@ def test_npy_labels_of_every_form(tmp_path, labels):
     assert all(decode_png(r.png)[0, 0, 0] % 4 == r.label for r in records)
 
 
-def test_npy_splits(tmp_path):
+def test_npy_splits_and_names(tmp_path):
     images = noise(12, 8, 8, 3)
     one = npy_folder(tmp_path / "one", images=images)
     two = npy_folder(tmp_path / "two", train_images=images[:8], test_images=images[8:])
-    assert sources.SourceReader(config("npy", one, test_images=4)).splits == {"train": 8, "test": 4}
+    assert reader("npy", one, test_images=4).splits == {"train": 8, "test": 4}
     assert np.array_equal(pixels(config("npy", two), "test"), images[8:].transpose(0, 3, 1, 2))
-    single = config(
-        "npy", npy_folder(tmp_path / "x", sprites=images, sprites_labels=np.zeros(12, int)) / "sprites.npy"
-    )
-    assert len(read(dataclasses.replace(single, labels=1))) == 12
-
-
-def test_npy_grey_without_a_channel_axis(tmp_path):
-    data = config("npy", npy_folder(tmp_path, images=noise(5, 8, 8)), channels=1)
-    assert pixels(data).shape == (5, 1, 8, 8)
+    named = npy_folder(tmp_path / "x", sprites=images, sprites_labels=np.zeros(12, int)) / "sprites.npy"
+    assert len(read(config("npy", named, labels=1))) == 12
+    grey = config("npy", npy_folder(tmp_path / "grey", images=noise(5, 8, 8)), channels=1)
+    assert pixels(grey).shape == (5, 1, 8, 8)  # without an axis of channels
     with pytest.raises(PipelineError, match=r"train image \d has 1 channel\(s\), but data.channels=3"):
-        read(dataclasses.replace(data, channels=3))
+        read(dataclasses.replace(grey, channels=3))
+
+
+FIVE = noise(5, 8, 8, 3)
 
 
 @pytest.mark.parametrize(
-    "arrays, message",
+    ("images", "labels", "message"),
     [
-        ({"images": np.zeros((5, 8, 8, 3), np.float32), "labels": np.arange(5)}, r"images\.npy is float32"),
-        (
-            {"images": np.zeros((5, 3, 8, 8), np.uint8), "labels": np.arange(5)},
-            r"images\.npy is uint8 \(5, 3, 8, 8\)",
-        ),
-        (
-            {"images": np.zeros((0, 8, 8, 3), np.uint8), "labels": np.arange(0)},
-            r"images\.npy is uint8 \(0, 8, 8, 3\)",
-        ),
-        ({"images": np.array([None]), "labels": np.arange(1)}, r"images\.npy is no readable array"),
-        ({"pictures": np.zeros((5, 8, 8, 3), np.uint8)}, "holds neither images.npy nor train_images.npy"),
-        ({"images": noise(5, 8, 8, 3)}, r"labels\.npy, the labels of images\.npy, is missing"),
-        ({"images": noise(5, 8, 8, 3), "labels": np.arange(4)}, "has 4 labels for 5 images"),
-        ({"images": noise(5, 8, 8, 3), "labels": np.arange(5) / 2}, r"labels\.npy is float64"),
-        ({"images": noise(5, 8, 8, 3), "labels": np.ones((5, 2))}, r"labels\.npy is float64 \(5, 2\)"),
-        ({"images": noise(5, 8, 8, 3), "labels": np.arange(5) - 1}, "has the label -1"),
+        (np.zeros((5, 8, 8, 3), np.float32), np.arange(5), r"images\.npy is float32"),
+        (np.zeros((5, 3, 8, 8), np.uint8), np.arange(5), r"images\.npy is uint8 \(5, 3, 8, 8\)"),
+        (np.zeros((0, 8, 8, 3), np.uint8), np.arange(0), r"images\.npy is uint8 \(0, 8, 8, 3\)"),
+        (np.array([None]), np.arange(1), r"images\.npy is no readable array"),
+        (None, np.arange(5), "holds neither images.npy nor train_images.npy"),
+        (FIVE, None, r"labels\.npy, the labels of images\.npy, is missing"),
+        (FIVE, np.arange(4), "has 4 labels for 5 images"),
+        (FIVE, np.arange(5) / 2, r"labels\.npy is float64"),
+        (FIVE, np.ones((5, 2)), r"labels\.npy is float64 \(5, 2\)"),
+        (FIVE, np.arange(5) - 1, "has the label -1"),
     ],
 )
-def test_npy_that_cannot_be_used_is_named(tmp_path, arrays, message):
-    npy_folder(tmp_path, **arrays)
-    with pytest.raises(PipelineError, match=message):
-        read(config("npy", tmp_path, labels=10))
+def test_npy_that_cannot_be_used_is_named(tmp_path, images, labels, message):
+    arrays = {"images": images, "labels": labels}
+    npy_folder(tmp_path, **{name: array for name, array in arrays.items() if array is not None})
+    assert_read_fails(message, "npy", tmp_path, labels=10)
 
 
 def test_truncated_npy_is_named(tmp_path):
-    file = npy_folder(tmp_path, images=noise(5, 8, 8, 3)) / "images.npy"
+    file = npy_folder(tmp_path, images=FIVE) / "images.npy"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(PipelineError, match=r"images\.npy is no readable array"):
-        sources.compute_fingerprint(config("npy", tmp_path), None)
+    assert_fingerprint_fails(r"images\.npy is no readable array", "npy", tmp_path)
 
 
 # Fingerprints
@@ -722,21 +624,16 @@ def made(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["folder", "npy", "lmdb"])
-def test_fingerprints_follow_content_not_place(made, tmp_path, source):
-    data = config(source, made[source])
-    before = sources.compute_fingerprint(data, None)
-    moved = tmp_path / "moved"
+def test_fingerprints_follow_content_and_names_not_place(made, tmp_path, source):
+    before, moved = sources.compute_fingerprint(config(source, made[source]), None), tmp_path / "moved"
     shutil.copytree(made[source], moved)
     assert sources.compute_fingerprint(config(source, moved), None) == before
-    for file in list(moved.rglob("*.*"))[:1]:
-        file.write_bytes(file.read_bytes() + b"\0")
+    file = min(moved.rglob("*.*"))
+    file.write_bytes(file.read_bytes() + b"\0")
     assert sources.compute_fingerprint(config(source, moved), None) != before
-
-
-def test_a_renamed_class_changes_the_fingerprint(made):
-    before = sources.compute_fingerprint(config("folder", made["folder"]), None)
-    (made["folder"] / "ant").rename(made["folder"] / "dog")
-    assert sources.compute_fingerprint(config("folder", made["folder"]), None) != before
+    if source == "folder":
+        (made[source] / "ant").rename(made[source] / "dog")  # another name of a class
+        assert sources.compute_fingerprint(config(source, made[source]), None) != before
 
 
 def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monkeypatch):
@@ -759,10 +656,3 @@ def test_a_fingerprint_is_computed_once_for_unchanged_files(made, tmp_path, monk
 def test_relative_paths_become_absolute(made, monkeypatch):
     monkeypatch.chdir(made["npy"])
     assert sources.download_source(config("npy", "."), Path("downloads")).path == str(made["npy"])
-
-
-def test_png_ihdr_is_what_is_passed_through(tmp_path):
-    """A palette PNG of the right size is no grey or RGB PNG: it is encoded anew."""
-    Image.fromarray(noise(8, 8, 3)).convert("P").save(tmp_path / "a.png")
-    png = read(config("folder", tmp_path))[0].png
-    assert Image.open(io.BytesIO(png)).mode == "RGB"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -62,10 +63,18 @@ def test_a_wrong_command_line_is_refused(capsys, words, message):
     assert "secret" not in error
 
 
-def test_more_workers_than_images_in_a_batch_are_refused_here(capsys):
-    words = f"submit -- run digits train.batch_size=2 cluster.workers=3 {HERE}"
-    assert main(words.split()) == 1
-    assert "3 workers cannot share train.batch_size=2" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run digits train.batch_size=2 cluster.workers=3", "3 workers cannot share train.batch_size=2"),
+        ("run digits", "no Ray cluster answers at http://127.0.0.1:9"),
+        # a file that only the cluster has may be named
+        ("run cifar10 data.path=/theirs evaluate.extractor_weights=/theirs.pth", "no Ray cluster answers"),
+    ],
+)
+def test_what_cannot_run_or_be_sent_ends_with_1(capsys, words, message):
+    assert main(["submit", "--", *words.split(), HERE]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_a_relative_path_in_a_file_is_refused_too(tmp_path, monkeypatch, capsys):
@@ -73,25 +82,6 @@ def test_a_relative_path_in_a_file_is_refused_too(tmp_path, monkeypatch, capsys)
     Path("mine.yaml").write_text("base: cifar10\ndata:\n  path: images\n")
     assert main(["submit", "--", "run", "mine.yaml", HERE]) == 2
     assert "data.path=images is a relative path" in capsys.readouterr().err
-
-
-def test_a_file_that_only_the_cluster_has_may_be_named(capsys):
-    words = [
-        "submit",
-        "--",
-        "run",
-        "cifar10",
-        "data.path=/theirs",
-        "evaluate.extractor_weights=/theirs.pth",
-        HERE,
-    ]
-    assert main(words) == 1
-    assert "no Ray cluster answers" in capsys.readouterr().err
-
-
-def test_no_cluster_at_the_address(capsys):
-    assert main(["submit", "--", "run", "digits", HERE]) == 1
-    assert "no Ray cluster answers at http://127.0.0.1:9" in capsys.readouterr().err
 
 
 def test_the_options_of_submit_and_of_the_command_are_kept_apart():
@@ -132,19 +122,15 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in (
-        "runs/a/x.tar",
-        "data/batch.bin",
-        ".venv/lib/x.py",
-        "conf/notes.txt",
-        "conf/big/x.yaml",
-        ".env",
-    ):
-        path = Path(name)
+def write(*names: str) -> None:
+    for path in map(Path, names):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
+
+
+def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("runs/a/x.tar", "data/batch.bin", ".venv/lib/x.py", "conf/notes.txt", "conf/big/x.yaml", ".env")
     Path("conf/own.yaml").write_text("base: digits\n")
     with package.create_package(["run", "own"], "abc") as packed:
         sent = files_of(packed.folder)
@@ -153,20 +139,18 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
         str(path.relative_to(ROOT)) for part in ("ddpm", "pipeline") for path in (ROOT / part).rglob("*.py")
     }
     shipped = {f"pipeline/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert code <= sent and shipped <= sent
-    assert {"conf/own.yaml", "pipeline/COMMIT"} <= sent
-    rest = sent - code - shipped - {"conf/own.yaml", "pipeline/COMMIT", "ddpm/py.typed"}
+    own = {"conf/own.yaml", "pipeline/COMMIT"}
+    assert code | shipped | own <= sent
+    rest = sent - code - shipped - own - {"ddpm/py.typed"}
     assert not [name for name in rest if not name.startswith("pipeline/")], rest
     assert not [name for name in sent if name.endswith((".pyc", ".tar", ".bin", ".txt", ".env"))]
-    assert packed.bytes < 2e6
-    assert not packed.folder.exists()
+    assert packed.bytes < 2e6 and not packed.folder.exists()
 
 
 def test_what_python_and_editors_leave_beside_the_code_stays_here(tmp_path, monkeypatch):
-    for name in ("__init__.py", "__pycache__/a.pyc", ".swp/a", "inner/__pycache__/a.pyc", "inner/b.py"):
-        for code in ("ddpm", "pipeline"):
-            (tmp_path / code / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / code / name).touch()
+    for code in ("ddpm", "pipeline"):
+        names = ("__init__.py", "__pycache__/a.pyc", ".swp/a", "inner/__pycache__/a.pyc", "inner/b.py")
+        write(*(str(tmp_path / code / name) for name in names))
     monkeypatch.setattr(package, "CODE", tmp_path)
     with package.create_package(["run"], None) as packed:
         assert files_of(packed.folder / "ddpm") == {"__init__.py", "inner/b.py"}
@@ -228,28 +212,35 @@ def test_what_is_too_big_for_code_is_named(tmp_path, monkeypatch):
 # A cluster's answers
 
 
-def server(answers: dict[str, tuple[int, str]]) -> HTTPServer:
-    """A web server that says what it is told to; `server.asked` are the requests it got."""
+@pytest.fixture
+def serve() -> Iterator[Callable[[dict[str, tuple[int, str]]], HTTPServer]]:
+    """Start a web server that answers as it is told; `server.asked` are the requests it got."""
+    started: list[HTTPServer] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
-            status, body = answers.get(self.path, (404, "nothing here"))
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
+    def start(answers: dict[str, tuple[int, str]]) -> HTTPServer:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                http.asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
+                status, body = answers.get(self.path, (404, "nothing here"))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body.encode())
 
-        do_POST = do_PUT = do_GET
+            do_POST = do_PUT = do_GET
 
-        def log_message(self, *_) -> None:
-            pass
+            def log_message(self, *_) -> None:
+                pass
 
-    asked: list[str] = []
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    http.asked = asked
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    return http
+        http = HTTPServer(("127.0.0.1", 0), Handler)
+        http.asked, http.address = [], f"127.0.0.1:{http.server_port}"
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        started.append(http)
+        return http
+
+    yield start
+    for http in started:
+        http.shutdown()
 
 
 def answers(ray_version: str = ray.__version__, python: str = "3.11.7", of_a_program: bool = False):
@@ -274,26 +265,17 @@ def answers(ray_version: str = ray.__version__, python: str = "3.11.7", of_a_pro
         ({"/api/version": (503, "later")}, "no Ray cluster answers"),
     ],
 )
-def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, says, message):
-    http = server(says)
-    try:
-        address = f"127.0.0.1:{http.server_port}"
-        assert main(["submit", "--address", address, "--", "run", "digits", HERE]) == 1
-    finally:
-        http.shutdown()
+def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, serve, says, message):
+    http = serve(says)
+    assert main(["submit", "--address", http.address, "--", "run", "digits", HERE]) == 1
     error = capsys.readouterr().err
-    assert message in error and address in error
-    assert len(error.splitlines()) == 1
+    assert message in error and http.address in error and len(error.splitlines()) == 1
     assert http.asked and all(line.startswith("GET /api/v") for line in http.asked)
 
 
-def test_another_version_that_works_is_said():
-    http = server(answers("2.51.0", python="3.12.1"))
-    try:
-        with ray_client.connect_cluster(f"127.0.0.1:{http.server_port}") as cluster:
-            lines = ray_client.check_versions(cluster)
-    finally:
-        http.shutdown()
+def test_another_version_that_works_is_said(serve):
+    with ray_client.connect_cluster(serve(answers("2.51.0", python="3.12.1")).address) as cluster:
+        lines = ray_client.check_versions(cluster)
     assert "runs Ray 2.51.0" in lines[0] and "runs Python 3.12.1" in lines[1]
 
 
@@ -311,19 +293,15 @@ def test_the_oldest_versions_are_those_of_pyproject():
         ({"RAY_AUTH_TOKEN": "a-token", "RAY_AUTH_MODE": "disabled"}, "None"),
     ],
 )
-def test_ray_finds_the_token_and_sends_it_and_torch_stays_away(tmp_path, variables, sent):
+def test_ray_finds_the_token_and_sends_it_and_torch_stays_away(tmp_path, serve, variables, sent):
     """In a process of its own: Ray reads these when it is imported."""
     (tmp_path / "token").write_text("from-a-file\n")
-    http = server(answers(of_a_program=True))
-    address = f"127.0.0.1:{http.server_port}"
-    command = ["submit", "--address", address, "--", "run", "digits", HERE]
+    http = serve(answers(of_a_program=True))
+    command = ["submit", "--address", http.address, "--", "run", "digits", HERE]
     code = f"import sys; from pipeline.cli.program import main; main({command}); assert 'torch' not in sys.modules"
-    words = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    try:
-        outcome = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    finally:
-        http.shutdown()
+    words = [sys.executable, "-c", code]
+    outcome = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert http.asked and all(line.endswith(sent) for line in http.asked)
     assert outcome.returncode == 0, outcome.stderr
     assert "a-token" not in outcome.stdout + outcome.stderr
@@ -364,15 +342,9 @@ def test_a_log_that_breaks_off_comes_again_and_is_written_once(capsys, monkeypat
     ],
 )
 def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
-    job = JobDetails(
-        type="SUBMISSION",
-        status=status,
-        entrypoint="x",
-        driver_exit_code=exit_code,
-        message="Oh.\nthe node died",
-    )
-    assert job_commands.describe_end(job)[0] == code
-    assert words in job_commands.describe_end(job)[1]
+    facts = {"driver_exit_code": exit_code, "message": "Oh.\nthe node died", "entrypoint": "x"}
+    found, sentence = job_commands.describe_end(JobDetails(type="SUBMISSION", status=status, **facts))
+    assert found == code and words in sentence
 
 
 def test_the_table_shows_brackets_as_they_were_typed():
