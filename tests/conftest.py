@@ -1,6 +1,7 @@
 """What every test shares: one thread, and the smallest experiment that is still the real pipeline."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,13 +103,22 @@ def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Place]:
     return experiment, run
 
 
-@pytest.fixture
-def sampled(tiny_run) -> tuple[config.Experiment, Place]:
-    """The tiny run with an untrained network and its twelve samples."""
+@pytest.fixture(scope="session")
+def sampled_folder(sharded_storage) -> Path:
+    """The folder of a tiny run with an untrained network and its twelve samples."""
     from staged import run_stage, with_weights  # beside the tests that ask for this
 
     from pipeline.stages import sample
 
-    with_weights(*tiny_run)
-    run_stage(sample, *tiny_run)
+    experiment = tiny_experiment("name=sampled")
+    run = make_place(experiment, sharded_storage)
+    with_weights(experiment, run)
+    run_stage(sample, experiment, run)
+    return run.path
+
+
+@pytest.fixture
+def sampled(tiny_run, sampled_folder) -> tuple[config.Experiment, Place]:
+    """The tiny run with an untrained network and its twelve samples."""
+    shutil.copytree(sampled_folder, tiny_run[1].path, dirs_exist_ok=True)
     return tiny_run
