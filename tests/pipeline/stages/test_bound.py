@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_cpu
-from staged import asking_for, results, run_stage, scoring, with_weights
+from staged import asking_for, results, run_stage, scoring
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
@@ -16,71 +16,56 @@ from pipeline.stages.evaluate import bound
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_json
 
-CPU = torch.device("cpu")
-
 
 def test_nll_is_the_bound_of_the_first_test_images(sampled):
     experiment, run = sampled
-    assert sorted(run_stage(evaluate, experiment, run)) == [
-        "NLL of test images 0-3",
-        "NLL of test images 4-5",
-    ]
+    units = bound.plan_units(run.of(experiment)).values()
+    assert [(unit.images, unit.passes) for unit in units] == [(4, 20), (2, 20)]
+    assert run_stage(evaluate, experiment, run) == ["NLL of test images 0-3", "NLL of test images 4-5"]
     images = from_uint8(torch.from_numpy(tars.load_images(run.data, "test", 0, 6)[0]))
     index = torch.arange(6)
-    net = checkpoint.load_network(run.of(experiment), CPU)
     expected = compute_bits_per_dim(
-        Diffusion(experiment.diffusion), net, images,
+        Diffusion(experiment.diffusion),
+        checkpoint.load_network(run.of(experiment), torch.device("cpu")),
+        images,
         lambda t: draw_normal(experiment.seed, Stream.NLL, t, index, (1, 8, 8)),
-    )  # fmt: skip
-    scores_, nll = (
-        results(experiment, run)["scores"],
-        read_json(run.of(experiment).nll_json),
     )
-    assert scores_["nll_bpd"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
+    scores, nll = results(experiment, run)["scores"], read_json(run.of(experiment).nll_json)
+    assert scores["nll_bpd"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
     assert np.allclose(nll["terms"], expected.terms.mean(dim=0), rtol=1e-4, atol=1e-6)
     assert np.allclose(nll["mse"], expected.mse.mean(dim=0), rtol=1e-4)
-    assert nll["n"] == 6 and nll["prior"] == scores_["prior_bpd"]
+    assert nll["n"] == 6 and nll["prior"] == scores["prior_bpd"]
     last = nll["rate_distortion"][-1]
-    assert (last["k"], last["rate_bpd"], last["rmse"]) == (20, scores_["rate_bpd"], scores_["rmse"])
-    assert scores_["rate_bpd"] + scores_["distortion_bpd"] == pytest.approx(scores_["nll_bpd"], rel=1e-12)
+    assert (last["k"], last["rate_bpd"], last["rmse"]) == (20, scores["rate_bpd"], scores["rmse"])
+    assert scores["rate_bpd"] + scores["distortion_bpd"] == pytest.approx(scores["nll_bpd"], rel=1e-12)
     assert last["rmse"] == pytest.approx(127.5 * nll["mse"][0] ** 0.5)
 
 
-def test_other_units_give_the_same_bound(sampled):
+def test_other_units_give_the_same_bound_and_bf16_one_that_is_near_and_says_so(sampled):
     experiment, run = sampled
-    other = scoring(experiment, nll_batch_size=5)
-    run_stage(evaluate, experiment, run)
-    assert len(run_stage(evaluate, other, run)) == 2
-    assert results(other, run)["scores"] == pytest.approx(results(experiment, run)["scores"], rel=1e-5)
-
-
-def test_progress_counts_what_a_bound_takes_beside_features(sampled):
-    experiment, run = sampled
-    units = bound.plan_units(run.of(experiment)).values()
-    assert [(unit.images, unit.passes) for unit in units] == [(4, 20), (2, 20)]
-
-
-def test_a_bound_in_bf16_is_near_and_says_so(sampled):
-    experiment, run = sampled
-    fast = scoring(experiment, precision="bf16")
-    for asked in (experiment, fast):
-        run_stage(evaluate, asked, run)
+    other, fast = scoring(experiment, nll_batch_size=5), scoring(experiment, precision="bf16")
+    for asked in (experiment, other, fast):
+        assert len(run_stage(evaluate, asked, run)) == 2
     exact, near = results(experiment, run), results(fast, run)
+    assert results(other, run)["scores"] == pytest.approx(exact["scores"], rel=1e-5)
     assert (exact["protocol"]["nll_precision"], near["protocol"]["nll_precision"]) == ("fp32", "bf16")
     assert 0 < abs(near["scores"]["nll_bpd"] / exact["scores"]["nll_bpd"] - 1) < 0.02
 
 
-def test_another_metric_repeats_nothing(sampled):
+def test_another_metric_repeats_nothing_and_a_killed_stage_goes_on(sampled):
     experiment, run = sampled
-    run_stage(evaluate, experiment, run)
+    units = next(evaluate.STAGE.work(run.of(experiment)))
+    one_cpu().map_units(units[:1], lambda unit: None)
+    assert run_stage(evaluate, experiment, run) == ["NLL of test images 4-5"]
+    assert evaluate.STAGE.is_done(run.of(experiment))
+    assert results(experiment, run)["protocol"]["why_not"] == ["NLL of 6 of 360 test images"]
     before = results(experiment, run)["scores"]
     everything = scoring(experiment, metrics=("fid", "is", "nll"), features="projection")
     ran = run_stage(evaluate, everything, run)
     assert ran and not [name for name in ran if "NLL" in name]
     assert before.items() <= results(everything, run)["scores"].items()
     assert not run_stage(evaluate, everything, run), "all units are on disk"
-    only_is = scoring(everything, metrics=("fid",))
-    assert not run_stage(evaluate, only_is, run)
+    assert not run_stage(evaluate, scoring(everything, metrics=("fid",)), run)
 
 
 def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
@@ -98,25 +83,10 @@ def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
         assert not set(units) & set(bound.plan_units(run.of(other)))
 
 
-def test_nll_needs_no_samples(tiny_run):
+def test_more_test_images_than_there_are_is_refused(tiny_run):
     experiment, run = tiny_run
-    with_weights(experiment, run)
-    run_stage(evaluate, experiment, run)
-    assert evaluate.STAGE.is_done(run.of(experiment))
-    assert results(experiment, run)["protocol"]["why_not"] == ["NLL of 6 of 360 test images"]
-
-
-def test_more_test_images_than_there_are_is_refused(sampled):
-    experiment, run = sampled
     with pytest.raises(PipelineError, match="nll_images is 361, but the test split has 360"):
         run_stage(evaluate, scoring(experiment, nll_images=361), run)
-
-
-def test_a_killed_stage_goes_on_with_what_is_missing(sampled):
-    experiment, run = sampled
-    units = next(evaluate.STAGE.work(run.of(experiment)))
-    one_cpu().map_units(units[:1], lambda unit: None)
-    assert run_stage(evaluate, experiment, run) == ["NLL of test images 4-5"]
 
 
 @pytest.mark.parametrize(

@@ -80,17 +80,12 @@ def made(storage: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def one(prepared, tmp_path_factory) -> Path:
-    """The storage root of an evaluation by one task at a time."""
+def by_one_task(prepared, tmp_path_factory) -> dict[str, str]:
+    """What an evaluation by one task at a time leaves."""
     storage = tmp_path_factory.mktemp("one")
     shutil.copytree(prepared, storage, dirs_exist_ok=True)
     finish(evaluation(storage, 1))
-    return storage
-
-
-@pytest.fixture(scope="module")
-def by_one_task(one) -> dict[str, str]:
-    found = made(one)
+    found = made(storage)
     endings = ("00005.tar", "metrics.json", "nll.json", "000020-000024.npz")
     assert all(any(name.endswith(ending) for name in found) for ending in endings)
     return found
