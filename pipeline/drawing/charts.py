@@ -1,4 +1,4 @@
-"""Charts as SVG. A panel is one pair of axes; a picture holds one panel, or several beside each other."""
+"""Charts as SVG files, made of panels."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ KINDS: dict[str, dict[str, str | float]] = {
     },
 }  # fmt: skip
 Series = tuple[Sequence[int], Sequence[float]]  # steps, values
+Size = tuple[float, float]  # inches
 
 
 class Picture(NamedTuple):
-    """A file of a page's folder, and what it shows."""
+    """A picture in the folder of a page, with its caption."""
 
     name: str
     caption: str
@@ -41,18 +42,20 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """`title` names what is drawn, `x` the horizontal axis; `size` in inches."""
+    """One pair of axes: its title, the label `x` of the horizontal axis, and the function that draws on it."""
 
     title: str
     x: str
     draw: Callable[[Axes], None]
-    size: tuple[float, float] = SIZE
+    size: Size = SIZE
 
 
 @dataclass(frozen=True)
 class Line:
-    """`y` over `x`; `kind` faint is for what a clear line smooths, marks for someone else's few points,
-    steps for few points of our own, best for the one among them."""
+    """A line of `y` over `x`.
+
+    kind: clear; faint behind a smoothed line; steps for few points; best for one of them; marks for others' points.
+    """
 
     x: Sequence[float]
     y: Sequence[float] | np.ndarray
@@ -61,7 +64,7 @@ class Line:
 
 
 def save_panels(panels: Sequence[Panel], file: Path) -> None:
-    """Write the panels beside each other as one SVG."""
+    """Write panels side by side as one SVG file."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -73,24 +76,19 @@ def save_panels(panels: Sequence[Panel], file: Path) -> None:
             panel.draw(axes)
             axes.set(title=panel.title, xlabel=panel.x)
             axes.tick_params(which="both", length=0)
-            for axis in (axes.xaxis, axes.yaxis):
-                _label_ticks(axis)
+            _label_ticks(axes.xaxis)
+            _label_ticks(axes.yaxis)
         style.save_svg(figure, file)
 
 
 def save_picture(folder: Path, name: str, panel: Panel, caption: str) -> Picture:
-    """Write one panel into a page's folder."""
+    """Write one panel into the folder of a page, and return its picture."""
     save_panels([panel], folder / f"{name}.svg")
     return Picture(f"{name}.svg", caption)
 
 
 def plot_curves(
-    title: str,
-    x: str,
-    lines: Sequence[Line],
-    log_x: bool = False,
-    log_y: bool = False,
-    size: tuple[float, float] = SIZE,
+    title: str, x: str, lines: Sequence[Line], log_x: bool = False, log_y: bool = False, size: Size = SIZE
 ) -> Panel:
     """Make a panel of lines over one pair of axes."""
 
@@ -118,7 +116,7 @@ def plot_bars(title: str, x: str, heights: Sequence[float]) -> Panel:
 
 
 def plot_ranking(title: str, values: Sequence[tuple[str, float]]) -> Panel:
-    """Make a panel with a bar for each named value, in order from the top, the first one standing out."""
+    """Make a panel with a bar for each named value, in order from the top, the first one highlighted."""
 
     def plot(axes: Axes) -> None:
         labels, widths = zip(*values, strict=True)
@@ -135,11 +133,11 @@ def plot_ranking(title: str, values: Sequence[tuple[str, float]]) -> Panel:
 
 
 def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
-    """Make a panel of (label, place, losses) of each run; a run keeps the colour of its place in every panel."""
+    """Make a panel with the losses of each run (label, number, series); the number sets the colour in every panel."""
 
     def plot(axes: Axes) -> None:
-        for label, place, (x, y) in runs:
-            dashes, colour = divmod(place, len(style.SERIES))
+        for label, number, (x, y) in runs:
+            dashes, colour = divmod(number, len(style.SERIES))
             every = max(1, len(x) // MOST_POINTS)
             (line,) = axes.plot(x[::every], smooth(y)[::every], label=label, color=style.SERIES[colour])
             line.set(linestyle=style.DASHES[dashes % len(style.DASHES)])
@@ -153,48 +151,43 @@ def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
 def plot_rate_distortion(
     rows: Sequence[Mapping[str, float]], paper: Mapping[int, tuple[float, float]] = MappingProxyType({})
 ) -> list[Panel]:
-    """Make the three panels of the paper's Fig. 5; the paper's own {k: (rate, RMSE)} are marks.
+    """Make the three panels of the paper's Fig. 5, with the paper's own {k: (rate, RMSE)} as marks.
 
     rows: k = T − t, rate_bpd in bits/dim, rmse on the scale 0 to 255.
     """
     names = {"k": "reverse steps T − t", "rate_bpd": "Rate, bits/dim", "rmse": "RMSE"}
     printed = [{"k": k, "rate_bpd": rate, "rmse": rmse} for k, (rate, rmse) in paper.items()]
-    panels = []
-    for across, up in (("k", "rmse"), ("k", "rate_bpd"), ("rate_bpd", "rmse")):
-        lines = [Line([row[across] for row in rows], [row[up] for row in rows], "this run" if paper else "")]
-        if paper:
-            x, y = [row[across] for row in printed], [row[up] for row in printed]
-            lines.append(Line(x, y, "paper, Table 4", "marks"))
-        panels.append(plot_curves(names[up], names[across], lines, size=SMALL))
-    return panels
+
+    def plot(x: str, y: str) -> Panel:
+        ours = Line([row[x] for row in rows], [row[y] for row in rows], "this run" if paper else "")
+        theirs = Line([row[x] for row in printed], [row[y] for row in printed], "paper, Table 4", "marks")
+        return plot_curves(names[y], names[x], [ours, theirs] if paper else [ours], size=SMALL)
+
+    return [plot("k", "rmse"), plot("k", "rate_bpd"), plot("rate_bpd", "rmse")]
 
 
 def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
-    """Running mean (n,) over a share of the points, its window cut off at both ends."""
+    """Return the running mean (n,); the window is a share of the points, and shorter at both ends."""
     window = np.ones(2 * int(len(values) * share / 2) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def _label_ticks(axis: Axis) -> None:
-    """Write ticks as a person does: 0.02, 10⁻⁶, 20k."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator
+    """Write tick labels as 0.02, 10⁻⁶, 20k."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     low, high = axis.get_view_interval()
     if axis.get_scale() == "log":
-        axis.set_major_formatter(FuncFormatter(lambda value, _: _format_power(value)))
-        narrow = high / low < 500
-        axis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high / low < 30 else (2, 5) if narrow else ()))
-        axis.set_minor_formatter(FuncFormatter(lambda value, _: _format_short(value)))
-    elif high >= 10_000:
-        axis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_minor_locator(
+            LogLocator(subs=(2, 3, 5) if high / low < 30 else (2, 5) if high / low < 500 else ())
+        )
+        axis.set_minor_formatter(FuncFormatter(_format_tick))
+    if axis.get_scale() == "log" or high >= 10_000:
+        axis.set_major_formatter(FuncFormatter(_format_tick))
 
 
-def _format_short(value: float) -> str:
-    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
-
-
-def _format_power(value: float) -> str:
-    exponent = round(math.log10(value))
-    if -3 <= exponent <= 5:
-        return _format_short(value)
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def _format_tick(value: float, _: float) -> str:
+    exponent = math.log10(value) if value > 0 else 0
+    if not -3.5 < exponent < 5.5 and abs(exponent - round(exponent)) < 1e-9:
+        return "10" + str(round(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"

@@ -11,9 +11,9 @@ CELL_PIXELS = 64  # smaller images are enlarged
 
 
 def save_grid(images: Tensor, columns: int, file: Path) -> None:
-    """Tile uint8 images (N,C,H,W) on the CPU row by row, two pixels apart on white, into one PNG, atomically.
+    """Write images, uint8 (N,C,H,W) on the CPU, as a grid into one PNG, atomically.
 
-    The last row may be short.
+    They stand row by row, two pixels apart on white; the last row may be short.
     """
     scale = max(1, CELL_PIXELS // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)

@@ -1,4 +1,4 @@
-"""Colours and fonts of every chart and page, light and dark: equal numbers give equal bytes."""
+"""Colours and fonts of charts and pages, light and dark."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FONTS = (
 
 
 def apply_style(name: str) -> None:
-    """Set matplotlib up for the chart of this name, inside an `rc_context`."""
+    """Set matplotlib's style, inside an `rc_context`; equal names and numbers give equal bytes."""
     from matplotlib import rc
 
     rc("svg", fonttype="none", hashsalt=name)
@@ -56,7 +56,7 @@ def apply_style(name: str) -> None:
 
 
 def save_svg(figure: Figure, file: Path) -> None:
-    """Write a figure atomically; it follows the reader's theme wherever it is looked at."""
+    """Write a figure as SVG that follows the reader's light or dark theme, atomically."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     head, start, body = stream.getvalue().partition("<defs>")
@@ -65,7 +65,7 @@ def save_svg(figure: Figure, file: Path) -> None:
 
 
 def _make_css() -> str:
-    """The page's fonts, and in the dark each light colour that matplotlib wrote replaced by its twin."""
+    """Return the CSS: the fonts, and for the dark theme each light colour of matplotlib replaced by its dark one."""
     rules = "".join(
         f'[style*="{part}: {light}"] {{{part}: {dark} !important}}'
         for light, dark in COLOURS.values()

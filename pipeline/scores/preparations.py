@@ -22,10 +22,11 @@ LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fil
 def list_preparations(place: Place) -> list[Unit]:
     """List the units that are not done."""
     count, units = tars.open_shards(place.data).count_images("train"), []
-    weights, facts = place.classifier, place.classifier_json
-    there = facts.exists() and weights.exists() and read_json(facts)["sha256"] == hash_file(weights)
-    if place.experiment.evaluate.features == "classifier" and not there:
-        units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
+    if place.experiment.evaluate.features == "classifier":
+        weights, facts = place.classifier, place.classifier_json
+        there = facts.exists() and weights.exists() and read_json(facts)["sha256"] == hash_file(weights)
+        if not there:
+            units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     pixels = locate_gaussian(place)
     if pixels and not pixels.exists():
         name = "the Gaussian of the training pixels"
