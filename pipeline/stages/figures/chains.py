@@ -57,11 +57,8 @@ def draw_rows(files: list[Path], file: Path, dim: int = 0) -> None:
     save_grid(rows.flatten(0, 1), rows.shape[1], file)
 
 
-# Fig. 13
-
-
 def plan_samples(place: Place) -> Figure:
-    """Plan a grid of the first samples."""
+    """Plan Fig. 13: a grid of the first samples."""
     caption = "Unconditional samples" if place.experiment.sample.label is None else "Samples"
     n = min(SAMPLES_SIDE**2, place.experiment.sample.num_images)
 
@@ -72,11 +69,8 @@ def plan_samples(place: Place) -> Figure:
     return Figure("samples.png", f"{caption}, the first ones, not selected (paper, Fig. 13)", {}, draw)
 
 
-# Figs. 6 and 14
-
-
 def plan_progressive(place: Place) -> Figure:
-    """Plan a row of snapshots for each of the first samples."""
+    """Plan Figs. 6 and 14: a row of snapshots for each of the first samples."""
     n, folder = count_rows(place.experiment), locate_unit_folder(place, "progressive")
     units = split_units(UnitKind.FIGURE, write_snapshots, (place,), n, UNIT_IMAGES, folder, "progressive")
     caption = (
@@ -113,11 +107,8 @@ def list_snapshots(steps: int) -> list[int]:
     return sorted({-(-number * steps // SNAPSHOTS) for number in range(1, SNAPSHOTS + 1)})
 
 
-# Figs. 8 and 9
-
-
 def plan_interpolation(place: Place) -> Figure:
-    """Plan a row for each pair of images."""
+    """Plan Fig. 8: a row for each pair of images."""
     steps = count_chain_steps(INTERPOLATED_AT, place.experiment)
     units = dict(plan_pair(place, pair, steps) for pair in range(count_rows(place.experiment)))
     caption = (
@@ -129,7 +120,7 @@ def plan_interpolation(place: Place) -> Figure:
 
 
 def plan_coarse_to_fine(place: Place) -> Figure:
-    """Plan a row of the first pair for each number of steps."""
+    """Plan Fig. 9: a row of the first pair for each number of steps."""
     counts = [count_chain_steps(share, place.experiment) for share in COARSE_TO_FINE]
     units = dict(plan_pair(place, 0, steps) for steps in counts)
     caption = (
@@ -185,11 +176,8 @@ def choose_pair_split(place: Place) -> str:
     return "test" if "test" in tars.open_shards(place.data).splits else "train"
 
 
-# Fig. 7
-
-
 def plan_shared_latents(place: Place) -> Figure:
-    """Plan columns of images that share a latent, for each of the four t."""
+    """Plan Fig. 7: images that share a latent, for each of four t."""
     n, units = count_rows(place.experiment), {}
     counts = [count_chain_steps(share, place.experiment) for share in SHARED]
     for steps in dict.fromkeys(counts):

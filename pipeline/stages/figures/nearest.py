@@ -19,12 +19,12 @@ NEIGHBOURS = 9
 
 
 def plan_nearest_pixels(place: Place) -> Figure:
-    """Plan the neighbours in pixel space."""
+    """Plan Fig. 12: the neighbours in pixel space."""
     return _plan_nearest("nearest_pixels", "pixel space (paper, Fig. 12)", place, None)
 
 
 def plan_nearest_features(place: Place) -> Figure:
-    """Plan the neighbours in the features that the run was scored with."""
+    """Plan Fig. 15: the neighbours in the features that the run was scored with."""
     extractor = find_extractor_of_scores(place)
     return _plan_nearest(
         "nearest_features", f"the feature space of `{extractor.name}` (paper, Fig. 15)", place, extractor
