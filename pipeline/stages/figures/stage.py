@@ -61,12 +61,18 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
     """Plan the figures asked for; return those that can be drawn, and by name the reason why another cannot."""
     from pipeline.stages.figures import chains, curves, nearest
 
-    functions = (
-        chains.plan_samples, chains.plan_progressive, chains.plan_interpolation, chains.plan_coarse_to_fine,
-        chains.plan_shared_latents, curves.plan_rate_distortion, curves.plan_scores_along,
-        nearest.plan_nearest_pixels, nearest.plan_nearest_features,
-    )  # fmt: skip
-    plans, figures, skipped = dict(zip(FIGURES, functions, strict=True)), [], {}
+    plans = {
+        "samples": chains.plan_samples,
+        "progressive": chains.plan_progressive,
+        "interpolation": chains.plan_interpolation,
+        "coarse_to_fine": chains.plan_coarse_to_fine,
+        "shared_latents": chains.plan_shared_latents,
+        "rate_distortion": curves.plan_rate_distortion,
+        "scores_along": curves.plan_scores_along,
+        "nearest_pixels": nearest.plan_nearest_pixels,
+        "nearest_features": nearest.plan_nearest_features,
+    }
+    figures, skipped = [], {}
     for name in place.experiment.figures.which:
         try:
             figures.append(plans[name](place))
