@@ -31,12 +31,12 @@ class ComparedRun:
     swept: Tree
 
     def format_swept_value(self, key: str) -> str:
-        """Write its value of a key that was swept."""
+        """Return its value of a swept key as text."""
         return format_value(self.swept.get(key))
 
     @cached_property
     def files(self) -> RunFiles:
-        """Its files. Before the best checkpoint is chosen, they are those of the last one."""
+        """Its files; those of the last checkpoint while the best one is not selected yet."""
         experiment = self.place.experiment
         last = replace(experiment, sample=replace(experiment.sample, checkpoint="last"))
         return RunFiles(selection.fill_in_selection(self.place) or self.place.of(last))
@@ -96,7 +96,7 @@ def shorten_labels(runs: Sequence[ComparedRun]) -> dict[str, str]:
 
 
 def format_shared_protocol(group: RankedGroup[ComparedRun]) -> str:
-    """Write what the runs of a group share, as part of a sentence."""
+    """Return what the runs of a group share, as part of a sentence."""
     names = {key: PROTOCOL.get(key, key) for key in group.protocol if key not in IMPLIED}
     return ", ".join(
         f"{name if name[:2].isupper() else name[0].lower() + name[1:]} {format_value(group.protocol[key])}"

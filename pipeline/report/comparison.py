@@ -117,7 +117,7 @@ def list_reasons(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def _format_link(run: ComparedRun, folder: Path) -> str:
-    """Write the label, as a link to the run's own report where there is one."""
+    """Return the label, as a link to the run's own report where there is one."""
     report, label = run.place.report_html, escape_markdown(run.label)
     return f"[{label}]({os.path.relpath(report, folder)})" if report.is_file() else label
 
@@ -144,7 +144,7 @@ def copy_sample_grids(runs: Sequence[ComparedRun], folder: Path) -> list[Picture
 
 
 def draw_losses(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
-    """Draw losses over each other where the objective is the same, else in panels of their own."""
+    """Draw the losses of runs with the same objective in one panel, of others in separate panels."""
     groups: dict[str, dict[Path, tuple[int, ComparedRun]]] = {}
     for number, run in enumerate(runs):
         if run.files.points:  # several compared runs may share a directory: its loss is one curve

@@ -24,7 +24,7 @@ FRAME = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefin
 
 
 def convert_to_html(markdown: str, folder: Path) -> str:
-    """Make the page whose pictures lie in `folder`. HTML in the Markdown is shown as text, not obeyed."""
+    """Make the page whose pictures lie in `folder`. HTML in the Markdown is shown as text."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
     _edit_tokens(tokens, folder.resolve())

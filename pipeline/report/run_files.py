@@ -47,7 +47,7 @@ class RunFiles:
 
     @cached_property
     def step_grids(self) -> list[Path]:
-        """The grids that training drew, by step, which is their name."""
+        """The sample grids of training, by step."""
         return sorted(self.place.grids.glob("[0-9]*.png"))
 
     def read_content(self, name: str) -> Any:
@@ -73,7 +73,7 @@ class RunFiles:
 
     @cached_property
     def provenance(self) -> Tree:
-        """What the last command ran with: commit, hardware, versions."""
+        """Commit, hardware and versions of the last command."""
         return config.read_provenance(self.paths["experiment"]) if "experiment" in self.paths else {}
 
     @cached_property

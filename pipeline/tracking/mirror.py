@@ -26,7 +26,7 @@ POLL, LONGEST_WAIT = 2.0, 60.0  # seconds between looks at the files; ceiling of
 
 
 class ServerCopy(TypedDict):
-    """What one server has of a run; parcels: name -> version that arrived."""
+    """The record of one server; parcels: name -> version that arrived."""
 
     study: str
     experiment_id: str
@@ -35,7 +35,7 @@ class ServerCopy(TypedDict):
 
 
 class MirrorState(TypedDict, total=False):
-    """What tracking.json holds: how the last driver ended, when (Unix milliseconds), each server's copy by its URI."""
+    """The content of tracking.json: how the last driver ended, when (Unix milliseconds), servers by their URI."""
 
     status: str
     time: int
@@ -79,6 +79,7 @@ class Mirror(Sender):
         self.stop("FINISHED" if kind is None else "KILLED" if interrupted else "FAILED")
 
     def start(self) -> None:
+        """Set the status to RUNNING and begin to send."""
         self._set_status("RUNNING")
         self._thread.start()
 

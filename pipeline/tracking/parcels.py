@@ -72,8 +72,11 @@ def list_parcels(
 
 
 def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
-    """Yield the scores. One evaluation is the headline; those of candidates are points of a curve; the others get
-    runs of their own, but not in a sweep, where they would be rows beside its trials."""
+    """Yield the parcels of the scores.
+
+    One evaluation is the headline; those of candidates are points of a curve; the others get child runs, but not in a
+    sweep, where they would be rows beside its trials.
+    """
     found = find_scores(place.path)
     # The checkpoints are listed after the scores, which come after them: so no candidate is taken for another.
     has_candidates = bool(place.experiment.evaluate.checkpoints)

@@ -91,8 +91,7 @@ class ParentRun(Sender):
         scores: dict[str, float],
         rungs: Mapping[str, Sequence[Rung]],
     ) -> None:
-        """Send the leaderboard: `table` in rows, and in Markdown for people; `tags` and `scores` are of the best trial,
-        `rungs` by trial."""
+        """Send the leaderboard as a table and as Markdown; tags and scores: of the best trial; rungs: by trial."""
         # MLflow's own `log_table` would append to the rows that are there.
         content = {"columns": list(table[0]), "data": [list(row.values()) for row in table]}
         self.client.log_text(self.run_id, json.dumps(content), TABLE)

@@ -1,4 +1,4 @@
-"""How each kind of file of a run is sent to MLflow."""
+"""Sends each kind of file of a run to MLflow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ChildRun:
-    """How a trial stands in the UI, as a child of its study's parent run.
+    """A trial in the UI: a child of its study's parent run.
 
     identity: tags by which it is found again; parameters: the swept values; state_file: remembers what arrived there.
     """
@@ -73,11 +73,11 @@ class RunSender:
         log_batches(self.client, self.run_id, points)
 
     def send_grid(self, grid: Path) -> None:
-        """Send a picture and its small copy. MLflow's own names hold the time and a random part; these names do not,
-        so a picture that is sent again replaces what is there."""
+        """Send a picture and its small copy."""
         from PIL import Image
 
         step = int(grid.stem)
+        # MLflow's own names hold the time and a random part; under this one, a picture sent again replaces itself.
         name = f"images/samples~ema+step+{step}+timestamp+{step}+{self.place.run_key}"
         with Image.open(grid) as image:
             self.client.log_image(self.run_id, image, artifact_file=f"{name}.png")
@@ -150,12 +150,12 @@ class RunSender:
         tags: dict[str, str] | None = None,
         run_id: str = "",
     ) -> None:
-        """Log what a file holds, at the model of its checkpoint too. A value is logged once: a copied file has a new
-        time, and would make a second point."""
+        """Log the values of a file, each once, for the run and for the model of their checkpoint."""
         model, run_id = self._find_models().get(step), run_id or self.run_id
         points = [
             (key, float(value), _read_mtime(file), step)
             for key, value in values.items()
+            # a copied file has a new time, and would make a second point
             if all((p.step, p.value) != (step, value) for p in self.client.get_metric_history(run_id, key))
         ]
         log_batches(self.client, run_id, points, tags or {}, model.model_id if model else None)
