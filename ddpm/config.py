@@ -21,7 +21,7 @@ Problems = list[tuple[str, str]]  # (key, message); f"{key} {message}" is one re
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold, as in `Annotated[int, Range(ge=1)]`. None leaves a side open."""
+    """Allowed range of a number, as in `Annotated[int, Range(ge=1)]`; None means no limit."""
 
     ge: float | None = None
     gt: float | None = None
@@ -40,13 +40,17 @@ class Range:
 def find_value_problems(config: Any) -> Problems:
     """Find every value of a dataclass that is outside the choices or the range of its field's type."""
     hints = get_type_hints(type(config), include_extras=True)
-    return [(key, fault) for key, hint in hints.items() for fault in _faults(hint, getattr(config, key))]
+    return [
+        (key, fault)
+        for key, hint in hints.items()
+        for fault in _find_field_problems(hint, getattr(config, key))
+    ]
 
 
-def _faults(hint: Any, value: Any) -> list[str]:
+def _find_field_problems(hint: Any, value: Any) -> list[str]:
     kind, arguments = get_origin(hint), get_args(hint)
     if kind is tuple:
-        return [fault for item in value for fault in _faults(arguments[0], item)]
+        return [fault for item in value for fault in _find_field_problems(arguments[0], item)]
     if kind is Literal and value not in arguments:
         return [f"is {value!r}; choose one of {', '.join(map(str, arguments))}"]
     if kind is Annotated and value is not None and value not in arguments[1]:
@@ -60,7 +64,7 @@ Count = Annotated[int, Range(ge=1)]
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """What defines the process and its objective; the defaults are the paper's CIFAR-10 settings."""
+    """Settings of the diffusion process and its loss; the defaults are the paper's for CIFAR-10."""
 
     timesteps: Annotated[int, Range(ge=2)] = 1000
     beta_schedule: BetaSchedule = "linear"
@@ -101,7 +105,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights of a network come about. All counts are global, not per worker.
+    """Settings of training; all counts are over all workers together.
 
     accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient;
     label_dropout: share of labels replaced by NO_LABEL; steps matters where the learning rate decays over them.

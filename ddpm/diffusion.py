@@ -1,7 +1,8 @@
 """The diffusion process of Ho, Jain and Abbeel 2020 (arXiv 2006.11239).
 
 Index t = 0..T-1 is the paper's t = 1..T. Images are (N, C, H, W) floats in [-1, 1]; t is int64 (N,). Tables
-are float64 and are cast to the images' type only when they are gathered.
+are float64 and are cast to the images' type only when they are gathered. The names q_sample, q_posterior,
+q_mean_variance and p_mean_variance are those of the authors' code.
 """
 
 import copy
@@ -13,22 +14,22 @@ import torch
 from torch import Tensor
 
 from ddpm.config import LEARNED, Decoder, DiffusionConfig, Variance
-from ddpm.gaussians import average_per_image, compute_decoder_log_likelihood, compute_kl
+from ddpm.gaussians import average_per_image, compute_decoder_log_likelihood, compute_normal_kl
 from ddpm.schedules import compute_betas
 
 Network = Callable[..., Tensor]  # net(x_t, t) or net(x_t, t, context) -> (N, C or 2C, H, W)
 
 
 class Posterior(NamedTuple):
-    """q(x_{t-1} | x_t, x_0): mean like x_t; variance and its clipped log broadcast against x_t."""
+    """Distribution q(x_{t-1} | x_t, x_0): mean like x_t; variance and log_variance broadcast against x_t."""
 
     mean: Tensor
     variance: Tensor
     log_variance: Tensor
 
 
-class Reverse(NamedTuple):
-    """p(x_{t-1} | x_t): mean, log_variance (broadcasts against x_t) and the estimate of x_0 behind them."""
+class ReverseStep(NamedTuple):
+    """Distribution p(x_{t-1} | x_t): mean, log_variance (broadcasts against x_t), and its estimate of x_0."""
 
     mean: Tensor
     log_variance: Tensor
@@ -47,7 +48,7 @@ class Diffusion:
             raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
         self.config = config
         schedule = compute_betas(config.beta_schedule, config.timesteps, config.beta_start, config.beta_end)
-        self.tables = _tables(schedule)
+        self.tables = _compute_tables(schedule)
         self.timesteps = torch.arange(config.timesteps)
         self.is_respaced = False
 
@@ -56,14 +57,14 @@ class Diffusion:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> "Diffusion":
-        """Return the same process with its tables on the device, where gathering from them costs no transfer."""
+        """Return the same process with its tables on `device`."""
         moved = copy.copy(self)
         moved.tables = {name: table.to(device) for name, table in self.tables.items()}
         moved.timesteps = self.timesteps.to(device)
         return moved
 
     def respace(self, timesteps: Sequence[int] | Tensor) -> "Diffusion":
-        """Return the chain over ascending timesteps only (Nichol and Dhariwal 2021, Sec. 4); t counts its steps.
+        """Return the process on ascending timesteps only (Nichol and Dhariwal 2021, Sec. 4); its t is 0..K-1.
 
         A prefix 0..k is the end of the reverse process, unchanged. variance=learned belongs to full steps and
         does not carry over to other spacings; learned_range does.
@@ -79,12 +80,12 @@ class Diffusion:
             return chain
         alpha_bar = self.tables["alpha_bar"][chosen]
         kept = {name: self.tables[name][chosen] for name in ("step_coef_x_0", "step_coef_x_t")}
-        chain.tables = _tables(_spaced_betas(alpha_bar)) | kept
+        chain.tables = _compute_tables(_respace_betas(alpha_bar)) | kept
         chain.is_respaced = True
         return chain
 
-    def count_out_channels(self, channels: int) -> int:
-        """Return the channels of the network's output for images of so many: doubled by a learned variance."""
+    def count_output_channels(self, channels: int) -> int:
+        """Return the number of channels of the network's output: twice the image's where the variance is learned."""
         return 2 * channels if self.config.variance in LEARNED else channels
 
     def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,8 +98,8 @@ class Diffusion:
         )
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Diffuse: x_t from x_0 and standard normal eps of the same shape, Eq. 4."""
-        _same_shape(x_0=x_0, eps=eps)
+        """Draw x_t from q(x_t | x_0), given standard normal eps of the shape of x_0 (Eq. 4)."""
+        _require_same_shape(x_0=x_0, eps=eps)
         return (
             self.gather("sqrt_alpha_bar", t, x_0) * x_0
             + self.gather("sqrt_one_minus_alpha_bar", t, x_0) * eps
@@ -106,7 +107,7 @@ class Diffusion:
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Posterior:
         """Return q(x_{t-1} | x_t, x_0), Eqs. 6 and 7; the log variance at t = 0 is that of t = 1 (authors' code)."""
-        _same_shape(x_0=x_0, x_t=x_t)
+        _require_same_shape(x_0=x_0, x_t=x_t)
         mean = (
             self.gather("posterior_coef_x_0", t, x_t) * x_0 + self.gather("posterior_coef_x_t", t, x_t) * x_t
         )
@@ -115,8 +116,8 @@ class Diffusion:
         )
 
     def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
-        """Read the estimate of x_0 off the network's output, optionally clipped to [-1, 1]."""
-        prediction, _ = _split(output, x_t)
+        """Return the estimate of x_0 from the network's output, clipped to [-1, 1] if asked."""
+        prediction, _ = _split_output(output, x_t)
         match self.config.predict:
             case "eps":  # Eq. 4 solved for x_0 (text after Eq. 14)
                 noise = self.gather("sqrt_one_minus_alpha_bar", t, x_t) * prediction
@@ -130,7 +131,7 @@ class Diffusion:
 
     def p_mean_variance(
         self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True, variance: Variance | None = None
-    ) -> Reverse:
+    ) -> ReverseStep:
         """Return p(x_{t-1} | x_t) from the network's output (N, C or 2C, H, W).
 
         clip limits the x_0 estimate to [-1, 1] before the posterior mean; predict=mean is used as it is.
@@ -138,15 +139,17 @@ class Diffusion:
         """
         x_0 = self.predict_x0(output, x_t, t, clip)
         if self.config.predict == "mean" and not self.is_respaced:
-            mean = _split(output, x_t)[0]
+            mean = _split_output(output, x_t)[0]
         else:
             mean = self.q_posterior(x_0, x_t, t).mean
-        return Reverse(mean, self._log_variance(output, x_t, t, variance or self.config.variance), x_0)
+        return ReverseStep(
+            mean, self._compute_log_variance(output, x_t, t, variance or self.config.variance), x_0
+        )
 
-    def _log_variance(self, output: Tensor, x_t: Tensor, t: Tensor, kind: Variance) -> Tensor:
+    def _compute_log_variance(self, output: Tensor, x_t: Tensor, t: Tensor, kind: Variance) -> Tensor:
         if kind in ("fixedlarge", "fixedsmall"):
             return self.gather(f"log_{kind}", t, x_t)
-        _, values = _split(output, x_t)
+        _, values = _split_output(output, x_t)
         if values is None:
             raise ValueError(
                 f"variance={kind} needs a network of {2 * x_t.shape[1]} output channels, this one has "
@@ -159,16 +162,16 @@ class Diffusion:
             raise ValueError("variance=learned holds for full steps only: use fixedlarge or fixedsmall")
         return values
 
-    def compute_vlb_terms(
-        self, reverse: Reverse, x_0: Tensor, x_t: Tensor, t: Tensor, decoder: Decoder = "tanh"
+    def compute_bound_terms(
+        self, reverse: ReverseStep, x_0: Tensor, x_t: Tensor, t: Tensor, decoder: Decoder = "tanh"
     ) -> Tensor:
-        """Return L_{t-1} of Eq. 5, or L_0 (the decoder, Eq. 13) where t = 0, per image (N,), bits/dim."""
+        """Return a term of the bound per image (N,), bits/dim: L_{t-1} (Eq. 5), or L_0 (Eq. 13) at t = 0."""
         posterior = self.q_posterior(x_0, x_t, t)
-        kl = compute_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
+        kl = compute_normal_kl(posterior.mean, posterior.log_variance, reverse.mean, reverse.log_variance)
         nll = -compute_decoder_log_likelihood(x_0, reverse.mean, reverse.log_variance, decoder)
         return torch.where(t == 0, average_per_image(nll), average_per_image(kl)) / math.log(2)
 
-    def training_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def compute_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Return the loss per image (N,): simple (Eq. 14), vlb (one term of Eq. 5 in bits/dim, not times T) or hybrid.
 
         hybrid is simple + T/1000 vlb with the mean detached (Nichol and Dhariwal 2021, Eq. 16). Nothing is
@@ -176,13 +179,13 @@ class Diffusion:
         """
         output = output.to(x_t.dtype)  # a network under autocast answers in bf16
         if self.config.loss == "vlb":
-            return self.compute_vlb_terms(self.p_mean_variance(output, x_t, t, clip=False), x_0, x_t, t)
-        prediction, _ = _split(output, x_t)
+            return self.compute_bound_terms(self.p_mean_variance(output, x_t, t, clip=False), x_0, x_t, t)
+        prediction, _ = _split_output(output, x_t)
         loss = average_per_image((self._target(x_0, x_t, t, eps) - prediction) ** 2)
         if self.config.loss == "simple":
             return loss
         frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
-        vlb = self.compute_vlb_terms(self.p_mean_variance(frozen, x_t, t, clip=False), x_0, x_t, t)
+        vlb = self.compute_bound_terms(self.p_mean_variance(frozen, x_t, t, clip=False), x_0, x_t, t)
         return loss + vlb * len(self) / 1000
 
     def _target(self, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -195,15 +198,15 @@ class Diffusion:
                 return self.q_posterior(x_0, x_t, t).mean
 
     def gather(self, name: str, t: Tensor, x: Tensor) -> Tensor:
-        """Return table values at t in the type of x, shaped (N, 1, 1, 1) like x."""
+        """Return the values of a table at t, (N, 1, 1, 1), in the dtype of x."""
         if t.dtype != torch.int64 or t.shape != x.shape[:1]:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
         values = self.tables[name].to(t.device)[t].to(x.dtype)
         return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _tables(beta: Tensor) -> dict[str, Tensor]:
-    """Compute all that is gathered at t, float64 (K,). Symbols as in the paper's Eqs. 4 to 7."""
+def _compute_tables(beta: Tensor) -> dict[str, Tensor]:
+    """Compute every table that is indexed by t, float64 (K,); symbols as in the paper's Eqs. 4 to 7."""
     alpha_bar = torch.cumprod(1 - beta, dim=0)
     alpha_bar_prev = torch.cat([torch.ones_like(beta[:1]), alpha_bar[:-1]])
     variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -229,12 +232,12 @@ def _tables(beta: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _spaced_betas(alpha_bar: Tensor) -> Tensor:
-    """Return the betas of a chain that visits only these alpha_bar."""
+def _respace_betas(alpha_bar: Tensor) -> Tensor:
+    """Compute the betas of a shorter chain from its alpha_bar."""
     return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
 
 
-def _split(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+def _split_output(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
     """Split off the prediction and, where the output has 2C channels, the values that parameterise the variance."""
     channels = x_t.shape[1]
     fits = output.ndim == x_t.ndim and output.shape[2:] == x_t.shape[2:] and len(output) == len(x_t)
@@ -247,7 +250,7 @@ def _split(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
     return output[:, :channels], output[:, channels:]
 
 
-def _same_shape(**tensors: Tensor) -> None:
+def _require_same_shape(**tensors: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes differ: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))

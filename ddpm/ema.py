@@ -18,14 +18,14 @@ class EMA:
         self.buffers = {name: b.clone() for name, b in net.named_buffers() if name in persistent}
 
     def compute_decay(self, n: int) -> float:
-        """Return the decay of update n = 0, 1, ...: the first one copies (authors' code)."""
+        """Return the decay of update n = 0, 1, ...; it is 0 for the first, which copies (authors' code)."""
         if n == 0:
             return 0.0
         return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
-        """Set average <- decay average + (1 - decay) parameters, after optimiser step n = 0, 1, ..."""
+        """Update the average after step n = 0, 1, ...: average = decay average + (1 - decay) parameters."""
         current = [p.detach().float() for p in net.parameters()]
         torch._foreach_lerp_(list(self.parameters.values()), current, 1 - self.compute_decay(n))
         for name, buffer in net.named_buffers():

@@ -8,7 +8,9 @@ from torch import Tensor
 from ddpm.config import Decoder
 
 
-def compute_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
+def compute_normal_kl(
+    mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor
+) -> Tensor:
     """Return KL(N(mean_1, variance_1) || N(mean_2, variance_2)) per dimension; the arguments broadcast."""
     ratio = log_variance_1 - log_variance_2
     return 0.5 * (-1 - ratio + torch.exp(ratio) + (mean_1 - mean_2) ** 2 * torch.exp(-log_variance_2))
@@ -22,7 +24,7 @@ def compute_decoder_log_likelihood(
     x_0 holds the 256 grey levels scaled to [-1, 1]; the first and the last bin are open. cdf "tanh" is the
     approximation of the authors' code, "erf" is exact.
     """
-    phi = {"tanh": _tanh_cdf, "erf": torch.special.ndtr}[cdf]
+    phi = {"tanh": _approximate_normal_cdf, "erf": torch.special.ndtr}[cdf]
     inverse_std = torch.exp(-0.5 * log_variance)
     upper = phi(inverse_std * (x_0 - mean + 1 / 255))
     lower = phi(inverse_std * (x_0 - mean - 1 / 255))
@@ -31,7 +33,7 @@ def compute_decoder_log_likelihood(
     return torch.log((upper - lower).clamp(min=1e-12))
 
 
-def _tanh_cdf(z: Tensor) -> Tensor:
+def _approximate_normal_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 

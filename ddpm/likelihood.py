@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ddpm.config import Decoder, Variance
 from ddpm.diffusion import Diffusion, Network
-from ddpm.gaussians import average_per_image, compute_kl
+from ddpm.gaussians import average_per_image, compute_normal_kl
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """The parts of the bound, per image; float64.
+    """Terms of the bound, per image; float64.
 
     terms (N, K) bits/dim and mse (N, K) of the x_0 estimate, in units of [-1, 1] squared, at the K timesteps;
     prior (N,) bits/dim. K = T unless only some timesteps were asked for.
@@ -32,11 +32,11 @@ class Likelihood:
 
     @property
     def total(self) -> Tensor:
-        """Sum the bound (N,), bits/dim; needs every timestep."""
-        self._require_all()
+        """The bound (N,), bits/dim. Raises ValueError where timesteps are missing."""
+        self._require_all_timesteps()
         return self.terms.sum(dim=1) + self.prior
 
-    def _require_all(self) -> None:
+    def _require_all_timesteps(self) -> None:
         if not torch.equal(self.timesteps, torch.arange(len(self.timesteps))):
             raise ValueError("the bound sums all timesteps and this result holds only some")
 
@@ -46,7 +46,7 @@ def compute_prior(diffusion: Diffusion, x_0: Tensor) -> Tensor:
     last = torch.full((len(x_0),), len(diffusion) - 1, device=x_0.device)
     mean, _, log_variance = diffusion.q_mean_variance(x_0, last)
     zero = torch.zeros((), dtype=x_0.dtype, device=x_0.device)
-    return average_per_image(compute_kl(mean, log_variance, zero, zero)) / math.log(2)
+    return average_per_image(compute_normal_kl(mean, log_variance, zero, zero)) / math.log(2)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def compute_bits_per_dim(
         x_t = diffusion.q_sample(x, t, torch.cat([noise(step) for step in group]))
         labels = () if context is None else (context.repeat(len(group), *[1] * (context.ndim - 1)),)
         reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
-        terms.append(diffusion.compute_vlb_terms(reverse, x, x_t, t, decoder).reshape(len(group), -1))
+        terms.append(diffusion.compute_bound_terms(reverse, x, x_t, t, decoder).reshape(len(group), -1))
         mse.append(average_per_image((reverse.x_0 - x) ** 2).reshape(len(group), -1))
     return Likelihood(
         torch.tensor(chosen),
@@ -104,7 +104,7 @@ class RateDistortion(NamedTuple):
 
 def compute_rate_distortion(result: Likelihood) -> RateDistortion:
     """Average, in rows k = T - t + 1: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k])."""
-    result._require_all()
+    result._require_all_timesteps()
     mse, terms = result.mse.mean(dim=0), result.terms.mean(dim=0)
     sent_before = torch.cat([torch.zeros_like(terms[:1]), terms.flip(0)[:-1].cumsum(0)])
     return RateDistortion(result.prior.mean() + sent_before, 127.5 * mse.flip(0).sqrt(), float(terms[0]))

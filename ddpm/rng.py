@@ -21,7 +21,7 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a draw is for; no two uses share numbers. Values are part of every result: never renumber."""
+    """Purpose of a random number; each purpose has its own numbers. Never renumber: results depend on the values."""
 
     ORDER = 0  # order of the images in an epoch
     TIMESTEP = 1  # t of a training image
@@ -39,8 +39,8 @@ class Stream(IntEnum):
     CLASSIFIER = 13  # the classifier whose features score labelled sets
 
 
-def philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
-    """Turn, by Philox4x32-10, four counter words (they broadcast) and a 64-bit key to four random words."""
+def run_philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
+    """Map four counter words (they broadcast) and a 64-bit key to four random words by Philox4x32-10."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK, seed >> 32 & MASK
     for _ in range(ROUNDS):
@@ -64,55 +64,55 @@ def draw_normal(seed: int, stream: int, step: int, index: Tensor, shape: tuple[i
     index: int64 (N,), each below 2**32. All functions here take the same arguments; draws are on
     the device of index.
     """
-    a, b, c, d = _words(seed, stream, step, index, math.prod(shape))
-    return _rows([*_box_muller(a, b), *_box_muller(c, d)], shape)
+    a, b, c, d = _draw_words(seed, stream, step, index, math.prod(shape))
+    return _join_words([*_convert_to_normal(a, b), *_convert_to_normal(c, d)], shape)
 
 
 def draw_uniform(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
-    words = _words(seed, stream, step, index, math.prod(shape))
-    return _rows([(word >> 8).float() * 2.0**-24 for word in words], shape)
+    words = _draw_words(seed, stream, step, index, math.prod(shape))
+    return _join_words([(word >> 8).float() * 2.0**-24 for word in words], shape)
 
 
 def draw_integers(seed: int, stream: int, step: int, index: Tensor, high: int) -> Tensor:
     """Draw integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
     if high < 1:
         raise ValueError(f"integers: high must be at least 1, got {high}")
-    a, b, _, _ = _words(seed, stream, step, index, 1)
+    a, b, _, _ = _draw_words(seed, stream, step, index, 1)
     return ((a >> 1 << 32 | b) % high)[:, 0]
 
 
 def draw_permutation(seed: int, stream: int, step: int, n: int) -> Tensor:
     """Draw a random order of 0..n-1, int64 (n,): the argsort of 64-bit keys, one per index."""
-    a, b, _, _ = _words(seed, stream, step, torch.arange(n), 1)
+    a, b, _, _ = _draw_words(seed, stream, step, torch.arange(n), 1)
     return torch.argsort(((a - 2**31) * 2**32 + b)[:, 0], stable=True)
 
 
 def draw_torch_seed(seed: int, stream: int, step: int, index: int) -> int:
     """Draw a 63-bit seed for torch's own generators, where torch draws the numbers (dropout, initial weights)."""
-    a, b, _, _ = philox((0, index & MASK, step & MASK, int(stream)), seed)
+    a, b, _, _ = run_philox((0, index & MASK, step & MASK, int(stream)), seed)
     return int(a) >> 1 << 32 | int(b)
 
 
-def _words(
+def _draw_words(
     seed: int, stream: int, step: int, index: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw four int64 tensors (N, blocks) that hold at least count words per row."""
+    """Draw `count` words or a few more per row, as four int64 tensors (N, blocks)."""
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")
     blocks = torch.arange(-(-count // 4), device=index.device)
-    words = philox((blocks[None, :], index[:, None] & MASK, step & MASK, int(stream)), seed)
+    words = run_philox((blocks[None, :], index[:, None] & MASK, step & MASK, int(stream)), seed)
     return words  # type: ignore[return-value]  # tensors, since two of the counter words are
 
 
-def _box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def _convert_to_normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Turn two words into two independent standard normals. a + 1 > 0 keeps the logarithm finite."""
     radius = torch.sqrt(-2 * torch.log((a + 1).float() * 2.0**-32))
     angle = (b - 2**31).float() * (math.pi * 2.0**-31)
     return radius * torch.cos(angle), radius * torch.sin(angle)
 
 
-def _rows(values: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+def _join_words(values: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     """Join four (N, blocks) tensors to (N, *shape), block by block: a shorter row is a prefix of a longer one."""
     flat = torch.stack(values, dim=-1).flatten(1)
     return flat[:, : math.prod(shape)].reshape(len(flat), *shape)

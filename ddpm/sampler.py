@@ -1,4 +1,4 @@
-"""Algorithm 2 and its relatives. Chains are generators of steps; the caller keeps what it wants.
+"""Draws images: Algorithm 2, DDIM, interpolation, guidance. Chains are generators of steps.
 
 Networks must be in evaluation mode. noise(t) gives z for the step from timestep t (the network's t); it is
 not called at the last step, where z = 0.
@@ -24,7 +24,7 @@ Arguments = ParamSpec("Arguments")
 
 @dataclass(frozen=True)
 class Step:
-    """One reverse step from timestep t: x_t after it, the estimate of x_0 that led there; (N, C, H, W)."""
+    """Result of the reverse step at timestep t: x_t after it, and the estimate of x_0; (N, C, H, W)."""
 
     t: int
     x_t: Tensor
@@ -78,7 +78,7 @@ def run_chain(
 
 
 def space_timesteps(timesteps: int, steps: int) -> list[int]:
-    """Choose so many of 0..timesteps-1, evenly spaced, both ends among them (Nichol and Dhariwal 2021, Sec. 4)."""
+    """Return `steps` evenly spaced timesteps of 0..timesteps-1, both ends among them (Nichol and Dhariwal 2021)."""
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must lie in 1..{timesteps}, got {steps}")
     if steps == 1:
@@ -134,7 +134,7 @@ def _run_to_end(steps: Iterator[Step]) -> Tensor:
 def warn_of_few_steps(
     diffusion: Diffusion, steps: int | None, variance: Variance | None = None
 ) -> str | None:
-    """Say why so few ancestral steps with fixedlarge variance spoil the samples; None where they do not."""
+    """Return why so few ancestral steps with fixedlarge variance spoil the images; None where they do not."""
     kind = variance or diffusion.config.variance
     if kind != "fixedlarge" or steps is None or steps >= len(diffusion) // 2:
         return None
@@ -157,9 +157,9 @@ def interpolate(
     variance: Variance | None = None,
     context: Tensor | None = None,
 ) -> Tensor:
-    """Draw images between x_a and x_b (N, C, H, W): latents after so many diffusion steps, mixed and reversed.
+    """Interpolate between x_a and x_b (N, C, H, W): diffuse both for `steps`, mix the latents, reverse (Sec. 4.4).
 
-    Sec. 4.4 and Fig. 8. weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W)
+    weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W)
     diffuses both images. More steps mix coarser features (Fig. 9); 0 steps mix the pixels.
     """
     mix = torch.as_tensor(weight, dtype=x_a.dtype, device=x_a.device).reshape(-1, 1, 1, 1)
@@ -186,7 +186,7 @@ def draw_shared_latent(
     variance: Variance | None = None,
     context: Tensor | None = None,
 ) -> Tensor:
-    """Return x_t (N, C, H, W) on the way from x_T, with so many reverse steps still to go.
+    """Run the reverse process from x_T and return x_t (N, C, H, W) when `steps` steps remain.
 
     Several ancestral chains over timesteps=range(steps) from it share what is in it (Fig. 7).
     """
@@ -199,7 +199,7 @@ def draw_shared_latent(
 
 
 def guide(net: Network, scale: float, null_context: Tensor | int) -> Network:
-    """Guide without a classifier: null + scale (chosen - null), by one call of 2N images.
+    """Return a network with classifier-free guidance: null + scale (chosen - null), by one call of 2N images.
 
     Ho and Salimans 2022, Eq. 6, with scale = 1 + w: 1 is the plain conditional network, 0 the unconditional
     one. null_context (a label, or a tensor like one row of context) stands for no context. Learned variances

@@ -8,7 +8,7 @@ UNIFORM = 0.001  # share of t that is drawn uniformly, so that no timestep starv
 
 
 class ImportanceSampler:
-    """p(t) proportional to sqrt(E[L_t^2]) over the last losses of each t; uniform until each t has enough.
+    """Draws t with p(t) proportional to sqrt(E[L_t^2]) of its last losses; uniform until each t has enough.
 
     losses float32 (T, 10) and counts int64 (T,), the number of losses seen, are the whole state: save it with
     the training state. Losses must be gathered over workers first, so that all hold the same.
@@ -18,21 +18,21 @@ class ImportanceSampler:
         self.losses = torch.zeros(timesteps, HISTORY, device=device)
         self.counts = torch.zeros(timesteps, dtype=torch.int64, device=device)
 
-    def probabilities(self) -> Tensor:
+    def compute_probabilities(self) -> Tensor:
         """Return p(t), float64 (T,)."""
         scores = (self.losses.double() ** 2).mean(dim=1).sqrt()
         share = (1 - UNIFORM) * scores / scores.sum() + UNIFORM / len(scores)
         ready = (self.counts >= HISTORY).all() & (scores.sum() > 0)
         return torch.where(ready, share, torch.full_like(share, 1 / len(share)))
 
-    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw t int64 (N,) from uniform u in [0, 1) (N,), and weights float32 (N,) that unbias the loss."""
-        p = self.probabilities()
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw t int64 (N,) by uniform u in [0, 1) (N,), and weights float32 (N,) that keep the loss unbiased."""
+        p = self.compute_probabilities()
         t = torch.searchsorted(p.cumsum(0), u.double(), right=True).clamp(max=len(p) - 1)
         return t, (1 / (len(p) * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Remember unweighted losses (N,) at t (N,) of one global batch; the oldest of a full row go."""
+        """Store the unweighted losses (N,) at t (N,) of one global batch, in place of the oldest."""
         order = torch.argsort(t, stable=True)
         t, losses = t[order], losses[order].float()
         repeats = torch.bincount(t, minlength=len(self.counts))

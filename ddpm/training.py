@@ -21,7 +21,7 @@ from ddpm.timesteps import ImportanceSampler
 
 
 class TrainState:
-    """Everything a run needs to go on: network, averages, Adam's moments, number of updates made.
+    """State of a training: network, averages, Adam's moments and number of updates.
 
     t_sampler: the history of losses that importance sampling of t goes by; None where t is uniform.
     """
@@ -42,7 +42,7 @@ class TrainState:
             }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all of it: net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step, t_sampler.* and step.
+        """Return net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step, t_sampler.* and step.
 
         The tensors are live, not copies (`step` apart): write or clone them before the next update.
         """
@@ -60,7 +60,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_dict()` gave, from any device.
+        """Load what `state_dict()` returned, from any device.
 
         Raises ValueError naming the keys that are missing, unexpected or of another shape or type, and then
         changes nothing.
@@ -95,7 +95,7 @@ class TrainState:
 
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """Say in one line what keeps `given` from being loaded into `own`; empty if nothing does."""
+    """Return why `given` cannot be loaded into `own`, in one line; empty where it can."""
     needed, found = (
         {name: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for name, x in tensors.items()}
         for tensors in (own, given)
@@ -113,7 +113,7 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     )
 
 
-def draw_batch(
+def draw_batch_noise(
     seed: int,
     step: int,
     rows: Tensor,
@@ -121,7 +121,7 @@ def draw_batch(
     timesteps: int,
     t_sampler: ImportanceSampler | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw what chance decides in update `step` for rows (int64, (N,)) of the global batch, on the device of rows.
+    """Draw the random values of update `step` for rows (int64, (N,)) of the global batch, on the device of rows.
 
     Returns t int64 (N,), uniform over 0..timesteps-1 or as t_sampler has it; the weight float32 (N,) of each loss,
     1 where t is uniform; eps float32 (N, *shape); flip bool (N,), true with probability 1/2.
@@ -130,7 +130,7 @@ def draw_batch(
         t = rng.draw_integers(seed, Stream.TIMESTEP, step, rows, timesteps)
         weight = torch.ones(len(rows), device=rows.device)
     else:
-        t, weight = t_sampler.sample(rng.draw_uniform(seed, Stream.TIMESTEP, step, rows))
+        t, weight = t_sampler.draw(rng.draw_uniform(seed, Stream.TIMESTEP, step, rows))
     eps = rng.draw_normal(seed, Stream.NOISE, step, rows, shape)
     return t, weight, eps, rng.draw_integers(seed, Stream.FLIP, step, rows, 2) == 1
 
@@ -163,7 +163,9 @@ def train_step(
         from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0,
         rows.to(x_0.device, non_blocking=True),
     )
-    t, weight, eps, flip = draw_batch(seed, step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler)
+    t, weight, eps, flip = draw_batch_noise(
+        seed, step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler
+    )
     x_0 = torch.where((flip & config.random_flip)[:, None, None, None], x_0.flip(3), x_0)
     if context is not None:
         is_dropped = rng.draw_uniform(seed, Stream.LABEL, step, on_device) < config.label_dropout
@@ -179,7 +181,7 @@ def train_step(
             x_t = diffusion.q_sample(x_0[part], t[part], eps[part])
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                 output = net(x_t, t[part], None if context is None else context[part])
-            loss = diffusion.training_losses(output, x_0[part], x_t, t[part], eps[part])
+            loss = diffusion.compute_losses(output, x_0[part], x_t, t[part], eps[part])
             ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())
     losses = torch.cat(found)

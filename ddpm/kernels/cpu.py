@@ -1,4 +1,4 @@
-"""Layers of the U-Net on a CPU, where torch's own routes are slow; elsewhere the plain layers.
+"""Layers of the U-Net that are faster than those of torch on a CPU; elsewhere the plain layers.
 
 Each function equals the plain expression that its docstring names up to rounding (dropout: in distribution),
 and a test holds it to that. What is slow in bf16: group norm is not vectorised for groups of fewer than 16
@@ -23,7 +23,7 @@ LARGE_IMAGE = 16  # ... in bf16 with its smaller tiles for larger images only, a
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
-    """norm(x), or silu(norm(x)) with swish; x (N, C, H, W)."""
+    """Compute norm(x), or silu(norm(x)) with swish; x (N, C, H, W)."""
     narrow = norm.num_channels // norm.num_groups < NARROW_GROUP
     is_slow = narrow and (torch.is_grad_enabled() or x.shape[2] * x.shape[3] < WIDE_IMAGE)
     if not _is_bf16_on_cpu(x) or not is_slow:
@@ -32,27 +32,27 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v; each (N, L, C)."""
+    """Compute softmax(q k^T / sqrt(C)) v; each (N, L, C)."""
     if not _is_bf16_on_cpu(q) or q.shape[1] > LONG_SEQUENCE:
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
     return ((q * q.shape[2] ** -0.5) @ k.transpose(1, 2)).softmax(dim=2) @ v
 
 
-def pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
-    """`linear` over the channels of x (N, C, H, W) at every pixel, as a 1x1 convolution."""
+def apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """Apply `linear` to the channels of every pixel of x (N, C, H, W), as a 1x1 convolution."""
     return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
 
 
-def conv3x3(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """layer(x); layer: 3x3, stride 1, padding 1, with bias. In fewer multiplications where that is faster."""
-    basis = _basis(layer, x)
+def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Compute layer(x), by Winograd where that is faster; layer: 3x3, stride 1, padding 1, with bias."""
+    basis = _find_basis(layer, x)
     if basis is None or layer.bias is None:
         return layer(x)
     return winograd.conv3x3(x, layer.weight, layer.bias, basis)
 
 
 def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
-    """layer(x), with p rounded to a multiple of 2**-16 and four decisions from each 64-bit draw."""
+    """Apply dropout with p rounded to a multiple of 2**-16, and 16 random bits for each element."""
     if not _is_bf16_on_cpu(x) or not layer.training:
         return layer(x)
     dropped = min(round(layer.p * 2**16), 2**16 - 1)
@@ -64,12 +64,12 @@ def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
 
 
 def _is_bf16_on_cpu(x: Tensor) -> bool:
-    """Tell where torch's own routes are slow; a compiler makes its own kernels."""
+    """Return whether x is bf16 on a CPU and no compiler makes kernels of its own."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
-    """Return the basis in which the convolution takes less time; None where the plain layer does."""
+def _find_basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
+    """Return the Winograd basis for this layer; None where the plain convolution is faster."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or layer.weight.dtype != torch.float32:
         return None
     count, _, height, width = x.shape
@@ -82,7 +82,7 @@ def _basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
     return winograd.choose_basis(x) if pays else None
 
 
-class _Saved(torch.autograd.function.FunctionCtx):
+class _NormContext(torch.autograd.function.FunctionCtx):
     groups: int
     size: int
     swish: bool
@@ -90,14 +90,14 @@ class _Saved(torch.autograd.function.FunctionCtx):
 
 
 class _GroupNorm(torch.autograd.Function):
-    """silu(group_norm(x)) or group_norm(x) of a bf16 x: float32 kernels on as many images as the cache holds.
+    """GroupNorm, with silu if asked, of a bf16 x: in float32, on as many images at a time as the cache holds.
 
     Keeps x and the statistics only; the normalised values are computed again on the way back.
     """
 
     @staticmethod
     def forward(
-        ctx: _Saved, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, swish: bool
+        ctx: _NormContext, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, swish: bool
     ) -> Tensor:
         channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
         size = max(1, CACHED // (channels * pixels))
@@ -114,7 +114,7 @@ class _GroupNorm(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: _Saved, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _NormContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, means, rstds = ctx.saved_tensors
         channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
         d_x, d_weight, d_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)

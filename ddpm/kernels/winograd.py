@@ -1,4 +1,4 @@
-"""3x3 convolutions in fewer multiplications, for CPUs: Winograd's F(m x m, 3 x 3) (Lavin and Gray 2016, Sec. 4).
+"""Winograd's 3x3 convolutions F(m x m, 3 x 3), for CPUs (Lavin and Gray 2016, Sec. 4).
 
 A tile of m x m outputs depends on (m+2) x (m+2) inputs. In the basis of the matrices below, the convolution of a tile
 is an element-wise product, summed over channels: (m+2)^2 multiplications for m^2 outputs instead of 9 m^2. For all
@@ -22,7 +22,7 @@ Matrix = tuple[tuple[float, ...], ...]
 
 
 class Basis(NamedTuple):
-    """The matrices of one tile size m, as Lavin and Gray print them.
+    """Winograd's matrices for output tiles of m x m pixels (Lavin and Gray 2016).
 
     inputs: B^T, (m+2, m+2); weights: G, (m+2, 3); outputs: A^T, (m, m+2).
     """
@@ -67,7 +67,7 @@ def choose_basis(x: Tensor) -> Basis | None:
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=1), up to rounding, as x's type; sides are multiples of basis.m.
+    """Compute F.conv2d(x, weight, bias, padding=1) up to rounding, in the dtype of x; sides: multiples of basis.m.
 
     x: float32 or bf16 (N, C, H, W); weight: float32 (K, C, 3, 3); bias: float32 (K,). Differentiable once.
     Returns (N, K, H, W) in channels_last.
@@ -75,27 +75,27 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
     return _Conv3x3.apply(x, weight, bias, basis)
 
 
-class _Saved(torch.autograd.function.FunctionCtx):
+class _ConvContext(torch.autograd.function.FunctionCtx):
     basis: Basis
     saved_tensors: tuple[Tensor, Tensor]
 
 
 class _Conv3x3(torch.autograd.Function):
-    """Keeps x only: its tiles, several times as large, are made again on the way back."""
+    """Convolution that keeps x only; the backward pass computes the tiles, several times as large, again."""
 
     @staticmethod
-    def forward(ctx: _Saved, x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
+    def forward(ctx: _ConvContext, x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.basis = basis
-        kernel = _weight_tiles(weight, basis, x.dtype)
+        kernel = _transform_weight(weight, basis, x.dtype)
         return _convolve(x, kernel.transpose(1, 2), basis, bias)
 
     @staticmethod
-    def backward(ctx: _Saved, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _ConvContext, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        d_x = _convolve(d_y, _weight_tiles(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
+        d_x = _convolve(d_y, _transform_weight(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
         d_bias = d_y.sum((0, 2, 3), dtype=torch.float32)
-        return d_x, _weight_gradient(x, d_y, ctx.basis), d_bias, None
+        return d_x, _compute_weight_gradient(x, d_y, ctx.basis), d_bias, None
 
 
 def _convolve(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = None) -> Tensor:
@@ -103,78 +103,82 @@ def _convolve(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = Non
     count, channels, height, width = x.shape
     m, n, out_channels = basis.m, basis.n, kernel.shape[2]
     result = x.new_empty(count, height, width, out_channels)
-    for some, into in _chunks(x.permute(0, 2, 3, 1), result):
-        tiles = _input_tiles(some, basis)
+    for some, into in _split_batch(x.permute(0, 2, 3, 1), result):
+        tiles = _transform_input(some, basis)
         products = torch.bmm(tiles.view(n * n, -1, channels), kernel).view(*tiles.shape[:-1], out_channels)
         if bias is not None:
             products[1, 1] += bias.to(x.dtype)  # goes to every output: the second column of A^T holds ones
         rows = x.new_empty(m, *products.shape[1:])
-        _combine(basis.outputs, products, rows)
+        _add_weighted(basis.outputs, products, rows)
         tiled = into.view(-1, height // m, m, width // m, m, out_channels)
-        _combine(basis.outputs, rows.transpose(0, 1), tiled.permute(4, 2, 0, 1, 3, 5))
+        _add_weighted(basis.outputs, rows.transpose(0, 1), tiled.permute(4, 2, 0, 1, 3, 5))
     return result.permute(0, 3, 1, 2)
 
 
-def _weight_gradient(x: Tensor, d_y: Tensor, basis: Basis) -> Tensor:
+def _compute_weight_gradient(x: Tensor, d_y: Tensor, basis: Basis) -> Tensor:
     """Return d weight, float32 (K, C, 3, 3): G^T [ sum over tiles of (A d_y A^T) (B^T x B) ] G."""
     channels, out_channels, n = x.shape[1], d_y.shape[1], basis.n
     total = torch.zeros(n * n, out_channels, channels)
-    for some, d_some in _chunks(x.permute(0, 2, 3, 1), d_y.permute(0, 2, 3, 1)):
-        tiles = _input_tiles(some, basis).view(n * n, -1, channels)
-        d_products = _output_tiles(d_some, basis).view(n * n, -1, out_channels).transpose(1, 2)
+    for some, d_some in _split_batch(x.permute(0, 2, 3, 1), d_y.permute(0, 2, 3, 1)):
+        tiles = _transform_input(some, basis).view(n * n, -1, channels)
+        d_products = _transform_output_gradient(d_some, basis).view(n * n, -1, out_channels).transpose(1, 2)
         if x.dtype == total.dtype:  # else the sum over chunks would be rounded to bf16
             total.baddbmm_(d_products, tiles)
         else:
             total += torch.bmm(d_products, tiles)
-    return (_kron(basis).T @ total.flatten(1)).view(3, 3, out_channels, channels).permute(2, 3, 0, 1)
+    return (
+        (_compute_weight_transform(basis).T @ total.flatten(1))
+        .view(3, 3, out_channels, channels)
+        .permute(2, 3, 0, 1)
+    )
 
 
-def _chunks(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Yield some images of each at a time, (N', H, W, C)."""
+def _split_batch(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Yield the tensors in chunks of a few images, (N', H, W, C)."""
     size = max(1, CHUNK // (images[0].shape[1] * images[0].shape[2]))
     return zip(*(one.split(size) for one in images), strict=True)
 
 
-def _input_tiles(x: Tensor, basis: Basis) -> Tensor:
-    """B^T x B of each tile: (N, H, W, C) -> (n, n, N, H/m, W/m, C), tile places first."""
+def _transform_input(x: Tensor, basis: Basis) -> Tensor:
+    """Compute B^T x B of each tile: (N, H, W, C) -> (n, n, N, H/m, W/m, C), tile places first."""
     count, height, width, channels = x.shape
     padded = x.new_zeros(count, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1] = x
     return _transform_tiles(basis.inputs, padded, basis.m)
 
 
-def _output_tiles(y: Tensor, basis: Basis) -> Tensor:
-    """A y A^T of each tile: (N, H, W, K) -> (n, n, N, H/m, W/m, K), the adjoint of the output transform."""
+def _transform_output_gradient(y: Tensor, basis: Basis) -> Tensor:
+    """Compute A y A^T of each tile: (N, H, W, K) -> (n, n, N, H/m, W/m, K), the adjoint of the output transform."""
     return _transform_tiles(tuple(zip(*basis.outputs, strict=True)), y, basis.m)
 
 
 def _transform_tiles(matrix: Matrix, x: Tensor, m: int) -> Tensor:
-    """M x M^T of each tile of x (N, H, W, C), the tiles m apart and as wide as the matrix (n, width)."""
+    """Compute M x M^T of each tile of x (N, H, W, C); a tile starts every m pixels."""
     n, (count, height, width, channels) = len(matrix), x.shape
     starts = range(len(matrix[0]))
     down, across = ((side - len(starts)) // m + 1 for side in (height, width))
     columns = x.new_empty(n, count, height, across, channels)
-    _combine(matrix, [x[:, :, j : j + m * across : m] for j in starts], columns)
+    _add_weighted(matrix, [x[:, :, j : j + m * across : m] for j in starts], columns)
     tiles = x.new_empty(n, n, count, down, across, channels)
-    _combine(matrix, [columns[:, :, i : i + m * down : m] for i in starts], tiles)
+    _add_weighted(matrix, [columns[:, :, i : i + m * down : m] for i in starts], tiles)
     return tiles
 
 
-def _weight_tiles(weight: Tensor, basis: Basis, dtype: torch.dtype) -> Tensor:
-    """G w G^T: (K, C, 3, 3) -> (n * n, K, C) of dtype, tile places as `_input_tiles` has them."""
+def _transform_weight(weight: Tensor, basis: Basis, dtype: torch.dtype) -> Tensor:
+    """Compute G w G^T: (K, C, 3, 3) -> (n * n, K, C) of dtype, tile places as `_transform_input` has them."""
     by_place = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (K, 9, C), without a copy in channels_last
-    tiles = (_kron(basis) @ by_place).transpose(0, 1)
+    tiles = (_compute_weight_transform(basis) @ by_place).transpose(0, 1)
     return tiles.to(dtype, memory_format=torch.contiguous_format, copy=True)
 
 
-def _kron(basis: Basis) -> Tensor:
-    """(n * n, 9): G for both directions at once."""
+def _compute_weight_transform(basis: Basis) -> Tensor:
+    """Return the Kronecker product of G with itself, (n * n, 9)."""
     g = torch.tensor(basis.weights)
     return torch.einsum("iy,jx->ijyx", g, g).reshape(basis.n**2, 9)
 
 
-def _combine(matrix: Matrix, parts: Sequence[Tensor] | Tensor, into: Tensor) -> None:
-    """into[i] = sum_j matrix[i][j] parts[j], with one pass over memory for each but the first nonzero entry."""
+def _add_weighted(matrix: Matrix, parts: Sequence[Tensor] | Tensor, into: Tensor) -> None:
+    """Compute into[i] = sum_j matrix[i][j] parts[j], with one pass over memory for each nonzero entry but one."""
     for row, result in zip(matrix, into, strict=True):
         terms = [(factor, part) for factor, part in zip(row, parts, strict=True) if factor]
         terms.sort(key=lambda term: term[0] != 1)

@@ -1,4 +1,4 @@
-"""From the settings of a network to the network."""
+"""Builds a network from its settings."""
 
 from collections.abc import Callable
 

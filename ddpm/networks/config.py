@@ -1,4 +1,4 @@
-"""The shapes of the networks. Imports no torch."""
+"""The settings of the networks. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
@@ -7,7 +7,7 @@ from ddpm.config import Count, Problems, Range, find_value_problems
 
 
 class NetworkConfig(Protocol):
-    """What every network's settings offer: their network's name, and what is wrong with them for a size of image."""
+    """Protocol of the settings of every network."""
 
     @property
     def name(self) -> str: ...
@@ -15,8 +15,8 @@ class NetworkConfig(Protocol):
     def find_problems(self, image_size: int) -> Problems: ...
 
 
-class Levels:
-    """What the shapes have in common: levels, each half the size of the one before.
+class LevelSettings:
+    """Settings of networks with levels; each level has half the side of the one before.
 
     channels: width of the first level; channel_mult: each level's width over it, finest level first.
     """
@@ -30,7 +30,7 @@ class Levels:
         return tuple(self.channels * mult for mult in self.channel_mult)
 
     def find_level_problems(self, image_size: int, least: int = 1, norm_groups: int = 1) -> Problems:
-        """Find values out of range, and what keeps at least so many levels from images of this side.
+        """Find values out of range, and levels that do not fit: `least` is their smallest number.
 
         norm_groups must divide the width of every level.
         """
@@ -50,8 +50,8 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class UNetConfig(Levels):
-    """Shape of a `UNet`; the defaults are the paper's CIFAR-10 network (35,746,307 parameters).
+class UNetConfig(LevelSettings):
+    """Settings of a `UNet`; the defaults are the paper's CIFAR-10 network (35,746,307 parameters).
 
     attention_resolutions: the image sides at which every residual block is followed by attention;
     resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2).
@@ -67,7 +67,7 @@ class UNetConfig(Levels):
     resample: Literal["conv", "transposed"] = "conv"
 
     def list_sides(self, image_size: int) -> tuple[int, ...]:
-        """Image side at each level, finest first."""
+        """Return the image side at each level, finest first."""
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
     def find_problems(self, image_size: int) -> Problems:
@@ -80,8 +80,8 @@ class UNetConfig(Levels):
 
 
 @dataclass(frozen=True)
-class ContextUNetConfig(Levels):
-    """Shape of a `ContextUNet`.
+class ContextUNetConfig(LevelSettings):
+    """Settings of a `ContextUNet`.
 
     norm: of the residual blocks ("batch" is the published one; its result depends on who shares a batch);
     norm_groups: groups of every GroupNorm, which the pooled vector's way back and the head have always.
@@ -99,8 +99,8 @@ class ContextUNetConfig(Levels):
 
 
 @dataclass(frozen=True)
-class MHAUNetConfig(Levels):
-    """Shape of an `MHAUNet`.
+class MHAUNetConfig(LevelSettings):
+    """Settings of an `MHAUNet`.
 
     num_heads: of every attention; time_width: of the sinusoidal embedding.
     """
@@ -113,7 +113,7 @@ class MHAUNetConfig(Levels):
 
     @property
     def up_widths(self) -> tuple[int, ...]:
-        """Channels that leave the bottleneck, then each decoder level, coarsest first.
+        """Channels of the output of the bottleneck and of each decoder level, coarsest first.
 
         Each but the last is the width of the skip it is joined with.
         """

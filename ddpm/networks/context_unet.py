@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ddpm.networks import NO_LABEL
 from ddpm.networks.config import ContextUNetConfig
-from ddpm.networks.layers import SeededNetwork, embed_timesteps, make_shortcut
+from ddpm.networks.layers import SeededNetwork, build_shortcut, embed_timesteps
 
 
 class ContextUNet(SeededNetwork):
-    """eps_theta(x_t, t, context) with time and class acting on every level below the finest.
+    """Network eps_theta(x_t, t, context); time and class modulate every level but the finest.
 
     num_classes = 0 makes a network without context.
     """
@@ -34,12 +34,14 @@ class ContextUNet(SeededNetwork):
         super().__init__(config, image_size)
         self.config, self.num_classes = config, num_classes
         widths = config.widths
-        self.conv_in = ResidualConv(in_channels, widths[0], config)
-        self.down = nn.ModuleList(Down(fine, coarse, config) for fine, coarse in pairwise(widths))
-        self.middle = PooledVector(widths[-1], image_size >> (len(widths) - 1), config.norm_groups)
+        self.conv_in = ContextResBlock(in_channels, widths[0], config)
+        self.down = nn.ModuleList(ContextDownLevel(fine, coarse, config) for fine, coarse in pairwise(widths))
+        self.middle = GlobalPool(widths[-1], image_size >> (len(widths) - 1), config.norm_groups)
         coarse_to_fine = widths[::-1]
         self.films = nn.ModuleList(Film(config.channels, num_classes, w) for w in coarse_to_fine[:-1])
-        self.up = nn.ModuleList(Up(coarse, fine, config) for coarse, fine in pairwise(coarse_to_fine))
+        self.up = nn.ModuleList(
+            ContextUpLevel(coarse, fine, config) for coarse, fine in pairwise(coarse_to_fine)
+        )
         self.head = nn.Sequential(
             nn.Conv2d(2 * widths[0], widths[0], 3, padding=1),
             nn.GroupNorm(config.norm_groups, widths[0]),
@@ -49,7 +51,7 @@ class ContextUNet(SeededNetwork):
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict from a noised image.
+        """Predict eps, x_0 or the mean for x_t.
 
         x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context: int64 (N,) labels in
         0..num_classes-1, NO_LABEL where there is none; None is NO_LABEL for all.
@@ -58,7 +60,7 @@ class ContextUNet(SeededNetwork):
         Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check,
         since looking would wait for the device.
         """
-        time, classes = embed_timesteps(t, self.config.channels), self._one_hot(context, t)
+        time, classes = embed_timesteps(t, self.config.channels), self._encode_labels(context, t)
         h = finest = self.conv_in(x_t)
         skips = []
         for down in self.down:
@@ -69,8 +71,8 @@ class ContextUNet(SeededNetwork):
             h = up(film(h, time, classes), skips.pop())
         return self.conv_out(self.head(torch.cat([h, finest], dim=1))).float()
 
-    def _one_hot(self, context: Tensor | None, t: Tensor) -> Tensor:
-        """Labels as float32 (N, num_classes); rows of zeros for NO_LABEL."""
+    def _encode_labels(self, context: Tensor | None, t: Tensor) -> Tensor:
+        """Return the labels as one-hot rows, float32 (N, num_classes); zeros for NO_LABEL."""
         if context is None:
             return torch.zeros(len(t), self.num_classes, device=t.device)
         if not self.num_classes:
@@ -89,30 +91,30 @@ class ContextUNet(SeededNetwork):
 
 
 class Film(nn.Module):
-    """Feature-wise modulation (1 + scale) h + shift: scale from the class, shift from the time."""
+    """FiLM (Perez et al. 2018): (1 + scale) h + shift, with scale from the class and shift from the time."""
 
     def __init__(self, time_width: int, num_classes: int, width: int) -> None:
         super().__init__()
-        self.shift = _two_layers(time_width, width)
-        self.scale = _two_layers(num_classes, width) if num_classes else None
+        self.shift = _build_embedding(time_width, width)
+        self.scale = _build_embedding(num_classes, width) if num_classes else None
 
     def forward(self, h: Tensor, time: Tensor, classes: Tensor) -> Tensor:
-        """h: (N, width, H, W); time: (N, time_width); classes: (N, num_classes), zeros for no class."""
+        """Modulate h (N, width, H, W) by time (N, time_width) and classes (N, num_classes), zeros for no class."""
         if self.scale is not None:
             h = h * (1 + self.scale(classes)[:, :, None, None])
         return h + self.shift(time)[:, :, None, None]
 
 
-class ResidualConv(nn.Module):
-    """(gelu(norm(conv(.))) twice + shortcut) / sqrt(2), which keeps the variance."""
+class ContextResBlock(nn.Module):
+    """Residual block: twice gelu(norm(conv)), plus the shortcut, divided by sqrt(2) to keep the variance."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm1 = _norm(out_channels, config)
+        self.norm1 = _build_norm(out_channels, config)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels, config)
-        self.shortcut = make_shortcut(in_channels, out_channels)
+        self.norm2 = _build_norm(out_channels, config)
+        self.shortcut = build_shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.norm1(self.conv1(x)))
@@ -120,33 +122,33 @@ class ResidualConv(nn.Module):
         return (self.shortcut(x) + h) / math.sqrt(2)
 
 
-class Down(nn.Module):
-    """Two residual blocks, then half the side by max-pooling."""
+class ContextDownLevel(nn.Module):
+    """Two residual blocks, then max-pooling to half the side."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
         super().__init__()
-        self.block1 = ResidualConv(in_channels, out_channels, config)
-        self.block2 = ResidualConv(out_channels, out_channels, config)
+        self.block1 = ContextResBlock(in_channels, out_channels, config)
+        self.block2 = ContextResBlock(out_channels, out_channels, config)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(self.block2(self.block1(x)), 2)
 
 
-class Up(nn.Module):
+class ContextUpLevel(nn.Module):
     """Join the skip of the same level, double the side by a transposed convolution, two residual blocks."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
         super().__init__()
         self.upsample = nn.ConvTranspose2d(2 * in_channels, out_channels, 2, stride=2)
-        self.block1 = ResidualConv(out_channels, out_channels, config)
-        self.block2 = ResidualConv(out_channels, out_channels, config)
+        self.block1 = ContextResBlock(out_channels, out_channels, config)
+        self.block2 = ContextResBlock(out_channels, out_channels, config)
 
     def forward(self, h: Tensor, skip: Tensor) -> Tensor:
         return self.block2(self.block1(self.upsample(torch.cat([h, skip], dim=1))))
 
 
-class PooledVector(nn.Module):
-    """The mean over all pixels, spread again over the same side by a transposed convolution."""
+class GlobalPool(nn.Module):
+    """Mean over all pixels, expanded again to the same side by a transposed convolution."""
 
     def __init__(self, width: int, side: int, norm_groups: int) -> None:
         super().__init__()
@@ -158,9 +160,9 @@ class PooledVector(nn.Module):
         return F.gelu(self.norm(self.spread(pooled)))
 
 
-def _norm(width: int, config: ContextUNetConfig) -> nn.Module:
+def _build_norm(width: int, config: ContextUNetConfig) -> nn.Module:
     return nn.BatchNorm2d(width) if config.norm == "batch" else nn.GroupNorm(config.norm_groups, width)
 
 
-def _two_layers(in_width: int, width: int) -> nn.Sequential:
+def _build_embedding(in_width: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_width, width), nn.GELU(), nn.Linear(width, width))

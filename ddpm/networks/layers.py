@@ -1,4 +1,4 @@
-"""What the networks share: how their weights are drawn, and how t enters."""
+"""Parts that all networks use: initial weights, the embedding of t, shortcuts."""
 
 import math
 from typing import ClassVar
@@ -13,7 +13,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class SeededNetwork(nn.Module):
-    """A network whose weights can be drawn again from a given generator.
+    """Base class of the networks, whose weights can be drawn from a given generator.
 
     A subclass draws them at construction from torch's global generator. `near_zero` names the layers whose
     weights are so small that what they end passes next to nothing at first.
@@ -29,7 +29,7 @@ class SeededNetwork(nn.Module):
             raise ValueError("; ".join(f"{key} {message}" for key, message in problems))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw Xavier-uniform weights, with gain 1e-5 in the layers in `near_zero`, and reset biases and norms.
+        """Draw new Xavier-uniform weights (gain 1e-5 in the layers of `near_zero`); reset biases and norms.
 
         Authors' code: variance scaling, fan_avg, uniform, with scale 1 or 1e-10.
         """
@@ -43,8 +43,8 @@ class SeededNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
-class InBF16(nn.Module):
-    """net(x_t, t, ...) computed in bfloat16 where that is harmless (torch.autocast); its output is float32."""
+class BF16Network(nn.Module):
+    """Network that runs under torch.autocast in bfloat16 and returns float32."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -66,6 +66,6 @@ def embed_timesteps(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def make_shortcut(in_channels: int, out_channels: int) -> nn.Module:
-    """Make the way past a residual block: the identity, or a 1x1 convolution where the width changes."""
+def build_shortcut(in_channels: int, out_channels: int) -> nn.Module:
+    """Return the skip path of a residual block: identity, or a 1x1 convolution where the width changes."""
     return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)

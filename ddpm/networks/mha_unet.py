@@ -21,19 +21,19 @@ class MHAUNet(SeededNetwork):
         self.config = config
         widths, up_widths = config.widths, config.up_widths
         self.conv_in = DoubleConv(in_channels, widths[0], widths[0])
-        self.down = nn.ModuleList(Down(fine, coarse, config) for fine, coarse in pairwise(widths))
+        self.down = nn.ModuleList(MHADownLevel(fine, coarse, config) for fine, coarse in pairwise(widths))
         wide = 2 * widths[-1]
         self.bottleneck = nn.Sequential(
             DoubleConv(widths[-1], wide, wide),
             DoubleConv(wide, wide, wide),
             DoubleConv(wide, up_widths[0], up_widths[0]),
         )
-        self.up = nn.ModuleList(Up(coarse, fine, config) for coarse, fine in pairwise(up_widths))
+        self.up = nn.ModuleList(MHAUpLevel(coarse, fine, config) for coarse, fine in pairwise(up_widths))
         self.conv_out = nn.Conv2d(up_widths[-1], out_channels, 1)
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict from a noised image.
+        """Predict eps, x_0 or the mean for x_t.
 
         x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context must be None.
         Returns float32 (N, out_channels, H, W), also under autocast.
@@ -53,7 +53,7 @@ class MHAUNet(SeededNetwork):
 
 
 class DoubleConv(nn.Module):
-    """gelu(norm(conv(x))), then norm(conv(.)): 3x3 without bias, GroupNorm over all channels together."""
+    """Two 3x3 convolutions without bias, each with GroupNorm over all channels; gelu between them."""
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -66,45 +66,45 @@ class DoubleConv(nn.Module):
         return self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
 
 
-class Block(nn.Module):
-    """gelu(x + double convolution), a double convolution to the new width, the time added, attention."""
+class MHABlock(nn.Module):
+    """Residual double convolution, double convolution to the new width, time embedding, then attention."""
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()
         self.residual = DoubleConv(in_channels, in_channels, in_channels)
         self.conv = DoubleConv(in_channels, mid_channels, out_channels)
         self.time_proj = nn.Linear(config.time_width, out_channels)
-        self.attention = Attention(out_channels, config.num_heads)
+        self.attention = MultiHeadAttention(out_channels, config.num_heads)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv(F.gelu(x + self.residual(x)))
         return self.attention(h + self.time_proj(temb)[:, :, None, None])
 
 
-class Down(nn.Module):
-    """Half the side by max-pooling, then a block."""
+class MHADownLevel(nn.Module):
+    """Max-pooling to half the side, then a block."""
 
     def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()
-        self.block = Block(in_channels, out_channels, out_channels, config)
+        self.block = MHABlock(in_channels, out_channels, out_channels, config)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         return self.block(F.max_pool2d(x, 2), temb)
 
 
-class Up(nn.Module):
-    """Double the side bilinearly, join the skip of that level and as many channels, then a block."""
+class MHAUpLevel(nn.Module):
+    """Bilinear interpolation to twice the side, the skip of that level concatenated, then a block."""
 
     def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()
-        self.block = Block(2 * in_channels, in_channels, out_channels, config)
+        self.block = MHABlock(2 * in_channels, in_channels, out_channels, config)
 
     def forward(self, h: Tensor, temb: Tensor, skip: Tensor) -> Tensor:
         h = F.interpolate(h, scale_factor=2.0, mode="bilinear")
         return self.block(torch.cat([h, skip], dim=1), temb)
 
 
-class Attention(nn.Module):
+class MultiHeadAttention(nn.Module):
     """Self-attention over all pixels and a feed-forward, each with its norm inside its residual branch."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         return pixels.transpose(1, 2).reshape(x.shape)
 
     def _attend(self, pixels: Tensor) -> Tensor:
-        """softmax(q.k / sqrt(C / heads)) v in each head, joined again; pixels and result (N, H*W, C)."""
+        """Compute softmax(q.k / sqrt(C / heads)) v in each head, and join the heads; pixels and result (N, H*W, C)."""
         heads = self.qkv(pixels).unflatten(2, (3, self.num_heads, -1))  # (N, H*W, 3, heads, C/heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, H*W, C/heads)
         return self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.networks.config import UNetConfig
-from ddpm.networks.layers import SeededNetwork, embed_timesteps, make_shortcut
+from ddpm.networks.layers import SeededNetwork, build_shortcut, embed_timesteps
 
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 swish = F.silu
@@ -48,7 +48,7 @@ class UNet(SeededNetwork):
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict from a noised image.
+        """Predict eps, x_0 or the mean for x_t.
 
         x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context must be None.
         Returns float32 (N, out_channels, H, W), also under autocast.
@@ -64,10 +64,10 @@ class UNet(SeededNetwork):
         h = self.middle(h, temb)
         for level in self.up:
             h = level(h, temb, skips)
-        return self.head(h)
+        return self.project_output(h)
 
-    def head(self, h: Tensor) -> Tensor:
-        """conv(swish(norm(h))), float32 (N, out_channels, H, W)."""
+    def project_output(self, h: Tensor) -> Tensor:
+        """Return conv(swish(norm(h))), float32 (N, out_channels, H, W)."""
         return self.conv_out(swish(self.norm_out(h))).float()
 
 
@@ -79,12 +79,12 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(in_width, width, config) for in_width in in_widths)
         attends = side in config.attention_resolutions
         self.attentions = nn.ModuleList(
-            Attention(width, config.norm_groups) if attends else nn.Identity() for _ in in_widths
+            SelfAttention(width, config.norm_groups) if attends else nn.Identity() for _ in in_widths
         )
 
 
 class DownLevel(Level):
-    """A level on the way down: its blocks, then downsampling, but for the coarsest."""
+    """Level on the way down: its blocks, then downsampling; the coarsest has none."""
 
     def __init__(
         self, in_widths: list[int], width: int, side: int, is_coarsest: bool, config: UNetConfig
@@ -93,7 +93,7 @@ class DownLevel(Level):
         self.downsample = None if is_coarsest else Downsample(width)
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
-        """Append every output to `skips`, the downsampled one too."""
+        """Run the blocks and append each output to `skips`, the downsampled one too."""
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             h = attention(block(h, temb))
             skips.append(h)
@@ -104,17 +104,17 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """A level on the way up: its blocks, each of which takes one skip, then upsampling, but for the finest."""
+    """Level on the way up: its blocks, each of which takes one skip, then upsampling; the finest has none."""
 
     def __init__(
         self, in_widths: list[int], width: int, side: int, is_finest: bool, config: UNetConfig
     ) -> None:
         super().__init__(in_widths, width, side, config)
-        upsample = {"conv": Upsample, "transposed": TransposedUpsample}[config.resample]
+        upsample = {"conv": Upsample, "transposed": TransposedConvUpsample}[config.resample]
         self.upsample = nn.Identity() if is_finest else upsample(width)
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
-        """Pop one skip per block, last in first out, and join it behind h."""
+        """Run the blocks; each takes the last skip and concatenates it after the channels of h."""
         for block, attention in zip(self.blocks, self.attentions, strict=True):
             h = attention(block(torch.cat([h, skips.pop()], dim=1), temb))
         return self.upsample(h)
@@ -126,7 +126,7 @@ class Middle(nn.Module):
     def __init__(self, width: int, config: UNetConfig) -> None:
         super().__init__()
         self.block1 = ResBlock(width, width, config)
-        self.attention = Attention(width, config.norm_groups)
+        self.attention = SelfAttention(width, config.norm_groups)
         self.block2 = ResBlock(width, width, config)
 
     def forward(self, h: Tensor, temb: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Middle(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + projected temb)))), with no 1/sqrt(2)."""
+    """Residual block: twice norm, swish and 3x3 convolution; the time is added between them. No 1/sqrt(2)."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = make_shortcut(in_channels, out_channels)
+        self.shortcut = build_shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = self.conv1(swish(self.norm1(x))) + self.time_proj(temb)[:, :, None, None]
@@ -152,7 +152,7 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Self-attention over all pixels: one head over all channels, softmax(q.k / sqrt(C)), residual."""
 
     def __init__(self, channels: int, norm_groups: int) -> None:
@@ -189,7 +189,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class TransposedUpsample(nn.Module):
+class TransposedConvUpsample(nn.Module):
     """Double the side by a 4x4 transposed convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
-from ddpm.networks.layers import InBF16
+from ddpm.networks.layers import BF16Network
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store.files import read_file_facts, read_json, require_file, write_folder_atomically, write_json
@@ -158,7 +158,7 @@ def load_weights(directory: Path, which: str) -> Tensors:
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """Build the experiment's network with its initial weights."""
     data, channels = experiment.data, experiment.data.channels
-    out_channels = Diffusion(experiment.diffusion).count_out_channels(channels)
+    out_channels = Diffusion(experiment.diffusion).count_output_channels(channels)
     classes = data.labels if experiment.takes_labels else 0
     return accelerate(
         build_network(
@@ -186,5 +186,5 @@ def load_network(
     except RuntimeError as error:
         raise PipelineError(f"{directory} holds another network: {error}") from error
     net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-    net = InBF16(net) if precision == "bf16" else net
+    net = BF16Network(net) if precision == "bf16" else net
     return cast(nn.Module, torch.compile(net)) if compiled else net

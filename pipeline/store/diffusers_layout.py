@@ -266,7 +266,7 @@ def make_network_settings(experiment: Experiment) -> Settings:
     return FIXED | {
         "sample_size": data.image_size,
         "in_channels": data.channels,
-        "out_channels": Diffusion(experiment.diffusion).count_out_channels(data.channels),
+        "out_channels": Diffusion(experiment.diffusion).count_output_channels(data.channels),
         "block_out_channels": list(model.widths),
         "layers_per_block": model.num_res_blocks,
         "norm_num_groups": model.norm_groups,

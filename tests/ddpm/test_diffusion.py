@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm.config import DiffusionConfig
-from ddpm.diffusion import Diffusion, _spaced_betas
+from ddpm.diffusion import Diffusion, _respace_betas
 
 PAPER = DiffusionConfig()
 SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
@@ -46,7 +46,7 @@ def test_tables_are_float64_and_gathered_in_the_type_of_the_images():
     assert {table.dtype for table in diffusion.tables.values()} == {torch.float64}
     t = torch.tensor([0, 999])
     for dtype in (torch.float32, torch.float64):
-        assert diffusion.at("alpha_bar", t, torch.zeros(2, 1, 1, 1, dtype=dtype)).dtype == dtype
+        assert diffusion.gather("alpha_bar", t, torch.zeros(2, 1, 1, 1, dtype=dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("variance, name", [("fixedlarge", "fixed_large"), ("fixedsmall", "fixed_small")])
@@ -118,7 +118,7 @@ def test_learned_variance_is_the_second_half_of_the_output():
     half = randn(*eps.shape, seed=3)
     p = diffusion.p_mean_variance(torch.cat([eps, half], 1), x_t, torch.tensor([3, 900]))
     assert torch.equal(p.log_variance, half)
-    assert diffusion.count_out_channels(3) == 6 and Diffusion().count_out_channels(3) == 3
+    assert diffusion.count_output_channels(3) == 6 and Diffusion().count_output_channels(3) == 3
 
 
 def test_simple_loss_is_the_mean_square_of_each_prediction():
@@ -127,7 +127,7 @@ def test_simple_loss_is_the_mean_square_of_each_prediction():
     output = randn(*SHAPE, seed=2)
     targets = {"eps": eps, "x0": x_0, "mean": Diffusion().q_posterior(x_0, x_t, t).mean}
     for predict, target in targets.items():
-        loss = Diffusion(replace(PAPER, predict=predict)).training_losses(output, x_0, x_t, t, eps)
+        loss = Diffusion(replace(PAPER, predict=predict)).compute_losses(output, x_0, x_t, t, eps)
         expected = [((output[n] - target[n]) ** 2).sum().item() / 12 for n in range(4)]
         assert loss.tolist() == pytest.approx(expected)
 
@@ -137,10 +137,10 @@ def test_vlb_loss_for_eps_is_the_weighted_square_of_eq_12():
     t = torch.tensor([1, 7, 500, 999])
     x_0, x_t, eps = triple(t, diffusion)
     output = eps + 0.3 * randn(*SHAPE, seed=2)
-    loss = diffusion.training_losses(output, x_0, x_t, t, eps)
+    loss = diffusion.compute_losses(output, x_0, x_t, t, eps)
     beta, alpha_bar = diffusion.tables["beta"][t], diffusion.tables["alpha_bar"][t]
     weight = beta**2 / (2 * beta * (1 - beta) * (1 - alpha_bar))
-    constant = diffusion.training_losses(eps, x_0, x_t, t, eps)  # what the two variances differ by
+    constant = diffusion.compute_losses(eps, x_0, x_t, t, eps)  # what the two variances differ by
     squares = ((output - eps) ** 2).mean(dim=(1, 2, 3))
     torch.testing.assert_close((loss - constant) * math.log(2), weight * squares, rtol=1e-8, atol=1e-12)
 
@@ -151,8 +151,8 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_simple
     t = torch.tensor([0, 7, 500, 3999])
     x_0, x_t, eps = triple(t, diffusion)
     output = (0.3 * randn(4, 6, 2, 2, seed=2)).requires_grad_()
-    loss = diffusion.training_losses(output, x_0, x_t, t, eps)
-    vlb = Diffusion(replace(config, loss="vlb")).training_losses(output, x_0, x_t, t, eps)
+    loss = diffusion.compute_losses(output, x_0, x_t, t, eps)
+    vlb = Diffusion(replace(config, loss="vlb")).compute_losses(output, x_0, x_t, t, eps)
     simple = ((output[:, :3] - eps) ** 2).mean(dim=(1, 2, 3))
     torch.testing.assert_close(loss, simple + 4 * vlb)
     (gradient,) = torch.autograd.grad(loss.sum(), output, retain_graph=True)
@@ -165,7 +165,7 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_simple
 
 def test_losses_of_a_bfloat16_output_are_computed_in_float32():
     x_0, x_t, eps = (tensor.float() for tensor in triple(torch.tensor([0, 5]), Diffusion()))
-    loss = Diffusion().training_losses(eps.bfloat16(), x_0, x_t, torch.tensor([0, 5]), eps)
+    loss = Diffusion().compute_losses(eps.bfloat16(), x_0, x_t, torch.tensor([0, 5]), eps)
     assert loss.dtype == torch.float32 and loss.max() < 1e-4
 
 
@@ -178,8 +178,8 @@ def test_every_timestep_is_finite(schedule, predict):
     p = diffusion.p_mean_variance(x_0, x_t, t)
     for value in (
         *p,
-        diffusion.compute_vlb_terms(p, x_0, x_t, t),
-        diffusion.training_losses(x_0, x_0, x_t, t, eps),
+        diffusion.compute_bound_terms(p, x_0, x_t, t),
+        diffusion.compute_losses(x_0, x_0, x_t, t, eps),
     ):
         assert value.isfinite().all()
 
@@ -193,7 +193,7 @@ def test_respacing_to_all_steps_or_to_a_prefix_changes_no_table():
 
 def test_respacing_formula_over_all_steps_gives_the_betas_back():
     tables = Diffusion().tables
-    torch.testing.assert_close(_spaced_betas(tables["alpha_bar"]), tables["beta"], rtol=1e-10, atol=0)
+    torch.testing.assert_close(_respace_betas(tables["alpha_bar"]), tables["beta"], rtol=1e-10, atol=0)
 
 
 def test_mean_prediction_is_respaced_through_its_estimate():
@@ -275,7 +275,7 @@ def test_wrong_shapes_and_types_are_refused_clearly():
     with pytest.raises(ValueError, match="needs a network of 6 output channels"):
         diffusion.p_mean_variance(x, x, t, variance="learned")
     with pytest.raises(ValueError, match="needs a network of 6 output channels"):
-        Diffusion(replace(PAPER, variance="learned", loss="hybrid")).training_losses(x, x, x, t, x)
+        Diffusion(replace(PAPER, variance="learned", loss="hybrid")).compute_losses(x, x, x, t, x)
     short = Diffusion(replace(PAPER, variance="learned", loss="vlb")).respace([0, 500])
     with pytest.raises(ValueError, match="full steps only"):
         short.p_mean_variance(torch.zeros(2, 6, 4, 4), x, t)

@@ -91,7 +91,7 @@ def test_everything_agrees_with_the_oracle(variance):
     posterior = diffusion.q_posterior(x_0, x_t, t)
     p = diffusion.p_mean_variance(output, x_t, t, clip=False)
     clipped = diffusion.p_mean_variance(output, x_t, t, clip=True)
-    term = diffusion.compute_vlb_terms(p, x_0, x_t, t, decoder="erf")
+    term = diffusion.compute_bound_terms(p, x_0, x_t, t, decoder="erf")
     for i in range(20):
         expected_term = 0.0
         for pixel in range(12):

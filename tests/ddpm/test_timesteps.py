@@ -15,13 +15,15 @@ def filled(scale: torch.Tensor) -> ImportanceSampler:
 def test_uniform_until_every_timestep_has_a_full_history():
     sampler = ImportanceSampler(4)
     for _ in range(HISTORY):
-        torch.testing.assert_close(sampler.probabilities(), torch.full((4,), 0.25, dtype=torch.float64))
+        torch.testing.assert_close(
+            sampler.compute_probabilities(), torch.full((4,), 0.25, dtype=torch.float64)
+        )
         sampler.update(torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
-    assert sampler.probabilities()[3] > 0.39
+    assert sampler.compute_probabilities()[3] > 0.39
 
 
 def test_probabilities_follow_the_root_mean_square_loss():
-    p = filled(torch.tensor([1.0, 2.0, 3.0, 4.0])).probabilities()
+    p = filled(torch.tensor([1.0, 2.0, 3.0, 4.0])).compute_probabilities()
     expected = 0.999 * torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64) + 0.001 / 4
     torch.testing.assert_close(p, expected)
 
@@ -40,10 +42,10 @@ def test_the_oldest_losses_go_first_also_within_one_batch():
 def test_draws_follow_p_and_the_weights_keep_the_mean():
     sampler = filled(torch.tensor([0.0, 1.0, 2.0, 5.0]))
     u = rng.draw_uniform(1, Stream.TIMESTEP, 0, torch.arange(200_000))
-    t, weights = sampler.sample(u)
+    t, weights = sampler.draw(u)
     frequency = torch.bincount(t, minlength=4) / len(t)
-    torch.testing.assert_close(frequency.double(), sampler.probabilities(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(frequency.double(), sampler.compute_probabilities(), rtol=0, atol=5e-3)
     losses = torch.tensor([0.0, 1.0, 2.0, 5.0])
     assert abs((losses[t] * weights).mean() - losses.mean()) < 0.01
-    edge, _ = sampler.sample(torch.tensor([0.0, 1 - 2.0**-24]))
+    edge, _ = sampler.draw(torch.tensor([0.0, 1 - 2.0**-24]))
     assert edge.tolist() == [0, 3]

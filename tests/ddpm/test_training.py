@@ -22,7 +22,7 @@ from ddpm.rng import Stream
 from ddpm.training import (
     TrainState,
     compute_learning_rate,
-    draw_batch,
+    draw_batch_noise,
     train_step,
 )
 
@@ -168,15 +168,15 @@ def test_learning_rate():
 
 
 def test_t_covers_both_ends_uniformly():
-    t = draw_batch(SEED, 0, torch.arange(8000), (1,), 8, None)[0]
+    t = draw_batch_noise(SEED, 0, torch.arange(8000), (1,), 8, None)[0]
     counts = torch.bincount(t, minlength=8)
     assert len(counts) == 8 and counts.min() > 850 and counts.max() < 1150
 
 
 def test_flips_are_half_of_the_images_or_none():
-    flip = draw_batch(SEED, 0, torch.arange(4000), (1,), 8, None)[3]
+    flip = draw_batch_noise(SEED, 0, torch.arange(4000), (1,), 8, None)[3]
     assert flip.float().mean().item() == pytest.approx(0.5, abs=0.03)
-    x_t, eps = {}, draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, None)[2]
+    x_t, eps = {}, draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)[2]
     for random_flip in (True, False):
         settings = config(random_flip=random_flip)
         state = TrainState(settings, Affine(), DIFFUSION.config)
@@ -187,10 +187,10 @@ def test_flips_are_half_of_the_images_or_none():
 
 
 def test_draws_belong_to_the_row_not_to_the_slice():
-    whole = draw_batch(SEED, 3, ROWS, (1, 8, 8), 50, None)
-    part = draw_batch(SEED, 3, ROWS[5:], (1, 8, 8), 50, None)
+    whole = draw_batch_noise(SEED, 3, ROWS, (1, 8, 8), 50, None)
+    part = draw_batch_noise(SEED, 3, ROWS[5:], (1, 8, 8), 50, None)
     assert all(torch.equal(w[5:], p) for w, p in zip(whole, part, strict=True))
-    other = draw_batch(SEED, 4, ROWS, (1, 8, 8), 50, None)
+    other = draw_batch_noise(SEED, 4, ROWS, (1, 8, 8), 50, None)
     assert not torch.equal(whole[0], other[0]) and not torch.equal(whole[2], other[2])
 
 
@@ -217,7 +217,7 @@ def test_bf16_is_inside_the_network_only():
     state = TrainState(settings, Affine(), DIFFUSION.config)
     metrics = step(state, settings)
     x_t, t, _, autocast = state.net.seen[0]
-    t_drawn, _, eps, flip = draw_batch(SEED, 0, ROWS, (1, 8, 8), 50, None)
+    t_drawn, _, eps, flip = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
     x_0 = from_uint8(PIXELS)
     x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
     assert autocast and not torch.is_autocast_enabled("cpu")
@@ -338,12 +338,12 @@ def test_importance_sampling_learns_from_the_whole_batch_and_resumes():
         step(state, settings, diffusion=IMPORTANCE)
     sampler = state.t_sampler
     assert int(sampler.counts.sum()) == 64
-    assert sampler.probabilities().max() > 0.34  # no longer uniform
+    assert sampler.compute_probabilities().max() > 0.34  # no longer uniform
 
     resumed = small_state(settings, diffusion=IMPORTANCE, seed=9)
     resumed.load_state_dict(state.state_dict())
-    t, weight, _, _ = draw_batch(SEED, 8, ROWS, (1, 8, 8), 3, resumed.t_sampler)
-    torch.testing.assert_close(weight, (1 / (3 * sampler.probabilities()[t])).float())
+    t, weight, _, _ = draw_batch_noise(SEED, 8, ROWS, (1, 8, 8), 3, resumed.t_sampler)
+    torch.testing.assert_close(weight, (1 / (3 * sampler.compute_probabilities()[t])).float())
     metrics = step(resumed, settings, diffusion=IMPORTANCE)
     expected = step(state, settings, diffusion=IMPORTANCE)
     assert torch.equal(metrics["loss"], expected["loss"])
@@ -355,7 +355,7 @@ def test_importance_weights_reach_loss_and_gradient():
     state = TrainState(settings, Affine(), IMPORTANCE.config)
     state.t_sampler.counts.fill_(10)
     state.t_sampler.losses.copy_(torch.tensor([[1.0], [2.0], [5.0]]).expand(3, 10))
-    t_drawn, weight, eps, _ = draw_batch(SEED, 0, ROWS, (1, 8, 8), 3, state.t_sampler)
+    t_drawn, weight, eps, _ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 3, state.t_sampler)
     metrics = step(state, settings, diffusion=IMPORTANCE)
     x_t, t = state.net.seen[0][:2]
     assert torch.equal(t, t_drawn)

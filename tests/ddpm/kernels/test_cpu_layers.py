@@ -72,7 +72,7 @@ def test_attention(length):
 def test_pointwise():
     x, linear = torch.randn(2, 5, 3, 4, dtype=torch.float64), nn.Linear(5, 7).double()
     expected = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(kernels.pointwise(linear, x), expected)
+    torch.testing.assert_close(kernels.apply_linear(linear, x), expected)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -12,7 +12,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import ContextUNetConfig
-from ddpm.networks.context_unet import ContextUNet, Film, ResidualConv, Up
+from ddpm.networks.context_unet import ContextResBlock, ContextUNet, ContextUpLevel, Film
 from ddpm.sampler import guide, sample
 from ddpm.training import TrainState, train_step
 
@@ -40,7 +40,7 @@ def noised(count, image_size=8):
 )
 def test_every_join_is_of_equal_spatial_size(image_size, mult):
     net, joins = small(image_size, channel_mult=mult), []
-    for up in (module for module in net.modules() if isinstance(module, Up)):
+    for up in (module for module in net.modules() if isinstance(module, ContextUpLevel)):
         up.register_forward_pre_hook(lambda _m, args: joins.append([a.shape for a in args]))
     assert net(noised(2, image_size), torch.tensor([1, 2])).shape == (2, 3, image_size, image_size)
     assert len(joins) == len(mult) - 1
@@ -66,7 +66,7 @@ def test_shortcut_is_a_registered_module_and_learns():
     wanted = {
         name
         for name, module in net.named_modules()
-        if isinstance(module, ResidualConv) and module.conv1.in_channels != module.conv1.out_channels
+        if isinstance(module, ContextResBlock) and module.conv1.in_channels != module.conv1.out_channels
     }
     assert len(wanted) >= 3
     parameters = dict(net.named_parameters())
@@ -78,11 +78,11 @@ def test_shortcut_is_a_registered_module_and_learns():
 
 
 def test_residual_block_is_the_shortcut_and_its_branch_over_root_two():
-    block, x = ResidualConv(3, 8, SMALL).eval(), noised(2)
+    block, x = ContextResBlock(3, 8, SMALL).eval(), noised(2)
     with torch.no_grad():
         block.norm2.weight.zero_()  # silences the branch: gelu(0) = 0
         torch.testing.assert_close(block(x), block.shortcut(x) / 2**0.5)
-    same = ResidualConv(8, 8, SMALL).eval()
+    same = ContextResBlock(8, 8, SMALL).eval()
     assert isinstance(same.shortcut, nn.Identity)
 
 

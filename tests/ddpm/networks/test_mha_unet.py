@@ -9,7 +9,7 @@ from torch import nn
 
 from ddpm.networks.build import build_network
 from ddpm.networks.config import MHAUNetConfig
-from ddpm.networks.mha_unet import Attention, Block, DoubleConv, MHAUNet, Up
+from ddpm.networks.mha_unet import DoubleConv, MHABlock, MHAUNet, MHAUpLevel, MultiHeadAttention
 
 SMALL = MHAUNetConfig(channels=8, channel_mult=(1, 2, 4), time_width=12)
 
@@ -30,7 +30,7 @@ def noised(count, image_size=8):
 
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_attention_equals_torchs_with_the_residual_from_before_the_norm(num_heads):
-    ours = Attention(8, num_heads)
+    ours = MultiHeadAttention(8, num_heads)
     with torch.no_grad():
         for p in ours.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
@@ -53,7 +53,7 @@ def test_attention_equals_torchs_with_the_residual_from_before_the_norm(num_head
 
 
 def test_attention_with_silent_branches_leaves_the_image_as_it_was():
-    attention, x = Attention(8, 4), 100 * torch.randn(2, 8, 4, 4) + 7
+    attention, x = MultiHeadAttention(8, 4), 100 * torch.randn(2, 8, 4, 4) + 7
     with torch.no_grad():
         for layer in (attention.proj_out, attention.feed_forward[2]):
             layer.weight.zero_()
@@ -63,7 +63,7 @@ def test_attention_with_silent_branches_leaves_the_image_as_it_was():
 
 def test_attention_follows_every_level_down_and_up():
     net = build_network(MHAUNetConfig(), 64, 3, 3, seed=0, device="meta")
-    attentions = [module for module in net.modules() if isinstance(module, Attention)]
+    attentions = [module for module in net.modules() if isinstance(module, MultiHeadAttention)]
     assert [a.norm1.normalized_shape[0] for a in attentions] == [128, 256, 256, 128, 64, 64]
     assert {a.num_heads for a in attentions} == {4}
 
@@ -76,7 +76,7 @@ def test_attention_follows_every_level_down_and_up():
 )
 def test_every_join_is_of_equal_spatial_size(image_size, mult):
     net, joins = small(image_size, channel_mult=mult), []
-    for up in (module for module in net.modules() if isinstance(module, Up)):
+    for up in (module for module in net.modules() if isinstance(module, MHAUpLevel)):
         up.register_forward_pre_hook(lambda _m, args: joins.append((args[0].shape, args[2].shape)))
     assert net(noised(2, image_size), torch.tensor([1, 2])).shape == (2, 3, image_size, image_size)
     assert len(joins) == len(mult) - 1
@@ -87,7 +87,7 @@ def test_every_join_is_of_equal_spatial_size(image_size, mult):
 def test_the_embeddings_width_is_stored_and_projected_into_every_block():
     net, seen = small(time_width=20), []
     assert net.config.time_width == 20
-    blocks = [module for module in net.modules() if isinstance(module, Block)]
+    blocks = [module for module in net.modules() if isinstance(module, MHABlock)]
     assert len(blocks) == 4
     for block in blocks:
         assert block.time_proj.in_features == 20
@@ -106,7 +106,7 @@ def test_every_setting_is_read():
 
 
 def test_residual_joins_reach_back_before_the_double_convolution():
-    block, x, temb = Block(8, 8, 8, SMALL), noised(1).repeat(1, 3, 1, 1)[:, :8], torch.zeros(1, 12)
+    block, x, temb = MHABlock(8, 8, 8, SMALL), noised(1).repeat(1, 3, 1, 1)[:, :8], torch.zeros(1, 12)
     with torch.no_grad():
         block.residual.norm2.weight.zero_()  # silences the branch
         seen = []

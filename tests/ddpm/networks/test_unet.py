@@ -14,10 +14,10 @@ from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
 from ddpm.networks.layers import embed_timesteps
 from ddpm.networks.unet import (
-    Attention,
     Downsample,
     ResBlock,
-    TransposedUpsample,
+    SelfAttention,
+    TransposedConvUpsample,
     UNet,
 )
 from pipeline.store.diffusers_layout import translate_name
@@ -153,9 +153,9 @@ def test_norm_eps_everywhere():
 
 def test_three_decoder_blocks_each_with_attention():
     net = build_network(UNetConfig(), 32, 3, 3, seed=0, device="meta")
-    attentions = [[isinstance(a, Attention) for a in level.attentions] for level in net.up]
+    attentions = [[isinstance(a, SelfAttention) for a in level.attentions] for level in net.up]
     assert attentions == [[False] * 3, [False] * 3, [True] * 3, [False] * 3]
-    assert sum(isinstance(m, Attention) for m in net.modules()) == 6
+    assert sum(isinstance(m, SelfAttention) for m in net.modules()) == 6
     assert sum(isinstance(m, ResBlock) for m in net.modules()) == 22
 
 
@@ -235,7 +235,7 @@ def test_transposed_upsampling():
         channels=8, channel_mult=(1, 2, 4), attention_resolutions=(8, 4), norm_groups=4, resample="transposed"
     )
     net = UNet(config, 16, 3, 3)
-    assert sum(isinstance(m, TransposedUpsample) for m in net.modules()) == 2
+    assert sum(isinstance(m, TransposedConvUpsample) for m in net.modules()) == 2
     assert net(torch.randn(2, 3, 16, 16), torch.tensor([0, 1])).shape == (2, 3, 16, 16)
 
 
