@@ -149,20 +149,25 @@ def convolutional(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("where", ["", "unet"])
-@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize(
-    "rename", [dict, older, convolutional, lambda tensors: convolutional(older(tensors))],
-    ids=["new", "older", "convolutions", "older convolutions"],
-)  # fmt: skip
+    ("where", "pickled", "rename"),
+    [
+        ("", False, dict),
+        ("unet", True, dict),
+        ("unet", False, older),
+        ("", True, convolutional),
+        ("", False, lambda tensors: convolutional(older(tensors))),
+    ],
+    ids=["new", "new pickled", "older", "convolutions", "older convolutions"],
+)
 def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickled, rename):
     theirs = publish(tmp_path / where, tiny(), pickled)
-    tensors = rename(theirs.state_dict())
+    tensors = {name: tensor.contiguous() for name, tensor in rename(theirs.state_dict()).items()}
     assert any("proj_attn" in name for name in tensors) == (rename not in (dict, convolutional))
     if pickled:
         torch.save(tensors, tmp_path / where / f"{FILE}.bin")
     else:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / where / f"{FILE}.safetensors")
+        save_file(tensors, tmp_path / where / f"{FILE}.safetensors")
     found = diffusers_layout.read_weights(importing(tmp_path))
     ours = {diffusers_layout.translate_name(name): tensor for name, tensor in found.items()}
     torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
@@ -188,19 +193,23 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     assert not proof.exists()
 
 
-@pytest.mark.parametrize("name", [f"{FILE}.bin", f"{FILE}.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not weights at all"])
-def test_broken_files_are_refused(tmp_path, name, content):
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (f"{FILE}.bin", b"", "is broken"),
+        (f"{FILE}.bin", b"not weights at all", "is broken"),
+        (f"{FILE}.safetensors", b"", "is broken"),
+        (f"{FILE}.safetensors", b"not weights at all", "is broken"),
+        (f"{FILE}.bin", None, "no plain table of tensors"),
+    ],
+)
+def test_broken_files_are_refused(tmp_path, name, content, reason):
     publish(tmp_path, tiny(), pickled=name.endswith("bin"))
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(PipelineError, match=f"{name} is broken"):
-        diffusers_layout.read_weights(importing(tmp_path))
-
-
-def test_a_table_of_something_else_is_refused(tmp_path):
-    publish(tmp_path, tiny(), pickled=True)
-    torch.save({"state_dict": {}}, tmp_path / f"{FILE}.bin")
-    with pytest.raises(PipelineError, match="no plain table of tensors"):
+    if content is None:
+        torch.save({"state_dict": {}}, tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(PipelineError, match=f"{name} .*{reason}|{name} {reason}"):
         diffusers_layout.read_weights(importing(tmp_path))
 
 
@@ -369,23 +378,20 @@ def test_export_and_import_give_the_same_tensors(tmp_path, which):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["diffusion.timesteps=200"],
         ["sample.variance=fixedsmall"],
         ["diffusion.beta_schedule=quad"],
         ["diffusion.beta_schedule=cosine", "diffusion.variance=fixedsmall"],
-        ["diffusion.beta_schedule=const"],
-        ["diffusion.beta_schedule=warmup50", "diffusion.predict=x0"],
         ["diffusion.beta_schedule=jsd", "diffusion.predict=x0"],
         LEARNED,
     ],
     ids=" ".join,
 )
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
-    experiment = tiny("diffusion.timesteps=50", "sample.variance=null", *overrides)
+    experiment = tiny("diffusion.timesteps=25", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)
     diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
     diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
-    z = torch.randn(len(diffusion) + 1, 16, 1, 8, 8, generator=generator)  # x_T last
+    z = torch.randn(len(diffusion) + 1, 8, 1, 8, 8, generator=generator)  # x_T last
     chain = run_chain(diffusion, net, z[-1], lambda t: z[t], variance=experiment.sample.variance)
     ours = [step.x_t for step in chain][-1]
 
@@ -394,7 +400,7 @@ def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrid
     for module in ("pipelines.ddpm.pipeline_ddpm", "schedulers.scheduling_ddpm"):
         monkeypatch.setattr(f"diffusers.{module}.randn_tensor", lambda *_, **__: next(drawn))
     pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(16, num_inference_steps=len(diffusion), output_type="np").images
+    theirs = pipeline(8, num_inference_steps=len(diffusion), output_type="np").images
     theirs = (theirs * 255).round().transpose(0, 3, 1, 2)
     levels = abs(to_uint8(ours).numpy().astype(int) - theirs)
     assert theirs.std() > 20
@@ -454,21 +460,13 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
     command(storage, "evaluate", *digits)
     exported = tmp_path / "exported"
     main(["export", run.path.name, str(exported), "--weights=raw", f"cluster.storage={storage}"])
-    images = DDPMPipeline.from_pretrained(exported)(2, num_inference_steps=3, output_type="np").images
-    assert images.shape == (2, 8, 8, 1)
-
     command(storage, "import", str(exported), "--weights=ema", *digits, "name=entered")
     (entered,) = storage.glob("entered-*")
     assert checkpoint.list_steps(entered / "train") == [STEP]
-    assert not list(entered.glob("samples*"))
     words = [*digits, "name=entered", f"published.path={exported}", "published.weights=ema"]
-    command(storage, "run", *words)
+    command(storage, "evaluate", *words)
     assert not (entered / "log.jsonl").exists(), "nothing was trained"
-    assert "published ones (ema)" in (entered / "report" / "report.md").read_text()
     first, second = scores(storage, "tiny"), scores(storage, "entered")
     assert first["scores"] == second["scores"]
     assert (first["protocol"]["weights"], second["protocol"]["weights"]) == ("raw", "ema")
     assert json.dumps(second["protocol"]) == json.dumps(first["protocol"] | second["protocol"])
-    capsys.readouterr()
-    command(storage, "run", *words)
-    assert "everything up to date" in capsys.readouterr().out

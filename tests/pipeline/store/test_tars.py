@@ -52,17 +52,11 @@ def test_png_keeps_every_pixel(channels):
 
 
 @pytest.mark.parametrize(
-    "image",
-    [
-        np.zeros((8, 8, 3), np.float32),
-        np.zeros((3, 8, 8), np.uint8),
-        np.zeros((8, 8, 4), np.uint8),
-        np.zeros(8, np.uint8),
-    ],
+    "shape, dtype", [((8, 8, 3), "f4"), ((3, 8, 8), "u1"), ((8, 8, 4), "u1"), ((8,), "u1")]
 )
-def test_png_of_anything_but_a_picture_is_refused(image):
+def test_png_of_anything_but_a_picture_is_refused(shape, dtype):
     with pytest.raises(ValueError, match="uint8"):
-        tars.encode_png(image)
+        tars.encode_png(np.zeros(shape, dtype))
 
 
 def test_a_shard_is_byte_identical_at_any_time(tmp_path, monkeypatch):
@@ -112,16 +106,6 @@ def test_any_range_is_a_slice_of_the_whole(folder, bounds):
     assert labels.tolist() == [i % 7 for i in range(start, stop)]
 
 
-def test_index_counts_and_places(folder):
-    index = tars.open_shards(folder)
-    assert index.count_images("train") == 13 and index.splits == ["train"]
-    assert [(shard.name, shard.start, shard.stop) for shard in index.list_shards("train")] == [
-        ("train-00000.tar", 0, 5),
-        ("train-00001.tar", 5, 10),
-        ("train-00002.tar", 10, 13),
-    ]
-
-
 def test_unlabelled_images_have_label_minus_one(tmp_path):
     write_folder(tmp_path, images(13), labelled=False)
     assert tars.load_images(tmp_path, "train")[1].tolist() == [-1] * 13
@@ -129,20 +113,11 @@ def test_unlabelled_images_have_label_minus_one(tmp_path):
 
 
 @pytest.mark.parametrize("start, stop", [(0, 14), (13, 13), (-1, 4), (5, 2)])
-def test_a_range_outside_the_split_is_refused(folder, start, stop):
+def test_a_range_or_a_split_that_is_not_there_is_named(folder, start, stop):
     with pytest.raises(PipelineError, match="has 13"):
         tars.load_images(folder, "train", start, stop)
-
-
-def test_a_split_that_is_not_there_is_named(folder):
     with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):
         tars.load_images(folder, "test")
-
-
-def test_a_folder_without_manifest_is_not_trusted(folder):
-    (folder / "manifest.json").unlink()
-    with pytest.raises(PipelineError, match="no finished shards"):
-        tars.open_shards(folder)
 
 
 # Damage. A member is a header of 512 bytes and its data, filled up to whole blocks.
@@ -171,29 +146,18 @@ FLIPS = {
 
 
 @pytest.mark.parametrize("place", CUTS)
-def test_a_truncated_shard_is_named(folder, place):
+def test_a_truncated_shard_is_named_with_and_without_its_manifest(folder, place):
     path = folder / SHARD
     whole = path.read_bytes()
-    path.write_bytes(whole[: CUTS[place](whole)])
+    cut = CUTS[place](whole)
+    path.write_bytes(whole[:cut])
     with pytest.raises(PipelineError, match=f"{SHARD} has"):
         tars.load_images(folder, "train")
-
-
-@pytest.mark.parametrize("place", CUTS)
-def test_a_truncated_tar_is_seen_without_its_manifest(folder, place):
-    path = folder / SHARD
-    whole = path.read_bytes()
-    path.write_bytes(whole[: CUTS[place](whole)])
     with pytest.raises(PipelineError, match=SHARD):
         list(tars.read_records(path))
-
-
-@pytest.mark.parametrize("place", CUTS)
-def test_a_truncated_shard_filled_up_with_zeros_is_named(folder, place):
-    path = folder / SHARD
-    whole = path.read_bytes()
-    cut = min(CUTS[place](whole), len(whole.rstrip(b"\0")) - 1)
-    path.write_bytes(whole[:cut].ljust(len(whole), b"\0"))
+    path.write_bytes(
+        whole[: min(cut, len(whole.rstrip(b"\0")) - 1)].ljust(len(whole), b"\0")
+    )  # as long as before
     with pytest.raises(PipelineError, match=f"{SHARD} does not match its sha256"):
         tars.load_images(folder, "train")
     if place == "at a member boundary":
@@ -218,16 +182,16 @@ def test_a_damaged_shard_that_is_not_asked_for_does_no_harm(folder):
     assert len(tars.load_images(folder, "train", 0, 5)[0]) == 5
 
 
-def test_a_missing_shard_is_named(folder):
+def test_a_missing_shard_or_manifest_and_a_broken_one_are_named(folder):
     (folder / SHARD).unlink()
     with pytest.raises(PipelineError, match=f"{SHARD} is missing"):
         tars.open_shards(folder)
-
-
-def test_a_broken_manifest_is_named(folder):
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text()[:100])
     with pytest.raises(PipelineError, match=r"manifest\.json is not valid JSON"):
+        tars.open_shards(folder)
+    manifest.unlink()
+    with pytest.raises(PipelineError, match="no finished shards"):
         tars.open_shards(folder)
 
 
