@@ -141,8 +141,8 @@ def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
     assert isinstance(row, list) and [p.caption for p in row] == ["seed 2", "seed 11"]
     assert shorten_labels(found[:2]) == {"seed-11": "11", "seed-2": "2"}
     assert shorten_labels([found[0], found[2]]) == {"seed-11": "0.1 · 11", "seed-2": "0.2 · 2"}
-    same = [ComparedRun(label, place, {"seed": 1}) for label in ("one", "two")]
-    assert shorten_labels(same) == {"one": "one", "two": "two"}, "values that tell nothing apart"
+    runs = [ComparedRun(label, place, {"seed": seed}) for label, seed in (("a", 1), ("b", 1), ("c", 2))]
+    assert shorten_labels(runs) == {"a": "a", "b": "b", "c": "c"}, "values that do not tell all apart"
 
 
 def test_the_page_is_whole_and_leads_to_each_report(four, tmp_path):
