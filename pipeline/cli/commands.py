@@ -1,6 +1,6 @@
-"""What each command of `ddpm` does with its parsed words.
+"""The commands of `ddpm`: one function each, from parsed arguments to an exit code (None = 0).
 
-Imports stand inside, after what a wrong configuration is told by: a command loads what it needs when it needs it.
+Imports stand inside, after the checks of the configuration: a command loads what it needs when it needs it.
 """
 
 from __future__ import annotations
@@ -15,63 +15,56 @@ from pipeline.errors import ConfigError, PipelineError, suggest
 
 if TYPE_CHECKING:
     from pipeline.config import ClusterConfig, Experiment
-    from pipeline.store.run import Place
     from pipeline.sweep.definition import Sweep
     from pipeline.sweep.points import SweepPoint
     from pipeline.sweep.study import Study
 
 MANY = 200  # trials; more are rarely meant
 
-# The cluster that a command line means, and its paths that mean something else on another machine.
-Checked = tuple["ClusterConfig", list[str]]
+# The cluster of a command, and those of its paths that mean something else on another machine.
+JobInputs = tuple["ClusterConfig", list[str]]
 
 
-def version() -> str:
-    """Return the version of the installed program."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("ddpm-pipeline")
-    except metadata.PackageNotFoundError:
-        return "from a checkout that is not installed"
+# Arguments
 
 
-# Words of a command line
-
-
-def _list_words(options: Namespace) -> list[str]:
-    """Return the words that are not the cluster's."""
+def _list_arguments(options: Namespace) -> list[str]:
+    """Return the names and overrides that do not start with `cluster.`."""
     return [word for word in options.words if not word.startswith("cluster.")]
 
 
-def _split_words(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
-    """Return the one name that is given, if any, and the overrides."""
-    words = _list_words(options)
+def _split_arguments(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
+    """Return the name, if one is given, and the overrides."""
+    words = _list_arguments(options)
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise ConfigError(f"one {kind} at a time, not {' and '.join(names)}; overrides are written key=value")
     return (names[0] if names else None), [word for word in words if "=" in word]
 
 
-def _load_cluster(options: Namespace) -> ClusterConfig:
+def _load_cluster(options: Namespace, alone: bool = False) -> ClusterConfig:
+    """Load the cluster of the command; `alone`: the command takes no other arguments."""
     from pipeline import config
 
+    if alone and (stray := _list_arguments(options)):
+        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
     own = [word.removeprefix("cluster.") for word in options.words if word.startswith("cluster.")]
     return config.load_cluster(options.cluster, own)
 
 
-def _load_cluster_only(options: Namespace) -> ClusterConfig:
-    if stray := _list_words(options):
-        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
-    return _load_cluster(options)
+def _prepare_root(options: Namespace, alone: bool = True) -> Path:
+    """Return the storage root of the command's cluster."""
+    from pipeline.engine.find import prepare_storage_root
+
+    return prepare_storage_root(_load_cluster(options, alone))
 
 
-def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
-    """Read the experiment and the cluster that the command line names; the faults of both are told at once."""
+def _load_experiment_and_cluster(options: Namespace) -> tuple[Experiment, ClusterConfig]:
+    """Load both; the problems of both are reported at once."""
     from pipeline import config
     from pipeline.engine.names import list_known_names
 
-    name, overrides = _split_words(options, "experiment")
+    name, overrides = _split_arguments(options, "experiment")
     problems: list[str] = []
     try:
         experiment = config.load_experiment(name or options.command.default, overrides, list_known_names())
@@ -86,12 +79,12 @@ def _load(options: Namespace) -> tuple[Experiment, ClusterConfig]:
     return experiment, cluster
 
 
-# The stages of one run
+# One run
 
 
-def run_command(options: Namespace) -> int:
-    """`ddpm run` and the commands that are named like a stage."""
-    experiment, cluster = _load(options)
+def run_command(options: Namespace) -> None:
+    """Run the stages that the command names (`ddpm run`, `ddpm train`, ...)."""
+    experiment, cluster = _load_experiment_and_cluster(options)
     from pipeline import tracking
     from pipeline.engine.execute import run_stages
 
@@ -101,22 +94,30 @@ def run_command(options: Namespace) -> int:
     print_line(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
     if place.report_html.exists():
         print_line(f"    report: {place.report_html}")
-    return 0
 
 
-def check_experiment(options: Namespace) -> Checked:
-    experiment, cluster = _load(options)
+def prepare_submit_run(options: Namespace) -> JobInputs:
+    """Check the command before it is sent as a job."""
+    experiment, cluster = _load_experiment_and_cluster(options)
     from pipeline import config
 
     config.require_images_for_workers(experiment.train, cluster.workers or 1)
-    name, overrides = _split_words(options, "experiment")
+    name, overrides = _split_arguments(options, "experiment")
     return cluster, config.find_relative_paths(name or options.command.default, overrides)
 
 
-def show(options: Namespace) -> int:
-    experiment, cluster = _load(options)
+def import_weights(options: Namespace) -> None:
+    """Make a run of published weights (`ddpm import`)."""
+    options.words = [*options.words, f"published.path={options.path}", f"published.weights={options.weights}"]
+    run_command(options)
+
+
+def show_experiment(options: Namespace) -> None:
+    """Print the resolved configuration and its keys (`ddpm show`)."""
+    experiment, cluster = _load_experiment_and_cluster(options)
     from pipeline import config
     from pipeline.engine import find
+    from pipeline.store.selection import fill_in_selection
 
     print(config.to_yaml(experiment), end="")
     print("\n# cluster\n" + config.to_yaml(cluster), end="")
@@ -126,39 +127,26 @@ def show(options: Namespace) -> int:
         place = find.make_place(experiment, cluster.storage_root)
     except PipelineError as error:
         print(f"\n# keys: not known: {error}")
-        return 0
+        return
     print(f"\n# data key    {place.data_key}\n# run key     {place.run_key}")
-    print("\n".join(f"# {line}" for line in _list_later_keys(place)))
+    if found := fill_in_selection(place):
+        if rule := found.experiment.checkpoint_rule:
+            print(f"# checkpoint  {found.experiment.checkpoint_step}, {rule}")
+        print(f"# sample key  {found.sample_key}\n# score key   {found.score_key}")
+    else:
+        print("# sample key  not known before the best checkpoint is selected; so is the score key")
     print(f"# directory   {place.path}")
-    return 0
-
-
-def _list_later_keys(place: Place) -> list[str]:
-    """List the keys that depend on the checkpoint, once it is known."""
-    from pipeline.store import selection
-
-    found = selection.fill_in_selection(place)
-    if found is None:
-        return ["sample key  not known before the best checkpoint is chosen; so is the score key"]
-    lines = [f"sample key  {found.sample_key}", f"score key   {found.score_key}"]
-    rule = found.experiment.checkpoint_rule
-    return [f"checkpoint  {found.experiment.checkpoint_step}, {rule}", *lines] if rule else lines
-
-
-def import_weights(options: Namespace) -> int:
-    options.words = [*options.words, f"published.path={options.path}", f"published.weights={options.weights}"]
-    return run_command(options)
 
 
 # Studies
 
 
 def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint], ClusterConfig]:
-    """Read the sweep that the command line names, the overrides of all its trials, its points, and the cluster."""
+    """Load the sweep of the command, the overrides of all its trials, its points, and the cluster."""
     from pipeline.sweep.definition import load_sweep
     from pipeline.sweep.points import list_points
 
-    name, overrides = _split_words(options, "sweep")
+    name, overrides = _split_arguments(options, "sweep")
     if name is None:
         raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
     own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
@@ -169,35 +157,39 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint],
     return sweep, shared, list_points(sweep, shared), cluster
 
 
-def sweep(options: Namespace) -> int:
+def run_sweep(options: Namespace) -> int:
+    """Run the trials of a sweep file (`ddpm sweep`)."""
     sweep, _, points, cluster = _load_sweep(options)
     from pipeline.sweep.study import Study
 
     return _run_study(Study(sweep, points, cluster), options)
 
 
-def check_sweep(options: Namespace) -> Checked:
+def prepare_submit_sweep(options: Namespace) -> JobInputs:
+    """Check the command before it is sent as a job."""
     from pipeline.sweep.points import list_sweep_paths
 
     sweep, shared, _, cluster = _load_sweep(options)
     return cluster, list_sweep_paths(sweep, shared)
 
 
-def reproduce(options: Namespace) -> int:
+def run_reproduction(options: Namespace) -> int:
+    """Run the rows of the paper's tables (`ddpm reproduce`)."""
     cluster = _load_cluster(options)
     from pipeline.sweep.reproduction import plan_reproduction
 
-    shared = _list_words(options)
+    shared = _list_arguments(options)
     study = plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run)
     return _run_study(study, options)
 
 
-def check_reproduction(options: Namespace) -> Checked:
+def prepare_submit_reproduction(options: Namespace) -> JobInputs:
+    """Check the command before it is sent as a job."""
     from pipeline.sweep.definition import load_sweep
     from pipeline.sweep.points import list_points, list_sweep_paths
     from pipeline.sweep.reproduction import SWEEPS, parse_budget
 
-    cluster, shared = _load_cluster(options), _list_words(options)
+    cluster, shared = _load_cluster(options), _list_arguments(options)
     parse_budget(options.budget)
     sweep = load_sweep(SWEEPS[options.target], [])
     list_points(sweep, shared)
@@ -221,17 +213,18 @@ def _run_study(study: Study, options: Namespace) -> int:
     return 1 if board.failures else 0
 
 
-# Runs that are there
+# Finished runs
 
 
-def status(options: Namespace) -> int:
-    from pipeline.cli import status
+def show_status(options: Namespace) -> None:
+    """Print the runs and studies of a storage root (`ddpm status`)."""
+    from pipeline.cli.status import format_status
 
-    print(status.format_status(_load_cluster_only(options).storage_root))
-    return 0
+    print(format_status(_load_cluster(options, alone=True).storage_root))
 
 
-def compare(options: Namespace) -> int:
+def compare_runs(options: Namespace) -> None:
+    """Write a report over several runs (`ddpm compare`)."""
     from pipeline.engine import find
     from pipeline.scores.metrics import METRICS, find_metric
     from pipeline.store.run import locate_comparison
@@ -240,31 +233,32 @@ def compare(options: Namespace) -> int:
     if metric is None:
         hint = suggest(options.metric, METRICS)
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
-    root = find.prepare_storage_root(_load_cluster(options))
-    paths = dict.fromkeys(path for name in _list_words(options) for path in find.find_named_runs(name, root))
+    root = _prepare_root(options, alone=False)
+    named = [path for name in _list_arguments(options) for path in find.find_named_runs(name, root)]
+    paths = list(dict.fromkeys(named))
     if len(paths) < 2:
-        found = f"only {next(iter(paths)).name}" if paths else "no run"
+        found = f"only {paths[0].name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
     from pipeline.report import compared_run, comparison
 
-    runs = compared_run.list_compared_runs(find.read_place(path) for path in paths)
+    runs = compared_run.list_compared_runs(map(find.read_place, paths))
     folder = locate_comparison(root, comparison.hash_comparison(runs, metric))
     print_line(f"comparison: {comparison.write_comparison(runs, folder, 'Comparison', metric)}")
-    return 0
 
 
-def export_weights(options: Namespace) -> int:
-    from pipeline.engine import find
-    from pipeline.store import diffusers_layout
+def export_weights(options: Namespace) -> None:
+    """Write a run's weights in the diffusers layout (`ddpm export`)."""
+    from pipeline.engine.find import find_run
+    from pipeline.store.diffusers_layout import export_to_diffusers
 
-    path = find.find_run(options.run, find.prepare_storage_root(_load_cluster_only(options)))
+    path = find_run(options.run, _prepare_root(options))
     folder = Path(options.directory).expanduser().absolute()
-    print_line(diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step))
-    return 0
+    print_line(export_to_diffusers(path, folder, options.weights, options.step))
 
 
-def sync(options: Namespace) -> int:
-    cluster = _load_cluster_only(options)
+def sync_run(options: Namespace) -> None:
+    """Deliver a run to the tracking server (`ddpm sync`)."""
+    cluster = _load_cluster(options, alone=True)
     from pipeline import tracking
     from pipeline.engine import find
     from pipeline.store.files import lock_folder
@@ -274,43 +268,43 @@ def sync(options: Namespace) -> int:
     tracking.check_server(uri)
     with lock_folder(place.path):
         print_line(tracking.deliver_run(uri, place.experiment.name, place))
-    return 0
 
 
-def push(options: Namespace) -> int:
-    from pipeline.engine import find
+def push_run(options: Namespace) -> None:
+    """Send a run, or shards, to an object store (`ddpm push`)."""
+    from pipeline.engine.find import find_run
     from pipeline.store import remote
 
-    root = find.prepare_storage_root(_load_cluster_only(options))
-    name = options.run if "/" in options.run else str(find.find_run(options.run, root))  # data/NAME is no run
+    root = _prepare_root(options)
+    name = options.run if "/" in options.run else str(find_run(options.run, root))  # data/NAME is no run
     print_line(remote.push_run(name, root, options.uri))
-    return 0
 
 
-def pull(options: Namespace) -> int:
-    from pipeline.engine import find
+def pull_run(options: Namespace) -> None:
+    """Fetch what was pushed (`ddpm pull`)."""
     from pipeline.store import remote
 
-    print_line(remote.pull_run(options.uri, find.prepare_storage_root(_load_cluster_only(options))))
-    return 0
+    print_line(remote.pull_run(options.uri, _prepare_root(options)))
 
 
 # Jobs, servers, this machine
 
 
-def submit(options: Namespace) -> int:
+def submit_job(options: Namespace) -> int:
+    """Send a command to a cluster as a job (`ddpm submit`)."""
     from pipeline.jobs import job_commands as jobs
 
     if options.words or not options.job:
         raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
-    check = options.job_options.command.check
-    if check is None:
+    prepare = options.job_options.command.prepare_submit
+    if prepare is None:
         raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
-    cluster, relative = check(options.job_options)
+    cluster, relative = prepare(options.job_options)
     return jobs.submit_job(options.job, cluster, relative, options.address, options.id, options.follow)
 
 
-def jobs(options: Namespace) -> int:
+def run_job_command(options: Namespace) -> int:
+    """List, show or stop the jobs of a cluster (`ddpm jobs`)."""
     from pipeline.jobs import job_commands as jobs
 
     action, *names = options.words or ["list"]
@@ -327,16 +321,16 @@ def jobs(options: Namespace) -> int:
     return (jobs.show_status if action == "status" else jobs.stop_job)(names[0], options.address)
 
 
-def ui(options: Namespace) -> int:
-    cluster = _load_cluster_only(options)
+def serve_ui(options: Namespace) -> int:
+    """Serve the MLflow UI (`ddpm ui`)."""
+    cluster = _load_cluster(options, alone=True)
     from pipeline import tracking
-    from pipeline.engine import find
 
-    return tracking.serve_ui(find.prepare_storage_root(cluster), options.port, uri=cluster.tracking_uri)
+    return tracking.serve_ui(_prepare_root(options), options.port, uri=cluster.tracking_uri)
 
 
-def doctor(options: Namespace) -> int:
-    from pipeline.cli import status
+def show_diagnosis(options: Namespace) -> None:
+    """Print what this machine has and what is missing (`ddpm doctor`)."""
+    from pipeline.cli.status import diagnose
 
-    print(status.diagnose(_load_cluster_only(options)))
-    return 0
+    print(diagnose(_load_cluster(options, alone=True)))

@@ -26,84 +26,81 @@ from pipeline.store.run import find_runs
 
 
 def complete(program: ArgumentParser, parsers: Mapping[str, ArgumentParser]) -> None:
-    """Answer the shell and end the process. The metavar of an argument tells how it is completed."""
+    """Print the completions of the line and exit; an argument's metavar decides what is listed."""
     actions = [action for parser in parsers.values() for action in parser._actions]
     for action in actions:
-        if action.metavar in LISTERS:
-            action.completer = _list_words  # type: ignore[attr-defined]
+        if action.metavar in COMPLETERS:
+            action.completer = _complete_argument  # type: ignore[attr-defined]
     valued = {name for action in actions if action.nargs is None for name in action.option_strings}
     line = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode()
-    line = hide_options(line, valued)
+    line = remove_options(line, valued)
     os.environ["COMP_LINE"], os.environ["COMP_POINT"] = line, str(len(line.encode()))
     argcomplete.autocomplete(program)
 
 
-def hide_options(line: str, valued: set[str]) -> str:
-    """Take finished options out of a line that is being typed: argparse would end the list of words at them.
+def remove_options(line: str, valued: set[str]) -> str:
+    """Remove complete options from the line that is being typed, since argparse would stop completing words there.
 
     `valued` are the options that take a value. After `submit --` the line is that of the job.
     """
     program, *done, typed = line.split(" ")
     if done[:1] == ["submit"] and "--" in done:
         done = done[done.index("--") + 1 :]
-    before = ["", *done]
-    kept = [
-        word
-        for last, word in zip(before, done, strict=False)
-        if not word.startswith("-") and last not in valued
-    ]
-    if before[-1] in valued:  # its value is being typed
-        kept.append(before[-1])
+    pairs = zip(["", *done], done, strict=False)
+    kept = [word for before, word in pairs if not word.startswith("-") and before not in valued]
+    if done and done[-1] in valued:  # its value is being typed
+        kept.append(done[-1])
     return " ".join([program, *kept, typed])
 
 
-def _list_words(prefix: str, action: Action, **_: object) -> list[str]:
-    return LISTERS[str(action.metavar)](prefix)
+def _complete_argument(prefix: str, action: Action, **_: object) -> list[str]:
+    return COMPLETERS[str(action.metavar)](prefix)
 
 
-def _list_cluster_keys(prefix: str) -> list[str]:
-    return _list_section("cluster", ClusterConfig, prefix)
+def _complete_cluster_keys(prefix: str) -> list[str]:
+    return _complete_section("cluster", ClusterConfig, prefix)
 
 
-def _list_keys(prefix: str) -> list[str]:
-    """List key=value: the keys of an experiment and of a cluster; after "=", the values where they can be listed."""
+def _complete_keys(prefix: str) -> list[str]:
+    """Return key= for the keys of an experiment and of a cluster; after "=" the values, where they can be listed."""
     sections = [(key, kind) for key, kind in get_field_types(Experiment).items() if is_section(kind)]
     sections += [("model", config) for config in NETWORKS.values()]
-    found = [word for name, kind in sections for word in _list_section(name, kind, prefix)]
-    return [*dict.fromkeys(found), "seed=", "name=", *_list_cluster_keys(prefix)]
+    found = [word for name, kind in sections for word in _complete_section(name, kind, prefix)]
+    return [*dict.fromkeys(found), "seed=", "name=", *_complete_cluster_keys(prefix)]
 
 
-def _list_section(name: str, section: type, prefix: str) -> list[str]:
+def _complete_section(name: str, section: type, prefix: str) -> list[str]:
     words = []
     for key, kind in get_field_types(section).items():
         word = f"{name}.{key}="
-        values = _list_values(kind) if prefix.startswith(word) else []
+        values = _complete_value(kind) if prefix.startswith(word) else []
         words += [f"{word}{value}" for value in values] or [word]
     return words
 
 
-def _list_values(kind: object) -> list[str]:
-    """List the values that a type names: of a choice, of true or false, null."""
+def _complete_value(kind: object) -> list[str]:
+    """Return the values that a field's type names: its choices, true and false, null."""
     if kind is bool:
         return ["true", "false"]
     if kind is type(None):
         return ["null"]
     if get_origin(kind) is Literal:
         return [str(value) for value in get_args(kind)]
-    return [value for option in get_args(kind) for value in _list_values(option)]
+    return [value for option in get_args(kind) for value in _complete_value(option)]
 
 
-def _list_runs() -> list[str]:
-    """List the runs of the local cluster's storage root."""
-    return [path.name for path in find_runs(Path(load_cluster("local", []).storage))]
+def _complete_run(prefix: str) -> list[str]:
+    """Return the runs of the local cluster's storage root, and the keys of a cluster."""
+    runs = find_runs(Path(load_cluster("local", []).storage))
+    return [*(path.name for path in runs), *_complete_cluster_keys(prefix)]
 
 
 # From the metavar of an argument and what is typed of a word to the words that it may become.
-LISTERS: dict[str, Callable[[str], list[str]]] = {
+COMPLETERS: dict[str, Callable[[str], list[str]]] = {
     "CLUSTER": lambda prefix: list_configurations("cluster"),
-    "cluster.key=value": _list_cluster_keys,
-    "key=value": _list_keys,
-    "EXPERIMENT | key=value": lambda prefix: [*list_configurations(), *_list_keys(prefix)],
-    "SWEEP | key=value": lambda prefix: [*list_configurations("sweep"), *_list_keys(prefix)],
-    "RUN": lambda prefix: [*_list_runs(), *_list_cluster_keys(prefix)],
+    "cluster.key=value": _complete_cluster_keys,
+    "key=value": _complete_keys,
+    "EXPERIMENT | key=value": lambda prefix: [*list_configurations(), *_complete_keys(prefix)],
+    "SWEEP | key=value": lambda prefix: [*list_configurations("sweep"), *_complete_keys(prefix)],
+    "RUN": _complete_run,
 }

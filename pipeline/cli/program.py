@@ -22,99 +22,100 @@ The same command again goes on where it was interrupted, and does nothing where 
 """
 
 
-Take = tuple[tuple[str, ...], dict[str, Any]]  # what declares an argument: its names and settings
+Argument = tuple[tuple[str, ...], dict[str, Any]]  # its names and settings, for argparse's `add_argument`
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it does, examples with what a user should know of them, and what it takes.
+    """One command: its function, its help, examples and arguments.
 
-    check: reads its words as it would here and starts nothing; commands that have it can be submitted as jobs.
+    prepare_submit: checks its arguments and starts nothing; commands that have it can be submitted as jobs.
     default: the experiment where none is named.
     """
 
     name: str
-    run: Callable[[Namespace], int]
+    run: Callable[[Namespace], int | None]
     text: str
     examples: str
-    takes: tuple[Take, ...]
-    check: Callable[[Namespace], do.Checked] | None = None
+    arguments: tuple[Argument, ...]
+    prepare_submit: Callable[[Namespace], do.JobInputs] | None = None
     default: str = "digits"
 
 
-# What commands take
-
-
-def _take(*names: str, **settings: Any) -> Take:
-    """Give an argument as argparse's `add_argument` takes it."""
+def _declare(*names: str, **settings: Any) -> Argument:
+    """Return the names and settings of one argument."""
     return names, settings
 
 
-def _take_words(metavar: str, text: str) -> Take:
-    return _take("words", nargs="*", metavar=metavar, help=text)
+def _declare_words(metavar: str, text: str) -> Argument:
+    """Return the argument that takes any number of names and overrides."""
+    return _declare("words", nargs="*", metavar=metavar, help=text)
 
 
-CLUSTER = _take("--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)")
-CLUSTER_ONLY = (_take_words("cluster.key=value", "of the cluster"), CLUSTER)
-EXPERIMENT = (_take_words("EXPERIMENT | key=value", "one experiment, many overrides"), CLUSTER)
-RUN = _take("run", metavar="RUN", help="a run directory, or how its name begins")
+CLUSTER = _declare("--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)")
+CLUSTER_ONLY = (_declare_words("cluster.key=value", "of the cluster"), CLUSTER)
+EXPERIMENT = (_declare_words("EXPERIMENT | key=value", "one experiment, many overrides"), CLUSTER)
+RUN = _declare("run", metavar="RUN", help="a run directory, or how its name begins")
 STUDY = (
-    _take("--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"),
-    _take("--yes", action="store_true", help=f"really more than {do.MANY} trials"),
+    _declare(
+        "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
+    ),
+    _declare("--yes", action="store_true", help=f"really more than {do.MANY} trials"),
     CLUSTER,
 )
-ADDRESS = _take(
+ADDRESS = _declare(
     "--address", metavar="URL",
     help="the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, http://127.0.0.1:8265",
 )  # fmt: skip
 
 
-def _stage(name: str, text: str, examples: str) -> Command:
+def _declare_stage(name: str, text: str, examples: str) -> Command:
+    """Return the command that brings a run up to one stage."""
     examples += CONFIGURATIONS + GOES_ON
-    return Command(name, do.run_command, text, examples, EXPERIMENT, do.check_experiment)
+    return Command(name, do.run_command, text, examples, EXPERIMENT, do.prepare_submit_run)
 
 
 COMMANDS = (
-    _stage("run", "shard, train, sample, evaluate, figures, report: whatever is not done yet", """\
+    _declare_stage("run", "shard, train, sample, evaluate, figures, report: whatever is not done yet", """\
   ddpm run                                            the digits, in minutes on two cores
   ddpm run cifar10 data.path=FOLDER                   the paper's CIFAR-10 experiment
   ddpm run digits cluster.workers=2 cluster.storage=/data/runs
 """),
-    _stage("shard", "write the images as webdataset tars", """\
+    _declare_stage("shard", "write the images as webdataset tars", """\
   ddpm shard cifar10 data.path=FOLDER                 from a folder of images, or what else data.source names
 """),
-    _stage("train", "train the network (DDP; goes on from the newest checkpoint)", """\
+    _declare_stage("train", "train the network (DDP; goes on from the newest checkpoint)", """\
   ddpm train digits train.steps=3000                  more steps, from where it ended
   ddpm train cifar10 cluster.workers=4 train.precision=bf16
 """),
-    _stage("sample", "draw samples from the trained network", """\
+    _declare_stage("sample", "draw samples from the trained network", """\
   ddpm sample digits sample.num_images=1000           asking for more images draws only those that are missing
   ddpm sample digits sample.sampler=ddim sample.steps=50
   ddpm sample digits evaluate.checkpoints=all sample.checkpoint=best
 """),
-    _stage("evaluate", "compute FID, IS and the NLL bound, each with its protocol", """\
+    _declare_stage("evaluate", "compute FID, IS and the NLL bound, each with its protocol", """\
   ddpm evaluate digits evaluate.metrics=[fid,is,kid]
   ddpm evaluate digits sample.weights=raw             scores of the raw weights of the same run
 """),
-    _stage("figures", "draw the paper's figures", """\
+    _declare_stage("figures", "draw the paper's figures", """\
   ddpm figures digits figures.which=[samples,progressive]
 """),
-    _stage("report", "write report.html and report.md from what is there", """\
+    _declare_stage("report", "write report.html and report.md from what is there", """\
   ddpm report digits                                  `ddpm run` ends with it
 """),
-    Command("show", do.show, "the resolved configuration and its keys; starts nothing", f"""\
+    Command("show", do.show_experiment, "the resolved configuration and its keys; starts nothing", f"""\
   ddpm show cifar10                                   every key with its value
   ddpm show digits train.lr=1e-4                      which run directory that would be
 {CONFIGURATIONS}""", EXPERIMENT),
-    Command("sweep", do.sweep, "all trials of a sweep file, several at once; the same command again goes on", """\
+    Command("sweep", do.run_sweep, "all trials of a sweep file, several at once; the same command again goes on", """\
   ddpm sweep digits_beta_dropout --dry-run            the trials, what each may use, the time left
   ddpm sweep beta_dropout train.steps=20000           key=value is for all trials,
   ddpm sweep beta_dropout sweep.concurrent=4          sweep.key=value for the sweep
 
 SWEEP is a path, or the name of a file in ./conf/sweep; conf/sweep/beta_dropout.yaml explains every key of one.
 Finished trials are not repeated, broken ones are tried again, points added to the file are run.
-""", (_take_words("SWEEP | key=value", "a sweep, and any number of overrides"), *STUDY), do.check_sweep),
-    Command("reproduce", do.reproduce,
+""", (_declare_words("SWEEP | key=value", "a sweep, and any number of overrides"), *STUDY), do.prepare_submit_sweep),
+    Command("reproduce", do.run_reproduction,
         "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget", """\
   ddpm reproduce cifar10                              six rows of 800,000 steps, as in the paper
   ddpm reproduce cifar10 --budget 2h                  what two hours allow on this cluster, by a measured rate
@@ -122,79 +123,79 @@ Finished trials are not repeated, broken ones are tried again, points added to t
 
 The same command again goes on. A study that is shorter than the paper's says so in its first line.
 """, (
-        _take("target", choices=("cifar10",), help="what to reproduce"),
-        _take_words("key=value", "overrides of every row, or cluster.key=value"),
-        _take("--budget", default="full", metavar="STEPS | TIME | full",
+        _declare("target", choices=("cifar10",), help="what to reproduce"),
+        _declare_words("key=value", "overrides of every row, or cluster.key=value"),
+        _declare("--budget", default="full", metavar="STEPS | TIME | full",
             help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full"), *STUDY,
-    ), do.check_reproduction),
-    Command("status", do.status, "the runs, their stages, progress and scores", """\
+    ), do.prepare_submit_reproduction),
+    Command("status", do.show_status, "the runs, their stages, progress and scores", """\
   ddpm status cluster.storage=/data/runs              the runs of another storage root
 """, CLUSTER_ONLY),
     Command("import", do.import_weights, "published weights in the diffusers layout become a run", f"""\
   ddpm import FOLDER                                  google/ddpm-cifar10-32, for example
   ddpm import FOLDER --weights ema lsun_church
 {CONFIGURATIONS}""", (
-        _take("path", metavar="PATH", help="their folder: config.json and the weights, or unet/"),
-        _take("--weights", choices=("raw", "ema", "unknown"), default="unknown", help="what their authors call them"),
+        _declare("path", metavar="PATH", help="their folder: config.json and the weights, or unet/"),
+        _declare("--weights", choices=("raw", "ema", "unknown"), default="unknown", help="what their authors say"),
         *EXPERIMENT,
     ), default="cifar10_published"),
     Command("export", do.export_weights, "a run's weights for diffusers' DDPMPipeline.from_pretrained", """\
   ddpm export digits-3f2a DIR                         the newest EMA weights
   ddpm export digits-3f2a DIR --weights raw --step 1000
 """, (
-        RUN, _take("directory", metavar="DIR", help="the folder to write; it must not exist yet"),
-        _take("--weights", choices=("ema", "raw"), default="ema", help="default: ema"),
-        _take("--step", type=int, help="default: the newest checkpoint"), *CLUSTER_ONLY,
+        RUN, _declare("directory", metavar="DIR", help="the folder to write; it must not exist yet"),
+        _declare("--weights", choices=("ema", "raw"), default="ema", help="default: ema"),
+        _declare("--step", type=int, help="default: the newest checkpoint"), *CLUSTER_ONLY,
     )),
-    Command("compare", do.compare, "a report over several runs", """\
+    Command("compare", do.compare_runs, "a report over several runs", """\
   ddpm compare digits-3f2a digits-91bc
   ddpm compare cifar10 --metric nll                   all runs whose names begin so, ranked by their bound
 """, (
-        _take_words("RUN", "a run directory, or how the names of one or several begin"),
-        _take("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."), CLUSTER,
+        _declare_words("RUN", "a run directory, or how the names of one or several begin"),
+        _declare("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."), CLUSTER,
     )),
-    Command("sync", do.sync, "deliver to the tracking server what it has not got", """\
+    Command("sync", do.sync_run, "deliver to the tracking server what it has not got", """\
   ddpm sync digits-3f2a cluster.tracking_uri=http://HOST:5000
 """, (RUN, *CLUSTER_ONLY)),
-    Command("push", do.push, "finished shards, checkpoints, samples and scores to an object store", """\
+    Command("push", do.push_run, "finished shards, checkpoints, samples and scores to an object store", """\
   ddpm push digits-3f2a s3://BUCKET/runs
   ddpm push data/digits-77aa s3://BUCKET/runs         the shards alone
 """, (
-        _take("run", metavar="RUN", help="a run, or data/NAME: shards alone"),
-        _take("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there"), *CLUSTER_ONLY,
+        _declare("run", metavar="RUN", help="a run, or data/NAME: shards alone"),
+        _declare("uri", metavar="s3://BUCKET/PREFIX", help="what mirrors the storage root there"), *CLUSTER_ONLY,
     )),
-    Command("pull", do.pull, "what was pushed, into the storage root", """\
+    Command("pull", do.pull_run, "what was pushed, into the storage root", """\
   ddpm pull s3://BUCKET/runs/digits-3f2a
-""", (_take("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named"), *CLUSTER_ONLY)),
-    Command("ui", do.ui, "open the MLflow UI on this project's store", """\
+""", (_declare("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named"), *CLUSTER_ONLY)),
+    Command("ui", do.serve_ui, "open the MLflow UI on this project's store", """\
   ddpm ui --port 5001 cluster.storage=/data/runs
-""", (_take("--port", type=int, default=5000, help="default: 5000"), *CLUSTER_ONLY)),
-    Command("submit", do.submit,
+""", (_declare("--port", type=int, default=5000, help="default: 5000"), *CLUSTER_ONLY)),
+    Command("submit", do.submit_job,
         "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER", """\
   ddpm submit -- run cifar10 --cluster compose
   ddpm submit --follow --id first -- sweep digits_beta_dropout --cluster kuberay
 
 Code and configurations travel, data never. `ddpm jobs` shows what became of it.
 """, (
-        _take_words("-- COMMAND", "run, sweep, train, ... as always"),
-        _take("--follow", action="store_true", help="write the job's log, and end as it ends"),
-        _take("--id", default="", metavar="NAME", help="default: the command and the time"), ADDRESS,
+        _declare_words("-- COMMAND", "run, sweep, train, ... as always"),
+        _declare("--follow", action="store_true", help="write the job's log, and end as it ends"),
+        _declare("--id", default="", metavar="NAME", help="default: the command and the time"), ADDRESS,
     )),
-    Command("jobs", do.jobs, "a cluster's jobs: list them; a log; one's status; stop one", """\
+    Command("jobs", do.run_job_command, "a cluster's jobs: list them; a log; one's status; stop one", """\
   ddpm jobs
   ddpm jobs logs run-cifar10-20260131-235959 --follow
 """, (
-        _take_words("list | logs ID | status ID | stop ID", "default: list"),
-        _take("--follow", action="store_true", help="with logs: until the job ends, and as it ends"), ADDRESS,
+        _declare_words("list | logs ID | status ID | stop ID", "default: list"),
+        _declare("--follow", action="store_true", help="with logs: until the job ends, and as it ends"), ADDRESS,
     )),
-    Command("doctor", do.doctor, "what this machine has, and what to do about what is missing", """\
+    Command("doctor", do.show_diagnosis, "what this machine has, and what to do about what is missing", """\
   ddpm doctor cluster.tracking_uri=http://HOST:5000   whether that server answers, too
 """, CLUSTER_ONLY),
 )  # fmt: skip
 
 
-def declare_commands() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    """Make the parser of the program, and those of its commands by name."""
+def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """Return the parser of the program, and those of its commands by name."""
     text = "Denoising Diffusion Probabilistic Models, end to end."
     hint = f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each."
     program = ArgumentParser(prog="ddpm", description=text, epilog=hint)
@@ -204,26 +205,30 @@ def declare_commands() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         text = command.text
         parser = parsers.add_parser(command.name, help=text, description=text, epilog=command.examples)
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        for names, settings in command.takes:
+        for names, settings in command.arguments:
             parser.add_argument(*names, **settings)
     for parser in (program, *parsers.choices.values()):
         parser.formatter_class, parser.allow_abbrev = RawDescriptionHelpFormatter, False
     return program, parsers.choices
 
 
-def parse(arguments: list[str]) -> Namespace:
-    """Read a command line; options may stand anywhere among the words. Exits with 2 where it is wrong.
+def parse_arguments(arguments: list[str]) -> Namespace:
+    """Parse a command line; options may stand anywhere in it. Exits with code 2 where it is wrong.
 
-    `command` is the Command. What follows `submit --` is a command line of its own: `job`, and what it means,
-    `job_options`.
+    `command` is the Command. What follows `submit --` is a command line of its own: `job`, parsed: `job_options`.
     """
-    program, parsers = declare_commands()
+    program, parsers = build_parser()
     if "_ARGCOMPLETE" in os.environ:
         from pipeline.cli import completion
 
         completion.complete(program, parsers)
     if arguments == ["--version"]:
-        print(f"ddpm {do.version()}")
+        from importlib import metadata
+
+        try:
+            print(f"ddpm {metadata.version('ddpm-pipeline')}")
+        except metadata.PackageNotFoundError:
+            print("ddpm from a checkout that is not installed")
         program.exit()
     if not arguments or arguments[0].startswith("-"):
         program.parse_args(arguments)
@@ -237,31 +242,31 @@ def parse(arguments: list[str]) -> Namespace:
         parsers[name].error(f"unknown option {stray[0]}{suggest(stray[0], known)}")
     options.command = next(command for command in COMMANDS if command.name == name)
     options.job = words[cut + 1 :]
-    options.job_options = parse(options.job) if options.job else None
+    options.job_options = parse_arguments(options.job) if options.job else None
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
-    options = parse(sys.argv[1:] if arguments is None else arguments)
+    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        return options.command.run(options)
+        return options.command.run(options) or 0
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away
         return 1
     except (PipelineError, ModuleNotFoundError, OSError) as error:
-        text = _explain(error)
+        text = _explain_error(error)
         if options.debug or text is None:
             raise
         print(f"error: {text}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
 
 
-def _explain(error: Exception) -> str | None:
-    """Say what is wrong and what to do; None where the fault is the program's."""
+def _explain_error(error: Exception) -> str | None:
+    """Return reason and remedy of a user's error; None for a bug."""
     if isinstance(error, ModuleNotFoundError):
         name = error.name or ""
         if name.split(".")[0] in ("pipeline", "ddpm"):

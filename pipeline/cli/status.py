@@ -1,4 +1,4 @@
-"""What there is: the runs of a storage root, and what this machine offers."""
+"""The texts of `ddpm status` and `ddpm doctor`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKAGES = (
 
 
 def format_status(root: Path) -> str:
-    """Tell of the runs and the sweeps below `root`, read from their files alone."""
+    """Return the tables of the runs and studies below `root`, read from their files alone."""
     found = find_runs(root)
     if not found:
         return f"no runs in {root} yet; `ddpm run` makes one"
@@ -47,12 +47,12 @@ def format_status(root: Path) -> str:
             problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
     columns = ("run", "data", "step", "samples", "scores", "report")
     tables = [*([format_table(columns, runs, str(root))] if runs else []), *problems]
-    if sweeps := [_describe_sweep(path) for path in find_leaderboards(root)]:
-        tables.append(format_table(("sweep", "finished", "stopped", "failed", "best", "score"), sweeps))
+    if studies := [_describe_study(path) for path in find_leaderboards(root)]:
+        tables.append(format_table(("sweep", "finished", "stopped", "failed", "best", "score"), studies))
     return "\n".join(tables)
 
 
-def _describe_sweep(leaderboard: Path) -> list[str]:
+def _describe_study(leaderboard: Path) -> list[str]:
     content = read_json(leaderboard)
     metric, best = METRICS[content["metric"]], content.get("best")
     states = [trial["state"] for trial in content["trials"]]
@@ -71,16 +71,16 @@ def _describe_run(path: Path) -> list[str]:
 
     experiment = config.load_experiment(str(path / EXPERIMENT), [])
     steps = list_steps(path / "train")
-    choices = [read_json(file) for file in find_selections(path)]
-    of_candidates = {score["evaluation"] for choice in choices for score in choice["scores"]}
+    selections = [read_json(file) for file in find_selections(path)]
+    of_candidates = {score["evaluation"] for selected in selections for score in selected["scores"]}
     scores = [file for file in find_scores(path) if file.parent.name not in of_candidates]
     sets = [read_json(file)["splits"] for file in find_sample_manifests(path)]
     images = sum(split["count"] for splits in sets for split in splits.values())
     lines = []
-    for choice in choices:
-        fid = next(score["fid"] for score in choice["scores"] if score["step"] == choice["best"])
-        of = f"of {len(choice['scores'])}, n={choice['n']}, {choice['weights']}"
-        lines.append(f"best step {choice['best']}: FID {fid:.2f} ({of})")
+    for selected in selections:
+        fid = next(score["fid"] for score in selected["scores"] if score["step"] == selected["best"])
+        of = f"of {len(selected['scores'])}, n={selected['n']}, {selected['weights']}"
+        lines.append(f"best step {selected['best']}: FID {fid:.2f} ({of})")
     for file in scores:
         protocol = read_json(file)["protocol"]
         about = f"step {protocol['checkpoint']}, {protocol['weights']}, n={protocol.get('n')}"
@@ -97,14 +97,17 @@ def _describe_run(path: Path) -> list[str]:
 
 
 def diagnose(cluster: ClusterConfig) -> str:
-    """Tell of devices, libraries, Inception weights and stores, and what to do about what is missing."""
-    facts = [*_list_machine(), *_list_packages(), *_list_stores(cluster)]
-    width = max(len(name) for name, _ in facts)
-    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts)
+    """Return a report on devices, libraries, Inception weights and stores, with a remedy for what is missing."""
+    facts = dict(_list_facts(cluster))
+    width = max(map(len, facts))
+    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
 
-def _list_machine() -> Iterator[tuple[str, str]]:
+def _list_facts(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     import torch
+
+    from pipeline import tracking
+    from pipeline.scores import inception
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -112,29 +115,20 @@ def _list_machine() -> Iterator[tuple[str, str]]:
     yield "CPUs", f"{len(os.sched_getaffinity(0))} usable, {torch.backends.cpu.get_cpu_capability()}"
     yield "memory", f"{memory:.0f} GiB"
     yield "GPUs", ", ".join(gpus) or "none: training runs on the CPUs; conf/cifar10.yaml wants a GPU"
-
-
-def _list_packages() -> Iterator[tuple[str, str]]:
     for package in PACKAGES:
         try:
             yield package, metadata.version(package)
         except metadata.PackageNotFoundError:
             yield package, f"MISSING: pip install {package}"
-
-
-def _list_stores(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
-    from pipeline import tracking
-    from pipeline.scores import inception
-
     weights = inception.locate_download()
     absent = f"not at {weights}; fetched when first needed, or name a file in evaluate.extractor_weights"
     yield "Inception weights", str(weights) if weights.exists() else absent
     try:
         root = prepare_storage_root(cluster)
+        yield "storage", f"{root}, {shutil.disk_usage(root).free / 2**30:.0f} GiB free"
     except PipelineError as error:
         yield "storage", f"PROBLEM: {error}"
         return
-    yield "storage", f"{root}, {shutil.disk_usage(root).free / 2**30:.0f} GiB free"
     uri = cluster.tracking_uri or tracking.find_default_uri(root)
     try:
         tracking.check_server(uri)
