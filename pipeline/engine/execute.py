@@ -15,7 +15,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import format_duration, poll_during, print_line, show_progress
 from pipeline.engine import preflight
 from pipeline.engine.find import find_old_runs, make_place, prepare_storage_root
-from pipeline.engine.plan import fill_in_selection, list_rounds, list_unfinished_stages
+from pipeline.engine.plan import find_stage_place, list_rounds, list_unfinished_stages
 from pipeline.engine.provenance import collect_provenance, find_commit
 from pipeline.stages.stage import GroupStage, Stage
 from pipeline.store import keys
@@ -142,7 +142,7 @@ class _RunExecution:
 
     def _run_units(self, stage: Stage) -> None:
         """Run the rounds of units of a stage."""
-        place = fill_in_selection(stage, self.place)
+        place = find_stage_place(stage, self.place)
         shared = stage.find_shared_folder(place)
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
         with lock_folder(shared, wait=True) if shared else nullcontext():

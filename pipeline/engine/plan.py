@@ -33,13 +33,13 @@ def list_unfinished_stages(place: Place, last: str) -> list[Stage]:
     todo: list[Stage] = []
     for stage in list_required_stages(place, last):
         waits = stage.uses_checkpoint and any(earlier.selects_checkpoint for earlier in todo)
-        if waits or (stage.shows_other_stages and todo) or not stage.is_done(fill_in_selection(stage, place)):
+        if waits or (stage.shows_other_stages and todo) or not stage.is_done(find_stage_place(stage, place)):
             todo.append(stage)
     return todo
 
 
-def fill_in_selection(stage: Stage, place: Place) -> Place:
-    """Return the run with the selected checkpoint filled in, for the stages that work on it; else the run itself."""
+def find_stage_place(stage: Stage, place: Place) -> Place:
+    """Return the place that a stage works on: with the selected checkpoint filled in, if the stage uses it."""
     found = selection.fill_in_selection(place) if stage.uses_checkpoint else place
     assert found is not None, "the selection comes first"
     return found

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import ONE_CPU, TINY
 
-from pipeline.cli.program import COMMANDS, main, parse
+from pipeline.cli.program import COMMANDS, main, parse_arguments
 from pipeline.engine.find import find_named_runs, find_run
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
@@ -324,9 +324,9 @@ def test_every_command_has_help_and_examples_of_its_own():
 
 
 def test_options_stand_anywhere_among_words():
-    options = parse(["run", "--cluster", "slurm", "digits", "--debug", "train.steps=3"])
+    options = parse_arguments(["run", "--cluster", "slurm", "digits", "--debug", "train.steps=3"])
     assert (options.words, options.cluster, options.debug) == (["digits", "train.steps=3"], "slurm", True)
-    options = parse(["reproduce", "--budget", "2h", "cifar10", "--dry-run", "data.path=x"])
+    options = parse_arguments(["reproduce", "--budget", "2h", "cifar10", "--dry-run", "data.path=x"])
     assert (options.target, options.words, options.budget) == ("cifar10", ["data.path=x"], "2h")
 
 

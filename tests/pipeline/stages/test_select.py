@@ -1,20 +1,20 @@
 """The best of several checkpoints: chosen by the scores that they have, made once, and told to whoever comes after."""
 
-import dataclasses
 import io
 import json
 import logging
+import shutil
 from contextlib import redirect_stdout
 
 import pytest
 from conftest import ONE_CPU, TINY, one_cpu
-from staged import asking_for, run_stage, with_weights
+from staged import asking_for, change, run_stage, scoring, with_weights
 
 from pipeline.cli.program import main
 from pipeline.engine.plan import list_rounds
 from pipeline.errors import PipelineError
 from pipeline.stages import evaluate, sample, select
-from pipeline.store import checkpoint, selection
+from pipeline.store import selection
 from pipeline.store.files import read_json
 
 STEPS = (2, 4, 6)
@@ -26,20 +26,27 @@ def trained(tiny_run):
     """Three checkpoints of weights that differ much, and an experiment that looks for the best."""
     experiment, run = tiny_run
     asked = {"metrics": ("fid",), "features": "projection", "checkpoints": "every:2", "checkpoint_images": 12}
-    evaluation = dataclasses.replace(experiment.evaluate, **asked)
-    experiment = asking_for(dataclasses.replace(experiment, evaluate=evaluation), checkpoint="best")
+    experiment = asking_for(scoring(experiment, **asked), checkpoint="best")
     for step, scale in zip(STEPS, (1.0, 0.01, 3.0), strict=True):
         save(experiment, run, step, scale)
     return experiment, run
 
 
 def save(experiment, run, step, scale):
-    train = dataclasses.replace(experiment.train, steps=step)
-    with_weights(dataclasses.replace(experiment, train=train), run, scale)
+    with_weights(change(experiment, "train", steps=step), run, scale)
 
 
-def up_to(experiment, steps):
-    return dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=steps))
+def select_best(experiment, run):
+    """Run the stage; the names of its units and what it selected."""
+    names = run_stage(select, experiment, run)
+    return names, selection.read_selection(run.of(experiment))
+
+
+def is_done(experiment, run):
+    """Whether the selection is there; the stage and the file that later stages read agree on it."""
+    done = select.STAGE.is_done(run.of(experiment))
+    assert done == (selection.fill_in_selection(run.of(experiment)) is not None)
+    return done
 
 
 def fids(experiment, run):
@@ -51,27 +58,19 @@ def fids(experiment, run):
     return found
 
 
-def test_the_best_is_the_one_of_minimum_fid(trained):
+def test_the_best_is_the_one_of_minimum_fid_and_later_stages_are_told(trained):
     experiment, run = trained
-    assert (
-        not select.STAGE.is_done(run.of(experiment))
-        and selection.fill_in_selection(run.of(experiment)) is None
-    )
-    run_stage(select, experiment, run)
-    assert select.STAGE.is_done(run.of(experiment))
-    found, scores = selection.read_selection(run.of(experiment)), fids(experiment, run)
+    assert not is_done(experiment, run)
+    _, found = select_best(experiment, run)
+    assert is_done(experiment, run)
+    scores = fids(experiment, run)
     assert len(set(scores.values())) == len(STEPS)
-    assert found["best"] == sorted(scores, key=scores.get)[0]
+    best = min(scores, key=scores.get)
+    assert found["best"] == best
     assert [(score["step"], score["fid"]) for score in found["scores"]] == sorted(scores.items())
     assert (found["metric"], found["n"], found["weights"], found["reference"]) == ("fid", 12, "ema", "train")
     for score in found["scores"]:
         assert (run.path / "evaluation" / score["evaluation"] / "manifest.json").exists()
-
-
-def test_later_stages_are_told_the_step_and_the_rule(trained):
-    experiment, run = trained
-    run_stage(select, experiment, run)
-    best = selection.read_selection(run.of(experiment))["best"]
     resolved = selection.fill_in_selection(run.of(experiment)).experiment
     assert resolved.checkpoint_step == best
     plain = asking_for(experiment, checkpoint=best)
@@ -79,7 +78,7 @@ def test_later_stages_are_told_the_step_and_the_rule(trained):
     assert run.of(resolved).scores != run.of(plain).scores, "another protocol"
     assert run_stage(sample, resolved, run) == [], "the candidate's samples are its first"
     run_stage(evaluate, resolved, run)
-    protocol = read_json(run.of(resolved).scores / "metrics.json")["protocol"]
+    protocol = read_json(run.of(resolved).metrics_json)["protocol"]
     assert protocol["checkpoint"] == best
     assert protocol["checkpoint_rule"] == "best of 3 checkpoints by FID on 12 images, ema weights"
 
@@ -97,26 +96,19 @@ def test_candidates_share_their_rounds_and_the_reference(trained):
     assert not [name for name in ran if "train" in name and ran.count(name) > 1]
 
 
-def test_what_was_done_is_not_done_again(trained):
+def test_what_was_done_is_not_done_again_and_new_checkpoints_join(trained):
     experiment, run = trained
     first = next(list_rounds(select.STAGE, run.of(experiment)))
     one_cpu().map_units(first[:4], lambda unit: None)  # then the command was killed
-    left = run_stage(select, experiment, run)
-    assert sum(name.startswith("samples") for name in left) == UNITS * len(STEPS) - 4
+    names, _ = select_best(experiment, run)
+    assert sum(name.startswith("samples") for name in names) == UNITS * len(STEPS) - 4
     assert run_stage(select, experiment, run) == []
-
-
-def test_new_checkpoints_join_and_old_scores_stay(trained):
-    experiment, run = trained
-    run_stage(select, experiment, run)
-    before = fids(experiment, run)
-    longer = up_to(experiment, 8)
+    before, longer = fids(experiment, run), change(experiment, "train", steps=8)
     assert not select.STAGE.is_done(run.of(longer)), "training has not come to its end"
     save(experiment, run, 8, 0.02)
     assert not select.STAGE.is_done(run.of(longer))
-    ran = run_stage(select, longer, run)
-    assert sum(name.startswith("samples") for name in ran) == UNITS
-    found = selection.read_selection(run.of(longer))
+    names, found = select_best(longer, run)
+    assert sum(name.startswith("samples") for name in names) == UNITS
     assert [score["step"] for score in found["scores"]] == [*STEPS, 8]
     assert before.items() <= fids(longer, run).items()
     assert selection.fill_in_selection(run.of(longer)).experiment.checkpoint_rule.startswith("best of 4 ")
@@ -125,40 +117,30 @@ def test_new_checkpoints_join_and_old_scores_stay(trained):
 def test_an_interruption_leaves_no_candidate(trained):
     experiment, run = trained
     save(experiment, run, 5, 1.0)
-    assert list(selection.list_candidates(run.of(experiment))) == [2, 4, 6]
-    every = dataclasses.replace(experiment.evaluate, checkpoints="all")
-    assert list(selection.list_candidates(run.of(dataclasses.replace(experiment, evaluate=every)))) == [
-        2,
-        4,
-        6,
-    ]
-    assert list(
-        selection.list_candidates(run.of(dataclasses.replace(up_to(experiment, 5), evaluate=every)))
-    ) == [2, 4, 5]
+    every = scoring(experiment, checkpoints="all")
+    ended = change(every, "train", steps=5)
+    found = [list(selection.list_candidates(run.of(asked))) for asked in (experiment, every, ended)]
+    assert found == [[2, 4, 6], [2, 4, 6], [2, 4, 5]]
 
 
-def test_a_damaged_choice_is_made_again(trained, caplog):
+def test_a_damaged_selection_is_made_again(trained, caplog):
     experiment, run = trained
-    run_stage(select, experiment, run)
+    select_best(experiment, run)
     path = run.of(experiment).selection_json
     path.write_text(path.read_text().replace('"best": ', '"best": 1'))
-    assert (
-        not select.STAGE.is_done(run.of(experiment))
-        and selection.fill_in_selection(run.of(experiment)) is None
-    )
-    assert "made again" in caplog.text
+    assert not is_done(experiment, run) and "made again" in caplog.text
     assert run_stage(select, experiment, run) == []
-    assert select.STAGE.is_done(run.of(experiment))
+    assert is_done(experiment, run)
 
 
 def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog):
     experiment, run = trained
-    checkpoint.shutil.rmtree(run.step_folder(2))
+    shutil.rmtree(run.step_folder(2))
     with caplog.at_level(logging.WARNING):
         next(list_rounds(select.STAGE, run.of(experiment)))
     assert "2 of 3 checkpoints are there" in caplog.text
     for step in (4, 6):
-        checkpoint.shutil.rmtree(run.step_folder(step))
+        shutil.rmtree(run.step_folder(step))
     save(experiment, run, 5, 1.0)
     with pytest.raises(
         PipelineError, match=r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
@@ -218,13 +200,14 @@ def test_the_command_scores_the_best(finished):
     assert "everything up to date" in ddpm(storage)
 
 
-def test_show_and_status_know_the_best(finished, capsys):
+def test_show_and_status_know_the_best(finished):
     storage, run = finished
     best = choice(run)["best"]
     assert f"checkpoint  {best}, best of 3 checkpoints" in ddpm(storage, verb="show")
     assert "not known before the best" in ddpm(storage, "evaluate.checkpoint_images=7", verb="show")
-    assert main(["status", f"cluster.storage={storage}"]) == 0
-    assert f"best step {best}:" in capsys.readouterr().out
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["status", f"cluster.storage={storage}"]) == 0
+    assert f"best step {best}:" in printed.getvalue()
 
 
 def test_mlflow_has_the_curve_the_choice_and_other_weights_as_a_child(finished):
