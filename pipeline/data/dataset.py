@@ -41,10 +41,8 @@ class Dataset(Protocol):
 def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
     """Open a split: loaded if its pixels fit into `ctx.image_memory` bytes, else read from its shards."""
     index = tars.open_shards(directory)
-    if (
-        index.count_images(split) * index.facts["channels"] * index.facts["image_size"] ** 2
-        <= ctx.image_memory
-    ):
+    pixels = index.count_images(split) * index.facts["channels"] * index.facts["image_size"] ** 2
+    if pixels <= ctx.image_memory:
         return MemoryDataset(*tars.load_images(directory, split), ctx.device)
     return ShardDataset(index, split, ctx)
 

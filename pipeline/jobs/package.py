@@ -39,17 +39,18 @@ def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
     relative: overrides and keys with relative paths, as 'data.path=images'.
     """
     means = "is a relative path, which means another folder on the cluster"
+    uri = urlsplit(cluster.tracking_uri or "")
+    remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
     problems = [f"{item} {means}: give an absolute one that it sees" for item in relative]
     if not cluster.storage.startswith("/"):
-        remedy = "give one that all its machines share, as /data/runs"
-        problems.append(f"cluster.storage={cluster.storage} {means}: {remedy}")
-    uri = urlsplit(cluster.tracking_uri or "")
+        problems.append(
+            f"cluster.storage={cluster.storage} {means}: give one that all machines share, as /data/runs"
+        )
     if uri.username or uri.password:
-        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
         problems.append(f"cluster.tracking_uri holds a user or a password, which all could read: {remedy}")
     if uri.scheme == "sqlite" and not uri.path.startswith("//"):
-        remedy = "an absolute one has four slashes"
-        problems.append(f"cluster.tracking_uri={cluster.tracking_uri} is a relative path; {remedy}")
+        given = f"cluster.tracking_uri={cluster.tracking_uri}"
+        problems.append(f"{given} is a relative path; an absolute one has four slashes")
     if problems:
         raise ConfigError(problems)
 
@@ -71,11 +72,10 @@ def create_package(words: list[str], commit: str | None) -> Iterator[Package]:
         here, *installed = config.list_conf_folders()
         shipped = next(source for source in installed if source.is_dir())
         for source, target in ((here, folder / "conf"), (shipped, folder / "pipeline" / "conf")):
-            for pattern in ("*.yaml", "cluster/*.yaml", "sweep/*.yaml"):
-                for file in source.glob(pattern):
-                    copy = target / file.relative_to(source)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(file, copy)
+            for kind in ("", "cluster", "sweep"):
+                (target / kind).mkdir(parents=True, exist_ok=True)
+                for file in (source / kind).glob("*.yaml"):
+                    shutil.copy(file, target / kind)
         words = [_copy_configuration(word, folder) for word in words]
         entrypoint = shlex.join(["python", "-m", "pipeline", *words, "cluster.ray_address=auto"])
         # exec: the signal that stops a job reaches the program, not a shell around it

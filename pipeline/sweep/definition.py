@@ -15,7 +15,8 @@ from pipeline.config.sections import FILE_NAME, CountOrNull
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import METRICS, Metric
 
-Value = bool | int | float | str | None | list["Value"]  # of a key of an experiment
+Scalar = bool | int | float | str | None
+Value = Scalar | list[Scalar]  # of a key of an experiment
 Values = dict[str, Value]
 
 
@@ -91,10 +92,11 @@ class ValueRange:
 
 
 @dataclass(frozen=True)
-class SweepSettings:
-    """Sections of a sweep file with fixed keys.
+class Sweep:
+    """Content of a sweep file.
 
-    seeds: of each point, () = the experiment's own; concurrent: trials at once, null = as many as fit.
+    seeds: of each point, () = the experiment's own; concurrent: trials at once, null = as many as fit; space: key ->
+    the values it takes; overrides: key -> its value in all trials; note: a sentence for readers, before any number.
     """
 
     name: str
@@ -105,16 +107,6 @@ class SweepSettings:
     rank: RankingSettings = field(default_factory=RankingSettings)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     budget: Budget = field(default_factory=Budget)
-
-
-@dataclass(frozen=True)
-class Sweep(SweepSettings):
-    """Content of a sweep file.
-
-    space: key -> the values it takes, or an ValueRange; overrides: key -> the value it has in all trials;
-    note: a sentence for readers, shown before any number.
-    """
-
     space: dict[str, list[Value] | ValueRange] = field(default_factory=dict)
     overrides: Values = field(default_factory=dict)
     note: str = ""
@@ -187,12 +179,12 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     if ("experiment" in given) == ("experiments" in given):
         faults["experiment"] = "(a name) or experiments (a list of names): one of the two is needed"
     given["experiments"] = given.pop("experiment", given.get("experiments", []))
-    values, wrong = convert_values({"sweep": SweepSettings}, {"sweep": given}, complete=False)
+    values, wrong = convert_values({"sweep": Sweep}, {"sweep": given}, complete=False)
     wrong = {key.removeprefix("sweep."): fault for key, fault in wrong.items()}
     wrong |= find_unknown_names(given, {"rank.metric": METRICS})
     faults |= wrong
     if not wrong:
-        sweep = Sweep(**vars(values["sweep"]), space=space, overrides=shared)
+        sweep = replace(values["sweep"], space=space, overrides=shared)
         faults |= dict(sweep.find_problems())
     if faults:
         raise ConfigError([f"{path.name}: {key} {fault}" for key, fault in faults.items()])

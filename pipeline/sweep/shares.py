@@ -52,10 +52,9 @@ def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent
     per_cpu = cluster.cpus_per_worker or max(1, min(cpus // (at_once * workers), max(nodes)[0]))
     slots = count_trials(per_cpu)
     if slots < 1:
-        raise PipelineError(
-            f"one trial asks for {workers} workers with {per_cpu} CPUs and {per_gpu:g} GPUs each, the cluster has "
-            f"{cpus} CPUs and {gpus} GPUs: lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
-        )
+        asks = f"one trial asks for {workers} workers with {per_cpu} CPUs and {per_gpu:g} GPUs each"
+        remedy = "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
+        raise PipelineError(f"{asks}, the cluster has {cpus} CPUs and {gpus} GPUs: {remedy}")
     least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)
     return TrialSlots(slots, Resources(workers, least, per_cpu, per_gpu, per_task))

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 
 from ray import tune
@@ -126,11 +125,11 @@ def run_trials(
     share: TrialSlots,
     recorder: StudyRecorder,
     scheduler: EarlyStopScheduler | None,
-    folder: Path,
 ) -> None:
     """Run the trials by Tune in this Ray session; return when all have ended."""
     os.environ.update(QUIET)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what happens
+    folder = recorder.folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)
     # Tune wants to reserve something, and CPUs belong to the workers: it gets a byte.
     trainable = tune.with_resources(

@@ -25,7 +25,8 @@ MOST = 50_000  # runs that MLflow takes as the limit of one search
 PARENT_TAG, TRIAL_TAG, STATE_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.state"
 REMOVED_TAG = "sweep.removed"
 
-Cell = bool | int | float | str | None | list["Cell"]
+Scalar = bool | int | float | str | None
+Cell = Scalar | list[Scalar]
 Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
 
 

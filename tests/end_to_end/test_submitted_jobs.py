@@ -91,9 +91,8 @@ class Client:
         self.environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "RAY_API_SERVER_ADDRESS": head, "RAY_AUTH_TOKEN": TOKEN
         }  # fmt: skip
-        tree = yaml.safe_load((ROOT / "conf" / "digits.yaml").read_text())
         (folder / "conf").mkdir()
-        (folder / "conf" / "mine.yaml").write_text(yaml.safe_dump(tree))
+        shutil.copy(ROOT / "conf" / "digits.yaml", folder / "conf" / "mine.yaml")
         self.where = [f"cluster.storage={self.storage}", "cluster.workers=1", "cluster.cpus_per_worker=1"]
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen:

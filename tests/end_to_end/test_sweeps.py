@@ -17,31 +17,25 @@ pytestmark = pytest.mark.ray
 SMALL = [*TRIAL, "train.sample_every=6", "cluster.cpus_per_worker=1"]
 
 
-def process(storage: Path, *words: str) -> subprocess.Popen:
+def start(storage: Path, text: str = GRID) -> subprocess.Popen:
+    """`ddpm sweep` on a file grid.yaml of that text."""
     path = storage / "grid.yaml"
-    path.write_text(GRID)
-    command = [
-        sys.executable,
-        "-m",
-        "pipeline",
-        "sweep",
-        str(path),
-        *SMALL,
-        f"cluster.storage={storage}",
-        *words,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    path.write_text(text)
+    command = [sys.executable, "-m", "pipeline", "sweep", str(path), *SMALL, f"cluster.storage={storage}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **pipes)
 
 
-def sweep(storage: Path, *words: str) -> str:
+def sweep(storage: Path, text: str = GRID) -> str:
     """Run `ddpm sweep` to its end; returns what it printed."""
-    running = process(storage, *words)
+    running = start(storage, text)
     said, _ = running.communicate()
     assert running.returncode == 0, said
     return said
+
+
+def board(storage: Path) -> list[dict]:
+    return json.loads((storage / "sweeps" / "grid" / "leaderboard.json").read_text())["trials"]
 
 
 def children(storage: Path) -> list:
@@ -52,16 +46,14 @@ def children(storage: Path) -> list:
 
 def trained(storage: Path) -> dict[str, int]:
     """When each finished trial's weights were written."""
-    return {
-        path.parts[-4]: path.stat().st_mtime_ns
-        for path in storage.glob("*/train/step_00000006/state.safetensors")
-    }
+    files = storage.glob("*/train/step_00000006/state.safetensors")
+    return {path.parts[-4]: path.stat().st_mtime_ns for path in files}
 
 
 def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     """Twice as many trials as CPUs: were trials to hold CPUs of their own, none could start its worker."""
     said = sweep(tmp_path)
-    rows = json.loads((tmp_path / "sweeps" / "grid" / "leaderboard.json").read_text())["trials"]
+    rows = board(tmp_path)
     assert [row["rank"] for row in rows] == [1, 2, 3, 4] and {row["state"] for row in rows} == {"finished"}
     found = children(tmp_path)
     assert {child.info.status for child in found} == {"FINISHED"} and len(found) == 4
@@ -71,7 +63,8 @@ def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     assert said.count("shard: done") == 1
     assert not (tmp_path / "sweeps" / "grid" / "ray").exists()
     began = time.monotonic()
-    assert "4 done, 0 to do" in sweep(tmp_path) and "starting Ray" not in sweep(tmp_path)
+    said = sweep(tmp_path)
+    assert "4 done, 0 to do" in said and "starting Ray" not in said
     assert time.monotonic() - began < 120
 
 
@@ -86,55 +79,36 @@ def wait_for(holds, running: subprocess.Popen, seconds: float = 600) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path, number):
-    first = process(tmp_path)
-    state = tmp_path / "sweeps" / "grid" / "state.json"
+    first, state = start(tmp_path), tmp_path / "sweeps" / "grid" / "state.json"
 
-    def states() -> list[str]:
-        return (
-            [entry["state"] for entry in json.loads(state.read_text())["trials"].values()]
-            if state.exists()
-            else []
-        )
+    def trials() -> list[dict]:
+        return list(json.loads(state.read_text())["trials"].values()) if state.exists() else []
 
-    wait_for(lambda: "finished" in states() and "running" in states(), first)
-    before = {row: when for row, when in trained(tmp_path).items() if row in finished_runs(state)}
+    wait_for(lambda: {"finished", "running"} <= {trial["state"] for trial in trials()}, first)
+    finished = {trial["run"] for trial in trials() if trial["state"] == "finished"}
+    before = {run: when for run, when in trained(tmp_path).items() if run in finished}
     first.send_signal(number)
     said, _ = first.communicate(timeout=300)
     assert first.returncode == (-9 if number == signal.SIGKILL else 130), said
     if number == signal.SIGINT:
         assert "RUNNING" not in {child.info.status for child in children(tmp_path)}
     assert "to do" in sweep(tmp_path)
-    assert set(states()) == {"finished"} and len(states()) == 4
-    after = trained(tmp_path)
-    assert before and all(after[run] == when for run, when in before.items())
-    found = children(tmp_path)
+    assert [trial["state"] for trial in trials()] == ["finished"] * 4
+    assert before and before.items() <= trained(tmp_path).items()
+    found, client = children(tmp_path), MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert len(found) == 4 and {child.info.status for child in found} == {"FINISHED"}
     for child in found:
-        history = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_metric_history(
-            child.info.run_id, "train/loss"
-        )
+        history = client.get_metric_history(child.info.run_id, "train/loss")
         assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
-
-
-def finished_runs(state: Path) -> set[str]:
-    entries = json.loads(state.read_text())["trials"].values()
-    return {entry["run"] for entry in entries if entry["state"] == "finished"}
 
 
 @pytest.mark.slow
 def test_rungs_stop_trials_through_ray_tune(tmp_path):
-    path = tmp_path / "rates.yaml"
-    path.write_text(
+    text = (
         "experiment: digits\nspace:\n  train.lr: [1.0e-3, 2.0e-3, 1.0e-9, 2.0e-9]\nrank: {metric: nll_bpd}\n"
-        "early_stop: {first: 2, factor: 2, nll_images: 4}\nconcurrent: 1\n"
     )
-    words = [sys.executable, "-m", "pipeline", "sweep", str(path), *SMALL, f"cluster.storage={tmp_path}"]
-    outcome = subprocess.run(
-        words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    rows = json.loads((tmp_path / "sweeps" / "rates" / "leaderboard.json").read_text())["trials"]
-    states = {row["label"]: (row["state"], row["step"]) for row in rows}
+    sweep(tmp_path, text + "early_stop: {first: 2, factor: 2, nll_images: 4}\nconcurrent: 1\n")
+    states = {row["label"]: (row["state"], row["step"]) for row in board(tmp_path)}
     # After two steps an untrained network (bound 7.1305) is better than one that began with large steps (7.1337).
     assert states["lr=0.002"] == ("stopped", 2) and ("finished", 6) in states.values()
 

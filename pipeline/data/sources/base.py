@@ -103,6 +103,5 @@ def explain_read_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise PipelineError(
-            f"{error.filename} cannot be read ({error.strerror}); restore or remove it"
-        ) from error
+        problem = f"{error.filename} cannot be read ({error.strerror}); restore or remove it"
+        raise PipelineError(problem) from error

@@ -92,14 +92,10 @@ class Cifar10Download(ImageSource):
                 with urllib.request.urlopen(ADDRESS, timeout=30) as answer, temporary.open("wb") as file:
                     shutil.copyfileobj(answer, file)
             except OSError as error:
-                raise PipelineError(
-                    f"{ADDRESS} cannot be downloaded ({error}); fetch it elsewhere and set data.path to the file, "
-                    "or to a folder with CIFAR-10's parquet files"
-                ) from error
+                remedy = "fetch it elsewhere and set data.path to the file, or to a folder with parquet files"
+                raise PipelineError(f"{ADDRESS} cannot be downloaded ({error}); {remedy}") from error
             if (found := _compute_md5(temporary)) != ARCHIVE_MD5:
-                raise PipelineError(
-                    f"{ADDRESS} came with md5 {found}, not {ARCHIVE_MD5}; run the command again"
-                )
+                raise PipelineError(f"{ADDRESS} has md5 {found}, not {ARCHIVE_MD5}; run the command again")
         return archive
 
 

@@ -38,19 +38,16 @@ def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
 
     Raises DecodeError, or PipelineError where the image does not fit.
     """
-    return Record(key, _convert_to_png(raw, data), _check_label(raw, data.labels) if data.labels else None)
-
-
-def _check_label(raw: RawImage, classes: int) -> int:
-    if not isinstance(raw.label, int | np.integer):
-        found = "no label" if raw.label is None else f"the label {raw.label!r}, no class number"
+    png, label, classes = _convert_to_png(raw, data), raw.label, data.labels
+    if not classes:
+        return Record(key, png, None)
+    if not isinstance(label, int | np.integer):
+        found = "no label" if label is None else f"the label {label!r}, no class number"
         raise PipelineError(f"{raw.name} has {found}, but data.labels={classes}; set data.labels=0")
-    if not 0 <= raw.label < classes:
-        raise PipelineError(
-            f"{raw.name} has the label {raw.label}, but data.labels={classes} allows 0 to {classes - 1}; "
-            "set data.labels to the number of classes"
-        )
-    return int(raw.label)
+    if not 0 <= label < classes:
+        allowed = f"data.labels={classes} allows 0 to {classes - 1}; set data.labels to the number of classes"
+        raise PipelineError(f"{raw.name} has the label {label}, but {allowed}")
+    return Record(key, png, int(label))
 
 
 def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
@@ -64,17 +61,17 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
     else:
         channels = raw.image.shape[2]
         if channels != data.channels:
+            remedy = f"set data.channels={channels}"
             raise PipelineError(
-                f"{raw.name} has {channels} channel(s), but data.channels={data.channels}; "
-                f"set data.channels={channels}"
+                f"{raw.name} has {channels} channel(s), but data.channels={data.channels}; {remedy}"
             )
         image = Image.fromarray(raw.image[:, :, 0] if channels == 1 else raw.image)
     if image.size != size:
         if data.resize == "refuse":
-            raise PipelineError(
-                f"{raw.name} has {image.width}x{image.height} pixels, but data.image_size={data.image_size}; "
-                "set data.resize=crop to crop and resize"
+            found = (
+                f"{raw.name} has {image.width}x{image.height} pixels, but data.image_size={data.image_size}"
             )
+            raise PipelineError(f"{found}; set data.resize=crop to crop and resize")
         # Cropped first: resize(box=...) would let the filter reach beyond the square.
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

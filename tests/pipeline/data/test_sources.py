@@ -391,7 +391,7 @@ def test_a_download_is_compared_with_its_md5_and_fetched_once(batches, tmp_path,
     with pytest.raises(PipelineError, match=r"cannot be downloaded .*set data\.path"):
         sources.download_source(data, downloads)
     monkeypatch.setattr(cifar10, "ADDRESS", served.as_uri())
-    with pytest.raises(PipelineError, match=r"came with md5 .* run the command again"):
+    with pytest.raises(PipelineError, match=r"has md5 .* run the command again"):
         sources.download_source(data, downloads)
     assert not list(downloads.iterdir())
     monkeypatch.setattr(cifar10, "ARCHIVE_MD5", hashlib.md5(served.read_bytes()).hexdigest())
