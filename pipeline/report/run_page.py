@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.console import format_duration
-from pipeline.report import headline, pictures, run_charts
+from pipeline.report import headline, run_pictures
 from pipeline.report.page import TEMPLATE, format_value
 from pipeline.report.run_files import RunFiles
 from pipeline.store.checkpoint import create_network
@@ -17,8 +17,7 @@ def compose_page(run: RunFiles, folder: Path) -> str:
         run=run,
         folder=folder,
         headline=headline,
-        pictures=pictures,
-        charts=run_charts,
+        pictures=run_pictures,
         provenance=describe_provenance(run),
         configuration=config.to_yaml(run.experiment).rstrip(),
     )

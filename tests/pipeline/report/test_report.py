@@ -15,10 +15,11 @@ from synthetic_run import make_run, write_grid, write_scores
 from pipeline import config
 from pipeline.drawing import charts
 from pipeline.drawing.style import COLOURS
-from pipeline.report import paper, pictures
+from pipeline.report import paper
 from pipeline.report.headline import compare_with_linear_denoiser
 from pipeline.report.html import convert_to_html
 from pipeline.report.run_files import RunFiles
+from pipeline.report.run_pictures import copy_picture
 from pipeline.stages import report
 from pipeline.store import files as rundir
 
@@ -287,7 +288,7 @@ def test_only_pictures_of_the_page_are_put_into_it(tmp_path):
 def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
     (tmp_path / "page").mkdir()
     Image.new("L", (300, 20), 7).save(tmp_path / "small.png")
-    picture = pictures.copy_picture(tmp_path / "small.png", tmp_path / "page", "")
+    picture = copy_picture(tmp_path / "small.png", tmp_path / "page", "")
     with Image.open(tmp_path / "page" / picture.name) as image:
         assert image.size == (1200, 80) and image.getextrema() == (7, 7)
 

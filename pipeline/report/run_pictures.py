@@ -1,9 +1,11 @@
-"""The charts on the page of one run."""
+"""The pictures on the page of one run: copied from other stages, or drawn."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from ddpm.config import DiffusionConfig
 from ddpm.schedules import compute_betas
@@ -13,6 +15,9 @@ from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import Metric
 from pipeline.scores.results import Bound
 
+LEAST_WIDTH = 1000  # pixels; smaller pictures are enlarged, so that their pixels stay sharp
+STEP_GRIDS = 4
+FIGURE_5_SVG = "rate_distortion.svg"  # left out: the page draws its panels with the paper's points
 # metric of log.jsonl: name of the file, title, logarithmic, caption
 TRAINING = {
     "train/loss": ("loss", "Loss", True, "Loss, per window of steps (faint) and smoothed"),
@@ -25,6 +30,36 @@ FIGURE_5 = {
     "rd-rate": "Rate, bits/dim against reverse steps T − t (paper, Fig. 5)",
     "rd": "RMSE against rate, bits/dim (paper, Fig. 5)",
 }
+
+
+def copy_figures(run: RunFiles, folder: Path) -> list[Picture]:
+    """Copy the figures in their order; before them the first samples where no figure shows them."""
+    manifest = run.read_content("figures")
+    names = [name for name in manifest.get("order", []) if name != FIGURE_5_SVG]
+    pictures = [copy_picture(run.place.figures / name, folder, manifest["captions"][name]) for name in names]
+    if "samples.png" not in names and "grid" in run.paths:
+        pictures.insert(0, copy_picture(run.paths["grid"], folder, "The first samples, not selected"))
+    return pictures
+
+
+def copy_step_grids(run: RunFiles, folder: Path) -> list[Picture]:
+    """Copy a few of the grids that training drew, the first and the last among them."""
+    last = len(run.step_grids) - 1
+    numbers = sorted({round(i * last / (STEP_GRIDS - 1)) for i in range(STEP_GRIDS)}) if last >= 0 else []
+    grids = [run.step_grids[number] for number in numbers]
+    return [copy_picture(grid, folder, f"Step {int(grid.stem):,}") for grid in grids]
+
+
+def copy_picture(file: Path, folder: Path, caption: str) -> Picture:
+    """Copy a picture into the page's folder: a PNG enlarged by a whole factor to LEAST_WIDTH at least."""
+    if file.suffix == ".svg":
+        shutil.copyfile(file, folder / file.name)
+    else:
+        with Image.open(file) as image:
+            times = -(-LEAST_WIDTH // image.width)
+            size = (times * image.width, times * image.height)
+            image.resize(size, Image.Resampling.NEAREST).save(folder / file.name)
+    return Picture(file.name, caption)
 
 
 def draw_training(run: RunFiles, folder: Path) -> list[Picture]:
