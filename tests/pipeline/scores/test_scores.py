@@ -137,11 +137,12 @@ def test_features_tell_digits_from_a_gaussian_of_their_mean_and_covariance(extra
 def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
     net = classifier.load_classifier(trained)
     assert classifier.measure_accuracy(net, *digits[1]) >= 0.95
-    assert in_file("classifier", trained).name.startswith("classifier-")
-    other = trained.with_name("other.safetensors")
     net.head.bias.data += 1
-    save_file(net.state_dict(), other)
-    assert in_file("classifier", other).name != in_file("classifier", trained).name
+    save_file(net.state_dict(), trained.with_name("other.safetensors"))
+    names = {
+        in_file("classifier", trained.with_name(name)).name for name in (trained.name, "other.safetensors")
+    }
+    assert len(names) == 2 and all(name.startswith("classifier-") for name in names)
 
 
 def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
@@ -160,11 +161,11 @@ def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
 def test_extractors_take_larger_images_with_colours(tmp_path):
     images = baselines.draw_noise(0, 3, (3, 256, 256))
     save_file(classifier.Classifier(3, 7).state_dict(), tmp_path / "c.safetensors")
-    extractors_ = (
+    trained, fixed = (
         in_file("classifier", tmp_path / "c.safetensors"),
         projection_of(3, tmp_path / "p.safetensors"),
     )
-    for extractor, classes in zip(extractors_, (7, 0), strict=True):
+    for extractor, classes in ((trained, 7), (fixed, 0)):
         features, logits = extractors.extract_features(extractor, images, CPU)
         assert features.shape == (3, 64) and logits.shape == (3, classes)
 
@@ -172,14 +173,13 @@ def test_extractors_take_larger_images_with_colours(tmp_path):
 # Sums
 
 
-def test_moments_are_numpys(digits):
+def test_moments_are_numpys():
     features = np.random.default_rng(0).normal(100, 1, (301, 7)).astype(np.float32)
     parts = [scores.Moments.from_features(part) for part in np.split(features, [5, 200])]
     statistics = (parts[2] + parts[0] + parts[1]).to_statistics()
     assert np.allclose(statistics.mu, features.astype(np.float64).mean(axis=0), rtol=1e-14, atol=0)
-    assert np.allclose(
-        statistics.sigma, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-10
-    )
+    expected = np.cov(features.astype(np.float64), rowvar=False)
+    assert np.allclose(statistics.sigma, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("n", [97, 10, 7])
@@ -191,10 +191,8 @@ def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
         theirs = isc_features_to_metric(torch.from_numpy(logits), splits=min(10, n), shuffle=shuffle)
         expected = theirs["inception_score_mean"], theirs["inception_score_std"]
         assert sums.compute_inception_score() == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    if n > 10:
-        assert found.in_order.compute_inception_score()[0] != pytest.approx(
-            found.shuffled.compute_inception_score()[0], rel=1e-3
-        )
+    in_order, shuffled = (sums.compute_inception_score()[0] for sums in (found.in_order, found.shuffled))
+    assert n <= 10 or in_order != pytest.approx(shuffled, rel=1e-3)
 
 
 def test_memory_does_not_grow_with_the_number_of_images():
@@ -339,28 +337,27 @@ def test_all_scores_of_inceptions_own_layers_equal_torch_fidelitys_call(he_incep
     assert our_scores(ours, real[0]) == pytest.approx(theirs, rel=RELATIVE)
 
 
-def test_weights_of_another_network_are_named(tmp_path):
-    path = tmp_path / "vgg.pth"
-    torch.save({"classifier.0.weight": torch.zeros(3)}, path)
-    with pytest.raises(PipelineError, match=r"vgg\.pth \(sha256 [0-9a-f]{8}\) is not Inception.*Missing key"):
-        inception.copy_weights(str(path), tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir()), "nothing is kept that a later run would trust"
-
-
 class Bomb:
     def __reduce__(self):
         return print, ("code of a weights file was run",)
 
 
 @pytest.mark.parametrize(
-    "content", [b"not a file of weights", pickle.dumps({"a": Bomb()}, protocol=2)], ids=["text", "pickle"]
+    ("content", "message"),
+    [
+        ({"classifier.0.weight": torch.zeros(3)}, r"\(sha256 [0-9a-f]{8}\) is not Inception.*Missing key"),
+        (b"not a file of weights", "is broken or holds more than plain tensors"),
+        (pickle.dumps({"a": Bomb()}, protocol=2), "is broken or holds more than plain tensors"),
+    ],
+    ids=["vgg", "text", "pickle"],
 )
-def test_weights_files_are_read_as_tensors_only(content, tmp_path, capsys):
+def test_other_weights_are_named_and_read_as_tensors_only(content, message, tmp_path, capsys):
     path = tmp_path / "weights.pth"
-    path.write_bytes(content)
-    with pytest.raises(PipelineError, match=r"weights\.pth is broken or holds more than plain tensors"):
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(PipelineError, match=rf"weights\.pth {message}"):
         inception.copy_weights(str(path), tmp_path / "cache")
     assert "was run" not in capsys.readouterr().out
+    assert not [*(tmp_path / "cache").glob("*")], "nothing is kept that a later run would trust"
 
 
 def test_missing_inception_weights_say_where_to_put_them_and_damaged_ones_are_refused(tmp_path, monkeypatch):

@@ -2,12 +2,13 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import TINY, one_cpu
 from staged import run_stage, with_weights
@@ -113,26 +114,12 @@ def test_a_killed_task_costs_one_unit_and_changes_nothing(prepared, by_one_task,
 
 
 def kill_a_task(driver: subprocess.Popen) -> int:
-    """End a process that is working on a unit for this driver, and nobody else's; returns its id."""
+    """Kill a process that is working on a unit for this driver, and nobody else's; return its id."""
     while driver.poll() is None:
-        for pid in descendants(driver.pid):
-            try:
-                title = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:
-                continue
-            if title.startswith(b"ray::Actor.run"):
-                os.kill(pid, signal.SIGKILL)
-                return pid
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(driver.pid).children(recursive=True):
+                if " ".join(process.cmdline()).startswith("ray::Actor.run"):
+                    process.kill()
+                    return process.pid
         time.sleep(0.01)
     raise AssertionError("no task was seen at work")
-
-
-def descendants(pid: int) -> list[int]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        threads = [path for path in Path(f"/proc/{pid}/task").iterdir() if path.name != str(pid)]
-        children += [child for thread in threads for child in (thread / "children").read_text().split()]
-    except OSError:
-        return []
-    found = [int(child) for child in children]
-    return found + [pid for child in found for pid in descendants(child)]
