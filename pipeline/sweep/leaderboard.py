@@ -54,10 +54,12 @@ class Leaderboard:
 
     @property
     def headline(self) -> str:
+        """The sentence that names the best trial."""
         return format_winner(self.groups, self.sweep.metric)
 
     @property
     def failures(self) -> list[str]:
+        """A line for each failed trial."""
         return [f"{row.label} failed: {row.reason}" for row in self.rows if row.state == "failed"]
 
 

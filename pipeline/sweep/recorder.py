@@ -63,6 +63,7 @@ class StudyRecorder:
         return not self.interrupted() and (hours is None or time.monotonic() - self.began <= 3600 * hours)
 
     def start_trial(self, key: str) -> None:
+        """Record the start of a trial."""
         self.states.set_state(key, "running")
         self.mirrors[key] = self._make_mirror(key, "running")
         self.mirrors[key].start()

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 
 
 def open_cifar10(data: DataConfig) -> ImageSource:
+    """Return the source for the form of CIFAR-10 that lies at `data.path`."""
     if data.path is None:
         return Cifar10Download()
     root = Path(data.path)

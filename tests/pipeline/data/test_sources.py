@@ -632,7 +632,7 @@ def test_fingerprints_follow_content_and_names_not_place(made, tmp_path, source)
     file.write_bytes(file.read_bytes() + b"\0")
     assert sources.compute_fingerprint(config(source, moved), None) != before
     if source == "folder":
-        (made[source] / "ant").rename(made[source] / "dog")  # another name of a class
+        (made[source] / "ant").rename(made[source] / "ape")  # another name of a class
         assert sources.compute_fingerprint(config(source, made[source]), None) != before
 
 

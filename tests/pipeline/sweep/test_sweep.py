@@ -15,7 +15,6 @@ from pipeline.compute.session import RaySession
 from pipeline.config import load_cluster
 from pipeline.engine import execute
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.store import keys
 from pipeline.sweep import reproduction, study
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import list_points
@@ -107,13 +106,6 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
     sweep = load_sweep(sweep_file(tmp_path, text), [])
     swept = [tuple(point.swept.values()) for point in list_points(sweep, TRIAL)]
     assert swept == [(0.1, 0.001), (0.2, 0.001), (0.3, 0.001), (0.1, 0.002)] and sweep.count == 4
-
-
-def test_swept_values_beside_the_run_key_make_trials_of_one_run(tmp_path):
-    text = "experiment: digits\nspace:\n  sample.eta: [0.0, 1.0]\n  model.dropout: [0.1]\nrank: {metric: nll_bpd}\n"
-    one, two = list_points(load_sweep(sweep_file(tmp_path, text), []), TRIAL)
-    assert one.unhashed_values == {"sample.eta": 0.0} and two.unhashed_values == {"sample.eta": 1.0}
-    assert keys.make_run_key(one.experiment, "data") == keys.make_run_key(two.experiment, "data")
 
 
 # Bad input, each with what to do about it
