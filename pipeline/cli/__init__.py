@@ -1,1 +1,1 @@
-"""What people type: the commands, and what each does with its words."""
+"""The command line of `ddpm`."""

@@ -1,1 +1,1 @@
-"""Which stages are to do, doing them, what is recorded, checks before the start."""
+"""The engine: plans the stages of a run and executes them."""

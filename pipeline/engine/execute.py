@@ -1,4 +1,4 @@
-"""Doing the stages that still have work: who works on them, what is recorded, what is mirrored."""
+"""Execution of the unfinished stages of a run: the executor, the records, the mirror in MLflow."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Pla
         uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
         if cluster.tracking_uri:
             tracking.check_server(uri)
-        _remove_signs(place)
+        _remove_stop_files(place)
         interrupt = StopSignals(place.stop_file)
         work = _RunExecution(cluster, place, interrupt, interrupt.is_requested)
         with tracking.Mirror(uri, experiment.name, place), interrupt, work.stack:
@@ -62,14 +62,14 @@ def run_trial_stages(
     last: str,
     asked: Experiment | None = None,
 ) -> None:
-    """Do the same for a caller that has an executor, notices interruptions and mirrors by itself: a sweep.
+    """Run the unfinished stages of a trial with the executor of its study, which mirrors it too.
 
     Waits for another command that works on the run. `asked` is what experiment.yaml says, where that is more
     than this call does. Raises StopRequest, PipelineError.
     """
     with lock_folder(place.path, wait=True):
         remove_leftovers(place.path)
-        _remove_signs(place)
+        _remove_stop_files(place)
         if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place)
             _write_experiment(place.of(asked) if asked else place)
@@ -81,7 +81,7 @@ def run_trial_stages(
 def start_executor(
     cluster: ClusterConfig, interrupt: StopSignals, stack: ExitStack
 ) -> RaySession | LocalExecutor:
-    """Start whoever does the work, where the cluster says so; `stack` ends it."""
+    """Return the executor: a Ray session, or this process if cluster.workers=0; `stack` ends it."""
     if cluster.workers == 0:
         context = create_local_worker(cluster.cpus_per_worker, int(cluster.image_memory * GIB))
         return LocalExecutor(context, interrupt.is_requested)
@@ -106,13 +106,12 @@ class _RunExecution:
     stack: ExitStack = field(default_factory=ExitStack)  # ends the executor
 
     def run_all(self, todo: list[Stage], last: str) -> None:
-        """Do the stages in order, and record for each how long it took and by which code. What uses the best
-        checkpoint is planned anew once that is selected."""
+        """Run the stages in order; record the seconds and the commit of each; plan again after the selection."""
         while todo:
             stage = todo.pop(0)
             began = time.monotonic()
             self.place.add_commit(stage.name, find_commit())
-            if isinstance(stage, GroupStage) and stage.needs_group(self.place):
+            if isinstance(stage, GroupStage) and stage.needs_workers(self.place):
                 for later in todo:
                     later.check_before_training(self.place)
                 self._run_group(stage)
@@ -125,8 +124,8 @@ class _RunExecution:
                 todo = list_unfinished_stages(self.place, last)
 
     def _run_group(self, stage: GroupStage) -> None:
-        """Run a group of workers to the end of the stage, and show its steps."""
-        start, end = stage.count_steps(self.place)
+        """Run the workers to the end of the stage, and show its steps."""
+        start, end = stage.find_step_range(self.place)
         executor = self._start_executor()
         with show_progress(stage.name, end, "steps", start) as progress:
 
@@ -182,13 +181,13 @@ class _RunExecution:
         return self.executor
 
 
-def _remove_signs(place: Place) -> None:
-    """Remove what an earlier command left to stop its workers and to show their step."""
+def _remove_stop_files(place: Place) -> None:
+    """Delete the stop file and the heartbeat of an earlier command."""
     for sign in (place.stop_file, place.heartbeat):
         sign.unlink(missing_ok=True)
 
 
 def _write_experiment(place: Place) -> None:
-    """Write the resolved configuration, with its provenance: the record that a run directory opens with."""
+    """Write experiment.yaml: the resolved configuration and its provenance."""
     record = {**collect_provenance(), "data_key": place.data_key, "keys": keys.VERSION}
     write_text(place.experiment_yaml, config.to_yaml(place.experiment, made_with=record))

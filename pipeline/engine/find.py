@@ -14,7 +14,7 @@ from pipeline.store.run import EXPERIMENT, Place, find_runs, locate_fingerprints
 
 
 def prepare_storage_root(cluster: ClusterConfig) -> Path:
-    """Return the absolute storage root, made if need be. Raises PipelineError where it cannot be written."""
+    """Create the storage root if needed and return its absolute path. Raises PipelineError if it is not writable."""
     root = cluster.storage_root
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -29,8 +29,7 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
 
 
 def make_place(experiment: Experiment, root: Path) -> Place:
-    """Return the run that `experiment` means. Reads the data source's fingerprint; raises ConfigError where a file
-    that the experiment names is missing."""
+    """Return the place of an experiment, with its keys. Raises ConfigError where a file that it names is missing."""
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
     fingerprint = sources.compute_fingerprint(experiment.data, locate_fingerprints(root))
@@ -39,7 +38,7 @@ def make_place(experiment: Experiment, root: Path) -> Place:
 
 
 def read_place(path: Path) -> Place:
-    """Read a run directory, with the experiment of the last command on it; its data may be elsewhere."""
+    """Read the place of a run directory from its experiment.yaml; its data may be elsewhere."""
     file = path / EXPERIMENT
     try:
         if explanation := explain_old_run(path):
@@ -54,7 +53,7 @@ def read_place(path: Path) -> Place:
 
 
 def explain_old_run(path: Path) -> str | None:
-    """Return a line on a run directory of the first version, with the command that reads it; None for others."""
+    """Return a hint for a run directory of the first version, with the command that reads it; None for others."""
     provenance = config.read_provenance(path / EXPERIMENT)
     if provenance.get("keys", 1) >= keys.VERSION:
         return None
@@ -66,7 +65,7 @@ def explain_old_run(path: Path) -> str | None:
 
 
 def find_old_runs(place: Place) -> list[str]:
-    """Explain the runs of the first version that bear the name of this experiment."""
+    """Return a hint for each run of the first version that has the name of this experiment."""
     named = find_runs(place.storage, f"{place.experiment.name}-")
     alike = [path for path in named if len(path.name) == len(place.name)]
     return [line for path in alike if (line := explain_old_run(path))]
@@ -82,7 +81,7 @@ def find_run(name: str, root: Path) -> Path:
 
 
 def find_named_runs(name: str, root: Path) -> list[Path]:
-    """List every run that `name` means: a path, a name in the storage root, or how several names there begin."""
+    """Return every run that `name` means: a path, a name in the storage root, or the start of several names there."""
     for path in (Path(name).absolute(), root / name):
         if (path / EXPERIMENT).is_file():
             return [path]

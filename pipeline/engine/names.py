@@ -1,4 +1,4 @@
-"""The names that configurations may use, from the registries of their owners. None of them imports torch."""
+"""The names that configurations may use, from their registries. None of these imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def list_known_names() -> dict[str, Iterable[str]]:
-    """Return what each key that holds names may hold, for the reader of configurations."""
+    """Return the known names of each key that holds names, for the checks of configurations."""
     from pipeline.data.sources import SOURCES
     from pipeline.scores.metrics import FAMILIES
     from pipeline.stages.figures.stage import FIGURES

@@ -1,4 +1,4 @@
-"""Which stages there are, what each needs, and which of them still have work."""
+"""The order of the stages, and which of them are not done."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BY_NAME = {stage.name: stage for stage in STAGES}
 
 
 def list_required_stages(place: Place, last: str) -> list[Stage]:
-    """List `last` and all stages that it needs, in order."""
+    """Return `last` and all stages that it needs, in order."""
     names = {last}
     for stage in reversed(STAGES):  # a stage needs earlier ones
         if stage.name in names:
@@ -26,7 +26,7 @@ def list_required_stages(place: Place, last: str) -> list[Stage]:
 
 
 def list_unfinished_stages(place: Place, last: str) -> list[Stage]:
-    """List the stages that `last` needs, itself included, that still have work, in order.
+    """Return `last` and the stages that it needs, those that are not done, in order.
 
     Until the best checkpoint is selected, the stages that work on it count as not done.
     """
@@ -54,7 +54,7 @@ def list_rounds(stage: Stage, place: Place) -> Iterator[list[Unit]]:
     inputs: dict[Place, list[Stage]] = {}
     for name, subject in stage.list_inputs(place):
         inputs.setdefault(subject, []).append(BY_NAME[name])
-    running = [_work_on_inputs(stages, subject) for subject, stages in inputs.items()]
+    running = [_yield_input_rounds(stages, subject) for subject, stages in inputs.items()]
     while running:
         rounds = [(work, next(work, None)) for work in running]
         running = [work for work, units in rounds if units is not None]
@@ -62,7 +62,7 @@ def list_rounds(stage: Stage, place: Place) -> Iterator[list[Unit]]:
     yield from stage.work(place)
 
 
-def _work_on_inputs(stages: list[Stage], place: Place) -> Iterator[list[Unit]]:
+def _yield_input_rounds(stages: list[Stage], place: Place) -> Iterator[list[Unit]]:
     """Yield the rounds of those stages that are not done, one stage after the other."""
     for stage in stages:
         if not stage.is_done(place):

@@ -1,4 +1,4 @@
-"""Before anything starts: what a run will need, beside what there is."""
+"""Checks of disk and memory before a run starts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
 
 
 def check_resources(place: Place) -> str:
-    """Say what the run needs and what this machine has, in a line. Raises PipelineError where the disk is too small."""
+    """Return a line on what the run needs and the machine has. Raises PipelineError if the disk is too small."""
     import torch
 
     wanted = estimate_requirements(place.experiment)

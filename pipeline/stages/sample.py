@@ -1,7 +1,7 @@
-"""The sample stage: a checkpoint -> tars of images, one work unit for each range of image indices.
+"""The sample stage: draws images and writes them as shards, one unit for each.
 
-Every draw is a function of (seed, image index, t), so an image does not depend on who makes it, or when. A tar that
-was drawn by another protocol is drawn again.
+Every draw is a function of (seed, image index, t), so an image does not depend on who makes it, or when. A shard
+that was drawn by another protocol is drawn again.
 """
 
 import logging
@@ -34,7 +34,7 @@ GRID_SIDE = 10
 
 @dataclass(frozen=True)
 class SampleProtocol:
-    """The protocol of a sample set, nulls resolved. It stands beside every score of the set."""
+    """The protocol of a sample set, with the nulls filled in. It stands beside every score of the set."""
 
     checkpoint: int
     weights: str
@@ -52,8 +52,8 @@ class SampleProtocol:
     rounding: str
 
 
-def describe_sampling(experiment: Experiment) -> SampleProtocol:
-    """Return the protocol by which the samples of an experiment are drawn."""
+def make_sample_protocol(experiment: Experiment) -> SampleProtocol:
+    """Return the protocol of an experiment's sample set."""
     config, timesteps = experiment.sample, experiment.diffusion.timesteps
     ancestral = config.sampler == "ancestral"
     return SampleProtocol(
@@ -75,7 +75,7 @@ def describe_sampling(experiment: Experiment) -> SampleProtocol:
 
 
 class SampleStage(Stage):
-    """Draws images with the checkpoint that sample.checkpoint means."""
+    """Draws the sample set of the checkpoint that sample.checkpoint means."""
 
     name = "sample"
     uses_checkpoint = True
@@ -84,16 +84,16 @@ class SampleStage(Stage):
         return ("shard", "train", "select") if experiment.sample.checkpoint == "best" else ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
-        """Return whether at least as many samples as asked for are on disk, and sealed."""
+        """Return whether the sample set is sealed, with at least num_images."""
         manifest = read_manifest_or_none(place.samples)
         if manifest is None or manifest["splits"][SPLIT]["count"] < place.experiment.sample.num_images:
             return False
         return place.samples_grid.exists() and place.samples_yaml.exists()
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield a unit for each tar that is not on disk, then write grid, protocol and manifest."""
+        """Yield the units of missing shards, then seal the sample set with its grid and protocol."""
         experiment, config, data = place.experiment, place.experiment.sample, place.experiment.data
-        protocol, facts = describe_sampling(experiment), _list_facts(experiment)
+        protocol, facts = make_sample_protocol(experiment), _list_required_facts(experiment)
         if config.sampler == "ancestral":
             diffusion = Diffusion(experiment.diffusion)
             if warning := warn_of_few_steps(diffusion, config.steps, config.variance):
@@ -101,7 +101,7 @@ class SampleStage(Stage):
         shards = plan_shards(place)
         yield [
             Unit(
-                UnitKind.SAMPLES, draw_samples, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
+                UnitKind.SAMPLES, write_sample_shard, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
                 shard.stop - shard.start, needs_gpu=True,
             )
             for shard in shards
@@ -126,8 +126,7 @@ STAGE = SampleStage()
 
 
 def plan_shards(place: Place) -> list[Shard]:
-    """List the tars that hold the first num_images, batch_size images each; a set that is smaller than one batch is
-    one tar of its own size."""
+    """Return the shards of the first num_images samples, batch_size each; of a smaller set one shard of its size."""
     config = place.experiment.sample
     size = min(config.batch_size, config.num_images)
     return [
@@ -136,8 +135,8 @@ def plan_shards(place: Place) -> list[Shard]:
     ]
 
 
-def draw_samples(ctx: Worker, place: Place, shard: Shard) -> None:
-    """Draw the images of one tar and write them, then its facts. The body of a unit."""
+def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
+    """Draw the images of one shard and write it, then its facts (body of a unit)."""
     experiment, config = place.experiment, place.experiment.sample
     index = torch.arange(shard.start, shard.stop, device=ctx.device)
     labels = make_labels(experiment, index)
@@ -159,11 +158,11 @@ def draw_samples(ctx: Worker, place: Place, shard: Shard) -> None:
         tars.Record(f"{number:08d}", tars.encode_png(image), label)
         for number, image, label in zip(range(shard.start, shard.stop), pixels, classes, strict=True)
     )
-    shard.write(records, **_list_facts(experiment), compiled=config.compile)
+    shard.write(records, **_list_required_facts(experiment), compiled=config.compile)
 
 
-def _list_facts(experiment: Experiment) -> dict[str, Any]:
-    """Return what the facts of a tar must hold, or it is drawn again; compiling moves the order of sums only."""
-    protocol = asdict(describe_sampling(experiment))
-    del protocol["compiled"]
+def _list_required_facts(experiment: Experiment) -> dict[str, Any]:
+    """Return what the facts of a shard must contain, or it is drawn again."""
+    protocol = asdict(make_sample_protocol(experiment))
+    del protocol["compiled"]  # moves the order of sums only
     return {"protocol": protocol}

@@ -1,4 +1,4 @@
-"""The select stage: every candidate is sampled and scored as any run is, and the best is selected.
+"""The select stage: samples and scores every candidate as any run, and selects the best.
 
 The candidates' samples and scores lie where those of any run do: what is scored already is not scored again, and
 the selected one has its first samples.
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class SelectStage(Stage):
-    """Selects the best among the checkpoints that evaluate.checkpoints means."""
+    """Selects the best of the checkpoints that evaluate.checkpoints names."""
 
     name = "select"
     selects_checkpoint = True
@@ -29,11 +29,11 @@ class SelectStage(Stage):
         return ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
-        """Tell whether the selection is made, among all that training leaves."""
+        """Return whether training has ended and the selection includes every candidate."""
         return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_done(place)
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """List the samples and the scores of all candidates. Raises PipelineError where there is none."""
+        """Return the sampling and scoring of all candidates. Raises PipelineError where there is none."""
         asked, every = place.experiment.evaluate.checkpoints, place.experiment.evaluate.checkpoint_interval
         if not (candidates := selection.list_candidates(place)):
             raise_no_checkpoint(place, f"for evaluate.checkpoints={asked}")
@@ -45,7 +45,7 @@ class SelectStage(Stage):
         return [(stage, candidate) for candidate in candidates.values() for stage in ("sample", "evaluate")]
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Make the selection, once all candidates are scored."""
+        """Write the selection, after all candidates are scored; yields no unit."""
         selection.write_selection(place)
         yield from ()
 

@@ -1,4 +1,4 @@
-"""The shard stage: raw images -> verified webdataset tars, one work unit for each tar."""
+"""The shard stage: writes the images of a source as shards (webdataset tars), one unit for each."""
 
 import logging
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class ShardStage(Stage):
-    """Writes the images of a source as tars, sealed by a manifest."""
+    """Writes the images of a source as shards, sealed by a manifest."""
 
     name = "shard"
 
@@ -28,7 +28,7 @@ class ShardStage(Stage):
         return place.data
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield a unit for each tar that is missing, then check what was left out and write the manifest."""
+        """Yield the units of missing shards, then check what was left out and write the manifest."""
         config = place.experiment.data
         data = download_source(config, locate_downloads(place.storage))
         shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
@@ -68,7 +68,7 @@ STAGE = ShardStage()
 
 
 def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Shard]:
-    """List the tars that hold splits of these sizes."""
+    """Return the shards for splits of these sizes."""
     return [
         Shard(folder, f"{split}-{number:05d}.tar", split, start, min(start + images_per_shard, count))
         for split, count in splits.items()
@@ -77,7 +77,7 @@ def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> 
 
 
 def write_shard(ctx: Worker, data: DataConfig, shard: Shard) -> None:
-    """Write the images of one tar, then its facts. The body of a unit."""
+    """Write the images of one shard, then its facts (body of a unit)."""
     skipped: list[list[str]] = []
 
     def skip_image(name: str, reason: str) -> None:

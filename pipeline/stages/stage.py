@@ -1,4 +1,4 @@
-"""What a stage is. The engine asks a stage these questions, and decides nothing by its name."""
+"""The base class of all stages. The engine asks a stage these questions, and decides nothing by its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.store.run import Place
 
 
 class Stage(ABC):
-    """A part of a run that is made of work units, and is done or not.
+    """A step of a run that is made of units, and is done or not.
 
     name: what people type.
     selects_checkpoint: it makes the selection.
@@ -27,47 +27,47 @@ class Stage(ABC):
     shows_other_stages: ClassVar[bool] = False
 
     def list_required(self, experiment: Experiment) -> tuple[str, ...]:
-        """Name the stages that come before it."""
+        """Return the names of the stages that it needs."""
         return ()
 
     @abstractmethod
     def is_done(self, place: Place) -> bool:
-        """Tell whether its result is on disk and current. Reads no image and loads no network."""
+        """Return whether its result is complete and its inputs unchanged. Reads no image and loads no network."""
 
     @abstractmethod
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield rounds of units, each to be finished before the next; then seal the result.
+        """Yield rounds of units, each to be finished before the next; seal the result at the end.
 
         A unit whose result is on disk is not yielded again. Raises PipelineError.
         """
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """List the stages whose results it reads, each with its place; they are brought up to date before it works."""
+        """Return the stages of other places that must be done before it works, as (stage name, place)."""
         return []
 
     def check_before_training(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
-        """Raise PipelineError for what the shards alone show to be impossible, before hours of training."""
+        """Raise PipelineError if the shards alone show that the stage cannot succeed, before hours of training."""
 
     def find_shared_folder(self, place: Place) -> Path | None:
-        """Return the folder that it writes to and other runs share; None where it writes to the run's own."""
+        """Return the folder that other runs write too, and that must be locked; None for none."""
         return None
 
 
 class GroupStage(Stage):
-    """A stage that one group of workers does together. Where no workers are needed, `work` does it in this process."""
+    """A stage that several workers do together. Where no workers are needed, `work` does it in this process."""
 
     @abstractmethod
-    def needs_group(self, place: Place) -> bool:
-        """Tell whether workers are needed."""
+    def needs_workers(self, place: Place) -> bool:
+        """Return whether workers are needed."""
 
     @abstractmethod
-    def count_steps(self, place: Place) -> tuple[int, int]:
-        """Return the step from which the group goes on, and the last one."""
+    def find_step_range(self, place: Place) -> tuple[int, int]:
+        """Return the step from which the workers go on, and the last one."""
 
     @abstractmethod
     def read_progress(self, place: Place) -> tuple[int, str]:
-        """Return the step that the group has reached, and a word on it."""
+        """Return the step that the workers have reached, and a note on it."""
 
     @abstractmethod
     def run_worker(self, ctx: Worker, place: Place) -> None:
-        """Do one worker's share, from the newest checkpoint to the end or until the stop file appears."""
+        """Do the part of one worker, from the newest checkpoint to the end or until the stop file appears."""

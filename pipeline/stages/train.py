@@ -1,4 +1,4 @@
-"""The train stage: what each worker does, with or without peers.
+"""The train stage, and what each of its workers does.
 
 The order of images, noise, t, flips and dropout are functions of (seed, step, row of the global batch), so a
 worker needs no memory but the TrainState, and it does not matter how the batch is cut into slices.
@@ -38,7 +38,7 @@ GRID_STEPS = 50  # DDIM steps of the grids during training: a glance, not a scor
 
 
 class TrainStage(GroupStage):
-    """Trains the network, or puts published weights in its place."""
+    """Trains the network, or imports published weights."""
 
     name = "train"
 
@@ -48,15 +48,15 @@ class TrainStage(GroupStage):
     def is_done(self, place: Place) -> bool:
         return checkpoint.is_valid(place.step_folder(place.experiment.train.steps))
 
-    def needs_group(self, place: Place) -> bool:
+    def needs_workers(self, place: Place) -> bool:
         return not place.experiment.published.weights
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Import published weights, which takes no worker."""
+        """Import published weights; yields no unit."""
         diffusers_layout.import_published_weights(place)
         yield from ()
 
-    def count_steps(self, place: Place) -> tuple[int, int]:
+    def find_step_range(self, place: Place) -> tuple[int, int]:
         steps = place.experiment.train.steps
         return max(checkpoint.list_steps(place.train, steps), default=0), steps
 
@@ -65,7 +65,7 @@ class TrainStage(GroupStage):
         return step, "" if loss is None else f"loss {loss:.4f}"
 
     def run_worker(self, ctx: Worker, place: Place) -> None:
-        """Train from the newest whole checkpoint to `train.steps`, or until the run's stop file appears."""
+        """Train from the newest valid checkpoint to `train.steps`, or until the stop file appears."""
         config = place.experiment.train
         require_images_for_workers(config, ctx.world_size)
         torch.use_deterministic_algorithms(config.deterministic)
@@ -130,7 +130,7 @@ def _permute_images(seed: int, epoch: int, num_images: int) -> torch.Tensor:
 
 
 class _LogSums:
-    """Sums of loss and gradient norm since the last point of the log; they stay on the device until they are read.
+    """Sums of loss and gradient norm since the last point of the log, on the device.
 
     A run that is stopped between two points takes its sums along, so that its curve is an untouched run's.
     """
@@ -143,7 +143,7 @@ class _LogSums:
         self.sums += torch.stack((metrics["loss"], metrics["grad_norm"]))
 
     def compute_means(self, ctx: Worker, step: int) -> tuple[float, float]:
-        """Return loss and gradient norm, averaged over workers and steps. Raises PipelineError if training diverged."""
+        """Return mean loss and gradient norm over workers and steps. Raises PipelineError if they are not finite."""
         loss, grad_norm = (ctx.total(self.sums) / ctx.world_size / (step - self.start)).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise PipelineError(
@@ -164,7 +164,7 @@ class _LogSums:
         }
 
     def tensors(self, ctx: Worker, step: int) -> Tensors:
-        """Return the sums of all ranks, which a checkpoint between two points holds beside the state."""
+        """Return the sums of all ranks, for a checkpoint between two points of the log."""
         if self.start == step:
             return {}
         self.compute_means(ctx, step)  # a state that has diverged is not kept
@@ -173,15 +173,17 @@ class _LogSums:
         return {"window.sums": ctx.total(sums), "window.start": torch.tensor(self.start)}
 
     def load_tensors(self, ctx: Worker, tensors: Tensors) -> None:
-        """Take each rank's own, bit for bit; where their number has changed, their sum in equal shares."""
+        """Restore the sums of this rank; divide them equally if the number of workers changed."""
         sums = tensors["window.sums"]
         self.sums.copy_(sums[ctx.rank] if len(sums) == ctx.world_size else sums.mean(dim=0))
         self.start = int(tensors["window.start"])
 
 
 class _CheckpointSaver:
-    """Writes checkpoints in a thread of rank 0 while training goes on, one at a time. Every rank reports each when it
-    is safe: before the next one, or at the end."""
+    """Writes checkpoints in a thread of rank 0, one at a time, while training goes on.
+
+    Every rank reports each one when it is safe: before the next one, or at the end.
+    """
 
     def __init__(self, ctx: Worker, place: Place, thread: ThreadPoolExecutor):
         self.ctx, self.place, self.thread = ctx, place, thread
@@ -191,7 +193,7 @@ class _CheckpointSaver:
         self.step: int | None = None
 
     def start(self, state: TrainState, sums: Tensors) -> None:
-        """Copy the state, and the sums since the last point of the log, and start to write them."""
+        """Copy the state and the sums of the log, and start to write the checkpoint."""
         self.finish()
         self.step = state.step
         folder = self.place.step_folder(state.step)
@@ -206,7 +208,7 @@ class _CheckpointSaver:
             )
 
     def finish(self) -> None:
-        """Wait until the last one is on disk. Raises what writing it raised."""
+        """Wait for the checkpoint, then delete old ones; raise again an error of the thread."""
         if self.step is None:
             return
         if self.pending:
@@ -218,7 +220,7 @@ class _CheckpointSaver:
 
 
 def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
-    """Load the newest whole checkpoint onto this worker's device, or make the first state; and the sums of its log."""
+    """Return the state and the sums of the newest valid checkpoint, or new ones, on this worker's device."""
     experiment = place.experiment
     net = checkpoint.create_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     if ctx.world_size > 1 and any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
@@ -241,7 +243,7 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
 
 
 def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Tensors]:
-    """Return a function that makes one training step."""
+    """Return a function that does one training step."""
     experiment, config = place.experiment, place.experiment.train
     images = open_dataset(place.data, "train", ctx)
     rows = slice_batch(config.batch_size, ctx.rank, ctx.world_size)
@@ -269,8 +271,11 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
 
 
 def _fix_gradient_buckets(forward: nn.Module, image: torch.Tensor, count: int) -> None:
-    """Call the network forward and backward once, for nothing. DDP rebuilds its buckets of gradients after the first
-    time, and sums depend on an element's place in its bucket: a resumed run must start from an untouched run's."""
+    """Run one unused forward and backward pass, so that DDP's buckets of gradients have their final layout.
+
+    DDP rebuilds them after the first pass, and sums depend on an element's place in its bucket: a resumed run must
+    start from the layout of an untouched one.
+    """
     x = image.float().expand(count, -1, -1, -1)
     forward.eval()  # running statistics of normalisation layers stay as they are
     forward(x, torch.zeros(count, dtype=torch.int64, device=x.device)).sum().backward()
@@ -280,7 +285,7 @@ def _fix_gradient_buckets(forward: nn.Module, image: torch.Tensor, count: int) -
 
 @torch.no_grad()
 def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
-    """Draw EMA samples from the same noise every time, so that the grids of one run show the same images grow.
+    """Draw a grid of EMA samples, from the same noise at every step, so that the same images grow.
 
     Where the network takes labels, it draws each class in turn.
     """

@@ -219,7 +219,7 @@ sys.exit(main(sys.argv[1:]))
 def test_each_stage_notes_the_commits_that_worked_on_it(tmp_path, monkeypatch):
     commands = [("a1", "train", "train.steps=4"), ("b2", "train", "seed=0")]
     for commit, verb, word in [*commands, ("c3", "evaluate", "evaluate.metrics=[nll]")]:
-        monkeypatch.setattr("pipeline.engine.execute.commit", lambda commit=commit: commit)
+        monkeypatch.setattr("pipeline.engine.execute.find_commit", lambda commit=commit: commit)
         ddpm(tmp_path, word, verb=verb)
     noted = json.loads((run_directory(tmp_path) / "commits.json").read_text())
     assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}

@@ -50,8 +50,8 @@ def test_bf16_is_another_set_and_says_so(sampled):
     fast = asking_for(experiment, precision="bf16")
     run_stage(sample, fast, run)
     assert (
-        sample.describe_sampling(fast).precision == "bf16"
-        and sample.describe_sampling(experiment).precision == "fp32"
+        sample.make_sample_protocol(fast).precision == "bf16"
+        and sample.make_sample_protocol(experiment).precision == "fp32"
     )
     difference = np.abs(images_of(experiment, run).astype(int) - images_of(fast, run))
     assert 0 < difference.mean() < 20, "not the same bits, and much the same images"
