@@ -69,9 +69,7 @@ def compare_scores(ours: Path, theirs: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("revision", metavar="REV")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
@@ -91,10 +89,8 @@ def main() -> int:
         for name in ("digits", "two"):
             (mine,), (other_run,) = find(ours, f"{name}-*"), find(theirs, f"{name}-*")
             faults += compare_weights(mine, other_run)
-        faults += compare_files(
-            mine := find(ours, "digits-*")[0], find(theirs, "digits-*")[0], "samples/*/*.tar"
-        )
-        faults += compare_scores(mine, find(theirs, "digits-*")[0])
+        runs = find(ours, "digits-*")[0], find(theirs, "digits-*")[0]
+        faults += compare_files(*runs, "samples/*/*.tar") + compare_scores(*runs)
     for fault in faults:
         print(f"differs: {fault}")
     print("the same numbers" if not faults else f"{len(faults)} differences")

@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from mlflow import MlflowClient
 
 from pipeline.store.files import hash_file
@@ -75,11 +75,6 @@ class Run:
         if self.command.wait() != 0:
             sys.exit(f"the command fails; its words are in {self.storage}/output.log")
 
-    def again(self) -> None:
-        """What a person does whose command has ended before its time."""
-        if self.command.poll() is not None:
-            self.start()
-
     @property
     def path(self) -> Path:
         return next((file.parent for file in self.storage.glob("soak-*/experiment.yaml")), self.storage)
@@ -100,11 +95,8 @@ class Run:
         return any(self.path.glob(seal.get(phase, f"train/step_{self.steps:08d}")))
 
     def is_writing_a_checkpoint(self) -> bool:
-        return any(map(self._is_new, self.path.glob("train/.tmp-step_*")))
-
-    def _is_new(self, path: Path) -> bool:
         with suppress(FileNotFoundError):
-            return path.stat().st_mtime > self.last_kill
+            return any(path.stat().st_mtime > self.last_kill for path in self.path.glob("train/.tmp-step_*"))
         return False
 
     def progress(self) -> str:
@@ -116,7 +108,10 @@ class Run:
     def processes(self, kind: str) -> list[int]:
         if kind == "driver":
             return [self.command.pid]
-        return [pid for pid, line in descendants(self.command.pid) if PROCESSES[kind] in line]
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.command.pid).children(recursive=True)
+            return [one.pid for one in family if PROCESSES[kind] in " ".join(one.cmdline())]
+        return []
 
     # Kills
 
@@ -126,7 +121,8 @@ class Run:
         enough = self.pieces(phase) + draw.randint(1, APART[phase])
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and not self.is_over(phase):
-            self.again()
+            if self.command.poll() is not None:
+                self.start()
             if self.pieces(phase) >= enough and self._has_killed(phase, kind, draw):
                 return self.progress()
             time.sleep(0.05)
@@ -148,21 +144,6 @@ class Run:
         return False
 
 
-def descendants(root: int) -> Iterator[tuple[int, str]]:
-    """(pid, command line) of all processes below `root`."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-    waiting = list(children.get(root, []))
-    while waiting:
-        pid = waiting.pop()
-        waiting += children.get(pid, [])
-        with suppress(OSError):
-            yield pid, Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-
-
 def soak(run: Run, draw: random.Random) -> list[tuple[str, str]]:
     """Bring the run to its end through all kills; returns (phase, victim) of each."""
     began, fell = time.monotonic(), []
@@ -174,10 +155,8 @@ def soak(run: Run, draw: random.Random) -> list[tuple[str, str]]:
             if where is None:
                 continue
             fell.append((phase, kind))
-            print(
-                f"{len(fell):>3}  {time.monotonic() - began:>4.0f} s  {phase:<10}  {kind:<10}  {where}",
-                flush=True,
-            )
+            seconds = time.monotonic() - began
+            print(f"{len(fell):>3}  {seconds:>4.0f} s  {phase:<10}  {kind:<10}  {where}", flush=True)
     run.finish()
     return fell
 
@@ -203,42 +182,29 @@ def curves_of(run: Run) -> dict[str, list[tuple[int, float]]]:
     if [one.info.status for one in found] != ["FINISHED"]:
         sys.exit(f"MLflow has {[one.info.status for one in found]} instead of one finished run")
     histories = {key: client.get_metric_history(found[0].info.run_id, key) for key in found[0].data.metrics}
-    return {
-        key: sorted((point.step, point.value) for point in points)
-        for key, points in histories.items()
-        if key != "train/images_per_second"
-    }
+    histories.pop("train/images_per_second", None)
+    return {key: sorted((point.step, point.value) for point in points) for key, points in histories.items()}
 
 
 def differences(soaked: Run, twin: Run) -> list[str]:
     found = []
-    for what, ours, theirs in (
-        ("file", files_of(soaked), files_of(twin)),
-        ("curve", curves_of(soaked), curves_of(twin)),
-    ):
+    for what, read in (("file", files_of), ("curve", curves_of)):
+        ours, theirs = read(soaked), read(twin)
         found += [f"{what} {n}" for n in sorted(ours | theirs) if ours.get(n) != theirs.get(n)]
         found += [f"no {what} to compare"] * (not theirs)
     return found
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description="Kill an experiment again and again; compare it with its twin."
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--storage", type=Path, help="where both runs are kept (default: a temporary folder)")
     parser.add_argument("--seed", type=int, default=0, help="of moments, victims and their order")
-    parser.add_argument(
-        "--twin-only", action="store_true", help="stop before the kills; the same --storage goes on"
-    )
     options = parser.parse_args()
     storage = options.storage or Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"both runs are in {storage}; first the one that nothing happens to", flush=True)
     twin = Run(storage / "twin")
     twin.finish()
-    if options.twin_only:
-        return 0
-    began = time.monotonic()
-    soaked = Run(storage / "soaked")
+    began, soaked = time.monotonic(), Run(storage / "soaked")
     fell = soak(soaked, random.Random(options.seed))
     seconds = round(time.monotonic() - began)
     phases = Counter({phase: 0 for phase in TRAINING | UNITS}) + Counter(phase for phase, _ in fell)
@@ -246,15 +212,12 @@ def main() -> int:
     found += [f"only {phases[phase]} kills in {phase}" for phase in TRAINING | UNITS if phases[phase] < 3]
     found += [f"only {len(fell)} kills"] * (len(fell) < 20)
     summary = {
-        "kills": len(fell),
-        "phases": phases,
-        "victims": Counter(kind for _, kind in fell),
-        "seconds": seconds,
+        "kills": len(fell), "phases": phases, "victims": Counter(kind for _, kind in fell), "seconds": seconds,
         "files_compared": len(files_of(twin)),
         "points_compared": sum(map(len, curves_of(twin).values())),
         "state_sha256": files_of(soaked).get(f"train/step_{STEPS:08d}/state.safetensors"),
         "differences": found,
-    }
+    }  # fmt: skip
     print(json.dumps(summary, indent=1))
     return 1 if found else 0
 

@@ -21,6 +21,8 @@ from pipeline.store.files import read_json
 CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 TRAIN_IMAGES, TEST_IMAGES = 4, 2
+ALIKE = {"lsun_bedroom", "lsun_cat"}  # but for their images, lsun_church
+OF_EACH_SOURCE = ["celebahq256", "cifar10", "context_sprites", "digits", "lsun_church"]
 
 # A thin network of the same depth, and a short chain.
 NARROW = {
@@ -29,20 +31,11 @@ NARROW = {
     "mha_unet": ["model.channels=8", "model.time_width=8", "model.num_heads=1"],
 }
 SHORT = [
-    "published.weights=null",
-    "diffusion.timesteps=3",
-    "train.steps=2",
-    "train.batch_size=2",
-    "train.checkpoint_every=2",
-    "train.sample_every=0",
-    "train.log_every=1",
-    "sample.num_images=2",
-    "sample.steps=null",
-    "sample.batch_size=2",
-    "evaluate.metrics=[nll]",
-    "evaluate.nll_images=1",
+    "published.weights=null", "diffusion.timesteps=3", "train.steps=2", "train.batch_size=2",
+    "train.checkpoint_every=2", "train.sample_every=0", "train.log_every=1", "sample.num_images=2",
+    "sample.steps=null", "sample.batch_size=2", "evaluate.metrics=[nll]", "evaluate.nll_images=1",
     "evaluate.nll_batch_size=1",
-]
+]  # fmt: skip
 
 
 def encoded(pixels: np.ndarray, kind: str) -> bytes:
@@ -67,18 +60,15 @@ def write_cifar10(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
     rows = [{"bytes": encoded(pixels, "png"), "path": ""} for pixels in images]
     for split, part in (("train", slice(TRAIN_IMAGES)), ("test", slice(TRAIN_IMAGES, None))):
-        parquet.write_table(
-            pyarrow.table({"img": rows[part], "label": labels[part]}), root / f"{split}-0.parquet"
-        )
+        table = pyarrow.table({"img": rows[part], "label": labels[part]})
+        parquet.write_table(table, root / f"{split}-0.parquet")
 
 
 def write_lmdb(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
     import lmdb
 
-    with (
-        lmdb.open(str(root), map_size=1 << 26, lock=False) as environment,
-        environment.begin(write=True) as transaction,
-    ):
+    environment = lmdb.open(str(root), map_size=1 << 26, lock=False)
+    with environment, environment.begin(write=True) as transaction:
         for i, pixels in enumerate(images):
             transaction.put(b"%d" % i, encoded(pixels, "webp"))
 
@@ -91,23 +81,23 @@ def storage(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("storage")
 
 
-@pytest.fixture(params=EXPERIMENTS)
-def named(request, storage) -> tuple[str, list[str]]:
-    """A configuration's name, and the overrides by which it reads images that were made for it."""
-    data = config.load_experiment(request.param, []).data
+def write_images(name: str, storage: Path) -> list[str]:
+    """The overrides by which a configuration reads images that were made for it."""
+    data = config.load_experiment(name, []).data
     if data.source == "digits":
-        return request.param, []
+        return []
     place = storage / f"{data.source}-{data.image_size}"
     if not place.exists():
         place.mkdir()
         shape = (TRAIN_IMAGES + TEST_IMAGES, data.image_size, data.image_size, data.channels)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         WRITERS[data.source](place, images, np.arange(len(images)) % max(data.labels, 1))
-    return request.param, [f"data.path={place}", f"data.test_images={TEST_IMAGES}"]
+    return [f"data.path={place}", f"data.test_images={TEST_IMAGES}"]
 
 
-def test_show(named, storage, capsys):
-    name, data = named
+@pytest.mark.parametrize("name", OF_EACH_SOURCE)
+def test_show(name, storage, capsys):
+    data = write_images(name, storage)
     own = ["published.weights=null"]  # the keys of published weights hash their file
     assert main(["show", name, *data, *own, f"cluster.storage={storage}"]) == 0
     printed = capsys.readouterr().out
@@ -119,8 +109,11 @@ def test_show_without_images_says_what_is_missing(storage, capsys):
     assert "# keys: not known" in capsys.readouterr().out
 
 
-def test_two_steps(named, storage):
-    name, data = named
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in EXPERIMENTS]
+)
+def test_two_steps(name, storage):
+    data = write_images(name, storage)
     whole = config.load_experiment(name, data)
     experiment = config.load_experiment(name, [*data, *SHORT, *NARROW[whole.model.name]])
     run = make_place(experiment, storage)
