@@ -75,6 +75,7 @@ def split_units(
 WhenDone = Callable[[Unit], None]  # called with each unit that is finished
 
 
+@dataclass
 class Worker:
     """One worker: rank, device, CPUs, and the bytes that it may use for training images.
 
@@ -82,16 +83,11 @@ class Worker:
     equally often on every rank.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        cpus: int,
-        rank: int = 0,
-        world_size: int = 1,
-        image_memory: int = NO_LIMIT,
-    ):
-        self.device, self.cpus, self.rank, self.world_size = device, cpus, rank, world_size
-        self.image_memory = image_memory
+    device: torch.device
+    cpus: int
+    rank: int = 0
+    world_size: int = 1
+    image_memory: int = NO_LIMIT
 
     def broadcast(self, value: Value) -> Value:
         """Return rank 0's value, on every rank."""

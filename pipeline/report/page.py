@@ -10,7 +10,7 @@ from pipeline.console import format_duration
 from pipeline.report import paper
 from pipeline.report.html import TEMPLATES, convert_to_html
 from pipeline.scores.metrics import HEADLINE, METRICS
-from pipeline.store.files import write_folder_atomically, write_manifest
+from pipeline.store.files import write_atomically, write_manifest
 from pipeline.store.run import REPORT_HTML, REPORT_MD
 
 # The words of a protocol, in the order of a page.
@@ -31,7 +31,7 @@ def write_page(folder: Path, compose: Callable[[Path], str], **facts: str) -> No
 
     compose: returns the Markdown; it draws the page's pictures into the folder that it is called with.
     """
-    with write_folder_atomically(folder) as temporary:
+    with write_atomically(folder, folder=True) as temporary:
         markdown = re.sub(r"\n{3,}", "\n\n", compose(temporary)).strip() + "\n"
         (temporary / REPORT_MD).write_text(markdown, encoding="utf-8")
         (temporary / REPORT_HTML).write_text(convert_to_html(markdown, temporary), encoding="utf-8")

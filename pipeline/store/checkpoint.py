@@ -27,7 +27,7 @@ from ddpm.networks.build import build_network
 from ddpm.networks.layers import BF16Network
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store.files import read_file_facts, read_json, require_file, write_folder_atomically, write_json
+from pipeline.store.files import read_file_facts, read_json, require_file, write_atomically, write_json
 from pipeline.store.run import Place, find_sample_facts, find_scores, find_selections
 from pipeline.store.tensors import Tensors
 
@@ -42,7 +42,7 @@ def save_checkpoint(
     directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None
 ) -> None:
     """Write the checkpoint of one step atomically. Contiguous tensors on the CPU, such as `copy_to_cpu` makes."""
-    with write_folder_atomically(directory) as temporary:
+    with write_atomically(directory, folder=True) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)
         files = {name: read_file_facts(temporary / name) for name in (STATE, EMA)}
@@ -157,14 +157,11 @@ def load_weights(directory: Path, which: str) -> Tensors:
 
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """Build the experiment's network with its initial weights."""
-    data, channels = experiment.data, experiment.data.channels
-    out_channels = Diffusion(experiment.diffusion).count_output_channels(channels)
-    classes = data.labels if experiment.takes_labels else 0
-    return accelerate(
-        build_network(
-            experiment.model, data.image_size, channels, out_channels, experiment.seed, classes, device
-        )
-    )
+    data, seed = experiment.data, experiment.seed
+    outputs = Diffusion(experiment.diffusion).count_output_channels(data.channels)
+    labels = data.labels if experiment.takes_labels else 0
+    net = build_network(experiment.model, data.image_size, data.channels, outputs, seed, labels, device)
+    return accelerate(net)
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""The diffusers layout: published weights in, our own out.
+"""Import and export of weights in the layout of diffusers.
 
 A folder holds config.json with the network's settings beside diffusion_pytorch_model.safetensors or .bin, at
 its root or under unet/; scheduler_config.json, at the root or under scheduler/, holds the diffusion's.
@@ -21,7 +21,7 @@ from ddpm.training import describe_mismatch
 from pipeline.config import Experiment, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
-from pipeline.store.files import read_json, write_folder_atomically, write_json
+from pipeline.store.files import read_json, write_atomically, write_json
 from pipeline.store.run import EXPERIMENT, Place
 from pipeline.store.tensors import Tensors, load_tensors
 
@@ -92,7 +92,7 @@ OLDER_NAMES = [  # of diffusers, to its present ones
 
 
 def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
-    """Return what diffusers calls our tensor `name`."""
+    """Return diffusers' name of our tensor `name`."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
@@ -102,7 +102,7 @@ def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
 
 
 def import_published_weights(place: Place) -> None:
-    """Make the published weights the checkpoint of step `train.steps`, as which every stage reads them.
+    """Write the published weights as the checkpoint of step `train.steps`.
 
     Raises ConfigError where the published settings are not the experiment's, PipelineError where the tensors
     are not the network's.
@@ -114,7 +114,8 @@ def import_published_weights(place: Place) -> None:
 
 
 def read_weights(experiment: Experiment) -> Tensors:
-    """Read the tensors at `published.path`, float32, under our names. Raises as `import_weights` does."""
+    """Read the tensors at `published.path`, float32, under our names. Raises ConfigError and PipelineError
+    as `import_published_weights` does."""
     file = experiment.published.file
     assert file is not None, "the experiment trains its own weights"
     folder = file.parent
@@ -143,7 +144,7 @@ def read_weights(experiment: Experiment) -> Tensors:
 
 
 def find_network_differences(experiment: Experiment, published: Settings) -> list[str]:
-    """Name the published settings that our network has not, or that the experiment has otherwise."""
+    """Return the published settings that differ from the experiment or that we do not support."""
     own = make_network_settings(experiment)
     given = LEFT_OUT | {name: value for name, value in published.items() if not name.startswith("_")}
     faults = [
@@ -163,7 +164,7 @@ def find_network_differences(experiment: Experiment, published: Settings) -> lis
 
 
 def _find_overrides(given: Settings) -> dict[str, str]:
-    """Say for each published setting that an experiment can have what to set."""
+    """Return the overrides that make the experiment match the published settings."""
     size, widths, kinds = given["sample_size"], given["block_out_channels"], given["down_block_types"]
     if not isinstance(size, int):
         return {"sample_size": "; images are squares, with one side"}
@@ -183,7 +184,7 @@ def _find_overrides(given: Settings) -> dict[str, str]:
 
 
 def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> list[str]:
-    """Name how the published diffusion differs from the experiment's; how it is sampled is free."""
+    """Return how the published diffusion differs from the experiment's; how it is sampled is free."""
     faults = []
     predicts = given.get("prediction_type", "epsilon")
     if predicts != PREDICTIONS.get(diffusion.predict):
@@ -225,9 +226,8 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     which: `ema` or `raw`; step None = the newest checkpoint. Returns what was written, in a line.
     """
     experiment = load_experiment(str(path / EXPERIMENT), [])
-    place = Place(
-        path.parent, experiment, "", path.name.removeprefix(f"{experiment.name}-")
-    )  # without its data
+    key, without_data = path.name.removeprefix(f"{experiment.name}-"), ""
+    place = Place(path.parent, experiment, without_data, key)
     scheduler, network = make_scheduler_settings(experiment), make_network_settings(experiment)
     steps = checkpoint.list_steps(place.train)
     if not steps or (step is not None and step not in steps):
@@ -240,7 +240,7 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     kind = experiment.published.weights or which
     header = {"_diffusers_version": LAYOUT_VERSION}
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
-    with write_folder_atomically(directory) as temporary:
+    with write_atomically(directory, folder=True) as temporary:
         for folder in parts:
             (temporary / folder).mkdir()
         facts = {"format": "pt", "run": path.name, "step": str(step), "weights": kind}
@@ -252,7 +252,7 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
 
 
 def make_network_settings(experiment: Experiment) -> Settings:
-    """Return the settings of diffusers' UNet2DModel that make it our network."""
+    """Return diffusers' UNet2DModel settings for our network."""
     data, model = experiment.data, experiment.model
     if not isinstance(model, UNetConfig):
         raise PipelineError(
@@ -277,7 +277,7 @@ def make_network_settings(experiment: Experiment) -> Settings:
 
 
 def make_scheduler_settings(experiment: Experiment) -> Settings:
-    """Return the settings of diffusers' DDPMScheduler that make it our ancestral sampler over all timesteps."""
+    """Return diffusers' DDPMScheduler settings for our ancestral sampler over all timesteps."""
     diffusion = experiment.diffusion
     learned = diffusion.variance in LEARNED
     variance = diffusion.variance if learned else experiment.sample.variance or diffusion.variance

@@ -32,11 +32,6 @@ TEMPORARY = ".tmp-"
 Check = Literal["size", "sha256"]
 
 
-def _make_temporary_name(path: Path) -> Path:
-    """Return a unique temporary path next to `path`."""
-    return path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
-
-
 def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -63,45 +58,36 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to `path` on success and deleted on failure."""
-    temporary = _make_temporary_name(path)
+def write_atomically(path: Path, folder: bool = False) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` on success and is deleted on failure.
+
+    folder: the temporary path is a folder that exists already.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
     with explain_write_errors(path):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            (temporary if folder else path.parent).mkdir(parents=True, exist_ok=True)
             yield temporary
-            _flush_to_disk(temporary)
+            for file in [*temporary.rglob("*"), temporary]:
+                _flush_to_disk(file)
+            if folder and path.exists():
+                shutil.rmtree(path)
             temporary.replace(path)
             _flush_to_disk(path.parent)
         except BaseException:
             with suppress(OSError):  # it would hide what went wrong
-                temporary.unlink(missing_ok=True)
-            raise
-
-
-@contextmanager
-def write_folder_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `path` on success and is deleted on failure."""
-    temporary = _make_temporary_name(path)
-    with explain_write_errors(path):
-        try:
-            temporary.mkdir(parents=True)
-            yield temporary
-            for file in temporary.rglob("*"):
-                _flush_to_disk(file)
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-            _flush_to_disk(path.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+                _delete(temporary)
             raise
 
 
 def remove_leftovers(directory: Path) -> None:
     """Delete temporary files of killed processes. The caller holds the lock."""
     for path in list(directory.rglob(f"{TEMPORARY}*")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Finished work to and from an object store: `ddpm push`, `ddpm pull`.
+"""Copies finished results to and from an object store: `ddpm push`, `ddpm pull`.
 
 A prefix of the store mirrors a storage root: URI/<run>/... and URI/data/<shards>/... What travels is finished: folders
 that a manifest or a checkpoint's meta file seals, and the run's own record. `contents.json` is written last and lists
@@ -43,7 +43,7 @@ BLOCK = 8 << 20  # bytes that travel at a time
 
 
 def push_run(name: str, root: Path, uri: str) -> str:
-    """Bring what is finished of a run (or of data/<shards>) to the prefix `uri`; return what was done, in a line.
+    """Copy the finished files of a run (or of data/<shards>) to the prefix `uri`; return a summary.
 
     Raises PipelineError where a file is not what its manifest says, or the store does not take it.
     """
@@ -54,20 +54,20 @@ def push_run(name: str, root: Path, uri: str) -> str:
     item = f"data/{path.name}" if path.parent.name == "data" else path.name
     store = ObjectStore(f"{uri.rstrip('/')}/{item}")
     with lock_folder(path):
-        files = _list_finished(path)
+        files = _list_finished_files(path)
         if not files:
             raise PipelineError(f"{path} holds nothing that is finished")
         sent = 0
         with show_progress("push", len(files), "files") as progress:
             for done, (file, facts) in enumerate(files.items(), 1):
-                sent += store.put(path / file, file, facts)
+                sent += store.upload(path / file, file, facts)
                 progress.update(done)
-        store.write_contents(files)
+        store.write_file_list(files)
     return f"{store.uri}: {sent} files sent, {len(files) - sent} were there"
 
 
 def pull_run(uri: str, root: Path) -> str:
-    """Bring what `push` left at `uri` (a prefix and the name of a run, or data/<shards>) into the storage root.
+    """Copy a pushed run (or data/<shards>) from `uri` into the storage root; return a summary.
 
     What this root has finished itself is kept. Raises PipelineError where nothing was pushed, or an object is not
     what the list of contents says.
@@ -86,18 +86,18 @@ def pull_run(uri: str, root: Path) -> str:
     with lock_folder(target), show_progress("pull", len(folders), "folders") as progress:
         for done, (folder, files) in enumerate(folders.items(), 1):
             if not any(map(_is_seal, files)):
-                fetched += _fetch_record(store, target, files)
+                fetched += _fetch_run_files(store, target, files)
             elif not any((target / folder / seal).exists() for seal in SEALS):
                 fetched += _fetch_folder(store, target, folder, files)
-            elif not all(_is_equal(target / file, store.contents[file]) for file in files):
+            elif not all(_has_same_content(target / file, store.contents[file]) for file in files):
                 kept.append(folder)
             progress.update(done)
     note = f"; kept as they are here: {', '.join(kept)}" if kept else ""
     return f"{target}: {fetched} files fetched, {len(store.contents) - fetched} were there{note}"
 
 
-def _list_finished(path: Path) -> dict[str, FileFacts]:
-    """List what is finished below `path`, by name relative to it, seals after what they seal.
+def _list_finished_files(path: Path) -> dict[str, FileFacts]:
+    """Return the finished files below `path`, by name relative to it, each seal after its files.
 
     Raises PipelineError where a sealed folder is not what its seal says.
     """
@@ -116,26 +116,27 @@ def _is_seal(file: str) -> bool:
     return Path(file).name in SEALS
 
 
-def _is_equal(path: Path, facts: FileFacts) -> bool:
+def _has_same_content(path: Path, facts: FileFacts) -> bool:
+    """Return whether the file has the size and sha256 of `facts`."""
     return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["sha256"]
 
 
-def _fetch_record(store: ObjectStore, target: Path, files: list[str]) -> int:
-    """Fetch the files of a run's record that are not here, and the log where the other one is longer."""
-    paths = {file: target / file for file in files}
-    return sum(
-        store.get(file, path)
-        for file, path in paths.items()
-        if not path.exists() or (file == LOG and path.stat().st_size < store.contents[file]["bytes"])
-    )
+def _fetch_run_files(store: ObjectStore, target: Path, files: list[str]) -> int:
+    """Fetch missing files that describe the run, and the log where the pushed one is longer."""
+    fetched = 0
+    for file in files:
+        path = target / file
+        if not path.exists() or (file == LOG and path.stat().st_size < store.contents[file]["bytes"]):
+            fetched += store.download(file, path)
+    return fetched
 
 
 def _fetch_folder(store: ObjectStore, target: Path, folder: str, files: list[str]) -> int:
-    """Fetch a sealed folder, which appears whole; what a broken pull fetched of it is not fetched again."""
+    """Fetch a sealed folder; continue a broken pull."""
     final = target / folder
     # The item itself holds the lock and stays in its place; its seal comes last.
     staged = final if final == target else final.with_name(f"{TEMPORARY}pull-{final.name}")
-    fetched = sum(store.get(file, staged / Path(file).name) for file in files)
+    fetched = sum(store.download(file, staged / Path(file).name) for file in files)
     if staged != final:
         shutil.rmtree(final, ignore_errors=True)  # without a seal it was nobody's
         staged.rename(final)
@@ -143,7 +144,7 @@ def _fetch_folder(store: ObjectStore, target: Path, folder: str, files: list[str
 
 
 class ObjectStore:
-    """The objects below the prefix `uri`, as they were when they were first listed."""
+    """Objects below the prefix `uri`; listed once."""
 
     def __init__(self, uri: str):
         self.uri = uri.rstrip("/")
@@ -154,7 +155,7 @@ class ObjectStore:
         if "@" in parts.netloc or not (parts.netloc or parts.scheme == "file"):
             raise nowhere
         try:
-            with _explain(uri):
+            with _explain_store_errors(uri):
                 system, path = fs.FileSystem.from_uri(uri)
         except ValueError as error:
             raise nowhere from error
@@ -162,75 +163,73 @@ class ObjectStore:
 
     @cached_property
     def objects(self) -> dict[str, fs.FileInfo]:
-        with _explain(self.uri):
+        with _explain_store_errors(self.uri):
             found = self.system.get_file_info(fs.FileSelector("", allow_not_found=True, recursive=True))
         return {info.path: info for info in found if info.is_file}
 
     @cached_property
     def contents(self) -> dict[str, FileFacts]:
-        """The files that were pushed here, by name; none where nothing was."""
+        """Pushed files, by name."""
         if CONTENTS not in self.objects:
             return {}
-        files: dict[str, FileFacts] = json.loads(b"".join(self._read(CONTENTS)))["files"]
+        files: dict[str, FileFacts] = json.loads(b"".join(self._read_object(CONTENTS)))["files"]
         if stray := [file for file in files if file.startswith("/") or ".." in Path(file).parts]:
             raise PipelineError(f"{self.uri}/{CONTENTS} lists '{stray[0]}', which lies outside")
         return files
 
-    def put(self, path: Path, name: str, facts: FileFacts) -> bool:
-        """Upload a file unless an equal object is there; return whether it was not.
+    def upload(self, path: Path, name: str, facts: FileFacts) -> bool:
+        """Upload a file unless an equal object exists; return whether it was uploaded.
 
-        An object that `contents.json` vouches for is not read to compare it.
+        An object that `contents.json` lists is not read to compare it.
         """
         info = self.objects.get(name)
         if info and info.size == facts["bytes"]:
             if self.contents.get(name) == facts and info.mtime <= self.objects[CONTENTS].mtime:
                 return False
             digest = hashlib.sha256()
-            for block in self._read(name):
+            for block in self._read_object(name):
                 digest.update(block)
             if digest.hexdigest() == facts["sha256"]:
                 return False
         with path.open("rb") as file:
-            self._write(name, file)
+            self._write_object(name, file)
         return True
 
-    def write_contents(self, files: dict[str, FileFacts]) -> None:
+    def write_file_list(self, files: dict[str, FileFacts]) -> None:
+        """Add the files to the list of what was pushed."""
         text = json.dumps({"files": {**self.contents, **files}}, indent=1, sort_keys=True)
-        self._write(CONTENTS, io.BytesIO(text.encode()))
+        self._write_object(CONTENTS, io.BytesIO(text.encode()))
 
-    def get(self, name: str, path: Path) -> bool:
-        """Download an object to `path`, which appears whole and with the right hash or not at all.
-
-        Returns False where it was there already.
-        """
-        if _is_equal(path, self.contents[name]):
+    def download(self, name: str, path: Path) -> bool:
+        """Download an object atomically and verify its hash; return whether it was downloaded."""
+        if _has_same_content(path, self.contents[name]):
             return False
         with write_atomically(path) as temporary:
             with temporary.open("wb") as file:
-                file.writelines(self._read(name))
-            if not _is_equal(temporary, self.contents[name]):
+                file.writelines(self._read_object(name))
+            if not _has_same_content(temporary, self.contents[name]):
                 raise PipelineError(
                     f"{self.uri}/{name} is not what {CONTENTS} says: it was damaged, or is being pushed just now; "
                     "push it again"
                 )
         return True
 
-    def _write(self, name: str, file: BinaryIO) -> None:
-        with _explain(self.uri):
+    def _write_object(self, name: str, file: BinaryIO) -> None:
+        with _explain_store_errors(self.uri):
             if self.system.base_fs.type_name == "local":  # object stores need no folders
                 self.system.create_dir(str(Path(name).parent))
             with self.system.open_output_stream(name) as stream:
                 shutil.copyfileobj(file, stream, BLOCK)
 
-    def _read(self, name: str) -> Iterator[bytes]:
-        with _explain(f"{self.uri}/{name}"), self.system.open_input_stream(name) as stream:
+    def _read_object(self, name: str) -> Iterator[bytes]:
+        with _explain_store_errors(f"{self.uri}/{name}"), self.system.open_input_stream(name) as stream:
             while block := stream.read(BLOCK):
                 yield block
 
 
 @contextmanager
-def _explain(where: str) -> Iterator[None]:
-    """Put the errors of the store into a user's words."""
+def _explain_store_errors(where: str) -> Iterator[None]:
+    """Raise the store's errors as PipelineError."""
     try:
         yield
     except OSError as error:

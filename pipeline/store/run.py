@@ -24,6 +24,11 @@ def _path_property(folder: str, name: str) -> cached_property[Path]:
     return cached_property(lambda place: getattr(place, folder) / name)
 
 
+def _folder_property(folder: str, key: str) -> cached_property[Path]:
+    """Return a property: the folder of the run whose name is one of the place's keys."""
+    return cached_property(lambda place: place.path / folder / getattr(place, key))
+
+
 def _key_property(make_key: Callable[[Experiment, str], str]) -> cached_property[str]:
     """Return a property: a key of the place, computed once."""
     return cached_property(lambda place: make_key(place.experiment, place.run_key))
@@ -69,21 +74,10 @@ class Place:
         """Folder of the shards, which all runs on them share."""
         return self.storage / "data" / f"{self.experiment.data.source}-{self.data_key}"
 
-    @cached_property
-    def samples(self) -> Path:
-        return self.path / "samples" / self.sample_key
-
-    @cached_property
-    def scores(self) -> Path:
-        return self.path / "evaluation" / self.score_key
-
-    @cached_property
-    def selection(self) -> Path:
-        return self.path / "selection" / self.selection_key
-
-    @cached_property
-    def figures(self) -> Path:
-        return self.path / "figures" / self.figures_key
+    samples = _folder_property("samples", "sample_key")
+    scores = _folder_property("evaluation", "score_key")
+    selection = _folder_property("selection", "selection_key")
+    figures = _folder_property("figures", "figures_key")
 
     def step_folder(self, step: int) -> Path:
         return self.train / f"step_{step:08d}"

@@ -17,7 +17,6 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -95,10 +94,13 @@ class Shard:
     def facts_json(self) -> Path:
         return self.path.with_suffix(".json")
 
+    @property
+    def range(self) -> dict[str, Any]:
+        return {"split": self.split, "start": self.start, "stop": self.stop}
+
     def write(self, records: Iterable[Record], **more: Any) -> None:
         """Write the tar, then its facts and `more`."""
-        facts = write_tar(self.path, records)
-        write_json(self.facts_json, {**self._range(), **facts, **more})
+        write_json(self.facts_json, {**self.range, **write_tar(self.path, records), **more})
 
     def read_facts(self, **more: Any) -> ShardFacts | None:
         """Return the facts; None unless the tar is complete, has this range, and the facts say `more`."""
@@ -109,17 +111,13 @@ class Shard:
             require_file(self.path, facts)
         except PipelineError:
             return None
-        return facts if (self._range() | more).items() <= facts.items() else None
+        return facts if (self.range | more).items() <= facts.items() else None
 
     def require_facts(self, **more: Any) -> ShardFacts:
         """Return the facts. Raises PipelineError where the tar has changed since it was made."""
-        facts = self.read_facts(**more)
-        if facts is None:
+        if (facts := self.read_facts(**more)) is None:
             raise PipelineError(f"{self.path} changed while it was used; run the command again")
         return facts
-
-    def _range(self) -> dict[str, Any]:
-        return {"split": self.split, "start": self.start, "stop": self.stop}
 
 
 class ShardFacts(FileFacts):
@@ -222,27 +220,23 @@ class ShardManifest:
         return list(self.facts["splits"])
 
     def count_images(self, split: str) -> int:
-        return int(self._split(split)["count"])
+        return int(self._get_split(split)["count"])
 
     def list_shards(self, split: str, n: int | None = None) -> list[Shard]:
-        """Return the shards with the first n images of a split (None: all), each with the range of its images.
-
-        Raises PipelineError where there are fewer.
-        """
-        n = self.count_images(split) if n is None else n
-        if self.count_images(split) < n:
+        """Return the shards with the first n images of a split (None: all). PipelineError where there are fewer."""
+        there, files, shards, start = self.count_images(split), self.facts["files"], [], 0
+        n = there if n is None else n
+        if there < n:
             raise PipelineError(
-                f"{self.directory} holds {self.count_images(split)} images where {n} are asked for; a short set "
-                "has no score: run the stage before this one"
+                f"{self.directory} holds {there} images where {n} are asked for; a short set has no score: "
+                "run the stage before this one"
             )
-        files = self.facts["files"]
-        names = self._split(split)["shards"]
-        ends = list(accumulate((files[name]["count"] for name in names), initial=0))
-        return [
-            Shard(self.directory, name, split, start, stop, files[name]["sha256"])
-            for name, start, stop in zip(names, ends, ends[1:], strict=False)
-            if start < n
-        ]
+        for name in self._get_split(split)["shards"]:
+            stop = start + files[name]["count"]
+            if start < n:
+                shards.append(Shard(self.directory, name, split, start, stop, files[name]["sha256"]))
+            start = stop
+        return shards
 
     def read_offsets(self, name: str) -> np.ndarray:
         """Return offset, size, crc32 and label of each image of a shard: int64 (count, 4)."""
@@ -254,7 +248,7 @@ class ShardManifest:
             )
         return np.array(facts["places"], dtype=np.int64).reshape(-1, 4)
 
-    def _split(self, split: str) -> dict[str, Any]:
+    def _get_split(self, split: str) -> dict[str, Any]:
         if split not in self.facts["splits"]:
             raise PipelineError(
                 f"{self.directory} has no {split} split, only {', '.join(self.splits)}; "

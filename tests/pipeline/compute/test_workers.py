@@ -57,9 +57,7 @@ class Group:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(
-            ["pipeline.stages.train", "pipeline.compute.ray_train", __name__]
-        )  # imported once
+        server.set_forkserver_preload(["pipeline.stages.train", "pipeline.compute.ray_train", __name__])
         args = (workers, port, experiment, run, steps)
         self.processes = [server.Process(target=member, args=(rank, *args)) for rank in range(workers)]
         for process in self.processes:

@@ -33,35 +33,22 @@ def test_tensors_come_back_as_they_were(tiny_run):
     assert torch.equal(checkpoint.load_weights(run.step_folder(1), "ema")["w"], EMA["w"])
 
 
-def truncate(directory):
-    path = directory / checkpoint.STATE
-    path.write_bytes(path.read_bytes()[:-3])
+DAMAGES = {
+    "truncated": (checkpoint.STATE, lambda content: content[:-3]),
+    "flipped-bit": (checkpoint.STATE, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+    "no-meta": (checkpoint.META, None),
+    "no-ema": (checkpoint.EMA, None),
+    "empty-meta": (checkpoint.META, lambda content: b"{}"),
+}
 
 
-def flip_a_bit(directory):
-    path = directory / checkpoint.STATE
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-
-
-def lose_meta(directory):
-    (directory / checkpoint.META).unlink()
-
-
-def lose_ema(directory):
-    (directory / checkpoint.EMA).unlink()
-
-
-def empty_meta(directory):
-    (directory / checkpoint.META).write_text("{}")
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_meta, lose_ema, empty_meta])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, damage):
     _, run = tiny_run
     saved(run, 2, 4)
-    damage(run.step_folder(4))
+    name, change = DAMAGES[damage]
+    file = run.step_folder(4) / name
+    file.write_bytes(change(file.read_bytes())) if change else file.unlink()
     with caplog.at_level(logging.WARNING):
         assert checkpoint.find_newest(run, at_most=10) == 2
     assert "step_00000004" in caplog.text
@@ -69,18 +56,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
         checkpoint.load_checkpoint(run.step_folder(4))
 
 
-def test_the_newest_is_not_beyond_what_is_asked(tiny_run):
+def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_run):
     _, run = tiny_run
     saved(run, 2, 4, 6)
     assert checkpoint.find_newest(run, at_most=5) == 4
     assert checkpoint.find_newest(run, at_most=1) is None
-
-
-def test_a_folder_under_its_temporary_name_is_not_a_checkpoint(tiny_run):
-    _, run = tiny_run
-    saved(run, 2)
-    run.step_folder(2).rename(run.train / ".tmp-step_00000002-abc")
-    assert checkpoint.find_newest(run, at_most=5) is None
+    run.step_folder(4).rename(run.train / ".tmp-step_00000004-abc")
+    assert checkpoint.find_newest(run, at_most=5) == 2
 
 
 def keeping(experiment, keep, keep_every=None, checkpoints=None):
@@ -130,15 +112,9 @@ def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, 
     assert "no checkpoint is deleted" in caplog.text
 
 
-def test_a_missing_step_names_those_that_exist(tiny_run):
+def test_a_missing_step_and_the_weights_of_another_network_are_refused(tiny_run):
     experiment, run = tiny_run
     saved(run, 2)
-    with pytest.raises(PipelineError, match=r"no checkpoint of step 5 \(there are: 2\)"):
-        checkpoint.load_network(run.of(asking_for(experiment, checkpoint=5)), torch.device("cpu"))
-
-
-def test_weights_of_another_network_are_refused(tiny_run):
-    experiment, run = tiny_run
-    saved(run, 2)
-    with pytest.raises(PipelineError, match="another network"):
-        checkpoint.load_network(run.of(asking_for(experiment, checkpoint=2)), torch.device("cpu"))
+    for step, complaint in ((5, r"no checkpoint of step 5 \(there are: 2\)"), (2, "another network")):
+        with pytest.raises(PipelineError, match=complaint):
+            checkpoint.load_network(run.of(asking_for(experiment, checkpoint=step)), torch.device("cpu"))

@@ -216,30 +216,17 @@ def test_broken_files_are_refused(tmp_path, name, content, reason):
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("downsample_padding", 1),
-        ("norm_eps", 1e-5),
-        ("flip_sin_to_cos", True),
-        ("freq_shift", 0),
-        ("attention_head_dim", 8),
-        ("act_fn", "gelu"),
-        ("add_attention", False),
-        ("resnet_time_scale_shift", "scale_shift"),
-        ("time_embedding_type", "fourier"),
-        ("class_embed_type", "timestep"),
-        ("center_input_sample", True),
-        ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
-        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"]),
-        ("block_out_channels", [8, 12]),
-        ("sample_size", [8, 16]),
-        ("sample_size", None),
-        ("brand_new_setting", 3),
-        ("downsample_padding", "absent"),  # left out means diffusers' default, which is another network
-        ("norm_eps", "absent"),
-        ("flip_sin_to_cos", "absent"),
-        ("freq_shift", "absent"),
-        ("attention_head_dim", "absent"),
+        ("downsample_padding", 1), ("norm_eps", 1e-5), ("flip_sin_to_cos", True), ("freq_shift", 0),
+        ("attention_head_dim", 8), ("act_fn", "gelu"), ("add_attention", False),
+        ("resnet_time_scale_shift", "scale_shift"), ("time_embedding_type", "fourier"),
+        ("class_embed_type", "timestep"), ("center_input_sample", True), ("block_out_channels", [8, 12]),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D"]), ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"]),
+        ("sample_size", [8, 16]), ("sample_size", None), ("brand_new_setting", 3),
+        # Left out means diffusers' default, which is another network.
+        ("downsample_padding", "absent"), ("norm_eps", "absent"), ("flip_sin_to_cos", "absent"),
+        ("freq_shift", "absent"), ("attention_head_dim", "absent"),
     ],
-)
+)  # fmt: skip
 def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, value):
     publish(tmp_path, tiny())
     rewrite(tmp_path / "config.json", **{setting: value})
@@ -270,18 +257,12 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
         diffusers_layout.read_weights(importing(tmp_path))
     remedies = " ".join(line.split("; set ")[1] for line in caught.value.problems if "; set " in line)
     assert set(remedies.split()) == set(shape)
+    with pytest.raises(ConfigError, match=r"out_channels is 3, .* has 6; a learned diffusion\.variance"):
+        diffusers_layout.read_weights(importing(tmp_path, *shape, *LEARNED))
     experiment = importing(tmp_path, *remedies.split())
     assert_same_outputs(
         experiment, our_network(experiment, diffusers_layout.read_weights(experiment)), theirs
     )
-
-
-def test_the_number_of_outputs_belongs_to_the_variance(tmp_path):
-    publish(tmp_path, tiny(*LEARNED))
-    with pytest.raises(
-        ConfigError, match=r"out_channels is 2, the experiment's network has 1; a learned diffusion\.variance"
-    ):
-        diffusers_layout.read_weights(importing(tmp_path))
 
 
 def test_tensors_that_differ_are_named(tmp_path):
@@ -327,9 +308,6 @@ def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(PipelineError, match=r"config\.json is missing"):
         diffusers_layout.read_weights(importing(tmp_path))
-
-
-def test_the_weights_must_be_named_and_the_folder_given(tmp_path):
     with pytest.raises(ConfigError, match=r"published\.weights is null; say"):
         tiny(f"published.path={tmp_path}")
     with pytest.raises(ConfigError, match=r"published\.path is null"):
@@ -419,24 +397,19 @@ def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
     run, _ = trained(tmp_path, tiny(*overrides))
     with pytest.raises(PipelineError, match=named):
         diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
-
-
-def test_other_networks_are_refused_by_name(tmp_path):
-    experiment = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"]())
-    for use in (
-        diffusers_layout.make_network_settings,
-        lambda e: diffusers_layout.find_network_differences(e, {}),
-    ):
-        with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
-            use(experiment)
+    other = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"]())
+    with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
+        diffusers_layout.make_network_settings(other)
 
 
 def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
     run, _ = trained(tmp_path, tiny())
-    with pytest.raises(PipelineError, match="exists and is not empty"):
-        diffusers_layout.export_to_diffusers(run.path, run.path, "ema", None)
-    with pytest.raises(PipelineError, match=r"no checkpoint of step 4 \(there are: 6\)"):
-        diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "ema", 4)
+    for folder, step, complaint in (
+        (run.path, None, "exists and is not empty"),
+        (tmp_path / "out", 4, r"no checkpoint of step 4 \(there are: 6\)"),
+    ):
+        with pytest.raises(PipelineError, match=complaint):
+            diffusers_layout.export_to_diffusers(run.path, folder, "ema", step)
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), rundir.write_atomically(tmp_path / "x") as temporary:
         temporary.write_text("half")
         raise RuntimeError
-    with pytest.raises(RuntimeError), rundir.write_folder_atomically(tmp_path / "d") as temporary:
+    with pytest.raises(RuntimeError), rundir.write_atomically(tmp_path / "d", folder=True) as temporary:
         (temporary / "half").write_text("half")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -27,7 +27,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 def test_a_directory_is_replaced_as_a_whole(tmp_path):
     for text in ("old", "new"):
-        with rundir.write_folder_atomically(tmp_path / "d") as temporary:
+        with rundir.write_atomically(tmp_path / "d", folder=True) as temporary:
             (temporary / text).write_text(text)
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["new"]
 
