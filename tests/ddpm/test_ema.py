@@ -17,13 +17,6 @@ def walk(net, steps, seed=0):
         yield n, net.weight.detach().double().clone()
 
 
-def test_starts_from_the_initial_weights():
-    net = nn.Linear(3, 2)
-    ema = EMA(net, 0.9)
-    assert torch.equal(ema.state_dict()["weight"], net.weight)
-    assert ema.state_dict()["weight"].data_ptr() != net.weight.data_ptr()
-
-
 @pytest.mark.parametrize("decay", [0.9, 0.9999])
 def test_constant_decay_after_a_first_copy(decay):
     net = nn.Linear(3, 2)

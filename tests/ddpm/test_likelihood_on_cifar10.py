@@ -48,6 +48,7 @@ def covariance(test_images) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return mean, values.clamp(min=0), vectors
 
 
+@pytest.mark.slow  # the eigenvectors of 3,072 dimensions
 def test_rates_of_the_best_linear_denoiser(covariance):
     """Its expected MSE in closed form, turned into rates: Table 4's rows for a denoiser known exactly."""
     tables = Diffusion().tables
@@ -70,6 +71,7 @@ def expected_terms(mse: torch.Tensor) -> torch.Tensor:
     return (tables["posterior_coef_x_0"] ** 2 * torch.exp(-large) / 2 * mse + overhead) / math.log(2)
 
 
+@pytest.mark.slow
 def test_the_best_linear_denoiser_by_sampling(test_images, covariance):
     """bits_per_dim itself, on 3,000 images at sampled steps, agrees with the closed form within 0.5 %.
 

@@ -127,19 +127,6 @@ def test_traces_without_a_graph_break():
             assert torch.equal(value, expected)
 
 
-def test_torch_seeds_are_distinct_63_bit_integers():
-    seeds = {
-        rng.draw_torch_seed(1, stream, step, i) for stream in (4, 5) for step in range(20) for i in range(20)
-    }
-    assert len(seeds) == 800
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert max(seeds) > 2**62
-
-
-def test_streams_never_share_numbers():
-    assert len({int(stream) for stream in Stream}) == len(Stream)
-
-
 def test_a_wrong_index_is_refused():
     with pytest.raises(ValueError, match="index must be int64"):
         rng.draw_normal(1, Stream.NOISE, 0, torch.zeros(3), (2,))

@@ -199,20 +199,6 @@ def test_sample_is_the_ancestral_chain_fed_by_its_streams():
     )
 
 
-def test_sampling_tracks_no_gradient():
-    weight = torch.ones((), requires_grad=True)
-    chain = run_chain(Diffusion(SMALL), lambda x, t: weight * x, randn(*SHAPE), noise)
-    assert not next(chain).x_t.requires_grad
-    assert torch.is_grad_enabled()
-
-
-def test_context_reaches_the_network():
-    kwargs = {"index": torch.arange(2), "shape": SHAPE[1:], "seed": 1}
-    plain = sampler.sample(Diffusion(SMALL), net, **kwargs)
-    same, other = sampler.sample(Diffusion(SMALL), net, context=torch.tensor([0, 9]), **kwargs)
-    assert torch.equal(same, plain[0]) and not torch.equal(other, plain[1])
-
-
 def test_interpolation_at_0_and_1_is_the_plain_chain():
     diffusion = Diffusion(SMALL)
     x_a, x_b, eps = (randn(*SHAPE, seed=s) for s in range(3))

@@ -5,17 +5,21 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import assert_refused_by_name
 
 from ddpm.config import DiffusionConfig, TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks import NETWORKS, NO_LABEL, TAKES_LABELS
-from ddpm.networks.build import build_network
+from ddpm.networks.build import CLASSES, build_network
 from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
+from ddpm.networks.context_unet import ContextUNet
+from ddpm.networks.mha_unet import MHAUNet
+from ddpm.networks.unet import UNet
 from ddpm.sampler import guide, sample
 from ddpm.training import TrainState, train_step
 
-CLASSES = 3
+LABEL_CLASSES = 3
 SIZE = 16
 ANNOTATED = UNetConfig(
     channels=64, channel_mult=(1, 2, 4, 16), attention_resolutions=(8, 4), resample="transposed"
@@ -39,7 +43,7 @@ TRAIN = TrainConfig(
 
 
 def classes(config):
-    return CLASSES if config.name in TAKES_LABELS else 0
+    return LABEL_CLASSES if config.name in TAKES_LABELS else 0
 
 
 def build(config, seed=0, out_channels=3, **kwargs):
@@ -156,21 +160,6 @@ def test_a_batch_of_timesteps_is_embedded_row_by_row(config):
 
 
 @every_network
-def test_forward_makes_no_module_and_draws_nothing(config):
-    net = state_of(config).net.eval()
-    modules, before = [id(m) for m in net.modules()], torch.get_rng_state()
-    net(torch.zeros(2, 3, SIZE, SIZE), torch.tensor([1, 2]))
-    assert [id(m) for m in net.modules()] == modules
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@every_network
-def test_twice_the_channels_out_for_learned_variance(config):
-    net = build(config, out_channels=6).eval()
-    assert net(torch.zeros(2, 3, SIZE, SIZE), torch.tensor([1, 2])).shape == (2, 6, SIZE, SIZE)
-
-
-@every_network
 def test_output_is_float32_under_autocast_and_close_to_it(config):
     net = state_of(config).net.eval()
     x_t = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
@@ -203,6 +192,32 @@ def test_redrawn_network_is_as_new(config):
     assert [
         name for name, tensor in state.net.state_dict().items() if not torch.equal(tensor, new[name])
     ] == []
+
+
+PROBLEMS = {
+    UNet: [
+        ({"norm_groups": 5}, 8, "norm_groups"), ({"dropout": 1.0}, 8, "dropout"),
+        ({"num_res_blocks": 0}, 8, "num_res_blocks"), ({"channel_mult": ()}, 8, "channel_mult"), ({"channel_mult": (1, 2, 2)}, 10, "channel_mult"),
+        ({"attention_resolutions": (9,)}, 8, "attention_resolutions"), ({"resample": "bicubic"}, 8, "resample"),
+    ],
+    ContextUNet: [
+        ({"norm": "layer"}, 8, "norm"), ({"norm_groups": 0}, 8, "norm_groups"), ({"channels": 7}, 8, "channels"),
+        ({"channel_mult": (1,)}, 8, "channel_mult"), ({"channel_mult": (1, 1, 1, 1, 1)}, 8, "channel_mult"),
+    ],
+    MHAUNet: [
+        ({"num_heads": 3}, 8, "num_heads"), ({"num_heads": 0}, 8, "num_heads"), ({"time_width": 7}, 8, "time_width"),
+        ({"time_width": 2}, 8, "time_width"), ({"channel_mult": (1,)}, 8, "channel_mult"), ({}, 10, "channel_mult"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("network", "changes", "image_size", "key"),
+    [(net, *row) for net, rows in PROBLEMS.items() for row in rows],
+)
+def test_problems_name_the_key(network, changes, image_size, key):
+    name = next(name for name in NETWORKS if CLASSES[name] is network)
+    assert_refused_by_name(network, dataclasses.replace(CONFIGS[name], **changes), image_size, key)
 
 
 def test_labels_are_refused_by_networks_without_them():
