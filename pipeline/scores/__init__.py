@@ -1,4 +1,4 @@
-"""Features and scores: the only room that imports torch_fidelity.
+"""Features and scores of images; the only folder that imports torch_fidelity.
 
 `metrics` is the registry of scores, `ranking` the order of runs by one of them. `extractors` turns images into
 features (`inception`, `classifier` and `projection` are its networks), `image_sets` keeps these in files, `distances`

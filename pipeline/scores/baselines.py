@@ -1,4 +1,4 @@
-"""Baselines: images that know less than any model should. Their scores, at equal n, show what the model's are worth."""
+"""Baselines: images of a Gaussian and of noise, whose scores are worse than any model's should be."""
 
 from collections.abc import Iterable
 from functools import reduce

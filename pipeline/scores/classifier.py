@@ -1,4 +1,4 @@
-"""A small convolutional classifier, whose features know what the images show.
+"""A small convolutional classifier, as a feature extractor for images with labels.
 
 It stands in for Inception where images are small or Inception's weights are out of reach. Its scores compare runs on
 the same data only, so it is trained once per data key, and every protocol names it by its hash.
@@ -24,7 +24,7 @@ LARGEST_SIDE = 32  # larger images are averaged down, which bounds the cost
 
 
 class Classifier(nn.Module):
-    """Maps uint8 images (N,C,H,W) to features (N, 64) and logits (N, classes), float32."""
+    """The network from uint8 images (N,C,H,W) to features (N, 64) and logits (N, classes), float32."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -47,7 +47,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw He's initialisation from (seed, stream, number of the tensor), so that it is equal on every machine."""
+        """Draw the initial weights (He et al. 2015), equal on every machine."""
         for number, parameter in enumerate(self.parameters()):
             if parameter.ndim == 1:
                 parameter.zero_()
@@ -100,5 +100,5 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def find_classifier_weights(place: Place) -> tuple[Path, str]:
-    """Return the classifier of the run's data, which must have been trained, and its sha256."""
+    """Return the file of the data's classifier, which must have been trained, and its sha256."""
     return place.classifier, hash_file(place.classifier)

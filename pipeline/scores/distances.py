@@ -30,7 +30,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Moments:
-    """The number n of features f, sum f (d,) and sum f f^T (d, d), float64."""
+    """The sums that give mean and covariance of n features f: sum f (d,) and sum f f^T (d, d), float64."""
 
     n: int
     first: np.ndarray
@@ -54,7 +54,7 @@ class Moments:
 
 
 def compute_fid(a: Statistics, b: Statistics) -> float:
-    """Compute the FID between two sets of features."""
+    """Compute the FID between the statistics of two sets of features."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (a, b))
@@ -63,7 +63,7 @@ def compute_fid(a: Statistics, b: Statistics) -> float:
 
 @dataclass(frozen=True)
 class ProbabilitySums:
-    """For each split the number of images, sum p (splits, classes) and sum p log p, float64."""
+    """The sums that give the IS of each split: its images, sum p (splits, classes) and sum p log p, float64."""
 
     n: np.ndarray
     p: np.ndarray
@@ -89,8 +89,11 @@ class ProbabilitySums:
 
 @dataclass(frozen=True)
 class FeatureSums:
-    """The sums over the features of n images. If there are classes, `in_order` is over splits in the images' order,
-    `shuffled` over torch-fidelity's splits, and `classes` (n,) int16 has the class of each image's largest logit."""
+    """The sums over the features of n images, enough for FID and IS.
+
+    If there are classes, `in_order` is over splits in the images' order, `shuffled` over torch-fidelity's splits, and
+    `classes` (n,) int16 has the class of each image's largest logit.
+    """
 
     moments: Moments
     in_order: ProbabilitySums | None = None
@@ -132,7 +135,7 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
 
 
 def choose_kid_subset_size(n: int, n_reference: int) -> int:
-    """Choose torch-fidelity's size, or half of a smaller set: subsets of all its images would show no spread.
+    """Return torch-fidelity's subset size, or half of a smaller set: all of it would show no spread.
 
     Raises PipelineError if nothing can be estimated from the half.
     """

@@ -41,7 +41,7 @@ EXTRACTORS = {
 
 @dataclass(frozen=True)
 class Extractor:
-    """A kind of EXTRACTORS with its weights. `name` ends in their hash and stands in every protocol."""
+    """A feature extractor with its weights; `name` ends in their hash and stands in every protocol."""
 
     kind: str
     weights: Path
@@ -49,6 +49,7 @@ class Extractor:
 
     @property
     def name(self) -> str:
+        """The name in protocols and folders."""
         return f"{self.kind}-{self.sha256[:8]}"
 
     @property

@@ -1,4 +1,4 @@
-"""Image sets as files of features: what a unit makes of a tar, and where it stands.
+"""Image sets as files of features, and the units that write them.
 
 Features are kept under the hash of the tar and of the extractor, so they are used wherever they hold and nowhere
 else.

@@ -21,7 +21,7 @@ REMEDY = f"get {URL} and name it in evaluate.extractor_weights"
 
 
 class Inception(nn.Module):
-    """Maps uint8 images (N,C,H,W) of one or three channels to the outputs of LAYERS."""
+    """The network from uint8 images (N,C,H,W) of one or three channels to the outputs of LAYERS."""
 
     def __init__(self, weights: Path):
         from torch_fidelity.utils import create_feature_extractor

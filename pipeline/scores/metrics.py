@@ -1,4 +1,4 @@
-"""The registry of metrics: every score by its name in metrics.json and MLflow. A new metric is one entry here.
+"""The registry of metrics, by the names of scores in metrics.json and MLflow. A new metric is one entry here.
 
 This module imports nothing heavy: errors in a configuration list its names.
 """
@@ -11,7 +11,7 @@ FIRM = "\u00a0"  # a space that does not break the line
 
 @dataclass(frozen=True)
 class Metric:
-    """A score: how it is named, written and compared.
+    """A metric: how its scores are named, written and compared.
 
     family: the entry of evaluate.metrics that gives it; None if none does.
     interval: the score that holds its standard deviation; None if it has none.
@@ -37,11 +37,11 @@ class Metric:
 
     @property
     def best(self) -> str:
-        """The word for its best value."""
+        """The word for its best value: highest or lowest."""
         return "highest" if self.larger_is_better else "lowest"
 
     def format(self, value: float | None, spread: float | None = None) -> str:
-        """Write the value as the paper prints it, without its unit; a dash for None."""
+        """Write a value as the paper prints it, without the unit; a dash for None."""
         if value is None:
             return "–"
         error = "" if spread is None else f"{FIRM}±{FIRM}{spread:,.{self.digits}f}"
@@ -49,7 +49,7 @@ class Metric:
         return f"{sign}{value:,.{self.digits}f}{error}"
 
     def format_score(self, scores: Mapping[str, float]) -> str:
-        """Write its value among these scores, with its interval if there is one."""
+        """Write the metric's value among these scores, with its interval if there is one."""
         return self.format(scores.get(self.name), scores.get(self.interval or ""))
 
 

@@ -20,7 +20,7 @@ LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fil
 
 
 def list_preparations(place: Place) -> list[Unit]:
-    """List the units that are not done."""
+    """List the units of the classifier and of the Gaussian that are not done."""
     count, units = tars.open_shards(place.data).count_images("train"), []
     if place.experiment.evaluate.features == "classifier":
         weights, facts = place.classifier, place.classifier_json

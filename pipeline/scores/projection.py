@@ -23,7 +23,7 @@ SEED = 0
 
 
 class Projection(nn.Module):
-    """Maps uint8 images (N,C,H,W) to a tuple of one: features (N, 64), float32. Its weights depend on C alone."""
+    """The network from uint8 images (N,C,H,W) to a tuple of features (N, 64), float32; C alone sets its weights."""
 
     filters: Tensor
     matrix: Tensor

@@ -1,4 +1,4 @@
-"""The one order of runs: among those scored alike, by the mean over the seeds of each point."""
+"""The order of runs and trials of equal protocol, by the mean score over seeds."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,11 @@ from pipeline.scores.metrics import Metric
 
 
 class ScoredRun(Protocol):
-    """A run or a trial. `swept`: the values that tell it from the others; runs that differ in nothing but the seed are
-    one point. `data` names its images, `protocol` says how its scores came about."""
+    """A run or a trial that can be ranked.
+
+    swept: the values that tell it from the others; runs that differ in the seed alone are one point.
+    data: names its images. protocol: says how its scores came about.
+    """
 
     @property
     def label(self) -> str: ...
@@ -32,8 +35,7 @@ R = TypeVar("R", bound=ScoredRun)
 
 @dataclass(frozen=True)
 class RankedPoint:
-    """The position of a point: its rank from 1, the same for equals; its name; mean and standard deviation over its
-    seeds, None with one seed."""
+    """A point with its rank from 1, which equals share, and mean and standard deviation over its seeds (None: one)."""
 
     rank: int
     name: str
@@ -59,8 +61,10 @@ class RankedGroup(Generic[R]):
 
 
 def rank_runs(runs: Sequence[R], metric: Metric) -> list[RankedGroup[R]]:
-    """Group runs of equal protocol, the largest group first, and rank each group. A run without the score is in none:
-    numbers of different protocols have no common order."""
+    """Group runs of equal protocol, the largest group first, and rank each group.
+
+    Scores of different protocols have no common order. A run without the score is left out.
+    """
     alike: dict[tuple[str, ...], list[R]] = {}
     for run in runs:
         if metric.name in run.scores:
@@ -93,7 +97,7 @@ def _drop_seed(run: ScoredRun) -> Tree:
 
 
 def format_values(swept: Mapping[str, Any]) -> str:
-    """Write swept values as 'cosine dropout=0.1': a word says what it is, a number does not."""
+    """Write swept values as 'cosine dropout=0.1': a number needs its key, a word does not."""
     return " ".join(
         value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
         for key, value in swept.items()

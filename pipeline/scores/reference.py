@@ -35,7 +35,7 @@ def load_reference(place: Place, extractor: Extractor, reference: str) -> Statis
 
 
 def make_reference(place: Place, extractor: Extractor, split: str, images: ImageSet) -> Statistics:
-    """Sum up the features of a whole split, and keep the result."""
+    """Compute the statistics of a whole split, and write them."""
     found = images.sum_features().moments.to_statistics()
     file, content = locate_statistics(place, extractor, split)
     write_arrays(file, mu=found.mu, sigma=found.sigma, n=np.array(found.n), content=np.array(content))
@@ -59,7 +59,7 @@ def load_statistics(file: Path, width: int | None = None) -> Statistics:
 
 
 def _find_problem(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
-    """Say why these are not the statistics of features (of that width); None if they are."""
+    """Return why these are not the statistics of features (of that width); None if they are."""
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         return f"has no {' and no '.join(missing)}, only {', '.join(arrays) or 'nothing'}"

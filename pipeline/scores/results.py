@@ -1,4 +1,4 @@
-"""The contents of metrics.json and nll.json: scores, and how they came about."""
+"""The types of the contents of metrics.json and nll.json."""
 
 from typing import TypedDict
 
@@ -6,7 +6,7 @@ Scores = dict[str, float]
 
 
 class ScoreProtocol(TypedDict, total=False):
-    """How scores came about. What was not asked for is left out or None; samples add the keys of their protocol."""
+    """The protocol of scores. What does not apply is missing or None; samples add the keys of their own protocol."""
 
     checkpoint: int
     checkpoint_rule: str
@@ -35,8 +35,11 @@ class ScoreProtocol(TypedDict, total=False):
 
 
 class Results(TypedDict, total=False):
-    """The contents of metrics.json. `reference_points`: the scores of the baselines; `class_shares`: the share of each
-    class among the samples, as the classifier sees them."""
+    """The contents of metrics.json.
+
+    reference_points: the scores of the baselines.
+    class_shares: the share of each class among the samples, as the classifier sees them.
+    """
 
     scores: Scores
     protocol: ScoreProtocol
@@ -45,8 +48,10 @@ class Results(TypedDict, total=False):
 
 
 class Bound(TypedDict):
-    """The contents of nll.json: means over n test images of the terms (T,) in bits/dim, the MSE (T,) of x_0 and the
-    prior, and the rows of rate and distortion after k reverse steps."""
+    """The contents of nll.json, averaged over n test images.
+
+    terms (T,) and prior in bits/dim, the MSE (T,) of x_0, and the rows of rate and distortion after k reverse steps.
+    """
 
     terms: list[float]
     mse: list[float]

@@ -1,4 +1,4 @@
-"""The NLL bound of the test split by the run's network, in units of test images."""
+"""The NLL bound of the test split: its units and their average."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def choose_bound_variance(experiment: Experiment) -> str:
 
 
 def count_images(place: Place) -> tuple[int, int]:
-    """Count the test images that are scored, and all of them. Raises PipelineError if there are too few."""
+    """Return the number of test images that are scored, and of all. Raises PipelineError if there are too few."""
     there = tars.open_shards(place.data).count_images("test")
     scored = place.experiment.evaluate.nll_images or there
     if scored > there:
@@ -46,7 +46,7 @@ def count_images(place: Place) -> tuple[int, int]:
 
 
 def plan_units(place: Place) -> dict[Path, Unit]:
-    """Plan a unit for each range of test images, by the file of its bound.
+    """Return a unit for each range of test images, by the file of its bound.
 
     The folder's key covers all that the bound depends on; how samples are drawn does not belong to it.
     """
@@ -84,13 +84,13 @@ def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) ->
 
 
 def choose_timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
-    """Count the timesteps that share a network call; a call with few images would spend its time on overhead."""
+    """Return how many timesteps share a network call; a call with few images would spend its time on overhead."""
     most_images, most_pixels = CALL
     return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 
 
 def average_units(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
-    """Average over the images of all units. Raises PipelineError naming a unit of other images or timesteps."""
+    """Average the bound over all images. Raises PipelineError naming a unit of other images or timesteps."""
     terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
     for file, unit in units.items():
         arrays = read_unit_arrays(file)

@@ -17,9 +17,10 @@ from pipeline.store.run import Place
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """All image sets of an evaluation: the samples; the splits of the data whose statistics are still to be made, or
-    whose single images are compared; the baselines, of no more images than the samples.
+    """The image sets of an evaluation: samples, splits and baselines.
 
+    splits: those whose statistics are still to be made, or whose single images are compared.
+    baselines: of no more images than the samples.
     references: for each FID that is asked for, the split or the file that it is the distance to.
     compares_images: whether KID, precision or recall is asked for, which compare single images.
     """
@@ -37,7 +38,7 @@ class EvaluationSets:
 
 
 def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) -> EvaluationSets:
-    """Collect the samples, the splits that they are compared with, and the baselines."""
+    """Collect the image sets: samples, the splits that they are compared with, and baselines."""
     experiment, config = place.experiment, place.experiment.evaluate
     n, shape = experiment.sample.num_images, experiment.data.shape
     folder, index = place.reference_features, tars.open_shards(place.data)
@@ -63,7 +64,7 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
 
 
 def add_scores(found: Results, place: Place, extractor: Extractor, sets: EvaluationSets) -> None:
-    """Add scores, those of the baselines, class shares and their part of the protocol. All features must be there."""
+    """Compute the scores of samples and baselines, and add them with their protocol. All features must be there."""
     experiment, config = place.experiment, place.experiment.evaluate
     statistics = {
         score: load_reference(place, extractor, name)

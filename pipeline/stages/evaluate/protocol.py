@@ -1,4 +1,4 @@
-"""The protocol: how scores come about, and what of that differs from the paper."""
+"""The protocol of scores, and its differences from the paper's."""
 
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
@@ -28,7 +28,7 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
 
 
 def explain_differences(found: ScoreProtocol, metrics: tuple[str, ...]) -> list[str]:
-    """List why these scores are not comparable with the paper's; nothing if they are."""
+    """List the reasons why these scores are not comparable with the paper's; none if they are."""
     reasons = [(found["weights"] != "ema", f"{found['weights']} weights, not EMA")]
     if set(metrics) - {"nll"}:
         n, steps, timesteps = found["n"], found["steps"], found["timesteps"]

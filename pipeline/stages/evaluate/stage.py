@@ -47,6 +47,7 @@ class EvaluateStage(Stage):
         return manifest is not None and all(manifest.get(name) == its for name, its in inputs.items() if its)
 
     def check_before_training(self, place: Place) -> None:
+        """Raise PipelineError if the test split is missing or too small, or the user's statistics cannot be used."""
         config = place.experiment.evaluate
         if "nll" in config.metrics:
             bound.count_images(place)
@@ -98,7 +99,7 @@ def list_samples(place: Place) -> list[Shard]:
 
 
 def _hash_inputs(place: Place) -> dict[str, str | None]:
-    """Hash what the scores belong to, beside what is in their key; None if it is not there."""
+    """Return the hashes of samples and weights, which are not in the scores' key; None if one is not there."""
     samples = list_samples(place) if needs_samples(place.experiment) else []
     weights = bound.hash_weights(place) if "nll" in place.experiment.evaluate.metrics else None
     return {"samples": hash_shards(samples), "weights": weights}

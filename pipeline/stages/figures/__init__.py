@@ -1,4 +1,4 @@
-"""The figures stage: the paper's figures of any checkpoint, as pictures beside their captions.
+"""The figures stage: the paper's figures, drawn for one checkpoint.
 
 `stage` plans what is drawn and seals it, `figure` defines a figure, `chains` has the samples and the figures
 that run the reverse process, `curves` those that plot numbers, `nearest` those that look up training images.

@@ -1,4 +1,4 @@
-"""The samples (Fig. 13), and the figures that run the reverse process: Figs. 6 and 14, 7, 8 and 9.
+"""The samples (Fig. 13), and the figures that run the reverse process (Figs. 6, 7, 8, 9 and 14).
 
 These run the chain that samples are drawn by. Where the paper names a t for T = 1000, it is that share of the chain's
 steps.
@@ -36,12 +36,12 @@ CHILDREN_FROM = 2**16  # their indices in the stream of the figures; the pairs' 
 
 
 def count_chain_steps(share: float, experiment: Experiment) -> int:
-    """Count the steps of that share of the chain; at least one, unless the share is 0."""
+    """Return the number of steps in a share of the chain; 0 only for 0."""
     return max(1 if share else 0, round(share * len(build_diffusion(experiment))))
 
 
 def format_timesteps(counts: list[int], experiment: Experiment) -> str:
-    """Write the paper's t, counted from 1, of latents with so many steps left; 0 is the image."""
+    """Write the paper's t (from 1) for numbers of steps that are left; 0 is the image."""
     timesteps = build_diffusion(experiment).timesteps
     return ", ".join(f"{int(timesteps[steps - 1]) + 1 if steps else 0:,}" for steps in dict.fromkeys(counts))
 
@@ -52,7 +52,7 @@ def choose_ancestral_variance(experiment: Experiment) -> Variance | None:
 
 
 def draw_rows(files: list[Path], file: Path, dim: int = 0) -> None:
-    """Save a grid of the units' images (rows, columns, C, H, W), uint8: each unit has some rows, or columns (dim=1)."""
+    """Save one grid of the units' images (rows, columns, C, H, W), uint8; each unit gives rows, or columns (dim=1)."""
     rows = torch.cat([torch.from_numpy(read_arrays(unit)["images"]) for unit in files], dim=dim)
     save_grid(rows.flatten(0, 1), rows.shape[1], file)
 
@@ -103,7 +103,7 @@ def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
 
 
 def list_snapshots(steps: int) -> list[int]:
-    """List which of the steps 1..steps a snapshot follows: the last of each tenth of the chain."""
+    """List the steps that a snapshot follows, of 1..steps: the end of each tenth of the chain."""
     return sorted({-(-number * steps // SNAPSHOTS) for number in range(1, SNAPSHOTS + 1)})
 
 
@@ -152,7 +152,7 @@ def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> 
 
 
 def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) -> Tensor:
-    """Make images (11, C, H, W) for the lambdas between uint8 images a and b, all from the pair's draw of the noise.
+    """Make images (11, C, H, W) between uint8 images a and b, one for each lambda, with the same noise.
 
     No class is asked for and nothing guides: the two sources can be of two classes.
     """
@@ -200,7 +200,7 @@ def write_children(ctx: Worker, place: Place, n: int, steps: int, file: Path) ->
 
 
 def draw_children(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Draw x_t (n, C, H, W) on the way to the first n samples, and images (n * children, C, H, W) from it."""
+    """Draw x_t (n, C, H, W) of the first n samples' chains, and images (n * children, C, H, W) from it."""
     experiment, variance = place.experiment, choose_ancestral_variance(place.experiment)
     chain, net = build_diffusion(experiment), load_guided_network(place, ctx.device)
     draw = partial(draw_normal, experiment.seed, shape=experiment.data.shape)

@@ -17,7 +17,7 @@ class FigureUnavailable(PipelineError):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: `draw(files of the units, target)` makes the picture `file` once the units are done."""
+    """A figure to draw: `draw(files of the units, target)` makes the picture `file` after its units."""
 
     file: str
     caption: str
@@ -31,7 +31,7 @@ def locate_unit_folder(place: Place, kind: str, *depends: str | int) -> Path:
 
 
 def count_rows(experiment: Experiment) -> int:
-    """Count the rows of a figure: never more than there are samples, so that small runs stay small."""
+    """Return the number of rows: figures.images, at most the number of samples."""
     return min(experiment.figures.images, experiment.sample.num_images)
 
 

@@ -58,7 +58,7 @@ STAGE = FiguresStage()
 
 
 def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
-    """Plan the figures asked for; return those that can be drawn, and by name the reason why another cannot."""
+    """Return the figures that can be drawn, and the reasons for the others, by name."""
     from pipeline.stages.figures import chains, curves, nearest
 
     plans = {
