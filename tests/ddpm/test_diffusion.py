@@ -213,7 +213,8 @@ def test_timesteps_that_do_not_ascend_within_the_chain_are_refused(chosen):
     [
         ({"timesteps": 1}, "timesteps"), ({"beta_start": 0.0}, "beta_start"), ({"beta_end": 1.0}, "beta_end"),
         ({"beta_start": 0.03}, "beta_start"), ({"beta_schedule": "sigmoid"}, "beta_schedule"),
-        ({"predict": "v"}, "predict"), ({"beta_schedule": "jsd"}, "predict"), ({"loss": "hybrid"}, "loss"), ({"variance": "learned"}, "loss"),
+        ({"predict": "v"}, "predict"), ({"beta_schedule": "jsd"}, "predict"), ({"loss": "hybrid"}, "loss"),
+        ({"variance": "learned"}, "loss"),
         ({"variance": "learned_range"}, "loss"), ({"t_sampling": "sometimes"}, "t_sampling"),
     ],
 )  # fmt: skip

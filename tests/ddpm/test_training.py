@@ -376,7 +376,8 @@ def test_loading_names_what_does_not_fit_and_changes_nothing():
     ("key", "changes"),
     [
         ("steps", {"steps": 0}), ("batch_size", {"batch_size": 0}), ("accumulate", {"accumulate": 9}),
-        ("lr", {"lr": 0.0}), ("lr", {"lr": math.nan}), ("lr_decay", {"lr_decay": "cosine"}), ("warmup_steps", {"warmup_steps": -1}),
+        ("lr", {"lr": 0.0}), ("lr", {"lr": math.nan}), ("lr_decay", {"lr_decay": "cosine"}),
+        ("warmup_steps", {"warmup_steps": -1}),
         ("grad_clip", {"grad_clip": 0.0}), ("ema_decay", {"ema_decay": ()}), ("ema_decay", {"ema_decay": (0.9, 1.0)}),
         ("label_dropout", {"label_dropout": 1.5}), ("precision", {"precision": "fp16"}),
     ],

@@ -13,7 +13,7 @@ from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
 def wide_unet():
     """A U-Net with weights that no layer starts at zero."""
     config = UNetConfig(channels=128, channel_mult=(1, 2), num_res_blocks=1, dropout=0.0)
-    net = build_network(config, 16, 3, 3, seed=0)
+    net = build_network(config, 32, 3, 3, seed=0)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -23,12 +23,12 @@ def wide_unet():
 # Relative errors of outputs and gradients; small gradients (the keys' biases have none but rounding) by the largest.
 @pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 def test_outputs_and_gradients_are_the_plain_networks(precision, limit):
-    net, x = wide_unet(), torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    net, x = wide_unet(), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     names, tensors = list(net.state_dict()), [p.data_ptr() for p in net.parameters()]
 
     def run():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-            y = net(x, torch.tensor([0, 10, 500, 999]))
+            y = net(x, torch.tensor([10, 999]))
         return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
 
     expected = run()

@@ -197,7 +197,8 @@ def test_redrawn_network_is_as_new(config):
 PROBLEMS = {
     UNet: [
         ({"norm_groups": 5}, 8, "norm_groups"), ({"dropout": 1.0}, 8, "dropout"),
-        ({"num_res_blocks": 0}, 8, "num_res_blocks"), ({"channel_mult": ()}, 8, "channel_mult"), ({"channel_mult": (1, 2, 2)}, 10, "channel_mult"),
+        ({"num_res_blocks": 0}, 8, "num_res_blocks"), ({"channel_mult": ()}, 8, "channel_mult"),
+        ({"channel_mult": (1, 2, 2)}, 10, "channel_mult"),
         ({"attention_resolutions": (9,)}, 8, "attention_resolutions"), ({"resample": "bicubic"}, 8, "resample"),
     ],
     ContextUNet: [
