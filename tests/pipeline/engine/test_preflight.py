@@ -30,13 +30,10 @@ def test_checkpoints_are_as_large_as_said(tiny_run):
     assert preflight.estimate_requirements(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
 
 
-def test_the_papers_run_takes_gibibytes():
+def test_the_papers_run_takes_gibibytes_and_candidates_count():
     wanted = preflight.estimate_requirements(cifar10())
     assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
     assert 3 * 2**30 < wanted.disk < 4 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
-
-
-def test_candidates_count():
     plain = preflight.estimate_requirements(cifar10())
     wanted = preflight.estimate_requirements(cifar10(**{"evaluate.checkpoints": "every:50000"}))
     assert (plain.kept, plain.images) == (3, 50_000)
@@ -47,19 +44,14 @@ def test_candidates_count():
     assert (kept.kept, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
 
 
-def test_a_disk_that_is_too_small_is_refused_with_figures(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
     run = Place(tmp_path, cifar10(), "d", "r")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
     with pytest.raises(
-        PipelineError, match=r"has 1\.0 GiB free, the run needs 3\.\d GiB more: .*cluster\.storage"
+        PipelineError, match=r"1\.0 GiB free, the run needs 3\.\d GiB more: .*cluster\.storage"
     ):
         preflight.check_resources(run)
-
-
-def test_what_is_there_already_is_not_needed_again(tmp_path, monkeypatch):
-    run = Place(tmp_path, cifar10(), "d", "r")
     run.path.mkdir()
     with (run.path / "samples").open("wb") as file:
         file.truncate(3 * 2**30)  # sparse
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
     assert preflight.check_resources(run).startswith("0.")
