@@ -62,12 +62,9 @@ class Pool:
     """
 
     def __init__(
-        self,
-        cluster: ClusterConfig,
-        gpus: float,
-        limits: Callable[[], tuple[int, int]],
+        self, cluster: ClusterConfig, gpus: float, limits: Callable[[], tuple[int, int]],
         interrupted: Callable[[], bool],
-    ):
+    ):  # fmt: skip
         self.cpus, self.retries = cluster.cpus_per_task, cluster.retries
         self.limits, self.interrupted = limits, interrupted
         # "DEFAULT": not in the caller's placement group, where the caller is a trial.
@@ -138,12 +135,9 @@ class Pool:
         except RayError as error:
             name = f"'{call.unit.name}'" if call.unit else "a process for work units"
             self.losses[id(call.unit)] += 1
-            if (
-                call.actor is None or self.losses[id(call.unit)] > self.retries
-            ):  # Ray has retried a task itself
-                raise PipelineError(
-                    f"{name} lost its process again and again ({shorten_error(error)}); the same command goes on here"
-                ) from error
+            if call.actor is None or self.losses[id(call.unit)] > self.retries:  # Ray retries tasks itself
+                told = f"{name} lost its process again and again ({shorten_error(error)})"
+                raise PipelineError(f"{told}; the same command goes on here") from error
             log.warning("%s lost its process (%s); another takes its place", name, shorten_error(error))
             ray.kill(call.actor)  # it may be out of reach only
             if call.unit:

@@ -27,13 +27,13 @@ class Resources:
 
 
 def resolve_resources(
-    cluster: ClusterConfig, cpus: int, gpus: int, cpus_per_node: int | None = None
+    cluster: ClusterConfig, cpus: int, gpus: int, node_cpus: int | None = None
 ) -> Resources:
     """Replace null settings by what the cluster has. Raises PipelineError where it has too little.
 
-    cpus_per_node: those of the largest node; no worker and no task can have more.
+    node_cpus: those of the largest node; no worker and no task can have more.
     """
-    most = cpus if cpus_per_node is None else cpus_per_node
+    most = cpus if node_cpus is None else node_cpus
     workers = cluster.workers or gpus or min(2, cpus)
     min_workers = min(cluster.min_workers or workers, workers)
     per_worker = cluster.cpus_per_worker or max(1, min(cpus // workers, most))
@@ -52,7 +52,5 @@ def resolve_resources(
         ("cluster.gpus_per_task", gpus_per_task, gpus),
     ):
         if asked > there:
-            raise PipelineError(
-                f"{key}={asked:g}, but no machine of the cluster has more than {there}: lower it"
-            )
+            raise PipelineError(f"{key}={asked:g}, but no machine has more than {there}: lower it")
     return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task)

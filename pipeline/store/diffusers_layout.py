@@ -121,7 +121,7 @@ def read_weights(experiment: Experiment) -> Tensors:
     folder = file.parent
     if not (folder / NETWORK).is_file():
         raise PipelineError(
-            f"{folder / NETWORK} is missing; the weights beside it cannot be understood without it"
+            f"{folder / NETWORK} is missing; nobody can tell which network the weights are of"
         )
     root = folder.parent if folder.name == "unet" else folder
     schedulers = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
@@ -188,9 +188,7 @@ def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> 
     faults = []
     predicts = given.get("prediction_type", "epsilon")
     if predicts != PREDICTIONS.get(diffusion.predict):
-        faults.append(
-            f"prediction_type is {predicts!r}, the experiment has diffusion.predict={diffusion.predict}"
-        )
+        faults.append(f"prediction_type is {predicts!r}, ours is diffusion.predict={diffusion.predict}")
     theirs, ours = _compute_scheduler_betas(given), Diffusion(diffusion).tables["beta"]
     if theirs is None or given.get("rescale_betas_zero_snr"):
         faults.append(f"its beta schedule ({given.get('beta_schedule')}, maybe rescaled) is none of ours")
@@ -255,13 +253,9 @@ def make_network_settings(experiment: Experiment) -> Settings:
     """Return diffusers' UNet2DModel settings for our network."""
     data, model = experiment.data, experiment.model
     if not isinstance(model, UNetConfig):
-        raise PipelineError(
-            f"model.name={model.name} has no place in the diffusers layout; only unet has one"
-        )
+        raise PipelineError(f"the diffusers layout has no model.name={model.name}, only unet")
     if model.resample != "conv":
-        raise PipelineError(
-            f"model.resample={model.resample} has no place in the diffusers layout; only conv has one"
-        )
+        raise PipelineError(f"the diffusers layout has no model.resample={model.resample}, only conv")
     attended = [side in model.attention_resolutions for side in model.list_sides(data.image_size)]
     return FIXED | {
         "sample_size": data.image_size,

@@ -149,9 +149,7 @@ class ObjectStore:
     def __init__(self, uri: str):
         self.uri = uri.rstrip("/")
         parts = urlsplit(uri)
-        nowhere = PipelineError(
-            f"'{uri}' names no place in a store; write s3://BUCKET/PREFIX or file:///FOLDER"
-        )
+        nowhere = PipelineError(f"'{uri}' is no place in a store; write s3://BUCKET/PREFIX or file:///FOLDER")
         if "@" in parts.netloc or not (parts.netloc or parts.scheme == "file"):
             raise nowhere
         try:

@@ -243,16 +243,14 @@ class ShardManifest:
         file = (self.directory / name).with_suffix(".json")
         facts = read_json(file) if file.exists() else {}
         if facts.get("sha256") != self.facts["files"][name]["sha256"]:
-            raise PipelineError(
-                f"{file} is not the index of {name}; delete both and run the stage that wrote them"
-            )
+            raise PipelineError(f"{file} is not the index of {name}; delete both, run their stage again")
         return np.array(facts["places"], dtype=np.int64).reshape(-1, 4)
 
     def _get_split(self, split: str) -> dict[str, Any]:
         if split not in self.facts["splits"]:
+            known = ", ".join(self.splits)
             raise PipelineError(
-                f"{self.directory} has no {split} split, only {', '.join(self.splits)}; "
-                "for a source without one, set data.test_images"
+                f"{self.directory} has no {split} split, only {known}; data.test_images makes one"
             )
         found: dict[str, Any] = self.facts["splits"][split]
         return found
@@ -277,10 +275,8 @@ def load_images(
     index = open_shards(directory)
     stop = index.count_images(split) if stop is None else stop
     if not 0 <= start < stop <= index.count_images(split):
-        raise PipelineError(
-            f"images {start} to {stop} of the {split} split of {directory} were asked for; "
-            f"it has {index.count_images(split)}"
-        )
+        there = index.count_images(split)
+        raise PipelineError(f"{directory}: no images {start} to {stop}; the {split} split has {there}")
     images: list[np.ndarray] = []
     labels: list[int] = []
     for shard in index.list_shards(split, stop):

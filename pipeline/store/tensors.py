@@ -23,9 +23,8 @@ def load_tensors(path: Path, remedy: str) -> Tensors:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PipelineError(
-            f"{path} is broken or holds more than plain tensors ({reason}); {remedy}"
-        ) from error
+        problem = f"{path} is broken or holds more than plain tensors ({reason})"
+        raise PipelineError(f"{problem}; {remedy}") from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise PipelineError(f"{path} holds no plain table of tensors; {remedy}")
     return found
