@@ -80,13 +80,15 @@ def show_log(name: str, address: str | None, follow: bool) -> int:
     """Print a job's log; with `follow` until the job ends, and return its exit code. Ctrl-C leaves the job alone."""
     with connect_cluster(address, name) as remote:
         try:
-            if not follow:
-                print(remote.client.get_job_logs(name), end="")
-                return 0
-            code, end = describe_end(follow_log(remote, name))
+            log = "" if follow else remote.client.get_job_logs(name)
+            job = follow_log(remote, name) if follow else None
         except KeyboardInterrupt:
             print(f"\nthe job goes on; stop it with `ddpm jobs stop {name}{remote.option}`", file=sys.stderr)
             return 130
+    if job is None:
+        print(log, end="")
+        return 0
+    code, end = describe_end(job)
     print_line(f"job {name}: {end}")
     return code
 

@@ -135,11 +135,7 @@ class Sweep:
         names = "it names a folder: letters, digits, '.', '_' and '-' only"
         faults = [
             (not re.fullmatch(FILE_NAME, self.name), "name", f"is {self.name!r}; {names}"),
-            (
-                lists and draw.points,
-                "draw.points",
-                f"is for random and sobol; {method} counts its own points",
-            ),
+            (lists and draw.points, "draw.points", f"is for random and sobol, not for {method}"),
             (not lists and not draw.points, "draw.points", f"is null; draw.method={method} needs at least 1"),
             (empty, "space", f"is empty, and draw.method={method} draws from it"),
             (stops, "space.train.steps", "is swept, and early_stop compares trials at equal steps"),
