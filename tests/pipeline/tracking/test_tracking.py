@@ -259,6 +259,10 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
     found = find(client, "ends", run)
     assert history(client, found, "train/loss") == expected(100) and found.info.status == "FINISHED"
     assert len(warnings) == 1 and "went away" in warnings[0]
+    for server, is_done in ((uri, True), ("http://other", False)):
+        mirror = tracking.Mirror(server, "ends", run)
+        mirror.status = "FINISHED"
+        assert mirror.is_done is is_done
 
 
 # A server that dies and comes back
