@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # The three tiers of tests (CONTRIBUTING.md). Two processes; each file stays in one, all that starts Ray in the same.
-QUICK := tests/ddpm tests/pipeline/config tests/pipeline/store tests/test_architecture.py tests/test_pages.py
+QUICK := tests/ddpm tests/pipeline/config tests/pipeline/scores/test_ranking.py $(addprefix tests/pipeline/store/test_,\
+	keys.py run.py tars.py checkpoint.py) tests/test_architecture.py tests/test_pages.py
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 
