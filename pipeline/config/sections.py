@@ -97,7 +97,7 @@ class PublishedConfig:
             yield "weights", "is null; say what the published weights are: raw, ema or unknown"
 
     @property
-    def file(self) -> Path | None:
+    def weights_file(self) -> Path | None:
         """The file of the weights; None where the network is trained here. Raises ConfigError where it is missing."""
         if self.weights is None:
             return None

@@ -116,7 +116,7 @@ def import_published_weights(place: Place) -> None:
 def read_weights(experiment: Experiment) -> Tensors:
     """Read the tensors at `published.path`, float32, under our names. Raises ConfigError and PipelineError
     as `import_published_weights` does."""
-    file = experiment.published.file
+    file = experiment.published.weights_file
     assert file is not None, "the experiment trains its own weights"
     folder = file.parent
     if not (folder / NETWORK).is_file():

@@ -52,7 +52,7 @@ def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[st
         "diffusion": content("diffusion", experiment.diffusion),
         "model": content("model", experiment.model),
     }
-    file, weights = experiment.published.file, experiment.published.weights
+    file, weights = experiment.published.weights_file, experiment.published.weights
     if file is not None:
         return always | {"published": {"sha256": hash_file(file), "weights": weights}}
     train = content("train", experiment.train)
