@@ -20,16 +20,11 @@ from ddpm.schedules import compute_betas
 Network = Callable[..., Tensor]  # net(x_t, t) or net(x_t, t, context) -> (N, C or 2C, H, W)
 
 
-class Posterior(NamedTuple):
-    """Distribution q(x_{t-1} | x_t, x_0): mean like x_t; variance and log_variance broadcast against x_t."""
+class Gaussian(NamedTuple):
+    """Distribution q(x_{t-1} | x_t, x_0) or p(x_{t-1} | x_t): mean, log_variance, and the x_0 behind them.
 
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
-
-
-class ReverseStep(NamedTuple):
-    """Distribution p(x_{t-1} | x_t): mean, log_variance (broadcasts against x_t), and its estimate of x_0."""
+    mean and x_0 are shaped like x_t; log_variance broadcasts against it.
+    """
 
     mean: Tensor
     log_variance: Tensor
@@ -105,15 +100,13 @@ class Diffusion:
             + self.gather("sqrt_one_minus_alpha_bar", t, x_0) * eps
         )
 
-    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Posterior:
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_{t-1} | x_t, x_0), Eqs. 6 and 7; the log variance at t = 0 is that of t = 1 (authors' code)."""
         _require_same_shape(x_0=x_0, x_t=x_t)
         mean = (
             self.gather("posterior_coef_x_0", t, x_t) * x_0 + self.gather("posterior_coef_x_t", t, x_t) * x_t
         )
-        return Posterior(
-            mean, self.gather("posterior_variance", t, x_t), self.gather("log_fixedsmall", t, x_t)
-        )
+        return Gaussian(mean, self.gather("log_fixedsmall", t, x_t), x_0)
 
     def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
         """Return the estimate of x_0 from the network's output, clipped to [-1, 1] if asked."""
@@ -131,7 +124,7 @@ class Diffusion:
 
     def p_mean_variance(
         self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = True, variance: Variance | None = None
-    ) -> ReverseStep:
+    ) -> Gaussian:
         """Return p(x_{t-1} | x_t) from the network's output (N, C or 2C, H, W).
 
         clip limits the x_0 estimate to [-1, 1] before the posterior mean; predict=mean is used as it is.
@@ -142,7 +135,7 @@ class Diffusion:
             mean = _split_output(output, x_t)[0]
         else:
             mean = self.q_posterior(x_0, x_t, t).mean
-        return ReverseStep(
+        return Gaussian(
             mean, self._compute_log_variance(output, x_t, t, variance or self.config.variance), x_0
         )
 
@@ -163,7 +156,7 @@ class Diffusion:
         return values
 
     def compute_bound_terms(
-        self, reverse: ReverseStep, x_0: Tensor, x_t: Tensor, t: Tensor, decoder: Decoder = "tanh"
+        self, reverse: Gaussian, x_0: Tensor, x_t: Tensor, t: Tensor, decoder: Decoder = "tanh"
     ) -> Tensor:
         """Return a term of the bound per image (N,), bits/dim: L_{t-1} (Eq. 5), or L_0 (Eq. 13) at t = 0."""
         posterior = self.q_posterior(x_0, x_t, t)
@@ -181,21 +174,19 @@ class Diffusion:
         if self.config.loss == "vlb":
             return self.compute_bound_terms(self.p_mean_variance(output, x_t, t, clip=False), x_0, x_t, t)
         prediction, _ = _split_output(output, x_t)
-        loss = average_per_image((self._target(x_0, x_t, t, eps) - prediction) ** 2)
+        match self.config.predict:
+            case "eps":
+                target = eps
+            case "x0":
+                target = x_0
+            case "mean":
+                target = self.q_posterior(x_0, x_t, t).mean
+        loss = average_per_image((target - prediction) ** 2)
         if self.config.loss == "simple":
             return loss
         frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
         vlb = self.compute_bound_terms(self.p_mean_variance(frozen, x_t, t, clip=False), x_0, x_t, t)
         return loss + vlb * len(self) / 1000
-
-    def _target(self, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        match self.config.predict:
-            case "eps":
-                return eps
-            case "x0":
-                return x_0
-            case "mean":
-                return self.q_posterior(x_0, x_t, t).mean
 
     def gather(self, name: str, t: Tensor, x: Tensor) -> Tensor:
         """Return the values of a table at t, (N, 1, 1, 1), in the dtype of x."""

@@ -121,7 +121,8 @@ def _compute_weight_gradient(x: Tensor, d_y: Tensor, basis: Basis) -> Tensor:
     total = torch.zeros(n * n, out_channels, channels)
     for some, d_some in _split_batch(x.permute(0, 2, 3, 1), d_y.permute(0, 2, 3, 1)):
         tiles = _transform_input(some, basis).view(n * n, -1, channels)
-        d_products = _transform_output_gradient(d_some, basis).view(n * n, -1, out_channels).transpose(1, 2)
+        d_tiles = _transform_tiles(tuple(zip(*basis.outputs, strict=True)), d_some, basis.m)  # the adjoint's
+        d_products = d_tiles.view(n * n, -1, out_channels).transpose(1, 2)
         if x.dtype == total.dtype:  # else the sum over chunks would be rounded to bf16
             total.baddbmm_(d_products, tiles)
         else:
@@ -145,11 +146,6 @@ def _transform_input(x: Tensor, basis: Basis) -> Tensor:
     padded = x.new_zeros(count, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1] = x
     return _transform_tiles(basis.inputs, padded, basis.m)
-
-
-def _transform_output_gradient(y: Tensor, basis: Basis) -> Tensor:
-    """Compute A y A^T of each tile: (N, H, W, K) -> (n, n, N, H/m, W/m, K), the adjoint of the output transform."""
-    return _transform_tiles(tuple(zip(*basis.outputs, strict=True)), y, basis.m)
 
 
 def _transform_tiles(matrix: Matrix, x: Tensor, m: int) -> Tensor:
