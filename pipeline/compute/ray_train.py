@@ -41,7 +41,7 @@ class RayWorker(Worker):
         torch.distributed.broadcast(decision, src=0)
         return bool(decision)
 
-    def total(self, value: torch.Tensor) -> torch.Tensor:
+    def sum_over_workers(self, value: torch.Tensor) -> torch.Tensor:
         summed = value.clone()
         torch.distributed.all_reduce(summed)
         return summed

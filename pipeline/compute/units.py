@@ -97,7 +97,7 @@ class Worker:
         """Return rank 0's flag on every rank; cheap enough for every step."""
         return flag
 
-    def total(self, value: torch.Tensor) -> torch.Tensor:
+    def sum_over_workers(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of `value` over the ranks."""
         return value
 

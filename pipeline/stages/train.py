@@ -144,7 +144,7 @@ class _LogSums:
 
     def compute_means(self, ctx: Worker, step: int) -> tuple[float, float]:
         """Return mean loss and gradient norm over workers and steps. Raises PipelineError if they are not finite."""
-        loss, grad_norm = (ctx.total(self.sums) / ctx.world_size / (step - self.start)).tolist()
+        loss, grad_norm = (ctx.sum_over_workers(self.sums) / ctx.world_size / (step - self.start)).tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise PipelineError(
                 f"the training loss became {loss} (gradient norm {grad_norm}) between steps {self.start} and {step}; "
@@ -170,7 +170,7 @@ class _LogSums:
         self.compute_means(ctx, step)  # a state that has diverged is not kept
         sums = self.sums.new_zeros(ctx.world_size, 2)
         sums[ctx.rank] = self.sums
-        return {"window.sums": ctx.total(sums), "window.start": torch.tensor(self.start)}
+        return {"window.sums": ctx.sum_over_workers(sums), "window.start": torch.tensor(self.start)}
 
     def load_tensors(self, ctx: Worker, tensors: Tensors) -> None:
         """Restore the sums of this rank; divide them equally if the number of workers changed."""
@@ -263,7 +263,7 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
         return train_step(
             state, diffusion, x_0, rows,
             config=config, seed=experiment.seed, forward=forward,
-            world_size=ctx.world_size, sum_over_workers=ctx.total,
+            world_size=ctx.world_size, sum_over_workers=ctx.sum_over_workers,
             context=labels if experiment.takes_labels else None,
         )  # fmt: skip
 
