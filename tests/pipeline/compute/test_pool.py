@@ -164,7 +164,7 @@ def test_a_unit_that_always_loses_its_process_ends_the_others(session, tmp_path)
 
 def assert_cancelled(folder: Path) -> None:
     """Every process that had a unit has ended, and no unit is done."""
-    deadline = time.monotonic() + LONG / 4
+    deadline = time.monotonic() + LONG / 2
     while alive := [file.name for file in folder.glob("process-*") if Path("/proc", file.name[8:]).exists()]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.1)
@@ -191,7 +191,7 @@ def test_an_interruption_ends_what_runs(session, tmp_path):
 def test_training_gets_the_gpus_and_the_pool_gets_them_back(session, tmp_path, monkeypatch):
     free = []
     monkeypatch.setattr(
-        ray_train, "run_training_group", lambda *_: free.append(wait_for_free_gpus(4, seconds=20))
+        ray_train, "run_training_group", lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))
     )
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
