@@ -133,6 +133,15 @@ def test_learning_rate():
 # ------------------------------------------------------------------------------------------------- chance
 
 
+def test_no_image_is_flipped_without_random_flip():
+    settings = config(random_flip=False)
+    state = TrainState(settings, Affine(), DIFFUSION.config)
+    step(state, settings)
+    t, _, eps, flip = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
+    assert flip.any()
+    assert torch.equal(state.net.seen[0][0], DIFFUSION.q_sample(from_uint8(PIXELS), t, eps))
+
+
 def test_draws_belong_to_the_row_not_to_the_slice():
     whole = draw_batch_noise(SEED, 3, ROWS, (1, 8, 8), 50, None)
     part = draw_batch_noise(SEED, 3, ROWS[5:], (1, 8, 8), 50, None)
