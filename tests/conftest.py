@@ -47,6 +47,7 @@ TRIAL = [*UNNAMED, "figures.which=[samples]"]
 ONE_CPU = ["cluster.workers=0", "cluster.cpus_per_worker=1"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep each file in one process of `make test`; all files that start Ray share one, which begins with them:
     two clusters at once would fight for the cores."""
