@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 QUICK := tests/ddpm tests/pipeline/config tests/pipeline/scores/test_ranking.py $(addprefix tests/pipeline/store/test_,\
 	keys.py run.py tars.py checkpoint.py) tests/test_architecture.py tests/test_pages.py
 PYTEST := $(BIN)/python -m pytest
-TWICE := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+TWICE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
 .PHONY: help run quick test test-all soak check bench env image cluster-test
 

@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from pipeline import config
 from pipeline.compute.units import LocalExecutor, Worker
 from pipeline.engine.find import make_place
 from pipeline.stages import shard
 from pipeline.store.run import Place
+
+ROOT = Path(__file__).parent.parent
 
 # A network of a few thousand parameters on the digits; every stage is the real one.
 UNNAMED = [
@@ -47,14 +51,22 @@ TRIAL = [*UNNAMED, "figures.which=[samples]"]
 ONE_CPU = ["cluster.workers=0", "cluster.cpus_per_worker=1"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+class FilesInTurn(LoadScopeScheduling):
+    """Keeps each file in one process of `make test`, and all files that start Ray in the same one: two clusters at
+    once would fight for the cores."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if "mark.ray" in (ROOT / file).read_text() else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return FilesInTurn(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file in one process of `make test`; all files that start Ray share one, which begins with them:
-    two clusters at once would fight for the cores."""
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path in with_ray else str(item.path)))
-    items.sort(key=lambda item: item.path not in with_ray)
+    """Begin with the files that start Ray, which take longest, so that both processes end at about the same time."""
+    items.sort(key=lambda item: "mark.ray" not in item.path.read_text())
 
 
 def tiny_experiment(*overrides: str) -> config.Experiment:
