@@ -7,6 +7,7 @@ from pathlib import Path
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import DataConfig
 from pipeline.data.sources import compute_fingerprint, download_source, open_source, raise_undecodable
+from pipeline.data.sources.cifar10 import is_official
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store.files import read_manifest_or_none
@@ -28,7 +29,10 @@ class ShardStage(Stage):
         return place.data
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield the units of missing shards, then check what was left out and write the manifest."""
+        """Yield the units of missing shards, then check what was left out and write the manifest.
+
+        Its fact `official` is true for the pixels of CIFAR-10, false for others that claim to be, else null.
+        """
         config = place.experiment.data
         data = download_source(config, locate_downloads(place.storage))
         shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
@@ -52,6 +56,11 @@ class ShardStage(Stage):
         for split, facts in splits.items():
             if not any(shard["count"] for shard in facts):
                 raise PipelineError(f"no image of the {split} split decodes; check data.path")
+        official = is_official(place.data, splits) or (False if data.source == "cifar10" else None)
+        if official is False:
+            log.warning(
+                "the images of %s are not CIFAR-10's: no score is comparable with the paper's", data.path
+            )
         write_shard_manifest(
             place.data,
             splits,
@@ -61,6 +70,7 @@ class ShardStage(Stage):
             channels=data.channels,
             labels=data.labels,
             skipped=len(skipped),
+            official=official,
         )
 
 

@@ -13,7 +13,7 @@ import shutil
 import tarfile
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from pipeline.data.sources.parquet import ParquetSource
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 from pipeline.store.files import write_atomically
+from pipeline.store.tars import ShardFacts, decode_png, read_records
 
 ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
@@ -37,6 +38,10 @@ BATCHES = {  # md5 of each, as they are in the official archive
     "data_batch_4": "634d18415352ddfa80567beed471001a",
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
+}
+PIXELS = {  # of each split: its images, and the sha256 over the sorted sha256 of their pixels, uint8 (3,32,32)
+    "train": (50_000, "c4f3d45acfc15350af7065445e9de41001417180428b1d37e2fa37e634414112"),
+    "test": (10_000, "2b47ae852d2a691a0f721e2b78f55dfba705c73504ae93a00eda74c8e562b1a8"),
 }
 ALLOWED = {  # names that the pickles may load
     ("numpy.core.multiarray", "_reconstruct"),
@@ -60,6 +65,23 @@ def open_cifar10(data: DataConfig) -> ImageSource:
         if place.exists():
             return Cifar10Files(place)
     return Cifar10Files(root) if root.is_file() or (root / "data_batch_1").exists() else ParquetSource(data)
+
+
+def is_official(folder: Path, splits: Mapping[str, Sequence[ShardFacts]]) -> bool:
+    """Return whether the shards of a folder hold the pixels of CIFAR-10, in any order, whatever their source was."""
+    counts = {split: sum(shard["count"] for shard in shards) for split, shards in splits.items()}
+    return counts == {split: count for split, (count, _) in PIXELS.items()} and all(
+        hash_images(
+            decode_png(r.png) for shard in splits[split] for r in read_records(folder / shard["name"])
+        )
+        == expected
+        for split, (_, expected) in PIXELS.items()
+    )
+
+
+def hash_images(images: Iterable[np.ndarray]) -> str:
+    """Return the sha256 over the sorted sha256 of the pixels of each image: their order does not matter."""
+    return hashlib.sha256(b"".join(sorted(hashlib.sha256(i.tobytes()).digest() for i in images))).hexdigest()
 
 
 def _hash_batches(md5: dict[str, str]) -> str:

@@ -125,9 +125,11 @@ def test_cifar10_parquet_is_passed_through():
 
 
 @needs_cifar10
-def test_cifar10_test_split_has_its_known_mean():
+def test_cifar10_test_split_has_its_known_mean_and_digest():
     records = reader("cifar10", CIFAR10, image_size=32, labels=10).read_records("test", 0, 10_000)
-    means = np.mean([decode_png(record.png).mean(axis=(1, 2)) for record in records], axis=0) / 255
+    images = [decode_png(record.png) for record in records]
+    assert (len(images), cifar10.hash_images(images)) == cifar10.PIXELS["test"]
+    means = np.mean([image.mean(axis=(1, 2)) for image in images], axis=0) / 255
     assert np.allclose(means, [0.494214, 0.485131, 0.450409], atol=1e-6)
 
 

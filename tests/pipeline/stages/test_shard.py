@@ -74,7 +74,7 @@ def test_digits_end_to_end(run):
     index = tars.open_shards(run.data)
     assert (index.count_images("train"), index.count_images("test")) == (1437, 360)
     assert index.facts["fingerprint"] == sources.compute_fingerprint(DIGITS, None)
-    facts = {"image_size": 8, "channels": 1, "labels": 10, "source": "digits", "skipped": 0}
+    facts = {"image_size": 8, "channels": 1, "labels": 10, "source": "digits", "skipped": 0, "official": None}
     assert facts.items() <= index.facts.items()
     assert list(index.facts["files"]) == sorted(names)
     assert index.facts["files"]["train-00002.tar"]["count"] == 437
