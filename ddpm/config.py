@@ -14,6 +14,7 @@ Decoder = Literal["tanh", "erf"]
 Sampler = Literal["ancestral", "ddim"]
 
 LEARNED = ("learned", "learned_range")
+MOST_SIGNAL = 1e-3  # alpha_bar_T above which x_T is not the noise that sampling starts from
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # names of functions in `operator`
 
 Problems = list[tuple[str, str]]  # (key, message); f"{key} {message}" is one readable line
@@ -100,7 +101,19 @@ class DiffusionConfig:
             found.append("predict=eps with loss=vlb and variance=learned was unstable in the paper (Table 2)")
         if self.predict == "x0":
             found.append("predict=x0 gave worse samples in the paper's early experiments (Sec. 3.2)")
+        if (kept := self.compute_last_alpha_bar()) > MOST_SIGNAL:
+            start, end = 0.1 / self.timesteps, 20 / self.timesteps  # 1e-4 and 0.02 times 1000 / T
+            ends = f"beta_start={start:.4g} beta_end={end:.4g} is the paper's schedule at T={self.timesteps}"
+            remedy = ends if end < 1 else "raise diffusion.timesteps"
+            found.append(f"x_T keeps {100 * kept:.2g}% of the signal's variance; sampling has none: {remedy}")
         return found
+
+    def compute_last_alpha_bar(self) -> float:
+        """Compute alpha_bar_T, the share of an image's variance that is left in x_T."""
+        from ddpm.schedules import compute_betas  # here, because it imports torch
+
+        betas = compute_betas(self.beta_schedule, self.timesteps, self.beta_start, self.beta_end)
+        return float((1 - betas).prod())
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class Diffusion:
                 f"{output.shape[1]}: use fixedlarge or fixedsmall"
             )
         if kind == "learned_range":  # Nichol and Dhariwal 2021, Eq. 15, for values in [-1, 1]
-            small, large = self.gather("log_fixedsmall", t, x_t), self.gather("log_fixedlarge", t, x_t)
+            small, large = self.gather("log_fixedsmall", t, x_t), self.gather("log_beta", t, x_t)
             return small + (values + 1) / 2 * (large - small)
         if self.is_respaced:
             raise ValueError("variance=learned holds for full steps only: use fixedlarge or fixedsmall")
@@ -207,6 +207,7 @@ def _compute_tables(beta: Tensor) -> dict[str, Tensor]:
     first = variance[1:2] if len(beta) > 1 else beta
     return {
         "beta": beta,
+        "log_beta": beta.log(),
         "alpha_bar": alpha_bar,
         "alpha_bar_prev": alpha_bar_prev,
         "sqrt_alpha_bar": alpha_bar.sqrt(),

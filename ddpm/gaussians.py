@@ -22,7 +22,9 @@ def compute_decoder_log_likelihood(
     """Return log p(x_0) per dimension of a Gaussian integrated over each pixel's bin (paper, Eq. 13).
 
     x_0 holds the 256 grey levels scaled to [-1, 1]; the first and the last bin are open. cdf "tanh" is the
-    approximation of the authors' code, "erf" is exact.
+    approximation of the authors' code, "erf" is exact. In float32, as the authors' code has it, the tails of "tanh" are
+    coarse: for residuals of 0.8 grey levels it errs by 5e-8 bits where they are normal, by 7e-3 and 0.03 where they are
+    t-distributed with 5 and 3 degrees of freedom. Arguments in float64 have no such error.
     """
     phi = {"tanh": _approximate_normal_cdf, "erf": torch.special.ndtr}[cdf]
     inverse_std = torch.exp(-0.5 * log_variance)

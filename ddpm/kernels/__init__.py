@@ -22,7 +22,7 @@ class FastUNet(unet.UNet):
     """U-Net whose output layers use the functions of `ddpm.kernels.cpu`."""
 
     def project_output(self, h: Tensor) -> Tensor:
-        return self.conv_out(group_norm(self.norm_out, h, swish=True)).float()
+        return self.conv_out(group_norm(self.norm_out, h, swish=True))
 
 
 class FastResBlock(unet.ResBlock):

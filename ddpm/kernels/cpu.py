@@ -5,6 +5,9 @@ and a test holds it to that. What is slow in bf16: group norm is not vectorised 
 channels, fused attention multiplies at a third of the speed of plain products, dropout draws one number after
 the other. In float32 too: small products go at half the speed of a 1x1 convolution, and 3x3 convolutions make
 several times the multiplications that they need (ddpm/kernels/winograd.py). Figures: docs/performance.md.
+
+Plain products round the scores of attention to bf16. Relative to float64 the result errs by 4e-3 where q and k have a
+standard deviation of 1, and by 1e-2 where it is 3; that of fused attention by 2e-3 in both cases.
 """
 
 import torch
@@ -26,7 +29,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
     """Compute norm(x), or silu(norm(x)) with swish; x (N, C, H, W)."""
     narrow = norm.num_channels // norm.num_groups < NARROW_GROUP
     is_slow = narrow and (torch.is_grad_enabled() or x.shape[2] * x.shape[3] < WIDE_IMAGE)
-    if not _is_bf16_on_cpu(x) or not is_slow:
+    if not _is_bf16_on_cpu(x) or not is_slow or not norm.affine:
         return F.silu(norm(x)) if swish else norm(x)
     return _GroupNorm.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps, swish)
 
@@ -44,8 +47,8 @@ def apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Compute layer(x), by Winograd where that is faster; layer: 3x3, stride 1, padding 1, with bias."""
-    basis = _find_basis(layer, x)
+    """Compute layer(x), by Winograd where that is faster: 3x3, stride 1, padding 1 of zeros, with bias."""
+    basis = _find_basis(layer, x) if _is_plain_3x3(layer) and x.ndim == 4 else None
     if basis is None or layer.bias is None:
         return layer(x)
     return winograd.conv3x3(x, layer.weight, layer.bias, basis)
@@ -66,6 +69,12 @@ def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
 def _is_bf16_on_cpu(x: Tensor) -> bool:
     """Return whether x is bf16 on a CPU and no compiler makes kernels of its own."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _is_plain_3x3(layer: nn.Conv2d) -> bool:
+    """Return whether `winograd.conv3x3` computes this convolution."""
+    shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 def _find_basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:

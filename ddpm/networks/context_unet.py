@@ -53,14 +53,15 @@ class ContextUNet(SeededNetwork):
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict eps, x_0 or the mean for x_t.
 
-        x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context: int64 (N,) labels in
-        0..num_classes-1, NO_LABEL where there is none; None is NO_LABEL for all.
-        Returns float32 (N, out_channels, H, W), also under autocast.
+        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: int64 (N,)
+        labels in 0..num_classes-1, NO_LABEL where there is none; None is NO_LABEL for all.
+        Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
 
         Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check,
         since looking would wait for the device.
         """
-        time, classes = embed_timesteps(t, self.config.channels), self._encode_labels(context, t)
+        time = embed_timesteps(t, self.config.channels, x_t.dtype)
+        classes = self._encode_labels(context, t).to(x_t.dtype)
         h = finest = self.conv_in(x_t)
         skips = []
         for down in self.down:
@@ -69,7 +70,7 @@ class ContextUNet(SeededNetwork):
         h = self.middle(h)
         for film, up in zip(self.films, self.up, strict=True):
             h = up(film(h, time, classes), skips.pop())
-        return self.conv_out(self.head(torch.cat([h, finest], dim=1))).float()
+        return self.conv_out(self.head(torch.cat([h, finest], dim=1))).to(x_t.dtype)
 
     def _encode_labels(self, context: Tensor | None, t: Tensor) -> Tensor:
         """Return the labels as one-hot rows, float32 (N, num_classes); zeros for NO_LABEL."""

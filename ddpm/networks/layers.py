@@ -55,14 +55,14 @@ class BF16Network(nn.Module):
             return self.net(x_t, *args).float()
 
 
-def embed_timesteps(t: Tensor, width: int) -> Tensor:
-    """Embed t (N,) in sinusoids: float32 (N, width), all sines, then all cosines (authors' code).
+def embed_timesteps(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Embed t (N,) in sinusoids: (N, width) of dtype, all sines, then all cosines (authors' code).
 
     Frequencies 10000^(-i / (half-1)), i = 0..half-1, half = width / 2.
     """
     half = width // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-    angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    exponent = torch.arange(half, dtype=dtype, device=t.device) / (half - 1)
+    angle = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 

@@ -35,12 +35,12 @@ class MHAUNet(SeededNetwork):
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict eps, x_0 or the mean for x_t.
 
-        x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context must be None.
-        Returns float32 (N, out_channels, H, W), also under autocast.
+        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None.
+        Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
         """
         if context is not None:
             raise ValueError("the mha_unet takes no labels: use context_unet, or set data.labels=0")
-        temb = F.silu(embed_timesteps(t, self.config.time_width))
+        temb = F.silu(embed_timesteps(t, self.config.time_width, x_t.dtype))
         h = self.conv_in(x_t)
         skips = []
         for down in self.down:
@@ -49,7 +49,7 @@ class MHAUNet(SeededNetwork):
         h = self.bottleneck(h)
         for up in self.up:
             h = up(h, temb, skips.pop())
-        return self.conv_out(h).float()
+        return self.conv_out(h).to(x_t.dtype)
 
 
 class DoubleConv(nn.Module):

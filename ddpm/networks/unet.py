@@ -50,13 +50,13 @@ class UNet(SeededNetwork):
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict eps, x_0 or the mean for x_t.
 
-        x_t: float32 (N, in_channels, H, W); t: int64 (N,) in 0..T-1, used raw; context must be None.
-        Returns float32 (N, out_channels, H, W), also under autocast.
+        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None.
+        Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
         """
         if context is not None:
             raise ValueError("the unet takes no labels: use context_unet, or leave data.labels off")
         # The swish before every block's projection is the same tensor, so it is taken once.
-        temb = swish(self.time_mlp(embed_timesteps(t, self.config.channels)))
+        temb = swish(self.time_mlp(embed_timesteps(t, self.config.channels, x_t.dtype)))
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:
@@ -64,11 +64,11 @@ class UNet(SeededNetwork):
         h = self.middle(h, temb)
         for level in self.up:
             h = level(h, temb, skips)
-        return self.project_output(h)
+        return self.project_output(h).to(x_t.dtype)
 
     def project_output(self, h: Tensor) -> Tensor:
-        """Return conv(swish(norm(h))), float32 (N, out_channels, H, W)."""
-        return self.conv_out(swish(self.norm_out(h))).float()
+        """Return conv(swish(norm(h))), (N, out_channels, H, W)."""
+        return self.conv_out(swish(self.norm_out(h)))
 
 
 class Level(nn.Module):

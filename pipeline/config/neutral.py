@@ -34,7 +34,7 @@ NEUTRAL: dict[str, Any] = {
 UNHASHED = {"train.accumulate", "train.compile", "train.deterministic", "sample.compile"}
 
 # The version of a formula that was corrected, by the setting that uses it. Version 1 is left out of the key.
-FORMULAS = {"diffusion.variance=learned_range": 1}
+FORMULAS = {"diffusion.variance=learned_range": 2}  # 2: the upper end at t = 0 is log beta_1, not log beta~_2
 
 
 def get_key_content(name: str, section: Any) -> dict[str, Any]:

@@ -234,6 +234,12 @@ class Experiment:
         if (sample.steps or 0) > self.diffusion.timesteps:
             limit = f"diffusion.timesteps={self.diffusion.timesteps}"
             yield "sample.steps", f"is {sample.steps}, more than {limit}"
+        variance = sample.variance or self.diffusion.variance
+        is_respaced = sample.steps not in (None, self.diffusion.timesteps)
+        if variance == "learned" and sample.sampler == "ancestral" and is_respaced:
+            rule = "diffusion.variance=learned holds for the whole chain"
+            remedy = "set it to null, or sample.variance to fixedlarge or fixedsmall"
+            yield "sample.steps", f"is {sample.steps}, but {rule}; {remedy}"
         if evaluate.features == "classifier" and not self.data.labels:
             need = "needs labels; for images without any use projection"
             yield "evaluate.features", f"is classifier, which {need}"

@@ -40,6 +40,8 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Pla
         print_line(f"{place.name}: {', '.join(stage.name for stage in todo)}")
         config.require_images_for_workers(experiment.train, cluster.workers or 1)
         print_line(f"needs {preflight.check_resources(place)}")
+        for warning in experiment.diffusion.list_warnings():
+            print_line(f"warning: {warning}")
         _write_experiment(place)
         from pipeline import tracking
 

@@ -58,7 +58,8 @@ def compute_fid(a: Statistics, b: Statistics) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (a, b))
-    return float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
+    value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
+    return max(value, 0.0)  # rounding puts the distance of equal sets below 0; nan stays nan
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class FeatureSums:
     """The sums over the features of n images, enough for FID and IS.
 
     If there are classes, `in_order` is over splits in the images' order, `shuffled` over torch-fidelity's splits, and
-    `classes` (n,) int16 has the class of each image's largest logit.
+    `classes` (n,) int16 has the class of each image's largest logit. Splits of one image have the IS 1, whatever the
+    image: a set that has no more images than splits has none.
     """
 
     moments: Moments
@@ -107,8 +109,8 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
     The i-th split holds the images [i n // splits, (i + 1) n // splits), in their order or in torch-fidelity's
     permutation. Raises PipelineError if they are not exactly n images.
     """
-    splits, start = min(SPLITS, n), 0
-    in_order = np.repeat(np.arange(splits, dtype=np.int8), np.diff(np.arange(splits + 1) * n // splits))
+    start = 0
+    in_order = np.repeat(np.arange(SPLITS, dtype=np.int8), np.diff(np.arange(SPLITS + 1) * n // SPLITS))
     shuffled = np.empty_like(in_order)
     shuffled[np.random.RandomState(SEED).permutation(n)] = in_order
     moments: Moments | None = None
@@ -124,14 +126,15 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
         if logits.shape[1]:
             log_p = torch.from_numpy(logits).double().log_softmax(dim=1).numpy()
             added = [
-                ProbabilitySums.from_log_probabilities(log_p, member[rows], splits)
+                ProbabilitySums.from_log_probabilities(log_p, member[rows], SPLITS)
                 for member in (in_order, shuffled)
             ]
             sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
             classes.append(logits.argmax(axis=1).astype(np.int16))
     if moments is None or start != n:
         raise PipelineError(f"{start} images are there where {n} are to be scored; a short set has no score")
-    return FeatureSums(moments, sums[0], sums[1], np.concatenate(classes)) if sums else FeatureSums(moments)
+    in_order_sums, shuffled_sums = sums if n > SPLITS and sums else (None, None)
+    return FeatureSums(moments, in_order_sums, shuffled_sums, np.concatenate(classes) if classes else None)
 
 
 def choose_kid_subset_size(n: int, n_reference: int) -> int:

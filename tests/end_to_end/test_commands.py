@@ -114,7 +114,8 @@ def test_status_and_show_read_the_run(finished, capsys):
     assert main(["status", f"cluster.storage={finished}"]) == 0
     assert "6/6" in capsys.readouterr().out
     assert main(["show", "digits", *TINY, f"cluster.storage={finished}"]) == 0
-    assert run_directory(finished).name in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert run_directory(finished).name in shown and "warning: x_T keeps" in shown
 
 
 def test_a_run_whose_extractor_weights_were_moved_is_still_shown(finished, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The protocol of scores, and its differences from the paper's."""
 
+from pipeline.scores import distances
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images
@@ -43,7 +44,9 @@ def explain_differences(found: ScoreProtocol, metrics: tuple[str, ...]) -> list[
             (reference != "train", f"reference {reference}, not train"),
         ]
     if "is" in metrics:
-        reasons.append((found["splits"] is None, "no IS: these features know no classes"))
+        few = found["n"] <= distances.SPLITS
+        why = f"it needs more than {distances.SPLITS} images" if few else "these features know no classes"
+        reasons.append((found["splits"] is None, f"no IS: {why}"))
     if "nll" in metrics:
         n, there, decoder = found["nll_images"], found["test_images"], found["decoder"]
         reasons += [

@@ -52,6 +52,17 @@ def build(config, seed=0, out_channels=3, **kwargs):
     )
 
 
+@every_network
+def test_a_network_in_double_precision_computes_in_it(config):
+    net = state_of(config).net.eval()
+    x, t = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 7])
+    with torch.no_grad():
+        single, double = net(x, t), net.double()(x.double(), t)
+    assert double.dtype == torch.float64 and single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
+    assert (single.double() != double).any(), "the rounding of float32 is there, so its embedding is too"
+
+
 def state_of(config, seed=0):
     """Awake: the paper's networks pass hardly a gradient at their first weights."""
     net, generator = build(config, seed), torch.Generator().manual_seed(seed)

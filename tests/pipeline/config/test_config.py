@@ -189,6 +189,22 @@ def test_nonsense_is_refused_by_name(overrides, names):
     assert any(line.startswith(names) for line in problems("digits", *overrides))
 
 
+@pytest.mark.parametrize(
+    "overrides, refused",
+    [
+        (["sample.steps=100"], True), (["sample.steps=999"], True), (["sample.steps=1"], True),
+        (["sample.steps=1000"], False), (["sample.steps=100", "sample.sampler=ddim"], False),
+        (["sample.steps=100", "sample.variance=fixedsmall"], False),
+    ],
+)  # fmt: skip
+def test_a_chain_that_the_learned_variance_does_not_know_is_refused(overrides, refused):
+    if not refused:
+        config.load_experiment("cifar10_vlb_mean_learned", overrides)
+        return
+    (found,) = problems("cifar10_vlb_mean_learned", *overrides)
+    assert "sample.steps" in found and "sample.variance" in found
+
+
 def test_a_named_file_that_is_not_here_is_no_fault_of_the_values():
     (line,) = config.load_experiment(
         "digits", ["evaluate.extractor_weights=/nowhere.pth"]

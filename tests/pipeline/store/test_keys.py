@@ -74,9 +74,11 @@ def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch):
         tiny_experiment("diffusion.variance=learned_range", "diffusion.loss=hybrid"),
     )
     before = all_keys(plain), all_keys(learned)
-    monkeypatch.setitem(neutral.FORMULAS, "diffusion.variance=learned_range", 2)
+    monkeypatch.setitem(neutral.FORMULAS, "diffusion.variance=learned_range", 3)
     assert all_keys(plain) == before[0]
     assert all_keys(learned)[1] != before[1][1]
+    monkeypatch.setitem(neutral.FORMULAS, "diffusion.variance=learned_range", 1)
+    assert all_keys(learned)[1] != before[1][1], "the formula of t = 0 was corrected once"
 
 
 def test_a_file_from_before_an_option_means_its_neutral_value():
