@@ -66,7 +66,7 @@ def _contenders(
     def floor() -> list[Contender]:
         call = subject[OURS](settings, Way(precision), batch)
         # Of plain convolutions, whatever way this network goes.
-        with mock.patch.object(winograd, "basis_for", return_value=None):
+        with mock.patch.object(winograd, "choose_basis", return_value=None):
             return [Contender(f"{FLOOR}: products alone", floor_of(call), batch)]
 
     return offered(outcome, *makers, floor)
