@@ -1,8 +1,9 @@
 """Errors that a user can cause. Their text is all that is printed: the thing, the reason, the remedy."""
 
 import difflib
+import re
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 
 class PipelineError(Exception):
@@ -33,13 +34,27 @@ def explain_network_error(error: Exception) -> str:
     """Return in a few words why a server cannot be reached; clients wrap the reason in long messages."""
     text = f"{error} {error.__context__}".lower()
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((reason for reason in NETWORK_REASONS if reason in text), lines[0][:160])
+    return next((reason for reason in NETWORK_REASONS if reason in text), lines[0][:400])
 
 
 def hide_password(uri: str) -> str:
-    """Return the URI without user and password, so that it can be printed."""
-    user, at, _ = urlsplit(uri).netloc.rpartition("@")
-    return uri.replace(f"{user}{at}", "", 1) if at else uri
+    """Return the URI without user, password and query, so that it can be printed and recorded."""
+    if uri.startswith("sqlite"):
+        return uri.partition("?")[0]
+    scheme, _, rest = uri.partition("://")
+    place = re.split("[?#]", rest, maxsplit=1)[0]
+    user, _, shown = place.rpartition("@")
+    # An @ behind a / or ? may end a password that should have been quoted: then nothing of it is safe.
+    return f"{scheme}://{'...' if '/' in user or '@' in rest[len(place) :] else shown}"
+
+
+def hide_secrets(text: str, uri: str) -> str:
+    """Return a text about a server without what `hide_password` hides of its URI."""
+    shown, names = hide_password(uri), r"[?&;]\w+="
+    for word in re.split("[:@/?#&;=]", re.sub(names, "?", uri)):
+        if len(word) > 2 and word not in shown:
+            text = text.replace(word, "***").replace(unquote(word), "***")
+    return text
 
 
 def shorten_error(error: BaseException | str) -> str:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.console import print_line
-from pipeline.errors import ConfigError, PipelineError, suggest
+from pipeline.errors import ConfigError, PipelineError, hide_password, suggest
 
 if TYPE_CHECKING:
     from pipeline.config import ClusterConfig, Experiment
@@ -120,7 +121,8 @@ def show_experiment(options: Namespace) -> None:
     from pipeline.store.selection import fill_in_selection
 
     print(config.to_yaml(experiment), end="")
-    print("\n# cluster\n" + config.to_yaml(cluster), end="")
+    shown = replace(cluster, tracking_uri=cluster.tracking_uri and hide_password(cluster.tracking_uri))
+    print("\n# cluster\n" + config.to_yaml(shown), end="")
     for warning in experiment.diffusion.list_warnings():
         print(f"# warning: {warning}")
     try:

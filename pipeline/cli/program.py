@@ -249,6 +249,9 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program and return its exit code."""
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    if not {"*", "127.0.0.1"} & set(direct.split(",")):  # what listens here is asked directly, whoever asks
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"localhost,127.0.0.1,::1,{direct}".strip(",")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         return options.command.run(options) or 0

@@ -14,7 +14,7 @@ from pipeline import config
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
 from pipeline.engine.find import explain_old_run, prepare_storage_root
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.store.files import read_json
 from pipeline.store.run import (
@@ -132,6 +132,6 @@ def _list_facts(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     uri = cluster.tracking_uri or tracking.find_default_uri(root)
     try:
         tracking.check_server(uri)
-        yield "tracking", uri
+        yield "tracking", hide_password(uri)
     except PipelineError as error:
         yield "tracking", f"PROBLEM: {error}"

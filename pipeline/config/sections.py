@@ -370,7 +370,7 @@ class ClusterConfig:
         scheme, _, rest = (self.tracking_uri or "").partition("://")
         if self.tracking_uri is not None and not (rest and scheme.split("+")[0] in TRACKING):
             known = ", ".join(f"{known}://" for known in TRACKING)
-            yield "tracking_uri", f"begins with '{scheme}'; MLflow's stores are {known}"
+            yield "tracking_uri", f"begins with '{scheme if rest else '...'}'; MLflow's stores are {known}"
 
 
 def require_images_for_workers(config: TrainConfig, workers: int) -> None:

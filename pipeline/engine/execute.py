@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,18 @@ if TYPE_CHECKING:
 def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
     """Bring the run up to date, `last` included. Raises StopRequest, PipelineError."""
     place = make_place(experiment, prepare_storage_root(cluster))
-    for line in [] if place.path.exists() else find_old_runs(place):
+    is_new = not place.path.exists()
+    for line in find_old_runs(place) if is_new else []:
         print_line(line)
-    with lock_folder(place.path):
+    with lock_folder(place.path), _remove_unused_folder(place, is_new):
         remove_leftovers(place.path)
-        todo = list_unfinished_stages(place, last)
+        from pipeline import tracking
+
+        uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
+        mirror, todo = tracking.Mirror(uri, experiment.name, place), list_unfinished_stages(place, last)
         if not todo:
             print_line(f"{place.name}: everything up to date, '{last}' included")
+            mirror.send_missing("FINISHED" if last == "report" else "")
             return place
         print_line(f"{place.name}: {', '.join(stage.name for stage in todo)}")
         config.require_images_for_workers(experiment.train, cluster.workers or 1)
@@ -43,17 +49,25 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Pla
         for warning in experiment.diffusion.list_warnings():
             print_line(f"warning: {warning}")
         _write_experiment(place)
-        from pipeline import tracking
-
-        uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
         if cluster.tracking_uri:
             tracking.check_server(uri)
         _remove_stop_files(place)
         interrupt = StopSignals(place.stop_file)
         work = _RunExecution(cluster, place, interrupt, interrupt.is_requested)
-        with tracking.Mirror(uri, experiment.name, place), interrupt, work.stack:
+        with mirror, interrupt, work.stack:
             work.run_all(todo, last)
     return place
+
+
+@contextmanager
+def _remove_unused_folder(place: Place, is_new: bool) -> Iterator[None]:
+    """Leave no new run directory behind where the body failed before it made anything."""
+    try:
+        yield
+    except Exception:
+        if is_new and not place.has_training:
+            shutil.rmtree(place.path)
+        raise
 
 
 def run_trial_stages(

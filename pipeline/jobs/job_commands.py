@@ -113,7 +113,12 @@ def stop_job(name: str, address: str | None) -> int:
             raise PipelineError(f"job {name} runs no more: {describe_end(job)[1]}")
         print_line(f"{name}: stopping at the next safe point")
         remote.client.stop_job(name)
+        end = time.monotonic() + STOP_SECONDS + 60  # by then Ray has killed it
         while not (job := remote.client.get_job_info(name)).status.is_terminal():
+            if time.monotonic() > end:
+                raise PipelineError(
+                    f"job {name} does not end; `ddpm jobs status {name}{remote.option}` shows it"
+                )
             time.sleep(0.5)
     print_line(f"{name}: {describe_end(job)[1]}")
     return 0

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pipeline import config
 from pipeline.config import ClusterConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, hide_password
 
 LIMIT = 4 * 2**20  # bytes; the code and its configurations are well below one million
 CODE = Path(__file__).parents[2]  # the folder that holds the two packages
@@ -46,8 +46,10 @@ def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
         problems.append(
             f"cluster.storage={cluster.storage} {means}: give one that all machines share, as /data/runs"
         )
-    if uri.username or uri.password:
-        problems.append(f"cluster.tracking_uri holds a user or a password, which all could read: {remedy}")
+    if cluster.tracking_uri and hide_password(cluster.tracking_uri) != cluster.tracking_uri:
+        problems.append(
+            f"cluster.tracking_uri holds a user, a password or a query, which all could read: {remedy}"
+        )
     if uri.scheme == "sqlite" and not uri.path.startswith("//"):
         given = f"cluster.tracking_uri={cluster.tracking_uri}"
         problems.append(f"{given} is a relative path; an absolute one has four slashes")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 OLDEST = {"Ray": "2.50", "Python": "3.11"}  # as in pyproject.toml
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file) to the cluster's"
-HTTP_SECONDS = 30.0
+HTTP_SECONDS = (5.0, 30.0)  # to connect, to answer
 LOST_SECONDS = 60.0  # how long a log that broke off is asked for again
 
 
@@ -71,7 +71,7 @@ def connect_cluster(address: str | None, job: str = "") -> Iterator[JobCluster]:
         refused = "failed" in str(error)
         problem = "does not accept the token" if refused else "wants a token, and there is none"
         raise PipelineError(f"{name} {problem}: {TOKEN}") from error
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         if "already exists" in str(error):
             remedy = "choose another --id, or leave it out (a run goes on whatever its job is called)"
             raise ConfigError(f"there is already a job '{job}' on {name}: {remedy}") from error

@@ -121,6 +121,11 @@ class Place:
 
     # Records
 
+    @property
+    def has_training(self) -> bool:
+        """Whether there is something of the training."""
+        return self.train.exists() or self.log.exists()
+
     def read_stage_seconds(self) -> dict[str, float]:
         """Return the seconds of each finished stage, over all commands."""
         return read_json(self.timings_json) if self.timings_json.exists() else {}

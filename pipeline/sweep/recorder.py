@@ -51,11 +51,8 @@ class StudyRecorder:
             if state == "new":
                 continue
             # The server may not have all of it: its driver was killed, or it was made elsewhere.
-            mirror = self._make_mirror(key, state)
-            mirror.status = status = STATUS.get(state, "KILLED")
-            if not mirror.is_done:
-                mirror.start()
-                mirror.stop(status)
+            (mirror := self._make_mirror(key, state)).send_missing(STATUS.get(state, "KILLED"))
+            self.parent.is_behind |= mirror.is_behind
 
     def may_start_trial(self) -> bool:
         """Return whether another trial may be started."""
@@ -85,6 +82,7 @@ class StudyRecorder:
         self.states.set_state(key, state, reason)
         mirror.tags |= {tracking.STATE_TAG: state, **({"sweep.reason": reason} if reason else {})}
         mirror.stop(STATUS.get(state, "KILLED"))
+        self.parent.is_behind |= mirror.is_behind
         self.update_leaderboard()
         end = f"failed: {reason}" if state == "failed" else reason or state
         if state == "finished":

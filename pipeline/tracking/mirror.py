@@ -7,22 +7,31 @@ import shlex
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
-from pipeline.errors import PipelineError, explain_network_error, hide_password
+from pipeline.errors import PipelineError, hide_password
 from pipeline.store.files import read_json, write_json
 from pipeline.store.run import Place
-from pipeline.tracking.mlflow_client import VIEW, Sender, find_default_uri, format_study_url
+from pipeline.tracking.mlflow_client import (
+    VIEW,
+    Sender,
+    explain_store_error,
+    find_default_uri,
+    format_study_url,
+)
 from pipeline.tracking.parcels import Parcel, list_parcels
-from pipeline.tracking.run_sender import ChildRun, RunSender
+from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
 
 logger = logging.getLogger(__name__)
 
-POLL, LONGEST_WAIT = 2.0, 60.0  # seconds between looks at the files; ceiling of the back-off
+POLL, LONGEST_WAIT = (
+    2.0,
+    60.0,
+)  # seconds between looks at the files; ceiling of the back-off and of one parcel
 
 
 class ServerCopy(TypedDict):
@@ -86,8 +95,29 @@ class Mirror(Sender):
     def stop(self, status: str) -> None:
         """Set the status and send what is left, if the server answers once more."""
         self._set_status(status)
+        self._send_rest()
+
+    def send_missing(self, status: str = "") -> None:
+        """Send what an earlier command could not, under the status with which it ended; of no new end."""
+        self.status = status or self.last_status
+        if self._state.get("status", "RUNNING") == "RUNNING":  # it was killed, after it wrote this
+            self._state["time"] = read_mtime(self.place.timings_json)
+        self._state["status"] = self.status
+        if self.list_missing():
+            self._thread.start()
+            self._send_rest()
+
+    def _send_rest(self) -> None:
+        """Send what is left; leave a server that has taken nothing for a minute."""
         self._stopping.set()
-        self._thread.join()
+        count = -1
+        while self._thread.is_alive() and count < len(self.sent):
+            count = len(self.sent)
+            self._thread.join(LONGEST_WAIT)
+        self.is_behind |= self._thread.is_alive()
+        if self.is_behind:
+            again = f"`ddpm sweep {self.study}`" if self.child else _format_sync_command(self.place, self.uri)
+            self.warn(f"not everything reached {hide_password(self.uri)}: deliver it with {again}")
 
     def _set_status(self, status: str) -> None:
         self.status = self._state["status"] = status
@@ -98,16 +128,14 @@ class Mirror(Sender):
         wait, is_last = 0.0, False
         while not is_last:
             is_last = self._stopping.wait(wait)
-            if taken := self.try_send(self.deliver):
-                wait = POLL
-            else:
-                self.sender, wait = None, min(max(2 * wait, POLL), LONGEST_WAIT)
-        if not taken:
-            again = f"`ddpm sweep {self.study}`" if self.child else _format_sync_command(self.place, self.uri)
-            self.warn(f"not everything reached {hide_password(self.uri)}: deliver it with {again}")
+            if not (taken := self.try_send(self.deliver)):
+                self.sender = None
+            wait, self.is_behind = POLL if taken else min(max(2 * wait, POLL), LONGEST_WAIT), not taken
 
     def deliver(self) -> None:
         """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""
+        if not self._has_content:
+            return
         sender = self.sender = self.sender or RunSender(self.uri, self.study, self.place, self.child)
         servers, uri = self._state.setdefault("servers", {}), hide_password(self.uri)
         if uri not in servers or servers[uri]["run_id"] != sender.run_id:  # new to this server
@@ -123,6 +151,16 @@ class Mirror(Sender):
                     self.sent.append(parcel.name)
                     write_json(self.state_file, self._state)
 
+    def list_missing(self) -> list[Parcel]:
+        """List what the files hold and the server has not got. Asks no server."""
+        server = self._state.get("servers", {}).get(hide_password(self.uri))
+        return self._list_missing(server["parcels"] if server else {}) if self._has_content else []
+
+    @property
+    def _has_content(self) -> bool:
+        """Whether the run is for MLflow: a command that failed before it made anything leaves nothing there."""
+        return bool(self.child or self.status == "FINISHED" or self.place.has_training)
+
     def _list_missing(self, delivered: dict[str, str]) -> list[Parcel]:
         send = partial(RunSender.send_status, status=self.status, end=self._state.get("time"))
         status = Parcel("status", self.status, send)
@@ -131,18 +169,12 @@ class Mirror(Sender):
         return [parcel for parcel in parcels if delivered.get(parcel.name) != parcel.version]
 
     @property
-    def is_done(self) -> bool:
-        """Tell whether everything that the files hold has arrived. Asks no server."""
-        server = self._state.get("servers", {}).get(hide_password(self.uri))
-        return not self._list_missing(server["parcels"] if server else {})
-
-    def forget_deliveries(self) -> None:
-        """Make the next delivery send everything, and the status as the last driver left it."""
-        self._state.get("servers", {}).pop(hide_password(self.uri), None)
-        self.status = self._state.get("status", "RUNNING")
-        if self.status == "RUNNING":  # that driver was killed, or there was none that knew of tracking
-            finished = self.place.step_folder(self.place.experiment.train.steps).exists()
-            self.status = self._state["status"] = "FINISHED" if finished else "KILLED"
+    def last_status(self) -> str:
+        """The status with which the last driver ended; of one that was killed, by what the files hold."""
+        if (status := self._state.get("status", "RUNNING")) != "RUNNING":
+            return status
+        finished = self.place.step_folder(self.place.experiment.train.steps).exists()
+        return "FINISHED" if finished else "KILLED"
 
 
 def _read_state(path: Path) -> MirrorState:
@@ -156,29 +188,36 @@ def deliver_run(uri: str, study: str, place: Place) -> str:
     Raises PipelineError where the server does not answer.
     """
     mirror = Mirror(uri, study, place)
-    mirror.forget_deliveries()
+    mirror._state.get("servers", {}).pop(hide_password(uri), None)
+    mirror.status = mirror._state["status"] = mirror.last_status
     try:
         mirror.deliver()
     except Exception as error:
+        reason, remedy = explain_store_error(error, uri)
         raise PipelineError(
-            f"{place.path} could not be delivered to {hide_password(uri)} ({explain_network_error(error)}); "
-            "try again later"
+            f"{place.path} could not be delivered to {hide_password(uri)} ({reason}); {remedy or 'try again later'}"
         ) from error
-    kinds = Counter(name.split()[0] for name in mirror.sent)
-    sent = ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
-    return f"{describe_delivery(place, uri)}: delivered {sent}"
+    return f"{describe_delivery(place, uri)}: delivered {_count_kinds(mirror.sent)}"
+
+
+def _count_kinds(parcels: Iterable[str]) -> str:
+    kinds = Counter(name.split()[0] for name in parcels)
+    return ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def describe_delivery(place: Place, uri: str | None) -> str:
     """Return where the run is in MLflow, and whether it is complete there. Reads files only."""
     uri = uri or find_default_uri(place.storage)
-    address, state = hide_password(uri), _read_state(place.tracking_json)
-    server = state.get("servers", {}).get(address)
+    mirror, address = Mirror(uri, place.experiment.name, place), hide_password(uri)
+    server = mirror._state.get("servers", {}).get(address)
     if server is None:
         return f"nothing in {address} yet ({_format_sync_command(place, uri)})"
     where = f"{format_study_url(uri, place.storage, server['experiment_id'])}/{server['run_id']}{VIEW}"
-    is_current = server["parcels"].get("status") == state["status"]
-    return where if is_current else f"{where}, not up to date ({_format_sync_command(place, uri)})"
+    mirror.status = mirror.last_status
+    if not (missing := mirror.list_missing()):
+        return where
+    kinds = _count_kinds(parcel.name for parcel in missing)
+    return f"{where}, not up to date: {kinds} missing ({_format_sync_command(place, uri)})"
 
 
 def _format_sync_command(place: Place, uri: str) -> str:

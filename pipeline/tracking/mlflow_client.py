@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shlex
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
@@ -11,9 +12,15 @@ from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.errors import PipelineError, explain_network_error, hide_password
+from pipeline.errors import (
+    NETWORK_REASONS,
+    PipelineError,
+    explain_network_error,
+    hide_password,
+    hide_secrets,
+)
 from pipeline.store.files import write_atomically
 
 if TYPE_CHECKING:
@@ -31,9 +38,14 @@ BATCH = 1000  # metrics that MLflow takes in one call
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 VIEW = "?workflowType=machine_learning"
 
+PATIENCE = 5  # seconds for a database to answer
+PASSING = re.compile(
+    r"is locked|starting up|too many|error code (429|5\d\d)|connection reset|closed the connection"
+)
+
 # No retries: the mirror tries again by itself.
 ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "PGCONNECT_TIMEOUT": str(PATIENCE),
     "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }  # fmt: skip
@@ -41,24 +53,70 @@ ENVIRONMENT = {
 
 def find_default_uri(storage: Path) -> str:
     """Return the URI of the embedded store of a storage root."""
-    return f"sqlite:///{storage.resolve()}/mlflow.db"
+    return format_sqlite_uri(storage.resolve() / "mlflow.db")
+
+
+def format_sqlite_uri(store: Path) -> str:
+    """Return the URI of a sqlite file."""
+    if set("%?").isdisjoint(str(store)):
+        return f"sqlite:///{store}"
+    # Of a URI that does not name the driver, MLflow would make the quoted folders.
+    return f"sqlite+pysqlite:///{quote(str(store))}"
+
+
+def find_sqlite_file(uri: str) -> Path | None:
+    """Return the file of a sqlite store; None for any other store or server."""
+    scheme, _, path = uri.partition(":///")
+    return Path(unquote(path.partition("?")[0])) if scheme.startswith("sqlite") else None
 
 
 def create_client(uri: str) -> MlflowClient:
     """Create a client for the server or store at `uri`. MLflow is imported here, because that takes seconds."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for noisy in ("alembic", "mlflow", "sqlalchemy"):  # what fails is said in our words
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
-    if uri.startswith("sqlite:///"):
-        store = Path(uri.removeprefix("sqlite:///"))
+    if store := find_sqlite_file(uri):
         if not store.exists():
             # MLflow makes its tables one by one; a store that a killed process left half made cannot be repaired.
             with write_atomically(store) as temporary:
-                MlflowClient(f"sqlite:///{temporary}").search_experiments(max_results=1)
+                _open_database(made := format_sqlite_uri(temporary))
+                MlflowClient(made).search_experiments(max_results=1)
         correct_artifact_paths(store)
+    if not uri.startswith(("http", "databricks")):
+        _open_database(uri)
     return MlflowClient(uri)
+
+
+def _open_database(uri: str) -> None:
+    """Look into a database, and raise what its driver raises: MLflow would try again for two minutes."""
+    import sqlalchemy
+
+    timeout = "timeout" if uri.startswith(("sqlite", "mssql")) else "connect_timeout"
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool, connect_args={timeout: PATIENCE})
+    sqlalchemy.inspect(engine).get_table_names()
+
+
+def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
+    """Return why a store takes nothing, and the remedy; none where it may pass by itself."""
+    text, reason = str(error), hide_secrets(explain_network_error(error), uri)
+    if found := re.search(r"schema \(found version (\w+)", text):
+        import mlflow
+
+        if any(Path(mlflow.__path__[0]).glob(f"store/db_migrations/versions/{found[1]}_*.py")):
+            upgrade = shlex.join(["mlflow", "db", "upgrade", hide_password(uri)])
+            return "an older MLflow made its tables", f"copy the database, then run `{upgrade}`"
+        return (
+            f"its tables are not of the MLflow {mlflow.__version__} here",
+            "install the newer one that made them",
+        )
+    # MLflow, SQLAlchemy, its drivers, requests and urllib3 share no narrower base.
+    passes = (
+        reason in NETWORK_REASONS or isinstance(error, ConnectionError | TimeoutError) or PASSING.search(text)
+    )
+    return reason, "" if passes else "see that it is what its address says, and can be read and written"
 
 
 def format_study_url(uri: str, storage: Path, experiment_id: str) -> str:
@@ -73,11 +131,11 @@ def check_server(uri: str) -> None:
     """Raise PipelineError unless the tracking server answers an API call."""
     try:
         create_client(uri).search_experiments(max_results=1)
-    except Exception as error:  # MLflow, SQLAlchemy, requests and urllib3 share no narrower base
-        place = hide_password(uri)
+    except Exception as error:
+        place, (reason, remedy) = hide_password(uri), explain_store_error(error, uri)
         raise PipelineError(
-            f"the tracking server {place} does not answer ({explain_network_error(error)}); start it, or leave out "
-            f"cluster.tracking_uri and deliver later with `ddpm sync RUN cluster.tracking_uri={place}`"
+            f"the tracking server {place} does not answer ({reason}); {remedy or 'start it or wait for it'}, or leave "
+            f"out cluster.tracking_uri and deliver later with `ddpm sync RUN cluster.tracking_uri={place}`"
         ) from error
 
 
@@ -122,7 +180,7 @@ class Sender:
     """Base of what sends to a server that may be away: it warns of the first error and raises none."""
 
     def __init__(self, uri: str, warn: Callable[[str], None]):
-        self.uri, self.warn, self.warned = uri, warn, False
+        self.uri, self.warn, self.warned, self.is_behind = uri, warn, False, False
 
     def try_send(self, send: Callable[[], None], what: str = "") -> bool:
         """Call `send`, and tell whether the server took it."""
@@ -131,12 +189,14 @@ class Sender:
             return True
         except Exception as error:  # whatever a server or its client comes up with
             logger.debug("tracking", exc_info=True)
+            self.is_behind = True
             if not self.warned:
                 self.warned = True
+                reason, remedy = explain_store_error(error, self.uri)
                 self.warn(
-                    f"the tracking server {hide_password(self.uri)} takes nothing{what} "
-                    f"({explain_network_error(error)}); the work goes on, and what is missing there is delivered "
-                    "when it is back"
+                    f"the tracking server {hide_password(self.uri)} takes nothing{what} ({reason}); the work "
+                    "goes on, and what is missing there is delivered "
+                    + (f"once that is mended: {remedy}" if remedy else "when it is back")
                 )
             return False
 

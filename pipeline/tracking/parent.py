@@ -122,8 +122,9 @@ class ParentRun(Sender):
             "compareRunsMode": "CHART", "searchFilter": f"tags.`{TRIAL_TAG}` != ''",
             "orderByKey": f"metrics.`{metric}`", "orderByAsc": str(not larger_is_better).lower(),
         }  # fmt: skip
+        rest = ", not up to date: the same command delivers the rest" if self.is_behind else ""
         return [
-            ("MLflow", f"{runs}/{self.run_id}{VIEW}"),
+            ("MLflow", f"{runs}/{self.run_id}{VIEW}{rest}"),
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 

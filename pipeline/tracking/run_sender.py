@@ -37,8 +37,8 @@ class RunSender:
     def __init__(self, uri: str, study: str, place: Place, child: ChildRun | None = None):
         self.client, self.place = create_client(uri), place
         self.experiment_id = ensure_experiment(self.client, uri, place.storage, study)
-        first = read_points(place.log)[:1]
-        self.start = first[0]["time"] if first else time.time_ns() // 1_000_000  # Unix milliseconds
+        first, began = read_points(place.log)[:1], place.experiment_yaml
+        self.start = first[0]["time"] if first else read_mtime(began)  # Unix milliseconds
         name, identity = (child.name, child.identity) if child else (place.name, {"run_key": place.run_key})
         self.run_id = ensure_run(self.client, self.experiment_id, name, identity, self.start)
 
@@ -140,7 +140,7 @@ class RunSender:
         tags = {"mlflow.parentRunId": self.run_id, "weights": str(read_json(file)["protocol"]["weights"])}
         child = ensure_run(self.client, self.experiment_id, name, identity, self.start, **tags)
         self.send_scores(file, child)
-        self.client.set_terminated(child, "FINISHED", _read_mtime(file))
+        self._end_run(child, "FINISHED", read_mtime(file))
 
     def _send_values(
         self,
@@ -153,7 +153,7 @@ class RunSender:
         """Log the values of a file, each once, for the run and for the model of their checkpoint."""
         model, run_id = self._find_models().get(step), run_id or self.run_id
         points = [
-            (key, float(value), _read_mtime(file), step)
+            (key, float(value), read_mtime(file), step)
             for key, value in values.items()
             # a copied file has a new time, and would make a second point
             if all((p.step, p.value) != (step, value) for p in self.client.get_metric_history(run_id, key))
@@ -169,9 +169,14 @@ class RunSender:
         if status == "RUNNING":
             self.client.update_run(self.run_id, status=status)
         else:
-            self.client.set_terminated(self.run_id, status, end)
+            self._end_run(self.run_id, status, end or time.time_ns() // 1_000_000)
+
+    def _end_run(self, run_id: str, status: str, end: int) -> None:
+        """Set the status of a run, which ends no sooner than it began."""
+        start = self.client.get_run(run_id).info.start_time
+        self.client.set_terminated(run_id, status, max(end, start))
 
 
-def _read_mtime(path: Path) -> int:
-    """Return when a file was written, in Unix milliseconds."""
-    return path.stat().st_mtime_ns // 1_000_000
+def read_mtime(path: Path) -> int:
+    """Return when a file was written, in Unix milliseconds; now, if it is not there."""
+    return (path.stat().st_mtime_ns if path.exists() else time.time_ns()) // 1_000_000

@@ -10,14 +10,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from pipeline.errors import PipelineError, hide_password
 from pipeline.tracking.mlflow_client import (
     ARTIFACTS,
     ENVIRONMENT,
     VIEW,
-    correct_artifact_paths,
+    check_server,
     find_default_uri,
 )
 
@@ -35,13 +35,18 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
         return 0
     _require_free_port(port)
     storage.mkdir(parents=True, exist_ok=True)
-    correct_artifact_paths(Path(uri.removeprefix("sqlite:///")))
+    check_server(uri)
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
-    command = [sys.executable, "-m", "mlflow", "server", f"--backend-store-uri={uri}", f"--host={HOST}"]
-    command += [f"--port={port}", "--workers=1", f"--artifacts-destination={storage / ARTIFACTS}"]
-    quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **ENVIRONMENT, **os.environ}
+    command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
+    command += [f"--artifacts-destination={storage / ARTIFACTS}"]
+    # Its URI may hold a password, and everybody can read a command line.
+    secret = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {**ENVIRONMENT, **os.environ, **secret}
     with (storage / "mlflow-server.log").open("wb") as log:
-        server = subprocess.Popen(command, env=quiet, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    # The shell reads until this process is gone, in whichever way it went, and ends the server then.
+    end = f"exec 2>&-; cat; kill -TERM -{server.pid} && sleep 5 && kill -KILL -{server.pid}"
+    guard = subprocess.Popen(["sh", "-c", end], stdin=subprocess.PIPE, start_new_session=True)
     try:
         _wait_for_server(server, f"http://{HOST}:{port}", Path(log.name))
         print(f"http://{HOST}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
@@ -55,6 +60,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
             server.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
+        guard.kill()
 
 
 def _require_free_port(port: int) -> None:
@@ -70,10 +76,10 @@ def _require_free_port(port: int) -> None:
 
 
 def _wait_for_server(server: subprocess.Popen[bytes], link: str, log: Path) -> None:
-    end = time.monotonic() + STARTING
+    end, direct = time.monotonic() + STARTING, build_opener(ProxyHandler({}))
     while time.monotonic() < end and server.poll() is None:
         try:
-            with urlopen(f"{link}/health", timeout=2):
+            with direct.open(f"{link}/health", timeout=2):
                 return
         except OSError:
             time.sleep(0.2)

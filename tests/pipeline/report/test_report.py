@@ -271,7 +271,25 @@ def test_the_scores_that_are_there_are_shown(make, name, changed, present, absen
 def test_text_is_escaped(tmp_path):
     html = convert_to_html("# a<b>\n\nx & `c<d>` **s** <i>\n\n## <u>\n\n[x](javascript:alert(1))", tmp_path)
     assert "a&lt;b&gt;" in html and "x &amp; <code>c&lt;d&gt;</code> <strong>s</strong> &lt;i&gt;" in html
-    assert "<u>" not in html and 'href="javascript' not in html
+    assert "<u>" not in html
+
+
+@pytest.mark.parametrize(
+    ("link", "kept"),
+    [
+        *(
+            (link, True)
+            for link in ("http://a.b/c:d", "https://a", "report.html", "a/b:c", "#part", "../x?y")
+        ),
+        *(
+            (f"{scheme}:x", False)
+            for scheme in ("javascript", "JavaScript", "&#106;avascript", "data", "file")
+        ),
+        *((link, False) for link in ("//a.b", "ftp://a", "mailto:a@b", "file:///etc/passwd", "ms-msdt:/id")),
+    ],
+)
+def test_links_are_of_the_web_or_relative(tmp_path, link, kept):
+    assert ("href=" in convert_to_html(f"# a\n\n[x]({link}) <{link}>", tmp_path)) == kept
 
 
 def test_only_pictures_of_the_page_are_put_into_it(tmp_path):

@@ -1,0 +1,321 @@
+"""Faults of stores, servers and their addresses: MLflow is never claimed, and nothing waits for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
+
+import pytest
+from mlflow import MlflowClient
+from synthetic_run import BEGAN, make_run
+
+from pipeline import config, tracking
+from pipeline.cli.program import main
+from pipeline.engine import execute
+from pipeline.errors import PipelineError, hide_password, hide_secrets
+from pipeline.tracking import mirror, mlflow_client
+
+STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
+SECRET = "postgresql://u:HUSH@127.0.0.1:9/x?password=HUSH2&sslmode=disable"
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory) -> Path:
+    """A new store, to be copied: making its tables takes seconds."""
+    root = tmp_path_factory.mktemp("empty")
+    tracking.check_server(tracking.find_default_uri(root))
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path, empty_store) -> Path:
+    return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
+
+
+@pytest.fixture
+def patience(monkeypatch):
+    monkeypatch.setattr(mlflow_client, "PATIENCE", 1)
+
+
+def find_only_run(root: Path):
+    client = MlflowClient(tracking.find_default_uri(root))
+    (found,) = client.search_runs([study.experiment_id for study in client.search_experiments()])
+    return client, found
+
+
+@contextmanager
+def hold(store: Path):
+    with closing(sqlite3.connect(store, isolation_level=None)) as db:
+        db.execute("begin exclusive")
+        yield
+
+
+@pytest.fixture
+def run_again(monkeypatch, tmp_path):
+    """The same `ddpm run` on a run whose stages are all done."""
+    experiment, run = make_run(tmp_path, "digits", STEPS)
+    monkeypatch.setattr(execute, "make_place", lambda *_: run)
+    monkeypatch.setattr(execute, "list_unfinished_stages", lambda *_: [])
+    cluster = config.load_cluster("local", [f"storage={tmp_path}", "workers=0"])
+    return run, lambda last="report": execute.run_stages(experiment, cluster, last)
+
+
+def test_the_last_line_and_the_same_command_ask_for_every_parcel(run_again, store, patience, caplog):
+    run, again = run_again
+    with tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run) as first:
+        first.deliver()
+    run.log.write_text(
+        run.log.read_text() + run.log.read_text().splitlines()[-1].replace("100", "110") + "\n"
+    )
+    with hold(store):
+        again()
+    assert "another program" in caplog.text or "locked" in caplog.text
+    where = tracking.describe_delivery(run, None)
+    assert "not up to date" in where and "log" in where and "ddpm sync" in where
+    again()
+    client, found = find_only_run(store.parent)
+    assert (
+        "not up to date" not in tracking.describe_delivery(run, None)
+        and "sync" not in where.partition(":")[0]
+    )
+    assert len(client.get_metric_history(found.info.run_id, "train/loss")) == 11
+
+
+@pytest.mark.parametrize(
+    ("last", "left", "status"),
+    [("report", "RUNNING", "FINISHED"), ("report", "KILLED", "FINISHED"), ("shard", "FAILED", "FAILED")],
+)
+def test_a_status_that_a_kill_left_is_set_right_by_the_same_command(run_again, store, last, left, status):
+    run, again = run_again
+    driver = tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run)
+    driver._set_status(left)
+    driver.deliver()  # and it is gone
+    again(last)
+    info = find_only_run(store.parent)[1].info
+    assert info.status == status and info.end_time >= info.start_time
+
+
+def test_a_status_of_a_killed_training_is_killed(run_again, store):
+    run, again = run_again
+    shutil.rmtree(run.train)
+    tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run)._set_status("RUNNING")
+    again("shard")
+    assert find_only_run(store.parent)[1].info.status == "KILLED"
+
+
+def test_no_run_ends_before_it_began(store):
+    _, run = make_run(store.parent, "digits", STEPS)
+    with tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run) as driver:
+        driver._state["time"] = BEGAN - 5000
+        driver._set_status = lambda status: setattr(driver, "status", status)
+    info = find_only_run(store.parent)[1].info
+    assert info.end_time >= info.start_time
+
+
+def test_a_command_that_made_nothing_leaves_nothing(tmp_path, store, capsys):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    words = [
+        "import",
+        str(tmp_path / "weights"),
+        "digits",
+        f"cluster.storage={tmp_path}",
+        "cluster.workers=0",
+    ]
+    assert main(words) in (1, 2)
+    assert not list(tmp_path.glob("digits-*")), capsys.readouterr().err
+    client = MlflowClient(tracking.find_default_uri(tmp_path))
+    assert not client.search_runs([study.experiment_id for study in client.search_experiments()])
+
+
+# Addresses
+
+
+@pytest.mark.parametrize("name", ["pct%41", "pct%20y", "a?b", "a?mode=ro#c", "100% ü+&;='", "a@b:c"])
+def test_the_store_lies_in_the_root_whatever_it_is_called(tmp_path, empty_store, name):
+    root = tmp_path / name
+    root.mkdir()
+    shutil.copy(empty_store, root)
+    uri = tracking.find_default_uri(root)
+    before = {path.name for path in tmp_path.iterdir()}
+    _, run = make_run(root, "digits", STEPS)
+    with tracking.Mirror(uri, "digits", run):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == before
+    with closing(sqlite3.connect(root / "mlflow.db")) as db:
+        assert db.execute("select status from runs").fetchall() == [("FINISHED",)]
+    assert mlflow_client.find_sqlite_file(uri) == root / "mlflow.db"
+    assert (root / "mlartifacts" / "digits").is_dir()
+
+
+def damage(store: Path, *, revision: str = "", content: bytes = b"") -> str:
+    if content:
+        store.write_bytes(content)
+    if revision:
+        with closing(sqlite3.connect(store)) as db, db:
+            db.execute("update alembic_version set version_num = ?", (revision,))
+    return f"sqlite:///{store}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        (lambda store: damage(store, revision="cc1f77228345"), "mlflow db upgrade sqlite:///"),
+        (lambda store: damage(store, revision="ffffffffffff"), "install the newer one"),
+        (lambda store: damage(store, content=b"no database" * 99), "not a database"),
+        (lambda store: f"sqlite:///{store.parent}/{'/'.join(['a' * 100] * 9)}/mlflow.db", "unable to open"),
+        (lambda store: "sqlite:////proc/x.db", "/proc"),
+        (lambda store: SECRET, "connection refused"),
+        (lambda store: "mysql+nodriver://h/x", "nodriver"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_costs_seconds_and_gives_the_remedy(store, capfd, caplog, uri, words):
+    address, began = uri(store), time.monotonic()
+    with pytest.raises(PipelineError, match=r"; \w+") as refusal:
+        tracking.check_server(address)
+    warnings: list[str] = []
+    _, run = make_run(store.parent / "root", "digits", STEPS, scores=False)
+    with tracking.Mirror(address, "digits", run, warn=warnings.append):
+        pass
+    assert time.monotonic() - began < 20
+    passes = "connection refused" in words
+    for text in (str(refusal.value), warnings[0]):
+        assert words in text and "HUSH" not in text and "\n" not in text
+    assert (("when it is back" in warnings[0]) == passes and "once that is mended" in warnings[0]) or passes
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_a_locked_store_is_told_as_a_passing_fault(store, patience):
+    with hold(store), pytest.raises(PipelineError, match=r"locked.*wait"):
+        tracking.check_server(tracking.find_default_uri(store.parent))
+
+
+def test_a_server_that_freezes_holds_no_end_up(store, monkeypatch):
+    monkeypatch.setattr(mirror, "LONGEST_WAIT", 0.2)
+    release = threading.Event()
+    monkeypatch.setattr(tracking.Mirror, "deliver", lambda self: release.wait(30))
+    _, run = make_run(store.parent, "digits", STEPS, scores=False)
+    warnings: list[str] = []
+    began = time.monotonic()
+    with tracking.Mirror("http://127.0.0.1:9", "digits", run, warn=warnings.append):
+        pass
+    release.set()
+    assert time.monotonic() - began < 10 and "ddpm sync" in warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://h:5000", "http://h:5000"),
+        ("http://u:HUSH@h:5000/p", "http://h:5000/p"),
+        (SECRET, "postgresql://127.0.0.1:9/x"),
+        ("http://h/?token=HUSH", "http://h/"),
+        ("http://u:P/HUSH@h", "http://..."),
+        ("http://u:HUSH#HUSH@h", "http://..."),
+        ("http://h/?password=HUSH@HUSH", "http://..."),
+        ("sqlite:////a@b/m.db?key=HUSH", "sqlite:////a@b/m.db"),
+    ],
+)
+def test_no_secret_of_an_address_is_shown(uri, shown):
+    assert hide_password(uri) == shown
+    assert "HUSH" not in hide_secrets(f"cannot reach {uri} for HUSH2" if "HUSH2" in uri else uri, uri)
+
+
+@pytest.mark.parametrize("uri", [SECRET, "u:HUSH@h", "ftp://u:HUSH@h", "[http://u:HUSH@h]", "{a: HUSH}"])
+def test_no_command_prints_a_secret(uri, capsys):
+    for words in (["show", "digits"], ["submit", "--", "run", "digits", "cluster.storage=/data"]):
+        main([*words, f"cluster.tracking_uri={uri}"])
+    printed = capsys.readouterr()
+    assert "HUSH" not in printed.out + printed.err
+
+
+# The UI, with a server in MLflow's place that starts in no time
+
+STUB = """
+import os, subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers(); self.wfile.write(b"OK")
+    def log_message(self, *_): pass
+open(os.environ["SEEN"], "w").write(f"{os.environ['MLFLOW_BACKEND_STORE_URI']} {sys.argv}")
+if "child" not in sys.argv:  # a worker keeps the port
+    port = next(word.partition("=")[2] for word in sys.argv if word.startswith("--port="))
+    sys.exit(subprocess.call([sys.executable, __file__, "child", "--port=" + port]))
+HTTPServer(("127.0.0.1", int(sys.argv[-1].partition("=")[2])), Answer).serve_forever()
+"""
+UI = """
+import sys
+from pathlib import Path
+from pipeline.tracking import ui
+ui.check_server = lambda uri: None
+ui.serve_ui(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGINT])
+def test_the_ui_takes_its_server_along_and_asks_it_directly(tmp_path, number):
+    (tmp_path / "mlflow").mkdir()
+    (tmp_path / "mlflow" / "__init__.py").touch()
+    (tmp_path / "mlflow" / "__main__.py").write_text(STUB)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
+    path = f"{tmp_path}{os.pathsep}{Path(tracking.__file__).parents[2]}"
+    environment = {k: v for k, v in os.environ.items() if k.lower() != "no_proxy"} | proxy
+    environment |= {"PYTHONPATH": path, "SEEN": str(tmp_path / "seen")}
+    words = [sys.executable, "-c", UI, str(tmp_path), str(port), SECRET]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as ui:
+        lines = [ui.stdout.readline(), ui.stdout.readline()]
+        assert f"http://127.0.0.1:{port}/" in lines[1] and "HUSH" not in "".join(lines)
+        ui.send_signal(number)
+    seen, end = (tmp_path / "seen").read_text(), time.monotonic() + 20
+    assert "HUSH" not in seen.removeprefix(SECRET) and seen.startswith(SECRET)
+    with pytest.raises(OSError):
+        while time.monotonic() < end:
+            build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=2).close()
+            time.sleep(0.1)
+
+
+class Silent(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.server.answers:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.server.answers)
+        else:
+            time.sleep(3)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("answer", [b"", b"null", b"[]", b"<html>", b'{"version": []}'])
+@pytest.mark.parametrize("words", ["jobs", "submit -- run digits cluster.storage=/data/runs"])
+def test_a_cluster_on_this_machine_is_asked_directly_and_not_for_ever(monkeypatch, capsys, words, answer):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr("pipeline.jobs.ray_client.HTTP_SECONDS", 0.3)
+    server = HTTPServer(("127.0.0.1", 0), Silent)
+    server.answers = answer
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{server.server_port}")
+    assert main(words.split()) == 1
+    server.shutdown()
+    error = capsys.readouterr().err
+    assert re.search("timed out" if not answer else "is no Ray cluster", error) and "Traceback" not in error
