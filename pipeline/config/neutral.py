@@ -25,7 +25,9 @@ NEUTRAL: dict[str, Any] = {
     "sample.variance": None,
     "sample.label": None,
     "sample.guidance_scale": 1.0,
+    "sample.first_index": 0,
     "evaluate.extractor_weights": None,
+    "evaluate.nll_split": "test",
     "evaluate.nll_images": None,
     "evaluate.variance": None,
 }

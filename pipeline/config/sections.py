@@ -24,6 +24,7 @@ FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 Problem = tuple[str, str]  # key, what is wrong with it
 FromZero = Annotated[int, Range(ge=0)]
+CANDIDATES = 2**31  # the first index of candidates' samples: the selected one is scored on others
 CountOrNull = Annotated[int | None, Range(ge=1)]
 FixedVariance = Literal["fixedlarge", "fixedsmall"]
 Precision = Literal["fp32", "bf16"]
@@ -115,7 +116,7 @@ class PublishedConfig:
 class SampleConfig:
     """Settings of the sampler.
 
-    batch_size: the images of one unit.
+    first_index: sample i is a function of first_index + i. batch_size: the images of one unit.
     steps: null = all T; eta: 0 is deterministic, 1 ancestral; variance: null = diffusion.variance.
     checkpoint: a step, `last` (step train.steps), or `best` (of evaluate.checkpoints).
     label: null (no class), a class, or `cycle` (image i gets class i modulo data.labels).
@@ -124,6 +125,7 @@ class SampleConfig:
     """
 
     num_images: Count
+    first_index: Annotated[int, Range(ge=0, lt=CANDIDATES)]
     sampler: Sampler
     steps: CountOrNull
     eta: Share
@@ -142,7 +144,7 @@ class EvaluateConfig:
     """Settings of the scores and their protocol.
 
     reference: a split of the data, or the path of an .npz with the mu and sigma of somebody's features.
-    nll_images: null = the whole test split; precision: of the network in the NLL.
+    nll_images: the first of nll_split, null = all; precision: of the network in the NLL.
     checkpoints: null, all or every:N; these candidates are scored with `checkpoint_images` samples each.
     """
 
@@ -150,6 +152,7 @@ class EvaluateConfig:
     features: Literal["inception-v3-compat", "classifier", "projection"]
     extractor_weights: str | None
     reference: str
+    nll_split: Literal["test", "train"]
     nll_images: CountOrNull
     nll_batch_size: Count
     decoder: Decoder
@@ -191,9 +194,10 @@ class FiguresConfig:
 
 @dataclass(frozen=True)
 class SelectedCheckpoint:
-    """The step of the selected checkpoint, and the rule by which it was selected, in words."""
+    """The step of the selected checkpoint, the number of candidates, and the rule of the selection in words."""
 
     step: int
+    candidates: int
     rule: str
 
 
@@ -272,12 +276,8 @@ class Experiment:
         interval = evaluate.checkpoint_interval
         if interval and (interval % train.checkpoint_every or interval > train.steps):
             limit = f"train.checkpoint_every={train.checkpoint_every}, up to train.steps={train.steps}"
-            yield "evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}"
-        units = {min(n, sample.batch_size) for n in (sample.num_images, evaluate.checkpoint_images)}
-        if evaluate.checkpoints and len(units) > 1:
-            need = f"it and sample.num_images={sample.num_images} must both be at least"
-            limit = f"sample.batch_size={sample.batch_size}, so that they are cut into the same units"
-            yield "evaluate.checkpoint_images", f"is {evaluate.checkpoint_images}: {need} {limit}"
+            remedy = "or evaluate.checkpoints=null sample.checkpoint=last"
+            yield "evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}; {remedy}"
 
     def find_missing_files(self) -> list[str]:
         """Return a line for each file that the values name and that is not on this machine. Scores made with it stay
@@ -321,15 +321,16 @@ class Experiment:
 
     def make_candidate(self, step: int) -> Experiment:
         """Return the experiment that scores the checkpoint of `step` for the selection: fewer images, FID only."""
-        sample = replace(self.sample, checkpoint=step, num_images=self.evaluate.checkpoint_images)
+        images = self.evaluate.checkpoint_images
+        sample = replace(self.sample, checkpoint=step, num_images=images, first_index=CANDIDATES)
         evaluate = replace(self.evaluate, metrics=("fid",), checkpoints=None)
         return replace(self, sample=sample, evaluate=evaluate)
 
     def select_checkpoint(self, step: int, candidates: int) -> Experiment:
         """Return the experiment with its selected checkpoint filled in: `step`, the best of so many candidates."""
         images, weights = self.evaluate.checkpoint_images, self.sample.weights
-        rule = f"best of {candidates} checkpoints by FID on {images} images, {weights} weights"
-        return replace(self, selected=SelectedCheckpoint(step, rule))
+        rule = f"best of {candidates} checkpoints by FID on {images} other images, {weights} weights"
+        return replace(self, selected=SelectedCheckpoint(step, candidates, rule))
 
     def choose_label(self, index: int) -> int | None:
         """Return the class that sample `index` is drawn with; None without labels."""

@@ -4,7 +4,7 @@ from pipeline import config
 from pipeline.report import paper
 from pipeline.report.page import format_value
 from pipeline.report.run_files import RunFiles
-from pipeline.scores.metrics import FIRM, HEADLINE
+from pipeline.scores.metrics import FIRM, HEADLINE, METRICS
 
 
 def compare_with_linear_denoiser(run: RunFiles) -> str:
@@ -30,12 +30,12 @@ def compare_with_linear_denoiser(run: RunFiles) -> str:
 def compose_headline(run: RunFiles) -> str:
     """Return the scores in a sentence, with the paper's or a Gaussian's."""
     scores, parts = run.scores, []
-    for metric in HEADLINE:
-        if metric.name in scores:
-            parts.append(f"{metric.heading}{FIRM}{metric.format_score(scores)} {metric.unit}".rstrip())
+    metrics = [m for m in (*HEADLINE, METRICS["train_nll_bpd"]) if m.name in scores]
+    for metric in metrics:
+        parts.append(f"{metric.heading}{FIRM}{metric.format_score(scores)} {metric.unit}".rstrip())
     if run.is_comparable:
         printed = run.paper_row.scores if run.paper_row else {}
-        beside = [f"{m.heading} {printed[m.name]}" for m in HEADLINE if m.name in printed]
+        beside = [f"{m.heading} {printed[m.name]}" for m in metrics if m.name in printed]
         tail = ", ".join(beside).replace(" ", FIRM) or "which prints no score for this objective"
         return f"{', '.join(parts)}, by the paper's protocol ({tail})"
     gaussian = run.metrics["reference_points"].get("gaussian", {}).get("fid")

@@ -15,12 +15,15 @@ from pipeline.store.run import REPORT_HTML, REPORT_MD
 
 # The words of a protocol, in the order of a page.
 PROTOCOL = {
-    "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as", "weights": "Weights",
+    "n": "Images scored", "checkpoint": "Checkpoint (step)", "checkpoint_rule": "Chosen as",
+    "first_index": "Index of the first", "official_data": "The pixels are CIFAR-10's",
+    "schedule": "Schedule", "timesteps": "T", "conditional": "Network is told the class", "weights": "Weights",
     "sampler": "Sampler", "steps": "Sampling steps", "eta": "eta", "variance": "Sampling variance",
     "rounding": "Rounding to uint8", "reference": "Reference", "reference_images": "Reference images",
     "fid_test_images": "Test images in FID, test set", "extractor": "Feature extractor",
     "features": "Feature width", "splits": "Splits of the IS", "kid": "KID", "prc": "Precision and recall",
-    "nll_images": "Test images in the NLL", "test_images": "Test images", "nll_variance": "Variance in the NLL",
+    "nll_images": "Images in the NLL", "nll_split": "Split of the NLL", "test_images": "Test images",
+    "train_images": "Training images", "code": "Code", "nll_variance": "Variance in the NLL",
     "decoder": "Decoder", "precision": "Sampling precision", "compiled": "Sampling compiled",
     "nll_precision": "NLL precision", "batch_size": "Images per sampling unit", "seed": "Seed",
 }  # fmt: skip

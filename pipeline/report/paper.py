@@ -37,7 +37,7 @@ class PaperRow:
         return f"{scores[metric.name] - float(printed[0]):+.2f}".replace("-", "−")
 
 
-# Tables 1 and 2: CIFAR-10, 50,000 samples, NLL of the test set in bits/dim. The third row of each half is the
+# Tables 1 and 2: CIFAR-10, 50,000 samples, NLL in bits/dim. The third row of each half is the
 # unweighted mean square error, which for eps is L_simple.
 TABLES_1_AND_2 = (
     PaperRow("mean", "vlb", "learned", "μ̃, L, learned diagonal Σ", {"fid": "23.69", "is_mean": "7.28 ± 0.10"}),
@@ -45,9 +45,9 @@ TABLES_1_AND_2 = (
     PaperRow("mean", "simple", "fixed", "μ̃, unweighted MSE", {}),
     PaperRow("eps", "vlb", "learned", "ε, L, learned diagonal Σ", {}),
     PaperRow("eps", "vlb", "fixed", "ε, L, fixed isotropic Σ",
-        {"fid": "13.51", "is_mean": "7.67 ± 0.13", "nll_bpd": "≤ 3.70"}),
+        {"fid": "13.51", "is_mean": "7.67 ± 0.13", "nll_bpd": "≤ 3.70", "train_nll_bpd": "≤ 3.69"}),
     PaperRow("eps", "simple", "fixed", "ε, L_simple",
-        {"fid": "3.17", "fid_test": "5.24", "is_mean": "9.46 ± 0.11", "nll_bpd": "≤ 3.75"}),
+        {"fid": "3.17", "fid_test": "5.24", "is_mean": "9.46 ± 0.11", "nll_bpd": "≤ 3.75", "train_nll_bpd": "≤ 3.72"}),
 )  # fmt: skip
 
 

@@ -126,11 +126,16 @@ class RunFiles:
 
     @property
     def is_cifar10(self) -> bool:
-        return self.experiment.data.source == "cifar10"
+        """Whether the images are CIFAR-10's: by their pixels if those were compared, by the source's name if not."""
+        official = self.read_content("data").get("official")
+        return self.experiment.data.source == "cifar10" if official is None else bool(official)
 
     @property
     def is_comparable(self) -> bool:
-        return self.is_cifar10 and bool(self.protocol.get("comparable"))
+        known = (
+            self.protocol.get("official_data") is True
+        )  # what an older version judged did not look at the pixels
+        return known and bool(self.protocol.get("comparable"))
 
     @property
     def paper_row(self) -> paper.PaperRow | None:

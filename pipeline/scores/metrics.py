@@ -71,6 +71,7 @@ METRICS = {
         Metric("recall", "prc", "recall", 3, True, protocol=(*AGAINST, "prc")),
         Metric("as_asked", None, "share of the class asked for", 3, True, protocol=IMAGES),
         Metric("nll_bpd", "nll", "NLL", 3, unit=BITS, bound=True, protocol=NLL),
+        Metric("train_nll_bpd", "nll", "NLL, training set", 3, unit=BITS, bound=True, protocol=NLL),
         Metric("rate_bpd", "nll", "rate", 3, unit=BITS, detail=True, protocol=NLL),
         Metric("distortion_bpd", "nll", "distortion", 3, unit=BITS, detail=True, protocol=NLL),
         Metric("rmse", "nll", "RMSE", 2, detail=True, protocol=NLL),

@@ -8,10 +8,15 @@ Scores = dict[str, float]
 class ScoreProtocol(TypedDict, total=False):
     """The protocol of scores. What does not apply is missing or None; samples add the keys of their own protocol."""
 
+    official_data: bool | None
+    schedule: str
+    conditional: bool
     checkpoint: int
     checkpoint_rule: str
+    minimum_fid: bool
     weights: str
     n: int
+    first_index: int
     reference: str
     reference_images: int | None
     fid_test_images: int | None
@@ -28,8 +33,10 @@ class ScoreProtocol(TypedDict, total=False):
     decoder: str
     nll_variance: str
     nll_precision: str
+    nll_split: str
     nll_images: int
     test_images: int
+    train_images: int
     comparable: bool
     why_not: list[str]
 
@@ -48,7 +55,7 @@ class Results(TypedDict, total=False):
 
 
 class Bound(TypedDict):
-    """The contents of nll.json, averaged over n test images.
+    """The contents of nll.json, averaged over n images of the split.
 
     terms (T,) and prior in bits/dim, the MSE (T,) of x_0, and the rows of rate and distortion after k reverse steps.
     """

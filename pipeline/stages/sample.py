@@ -143,14 +143,15 @@ def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
     images = sample(
         Diffusion(experiment.diffusion),
         load_guided_network(place, ctx.device, config.compile),
-        index=index, shape=experiment.data.shape,
+        index=index + config.first_index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
         variance=config.variance, context=labels,
     )  # fmt: skip
     if not bool(images.isfinite().all()):
+        remedy = "get others" if experiment.published.weights else "name an earlier step in sample.checkpoint"
         raise PipelineError(
             f"samples {shard.start}-{shard.stop - 1} of {place.path} are not finite: the weights of step "
-            f"{experiment.checkpoint_step} have diverged; name an earlier step in sample.checkpoint"
+            f"{experiment.checkpoint_step} have diverged; {remedy}"
         )
     pixels = to_uint8(images).cpu().numpy().transpose(0, 2, 3, 1)
     classes = [None] * len(pixels) if labels is None else labels.tolist()

@@ -1,7 +1,7 @@
 """The select stage: samples and scores every candidate as any run, and selects the best.
 
-The candidates' samples and scores lie where those of any run do: what is scored already is not scored again, and
-the selected one has its first samples.
+The candidates' samples and scores lie where those of any run do: what is scored already is not scored again. The
+selected one is scored on other samples, since the minimum of noisy scores is biased.
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def describe_protocol(board: Leaderboard) -> str:
         parts.append(f"{protocol['n']:,} samples, {protocol['weights']} weights, {protocol['steps']} steps")
         parts.append(f"features of {protocol['extractor']} against {protocol['reference']}")
     if "nll_images" in protocol:
-        parts.append(f"NLL of {protocol['nll_images']} of {protocol['test_images']} test images")
+        split = protocol.get("nll_split", "test")
+        parts.append(f"NLL of {protocol['nll_images']} of {protocol[f'{split}_images']} {split} images")
     if not protocol.get("comparable", True):
         parts.append("not comparable with the paper's numbers")
     return "; ".join(parts)

@@ -114,6 +114,8 @@ def scale_experiment(steps: int, full: Experiment) -> tuple[list[str], str]:
         "train.log_every": min(train.log_every, max(1, steps // 20)),
         "train.ema_warmup": train.ema_warmup or steps < SHORT,
         "sample.num_images": samples,
+        "sample.checkpoint": "last",
+        "evaluate.checkpoints": None,
         "evaluate.nll_images": bounds,
         "sample.batch_size": min(full.sample.batch_size, samples),
         "evaluate.nll_batch_size": min(full.evaluate.nll_batch_size, bounds),

@@ -79,5 +79,7 @@ def limit_to_rung(experiment: Experiment, steps: int, nll_images: int) -> Experi
         experiment,
         train=replace(experiment.train, steps=steps),
         sample=replace(experiment.sample, checkpoint="last"),
-        evaluate=replace(experiment.evaluate, metrics=("nll",), nll_images=nll_images, checkpoints=None),
+        evaluate=replace(
+            experiment.evaluate, metrics=("nll",), nll_split="test", nll_images=nll_images, checkpoints=None
+        ),
     )

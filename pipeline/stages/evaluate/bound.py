@@ -1,4 +1,4 @@
-"""The NLL bound of the test split: its units and their average."""
+"""The NLL bound of a split of the data: its units and their average."""
 
 from pathlib import Path
 
@@ -35,39 +35,40 @@ def choose_bound_variance(experiment: Experiment) -> str:
 
 
 def count_images(place: Place) -> tuple[int, int]:
-    """Return the number of test images that are scored, and of all. Raises PipelineError if there are too few."""
-    there = tars.open_shards(place.data).count_images("test")
+    """Return the number of images of the split that are scored, and of all. Raises PipelineError if too few."""
+    split = place.experiment.evaluate.nll_split
+    there = tars.open_shards(place.data).count_images(split)
     scored = place.experiment.evaluate.nll_images or there
     if scored > there:
         raise PipelineError(
-            f"evaluate.nll_images is {scored}, but the test split has {there} images; lower it"
+            f"evaluate.nll_images is {scored}, but the {split} split has {there} images; lower it"
         )
     return scored, there
 
 
 def plan_units(place: Place) -> dict[Path, Unit]:
-    """Return a unit for each range of test images, by the file of its bound.
+    """Return a unit for each range of images, by the file of its bound.
 
     The folder's key covers all that the bound depends on; how samples are drawn does not belong to it.
     """
     experiment, config = place.experiment, place.experiment.evaluate
-    test = hash_shards(tars.open_shards(place.data).list_shards("test"))
+    split = hash_shards(tars.open_shards(place.data).list_shards(config.nll_split))
     step, weights = experiment.checkpoint_step, experiment.sample.weights
     network = [place.run_key, step, weights, hash_weights(place), config.precision]
     # The null was once the timesteps of a part of the bound; without it every key would change.
     key = hash_content(
-        [place.run_key, network, test, config.decoder, choose_bound_variance(experiment), None]
+        [place.run_key, network, split, config.decoder, choose_bound_variance(experiment), None]
     )
     return split_units(
         UnitKind.NLL, write_bound, (place,), count_images(place)[0], config.nll_batch_size,
-        place.score_units / f"nll-{key}", "NLL of test images", experiment.diffusion.timesteps,
+        place.score_units / f"nll-{key}", f"NLL of {config.nll_split} images", experiment.diffusion.timesteps,
     )  # fmt: skip
 
 
 def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
-    """Write the terms of the bound of test images [start, stop), float32 (body of a unit)."""
+    """Write the terms of the bound of images [start, stop), float32 (body of a unit)."""
     experiment, config = place.experiment, place.experiment.evaluate
-    pixels, classes = tars.load_images(place.data, "test", start, stop)
+    pixels, classes = tars.load_images(place.data, config.nll_split, start, stop)
     index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
     result = compute_bits_per_dim(
         Diffusion(experiment.diffusion),

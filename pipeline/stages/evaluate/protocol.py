@@ -1,56 +1,94 @@
 """The protocol of scores, and its differences from the paper's."""
 
-from pipeline.scores import distances
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images
 from pipeline.store import tars
 from pipeline.store.run import Place
 
-PAPER_SAMPLES = 50_000
-
 
 def describe_score_protocol(place: Place) -> ScoreProtocol:
     """Describe how the scores come about; `images` adds what only the features tell."""
-    experiment, config = place.experiment, place.experiment.evaluate
-    found: ScoreProtocol = {"checkpoint": experiment.checkpoint_step, "weights": experiment.weights_kind}
-    if rule := experiment.checkpoint_rule:
-        found["checkpoint_rule"] = rule
+    experiment, config, diffusion = place.experiment, place.experiment.evaluate, place.experiment.diffusion
+    selected = experiment.selected if experiment.checkpoint_rule else None
+    origin = "published" if experiment.published.weights else str(experiment.sample.checkpoint)
+    found: ScoreProtocol = {
+        "official_data": tars.open_shards(place.data).facts.get("official"),
+        "timesteps": diffusion.timesteps,
+        "schedule": f"{diffusion.beta_schedule}, beta {diffusion.beta_start:g} to {diffusion.beta_end:g}",
+        "conditional": experiment.takes_labels, "weights": experiment.weights_kind,
+        "checkpoint": experiment.checkpoint_step, "checkpoint_rule": selected.rule if selected else origin,
+        "minimum_fid": selected is not None and selected.candidates > 1,
+    }  # fmt: skip
     if set(config.metrics) - {"nll"}:
         found |= tars.open_shards(place.samples).facts["protocol"]
-        found |= {"n": experiment.sample.num_images, "reference": name_reference(config.reference)}
+        found |= {"n": experiment.sample.num_images, "first_index": experiment.sample.first_index}
+        found["reference"] = name_reference(config.reference)
     if "nll" in config.metrics:
-        scored, there = count_images(place)
+        found["nll_images"], there = count_images(place)
+        found["train_images" if config.nll_split == "train" else "test_images"] = there
         found |= {
             "decoder": config.decoder, "nll_variance": choose_bound_variance(experiment),
-            "nll_precision": config.precision, "nll_images": scored, "test_images": there,
+            "nll_precision": config.precision, "nll_split": config.nll_split,
         }  # fmt: skip
     return found
 
 
+SAMPLES = ("fid", "fid_test", "is", "kid", "prc")
+ALL, NLL = (*SAMPLES, "nll"), ("nll",)
+SPLIT_SIZES = {"train": 50_000, "test": 10_000}
+# What the paper has in a field of the protocol: the metrics that it moves, its value, and the reason where it differs.
+PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
+    "weights": (ALL, "ema", "{weights} weights, not EMA"),
+    "official_data": (ALL, True, "images not known to be CIFAR-10's"),
+    "timesteps": (ALL, 1000, "T = {timesteps}, not 1000"),
+    "schedule": (ALL, "linear, beta 0.0001 to 0.02", "schedule {schedule}, not linear, beta 0.0001 to 0.02"),
+    "conditional": (ALL, False, "a network that is told the class"),
+    "minimum_fid": (ALL, True, "checkpoint {checkpoint_rule}, not that of minimum FID among several"),
+    "n": (SAMPLES, 50_000, "n = {n:,}, not 50,000"),
+    "sampler": (SAMPLES, "ancestral", "the {sampler} sampler, not the ancestral one"),
+    "steps": (SAMPLES, 1000, "{steps} steps of the sampler, not 1000"),
+    "variance": (SAMPLES, ("fixedlarge", "learned"), "sampling variance {variance}, not fixedlarge"),
+    "label": (SAMPLES, None, "samples of class {label}"),
+    "guidance_scale": (SAMPLES, 1, "guidance of scale {guidance_scale}"),
+    "precision": (SAMPLES, "fp32", "samples in {precision}, not fp32"),
+    "rounding": (SAMPLES, "nearest", "{rounding} rounding, not to the nearest"),
+    "official_extractor": (SAMPLES, True, "features of {extractor}, not of the published Inception"),
+    "reference": (("fid", "kid", "prc"), "train", "reference {reference}, not train"),
+    "reference_images": (
+        ("fid",),
+        SPLIT_SIZES["train"],
+        "a reference of {reference_images} images, not 50,000",
+    ),
+    "fid_test_images": (
+        ("fid_test",),
+        SPLIT_SIZES["test"],
+        "a test set of {fid_test_images} images, not 10,000",
+    ),
+    "splits": (("is",), 10, "no IS over ten splits: the features know no classes, or the images are few"),
+    "decoder": (NLL, "tanh", "{decoder} decoder, not the authors' tanh"),
+    "nll_variance": (NLL, "fixedlarge", "NLL with {nll_variance}, not fixedlarge"),
+    "nll_precision": (NLL, "fp32", "NLL in {nll_precision}, not fp32"),
+    "nll_images": (NLL, SPLIT_SIZES, "NLL of {nll_images} {nll_split} images, not all of CIFAR-10's"),
+}
+# Fields that the paper leaves free, or that another one judges.
+FREE = {
+    "checkpoint", "checkpoint_rule", "first_index", "eta", "seed", "batch_size", "compiled", "extractor", "features",
+    "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images",
+}  # fmt: skip
+
+
 def explain_differences(found: ScoreProtocol, metrics: tuple[str, ...]) -> list[str]:
     """List the reasons why these scores are not comparable with the paper's; none if they are."""
-    reasons = [(found["weights"] != "ema", f"{found['weights']} weights, not EMA")]
-    if set(metrics) - {"nll"}:
-        n, steps, timesteps = found["n"], found["steps"], found["timesteps"]
-        sampler, width, reference = found["sampler"], found["features"], found["reference"]
-        chain = f"{steps} steps of the {sampler} sampler, not {timesteps} ancestral ones"
-        features = f"features of {found['extractor']}, not of the published Inception"
-        reasons += [
-            (n != PAPER_SAMPLES, f"n = {n:,}, not {PAPER_SAMPLES:,}"),
-            (n <= width, f"rank-deficient: n = {n} is not above {width} features"),
-            (sampler != "ancestral" or steps != timesteps, chain),
-            (not found["official_extractor"], features),
-            (reference != "train", f"reference {reference}, not train"),
-        ]
-    if "is" in metrics:
-        few = found["n"] <= distances.SPLITS
-        why = f"it needs more than {distances.SPLITS} images" if few else "these features know no classes"
-        reasons.append((found["splits"] is None, f"no IS: {why}"))
-    if "nll" in metrics:
-        n, there, decoder = found["nll_images"], found["test_images"], found["decoder"]
-        reasons += [
-            (n < there, f"NLL of {n} of {there} test images"),
-            (decoder != "tanh", f"{decoder} decoder, not the authors' tanh"),
-        ]
-    return [reason for differs, reason in reasons if differs]
+    protocol, reasons = dict(found), []
+    for field, (moved, paper, reason) in PAPER.items():
+        if set(moved) & set(metrics):
+            if isinstance(paper, dict):
+                paper = paper.get(protocol.get("nll_split"))
+            if field not in protocol:
+                reasons.append(f"nothing says the {field}")
+            elif protocol[field] not in (paper if isinstance(paper, tuple) else (paper,)):
+                reasons.append(reason.format_map(protocol))
+    if set(SAMPLES) & set(metrics) and found["n"] <= found["features"]:
+        reasons.append(f"rank-deficient: n = {found['n']} is not above {found['features']} features")
+    return reasons

@@ -75,7 +75,9 @@ class EvaluateStage(Stage):
             yield pending
         if bounds:
             scores, nll = bound.average_units(bounds, place.experiment.diffusion.timesteps)
-            found["scores"] |= scores
+            # The train split's bound is another score than the test split's, which most readers mean.
+            prefix = "train_" if config.nll_split == "train" else ""
+            found["scores"] |= {f"{prefix}{name}": value for name, value in scores.items()}
             write_json(place.nll_json, nll)
             files.append(place.nll_json)
         reasons = explain_differences(found["protocol"], config.metrics)

@@ -29,8 +29,8 @@ def plan_rate_distortion(place: Place) -> Figure:
             f"it needs the bound: `ddpm evaluate {place.experiment.name}` with nll among evaluate.metrics makes it"
         )
     caption = (
-        f"Progressive lossy compression of {read_json(nll)['n']:,} test images: rate, and error of the estimate "
-        "of x_0 on the scale 0 to 255 (paper, Fig. 5)"
+        f"Progressive lossy compression of {read_json(nll)['n']:,} {place.experiment.evaluate.nll_split} images: "
+        "rate, and error of the estimate of x_0 on the scale 0 to 255 (paper, Fig. 5)"
     )
 
     def draw(files: list[Path], file: Path) -> None:

@@ -101,6 +101,18 @@ def test_rows_of_the_tables_differ_in_their_objective_alone(name):
     assert dataclasses.replace(row, name=paper.name, diffusion=paper.diffusion) == paper
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_has_a_candidate_or_takes_the_last_checkpoint(name):
+    """The paper's rule is the checkpoint of minimum FID; what trains fewer steps, or nothing, has no such choice."""
+    experiment = config.load_experiment(name, [])
+    evaluate, train = experiment.evaluate, experiment.train
+    if name in TABLE_2:
+        assert (evaluate.checkpoints, experiment.sample.checkpoint) == ("every:100000", "best")
+        assert train.steps // evaluate.checkpoint_interval == 8
+    else:
+        assert (evaluate.checkpoints, experiment.sample.checkpoint) == (None, "last")
+
+
 STEPS_AND_FLIP = {
     "celebahq256": (500_000, True),
     "lsun_bedroom": (2_400_000, False),
@@ -180,7 +192,6 @@ def test_a_missing_value_is_named(tmp_path):
         (["evaluate.checkpoints=every:0"], "evaluate.checkpoints is 'every:0'"),
         (["evaluate.checkpoints=every:300"], "evaluate.checkpoints is every:300; N is a multiple of"),
         (["evaluate.checkpoints=every:1400"], "evaluate.checkpoints is every:1400; N is a multiple of"),
-        (["evaluate.checkpoints=all", "evaluate.checkpoint_images=30"], "evaluate.checkpoint_images is 30"),
         (["evaluate.checkpoints=all", "published.weights=ema", "published.path=x"], "evaluate.checkpoints"),
         (["train.keep_every=300"], "train.keep_every must be a multiple of checkpoint_every=200"),
     ],
@@ -242,7 +253,7 @@ def test_a_chosen_checkpoint_is_in_no_file():
     chosen = asked.select_checkpoint(400, 3)
     assert config.to_yaml(chosen) == config.to_yaml(asked)
     assert chosen.checkpoint_step == 400
-    assert chosen.checkpoint_rule == "best of 3 checkpoints by FID on 256 images, ema weights"
+    assert chosen.checkpoint_rule == "best of 3 checkpoints by FID on 256 other images, ema weights"
     assert asked.checkpoint_rule is None
 
 

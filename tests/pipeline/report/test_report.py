@@ -29,6 +29,8 @@ CIFAR10 = (
     "train.sample_every=10000",
     "train.checkpoint_every=10000",
     "train.log_every=1000",
+    "evaluate.checkpoints=null",
+    "sample.checkpoint=last",
 )
 
 
@@ -161,6 +163,8 @@ def test_cifar10_stands_beside_the_paper(cifar10):
 def test_a_score_by_the_papers_protocol_is_called_comparable(make):
     run = make("cifar10")
     change_scores(run, protocol={"comparable": True, "why_not": []})
+    assert "Not comparable" in write(run)[1], "an older version did not look at the pixels"
+    change_scores(run, protocol={"official_data": True})
     html, markdown = write(run)
     assert "by the paper's protocol" in markdown and "<strong>comparable</strong></td>" in html
     assert "not comparable" not in html.lower()

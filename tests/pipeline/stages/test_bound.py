@@ -58,7 +58,7 @@ def test_another_metric_repeats_nothing_and_a_killed_stage_goes_on(sampled):
     one_cpu().map_units(units[:1], lambda unit: None)
     assert run_stage(evaluate, experiment, run) == ["NLL of test images 4-5"]
     assert evaluate.STAGE.is_done(run.of(experiment))
-    assert results(experiment, run)["protocol"]["why_not"] == ["NLL of 6 of 360 test images"]
+    assert "NLL of 6 test images, not all of CIFAR-10's" in results(experiment, run)["protocol"]["why_not"]
     before = results(experiment, run)["scores"]
     everything = scoring(experiment, metrics=("fid", "is", "nll"), features="projection")
     ran = run_stage(evaluate, everything, run)
@@ -81,6 +81,20 @@ def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
         scoring(experiment, variance="fixedsmall"),
     ):
         assert not set(units) & set(bound.plan_units(run.of(other)))
+
+
+def test_the_train_splits_bound_is_a_score_of_its_own(sampled):
+    """Fault 1.25: the paper's train NLL can be asked for."""
+    experiment, run = sampled
+    asked = scoring(experiment, nll_split="train")
+    assert run_stage(evaluate, asked, run) == ["NLL of train images 0-3", "NLL of train images 4-5"]
+    found, test = (
+        results(asked, run),
+        results(experiment, run) if evaluate.STAGE.is_done(run.of(experiment)) else {},
+    )
+    assert "train_nll_bpd" in found["scores"] and "nll_bpd" not in found["scores"]
+    assert (found["protocol"]["nll_split"], found["protocol"]["train_images"]) == ("train", 1437)
+    assert found["scores"]["train_nll_bpd"] != test.get("scores", {}).get("nll_bpd")
 
 
 def test_more_test_images_than_there_are_is_refused(tiny_run):

@@ -14,6 +14,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from pipeline.scores import classifier, extractors
 from pipeline.scores.extractors import find_extractor
 from pipeline.stages import evaluate, sample
+from pipeline.stages.evaluate import protocol
 from pipeline.stages.evaluate.protocol import explain_differences
 from pipeline.store import tars
 
@@ -115,12 +116,32 @@ def test_drawing_other_images_makes_the_scores_again(sampled):
 PAPER = {
     "weights": "ema", "n": 50_000, "features": 2048, "sampler": "ancestral", "steps": 1000, "timesteps": 1000,
     "official_extractor": True, "extractor": "inception-v3-compat-6726825d", "reference": "train", "splits": 10,
-    "decoder": "tanh", "nll_images": 10_000, "test_images": 10_000,
+    "decoder": "tanh", "nll_images": 10_000, "test_images": 10_000, "official_data": True, "conditional": False,
+    "schedule": "linear, beta 0.0001 to 0.02", "minimum_fid": True, "checkpoint_rule": "best", "label": None,
+    "variance": "fixedlarge", "guidance_scale": 1.0, "precision": "fp32", "rounding": "nearest",
+    "reference_images": 50_000, "fid_test_images": 10_000, "nll_variance": "fixedlarge", "nll_precision": "fp32",
+    "nll_split": "test",
 }  # fmt: skip
 
 
+def test_every_recorded_field_has_a_verdict_and_every_other_value_or_silence_is_a_reason(sampled):
+    """What the protocol records and what is judged are one list (faults 1.7, 1.9, 1.22)."""
+    experiment, run = sampled
+    asked = scoring(experiment, metrics=protocol.ALL, features="classifier")
+    run_stage(evaluate, asked, run)
+    recorded = set(results(asked, run)["protocol"]) - {"comparable", "why_not"}
+    assert recorded - {"test_images"} <= set(protocol.PAPER) | protocol.FREE
+    assert set(protocol.PAPER) <= recorded and set(protocol.PAPER) <= set(PAPER)
+    for field in protocol.PAPER:
+        other = {**PAPER, field: "train" if field == "label" else 7}
+        silent = {key: value for key, value in PAPER.items() if key != field}
+        for found in (other, silent) if field not in ("n",) else (other,):
+            assert explain_differences(found, protocol.ALL), field
+
+
 def test_the_papers_protocol_is_comparable_and_what_was_not_scored_is_no_reason():
-    assert explain_differences(PAPER, ("fid", "is", "nll")) == []
+    assert explain_differences(PAPER, ("fid", "fid_test", "is", "nll")) == []
+    assert explain_differences(PAPER | {"nll_split": "train", "nll_images": 50_000}, ("nll",)) == []
     assert explain_differences(PAPER | {"n": 16, "official_extractor": False}, ("nll",)) == []
     assert explain_differences(PAPER | {"nll_images": 4}, ("fid",)) == []
 
@@ -135,7 +156,22 @@ def test_the_papers_protocol_is_comparable_and_what_was_not_scored_is_no_reason(
         ({"steps": 250}, "250 steps"),
         ({"official_extractor": False}, "not of the published Inception"),
         ({"reference": "test"}, "reference test"),
-        ({"nll_images": 9_984}, "NLL of 9984 of 10000"),
+        ({"nll_images": 9_984}, "NLL of 9984 test images"),
+        ({"nll_images": 20, "test_images": 20}, "NLL of 20 test images"),
+        ({"nll_split": "train"}, "NLL of 10000 train images"),
+        ({"official_data": False}, "CIFAR-10's"),
+        ({"official_data": None}, "CIFAR-10's"),
+        ({"timesteps": 20, "steps": 20}, "T = 20"),
+        ({"schedule": "cosine, beta 0.0001 to 0.02"}, "schedule cosine"),
+        ({"label": "cycle"}, "class cycle"),
+        ({"guidance_scale": 4}, "guidance of scale 4"),
+        ({"precision": "bf16"}, "samples in bf16"),
+        ({"precision": "tf32"}, "samples in tf32"),
+        ({"nll_precision": "bf16"}, "NLL in bf16"),
+        ({"variance": "fixedsmall"}, "variance fixedsmall"),
+        ({"nll_variance": "fixedsmall"}, "NLL with fixedsmall"),
+        ({"conditional": True}, "told the class"),
+        ({"minimum_fid": False, "checkpoint_rule": "last"}, "checkpoint last"),
         ({"decoder": "erf"}, "erf decoder"),
         ({"splits": None}, "no IS"),
     ],

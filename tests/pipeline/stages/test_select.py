@@ -14,7 +14,7 @@ from pipeline.cli.program import main
 from pipeline.engine.plan import list_rounds
 from pipeline.errors import PipelineError
 from pipeline.stages import evaluate, sample, select
-from pipeline.store import selection
+from pipeline.store import selection, tars
 from pipeline.store.files import read_json
 
 STEPS = (2, 4, 6)
@@ -76,11 +76,16 @@ def test_the_best_is_the_one_of_minimum_fid_and_later_stages_are_told(trained):
     plain = asking_for(experiment, checkpoint=best)
     assert run.of(resolved).samples == run.of(plain).samples
     assert run.of(resolved).scores != run.of(plain).scores, "another protocol"
-    assert run_stage(sample, resolved, run) == [], "the candidate's samples are its first"
+    assert len(run_stage(sample, resolved, run)) == UNITS, "the candidate's samples are not scored again"
+    drawn = [
+        tars.load_images(run.of(asked).samples, "samples")[0]
+        for asked in (experiment.make_candidate(best), plain)
+    ]
+    assert not (drawn[0] == drawn[1]).all()
     run_stage(evaluate, resolved, run)
     protocol = read_json(run.of(resolved).metrics_json)["protocol"]
     assert protocol["checkpoint"] == best
-    assert protocol["checkpoint_rule"] == "best of 3 checkpoints by FID on 12 images, ema weights"
+    assert protocol["checkpoint_rule"] == "best of 3 checkpoints by FID on 12 other images, ema weights"
 
 
 def test_candidates_share_their_rounds_and_the_reference(trained):
