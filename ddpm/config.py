@@ -93,7 +93,7 @@ class DiffusionConfig:
         return found
 
     def list_warnings(self) -> list[str]:
-        """Say what the paper found against a combination that is allowed all the same."""
+        """Return a warning for each allowed combination that the paper found harmful."""
         found = []
         if (self.predict, self.loss) == ("mean", "simple"):
             found.append("predict=mean with loss=simple was unstable in the paper (Table 2)")

@@ -21,9 +21,9 @@ Network = Callable[..., Tensor]  # net(x_t, t) or net(x_t, t, context) -> (N, C 
 
 
 class Gaussian(NamedTuple):
-    """Distribution q(x_{t-1} | x_t, x_0) or p(x_{t-1} | x_t): mean, log_variance, and the x_0 behind them.
+    """Distribution q(x_{t-1} | x_t, x_0) or p(x_{t-1} | x_t): mean, log_variance, and x_0.
 
-    mean and x_0 are shaped like x_t; log_variance broadcasts against it.
+    x_0: the estimate behind them. mean and x_0 are shaped like x_t; log_variance broadcasts against it.
     """
 
     mean: Tensor

@@ -1,4 +1,4 @@
-"""Pixels and model values: the only place where images change unit."""
+"""Conversion between pixels 0..255 and model values in [-1, 1]; no other module converts."""
 
 import torch
 from torch import Tensor

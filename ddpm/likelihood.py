@@ -92,7 +92,7 @@ def compute_bits_per_dim(
 
 
 class RateDistortion(NamedTuple):
-    """Progressive coding, averaged over images: row k - 1 after k of T reverse steps (paper, Table 4).
+    """Rate and distortion, averaged over images; row k - 1 is after the k-th reverse step (paper, Table 4).
 
     rate (T,) in bits/dim; rmse (T,) on the scale 0..255; distortion is L_0 in bits/dim. All float64.
     """
@@ -103,7 +103,10 @@ class RateDistortion(NamedTuple):
 
 
 def compute_rate_distortion(result: Likelihood) -> RateDistortion:
-    """Average, in rows k = T - t + 1: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k])."""
+    """Compute rate and distortion after each reverse step, averaged over images.
+
+    After k of T steps: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k]).
+    """
     result._require_all_timesteps()
     mse, terms = result.mse.mean(dim=0), result.terms.mean(dim=0)
     sent_before = torch.cat([torch.zeros_like(terms[:1]), terms.flip(0)[:-1].cumsum(0)])

@@ -113,7 +113,7 @@ def sample_steps(
 
 
 def _keep_images(run: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Tensor]:
-    """Make the function that returns the images at the end of a chain and takes the arguments of the chain."""
+    """Return a function of the same arguments as `run`, which returns only the images at the end of the chain."""
 
     @wraps(run, assigned=())
     def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
@@ -199,11 +199,11 @@ def draw_shared_latent(
 
 
 def guide(net: Network, scale: float, null_context: Tensor | int) -> Network:
-    """Return a network with classifier-free guidance: null + scale (chosen - null), by one call of 2N images.
+    """Return a network with classifier-free guidance: null + scale (labelled - null), by one call of 2N images.
 
     Ho and Salimans 2022, Eq. 6, with scale = 1 + w: 1 is the plain conditional network, 0 the unconditional
     one. null_context (a label, or a tensor like one row of context) stands for no context. Learned variances
-    are those of the chosen context.
+    are those of the given context.
     """
 
     def net_with_guidance(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class TrainState:
         self.step = int(tensors["step"])
 
     def update(self, config: TrainConfig) -> Tensor:
-        """Clip the gradient, make one step of Adam and average; return the norm before clipping, on the device."""
+        """Clip the gradient, make one step of Adam, update the EMA; return the norm before clipping, on the device."""
         if any(p.stride() != moments["exp_avg"].stride() for p, moments in self.optimizer.state.items()):
             # The fused kernel walks raw memory and would pair weights with the moments of others.
             raise RuntimeError(
@@ -148,10 +148,10 @@ def train_step(
     world_size: int = 1,
     sum_over_workers: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, Tensor]:
-    """Make one update with this worker's slice of the global batch (Algorithm 1), in config.accumulate parts.
+    """Make one update with this worker's slice of the global batch (Algorithm 1), in config.accumulate micro-batches.
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU,
-    consecutive places in the global batch; context: int64 labels (N,). `forward` is the network as it is called
+    consecutive positions in the global batch; context: int64 labels (N,). `forward` is the network as it is called
     (wrapped for several workers, or compiled); default the network itself. Slices may differ in length: each is
     weighted by it, so that the workers' average is the gradient of the mean over the global batch.
 

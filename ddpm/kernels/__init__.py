@@ -12,7 +12,7 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def accelerate(net: Net) -> Net:
-    """Replace the layers of a U-Net by their faster versions, in place; weights stay, and results up to rounding."""
+    """Replace the layers of a U-Net by faster versions, in place; weights stay, results differ only by rounding."""
     for module in net.modules():
         module.__class__ = FASTER.get(type(module), type(module))
     return net
@@ -26,7 +26,7 @@ class FastUNet(unet.UNet):
 
 
 class FastResBlock(unet.ResBlock):
-    """Residual block of the functions of `ddpm.kernels.cpu`."""
+    """Residual block that runs the functions of `ddpm.kernels.cpu`."""
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = (
@@ -38,7 +38,7 @@ class FastResBlock(unet.ResBlock):
 
 
 class FastAttention(unet.SelfAttention):
-    """Attention of the functions of `ddpm.kernels.cpu`."""
+    """Attention that runs the functions of `ddpm.kernels.cpu`."""
 
     def forward(self, x: Tensor) -> Tensor:
         normed = group_norm(self.norm, x, swish=False)

@@ -149,7 +149,7 @@ def _split_batch(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 
 def _transform_input(x: Tensor, basis: Basis) -> Tensor:
-    """Compute B^T x B of each tile: (N, H, W, C) -> (n, n, N, H/m, W/m, C), tile places first."""
+    """Compute B^T x B of each tile: (N, H, W, C) -> (n, n, N, H/m, W/m, C), tile positions first."""
     count, height, width, channels = x.shape
     padded = x.new_zeros(count, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1] = x
@@ -169,7 +169,7 @@ def _transform_tiles(matrix: Matrix, x: Tensor, m: int) -> Tensor:
 
 
 def _transform_weight(weight: Tensor, basis: Basis, dtype: torch.dtype) -> Tensor:
-    """Compute G w G^T: (K, C, 3, 3) -> (n * n, K, C) of dtype, tile places as `_transform_input` has them."""
+    """Compute G w G^T: (K, C, 3, 3) -> (n * n, K, C) of dtype, tile positions first."""
     by_place = weight.permute(0, 2, 3, 1).flatten(1, 2)  # (K, 9, C), without a copy in channels_last
     tiles = (_compute_weight_transform(basis) @ by_place).transpose(0, 1)
     return tiles.to(dtype, memory_format=torch.contiguous_format, copy=True)
@@ -182,7 +182,7 @@ def _compute_weight_transform(basis: Basis) -> Tensor:
 
 
 def _add_weighted(matrix: Matrix, parts: Sequence[Tensor] | Tensor, into: Tensor) -> None:
-    """Compute into[i] = sum_j matrix[i][j] parts[j], with one pass over memory for each nonzero entry but one."""
+    """Compute into[i] = sum_j matrix[i][j] parts[j], skipping the zeros of the matrix."""
     for row, result in zip(matrix, into, strict=True):
         terms = [(factor, part) for factor, part in zip(row, parts, strict=True) if factor]
         terms.sort(key=lambda term: term[0] != 1)

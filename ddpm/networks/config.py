@@ -7,7 +7,7 @@ from ddpm.config import Count, Problems, Range, find_value_problems
 
 
 class NetworkConfig(Protocol):
-    """Protocol of the settings of every network."""
+    """Interface of the settings of every network."""
 
     @property
     def name(self) -> str: ...
@@ -30,9 +30,9 @@ class LevelSettings:
         return tuple(self.channels * mult for mult in self.channel_mult)
 
     def find_level_problems(self, image_size: int, least: int = 1, norm_groups: int = 1) -> Problems:
-        """Find values out of range, and levels that do not fit: `least` is their smallest number.
+        """Find values out of range, and levels that do not fit.
 
-        norm_groups must divide the width of every level.
+        least: the smallest number of levels. norm_groups must divide the width of every level.
         """
         found, levels = find_value_problems(self), len(self.channel_mult)
         if self.channels % 2:

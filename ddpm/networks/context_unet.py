@@ -136,7 +136,7 @@ class ContextDownLevel(nn.Module):
 
 
 class ContextUpLevel(nn.Module):
-    """Join the skip of the same level, double the side by a transposed convolution, two residual blocks."""
+    """Level on the way up: joins its skip, doubles the side (transposed convolution), then two residual blocks."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
         super().__init__()

@@ -93,7 +93,7 @@ class MHADownLevel(nn.Module):
 
 
 class MHAUpLevel(nn.Module):
-    """Bilinear interpolation to twice the side, the skip of that level concatenated, then a block."""
+    """Bilinear upsampling to twice the side, concatenation of the skip, then a block."""
 
     def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()

@@ -179,7 +179,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the side: nearest neighbour, then a 3x3 convolution."""
+    """Upsampling to twice the side: nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Upsample(nn.Module):
 
 
 class TransposedConvUpsample(nn.Module):
-    """Double the side by a 4x4 transposed convolution of stride 2."""
+    """Upsampling to twice the side by a 4x4 transposed convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
