@@ -101,7 +101,7 @@ class Pool:
             self._cancel()
 
     def _start_calls(self) -> None:
-        """Start units on idle actors, missing actors, and tasks, up to the limits."""
+        """Start missing actors, and units on idle actors or as tasks, up to the limits."""
         networks, others = self.waiting[True], self.waiting[False]
         most_actors, most_tasks = self.limits()
         tasks = sum(call.actor is None for call in self.calls.values())
@@ -159,7 +159,7 @@ class Pool:
         self.calls = {ref: call for ref, call in self.calls.items() if ref not in running}
 
     def end(self) -> None:
-        """End all actors without a unit, also those that are starting, so that Ray can give their GPUs to others."""
+        """End all actors that run no unit, also starting ones, so that Ray can give their GPUs to others."""
         starting = {ref: call.actor for ref, call in self.calls.items() if call.actor and not call.unit}
         for actor in [*self.idle, *starting.values()]:
             ray.kill(actor)

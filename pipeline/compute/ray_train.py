@@ -66,8 +66,10 @@ class RayWorker(Worker):
 
 
 def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body, place: Place) -> None:
-    """Train with DDP on a group of Ray workers. A lost worker restarts the group from the newest checkpoint,
-    up to `cluster.retries` times; a PipelineError in a worker ends it and is raised here."""
+    """Train with DDP on a group of Ray workers; a lost worker restarts it from the newest checkpoint.
+
+    That happens up to `cluster.retries` times; a PipelineError in a worker ends it and is raised here.
+    """
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import ScalingConfig  # ray.train's own, with its types
@@ -106,7 +108,7 @@ def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body,
 
 
 def run_in_thread(fit: Callable[[], object], name: str) -> BaseException | None:
-    """Run `fit` in a thread, so that the main thread keeps its handling of Ctrl-C; return its error."""
+    """Run `fit` in a thread, and return the error that it raised; the main thread goes on handling Ctrl-C."""
     outcome: list[BaseException] = []
 
     def run() -> None:
@@ -123,8 +125,11 @@ def run_in_thread(fit: Callable[[], object], name: str) -> BaseException | None:
 
 
 def release_training_group(place: Place) -> None:
-    """Free the Ray resources of the last training group of a run. Ray does so itself, unless memory ran out and
-    took the group's keepers with it; then other trials would wait for those CPUs for ever."""
+    """Free the Ray resources of the last training group of a run.
+
+    Ray does so itself, unless memory ran out and it lost the group's owner; then other trials would wait for
+    those CPUs for ever.
+    """
     with suppress(FileNotFoundError):
         group = PlacementGroupID.from_hex(place.placement_group.read_text())
         remove_placement_group(PlacementGroup(group))

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 
 @dataclass(frozen=True)
 class Resources:
-    """CPUs and GPUs that a command uses, with no null left."""
+    """CPUs and GPUs that a command uses; every value is set."""
 
     workers: int
     min_workers: int  # fewer than `workers`: training goes on with what is left
@@ -19,7 +19,7 @@ class Resources:
     gpus_per_task: float
 
     def count_tasks(self, cpus_per_task: int) -> int:
-        """Return how many tasks fit into what the workers hold; at least one."""
+        """Return how many tasks run at once on the CPUs of the workers; at least one."""
         by_cpu = self.workers * self.cpus_per_worker // cpus_per_task
         if not self.gpus_per_task:
             return max(1, by_cpu)

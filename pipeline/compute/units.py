@@ -62,7 +62,7 @@ def split_units(
     kind: UnitKind, body: Callable[..., None], args: tuple[Any, ...], n: int, size: int, folder: Path, name: str,
     passes: int = 1,
 ) -> dict[Path, Unit]:  # fmt: skip
-    """Return units of `size` images each, by result file: `body(ctx, *args, start, stop, file)` uses a network."""
+    """Return {result file: unit} of `size` images each; `body(ctx, *args, start, stop, file)` uses a network."""
     units = {}
     for start in range(0, n, size):
         stop = min(start + size, n)
@@ -113,7 +113,7 @@ Body = Callable[[Worker, Place], None]
 
 
 class Executor(Protocol):
-    """Runs training bodies and units: here (`LocalExecutor`), or on Ray (`pipeline.compute.session`)."""
+    """Runs training bodies and units: in this process (`LocalExecutor`), or on Ray (`pipeline.compute.session`)."""
 
     costs: CostCounter
 
