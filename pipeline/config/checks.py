@@ -37,7 +37,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def get_field_types(cls: type) -> Types:
-    """Return the type of each key of a section; without the fields that no file holds."""
+    """Return the type of each key of a section; fields that no file can set are left out."""
     hints = get_type_hints(cls, include_extras=True)
     return {
         field.name: hints[field.name]
@@ -64,7 +64,7 @@ def takes_text(kind: Any) -> bool:
 
 
 def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, ProblemsByKey]:
-    """Return the values of a tree, sections as their dataclasses, and the problems; one of both is empty.
+    """Return a tree's values as dataclasses, and its problems; one of the two is empty.
 
     `complete`: every key must be there, whatever its default. One value stands for a list of one.
     """
@@ -82,7 +82,7 @@ def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tre
 
 
 def find_unknown_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> ProblemsByKey:
-    """Return a problem for each (dotted) key that holds a name which is not known for it."""
+    """Return a problem for each (dotted) key whose value is not a known name."""
     problems, values = {}, flatten(tree)
     for key, names in known.items():
         value = values.get(key)
@@ -95,7 +95,7 @@ def find_unknown_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Proble
 
 @cache
 def _make_pydantic_type(kind: Any, complete: bool) -> Any:
-    """Return the type of a field as pydantic knows it: a section is a model that becomes its dataclass."""
+    """Return pydantic's type of a field; a section is a model that becomes its dataclass."""
     if is_section(kind):
         arguments = signature(kind).parameters
         fields: Any = {}
@@ -152,7 +152,7 @@ def _describe_problem(types: Types, problem: ErrorDetails) -> tuple[str, str]:
 
 
 def _suggest_key(names: list[str], known: Types) -> str:
-    """Suggest a key for an unknown one; for one outside the sections also those inside."""
+    """Suggest a known key; for a key without a section, search all sections too."""
     name = names[-1]
     if len(names) > 1:
         return suggest(name, known)

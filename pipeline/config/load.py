@@ -104,7 +104,7 @@ def _is_path(key: str, value: str | None) -> bool:
 
 
 def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
-    """Return the paths of a valid experiment that mean another file elsewhere, as 'data.path=images'."""
+    """Return an experiment's relative paths, as 'data.path=images'; elsewhere they name other files."""
     tree, _ = _read_experiment(name, overrides)
     return [
         f"{section}.{key}={path}"

@@ -40,7 +40,7 @@ FORMULAS = {"diffusion.variance=learned_range": 2}  # 2: the upper end at t = 0 
 
 
 def get_key_content(name: str, section: Any) -> dict[str, Any]:
-    """Return the values of the section `name` (a dataclass) that keys hash, as plain containers."""
+    """Return the values of section `name` (a dataclass) that go into the keys, as plain containers."""
     content: dict[str, Any] = {}
     for key, value in json.loads(json.dumps(dataclasses.asdict(section))).items():
         full = f"{name}.{key}"

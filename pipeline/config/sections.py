@@ -1,6 +1,6 @@
-"""The sections of an experiment and of a cluster, as frozen dataclasses. The types say what a key may hold (`checks`
-reads them), `find_problems` finds what only several keys together show.
+"""The sections of an experiment and of a cluster, as frozen dataclasses.
 
+The types say what a key may hold (`checks` reads them); `find_problems` compares several keys.
 The settings of the science (diffusion, model, train) stand beside the code that they configure, in `ddpm`.
 """
 
@@ -85,7 +85,7 @@ class TrainStageConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """Settings of weights that stand in for training; both null = the network is trained here.
+    """Settings of published weights that replace training; both null = the network is trained here.
 
     path: a folder in the diffusers layout; weights: what its authors say they are.
     """
@@ -280,8 +280,10 @@ class Experiment:
             yield "evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}; {remedy}"
 
     def find_missing_files(self) -> list[str]:
-        """Return a line for each file that the values name and that is not on this machine. Scores made with it stay
-        readable, but no key that hashes it can be computed."""
+        """Return a line for each named file that is not on this machine.
+
+        Scores made with it stay readable, but no key that hashes it can be computed.
+        """
         evaluate = self.evaluate
         files = {"extractor_weights": evaluate.extractor_weights, "reference": evaluate.reference_file}
         return [
@@ -292,7 +294,7 @@ class Experiment:
 
     @property
     def takes_labels(self) -> bool:
-        """Whether the network gets the class of an image."""
+        """True if the network gets the label of an image."""
         return self.model.name in TAKES_LABELS
 
     @property
@@ -316,7 +318,7 @@ class Experiment:
 
     @property
     def weights_kind(self) -> str:
-        """What a protocol calls the weights that are sampled and scored: ema, raw or unknown."""
+        """The kind of weights that are sampled and scored, as in protocols: ema, raw or unknown."""
         return self.published.weights or self.sample.weights
 
     def make_candidate(self, step: int) -> Experiment:
@@ -327,13 +329,13 @@ class Experiment:
         return replace(self, sample=sample, evaluate=evaluate)
 
     def select_checkpoint(self, step: int, candidates: int) -> Experiment:
-        """Return the experiment with its selected checkpoint filled in: `step`, the best of so many candidates."""
+        """Return the experiment with `step` as its selected checkpoint, the best of `candidates`."""
         images, weights = self.evaluate.checkpoint_images, self.sample.weights
         rule = f"best of {candidates} checkpoints by FID on {images} other images, {weights} weights"
         return replace(self, selected=SelectedCheckpoint(step, candidates, rule))
 
     def choose_label(self, index: int) -> int | None:
-        """Return the class that sample `index` is drawn with; None without labels."""
+        """Return the label of sample `index`; None without labels."""
         label = self.sample.label
         return index % self.data.labels if label == "cycle" else label
 
@@ -345,7 +347,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Settings of the place where it runs. Null = what the cluster has; workers: 0 = this process, no Ray."""
+    """Settings of the cluster where an experiment runs. Null = what it has; workers: 0 = this process, no Ray."""
 
     workers: Annotated[int | None, Range(ge=0)]
     min_workers: CountOrNull
