@@ -40,7 +40,7 @@ def raise_undecodable(name: str, reason: str) -> None:
 
 
 class SourceReader:
-    """Reads a source as splits of records, as `data` sets them."""
+    """Reader of a source: its splits and records, by the settings of `data`."""
 
     def __init__(self, data: DataConfig):
         self.data, self.source = data, SOURCES[data.source](data)

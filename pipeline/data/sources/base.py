@@ -36,7 +36,7 @@ class ImageSource(Protocol):
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def count_images(self) -> dict[str, int]:
-        """Return the number of images by part."""
+        """Return the number of images by published split."""
         ...
 
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
@@ -45,7 +45,7 @@ class ImageSource(Protocol):
 
 
 class ArraySource(ImageSource, Protocol):
-    """A source in arrays: images, uint8 (N,H,W,C), and labels, integers (N,), or None, by part."""
+    """A source in arrays, by published split: images, uint8 (N,H,W,C), and labels, integers (N,), or None."""
 
     @property
     def arrays(self) -> Mapping[str, tuple[np.ndarray, np.ndarray | None]]: ...
@@ -70,9 +70,9 @@ def make_fixed_permutation(n: int) -> np.ndarray:
 
 
 def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, np.ndarray]]:
-    """Return for each split its part of the source and the indices in it, int64 (n,).
+    """Return for each split the published split that it is taken from, and the indices in it, int64 (n,).
 
-    Without a part "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
+    Without a published split "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
     """
     counts = source.count_images()
     if "test" in counts:
