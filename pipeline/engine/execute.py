@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
-    """Bring the run up to date, `last` included. Raises StopRequest, PipelineError."""
+    """Run the unfinished stages up to and including `last`. Raises StopRequest, PipelineError."""
     place = make_place(experiment, prepare_storage_root(cluster))
     is_new = not place.path.exists()
     for line in find_old_runs(place) if is_new else []:

@@ -1,4 +1,4 @@
-"""Finding runs: of an experiment, by name, and those that an earlier version left."""
+"""Finding runs: by experiment, by name, and those of an earlier version."""
 
 from __future__ import annotations
 

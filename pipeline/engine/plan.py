@@ -26,7 +26,7 @@ def list_required_stages(place: Place, last: str) -> list[Stage]:
 
 
 def list_unfinished_stages(place: Place, last: str) -> list[Stage]:
-    """Return `last` and the stages that it needs, those that are not done, in order.
+    """Return the unfinished stages among `last` and those that it needs, in order.
 
     Until the best checkpoint is selected, the stages that work on it count as not done.
     """

@@ -20,7 +20,7 @@ MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a run needs, in bytes but for the numbers of kept checkpoints and of images.
+    """Disk and memory that a run needs, in bytes, and its numbers of kept checkpoints and images.
 
     `memory` is a training worker's, without the training images, and without activations, which nobody knows
     before the first step.
@@ -38,7 +38,7 @@ class Requirements:
 
 
 def estimate_requirements(experiment: Experiment) -> Requirements:
-    """Estimate what the whole run takes. An image counts as large as its pixels: that is the PNG of noise."""
+    """Estimate the disk and memory of a whole run; an image counts as its uncompressed pixels."""
     train, evaluate, images = experiment.train, experiment.evaluate, experiment.sample.num_images
     weights = FLOAT * sum(p.numel() for p in checkpoint.create_network(experiment, "meta").parameters())
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
