@@ -77,7 +77,7 @@ def list_jobs(address: str | None) -> int:
 
 
 def show_log(name: str, address: str | None, follow: bool) -> int:
-    """Print a job's log; with `follow` until the job ends, and return its exit code. Ctrl-C leaves the job alone."""
+    """Print a job's log; with `follow` until the job ends, and return its exit code. Ctrl-C does not stop the job."""
     with connect_cluster(address, name) as remote:
         try:
             log = "" if follow else remote.client.get_job_logs(name)
@@ -139,13 +139,13 @@ def describe_end(job: JobDetails) -> tuple[int, str]:
 
 
 def format_jobs(jobs: list[JobDetails]) -> str:
-    """Return a table, a row for each job; at least one."""
+    """Return a table with a row for each job; `jobs` must not be empty."""
     facts = [_describe_job(job) for job in jobs]
     return format_table(list(facts[0]), [list(row.values()) for row in facts])
 
 
 def _describe_job(job: JobDetails) -> dict[str, str]:
-    """Return label and text of everything shown about a job; of a foreign job its shell command."""
+    """Return the columns of a job, {heading: text}; a job of another program shows its shell command."""
     start = (job.start_time or 0) / 1000
     end = job.end_time / 1000 if job.end_time else time.time()
     return {

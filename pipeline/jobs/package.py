@@ -59,7 +59,7 @@ def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
 
 @contextmanager
 def create_package(words: list[str], commit: str | None) -> Iterator[Package]:
-    """Create a temporary folder with the program, to run the command `words` in.
+    """Create a temporary folder with the program; the command `words` runs in it.
 
     The program's conf/ lies in the package, and the ./conf of this folder beside it: a name is found there in the
     same file as here.
