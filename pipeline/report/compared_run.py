@@ -24,7 +24,7 @@ MOST_IN_PLOTS, MOST_LETTERS = 3, 26
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run among several, as one experiment asks for it; swept: key -> value of what differs, in order."""
+    """A run of a comparison, with its experiment; swept: {key: value} that differ between the runs, in order."""
 
     label: str
     place: Place
@@ -52,7 +52,7 @@ class ComparedRun:
 
     @cached_property
     def objective(self) -> Tree:
-        """Equal for two runs whose losses can be compared."""
+        """The settings that must agree for losses to be compared."""
         return {"data": self.data, **describe_objective(self.place.experiment)}
 
     @cached_property
@@ -61,13 +61,13 @@ class ComparedRun:
 
 
 def find_differing_keys(trees: Sequence[Tree]) -> list[str]:
-    """List the keys with more than one value in these trees, in order."""
+    """Return the keys with more than one value among these configurations, in order."""
     keys = dict.fromkeys(key for tree in trees for key in tree)
     return [key for key in keys if len({str(tree.get(key)) for tree in trees}) > 1]
 
 
 def list_compared_runs(places: Iterable[Place]) -> list[ComparedRun]:
-    """Make a compared run of each, labelled by its folder; what differs between their experiments counts as swept."""
+    """Return the runs as ComparedRun, labelled by folder; `swept` holds the settings that differ."""
     found = [(place, config.flatten(config.to_dict(place.experiment))) for place in places]
     differing = find_differing_keys([tree for _, tree in found])
     keys = [key for key in differing if not key.startswith(NOT_COMPARED)]
@@ -75,7 +75,7 @@ def list_compared_runs(places: Iterable[Place]) -> list[ComparedRun]:
 
 
 def find_swept_keys(runs: Sequence[ComparedRun]) -> list[str]:
-    """List the swept keys that have more than one value among these."""
+    """Return the swept keys with more than one value among these runs."""
     return find_differing_keys([run.swept for run in runs])
 
 

@@ -123,7 +123,7 @@ def _format_link(run: ComparedRun, folder: Path) -> str:
 
 
 def draw_scores(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
-    """Draw FID and NLL of each group that has an order, as bars."""
+    """Draw FID and NLL of each ranked group, as bars."""
     pictures, names = [], shorten_labels(runs)
     for metric in (METRICS["fid"], METRICS["nll_bpd"]):
         for number, group in enumerate(g for g in rank_runs(runs, metric) if len(g.ranked) > 1):

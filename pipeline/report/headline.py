@@ -28,7 +28,7 @@ def compare_with_linear_denoiser(run: RunFiles) -> str:
 
 
 def compose_headline(run: RunFiles) -> str:
-    """Return the scores in a sentence, with the paper's or a Gaussian's."""
+    """Return the scores as a sentence, with the paper's scores or the Gaussian baseline's."""
     scores, parts = run.scores, []
     metrics = [m for m in (*HEADLINE, METRICS["train_nll_bpd"]) if m.name in scores]
     for metric in metrics:
@@ -62,7 +62,7 @@ def list_comparison_numbers(run: RunFiles) -> dict[str, str]:
 
 
 def list_differences_from_paper(run: RunFiles) -> list[str]:
-    """List the settings that are not the paper's, whatever the objective, with both values."""
+    """List the settings that differ from the paper's, with both values; the objective is not compared."""
     tree, found = config.to_dict(run.experiment), []
     for name, recipe in paper.RECIPE.items():
         if name == "train" and run.experiment.published.weights:

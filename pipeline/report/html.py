@@ -24,7 +24,7 @@ FRAME = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefin
 
 
 def convert_to_html(markdown: str, folder: Path) -> str:
-    """Make the page whose pictures lie in `folder`. HTML in the Markdown is shown as text."""
+    """Convert a page's Markdown to HTML; pictures are read from `folder`, HTML is shown as text."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     # Links are of the web or relative: the name of a file or a run may hold any text.
     parser.validateLink = lambda url: bool(re.match("https?://|(?!//)[^:]*([/?#]|$)", url))  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The numbers of Ho, Jain and Abbeel 2020 (arXiv 2006.11239v2) as the paper prints them, and a published ladder."""
+"""The numbers of Ho, Jain and Abbeel 2020 (arXiv 2006.11239v2) as the paper prints them, and published FIDs by step."""
 
 import re
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 
 def has_paper_schedule(diffusion: DiffusionConfig) -> bool:
-    """Tell whether x_t is as noisy at each t as in the paper, so that rates and errors along the chain compare."""
+    """Return whether x_t is as noisy at each t as in the paper."""
     keys = ("timesteps", "beta_schedule", "beta_start", "beta_end")
     return all(getattr(diffusion, key) == RECIPE["diffusion"][key] for key in keys)
 

@@ -1,4 +1,4 @@
-"""The files that a page of one run shows, those that are there."""
+"""The existing files of a run that its page shows."""
 
 import statistics
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ class RunFiles:
 
     @property
     def score_columns(self) -> dict[str, Scores]:
-        """Scores and number of images: of this run, then of the reference points."""
+        """Scores and number of images: of this run, then of the baselines."""
         points = self.metrics["reference_points"]
         known = {name: points[key] for key, name in REFERENCE_POINTS.items() if key in points}
         return {"**This run**": {**self.scores, "n": self.protocol.get("n", 0)}, **known}

@@ -1,4 +1,4 @@
-"""The page of one run. What is not there yet is left out, with the command that makes it."""
+"""The page of one run. For missing results it names the command that makes them."""
 
 from pathlib import Path
 

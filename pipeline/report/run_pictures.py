@@ -33,7 +33,7 @@ FIGURE_5 = {
 
 
 def copy_figures(run: RunFiles, folder: Path) -> list[Picture]:
-    """Copy the figures in their order; before them the first samples where no figure shows them."""
+    """Copy the figures in their order; if none shows the first samples, copy these before them."""
     manifest = run.read_content("figures")
     names = [name for name in manifest.get("order", []) if name != FIGURE_5_SVG]
     pictures = [copy_picture(run.place.figures / name, folder, manifest["captions"][name]) for name in names]
