@@ -54,7 +54,7 @@ class Extractor:
 
     @property
     def is_official(self) -> bool:
-        """Whether this is the network of the published scores."""
+        """True if this is the network of the published scores."""
         return self.name == f"{inception.NAME}-{inception.OFFICIAL_SHA8}"
 
 

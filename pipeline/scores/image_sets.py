@@ -24,7 +24,7 @@ Shape = tuple[int, int, int]
 
 
 def hash_shards(shards: list[tars.Shard]) -> str:
-    """Return a hash of the images in these tars."""
+    """Return a hash of the images in these shards."""
     return hash_content([shard.sha256 for shard in shards])
 
 
@@ -63,7 +63,7 @@ class ImageSet:
 def make_shard_set(
     extractor: Extractor, shards: list[tars.Shard], shape: Shape, folder: Path, n: int | None = None
 ) -> ImageSet:
-    """Make the set of the first n images (None: all) of these tars, each of that shape; `folder` keeps the features."""
+    """Make the set of the first n images (None: all) of these shards; its features are written to `folder`."""
     units = {}
     for shard in shards:
         file, images = folder / extractor.name / f"{shard.sha256[:16]}.npz", shard.stop - shard.start
@@ -86,9 +86,9 @@ def make_baseline_set(
 
 
 def extract_shard(ctx: Worker, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path) -> None:
-    """Write the features of one tar (body of a unit). Raises PipelineError if the tar or its images are others.
+    """Write the features of one shard (body of a unit). Raises PipelineError if the shard has changed.
 
-    It reads no manifest, since a tar of samples is looked at before all of them are drawn.
+    It reads no manifest, since a shard of samples is looked at before all of them are drawn.
     """
     if not shard.path.exists() or hash_file(shard.path) != shard.sha256:
         raise PipelineError(f"{shard.path} is missing or does not match its sha256; {tars.REMEDY}")

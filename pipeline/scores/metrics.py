@@ -41,7 +41,7 @@ class Metric:
         return "highest" if self.larger_is_better else "lowest"
 
     def format(self, value: float | None, spread: float | None = None) -> str:
-        """Write a value as the paper prints it, without the unit; a dash for None."""
+        """Return a value as the paper prints it, without the unit; a dash for None."""
         if value is None:
             return "–"
         error = "" if spread is None else f"{FIRM}±{FIRM}{spread:,.{self.digits}f}"
@@ -49,7 +49,7 @@ class Metric:
         return f"{sign}{value:,.{self.digits}f}{error}"
 
     def format_score(self, scores: Mapping[str, float]) -> str:
-        """Write the metric's value among these scores, with its interval if there is one."""
+        """Return the metric's value among these scores as text, with its interval if there is one."""
         return self.format(scores.get(self.name), scores.get(self.interval or ""))
 
 
@@ -84,7 +84,7 @@ FAMILIES = tuple(dict.fromkeys(metric.family for metric in METRICS.values() if m
 
 
 def format_headline(scores: Mapping[str, float]) -> str:
-    """Write the scores of HEADLINE that are there: 'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752'."""
+    """Return the headline scores as text: 'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752'."""
     return ", ".join(f"{m.heading}{FIRM}{m.format_score(scores)}" for m in HEADLINE if m.name in scores)
 
 

@@ -1,4 +1,4 @@
-"""Units that come before those of features: the classifier, and the Gaussian of the training pixels.
+"""Units that must be done before features are computed: the classifier, and the Gaussian of the training pixels.
 
 Both belong to the data and are shared by the runs on them.
 """

@@ -35,7 +35,7 @@ R = TypeVar("R", bound=ScoredRun)
 
 @dataclass(frozen=True)
 class RankedPoint:
-    """A point with its rank from 1, which equals share, and mean and standard deviation over its seeds (None: one)."""
+    """A point with its rank (1 = best; equals share one), and mean and standard deviation over its seeds."""
 
     rank: int
     name: str
@@ -97,7 +97,7 @@ def _drop_seed(run: ScoredRun) -> Tree:
 
 
 def format_values(swept: Mapping[str, Any]) -> str:
-    """Write swept values as 'cosine dropout=0.1': a number needs its key, a word does not."""
+    """Return swept values as text, 'cosine dropout=0.1': a number needs its key, a word does not."""
     return " ".join(
         value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
         for key, value in swept.items()
@@ -105,7 +105,7 @@ def format_values(swept: Mapping[str, Any]) -> str:
 
 
 def format_winner(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
-    """Write who is the best, or why nobody is: a sentence without its full stop."""
+    """Return a sentence, without its full stop, that names the best run or says why there is none."""
     if not groups:
         return f"No run has a score of {metric.heading} yet"
     if len(groups) > 1:
@@ -120,7 +120,7 @@ def format_winner(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
 
 
 def describe_objective(experiment: Experiment) -> Tree:
-    """Return what makes training losses comparable, beside the data; the variance only if the loss depends on it."""
+    """Return the settings of the loss, without the data; runs with equal ones have comparable losses."""
     diffusion = to_dict(experiment.diffusion)
     if experiment.diffusion.loss == "simple" and experiment.diffusion.variance.startswith("fixed"):
         diffusion.pop("variance")

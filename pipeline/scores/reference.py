@@ -81,7 +81,7 @@ def _find_problem(arrays: dict[str, np.ndarray], width: int | None) -> str | Non
 
 
 def name_reference(reference: str) -> str:
-    """Name evaluate.reference for a protocol: by its content, never by its place."""
+    """Return the name of evaluate.reference in protocols; it depends on content, not on the path."""
     if reference in SPLITS:
         return reference
     return f"{Path(reference).name} (sha256 {hash_file(Path(reference))[:8]})"
