@@ -31,7 +31,7 @@ class ReportStage(Stage):
         return manifest is not None and manifest["inputs"] == RunFiles(place).content_hash
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Write the report in the driver: there is nothing to hand out."""
+        """Write the report in the driver; no unit is needed."""
         run = RunFiles(place)
         write_page(place.report, partial(compose_page, run), inputs=run.content_hash)
         yield from ()

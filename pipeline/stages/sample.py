@@ -126,7 +126,7 @@ STAGE = SampleStage()
 
 
 def plan_shards(place: Place) -> list[Shard]:
-    """Return the shards of the first num_images samples, batch_size each; of a smaller set one shard of its size."""
+    """Return the shards of the first num_images samples, batch_size each; a smaller set is one shard."""
     config = place.experiment.sample
     size = min(config.batch_size, config.num_images)
     return [
@@ -163,7 +163,7 @@ def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
 
 
 def _list_required_facts(experiment: Experiment) -> dict[str, Any]:
-    """Return what the facts of a shard must contain, or it is drawn again."""
+    """Return the facts that an existing shard must have to be kept."""
     protocol = asdict(make_sample_protocol(experiment))
     del protocol["compiled"]  # moves the order of sums only
     return {"protocol": protocol}

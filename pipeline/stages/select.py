@@ -1,4 +1,4 @@
-"""The select stage: samples and scores every candidate as any run, and selects the best.
+"""The select stage: samples and scores every candidate as a run of its own, and selects the best.
 
 The candidates' samples and scores lie where those of any run do: what is scored already is not scored again. The
 selected one is scored on other samples, since the minimum of noisy scores is biased.
@@ -33,7 +33,7 @@ class SelectStage(Stage):
         return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_done(place)
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """Return the sampling and scoring of all candidates. Raises PipelineError where there is none."""
+        """Return the sample and evaluate stages of all candidates. Raises PipelineError where there is none."""
         asked, every = place.experiment.evaluate.checkpoints, place.experiment.evaluate.checkpoint_interval
         if not (candidates := selection.list_candidates(place)):
             raise_no_checkpoint(place, f"for evaluate.checkpoints={asked}")

@@ -13,7 +13,7 @@ from pipeline.store.run import Place
 
 
 class Stage(ABC):
-    """A step of a run that is made of units, and is done or not.
+    """A part of a run that consists of units, and is done or not.
 
     name: what people type.
     selects_checkpoint: it makes the selection.

@@ -285,7 +285,7 @@ def _fix_gradient_buckets(forward: nn.Module, image: torch.Tensor, count: int) -
 
 @torch.no_grad()
 def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
-    """Draw a grid of EMA samples, from the same noise at every step, so that the same images grow.
+    """Draw a grid of EMA samples, from the same noise at every step.
 
     Where the network takes labels, it draws each class in turn.
     """

@@ -64,7 +64,7 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
 
 
 def add_scores(found: Results, place: Place, extractor: Extractor, sets: EvaluationSets) -> None:
-    """Compute the scores of samples and baselines, and add them with their protocol. All features must be there."""
+    """Add the scores of samples and baselines, and their protocol, to the results; all features must be there."""
     experiment, config = place.experiment, place.experiment.evaluate
     statistics = {
         score: load_reference(place, extractor, name)
@@ -95,7 +95,7 @@ def _compute_scores(
     images: ImageSet, sums: distances.FeatureSums, statistics: dict[str, distances.Statistics],
     real: np.ndarray | None, metrics: tuple[str, ...],
 ) -> Scores:  # fmt: skip
-    """Compute the scores of a set against `statistics`, by the name of the score, and real features (n, d)."""
+    """Return {score: value} of a set, against `statistics` and the real features (n, d)."""
     scores: Scores = {}
     if statistics:
         own = sums.moments.to_statistics()
@@ -116,7 +116,7 @@ def _describe_features(
     extractor: Extractor, sums: distances.FeatureSums, statistics: dict[str, distances.Statistics],
     real: np.ndarray | None, metrics: tuple[str, ...],
 ) -> ScoreProtocol:  # fmt: skip
-    """Describe what of the protocol only the features tell."""
+    """Return the protocol's entries on the features: extractor, counts, reference."""
     found: ScoreProtocol = {
         "extractor": extractor.name,
         "official_extractor": extractor.is_official,

@@ -8,7 +8,7 @@ from pipeline.store.run import Place
 
 
 def describe_score_protocol(place: Place) -> ScoreProtocol:
-    """Describe how the scores come about; `images` adds what only the features tell."""
+    """Return the protocol of the scores; `images`: the entries on the features."""
     experiment, config, diffusion = place.experiment, place.experiment.evaluate, place.experiment.diffusion
     selected = experiment.selected if experiment.checkpoint_rule else None
     origin = "published" if experiment.published.weights else str(experiment.sample.checkpoint)

@@ -36,18 +36,18 @@ CHILDREN_FROM = 2**16  # their indices in the stream of the figures; the pairs' 
 
 
 def count_chain_steps(share: float, experiment: Experiment) -> int:
-    """Return the number of steps in a share of the chain; 0 only for 0."""
+    """Return the number of steps in a fraction of the chain; at least 1 unless the fraction is 0."""
     return max(1 if share else 0, round(share * len(build_diffusion(experiment))))
 
 
 def format_timesteps(counts: list[int], experiment: Experiment) -> str:
-    """Write the paper's t (from 1) for numbers of steps that are left; 0 is the image."""
+    """Return the paper's t (from 1) as text, for numbers of remaining steps; 0 is the image."""
     timesteps = build_diffusion(experiment).timesteps
     return ", ".join(f"{int(timesteps[steps - 1]) + 1 if steps else 0:,}" for steps in dict.fromkeys(counts))
 
 
 def choose_ancestral_variance(experiment: Experiment) -> Variance | None:
-    """Choose the variance of ancestral chains; for DDIM that of its ancestral twin, eta = 1: fixedsmall."""
+    """Return the variance of ancestral chains; for DDIM fixedsmall, the variance of eta = 1."""
     return "fixedsmall" if experiment.sample.sampler == "ddim" else experiment.sample.variance
 
 
@@ -103,7 +103,7 @@ def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
 
 
 def list_snapshots(steps: int) -> list[int]:
-    """List the steps that a snapshot follows, of 1..steps: the end of each tenth of the chain."""
+    """Return the steps, of 1..steps, after which a snapshot is taken: the last of each tenth."""
     return sorted({-(-number * steps // SNAPSHOTS) for number in range(1, SNAPSHOTS + 1)})
 
 
@@ -132,7 +132,7 @@ def plan_coarse_to_fine(place: Place) -> Figure:
 
 
 def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
-    """Plan the unit of a row, which both figures share; return its file and the unit."""
+    """Plan the unit of one pair of images, for Figs. 8 and 9; return its file and the unit."""
     file = locate_unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
     name = f"interpolation of pair {pair} after {steps} steps"
     return file, Unit(
@@ -141,7 +141,7 @@ def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
 
 
 def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
-    """Write one row, (1, 13, C, H, W), of the two sources and their mixtures (body of a unit)."""
+    """Write one row, (1, 13, C, H, W), of the two images and their mixtures (body of a unit)."""
     split = choose_pair_split(place)
     count = tars.open_shards(place.data).count_images(split)
     start = 2 * pair % max(1, count - 1)  # if there are too few images, pairs come again

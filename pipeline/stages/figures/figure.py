@@ -17,7 +17,7 @@ class FigureUnavailable(PipelineError):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure to draw: `draw(files of the units, target)` makes the picture `file` after its units."""
+    """A figure to draw: `draw(unit files, target)` makes the picture `file` when its units are done."""
 
     file: str
     caption: str
@@ -26,7 +26,7 @@ class Figure:
 
 
 def locate_unit_folder(place: Place, kind: str, *depends: str | int) -> Path:
-    """Return the folder of units that depend on how samples are drawn, and on `depends`."""
+    """Return the folder of units whose key covers the sampler and `depends`."""
     return place.figure_units / f"{kind}-{hash_content([place.sample_key, *depends])}"
 
 

@@ -32,7 +32,7 @@ def plan_nearest_features(place: Place) -> Figure:
 
 
 def _plan_nearest(name: str, space: str, place: Place, extractor: Extractor | None) -> Figure:
-    """Plan a row for each of the first samples: a unit looks through one tar of training images."""
+    """Plan a row for each of the first samples: a unit looks through one shard of training images."""
     n, shape = count_rows(place.experiment), place.experiment.data.shape
     shards = tars.open_shards(place.data).list_shards("train")
     own, _ = tars.load_images(place.samples, "samples", 0, n)
@@ -67,9 +67,9 @@ def _plan_nearest(name: str, space: str, place: Place, extractor: Extractor | No
 def write_nearest(
     ctx: Worker, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path
 ) -> None:
-    """Write the images of one tar that are nearest to each row of `query` (n, d) (body of a unit).
+    """Write the images of one shard that are nearest to each row of `query` (n, d) (body of a unit).
 
-    The rows are features if the file `gallery` has those of the tar, else pixels.
+    The rows are features if the file `gallery` has those of the shard, else pixels.
     """
     images, _ = tars.load_images(shard.folder, shard.split, shard.start, shard.stop)
     candidates = read_arrays(gallery)["features"] if gallery else images.reshape(len(images), -1)
@@ -82,7 +82,7 @@ def write_nearest(
 
 
 def merge_nearest(files: list[Path]) -> dict[str, np.ndarray]:
-    """Merge all tars, nearest first: distance and index in the split (n, k), images (n, k, C, H, W)."""
+    """Return the nearest over all shards: distance and index in the split (n, k), images (n, k, C, H, W)."""
     parts = [read_arrays(file) for file in files]
     joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}
     order = joined["distance"].argsort(axis=1, kind="stable")[:, :NEIGHBOURS]
