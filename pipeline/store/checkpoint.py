@@ -41,7 +41,7 @@ STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 def save_checkpoint(
     directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None
 ) -> None:
-    """Write the checkpoint of one step atomically. Contiguous tensors on the CPU, such as `copy_to_cpu` makes."""
+    """Write the checkpoint of one step atomically; its tensors must be contiguous and on the CPU."""
     with write_atomically(directory, folder=True) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)

@@ -114,8 +114,10 @@ def import_published_weights(place: Place) -> None:
 
 
 def read_weights(experiment: Experiment) -> Tensors:
-    """Read the tensors at `published.path`, float32, under our names. Raises ConfigError and PipelineError
-    as `import_published_weights` does."""
+    """Read the tensors at `published.path`, float32, under our names.
+
+    Raises ConfigError and PipelineError as `import_published_weights` does.
+    """
     file = experiment.published.weights_file
     assert file is not None, "the experiment trains its own weights"
     folder = file.parent
@@ -184,7 +186,7 @@ def _find_overrides(given: Settings) -> dict[str, str]:
 
 
 def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> list[str]:
-    """Return how the published diffusion differs from the experiment's; how it is sampled is free."""
+    """Return how the published diffusion differs from the experiment's; the sampler is not compared."""
     faults = []
     predicts = given.get("prediction_type", "epsilon")
     if predicts != PREDICTIONS.get(diffusion.predict):

@@ -125,7 +125,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_unit_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write a unit's arrays, with its folder and name inside, so that it is never taken for another's."""
+    """Write a unit's arrays, with its folder and name inside, so that a wrong file is noticed."""
     write_arrays(path, unit=np.array(f"{path.parent.name}/{path.stem}"), **arrays)
 
 

@@ -72,7 +72,7 @@ def make_sample_key(experiment: Experiment, run_key: str) -> str:
 
 
 def make_score_key(experiment: Experiment, run_key: str) -> str:
-    """Return the key of a set of scores. A selected checkpoint has another protocol than one asked for."""
+    """Return the key of a set of scores; the rule of selection is part of it."""
     evaluate = get_key_content("evaluate", experiment.evaluate)
     content = {key: value for key, value in evaluate.items() if key not in _NOT_IN_SCORE_KEY}
     if experiment.evaluate.extractor_weights:

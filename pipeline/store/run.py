@@ -1,4 +1,4 @@
-"""Paths and keys of a run, its data and the storage root. No other room spells a file name."""
+"""Paths and keys of a run, its data and the storage root. Only `store` names files."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Place:
         return read_json(self.commits_json) if self.commits_json.exists() else {}
 
     def add_commit(self, stage: str, commit: str | None) -> None:
-        """Record the commit that starts on a stage; another one may have worked on it before."""
+        """Record the commit whose code runs a stage now; earlier commits stay in the list."""
         commits = self.read_stage_commits()
         if commit is not None and commit not in commits.setdefault(stage, []):
             commits[stage].append(commit)
