@@ -73,7 +73,7 @@ def list_sweep_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
 
 
 def format_overrides(values: Values) -> list[str]:
-    """Write values as they are given on the command line."""
+    """Return values as they are given on the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 

@@ -1,4 +1,4 @@
-"""Trials at once on a cluster, and the resources of each."""
+"""How many trials run at once on a cluster, and the resources of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One trial in its process: the stages of its run, rung by rung where trials are stopped early."""
+"""One trial in its process: it runs the stages; with early stopping, from one rung to the next."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.sweep.definition import EarlyStop
 
 @dataclass(frozen=True)
 class TrialWork:
-    """Everything that the process of one trial needs. stop_file: of the whole study."""
+    """Arguments of one trial's process. stop_file: that of the study."""
 
     place: Place
     cluster: ClusterConfig
