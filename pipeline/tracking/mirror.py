@@ -93,7 +93,7 @@ class Mirror(Sender):
         self._thread.start()
 
     def stop(self, status: str) -> None:
-        """Set the status and send what is left, if the server answers once more."""
+        """Set the status, and try once to send what is left."""
         self._set_status(status)
         self._send_rest()
 

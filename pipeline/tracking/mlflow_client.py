@@ -1,4 +1,4 @@
-"""Clients of a tracking server or of the embedded store of a storage root, and what they need."""
+"""MLflow clients for a tracking server or the embedded store of a storage root."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str)
 def ensure_run(
     client: MlflowClient, experiment_id: str, name: str, identity: dict[str, str], start: int, **tags: str
 ) -> str:
-    """Return the id of the run with the tags `identity`; create it where there is none. start: Unix milliseconds."""
+    """Return the id of the MLflow run tagged `identity`; create it where there is none. start: Unix milliseconds."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_runs([experiment_id], query, max_results=1)
     run = found[0] if found else client.create_run(experiment_id, start, identity | tags, name)
@@ -167,7 +167,7 @@ def log_batches(
     tags: Mapping[str, str] = MappingProxyType({}),
     model_id: str | None = None,
 ) -> None:
-    """Log points and tags of a run in as few calls as MLflow allows; the points at a model too, where one is named."""
+    """Log points and tags of an MLflow run in few calls; if `model` is given, log the points there too."""
     from mlflow.entities import Metric, RunTag
 
     metrics = [Metric(*point, model_id=model_id) for point in points]
@@ -177,13 +177,13 @@ def log_batches(
 
 
 class Sender:
-    """Base of what sends to a server that may be away: it warns of the first error and raises none."""
+    """Base class that sends to a server; it warns of the first error and raises none."""
 
     def __init__(self, uri: str, warn: Callable[[str], None]):
         self.uri, self.warn, self.warned, self.is_behind = uri, warn, False, False
 
     def try_send(self, send: Callable[[], None], what: str = "") -> bool:
-        """Call `send`, and tell whether the server took it."""
+        """Call `send`, and return whether it succeeded."""
         try:
             send()
             return True

@@ -92,7 +92,7 @@ class ParentRun(Sender):
         scores: dict[str, float],
         rungs: Mapping[str, Sequence[Rung]],
     ) -> None:
-        """Send the leaderboard as a table and as Markdown; tags and scores: of the best trial; rungs: by trial."""
+        """Send the leaderboard as a table and as Markdown, and the tags and scores of the best trial."""
         # MLflow's own `log_table` would append to the rows that are there.
         content = {"columns": list(table[0]), "data": [list(row.values()) for row in table]}
         self.client.log_text(self.run_id, json.dumps(content), TABLE)
@@ -114,7 +114,7 @@ class ParentRun(Sender):
         self.client.set_terminated(self.run_id, status)
 
     def list_links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
-        """List (what, where) in the UI: the study with its leaderboard, and its trials with their charts."""
+        """Return (name, address) in the UI: of the study with its leaderboard, and of its trials."""
         if not self.run_id:
             return [("MLflow", f"nothing in {hide_password(self.uri)} yet; the same command delivers it")]
         runs = mlflow_client.format_study_url(self.uri, self.storage, self.experiment_id)

@@ -73,7 +73,7 @@ class RunSender:
         log_batches(self.client, self.run_id, points)
 
     def send_grid(self, grid: Path) -> None:
-        """Send a picture and its small copy."""
+        """Send a sample grid and its small copy."""
         from PIL import Image
 
         step = int(grid.stem)
