@@ -32,7 +32,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_rate(rate: float) -> str:
-    """Return units per second as '23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
+    """Return a rate as '23,700/s', '13.3/s', '3.1/min', '0.4/h'."""
     unit, seconds = next((pair for pair in (("s", 1), ("min", 60)) if rate * pair[1] >= 1), ("h", 3600))
     number = rate * seconds
     return f"{number:,.0f}/{unit}" if number >= 100 else f"{number:.3g}/{unit}"
@@ -55,7 +55,7 @@ def format_table(
 
 
 class ProgressBar:
-    """Progress of one stage from `start` to `total` units; without a terminal, a line every LINE_SECONDS at most."""
+    """Progress of one stage from `start` to `total` items; without a terminal, a line every LINE_SECONDS at most."""
 
     def __init__(self, stage: str, total: int, unit: str, start: int, terminal: Progress | None = None):
         self.stage, self.total, self.unit, self.start, self.terminal = stage, total, unit, start, terminal
@@ -66,7 +66,7 @@ class ProgressBar:
             self.task = terminal.add_task(stage, total=total, completed=start, rate="", note="")
 
     def update(self, done: int, note: str = "") -> None:
-        """Set the number of finished units; `note` is shown after it."""
+        """Set the number of finished items; `note` is shown after it."""
         now = time.monotonic()
         rate = self._compute_rate(done, now)
         if self.terminal:
@@ -80,9 +80,9 @@ class ProgressBar:
             print_line(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
 
     def _compute_rate(self, done: int, now: float) -> float | None:
-        """Return units per second; None before it is known.
+        """Return items per second; None before it is known.
 
-        Small units count from the first that were done: what came before was starting up. Where units are large,
+        Small items count from the first that were done: what came before was starting up. Where items are large,
         several end together, and only the whole time is meaningful.
         """
         if self.first is None and done > self.start:
@@ -97,7 +97,7 @@ class ProgressBar:
 
 @contextmanager
 def show_progress(stage: str, total: int, unit: str, start: int = 0) -> Iterator[ProgressBar]:
-    """Show the progress of one stage from `start` to `total` units ('steps', 'images') during the body."""
+    """Show the progress of one stage from `start` to `total` items ('steps', 'images') during the body."""
     if not sys.stdout.isatty():
         yield ProgressBar(stage, total, unit, start)
         return

@@ -61,7 +61,7 @@ def _prepare_root(options: Namespace, alone: bool = True) -> Path:
 
 
 def _load_experiment_and_cluster(options: Namespace) -> tuple[Experiment, ClusterConfig]:
-    """Load both; the problems of both are reported at once."""
+    """Load experiment and cluster; report the problems of both at once."""
     from pipeline import config
     from pipeline.engine.names import list_known_names
 
@@ -259,7 +259,7 @@ def export_weights(options: Namespace) -> None:
 
 
 def sync_run(options: Namespace) -> None:
-    """Deliver a run to the tracking server (`ddpm sync`)."""
+    """Send a run to the tracking server (`ddpm sync`)."""
     cluster = _load_cluster(options, alone=True)
     from pipeline import tracking
     from pipeline.engine import find

@@ -70,7 +70,7 @@ ADDRESS = _declare(
 
 
 def _declare_stage(name: str, text: str, examples: str) -> Command:
-    """Return the command that brings a run up to one stage."""
+    """Return the command that runs the stages up to one stage."""
     examples += CONFIGURATIONS + GOES_ON
     return Command(name, do.run_command, text, examples, EXPERIMENT, do.prepare_submit_run)
 

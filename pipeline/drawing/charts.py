@@ -133,7 +133,7 @@ def plot_ranking(title: str, values: Sequence[tuple[str, float]]) -> Panel:
 
 
 def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
-    """Make a panel with the losses of each run (label, number, series); the number sets the colour in every panel."""
+    """Make a panel with the losses of each run (label, number of its colour in every panel, series)."""
 
     def plot(axes: Axes) -> None:
         for label, number, (x, y) in runs:

@@ -36,7 +36,7 @@ FONTS = (
 
 
 def apply_style(name: str) -> None:
-    """Set matplotlib's style, inside an `rc_context`; equal names and numbers give equal bytes."""
+    """Set matplotlib's style, inside an `rc_context`; `name` makes the ids in an SVG repeatable."""
     from matplotlib import rc
 
     rc("svg", fonttype="none", hashsalt=name)
