@@ -9,6 +9,9 @@ from urllib.parse import unquote
 class PipelineError(Exception):
     """An error outside the program: data, disk, cluster or server. Exit code 1, no traceback."""
 
+    def __str__(self) -> str:
+        return escape_name(super().__str__())
+
 
 class ConfigError(PipelineError):
     """An error in the command line or a configuration: all problems found, a line each. Exit code 2."""
@@ -19,6 +22,11 @@ class ConfigError(PipelineError):
 
     def __reduce__(self):
         return ConfigError, (self.problems,)
+
+
+def escape_name(text: str) -> str:
+    """Return text in which file names that are no UTF-8 can be printed and written."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 NEUTRAL: dict[str, Any] = {
     "data.labels": 0,
     "data.test_images": 0,
+    "data.background": None,
+    "data.image_column": None,
     "diffusion.t_sampling": "uniform",
     "train.grad_clip": None,
     "train.lr_decay": "none",

@@ -36,6 +36,8 @@ class DataConfig:
 
     labels: the number of classes, 0 for none.
     test_images: so many are held out where the source has no test split of its own.
+    background: what shows through transparent pixels; null = no image may have any.
+    image_column: the column of the images in parquet files; null = the only one.
     """
 
     source: str
@@ -47,6 +49,8 @@ class DataConfig:
     test_images: FromZero
     resize: Literal["crop", "refuse"]
     max_undecodable: FromZero
+    background: Literal["white", "black"] | None = None
+    image_column: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

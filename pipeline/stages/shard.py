@@ -6,13 +6,20 @@ from pathlib import Path
 
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import DataConfig
-from pipeline.data.sources import compute_fingerprint, download_source, open_source, raise_undecodable
+from pipeline.console import print_line
+from pipeline.data.sources import (
+    SourceReader,
+    compute_fingerprint,
+    download_source,
+    open_source,
+    raise_undecodable,
+)
 from pipeline.data.sources.cifar10 import is_official
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, escape_name
 from pipeline.stages.stage import Stage
 from pipeline.store.files import read_manifest_or_none
 from pipeline.store.run import Place, locate_downloads, locate_fingerprints
-from pipeline.store.tars import Shard, ShardFacts, write_shard_manifest
+from pipeline.store.tars import LABEL, Shard, ShardFacts, write_shard_manifest
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +42,8 @@ class ShardStage(Stage):
         """
         config = place.experiment.data
         data = download_source(config, locate_downloads(place.storage))
-        shards = plan_shards(place.data, open_source(data).splits, data.images_per_shard)
+        reader = open_source(data)
+        shards = plan_shards(place.data, reader.splits, data.images_per_shard)
         yield [
             Unit(UnitKind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
             for shard in shards
@@ -56,6 +64,7 @@ class ShardStage(Stage):
         for split, facts in splits.items():
             if not any(shard["count"] for shard in facts):
                 raise PipelineError(f"no image of the {split} split decodes; check data.path")
+        _describe_source(reader, splits)
         official = is_official(place.data, splits) or (False if data.source == "cifar10" else None)
         if official is False:
             log.warning(
@@ -75,6 +84,33 @@ class ShardStage(Stage):
 
 
 STAGE = ShardStage()
+
+
+def _describe_source(reader: SourceReader, splits: dict[str, list[ShardFacts]]) -> None:
+    """Say how large the splits are, which classes there are, and what was guessed or passed over."""
+    source, labels, classes = reader.source, reader.data.labels, reader.source.classes
+    notes = [
+        *source.notes,
+        *(f"{split} lies class by class; its order is shuffled" for split in reader.mixed),
+    ]
+    if source.passed:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(source.passed.items()))
+        notes.append(f"passed over in {source.root}: {kinds}")
+    there = {place[LABEL] for shard in splits["train"] for place in shard["places"]}
+    if missing := sorted(set(range(labels)) - there):
+        which = ", ".join(map(str, missing[:20]))
+        notes.append(
+            f"data.labels={labels}, but no training image has the class {which}; set it to their number"
+        )
+    for note in notes:
+        log.warning("%s", escape_name(note))
+    sizes = ", ".join(f"{name} {sum(s['count'] for s in facts):,} images" for name, facts in splits.items())
+    more = f" and {len(classes) - 20:,} more" if len(classes) > 20 else ""
+    print_line(
+        escape_name(
+            f"shard: {sizes}" + (f"; classes {', '.join(classes[:20])}{more}" if labels and classes else "")
+        )
+    )
 
 
 def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Shard]:

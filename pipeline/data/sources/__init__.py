@@ -4,6 +4,7 @@ A new source is a class with the members of `ImageSource` and a line in `SOURCES
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -12,7 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource, hash_file_stats, split_images
+from pipeline.data.sources.base import (
+    ImageSource,
+    hash_file_stats,
+    lies_in_class_order,
+    make_fixed_permutation,
+    require_regular_files,
+    split_images,
+)
 from pipeline.data.sources.cifar10 import Cifar10Download, open_cifar10
 from pipeline.data.sources.digits import DigitsSource
 from pipeline.data.sources.folder import FolderSource
@@ -44,10 +52,19 @@ class SourceReader:
 
     def __init__(self, data: DataConfig):
         self.data, self.source = data, SOURCES[data.source](data)
+        require_regular_files(self.source.files)
+        self.mixed: list[str] = []  # splits that are stored class by class: their order is shuffled
 
     @cached_property
     def _indices(self) -> dict[str, tuple[str, np.ndarray]]:
-        return split_images(self.source, self.data)
+        splits = split_images(self.source, self.data)
+        for split, (part, indices) in splits.items():
+            if self.source.order != "shuffled" and lies_in_class_order(
+                self.source.read_labels(part), indices
+            ):
+                self.mixed.append(split)
+                splits[split] = part, indices[make_fixed_permutation(len(indices))]
+        return splits
 
     @property
     def splits(self) -> dict[str, int]:
@@ -94,7 +111,7 @@ def compute_fingerprint(data: DataConfig, cache: Path | None) -> str:
     images are missing or broken.
     """
     reader = SourceReader(data)
-    place = f"{data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
+    place = f"2 {data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
     stamp = hash_file_stats(reader.source.files)
     known: dict[str, dict[str, str]] = {}
     with suppress(PipelineError):  # a broken cache holds nothing
@@ -104,6 +121,8 @@ def compute_fingerprint(data: DataConfig, cache: Path | None) -> str:
     content = reader.source.compute_fingerprint()
     if not reader.splits.get("train"):
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")
+    if reader.mixed:
+        content = hashlib.sha256(f"{content} {reader.mixed}".encode()).hexdigest()
     if cache:
         with suppress(OSError):  # a cache that cannot be written only costs time
             write_json(cache, {**known, place: {"stamp": stamp, "content": content}})

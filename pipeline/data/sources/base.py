@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,32 +17,44 @@ from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 from pipeline.store.files import hash_file
 
+MAX_IMAGES = 2**31
+
 
 class ImageSource(Protocol):
     """A set of images on disk. The constructor only lists files; it raises PipelineError if there are none.
 
     files: all that it reads, below `root`. order: the order of the images in a split: stored, where neighbours are read
     together cheaply, or shuffled, so that any first n images mix the classes. A source has the part "train", and may
-    have the part "test".
+    have the part "test". passed: what lies there and is not read, by kind. notes: what was guessed. classes: the names.
+    layout: what tells parts and classes apart, where an earlier version read the same files in another way.
     """
 
     files: list[Path]
     root: Path
     order: Literal["stored", "shuffled", "shuffled if held out"] = "stored"
+    passed: Mapping[str, int] = {}
+    notes: Sequence[str] = ()
+    classes: Sequence[str] = ()
+    layout: str = ""
 
     def compute_fingerprint(self) -> str:
         """Return the sha256 over the files' contents and their names below `root`."""
         with explain_read_errors():
             lines = [f"{file.relative_to(self.root).as_posix()} {hash_file(file)}" for file in self.files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        lines += [self.layout] if self.layout else []
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def count_images(self) -> dict[str, int]:
         """Return the number of images by published split."""
         ...
 
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
-        """Yield the images `indices`, int64 (n,), of a part; they ascend where `order` is "stored"."""
+        """Yield the images `indices`, int64 (n,), of a part."""
         ...
+
+    def read_labels(self, part: str) -> np.ndarray | None:
+        """Return the classes of the images of a part, (n,), where they are stored together."""
+        return None
 
 
 class ArraySource(ImageSource, Protocol):
@@ -52,6 +65,9 @@ class ArraySource(ImageSource, Protocol):
 
     def count_images(self) -> dict[str, int]:
         return {part: len(images) for part, (images, _) in self.arrays.items()}
+
+    def read_labels(self, part: str) -> np.ndarray | None:
+        return self.arrays[part][1]
 
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         images, labels = self.arrays[part]
@@ -75,6 +91,9 @@ def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, 
     Without a published split "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
     """
     counts = source.count_images()
+    for part, n in counts.items():
+        if n > MAX_IMAGES:
+            raise PipelineError(f"{source.root} claims to hold {n} images in its {part} part; fetch it again")
     if "test" in counts:
         arrange = make_fixed_permutation if source.order == "shuffled" else np.arange
         return {split: (split, arrange(n)) for split, n in counts.items()}
@@ -88,6 +107,23 @@ def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, 
     if source.order == "stored":
         splits = {split: np.sort(indices) for split, indices in splits.items()}
     return {split: ("train", indices) for split, indices in splits.items() if len(indices)}
+
+
+def lies_in_class_order(labels: np.ndarray | None, indices: np.ndarray) -> bool:
+    """Return whether neighbours share their class much more often than in a random order."""
+    if labels is None or labels.dtype == object or len(labels) <= indices.max(initial=0):
+        return False
+    classes, counts = np.unique(labels[indices], return_counts=True)
+    changes = np.count_nonzero(np.diff(labels[indices]))
+    return bool(len(classes) > 1 and changes < (len(indices) - np.sum(counts**2) / len(indices)) / 2)
+
+
+def require_regular_files(files: list[Path]) -> None:
+    """Raise PipelineError naming a file that is none, before reading it could block for ever."""
+    with explain_read_errors():
+        for file in files:
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise PipelineError(f"{file} is no regular file; remove it")
 
 
 def hash_file_stats(files: list[Path]) -> str:

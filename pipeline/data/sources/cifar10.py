@@ -31,6 +31,7 @@ ADDRESS = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 ARCHIVE, UNPACKED = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 REMEDY = f"fetch it again from {ADDRESS}"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
+MAX_BYTES = 2**25  # of a batch; the largest has 31,035,999
 BATCHES = {  # md5 of each, as they are in the official archive
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
     "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -149,6 +150,8 @@ class Cifar10Files(ArraySource):
         """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
         missing = set(BATCHES)
         try:
+            for file in self.files:
+                _require_size(file.name, 0 if self.root.is_file() else file.stat().st_size)
             unpacked = ((file.name, file.read_bytes()) for file in self.files)
             for name, content in _read_archive(self.root) if self.root.is_file() else unpacked:
                 missing.discard(name)
@@ -160,11 +163,27 @@ class Cifar10Files(ArraySource):
 
 
 def _read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(archive, "r|*") as tar:
+    with tarfile.open(archive, "r|*", tarinfo=_SmallMember) as tar:
         for member in tar:
+            _require_size(member.name, member.size)  # its extended header may say another one
             name, content = Path(member.name).name, tar.extractfile(member)
             if content and name in BATCHES:
                 yield name, content.read()
+
+
+class _SmallMember(tarfile.TarInfo):
+    """A header of the archive, an extended one too: refused where it names a size that no file of CIFAR-10 has."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_SmallMember":
+        found = super().frombuf(buf, encoding, errors)
+        _require_size(found.name, found.size)
+        return found
+
+
+def _require_size(name: str, size: int) -> None:
+    if size > MAX_BYTES:
+        raise tarfile.ReadError(f"{name} has {size:,} bytes, a batch has 31 million")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -181,7 +200,8 @@ def _parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 (n,32,32,3) and int64 (n,) of one batch, whose rows hold the red, green and blue planes."""
     try:
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
-        images, labels = batch[b"data"], np.array(batch[b"labels"], dtype=np.int64)
+        images = batch[b"data"]
+        labels = np.fromiter(batch[b"labels"], np.int64, len(batch[b"labels"]))  # no list in a list
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise ValueError(f"{images.dtype} {images.shape} for {len(labels)} labels")
     except Exception as error:  # a broken pickle raises nearly anything

@@ -1,22 +1,24 @@
 """Image files in a folder: flat, or one sub-folder for each class; any format that Pillow reads.
 
-A folder that holds train/ and test/ (or train/ alone) takes its splits from there; from any other,
+Folders whose names say train, and test or else val (`layout.find_split`), are the splits; from any other set,
 data.test_images are set aside by a fixed permutation. Classes are numbered in the order of their folders' names.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.sources.base import ImageSource, explain_read_errors
-from pipeline.data.sources.raw_image import RawImage, list_image_extensions
+from pipeline.data.sources.layout import WORDS, find_split, list_files
+from pipeline.data.sources.raw_image import RawImage, is_image_file
 from pipeline.errors import PipelineError
+
+MAX_BYTES = 2**30  # of one encoded image
+Parts = tuple[str, ...]
 
 
 class FolderSource(ImageSource):
@@ -27,16 +29,31 @@ class FolderSource(ImageSource):
         self.root, self.order, self._labelled = Path(data.path), "shuffled", data.labels > 0
         if not self.root.is_dir():
             raise PipelineError(f"{self.root} is no folder; set data.path to the folder with the images")
-        inside = {entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != "."}
-        if {"train", "test"} <= inside:
-            self._folders = {part: self.root / part for part in ("train", "test")}
-        else:
-            self._folders = {"train": self.root / "train" if inside == {"train"} else self.root}
-        self._parts = {part: _list_image_files(folder) for part, folder in self._folders.items()}
-        for part, files in self._parts.items():
+        found, self.passed = list_files(self.root, is_image_file)
+        inside = {file: file.relative_to(self.root).parts for file in found}
+        self._folders, self.notes = _find_split_folders(self.root, set(p[:-1] for p in inside.values()))
+        self._parts: dict[str, list[Path]] = {split: [] for split in self._folders}
+        for file, parts in inside.items():
+            split = next((s for s, folder in self._folders.items() if parts[: len(folder)] == folder), None)
+            if split:
+                self._parts[split].append(file)
+            else:
+                self.passed[f"in {parts[0]}, outside of the splits"] += 1
+        for split, files in self._parts.items():
             if not files:
-                raise PipelineError(f"{self.root} has no images in its {part} split; set data.path")
+                raise PipelineError(f"{self.root} has no images in its {split} split; set data.path")
         self.files = sorted(file for files in self._parts.values() for file in files)
+        if self._labelled:
+            self.classes = sorted({self._find_class_name("train", file) for file in self._parts["train"]})
+            train = self.root.joinpath(*self._folders["train"])
+            empty = {f.name for f in train.iterdir() if f.is_dir() and f.name[0] != "."} - set(self.classes)
+            self.notes += [f"{train / name} holds no image, and is no class" for name in sorted(empty)]
+        # Sets whose splits or classes were always found so keep their fingerprint.
+        top = {entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != "."}
+        old = {"train": ("train",) if top == {"train"} else ()}
+        old = {split: (split,) for split in ("train", "test")} if {"train", "test"} <= top else old
+        if self._folders != old and (self._labelled or len(self._folders) > 1):
+            self.layout = str(sorted(self._folders.items()))
 
     def count_images(self) -> dict[str, int]:
         return {part: len(files) for part, files in self._parts.items()}
@@ -44,32 +61,52 @@ class FolderSource(ImageSource):
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         for file in (self._parts[part][i] for i in indices):
             with explain_read_errors():
+                if file.stat().st_size > MAX_BYTES:
+                    raise PipelineError(f"{file} is larger than {MAX_BYTES} bytes, no image is; remove it")
                 content = file.read_bytes()
             yield RawImage(str(file), content, self._find_label(part, file) if self._labelled else None)
 
     def _find_label(self, part: str, file: Path) -> int:
-        name = _find_class_name(file, self._folders[part])
-        if name not in self._classes:
+        name = self._find_class_name(part, file)
+        if name not in self.classes:
             raise PipelineError(f"{file} has the class '{name}', which train/ lacks; move or remove it")
-        return self._classes[name]
+        return self.classes.index(name)
 
-    @cached_property
-    def _classes(self) -> dict[str, int]:
-        names = {_find_class_name(file, self._folders["train"]) for file in self._parts["train"]}
-        return {name: number for number, name in enumerate(sorted(names))}
-
-
-def _list_image_files(folder: Path) -> list[Path]:
-    """List all image files at any depth, hidden ones left out, sorted by path."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [Path(place, name) for name in names if name[0] != "."]
-    return sorted(file for file in found if file.suffix.lower() in list_image_extensions())
+    def _find_class_name(self, part: str, file: Path) -> str:
+        parts = file.relative_to(self.root).parts[len(self._folders[part]) :]
+        if len(parts) == 1:
+            raise PipelineError(f"{file} lies in no class folder; move it into one, or set data.labels=0")
+        return parts[0]
 
 
-def _find_class_name(file: Path, folder: Path) -> str:
-    parts = file.relative_to(folder).parts
-    if len(parts) == 1:
-        raise PipelineError(f"{file} lies in no class folder; move it into one, or set data.labels=0")
-    return parts[0]
+def _find_split_folders(root: Path, folders: set[Parts]) -> tuple[dict[str, Parts], list[str]]:
+    """Return the folder of each split, as parts below `root`, and what is to be said about it.
+
+    folders: those that hold images. Raises PipelineError where it cannot be told which one is a split.
+    """
+    found: dict[str, set[Parts]] = {}
+    others: set[str] = set()
+    for parts in folders:
+        depth, split = next(((i, s) for i, name in enumerate(parts, 1) if (s := find_split(name))), (0, ""))
+        if split:
+            found.setdefault(split, set()).add(parts[:depth])
+        else:
+            others.update(parts[:1])
+    names = ", ".join(sorted("/".join(place) for places in found.values() for place in places)[:9])
+    if others:  # "bullet_train" among them is a class; "train" beside "test" is a split all the same
+        exact = {s: {p for p in places if p[-1].lower() in WORDS[s]} for s, places in found.items()}
+        found = {split: places for split, places in exact.items() if places}
+    train, held_out = found.get("train", set()), found.get("test") or found.get("val")
+    if held_out and not train and not others:
+        raise PipelineError(
+            f"{root} has no train split, only {names}; set data.path to the images to train on"
+        )
+    if not train or not (held_out or (len(train) == 1 and not others)):
+        said = f"{names} and what lies beside are read as one set for training: no folder is a split"
+        return {"train": ()}, [said] if names else []
+    splits = {"train": train} | ({"test": held_out} if held_out else {})
+    chosen = {s: min(places, key=lambda p: (p != (s,), p)) for s, places in splits.items()}
+    several = any(len(places) > 1 and chosen[s] != (s,) for s, places in splits.items())
+    if several or len({place[:-1] for place in chosen.values()}) > 1:
+        raise PipelineError(f"{root} has several folders for a split ({names}); set data.path to one set")
+    return chosen, []

@@ -1,15 +1,17 @@
 """Images in LMDB databases, as LSUN is published: every value is an encoded image, its key does not matter.
 
-`data.path` is one database (a folder with data.mdb, or the file itself), or a folder that holds a single
-`*train_lmdb`. Its neighbour `*val_lmdb` is the test split; where there is none, data.test_images are held out
-by a fixed shuffle. There are no labels.
+`data.path` is one database (a folder with data.mdb, or the file itself), or a folder that holds a single one whose
+name says train (`church_outdoor_train_lmdb`). Its neighbour of the same name with test or else val is the test split;
+where there is none, data.test_images are held out by a fixed shuffle. There are no labels.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,13 +19,14 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.sources.base import ImageSource
+from pipeline.data.sources.layout import find_split, remove_split_words
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
     import lmdb
 
-TRAIN, VAL, CONTENT = "train_lmdb", "val_lmdb", "data.mdb"
+CONTENT = "data.mdb"
 
 
 class LmdbSource(ImageSource):
@@ -33,11 +36,12 @@ class LmdbSource(ImageSource):
         assert data.path is not None  # DataConfig refuses it
         if importlib.util.find_spec("lmdb") is None:
             raise PipelineError("data.source=lmdb needs the package lmdb: pip install lmdb")
-        self._parts = _find_databases(Path(data.path))
+        self._parts, beside = _find_databases(Path(data.path))
+        self.passed = dict.fromkeys((f"database {folder.name}" for folder in beside), 1)
         self.files = list(self._parts.values())
         folder = self._parts["train"].parent
         # The names of LSUN's folders tell its splits apart; any other folder is a place.
-        self.root = folder.parent if folder.name.endswith(TRAIN) else folder
+        self.root = folder.parent if "test" in self._parts or folder.name.endswith("train_lmdb") else folder
 
     def count_images(self) -> dict[str, int]:
         return {part: _open_database(file).stat()["entries"] for part, file in self._parts.items()}
@@ -45,25 +49,45 @@ class LmdbSource(ImageSource):
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         file = self._parts[part]
         keys = _list_image_keys(file)
-        with _open_database(file).begin() as transaction:
+        with _explain_lmdb_errors(file), _open_database(file).begin(buffers=True) as transaction:
             for key in (keys[i] for i in indices):
-                yield RawImage(f"{file} key {key!r}", transaction.get(key) or b"", None)
+                value = transaction.get(key, b"")
+                if len(value) > file.stat().st_size:  # reading beyond its end would kill the process
+                    raise PipelineError(f"{file} key {key!r} is larger than the database; fetch it again")
+                yield RawImage(f"{file} key {key!r}", bytes(value), None)
 
 
-def _find_databases(root: Path) -> dict[str, Path]:
-    """Return the database file of each part."""
+def _find_databases(root: Path) -> tuple[dict[str, Path], list[Path]]:
+    """Return the database file of each part, and those beside them."""
     if root.is_file():
-        return {"train": root}
+        return {"train": root}, []
+    root = root.absolute()
     inside = (root / CONTENT).is_file()
-    found = [root] if inside else sorted(file.parent for file in root.glob(f"*{TRAIN}/{CONTENT}"))
-    if len(found) != 1:
-        names = ", ".join(folder.name for folder in found) or "none"
+    found = sorted(file.parent for file in (root.parent if inside else root).glob(f"*/{CONTENT}"))
+    train = [root] if inside else [folder for folder in found if find_split(folder.name) == "train"]
+    train = train or (found if len(found) == 1 else [])
+    if len(train) != 1:
+        names = ", ".join(folder.name for folder in train or found) or "none"
         raise PipelineError(
-            f"{root} has no {CONTENT}, nor a single *{TRAIN} ({names}); set data.path to one of them"
+            f"{root} has no {CONTENT}, nor a single train database ({names}); set data.path to one of them"
         )
-    test = found[0].with_name(found[0].name.removesuffix(TRAIN) + VAL)
-    both = {"train": found[0] / CONTENT, "test": test / CONTENT}
-    return {part: file for part, file in both.items() if file.is_file()}
+    alike = [f for f in found if remove_split_words(f.name) == remove_split_words(train[0].name)]
+    test = [f for split in ("test", "val") for f in alike if find_split(f.name) == split][:1]
+    test = test if find_split(train[0].name) == "train" else []
+    both = dict(zip(("train", "test"), train + test, strict=False))
+    beside = [] if inside else [folder for folder in found if folder not in train + test]
+    return {part: folder / CONTENT for part, folder in both.items()}, beside
+
+
+@contextmanager
+def _explain_lmdb_errors(file: Path) -> Iterator[None]:
+    """Raise LMDB's errors as PipelineError with the file's name."""
+    import lmdb
+
+    try:
+        yield
+    except (lmdb.Error, OSError) as error:
+        raise PipelineError(f"{file} is no readable LMDB database ({error}); fetch it again") from error
 
 
 @cache
@@ -71,10 +95,8 @@ def _open_database(file: Path) -> lmdb.Environment:
     """Open the database: once for a process, since LMDB refuses to open a file twice."""
     import lmdb
 
-    try:
+    with _explain_lmdb_errors(file):
         opened = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
-    except (lmdb.Error, OSError) as error:
-        raise PipelineError(f"{file} is no readable LMDB database ({error}); fetch it again") from error
     whole = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
     if (size := file.stat().st_size) < whole:  # reading beyond its end would kill the process
         opened.close()
@@ -84,5 +106,10 @@ def _open_database(file: Path) -> lmdb.Environment:
 
 @cache
 def _list_image_keys(file: Path) -> list[bytes]:
-    with _open_database(file).begin() as transaction:
-        return list(transaction.cursor().iternext(keys=True, values=False))
+    opened = _open_database(file)
+    count = opened.stat()["entries"]
+    with _explain_lmdb_errors(file), opened.begin() as transaction:
+        keys = list(islice(transaction.cursor().iternext(keys=True, values=False), count))
+    if len(keys) != count:
+        raise PipelineError(f"{file} lists {len(keys)} of {count} images; fetch it again")
+    return keys

@@ -9,9 +9,9 @@ images: uint8, (N,H,W,C) or grey (N,H,W). labels: integers (N,) or (N,1), or one
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -47,6 +47,11 @@ class NpySource(ArraySource):
             arrays[part] = images, labels
         return arrays
 
+    def read_labels(self, part: str) -> np.ndarray | None:
+        with suppress(PipelineError):  # without labels nobody knows their order
+            return _load_labels(_find_labels(self._images[part]))
+        return None
+
 
 def _find_labels(images: Path) -> Path:
     stem = images.stem
@@ -60,8 +65,10 @@ def _find_labels(images: Path) -> Path:
 def _load_array(file: Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise PipelineError(f"{file} is no readable array ({error}); write it with numpy.save") from error
+    except (
+        Exception
+    ) as error:  # a broken header raises nearly anything, and NumPy's advice is to load it unsafely
+        raise PipelineError(f"{file} is no readable array of numbers; write it with numpy.save") from error
     if not isinstance(array, np.ndarray):
         raise PipelineError(f"{file} holds several arrays; write each with numpy.save")
     return array

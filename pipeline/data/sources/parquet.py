@@ -1,14 +1,15 @@
 """Encoded images in parquet files, in the layout of the Hugging Face hub.
 
-`data.path` is a file, or a folder whose files at any depth belong to the split that their name, or that of a
-folder on the way, begins with: train, and test or else val (`train-*.parquet`, `validation-*.parquet`). Names
-that begin with neither are the train split where nothing else is. Without a test split, data.test_images are
-held out by a fixed shuffle. The images are the one column of the type struct<bytes: binary, path: string>, or
-else the one binary column; `label` holds integers.
+`data.path` is a file, or a folder whose files at any depth belong to the split that their name, or else that of a
+folder on the way, says: train, and test or else val (`layout.find_split`). Names that say nothing are the train split
+where nothing else is. Without a test split, data.test_images are held out by a fixed shuffle. The images are the column
+data.image_column, or else the one of the type struct<bytes: binary, path: string>, or the one binary column; `label`
+holds integers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from pipeline.config import DataConfig
 from pipeline.data.sources.base import ImageSource
+from pipeline.data.sources.layout import find_split, list_files, remove_split_words
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pyarrow import parquet
 
 LABEL = "label"
+MAX_BYTES = 2**32  # of a row group, which is read in one piece
 
 
 class ParquetSource(ImageSource):
@@ -33,18 +36,34 @@ class ParquetSource(ImageSource):
 
     def __init__(self, data: DataConfig):
         assert data.path is not None  # DataConfig refuses it
-        root, self._labelled = Path(data.path), data.labels > 0
+        root, self._labelled, self._column = Path(data.path), data.labels > 0, data.image_column
         self.root = root.parent if root.is_file() else root
-        self._parts = {"train": [root]} if root.is_file() else _find_split_files(root)
-        if "train" not in self._parts:
-            raise PipelineError(f"{root} holds no train-*.parquet; set data.path to the folder that does")
+        self._parts = {"train": [root], "test": []}
+        if not root.is_file():
+            self._parts, self.passed, self.notes = _find_split_files(root)
+        if not self._parts["train"]:
+            raise PipelineError(
+                f"{root} holds no train-*.parquet; set data.path to the folder that does, or to a file"
+            )
         self.files = [file for files in self._parts.values() for file in files]
+        test = [file.relative_to(root).parts for file in self._parts["test"]]
+        if any(not any(part.startswith(("test", "val")) for part in parts) for parts in test):
+            self.layout = f"test: {test}"  # these images were for training once
 
     def count_images(self) -> dict[str, int]:
         parts = self._parts.items()
-        return {part: sum(_open_file(file).metadata.num_rows for file in files) for part, files in parts}
+        return {p: sum(_open_file(file).metadata.num_rows for file in files) for p, files in parts if files}
+
+    def read_labels(self, part: str) -> np.ndarray | None:
+        labels = [found for file in self._parts[part] if (found := _read_labels(file)) is not None]
+        return np.concatenate(labels) if len(labels) == len(self._parts[part]) else None
 
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+        order = np.argsort(indices, kind="stable")
+        if np.any(np.diff(order) < 0):  # row groups are read in their own order
+            images = list(self.read_images(part, indices[order]))
+            yield from (images[i] for i in np.argsort(order))
+            return
         first = 0
         for file in self._parts[part]:
             opened = _open_file(file)
@@ -54,7 +73,7 @@ class ParquetSource(ImageSource):
 
     def _read_rows(self, file: Path, opened: parquet.ParquetFile, rows: np.ndarray) -> Iterator[RawImage]:
         """Yield the images of `rows`, in ascending order, of one file; read only their row groups."""
-        column = _find_image_column(opened.schema_arrow, file)
+        column = _find_image_column(opened.schema_arrow, file, self._column)
         if self._labelled and LABEL not in opened.schema_arrow.names:
             known = ", ".join(opened.schema_arrow.names)
             raise PipelineError(f"{file} has no column '{LABEL}', only {known}; set data.labels=0")
@@ -63,6 +82,8 @@ class ParquetSource(ImageSource):
         for group in range(opened.num_row_groups):
             count = opened.metadata.row_group(group).num_rows
             here = _select_rows(rows, first, count)
+            if (size := opened.metadata.row_group(group).total_byte_size) > MAX_BYTES:
+                raise PipelineError(f"{file} has a row group of {size:,} bytes; write it with smaller ones")
             if len(here):
                 with _explain_arrow_errors(file):
                     table = opened.read_row_group(group, columns=columns, use_threads=False)
@@ -75,15 +96,38 @@ class ParquetSource(ImageSource):
             first += count
 
 
-def _find_split_files(root: Path) -> dict[str, list[Path]]:
-    files = sorted(root.rglob("*.parquet"))
+def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], list[str]]:
+    """Return the files of each split, what is passed over, and what is to be said about it."""
+    found, passed = list_files(root, lambda file: file.suffix.lower() == ".parquet")
+    splits: dict[str, list[Path]] = {}
+    sets: dict[str, set[tuple[str, ...]]] = {}
+    for file in found:
+        folders, name = file.relative_to(root).parts[:-1], file.stem
+        split = next(filter(None, map(find_split, (name, *reversed(folders)))), "")
+        splits.setdefault(split, []).append(file)
+        sets.setdefault(split, set()).add(tuple(filter(None, map(remove_split_words, folders))))
+    train, test = "train" if "train" in splits else "", "test" if "test" in splits else "val"
+    several = ", ".join("/".join(folders) or "." for folders in sorted(sets.get(train, ())))
+    if train and len(sets.get(train, ())) > 1:
+        raise PipelineError(f"{root} holds several sets ({several}); set data.path to one of them")
+    for split in splits.keys() - {train, test}:
+        for file in splits[split]:
+            passed[f"of the {split} split" if split else f"of no split ({file.name})"] += 1
+    notes = [f"{several} are read as one set"] if len(sets.get(train, ())) > 1 else []
+    return {"train": splits.get(train, []), "test": splits.get(test, [])}, passed, notes
 
-    def find(prefix: str) -> list[Path]:
-        return [file for file in files if any(p.startswith(prefix) for p in file.relative_to(root).parts)]
 
-    test = find("test") or find("val")
-    parts = {"train": find("train") or [file for file in files if file not in test], "test": test}
-    return {part: of_part for part, of_part in parts.items() if of_part}
+def _read_labels(file: Path) -> np.ndarray | None:
+    """Return the column of the labels, integers (n,); None where there is none."""
+    from pyarrow import types
+
+    with _explain_arrow_errors(file):
+        opened = _open_file(file)
+        index = opened.schema_arrow.get_field_index(LABEL)
+        if index < 0 or not types.is_integer(opened.schema_arrow.field(index).type):
+            return None
+        labels: np.ndarray = opened.read(columns=[LABEL], use_threads=False)[LABEL].fill_null(-1).to_numpy()
+        return labels
 
 
 def _select_rows(rows: np.ndarray, first: int, count: int) -> np.ndarray:
@@ -91,16 +135,17 @@ def _select_rows(rows: np.ndarray, first: int, count: int) -> np.ndarray:
     return rows[(rows >= first) & (rows < first + count)] - first
 
 
-def _find_image_column(schema: pyarrow.Schema, file: Path) -> str:
-    """Return the name of the one column that can hold images."""
+def _find_image_column(schema: pyarrow.Schema, file: Path, name: str | None) -> str:
+    """Return `name`, or the name of the one column that can hold images."""
     from pyarrow import types
 
     structs = [f.name for f in schema if types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
     binaries = [f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)]
-    columns = structs or binaries
+    columns = [column for column in structs + binaries if column == name] if name else structs or binaries
     if len(columns) != 1:
         known = ", ".join(f"{f.name} ({f.type})" for f in schema)
-        raise PipelineError(f"{file} has {len(columns)} columns of encoded images, not one: {known}")
+        wanted = f"no column {name}" if name else f"{len(columns)} columns of encoded images, not one"
+        raise PipelineError(f"{file} has {wanted}: {known}; set data.image_column to one")
     return columns[0]
 
 
@@ -119,5 +164,5 @@ def _explain_arrow_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PipelineError(f"{file} is no readable parquet file ({reason}); fetch it again") from error

@@ -1,17 +1,33 @@
 """Converts an image of a source to a record of a shard."""
 
 import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+from PIL.ImageFile import StubImageFile
 
 from pipeline.config import DataConfig
 from pipeline.errors import PipelineError
 from pipeline.store.tars import Record, encode_png
 
 MODES = {1: "L", 3: "RGB"}
+COMMON = {
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+}  # nothing else has their extensions
 
 
 class RawImage(NamedTuple):
@@ -28,9 +44,35 @@ class DecodeError(Exception):
 
 @cache
 def list_image_extensions() -> dict[str, str]:
-    """Return the format of each file extension that Pillow reads without Ghostscript."""
-    extensions = Image.registered_extensions()
-    return {extension: name for extension, name in extensions.items() if name in Image.OPEN and name != "EPS"}
+    """Return the format of each file extension that Pillow decodes by itself as a still picture."""
+    stubs = {
+        name
+        for name, (kind, _) in Image.OPEN.items()
+        if isinstance(kind, type) and issubclass(kind, StubImageFile)
+    }
+    known, without = Image.registered_extensions(), {"EPS", "MPEG", *stubs}
+    return {end: name for end, name in known.items() if name in Image.OPEN and name not in without}
+
+
+def is_image_file(file: Path) -> bool:
+    """Return whether a file is an image by its extension, and by its first bytes where others use the extension too."""
+    name = list_image_extensions().get(file.suffix.lower())
+    if name is None or name in COMMON:
+        return name is not None
+    try:
+        with _hold_pillow_back(), Image.open(file, formats=(name,)):
+            return True
+    except Exception:  # Pillow's plugins raise nearly anything
+        return False
+
+
+@contextmanager
+def _hold_pillow_back() -> Iterator[None]:
+    """Raise Pillow's warning of too many pixels as an error; no other one goes to the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
@@ -53,11 +95,18 @@ def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
 def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
     size, mode = (data.image_size, data.image_size), MODES[data.channels]
     if isinstance(raw.image, bytes):
-        image = _decode(raw.image)
+        image, is_turned = _decode(raw.image)
+        alpha = _find_alpha(image)
         fits = image.format == "PNG" and image.mode == mode and image.size == size
-        if fits and not image.info.get("exif"):
+        if fits and not is_turned and alpha is None and not image.info.get("exif"):
             return raw.image
-        image = _convert_mode(ImageOps.exif_transpose(image), mode)
+        if alpha is not None:
+            if data.background is None:
+                remedy = "set data.background=white or black to lay it on that colour"
+                raise PipelineError(f"{raw.name} is transparent in part; {remedy}")
+            colours = _convert_mode(_unify_alpha(image), "RGB")
+            image = Image.composite(colours, Image.new("RGB", image.size, data.background), alpha)
+        image = _convert_mode(image, mode)
     else:
         channels = raw.image.shape[2]
         if channels != data.channels:
@@ -79,18 +128,44 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
     return encode_png(np.asarray(image))
 
 
-def _decode(encoded: bytes) -> Image.Image:
+def _decode(encoded: bytes) -> tuple[Image.Image, bool]:
+    """Return the image, upright, and whether it had to be turned, wherever its orientation stood."""
     formats = tuple(dict.fromkeys(("PNG", "JPEG", *list_image_extensions().values())))  # tried in this order
     try:
-        image = Image.open(io.BytesIO(encoded), formats=formats)
-        if image.format == "PNG":  # decoding does not compare the checksums of PNG's chunks, verify() does
-            image.verify()
-            image = Image.open(io.BytesIO(encoded), formats=("PNG",))
-        image.load()
+        with _hold_pillow_back():
+            image = Image.open(io.BytesIO(encoded), formats=formats)
+            if (
+                image.format == "PNG"
+            ):  # decoding does not compare the checksums of PNG's chunks, verify() does
+                image.verify()
+                image = Image.open(io.BytesIO(encoded), formats=("PNG",))
+            image.load()
+            is_turned = False
+            with suppress(Exception):  # a broken orientation is none
+                is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+            return ImageOps.exif_transpose(image) if is_turned else image, is_turned
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DecodeError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's plugins raise nearly anything on broken input
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DecodeError(reason or type(error).__name__) from error
-    return image
+
+
+def _find_alpha(image: Image.Image) -> Image.Image | None:
+    """Return the opacity of each pixel, mode L, however the file says it; None where all is opaque."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I;16"):
+        seen = np.asarray(image) != image.info["transparency"]
+        alpha = Image.fromarray(seen.astype(np.uint8) * np.uint8(255))
+    else:
+        alpha = _unify_alpha(image).getchannel("A")
+    return alpha if alpha.getextrema()[0] != 255 else None
+
+
+def _unify_alpha(image: Image.Image) -> Image.Image:
+    """Return an image that says its opacity in any way with a channel A; 16-bit grey stays."""
+    return image if image.mode.startswith("I;16") else image.convert("LA" if image.mode == "La" else "RGBA")
 
 
 def _convert_mode(image: Image.Image, mode: str) -> Image.Image:

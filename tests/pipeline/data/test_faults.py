@@ -1,20 +1,32 @@
 """What lies in image sources and is no image, no split or not what it claims to be: each is named, or said once."""
 
 import dataclasses
+import gzip
+import io
 import logging
+import os
 import pickle
+import struct
+import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from conftest import one_cpu, tiny_experiment
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pyarrow import parquet
 
 from pipeline.config import DataConfig
-from pipeline.data.sources import cifar10
+from pipeline.data import sources
+from pipeline.data.sources import SourceReader, cifar10
 from pipeline.engine.find import make_place
+from pipeline.errors import PipelineError
 from pipeline.stages import shard
-from pipeline.store.tars import Record, encode_png, open_shards, write_tar
+from pipeline.store.tars import Record, decode_png, encode_png, open_shards, write_tar
 
 
 def config(source: str, path: Path, **changes: Any) -> DataConfig:
@@ -75,3 +87,338 @@ def test_images_that_only_claim_to_be_cifar10_are_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert seal(config("cifar10", tmp_path, image_size=32, labels=10), tmp_path)["official"] is False
     assert "not CIFAR-10's" in caplog.text
+
+
+# What lies in a folder
+
+
+def save(path: Path, level: int = 0, size: int = 8, mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size, 3), level, np.uint8)).convert(mode).save(path, "PNG")
+    return path
+
+
+def make(root: Path, sizes: dict[str, int]) -> Path:
+    """So many images in each folder, or so many rows in each parquet file."""
+    for number, (name, count) in enumerate(sizes.items()):
+        if name.endswith(".parquet"):
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            rows = [encode_png(np.full((8, 8, 3), number, np.uint8))] * count
+            parquet.write_table(pyarrow.table({"img": rows}), root / name)
+        for i in range(0 if name.endswith(".parquet") else count):
+            save(root / name / f"{i}.png", number)
+        if not count:
+            (root / name).mkdir(parents=True)
+    return root
+
+
+def read_sizes(root: Path, labels: int = 0) -> dict[str, int]:
+    source = "parquet" if any(root.rglob("*.parquet")) else "folder"
+    return SourceReader(config(source, root, labels=labels)).splits
+
+
+@pytest.mark.parametrize(
+    ("layout", "sizes", "classes"),
+    [
+        ({"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 2}, (8, 4), ["cat", "dog"]),
+        ({"train/a": 4, "validation/a": 2}, (4, 2), ["a"]),
+        ({"Training Set/a": 4, "DEV_set/a": 2}, (4, 2), ["a"]),
+        ({"imgs_train2017/a": 4, "imgs_val2017/a": 2}, (4, 2), ["a"]),
+        ({"data/train/cat": 4, "data/train/dog": 1, "data/testing/cat": 2}, (5, 2), ["cat", "dog"]),
+        ({"train/cat": 3, "train/dog": 3, "annotations": 0}, (6,), ["cat", "dog"]),
+        ({"train/a": 4, "val/a": 1, "test/a": 2}, (4, 2), ["a"]),
+        ({"train/a": 4, "test/a": 2, "extra/a": 3}, (4, 2), ["a"]),
+        ({"airplane": 2, "car": 2, "train": 2}, (6,), ["airplane", "car", "train"]),
+        ({"bullet_train": 2, "cat": 2, "test_tube": 2}, (6,), ["bullet_train", "cat", "test_tube"]),
+        ({"mnist_train.parquet": 3, "mnist_test.parquet": 2}, (3, 2), []),
+        ({"cifar10-train.parquet": 3, "cifar10-validation.parquet": 2}, (3, 2), []),
+        ({"train-0.parquet": 3, "dev-0.parquet": 2, "extra-0.parquet": 1}, (3, 2), []),
+        ({"data/TRAIN/0.parquet": 3, "data/Valid/0.parquet": 1}, (3, 1), []),
+        ({"a.parquet": 3, "b.parquet": 2}, (5,), []),
+    ],
+)
+def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
+    root = make(tmp_path, layout)
+    assert tuple(read_sizes(root, len(classes)).values()) == sizes
+    if classes:
+        assert SourceReader(config("folder", root, labels=len(classes))).source.classes == classes
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"cropped/train-0.parquet": 1, "full/train-0.parquet": 1}, r"several sets \(cropped, full\); set data\.path"),
+        ({"cat/train": 1, "cat/test": 1, "dog/train": 1, "dog/test": 1}, "several folders for a split .*data.path"),
+        ({"val/cat": 2, "test/cat": 2}, "no train split, only test, val; set data.path"),
+        ({"train": 1, "training": 1, "mnist_test": 1, "my_test": 1}, "several folders for a split"),
+    ],
+)  # fmt: skip
+def test_a_layout_in_doubt_is_refused(tmp_path, layout, message):
+    with pytest.raises(PipelineError, match=message):
+        read_sizes(make(tmp_path, layout))
+
+
+def test_what_is_passed_over_or_guessed_is_said_once(tmp_path, caplog, capsys):
+    root = make(
+        tmp_path / "set", {"train/cat": 3, "train/dog": 2, "train/empty": 0, "val/cat": 1, "test/cat": 2}
+    )
+    for name in ("a.heic", "b.heic", "README", "labels.h5", "list.im", ".hidden"):
+        (root / "train" / "cat" / name).write_text("no image")
+    os.mkfifo(root / "train" / "dog" / "fifo.png")
+    (root / "train" / "dog" / "again").symlink_to(root)
+    with caplog.at_level(logging.WARNING):
+        seal(config("folder", root, labels=4), tmp_path)
+    kinds = ("2 .heic", "1 without extension", "1 .h5", "1 .im", "1 hidden", "1 no regular file (fifo.png)",
+             "1 folder that lies here under another name", "1 in val", "empty holds no image",
+             "data.labels=4, but no training image has the class 2, 3")  # fmt: skip
+    assert [kind for kind in kinds if caplog.text.count(kind) != 1] == []
+    assert "train 5 images, test 2 images; classes cat, dog" in capsys.readouterr().out
+
+
+def test_linked_folders_are_followed_and_loops_end(tmp_path):
+    outside, root = make(tmp_path / "outside", {"b": 4, "c": 5}), make(tmp_path / "set", {"a": 3})
+    for name in ("b", "c"):
+        (root / name).symlink_to(outside / name)
+        (outside / name / "loop").symlink_to(root)
+    assert (read_sizes(root, 3), SourceReader(config("folder", root, labels=3)).source.classes) == (
+        {"train": 12}, ["a", "b", "c"],
+    )  # fmt: skip
+    linked = tmp_path / "hub"
+    linked.mkdir()
+    (linked / "data").symlink_to(make(tmp_path / "blobs", {"train-0.parquet": 3}))
+    assert SourceReader(config("parquet", linked)).splits == {"train": 3}
+
+
+@pytest.mark.parametrize("source", ["parquet", "npy", "lmdb", "cifar10"])
+def test_a_fifo_is_no_file_of_any_source(tmp_path, source):
+    name = {"parquet": "train-0.parquet", "npy": "images.npy", "lmdb": "data.mdb", "cifar10": "data_batch_1"}[
+        source
+    ]
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(PipelineError):
+        sources.compute_fingerprint(config(source, tmp_path, image_size=32), None)
+    with pytest.raises(PipelineError):
+        sources.compute_fingerprint(config(source, tmp_path / name, image_size=32), None)
+
+
+def test_names_are_bytes(tmp_path):
+    save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")))
+    assert sources.compute_fingerprint(config("folder", tmp_path), None)
+    with pytest.raises(PipelineError, match="resize=crop") as error:
+        list(SourceReader(config("folder", tmp_path, image_size=9)).read_records("train", 0, 1))
+    assert r"caf\xe9.png" in str(error.value) and str(error.value).encode()
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "expected"),
+    [
+        (["0.png", "1.png"], 0, "9e759a57c5ed"),
+        (["a/0.png", "b/0.png"], 2, "2034ea28d7c9"),
+        (["train/a/0.png", "test/a/0.png"], 1, "27721d3f2776"),
+        (["train/a/0.png", "train/b/0.png"], 2, "1b538bed77e4"),
+        (["train/a/0.png", "test/a/0.png", "val/a/0.png"], 0, "27721d3f2776"),
+        (["car/0.png", "train/0.png"], 2, "98d2331b1c3b"),
+        (["bullet_train/0.png", "cat/0.png", "test_tube/0.png"], 3, "2c7197c5fd1e"),
+        (["train/a/0.png", "notes/a.txt"], 0, "23adbc7645c4"),
+        (["data/train-0.parquet", "data/test-0.parquet"], 0, "4e9ea865bdf0"),
+        (["trainset.parquet", "testset.parquet"], 0, "1a2e7121ddf8"),
+        (["train/0.parquet", "validation/0.parquet"], 0, "0bfd9c66122e"),
+        (["a.parquet", "b.parquet"], 0, "13a8abbce86b"),
+    ],
+)
+def test_fingerprints_stay_where_a_set_was_read_rightly_before(tmp_path, names, labels, expected):
+    """The expected ones are of version ef6030f."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    source = "parquet" if names[0].endswith(".parquet") else "folder"
+    found = sources.SOURCES[source](config(source, tmp_path, labels=labels))
+    assert found.compute_fingerprint()[:12] == expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "labels"),
+    [
+        ({"train/cat": 4, "val/cat": 2}, 0),
+        ({"train/cat": 4, "train/dog": 2, "annotations": 0}, 2),
+        ({"cifar10-train.parquet": 3, "cifar10-validation.parquet": 2}, 0),
+    ],
+)
+def test_sets_that_were_read_wrongly_have_new_fingerprints(tmp_path, layout, labels):
+    source = sources.SOURCES["parquet" if "cifar10-train.parquet" in layout else "folder"]
+    found = source(config("any", make(tmp_path, layout), labels=labels))
+    now, found.layout = found.compute_fingerprint(), ""
+    assert found.compute_fingerprint() != now
+
+
+# What an image holds
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def transparent(kind: str) -> Image.Image | bytes:
+    if kind == "RGBA":
+        return Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    if kind == "LA":
+        return Image.new("LA", (8, 8), (77, 0))
+    if kind == "PA":
+        return Image.new("RGBA", (8, 8), (200, 0, 0, 0)).quantize(4)
+    grey = {"tRNS of L": ("L", 77), "tRNS of 1": ("1", 1), "tRNS of I;16": ("I;16", 7777)}.get(kind)
+    stream = io.BytesIO()
+    image = Image.new(*(grey[0], (8, 8), grey[1])) if grey else Image.new("RGB", (8, 8), (200, 0, 0))
+    image.save(stream, "PNG")
+    value = struct.pack(">H", grey[1]) if grey else struct.pack(">3H", 200, 0, 0)
+    return stream.getvalue()[:33] + png_chunk(b"tRNS", value) + stream.getvalue()[33:]
+
+
+@pytest.mark.parametrize(
+    "kind", ["RGBA", "LA", "PA", "tRNS of L", "tRNS of 1", "tRNS of I;16", "tRNS of RGB"]
+)
+def test_transparent_pixels_are_refused_or_laid_on_a_background(tmp_path, kind):
+    image, file = transparent(kind), tmp_path / "a.png"
+    file.write_bytes(image) if isinstance(image, bytes) else image.save(file)
+    for channels in (1, 3):
+        data = config("folder", tmp_path, channels=channels)
+        with pytest.raises(PipelineError, match=r"a\.png is transparent in part; set data\.background"):
+            list(SourceReader(data).read_records("train", 0, 1))
+        for background, level in (("white", 255), ("black", 0)):
+            reader = SourceReader(dataclasses.replace(data, background=background))
+            assert set(decode_png(next(reader.read_records("train", 0, 1)).png).flat) == {level}
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_an_orientation_counts_wherever_it_stands(tmp_path, size):
+    levels = np.repeat(np.arange(size, dtype=np.uint8)[:, None, None] * (256 // size), size, axis=1).repeat(
+        3, axis=2
+    )
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    raw = exif.tobytes()
+    info = PngInfo()
+    info.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)
+    Image.fromarray(levels).save(tmp_path / "a.png", pnginfo=info)
+    record = next(SourceReader(config("folder", tmp_path, resize="crop")).read_records("train", 0, 1))
+    column = decode_png(record.png)[0, :, 0].astype(int)
+    assert (np.diff(column) < 0).all()
+
+
+def test_a_picture_of_too_many_pixels_is_refused_without_pillows_words(tmp_path, recwarn):
+    Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
+    with pytest.raises(PipelineError, match=r"a\.png does not decode \(more than 89,478,485 pixels\)"):
+        list(SourceReader(config("folder", tmp_path)).read_records("train", 0, 1))
+    assert not recwarn.list
+
+
+def test_the_column_of_the_images_can_be_named(tmp_path):
+    images = {
+        name: [encode_png(np.full((8, 8, 3), level, np.uint8))] for name, level in (("left", 1), ("right", 2))
+    }
+    parquet.write_table(pyarrow.table(images), tmp_path / "a.parquet")
+    record = next(SourceReader(config("parquet", tmp_path, image_column="right")).read_records("train", 0, 1))
+    assert decode_png(record.png).max() == 2
+    for column in (None, "middle"):
+        with pytest.raises(PipelineError, match=r"left .*right .*; set data\.image_column"):
+            list(SourceReader(config("parquet", tmp_path, image_column=column)).read_records("train", 0, 1))
+
+
+# The order of images
+
+
+@pytest.mark.parametrize("source", ["npy", "parquet"])
+def test_the_first_images_of_a_split_mix_the_classes(tmp_path, source):
+    labels = np.repeat(np.arange(4), 10)
+    images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+    if source == "npy":
+        for part in ("train", "test"):
+            np.save(tmp_path / f"{part}_images.npy", images)
+            np.save(tmp_path / f"{part}_labels.npy", labels)
+    else:
+        for part in ("train", "test"):
+            table = pyarrow.table({"img": [encode_png(image) for image in images], "label": labels})
+            parquet.write_table(table, tmp_path / f"{part}-0.parquet", row_group_size=7)
+    for part in ("train", "test"):
+        records = list(SourceReader(config(source, tmp_path, labels=4)).read_records(part, 0, 40))
+        assert len({record.label for record in records[:10]}) == 4
+        levels = [int(decode_png(record.png)[0, 0, 0]) for record in records]
+        assert sorted(levels) == list(range(40)) and all(
+            x // 10 == r.label for x, r in zip(levels, records, strict=True)
+        )
+
+
+# Files that are not what they say
+
+
+@pytest.mark.parametrize("shape", [(10**22, 8, 8), (-5, 8, 8), (2**40, 8, 8), (True, 8, 8)])
+def test_an_array_of_an_impossible_shape_is_named(tmp_path, shape):
+    with (tmp_path / "images.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.write(bytes(64))
+    with pytest.raises(PipelineError, match=r"images\.npy is no readable array of numbers") as error:
+        sources.compute_fingerprint(config("npy", tmp_path), None)
+    assert "pickle" not in str(error.value)
+
+
+def write_archive(path: Path, kind: str) -> Path:
+    header = tarfile.TarInfo("data_batch_1" if kind != "other" else "big")
+    header.size, header.type = 6 * 2**30, tarfile.XHDTYPE if kind == "extended header" else tarfile.REGTYPE
+    with gzip.open(path, "wb") as file:
+        file.write(header.tobuf() + bytes(2**20))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["batch", "extended header", "other"])
+def test_an_archive_is_refused_by_the_size_that_it_declares(tmp_path, kind):
+    archive = write_archive(tmp_path / "a.tar.gz", kind)
+    with pytest.raises(PipelineError, match=r"has 6,442,450,944 bytes"):
+        sources.compute_fingerprint(config("cifar10", archive, image_size=32), None)
+
+
+def test_a_batch_is_refused_by_its_size(tmp_path):
+    for name in cifar10.BATCHES:
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(6 * 2**30)
+    with pytest.raises(PipelineError, match=r"data_batch_1 has 6,442,450,944 bytes"):
+        sources.compute_fingerprint(config("cifar10", tmp_path, image_size=32), None)
+
+
+def test_nested_labels_of_a_batch_do_not_unfold(tmp_path):
+    labels: list[Any] = [0, 0]
+    for _ in range(30):
+        labels = [labels, labels]
+    for name in cifar10.BATCHES:
+        (tmp_path / name).write_bytes(pickle.dumps({b"data": noise(2, 3072), b"labels": labels}, protocol=2))
+    with pytest.raises(PipelineError, match="is no CIFAR-10 batch"):
+        list(SourceReader(config("cifar10", tmp_path, image_size=32)).read_records("train", 0, 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_damaged_database_is_named(tmp_path, seed):
+    lmdb = pytest.importorskip("lmdb")
+    rng = np.random.default_rng(seed)
+    with (
+        lmdb.open(str(tmp_path), map_size=1 << 24, lock=False) as opened,
+        opened.begin(write=True) as transaction,
+    ):
+        for i in range(200):
+            transaction.put(b"%040x" % i, rng.bytes(300))
+    content = bytearray((tmp_path / "data.mdb").read_bytes())
+    for i in rng.integers(0, len(content), 200):
+        content[i] ^= 1 << int(rng.integers(8))
+    (tmp_path / "data.mdb").write_bytes(content)
+    with pytest.raises(PipelineError, match=r"data\.mdb"):
+        reader = SourceReader(config("lmdb", tmp_path))
+        list(reader.read_records("train", 0, reader.splits["train"]))
+
+
+def test_a_database_finds_its_test_part_by_the_one_rule(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    for name, count in (("Cat-Training", 3), ("Cat-Testing", 2), ("Dog-Testing", 1)):
+        with lmdb.open(str(tmp_path / name), lock=False) as opened, opened.begin(write=True) as transaction:
+            for i in range(count):
+                transaction.put(b"%d" % i, b"image")
+    reader = SourceReader(config("lmdb", tmp_path))
+    assert reader.splits == {"train": 3, "test": 2}
+    assert reader.source.passed == {"database Dog-Testing": 1}
+    assert SourceReader(config("lmdb", tmp_path / "Cat-Testing")).splits == {"train": 2}
