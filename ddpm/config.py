@@ -60,14 +60,16 @@ def _find_field_problems(hint: Any, value: Any) -> list[str]:
 
 
 Share = Annotated[float, Range(ge=0, le=1)]
-Count = Annotated[int, Range(ge=1)]
+Count = Annotated[int, Range(ge=1, le=10**9)]
+Width = Annotated[int, Range(ge=4, le=2**14)]  # of a layer
+Few = Annotated[int, Range(ge=1, le=64)]  # blocks of a level, multiples of a width
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """Settings of the diffusion process and its loss; the defaults are the paper's for CIFAR-10."""
 
-    timesteps: Annotated[int, Range(ge=2)] = 1000
+    timesteps: Annotated[int, Range(ge=2, le=10**6)] = 1000
     beta_schedule: BetaSchedule = "linear"
     beta_start: Annotated[float, Range(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Range(gt=0, lt=1)] = 0.02
@@ -130,7 +132,7 @@ class TrainConfig:
     random_flip: bool
     lr: Annotated[float, Range(gt=0, lt=math.inf)]
     lr_decay: Literal["none", "linear"]
-    warmup_steps: Annotated[int, Range(ge=0)]
+    warmup_steps: Annotated[int, Range(ge=0, le=10**9)]
     grad_clip: Annotated[float | None, Range(gt=0)]
     ema_decay: tuple[Annotated[float, Range(ge=0, lt=1)], ...]
     ema_warmup: bool

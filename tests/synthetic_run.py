@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+import yaml
 from PIL import Image
 
 from pipeline import config
@@ -30,7 +30,7 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
         "data_key": run.data_key, "keys": keys.VERSION,
     }  # fmt: skip
     tree = config.to_dict(experiment) | {"made_with": made_with}
-    rundir.write_text(run.experiment_yaml, OmegaConf.to_yaml(OmegaConf.create(tree)))
+    rundir.write_text(run.experiment_yaml, yaml.safe_dump(tree, sort_keys=False))
     write_data(run)
     write_log(run, 0, experiment.train.steps, experiment.train.log_every)
     for step in (experiment.train.steps - experiment.train.checkpoint_every, experiment.train.steps):

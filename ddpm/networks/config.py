@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
-from ddpm.config import Count, Problems, Range, find_value_problems
+from ddpm.config import Count, Few, Problems, Range, Width, find_value_problems
 
 
 class NetworkConfig(Protocol):
@@ -58,9 +58,9 @@ class UNetConfig(LevelSettings):
     """
 
     name: Literal["unet"] = "unet"
-    channels: Annotated[int, Range(ge=4)] = 128
-    channel_mult: tuple[Count, ...] = (1, 2, 2, 2)
-    num_res_blocks: Count = 2
+    channels: Width = 128
+    channel_mult: tuple[Few, ...] = (1, 2, 2, 2)
+    num_res_blocks: Few = 2
     attention_resolutions: tuple[int, ...] = (16,)
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1
     norm_groups: Count = 32
@@ -88,8 +88,8 @@ class ContextUNetConfig(LevelSettings):
     """
 
     name: Literal["context_unet"] = "context_unet"
-    channels: Annotated[int, Range(ge=4)] = 64
-    channel_mult: tuple[Count, ...] = (1, 1, 2)
+    channels: Width = 64
+    channel_mult: tuple[Few, ...] = (1, 1, 2)
     norm: Literal["batch", "group"] = "batch"
     norm_groups: Count = 8
 
@@ -106,10 +106,10 @@ class MHAUNetConfig(LevelSettings):
     """
 
     name: Literal["mha_unet"] = "mha_unet"
-    channels: Annotated[int, Range(ge=4)] = 64
-    channel_mult: tuple[Count, ...] = (1, 2, 4, 4)
+    channels: Width = 64
+    channel_mult: tuple[Few, ...] = (1, 2, 4, 4)
     num_heads: Count = 4
-    time_width: Annotated[int, Range(ge=4)] = 256
+    time_width: Width = 256
 
     @property
     def up_widths(self) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from pipeline.store.run import (
 )
 
 PACKAGES = (
-    "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "safetensors",
+    "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "pyyaml", "safetensors",
 )  # fmt: skip
 
 

@@ -8,7 +8,14 @@ from pipeline.config.files import (
     list_configurations,
     read_provenance,
 )
-from pipeline.config.load import find_relative_paths, load_cluster, load_experiment, to_dict, to_yaml
+from pipeline.config.load import (
+    find_relative_paths,
+    load_cluster,
+    load_experiment,
+    read_value,
+    to_dict,
+    to_yaml,
+)
 from pipeline.config.sections import (
     SPLITS,
     ClusterConfig,

@@ -6,13 +6,15 @@ A field says by its type what it may hold: a choice is a `Literal`, a list a tup
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
+import re
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, partial
 from inspect import Parameter, signature
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,7 +33,10 @@ Tree = dict[str, Any]  # plain containers, as yaml has them
 Types = Mapping[str, Any]  # key -> what it may hold
 ProblemsByKey = dict[str, str]  # dotted key -> what is wrong with it; f"{key} {problem}" is one line
 
-STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+# YAML 1.2's core rules: no 010 for eight, no 1:30 for ninety, no 1_000.
+WHOLE = re.compile(r"[-+]?[0-9]{1,400}|0o[0-7]{1,99}|0x[0-9a-fA-F]{1,99}")
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]{1,400}(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 OUT_OF_RANGE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than"}
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
@@ -63,6 +68,35 @@ def takes_text(kind: Any) -> bool:
     return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
 
 
+def find_type(types: Types, key: str) -> Any:
+    """Return the type of a dotted key; None for one that is unknown."""
+    section, _, name = key.rpartition(".")
+    kind: Any = types.get(section)
+    return (get_field_types(kind) if is_section(kind) else {} if section else types).get(name)
+
+
+def read_text(kind: Any, value: object) -> object:
+    """Return what a text means for a key of this type; the text itself where it means nothing."""
+    if not isinstance(value, str) or takes_text(kind):
+        return value
+    kinds = {option if isinstance(option, type) else type(option) for option in _list_options(kind)}
+    if bool in kinds and value.lower() in yaml.SafeLoader.bool_values:
+        return yaml.SafeLoader.bool_values[value.lower()]
+    number = float(value) if NUMBER.fullmatch(value) else math.nan
+    if int in kinds and WHOLE.fullmatch(value):
+        return int(value, 0) if value[1:2] in ("o", "x") else int(value)
+    if float in kinds and math.isfinite(number):
+        return number
+    return int(number) if int in kinds and number.is_integer() else value  # 1e4
+
+
+def _list_options(kind: Any) -> list[Any]:
+    """Return what a type allows: plain types, and the values of choices."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [option for part in get_args(kind) for option in _list_options(part)] or [kind]
+
+
 def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, ProblemsByKey]:
     """Return a tree's values as dataclasses, and its problems; one of the two is empty.
 
@@ -71,7 +105,7 @@ def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tre
     try:
         fields: Any = {name: (_make_pydantic_type(kind, complete), ...) for name, kind in types.items()}
         model = create_model("Values", __config__=STRICT, **fields)
-        return dict(model.model_validate_json(json.dumps(tree, default=str))), {}
+        return dict(model.model_validate(tree)), {}
     except ValidationError as error:
         # A key that may be of several types has a problem of each: the first one, told from the whole type, is enough.
         problems: ProblemsByKey = {}
@@ -86,10 +120,13 @@ def find_unknown_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Proble
     problems, values = {}, flatten(tree)
     for key, names in known.items():
         value = values.get(key)
-        for word in value if isinstance(value, list) else [value]:
+        verb, words = ("has", value) if isinstance(value, list) else ("is", [value])
+        for word in words:
             if isinstance(word, str) and word not in names:
-                verb = "has" if isinstance(value, list) else "is"
-                problems[key] = f"{verb} '{word}'; {_format_choices(names, word)} is expected"
+                expected = f"{_format_choices(names)} is expected{_suggest(word, names)}"
+                problems[key] = f"{verb} '{word}'; {expected}"
+            elif words.count(word) > 1:
+                problems.setdefault(key, f"has '{word}' twice; each may stand there once")
     return problems
 
 
@@ -109,16 +146,21 @@ def _make_pydantic_type(kind: Any, complete: bool) -> Any:
         return Annotated[create_model("Section", __config__=STRICT, **fields), AfterValidator(build)]
     if get_origin(kind) is Annotated:
         inner, limits = get_args(kind)
-        return Annotated[_make_pydantic_type(inner, complete), Field(**dataclasses.asdict(limits))]
+        return Annotated[
+            inner, Field(**dataclasses.asdict(limits)), BeforeValidator(partial(read_text, inner))
+        ]
     if get_origin(kind) is tuple:
         item: Any = _make_pydantic_type(get_args(kind)[0], complete)
         to_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
         return Annotated[tuple[item, ...], to_tuple]
-    return Annotated[kind, BeforeValidator(_convert_to_text)] if takes_text(kind) else kind
+    check = AfterValidator(_require_text) if takes_text(kind) else BeforeValidator(partial(read_text, kind))
+    return Annotated[kind, check]
 
 
-def _convert_to_text(value: object) -> object:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+def _require_text(value: str | None) -> str | None:
+    if value is not None and (not value or "\0" in value):
+        raise ValueError("an empty text, or one that cannot be a path")
+    return value
 
 
 # The messages
@@ -147,7 +189,8 @@ def _describe_problem(types: Types, problem: ErrorDetails) -> tuple[str, str]:
         (limits,) = (argument for argument in get_args(kind) if isinstance(argument, Range))
         reason = f"{verb} {value}; it must be {limits}"
     else:
-        reason = f"{verb} {value!r}; {_describe_type(kind, value)} is expected"
+        what = "null" if value is None else "empty" if value == "" else repr(value)[:99]
+        reason = f"{verb} {what}; {_describe_type(kind)} is expected{_suggest(value, _list_options(kind))}"
     return ".".join(names), reason
 
 
@@ -166,16 +209,24 @@ def _strip_range(kind: Any) -> Any:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _describe_type(kind: Any, value: object) -> str:
+def _describe_type(kind: Any) -> str:
     """Return what a type allows, in words."""
     kind = _strip_range(kind)
     if get_origin(kind) is Literal:
-        return _format_choices(get_args(kind), value)
+        return _format_choices(get_args(kind))
     if get_origin(kind) is tuple:
-        return f"a list of {_describe_type(get_args(kind)[0], value)}"
-    return WORDS.get(kind) or " or ".join(_describe_type(option, value) for option in get_args(kind))
+        return f"a list of {_describe_type(get_args(kind)[0])}"
+    return WORDS.get(kind) or " or ".join(map(_describe_type, get_args(kind)))
 
 
-def _format_choices(choices: Iterable[object], value: object) -> str:
-    words = list(map(str, choices))
-    return f"one of {', '.join(words)}{suggest(str(value), words)}"
+def _format_choices(choices: Iterable[object]) -> str:
+    return f"one of {', '.join(map(str, choices))}"
+
+
+def _suggest(value: object, choices: Iterable[object]) -> str:
+    """Return what was meant: a list, which is written [a,b], or a word that is near."""
+    if isinstance(value, str) and "," in value:
+        return f"; a list is written [{value}]"
+    return (
+        suggest(value, (word for word in choices if isinstance(word, str))) if isinstance(value, str) else ""
+    )

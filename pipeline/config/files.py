@@ -1,19 +1,46 @@
 """Yaml files of configurations: finding them, reading them with their `base:`, applying overrides.
 
-Nothing in a value is filled in: OmegaConf's interpolations stay the text that they are.
+Every value stays the text that was written, until `checks` reads it by the type of its key. Nothing is filled in.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Literal, cast
+from types import NoneType
+from typing import Any, Literal, get_args
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
-from pipeline.config.checks import Tree, flatten
+from pipeline.config.checks import Tree, find_type, flatten, get_field_types, takes_text
 from pipeline.errors import ConfigError, suggest
 
 Folder = Literal["", "cluster", "sweep"]  # below conf/; experiments stand in conf/ itself
+
+QUOTED = r"""'([^']|'')*'|"([^"\\]|\\.)*\""""
+LARGEST = 2**20  # bytes of a configuration
+TAGS = [f"tag:yaml.org,2002:{name}" for name in ("null", "str", "seq", "map")]
+
+
+class TextLoader(yaml.SafeLoader):
+    """Loader of yaml whose values stay texts, but for null; it refuses aliases, tags and keys that stand twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [pair for pair in pairs if pair[0] == TAGS[0]]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*TAGS, None)}  # noqa: RUF012
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; `base:` takes over the keys of another file")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if len(set(map(str, names))) < len(names):
+            raise yaml.YAMLError(f"a key stands twice among {', '.join(map(str, names))}")
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
 def list_conf_folders() -> list[Path]:
@@ -42,8 +69,8 @@ def find_configuration(name: str, folder: Folder = "") -> Path:
     )
 
 
-def read_configuration(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
-    """Read a yaml file and merge it into its base."""
+def read_configuration(path: Path, folder: Folder = "", seen: tuple[Path, ...] = ()) -> Tree:
+    """Read a yaml file and merge it into its base, which lies beside it or in a folder of conf/."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` leads back to the file itself")
     tree = _read_yaml(path)
@@ -51,8 +78,11 @@ def read_configuration(path: Path, seen: tuple[Path, ...] = ()) -> Tree:
     base = tree.pop("base", None)
     if base is None:
         return tree
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is {base}; the name of one configuration is expected")
     near = path.parent / f"{base}.yaml"
-    below = read_configuration(near if near.is_file() else find_configuration(base), (*seen, path.resolve()))
+    file = near if near.is_file() else find_configuration(base, folder)
+    below = read_configuration(file, folder, (*seen, path.resolve()))
     below.pop("name", None)  # a name belongs to the file that says it
     return _merge(below, tree)
 
@@ -64,38 +94,76 @@ def list_base_files(path: Path) -> list[Path]:
 
 
 def read_provenance(path: Path) -> Tree:
-    """Read the provenance in a run directory's experiment.yaml: commit, versions, data key."""
-    return _read_yaml(path).get("made_with") or {}
+    """Read the provenance in a run directory's experiment.yaml: commit, versions, data key, as texts."""
+    made_with = _read_yaml(path).get("made_with")
+    return made_with if isinstance(made_with, dict) else {}
 
 
-def apply_overrides(tree: Tree, overrides: list[str]) -> Tree:
-    """Return the tree with the key=value overrides applied."""
-    bad = [word for word in overrides if "=" not in word or word.startswith("=")]
-    if bad:
-        raise ConfigError([f"'{word}' is no override; write key=value" for word in bad])
-    try:
-        return _merge(tree, _to_tree(OmegaConf.from_dotlist(overrides)))
-    except Exception as error:
-        raise ConfigError(f"an override cannot be applied: {' '.join(str(error).split())}") from error
+def apply_overrides(tree: Tree, overrides: list[str], section: type) -> Tree:
+    """Return the tree with the key=value overrides applied; `section` has the keys, some take a text as typed."""
+    given: Tree = {}
+    problems = []
+    for word in overrides:
+        key, equals, text = word.partition("=")
+        try:
+            value = _read_override(find_type(get_field_types(section), key), text)
+        except yaml.YAMLError as error:
+            problems.append(f"{key} is '{text}': {_shorten(error)}")
+            continue
+        if not (key and equals):
+            problems.append(f"'{word}' is no override; write key=value")
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        given = _merge_trees(given, value)
+    if problems:
+        raise ConfigError(problems)
+    return _merge(tree, given)
+
+
+def _read_override(kind: Any, text: str) -> Any:
+    """Return the value of an override: the text as typed where the key takes one, unless it is null or quoted."""
+    if not text.strip() or (takes_text(kind) and not re.fullmatch(QUOTED, text, re.DOTALL)):
+        return None if text == "null" and NoneType in get_args(kind) else text
+    return _load_yaml(text)
 
 
 def _read_yaml(path: Path) -> Tree:
+    if path.stat().st_size > LARGEST:
+        raise ConfigError(f"{path} is no configuration: it is larger than {LARGEST:,} bytes")
     try:
-        tree = OmegaConf.load(path)
-    except Exception as error:  # PyYAML's errors share no narrow base with OmegaConf's
-        raise ConfigError(f"{path} is not valid yaml: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, DictConfig):
+        tree = _load_yaml(path.read_bytes())
+    except (yaml.YAMLError, UnicodeError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid yaml: {_shorten(error)}") from error
+    if not isinstance(tree, dict | NoneType):
         raise ConfigError(f"{path} holds no keys")
-    return _to_tree(tree)
+    return tree or {}
+
+
+def _load_yaml(text: str | bytes) -> Any:
+    loader = TextLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _shorten(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        return f"{error.problem} (line {error.problem_mark.line + 1})"
+    return " ".join(str(error).split())
 
 
 def _merge(base: Tree, tree: Tree) -> Tree:
     """Merge `tree` into `base`; drop base's model section where `tree` names another network."""
     before, after = (flatten(below).get("model.name") for below in (base, tree))
-    if after not in (None, before):
+    if isinstance(after, str) and after != before:
         base = {key: value for key, value in base.items() if key != "model"}
-    return _to_tree(cast(DictConfig, OmegaConf.merge(base, tree)))
+    return _merge_trees(base, tree)
 
 
-def _to_tree(tree: DictConfig) -> Tree:
-    return cast(Tree, OmegaConf.to_container(tree, resolve=False))
+def _merge_trees(base: Tree, tree: Tree) -> Tree:
+    def merge(key: str, value: Any) -> Any:
+        below = base.get(key)
+        return _merge_trees(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+
+    return {**base, **{key: merge(key, value) for key, value in tree.items()}}

@@ -6,20 +6,23 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from ddpm.networks import NETWORKS
+from ddpm.networks.config import UNetConfig
 from pipeline.config.checks import (
     ProblemsByKey,
     Tree,
     Types,
     convert_values,
+    find_type,
     find_unknown_names,
     flatten,
     get_field_types,
     is_section,
+    read_text,
     takes_text,
 )
 from pipeline.config.files import apply_overrides, find_configuration, read_configuration
@@ -75,24 +78,12 @@ def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     """Return the file's values with the overrides, and the type of each key."""
     path = find_configuration(name)
     types = get_field_types(Experiment)
-    tree = apply_overrides({"name": path.stem, **read_configuration(path)}, _quote_texts(overrides, types))
+    tree = apply_overrides({"name": path.stem, **read_configuration(path)}, overrides, Experiment)
     add_neutral_values(tree, {key: get_field_types(kind) for key, kind in types.items() if is_section(kind)})
-    network = str(flatten(tree).get("model.name", "unet"))
-    return tree, {**types, "model": NETWORKS.get(network, Tree)}
-
-
-def _quote_texts(overrides: list[str], types: Types) -> list[str]:
-    """Quote override values of text keys, unless they are quoted, so that yaml reads 007 as text."""
-    words = []
-    for word in overrides:
-        key, _, text = word.partition("=")
-        section, _, name = key.rpartition(".")
-        kind = types.get(section, str)
-        known = types if not section else get_field_types(kind) if is_section(kind) else {}
-        plain = text.lower() in ("", "null", "~") or text[0] in "\"'"
-        quote = takes_text(known.get(name)) and not plain
-        words.append(f"{key}={json.dumps(text, ensure_ascii=False)}" if quote else word)
-    return words
+    network = flatten(tree).get(
+        "model.name", "unet"
+    )  # an unknown one is refused by its name, not by its keys
+    return tree, {**types, "model": NETWORKS.get(network, Tree) if isinstance(network, str) else UNetConfig}
 
 
 def _format_problems(problems: ProblemsByKey) -> list[str]:
@@ -115,13 +106,21 @@ def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """Load and check a cluster; the overrides come without `cluster.`. Raises ConfigError with every problem."""
-    typed = _quote_texts(overrides, get_field_types(ClusterConfig))
-    tree = {"cluster": apply_overrides(read_configuration(find_configuration(name, "cluster")), typed)}
+    file = read_configuration(find_configuration(name, "cluster"), "cluster")
+    tree = {"cluster": apply_overrides(file, overrides, ClusterConfig)}
     values, problems = convert_values({"cluster": ClusterConfig}, tree)
     problems = problems or {f"cluster.{key}": problem for key, problem in values["cluster"].find_problems()}
     if problems:
         raise ConfigError(_format_problems(problems))
     return values["cluster"]
+
+
+def read_value(key: str, value: Any) -> Any:
+    """Return what texts, in lists too, mean for a key of an experiment that may be a network's own."""
+    if isinstance(value, list):
+        return [read_value(key, item) for item in value]
+    kind = find_type(get_field_types(Experiment), key)
+    return read_text(kind if takes_text(kind) else bool | int | float, value)
 
 
 def to_dict(section: DataclassInstance) -> Tree:
@@ -132,4 +131,7 @@ def to_dict(section: DataclassInstance) -> Tree:
 
 def to_yaml(section: DataclassInstance, **more: object) -> str:
     """Return a dataclass as yaml, with `more` top-level keys after its own."""
-    return OmegaConf.to_yaml(OmegaConf.create({**to_dict(section), **more}))
+    content = json.loads(
+        json.dumps({**to_dict(section), **more})
+    )  # without shared parts, which yaml would name
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -6,9 +6,11 @@ The settings of the science (diffusion, model, train) stand beside the code that
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,12 +22,17 @@ from pipeline.errors import ConfigError, PipelineError, suggest
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 SPLITS = ("train", "test")
-FILE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+FILE_NAME = r"(?!(data|sweeps|comparisons|extractors|mlartifacts)$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+NAME_RULE = (
+    "it names a folder: up to 100 letters, digits, '.', '_', '-', none of the storage root's own (data, ...)"
+)
+LARGEST_BATCH = 2**34  # pixels
 
 Problem = tuple[str, str]  # key, what is wrong with it
-FromZero = Annotated[int, Range(ge=0)]
 CANDIDATES = 2**31  # the first index of candidates' samples: the selected one is scored on others
-CountOrNull = Annotated[int | None, Range(ge=1)]
+FromZero = Annotated[int, Range(ge=0, le=10**9)]
+CountOrNull = Annotated[int | None, Range(ge=1, le=10**9)]
+Seed = Annotated[int, Range(ge=0, lt=2**63)]
 FixedVariance = Literal["fixedlarge", "fixedsmall"]
 Precision = Literal["fp32", "bf16"]
 
@@ -42,9 +49,9 @@ class DataConfig:
 
     source: str
     path: str | None
-    image_size: Annotated[int, Range(ge=2)]
+    image_size: Annotated[int, Range(ge=2, le=2**14)]
     channels: Literal[1, 3]
-    labels: FromZero
+    labels: Annotated[int, Range(ge=0, le=10**5)]
     images_per_shard: Count
     test_images: FromZero
     resize: Literal["crop", "refuse"]
@@ -138,7 +145,7 @@ class SampleConfig:
     weights: Literal["ema", "raw"]
     checkpoint: int | Literal["last", "best"]
     label: int | Literal["cycle"] | None
-    guidance_scale: Annotated[float, Range(ge=0)]
+    guidance_scale: Annotated[float, Range(ge=0, le=10**6)]
     compile: bool
     precision: Precision
 
@@ -163,7 +170,7 @@ class EvaluateConfig:
     variance: FixedVariance | None
     precision: Precision
     checkpoints: str | None
-    checkpoint_images: Annotated[int, Range(ge=2)]
+    checkpoint_images: Annotated[int, Range(ge=2, le=10**9)]
 
     @property
     def checkpoint_interval(self) -> int | None:
@@ -179,6 +186,8 @@ class EvaluateConfig:
     def find_problems(self) -> Iterator[Problem]:
         if self.checkpoints not in (None, "all") and self.checkpoint_interval is None:
             yield "checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps"
+        if not self.metrics:
+            yield "metrics", "is []; name one or several, as in [fid,nll]"
         needs_images = [metric for metric in ("kid", "prc") if metric in self.metrics]
         if self.reference_file and self.reference_file.suffix != ".npz":
             hint = suggest(self.reference, SPLITS)
@@ -213,7 +222,7 @@ class Experiment:
     """
 
     name: str
-    seed: Annotated[int, Range(ge=0, lt=2**63)]
+    seed: Seed
     data: DataConfig
     diffusion: DiffusionConfig
     model: NetworkConfig
@@ -228,7 +237,7 @@ class Experiment:
         """Find what is wrong between keys, each problem with its full key."""
         sample, evaluate = self.sample, self.evaluate
         if not re.fullmatch(FILE_NAME, self.name):
-            yield "name", f"is {self.name!r}; it names a folder: letters, digits, '.', '_' and '-' only"
+            yield "name", f"is {self.name!r}; {NAME_RULE}"
         sections: dict[str, Iterable[Problem]] = {
             "data": self.data.find_problems(),
             "diffusion": self.diffusion.find_problems(),
@@ -251,6 +260,10 @@ class Experiment:
         if evaluate.features == "classifier" and not self.data.labels:
             need = "needs labels; for images without any use projection"
             yield "evaluate.features", f"is classifier, which {need}"
+        for key in ("train.batch_size", "sample.batch_size", "evaluate.nll_batch_size"):
+            images: int = reduce(getattr, key.split("."), self)  # type: ignore[assignment]
+            if images * math.prod(self.data.shape) > LARGEST_BATCH:
+                yield key, f"is {images}: such a batch takes more than {4 * LARGEST_BATCH >> 30} GiB"
         yield from self._find_label_problems()
         yield from self._find_checkpoint_problems()
 
@@ -353,13 +366,13 @@ class Experiment:
 class ClusterConfig:
     """Settings of the cluster where an experiment runs. Null = what it has; workers: 0 = this process, no Ray."""
 
-    workers: Annotated[int | None, Range(ge=0)]
+    workers: Annotated[int | None, Range(ge=0, le=10**5)]
     min_workers: CountOrNull
     cpus_per_worker: CountOrNull
-    gpus_per_worker: Annotated[float | None, Range(ge=0)]
+    gpus_per_worker: Annotated[float | None, Range(ge=0, le=1000)]
     cpus_per_task: Count
-    gpus_per_task: Annotated[float | None, Range(ge=0)]
-    image_memory: Annotated[float, Range(ge=0)]
+    gpus_per_task: Annotated[float | None, Range(ge=0, le=1000)]
+    image_memory: Annotated[float, Range(ge=0, le=2**20)]
     retries: FromZero
     ray_address: str | None
     storage: str

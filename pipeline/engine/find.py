@@ -55,7 +55,7 @@ def read_place(path: Path) -> Place:
 def explain_old_run(path: Path) -> str | None:
     """Return a hint for a run directory of the first version, with the command that reads it; None for others."""
     provenance = config.read_provenance(path / EXPERIMENT)
-    if provenance.get("keys", 1) >= keys.VERSION:
+    if provenance.get("keys") == str(keys.VERSION):
         return None
     commit = str(provenance.get("commit") or "ef6030f").rstrip("+")
     return (

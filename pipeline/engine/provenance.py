@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
+PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "pyyaml", "numpy")
 
 
 def collect_provenance() -> dict[str, Any]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from ddpm.config import Count, Problems, Range
+from pipeline.config import read_value
 from pipeline.config.checks import ProblemsByKey, Tree, convert_values, find_unknown_names, flatten
 from pipeline.config.files import apply_overrides, find_configuration, read_configuration
-from pipeline.config.sections import FILE_NAME, CountOrNull
+from pipeline.config.sections import FILE_NAME, NAME_RULE, CountOrNull, Seed
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import METRICS, Metric
 
@@ -30,7 +31,7 @@ class PointDesign:
 
     method: Literal["grid", "one_at_a_time", "random", "sobol"] = "grid"
     points: CountOrNull = None
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class EarlyStop:
 class Budget:
     """Limits of a study: hours of one command, after which no trial starts, and trials; null = none."""
 
-    hours: Annotated[float | None, Range(gt=0)] = None
+    hours: Annotated[float | None, Range(gt=0, le=10**6)] = None
     trials: CountOrNull = None
 
 
@@ -132,9 +133,8 @@ class Sweep:
         lists = method in ("grid", "one_at_a_time")  # their values decide how many points there are
         empty = not self.space and (not lists or (len(self.experiments) == 1 and not self.seeds))
         stops = bool(self.early_stop.first) and "train.steps" in self.space
-        names = "it names a folder: letters, digits, '.', '_' and '-' only"
         faults = [
-            (not re.fullmatch(FILE_NAME, self.name), "name", f"is {self.name!r}; {names}"),
+            (not re.fullmatch(FILE_NAME, self.name), "name", f"is {self.name!r}; {NAME_RULE}"),
             (lists and draw.points, "draw.points", f"is for random and sobol, not for {method}"),
             (not lists and not draw.points, "draw.points", f"is null; draw.method={method} needs at least 1"),
             (empty, "space", f"is empty, and draw.method={method} draws from it"),
@@ -167,9 +167,12 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     Raises ConfigError with every fault that the file alone shows.
     """
     path = find_configuration(name, "sweep")
-    tree: Tree = {"name": path.stem, **apply_overrides(read_configuration(path), overrides)}
+    file = read_configuration(path, "sweep")
+    tree: Tree = {"name": path.stem, **apply_overrides(file, overrides, Sweep)}
     tree.pop("note", None)  # the sweep.yaml that a study leaves can be run again
-    shared = flatten(tree.pop("overrides", None) or {})
+    shared = tree.pop("overrides", None) or {}
+    if not isinstance(shared, dict):
+        raise ConfigError(f"{path.name}: overrides is {shared!r}; it is a section of keys with their values")
     space, faults = _read_space(tree.pop("space", None) or {})
     given = {key: value for key, value in tree.items() if value is not None}
     if ("experiment" in given) == ("experiments" in given):
@@ -180,6 +183,7 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     wrong |= find_unknown_names(given, {"rank.metric": METRICS})
     faults |= wrong
     if not wrong:
+        shared = {key: read_value(key, value) for key, value in flatten(shared).items()}
         sweep = replace(values["sweep"], space=space, overrides=shared)
         faults |= dict(sweep.find_problems())
     if faults:
@@ -201,7 +205,7 @@ def _read_space(tree: Tree) -> tuple[dict[str, list[Value] | ValueRange], Proble
             if not wrong:
                 space[key] = found[where]
         elif isinstance(values, list) and values:
-            space[key] = values
+            space[key] = read_value(key, values)
         else:
             faults[where] = f"is {values!r}; it takes a list of values, or low, high and scale"
     return space, faults
