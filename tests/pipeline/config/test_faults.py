@@ -43,7 +43,7 @@ def test_a_value_is_read_by_the_type_of_its_key(word, value, tmp_path):
     def find_value(name: str, *overrides: str) -> object:
         return reduce(getattr, key.split("."), config.load_experiment(name, list(overrides)))
 
-    assert find_value("cifar10_short", word) == value and type(find_value("cifar10", word)) is type(value)
+    assert find_value("cifar10_short", word) == value and type(find_value("cifar10_short", word)) is type(value)
     path = tmp_path / "mine.yaml"
     path.write_text(config.to_yaml(config.load_experiment("cifar10_short", [word])))
     assert find_value(str(path)) == value
