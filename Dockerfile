@@ -28,7 +28,7 @@ RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['p
 print(*p['dependencies'], *p['optional-dependencies']['cluster'], sep='\n')" > requirements.txt \
     && pip install --requirement requirements.txt --constraint constraints.txt
 
-COPY LICENSE README.md ./
+COPY LICENSE README.md hatch_build.py ./
 COPY conf conf
 COPY ddpm ddpm
 COPY pipeline pipeline

@@ -65,9 +65,8 @@ bench: $(READY)
 env:
 	@$(PYTHON) deploy/make_env.py
 
-# As provenance.find_commit() has it: a '+' where the tree differs from the commit.
-image:
-	@docker build --tag ddpm:0.1.0 --build-arg COMMIT="$$(git describe --always --exclude='*' --abbrev=40 --dirty=+)" .
+image: $(READY)
+	@docker build --tag ddpm:0.1.0 --build-arg COMMIT="$$($(BIN)/python -c 'from pipeline.engine.provenance import find_commit; print(find_commit() or "")')" .
 
 cluster-test: $(READY)
 	@echo "== several hosts"

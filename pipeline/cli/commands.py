@@ -90,7 +90,7 @@ def run_command(options: Namespace) -> None:
     from pipeline.engine.execute import run_stages
 
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
-    place = run_stages(experiment, cluster, last)
+    place = run_stages(experiment, cluster, last, getattr(options, "accept_code", False))
     print_line(f"       run: {place.path}")
     print_line(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
     if place.report_html.exists():

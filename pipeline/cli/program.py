@@ -55,6 +55,9 @@ def _declare_words(metavar: str, text: str) -> Argument:
 CLUSTER = _declare("--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)")
 CLUSTER_ONLY = (_declare_words("cluster.key=value", "of the cluster"), CLUSTER)
 EXPERIMENT = (_declare_words("EXPERIMENT | key=value", "one experiment, many overrides"), CLUSTER)
+ACCEPT_CODE = _declare(
+    "--accept-code", action="store_true", help="go on with a run that other code of ddpm/ trained or sampled"
+)
 RUN = _declare("run", metavar="RUN", help="a run directory, or how its name begins")
 STUDY = (
     _declare(
@@ -72,7 +75,7 @@ ADDRESS = _declare(
 def _declare_stage(name: str, text: str, examples: str) -> Command:
     """Return the command that runs the stages up to one stage."""
     examples += CONFIGURATIONS + GOES_ON
-    return Command(name, do.run_command, text, examples, EXPERIMENT, do.prepare_submit_run)
+    return Command(name, do.run_command, text, examples, (*EXPERIMENT, ACCEPT_CODE), do.prepare_submit_run)
 
 
 COMMANDS = (
@@ -223,12 +226,9 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
         completion.complete(program, parsers)
     if arguments == ["--version"]:
-        from importlib import metadata
+        from pipeline.engine.provenance import find_version
 
-        try:
-            print(f"ddpm {metadata.version('ddpm-pipeline')}")
-        except metadata.PackageNotFoundError:
-            print("ddpm from a checkout that is not installed")
+        print(f"ddpm {find_version()}")
         program.exit()
     if not arguments or arguments[0].startswith("-"):
         program.parse_args(arguments)

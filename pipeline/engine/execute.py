@@ -17,18 +17,20 @@ from pipeline.console import format_duration, poll_during, print_line, show_prog
 from pipeline.engine import preflight
 from pipeline.engine.find import find_old_runs, make_place, prepare_storage_root
 from pipeline.engine.plan import find_stage_place, list_rounds, list_unfinished_stages
-from pipeline.engine.provenance import collect_provenance, find_commit
+from pipeline.engine.provenance import describe_other_code, find_commit, write_record
 from pipeline.stages.stage import GroupStage, Stage
-from pipeline.store import keys
-from pipeline.store.files import lock_folder, remove_leftovers, write_text
+from pipeline.store.files import lock_folder, remove_leftovers
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:
     from pipeline.compute.session import RaySession
 
 
-def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Place:
-    """Run the unfinished stages up to and including `last`. Raises StopRequest, PipelineError."""
+def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept_code: bool = False) -> Place:
+    """Run the unfinished stages up to and including `last`. Raises StopRequest, PipelineError.
+
+    accept_code: whether to go on with what another code made.
+    """
     place = make_place(experiment, prepare_storage_root(cluster))
     is_new = not place.path.exists()
     for line in find_old_runs(place) if is_new else []:
@@ -41,6 +43,8 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Pla
         mirror, todo = tracking.Mirror(uri, experiment.name, place), list_unfinished_stages(place, last)
         if not todo:
             print_line(f"{place.name}: everything up to date, '{last}' included")
+            if note := describe_other_code(place):
+                print_line(note)
             mirror.send_missing("FINISHED" if last == "report" else "")
             return place
         print_line(f"{place.name}: {', '.join(stage.name for stage in todo)}")
@@ -48,7 +52,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str) -> Pla
         print_line(f"needs {preflight.check_resources(place)}")
         for warning in experiment.diffusion.list_warnings():
             print_line(f"warning: {warning}")
-        _write_experiment(place)
+        write_record(place, todo, accept_code)
         if cluster.tracking_uri:
             tracking.check_server(uri)
         _remove_stop_files(place)
@@ -88,7 +92,7 @@ def run_trial_stages(
         _remove_stop_files(place)
         if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place)
-            _write_experiment(place.of(asked) if asked else place)
+            write_record(place.of(asked) if asked else place, todo)
             _RunExecution(cluster, place, StopSignals(place.stop_file), interrupted, executor).run_all(
                 todo, last
             )
@@ -201,9 +205,3 @@ def _remove_stop_files(place: Place) -> None:
     """Delete the stop file and the heartbeat of an earlier command."""
     for sign in (place.stop_file, place.heartbeat):
         sign.unlink(missing_ok=True)
-
-
-def _write_experiment(place: Place) -> None:
-    """Write experiment.yaml: the resolved configuration and its provenance."""
-    record = {**collect_provenance(), "data_key": place.data_key, "keys": keys.VERSION}
-    write_text(place.experiment_yaml, config.to_yaml(place.experiment, made_with=record))

@@ -14,6 +14,7 @@ class ScoreProtocol(TypedDict, total=False):
     checkpoint: int
     checkpoint_rule: str
     minimum_fid: bool
+    code: str
     weights: str
     n: int
     first_index: int

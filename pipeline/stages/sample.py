@@ -78,7 +78,7 @@ class SampleStage(Stage):
     """Draws the sample set of the checkpoint that sample.checkpoint means."""
 
     name = "sample"
-    uses_checkpoint = True
+    uses_checkpoint = adds_to_run = True
 
     def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train", "select") if experiment.sample.checkpoint == "best" else ("shard", "train")

@@ -23,7 +23,7 @@ class SelectStage(Stage):
     """Selects the best of the checkpoints that evaluate.checkpoints names."""
 
     name = "select"
-    selects_checkpoint = True
+    selects_checkpoint = adds_to_run = True
 
     def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train")

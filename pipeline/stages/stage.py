@@ -18,12 +18,14 @@ class Stage(ABC):
     name: what people type.
     selects_checkpoint: it makes the selection.
     uses_checkpoint: it works on the checkpoint that sample.checkpoint means.
+    adds_to_run: it trains or draws, which other code of `ddpm/` must not go on with unasked.
     shows_other_stages: it shows results of the other stages, so it is asked again whenever one of them had work.
     """
 
     name: ClassVar[str]
     selects_checkpoint: ClassVar[bool] = False
     uses_checkpoint: ClassVar[bool] = False
+    adds_to_run: ClassVar[bool] = False
     shows_other_stages: ClassVar[bool] = False
 
     def list_required(self, experiment: Experiment) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class TrainStage(GroupStage):
     """Trains the network, or imports published weights."""
 
     name = "train"
+    adds_to_run = True
 
     def list_required(self, experiment: Experiment) -> tuple[str, ...]:
         return () if experiment.published.weights else ("shard",)  # published ones need no images

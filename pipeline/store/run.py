@@ -15,7 +15,7 @@ EXPERIMENT, METRICS, SELECTION = "experiment.yaml", "metrics.json", "selection.j
 REPORT_HTML, REPORT_MD, STOP = "report.html", "report.md", ".stop"
 LEADERBOARD, LOG = "leaderboard.json", "log.jsonl"
 # The files of a run beside its sealed folders.
-RECORD = (EXPERIMENT, LOG, "timings.json", "commits.json", "grids/*.png")
+RECORD = (EXPERIMENT, LOG, "timings.json", "commits.json", "*.patch", "grids/*.png")
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
@@ -81,6 +81,9 @@ class Place:
 
     def step_folder(self, step: int) -> Path:
         return self.train / f"step_{step:08d}"
+
+    def locate_patch(self, digest: str) -> Path:
+        return self.path / f"{digest}.patch"
 
     def grid(self, step: int) -> Path:
         return self.grids / f"{step:08d}.png"

@@ -1,5 +1,6 @@
 """The protocol of scores, and its differences from the paper's."""
 
+from pipeline.config import read_provenance
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images
@@ -20,6 +21,12 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
         "checkpoint": experiment.checkpoint_step, "checkpoint_rule": selected.rule if selected else origin,
         "minimum_fid": selected is not None and selected.candidates > 1,
     }  # fmt: skip
+    made = read_provenance(place.experiment_yaml) if place.experiment_yaml.exists() else {}
+    codes = dict(made.get("codes") or {})
+    if codes and made.get("code") not in list(codes)[-1:]:
+        codes["now"] = f"scores by {made.get('commit') or made.get('code')}"
+    if len(codes) > 1:
+        found["code"] = ", then ".join(codes.values())
     if set(config.metrics) - {"nll"}:
         found |= tars.open_shards(place.samples).facts["protocol"]
         found |= {"n": experiment.sample.num_images, "first_index": experiment.sample.first_index}
@@ -73,8 +80,8 @@ PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
 }
 # Fields that the paper leaves free, or that another one judges.
 FREE = {
-    "checkpoint", "checkpoint_rule", "first_index", "eta", "seed", "batch_size", "compiled", "extractor", "features",
-    "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images",
+    "checkpoint", "checkpoint_rule", "code", "first_index", "eta", "seed", "batch_size", "compiled", "extractor",
+    "features", "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images",
 }  # fmt: skip
 
 

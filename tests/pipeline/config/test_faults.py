@@ -43,7 +43,9 @@ def test_a_value_is_read_by_the_type_of_its_key(word, value, tmp_path):
     def find_value(name: str, *overrides: str) -> object:
         return reduce(getattr, key.split("."), config.load_experiment(name, list(overrides)))
 
-    assert find_value("cifar10_short", word) == value and type(find_value("cifar10_short", word)) is type(value)
+    assert find_value("cifar10_short", word) == value and type(find_value("cifar10_short", word)) is type(
+        value
+    )
     path = tmp_path / "mine.yaml"
     path.write_text(config.to_yaml(config.load_experiment("cifar10_short", [word])))
     assert find_value(str(path)) == value
@@ -106,7 +108,9 @@ def test_a_file_that_means_nothing_is_refused_in_a_line(text, expected, tmp_path
 def test_values_of_a_sweep_are_read_by_the_types_of_their_keys(tmp_path):
     path = tmp_path / "mine.yaml"
     space = "{data.path: [2024_01, 1e5], train.lr: [1e-3], model.channel_mult: [[1, 2]]}"
-    path.write_text(f"experiment: cifar10_short\nspace: {space}\noverrides: {{train.steps: 1e3, data.path: a}}\n")
+    path.write_text(
+        f"experiment: cifar10_short\nspace: {space}\noverrides: {{train.steps: 1e3, data.path: a}}\n"
+    )
     with pytest.raises(ConfigError, match=r"data\.path is overridden too"):
         load_sweep(str(path), [])
     path.write_text(f"experiment: cifar10_short\nspace: {space}\noverrides: {{train: {{steps: 1e3}}}}\n")

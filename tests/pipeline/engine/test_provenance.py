@@ -1,0 +1,117 @@
+"""Code is an input: what made a run is recorded exactly, and other code does not go on with it unasked."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ONE_CPU, TINY
+
+from pipeline import config
+from pipeline.cli.program import main
+from pipeline.engine import provenance
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository that holds a copy of ddpm/, and is where provenance looks."""
+    root = tmp_path / "checkout"
+    shutil.copytree(provenance.ROOT / "ddpm", root / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(provenance.ROOT / "pyproject.toml", root)
+    monkeypatch.setattr(provenance, "ROOT", root)
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "1"],
+    ):
+        subprocess.run(["git", *words], cwd=root, check=True)
+    clear()
+    yield root
+    clear()
+
+
+def clear():
+    provenance._read_git.cache_clear()
+    provenance.hash_code.cache_clear()
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    clear()
+
+
+def test_the_difference_is_recorded_untracked_python_files_included(checkout):
+    clean = provenance.find_commit()
+    assert clean and "+" not in clean and len(clean) == 40
+    marks = [clean]
+    edit(checkout / "ddpm" / "schedules.py", "def ", "# a comment\ndef ")
+    marks.append(provenance.find_commit())
+    (checkout / "ddpm" / "mine.py").write_text("x = 1\n")
+    clear()
+    marks.append(provenance.find_commit())
+    assert (
+        all(mark.startswith(f"{clean}+") and len(mark) == 49 for mark in marks[1:]) and len(set(marks)) == 3
+    )
+    assert "+x = 1" in provenance._read_git()[1]
+
+
+def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
+    """Faults 1.15 and 1.16: the commit counts only where the top level is the program's own; the version always."""
+    subprocess.run(["git", "init", "-q"], cwd=checkout.parent, check=True)
+    shutil.rmtree(checkout / ".git")
+    clear()
+    assert provenance.find_commit() is None and provenance.find_version() == "0.1.0"
+    (checkout / "pyproject.toml").unlink()
+    assert provenance.find_commit() is None and provenance.find_version() == "0.1.0"
+    assert provenance.collect_provenance()["versions"]["ddpm-pipeline"] == "0.1.0"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_other"),
+    [
+        ("def ", "# a comment\ndef ", False),
+        ('"""Noise schedules', '"""The noise schedules', False),
+        ("math.pi", "3.0", True),
+    ],
+)
+def test_only_the_syntax_without_comments_and_docstrings_is_hashed(checkout, old, new, is_other):
+    before, file = provenance.hash_code(), checkout / "ddpm" / "schedules.py"
+    if old not in file.read_text():
+        old, new = '"""', '"""Other words. '
+        file.write_text(file.read_text().replace(old, new, 1))
+        clear()
+    else:
+        edit(file, old, new)
+    assert (provenance.hash_code() != before) == is_other
+
+
+def test_other_code_does_not_train_or_draw_unasked(checkout, tmp_path, capsys):
+    """Faults 1.13 and 1.14."""
+
+    def ddpm(verb, *words):
+        code = main([verb, "digits", *TINY, *ONE_CPU, f"cluster.storage={tmp_path / 'runs'}", *words])
+        return code, "".join(capsys.readouterr())
+
+    assert ddpm("train")[0] == 0
+    (run,) = (tmp_path / "runs").glob("tiny-*")
+    first = provenance.find_commit()
+    edit(checkout / "ddpm" / "schedules.py", "def ", "# a comment\ndef ")
+    code, printed = ddpm("train")
+    assert code == 0 and "other code" not in printed, "equal trees stay silent"
+    edit(checkout / "ddpm" / "schedules.py", "import math", "import math\n\nOTHER = 1")
+    second = provenance.find_commit()
+    code, printed = ddpm("train")
+    assert code == 0 and "up to date" in printed and first in printed and second in printed
+    code, printed = ddpm("train", "train.steps=8")
+    assert code == 1 and "--accept-code" in printed and first in printed and second in printed
+    assert not (run / "train" / "step_00000008").exists()
+    assert ddpm("evaluate")[0] == 0, "scores go on, and name both"
+    (metrics,) = run.glob("evaluation/*/metrics.json")
+    assert first in metrics.read_text() and second in metrics.read_text()
+    code, printed = ddpm("train", "train.steps=8")
+    assert code == 1, "an evaluation by other code is no consent"
+    assert ddpm("train", "train.steps=8", "--accept-code")[0] == 0
+    assert list(config.read_provenance(run / "experiment.yaml")["codes"].values())[1] == second
+    assert (run / f"{second[-8:]}.patch").read_text().count("OTHER = 1")
+    assert ddpm("train", "train.steps=10")[0] == 0, "accepted once"
