@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import subjects
 from benchmarks.harness import FLOOR, OURS, Outcome, Settings, offered, race
 from benchmarks.subjects import Precision, Way, contender, ways
-from ddpm import Diffusion, sample_steps
+from ddpm import Diffusion, run_image_chains
 
 STEPS = 1000
 
@@ -57,7 +57,7 @@ def _ours(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], 
             return call(x_t, t)
 
     def chain() -> None:
-        for _ in sample_steps(
+        for _ in run_image_chains(
             diffusion, network, index=index, shape=(3, subjects.SIDE, subjects.SIDE), seed=0,
             steps=steps,
         ):  # fmt: skip

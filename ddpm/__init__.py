@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __all__ = [
-    "EMA", "NETWORKS", "NO_LABEL", "ContextUNet", "ContextUNetConfig", "Diffusion", "DiffusionConfig",
-    "ImportanceSampler", "Likelihood", "MHAUNet", "MHAUNetConfig", "Step", "TrainConfig", "TrainState", "UNet",
-    "UNetConfig", "accelerate", "build_network", "compute_bits_per_dim", "compute_rate_distortion",
-    "draw_shared_latent", "from_uint8", "guide", "interpolate", "run_chain", "sample", "sample_steps", "to_uint8",
-    "train_step", "warn_of_few_steps",
+    "EMA", "NETWORKS", "NO_LABEL", "BoundTerms", "ContextUNet", "ContextUNetConfig", "Diffusion",
+    "DiffusionConfig", "ImportanceSampler", "MHAUNet", "MHAUNetConfig", "ReverseStep", "TrainConfig",
+    "TrainState", "UNet", "UNetConfig", "accelerate", "add_guidance", "build_network", "compute_bits_per_dim",
+    "compute_rate_distortion", "draw_shared_latent", "explain_few_steps", "from_uint8", "interpolate",
+    "run_chain", "run_image_chains", "sample", "to_uint8", "train_step",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ddpm.ema import EMA
     from ddpm.images import from_uint8, to_uint8
     from ddpm.kernels import accelerate
-    from ddpm.likelihood import Likelihood, compute_bits_per_dim, compute_rate_distortion
+    from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion
     from ddpm.networks import NETWORKS, NO_LABEL
     from ddpm.networks.build import build_network
     from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from ddpm.networks.mha_unet import MHAUNet
     from ddpm.networks.unet import UNet
     from ddpm.sampler import (
-        Step,
+        ReverseStep,
+        add_guidance,
         draw_shared_latent,
-        guide,
+        explain_few_steps,
         interpolate,
         run_chain,
+        run_image_chains,
         sample,
-        sample_steps,
-        warn_of_few_steps,
     )  # fmt: skip
     from ddpm.timesteps import ImportanceSampler
     from ddpm.training import TrainState, train_step

@@ -18,7 +18,7 @@ from ddpm.gaussians import average_per_image, compute_normal_kl
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class BoundTerms:
     """Terms of the bound, per image; float64.
 
     terms (N, K) bits/dim and mse (N, K) of the x_0 estimate, in units of [-1, 1] squared, at the K timesteps;
@@ -62,7 +62,7 @@ def compute_bits_per_dim(
     clip: bool = True,
     variance: Variance | None = None,
     context: Tensor | None = None,
-) -> Likelihood:
+) -> BoundTerms:
     """Compute the bound for images x_0 (N, C, H, W), grey levels scaled to [-1, 1], on the device of x_0.
 
     noise(t) gives a fresh standard normal draw like x_0 for each timestep. net must be in evaluation mode;
@@ -83,7 +83,7 @@ def compute_bits_per_dim(
         reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
         terms.append(diffusion.compute_bound_terms(reverse, x, x_t, t, decoder).reshape(len(group), -1))
         mse.append(average_per_image((reverse.x_0 - x) ** 2).reshape(len(group), -1))
-    return Likelihood(
+    return BoundTerms(
         torch.tensor(chosen),
         torch.cat(terms).T.double().cpu(),
         torch.cat(mse).T.double().cpu(),
@@ -102,7 +102,7 @@ class RateDistortion(NamedTuple):
     distortion: float
 
 
-def compute_rate_distortion(result: Likelihood) -> RateDistortion:
+def compute_rate_distortion(result: BoundTerms) -> RateDistortion:
     """Compute rate and distortion after each reverse step, averaged over images.
 
     After k of T steps: rate = prior + sum of terms[T - k + 1:], rmse = 127.5 sqrt(mse[T - k]).

@@ -23,7 +23,7 @@ Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
-class Step:
+class ReverseStep:
     """Result of the reverse step at timestep t: x_t after it, and the estimate of x_0; (N, C, H, W)."""
 
     t: int
@@ -44,7 +44,7 @@ def run_chain(
     timesteps: Sequence[int] | Tensor | None = None,
     context: Tensor | None = None,
     clip: bool = True,
-) -> Iterator[Step]:
+) -> Iterator[ReverseStep]:
     """Reverse the diffusion from x_T (N, C, H, W), over all timesteps or an ascending subset of them.
 
     eta belongs to DDIM: 0 is deterministic, 1 is ancestral sampling with fixedsmall. variance replaces the
@@ -74,7 +74,7 @@ def run_chain(
             mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - squared).clamp(min=0).sqrt() * eps
             deviation = squared.sqrt()
         x_t = mean + deviation * noise(visited[i]) if i > 0 else mean
-        yield Step(visited[i], x_t, x_0)
+        yield ReverseStep(visited[i], x_t, x_0)
 
 
 def space_timesteps(timesteps: int, steps: int) -> list[int]:
@@ -86,7 +86,7 @@ def space_timesteps(timesteps: int, steps: int) -> list[int]:
     return [round(i * (timesteps - 1) / (steps - 1)) for i in range(steps)]
 
 
-def sample_steps(
+def run_image_chains(
     diffusion: Diffusion,
     net: Network,
     *,
@@ -98,7 +98,7 @@ def sample_steps(
     eta: float = 0.0,
     variance: Variance | None = None,
     context: Tensor | None = None,
-) -> Iterator[Step]:
+) -> Iterator[ReverseStep]:
     """Run the chain of the images index (int64, (N,)) of shape (C, H, W), a function of seed and index alone.
 
     All is drawn on the device of index. steps respaces the chain (None: all timesteps); sampler, eta and variance
@@ -112,26 +112,26 @@ def sample_steps(
     )  # fmt: skip
 
 
-def _keep_images(run: Callable[Arguments, Iterator[Step]]) -> Callable[Arguments, Tensor]:
+def _make_image_function(run: Callable[Arguments, Iterator[ReverseStep]]) -> Callable[Arguments, Tensor]:
     """Return a function of the same arguments as `run`, which returns only the images at the end of the chain."""
 
     @wraps(run, assigned=())
     def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        """Draw images (N, C, H, W), float32 in [-1, 1]; the arguments are those of `sample_steps`."""
+        """Draw images (N, C, H, W), float32 in [-1, 1]; the arguments are those of `run_image_chains`."""
         return _run_to_end(run(*args, **kwargs)).clamp(-1, 1)
 
     return sample
 
 
-sample = _keep_images(sample_steps)
+sample = _make_image_function(run_image_chains)
 
 
-def _run_to_end(steps: Iterator[Step]) -> Tensor:
+def _run_to_end(steps: Iterator[ReverseStep]) -> Tensor:
     """Return the images of the last step; no other step is kept in memory."""
     return deque(steps, maxlen=1).pop().x_t
 
 
-def warn_of_few_steps(
+def explain_few_steps(
     diffusion: Diffusion, steps: int | None, variance: Variance | None = None
 ) -> str | None:
     """Return why so few ancestral steps with fixedlarge variance spoil the images; None where they do not."""
@@ -198,7 +198,7 @@ def draw_shared_latent(
     return x_t
 
 
-def guide(net: Network, scale: float, null_context: Tensor | int) -> Network:
+def add_guidance(net: Network, scale: float, null_context: Tensor | int) -> Network:
     """Return a network with classifier-free guidance: null + scale (labelled - null), by one call of 2N images.
 
     Ho and Salimans 2022, Eq. 6, with scale = 1 + w: 1 is the plain conditional network, 0 the unconditional

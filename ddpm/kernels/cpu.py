@@ -48,7 +48,7 @@ def apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Compute layer(x), by Winograd where that is faster: 3x3, stride 1, padding 1 of zeros, with bias."""
-    basis = _find_basis(layer, x) if _is_plain_3x3(layer) and x.ndim == 4 else None
+    basis = _choose_layer_basis(layer, x) if _is_plain_3x3(layer) and x.ndim == 4 else None
     if basis is None or layer.bias is None:
         return layer(x)
     return winograd.conv3x3(x, layer.weight, layer.bias, basis)
@@ -77,7 +77,7 @@ def _is_plain_3x3(layer: nn.Conv2d) -> bool:
     return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
-def _find_basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
+def _choose_layer_basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:
     """Return the Winograd basis for this layer; None where the plain convolution is faster."""
     if x.device.type != "cpu" or torch.compiler.is_compiling() or layer.weight.dtype != torch.float32:
         return None

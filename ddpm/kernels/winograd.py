@@ -96,17 +96,17 @@ class _Conv3x3(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.basis = basis
         kernel = _transform_weight(weight, basis, x.dtype)
-        return _convolve(x, kernel.transpose(1, 2), basis, bias)
+        return _convolve_tiles(x, kernel.transpose(1, 2), basis, bias)
 
     @staticmethod
     def backward(ctx: _ConvContext, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        d_x = _convolve(d_y, _transform_weight(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
+        d_x = _convolve_tiles(d_y, _transform_weight(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
         d_bias = d_y.sum((0, 2, 3), dtype=torch.float32)
         return d_x, _compute_weight_gradient(x, d_y, ctx.basis), d_bias, None
 
 
-def _convolve(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = None) -> Tensor:
+def _convolve_tiles(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = None) -> Tensor:
     """Convolve x (N, C, H, W) with the kernel's tiles (n * n, C, K) -> (N, K, H, W) in channels_last."""
     count, channels, height, width = x.shape
     m, n, out_channels = basis.m, basis.n, kernel.shape[2]
@@ -117,9 +117,9 @@ def _convolve(x: Tensor, kernel: Tensor, basis: Basis, bias: Tensor | None = Non
         if bias is not None:
             products[1, 1] += bias.to(x.dtype)  # goes to every output: the second column of A^T holds ones
         rows = x.new_empty(m, *products.shape[1:])
-        _add_weighted(basis.outputs, products, rows)
+        _compute_weighted_sums(basis.outputs, products, rows)
         tiled = into.view(-1, height // m, m, width // m, m, out_channels)
-        _add_weighted(basis.outputs, rows.transpose(0, 1), tiled.permute(4, 2, 0, 1, 3, 5))
+        _compute_weighted_sums(basis.outputs, rows.transpose(0, 1), tiled.permute(4, 2, 0, 1, 3, 5))
     return result.permute(0, 3, 1, 2)
 
 
@@ -162,9 +162,9 @@ def _transform_tiles(matrix: Matrix, x: Tensor, m: int) -> Tensor:
     starts = range(len(matrix[0]))
     down, across = ((side - len(starts)) // m + 1 for side in (height, width))
     columns = x.new_empty(n, count, height, across, channels)
-    _add_weighted(matrix, [x[:, :, j : j + m * across : m] for j in starts], columns)
+    _compute_weighted_sums(matrix, [x[:, :, j : j + m * across : m] for j in starts], columns)
     tiles = x.new_empty(n, n, count, down, across, channels)
-    _add_weighted(matrix, [columns[:, :, i : i + m * down : m] for i in starts], tiles)
+    _compute_weighted_sums(matrix, [columns[:, :, i : i + m * down : m] for i in starts], tiles)
     return tiles
 
 
@@ -181,7 +181,7 @@ def _compute_weight_transform(basis: Basis) -> Tensor:
     return torch.einsum("iy,jx->ijyx", g, g).reshape(basis.n**2, 9)
 
 
-def _add_weighted(matrix: Matrix, parts: Sequence[Tensor] | Tensor, into: Tensor) -> None:
+def _compute_weighted_sums(matrix: Matrix, parts: Sequence[Tensor] | Tensor, into: Tensor) -> None:
     """Compute into[i] = sum_j matrix[i][j] parts[j], skipping the zeros of the matrix."""
     for row, result in zip(matrix, into, strict=True):
         terms = [(factor, part) for factor, part in zip(row, parts, strict=True) if factor]

@@ -15,7 +15,7 @@ class NetworkConfig(Protocol):
     def find_problems(self, image_size: int) -> Problems: ...
 
 
-class LevelSettings:
+class LevelsConfig:
     """Settings of networks with levels; each level has half the side of the one before.
 
     channels: width of the first level; channel_mult: each level's width over it, finest level first.
@@ -50,7 +50,7 @@ class LevelSettings:
 
 
 @dataclass(frozen=True)
-class UNetConfig(LevelSettings):
+class UNetConfig(LevelsConfig):
     """Settings of a `UNet`; the defaults are the paper's CIFAR-10 network (35,746,307 parameters).
 
     attention_resolutions: the image sides at which every residual block is followed by attention;
@@ -80,7 +80,7 @@ class UNetConfig(LevelSettings):
 
 
 @dataclass(frozen=True)
-class ContextUNetConfig(LevelSettings):
+class ContextUNetConfig(LevelsConfig):
     """Settings of a `ContextUNet`.
 
     norm: of the residual blocks ("batch" is the published one; its result depends on who shares a batch);
@@ -99,7 +99,7 @@ class ContextUNetConfig(LevelSettings):
 
 
 @dataclass(frozen=True)
-class MHAUNetConfig(LevelSettings):
+class MHAUNetConfig(LevelsConfig):
     """Settings of an `MHAUNet`.
 
     num_heads: of every attention; time_width: of the sinusoidal embedding.

@@ -14,7 +14,7 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
-from ddpm.sampler import sample, warn_of_few_steps
+from ddpm.sampler import explain_few_steps, sample
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import Experiment, to_yaml
 from pipeline.drawing.grids import save_grid
@@ -96,7 +96,7 @@ class SampleStage(Stage):
         protocol, facts = make_sample_protocol(experiment), _list_required_facts(experiment)
         if config.sampler == "ancestral":
             diffusion = Diffusion(experiment.diffusion)
-            if warning := warn_of_few_steps(diffusion, config.steps, config.variance):
+            if warning := explain_few_steps(diffusion, config.steps, config.variance):
                 log.warning("sample: %s", warning)
         shards = plan_shards(place)
         yield [

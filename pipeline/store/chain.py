@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddpm.diffusion import Diffusion, Network
 from ddpm.networks import NO_LABEL
-from ddpm.sampler import guide, space_timesteps
+from ddpm.sampler import add_guidance, space_timesteps
 from pipeline.config import Experiment
 from pipeline.store.checkpoint import load_network
 from pipeline.store.run import Place
@@ -23,7 +23,7 @@ def load_guided_network(place: Place, device: torch.device, compiled: bool = Fal
     """Load the selected network, with guidance if sample.guidance_scale asks for it."""
     config = place.experiment.sample
     net = load_network(place, device, config.precision, compiled)
-    return guide(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
+    return add_guidance(net, config.guidance_scale, NO_LABEL) if config.guidance_scale != 1 else net
 
 
 def make_labels(experiment: Experiment, index: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
 from ddpm.gaussians import compute_decoder_log_likelihood
 from ddpm.images import from_uint8
-from ddpm.likelihood import Likelihood, compute_bits_per_dim, compute_prior, compute_rate_distortion
+from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_prior, compute_rate_distortion
 
 PAPER = DiffusionConfig()
 
@@ -164,7 +164,7 @@ def test_rate_distortion_rows_by_a_loop():
     generator = torch.Generator().manual_seed(0)
     terms, mse = (torch.rand(3, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     prior = torch.rand(3, generator=generator, dtype=torch.float64)
-    table = compute_rate_distortion(Likelihood(torch.arange(6), terms, mse, prior))
+    table = compute_rate_distortion(BoundTerms(torch.arange(6), terms, mse, prior))
     for k in range(1, 7):
         rate = sum(prior[n] + sum(terms[n, i] for i in range(6 - k + 1, 6)) for n in range(3)) / 3
         assert table.rate[k - 1].item() == pytest.approx(float(rate))

@@ -243,24 +243,24 @@ def test_a_shared_latent_finished_with_the_same_noise_is_the_plain_chain(steps):
 
 def test_few_steps_with_fixedlarge_are_warned_of():
     diffusion = Diffusion()
-    assert "FID" in sampler.warn_of_few_steps(diffusion, 10)
-    assert sampler.warn_of_few_steps(diffusion, None) is None
-    assert sampler.warn_of_few_steps(diffusion, 1000) is None
-    assert sampler.warn_of_few_steps(diffusion, 10, "fixedsmall") is None
+    assert "FID" in sampler.explain_few_steps(diffusion, 10)
+    assert sampler.explain_few_steps(diffusion, None) is None
+    assert sampler.explain_few_steps(diffusion, 1000) is None
+    assert sampler.explain_few_steps(diffusion, 10, "fixedsmall") is None
 
 
 def test_guidance_extrapolates_from_no_context_to_the_chosen_one():
     x, t, context = randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4])
     plain, without = net(x, t, context), net(x, t, torch.tensor([-1, -1]))
     for scale, expected in ((1.0, plain), (0.0, without), (3.0, without + 3 * (plain - without))):
-        torch.testing.assert_close(sampler.guide(net, scale, -1)(x, t, context), expected)
+        torch.testing.assert_close(sampler.add_guidance(net, scale, -1)(x, t, context), expected)
 
 
 def test_guidance_leaves_learned_variances_to_the_chosen_context():
     def wide(x_t, t, context):
         return torch.cat([net(x_t, t, context), context.reshape(-1, 1, 1, 1).expand_as(x_t)], dim=1)
 
-    output = sampler.guide(wide, 3.0, -1)(randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4]))
+    output = sampler.add_guidance(wide, 3.0, -1)(randn(*SHAPE), torch.tensor([3, 5]), torch.tensor([2, 4]))
     assert output[:, 3:].flatten(1).unique(dim=1).tolist() == [[2.0], [4.0]]
 
 

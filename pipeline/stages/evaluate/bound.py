@@ -7,7 +7,7 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import Likelihood, compute_bits_per_dim, compute_rate_distortion
+from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion
 from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
@@ -106,7 +106,7 @@ def average_units(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Boun
         n += unit.images
     terms, mse, prior = terms / n, mse / n, prior / n
     rows = (torch.from_numpy(terms)[None], torch.from_numpy(mse)[None], torch.tensor([prior]).double())
-    mean = Likelihood(torch.arange(timesteps), *rows)
+    mean = BoundTerms(torch.arange(timesteps), *rows)
     curve = compute_rate_distortion(mean)
     scores = {
         "nll_bpd": float(mean.total), "rate_bpd": float(curve.rate[-1]), "distortion_bpd": curve.distortion,

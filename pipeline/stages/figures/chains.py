@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm.config import Variance
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import draw_shared_latent, interpolate, run_chain, sample_steps
+from ddpm.sampler import draw_shared_latent, interpolate, run_chain, run_image_chains
 from pipeline.compute.units import Unit, UnitKind, Worker, split_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
@@ -93,7 +93,7 @@ def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
     """
     experiment, config = place.experiment, place.experiment.sample
     index, diffusion = torch.arange(start, stop, device=ctx.device), build_diffusion(experiment)
-    chain = sample_steps(
+    chain = run_image_chains(
         diffusion, load_guided_network(place, ctx.device), index=index, shape=experiment.data.shape,
         seed=experiment.seed, sampler=config.sampler, eta=config.eta, variance=config.variance,
         context=make_labels(experiment, index),

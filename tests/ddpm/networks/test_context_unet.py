@@ -12,7 +12,7 @@ from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import ContextUNetConfig
 from ddpm.networks.context_unet import ContextResBlock, ContextUpLevel, Film
-from ddpm.sampler import guide, sample
+from ddpm.sampler import add_guidance, sample
 from ddpm.training import TrainState, train_step
 
 SMALL = ContextUNetConfig(channels=8, channel_mult=(1, 3, 2), norm_groups=4)
@@ -133,7 +133,7 @@ def test_learns_to_draw_the_class_that_is_asked_for():
     net.load_state_dict(state.emas[0].state_dict())
     asked = torch.arange(40) % BARS
     images = sample(
-        diffusion, guide(net.eval(), 2.0, NO_LABEL), index=torch.arange(40), shape=(1, 8, 8), seed=3,
+        diffusion, add_guidance(net.eval(), 2.0, NO_LABEL), index=torch.arange(40), shape=(1, 8, 8), seed=3,
         sampler="ddim", steps=20, context=asked,
     )  # fmt: skip
     found = torch.cdist(images.flatten(1), templates.flatten(1)).argmin(dim=1)

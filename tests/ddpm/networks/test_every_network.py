@@ -16,7 +16,7 @@ from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
 from ddpm.networks.context_unet import ContextUNet
 from ddpm.networks.mha_unet import MHAUNet
 from ddpm.networks.unet import UNet
-from ddpm.sampler import guide, sample
+from ddpm.sampler import add_guidance, sample
 from ddpm.training import TrainState, train_step
 
 LABEL_CLASSES = 3
@@ -152,10 +152,10 @@ def test_guidance(config):
         return
     labels = LABELS[:4]
     chosen, none = drawn(net, labels), drawn(net, torch.full_like(labels, NO_LABEL))
-    torch.testing.assert_close(drawn(guide(net, 1.0, NO_LABEL), labels), chosen, atol=1e-4, rtol=0)
-    torch.testing.assert_close(drawn(guide(net, 0.0, NO_LABEL), labels), none, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(add_guidance(net, 1.0, NO_LABEL), labels), chosen, atol=1e-4, rtol=0)
+    torch.testing.assert_close(drawn(add_guidance(net, 0.0, NO_LABEL), labels), none, atol=1e-4, rtol=0)
     torch.testing.assert_close(drawn(net), none, atol=1e-4, rtol=0)
-    assert (drawn(guide(net, 3.0, NO_LABEL), labels) - chosen).abs().max() > 1e-2
+    assert (drawn(add_guidance(net, 3.0, NO_LABEL), labels) - chosen).abs().max() > 1e-2
 
 
 @every_network
