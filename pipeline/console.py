@@ -112,7 +112,7 @@ def show_progress(stage: str, total: int, unit: str, start: int = 0) -> Iterator
 
 
 @contextmanager
-def poll_during(look: Callable[[], None]) -> Iterator[None]:
+def poll_in_thread(look: Callable[[], None]) -> Iterator[None]:
     """Call `look` in a thread every half second during the body, and once after it."""
     over = threading.Event()
 

@@ -103,7 +103,7 @@ def sharded_storage(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("storage")
     experiment = tiny_experiment()
     for units in shard.STAGE.work(make_place(experiment, root)):
-        one_cpu().map_units(units, lambda unit: None)
+        one_cpu().run_units(units, lambda unit: None)
     return root
 
 

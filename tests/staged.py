@@ -43,5 +43,5 @@ def run_stage(stage, experiment, run):
     """Run the stage; the names of its units."""
     ran = []
     for units in list_rounds(stage.STAGE, run.of(experiment)):
-        one_cpu().map_units(units, lambda unit: ran.append(unit.name))
+        one_cpu().run_units(units, lambda unit: ran.append(unit.name))
     return ran

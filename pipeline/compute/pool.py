@@ -118,7 +118,7 @@ class Pool:
             assert isinstance(new, ActorHandle)
             self.calls[new.__ray_ready__.remote()] = PendingCall(None, new)
         if tasks and self.idle and ray.available_resources().get("CPU", 0) < self.cpus:
-            self.end()  # a task may be waiting for what they hold
+            self.end_idle_actors()  # a task may be waiting for what they hold
 
     def _take_result(self, reference: ObjectRef) -> float | None:
         """Return the seconds of a finished unit and mark its actor as idle; None where the actor died.
@@ -158,7 +158,7 @@ class Pool:
             ray.wait(list(running), num_returns=len(running), timeout=END_SECONDS)
         self.calls = {ref: call for ref, call in self.calls.items() if ref not in running}
 
-    def end(self) -> None:
+    def end_idle_actors(self) -> None:
         """End all actors that run no unit, also starting ones, so that Ray can give their GPUs to others."""
         starting = {ref: call.actor for ref, call in self.calls.items() if call.actor and not call.unit}
         for actor in [*self.idle, *starting.values()]:

@@ -81,7 +81,7 @@ def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body,
     cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     fixed = resources.min_workers == resources.workers
     trainer = TorchTrainer(
-        partial(_train_worker, body, place, cpus, int(cluster.image_memory * GIB)),
+        partial(_run_worker_body, body, place, cpus, int(cluster.image_memory * GIB)),
         scaling_config=ScalingConfig(
             num_workers=resources.workers if fixed else (resources.min_workers, resources.workers),
             use_gpu=gpus > 0,
@@ -136,7 +136,7 @@ def release_training_group(place: Place) -> None:
         place.placement_group.unlink()
 
 
-def _train_worker(body: Body, place: Place, cpus: int, image_memory: int) -> None:
+def _run_worker_body(body: Body, place: Place, cpus: int, image_memory: int) -> None:
     """Run the body as one worker, in the process that Ray Train started for it."""
     from ray import train
     from ray.train.torch import get_device

@@ -34,7 +34,7 @@ class RaySession:
 
     @staticmethod
     @contextmanager
-    def open_share(
+    def open_for_trial(
         cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]
     ) -> Iterator[RaySession]:
         """Open a session for one trial, limited to `resources` of the Ray cluster that its process is in."""
@@ -44,7 +44,7 @@ class RaySession:
         try:
             yield session
         finally:
-            session.pool.end()
+            session.pool.end_idle_actors()
 
     def __enter__(self) -> RaySession:
         _start_ray(self.cluster.ray_address)
@@ -72,10 +72,10 @@ class RaySession:
 
     def run_workers(self, body: Body, place: Place) -> None:
         """Run `body` on every worker of a training, after the pool has given back its GPUs."""
-        self.pool.end()
+        self.pool.end_idle_actors()
         ray_train.run_training_group(self.cluster, self.resources, body, place)
 
-    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
+    def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         """Run the units on the pool, and call `done` after each."""
         self.pool.run_units(units, done, self.costs)
 

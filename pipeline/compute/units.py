@@ -58,7 +58,7 @@ class Unit:
         return time.perf_counter() - began
 
 
-def split_units(
+def make_image_units(
     kind: UnitKind, body: Callable[..., None], args: tuple[Any, ...], n: int, size: int, folder: Path, name: str,
     passes: int = 1,
 ) -> dict[Path, Unit]:  # fmt: skip
@@ -121,7 +121,7 @@ class Executor(Protocol):
         """Run `body` on every worker of a training."""
         ...
 
-    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
+    def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         """Run the units, and call `done` after each."""
         ...
 
@@ -146,7 +146,7 @@ class LocalExecutor:
     def run_workers(self, body: Body, place: Place) -> None:
         body(self.context, place)
 
-    def map_units(self, units: Sequence[Unit], done: WhenDone) -> None:
+    def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         for unit in units:
             self.costs.add(unit.kind, unit.images, unit.run(self.context))
             done(unit)

@@ -13,7 +13,7 @@ from pipeline import config
 from pipeline.compute.interrupt import StopRequest, StopSignals
 from pipeline.compute.units import GIB, Executor, LocalExecutor, Unit, create_local_worker
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import format_duration, poll_during, print_line, show_progress
+from pipeline.console import format_duration, poll_in_thread, print_line, show_progress
 from pipeline.engine import preflight
 from pipeline.engine.find import find_old_runs, make_place, prepare_storage_root
 from pipeline.engine.plan import find_stage_place, list_rounds, list_unfinished_stages
@@ -154,7 +154,7 @@ class _RunExecution:
                 if start < step <= end:
                     progress.update(step, note)
 
-            with poll_during(show_step):
+            with poll_in_thread(show_step):
                 executor.run_workers(stage.run_worker, self.place)
         if self.interrupted():
             raise StopRequest
@@ -169,9 +169,9 @@ class _RunExecution:
                 return
             for units in list_rounds(stage, place):
                 if units:
-                    self._map_units(stage, units)
+                    self._run_round(stage, units)
 
-    def _map_units(self, stage: Stage, units: list[Unit]) -> None:
+    def _run_round(self, stage: Stage, units: list[Unit]) -> None:
         """Run the units, show their progress and record their cost."""
         # An image's bound takes a thousand times as long as its features: only passes tell the time left of both.
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
@@ -187,7 +187,7 @@ class _RunExecution:
                 progress.update(finished)
 
             try:
-                executor.map_units(units, finish)
+                executor.run_units(units, finish)
             finally:
                 experiment = self.place.experiment
                 chain = experiment.sample.steps or experiment.diffusion.timesteps

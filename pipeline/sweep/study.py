@@ -13,7 +13,7 @@ from pipeline import tracking
 from pipeline.compute.interrupt import StopRequest, StopSignals
 from pipeline.compute.units import Executor, LocalExecutor
 from pipeline.config import ClusterConfig
-from pipeline.console import format_duration, poll_during, print_line, show_progress
+from pipeline.console import format_duration, poll_in_thread, print_line, show_progress
 from pipeline.engine import execute as stages
 from pipeline.engine import find
 from pipeline.errors import PipelineError
@@ -122,14 +122,14 @@ class Study:
 
                 with (
                     show_progress(name, len(self.trials), "trials", count_done()) as bar,
-                    poll_during(lambda: bar.update(count_done(), recorder.describe_progress())),
+                    poll_in_thread(lambda: bar.update(count_done(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, LocalExecutor):
                         self._run_locally(tasks, executor, scheduler)
                     elif tasks:
                         from pipeline.sweep.tuning import run_trials
 
-                        executor.pool.end()  # what was prepared for all; each trial has a pool of its own
+                        executor.pool.end_idle_actors()  # what was prepared for all; each trial has a pool of its own
                         pending, concurrent = len(self._list_unfinished_trials()), self.sweep.concurrent
                         share = divide_cluster(self.cluster, executor.list_nodes(), pending, concurrent)
                         print_line(f"{name}: {share}")
@@ -155,7 +155,7 @@ class Study:
                 if evaluate.needs_samples(place.experiment) and (units := list_preparations(place)):
                     names = " and ".join(unit.name for unit in units)
                     print_line(f"{self.sweep.name}: making {names}, which all trials share")
-                    executor.map_units(units, lambda unit: None)
+                    executor.run_units(units, lambda unit: None)
                 able.append(key)
             except PipelineError as error:
                 self.recorder.start_trial(key)

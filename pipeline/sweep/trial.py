@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.units import Executor
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.console import poll_during
+from pipeline.console import poll_in_thread
 from pipeline.engine import execute as stages
 from pipeline.errors import PipelineError, shorten_error
 from pipeline.store.files import read_json
@@ -46,7 +46,7 @@ def run_trial(
     place, stop = task.place, task.early_stop
     rungs = [(steps, "evaluate") for steps in stop.list_rungs(place.experiment.train.steps)]
     try:
-        with poll_during(task.forward_stop):
+        with poll_in_thread(task.forward_stop):
             for steps, last in [*rungs, (None, "report")]:
                 if task.should_stop():
                     return None  # the files on disk say how far it came

@@ -162,10 +162,10 @@ def _run_trial(
 ) -> dict[str, str] | None:
     """Run one trial in its process, called by Tune, which may end it inside `report`."""
     task = tasks[given["trial"]]
-    with RaySession.open_share(task.cluster, resources, task.should_stop) as session:
+    with RaySession.open_for_trial(task.cluster, resources, task.should_stop) as session:
 
         def report(step: int, bound: float) -> bool:
-            session.pool.end()  # before Tune may end this process
+            session.pool.end_idle_actors()  # before Tune may end this process
             tune.report({STEP: step, BOUND: bound})
             return True
 

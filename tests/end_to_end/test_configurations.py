@@ -134,4 +134,4 @@ def test_two_steps(name, storage):
 
 def carry_out(work: Iterator[list[Unit]]) -> None:
     for units in work:
-        one_cpu().map_units(units, lambda unit: None)
+        one_cpu().run_units(units, lambda unit: None)

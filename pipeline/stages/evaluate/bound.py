@@ -9,7 +9,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion
 from ddpm.rng import Stream, draw_normal
-from pipeline.compute.units import Unit, UnitKind, Worker, split_units
+from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
@@ -59,7 +59,7 @@ def plan_units(place: Place) -> dict[Path, Unit]:
     key = hash_content(
         [place.run_key, network, split, config.decoder, choose_bound_variance(experiment), None]
     )
-    return split_units(
+    return make_image_units(
         UnitKind.NLL, write_bound, (place,), count_images(place)[0], config.nll_batch_size,
         place.score_units / f"nll-{key}", f"NLL of {config.nll_split} images", experiment.diffusion.timesteps,
     )  # fmt: skip

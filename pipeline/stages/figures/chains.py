@@ -14,7 +14,7 @@ from ddpm.config import Variance
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import draw_shared_latent, interpolate, run_chain, run_image_chains
-from pipeline.compute.units import Unit, UnitKind, Worker, split_units
+from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, locate_unit_folder
@@ -72,7 +72,9 @@ def plan_samples(place: Place) -> Figure:
 def plan_progressive(place: Place) -> Figure:
     """Plan Figs. 6 and 14: a row of snapshots for each of the first samples."""
     n, folder = count_rows(place.experiment), locate_unit_folder(place, "progressive")
-    units = split_units(UnitKind.FIGURE, write_snapshots, (place,), n, UNIT_IMAGES, folder, "progressive")
+    units = make_image_units(
+        UnitKind.FIGURE, write_snapshots, (place,), n, UNIT_IMAGES, folder, "progressive"
+    )
     caption = (
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
         f"right, after each tenth of the steps (paper, Figs. 6 and 14; {describe_chain(place.experiment)})"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddpm.images import to_uint8
-from pipeline.compute.units import UnitKind, Worker, split_units
+from pipeline.compute.units import UnitKind, Worker, make_image_units
 from pipeline.drawing import charts
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics, compute_fid, sum_features
@@ -61,7 +61,9 @@ def plan_scores_along(place: Place) -> Figure:
             "it needs two samples" if n < 2 else "the reference's statistics are not there"
         )
     folder, args = locate_unit_folder(place, "along", extractor.name), (extractor, place)
-    units = split_units(UnitKind.FIGURE, write_features, args, n, UNIT_IMAGES, folder, "scores along samples")
+    units = make_image_units(
+        UnitKind.FIGURE, write_features, args, n, UNIT_IMAGES, folder, "scores along samples"
+    )
     few = ", too few for a score that stands by itself" if n < 10_000 else ""
     caption = (
         f"Scores of the estimate of x_0 along the reverse process, of {n:,} images{few}, by the features of "

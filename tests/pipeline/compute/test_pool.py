@@ -108,15 +108,15 @@ def test_each_actor_keeps_one_gpu_and_the_next_units_use_the_same_actors(session
     (tmp_path / "more").mkdir()
     first, second = units_of(tmp_path, 24, processes=4), units_of(tmp_path / "more", 8)
     finished = []
-    session.map_units(first, finished.append)
-    session.map_units(second, finished.append)
+    session.run_units(first, finished.append)
+    session.run_units(second, finished.append)
     assert len(finished) == len(set(map(id, finished))) == 32
     rows = notes_of(finished)
     assert all(row["now"] == row["first"] for row in rows)
     assert {row["now"] for row in rows} == {"0", "1", "2", "3"}
     assert len({row["pid"] for row in rows}) == 4
     assert session.costs.by_kind["samples"]["images"] == 32
-    session.pool.end()
+    session.pool.end_idle_actors()
     wait_for_free_gpus(4)
 
 
@@ -126,7 +126,7 @@ def test_units_without_a_network_run_where_no_gpu_is_free(session, tmp_path):
     holders = [ray.remote(num_gpus=1, num_cpus=0)(Holder).remote() for _ in range(4)]
     ray.get([holder.hold.remote() for holder in holders])
     units = units_of(tmp_path, 6, needs_gpu=False)
-    session.map_units(units, lambda unit: None)
+    session.run_units(units, lambda unit: None)
     assert {row["device"] for row in notes_of(units)} == {"cpu"}
 
 
@@ -139,8 +139,8 @@ class Holder:
 def test_idle_actors_make_room_for_tasks(session, tmp_path):
     """Two actors hold all CPUs; a unit without a network comes after them, and one beside them."""
     networks, others = units_of(tmp_path, 4), units_of(tmp_path, 2, needs_gpu=False)
-    session.map_units(networks[:2], lambda unit: None)
-    session.map_units([others[0], *networks[2:], others[1]], lambda unit: None)
+    session.run_units(networks[:2], lambda unit: None)
+    session.run_units([others[0], *networks[2:], others[1]], lambda unit: None)
     assert len(notes_of([*networks, *others])) == 6
 
 
@@ -148,7 +148,7 @@ def test_the_unit_of_a_killed_actor_is_done_by_another(session, tmp_path, caplog
     mortal = Unit(UnitKind.SAMPLES, die_at_first, (2, tmp_path / "mortal"), "mortal", needs_gpu=True)
     units = [mortal, *units_of(tmp_path, 8)]
     finished = []
-    session.map_units(units, finished.append)
+    session.run_units(units, finished.append)
     assert sorted(unit.name for unit in finished) == sorted(unit.name for unit in units)
     assert len(list(tmp_path.glob("mortal-try-*"))) == 3
     assert "'mortal' lost its process" in caplog.text
@@ -158,7 +158,7 @@ def test_the_unit_of_a_killed_actor_is_done_by_another(session, tmp_path, caplog
 def test_a_unit_that_always_loses_its_process_ends_the_others(session, tmp_path):
     mortal = Unit(UnitKind.SAMPLES, die_at_first, (9, tmp_path / "mortal"), "mortal", needs_gpu=True)
     with pytest.raises(PipelineError, match="'mortal' lost its process again and again"):
-        session.map_units([mortal], lambda unit: None)
+        session.run_units([mortal], lambda unit: None)
     assert len(list(tmp_path.glob("mortal-try-*"))) == 2
 
 
@@ -176,15 +176,15 @@ def test_an_error_ends_what_runs_and_frees_the_gpus(session, tmp_path):
     others = units_of(tmp_path, 2, needs_gpu=False, body=wait_for_the_end)
     failing = Unit(UnitKind.SAMPLES, fail, (tmp_path, 6), "failing", needs_gpu=True)
     with pytest.raises(PipelineError, match="this unit cannot be done"):
-        session.map_units([failing, *networks, *others], lambda unit: None)
+        session.run_units([failing, *networks, *others], lambda unit: None)
     assert_cancelled(tmp_path)
-    session.pool.end()
+    session.pool.end_idle_actors()
     wait_for_free_gpus(4)
 
 
 def test_an_interruption_ends_what_runs(session, tmp_path):
     session.pool.interrupted = lambda: len(list(tmp_path.glob("process-*"))) == 4
-    session.map_units(units_of(tmp_path, 6, body=wait_for_the_end), lambda unit: None)
+    session.run_units(units_of(tmp_path, 6, body=wait_for_the_end), lambda unit: None)
     assert_cancelled(tmp_path)
 
 
@@ -196,7 +196,7 @@ def test_training_gets_the_gpus_and_the_pool_gets_them_back(session, tmp_path, m
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
         units = units_of(tmp_path / name, 8, processes=4)
-        session.map_units(units, lambda unit: None)
+        session.run_units(units, lambda unit: None)
         assert all(row["now"] == row["first"] for row in notes_of(units))
         session.run_workers(None, tmp_path)
     assert len(free) == 2

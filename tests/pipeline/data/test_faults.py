@@ -37,7 +37,7 @@ def seal(data: DataConfig, storage: Path) -> dict[str, Any]:
     """The facts of the manifest that the shard stage writes."""
     place = make_place(dataclasses.replace(tiny_experiment(), data=data), storage)
     for units in shard.STAGE.work(place):
-        one_cpu().map_units(units, lambda unit: None)
+        one_cpu().run_units(units, lambda unit: None)
     return open_shards(place.data).facts
 
 

@@ -91,7 +91,7 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
     monkeypatch.setattr(bound.checkpoint, "load_network", lambda *_: net)
     monkeypatch.setattr(bound, "compute_bits_per_dim", partial(compute_bits_per_dim, clip=False))
     units = bound.plan_units(run.of(experiment))
-    one_cpu().map_units(list(units.values()), lambda unit: None)
+    one_cpu().run_units(list(units.values()), lambda unit: None)
     rows = bound.average_units(units, 1000)[1]["rate_distortion"]
     spread = (((x[:16] - mean) @ vectors) ** 2).mean(axis=0)
     signal = alpha_bar()[:, None]
@@ -118,14 +118,14 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     """
     experiment, run = cifar10
     wanted = [unit for unit in list_preparations(run.of(experiment)) if "classifier" in unit.name]
-    one_cpu().map_units(wanted, lambda unit: None)
+    one_cpu().run_units(wanted, lambda unit: None)
     extractor = find_extractor(run.of(experiment))
     features, found = {}, {}
     for split in ("test", "train"):
         images = make_shard_set(
             extractor, tars.open_shards(run.data).list_shards(split), (3, 32, 32), run.reference_features
         )
-        one_cpu().map_units(images.list_missing(), lambda unit: None)
+        one_cpu().run_units(images.list_missing(), lambda unit: None)
         features[split], found[split] = images.read_features(), images.sum_features().moments.to_statistics()
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)
     ours = scores.compute_fid(found["test"], found["train"])

@@ -55,7 +55,7 @@ def test_other_units_give_the_same_bound_and_bf16_one_that_is_near_and_says_so(s
 def test_another_metric_repeats_nothing_and_a_killed_stage_goes_on(sampled):
     experiment, run = sampled
     units = next(evaluate.STAGE.work(run.of(experiment)))
-    one_cpu().map_units(units[:1], lambda unit: None)
+    one_cpu().run_units(units[:1], lambda unit: None)
     assert run_stage(evaluate, experiment, run) == ["NLL of test images 4-5"]
     assert evaluate.STAGE.is_done(run.of(experiment))
     assert "NLL of 6 test images, not all of CIFAR-10's" in results(experiment, run)["protocol"]["why_not"]

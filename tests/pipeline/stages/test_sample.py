@@ -25,7 +25,7 @@ def sampled(tiny_run):
     experiment, run = tiny_run
     with_weights(experiment, run)
     units = next(sample.STAGE.work(run.of(experiment)))
-    one_cpu().map_units(units[:1], lambda unit: None)
+    one_cpu().run_units(units[:1], lambda unit: None)
     assert not sample.STAGE.is_done(run.of(experiment))
     assert run_stage(sample, experiment, run) == ["samples 6-11"]
     assert sample.STAGE.is_done(run.of(experiment))

@@ -94,7 +94,7 @@ def test_candidates_share_their_rounds_and_the_reference(trained):
     rounds = []
     for units in list_rounds(select.STAGE, run.of(experiment)):
         rounds.append([unit.name for unit in units])
-        one_cpu().map_units(units, lambda unit: None)
+        one_cpu().run_units(units, lambda unit: None)
     sampling = next(names for names in rounds if names)
     assert len(sampling) == UNITS * len(STEPS)
     ran = [unit for names in rounds for unit in names]
@@ -104,7 +104,7 @@ def test_candidates_share_their_rounds_and_the_reference(trained):
 def test_what_was_done_is_not_done_again_and_new_checkpoints_join(trained):
     experiment, run = trained
     first = next(list_rounds(select.STAGE, run.of(experiment)))
-    one_cpu().map_units(first[:4], lambda unit: None)  # then the command was killed
+    one_cpu().run_units(first[:4], lambda unit: None)  # then the command was killed
     names, _ = select_best(experiment, run)
     assert sum(name.startswith("samples") for name in names) == UNITS * len(STEPS) - 4
     assert run_stage(select, experiment, run) == []

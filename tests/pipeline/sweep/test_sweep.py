@@ -241,7 +241,7 @@ def test_a_trial_that_never_fits_is_refused():
     ],
 )
 def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, resources, most):
-    with RaySession.open_share(cluster(**overrides), resources, lambda: False) as session:
+    with RaySession.open_for_trial(cluster(**overrides), resources, lambda: False) as session:
         assert session.pool.limits() == (most, most)
 
 
