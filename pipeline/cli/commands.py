@@ -29,14 +29,14 @@ JobInputs = tuple["ClusterConfig", list[str]]
 # Arguments
 
 
-def _list_arguments(options: Namespace) -> list[str]:
+def _list_non_cluster_arguments(options: Namespace) -> list[str]:
     """Return the names and overrides that do not start with `cluster.`."""
     return [word for word in options.words if not word.startswith("cluster.")]
 
 
 def _split_arguments(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
     """Return the name, if one is given, and the overrides."""
-    words = _list_arguments(options)
+    words = _list_non_cluster_arguments(options)
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
         raise ConfigError(f"one {kind} at a time, not {' and '.join(names)}; overrides are written key=value")
@@ -47,7 +47,7 @@ def _load_cluster(options: Namespace, alone: bool = False) -> ClusterConfig:
     """Load the cluster of the command; `alone`: the command takes no other arguments."""
     from pipeline import config
 
-    if alone and (stray := _list_arguments(options)):
+    if alone and (stray := _list_non_cluster_arguments(options)):
         raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
     own = [word.removeprefix("cluster.") for word in options.words if word.startswith("cluster.")]
     return config.load_cluster(options.cluster, own)
@@ -180,7 +180,7 @@ def run_reproduction(options: Namespace) -> int:
     cluster = _load_cluster(options)
     from pipeline.sweep.reproduction import plan_reproduction
 
-    shared = _list_arguments(options)
+    shared = _list_non_cluster_arguments(options)
     study = plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run)
     return _run_study(study, options)
 
@@ -191,7 +191,7 @@ def prepare_submit_reproduction(options: Namespace) -> JobInputs:
     from pipeline.sweep.points import list_points, list_sweep_paths
     from pipeline.sweep.reproduction import SWEEPS, parse_budget
 
-    cluster, shared = _load_cluster(options), _list_arguments(options)
+    cluster, shared = _load_cluster(options), _list_non_cluster_arguments(options)
     parse_budget(options.budget)
     sweep = load_sweep(SWEEPS[options.target], [])
     list_points(sweep, shared)
@@ -236,7 +236,9 @@ def compare_runs(options: Namespace) -> None:
         hint = suggest(options.metric, METRICS)
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
     root = _prepare_root(options, alone=False)
-    named = [path for name in _list_arguments(options) for path in find.find_named_runs(name, root)]
+    named = [
+        path for name in _list_non_cluster_arguments(options) for path in find.find_named_runs(name, root)
+    ]
     paths = list(dict.fromkeys(named))
     if len(paths) < 2:
         found = f"only {paths[0].name}" if paths else "no run"
@@ -317,10 +319,10 @@ def run_job_command(options: Namespace) -> int:
     if options.follow and action != "logs":
         raise ConfigError("--follow belongs to `ddpm jobs logs ID`")
     if action == "list":
-        return jobs.list_jobs(options.address)
+        return jobs.show_jobs(options.address)
     if action == "logs":
         return jobs.show_log(names[0], options.address, options.follow)
-    return (jobs.show_status if action == "status" else jobs.stop_job)(names[0], options.address)
+    return (jobs.show_job_status if action == "status" else jobs.stop_job)(names[0], options.address)
 
 
 def serve_ui(options: Namespace) -> int:

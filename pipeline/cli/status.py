@@ -98,12 +98,12 @@ def _describe_run(path: Path) -> list[str]:
 
 def diagnose(cluster: ClusterConfig) -> str:
     """Return a report on devices, libraries, Inception weights and stores, with a remedy for what is missing."""
-    facts = dict(_list_facts(cluster))
+    facts = dict(_list_machine_checks(cluster))
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
 
-def _list_facts(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
+def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     import torch
 
     from pipeline import tracking

@@ -67,7 +67,7 @@ def submit_job(
     return 0
 
 
-def list_jobs(address: str | None) -> int:
+def show_jobs(address: str | None) -> int:
     """Print the jobs that were submitted to the cluster, oldest first."""
     with connect_cluster(address) as remote:
         jobs = [job for job in remote.client.list_jobs() if job.type == "SUBMISSION"]
@@ -93,7 +93,7 @@ def show_log(name: str, address: str | None, follow: bool) -> int:
     return code
 
 
-def show_status(name: str, address: str | None) -> int:
+def show_job_status(name: str, address: str | None) -> int:
     """Print the status of one job."""
     with connect_cluster(address, name) as remote:
         job = remote.client.get_job_info(name)
