@@ -169,10 +169,10 @@ def run_sweep(options: Namespace) -> int:
 
 def prepare_submit_sweep(options: Namespace) -> JobInputs:
     """Check the command before it is sent as a job."""
-    from pipeline.sweep.points import list_sweep_paths
+    from pipeline.sweep.points import find_relative_sweep_paths
 
     sweep, shared, _, cluster = _load_sweep(options)
-    return cluster, list_sweep_paths(sweep, shared)
+    return cluster, find_relative_sweep_paths(sweep, shared)
 
 
 def run_reproduction(options: Namespace) -> int:
@@ -188,14 +188,14 @@ def run_reproduction(options: Namespace) -> int:
 def prepare_submit_reproduction(options: Namespace) -> JobInputs:
     """Check the command before it is sent as a job."""
     from pipeline.sweep.definition import load_sweep
-    from pipeline.sweep.points import list_points, list_sweep_paths
+    from pipeline.sweep.points import find_relative_sweep_paths, list_points
     from pipeline.sweep.reproduction import SWEEPS, parse_budget
 
     cluster, shared = _load_cluster(options), _list_non_cluster_arguments(options)
     parse_budget(options.budget)
     sweep = load_sweep(SWEEPS[options.target], [])
     list_points(sweep, shared)
-    return cluster, list_sweep_paths(sweep, shared)
+    return cluster, find_relative_sweep_paths(sweep, shared)
 
 
 def _run_study(study: Study, options: Namespace) -> int:

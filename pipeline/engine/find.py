@@ -64,7 +64,7 @@ def explain_old_run(path: Path) -> str | None:
     )
 
 
-def find_old_runs(place: Place) -> list[str]:
+def explain_old_runs(place: Place) -> list[str]:
     """Return a hint for each run of the first version that has the name of this experiment."""
     named = find_runs(place.storage, f"{place.experiment.name}-")
     alike = [path for path in named if len(path.name) == len(place.name)]

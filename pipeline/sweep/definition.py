@@ -22,7 +22,7 @@ Values = dict[str, Value]
 
 
 @dataclass(frozen=True)
-class PointDesign:
+class PointMethod:
     """The way in which points are taken from the space.
 
     Every combination (grid), every value of one key with the first values of the others (one_at_a_time), or `points`
@@ -35,7 +35,7 @@ class PointDesign:
 
 
 @dataclass(frozen=True)
-class RankingSettings:
+class Ranking:
     """Metric and direction of the leaderboard. mode: null = the direction of the metric."""
 
     metric: str = "fid"
@@ -104,8 +104,8 @@ class Sweep:
     experiments: tuple[str, ...]
     seeds: tuple[int, ...] = ()
     concurrent: CountOrNull = None
-    draw: PointDesign = field(default_factory=PointDesign)
-    rank: RankingSettings = field(default_factory=RankingSettings)
+    draw: PointMethod = field(default_factory=PointMethod)
+    rank: Ranking = field(default_factory=Ranking)
     early_stop: EarlyStop = field(default_factory=EarlyStop)
     budget: Budget = field(default_factory=Budget)
     space: dict[str, list[Value] | ValueRange] = field(default_factory=dict)

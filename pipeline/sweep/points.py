@@ -64,7 +64,7 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
     return points
 
 
-def list_sweep_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
+def find_relative_sweep_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
     """Return the relative and user-specific paths of a valid sweep, as 'data.path=images', each once."""
     common = format_overrides(sweep.overrides) + overrides
     return list(
@@ -88,7 +88,7 @@ def _yield_space_values(sweep: Sweep) -> Iterator[Values]:
         yield from ({**first, key: value} for key, values in lists.items() for value in values[1:])
     else:
         seen = set()
-        for row in _draw_unit_cube(draw.method, draw.points or 0, len(space), draw.seed):
+        for row in _draw_space_points(draw.method, draw.points or 0, len(space), draw.seed):
             point: Values = {
                 key: values.pick(u) if isinstance(values, ValueRange) else values[int(u * len(values))]
                 for (key, values), u in zip(space.items(), row, strict=True)
@@ -98,7 +98,7 @@ def _yield_space_values(sweep: Sweep) -> Iterator[Values]:
                 yield point
 
 
-def _draw_unit_cube(method: str, count: int, dimensions: int, seed: int) -> list[list[float]]:
+def _draw_space_points(method: str, count: int, dimensions: int, seed: int) -> list[list[float]]:
     """Return `count` points in [0, 1)^dimensions; a longer list begins with the shorter one."""
     if method == "random":
         import numpy as np

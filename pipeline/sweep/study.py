@@ -27,7 +27,7 @@ from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.points import SweepPoint, make_trials
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import divide_cluster, list_local_nodes
-from pipeline.sweep.trial import TrialWork, explain_error, run_trial
+from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
 from pipeline.sweep.trial_states import TrialStates
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Study:
             try:
                 places = {key: self.trials[key].place for key in self._prepare_shared_data(executor, todo)}
                 tasks = {
-                    key: TrialWork(place, self.cluster, stop_file, stop) for key, place in places.items()
+                    key: TrialInputs(place, self.cluster, stop_file, stop) for key, place in places.items()
                 }
                 if stop.first:
                     from pipeline.sweep.tuning import EarlyStopScheduler
@@ -159,13 +159,13 @@ class Study:
                 able.append(key)
             except PipelineError as error:
                 self.recorder.start_trial(key)
-                self.recorder.end_trial(key, explain_error(error))
+                self.recorder.end_trial(key, format_cause(error))
             if interrupted():
                 raise StopRequest
         return able
 
     def _run_locally(
-        self, tasks: dict[str, TrialWork], executor: LocalExecutor, scheduler: EarlyStopScheduler | None
+        self, tasks: dict[str, TrialInputs], executor: LocalExecutor, scheduler: EarlyStopScheduler | None
     ) -> None:
         """Run the trials one after the other, without Ray."""
         for key, task in tasks.items():

@@ -18,7 +18,7 @@ from pipeline.sweep.definition import EarlyStop
 
 
 @dataclass(frozen=True)
-class TrialWork:
+class TrialInputs:
     """Arguments of one trial's process. stop_file: that of the study."""
 
     place: Place
@@ -30,14 +30,14 @@ class TrialWork:
         """Return whether the study asks to stop."""
         return self.stop_file.exists()
 
-    def forward_stop(self) -> None:
+    def copy_stop_file(self) -> None:
         """Write the run's stop file when the study's appears: the training workers look there."""
         if self.should_stop() and self.place.path.exists():
             self.place.stop_file.touch()
 
 
 def run_trial(
-    task: TrialWork, executor: Executor, should_continue: Callable[[int, float], bool]
+    task: TrialInputs, executor: Executor, should_continue: Callable[[int, float], bool]
 ) -> str | None:
     """Run a trial's unfinished stages; return the error as text, or None.
 
@@ -46,7 +46,7 @@ def run_trial(
     place, stop = task.place, task.early_stop
     rungs = [(steps, "evaluate") for steps in stop.list_rungs(place.experiment.train.steps)]
     try:
-        with poll_in_thread(task.forward_stop):
+        with poll_in_thread(task.copy_stop_file):
             for steps, last in [*rungs, (None, "report")]:
                 if task.should_stop():
                     return None  # the files on disk say how far it came
@@ -59,11 +59,11 @@ def run_trial(
     except StopRequest:
         pass
     except Exception as error:
-        return explain_error(error)
+        return format_cause(error)
     return None
 
 
-def explain_error(error: BaseException) -> str:
+def format_cause(error: BaseException) -> str:
     """Return the cause of an error as text, without the errors that wrap it."""
     while (cause := getattr(error, "cause", None)) is not None:
         error = cause

@@ -26,7 +26,7 @@ from pipeline.sweep.definition import EarlyStop
 from pipeline.sweep.points import Trial
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import TrialSlots
-from pipeline.sweep.trial import TrialWork, explain_error, run_trial
+from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
 from pipeline.sweep.trial_states import TrialStates
 
 BOUND, STEP = "nll_bpd", "step"
@@ -58,9 +58,9 @@ class EarlyStopScheduler(ASHAScheduler):
     def should_continue(self, key: str, step: int, bound: float) -> bool:
         """Return whether a trial may continue after this rung; for trials that Tune does not run."""
         trial = SimpleNamespace(trial_id=key, config={"trial": key})
-        return self._judge_trial(trial, {STEP: step, BOUND: bound}) != TrialScheduler.STOP
+        return self._decide(trial, {STEP: step, BOUND: bound}) != TrialScheduler.STOP
 
-    def _judge_trial(self, trial, result, controller=None):
+    def _decide(self, trial, result, controller=None):
         self.on_trial_add(controller, trial)
         return self.on_trial_result(controller, trial, result)
 
@@ -99,7 +99,7 @@ class _TrialQueue(_StatelessMixin, Searcher):
 class _TuneCallback(_StatelessMixin, TrialProgressCallback):
     """Reports starts and ends of trials to the recorder, in the place of Tune's own printer."""
 
-    def __init__(self, recorder: StudyRecorder, tasks: dict[str, TrialWork]):
+    def __init__(self, recorder: StudyRecorder, tasks: dict[str, TrialInputs]):
         super().__init__()
         self.recorder, self.tasks = recorder, tasks
 
@@ -121,7 +121,7 @@ class _TuneCallback(_StatelessMixin, TrialProgressCallback):
 
 
 def run_trials(
-    tasks: dict[str, TrialWork],
+    tasks: dict[str, TrialInputs],
     share: TrialSlots,
     recorder: StudyRecorder,
     scheduler: EarlyStopScheduler | None,
@@ -154,11 +154,11 @@ def run_trials(
     )
     error = run_in_thread(tuner.fit, "ray-tune")
     if error is not None:
-        raise PipelineError(f"Ray Tune gave up: {explain_error(error)}; the same command goes on") from error
+        raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command goes on") from error
 
 
 def _run_trial(
-    given: dict[str, str], tasks: dict[str, TrialWork], resources: Resources
+    given: dict[str, str], tasks: dict[str, TrialInputs], resources: Resources
 ) -> dict[str, str] | None:
     """Run one trial in its process, called by Tune, which may end it inside `report`."""
     task = tasks[given["trial"]]

@@ -38,9 +38,11 @@ def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
     words = ["show", "digits", *ONE_CPU, f"cluster.storage={old_run.storage}"]
     assert main(words) == 0
     fresh = Place(old_run.storage, tiny_experiment("name=digits"), "d" * 12, "e" * 12)
-    (line,) = find.find_old_runs(fresh)
+    (line,) = find.explain_old_runs(fresh)
     assert line.startswith(old_run.name) and "git worktree add" in line
-    assert find.find_old_runs(Place(old_run.storage, tiny_experiment("name=digit"), "d" * 12, "e" * 12)) == []
+    assert (
+        find.explain_old_runs(Place(old_run.storage, tiny_experiment("name=digit"), "d" * 12, "e" * 12)) == []
+    )
 
 
 def test_a_run_from_before_a_section_existed_is_read(tmp_path):
