@@ -245,8 +245,8 @@ def compare_runs(options: Namespace) -> None:
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
     from pipeline.report import compared_run, comparison
 
-    runs = compared_run.list_compared_runs(map(find.read_place, paths))
-    folder = locate_comparison(root, comparison.hash_comparison(runs, metric))
+    runs = compared_run.make_compared_runs(map(find.read_place, paths))
+    folder = locate_comparison(root, comparison.make_comparison_key(runs, metric))
     print_line(f"comparison: {comparison.write_comparison(runs, folder, 'Comparison', metric)}")
 
 

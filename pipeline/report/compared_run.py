@@ -60,23 +60,23 @@ class ComparedRun:
         return {**self.files.protocol, "objective": describe_objective(self.place.experiment)}
 
 
-def find_differing_keys(trees: Sequence[Tree]) -> list[str]:
+def list_differing_settings(trees: Sequence[Tree]) -> list[str]:
     """Return the keys with more than one value among these configurations, in order."""
     keys = dict.fromkeys(key for tree in trees for key in tree)
     return [key for key in keys if len({str(tree.get(key)) for tree in trees}) > 1]
 
 
-def list_compared_runs(places: Iterable[Place]) -> list[ComparedRun]:
+def make_compared_runs(places: Iterable[Place]) -> list[ComparedRun]:
     """Return the runs as ComparedRun, labelled by folder; `swept` holds the settings that differ."""
     found = [(place, config.flatten(config.to_dict(place.experiment))) for place in places]
-    differing = find_differing_keys([tree for _, tree in found])
+    differing = list_differing_settings([tree for _, tree in found])
     keys = [key for key in differing if not key.startswith(NOT_COMPARED)]
     return [ComparedRun(place.name, place, {k: tree[k] for k in keys if k in tree}) for place, tree in found]
 
 
 def find_swept_keys(runs: Sequence[ComparedRun]) -> list[str]:
     """Return the swept keys with more than one value among these runs."""
-    return find_differing_keys([run.swept for run in runs])
+    return list_differing_settings([run.swept for run in runs])
 
 
 def shorten_key(key: str) -> str:

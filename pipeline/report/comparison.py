@@ -12,9 +12,9 @@ from pipeline.drawing import charts
 from pipeline.drawing.charts import Picture, save_picture
 from pipeline.report.compared_run import (
     ComparedRun,
-    find_differing_keys,
     find_swept_keys,
     format_shared_protocol,
+    list_differing_settings,
     shorten_key,
     shorten_labels,
 )
@@ -29,7 +29,7 @@ from pipeline.store.run import REPORT_HTML
 MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
 
 
-def hash_comparison(runs: Sequence[ComparedRun], metric: Metric) -> str:
+def make_comparison_key(runs: Sequence[ComparedRun], metric: Metric) -> str:
     """Return the key of the comparison of these runs by this metric."""
     names = sorted((run.place.name, run.files.experiment.sample.checkpoint) for run in runs)
     return hash_content([names, metric.name])
@@ -55,13 +55,13 @@ def write_comparison(
                 (
                     format_shared_protocol(group),
                     tabulate_group(group, metric, folder),
-                    list_reasons(group.runs),
+                    list_incomparable_reasons(group.runs),
                 )
                 for group in groups
             ],
             unranked=[_format_link(run, folder) for run in runs if run not in ranked],
             beside_paper=[(run.label, run.files) for run in of_cifar10] if len(rows) > 1 else [],
-            why_not=list_reasons(of_cifar10),
+            why_not=list_incomparable_reasons(of_cifar10),
             runs=runs,
             differences=keys if len(keys) > MOST_COLUMNS else [],
             bars=draw_scores(runs, pictures),
@@ -86,7 +86,7 @@ def tabulate_group(
     others = [m for m in METRICS.values() if not m.detail and any(m.name in run.scores for run in runs)]
     metrics = [metric, *(other for other in others if other.name != metric.name)]
     # how samples were drawn may differ within a group: it is part of what is compared
-    differing = set(find_differing_keys([run.protocol for run in runs])) - {
+    differing = set(list_differing_settings([run.protocol for run in runs])) - {
         "checkpoint",
         "batch_size",
         "seed",
@@ -111,7 +111,7 @@ def tabulate_group(
     return ["Run", f"**{header[0]}**", *header[1:]], rows
 
 
-def list_reasons(runs: Sequence[ComparedRun]) -> list[str]:
+def list_incomparable_reasons(runs: Sequence[ComparedRun]) -> list[str]:
     """List why scores are not comparable with the paper's, each reason once."""
     return list(dict.fromkeys(why for run in runs for why in run.protocol.get("why_not", [])))
 
@@ -150,7 +150,7 @@ def draw_losses(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
         if run.files.points:  # several compared runs may share a directory: its loss is one curve
             groups.setdefault(str(run.objective), {}).setdefault(run.place.path, (number, run))
     objectives = [next(iter(group.values()))[1].objective for group in groups.values()]
-    keys, names, pictures = find_differing_keys(objectives), shorten_labels(runs), []
+    keys, names, pictures = list_differing_settings(objectives), shorten_labels(runs), []
     for panel, (objective, group) in enumerate(zip(objectives, groups.values(), strict=True)):
         values = [f"{shorten_key(key)} {format_value(objective.get(key))}" for key in keys]
         title = ", ".join(["Loss", *values])

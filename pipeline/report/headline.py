@@ -27,7 +27,7 @@ def compare_with_linear_denoiser(run: RunFiles) -> str:
     return f"{ours}, against {line}"
 
 
-def compose_headline(run: RunFiles) -> str:
+def describe_scores(run: RunFiles) -> str:
     """Return the scores as a sentence, with the paper's scores or the Gaussian baseline's."""
     scores, parts = run.scores, []
     metrics = [m for m in (*HEADLINE, METRICS["train_nll_bpd"]) if m.name in scores]

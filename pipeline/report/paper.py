@@ -51,7 +51,7 @@ TABLES_1_AND_2 = (
 )  # fmt: skip
 
 
-def find_row(diffusion: DiffusionConfig) -> PaperRow | None:
+def find_paper_row(diffusion: DiffusionConfig) -> PaperRow | None:
     """Find the row of an objective; None where the paper has none."""
     variance = "fixed" if diffusion.variance.startswith("fixed") else diffusion.variance
     key = (diffusion.predict, diffusion.loss, variance)

@@ -140,4 +140,4 @@ class RunFiles:
     @property
     def paper_row(self) -> paper.PaperRow | None:
         """The row of the paper's Tables 1 and 2 that this run belongs to."""
-        return paper.find_row(self.experiment.diffusion) if self.is_cifar10 else None
+        return paper.find_paper_row(self.experiment.diffusion) if self.is_cifar10 else None

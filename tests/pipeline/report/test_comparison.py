@@ -11,7 +11,7 @@ from synthetic_run import make_run
 from pipeline.cli.program import main
 from pipeline.drawing import charts
 from pipeline.report import comparison
-from pipeline.report.compared_run import ComparedRun, list_compared_runs, shorten_labels
+from pipeline.report.compared_run import ComparedRun, make_compared_runs, shorten_labels
 from pipeline.report.matrix import PictureMatrix, arrange_pictures
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.ranking import rank_runs
@@ -174,7 +174,7 @@ def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatc
 
 
 def test_the_command_takes_names_beginnings_and_paths(four, tmp_path, undrawn, capsys):
-    found = list_compared_runs(one.place for one in four)
+    found = make_compared_runs(one.place for one in four)
     assert [(one.swept, one.label) for one in found] == [(one.swept, one.place.name) for one in four]
     names = sorted(one.place.name for one in four)
     written = set()

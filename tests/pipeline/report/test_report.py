@@ -324,14 +324,14 @@ def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
     for file in files:
         comments = "".join(line for line in file.open() if line.startswith("#"))
         experiment = config.load_experiment(str(file), [])
-        row, text = paper.find_row(experiment.diffusion), comments.replace("+-", "±").replace("<=", "≤")
+        row, text = paper.find_paper_row(experiment.diffusion), comments.replace("+-", "±").replace("<=", "≤")
         printed = [row.scores[key] for key in ("fid", "is_mean", "nll_bpd") if key in row.scores]
         assert all(number in text for number in printed) and bool(printed) != ("FID -" in text), file.name
     cifar10 = config.to_dict(config.load_experiment("cifar10", []))
     for section, recipe in paper.RECIPE.items():
         assert recipe == {key: cifar10[section][key] for key in recipe}
     assert len({id(row) for row in paper.TABLES_1_AND_2}) == 6
-    assert paper.find_row(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
+    assert paper.find_paper_row(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
 
 
 def test_a_run_stands_below_the_row_of_its_objective_if_there_is_one(make):

@@ -4,7 +4,7 @@ import pytest
 from browser import open_browser
 from synthetic_run import make_run
 
-from pipeline.report.compared_run import list_compared_runs
+from pipeline.report.compared_run import make_compared_runs
 from pipeline.report.comparison import write_comparison
 from pipeline.stages import report
 
@@ -26,7 +26,7 @@ def pages(tmp_path_factory):
         experiment, run = make_run(storage, name, overrides)
         places.append(run.of(experiment))
         assert list(report.STAGE.work(places[-1])) == []
-    both = write_comparison(list_compared_runs(places), storage / "comparisons" / "both", "Both")
+    both = write_comparison(make_compared_runs(places), storage / "comparisons" / "both", "Both")
     return [*(place.report_html for place in places), both]
 
 
