@@ -21,7 +21,7 @@ def list_required_stages(place: Place, last: str) -> list[Stage]:
     names = {last}
     for stage in reversed(STAGES):  # a stage needs earlier ones
         if stage.name in names:
-            names.update(stage.list_required(place.experiment))
+            names.update(stage.list_required_stages(place.experiment))
     return [stage for stage in STAGES if stage.name in names]
 
 

@@ -23,7 +23,7 @@ class ReportStage(Stage):
     uses_checkpoint = True
     shows_other_stages = True
 
-    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
         return ("evaluate", "figures")
 
     def is_done(self, place: Place) -> bool:

@@ -80,7 +80,7 @@ class SampleStage(Stage):
     name = "sample"
     uses_checkpoint = adds_to_run = True
 
-    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train", "select") if experiment.sample.checkpoint == "best" else ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
@@ -98,7 +98,7 @@ class SampleStage(Stage):
             diffusion = Diffusion(experiment.diffusion)
             if warning := explain_few_steps(diffusion, config.steps, config.variance):
                 log.warning("sample: %s", warning)
-        shards = plan_shards(place)
+        shards = plan_sample_shards(place)
         yield [
             Unit(
                 UnitKind.SAMPLES, write_sample_shard, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
@@ -125,7 +125,7 @@ class SampleStage(Stage):
 STAGE = SampleStage()
 
 
-def plan_shards(place: Place) -> list[Shard]:
+def plan_sample_shards(place: Place) -> list[Shard]:
     """Return the shards of the first num_images samples, batch_size each; a smaller set is one shard."""
     config = place.experiment.sample
     size = min(config.batch_size, config.num_images)

@@ -25,7 +25,7 @@ class SelectStage(Stage):
     name = "select"
     selects_checkpoint = adds_to_run = True
 
-    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train")
 
     def is_done(self, place: Place) -> bool:

@@ -28,7 +28,7 @@ class Stage(ABC):
     adds_to_run: ClassVar[bool] = False
     shows_other_stages: ClassVar[bool] = False
 
-    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
         """Return the names of the stages that it needs."""
         return ()
 

@@ -43,7 +43,7 @@ class TrainStage(GroupStage):
     name = "train"
     adds_to_run = True
 
-    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
         return () if experiment.published.weights else ("shard",)  # published ones need no images
 
     def is_done(self, place: Place) -> bool:

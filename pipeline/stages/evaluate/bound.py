@@ -90,7 +90,7 @@ def choose_timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
     return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 
 
-def average_units(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
+def average_bound(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
     """Average the bound over all images. Raises PipelineError naming a unit of other images or timesteps."""
     terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
     for file, unit in units.items():

@@ -31,7 +31,7 @@ class EvaluateStage(Stage):
     name = "evaluate"
     uses_checkpoint = True
 
-    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
         samples = ("sample",) if needs_samples(experiment) else ()
         return ("shard", "train", *samples, *(("select",) if experiment.evaluate.checkpoints else ()))
 
@@ -68,13 +68,13 @@ class EvaluateStage(Stage):
         if needs_samples(place.experiment):
             yield list_preparations(place)
             extractor = find_extractor(place)
-            sets = images.collect_sets(place, extractor, list_samples(place))
+            sets = images.collect_sets(place, extractor, list_sample_shards(place))
             yield pending + sets.list_missing()
             images.add_scores(found, place, extractor, sets)
         else:
             yield pending
         if bounds:
-            scores, nll = bound.average_units(bounds, place.experiment.diffusion.timesteps)
+            scores, nll = bound.average_bound(bounds, place.experiment.diffusion.timesteps)
             # The train split's bound is another score than the test split's, which most readers mean.
             prefix = "train_" if config.nll_split == "train" else ""
             found["scores"] |= {f"{prefix}{name}": value for name, value in scores.items()}
@@ -95,13 +95,13 @@ def needs_samples(experiment: Experiment) -> bool:
     return bool(set(experiment.evaluate.metrics) - {"nll"})
 
 
-def list_samples(place: Place) -> list[Shard]:
+def list_sample_shards(place: Place) -> list[Shard]:
     """List the tars of the first num_images samples. Raises PipelineError if there are fewer."""
     return open_shards(place.samples).list_shards("samples", place.experiment.sample.num_images)
 
 
 def _hash_inputs(place: Place) -> dict[str, str | None]:
     """Return the hashes of samples and weights, which are not in the scores' key; None if one is not there."""
-    samples = list_samples(place) if needs_samples(place.experiment) else []
+    samples = list_sample_shards(place) if needs_samples(place.experiment) else []
     weights = bound.hash_weights(place) if "nll" in place.experiment.evaluate.metrics else None
     return {"samples": hash_shards(samples), "weights": weights}

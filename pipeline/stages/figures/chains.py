@@ -51,7 +51,7 @@ def choose_ancestral_variance(experiment: Experiment) -> Variance | None:
     return "fixedsmall" if experiment.sample.sampler == "ddim" else experiment.sample.variance
 
 
-def draw_rows(files: list[Path], file: Path, dim: int = 0) -> None:
+def save_rows(files: list[Path], file: Path, dim: int = 0) -> None:
     """Save one grid of the units' images (rows, columns, C, H, W), uint8; each unit gives rows, or columns (dim=1)."""
     rows = torch.cat([torch.from_numpy(read_arrays(unit)["images"]) for unit in files], dim=dim)
     save_grid(rows.flatten(0, 1), rows.shape[1], file)
@@ -69,7 +69,7 @@ def plan_samples(place: Place) -> Figure:
     return Figure("samples.png", f"{caption}, the first ones, not selected (paper, Fig. 13)", {}, draw)
 
 
-def plan_progressive(place: Place) -> Figure:
+def plan_progressive_generation(place: Place) -> Figure:
     """Plan Figs. 6 and 14: a row of snapshots for each of the first samples."""
     n, folder = count_rows(place.experiment), locate_unit_folder(place, "progressive")
     units = make_image_units(
@@ -79,7 +79,7 @@ def plan_progressive(place: Place) -> Figure:
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
         f"right, after each tenth of the steps (paper, Figs. 6 and 14; {describe_chain(place.experiment)})"
     )
-    return Figure("progressive.png", caption, units, draw_rows)
+    return Figure("progressive.png", caption, units, save_rows)
 
 
 def write_snapshots(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
@@ -118,7 +118,7 @@ def plan_interpolation(place: Place) -> Figure:
         f"(λ = 0), λ = 0.1 to 0.9, reconstruction (λ = 1), source; {choose_pair_split(place)} images, a pair in a row, "
         f"the noise shared (paper, Fig. 8; {describe_chain(place.experiment)})"
     )
-    return Figure("interpolation.png", caption, units, draw_rows)
+    return Figure("interpolation.png", caption, units, save_rows)
 
 
 def plan_coarse_to_fine(place: Place) -> Figure:
@@ -130,7 +130,7 @@ def plan_coarse_to_fine(place: Place) -> Figure:
         f"t = {format_timesteps(counts, place.experiment)} from top to bottom before its latents are mixed "
         f"(paper, Fig. 9; {describe_chain(place.experiment)})"
     )
-    return Figure("coarse_to_fine.png", caption, units, draw_rows)
+    return Figure("coarse_to_fine.png", caption, units, save_rows)
 
 
 def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
@@ -185,23 +185,23 @@ def plan_shared_latents(place: Place) -> Figure:
     for steps in dict.fromkeys(counts):
         file = locate_unit_folder(place, "shared") / f"{n:04d}-{steps:04d}.npz"
         args, name = (place, n, steps, file), f"images that share x_t after {steps} steps"
-        units[file] = Unit(UnitKind.FIGURE, write_children, args, name, n * CHILDREN, needs_gpu=True)
+        units[file] = Unit(UnitKind.FIGURE, write_shared_latents, args, name, n * CHILDREN, needs_gpu=True)
     caption = (
         f"Images that share a latent: x_t, then {CHILDREN} images from it, for "
         f"t = {format_timesteps(counts, place.experiment)}, left to right; a chain in a row "
         f"(paper, Fig. 7; {describe_chain(place.experiment)})"
     )
-    return Figure("shared_latents.png", caption, units, partial(draw_rows, dim=1))
+    return Figure("shared_latents.png", caption, units, partial(save_rows, dim=1))
 
 
-def write_children(ctx: Worker, place: Place, n: int, steps: int, file: Path) -> None:
+def write_shared_latents(ctx: Worker, place: Place, n: int, steps: int, file: Path) -> None:
     """Write (n, 1 + children, C, H, W), each row a latent and its images (body of a unit)."""
-    x_t, children = draw_children(ctx, place, n, steps)
+    x_t, children = draw_from_latents(ctx, place, n, steps)
     rows = torch.cat([x_t[:, None], children.unflatten(0, (n, CHILDREN))], dim=1)
     write_arrays(file, images=to_uint8(rows).cpu().numpy())
 
 
-def draw_children(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
+def draw_from_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Draw x_t (n, C, H, W) of the first n samples' chains, and images (n * children, C, H, W) from it."""
     experiment, variance = place.experiment, choose_ancestral_variance(place.experiment)
     chain, net = build_diffusion(experiment), load_guided_network(place, ctx.device)

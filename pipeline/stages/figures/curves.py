@@ -51,7 +51,7 @@ def find_extractor_of_scores(place: Place) -> Extractor:
         raise FigureUnavailable(f"its feature extractor is not there: {error}") from error
 
 
-def plan_scores_along(place: Place) -> Figure:
+def plan_scores_along_chain(place: Place) -> Figure:
     """Plan Fig. 10: IS and FID of the estimates of x_0."""
     experiment, extractor = place.experiment, find_extractor_of_scores(place)
     statistics = load_reference(place, extractor, experiment.evaluate.reference)

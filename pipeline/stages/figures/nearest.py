@@ -18,20 +18,20 @@ from pipeline.store.run import Place
 NEIGHBOURS = 9
 
 
-def plan_nearest_pixels(place: Place) -> Figure:
+def plan_neighbours_by_pixels(place: Place) -> Figure:
     """Plan Fig. 12: the neighbours in pixel space."""
-    return _plan_nearest("nearest_pixels", "pixel space (paper, Fig. 12)", place, None)
+    return _plan_neighbours("nearest_pixels", "pixel space (paper, Fig. 12)", place, None)
 
 
-def plan_nearest_features(place: Place) -> Figure:
+def plan_neighbours_by_features(place: Place) -> Figure:
     """Plan Fig. 15: the neighbours in the features that the run was scored with."""
     extractor = find_extractor_of_scores(place)
-    return _plan_nearest(
+    return _plan_neighbours(
         "nearest_features", f"the feature space of `{extractor.name}` (paper, Fig. 15)", place, extractor
     )
 
 
-def _plan_nearest(name: str, space: str, place: Place, extractor: Extractor | None) -> Figure:
+def _plan_neighbours(name: str, space: str, place: Place, extractor: Extractor | None) -> Figure:
     """Plan a row for each of the first samples: a unit looks through one shard of training images."""
     n, shape = count_rows(place.experiment), place.experiment.data.shape
     shards = tars.open_shards(place.data).list_shards("train")
@@ -54,17 +54,17 @@ def _plan_nearest(name: str, space: str, place: Place, extractor: Extractor | No
     for shard, gallery in zip(shards, galleries, strict=True):
         file, images = folder / f"{shard.name.removesuffix('.tar')}.npz", shard.stop - shard.start
         args, title = (query, shard, gallery, file), f"{name} in {shard.name}"
-        units[file] = Unit(UnitKind.FIGURE, write_nearest, args, title, images, needs_gpu=True)
+        units[file] = Unit(UnitKind.FIGURE, write_neighbours, args, title, images, needs_gpu=True)
 
     def draw(files: list[Path], file: Path) -> None:
-        rows = np.concatenate([own[:, None], merge_nearest(files)["images"]], axis=1)
+        rows = np.concatenate([own[:, None], merge_neighbours(files)["images"]], axis=1)
         save_grid(torch.from_numpy(rows).flatten(0, 1), rows.shape[1], file)
 
     caption = f"Samples, first column, and the training images nearest in {space}"
     return Figure(f"{name}.png", caption, units, draw)
 
 
-def write_nearest(
+def write_neighbours(
     ctx: Worker, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path
 ) -> None:
     """Write the images of one shard that are nearest to each row of `query` (n, d) (body of a unit).
@@ -81,7 +81,7 @@ def write_nearest(
     write_arrays(file, distance=found.values.cpu().numpy(), index=rows + shard.start, images=images[rows])
 
 
-def merge_nearest(files: list[Path]) -> dict[str, np.ndarray]:
+def merge_neighbours(files: list[Path]) -> dict[str, np.ndarray]:
     """Return the nearest over all shards: distance and index in the split (n, k), images (n, k, C, H, W)."""
     parts = [read_arrays(file) for file in files]
     joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

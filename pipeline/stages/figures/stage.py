@@ -29,7 +29,7 @@ class FiguresStage(Stage):
     name = "figures"
     uses_checkpoint = True
 
-    def list_required(self, experiment: Experiment) -> tuple[str, ...]:
+    def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
         return ("shard", "train", "sample")
 
     def is_done(self, place: Place) -> bool:
@@ -63,14 +63,14 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
 
     plans = {
         "samples": chains.plan_samples,
-        "progressive": chains.plan_progressive,
+        "progressive": chains.plan_progressive_generation,
         "interpolation": chains.plan_interpolation,
         "coarse_to_fine": chains.plan_coarse_to_fine,
         "shared_latents": chains.plan_shared_latents,
         "rate_distortion": curves.plan_rate_distortion,
-        "scores_along": curves.plan_scores_along,
-        "nearest_pixels": nearest.plan_nearest_pixels,
-        "nearest_features": nearest.plan_nearest_features,
+        "scores_along": curves.plan_scores_along_chain,
+        "nearest_pixels": nearest.plan_neighbours_by_pixels,
+        "nearest_features": nearest.plan_neighbours_by_features,
     }
     figures, skipped = [], {}
     for name in place.experiment.figures.which:

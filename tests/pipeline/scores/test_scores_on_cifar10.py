@@ -92,7 +92,7 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
     monkeypatch.setattr(bound, "compute_bits_per_dim", partial(compute_bits_per_dim, clip=False))
     units = bound.plan_units(run.of(experiment))
     one_cpu().run_units(list(units.values()), lambda unit: None)
-    rows = bound.average_units(units, 1000)[1]["rate_distortion"]
+    rows = bound.average_bound(units, 1000)[1]["rate_distortion"]
     spread = (((x[:16] - mean) @ vectors) ** 2).mean(axis=0)
     signal = alpha_bar()[:, None]
     shrink = signal * values / (signal * values + 1 - signal)

@@ -16,7 +16,7 @@ from pipeline.scores.image_sets import extract_shard
 from pipeline.scores.reference import load_reference, load_statistics, locate_statistics
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
-from pipeline.stages.evaluate.stage import list_samples
+from pipeline.stages.evaluate.stage import list_sample_shards
 from pipeline.store import tars
 from pipeline.store.files import hash_file, read_arrays, read_unit_arrays, write_arrays, write_unit_arrays
 
@@ -35,7 +35,7 @@ def projected(sampled):
 def feature_files(experiment, run):
     """The files of the features of the run's two tars."""
     folder = run.score_units / find_extractor(run.of(experiment)).name
-    return [folder / f"{shard.sha256[:16]}.npz" for shard in list_samples(run.of(experiment))]
+    return [folder / f"{shard.sha256[:16]}.npz" for shard in list_sample_shards(run.of(experiment))]
 
 
 def test_a_short_set_is_refused_and_a_longer_one_is_cut(projected):

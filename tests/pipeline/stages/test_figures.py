@@ -163,7 +163,7 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
     diffusion, index = Diffusion(experiment.diffusion), torch.arange(3)
     net = load_network(run.of(experiment), torch.device("cpu"))
     for steps in (20, 10, 5):
-        x_t, children = chains.draw_children(one_cpu().context, run.of(experiment), 3, steps)
+        x_t, children = chains.draw_from_latents(one_cpu().context, run.of(experiment), 3, steps)
 
         def noise(t):
             return draw_normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
@@ -193,7 +193,7 @@ def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_pat
 
 def test_scores_along_end_in_the_runs_own(drawn):
     experiment, run = drawn
-    figure = curves.plan_scores_along(run.of(experiment))
+    figure = curves.plan_scores_along_chain(run.of(experiment))
     assert "12 images, too few" in figure.caption
     reference = load_reference(run, curves.find_extractor_of_scores(run.of(experiment)), "train")
     along = curves.score_snapshots(list(figure.units), 12, reference)
@@ -233,8 +233,8 @@ def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
             gallery = tmp_path / f"{tar.name}-features.npz"
             write_arrays(gallery, features=vectors[tar.start : tar.stop])
         files.append(tmp_path / f"{tar.name}.npz")
-        nearest.write_nearest(one_cpu().context, vectors[chosen], tar, gallery, files[-1])
-    found = nearest.merge_nearest(files)
+        nearest.write_neighbours(one_cpu().context, vectors[chosen], tar, gallery, files[-1])
+    found = nearest.merge_neighbours(files)
     assert found["index"][:, 0].tolist() == chosen and (found["distance"][:, 0] == 0).all()
     assert np.array_equal(found["images"][:, 0], pixels[chosen])
     distance = np.linalg.norm(vectors[chosen][:, None] - vectors[None], axis=2)
