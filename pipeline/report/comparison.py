@@ -22,7 +22,7 @@ from pipeline.report.headline import compare_with_linear_denoiser
 from pipeline.report.matrix import PictureMatrix, arrange_pictures
 from pipeline.report.page import PROTOCOL, TEMPLATE, escape_markdown, format_value, write_page
 from pipeline.scores.metrics import FIRM, METRICS, Metric
-from pipeline.scores.ranking import RankedGroup, format_values, format_winner, rank_runs
+from pipeline.scores.ranking import RankedGroup, describe_best, format_swept_values, rank_runs
 from pipeline.store.keys import hash_content
 from pipeline.store.run import REPORT_HTML
 
@@ -50,7 +50,7 @@ def write_comparison(
             note=note,
             metric=metric,
             useful=sum(not compare_with_linear_denoiser(run.files) for run in runs),
-            winner=escape_markdown(format_winner(groups, metric)),
+            winner=escape_markdown(describe_best(groups, metric)),
             groups=[
                 (
                     format_shared_protocol(group),
@@ -80,7 +80,7 @@ def tabulate_group(
     runs = group.runs
 
     def is_in_labels(key: str) -> bool:  # as what was swept is in those of a sweep's trials
-        return all(f" {format_values({key: run.swept.get(key)})} " in f" {run.label} " for run in runs)
+        return all(f" {format_swept_values({key: run.swept.get(key)})} " in f" {run.label} " for run in runs)
 
     keys = [key for key in find_swept_keys(runs) if not is_in_labels(key)][:MOST_COLUMNS]
     others = [m for m in METRICS.values() if not m.detail and any(m.name in run.scores for run in runs)]

@@ -53,7 +53,7 @@ class Extractor:
         return f"{self.kind}-{self.sha256[:8]}"
 
     @property
-    def is_official(self) -> bool:
+    def is_published(self) -> bool:
         """True if this is the network of the published scores."""
         return self.name == f"{inception.NAME}-{inception.OFFICIAL_SHA8}"
 

@@ -68,7 +68,7 @@ def make_shard_set(
     for shard in shards:
         file, images = folder / extractor.name / f"{shard.sha256[:16]}.npz", shard.stop - shard.start
         args, name = (extractor, shard, shape, file), f"features of {shard.name}"
-        units[file] = Unit(UnitKind.FEATURES, extract_shard, args, name, images, needs_gpu=True)
+        units[file] = Unit(UnitKind.FEATURES, write_shard_features, args, name, images, needs_gpu=True)
     return ImageSet(sum(unit.images for unit in units.values()) if n is None else n, units)
 
 
@@ -81,11 +81,15 @@ def make_baseline_set(
         stop = min(start + BASELINE_UNIT, n)
         file = folder / extractor.name / f"{kind}-{start}-{stop}.npz"
         args, name = (extractor, pixels, start, stop, shape, file), f"features of {kind} {start}-{stop - 1}"
-        units[file] = Unit(UnitKind.FEATURES, extract_baseline, args, name, stop - start, needs_gpu=True)
+        units[file] = Unit(
+            UnitKind.FEATURES, write_baseline_features, args, name, stop - start, needs_gpu=True
+        )
     return ImageSet(n, units)
 
 
-def extract_shard(ctx: Worker, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path) -> None:
+def write_shard_features(
+    ctx: Worker, extractor: Extractor, shard: tars.Shard, shape: Shape, file: Path
+) -> None:
     """Write the features of one shard (body of a unit). Raises PipelineError if the shard has changed.
 
     It reads no manifest, since a shard of samples is looked at before all of them are drawn.
@@ -105,7 +109,7 @@ def extract_shard(ctx: Worker, extractor: Extractor, shard: tars.Shard, shape: S
     write_unit_arrays(file, features=features, logits=logits)
 
 
-def extract_baseline(
+def write_baseline_features(
     ctx: Worker, extractor: Extractor, pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
 ) -> None:  # fmt: skip
     """Write the features of images [start, stop) of a baseline (body of a unit)."""

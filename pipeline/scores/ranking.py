@@ -85,7 +85,7 @@ def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
         better = sum(sign * other < sign * means[point] for other in means.values())
         name, spread = own[0].label, None
         if len(own) > 1:
-            name = format_values(_drop_seed(own[0])) or ", ".join(run.label for run in own)
+            name = format_swept_values(_drop_seed(own[0])) or ", ".join(run.label for run in own)
             spread = stdev(run.scores[metric.name] for run in own)
         ranked += [(run, RankedPoint(better + 1, name, means[point], spread, len(own))) for run in own]
     shared = {key: runs[0].protocol[key] for key in metric.protocol if runs[0].protocol.get(key) is not None}
@@ -96,7 +96,7 @@ def _drop_seed(run: ScoredRun) -> Tree:
     return {key: value for key, value in run.swept.items() if key != "seed"}
 
 
-def format_values(swept: Mapping[str, Any]) -> str:
+def format_swept_values(swept: Mapping[str, Any]) -> str:
     """Return swept values as text, 'cosine dropout=0.1': a number needs its key, a word does not."""
     return " ".join(
         value if isinstance(value, str) else f"{key.rpartition('.')[2]}={json.dumps(value)}"
@@ -104,7 +104,7 @@ def format_values(swept: Mapping[str, Any]) -> str:
     )
 
 
-def format_winner(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
+def describe_best(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
     """Return a sentence, without its full stop, that names the best run or says why there is none."""
     if not groups:
         return f"No run has a score of {metric.heading} yet"

@@ -26,7 +26,7 @@ def locate_statistics(place: Place, extractor: Extractor, split: str) -> tuple[P
 def load_reference(place: Place, extractor: Extractor, reference: str) -> Statistics | None:
     """Load the statistics of a split or of a user's file; None if those of the split are still to be made."""
     if reference not in SPLITS:
-        return load_statistics(Path(reference))
+        return load_user_statistics(Path(reference))
     file, content = locate_statistics(place, extractor, reference)
     arrays = read_arrays(file) if file.exists() else None
     if arrays is None or arrays["content"].item() != content:
@@ -34,7 +34,7 @@ def load_reference(place: Place, extractor: Extractor, reference: str) -> Statis
     return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
 
 
-def make_reference(place: Place, extractor: Extractor, split: str, images: ImageSet) -> Statistics:
+def write_split_statistics(place: Place, extractor: Extractor, split: str, images: ImageSet) -> Statistics:
     """Compute the statistics of a whole split, and write them."""
     found = images.sum_features().moments.to_statistics()
     file, content = locate_statistics(place, extractor, split)
@@ -42,7 +42,7 @@ def make_reference(place: Place, extractor: Extractor, split: str, images: Image
     return found
 
 
-def load_statistics(file: Path, width: int | None = None) -> Statistics:
+def load_user_statistics(file: Path, width: int | None = None) -> Statistics:
     """Load a user's .npz: mu (d,), sigma (d, d) and, if it has it, n.
 
     Raises PipelineError, in a line, if it holds no statistics of features (of that width).

@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.console import format_duration, format_table
 from pipeline.report.compared_run import ComparedRun
 from pipeline.scores.metrics import HEADLINE, METRICS
-from pipeline.scores.ranking import RankedGroup, RankedPoint, format_winner, rank_runs
+from pipeline.scores.ranking import RankedGroup, RankedPoint, describe_best, rank_runs
 from pipeline.store.files import write_json, write_text
 from pipeline.store.log import read_progress
 from pipeline.store.run import LEADERBOARD
@@ -55,7 +55,7 @@ class Leaderboard:
     @property
     def headline(self) -> str:
         """The sentence that names the best trial."""
-        return format_winner(self.groups, self.sweep.metric)
+        return describe_best(self.groups, self.sweep.metric)
 
     @property
     def failures(self) -> list[str]:

@@ -13,7 +13,7 @@ from pipeline.engine import find
 from pipeline.engine.names import list_known_names
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import LOSS
-from pipeline.scores.ranking import describe_objective, format_values
+from pipeline.scores.ranking import describe_objective, format_swept_values
 from pipeline.store import keys
 from pipeline.store.run import Place, find_runs
 from pipeline.sweep.definition import Sweep, ValueRange, Values
@@ -55,7 +55,7 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
         name = str(swept.get("experiment", sweep.experiments[0]))
         try:
             experiment = load_experiment(name, common + format_overrides(own), known)
-            points.append(SweepPoint(format_values(swept), swept, experiment))
+            points.append(SweepPoint(format_swept_values(swept), swept, experiment))
         except ConfigError as error:
             faults |= dict.fromkeys(error.problems)
     faults |= dict.fromkeys(_find_point_problems(sweep, points))

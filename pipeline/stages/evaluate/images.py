@@ -9,7 +9,7 @@ from pipeline.scores import distances
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, make_baseline_set, make_shard_set
 from pipeline.scores.preparations import locate_gaussian
-from pipeline.scores.reference import load_reference, make_reference
+from pipeline.scores.reference import load_reference, write_split_statistics
 from pipeline.scores.results import Results, ScoreProtocol, Scores
 from pipeline.store import tars
 from pipeline.store.run import Place
@@ -68,7 +68,7 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
     experiment, config = place.experiment, place.experiment.evaluate
     statistics = {
         score: load_reference(place, extractor, name)
-        or make_reference(place, extractor, name, sets.splits[name])
+        or write_split_statistics(place, extractor, name, sets.splits[name])
         for score, name in sets.references.items()
     }
     real = sets.splits[config.reference].read_features() if sets.compares_images else None
@@ -119,7 +119,7 @@ def _describe_features(
     """Return the protocol's entries on the features: extractor, counts, reference."""
     found: ScoreProtocol = {
         "extractor": extractor.name,
-        "official_extractor": extractor.is_official,
+        "official_extractor": extractor.is_published,
         "features": len(sums.moments.first),
         "splits": len(sums.in_order.n) if sums.in_order else None,
     }

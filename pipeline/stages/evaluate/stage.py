@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.preparations import list_preparations
-from pipeline.scores.reference import load_statistics
+from pipeline.scores.reference import load_user_statistics
 from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
 from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
@@ -55,7 +55,7 @@ class EvaluateStage(Stage):
             if "fid_test" in config.metrics or config.reference == "test":
                 open_shards(place.data).count_images("test")
             if config.reference_file:
-                load_statistics(config.reference_file, EXTRACTORS[config.features].width)
+                load_user_statistics(config.reference_file, EXTRACTORS[config.features].width)
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units that features need, then all others at once; then write and seal the scores."""

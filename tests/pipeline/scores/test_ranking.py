@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from pipeline.scores.metrics import METRICS, find_metric
-from pipeline.scores.ranking import format_winner, rank_runs
+from pipeline.scores.ranking import describe_best, rank_runs
 
 FID = METRICS["fid"]
 
@@ -40,14 +40,14 @@ def test_seeds_count_together_and_their_spread_is_kept():
         ("lr=1 seed=1", 2, 25.0, 2),
     ]  # fmt: skip
     assert group.ranked[0][1].spread == pytest.approx(8**0.5)
-    said = format_winner([group], FID).replace("\u00a0", " ")
+    said = describe_best([group], FID).replace("\u00a0", " ")
     assert said == "lr=2 has the lowest FID of 2: 22.00 ± 2.83, mean of 2 seeds"
 
 
 def test_equals_share_a_rank_whatever_the_order_they_come_in():
     runs = [run(2, 0, 5.0), run(1, 0, 5.0), run(3, 0, 6.0)]
     assert ranks(runs) == ranks(runs[::-1]) == [[("lr=1 seed=0", 1), ("lr=2 seed=0", 1), ("lr=3 seed=0", 3)]]
-    said = format_winner(rank_runs(runs, FID), FID)
+    said = describe_best(rank_runs(runs, FID), FID)
     assert said.startswith("lr=1 seed=0 and lr=2 seed=0 have the lowest FID of 3")
 
 
@@ -60,8 +60,8 @@ def test_the_direction_is_the_metrics():
 def test_other_images_and_other_protocols_are_groups_of_their_own():
     runs = [run(1, 0, 9.0), run(2, 0, 8.0), run(3, 0, 1.0, n=9), run(4, 0, 2.0, data="cifar10")]
     assert [len(group.ranked) for group in rank_runs(runs, FID)] == [2, 1, 1]
-    assert "scored by 3 protocols" in format_winner(rank_runs(runs, FID), FID)
-    assert "No run has a score of FID" in format_winner([], FID)
+    assert "scored by 3 protocols" in describe_best(rank_runs(runs, FID), FID)
+    assert "No run has a score of FID" in describe_best([], FID)
 
 
 def test_a_metric_is_found_by_its_name_or_its_family():

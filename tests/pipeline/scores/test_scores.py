@@ -327,7 +327,7 @@ def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, t
     """All but the FID, whose eigenvalues take long: the next test has it, and the shuffled IS."""
     monkeypatch.setattr(scores, "SPLITS", 2)  # a split of one image has a score of 1, whatever it shows
     network = in_inception(he_inception, tmp_path)
-    assert network.name.startswith("inception-v3-compat-") and not network.is_official
+    assert network.name.startswith("inception-v3-compat-") and not network.is_published
     noise, pale = blocks(5)
     theirs = their_scores(network, noise, pale, whole=False)
     ours, real = ([extractors.extract_features(network, images, CPU)] for images in (noise, pale))

@@ -12,8 +12,8 @@ from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores import classifier, preparations
 from pipeline.scores.extractors import find_extractor
-from pipeline.scores.image_sets import extract_shard
-from pipeline.scores.reference import load_reference, load_statistics, locate_statistics
+from pipeline.scores.image_sets import write_shard_features
+from pipeline.scores.reference import load_reference, load_user_statistics, locate_statistics
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
 from pipeline.stages.evaluate.stage import list_sample_shards
@@ -99,7 +99,7 @@ def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
         tmp_path, "00000.tar", "samples", 0, 6, "another" if shapes == "changed" else facts["sha256"]
     )
     with pytest.raises(PipelineError, match=message) as refused:
-        extract_shard(one_cpu().context, None, shard, (1, 8, 8), tmp_path / "features.npz")
+        write_shard_features(one_cpu().context, None, shard, (1, 8, 8), tmp_path / "features.npz")
     assert "\n" not in str(refused.value)
 
 
@@ -195,7 +195,7 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
 def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, message):
     statistics(tmp_path / "their.npz", **changed)
     with pytest.raises(PipelineError, match=message) as refused:
-        load_statistics(tmp_path / "their.npz", 64)
+        load_user_statistics(tmp_path / "their.npz", 64)
     assert "\n" not in str(refused.value) and "their.npz" in str(refused.value)
 
 
