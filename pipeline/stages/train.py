@@ -232,7 +232,9 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
             )
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its statistics are those of the global batch
     state = TrainState(experiment.train, net, experiment.diffusion)
-    found = ctx.broadcast(checkpoint.find_newest(place, experiment.train.steps) if ctx.rank == 0 else None)
+    found = ctx.broadcast(
+        checkpoint.find_newest_step(place, experiment.train.steps) if ctx.rank == 0 else None
+    )
     tensors = {} if found is None else checkpoint.load_checkpoint(place.step_folder(found))
     saved_sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     if tensors:

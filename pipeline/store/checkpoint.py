@@ -105,7 +105,7 @@ def is_valid(directory: Path) -> bool:
     return True
 
 
-def find_newest(run: Place, at_most: int) -> int | None:
+def find_newest_step(run: Place, at_most: int) -> int | None:
     """Return the newest step up to `at_most` with a valid checkpoint; warn of broken ones."""
     for step in reversed(list_steps(run.train, at_most)):
         try:

@@ -76,9 +76,9 @@ def make_score_key(experiment: Experiment, run_key: str) -> str:
     evaluate = get_key_content("evaluate", experiment.evaluate)
     content = {key: value for key, value in evaluate.items() if key not in _NOT_IN_SCORE_KEY}
     if experiment.evaluate.extractor_weights:
-        content["extractor_weights"] = _hash_file_cached(Path(experiment.evaluate.extractor_weights))
+        content["extractor_weights"] = _hash_file_once(Path(experiment.evaluate.extractor_weights))
     if experiment.evaluate.reference_file is not None:
-        content["reference"] = _hash_file_cached(experiment.evaluate.reference_file)
+        content["reference"] = _hash_file_once(experiment.evaluate.reference_file)
     drawn = [make_sample_key(experiment, run_key), experiment.sample.num_images, experiment.checkpoint_rule]
     return hash_content([*drawn, content])
 
@@ -95,7 +95,7 @@ def make_figures_key(experiment: Experiment, run_key: str) -> str:
     return hash_content([make_score_key(experiment, run_key), get_key_content("figures", experiment.figures)])
 
 
-def _hash_file_cached(path: Path) -> str:
+def _hash_file_once(path: Path) -> str:
     """Hash a file again only when it has changed: keys of many checkpoints need the same file."""
     facts = path.stat()
     return _hash_version(path, facts.st_size, facts.st_mtime_ns)

@@ -86,9 +86,9 @@ def pull_run(uri: str, root: Path) -> str:
     with lock_folder(target), show_progress("pull", len(folders), "folders") as progress:
         for done, (folder, files) in enumerate(folders.items(), 1):
             if not any(map(_is_seal, files)):
-                fetched += _fetch_run_files(store, target, files)
+                fetched += _download_run_files(store, target, files)
             elif not any((target / folder / seal).exists() for seal in SEALS):
-                fetched += _fetch_folder(store, target, folder, files)
+                fetched += _download_folder(store, target, folder, files)
             elif not all(_has_same_content(target / file, store.contents[file]) for file in files):
                 kept.append(folder)
             progress.update(done)
@@ -121,7 +121,7 @@ def _has_same_content(path: Path, facts: FileFacts) -> bool:
     return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["sha256"]
 
 
-def _fetch_run_files(store: ObjectStore, target: Path, files: list[str]) -> int:
+def _download_run_files(store: ObjectStore, target: Path, files: list[str]) -> int:
     """Fetch missing files that describe the run, and the log where the pushed one is longer."""
     fetched = 0
     for file in files:
@@ -131,7 +131,7 @@ def _fetch_run_files(store: ObjectStore, target: Path, files: list[str]) -> int:
     return fetched
 
 
-def _fetch_folder(store: ObjectStore, target: Path, folder: str, files: list[str]) -> int:
+def _download_folder(store: ObjectStore, target: Path, folder: str, files: list[str]) -> int:
     """Fetch a sealed folder; continue a broken pull."""
     final = target / folder
     # The item itself holds the lock and stays in its place; its seal comes last.

@@ -116,7 +116,7 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
     first.kill(random.Random(workers).randrange(workers))
     assert not run.step_folder(STEPS).exists(), "killed too late to prove anything"
     second = Group(workers, experiment, run)
-    second.wait_for_step(checkpoint.find_newest(run, STEPS) + 5)
+    second.wait_for_step(checkpoint.find_newest_step(run, STEPS) + 5)
     run.stop_file.touch()
     assert set(second.finish()) == {0}
     run.stop_file.unlink()

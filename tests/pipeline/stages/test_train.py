@@ -142,14 +142,14 @@ def test_a_run_that_has_diverged_stops_and_keeps_the_last_good_checkpoint(tiny_r
     )  # fmt: skip
     with pytest.raises(PipelineError, match=r"loss became .* lower train\.lr"):
         train_to(wild, run, 40, stop_at(stop) if stop else None)
-    assert checkpoint.find_newest(run, at_most=100) == 2
+    assert checkpoint.find_newest_step(run, at_most=100) == 2
 
 
 def test_the_stop_file_ends_training_with_a_checkpoint(tiny_run):
     experiment, run = tiny_run
     run.stop_file.touch()
     train_to(experiment, run, 6)
-    assert checkpoint.find_newest(run, at_most=6) == 1
+    assert checkpoint.find_newest_step(run, at_most=6) == 1
 
 
 def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run):

@@ -50,7 +50,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
     file = run.step_folder(4) / name
     file.write_bytes(change(file.read_bytes())) if change else file.unlink()
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.find_newest(run, at_most=10) == 2
+        assert checkpoint.find_newest_step(run, at_most=10) == 2
     assert "step_00000004" in caplog.text
     with pytest.raises(PipelineError, match="step_00000004"):
         checkpoint.load_checkpoint(run.step_folder(4))
@@ -59,10 +59,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
 def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_run):
     _, run = tiny_run
     saved(run, 2, 4, 6)
-    assert checkpoint.find_newest(run, at_most=5) == 4
-    assert checkpoint.find_newest(run, at_most=1) is None
+    assert checkpoint.find_newest_step(run, at_most=5) == 4
+    assert checkpoint.find_newest_step(run, at_most=1) is None
     run.step_folder(4).rename(run.train / ".tmp-step_00000004-abc")
-    assert checkpoint.find_newest(run, at_most=5) == 2
+    assert checkpoint.find_newest_step(run, at_most=5) == 2
 
 
 def keeping(experiment, keep, keep_every=None, checkpoints=None):
