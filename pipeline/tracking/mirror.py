@@ -34,7 +34,7 @@ POLL, LONGEST_WAIT = (
 )  # seconds between looks at the files; ceiling of the back-off and of one parcel
 
 
-class ServerCopy(TypedDict):
+class DeliveryRecord(TypedDict):
     """The record of one server; parcels: name -> version that arrived."""
 
     study: str
@@ -48,7 +48,7 @@ class MirrorState(TypedDict, total=False):
 
     status: str
     time: int
-    servers: dict[str, ServerCopy]
+    servers: dict[str, DeliveryRecord]
 
 
 class Mirror(Sender):
@@ -139,7 +139,7 @@ class Mirror(Sender):
         sender = self.sender = self.sender or RunSender(self.uri, self.study, self.place, self.child)
         servers, uri = self._state.setdefault("servers", {}), hide_password(self.uri)
         if uri not in servers or servers[uri]["run_id"] != sender.run_id:  # new to this server
-            servers[uri] = ServerCopy(
+            servers[uri] = DeliveryRecord(
                 study=self.study, experiment_id=sender.experiment_id, run_id=sender.run_id, parcels={}
             )
         delivered = servers[uri]["parcels"]

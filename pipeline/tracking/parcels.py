@@ -55,7 +55,7 @@ def list_parcels(
     for grid in sorted(place.grids.glob("[0-9]*.png")):
         yield Parcel(f"grid {grid.stem}", "1", partial(RunSender.send_grid, grid=grid))
     if steps := list_steps(place.train):
-        yield Parcel("checkpoints", str(steps), partial(RunSender.send_checkpoints, steps=steps))
+        yield Parcel("checkpoints", str(steps), partial(RunSender.update_models, steps=steps))
     headline = selection.fill_in_selection(place)
     yield from _list_score_parcels(place, headline, in_own_run=child is None)
     files = {"": [place.experiment_yaml]}

@@ -30,7 +30,7 @@ Cell = Scalar | list[Scalar]
 Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
 
 
-def _send_safely(
+def _warn_instead_of_raising(
     send: Callable[Concatenate[ParentRun, P], None],
 ) -> Callable[Concatenate[ParentRun, P], None]:
     """Decorate a method: connect first, and warn instead of raising."""
@@ -67,7 +67,7 @@ class ParentRun(Sender):
                 self.client, self.experiment_id, f"sweep {study}", identity, now
             )
 
-    @_send_safely
+    @_warn_instead_of_raising
     def start(self, sweep_file: Path, trials: Collection[str]) -> None:
         """Set the parent to RUNNING. Mark the children of points that are no longer in the sweep."""
         self.client.update_run(self.run_id, status="RUNNING")
@@ -83,7 +83,7 @@ class ParentRun(Sender):
                 self.client.set_tag(run_id, STATE_TAG, "interrupted")
                 self.client.set_terminated(run_id, "KILLED")
 
-    @_send_safely
+    @_warn_instead_of_raising
     def send_leaderboard(
         self,
         table: Sequence[Mapping[str, Cell]],
@@ -106,7 +106,7 @@ class ParentRun(Sender):
                 points = [("rung/nll_bpd", value, when, step) for step, value, when in own]
                 log_batches(self.client, child.info.run_id, points)
 
-    @_send_safely
+    @_warn_instead_of_raising
     def finish(self, status: str, report: Path) -> None:
         """Send the report and the final status."""
         if report.is_dir():

@@ -85,7 +85,7 @@ class RunSender:
             self.client.log_image(self.run_id, image, artifact_file=f"{name}+compressed.webp")
         self.client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
-    def send_checkpoints(self, steps: list[int]) -> None:
+    def update_models(self, steps: list[int]) -> None:
         """Make every checkpoint on disk a logged model. Delete the models without scores whose checkpoint is gone."""
         from mlflow.entities import LoggedModelOutput
 
