@@ -65,7 +65,7 @@ def _find_databases(root: Path) -> tuple[dict[str, Path], list[Path]]:
     inside = (root / CONTENT).is_file()
     found = sorted(file.parent for file in (root.parent if inside else root).glob(f"*/{CONTENT}"))
     train = [root] if inside else [folder for folder in found if find_split(folder.name) == "train"]
-    train = train or (found if len(found) == 1 else [])
+    train = train or (found if len(found) == 1 and not find_split(found[0].name) else [])
     if len(train) != 1:
         names = ", ".join(folder.name for folder in train or found) or "none"
         raise PipelineError(

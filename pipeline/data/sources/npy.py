@@ -34,6 +34,8 @@ class NpySource(ArraySource):
             raise PipelineError(f"{root} holds neither images.npy nor train_images.npy; set data.path")
         self._labels = {part: _find_labels(file) for part, file in self._images.items() if data.labels}
         self.files = sorted([*self._images.values(), *self._labels.values()])
+        unused = sorted(file.name for file in root.glob("*.npy") if file not in self.files)
+        self.passed = dict.fromkeys(unused, 1)
         self.root, self.order = self._images["train"].parent, "shuffled if held out"
 
     @cached_property

@@ -107,8 +107,10 @@ def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], 
         splits.setdefault(split, []).append(file)
         sets.setdefault(split, set()).add(tuple(filter(None, map(remove_split_words, folders))))
     train, test = "train" if "train" in splits else "", "test" if "test" in splits else "val"
-    several = ", ".join("/".join(folders) or "." for folders in sorted(sets.get(train, ())))
-    if train and len(sets.get(train, ())) > 1:
+    several = ", ".join(
+        "/".join(folders) or "." for folders in sorted(sets.get(train, set()) | sets.get(test, set()))
+    )
+    if train and len((sets[train] | sets.get(test, set())) - {()}) > 1:
         raise PipelineError(f"{root} holds several sets ({several}); set data.path to one of them")
     for split in splits.keys() - {train, test}:
         for file in splits[split]:

@@ -59,20 +59,26 @@ def is_image_file(file: Path) -> bool:
     name = list_image_extensions().get(file.suffix.lower())
     if name is None or name in COMMON:
         return name is not None
-    try:
-        with _hold_pillow_back(), Image.open(file, formats=(name,)):
-            return True
-    except Exception:  # Pillow's plugins raise nearly anything
-        return False
+    with suppress(DecodeError), _explain_pillow(), Image.open(file, formats=(name,)):
+        return True
+    return False
 
 
 @contextmanager
-def _hold_pillow_back() -> Iterator[None]:
-    """Raise Pillow's warning of too many pixels as an error; no other one goes to the terminal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+def _explain_pillow() -> Iterator[None]:
+    """Raise whatever Pillow raises, and its warning of too many pixels, as DecodeError; suppress its other warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (PipelineError, DecodeError):
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DecodeError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on broken input
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DecodeError(reason or type(error).__name__) from error
 
 
 def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
@@ -80,7 +86,9 @@ def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
 
     Raises DecodeError, or PipelineError where the image does not fit.
     """
-    png, label, classes = _convert_to_png(raw, data), raw.label, data.labels
+    label, classes = raw.label, data.labels
+    with _explain_pillow():
+        png = _convert_to_png(raw, data)
     if not classes:
         return Record(key, png, None)
     if not isinstance(label, int | np.integer):
@@ -131,24 +139,15 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
 def _decode(encoded: bytes) -> tuple[Image.Image, bool]:
     """Return the image, upright, and whether it had to be turned, wherever its orientation stood."""
     formats = tuple(dict.fromkeys(("PNG", "JPEG", *list_image_extensions().values())))  # tried in this order
-    try:
-        with _hold_pillow_back():
-            image = Image.open(io.BytesIO(encoded), formats=formats)
-            if (
-                image.format == "PNG"
-            ):  # decoding does not compare the checksums of PNG's chunks, verify() does
-                image.verify()
-                image = Image.open(io.BytesIO(encoded), formats=("PNG",))
-            image.load()
-            is_turned = False
-            with suppress(Exception):  # a broken orientation is none
-                is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-            return ImageOps.exif_transpose(image) if is_turned else image, is_turned
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DecodeError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except Exception as error:  # Pillow's plugins raise nearly anything on broken input
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DecodeError(reason or type(error).__name__) from error
+    image = Image.open(io.BytesIO(encoded), formats=formats)
+    if image.format == "PNG":  # decoding does not compare the checksums of PNG's chunks, verify() does
+        image.verify()
+        image = Image.open(io.BytesIO(encoded), formats=("PNG",))
+    image.load()
+    is_turned = False
+    with suppress(Exception):  # a broken orientation is none
+        is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    return ImageOps.exif_transpose(image) if is_turned else image, is_turned
 
 
 def _find_alpha(image: Image.Image) -> Image.Image | None:
@@ -165,6 +164,9 @@ def _find_alpha(image: Image.Image) -> Image.Image | None:
 
 def _unify_alpha(image: Image.Image) -> Image.Image:
     """Return an image that says its opacity in any way with a channel A; 16-bit grey stays."""
+    key = image.info.get("transparency")
+    if isinstance(key, tuple) and max(key) > 255:  # a colour of 16 bits, of which Pillow keeps the upper 8
+        image.info["transparency"] = tuple(level >> 8 for level in key)
     return image if image.mode.startswith("I;16") else image.convert("LA" if image.mode == "La" else "RGBA")
 
 

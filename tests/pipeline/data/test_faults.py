@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zlib
@@ -148,6 +149,7 @@ def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
     ("layout", "message"),
     [
         ({"cropped/train-0.parquet": 1, "full/train-0.parquet": 1}, r"several sets \(cropped, full\); set data\.path"),
+        ({"cropped/train-0.parquet": 1, "full/test-0.parquet": 1}, r"several sets \(cropped, full\)"),
         ({"cat/train": 1, "cat/test": 1, "dog/train": 1, "dog/test": 1}, "several folders for a split .*data.path"),
         ({"val/cat": 2, "test/cat": 2}, "no train split, only test, val; set data.path"),
         ({"train": 1, "training": 1, "mnist_test": 1, "my_test": 1}, "several folders for a split"),
@@ -265,6 +267,18 @@ def transparent(kind: str) -> Image.Image | bytes:
         return Image.new("LA", (8, 8), (77, 0))
     if kind == "PA":
         return Image.new("RGBA", (8, 8), (200, 0, 0, 0)).quantize(4)
+    if kind == "tRNS of 16-bit RGB":
+        head, rows = (
+            struct.pack(">2I5B", 8, 8, 16, 2, 0, 0, 0),
+            zlib.compress((b"\0" + 8 * struct.pack(">3H", 51400, 7, 9)) * 8),
+        )
+        chunks = (
+            (b"IHDR", head),
+            (b"tRNS", struct.pack(">3H", 51400, 7, 9)),
+            (b"IDAT", rows),
+            (b"IEND", b""),
+        )
+        return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
     grey = {"tRNS of L": ("L", 77), "tRNS of 1": ("1", 1), "tRNS of I;16": ("I;16", 7777)}.get(kind)
     stream = io.BytesIO()
     image = Image.new(*(grey[0], (8, 8), grey[1])) if grey else Image.new("RGB", (8, 8), (200, 0, 0))
@@ -274,7 +288,8 @@ def transparent(kind: str) -> Image.Image | bytes:
 
 
 @pytest.mark.parametrize(
-    "kind", ["RGBA", "LA", "PA", "tRNS of L", "tRNS of 1", "tRNS of I;16", "tRNS of RGB"]
+    "kind",
+    ["RGBA", "LA", "PA", "tRNS of L", "tRNS of 1", "tRNS of I;16", "tRNS of RGB", "tRNS of 16-bit RGB"],
 )
 def test_transparent_pixels_are_refused_or_laid_on_a_background(tmp_path, kind):
     image, file = transparent(kind), tmp_path / "a.png"
@@ -422,3 +437,7 @@ def test_a_database_finds_its_test_part_by_the_one_rule(tmp_path):
     assert reader.splits == {"train": 3, "test": 2}
     assert reader.source.passed == {"database Dog-Testing": 1}
     assert SourceReader(config("lmdb", tmp_path / "Cat-Testing")).splits == {"train": 2}
+    shutil.rmtree(tmp_path / "Cat-Training")
+    shutil.rmtree(tmp_path / "Cat-Testing")
+    with pytest.raises(PipelineError, match="nor a single train database"):
+        SourceReader(config("lmdb", tmp_path))
