@@ -24,9 +24,9 @@ class ImageSource(Protocol):
     """A set of images on disk. The constructor only lists files; it raises PipelineError if there are none.
 
     files: all that it reads, below `root`. order: the order of the images in a split: stored, where neighbours are read
-    together cheaply, or shuffled, so that any first n images mix the classes. A source has the part "train", and may
-    have the part "test". passed: what lies there and is not read, by kind. notes: what was guessed. classes: the names.
-    layout: what tells parts and classes apart, where an earlier version read the same files in another way.
+    together cheaply, or shuffled, so that any first n images mix the classes. A source has the published split "train",
+    and may have "test". passed: what lies there and is not read, by kind. notes: what was guessed. classes: the names.
+    layout: what tells splits and classes apart, where an earlier version read the same files in another way.
     """
 
     files: list[Path]
@@ -49,11 +49,11 @@ class ImageSource(Protocol):
         ...
 
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
-        """Yield the images `indices`, int64 (n,), of a part."""
+        """Yield the images `indices`, int64 (n,), of a published split."""
         ...
 
     def read_labels(self, part: str) -> np.ndarray | None:
-        """Return the classes of the images of a part, (n,), where they are stored together."""
+        """Return the labels of the images of a published split, (n,), where they are stored together."""
         return None
 
 

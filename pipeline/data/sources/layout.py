@@ -1,4 +1,4 @@
-"""Where the files of a source lie, and which split the names of their folders say: one rule for all sources."""
+"""One rule for all sources: where their files lie, and which split the names of their folders mean."""
 
 import os
 import re
