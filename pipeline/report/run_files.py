@@ -126,7 +126,7 @@ class RunFiles:
 
     @property
     def is_cifar10(self) -> bool:
-        """Whether the images are CIFAR-10's: by their pixels if those were compared, by the source's name if not."""
+        """True if the images are CIFAR-10's: by their pixels if those were compared, by the source's name if not."""
         official = self.read_content("data").get("official")
         return self.experiment.data.source == "cifar10" if official is None else bool(official)
 

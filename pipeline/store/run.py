@@ -126,7 +126,7 @@ class Place:
 
     @property
     def has_training(self) -> bool:
-        """Whether there is something of the training."""
+        """True if there is something of the training."""
         return self.train.exists() or self.log.exists()
 
     def read_stage_seconds(self) -> dict[str, float]:

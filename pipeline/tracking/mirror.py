@@ -158,7 +158,7 @@ class Mirror(Sender):
 
     @property
     def _has_content(self) -> bool:
-        """Whether the run is for MLflow: a command that failed before it made anything leaves nothing there."""
+        """True if the run is for MLflow: a command that failed before it made anything leaves nothing there."""
         return bool(self.child or self.status == "FINISHED" or self.place.has_training)
 
     def _list_missing(self, delivered: dict[str, str]) -> list[Parcel]:

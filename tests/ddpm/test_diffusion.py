@@ -99,7 +99,7 @@ def test_mean_prediction_is_used_as_it_is_and_only_its_estimate_is_clipped():
 
 @pytest.mark.parametrize("end, fixed", [(-1.0, "fixedsmall"), (1.0, "fixedlarge")])
 def test_learned_range_at_its_ends_is_the_fixed_variance(end, fixed):
-    """At t = 0 its upper end is another one (test_faults.py)."""
+    """At t = 0 its upper end is another one (test_training_faults.py)."""
     diffusion = Diffusion(replace(PAPER, variance="learned_range", loss="hybrid"))
     t = torch.arange(1, 1000)
     _, x_t, eps = triple(t, diffusion)

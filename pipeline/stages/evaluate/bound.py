@@ -35,7 +35,7 @@ def choose_bound_variance(experiment: Experiment) -> str:
 
 
 def count_images(place: Place) -> tuple[int, int]:
-    """Return the number of images of the split that are scored, and of all. Raises PipelineError if too few."""
+    """Return the numbers of scored and of all images of the split. Raises PipelineError if too few."""
     split = place.experiment.evaluate.nll_split
     there = tars.open_shards(place.data).count_images(split)
     scored = place.experiment.evaluate.nll_images or there
@@ -47,7 +47,7 @@ def count_images(place: Place) -> tuple[int, int]:
 
 
 def plan_units(place: Place) -> dict[Path, Unit]:
-    """Return a unit for each range of images, by the file of its bound.
+    """Return {file of a bound: unit}, one for each range of images.
 
     The folder's key covers all that the bound depends on; how samples are drawn does not belong to it.
     """
