@@ -83,7 +83,7 @@ def _load_experiment_and_cluster(options: Namespace) -> tuple[Experiment, Cluste
 # One run
 
 
-def run_command(options: Namespace) -> None:
+def run_experiment(options: Namespace) -> None:
     """Run the stages that the command names (`ddpm run`, `ddpm train`, ...)."""
     experiment, cluster = _load_experiment_and_cluster(options)
     from pipeline import tracking
@@ -97,8 +97,8 @@ def run_command(options: Namespace) -> None:
         print_line(f"    report: {place.report_html}")
 
 
-def prepare_submit_run(options: Namespace) -> JobInputs:
-    """Check the command before it is sent as a job."""
+def check_submitted_run(options: Namespace) -> JobInputs:
+    """Check `ddpm run` before it is sent as a job; return what the job needs."""
     experiment, cluster = _load_experiment_and_cluster(options)
     from pipeline import config
 
@@ -110,7 +110,7 @@ def prepare_submit_run(options: Namespace) -> JobInputs:
 def import_weights(options: Namespace) -> None:
     """Make a run of published weights (`ddpm import`)."""
     options.words = [*options.words, f"published.path={options.path}", f"published.weights={options.weights}"]
-    run_command(options)
+    run_experiment(options)
 
 
 def show_experiment(options: Namespace) -> None:
@@ -167,8 +167,8 @@ def run_sweep(options: Namespace) -> int:
     return _run_study(Study(sweep, points, cluster), options)
 
 
-def prepare_submit_sweep(options: Namespace) -> JobInputs:
-    """Check the command before it is sent as a job."""
+def check_submitted_sweep(options: Namespace) -> JobInputs:
+    """Check `ddpm sweep` before it is sent as a job; return what the job needs."""
     from pipeline.sweep.points import find_relative_sweep_paths
 
     sweep, shared, _, cluster = _load_sweep(options)
@@ -185,8 +185,8 @@ def run_reproduction(options: Namespace) -> int:
     return _run_study(study, options)
 
 
-def prepare_submit_reproduction(options: Namespace) -> JobInputs:
-    """Check the command before it is sent as a job."""
+def check_submitted_reproduction(options: Namespace) -> JobInputs:
+    """Check `ddpm reproduce` before it is sent as a job; return what the job needs."""
     from pipeline.sweep.definition import load_sweep
     from pipeline.sweep.points import find_relative_sweep_paths, list_points
     from pipeline.sweep.reproduction import SWEEPS, parse_budget

@@ -47,14 +47,14 @@ def _declare(*names: str, **settings: Any) -> Argument:
     return names, settings
 
 
-def _declare_words(metavar: str, text: str) -> Argument:
+def _declare_names(metavar: str, text: str) -> Argument:
     """Return the argument that takes any number of names and overrides."""
     return _declare("words", nargs="*", metavar=metavar, help=text)
 
 
 CLUSTER = _declare("--cluster", default="local", metavar="CLUSTER", help="where it runs (default: local)")
-CLUSTER_ONLY = (_declare_words("cluster.key=value", "of the cluster"), CLUSTER)
-EXPERIMENT = (_declare_words("EXPERIMENT | key=value", "one experiment, many overrides"), CLUSTER)
+CLUSTER_ONLY = (_declare_names("cluster.key=value", "of the cluster"), CLUSTER)
+EXPERIMENT = (_declare_names("EXPERIMENT | key=value", "one experiment, many overrides"), CLUSTER)
 ACCEPT_CODE = _declare(
     "--accept-code", action="store_true", help="go on with a run that other code of ddpm/ trained or sampled"
 )
@@ -72,38 +72,40 @@ ADDRESS = _declare(
 )  # fmt: skip
 
 
-def _declare_stage(name: str, text: str, examples: str) -> Command:
+def _make_stage_command(name: str, text: str, examples: str) -> Command:
     """Return the command that runs the stages up to one stage."""
     examples += CONFIGURATIONS + GOES_ON
-    return Command(name, do.run_command, text, examples, (*EXPERIMENT, ACCEPT_CODE), do.prepare_submit_run)
+    return Command(
+        name, do.run_experiment, text, examples, (*EXPERIMENT, ACCEPT_CODE), do.check_submitted_run
+    )
 
 
 COMMANDS = (
-    _declare_stage("run", "shard, train, sample, evaluate, figures, report: whatever is not done yet", """\
+    _make_stage_command("run", "shard, train, sample, evaluate, figures, report: whatever is not done yet", """\
   ddpm run                                            the digits, in minutes on two cores
   ddpm run cifar10 data.path=FOLDER                   the paper's CIFAR-10 experiment
   ddpm run digits cluster.workers=2 cluster.storage=/data/runs
 """),
-    _declare_stage("shard", "write the images as webdataset tars", """\
+    _make_stage_command("shard", "write the images as webdataset tars", """\
   ddpm shard cifar10 data.path=FOLDER                 from a folder of images, or what else data.source names
 """),
-    _declare_stage("train", "train the network (DDP; goes on from the newest checkpoint)", """\
+    _make_stage_command("train", "train the network (DDP; goes on from the newest checkpoint)", """\
   ddpm train digits train.steps=3000                  more steps, from where it ended
   ddpm train cifar10 cluster.workers=4 train.precision=bf16
 """),
-    _declare_stage("sample", "draw samples from the trained network", """\
+    _make_stage_command("sample", "draw samples from the trained network", """\
   ddpm sample digits sample.num_images=1000           asking for more images draws only those that are missing
   ddpm sample digits sample.sampler=ddim sample.steps=50
   ddpm sample digits evaluate.checkpoints=all sample.checkpoint=best
 """),
-    _declare_stage("evaluate", "compute FID, IS and the NLL bound, each with its protocol", """\
+    _make_stage_command("evaluate", "compute FID, IS and the NLL bound, each with its protocol", """\
   ddpm evaluate digits evaluate.metrics=[fid,is,kid]
   ddpm evaluate digits sample.weights=raw             scores of the raw weights of the same run
 """),
-    _declare_stage("figures", "draw the paper's figures", """\
+    _make_stage_command("figures", "draw the paper's figures", """\
   ddpm figures digits figures.which=[samples,progressive]
 """),
-    _declare_stage("report", "write report.html and report.md from what is there", """\
+    _make_stage_command("report", "write report.html and report.md from what is there", """\
   ddpm report digits                                  `ddpm run` ends with it
 """),
     Command("show", do.show_experiment, "the resolved configuration and its keys; starts nothing", f"""\
@@ -117,7 +119,7 @@ COMMANDS = (
 
 SWEEP is a path, or the name of a file in ./conf/sweep; conf/sweep/beta_dropout.yaml explains every key of one.
 Finished trials are not repeated, broken ones are tried again, points added to the file are run.
-""", (_declare_words("SWEEP | key=value", "a sweep, and any number of overrides"), *STUDY), do.prepare_submit_sweep),
+""", (_declare_names("SWEEP | key=value", "a sweep, and any number of overrides"), *STUDY), do.check_submitted_sweep),
     Command("reproduce", do.run_reproduction,
         "the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget", """\
   ddpm reproduce cifar10                              six rows of 800,000 steps, as in the paper
@@ -127,10 +129,10 @@ Finished trials are not repeated, broken ones are tried again, points added to t
 The same command again goes on. A study that is shorter than the paper's says so in its first line.
 """, (
         _declare("target", choices=("cifar10",), help="what to reproduce"),
-        _declare_words("key=value", "overrides of every row, or cluster.key=value"),
+        _declare_names("key=value", "overrides of every row, or cluster.key=value"),
         _declare("--budget", default="full", metavar="STEPS | TIME | full",
             help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full"), *STUDY,
-    ), do.prepare_submit_reproduction),
+    ), do.check_submitted_reproduction),
     Command("status", do.show_status, "the runs, their stages, progress and scores", """\
   ddpm status cluster.storage=/data/runs              the runs of another storage root
 """, CLUSTER_ONLY),
@@ -154,7 +156,7 @@ The same command again goes on. A study that is shorter than the paper's says so
   ddpm compare digits-3f2a digits-91bc
   ddpm compare cifar10 --metric nll                   all runs whose names begin so, ranked by their bound
 """, (
-        _declare_words("RUN", "a run directory, or how the names of one or several begin"),
+        _declare_names("RUN", "a run directory, or how the names of one or several begin"),
         _declare("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."), CLUSTER,
     )),
     Command("sync", do.sync_run, "deliver to the tracking server what it has not got", """\
@@ -180,7 +182,7 @@ The same command again goes on. A study that is shorter than the paper's says so
 
 Code and configurations travel, data never. `ddpm jobs` shows what became of it.
 """, (
-        _declare_words("-- COMMAND", "run, sweep, train, ... as always"),
+        _declare_names("-- COMMAND", "run, sweep, train, ... as always"),
         _declare("--follow", action="store_true", help="write the job's log, and end as it ends"),
         _declare("--id", default="", metavar="NAME", help="default: the command and the time"), ADDRESS,
     )),
@@ -188,7 +190,7 @@ Code and configurations travel, data never. `ddpm jobs` shows what became of it.
   ddpm jobs
   ddpm jobs logs run-cifar10-20260131-235959 --follow
 """, (
-        _declare_words("list | logs ID | status ID | stop ID", "default: list"),
+        _declare_names("list | logs ID | status ID | stop ID", "default: list"),
         _declare("--follow", action="store_true", help="with logs: until the job ends, and as it ends"), ADDRESS,
     )),
     Command("doctor", do.show_diagnosis, "what this machine has, and what to do about what is missing", """\
