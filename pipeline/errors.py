@@ -38,11 +38,17 @@ def suggest(word: str, known: Iterable[str]) -> str:
 NETWORK_REASONS = ("connection refused", "timed out", "name or service not known", "no route to host")
 
 
-def explain_network_error(error: Exception) -> str:
-    """Return in a few words why a server cannot be reached; clients wrap the reason in long messages."""
+def explain_network_error(error: Exception, uri: str = "") -> str:
+    """Return in a few words why the server at `uri` cannot be reached; clients wrap the reason in long messages."""
     text = f"{error} {error.__context__}".lower()
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((reason for reason in NETWORK_REASONS if reason in text), lines[0][:400])
+    reason = next((reason for reason in NETWORK_REASONS if reason in text), lines[0])
+    for word in re.split(
+        "[:@/?#&;=]", re.sub(r"[?&;]\w+=", "?", uri)
+    ):  # values, without the names of a query
+        if len(word) > 2 and word not in hide_password(uri):
+            reason = reason.replace(word, "***").replace(unquote(word), "***")
+    return reason[:400]
 
 
 def hide_password(uri: str) -> str:
@@ -54,15 +60,6 @@ def hide_password(uri: str) -> str:
     user, _, shown = place.rpartition("@")
     # An @ behind a / or ? may end a password that should have been quoted: then nothing of it is safe.
     return f"{scheme}://{'...' if '/' in user or '@' in rest[len(place) :] else shown}"
-
-
-def hide_secrets(text: str, uri: str) -> str:
-    """Return a text about a server without what `hide_password` hides of its URI."""
-    shown, names = hide_password(uri), r"[?&;]\w+="
-    for word in re.split("[:@/?#&;=]", re.sub(names, "?", uri)):
-        if len(word) > 2 and word not in shown:
-            text = text.replace(word, "***").replace(unquote(word), "***")
-    return text
 
 
 def shorten_error(error: BaseException | str) -> str:

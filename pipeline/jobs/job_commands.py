@@ -116,9 +116,7 @@ def stop_job(name: str, address: str | None) -> int:
         end = time.monotonic() + STOP_SECONDS + 60  # by then Ray has killed it
         while not (job := remote.client.get_job_info(name)).status.is_terminal():
             if time.monotonic() > end:
-                raise PipelineError(
-                    f"job {name} does not end; `ddpm jobs status {name}{remote.option}` shows it"
-                )
+                raise PipelineError(f"job {name} does not end; look at it with `ddpm jobs status {name}`")
             time.sleep(0.5)
     print_line(f"{name}: {describe_end(job)[1]}")
     return 0

@@ -47,9 +47,7 @@ def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
             f"cluster.storage={cluster.storage} {means}: give one that all machines share, as /data/runs"
         )
     if cluster.tracking_uri and hide_password(cluster.tracking_uri) != cluster.tracking_uri:
-        problems.append(
-            f"cluster.tracking_uri holds a user, a password or a query, which all could read: {remedy}"
-        )
+        problems.append(f"cluster.tracking_uri holds a user, password or query that all could read: {remedy}")
     if uri.scheme == "sqlite" and not uri.path.startswith("//"):
         given = f"cluster.tracking_uri={cluster.tracking_uri}"
         problems.append(f"{given} is a relative path; an absolute one has four slashes")

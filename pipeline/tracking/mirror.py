@@ -16,13 +16,8 @@ from typing import TypedDict
 from pipeline.errors import PipelineError, hide_password
 from pipeline.store.files import read_json, write_json
 from pipeline.store.run import Place
-from pipeline.tracking.mlflow_client import (
-    VIEW,
-    Sender,
-    explain_store_error,
-    find_default_uri,
-    format_study_url,
-)
+from pipeline.tracking import mlflow_client
+from pipeline.tracking.mlflow_client import VIEW, Sender, find_default_uri, format_study_url
 from pipeline.tracking.parcels import Parcel, list_parcels
 from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
 
@@ -193,7 +188,7 @@ def deliver_run(uri: str, study: str, place: Place) -> str:
     try:
         mirror.deliver()
     except Exception as error:
-        reason, remedy = explain_store_error(error, uri)
+        reason, remedy = mlflow_client.explain_store_error(error, uri)
         raise PipelineError(
             f"{place.path} could not be delivered to {hide_password(uri)} ({reason}); {remedy or 'try again later'}"
         ) from error
@@ -216,8 +211,8 @@ def describe_delivery(place: Place, uri: str | None) -> str:
     mirror.status = mirror.last_status
     if not (missing := mirror.list_missing()):
         return where
-    kinds = _count_kinds(parcel.name for parcel in missing)
-    return f"{where}, not up to date: {kinds} missing ({_format_sync_command(place, uri)})"
+    kinds, again = _count_kinds(parcel.name for parcel in missing), _format_sync_command(place, uri)
+    return f"{where}, not up to date: {kinds} missing ({again})"
 
 
 def _format_sync_command(place: Place, uri: str) -> str:

@@ -14,13 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
-from pipeline.errors import (
-    NETWORK_REASONS,
-    PipelineError,
-    explain_network_error,
-    hide_password,
-    hide_secrets,
-)
+from pipeline.errors import PipelineError, explain_network_error, hide_password
 from pipeline.store.files import write_atomically
 
 if TYPE_CHECKING:
@@ -39,9 +33,8 @@ KIND = {"mlflow.experimentKind": "custom_model_development"}
 VIEW = "?workflowType=machine_learning"
 
 PATIENCE = 5  # seconds for a database to answer
-PASSING = re.compile(
-    r"is locked|starting up|too many|error code (429|5\d\d)|connection reset|closed the connection"
-)
+# What may pass by itself; everything else that a server or its driver says is taken for lasting.
+PASSING = "refused|time(d |)out|temporary|no route|is locked|starting up|too many|code (429|5..)|reset by|closed the"
 
 # No retries: the mirror tries again by itself.
 ENVIRONMENT = {
@@ -101,8 +94,8 @@ def _open_database(uri: str) -> None:
 
 def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
     """Return why a store takes nothing, and the remedy; none where it may pass by itself."""
-    text, reason = str(error), hide_secrets(explain_network_error(error), uri)
-    if found := re.search(r"schema \(found version (\w+)", text):
+    reason = re.sub(r"^\(\S+\) ", "", explain_network_error(error, uri))
+    if found := re.search(r"schema \(found version (\w+)", reason):
         import mlflow
 
         if any(Path(mlflow.__path__[0]).glob(f"store/db_migrations/versions/{found[1]}_*.py")):
@@ -113,10 +106,11 @@ def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
             "install the newer one that made them",
         )
     # MLflow, SQLAlchemy, its drivers, requests and urllib3 share no narrower base.
-    passes = (
-        reason in NETWORK_REASONS or isinstance(error, ConnectionError | TimeoutError) or PASSING.search(text)
+    passes = isinstance(error, ConnectionError | TimeoutError) or re.search(
+        PASSING, f"{error} {reason}".lower()
     )
-    return reason, "" if passes else "see that it is what its address says, and can be read and written"
+    remedy = "see that it is what its address says, and can be read and written"
+    return reason, "" if passes else "install this module" if isinstance(error, ImportError) else remedy
 
 
 def format_study_url(uri: str, storage: Path, experiment_id: str) -> str:

@@ -37,8 +37,8 @@ class RunSender:
     def __init__(self, uri: str, study: str, place: Place, child: ChildRun | None = None):
         self.client, self.place = create_client(uri), place
         self.experiment_id = ensure_experiment(self.client, uri, place.storage, study)
-        first, began = read_points(place.log)[:1], place.experiment_yaml
-        self.start = first[0]["time"] if first else read_mtime(began)  # Unix milliseconds
+        first = read_points(place.log)[:1]
+        self.start = first[0]["time"] if first else read_mtime(place.experiment_yaml)  # Unix milliseconds
         name, identity = (child.name, child.identity) if child else (place.name, {"run_key": place.run_key})
         self.run_id = ensure_run(self.client, self.experiment_id, name, identity, self.start)
 
@@ -140,7 +140,7 @@ class RunSender:
         tags = {"mlflow.parentRunId": self.run_id, "weights": str(read_json(file)["protocol"]["weights"])}
         child = ensure_run(self.client, self.experiment_id, name, identity, self.start, **tags)
         self.send_scores(file, child)
-        self._end_run(child, "FINISHED", read_mtime(file))
+        self.client.set_terminated(child, "FINISHED", max(read_mtime(file), self.start))
 
     def _send_values(
         self,
@@ -165,16 +165,12 @@ class RunSender:
         self.client.log_artifact(self.run_id, str(file), folder or None)
 
     def send_status(self, status: str, end: int | None) -> None:
-        """Send the status; end: Unix milliseconds."""
+        """Send the status; end: Unix milliseconds. No run ends before it began."""
+        now = time.time_ns() // 1_000_000
         if status == "RUNNING":
             self.client.update_run(self.run_id, status=status)
         else:
-            self._end_run(self.run_id, status, end or time.time_ns() // 1_000_000)
-
-    def _end_run(self, run_id: str, status: str, end: int) -> None:
-        """Set the status of a run, which ends no sooner than it began."""
-        start = self.client.get_run(run_id).info.start_time
-        self.client.set_terminated(run_id, status, max(end, start))
+            self.client.set_terminated(self.run_id, status, max(end or now, self.start))
 
 
 def read_mtime(path: Path) -> int:
