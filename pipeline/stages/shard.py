@@ -68,7 +68,7 @@ class ShardStage(Stage):
         official = is_official(place.data, splits) or (False if data.source == "cifar10" else None)
         if official is False:
             log.warning(
-                "the images of %s are not CIFAR-10's: no score is comparable with the paper's", data.path
+                "%s holds other images than CIFAR-10: no score is comparable with the paper's", data.path
             )
         write_shard_manifest(
             place.data,
@@ -88,7 +88,7 @@ STAGE = ShardStage()
 
 def _describe_source(reader: SourceReader, splits: dict[str, list[ShardFacts]]) -> None:
     """Say how large the splits are, which classes there are, and what was guessed or passed over."""
-    source, labels, classes = reader.source, reader.data.labels, reader.source.classes
+    source, labels, names = reader.source, reader.data.labels, list(reader.source.classes)
     notes = [
         *source.notes,
         *(f"{split} lies class by class; its order is shuffled" for split in reader.mixed),
@@ -97,20 +97,15 @@ def _describe_source(reader: SourceReader, splits: dict[str, list[ShardFacts]]) 
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(source.passed.items()))
         notes.append(f"passed over in {source.root}: {kinds}")
     there = {place[LABEL] for shard in splits["train"] for place in shard["places"]}
-    if missing := sorted(set(range(labels)) - there):
-        which = ", ".join(map(str, missing[:20]))
+    if missing := ", ".join(str(label) for label in range(labels) if label not in there):
         notes.append(
-            f"data.labels={labels}, but no training image has the class {which}; set it to their number"
+            f"data.labels={labels}, but no training image has the class {missing[:60]}; set another number"
         )
     for note in notes:
         log.warning("%s", escape_name(note))
     sizes = ", ".join(f"{name} {sum(s['count'] for s in facts):,} images" for name, facts in splits.items())
-    more = f" and {len(classes) - 20:,} more" if len(classes) > 20 else ""
-    print_line(
-        escape_name(
-            f"shard: {sizes}" + (f"; classes {', '.join(classes[:20])}{more}" if labels and classes else "")
-        )
-    )
+    names[20:] = [f"and {len(names) - 20:,} more"] if len(names) > 20 else []
+    print_line(escape_name(f"shard: {sizes}" + (f"; classes {', '.join(names)}" if names else "")))
 
 
 def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Shard]:

@@ -59,9 +59,7 @@ class SourceReader:
     def _indices(self) -> dict[str, tuple[str, np.ndarray]]:
         splits = split_images(self.source, self.data)
         for split, (part, indices) in splits.items():
-            if self.source.order != "shuffled" and lies_in_class_order(
-                self.source.read_labels(part), indices
-            ):
+            if lies_in_class_order(self.source.read_labels(part), indices):
                 self.mixed.append(split)
                 splits[split] = part, indices[make_fixed_permutation(len(indices))]
         return splits

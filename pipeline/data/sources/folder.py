@@ -98,9 +98,7 @@ def _find_split_folders(root: Path, folders: set[Parts]) -> tuple[dict[str, Part
         found = {split: places for split, places in exact.items() if places}
     train, held_out = found.get("train", set()), found.get("test") or found.get("val")
     if held_out and not train and not others:
-        raise PipelineError(
-            f"{root} has no train split, only {names}; set data.path to the images to train on"
-        )
+        raise PipelineError(f"{root} has no train split, only {names}; set data.path to another set")
     if not train or not (held_out or (len(train) == 1 and not others)):
         said = f"{names} and what lies beside are read as one set for training: no folder is a split"
         return {"train": ()}, [said] if names else []
