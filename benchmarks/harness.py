@@ -21,7 +21,7 @@ FLOOR = "floor"  # the same products alone: nobody's contender
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for.
+    """Settings of a benchmark, from its command line.
 
     rounds: measured turns of each contender; quick: fewer and smaller cases; cpu_clock: seconds of this process's
     CPU time instead of the wall's, for a machine that others use too (one thread); deadline: of time.monotonic(),
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass
 class Outcome:
-    """What a benchmark found: rows, and what it left out with the reason."""
+    """Result of a benchmark: rows, and what it left out with the reason."""
 
     rows: list[Row] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ def _spread(found: Sequence[float]) -> float | None:
 
 
 def offered(outcome: Outcome, *makers: Callable[[], list[Contender]]) -> list[Contender]:
-    """What the makers give; one that raises Skipped or lacks its library is noted instead."""
+    """Return what the makers give; one that raises Skipped or lacks its library is noted instead."""
     found: list[Contender] = []
     for make in makers:
         try:

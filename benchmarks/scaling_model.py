@@ -1,4 +1,4 @@
-"""How training scales: a model of the step time, fed with and checked against measured steps; docs/cluster.md.
+"""A model of the step time of training, fed with and checked against measured steps; see docs/cluster.md.
 
     python -m benchmarks.scaling_model [--batch 8] [--workers 1 2] [--steps 5]
 

@@ -48,8 +48,10 @@ def batches(settings: Settings) -> tuple[int, ...]:
 def _contenders(
     outcome: Outcome, settings: Settings, subject: dict[str, Callable], precision: Precision, batch: int
 ) -> list[Contender]:
-    """Ours first; each peer in its best setting, and in its default one, which is fp32; at the second batch the plain
-    setting of each alone."""
+    """Return the networks to compare: ours first, then each peer in its best and in its default setting, fp32.
+
+    At the second batch only the plain setting of each.
+    """
     makers = []
     for name, make in subject.items():
         found = ways(settings, precision)
