@@ -1,4 +1,4 @@
-"""What every test shares: one thread, and the smallest experiment that is still the real pipeline."""
+"""Shared by all tests: one thread, and the smallest experiment that is still the real pipeline."""
 
 import dataclasses
 import shutil
@@ -52,8 +52,10 @@ ONE_CPU = ["cluster.workers=0", "cluster.cpus_per_worker=1"]
 
 
 class FilesInTurn(LoadScopeScheduling):
-    """Keeps each file in one process of `make test`, and all files that start Ray in the same one: two clusters at
-    once would fight for the cores."""
+    """Keeps each file in one process of `make test`, and all files that start Ray in the same one.
+
+    Two clusters at once would fight for the cores.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -83,7 +85,7 @@ def assert_refused_by_name(network, settings, image_size: int, key: str) -> None
 
 
 def renamed(run: Place, ending: str) -> Place:
-    """The same experiment in another run directory."""
+    """Return the experiment with another run directory."""
     experiment = run.experiment
     return dataclasses.replace(run, experiment=dataclasses.replace(experiment, name=experiment.name + ending))
 

@@ -12,7 +12,7 @@ from pipeline.scores.extractors import EXTRACTORS, Extractor
 
 
 class Images(torch.utils.data.Dataset):
-    """What torch-fidelity takes: uint8 CHW tensors."""
+    """Images as torch-fidelity takes them: uint8 CHW tensors."""
 
     def __init__(self, images):
         self.images = torch.from_numpy(images)
@@ -43,7 +43,7 @@ class Registered(FeatureExtractorBase):
 
 
 def arguments(extractor: Extractor, *metrics: str) -> dict:
-    """What calculate_metrics is told of an extractor for these metrics."""
+    """Return the arguments of calculate_metrics for an extractor and these metrics."""
     own = extractor.kind == inception.NAME
     if not own and extractor.name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(extractor.name, Registered)

@@ -90,7 +90,7 @@ class Run:
         return len(list(self.path.glob(units[phase])))
 
     def is_over(self, phase: str) -> bool:
-        """Whether the phase is behind the command, so that nothing can be killed in it."""
+        """Return whether the phase is over, so that nothing can be killed in it."""
         seal = {"sampling": "samples/*/manifest.json", "evaluation": "evaluation/*/metrics.json"}
         return any(self.path.glob(seal.get(phase, f"train/step_{self.steps:08d}")))
 
@@ -116,8 +116,10 @@ class Run:
     # Kills
 
     def kill(self, phase: str, kind: str, draw: random.Random) -> str | None:
-        """Kill one process in the midst of the phase, when the run has come further than at the kill before; returns
-        how far, None where the phase ended."""
+        """Kill one process in the phase, when the run has come further than at the last kill.
+
+        Returns how far; None where the phase ended.
+        """
         enough = self.pieces(phase) + draw.randint(1, APART[phase])
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline and not self.is_over(phase):

@@ -1,4 +1,4 @@
-"""What docs/networks.md shows works as it stands there: the images are made, and the commands read them."""
+"""The examples in docs/networks.md work: the images are made, and the commands read them."""
 
 import re
 import shlex

@@ -43,7 +43,7 @@ exec setpriv --reuid=postgres --regid=postgres --init-groups \
 
 
 def what_is_missing() -> str | None:
-    """Why there can be no hosts here; None where there can."""
+    """Return why there can be no hosts here; None where there can."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     missing = [name for name in ("ip", "unshare", "nsenter", "setpriv", "wget") if not shutil.which(name)]
@@ -153,7 +153,7 @@ class Host:
         return self.folder / "service.log"
 
     def _environment(self, service: dict[str, Any]) -> dict[str, str]:
-        """What a container has: the image's variables and the service's, none of the person who started it."""
+        """Return the variables of a container: the image's and the service's, none of the person who started it."""
         path = f"{Path(sys.executable).parent}:{''.join(POSTGRES)}:/usr/sbin:/usr/bin:/sbin:/bin"
         image = {"PATH": path, "HOME": "/tmp", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
         # These hosts share one memory with whatever else runs here, which is not theirs to make room for.
@@ -184,7 +184,7 @@ class Host:
         )
 
     def wait_until_healthy(self, check: dict[str, Any]) -> None:
-        """As an engine does it, but oftener. Raises AssertionError with the end of the log."""
+        """Wait as an engine does, but ask more often. Raises AssertionError with the end of the log."""
         patience = seconds(check["start_period"]) + check["retries"] * (
             seconds(check["interval"]) + seconds(check["timeout"])
         )

@@ -1,4 +1,4 @@
-"""What else is deployed: the image, the Kubernetes manifests, the Slurm script; each read by a program made for it."""
+"""Deployment files: the image, the Kubernetes manifests, the Slurm script; each read by a program made for it."""
 
 import os
 import re

@@ -90,7 +90,7 @@ class Slurm:
         return (told.stdout + told.stderr).strip()
 
     def state(self, job: str) -> tuple[str, str]:
-        """What a job does, and how often it was put back into the queue."""
+        """Return the state of a job, and how often it was put back into the queue."""
         told = self.ask("scontrol", "show", "job", job)
         return re.findall(r"JobState=(\w+)", told)[0], re.findall(r"Restarts=(\d+)", told)[0]
 

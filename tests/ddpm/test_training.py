@@ -185,7 +185,7 @@ def test_bf16_is_inside_the_network_only():
 
 
 def mean_over_workers(settings, cuts, **net_settings):
-    """What DDP makes of the workers' gradients, and the mean of their losses."""
+    """Return the mean of the workers' gradients, as DDP computes it, and of their losses."""
     found, loss = [], 0.0
     for start, stop in cuts:
         state = small_state(settings, **net_settings)

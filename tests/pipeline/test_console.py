@@ -1,4 +1,4 @@
-"""What a person reads while work is under way."""
+"""The texts that a person reads while work is under way."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What every network must do: learn, be sampled, be averaged, resume bit for bit, depend on its seed alone."""
+"""Duties of every network: learn, be sampled, be averaged, resume bit for bit, depend on its seed alone."""
 
 import copy
 import dataclasses

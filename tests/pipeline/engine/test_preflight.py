@@ -1,4 +1,4 @@
-"""What a run needs is known before it starts."""
+"""The needs of a run are known before it starts."""
 
 import dataclasses
 import shutil

@@ -126,7 +126,7 @@ SHARD = "train-00001.tar"
 
 
 def second_sample(tar: bytes) -> int:
-    """Where the header of the second image begins."""
+    """Return the offset of the header of the second image."""
     return tar.index(b"train-00000006.")
 
 
