@@ -128,7 +128,7 @@ def draw_scores(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
     for metric in (METRICS["fid"], METRICS["nll_bpd"]):
         for number, group in enumerate(g for g in rank_runs(runs, metric) if len(g.ranked) > 1):
             values = [(names[run.label], run.scores[metric.name]) for run in group.runs]
-            caption = f"{metric.title}, the {metric.best} first: {format_shared_protocol(group)}"
+            caption = f"{metric.title}, the {metric.best_word} first: {format_shared_protocol(group)}"
             panel = charts.plot_ranking(metric.title, values)
             pictures.append(save_picture(folder, f"bars-{metric.name}-{number}", panel, caption))
     return pictures

@@ -48,7 +48,7 @@ def describe_scores(run: RunFiles) -> str:
 
 
 def list_comparison_numbers(run: RunFiles) -> dict[str, str]:
-    """Map each headline score to the numbers that its card shows for comparison."""
+    """Return for each headline score the numbers that are shown beside it for comparison."""
     points = run.metrics["reference_points"]
     printed = run.paper_row.scores if run.paper_row else {}
     notes = {}

@@ -36,7 +36,7 @@ class Metric:
         return f"{self.heading}, {self.unit}" if self.unit else self.heading
 
     @property
-    def best(self) -> str:
+    def best_word(self) -> str:
         """The word for its best value: highest or lowest."""
         return "highest" if self.larger_is_better else "lowest"
 

@@ -116,7 +116,7 @@ def describe_best(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
     over = f", mean of {first[0].seeds} seeds" if first[0].seeds > 1 else ""
     value = metric.format(first[0].mean, first[0].spread)
     names = " and ".join(position.name for position in first)
-    return f"{names} {verb} the {metric.best} {metric.heading} of {len(positions)}: {value}{over}"
+    return f"{names} {verb} the {metric.best_word} {metric.heading} of {len(positions)}: {value}{over}"
 
 
 def describe_objective(experiment: Experiment) -> Tree:
