@@ -74,6 +74,12 @@ def draw_uniform(seed: int, stream: int, step: int, index: Tensor, shape: tuple[
     return _join_words([(word >> 8).float() * 2.0**-24 for word in words], shape)
 
 
+def draw_words(seed: int, stream: int, step: int, index: Tensor, count: int) -> Tensor:
+    """Draw words of 32 random bits, int32 (N, count)."""
+    words = _draw_words(seed, stream, step, index, count)
+    return _join_words([(word - 2**31).int() for word in words], (count,))
+
+
 def draw_integers(seed: int, stream: int, step: int, index: Tensor, high: int) -> Tensor:
     """Draw integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
     if high < 1:

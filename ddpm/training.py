@@ -16,6 +16,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
+from ddpm.networks.layers import RowDropout
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
 
@@ -171,12 +172,18 @@ def train_step(
         is_dropped = rng.draw_uniform(seed, Stream.LABEL, step, on_device) < config.label_dropout
         context = context.masked_fill(is_dropped, NO_LABEL)
     scale = world_size / config.batch_size  # the average over workers divides by their number
+    dropouts = [layer for layer in state.net.modules() if isinstance(layer, RowDropout) and layer.p > 0]
+    keys = rng.draw_words(seed, Stream.DROPOUT, step, on_device, 2 * len(dropouts))
+    keys = keys.T.reshape(len(dropouts), 2, len(rows), 1)
     ends = sorted({len(rows) * i // config.accumulate for i in range(config.accumulate + 1)})
     state.optimizer.zero_grad(set_to_none=True)
     found = []
     for part in map(slice, ends, ends[1:]):
         # Gradients are averaged over the workers with the last part.
         with nullcontext() if part.stop == len(rows) else getattr(net, "no_sync", nullcontext)():
+            for layer, its_keys in zip(dropouts, keys, strict=True):
+                layer.keys = its_keys[:, part]
+            # For networks that draw in other ways than by RowDropout.
             torch.manual_seed(rng.draw_torch_seed(seed, Stream.DROPOUT, step, int(rows[part.start])))
             x_t = diffusion.q_sample(x_0[part], t[part], eps[part])
             with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -184,6 +191,8 @@ def train_step(
             loss = diffusion.compute_losses(output, x_0[part], x_t, t[part], eps[part])
             ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())
+    for layer in dropouts:
+        layer.keys = None
     losses = torch.cat(found)
     if (
         state.t_sampler is not None

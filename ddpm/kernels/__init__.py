@@ -5,7 +5,7 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.kernels.cpu import apply_linear, attend, convolve, dropout, group_norm
+from ddpm.kernels.cpu import apply_linear, attend, convolve, group_norm
 from ddpm.networks import unet
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -33,7 +33,7 @@ class FastResBlock(unet.ResBlock):
             convolve(self.conv1, group_norm(self.norm1, x, swish=True))
             + self.time_proj(temb)[:, :, None, None]
         )
-        h = convolve(self.conv2, dropout(self.dropout, group_norm(self.norm2, h, swish=True)))
+        h = convolve(self.conv2, self.dropout(group_norm(self.norm2, h, swish=True)))
         return self.shortcut(x) + h
 
 

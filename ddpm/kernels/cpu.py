@@ -1,10 +1,10 @@
 """Layers of the U-Net that are faster than those of torch on a CPU; elsewhere the plain layers.
 
-Each function equals the plain expression that its docstring names up to rounding (dropout: in distribution),
+Each function equals the plain expression that its docstring names up to rounding,
 and a test holds it to that. What is slow in bf16: group norm is not vectorised for groups of fewer than 16
-channels, fused attention multiplies at a third of the speed of plain products, dropout draws one number after
-the other. In float32 too: small products go at half the speed of a 1x1 convolution, and 3x3 convolutions make
-several times the multiplications that they need (ddpm/kernels/winograd.py). Figures: docs/performance.md.
+channels, fused attention multiplies at a third of the speed of plain products. In float32 too: small products go at
+half the speed of a 1x1 convolution, and 3x3 convolutions make several times the multiplications that they need
+(ddpm/kernels/winograd.py). Figures: docs/performance.md.
 
 Plain products round the scores of attention to bf16. Relative to float64 the result errs by 4e-3 where q and k have a
 standard deviation of 1, and by 1e-2 where it is 3; that of fused attention by 2e-3 in both cases.
@@ -52,18 +52,6 @@ def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     if basis is None or layer.bias is None:
         return layer(x)
     return winograd.conv3x3(x, layer.weight, layer.bias, basis)
-
-
-def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
-    """Apply dropout with p rounded to a multiple of 2**-16, and 16 random bits for each element."""
-    if not _is_bf16_on_cpu(x) or not layer.training:
-        return layer(x)
-    dropped = min(round(layer.p * 2**16), 2**16 - 1)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[: x.numel()] >= dropped - 2**15
-    factor = kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-    # Laid out in memory as x is, so that the product walks both from end to end.
-    return x * factor.as_strided(x.shape, torch.empty_like(x, device="meta").stride())
 
 
 def _is_bf16_on_cpu(x: Tensor) -> bool:

@@ -55,6 +55,33 @@ class BF16Network(nn.Module):
             return self.net(x_t, *args).float()
 
 
+class RowDropout(nn.Dropout):
+    """Dropout whose mask of an image is a function of that image's keys, not of torch's seed and the whole batch.
+
+    keys: int32 (2, N, 1), set before each forward pass of training; None: torch's own dropout. p is rounded to a
+    multiple of 2**-16. Each 32-bit word decides on two neighbouring channels of a pixel: the sum of a counter and the
+    first key, hashed by Wellons' lowbias32, into which the second key is mixed.
+    """
+
+    keys: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.keys is None or not self.training:
+            return super().forward(x)
+        first, second = self.keys
+        size, dropped = x[0].numel(), min(round(self.p * 2**16), 2**16 - 1)
+        word = torch.arange(-(-size // 2), dtype=torch.int32, device=x.device) + first
+        for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+            word ^= (word >> shift).bitwise_and_(2 ** (32 - shift) - 1)  # >> of int32 fills in the sign
+            word.mul_(multiplier).add_(second)
+        word ^= (word >> 16).bitwise_and_(0xFFFF)
+        kept = word.view(torch.int16)[:, :size] >= dropped - 2**15
+        factor = kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        return x * factor.view(len(x), *x.shape[2:], x.shape[1]).movedim(
+            -1, 1
+        )  # as channels_last lies in memory
+
+
 def embed_timesteps(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Embed t (N,) in sinusoids: (N, width) of dtype, all sines, then all cosines (authors' code).
 

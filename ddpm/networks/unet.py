@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.networks.config import UNetConfig
-from ddpm.networks.layers import SeededNetwork, build_shortcut, embed_timesteps
+from ddpm.networks.layers import RowDropout, SeededNetwork, build_shortcut, embed_timesteps
 
 NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 swish = F.silu
@@ -142,7 +142,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_proj = nn.Linear(4 * config.channels, out_channels)
         self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, NORM_EPS)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = RowDropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = build_shortcut(in_channels, out_channels)
 

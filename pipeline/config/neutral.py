@@ -37,8 +37,12 @@ NEUTRAL: dict[str, Any] = {
 # These move a number by the order of its sums only: meta.json and the protocols record them, no key hashes them.
 UNHASHED = {"train.accumulate", "train.compile", "train.deterministic", "sample.compile"}
 
-# The version of a formula that was corrected, by the setting that uses it. Version 1 is left out of the key.
-FORMULAS = {"diffusion.variance=learned_range": 2}  # 2: the upper end at t = 0 is log beta_1, not log beta~_2
+# The version of a formula that was corrected, by the setting that uses it: a value of a key, or any that is not zero.
+# Version 1 is left out of the key.
+FORMULAS = {
+    "diffusion.variance=learned_range": 2,  # the upper end at t = 0 is log beta_1; it was log beta~_2
+    "model.dropout": 2,  # a mask depends on its image alone; it was the batch's, so that the cut of the batch counted
+}
 
 
 def get_key_content(name: str, section: Any) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def get_key_content(name: str, section: Any) -> dict[str, Any]:
         full = f"{name}.{key}"
         if full not in UNHASHED and not (full in NEUTRAL and value == NEUTRAL[full]):
             content[key] = value
-        if (version := FORMULAS.get(f"{full}={value}", 1)) > 1:
+        if (version := FORMULAS.get(f"{full}={value}", FORMULAS.get(full, 1) if value else 1)) > 1:
             content[f"{key}.formula"] = version
     return content
 

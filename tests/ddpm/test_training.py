@@ -213,12 +213,22 @@ def test_accumulation_equals_the_whole(accumulate):
     assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
 
 
-def test_parts_and_workers_with_the_same_cuts_drop_the_same_units():
+@pytest.mark.parametrize(
+    "accumulate, cuts", [(2, [(0, 4), (4, 8)]), (3, [(0, 3), (3, 8)]), (1, [(0, 1), (1, 8)])]
+)
+def test_whatever_the_cut_of_the_batch_the_same_units_are_dropped(accumulate, cuts):
     settings = config(grad_clip=None)
-    parts = small_state(settings, dropout=0.4)
-    step(parts, dataclasses.replace(settings, accumulate=2))
-    workers, _ = mean_over_workers(settings, [(0, 4), (4, 8)], dropout=0.4)
-    assert_close(workers, gradients(parts), rtol=1e-4, atol=1e-6)
+    whole, parts = small_state(settings, dropout=0.4), small_state(settings, dropout=0.4)
+    step(whole, settings)
+    step(parts, dataclasses.replace(settings, accumulate=accumulate))
+    workers, _ = mean_over_workers(settings, cuts, dropout=0.4)
+    assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
+    assert_close(workers, gradients(whole), rtol=1e-4, atol=1e-6)
+    again, plain = small_state(settings, dropout=0.4), small_state(settings)
+    step(again, settings)
+    step(plain, settings)
+    assert all(torch.equal(gradients(again)[name], its) for name, its in gradients(whole).items())
+    assert any(not torch.allclose(gradients(plain)[name], its) for name, its in gradients(whole).items())
 
 
 def add_over_workers(value):

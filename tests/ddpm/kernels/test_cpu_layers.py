@@ -73,32 +73,3 @@ def test_pointwise():
     x, linear = torch.randn(2, 5, 3, 4, dtype=torch.float64), nn.Linear(5, 7).double()
     expected = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     torch.testing.assert_close(kernels.apply_linear(linear, x), expected)
-
-
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_dropout_drops_so_many_and_scales_the_rest(memory_format):
-    torch.manual_seed(0)
-    x = (1 + torch.rand(4, 33, 63, 31)).to(torch.bfloat16).to(memory_format=memory_format).requires_grad_()
-    y = kernels.dropout(nn.Dropout(0.1), x)
-    kept = y != 0
-    count = x.numel()
-    assert float(kept.sum()) == pytest.approx(0.9 * count, abs=4 * math.sqrt(0.09 * count))
-    torch.testing.assert_close(y[kept].float(), x[kept].float() / 0.9, rtol=1e-2, atol=0)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(gradient != 0, kept)
-    assert y.stride() == x.stride()
-    flat = (~kept).permute(0, 2, 3, 1).flatten().double()  # decisions that share a draw are independent
-    for lag in (1, 2, 3, 4, 33):
-        both = float((flat[:-lag] * flat[lag:]).mean())
-        assert both == pytest.approx(0.01, abs=5 * math.sqrt(0.01 / count))
-
-
-def test_dropout_follows_torchs_seed_and_rests_in_evaluation():
-    layer, x = nn.Dropout(0.5), torch.ones(1, 3, 5, 7, dtype=torch.bfloat16)
-
-    def draw(seed):
-        torch.manual_seed(seed)
-        return kernels.dropout(layer, x)
-
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-    assert torch.equal(kernels.dropout(layer.eval(), x), x)

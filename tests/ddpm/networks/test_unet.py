@@ -11,7 +11,7 @@ from torch import nn
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
-from ddpm.networks.layers import embed_timesteps
+from ddpm.networks.layers import RowDropout, embed_timesteps
 from ddpm.networks.unet import ResBlock, UNet
 from pipeline.store.diffusers_layout import translate_name
 
@@ -141,7 +141,7 @@ def test_dropout_is_elementwise_before_the_second_convolution_and_nowhere_else()
     net = UNet(dataclasses.replace(SMALL, channels=32, dropout=0.5), 8, 3, 3).train()
     blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
     assert sum(isinstance(m, nn.Dropout) for m in net.modules()) == len(blocks)
-    assert {type(m) for m in net.modules() if "Dropout" in type(m).__name__} == {nn.Dropout}
+    assert {type(m) for m in net.modules() if "Dropout" in type(m).__name__} == {RowDropout}
     block, seen = blocks[0], {}
     block.norm2.register_forward_hook(lambda _m, _i, out: seen.update(norm=out))
     block.conv2.register_forward_pre_hook(lambda _m, args: seen.update(conv=args[0]))

@@ -81,6 +81,15 @@ def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch):
     assert all_keys(learned)[1] != before[1][1], "the formula of t = 0 was corrected once"
 
 
+def test_the_formula_of_dropout_counts_where_there_is_dropout(monkeypatch):
+    """Masks depend on the image alone since version 2."""
+    plain, dropped = tiny_experiment("model.dropout=0.0"), tiny_experiment("model.dropout=0.1")
+    before = all_keys(plain), all_keys(dropped)
+    monkeypatch.setitem(neutral.FORMULAS, "model.dropout", 1)
+    assert all_keys(plain) == before[0]
+    assert all_keys(dropped)[1] != before[1][1]
+
+
 def test_a_file_from_before_an_option_means_its_neutral_value():
     tree = {"train": {"lr": 0.1}, "sample": {"label": "cycle"}}
     keys_of = {"published": ("path", "weights"), "evaluate": ("variance", "features")}
