@@ -49,7 +49,13 @@ def read_place(path: Path) -> Place:
         raise PipelineError(f"{file} cannot be read: {error}") from error
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
-    return Place(path.parent, experiment, data_key, keys.make_run_key(experiment, data_key))
+    place = Place(path.parent, experiment, data_key, keys.make_run_key(experiment, data_key))
+    if place.name != path.name:
+        raise PipelineError(
+            f"{path.name} was renamed, or made before a formula was corrected: its settings give {place.name} now; the "
+            "program of the commit that its experiment.yaml names can read it"
+        )
+    return place
 
 
 def explain_old_run(path: Path) -> str | None:

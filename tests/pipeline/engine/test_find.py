@@ -53,6 +53,15 @@ def test_a_run_from_before_a_section_existed_is_read(tmp_path):
     assert find.read_place(run.path) == run
 
 
+def test_a_run_under_the_key_of_an_earlier_formula_is_named_and_not_looked_for_elsewhere(
+    tmp_path, monkeypatch
+):
+    _, run = make_run(tmp_path)
+    monkeypatch.setattr(find.keys, "make_run_key", lambda *_: "0" * 12)
+    with pytest.raises(PipelineError, match=f"{run.name} .* formula was corrected"):
+        find.read_place(run.path)
+
+
 def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
     _, run = make_run(tmp_path)
     assert find.read_place(run.path) == run
