@@ -17,9 +17,8 @@ from typing import Annotated, Literal
 from ddpm.config import Count, Decoder, DiffusionConfig, Problems, Range, Sampler, Share, TrainConfig
 from ddpm.networks import TAKES_LABELS
 from ddpm.networks.config import NetworkConfig
-from pipeline.errors import ConfigError, PipelineError, suggest
+from pipeline.errors import PipelineError, suggest
 
-PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 SPLITS = ("train", "test")
 FILE_NAME = r"(?!(data|sweeps|comparisons|extractors|mlartifacts)$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
@@ -107,20 +106,6 @@ class PublishedConfig:
     def find_problems(self) -> Iterator[Problem]:
         if self.path is not None and self.weights is None:
             yield "weights", "is null; say what the published weights are: raw, ema or unknown"
-
-    @property
-    def weights_file(self) -> Path | None:
-        """The file of the weights; None where the network is trained here. Raises ConfigError where it is missing."""
-        if self.weights is None:
-            return None
-        if self.path is None:
-            raise ConfigError("published.path is null; set it to the folder of the published weights")
-        for folder in (Path(self.path), Path(self.path) / "unet"):
-            for file in (folder / name for name in PUBLISHED_FILES):
-                if file.is_file():
-                    return file
-        names = " or ".join(PUBLISHED_FILES)
-        raise ConfigError(f"published.path: {self.path} holds no {names}, nor does its unet/")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The statistics that samples are compared with: those of a split of the data, or those of a user's file."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from pipeline.scores.image_sets import ImageSet, hash_shards
 from pipeline.store.files import hash_file, read_arrays, write_arrays
 from pipeline.store.run import Place
 from pipeline.store.tars import open_shards
+
+LARGEST = 8 * 4096**2 + 1024  # bytes of an array: float64, above the features of any extractor
 
 
 def locate_statistics(place: Place, extractor: Extractor, split: str) -> tuple[Path, str]:
@@ -48,24 +51,35 @@ def load_user_statistics(file: Path, width: int | None = None) -> Statistics:
     Raises PipelineError, in a line, if it holds no statistics of features (of that width).
     """
     try:
-        arrays = read_arrays(file)
-        fault = _find_problem(arrays, width)
-    except PipelineError as error:
-        fault = f"is no .npz of plain arrays ({error.__cause__})"
+        with zipfile.ZipFile(file) as archive:
+            held = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
+        # Beside them there may be anything: gigabytes of images, pickles.
+        if big := [name for name in ("mu", "sigma", "n") if held.get(name, 0) > LARGEST]:
+            fault: str | None = f"has {big[0]} of more than {LARGEST:,} bytes"
+        else:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays: dict[str, np.ndarray] = {
+                    name: archive[name] for name in ("mu", "sigma", "n") if name in held
+                }
+            fault = _find_problem(arrays, width, list(held))
+    except (
+        Exception
+    ) as error:  # numpy raises whatever a broken file leads to, and may advise to load it unsafely
+        fault = f"is no .npz of plain arrays ({type(error).__name__})"
     if fault:
         raise PipelineError(f"evaluate.reference: {file} {fault}; give mu (d,) and sigma (d, d) of features")
-    n = int(arrays["n"]) if "n" in arrays else None
+    n = int(arrays["n"].item()) if "n" in arrays else None
     return Statistics(n, arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
 
 
-def _find_problem(arrays: dict[str, np.ndarray], width: int | None) -> str | None:
+def _find_problem(arrays: dict[str, np.ndarray], width: int | None, held: list[str]) -> str | None:
     """Return why these are not the statistics of features (of that width); None if they are."""
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
-        return f"has no {' and no '.join(missing)}, only {', '.join(arrays) or 'nothing'}"
+        return f"has no {' and no '.join(missing)}, only {', '.join(held[:8]) or 'nothing'}"
     mu, sigma = arrays["mu"], arrays["sigma"]
     for name, array in (("mu", mu), ("sigma", sigma)):
-        if array.dtype not in (np.float32, np.float64):
+        if array.dtype.newbyteorder("=") not in (np.float32, np.float64):
             return f"has {name} of type {array.dtype}, not float64 or float32"
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         return f"has mu of shape {mu.shape} and sigma of shape {sigma.shape}"
@@ -75,8 +89,14 @@ def _find_problem(arrays: dict[str, np.ndarray], width: int | None) -> str | Non
         return "holds values that are not finite"
     if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * np.abs(sigma).max()):
         return "has a sigma that is not symmetric"
-    if "n" in arrays and (arrays["n"].size != 1 or not np.issubdtype(arrays["n"].dtype, np.integer)):
-        return "has an n that is no whole number"
+    try:  # a matrix with a negative eigenvalue is no covariance; rounding leaves some near 0
+        np.linalg.cholesky(sigma + 1e-5 * max(float(np.abs(sigma).max()), 1e-30) * np.eye(len(mu)))
+    except np.linalg.LinAlgError:
+        return "has a sigma that is no covariance: an eigenvalue is negative"
+    if "n" in arrays and (
+        arrays["n"].size != 1 or arrays["n"].dtype.kind not in "iu" or arrays["n"].item() < 1
+    ):
+        return "has an n that is no whole number above 0"
     return None
 
 

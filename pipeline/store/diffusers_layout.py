@@ -23,7 +23,8 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
 from pipeline.store.run import EXPERIMENT, Place
-from pipeline.store.tensors import Tensors, load_tensors
+from pipeline.store.tensors import Tensors, load_tensors, read_header
+from pipeline.store.weight_files import find_weight_files
 
 Settings = dict[str, Any]  # as diffusers keeps them in JSON
 
@@ -64,6 +65,9 @@ LEFT_OUT = FIXED | {
     "in_channels": 3,
     "out_channels": 3,
 }
+EMA_SETTINGS = {  # that diffusers' EMAModel writes beside those of the network
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+}  # fmt: skip
 UNREAD = ("dropout", "num_train_timesteps")  # neither changes what a trained network computes
 
 SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -118,21 +122,31 @@ def read_weights(experiment: Experiment) -> Tensors:
 
     Raises ConfigError and PipelineError as `import_published_weights` does.
     """
-    file = experiment.published.weights_file
-    assert file is not None, "the experiment trains its own weights"
-    folder = file.parent
+    files = find_weight_files(experiment.published)
+    assert files, "the experiment trains its own weights"
+    file, folder = files[0], files[0].parent
     if not (folder / NETWORK).is_file():
         raise PipelineError(
             f"{folder / NETWORK} is missing; nobody can tell which network the weights are of"
         )
-    root = folder.parent if folder.name == "unet" else folder
+    root = folder.parent if folder.name in ("unet", "unet_ema") else folder
     schedulers = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
     faults = find_network_differences(experiment, read_json(folder / NETWORK))
     if schedulers:  # some publish the network alone
         faults += _find_scheduler_differences(experiment.diffusion, read_json(schedulers[0]))
+    says, asked = read_header(file).get("weights"), experiment.published.weights
+    says = "ema" if folder.name == "unet_ema" or EMA_SETTINGS & read_json(folder / NETWORK).keys() else says
+    if {says, asked} == {"raw", "ema"}:
+        faults.append(f"published.weights is {asked}, but the folder says that its weights are {says}")
     if faults:
         raise ConfigError([f"{folder}: {fault}" for fault in faults])
-    read = load_tensors(file, "fetch it again in the diffusers layout")
+    read = {
+        k: v
+        for part in files
+        for k, v in load_tensors(part, "fetch it again in the diffusers layout").items()
+    }
+    if broken := [name for name, tensor in read.items() if not tensor.isfinite().all()]:
+        raise PipelineError(f"{file} holds values in {broken[0]} that are not finite; get other weights")
     given = {translate_name(name, OLDER_NAMES): tensor.float() for name, tensor in read.items()}
     own = checkpoint.create_network(experiment, "meta").state_dict()
     wanted = {translate_name(name): tensor for name, tensor in own.items()}
@@ -148,7 +162,9 @@ def read_weights(experiment: Experiment) -> Tensors:
 def find_network_differences(experiment: Experiment, published: Settings) -> list[str]:
     """Return the published settings that differ from the experiment or that we do not support."""
     own = make_network_settings(experiment)
-    given = LEFT_OUT | {name: value for name, value in published.items() if not name.startswith("_")}
+    given = LEFT_OUT | {
+        name: value for name, value in published.items() if name[0] != "_" and name not in EMA_SETTINGS
+    }
     faults = [
         f"{name}={given[name]!r} is a setting not known here" for name in given if name not in {*own, *UNREAD}
     ]

@@ -15,6 +15,7 @@ from typing import Any
 from pipeline.config import Experiment, to_dict
 from pipeline.config.neutral import get_key_content
 from pipeline.store.files import hash_file
+from pipeline.store.weight_files import find_weight_files
 
 VERSION = 2
 
@@ -52,9 +53,10 @@ def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[st
         "diffusion": content("diffusion", experiment.diffusion),
         "model": content("model", experiment.model),
     }
-    file, weights = experiment.published.weights_file, experiment.published.weights
-    if file is not None:
-        return always | {"published": {"sha256": hash_file(file), "weights": weights}}
+    if files := find_weight_files(experiment.published):
+        hashes = [hash_file(file) for file in files]
+        sha256 = hashes[0] if len(hashes) == 1 else hash_content(hashes)
+        return always | {"published": {"sha256": sha256, "weights": experiment.published.weights}}
     train = content("train", experiment.train)
     return always | {"train": {key: value for key, value in train.items() if key not in dropped}}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.errors import PipelineError
@@ -17,14 +18,28 @@ def load_tensors(path: Path, remedy: str) -> Tensors:
 
     Raises PipelineError, ending in the remedy, where the file is broken or holds anything else.
     """
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise PipelineError(f"{path} is a Git LFS pointer, not the file: `git lfs pull` fetches it")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads to
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        problem = f"{path} is broken or holds more than plain tensors ({reason})"
-        raise PipelineError(f"{problem}; {remedy}") from error
+        # Not its words, which may advise to load it unsafely.
+        kind = type(error).__name__
+        raise PipelineError(
+            f"{path} is broken or holds more than plain tensors ({kind}); {remedy}"
+        ) from error
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise PipelineError(f"{path} holds no plain table of tensors; {remedy}")
     return found
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Return what a .safetensors says of itself; nothing for another or a broken file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception:  # `load_tensors` tells
+        return {}

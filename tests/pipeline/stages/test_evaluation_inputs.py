@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from staged import asking_for, results, run_stage, scoring, with_weights
 
 from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.scores import classifier, preparations
+from pipeline.scores import classifier, preparations, reference
 from pipeline.scores.extractors import find_extractor
 from pipeline.scores.image_sets import write_shard_features
 from pipeline.scores.reference import load_reference, load_user_statistics, locate_statistics
@@ -188,15 +189,48 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
         ({"mu": np.full(64, np.nan)}, "values that are not finite"),
         ({"sigma": np.triu(np.ones((64, 64)))}, "a sigma that is not symmetric"),
         ({"n": np.array(2.5)}, "an n that is no whole number"),
-        ({"mu": np.array([{}], dtype=object)}, r"is no \.npz of plain arrays \(Object arrays"),
+        ({"mu": np.array([{}], dtype=object)}, r"is no \.npz of plain arrays \(ValueError\)"),
+        ({"sigma": -np.eye(64)}, "no covariance"),
+        ({"n": np.array(-5)}, "an n that is no whole number"),
     ],
-    ids=["mu", "both", "width", "shape", "integers", "halves", "nan", "triangle", "n", "objects"],
+    ids=[
+        "mu",
+        "both",
+        "width",
+        "shape",
+        "integers",
+        "halves",
+        "nan",
+        "triangle",
+        "n",
+        "objects",
+        "sign",
+        "minus",
+    ],
 )
 def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, message):
     statistics(tmp_path / "their.npz", **changed)
     with pytest.raises(PipelineError, match=message) as refused:
         load_user_statistics(tmp_path / "their.npz", 64)
     assert "\n" not in str(refused.value) and "their.npz" in str(refused.value)
+
+
+def test_statistics_are_read_by_name_whatever_lies_beside_them(tmp_path, monkeypatch):
+    """Faults 2.7, 6.5 and 6.6: images, objects, an n of shape (1,), the other byte order; a size is looked at first."""
+    draw = np.random.default_rng(0).normal(size=(200, 64))
+    beside = {
+        "arr_0": np.array([{}], dtype=object),
+        "n": np.array([200]),
+        "mu": draw.mean(axis=0).astype(">f8"),
+    }
+    found = load_user_statistics(Path(statistics(tmp_path / "their.npz", **beside)), 64)
+    assert found.n == 200 and found.mu.dtype == np.float64 and np.allclose(found.mu, draw.mean(axis=0))
+    monkeypatch.setattr(reference, "LARGEST", 1000)
+    with pytest.raises(PipelineError, match=r"has sigma of more than 1,000 bytes"):
+        load_user_statistics(tmp_path / "their.npz", 64)
+    (tmp_path / "other.npz").write_text("mu")
+    with pytest.raises(PipelineError, match=r"no \.npz of plain arrays"):
+        load_user_statistics(tmp_path / "other.npz", 64)
 
 
 def test_a_reference_that_cannot_be_used_is_refused_before_training(tiny_run, tmp_path, monkeypatch):

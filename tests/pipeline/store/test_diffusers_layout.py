@@ -22,8 +22,8 @@ from ddpm.networks import NETWORKS
 from ddpm.sampler import run_chain
 from pipeline import config
 from pipeline.cli.program import main
-from pipeline.engine import execute as stages
 from pipeline.engine import find
+from pipeline.engine.provenance import write_record
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint, diffusers_layout, keys
@@ -111,7 +111,7 @@ def rewrite(path: Path, **changes) -> None:
 def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.Module]:
     """A run directory whose one checkpoint holds random weights, raw and averaged ones different."""
     run = Place(root, experiment, "data", "key")
-    stages._write_experiment(run)
+    write_record(run, ())
     net = randomise(checkpoint.create_network(experiment))
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
@@ -173,6 +173,64 @@ def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickle
     torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
 
 
+def test_ema_and_raw_are_read_from_where_the_trainer_wrote_them(tmp_path):
+    """Faults 1.19, 6.1 and 6.2: diffusers' trainer writes unet/ and unet_ema/, whose config.json holds EMA settings."""
+    raw = publish(tmp_path / "unet", tiny()).state_dict()
+    ema = publish(tmp_path / "unet_ema", tiny())
+    ema.load_state_dict({name: tensor + 1 for name, tensor in raw.items()})
+    ema.save_pretrained(tmp_path / "unet_ema")
+    rewrite(tmp_path / "unet_ema" / "config.json", decay=0.9999, optimization_step=5, use_ema_warmup=False)
+
+    def read_bias(folder, weights):
+        return diffusers_layout.read_weights(importing(folder, weights=weights))["conv_in.bias"]
+
+    torch.testing.assert_close(read_bias(tmp_path, "raw"), raw["conv_in.bias"])
+    for folder in (tmp_path, tmp_path / "unet_ema", tmp_path / "unet_ema" / f"{FILE}.safetensors"):
+        torch.testing.assert_close(read_bias(folder, "ema"), raw["conv_in.bias"] + 1)
+    for folder, weights in (
+        (tmp_path / "unet", "ema"),
+        (tmp_path / "unet_ema", "raw"),
+        (tmp_path, "unknown"),
+    ):
+        with pytest.raises(ConfigError, match=r"published\.weights"):
+            read_bias(folder, weights)
+
+
+@pytest.mark.parametrize(
+    "options", [{"variant": "fp16"}, {"max_shard_size": "20KB"}, {"variant": "x", "max_shard_size": "20KB"}]
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_whatever_save_pretrained_writes_loads(tmp_path, options, pickled):
+    """Fault 6.3; the Hub's cache lies deeper."""
+    theirs = their_network(tiny())
+    folder = tmp_path / "models--g--d" / "snapshots" / "abc" / "unet"
+    theirs.save_pretrained(folder, safe_serialization=not pickled, **options)
+    weights = [file for file in folder.iterdir() if file.suffix != ".json"]
+    assert f"{FILE}.safetensors" not in [file.name for file in weights]
+    for path in (tmp_path / "models--g--d", folder, min(weights)):
+        found = diffusers_layout.read_weights(importing(path))
+        ours = {diffusers_layout.translate_name(name): tensor for name, tensor in found.items()}
+        torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
+    if len(weights) > 1:
+        weights[0].unlink()
+        with pytest.raises(ConfigError, match="no complete"):
+            diffusers_layout.read_weights(importing(folder))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_pointer_and_values_that_are_not_finite_are_named(tmp_path, kind):
+    """Faults 6.4 and 4.15."""
+    theirs = publish(tmp_path, tiny(), pickled=kind == "bin")
+    file = tmp_path / f"{FILE}.{kind}"
+    theirs.load_state_dict({name: tensor * torch.nan for name, tensor in theirs.state_dict().items()})
+    theirs.save_pretrained(tmp_path, safe_serialization=kind != "bin")
+    with pytest.raises(PipelineError, match="not finite"):
+        diffusers_layout.read_weights(importing(tmp_path))
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(PipelineError, match=r"Git LFS pointer.*git lfs pull"):
+        diffusers_layout.read_weights(importing(tmp_path))
+
+
 class Harmful:
     def __init__(self, proof: Path):
         self.proof = proof
@@ -188,9 +246,9 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     with pytest.raises(PipelineError, match="holds more than plain tensors"):
         diffusers_layout.read_weights(importing(tmp_path))
     (tmp_path / f"{FILE}.bin").write_bytes(pickle.dumps(Harmful(proof)))
-    with pytest.raises(PipelineError, match="holds more than plain tensors"):
+    with pytest.raises(PipelineError, match="holds more than plain tensors") as refused:
         diffusers_layout.read_weights(importing(tmp_path))
-    assert not proof.exists()
+    assert not proof.exists() and "weights_only" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +360,7 @@ def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, name
 
 
 def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no diffusion_pytorch_model\.safetensors or"):
+    with pytest.raises(ConfigError, match=r"holds no complete diffusion_pytorch_model\.safetensors or"):
         diffusers_layout.read_weights(importing(tmp_path))
     publish(tmp_path, tiny())
     (tmp_path / "config.json").unlink()
@@ -433,13 +491,15 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
     command(storage, "evaluate", *digits)
     exported = tmp_path / "exported"
     main(["export", run.path.name, str(exported), "--weights=raw", f"cluster.storage={storage}"])
-    command(storage, "import", str(exported), "--weights=ema", *digits, "name=entered")
+    wrong = ["import", str(exported), "--weights=ema", *digits, "name=entered", f"cluster.storage={storage}"]
+    assert main(wrong) == 2 and "says that its weights are raw" in capsys.readouterr().err
+    command(storage, "import", str(exported), "--weights=raw", *digits, "name=entered")
     (entered,) = storage.glob("entered-*")
     assert checkpoint.list_steps(entered / "train") == [STEP]
-    words = [*digits, "name=entered", f"published.path={exported}", "published.weights=ema"]
+    words = [*digits, "name=entered", f"published.path={exported}", "published.weights=raw"]
     command(storage, "evaluate", *words)
     assert not (entered / "log.jsonl").exists(), "nothing was trained"
     first, second = scores(storage, "tiny"), scores(storage, "entered")
     assert first["scores"] == second["scores"]
-    assert (first["protocol"]["weights"], second["protocol"]["weights"]) == ("raw", "ema")
+    assert (first["protocol"]["weights"], second["protocol"]["weights"]) == ("raw", "raw")
     assert json.dumps(second["protocol"]) == json.dumps(first["protocol"] | second["protocol"])
