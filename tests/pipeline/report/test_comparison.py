@@ -68,7 +68,9 @@ def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, un
     ):
         markdown = page(four, tmp_path / "page", metric)
         assert re.findall(r"^\| \d\. (\S+) \|", markdown, re.MULTILINE) == order
-        assert f"> **{order[0]} has the {METRICS[metric].best_word} {METRICS[metric].heading} of 4" in markdown
+        assert (
+            f"> **{order[0]} has the {METRICS[metric].best_word} {METRICS[metric].heading} of 4" in markdown
+        )
     assert "Beside the paper" not in markdown
 
 
