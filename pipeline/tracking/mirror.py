@@ -158,7 +158,7 @@ class Mirror(Sender):
 
     def _list_missing(self, delivered: dict[str, str]) -> list[Parcel]:
         send = partial(RunSender.send_status, status=self.status, end=self._state.get("time"))
-        status = Parcel("status", self.status, send)
+        status = Parcel("status", f"{self.status} {self._state.get('time', '')}", send)
         rest = list(list_parcels(self.place, self.tags, delivered, self.child))
         parcels = [status, *rest] if self.status == "RUNNING" else [*rest, status]
         return [parcel for parcel in parcels if delivered.get(parcel.name) != parcel.version]

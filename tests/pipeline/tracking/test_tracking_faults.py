@@ -257,8 +257,9 @@ if "child" not in sys.argv:  # a worker keeps the port
 HTTPServer(("127.0.0.1", int(sys.argv[-1].partition("=")[2])), Answer).serve_forever()
 """
 UI = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it
 from pipeline.tracking import ui
 ui.check_server = lambda uri: None
 ui.serve_ui(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
@@ -282,6 +283,7 @@ def test_the_ui_takes_its_server_along_and_asks_it_directly(tmp_path, number):
         lines = [ui.stdout.readline(), ui.stdout.readline()]
         assert f"http://127.0.0.1:{port}/" in lines[1] and "HUSH" not in "".join(lines)
         ui.send_signal(number)
+        ui.wait(20)
     seen, end = (tmp_path / "seen").read_text(), time.monotonic() + 20
     assert "HUSH" not in seen.removeprefix(SECRET) and seen.startswith(SECRET)
     with pytest.raises(OSError):
