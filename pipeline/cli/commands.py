@@ -68,7 +68,13 @@ def _load_experiment_and_cluster(options: Namespace) -> tuple[Experiment, Cluste
     name, overrides = _split_arguments(options, "experiment")
     problems: list[str] = []
     try:
-        experiment = config.load_experiment(name or options.command.default, overrides, list_known_names())
+        name, known = name or options.command.default, list_known_names()
+        experiment = config.load_experiment(name, overrides, known)
+        if experiment.published.path:  # what was typed wins over what the published settings say
+            from pipeline.store.diffusers_layout import derive_overrides
+
+            derived = derive_overrides(experiment.published)
+            experiment = config.load_experiment(name, [*derived, *overrides], known)
     except ConfigError as error:
         problems += error.problems
     try:

@@ -7,6 +7,7 @@ its root or under unet/; scheduler_config.json, at the root or under scheduler/,
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ddpm.config import LEARNED, DiffusionConfig
 from ddpm.diffusion import Diffusion
 from ddpm.networks.config import UNetConfig
 from ddpm.training import describe_mismatch
-from pipeline.config import Experiment, load_experiment
+from pipeline.config import Experiment, PublishedConfig, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
@@ -30,6 +31,7 @@ Settings = dict[str, Any]  # as diffusers keeps them in JSON
 
 NETWORK, SCHEDULER, PIPELINE = "config.json", "scheduler_config.json", "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LONGEST = 1_000_000  # timesteps of a chain that is looked at
 LAYOUT_VERSION = "0.30.0"  # of diffusers, whose names of settings these are
 
 # What the settings of diffusers' UNet2DModel must be to mean the paper's network ...
@@ -69,6 +71,12 @@ EMA_SETTINGS = {  # that diffusers' EMAModel writes beside those of the network
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
 UNREAD = ("dropout", "num_train_timesteps")  # neither changes what a trained network computes
+
+REMEDIES = {
+    "sample_size": "; images are squares, with one side",
+    "block_out_channels": "; every width must be a multiple of the first",
+    "out_channels": "; a learned diffusion.variance has twice the image's channels, a fixed one as many",
+}
 
 SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
@@ -170,7 +178,9 @@ def find_network_differences(experiment: Experiment, published: Settings) -> lis
     ]
     if missing := [name for name in own if name not in {*FIXED, *UNREAD} and given.get(name) is None]:
         return [*faults, f"{NETWORK} does not say {', '.join(missing)}"]
-    remedies = _find_overrides(given)
+    if wrong := _find_type_problems(given):
+        return [*faults, *wrong]
+    remedies = REMEDIES | {name: f"; set {' '.join(words)}" for name, words in _find_overrides(given).items()}
     mirrored = [kind.replace("Down", "Up") for kind in reversed(given["down_block_types"])]
     if given["up_block_types"] == mirrored:
         del own["up_block_types"]  # the other half says it already
@@ -181,23 +191,49 @@ def find_network_differences(experiment: Experiment, published: Settings) -> lis
     ]
 
 
-def _find_overrides(given: Settings) -> dict[str, str]:
-    """Return the overrides that make the experiment match the published settings."""
+def derive_overrides(published: PublishedConfig) -> list[str]:
+    """Return the overrides that make an experiment's network the published one, from config.json; none where that or
+    the weights cannot be read, which `read_weights` tells."""
+    try:
+        found = read_json(find_weight_files(published)[0].with_name(NETWORK))
+    except (PipelineError, OSError):
+        return []
+    given = LEFT_OUT | (found if isinstance(found, dict) else {})
+    return [] if _find_type_problems(given) else list(chain.from_iterable(_find_overrides(given).values()))
+
+
+def _find_type_problems(given: Settings) -> list[str]:
+    """Return the settings of the network's shape that are of another type or size than they must be."""
+    widths, halves = given.get("block_out_channels"), ("down_block_types", "up_block_types")
+    wrong = [] if _is_list(widths, int) and min(widths or [0]) > 0 else ["block_out_channels"]
+    wrong += [
+        name for name in halves if not _is_list(given.get(name), str) or len(given[name]) != len(widths or [])
+    ]
+    numbers = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
+    wrong += [name for name in numbers if type(given.get(name)) is not int or given[name] < 1]
+    return [
+        f"{name} is {given.get(name)!r}, which is no setting of a network" for name in dict.fromkeys(wrong)
+    ]
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(type(item) is kind for item in value)
+
+
+def _find_overrides(given: Settings) -> dict[str, list[str]]:
+    """Return the overrides that make the experiment match each of the published settings."""
     size, widths, kinds = given["sample_size"], given["block_out_channels"], given["down_block_types"]
-    if not isinstance(size, int):
-        return {"sample_size": "; images are squares, with one side"}
-    if any(width % widths[0] for width in widths):
-        return {"block_out_channels": "; every width must be a multiple of the first"}
+    if not isinstance(size, int) or any(width % widths[0] for width in widths):
+        return {}
     mults = ",".join(str(width // widths[0]) for width in widths)
     attended = ",".join(str(size >> level) for level, kind in enumerate(kinds) if "Attn" in kind)
     return {
-        "sample_size": f"; set data.image_size={size}",
-        "in_channels": f"; set data.channels={given['in_channels']}",
-        "out_channels": "; a learned diffusion.variance has twice the image's channels, a fixed one as many",
-        "block_out_channels": f"; set model.channels={widths[0]} model.channel_mult=[{mults}]",
-        "layers_per_block": f"; set model.num_res_blocks={given['layers_per_block']}",
-        "norm_num_groups": f"; set model.norm_groups={given['norm_num_groups']}",
-        "down_block_types": f"; set model.attention_resolutions=[{attended}]",
+        "sample_size": [f"data.image_size={size}"],
+        "in_channels": [f"data.channels={given['in_channels']}"],
+        "block_out_channels": [f"model.channels={widths[0]}", f"model.channel_mult=[{mults}]"],
+        "layers_per_block": [f"model.num_res_blocks={given['layers_per_block']}"],
+        "norm_num_groups": [f"model.norm_groups={given['norm_num_groups']}"],
+        "down_block_types": [f"model.attention_resolutions=[{attended}]"],
     }
 
 
@@ -223,14 +259,24 @@ def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> 
 
 def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
     """Return every beta of a scheduler's settings, float64 (T,); None for a schedule that we do not have."""
+    steps, ends = (
+        given.get("num_train_timesteps", 1000),
+        (given.get("beta_start", 1e-4), given.get("beta_end", 0.02)),
+    )
+    betas = [*ends, *(given.get("trained_betas") or ())]
+    if (
+        type(steps) is not int
+        or not 1 < steps <= LONGEST
+        or not all(type(beta) in (int, float) for beta in betas)
+    ):
+        return None
     if given.get("trained_betas") is not None:
         return torch.tensor(given["trained_betas"], dtype=torch.float64)
     names = {theirs: own for own, theirs in SCHEDULES.items()}
     name = names.get(given.get("beta_schedule", "linear"))
     if name is None:
         return None
-    ends = given.get("beta_start", 1e-4), given.get("beta_end", 0.02)
-    return schedules.compute_betas(name, given.get("num_train_timesteps", 1000), *ends)
+    return schedules.compute_betas(name, steps, *ends)
 
 
 # Out

@@ -21,7 +21,8 @@ from ddpm.images import to_uint8
 from ddpm.networks import NETWORKS
 from ddpm.sampler import run_chain
 from pipeline import config
-from pipeline.cli.program import main
+from pipeline.cli import commands
+from pipeline.cli.program import main, parse_arguments
 from pipeline.engine import find
 from pipeline.engine.provenance import write_record
 from pipeline.errors import ConfigError, PipelineError
@@ -323,6 +324,40 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
     )
 
 
+def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
+    """Must 6: no keys to type; what was typed wins."""
+    published = config.PublishedConfig(str(tmp_path), "ema")
+    assert diffusers_layout.derive_overrides(published) == []
+    publish(tmp_path, tiny("model.channels=24", "model.norm_groups=6"))
+    derived = diffusers_layout.derive_overrides(published)
+    assert {"model.channels=24", "model.norm_groups=6", "data.image_size=8"} <= set(derived)
+    words = [
+        "cifar10_published",
+        f"published.path={tmp_path}",
+        "published.weights=ema",
+        "model.norm_groups=4",
+    ]
+    parsed = parse_arguments(["run", *words, "data.source=digits", "data.path=null"])
+    experiment, _ = commands._load_experiment_and_cluster(parsed)
+    assert (experiment.model.channels, experiment.model.norm_groups, experiment.data.channels) == (24, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("block_out_channels", "x"), ("block_out_channels", []), ("block_out_channels", [0, 0]),
+        ("down_block_types", [1, 2]), ("up_block_types", "UpBlock2D"), ("layers_per_block", "two"),
+        ("norm_num_groups", 0), ("in_channels", [1]),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_named(tmp_path, setting, value):
+    publish(tmp_path, tiny())
+    rewrite(tmp_path / "config.json", **{setting: value})
+    with pytest.raises(ConfigError, match=f"{setting} is "):
+        diffusers_layout.read_weights(importing(tmp_path))
+    assert diffusers_layout.derive_overrides(config.PublishedConfig(str(tmp_path), "raw")) == []
+
+
 def test_tensors_that_differ_are_named(tmp_path):
     publish(tmp_path, tiny())
     tensors = load_file(tmp_path / f"{FILE}.safetensors")
@@ -344,6 +379,8 @@ def test_tensors_that_differ_are_named(tmp_path):
         ({"beta_end": 0.03}, "diffusion.beta_schedule=linear"),
         ({"beta_schedule": "scaled_linear"}, "diffusion.beta_schedule=linear"),
         ({"beta_schedule": "sigmoid"}, "sigmoid"),
+        ({"trained_betas": ["a"]}, "is none of ours"),
+        ({"num_train_timesteps": 10**12}, "is none of ours"),
         ({"rescale_betas_zero_snr": True}, "rescaled"),
         ({"prediction_type": "sample"}, "diffusion.predict=eps"),
     ],
