@@ -56,7 +56,13 @@ def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[st
     if files := find_weight_files(experiment.published):
         hashes = [hash_file(file) for file in files]
         sha256 = hashes[0] if len(hashes) == 1 else hash_content(hashes)
-        return always | {"published": {"sha256": sha256, "weights": experiment.published.weights}}
+        model = {
+            key: value
+            for key, value in content("model", experiment.model).items()
+            if key != "dropout.formula"
+        }
+        published = {"sha256": sha256, "weights": experiment.published.weights}
+        return always | {"model": model, "published": published}  # nothing is trained, so nothing is dropped
     train = content("train", experiment.train)
     return always | {"train": {key: value for key, value in train.items() if key not in dropped}}
 

@@ -90,6 +90,14 @@ def test_the_formula_of_dropout_counts_where_there_is_dropout(monkeypatch):
     assert all_keys(dropped)[1] != before[1][1]
 
 
+def test_published_weights_keep_their_key_whatever_the_formula_of_dropout(monkeypatch, tmp_path):
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    published = tiny_experiment("model.dropout=0.1", f"published.path={tmp_path}", "published.weights=ema")
+    before = keys.make_run_key(published, "d" * 12)
+    monkeypatch.setitem(neutral.FORMULAS, "model.dropout", 1)
+    assert keys.make_run_key(published, "d" * 12) == before
+
+
 def test_a_file_from_before_an_option_means_its_neutral_value():
     tree = {"train": {"lr": 0.1}, "sample": {"label": "cycle"}}
     keys_of = {"published": ("path", "weights"), "evaluate": ("variance", "features")}
