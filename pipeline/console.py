@@ -41,14 +41,17 @@ def format_rate(rate: float) -> str:
 def format_table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, width: int = 0
 ) -> str:
-    """Return a table as text; `width` 0 = as wide as the terminal, and at least 100 columns."""
+    """Return a table as text; the first column is never cut. `width` 0 = that of the terminal."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*headings, title=title, title_justify="left")
+    table.columns[0].no_wrap = True
+    for column in table.columns:
+        column.overflow = "fold"
     for row in rows:
         table.add_row(*row)
-    console = Console(width=width or max(100, shutil.get_terminal_size().columns), markup=False)
+    console = Console(width=width or shutil.get_terminal_size().columns, markup=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()

@@ -5,7 +5,9 @@ Imports stand inside, after the checks of the configuration: a command loads wha
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +134,7 @@ def show_experiment(options: Namespace) -> None:
     for warning in experiment.diffusion.list_warnings():
         print(f"# warning: {warning}")
     try:
-        place = find.make_place(experiment, cluster.storage_root)
+        place = find.make_place(experiment, cluster.storage_root, remember=False)
     except PipelineError as error:
         print(f"\n# keys: not known: {error}")
         return
@@ -144,6 +146,19 @@ def show_experiment(options: Namespace) -> None:
     else:
         print("# sample key  not known before the best checkpoint is selected; so is the score key")
     print(f"# directory   {place.path}")
+
+
+def list_files(options: Namespace) -> None:
+    """Print the names of experiments, sweeps and clusters, each with the first line of its file (`ddpm list`)."""
+    from pipeline.config import FOLDERS, find_configuration, list_configurations
+
+    for folder in FOLDERS:
+        print(f"{folder or 'experiment'}s:")
+        for name in list_configurations(folder):
+            text = find_configuration(name, folder).read_text().partition("\n")[0].strip("# ")
+            print(
+                f"  {name:<25} {textwrap.shorten(text, shutil.get_terminal_size().columns - 28, placeholder=' ...')}"
+            )
 
 
 # Studies

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, PipelineError, suggest
 
 CONFIGURATIONS = """
 EXPERIMENT and CLUSTER are paths, or names of files in ./conf. key=value overrides one key of the experiment,
-cluster.key=value one of the cluster. `ddpm show EXPERIMENT` writes all keys.
+cluster.key=value one of the cluster. `ddpm list` has all names, `ddpm show EXPERIMENT` all keys.
 """
 GOES_ON = """
 The same command again goes on where it was interrupted, and does nothing where everything is up to date.
@@ -45,6 +45,17 @@ class Command:
 def _declare(*names: str, **settings: Any) -> Argument:
     """Return the names and settings of one argument."""
     return names, settings
+
+
+def _read_whole(least: int, most: int) -> Callable[[str], int]:
+    """Return the reader of a whole number between two bounds."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
+            raise ArgumentTypeError(f"'{text}' is no whole number from {least} to {most}")
+        return int(text)
+
+    return read
 
 
 def _declare_names(metavar: str, text: str) -> Argument:
@@ -108,6 +119,7 @@ COMMANDS = (
     _make_stage_command("report", "write report.html and report.md from what is there", """\
   ddpm report digits                                  `ddpm run` ends with it
 """),
+    Command("list", do.list_files, "experiments, sweeps and clusters, each with what it is", "", ()),
     Command("show", do.show_experiment, "the resolved configuration and its keys; starts nothing", f"""\
   ddpm show cifar10                                   every key with its value
   ddpm show digits train.lr=1e-4                      which run directory that would be
@@ -150,7 +162,7 @@ The same command again goes on. A study that is shorter than the paper's says so
 """, (
         RUN, _declare("directory", metavar="DIR", help="the folder to write; it must not exist yet"),
         _declare("--weights", choices=("ema", "raw"), default="ema", help="default: ema"),
-        _declare("--step", type=int, help="default: the newest checkpoint"), *CLUSTER_ONLY,
+        _declare("--step", type=_read_whole(0, 10**9), help="default: the newest checkpoint"), *CLUSTER_ONLY,
     )),
     Command("compare", do.compare_runs, "a report over several runs", """\
   ddpm compare digits-3f2a digits-91bc
@@ -174,7 +186,7 @@ The same command again goes on. A study that is shorter than the paper's says so
 """, (_declare("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named"), *CLUSTER_ONLY)),
     Command("ui", do.serve_ui, "open the MLflow UI on this project's store", """\
   ddpm ui --port 5001 cluster.storage=/data/runs
-""", (_declare("--port", type=int, default=5000, help="default: 5000"), *CLUSTER_ONLY)),
+""", (_declare("--port", type=_read_whole(1, 65535), default=5000, help="default: 5000"), *CLUSTER_ONLY)),
     Command("submit", do.submit_job,
         "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER", """\
   ddpm submit -- run cifar10 --cluster compose
@@ -232,7 +244,10 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
         print(f"ddpm {find_version()}")
         program.exit()
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments:
+        program.print_help()
+        program.exit()
+    if arguments[0].startswith("-"):
         program.parse_args(arguments)
     name, *words = arguments
     if name not in parsers:

@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import sys
+import textwrap
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -19,23 +21,26 @@ from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.store.files import read_json
 from pipeline.store.run import (
     EXPERIMENT,
+    find_last_change,
     find_leaderboards,
     find_runs,
     find_sample_manifests,
     find_scores,
     find_selections,
+    find_state,
 )
 
 PACKAGES = (
     "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "pyyaml", "safetensors",
 )  # fmt: skip
+ROW = "{:<11} {:>6}  {:<13}  {}"  # of a run
 
 
 def format_status(root: Path) -> str:
     """Return the tables of the runs and studies below `root`, read from their files alone."""
-    found = find_runs(root)
+    found = sorted(find_runs(root), key=find_last_change, reverse=True)
     if not found:
-        return f"no runs in {root} yet; `ddpm run` makes one"
+        return f"no runs in {root} yet; `ddpm run` makes one, cluster.storage=FOLDER looks elsewhere"
     runs, problems = [], []
     for path in found:
         try:
@@ -45,8 +50,7 @@ def format_status(root: Path) -> str:
                 runs.append(_describe_run(path))
         except PipelineError as error:
             problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
-    columns = ("run", "data", "step", "samples", "scores", "report")
-    tables = [*([format_table(columns, runs, str(root))] if runs else []), *problems]
+    tables = [*([f"{root}\n{ROW.format('state', 'age', 'steps', 'run')}"] if runs else []), *runs, *problems]
     if studies := [_describe_study(path) for path in find_leaderboards(root)]:
         tables.append(format_table(("sweep", "finished", "stopped", "failed", "best", "score"), studies))
     return "\n".join(tables)
@@ -66,7 +70,8 @@ def _describe_study(leaderboard: Path) -> list[str]:
     ]
 
 
-def _describe_run(path: Path) -> list[str]:
+def _describe_run(path: Path) -> str:
+    """Return the row of a run, and below it its scores, within the width of the terminal."""
     from pipeline.store.checkpoint import list_steps
 
     experiment = config.load_experiment(str(path / EXPERIMENT), [])
@@ -86,14 +91,19 @@ def _describe_run(path: Path) -> list[str]:
         about = f"step {protocol['checkpoint']}, {protocol['weights']}, n={protocol.get('n')}"
         extractor = protocol.get("extractor", "no features")
         lines.append(f"{format_headline(read_json(file)['scores'])} ({about}, {extractor})")
-    return [
-        path.name,
-        experiment.data.source,
-        f"{max(steps, default=0)}/{experiment.train.steps}",
-        str(images or "-"),
-        "\n".join([*lines, *experiment.find_missing_files()]) or "-",
-        "yes" if (path / "report").is_dir() else "-",
-    ]
+    imported = experiment.published.weights is not None
+    trained = "imported" if imported else f"{max(steps, default=0)}/{experiment.train.steps}"
+    row = ROW.format(find_state(path), _format_age(time.time() - find_last_change(path)), trained, path.name)
+    lines = [f"{experiment.data.source}, {images} samples", *lines, *experiment.find_missing_files()]
+    width = shutil.get_terminal_size().columns
+    return "\n".join([row, *(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="      ",
+        break_long_words=False, break_on_hyphens=False) for line in lines)])  # fmt: skip
+
+
+def _format_age(seconds: float) -> str:
+    sizes = (("d", 86400), ("h", 3600), ("min", 60))
+    unit, size = next(((unit, size) for unit, size in sizes if seconds >= size), ("s", 1))
+    return f"{max(0, int(seconds / size))} {unit}"
 
 
 def diagnose(cluster: ClusterConfig) -> str:

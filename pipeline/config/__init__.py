@@ -2,6 +2,7 @@
 
 from pipeline.config.checks import flatten, get_field_types, is_section
 from pipeline.config.files import (
+    FOLDERS,
     find_configuration,
     list_base_files,
     list_conf_folders,

@@ -16,6 +16,7 @@ from pipeline.config.checks import Tree, find_type, flatten, get_field_types, ta
 from pipeline.errors import ConfigError, suggest
 
 Folder = Literal["", "cluster", "sweep"]  # below conf/; experiments stand in conf/ itself
+FOLDERS: tuple[Folder, ...] = ("", "sweep", "cluster")
 
 QUOTED = r"""'([^']|'')*'|"([^"\\]|\\.)*\""""
 LARGEST = 2**20  # bytes of a configuration

@@ -28,11 +28,11 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
     return root
 
 
-def make_place(experiment: Experiment, root: Path) -> Place:
+def make_place(experiment: Experiment, root: Path, remember: bool = True) -> Place:
     """Return the place of an experiment, with its keys. Raises ConfigError where a file that it names is missing."""
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
-    fingerprint = sources.compute_fingerprint(experiment.data, locate_fingerprints(root))
+    fingerprint = sources.compute_fingerprint(experiment.data, locate_fingerprints(root), remember)
     data_key = keys.make_data_key(experiment, fingerprint)
     return Place(root, experiment, data_key, keys.make_run_key(experiment, data_key))
 

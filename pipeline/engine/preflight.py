@@ -7,8 +7,9 @@ import shutil
 from dataclasses import dataclass
 from math import prod
 
+from pipeline.compute.resources import resolve_resources
 from pipeline.compute.units import GIB
-from pipeline.config import Experiment
+from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.run import Place
@@ -44,7 +45,8 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
     # The newest, and at the most all that are kept for ever beside them.
     steps = range(0, train.steps, train.checkpoint_every)[1:]
-    kept = train.keep + sum(map(experiment.keeps_checkpoint, steps))
+    is_kept = train.keep_every or evaluate.checkpoint_interval
+    kept = train.keep + (sum(map(experiment.keeps_checkpoint, steps)) if is_kept else 0)
     if evaluate.checkpoints:
         interval = evaluate.checkpoint_interval
         images += (train.steps // interval if interval else kept) * evaluate.checkpoint_images
@@ -57,6 +59,14 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
         # The state, its gradients, and the copies that a checkpoint is written from.
         memory=2 * (state + weights),
     )
+
+
+def check_workers(cluster: ClusterConfig) -> None:
+    """Raise PipelineError where the workers ask for more than this machine has; other clusters tell it once joined."""
+    import torch
+
+    if cluster.workers != 0 and cluster.ray_address is None:
+        resolve_resources(cluster, len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
 def check_resources(place: Place) -> str:

@@ -219,3 +219,13 @@ def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
             file.write(str(os.getpid()))
             file.flush()
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a driver holds the folder's lock."""
+    with suppress(OSError), (path / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

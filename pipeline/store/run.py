@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from pipeline.config import Experiment
+from pipeline.errors import PipelineError
 from pipeline.store import keys
-from pipeline.store.files import MANIFEST, read_json, write_json
+from pipeline.store.files import MANIFEST, is_locked, read_json, write_json
 
 EXPERIMENT, METRICS, SELECTION = "experiment.yaml", "metrics.json", "selection.json"
-REPORT_HTML, REPORT_MD, STOP = "report.html", "report.md", ".stop"
+REPORT_HTML, REPORT_MD, STOP, TRACKING = "report.html", "report.md", ".stop", "tracking.json"
 LEADERBOARD, LOG = "leaderboard.json", "log.jsonl"
 # The files of a run beside its sealed folders.
 RECORD = (EXPERIMENT, LOG, "timings.json", "commits.json", "*.patch", "grids/*.png")
@@ -94,7 +96,7 @@ class Place:
     commits_json = _path_property("path", "commits.json")
     spent_json = _path_property("path", "spent.json")
     timings_json = _path_property("path", "timings.json")
-    tracking_json = _path_property("path", "tracking.json")
+    tracking_json = _path_property("path", TRACKING)
     log = _path_property("path", LOG)
     stop_file = _path_property("path", STOP)
     heartbeat = _path_property("path", ".step")
@@ -180,6 +182,22 @@ def find_runs(storage: Path, prefix: str = "") -> list[Path]:
 
 
 # Below a run directory, whatever the experiment is
+
+
+def find_last_change(run: Path) -> float:
+    """Return when its records last changed, in Unix seconds."""
+    return max(file.stat().st_mtime for pattern in RECORD for file in run.glob(pattern))
+
+
+def find_state(run: Path) -> str:
+    """Return what became of the last command on a run: running, failed, interrupted, finished, partial (no report)."""
+    if is_locked(run):
+        return "running"
+    with suppress(PipelineError, OSError, TypeError, KeyError):  # where it is damaged, or not there yet
+        status = read_json(run / TRACKING)["status"]
+        if status != "FINISHED":
+            return "failed" if status == "FAILED" else "interrupted"
+    return "finished" if (run / "report" / REPORT_HTML).exists() else "partial"
 
 
 def find_sample_facts(run: Path) -> list[Path]:

@@ -102,11 +102,11 @@ def download_source(data: DataConfig, downloads: Path) -> DataConfig:
     return data
 
 
-def compute_fingerprint(data: DataConfig, cache: Path | None) -> str:
+def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = True) -> str:
     """Return the sha256 over the names and contents of the image files; where data.path lies does not matter.
 
-    `cache` (a JSON file) holds the result while paths, sizes and modification times stay. Raises PipelineError where
-    images are missing or broken.
+    `cache` (a JSON file) holds the result while paths, sizes and modification times stay; it is written if `remember`.
+    Raises PipelineError where images are missing or broken.
     """
     reader = SourceReader(data)
     place = f"2 {data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
@@ -121,7 +121,7 @@ def compute_fingerprint(data: DataConfig, cache: Path | None) -> str:
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")
     if reader.mixed:
         content = hashlib.sha256(f"{content} {reader.mixed}".encode()).hexdigest()
-    if cache:
+    if cache and remember:
         with suppress(OSError):  # a cache that cannot be written only costs time
             write_json(cache, {**known, place: {"stamp": stamp, "content": content}})
     return content

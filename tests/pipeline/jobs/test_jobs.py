@@ -337,7 +337,8 @@ def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
     assert found == code and words in sentence
 
 
-def test_the_table_shows_brackets_as_they_were_typed():
+def test_the_table_shows_brackets_as_they_were_typed(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     job = JobDetails(
         type="SUBMISSION", status="RUNNING", submission_id="a", entrypoint="exec x", start_time=1000,
         metadata={"command": "ddpm run digits evaluate.metrics=[nll]"},
