@@ -120,7 +120,7 @@ COMMANDS = (
   ddpm report digits                                  `ddpm run` ends with it
 """),
     Command("list", do.list_files, "experiments, sweeps and clusters, each with what it is", "", ()),
-    Command("show", do.show_experiment, "the resolved configuration and its keys; starts nothing", f"""\
+    Command("show", do.show_experiment, "the resolved configuration and its keys; writes nothing", f"""\
   ddpm show cifar10                                   every key with its value
   ddpm show digits train.lr=1e-4                      which run directory that would be
 {CONFIGURATIONS}""", EXPERIMENT),
@@ -171,7 +171,7 @@ The same command again goes on. A study that is shorter than the paper's says so
         _declare_names("RUN", "a run directory, or how the names of one or several begin"),
         _declare("--metric", default="fid", help="what they are ranked by: fid (default), is, nll, kid, ..."), CLUSTER,
     )),
-    Command("sync", do.sync_run, "deliver to the tracking server what it has not got", """\
+    Command("sync", do.sync_run, "deliver a whole run to the tracking server, also once more", """\
   ddpm sync digits-3f2a cluster.tracking_uri=http://HOST:5000
 """, (RUN, *CLUSTER_ONLY)),
     Command("push", do.push_run, "finished shards, checkpoints, samples and scores to an object store", """\
