@@ -36,7 +36,7 @@ def scoring(experiment, **changes):
 
 def results(experiment, run):
     """What the evaluation found."""
-    return read_json(run.of(experiment).metrics_json)
+    return read_json(run.of(experiment).metrics_json, dict)
 
 
 def run_stage(stage, experiment, run):

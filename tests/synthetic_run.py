@@ -38,6 +38,9 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
         write_grid(run.grid(step), experiment)
     if scores:
         write_grid(run.samples_grid, experiment, 10)
+        splits = {"samples": {"count": experiment.sample.num_images, "shards": []}}
+        shape = {"image_size": experiment.data.image_size, "channels": experiment.data.channels}
+        rundir.write_manifest(run.samples, ["grid.png"], splits=splits, **shape)
         write_scores(run.scores, experiment)
         captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}
         for figure in captions:
@@ -71,7 +74,7 @@ def write_log(run: Place, start: int, stop: int, every: int) -> None:
 
 
 def write_checkpoint(run: Place, step: int) -> None:
-    files = {"ema.safetensors": {"bytes": 1, "sha256": "ab" * 32}}
+    files = {name: {"bytes": 1, "sha256": "ab" * 32} for name in ("ema.safetensors", "state.safetensors")}
     rundir.write_json(run.step_folder(step) / "meta.json", {"step": step, "files": files})
 
 
@@ -113,3 +116,4 @@ def write_scores(folder: Path, experiment: Experiment, **changed: Any) -> None:
     rundir.write_json(folder / "metrics.json", metrics | changed)
     nll = {"terms": terms.tolist(), "mse": mse.tolist(), "prior": 7.4e-6, "n": 100, "rate_distortion": table}
     rundir.write_json(folder / "nll.json", nll)
+    rundir.write_manifest(folder, ["metrics.json", "nll.json"])

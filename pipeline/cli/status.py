@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from pipeline import config
 from pipeline.config import ClusterConfig
@@ -18,7 +19,8 @@ from pipeline.console import format_table
 from pipeline.engine.find import explain_old_run, prepare_storage_root
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
-from pipeline.store.files import read_json
+from pipeline.scores.results import Results
+from pipeline.store.files import read_json, read_sealed
 from pipeline.store.run import (
     EXPERIMENT,
     find_last_change,
@@ -29,6 +31,8 @@ from pipeline.store.run import (
     find_selections,
     find_state,
 )
+from pipeline.store.selection import Selection
+from pipeline.store.tars import ShardSetFacts
 
 PACKAGES = (
     "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "pyyaml", "safetensors",
@@ -41,7 +45,7 @@ def format_status(root: Path) -> str:
     found = sorted(find_runs(root), key=find_last_change, reverse=True)
     if not found:
         return f"no runs in {root} yet; `ddpm run` makes one, cluster.storage=FOLDER looks elsewhere"
-    runs, problems = [], []
+    runs, studies, problems = [], [], []
     for path in found:
         try:
             if old := explain_old_run(path):
@@ -50,14 +54,19 @@ def format_status(root: Path) -> str:
                 runs.append(_describe_run(path))
         except PipelineError as error:
             problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
+    for path in find_leaderboards(root):
+        try:
+            studies.append(_describe_study(path))
+        except (PipelineError, KeyError, TypeError) as error:
+            problems.append(f"{path} cannot be read: {error}")
     tables = [*([f"{root}\n{ROW.format('state', 'age', 'steps', 'run')}"] if runs else []), *runs, *problems]
-    if studies := [_describe_study(path) for path in find_leaderboards(root)]:
+    if studies:
         tables.append(format_table(("sweep", "finished", "stopped", "failed", "best", "score"), studies))
     return "\n".join(tables)
 
 
 def _describe_study(leaderboard: Path) -> list[str]:
-    content = read_json(leaderboard)
+    content = read_json(leaderboard, dict[str, Any])
     metric, best = METRICS[content["metric"]], content.get("best")
     states = [trial["state"] for trial in content["trials"]]
     return [
@@ -76,21 +85,22 @@ def _describe_run(path: Path) -> str:
 
     experiment = config.load_experiment(str(path / EXPERIMENT), [])
     steps = list_steps(path / "train")
-    selections = [read_json(file) for file in find_selections(path)]
+    selections = [read_sealed(file, Selection) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for selected in selections for score in selected["scores"]}
     scores = [file for file in find_scores(path) if file.parent.name not in of_candidates]
-    sets = [read_json(file)["splits"] for file in find_sample_manifests(path)]
+    sets = [read_json(file, ShardSetFacts)["splits"] for file in find_sample_manifests(path)]
     images = sum(split["count"] for splits in sets for split in splits.values())
     lines = []
     for selected in selections:
-        fid = next(score["fid"] for score in selected["scores"] if score["step"] == selected["best"])
+        fid = min(score["fid"] for score in selected["scores"])
         of = f"of {len(selected['scores'])}, n={selected['n']}, {selected['weights']}"
         lines.append(f"best step {selected['best']}: FID {fid:.2f} ({of})")
     for file in scores:
-        protocol = read_json(file)["protocol"]
-        about = f"step {protocol['checkpoint']}, {protocol['weights']}, n={protocol.get('n')}"
+        found = read_sealed(file, Results)
+        protocol = found["protocol"]
+        about = f"step {protocol.get('checkpoint')}, {protocol.get('weights')}, n={protocol.get('n')}"
         extractor = protocol.get("extractor", "no features")
-        lines.append(f"{format_headline(read_json(file)['scores'])} ({about}, {extractor})")
+        lines.append(f"{format_headline(found['scores'])} ({about}, {extractor})")
     imported = experiment.published.weights is not None
     trained = "imported" if imported else f"{max(steps, default=0)}/{experiment.train.steps}"
     row = ROW.format(find_state(path), _format_age(time.time() - find_last_change(path)), trained, path.name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypedDict
 
-from pipeline.store.files import read_json, write_json
+from typing_extensions import TypedDict
+
+from pipeline.store.files import read_record, write_json
 
 OLD_KINDS = {"NLL": "nll"}  # the words that runs of the first version have for them
 
@@ -20,8 +21,7 @@ Costs = dict[str, dict[str, Cost]]  # by kind of unit, and by the number of step
 
 def read_costs(path: Path) -> Costs:
     """Return the costs on file; empty without a file."""
-    costs: Costs = read_json(path) if path.exists() else {}
-    return {OLD_KINDS.get(kind, kind): chains for kind, chains in costs.items()}
+    return {OLD_KINDS.get(kind, kind): chains for kind, chains in read_record(path, Costs).items()}
 
 
 class CostCounter:

@@ -5,6 +5,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from pipeline.errors import PipelineError
 from pipeline.store.files import write_atomically
 
 CELL_PIXELS = 64  # smaller images are enlarged
@@ -24,3 +25,13 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
     picture = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), -1, 3)
     with write_atomically(file) as temporary:
         Image.fromarray(picture.numpy()).save(temporary, format="PNG")
+
+
+def require_picture(file: Path) -> Path:
+    """Return the path of a PNG. Raises PipelineError where one of its checksums is wrong."""
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PipelineError(f"{file} is damaged ({error}) and is passed over") from error
+    return file

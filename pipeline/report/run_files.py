@@ -4,27 +4,44 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 from pipeline import config
 from pipeline.config import Experiment
 from pipeline.config.checks import Tree
 from pipeline.drawing.charts import Series
+from pipeline.drawing.grids import require_picture
 from pipeline.report import paper
 from pipeline.scores.results import Bound, Results, Scores
 from pipeline.store import keys
-from pipeline.store.files import MANIFEST, hash_file, read_json
+from pipeline.store.files import MANIFEST, Manifest, hash_file, read_json, require_sealed, try_read
 from pipeline.store.log import LogPoint, read_points
 from pipeline.store.run import Place
+from pipeline.store.selection import Selection
+from pipeline.store.tars import ShardSetFacts
 
 REFERENCE_POINTS = {
     "test": "Test images", "train": "Training images", "gaussian": "Gaussian", "noise": "Noise",
 }  # fmt: skip
 
 
+class FiguresManifest(Manifest):
+    """What the manifest of the figures says: their order and captions, why others are left out."""
+
+    order: list[str]
+    captions: dict[str, str]
+    skipped: NotRequired[dict[str, str]]
+    scored: NotRequired[bool]
+
+
+SHAPES: dict[str, type] = {
+    "data": ShardSetFacts, "metrics": Results, "nll": Bound, "figures": FiguresManifest, "selection": Selection,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RunFiles:
-    """The content of one run's files, read once. What is not there yet is empty."""
+    """The content of one run's files, read once. What is not there yet, or is damaged, is empty."""
 
     place: Place
 
@@ -34,7 +51,7 @@ class RunFiles:
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """Paths of the files that the page shows, by name; those that are there."""
+        """Paths of the files that the page shows, by name; those that are there, and are what their seals say."""
         place = self.place
         found = {
             "experiment": place.experiment_yaml, "log": place.log, "data": place.data / MANIFEST,
@@ -43,16 +60,23 @@ class RunFiles:
         }  # fmt: skip
         if self.experiment.evaluate.checkpoints:
             found["selection"] = place.selection_json
-        return {name: path for name, path in found.items() if path.is_file()}
+        return {name: path for name, path in found.items() if path.is_file() and self._is_whole(name, path)}
+
+    def _is_whole(self, name: str, path: Path) -> bool:
+        """Return whether a file is what its seal says, and of its shape."""
+        is_sealed = path.name != MANIFEST and name not in ("experiment", "log")
+        whole = try_read(require_sealed, path) is not None if is_sealed else True
+        return whole and (name not in SHAPES or try_read(read_json, path, SHAPES[name]) is not None)
 
     @cached_property
     def step_grids(self) -> list[Path]:
         """The sample grids of training, by step."""
-        return sorted(self.place.grids.glob("[0-9]*.png"))
+        found = sorted(self.place.grids.glob("[0-9]*.png"))
+        return [path for path in found if try_read(require_picture, path)]
 
     def read_content(self, name: str) -> Any:
         """Return the content of a JSON file; {} where it is not there."""
-        return read_json(self.paths[name]) if name in self.paths else {}
+        return read_json(self.paths[name], SHAPES[name]) if name in self.paths else {}
 
     @cached_property
     def content_hash(self) -> str:

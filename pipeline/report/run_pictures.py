@@ -14,6 +14,7 @@ from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_pict
 from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import Metric
 from pipeline.scores.results import Bound
+from pipeline.store.files import require_sealed, try_read
 
 LEAST_WIDTH = 1000  # pixels; smaller pictures are enlarged, so that their pixels stay sharp
 STEP_GRIDS = 4
@@ -35,7 +36,8 @@ FIGURE_5 = {
 def copy_figures(run: RunFiles, folder: Path) -> list[Picture]:
     """Copy the figures in their order; if none shows the first samples, copy these before them."""
     manifest = run.read_content("figures")
-    names = [name for name in manifest.get("order", []) if name != FIGURE_5_SVG]
+    files = [run.place.figures / name for name in manifest.get("order", []) if name != FIGURE_5_SVG]
+    names = [file.name for file in files if try_read(require_sealed, file)]
     pictures = [copy_picture(run.place.figures / name, folder, manifest["captions"][name]) for name in names]
     if "samples.png" not in names and "grid" in run.paths:
         pictures.insert(0, copy_picture(run.paths["grid"], folder, "The first samples, not selected"))

@@ -16,7 +16,14 @@ from pipeline.scores.baselines import draw_gaussian, draw_noise
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract_features
 from pipeline.store import tars
-from pipeline.store.files import hash_file, read_arrays, read_unit_arrays, write_unit_arrays
+from pipeline.store.files import (
+    REMEDY,
+    hash_file,
+    is_unit_done,
+    read_arrays,
+    read_unit_arrays,
+    write_unit_arrays,
+)
 from pipeline.store.keys import hash_content
 
 BASELINE_UNIT = 500  # images
@@ -36,8 +43,8 @@ class ImageSet:
     units: dict[Path, Unit]
 
     def list_missing(self) -> list[Unit]:
-        """List the units whose files are not there."""
-        return [unit for file, unit in self.units.items() if not file.exists()]
+        """List the units whose files are not there, or are damaged."""
+        return [unit for file, unit in self.units.items() if not is_unit_done(file)]
 
     def read_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield features and logits, file by file, up to the n-th image."""
@@ -95,15 +102,15 @@ def write_shard_features(
     It reads no manifest, since a shard of samples is looked at before all of them are drawn.
     """
     if not shard.path.exists() or hash_file(shard.path) != shard.sha256:
-        raise PipelineError(f"{shard.path} is missing or does not match its sha256; {tars.REMEDY}")
+        raise PipelineError(f"{shard.path} is missing or does not match its sha256; {REMEDY}")
     try:
         records = tars.read_records(shard.path, shard.stop - shard.start)
         images = [tars.decode_png(record.png) for record in records]
     except (ValueError, OSError) as error:
-        raise PipelineError(f"{shard.path} cannot be scored ({error}); {tars.REMEDY}") from error
+        raise PipelineError(f"{shard.path} cannot be scored ({error}); {REMEDY}") from error
     if others := sorted({image.shape for image in images} - {shape}):
         raise PipelineError(
-            f"{shard.path} holds images of shape (C, H, W) = {others[0]} where {shape} is scored; {tars.REMEDY}"
+            f"{shard.path} holds images of shape (C, H, W) = {others[0]} where {shape} is scored; {REMEDY}"
         )
     features, logits = extract_features(extractor, np.stack(images), ctx.device)
     write_unit_arrays(file, features=features, logits=logits)

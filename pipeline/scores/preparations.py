@@ -5,6 +5,7 @@ Both belong to the data and are shared by the runs on them.
 
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -13,7 +14,15 @@ from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
 from pipeline.scores.image_sets import hash_shards
 from pipeline.store import tars
-from pipeline.store.files import hash_file, read_json, write_arrays, write_atomically, write_json
+from pipeline.store.files import (
+    hash_file,
+    is_unit_done,
+    read_arrays,
+    read_record,
+    write_arrays,
+    write_atomically,
+    write_json,
+)
 from pipeline.store.run import Place
 
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
@@ -24,11 +33,10 @@ def list_preparations(place: Place) -> list[Unit]:
     count, units = tars.open_shards(place.data).count_images("train"), []
     if place.experiment.evaluate.features == "classifier":
         weights, facts = place.classifier, place.classifier_json
-        there = facts.exists() and weights.exists() and read_json(facts)["sha256"] == hash_file(weights)
-        if not there:
+        if not weights.exists() or read_record(facts, dict[str, Any]).get("sha256") != hash_file(weights):
             units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     pixels = locate_gaussian(place)
-    if pixels and not pixels.exists():
+    if pixels and not is_unit_done(pixels, read_arrays):
         name = "the Gaussian of the training pixels"
         units.append(Unit(UnitKind.PREPARATION, write_gaussian, (place, pixels), name, count))
     return units

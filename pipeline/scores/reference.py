@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, hash_shards
-from pipeline.store.files import hash_file, read_arrays, write_arrays
+from pipeline.store.files import hash_file, read_arrays, try_read, write_arrays
 from pipeline.store.run import Place
 from pipeline.store.tars import open_shards
 
@@ -31,8 +31,8 @@ def load_reference(place: Place, extractor: Extractor, reference: str) -> Statis
     if reference not in SPLITS:
         return load_user_statistics(Path(reference))
     file, content = locate_statistics(place, extractor, reference)
-    arrays = read_arrays(file) if file.exists() else None
-    if arrays is None or arrays["content"].item() != content:
+    arrays = try_read(read_arrays, file) if file.exists() else None
+    if arrays is None or not {"n", "mu", "sigma"} <= arrays.keys() or str(arrays.get("content")) != content:
         return None
     return Statistics(int(arrays["n"]), arrays["mu"], arrays["sigma"])
 

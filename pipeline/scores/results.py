@@ -1,6 +1,8 @@
 """The types of the contents of metrics.json and nll.json."""
 
-from typing import TypedDict
+from typing import Required
+
+from typing_extensions import TypedDict
 
 Scores = dict[str, float]
 
@@ -49,8 +51,8 @@ class Results(TypedDict, total=False):
     class_shares: the share of each class among the samples, as the classifier sees them.
     """
 
-    scores: Scores
-    protocol: ScoreProtocol
+    scores: Required[Scores]
+    protocol: Required[ScoreProtocol]
     reference_points: dict[str, Scores]
     class_shares: list[float]
 

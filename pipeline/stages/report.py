@@ -12,7 +12,7 @@ from pipeline.report.page import write_page
 from pipeline.report.run_files import RunFiles
 from pipeline.report.run_page import compose_page
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_manifest_or_none
+from pipeline.store.files import Manifest, read_manifest, try_read
 from pipeline.store.run import Place
 
 
@@ -27,8 +27,8 @@ class ReportStage(Stage):
         return ("evaluate", "figures")
 
     def is_done(self, place: Place) -> bool:
-        manifest = read_manifest_or_none(place.report)
-        return manifest is not None and manifest["inputs"] == RunFiles(place).content_hash
+        manifest = try_read(read_manifest, place.report, Manifest)
+        return manifest is not None and manifest.get("inputs") == RunFiles(place).content_hash
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Write the report in the driver; no unit is needed."""

@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import tars
 from pipeline.store.chain import load_guided_network, make_labels
-from pipeline.store.files import read_manifest_or_none, write_text
+from pipeline.store.files import try_read, write_text
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard
 
@@ -84,11 +84,12 @@ class SampleStage(Stage):
         return ("shard", "train", "select") if experiment.sample.checkpoint == "best" else ("shard", "train")
 
     def is_done(self, place: Place) -> bool:
-        """Return whether the sample set is sealed, with at least num_images."""
-        manifest = read_manifest_or_none(place.samples)
-        if manifest is None or manifest["splits"][SPLIT]["count"] < place.experiment.sample.num_images:
+        """Return whether the sample set is sealed, with its grid, its protocol and at least num_images."""
+        manifest = try_read(tars.read_shard_manifest, place.samples)
+        if manifest is None or {place.samples_grid.name, place.samples_yaml.name} - manifest["files"].keys():
             return False
-        return place.samples_grid.exists() and place.samples_yaml.exists()
+        wanted = place.experiment.sample.num_images
+        return SPLIT in manifest["splits"] and manifest["splits"][SPLIT]["count"] >= wanted
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units of missing shards, then seal the sample set with its grid and protocol."""
@@ -115,6 +116,7 @@ class SampleStage(Stage):
         tars.write_shard_manifest(
             place.samples,
             {SPLIT: written},
+            [place.samples_grid.name, place.samples_yaml.name],
             image_size=data.image_size,
             channels=data.channels,
             labels=0 if config.label is None else data.labels,

@@ -17,9 +17,9 @@ from pipeline.data.sources import (
 from pipeline.data.sources.cifar10 import is_official
 from pipeline.errors import PipelineError, escape_name
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_manifest_or_none
+from pipeline.store.files import try_read
 from pipeline.store.run import Place, locate_downloads, locate_fingerprints
-from pipeline.store.tars import LABEL, Shard, ShardFacts, write_shard_manifest
+from pipeline.store.tars import LABEL, Shard, ShardFacts, read_shard_manifest, write_shard_manifest
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class ShardStage(Stage):
     name = "shard"
 
     def is_done(self, place: Place) -> bool:
-        return read_manifest_or_none(place.data) is not None
+        return try_read(read_shard_manifest, place.data) is not None
 
     def find_shared_folder(self, place: Place) -> Path:
         return place.data

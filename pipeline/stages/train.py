@@ -47,7 +47,7 @@ class TrainStage(GroupStage):
         return () if experiment.published.weights else ("shard",)  # published ones need no images
 
     def is_done(self, place: Place) -> bool:
-        return checkpoint.is_valid(place.step_folder(place.experiment.train.steps))
+        return checkpoint.is_valid(place, place.experiment.train.steps)
 
     def needs_workers(self, place: Place) -> bool:
         return not place.experiment.published.weights
@@ -198,7 +198,7 @@ class _CheckpointSaver:
         self.finish()
         self.step = state.step
         folder = self.place.step_folder(state.step)
-        if self.ctx.rank == 0 and not checkpoint.is_valid(folder):
+        if self.ctx.rank == 0 and not checkpoint.is_valid(self.place, state.step):
             config = self.place.experiment.train
             recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
             facts = {"run_key": self.place.run_key, **recorded}
@@ -237,8 +237,13 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
     )
     tensors = {} if found is None else checkpoint.load_checkpoint(place.step_folder(found))
     saved_sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
-    if tensors:
-        state.load_state_dict(tensors)
+    try:
+        if tensors:
+            state.load_state_dict(tensors)
+    except ValueError as error:
+        raise PipelineError(
+            f"{place.step_folder(found or 0)}: {error}; delete it to go on from an earlier step"
+        ) from error
     sums = _LogSums(state.step, ctx.device)
     if saved_sums:
         sums.load_tensors(ctx, saved_sums)

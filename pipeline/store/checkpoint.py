@@ -1,8 +1,8 @@
 """Checkpoints: one folder per step, written atomically, with hashes.
 
 train/step_00001000/ holds state.safetensors (everything), ema.safetensors (the first EMA's weights, named as
-the network's own) and meta.json, which carries the step and the sha256 of both. A folder counts only while its
-hashes are right.
+the network's own) and meta.json, which carries the step, the run key and the sha256 of both. A folder counts only
+while these are right.
 """
 
 from __future__ import annotations
@@ -14,20 +14,31 @@ import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import Any, NoReturn, NotRequired, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typing_extensions import TypedDict
 
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.networks.layers import BF16Network
+from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store.files import read_file_facts, read_json, require_file, write_atomically, write_json
+from pipeline.store.files import (
+    Check,
+    FileFacts,
+    read_file_facts,
+    read_json,
+    require_files,
+    write_atomically,
+    write_json,
+    write_seal,
+)
 from pipeline.store.run import Place, find_sample_facts, find_scores, find_selections
 from pipeline.store.tensors import Tensors
 
@@ -36,6 +47,14 @@ logger = logging.getLogger(__name__)
 Facts = dict[str, str | int | bool]
 
 STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
+
+
+class Meta(TypedDict):
+    """The content of meta.json. Checkpoints of older versions may lack the run key."""
+
+    step: int
+    files: dict[str, FileFacts]
+    run_key: NotRequired[str]
 
 
 def save_checkpoint(
@@ -47,6 +66,7 @@ def save_checkpoint(
         _save_file(ema, temporary / EMA)
         files = {name: read_file_facts(temporary / name) for name in (STATE, EMA)}
         write_json(temporary / META, {"step": step, "files": files, **(facts or {})})
+        write_seal(temporary / META, files)
 
 
 def _save_file(tensors: Tensors, path: Path) -> None:
@@ -86,30 +106,52 @@ def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
     raise PipelineError(f"{place.path} has no checkpoint {which} (there are: {known})")
 
 
-def verify_checkpoint(directory: Path) -> None:
-    """Raise PipelineError unless the folder holds a complete checkpoint."""
-    meta = directory / META
-    content = read_json(meta) if meta.exists() else None
-    if not isinstance(content, dict) or "files" not in content:
-        raise PipelineError(f"{meta} is missing or lists no files: {directory} is not a complete checkpoint")
-    for name, facts in content["files"].items():
-        require_file(directory / name, facts)
+def read_meta(directory: Path) -> Meta:
+    """Read what a checkpoint says of itself. Raises PipelineError where it is no complete one of this step and run."""
+    meta = read_json(directory / META, Meta, "it is no complete checkpoint")
+    run, key = directory.parent.parent.name, meta.get("run_key", "")
+    if directory.name != f"step_{meta['step']:08d}" or not run.endswith(key):
+        raise PipelineError(f"{directory} holds the checkpoint of step {meta['step']} of a run {key}")
+    if not {STATE, EMA} <= meta["files"].keys():
+        raise PipelineError(f"{directory / META} does not list {STATE} and {EMA}: it is not complete")
+    return meta
 
 
-def is_valid(directory: Path) -> bool:
-    """Return whether the folder holds a complete checkpoint."""
+def verify_checkpoint(directory: Path, check: Check = "sha256") -> None:
+    """Raise PipelineError unless the folder holds the complete checkpoint of its step and run."""
+    require_files(directory / META, read_meta(directory)["files"], check)
+
+
+def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
+    """Raise PipelineError unless the checkpoint of a step is complete, and of the run's network."""
+    verify_checkpoint(folder := place.step_folder(step), check)
+    own = create_network(place.experiment, "meta").state_dict()
+    for file, prefix in ((EMA, ""), (STATE, "net.")):
+        try:
+            with safe_open(folder / file, "pt") as stored:
+                shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise PipelineError(f"{folder / file} holds no tensors ({error})") from error
+        found = {f"{prefix}{name}": torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
+        given = {n: torch.empty(its, device="meta") for n, its in shapes.items() if n.startswith(prefix)}
+        if fault := describe_mismatch(found, given):
+            raise PipelineError(f"{folder} holds another network: {fault}")
+
+
+def is_valid(place: Place, step: int) -> bool:
+    """Return whether the run has the complete checkpoint of a step."""
     try:
-        verify_checkpoint(directory)
+        verify_step(place, step, "seal")
+        return True
     except PipelineError:
         return False
-    return True
 
 
 def find_newest_step(run: Place, at_most: int) -> int | None:
     """Return the newest step up to `at_most` with a valid checkpoint; warn of broken ones."""
     for step in reversed(list_steps(run.train, at_most)):
         try:
-            verify_checkpoint(run.step_folder(step))
+            verify_step(run, step)
             return step
         except PipelineError as error:
             logger.warning("%s; going back to the checkpoint before it", error)
@@ -127,11 +169,14 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
 
     Those beyond step `at_most` are another command's.
     """
-    steps = list_steps(place.train, at_most)[: -place.experiment.train.keep]
-    old = [step for step in steps if not place.experiment.keeps_checkpoint(step)]
+    train, steps = place.experiment.train, list_steps(place.train, at_most)
+    # What an interruption left is worth keeping while it is the newest: later it takes the place of none.
+    ends = (train.steps, *steps[-1:])
+    kept = [step for step in steps if step % train.checkpoint_every == 0 or step in ends][-train.keep :]
+    old = [step for step in steps if step not in kept and not place.experiment.keeps_checkpoint(step)]
     try:
         used = list_used_steps(place) if old else set()
-    except (PipelineError, OSError, KeyError) as error:
+    except (PipelineError, KeyError, TypeError) as error:
         logger.warning("%s; until that is mended, no checkpoint is deleted", error)
         return
     for step in set(old) - used:
@@ -141,8 +186,8 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
 def list_used_steps(run: Place) -> set[int]:
     """Return the steps that a sample set, even an unfinished one, a score or a selection uses."""
     files = [*find_sample_facts(run.path), *find_scores(run.path)]
-    steps = {read_json(file)["protocol"]["checkpoint"] for file in files}
-    selected = [read_json(file)["scores"] for file in find_selections(run.path)]
+    steps = {read_json(file, dict[str, Any])["protocol"]["checkpoint"] for file in files}
+    selected = [read_json(file, dict[str, Any])["scores"] for file in find_selections(run.path)]
     return steps | {score["step"] for scores in selected for score in scores}
 
 
@@ -176,12 +221,10 @@ def load_network(
     directory = place.step_folder(step)
     if not directory.is_dir():
         raise_no_checkpoint(place, f"of step {step}")
+    verify_step(place, step, "seal")
     net = create_network(experiment, "meta")
     net.to_empty(device="cpu")
-    try:
-        net.load_state_dict(load_weights(directory, experiment.sample.weights))
-    except RuntimeError as error:
-        raise PipelineError(f"{directory} holds another network: {error}") from error
+    net.load_state_dict(load_weights(directory, experiment.sample.weights))
     net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     net = BF16Network(net) if precision == "bf16" else net
     return cast(nn.Module, torch.compile(net)) if compiled else net

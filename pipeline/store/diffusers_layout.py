@@ -32,6 +32,7 @@ Settings = dict[str, Any]  # as diffusers keeps them in JSON
 NETWORK, SCHEDULER, PIPELINE = "config.json", "scheduler_config.json", "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LONGEST = 1_000_000  # timesteps of a chain that is looked at
+FETCH = "fetch it again in the diffusers layout"
 LAYOUT_VERSION = "0.30.0"  # of diffusers, whose names of settings these are
 
 # What the settings of diffusers' UNet2DModel must be to mean the paper's network ...
@@ -122,7 +123,7 @@ def import_published_weights(place: Place) -> None:
     tensors = read_weights(place.experiment)
     state = {f"net.{name}": tensor for name, tensor in tensors.items()}
     step = place.experiment.train.steps
-    checkpoint.save_checkpoint(place.step_folder(step), state, tensors, step)
+    checkpoint.save_checkpoint(place.step_folder(step), state, tensors, step, {"run_key": place.run_key})
 
 
 def read_weights(experiment: Experiment) -> Tensors:
@@ -139,20 +140,17 @@ def read_weights(experiment: Experiment) -> Tensors:
         )
     root = folder.parent if folder.name in ("unet", "unet_ema") else folder
     schedulers = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
-    faults = find_network_differences(experiment, read_json(folder / NETWORK))
+    published = read_json(folder / NETWORK, Settings, FETCH)
+    faults = find_network_differences(experiment, published)
     if schedulers:  # some publish the network alone
-        faults += _find_scheduler_differences(experiment.diffusion, read_json(schedulers[0]))
+        faults += _find_scheduler_differences(experiment.diffusion, read_json(schedulers[0], Settings, FETCH))
     says, asked = read_header(file).get("weights"), experiment.published.weights
-    says = "ema" if folder.name == "unet_ema" or EMA_SETTINGS & read_json(folder / NETWORK).keys() else says
+    says = "ema" if folder.name == "unet_ema" or EMA_SETTINGS & published.keys() else says
     if {says, asked} == {"raw", "ema"}:
         faults.append(f"published.weights is {asked}, but the folder says that its weights are {says}")
     if faults:
         raise ConfigError([f"{folder}: {fault}" for fault in faults])
-    read = {
-        k: v
-        for part in files
-        for k, v in load_tensors(part, "fetch it again in the diffusers layout").items()
-    }
+    read = {k: v for part in files for k, v in load_tensors(part, FETCH).items()}
     if broken := [name for name, tensor in read.items() if not tensor.isfinite().all()]:
         raise PipelineError(f"{file} holds values in {broken[0]} that are not finite; get other weights")
     given = {translate_name(name, OLDER_NAMES): tensor.float() for name, tensor in read.items()}
@@ -195,7 +193,7 @@ def derive_overrides(published: PublishedConfig) -> list[str]:
     """Return the overrides that make an experiment's network the published one, from config.json; none where that or
     the weights cannot be read, which `read_weights` tells."""
     try:
-        found = read_json(find_weight_files(published)[0].with_name(NETWORK))
+        found = read_json(find_weight_files(published)[0].with_name(NETWORK), Settings, FETCH)
     except (PipelineError, OSError):
         return []
     given = LEFT_OUT | (found if isinstance(found, dict) else {})
@@ -297,6 +295,7 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     step = step or steps[-1]
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
+    checkpoint.verify_step(place, step)
     tensors = checkpoint.load_weights(place.step_folder(step), which)
     exported = {translate_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     kind = experiment.published.weights or which

@@ -1,7 +1,9 @@
 """Atomic writing, hashing, manifests and locks of files.
 
 Everything is written to a temporary name and renamed, so a file that carries its final name is whole; a
-manifest is written last and carries bytes and sha256, so a folder that has one is complete.
+manifest is written last and carries bytes and sha256, so a folder that has one is complete. Whoever shows, sends or
+builds upon a file compares its sha256. To tell that work is done, `.sealed.json` is enough: size and times of the
+files when they were compared.
 """
 
 from __future__ import annotations
@@ -16,20 +18,33 @@ import shutil
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import (
+    Any,
+    Literal,
+    NotRequired,  # pydantic reads those of `typing` from Python 3.12 on
+    ParamSpec,
+    TypeVar,
+)
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+MANIFEST, SEALED = "manifest.json", ".sealed.json"
 TEMPORARY = ".tmp-"
-Check = Literal["size", "sha256"]
+REMEDY = "the command that made it makes it again"
+Check = Literal["size", "seal", "sha256"]
+_ADAPTERS: dict[object, TypeAdapter[Any]] = {}
+P = ParamSpec("P")
+T = TypeVar("T")
+os.umask(UMASK := os.umask(0))  # it cannot be read alone; no thread writes yet
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -69,6 +84,8 @@ def write_atomically(path: Path, folder: bool = False) -> Iterator[Path]:
             (temporary if folder else path.parent).mkdir(parents=True, exist_ok=True)
             yield temporary
             for file in [*temporary.rglob("*"), temporary]:
+                if file.is_file():
+                    file.chmod(0o666 & ~UMASK)  # safetensors shuts everybody else out
                 _flush_to_disk(file)
             if folder and path.exists():
                 shutil.rmtree(path)
@@ -101,12 +118,44 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises PipelineError where it is damaged."""
+def read_json(path: Path, shape: type[T], remedy: str = REMEDY) -> T:
+    """Read a JSON file. Raises PipelineError where it is damaged, or not of the shape (see `parse_json`)."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PipelineError(f"{path} is not valid JSON ({error}); delete it to have it made again") from error
+        return parse_json(path.read_bytes(), shape, path, remedy)
+    except OSError as error:
+        raise PipelineError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+
+
+def parse_json(text: bytes, shape: type[T], name: object, remedy: str = REMEDY) -> T:
+    """Return the content of JSON text, which must be of the shape: a TypedDict, a dict or a list of some type.
+
+    Keys that a TypedDict does not name stay. Raises PipelineError with the first fault.
+    """
+    try:
+        adapter = _ADAPTERS.get(shape) or _ADAPTERS.setdefault(shape, TypeAdapter(shape))
+        adapter.validate_json(text, strict=True)
+        content: T = json.loads(text)
+        return content
+    except (ValueError, RecursionError) as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            fault = error.errors(include_url=False)[0]
+            reason = f"{'.'.join(map(str, fault['loc'])) or 'it'}: {fault['msg']}"
+        raise PipelineError(f"{name} is damaged ({reason}); {remedy}") from error
+
+
+def try_read(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """Return what `read` reads; None, with a warning, where that is damaged and can be made again."""
+    try:
+        return read(*args, **kwargs)
+    except PipelineError as error:
+        log.warning("%s", error)
+        return None
+
+
+def read_record(path: Path, shape: type[T]) -> T:
+    """Return the content of a file that holds no result; empty without one, or, said, where it is damaged."""
+    return (try_read(read_json, path, shape, "it is begun anew") if path.exists() else None) or shape()
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -120,8 +169,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise PipelineError(f"{path} is damaged ({error}); delete it to have it made again") from error
+    except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise PipelineError(f"{path} is damaged ({error}); {REMEDY}") from error
 
 
 def write_unit_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -134,8 +183,13 @@ def read_unit_arrays(path: Path) -> dict[str, np.ndarray]:
     arrays = read_arrays(path)
     unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
     if unit != expected:
-        raise PipelineError(f"{path} holds {unit}, not {expected}; delete it to have it made again")
+        raise PipelineError(f"{path} holds {unit}, not {expected}; {REMEDY}")
     return arrays
+
+
+def is_unit_done(path: Path, read: Callable[[Path], object] = read_unit_arrays) -> bool:
+    """Return whether a unit's file is there and whole."""
+    return path.exists() and try_read(read, path) is not None
 
 
 def hash_file(path: Path) -> str:
@@ -145,10 +199,11 @@ def hash_file(path: Path) -> str:
 
 
 class FileFacts(TypedDict):
-    """Size and sha256 of a file, as a manifest lists them."""
+    """Size and sha256 of a file, as a manifest lists them; of a tar also how many images it has."""
 
     bytes: int
     sha256: str
+    count: NotRequired[int]
 
 
 def read_file_facts(path: Path) -> FileFacts:
@@ -156,13 +211,39 @@ def read_file_facts(path: Path) -> FileFacts:
     return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
-def write_manifest(directory: Path, names: Iterable[str], **facts: Any) -> None:
-    """Seal a folder: write its manifest with bytes and sha256 of the named files, and `facts`."""
-    files = {name: read_file_facts(directory / name) for name in names}
-    write_json(directory / MANIFEST, {"files": files, **facts})
+class Manifest(TypedDict):
+    """What every manifest holds; folder: the name of its folder, which holds its key."""
+
+    files: dict[str, FileFacts]
+    folder: NotRequired[str]
 
 
-def read_manifest(directory: Path, check: Check = "size") -> dict[str, Any] | None:
+M = TypeVar("M", bound=Manifest)
+
+
+def write_manifest(directory: Path, names: Iterable[str] | Mapping[str, FileFacts], **facts: Any) -> None:
+    """Seal a folder: write its manifest with bytes and sha256 of the files, taken now if only named, and `facts`."""
+    known = names if isinstance(names, Mapping) else {}
+    files = known or {name: read_file_facts(directory / name) for name in names}
+    if directory.name.startswith(TEMPORARY):  # its name is still to come
+        return write_json(directory / MANIFEST, {"files": files, **facts})
+    write_json(directory / MANIFEST, {"files": files, "folder": directory.name, **facts})
+    write_seal(directory / MANIFEST, files)
+
+
+def write_seal(manifest: Path, files: Mapping[str, FileFacts]) -> None:
+    """Note beside a manifest the size and the times of it and of its files, which were just compared."""
+    hashes = {name: facts["sha256"] for name, facts in files.items()} | {manifest.name: hash_file(manifest)}
+    seal = {name: _describe(manifest.parent / name, sha256) for name, sha256 in hashes.items()}
+    write_json(manifest.with_name(SEALED), seal)
+
+
+def _describe(path: Path, sha256: str | int) -> list[int | str]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, sha256]
+
+
+def read_manifest(directory: Path, shape: type[M], check: Check = "seal") -> M | None:
     """Return the manifest of a folder after checking its files; None without one.
 
     Raises PipelineError naming the first file that is missing or differs.
@@ -170,24 +251,50 @@ def read_manifest(directory: Path, check: Check = "size") -> dict[str, Any] | No
     path = directory / MANIFEST
     if not path.exists():
         return None
-    manifest: dict[str, Any] = read_json(path)
-    for name, facts in manifest["files"].items():
-        require_file(directory / name, facts, check)
+    manifest = read_json(path, shape)
+    if (folder := manifest.get("folder", directory.name)) != directory.name:
+        raise PipelineError(f"{path} is the manifest of {folder}; {REMEDY}")
+    require_files(path, manifest["files"], check)
     return manifest
 
 
-def read_manifest_or_none(directory: Path, check: Check = "size") -> dict[str, Any] | None:
-    """Return the manifest of what can be made again; None, with a warning, where a file differs."""
-    try:
-        return read_manifest(directory, check)
-    except PipelineError as error:
-        log.warning("%s; it is made again", error)
-        return None
+def require_files(manifest: Path, files: Mapping[str, FileFacts], check: Check) -> None:
+    """Raise PipelineError naming the first file of a manifest that is missing or differs.
+
+    seal: hash only files with another size or other times than `.sealed.json` has, and then seal them anew.
+    """
+    folder, sealed = manifest.parent, read_record(manifest.with_name(SEALED), dict[str, list[int | str]])
+    own, changed = sealed.get(manifest.name), []
+    if own and own != _describe(manifest, own[-1]) and hash_file(manifest) != own[-1]:
+        raise PipelineError(f"{manifest} changed after it was sealed; {REMEDY}")
+    for name, facts in files.items():
+        there = (folder / name).is_file() and sealed.get(name) == _describe(folder / name, facts["sha256"])
+        changed += [] if there else [name]
+        require_file(
+            folder / name, facts, "size" if check == "size" or (check == "seal" and there) else "sha256"
+        )
+    if (changed or not own) and check != "size":
+        with suppress(OSError, PipelineError):  # where it cannot be written, the files are hashed again
+            write_seal(manifest, files)
 
 
-def require_file(path: Path, facts: Mapping[str, Any], check: Check = "sha256") -> None:
+def require_sealed(path: Path) -> Path:
+    """Return the path. Raises PipelineError unless its file is what the manifest beside it says."""
+    files = read_json(path.with_name(MANIFEST), Manifest)["files"]
+    if path.name not in files:
+        raise PipelineError(f"{path} is not in the manifest beside it; {REMEDY}")
+    require_file(path, files[path.name])
+    return path
+
+
+def read_sealed(path: Path, shape: type[T]) -> T:
+    """Read a JSON file after comparing it with the manifest beside it. Raises PipelineError where it differs."""
+    return read_json(require_sealed(path), shape)
+
+
+def require_file(path: Path, facts: FileFacts, check: Check = "sha256") -> None:
     """Raise PipelineError unless `path` is the file that `facts` describes."""
-    if not path.exists():
+    if not path.is_file():
         fault = "is missing although its manifest lists it"
     elif (size := path.stat().st_size) != facts["bytes"]:
         fault = f"has {size} bytes, its manifest says {facts['bytes']}"
@@ -195,7 +302,9 @@ def require_file(path: Path, facts: Mapping[str, Any], check: Check = "sha256") 
         fault = "does not match its sha256"
     else:
         return
-    raise PipelineError(f"{path} {fault}; delete {path.parent} to rebuild")
+    with suppress(OSError):  # so that the next command looks at the file, whatever its times say
+        path.with_name(SEALED).unlink()
+    raise PipelineError(f"{path} {fault}; {REMEDY}")
 
 
 @contextmanager

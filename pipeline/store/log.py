@@ -1,21 +1,26 @@
 """The training log log.jsonl: its writer and its readers.
 
-A line is {"step": .., "time": Unix milliseconds, "metrics": {name: value}}. The last line may be half written; readers
-pass over it. A resumed run computes some steps again, bit for bit; their points are on file already and keep their
-first timestamps, so that no tracking server ever sees one twice.
+A line is {"step": .., "time": Unix milliseconds, "metrics": {name: value}}. The last line may be half written,
+others may be damaged; readers pass over them. A resumed run computes some steps again, bit for bit; their points are
+on file already and keep their first timestamps, so that no tracking server ever sees one twice.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TypedDict
 
-from pipeline.store.files import explain_write_errors
+from typing_extensions import TypedDict
+
+from pipeline.errors import PipelineError
+from pipeline.store.files import explain_write_errors, parse_json
 from pipeline.store.run import Place
+
+logger = logging.getLogger(__name__)
 
 TAIL = 2000  # bytes; a line is some 200
 
@@ -57,7 +62,17 @@ def read_points(path: Path, start: int = 0, end: int | None = None) -> list[LogP
     with path.open("rb") as file:
         file.seek(start)
         content = file.read(-1 if end is None else end - start)
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
+    points = [point for line in lines if (point := _parse_point(line))]
+    if len(points) < len(lines):
+        logger.warning("%s: %d lines are damaged and passed over", path, len(lines) - len(points))
+    return points
+
+
+def _parse_point(line: bytes) -> LogPoint | None:
+    with suppress(PipelineError):
+        return parse_json(line, LogPoint, "a line")
+    return None
 
 
 def find_end(path: Path, start: int = 0) -> int:
@@ -78,9 +93,8 @@ def read_last_point(path: Path) -> LogPoint | None:
             lines = file.read().splitlines(keepends=True)
     except OSError:
         return None
-    whole = [line for line in lines if line.startswith(b"{") and line.endswith(b"}\n")]
-    point: LogPoint | None = json.loads(whole[-1]) if whole else None
-    return point
+    points = (_parse_point(line) for line in reversed(lines) if line.endswith(b"}\n"))
+    return next(filter(None, points), None)
 
 
 class Heartbeat:
@@ -99,7 +113,7 @@ class Heartbeat:
 def read_progress(place: Place) -> tuple[int, float | None]:
     """Return the current step of training, and the last logged loss."""
     point = read_last_point(place.log)
-    step, loss = (point["step"], point["metrics"]["train/loss"]) if point else (0, None)
+    step, loss = (point["step"], point["metrics"].get("train/loss")) if point else (0, None)
     try:
         return max(step, int(place.heartbeat.read_text())), loss
     except (OSError, ValueError):  # none yet, or just being written

@@ -28,8 +28,10 @@ from pipeline.store.files import (
     MANIFEST,
     TEMPORARY,
     FileFacts,
+    Manifest,
     hash_file,
     lock_folder,
+    parse_json,
     read_file_facts,
     read_json,
     require_file,
@@ -105,7 +107,7 @@ def _list_finished_files(path: Path) -> dict[str, FileFacts]:
     for seal in sorted(file for name in SEALS for file in path.rglob(name)):
         if any(part.startswith(TEMPORARY) for part in seal.relative_to(path).parts):
             continue
-        for name, facts in read_json(seal)["files"].items():
+        for name, facts in read_json(seal, Manifest)["files"].items():
             require_file(seal.parent / name, facts)
         inside = [file for file in sorted(seal.parent.iterdir()) if file.is_file() and file.name[0] != "."]
         files += [file for file in inside if file != seal] + [seal]
@@ -170,7 +172,8 @@ class ObjectStore:
         """Pushed files, by name."""
         if CONTENTS not in self.objects:
             return {}
-        files: dict[str, FileFacts] = json.loads(b"".join(self._read_object(CONTENTS)))["files"]
+        text = b"".join(self._read_object(CONTENTS))
+        files = parse_json(text, Manifest, f"{self.uri}/{CONTENTS}", "push it again")["files"]
         if stray := [file for file in files if file.startswith("/") or ".." in Path(file).parts]:
             raise PipelineError(f"{self.uri}/{CONTENTS} lists '{stray[0]}', which lies outside")
         return files

@@ -7,11 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store import keys
-from pipeline.store.files import MANIFEST, is_locked, read_json, write_json
+from pipeline.store.files import MANIFEST, is_locked, read_json, read_record, write_json
 
 EXPERIMENT, METRICS, SELECTION = "experiment.yaml", "metrics.json", "selection.json"
 REPORT_HTML, REPORT_MD, STOP, TRACKING = "report.html", "report.md", ".stop", "tracking.json"
@@ -133,7 +134,7 @@ class Place:
 
     def read_stage_seconds(self) -> dict[str, float]:
         """Return the seconds of each finished stage, over all commands."""
-        return read_json(self.timings_json) if self.timings_json.exists() else {}
+        return read_record(self.timings_json, dict[str, float])
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add seconds that a command worked on a stage."""
@@ -142,7 +143,7 @@ class Place:
 
     def read_stage_commits(self) -> dict[str, list[str]]:
         """Return the commits that worked on each stage, in order; experiment.yaml names the last one only."""
-        return read_json(self.commits_json) if self.commits_json.exists() else {}
+        return read_record(self.commits_json, dict[str, list[str]])
 
     def add_commit(self, stage: str, commit: str | None) -> None:
         """Record the commit whose code runs a stage now; earlier commits stay in the list."""
@@ -194,7 +195,7 @@ def find_state(run: Path) -> str:
     if is_locked(run):
         return "running"
     with suppress(PipelineError, OSError, TypeError, KeyError):  # where it is damaged, or not there yet
-        status = read_json(run / TRACKING)["status"]
+        status = read_json(run / TRACKING, dict[str, Any])["status"]
         if status != "FINISHED":
             return "failed" if status == "FAILED" else "interrupted"
     return "finished" if (run / "report" / REPORT_HTML).exists() else "partial"

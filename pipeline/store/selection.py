@@ -6,10 +6,20 @@ holds the FID of every candidate; `pipeline.stages.select` makes it.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from pipeline.store.checkpoint import list_steps
-from pipeline.store.files import read_json, read_manifest_or_none, write_json, write_manifest
+from pipeline.store.files import (
+    MANIFEST,
+    Manifest,
+    read_manifest,
+    read_sealed,
+    try_read,
+    write_json,
+    write_manifest,
+)
 from pipeline.store.run import Place
 
 
@@ -19,6 +29,13 @@ class CandidateScore(TypedDict):
     step: int
     fid: float
     evaluation: str
+
+
+class ScoreFile(TypedDict):
+    """What every metrics.json holds, whatever was scored."""
+
+    scores: dict[str, float]
+    protocol: dict[str, Any]
 
 
 class Selection(TypedDict):
@@ -49,7 +66,7 @@ def write_selection(place: Place) -> None:
     """Select the candidate with the lowest FID, the earliest of equals, and seal the selection."""
     scores: list[CandidateScore] = []
     for step, candidate in list_candidates(place).items():
-        metrics = read_json(candidate.metrics_json)
+        metrics = read_sealed(candidate.metrics_json, ScoreFile)
         scores.append({"step": step, "fid": metrics["scores"]["fid"], "evaluation": candidate.score_key})
     protocol = metrics["protocol"]  # the same for all of them
     content: Selection = {
@@ -61,16 +78,16 @@ def write_selection(place: Place) -> None:
         "best": min(scores, key=lambda score: score["fid"])["step"],
         "scores": scores,
     }
+    (place.selection / MANIFEST).unlink(missing_ok=True)  # a thread that reads sees no half of both
     write_json(place.selection_json, content)
     write_manifest(place.selection, [place.selection_json.name])
 
 
 def read_selection(place: Place) -> Selection | None:
     """Return the selection; None where it is missing or damaged."""
-    found: Selection | None = None
-    if read_manifest_or_none(place.selection, "sha256"):
-        found = read_json(place.selection_json)
-    return found
+    if try_read(read_manifest, place.selection, Manifest) is None:
+        return None
+    return try_read(read_sealed, place.selection_json, Selection)
 
 
 def is_done(place: Place) -> bool:

@@ -22,22 +22,26 @@ from typing import Any, NotRequired
 
 import numpy as np
 from PIL import Image
+from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError
 from pipeline.store.files import (
     MANIFEST,
+    REMEDY,
+    Check,
     FileFacts,
+    Manifest,
     read_file_facts,
     read_json,
     read_manifest,
     require_file,
     write_atomically,
     write_json,
+    write_manifest,
 )
+from pipeline.store.keys import hash_content
 
-FILE_FACTS = ("bytes", "sha256", "count")
 OFFSET, SIZE, CRC32, LABEL = range(4)  # the columns of `read_offsets`
-REMEDY = "delete it and run the stage that wrote it"
 END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -100,18 +104,20 @@ class Shard:
 
     def write(self, records: Iterable[Record], **more: Any) -> None:
         """Write the tar, then its facts and `more`."""
-        write_json(self.facts_json, {**self.range, **write_tar(self.path, records), **more})
+        facts = {**self.range, "folder": self.folder.name, **write_tar(self.path, records), **more}
+        write_json(self.facts_json, {**facts, "digest": hash_content(facts)})
 
     def read_facts(self, **more: Any) -> ShardFacts | None:
         """Return the facts; None unless the tar is complete, has this range, and the facts say `more`."""
-        if not self.facts_json.exists():
-            return None
         try:
-            facts: ShardFacts = read_json(self.facts_json)
+            facts = read_json(self.facts_json, ShardFacts)
             require_file(self.path, facts)
         except PipelineError:
             return None
-        return facts if (self.range | more).items() <= facts.items() else None
+        digest = hash_content({key: value for key, value in facts.items() if key != "digest"})
+        own = {"folder": self.folder.name, "digest": digest}  # older facts have neither
+        wanted = {**self.range, **more, "count": len(facts["places"])}
+        return facts if (own | facts).items() >= (own | wanted).items() else None
 
     def require_facts(self, **more: Any) -> ShardFacts:
         """Return the facts. Raises PipelineError where the tar has changed since it was made."""
@@ -124,15 +130,16 @@ class ShardFacts(FileFacts):
     """Content of a shard's .json.
 
     places: for each image the offset and the size of its PNG in the tar, its crc32, and its label (-1 = none);
-    skipped: names and reasons of images that do not decode (data only).
+    skipped: names and reasons of images that do not decode (data only). digest: of all the others.
     """
 
     name: str
     split: str
     start: int
     stop: int
-    count: int
     places: list[list[int]]
+    folder: NotRequired[str]
+    digest: NotRequired[str]
     skipped: NotRequired[list[list[str]]]
 
 
@@ -192,20 +199,47 @@ def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
 # A folder of shards
 
 
+class Split(TypedDict):
+    count: int
+    shards: list[str]
+
+
+class ShardSetFacts(Manifest):
+    """The content of the manifest of a folder of shards; protocol: of a sample set."""
+
+    splits: dict[str, Split]
+    image_size: int
+    channels: int
+    protocol: NotRequired[dict[str, Any]]
+    official: NotRequired[bool | None]
+
+
 def write_shard_manifest(
-    directory: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any
+    directory: Path, splits: Mapping[str, Sequence[ShardFacts]], others: Sequence[str] = (), **facts: Any
 ) -> None:
-    """Seal a folder of shards. splits: what `write_tar` returned for the shards of each split, in order."""
+    """Seal a folder of shards, and other files in it. splits: the facts of the shards of each split, in order."""
     shards = [shard for of_split in splits.values() for shard in of_split]
-    manifest = {
-        "files": {shard["name"]: {key: shard[key] for key in FILE_FACTS} for shard in shards},
-        "splits": {
-            split: {"count": sum(s["count"] for s in of_split), "shards": [s["name"] for s in of_split]}
-            for split, of_split in splits.items()
-        },
-        **facts,
+    files: dict[str, FileFacts] = {name: read_file_facts(directory / name) for name in others}
+    for shard in shards:
+        its = FileFacts(bytes=shard["bytes"], sha256=shard["sha256"], count=shard["count"])
+        files[shard["name"]] = its
+    counts = {
+        split: {"count": sum(s["count"] for s in of_split), "shards": [s["name"] for s in of_split]}
+        for split, of_split in splits.items()
     }
-    write_json(directory / MANIFEST, manifest)
+    write_manifest(directory, files, splits=counts, **facts)
+
+
+def read_shard_manifest(directory: Path, check: Check = "seal") -> ShardSetFacts | None:
+    """Return the manifest of a folder of shards; None without one. Raises PipelineError where anything differs."""
+    manifest = read_manifest(directory, ShardSetFacts, check)
+    if manifest is None:
+        return None
+    for split in manifest["splits"].values():
+        counts = [facts.get("count", 0) for name in split["shards"] if (facts := manifest["files"].get(name))]
+        if len(counts) < len(split["shards"]) or sum(counts) != split["count"]:
+            raise PipelineError(f"{directory / MANIFEST} does not list the images that it counts; {REMEDY}")
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -213,7 +247,7 @@ class ShardManifest:
     """The manifest of a folder of shards."""
 
     directory: Path
-    facts: dict[str, Any]
+    facts: ShardSetFacts
 
     @property
     def splits(self) -> list[str]:
@@ -241,24 +275,23 @@ class ShardManifest:
     def read_offsets(self, name: str) -> np.ndarray:
         """Return offset, size, crc32 and label of each image of a shard: int64 (count, 4)."""
         file = (self.directory / name).with_suffix(".json")
-        facts = read_json(file) if file.exists() else {}
-        if facts.get("sha256") != self.facts["files"][name]["sha256"]:
+        facts = read_json(file, ShardFacts)
+        if facts["sha256"] != self.facts["files"][name]["sha256"]:
             raise PipelineError(f"{file} is not the index of {name}; delete both, run their stage again")
         return np.array(facts["places"], dtype=np.int64).reshape(-1, 4)
 
-    def _get_split(self, split: str) -> dict[str, Any]:
+    def _get_split(self, split: str) -> Split:
         if split not in self.facts["splits"]:
             known = ", ".join(self.splits)
             raise PipelineError(
                 f"{self.directory} has no {split} split, only {known}; data.test_images makes one"
             )
-        found: dict[str, Any] = self.facts["splits"][split]
-        return found
+        return self.facts["splits"][split]
 
 
 def open_shards(directory: Path) -> ShardManifest:
     """Read a folder's manifest. Raises PipelineError where it or a shard is missing or has another size."""
-    manifest = read_manifest(directory)
+    manifest = read_shard_manifest(directory, "size")
     if manifest is None:
         raise PipelineError(f"{directory} holds no finished shards; run the stage that writes them")
     return ShardManifest(directory, manifest)

@@ -10,6 +10,8 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from typing_extensions import TypedDict
+
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import print_line
 from pipeline.engine import find
@@ -45,6 +47,10 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
     return (int(match[1]), None) if match[1] else (None, float(match[2]) / (1 if match[3] == "h" else 60))
 
 
+class Budget(TypedDict):
+    steps: int
+
+
 def plan_reproduction(
     target: str, text: str, shared: list[str], cluster: ClusterConfig, dry_run: bool = False
 ) -> Study:
@@ -64,9 +70,9 @@ def plan_reproduction(
         if dry_run and not memory.exists():
             note = f"how many steps of {steps:,} fit into {text} is measured at the start"
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)
-        if not memory.exists():
+        if not memory.exists():  # the same command again is the same study
             write_json(memory, {"steps": compute_steps(hours, measure_rate(rows[0], cluster), rows)})
-        steps = int(read_json(memory)["steps"])  # the same command again is the same study
+        steps = read_json(memory, Budget, "delete it to measure again")["steps"]
     scaled, note = scale_experiment(steps, rows[0])
     return Study(replace(sweep, name=name, note=note), list_points(sweep, [*scaled, *shared]), cluster)
 

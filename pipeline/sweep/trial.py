@@ -12,7 +12,8 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import poll_in_thread
 from pipeline.engine import execute as stages
 from pipeline.errors import PipelineError, shorten_error
-from pipeline.store.files import read_json
+from pipeline.scores.results import Results
+from pipeline.store.files import read_sealed
 from pipeline.store.run import Place
 from pipeline.sweep.definition import EarlyStop
 
@@ -54,7 +55,9 @@ def run_trial(
                 stages.run_trial_stages(
                     executor, task.should_stop, task.cluster, part, last, asked=place.experiment
                 )
-                if steps and not should_continue(steps, read_json(part.metrics_json)["scores"]["nll_bpd"]):
+                if steps and not should_continue(
+                    steps, read_sealed(part.metrics_json, Results)["scores"]["nll_bpd"]
+                ):
                     return None
     except StopRequest:
         pass

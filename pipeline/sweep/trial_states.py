@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from pipeline import config
 from pipeline.engine.plan import list_unfinished_stages
-from pipeline.store.files import read_json, write_json
+from pipeline.store.files import read_record, write_json
 from pipeline.sweep.definition import EarlyStop
 from pipeline.sweep.points import Trial
 
@@ -28,6 +30,23 @@ class TrialState:
     rungs: list[tuple[int, float, int]] = field(default_factory=list)
 
 
+class TrialFacts(TypedDict, total=False):
+    """A trial in state.json."""
+
+    state: State
+    reason: str
+    label: str
+    run: str
+    rungs: list[tuple[int, float, int]]
+
+
+class StudyFile(TypedDict, total=False):
+    """The content of state.json."""
+
+    early_stop: dict[str, Any]
+    trials: dict[str, TrialFacts]
+
+
 class TrialStates:
     """States of all trials, which the driver writes to state.json at every change.
 
@@ -38,13 +57,12 @@ class TrialStates:
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
         self.path, self.early_stop = folder / "state.json", config.to_dict(early_stop)
         self.records: dict[str, TrialState] = {}
-        if self.path.exists():
-            content = read_json(self.path)
-            self.records = {key: TrialState(**facts) for key, facts in content["trials"].items()}
-            if content["early_stop"] != self.early_stop:
-                for record in self.records.values():
-                    record.rungs = []
-                    record.state = "new" if record.state == "stopped" else record.state
+        content = read_record(self.path, StudyFile)
+        self.records = {key: TrialState(**facts) for key, facts in content.get("trials", {}).items()}
+        if content.get("early_stop") != self.early_stop:
+            for record in self.records.values():
+                record.rungs = []
+                record.state = "new" if record.state == "stopped" else record.state
         for trial in trials:
             record = self.records.setdefault(trial.key, TrialState())
             record.label, record.run = trial.label, trial.place.name

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TypedDict
+
+from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError, hide_password
-from pipeline.store.files import read_json, write_json
+from pipeline.store.files import read_record, write_json
 from pipeline.store.run import Place
 from pipeline.tracking import mlflow_client
 from pipeline.tracking.mlflow_client import VIEW, Sender, find_default_uri, format_study_url
@@ -138,9 +139,10 @@ class Mirror(Sender):
                 study=self.study, experiment_id=sender.experiment_id, run_id=sender.run_id, parcels={}
             )
         delivered = servers[uri]["parcels"]
-        with suppress(FileNotFoundError):  # gone while it was listed: the next look finds the new one
+        # A file that went while it was listed, or is damaged: the next look finds what its stage made anew.
+        with suppress(FileNotFoundError, PipelineError):
             for parcel in self._list_missing(delivered):
-                with suppress(FileNotFoundError):
+                with suppress(FileNotFoundError, PipelineError):
                     parcel.send(sender)
                     delivered[parcel.name] = parcel.version
                     self.sent.append(parcel.name)
@@ -173,8 +175,7 @@ class Mirror(Sender):
 
 
 def _read_state(path: Path) -> MirrorState:
-    state: MirrorState = read_json(path) if path.exists() else {}
-    return state
+    return read_record(path, MirrorState)
 
 
 def deliver_run(uri: str, study: str, place: Place) -> str:

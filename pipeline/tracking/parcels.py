@@ -10,9 +10,10 @@ from pathlib import Path
 from pipeline import config
 from pipeline.store import keys, selection
 from pipeline.store.checkpoint import list_steps
-from pipeline.store.files import MANIFEST, read_json
+from pipeline.store.files import MANIFEST, SEALED, read_json
 from pipeline.store.log import find_end
 from pipeline.store.run import Place, find_scores
+from pipeline.store.tars import ShardSetFacts
 from pipeline.tracking.run_sender import ChildRun, RunSender
 
 # These of the run key's content would only lengthen the list in the UI; experiment.yaml has them all.
@@ -64,7 +65,9 @@ def list_parcels(
             "samples": [headline.samples_grid],
             "evaluation": [headline.metrics_json, headline.nll_json],
             "figures": [*sorted(headline.figures.glob("*.png")), *sorted(headline.figures.glob("*.svg"))],
-            "report": [file for file in sorted(place.report.glob("*")) if file.name != MANIFEST],
+            "report": [
+                file for file in sorted(place.report.glob("*")) if file.name not in (MANIFEST, SEALED)
+            ],
         }
     for folder, found in files.items():
         for file in filter(Path.is_file, found):
@@ -77,7 +80,7 @@ def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) 
     One evaluation is the headline; those of candidates are points of a curve; the others get child runs, but not in a
     sweep, where they would be rows beside its trials.
     """
-    found = find_scores(place.path)
+    found = [file for file in find_scores(place.path) if file.with_name(MANIFEST).exists()]
     # The checkpoints are listed after the scores, which come after them: so no candidate is taken for another.
     has_candidates = bool(place.experiment.evaluate.checkpoints)
     scored = selection.list_candidates(place) if has_candidates else {}
@@ -112,6 +115,6 @@ def _list_parameters(place: Place) -> dict[str, str]:
     parameters = {key: value for key, value in config.flatten(content).items() if key not in _LEFT_OUT}
     parameters |= {"data.source": data.source, "data.image_size": data.image_size}
     if (place.data / MANIFEST).exists():
-        splits = read_json(place.data / MANIFEST)["splits"]
+        splits = read_json(place.data / MANIFEST, ShardSetFacts)["splits"]
         parameters |= {f"data.{name}_images": split["count"] for name, split in splits.items()}
     return {key: str(value) for key, value in parameters.items()}

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.store.checkpoint import META
-from pipeline.store.files import MANIFEST, hash_file, read_json
+from pipeline.drawing.grids import require_picture
+from pipeline.store.checkpoint import read_meta
+from pipeline.store.files import MANIFEST, hash_file, read_json, read_sealed, require_sealed
 from pipeline.store.log import read_points
 from pipeline.store.run import Place
+from pipeline.store.selection import ScoreFile, Selection
+from pipeline.store.tars import ShardSetFacts
 from pipeline.tracking.mlflow_client import create_client, ensure_experiment, ensure_run, log_batches
 
 if TYPE_CHECKING:
@@ -56,8 +59,9 @@ class RunSender:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         manifest = self.place.data / MANIFEST
-        facts = {key: value for key, value in read_json(manifest).items() if key != "files"}
-        facts |= {name: split["count"] for name, split in facts.pop("splits").items()}
+        content = read_json(manifest, ShardSetFacts)
+        facts = {key: value for key, value in content.items() if key not in ("files", "folder", "splits")}
+        facts |= {name: split["count"] for name, split in content["splits"].items()}
         digest, source = hash_file(manifest)[:36], json.dumps({"uri": str(self.place.data)})
         dataset = Dataset(self.place.data.name, digest, "local", source, profile=json.dumps(facts))
         context = [InputTag("mlflow.data.context", "training")]
@@ -76,7 +80,7 @@ class RunSender:
         """Send a sample grid and its small copy."""
         from PIL import Image
 
-        step = int(grid.stem)
+        step = int(require_picture(grid).stem)
         # MLflow's own names hold the time and a random part; under this one, a picture sent again replaces itself.
         name = f"images/samples~ema+step+{step}+timestamp+{step}+{self.place.run_key}"
         with Image.open(grid) as image:
@@ -111,24 +115,25 @@ class RunSender:
         """Make a logged model that says where the weights of a checkpoint are; they stay there."""
         folder, place = self.place.step_folder(step), self.place
         tags = {"step": str(step), "path": str(folder), "run_key": place.run_key}
-        files = read_json(folder / META).get("files", {})
+        files = read_meta(folder)["files"]
         tags |= {f"sha256.{name}": facts["sha256"] for name, facts in files.items()}
         ids, kind = (self.experiment_id, folder.name, self.run_id), place.experiment.model.name
         return self.client.create_logged_model(*ids, tags, model_type=kind)
 
     def send_candidate(self, step: int, file: Path) -> None:
         """Send the FID of a candidate for the selection, as a point of a curve."""
-        self._send_values(file, step, {"selection/fid": read_json(file)["scores"]["fid"]})
+        self._send_values(file, step, {"selection/fid": read_sealed(file, ScoreFile)["scores"]["fid"]})
 
     def send_selection(self, file: Path) -> None:
         """Send which checkpoint was chosen, and how."""
-        found = read_json(file)
+        found = read_sealed(file, Selection)
         tags = {f"selection.{key}": str(found[key]) for key in ("n", "weights", "extractor", "reference")}
         self._send_values(file, found["scores"][-1]["step"], {"selection/best_step": found["best"]}, tags)
 
     def send_scores(self, file: Path, run_id: str = "") -> None:
         """Send the headline evaluation; another one to the run `run_id`."""
-        scores, protocol = read_json(file)["scores"], read_json(file)["protocol"]
+        found = read_sealed(file, ScoreFile)
+        scores, protocol = found["scores"], found["protocol"]
         values = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, int | float)}
         texts = {k: "; ".join(map(str, v)) if isinstance(v, list) else v for k, v in protocol.items()}
         tags = {f"protocol.{k}": str(v) for k, v in texts.items() if v not in (None, "")}
@@ -137,7 +142,10 @@ class RunSender:
     def send_child_evaluation(self, file: Path) -> None:
         """Send an evaluation that is not the headline as a child run."""
         name, identity = f"evaluation {file.parent.name}", {"evaluation_key": file.parent.name}
-        tags = {"mlflow.parentRunId": self.run_id, "weights": str(read_json(file)["protocol"]["weights"])}
+        tags = {
+            "mlflow.parentRunId": self.run_id,
+            "weights": str(read_sealed(file, ScoreFile)["protocol"]["weights"]),
+        }
         child = ensure_run(self.client, self.experiment_id, name, identity, self.start, **tags)
         self.send_scores(file, child)
         self.client.set_terminated(child, "FINISHED", max(read_mtime(file), self.start))
@@ -162,7 +170,7 @@ class RunSender:
 
     def send_file(self, file: Path, folder: str) -> None:
         """Send a file as an artifact."""
-        self.client.log_artifact(self.run_id, str(file), folder or None)
+        self.client.log_artifact(self.run_id, str(require_sealed(file) if folder else file), folder or None)
 
     def send_status(self, status: str, end: int | None) -> None:
         """Send the status; end: Unix milliseconds. No run ends before it began."""

@@ -128,7 +128,7 @@ def test_two_steps(name, storage):
     assert images.shape == (2, experiment.data.channels, size, size)
     if "nll" in whole.evaluate.metrics:
         carry_out(evaluate.STAGE.work(run.of(experiment)))
-        scores = read_json(run.of(experiment).scores / "metrics.json")["scores"]
+        scores = read_json(run.of(experiment).scores / "metrics.json", dict)["scores"]
         assert np.isfinite(scores["nll_bpd"])
 
 

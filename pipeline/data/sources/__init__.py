@@ -113,8 +113,8 @@ def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = T
     stamp = hash_file_stats(reader.source.files)
     known: dict[str, dict[str, str]] = {}
     with suppress(PipelineError):  # a broken cache holds nothing
-        known = read_json(cache) if cache and cache.exists() else {}
-    if known.get(place, {}).get("stamp") == stamp:
+        known = read_json(cache, dict[str, dict[str, str]]) if cache and cache.exists() else {}
+    if known.get(place, {}).keys() >= {"stamp", "content"} and known[place]["stamp"] == stamp:
         return known[place]["content"]
     content = reader.source.compute_fingerprint()
     if not reader.splits.get("train"):

@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.results import Bound, Scores
 from pipeline.store import checkpoint, tars
-from pipeline.store.files import read_json, read_unit_arrays, write_unit_arrays
+from pipeline.store.files import read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
@@ -24,9 +24,9 @@ CALL = (256, 2**18)  # images and pixels that one network call of the bound take
 
 def hash_weights(place: Place) -> str | None:
     """Return the sha256 of the weights that are sampled; None if they are not there."""
-    meta = place.step_folder(place.experiment.checkpoint_step) / checkpoint.META
+    folder = place.step_folder(place.experiment.checkpoint_step)
     file = checkpoint.EMA if place.experiment.sample.weights == "ema" else checkpoint.STATE
-    return read_json(meta)["files"][file]["sha256"] if meta.exists() else None
+    return checkpoint.read_meta(folder)["files"][file]["sha256"] if folder.is_dir() else None
 
 
 def choose_bound_variance(experiment: Experiment) -> str:

@@ -1,5 +1,7 @@
 """The protocol of scores, and its differences from the paper's."""
 
+from typing import cast
+
 from pipeline.config import read_provenance
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
@@ -28,7 +30,7 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
     if len(codes) > 1:
         found["code"] = ", then ".join(codes.values())
     if set(config.metrics) - {"nll"}:
-        found |= tars.open_shards(place.samples).facts["protocol"]
+        found |= cast(ScoreProtocol, tars.open_shards(place.samples).facts["protocol"])
         found |= {"n": experiment.sample.num_images, "first_index": experiment.sample.first_index}
         found["reference"] = name_reference(config.reference)
     if "nll" in config.metrics:

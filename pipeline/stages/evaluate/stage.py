@@ -18,7 +18,15 @@ from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
 from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_manifest, write_json, write_manifest, write_text
+from pipeline.store.files import (
+    Manifest,
+    is_unit_done,
+    read_manifest,
+    read_sealed,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard, open_shards
 
@@ -38,13 +46,15 @@ class EvaluateStage(Stage):
     def is_done(self, place: Place) -> bool:
         """Return whether the scores are sealed, and belong to the samples and the weights that are there now."""
         try:
-            manifest = read_manifest(place.scores, check="size")
-            inputs = _hash_inputs(place) if manifest else {}
+            if (manifest := read_manifest(place.scores, Manifest)) is None:
+                return False
+            read_sealed(place.metrics_json, Results)
+            inputs = _hash_inputs(place)
         except PipelineError as error:
             log.warning("%s; evaluating again", error)
             return False
         # A checkpoint may be deleted once it is scored; one of other weights is another matter.
-        return manifest is not None and all(manifest.get(name) == its for name, its in inputs.items() if its)
+        return all(manifest.get(name) == its for name, its in inputs.items() if its)
 
     def check_before_training(self, place: Place) -> None:
         """Raise PipelineError if the test split is missing or too small, or the user's statistics cannot be used."""
@@ -62,7 +72,7 @@ class EvaluateStage(Stage):
         self.check_before_training(place)
         config = place.experiment.evaluate
         bounds = bound.plan_units(place) if "nll" in config.metrics else {}
-        pending = [unit for file, unit in bounds.items() if not file.exists()]
+        pending = [unit for file, unit in bounds.items() if not is_unit_done(file)]
         found: Results = {"scores": {}, "protocol": describe_score_protocol(place)}
         inputs, files = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
         if needs_samples(place.experiment):
@@ -73,6 +83,7 @@ class EvaluateStage(Stage):
             images.add_scores(found, place, extractor, sets)
         else:
             yield pending
+        place.scores_manifest.unlink(missing_ok=True)  # a thread that reads sees no half of both
         if bounds:
             scores, nll = bound.average_bound(bounds, place.experiment.diffusion.timesteps)
             # The train split's bound is another score than the test split's, which most readers mean.

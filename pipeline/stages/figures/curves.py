@@ -10,11 +10,11 @@ from pipeline.scores.distances import Statistics, compute_fid, sum_features
 from pipeline.scores.extractors import Extractor, extract_features, find_extractor
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.reference import load_reference
-from pipeline.scores.results import Scores
+from pipeline.scores.results import Bound, Scores
 from pipeline.stages.figures.chains import list_snapshots, make_snapshots
 from pipeline.stages.figures.figure import Figure, FigureUnavailable, describe_chain, locate_unit_folder
 from pipeline.store.chain import build_diffusion
-from pipeline.store.files import read_arrays, read_json, write_arrays
+from pipeline.store.files import read_arrays, read_sealed, try_read, write_arrays
 from pipeline.store.run import Place
 
 PER_ROW = 16  # images scored for each row that the other figures have
@@ -24,17 +24,18 @@ UNIT_IMAGES = 16
 def plan_rate_distortion(place: Place) -> Figure:
     """Plan Fig. 5, from the evaluation's bound."""
     nll = place.nll_json
-    if "nll" not in place.experiment.evaluate.metrics or not nll.exists():
+    asked = "nll" in place.experiment.evaluate.metrics and place.scores_manifest.exists()
+    if (bound := try_read(read_sealed, nll, Bound) if asked else None) is None:
         raise FigureUnavailable(
             f"it needs the bound: `ddpm evaluate {place.experiment.name}` with nll among evaluate.metrics makes it"
         )
     caption = (
-        f"Progressive lossy compression of {read_json(nll)['n']:,} {place.experiment.evaluate.nll_split} images: "
+        f"Progressive lossy compression of {bound['n']:,} {place.experiment.evaluate.nll_split} images: "
         "rate, and error of the estimate of x_0 on the scale 0 to 255 (paper, Fig. 5)"
     )
 
     def draw(files: list[Path], file: Path) -> None:
-        charts.save_panels(charts.plot_rate_distortion(read_json(nll)["rate_distortion"]), file)
+        charts.save_panels(charts.plot_rate_distortion(bound["rate_distortion"]), file)
 
     return Figure("rate_distortion.svg", caption, {}, draw)
 

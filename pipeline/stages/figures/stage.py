@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 from pipeline.compute.units import Unit
 from pipeline.config import Experiment
+from pipeline.report.run_files import FiguresManifest
 from pipeline.stages.figures.figure import Figure, FigureUnavailable
 from pipeline.stages.stage import Stage
-from pipeline.store.files import read_manifest_or_none, write_manifest
+from pipeline.store.files import is_unit_done, read_arrays, read_manifest, try_read, write_manifest
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ class FiguresStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Return whether the figures are sealed, and no evaluation can add those that were left out."""
-        manifest = read_manifest_or_none(place.figures)
-        return manifest is not None and (not manifest["skipped"] or manifest.get("scored", False))
+        manifest = try_read(read_manifest, place.figures, FiguresManifest)
+        return manifest is not None and (not manifest.get("skipped") or manifest.get("scored", False))
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units whose results are missing, then draw the pictures and seal the folder."""
@@ -45,7 +46,7 @@ class FiguresStage(Stage):
         scored = place.scores_manifest.exists()
         figures, skipped = plan_figures(place)
         units = {file: unit for figure in figures for file, unit in figure.units.items()}
-        yield [unit for file, unit in units.items() if not file.exists()]
+        yield [unit for file, unit in units.items() if not is_unit_done(file, read_arrays)]
         for figure in figures:
             if not (place.figures / figure.file).exists():
                 figure.draw(list(figure.units), place.figures / figure.file)

@@ -28,10 +28,11 @@ def compared(storage, *overrides: str, label: str = "", name: str = "digits", **
 
 
 def score(one: ComparedRun, protocol: dict | None = None, **scores: float) -> None:
-    metrics = rundir.read_json(one.place.metrics_json)
+    metrics = rundir.read_json(one.place.metrics_json, dict)
     metrics["scores"] = {"rate_bpd": 1.0, "distortion_bpd": 1.0, **scores}
     metrics["protocol"] |= protocol or {}
     rundir.write_json(one.place.metrics_json, metrics)
+    rundir.write_manifest(one.place.scores, ["metrics.json", "nll.json"])
 
 
 def reread(runs) -> list[ComparedRun]:
@@ -153,7 +154,7 @@ def test_the_page_is_whole_and_leads_to_each_report(four, tmp_path):
     place = re.findall(r'href="(\.\./[^"]+)"', html.read_text())
     assert place == [f"../../{four[0].place.name}/report/report.html"]
     assert (html.parent / place[0]).is_file()
-    manifest = rundir.read_manifest(html.parent, "sha256")
+    manifest = rundir.read_manifest(html.parent, dict, "sha256")
     names = set(re.findall(r"!\[.*?\]\((.*?)\)", html.with_suffix(".md").read_text()))
     assert names | {"report.html", "report.md"} == set(manifest["files"])
     assert sum(name.startswith("grid-") for name in names) == 2

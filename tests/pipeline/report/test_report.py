@@ -69,9 +69,10 @@ def make(tmp_path, monkeypatch):
 
 def change_scores(run, **changed) -> None:
     """Overwrite parts of metrics.json: scores and protocol are added to, all else replaced."""
-    metrics = rundir.read_json(run.metrics_json)
+    metrics = rundir.read_json(run.metrics_json, dict)
     parts = {name: metrics[name] | changed.pop(name, {}) for name in ("scores", "protocol")}
     rundir.write_json(run.metrics_json, metrics | parts | changed)
+    rundir.write_manifest(run.scores, ["metrics.json", "nll.json"])
 
 
 class Elements(HTMLParser):
@@ -115,7 +116,11 @@ def test_the_markdown_twin_has_its_pictures_beside_it(digits):
     assert len(names) >= 14 and len(names) == len(set(names))
     headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
     assert headings == re.findall(r"<h2>(.*?)</h2>", html)
-    assert set(rundir.read_manifest(run.report, "sha256")["files"]) == {"report.html", "report.md", *names}
+    assert set(rundir.read_manifest(run.report, dict, "sha256")["files"]) == {
+        "report.html",
+        "report.md",
+        *names,
+    }
 
 
 def test_other_images_stand_beside_reference_points_only(digits):
@@ -368,6 +373,7 @@ def choose_checkpoint(run) -> None:
     scores = [{"step": step, "fid": fid, "evaluation": "-"} for step, fid in steps]
     content = {"metric": "fid", "n": 5000, "weights": "ema", "extractor": "inception", "reference": "train"}
     rundir.write_json(run.selection_json, content | {"best": 20_000, "scores": scores})
+    rundir.write_manifest(run.selection, ["selection.json"])
 
 
 def test_checkpoints_stand_beside_the_published_ladder(make):

@@ -30,7 +30,7 @@ def test_nll_is_the_bound_of_the_first_test_images(sampled):
         images,
         lambda t: draw_normal(experiment.seed, Stream.NLL, t, index, (1, 8, 8)),
     )
-    scores, nll = results(experiment, run)["scores"], read_json(run.of(experiment).nll_json)
+    scores, nll = results(experiment, run)["scores"], read_json(run.of(experiment).nll_json, dict)
     assert scores["nll_bpd"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
     assert np.allclose(nll["terms"], expected.terms.mean(dim=0), rtol=1e-4, atol=1e-6)
     assert np.allclose(nll["mse"], expected.mse.mean(dim=0), rtol=1e-4)

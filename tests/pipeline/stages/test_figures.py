@@ -76,7 +76,7 @@ def samples_of(experiment, run, n):
 
 def test_every_figure_is_drawn_in_the_papers_words(drawn):
     experiment, run = drawn
-    manifest = read_manifest(run.of(experiment).figures, check="sha256")
+    manifest = read_manifest(run.of(experiment).figures, dict, check="sha256")
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
     assert all("(paper, Fig" in manifest["captions"][name] for name in PICTURES)
     assert figures.STAGE.is_done(run.of(experiment))
@@ -182,7 +182,7 @@ def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_pat
     panels = []
     monkeypatch.setattr(charts, "save_panels", lambda made, file: panels.extend(made))
     curves.plan_rate_distortion(run.of(experiment)).draw([], tmp_path / "x.svg")
-    rows = read_json(run.of(experiment).nll_json)["rate_distortion"]
+    rows = read_json(run.of(experiment).nll_json, dict)["rate_distortion"]
     for panel, across, up in zip(
         panels, ("k", "k", "rate_bpd"), ("rmse", "rate_bpd", "rmse"), strict=True
     ):  # fmt: skip
@@ -197,7 +197,7 @@ def test_scores_along_end_in_the_runs_own(drawn):
     assert "12 images, too few" in figure.caption
     reference = load_reference(run, curves.find_extractor_of_scores(run.of(experiment)), "train")
     along = curves.score_snapshots(list(figure.units), 12, reference)
-    scored = read_json(run.of(experiment).metrics_json)["scores"]["fid"]
+    scored = read_json(run.of(experiment).metrics_json, dict)["scores"]["fid"]
     assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
     assert along[0]["fid"] != pytest.approx(scored, rel=1e-3)
 
@@ -272,7 +272,7 @@ def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplo
     run = ready(experiment, sharded_storage)
     with caplog.at_level(logging.WARNING):
         assert run_stage(figures, experiment, run) == []
-    manifest = read_manifest(run.of(experiment).figures)
+    manifest = read_manifest(run.of(experiment).figures, dict)
     assert manifest["order"] == ["samples.png"]
     assert "`ddpm evaluate unscored`" in manifest["skipped"]["rate_distortion"]
     assert set(manifest["skipped"]) == {"rate_distortion", "scores_along", "nearest_features"}
@@ -281,7 +281,7 @@ def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplo
     run_stage(evaluate, experiment, run)
     assert not figures.STAGE.is_done(run.of(experiment)), "what waited for it can be drawn"
     run_stage(figures, experiment, run)
-    manifest = read_manifest(run.of(experiment).figures)
+    manifest = read_manifest(run.of(experiment).figures, dict)
     assert manifest["order"] == ["samples.png", "rate_distortion.svg"]
     assert set(manifest["skipped"]) == {"scores_along", "nearest_features"}, "metrics=[nll] makes no features"
     assert figures.STAGE.is_done(run.of(experiment)), "nothing more can come of this evaluation"
@@ -300,7 +300,7 @@ def test_figures_run_the_chain_of_the_samples(sharded_storage, how):
     folder = run.of(experiment).figures
     shown = cells(folder / "progressive.png")
     assert shown.shape[:2] == (4, 5) and nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
-    captions = read_manifest(folder)["captions"]
+    captions = read_manifest(folder, dict)["captions"]
     assert all("T = 20, respaced to 5 steps" in caption for caption in captions.values())
     # Steps 0, 5, 10, 14, 19 of T = 20: two of them make t = 6.
     assert "latents at t = 6:" in captions["interpolation.png"]
@@ -326,7 +326,7 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
     run_stage(evaluate, experiment, run)
     run_stage(figures, experiment, run)
     folder = run.of(experiment).figures
-    assert read_manifest(folder)["order"] == PICTURES
+    assert read_manifest(folder, dict)["order"] == PICTURES
     assert cells(folder / "coarse_to_fine.png", 32).shape == (5, 13, 32, 32), (
         "T = 4 has five numbers of steps"
     )
@@ -351,7 +351,7 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
     run_stage(evaluate, experiment, run)
     monkeypatch.setattr(ContextUNet, "forward", listening)
     run_stage(figures, experiment, run)
-    manifest = read_manifest(run.of(experiment).figures)
+    manifest = read_manifest(run.of(experiment).figures, dict)
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
     assert (6, [0, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL]) in asked, "chosen and unconditional rows, in one call"
     between = [labels for count, labels in asked if count == len(chains.LAMBDAS)]

@@ -16,8 +16,10 @@ EMA = {"w": torch.ones(2, 3)}
 
 
 def saved(run, *steps):
+    ema = checkpoint.create_network(run.experiment).state_dict()
+    state = {f"net.{name}": tensor for name, tensor in ema.items()}
     for step in steps:
-        checkpoint.save_checkpoint(run.step_folder(step), TENSORS, EMA, step)
+        checkpoint.save_checkpoint(run.step_folder(step), state, ema, step, {"run_key": run.run_key})
 
 
 def test_tensors_come_back_as_they_were(tiny_run):
@@ -65,10 +67,10 @@ def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_
     assert checkpoint.find_newest_step(run, at_most=5) == 2
 
 
-def keeping(experiment, keep, keep_every=None, checkpoints=None):
+def keeping(experiment, keep, keep_every=None, checkpoints=None, every=1):
     return dataclasses.replace(
         experiment,
-        train=dataclasses.replace(experiment.train, keep=keep, keep_every=keep_every),
+        train=dataclasses.replace(experiment.train, keep=keep, keep_every=keep_every, checkpoint_every=every),
         evaluate=dataclasses.replace(experiment.evaluate, checkpoints=checkpoints),
     )
 
@@ -80,6 +82,8 @@ def keeping(experiment, keep, keep_every=None, checkpoints=None):
         ({"keep": 2, "keep_every": 2}, [2, 4, 5, 6, 8]),
         ({"keep": 1, "checkpoints": "every:3"}, [3, 6, 8]),
         ({"keep": 1, "checkpoints": "all"}, [6, 8]),
+        ({"keep": 2, "every": 2}, [4, 6, 8]),  # 1, 3 and 5 are of interruptions
+        ({"keep": 2, "every": 4}, [4, 6, 8]),  # as 6 is, but it is the newest
     ],
 )
 def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
@@ -115,6 +119,7 @@ def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, 
 def test_a_missing_step_and_the_weights_of_another_network_are_refused(tiny_run):
     experiment, run = tiny_run
     saved(run, 2)
+    checkpoint.save_checkpoint(run.step_folder(2), TENSORS, EMA, 2)
     for step, complaint in ((5, r"no checkpoint of step 5 \(there are: 2\)"), (2, "another network")):
         with pytest.raises(PipelineError, match=complaint):
             checkpoint.load_network(run.of(asking_for(experiment, checkpoint=step)), torch.device("cpu"))

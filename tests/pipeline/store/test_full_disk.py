@@ -16,7 +16,7 @@ STAGES = {
     "train": lambda experiment, run: train.STAGE.run_worker(one_cpu().context, run.of(experiment)),
     "sample": lambda experiment, run: run_stage(sample, experiment, run),
 }
-MADE = {"shard": "data/*/*", "train": "tiny-*/train/*/*.safetensors", "sample": "tiny-*/samples/*/*.tar"}
+MADE = {"shard": "data/*/[!.]*", "train": "tiny-*/train/*/*.safetensors", "sample": "tiny-*/samples/*/*.tar"}
 
 
 def mount(*words):

@@ -48,7 +48,7 @@ def grid(storage, client) -> Path:
 
 
 def board(storage: Path, name: str) -> list[dict]:
-    return read_json(storage / "sweeps" / name / "leaderboard.json")["trials"]
+    return read_json(storage / "sweeps" / name / "leaderboard.json", dict)["trials"]
 
 
 def parent_and_children(client: MlflowClient, name: str):
@@ -74,7 +74,7 @@ def test_the_leaderboard_ranks_every_trial_by_its_own_score(grid, storage):
     assert bounds == sorted(bounds)
     for row in rows:
         (metrics,) = (storage / row["run"]).glob("evaluation/[0-9a-f]*/metrics.json")
-        assert read_json(metrics)["scores"]["nll_bpd"] == row["scores"]["nll_bpd"]
+        assert read_json(metrics, dict)["scores"]["nll_bpd"] == row["scores"]["nll_bpd"]
         experiment = config.load_experiment(str(storage / row["run"] / "experiment.yaml"), [])
         assert experiment.model.dropout == row["swept"]["model.dropout"]
     text = (grid / "leaderboard.md").read_text()
@@ -224,13 +224,13 @@ def test_trials_that_are_not_worth_it_are_stopped_at_a_rung(storage, client, cap
 def test_what_a_killed_driver_left_is_put_right(grid, storage, client):
     """Its children say RUNNING, its states too, and one trial's scores never arrived and those of another are gone."""
     _, children = parent_and_children(client, "grid")
-    state = read_json(grid / "state.json")
+    state = read_json(grid / "state.json", dict)
     for key, child in children.items():
         state["trials"][key]["state"] = "running"
         client.update_run(child.info.run_id, status="RUNNING")
     write_json(grid / "state.json", state)
     for path in (grid / "tracking").glob("*.json"):
-        mirror = read_json(path)
+        mirror = read_json(path, dict)
         for server in mirror["servers"].values():
             server["parcels"].pop("status")
         write_json(path, mirror | {"status": "RUNNING"})

@@ -1,0 +1,185 @@
+"""What a damaged file of a finished run leads to: it is named, and made again as it was (kinds K1, K2, K8)."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import one_cpu, tiny_experiment
+from safetensors.torch import save_file
+
+from pipeline import config
+from pipeline.cli.status import format_status
+from pipeline.engine.execute import run_trial_stages
+from pipeline.engine.find import make_place
+from pipeline.engine.plan import list_unfinished_stages
+from pipeline.errors import PipelineError
+from pipeline.report.compared_run import make_compared_runs
+from pipeline.store import checkpoint, files
+from pipeline.store.diffusers_layout import export_to_diffusers
+from pipeline.store.files import hash_file, read_file_facts, read_sealed, write_json
+from pipeline.store.selection import ScoreFile
+
+EXPERIMENT = tiny_experiment(
+    "name=faults", "train.sample_every=4", "train.keep=3", "sample.steps=5", "evaluate.metrics=[fid,nll]",
+    "evaluate.features=projection", "figures.which=[samples,rate_distortion]", "figures.images=1",
+)  # fmt: skip
+CLUSTER = config.load_cluster("local", ["workers=0"])
+# What holds when, and by what, something was made; and the page, which shows that.
+RECORDS = ("timings.json", "spent.json", "commits.json", "experiment.yaml", "log.jsonl", ".lock")
+
+
+def bring_up_to_date(place):
+    run_trial_stages(one_cpu(), lambda: False, CLUSTER, place, "report")
+
+
+def files_of(place):
+    found = [path for path in place.storage.rglob("*") if path.is_file() and path.parent != place.report]
+    kept = [path for path in found if path.name not in RECORDS and path.name[0] != "."]
+    return {str(path.relative_to(place.storage)): path.read_bytes() for path in kept}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, sharded_storage):
+    root = tmp_path_factory.mktemp("finished")
+    shutil.copytree(sharded_storage / "data", root / "data")
+    place = make_place(EXPERIMENT, root)
+    bring_up_to_date(place)
+    return place
+
+
+@pytest.fixture
+def place(finished, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(finished.storage, tmp_path / "runs")
+    checkpoint.load_network.cache_clear()
+    return make_place(EXPERIMENT, tmp_path / "runs")
+
+
+def flip(content):
+    half = len(content) // 2
+    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+
+
+def damage(place, pattern, change=flip, keep_times=False):
+    file = sorted(place.path.glob(pattern))[-1]
+    times = file.stat()
+    file.write_bytes(change(file.read_bytes()))
+    if keep_times:
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    return file
+
+
+FLIPPED = {
+    "samples/*/00001.tar": "sample", "samples/*/grid.png": "sample", "samples/*/manifest.json": "sample",
+    "evaluation/*/metrics.json": "evaluate", "evaluation/*/nll.json": "evaluate",
+    "evaluation/*/manifest.json": "evaluate", "figures/*/samples.png": "figures", "report/report.html": "report",
+    "train/step_00000006/ema.safetensors": "train", "train/step_00000006/meta.json": "train",
+    "../data/*/train-00000.tar": "shard",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keep_times"), [*((pattern, False) for pattern in FLIPPED), ("samples/*/00001.tar", True)]
+)
+def test_a_flipped_bit_is_named_and_made_again(place, finished, pattern, keep_times, caplog):
+    file = damage(place, pattern, keep_times=keep_times)
+    assert FLIPPED[pattern] in [stage.name for stage in list_unfinished_stages(place, "report")]
+    bring_up_to_date(place)
+    assert file.name in caplog.text or file.parent.name in caplog.text
+    assert files_of(place) == files_of(finished)
+
+
+def test_what_is_done_is_told_without_hashing_anything_large(place, monkeypatch):
+    assert list_unfinished_stages(place, "report") == []  # a copy has other times, and is sealed anew
+    hashed = []
+    monkeypatch.setattr(files, "hash_file", lambda path: hashed.append(path.suffix) or hash_file(path))
+    assert list_unfinished_stages(place, "report") == []
+    assert set(hashed) <= {".json", ".png"}
+
+
+def make_foreign(folder):
+    """One tensor under hashes of its own."""
+    save_file({"a": torch.zeros(3)}, folder / checkpoint.EMA)
+    save_file({"net.a": torch.zeros(3)}, folder / checkpoint.STATE)
+    facts = {name: read_file_facts(folder / name) for name in (checkpoint.EMA, checkpoint.STATE)}
+    write_json(folder / checkpoint.META, {"step": 6, "files": facts})
+    (folder / ".sealed.json").unlink()
+
+
+def make_older(folder):
+    """A copy of an older step."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("step_00000002"), folder)
+
+
+def empty_list(folder):
+    """No file is listed, and one of them has another bit."""
+    write_json(folder / checkpoint.META, {"files": {}, "step": 6})
+    (folder / checkpoint.EMA).write_bytes(flip((folder / checkpoint.EMA).read_bytes()))
+
+
+def of_another_run(folder):
+    meta = json.loads((folder / checkpoint.META).read_text())
+    write_json(folder / checkpoint.META, meta | {"run_key": "0" * 12})
+    (folder / ".sealed.json").unlink()
+
+
+@pytest.mark.parametrize("change", [make_foreign, make_older, empty_list, of_another_run])
+def test_a_checkpoint_that_is_not_this_one_is_named_and_trained_again(
+    place, finished, change, caplog, tmp_path
+):
+    change(place.step_folder(6))
+    with pytest.raises(PipelineError, match="step_00000006"):
+        export_to_diffusers(place.path, tmp_path / "exported", "ema", 6)
+    bring_up_to_date(place)
+    assert "step_00000006" in caplog.text and "going back" in caplog.text
+    assert files_of(place) == files_of(finished)
+
+
+def test_a_checkpoint_without_a_run_key_is_read(place):
+    meta = json.loads((place.step_folder(6) / checkpoint.META).read_text())
+    del meta["run_key"]
+    write_json(place.step_folder(6) / checkpoint.META, meta)
+    (place.step_folder(6) / ".sealed.json").unlink()
+    assert list_unfinished_stages(place, "report") == []
+
+
+def test_everyone_may_read_what_the_umask_lets_them_read(place):
+    others = [path for path in place.storage.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {path.stat().st_mode & 0o777 for path in others} == {0o666 & ~files.UMASK}
+
+
+def test_cached_statistics_with_a_flipped_bit_are_made_again(place, finished):
+    damage(place, "../data/*/references/*-train.npz")
+    shutil.rmtree(place.scores)
+    bring_up_to_date(place)
+    assert files_of(place) == files_of(finished)
+
+
+def test_a_changed_score_is_neither_shown_nor_sent(place, caplog):
+    damage(place, "evaluation/*/metrics.json", lambda text: text.replace(b'"nll_bpd": ', b'"nll_bpd": 1'))
+    with pytest.raises(PipelineError, match=r"metrics\.json"):
+        read_sealed(place.metrics_json, ScoreFile)
+    (run,) = make_compared_runs([place])
+    assert "nll_bpd" not in run.scores and "metrics.json" in caplog.text
+
+
+SHAPELESS = (
+    "samples/*/manifest.json", "samples/*/00000.json", "samples/*/.sealed.json", "../data/*/manifest.json",
+    "evaluation/*/metrics.json", "evaluation/*/manifest.json", "figures/*/manifest.json", "report/manifest.json",
+    "train/step_00000006/meta.json", "timings.json", "commits.json", "spent.json", "log.jsonl",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"null", b'{"files": {}}', b'{"a": ', b"\x80" + b"[" * 99999], ids=len
+)
+def test_json_of_another_shape_is_no_traceback(place, content):
+    for pattern in SHAPELESS:
+        damage(place, pattern, lambda _: content)
+        format_status(place.storage)
+        list_unfinished_stages(place, "report")
+    bring_up_to_date(place)
+    assert list_unfinished_stages(place, "report") == []
