@@ -20,6 +20,7 @@ ONLY_IMPORTER = {
     "torch_fidelity": {"scores"},
     "jinja2": {"report"},
     "markdown_it": {"report"},
+    "omegaconf": {"config"},
     "yaml": {"config"},
     "pydantic": {"config", "store"},
     "pyarrow": {"data", "store"},
@@ -137,7 +138,7 @@ def loaded_by(code: str) -> set[str]:
 def test_the_science_loads_no_pipeline_library():
     loaded = loaded_by("import ddpm\nfor name in ddpm.__all__: getattr(ddpm, name)")
     assert "torch" in loaded
-    assert not {"ray", "mlflow", "webdataset", "yaml", "pipeline"} & loaded
+    assert not {"ray", "mlflow", "webdataset", "omegaconf", "yaml", "pipeline"} & loaded
 
 
 def test_settings_and_names_of_networks_load_no_torch():

@@ -35,7 +35,7 @@ from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
 
 PACKAGES = (
-    "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "pyyaml", "safetensors",
+    "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "safetensors",
 )  # fmt: skip
 ROW = "{:<11} {:>6}  {:<13}  {}"  # of a run
 

@@ -6,11 +6,13 @@ Every value stays the text that was written, until `checks` reads it by the type
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
 
 import yaml
+from omegaconf import OmegaConf
 
 from pipeline.config.checks import Tree, find_type, flatten, get_field_types, takes_text
 from pipeline.errors import ConfigError, suggest
@@ -163,8 +165,25 @@ def _merge(base: Tree, tree: Tree) -> Tree:
 
 
 def _merge_trees(base: Tree, tree: Tree) -> Tree:
-    def merge(key: str, value: Any) -> Any:
-        below = base.get(key)
-        return _merge_trees(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    """Merge by OmegaConf. Texts are bytes to it, so that `${` and `???` in them mean nothing."""
+    try:
+        merged = OmegaConf.merge(_convert_leaves(base, _encode), _convert_leaves(tree, _encode))
+    except TypeError as error:
+        raise ConfigError(f"a list and a section stand for one key ({_shorten(error)})") from error
+    return _convert_leaves(OmegaConf.to_container(merged), _decode)
 
-    return {**base, **{key: merge(key, value) for key, value in tree.items()}}
+
+def _encode(value: Any) -> Any:
+    return value.encode(errors="surrogatepass") if isinstance(value, str) else value
+
+
+def _decode(value: Any) -> Any:
+    return value.decode(errors="surrogatepass") if isinstance(value, bytes) else value
+
+
+def _convert_leaves(value: Any, convert: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _convert_leaves(item, convert) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_convert_leaves(item, convert) for item in value]
+    return convert(value)

@@ -20,7 +20,7 @@ from pipeline.store import keys
 from pipeline.store.files import write_text
 from pipeline.store.run import Place
 
-PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "pyyaml", "numpy")
+PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
 ROOT = (
     Path(__file__).resolve().parents[2]
 )  # the folder of both packages; that of a checkout has a pyproject.toml
