@@ -259,7 +259,8 @@ HTTPServer(("127.0.0.1", int(sys.argv[-1].partition("=")[2])), Answer).serve_for
 UI = """
 import signal, sys
 from pathlib import Path
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this one
 from pipeline.tracking import ui
 ui.check_server = lambda uri: None
 ui.serve_ui(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
@@ -283,7 +284,10 @@ def test_the_ui_takes_its_server_along_and_asks_it_directly(tmp_path, number):
         lines = [ui.stdout.readline(), ui.stdout.readline()]
         assert f"http://127.0.0.1:{port}/" in lines[1] and "HUSH" not in "".join(lines)
         ui.send_signal(number)
-        ui.wait(20)
+        try:
+            ui.wait(20)
+        finally:
+            ui.kill()
     seen, end = (tmp_path / "seen").read_text(), time.monotonic() + 20
     assert "HUSH" not in seen.removeprefix(SECRET) and seen.startswith(SECRET)
     with pytest.raises(OSError):
