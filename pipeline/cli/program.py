@@ -119,7 +119,9 @@ COMMANDS = (
     _make_stage_command("report", "write report.html and report.md from what is there", """\
   ddpm report digits                                  `ddpm run` ends with it
 """),
-    Command("list", do.list_files, "experiments, sweeps and clusters, each with what it is", "", ()),
+    Command("list", do.list_files, "experiments, sweeps and clusters, each with what it is", """\
+  ddpm list                                           what `ddpm run`, `ddpm sweep` and --cluster take
+""", ()),
     Command("show", do.show_experiment, "the resolved configuration and its keys; writes nothing", f"""\
   ddpm show cifar10                                   every key with its value
   ddpm show digits train.lr=1e-4                      which run directory that would be

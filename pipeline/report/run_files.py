@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
 from pipeline import config
 from pipeline.config import Experiment
@@ -14,7 +14,7 @@ from pipeline.drawing.grids import require_picture
 from pipeline.report import paper
 from pipeline.scores.results import Bound, Results, Scores
 from pipeline.store import keys
-from pipeline.store.files import MANIFEST, Manifest, hash_file, read_json, require_sealed, try_read
+from pipeline.store.files import MANIFEST, FiguresManifest, hash_file, read_json, require_sealed, try_read
 from pipeline.store.log import LogPoint, read_points
 from pipeline.store.run import Place
 from pipeline.store.selection import Selection
@@ -23,15 +23,6 @@ from pipeline.store.tars import ShardSetFacts
 REFERENCE_POINTS = {
     "test": "Test images", "train": "Training images", "gaussian": "Gaussian", "noise": "Noise",
 }  # fmt: skip
-
-
-class FiguresManifest(Manifest):
-    """What the manifest of the figures says: their order and captions, why others are left out."""
-
-    order: list[str]
-    captions: dict[str, str]
-    skipped: NotRequired[dict[str, str]]
-    scored: NotRequired[bool]
 
 
 SHAPES: dict[str, type] = {

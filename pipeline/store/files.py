@@ -218,6 +218,15 @@ class Manifest(TypedDict):
     folder: NotRequired[str]
 
 
+class FiguresManifest(Manifest):
+    """What the manifest of the figures says: their order and captions, why others are left out."""
+
+    order: list[str]
+    captions: dict[str, str]
+    skipped: NotRequired[dict[str, str]]
+    scored: NotRequired[bool]
+
+
 M = TypeVar("M", bound=Manifest)
 
 

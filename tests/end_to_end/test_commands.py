@@ -299,7 +299,6 @@ def test_help_and_wrong_configurations_import_nothing_heavy(words):
         (["rnu"], "did you mean 'run'?"),
         (["run", "digits", "--clustr", "local"], "did you mean '--cluster'?"),
         (["export", "a"], "DIR"),
-        ([], "COMMAND"),
         (["--version"], "ddpm "),
     ],
 )

@@ -10,10 +10,16 @@ from collections.abc import Iterator
 
 from pipeline.compute.units import Unit
 from pipeline.config import Experiment
-from pipeline.report.run_files import FiguresManifest
 from pipeline.stages.figures.figure import Figure, FigureUnavailable
 from pipeline.stages.stage import Stage
-from pipeline.store.files import is_unit_done, read_arrays, read_manifest, try_read, write_manifest
+from pipeline.store.files import (
+    FiguresManifest,
+    is_unit_done,
+    read_arrays,
+    read_manifest,
+    try_read,
+    write_manifest,
+)
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)

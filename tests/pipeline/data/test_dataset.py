@@ -29,7 +29,9 @@ def folder(tmp_path, request):
         records = [
             tars.Record(f"{i:04d}", tars.encode_png(images[i]), label(i)) for i in range(start, start + count)
         ]
-        facts = tars.write_tar(tmp_path / f"train-{number:05d}.tar", records)
+        name = f"train-{number:05d}.tar"
+        facts = tars.write_tar(tmp_path / name, records)
+        facts |= {"name": name, "split": "train", "start": start, "stop": start + count}
         tars.write_json(tmp_path / f"train-{number:05d}.json", facts)
         shards.append(facts)
         start += count

@@ -285,7 +285,9 @@ def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
     """Five rows share five hours; at one full row in ten hours, each gets a tenth of its 800,000 steps."""
     row = config.load_experiment("cifar10", [])
     rates = (1.0, reproduction.count_passes(row) / 3 / 36_000)
-    lines = [json.dumps({"metrics": {"train/images_per_second": rate}}) for rate in rates]
+    lines = [
+        json.dumps({"step": 1, "time": 0, "metrics": {"train/images_per_second": rate}}) for rate in rates
+    ]
     (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
     points = [SimpleNamespace(experiment=row)] * 5
     monkeypatch.setattr(reproduction, "list_points", lambda sweep, words: seen.append(words) or points)
