@@ -50,6 +50,7 @@ def trained(storage: Path) -> dict[str, int]:
     return {path.parts[-4]: path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.slow
 def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     """Twice as many trials as CPUs: were trials to hold CPUs of their own, none could start its worker."""
     said = sweep(tmp_path)
