@@ -6,7 +6,6 @@ Every value stays the text that was written, until `checks` reads it by the type
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -167,23 +166,18 @@ def _merge(base: Tree, tree: Tree) -> Tree:
 def _merge_trees(base: Tree, tree: Tree) -> Tree:
     """Merge by OmegaConf. Texts are bytes to it, so that `${` and `???` in them mean nothing."""
     try:
-        merged = OmegaConf.merge(_convert_leaves(base, _encode), _convert_leaves(tree, _encode))
+        merged = OmegaConf.merge(_swap_texts(base), _swap_texts(tree))
     except TypeError as error:
         raise ConfigError(f"a list and a section stand for one key ({_shorten(error)})") from error
-    return _convert_leaves(OmegaConf.to_container(merged), _decode)
+    return _swap_texts(OmegaConf.to_container(merged))
 
 
-def _encode(value: Any) -> Any:
-    return value.encode(errors="surrogatepass") if isinstance(value, str) else value
-
-
-def _decode(value: Any) -> Any:
-    return value.decode(errors="surrogatepass") if isinstance(value, bytes) else value
-
-
-def _convert_leaves(value: Any, convert: Callable[[Any], Any]) -> Any:
+def _swap_texts(value: Any) -> Any:
+    """Return a tree with its texts as bytes, and its bytes as texts."""
     if isinstance(value, dict):
-        return {key: _convert_leaves(item, convert) for key, item in value.items()}
+        return {key: _swap_texts(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_convert_leaves(item, convert) for item in value]
-    return convert(value)
+        return [_swap_texts(item) for item in value]
+    if isinstance(value, str):
+        return value.encode(errors="surrogatepass")
+    return value.decode(errors="surrogatepass") if isinstance(value, bytes) else value
