@@ -16,7 +16,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
-from ddpm.networks.layers import RowDropout
+from ddpm.networks.layers import RowDropout, set_dropout_keys
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
 
@@ -160,10 +160,8 @@ def train_step(
     grad_norm before clipping. Never waits for the device (importance sampling of t apart).
     """
     net, step = state.net if forward is None else forward, state.step
-    x_0, on_device = (
-        from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0,
-        rows.to(x_0.device, non_blocking=True),
-    )
+    x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
+    on_device = rows.to(x_0.device, non_blocking=True)
     t, weight, eps, flip = draw_batch_noise(
         seed, step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler
     )
@@ -180,9 +178,8 @@ def train_step(
     found = []
     for part in map(slice, ends, ends[1:]):
         # Gradients are averaged over the workers with the last part.
-        with nullcontext() if part.stop == len(rows) else getattr(net, "no_sync", nullcontext)():
-            for layer, its_keys in zip(dropouts, keys, strict=True):
-                layer.keys = its_keys[:, part]
+        average = nullcontext() if part.stop == len(rows) else getattr(net, "no_sync", nullcontext)()
+        with average, set_dropout_keys(dropouts, keys[:, :, part]):
             # For networks that draw in other ways than by RowDropout.
             torch.manual_seed(rng.draw_torch_seed(seed, Stream.DROPOUT, step, int(rows[part.start])))
             x_t = diffusion.q_sample(x_0[part], t[part], eps[part])
@@ -191,12 +188,9 @@ def train_step(
             loss = diffusion.compute_losses(output, x_0[part], x_t, t[part], eps[part])
             ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())
-    for layer in dropouts:
-        layer.keys = None
     losses = torch.cat(found)
-    if (
-        state.t_sampler is not None
-    ):  # its history takes the whole global batch, so that all workers hold the same
+    if state.t_sampler is not None:
+        # The history takes the whole global batch, so that all workers hold the same.
         batch = torch.zeros(2, config.batch_size, dtype=torch.float64, device=losses.device)
         batch[:, rows[0] : rows[-1] + 1] = torch.stack((t.double(), losses.double()))
         batch = sum_over_workers(batch)

@@ -1,6 +1,8 @@
 """Parts that all networks use: initial weights, the embedding of t, shortcuts."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -77,9 +79,20 @@ class RowDropout(nn.Dropout):
         word ^= (word >> 16).bitwise_and_(0xFFFF)
         kept = word.view(torch.int16)[:, :size] >= dropped - 2**15
         factor = kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-        return x * factor.view(len(x), *x.shape[2:], x.shape[1]).movedim(
-            -1, 1
-        )  # as channels_last lies in memory
+        # (N, H, W, C), as channels_last lies in memory
+        return x * factor.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+
+
+@contextmanager
+def set_dropout_keys(layers: list[RowDropout], keys: Tensor) -> Iterator[None]:
+    """Set the keys of the layers within the context, int32 (len(layers), 2, N, 1); none stay behind."""
+    for layer, its_keys in zip(layers, keys, strict=True):
+        layer.keys = its_keys
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keys = None
 
 
 def embed_timesteps(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
