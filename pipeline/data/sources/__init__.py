@@ -18,7 +18,6 @@ from pipeline.data.sources.base import (
     hash_file_stats,
     lies_in_class_order,
     make_fixed_permutation,
-    require_regular_files,
     split_images,
 )
 from pipeline.data.sources.cifar10 import Cifar10Download, open_cifar10
@@ -52,22 +51,29 @@ class SourceReader:
 
     def __init__(self, data: DataConfig):
         self.data, self.source = data, SOURCES[data.source](data)
-        require_regular_files(self.source.files)
-        self.mixed: list[str] = []  # splits that are stored class by class: their order is shuffled
+
+    @cached_property
+    def _stored(self) -> dict[str, tuple[str, np.ndarray]]:
+        return split_images(self.source, self.data)
+
+    @cached_property
+    def mixed(self) -> list[str]:
+        """Splits that are stored class by class: their order is shuffled."""
+        stored = self._stored.items()
+        labels = {part: self.source.read_labels(part) for _, (part, _) in stored}
+        return [split for split, (part, indices) in stored if lies_in_class_order(labels[part], indices)]
 
     @cached_property
     def _indices(self) -> dict[str, tuple[str, np.ndarray]]:
-        splits = split_images(self.source, self.data)
-        for split, (part, indices) in splits.items():
-            if lies_in_class_order(self.source.read_labels(part), indices):
-                self.mixed.append(split)
-                splits[split] = part, indices[make_fixed_permutation(len(indices))]
-        return splits
+        return {
+            split: (part, indices[make_fixed_permutation(len(indices))] if split in self.mixed else indices)
+            for split, (part, indices) in self._stored.items()
+        }
 
     @property
     def splits(self) -> dict[str, int]:
         """Number of images by split, undecodable ones included."""
-        return {split: len(indices) for split, (_, indices) in self._indices.items()}
+        return {split: len(indices) for split, (_, indices) in self._stored.items()}
 
     def read_records(
         self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = raise_undecodable

@@ -111,25 +111,25 @@ def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, 
 
 def lies_in_class_order(labels: np.ndarray | None, indices: np.ndarray) -> bool:
     """Return whether neighbours share their class much more often than in a random order."""
-    if labels is None or labels.dtype == object or len(labels) <= indices.max(initial=0):
+    if labels is None or len(labels) <= indices.max(initial=0):
         return False
     classes, counts = np.unique(labels[indices], return_counts=True)
     changes = np.count_nonzero(np.diff(labels[indices]))
     return bool(len(classes) > 1 and changes < (len(indices) - np.sum(counts**2) / len(indices)) / 2)
 
 
-def require_regular_files(files: list[Path]) -> None:
-    """Raise PipelineError naming a file that is none, before reading it could block for ever."""
+def hash_file_stats(files: list[Path]) -> str:
+    """Return the sha256 over paths, sizes and modification times.
+
+    Raises PipelineError naming a file that is no regular one, before reading it could block for ever.
+    """
+    stats = []
     with explain_read_errors():
         for file in files:
-            if not stat.S_ISREG(file.stat().st_mode):
+            facts = file.stat()
+            if not stat.S_ISREG(facts.st_mode):
                 raise PipelineError(f"{file} is no regular file; remove it")
-
-
-def hash_file_stats(files: list[Path]) -> str:
-    """Return the sha256 over paths, sizes and modification times."""
-    with explain_read_errors():
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+            stats.append((str(file.resolve()), facts.st_size, facts.st_mtime_ns))
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
