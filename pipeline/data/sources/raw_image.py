@@ -17,17 +17,8 @@ from pipeline.errors import PipelineError
 from pipeline.store.tars import Record, encode_png
 
 MODES = {1: "L", 3: "RGB"}
-COMMON = {
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "JPEG2000",
-    "AVIF",
-}  # nothing else has their extensions
+# Nothing else has the extensions of these formats.
+COMMON = {"PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"}
 
 
 class RawImage(NamedTuple):
@@ -103,17 +94,17 @@ def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
 def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
     size, mode = (data.image_size, data.image_size), MODES[data.channels]
     if isinstance(raw.image, bytes):
-        image, is_turned = _decode(raw.image)
-        alpha = _find_alpha(image)
+        image = _decode(raw.image)
+        colours, alpha = _split_alpha(image)
         fits = image.format == "PNG" and image.mode == mode and image.size == size
-        if fits and not is_turned and alpha is None and not image.info.get("exif"):
+        if fits and alpha is None and not image.info.get("exif"):
             return raw.image
         if alpha is not None:
             if data.background is None:
                 remedy = "set data.background=white or black to lay it on that colour"
                 raise PipelineError(f"{raw.name} is transparent in part; {remedy}")
-            colours = _convert_mode(_unify_alpha(image), "RGB")
-            image = Image.composite(colours, Image.new("RGB", image.size, data.background), alpha)
+            background = Image.new("RGB", image.size, data.background)
+            image = Image.composite(_convert_mode(colours, "RGB"), background, alpha)
         image = _convert_mode(image, mode)
     else:
         channels = raw.image.shape[2]
@@ -136,8 +127,8 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
     return encode_png(np.asarray(image))
 
 
-def _decode(encoded: bytes) -> tuple[Image.Image, bool]:
-    """Return the image, upright, and whether it had to be turned, wherever its orientation stood."""
+def _decode(encoded: bytes) -> Image.Image:
+    """Return the image, upright wherever its orientation stood: one that was turned has no `format`."""
     formats = tuple(dict.fromkeys(("PNG", "JPEG", *list_image_extensions().values())))  # tried in this order
     image = Image.open(io.BytesIO(encoded), formats=formats)
     if image.format == "PNG":  # decoding does not compare the checksums of PNG's chunks, verify() does
@@ -147,27 +138,23 @@ def _decode(encoded: bytes) -> tuple[Image.Image, bool]:
     is_turned = False
     with suppress(Exception):  # a broken orientation is none
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    return ImageOps.exif_transpose(image) if is_turned else image, is_turned
+    return ImageOps.exif_transpose(image) if is_turned else image
 
 
-def _find_alpha(image: Image.Image) -> Image.Image | None:
-    """Return the opacity of each pixel, mode L, however the file says it; None where all is opaque."""
+def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Return the colours and the opacity of each pixel, mode L, however the file says it; None where all is opaque."""
     if not image.has_transparency_data:
-        return None
+        return image, None
+    colours, key = image, image.info.get("transparency")
     if image.mode.startswith("I;16"):
-        seen = np.asarray(image) != image.info["transparency"]
-        alpha = Image.fromarray(seen.astype(np.uint8) * np.uint8(255))
+        alpha = Image.fromarray((np.asarray(image) != key).astype(np.uint8) * np.uint8(255))
     else:
-        alpha = _unify_alpha(image).getchannel("A")
-    return alpha if alpha.getextrema()[0] != 255 else None
-
-
-def _unify_alpha(image: Image.Image) -> Image.Image:
-    """Return an image that says its opacity in any way with a channel A; 16-bit grey stays."""
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:  # a colour of 16 bits, of which Pillow keeps the upper 8
-        image.info["transparency"] = tuple(level >> 8 for level in key)
-    return image if image.mode.startswith("I;16") else image.convert("LA" if image.mode == "La" else "RGBA")
+        # Of a colour of 16 bits Pillow keeps the upper 8.
+        if isinstance(key, tuple) and max(key) > 255:
+            image.info["transparency"] = tuple(level >> 8 for level in key)
+        colours = image.convert("LA" if image.mode == "La" else "RGBA")
+        alpha = colours.getchannel("A")
+    return colours, alpha if alpha.getextrema()[0] != 255 else None
 
 
 def _convert_mode(image: Image.Image, mode: str) -> Image.Image:
