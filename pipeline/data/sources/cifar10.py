@@ -150,17 +150,21 @@ class Cifar10Files(ArraySource):
     def _read_files(self) -> Iterator[tuple[str, bytes]]:
         """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
         missing = set(BATCHES)
+        batches = _read_archive(self.root) if self.root.is_file() else _read_unpacked(self.files)
         try:
-            for file in self.files:
-                _require_size(file.name, 0 if self.root.is_file() else file.stat().st_size)
-            unpacked = ((file.name, file.read_bytes()) for file in self.files)
-            for name, content in _read_archive(self.root) if self.root.is_file() else unpacked:
+            for name, content in batches:
                 missing.discard(name)
                 yield name, content
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
             raise PipelineError(f"{self.root} cannot be read ({error}); {REMEDY}") from error
         if missing:
             raise PipelineError(f"{self.root} lacks {min(missing)}; {REMEDY}")
+
+
+def _read_unpacked(files: list[Path]) -> Iterator[tuple[str, bytes]]:
+    for file in files:
+        _require_size(file.name, file.stat().st_size)
+        yield file.name, file.read_bytes()
 
 
 def _read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
