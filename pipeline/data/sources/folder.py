@@ -30,8 +30,10 @@ class FolderSource(ImageSource):
         if not self.root.is_dir():
             raise PipelineError(f"{self.root} is no folder; set data.path to the folder with the images")
         found, self.passed = list_files(self.root, is_image_file)
+        if not found:
+            raise PipelineError(f"{self.root} has no images in its train split; set data.path")
         inside = {file: file.relative_to(self.root).parts for file in found}
-        self._folders, self.notes = _find_split_folders(self.root, set(p[:-1] for p in inside.values()))
+        self._folders, self.notes = _find_split_folders(self.root, {parts[:-1] for parts in inside.values()})
         self._parts: dict[str, list[Path]] = {split: [] for split in self._folders}
         for file, parts in inside.items():
             split = next((s for s, folder in self._folders.items() if parts[: len(folder)] == folder), None)
@@ -39,19 +41,13 @@ class FolderSource(ImageSource):
                 self._parts[split].append(file)
             else:
                 self.passed[f"in {parts[0]}, outside of the splits"] += 1
-        for split, files in self._parts.items():
-            if not files:
-                raise PipelineError(f"{self.root} has no images in its {split} split; set data.path")
         self.files = sorted(file for files in self._parts.values() for file in files)
         if self._labelled:
             self.classes = sorted({self._find_class_name("train", file) for file in self._parts["train"]})
             train = self.root.joinpath(*self._folders["train"])
-            empty = {f.name for f in train.iterdir() if f.is_dir() and f.name[0] != "."} - set(self.classes)
+            empty = _list_folders(train) - set(self.classes)
             self.notes += [f"{train / name} holds no image, and is no class" for name in sorted(empty)]
-        # Sets whose splits or classes were always found so keep their fingerprint.
-        top = {entry.name for entry in self.root.iterdir() if entry.is_dir() and entry.name[0] != "."}
-        old = {"train": ("train",) if top == {"train"} else ()}
-        old = {split: (split,) for split in ("train", "test")} if {"train", "test"} <= top else old
+        old = _find_split_folders_as_before(self.root)
         if self._folders != old and (self._labelled or len(self._folders) > 1):
             self.layout = str(sorted(self._folders.items()))
 
@@ -79,19 +75,31 @@ class FolderSource(ImageSource):
         return parts[0]
 
 
+def _list_folders(root: Path) -> set[str]:
+    return {entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."}
+
+
+def _find_split_folders_as_before(root: Path) -> dict[str, Parts]:
+    """Return what an earlier version took for the splits: sets that it read as they are keep their fingerprint."""
+    names = _list_folders(root)
+    if {"train", "test"} <= names:
+        return {"train": ("train",), "test": ("test",)}
+    return {"train": ("train",) if names == {"train"} else ()}
+
+
 def _find_split_folders(root: Path, folders: set[Parts]) -> tuple[dict[str, Parts], list[str]]:
     """Return the folder of each split, as parts below `root`, and what is to be said about it.
 
     folders: those that hold images. Raises PipelineError where it cannot be told which one is a split.
     """
     found: dict[str, set[Parts]] = {}
-    others: set[str] = set()
+    others = False
     for parts in folders:
         depth, split = next(((i, s) for i, name in enumerate(parts, 1) if (s := find_split(name))), (0, ""))
         if split:
             found.setdefault(split, set()).add(parts[:depth])
-        else:
-            others.update(parts[:1])
+        elif parts:
+            others = True
     names = ", ".join(sorted("/".join(place) for places in found.values() for place in places)[:9])
     if others:  # "bullet_train" among them is a class; "train" beside "test" is a split all the same
         exact = {s: {p for p in places if p[-1].lower() in WORDS[s]} for s, places in found.items()}
