@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -245,8 +244,12 @@ class Experiment:
         if evaluate.features == "classifier" and not self.data.labels:
             need = "needs labels; for images without any use projection"
             yield "evaluate.features", f"is classifier, which {need}"
-        for key in ("train.batch_size", "sample.batch_size", "evaluate.nll_batch_size"):
-            images: int = reduce(getattr, key.split("."), self)  # type: ignore[assignment]
+        batches = {
+            "train.batch_size": self.train.batch_size,
+            "sample.batch_size": sample.batch_size,
+            "evaluate.nll_batch_size": evaluate.nll_batch_size,
+        }
+        for key, images in batches.items():
             if images * math.prod(self.data.shape) > LARGEST_BATCH:
                 yield key, f"is {images}: such a batch takes more than {4 * LARGEST_BATCH >> 30} GiB"
         yield from self._find_label_problems()
