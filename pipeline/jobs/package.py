@@ -72,7 +72,7 @@ def create_package(words: list[str], commit: str | None) -> Iterator[Package]:
         here, *installed = config.list_conf_folders()
         shipped = next(source for source in installed if source.is_dir())
         for source, target in ((here, folder / "conf"), (shipped, folder / "pipeline" / "conf")):
-            for kind in ("", "cluster", "sweep"):
+            for kind in config.FOLDERS:
                 (target / kind).mkdir(parents=True, exist_ok=True)
                 for file in (source / kind).glob("*.yaml"):
                     shutil.copy(file, target / kind)
