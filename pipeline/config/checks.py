@@ -68,11 +68,11 @@ def takes_text(kind: Any) -> bool:
     return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
 
 
-def find_type(types: Types, key: str) -> Any:
-    """Return the type of a dotted key; None for one that is unknown."""
+def find_type(cls: type, key: str) -> Any:
+    """Return the type of a dotted key below a section; None for one that is unknown."""
     section, _, name = key.rpartition(".")
-    kind: Any = types.get(section)
-    return (get_field_types(kind) if is_section(kind) else {} if section else types).get(name)
+    kind: Any = get_field_types(cls).get(section) if section else cls
+    return get_field_types(kind).get(name) if is_section(kind) else None
 
 
 def read_text(kind: Any, value: object) -> object:
@@ -225,8 +225,8 @@ def _format_choices(choices: Iterable[object]) -> str:
 
 def _suggest(value: object, choices: Iterable[object]) -> str:
     """Return what was meant: a list, which is written [a,b], or a word that is near."""
-    if isinstance(value, str) and "," in value:
+    if not isinstance(value, str):
+        return ""
+    if "," in value:
         return f"; a list is written [{value}]"
-    return (
-        suggest(value, (word for word in choices if isinstance(word, str))) if isinstance(value, str) else ""
-    )
+    return suggest(value, (word for word in choices if isinstance(word, str)))

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 
-from pipeline.config.checks import Tree, find_type, flatten, get_field_types, takes_text
+from pipeline.config.checks import Tree, find_type, flatten, takes_text
 from pipeline.errors import ConfigError, suggest
 
-Folder = Literal["", "cluster", "sweep"]  # below conf/; experiments stand in conf/ itself
-FOLDERS: tuple[Folder, ...] = ("", "sweep", "cluster")
+Folder = Literal["", "sweep", "cluster"]  # below conf/; experiments stand in conf/ itself
+FOLDERS: tuple[Folder, ...] = get_args(Folder)
 
 QUOTED = r"""'([^']|'')*'|"([^"\\]|\\.)*\""""
 LARGEST = 2**20  # bytes of a configuration
@@ -103,23 +103,23 @@ def read_provenance(path: Path) -> Tree:
 
 def apply_overrides(tree: Tree, overrides: list[str], section: type) -> Tree:
     """Return the tree with the key=value overrides applied; `section` has the keys, some take a text as typed."""
-    given: Tree = {}
+    given: list[Tree] = []
     problems = []
     for word in overrides:
         key, equals, text = word.partition("=")
         try:
-            value = _read_override(find_type(get_field_types(section), key), text)
-        except yaml.YAMLError as error:
-            problems.append(f"{key} is '{text}': {_shorten(error)}")
+            value = _read_override(find_type(section, key), text)
+        except ConfigError as error:
+            problems.append(f"{key} is '{text}': {error}")
             continue
         if not (key and equals):
             problems.append(f"'{word}' is no override; write key=value")
         for name in reversed(key.split(".")):
             value = {name: value}
-        given = _merge_trees(given, value)
+        given.append(value)
     if problems:
         raise ConfigError(problems)
-    return _merge(tree, given)
+    return _merge(tree, _merge_trees({}, *given))
 
 
 def _read_override(kind: Any, text: str) -> Any:
@@ -134,25 +134,21 @@ def _read_yaml(path: Path) -> Tree:
         raise ConfigError(f"{path} is no configuration: it is larger than {LARGEST:,} bytes")
     try:
         tree = _load_yaml(path.read_bytes())
-    except (yaml.YAMLError, UnicodeError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid yaml: {_shorten(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not valid yaml: {error}") from error
     if not isinstance(tree, dict | NoneType):
         raise ConfigError(f"{path} holds no keys")
     return tree or {}
 
 
 def _load_yaml(text: str | bytes) -> Any:
-    loader = TextLoader(text)
+    """Return what yaml says. Raises ConfigError with the reason alone, in a line."""
     try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _shorten(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"{error.problem} (line {error.problem_mark.line + 1})"
-    return " ".join(str(error).split())
+        return yaml.load(text, TextLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+            raise ConfigError(f"{error.problem} (line {error.problem_mark.line + 1})") from error
+        raise ConfigError(" ".join(str(error).split())) from error
 
 
 def _merge(base: Tree, tree: Tree) -> Tree:
@@ -163,12 +159,13 @@ def _merge(base: Tree, tree: Tree) -> Tree:
     return _merge_trees(base, tree)
 
 
-def _merge_trees(base: Tree, tree: Tree) -> Tree:
+def _merge_trees(*trees: Tree) -> Tree:
     """Merge by OmegaConf. Texts are bytes to it, so that `${` and `???` in them mean nothing."""
     try:
-        merged = OmegaConf.merge(_swap_texts(base), _swap_texts(tree))
+        merged = OmegaConf.merge(*map(_swap_texts, trees))
     except TypeError as error:
-        raise ConfigError(f"a list and a section stand for one key ({_shorten(error)})") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"a list and a section stand for one key ({reason})") from error
     return _swap_texts(OmegaConf.to_container(merged))
 
 

@@ -119,8 +119,7 @@ def read_value(key: str, value: Any) -> Any:
     """Return what texts, in lists too, mean for a key of an experiment that may be a network's own."""
     if isinstance(value, list):
         return [read_value(key, item) for item in value]
-    kind = find_type(get_field_types(Experiment), key)
-    return read_text(kind if takes_text(kind) else bool | int | float, value)
+    return value if takes_text(find_type(Experiment, key)) else read_text(bool | int | float, value)
 
 
 def to_dict(section: DataclassInstance) -> Tree:

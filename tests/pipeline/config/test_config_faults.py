@@ -70,6 +70,7 @@ REFUSED = [
     ("evaluate.metrics=fid,is", r"\[fid,is\]"), ("evaluate.metrics=[]", "fid"),
     ("evaluate.metrics=[fid,fid]", "twice"), ("figures.which=[samples,samples]", "twice"), ("name=data", "folder"),
     ("name=" + "a" * 250, "up to 100"), ("train.ema_decay=[0.9", r"\]"), ("data.source=[digits]", "one of"),
+    ("seed=!!map [a]", "unpack"),
     ("cluster.image_memory=nan", "number"), ("cluster.image_memory=.inf", "number"), ("cluster.storage=", "empty"),
     ("cluster.workers=99999999999999999999", "at most"), ("cluster.gpus_per_task=.inf", "number"),
     ("cluster.retries=1e30", "at most"), ("cluster.tracking_uri=", "empty"),
