@@ -48,11 +48,11 @@ class LmdbSource(ImageSource):
 
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         file = self._parts[part]
-        keys = _list_image_keys(file)
+        keys, size = _list_image_keys(file), file.stat().st_size
         with _explain_lmdb_errors(file), _open_database(file).begin(buffers=True) as transaction:
             for key in (keys[i] for i in indices):
                 value = transaction.get(key, b"")
-                if len(value) > file.stat().st_size:  # reading beyond its end would kill the process
+                if len(value) > size:  # reading beyond its end would kill the process
                     raise PipelineError(f"{file} key {key!r} is larger than the database; fetch it again")
                 yield RawImage(f"{file} key {key!r}", bytes(value), None)
 

@@ -67,9 +67,8 @@ def _find_labels(images: Path) -> Path:
 def _load_array(file: Path) -> np.ndarray:
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (
-        Exception
-    ) as error:  # a broken header raises nearly anything, and NumPy's advice is to load it unsafely
+    # A broken header raises nearly anything, and NumPy's advice is to load it unsafely.
+    except Exception as error:
         raise PipelineError(f"{file} is no readable array of numbers; write it with numpy.save") from error
     if not isinstance(array, np.ndarray):
         raise PipelineError(f"{file} holds several arrays; write each with numpy.save")

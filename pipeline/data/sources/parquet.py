@@ -9,7 +9,7 @@ holds integers.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,24 +99,23 @@ class ParquetSource(ImageSource):
 def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], list[str]]:
     """Return the files of each split, what is passed over, and what is to be said about it."""
     found, passed = list_files(root, lambda file: file.suffix.lower() == ".parquet")
-    splits: dict[str, list[Path]] = {}
-    sets: dict[str, set[tuple[str, ...]]] = {}
+    splits: defaultdict[str, list[Path]] = defaultdict(list)
+    sets: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
     for file in found:
         folders, name = file.relative_to(root).parts[:-1], file.stem
         split = next(filter(None, map(find_split, (name, *reversed(folders)))), "")
-        splits.setdefault(split, []).append(file)
-        sets.setdefault(split, set()).add(tuple(filter(None, map(remove_split_words, folders))))
+        splits[split].append(file)
+        sets[split].add(tuple(filter(None, map(remove_split_words, folders))))
     train, test = "train" if "train" in splits else "", "test" if "test" in splits else "val"
-    several = ", ".join(
-        "/".join(folders) or "." for folders in sorted(sets.get(train, set()) | sets.get(test, set()))
-    )
-    if train and len((sets[train] | sets.get(test, set())) - {()}) > 1:
+    both = sets[train] | sets[test]
+    several = ", ".join("/".join(folders) or "." for folders in sorted(both))
+    if train and len(both - {()}) > 1:
         raise PipelineError(f"{root} holds several sets ({several}); set data.path to one of them")
     for split in splits.keys() - {train, test}:
         for file in splits[split]:
             passed[f"of the {split} split" if split else f"of no split ({file.name})"] += 1
-    notes = [f"{several} are read as one set"] if len(sets.get(train, ())) > 1 else []
-    return {"train": splits.get(train, []), "test": splits.get(test, [])}, passed, notes
+    notes = [f"{several} are read as one set"] if len(sets[train]) > 1 else []
+    return {"train": splits[train], "test": splits[test]}, passed, notes
 
 
 def _read_labels(file: Path) -> np.ndarray | None:
