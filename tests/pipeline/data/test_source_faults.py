@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import io
 import logging
 import os
 import pickle
@@ -11,7 +10,6 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -20,30 +18,34 @@ from conftest import one_cpu, tiny_experiment
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
+from test_sources import (
+    assert_fingerprint_fails,
+    assert_read_fails,
+    config,
+    noise,
+    pixels,
+    read,
+    reader,
+    save,
+    write_lmdb,
+    write_parquet,
+)
 
 from pipeline.config import DataConfig
 from pipeline.data import sources
-from pipeline.data.sources import SourceReader, cifar10
+from pipeline.data.sources import cifar10
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import shard
 from pipeline.store.tars import Record, decode_png, encode_png, open_shards, write_tar
 
 
-def config(source: str, path: Path, **changes: Any) -> DataConfig:
-    return dataclasses.replace(DataConfig(source, str(path), 8, 3, 0, 100, 0, "refuse", 0), **changes)
-
-
-def seal(data: DataConfig, storage: Path) -> dict[str, Any]:
+def seal(data: DataConfig, storage: Path) -> dict:
     """The facts of the manifest that the shard stage writes."""
     place = make_place(dataclasses.replace(tiny_experiment(), data=data), storage)
     for units in shard.STAGE.work(place):
         one_cpu().run_units(units, lambda unit: None)
     return open_shards(place.data).facts
-
-
-def noise(*shape: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
 
 
 # What is CIFAR-10
@@ -93,29 +95,22 @@ def test_images_that_only_claim_to_be_cifar10_are_said(tmp_path, caplog):
 # What lies in a folder
 
 
-def save(path: Path, level: int = 0, size: int = 8, mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size, size, 3), level, np.uint8)).convert(mode).save(path, "PNG")
-    return path
-
-
 def make(root: Path, sizes: dict[str, int]) -> Path:
     """So many images in each folder, or so many rows in each parquet file."""
     for number, (name, count) in enumerate(sizes.items()):
+        image = np.full((8, 8, 3), number, np.uint8)
         if name.endswith(".parquet"):
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            rows = [encode_png(np.full((8, 8, 3), number, np.uint8))] * count
-            parquet.write_table(pyarrow.table({"img": rows}), root / name)
-        for i in range(0 if name.endswith(".parquet") else count):
-            save(root / name / f"{i}.png", number)
-        if not count:
-            (root / name).mkdir(parents=True)
+            write_parquet(root / name, [encode_png(image)] * count, None)
+            continue
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            save(root / name / f"{i}.png", image)
     return root
 
 
 def read_sizes(root: Path, labels: int = 0) -> dict[str, int]:
     source = "parquet" if any(root.rglob("*.parquet")) else "folder"
-    return SourceReader(config(source, root, labels=labels)).splits
+    return reader(source, root, labels=labels).splits
 
 
 @pytest.mark.parametrize(
@@ -142,7 +137,7 @@ def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
     root = make(tmp_path, layout)
     assert tuple(read_sizes(root, len(classes)).values()) == sizes
     if classes:
-        assert SourceReader(config("folder", root, labels=len(classes))).source.classes == classes
+        assert reader("folder", root, labels=len(classes)).source.classes == classes
 
 
 @pytest.mark.parametrize(
@@ -182,32 +177,34 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     for name in ("b", "c"):
         (root / name).symlink_to(outside / name)
         (outside / name / "loop").symlink_to(root)
-    assert (read_sizes(root, 3), SourceReader(config("folder", root, labels=3)).source.classes) == (
-        {"train": 12}, ["a", "b", "c"],
-    )  # fmt: skip
+    found = reader("folder", root, labels=3)
+    assert (found.splits, found.source.classes) == ({"train": 12}, ["a", "b", "c"])
     linked = tmp_path / "hub"
     linked.mkdir()
     (linked / "data").symlink_to(make(tmp_path / "blobs", {"train-0.parquet": 3}))
-    assert SourceReader(config("parquet", linked)).splits == {"train": 3}
+    assert reader("parquet", linked).splits == {"train": 3}
 
 
-@pytest.mark.parametrize("source", ["parquet", "npy", "lmdb", "cifar10"])
-def test_a_fifo_is_no_file_of_any_source(tmp_path, source):
-    name = {"parquet": "train-0.parquet", "npy": "images.npy", "lmdb": "data.mdb", "cifar10": "data_batch_1"}[
-        source
-    ]
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("parquet", "train-0.parquet"),
+        ("npy", "images.npy"),
+        ("lmdb", "data.mdb"),
+        ("cifar10", "data_batch_1"),
+    ],
+)
+def test_a_fifo_is_no_file_of_any_source(tmp_path, source, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(PipelineError):
-        sources.compute_fingerprint(config(source, tmp_path, image_size=32), None)
-    with pytest.raises(PipelineError):
-        sources.compute_fingerprint(config(source, tmp_path / name, image_size=32), None)
+    for path in (tmp_path, tmp_path / name):
+        assert_fingerprint_fails(tmp_path.name, source, path, image_size=32)
 
 
 def test_names_are_bytes(tmp_path):
-    save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")))
+    save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")), noise(8, 8, 3))
     assert sources.compute_fingerprint(config("folder", tmp_path), None)
     with pytest.raises(PipelineError, match="resize=crop") as error:
-        list(SourceReader(config("folder", tmp_path, image_size=9)).read_records("train", 0, 1))
+        read(config("folder", tmp_path, image_size=9))
     assert r"caf\xe9.png" in str(error.value) and str(error.value).encode()
 
 
@@ -256,86 +253,77 @@ def test_sets_that_were_read_wrongly_have_new_fingerprints(tmp_path, layout, lab
 # What an image holds
 
 
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+PALE = (200, 0, 0, 0)
+IN_A_CHANNEL = {
+    "RGBA": Image.new("RGBA", (8, 8), PALE),
+    "LA": Image.new("LA", (8, 8), (77, 0)),
+    "PA": Image.new("RGBA", (8, 8), PALE).quantize(4),
+}
+BY_COLOUR = {  # bits, PNG's type of colour, a pixel or eight, the transparent colour
+    "tRNS of L": (8, 0, bytes([77] * 8), [77]),
+    "tRNS of 1": (1, 0, b"\xff", [1]),
+    "tRNS of I;16": (16, 0, struct.pack(">H", 7777) * 8, [7777]),
+    "tRNS of RGB": (8, 2, bytes([200, 0, 0] * 8), [200, 0, 0]),
+    "tRNS of 16-bit RGB": (16, 2, struct.pack(">3H", 51400, 7, 9) * 8, [51400, 7, 9]),
+}
 
 
-def transparent(kind: str) -> Image.Image | bytes:
-    if kind == "RGBA":
-        return Image.new("RGBA", (8, 8), (200, 0, 0, 0))
-    if kind == "LA":
-        return Image.new("LA", (8, 8), (77, 0))
-    if kind == "PA":
-        return Image.new("RGBA", (8, 8), (200, 0, 0, 0)).quantize(4)
-    if kind == "tRNS of 16-bit RGB":
-        head, rows = (
-            struct.pack(">2I5B", 8, 8, 16, 2, 0, 0, 0),
-            zlib.compress((b"\0" + 8 * struct.pack(">3H", 51400, 7, 9)) * 8),
-        )
-        chunks = (
-            (b"IHDR", head),
-            (b"tRNS", struct.pack(">3H", 51400, 7, 9)),
-            (b"IDAT", rows),
-            (b"IEND", b""),
-        )
-        return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
-    grey = {"tRNS of L": ("L", 77), "tRNS of 1": ("1", 1), "tRNS of I;16": ("I;16", 7777)}.get(kind)
-    stream = io.BytesIO()
-    image = Image.new(*(grey[0], (8, 8), grey[1])) if grey else Image.new("RGB", (8, 8), (200, 0, 0))
-    image.save(stream, "PNG")
-    value = struct.pack(">H", grey[1]) if grey else struct.pack(">3H", 200, 0, 0)
-    return stream.getvalue()[:33] + png_chunk(b"tRNS", value) + stream.getvalue()[33:]
+def write_transparent(file: Path, kind: str) -> None:
+    """An image of 8x8 pixels, none of which can be seen."""
+    if kind in IN_A_CHANNEL:
+        return IN_A_CHANNEL[kind].save(file)
+    bits, colour, row, key = BY_COLOUR[kind]
+    chunks = {
+        b"IHDR": struct.pack(">2I5B", 8, 8, bits, colour, 0, 0, 0),
+        b"tRNS": struct.pack(f">{len(key)}H", *key),
+        b"IDAT": zlib.compress((b"\0" + row) * 8),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    ]
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["RGBA", "LA", "PA", "tRNS of L", "tRNS of 1", "tRNS of I;16", "tRNS of RGB", "tRNS of 16-bit RGB"],
-)
+@pytest.mark.parametrize("kind", [*IN_A_CHANNEL, *BY_COLOUR])
 def test_transparent_pixels_are_refused_or_laid_on_a_background(tmp_path, kind):
-    image, file = transparent(kind), tmp_path / "a.png"
-    file.write_bytes(image) if isinstance(image, bytes) else image.save(file)
+    write_transparent(tmp_path / "a.png", kind)
     for channels in (1, 3):
-        data = config("folder", tmp_path, channels=channels)
-        with pytest.raises(PipelineError, match=r"a\.png is transparent in part; set data\.background"):
-            list(SourceReader(data).read_records("train", 0, 1))
+        message = r"a\.png is transparent in part; set data\.background"
+        assert_read_fails(message, "folder", tmp_path, channels=channels)
         for background, level in (("white", 255), ("black", 0)):
-            reader = SourceReader(dataclasses.replace(data, background=background))
-            assert set(decode_png(next(reader.read_records("train", 0, 1)).png).flat) == {level}
+            found = pixels(config("folder", tmp_path, channels=channels, background=background))
+            assert set(found.flat) == {level}
 
 
+@pytest.mark.parametrize("chunk", ["eXIf", "zTXt"])
 @pytest.mark.parametrize("size", [8, 16])
-def test_an_orientation_counts_wherever_it_stands(tmp_path, size):
-    levels = np.repeat(np.arange(size, dtype=np.uint8)[:, None, None] * (256 // size), size, axis=1).repeat(
-        3, axis=2
-    )
-    exif = Image.Exif()
-    exif[0x0112] = 3
+def test_an_orientation_counts_wherever_it_stands(tmp_path, size, chunk):
+    image = Image.fromarray(np.repeat(np.arange(size, dtype=np.uint8)[:, None] * 15, size, axis=1))
+    exif, info = Image.Exif(), PngInfo()
+    exif[0x0112] = 3  # upside down
     raw = exif.tobytes()
-    info = PngInfo()
     info.add_text("Raw profile type exif", f"\nexif\n{len(raw):8}\n{raw.hex()}\n", zip=True)
-    Image.fromarray(levels).save(tmp_path / "a.png", pnginfo=info)
-    record = next(SourceReader(config("folder", tmp_path, resize="crop")).read_records("train", 0, 1))
-    column = decode_png(record.png)[0, :, 0].astype(int)
-    assert (np.diff(column) < 0).all()
+    image.save(tmp_path / "a.png", **({"exif": exif} if chunk == "eXIf" else {"pnginfo": info}))
+    for channels in (1, 3):
+        column = pixels(config("folder", tmp_path, channels=channels, resize="crop"))[0, 0, :, 0].astype(int)
+        assert (np.diff(column) < 0).all() and (size > 8 or column.tolist() == list(range(105, -1, -15)))
 
 
 def test_a_picture_of_too_many_pixels_is_refused_without_pillows_words(tmp_path, recwarn):
     Image.new("1", (13000, 13000)).save(tmp_path / "a.png")
-    with pytest.raises(PipelineError, match=r"a\.png does not decode \(more than 89,478,485 pixels\)"):
-        list(SourceReader(config("folder", tmp_path)).read_records("train", 0, 1))
+    assert_read_fails(r"a\.png does not decode \(more than 89,478,485 pixels\)", "folder", tmp_path)
     assert not recwarn.list
 
 
 def test_the_column_of_the_images_can_be_named(tmp_path):
-    images = {
-        name: [encode_png(np.full((8, 8, 3), level, np.uint8))] for name, level in (("left", 1), ("right", 2))
-    }
+    images = {n: [encode_png(np.full((8, 8, 3), x, np.uint8))] for n, x in (("left", 1), ("right", 2))}
     parquet.write_table(pyarrow.table(images), tmp_path / "a.parquet")
-    record = next(SourceReader(config("parquet", tmp_path, image_column="right")).read_records("train", 0, 1))
-    assert decode_png(record.png).max() == 2
+    assert pixels(config("parquet", tmp_path, image_column="right")).max() == 2
     for column in (None, "middle"):
-        with pytest.raises(PipelineError, match=r"left .*right .*; set data\.image_column"):
-            list(SourceReader(config("parquet", tmp_path, image_column=column)).read_records("train", 0, 1))
+        message = r"left .*right .*; set data\.image_column"
+        assert_read_fails(message, "parquet", tmp_path, image_column=column)
 
 
 # The order of images
@@ -345,21 +333,19 @@ def test_the_column_of_the_images_can_be_named(tmp_path):
 def test_the_first_images_of_a_split_mix_the_classes(tmp_path, source):
     labels = np.repeat(np.arange(4), 10)
     images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    if source == "npy":
-        for part in ("train", "test"):
+    for part in ("train", "test"):
+        if source == "npy":
             np.save(tmp_path / f"{part}_images.npy", images)
             np.save(tmp_path / f"{part}_labels.npy", labels)
-    else:
-        for part in ("train", "test"):
+        else:
             table = pyarrow.table({"img": [encode_png(image) for image in images], "label": labels})
             parquet.write_table(table, tmp_path / f"{part}-0.parquet", row_group_size=7)
     for part in ("train", "test"):
-        records = list(SourceReader(config(source, tmp_path, labels=4)).read_records(part, 0, 40))
+        records = read(config(source, tmp_path, labels=4), part)
         assert len({record.label for record in records[:10]}) == 4
         levels = [int(decode_png(record.png)[0, 0, 0]) for record in records]
-        assert sorted(levels) == list(range(40)) and all(
-            x // 10 == r.label for x, r in zip(levels, records, strict=True)
-        )
+        assert sorted(levels) == list(range(40))
+        assert [level // 10 for level in levels] == [record.label for record in records]
 
 
 # Files that are not what they say
@@ -375,69 +361,49 @@ def test_an_array_of_an_impossible_shape_is_named(tmp_path, shape):
     assert "pickle" not in str(error.value)
 
 
-def write_archive(path: Path, kind: str) -> Path:
-    header = tarfile.TarInfo("data_batch_1" if kind != "other" else "big")
-    header.size, header.type = 6 * 2**30, tarfile.XHDTYPE if kind == "extended header" else tarfile.REGTYPE
-    with gzip.open(path, "wb") as file:
-        file.write(header.tobuf() + bytes(2**20))
-    return path
-
-
-@pytest.mark.parametrize("kind", ["batch", "extended header", "other"])
-def test_an_archive_is_refused_by_the_size_that_it_declares(tmp_path, kind):
-    archive = write_archive(tmp_path / "a.tar.gz", kind)
-    with pytest.raises(PipelineError, match=r"has 6,442,450,944 bytes"):
-        sources.compute_fingerprint(config("cifar10", archive, image_size=32), None)
-
-
-def test_a_batch_is_refused_by_its_size(tmp_path):
-    for name in cifar10.BATCHES:
-        with (tmp_path / name).open("wb") as file:
-            file.truncate(6 * 2**30)
-    with pytest.raises(PipelineError, match=r"data_batch_1 has 6,442,450,944 bytes"):
-        sources.compute_fingerprint(config("cifar10", tmp_path, image_size=32), None)
+@pytest.mark.parametrize("kind", ["unpacked", "batch", "extended header", "other"])
+def test_cifar10_is_refused_by_a_size_that_no_batch_has(tmp_path, kind):
+    place, size, name = tmp_path / "a.tar.gz", 6 * 2**30, "big" if kind == "other" else "data_batch_1"
+    if kind == "unpacked":
+        place = tmp_path
+        for batch in cifar10.BATCHES:
+            with (place / batch).open("wb") as file:
+                file.truncate(size)
+    else:
+        header = tarfile.TarInfo(name)
+        header.size, header.type = size, tarfile.XHDTYPE if kind == "extended header" else tarfile.REGTYPE
+        with gzip.open(place, "wb") as file:
+            file.write(header.tobuf() + bytes(2**20))
+    assert_fingerprint_fails(f"{name} has 6,442,450,944 bytes", "cifar10", place, image_size=32)
 
 
 def test_nested_labels_of_a_batch_do_not_unfold(tmp_path):
-    labels: list[Any] = [0, 0]
+    labels = [0, 0]
     for _ in range(30):
         labels = [labels, labels]
     for name in cifar10.BATCHES:
         (tmp_path / name).write_bytes(pickle.dumps({b"data": noise(2, 3072), b"labels": labels}, protocol=2))
-    with pytest.raises(PipelineError, match="is no CIFAR-10 batch"):
-        list(SourceReader(config("cifar10", tmp_path, image_size=32)).read_records("train", 0, 1))
+    assert_read_fails("is no CIFAR-10 batch", "cifar10", tmp_path, image_size=32)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_damaged_database_is_named(tmp_path, seed):
-    lmdb = pytest.importorskip("lmdb")
     rng = np.random.default_rng(seed)
-    with (
-        lmdb.open(str(tmp_path), map_size=1 << 24, lock=False) as opened,
-        opened.begin(write=True) as transaction,
-    ):
-        for i in range(200):
-            transaction.put(b"%040x" % i, rng.bytes(300))
-    content = bytearray((tmp_path / "data.mdb").read_bytes())
+    file = write_lmdb(tmp_path, [rng.bytes(300) for _ in range(200)]) / "data.mdb"
+    content = bytearray(file.read_bytes())
     for i in rng.integers(0, len(content), 200):
         content[i] ^= 1 << int(rng.integers(8))
-    (tmp_path / "data.mdb").write_bytes(content)
-    with pytest.raises(PipelineError, match=r"data\.mdb"):
-        reader = SourceReader(config("lmdb", tmp_path))
-        list(reader.read_records("train", 0, reader.splits["train"]))
+    file.write_bytes(content)
+    assert_read_fails(r"data\.mdb", "lmdb", tmp_path)
 
 
 def test_a_database_finds_its_test_part_by_the_one_rule(tmp_path):
-    lmdb = pytest.importorskip("lmdb")
     for name, count in (("Cat-Training", 3), ("Cat-Testing", 2), ("Dog-Testing", 1)):
-        with lmdb.open(str(tmp_path / name), lock=False) as opened, opened.begin(write=True) as transaction:
-            for i in range(count):
-                transaction.put(b"%d" % i, b"image")
-    reader = SourceReader(config("lmdb", tmp_path))
-    assert reader.splits == {"train": 3, "test": 2}
-    assert reader.source.passed == {"database Dog-Testing": 1}
-    assert SourceReader(config("lmdb", tmp_path / "Cat-Testing")).splits == {"train": 2}
+        write_lmdb(tmp_path / name, [b"image"] * count)
+    found = reader("lmdb", tmp_path)
+    assert found.splits == {"train": 3, "test": 2}
+    assert found.source.passed == {"database Dog-Testing": 1}
+    assert reader("lmdb", tmp_path / "Cat-Testing").splits == {"train": 2}
     shutil.rmtree(tmp_path / "Cat-Training")
     shutil.rmtree(tmp_path / "Cat-Testing")
-    with pytest.raises(PipelineError, match="nor a single train database"):
-        SourceReader(config("lmdb", tmp_path))
+    assert_read_fails("nor a single train database", "lmdb", tmp_path)

@@ -503,14 +503,6 @@ def test_other_sizes_are_cropped_at_the_centre_and_resized_with_antialiasing(tmp
     assert np.abs(found.astype(int) - 127).max() <= 3
 
 
-def test_orientation_is_applied(tmp_path):
-    image = Image.fromarray(np.repeat(np.arange(8, dtype=np.uint8)[:, None] * 30, 8, axis=1))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    image.save(tmp_path / "a.png", exif=exif)
-    assert pixels(config("folder", tmp_path, channels=1))[0, 0, :, 0].tolist() == list(range(210, -1, -30))
-
-
 def damaged(kind: str) -> bytes:
     whole = bytearray(encode_png(noise(8, 8, 3)))
     if kind == "truncated":
