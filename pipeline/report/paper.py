@@ -8,7 +8,6 @@ from typing import Any
 from ddpm.config import DiffusionConfig
 from pipeline.scores.metrics import FIRM, METRICS, Metric
 
-STEPS, SAMPLES, TEST_IMAGES = 800_000, 50_000, 10_000  # App. B and Sec. 4.1, CIFAR-10
 COLUMNS = [METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd")]
 
 
@@ -69,7 +68,7 @@ RECIPE: dict[str, dict[str, Any]] = {
         "attention_resolutions": [16], "dropout": 0.1, "norm_groups": 32, "resample": "conv",
     },
     "train": {
-        "steps": STEPS, "batch_size": 128, "random_flip": True, "lr": 2e-4, "lr_decay": "none",
+        "steps": 800_000, "batch_size": 128, "random_flip": True, "lr": 2e-4, "lr_decay": "none",
         "warmup_steps": 5000, "grad_clip": 1.0, "ema_decay": [0.9999], "ema_warmup": False, "precision": "fp32",
     },
 }  # fmt: skip

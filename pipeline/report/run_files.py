@@ -1,6 +1,7 @@
 """The existing files of a run that its page shows."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,15 @@ from pipeline.drawing.grids import require_picture
 from pipeline.report import paper
 from pipeline.scores.results import Bound, Results, Scores
 from pipeline.store import keys
-from pipeline.store.files import MANIFEST, FiguresManifest, hash_file, read_json, require_sealed, try_read
+from pipeline.store.files import (
+    MANIFEST,
+    FiguresManifest,
+    hash_file,
+    read_json,
+    read_sealed,
+    require_sealed,
+    try_read,
+)
 from pipeline.store.log import LogPoint, read_points
 from pipeline.store.run import Place
 from pipeline.store.selection import Selection
@@ -22,11 +31,6 @@ from pipeline.store.tars import ShardSetFacts
 
 REFERENCE_POINTS = {
     "test": "Test images", "train": "Training images", "gaussian": "Gaussian", "noise": "Noise",
-}  # fmt: skip
-
-
-SHAPES: dict[str, type] = {
-    "data": ShardSetFacts, "metrics": Results, "nll": Bound, "figures": FiguresManifest, "selection": Selection,
 }  # fmt: skip
 
 
@@ -41,23 +45,28 @@ class RunFiles:
         return self.place.experiment
 
     @cached_property
+    def _results(self) -> dict[str, tuple[Path, Any]]:
+        """Path and content of each result, by name; those that are there, and are what their seals say."""
+        place = self.place
+        readers: dict[str, tuple[Path, Callable[..., Any], *tuple[type, ...]]] = {
+            "data": (place.data / MANIFEST, read_json, ShardSetFacts),
+            "grid": (place.samples_grid, require_sealed),
+            "metrics": (place.metrics_json, read_sealed, Results),
+            "nll": (place.nll_json, read_sealed, Bound),
+            "figures": (place.figures_manifest, read_json, FiguresManifest),
+        }
+        if self.experiment.evaluate.checkpoints:
+            readers["selection"] = (place.selection_json, read_sealed, Selection)
+        there = {name: reader for name, reader in readers.items() if reader[0].is_file()}
+        found = {name: (path, try_read(read, path, *shape)) for name, (path, read, *shape) in there.items()}
+        return {name: (path, content) for name, (path, content) in found.items() if content is not None}
+
+    @cached_property
     def paths(self) -> dict[str, Path]:
         """Paths of the files that the page shows, by name; those that are there, and are what their seals say."""
-        place = self.place
-        found = {
-            "experiment": place.experiment_yaml, "log": place.log, "data": place.data / MANIFEST,
-            "grid": place.samples_grid, "metrics": place.metrics_json, "nll": place.nll_json,
-            "figures": place.figures_manifest,
-        }  # fmt: skip
-        if self.experiment.evaluate.checkpoints:
-            found["selection"] = place.selection_json
-        return {name: path for name, path in found.items() if path.is_file() and self._is_whole(name, path)}
-
-    def _is_whole(self, name: str, path: Path) -> bool:
-        """Return whether a file is what its seal says, and of its shape."""
-        is_sealed = path.name != MANIFEST and name not in ("experiment", "log")
-        whole = try_read(require_sealed, path) is not None if is_sealed else True
-        return whole and (name not in SHAPES or try_read(read_json, path, SHAPES[name]) is not None)
+        records = {"experiment": self.place.experiment_yaml, "log": self.place.log}
+        found = {name: path for name, path in records.items() if path.is_file()}
+        return found | {name: path for name, (path, _) in self._results.items()}
 
     @cached_property
     def step_grids(self) -> list[Path]:
@@ -65,9 +74,9 @@ class RunFiles:
         found = sorted(self.place.grids.glob("[0-9]*.png"))
         return [path for path in found if try_read(require_picture, path)]
 
-    def read_content(self, name: str) -> Any:
+    def get_content(self, name: str) -> Any:
         """Return the content of a JSON file; {} where it is not there."""
-        return read_json(self.paths[name], SHAPES[name]) if name in self.paths else {}
+        return self._results[name][1] if name in self._results else {}
 
     @cached_property
     def content_hash(self) -> str:
@@ -98,7 +107,7 @@ class RunFiles:
             "protocol": {},
             "reference_points": {},
             "class_shares": [],
-            **self.read_content("metrics"),
+            **self.get_content("metrics"),
         }
 
     @property
@@ -118,7 +127,7 @@ class RunFiles:
 
     @cached_property
     def bound(self) -> Bound | None:
-        return self.read_content("nll") or None
+        return self.get_content("nll") or None
 
     @cached_property
     def points(self) -> list[LogPoint]:
@@ -142,15 +151,13 @@ class RunFiles:
     @property
     def is_cifar10(self) -> bool:
         """True if the images are CIFAR-10's: by their pixels if those were compared, by the source's name if not."""
-        official = self.read_content("data").get("official")
+        official = self.get_content("data").get("official")
         return self.experiment.data.source == "cifar10" if official is None else bool(official)
 
     @property
     def is_comparable(self) -> bool:
-        known = (
-            self.protocol.get("official_data") is True
-        )  # what an older version judged did not look at the pixels
-        return known and bool(self.protocol.get("comparable"))
+        # What an older version judged did not look at the pixels.
+        return self.protocol.get("official_data") is True and bool(self.protocol.get("comparable"))
 
     @property
     def paper_row(self) -> paper.PaperRow | None:

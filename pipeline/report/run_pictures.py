@@ -35,11 +35,11 @@ FIGURE_5 = {
 
 def copy_figures(run: RunFiles, folder: Path) -> list[Picture]:
     """Copy the figures in their order; if none shows the first samples, copy these before them."""
-    manifest = run.read_content("figures")
+    manifest = run.get_content("figures")
     files = [run.place.figures / name for name in manifest.get("order", []) if name != FIGURE_5_SVG]
-    names = [file.name for file in files if try_read(require_sealed, file)]
-    pictures = [copy_picture(run.place.figures / name, folder, manifest["captions"][name]) for name in names]
-    if "samples.png" not in names and "grid" in run.paths:
+    whole = {file.name: file for file in files if try_read(require_sealed, file)}
+    pictures = [copy_picture(file, folder, manifest["captions"][name]) for name, file in whole.items()]
+    if "samples.png" not in whole and "grid" in run.paths:
         pictures.insert(0, copy_picture(run.paths["grid"], folder, "The first samples, not selected"))
     return pictures
 
