@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 from typing_extensions import TypedDict
 
@@ -24,10 +23,8 @@ from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
 
 logger = logging.getLogger(__name__)
 
-POLL, LONGEST_WAIT = (
-    2.0,
-    60.0,
-)  # seconds between looks at the files; ceiling of the back-off and of one parcel
+POLL = 2.0  # seconds between looks at the files
+LONGEST_WAIT = 60.0  # seconds; ceiling of the back-off and of one parcel
 
 
 class DeliveryRecord(TypedDict):
@@ -67,11 +64,10 @@ class Mirror(Sender):
     ):
         super().__init__(uri, warn)
         self.study, self.place, self.tags, self.child = study, place, tags or {}, child
-        self.status = "RUNNING"
         self.sender: RunSender | None = None
         self.sent: list[str] = []
         self.state_file = child.state_file if child else place.tracking_json
-        self._state = _read_state(self.state_file)
+        self._state = read_record(self.state_file, MirrorState)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._deliver_until_stopped, name="tracking", daemon=True)
 
@@ -95,10 +91,9 @@ class Mirror(Sender):
 
     def send_missing(self, status: str = "") -> None:
         """Send what an earlier command could not, under the status with which it ended; of no new end."""
-        self.status = status or self.last_status
-        if self._state.get("status", "RUNNING") == "RUNNING":  # it was killed, after it wrote this
+        if self.status == "RUNNING":  # it was killed, after it wrote this
             self._state["time"] = read_mtime(self.place.timings_json)
-        self._state["status"] = self.status
+        self._state["status"] = status or self.last_status
         if self.list_missing():
             self._thread.start()
             self._send_rest()
@@ -116,7 +111,7 @@ class Mirror(Sender):
             self.warn(f"not everything reached {hide_password(self.uri)}: deliver it with {again}")
 
     def _set_status(self, status: str) -> None:
-        self.status = self._state["status"] = status
+        self._state["status"] = status
         self._state["time"] = time.time_ns() // 1_000_000
         write_json(self.state_file, self._state)
 
@@ -124,41 +119,36 @@ class Mirror(Sender):
         wait, is_last = 0.0, False
         while not is_last:
             is_last = self._stopping.wait(wait)
-            if not (taken := self.try_send(self.deliver)):
-                self.sender = None
-            wait, self.is_behind = POLL if taken else min(max(2 * wait, POLL), LONGEST_WAIT), not taken
+            if self.try_send(self.deliver):
+                wait, self.is_behind = POLL, False
+            else:
+                self.sender, wait = None, min(max(2 * wait, POLL), LONGEST_WAIT)
 
     def deliver(self) -> None:
         """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""
         if not self._has_content:
             return
         sender = self.sender = self.sender or RunSender(self.uri, self.study, self.place, self.child)
-        servers, uri = self._state.setdefault("servers", {}), hide_password(self.uri)
-        if uri not in servers or servers[uri]["run_id"] != sender.run_id:  # new to this server
-            servers[uri] = DeliveryRecord(
+        record = self.record
+        if record is None or record["run_id"] != sender.run_id:  # new to this server
+            record = DeliveryRecord(
                 study=self.study, experiment_id=sender.experiment_id, run_id=sender.run_id, parcels={}
             )
-        delivered = servers[uri]["parcels"]
+            self._state.setdefault("servers", {})[hide_password(self.uri)] = record
         # A file that went while it was listed, or is damaged: the next look finds what its stage made anew.
         with suppress(FileNotFoundError, PipelineError):
-            for parcel in self._list_missing(delivered):
+            for parcel in self.list_missing():
                 with suppress(FileNotFoundError, PipelineError):
                     parcel.send(sender)
-                    delivered[parcel.name] = parcel.version
+                    record["parcels"][parcel.name] = parcel.version
                     self.sent.append(parcel.name)
                     write_json(self.state_file, self._state)
 
     def list_missing(self) -> list[Parcel]:
         """List what the files hold and the server has not got. Asks no server."""
-        server = self._state.get("servers", {}).get(hide_password(self.uri))
-        return self._list_missing(server["parcels"] if server else {}) if self._has_content else []
-
-    @property
-    def _has_content(self) -> bool:
-        """True if the run is for MLflow: a command that failed before it made anything leaves nothing there."""
-        return bool(self.child or self.status == "FINISHED" or self.place.has_training)
-
-    def _list_missing(self, delivered: dict[str, str]) -> list[Parcel]:
+        if not self._has_content:
+            return []
+        delivered = self.record["parcels"] if self.record else {}
         send = partial(RunSender.send_status, status=self.status, end=self._state.get("time"))
         status = Parcel("status", f"{self.status} {self._state.get('time', '')}", send)
         rest = list(list_parcels(self.place, self.tags, delivered, self.child))
@@ -166,16 +156,27 @@ class Mirror(Sender):
         return [parcel for parcel in parcels if delivered.get(parcel.name) != parcel.version]
 
     @property
+    def record(self) -> DeliveryRecord | None:
+        """The record of this server; None where nothing arrived yet."""
+        return self._state.get("servers", {}).get(hide_password(self.uri))
+
+    @property
+    def _has_content(self) -> bool:
+        """True if the run is for MLflow: a command that failed before it made anything leaves nothing there."""
+        return bool(self.child or self.status == "FINISHED" or self.place.has_training)
+
+    @property
+    def status(self) -> str:
+        """The status that was set last."""
+        return self._state.get("status", "RUNNING")
+
+    @property
     def last_status(self) -> str:
         """The status with which the last driver ended; of one that was killed, by what the files hold."""
-        if (status := self._state.get("status", "RUNNING")) != "RUNNING":
-            return status
+        if self.status != "RUNNING":
+            return self.status
         finished = self.place.step_folder(self.place.experiment.train.steps).exists()
         return "FINISHED" if finished else "KILLED"
-
-
-def _read_state(path: Path) -> MirrorState:
-    return read_record(path, MirrorState)
 
 
 def deliver_run(uri: str, study: str, place: Place) -> str:
@@ -185,7 +186,7 @@ def deliver_run(uri: str, study: str, place: Place) -> str:
     """
     mirror = Mirror(uri, study, place)
     mirror._state.get("servers", {}).pop(hide_password(uri), None)
-    mirror.status = mirror._state["status"] = mirror.last_status
+    mirror._state["status"] = mirror.last_status
     try:
         mirror.deliver()
     except Exception as error:
@@ -204,16 +205,14 @@ def _count_kinds(parcels: Iterable[str]) -> str:
 def describe_delivery(place: Place, uri: str | None) -> str:
     """Return where the run is in MLflow, and whether it is complete there. Reads files only."""
     uri = uri or find_default_uri(place.storage)
-    mirror, address = Mirror(uri, place.experiment.name, place), hide_password(uri)
-    server = mirror._state.get("servers", {}).get(address)
-    if server is None:
-        return f"nothing in {address} yet ({_format_sync_command(place, uri)})"
-    where = f"{format_study_url(uri, place.storage, server['experiment_id'])}/{server['run_id']}{VIEW}"
-    mirror.status = mirror.last_status
+    mirror, again = Mirror(uri, place.experiment.name, place), _format_sync_command(place, uri)
+    if (record := mirror.record) is None:
+        return f"nothing in {hide_password(uri)} yet ({again})"
+    where = f"{format_study_url(uri, place.storage, record['experiment_id'])}/{record['run_id']}{VIEW}"
+    mirror._state["status"] = mirror.last_status
     if not (missing := mirror.list_missing()):
         return where
-    kinds, again = _count_kinds(parcel.name for parcel in missing), _format_sync_command(place, uri)
-    return f"{where}, not up to date: {kinds} missing ({again})"
+    return f"{where}, not up to date: {_count_kinds(parcel.name for parcel in missing)} missing ({again})"
 
 
 def _format_sync_command(place: Place, uri: str) -> str:

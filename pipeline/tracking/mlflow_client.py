@@ -106,11 +106,11 @@ def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
             "install the newer one that made them",
         )
     # MLflow, SQLAlchemy, its drivers, requests and urllib3 share no narrower base.
-    passes = isinstance(error, ConnectionError | TimeoutError) or re.search(
-        PASSING, f"{error} {reason}".lower()
-    )
-    remedy = "see that it is what its address says, and can be read and written"
-    return reason, "" if passes else "install this module" if isinstance(error, ImportError) else remedy
+    if isinstance(error, ConnectionError | TimeoutError) or re.search(PASSING, f"{error} {reason}".lower()):
+        return reason, ""
+    if isinstance(error, ImportError):
+        return reason, "install this module"
+    return reason, "see that it is what its address says, and can be read and written"
 
 
 def format_study_url(uri: str, storage: Path, experiment_id: str) -> str:
