@@ -52,19 +52,17 @@ def load_user_statistics(file: Path, width: int | None = None) -> Statistics:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            held = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
+            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
         # Beside them there may be anything: gigabytes of images, pickles.
-        if big := [name for name in ("mu", "sigma", "n") if held.get(name, 0) > LARGEST]:
+        names = [name for name in ("mu", "sigma", "n") if name in sizes]
+        if big := [name for name in names if sizes[name] > LARGEST]:
             fault: str | None = f"has {big[0]} of more than {LARGEST:,} bytes"
         else:
             with np.load(file, allow_pickle=False) as archive:
-                arrays: dict[str, np.ndarray] = {
-                    name: archive[name] for name in ("mu", "sigma", "n") if name in held
-                }
-            fault = _find_problem(arrays, width, list(held))
-    except (
-        Exception
-    ) as error:  # numpy raises whatever a broken file leads to, and may advise to load it unsafely
+                arrays: dict[str, np.ndarray] = {name: archive[name] for name in names}
+            fault = _find_problem(arrays, width, list(sizes))
+    # Numpy raises whatever a broken file leads to, and may advise to load it unsafely.
+    except Exception as error:
         fault = f"is no .npz of plain arrays ({type(error).__name__})"
     if fault:
         raise PipelineError(f"evaluate.reference: {file} {fault}; give mu (d,) and sigma (d, d) of features")

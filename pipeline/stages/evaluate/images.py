@@ -12,6 +12,7 @@ from pipeline.scores.preparations import locate_gaussian
 from pipeline.scores.reference import load_reference, write_split_statistics
 from pipeline.scores.results import Results, ScoreProtocol, Scores
 from pipeline.store import tars
+from pipeline.store.files import is_unit_done
 from pipeline.store.run import Place
 
 
@@ -34,7 +35,8 @@ class EvaluationSets:
     def list_missing(self) -> list[Unit]:
         """List the units whose features are not on disk, each once: a baseline may be a part of a split."""
         sets = (self.samples, *self.splits.values(), *self.baselines.values())
-        return list(dict.fromkeys(unit for images in sets for unit in images.list_missing()))
+        units = {file: unit for images in sets for file, unit in images.units.items()}
+        return [unit for file, unit in units.items() if not is_unit_done(file)]
 
 
 def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) -> EvaluationSets:

@@ -45,7 +45,6 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
 
 SAMPLES = ("fid", "fid_test", "is", "kid", "prc")
 ALL, NLL = (*SAMPLES, "nll"), ("nll",)
-SPLIT_SIZES = {"train": 50_000, "test": 10_000}
 # What the paper has in a field of the protocol: the metrics that it moves, its value, and the reason where it differs.
 PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
     "weights": (ALL, "ema", "{weights} weights, not EMA"),
@@ -64,27 +63,18 @@ PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
     "rounding": (SAMPLES, "nearest", "{rounding} rounding, not to the nearest"),
     "official_extractor": (SAMPLES, True, "features of {extractor}, not of the published Inception"),
     "reference": (("fid", "kid", "prc"), "train", "reference {reference}, not train"),
-    "reference_images": (
-        ("fid",),
-        SPLIT_SIZES["train"],
-        "a reference of {reference_images} images, not 50,000",
-    ),
-    "fid_test_images": (
-        ("fid_test",),
-        SPLIT_SIZES["test"],
-        "a test set of {fid_test_images} images, not 10,000",
-    ),
+    "reference_images": (("fid",), 50_000, "a reference of {reference_images} images, not 50,000"),
+    "fid_test_images": (("fid_test",), 10_000, "a test set of {fid_test_images} images, not 10,000"),
     "splits": (("is",), 10, "no IS over ten splits: the features know no classes, or the images are few"),
     "decoder": (NLL, "tanh", "{decoder} decoder, not the authors' tanh"),
     "nll_variance": (NLL, "fixedlarge", "NLL with {nll_variance}, not fixedlarge"),
     "nll_precision": (NLL, "fp32", "NLL in {nll_precision}, not fp32"),
-    "nll_images": (NLL, SPLIT_SIZES, "NLL of {nll_images} {nll_split} images, not all of CIFAR-10's"),
+    "nll_images": (
+        NLL,
+        {"train": 50_000, "test": 10_000},  # by nll_split
+        "NLL of {nll_images} {nll_split} images, not all of CIFAR-10's",
+    ),
 }
-# Fields that the paper leaves free, or that another one judges.
-FREE = {
-    "checkpoint", "checkpoint_rule", "code", "first_index", "eta", "seed", "batch_size", "compiled", "extractor",
-    "features", "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images",
-}  # fmt: skip
 
 
 def explain_differences(found: ScoreProtocol, metrics: tuple[str, ...]) -> list[str]:
