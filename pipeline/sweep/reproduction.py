@@ -47,7 +47,9 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
     return (int(match[1]), None) if match[1] else (None, float(match[2]) / (1 if match[3] == "h" else 60))
 
 
-class Budget(TypedDict):
+class BudgetFile(TypedDict):
+    """The content of budget.json: the steps of each row."""
+
     steps: int
 
 
@@ -72,7 +74,7 @@ def plan_reproduction(
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)
         if not memory.exists():  # the same command again is the same study
             write_json(memory, {"steps": compute_steps(hours, measure_rate(rows[0], cluster), rows)})
-        steps = read_json(memory, Budget, "delete it to measure again")["steps"]
+        steps = read_json(memory, BudgetFile, "delete it to measure again")["steps"]
     scaled, note = scale_experiment(steps, rows[0])
     return Study(replace(sweep, name=name, note=note), list_points(sweep, [*scaled, *shared]), cluster)
 
