@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pipeline.console import format_duration, format_table
-from pipeline.report.compared_run import ComparedRun
+from pipeline.report.compared_run import ComparedRun, shorten_key
 from pipeline.scores.metrics import HEADLINE, METRICS
 from pipeline.scores.ranking import RankedGroup, RankedPoint, describe_best, rank_runs
 from pipeline.store.files import write_json, write_text
@@ -70,7 +70,7 @@ def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], states: TrialStates) 
         place, record = trial.place, states.records[key]
         seconds, step = sum(place.read_stage_seconds().values()), read_progress(place)[0]
         identity = (trial.label, place, trial.swept, key)
-        rows.append(RankedTrial(*identity, record.state, record.reason, step, seconds))
+        rows.append(RankedTrial(*identity, record["state"], record["reason"], step, seconds))
     groups = rank_runs(rows, sweep.metric)
     ranked = {row.key: (row, position) for group in groups for row, position in group.ranked}
     ordered = [row for row, _ in ranked.values()] + [row for row in rows if row.key not in ranked]
@@ -141,8 +141,7 @@ def describe_protocol(board: Leaderboard) -> str:
 def format_text(board: Leaderboard) -> str:
     """Return the leaderboard as a table for a terminal."""
     headings, rows = _format_rows(board)
-    short = [heading.rpartition(".")[2] for heading in headings]
-    return format_table(short, rows, f"{board.sweep.name}: {board.headline}")
+    return format_table(list(map(shorten_key, headings)), rows, f"{board.sweep.name}: {board.headline}")
 
 
 def write_leaderboard(board: Leaderboard, folder: Path) -> None:

@@ -47,7 +47,7 @@ class StudyRecorder:
         write_text(self.folder / "sweep.yaml", config.to_yaml(self.sweep))
         self.parent.start(self.folder / "sweep.yaml", self.trials)
         for key in self.trials:
-            state = self.states.records[key].state
+            state = self.states.records[key]["state"]
             if state == "new":
                 continue
             # The server may not have all of it: its driver was killed, or it was made elsewhere.
@@ -73,8 +73,8 @@ class StudyRecorder:
         reason = error or "it ended before its work was done"
         if not list_unfinished_stages(trial.place, "report"):
             state, reason = "finished", ""
-        elif record.state == "stopped":
-            state, reason = "stopped", record.reason
+        elif record["state"] == "stopped":
+            state, reason = "stopped", record["reason"]
         elif error is None and self.interrupted():
             state, reason = "interrupted", ""
         else:
@@ -113,7 +113,7 @@ class StudyRecorder:
             tags = {"best_trial": best.label, "best_run": best.place.name}
             tags |= {f"best.{key}": str(value) for key, value in best.swept.items()}
             scores = {f"best/{metric}": best.scores[metric]}
-        rungs = {key: self.states.records[key].rungs for key in self.trials}
+        rungs = {key: self.states.records[key]["rungs"] for key in self.trials}
         table, note = leaderboard.make_rows(board), leaderboard.format_markdown(board)
         self.parent.send_leaderboard(table, note, tags, scores, rungs)
 

@@ -66,7 +66,9 @@ class Study:
             seconds = math.ceil(todo / slots) * sum(took) / len(took)
             left = f"about {format_duration(seconds)}, from what finished trials took"
         lines = [f"{sweep.name}: {len(self.trials)} trials, {todo} to do", *filter(None, [sweep.note])]
-        lines += [f"  {self.states.records[key].state:<12} {self.trials[key].label}" for key in self.trials]
+        lines += [
+            f"  {self.states.records[key]['state']:<12} {self.trials[key].label}" for key in self.trials
+        ]
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
 
     def run(self) -> Leaderboard:
@@ -177,7 +179,7 @@ class Study:
 
     def describe_unstarted_trials(self) -> str:
         """Return a line on the trials that the budget did not allow, or an empty text."""
-        states = [self.states.records[key].state for key in self.trials]
+        states = [self.states.records[key]["state"] for key in self.trials]
         left, hours = states.count("new") + states.count("interrupted"), self.sweep.budget.hours
         if not left or hours is None:
             return ""

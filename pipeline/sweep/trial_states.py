@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,19 +18,8 @@ from pipeline.sweep.points import Trial
 State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]  # stopped: early, at a rung
 
 
-@dataclass
-class TrialState:
+class TrialState(TypedDict):
     """State of one trial. label, run: for people who read the file; rungs: (step, bound, Unix ms)."""
-
-    state: State = "new"
-    reason: str = ""
-    label: str = ""
-    run: str = ""
-    rungs: list[tuple[int, float, int]] = field(default_factory=list)
-
-
-class TrialFacts(TypedDict, total=False):
-    """A trial in state.json."""
 
     state: State
     reason: str
@@ -44,7 +32,7 @@ class StudyFile(TypedDict, total=False):
     """The content of state.json."""
 
     early_stop: dict[str, Any]
-    trials: dict[str, TrialFacts]
+    trials: dict[str, TrialState]
 
 
 class TrialStates:
@@ -56,36 +44,36 @@ class TrialStates:
 
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
         self.path, self.early_stop = folder / "state.json", config.to_dict(early_stop)
-        self.records: dict[str, TrialState] = {}
         content = read_record(self.path, StudyFile)
-        self.records = {key: TrialState(**facts) for key, facts in content.get("trials", {}).items()}
+        self.records = content.get("trials", {})
         if content.get("early_stop") != self.early_stop:
             for record in self.records.values():
-                record.rungs = []
-                record.state = "new" if record.state == "stopped" else record.state
+                record["rungs"] = []
+                record["state"] = "new" if record["state"] == "stopped" else record["state"]
         for trial in trials:
-            record = self.records.setdefault(trial.key, TrialState())
-            record.label, record.run = trial.label, trial.place.name
+            new = TrialState(state="new", reason="", label="", run="", rungs=[])
+            record = self.records.setdefault(trial.key, new)
+            record["label"], record["run"] = trial.label, trial.place.name
             if not list_unfinished_stages(trial.place, "report"):
-                record.state, record.reason = "finished", ""
-            elif record.state in ("finished", "running"):  # its files went, or its driver did
-                record.state, record.reason = "interrupted", ""
+                record["state"], record["reason"] = "finished", ""
+            elif record["state"] in ("finished", "running"):  # its files went, or its driver did
+                record["state"], record["reason"] = "interrupted", ""
 
     def is_done(self, key: str) -> bool:
         """Return whether the trial is finished or stopped early."""
-        return self.records[key].state in ("finished", "stopped")
+        return self.records[key]["state"] in ("finished", "stopped")
 
     def set_state(self, key: str, state: State, reason: str = "") -> None:
-        self.records[key].state, self.records[key].reason = state, reason
+        record = self.records[key]
+        record["state"], record["reason"] = state, reason
         self._save()
 
     def add_rung(self, key: str, step: int, bound: float) -> None:
         """Record the bound at a rung, once: a resumed trial reports it again, and the first time stays."""
-        rungs = self.records[key].rungs
+        rungs = self.records[key]["rungs"]
         if step not in [rung[0] for rung in rungs]:
             rungs.append((step, bound, time.time_ns() // 1_000_000))
             self._save()
 
     def _save(self) -> None:
-        trials = {key: asdict(record) for key, record in self.records.items()}
-        write_json(self.path, {"early_stop": self.early_stop, "trials": trials})
+        write_json(self.path, {"early_stop": self.early_stop, "trials": self.records})

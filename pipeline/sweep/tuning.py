@@ -52,7 +52,7 @@ class EarlyStopScheduler(ASHAScheduler):
         )  # fmt: skip
         self.states = states
         for key in filter(states.is_done, trials):
-            for step, bound, _ in states.records[key].rungs:
+            for step, bound, _ in states.records[key]["rungs"]:
                 self.should_continue(key, step, bound)
 
     def should_continue(self, key: str, step: int, bound: float) -> bool:

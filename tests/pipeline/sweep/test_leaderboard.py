@@ -56,7 +56,7 @@ def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
     file.write_text(SPACE)
     sweep = load_sweep(str(file), list(words))
     states = TrialStates(folder, sweep.early_stop, [])
-    states.records = {trial.key: TrialState("finished") for trial in trials}
+    states.records = {trial.key: TrialState(state="finished", reason="", rungs=[]) for trial in trials}
     recorder = StudyRecorder(sweep, {trial.key: trial for trial in trials}, states, folder, "", lambda: False)
     recorder.finish("FINISHED")
     texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
