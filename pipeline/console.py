@@ -38,10 +38,8 @@ def format_rate(rate: float) -> str:
     return f"{number:,.0f}/{unit}" if number >= 100 else f"{number:.3g}/{unit}"
 
 
-def format_table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, width: int = 0
-) -> str:
-    """Return a table as text; the first column is never cut. `width` 0 = that of the terminal."""
+def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> str:
+    """Return a table as text, as wide as the terminal; the first column is never cut."""
     from rich.console import Console
     from rich.table import Table
 
@@ -51,7 +49,7 @@ def format_table(
         column.overflow = "fold"
     for row in rows:
         table.add_row(*row)
-    console = Console(width=width or shutil.get_terminal_size().columns, markup=False)
+    console = Console(width=shutil.get_terminal_size().columns, markup=False)
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
