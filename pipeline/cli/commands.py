@@ -350,8 +350,10 @@ def serve_ui(options: Namespace) -> int:
     """Serve the MLflow UI (`ddpm ui`)."""
     cluster = _load_cluster(options, alone=True)
     from pipeline import tracking
+    from pipeline.engine import find
 
-    return tracking.serve_ui(_prepare_root(options), options.port, uri=cluster.tracking_uri)
+    root = find.prepare_storage_root(cluster)
+    return tracking.serve_ui(root, options.port, uri=cluster.tracking_uri)
 
 
 def show_diagnosis(options: Namespace) -> None:

@@ -42,16 +42,16 @@ ROW = "{:<11} {:>6}  {:<13}  {}"  # of a run
 
 def format_status(root: Path) -> str:
     """Return the tables of the runs and studies below `root`, read from their files alone."""
-    found = sorted(find_runs(root), key=find_last_change, reverse=True)
-    if not found:
+    changed = {path: find_last_change(path) for path in find_runs(root)}
+    if not changed:
         return f"no runs in {root} yet; `ddpm run` makes one, cluster.storage=FOLDER looks elsewhere"
     runs, studies, problems = [], [], []
-    for path in found:
+    for path in sorted(changed, key=changed.__getitem__, reverse=True):
         try:
             if old := explain_old_run(path):
                 problems.append(old)
             else:
-                runs.append(_describe_run(path))
+                runs.append(_describe_run(path, changed[path]))
         except PipelineError as error:
             problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
     for path in find_leaderboards(root):
@@ -79,7 +79,7 @@ def _describe_study(leaderboard: Path) -> list[str]:
     ]
 
 
-def _describe_run(path: Path) -> str:
+def _describe_run(path: Path, changed: float) -> str:
     """Return the row of a run, and below it its scores, within the width of the terminal."""
     from pipeline.store.checkpoint import list_steps
 
@@ -103,7 +103,7 @@ def _describe_run(path: Path) -> str:
         lines.append(f"{format_headline(found['scores'])} ({about}, {extractor})")
     imported = experiment.published.weights is not None
     trained = "imported" if imported else f"{max(steps, default=0)}/{experiment.train.steps}"
-    row = ROW.format(find_state(path), _format_age(time.time() - find_last_change(path)), trained, path.name)
+    row = ROW.format(find_state(path), _format_age(time.time() - changed), trained, path.name)
     lines = [f"{experiment.data.source}, {images} samples", *lines, *experiment.find_missing_files()]
     width = shutil.get_terminal_size().columns
     return "\n".join([row, *(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="      ",
