@@ -293,22 +293,6 @@ def test_help_and_wrong_configurations_import_nothing_heavy(words):
     assert "imported" not in outcome.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["rnu"], "did you mean 'run'?"),
-        (["run", "digits", "--clustr", "local"], "did you mean '--cluster'?"),
-        (["export", "a"], "DIR"),
-        (["--version"], "ddpm "),
-    ],
-)
-def test_wrong_usage_ends_with_2_and_a_suggestion(capsys, words, message):
-    with pytest.raises(SystemExit) as end:
-        main(words)
-    assert end.value.code == (0 if words == ["--version"] else 2)
-    assert message in "".join(capsys.readouterr())
-
-
 def test_every_command_has_help_and_examples_of_its_own():
     assert len({command.examples for command in COMMANDS}) == len(COMMANDS)
     for command in COMMANDS:

@@ -245,13 +245,6 @@ def test_a_chosen_checkpoint_is_in_no_file():
     assert asked.checkpoint_rule is None
 
 
-def test_a_resolved_configuration_loads_as_itself(tmp_path):
-    experiment = config.load_experiment("digits", ["model.dropout=0.3"])
-    path = tmp_path / "again.yaml"
-    path.write_text(config.to_yaml(experiment))
-    assert config.load_experiment(str(path), []) == experiment
-
-
 # Keys
 
 

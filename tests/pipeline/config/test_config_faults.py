@@ -40,19 +40,18 @@ VALUES = [
 def test_a_value_is_read_by_the_type_of_its_key(word, value, tmp_path):
     key, _, text = word.partition("=")
 
-    def find_value(name: str, *overrides: str) -> object:
-        return reduce(getattr, key.split("."), config.load_experiment(name, list(overrides)))
+    def find_value(experiment: config.Experiment) -> object:
+        return reduce(getattr, key.split("."), experiment)
 
-    assert find_value("cifar10_short", word) == value and type(find_value("cifar10_short", word)) is type(
-        value
-    )
+    experiment = config.load_experiment("cifar10_short", [word])
+    assert find_value(experiment) == value and type(find_value(experiment)) is type(value)
     path = tmp_path / "mine.yaml"
-    path.write_text(config.to_yaml(config.load_experiment("cifar10_short", [word])))
-    assert find_value(str(path)) == value
+    path.write_text(config.to_yaml(experiment))
+    assert config.load_experiment(str(path), []) == experiment
     section, _, name = key.rpartition(".")
     line = f"{name}: {text}" if word != "name=null" else "name: 'null'"  # in a file, a plain null is null
     path.write_text(f"base: cifar10_short\n{f'{section}: {{{line}}}' if section else line}\n")
-    assert find_value(str(path)) == value
+    assert find_value(config.load_experiment(str(path), [])) == value
 
 
 REFUSED = [

@@ -255,7 +255,7 @@ def test_a_budget_is_steps_or_a_time():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["", "0", "two hours", "1.5", "-3", "2d"])
+@pytest.mark.parametrize("text", ["", "0", "two hours", "1.5", "-3", "2d", "1" + "0" * 400 + "h", "nanh"])
 def test_a_budget_that_is_neither_is_refused(text, tmp_path, capsys):
     assert main(["reproduce", "cifar10", f"--budget={text}", f"cluster.storage={tmp_path}"]) == 2
     assert "a number of steps (2000), a time (2h, 30min), or full" in capsys.readouterr().err
