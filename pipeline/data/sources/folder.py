@@ -32,16 +32,18 @@ class FolderSource(ImageSource):
         found, self.passed = list_files(self.root, is_image_file)
         if not found:
             raise PipelineError(f"{self.root} has no images in its train split; set data.path")
-        inside = {file: file.relative_to(self.root).parts for file in found}
-        self._folders, self.notes = _find_split_folders(self.root, {parts[:-1] for parts in inside.values()})
+        folders = {self._split_path(file)[:-1] for file in found}
+        self._folders, self.notes = _find_split_folders(self.root, folders)
         self._parts: dict[str, list[Path]] = {split: [] for split in self._folders}
-        for file, parts in inside.items():
+        self.files = []
+        for file in found:
+            parts = self._split_path(file)
             split = next((s for s, folder in self._folders.items() if parts[: len(folder)] == folder), None)
             if split:
                 self._parts[split].append(file)
+                self.files.append(file)
             else:
                 self.passed[f"in {parts[0]}, outside of the splits"] += 1
-        self.files = sorted(file for files in self._parts.values() for file in files)
         if self._labelled:
             self.classes = sorted({self._find_class_name("train", file) for file in self._parts["train"]})
             train = self.root.joinpath(*self._folders["train"])
@@ -62,6 +64,9 @@ class FolderSource(ImageSource):
                 content = file.read_bytes()
             yield RawImage(str(file), content, self._find_label(part, file) if self._labelled else None)
 
+    def _split_path(self, file: Path) -> Parts:
+        return file.parts[len(self.root.parts) :]  # of a million files, relative_to() would take a while
+
     def _find_label(self, part: str, file: Path) -> int:
         name = self._find_class_name(part, file)
         if name not in self.classes:
@@ -69,7 +74,7 @@ class FolderSource(ImageSource):
         return self.classes.index(name)
 
     def _find_class_name(self, part: str, file: Path) -> str:
-        parts = file.relative_to(self.root).parts[len(self._folders[part]) :]
+        parts = self._split_path(file)[len(self._folders[part]) :]
         if len(parts) == 1:
             raise PipelineError(f"{file} lies in no class folder; move it into one, or set data.labels=0")
         return parts[0]
