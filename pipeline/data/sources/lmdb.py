@@ -71,12 +71,13 @@ def _find_databases(root: Path) -> tuple[dict[str, Path], list[Path]]:
         raise PipelineError(
             f"{root} has no {CONTENT}, nor a single train database ({names}); set data.path to one of them"
         )
-    alike = [f for f in found if remove_split_words(f.name) == remove_split_words(train[0].name)]
-    test = [f for split in ("test", "val") for f in alike if find_split(f.name) == split][:1]
-    test = test if find_split(train[0].name) == "train" else []
-    both = dict(zip(("train", "test"), train + test, strict=False))
-    beside = [] if inside else [folder for folder in found if folder not in train + test]
-    return {part: folder / CONTENT for part, folder in both.items()}, beside
+    parts = {"train": train[0]}
+    if find_split(train[0].name) == "train":
+        alike = [f for f in found if remove_split_words(f.name) == remove_split_words(train[0].name)]
+        test = [f for split in ("test", "val") for f in alike if find_split(f.name) == split]
+        parts |= {"test": test[0]} if test else {}
+    beside = [] if inside else [folder for folder in found if folder not in parts.values()]
+    return {part: folder / CONTENT for part, folder in parts.items()}, beside
 
 
 @contextmanager
