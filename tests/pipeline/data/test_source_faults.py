@@ -108,9 +108,8 @@ def make(root: Path, sizes: dict[str, int]) -> Path:
     return root
 
 
-def read_sizes(root: Path, labels: int = 0) -> dict[str, int]:
-    source = "parquet" if any(root.rglob("*.parquet")) else "folder"
-    return reader(source, root, labels=labels).splits
+def open_set(root: Path, labels: int = 0) -> sources.SourceReader:
+    return reader("parquet" if any(root.rglob("*.parquet")) else "folder", root, labels=labels)
 
 
 @pytest.mark.parametrize(
@@ -134,10 +133,8 @@ def read_sizes(root: Path, labels: int = 0) -> dict[str, int]:
     ],
 )
 def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
-    root = make(tmp_path, layout)
-    assert tuple(read_sizes(root, len(classes)).values()) == sizes
-    if classes:
-        assert reader("folder", root, labels=len(classes)).source.classes == classes
+    found = open_set(make(tmp_path, layout), len(classes))
+    assert tuple(found.splits.values()) == sizes and list(found.source.classes) == classes
 
 
 @pytest.mark.parametrize(
@@ -152,7 +149,7 @@ def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
 )  # fmt: skip
 def test_a_layout_in_doubt_is_refused(tmp_path, layout, message):
     with pytest.raises(PipelineError, match=message):
-        read_sizes(make(tmp_path, layout))
+        open_set(make(tmp_path, layout))
 
 
 def test_what_is_passed_over_or_guessed_is_said_once(tmp_path, caplog, capsys):
@@ -177,7 +174,7 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     for name in ("b", "c"):
         (root / name).symlink_to(outside / name)
         (outside / name / "loop").symlink_to(root)
-    found = reader("folder", root, labels=3)
+    found = open_set(root, 3)
     assert (found.splits, found.source.classes) == ({"train": 12}, ["a", "b", "c"])
     linked = tmp_path / "hub"
     linked.mkdir()
@@ -230,9 +227,7 @@ def test_fingerprints_stay_where_a_set_was_read_rightly_before(tmp_path, names, 
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    source = "parquet" if names[0].endswith(".parquet") else "folder"
-    found = sources.SOURCES[source](config(source, tmp_path, labels=labels))
-    assert found.compute_fingerprint()[:12] == expected
+    assert open_set(tmp_path, labels).source.compute_fingerprint()[:12] == expected
 
 
 @pytest.mark.parametrize(
@@ -244,8 +239,7 @@ def test_fingerprints_stay_where_a_set_was_read_rightly_before(tmp_path, names, 
     ],
 )
 def test_sets_that_were_read_wrongly_have_new_fingerprints(tmp_path, layout, labels):
-    source = sources.SOURCES["parquet" if "cifar10-train.parquet" in layout else "folder"]
-    found = source(config("any", make(tmp_path, layout), labels=labels))
+    found = open_set(make(tmp_path, layout), labels).source
     now, found.layout = found.compute_fingerprint(), ""
     assert found.compute_fingerprint() != now
 
