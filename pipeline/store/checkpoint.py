@@ -66,7 +66,7 @@ def save_checkpoint(
         _save_file(ema, temporary / EMA)
         files = {name: read_file_facts(temporary / name) for name in (STATE, EMA)}
         write_json(temporary / META, {"step": step, "files": files, **(facts or {})})
-        write_seal(temporary / META, files)
+    write_seal(directory / META, files)  # in its place: moving it there changes times
 
 
 def _save_file(tensors: Tensors, path: Path) -> None:
