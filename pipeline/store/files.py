@@ -20,18 +20,13 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import (
-    Any,
-    Literal,
-    NotRequired,  # pydantic reads those of `typing` from Python 3.12 on
-    ParamSpec,
-    TypeVar,
-)
+from typing import Any, Literal, NotRequired, ParamSpec, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
 from pipeline.errors import PipelineError
 
@@ -149,8 +144,13 @@ def try_read(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Non
     try:
         return read(*args, **kwargs)
     except PipelineError as error:
-        log.warning("%s", error)
+        _warn_once(str(error))
         return None
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    log.warning("%s", problem)
 
 
 def read_record(path: Path, shape: type[T]) -> T:
@@ -273,15 +273,15 @@ def require_files(manifest: Path, files: Mapping[str, FileFacts], check: Check) 
     seal: hash only files with another size or other times than `.sealed.json` has, and then seal them anew.
     """
     folder, sealed = manifest.parent, read_record(manifest.with_name(SEALED), dict[str, list[int | str]])
-    own, changed = sealed.get(manifest.name), []
+    own, changed = sealed.get(manifest.name), False
     if own and own != _describe(manifest, own[-1]) and hash_file(manifest) != own[-1]:
         raise PipelineError(f"{manifest} changed after it was sealed; {REMEDY}")
     for name, facts in files.items():
-        there = (folder / name).is_file() and sealed.get(name) == _describe(folder / name, facts["sha256"])
-        changed += [] if there else [name]
-        require_file(
-            folder / name, facts, "size" if check == "size" or (check == "seal" and there) else "sha256"
-        )
+        path = folder / name
+        is_sealed = path.is_file() and sealed.get(name) == _describe(path, facts["sha256"])
+        changed |= not is_sealed
+        needed: Check = "size" if is_sealed else "sha256"
+        require_file(path, facts, needed if check == "seal" else check)
     if (changed or not own) and check != "size":
         with suppress(OSError, PipelineError):  # where it cannot be written, the files are hashed again
             write_seal(manifest, files)

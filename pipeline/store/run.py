@@ -194,7 +194,7 @@ def find_state(run: Path) -> str:
     """Return what became of the last command on a run: running, failed, interrupted, finished, partial (no report)."""
     if is_locked(run):
         return "running"
-    with suppress(PipelineError, OSError, TypeError, KeyError):  # where it is damaged, or not there yet
+    with suppress(PipelineError, KeyError):  # where it is damaged, or not there yet
         status = read_json(run / TRACKING, dict[str, Any])["status"]
         if status != "FINISHED":
             return "failed" if status == "FAILED" else "interrupted"

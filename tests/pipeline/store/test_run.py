@@ -62,7 +62,7 @@ def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_damaged_arrays_are_named(tmp_path, damage):
+def test_damaged_arrays_are_named_and_warned_of_once(tmp_path, damage, caplog):
     file = tmp_path / "unit.npz"
     rundir.write_arrays(file, x=np.arange(1000.0))
     whole = file.read_bytes()
@@ -70,6 +70,8 @@ def test_damaged_arrays_are_named(tmp_path, damage):
     file.write_bytes({"cut": whole[:-100], "flipped": flipped, "empty": b""}[damage])
     with pytest.raises(PipelineError, match=f"{file} is damaged .*makes it again"):
         rundir.read_arrays(file)
+    assert [rundir.try_read(rundir.read_arrays, file) for _ in range(3)] == [None] * 3
+    assert len(caplog.records) == 1
 
 
 @pytest.fixture
