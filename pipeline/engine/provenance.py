@@ -21,9 +21,8 @@ from pipeline.store.files import write_text
 from pipeline.store.run import Place
 
 PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
-ROOT = (
-    Path(__file__).resolve().parents[2]
-)  # the folder of both packages; that of a checkout has a pyproject.toml
+# The folder of both packages; that of a checkout has a pyproject.toml.
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def collect_provenance() -> dict[str, Any]:
@@ -52,17 +51,12 @@ def find_version() -> str:
 
 
 def find_commit() -> str | None:
-    """Return the commit of the code, with '+' and 8 digits of the patch where the tree differs from it; None where
-    there is no checkout of this program, whatever repository lies around it."""
-    if (
-        mark := ROOT / "pipeline" / "COMMIT"
-    ).is_file():  # the code came with a job or a wheel, without its history
-        return mark.read_text().strip() or None
-    try:
-        commit, patch = _read_git()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit and commit + (f"+{_hash_patch(patch)}" if patch else "")
+    """Return the commit of the code, with '+' and 8 digits of the patch where the tree differs from it.
+
+    None where there is no checkout of this program, whatever repository lies around it.
+    """
+    commit, patch = _read_commit()
+    return f"{commit}+{_hash_patch(patch)}" if patch else commit
 
 
 def _hash_patch(patch: str) -> str:
@@ -70,8 +64,18 @@ def _hash_patch(patch: str) -> str:
 
 
 @lru_cache
+def _read_commit() -> tuple[str | None, str]:
+    """Return the commit and the difference from it, untracked Python files included."""
+    if (mark := ROOT / "pipeline" / "COMMIT").is_file():
+        return mark.read_text().strip() or None, ""  # code of a job or a wheel came without its history
+    try:
+        return _read_git()
+    except (OSError, subprocess.SubprocessError):
+        return None, ""
+
+
 def _read_git() -> tuple[str | None, str]:
-    """Return the commit of the checkout and the difference from it, untracked Python files included."""
+    """Return what `_read_commit` does, of a checkout."""
 
     def git(*words: str, codes: tuple[int, ...] = (0,)) -> str:
         done = subprocess.run(
@@ -98,10 +102,11 @@ def _read_git() -> tuple[str | None, str]:
 def hash_code() -> str:
     """Return a hash of the syntax trees of `ddpm/`: what moves numbers, without comments and docstrings."""
     folder = ROOT / "ddpm"
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
-    return (
-        f"code-{keys.hash_content({name: _simplify(ast.parse(files[name].read_bytes())) for name in files})}"
-    )
+    trees = {
+        path.relative_to(folder).as_posix(): _simplify(ast.parse(path.read_bytes()))
+        for path in folder.rglob("*.py")
+    }
+    return f"code-{keys.hash_content(trees)}"
 
 
 def _simplify(node: object) -> object:
@@ -122,8 +127,8 @@ def _simplify(node: object) -> object:
 
 def describe_other_code(place: Place) -> str | None:
     """Return a line that names both codes if another one trained the run or drew its samples; None if not."""
-    codes, own = _read_codes(place), hash_code()
-    if not codes or (last := list(codes)[-1]) == own:
+    codes = _read_codes(place)
+    if not codes or (last := list(codes)[-1]) == (own := hash_code()):
         return None
     return (
         f"{place.name}: trained or drawn by {codes[last]} ({last}), this is {_name_code()} ({own}): "
@@ -139,7 +144,7 @@ def _read_codes(place: Place) -> dict[str, str]:
     """Return the codes that trained the run and drew its samples, each by its hash, the last one last."""
     try:
         codes = config.read_provenance(place.experiment_yaml).get("codes")
-    except (PipelineError, OSError, AttributeError):  # a damaged record is written anew
+    except (PipelineError, OSError):  # a damaged record is written anew
         return {}
     return {str(key): str(name) for key, name in codes.items()} if isinstance(codes, dict) else {}
 
@@ -157,5 +162,5 @@ def write_record(place: Place, todo: Sequence[Stage], accept_code: bool = False)
         codes[hash_code()] = _name_code()
     record = {**collect_provenance(), "codes": codes, "data_key": place.data_key, "keys": keys.VERSION}
     write_text(place.experiment_yaml, config.to_yaml(place.experiment, made_with=record))
-    if record["commit"] and not (ROOT / "pipeline" / "COMMIT").is_file() and (patch := _read_git()[1]):
+    if patch := _read_commit()[1]:
         write_text(place.locate_patch(_hash_patch(patch)), patch)
