@@ -190,13 +190,14 @@ def find_network_differences(experiment: Experiment, published: Settings) -> lis
 
 
 def derive_overrides(published: PublishedConfig) -> list[str]:
-    """Return the overrides that make an experiment's network the published one, from config.json; none where that or
-    the weights cannot be read, which `read_weights` tells."""
+    """Return the overrides that make an experiment's network the published one, from config.json.
+
+    None where that or the weights cannot be read, which `read_weights` tells.
+    """
     try:
-        found = read_json(find_weight_files(published)[0].with_name(NETWORK), Settings, FETCH)
+        given = LEFT_OUT | read_json(find_weight_files(published)[0].with_name(NETWORK), Settings, FETCH)
     except (PipelineError, OSError):
         return []
-    given = LEFT_OUT | (found if isinstance(found, dict) else {})
     return [] if _find_type_problems(given) else list(chain.from_iterable(_find_overrides(given).values()))
 
 
@@ -295,7 +296,7 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     step = step or steps[-1]
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
-    checkpoint.verify_step(place, step)
+    checkpoint.verify_step(place, step, "seal")  # `load_weights` hashes
     tensors = checkpoint.load_weights(place.step_folder(step), which)
     exported = {translate_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     kind = experiment.published.weights or which

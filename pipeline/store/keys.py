@@ -48,21 +48,16 @@ def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[st
     def content(name: str, section: Any) -> dict[str, Any]:
         return to_dict(section) if whole else get_key_content(name, section)
 
-    always = {
+    always: dict[str, Any] = {
         "seed": experiment.seed,
         "diffusion": content("diffusion", experiment.diffusion),
         "model": content("model", experiment.model),
     }
     if files := find_weight_files(experiment.published):
-        hashes = [hash_file(file) for file in files]
+        hashes = [_hash_file_once(file) for file in files]
         sha256 = hashes[0] if len(hashes) == 1 else hash_content(hashes)
-        model = {
-            key: value
-            for key, value in content("model", experiment.model).items()
-            if key != "dropout.formula"
-        }
-        published = {"sha256": sha256, "weights": experiment.published.weights}
-        return always | {"model": model, "published": published}  # nothing is trained, so nothing is dropped
+        always["model"].pop("dropout.formula", None)  # nothing is trained, so nothing is dropped
+        return always | {"published": {"sha256": sha256, "weights": experiment.published.weights}}
     train = content("train", experiment.train)
     return always | {"train": {key: value for key, value in train.items() if key not in dropped}}
 
@@ -104,7 +99,7 @@ def make_figures_key(experiment: Experiment, run_key: str) -> str:
 
 
 def _hash_file_once(path: Path) -> str:
-    """Hash a file again only when it has changed: keys of many checkpoints need the same file."""
+    """Hash a file again only when it has changed: keys of many runs and checkpoints need the same file."""
     facts = path.stat()
     return _hash_version(path, facts.st_size, facts.st_mtime_ns)
 

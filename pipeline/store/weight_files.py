@@ -24,19 +24,18 @@ def find_weight_files(published: PublishedConfig) -> list[Path]:
     folder = path.parent if path.is_file() else _find_folder(path, published.weights)
     if published.weights == "ema" and folder.name == "unet" and _holds_weights(folder.parent / "unet_ema"):
         raise ConfigError(f"published.weights is ema, but {folder} holds the raw weights beside unet_ema/")
-    sets: dict[tuple[str, ...], list[Path]] = {}
-    for file in sorted(folder.glob("*")) if folder.is_dir() else []:
+    sets: dict[tuple[bool, str, str], list[Path]] = {}
+    for file in sorted(folder.glob("*")):
         if match := FILE.fullmatch(file.name):
             # safetensors before pickles, plain files before variants and shards
-            variant = match[1] or match[4] or ""
-            order = ("01"[match["kind"] == "bin"], variant, match[3] or "")
+            order = (match["kind"] == "bin", match[1] or match[4] or "", match[3] or "")
             sets.setdefault(order, []).append(file)
     if path.is_file():
         sets = {order: files for order, files in sets.items() if path in files}
     for (_, _, count), files in sorted(sets.items()):
         if len(files) == int(count or 1):
             return files
-    found = ", ".join(sorted(file.name for file in folder.glob("*"))[:8]) if folder.is_dir() else ""
+    found = ", ".join(sorted(file.name for file in folder.glob("*"))[:8])
     raise ConfigError(
         f"published.path: {path} holds no complete diffusion_pytorch_model.safetensors or .bin, nor does its unet/ "
         f"or unet_ema/; found: {found or 'nothing'}"
@@ -64,4 +63,4 @@ def _find_folder(path: Path, weights: str) -> Path:
 
 
 def _holds_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(FILE.fullmatch(file.name) for file in folder.iterdir())
+    return any(FILE.fullmatch(file.name) for file in folder.glob("*"))
