@@ -208,13 +208,8 @@ def test_mistakes_are_a_line(tmp_path, capsys, words, complaint):
 def test_rows_of_the_papers_tables_stand_beside_the_papers(tmp_path, undrawn):
     runs = []
     for name, fid in (("cifar10", 7.0), ("cifar10_vlb_eps_fixed", 20.0)):
-        overrides = (
-            "train.steps=10000",
-            "train.log_every=1000",
-            "evaluate.checkpoints=null",
-            "sample.checkpoint=last",
-        )
-        runs.append(compared(tmp_path, *overrides, label=name, name=name, experiment=name))
+        overrides = "train.steps=10000 train.log_every=1000 evaluate.checkpoints=null sample.checkpoint=last"
+        runs.append(compared(tmp_path, *overrides.split(), label=name, name=name, experiment=name))
         score(runs[-1], fid=fid, nll_bpd=3.9, rmse=1.0)
     markdown = page(runs, tmp_path / "page", note="scaled down")
     assert "\nScaled down.\n" in markdown

@@ -283,22 +283,13 @@ def test_text_is_escaped(tmp_path):
     assert "<u>" not in html
 
 
-@pytest.mark.parametrize(
-    ("link", "kept"),
-    [
-        *(
-            (link, True)
-            for link in ("http://a.b/c:d", "https://a", "report.html", "a/b:c", "#part", "../x?y")
-        ),
-        *(
-            (f"{scheme}:x", False)
-            for scheme in ("javascript", "JavaScript", "&#106;avascript", "data", "file")
-        ),
-        *((link, False) for link in ("//a.b", "ftp://a", "mailto:a@b", "file:///etc/passwd", "ms-msdt:/id")),
-    ],
-)
-def test_links_are_of_the_web_or_relative(tmp_path, link, kept):
-    assert ("href=" in convert_to_html(f"# a\n\n[x]({link}) <{link}>", tmp_path)) == kept
+def test_links_are_of_the_web_or_relative(tmp_path):
+    kept = ["http://a.b/c:d", "https://a", "report.html", "a/b:c", "#part", "../x?y"]
+    others = ["javascript:x", "JavaScript:x", "&#106;avascript:x", "data:x", "file:x", "//a.b", "ftp://a"]
+    others += ["mailto:a@b", "file:///etc/passwd", "ms-msdt:/id"]
+    for link in kept + others:
+        html = convert_to_html(f"# a\n\n[x]({link}) <{link}>", tmp_path)
+        assert ("href=" in html) == (link in kept), link
 
 
 def test_only_pictures_of_the_page_are_put_into_it(tmp_path):

@@ -196,20 +196,9 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
         ({"n": np.array(-5)}, "an n that is no whole number"),
     ],
     ids=[
-        "mu",
-        "both",
-        "width",
-        "shape",
-        "integers",
-        "halves",
-        "nan",
-        "triangle",
-        "n",
-        "objects",
-        "sign",
-        "minus",
+        "mu", "both", "width", "shape", "integers", "halves", "nan", "triangle", "n", "objects", "sign", "minus",
     ],
-)
+)  # fmt: skip
 def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, message):
     statistics(tmp_path / "their.npz", **changed)
     with pytest.raises(PipelineError, match=message) as refused:
@@ -220,12 +209,9 @@ def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, me
 def test_statistics_are_read_by_name_whatever_lies_beside_them(tmp_path, monkeypatch):
     """Faults 2.7, 6.5 and 6.6: images, objects, an n of shape (1,), the other byte order; a size is looked at first."""
     draw = np.random.default_rng(0).normal(size=(200, 64))
-    beside = {
-        "arr_0": np.array([{}], dtype=object),
-        "n": np.array([200]),
-        "mu": draw.mean(axis=0).astype(">f8"),
-    }
-    found = load_user_statistics(Path(statistics(tmp_path / "their.npz", **beside)), 64)
+    held = {"n": np.array([200]), "mu": draw.mean(axis=0).astype(">f8")}
+    beside = np.array([{}], dtype=object)
+    found = load_user_statistics(Path(statistics(tmp_path / "their.npz", arr_0=beside, **held)), 64)
     assert found.n == 200 and found.mu.dtype == np.float64 and np.allclose(found.mu, draw.mean(axis=0))
     monkeypatch.setattr(reference, "LARGEST", 1000)
     with pytest.raises(PipelineError, match=r"has sigma of more than 1,000 bytes"):

@@ -86,33 +86,32 @@ def test_the_last_line_and_the_same_command_ask_for_every_parcel(run_again, stor
     assert "not up to date" in where and "log" in where and "ddpm sync" in where
     again()
     client, found = find_only_run(store.parent)
-    assert (
-        "not up to date" not in tracking.describe_delivery(run, None)
-        and "sync" not in where.partition(":")[0]
-    )
+    assert "not up to date" not in tracking.describe_delivery(run, None)
+    assert "sync" not in where.partition(":")[0]
     assert len(client.get_metric_history(found.info.run_id, "train/loss")) == 11
 
 
 @pytest.mark.parametrize(
-    ("last", "left", "status"),
-    [("report", "RUNNING", "FINISHED"), ("report", "KILLED", "FINISHED"), ("shard", "FAILED", "FAILED")],
+    ("last", "left", "status", "trained"),
+    [
+        ("report", "RUNNING", "FINISHED", True),
+        ("report", "KILLED", "FINISHED", True),
+        ("shard", "FAILED", "FAILED", True),
+        ("shard", "RUNNING", "KILLED", False),
+    ],
 )
-def test_a_status_that_a_kill_left_is_set_right_by_the_same_command(run_again, store, last, left, status):
+def test_a_status_that_a_kill_left_is_set_right_by_the_same_command(
+    run_again, store, last, left, status, trained
+):
     run, again = run_again
+    if not trained:
+        shutil.rmtree(run.train)
     driver = tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run)
     driver._set_status(left)
     driver.deliver()  # and it is gone
     again(last)
     info = find_only_run(store.parent)[1].info
     assert info.status == status and info.end_time >= info.start_time
-
-
-def test_a_status_of_a_killed_training_is_killed(run_again, store):
-    run, again = run_again
-    shutil.rmtree(run.train)
-    tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run)._set_status("RUNNING")
-    again("shard")
-    assert find_only_run(store.parent)[1].info.status == "KILLED"
 
 
 def test_no_run_ends_before_it_began(store):
@@ -127,14 +126,8 @@ def test_no_run_ends_before_it_began(store):
 def test_a_command_that_made_nothing_leaves_nothing(tmp_path, store, capsys):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
-    words = [
-        "import",
-        str(tmp_path / "weights"),
-        "digits",
-        f"cluster.storage={tmp_path}",
-        "cluster.workers=0",
-    ]
-    assert main(words) in (1, 2)
+    overrides = [f"cluster.storage={tmp_path}", "cluster.workers=0"]
+    assert main(["import", str(tmp_path / "weights"), "digits", *overrides]) in (1, 2)
     assert not list(tmp_path.glob("digits-*")), capsys.readouterr().err
     client = MlflowClient(tracking.find_default_uri(tmp_path))
     assert not client.search_runs([study.experiment_id for study in client.search_experiments()])
