@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline import config
 from pipeline.config import Experiment
 from pipeline.config.checks import Tree
 from pipeline.drawing.charts import Series
@@ -98,7 +97,7 @@ class RunFiles:
     @cached_property
     def provenance(self) -> Tree:
         """Commit, hardware and versions of the last command."""
-        return config.read_provenance(self.paths["experiment"]) if "experiment" in self.paths else {}
+        return self.place.read_provenance()
 
     @cached_property
     def metrics(self) -> Results:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Experiment
+from pipeline.config import Experiment, read_provenance
 from pipeline.errors import PipelineError
 from pipeline.store import keys
 from pipeline.store.files import MANIFEST, is_locked, read_json, read_record, write_json
@@ -131,6 +131,10 @@ class Place:
     def has_training(self) -> bool:
         """True if there is something of the training."""
         return self.train.exists() or self.log.exists()
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Return commit, hardware and versions of the last command; empty before the first one."""
+        return read_provenance(self.experiment_yaml) if self.experiment_yaml.exists() else {}
 
     def read_stage_seconds(self) -> dict[str, float]:
         """Return the seconds of each finished stage, over all commands."""

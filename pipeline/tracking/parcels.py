@@ -101,7 +101,7 @@ def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) 
 
 def _make_tags(place: Place) -> dict[str, str]:
     """Make the tags: the keys of the run, and the commits and versions that made it."""
-    made = config.read_provenance(place.experiment_yaml) if place.experiment_yaml.exists() else {}
+    made = place.read_provenance()
     tags = {"run_key": place.run_key, "data_key": place.data_key}
     if made.get("commit"):
         tags |= {"commit": made["commit"], "mlflow.source.git.commit": made["commit"]}

@@ -2,12 +2,18 @@
 
 from typing import cast
 
-from pipeline.config import read_provenance
+from pipeline.config import Experiment
+from pipeline.scores.metrics import FAMILIES
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images
 from pipeline.store import tars
 from pipeline.store.run import Place
+
+
+def needs_samples(experiment: Experiment) -> bool:
+    """Return whether a metric is asked for that scores samples."""
+    return bool(set(experiment.evaluate.metrics) - {"nll"})
 
 
 def describe_score_protocol(place: Place) -> ScoreProtocol:
@@ -23,13 +29,13 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
         "checkpoint": experiment.checkpoint_step, "checkpoint_rule": selected.rule if selected else origin,
         "minimum_fid": selected is not None and selected.candidates > 1,
     }  # fmt: skip
-    made = read_provenance(place.experiment_yaml) if place.experiment_yaml.exists() else {}
+    made = place.read_provenance()
     codes = dict(made.get("codes") or {})
-    if codes and made.get("code") not in list(codes)[-1:]:
+    if codes and list(codes)[-1] != made.get("code"):
         codes["now"] = f"scores by {made.get('commit') or made.get('code')}"
     if len(codes) > 1:
         found["code"] = ", then ".join(codes.values())
-    if set(config.metrics) - {"nll"}:
+    if needs_samples(experiment):
         found |= cast(ScoreProtocol, tars.open_shards(place.samples).facts["protocol"])
         found |= {"n": experiment.sample.num_images, "first_index": experiment.sample.first_index}
         found["reference"] = name_reference(config.reference)
@@ -43,8 +49,8 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
     return found
 
 
-SAMPLES = ("fid", "fid_test", "is", "kid", "prc")
-ALL, NLL = (*SAMPLES, "nll"), ("nll",)
+ALL, NLL = FAMILIES, ("nll",)
+SAMPLES = tuple(family for family in ALL if family not in NLL)
 # What the paper has in a field of the protocol: the metrics that it moves, its value, and the reason where it differs.
 PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
     "weights": (ALL, "ema", "{weights} weights, not EMA"),

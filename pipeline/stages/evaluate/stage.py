@@ -16,7 +16,7 @@ from pipeline.scores.preparations import list_preparations
 from pipeline.scores.reference import load_user_statistics
 from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
-from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
+from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences, needs_samples
 from pipeline.stages.stage import Stage
 from pipeline.store.files import (
     Manifest,
@@ -99,11 +99,6 @@ class EvaluateStage(Stage):
 
 
 STAGE = EvaluateStage()
-
-
-def needs_samples(experiment: Experiment) -> bool:
-    """Return whether a metric is asked for that scores samples."""
-    return bool(set(experiment.evaluate.metrics) - {"nll"})
 
 
 def list_sample_shards(place: Place) -> list[Shard]:
