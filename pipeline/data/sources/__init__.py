@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from pipeline.config import DataConfig
 from pipeline.data.sources.base import (
@@ -108,6 +109,13 @@ def download_source(data: DataConfig, downloads: Path) -> DataConfig:
     return data
 
 
+class Fingerprint(TypedDict):
+    """An entry of the cache of fingerprints. stamp: the sha256 over paths, sizes and times of the files."""
+
+    stamp: str
+    content: str
+
+
 def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = True) -> str:
     """Return the sha256 over the names and contents of the image files; where data.path lies does not matter.
 
@@ -117,10 +125,10 @@ def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = T
     reader = SourceReader(data)
     place = f"2 {data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
     stamp = hash_file_stats(reader.source.files)
-    known: dict[str, dict[str, str]] = {}
+    known: dict[str, Fingerprint] = {}
     with suppress(PipelineError):  # a broken cache holds nothing
-        known = read_json(cache, dict[str, dict[str, str]]) if cache and cache.exists() else {}
-    if known.get(place, {}).keys() >= {"stamp", "content"} and known[place]["stamp"] == stamp:
+        known = read_json(cache, dict[str, Fingerprint]) if cache and cache.exists() else {}
+    if place in known and known[place]["stamp"] == stamp:
         return known[place]["content"]
     content = reader.source.compute_fingerprint()
     if not reader.splits.get("train"):

@@ -6,6 +6,7 @@ data.test_images are set aside by a fixed permutation. Classes are numbered in t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,22 +98,22 @@ def _find_split_folders(root: Path, folders: set[Parts]) -> tuple[dict[str, Part
 
     folders: those that hold images. Raises PipelineError where it cannot be told which one is a split.
     """
-    found: dict[str, set[Parts]] = {}
+    found: defaultdict[str, set[Parts]] = defaultdict(set)
     others = False
     for parts in folders:
         depth, split = next(((i, s) for i, name in enumerate(parts, 1) if (s := find_split(name))), (0, ""))
         if split:
-            found.setdefault(split, set()).add(parts[:depth])
+            found[split].add(parts[:depth])
         elif parts:
             others = True
     names = ", ".join(sorted("/".join(place) for places in found.values() for place in places)[:9])
     if others:  # "bullet_train" among them is a class; "train" beside "test" is a split all the same
-        exact = {s: {p for p in places if p[-1].lower() in WORDS[s]} for s, places in found.items()}
-        found = {split: places for split, places in exact.items() if places}
-    train, held_out = found.get("train", set()), found.get("test") or found.get("val")
+        for split, places in found.items():
+            found[split] = {place for place in places if place[-1].lower() in WORDS[split]}
+    train, held_out = found["train"], found["test"] or found["val"]
     if held_out and not train and not others:
         raise PipelineError(f"{root} has no train split, only {names}; set data.path to another set")
-    if not train or not (held_out or (len(train) == 1 and not others)):
+    if not train or (not held_out and (others or len(train) > 1)):
         said = f"{names} and what lies beside are read as one set for training: no folder is a split"
         return {"train": ()}, [said] if names else []
     splits = {"train": train} | ({"test": held_out} if held_out else {})
