@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from pipeline.config import ClusterConfig
@@ -24,6 +25,13 @@ class Resources:
         if not self.gpus_per_task:
             return max(1, by_cpu)
         return max(1, min(by_cpu, int(self.workers * self.gpus_per_worker / self.gpus_per_task)))
+
+
+def count_local_devices() -> tuple[int, int]:
+    """Return how many CPUs and GPUs this process may use on this machine."""
+    import torch
+
+    return len(os.sched_getaffinity(0)), torch.cuda.device_count()
 
 
 def resolve_resources(

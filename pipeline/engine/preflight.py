@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from math import prod
 
-from pipeline.compute.resources import resolve_resources
+from pipeline.compute.resources import count_local_devices, resolve_resources
 from pipeline.compute.units import GIB
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
@@ -63,16 +63,12 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
 
 def check_workers(cluster: ClusterConfig) -> None:
     """Raise PipelineError where the workers ask for more than this machine has; other clusters tell it once joined."""
-    import torch
-
     if cluster.workers != 0 and cluster.ray_address is None:
-        resolve_resources(cluster, len(os.sched_getaffinity(0)), torch.cuda.device_count())
+        resolve_resources(cluster, *count_local_devices())
 
 
 def check_resources(place: Place) -> str:
     """Return a line on what the run needs and the machine has. Raises PipelineError if the disk is too small."""
-    import torch
-
     wanted = estimate_requirements(place.experiment)
     there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
     left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free
@@ -84,7 +80,7 @@ def check_resources(place: Place) -> str:
             "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"
         )
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    cpus, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    cpus, gpus = count_local_devices()
     return (
         f"{_format_size(left)} of disk ({_format_size(free)} free), {_format_size(wanted.memory)} of memory a worker "
         f"beside images and activations ({_format_size(memory)} free here, {cpus} CPUs, {gpus} GPUs)"

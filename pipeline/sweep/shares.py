@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,13 +24,6 @@ class TrialSlots:
         gpus = f" and {one.gpus_per_worker:g} GPU" if one.gpus_per_worker else ""
         workers = f"{one.workers} worker{'s' if one.workers > 1 else ''}"
         return f"{self.slots} at a time, each {workers} with {one.cpus_per_worker} CPU{gpus}"
-
-
-def list_local_nodes() -> Nodes:
-    """Return CPUs and GPUs of this machine, as a list of one node."""
-    import torch
-
-    return [(len(os.sched_getaffinity(0)), torch.cuda.device_count())]
 
 
 def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent: int | None) -> TrialSlots:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pipeline import tracking
 from pipeline.compute.interrupt import StopRequest, StopSignals
+from pipeline.compute.resources import count_local_devices
 from pipeline.compute.units import Executor, LocalExecutor
 from pipeline.config import ClusterConfig
 from pipeline.console import format_duration, poll_in_thread, print_line, show_progress
@@ -26,7 +27,7 @@ from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.points import SweepPoint, make_trials
 from pipeline.sweep.recorder import StudyRecorder
-from pipeline.sweep.shares import divide_cluster, list_local_nodes
+from pipeline.sweep.shares import divide_cluster
 from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
 from pipeline.sweep.trial_states import TrialStates
 
@@ -54,7 +55,7 @@ class Study:
         sweep, cluster, todo = self.sweep, self.cluster, len(self._list_unfinished_trials())
         slots, resources = 1, "this process, one trial after the other"
         if cluster.workers != 0 and cluster.ray_address is None:
-            share = divide_cluster(cluster, list_local_nodes(), todo, sweep.concurrent)
+            share = divide_cluster(cluster, [count_local_devices()], todo, sweep.concurrent)
             slots, resources = share.slots, str(share)
         elif cluster.workers != 0:  # a cluster that runs elsewhere is not asked
             slots = sweep.concurrent or 1
