@@ -9,7 +9,7 @@ import torch
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from pipeline import config
+from pipeline import config, tracking
 from pipeline.compute.units import LocalExecutor, Worker
 from pipeline.engine.find import make_place
 from pipeline.stages import shard
@@ -107,6 +107,14 @@ def sharded_storage(tmp_path_factory) -> Path:
     for units in shard.STAGE.work(make_place(experiment, root)):
         one_cpu().run_units(units, lambda unit: None)
     return root
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory) -> Path:
+    """A new store of MLflow, to be copied: making its tables takes seconds."""
+    root = tmp_path_factory.mktemp("empty")
+    tracking.check_server(tracking.find_default_uri(root))
+    return root / "mlflow.db"
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory) -> Path:
-    """One storage root, because making a store takes seconds."""
     return tmp_path_factory.mktemp("storage")
 
 
@@ -37,14 +36,8 @@ def uri(storage) -> str:
 
 
 @pytest.fixture(scope="module")
-def empty_store(storage, uri) -> Path:
-    """A new store, to be copied: making its tables takes seconds."""
-    tracking.check_server(uri)
-    return Path(shutil.copy(storage / "mlflow.db", storage / "empty.db"))
-
-
-@pytest.fixture(scope="module")
-def client(uri, empty_store):
+def client(storage, uri, empty_store):
+    shutil.copy(empty_store, storage / "mlflow.db")
     return MlflowClient(uri)
 
 

@@ -31,14 +31,6 @@ STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
 SECRET = "postgresql://u:HUSH@127.0.0.1:9/x?password=HUSH2&sslmode=disable"
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> Path:
-    """A new store, to be copied: making its tables takes seconds."""
-    root = tmp_path_factory.mktemp("empty")
-    tracking.check_server(tracking.find_default_uri(root))
-    return root / "mlflow.db"
-
-
 @pytest.fixture
 def store(tmp_path, empty_store) -> Path:
     return Path(shutil.copy(empty_store, tmp_path / "mlflow.db"))
