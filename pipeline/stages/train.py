@@ -235,15 +235,15 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
     found = ctx.broadcast(
         checkpoint.find_newest_step(place, experiment.train.steps) if ctx.rank == 0 else None
     )
-    tensors = {} if found is None else checkpoint.load_checkpoint(place.step_folder(found))
+    if found is None:
+        return state, _LogSums(state.step, ctx.device)
+    folder = place.step_folder(found)
+    tensors = checkpoint.load_checkpoint(folder)
     saved_sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     try:
-        if tensors:
-            state.load_state_dict(tensors)
+        state.load_state_dict(tensors)
     except ValueError as error:
-        raise PipelineError(
-            f"{place.step_folder(found or 0)}: {error}; delete it to go on from an earlier step"
-        ) from error
+        raise PipelineError(f"{folder}: {error}; delete it to go on from an earlier step") from error
     sums = _LogSums(state.step, ctx.device)
     if saved_sums:
         sums.load_tensors(ctx, saved_sums)
