@@ -104,14 +104,16 @@ def _list_finished_files(path: Path) -> dict[str, FileFacts]:
     Raises PipelineError where a sealed folder is not what its seal says.
     """
     files = [file for pattern in RECORD for file in sorted(path.glob(pattern))]
+    known: dict[Path, FileFacts] = {}  # of files that were just compared, which are large
     for seal in sorted(file for name in SEALS for file in path.rglob(name)):
         if any(part.startswith(TEMPORARY) for part in seal.relative_to(path).parts):
             continue
         for name, facts in read_json(seal, Manifest)["files"].items():
             require_file(seal.parent / name, facts)
+            known[seal.parent / name] = {"bytes": facts["bytes"], "sha256": facts["sha256"]}
         inside = [file for file in sorted(seal.parent.iterdir()) if file.is_file() and file.name[0] != "."]
         files += [file for file in inside if file != seal] + [seal]
-    return {str(file.relative_to(path)): read_file_facts(file) for file in files}
+    return {str(file.relative_to(path)): known.get(file) or read_file_facts(file) for file in files}
 
 
 def _is_seal(file: str) -> bool:
