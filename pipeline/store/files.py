@@ -144,12 +144,13 @@ def try_read(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Non
     try:
         return read(*args, **kwargs)
     except PipelineError as error:
-        _warn_once(str(error))
+        warn_once(str(error))
         return None
 
 
 @cache
-def _warn_once(problem: str) -> None:
+def warn_once(problem: str) -> None:
+    """Warn of a damaged file; once in a process, however often it is read."""
     log.warning("%s", problem)
 
 

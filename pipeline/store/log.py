@@ -8,7 +8,6 @@ on file already and keep their first timestamps, so that no tracking server ever
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from contextlib import suppress
@@ -17,10 +16,8 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import explain_write_errors, parse_json
+from pipeline.store.files import explain_write_errors, parse_json, warn_once
 from pipeline.store.run import Place
-
-logger = logging.getLogger(__name__)
 
 TAIL = 2000  # bytes; a line is some 200
 
@@ -65,7 +62,7 @@ def read_points(path: Path, start: int = 0, end: int | None = None) -> list[LogP
     lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
     points = [point for line in lines if (point := _parse_point(line))]
     if len(points) < len(lines):
-        logger.warning("%s: %d lines are damaged and passed over", path, len(lines) - len(points))
+        warn_once(f"{path}: {len(lines) - len(points)} lines are damaged and passed over")
     return points
 
 
