@@ -143,7 +143,7 @@ def _name_code() -> str:
 def _read_codes(place: Place) -> dict[str, str]:
     """Return the codes that trained the run and drew its samples, each by its hash, the last one last."""
     try:
-        codes = config.read_provenance(place.experiment_yaml).get("codes")
+        codes = place.read_provenance().get("codes")
     except (PipelineError, OSError):  # a damaged record is written anew
         return {}
     return {str(key): str(name) for key, name in codes.items()} if isinstance(codes, dict) else {}
