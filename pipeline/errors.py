@@ -43,9 +43,8 @@ def explain_network_error(error: Exception, uri: str = "") -> str:
     text = f"{error} {error.__context__}".lower()
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = next((reason for reason in NETWORK_REASONS if reason in text), lines[0])
-    for word in re.split(
-        "[:@/?#&;=]", re.sub(r"[?&;]\w+=", "?", uri)
-    ):  # values, without the names of a query
+    values = re.sub(r"[?&;]\w+=", "?", uri)  # without the names of a query
+    for word in re.split("[:@/?#&;=]", values):
         if len(word) > 2 and word not in hide_password(uri):
             reason = reason.replace(word, "***").replace(unquote(word), "***")
     return reason[:400]

@@ -152,13 +152,12 @@ def list_files(options: Namespace) -> None:
     """Print the names of experiments, sweeps and clusters, each with the first line of its file (`ddpm list`)."""
     from pipeline.config import FOLDERS, find_configuration, list_configurations
 
+    width = shutil.get_terminal_size().columns - 28
     for folder in FOLDERS:
         print(f"{folder or 'experiment'}s:")
         for name in list_configurations(folder):
             text = find_configuration(name, folder).read_text().partition("\n")[0].strip("# ")
-            print(
-                f"  {name:<25} {textwrap.shorten(text, shutil.get_terminal_size().columns - 28, placeholder=' ...')}"
-            )
+            print(f"  {name:<25} {textwrap.shorten(text, width, placeholder=' ...')}")
 
 
 # Studies

@@ -80,9 +80,8 @@ def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     types = get_field_types(Experiment)
     tree = apply_overrides({"name": path.stem, **read_configuration(path)}, overrides, Experiment)
     add_neutral_values(tree, {key: get_field_types(kind) for key, kind in types.items() if is_section(kind)})
-    network = flatten(tree).get(
-        "model.name", "unet"
-    )  # an unknown one is refused by its name, not by its keys
+    # An unknown network is refused by its name, not by its keys.
+    network = flatten(tree).get("model.name", "unet")
     return tree, {**types, "model": NETWORKS.get(network, Tree) if isinstance(network, str) else UNetConfig}
 
 
@@ -130,7 +129,6 @@ def to_dict(section: DataclassInstance) -> Tree:
 
 def to_yaml(section: DataclassInstance, **more: object) -> str:
     """Return a dataclass as yaml, with `more` top-level keys after its own."""
-    content = json.loads(
-        json.dumps({**to_dict(section), **more})
-    )  # without shared parts, which yaml would name
+    # Without shared parts, which yaml would name.
+    content = json.loads(json.dumps({**to_dict(section), **more}))
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
