@@ -1,15 +1,18 @@
-"""Stages on a disk that is full, or that became read-only, and that go on when a person has mended it."""
+"""Writers and stages on a disk that is full, or that became read-only, and that go on when a person has mended it."""
 
 import dataclasses
 import subprocess
 
 import pytest
+import torch
 from conftest import one_cpu, tiny_experiment
 from staged import run_stage
 
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import sample, shard, train
+from pipeline.store import checkpoint, tars
+from pipeline.store.files import write_text
 
 STAGES = {
     "shard": lambda experiment, run: run_stage(shard, experiment, run),
@@ -38,6 +41,22 @@ def fill(disk):
     """All but two pages."""
     free = int(subprocess.check_output(["stat", "-f", "-c", "%a", disk])) * 4096
     (disk / "ballast").write_bytes(bytes(free - 8192))
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(disk):
+    fill(disk)
+    with pytest.raises(
+        PipelineError, match=r"big cannot be written .No space left.*the same command goes on"
+    ):
+        write_text(disk / "big", "x" * 100_000)
+    tensors = {"net.w": torch.zeros(100_000)}
+    with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
+        checkpoint.save_checkpoint(disk / "step_1", tensors, tensors, 1)
+    records = (tars.Record(f"{i:04d}", bytes(1000), None) for i in range(100))
+    with pytest.raises(PipelineError, match=r"x.tar cannot be written .No space left"):
+        tars.write_tar(disk / "x.tar", records)
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    write_text(disk / "small", "fits")
 
 
 FAULTS = {

@@ -8,10 +8,8 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.errors import PipelineError
-from pipeline.store import checkpoint, tars
 from pipeline.store import files as rundir
 
 
@@ -72,31 +70,3 @@ def test_damaged_arrays_are_named_and_warned_of_once(tmp_path, damage, caplog):
         rundir.read_arrays(file)
     assert [rundir.try_read(rundir.read_arrays, file) for _ in range(3)] == [None] * 3
     assert len(caplog.records) == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 kB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True
-    ).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
-def test_a_full_disk_is_named_and_nothing_half_written_stays(small_disk):
-    with pytest.raises(
-        PipelineError, match=r"big cannot be written .No space left.*the same command goes on"
-    ):
-        rundir.write_text(small_disk / "big", "x" * 100_000)
-    tensors = {"net.w": torch.zeros(100_000)}
-    with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
-        checkpoint.save_checkpoint(small_disk / "step_1", tensors, tensors, 1)
-    records = (tars.Record(f"{i:04d}", bytes(1000), None) for i in range(100))
-    with pytest.raises(PipelineError, match=r"x.tar cannot be written .No space left"):
-        tars.write_tar(small_disk / "x.tar", records)
-    assert list(small_disk.iterdir()) == []
-    rundir.write_text(small_disk / "small", "fits")
