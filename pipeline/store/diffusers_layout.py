@@ -287,8 +287,8 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     which: `ema` or `raw`; step None = the newest checkpoint. Returns what was written, in a line.
     """
     experiment = load_experiment(str(path / EXPERIMENT), [])
-    key, without_data = path.name.removeprefix(f"{experiment.name}-"), ""
-    place = Place(path.parent, experiment, without_data, key)
+    run_key = path.name.removeprefix(f"{experiment.name}-")
+    place = Place(path.parent, experiment, data_key="", run_key=run_key)  # the data may be elsewhere
     scheduler, network = make_scheduler_settings(experiment), make_network_settings(experiment)
     steps = checkpoint.list_steps(place.train)
     if not steps or (step is not None and step not in steps):

@@ -221,8 +221,7 @@ def write_shard_manifest(
     shards = [shard for of_split in splits.values() for shard in of_split]
     files: dict[str, FileFacts] = {name: read_file_facts(directory / name) for name in others}
     for shard in shards:
-        its = FileFacts(bytes=shard["bytes"], sha256=shard["sha256"], count=shard["count"])
-        files[shard["name"]] = its
+        files[shard["name"]] = FileFacts(bytes=shard["bytes"], sha256=shard["sha256"], count=shard["count"])
     counts = {
         split: {"count": sum(s["count"] for s in of_split), "shards": [s["name"] for s in of_split]}
         for split, of_split in splits.items()
