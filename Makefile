@@ -66,7 +66,7 @@ env:
 	@$(PYTHON) deploy/make_env.py
 
 image: $(READY)
-	@docker build --tag ddpm:0.1.0 --build-arg COMMIT="$$($(BIN)/python -c 'from pipeline.engine.provenance import find_commit; print(find_commit() or "")')" .
+	@docker build --tag ddpm:0.1.0 --build-arg COMMIT="$$($(BIN)/python -c 'from pipeline.engine.code import find_commit; print(find_commit() or "")')" .
 
 cluster-test: $(READY)
 	@echo "== several hosts"

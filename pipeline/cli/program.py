@@ -242,7 +242,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
 
         completion.complete(program, parsers)
     if arguments == ["--version"]:
-        from pipeline.engine.provenance import find_version
+        from pipeline.engine.code import find_version
 
         print(f"ddpm {find_version()}")
         program.exit()

@@ -15,9 +15,10 @@ from pipeline.compute.units import GIB, Executor, LocalExecutor, Unit, create_lo
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import format_duration, poll_in_thread, print_line, show_progress
 from pipeline.engine import preflight
+from pipeline.engine.code import find_commit
 from pipeline.engine.find import explain_old_runs, make_place, prepare_storage_root
 from pipeline.engine.plan import find_stage_place, list_rounds, list_unfinished_stages
-from pipeline.engine.provenance import describe_other_code, find_commit, write_record
+from pipeline.engine.provenance import describe_other_code, write_record
 from pipeline.stages.stage import GroupStage, Stage
 from pipeline.store.files import lock_folder, remove_leftovers
 from pipeline.store.run import Place

@@ -38,7 +38,7 @@ def submit_job(
     words: a command line without the program's name, whose configuration was checked; relative: its paths that
     would mean another place on the cluster. Raises ConfigError, PipelineError before anything is sent.
     """
-    from pipeline.engine.provenance import find_commit
+    from pipeline.engine.code import find_commit
 
     check_paths(relative, cluster)
     if not name:  # 'run-cifar10-20260131-235959'

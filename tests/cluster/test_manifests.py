@@ -15,7 +15,7 @@ import yaml
 from compose_file import OURS, ROOT, services
 from test_compose import ENV, long_options
 
-from pipeline.engine import provenance
+from pipeline.engine import code
 
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "deploy" / "slurm" / "ddpm.sbatch"
@@ -72,7 +72,7 @@ def test_the_image_knows_its_commit_where_it_was_given(given, tmp_path):
     (step,) = re.findall(r"^RUN (if .*?) && pip install --no-deps", lines, re.M)
     for package in ("ddpm", "pipeline"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    known = f"{sys.executable} -c 'from pipeline.engine import provenance; print(provenance.find_commit())'"
+    known = f"{sys.executable} -c 'from pipeline.engine import code; print(code.find_commit())'"
     environment = {"COMMIT": given, "PATH": "", "PYTHONPATH": str(tmp_path)}
     command = ["/bin/sh", "-c", f"{step}\n{known}"]
     told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -84,7 +84,7 @@ def test_make_marks_the_image_of_the_compose_file_with_this_commit():
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (mark,) = re.findall(rf'docker build --tag {OURS} --build-arg COMMIT="\$\((.*)\)" \.$', shown, re.M)
     told = subprocess.run(mark, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert told.returncode != 0 or told.stdout.strip() == provenance.find_commit()  # != 0: not a checkout
+    assert told.returncode != 0 or told.stdout.strip() == code.find_commit()  # != 0: not a checkout
 
 
 def test_what_the_image_copies_reaches_the_builder():

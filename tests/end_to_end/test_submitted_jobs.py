@@ -20,7 +20,7 @@ import pytest
 import yaml
 from conftest import TINY
 
-from pipeline.engine.provenance import find_commit
+from pipeline.engine.code import find_commit
 from pipeline.store import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

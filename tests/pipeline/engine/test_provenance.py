@@ -9,16 +9,16 @@ from conftest import ONE_CPU, TINY
 
 from pipeline import config
 from pipeline.cli.program import main
-from pipeline.engine import provenance
+from pipeline.engine import code, provenance
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A repository that holds a copy of ddpm/, and is where provenance looks."""
+    """A repository that holds a copy of ddpm/, and is where the program looks for its own code."""
     root = tmp_path / "checkout"
-    shutil.copytree(provenance.ROOT / "ddpm", root / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(provenance.ROOT / "pyproject.toml", root)
-    monkeypatch.setattr(provenance, "ROOT", root)
+    shutil.copytree(code.ROOT / "ddpm", root / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(code.ROOT / "pyproject.toml", root)
+    monkeypatch.setattr(code, "ROOT", root)
     for words in (
         ["init", "-q"],
         ["add", "-A"],
@@ -31,8 +31,8 @@ def checkout(tmp_path, monkeypatch):
 
 
 def clear():
-    provenance._read_commit.cache_clear()
-    provenance.hash_code.cache_clear()
+    code.read_commit.cache_clear()
+    code.hash_code.cache_clear()
 
 
 def edit(path: Path, old: str, new: str) -> None:
@@ -42,18 +42,18 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_the_difference_is_recorded_untracked_python_files_included(checkout):
-    clean = provenance.find_commit()
+    clean = code.find_commit()
     assert clean and "+" not in clean and len(clean) == 40
     marks = [clean]
     edit(checkout / "ddpm" / "schedules.py", "def ", "# a comment\ndef ")
-    marks.append(provenance.find_commit())
+    marks.append(code.find_commit())
     (checkout / "ddpm" / "mine.py").write_text("x = 1\n")
     clear()
-    marks.append(provenance.find_commit())
+    marks.append(code.find_commit())
     assert (
         all(mark.startswith(f"{clean}+") and len(mark) == 49 for mark in marks[1:]) and len(set(marks)) == 3
     )
-    assert "+x = 1" in provenance._read_commit()[1]
+    assert "+x = 1" in code.read_commit()[1]
 
 
 def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
@@ -61,9 +61,9 @@ def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
     subprocess.run(["git", "init", "-q"], cwd=checkout.parent, check=True)
     shutil.rmtree(checkout / ".git")
     clear()
-    assert provenance.find_commit() is None and provenance.find_version() == "0.1.0"
+    assert code.find_commit() is None and code.find_version() == "0.1.0"
     (checkout / "pyproject.toml").unlink()
-    assert provenance.find_commit() is None and provenance.find_version() == "0.1.0"
+    assert code.find_commit() is None and code.find_version() == "0.1.0"
     assert provenance.collect_provenance()["versions"]["ddpm-pipeline"] == "0.1.0"
 
 
@@ -76,36 +76,36 @@ def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
     ],
 )
 def test_only_the_syntax_without_comments_and_docstrings_is_hashed(checkout, old, new, is_other):
-    before = provenance.hash_code()
+    before = code.hash_code()
     edit(checkout / "ddpm" / "schedules.py", old, new)
-    assert (provenance.hash_code() != before) == is_other
+    assert (code.hash_code() != before) == is_other
 
 
 def test_other_code_does_not_train_or_draw_unasked(checkout, tmp_path, capsys):
     """Faults 1.13 and 1.14."""
 
     def ddpm(verb, *words):
-        code = main([verb, "digits", *TINY, *ONE_CPU, f"cluster.storage={tmp_path / 'runs'}", *words])
-        return code, "".join(capsys.readouterr())
+        status = main([verb, "digits", *TINY, *ONE_CPU, f"cluster.storage={tmp_path / 'runs'}", *words])
+        return status, "".join(capsys.readouterr())
 
     assert ddpm("train")[0] == 0
     (run,) = (tmp_path / "runs").glob("tiny-*")
-    first = provenance.find_commit()
+    first = code.find_commit()
     edit(checkout / "ddpm" / "schedules.py", "def ", "# a comment\ndef ")
-    code, printed = ddpm("train")
-    assert code == 0 and "other code" not in printed, "equal trees stay silent"
+    status, printed = ddpm("train")
+    assert status == 0 and "other code" not in printed, "equal trees stay silent"
     edit(checkout / "ddpm" / "schedules.py", "import math", "import math\n\nOTHER = 1")
-    second = provenance.find_commit()
-    code, printed = ddpm("train")
-    assert code == 0 and "up to date" in printed and first in printed and second in printed
-    code, printed = ddpm("train", "train.steps=8")
-    assert code == 1 and "--accept-code" in printed and first in printed and second in printed
+    second = code.find_commit()
+    status, printed = ddpm("train")
+    assert status == 0 and "up to date" in printed and first in printed and second in printed
+    status, printed = ddpm("train", "train.steps=8")
+    assert status == 1 and "--accept-code" in printed and first in printed and second in printed
     assert not (run / "train" / "step_00000008").exists()
     assert ddpm("evaluate")[0] == 0, "scores go on, and name both"
     (metrics,) = run.glob("evaluation/*/metrics.json")
     assert first in metrics.read_text() and second in metrics.read_text()
-    code, printed = ddpm("train", "train.steps=8")
-    assert code == 1, "an evaluation by other code is no consent"
+    status, printed = ddpm("train", "train.steps=8")
+    assert status == 1, "an evaluation by other code is no consent"
     assert ddpm("train", "train.steps=8", "--accept-code")[0] == 0
     assert list(config.read_provenance(run / "experiment.yaml")["codes"].values())[1] == second
     assert (run / f"{second[-8:]}.patch").read_text().count("OTHER = 1")

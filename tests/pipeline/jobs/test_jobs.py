@@ -170,8 +170,8 @@ def test_names_and_paths_mean_there_what_they_mean_here(tmp_path, monkeypatch):
         assert words[:5] == ["exec", "python", "-m", "pipeline", "run"]
         assert words[-1] == "cluster.ray_address=auto"
         code = (
-            "import sys; from pipeline import config; from pipeline.engine import provenance; "
-            "print(provenance.find_commit()); print(config.to_yaml(config.load_experiment(sys.argv[1], [])))"
+            "import sys; from pipeline import config; from pipeline.engine import code; "
+            "print(code.find_commit()); print(config.to_yaml(config.load_experiment(sys.argv[1], [])))"
         )
         command = [sys.executable, "-c", code, words[5]]
         environment = {**os.environ, "PYTHONPATH": str(packed.folder)}

@@ -1,0 +1,102 @@
+"""The program's own code: its version, its commit and the patch on it, a hash of what moves numbers.
+
+It imports little, since `ddpm --version` asks here.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import subprocess
+import tomllib
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+# The folder of both packages; that of a checkout has a pyproject.toml.
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def find_version() -> str:
+    """Return the program's version: that of its checkout, or of the installed package."""
+    if (project := ROOT / "pyproject.toml").is_file():
+        return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
+    return metadata.version("ddpm-pipeline")
+
+
+def find_commit() -> str | None:
+    """Return the commit of the code, with '+' and 8 digits of the patch where the tree differs from it.
+
+    None where there is no checkout of this program, whatever repository lies around it.
+    """
+    commit, patch = read_commit()
+    return f"{commit}+{hash_patch(patch)}" if patch else commit
+
+
+def hash_patch(patch: str) -> str:
+    """Return the 8 digits that stand for a patch."""
+    return hashlib.sha256(patch.encode()).hexdigest()[:8]
+
+
+@lru_cache
+def read_commit() -> tuple[str | None, str]:
+    """Return the commit and the difference from it, untracked Python files included."""
+    if (mark := ROOT / "pipeline" / "COMMIT").is_file():
+        return mark.read_text().strip() or None, ""  # code of a job or a wheel came without its history
+    try:
+        return _read_git()
+    except (OSError, subprocess.SubprocessError):
+        return None, ""
+
+
+def _read_git() -> tuple[str | None, str]:
+    """Return what `read_commit` does, of a checkout."""
+
+    def git(*words: str, codes: tuple[int, ...] = (0,)) -> str:
+        done = subprocess.run(
+            ["git", *words],
+            cwd=ROOT,
+            capture_output=True,
+            encoding="utf-8",
+            errors="backslashreplace",
+            timeout=60,
+        )
+        if done.returncode not in codes:
+            raise subprocess.SubprocessError(done.stderr)
+        return done.stdout
+
+    if not (ROOT / "pyproject.toml").is_file() or Path(git("rev-parse", "--show-toplevel").strip()) != ROOT:
+        return None, ""
+    untracked = git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py").split("\0")
+    plain = ("diff", "--no-ext-diff", "--no-color", "--binary")
+    added = [git(*plain, "--no-index", "--", "/dev/null", name, codes=(0, 1)) for name in untracked if name]
+    return git("rev-parse", "HEAD").strip(), git(*plain, "HEAD") + "".join(added)
+
+
+@lru_cache
+def hash_code() -> str:
+    """Return a hash of the syntax trees of `ddpm/`: what moves numbers, without comments and docstrings."""
+    from pipeline.store.keys import hash_content
+
+    folder = ROOT / "ddpm"
+    trees = {
+        path.relative_to(folder).as_posix(): _simplify(ast.parse(path.read_bytes()))
+        for path in folder.rglob("*.py")
+    }
+    return f"code-{hash_content(trees)}"
+
+
+def _simplify(node: object) -> object:
+    """Return a syntax tree as plain containers that are equal under every version of Python."""
+    if isinstance(node, list):
+        return [_simplify(item) for item in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = dict(ast.iter_fields(node))
+    match fields.get("body"):
+        case [ast.Expr(ast.Constant(str())), *statements]:
+            fields["body"] = statements
+    return [
+        type(node).__name__,
+        {key: _simplify(value) for key, value in fields.items() if value not in (None, [])},
+    ]
