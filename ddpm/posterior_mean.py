@@ -1,0 +1,52 @@
+"""The best denoiser of a known set of images, in closed form: the posterior mean E[x_0 | x_t]."""
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.diffusion import Diffusion
+from ddpm.images import from_uint8
+
+
+def compute_posterior_mean(x_t: Tensor, alpha_bar: Tensor, images: Tensor, chunk: int = 4096) -> Tensor:
+    """Return E[x_0 | x_t], shaped like x_t (N, C, H, W), where x_0 is one of `images`, each equally likely.
+
+    sum_n w_n x_n with w = softmax_n((sqrt(a) x_t.x_n - a |x_n|^2 / 2) / (1 - a)), by Bayes' rule from Eq. 4.
+    alpha_bar (N,) float64; images uint8 (K, C, H, W), of which `chunk` are looked at in one go. Arithmetic is in the
+    type of x_t: at low noise, float32 mixes up images that differ by one level of one value, float64 does not.
+    """
+    x, a = x_t.flatten(1), alpha_bar.double()[:, None]
+    to_product, to_square = (a.sqrt() / (1 - a)).to(x.dtype), (a / (1 - a) / 2).to(x.dtype)
+    largest, total, mean = x.new_full((len(x), 1), -torch.inf), x.new_zeros(len(x), 1), torch.zeros_like(x)
+    for part in images.split(chunk):
+        x_n = from_uint8(part).to(x.dtype).flatten(1)
+        score = to_product * (x @ x_n.T) - to_square * x_n.square().sum(dim=1)
+        before, largest = largest, torch.maximum(largest, score.amax(dim=1, keepdim=True))
+        weight, kept = (score - largest).exp(), (before - largest).exp()
+        total = total * kept + weight.sum(dim=1, keepdim=True)
+        mean = mean * kept + weight @ x_n
+    return (mean / total).view_as(x_t)
+
+
+class PosteriorMean(nn.Module):
+    """The posterior mean as a network, called net(x_t, t); it answers what `predict` of the diffusion asks for.
+
+    images: the buffer uint8 (K, C, H, W) is all that it knows, and nothing is trained. Arithmetic is in float64.
+    """
+
+    images: Tensor
+
+    def __init__(self, diffusion: Diffusion, images: Tensor) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+        self.register_buffer("images", images)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x_t.double()
+        alpha_bar = self.diffusion.gather("alpha_bar", t, x)
+        x_0 = compute_posterior_mean(x, alpha_bar.flatten(), self.images)
+        match self.diffusion.config.predict:
+            case "eps":  # Eq. 4 solved for eps
+                x_0 = (x - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+            case "mean":
+                x_0 = self.diffusion.q_posterior(x_0, x, t).mean
+        return x_0.to(x_t.dtype)
