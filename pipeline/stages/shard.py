@@ -7,13 +7,8 @@ from pathlib import Path
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import DataConfig
 from pipeline.console import print_line
-from pipeline.data.sources import (
-    SourceReader,
-    compute_fingerprint,
-    download_source,
-    open_source,
-    raise_undecodable,
-)
+from pipeline.data.sources import compute_fingerprint, download_source, open_source
+from pipeline.data.sources.base import ImageSource, raise_undecodable
 from pipeline.data.sources.cifar10 import is_official
 from pipeline.errors import PipelineError, escape_name
 from pipeline.stages.stage import Stage
@@ -42,8 +37,8 @@ class ShardStage(Stage):
         """
         config = place.experiment.data
         data = download_source(config, locate_downloads(place.storage))
-        reader = open_source(data)
-        shards = plan_shards(place.data, reader.splits, data.images_per_shard)
+        source = open_source(data)
+        shards = plan_shards(place.data, source.splits, data.images_per_shard)
         yield [
             Unit(UnitKind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
             for shard in shards
@@ -64,7 +59,7 @@ class ShardStage(Stage):
         for split, facts in splits.items():
             if not any(shard["count"] for shard in facts):
                 raise PipelineError(f"no image of the {split} split decodes; check data.path")
-        _describe_source(reader, splits)
+        _describe_source(source, splits)
         official = is_official(place.data, splits) or (False if data.source == "cifar10" else None)
         if official is False:
             log.warning(
@@ -86,13 +81,11 @@ class ShardStage(Stage):
 STAGE = ShardStage()
 
 
-def _describe_source(reader: SourceReader, splits: dict[str, list[ShardFacts]]) -> None:
+def _describe_source(source: ImageSource, splits: dict[str, list[ShardFacts]]) -> None:
     """Say how large the splits are, which classes there are, and what was guessed or passed over."""
-    source, labels, names = reader.source, reader.data.labels, list(reader.source.classes)
-    notes = [
-        *source.notes,
-        *(f"{split} lies class by class; its order is shuffled" for split in reader.mixed),
-    ]
+    labels, names = source.data.labels, list(source.classes)
+    shuffled = (f"{split} lies class by class; its order is shuffled" for split in source.mixed)
+    notes = [*source.notes, *shuffled]
     if source.passed:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(source.passed.items()))
         notes.append(f"passed over in {source.root}: {kinds}")

@@ -1,26 +1,34 @@
-"""Base classes of image sources, and their splits."""
+"""The base classes of image sources, and their splits."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.raw_image import RawImage
+from pipeline.data.sources.raw_image import DecodeError, RawImage, convert_to_record
 from pipeline.errors import PipelineError
 from pipeline.store.files import hash_file
+from pipeline.store.tars import Record
 
 MAX_IMAGES = 2**31
 
 
-class ImageSource(Protocol):
+def raise_undecodable(name: str, reason: str) -> None:
+    """Raise PipelineError for an image that cannot be decoded (the default handler)."""
+    raise PipelineError(f"{name} does not decode ({reason}); repair it, or raise data.max_undecodable")
+
+
+class ImageSource(ABC):
     """A set of images on disk. The constructor only lists files; it raises PipelineError if there are none.
 
     files: all that it reads, below `root`. order: the order of the images in a split: stored, where neighbours are read
@@ -30,12 +38,26 @@ class ImageSource(Protocol):
     """
 
     files: list[Path]
-    root: Path
     order: Literal["stored", "shuffled", "shuffled if held out"] = "stored"
     passed: Mapping[str, int] = {}
     notes: Sequence[str] = ()
     classes: Sequence[str] = ()
     layout: str = ""
+
+    def __init__(self, data: DataConfig):
+        self.data, self.root = data, Path(data.path or "")
+
+    @abstractmethod
+    def count_images(self) -> dict[str, int]:
+        """Return the number of images by published split."""
+
+    @abstractmethod
+    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+        """Yield the images `indices`, int64 (n,), of a published split."""
+
+    def read_labels(self, part: str) -> np.ndarray | None:
+        """Return the labels of the images of a published split, (n,), where they are stored together."""
+        return None
 
     def compute_fingerprint(self) -> str:
         """Return the sha256 over the files' contents and their names below `root`."""
@@ -44,23 +66,65 @@ class ImageSource(Protocol):
         lines += [self.layout] if self.layout else []
         return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
-    def count_images(self) -> dict[str, int]:
-        """Return the number of images by published split."""
-        ...
+    @cached_property
+    def splits(self) -> dict[str, int]:
+        """Number of images by split, undecodable ones included."""
+        return {split: len(indices) for split, (_, indices) in self._stored.items()}
 
-    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
-        """Yield the images `indices`, int64 (n,), of a published split."""
-        ...
+    @cached_property
+    def mixed(self) -> list[str]:
+        """Splits that are stored class by class: their order is shuffled."""
+        stored = self._stored.items()
+        return [s for s, (part, indices) in stored if _lies_in_class_order(self.read_labels(part), indices)]
 
-    def read_labels(self, part: str) -> np.ndarray | None:
-        """Return the labels of the images of a published split, (n,), where they are stored together."""
-        return None
+    @cached_property
+    def _stored(self) -> dict[str, tuple[str, np.ndarray]]:
+        """For each split, the published split that it is taken from, and the indices in it, int64 (n,).
+
+        Without a published split "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
+        """
+        counts, held_out = self.count_images(), self.data.test_images
+        for part, n in counts.items():
+            if n > MAX_IMAGES:
+                raise PipelineError(
+                    f"{self.root} claims to hold {n} images in its {part} part; fetch it again"
+                )
+        if "test" in counts:
+            arrange = make_fixed_permutation if self.order == "shuffled" else np.arange
+            return {split: (split, arrange(n)) for split, n in counts.items()}
+        if held_out >= (n := counts["train"]):
+            reason = f"has {n} images; data.test_images={held_out} leaves none to train on"
+            raise PipelineError(f"{self.data.path} {reason}")
+        order = make_fixed_permutation(n)
+        splits = {"train": order[held_out:], "test": order[:held_out]}
+        if self.order == "stored":
+            splits = {split: np.sort(indices) for split, indices in splits.items()}
+        return {split: ("train", indices) for split, indices in splits.items() if len(indices)}
+
+    def read_records(
+        self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = raise_undecodable
+    ) -> Iterator[Record]:
+        """Yield the records of images [start, stop) of a split.
+
+        PNG bytes that fit already stay as they are. `undecodable(name, reason)` is called for each image that cannot
+        be decoded; where it returns, the image is left out. Raises PipelineError naming an image whose size, channels
+        or label do not fit `data`.
+        """
+        part, indices = self._stored[split]
+        if split in self.mixed:
+            indices = indices[make_fixed_permutation(len(indices))]
+        for index, raw in enumerate(self.read_images(part, indices[start:stop]), start):
+            try:
+                yield convert_to_record(f"{split}-{index:08d}", raw, self.data)
+            except DecodeError as error:
+                undecodable(raw.name, str(error))
 
 
-class ArraySource(ImageSource, Protocol):
+class ArraySource(ImageSource):
     """A source in arrays, by published split: images, uint8 (N,H,W,C), and labels, integers (N,), or None."""
 
     @property
+    @abstractmethod
     def arrays(self) -> Mapping[str, tuple[np.ndarray, np.ndarray | None]]: ...
 
     def count_images(self) -> dict[str, int]:
@@ -85,31 +149,7 @@ def make_fixed_permutation(n: int) -> np.ndarray:
     return np.argsort(np.random.Philox(key=0).random_raw(n), kind="stable")
 
 
-def split_images(source: ImageSource, data: DataConfig) -> dict[str, tuple[str, np.ndarray]]:
-    """Return for each split the published split that it is taken from, and the indices in it, int64 (n,).
-
-    Without a published split "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
-    """
-    counts = source.count_images()
-    for part, n in counts.items():
-        if n > MAX_IMAGES:
-            raise PipelineError(f"{source.root} claims to hold {n} images in its {part} part; fetch it again")
-    if "test" in counts:
-        arrange = make_fixed_permutation if source.order == "shuffled" else np.arange
-        return {split: (split, arrange(n)) for split, n in counts.items()}
-    n, held_out = counts["train"], data.test_images
-    if held_out >= n:
-        raise PipelineError(
-            f"{data.path} has {n} images; data.test_images={held_out} leaves none to train on"
-        )
-    order = make_fixed_permutation(n)
-    splits = {"train": order[held_out:], "test": order[:held_out]}
-    if source.order == "stored":
-        splits = {split: np.sort(indices) for split, indices in splits.items()}
-    return {split: ("train", indices) for split, indices in splits.items() if len(indices)}
-
-
-def lies_in_class_order(labels: np.ndarray | None, indices: np.ndarray) -> bool:
+def _lies_in_class_order(labels: np.ndarray | None, indices: np.ndarray) -> bool:
     """Return whether neighbours share their class much more often than in a random order."""
     if labels is None or len(labels) <= indices.max(initial=0):
         return False
@@ -141,3 +181,15 @@ def explain_read_errors() -> Iterator[None]:
     except OSError as error:
         problem = f"{error.filename} cannot be read ({error.strerror}); restore or remove it"
         raise PipelineError(problem) from error
+
+
+@contextmanager
+def explain_broken_file(name: object, kind: str, remedy: str = "fetch it again") -> Iterator[None]:
+    """Raise what a library raises for a file that is broken, which may be anything, as PipelineError."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PipelineError(f"{name} is no {kind} ({reason}); {remedy}") from error

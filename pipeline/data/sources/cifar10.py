@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ArraySource, ImageSource
+from pipeline.data.sources.base import ArraySource, ImageSource, explain_broken_file
 from pipeline.data.sources.parquet import ParquetSource
-from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 from pipeline.store.files import write_atomically
 from pipeline.store.tars import ShardFacts, decode_png
@@ -58,14 +57,13 @@ log = logging.getLogger(__name__)
 def open_cifar10(data: DataConfig) -> ImageSource:
     """Return the source for the form of CIFAR-10 that lies at `data.path`."""
     if data.path is None:
-        return Cifar10Download()
+        raise PipelineError("CIFAR-10 is not downloaded yet; run the shard stage, or set data.path")
     root = Path(data.path)
     if not root.exists():
         raise PipelineError(f"{root} does not exist; set data.path to CIFAR-10, or to null to download it")
-    for place in (root / UNPACKED, root / ARCHIVE):
-        if place.exists():
-            return Cifar10Files(place)
-    return Cifar10Files(root) if root.is_file() or (root / "data_batch_1").exists() else ParquetSource(data)
+    place = next((place for place in (root / UNPACKED, root / ARCHIVE) if place.exists()), root)
+    is_parquet = place.is_dir() and place == root and not (root / "data_batch_1").exists()
+    return ParquetSource(data) if is_parquet else Cifar10Batches(data, place)
 
 
 def is_official(folder: Path, splits: Mapping[str, Sequence[ShardFacts]]) -> bool:
@@ -91,37 +89,22 @@ def _hash_batches(md5: dict[str, str]) -> str:
     return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
 
 
-class Cifar10Download(ImageSource):
-    """CIFAR-10 before its archive is downloaded; the fingerprint follows from the known md5."""
-
-    def __init__(self) -> None:
-        self.files, self.root = [], Path()
-
-    def compute_fingerprint(self) -> str:
-        return _hash_batches(BATCHES)
-
-    def count_images(self) -> dict[str, int]:
-        return {"train": 50_000, "test": 10_000}
-
-    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
-        raise PipelineError("CIFAR-10 is not downloaded yet; run the shard stage, or set data.path")
-
-    def download(self, folder: Path) -> Path:
-        """Download the archive into `folder` unless it is there, and verify its md5."""
-        archive = folder / ARCHIVE
-        if archive.exists() and _compute_md5(archive) == ARCHIVE_MD5:
-            return archive
-        log.warning("downloading %s (170 MB) to %s", ADDRESS, archive)
-        with write_atomically(archive) as temporary:
-            try:
-                with urllib.request.urlopen(ADDRESS, timeout=30) as answer, temporary.open("wb") as file:
-                    shutil.copyfileobj(answer, file)
-            except OSError as error:
-                remedy = "fetch it elsewhere and set data.path to the file, or to a folder with parquet files"
-                raise PipelineError(f"{ADDRESS} cannot be downloaded ({error}); {remedy}") from error
-            if (found := _compute_md5(temporary)) != ARCHIVE_MD5:
-                raise PipelineError(f"{ADDRESS} has md5 {found}, not {ARCHIVE_MD5}; run the command again")
+def download_archive(folder: Path) -> Path:
+    """Download the archive into `folder` unless it is there, and verify its md5."""
+    archive = folder / ARCHIVE
+    if archive.exists() and _compute_md5(archive) == ARCHIVE_MD5:
         return archive
+    log.warning("downloading %s (170 MB) to %s", ADDRESS, archive)
+    with write_atomically(archive) as temporary:
+        try:
+            with urllib.request.urlopen(ADDRESS, timeout=30) as answer, temporary.open("wb") as file:
+                shutil.copyfileobj(answer, file)
+        except OSError as error:
+            remedy = "fetch it elsewhere and set data.path to the file, or to a folder with parquet files"
+            raise PipelineError(f"{ADDRESS} cannot be downloaded ({error}); {remedy}") from error
+        if (found := _compute_md5(temporary)) != ARCHIVE_MD5:
+            raise PipelineError(f"{ADDRESS} has md5 {found}, not {ARCHIVE_MD5}; run the command again")
+    return archive
 
 
 def _compute_md5(path: Path) -> str:
@@ -129,30 +112,40 @@ def _compute_md5(path: Path) -> str:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-class Cifar10Files(ArraySource):
+def hash_batches(md5: Mapping[str, str] = BATCHES) -> str:
+    """Return the fingerprint from the md5 of each batch; by default that of the archive, downloaded or not."""
+    return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
+
+
+class Cifar10Batches(ArraySource):
     """CIFAR-10's python files, in the archive or unpacked; kept in memory after reading (184 MB)."""
 
-    def __init__(self, root: Path):
-        self.root = root
-        self.files = [root] if root.is_file() else [root / name for name in BATCHES if (root / name).exists()]
+    def __init__(self, data: DataConfig, root: Path):
+        super().__init__(data)
+        self.root, self.files = root, [root]
+        if root.is_dir():
+            self.files = [root / name for name in BATCHES if (root / name).exists()]
 
     def compute_fingerprint(self) -> str:
-        return _hash_batches({name: hashlib.md5(content).hexdigest() for name, content in self._read_files()})
+        return hash_batches(
+            {name: hashlib.md5(content).hexdigest() for name, content in self._read_batches()}
+        )
 
     @cached_property
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        batches = {name: _parse(content, f"{self.root} {name}") for name, content in self._read_files()}
+        batches = {name: _parse(content, f"{self.root} {name}") for name, content in self._read_batches()}
         test = batches.pop("test_batch")
         train = [batches[name] for name in sorted(batches)]
         images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
         return {"train": (images, labels), "test": test}
 
-    def _read_files(self) -> Iterator[tuple[str, bytes]]:
+    def _read_batches(self) -> Iterator[tuple[str, bytes]]:
         """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
         missing = set(BATCHES)
-        batches = _read_archive(self.root) if self.root.is_file() else _read_unpacked(self.files)
         try:
-            for name, content in batches:
+            for name, content in (
+                _read_unpacked(self.files) if self.root.is_dir() else _read_archive(self.root)
+            ):
                 missing.discard(name)
                 yield name, content
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
@@ -203,12 +196,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 (n,32,32,3) and int64 (n,) of one batch, whose rows hold the red, green and blue planes."""
-    try:
+    with explain_broken_file(name, "CIFAR-10 batch", REMEDY):
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         images = batch[b"data"]
         labels = np.fromiter(batch[b"labels"], np.int64, len(batch[b"labels"]))  # no list in a list
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise ValueError(f"{images.dtype} {images.shape} for {len(labels)} labels")
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise PipelineError(f"{name} is no CIFAR-10 batch ({error}); {REMEDY}") from error
     return images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels

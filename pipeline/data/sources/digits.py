@@ -25,6 +25,7 @@ class DigitsSource(ArraySource):
     """
 
     def __init__(self, data: DataConfig):
+        super().__init__(data)
         spec = importlib.util.find_spec("sklearn")  # does not import it: a fingerprint takes milliseconds
         if spec is None or not spec.submodule_search_locations:
             raise PipelineError("data.source=digits needs scikit-learn: pip install scikit-learn")

@@ -26,8 +26,8 @@ class FolderSource(ImageSource):
     """Image files in a folder, or in one sub-folder for each class."""
 
     def __init__(self, data: DataConfig):
-        assert data.path is not None  # DataConfig refuses it
-        self.root, self.order, self._labelled = Path(data.path), "shuffled", data.labels > 0
+        super().__init__(data)
+        self.order, self._labelled = "shuffled", data.labels > 0
         if not self.root.is_dir():
             raise PipelineError(f"{self.root} is no folder; set data.path to the folder with the images")
         found, self.passed = list_files(self.root, is_image_file)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource
+from pipeline.data.sources.base import ImageSource, explain_broken_file
 from pipeline.data.sources.layout import find_split, remove_split_words
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
@@ -26,17 +25,17 @@ from pipeline.errors import PipelineError
 if TYPE_CHECKING:
     import lmdb
 
-CONTENT = "data.mdb"
+CONTENT, KIND = "data.mdb", "readable LMDB database"
 
 
 class LmdbSource(ImageSource):
     """Images in the order of their keys; the keys stay in memory (40 bytes each in LSUN)."""
 
     def __init__(self, data: DataConfig):
-        assert data.path is not None  # DataConfig refuses it
+        super().__init__(data)
         if importlib.util.find_spec("lmdb") is None:
             raise PipelineError("data.source=lmdb needs the package lmdb: pip install lmdb")
-        self._parts, beside = _find_databases(Path(data.path))
+        self._parts, beside = _find_databases(self.root)
         self.passed = dict.fromkeys((f"database {folder.name}" for folder in beside), 1)
         self.files = list(self._parts.values())
         folder = self._parts["train"].parent
@@ -49,7 +48,7 @@ class LmdbSource(ImageSource):
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         file = self._parts[part]
         keys, size = _list_image_keys(file), file.stat().st_size
-        with _explain_lmdb_errors(file), _open_database(file).begin(buffers=True) as transaction:
+        with explain_broken_file(file, KIND), _open_database(file).begin(buffers=True) as transaction:
             for key in (keys[i] for i in indices):
                 value = transaction.get(key, b"")
                 if len(value) > size:  # reading beyond its end would kill the process
@@ -80,23 +79,12 @@ def _find_databases(root: Path) -> tuple[dict[str, Path], list[Path]]:
     return {part: folder / CONTENT for part, folder in parts.items()}, beside
 
 
-@contextmanager
-def _explain_lmdb_errors(file: Path) -> Iterator[None]:
-    """Raise LMDB's errors as PipelineError with the file's name."""
-    import lmdb
-
-    try:
-        yield
-    except (lmdb.Error, OSError) as error:
-        raise PipelineError(f"{file} is no readable LMDB database ({error}); fetch it again") from error
-
-
 @cache
 def _open_database(file: Path) -> lmdb.Environment:
     """Open the database: once for a process, since LMDB refuses to open a file twice."""
     import lmdb
 
-    with _explain_lmdb_errors(file):
+    with explain_broken_file(file, KIND):
         opened = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
     whole = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
     if (size := file.stat().st_size) < whole:  # reading beyond its end would kill the process
@@ -109,7 +97,7 @@ def _open_database(file: Path) -> lmdb.Environment:
 def _list_image_keys(file: Path) -> list[bytes]:
     opened = _open_database(file)
     count = opened.stat()["entries"]
-    with _explain_lmdb_errors(file), opened.begin() as transaction:
+    with explain_broken_file(file, KIND), opened.begin() as transaction:
         keys = list(islice(transaction.cursor().iternext(keys=True, values=False), count))
     if len(keys) != count:
         raise PipelineError(f"{file} lists {len(keys)} of {count} images; fetch it again")

@@ -24,8 +24,8 @@ class NpySource(ArraySource):
     """NumPy files, memory-mapped. Without test_images.npy, data.test_images images are the test split."""
 
     def __init__(self, data: DataConfig):
-        assert data.path is not None  # DataConfig refuses it
-        root = Path(data.path)
+        super().__init__(data)
+        root = self.root
         found = {part: root / f"{part}_images.npy" for part in ("train", "test")}
         if not found["train"].is_file():
             found = {"train": root if root.is_file() else root / "images.npy"}

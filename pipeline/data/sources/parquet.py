@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource
+from pipeline.data.sources.base import ImageSource, explain_broken_file
 from pipeline.data.sources.layout import find_split, list_files, remove_split_words
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow
     from pyarrow import parquet
 
-LABEL = "label"
+LABEL, KIND = "label", "readable parquet file"
 MAX_BYTES = 2**32  # of a row group, which is read in one piece
 
 
@@ -35,11 +34,11 @@ class ParquetSource(ImageSource):
     """Rows of parquet files, in the order of the files: a range of them lies in few row groups."""
 
     def __init__(self, data: DataConfig):
-        assert data.path is not None  # DataConfig refuses it
-        root, self._labelled, self._column = Path(data.path), data.labels > 0, data.image_column
-        self.root = root.parent if root.is_file() else root
-        self._parts = {"train": [root], "test": []}
-        if not root.is_file():
+        super().__init__(data)
+        root, self._parts = self.root, {"train": [self.root], "test": []}
+        if root.is_file():
+            self.root = root.parent
+        else:
             self._parts, self.passed, self.notes = _find_split_files(root)
         if not self._parts["train"]:
             raise PipelineError(
@@ -66,34 +65,34 @@ class ParquetSource(ImageSource):
             return
         first = 0
         for file in self._parts[part]:
-            opened = _open_file(file)
-            count = opened.metadata.num_rows
-            yield from self._read_rows(file, opened, _select_rows(indices, first, count))
-            first += count
+            opened, start = _open_file(file), first
+            for group in range(opened.num_row_groups):
+                count = opened.metadata.row_group(group).num_rows
+                rows = indices[(indices >= first) & (indices < first + count)] - first
+                if len(rows):
+                    names = [f"{file} row {row}" for row in rows + first - start]
+                    yield from self._read_rows(file, opened, group, rows, names)
+                first += count
 
-    def _read_rows(self, file: Path, opened: parquet.ParquetFile, rows: np.ndarray) -> Iterator[RawImage]:
-        """Yield the images of `rows`, in ascending order, of one file; read only their row groups."""
-        column = _find_image_column(opened.schema_arrow, file, self._column)
-        if self._labelled and LABEL not in opened.schema_arrow.names:
-            known = ", ".join(opened.schema_arrow.names)
-            raise PipelineError(f"{file} has no column '{LABEL}', only {known}; set data.labels=0")
-        columns = [column, LABEL] if self._labelled else [column]
-        first = 0
-        for group in range(opened.num_row_groups):
-            count = opened.metadata.row_group(group).num_rows
-            here = _select_rows(rows, first, count)
-            if (size := opened.metadata.row_group(group).total_byte_size) > MAX_BYTES:
-                raise PipelineError(f"{file} has a row group of {size:,} bytes; write it with smaller ones")
-            if len(here):
-                with _explain_arrow_errors(file):
-                    table = opened.read_row_group(group, columns=columns, use_threads=False)
-                    values = table.take(here).to_pylist()
-                for row, value in zip(here + first, values, strict=True):
-                    image, name = value[column], f"{file} row {row}"
-                    if isinstance(image, dict):
-                        image, name = image["bytes"], f"{name} ({image.get('path')})"
-                    yield RawImage(name, image or b"", value.get(LABEL))
-            first += count
+    def _read_rows(
+        self, file: Path, opened: parquet.ParquetFile, group: int, rows: np.ndarray, names: list[str]
+    ) -> Iterator[RawImage]:
+        """Yield the images of some rows of a row group."""
+        if (size := opened.metadata.row_group(group).total_byte_size) > MAX_BYTES:
+            raise PipelineError(f"{file} has a row group of {size:,} bytes; write it with smaller ones")
+        columns = [column := _find_image_column(opened.schema_arrow, file, self.data.image_column)]
+        if self.data.labels > 0:
+            columns.append(LABEL)
+            if LABEL not in opened.schema_arrow.names:
+                known = ", ".join(opened.schema_arrow.names)
+                raise PipelineError(f"{file} has no column '{LABEL}', only {known}; set data.labels=0")
+        with explain_broken_file(file, KIND):
+            values = opened.read_row_group(group, columns, use_threads=False).take(rows).to_pylist()
+        for name, value in zip(names, values, strict=True):
+            image = value[column]
+            if isinstance(image, dict):
+                image, name = image["bytes"], f"{name} ({image.get('path')})"
+            yield RawImage(name, image or b"", value.get(LABEL))
 
 
 def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], list[str]]:
@@ -122,18 +121,13 @@ def _read_labels(file: Path) -> np.ndarray | None:
     """Return the column of the labels, integers (n,); None where there is none."""
     from pyarrow import types
 
-    with _explain_arrow_errors(file):
-        opened = _open_file(file)
-        index = opened.schema_arrow.get_field_index(LABEL)
-        if index < 0 or not types.is_integer(opened.schema_arrow.field(index).type):
-            return None
-        labels: np.ndarray = opened.read(columns=[LABEL], use_threads=False)[LABEL].fill_null(-1).to_numpy()
-        return labels
-
-
-def _select_rows(rows: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Return the rows in [first, first + count), counted from `first`."""
-    return rows[(rows >= first) & (rows < first + count)] - first
+    opened = _open_file(file)
+    index = opened.schema_arrow.get_field_index(LABEL)
+    if index < 0 or not types.is_integer(opened.schema_arrow.field(index).type):
+        return None
+    with explain_broken_file(file, KIND):
+        labels: np.ndarray = opened.read([LABEL], use_threads=False)[LABEL].fill_null(-1).to_numpy()
+    return labels
 
 
 def _find_image_column(schema: pyarrow.Schema, file: Path, name: str | None) -> str:
@@ -153,17 +147,5 @@ def _find_image_column(schema: pyarrow.Schema, file: Path, name: str | None) -> 
 def _open_file(file: Path) -> parquet.ParquetFile:
     from pyarrow import parquet
 
-    with _explain_arrow_errors(file):
+    with explain_broken_file(file, KIND):
         return parquet.ParquetFile(file)
-
-
-@contextmanager
-def _explain_arrow_errors(file: Path) -> Iterator[None]:
-    """Raise Arrow's errors as PipelineError with the file's name."""
-    import pyarrow
-
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PipelineError(f"{file} is no readable parquet file ({reason}); fetch it again") from error

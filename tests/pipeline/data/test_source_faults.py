@@ -34,6 +34,7 @@ from test_sources import (
 from pipeline.config import DataConfig
 from pipeline.data import sources
 from pipeline.data.sources import cifar10
+from pipeline.data.sources.base import ImageSource
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import shard
@@ -108,7 +109,7 @@ def make(root: Path, sizes: dict[str, int]) -> Path:
     return root
 
 
-def open_set(root: Path, labels: int = 0) -> sources.SourceReader:
+def open_set(root: Path, labels: int = 0) -> ImageSource:
     return reader("parquet" if any(root.rglob("*.parquet")) else "folder", root, labels=labels)
 
 
@@ -134,7 +135,7 @@ def open_set(root: Path, labels: int = 0) -> sources.SourceReader:
 )
 def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
     found = open_set(make(tmp_path, layout), len(classes))
-    assert tuple(found.splits.values()) == sizes and list(found.source.classes) == classes
+    assert tuple(found.splits.values()) == sizes and list(found.classes) == classes
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
         (root / name).symlink_to(outside / name)
         (outside / name / "loop").symlink_to(root)
     found = open_set(root, 3)
-    assert (found.splits, found.source.classes) == ({"train": 12}, ["a", "b", "c"])
+    assert (found.splits, found.classes) == ({"train": 12}, ["a", "b", "c"])
     linked = tmp_path / "hub"
     linked.mkdir()
     (linked / "data").symlink_to(make(tmp_path / "blobs", {"train-0.parquet": 3}))
@@ -227,7 +228,7 @@ def test_fingerprints_stay_where_a_set_was_read_rightly_before(tmp_path, names, 
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert open_set(tmp_path, labels).source.compute_fingerprint()[:12] == expected
+    assert open_set(tmp_path, labels).compute_fingerprint()[:12] == expected
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def test_fingerprints_stay_where_a_set_was_read_rightly_before(tmp_path, names, 
     ],
 )
 def test_sets_that_were_read_wrongly_have_new_fingerprints(tmp_path, layout, labels):
-    found = open_set(make(tmp_path, layout), labels).source
+    found = open_set(make(tmp_path, layout), labels)
     now, found.layout = found.compute_fingerprint(), ""
     assert found.compute_fingerprint() != now
 
@@ -396,7 +397,7 @@ def test_a_database_finds_its_test_part_by_the_one_rule(tmp_path):
         write_lmdb(tmp_path / name, [b"image"] * count)
     found = reader("lmdb", tmp_path)
     assert found.splits == {"train": 3, "test": 2}
-    assert found.source.passed == {"database Dog-Testing": 1}
+    assert found.passed == {"database Dog-Testing": 1}
     assert reader("lmdb", tmp_path / "Cat-Testing").splits == {"train": 2}
     shutil.rmtree(tmp_path / "Cat-Training")
     shutil.rmtree(tmp_path / "Cat-Testing")

@@ -33,18 +33,22 @@ def config(source: str, path=None, **changes) -> DataConfig:
     return dataclasses.replace(common, **changes)
 
 
-def reader(*words, **changes) -> sources.SourceReader:
-    return sources.SourceReader(config(*words, **changes))
+def open_source(data: DataConfig) -> base.ImageSource:
+    return sources.SOURCES[data.source](data)
+
+
+def reader(*words, **changes) -> base.ImageSource:
+    return open_source(config(*words, **changes))
 
 
 def read(data: DataConfig, split: str = "train"):
-    source = sources.SourceReader(data)
+    source = open_source(data)
     return list(source.read_records(split, 0, source.splits[split]))
 
 
 def read_in_parts(data: DataConfig, size: int) -> list:
     """The train split, `size` images at a time."""
-    source = sources.SourceReader(data)
+    source = open_source(data)
     n = source.splits["train"]
     return [r for a in range(0, n, size) for r in source.read_records("train", a, min(a + size, n))]
 
@@ -154,7 +158,7 @@ def parquet_set(tmp_path):
 
 def test_parquet_ranges_join_to_the_whole(parquet_set):
     data = config("cifar10", parquet_set, labels=10)
-    assert sources.SourceReader(data).splits == {"train": 10}
+    assert open_source(data).splits == {"train": 10}
     for size in (1, 3, 4, 7, 10):
         parts = read_in_parts(data, size)
         assert [record.label for record in parts] == list(range(10))

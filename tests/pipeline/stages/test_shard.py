@@ -165,7 +165,7 @@ def test_shards_of_another_size_are_not_mixed(pictures, run):
 
 
 def levels(data: DataConfig, split: str) -> list[int]:
-    source = sources.SourceReader(data)
+    source = sources.SOURCES[data.source](data)
     return [int(tars.decode_png(r.png)[0, 0, 0]) for r in source.read_records(split, 0, source.splits[split])]
 
 
