@@ -22,11 +22,15 @@ from test_sources import (
     assert_fingerprint_fails,
     assert_read_fails,
     config,
+    draw_numbered,
+    encode_numbered,
     noise,
+    numbers,
     pixels,
     read,
     reader,
     save,
+    write_arrays,
     write_lmdb,
     write_parquet,
 )
@@ -38,7 +42,7 @@ from pipeline.data.sources.base import ImageSource
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import shard
-from pipeline.store.tars import Record, decode_png, encode_png, open_shards, write_tar
+from pipeline.store.tars import Record, encode_png, open_shards, write_tar
 
 
 def seal(data: DataConfig, storage: Path) -> dict:
@@ -52,15 +56,11 @@ def seal(data: DataConfig, storage: Path) -> dict:
 # What is CIFAR-10
 
 
-def write_tars(folder: Path, images: np.ndarray) -> dict:
-    """Two training tars of four images each and a test tar of four, as the shard stage writes them."""
-    names = {"train": ["a.tar", "b.tar"], "test": ["c.tar"]}
-    parts = iter(np.split(images, 3))
-    return {
-        split: [write_tar(folder / name, (Record(str(i), encode_png(x), 1) for i, x in enumerate(next(parts))))
-                for name in of_split]
-        for split, of_split in names.items()
-    }  # fmt: skip
+def write_batches(folder: Path, labels: list) -> Path:
+    for name in cifar10.BATCHES:
+        batch = {b"data": noise(len(labels), 3072), b"labels": labels}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return folder
 
 
 @pytest.mark.parametrize("case", ["same", "another order", "one pixel", "one image twice", "short"])
@@ -79,17 +79,17 @@ def test_cifar10_is_known_by_its_pixels(tmp_path, monkeypatch, case):
         images[1] = images[0]
     elif case == "short":
         images = images[:9]
-    official = cifar10.is_official(tmp_path, write_tars(tmp_path, images))
-    assert official == (case in ("same", "another order"))
+    splits: dict[str, list] = {"train": [], "test": []}
+    for number, (split, part) in enumerate(zip(("train", "train", "test"), np.split(images, 3), strict=True)):
+        records = [Record(str(i), encode_png(image), 1) for i, image in enumerate(part)]
+        splits[split].append(write_tar(tmp_path / f"{number}.tar", records))
+    assert cifar10.is_official(tmp_path, splits) == (case in ("same", "another order"))
 
 
 def test_images_that_only_claim_to_be_cifar10_are_said(tmp_path, caplog):
-    for name in cifar10.BATCHES:
-        (tmp_path / name).write_bytes(
-            pickle.dumps({b"data": noise(4, 3072), b"labels": [0, 1, 2, 3]}, protocol=2)
-        )
+    data = config("cifar10", write_batches(tmp_path, [0, 1, 2, 3]), image_size=32, labels=10)
     with caplog.at_level(logging.WARNING):
-        assert seal(config("cifar10", tmp_path, image_size=32, labels=10), tmp_path)["official"] is False
+        assert seal(data, tmp_path)["official"] is False
     assert "other images than CIFAR-10" in caplog.text
 
 
@@ -99,13 +99,12 @@ def test_images_that_only_claim_to_be_cifar10_are_said(tmp_path, caplog):
 def make(root: Path, sizes: dict[str, int]) -> Path:
     """So many images in each folder, or so many rows in each parquet file."""
     for number, (name, count) in enumerate(sizes.items()):
-        image = np.full((8, 8, 3), number, np.uint8)
         if name.endswith(".parquet"):
-            write_parquet(root / name, [encode_png(image)] * count, None)
+            write_parquet(root / name, encode_numbered(1, number) * count, None)
             continue
         (root / name).mkdir(parents=True)
         for i in range(count):
-            save(root / name / f"{i}.png", image)
+            save(root / name / f"{i}.png", draw_numbered(1, number)[0])
     return root
 
 
@@ -130,6 +129,9 @@ def open_set(root: Path, labels: int = 0) -> ImageSource:
         ({"cifar10-train.parquet": 3, "cifar10-validation.parquet": 2}, (3, 2), []),
         ({"train-0.parquet": 3, "dev-0.parquet": 2, "extra-0.parquet": 1}, (3, 2), []),
         ({"data/TRAIN/0.parquet": 3, "data/Valid/0.parquet": 1}, (3, 1), []),
+        ({"data/train-0.parquet": 6, "data/validation/0.parquet": 3}, (6, 3), []),
+        ({"data/train-0.parquet": 6, "data/validation/0.parquet": 3, "test/0.parquet": 1}, (6, 1), []),
+        ({"data/train-0.parquet": 6, "data/test-0.parquet": 3, "test/0.parquet": 1}, (6, 4), []),
         ({"a.parquet": 3, "b.parquet": 2}, (5,), []),
     ],
 )
@@ -317,8 +319,9 @@ def test_the_column_of_the_images_can_be_named(tmp_path):
     parquet.write_table(pyarrow.table(images), tmp_path / "a.parquet")
     assert pixels(config("parquet", tmp_path, image_column="right")).max() == 2
     for column in (None, "middle"):
-        message = r"left .*right .*; set data\.image_column"
-        assert_read_fails(message, "parquet", tmp_path, image_column=column)
+        assert_read_fails(
+            r"left .*right .*; set data\.image_column", "parquet", tmp_path, image_column=column
+        )
 
 
 # The order of images
@@ -327,20 +330,16 @@ def test_the_column_of_the_images_can_be_named(tmp_path):
 @pytest.mark.parametrize("source", ["npy", "parquet"])
 def test_the_first_images_of_a_split_mix_the_classes(tmp_path, source):
     labels = np.repeat(np.arange(4), 10)
-    images = np.arange(40, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     for part in ("train", "test"):
         if source == "npy":
-            np.save(tmp_path / f"{part}_images.npy", images)
-            np.save(tmp_path / f"{part}_labels.npy", labels)
+            write_arrays(tmp_path, **{f"{part}_images": draw_numbered(40), f"{part}_labels": labels})
         else:
-            table = pyarrow.table({"img": [encode_png(image) for image in images], "label": labels})
-            parquet.write_table(table, tmp_path / f"{part}-0.parquet", row_group_size=7)
+            write_parquet(tmp_path / f"{part}-0.parquet", encode_numbered(40), labels.tolist())
+    data = config(source, tmp_path, labels=4)
     for part in ("train", "test"):
-        records = read(config(source, tmp_path, labels=4), part)
-        assert len({record.label for record in records[:10]}) == 4
-        levels = [int(decode_png(record.png)[0, 0, 0]) for record in records]
-        assert sorted(levels) == list(range(40))
-        assert [level // 10 for level in levels] == [record.label for record in records]
+        classes, found = [record.label for record in read(data, part)], numbers(data, part)
+        assert len(set(classes[:10])) == 4 and sorted(found) == list(range(40))
+        assert [number // 10 for number in found] == classes
 
 
 # Files that are not what they say
@@ -376,9 +375,7 @@ def test_nested_labels_of_a_batch_do_not_unfold(tmp_path):
     labels = [0, 0]
     for _ in range(30):
         labels = [labels, labels]
-    for name in cifar10.BATCHES:
-        (tmp_path / name).write_bytes(pickle.dumps({b"data": noise(2, 3072), b"labels": labels}, protocol=2))
-    assert_read_fails("is no CIFAR-10 batch", "cifar10", tmp_path, image_size=32)
+    assert_read_fails("is no CIFAR-10 batch", "cifar10", write_batches(tmp_path, labels), image_size=32)
 
 
 @pytest.mark.parametrize("seed", range(4))
