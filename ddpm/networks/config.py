@@ -15,6 +15,17 @@ class NetworkConfig(Protocol):
     def find_problems(self, image_size: int) -> Problems: ...
 
 
+@dataclass(frozen=True)
+class ExactConfig:
+    """Settings of a `PosteriorMean`, the best denoiser of the training images: it has none."""
+
+    name: Literal["exact"] = "exact"
+
+    def find_problems(self, image_size: int) -> Problems:
+        """Find nothing: it takes images of any side."""
+        return []
+
+
 class LevelsConfig:
     """Settings of networks with levels; each level has half the side of the one before.
 

@@ -16,6 +16,7 @@ NEUTRAL: dict[str, Any] = {
     "data.test_images": 0,
     "data.background": None,
     "data.image_column": None,
+    "data.limit": None,
     "diffusion.t_sampling": "uniform",
     "train.grad_clip": None,
     "train.lr_decay": "none",

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ddpm.config import Count, Decoder, DiffusionConfig, Problems, Range, Sampler, Share, TrainConfig
-from ddpm.networks import TAKES_LABELS
+from ddpm.config import LEARNED, Count, Decoder, DiffusionConfig, Problems, Range, Sampler, Share, TrainConfig
+from ddpm.networks import TAKES_LABELS, UNTRAINED
 from ddpm.networks.config import NetworkConfig
 from pipeline.errors import PipelineError, suggest
 
@@ -43,6 +43,7 @@ class DataConfig:
     test_images: so many are held out where the source has no test split of its own.
     background: what shows through transparent pixels; null = no image may have any.
     image_column: the column of the images in parquet files; null = the only one.
+    limit: so many training images, no two alike, drawn by a fixed permutation; null = all.
     """
 
     source: str
@@ -56,6 +57,7 @@ class DataConfig:
     max_undecodable: FromZero
     background: Literal["white", "black"] | None = None
     image_column: str | None = None
+    limit: CountOrNull = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -252,6 +254,14 @@ class Experiment:
         for key, images in batches.items():
             if images * math.prod(self.data.shape) > LARGEST_BATCH:
                 yield key, f"is {images}: such a batch takes more than {4 * LARGEST_BATCH >> 30} GiB"
+        if self.model.name in UNTRAINED:
+            if self.data.limit is None:
+                yield "data.limit", "is null; model.name=exact needs the number of images that it knows"
+            if self.diffusion.variance in LEARNED or self.published.weights:
+                yield (
+                    "model.name",
+                    "is exact, which knows images alone: use a fixed diffusion.variance, nothing published",
+                )
         yield from self._find_label_problems()
         yield from self._find_checkpoint_problems()
 
@@ -275,8 +285,8 @@ class Experiment:
             yield "sample.checkpoint", f"is {sample.checkpoint}; it must lie {limit}"
         if sample.checkpoint == "best" and not evaluate.checkpoints:
             yield "sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N"
-        if self.published.weights and evaluate.checkpoints:
-            need = "is for networks that are trained here; published weights are one set"
+        if evaluate.checkpoints and not self.is_trained:
+            need = "is for networks that are trained here; this one has a single checkpoint"
             yield "evaluate.checkpoints", need
         interval = evaluate.checkpoint_interval
         if interval and (interval % train.checkpoint_every or interval > train.steps):
@@ -301,6 +311,11 @@ class Experiment:
     def takes_labels(self) -> bool:
         """True if the network gets the label of an image."""
         return self.model.name in TAKES_LABELS
+
+    @property
+    def is_trained(self) -> bool:
+        """True if the network is trained here: it is neither published nor made of images."""
+        return not self.published.weights and self.model.name not in UNTRAINED
 
     @property
     def checkpoint_step(self) -> int:

@@ -65,7 +65,7 @@ def list_differences_from_paper(run: RunFiles) -> list[str]:
     """List the settings that differ from the paper's, with both values; the objective is not compared."""
     tree, found = config.to_dict(run.experiment), []
     for name, recipe in paper.RECIPE.items():
-        if name == "train" and run.experiment.published.weights:
+        if name == "train" and not run.experiment.is_trained:
             continue
         ours = tree[name] if tree[name].get("name") == recipe.get("name") else {"name": tree[name]["name"]}
         found += [

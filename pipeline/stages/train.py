@@ -27,7 +27,7 @@ from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import GroupStage
-from pipeline.store import checkpoint, diffusers_layout
+from pipeline.store import checkpoint, diffusers_layout, tars
 from pipeline.store.files import remove_leftovers
 from pipeline.store.log import Heartbeat, LogWriter, read_progress
 from pipeline.store.run import Place
@@ -38,7 +38,7 @@ GRID_STEPS = 50  # DDIM steps of the grids during training: a glance, not a scor
 
 
 class TrainStage(GroupStage):
-    """Trains the network, or imports published weights."""
+    """Trains the network, imports published weights, or takes the training images for a network."""
 
     name = "train"
     adds_to_run = True
@@ -50,11 +50,15 @@ class TrainStage(GroupStage):
         return checkpoint.is_valid(place, place.experiment.train.steps)
 
     def needs_workers(self, place: Place) -> bool:
-        return not place.experiment.published.weights
+        return place.experiment.is_trained
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Import published weights; yields no unit."""
-        diffusers_layout.import_published_weights(place)
+        """Import published weights, or the training images; yields no unit."""
+        if place.experiment.published.weights:
+            diffusers_layout.import_published_weights(place)
+        else:
+            images, _ = tars.load_images(place.data, "train")
+            checkpoint.save_untrained(place, {"images": torch.from_numpy(images).contiguous()})
         yield from ()
 
     def find_step_range(self, place: Place) -> tuple[int, int]:

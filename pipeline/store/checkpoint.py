@@ -26,6 +26,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.networks.build import build_network
 from ddpm.networks.layers import BF16Network
+from ddpm.posterior_mean import PosteriorMean
 from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
@@ -67,6 +68,12 @@ def save_checkpoint(
         files = {name: read_file_facts(temporary / name) for name in (STATE, EMA)}
         write_json(temporary / META, {"step": step, "files": files, **(facts or {})})
     write_seal(directory / META, files)  # in its place: moving it there changes times
+
+
+def save_untrained(place: Place, tensors: Tensors) -> None:
+    """Write a network that is not trained here as the checkpoint of step `train.steps`."""
+    state, step = {f"net.{name}": tensor for name, tensor in tensors.items()}, place.experiment.train.steps
+    save_checkpoint(place.step_folder(step), state, tensors, step, {"run_key": place.run_key})
 
 
 def _save_file(tensors: Tensors, path: Path) -> None:
@@ -203,7 +210,11 @@ def load_weights(directory: Path, which: str) -> Tensors:
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """Build the experiment's network with its initial weights."""
     data, seed = experiment.data, experiment.seed
-    outputs = Diffusion(experiment.diffusion).count_output_channels(data.channels)
+    diffusion = Diffusion(experiment.diffusion)
+    if experiment.model.name == "exact":
+        images = torch.empty(data.limit or 0, *data.shape, dtype=torch.uint8, device=device)
+        return PosteriorMean(diffusion, images)
+    outputs = diffusion.count_output_channels(data.channels)
     labels = data.labels if experiment.takes_labels else 0
     net = build_network(experiment.model, data.image_size, data.channels, outputs, seed, labels, device)
     return accelerate(net)

@@ -120,10 +120,7 @@ def import_published_weights(place: Place) -> None:
     Raises ConfigError where the published settings are not the experiment's, PipelineError where the tensors
     are not the network's.
     """
-    tensors = read_weights(place.experiment)
-    state = {f"net.{name}": tensor for name, tensor in tensors.items()}
-    step = place.experiment.train.steps
-    checkpoint.save_checkpoint(place.step_folder(step), state, tensors, step, {"run_key": place.run_key})
+    checkpoint.save_untrained(place, read_weights(place.experiment))
 
 
 def read_weights(experiment: Experiment) -> Tensors:

@@ -34,7 +34,7 @@ def hash_content(content: Any) -> str:
 def make_data_key(experiment: Experiment, fingerprint: str) -> str:
     """Return the key of the shards: the source's content, and the shape of its images."""
     data = get_key_content("data", experiment.data)
-    shape = ("image_size", "channels", "labels", "test_images", "background", "image_column")
+    shape = ("image_size", "channels", "labels", "test_images", "background", "image_column", "limit")
     return hash_content([fingerprint, {key: data[key] for key in shape if key in data}])
 
 

@@ -7,7 +7,7 @@ import json
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from pipeline.config import DataConfig
 from pipeline.data.sources.raw_image import DecodeError, RawImage, convert_to_record
 from pipeline.errors import PipelineError
 from pipeline.store.files import hash_file
-from pipeline.store.tars import Record
+from pipeline.store.tars import Record, decode_png
 
 MAX_IMAGES = 2**31
 
@@ -69,7 +69,7 @@ class ImageSource(ABC):
     @cached_property
     def splits(self) -> dict[str, int]:
         """Number of images by split, undecodable ones included."""
-        return {split: len(indices) for split, (_, indices) in self._stored.items()}
+        return {split: len(indices) for split, (_, indices) in self._chosen.items()}
 
     @cached_property
     def mixed(self) -> list[str]:
@@ -101,6 +101,27 @@ class ImageSource(ABC):
             splits = {split: np.sort(indices) for split, indices in splits.items()}
         return {split: ("train", indices) for split, indices in splits.items() if len(indices)}
 
+    @cached_property
+    def _chosen(self) -> dict[str, tuple[str, np.ndarray]]:
+        """`_stored` as it is read: splits that are `mixed` shuffled, training images up to `data.limit`.
+
+        These are the first in a fixed permutation that decode and equal none before them.
+        """
+        found = {
+            split: (part, indices[make_fixed_permutation(len(indices))] if split in self.mixed else indices)
+            for split, (part, indices) in self._stored.items()
+        }
+        if (limit := self.data.limit) is None:
+            return found
+        part, indices = self._stored["train"]
+        order, chosen = indices[make_fixed_permutation(len(indices))], dict[bytes, int]()
+        for index, raw in zip(order, self.read_images(part, order), strict=True):
+            with suppress(DecodeError):
+                chosen.setdefault(decode_png(convert_to_record("", raw, self.data).png).tobytes(), index)
+            if len(chosen) == limit:
+                return found | {"train": (part, np.array([*chosen.values()]))}
+        raise PipelineError(f"data.limit is {limit}, but only {len(chosen)} training images differ; lower it")
+
     def read_records(
         self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = raise_undecodable
     ) -> Iterator[Record]:
@@ -110,9 +131,7 @@ class ImageSource(ABC):
         be decoded; where it returns, the image is left out. Raises PipelineError naming an image whose size, channels
         or label do not fit `data`.
         """
-        part, indices = self._stored[split]
-        if split in self.mixed:
-            indices = indices[make_fixed_permutation(len(indices))]
+        part, indices = self._chosen[split]
         for index, raw in enumerate(self.read_images(part, indices[start:stop]), start):
             try:
                 yield convert_to_record(f"{split}-{index:08d}", raw, self.data)

@@ -191,6 +191,12 @@ def test_a_missing_value_is_named(tmp_path):
         (["evaluate.checkpoints=every:300"], "evaluate.checkpoints is every:300; N is a multiple of"),
         (["evaluate.checkpoints=every:1400"], "evaluate.checkpoints is every:1400; N is a multiple of"),
         (["evaluate.checkpoints=all", "published.weights=ema", "published.path=x"], "evaluate.checkpoints"),
+        (["model.name=exact"], "data.limit is null"),
+        (["model.name=exact", "data.limit=9", "diffusion.variance=learned"], "model.name is exact"),
+        (
+            ["model.name=exact", "data.limit=9", "evaluate.checkpoints=all"],
+            "evaluate.checkpoints is for networks",
+        ),
         (["train.keep_every=300"], "train.keep_every must be a multiple of checkpoint_every=200"),
     ],
 )
