@@ -15,6 +15,7 @@ from torch import Tensor
 from ddpm.config import Decoder, Variance
 from ddpm.diffusion import Diffusion, Network
 from ddpm.gaussians import average_per_image, compute_normal_kl
+from ddpm.rng import Stream, draw_words
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class BoundTerms:
     """Terms of the bound, per image; float64.
 
     terms (N, K) bits/dim and mse (N, K) of the x_0 estimate, in units of [-1, 1] squared, at the K timesteps;
-    prior (N,) bits/dim. K = T unless only some timesteps were asked for.
+    prior (N,) bits/dim. K = T unless only some timesteps were asked for; timesteps is (K,), or (N, K) if each image
+    has its own.
     """
 
     timesteps: Tensor
@@ -78,17 +80,75 @@ def compute_bits_per_dim(
         group = chosen[start : start + timesteps_per_call]
         x = x_0.repeat(len(group), 1, 1, 1)
         t = torch.tensor(group, device=x_0.device).repeat_interleave(len(x_0))
-        x_t = diffusion.q_sample(x, t, torch.cat([noise(step) for step in group]))
+        eps = torch.cat([noise(step) for step in group])
         labels = () if context is None else (context.repeat(len(group), *[1] * (context.ndim - 1)),)
-        reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
-        terms.append(diffusion.compute_bound_terms(reverse, x, x_t, t, decoder).reshape(len(group), -1))
-        mse.append(average_per_image((reverse.x_0 - x) ** 2).reshape(len(group), -1))
+        part = _compute_terms(diffusion, net, x, t, eps, labels, clip, variance, decoder)
+        terms.append(part[0].reshape(len(group), -1))
+        mse.append(part[1].reshape(len(group), -1))
     return BoundTerms(
         torch.tensor(chosen),
         torch.cat(terms).T.double().cpu(),
         torch.cat(mse).T.double().cpu(),
         compute_prior(diffusion, x_0.double()).cpu(),  # in float32 it would drown in rounding
     )
+
+
+def draw_timesteps(q: Tensor, seed: int, index: Tensor, draws: int) -> tuple[Tensor, Tensor]:
+    """Draw timesteps of images by their shares q (T,), with replacement; t = 0 is the first of each image.
+
+    index int64 (N,). Returns t int64 (N, 1 + draws), and weights float64 of that shape. An image's prior plus
+    sum(weights * its terms at t) has its whole bound as its expectation: L_0 counts once, the others 1 / (draws q(t)).
+    Each draw is a function of (seed, image, draw).
+    """
+    words = draw_words(seed, Stream.BOUND_TIMESTEP, 0, index, 2 * draws).double().view(-1, draws, 2) + 2**31
+    u = (words[..., 0] + words[..., 1] * 2.0**-32) * 2.0**-32
+    share = q.double().index_fill(0, torch.tensor(0), 0.0)
+    t = torch.searchsorted(share.cumsum(0), u, right=True).clamp(max=len(q) - 1)
+    first = torch.zeros_like(t[:, :1])
+    return torch.cat([first, t], dim=1), torch.cat([first + 1, 1 / (draws * share[t])], dim=1)
+
+
+@torch.no_grad()
+def compute_terms_at(
+    diffusion: Diffusion,
+    net: Network,
+    x_0: Tensor,
+    timesteps: Tensor,
+    noise: Callable[[Tensor, Tensor], Tensor],
+    *,
+    batch_size: int = 256,
+    decoder: Decoder = "tanh",
+    clip: bool = True,
+    variance: Variance | None = None,
+    context: Tensor | None = None,
+) -> BoundTerms:
+    """Compute the terms of the bound at timesteps of each image's own, int64 (N, K); equal ones are computed once.
+
+    noise(rows, t) gives the draws of images x_0[rows] at t. All else as in compute_bits_per_dim, whose terms they are.
+    """
+    diffusion, length = diffusion.to(x_0.device), len(diffusion)
+    pairs = torch.arange(len(x_0))[:, None] * length + timesteps.cpu()
+    unique, position = pairs.unique(return_inverse=True)
+    terms, mse = [], []
+    for group in unique.to(x_0.device).split(batch_size):
+        rows, t = group // length, group % length
+        labels = () if context is None else (context[rows],)
+        part = _compute_terms(diffusion, net, x_0[rows], t, noise(rows, t), labels, clip, variance, decoder)
+        terms.append(part[0])
+        mse.append(part[1])
+    found = [torch.cat(values).double().cpu()[position] for values in (terms, mse)]
+    return BoundTerms(timesteps, found[0], found[1], compute_prior(diffusion, x_0.double()).cpu())
+
+
+def _compute_terms(
+    diffusion: Diffusion, net: Network, x_0: Tensor, t: Tensor, eps: Tensor, labels: tuple[Tensor, ...],
+    clip: bool, variance: Variance | None, decoder: Decoder,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the terms (N,) and the errors of the estimates of x_0 (N,) of images x_0, each at its t (N,)."""
+    x_t = diffusion.q_sample(x_0, t, eps)
+    reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
+    terms = diffusion.compute_bound_terms(reverse, x_0, x_t, t, decoder)
+    return terms, average_per_image((reverse.x_0 - x_0) ** 2)
 
 
 class RateDistortion(NamedTuple):

@@ -32,6 +32,7 @@ UNNAMED = [
     "sample.batch_size=6",
     "sample.steps=null",
     "evaluate.nll_images=6",
+    "evaluate.nll_timesteps=null",
     "evaluate.nll_batch_size=4",
     "evaluate.checkpoint_images=6",
     "evaluate.metrics=[nll]",

@@ -32,6 +32,7 @@ NEUTRAL: dict[str, Any] = {
     "evaluate.extractor_weights": None,
     "evaluate.nll_split": "test",
     "evaluate.nll_images": None,
+    "evaluate.nll_timesteps": None,
     "evaluate.variance": None,
 }
 

@@ -142,6 +142,7 @@ class EvaluateConfig:
 
     reference: a split of the data, or the path of an .npz with the mu and sigma of somebody's features.
     nll_images: the first of nll_split, null = all; precision: of the network in the NLL.
+    nll_timesteps: of each image t = 0 and so many draws of t, weighted back; null = all T.
     checkpoints: null, all or every:N; these candidates are scored with `checkpoint_images` samples each.
     """
 
@@ -151,6 +152,7 @@ class EvaluateConfig:
     reference: str
     nll_split: Literal["test", "train"]
     nll_images: CountOrNull
+    nll_timesteps: CountOrNull
     nll_batch_size: Count
     decoder: Decoder
     variance: FixedVariance | None
@@ -237,6 +239,9 @@ class Experiment:
         if (sample.steps or 0) > self.diffusion.timesteps:
             limit = f"diffusion.timesteps={self.diffusion.timesteps}"
             yield "sample.steps", f"is {sample.steps}, more than {limit}"
+        if (evaluate.nll_timesteps or 0) > self.diffusion.timesteps:
+            limit = f"diffusion.timesteps={self.diffusion.timesteps}; null evaluates each of them once"
+            yield "evaluate.nll_timesteps", f"is {evaluate.nll_timesteps}, more than {limit}"
         variance = sample.variance or self.diffusion.variance
         is_respaced = sample.steps not in (None, self.diffusion.timesteps)
         if variance == "learned" and sample.sampler == "ancestral" and is_respaced:

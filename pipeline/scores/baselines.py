@@ -23,6 +23,21 @@ def fit_gaussian(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return statistics.mu, vectors * np.sqrt(values.clip(min=0))
 
 
+def fit_principal_directions(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return mean (d,), factor (d, r) and the variance of each other direction, of images too large for a covariance.
+
+    The first half of the uint8 images (n,C,H,W), n >= 2, gives the directions, by its Gram matrix, and the second half
+    the variances: in the directions of its own making a set varies more than other images do.
+    """
+    pixels = images.reshape(len(images), -1).astype(np.float64)
+    mean = pixels.mean(axis=0)
+    first, second = np.array_split(pixels - mean, 2)
+    directions = np.linalg.svd(first, full_matrices=False)[2].T
+    variances = ((second @ directions) ** 2).mean(axis=0)
+    rest = ((second**2).sum(axis=1).mean() - variances.sum()) / max(1, len(mean) - len(variances))
+    return mean, directions * np.sqrt(variances), float(rest.clip(min=0))
+
+
 def draw_gaussian(
     mean: np.ndarray, factor: np.ndarray, start: int, stop: int, shape: tuple[int, int, int]
 ) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Units that must be done before features are computed: the classifier, and the Gaussian of the training pixels.
+"""Units that must be done before anything is scored: the classifier, and the Gaussian of the training pixels.
 
 Both belong to the data and are shared by the runs on them.
 """
@@ -7,6 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors.torch import save_file
 
 from pipeline.compute.units import Unit, UnitKind, Worker
@@ -26,20 +28,30 @@ from pipeline.store.files import (
 from pipeline.store.run import Place
 
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
+GRAM = 2**25  # values, or 2,000 images, that give the principal directions of those
 
 
 def list_preparations(place: Place) -> list[Unit]:
-    """List the units of the classifier and of the Gaussian that are not done."""
+    """List the units of the classifier and of the Gaussian that are asked for and not done."""
     count, units = tars.open_shards(place.data).count_images("train"), []
-    if place.experiment.evaluate.features == "classifier":
+    config = place.experiment.evaluate
+    scores_samples = bool(set(config.metrics) - {"nll"})
+    if scores_samples and config.features == "classifier":
         weights, facts = place.classifier, place.classifier_json
         if not weights.exists() or read_record(facts, dict[str, Any]).get("sha256") != hash_file(weights):
             units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
-    pixels = locate_gaussian(place)
-    if pixels and not is_unit_done(pixels, read_arrays):
-        name = "the Gaussian of the training pixels"
-        units.append(Unit(UnitKind.PREPARATION, write_gaussian, (place, pixels), name, count))
+    if (scores_samples and locate_gaussian(place)) or ("nll" in config.metrics and config.nll_timesteps):
+        units += list_gaussian_units(place)
     return units
+
+
+def list_gaussian_units(place: Place) -> list[Unit]:
+    """List the unit of the Gaussian and of its variances, if it is not done."""
+    count, spectrum = tars.open_shards(place.data).count_images("train"), locate_spectrum(place)
+    if is_unit_done(spectrum, read_arrays) and is_unit_done(locate_factor(place), read_arrays):
+        return []
+    name = "the Gaussian of the training pixels"
+    return [Unit(UnitKind.PREPARATION, write_gaussian, (place, locate_factor(place), spectrum), name, count)]
 
 
 def train_classifier(ctx: Worker, place: Place) -> None:
@@ -62,14 +74,57 @@ def train_classifier(ctx: Worker, place: Place) -> None:
 
 def locate_gaussian(place: Place) -> Path | None:
     """Return where the Gaussian is kept; None if the images are too large for one."""
-    if prod(place.experiment.data.shape) > LARGEST_GAUSSIAN:
-        return None
-    return place.references / f"gaussian-{hash_shards(tars.open_shards(place.data).list_shards('train'))}.npz"
+    return locate_factor(place) if _has_covariance(place) else None
 
 
-def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
-    """Write mean and covariance of the training pixels (body of a unit)."""
-    shards = tars.open_shards(place.data).list_shards("train")
-    parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)
-    mean, factor = baselines.fit_gaussian(parts)
+def locate_factor(place: Place) -> Path:
+    """Return the file of mean (d,) and factor (d, r), covariance = factor factor^T, on the scale 0 to 255.
+
+    Where the images are too large for a covariance, it holds only some directions, of some images.
+    """
+    kind = "gaussian" if _has_covariance(place) else "gram"
+    return place.references / f"{kind}-{_hash_training_images(place)}.npz"
+
+
+def locate_spectrum(place: Place) -> Path:
+    """Return the file of the variances along the principal directions, which is small."""
+    return place.references / f"spectrum-{_hash_training_images(place)}.npz"
+
+
+def _has_covariance(place: Place) -> bool:
+    return prod(place.experiment.data.shape) <= LARGEST_GAUSSIAN
+
+
+def _hash_training_images(place: Place) -> str:
+    return hash_shards(tars.open_shards(place.data).list_shards("train"))
+
+
+def write_gaussian(ctx: Worker, place: Place, file: Path, spectrum: Path) -> None:
+    """Write mean and factor of the training pixels, then the variances (d,) of [-1, 1] by n (body of a unit)."""
+    index = tars.open_shards(place.data)
+    n, d, rest = index.count_images("train"), prod(place.experiment.data.shape), 0.0
+    exact = _has_covariance(place)
+    if n == 1:
+        images = tars.load_images(place.data, "train")[0]
+        mean, factor = images.reshape(-1).astype(np.float64), np.zeros((d, d if exact else 0))
+    elif exact:
+        shards = index.list_shards("train")
+        parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)
+        mean, factor = baselines.fit_gaussian(parts)
+    else:
+        n = min(n, 2000, max(2, GRAM // d))
+        mean, factor, rest = baselines.fit_principal_directions(
+            tars.load_images(place.data, "train", 0, n)[0]
+        )
+    variances = np.full(d, rest)
+    variances[: factor.shape[1]] = (factor**2).sum(axis=0) * ((n - 1) / n if exact else 1)
     write_arrays(file, mean=mean, factor=factor)
+    write_arrays(spectrum, variances=variances / 127.5**2, images=np.array(n))
+
+
+def load_spectrum(place: Place) -> tuple[torch.Tensor, str]:
+    """Load the variances (d,) of the training images along their principal directions, and say what they are of."""
+    arrays = read_arrays(locate_spectrum(place))
+    n = int(arrays["images"])
+    kind = "covariance of all" if _has_covariance(place) else "Gram matrix of"
+    return torch.from_numpy(arrays["variances"]), f"{kind} {n:,} training images"

@@ -1,10 +1,18 @@
 """The types of the contents of metrics.json and nll.json."""
 
-from typing import Required
+from typing import Any, Required
 
 from typing_extensions import TypedDict
 
-Scores = dict[str, float]
+# {name: value}, and for a name x with an error its standard error x_se: null where there is none, as x_se_reason says
+Scores = dict[str, Any]
+
+
+def add_error(scores: Scores, name: str, error: float | None, reason: str = "") -> None:
+    """Add the standard error of a score; None for the reason that is given."""
+    scores[f"{name}_se"] = error
+    if error is None:
+        scores[f"{name}_se_reason"] = reason
 
 
 class ScoreProtocol(TypedDict, total=False):
@@ -38,6 +46,9 @@ class ScoreProtocol(TypedDict, total=False):
     nll_precision: str
     nll_split: str
     nll_images: int
+    nll_timesteps: int | None
+    nll_profile: str
+    nll_se: str
     test_images: int
     train_images: int
     comparable: bool
@@ -57,14 +68,20 @@ class Results(TypedDict, total=False):
     class_shares: list[float]
 
 
-class Bound(TypedDict):
-    """The contents of nll.json, averaged over n images of the split.
+class Bound(TypedDict, total=False):
+    """The contents of nll.json, of n images of the split.
 
-    terms (T,) and prior in bits/dim, the MSE (T,) of x_0, and the rows of rate and distortion after k reverse steps.
+    prior: on average, bits/dim. images (n,): the bound of each, to compare runs image by image.
+    If all timesteps were evaluated: terms (T,) in bits/dim and the MSE (T,) of x_0, averaged over images, and the rows
+    of rate and distortion after k reverse steps. If not: the number of draws, and set_se, the standard error of the
+    NLL as an estimate for these very images; null for one draw.
     """
 
+    n: Required[int]
+    prior: Required[float]
+    images: list[float]
     terms: list[float]
     mse: list[float]
-    prior: float
-    n: int
     rate_distortion: list[dict[str, float]]
+    draws: int
+    set_se: float | None

@@ -155,7 +155,7 @@ class Study:
                     stages.run_trial_stages(executor, interrupted, self.cluster, place, "shard")
                 evaluate.STAGE.check_before_training(place)
                 sharded.add(place.data)
-                if evaluate.needs_samples(place.experiment) and (units := list_preparations(place)):
+                if units := list_preparations(place):
                     names = " and ".join(unit.name for unit in units)
                     print_line(f"{self.sweep.name}: making {names}, which all trials share")
                     executor.run_units(units, lambda unit: None)

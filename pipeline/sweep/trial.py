@@ -83,6 +83,11 @@ def limit_to_rung(experiment: Experiment, steps: int, nll_images: int) -> Experi
         train=replace(experiment.train, steps=steps),
         sample=replace(experiment.sample, checkpoint="last"),
         evaluate=replace(
-            experiment.evaluate, metrics=("nll",), nll_split="test", nll_images=nll_images, checkpoints=None
+            experiment.evaluate,
+            metrics=("nll",),
+            nll_split="test",
+            nll_images=nll_images,
+            nll_timesteps=None,
+            checkpoints=None,
         ),
     )

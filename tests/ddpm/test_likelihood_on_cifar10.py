@@ -1,7 +1,6 @@
 """The likelihood on real images, where CIFAR-10 is at hand: figures of the authors' protocol, no training."""
 
 import io
-import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import compute_bits_per_dim, compute_prior
+from ddpm.linear_denoiser import compute_linear_mse, compute_profile, convert_mse_to_terms
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
 pytestmark = pytest.mark.skipif(not CIFAR10.is_dir(), reason="no copy of CIFAR-10 in ../shared/data/cifar10")
@@ -49,26 +49,25 @@ def covariance(test_images) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.slow  # the eigenvectors of 3,072 dimensions
-def test_rates_of_the_best_linear_denoiser(covariance):
+def test_rates_of_the_best_linear_denoiser(test_images, covariance):
     """Its expected MSE in closed form, turned into rates: Table 4's rows for a denoiser known exactly."""
-    tables = Diffusion().tables
-    _, values, _ = covariance
-    signal, noise = tables["alpha_bar"][:, None], tables["one_minus_alpha_bar"][:, None]
-    mse = (values * noise / (signal * values + noise)).mean(dim=1)
-    terms = expected_terms(mse)
-    rates = (4.0483e-05, 1.02489e-03, 7.90632e-03, 3.41312e-02, 1.68577e-01, 2.45278)
+    diffusion, (mean, values, vectors) = Diffusion(), covariance
+    mse = compute_linear_mse(values, diffusion.tables["alpha_bar"])
+    terms = convert_mse_to_terms(diffusion, mse)
+    rates = (4.0483e-05, 1.02489e-03, 7.90632e-03, 3.41312e-02, 1.68577e-01, 2.452784)
     rmses = (62.7020, 54.3384, 39.8764, 27.9870, 15.3258, 1.10353)
     for k, rate, rmse in zip((100, 300, 500, 700, 900, 1000), rates, rmses, strict=True):
         assert terms[1000 - k + 1 :].sum().item() == pytest.approx(rate, rel=2e-5)
         assert 127.5 * mse[1000 - k].sqrt().item() == pytest.approx(rmse, rel=2e-5)
-
-
-def expected_terms(mse: torch.Tensor) -> torch.Tensor:
-    """Terms (1000,) for t >= 1 from the MSE of the estimate, fixedlarge; index 0 is unused."""
-    tables = Diffusion().tables
-    small, large = tables["log_fixedsmall"], tables["log_fixedlarge"]
-    overhead = 0.5 * (-1 + large - small + torch.exp(small - large))
-    return (tables["posterior_coef_x_0"] ** 2 * torch.exp(-large) / 2 * mse + overhead) / math.log(2)
+    q = compute_profile(diffusion, values)
+    assert [q[1].item(), q[:11].sum().item(), q[:101].sum().item()] == pytest.approx(
+        [0.180, 0.594, 0.933], abs=1e-3
+    )
+    assert float((1 - (1 - q) ** 7).sum()) == pytest.approx(5.97, abs=0.01), "distinct passes of seven draws"
+    squares = ((test_images.flatten(1).double() - mean) @ vectors) ** 2
+    for n, rate in ((64, 2.53989), (8, 2.51197)):
+        few = compute_linear_mse(values, diffusion.tables["alpha_bar"], squares[:n].mean(dim=0))
+        assert convert_mse_to_terms(diffusion, few).sum().item() == pytest.approx(rate, abs=2e-5)
 
 
 @pytest.mark.slow
@@ -107,4 +106,5 @@ def test_the_best_linear_denoiser_by_sampling(test_images, covariance):
         variance = shrink**2 * noise / signal
         mse = torch.full((1000,), (bias + variance).mean().item(), dtype=torch.float64)
         assert result.mse[:, k].mean().item() == pytest.approx(mse[t].item(), rel=5e-3)
-        assert result.terms[:, k].mean().item() == pytest.approx(expected_terms(mse)[t].item(), rel=5e-3)
+        expected = convert_mse_to_terms(diffusion, mse)[t].item()
+        assert result.terms[:, k].mean().item() == pytest.approx(expected, rel=5e-3)

@@ -1,19 +1,29 @@
 """The NLL bound of a split of the data: its units and their average."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ddpm.config import Variance
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion
+from ddpm.likelihood import (
+    BoundTerms,
+    compute_bits_per_dim,
+    compute_rate_distortion,
+    compute_terms_at,
+    draw_timesteps,
+)
+from ddpm.linear_denoiser import compute_profile
 from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
-from pipeline.scores.results import Bound, Scores
+from pipeline.scores.preparations import load_spectrum
+from pipeline.scores.results import Bound, Scores, add_error
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
@@ -29,7 +39,7 @@ def hash_weights(place: Place) -> str | None:
     return checkpoint.read_meta(folder)["files"][file]["sha256"] if folder.is_dir() else None
 
 
-def choose_bound_variance(experiment: Experiment) -> str:
+def choose_bound_variance(experiment: Experiment) -> Variance:
     """Return the variance of the bound: evaluate.variance, or that of the diffusion."""
     return experiment.evaluate.variance or experiment.diffusion.variance
 
@@ -46,6 +56,18 @@ def count_images(place: Place) -> tuple[int, int]:
     return scored, there
 
 
+def load_profile(place: Place) -> tuple[torch.Tensor, str]:
+    """Return the shares (T,) by which the timesteps of the estimate are drawn, and a description with their hash.
+
+    They belong to the training images, the schedule and the variance of the bound. The spectrum must be on disk.
+    """
+    variances, source = load_spectrum(place)
+    q = compute_profile(
+        Diffusion(place.experiment.diffusion), variances, choose_bound_variance(place.experiment)
+    )
+    return q, f"{hash_content([float(f'{share:.9g}') for share in q])}, from the {source}"
+
+
 def plan_units(place: Place) -> dict[Path, Unit]:
     """Return {file of a bound: unit}, one for each range of images.
 
@@ -55,32 +77,50 @@ def plan_units(place: Place) -> dict[Path, Unit]:
     split = hash_shards(tars.open_shards(place.data).list_shards(config.nll_split))
     step, weights = experiment.checkpoint_step, experiment.sample.weights
     network = [place.run_key, step, weights, hash_weights(place), config.precision]
-    # The null was once the timesteps of a part of the bound; without it every key would change.
+    draws, passes = None, experiment.diffusion.timesteps
+    if config.nll_timesteps:
+        draws, passes = [config.nll_timesteps, load_profile(place)[1]], 1 + config.nll_timesteps
     key = hash_content(
-        [place.run_key, network, split, config.decoder, choose_bound_variance(experiment), None]
+        [place.run_key, network, split, config.decoder, choose_bound_variance(experiment), draws]
     )
     return make_image_units(
         UnitKind.NLL, write_bound, (place,), count_images(place)[0], config.nll_batch_size,
-        place.score_units / f"nll-{key}", f"NLL of {config.nll_split} images", experiment.diffusion.timesteps,
+        place.score_units / f"nll-{key}", f"NLL of {config.nll_split} images", passes,
     )  # fmt: skip
 
 
 def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
-    """Write the terms of the bound of images [start, stop), float32 (body of a unit)."""
+    """Write the terms of the bound of images [start, stop), float32 (body of a unit).
+
+    weights: what each term counts in the bound of its image, if timesteps were drawn; 1 if all were evaluated.
+    """
     experiment, config = place.experiment, place.experiment.evaluate
     pixels, classes = tars.load_images(place.data, config.nll_split, start, stop)
     index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
-    result = compute_bits_per_dim(
-        Diffusion(experiment.diffusion),
-        checkpoint.load_network(place, ctx.device, config.precision),
-        from_uint8(torch.from_numpy(pixels).to(ctx.device)),
-        lambda t: draw_normal(experiment.seed, Stream.NLL, t, index, shape),
-        timesteps_per_call=choose_timesteps_per_call(stop - start, shape),
-        decoder=config.decoder,
-        variance=config.variance,
-        context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
-    )
-    arrays = {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
+    diffusion, seed = Diffusion(experiment.diffusion), experiment.seed
+    net = checkpoint.load_network(place, ctx.device, config.precision)
+    x_0 = from_uint8(torch.from_numpy(pixels).to(ctx.device))
+    at_once = choose_timesteps_per_call(stop - start, shape)
+    how: dict[str, Any] = {
+        "decoder": config.decoder,
+        "variance": config.variance,
+        "context": torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
+    }
+    arrays = {}
+    if config.nll_timesteps:
+        t, weights = draw_timesteps(load_profile(place)[0], seed, index.cpu(), config.nll_timesteps)
+        result = compute_terms_at(
+            diffusion, net, x_0, t,
+            lambda rows, t: draw_normal(seed, Stream.NLL, t, index[rows], shape),
+            batch_size=at_once * (stop - start), **how,
+        )  # fmt: skip
+        arrays = {"weights": weights.numpy(), "timesteps": t.numpy()}
+    else:
+        result = compute_bits_per_dim(
+            diffusion, net, x_0, lambda t: draw_normal(seed, Stream.NLL, t, index, shape),
+            timesteps_per_call=at_once, **how,
+        )  # fmt: skip
+    arrays |= {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
     write_unit_arrays(file, **arrays)
 
 
@@ -90,30 +130,49 @@ def choose_timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
     return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 
 
-def average_bound(units: dict[Path, Unit], timesteps: int) -> tuple[Scores, Bound]:
-    """Average the bound over all images. Raises PipelineError naming a unit of other images or timesteps."""
-    terms, mse, prior, n = np.zeros(timesteps), np.zeros(timesteps), 0.0, 0
+def average_bound(units: dict[Path, Unit], timesteps: int, draws: int | None = None) -> tuple[Scores, Bound]:
+    """Average the bound over all images. Raises PipelineError naming a unit of other images or timesteps.
+
+    With `draws`, the terms at so many drawn timesteps stand for all. The errors are those of means over images.
+    """
+    width, images = 1 + draws if draws else timesteps, []
+    terms, mse = np.zeros(width), np.zeros(width)
     for file, unit in units.items():
         arrays = read_unit_arrays(file)
-        if arrays["terms"].shape != (unit.images, timesteps):
+        if arrays["terms"].shape != (unit.images, width):
             raise PipelineError(
-                f"{file} holds terms of shape {arrays['terms'].shape}, not ({unit.images}, {timesteps}); "
+                f"{file} holds terms of shape {arrays['terms'].shape}, not ({unit.images}, {width}); "
                 "delete it to have it made again"
             )
         terms += arrays["terms"].sum(axis=0, dtype=np.float64)
         mse += arrays["mse"].sum(axis=0, dtype=np.float64)
-        prior += float(arrays["prior"].sum(dtype=np.float64))
-        n += unit.images
-    terms, mse, prior = terms / n, mse / n, prior / n
-    rows = (torch.from_numpy(terms)[None], torch.from_numpy(mse)[None], torch.tensor([prior]).double())
-    mean = BoundTerms(torch.arange(timesteps), *rows)
-    curve = compute_rate_distortion(mean)
-    scores = {
-        "nll_bpd": float(mean.total), "rate_bpd": float(curve.rate[-1]), "distortion_bpd": curve.distortion,
-        "prior_bpd": prior, "rmse": float(curve.rmse[-1]),
-    }  # fmt: skip
+        sent = (arrays["terms"] * arrays.get("weights", np.ones(1)))[:, 1:]
+        columns = (
+            arrays["prior"] + sent.sum(axis=1),
+            arrays["terms"][:, 0],
+            arrays["mse"][:, 0],
+            arrays["prior"],
+        )
+        within = draws * sent.var(axis=1, ddof=1) if draws and draws > 1 else np.zeros(unit.images)
+        images.append(np.stack([*columns, within]))
+    rate, distortion, error, prior, within = np.concatenate(images, axis=1).astype(np.float64)
+    n, rmse = len(rate), 127.5 * float(error.mean()) ** 0.5
+    scores: Scores = {"prior_bpd": float(prior.mean()), "rmse": rmse}
+    by_image = {"nll_bpd": rate + distortion, "rate_bpd": rate, "distortion_bpd": distortion}
+    scores |= {name: float(values.mean()) for name, values in by_image.items()}
+    by_image["rmse"] = error * (127.5**2 / (2 * rmse) if rmse else 0.0)  # the delta method
+    for name, values in by_image.items():
+        add_error(scores, name, float(values.std(ddof=1)) / n**0.5 if n > 1 else None, "one image")
+    found: Bound = {"n": n, "prior": float(prior.mean()), "images": (rate + distortion).round(6).tolist()}
+    if draws:
+        return scores, found | {
+            "draws": draws,
+            "set_se": float((within.mean() / n) ** 0.5) if draws > 1 else None,
+        }
+    rows = (torch.from_numpy(terms / n)[None], torch.from_numpy(mse / n)[None], torch.tensor([prior.mean()]))
+    curve = compute_rate_distortion(BoundTerms(torch.arange(timesteps), *rows))
     points = enumerate(zip(curve.rate.tolist(), curve.rmse.tolist(), strict=True), 1)
-    return scores, {
-        "terms": terms.tolist(), "mse": mse.tolist(), "prior": prior, "n": n,
+    return scores, found | {
+        "terms": (terms / n).tolist(), "mse": (mse / n).tolist(),
         "rate_distortion": [{"k": k, "rate_bpd": rate, "rmse": rmse} for k, (rate, rmse) in points],
     }  # fmt: skip

@@ -6,7 +6,7 @@ from pipeline.config import Experiment
 from pipeline.scores.metrics import FAMILIES
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
-from pipeline.stages.evaluate.bound import choose_bound_variance, count_images
+from pipeline.stages.evaluate.bound import choose_bound_variance, count_images, load_profile
 from pipeline.store import tars
 from pipeline.store.run import Place
 
@@ -45,7 +45,10 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
         found |= {
             "decoder": config.decoder, "nll_variance": choose_bound_variance(experiment),
             "nll_precision": config.precision, "nll_split": config.nll_split,
+            "nll_timesteps": config.nll_timesteps, "nll_se": "over images, s / sqrt(n)",
         }  # fmt: skip
+        if config.nll_timesteps:
+            found["nll_profile"] = f"estimated, drawn by profile {load_profile(place)[1]}"
     return found
 
 

@@ -71,12 +71,13 @@ class EvaluateStage(Stage):
         """Yield the units that features need, then all others at once; then write and seal the scores."""
         self.check_before_training(place)
         config = place.experiment.evaluate
+        if units := list_preparations(place):
+            yield units
         bounds = bound.plan_units(place) if "nll" in config.metrics else {}
         pending = [unit for file, unit in bounds.items() if not is_unit_done(file)]
         found: Results = {"scores": {}, "protocol": describe_score_protocol(place)}
         inputs, files = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
         if needs_samples(place.experiment):
-            yield list_preparations(place)
             extractor = find_extractor(place)
             sets = images.collect_sets(place, extractor, list_sample_shards(place))
             yield pending + sets.list_missing()
@@ -85,7 +86,9 @@ class EvaluateStage(Stage):
             yield pending
         place.scores_manifest.unlink(missing_ok=True)  # a thread that reads sees no half of both
         if bounds:
-            scores, nll = bound.average_bound(bounds, place.experiment.diffusion.timesteps)
+            scores, nll = bound.average_bound(
+                bounds, place.experiment.diffusion.timesteps, config.nll_timesteps
+            )
             # The train split's bound is another score than the test split's, which most readers mean.
             prefix = "train_" if config.nll_split == "train" else ""
             found["scores"] |= {f"{prefix}{name}": value for name, value in scores.items()}

@@ -29,6 +29,8 @@ def plan_rate_distortion(place: Place) -> Figure:
         raise FigureUnavailable(
             f"it needs the bound: `ddpm evaluate {place.experiment.name}` with nll among evaluate.metrics makes it"
         )
+    if "rate_distortion" not in bound:
+        raise FigureUnavailable("it needs all timesteps: evaluate.nll_timesteps=null")
     caption = (
         f"Progressive lossy compression of {bound['n']:,} {place.experiment.evaluate.nll_split} images: "
         "rate, and error of the estimate of x_0 on the scale 0 to 255 (paper, Fig. 5)"

@@ -8,18 +8,21 @@ import pytest
 import torch
 import torch_fidelity
 from conftest import one_cpu
+from coverage_of_errors import measure_coverage
 from fidelity import Images, arguments
 from staged import run_stage, scoring
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from ddpm.diffusion import Diffusion
 from ddpm.likelihood import compute_bits_per_dim
+from ddpm.linear_denoiser import compute_linear_mse, convert_mse_to_terms
 from pipeline import config
 from pipeline.engine.find import make_place
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
 from pipeline.scores.image_sets import make_shard_set
-from pipeline.scores.preparations import list_preparations
+from pipeline.scores.preparations import list_gaussian_units, list_preparations, load_spectrum
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
 from pipeline.store import tars
@@ -104,6 +107,25 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
         sent = rows[k - 1]["rate_bpd"] - rows[0]["rate_bpd"]  # without the prior
         print(f"k = {k}: rate {sent * of_all / of_few:.6g}, expected {rate:.6g}")
         assert sent * of_all / of_few == pytest.approx(rate, rel=1e-2)
+
+
+def test_95_of_100_intervals_of_the_whole_test_set_hold_its_rate(cifar10, tmp_path):
+    """70,000 draws for each of 100 seeds; another program counted 97, a spread of 0.00071 and errors of 0.00077."""
+    pixels = tars.load_images(cifar10[1].data, "test")[0].reshape(10_000, -1)
+    held, spread, error = measure_coverage(torch.from_numpy(pixels / 127.5 - 1), tmp_path)
+    print(f"{held} of 100 intervals, spread {spread:.5f}, mean standard error {error:.5f}")
+    assert 89 <= held <= 99 and error == pytest.approx(0.00077, abs=5e-5)
+
+
+def test_the_spectrum_on_file_is_that_of_the_training_images(cifar10):
+    """The line of the training covariance over the training images: rate 2.53039."""
+    run = cifar10[1]
+    one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
+    variances, source = load_spectrum(run)
+    diffusion = Diffusion()
+    mse = compute_linear_mse(variances, diffusion.tables["alpha_bar"])
+    assert convert_mse_to_terms(diffusion, mse).sum().item() == pytest.approx(2.53039, abs=1e-5)
+    assert source == "covariance of all 50,000 training images"
 
 
 # FID

@@ -116,7 +116,8 @@ def test_drawing_other_images_makes_the_scores_again(sampled):
 # Fields that the paper leaves free, or that another one judges.
 FREE = {
     "checkpoint", "checkpoint_rule", "code", "first_index", "eta", "seed", "batch_size", "compiled", "extractor",
-    "features", "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images",
+    "features", "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images", "nll_timesteps",
+    "nll_profile", "nll_se",
 }  # fmt: skip
 PAPER = {
     "weights": "ema", "n": 50_000, "features": 2048, "sampler": "ancestral", "steps": 1000, "timesteps": 1000,

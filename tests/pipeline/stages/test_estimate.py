@@ -1,0 +1,93 @@
+"""The NLL of a whole split by a few timesteps of each image: does its error hold what it promises?"""
+
+import numpy as np
+import pytest
+import torch
+from conftest import one_cpu, tiny_experiment
+from coverage_of_errors import measure_coverage
+from staged import results, run_stage, scoring
+
+from pipeline.engine.find import make_place
+from pipeline.errors import ConfigError
+from pipeline.scores import baselines, preparations
+from pipeline.stages import evaluate
+from pipeline.stages.evaluate import bound
+from pipeline.store import tars
+from pipeline.store.files import read_json
+
+
+def test_95_of_100_intervals_of_the_digits_hold_the_linear_denoisers_rate(sharded_storage, tmp_path):
+    """statistics.md, section 1, test 2, in its twin that never skips."""
+    pixels = tars.load_images(make_place(tiny_experiment(), sharded_storage).data, "test")[0]
+    held, spread, error = measure_coverage(torch.from_numpy(pixels).flatten(1).double() / 127.5 - 1, tmp_path)
+    assert 89 <= held <= 99 and error == pytest.approx(spread, rel=0.25)
+
+
+def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(sampled):
+    experiment, run = sampled
+    experiment = scoring(experiment, nll_images=None, nll_batch_size=180)
+    few = scoring(experiment, nll_timesteps=4)
+    names = run_stage(evaluate, few, run)
+    assert names[0] == "the Gaussian of the training pixels" and len(names) == 3
+    assert not run_stage(evaluate, few, run) and len(run_stage(evaluate, experiment, run)) == 2
+    found, full = results(few, run), results(experiment, run)
+    nll = read_json(run.of(few).nll_json, dict)
+    for name in ("nll_bpd", "rate_bpd"):
+        assert 0 < abs(found["scores"][name] - full["scores"][name]) < 3 * nll["set_se"]
+        assert 0 < full["scores"][f"{name}_se"] < found["scores"][f"{name}_se"]
+    for name in ("distortion_bpd", "rmse", "prior_bpd"):
+        assert found["scores"][name] == pytest.approx(full["scores"][name], rel=1e-5)
+    assert found["scores"]["distortion_bpd_se"] == pytest.approx(
+        full["scores"]["distortion_bpd_se"], rel=1e-4
+    )
+    assert np.mean(nll["images"]) == pytest.approx(found["scores"]["nll_bpd"], abs=1e-5)
+    protocol = found["protocol"]
+    assert "the covariance of all 1,437 training images" in protocol["nll_profile"]
+    assert (protocol["nll_timesteps"], full["protocol"]["nll_timesteps"]) == (4, None)
+    assert protocol["why_not"] == full["protocol"]["why_not"], "it is as comparable as the full bound"
+
+
+def test_one_image_has_no_error_and_says_so(sampled):
+    experiment, run = sampled
+    run_stage(evaluate, one := scoring(experiment, nll_images=1, nll_timesteps=1), run)
+    found = results(one, run)["scores"]
+    assert found["nll_bpd_se"] is None and found["nll_bpd_se_reason"] == "one image"
+    assert read_json(run.of(one).nll_json, dict)["set_se"] is None
+
+
+def test_more_draws_than_timesteps_are_refused():
+    with pytest.raises(ConfigError, match=r"evaluate.nll_timesteps is 21, more than diffusion.timesteps=20"):
+        tiny_experiment("evaluate.nll_timesteps=21")
+
+
+def test_two_schedules_of_one_data_set_share_the_spectrum_but_no_profile(tiny_run):
+    _, run = tiny_run
+    one_cpu().run_units(preparations.list_gaussian_units(run), lambda unit: None)
+    places = [
+        make_place(tiny_experiment(f"diffusion.{word}"), run.storage)
+        for word in ("beta_schedule=linear", "beta_schedule=cosine", "variance=fixedsmall", "timesteps=10")
+    ]
+    profiles = {bound.load_profile(place)[1] for place in places}
+    assert len({preparations.locate_spectrum(place) for place in places}) == 1 and len(profiles) == 4
+    assert not preparations.list_gaussian_units(places[1])
+
+
+def test_images_too_large_for_a_covariance_have_a_profile_by_their_gram_matrix(tiny_run, monkeypatch):
+    """Its directions are unit vectors, and its variances those of images that did not choose the directions."""
+    _, run = tiny_run
+    monkeypatch.setattr(preparations, "LARGEST_GAUSSIAN", 63)
+    monkeypatch.setattr(preparations, "GRAM", 64 * 40)
+    one_cpu().run_units(preparations.list_gaussian_units(run), lambda unit: None)
+    variances, source = preparations.load_spectrum(run)
+    assert source == "Gram matrix of 40 training images" and preparations.locate_gaussian(run) is None
+    images = tars.load_images(run.data, "train", 0, 40)[0].reshape(40, -1) / 127.5 - 1
+    assert variances.sum().item() == pytest.approx(
+        ((images[20:] - images.mean(axis=0)) ** 2).sum(axis=1).mean()
+    )
+    assert (variances[20:] == variances[20]).all() and variances[20] > 0
+    mean, factor, rest = baselines.fit_principal_directions(tars.load_images(run.data, "train", 0, 40)[0])
+    assert (
+        mean.shape == (64,)
+        and factor.shape == (64, 20)
+        and rest / 127.5**2 == pytest.approx(variances[20].item())
+    )
