@@ -94,8 +94,8 @@ def _bound(settings: Settings) -> list[Row]:
     x_0 = torch.rand(batch, 3, subjects.SIDE, subjects.SIDE, device=settings.device) * 2 - 1
     diffusion, index = Diffusion(), torch.arange(batch, device=settings.device)
 
-    def noise(t: int) -> Tensor:
-        return draw_normal(0, Stream.NLL, t, index, tuple(x_0.shape[1:]))
+    def noise(t: int, rows: Tensor) -> Tensor:
+        return draw_normal(0, Stream.NLL, t, index[rows], tuple(x_0.shape[1:]))
 
     def ours() -> Any:
         return compute_bits_per_dim(diffusion, net, x_0, noise, timesteps=range(100, 100 + steps))

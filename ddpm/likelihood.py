@@ -56,10 +56,10 @@ def compute_bits_per_dim(
     diffusion: Diffusion,
     net: Network,
     x_0: Tensor,
-    noise: Callable[[int], Tensor],
+    noise: Callable[[int, Tensor], Tensor],
     *,
-    timesteps: Sequence[int] | None = None,
-    timesteps_per_call: int = 1,
+    timesteps: Sequence[int] | Tensor | None = None,
+    batch_size: int | None = None,
     decoder: Decoder = "tanh",
     clip: bool = True,
     variance: Variance | None = None,
@@ -67,28 +67,30 @@ def compute_bits_per_dim(
 ) -> BoundTerms:
     """Compute the bound for images x_0 (N, C, H, W), grey levels scaled to [-1, 1], on the device of x_0.
 
-    noise(t) gives a fresh standard normal draw like x_0 for each timestep. net must be in evaluation mode;
-    any denoise(x_t, t) -> x_0 is a network with predict="x0". timesteps_per_call of them share one network
-    call of N * timesteps_per_call images. clip and variance as in Diffusion.p_mean_variance.
+    noise(t, rows) gives a fresh standard normal draw like x_0[rows] for a timestep. net must be in evaluation mode;
+    any denoise(x_t, t) -> x_0 is a network with predict="x0". timesteps: None for all; (K,); or int64 (N, K), where
+    each image has its own, and one that it has twice is computed once. batch_size: the images of a network call, by
+    default N. clip and variance as in Diffusion.p_mean_variance.
     """
     if len(diffusion) != diffusion.config.timesteps:
         raise ValueError("the bound is defined on the full chain, not on a respaced one")
-    diffusion = diffusion.to(x_0.device)
-    chosen = list(range(len(diffusion))) if timesteps is None else list(timesteps)
+    diffusion, n = diffusion.to(x_0.device), len(x_0)
+    chosen = torch.as_tensor(range(len(diffusion)) if timesteps is None else timesteps)
+    pairs, position = (chosen * n + torch.arange(n)[:, None]).unique(return_inverse=True)
     terms, mse = [], []
-    for start in range(0, len(chosen), timesteps_per_call):
-        group = chosen[start : start + timesteps_per_call]
-        x = x_0.repeat(len(group), 1, 1, 1)
-        t = torch.tensor(group, device=x_0.device).repeat_interleave(len(x_0))
-        eps = torch.cat([noise(step) for step in group])
-        labels = () if context is None else (context.repeat(len(group), *[1] * (context.ndim - 1)),)
-        part = _compute_terms(diffusion, net, x, t, eps, labels, clip, variance, decoder)
-        terms.append(part[0].reshape(len(group), -1))
-        mse.append(part[1].reshape(len(group), -1))
+    for pair in pairs.to(x_0.device).split(batch_size or n):
+        t, rows = pair // n, pair % n
+        x = x_0[rows]
+        eps = torch.cat([noise(step, rows[t == step]) for step in t.unique().tolist()])
+        x_t = diffusion.q_sample(x, t, eps)
+        labels = () if context is None else (context[rows],)
+        reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
+        terms.append(diffusion.compute_bound_terms(reverse, x, x_t, t, decoder))
+        mse.append(average_per_image((reverse.x_0 - x) ** 2))
     return BoundTerms(
-        torch.tensor(chosen),
-        torch.cat(terms).T.double().cpu(),
-        torch.cat(mse).T.double().cpu(),
+        chosen,
+        torch.cat(terms).double().cpu()[position],
+        torch.cat(mse).double().cpu()[position],
         compute_prior(diffusion, x_0.double()).cpu(),  # in float32 it would drown in rounding
     )
 
@@ -102,53 +104,9 @@ def draw_timesteps(q: Tensor, seed: int, index: Tensor, draws: int) -> tuple[Ten
     """
     words = draw_words(seed, Stream.BOUND_TIMESTEP, 0, index, 2 * draws).double().view(-1, draws, 2) + 2**31
     u = (words[..., 0] + words[..., 1] * 2.0**-32) * 2.0**-32
-    share = q.double().index_fill(0, torch.tensor(0), 0.0)
-    t = torch.searchsorted(share.cumsum(0), u, right=True).clamp(max=len(q) - 1)
+    t = torch.searchsorted(q.cumsum(0), u, right=True).clamp(max=len(q) - 1)
     first = torch.zeros_like(t[:, :1])
-    return torch.cat([first, t], dim=1), torch.cat([first + 1, 1 / (draws * share[t])], dim=1)
-
-
-@torch.no_grad()
-def compute_terms_at(
-    diffusion: Diffusion,
-    net: Network,
-    x_0: Tensor,
-    timesteps: Tensor,
-    noise: Callable[[Tensor, Tensor], Tensor],
-    *,
-    batch_size: int = 256,
-    decoder: Decoder = "tanh",
-    clip: bool = True,
-    variance: Variance | None = None,
-    context: Tensor | None = None,
-) -> BoundTerms:
-    """Compute the terms of the bound at timesteps of each image's own, int64 (N, K); equal ones are computed once.
-
-    noise(rows, t) gives the draws of images x_0[rows] at t. All else as in compute_bits_per_dim, whose terms they are.
-    """
-    diffusion, length = diffusion.to(x_0.device), len(diffusion)
-    pairs = torch.arange(len(x_0))[:, None] * length + timesteps.cpu()
-    unique, position = pairs.unique(return_inverse=True)
-    terms, mse = [], []
-    for group in unique.to(x_0.device).split(batch_size):
-        rows, t = group // length, group % length
-        labels = () if context is None else (context[rows],)
-        part = _compute_terms(diffusion, net, x_0[rows], t, noise(rows, t), labels, clip, variance, decoder)
-        terms.append(part[0])
-        mse.append(part[1])
-    found = [torch.cat(values).double().cpu()[position] for values in (terms, mse)]
-    return BoundTerms(timesteps, found[0], found[1], compute_prior(diffusion, x_0.double()).cpu())
-
-
-def _compute_terms(
-    diffusion: Diffusion, net: Network, x_0: Tensor, t: Tensor, eps: Tensor, labels: tuple[Tensor, ...],
-    clip: bool, variance: Variance | None, decoder: Decoder,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the terms (N,) and the errors of the estimates of x_0 (N,) of images x_0, each at its t (N,)."""
-    x_t = diffusion.q_sample(x_0, t, eps)
-    reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
-    terms = diffusion.compute_bound_terms(reverse, x_0, x_t, t, decoder)
-    return terms, average_per_image((reverse.x_0 - x_0) ** 2)
+    return torch.cat([first, t], dim=1), torch.cat([first + 1, 1 / (draws * q[t])], dim=1)
 
 
 class RateDistortion(NamedTuple):

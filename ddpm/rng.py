@@ -59,11 +59,11 @@ def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
     return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
 
 
-def draw_normal(seed: int, stream: int, step: Word, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def draw_normal(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Draw standard normals, float32 (N, *shape); by Box-Muller, |z| up to 6.66.
 
-    index: int64 (N,), each below 2**32; step may be such a tensor too. All functions here take the same arguments;
-    draws are on the device of index.
+    index: int64 (N,), each below 2**32. All functions here take the same arguments; draws are on
+    the device of index.
     """
     a, b, c, d = _draw_words(seed, stream, step, index, math.prod(shape))
     return _join_words([*_convert_to_normal(a, b), *_convert_to_normal(c, d)], shape)
@@ -102,13 +102,12 @@ def draw_torch_seed(seed: int, stream: int, step: int, index: int) -> int:
 
 
 def _draw_words(
-    seed: int, stream: int, step: Word, index: Tensor, count: int
+    seed: int, stream: int, step: int, index: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw `count` words or a few more per row, as four int64 tensors (N, blocks)."""
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")
     blocks = torch.arange(-(-count // 4), device=index.device)
-    step = step[:, None] if isinstance(step, Tensor) else step
     words = run_philox((blocks[None, :], index[:, None] & MASK, step & MASK, int(stream)), seed)
     return words  # type: ignore[return-value]  # tensors, since two of the counter words are
 

@@ -46,12 +46,12 @@ def list_preparations(place: Place) -> list[Unit]:
 
 
 def list_gaussian_units(place: Place) -> list[Unit]:
-    """List the unit of the Gaussian and of its variances, if it is not done."""
-    count, spectrum = tars.open_shards(place.data).count_images("train"), locate_spectrum(place)
-    if is_unit_done(spectrum, read_arrays) and is_unit_done(locate_factor(place), read_arrays):
-        return []
-    name = "the Gaussian of the training pixels"
-    return [Unit(UnitKind.PREPARATION, write_gaussian, (place, locate_factor(place), spectrum), name, count)]
+    """List the unit of the Gaussian, if it is not done."""
+    count, file = tars.open_shards(place.data).count_images("train"), locate_factor(place)
+    unit = Unit(
+        UnitKind.PREPARATION, write_gaussian, (place, file), "the Gaussian of the training pixels", count
+    )
+    return [] if is_unit_done(file, read_arrays) else [unit]
 
 
 def train_classifier(ctx: Worker, place: Place) -> None:
@@ -80,51 +80,42 @@ def locate_gaussian(place: Place) -> Path | None:
 def locate_factor(place: Place) -> Path:
     """Return the file of mean (d,) and factor (d, r), covariance = factor factor^T, on the scale 0 to 255.
 
-    Where the images are too large for a covariance, it holds only some directions, of some images.
+    Of images too large for a covariance it holds some directions only, and the variance of each other one.
     """
-    kind = "gaussian" if _has_covariance(place) else "gram"
-    return place.references / f"{kind}-{_hash_training_images(place)}.npz"
-
-
-def locate_spectrum(place: Place) -> Path:
-    """Return the file of the variances along the principal directions, which is small."""
-    return place.references / f"spectrum-{_hash_training_images(place)}.npz"
+    kind, shards = "gaussian" if _has_covariance(place) else "gram", tars.open_shards(place.data)
+    return place.references / f"{kind}-{hash_shards(shards.list_shards('train'))}.npz"
 
 
 def _has_covariance(place: Place) -> bool:
     return prod(place.experiment.data.shape) <= LARGEST_GAUSSIAN
 
 
-def _hash_training_images(place: Place) -> str:
-    return hash_shards(tars.open_shards(place.data).list_shards("train"))
+def _count_fitted_images(place: Place) -> int:
+    n, d = tars.open_shards(place.data).count_images("train"), prod(place.experiment.data.shape)
+    return n if _has_covariance(place) else min(n, 2000, max(2, GRAM // d))
 
 
-def write_gaussian(ctx: Worker, place: Place, file: Path, spectrum: Path) -> None:
-    """Write mean and factor of the training pixels, then the variances (d,) of [-1, 1] by n (body of a unit)."""
-    index = tars.open_shards(place.data)
-    n, d, rest = index.count_images("train"), prod(place.experiment.data.shape), 0.0
-    exact = _has_covariance(place)
+def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
+    """Write mean and covariance of the training pixels (body of a unit)."""
+    n, rest = _count_fitted_images(place), 0.0
     if n == 1:
-        images = tars.load_images(place.data, "train")[0]
-        mean, factor = images.reshape(-1).astype(np.float64), np.zeros((d, d if exact else 0))
-    elif exact:
-        shards = index.list_shards("train")
+        mean = tars.load_images(place.data, "train")[0].reshape(-1).astype(np.float64)
+        factor = np.zeros((len(mean), min(len(mean), LARGEST_GAUSSIAN)))
+    elif _has_covariance(place):
+        shards = tars.open_shards(place.data).list_shards("train")
         parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)
         mean, factor = baselines.fit_gaussian(parts)
     else:
-        n = min(n, 2000, max(2, GRAM // d))
-        mean, factor, rest = baselines.fit_principal_directions(
-            tars.load_images(place.data, "train", 0, n)[0]
-        )
-    variances = np.full(d, rest)
+        images = tars.load_images(place.data, "train", 0, n)[0]
+        mean, factor, rest = baselines.fit_principal_directions(images)
+    write_arrays(file, mean=mean, factor=factor, rest=np.array(rest))
+
+
+def load_variances(place: Place) -> tuple[torch.Tensor, str]:
+    """Load the variances (d,) of the training images, in [-1, 1] and divided by n, and say what they are of."""
+    arrays, n = read_arrays(locate_factor(place)), _count_fitted_images(place)
+    factor, exact = arrays["factor"], _has_covariance(place)
+    variances = np.full(len(factor), arrays.get("rest", 0.0))
     variances[: factor.shape[1]] = (factor**2).sum(axis=0) * ((n - 1) / n if exact else 1)
-    write_arrays(file, mean=mean, factor=factor)
-    write_arrays(spectrum, variances=variances / 127.5**2, images=np.array(n))
-
-
-def load_spectrum(place: Place) -> tuple[torch.Tensor, str]:
-    """Load the variances (d,) of the training images along their principal directions, and say what they are of."""
-    arrays = read_arrays(locate_spectrum(place))
-    n = int(arrays["images"])
-    kind = "covariance of all" if _has_covariance(place) else "Gram matrix of"
-    return torch.from_numpy(arrays["variances"]), f"{kind} {n:,} training images"
+    source = f"the {'covariance of all' if exact else 'Gram matrix of'} {n:,} training images"
+    return torch.from_numpy(variances / 127.5**2), source

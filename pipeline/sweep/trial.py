@@ -78,16 +78,10 @@ def limit_to_rung(experiment: Experiment, steps: int, nll_images: int) -> Experi
 
     The run key does not hold the steps: the next rung extends the same run.
     """
+    bound = replace(experiment.evaluate, metrics=("nll",), nll_split="test", nll_images=nll_images)
     return replace(
         experiment,
         train=replace(experiment.train, steps=steps),
         sample=replace(experiment.sample, checkpoint="last"),
-        evaluate=replace(
-            experiment.evaluate,
-            metrics=("nll",),
-            nll_split="test",
-            nll_images=nll_images,
-            nll_timesteps=None,
-            checkpoints=None,
-        ),
+        evaluate=replace(bound, nll_timesteps=None, checkpoints=None),
     )

@@ -15,7 +15,7 @@ PAPER = DiffusionConfig()
 
 def noise_like(x: torch.Tensor, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    return lambda t: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return lambda t, rows: torch.randn(x.shape, generator=generator, dtype=x.dtype)[rows]
 
 
 def true_eps(diffusion: Diffusion, x_0: torch.Tensor):
@@ -48,7 +48,7 @@ def test_bound_of_a_constant_image_under_the_true_noise(level, variance, golden)
     x_0 = grey(level)
     diffusion = Diffusion(replace(PAPER, variance=variance))
     result = compute_bits_per_dim(
-        diffusion, true_eps(diffusion, x_0), x_0, noise_like(x_0), timesteps_per_call=100
+        diffusion, true_eps(diffusion, x_0), x_0, noise_like(x_0), batch_size=100 * len(x_0)
     )
     assert result.total.item() == pytest.approx(golden, abs=1e-9)
     assert result.mse.max() < 1e-15
@@ -92,7 +92,7 @@ def test_terms_and_mse_satisfy_their_identity(predict, variance):
     """For a fixed variance and t >= 1: term = (c_1^2 exp(-lv_2) / 2 mse + v) / ln 2."""
     diffusion = Diffusion(replace(PAPER, predict=predict, variance=variance))
     x_0 = from_uint8(torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8)).double()
-    result = compute_bits_per_dim(diffusion, blurred, x_0, noise_like(x_0), timesteps_per_call=50)
+    result = compute_bits_per_dim(diffusion, blurred, x_0, noise_like(x_0), batch_size=50 * len(x_0))
     table = diffusion.tables
     lv1, lv2 = table["log_fixedsmall"], table[f"log_{variance}"]
     v = 0.5 * (-1 + lv2 - lv1 + torch.exp(lv1 - lv2))
@@ -106,15 +106,17 @@ def test_float32_agrees_with_float64():
     x_0 = from_uint8(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
     diffusion = Diffusion(replace(PAPER, predict="x0"))
     noise = noise_like(x_0)
-    draws = [noise(t) for t in range(1000)]
+    draws = [noise(t, slice(None)) for t in range(1000)]
 
     def near(x_t, t):
         clean = x_0.to(x_t.dtype).repeat(len(x_t) // len(x_0), 1, 1, 1)
         return clean + 1e-5 * (t.reshape(-1, 1, 1, 1) + 100) * torch.cos(9 * clean)
 
-    single = compute_bits_per_dim(diffusion, near, x_0, draws.__getitem__, timesteps_per_call=100)
+    single = compute_bits_per_dim(
+        diffusion, near, x_0, lambda t, rows: draws[t][rows], batch_size=100 * len(x_0)
+    )
     double = compute_bits_per_dim(
-        diffusion, near, x_0.double(), lambda t: draws[t].double(), timesteps_per_call=100
+        diffusion, near, x_0.double(), lambda t, rows: draws[t][rows].double(), batch_size=100 * len(x_0)
     )
     assert single.terms.dtype == torch.float64
     torch.testing.assert_close(single.total, double.total, rtol=1e-5, atol=0)
@@ -122,18 +124,25 @@ def test_float32_agrees_with_float64():
 
 def test_an_image_has_one_result_whatever_the_batching():
     x_0 = from_uint8(torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)).double()
-    draws = [noise_like(x_0, t)(t) for t in range(10)]
+    draws = [noise_like(x_0, t)(t, slice(None)) for t in range(10)]
     diffusion = Diffusion(DiffusionConfig(timesteps=10, predict="x0"))
-    whole = compute_bits_per_dim(diffusion, blurred, x_0, draws.__getitem__)
+    whole = compute_bits_per_dim(diffusion, blurred, x_0, lambda t, rows: draws[t][rows])
 
     def equal(part):
         for name in ("timesteps", "terms", "mse", "prior"):
             torch.testing.assert_close(getattr(part, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
 
-    equal(compute_bits_per_dim(diffusion, blurred, x_0, draws.__getitem__, timesteps_per_call=3))
+    equal(
+        compute_bits_per_dim(diffusion, blurred, x_0, lambda t, rows: draws[t][rows], batch_size=3 * len(x_0))
+    )
     late, early = (
         compute_bits_per_dim(
-            diffusion, blurred, x_0, draws.__getitem__, timesteps=range(*ends), timesteps_per_call=2
+            diffusion,
+            blurred,
+            x_0,
+            lambda t, rows: draws[t][rows],
+            timesteps=range(*ends),
+            batch_size=2 * len(x_0),
         )
         for ends in ((6, 10), (0, 6))
     )
@@ -143,7 +152,9 @@ def test_an_image_has_one_result_whatever_the_batching():
         parts = torch.cat([getattr(early, name), getattr(late, name)], dim=1)
         torch.testing.assert_close(parts, getattr(whole, name), rtol=1e-12, atol=1e-14)
     for row in (slice(0, 1), slice(1, 3)):
-        alone = compute_bits_per_dim(diffusion, blurred, x_0[row], lambda t, row=row: draws[t][row])
+        alone = compute_bits_per_dim(
+            diffusion, blurred, x_0[row], lambda t, rows, row=row: draws[t][row][rows]
+        )
         torch.testing.assert_close(alone.total, whole.total[row], rtol=1e-12, atol=1e-14)
 
 
@@ -155,7 +166,9 @@ def test_context_follows_its_images():
     def net(x_t, t, context):
         return context.reshape(-1, 1, 1, 1).expand_as(x_t)
 
-    result = compute_bits_per_dim(diffusion, net, x_0, noise_like(x_0), context=labels, timesteps_per_call=3)
+    result = compute_bits_per_dim(
+        diffusion, net, x_0, noise_like(x_0), context=labels, batch_size=3 * len(x_0)
+    )
     expected = (labels - x_0[0, 0, 0, 0]) ** 2
     torch.testing.assert_close(result.mse, expected[:, None].expand(2, 4))
 

@@ -95,7 +95,7 @@ def test_the_best_linear_denoiser_by_sampling(test_images, covariance):
         diffusion,
         denoise,
         x_0,
-        lambda t: torch.randn(x_0.shape, generator=generator),
+        lambda t, rows: torch.randn(x_0[rows].shape, generator=generator),
         timesteps=steps,
         clip=False,
     )

@@ -7,7 +7,7 @@ import torch
 
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
-from ddpm.likelihood import compute_bits_per_dim, compute_terms_at, draw_timesteps
+from ddpm.likelihood import compute_bits_per_dim, draw_timesteps
 from ddpm.linear_denoiser import compute_linear_mse, compute_profile, convert_mse_to_terms
 from ddpm.rng import Stream, draw_normal
 
@@ -19,6 +19,10 @@ def denoise(x_t, t, context=None):
     return 0.4 * x_t + 0.1 * torch.sin(t.to(x_t.dtype)).reshape(-1, 1, 1, 1)
 
 
+def noise(t, rows):
+    return draw_normal(7, Stream.NLL, t, INDEX[rows], (1, 4, 4)).double()
+
+
 def images() -> torch.Tensor:
     return draw_normal(0, Stream.FIGURES, 0, INDEX, (1, 4, 4)).clamp(-1, 1).double()
 
@@ -27,9 +31,7 @@ def images() -> torch.Tensor:
 def test_the_terms_are_a_linear_function_of_the_error(variance):
     """evaluation.md, step 7: the identity holds for every image, whatever the denoiser."""
     diffusion, x_0 = Diffusion(replace(CONFIG, variance=variance)), images()
-    result = compute_bits_per_dim(
-        diffusion, denoise, x_0, lambda t: draw_normal(0, Stream.NLL, t, INDEX, (1, 4, 4)).double()
-    )
+    result = compute_bits_per_dim(diffusion, denoise, x_0, noise)
     for terms, mse in zip(result.terms, result.mse, strict=True):
         torch.testing.assert_close(convert_mse_to_terms(diffusion, mse)[1:], terms[1:])
 
@@ -58,26 +60,21 @@ def test_a_profile_belongs_to_its_schedule_and_variance_and_stands_a_singular_co
     for q in (*profiles, compute_profile(Diffusion(configs[-1]), 0 * variances)):
         assert q[0] == 0 and (q[1:] > 0).all() and q.sum() == pytest.approx(1)
     assert len({tuple(q.tolist()) for q in profiles}) == 4
-    learned = compute_profile(Diffusion(replace(CONFIG, variance="learned_range")), variances)
+    learned = compute_profile(Diffusion(replace(CONFIG, variance="learned_range", loss="hybrid")), variances)
     assert torch.equal(learned, profiles[0])
 
 
 def test_every_drawn_term_is_the_full_tables_entry_and_the_weights_add_up_to_the_table():
     diffusion, x_0, calls = Diffusion(CONFIG), images(), []
     q = compute_profile(diffusion, torch.full((16,), 0.3).double())
-    full = compute_bits_per_dim(
-        diffusion, denoise, x_0, lambda t: draw_normal(7, Stream.NLL, t, INDEX, (1, 4, 4)).double()
-    )
+    full = compute_bits_per_dim(diffusion, denoise, x_0, noise)
     t, weights = draw_timesteps(q, 7, INDEX, 12)
 
     def count(x_t, t):
         calls.append(len(x_t))
         return denoise(x_t, t)
 
-    drawn = compute_terms_at(
-        diffusion, count, x_0, t, batch_size=10,
-        noise=lambda rows, t: draw_normal(7, Stream.NLL, t, INDEX[rows], (1, 4, 4)).double(),
-    )  # fmt: skip
+    drawn = compute_bits_per_dim(diffusion, count, x_0, noise, timesteps=t, batch_size=10)
     torch.testing.assert_close(drawn.terms, full.terms.gather(1, t))
     torch.testing.assert_close(drawn.mse, full.mse.gather(1, t))
     torch.testing.assert_close(drawn.prior, full.prior)

@@ -1,7 +1,6 @@
 """The NLL bound of a split of the data: its units and their average."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,20 +8,14 @@ import torch
 from ddpm.config import Variance
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import (
-    BoundTerms,
-    compute_bits_per_dim,
-    compute_rate_distortion,
-    compute_terms_at,
-    draw_timesteps,
-)
+from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion, draw_timesteps
 from ddpm.linear_denoiser import compute_profile
 from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
-from pipeline.scores.preparations import load_spectrum
+from pipeline.scores.preparations import load_variances
 from pipeline.scores.results import Bound, Scores, add_error
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_unit_arrays, write_unit_arrays
@@ -59,13 +52,11 @@ def count_images(place: Place) -> tuple[int, int]:
 def load_profile(place: Place) -> tuple[torch.Tensor, str]:
     """Return the shares (T,) by which the timesteps of the estimate are drawn, and a description with their hash.
 
-    They belong to the training images, the schedule and the variance of the bound. The spectrum must be on disk.
+    They belong to the training images, the schedule and the variance of the bound. The Gaussian must be on disk.
     """
-    variances, source = load_spectrum(place)
-    q = compute_profile(
-        Diffusion(place.experiment.diffusion), variances, choose_bound_variance(place.experiment)
-    )
-    return q, f"{hash_content([float(f'{share:.9g}') for share in q])}, from the {source}"
+    (variances, source), diffusion = load_variances(place), Diffusion(place.experiment.diffusion)
+    q = compute_profile(diffusion, variances, choose_bound_variance(place.experiment))
+    return q, f"{hash_content([float(f'{share:.9g}') for share in q])}, from {source}"
 
 
 def plan_units(place: Place) -> dict[Path, Unit]:
@@ -77,49 +68,42 @@ def plan_units(place: Place) -> dict[Path, Unit]:
     split = hash_shards(tars.open_shards(place.data).list_shards(config.nll_split))
     step, weights = experiment.checkpoint_step, experiment.sample.weights
     network = [place.run_key, step, weights, hash_weights(place), config.precision]
-    draws, passes = None, experiment.diffusion.timesteps
+    q, draws, passes = None, None, experiment.diffusion.timesteps
     if config.nll_timesteps:
-        draws, passes = [config.nll_timesteps, load_profile(place)[1]], 1 + config.nll_timesteps
+        q, profile = load_profile(place)
+        draws, passes = [config.nll_timesteps, profile], 1 + config.nll_timesteps
     key = hash_content(
         [place.run_key, network, split, config.decoder, choose_bound_variance(experiment), draws]
     )
     return make_image_units(
-        UnitKind.NLL, write_bound, (place,), count_images(place)[0], config.nll_batch_size,
+        UnitKind.NLL, write_bound, (place, q), count_images(place)[0], config.nll_batch_size,
         place.score_units / f"nll-{key}", f"NLL of {config.nll_split} images", passes,
     )  # fmt: skip
 
 
-def write_bound(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
+def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, stop: int, file: Path) -> None:
     """Write the terms of the bound of images [start, stop), float32 (body of a unit).
 
-    weights: what each term counts in the bound of its image, if timesteps were drawn; 1 if all were evaluated.
+    q: the shares by which timesteps are drawn; then the weights of the terms are written too. None: all are evaluated.
     """
     experiment, config = place.experiment, place.experiment.evaluate
     pixels, classes = tars.load_images(place.data, config.nll_split, start, stop)
-    index, shape = torch.arange(start, stop, device=ctx.device), experiment.data.shape
-    diffusion, seed = Diffusion(experiment.diffusion), experiment.seed
-    net = checkpoint.load_network(place, ctx.device, config.precision)
-    x_0 = from_uint8(torch.from_numpy(pixels).to(ctx.device))
-    at_once = choose_timesteps_per_call(stop - start, shape)
-    how: dict[str, Any] = {
-        "decoder": config.decoder,
-        "variance": config.variance,
-        "context": torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
-    }
-    arrays = {}
-    if config.nll_timesteps:
-        t, weights = draw_timesteps(load_profile(place)[0], seed, index.cpu(), config.nll_timesteps)
-        result = compute_terms_at(
-            diffusion, net, x_0, t,
-            lambda rows, t: draw_normal(seed, Stream.NLL, t, index[rows], shape),
-            batch_size=at_once * (stop - start), **how,
-        )  # fmt: skip
-        arrays = {"weights": weights.numpy(), "timesteps": t.numpy()}
-    else:
-        result = compute_bits_per_dim(
-            diffusion, net, x_0, lambda t: draw_normal(seed, Stream.NLL, t, index, shape),
-            timesteps_per_call=at_once, **how,
-        )  # fmt: skip
+    index, shape, timesteps, arrays = torch.arange(start, stop), experiment.data.shape, None, {}
+    if q is not None:
+        timesteps, weights = draw_timesteps(q, experiment.seed, index, config.nll_timesteps or 0)
+        arrays = {"weights": weights.numpy(), "timesteps": timesteps.numpy()}
+    index = index.to(ctx.device)
+    result = compute_bits_per_dim(
+        Diffusion(experiment.diffusion),
+        checkpoint.load_network(place, ctx.device, config.precision),
+        from_uint8(torch.from_numpy(pixels).to(ctx.device)),
+        lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape),
+        timesteps=timesteps,
+        batch_size=choose_timesteps_per_call(stop - start, shape) * (stop - start),
+        decoder=config.decoder,
+        variance=config.variance,
+        context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
+    )
     arrays |= {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
     write_unit_arrays(file, **arrays)
 

@@ -22,7 +22,7 @@ from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
 from pipeline.scores.image_sets import make_shard_set
-from pipeline.scores.preparations import list_gaussian_units, list_preparations, load_spectrum
+from pipeline.scores.preparations import list_gaussian_units, list_preparations, load_variances
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
 from pipeline.store import tars
@@ -117,15 +117,15 @@ def test_95_of_100_intervals_of_the_whole_test_set_hold_its_rate(cifar10, tmp_pa
     assert 89 <= held <= 99 and error == pytest.approx(0.00077, abs=5e-5)
 
 
-def test_the_spectrum_on_file_is_that_of_the_training_images(cifar10):
+def test_the_variances_on_file_are_those_of_the_training_images(cifar10):
     """The line of the training covariance over the training images: rate 2.53039."""
     run = cifar10[1]
     one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
-    variances, source = load_spectrum(run)
+    variances, source = load_variances(run)
     diffusion = Diffusion()
     mse = compute_linear_mse(variances, diffusion.tables["alpha_bar"])
     assert convert_mse_to_terms(diffusion, mse).sum().item() == pytest.approx(2.53039, abs=1e-5)
-    assert source == "covariance of all 50,000 training images"
+    assert source == "the covariance of all 50,000 training images"
 
 
 # FID

@@ -60,7 +60,7 @@ def test_more_draws_than_timesteps_are_refused():
         tiny_experiment("evaluate.nll_timesteps=21")
 
 
-def test_two_schedules_of_one_data_set_share_the_spectrum_but_no_profile(tiny_run):
+def test_two_schedules_of_one_data_set_share_the_covariance_but_no_profile(tiny_run):
     _, run = tiny_run
     one_cpu().run_units(preparations.list_gaussian_units(run), lambda unit: None)
     places = [
@@ -68,7 +68,7 @@ def test_two_schedules_of_one_data_set_share_the_spectrum_but_no_profile(tiny_ru
         for word in ("beta_schedule=linear", "beta_schedule=cosine", "variance=fixedsmall", "timesteps=10")
     ]
     profiles = {bound.load_profile(place)[1] for place in places}
-    assert len({preparations.locate_spectrum(place) for place in places}) == 1 and len(profiles) == 4
+    assert len({preparations.locate_factor(place) for place in places}) == 1 and len(profiles) == 4
     assert not preparations.list_gaussian_units(places[1])
 
 
@@ -78,8 +78,8 @@ def test_images_too_large_for_a_covariance_have_a_profile_by_their_gram_matrix(t
     monkeypatch.setattr(preparations, "LARGEST_GAUSSIAN", 63)
     monkeypatch.setattr(preparations, "GRAM", 64 * 40)
     one_cpu().run_units(preparations.list_gaussian_units(run), lambda unit: None)
-    variances, source = preparations.load_spectrum(run)
-    assert source == "Gram matrix of 40 training images" and preparations.locate_gaussian(run) is None
+    variances, source = preparations.load_variances(run)
+    assert source == "the Gram matrix of 40 training images" and preparations.locate_gaussian(run) is None
     images = tars.load_images(run.data, "train", 0, 40)[0].reshape(40, -1) / 127.5 - 1
     assert variances.sum().item() == pytest.approx(
         ((images[20:] - images.mean(axis=0)) ** 2).sum(axis=1).mean()
