@@ -62,6 +62,7 @@ def _workers(settings: Settings) -> list[Row]:
     steps, samples, bounds = (20, 256, 50) if settings.quick else (60, 512, 100)
     shape = ("model.channels=64", "model.dropout=0.0", "train.batch_size=64", "train.log_every=5", "sample.steps=50",
              "sample.batch_size=32", "evaluate.metrics=[nll]", "evaluate.nll_batch_size=10",
+             "evaluate.nll_timesteps=null",
              f"train.steps={steps}", f"sample.num_images={samples}", f"evaluate.nll_images={bounds}")  # fmt: skip
     rates: dict[str, dict[int, float]] = {"train": {}, "sample": {}, "evaluate": {}}
     for workers in (1, 2):

@@ -31,7 +31,7 @@ EXPERIMENT = [
     "train.checkpoint_every=50", "train.log_every=10", "train.sample_every=500", "train.keep=2",
     "model.channels=16", "model.dropout=0.1", "diffusion.timesteps=250", "sample.num_images=320", "sample.steps=null",
     "sample.batch_size=16", "evaluate.nll_images=120", "evaluate.nll_batch_size=4",
-    "figures.which=[samples,rate_distortion]",
+    "evaluate.nll_timesteps=null", "figures.which=[samples,rate_distortion]",
 ]  # fmt: skip
 CLUSTER = ["cluster.workers=2", "cluster.cpus_per_worker=1", "cluster.retries=20"]
 

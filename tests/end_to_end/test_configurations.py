@@ -34,7 +34,7 @@ SHORT = [
     "published.weights=null", "diffusion.timesteps=3", "train.steps=2", "train.batch_size=2",
     "train.checkpoint_every=2", "train.sample_every=0", "train.log_every=1", "sample.num_images=2",
     "sample.steps=null", "sample.batch_size=2", "evaluate.metrics=[nll]", "evaluate.nll_images=1",
-    "evaluate.nll_batch_size=1", "evaluate.checkpoints=null", "sample.checkpoint=last",
+    "evaluate.nll_batch_size=1", "evaluate.nll_timesteps=null", "evaluate.checkpoints=null", "sample.checkpoint=last",
 ]  # fmt: skip
 
 

@@ -14,7 +14,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 300
 EXPERIMENT = [
     *TINY, "train.checkpoint_every=25", "train.log_every=5", "train.keep=2", "model.dropout=0.1",
-    "diffusion.timesteps=100", "sample.num_images=300", "evaluate.nll_images=60", "evaluate.nll_batch_size=2",
+    "diffusion.timesteps=100", "evaluate.nll_timesteps=null",
+    "sample.num_images=300", "evaluate.nll_images=60", "evaluate.nll_batch_size=2",
     "figures.which=[samples]",
 ]  # fmt: skip
 

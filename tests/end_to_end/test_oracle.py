@@ -27,7 +27,8 @@ WORDS = [
     "model.name=exact", "train.steps=1", "train.checkpoint_every=1", "sample.num_images=5120",
     "sample.batch_size=2560", "sample.steps=null", "sample.variance=null", "evaluate.features=projection",
     "evaluate.metrics=[fid,kid,nll]", "evaluate.nll_split=train", "evaluate.nll_images=null",
-    "evaluate.reference=train", "figures.which=[nearest_pixels,nearest_features,interpolation]",
+    "evaluate.reference=train", "evaluate.nll_timesteps=null",
+    "figures.which=[nearest_pixels,nearest_features,interpolation]",
 ]  # fmt: skip
 
 

@@ -336,7 +336,7 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
     small = (
         "diffusion.timesteps=2", "model.channels=8", "model.norm_groups=4", "train.steps=1",
         "sample.num_images=12", "sample.batch_size=6", "sample.steps=null", "evaluate.nll_images=4",
-        "evaluate.metrics=[fid,nll]", "figures.images=3",
+        "evaluate.metrics=[fid,nll]", "figures.images=3", "evaluate.nll_timesteps=null",
     )  # fmt: skip
     experiment = config.load_experiment("context_digits", list(small))
     assert experiment.sample.label == "cycle" and experiment.sample.guidance_scale > 1
