@@ -89,10 +89,24 @@ def importing(folder: Path, *overrides: str, weights: Any = "unknown") -> config
     return dataclasses.replace(tiny(*overrides), published=config.PublishedConfig(str(folder), weights))
 
 
-def our_network(experiment: config.Experiment, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
-    net = checkpoint.create_network(experiment)
-    net.load_state_dict(tensors)
-    return net.eval().requires_grad_(False)
+def read(*arguments, **more) -> dict[str, torch.Tensor]:
+    return diffusers_layout.read_weights(importing(*arguments, **more))
+
+
+def assert_refused(message: str, *arguments, error: type = PipelineError, **more) -> None:
+    with pytest.raises(error, match=message):
+        read(*arguments, **more)
+
+
+def assert_computes_the_same(experiment: config.Experiment, theirs: UNet2DModel) -> None:
+    ours = checkpoint.create_network(experiment)
+    ours.load_state_dict(diffusers_layout.read_weights(experiment))
+    assert_same_outputs(experiment, ours.eval().requires_grad_(False), theirs)
+
+
+def assert_same_tensors(path: Path, theirs: UNet2DModel) -> None:
+    ours = {diffusers_layout.translate_name(name): tensor for name, tensor in read(path).items()}
+    torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
 
 
 def assert_same_outputs(experiment: config.Experiment, ours, theirs) -> None:
@@ -128,10 +142,7 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_what_diffusers_saved_computes_the_same_here(tmp_path, overrides):
     theirs = publish(tmp_path, tiny(*overrides))
-    experiment = importing(tmp_path, *overrides)
-    assert_same_outputs(
-        experiment, our_network(experiment, diffusers_layout.read_weights(experiment)), theirs
-    )
+    assert_computes_the_same(importing(tmp_path, *overrides), theirs)
 
 
 def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -169,9 +180,7 @@ def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickle
         torch.save(tensors, tmp_path / where / f"{FILE}.bin")
     else:
         save_file(tensors, tmp_path / where / f"{FILE}.safetensors")
-    found = diffusers_layout.read_weights(importing(tmp_path))
-    ours = {diffusers_layout.translate_name(name): tensor for name, tensor in found.items()}
-    torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
+    assert_same_tensors(tmp_path, theirs)
 
 
 def test_ema_and_raw_are_read_from_where_the_trainer_wrote_them(tmp_path):
@@ -183,18 +192,13 @@ def test_ema_and_raw_are_read_from_where_the_trainer_wrote_them(tmp_path):
     rewrite(tmp_path / "unet_ema" / "config.json", decay=0.9999, optimization_step=5, use_ema_warmup=False)
 
     def read_bias(folder, weights):
-        return diffusers_layout.read_weights(importing(folder, weights=weights))["conv_in.bias"]
+        return read(folder, weights=weights)["conv_in.bias"]
 
     torch.testing.assert_close(read_bias(tmp_path, "raw"), raw["conv_in.bias"])
     for folder in (tmp_path, tmp_path / "unet_ema", tmp_path / "unet_ema" / f"{FILE}.safetensors"):
         torch.testing.assert_close(read_bias(folder, "ema"), raw["conv_in.bias"] + 1)
-    for folder, weights in (
-        (tmp_path / "unet", "ema"),
-        (tmp_path / "unet_ema", "raw"),
-        (tmp_path, "unknown"),
-    ):
-        with pytest.raises(ConfigError, match=r"published\.weights"):
-            read_bias(folder, weights)
+    for folder, weights in (("unet", "ema"), ("unet_ema", "raw"), (".", "unknown")):
+        assert_refused(r"published\.weights", tmp_path / folder, weights=weights, error=ConfigError)
 
 
 @pytest.mark.parametrize(
@@ -209,27 +213,10 @@ def test_whatever_save_pretrained_writes_loads(tmp_path, options, pickled):
     weights = [file for file in folder.iterdir() if file.suffix != ".json"]
     assert f"{FILE}.safetensors" not in [file.name for file in weights]
     for path in (tmp_path / "models--g--d", folder, min(weights)):
-        found = diffusers_layout.read_weights(importing(path))
-        ours = {diffusers_layout.translate_name(name): tensor for name, tensor in found.items()}
-        torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
+        assert_same_tensors(path, theirs)
     if len(weights) > 1:
         weights[0].unlink()
-        with pytest.raises(ConfigError, match="no complete"):
-            diffusers_layout.read_weights(importing(folder))
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_a_pointer_and_values_that_are_not_finite_are_named(tmp_path, kind):
-    """Faults 6.4 and 4.15."""
-    theirs = publish(tmp_path, tiny(), pickled=kind == "bin")
-    file = tmp_path / f"{FILE}.{kind}"
-    theirs.load_state_dict({name: tensor * torch.nan for name, tensor in theirs.state_dict().items()})
-    theirs.save_pretrained(tmp_path, safe_serialization=kind != "bin")
-    with pytest.raises(PipelineError, match="not finite"):
-        diffusers_layout.read_weights(importing(tmp_path))
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    with pytest.raises(PipelineError, match=r"Git LFS pointer.*git lfs pull"):
-        diffusers_layout.read_weights(importing(tmp_path))
+        assert_refused("no complete", folder, error=ConfigError)
 
 
 class Harmful:
@@ -244,32 +231,31 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     publish(tmp_path, tiny(), pickled=True)
     proof = tmp_path / "it ran"
     torch.save({"conv_in.weight": Harmful(proof)}, tmp_path / f"{FILE}.bin")
-    with pytest.raises(PipelineError, match="holds more than plain tensors"):
-        diffusers_layout.read_weights(importing(tmp_path))
+    assert_refused("holds more than plain tensors", tmp_path)
     (tmp_path / f"{FILE}.bin").write_bytes(pickle.dumps(Harmful(proof)))
-    with pytest.raises(PipelineError, match="holds more than plain tensors") as refused:
-        diffusers_layout.read_weights(importing(tmp_path))
-    assert not proof.exists() and "weights_only" not in str(refused.value)
+    assert_refused("holds more than plain tensors (?!.*weights_only)", tmp_path)
+    assert not proof.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        (f"{FILE}.bin", b"", "is broken"),
-        (f"{FILE}.bin", b"not weights at all", "is broken"),
-        (f"{FILE}.safetensors", b"", "is broken"),
-        (f"{FILE}.safetensors", b"not weights at all", "is broken"),
-        (f"{FILE}.bin", None, "no plain table of tensors"),
-    ],
-)
-def test_broken_files_are_refused(tmp_path, name, content, reason):
-    publish(tmp_path, tiny(), pickled=name.endswith("bin"))
-    if content is None:
-        torch.save({"state_dict": {}}, tmp_path / name)
-    else:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(PipelineError, match=f"{name} .*{reason}|{name} {reason}"):
-        diffusers_layout.read_weights(importing(tmp_path))
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_broken_files_are_named(tmp_path, kind):
+    theirs, file = publish(tmp_path, tiny(), pickled=kind == "bin"), tmp_path / f"{FILE}.{kind}"
+    theirs.load_state_dict({name: tensor * torch.nan for name, tensor in theirs.state_dict().items()})
+    theirs.save_pretrained(tmp_path, safe_serialization=kind != "bin")
+    assert_refused("not finite", tmp_path)
+    for content, reason in (
+        (POINTER, "is a Git LFS pointer.*git lfs pull"),
+        (b"", "is broken"),
+        (b"not weights at all", "is broken"),
+    ):
+        file.write_bytes(content)
+        assert_refused(f"{file.name} {reason}", tmp_path)
+    if kind == "bin":
+        torch.save({"state_dict": {}}, file)
+        assert_refused(f"{file.name} holds no plain table of tensors", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -289,21 +275,14 @@ def test_broken_files_are_refused(tmp_path, name, content, reason):
 def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, value):
     publish(tmp_path, tiny())
     rewrite(tmp_path / "config.json", **{setting: value})
-    with pytest.raises(PipelineError, match=setting):
-        diffusers_layout.read_weights(importing(tmp_path))
+    assert_refused(setting, tmp_path)
 
 
 def test_settings_that_change_nothing_may_be_left_out(tmp_path):
     publish(tmp_path, tiny())
-    for setting in (
-        "time_embedding_dim",
-        "add_attention",
-        "attn_norm_num_groups",
-        "dropout",
-        "upsample_type",
-    ):
-        rewrite(tmp_path / "config.json", **{setting: "absent"})
-    assert diffusers_layout.read_weights(importing(tmp_path))
+    names = ("time_embedding_dim", "add_attention", "attn_norm_num_groups", "dropout", "upsample_type")
+    rewrite(tmp_path / "config.json", **dict.fromkeys(names, "absent"))
+    assert read(tmp_path)
 
 
 def test_a_network_of_another_shape_names_what_to_set(tmp_path):
@@ -313,15 +292,12 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
     ]  # fmt: skip
     theirs = publish(tmp_path, tiny(*shape))
     with pytest.raises(ConfigError) as caught:
-        diffusers_layout.read_weights(importing(tmp_path))
+        read(tmp_path)
     remedies = " ".join(line.split("; set ")[1] for line in caught.value.problems if "; set " in line)
     assert set(remedies.split()) == set(shape)
-    with pytest.raises(ConfigError, match=r"out_channels is 3, .* has 6; a learned diffusion\.variance"):
-        diffusers_layout.read_weights(importing(tmp_path, *shape, *LEARNED))
-    experiment = importing(tmp_path, *remedies.split())
-    assert_same_outputs(
-        experiment, our_network(experiment, diffusers_layout.read_weights(experiment)), theirs
-    )
+    message = r"out_channels is 3, .* has 6; a learned diffusion\.variance"
+    assert_refused(message, tmp_path, *shape, *LEARNED, error=ConfigError)
+    assert_computes_the_same(importing(tmp_path, *remedies.split()), theirs)
 
 
 def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
@@ -331,13 +307,8 @@ def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
     publish(tmp_path, tiny("model.channels=24", "model.norm_groups=6"))
     derived = diffusers_layout.derive_overrides(published)
     assert {"model.channels=24", "model.norm_groups=6", "data.image_size=8"} <= set(derived)
-    words = [
-        "cifar10_published",
-        f"published.path={tmp_path}",
-        "published.weights=ema",
-        "model.norm_groups=4",
-    ]
-    parsed = parse_arguments(["run", *words, "data.source=digits", "data.path=null"])
+    words = ["run", "cifar10_published", "data.source=digits", "data.path=null", "model.norm_groups=4"]
+    parsed = parse_arguments([*words, f"published.path={tmp_path}", "published.weights=ema"])
     experiment, _ = commands._load_experiment_and_cluster(parsed)
     assert (experiment.model.channels, experiment.model.norm_groups, experiment.data.channels) == (24, 4, 1)
 
@@ -353,8 +324,7 @@ def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
 def test_settings_of_another_type_are_named(tmp_path, setting, value):
     publish(tmp_path, tiny())
     rewrite(tmp_path / "config.json", **{setting: value})
-    with pytest.raises(ConfigError, match=f"{setting} is "):
-        diffusers_layout.read_weights(importing(tmp_path))
+    assert_refused(f"{setting} is ", tmp_path, error=ConfigError)
     assert diffusers_layout.derive_overrides(config.PublishedConfig(str(tmp_path), "raw")) == []
 
 
@@ -365,10 +335,8 @@ def test_tensors_that_differ_are_named(tmp_path):
     tensors["extra.weight"] = torch.zeros(1)
     tensors["conv_out.weight"] = torch.zeros(1, 4, 3, 3)
     save_file(tensors, tmp_path / f"{FILE}.safetensors")
-    with pytest.raises(PipelineError) as caught:
-        diffusers_layout.read_weights(importing(tmp_path))
-    assert "1 missing (conv_in.bias); 1 unexpected (extra.weight)" in str(caught.value)
-    assert re.search(r"1 \w+ \(conv_out\.weight is \(1, 4, 3, 3\).*, not \(1, 8, 3, 3\)", str(caught.value))
+    differs = r"1 \w+ \(conv_out\.weight is \(1, 4, 3, 3\).*, not \(1, 8, 3, 3\)"
+    assert_refused(rf"1 missing \(conv_in\.bias\); 1 unexpected \(extra\.weight\).*{differs}", tmp_path)
 
 
 @pytest.mark.parametrize("where", ["scheduler", "."])
@@ -390,19 +358,16 @@ def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, name
     scheduler = tmp_path / where / "scheduler_config.json"
     scheduler.parent.mkdir(exist_ok=True)
     scheduler.write_text(json.dumps({"num_train_timesteps": 20, "beta_schedule": "linear"}))
-    assert diffusers_layout.read_weights(importing(tmp_path))
+    assert read(tmp_path)
     rewrite(scheduler, **changes)
-    with pytest.raises(ConfigError, match=re.escape(named)):
-        diffusers_layout.read_weights(importing(tmp_path))
+    assert_refused(re.escape(named), tmp_path, error=ConfigError)
 
 
 def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no complete diffusion_pytorch_model\.safetensors or"):
-        diffusers_layout.read_weights(importing(tmp_path))
+    assert_refused(r"holds no complete diffusion_pytorch_model\.safetensors or", tmp_path, error=ConfigError)
     publish(tmp_path, tiny())
     (tmp_path / "config.json").unlink()
-    with pytest.raises(PipelineError, match=r"config\.json is missing"):
-        diffusers_layout.read_weights(importing(tmp_path))
+    assert_refused(r"config\.json is missing", tmp_path)
     with pytest.raises(ConfigError, match=r"published\.weights is null; say"):
         tiny(f"published.path={tmp_path}")
     with pytest.raises(ConfigError, match=r"published\.path is null"):
@@ -441,7 +406,7 @@ def test_what_we_exported_computes_the_same_in_diffusers(tmp_path, overrides):
 def test_export_and_import_give_the_same_tensors(tmp_path, which):
     run, net = trained(tmp_path, tiny())
     diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", which, STEP)
-    found = diffusers_layout.read_weights(importing(tmp_path / "out"))
+    found = read(tmp_path / "out")
     expected = {name: tensor + (which == "ema") for name, tensor in net.state_dict().items()}
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     with safe_open(tmp_path / "out" / "unet" / f"{FILE}.safetensors", "pt") as file:
