@@ -87,9 +87,7 @@ def pull_run(uri: str, root: Path) -> str:
     fetched, kept = 0, []
     with lock_folder(target), show_progress("pull", len(folders), "folders") as progress:
         for done, (folder, files) in enumerate(folders.items(), 1):
-            if not any(map(_is_seal, files)):
-                fetched += _download_run_files(store, target, files)
-            elif not any((target / folder / seal).exists() for seal in SEALS):
+            if not any((target / folder / seal).exists() for seal in SEALS):
                 fetched += _download_folder(store, target, folder, files)
             elif not all(_has_same_content(target / file, store.contents[file]) for file in files):
                 kept.append(folder)
@@ -125,21 +123,18 @@ def _has_same_content(path: Path, facts: FileFacts) -> bool:
     return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["sha256"]
 
 
-def _download_run_files(store: ObjectStore, target: Path, files: list[str]) -> int:
-    """Fetch missing files that describe the run, and the log where the pushed one is longer."""
-    fetched = 0
-    for file in files:
-        path = target / file
-        if not path.exists() or (file == LOG and path.stat().st_size < store.contents[file]["bytes"]):
-            fetched += store.download(file, path)
-    return fetched
-
-
 def _download_folder(store: ObjectStore, target: Path, folder: str, files: list[str]) -> int:
-    """Fetch a sealed folder; continue a broken pull."""
-    final = target / folder
-    # The item itself holds the lock and stays in its place; its seal comes last.
-    staged = final if final == target else final.with_name(f"{TEMPORARY}pull-{final.name}")
+    """Fetch a folder and count its new files; continue a broken pull.
+
+    Of files without a seal, those that are missing, and the log where the pushed one is longer.
+    """
+    final = staged = target / folder
+    if not any(map(_is_seal, files)):
+        log = target / LOG
+        is_longer = log.exists() and log.stat().st_size < store.contents.get(LOG, {"bytes": 0})["bytes"]
+        files = [f for f in files if not (target / f).exists() or (f == LOG and is_longer)]
+    elif final != target:  # the item itself holds the lock and stays in its place; its seal comes last
+        staged = final.with_name(f"{TEMPORARY}pull-{final.name}")
     fetched = sum(store.download(file, staged / Path(file).name) for file in files)
     if staged != final:
         shutil.rmtree(final, ignore_errors=True)  # without a seal it was nobody's
