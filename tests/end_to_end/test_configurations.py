@@ -1,6 +1,5 @@
 """Every configuration in conf/: `ddpm show`, and two steps of its own objective on images of its own size."""
 
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import one_cpu
-from PIL import Image
+from image_files import write_set
 
 from pipeline import config
 from pipeline.cli.program import main
@@ -38,44 +37,6 @@ SHORT = [
 ]  # fmt: skip
 
 
-def encoded(pixels: np.ndarray, kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
-
-
-def write_folder(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    for i, pixels in enumerate(images):
-        (root / f"{i}.png").write_bytes(encoded(pixels, "png"))
-
-
-def write_npy(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    np.save(root / "images.npy", images)
-    np.save(root / "labels.npy", labels)
-
-
-def write_cifar10(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    rows = [{"bytes": encoded(pixels, "png"), "path": ""} for pixels in images]
-    for split, part in (("train", slice(TRAIN_IMAGES)), ("test", slice(TRAIN_IMAGES, None))):
-        table = pyarrow.table({"img": rows[part], "label": labels[part]})
-        parquet.write_table(table, root / f"{split}-0.parquet")
-
-
-def write_lmdb(root: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    import lmdb
-
-    environment = lmdb.open(str(root), map_size=1 << 26, lock=False)
-    with environment, environment.begin(write=True) as transaction:
-        for i, pixels in enumerate(images):
-            transaction.put(b"%d" % i, encoded(pixels, "webp"))
-
-
-WRITERS = {"folder": write_folder, "npy": write_npy, "cifar10": write_cifar10, "lmdb": write_lmdb}
-
-
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("storage")
@@ -88,10 +49,9 @@ def write_images(name: str, storage: Path) -> list[str]:
         return []
     place = storage / f"{data.source}-{data.image_size}"
     if not place.exists():
-        place.mkdir()
         shape = (TRAIN_IMAGES + TEST_IMAGES, data.image_size, data.image_size, data.channels)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-        WRITERS[data.source](place, images, np.arange(len(images)) % max(data.labels, 1))
+        write_set(data.source, place, images.squeeze(), np.arange(len(images)) % max(data.labels, 1))
     return [f"data.path={place}", f"data.test_images={TEST_IMAGES}"]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 from conftest import one_cpu, tiny_experiment
+from image_files import save, write_arrays, write_lmdb, write_parquet
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
@@ -29,10 +30,6 @@ from test_sources import (
     pixels,
     read,
     reader,
-    save,
-    write_arrays,
-    write_lmdb,
-    write_parquet,
 )
 
 from pipeline.config import DataConfig

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import encode, save, write_arrays, write_lmdb, write_parquet, write_set
 from PIL import Image
 
 from pipeline.config import DataConfig
@@ -76,70 +77,16 @@ def noise(*shape: int) -> np.ndarray:
 
 def draw_numbered(count: int, start: int = 0) -> np.ndarray:
     """Images, the i-th of which has the grey level 6 i."""
-    return np.arange(start, start + count, dtype=np.uint8)[:, None, None, None] * np.full(
-        (8, 8, 3), 6, np.uint8
-    )
+    return np.arange(start, start + count, dtype=np.uint8).repeat(8 * 8 * 3).reshape(-1, 8, 8, 3) * 6
 
 
-def encode_numbered(count: int, start: int = 0, extension: str = "png") -> list[bytes]:
-    found = []
-    for image in draw_numbered(count, start):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, extension, **({"lossless": True} if extension == "webp" else {}))
-        found.append(file.getvalue())
-    return found
+def encode_numbered(count: int, start: int = 0) -> list[bytes]:
+    return list(map(encode, draw_numbered(count, start)))
 
 
-def save(path: Path, image: np.ndarray, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path, **options)
-    return path
-
-
-def write_parquet(path: Path, images: list, labels: list[int] | None, **more) -> Path:
-    """Encoded images as on the hub, in four rows a group; `more` are further columns."""
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    column = [{"bytes": image, "path": f"{i}.png"} for i, image in enumerate(images)]
-    columns = {"img": column} | ({} if labels is None else {"label": labels}) | more
-    path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.table(columns), path, row_group_size=4)
-    return path
-
-
-def write_lmdb(folder: Path, images: list[bytes]) -> Path:
-    import lmdb
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        lmdb.open(str(folder), map_size=1 << 24, lock=False) as environment,
-        environment.begin(write=True) as transaction,
-    ):
-        for i, image in enumerate(images):
-            transaction.put(b"%040x" % (i * 977), image)
-    return folder
-
-
-def write_arrays(root: Path, **arrays) -> Path:
-    root.mkdir(exist_ok=True)
-    for name, array in arrays.items():
-        np.save(root / f"{name}.npy", array)
-    return root
-
-
-def write_set(source: str, root: Path, count: int = 18, classes: int = 3) -> Path:
-    """Numbered images, each of the class that remains of its number; in LMDB without classes."""
-    if source == "npy":
-        return write_arrays(root, images=draw_numbered(count), labels=np.arange(count) % classes)
-    if source == "lmdb":
-        return write_lmdb(root, encode_numbered(count))
-    if source == "parquet":
-        labels = [i % classes for i in range(count)]
-        return write_parquet(root / "set.parquet", encode_numbered(count), labels).parent
-    for i, image in enumerate(draw_numbered(count)):
-        save(root / ("ant", "bee", "cat")[i % classes] / f"{i}.png", image)
-    return root
+def write_numbered(source: str, root: Path, count: int = 18) -> Path:
+    """Numbered images, each of the class that remains of its number divided by 3."""
+    return write_set(source, root, draw_numbered(count), np.arange(count) % 3)
 
 
 # All sources
@@ -156,7 +103,7 @@ def test_the_permutation_is_fixed():
 )
 def test_held_out_images_complete_the_train_split(tmp_path, file):
     source = file.partition("/")[0]
-    write_set(source, tmp_path / source, 25)
+    write_numbered(source, tmp_path / source, 25)
     data = config(source, tmp_path / file, test_images=5, labels=0 if source == "lmdb" else 3)
     test, train = numbers(data, "test"), numbers(data)
     assert len(test) == 5 and sorted(test + train) == list(range(25)) and numbers(data, "test") == test
@@ -169,7 +116,7 @@ def test_held_out_images_complete_the_train_split(tmp_path, file):
 
 @pytest.mark.parametrize("source", ["folder", "npy", "lmdb", "parquet"])
 def test_fingerprints_follow_content_and_names_not_place(tmp_path, source):
-    made, moved = write_set(source, tmp_path / "made"), tmp_path / "moved"
+    made, moved = write_numbered(source, tmp_path / "made"), tmp_path / "moved"
     before = sources.compute_fingerprint(config(source, made), None)
     shutil.copytree(made, moved)
     assert sources.compute_fingerprint(config(source, moved), None) == before
@@ -185,7 +132,7 @@ def test_fingerprints_follow_content_and_names_not_place(tmp_path, source):
 
 
 def test_a_fingerprint_is_computed_once_for_unchanged_files(tmp_path, monkeypatch):
-    cache, data = tmp_path / "fingerprints.json", config("folder", write_set("folder", tmp_path / "set"))
+    cache, data = tmp_path / "fingerprints.json", config("folder", write_numbered("folder", tmp_path / "set"))
     first = sources.compute_fingerprint(data, cache)
     with monkeypatch.context() as patch:
         patch.setattr(base, "hash_file", lambda path: pytest.fail(f"{path} was read again"))
@@ -302,8 +249,8 @@ def test_parquet_with_bare_bytes(tmp_path):
 
 @pytest.fixture
 def lsun(tmp_path):
-    write_lmdb(tmp_path / "church_outdoor_train_lmdb", encode_numbered(20, 0, "webp"))
-    write_lmdb(tmp_path / "church_outdoor_val_lmdb", encode_numbered(5, 20, "webp"))
+    write_lmdb(tmp_path / "church_outdoor_train_lmdb", encode_numbered(20))
+    write_lmdb(tmp_path / "church_outdoor_val_lmdb", encode_numbered(5, 20))
     return tmp_path
 
 
@@ -445,7 +392,7 @@ def test_a_download_is_compared_with_its_md5_and_fetched_once(batches, tmp_path,
 
 
 def test_classes_are_numbered_in_order_of_their_folders(tmp_path):
-    write_set("folder", tmp_path)
+    write_numbered("folder", tmp_path)
     (tmp_path / "ant" / "notes.txt").write_text("no image")
     save(tmp_path / ".thumbnails" / "0.png", noise(8, 8, 3))
     records = read(config("folder", tmp_path, labels=3))
@@ -458,8 +405,8 @@ def test_classes_are_numbered_in_order_of_their_folders(tmp_path):
 
 
 def test_train_and_test_folders_are_the_splits(tmp_path):
-    write_set("folder", tmp_path / "train")
-    write_set("folder", tmp_path / "test", 6)
+    write_numbered("folder", tmp_path / "train")
+    write_numbered("folder", tmp_path / "test", 6)
     assert reader("folder", tmp_path, labels=3).splits == {"train": 18, "test": 6}
     save(tmp_path / "test" / "dog" / "0.png", noise(8, 8, 3))
     with pytest.raises(PipelineError, match=r"dog.0\.png has the class 'dog', which train/ lacks"):
@@ -527,7 +474,7 @@ def damaged(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "empty", "text", "cut before the end"])
 def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
-    write_set("folder", tmp_path)
+    write_numbered("folder", tmp_path)
     (tmp_path / "bee" / "4.png").write_bytes(damaged(kind))
     message = r"bee.4\.png does not decode \(.+\); .*data.max_undecodable"
     assert_read_fails(message, "folder", tmp_path)
