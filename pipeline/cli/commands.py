@@ -224,7 +224,7 @@ def _run_study(study: Study, options: Namespace) -> int:
     if options.dry_run:
         print(study.describe_plan())
         return 0
-    board = study.run()
+    board = study.run(options.accept_code)
     print(format_text(board))
     for what, where in study.list_links():
         print_line(f"{what:>11}: {where}")

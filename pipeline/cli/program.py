@@ -75,6 +75,7 @@ STUDY = (
         "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
     ),
     _declare("--yes", action="store_true", help=f"really more than {do.MANY} trials"),
+    ACCEPT_CODE,
     CLUSTER,
 )
 ADDRESS = _declare(
@@ -253,7 +254,7 @@ def parse_arguments(arguments: list[str]) -> Namespace:
         program.parse_args(arguments)
     name, *words = arguments
     if name not in parsers:
-        program.error(f"no command is named '{name}'{suggest(name, parsers)}; known: {', '.join(parsers)}")
+        program.error(f"no command is named '{name}'{suggest(name, parsers)}; `ddpm --help` has all names")
     cut = words.index("--") if name == "submit" and "--" in words else len(words)
     options, stray = parsers[name].parse_known_intermixed_args(words[:cut])
     if stray:

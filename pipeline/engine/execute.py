@@ -83,18 +83,19 @@ def run_trial_stages(
     place: Place,
     last: str,
     asked: Experiment | None = None,
+    accept_code: bool = False,
 ) -> None:
     """Run the unfinished stages of a trial with the executor of its study, which mirrors it too.
 
     Waits for another command that works on the run. `asked` is what experiment.yaml says, where that is more
-    than this call does. Raises StopRequest, PipelineError.
+    than this call does; accept_code as in `run_stages`. Raises StopRequest, PipelineError.
     """
     with lock_folder(place.path, wait=True):
         remove_leftovers(place.path)
         _remove_stop_files(place)
         if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place)
-            write_record(place.of(asked) if asked else place, todo)
+            write_record(place.of(asked) if asked else place, todo, accept_code)
             _RunExecution(cluster, place, StopSignals(place.stop_file), interrupted, executor).run_all(
                 todo, last
             )

@@ -72,10 +72,10 @@ class Study:
         ]
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
 
-    def run(self) -> Leaderboard:
+    def run(self, accept_code: bool = False) -> Leaderboard:
         """Run all unfinished trials and rank them; a failed trial does not stop the others.
 
-        Raises StopRequest, PipelineError.
+        accept_code: whether to go on with what another code made. Raises StopRequest, PipelineError.
         """
         sweep, cluster = self.sweep, self.cluster
         uri = cluster.tracking_uri or tracking.find_default_uri(self.root)
@@ -94,7 +94,7 @@ class Study:
             status = "KILLED"
             try:
                 if todo:
-                    self._run_trials(todo)
+                    self._run_trials(todo, accept_code)
                 status = "FINISHED"
             except PipelineError:
                 status = "FAILED"
@@ -104,7 +104,7 @@ class Study:
                 shutil.rmtree(self.folder / "ray", ignore_errors=True)
         return self.recorder.leaderboard
 
-    def _run_trials(self, todo: list[str]) -> None:
+    def _run_trials(self, todo: list[str], accept_code: bool) -> None:
         """Run the trials `todo`, in this process or in Ray."""
         recorder, name, stop = self.recorder, self.sweep.name, self.sweep.early_stop
         stop_file, scheduler = self.interrupt.stop_file, None
@@ -113,7 +113,8 @@ class Study:
             try:
                 places = {key: self.trials[key].place for key in self._prepare_shared_data(executor, todo)}
                 tasks = {
-                    key: TrialInputs(place, self.cluster, stop_file, stop) for key, place in places.items()
+                    key: TrialInputs(place, self.cluster, stop_file, stop, accept_code)
+                    for key, place in places.items()
                 }
                 if stop.first:
                     from pipeline.sweep.tuning import EarlyStopScheduler

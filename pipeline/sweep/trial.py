@@ -26,6 +26,7 @@ class TrialInputs:
     cluster: ClusterConfig
     stop_file: Path
     early_stop: EarlyStop
+    accept_code: bool = False
 
     def should_stop(self) -> bool:
         """Return whether the study asks to stop."""
@@ -53,7 +54,7 @@ def run_trial(
                     return None  # the files on disk say how far it came
                 part = place.of(limit_to_rung(place.experiment, steps, stop.nll_images)) if steps else place
                 stages.run_trial_stages(
-                    executor, task.should_stop, task.cluster, part, last, asked=place.experiment
+                    executor, task.should_stop, task.cluster, part, last, place.experiment, task.accept_code
                 )
                 if steps and not should_continue(
                     steps, read_sealed(part.metrics_json, Results)["scores"]["nll_bpd"]

@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from pipeline import config, tracking
 from pipeline.cli.program import main
 from pipeline.drawing import charts
+from pipeline.engine import provenance
 from pipeline.store.files import lock_folder, read_json, write_json
 
 SMALL = [*TRIAL, "train.sample_every=6"]
@@ -191,6 +192,15 @@ def test_a_failing_trial_stops_no_other_and_is_tried_again(grid, storage, client
     assert "failed: the training loss" in parent.data.tags["mlflow.note.content"]
     assert sweep(storage, "failing", text) == 1
     assert "lr=1e+30: started" in capsys.readouterr().out
+
+
+def test_trials_of_other_code_are_not_gone_on_with_unasked(storage, monkeypatch, capsys):
+    text = ONE_KEY % ("train.lr", "[2.0e-3]")
+    assert sweep(storage, "coded", text) == 0
+    monkeypatch.setattr(provenance, "hash_code", lambda: "0" * 8)
+    assert sweep(storage, "coded", text, "train.steps=8") == 1
+    assert "--accept-code" in capsys.readouterr().err
+    assert sweep(storage, "coded", text, "train.steps=8", "--accept-code") == 0
 
 
 def test_what_the_data_makes_impossible_fails_before_it_trains(grid, storage):
