@@ -10,7 +10,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.data import sources
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
-from pipeline.store.run import EXPERIMENT, Place, find_runs, locate_fingerprints
+from pipeline.store.run import EXPERIMENT, Place, find_last_change, find_runs, locate_fingerprints
 
 
 def prepare_storage_root(cluster: ClusterConfig) -> Path:
@@ -71,10 +71,16 @@ def explain_old_run(path: Path) -> str | None:
 
 
 def explain_old_runs(place: Place) -> list[str]:
-    """Return a hint for each run of the first version that has the name of this experiment."""
+    """Return a hint for each of the newest runs of this experiment's name that lie under keys of the past."""
     named = find_runs(place.storage, f"{place.experiment.name}-")
     alike = [path for path in named if len(path.name) == len(place.name)]
-    return [line for path in alike if (line := explain_old_run(path))]
+    lines = []
+    for path in sorted(alike, key=find_last_change)[-3:]:
+        try:
+            read_place(path)
+        except PipelineError as error:
+            lines.append(str(error))
+    return lines
 
 
 def find_run(name: str, root: Path) -> Path:
