@@ -104,10 +104,12 @@ def _start_ray(address: str | None) -> None:
         else:
             hook = {"worker_process_setup_hook": _set_network_interface}
             ray.init(address=address, runtime_env=hook, logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"the cluster at cluster.ray_address={address}" if address else "Ray on this machine"
         whole = "Version mismatch" in str(error)  # told over several lines
         reason = " ".join(str(error).split()) if whole else shorten_error(error)
+        if address is None:
+            reason += "; RAY_TMPDIR must be a short path of a folder that can be written"
         raise PipelineError(f"{where} cannot be reached or started: {reason}") from error
 
 

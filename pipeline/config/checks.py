@@ -184,7 +184,7 @@ def _describe_problem(types: Types, problem: ErrorDetails) -> tuple[str, str]:
     elif problem["type"] == "extra_forbidden":
         reason = f"is unknown{_suggest_key(names, known)}"
     elif is_section(kind):
-        reason = f"is {value!r}; it is a section with the keys {', '.join(get_field_types(kind))}"
+        reason = f"is {value!r:.99}; it is a section: write one of its keys, {names[-1]}.key=value"
     elif problem["type"] in OUT_OF_RANGE:
         (limits,) = (argument for argument in get_args(kind) if isinstance(argument, Range))
         reason = f"{verb} {value}; it must be {limits}"

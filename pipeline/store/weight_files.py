@@ -21,6 +21,8 @@ def find_weight_files(published: PublishedConfig) -> list[Path]:
     if published.path is None:
         raise ConfigError("published.path is null; set it to the folder of the published weights")
     path = Path(published.path)
+    if not path.exists():
+        raise ConfigError(f"{path} is not here: download it first (`hf download NAME --local-dir FOLDER`)")
     folder = path.parent if path.is_file() else _find_folder(path, published.weights)
     if published.weights == "ema" and folder.name == "unet" and _holds_weights(folder.parent / "unet_ema"):
         raise ConfigError(f"published.weights is ema, but {folder} holds the raw weights beside unet_ema/")
