@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from urllib.parse import unquote
 
+UNPRINTABLE = r"[\0-\t\v-\x1f\x7f-\x9f\u2028\u2029\ud800-\udc7f\udd00-\udfff]"  # others of \ud800 are bytes
+
 
 class PipelineError(Exception):
     """An error outside the program: data, disk, cluster or server. Exit code 1, no traceback."""
@@ -14,18 +16,21 @@ class PipelineError(Exception):
 
 
 class ConfigError(PipelineError):
-    """An error in the command line or a configuration: all problems found, a line each. Exit code 2."""
+    """An error in the command line or a configuration: the problems, a line each, the first ten. Exit code 2."""
 
     def __init__(self, problems: str | list[str]):
         self.problems = [problems] if isinstance(problems, str) else problems
-        super().__init__("\n".join(self.problems))
+        rest = [f"and {len(self.problems) - 9} problems more"] if len(self.problems) > 10 else []
+        lines = [problem.replace("\n", " ") for problem in self.problems[: 9 if rest else 10]]
+        super().__init__("\n".join([*lines, *rest]))
 
     def __reduce__(self):
         return ConfigError, (self.problems,)
 
 
 def escape_name(text: str) -> str:
-    """Return text in which file names that are no UTF-8 can be printed and written."""
+    """Return text in which names that are no UTF-8, or hold control characters, can be printed and written."""
+    text = re.sub(UNPRINTABLE, lambda found: ascii(found[0])[1:-1], text)
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 

@@ -65,10 +65,8 @@ def find_configuration(name: str, folder: Folder = "") -> Path:
     for conf in list_conf_folders():
         if (conf / folder / f"{name}.yaml").is_file():
             return conf / folder / f"{name}.yaml"
-    known = list_configurations(folder)
-    raise ConfigError(
-        f"no {folder or 'experiment'} is named '{name}'{suggest(name, known)}; known: {', '.join(known)}"
-    )
+    hint = suggest(name, list_configurations(folder))
+    raise ConfigError(f"no {folder or 'experiment'} is named '{name}'{hint}; `ddpm list` has all names")
 
 
 def read_configuration(path: Path, folder: Folder = "", seen: tuple[Path, ...] = ()) -> Tree:
@@ -130,8 +128,8 @@ def _read_override(kind: Any, text: str) -> Any:
 
 
 def _read_yaml(path: Path) -> Tree:
-    if path.stat().st_size > LARGEST:
-        raise ConfigError(f"{path} is no configuration: it is larger than {LARGEST:,} bytes")
+    if not path.is_file() or path.stat().st_size > LARGEST:
+        raise ConfigError(f"{path} is no configuration: it is no file, or larger than {LARGEST:,} bytes")
     try:
         tree = _load_yaml(path.read_bytes())
     except ConfigError as error:

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import write_atomically
+from pipeline.store.files import require_regular, write_atomically
 
 CELL_PIXELS = 64  # smaller images are enlarged
 
@@ -30,7 +30,7 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
 def require_picture(file: Path) -> Path:
     """Return the path of a PNG. Raises PipelineError where one of its checksums is wrong."""
     try:
-        with Image.open(file, formats=["PNG"]) as image:
+        with Image.open(require_regular(file), formats=["PNG"]) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
         raise PipelineError(f"{file} is damaged ({error}) and is passed over") from error

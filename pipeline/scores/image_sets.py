@@ -101,7 +101,7 @@ def write_shard_features(
 
     It reads no manifest, since a shard of samples is looked at before all of them are drawn.
     """
-    if not shard.path.exists() or hash_file(shard.path) != shard.sha256:
+    if not shard.path.is_file() or hash_file(shard.path) != shard.sha256:
         raise PipelineError(f"{shard.path} is missing or does not match its sha256; {REMEDY}")
     try:
         records = tars.read_records(shard.path, shard.stop - shard.start)

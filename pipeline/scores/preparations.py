@@ -38,7 +38,7 @@ def list_preparations(place: Place) -> list[Unit]:
     scores_samples = bool(set(config.metrics) - {"nll"})
     if scores_samples and config.features == "classifier":
         weights, facts = place.classifier, place.classifier_json
-        if not weights.exists() or read_record(facts, dict[str, Any]).get("sha256") != hash_file(weights):
+        if not weights.is_file() or read_record(facts, dict[str, Any]).get("sha256") != hash_file(weights):
             units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     if (scores_samples and locate_gaussian(place)) or ("nll" in config.metrics and config.nll_timesteps):
         units += list_gaussian_units(place)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, draw_normal
-from pipeline.store.files import hash_file, write_atomically
+from pipeline.store.files import hash_file, is_unit_done, require_sealed, write_atomically, write_manifest
 from pipeline.store.run import Place
 
 FEATURES = 64
@@ -43,9 +43,10 @@ class Projection(nn.Module):
 
 def find_projection_weights(place: Place) -> tuple[Path, str]:
     """Return the file of the projection for the run's images, written if need be, and its sha256."""
-    if not place.projection.exists():
+    if not is_unit_done(place.projection, require_sealed):
         with write_atomically(place.projection) as temporary:
             save_file(Projection(place.experiment.data.channels).state_dict(), temporary)
+        write_manifest(place.projection.parent, [place.projection.name])
     return place.projection, hash_file(place.projection)
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, NotRequired, cast
@@ -147,11 +148,10 @@ def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
 
 def is_valid(place: Place, step: int) -> bool:
     """Return whether the run has the complete checkpoint of a step."""
-    try:
+    with suppress(PipelineError):
         verify_step(place, step, "seal")
         return True
-    except PipelineError:
-        return False
+    return False
 
 
 def find_newest_step(run: Place, at_most: int) -> int | None:

@@ -37,37 +37,17 @@ LAYOUT_VERSION = "0.30.0"  # of diffusers, whose names of settings these are
 
 # What the settings of diffusers' UNet2DModel must be to mean the paper's network ...
 FIXED: Settings = {
-    "center_input_sample": False,
-    "time_embedding_type": "positional",
-    "time_embedding_dim": None,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "mid_block_type": "UNetMidBlock2D",
-    "mid_block_scale_factor": 1,
-    "downsample_padding": 0,
-    "downsample_type": "conv",
-    "upsample_type": "conv",
-    "act_fn": "silu",
-    "attention_head_dim": None,
-    "attn_norm_num_groups": None,
-    "norm_eps": 1e-6,
-    "resnet_time_scale_shift": "default",
-    "add_attention": True,
-    "class_embed_type": None,
-    "num_class_embeds": None,
-}
+    "center_input_sample": False, "time_embedding_type": "positional", "time_embedding_dim": None,
+    "freq_shift": 1, "flip_sin_to_cos": False, "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
+    "downsample_padding": 0, "downsample_type": "conv", "upsample_type": "conv", "act_fn": "silu",
+    "attention_head_dim": None, "attn_norm_num_groups": None, "norm_eps": 1e-6, "resnet_time_scale_shift": "default",
+    "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
+}  # fmt: skip
 # ... and what leaving one out means.
 LEFT_OUT = FIXED | {
-    "freq_shift": 0,
-    "flip_sin_to_cos": True,
-    "downsample_padding": 1,
-    "attention_head_dim": 8,
-    "norm_eps": 1e-5,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "in_channels": 3,
-    "out_channels": 3,
-}
+    "freq_shift": 0, "flip_sin_to_cos": True, "downsample_padding": 1, "attention_head_dim": 8, "norm_eps": 1e-5,
+    "layers_per_block": 2, "norm_num_groups": 32, "in_channels": 3, "out_channels": 3,
+}  # fmt: skip
 EMA_SETTINGS = {  # that diffusers' EMAModel writes beside those of the network
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
@@ -255,16 +235,10 @@ def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> 
 
 def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
     """Return every beta of a scheduler's settings, float64 (T,); None for a schedule that we do not have."""
-    steps, ends = (
-        given.get("num_train_timesteps", 1000),
-        (given.get("beta_start", 1e-4), given.get("beta_end", 0.02)),
-    )
-    betas = [*ends, *(given.get("trained_betas") or ())]
-    if (
-        type(steps) is not int
-        or not 1 < steps <= LONGEST
-        or not all(type(beta) in (int, float) for beta in betas)
-    ):
+    steps = given.get("num_train_timesteps", 1000)
+    ends = given.get("beta_start", 1e-4), given.get("beta_end", 0.02)
+    are_numbers = all(type(beta) in (int, float) for beta in (*ends, *(given.get("trained_betas") or ())))
+    if type(steps) is not int or not 1 < steps <= LONGEST or not are_numbers:
         return None
     if given.get("trained_betas") is not None:
         return torch.tensor(given["trained_betas"], dtype=torch.float64)

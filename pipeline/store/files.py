@@ -52,6 +52,7 @@ def _flush_to_disk(path: Path) -> None:
 
 # What a person can mend and go on; anything else that the system says is a fault of ours.
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+STORAGE_FAULTS |= {errno.EISDIR, errno.ENOTDIR}  # something else has its name
 
 
 @contextmanager
@@ -113,10 +114,17 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
+def require_regular(path: Path) -> Path:
+    """Return the path. Raises OSError where it is no file: who opens a pipe waits for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file", str(path))
+    return path
+
+
 def read_json(path: Path, shape: type[T], remedy: str = REMEDY) -> T:
     """Read a JSON file. Raises PipelineError where it is damaged, or not of the shape (see `parse_json`)."""
     try:
-        return parse_json(path.read_bytes(), shape, path, remedy)
+        return parse_json(require_regular(path).read_bytes(), shape, path, remedy)
     except OSError as error:
         raise PipelineError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
@@ -168,7 +176,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz. Raises PipelineError where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(require_regular(path), allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise PipelineError(f"{path} is damaged ({error}); {REMEDY}") from error
@@ -259,7 +267,7 @@ def read_manifest(directory: Path, shape: type[M], check: Check = "seal") -> M |
     Raises PipelineError naming the first file that is missing or differs.
     """
     path = directory / MANIFEST
-    if not path.exists():
+    if not path.is_file():
         return None
     manifest = read_json(path, shape)
     if (folder := manifest.get("folder", directory.name)) != directory.name:

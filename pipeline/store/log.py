@@ -16,7 +16,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import explain_write_errors, parse_json, warn_once
+from pipeline.store.files import explain_write_errors, parse_json, require_regular, warn_once
 from pipeline.store.run import Place
 
 TAIL = 2000  # bytes; a line is some 200
@@ -54,7 +54,7 @@ class LogWriter:
 
 def read_points(path: Path, start: int = 0, end: int | None = None) -> list[LogPoint]:
     """Return the points between two byte offsets, by default all; none without a file."""
-    if not path.exists():
+    if not path.is_file():
         return []
     with path.open("rb") as file:
         file.seek(start)
@@ -74,7 +74,7 @@ def _parse_point(line: bytes) -> LogPoint | None:
 
 def find_end(path: Path, start: int = 0) -> int:
     """Return the byte offset after the last complete line, looking from `start`; 0 without a file."""
-    if not path.exists():
+    if not path.is_file():
         return 0
     with path.open("rb") as file:
         start = 0 if start > file.seek(0, os.SEEK_END) else start
@@ -85,7 +85,7 @@ def find_end(path: Path, start: int = 0) -> int:
 def read_last_point(path: Path) -> LogPoint | None:
     """Return the point of the last complete line, without reading the others."""
     try:
-        with path.open("rb") as file:
+        with require_regular(path).open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
             lines = file.read().splitlines(keepends=True)
     except OSError:

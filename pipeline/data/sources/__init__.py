@@ -48,7 +48,7 @@ def download_source(data: DataConfig, downloads: Path) -> DataConfig:
 
 
 class Fingerprint(TypedDict):
-    """An entry of the cache of fingerprints. stamp: the sha256 over paths, sizes and times of the files."""
+    """An entry of the cache of fingerprints. stamp: the sha256 over paths, sizes, times and content of the files."""
 
     stamp: str
     content: str
@@ -64,10 +64,14 @@ def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = T
         return hash_batches()
     source = SOURCES[data.source](data)
     place = f"2 {data.source} {data.path and Path(data.path).resolve()} {data.labels > 0}"
-    stamp = hash_file_stats(source.files)
+    stats = hash_file_stats(source.files)
+
+    def stamp(content: str) -> str:
+        return hashlib.sha256(f"{stats} {content}".encode()).hexdigest()
+
     known = read_record(cache, dict[str, Fingerprint]) if cache else {}
-    if place in known and known[place]["stamp"] == stamp:
-        return known[place]["content"]
+    if (found := known.get(place)) and found["stamp"] == stamp(found["content"]):
+        return found["content"]
     content = source.compute_fingerprint()
     if not source.splits.get("train"):
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")
@@ -75,5 +79,5 @@ def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = T
         content = hashlib.sha256(f"{content} {source.mixed}".encode()).hexdigest()
     if cache and remember:
         with suppress(OSError):  # a cache that cannot be written only costs time
-            write_json(cache, {**known, place: {"stamp": stamp, "content": content}})
+            write_json(cache, {**known, place: {"stamp": stamp(content), "content": content}})
     return content

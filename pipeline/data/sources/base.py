@@ -86,9 +86,7 @@ class ImageSource(ABC):
         counts, held_out = self.count_images(), self.data.test_images
         for part, n in counts.items():
             if n > MAX_IMAGES:
-                raise PipelineError(
-                    f"{self.root} claims to hold {n} images in its {part} part; fetch it again"
-                )
+                raise PipelineError(f"{self.root} claims to hold {n} images as {part}; fetch it again")
         if "test" in counts:
             arrange = make_fixed_permutation if self.order == "shuffled" else np.arange
             return {split: (split, arrange(n)) for split, n in counts.items()}

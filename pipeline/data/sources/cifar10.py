@@ -84,11 +84,6 @@ def hash_images(images: Iterable[np.ndarray]) -> str:
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(i.tobytes()).digest() for i in images))).hexdigest()
 
 
-def _hash_batches(md5: dict[str, str]) -> str:
-    """Return the fingerprint from the md5 of each batch."""
-    return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
-
-
 def download_archive(folder: Path) -> Path:
     """Download the archive into `folder` unless it is there, and verify its md5."""
     archive = folder / ARCHIVE
@@ -142,10 +137,9 @@ class Cifar10Batches(ArraySource):
     def _read_batches(self) -> Iterator[tuple[str, bytes]]:
         """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
         missing = set(BATCHES)
+        batches = _read_unpacked(self.files) if self.root.is_dir() else _read_archive(self.root)
         try:
-            for name, content in (
-                _read_unpacked(self.files) if self.root.is_dir() else _read_archive(self.root)
-            ):
+            for name, content in batches:
                 missing.discard(name)
                 yield name, content
         except (OSError, EOFError, tarfile.TarError, zlib.error) as error:

@@ -29,8 +29,9 @@ def records(pixels: np.ndarray, first: int = 0, labelled: bool = True) -> list[R
 def write_folder(directory, pixels: np.ndarray, labelled: bool = True):
     shards, first = [], 0
     for number, count in enumerate(COUNTS):
-        part = records(pixels[first : first + count], first, labelled)
-        shards.append(tars.write_tar(directory / f"train-{number:05d}.tar", part))
+        shard = tars.Shard(directory, f"train-{number:05d}.tar", "train", first, first + count)
+        shard.write(records(pixels[first : first + count], first, labelled))
+        shards.append(shard.require_facts())
         first += count
     tars.write_shard_manifest(directory, {"train": shards}, image_size=8, channels=3, labels=7)
     return directory
