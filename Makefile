@@ -10,7 +10,7 @@ QUICK := tests/ddpm tests/pipeline/config tests/pipeline/scores/test_ranking.py 
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
-.PHONY: help run quick test test-all soak check bench env image cluster-test
+.PHONY: help run quick test test-all soak fuzz check bench env image cluster-test
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test      the tests a person runs before a commit (minutes)"
 	@echo "make test-all  the same with the slow ones (an hour)"
 	@echo "make soak      a digits run killed 21 times beside an untouched one (some 20 minutes on two cores)"
+	@echo "make fuzz      drawn command lines and damages to a finished run; CASES=500 DAMAGES=50 SEED=0"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
 	@echo "make env       draw the secrets of docker-compose.yml into .env"
@@ -50,6 +51,13 @@ test-all: $(READY)
 soak: $(READY)
 	@echo "== soak"
 	@$(BIN)/python tests/soak.py $(ARGS)
+
+CASES := 500
+DAMAGES := 50
+SEED := 0
+fuzz: $(READY)
+	@echo "== fuzz"
+	@$(BIN)/python tests/test_fuzz.py $(CASES) $(DAMAGES) $(SEED)
 
 check: $(READY)
 	@echo "== ruff and mypy"
