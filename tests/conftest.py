@@ -1,7 +1,12 @@
 """Shared by all tests: one thread, and the smallest experiment that is still the real pipeline."""
 
 import dataclasses
+import json
 import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,6 +98,35 @@ def renamed(run: Place, ending: str) -> Place:
 
 def one_cpu() -> LocalExecutor:
     return LocalExecutor(Worker(torch.device("cpu"), cpus=1))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until(
+    happened: Callable[[], object], limit: float = 300, running: subprocess.Popen | None = None
+) -> None:
+    """Raises AssertionError where it did not happen within so many seconds, or before the process ended."""
+    end = time.monotonic() + limit
+    while not happened():
+        assert time.monotonic() < end, f"it did not happen within {limit:.0f} s"
+        assert running is None or running.poll() is None, running.communicate()
+        time.sleep(0.05)
+
+
+def flip_bit(file: Path, place: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def read_losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every point of a run's log."""
+    points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(point["step"], point["metrics"]["train/loss"]) for point in points]
 
 
 @pytest.fixture(autouse=True, scope="session")

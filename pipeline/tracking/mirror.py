@@ -119,10 +119,13 @@ class Mirror(Sender):
         wait, is_last = 0.0, False
         while not is_last:
             is_last = self._stopping.wait(wait)
-            if self.try_send(self.deliver):
-                wait, self.is_behind = POLL, False
-            else:
+            self.is_behind = False
+            with self.warn_of_errors():
+                self.deliver()
+            if self.is_behind:
                 self.sender, wait = None, min(max(2 * wait, POLL), LONGEST_WAIT)
+            else:
+                wait = POLL
 
     def deliver(self) -> None:
         """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""

@@ -7,8 +7,8 @@ import os
 import re
 import shlex
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -176,11 +176,11 @@ class Sender:
     def __init__(self, uri: str, warn: Callable[[str], None]):
         self.uri, self.warn, self.warned, self.is_behind = uri, warn, False, False
 
-    def try_send(self, send: Callable[[], None], what: str = "") -> bool:
-        """Call `send`, and return whether it succeeded."""
+    @contextmanager
+    def warn_of_errors(self, what: str = "") -> Iterator[None]:
+        """Raise no error of the body; after one, `is_behind` is true."""
         try:
-            send()
-            return True
+            yield
         except Exception as error:  # whatever a server or its client comes up with
             logger.debug("tracking", exc_info=True)
             self.is_behind = True
@@ -192,7 +192,6 @@ class Sender:
                     "goes on, and what is missing there is delivered "
                     + (f"once that is mended: {remedy}" if remedy else "when it is back")
                 )
-            return False
 
 
 def correct_artifact_paths(store: Path) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
 from pipeline.errors import hide_password
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-P = ParamSpec("P")
-
 TABLE = "leaderboard.json"
 MOST = 50_000  # runs that MLflow takes as the limit of one search
 PARENT_TAG, TRIAL_TAG, STATE_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.state"
@@ -28,22 +25,6 @@ REMOVED_TAG = "sweep.removed"
 Scalar = bool | int | float | str | None
 Cell = Scalar | list[Scalar]
 Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
-
-
-def _warn_instead_of_raising(
-    send: Callable[Concatenate[ParentRun, P], None],
-) -> Callable[Concatenate[ParentRun, P], None]:
-    """Decorate a method: connect first, and warn instead of raising."""
-
-    @wraps(send)
-    def attempt(parent: ParentRun, *args: P.args, **kwargs: P.kwargs) -> None:
-        def connect_and_send() -> None:
-            parent.connect()
-            send(parent, *args, **kwargs)
-
-        parent.try_send(connect_and_send, " of the sweep")
-
-    return attempt
 
 
 class ParentRun(Sender):
@@ -62,28 +43,26 @@ class ParentRun(Sender):
             self.client = mlflow_client.create_client(self.uri)
             study, storage, now = self.study, self.storage, time.time_ns() // 1_000_000
             self.experiment_id = mlflow_client.ensure_experiment(self.client, self.uri, storage, study)
-            identity = {"sweep": study, "sweep.role": "parent"}
-            self.run_id = mlflow_client.ensure_run(
-                self.client, self.experiment_id, f"sweep {study}", identity, now
-            )
+            ids, identity = (self.client, self.experiment_id), {"sweep": study, "sweep.role": "parent"}
+            self.run_id = mlflow_client.ensure_run(*ids, f"sweep {study}", identity, now)
 
-    @_warn_instead_of_raising
     def start(self, sweep_file: Path, trials: Collection[str]) -> None:
         """Set the parent to RUNNING. Mark the children of points that are no longer in the sweep."""
-        self.client.update_run(self.run_id, status="RUNNING")
-        self.client.log_artifact(self.run_id, str(sweep_file))
-        for child in self._list_children():
-            run_id, tags = child.info.run_id, child.data.tags
-            if tags.get(TRIAL_TAG) in trials:
-                if REMOVED_TAG in tags:
-                    self.client.delete_tag(run_id, REMOVED_TAG)
-                continue
-            self.client.set_tag(run_id, REMOVED_TAG, "the sweep file does not have this point any more")
-            if child.info.status == "RUNNING":
-                self.client.set_tag(run_id, STATE_TAG, "interrupted")
-                self.client.set_terminated(run_id, "KILLED")
+        with self.warn_of_errors(" of the sweep"):
+            self.connect()
+            self.client.update_run(self.run_id, status="RUNNING")
+            self.client.log_artifact(self.run_id, str(sweep_file))
+            for child in self._list_children():
+                run_id, tags = child.info.run_id, child.data.tags
+                if tags.get(TRIAL_TAG) in trials:
+                    if REMOVED_TAG in tags:
+                        self.client.delete_tag(run_id, REMOVED_TAG)
+                    continue
+                self.client.set_tag(run_id, REMOVED_TAG, "the sweep file does not have this point any more")
+                if child.info.status == "RUNNING":
+                    self.client.set_tag(run_id, STATE_TAG, "interrupted")
+                    self.client.set_terminated(run_id, "KILLED")
 
-    @_warn_instead_of_raising
     def send_leaderboard(
         self,
         table: Sequence[Mapping[str, Cell]],
@@ -95,23 +74,26 @@ class ParentRun(Sender):
         """Send the leaderboard as a table and as Markdown, and the tags and scores of the best trial."""
         # MLflow's own `log_table` would append to the rows that are there.
         content = {"columns": list(table[0]), "data": [list(row.values()) for row in table]}
-        self.client.log_text(self.run_id, json.dumps(content), TABLE)
         tags = {**tags, "mlflow.note.content": markdown}
         tags["mlflow.loggedArtifacts"] = json.dumps([{"path": TABLE, "type": "table"}])
-        known, now = self.client.get_run(self.run_id).data.metrics, time.time_ns() // 1_000_000
-        points = [(key, value, now, 0) for key, value in scores.items() if known.get(key) != value]
-        log_batches(self.client, self.run_id, points, tags)
-        for child in self._list_children() if any(rungs.values()) else ():
-            if own := rungs.get(child.data.tags.get(TRIAL_TAG, "")):
-                points = [("rung/nll_bpd", value, when, step) for step, value, when in own]
-                log_batches(self.client, child.info.run_id, points)
+        with self.warn_of_errors(" of the sweep"):
+            self.connect()
+            self.client.log_text(self.run_id, json.dumps(content), TABLE)
+            known, now = self.client.get_run(self.run_id).data.metrics, time.time_ns() // 1_000_000
+            points = [(key, value, now, 0) for key, value in scores.items() if known.get(key) != value]
+            log_batches(self.client, self.run_id, points, tags)
+            for child in self._list_children() if any(rungs.values()) else ():
+                if own := rungs.get(child.data.tags.get(TRIAL_TAG, "")):
+                    points = [("rung/nll_bpd", value, when, step) for step, value, when in own]
+                    log_batches(self.client, child.info.run_id, points)
 
-    @_warn_instead_of_raising
     def finish(self, status: str, report: Path) -> None:
         """Send the report and the final status."""
-        if report.is_dir():
-            self.client.log_artifacts(self.run_id, str(report), "report")
-        self.client.set_terminated(self.run_id, status)
+        with self.warn_of_errors(" of the sweep"):
+            self.connect()
+            if report.is_dir():
+                self.client.log_artifacts(self.run_id, str(report), "report")
+            self.client.set_terminated(self.run_id, status)
 
     def list_links(self, metric: str, larger_is_better: bool) -> list[tuple[str, str]]:
         """Return (name, address) in the UI: of the study with its leaderboard, and of its trials."""

@@ -6,7 +6,6 @@ Every host has the name of this machine, as a loopback address, as Debian sets i
 """
 
 import glob
-import json
 import os
 import secrets
 import shlex
@@ -16,12 +15,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 from compose_file import OURS, ROOT, seconds, size
+from conftest import wait_until
 
 NETWORK = "10.203.47"
 POSTGRES = sorted(glob.glob("/usr/lib/postgresql/*/bin"))[-1:]
@@ -59,20 +58,6 @@ def what_is_missing() -> str | None:
 
 def run(*command: str) -> None:
     subprocess.run(command, check=True)
-
-
-def wait_until(happened: Callable[[], bool], limit: float) -> None:
-    """Raises AssertionError where it did not happen within so many seconds."""
-    end = time.monotonic() + limit
-    while not happened():
-        assert time.monotonic() < end, f"it did not happen within {limit:.0f} s"
-        time.sleep(0.2)
-
-
-def read_losses(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every point of a run's log."""
-    points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [(point["step"], point["metrics"]["train/loss"]) for point in points]
 
 
 class Network:

@@ -11,8 +11,7 @@ from pathlib import Path
 import hosts
 import pytest
 from compose_file import COMPOSE, VARIABLE, services
-from conftest import TINY
-from hosts import read_losses, wait_until
+from conftest import TINY, read_losses, wait_until
 
 from pipeline.store.files import hash_file
 

@@ -12,8 +12,7 @@ from urllib.request import urlopen
 import boto3
 import pytest
 from compose_file import services
-from conftest import tiny_experiment
-from hosts import wait_until
+from conftest import tiny_experiment, wait_until
 from mlflow import MlflowClient
 from test_compose import ENV, SERVICES, WEED
 

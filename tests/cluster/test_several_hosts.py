@@ -18,8 +18,7 @@ from typing import Any
 import hosts
 import pytest
 from compose_file import ROOT, read_env, services
-from conftest import ONE_CPU, TINY
-from hosts import read_losses, wait_until
+from conftest import ONE_CPU, TINY, read_losses, wait_until
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,8 +10,7 @@ from typing import Any
 import hosts
 import pytest
 from compose_file import OURS, ROOT
-from conftest import TINY
-from hosts import read_losses, wait_until
+from conftest import TINY, read_losses, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 MISSING = [name for name in PROGRAMS if not shutil.which(name)]

@@ -17,27 +17,17 @@ def walk(net, steps, seed=0):
         yield n, net.weight.detach().double().clone()
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.9999])
-def test_constant_decay_after_a_first_copy(decay):
+@pytest.mark.parametrize(("decay", "warmup"), [(0.9, False), (0.9999, False), (0.8, True)])
+def test_the_recurrence_after_a_first_copy(decay, warmup):
     net = nn.Linear(3, 2)
-    ema = EMA(net, decay)
-    expected = net.weight.detach().double()
-    for n, weight in walk(net, 30):
-        expected = weight if n == 0 else decay * expected + (1 - decay) * weight
-        ema.update(net, n)
-        torch.testing.assert_close(ema.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_warm_up():
-    net = nn.Linear(3, 2)
-    ema = EMA(net, 0.8, warmup=True)
-    expected = net.weight.detach().double()
+    ema, expected = EMA(net, decay, warmup), net.weight.detach().double()
     for n, weight in walk(net, 60):  # (1 + n) / (10 + n) passes 0.8 at n = 35
-        decay = min(0.8, (1 + n) / (10 + n))
-        expected = weight if n == 0 else decay * expected + (1 - decay) * weight
+        d = min(decay, (1 + n) / (10 + n)) if warmup else decay
+        expected = weight if n == 0 else d * expected + (1 - d) * weight
         ema.update(net, n)
         torch.testing.assert_close(ema.state_dict()["weight"].double(), expected, rtol=1e-5, atol=1e-6)
-    assert [ema.compute_decay(n) for n in (1, 35, 1000)] == [2 / 11, 0.8, 0.8]
+    if warmup:
+        assert [ema.compute_decay(n) for n in (1, 35, 1000)] == [2 / 11, 0.8, 0.8]
 
 
 def test_float32_whatever_the_network():

@@ -7,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ONE_CPU, TINY
+from conftest import ONE_CPU, TINY, wait_until
 
 from pipeline.cli.program import COMMANDS, main, parse_arguments
 from pipeline.engine.find import find_named_runs, find_run
@@ -149,11 +148,7 @@ def test_an_up_to_date_command_delivers_what_a_server_has_not_got(finished, tmp_
 
 
 def wait_for_checkpoint(process: subprocess.Popen, storage: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not list(storage.glob("tiny-*/train/step_*")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: list(storage.glob("tiny-*/train/step_*")), running=process)
 
 
 LONGER = ("train.steps=200", "train.checkpoint_every=10", "model.dropout=0.2", "figures.which=[samples]")

@@ -1,12 +1,11 @@
 """What `make soak` does many times over, once each: a process of a run with two Ray workers is killed with -9."""
 
 import random
-import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
-from conftest import TINY
+from conftest import TINY, wait_until
 from soak import Run, differences
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -56,10 +55,7 @@ def test_a_run_with_a_process_killed_is_the_untouched_one(run: Run, untouched: R
 
 
 def test_a_command_that_was_asked_to_stop_leaves_no_process_behind(run: Run, untouched: Run):
-    deadline = time.monotonic() + 300
-    while not run.pieces("training"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: run.pieces("training"))
     family = psutil.Process(run.command.pid).children(recursive=True)
     run.command.terminate()
     assert run.command.wait(120) == 130

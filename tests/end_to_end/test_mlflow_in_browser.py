@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, open_browser
-from conftest import GRID, ONE_CPU, TRIAL
+from conftest import GRID, ONE_CPU, TRIAL, free_port
 
 from pipeline.cli.program import main
 
@@ -35,9 +34,7 @@ def links(tmp_path, capsys) -> dict[str, str]:
 @pytest.fixture
 def ui(links, tmp_path) -> Iterator[str]:
     """`ddpm ui` on the store, and where it answers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "pipeline", "ui", f"--port={port}", f"cluster.storage={tmp_path}"]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ)
     assert server.stdout is not None

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ONE_CPU, TINY
+from conftest import ONE_CPU, TINY, read_losses
 
 from pipeline.compute.resources import resolve_resources
 from pipeline.config import load_cluster
@@ -28,19 +28,10 @@ EXPERIMENT = [
 
 
 def ddpm(storage: Path, *words: str, verb: str = "run") -> Path:
-    arguments = [
-        sys.executable,
-        "-m",
-        "pipeline",
-        verb,
-        "digits",
-        *EXPERIMENT,
-        f"cluster.storage={storage}",
-        *words,
-    ]
-    outcome = subprocess.run(
-        arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pipeline", verb, "digits", *EXPERIMENT, *words]
+    command.append(f"cluster.storage={storage}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     (run,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
     return run
@@ -54,16 +45,9 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     return one, two
 
 
-def losses(run: Path) -> list[float]:
-    return [
-        json.loads(line)["metrics"]["train/loss"] for line in (run / "log.jsonl").read_text().splitlines()
-    ]
-
-
 def test_one_and_two_workers_train_alike(runs):
-    one, two = map(losses, runs)
-    assert len(one) == len(two) == 50
-    assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(one, two, strict=True))
+    one, two = map(read_losses, runs)
+    assert len(one) == 50 and one == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in two]
 
 
 def test_two_workers_go_on_from_the_same_checkpoint(runs, tmp_path):
@@ -71,8 +55,8 @@ def test_two_workers_go_on_from_the_same_checkpoint(runs, tmp_path):
     _, two = runs
     shutil.copytree(two.parent, tmp_path, dirs_exist_ok=True)
     copy = ddpm(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=1", "train.steps=52", verb="train")
-    assert losses(copy)[:50] == losses(two)
-    assert len(losses(copy)) == 52
+    assert read_losses(copy)[:50] == read_losses(two)
+    assert len(read_losses(copy)) == 52
 
 
 def test_sharding_is_byte_identical_whoever_does_it(runs):

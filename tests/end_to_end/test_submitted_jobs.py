@@ -5,7 +5,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import TINY, free_port, read_losses, wait_until
 
 from pipeline.engine.code import find_commit
 from pipeline.store import checkpoint
@@ -28,12 +27,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 TOKEN = secrets.token_hex(16)
 WAIT = 300.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +49,7 @@ def head() -> Iterator[str]:
             command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        wait_until(lambda: answers(port) or head.poll() is not None, "the head does not start")
-        assert head.poll() is None, (folder / "head.log").read_text()
+        wait_until(lambda: answers(port), running=head)
         yield f"http://127.0.0.1:{port}"
     finally:
         head.terminate()
@@ -67,13 +59,6 @@ def head() -> Iterator[str]:
             os.killpg(head.pid, signal.SIGKILL)
         head.wait()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_until(condition, complaint: str) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline, complaint
-        time.sleep(0.2)
 
 
 def answers(port: int) -> bool:
@@ -162,7 +147,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(client):
     code, output = client.ddpm("submit", "--id", "again", "--", *forever)
     assert code == 0 and "ddpm jobs stop again" in output
     follower, other = (client.start("jobs", "logs", "again", "--follow") for _ in range(2))
-    wait_until(client.steps, "no checkpoint")
+    wait_until(client.steps)
     assert any("train:" in line for line in other.stdout)  # and no further: it follows by now
     other.send_signal(signal.SIGINT)
     assert "the job goes on" in other.communicate(timeout=WAIT)[0] and other.returncode == 130
@@ -175,20 +160,14 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(client):
     run = client.run_directory()
     assert not list(run.glob(".stop*")), "killed rather than asked"
     stopped = max(client.steps())
-    assert losses(run)[-1] == stopped, "it did not write the step at which it stopped"
+    assert read_losses(run)[-1][0] == stopped, "it did not write the step at which it stopped"
     code, output = client.ddpm("jobs", "stop", "again")
     assert code == 1 and "runs no more" in output
 
     code, output = client.ddpm("submit", "--follow", "--", *forever, f"train.steps={stopped + 5}")
     assert code == 0, output
     assert max(client.steps()) == stopped + 5 and client.run_directory() == run
-    assert losses(run) == list(range(1, stopped + 6))
-
-
-def losses(run: Path) -> list[int]:
-    """The steps of the training log, in the order in which they were written."""
-    points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [point["step"] for point in points if "train/loss" in point["metrics"]]
+    assert [step for step, _ in read_losses(run)] == list(range(1, stopped + 6))
 
 
 def test_without_the_token_nothing_is_told_and_nothing_runs(client, tmp_path):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GRID, TRIAL, tiny_experiment
+from conftest import GRID, TRIAL, tiny_experiment, wait_until
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.ray
@@ -69,14 +69,6 @@ def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     assert time.monotonic() - began < 120
 
 
-def wait_for(holds, running: subprocess.Popen, seconds: float = 600) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert running.poll() is None, running.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path, number):
@@ -85,7 +77,7 @@ def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path
     def trials() -> list[dict]:
         return list(json.loads(state.read_text())["trials"].values()) if state.exists() else []
 
-    wait_for(lambda: {"finished", "running"} <= {trial["state"] for trial in trials()}, first)
+    wait_until(lambda: {"finished", "running"} <= {trial["state"] for trial in trials()}, 600, first)
     finished = {trial["run"] for trial in trials() if trial["state"] == "finished"}
     before = {run: when for run, when in trained(tmp_path).items() if run in finished}
     first.send_signal(number)
@@ -132,8 +124,5 @@ def test_what_a_lost_training_group_held_is_given_back(tmp_path):
         run.placement_group.write_text(group.id.hex())
         assert ray.available_resources()["CPU"] == before - 1
         release_training_group(run)
-        deadline = time.monotonic() + 30
-        while ray.available_resources().get("CPU") != before:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(lambda: ray.available_resources().get("CPU") == before, 30)
         release_training_group(run)  # nothing to give back

@@ -1,4 +1,4 @@
-"""The paper's network: exact counts, diffusers with copied weights, and each detail that ports get wrong."""
+"""The paper's network: diffusers with copied weights, and each detail that ports get wrong."""
 
 import dataclasses
 import math
@@ -16,11 +16,6 @@ from ddpm.networks.unet import ResBlock, UNet
 from pipeline.store.diffusers_layout import translate_name
 
 SMALL = UNetConfig(channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=8)
-LARGE_MULT = (1, 1, 2, 2, 4, 4)
-
-
-def count(module):
-    return sum(p.numel() for p in module.parameters())
 
 
 def randomised(net, scale=0.3, seed=0):
@@ -33,22 +28,6 @@ def randomised(net, scale=0.3, seed=0):
             if "norm" in name and name.endswith("weight"):
                 p += 1
     return net.eval()
-
-
-# ------------------------------------------------------------------------------------------ parameter counts
-
-
-@pytest.mark.parametrize(
-    ("config", "image_size", "out_channels", "expected"),
-    [
-        (UNetConfig(), 32, 3, 35_746_307),  # paper, App. B: 35.7 million
-        (UNetConfig(), 32, 6, 35_749_766),
-        (UNetConfig(channel_mult=LARGE_MULT), 256, 3, 113_673_219),  # paper: 114 million
-        (UNetConfig(channels=192, channel_mult=LARGE_MULT), 256, 3, 255_677_955),  # paper: 256 million
-    ],
-)
-def test_parameter_count(config, image_size, out_channels, expected):
-    assert count(build_network(config, image_size, 3, out_channels, seed=0, device="meta")) == expected
 
 
 # ------------------------------------------------------------------------------------------------ diffusers
@@ -158,6 +137,3 @@ def test_compiles_without_a_graph_break():
     x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 999])
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x_t, t), net(x_t, t))
-
-
-# -------------------------------------------------------------------------------------- construction, faults

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import flip_bit
 
 from pipeline.compute.units import Worker
 from pipeline.data.dataset import MemoryDataset, ShardDataset, open_dataset
@@ -73,10 +74,7 @@ def test_a_prefetched_batch_is_the_one_that_was_asked_for(folder):
 
 def test_a_damaged_image_is_named(folder):
     file = folder / "train-00001.tar"
-    content = bytearray(file.read_bytes())
-    offset = tars.open_shards(folder).read_offsets(file.name)[2, tars.OFFSET]
-    content[offset + 60] ^= 1
-    file.write_bytes(content)
+    flip_bit(file, tars.open_shards(folder).read_offsets(file.name)[2, tars.OFFSET] + 60)
     dataset = open_dataset(folder, "train", context())
     dataset.read_batch(torch.tensor([0, 7, 8, 10, 12]))
     with pytest.raises(PipelineError, match=r"image 9 in .*train-00001.tar is damaged"):

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -212,6 +213,8 @@ def serve() -> Iterator[Callable[[dict[str, tuple[int, str]]], HTTPServer]]:
             def do_GET(self) -> None:
                 http.asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
                 status, body = answers.get(self.path, (404, "nothing here"))
+                if not status:
+                    return time.sleep(3)
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -251,15 +254,23 @@ def answers(ray_version: str = ray.__version__, python: str = "3.11.7", of_a_pro
         ({"/api/version": (403, "Forbidden")}, "does not accept the token"),
         ({}, "is no Ray cluster"),
         ({"/api/version": (200, "<html>")}, "is no Ray cluster"),
-        ({"/api/version": (200, "[]")}, "is no Ray cluster"),
+        *(({"/api/version": (200, text)}, "is no Ray cluster") for text in ("[]", "null", '{"version": []}')),
+        ({"/api/version": (0, "")}, "timed out"),
         ({"/api/version": (503, "later")}, "no Ray cluster answers"),
     ],
 )
-def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, serve, says, message):
+def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, serve, says, message, monkeypatch):
+    """One on this machine is asked directly, whatever proxy there is, and not for ever."""
+    for name in ("no_proxy", "http_proxy"):
+        monkeypatch.setenv(name, proxy := "" if name == "no_proxy" else "http://127.0.0.1:9")
+        monkeypatch.setenv(name.upper(), proxy)
+    monkeypatch.setattr(ray_client, "HTTP_SECONDS", 0.3)
     http = serve(says)
     assert main(["submit", "--address", http.address, "--", "run", "digits", HERE]) == 1
     error = capsys.readouterr().err
     assert message in error and http.address in error and len(error.splitlines()) == 1
+    if message in ("is no Ray cluster", "timed out"):
+        assert main(["jobs", "--address", http.address]) == 1 and message in capsys.readouterr().err
     assert http.asked and all(line.startswith("GET /api/v") for line in http.asked)
 
 

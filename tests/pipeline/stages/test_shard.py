@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_experiment
+from conftest import flip_bit, tiny_experiment
 from PIL import Image
 
 from pipeline.config import DataConfig, Experiment
@@ -122,16 +122,10 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[700] ^= 1
-    file.write_bytes(content)
-
-
 DAMAGE = {
     "tar missing": ("train-00001.tar", Path.unlink),
     "tar cut": ("train-00001.tar", cut),
-    "tar flipped": ("train-00001.tar", flip),
+    "tar flipped": ("train-00001.tar", flip_bit),
     "facts missing": ("train-00001.json", Path.unlink),
     "facts cut": ("train-00001.json", lambda file: file.write_text(file.read_text()[:20])),
 }

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import one_cpu, renamed
+from conftest import flip_bit, one_cpu, renamed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from staged import change
@@ -97,10 +97,7 @@ def test_a_final_checkpoint_that_fails_its_hash_is_made_again(tiny_run):
     experiment, run = tiny_run
     train_to(experiment, run, 6)
     good = {name: tensor.clone() for name, tensor in final_state(run, 6).items()}  # not a map of the file
-    file = run.step_folder(6) / checkpoint.STATE
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(bytes(content))
+    flip_bit(run.step_folder(6) / checkpoint.STATE)
     assert not train.STAGE.is_done(run.of(experiment))
     train_to(experiment, run, 6)
     assert train.STAGE.is_done(run.of(experiment))

@@ -15,14 +15,8 @@ SECTIONS = ["data", "diffusion", "model", "train", "sample", "evaluate", "figure
 def all_keys(experiment, fingerprint="f" * 12):
     data_key = keys.make_data_key(experiment, fingerprint)
     place = Place("/root", experiment, data_key, keys.make_run_key(experiment, data_key))
-    return [
-        data_key,
-        place.run_key,
-        place.sample_key,
-        place.score_key,
-        place.figures_key,
-        place.selection_key,
-    ]
+    made = (place.sample_key, place.score_key, place.figures_key, place.selection_key)
+    return [data_key, place.run_key, *made]
 
 
 def with_option(experiment, section, value):
@@ -69,10 +63,8 @@ def test_what_moves_only_the_order_of_sums_is_in_no_key(key):
 
 
 def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch):
-    plain, learned = (
-        tiny_experiment(),
-        tiny_experiment("diffusion.variance=learned_range", "diffusion.loss=hybrid"),
-    )
+    words = ("diffusion.variance=learned_range", "diffusion.loss=hybrid")
+    plain, learned = tiny_experiment(), tiny_experiment(*words)
     before = all_keys(plain), all_keys(learned)
     monkeypatch.setitem(neutral.FORMULAS, "diffusion.variance=learned_range", 3)
     assert all_keys(plain) == before[0]
@@ -81,21 +73,15 @@ def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch):
     assert all_keys(learned)[1] != before[1][1], "the formula of t = 0 was corrected once"
 
 
-def test_the_formula_of_dropout_counts_where_there_is_dropout(monkeypatch):
-    """Masks depend on the image alone since version 2."""
-    plain, dropped = tiny_experiment("model.dropout=0.0"), tiny_experiment("model.dropout=0.1")
-    before = all_keys(plain), all_keys(dropped)
-    monkeypatch.setitem(neutral.FORMULAS, "model.dropout", 1)
-    assert all_keys(plain) == before[0]
-    assert all_keys(dropped)[1] != before[1][1]
-
-
-def test_published_weights_keep_their_key_whatever_the_formula_of_dropout(monkeypatch, tmp_path):
+def test_the_formula_of_dropout_counts_where_something_is_dropped(monkeypatch, tmp_path):
+    """Masks depend on the image alone since version 2; of published weights nothing is dropped."""
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
-    published = tiny_experiment("model.dropout=0.1", f"published.path={tmp_path}", "published.weights=ema")
-    before = keys.make_run_key(published, "d" * 12)
+    words = (f"published.path={tmp_path}", "published.weights=ema", "model.dropout=0.1")
+    experiments = [tiny_experiment(*some) for some in (["model.dropout=0.0"], words, ["model.dropout=0.1"])]
+    before = [keys.make_run_key(experiment, "d" * 12) for experiment in experiments]
     monkeypatch.setitem(neutral.FORMULAS, "model.dropout", 1)
-    assert keys.make_run_key(published, "d" * 12) == before
+    after = [keys.make_run_key(experiment, "d" * 12) for experiment in experiments]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False]
 
 
 def test_a_file_from_before_an_option_means_its_neutral_value():

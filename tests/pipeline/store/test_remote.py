@@ -85,20 +85,15 @@ def test_what_is_finished_arrives_byte_for_byte_and_nothing_else(run, s3, tmp_pa
     assert checkpoint.read_meta(tmp_path / run.path.name / "train" / "step_00000004")
 
 
-def test_shards_travel_by_themselves_and_read_as_before(sharded_storage, s3, tmp_path):
-    run = make_place(tiny_experiment(), sharded_storage)
-    remote.push_run(f"data/{run.data.name}", sharded_storage, "s3://runs/team")
-    remote.pull_run(f"s3://runs/team/data/{run.data.name}", tmp_path)
+def test_shards_travel_by_themselves_and_a_folder_is_a_store_too(sharded_storage, tmp_path):
+    run, root = make_place(tiny_experiment(), sharded_storage), tmp_path / "root"
+    told = remote.push_run(f"data/{run.data.name}", sharded_storage, f"file://{tmp_path}/store/")
+    assert ", 0 were there" in told
+    remote.pull_run(f"file://{tmp_path}/store/data/{run.data.name}", root)
     ours, theirs = (
-        tars.load_images(root / "data" / run.data.name, "test") for root in (sharded_storage, tmp_path)
+        tars.load_images(place / "data" / run.data.name, "test") for place in (sharded_storage, root)
     )
     assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
-
-
-def test_a_folder_is_a_store_too(run, tmp_path):
-    assert ", 0 were there" in remote.push_run(run.path.name, run.storage, f"file://{tmp_path}/store/")
-    remote.pull_run(f"file://{tmp_path}/store/{run.path.name}", tmp_path / "root")
-    assert checkpoint.read_meta(tmp_path / "root" / run.path.name / "train" / "step_00000004")
 
 
 def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import flip_bit
 
 from pipeline.errors import PipelineError
 from pipeline.store import files as rundir
@@ -63,9 +64,10 @@ def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
 def test_damaged_arrays_are_named_and_warned_of_once(tmp_path, damage, caplog):
     file = tmp_path / "unit.npz"
     rundir.write_arrays(file, x=np.arange(1000.0))
-    whole = file.read_bytes()
-    flipped = whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]
-    file.write_bytes({"cut": whole[:-100], "flipped": flipped, "empty": b""}[damage])
+    if damage == "flipped":
+        flip_bit(file, 2000)
+    else:
+        file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-100])
     with pytest.raises(PipelineError, match=f"{file} is damaged .*makes it again"):
         rundir.read_arrays(file)
     assert [rundir.try_read(rundir.read_arrays, file) for _ in range(3)] == [None] * 3

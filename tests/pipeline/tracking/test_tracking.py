@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import free_port, wait_until
 from mlflow import MlflowClient
 from synthetic_run import BEGAN, make_run, write_checkpoint, write_log, write_scores
 
@@ -148,7 +149,7 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
     _, run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
     try:
         with tracking.Mirror(uri, "ends", run) as mirror:
-            wait_for(lambda: mirror.sender and find(client, "ends", run).info.status == "RUNNING")
+            wait_until(lambda: mirror.sender and find(client, "ends", run).info.status == "RUNNING")
             if error:
                 raise error
     except BaseException as raised:
@@ -239,7 +240,7 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
     monkeypatch.setattr(RunSender, "send_log", fail_at_first)
     warnings: list[str] = []
     with tracking.Mirror(uri, "ends", run, warn=warnings.append):
-        wait_for(lambda: len(failures) == 3)
+        wait_until(lambda: len(failures) == 3)
     found = find(client, "ends", run)
     assert history(client, found, "train/loss") == expected(100) and found.info.status == "FINISHED"
     assert len(warnings) == 1 and "went away" in warnings[0]
@@ -248,19 +249,6 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
 
 
 # A server that is not there
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(holds, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.2)
 
 
 def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage, uri, client):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 import pytest
+from conftest import free_port
 from mlflow import MlflowClient
 from synthetic_run import BEGAN, make_run
 
@@ -259,9 +257,7 @@ def test_the_ui_takes_its_server_along_and_asks_it_directly(tmp_path, number):
     (tmp_path / "mlflow").mkdir()
     (tmp_path / "mlflow" / "__init__.py").touch()
     (tmp_path / "mlflow" / "__main__.py").write_text(STUB)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
     path = f"{tmp_path}{os.pathsep}{Path(tracking.__file__).parents[2]}"
     environment = {k: v for k, v in os.environ.items() if k.lower() != "no_proxy"} | proxy
@@ -281,34 +277,3 @@ def test_the_ui_takes_its_server_along_and_asks_it_directly(tmp_path, number):
         while time.monotonic() < end:
             build_opener(ProxyHandler({})).open(f"http://127.0.0.1:{port}/health", timeout=2).close()
             time.sleep(0.1)
-
-
-class Silent(BaseHTTPRequestHandler):
-    def do_GET(self):
-        if self.server.answers:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(self.server.answers)
-        else:
-            time.sleep(3)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.mark.parametrize("answer", [b"", b"null", b"[]", b"<html>", b'{"version": []}'])
-@pytest.mark.parametrize("words", ["jobs", "submit -- run digits cluster.storage=/data/runs"])
-def test_a_cluster_on_this_machine_is_asked_directly_and_not_for_ever(monkeypatch, capsys, words, answer):
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(name, "")
-    for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setattr("pipeline.jobs.ray_client.HTTP_SECONDS", 0.3)
-    server = HTTPServer(("127.0.0.1", 0), Silent)
-    server.answers = answer
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{server.server_port}")
-    assert main(words.split()) == 1
-    server.shutdown()
-    error = capsys.readouterr().err
-    assert re.search("timed out" if not answer else "is no Ray cluster", error) and "Traceback" not in error
