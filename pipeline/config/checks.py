@@ -146,9 +146,8 @@ def _make_pydantic_type(kind: Any, complete: bool) -> Any:
         return Annotated[create_model("Section", __config__=STRICT, **fields), AfterValidator(build)]
     if get_origin(kind) is Annotated:
         inner, limits = get_args(kind)
-        return Annotated[
-            inner, Field(**dataclasses.asdict(limits)), BeforeValidator(partial(read_text, inner))
-        ]
+        limited = Field(**dataclasses.asdict(limits))
+        return Annotated[inner, limited, BeforeValidator(partial(read_text, inner))]
     if get_origin(kind) is tuple:
         item: Any = _make_pydantic_type(get_args(kind)[0], complete)
         to_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))

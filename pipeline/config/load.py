@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 # The keys that hold paths.
-PATHS = (
+PATHS = [
     ("data", "path"),
     ("published", "path"),
     ("evaluate", "extractor_weights"),
     ("evaluate", "reference"),
-)
+]
 
 Names = Mapping[str, Iterable[str]]  # dotted key -> the names that it may hold
 

@@ -96,9 +96,8 @@ def run_trial_stages(
         if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place)
             write_record(place.of(asked) if asked else place, todo, accept_code)
-            _RunExecution(cluster, place, StopSignals(place.stop_file), interrupted, executor).run_all(
-                todo, last
-            )
+            signals = StopSignals(place.stop_file)
+            _RunExecution(cluster, place, signals, interrupted, executor).run_all(todo, last)
 
 
 def start_executor(
@@ -180,9 +179,8 @@ class _RunExecution:
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
         share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
         executor = self._start_executor()
-        with show_progress(
-            stage.name, sum(share.values()), "network passes" if mixed else "images"
-        ) as progress:
+        what = "network passes" if mixed else "images"
+        with show_progress(stage.name, sum(share.values()), what) as progress:
 
             def finish(unit: Unit) -> None:
                 nonlocal finished

@@ -56,9 +56,8 @@ def submit_job(
             runtime_env={"working_dir": str(package.folder), "env_vars": patience},
             metadata={"command": shlex.join(["ddpm", *words])},
         )
-    print_line(
-        f"submitted to {remote.name} as {name} ({package.bytes / 1e6:.1f} MB of code and configurations)"
-    )
+    size = f"{package.bytes / 1e6:.1f} MB of code and configurations"
+    print_line(f"submitted to {remote.name} as {name} ({size})")
     if follow:
         print_line("Ctrl-C leaves it running")
         return show_log(name, address, follow=True)

@@ -145,12 +145,10 @@ def read_weights(experiment: Experiment) -> Tensors:
 def find_network_differences(experiment: Experiment, published: Settings) -> list[str]:
     """Return the published settings that differ from the experiment or that we do not support."""
     own = make_network_settings(experiment)
-    given = LEFT_OUT | {
-        name: value for name, value in published.items() if name[0] != "_" and name not in EMA_SETTINGS
-    }
-    faults = [
-        f"{name}={given[name]!r} is a setting not known here" for name in given if name not in {*own, *UNREAD}
-    ]
+    said = {k: v for k, v in published.items() if k[0] != "_" and k not in EMA_SETTINGS}
+    given = LEFT_OUT | said
+    known = {*own, *UNREAD}
+    faults = [f"{name}={given[name]!r} is a setting not known here" for name in given if name not in known]
     if missing := [name for name in own if name not in {*FIXED, *UNREAD} and given.get(name) is None]:
         return [*faults, f"{NETWORK} does not say {', '.join(missing)}"]
     if wrong := _find_type_problems(given):
@@ -187,9 +185,8 @@ def _find_type_problems(given: Settings) -> list[str]:
     ]
     numbers = ("in_channels", "out_channels", "layers_per_block", "norm_num_groups")
     wrong += [name for name in numbers if type(given.get(name)) is not int or given[name] < 1]
-    return [
-        f"{name} is {given.get(name)!r}, which is no setting of a network" for name in dict.fromkeys(wrong)
-    ]
+    names = dict.fromkeys(wrong)
+    return [f"{name} is {given.get(name)!r}, which is no setting of a network" for name in names]
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -235,18 +232,16 @@ def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> 
 
 def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
     """Return every beta of a scheduler's settings, float64 (T,); None for a schedule that we do not have."""
-    steps = given.get("num_train_timesteps", 1000)
+    steps, trained = given.get("num_train_timesteps", 1000), given.get("trained_betas")
     ends = given.get("beta_start", 1e-4), given.get("beta_end", 0.02)
-    are_numbers = all(type(beta) in (int, float) for beta in (*ends, *(given.get("trained_betas") or ())))
-    if type(steps) is not int or not 1 < steps <= LONGEST or not are_numbers:
-        return None
-    if given.get("trained_betas") is not None:
-        return torch.tensor(given["trained_betas"], dtype=torch.float64)
     names = {theirs: own for own, theirs in SCHEDULES.items()}
     name = names.get(given.get("beta_schedule", "linear"))
-    if name is None:
+    are_numbers = all(type(beta) in (int, float) for beta in (*ends, *(trained or ())))
+    if type(steps) is not int or not 1 < steps <= LONGEST or not are_numbers:
         return None
-    return schedules.compute_betas(name, steps, *ends)
+    if trained is not None:
+        return torch.tensor(trained, dtype=torch.float64)
+    return schedules.compute_betas(name, steps, *ends) if name else None
 
 
 # Out

@@ -88,9 +88,8 @@ def make_score_key(experiment: Experiment, run_key: str) -> str:
 
 def make_selection_key(experiment: Experiment, run_key: str) -> str:
     """Return the key of a selection. More checkpoints of the same kind belong to the same selection."""
-    return hash_content(
-        [make_score_key(experiment.make_candidate(0), run_key), experiment.evaluate.checkpoints]
-    )
+    score_key = make_score_key(experiment.make_candidate(0), run_key)
+    return hash_content([score_key, experiment.evaluate.checkpoints])
 
 
 def make_figures_key(experiment: Experiment, run_key: str) -> str:

@@ -67,9 +67,8 @@ def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
 def find_relative_sweep_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
     """Return the relative and user-specific paths of a valid sweep, as 'data.path=images', each once."""
     common = format_overrides(sweep.overrides) + overrides
-    return list(
-        dict.fromkeys(path for name in sweep.experiments for path in find_relative_paths(name, common))
-    )
+    paths = (path for name in sweep.experiments for path in find_relative_paths(name, common))
+    return list(dict.fromkeys(paths))
 
 
 def format_overrides(values: Values) -> list[str]:

@@ -36,9 +36,8 @@ class StudyRecorder:
     interrupted: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.parent = tracking.ParentRun(
-            self.uri, self.sweep.name, self.folder.parent.parent, warn=print_line
-        )
+        storage = self.folder.parent.parent
+        self.parent = tracking.ParentRun(self.uri, self.sweep.name, storage, warn=print_line)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
 

@@ -67,9 +67,8 @@ class Study:
             seconds = math.ceil(todo / slots) * sum(took) / len(took)
             left = f"about {format_duration(seconds)}, from what finished trials took"
         lines = [f"{sweep.name}: {len(self.trials)} trials, {todo} to do", *filter(None, [sweep.note])]
-        lines += [
-            f"  {self.states.records[key]['state']:<12} {self.trials[key].label}" for key in self.trials
-        ]
+        records = self.states.records
+        lines += [f"  {records[key]['state']:<12} {trial.label}" for key, trial in self.trials.items()]
         return "\n".join([*lines, f"resources: {resources}", f"time left: {left}"])
 
     def run(self, accept_code: bool = False) -> Leaderboard:
@@ -111,10 +110,9 @@ class Study:
         with self.interrupt, ExitStack() as stack:
             executor = stages.start_executor(self.cluster, self.interrupt, stack)
             try:
-                places = {key: self.trials[key].place for key in self._prepare_shared_data(executor, todo)}
                 tasks = {
-                    key: TrialInputs(place, self.cluster, stop_file, stop, accept_code)
-                    for key, place in places.items()
+                    key: TrialInputs(self.trials[key].place, self.cluster, stop_file, stop, accept_code)
+                    for key in self._prepare_shared_data(executor, todo)
                 }
                 if stop.first:
                     from pipeline.sweep.tuning import EarlyStopScheduler

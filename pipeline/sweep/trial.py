@@ -56,10 +56,10 @@ def run_trial(
                 stages.run_trial_stages(
                     executor, task.should_stop, task.cluster, part, last, place.experiment, task.accept_code
                 )
-                if steps and not should_continue(
-                    steps, read_sealed(part.metrics_json, Results)["scores"]["nll_bpd"]
-                ):
-                    return None
+                if steps:
+                    scores = read_sealed(part.metrics_json, Results)["scores"]
+                    if not should_continue(steps, scores["nll_bpd"]):
+                        return None
     except StopRequest:
         pass
     except Exception as error:

@@ -132,9 +132,8 @@ def run_trials(
     folder = recorder.folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)
     # Tune wants to reserve something, and CPUs belong to the workers: it gets a byte.
-    trainable = tune.with_resources(
-        tune.with_parameters(_run_trial, tasks=tasks, resources=share.resources), {"cpu": 0, "memory": 1}
-    )
+    trainable = tune.with_parameters(_run_trial, tasks=tasks, resources=share.resources)
+    trainable = tune.with_resources(trainable, {"cpu": 0, "memory": 1})
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

@@ -50,9 +50,8 @@ def list_parcels(
         yield Parcel("dataset", place.data_key, RunSender.send_dataset)
     start = int(delivered.get("log", 0))
     if end := find_end(place.log, start):
-        yield Parcel(
-            "log", str(end), partial(RunSender.send_log, start=start if start <= end else 0, end=end)
-        )
+        start = start if start <= end else 0
+        yield Parcel("log", str(end), partial(RunSender.send_log, start=start, end=end))
     for grid in sorted(place.grids.glob("[0-9]*.png")):
         yield Parcel(f"grid {grid.stem}", "1", partial(RunSender.send_grid, grid=grid))
     if steps := list_steps(place.train):
@@ -65,9 +64,7 @@ def list_parcels(
             "samples": [headline.samples_grid],
             "evaluation": [headline.metrics_json, headline.nll_json],
             "figures": [*sorted(headline.figures.glob("*.png")), *sorted(headline.figures.glob("*.svg"))],
-            "report": [
-                file for file in sorted(place.report.glob("*")) if file.name not in (MANIFEST, SEALED)
-            ],
+            "report": [f for f in sorted(place.report.glob("*")) if f.name not in (MANIFEST, SEALED)],
         }
     for folder, found in files.items():
         for file in filter(Path.is_file, found):
@@ -88,9 +85,8 @@ def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) 
     for file in found:
         key = file.parent.name
         if file.parent in candidates:
-            yield _make_parcel(
-                f"candidate {key}", file, RunSender.send_candidate, step=candidates[file.parent]
-            )
+            step = candidates[file.parent]
+            yield _make_parcel(f"candidate {key}", file, RunSender.send_candidate, step=step)
         if headline and file.parent == headline.scores:
             yield _make_parcel(f"scores {key}", file, RunSender.send_scores)
         elif file.parent not in candidates and in_own_run:

@@ -20,15 +20,12 @@ from compose_file import COMPOSE, OURS, ROOT, VARIABLE, read_env, seconds, servi
 # https://github.com/compose-spec/compose-spec, schema/compose-spec.json, Apache-2.0
 SCHEMA = Path(__file__).parent / "compose-spec.schema.json"
 SECRETS = ("RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY")
-FILLED = {
-    name: hashlib.sha256(name.encode()).hexdigest() for name in SECRETS
-}  # like those that `make env` draws
+# like those that `make env` draws
+FILLED = {name: hashlib.sha256(name.encode()).hexdigest() for name in SECRETS}
 EXAMPLE = read_env(ROOT / ".env.example")
 ENV = EXAMPLE | FILLED
 SERVICES = services(ENV)
-OURS_WITH_COMMANDS = [
-    name for name in SERVICES if "command" in SERVICES[name] and SERVICES[name]["image"] == OURS
-]
+OURS_WITH_COMMANDS = [n for n, its in SERVICES.items() if "command" in its and its["image"] == OURS]
 WEED = Path(sys.executable).parent / "weed"
 DOCKER = ["docker", "compose"]
 
@@ -159,11 +156,8 @@ def test_the_store_is_the_version_that_is_tested_and_started_with_options_that_i
 
 
 def test_health_checks_run_programs_that_the_image_has():
-    checks = [
-        its["healthcheck"]["test"]
-        for its in SERVICES.values()
-        if its["image"] == OURS and "healthcheck" in its
-    ]
+    ours = [its for its in SERVICES.values() if its["image"] == OURS]
+    checks = [its["healthcheck"]["test"] for its in ours if "healthcheck" in its]
     assert checks and all(check[:2] == ["CMD", "wget"] for check in checks)
     assert re.search(r"install .*\bwget\b", (ROOT / "Dockerfile").read_text())
 

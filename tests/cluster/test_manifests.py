@@ -150,7 +150,6 @@ def test_the_slurm_script_uses_options_that_the_installed_programs_know():
 
 
 def test_a_slurm_job_without_a_command_says_how_it_is_used():
-    outcome = subprocess.run(
-        ["bash", SCRIPT], capture_output=True, text=True, env={"PATH": os.environ["PATH"]}
-    )
+    environment = {"PATH": os.environ["PATH"]}
+    outcome = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, env=environment)
     assert outcome.returncode == 2 and "usage: sbatch" in outcome.stderr

@@ -35,9 +35,8 @@ def test_projected_efficiencies_are_the_model_s(network):
 
 def test_sizes_are_those_that_a_run_prints():
     for i, name in enumerate(("cifar10", "lsun_church", "lsun_bedroom_large")):
-        wanted = estimate_requirements(
-            load_experiment(name, ["evaluate.checkpoints=null", "sample.checkpoint=last"])
-        )
+        experiment = load_experiment(name, ["evaluate.checkpoints=null", "sample.checkpoint=last"])
+        wanted = estimate_requirements(experiment)
         one = wanted.checkpoints / (wanted.kept + 1) / GIB
         for row, size in (
             ("one checkpoint (weights, Adam, EMA twice)", one),
@@ -46,7 +45,5 @@ def test_sizes_are_those_that_a_run_prints():
             (f"{wanted.images:,} samples, at most", wanted.samples / GIB),
         ):
             shown = cells(row)[i].removesuffix(" GiB")
-            assert float(shown) == pytest.approx(size, abs=0.51 * 10 ** -len(shown.partition(".")[2])), (
-                row,
-                name,
-            )
+            rounding = 0.51 * 10 ** -len(shown.partition(".")[2])
+            assert float(shown) == pytest.approx(size, abs=rounding), (row, name)

@@ -33,9 +33,8 @@ def store(tmp_path_factory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("seaweedfs")
     command = [f"-dir={folder}" if word.startswith("-dir=") else word for word in SERVICE["command"]]
     with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(
-            [WEED, *command], env={**os.environ, **SERVICE["environment"]}, stdout=log, stderr=log
-        )
+        environment = {**os.environ, **SERVICE["environment"]}
+        server = subprocess.Popen([WEED, *command], env=environment, stdout=log, stderr=log)
     try:
         wait_until_healthy(SERVICE["healthcheck"]["test"][1:])
         yield "http://127.0.0.1:8333"
@@ -56,13 +55,8 @@ def tracking_server(store, tmp_path) -> Iterator[str]:
         "--backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db",
     }  # fmt: skip
     options = dict(word.split("=", 1) for word in service["command"][2:]) | here
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        *(f"{name}={value}" for name, value in options.items()),
-    ]
+    given = [f"{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "mlflow", "server", *given]
     environment = {**os.environ, **service["environment"], "MLFLOW_S3_ENDPOINT_URL": store}
     server = subprocess.Popen(command, env=environment, cwd=tmp_path)
     try:
@@ -75,9 +69,7 @@ def tracking_server(store, tmp_path) -> Iterator[str]:
 
 
 def test_artifacts_of_mlflow_are_kept_in_the_bucket(store, tracking_server, tmp_path, monkeypatch):
-    monkeypatch.delenv(
-        "AWS_ACCESS_KEY_ID", raising=False
-    )  # the client holds no key: the server passes things on
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)  # the client holds no key: the server passes on
     client = MlflowClient(tracking_server)
     run = client.create_run(client.create_experiment("study")).info
     assert run.artifact_uri.startswith("mlflow-artifacts:/")

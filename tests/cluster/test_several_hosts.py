@@ -148,9 +148,8 @@ def train_here(experiment: list[str], storage: Path) -> Path:
 def test_two_hosts_train_as_one_process_does(cluster, first_run, tmp_path):
     alone, together = train_here(EXPERIMENT, tmp_path), cluster.run_directory("tiny")
     assert alone.name == together.name
-    assert read_losses(together) == [
-        (step, pytest.approx(loss, rel=1e-4)) for step, loss in read_losses(alone)
-    ]
+    expected = [(step, pytest.approx(loss, rel=1e-4)) for step, loss in read_losses(alone)]
+    assert read_losses(together) == expected
 
 
 # Access
@@ -232,9 +231,8 @@ def heartbeat(run: Path) -> int:
 
 def test_a_worker_and_the_tracking_server_go_in_mid_run_and_it_still_ends_right(cluster, first_run, tmp_path):
     job = cluster.submit("train", "digits", "--cluster", "compose", *LONG, *GROUP)
-    wait_until(
-        lambda: bool(list((cluster.volumes / "runs").glob("interrupted-*/train/step_*/meta.json"))), 600
-    )
+    runs = cluster.volumes / "runs"
+    wait_until(lambda: list(runs.glob("interrupted-*/train/step_*/meta.json")), 600)
     run = cluster.run_directory("interrupted")
     before = heartbeat(run)
     cluster.network["worker-2"].kill()

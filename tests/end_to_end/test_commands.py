@@ -125,10 +125,8 @@ def test_a_run_whose_extractor_weights_were_moved_is_still_shown(finished, tmp_p
     assert main(["status", f"cluster.storage={tmp_path}"]) == 0
     shown = capsys.readouterr().out
     assert "6/6" in shown and "FID" in shown and "/moved/away.pth" in shown
-    for words in (
-        ["sync", str(run)],
-        ["report", str(run / "experiment.yaml"), f"cluster.storage={tmp_path}"],
-    ):
+    report = ["report", str(run / "experiment.yaml"), f"cluster.storage={tmp_path}"]
+    for words in (["sync", str(run)], report):
         assert main(words) == 2
         assert "'/moved/away.pth' is not a file" in capsys.readouterr().err
 
@@ -183,10 +181,8 @@ def test_two_equal_commands_never_work_at_once(tmp_path, capsys):
             wait_for_checkpoint(first, tmp_path)
             assert main(arguments(tmp_path, *endless, verb="train")) == 1
             told = capsys.readouterr().err
-            assert (
-                f"being worked on by another command (process {first.pid})" in told and told.count("\n") == 1
-            )
-            assert first.poll() is None
+            assert f"being worked on by another command (process {first.pid})" in told
+            assert told.count("\n") == 1 and first.poll() is None
         finally:
             first.kill()
     reached = json.loads((run_directory(tmp_path) / "log.jsonl").read_text().splitlines()[-2])["step"]

@@ -99,9 +99,8 @@ class Client:
         return found
 
     def steps(self) -> list[int]:
-        return sorted(
-            step for run in self.storage.glob("tiny-*") for step in checkpoint.list_steps(run / "train")
-        )
+        runs = self.storage.glob("tiny-*")
+        return sorted(step for run in runs for step in checkpoint.list_steps(run / "train"))
 
 
 @pytest.fixture

@@ -71,9 +71,8 @@ def is_official(folder: Path, splits: Mapping[str, Sequence[ShardFacts]]) -> boo
     for split, (count, expected) in PIXELS.items():
         shards = splits.get(split, [])
         tars = (((folder / shard["name"]).read_bytes(), shard["places"]) for shard in shards)
-        images = (
-            decode_png(tar[offset : offset + size]) for tar, places in tars for offset, size, *_ in places
-        )
+        pngs = (tar[offset : offset + size] for tar, places in tars for offset, size, *_ in places)
+        images = map(decode_png, pngs)
         if sum(shard["count"] for shard in shards) != count or hash_images(images) != expected:
             return False
     return True
@@ -122,9 +121,8 @@ class Cifar10Batches(ArraySource):
             self.files = [root / name for name in BATCHES if (root / name).exists()]
 
     def compute_fingerprint(self) -> str:
-        return hash_batches(
-            {name: hashlib.md5(content).hexdigest() for name, content in self._read_batches()}
-        )
+        batches = self._read_batches()
+        return hash_batches({name: hashlib.md5(content).hexdigest() for name, content in batches})
 
     @cached_property
     def arrays(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:

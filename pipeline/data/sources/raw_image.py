@@ -116,10 +116,9 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
         image = Image.fromarray(raw.image[:, :, 0] if channels == 1 else raw.image)
     if image.size != size:
         if data.resize == "refuse":
-            found = (
-                f"{raw.name} has {image.width}x{image.height} pixels, but data.image_size={data.image_size}"
-            )
-            raise PipelineError(f"{found}; set data.resize=crop to crop and resize")
+            found = f"{raw.name} has {image.width}x{image.height} pixels"
+            remedy = "set data.resize=crop to crop and resize"
+            raise PipelineError(f"{found}, but data.image_size={data.image_size}; {remedy}")
         # Cropped first: resize(box=...) would let the filter reach beyond the square.
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

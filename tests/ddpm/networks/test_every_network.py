@@ -47,9 +47,8 @@ def classes(config):
 
 
 def build(config, seed=0, out_channels=3, **kwargs):
-    return accelerate(
-        build_network(config, SIZE, 3, out_channels, seed, num_classes=classes(config), **kwargs)
-    )
+    net = build_network(config, SIZE, 3, out_channels, seed, num_classes=classes(config), **kwargs)
+    return accelerate(net)
 
 
 @every_network
@@ -81,9 +80,8 @@ def updates(state, count, settings=TRAIN):
 
 
 def drawn(net, context=None, count=4, **kwargs):
-    return sample(
-        DIFFUSION, net, index=torch.arange(count), shape=(3, SIZE, SIZE), seed=2, context=context, **kwargs
-    )
+    settings = {"index": torch.arange(count), "shape": (3, SIZE, SIZE), "seed": 2, "context": context}
+    return sample(DIFFUSION, net, **settings, **kwargs)
 
 
 def test_all_networks_are_tested_here():
@@ -199,10 +197,8 @@ def test_redrawn_network_is_as_new(config):
     updates(state, 2)
     state.net.to(memory_format=torch.contiguous_format)  # draws follow the order in memory
     state.net.reset_parameters(torch.Generator().manual_seed(0))
-    new = build(config, seed=0).state_dict()
-    assert [
-        name for name, tensor in state.net.state_dict().items() if not torch.equal(tensor, new[name])
-    ] == []
+    new, redrawn = build(config, seed=0).state_dict(), state.net.state_dict()
+    assert [name for name in new if not torch.equal(redrawn[name], new[name])] == []
 
 
 PROBLEMS = {

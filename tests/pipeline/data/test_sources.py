@@ -179,9 +179,8 @@ def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
         f"print(sources.compute_fingerprint({data!r}, Path({str(cache)!r})))\n"
         "assert not {'sklearn', 'pyarrow', 'webdataset'} & set(sys.modules)"
     )
-    again = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[3]
-    )
+    command, root = [sys.executable, "-c", script], Path(__file__).parents[3]
+    again = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert again.stdout.strip() == first, again.stderr
 
 

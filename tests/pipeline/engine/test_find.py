@@ -40,9 +40,8 @@ def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
     fresh = Place(old_run.storage, tiny_experiment("name=digits"), "d" * 12, "e" * 12)
     (line,) = find.explain_old_runs(fresh)
     assert old_run.name in line and "git worktree add" in line
-    assert (
-        find.explain_old_runs(Place(old_run.storage, tiny_experiment("name=digit"), "d" * 12, "e" * 12)) == []
-    )
+    other = Place(old_run.storage, tiny_experiment("name=digit"), "d" * 12, "e" * 12)
+    assert find.explain_old_runs(other) == []
 
 
 def test_a_run_from_before_a_section_existed_is_read(tmp_path):

@@ -19,12 +19,8 @@ def checkout(tmp_path, monkeypatch):
     shutil.copytree(code.ROOT / "ddpm", root / "ddpm", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(code.ROOT / "pyproject.toml", root)
     monkeypatch.setattr(code, "ROOT", root)
-    for words in (
-        ["init", "-q"],
-        ["add", "-A"],
-        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "1"],
-    ):
-        subprocess.run(["git", *words], cwd=root, check=True)
+    for words in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm 1"):
+        subprocess.run(["git", *words.split()], cwd=root, check=True)
     clear()
     yield root
     clear()
@@ -50,8 +46,8 @@ def test_the_difference_is_recorded_untracked_python_files_included(checkout):
     (checkout / "ddpm" / "mine.py").write_text("x = 1\n")
     clear()
     marks.append(code.find_commit())
-    assert (
-        all(mark.startswith(f"{clean}+") and len(mark) == 49 for mark in marks[1:]) and len(set(marks)) == 3
+    assert len(set(marks)) == 3 and all(
+        mark.startswith(f"{clean}+") and len(mark) == 49 for mark in marks[1:]
     )
     assert "+x = 1" in code.read_commit()[1]
 

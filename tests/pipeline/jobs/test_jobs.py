@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError
 from pipeline.jobs import job_commands, package, ray_client
 
 ROOT = Path(__file__).parents[3]
-HERE = "cluster.storage=/data/runs"
+HERE, PACKAGES = "cluster.storage=/data/runs", ("ddpm", "pipeline")
 
 
 @pytest.fixture(autouse=True)
@@ -87,9 +87,8 @@ def test_a_relative_path_in_a_file_is_refused_too(tmp_path, monkeypatch, capsys)
 
 
 def test_the_options_of_submit_and_of_the_command_are_kept_apart():
-    options = parse_arguments(
-        ["submit", "--follow", "--id", "a", "--", "run", "x", "--cluster", "compose", "--debug"]
-    )
+    words = "submit --follow --id a -- run x --cluster compose --debug"
+    options = parse_arguments(words.split())
     assert options.follow and options.id == "a" and not options.debug
     assert options.job == ["run", "x", "--cluster", "compose", "--debug"]
 
@@ -135,9 +134,7 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
     with package.create_package(["run", "own"], "abc") as packed:
         sent = files_of(packed.folder)
         assert packed.bytes == sum((packed.folder / name).stat().st_size for name in sent)
-    code = {
-        str(path.relative_to(ROOT)) for part in ("ddpm", "pipeline") for path in (ROOT / part).rglob("*.py")
-    }
+    code = {str(path.relative_to(ROOT)) for part in PACKAGES for path in (ROOT / part).rglob("*.py")}
     shipped = {f"pipeline/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     own = {"conf/own.yaml", "pipeline/COMMIT"}
     assert code | shipped | own <= sent
@@ -148,7 +145,7 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_what_python_and_editors_leave_beside_the_code_stays_here(tmp_path, monkeypatch):
-    for code in ("ddpm", "pipeline"):
+    for code in PACKAGES:
         names = ("__init__.py", "__pycache__/a.pyc", ".swp/a", "inner/__pycache__/a.pyc", "inner/b.py")
         write(*(str(tmp_path / code / name) for name in names))
     monkeypatch.setattr(package, "CODE", tmp_path)
@@ -193,11 +190,8 @@ def test_what_is_too_big_for_code_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("conf").mkdir()
     Path("conf/huge.yaml").write_text("#" * (package.LIMIT + 1))
-    with (
-        pytest.raises(ConfigError, match=r"conf/huge\.yaml has 4\.0 MB"),
-        package.create_package(["run"], None),
-    ):
-        pass
+    with pytest.raises(ConfigError, match=r"conf/huge\.yaml has 4\.0 MB"):
+        package.create_package(["run"], None).__enter__()
 
 
 # A cluster's answers

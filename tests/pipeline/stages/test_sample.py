@@ -35,14 +35,8 @@ def sampled(tiny_run):
 def test_images_are_those_of_the_science_package(sampled):
     experiment, run = sampled
     net = checkpoint.load_network(run.of(experiment), torch.device("cpu"))
-    expected = draw_directly(
-        Diffusion(experiment.diffusion),
-        net,
-        index=torch.arange(12),
-        shape=(1, 8, 8),
-        seed=experiment.seed,
-        variance=experiment.sample.variance,
-    )
+    settings = {"shape": (1, 8, 8), "seed": experiment.seed, "variance": experiment.sample.variance}
+    expected = draw_directly(Diffusion(experiment.diffusion), net, index=torch.arange(12), **settings)
     found = images_of(experiment, run)
     assert found.std() > 30
     assert (np.abs(found.astype(int) - to_uint8(expected).numpy()) <= 1).mean() > 0.999
@@ -52,10 +46,7 @@ def test_bf16_is_another_set_and_says_so(sampled):
     experiment, run = sampled
     fast = asking_for(experiment, precision="bf16")
     run_stage(sample, fast, run)
-    assert (
-        sample.make_sample_protocol(fast).precision == "bf16"
-        and sample.make_sample_protocol(experiment).precision == "fp32"
-    )
+    assert [sample.make_sample_protocol(e).precision for e in (fast, experiment)] == ["bf16", "fp32"]
     difference = np.abs(images_of(experiment, run).astype(int) - images_of(fast, run))
     assert 0 < difference.mean() < 20, "not the same bits, and much the same images"
 
@@ -95,9 +86,7 @@ def test_a_set_smaller_than_a_batch_draws_no_more_than_asked(tiny_run):
     experiment, run = tiny_run
     with_weights(experiment, run)
     assert run_stage(sample, asking_for(experiment, num_images=4), run) == ["samples 0-3"]
-    assert run_stage(sample, experiment, run) == ["samples 0-5", "samples 6-11"], (
-        "the small unit is no whole one"
-    )
+    assert run_stage(sample, experiment, run) == ["samples 0-5", "samples 6-11"], "0-3 is no whole unit"
 
 
 def test_what_stands_beside_the_tars(sampled):

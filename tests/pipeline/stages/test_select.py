@@ -77,11 +77,9 @@ def test_the_best_is_the_one_of_minimum_fid_and_later_stages_are_told(trained):
     assert run.of(resolved).samples == run.of(plain).samples
     assert run.of(resolved).scores != run.of(plain).scores, "another protocol"
     assert len(run_stage(sample, resolved, run)) == UNITS, "the candidate's samples are not scored again"
-    drawn = [
-        tars.load_images(run.of(asked).samples, "samples")[0]
-        for asked in (experiment.make_candidate(best), plain)
-    ]
-    assert not (drawn[0] == drawn[1]).all()
+    folders = (run.of(asked).samples for asked in (experiment.make_candidate(best), plain))
+    first, second = (tars.load_images(folder, "samples")[0] for folder in folders)
+    assert not (first == second).all()
     run_stage(evaluate, resolved, run)
     protocol = read_json(run.of(resolved).metrics_json, dict)["protocol"]
     assert protocol["checkpoint"] == best
@@ -147,22 +145,15 @@ def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog
     for step in (4, 6):
         shutil.rmtree(run.step_folder(step))
     save(experiment, run, 5, 1.0)
-    with pytest.raises(
-        PipelineError, match=r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
-    ):
+    message = r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
+    with pytest.raises(PipelineError, match=message):
         next(list_rounds(select.STAGE, run.of(experiment)))
 
 
 # The whole command
 
-WORDS = [
-    "evaluate.metrics=[fid]",
-    "evaluate.features=projection",
-    "evaluate.checkpoints=every:2",
-    "sample.checkpoint=best",
-    "train.keep=1",
-    "figures.which=[samples]",
-]
+SCORED = ["evaluate.metrics=[fid]", "evaluate.features=projection", "evaluate.checkpoints=every:2"]
+WORDS = [*SCORED, "sample.checkpoint=best", "train.keep=1", "figures.which=[samples]"]
 
 
 def ddpm(storage, *words, verb="run"):
@@ -191,17 +182,13 @@ def test_the_command_scores_the_best(finished):
     storage, run = finished
     found = choice(run)
     on_curve = {score["evaluation"] for score in found["scores"]}
-    others = [
-        json.loads(path.read_text())["protocol"]
-        for path in run.glob("evaluation/*/metrics.json")
-        if path.parent.name not in on_curve
-    ]
+    files = [path for path in run.glob("evaluation/*/metrics.json") if path.parent.name not in on_curve]
+    others = [json.loads(path.read_text())["protocol"] for path in files]
     assert {(p["weights"], p["checkpoint"], p["n"]) for p in others} == {
         ("ema", found["best"], 12), ("raw", 4, 12)
     }  # fmt: skip
-    assert sorted(int(path.name[5:]) for path in run.glob("train/step_*")) == [2, 4, 6], (
-        "train.keep=1, and yet"
-    )
+    steps = sorted(int(path.name[5:]) for path in run.glob("train/step_*"))
+    assert steps == [2, 4, 6], "train.keep=1, and yet"
     assert "everything up to date" in ddpm(storage)
 
 

@@ -96,9 +96,8 @@ def keeping(experiment, keep, keep_every=None, checkpoints=None, every=1):
 def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
     experiment, run = tiny_run
     saved(run, 1, 2, 3, 4, 5, 6, 8)
-    checkpoint.delete_old_checkpoints(
-        run.of(keeping(experiment, **rules)), at_most=6
-    )  # a longer run's are none of its business
+    # a longer run's are none of its business
+    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, **rules)), at_most=6)
     assert checkpoint.list_steps(run.train) == left
 
 

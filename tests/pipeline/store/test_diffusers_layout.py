@@ -130,9 +130,8 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
     net = randomise(checkpoint.create_network(experiment))
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
-    checkpoint.save_checkpoint(
-        run.step_folder(STEP), state, {name: tensor + 1 for name, tensor in raw.items()}, STEP
-    )
+    ema = {name: tensor + 1 for name, tensor in raw.items()}
+    checkpoint.save_checkpoint(run.step_folder(STEP), state, ema, STEP)
     return run, net
 
 
@@ -246,11 +245,8 @@ def test_broken_files_are_named(tmp_path, kind):
     theirs.load_state_dict({name: tensor * torch.nan for name, tensor in theirs.state_dict().items()})
     theirs.save_pretrained(tmp_path, safe_serialization=kind != "bin")
     assert_refused("not finite", tmp_path)
-    for content, reason in (
-        (POINTER, "is a Git LFS pointer.*git lfs pull"),
-        (b"", "is broken"),
-        (b"not weights at all", "is broken"),
-    ):
+    pointer = (POINTER, "is a Git LFS pointer.*git lfs pull")
+    for content, reason in (pointer, (b"", "is broken"), (b"not weights at all", "is broken")):
         file.write_bytes(content)
         assert_refused(f"{file.name} {reason}", tmp_path)
     if kind == "bin":
@@ -464,10 +460,8 @@ def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
 
 def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
     run, _ = trained(tmp_path, tiny())
-    for folder, step, complaint in (
-        (run.path, None, "exists and is not empty"),
-        (tmp_path / "out", 4, r"no checkpoint of step 4 \(there are: 6\)"),
-    ):
+    missing = (tmp_path / "out", 4, r"no checkpoint of step 4 \(there are: 6\)")
+    for folder, step, complaint in (missing, (run.path, None, "exists and is not empty")):
         with pytest.raises(PipelineError, match=complaint):
             diffusers_layout.export_to_diffusers(run.path, folder, "ema", step)
     assert not (tmp_path / "out").exists()

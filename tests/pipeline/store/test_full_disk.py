@@ -45,9 +45,8 @@ def fill(disk):
 
 def test_a_full_disk_is_named_and_nothing_half_written_stays(disk):
     fill(disk)
-    with pytest.raises(
-        PipelineError, match=r"big cannot be written .No space left.*the same command goes on"
-    ):
+    message = r"big cannot be written .No space left.*the same command goes on"
+    with pytest.raises(PipelineError, match=message):
         write_text(disk / "big", "x" * 100_000)
     tensors = {"net.w": torch.zeros(100_000)}
     with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
@@ -70,9 +69,8 @@ FAULTS = {
 
 
 def made(root, stage):
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in root.glob(MADE[stage]) if path.is_file()
-    }
+    files = [path for path in root.glob(MADE[stage]) if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,8 @@ def all_keys(experiment, fingerprint="f" * 12):
 def with_option(experiment, section, value):
     """The experiment as a later version has it, whose section has one more option."""
     old = getattr(experiment, section)
-    kind = dataclasses.make_dataclass(
-        type(old).__name__, [("added", object, None)], bases=(type(old),), frozen=True, kw_only=True
-    )
+    options = {"bases": (type(old),), "frozen": True, "kw_only": True}
+    kind = dataclasses.make_dataclass(type(old).__name__, [("added", object, None)], **options)
     values = {field.name: getattr(old, field.name) for field in dataclasses.fields(old)}
     return dataclasses.replace(experiment, **{section: kind(**values, added=value)})
 

@@ -90,9 +90,8 @@ def test_shards_travel_by_themselves_and_a_folder_is_a_store_too(sharded_storage
     told = remote.push_run(f"data/{run.data.name}", sharded_storage, f"file://{tmp_path}/store/")
     assert ", 0 were there" in told
     remote.pull_run(f"file://{tmp_path}/store/data/{run.data.name}", root)
-    ours, theirs = (
-        tars.load_images(place / "data" / run.data.name, "test") for place in (sharded_storage, root)
-    )
+    folders = (place / "data" / run.data.name for place in (sharded_storage, root))
+    ours, theirs = (tars.load_images(folder, "test") for folder in folders)
     assert (ours[0] == theirs[0]).all() and (ours[1] == theirs[1]).all()
 
 
@@ -221,6 +220,5 @@ def test_the_program_says_what_is_wrong_in_a_line_and_shows_no_secret(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     faults["127.0.0.1 port 9"] = ddpm("push", name, "s3://runs/a")
     for word, (code, error) in faults.items():
-        assert code == 1 and word in error and error.startswith("error: ") and len(error.splitlines()) == 1, (
-            error
-        )
+        assert code == 1 and word in error, error
+        assert error.startswith("error: ") and len(error.splitlines()) == 1

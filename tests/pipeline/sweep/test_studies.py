@@ -90,9 +90,8 @@ def test_the_server_shows_who_won_and_the_trials_side_by_side(grid, storage, cli
     assert tags["best_trial"] == best["label"] and best["label"] in tags["mlflow.note.content"]
     assert tags["best.diffusion.beta_schedule"] == best["swept"]["diffusion.beta_schedule"]
     assert parent.data.metrics["best/nll_bpd"] == best["scores"]["nll_bpd"]
-    monkeypatch.setenv(
-        "MLFLOW_TRACKING_URI", tracking.find_default_uri(storage)
-    )  # load_table asks the global one
+    # load_table asks the global one
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.find_default_uri(storage))
     table = client.load_table(parent.info.experiment_id, "leaderboard.json", [parent.info.run_id])
     assert list(table["rank"]) == [1, 2, 3, 4]  # replaced at every trial, not appended to
     names = {file.path for file in client.list_artifacts(parent.info.run_id)}

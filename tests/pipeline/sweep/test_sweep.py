@@ -147,9 +147,8 @@ def test_all_faults_of_a_file_are_reported_at_once_and_each_once(tmp_path):
     found = faults(tmp_path, GRID + "concurrent: 0\nbudget: {hours: -1}\ndraw: {method: gird}\n")
     assert len(found) == 3 and "did you mean 'grid'?" in " ".join(found)
     assert "concurrent is 0" in " ".join(found) and "budget.hours is -1" in " ".join(found)
-    assert (
-        len(faults(tmp_path, GRID.replace("[0.0, 0.2]", "[0.0, 1.5]"))) == 1
-    )  # two of the four points say it
+    found = faults(tmp_path, GRID.replace("[0.0, 0.2]", "[0.0, 1.5]"))
+    assert len(found) == 1, "two of the four points say it"
 
 
 def test_losses_are_ranked_where_they_are_comparable(tmp_path):
@@ -203,28 +202,24 @@ def cluster(**overrides):
 
 
 @pytest.mark.parametrize(
-    ("asked", "nodes", "trials", "concurrent", "slots", "workers", "cpus", "gpus"),
+    ("asked", "nodes", "trials", "concurrent", "expected"),
     [
-        ({}, [(2, 0)], 8, None, 2, 1, 1, 0),
-        ({}, [(2, 0)], 1, None, 1, 1, 2, 0),
-        ({}, [(16, 0)], 8, 2, 2, 1, 8, 0),
-        ({"workers": 2}, [(2, 0)], 8, None, 1, 2, 1, 0),
-        ({"cpus_per_worker": 2}, [(3, 0), (3, 0)], 8, None, 2, 1, 2, 0),  # not 6 // 2
-        ({}, [(16, 4)], 8, None, 4, 1, 4, 1),
-        ({"gpus_per_worker": 0.5}, [(16, 1)], 8, None, 2, 1, 8, 0.5),
-        ({"workers": 8}, [(16, 4), (16, 4)], 8, None, 1, 8, 4, 1),  # a trial over two machines
-        ({"gpus_per_worker": 2}, [(8, 3), (8, 3)], 8, None, 2, 1, 8, 2),  # no worker over two machines
+        ({}, [(2, 0)], 8, None, (2, 1, 1, 0)),
+        ({}, [(2, 0)], 1, None, (1, 1, 2, 0)),
+        ({}, [(16, 0)], 8, 2, (2, 1, 8, 0)),
+        ({"workers": 2}, [(2, 0)], 8, None, (1, 2, 1, 0)),
+        ({"cpus_per_worker": 2}, [(3, 0), (3, 0)], 8, None, (2, 1, 2, 0)),  # not 6 // 2
+        ({}, [(16, 4)], 8, None, (4, 1, 4, 1)),
+        ({"gpus_per_worker": 0.5}, [(16, 1)], 8, None, (2, 1, 8, 0.5)),
+        ({"workers": 8}, [(16, 4), (16, 4)], 8, None, (1, 8, 4, 1)),  # a trial over two machines
+        ({"gpus_per_worker": 2}, [(8, 3), (8, 3)], 8, None, (2, 1, 8, 2)),  # no worker over two machines
     ],
 )  # fmt: skip
-def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent, slots, workers, cpus, gpus):
+def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent, expected):
+    """expected: trials at once; workers of each, and the CPUs and GPUs of a worker."""
     found = divide_cluster(cluster(**asked), nodes, trials, concurrent)
     one = found.resources
-    assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == (
-        slots,
-        workers,
-        cpus,
-        gpus,
-    )
+    assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == expected
 
 
 def test_a_trial_that_never_fits_is_refused():
@@ -285,10 +280,8 @@ def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
     """Five rows share five hours; at one full row in ten hours, each gets a tenth of its 800,000 steps."""
     row = config.load_experiment("cifar10", [])
     rates = (1.0, reproduction.count_passes(row) / 3 / 36_000)
-    lines = [
-        json.dumps({"step": 1, "time": 0, "metrics": {"train/images_per_second": rate}}) for rate in rates
-    ]
-    (tmp_path / "log.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    points = [{"step": 1, "time": 0, "metrics": {"train/images_per_second": rate}} for rate in rates]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(point)}\n" for point in points))
     points = [SimpleNamespace(experiment=row)] * 5
     monkeypatch.setattr(reproduction, "list_points", lambda sweep, words: seen.append(words) or points)
     monkeypatch.setattr(study, "Study", lambda *_: None)

@@ -81,10 +81,8 @@ def test_parameters_are_curated_and_tags_name_keys_code_and_protocol(mirrored, c
     assert tags["version.torch"] == "2.9" and tags["commit"].startswith("0123")
     assert tags["protocol.comparable"] == "False" and tags["protocol.n"] == "512"
     assert "n = 512" in tags["protocol.why_not"]
-    study = client.get_experiment(found.info.experiment_id)
-    assert study.tags["mlflow.experimentKind"] == "custom_model_development", (
-        "the UI opens it as model training"
-    )
+    study = client.get_experiment(found.info.experiment_id)  # the UI opens it as model training
+    assert study.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_curves_carry_their_own_times(mirrored, client):
@@ -186,9 +184,7 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_
     assert Path(client.download_artifacts(found.info.run_id, picture)).stat().st_size > 0
     assert history(client, found, "train/loss") == expected(100)
     places = [found.info.artifact_uri, *(model.artifact_location for model in list_models(client, found))]
-    assert all(place.startswith(after.as_uri()) for place in places), (
-        "what follows is written to the new place"
-    )
+    assert all(place.startswith(after.as_uri()) for place in places)  # what follows is written there
 
 
 def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path, empty_store):

@@ -66,9 +66,8 @@ def test_the_last_line_and_the_same_command_ask_for_every_parcel(run_again, stor
     run, again = run_again
     with tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run):
         pass
-    run.log.write_text(
-        run.log.read_text() + run.log.read_text().splitlines()[-1].replace("100", "110") + "\n"
-    )
+    log = run.log.read_text()
+    run.log.write_text(log + log.splitlines()[-1].replace("100", "110") + "\n")
     with hold(store):
         again()
     assert "another program" in caplog.text or "locked" in caplog.text
