@@ -27,13 +27,6 @@ class SweepPoint:
     swept: Values
     experiment: Experiment
 
-    @property
-    def unhashed_values(self) -> Values:
-        """Swept values that are not part of the run key: they make other samples or scores of one run."""
-        inside = flatten(keys.collect_run_settings(self.experiment, whole=True))
-        rest = {key: value for key, value in self.swept.items() if key not in inside}
-        return {k: value for k, value in rest.items() if k.partition(".")[0] not in ("data", "experiment")}
-
 
 def list_points(sweep: Sweep, overrides: list[str]) -> list[SweepPoint]:
     """Return every point, in the order of the file; `overrides` are key=value for all of them.
@@ -158,7 +151,10 @@ def make_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
         if names and place.name not in names:  # made under another experiment's name: the same numbers
             experiment = replace(point.experiment, name=min(names).removesuffix(f"-{run_key}"))
             place = replace(place, experiment=experiment)
-        other = point.unhashed_values
+        # Swept values that are not part of the run key make other samples or scores of one run.
+        inside = flatten(keys.collect_run_settings(point.experiment, whole=True))
+        rest = {key: value for key, value in point.swept.items() if key not in inside}
+        other = {k: value for k, value in rest.items() if k.partition(".")[0] not in ("data", "experiment")}
         key = f"{run_key}-{keys.hash_content(other)}" if other else run_key
         if key in trials:
             faults.append(f"'{point.label}' and '{trials[key].label}' are the same trial; leave one out")

@@ -8,7 +8,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -157,6 +157,7 @@ class ArraySource(ImageSource):
             yield RawImage(f"{self.root} {part} image {i}", np.asarray(images[i]), label)
 
 
+@lru_cache(maxsize=2)  # a split of millions is asked for by every shard
 def make_fixed_permutation(n: int) -> np.ndarray:
     """Return a permutation of 0..n-1, int64 (n,), that depends on n alone: on no machine, on no version of NumPy.
 
