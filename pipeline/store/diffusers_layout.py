@@ -232,16 +232,18 @@ def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> 
 
 def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
     """Return every beta of a scheduler's settings, float64 (T,); None for a schedule that we do not have."""
-    steps, trained = given.get("num_train_timesteps", 1000), given.get("trained_betas")
+    steps = given.get("num_train_timesteps", 1000)
     ends = given.get("beta_start", 1e-4), given.get("beta_end", 0.02)
-    names = {theirs: own for own, theirs in SCHEDULES.items()}
-    name = names.get(given.get("beta_schedule", "linear"))
-    are_numbers = all(type(beta) in (int, float) for beta in (*ends, *(trained or ())))
+    are_numbers = all(type(beta) in (int, float) for beta in (*ends, *(given.get("trained_betas") or ())))
     if type(steps) is not int or not 1 < steps <= LONGEST or not are_numbers:
         return None
-    if trained is not None:
-        return torch.tensor(trained, dtype=torch.float64)
-    return schedules.compute_betas(name, steps, *ends) if name else None
+    if given.get("trained_betas") is not None:
+        return torch.tensor(given["trained_betas"], dtype=torch.float64)
+    names = {theirs: own for own, theirs in SCHEDULES.items()}
+    name = names.get(given.get("beta_schedule", "linear"))
+    if name is None:
+        return None
+    return schedules.compute_betas(name, steps, *ends)
 
 
 # Out

@@ -157,18 +157,6 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
     assert found.info.run_id in where and "ddpm ui" in where and "sync" not in where
 
 
-def test_a_run_that_a_crash_left_running_is_reconciled(storage, uri, client):
-    _, run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
-    crashed = tracking.Mirror(uri, "ends", run)
-    crashed._set_status("RUNNING")
-    crashed.deliver()  # and the driver is gone
-    found = find(client, "ends", run)
-    assert found.info.status == "RUNNING"
-    tracking.deliver_run(uri, "ends", run)
-    assert find(client, "ends", run).info.run_id == found.info.run_id
-    assert find(client, "ends", run).info.status == "FINISHED"  # its last checkpoint is there
-
-
 def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_store):
     before, after = tmp_path / "before root", tmp_path / "after"
     _, run = make_run(before, "digits", STEPS)

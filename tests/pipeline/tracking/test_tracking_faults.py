@@ -87,6 +87,7 @@ def test_the_last_line_and_the_same_command_ask_for_every_parcel(run_again, stor
         ("report", "KILLED", "FINISHED", True),
         ("shard", "FAILED", "FAILED", True),
         ("shard", "RUNNING", "KILLED", False),
+        ("sync", "RUNNING", "FINISHED", True),  # its last checkpoint is there
     ],
 )
 def test_a_status_that_a_kill_left_is_set_right_by_the_same_command(
@@ -95,10 +96,12 @@ def test_a_status_that_a_kill_left_is_set_right_by_the_same_command(
     run, again = run_again
     if not trained:
         shutil.rmtree(run.train)
-    driver = tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run)
+    uri = tracking.find_default_uri(store.parent)
+    driver = tracking.Mirror(uri, "digits", run)
     driver._set_status(left)
     driver.deliver()  # and it is gone
-    again(last)
+    assert find_only_run(store.parent)[1].info.status == left
+    tracking.deliver_run(uri, "digits", run) if last == "sync" else again(last)
     info = find_only_run(store.parent)[1].info
     assert info.status == status and info.end_time >= info.start_time
 
