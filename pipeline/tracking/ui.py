@@ -13,13 +13,7 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 from pipeline.errors import PipelineError, hide_password
-from pipeline.tracking.mlflow_client import (
-    ARTIFACTS,
-    ENVIRONMENT,
-    VIEW,
-    check_server,
-    find_default_uri,
-)
+from pipeline.tracking.mlflow_client import ARTIFACTS, ENVIRONMENT, VIEW, check_server, find_default_uri
 
 HOST, STARTING = "127.0.0.1", 120.0  # seconds that a server may take to answer
 

@@ -46,13 +46,8 @@ def test_one_experiment_uses_all_that_the_page_adds(tmp_path):
     (tree / "conf" / "parts.yaml").write_text(model.sub("model: {name: plain_net, channels: 8}\n\n", digits))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64))
     np.savetxt(tmp_path / "images.csv", np.column_stack([np.arange(40) % 10, pixels]), "%d", ",")
-    words = [
-        "run",
-        "parts",
-        *(word for word in UNNAMED if not word.startswith("model.")),
-        *SETTINGS,
-        *ONE_CPU,
-    ]
+    common = [word for word in UNNAMED if not word.startswith("model.")]
+    words = ["run", "parts", *common, *SETTINGS, *ONE_CPU]
     words += [f"data.path={tmp_path / 'images.csv'}", f"cluster.storage={tmp_path / 'runs'}"]
     command = [sys.executable, "-m", "pipeline", *words]
     environment = {**os.environ, "PYTHONPATH": str(tree)}

@@ -33,17 +33,10 @@ def run(tmp_path) -> Iterator[Run]:
     run.command.kill()
 
 
-@pytest.mark.parametrize(
-    ("phase", "victim"),
-    [
-        ("training", "worker"),
-        ("training", "controller"),
-        ("training", "driver"),
-        ("checkpoint", "worker"),
-        ("sampling", "task"),
-        ("evaluation", "task"),
-    ],
-)
+KILLS = "training-worker training-controller training-driver checkpoint-worker sampling-task evaluation-task"
+
+
+@pytest.mark.parametrize(("phase", "victim"), [kill.split("-") for kill in KILLS.split()])
 def test_a_run_with_a_process_killed_is_the_untouched_one(run: Run, untouched: Run, phase, victim):
     where = run.kill(phase, victim, random.Random(0))
     assert where is not None, "there was nothing to kill in time"

@@ -115,11 +115,8 @@ def test_values_of_a_sweep_are_read_by_the_types_of_their_keys(tmp_path):
         load_sweep(str(path), [])
     path.write_text(f"experiment: cifar10_short\nspace: {space}\noverrides: {{train: {{steps: 1e3}}}}\n")
     sweep = load_sweep(str(path), ["draw.method=grid"])
-    assert sweep.space == {
-        "data.path": ["2024_01", "1e5"],
-        "train.lr": [1e-3],
-        "model.channel_mult": [[1, 2]],
-    }
+    expected = {"data.path": ["2024_01", "1e5"], "train.lr": [1e-3], "model.channel_mult": [[1, 2]]}
+    assert sweep.space == expected
     assert format_overrides(sweep.overrides) == ["train.steps=1000.0"]
     first, second = (point.experiment for point in list_points(sweep, []))
     assert (first.train.steps, first.train.lr, first.model.channel_mult) == (1000, 1e-3, (1, 2))
