@@ -98,7 +98,8 @@ def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):
     checkpoint.save_checkpoint(run.step_folder(6), {}, {"w": torch.ones(1)}, 6)
     assert ": 3 files sent" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
     remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
-    assert ": 0 files fetched" in remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
+    told = remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
+    assert ": 0 files fetched" in told and "kept" not in told
 
     run.log.write_text('{"step": 1}\n{"step": 3}\n')
     assert ": 1 files sent" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
