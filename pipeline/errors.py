@@ -59,11 +59,11 @@ def hide_password(uri: str) -> str:
     """Return the URI without user, password and query, so that it can be printed and recorded."""
     if uri.startswith("sqlite"):
         return uri.partition("?")[0]
-    scheme, _, rest = uri.partition("://")
+    scheme, cut, rest = uri.partition("://") if "://" in uri else ("", "", uri)
     place = re.split("[?#]", rest, maxsplit=1)[0]
     user, _, shown = place.rpartition("@")
     # An @ behind a / or ? may end a password that should have been quoted: then nothing of it is safe.
-    return f"{scheme}://{'...' if '/' in user or '@' in rest[len(place) :] else shown}"
+    return f"{scheme}{cut}{'...' if '/' in user or '@' in rest[len(place) :] else shown}"
 
 
 def shorten_error(error: BaseException | str) -> str:

@@ -129,7 +129,10 @@ def show_experiment(options: Namespace) -> None:
     from pipeline.store.selection import fill_in_selection
 
     print(config.to_yaml(experiment), end="")
-    shown = replace(cluster, tracking_uri=cluster.tracking_uri and hide_password(cluster.tracking_uri))
+    tracking, ray = (
+        address and hide_password(address) for address in (cluster.tracking_uri, cluster.ray_address)
+    )
+    shown = replace(cluster, tracking_uri=tracking, ray_address=ray)
     print("\n# cluster\n" + config.to_yaml(shown), end="")
     for warning in experiment.diffusion.list_warnings():
         print(f"# warning: {warning}")

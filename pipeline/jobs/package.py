@@ -49,7 +49,7 @@ def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
     if cluster.tracking_uri and hide_password(cluster.tracking_uri) != cluster.tracking_uri:
         problems.append(f"cluster.tracking_uri holds a user, password or query that all could read: {remedy}")
     if uri.scheme == "sqlite" and not uri.path.startswith("//"):
-        given = f"cluster.tracking_uri={cluster.tracking_uri}"
+        given = f"cluster.tracking_uri={hide_password(uri.geturl())}"
         problems.append(f"{given} is a relative path; an absolute one has four slashes")
     if problems:
         raise ConfigError(problems)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-OLDEST = {"Ray": "2.50", "Python": "3.11"}  # as in pyproject.toml
+OLDEST = {"Ray": "2.60", "Python": "3.11"}  # as in pyproject.toml
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file) to the cluster's"
 HTTP_SECONDS = (5.0, 30.0)  # to connect, to answer
 LOST_SECONDS = 60.0  # how long a log that broke off is asked for again
@@ -95,7 +95,7 @@ def resolve_address(given: str | None) -> str:
     if not re.match(r"https?://[^/]", address):
         remedy = "jobs go through the dashboard: --address http://HOST:8265"
         sources = "--address, RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
-        raise ConfigError(f"{address} ({sources}) is no web address; {remedy}")
+        raise ConfigError(f"{hide_password(address)} ({sources}) is no web address; {remedy}")
     return address.rstrip("/")
 
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from pyarrow import fs
 
 from pipeline.console import show_progress
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, hide_password
 from pipeline.store.files import (
     MANIFEST,
     TEMPORARY,
@@ -148,7 +148,10 @@ class ObjectStore:
     def __init__(self, uri: str):
         self.uri = uri.rstrip("/")
         parts = urlsplit(uri)
-        nowhere = PipelineError(f"'{uri}' is no place in a store; write s3://BUCKET/PREFIX or file:///FOLDER")
+        shown = hide_password(uri)
+        nowhere = PipelineError(
+            f"'{shown}' is no place in a store; write s3://BUCKET/PREFIX or file:///FOLDER"
+        )
         if "@" in parts.netloc or not (parts.netloc or parts.scheme == "file"):
             raise nowhere
         try:

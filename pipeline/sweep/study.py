@@ -17,7 +17,7 @@ from pipeline.config import ClusterConfig
 from pipeline.console import format_duration, poll_in_thread, print_line, show_progress
 from pipeline.engine import execute as stages
 from pipeline.engine import find
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.preparations import list_preparations
 from pipeline.stages import evaluate
@@ -59,7 +59,7 @@ class Study:
             slots, resources = share.slots, str(share)
         elif cluster.workers != 0:  # a cluster that runs elsewhere is not asked
             slots = sweep.concurrent or 1
-            resources = f"as many trials at a time as {cluster.ray_address} has room for"
+            resources = f"as many trials at a time as {hide_password(cluster.ray_address or '')} has room for"
         board = rank_trials(sweep, self.trials, self.states)
         took = [row.seconds for row in board.rows if row.state == "finished" and row.seconds]
         left = "unknown until a trial has finished"

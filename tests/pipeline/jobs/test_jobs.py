@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -241,7 +242,7 @@ def answers(ray_version: str = ray.__version__, python: str = "3.11.7", of_a_pro
 @pytest.mark.parametrize(
     ("says", "message"),
     [
-        (answers("2.9.3"), "runs Ray 2.9.3; 2.50 or newer is needed"),
+        (answers("2.9.3"), "runs Ray 2.9.3; 2.60 or newer is needed"),
         (answers(python="3.9.1"), "runs Python 3.9.1; 3.11 or newer is needed"),
         (answers(of_a_program=True), "belongs to a program that is running there"),
         ({"/api/version": (401, "Unauthorized")}, "wants a token, and there is none"),
@@ -269,15 +270,18 @@ def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, serve, says,
 
 
 def test_another_version_that_works_is_said(serve):
-    with ray_client.connect_cluster(serve(answers("2.51.0", python="3.12.1")).address) as cluster:
+    with ray_client.connect_cluster(serve(answers("2.61.0", python="3.12.1")).address) as cluster:
         lines = ray_client.check_versions(cluster)
-    assert "runs Ray 2.51.0" in lines[0] and "runs Python 3.12.1" in lines[1]
+    assert "runs Ray 2.61.0" in lines[0] and "runs Python 3.12.1" in lines[1]
 
 
-def test_the_oldest_versions_are_those_of_pyproject():
+def test_the_oldest_versions_are_those_that_were_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={ray_client.OLDEST['Python']}"
     assert f"ray[default,train,tune]>={ray_client.OLDEST['Ray']}" in project["dependencies"]
+    tested = dict(re.findall(r"(?m)^(\S+)==(\d+\.\d+)", (ROOT / "constraints.txt").read_text().lower()))
+    floors = [re.match(r"([\w-]+)(\[.*\])?>=(.*)", need) for need in project["dependencies"]]
+    assert {floor[1]: floor[3] for floor in floors} == {floor[1]: tested[floor[1]] for floor in floors}
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,9 @@ def test_a_server_that_freezes_holds_no_end_up(store, monkeypatch):
         ("http://u:HUSH#HUSH@h", "http://..."),
         ("http://h/?password=HUSH@HUSH", "http://..."),
         ("sqlite:////a@b/m.db?key=HUSH", "sqlite:////a@b/m.db"),
+        ("http://u:HUSH://HUSH@h", "http://..."),
+        ("u:HUSH@h:6379", "h:6379"),
+        ("auto", "auto"),
     ],
 )
 def test_no_secret_of_an_address_is_shown(uri, shown):
@@ -220,10 +223,14 @@ def test_no_secret_of_an_address_is_shown(uri, shown):
     assert "HUSH" not in explain_network_error(OSError(f"cannot reach {uri}"), uri)
 
 
-@pytest.mark.parametrize("uri", [SECRET, "u:HUSH@h", "ftp://u:HUSH@h", "[http://u:HUSH@h]", "{a: HUSH}"])
+@pytest.mark.parametrize(
+    "uri", [SECRET, "sqlite:///a?key=HUSH", "u:HUSH@h", "ftp://u:HUSH@h", "[http://u:HUSH@h]", "{a: HUSH}"]
+)
 def test_no_command_prints_a_secret(uri, capsys):
     for words in (["show", "digits"], ["submit", "--", "run", "digits", "cluster.storage=/data"]):
         main([*words, f"cluster.tracking_uri={uri}"])
+    for words in ("show digits cluster.ray_address=", "jobs --address ", "pull s3://KEY:HUSH@b/p?x="):
+        main(f"{words}{uri if '@' in uri else SECRET}".split())
     printed = capsys.readouterr()
     assert "HUSH" not in printed.out + printed.err
 
