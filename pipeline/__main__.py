@@ -1,9 +1,31 @@
+import os
+import signal
 import sys
 
 # On a cluster, `python` may be older than its Ray's.
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"error: Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
+for number in (signal.SIGINT, signal.SIGTERM):  # while the next line imports
+    signal.signal(number, lambda *_: os._exit(130))
 
-from pipeline.cli.program import main
+from pipeline.compute.interrupt import leave, set_handlers  # noqa: E402
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the program; a signal ends it without a traceback, from its imports to its last moment."""
+    set_handlers(leave)
+    from pipeline.cli.program import main as run
+
+    set_handlers(signal.default_int_handler)
+    try:
+        return run()
+    except KeyboardInterrupt:  # while the command line was read
+        leave()
+    finally:
+        set_handlers(leave)
+        # Python would end by SIGINT where the last text that it executed, a dataclass's, was interrupted.
+        exec("")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import select
 import sys
 import threading
 import time
@@ -23,6 +24,15 @@ def print_line(text: str) -> None:
     print(f"{stamp}{text}", flush=True)
 
 
+def drop_lost_outputs() -> None:
+    """Write into nothing from now on where nobody reads: the terminal was closed, or Ctrl-C ended `| tee` too."""
+    outputs = select.poll()
+    for stream in (1, 2):
+        outputs.register(stream, 0)
+    for stream, _ in outputs.poll(0):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 def format_duration(seconds: float) -> str:
     """Return seconds as '1 h 05 min', '3 min 20 s', '4.2 s'."""
     if seconds < 60:
@@ -40,6 +50,8 @@ def format_rate(rate: float) -> str:
 
 def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> str:
     """Return a table as text, as wide as the terminal; the first column is never cut."""
+    import shutil
+
     from rich.console import Console
     from rich.table import Table
 

@@ -1,9 +1,10 @@
 """One experiment killed with -9 again and again, beside its untouched twin: `make soak`.
 
 Each kill waits for its phase to be under way, and falls on the driver, a training worker, the Train controller or a
-task, at a random moment; those of the phase `checkpoint` while one is being written. In the end both runs must have
-the same training state, images, scores and figures, byte for byte, and in MLflow one finished run with equal curves,
-each point once.
+task, at a random moment; those of the phase `checkpoint` while one is being written. Some only ask it to stop: SIGHUP
+to the driver, SIGTERM to its whole process group; then nothing may be left running. In the end both runs must have the
+same training state, images, scores and figures, byte for byte, and in MLflow one finished run with equal curves, each
+point once.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ CLUSTER = ["cluster.workers=2", "cluster.cpus_per_worker=1", "cluster.retries=20
 
 # Whom the kills of each phase hit; the order is drawn.
 TRAINING = {
-    "training": ["driver", "driver", "controller", "controller", "worker", "worker"],
-    "checkpoint": ["driver", "controller", "worker", "worker", "worker"],
+    "training": ["driver", "hangup", "group", "controller", "worker", "worker"],
+    "checkpoint": ["driver", "group", "controller", "worker", "worker"],
 }
 UNITS = {
-    "sampling": ["driver", "driver", "task", "task", "task"],
-    "evaluation": ["driver", "driver", "task", "task", "task"],
+    "sampling": ["driver", "hangup", "group", "task", "task"],
+    "evaluation": ["driver", "hangup", "group", "task", "task"],
 }
+ASKED = {"hangup": (os.kill, signal.SIGHUP), "group": (os.killpg, signal.SIGTERM)}
 PROCESSES = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "task": "ray::Actor.run"}
 # How far the run comes between two kills, at most: points of the curve, or units.
 APART = {"training": 6, "checkpoint": 6, "sampling": 2, "evaluation": 4}
@@ -66,7 +68,10 @@ class Run:
     def start(self) -> None:
         command = [sys.executable, "-m", "pipeline", "run", *self.words]
         with (self.storage / "output.log").open("ab") as log:
-            self.command = subprocess.Popen(command, stdout=log, stderr=log)
+            self.command = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup ignores it
+            )  # fmt: skip
 
     def finish(self) -> None:
         """Wait for the end; what was killed is given again. Exits where the command fails by itself."""
@@ -106,7 +111,7 @@ class Run:
         return f"step {(self.path / '.step').read_text()}{torn}"
 
     def processes(self, kind: str) -> list[int]:
-        if kind == "driver":
+        if kind == "driver" or kind in ASKED:
             return [self.command.pid]
         with suppress(psutil.NoSuchProcess):
             family = psutil.Process(self.command.pid).children(recursive=True)
@@ -139,9 +144,15 @@ class Run:
             time.sleep(0.0005)
         if not victims or self.is_over(phase):
             return False
+        family = psutil.Process(self.command.pid).children(recursive=True) if kind in ASKED else []
         with suppress(ProcessLookupError):
-            os.kill(draw.choice(victims), signal.SIGKILL)
+            send, number = ASKED.get(kind, (os.kill, signal.SIGKILL))
+            send(draw.choice(victims), number)
             self.last_kill = time.time()
+            if kind in ASKED and (code := self.command.wait(PATIENCE)) != 130:
+                sys.exit(f"{kind}: exit code {code}; see {self.storage}/output.log")
+            if left := psutil.wait_procs(family, timeout=10)[1]:
+                sys.exit(f"{kind}: still running: {left}")
             return True
         return False
 

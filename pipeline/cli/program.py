@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cli import commands as do
+from pipeline.console import drop_lost_outputs
 from pipeline.errors import ConfigError, PipelineError, suggest
 
 CONFIGURATIONS = """
@@ -276,6 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command.run(options) or 0
     except KeyboardInterrupt:
+        drop_lost_outputs()
         print("interrupted; the same command goes on from what is on disk", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pipeline import config
 from pipeline.config import ClusterConfig
@@ -37,6 +41,7 @@ from pipeline.store.tars import ShardSetFacts
 PACKAGES = (
     "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "safetensors",
 )  # fmt: skip
+PROGRAMS = r"ray::\w+|\braylet\b|gcs_server|mlflow|pipeline \w+|ddpm \w+"
 ROW = "{:<11} {:>6}  {:<13}  {}"  # of a run
 
 
@@ -155,3 +160,14 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
         yield "tracking", hide_password(uri)
     except PipelineError as error:
         yield "tracking", f"PROBLEM: {error}"
+    open_ports = ", ".join(_list_open_ports())
+    yield "open ports", open_ports or "none now; SECURITY.md lists those of each command"
+
+
+def _list_open_ports() -> Iterator[str]:
+    """List where Ray, MLflow and this program listen for other machines too, as far as we may look."""
+    for socket in psutil.net_connections("tcp"):
+        if socket.pid and socket.status == "LISTEN" and not socket.laddr.ip.endswith(("127.0.0.1", "::1")):
+            with suppress(psutil.Error):
+                if found := re.search(PROGRAMS, " ".join(psutil.Process(socket.pid).cmdline())):
+                    yield f"{found[0]} on {socket.laddr.ip}:{socket.laddr.port}"

@@ -1,19 +1,55 @@
-"""Handling of Ctrl-C and SIGTERM: stop at a safe point."""
+"""The signals that ask a command to end: Ctrl-C, SIGTERM, and the SIGHUP of a terminal that is closed."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from pipeline.console import print_line
+from pipeline.console import drop_lost_outputs, print_line
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest(KeyboardInterrupt):
     """Raised when a command has stopped at a safe point, as a person or the system asked."""
+
+
+def set_handlers(handle: Callable[[int, Any], None]) -> None:
+    """Call `handle` at each signal that asks to end; under nohup, SIGHUP does not."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handle)
+
+
+def leave(*_: Any) -> NoReturn:
+    """Leave at once: handler for the time before a command begins, and after its end."""
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+@contextmanager
+def shield_children() -> Iterator[None]:
+    """Block SIGTERM and SIGHUP in the processes that the body starts, and keep the handlers of this one.
+
+    A signal to all processes of the command, as `timeout`, systemd or a closed terminal send it, is then for this
+    process alone, which ends the others when it has come to a safe point. Call it on the main thread.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class StopSignals:
@@ -30,20 +66,17 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.install()
+        set_handlers(self._handle)
         return self
 
-    def install(self) -> None:
-        """Set the handlers; also after ray.init, which replaces them."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, *_: Any) -> None:
         if self._asked.is_set():
             raise KeyboardInterrupt
         self._asked.set()
         self.stop_file.touch()
-        print_line("stopping at the next safe point; once more to stop at once")
+        drop_lost_outputs()
+        with suppress(OSError, RuntimeError):  # the signal may have come in the middle of a print
+            print_line("stopping at the next safe point; once more to stop at once")
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():

@@ -65,10 +65,13 @@ class RayWorker(Worker):
             train.report({"step": step}, checkpoint=train.Checkpoint.from_directory(folder))
 
 
-def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body, place: Place) -> None:
+def run_training_group(
+    cluster: ClusterConfig, resources: Resources, body: Body, place: Place, look: Callable[[], object]
+) -> None:
     """Train with DDP on a group of Ray workers; a lost worker restarts it from the newest checkpoint.
 
-    That happens up to `cluster.retries` times; a PipelineError in a worker ends it and is raised here.
+    That happens up to `cluster.retries` times; a PipelineError in a worker ends it and is raised here, as is one of
+    `look`, which is called again and again.
     """
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -95,7 +98,7 @@ def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body,
         ),
         torch_config=TorchConfig(timeout_s=1800),  # NCCL with GPUs, else gloo
     )
-    error = run_in_thread(trainer.fit, "ray-train")
+    error = run_in_thread(trainer.fit, "ray-train", look)
     if place.failure.exists():
         message = place.failure.read_text()
         place.failure.unlink()
@@ -107,8 +110,10 @@ def run_training_group(cluster: ClusterConfig, resources: Resources, body: Body,
         raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
 
 
-def run_in_thread(fit: Callable[[], object], name: str) -> BaseException | None:
-    """Run `fit` in a thread, and return the error that it raised; the main thread goes on handling Ctrl-C."""
+def run_in_thread(
+    fit: Callable[[], object], name: str, look: Callable[[], object] = lambda: None
+) -> BaseException | None:
+    """Run `fit` in a thread, and return the error that it raised; the main thread looks, and handles Ctrl-C."""
     outcome: list[BaseException] = []
 
     def run() -> None:
@@ -121,6 +126,7 @@ def run_in_thread(fit: Callable[[], object], name: str) -> BaseException | None:
     thread.start()
     while thread.is_alive():
         thread.join(POLL_SECONDS)
+        look()
     return outcome[0] if outcome else None
 
 

@@ -10,15 +10,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import psutil
 import ray
 
 from pipeline.compute import ray_train
 from pipeline.compute.costs import CostCounter
+from pipeline.compute.interrupt import StopRequest
+from pipeline.compute.local_ray import end_local_ray, require_ray, start_local_ray
 from pipeline.compute.pool import Pool
 from pipeline.compute.resources import Resources, resolve_resources
 from pipeline.compute.units import Body, Unit, WhenDone
 from pipeline.config import ClusterConfig
-from pipeline.errors import PipelineError, shorten_error
+from pipeline.errors import PipelineError, hide_password, shorten_error
 from pipeline.store.run import Place
 
 
@@ -30,6 +33,7 @@ class RaySession:
 
     def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
         self.cluster, self.interrupted, self.costs = cluster, interrupted, CostCounter()
+        self.local_processes: set[psutil.Process] = set()
         self.most_in_flight: int | None = None  # units; None: as many as the cluster has room for
 
     @staticmethod
@@ -47,23 +51,28 @@ class RaySession:
             session.pool.end_idle_actors()
 
     def __enter__(self) -> RaySession:
-        _start_ray(self.cluster.ray_address)
+        self.local_processes = _start_ray(self.cluster.ray_address)
         try:
             there = ray.cluster_resources()
             most = max(cpus for cpus, _ in self.list_nodes())
             cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
             self._set_resources(resolve_resources(self.cluster, cpus, gpus, most))
         except BaseException:
-            ray.shutdown()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        ray.shutdown()
+        end_local_ray(self.local_processes)
 
     def _set_resources(self, resources: Resources) -> None:
         self.resources = resources
-        self.pool = Pool(self.cluster, resources.gpus_per_task, self._count_slots, self.interrupted)
+        self.pool = Pool(self.cluster, resources.gpus_per_task, self._count_slots, self._must_stop)
+
+    def _must_stop(self) -> bool:
+        """Return whether the command was asked to stop. Raises PipelineError where it has lost its Ray."""
+        require_ray(self.local_processes)
+        return self.interrupted()
 
     def list_nodes(self) -> list[tuple[int, int]]:
         """Return (CPUs, GPUs) of each machine."""
@@ -73,7 +82,12 @@ class RaySession:
     def run_workers(self, body: Body, place: Place) -> None:
         """Run `body` on every worker of a training, after the pool has given back its GPUs."""
         self.pool.end_idle_actors()
-        ray_train.run_training_group(self.cluster, self.resources, body, place)
+
+        def look() -> None:
+            if self._must_stop() and not place.heartbeat.exists():
+                raise StopRequest  # the workers still start, and have nothing to bring to a safe point
+
+        ray_train.run_training_group(self.cluster, self.resources, body, place, look)
 
     def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         """Run the units on the pool, and call `done` after each."""
@@ -88,26 +102,22 @@ class RaySession:
         return (max(1, min(tasks, int(there.get("GPU", 0) / per_task))) if per_task else tasks), tasks
 
 
-def _start_ray(address: str | None) -> None:
-    """Start Ray on this machine, or join the cluster at `address`."""
+def _start_ray(address: str | None) -> set[psutil.Process]:
+    """Start Ray on this machine and return its processes, or join the cluster at `address`."""
     # Workers print the same line many times over.
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     try:
         if address is None:
-            # "local": never somebody else's cluster that happens to run here. The dashboard of a cluster that ends
-            # with the command would cost two seconds of every start.
-            cpus = len(os.sched_getaffinity(0))
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False,
-                logging_level=logging.ERROR, log_to_driver=False,
-            )  # fmt: skip
-        else:
-            hook = {"worker_process_setup_hook": _set_network_interface}
-            ray.init(address=address, runtime_env=hook, logging_level=logging.ERROR, log_to_driver=False)
+            return start_local_ray()
+        hook = {"worker_process_setup_hook": _set_network_interface}
+        ray.init(address=address, runtime_env=hook, logging_level=logging.ERROR, log_to_driver=False)
+        return set()
     except (OSError, RuntimeError, ValueError) as error:
-        where = f"the cluster at cluster.ray_address={address}" if address else "Ray on this machine"
+        shown = hide_password(address or "")
+        where = f"the cluster at cluster.ray_address={shown}" if address else "Ray on this machine"
         whole = "Version mismatch" in str(error)  # told over several lines
         reason = " ".join(str(error).split()) if whole else shorten_error(error)
+        reason = reason.replace(address or where, shown)
         if address is None:
             reason += "; RAY_TMPDIR must be a short path of a folder that can be written"
         raise PipelineError(f"{where} cannot be reached or started: {reason}") from error
@@ -119,8 +129,6 @@ def _set_network_interface() -> None:
     Gloo looks up the host's own name, which many hosts give a loopback address, and then waits for workers that
     cannot reach it; NCCL takes the first interface that it likes.
     """
-    import psutil
-
     here = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if here in (address.address for address in addresses):

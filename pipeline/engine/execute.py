@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pipeline.engine.code import find_commit
 from pipeline.engine.find import explain_old_runs, make_place, prepare_storage_root
 from pipeline.engine.plan import find_stage_place, list_rounds, list_unfinished_stages
 from pipeline.engine.provenance import describe_other_code, write_record
+from pipeline.errors import hide_password
 from pipeline.stages.stage import GroupStage, Stage
 from pipeline.store.files import lock_folder, remove_leftovers
 from pipeline.store.run import Place
@@ -107,13 +109,15 @@ def start_executor(
     if cluster.workers == 0:
         context = create_local_worker(cluster.cpus_per_worker, int(cluster.image_memory * GIB))
         return LocalExecutor(context, interrupt.is_requested)
+    address = cluster.ray_address
+    if address is None:
+        from pipeline.compute.local_ray import ENVIRONMENT
+
+        os.environ.update(ENVIRONMENT)
     from pipeline.compute.session import RaySession
 
-    address = cluster.ray_address
-    print_line("starting Ray" if address is None else f"joining Ray at {address}")
-    session = stack.enter_context(RaySession(cluster, interrupt.is_requested))
-    interrupt.install()  # ray.init replaces the handler of SIGTERM
-    return session
+    print_line("starting Ray" if address is None else f"joining Ray at {hide_password(address)}")
+    return stack.enter_context(RaySession(cluster, interrupt.is_requested))
 
 
 @dataclass
