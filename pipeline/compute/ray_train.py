@@ -110,9 +110,7 @@ def run_training_group(
         raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
 
 
-def run_in_thread(
-    fit: Callable[[], object], name: str, look: Callable[[], object] = lambda: None
-) -> BaseException | None:
+def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], object]) -> BaseException | None:
     """Run `fit` in a thread, and return the error that it raised; the main thread looks, and handles Ctrl-C."""
     outcome: list[BaseException] = []
 

@@ -67,9 +67,9 @@ class RaySession:
 
     def _set_resources(self, resources: Resources) -> None:
         self.resources = resources
-        self.pool = Pool(self.cluster, resources.gpus_per_task, self._count_slots, self._must_stop)
+        self.pool = Pool(self.cluster, resources.gpus_per_task, self._count_slots, self.must_stop)
 
-    def _must_stop(self) -> bool:
+    def must_stop(self) -> bool:
         """Return whether the command was asked to stop. Raises PipelineError where it has lost its Ray."""
         require_ray(self.local_processes)
         return self.interrupted()
@@ -84,7 +84,7 @@ class RaySession:
         self.pool.end_idle_actors()
 
         def look() -> None:
-            if self._must_stop() and not place.heartbeat.exists():
+            if self.must_stop() and not place.heartbeat.exists():
                 raise StopRequest  # the workers still start, and have nothing to bring to a safe point
 
         ray_train.run_training_group(self.cluster, self.resources, body, place, look)

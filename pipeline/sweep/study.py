@@ -135,7 +135,7 @@ class Study:
                         pending, concurrent = len(self._list_unfinished_trials()), self.sweep.concurrent
                         share = divide_cluster(self.cluster, executor.list_nodes(), pending, concurrent)
                         print_line(f"{name}: {share}")
-                        run_trials(tasks, share, recorder, scheduler)
+                        run_trials(tasks, share, recorder, scheduler, executor.must_stop)
             finally:
                 for key in list(recorder.mirrors):  # this driver is on its way out, and they with it
                     recorder.end_trial(key, None)

@@ -125,8 +125,9 @@ def run_trials(
     share: TrialSlots,
     recorder: StudyRecorder,
     scheduler: EarlyStopScheduler | None,
+    look: Callable[[], object],
 ) -> None:
-    """Run the trials by Tune in this Ray session; return when all have ended."""
+    """Run the trials by Tune in this Ray session; return when all have ended. `look` is called again and again."""
     os.environ.update(QUIET)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what happens
     folder = recorder.folder / "ray"
@@ -151,7 +152,7 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )
-    error = run_in_thread(tuner.fit, "ray-tune")
+    error = run_in_thread(tuner.fit, "ray-tune", look)
     if error is not None:
         raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command goes on") from error
 
