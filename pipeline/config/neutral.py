@@ -22,6 +22,7 @@ NEUTRAL: dict[str, Any] = {
     "train.lr_decay": "none",
     "train.ema_warmup": False,
     "train.label_dropout": 0.0,
+    "train.keep_steps": [],
     "published.path": None,
     "published.weights": None,
     "sample.steps": None,

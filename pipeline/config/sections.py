@@ -75,7 +75,8 @@ class DataConfig:
 class TrainStageConfig(TrainConfig):
     """Settings of training (`TrainConfig`), and of what the train stage writes meanwhile.
 
-    Of the checkpoints stay the `keep` newest and every `keep_every`-th step. sample_every: 0 for no sample grids.
+    Of the checkpoints stay the `keep` newest and every `keep_every`-th step; of `keep_steps`, which are saved too, the
+    EMA. sample_every: 0 for no sample grids.
     """
 
     compile: bool
@@ -85,6 +86,7 @@ class TrainStageConfig(TrainConfig):
     keep: Count
     keep_every: CountOrNull
     log_every: Count
+    keep_steps: tuple[Count, ...] = ()
 
     def find_problems(self) -> Problems:
         found = super().find_problems()

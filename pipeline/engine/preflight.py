@@ -53,7 +53,7 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
     return Requirements(
         kept=kept,
         # One more than are kept, while the newest is written; the first EMA is stored twice.
-        checkpoints=(kept + 1) * (state + weights),
+        checkpoints=(kept + 1) * (state + weights) + len(train.keep_steps) * weights,
         images=images,
         samples=images * (prod(experiment.data.shape) + MEMBERS),
         # The state, its gradients, and the copies that a checkpoint is written from.

@@ -34,7 +34,7 @@ from pipeline.store.run import Place
 from pipeline.store.tensors import Tensors
 
 GRID_SIDE = 8
-GRID_STEPS = 50  # DDIM steps of the grids during training: a glance, not a score
+GRID_STEPS = 50  # of the grids during training: a glance, not a score
 
 
 class TrainStage(GroupStage):
@@ -88,7 +88,7 @@ class TrainStage(GroupStage):
                 step = state.step
                 if heartbeat:
                     heartbeat.write(step)
-                save = step % config.checkpoint_every == 0 or step == config.steps
+                save = step % config.checkpoint_every == 0 or step in (config.steps, *config.keep_steps)
                 if save or step % config.log_every == 0:
                     point = sums.compute_point(ctx, config, step)
                     if log:
@@ -311,6 +311,6 @@ def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
     images = sample(
         Diffusion(experiment.diffusion), net.eval(),
         index=index, shape=experiment.data.shape, context=labels,
-        seed=experiment.seed, sampler="ddim", steps=min(GRID_STEPS, experiment.diffusion.timesteps),
+        seed=experiment.seed, sampler="ddim", eta=1.0, steps=min(GRID_STEPS, experiment.diffusion.timesteps),
     )  # fmt: skip
     save_grid(to_uint8(images).cpu(), GRID_SIDE, path)

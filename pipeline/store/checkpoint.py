@@ -2,7 +2,7 @@
 
 train/step_00001000/ holds state.safetensors (everything), ema.safetensors (the first EMA's weights, named as
 the network's own) and meta.json, which carries the step, the run key and the sha256 of both. A folder counts only
-while these are right.
+while these are right. Without the state it is complete for scoring, never for resuming (train.keep_steps).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store.files import (
+    SEALED,
     Check,
     FileFacts,
     read_file_facts,
@@ -120,8 +121,8 @@ def read_meta(directory: Path) -> Meta:
     run, key = directory.parent.parent.name, meta.get("run_key", "")
     if directory.name != f"step_{meta['step']:08d}" or not run.endswith(key):
         raise PipelineError(f"{directory} holds the checkpoint of step {meta['step']} of a run {key}")
-    if not {STATE, EMA} <= meta["files"].keys():
-        raise PipelineError(f"{directory / META} does not list {STATE} and {EMA}: it is not complete")
+    if EMA not in meta["files"]:
+        raise PipelineError(f"{directory / META} does not list {EMA}: it is not complete")
     return meta
 
 
@@ -130,11 +131,18 @@ def verify_checkpoint(directory: Path, check: Check = "sha256") -> None:
     require_files(directory / META, read_meta(directory)["files"], check)
 
 
+def has_state(directory: Path) -> bool:
+    """Return whether training can go on from a checkpoint: one of train.keep_steps may hold the EMA alone."""
+    return STATE in read_meta(directory)["files"]
+
+
 def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
-    """Raise PipelineError unless the checkpoint of a step is complete, and of the run's network."""
+    """Raise PipelineError unless the checkpoint of a step is complete for scoring, and of the run's network."""
     verify_checkpoint(folder := place.step_folder(step), check)
+    if not has_state(folder) and place.experiment.sample.weights == "raw":
+        raise PipelineError(f"{folder} holds the EMA alone (train.keep_steps); use sample.weights=ema")
     own = create_network(place.experiment, "meta").state_dict()
-    for file, prefix in ((EMA, ""), (STATE, "net.")):
+    for file, prefix in ((EMA, ""), *([(STATE, "net.")] if has_state(folder) else [])):
         try:
             with safe_open(folder / file, "pt") as stored:
                 shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
@@ -159,22 +167,25 @@ def find_newest_step(run: Place, at_most: int) -> int | None:
     for step in reversed(list_steps(run.train, at_most)):
         try:
             verify_step(run, step)
-            return step
+            if has_state(run.step_folder(step)):
+                return step
         except PipelineError as error:
             logger.warning("%s; going back to the checkpoint before it", error)
     return None
 
 
 def load_checkpoint(directory: Path) -> Tensors:
-    """Load all tensors of a checkpoint on the CPU."""
+    """Load all tensors of a checkpoint on the CPU. Raises PipelineError where the EMA alone is there."""
     verify_checkpoint(directory)
+    if not has_state(directory):
+        raise PipelineError(f"{directory} holds the EMA alone (train.keep_steps): it can be scored, not resumed")
     return load_file(directory / STATE)
 
 
 def delete_old_checkpoints(place: Place, at_most: int) -> None:
     """Delete old checkpoints, except the `train.keep` newest, those that the experiment keeps, and those in use.
 
-    Those beyond step `at_most` are another command's.
+    Of `train.keep_steps` the EMA stays. Those beyond step `at_most` are another command's.
     """
     train, steps = place.experiment.train, list_steps(place.train, at_most)
     # What an interruption left is worth keeping while it is the newest: later it takes the place of none.
@@ -186,8 +197,24 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
     except (PipelineError, KeyError, TypeError) as error:
         logger.warning("%s; until that is mended, no checkpoint is deleted", error)
         return
-    for step in set(old) - used:
-        shutil.rmtree(place.step_folder(step), ignore_errors=True)
+    for step in old:
+        if step in train.keep_steps:
+            _delete_state(place.step_folder(step))
+        elif step not in used:
+            shutil.rmtree(place.step_folder(step), ignore_errors=True)
+
+
+def _delete_state(directory: Path) -> None:
+    """Leave of a checkpoint the EMA; an interruption leaves it whole, or without a seal, which is made again."""
+    if not (directory / STATE).exists():
+        return
+    with suppress(PipelineError):  # a damaged one stays as it is: nobody resumes from it
+        meta = read_meta(directory)
+        files = {EMA: meta["files"][EMA]}
+        (directory / SEALED).unlink(missing_ok=True)
+        write_json(directory / META, {**meta, "files": files})
+        (directory / STATE).unlink()
+        write_seal(directory / META, files)
 
 
 def list_used_steps(run: Place) -> set[int]:

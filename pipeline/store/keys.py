@@ -23,7 +23,7 @@ VERSION = 2
 _NOT_IN_SAMPLE_KEY = {"num_images", "checkpoint"}
 _NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images"}
 # What may change without making another run: how far it goes, and what is kept or shown on the way.
-_NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "keep_every"}
+_NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "keep_every", "keep_steps"}
 
 
 def hash_content(content: Any) -> str:

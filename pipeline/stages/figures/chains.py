@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ddpm.config import Variance
+from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import draw_shared_latent, interpolate, run_chain, run_image_chains
+from ddpm.sampler import draw_shared_latent, interpolate, run_chain, run_image_chains, sample
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
@@ -27,6 +28,7 @@ from pipeline.store.run import Place
 SAMPLES_SIDE = 16  # most rows of the figure of samples
 UNIT_IMAGES = 8  # chains in a unit of the progressive figure
 SNAPSHOTS = 10
+PASSES = (10, 20, 50, 100)  # of the network, in the figure of the steps
 LAMBDAS = tuple(i / 10 for i in range(11))  # 0 and 1 reconstruct the sources
 INTERPOLATED_AT = 0.5  # Fig. 8: t = 500
 COARSE_TO_FINE = (1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0)  # Fig. 9: 1000 ... 0 steps
@@ -107,6 +109,38 @@ def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
 def list_snapshots(steps: int) -> list[int]:
     """Return the steps, of 1..steps, after which a snapshot is taken: the last of each tenth."""
     return sorted({-(-number * steps // SNAPSHOTS) for number in range(1, SNAPSHOTS + 1)})
+
+
+def plan_steps(place: Place) -> Figure:
+    """Plan a row for each of the first samples: shorter and longer chains, without and with fresh noise."""
+    n, counts = count_rows(place.experiment), count_passes(place.experiment)
+    folder = locate_unit_folder(place, "steps")
+    units = make_image_units(UnitKind.FIGURE, write_step_counts, (place,), n, UNIT_IMAGES, folder, "steps")
+    caption = (
+        f"The first samples in {', '.join(map(str, counts))} steps: left with eta = 0, where what an unfinished "
+        "network gets wrong stays to the end; right with eta = 1, where the noise of a step lets the next ones mend it"
+    )
+    return Figure("steps.png", caption, units, save_rows)
+
+
+def count_passes(experiment: Experiment) -> list[int]:
+    """Return the numbers of steps that the figure compares."""
+    return sorted({min(count, experiment.diffusion.timesteps) for count in PASSES})
+
+
+def write_step_counts(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
+    """Write rows (stop - start, 2 counts, C, H, W) of samples [start, stop), eta = 0 first (body of a unit)."""
+    experiment, index = place.experiment, torch.arange(start, stop, device=ctx.device)
+    net, labels = load_guided_network(place, ctx.device), make_labels(place.experiment, index)
+    columns = [
+        sample(
+            Diffusion(experiment.diffusion), net, index=index, shape=experiment.data.shape, seed=experiment.seed,
+            steps=count, sampler="ddim", eta=eta, context=labels,
+        )
+        for eta in (0.0, 1.0)
+        for count in count_passes(experiment)
+    ]  # fmt: skip
+    write_arrays(file, images=to_uint8(torch.stack(columns, dim=1)).cpu().numpy())
 
 
 def plan_interpolation(place: Place) -> Figure:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FIGURES = (
     "samples", "progressive", "interpolation", "coarse_to_fine", "shared_latents", "rate_distortion", "scores_along",
-    "nearest_pixels", "nearest_features",
+    "nearest_pixels", "nearest_features", "steps",
 )  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
         "scores_along": curves.plan_scores_along_chain,
         "nearest_pixels": nearest.plan_neighbours_by_pixels,
         "nearest_features": nearest.plan_neighbours_by_features,
+        "steps": chains.plan_steps,
     }
     figures, skipped = [], {}
     for name in place.experiment.figures.which:

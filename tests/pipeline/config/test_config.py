@@ -259,7 +259,7 @@ def keys_of(*overrides: str) -> tuple[str, str, str]:
     return run, keys.make_sample_key(experiment, run), keys.make_score_key(experiment, run)
 
 
-EXTENDS = "train.steps=3000 train.checkpoint_every=7 train.keep=9 train.keep_every=400"
+EXTENDS = "train.steps=3000 train.checkpoint_every=7 train.keep=9 train.keep_every=400 train.keep_steps=[8]"
 CHANGES = "train.lr_decay=linear seed=1 train.lr=0.1 model.dropout=0.4 diffusion.beta_schedule=quad"
 
 

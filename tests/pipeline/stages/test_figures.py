@@ -16,7 +16,7 @@ from ddpm.images import from_uint8, to_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.networks.context_unet import ContextUNet
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import run_chain
+from ddpm.sampler import run_chain, run_image_chains
 from pipeline import config
 from pipeline.drawing import charts
 from pipeline.engine.find import make_place
@@ -34,7 +34,10 @@ from pipeline.store.run import Place
 PICTURES = [
     name + (".svg" if name in ("rate_distortion", "scores_along") else ".png") for name in FIGURES
 ]  # fmt: skip
-SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4")
+SCORED = (
+    "evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4",
+    f"figures.which=[{','.join(FIGURES)}]",
+)  # fmt: skip
 
 
 def ready(experiment, storage) -> Place:
@@ -78,7 +81,8 @@ def test_every_figure_is_drawn_in_the_papers_words(drawn):
     experiment, run = drawn
     manifest = read_manifest(run.of(experiment).figures, dict, check="sha256")
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
-    assert all("(paper, Fig" in manifest["captions"][name] for name in PICTURES)
+    own = [name for name in PICTURES if "(paper, Fig" not in manifest["captions"][name]]
+    assert own == ["steps.png"]
     assert figures.STAGE.is_done(run.of(experiment))
     assert run_stage(figures, experiment, run) == [], "units are kept"
     folder = run.of(experiment).figures
@@ -98,6 +102,17 @@ def test_samples_stand_in_a_square_and_progressive_ends_in_them(drawn):
     assert shown.shape[:2] == (4, 10)
     assert nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
     assert not nearly_equal(shown[:, 0], shown[:, -1])
+
+
+def test_steps_compares_chains_without_and_with_fresh_noise(drawn):
+    experiment, run = drawn
+    shown = cells(run.of(experiment).figures / "steps.png")
+    assert shown.shape[:2] == (4, 4), "10 and 20 steps of T = 20, twice"
+    index, shape = torch.arange(4), experiment.data.shape
+    net, diffusion = load_network(run.of(experiment), torch.device("cpu")), Diffusion(experiment.diffusion)
+    for column, how in ((1, {"sampler": "ddim"}), (2, {"variance": "fixedsmall", "steps": 10})):
+        *_, last = run_image_chains(diffusion, net, index=index, shape=shape, seed=experiment.seed, **how)
+        assert nearly_equal(shown[:, column], to_uint8(last.x_t.clamp(-1, 1))[:, 0])
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 20, 1000])

@@ -74,10 +74,11 @@ def test_a_new_checkpoint_is_not_hashed_again_to_tell_that_it_is_there(tiny_run,
     assert checkpoint.is_valid(run, 2)
 
 
-def keeping(experiment, keep, keep_every=None, checkpoints=None, every=1):
+def keeping(experiment, keep, keep_every=None, checkpoints=None, every=1, steps=()):
+    rules = {"keep": keep, "keep_every": keep_every, "checkpoint_every": every, "keep_steps": steps}
     return dataclasses.replace(
         experiment,
-        train=dataclasses.replace(experiment.train, keep=keep, keep_every=keep_every, checkpoint_every=every),
+        train=dataclasses.replace(experiment.train, **rules),
         evaluate=dataclasses.replace(experiment.evaluate, checkpoints=checkpoints),
     )
 
@@ -111,6 +112,20 @@ def test_what_anything_refers_to_stays(tiny_run):
     write_json(run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
     checkpoint.delete_old_checkpoints(run.of(keeping(experiment, 1)), at_most=6)
     assert checkpoint.list_steps(run.train) == [1, 2, 3, 4, 6]
+
+
+def test_a_kept_step_can_be_scored_but_not_resumed(tiny_run, caplog):
+    experiment, run = tiny_run
+    saved(run, 1, 2, 4, 6)
+    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, 1, every=3, steps=(2, 4, 6))), at_most=6)
+    assert checkpoint.list_steps(run.train) == [2, 4, 6]
+    assert [checkpoint.has_state(run.step_folder(step)) for step in (2, 4, 6)] == [False, False, True]
+    assert checkpoint.is_valid(run, 4) and checkpoint.load_weights(run.step_folder(4), "ema")
+    assert checkpoint.find_newest_step(run, at_most=5) is None and not caplog.text
+    with pytest.raises(PipelineError, match="scored, not resumed"):
+        checkpoint.load_checkpoint(run.step_folder(4))
+    raw = dataclasses.replace(experiment, sample=dataclasses.replace(experiment.sample, weights="raw"))
+    assert checkpoint.is_valid(run.of(raw), 6) and not checkpoint.is_valid(run.of(raw), 4)
 
 
 def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, caplog):
