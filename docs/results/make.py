@@ -206,7 +206,9 @@ NLL of the same {few} test images each time, too few for a level, enough for a c
 
 ## Pictures
 
-The first samples, not selected:
+The first samples, not selected. They are noise, and their FID is above a Gaussian's, because of the sampler: DDIM with
+eta 0 carries what an unfinished network gets wrong to the end. `cifar10_small` now samples by ancestral steps
+([short-runs.md](short-runs.md)); this checkpoint is gone, so these stay as they were drawn:
 
 ![Samples](../pictures/{name_of("samples")})
 

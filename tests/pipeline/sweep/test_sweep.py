@@ -90,7 +90,9 @@ def test_every_shipped_sweep_loads_and_has_its_trials():
         sweep = load_sweep(path.stem, [])
         sizes[path.stem] = len({json.dumps(point.swept) for point in list_points(sweep, [])})
         assert sizes[path.stem] == sweep.count
-    assert sizes == {"beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "table2": 6}
+    assert sizes == {
+        "beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "ladder": 18, "short_runs": 8, "table2": 6,
+    }  # fmt: skip
 
 
 def test_what_a_study_writes_down_can_be_run_again(tmp_path):
