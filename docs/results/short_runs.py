@@ -9,6 +9,7 @@ the mean of each channel, which is the colour.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,8 @@ def main(names: list[str]) -> None:
 def select_step(path: str, step: str) -> Place:
     """Return the place of a run whose checkpoint is that of `step`."""
     place = read_place(Path(path).absolute())
-    experiment = place.experiment
-    train = to_dict(experiment.train) | {"steps": int(step)}
-    return place.of(type(experiment)(**vars(experiment) | {"train": type(experiment.train)(**train)}))
+    train = replace(place.experiment.train, steps=int(step))
+    return place.of(replace(place.experiment, train=train))
 
 
 def describe_run(place: Place, base: dict[str, Any], test: Tensor) -> dict[str, Any]:

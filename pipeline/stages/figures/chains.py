@@ -113,9 +113,10 @@ def list_snapshots(steps: int) -> list[int]:
 
 def plan_steps(place: Place) -> Figure:
     """Plan a row for each of the first samples: shorter and longer chains, without and with fresh noise."""
-    n, counts = count_rows(place.experiment), count_passes(place.experiment)
-    folder = locate_unit_folder(place, "steps")
-    units = make_image_units(UnitKind.FIGURE, write_step_counts, (place,), n, UNIT_IMAGES, folder, "steps")
+    n, folder = count_rows(place.experiment), locate_unit_folder(place, "steps")
+    counts = sorted({min(count, place.experiment.diffusion.timesteps) for count in PASSES})
+    args = (place, counts)
+    units = make_image_units(UnitKind.FIGURE, write_step_counts, args, n, UNIT_IMAGES, folder, "steps")
     caption = (
         f"The first samples in {', '.join(map(str, counts))} steps: left with eta = 0, where what an unfinished "
         "network gets wrong stays to the end; right with eta = 1, where the noise of a step lets the next ones mend it"
@@ -123,12 +124,9 @@ def plan_steps(place: Place) -> Figure:
     return Figure("steps.png", caption, units, save_rows)
 
 
-def count_passes(experiment: Experiment) -> list[int]:
-    """Return the numbers of steps that the figure compares."""
-    return sorted({min(count, experiment.diffusion.timesteps) for count in PASSES})
-
-
-def write_step_counts(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
+def write_step_counts(
+    ctx: Worker, place: Place, counts: list[int], start: int, stop: int, file: Path
+) -> None:
     """Write rows (stop - start, 2 counts, C, H, W) of samples [start, stop), eta = 0 first (body of a unit)."""
     experiment, index = place.experiment, torch.arange(start, stop, device=ctx.device)
     net, labels = load_guided_network(place, ctx.device), make_labels(place.experiment, index)
@@ -138,7 +136,7 @@ def write_step_counts(ctx: Worker, place: Place, start: int, stop: int, file: Pa
             steps=count, sampler="ddim", eta=eta, context=labels,
         )
         for eta in (0.0, 1.0)
-        for count in count_passes(experiment)
+        for count in counts
     ]  # fmt: skip
     write_arrays(file, images=to_uint8(torch.stack(columns, dim=1)).cpu().numpy())
 

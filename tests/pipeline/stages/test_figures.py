@@ -34,10 +34,8 @@ from pipeline.store.run import Place
 PICTURES = [
     name + (".svg" if name in ("rate_distortion", "scores_along") else ".png") for name in FIGURES
 ]  # fmt: skip
-SCORED = (
-    "evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4",
-    f"figures.which=[{','.join(FIGURES)}]",
-)  # fmt: skip
+EVERY = f"figures.which=[{','.join(FIGURES)}]"
+SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4", EVERY)
 
 
 def ready(experiment, storage) -> Place:
@@ -351,7 +349,7 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
     small = (
         "diffusion.timesteps=2", "model.channels=8", "model.norm_groups=4", "train.steps=1",
         "sample.num_images=12", "sample.batch_size=6", "sample.steps=null", "evaluate.nll_images=4",
-        "evaluate.metrics=[fid,nll]", "figures.images=3", "evaluate.nll_timesteps=null",
+        "evaluate.metrics=[fid,nll]", "figures.images=3", "evaluate.nll_timesteps=null", EVERY,
     )  # fmt: skip
     experiment = config.load_experiment("context_digits", list(small))
     assert experiment.sample.label == "cycle" and experiment.sample.guidance_scale > 1
