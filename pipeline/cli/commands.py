@@ -134,7 +134,7 @@ def show_experiment(options: Namespace) -> None:
     )
     shown = replace(cluster, tracking_uri=tracking, ray_address=ray)
     print("\n# cluster\n" + config.to_yaml(shown), end="")
-    for warning in experiment.diffusion.list_warnings():
+    for warning in experiment.list_warnings():
         print(f"# warning: {warning}")
     try:
         place = find.make_place(experiment, cluster.storage_root, remember=False)

@@ -301,6 +301,15 @@ class Experiment:
             remedy = "or evaluate.checkpoints=null sample.checkpoint=last"
             yield "evaluate.checkpoints", f"is {evaluate.checkpoints}; N is a multiple of {limit}; {remedy}"
 
+    def list_warnings(self) -> list[str]:
+        """Return a warning for each allowed combination that was found harmful."""
+        found = self.diffusion.list_warnings()
+        groups, width = (getattr(self.model, key, None) for key in ("norm_groups", "channels"))
+        if width and width == groups:
+            harm = "normalises each alone, so that a short run does not learn the colours (docs/results/short-runs.md)"
+            found.append(f"model.norm_groups={groups} of {width} channels {harm}: use {width // 4}")
+        return found
+
     def find_missing_files(self) -> list[str]:
         """Return a line for each named file that is not on this machine.
 

@@ -54,7 +54,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         config.require_images_for_workers(experiment.train, cluster.workers or 1)
         preflight.check_workers(cluster)
         print_line(f"needs {preflight.check_resources(place)}")
-        for warning in experiment.diffusion.list_warnings():
+        for warning in experiment.list_warnings():
             print_line(f"warning: {warning}")
         write_record(place, todo, accept_code)
         if cluster.tracking_uri:

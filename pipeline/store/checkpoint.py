@@ -178,9 +178,7 @@ def load_checkpoint(directory: Path) -> Tensors:
     """Load all tensors of a checkpoint on the CPU. Raises PipelineError where the EMA alone is there."""
     verify_checkpoint(directory)
     if not has_state(directory):
-        raise PipelineError(
-            f"{directory} holds the EMA alone (train.keep_steps): it is to score, not to resume"
-        )
+        raise PipelineError(f"{directory} holds the EMA alone (train.keep_steps): nothing resumes from it")
     return load_file(directory / STATE)
 
 

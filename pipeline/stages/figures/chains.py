@@ -115,8 +115,7 @@ def plan_steps(place: Place) -> Figure:
     """Plan a row for each of the first samples: shorter and longer chains, without and with fresh noise."""
     n, folder = count_rows(place.experiment), locate_unit_folder(place, "steps")
     counts = sorted({min(count, place.experiment.diffusion.timesteps) for count in PASSES})
-    args = (place, counts)
-    units = make_image_units(UnitKind.FIGURE, write_step_counts, args, n, UNIT_IMAGES, folder, "steps")
+    units = make_image_units(UnitKind.FIGURE, write_steps, (place, counts), n, UNIT_IMAGES, folder, "steps")
     caption = (
         f"The first samples in {', '.join(map(str, counts))} steps: left with eta = 0, where what an unfinished "
         "network gets wrong stays to the end; right with eta = 1, where the noise of a step lets the next ones mend it"
@@ -124,9 +123,7 @@ def plan_steps(place: Place) -> Figure:
     return Figure("steps.png", caption, units, save_rows)
 
 
-def write_step_counts(
-    ctx: Worker, place: Place, counts: list[int], start: int, stop: int, file: Path
-) -> None:
+def write_steps(ctx: Worker, place: Place, counts: list[int], start: int, stop: int, file: Path) -> None:
     """Write rows (stop - start, 2 counts, C, H, W) of samples [start, stop), eta = 0 first (body of a unit)."""
     experiment, index = place.experiment, torch.arange(start, stop, device=ctx.device)
     net, labels = load_guided_network(place, ctx.device), make_labels(place.experiment, index)

@@ -204,6 +204,12 @@ def test_nonsense_is_refused_by_name(overrides, names):
     assert any(line.startswith(names) for line in problems("digits", *overrides))
 
 
+@pytest.mark.parametrize("width, warned", [(32, True), (64, False)])
+def test_channels_that_are_normalised_alone_are_warned_of(width, warned):
+    found = config.load_experiment("cifar10", [f"model.channels={width}"]).list_warnings()
+    assert [line for line in found if "model.norm_groups=32 of 32" in line] == found and bool(found) == warned
+
+
 @pytest.mark.parametrize(
     "overrides, refused",
     [

@@ -122,7 +122,7 @@ def test_a_kept_step_can_be_scored_but_not_resumed(tiny_run, caplog):
     assert [checkpoint.has_state(run.step_folder(step)) for step in (2, 4, 6)] == [False, False, True]
     assert checkpoint.is_valid(run, 4) and checkpoint.load_weights(run.step_folder(4), "ema")
     assert checkpoint.find_newest_step(run, at_most=5) is None and not caplog.text
-    with pytest.raises(PipelineError, match="not to resume"):
+    with pytest.raises(PipelineError, match="nothing resumes"):
         checkpoint.load_checkpoint(run.step_folder(4))
     raw = dataclasses.replace(experiment, sample=dataclasses.replace(experiment.sample, weights="raw"))
     assert checkpoint.is_valid(run.of(raw), 6) and not checkpoint.is_valid(run.of(raw), 4)
