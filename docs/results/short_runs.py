@@ -35,7 +35,7 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "pictures" / "short-runs.png"
 LEVELS = (1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 50, 20)  # the paper's t, from 1
-IMAGES = 256  # of the test set, for the errors
+IMAGES = 64  # of the test set, for the errors
 SHOWN = 24  # samples of each set in the picture
 RESAMPLES = 1000
 CPU = torch.device("cpu")
