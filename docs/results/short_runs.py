@@ -121,7 +121,8 @@ def describe_colours(images: Tensor) -> dict[str, Any]:
     found: dict[str, Any] = {"n": len(means)}
     for name, value in count(every).items():
         ends = np.quantile([one[name] for one in again], (0.025, 0.975), axis=0)
-        found[name] = {"value": np.round(value, 4).tolist(), "interval": np.round(ends, 4).tolist()}
+        rounded = [np.round(np.float64(x), 4).tolist() for x in (value, ends)]
+        found[name] = dict(zip(("value", "interval"), rounded, strict=True))
     return found
 
 
@@ -159,7 +160,7 @@ def measure_linear_colour(train: Tensor, test: Tensor) -> list[float]:
 def draw_samples(places: list[Place]) -> None:
     """Draw the first samples of each set, a row of each."""
     sets = [(place, file.parent) for place in places for file in list_sets(place)]
-    figure, axes = plt.subplots(len(sets), figsize=(8, 0.95 * len(sets)), squeeze=False)
+    figure, axes = plt.subplots(len(sets), figsize=(6.2, 1.2 * len(sets)), squeeze=False)
     for axis, (place, folder) in zip(axes[:, 0], sets, strict=True):
         images, _ = tars.load_images(folder, "samples", 0, SHOWN)
         save_grid(torch.from_numpy(images), SHOWN // 2, PICTURE)
@@ -170,8 +171,10 @@ def draw_samples(places: list[Place]) -> None:
             else f"ancestral {protocol['variance']}"
         )
         seen = place.experiment.train.steps * place.experiment.train.batch_size
+        width, groups = place.experiment.model.channels, place.experiment.model.norm_groups
         axis.imshow(plt.imread(PICTURE), interpolation="nearest")
-        axis.set_title(f"{place.experiment.name}, {seen:,} images, {how}", fontsize=7, loc="left", pad=2)
+        title = f"{width} channels in {groups} groups, {seen:,} images seen, {protocol['steps']} steps, {how}"
+        axis.set_title(title, fontsize=7, loc="left", pad=2)
         axis.axis("off")
     figure.tight_layout(pad=0.3)
     figure.savefig(PICTURE, dpi=150)
