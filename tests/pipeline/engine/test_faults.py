@@ -76,7 +76,7 @@ FLIPPED = {
     "evaluation/*/metrics.json": "evaluate", "evaluation/*/nll.json": "evaluate",
     "evaluation/*/manifest.json": "evaluate", "figures/*/samples.png": "figures", "report/report.html": "report",
     "train/step_00000006/ema.safetensors": "train", "train/step_00000006/meta.json": "train",
-    "../data/*/train-00000.tar": "shard",
+    "../data/*/train-00000.tar": "shard", "../data/*/train-00000.json": "shard",
 }  # fmt: skip
 
 
@@ -151,8 +151,11 @@ def test_everyone_may_read_what_the_umask_lets_them_read(place):
     assert {path.stat().st_mode & 0o777 for path in others} == {0o666 & ~files.UMASK}
 
 
-def test_cached_statistics_with_a_flipped_bit_are_made_again(place, finished):
-    damage(place, "../data/*/references/*-train.npz")
+@pytest.mark.parametrize(
+    "pattern", ["../data/*/references/*-train.npz", "../data/*/projection/*.safetensors"]
+)
+def test_cached_statistics_and_features_with_a_flipped_bit_are_made_again(place, finished, pattern):
+    damage(place, pattern)
     shutil.rmtree(place.scores)
     bring_up_to_date(place)
     assert files_of(place) == files_of(finished)
@@ -174,11 +177,14 @@ SHAPELESS = (
 
 
 @pytest.mark.parametrize(
-    "content", [b"[]", b"null", b'{"files": {}}', b'{"a": ', b"\x80" + b"[" * 99999], ids=len
+    "content", [b"[]", b"null", b'{"files": {}}', b'{"a": ', b"\x80" + b"[" * 99999, b"a pipe"], ids=len
 )
 def test_json_of_another_shape_is_no_traceback(place, content):
     for pattern in SHAPELESS:
-        damage(place, pattern, lambda _: content)
+        file = damage(place, pattern, lambda _: content)
+        if content == b"a pipe":
+            file.unlink()
+            os.mkfifo(file)
         format_status(place.storage)
         list_unfinished_stages(place, "report")
     bring_up_to_date(place)
