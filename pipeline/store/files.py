@@ -52,7 +52,7 @@ def _flush_to_disk(path: Path) -> None:
 
 # What a person can mend and go on; anything else that the system says is a fault of ours.
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
-STORAGE_FAULTS |= {errno.EISDIR, errno.ENOTDIR}  # something else has its name
+STORAGE_FAULTS |= {errno.EISDIR, errno.ENOTDIR, errno.EINVAL}  # something else has its name
 
 
 @contextmanager
