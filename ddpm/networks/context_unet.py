@@ -6,6 +6,7 @@ the network need not know T; the scale is 1 + embedding, so that a network witho
 """
 
 import math
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -35,7 +36,9 @@ class ContextUNet(SeededNetwork):
         self.config, self.num_classes = config, num_classes
         widths = config.widths
         self.conv_in = ContextResBlock(in_channels, widths[0], config)
-        self.down = nn.ModuleList(ContextDownLevel(fine, coarse, config) for fine, coarse in pairwise(widths))
+        self.down = nn.ModuleList(
+            _build_down_level(fine, coarse, config) for fine, coarse in pairwise(widths)
+        )
         self.middle = GlobalPool(widths[-1], image_size >> (len(widths) - 1), config.norm_groups)
         coarse_to_fine = widths[::-1]
         self.films = nn.ModuleList(Film(config.channels, num_classes, w) for w in coarse_to_fine[:-1])
@@ -123,18 +126,6 @@ class ContextResBlock(nn.Module):
         return (self.shortcut(x) + h) / math.sqrt(2)
 
 
-class ContextDownLevel(nn.Module):
-    """Two residual blocks, then max-pooling to half the side."""
-
-    def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
-        super().__init__()
-        self.block1 = ContextResBlock(in_channels, out_channels, config)
-        self.block2 = ContextResBlock(out_channels, out_channels, config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(self.block2(self.block1(x)), 2)
-
-
 class ContextUpLevel(nn.Module):
     """Level on the way up: joins its skip, doubles the side (transposed convolution), then two residual blocks."""
 
@@ -159,6 +150,12 @@ class GlobalPool(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         pooled = F.gelu(h.mean(dim=(2, 3), keepdim=True))  # (N, width, 1, 1)
         return F.gelu(self.norm(self.spread(pooled)))
+
+
+def _build_down_level(in_channels: int, out_channels: int, config: ContextUNetConfig) -> nn.Sequential:
+    """Build two residual blocks, then max-pooling to half the side."""
+    first, second = (ContextResBlock(width, out_channels, config) for width in (in_channels, out_channels))
+    return nn.Sequential(OrderedDict(block1=first, block2=second, pool=nn.MaxPool2d(2)))
 
 
 def _build_norm(width: int, config: ContextUNetConfig) -> nn.Module:

@@ -3,6 +3,7 @@
 Their widths at 64x64: 64, 128, 256, 256, a bottleneck of 512, and decoder levels of 128, 64, 64.
 """
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -52,18 +53,14 @@ class MHAUNet(SeededNetwork):
         return self.conv_out(h).to(x_t.dtype)
 
 
-class DoubleConv(nn.Module):
+class DoubleConv(nn.Sequential):
     """Two 3x3 convolutions without bias, each with GroupNorm over all channels; gelu between them."""
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(1, mid_channels)
-        self.conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(1, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm2(self.conv2(F.gelu(self.norm1(self.conv1(x)))))
+        conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False)
+        conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+        norm1, norm2 = nn.GroupNorm(1, mid_channels), nn.GroupNorm(1, out_channels)
+        super().__init__(OrderedDict(conv1=conv1, norm1=norm1, gelu=nn.GELU(), conv2=conv2, norm2=norm2))
 
 
 class MHABlock(nn.Module):

@@ -1,5 +1,6 @@
 """The paper's U-Net (Appendix B, Section 4; details from the authors' code)."""
 
+from collections import OrderedDict
 from typing import ClassVar
 
 import torch
@@ -90,7 +91,10 @@ class DownLevel(Level):
         self, in_widths: list[int], width: int, side: int, is_coarsest: bool, config: UNetConfig
     ) -> None:
         super().__init__(in_widths, width, side, config)
-        self.downsample = None if is_coarsest else Downsample(width)
+        self.downsample = None
+        if not is_coarsest:  # padded on the right and bottom only (TensorFlow's SAME)
+            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
+            self.downsample = nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks and append each output to `skips`, the downsampled one too."""
@@ -110,8 +114,12 @@ class UpLevel(Level):
         self, in_widths: list[int], width: int, side: int, is_finest: bool, config: UNetConfig
     ) -> None:
         super().__init__(in_widths, width, side, config)
-        upsample = {"conv": Upsample, "transposed": TransposedConvUpsample}[config.resample]
-        self.upsample = nn.Identity() if is_finest else upsample(width)
+        self.upsample: nn.Module = nn.Identity()
+        if not is_finest and config.resample == "conv":
+            self.upsample = Upsample(width)
+        elif not is_finest:
+            conv = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
+            self.upsample = nn.Sequential(OrderedDict(conv=conv))
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks; each takes the last skip and concatenates it after the channels of h."""
@@ -167,17 +175,6 @@ class SelfAttention(nn.Module):
         return x + self.proj_out(h).transpose(1, 2).reshape(x.shape)
 
 
-class Downsample(nn.Module):
-    """3x3 convolution of stride 2, padded on the right and bottom only (TensorFlow's SAME)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
 class Upsample(nn.Module):
     """Upsampling to twice the side: nearest neighbour, then a 3x3 convolution."""
 
@@ -187,14 +184,3 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class TransposedConvUpsample(nn.Module):
-    """Upsampling to twice the side by a 4x4 transposed convolution of stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
