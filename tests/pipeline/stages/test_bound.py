@@ -83,18 +83,6 @@ def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
         assert not set(units) & set(bound.plan_units(run.of(other)))
 
 
-def test_the_train_splits_bound_is_a_score_of_its_own(sampled):
-    """Fault 1.25: the paper's train NLL can be asked for."""
-    experiment, run = sampled
-    asked = scoring(experiment, nll_split="train")
-    assert run_stage(evaluate, asked, run) == ["NLL of train images 0-3", "NLL of train images 4-5"]
-    found = results(asked, run)
-    assert "train_nll_bpd" in found["scores"] and "nll_bpd" not in found["scores"]
-    assert (found["protocol"]["nll_split"], found["protocol"]["train_images"]) == ("train", 1437)
-    run_stage(evaluate, experiment, run)
-    assert found["scores"]["train_nll_bpd"] != results(experiment, run)["scores"]["nll_bpd"]
-
-
 def test_more_test_images_than_there_are_is_refused(tiny_run):
     experiment, run = tiny_run
     with pytest.raises(PipelineError, match="nll_images is 361, but the test split has 360"):

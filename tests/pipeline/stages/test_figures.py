@@ -231,30 +231,6 @@ def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
         curves.score_snapshots(files[:1], 30, reference)
 
 
-@pytest.mark.parametrize("space", ["pixels", "features"])
-def test_a_sample_that_is_a_training_image_finds_itself(drawn, tmp_path, space):
-    _, run = drawn
-    pixels = tars.load_images(run.data, "train")[0]
-    chosen = [3, 700, 1400]  # a tar each
-    vectors = pixels.reshape(len(pixels), -1).astype(np.float32)
-    if space == "features":
-        vectors = vectors @ np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
-    files = []
-    for tar in tars.open_shards(run.data).list_shards("train"):
-        gallery = None
-        if space == "features":
-            gallery = tmp_path / f"{tar.name}-features.npz"
-            write_arrays(gallery, features=vectors[tar.start : tar.stop])
-        files.append(tmp_path / f"{tar.name}.npz")
-        nearest.write_neighbours(one_cpu().context, vectors[chosen], tar, gallery, files[-1])
-    found = nearest.merge_neighbours(files)
-    assert found["index"][:, 0].tolist() == chosen and (found["distance"][:, 0] == 0).all()
-    assert np.array_equal(found["images"][:, 0], pixels[chosen])
-    distance = np.linalg.norm(vectors[chosen][:, None] - vectors[None], axis=2)
-    expected = np.sort(distance, axis=1)[:, : nearest.NEIGHBOURS]
-    assert np.allclose(found["distance"], expected, rtol=1e-5)
-
-
 def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
     experiment = tiny_experiment(
         "name=again", "figures.images=4", "figures.which=[interpolation,progressive]"
