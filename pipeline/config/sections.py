@@ -149,7 +149,7 @@ class EvaluateConfig:
     """
 
     metrics: tuple[str, ...]
-    features: Literal["inception-v3-compat", "classifier", "projection"]
+    features: Literal["inception-v3-compat", "efficientnet-lite0", "classifier", "projection"]
     extractor_weights: str | None
     reference: str
     nll_split: Literal["test", "train"]
@@ -251,7 +251,7 @@ class Experiment:
             remedy = "set it to null, or sample.variance to fixedlarge or fixedsmall"
             yield "sample.steps", f"is {sample.steps}, but {rule}; {remedy}"
         if evaluate.features == "classifier" and not self.data.labels:
-            need = "needs labels; for images without any use projection"
+            need = "needs labels; for images without any use efficientnet-lite0 or projection"
             yield "evaluate.features", f"is classifier, which {need}"
         batches = {
             "train.batch_size": self.train.batch_size,

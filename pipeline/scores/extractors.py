@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.scores import classifier, inception, projection
+from pipeline.scores import classifier, efficientnet, inception, projection
 from pipeline.store.run import Place
 
 BATCH = 50  # images per forward pass: a constant, since the last bits of features depend on it
@@ -32,6 +32,9 @@ EXTRACTORS = {
     inception.NAME: ExtractorKind(inception.WIDTH, inception.find_inception_weights, inception.Inception),
     "classifier": ExtractorKind(
         classifier.FEATURES, classifier.find_classifier_weights, classifier.load_classifier
+    ),
+    efficientnet.NAME: ExtractorKind(
+        efficientnet.WIDTH, efficientnet.find_efficientnet_weights, efficientnet.load_efficientnet
     ),
     "projection": ExtractorKind(
         projection.FEATURES, projection.find_projection_weights, projection.load_projection

@@ -38,7 +38,7 @@ class Inception(nn.Module):
 
 def find_inception_weights(place: Place) -> tuple[Path, str]:
     """Return a copy of evaluate.extractor_weights, or of torch-fidelity's download, and the sha256."""
-    return copy_weights(place.experiment.evaluate.extractor_weights, place.inception_cache)
+    return copy_weights(place.experiment.evaluate.extractor_weights, place.extractor_cache)
 
 
 def copy_weights(weights: str | None, cache: Path) -> tuple[Path, str]:

@@ -37,6 +37,7 @@ class ScoreProtocol(TypedDict, total=False):
     extractor: str
     official_extractor: bool
     features: int
+    classifier_accuracy: float | None
     splits: int | None
     is_shuffle_seed: int
     kid: str

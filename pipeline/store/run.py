@@ -122,7 +122,7 @@ class Place:
     reference_features = _path_property("data", "references/features")
     projection = _path_property("data", "projection/projection.safetensors")
     classifier = _path_property("data", "classifier/classifier.safetensors")
-    inception_cache = _path_property("storage", "extractors")
+    extractor_cache = _path_property("storage", "extractors")
     classifier_json = _path_property("data", "classifier/classifier.json")
 
     # Records

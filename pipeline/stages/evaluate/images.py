@@ -1,6 +1,7 @@
 """FID, IS, KID, precision and recall of the samples, and of the baselines: the other split, a Gaussian, noise."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from pipeline.scores.preparations import locate_gaussian
 from pipeline.scores.reference import load_reference, write_split_statistics
 from pipeline.scores.results import Results, ScoreProtocol, Scores
 from pipeline.store import tars
-from pipeline.store.files import is_unit_done
+from pipeline.store.files import is_unit_done, read_record
 from pipeline.store.run import Place
 
 
@@ -76,6 +77,9 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
     real = sets.splits[config.reference].read_features() if sets.compares_images else None
     sums = sets.samples.sum_features()
     found["protocol"] |= _describe_features(extractor, sums, statistics, real, config.metrics)
+    if config.features == "classifier":
+        facts = read_record(place.classifier_json, dict[str, Any])
+        found["protocol"]["classifier_accuracy"] = facts.get("test_accuracy")
     found["scores"] |= _compute_scores(sets.samples, sums, statistics, real, config.metrics)
     statistics.pop("fid_test", None)  # baselines are compared with the reference alone
     found["reference_points"] = {

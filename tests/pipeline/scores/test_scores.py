@@ -11,13 +11,14 @@ import torch_fidelity
 from conftest import tiny_experiment
 from fidelity import Images, arguments
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_images
 from torch_fidelity.defaults import DEFAULTS
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
-from pipeline.scores import baselines, classifier, extractors, inception, projection
+from pipeline.scores import baselines, classifier, efficientnet, extractors, inception, projection
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import Extractor
 from pipeline.store import tars
@@ -168,6 +169,19 @@ def test_extractors_take_larger_images_with_colours(tmp_path):
     for extractor, classes in ((trained, 7), (fixed, 0)):
         features, logits = extractors.extract_features(extractor, images, CPU)
         assert features.shape == (3, 64) and logits.shape == (3, classes)
+
+
+def test_efficientnet_knows_a_temple_and_its_own_weights(sharded_storage, monkeypatch):
+    pytest.importorskip(efficientnet.PACKAGE)
+    place = make_place(tiny_experiment("evaluate.features=efficientnet-lite0"), sharded_storage)
+    image = load_sample_images().images[0].transpose(2, 0, 1)[None].copy()
+    features, logits = extractors.extract_features(extractors.find_extractor(place), image, CPU)
+    bell_cote, monastery, palace, stupa = 442, 663, 698, 832
+    assert features.shape == (1, 1280) and logits.argmax() in (bell_cote, monastery, palace, stupa)
+    for name, message in (("SHA256", "is not the published file"), ("PACKAGE", "pip install")):
+        monkeypatch.setattr(efficientnet, name, "other")
+        with pytest.raises(PipelineError, match=message):
+            extractors.find_extractor(place)
 
 
 # Sums

@@ -74,6 +74,7 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
     assert "n = 12, not 50,000" in reasons and "rank-deficient: n = 12 is not above 64" in reasons
     if features == "classifier":
         assert sum(found["class_shares"]) == pytest.approx(1) and len(found["class_shares"]) == 10
+        assert 0.8 < how["classifier_accuracy"] < 1  # trained for 20 steps
     else:
         assert "no IS" in reasons and "class_shares" not in found
 
@@ -117,7 +118,7 @@ def test_drawing_other_images_makes_the_scores_again(sampled):
 FREE = {
     "checkpoint", "checkpoint_rule", "code", "first_index", "eta", "seed", "batch_size", "compiled", "extractor",
     "features", "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images", "nll_timesteps",
-    "nll_profile", "nll_se",
+    "nll_profile", "nll_se", "classifier_accuracy",
 }  # fmt: skip
 PAPER = {
     "weights": "ema", "n": 50_000, "features": 2048, "sampler": "ancestral", "steps": 1000, "timesteps": 1000,
