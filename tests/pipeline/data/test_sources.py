@@ -24,9 +24,6 @@ from pipeline.errors import PipelineError
 from pipeline.store.tars import decode_png, encode_png
 
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
-needs_cifar10 = pytest.mark.skipif(
-    not CIFAR10.is_dir(), reason=f"CIFAR-10's parquet files are not in {CIFAR10}"
-)
 
 
 def config(source: str, path=None, **changes) -> DataConfig:
@@ -187,20 +184,7 @@ def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
 # Parquet files
 
 
-@needs_cifar10
-def test_cifar10_parquet_is_passed_through():
-    import pyarrow.parquet as parquet
-
-    source = reader("cifar10", CIFAR10, image_size=32, labels=10)
-    assert source.splits == {"train": 50_000, "test": 10_000}
-    second = parquet.ParquetFile(CIFAR10 / "train-00001-of-00002.parquet")
-    rows = second.read_row_group(0).slice(0, 3).to_pylist()
-    across = list(source.read_records("train", 24_998, 25_003))  # from the first file into the second
-    assert [(r.png, r.label) for r in across[2:]] == [(row["img"]["bytes"], row["label"]) for row in rows]
-    assert [record.key for record in across] == [f"train-{i:08d}" for i in range(24_998, 25_003)]
-
-
-@needs_cifar10
+@pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"CIFAR-10's parquet files are not in {CIFAR10}")
 def test_cifar10_test_split_has_its_known_mean_and_digest():
     records = reader("cifar10", CIFAR10, image_size=32, labels=10).read_records("test", 0, 10_000)
     images = [decode_png(record.png) for record in records]
