@@ -1,6 +1,6 @@
 """One run of the exact posterior mean of sixteen known images, against arithmetic that no stage computed.
 
-The images are the middles of three digits as red, green and blue; the source holds each twice.
+The images are the middles of three digits as red, green and blue, with many levels; the source holds each twice.
 """
 
 import math
@@ -31,7 +31,8 @@ WORDS = [
     "figures.which=[nearest_pixels,nearest_features,interpolation]",
 ]  # fmt: skip
 DIGITS = np.rint(load_digits().images[:270, 2:6, 2:6] * 255 / 16).astype(np.uint8)
-SOURCE = DIGITS.reshape(3, 90, 4, 4).transpose(1, 2, 3, 0).repeat(2, axis=0)
+LEVELS = DIGITS + (DIGITS % 255 > 0) * np.arange(16, dtype=np.uint8).reshape(4, 4)  # all but the edges
+SOURCE = LEVELS.reshape(3, 90, 4, 4).transpose(1, 2, 3, 0).repeat(2, axis=0)
 
 
 def ddpm(root, verb, *more):
