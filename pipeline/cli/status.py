@@ -79,8 +79,8 @@ def _describe_study(leaderboard: Path) -> list[str]:
         f"{states.count('finished')}/{len(states)}",
         str(states.count("stopped") or "-"),
         str(states.count("failed") or "-"),
-        best["name"] if best else "-",
-        f"{metric.heading} {metric.format(best['mean'], best['spread'])}" if best else "-",
+        f"{best['rank']}. {best['name']}" if best else "-",
+        f"{metric.heading} {metric.format(best['mean'], best.get('error'))}" if best else "-",
     ]
 
 

@@ -115,23 +115,6 @@ def plot_bars(title: str, x: str, heights: Sequence[float]) -> Panel:
     return Panel(title, x, plot)
 
 
-def plot_ranking(title: str, values: Sequence[tuple[str, float]]) -> Panel:
-    """Make a panel with a bar for each named value, in order from the top, the first one highlighted."""
-
-    def plot(axes: Axes) -> None:
-        labels, widths = zip(*values, strict=True)
-        bars = axes.barh(range(len(values)), widths, color=style.RUN, height=0.62)
-        for bar in bars[1:]:
-            bar.set_alpha(0.4)
-        axes.set_yticks(range(len(values)), labels)
-        axes.bar_label(bars, fmt="{:,.2f}", padding=3, fontsize=8, color=style.INK)
-        axes.invert_yaxis()
-        axes.margins(x=0.14)
-        axes.grid(axis="y", visible=False)
-
-    return Panel(title, "", plot, (SIZE[0], 0.9 + 0.3 * len(values)))
-
-
 def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
     """Make a panel with the losses of each run (label, number of its colour in every panel, series)."""
 

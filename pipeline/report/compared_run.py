@@ -10,6 +10,7 @@ from pipeline.report.page import PROTOCOL, format_value
 from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import RankedGroup, describe_objective
+from pipeline.scores.results import Scores
 from pipeline.store import selection
 from pipeline.store.run import Place
 
@@ -46,9 +47,13 @@ class ComparedRun:
         return f"{self.place.experiment.data.source} {self.place.data_key}"
 
     @cached_property
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> Scores:
         losses = self.files.read_series("train/loss")[1]
         return {**({LOSS.name: losses[-1]} if losses else {}), **self.files.scores}
+
+    @property
+    def image_bounds(self) -> tuple[int, list[float]]:
+        return self.place.experiment.seed, self.files.get_content("nll").get("images", [])
 
     @cached_property
     def objective(self) -> Tree:

@@ -21,8 +21,8 @@ from pipeline.report.compared_run import (
 from pipeline.report.headline import compare_with_linear_denoiser
 from pipeline.report.matrix import PictureMatrix, arrange_pictures
 from pipeline.report.page import PROTOCOL, TEMPLATE, escape_markdown, format_value, write_page
+from pipeline.scores import ranking
 from pipeline.scores.metrics import FIRM, METRICS, Metric
-from pipeline.scores.ranking import RankedGroup, describe_best, format_swept_values, rank_runs
 from pipeline.store.keys import hash_content
 from pipeline.store.run import REPORT_HTML
 
@@ -39,7 +39,7 @@ def write_comparison(
     runs: Sequence[ComparedRun], folder: Path, title: str, metric: Metric = METRICS["fid"], note: str = ""
 ) -> Path:
     """Write the page and return the path of its HTML; `note` stands before all tables and pictures."""
-    groups, keys = rank_runs(runs, metric), find_swept_keys(runs)
+    groups, keys = ranking.rank_runs(runs, metric), find_swept_keys(runs)
     ranked = [run for group in groups for run in group.runs]
     of_cifar10 = [run for run in runs if run.files.is_cifar10]
     rows = {run.files.paper_row.name for run in of_cifar10 if run.files.paper_row}
@@ -50,11 +50,12 @@ def write_comparison(
             note=note,
             metric=metric,
             useful=sum(not compare_with_linear_denoiser(run.files) for run in runs),
-            winner=escape_markdown(describe_best(groups, metric)),
+            winner=escape_markdown(ranking.describe_best(groups, metric)),
             groups=[
                 (
                     format_shared_protocol(group),
                     tabulate_group(group, metric, folder),
+                    ranking.explain_ranks(group.points),
                     list_incomparable_reasons(group.runs),
                 )
                 for group in groups
@@ -64,7 +65,6 @@ def write_comparison(
             why_not=list_incomparable_reasons(of_cifar10),
             runs=runs,
             differences=keys if len(keys) > MOST_COLUMNS else [],
-            bars=draw_scores(runs, pictures),
             samples=copy_sample_grids(runs, pictures),
             losses=draw_losses(runs, pictures),
         )
@@ -74,13 +74,15 @@ def write_comparison(
 
 
 def tabulate_group(
-    group: RankedGroup[ComparedRun], metric: Metric, folder: Path
+    group: ranking.RankedGroup[ComparedRun], metric: Metric, folder: Path
 ) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the leaderboard of one group."""
     runs = group.runs
 
     def is_in_labels(key: str) -> bool:  # as what was swept is in those of a sweep's trials
-        return all(f" {format_swept_values({key: run.swept.get(key)})} " in f" {run.label} " for run in runs)
+        return all(
+            f" {ranking.format_swept_values({key: run.swept.get(key)})} " in f" {run.label} " for run in runs
+        )
 
     keys = [key for key in find_swept_keys(runs) if not is_in_labels(key)][:MOST_COLUMNS]
     others = [m for m in METRICS.values() if not m.detail and any(m.name in run.scores for run in runs)]
@@ -92,21 +94,16 @@ def tabulate_group(
         "seed",
     }
     protocol = {"checkpoint": "Step", **{key: name for key, name in PROTOCOL.items() if key in differing}}
-    header = [
-        *([f"{metric.title}, mean of seeds"] if group.has_several_seeds else []),
-        *(each.title for each in metrics),
-        *map(shorten_key, keys),
-        *protocol.values(),
-    ]
+    header = [*(each.title for each in metrics), "difference", *map(shorten_key, keys), *protocol.values()]
     rows = [
         [
-            f"{position.rank}.{FIRM}{_format_link(run, folder)}",
-            *([metric.format(position.mean, position.spread)] if group.has_several_seeds else []),
-            *(each.format_score(run.scores) for each in metrics),
-            *map(run.format_swept_value, keys),
-            *(format_value(run.protocol.get(key)) for key in protocol),
+            f"{point.rank}.{FIRM}" + ", ".join(_format_link(run, folder) for run in point.runs),
+            *(each.format(*ranking.summarize_scores(point.runs, each)) for each in metrics),
+            ranking.format_difference(point, metric),
+            *(", ".join(dict.fromkeys(run.format_swept_value(key) for run in point.runs)) for key in keys),
+            *(format_value(point.runs[0].protocol.get(key)) for key in protocol),
         ]
-        for run, position in group.ranked
+        for point in group.points
     ]
     return ["Run", f"**{header[0]}**", *header[1:]], rows
 
@@ -120,18 +117,6 @@ def _format_link(run: ComparedRun, folder: Path) -> str:
     """Return the label, as a link to the run's own report where there is one."""
     report, label = run.place.report_html, escape_markdown(run.label)
     return f"[{label}]({os.path.relpath(report, folder)})" if report.is_file() else label
-
-
-def draw_scores(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
-    """Draw FID and NLL of each ranked group, as bars."""
-    pictures, names = [], shorten_labels(runs)
-    for metric in (METRICS["fid"], METRICS["nll_bpd"]):
-        for number, group in enumerate(g for g in rank_runs(runs, metric) if len(g.ranked) > 1):
-            values = [(names[run.label], run.scores[metric.name]) for run in group.runs]
-            caption = f"{metric.title}, the {metric.best_word} first: {format_shared_protocol(group)}"
-            panel = charts.plot_ranking(metric.title, values)
-            pictures.append(save_picture(folder, f"bars-{metric.name}-{number}", panel, caption))
-    return pictures
 
 
 def copy_sample_grids(runs: Sequence[ComparedRun], folder: Path) -> list[Picture] | PictureMatrix:

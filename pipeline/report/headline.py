@@ -3,8 +3,8 @@
 from pipeline import config
 from pipeline.report import paper
 from pipeline.report.page import format_value
-from pipeline.report.run_files import RunFiles
-from pipeline.scores.metrics import FIRM, HEADLINE, METRICS
+from pipeline.report.run_files import REFERENCE_POINTS, RunFiles
+from pipeline.scores.metrics import FIRM, HEADLINE, METRICS, Metric
 
 
 def compare_with_linear_denoiser(run: RunFiles) -> str:
@@ -28,7 +28,7 @@ def compare_with_linear_denoiser(run: RunFiles) -> str:
 
 
 def describe_scores(run: RunFiles) -> str:
-    """Return the scores as a sentence, with the paper's scores or the Gaussian baseline's."""
+    """Return the scores as a sentence, with the paper's scores or those of real images."""
     scores, parts = run.scores, []
     metrics = [m for m in (*HEADLINE, METRICS["train_nll_bpd"]) if m.name in scores]
     for metric in metrics:
@@ -38,27 +38,41 @@ def describe_scores(run: RunFiles) -> str:
         beside = [f"{m.heading} {printed[m.name]}" for m in metrics if m.name in printed]
         tail = ", ".join(beside).replace(" ", FIRM) or "which prints no score for this objective"
         return f"{', '.join(parts)}, by the paper's protocol ({tail})"
-    gaussian = run.metrics["reference_points"].get("gaussian", {}).get("fid")
-    if gaussian and "fid" in scores:
-        share = scores["fid"] / gaussian
-        times = f"{share:.0%} of" if share < 1 else f"{share:.1f} times"
-        parts[0] += f" ({times} a Gaussian's {gaussian:,.1f})"
+    if "fid" in scores and (real := compare_with_real_images(run, METRICS["fid"])):
+        parts[0] += f" ({real})"
     reason = ". Not comparable with the paper's row, for the reasons below" if run.is_cifar10 else ""
     return ", ".join(parts) + reason
 
 
+def compare_with_real_images(run: RunFiles, metric: Metric) -> str:
+    """Return the score of images that the model has not seen, beside that of as many samples; '' without one."""
+    points = run.metrics["reference_points"]
+    name = next((name for name in ("test", "train") if metric.name in points.get(name, {})), "")
+    if not name:
+        return ""
+    real, own = points[name], points.get("samples", {})
+    text = f"{REFERENCE_POINTS[name].lower()} {metric.format_score(real)}".replace(" ", FIRM)
+    if real["n"] == run.protocol.get("n"):
+        return f"{text} at equal n"
+    if metric.name in own and own["n"] == real["n"]:
+        return f"at n = {real['n']:,}: this run {metric.format_score(own)}, {text}"
+    return f"{text} at n = {real['n']:,}"
+
+
 def list_comparison_numbers(run: RunFiles) -> dict[str, str]:
     """Return for each headline score the numbers that are shown beside it for comparison."""
-    points = run.metrics["reference_points"]
     printed = run.paper_row.scores if run.paper_row else {}
     notes = {}
     for metric in HEADLINE:
         parts = [f"paper {printed[metric.name]}"] if metric.name in printed else []
-        for point, name in (("test", "test images"), ("gaussian", "Gaussian")):
-            if not run.is_comparable and metric.name in points.get(point, {}):
-                parts.append(f"{name} {metric.format_score(points[point])}")
+        parts += filter(None, [compare_with_real_images(run, metric)])
         notes[metric.name] = " · ".join(parts) or "upper bound, test images"
     return notes
+
+
+def list_missing_errors(run: RunFiles) -> list[str]:
+    """List why scores have no error, each reason once."""
+    return list(dict.fromkeys(str(run.scores[key]) for key in run.scores if key.endswith("_se_reason")))
 
 
 def list_differences_from_paper(run: RunFiles) -> list[str]:

@@ -22,7 +22,7 @@ PROTOCOL = {
     "rounding": "Rounding to uint8", "reference": "Reference", "reference_images": "Reference images",
     "fid_test_images": "Test images in FID, test set", "extractor": "Feature extractor",
     "classifier_accuracy": "Test accuracy of the classifier", "features": "Feature width", "splits": "Splits of the IS",
-    "kid": "KID", "prc": "Precision and recall",
+    "jackknife_groups": "Groups of the jackknife (errors)", "kid": "KID", "prc": "Precision and recall",
     "nll_images": "Images in the NLL", "nll_timesteps": "Timesteps drawn for each", "nll_profile": "The NLL is",
     "nll_se": "Standard errors of the NLL", "nll_split": "Split of the NLL", "test_images": "Test images",
     "train_images": "Training images", "code": "Code", "nll_variance": "Variance in the NLL",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config import DiffusionConfig
-from pipeline.scores.metrics import FIRM, METRICS, Metric
+from pipeline.scores.metrics import FIRM, METRICS, Metric, format_number
 
 COLUMNS = [METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd")]
 
@@ -28,12 +28,13 @@ class PaperRow:
     def format_score(self, metric: Metric) -> str:
         return self.scores.get(metric.name, "–").replace(" ", FIRM)
 
-    def format_difference(self, scores: Mapping[str, float], metric: Metric) -> str:
-        """Return a run's score less the paper's, with its sign; a dash where one is missing."""
+    def format_difference(self, scores: Mapping[str, Any], metric: Metric) -> str:
+        """Return a run's score less the paper's, with its sign and the run's error; a dash where one is missing."""
         printed = re.search(r"\d+\.\d+", self.format_score(metric))
         if printed is None or metric.name not in scores:
             return "–"
-        return f"{scores[metric.name] - float(printed[0]):+.2f}".replace("-", "−")
+        difference, error = scores[metric.name] - float(printed[0]), scores.get(f"{metric.name}_se")
+        return format_number(difference, error, 2, "+").replace("-", "−")
 
 
 # Tables 1 and 2: CIFAR-10, 50,000 samples, NLL in bits/dim. The third row of each half is the

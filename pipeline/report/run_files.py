@@ -29,7 +29,8 @@ from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
 
 REFERENCE_POINTS = {
-    "test": "Test images", "train": "Training images", "gaussian": "Gaussian", "noise": "Noise",
+    "samples": "As many samples", "test": "Test images", "train": "Training images", "gaussian": "Gaussian",
+    "noise": "Noise",
 }  # fmt: skip
 
 

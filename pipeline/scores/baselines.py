@@ -19,8 +19,7 @@ def fit_gaussian(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     statistics = reduce(
         add, (Moments.from_features(images.reshape(len(images), -1)) for images in parts)
     ).to_statistics()
-    values, vectors = np.linalg.eigh(statistics.sigma)
-    return statistics.mu, vectors * np.sqrt(values.clip(min=0))
+    return statistics.mu, statistics.factor_covariance()
 
 
 def fit_principal_directions(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

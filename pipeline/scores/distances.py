@@ -27,6 +27,21 @@ class Statistics:
     mu: np.ndarray
     sigma: np.ndarray
 
+    def factor_covariance(self) -> np.ndarray:
+        """Return A (d, d) with A A^T = sigma."""
+        values, vectors = np.linalg.eigh(self.sigma)
+        factor: np.ndarray = vectors * np.sqrt(values.clip(min=0))
+        return factor
+
+
+@dataclass(frozen=True)
+class Target:
+    """What sets are compared with: statistics for each FID, single features (m, d), the `rms` that KID divides by."""
+
+    statistics: dict[str, Statistics]
+    real: np.ndarray | None
+    rms: float
+
 
 @dataclass(frozen=True)
 class Moments:

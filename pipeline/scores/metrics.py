@@ -3,8 +3,10 @@
 This module imports nothing heavy: errors in a configuration list its names.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 FIRM = "\u00a0"  # a space that does not break the line
 
@@ -14,7 +16,8 @@ class Metric:
     """A metric: how its scores are named, written and compared.
 
     family: the entry of evaluate.metrics that gives it; None if none does.
-    interval: the score that holds its standard deviation; None if it has none.
+    has_error: the score `name`_se holds its standard error.
+    spread: the score that holds its standard deviation over splits or subsets, which is no error of the mean.
     bound: the value is an upper bound. detail: only tables that ask for it show it.
     protocol: what must be equal for two values to be compared, beside the data.
     """
@@ -24,7 +27,8 @@ class Metric:
     heading: str
     digits: int
     larger_is_better: bool = False
-    interval: str | None = None
+    spread: str = ""
+    has_error: bool = True
     unit: str = ""
     bound: bool = False
     detail: bool = False
@@ -40,17 +44,15 @@ class Metric:
         """The word for its best value: highest or lowest."""
         return "highest" if self.larger_is_better else "lowest"
 
-    def format(self, value: float | None, spread: float | None = None) -> str:
-        """Return a value as the paper prints it, without the unit; a dash for None."""
+    def format(self, value: float | None, error: float | None = None) -> str:
+        """Return a value as text, without the unit; to two digits of its error if that is known; a dash for None."""
         if value is None:
             return "–"
-        error = "" if spread is None else f"{FIRM}±{FIRM}{spread:,.{self.digits}f}"
-        sign = f"≤{FIRM}" if self.bound else ""
-        return f"{sign}{value:,.{self.digits}f}{error}"
+        return (f"≤{FIRM}" if self.bound else "") + format_number(value, error, self.digits)
 
-    def format_score(self, scores: Mapping[str, float]) -> str:
-        """Return the metric's value among these scores as text, with its interval if there is one."""
-        return self.format(scores.get(self.name), scores.get(self.interval or ""))
+    def format_score(self, scores: Mapping[str, Any]) -> str:
+        """Return the metric's value among these scores as text, with its error if there is one."""
+        return self.format(scores.get(self.name), scores.get(f"{self.name}_se"))
 
 
 IMAGES = ("n", "extractor", "rounding")
@@ -64,9 +66,9 @@ METRICS = {
     for metric in (
         Metric("fid", "fid", "FID", 2, protocol=AGAINST),
         Metric("fid_test", "fid_test", "FID, test set", 2, protocol=(*IMAGES, "fid_test_images")),
-        Metric("is_mean", "is", "IS", 2, True, "is_std", protocol=SPLITS),
-        Metric("is_shuffled_mean", "is", "IS, shuffled", 2, True, "is_shuffled_std", protocol=SPLITS),
-        Metric("kid_mean", "kid", "KID", 5, interval="kid_std", protocol=(*AGAINST, "kid")),
+        Metric("is_mean", "is", "IS", 2, True, spread="is_std", protocol=SPLITS),
+        Metric("is_shuffled_mean", "is", "IS, shuffled", 2, True, spread="is_shuffled_std", protocol=SPLITS),
+        Metric("kid_mean", "kid", "KID", 5, spread="kid_std", protocol=(*AGAINST, "kid")),
         Metric("precision", "prc", "precision", 3, True, protocol=(*AGAINST, "prc")),
         Metric("recall", "prc", "recall", 3, True, protocol=(*AGAINST, "prc")),
         Metric("as_asked", None, "share of the class asked for", 3, True, protocol=IMAGES),
@@ -75,7 +77,7 @@ METRICS = {
         Metric("rate_bpd", "nll", "rate", 3, unit=BITS, detail=True, protocol=NLL),
         Metric("distortion_bpd", "nll", "distortion", 3, unit=BITS, detail=True, protocol=NLL),
         Metric("rmse", "nll", "RMSE", 2, detail=True, protocol=NLL),
-        Metric("train_loss", None, "training loss", 4, detail=True, protocol=("objective",)),
+        Metric("train_loss", None, "training loss", 4, detail=True, has_error=False, protocol=("objective",)),
     )
 }
 LOSS = METRICS["train_loss"]
@@ -83,8 +85,18 @@ HEADLINE = tuple(METRICS[name] for name in ("fid", "is_mean", "nll_bpd"))
 FAMILIES = tuple(dict.fromkeys(metric.family for metric in METRICS.values() if metric.family))
 
 
-def format_headline(scores: Mapping[str, float]) -> str:
-    """Return the headline scores as text: 'FID 3.17, IS 9.46 ± 0.11, NLL ≤ 3.752'."""
+def format_number(value: float, error: float | None, digits: int, sign: str = "-") -> str:
+    """Return a value with its error, both to two digits of the error; without one, to `digits` decimals."""
+    tail = ""
+    if error is not None and math.isfinite(error):
+        if error > 0:
+            digits = max(0, 1 - int(f"{error:.1e}".partition("e")[2]))
+        tail = f"{FIRM}±{FIRM}{error:,.{digits}f}"
+    return f"{value:{sign},.{digits}f}{tail}"
+
+
+def format_headline(scores: Mapping[str, Any]) -> str:
+    """Return the headline scores as text: 'FID 3.171 ± 0.022, IS 9.46 ± 0.03'."""
     return ", ".join(f"{m.heading}{FIRM}{m.format_score(scores)}" for m in HEADLINE if m.name in scores)
 
 

@@ -1,14 +1,22 @@
-"""The order of runs and trials of equal protocol, by the mean score over seeds."""
+"""The order of runs and trials of equal protocol, by the mean score over seeds.
+
+Rows whose difference from the best of them is within its error share a rank, '1-3'.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
 
 from pipeline.config import Experiment, to_dict
 from pipeline.config.checks import Tree
-from pipeline.scores.metrics import Metric
+from pipeline.scores.metrics import Metric, format_number
+
+LEVEL = 0.05  # of the tests that tell rows apart, for all rows of a band together
+MANY = 1e9  # degrees of freedom where the error says nothing of them
 
 
 class ScoredRun(Protocol):
@@ -16,6 +24,7 @@ class ScoredRun(Protocol):
 
     swept: the values that tell it from the others; runs that differ in the seed alone are one point.
     data: names its images. protocol: says how its scores came about.
+    image_bounds: the seed of the noise, and the bound of each image in order, empty where it is not known.
     """
 
     @property
@@ -25,23 +34,38 @@ class ScoredRun(Protocol):
     @property
     def data(self) -> str: ...
     @property
-    def scores(self) -> Mapping[str, float]: ...
+    def scores(self) -> Mapping[str, Any]: ...
     @property
     def protocol(self) -> Mapping[str, Any]: ...
+    @property
+    def image_bounds(self) -> tuple[int, Sequence[float]]: ...
 
 
 R = TypeVar("R", bound=ScoredRun)
 
 
-@dataclass(frozen=True)
-class RankedPoint:
-    """A point with its rank (1 = best; equals share one), and mean and standard deviation over its seeds."""
+class Difference(NamedTuple):
+    """The difference of two rows, its standard error if that is known, and the p-value that there is none."""
 
-    rank: int
+    value: float
+    error: float | None
+    p: float
+
+
+@dataclass(frozen=True)
+class RankedPoint(Generic[R]):
+    """A row: one run, or the mean of those that differ in the seed alone.
+
+    error: the standard error of one run; of several the standard deviation over their seeds.
+    rank: 1 is the best; '1-3' for three rows that cannot be told from the best of them. difference: from the first row.
+    """
+
+    runs: Sequence[R]
     name: str
     mean: float
-    spread: float | None
-    seeds: int
+    error: float | None
+    rank: str
+    difference: Difference
 
 
 @dataclass(frozen=True)
@@ -49,15 +73,11 @@ class RankedGroup(Generic[R]):
     """Runs of equal protocol in one metric, the best point first. `protocol` is what they share."""
 
     protocol: Tree
-    ranked: Sequence[tuple[R, RankedPoint]]
+    points: Sequence[RankedPoint[R]]
 
     @property
     def runs(self) -> list[R]:
-        return [run for run, _ in self.ranked]
-
-    @property
-    def has_several_seeds(self) -> bool:
-        return any(position.seeds > 1 for _, position in self.ranked)
+        return [run for point in self.points for run in point.runs]
 
 
 def rank_runs(runs: Sequence[R], metric: Metric) -> list[RankedGroup[R]]:
@@ -73,23 +93,79 @@ def rank_runs(runs: Sequence[R], metric: Metric) -> list[RankedGroup[R]]:
     return [_rank_group(own, metric) for own in sorted(alike.values(), key=len, reverse=True)]
 
 
+def summarize_scores(runs: Sequence[ScoredRun], metric: Metric) -> tuple[float | None, float | None]:
+    """Return a run's score and its error, or the mean and the standard deviation over several seeds."""
+    values = [run.scores[metric.name] for run in runs if metric.name in run.scores]
+    if len(values) > 1:
+        return mean(values), stdev(values)
+    return (values[0], runs[0].scores.get(f"{metric.name}_se")) if values else (None, None)
+
+
 def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
     """Rank runs of equal protocol; runs that differ in the seed alone are one point."""
-    points: dict[str, list[R]] = {}
+    alike: dict[str, list[R]] = {}
     for run in runs:
-        points.setdefault(json.dumps(_drop_seed(run), default=str), []).append(run)
-    means = {point: mean(run.scores[metric.name] for run in own) for point, own in points.items()}
+        alike.setdefault(json.dumps(_drop_seed(run), default=str), []).append(run)
     sign = -1 if metric.larger_is_better else 1
-    ranked = []
-    for point, own in sorted(points.items(), key=lambda item: (sign * means[item[0]], item[1][0].label)):
-        better = sum(sign * other < sign * means[point] for other in means.values())
-        name, spread = own[0].label, None
+    means = {point: mean(run.scores[metric.name] for run in own) for point, own in alike.items()}
+    order = sorted(alike, key=lambda point: (sign * means[point], alike[point][0].label))
+    ranks, rest, points = dict[str, str](), list(order), []
+    while rest:
+        band = _find_band([alike[point] for point in rest], metric)
+        first, last = len(ranks) + 1, len(ranks) + len(band)
+        ranks |= {rest[at]: f"{first}-{last}" if last > first else f"{first}" for at in band}
+        rest = [point for point in rest if point not in ranks]
+    for point in order:
+        own, name = alike[point], alike[point][0].label
         if len(own) > 1:
             name = format_swept_values(_drop_seed(own[0])) or ", ".join(run.label for run in own)
-            spread = stdev(run.scores[metric.name] for run in own)
-        ranked += [(run, RankedPoint(better + 1, name, means[point], spread, len(own))) for run in own]
+        difference = _compare(alike[order[0]], own, metric)
+        error = summarize_scores(own, metric)[1]
+        points.append(RankedPoint(own, name, means[point], error, ranks[point], difference))
     shared = {key: runs[0].protocol[key] for key in metric.protocol if runs[0].protocol.get(key) is not None}
-    return RankedGroup({"data": runs[0].data, **shared}, ranked)
+    return RankedGroup({"data": runs[0].data, **shared}, points)
+
+
+def _find_band(rows: Sequence[Sequence[ScoredRun]], metric: Metric) -> list[int]:
+    """Return which rows cannot be told from the first one, by Holm's procedure over all of them."""
+    tests = sorted((_compare(rows[0], row, metric).p, number) for number, row in enumerate(rows[1:], 1))
+    told = 0
+    while told < len(tests) and tests[told][0] * (len(tests) - told) <= LEVEL:
+        told += 1
+    return [0, *(number for _, number in tests[told:])]
+
+
+def _compare(best: Sequence[ScoredRun], row: Sequence[ScoredRun], metric: Metric) -> Difference:
+    """Compare the means of two rows: image by image where images and noise are the same, else by their own errors.
+
+    Where an error is not known, equal values only cannot be told apart.
+    """
+    from scipy.special import stdtr
+
+    difference = mean(run.scores[metric.name] for run in row) - mean(run.scores[metric.name] for run in best)
+    (error, freedom), (its_error, its_freedom) = _find_error(best, metric), _find_error(row, metric)
+    (seed, bounds), (its_seed, its_bounds) = best[0].image_bounds, row[0].image_bounds
+    found: float | None = None
+    is_paired = metric.bound and len(best) == len(row) == 1 and seed == its_seed
+    if is_paired and len(bounds) == len(its_bounds) > 1:
+        found, freedom = (
+            float(np.std(np.subtract(its_bounds, bounds), ddof=1)) / len(bounds) ** 0.5,
+            len(bounds) - 1,
+        )
+    elif error is not None and its_error is not None and error + its_error > 0:
+        a, b = error**2, its_error**2
+        found, freedom = (a + b) ** 0.5, (a + b) ** 2 / (a**2 / freedom + b**2 / its_freedom)  # Welch
+    p = 2 * float(stdtr(freedom, -abs(difference) / found)) if found else float(difference == 0)
+    return Difference(difference, found, p)
+
+
+def _find_error(runs: Sequence[ScoredRun], metric: Metric) -> tuple[float | None, float]:
+    """Return the standard error of the mean of a row, and its degrees of freedom."""
+    error = summarize_scores(runs, metric)[1]
+    if len(runs) > 1 and error is not None:
+        return error / len(runs) ** 0.5, len(runs) - 1
+    count = runs[0].protocol.get("nll_images" if metric.family == "nll" else "jackknife_groups")
+    return error, count - 1 if count and count > 1 else MANY
 
 
 def _drop_seed(run: ScoredRun) -> Tree:
@@ -110,13 +186,34 @@ def describe_best(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
         return f"No run has a score of {metric.heading} yet"
     if len(groups) > 1:
         return f"No common order: the runs were scored by {len(groups)} protocols, and each has an order of its own"
-    positions = dict.fromkeys(position for _, position in groups[0].ranked)
-    first = [position for position in positions if position.rank == 1]
-    verb = "has" if len(first) == 1 else "have"
-    over = f", mean of {first[0].seeds} seeds" if first[0].seeds > 1 else ""
-    value = metric.format(first[0].mean, first[0].spread)
-    names = " and ".join(position.name for position in first)
-    return f"{names} {verb} the {metric.best_word} {metric.heading} of {len(positions)}: {value}{over}"
+    points = groups[0].points
+    first, band = points[0], [point for point in points if point.rank == points[0].rank]
+    over = f", mean of {len(first.runs)} seeds" if len(first.runs) > 1 else ""
+    over += " (two give no usable interval)" if len(first.runs) == 2 else ""
+    rest = f"; {len(band) - 1} of the others cannot be told from it" if len(band) > 1 else ""
+    value = metric.format(first.mean, first.error)
+    return f"{first.name} has the {metric.best_word} {metric.heading} of {len(points)}: {value}{over}{rest}"
+
+
+def format_difference(point: RankedPoint[R], metric: Metric) -> str:
+    """Return the difference from the first row as text; a dash for that row itself."""
+    if not point.difference.value:
+        return "–"
+    return format_number(point.difference.value, point.difference.error, metric.digits, "+")
+
+
+def explain_ranks(points: Sequence[RankedPoint[R]]) -> str:
+    """Return a sentence, without its full stop, on the errors and the ranks of a leaderboard; '' if it has neither."""
+    sizes = {len(point.runs) for point in points}
+    several = ", of several seeds their standard deviation" if sizes - {1} else ""
+    parts = {
+        f"± is the standard error{several}": any(point.error is not None for point in points),
+        "two seeds give no usable interval (t = 12.7)": 2 in sizes,
+        "rows that share a rank cannot be told from the best of them (95 %)": any(
+            "-" in p.rank for p in points
+        ),
+    }
+    return "; ".join(text for text, holds in parts.items() if holds)
 
 
 def describe_objective(experiment: Experiment) -> Tree:

@@ -39,6 +39,7 @@ class ScoreProtocol(TypedDict, total=False):
     features: int
     classifier_accuracy: float | None
     splits: int | None
+    jackknife_groups: int
     is_shuffle_seed: int
     kid: str
     prc: str

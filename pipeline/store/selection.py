@@ -34,7 +34,7 @@ class CandidateScore(TypedDict):
 class ScoreFile(TypedDict):
     """What every metrics.json holds, whatever was scored."""
 
-    scores: dict[str, float]
+    scores: dict[str, Any]
     protocol: dict[str, Any]
 
 

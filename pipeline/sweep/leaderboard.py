@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from pipeline.console import format_duration, format_table
 from pipeline.report.compared_run import ComparedRun, shorten_key
+from pipeline.scores import ranking
 from pipeline.scores.metrics import HEADLINE, METRICS
-from pipeline.scores.ranking import RankedGroup, RankedPoint, describe_best, rank_runs
+from pipeline.scores.results import Scores
 from pipeline.store.files import write_json, write_text
 from pipeline.store.log import read_progress
 from pipeline.store.run import LEADERBOARD
-from pipeline.sweep.definition import Sweep, Value, Values
+from pipeline.sweep.definition import Sweep, Values
 from pipeline.sweep.points import Trial
 from pipeline.sweep.trial_states import State, TrialStates
 
@@ -30,32 +31,33 @@ class RankedTrial(ComparedRun):
     seconds: float
 
     @cached_property
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> Scores:
         """Scores and last loss of the trial; empty before it is finished."""
         return super().scores if self.state == "finished" else {}
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Trials of a study, the best first, then those without a score.
-
-    positions: by trial; empty where trials were scored by different protocols.
-    """
+    """Trials of a study, the best first, then those without a score."""
 
     sweep: Sweep
     rows: Sequence[RankedTrial]
-    groups: Sequence[RankedGroup[RankedTrial]]
-    positions: Mapping[str, RankedPoint]
+    groups: Sequence[ranking.RankedGroup[RankedTrial]]
+
+    @property
+    def points(self) -> Sequence[ranking.RankedPoint[RankedTrial]]:
+        """The ranked rows; empty where trials were scored by different protocols."""
+        return self.groups[0].points if len(self.groups) == 1 else ()
 
     @property
     def best_trial(self) -> RankedTrial | None:
         """The best trial, or None."""
-        return self.rows[0] if self.positions else None
+        return self.rows[0] if self.points else None
 
     @property
     def headline(self) -> str:
         """The sentence that names the best trial."""
-        return describe_best(self.groups, self.sweep.metric)
+        return ranking.describe_best(self.groups, self.sweep.metric)
 
     @property
     def failures(self) -> list[str]:
@@ -71,44 +73,50 @@ def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], states: TrialStates) 
         seconds, step = sum(place.read_stage_seconds().values()), read_progress(place)[0]
         identity = (trial.label, place, trial.swept, key)
         rows.append(RankedTrial(*identity, record["state"], record["reason"], step, seconds))
-    groups = rank_runs(rows, sweep.metric)
-    ranked = {row.key: (row, position) for group in groups for row, position in group.ranked}
-    ordered = [row for row, _ in ranked.values()] + [row for row in rows if row.key not in ranked]
-    positions = {key: position for key, (_, position) in ranked.items()} if len(groups) == 1 else {}
-    return Leaderboard(sweep, ordered, groups, positions)
+    groups = ranking.rank_runs(rows, sweep.metric)
+    ordered = [row for group in groups for row in group.runs]
+    return Leaderboard(sweep, [*ordered, *(row for row in rows if row not in ordered)], groups)
 
 
-def make_rows(board: Leaderboard, write: Callable[[float, int], Value] = round) -> list[Values]:
-    """Return the leaderboard as rows {heading: cell}.
+def make_rows(board: Leaderboard, as_text: bool = False) -> list[Values]:
+    """Return the leaderboard as rows {heading: cell}; trials that differ in the seed alone are one row.
 
-    `write` makes a cell of a score and its digits: by default a number, so that a column can be sorted.
+    Scores are numbers, so that a column can be sorted, with their errors in columns of their own; or both as text.
     """
     metric = board.sweep.metric
     columns = [entry for entry in METRICS.values() if entry in HEADLINE or entry.name == metric.name]
     columns = [entry for entry in columns if any(entry.name in row.scores for row in board.rows)]
-    has_seeds = any(group.has_several_seeds for group in board.groups)
+    ranked = [(point, point.runs) for point in board.points]
+    in_points = [row for _, runs in ranked for row in runs]
     table = []
-    for row in board.rows:
-        at = board.positions.get(row.key)
-        scores = {entry.title: (row.scores.get(entry.name), entry.digits) for entry in columns}
-        if has_seeds:
-            scores[f"{metric.title}, mean of seeds"] = at.mean if at else None, metric.digits
-            scores["std"] = at.spread if at else None, metric.digits
-        written = {
-            key: None if value is None else write(value, digits) for key, (value, digits) in scores.items()
+    for point, runs in [*ranked, *((None, [row]) for row in board.rows if row not in in_points)]:
+        cells: Values = {"rank": point.rank if point else None}
+        for key in runs[0].swept:
+            values = list(dict.fromkeys(run.swept.get(key) for run in runs))
+            cells[key] = values[0] if len(values) == 1 else ", ".join(map(str, values))
+        for entry in columns:
+            value, error = ranking.summarize_scores(runs, entry)
+            if as_text:
+                cells[entry.title] = entry.format(value, error) if value is not None else None
+            else:
+                numbers = {entry.title: value, f"{entry.title} ±": error}
+                cells |= {
+                    name: number and round(number, entry.digits + 2) for name, number in numbers.items()
+                }
+        cells["difference"] = ranking.format_difference(point, metric) if point else None
+        seconds = sum(run.seconds for run in runs)
+        cells |= {
+            "steps": runs[0].step,
+            "time": format_duration(seconds) if seconds else None,
+            "state": runs[0].reason if runs[0].state == "stopped" else runs[0].state,
         }
-        ends: Values = {
-            "steps": row.step,
-            "time": format_duration(row.seconds) if row.seconds else None,
-            "state": row.reason if row.state == "stopped" else row.state,
-        }
-        table.append({"rank": at.rank if at else None, **row.swept, **written, **ends})
+        table.append(cells)
     return table
 
 
 def _format_rows(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows as text."""
-    table = make_rows(board, lambda value, digits: f"{value:.{digits}f}")
+    table = make_rows(board, as_text=True)
     rows = [["" if value is None else str(value) for value in cells.values()] for cells in table]
     return list(table[0]) if table else [], rows
 
@@ -119,7 +127,8 @@ def format_markdown(board: Leaderboard) -> str:
     lines = [f"**{board.headline}**", "", *([board.sweep.note, ""] if board.sweep.note else [])]
     for row in [headings, ["---"] * len(headings), *rows] if rows else []:
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
-    lines += ["", describe_protocol(board), *(f"- {line}" for line in board.failures)]
+    facts = filter(None, [describe_protocol(board), ranking.explain_ranks(board.points)])
+    lines += ["", "; ".join(facts), *(f"- {line}" for line in board.failures)]
     return "\n".join(lines).strip() + "\n"
 
 
@@ -141,23 +150,35 @@ def describe_protocol(board: Leaderboard) -> str:
 def format_text(board: Leaderboard) -> str:
     """Return the leaderboard as a table for a terminal."""
     headings, rows = _format_rows(board)
-    return format_table(list(map(shorten_key, headings)), rows, f"{board.sweep.name}: {board.headline}")
+    shown = [
+        at for at, heading in enumerate(headings) if heading != "difference"
+    ]  # which the pages have room for
+    names = [shorten_key(headings[at]).partition(",")[0] for at in shown]
+    return format_table(
+        names, [[row[at] for at in shown] for row in rows], f"{board.sweep.name}: {board.headline}"
+    )
 
 
 def write_leaderboard(board: Leaderboard, folder: Path) -> None:
     """Write leaderboard.json and leaderboard.md into the study's folder."""
-    metric, winner, trials = board.sweep.metric, board.best_trial, []
+    metric, trials = board.sweep.metric, []
+    ranks = {run.key: point.rank for point in board.points for run in point.runs}
     for row in board.rows:
-        position = board.positions.get(row.key)
-        facts = {"trial": row.key, "label": row.label, "rank": position.rank if position else None}
+        facts = {"trial": row.key, "label": row.label, "rank": ranks.get(row.key)}
         names = ("swept", "state", "reason", "step", "scores", "seconds")
         trials.append({**facts, **{name: getattr(row, name) for name in names}, "run": row.place.name})
+    best = board.points[0] if board.points else None
     content = {
         "metric": metric.name,
         "larger_is_better": metric.larger_is_better,
         "protocol": describe_protocol(board),
         "note": board.sweep.note,
-        "best": asdict(board.positions[winner.key]) if winner else None,
+        "best": {
+            **{name: getattr(best, name) for name in ("rank", "name", "mean", "error")},
+            "seeds": len(best.runs),
+        }
+        if best
+        else None,
         "trials": trials,
     }
     write_json(folder / LEADERBOARD, content)

@@ -110,8 +110,12 @@ class StudyRecorder:
         if best := board.best_trial:
             metric = self.sweep.rank.metric
             tags = {"best_trial": best.label, "best_run": best.place.name}
+            tags["best_rank"] = board.points[0].rank
             tags |= {f"best.{key}": str(value) for key, value in best.swept.items()}
-            scores = {f"best/{metric}": best.scores[metric]}
+            names = (metric, f"{metric}_se")
+            scores = {
+                f"best/{name}": best.scores[name] for name in names if best.scores.get(name) is not None
+            }
         rungs = {key: self.states.records[key]["rungs"] for key in self.trials}
         table, note = leaderboard.make_rows(board), leaderboard.format_markdown(board)
         self.parent.send_leaderboard(table, note, tags, scores, rungs)

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.compute.units import Unit
-from pipeline.scores import distances
+from pipeline.scores import distances, inception, jackknife
+from pipeline.scores.distances import Target
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, make_baseline_set, make_shard_set
+from pipeline.scores.metrics import METRICS
 from pipeline.scores.preparations import locate_gaussian
 from pipeline.scores.reference import load_reference, write_split_statistics
-from pipeline.scores.results import Results, ScoreProtocol, Scores
+from pipeline.scores.results import Results, ScoreProtocol, Scores, add_error
 from pipeline.store import tars
 from pipeline.store.files import is_unit_done, read_record
 from pipeline.store.run import Place
@@ -22,7 +24,7 @@ class EvaluationSets:
     """The image sets of an evaluation: samples, splits and baselines.
 
     splits: those whose statistics are still to be made, or whose single images are compared.
-    baselines: of no more images than the samples.
+    baselines: of no more images than the samples; where real images are fewer, as many samples are among them.
     references: for each FID that is asked for, the split or the file that it is the distance to.
     compares_images: whether KID, precision or recall is asked for, which compare single images.
     """
@@ -56,12 +58,14 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
         splits.add(config.reference)
     baselines = {}
     other = "train" if config.reference == "test" else "test"
+    own = make_shard_set(extractor, samples, shape, place.score_units, n)
     if other in index.splits:
         baselines[other] = make_split_set(other, min(n, index.count_images(other)))
+        if (fewer := baselines[other].n) < n:
+            baselines["samples"] = ImageSet(fewer, own.units)
     if pixels := locate_gaussian(place):
         baselines["gaussian"] = make_baseline_set(extractor, n, shape, folder, pixels)
     baselines["noise"] = make_baseline_set(extractor, n, shape, folder, None)
-    own = make_shard_set(extractor, samples, shape, place.score_units, n)
     found = {split: make_split_set(split) for split in sorted(splits)}
     return EvaluationSets(references, compares_images, own, found, baselines)
 
@@ -75,16 +79,22 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
         for score, name in sets.references.items()
     }
     real = sets.splits[config.reference].read_features() if sets.compares_images else None
+    # KID grows with the sixth power of the features' size; Inception's stays as published.
+    rms = 1.0
+    if real is not None and extractor.kind != inception.NAME:
+        rms = float(np.sqrt(np.square(real, dtype=np.float64).mean())) or 1.0
+    target, groups = Target(statistics, real, rms), min(jackknife.MOST_GROUPS, len(sets.samples.units))
     sums = sets.samples.sum_features()
-    found["protocol"] |= _describe_features(extractor, sums, statistics, real, config.metrics)
+    found["protocol"] |= _describe_features(extractor, sums, target, config.metrics)
+    found["protocol"]["jackknife_groups"] = groups
     if config.features == "classifier":
         facts = read_record(place.classifier_json, dict[str, Any])
         found["protocol"]["classifier_accuracy"] = facts.get("test_accuracy")
-    found["scores"] |= _compute_scores(sets.samples, sums, statistics, real, config.metrics)
+    found["scores"] |= _compute_scores(sets.samples, sums, target, config.metrics, groups)
     statistics.pop("fid_test", None)  # baselines are compared with the reference alone
     found["reference_points"] = {
         name: {
-            **_compute_scores(images, images.sum_features(), statistics, real, config.metrics),
+            **_compute_scores(images, images.sum_features(), target, config.metrics, groups),
             "n": images.n,
         }
         for name, images in sets.baselines.items()
@@ -94,35 +104,41 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
         found["class_shares"] = (counts / len(sums.classes)).tolist()
         if experiment.sample.label is not None:
             labels = [experiment.choose_label(index) for index in range(len(sums.classes))]
-            found["scores"]["as_asked"] = float(np.mean(sums.classes == np.array(labels)))
+            right = sums.classes == np.array(labels)
+            found["scores"]["as_asked"] = float(right.mean())
+            add_error(found["scores"], "as_asked", float(right.std() / len(right) ** 0.5))
 
 
 def _compute_scores(
-    images: ImageSet, sums: distances.FeatureSums, statistics: dict[str, distances.Statistics],
-    real: np.ndarray | None, metrics: tuple[str, ...],
-) -> Scores:  # fmt: skip
-    """Return {score: value} of a set, against `statistics` and the real features (n, d)."""
+    images: ImageSet, sums: distances.FeatureSums, target: Target, metrics: tuple[str, ...], groups: int
+) -> Scores:
+    """Return {score: value} of a set, with the errors, or with the reason why there are none."""
     scores: Scores = {}
-    if statistics:
+    if target.statistics:
         own = sums.moments.to_statistics()
-        scores |= {name: distances.compute_fid(own, its) for name, its in statistics.items()}
+        scores |= {name: distances.compute_fid(own, its) for name, its in target.statistics.items()}
     if "is" in metrics and sums.in_order and sums.shuffled:
         scores["is_mean"], scores["is_std"] = sums.in_order.compute_inception_score()
         scores["is_shuffled_mean"], scores["is_shuffled_std"] = sums.shuffled.compute_inception_score()
-    if real is not None:
+    if target.real is not None:
         features = images.read_features()
         if "kid" in metrics:
-            scores["kid_mean"], scores["kid_std"] = distances.compute_kid(features, real)
+            pair = features / target.rms, target.real / target.rms
+            scores["kid_mean"], scores["kid_std"] = distances.compute_kid(*pair)
         if "prc" in metrics:
-            scores["precision"], scores["recall"] = distances.compute_precision_recall(features, real)
+            scores["precision"], scores["recall"] = distances.compute_precision_recall(features, target.real)
+    reason = jackknife.explain_missing_error(images.n, groups)
+    errors = {} if reason else jackknife.compute_errors(images, groups, target, scores)
+    for name in [name for name, metric in METRICS.items() if name in scores and metric.has_error]:
+        add_error(scores, name, errors.get(name), reason)
     return scores
 
 
 def _describe_features(
-    extractor: Extractor, sums: distances.FeatureSums, statistics: dict[str, distances.Statistics],
-    real: np.ndarray | None, metrics: tuple[str, ...],
-) -> ScoreProtocol:  # fmt: skip
+    extractor: Extractor, sums: distances.FeatureSums, target: Target, metrics: tuple[str, ...]
+) -> ScoreProtocol:
     """Return the protocol's entries on the features: extractor, counts, reference."""
+    statistics, real = target.statistics, target.real
     found: ScoreProtocol = {
         "extractor": extractor.name,
         "official_extractor": extractor.is_published,
@@ -137,8 +153,9 @@ def _describe_features(
         found["is_shuffle_seed"] = distances.SEED
     if "kid" in metrics and real is not None:
         size = distances.choose_kid_subset_size(sums.moments.n, len(real))
+        scaled = "" if target.rms == 1 else ", features over their RMS in the reference"
         found["kid"] = (
-            f"{distances.KID_SUBSETS} subsets of {size} images, cubic kernel, seed {distances.SEED}"
+            f"{distances.KID_SUBSETS} subsets of {size} images, cubic kernel, seed {distances.SEED}{scaled}"
         )
     if "prc" in metrics:
         found["prc"] = f"{distances.NEIGHBOURS} neighbours in the features of {extractor.name}, not of VGG-16"

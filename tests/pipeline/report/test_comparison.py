@@ -170,7 +170,7 @@ def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatc
         charts, "plot_losses", lambda title, runs: drawn.append(runs) or plot_losses(title, runs)
     )
     markdown = page(found, tmp_path / "page")
-    assert [len(runs) for runs in drawn] == [1] and markdown.count("![") >= 4
+    assert [len(runs) for runs in drawn] == [1] and markdown.count("![") >= 3
 
 
 # The command

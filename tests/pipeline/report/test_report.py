@@ -125,12 +125,14 @@ def test_the_markdown_twin_has_its_pictures_beside_it(digits):
 
 def test_other_images_stand_beside_reference_points_only(digits):
     markdown = digits[2]
-    verdict = "After 1,200 training steps: FID 14.21 (15% of a Gaussian's 96.4), IS 9.02 ± 0.21, NLL ≤ 4.520 bits/dim."
+    verdict = (
+        "After 1,200 training steps: FID 14.21 (test images 31.00 at n = 360), IS 9.02, NLL ≤ 4.520 bits/dim."
+    )
     assert f"> {verdict}\n" in markdown
     for row in (
         "|  | **This run** | Test images | Gaussian | Noise |",
         "| FID | 14.21 | 31.00 | 96.40 | 2,288.00 |",
-        "| IS | 9.02 ± 0.21 | 9.30 ± 0.30 | 3.10 | 1.20 |",
+        "| IS | 9.02 | 9.30 | 3.10 | 1.20 |\n| IS, spread of its splits | 0.21 | 0.30 | – | – |",
         "| NLL, bits/dim | ≤ 4.520 | – | – | – |",
         "| Images | 512 | 360 | 512 | 512 |",
         "| Images scored | 512 |",
@@ -150,7 +152,7 @@ def test_cifar10_stands_beside_the_paper(cifar10):
     markdown = cifar10[2]
     rows = [
         "| ε, L_simple | 3.17 | 5.24 | 9.46 ± 0.11 | ≤ 3.75 |",
-        "| **this run** | 14.21 | – | 9.02 ± 0.21 | ≤ 4.520 |",
+        "| **this run** | 14.21 | – | 9.02 | ≤ 4.520 |",
         "| *difference, across protocols* | +11.04 | – | −0.44 | +0.77 |",
     ]
     assert "\n".join(rows) in markdown, "this run stands below its own row"
@@ -246,6 +248,16 @@ MORE = {
 }  # fmt: skip
 
 
+ERRORS = BOUND | {
+    "fid": 14.213, "fid_se": 1.31, "nll_bpd": 4.5214, "nll_bpd_se": 0.0421, "rate_bpd": 2.0214, "rate_bpd_se": 0.113,
+    "kid_mean": 0.0971, "kid_mean_se": 0.1402, "recall": 0.5, "recall_se": None, "recall_se_reason": "a single unit",
+}  # fmt: skip
+POINTS = {
+    "test": {"fid": 31.0, "fid_se": 2.02, "n": 360},
+    "samples": {"fid": 17.2, "fid_se": 1.4, "n": 360},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changed", "present", "absent"),
     [
@@ -255,19 +267,29 @@ MORE = {
         (
             "digits",
             {"scores": {"fid": 192.8}, "protocol": {"why_not": ["rank-deficient: n = 32 is not above 64"]}},
-            ["(2.0 times a Gaussian's 96.4)", "**rank-deficient: n = 32 is not above 64**"],
+            ["(test images 31.00 at n = 360)", "**rank-deficient: n = 32 is not above 64**"],
             [],
         ),
         (
             "digits",
             {"scores": MORE},
             [
-                "| FID, test set | 16.30 |", "| IS, shuffled | 8.90 ± 0.10 |", "| KID | 0.00432 ± 0.00040 |",
+                "| FID, test set | 16.30 |", "| IS, shuffled, spread of its splits | 0.10 |", "| KID | 0.00432 |",
                 "| precision | 0.610 |", "| recall | 0.420 |",
             ],
             ["Not yet useful"],
         ),
         ("digits", {"scores": {"rate_bpd": 9.0, "rmse": 9.0}}, [], ["Not yet useful"]),
+        (
+            "digits",
+            {"scores": ERRORS, "reference_points": POINTS},
+            [
+                "FID 14.2 ± 1.3 (at n = 360: this run 17.2 ± 1.4, test images 31.0 ± 2.0)",
+                "|  | **This run** | As many samples | Test images |", "| KID | 0.10 ± 0.14 |",
+                "**NLL ≤ 4.521 ± 0.042 bits/dim** = rate 2.02 ± 0.11 ", "no error: a single unit.",
+            ],
+            [],
+        ),
     ],
 )  # fmt: skip
 def test_the_scores_that_are_there_are_shown(make, name, changed, present, absent):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pytest
 
 from pipeline.scores.metrics import METRICS, find_metric
-from pipeline.scores.ranking import describe_best, rank_runs
+from pipeline.scores.ranking import describe_best, explain_ranks, format_difference, rank_runs
 
 FID = METRICS["fid"]
 
@@ -19,6 +20,7 @@ class Place:
     scores: dict = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
     data: str = "digits"
+    image_bounds: tuple = (0, ())
 
 
 def run(lr: float, seed: int, fid: float | None, n: int = 64, data: str = "digits") -> Place:
@@ -28,38 +30,88 @@ def run(lr: float, seed: int, fid: float | None, n: int = 64, data: str = "digit
     )
 
 
-def ranks(runs: list[Place], metric=FID) -> list[list[tuple[str, int]]]:
-    return [[(one.label, at.rank) for one, at in group.ranked] for group in rank_runs(runs, metric)]
+def ranks(runs: list[Place], metric=FID) -> list[list[tuple[str, str]]]:
+    return [[(point.name, point.rank) for point in group.points] for group in rank_runs(runs, metric)]
 
 
-def test_seeds_count_together_and_their_spread_is_kept():
-    runs = [run(1, 0, 10.0), run(1, 1, 40.0), run(2, 0, 20.0), run(2, 1, 24.0), run(3, 0, None)]
+def test_seeds_are_one_row_with_their_spread():
+    runs = [
+        run(1, 0, 10.0),
+        run(1, 1, 40.0),
+        run(2, 0, 20.0),
+        run(2, 1, 24.0),
+        run(2, 2, 22.0),
+        run(3, 0, None),
+    ]
     (group,) = rank_runs(runs, FID)
-    assert [(one.label, at.rank, at.mean, at.seeds) for one, at in group.ranked] == [
-        ("lr=2 seed=0", 1, 22.0, 2), ("lr=2 seed=1", 1, 22.0, 2), ("lr=1 seed=0", 2, 25.0, 2),
-        ("lr=1 seed=1", 2, 25.0, 2),
+    assert [(point.name, point.rank, point.mean, len(point.runs)) for point in group.points] == [
+        ("lr=2", "1-2", 22.0, 3), ("lr=1", "1-2", 25.0, 2),
     ]  # fmt: skip
-    assert group.ranked[0][1].spread == pytest.approx(8**0.5)
-    said = describe_best([group], FID).replace("\u00a0", " ")
-    assert said == "lr=2 has the lowest FID of 2: 22.00 ± 2.83, mean of 2 seeds"
+    assert group.points[0].error == pytest.approx(2)
+    found = describe_best([group], FID).replace("\u00a0", " ")
+    assert (
+        found
+        == "lr=2 has the lowest FID of 2: 22.0 ± 2.0, mean of 3 seeds; 1 of the others cannot be told from it"
+    )
+    assert "two seeds give no usable interval (t = 12.7)" in explain_ranks(group.points)
+    apart = rank_runs([run(4, seed, 200.0 + seed) for seed in range(3)] + runs, FID)[0]
+    assert [point.rank for point in apart.points] == ["1-2", "1-2", "3"]
+    near = [run(lr, seed, 7.0 + 3 * lr + seed) for lr in (1, 2) for seed in range(3)]
+    assert [rank for _, rank in ranks(near)[0]] == ["1", "2"], "the error of a mean over seeds is s / sqrt(3)"
 
 
-def test_equals_share_a_rank_whatever_the_order_they_come_in():
-    runs = [run(2, 0, 5.0), run(1, 0, 5.0), run(3, 0, 6.0)]
-    assert ranks(runs) == ranks(runs[::-1]) == [[("lr=1 seed=0", 1), ("lr=2 seed=0", 1), ("lr=3 seed=0", 3)]]
-    said = describe_best(rank_runs(runs, FID), FID)
-    assert said.startswith("lr=1 seed=0 and lr=2 seed=0 have the lowest FID of 3")
+def scored(*rows: tuple[float, float | None], groups: int = 20) -> list[Place]:
+    """Runs with these scores and errors, called a, b, c..."""
+    return [
+        Place(name, {"x": name}, {"fid": value, "fid_se": error}, {"jackknife_groups": groups})
+        for name, (value, error) in zip("abcdefghijklmnopqrstuvwxyz", rows, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "expected"),
+    [
+        ([(10.0, 1.0), (11.0, 1.0), (16.0, 1.0)], 20, "a 1-2, b 1-2, c 3"),  # other sampling seeds; 5 errors worse
+        ([(16.0, 1.0), (15.0, 1.0), (10.0, 1.0)], 20, "c 1, b 2-3, a 2-3"),
+        ([(10.0, 1.0), (16.0, 1.0)], 2, "a 1-2, b 1-2"),  # two groups say little
+        ([(10.0, 0.1), (12.0, 0.1), (13.0, 9.0)], 20, "a 1-2, b 3, c 1-2"),  # by value; the rank stands beside it
+        ([(10.0, 1.0), (13.0, 1.0)], 20, "a 1, b 2"),
+        ([(10.0, 1.0), *[(13.0 + i / 100, 1.0) for i in range(4)]], 20, "a 1-5, b 1-5, c 1-5, d 1-5, e 1-5"),  # Holm
+        ([(5.0, None), (5.0, None), (6.0, None)], 20, "a 1-2, b 1-2, c 3"),  # of an older version
+        ([(5.0, None), (5.1, 1.0)], 20, "a 1, b 2"),
+    ],
+)  # fmt: skip
+def test_rows_that_their_errors_cannot_tell_from_the_best_share_a_rank(rows, groups, expected):
+    for runs in (scored(*rows, groups=groups), scored(*rows, groups=groups)[::-1]):
+        assert ", ".join(f"{name} {rank}" for name, rank in ranks(runs)[0]) == expected
+
+
+def test_bounds_of_the_same_images_and_noise_are_compared_image_by_image():
+    """Each NLL has an error of 0.1, their difference one of 0.001; with other noise the errors count."""
+    images = np.random.default_rng(0).normal(4, 1, 100)
+
+    def bounded(label: str, seed: int, shift: float) -> Place:
+        bounds = images + np.random.default_rng(ord(label)).normal(shift, 0.01, 100)
+        scores = {"nll_bpd": bounds.mean(), "nll_bpd_se": bounds.std() / 10}
+        return Place(label, {"x": label}, scores, {"nll_images": 100}, "digits", (seed, bounds))
+
+    metric = METRICS["nll_bpd"]
+    (group,) = rank_runs([bounded("a", 0, 0.0), bounded("b", 0, 0.01), bounded("c", 1, 0.02)], metric)
+    assert [(point.name, point.rank) for point in group.points] == [("a", "1-2"), ("b", "3"), ("c", "1-2")]
+    errors = [point.difference.error for point in group.points[1:]]
+    assert 0.0005 < errors[0] < 0.002 and 0.1 < errors[1] < 0.2
+    assert format_difference(group.points[2], metric).startswith("+0.02\u00a0±\u00a00.1")
 
 
 def test_the_direction_is_the_metrics():
     runs = [Place("a", {"x": 1}, {"is_mean": 1.0}), Place("b", {"x": 2}, {"is_mean": 2.0})]
-    assert ranks(runs, METRICS["is_mean"]) == [[("b", 1), ("a", 2)]]
-    assert ranks(runs, replace(METRICS["is_mean"], larger_is_better=False)) == [[("a", 1), ("b", 2)]]
+    assert ranks(runs, METRICS["is_mean"]) == [[("b", "1"), ("a", "2")]]
+    assert ranks(runs, replace(METRICS["is_mean"], larger_is_better=False)) == [[("a", "1"), ("b", "2")]]
 
 
 def test_other_images_and_other_protocols_are_groups_of_their_own():
     runs = [run(1, 0, 9.0), run(2, 0, 8.0), run(3, 0, 1.0, n=9), run(4, 0, 2.0, data="cifar10")]
-    assert [len(group.ranked) for group in rank_runs(runs, FID)] == [2, 1, 1]
+    assert [len(group.points) for group in rank_runs(runs, FID)] == [2, 1, 1]
     assert "scored by 3 protocols" in describe_best(rank_runs(runs, FID), FID)
     assert "No run has a score of FID" in describe_best([], FID)
 

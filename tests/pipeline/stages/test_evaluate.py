@@ -11,11 +11,12 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from pipeline.scores import classifier, extractors
+from pipeline.scores import classifier, extractors, jackknife
 from pipeline.scores.extractors import find_extractor
 from pipeline.stages import evaluate, sample
 from pipeline.stages.evaluate import protocol
 from pipeline.stages.evaluate.protocol import explain_differences
+from pipeline.stages.evaluate.stage import list_sample_shards
 from pipeline.store import tars
 
 
@@ -45,7 +46,8 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
         fid_statistics_to_metric(statistics[a], statistics[b], verbose=False)["frechet_inception_distance"]
         for a, b in ((0, 1), (0, 2), (3, 1))
     )
-    kid = kid_features_to_metric(own, real, kid_subset_size=6, verbose=False)
+    rms = real.double().square().mean().sqrt().float()
+    kid = kid_features_to_metric(own / rms, real / rms, kid_subset_size=6, verbose=False)
     prc = prc_features_to_metric(own, real, verbose=False)
     expected = {
         "fid": fid, "fid_test": fid_test, "kid_mean": kid["kernel_inception_distance_mean"],
@@ -61,12 +63,18 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
         found["reference_points"],
         " | ".join(found["protocol"]["why_not"]),
     )
-    assert found["scores"] == pytest.approx(expected, rel=1e-5)
+    values = {name: value for name, value in found["scores"].items() if "_se" not in name}
+    assert values == pytest.approx(expected, rel=1e-5)
+    assert found["scores"]["fid_se"] is None
+    assert found["scores"]["recall_se_reason"] == "12 images are fewer than 30"
     assert len({round(value, 3) for value in (fid, fid_test, fid_of_point)}) == 3
     assert list(points) == ["gaussian", "noise", "test"] and {point["n"] for point in points.values()} == {12}
     assert points["test"]["fid"] == pytest.approx(fid_of_point, rel=1e-5)
     assert {"kid_mean", "recall"} <= points["test"].keys() and "fid_test" not in points["test"]
-    assert how["kid"] == "100 subsets of 6 images, cubic kernel, seed 2020"
+    assert (
+        how["kid"]
+        == "100 subsets of 6 images, cubic kernel, seed 2020, features over their RMS in the reference"
+    )
     assert how["prc"] == f"3 neighbours in the features of {extractor.name}, not of VGG-16"
     assert (how["n"], how["reference_images"], how["fid_test_images"]) == (12, 1437, 360)
     assert how["rounding"] == "nearest" and how["extractor"].startswith(f"{features}-")
@@ -79,13 +87,33 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
         assert "no IS" in reasons and "class_shares" not in found
 
 
+def test_errors_stand_beside_scores_and_real_images_beside_as_many_samples(sampled, monkeypatch):
+    """With 8 test images the first 8 samples are scored too; a single unit has no error, and says why."""
+    experiment, run = sampled
+    asked = scoring(experiment, metrics=("fid", "kid", "prc"), features="projection")
+    shards = type(tars.open_shards(run.data))
+    monkeypatch.setattr(jackknife, "LEAST_IMAGES", 8)
+    monkeypatch.setattr(shards, "count_images", lambda _, split: 8 if split == "test" else 1437)
+    run_stage(evaluate, asked, run)
+    scores, points = results(asked, run)["scores"], results(asked, run)["reference_points"]
+    assert results(asked, run)["protocol"]["jackknife_groups"] == len(list_sample_shards(run.of(asked))) > 1
+    assert all(scores[f"{name}_se"] > 0 for name in ("fid", "kid_mean"))
+    assert points["samples"]["n"] == points["test"]["n"] == 8
+    assert points["samples"]["fid_se"] > 0 and points["samples"]["fid"] != scores["fid"]
+    monkeypatch.setattr(jackknife, "MOST_GROUPS", 1)
+    asked = scoring(asked, metrics=("fid",))
+    run_stage(evaluate, asked, run)
+    scores = results(asked, run)["scores"]
+    assert scores["fid_se"] is None and "a single unit" in scores["fid_se_reason"]
+
+
 def test_what_compares_images_finds_its_features_again(sampled):
     """The reference's statistics are kept, and KID needs its images all the same."""
     experiment, run = sampled
     run_stage(evaluate, scoring(experiment, metrics=("fid",), features="projection"), run)
     asked = scoring(experiment, metrics=("kid",), features="projection")
     assert not run_stage(evaluate, asked, run), "all features are on disk"
-    assert set(results(asked, run)["scores"]) == {"kid_mean", "kid_std"}
+    assert {"kid_mean", "kid_std"} <= set(results(asked, run)["scores"])
 
 
 def test_against_the_test_split_the_training_images_are_the_reference_point(sampled):
@@ -117,8 +145,8 @@ def test_drawing_other_images_makes_the_scores_again(sampled):
 # Fields that the paper leaves free, or that another one judges.
 FREE = {
     "checkpoint", "checkpoint_rule", "code", "first_index", "eta", "seed", "batch_size", "compiled", "extractor",
-    "features", "kid", "prc", "is_shuffle_seed", "nll_split", "test_images", "train_images", "nll_timesteps",
-    "nll_profile", "nll_se", "classifier_accuracy",
+    "features", "kid", "prc", "is_shuffle_seed", "jackknife_groups", "nll_split", "test_images", "train_images",
+    "nll_timesteps", "nll_profile", "nll_se", "classifier_accuracy",
 }  # fmt: skip
 PAPER = {
     "weights": "ema", "n": 50_000, "features": 2048, "sampler": "ancestral", "steps": 1000, "timesteps": 1000,

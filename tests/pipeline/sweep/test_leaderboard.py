@@ -10,8 +10,10 @@ import pytest
 from synthetic_run import make_run, write_scores
 
 from pipeline import tracking
+from pipeline.cli.program import main
 from pipeline.drawing import charts
 from pipeline.sweep.definition import load_sweep
+from pipeline.sweep.leaderboard import make_rows
 from pipeline.sweep.points import Trial
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.trial_states import TrialState, TrialStates
@@ -60,6 +62,7 @@ def publish(storage: Path, trials: list[Trial], *words: str) -> tuple[str, str]:
     recorder = StudyRecorder(sweep, {trial.key: trial for trial in trials}, states, folder, "", lambda: False)
     recorder.finish("FINISHED")
     texts = [(folder / name).read_text() for name in ("leaderboard.md", "report/report.md")]
+    Silence.board = recorder.leaderboard
     return texts[0].replace("\u00a0", " "), texts[1].replace("\u00a0", " ")
 
 
@@ -76,11 +79,38 @@ def test_two_seeds_have_one_winner_on_the_leaderboard_and_on_the_page(tmp_path):
     trials = [finished(tmp_path, dropout, seed, fid=fid) for dropout, seed, fid in scores]
     leaderboard, page = publish(tmp_path, trials)
     assert (winner(leaderboard), winner(page)) == ("dropout=0.2", "dropout=0.2")
-    assert all("FID, mean of seeds" in text for text in (leaderboard, page))
-    assert re.findall(r"^\| (\d) \| 0\.\d", leaderboard, re.MULTILINE) == ["1", "1", "2", "2"]
-    assert re.findall(r"^\| (\d)\. \[?dropout=(\S+) seed=(\d)", page, re.MULTILINE) == [
-        ("1", "0.2", "0"), ("1", "0.2", "1"), ("2", "0.0", "0"), ("2", "0.0", "1")
+    assert all("two seeds give no usable interval" in text for text in (leaderboard, page))
+    assert (
+        "| 1-2 | 0.2 | 0, 1 | 22.0 ± 2.8 |" in leaderboard and "| 1-2 | 0.0 | 0, 1 | 25 ± 21 |" in leaderboard
+    )
+    assert re.findall(r"^\| (\S+)\. dropout=(\S+) seed=0, dropout=\S+ seed=1 \| (.*?) \|", page, re.MULTILINE) == [
+        ("1-2", "0.2", "22.0 ± 2.8"), ("1-2", "0.0", "25 ± 21")
     ]  # fmt: skip
+
+
+def test_trials_within_their_errors_share_a_rank_in_every_output(tmp_path, capsys):
+    """Equal weights and other sampling seeds; a trial that is five errors worse; three training seeds."""
+    trials = [
+        finished(tmp_path, 0.0, 0, fid=14.0, fid_se=1.0),
+        finished(tmp_path, 0.1, 0, fid=14.6, fid_se=1.0),
+    ]
+    trials += [finished(tmp_path, 0.2, seed, fid=21 + seed / 2, fid_se=1.0) for seed in range(3)]
+    leaderboard, page = publish(tmp_path, trials)
+    rows = [
+        "1-2 | 0.0 | 0 | 14.0 ± 1.0 |",
+        "1-2 | 0.1 | 0 | 14.6 ± 1.0 |",
+        "3 | 0.2 | 0, 1, 2 | 21.50 ± 0.50 |",
+    ]
+    assert all(f"| {row}" in leaderboard for row in rows) and "| +0.6 ± 1.4 |" in leaderboard
+    assert re.findall(r"^\| (1-2|3)\. ", page, re.MULTILINE) == ["1-2", "1-2", "3"]
+    assert "has the lowest FID of 3: 14.0 ± 1.0; 1 of the others cannot be told from it" in leaderboard
+    assert main(["status", f"cluster.storage={tmp_path}"]) == 0
+    assert "1-2." in capsys.readouterr().out
+    table = make_rows(Silence.board)
+    assert [(row["rank"], row["FID"], row["FID ±"]) for row in table[::2]] == [
+        ("1-2", 14, 1),
+        ("3", 21.5, 0.5),
+    ]
 
 
 HEADINGS = {"rmse": "RMSE", "rate_bpd": "rate", "distortion_bpd": "distortion", "train_loss": "training loss"}

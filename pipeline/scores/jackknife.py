@@ -1,0 +1,119 @@
+"""Standard errors of the scores of features by the jackknife: each score again without one group of images.
+
+A bootstrap would be wrong: an image drawn twice acts as a smaller set, whose FID is higher. No network is asked again.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.scores import distances
+from pipeline.scores.distances import NEIGHBOURS, Target
+from pipeline.scores.image_sets import ImageSet
+from pipeline.scores.results import Scores
+
+MOST_GROUPS = 20
+LEAST_IMAGES = 3 * distances.SPLITS  # with fewer, the IS has no splits without a group
+BLOCK = 1000  # rows of a matrix of distances
+Values = Sequence[float] | np.ndarray
+
+
+def explain_missing_error(n: int, groups: int) -> str:
+    """Return why the scores of n images in so many groups have no error; '' if they have one."""
+    if groups < 2:
+        return "the samples are a single unit, and an error needs two"
+    return f"{n} images are fewer than {LEAST_IMAGES}" if n < LEAST_IMAGES else ""
+
+
+def compute_jackknife_error(without: Values) -> float:
+    """Compute the standard error from the m scores without one group each: sqrt((m-1)/m sum (F - mean)^2)."""
+    return float(np.std(without) * (len(without) - 1) ** 0.5)
+
+
+def compute_errors(images: ImageSet, groups: int, target: Target, scores: Scores) -> dict[str, float]:
+    """Compute the errors {score: error} of a set from equal groups of its images."""
+    member = np.arange(images.n) * groups // images.n
+    without = dict[str, Values](leave_out_sums(images, member, target))
+    if target.real is not None:
+        features = images.read_features()
+        if "kid_mean" in scores:
+            without["kid_mean"] = leave_out_kid(features / target.rms, target.real / target.rms, member)
+        if "recall" in scores:
+            without["precision"], without["recall"] = leave_out_precision_recall(
+                features, target.real, member
+            )
+    errors = {name: compute_jackknife_error(values) for name, values in without.items()}
+    if "kid_mean" in scores:  # a mean over random subsets, whose choice adds a variance of its own
+        errors["kid_mean"] = float(
+            np.hypot(errors["kid_mean"], scores["kid_std"] / distances.KID_SUBSETS**0.5)
+        )
+    return errors
+
+
+def leave_out_sums(images: ImageSet, member: np.ndarray, target: Target) -> dict[str, list[float]]:
+    """Compute FIDs and IS without each group, from sums; the trace by the symmetric form, which takes a tenth."""
+    factors = {name: its.factor_covariance() for name, its in target.statistics.items()}
+    found: dict[str, list[float]] = {}
+    for group in range(member.max() + 1):
+        sums = distances.sum_features(_read_others(images, member, group), int((member != group).sum()))
+        own = sums.moments.to_statistics()
+        for name, its in target.statistics.items():
+            roots = np.linalg.eigvalsh(factors[name].T @ own.sigma @ factors[name]).clip(min=0) ** 0.5
+            trace = np.trace(own.sigma) + np.trace(its.sigma) - 2 * roots.sum()
+            found.setdefault(name, []).append(float(np.square(own.mu - its.mu).sum() + trace))
+        for name, part in (("is_mean", sums.in_order), ("is_shuffled_mean", sums.shuffled)):
+            if part:
+                found.setdefault(name, []).append(part.compute_inception_score()[0])
+    return found
+
+
+def _read_others(images: ImageSet, member: np.ndarray, group: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    start = 0
+    for features, logits in images.read_chunks():
+        kept = member[start : start + len(features)] != group
+        start += len(features)
+        yield features[kept], logits[kept]
+
+
+def leave_out_kid(features: np.ndarray, real: np.ndarray, member: np.ndarray) -> Values:
+    """Compute the unbiased KID of all of (n, d) and (m, d) without each group, less a constant of the real ones."""
+
+    def sum_kernel(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.sum((a @ b.T / a.shape[1] + 1) ** 3, dtype=np.float64))
+
+    groups = [features[member == group] for group in range(member.max() + 1)]
+    own = np.array([[sum_kernel(a, b) for b in groups] for a in groups])
+    cross = np.array([sum(sum_kernel(a, b) for b in np.array_split(real, len(groups))) for a in groups])
+    with_itself = np.array([np.sum((np.square(a).mean(axis=1) + 1) ** 3, dtype=np.float64) for a in groups])
+    n = len(features) - np.bincount(member)
+    pairs = own.sum() - 2 * own.sum(axis=1) + own.diagonal() - with_itself.sum() + with_itself
+    found: np.ndarray = pairs / (n * (n - 1)) - 2 * (cross.sum() - cross) / (n * len(real))
+    return found
+
+
+def leave_out_precision_recall(
+    features: np.ndarray, real: np.ndarray, member: np.ndarray
+) -> tuple[Values, Values]:
+    """Compute precision and recall of features (n, d) against (m, d) without each group."""
+    x, y, own = torch.from_numpy(features), torch.from_numpy(real), torch.from_numpy(member)
+    kept = [own != group for group in range(int(own.max()) + 1)]
+    near = [_find_nearest(x, x[~keep]) for keep in kept]  # of each group, (n, NEIGHBOURS + 1)
+    others = (torch.cat(near[:group] + near[group + 1 :], dim=1) for group in range(len(kept)))
+    radius = [
+        its.kthvalue(NEIGHBOURS + 1).values.where(keep, -1) for its, keep in zip(others, kept, strict=True)
+    ]
+    distances = (torch.cdist(part, x) for part in y.split(BLOCK))
+    covered = torch.cat([torch.stack([(d <= r).any(dim=1) for r in radius]) for d in distances], dim=1)
+    ball = _find_nearest(y, y)[:, -1]
+    inside = torch.cat([(torch.cdist(part, y) <= ball).any(dim=1) for part in x.split(BLOCK)]).double()
+    return [float(inside[keep].mean()) for keep in kept], covered.double().mean(dim=1).numpy()
+
+
+def _find_nearest(a: Tensor, b: Tensor) -> Tensor:
+    """Return the distances from each of `a` to the NEIGHBOURS + 1 nearest of `b`, ascending; inf where b has fewer."""
+    count = min(NEIGHBOURS + 1, len(b))
+    found = [torch.cdist(part, b).topk(count, largest=False).values for part in a.split(BLOCK)]
+    return F.pad(torch.cat(found), (0, NEIGHBOURS + 1 - count), value=torch.inf)
