@@ -1,4 +1,4 @@
-"""The best linear denoiser of a set of images, in closed form: nothing is trained, and nothing is drawn.
+"""The best linear denoiser of a set of images, in closed form: nothing is trained.
 
 Of the images only the variances l_j along their D principal directions count (images scaled to [-1, 1], divided by n).
 """
@@ -7,22 +7,36 @@ import torch
 from torch import Tensor
 
 from ddpm.config import LEARNED, Variance
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion import Diffusion, Network
 
 
-def compute_linear_mse(variances: Tensor, alpha_bar: Tensor, squares: Tensor | None = None) -> Tensor:
-    """Return the mean square error of its estimate of x_0 at each alpha_bar (T,), over pixels and noise; float64 (T,).
+def make_linear_denoiser(
+    diffusion: Diffusion, mean: Tensor, directions: Tensor, variances: Tensor
+) -> Network:
+    """Return the linear denoiser as a network that predicts x_0, whatever the diffusion's network predicts.
 
-    (1/D) sum_j (1 - s_j)^2 z_j^2 + s_j^2 (1 - a)/a, where s_j = a l_j / (a l_j + 1 - a) and z_j is the image's
-    deviation from the mean along direction j. squares (D,): z_j^2, of one image or on average over several; without
-    them those of the images that it was fitted to, which are l_j.
+    mean (D,), principal directions (D, r) with r <= D, variances (D,): those of the directions, then an equal one of
+    each other direction. x_0 = mean + V diag(sqrt(a) l_j / (a l_j + 1 - a)) V^T (x_t - sqrt(a) mean).
     """
-    squares = variances if squares is None else squares
-    found = []
-    for a in alpha_bar.double():  # all at once would fill the memory where images are large
-        total = a * variances + 1 - a
-        found.append((((1 - a) / total) ** 2 * squares + a * (1 - a) * (variances / total) ** 2).mean())
-    return torch.stack(found)
+    along, rest = variances[: directions.shape[1]], variances[-1:]
+
+    def denoise(x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        a, b = (diffusion.gather(name, t, x_t).flatten(1) for name in ("alpha_bar", "one_minus_alpha_bar"))
+        gain, gain_of_rest = (a.sqrt() * v / (a * v + b) for v in (along, rest))
+        y = x_t.flatten(1) - a.sqrt() * mean
+        x_0 = mean + gain_of_rest * y + ((y @ directions) * (gain - gain_of_rest)) @ directions.T
+        return x_0.view_as(x_t)
+
+    return denoise
+
+
+def compute_linear_mse(variances: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Return the mean square error of its estimate of x_0 at each alpha_bar (T,), over images and noise; float64 (T,).
+
+    (1/D) sum_j l_j (1 - a) / (a l_j + 1 - a).
+    """
+    # All at once would fill the memory where images are large.
+    return torch.stack([(variances * (1 - a) / (a * variances + 1 - a)).mean() for a in alpha_bar.double()])
 
 
 def convert_mse_to_terms(diffusion: Diffusion, mse: Tensor, variance: Variance | None = None) -> Tensor:

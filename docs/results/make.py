@@ -72,6 +72,7 @@ def gather(run: Path, sweep: Path, benchmarks: Path) -> dict[str, Any]:
     done = [point for point in points if point["step"] <= last]
     trained = (done[-1]["time"] - done[0]["time"]) / 1000  # from the first point to the last
     nll = [json.loads(path.read_text()) for path in run.glob("evaluation/*/nll.json")]
+    nll = [bound for bound in nll if "rate_distortion" in bound]  # of all timesteps
     bench = json.loads(benchmarks.read_text())
     return {
         "scores": headline["scores"],
@@ -234,10 +235,11 @@ ranked by the NLL of the same 12 test images; the loss cannot be compared over s
 ## Commands
 
 ```
-ddpm run cifar10_small data.path=FOLDER_OR_ARCHIVE cluster.workers=0
+ddpm run cifar10_small data.path=FOLDER_OR_ARCHIVE cluster.workers=0 evaluate.nll_images=64 \\
+    evaluate.nll_timesteps=null
 ddpm evaluate cifar10_small data.path=FOLDER_OR_ARCHIVE cluster.workers=0 evaluate.metrics=[nll] \\
-    evaluate.nll_images=8 train.steps=1000           # and 2000, ...; sample.weights=raw for the raw weights
-ddpm sweep cifar10_tiny data.path=FOLDER_OR_ARCHIVE
+    evaluate.nll_images=8 evaluate.nll_timesteps=null train.steps=1000   # and 2000, ...; or sample.weights=raw
+ddpm sweep cifar10_tiny data.path=FOLDER_OR_ARCHIVE evaluate.nll_images=12 evaluate.nll_timesteps=null
 make bench ARGS='unet sampling'      # the rates of the projection; measured at the first batch only
 python docs/results/make.py runs/cifar10_small-KEY runs/sweeps/cifar10_tiny benchmarks.json
 ```

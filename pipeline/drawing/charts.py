@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, str | float]] = {
     "clear": {"color": style.RUN, "linewidth": 1.6},
     "faint": {"color": style.RUN, "linewidth": 0.8, "alpha": 0.3},
     "steps": {"color": style.RUN, "linewidth": 1.6, "marker": "o", "markersize": 4},
+    "other": {"color": style.OTHER, "linewidth": 1.2, "linestyle": "--"},
     "marks": {"color": style.OTHER, "linestyle": "none", "marker": "o", "markersize": 4},
     "best": {
         "color": style.GOOD, "linestyle": "none", "marker": "o", "markersize": 10, "markerfacecolor": "none",
@@ -31,6 +32,7 @@ KINDS: dict[str, dict[str, str | float]] = {
 }  # fmt: skip
 Series = tuple[Sequence[int], Sequence[float]]  # steps, values
 Size = tuple[float, float]  # inches
+Kind = Literal["clear", "faint", "marks", "steps", "best", "other"]
 
 
 class Picture(NamedTuple):
@@ -54,13 +56,15 @@ class Panel:
 class Line:
     """A line of `y` over `x`.
 
-    kind: clear; faint behind a smoothed line; steps for few points; best for one of them; marks for others' points.
+    kind: clear; faint behind a smoothed line; steps for few points; best for one of them; marks for others' points;
+    other for others' line. band: its half width around the line.
     """
 
     x: Sequence[float]
     y: Sequence[float] | np.ndarray
     label: str = ""
-    kind: Literal["clear", "faint", "marks", "steps", "best"] = "clear"
+    kind: Kind = "clear"
+    band: np.ndarray | None = None
 
 
 def save_panels(panels: Sequence[Panel], file: Path) -> None:
@@ -97,6 +101,8 @@ def plot_curves(
             every = max(1, len(line.x) // MOST_POINTS)
             (drawn,) = axes.plot(line.x[::every], line.y[::every], label=line.label or None)
             drawn.set(**KINDS[line.kind])
+            if line.band is not None:
+                axes.fill_between(line.x, line.y - line.band, line.y + line.band, color=style.RUN, alpha=0.2)
         axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
         if any(line.label for line in lines):
             axes.legend()

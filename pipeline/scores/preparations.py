@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from ddpm.diffusion import Diffusion, Network
+from ddpm.linear_denoiser import make_linear_denoiser
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
@@ -112,10 +114,26 @@ def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
 
 
 def load_variances(place: Place) -> tuple[torch.Tensor, str]:
-    """Load the variances (d,) of the training images, in [-1, 1] and divided by n, and say what they are of."""
+    """Load the variances (d,) of the training images, in [-1, 1] and divided by n, and say what they are of.
+
+    Last come the directions that are not on file, or of no variance.
+    """
     arrays, n = read_arrays(locate_factor(place)), _count_fitted_images(place)
     factor, exact = arrays["factor"], _has_covariance(place)
-    variances = np.full(len(factor), arrays.get("rest", 0.0))
-    variances[: factor.shape[1]] = (factor**2).sum(axis=0) * ((n - 1) / n if exact else 1)
+    found = (factor**2).sum(axis=0) * ((n - 1) / n if exact else 1)
+    others = np.full(len(factor) - np.count_nonzero(found), arrays.get("rest", 0.0))
+    variances = np.concatenate([found[found > 0], others])
     source = f"the {'covariance of all' if exact else 'Gram matrix of'} {n:,} training images"
     return torch.from_numpy(variances / 127.5**2), source
+
+
+def load_linear_denoiser(
+    place: Place, diffusion: Diffusion, device: torch.device
+) -> tuple[Network, torch.Tensor]:
+    """Load the best linear denoiser of the training images, float32, and their mean (d,) in [-1, 1]."""
+    arrays = read_arrays(locate_factor(place))
+    norms = np.linalg.norm(arrays["factor"], axis=0)
+    directions = torch.from_numpy(arrays["factor"][:, norms > 0] / norms[norms > 0])
+    parts = torch.from_numpy(arrays["mean"] / 127.5 - 1), directions, load_variances(place)[0]
+    mean, directions, variances = (part.float().to(device) for part in parts)
+    return make_linear_denoiser(diffusion, mean, directions, variances), mean

@@ -71,12 +71,11 @@ class Results(TypedDict, total=False):
 
 
 class Bound(TypedDict, total=False):
-    """The contents of nll.json, of n images of the split.
+    """The contents of nll.json, averaged over n images of the split; `images` (n,) has the bound of each.
 
-    prior: on average, bits/dim. images (n,): the bound of each, to compare runs image by image.
-    If all timesteps were evaluated: terms (T,) in bits/dim and the MSE (T,) of x_0, averaged over images, and the rows
-    of rate and distortion after k reverse steps. If not: the number of draws, and set_se, the standard error of the
-    NLL as an estimate for these very images; null for one draw.
+    terms (T,) and prior in bits/dim, the MSE (T,) of x_0, and the rows of rate and distortion after k reverse steps.
+    An estimate has, instead of terms, MSE and rows, the number of draws, and the standard error set_se of the NLL of
+    these very images (null for one draw).
     """
 
     n: Required[int]

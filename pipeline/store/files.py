@@ -228,10 +228,11 @@ class Manifest(TypedDict):
 
 
 class FiguresManifest(Manifest):
-    """What the manifest of the figures says: their order and captions, why others are left out."""
+    """What the manifest of the figures says: their order, captions and findings, why others are left out."""
 
     order: list[str]
     captions: dict[str, str]
+    findings: NotRequired[dict[str, str]]
     skipped: NotRequired[dict[str, str]]
     scored: NotRequired[bool]
 

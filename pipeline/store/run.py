@@ -82,6 +82,13 @@ class Place:
     selection = _folder_property("selection", "selection_key")
     figures = _folder_property("figures", "figures_key")
 
+    @cached_property
+    def optimum(self) -> Path:
+        """Folder of the best denoisers' errors, which all runs on the data at the same noise schedule share."""
+        d = self.experiment.diffusion
+        schedule = keys.hash_content([d.timesteps, d.beta_schedule, d.beta_start, d.beta_end])
+        return self.data / "optimum" / f"{d.beta_schedule}-{schedule}"
+
     def step_folder(self, step: int) -> Path:
         return self.train / f"step_{step:08d}"
 

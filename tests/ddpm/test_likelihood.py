@@ -9,6 +9,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.gaussians import compute_decoder_log_likelihood
 from ddpm.images import from_uint8
 from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_prior, compute_rate_distortion
+from ddpm.linear_denoiser import convert_mse_to_terms
 
 PAPER = DiffusionConfig()
 
@@ -93,13 +94,11 @@ def test_terms_and_mse_satisfy_their_identity(predict, variance):
     diffusion = Diffusion(replace(PAPER, predict=predict, variance=variance))
     x_0 = from_uint8(torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8)).double()
     result = compute_bits_per_dim(diffusion, blurred, x_0, noise_like(x_0), batch_size=50 * len(x_0))
-    table = diffusion.tables
-    lv1, lv2 = table["log_fixedsmall"], table[f"log_{variance}"]
-    v = 0.5 * (-1 + lv2 - lv1 + torch.exp(lv1 - lv2))
-    expected = (table["posterior_coef_x_0"] ** 2 * torch.exp(-lv2) / 2 * result.mse + v) / math.log(2)
+    expected = torch.stack([convert_mse_to_terms(diffusion, mse) for mse in result.mse])
     torch.testing.assert_close(result.terms[:, 1:], expected[:, 1:], rtol=1e-9, atol=1e-12)
     overhead = {"fixedlarge": 0.48641923, "fixedsmall": 0.0}[variance]
-    assert (v[1:].sum() / math.log(2)).item() == pytest.approx(overhead, abs=5e-9)
+    nothing = convert_mse_to_terms(diffusion, torch.zeros(1000))
+    assert nothing[1:].sum().item() == pytest.approx(overhead, abs=5e-9) and nothing[0] == 0
 
 
 def test_float32_agrees_with_float64():

@@ -17,12 +17,17 @@ class FigureUnavailable(PipelineError):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure to draw: `draw(unit files, target)` makes the picture `file` when its units are done."""
+    """A figure to draw: `draw(unit files, target)` makes the picture `file` when its units are done.
+
+    It returns what the figure shows, in a sentence, if that is worth one. preparations: units that come before the
+    others.
+    """
 
     file: str
     caption: str
     units: dict[Path, Unit]
-    draw: Callable[[list[Path], Path], None]
+    draw: Callable[[list[Path], Path], str | None]
+    preparations: tuple[Unit, ...] = ()
 
 
 def locate_unit_folder(place: Place, kind: str, *depends: str | int) -> Path:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 FIGURES = (
     "samples", "progressive", "interpolation", "coarse_to_fine", "shared_latents", "rate_distortion", "scores_along",
-    "nearest_pixels", "nearest_features", "steps",
+    "nearest_pixels", "nearest_features", "steps", "optimum",
 )  # fmt: skip
 
 
@@ -51,14 +51,17 @@ class FiguresStage(Stage):
                 file.unlink()
         scored = place.scores_manifest.exists()
         figures, skipped = plan_figures(place)
+        if preparations := [unit for figure in figures for unit in figure.preparations]:
+            yield preparations
         units = {file: unit for figure in figures for file, unit in figure.units.items()}
         yield [unit for file, unit in units.items() if not is_unit_done(file, read_arrays)]
-        for figure in figures:
-            if not (place.figures / figure.file).exists():
-                figure.draw(list(figure.units), place.figures / figure.file)
-        order = [figure.file for figure in figures]
+        drawn = {
+            figure.file: figure.draw(list(figure.units), place.figures / figure.file) for figure in figures
+        }
+        findings = {file: finding for file, finding in drawn.items() if finding}
         captions = {figure.file: figure.caption for figure in figures}
-        write_manifest(place.figures, order, order=order, captions=captions, skipped=skipped, scored=scored)
+        facts = {"captions": captions, "findings": findings, "skipped": skipped, "scored": scored}
+        write_manifest(place.figures, [*drawn], order=[*drawn], **facts)
 
 
 STAGE = FiguresStage()
@@ -66,7 +69,7 @@ STAGE = FiguresStage()
 
 def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
     """Return the figures that can be drawn, and the reasons for the others, by name."""
-    from pipeline.stages.figures import chains, curves, nearest
+    from pipeline.stages.figures import chains, curves, nearest, optimum
 
     plans = {
         "samples": chains.plan_samples,
@@ -79,6 +82,7 @@ def plan_figures(place: Place) -> tuple[list[Figure], dict[str, str]]:
         "nearest_pixels": nearest.plan_neighbours_by_pixels,
         "nearest_features": nearest.plan_neighbours_by_features,
         "steps": chains.plan_steps,
+        "optimum": optimum.plan_distance_to_optimum,
     }
     figures, skipped = [], {}
     for name in place.experiment.figures.which:

@@ -299,6 +299,19 @@ def test_the_scores_that_are_there_are_shown(make, name, changed, present, absen
     assert all(text in markdown for text in present) and not any(text in markdown for text in absent)
 
 
+def test_an_estimated_bound_and_the_distance_to_the_optimum_are_said(make):
+    run = make("digits")
+    rundir.write_json(run.nll_json, {"n": 360, "prior": 7e-6, "draws": 7, "set_se": 0.0163})
+    change_scores(run, scores={"nll_bpd_se": 0.0224})
+    manifest = rundir.read_json(run.figures_manifest, dict)
+    manifest["findings"] = {"optimum.svg": "The network loses most at k = 100."}
+    rundir.write_json(run.figures_manifest, manifest)
+    html, markdown = write(run)
+    assert "**estimated**: t = 0 and 7 draws of t" in markdown and "`evaluate.nll_timesteps=null`" in markdown
+    assert "Standard error of the NLL: 0.022, for these very images alone 0.016" in markdown
+    assert "loses most at k = 100.</p>\n</blockquote>" in html
+
+
 def test_text_is_escaped(tmp_path):
     html = convert_to_html("# a<b>\n\nx & `c<d>` **s** <i>\n\n## <u>\n\n[x](javascript:alert(1))", tmp_path)
     assert "a&lt;b&gt;" in html and "x &amp; <code>c&lt;d&gt;</code> <strong>s</strong> &lt;i&gt;" in html

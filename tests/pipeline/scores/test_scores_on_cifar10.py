@@ -15,9 +15,10 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from ddpm.diffusion import Diffusion
 from ddpm.likelihood import compute_bits_per_dim
-from ddpm.linear_denoiser import compute_linear_mse, convert_mse_to_terms
+from ddpm.linear_denoiser import compute_linear_mse, convert_mse_to_terms, make_linear_denoiser
 from pipeline import config
 from pipeline.engine.find import make_place
+from pipeline.report.paper import TABLE_4
 from pipeline.scores import classifier, extractors
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import find_extractor
@@ -25,7 +26,9 @@ from pipeline.scores.image_sets import make_shard_set
 from pipeline.scores.preparations import list_gaussian_units, list_preparations, load_variances
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
+from pipeline.stages.figures import optimum
 from pipeline.store import tars
+from pipeline.store.files import read_arrays
 
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
 pytestmark = [
@@ -48,19 +51,6 @@ def cifar10(tmp_path_factory):
 
 
 # The bound of the best linear denoiser
-
-
-def best_linear_network(mean, values, vectors):
-    """x_0 from x_t for Gaussian data of this mean and covariance, by its eigenvectors."""
-    mean, values, vectors = (torch.from_numpy(array).float() for array in (mean, values, vectors))
-
-    def net(x_t, t, context=None):
-        signal = torch.from_numpy(alpha_bar())[t].float()[:, None]
-        shrink = signal.sqrt() * values / (signal * values + 1 - signal)
-        components = (x_t.flatten(1) - signal.sqrt() * mean) @ vectors
-        return ((components * shrink) @ vectors.T + mean).reshape(x_t.shape)
-
-    return net
 
 
 def betas():
@@ -90,7 +80,8 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
     x = tars.load_images(run.data, "test")[0].reshape(10_000, -1) / 127.5 - 1
     mean, (values, vectors) = x.mean(axis=0), np.linalg.eigh(np.cov(x, rowvar=False, bias=True))
     values = values.clip(min=0)
-    net = best_linear_network(mean, values, vectors)
+    tensors = (torch.from_numpy(array).float() for array in (mean, vectors, values))
+    net = make_linear_denoiser(Diffusion(experiment.diffusion), *tensors)
     monkeypatch.setattr(bound.checkpoint, "load_network", lambda *_: net)
     monkeypatch.setattr(bound, "compute_bits_per_dim", partial(compute_bits_per_dim, clip=False))
     units = bound.plan_units(run.of(experiment))
@@ -126,6 +117,23 @@ def test_the_variances_on_file_are_those_of_the_training_images(cifar10):
     mse = compute_linear_mse(variances, diffusion.tables["alpha_bar"])
     assert convert_mse_to_terms(diffusion, mse).sum().item() == pytest.approx(2.53039, abs=1e-5)
     assert source == "the covariance of all 50,000 training images"
+
+
+def test_two_rows_of_table_4_follow_from_first_principles(cifar10, monkeypatch, tmp_path):
+    """The posterior mean over all training images, on 128 test images, levelled by the line to all of them."""
+    run, diffusion = cifar10[1], Diffusion()
+    monkeypatch.setattr(optimum, "list_levels", lambda *_: [900, 800, 700])
+    one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
+    whole = compute_linear_mse(load_variances(run)[0], diffusion.tables["alpha_bar"])[[900, 800, 700]]
+    excess = []
+    for split in ("test", "train"):
+        optimum.write_errors(one_cpu().context, run, split, True, 0, 128, tmp_path / "errors.npz")
+        excess.append(optimum.compare_errors(*read_arrays(tmp_path / "errors.npz")["errors"][:2])[0])
+    exact = 127.5 * np.sqrt(whole.numpy()) * (1 + excess[0])
+    print(f"k = 100, 200, 300: {exact}; over the line {excess[0]}, in sample {excess[1]}")
+    assert exact == pytest.approx([62.702, 60.17, 54.15], rel=0.005)
+    assert exact[1:] == pytest.approx([TABLE_4[k][1] for k in (200, 300)], rel=0.02)
+    assert (excess[1] < excess[0]).all() and excess[1] == pytest.approx([-1e-4, -9e-4, -0.008], abs=0.006)
 
 
 # FID

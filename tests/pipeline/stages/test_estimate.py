@@ -9,7 +9,7 @@ from staged import results, run_stage, scoring
 
 from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError
-from pipeline.scores import baselines, preparations
+from pipeline.scores import preparations
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound
 from pipeline.store import tars
@@ -21,14 +21,14 @@ def test_95_of_100_intervals_of_the_digits_hold_the_linear_denoisers_rate(sharde
     pixels = tars.load_images(make_place(tiny_experiment(), sharded_storage).data, "test")[0]
     held, spread, error = measure_coverage(torch.from_numpy(pixels).flatten(1).double() / 127.5 - 1, tmp_path)
     assert 89 <= held <= 99 and error == pytest.approx(spread, rel=0.25)
+    assert error == pytest.approx(0.0161, rel=0.1), "as measured: other shares than the line's make it wide"
 
 
 def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(sampled):
     experiment, run = sampled
     experiment = scoring(experiment, nll_images=None, nll_batch_size=180)
     few = scoring(experiment, nll_timesteps=4)
-    names = run_stage(evaluate, few, run)
-    assert names[0] == "the Gaussian of the training pixels" and len(names) == 3
+    assert len([name for name in run_stage(evaluate, few, run) if "NLL" in name]) == 2
     assert not run_stage(evaluate, few, run) and len(run_stage(evaluate, experiment, run)) == 2
     found, full = results(few, run), results(experiment, run)
     nll = read_json(run.of(few).nll_json, dict)
@@ -85,9 +85,3 @@ def test_images_too_large_for_a_covariance_have_a_profile_by_their_gram_matrix(t
         ((images[20:] - images.mean(axis=0)) ** 2).sum(axis=1).mean()
     )
     assert (variances[20:] == variances[20]).all() and variances[20] > 0
-    mean, factor, rest = baselines.fit_principal_directions(tars.load_images(run.data, "train", 0, 40)[0])
-    assert (
-        mean.shape == (64,)
-        and factor.shape == (64, 20)
-        and rest / 127.5**2 == pytest.approx(variances[20].item())
-    )

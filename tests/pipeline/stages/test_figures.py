@@ -31,9 +31,8 @@ from pipeline.store.checkpoint import load_network
 from pipeline.store.files import read_json, read_manifest, write_arrays
 from pipeline.store.run import Place
 
-PICTURES = [
-    name + (".svg" if name in ("rate_distortion", "scores_along") else ".png") for name in FIGURES
-]  # fmt: skip
+CURVES = ("rate_distortion", "scores_along", "optimum")
+PICTURES = [name + (".svg" if name in CURVES else ".png") for name in FIGURES]
 EVERY = f"figures.which=[{','.join(FIGURES)}]"
 SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4", EVERY)
 
@@ -80,7 +79,7 @@ def test_every_figure_is_drawn_in_the_papers_words(drawn):
     manifest = read_manifest(run.of(experiment).figures, dict, check="sha256")
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
     own = [name for name in PICTURES if "(paper, Fig" not in manifest["captions"][name]]
-    assert own == ["steps.png"]
+    assert own == ["steps.png", "optimum.svg"]
     assert figures.STAGE.is_done(run.of(experiment))
     assert run_stage(figures, experiment, run) == [], "units are kept"
     folder = run.of(experiment).figures
@@ -306,7 +305,7 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
         "data.images_per_shard=20", "diffusion.timesteps=4", "model.channels=8", "model.norm_groups=4",
         "train.steps=1", "sample.num_images=6", "sample.batch_size=6", "evaluate.features=projection",
         "evaluate.metrics=[fid,nll]", "evaluate.nll_images=4", "figures.images=2",
-        f"figures.which=[{','.join(FIGURES)}]",
+        EVERY,
     )  # fmt: skip
     experiment = config.load_experiment("cifar10", list(small))
     storage = tmp_path / "storage"

@@ -1,0 +1,169 @@
+"""The distance to the optimum by noise level: no denoiser beats the posterior mean of x_0, which two estimators bound.
+
+The best linear denoiser is known everywhere, in closed form. The posterior mean over the training images is an upper
+bound on other images, and below the optimum on the training images themselves: where both agree, the optimum is known.
+"""
+
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddpm.diffusion import Diffusion, Network
+from ddpm.images import from_uint8
+from ddpm.likelihood import compute_bits_per_dim
+from ddpm.linear_denoiser import compute_linear_mse, convert_mse_to_terms
+from ddpm.posterior_mean import compute_posterior_mean
+from ddpm.rng import Stream, draw_normal
+from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
+from pipeline.drawing import charts
+from pipeline.report import paper
+from pipeline.scores.preparations import list_gaussian_units, load_linear_denoiser, load_variances
+from pipeline.stages.figures.figure import Figure, FigureUnavailable, locate_unit_folder
+from pipeline.store import checkpoint, tars
+from pipeline.store.files import read_arrays, write_arrays
+from pipeline.store.run import Place
+
+LEVELS, LARGEST = 20, 64 * 64 * 3
+COMPARED, OF_POSTERIOR = 128, 256  # images for the network, and of each split for the posterior mean
+UNIT_IMAGES = 64  # of the network
+KNOWN_IMAGES = 50_000  # training images in the posterior
+NOISY = 0.1  # alpha_bar below which the posterior mean is computed: elsewhere it is a single image
+AGREE = 0.02  # of the RMSE, between the two sides
+
+
+def list_levels(diffusion: Diffusion, most: float = 1.0) -> list[int]:
+    """Return the timesteps T - k of the levels, the noisiest first, of alpha_bar up to `most`."""
+    length, alpha_bar = len(diffusion), diffusion.tables["alpha_bar"]
+    levels = sorted({length - max(1, round(length * i / LEVELS)) for i in range(1, LEVELS + 1)}, reverse=True)
+    return [t for t in levels if alpha_bar[t] <= most] or levels[:1]
+
+
+def plan_distance_to_optimum(place: Place) -> Figure:
+    """Plan the comparison of the network with the linear denoiser and with the exact posterior mean."""
+    experiment, index = place.experiment, tars.open_shards(place.data)
+    units: dict[Path, Unit] = {}
+    if prod(experiment.data.shape) > LARGEST or "test" not in index.splits:
+        raise FigureUnavailable("it needs images of at most 64x64 pixels, and a test split")
+    folders = [place.optimum / "test", place.optimum / "train", locate_unit_folder(place, "optimum")]
+    for folder, split in zip(folders, ("test", "train", "test"), strict=True):
+        exact, there = folder.parent == place.optimum, index.count_images(split)
+        n, title = min(OF_POSTERIOR, there), f"the posterior mean of {split} images"
+        n, title, size = (
+            (n, title, n) if exact else (min(COMPARED, there), "errors of test images", UNIT_IMAGES)
+        )
+        args = (place, split, exact)
+        units |= make_image_units(UnitKind.FIGURE, write_errors, args, n, size, folder, title, LEVELS)
+    caption = (
+        "Distance to the optimum by noise level: RMSE of the estimate of x_0 of test images (0 to 255), and its "
+        "excess over the best linear denoiser's on the same images and noise, with twice its standard error"
+    )
+
+    def draw(files: list[Path], file: Path) -> str:
+        parts = [[read_arrays(one)["errors"] for one in files if one.parent == folder] for folder in folders]
+        return draw_distance(place, [np.concatenate(its, axis=-1) for its in parts], file)
+
+    return Figure("optimum.svg", caption, units, draw, tuple(list_gaussian_units(place)))
+
+
+def write_errors(
+    ctx: Worker, place: Place, split: str, exact: bool, start: int, stop: int, file: Path
+) -> None:
+    """Write mean square errors (3, L, n) of images [start, stop) at the levels (body of a unit).
+
+    Of the network, or of the exact posterior mean at the noisy levels alone; of the linear denoiser, on the same draws;
+    and of the mean image.
+    """
+    experiment, shape = place.experiment, place.experiment.data.shape
+    pixels, classes = tars.load_images(place.data, split, start, stop)
+    x_0, index = (
+        from_uint8(torch.from_numpy(pixels).to(ctx.device)),
+        torch.arange(start, stop, device=ctx.device),
+    )
+    # One whose network predicts x_0.
+    direct = Diffusion(replace(experiment.diffusion, predict="x0", variance="fixedlarge", loss="simple"))
+    levels, seed = list_levels(direct, NOISY if exact else 1), 0 if exact else experiment.seed
+
+    def measure(net: Network, diffusion: Diffusion = direct, **how: Any) -> torch.Tensor:
+        return compute_bits_per_dim(
+            diffusion, net, x_0, lambda t, rows: draw_normal(seed, Stream.NLL, t, index[rows], shape),
+            timesteps=levels, **{"clip": False, **how},
+        ).mse.T  # fmt: skip
+
+    if exact:
+        known = torch.from_numpy(tars.load_images(place.data, "train")[0][:KNOWN_IMAGES]).to(ctx.device)
+        table = direct.to(ctx.device).tables["alpha_bar"]
+        ours = measure(lambda x_t, t: compute_posterior_mean(x_t, table[t], known))
+    else:
+        labels = torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None
+        net = checkpoint.load_network(place, ctx.device, experiment.sample.precision)
+        ours = measure(net, Diffusion(experiment.diffusion), clip=True, context=labels)
+    line, mean = load_linear_denoiser(place, direct, ctx.device)
+    of_mean = ((x_0.flatten(1) - mean) ** 2).mean(dim=1).double().cpu().expand_as(ours)
+    write_arrays(file, errors=torch.stack([ours, measure(line), of_mean]).numpy())
+
+
+def compare_errors(ours: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the RMSE over the linear denoiser's, less 1, and its standard error (L,), by the delta method.
+
+    Of mean square errors (L, n) of the same images and noise.
+    """
+    excess = np.sqrt(ours.mean(axis=1) / line.mean(axis=1)) - 1
+    paired = [errors / errors.mean(axis=1, keepdims=True).clip(min=1e-30) for errors in (ours, line)]
+    return excess, (1 + excess) / 2 * (paired[0] - paired[1]).std(axis=1) / np.sqrt(ours.shape[1])
+
+
+def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
+    """Draw the figure from what `write_errors` wrote; return what it shows, in sentences.
+
+    parts: of the posterior mean on test and training images, and of the network. What is of all test images stands
+    beside the line of all training images.
+    """
+    test, train, network = parts
+    diffusion = Diffusion(place.experiment.diffusion)
+    levels = list_levels(diffusion)
+    k, official = [len(diffusion) - t for t in levels], tars.open_shards(place.data).facts.get("official")
+    mse = compute_linear_mse(load_variances(place)[0], diffusion.tables["alpha_bar"])
+    rate, of_all = convert_mse_to_terms(diffusion, mse).sum(), 127.5 * mse[levels].sqrt().numpy()
+    (excess, error), (above, _), (below, _) = (
+        compare_errors(*errors[:2]) for errors in (network, test, train)
+    )
+    best = np.minimum(above, 0)
+    known = [i for i in range(len(best)) if best[i] - below[i] < AGREE]
+    ours, line, mean = 127.5 * np.sqrt(network.mean(axis=-1))
+    others: list[tuple[str, charts.Kind, dict[int, float]]] = [
+        ("optimum, where known", "best", {i: of_all[i] * (1 + best[i]) for i in known})
+    ]
+    if official and paper.has_paper_schedule(diffusion.config):
+        table = {k.index(steps): rmse for steps, (_, rmse) in paper.TABLE_4.items() if steps in k}
+        others.append(("paper, Table 4", "marks", table))
+    errors = [charts.Line(k, ours, "network"), charts.Line(k, line, "best linear denoiser", "other")]
+    distance = [charts.Line(k, 100 * excess, "network", band=200 * error)]
+    for name, kind, its in others:
+        steps, above_line = [k[i] for i in its], [100 * (rmse / of_all[i] - 1) for i, rmse in its.items()]
+        errors.append(charts.Line(steps, [*its.values()], name, kind))
+        distance.append(charts.Line(steps, above_line, name, kind))
+    panels = {"RMSE": errors, "RMSE over the best linear denoiser's, %": distance}
+    axis = "reverse steps T − t"
+    charts.save_panels([charts.plot_curves(title, axis, lines) for title, lines in panels.items()], file)
+    found = describe_distance(k, ours, line, float(mean[0]))
+    found += f" Over all training images that one ends at rate {rate:.4f} bits/dim and RMSE {of_all[-1]:.4f}."
+    if known:
+        last = known[-1]
+        found += f" The optimum is known, to {AGREE:.0%}, up to k = {k[last]:,}: there it is {others[0][2][last]:.2f}."
+    return found
+
+
+def describe_distance(k: list[int], ours: np.ndarray, line: np.ndarray, mean: float) -> str:
+    """Say where a network of these RMSE is farthest above the linear denoiser's, and where the mean image is better."""
+    worst = int(np.argmax(ours / line))
+    found = (
+        f"The network loses most at k = {k[worst]:,} reverse steps: RMSE {ours[worst]:.2f}, where the best "
+        f"linear denoiser has {line[worst]:.2f} ({ours[worst] / line[worst] - 1:+.1%})."
+    )
+    if worse := [steps for steps, rmse in zip(k, ours, strict=True) if rmse > mean]:
+        found += f" **It is worse than predicting the mean image** ({mean:.2f}) up to k = {worse[-1]:,}."
+    return found
