@@ -57,7 +57,7 @@ DAMAGES := 50
 SEED := 0
 fuzz: $(READY)
 	@echo "== fuzz"
-	@$(BIN)/python tests/test_fuzz.py $(CASES) $(DAMAGES) $(SEED)
+	@$(BIN)/python -u tests/test_fuzz.py $(CASES) $(DAMAGES) $(SEED)
 
 check: $(READY)
 	@echo "== ruff and mypy"
