@@ -7,11 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __all__ = [
-    "EMA", "NETWORKS", "NO_LABEL", "BoundTerms", "ContextUNet", "ContextUNetConfig", "Diffusion",
-    "DiffusionConfig", "ImportanceSampler", "MHAUNet", "MHAUNetConfig", "ReverseStep", "TrainConfig",
-    "TrainState", "UNet", "UNetConfig", "accelerate", "add_guidance", "build_network", "compute_bits_per_dim",
-    "compute_rate_distortion", "draw_shared_latent", "explain_few_steps", "from_uint8", "interpolate",
-    "run_chain", "run_image_chains", "sample", "to_uint8", "train_step",
+    "EMA", "NETWORKS", "NO_LABEL", "AnnotatedUNet", "AnnotatedUNetConfig", "ApiUNet", "ApiUNetConfig",
+    "BoundTerms", "ContextUNet", "ContextUNetConfig", "Diffusion", "DiffusionConfig", "ImportanceSampler",
+    "MHAUNet", "MHAUNetConfig", "ReverseStep", "TrainConfig", "TrainState", "UNet", "UNetConfig",
+    "accelerate", "add_guidance", "build_network", "compute_bits_per_dim", "compute_rate_distortion",
+    "draw_shared_latent", "explain_few_steps", "from_uint8", "interpolate", "run_chain", "run_image_chains",
+    "sample", "to_uint8", "train_step",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -22,8 +23,15 @@ if TYPE_CHECKING:
     from ddpm.kernels import accelerate
     from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion
     from ddpm.networks import NETWORKS, NO_LABEL
+    from ddpm.networks.annotated_unet import AnnotatedUNet, ApiUNet
     from ddpm.networks.build import build_network
-    from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
+    from ddpm.networks.config import (
+        AnnotatedUNetConfig,
+        ApiUNetConfig,
+        ContextUNetConfig,
+        MHAUNetConfig,
+        UNetConfig,
+    )
     from ddpm.networks.context_unet import ContextUNet
     from ddpm.networks.mha_unet import MHAUNet
     from ddpm.networks.unet import UNet

@@ -2,11 +2,11 @@
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 BetaSchedule = Literal["linear", "quad", "const", "warmup10", "warmup50", "jsd", "cosine"]
-Predict = Literal["eps", "x0", "mean"]
+Predict = Literal["eps", "x0", "mean", "v"]  # v is not the paper's (Salimans and Ho 2022)
 Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
 Loss = Literal["simple", "vlb", "hybrid"]
 TSampling = Literal["uniform", "importance"]
@@ -42,16 +42,16 @@ def find_value_problems(config: Any) -> Problems:
     """Find every value of a dataclass that is outside the choices or the range of its field's type."""
     hints = get_type_hints(type(config), include_extras=True)
     return [
-        (key, fault)
-        for key, hint in hints.items()
-        for fault in _find_field_problems(hint, getattr(config, key))
+        (field.name, fault)
+        for field in fields(config)
+        for fault in _find_field_problems(hints[field.name], getattr(config, field.name))
     ]
 
 
 def _find_field_problems(hint: Any, value: Any) -> list[str]:
     kind, arguments = get_origin(hint), get_args(hint)
     if kind is tuple:
-        return [fault for item in value for fault in _find_field_problems(arguments[0], item)]
+        return [fault for item in value for fault in _find_field_problems(arguments[0], item)][:1]
     if kind is Literal and value not in arguments:
         return [f"is {value!r}; choose one of {', '.join(map(str, arguments))}"]
     if kind is Annotated and value is not None and value not in arguments[1]:
@@ -67,12 +67,16 @@ Few = Annotated[int, Range(ge=1, le=64)]  # blocks of a level, multiples of a wi
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """Settings of the diffusion process and its loss; the defaults are the paper's for CIFAR-10."""
+    """Settings of the diffusion process and its loss; the defaults are the paper's for CIFAR-10.
+
+    betas: a schedule of one's own, one value for each timestep; it takes the place of the three keys before it.
+    """
 
     timesteps: Annotated[int, Range(ge=2, le=10**6)] = 1000
     beta_schedule: BetaSchedule = "linear"
     beta_start: Annotated[float, Range(gt=0, lt=1)] = 1e-4
     beta_end: Annotated[float, Range(gt=0, lt=1)] = 0.02
+    betas: tuple[Annotated[float, Range(gt=0, lt=1)], ...] = ()
     predict: Predict = "eps"
     variance: Variance = "fixedlarge"
     loss: Loss = "simple"
@@ -81,9 +85,11 @@ class DiffusionConfig:
     def find_problems(self) -> Problems:
         """Find every value that is out of range or contradicts another."""
         found = find_value_problems(self)
+        if self.betas and len(self.betas) != self.timesteps:
+            found.append(("betas", f"has {len(self.betas)} values; timesteps={self.timesteps} needs as many"))
         if self.beta_start > self.beta_end and self.beta_schedule not in ("const", "jsd", "cosine"):
             found.append(("beta_start", f"{self.beta_start} exceeds beta_end {self.beta_end}: swap them"))
-        if self.beta_schedule == "jsd" and self.predict == "eps":
+        if self.beta_schedule == "jsd" and self.predict == "eps" and not self.betas:
             found.append(
                 ("predict", "eps cannot be turned into x_0 under the jsd schedule, whose alpha_bar_T is 0: "
                  "use predict=x0 or predict=mean")
@@ -112,10 +118,9 @@ class DiffusionConfig:
 
     def compute_last_alpha_bar(self) -> float:
         """Compute alpha_bar_T, the share of an image's variance that is left in x_T."""
-        from ddpm.schedules import compute_betas  # here, because it imports torch
+        from ddpm.schedules import get_betas  # here, because it imports torch
 
-        betas = compute_betas(self.beta_schedule, self.timesteps, self.beta_start, self.beta_end)
-        return float((1 - betas).prod())
+        return float((1 - get_betas(self)).prod())
 
 
 @dataclass(frozen=True)

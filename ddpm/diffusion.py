@@ -8,6 +8,7 @@ q_mean_variance and p_mean_variance are those of the authors' code.
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ddpm.config import LEARNED, Decoder, DiffusionConfig, Variance
 from ddpm.gaussians import average_per_image, compute_decoder_log_likelihood, compute_normal_kl
-from ddpm.schedules import compute_betas
+from ddpm.schedules import get_betas
 
 Network = Callable[..., Tensor]  # net(x_t, t) or net(x_t, t, context) -> (N, C or 2C, H, W)
 
@@ -37,13 +38,16 @@ class Diffusion:
     timesteps (K,) int64: the network's t at each step of this chain; 0..T-1 unless the chain is respaced.
     """
 
-    def __init__(self, config: DiffusionConfig | None = None) -> None:
+    def __init__(self, config: DiffusionConfig | None = None, betas: Tensor | None = None) -> None:
+        """Make the process of `config`, or with these betas (T,) in place of its schedule and its timesteps."""
         config = config or DiffusionConfig()
+        if betas is not None:
+            values = tuple(betas.reshape(-1).tolist())
+            config = replace(config, betas=values, timesteps=len(values))
         if problems := config.find_problems():
             raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
         self.config = config
-        schedule = compute_betas(config.beta_schedule, config.timesteps, config.beta_start, config.beta_end)
-        self.tables = _compute_tables(schedule)
+        self.tables = _compute_tables(get_betas(config))
         self.timesteps = torch.arange(config.timesteps)
         self.is_respaced = False
 
@@ -117,6 +121,9 @@ class Diffusion:
                 x_0 = (x_t - noise) / self.gather("sqrt_alpha_bar", t, x_t)
             case "x0":
                 x_0 = prediction
+            case "v":  # Salimans and Ho 2022, App. D
+                x_0 = self.gather("sqrt_alpha_bar", t, x_t) * x_t
+                x_0 = x_0 - self.gather("sqrt_one_minus_alpha_bar", t, x_t) * prediction
             case "mean":  # Eq. 7 solved for x_0, by the full chain's coefficients: that is what was trained
                 rest = prediction - self.gather("step_coef_x_t", t, x_t) * x_t
                 x_0 = rest / self.gather("step_coef_x_0", t, x_t)
@@ -179,6 +186,9 @@ class Diffusion:
                 target = eps
             case "x0":
                 target = x_0
+            case "v":
+                target = self.gather("sqrt_alpha_bar", t, x_0) * eps
+                target = target - self.gather("sqrt_one_minus_alpha_bar", t, x_0) * x_0
             case "mean":
                 target = self.q_posterior(x_0, x_t, t).mean
         loss = average_per_image((target - prediction) ** 2)

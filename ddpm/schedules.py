@@ -6,7 +6,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ddpm.config import BetaSchedule
+from ddpm.config import BetaSchedule, DiffusionConfig
+
+
+def get_betas(config: DiffusionConfig) -> Tensor:
+    """Return the betas of the settings, float64 (T,): their own, or those of the schedule they name."""
+    if config.betas:
+        return torch.tensor(config.betas, dtype=torch.float64)
+    return compute_betas(config.beta_schedule, config.timesteps, config.beta_start, config.beta_end)
 
 
 def compute_betas(name: str, timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:

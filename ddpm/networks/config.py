@@ -1,7 +1,7 @@
 """The settings of the networks. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol
 
 from ddpm.config import Count, Few, Problems, Range, Width, find_value_problems
 
@@ -34,6 +34,7 @@ class LevelsConfig:
 
     channels: int
     channel_mult: tuple[int, ...]
+    level_key: ClassVar[str] = "channel_mult"  # the setting with a value for each level
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -45,15 +46,16 @@ class LevelsConfig:
 
         least: the smallest number of levels. norm_groups must divide the width of every level.
         """
-        found, levels = find_value_problems(self), len(self.channel_mult)
-        if self.channels % 2:
-            found.append(("channels", f"must be even, not {self.channels}"))
+        found, levels, key = find_value_problems(self), len(self.widths), self.level_key
+        for name in ("channels", "pos_dim", "time_width"):
+            if getattr(self, name, 0) % 2:
+                found.append((name, f"must be even, not {getattr(self, name)}"))
         if levels < least:
-            found.append(("channel_mult", f"must hold a multiplier for each of {least} or more levels"))
+            found.append((key, f"must hold a value for each of {least} or more levels"))
         factor = 2 ** max(levels - 1, 0)
         if image_size < 1 or image_size % factor:
             need = f"need an image size divisible by {factor}, not {image_size}"
-            found.append(("channel_mult", f"has {levels} levels, which {need}"))
+            found.append((key, f"has {levels} levels, which {need}"))
         if norm_groups < 1 or any(width % norm_groups for width in self.widths):
             widths = ", ".join(map(str, self.widths))
             found.append(("norm_groups", f"{norm_groups} does not divide every width ({widths})"))
@@ -77,6 +79,22 @@ class UNetConfig(LevelsConfig):
     norm_groups: Count = 32
     resample: Literal["conv", "transposed"] = "conv"
 
+    norm_eps: ClassVar[float] = 1e-6  # authors' code; PyTorch's default is 1e-5
+
+    @property
+    def pos_dim(self) -> int:
+        """Width of the sinusoids of t."""
+        return self.channels
+
+    @property
+    def emb_dim(self) -> int:
+        """Width of the embedding of t."""
+        return 4 * self.channels
+
+    def list_attending(self, image_size: int) -> list[bool]:
+        """Return whether each level has attention, finest first."""
+        return [side in self.attention_resolutions for side in self.list_sides(image_size)]
+
     def list_sides(self, image_size: int) -> tuple[int, ...]:
         """Return the image side at each level, finest first."""
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
@@ -91,8 +109,60 @@ class UNetConfig(LevelsConfig):
 
 
 @dataclass(frozen=True)
+class ApiUNetConfig(LevelsConfig):
+    """Settings of an `ApiUNet`; the defaults are the document's (32,416,643 parameters).
+
+    pos_dim, emb_dim: widths of the sinusoids of t and of their embedding; channels_per_depth: the width of each
+    level, the finest is depth 1; attention_depths: where every residual block is followed by attention;
+    attention_residual: attention adds to its "input", or to that "normed". Each head has the full width.
+    """
+
+    name: Literal["api_unet"] = "api_unet"
+    pos_dim: Width = 128
+    emb_dim: Width = 512
+    channels_per_depth: tuple[Width, ...] = (128, 256, 256, 256)
+    num_res_blocks: Few = 2
+    attention_depths: tuple[Few, ...] = (2,)
+    attention_residual: Literal["input", "normed"] = "input"
+    num_heads: Few = 1
+    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1
+    norm_groups: Count = 32
+    norm_eps: ClassVar[float] = 1e-5
+    resample: ClassVar[str] = "conv"
+    level_key: ClassVar[str] = "channels_per_depth"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.channels_per_depth
+
+    def list_attending(self, image_size: int) -> list[bool]:
+        """Return whether each level has attention, finest first."""
+        return [depth in self.attention_depths for depth in range(1, len(self.widths) + 1)]
+
+    def find_problems(self, image_size: int) -> Problems:
+        """Find what is wrong with these settings for images of this side."""
+        found = self.find_level_problems(image_size, norm_groups=self.norm_groups)
+        fault = f"is no depth: choose among 1 to {len(self.widths)}"
+        strays = [depth for depth in self.attention_depths if depth > len(self.widths)]
+        return found + [("attention_depths", f"{depth} {fault}") for depth in strays]
+
+
+@dataclass(frozen=True)
+class AnnotatedUNetConfig(ApiUNetConfig):
+    """Settings of an `AnnotatedUNet`; the defaults are the document's (168,898,883 parameters)."""
+
+    name: Literal["annotated_unet"] = "annotated_unet"  # type: ignore[assignment]
+    pos_dim: Width = 64
+    emb_dim: Width = 256
+    channels_per_depth: tuple[Width, ...] = (64, 128, 256, 1024)
+    attention_depths: tuple[Few, ...] = (3, 4)
+    attention_residual: Literal["input", "normed"] = "normed"
+    resample: ClassVar[str] = "transposed"
+
+
+@dataclass(frozen=True)
 class ContextUNetConfig(LevelsConfig):
-    """Settings of a `ContextUNet`.
+    """Settings of a `ContextUNet`; the defaults are the document's for 16x16.
 
     norm: of the residual blocks ("batch" is the published one; its result depends on who shares a batch);
     norm_groups: groups of every GroupNorm, which the pooled vector's way back and the head have always.
@@ -111,16 +181,18 @@ class ContextUNetConfig(LevelsConfig):
 
 @dataclass(frozen=True)
 class MHAUNetConfig(LevelsConfig):
-    """Settings of an `MHAUNet`.
+    """Settings of an `MHAUNet`; the defaults are the document's (14,553,731 parameters).
 
-    num_heads: of every attention; time_width: of the sinusoidal embedding.
+    num_heads: of every attention; time_width: of the sinusoids of t; form: the blocks of the document, or of the
+    larger "tutorial" whose time_width is 256: a residual double convolution more, gelu, no biases.
     """
 
     name: Literal["mha_unet"] = "mha_unet"
     channels: Width = 64
     channel_mult: tuple[Few, ...] = (1, 2, 4, 4)
     num_heads: Count = 4
-    time_width: Width = 256
+    time_width: Width = 128
+    form: Literal["document", "tutorial"] = "document"
 
     @property
     def up_widths(self) -> tuple[int, ...]:
@@ -135,6 +207,4 @@ class MHAUNetConfig(LevelsConfig):
         found = self.find_level_problems(image_size, least=2)
         if self.num_heads < 1 or self.channels % self.num_heads:
             found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))
-        if self.time_width % 2:
-            found.append(("time_width", f"must be even, not {self.time_width}"))
         return found

@@ -1,11 +1,8 @@
-"""The context U-Net: a small class-conditioned network for sprites and digits.
+"""The context U-Net of the published sprite walk-through: a small network that is conditioned by class.
 
-The family of the published sprite and MNIST walk-throughs: residual convolution blocks, a pooled vector in the
-middle, time that shifts and context that scales. Departures: t enters as a sinusoid and not as t / T, so that
-the network need not know T; the scale is 1 + embedding, so that a network without classes is the same one.
+Convolution blocks, a pooled vector in the middle, time that shifts and context that scales.
 """
 
-import math
 from collections import OrderedDict
 from itertools import pairwise
 
@@ -15,13 +12,13 @@ from torch import Tensor, nn
 
 from ddpm.networks import NO_LABEL
 from ddpm.networks.config import ContextUNetConfig
-from ddpm.networks.layers import SeededNetwork, build_shortcut, embed_timesteps
+from ddpm.networks.layers import SeededNetwork, build_shortcut
 
 
 class ContextUNet(SeededNetwork):
-    """Network eps_theta(x_t, t, context); time and class modulate every level but the finest.
+    """Network eps_theta(x_t, t, context); time and class modulate the two coarsest levels on the way up.
 
-    num_classes = 0 makes a network without context.
+    num_classes = 0 makes a network without context. timesteps: T, since t enters as (t + 1) / T.
     """
 
     def __init__(
@@ -31,59 +28,63 @@ class ContextUNet(SeededNetwork):
         in_channels: int,
         out_channels: int,
         num_classes: int = 0,
+        timesteps: int = 1000,
     ) -> None:
         super().__init__(config, image_size)
-        self.config, self.num_classes = config, num_classes
+        self.config, self.num_classes, self.timesteps = config, num_classes, timesteps
         widths = config.widths
-        self.conv_in = ContextResBlock(in_channels, widths[0], config)
+        self.conv_in = ContextBlock(in_channels, widths[0], config, build_shortcut(in_channels, widths[0]))
         self.down = nn.ModuleList(
             _build_down_level(fine, coarse, config) for fine, coarse in pairwise(widths)
         )
         self.middle = GlobalPool(widths[-1], image_size >> (len(widths) - 1), config.norm_groups)
-        coarse_to_fine = widths[::-1]
-        self.films = nn.ModuleList(Film(config.channels, num_classes, w) for w in coarse_to_fine[:-1])
         self.up = nn.ModuleList(
-            ContextUpLevel(coarse, fine, config) for coarse, fine in pairwise(coarse_to_fine)
+            ContextUpLevel(coarse, fine, config, Film(num_classes, coarse) if i < 2 else None)
+            for i, (coarse, fine) in enumerate(pairwise(widths[::-1]))
         )
         self.head = nn.Sequential(
             nn.Conv2d(2 * widths[0], widths[0], 3, padding=1),
             nn.GroupNorm(config.norm_groups, widths[0]),
-            nn.GELU(),
+            nn.ReLU(),
         )
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict eps, x_0 or the mean for x_t.
+        """Predict eps, x_0, v or the mean for x_t.
 
-        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: int64 (N,)
-        labels in 0..num_classes-1, NO_LABEL where there is none; None is NO_LABEL for all.
+        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1; context: int64 (N,) labels in
+        0..num_classes-1, NO_LABEL where there is none, or any float vectors (N, num_classes); None is no label for all.
         Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
 
         Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check,
         since looking would wait for the device.
         """
-        time = embed_timesteps(t, self.config.channels, x_t.dtype)
-        classes = self._encode_labels(context, t).to(x_t.dtype)
+        time = (t[:, None].to(x_t.dtype) + 1) / self.timesteps
+        classes = self._encode_context(context, t).to(x_t.dtype)
         h = finest = self.conv_in(x_t)
         skips = []
         for down in self.down:
             h = down(h)
             skips.append(h)
         h = self.middle(h)
-        for film, up in zip(self.films, self.up, strict=True):
-            h = up(film(h, time, classes), skips.pop())
+        for up in self.up:
+            h = up(h, skips.pop(), time, classes)
         return self.conv_out(self.head(torch.cat([h, finest], dim=1))).to(x_t.dtype)
 
-    def _encode_labels(self, context: Tensor | None, t: Tensor) -> Tensor:
-        """Return the labels as one-hot rows, float32 (N, num_classes); zeros for NO_LABEL."""
+    def _encode_context(self, context: Tensor | None, t: Tensor) -> Tensor:
+        """Return vectors as they are, and labels as one-hot rows, float (N, num_classes); zeros for NO_LABEL."""
         if context is None:
             return torch.zeros(len(t), self.num_classes, device=t.device)
         if not self.num_classes:
             raise ValueError("this context_unet was built without classes: set data.labels to their number")
-        if context.shape != t.shape:
+        shape = (len(t), self.num_classes)
+        if context.is_floating_point() and context.shape == shape:
+            return context
+        if context.is_floating_point() or context.shape != t.shape:
             raise ValueError(
-                f"context has shape {tuple(context.shape)}; one label per image is {tuple(t.shape)}"
+                f"context has shape {tuple(context.shape)}; one label per image is {tuple(t.shape)}, a float vector "
+                f"per image {shape}"
             )
         unknown = (context != NO_LABEL) & ((context < 0) | (context >= self.num_classes))
         if context.device.type == "cpu" and unknown.any():
@@ -95,47 +96,57 @@ class ContextUNet(SeededNetwork):
 
 
 class Film(nn.Module):
-    """FiLM (Perez et al. 2018): (1 + scale) h + shift, with scale from the class and shift from the time."""
+    """Modulation scale h + shift (Perez et al. 2018), with scale from the class and shift from the time."""
 
-    def __init__(self, time_width: int, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
-        self.shift = _build_embedding(time_width, width)
         self.scale = _build_embedding(num_classes, width) if num_classes else None
+        self.shift = _build_embedding(1, width)
 
     def forward(self, h: Tensor, time: Tensor, classes: Tensor) -> Tensor:
-        """Modulate h (N, width, H, W) by time (N, time_width) and classes (N, num_classes), zeros for no class."""
+        """Modulate h (N, width, H, W) by time (N, 1) and classes (N, num_classes), zeros for no class."""
         if self.scale is not None:
-            h = h * (1 + self.scale(classes)[:, :, None, None])
+            h = h * self.scale(classes)[:, :, None, None]
         return h + self.shift(time)[:, :, None, None]
 
 
-class ContextResBlock(nn.Module):
-    """Residual block: twice gelu(norm(conv)), plus the shortcut, divided by sqrt(2) to keep the variance."""
+class ContextBlock(nn.Module):
+    """Twice gelu(norm(conv)); with a shortcut the sum of both is divided by 1.414, the document's root of 2."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        config: ContextUNetConfig,
+        shortcut: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm1 = _build_norm(out_channels, config)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = _build_norm(out_channels, config)
-        self.shortcut = build_shortcut(in_channels, out_channels)
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.norm1(self.conv1(x)))
         h = F.gelu(self.norm2(self.conv2(h)))
-        return (self.shortcut(x) + h) / math.sqrt(2)
+        return h if self.shortcut is None else (self.shortcut(x) + h) / 1.414
 
 
 class ContextUpLevel(nn.Module):
-    """Level on the way up: joins its skip, doubles the side (transposed convolution), then two residual blocks."""
+    """Level on the way up: modulation, its skip, twice the side (transposed convolution), then two blocks."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: ContextUNetConfig) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, config: ContextUNetConfig, film: Film | None
+    ) -> None:
         super().__init__()
+        self.film = film
         self.upsample = nn.ConvTranspose2d(2 * in_channels, out_channels, 2, stride=2)
-        self.block1 = ContextResBlock(out_channels, out_channels, config)
-        self.block2 = ContextResBlock(out_channels, out_channels, config)
+        self.block1 = ContextBlock(out_channels, out_channels, config)
+        self.block2 = ContextBlock(out_channels, out_channels, config)
 
-    def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, h: Tensor, skip: Tensor, time: Tensor, classes: Tensor) -> Tensor:
+        h = h if self.film is None else self.film(h, time, classes)
         return self.block2(self.block1(self.upsample(torch.cat([h, skip], dim=1))))
 
 
@@ -149,12 +160,12 @@ class GlobalPool(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         pooled = F.gelu(h.mean(dim=(2, 3), keepdim=True))  # (N, width, 1, 1)
-        return F.gelu(self.norm(self.spread(pooled)))
+        return F.relu(self.norm(self.spread(pooled)))
 
 
 def _build_down_level(in_channels: int, out_channels: int, config: ContextUNetConfig) -> nn.Sequential:
-    """Build two residual blocks, then max-pooling to half the side."""
-    first, second = (ContextResBlock(width, out_channels, config) for width in (in_channels, out_channels))
+    """Build two blocks, then max-pooling to half the side."""
+    first, second = (ContextBlock(width, out_channels, config) for width in (in_channels, out_channels))
     return nn.Sequential(OrderedDict(block1=first, block2=second, pool=nn.MaxPool2d(2)))
 
 

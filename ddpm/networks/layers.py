@@ -83,6 +83,13 @@ class RowDropout(nn.Dropout):
         return x * factor.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
 
 
+class RowDropout2d(RowDropout):
+    """RowDropout of whole channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * super().forward(torch.ones_like(x[:, :, :1, :1]))
+
+
 @contextmanager
 def set_dropout_keys(layers: list[RowDropout], keys: Tensor) -> Iterator[None]:
     """Set the keys of the layers within the context, int32 (len(layers), 2, N, 1); none stay behind."""
@@ -95,13 +102,15 @@ def set_dropout_keys(layers: list[RowDropout], keys: Tensor) -> Iterator[None]:
             layer.keys = None
 
 
-def embed_timesteps(t: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def embed_timesteps(
+    t: Tensor, width: int, dtype: torch.dtype = torch.float32, endpoint: bool = True
+) -> Tensor:
     """Embed t (N,) in sinusoids: (N, width) of dtype, all sines, then all cosines (authors' code).
 
-    Frequencies 10000^(-i / (half-1)), i = 0..half-1, half = width / 2.
+    Frequencies 10000^(-i / (half-1)), i = 0..half-1, half = width / 2; without endpoint 10000^(-i / half).
     """
     half = width // 2
-    exponent = torch.arange(half, dtype=dtype, device=t.device) / (half - 1)
+    exponent = torch.arange(half, dtype=dtype, device=t.device) / (half - 1 if endpoint else half)
     angle = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 

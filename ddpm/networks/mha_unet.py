@@ -1,6 +1,6 @@
-"""The U-Net with multi-head attention on every level, of the published 64x64 walk-throughs.
+"""The U-Net with multi-head attention on every level, of the published 64x64 walk-through.
 
-Their widths at 64x64: 64, 128, 256, 256, a bottleneck of 512, and decoder levels of 128, 64, 64.
+Its widths at 64x64: 64, 128, 256, 256, a bottleneck of 512, and decoder levels of 128, 64, 64.
 """
 
 from collections import OrderedDict
@@ -21,61 +21,69 @@ class MHAUNet(SeededNetwork):
         super().__init__(config, image_size)
         self.config = config
         widths, up_widths = config.widths, config.up_widths
-        self.conv_in = DoubleConv(in_channels, widths[0], widths[0])
+        tutorial = config.form == "tutorial"
+        self.conv_in = DoubleConv(in_channels, widths[0], widths[0], tutorial)
         self.down = nn.ModuleList(MHADownLevel(fine, coarse, config) for fine, coarse in pairwise(widths))
         wide = 2 * widths[-1]
         self.bottleneck = nn.Sequential(
-            DoubleConv(widths[-1], wide, wide),
-            DoubleConv(wide, wide, wide),
-            DoubleConv(wide, up_widths[0], up_widths[0]),
+            DoubleConv(widths[-1], wide, wide, tutorial),
+            DoubleConv(wide, wide, wide, tutorial),
+            DoubleConv(wide, up_widths[0], up_widths[0], tutorial),
         )
         self.up = nn.ModuleList(MHAUpLevel(coarse, fine, config) for coarse, fine in pairwise(up_widths))
         self.conv_out = nn.Conv2d(up_widths[-1], out_channels, 1)
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict eps, x_0 or the mean for x_t.
+        """Predict eps, x_0, v or the mean for x_t.
 
         x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None.
         Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
         """
         if context is not None:
             raise ValueError("the mha_unet takes no labels: use context_unet, or set data.labels=0")
-        temb = F.silu(embed_timesteps(t, self.config.time_width, x_t.dtype))
+        encoding = embed_timesteps(t, self.config.time_width, x_t.dtype, endpoint=False)
+        down_temb = F.relu(encoding) if self.config.form == "document" else F.silu(encoding)
         h = self.conv_in(x_t)
         skips = []
         for down in self.down:
             skips.append(h)
-            h = down(h, temb)
+            h = down(h, down_temb)
         h = self.bottleneck(h)
         for up in self.up:
-            h = up(h, temb, skips.pop())
+            h = up(h, F.silu(encoding), skips.pop())
         return self.conv_out(h).to(x_t.dtype)
 
 
 class DoubleConv(nn.Sequential):
-    """Two 3x3 convolutions without bias, each with GroupNorm over all channels; gelu between them."""
+    """Two 3x3 convolutions, each with GroupNorm over all channels and relu; in the tutorial's form one gelu between."""
 
-    def __init__(self, in_channels: int, mid_channels: int, out_channels: int) -> None:
-        conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=False)
-        conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=False)
+    def __init__(self, in_channels: int, mid_channels: int, out_channels: int, is_tutorial: bool) -> None:
+        conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=not is_tutorial)
+        conv2 = nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=not is_tutorial)
         norm1, norm2 = nn.GroupNorm(1, mid_channels), nn.GroupNorm(1, out_channels)
-        super().__init__(OrderedDict(conv1=conv1, norm1=norm1, gelu=nn.GELU(), conv2=conv2, norm2=norm2))
+        act1, act2 = (nn.GELU(), nn.Identity()) if is_tutorial else (nn.ReLU(), nn.ReLU())
+        layers = {"conv1": conv1, "norm1": norm1, "act1": act1, "conv2": conv2, "norm2": norm2, "act2": act2}
+        super().__init__(OrderedDict(layers))
 
 
 class MHABlock(nn.Module):
-    """Residual double convolution, double convolution to the new width, time embedding, then attention."""
+    """Double convolution to the new width, time, then attention; in the tutorial's form a residual one before."""
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()
-        self.residual = DoubleConv(in_channels, in_channels, in_channels)
-        self.conv = DoubleConv(in_channels, mid_channels, out_channels)
+        tutorial = config.form == "tutorial"
+        self.residual = DoubleConv(in_channels, in_channels, in_channels, True) if tutorial else None
+        self.conv = DoubleConv(
+            in_channels, mid_channels if tutorial else out_channels, out_channels, tutorial
+        )
         self.time_proj = nn.Linear(config.time_width, out_channels)
         self.attention = MultiHeadAttention(out_channels, config.num_heads)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv(F.gelu(x + self.residual(x)))
-        return self.attention(h + self.time_proj(temb)[:, :, None, None])
+        if self.residual is not None:
+            x = F.gelu(x + self.residual(x))
+        return self.attention(self.conv(x) + self.time_proj(temb)[:, :, None, None])
 
 
 class MHADownLevel(nn.Module):
@@ -90,15 +98,15 @@ class MHADownLevel(nn.Module):
 
 
 class MHAUpLevel(nn.Module):
-    """Bilinear upsampling to twice the side, concatenation of the skip, then a block."""
+    """Bilinear upsampling to twice the side, concatenation after the skip, then a block."""
 
     def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()
         self.block = MHABlock(2 * in_channels, in_channels, out_channels, config)
 
     def forward(self, h: Tensor, temb: Tensor, skip: Tensor) -> Tensor:
-        h = F.interpolate(h, scale_factor=2.0, mode="bilinear")
-        return self.block(torch.cat([h, skip], dim=1), temb)
+        h = F.interpolate(h, scale_factor=2.0, mode="bilinear", align_corners=True)
+        return self.block(torch.cat([skip, h], dim=1), temb)
 
 
 class MultiHeadAttention(nn.Module):

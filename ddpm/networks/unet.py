@@ -7,62 +7,103 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.config import UNetConfig
+from ddpm.networks.config import ApiUNetConfig, UNetConfig
 from ddpm.networks.layers import RowDropout, SeededNetwork, build_shortcut, embed_timesteps
 
-NORM_EPS = 1e-6  # authors' code; PyTorch's default is 1e-5
 swish = F.silu
+Layers = tuple[list[nn.Module], list[nn.Module]]  # blocks and their attentions
 
 
 class UNet(SeededNetwork):
     """eps_theta(x_t, t): residual blocks on several resolutions, joined by skip connections.
 
-    `image_size` decides only which levels have attention.
+    `image_size` decides only which levels have attention. The U-Nets that differ in some layers replace `build_*`.
     """
 
     # The last layer of each residual branch, and of the net.
     near_zero: ClassVar[tuple[str, ...]] = ("conv2", "proj_out", "conv_out")
 
-    def __init__(self, config: UNetConfig, image_size: int, in_channels: int, out_channels: int) -> None:
+    def __init__(
+        self, config: UNetConfig | ApiUNetConfig, image_size: int, in_channels: int, out_channels: int
+    ) -> None:
         super().__init__(config, image_size)
-        self.config = config
-        width, blocks = config.channels, config.num_res_blocks
-        levels = list(zip(config.widths, config.list_sides(image_size), strict=True))
-        self.time_mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+        self.config, width = config, config.widths[0]
+        levels = list(zip(config.widths, config.list_attending(image_size), strict=True))
+        self.time_mlp = nn.Sequential(
+            nn.Linear(config.pos_dim, config.emb_dim), nn.SiLU(), nn.Linear(config.emb_dim, config.emb_dim)
+        )
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
         skips = [width]  # the width of every skip, in the order in which they are pushed
-        for i, (width, side) in enumerate(levels):
+        for i, (width, attends) in enumerate(levels):
+            widths = [skips[-1]] + [width] * config.num_res_blocks
             is_coarsest = i == len(levels) - 1
-            in_widths = [skips[-1]] + [width] * (blocks - 1)
-            self.down.append(DownLevel(in_widths, width, side, is_coarsest, config))
-            skips += [width] * (blocks if is_coarsest else blocks + 1)
-        self.middle = Middle(width, config)
+            downsample = None if is_coarsest else self.build_downsample(width)
+            self.down.append(
+                DownLevel(*self._build_level(widths[:-1], widths[1:], attends), downsample=downsample)
+            )
+            skips += widths[1:] if is_coarsest else [*widths[1:], width]
+        self.middle = nn.ModuleDict(
+            {
+                "block1": self.build_block(width, width),
+                "attention": self.build_attention(width),
+                "block2": self.build_block(width, width),
+            }
+        )
         self.up = nn.ModuleList()
-        for i, (out_width, side) in reversed(list(enumerate(levels))):
+        for i, (level_width, attends) in reversed(list(enumerate(levels))):
             # One block more than on the way down, for the skip that was downsampled.
-            in_widths = [(out_width if n else width) + skips.pop() for n in range(blocks + 1)]
-            self.up.append(UpLevel(in_widths, out_width, side, i == 0, config))
-            width = out_width
-        self.norm_out = nn.GroupNorm(config.norm_groups, width, NORM_EPS)
+            widths = [width, *self.list_up_widths(level_width, config.widths[max(i - 1, 0)])]
+            in_widths, width = [inner + skips.pop() for inner in widths[:-1]], widths[-1]
+            upsample = self.build_upsample(width) if i else nn.Identity()
+            self.up.append(UpLevel(*self._build_level(in_widths, widths[1:], attends), upsample=upsample))
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self.reset_parameters()
 
+    def _build_level(self, in_widths: list[int], widths: list[int], attends: bool) -> Layers:
+        blocks: list[nn.Module] = [self.build_block(*pair) for pair in zip(in_widths, widths, strict=True)]
+        return blocks, [self.build_attention(width) if attends else nn.Identity() for width in widths]
+
+    def build_block(self, in_channels: int, out_channels: int) -> "ResBlock":
+        """Build a residual block."""
+        return ResBlock(in_channels, out_channels, self.config)
+
+    def build_attention(self, width: int) -> nn.Module:
+        """Build the attention behind a block."""
+        return SelfAttention(width, self.config.norm_groups)
+
+    def build_downsample(self, width: int) -> nn.Module:
+        """Build what halves the side, padded on the right and bottom only (TensorFlow's SAME)."""
+        pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
+        return nn.Sequential(OrderedDict(pad=pad, conv=conv))
+
+    def build_upsample(self, width: int) -> nn.Module:
+        """Build what doubles the side."""
+        if self.config.resample == "conv":
+            return Upsample(width)
+        return nn.Sequential(OrderedDict(conv=nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)))
+
+    def list_up_widths(self, width: int, finer: int) -> list[int]:
+        """Return the output width of each block of a level on the way up; `finer` is the next level's."""
+        return [width] * (self.config.num_res_blocks + 1)
+
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict eps, x_0 or the mean for x_t.
+        """Predict eps, x_0, v or the mean for x_t.
 
         x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None.
         Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
         """
         if context is not None:
-            raise ValueError("the unet takes no labels: use context_unet, or leave data.labels off")
+            raise ValueError("the unet takes no labels: use context_unet, or set data.labels=0")
         # The swish before every block's projection is the same tensor, so it is taken once.
-        temb = swish(self.time_mlp(embed_timesteps(t, self.config.channels, x_t.dtype)))
+        temb = swish(self.time_mlp(embed_timesteps(t, self.config.pos_dim, x_t.dtype)))
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:
             h = level(h, temb, skips)
-        h = self.middle(h, temb)
+        h = self.middle["attention"](self.middle["block1"](h, temb))
+        h = self.middle["block2"](h, temb)
         for level in self.up:
             h = level(h, temb, skips)
         return self.project_output(h).to(x_t.dtype)
@@ -73,28 +114,22 @@ class UNet(SeededNetwork):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the resolution has it."""
+    """Residual blocks of one resolution, each followed by attention where the resolution has it, and resampling."""
 
-    def __init__(self, in_widths: list[int], width: int, side: int, config: UNetConfig) -> None:
+    downsample: nn.Module | None
+    upsample: nn.Module
+
+    def __init__(
+        self, blocks: list[nn.Module], attentions: list[nn.Module], **resampling: nn.Module | None
+    ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(in_width, width, config) for in_width in in_widths)
-        attends = side in config.attention_resolutions
-        self.attentions = nn.ModuleList(
-            SelfAttention(width, config.norm_groups) if attends else nn.Identity() for _ in in_widths
-        )
+        self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
+        for name, layer in resampling.items():
+            setattr(self, name, layer)
 
 
 class DownLevel(Level):
     """Level on the way down: its blocks, then downsampling; the coarsest has none."""
-
-    def __init__(
-        self, in_widths: list[int], width: int, side: int, is_coarsest: bool, config: UNetConfig
-    ) -> None:
-        super().__init__(in_widths, width, side, config)
-        self.downsample = None
-        if not is_coarsest:  # padded on the right and bottom only (TensorFlow's SAME)
-            pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
-            self.downsample = nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks and append each output to `skips`, the downsampled one too."""
@@ -110,17 +145,6 @@ class DownLevel(Level):
 class UpLevel(Level):
     """Level on the way up: its blocks, each of which takes one skip, then upsampling; the finest has none."""
 
-    def __init__(
-        self, in_widths: list[int], width: int, side: int, is_finest: bool, config: UNetConfig
-    ) -> None:
-        super().__init__(in_widths, width, side, config)
-        self.upsample: nn.Module = nn.Identity()
-        if not is_finest and config.resample == "conv":
-            self.upsample = Upsample(width)
-        elif not is_finest:
-            conv = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
-            self.upsample = nn.Sequential(OrderedDict(conv=conv))
-
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks; each takes the last skip and concatenates it after the channels of h."""
         for block, attention in zip(self.blocks, self.attentions, strict=True):
@@ -128,28 +152,15 @@ class UpLevel(Level):
         return self.upsample(h)
 
 
-class Middle(nn.Module):
-    """Block, attention, block at the coarsest resolution."""
-
-    def __init__(self, width: int, config: UNetConfig) -> None:
-        super().__init__()
-        self.block1 = ResBlock(width, width, config)
-        self.attention = SelfAttention(width, config.norm_groups)
-        self.block2 = ResBlock(width, width, config)
-
-    def forward(self, h: Tensor, temb: Tensor) -> Tensor:
-        return self.block2(self.attention(self.block1(h, temb)), temb)
-
-
 class ResBlock(nn.Module):
     """Residual block: twice norm, swish and 3x3 convolution; the time is added between them. No 1/sqrt(2)."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig | ApiUNetConfig) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, NORM_EPS)
+        self.norm1 = nn.GroupNorm(config.norm_groups, in_channels, config.norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(4 * config.channels, out_channels)
-        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, NORM_EPS)
+        self.time_proj = nn.Linear(config.emb_dim, out_channels)
+        self.norm2 = nn.GroupNorm(config.norm_groups, out_channels, config.norm_eps)
         self.dropout = RowDropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = build_shortcut(in_channels, out_channels)
@@ -165,7 +176,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(norm_groups, channels, NORM_EPS)
+        self.norm = nn.GroupNorm(norm_groups, channels, UNetConfig.norm_eps)
         self.q, self.k, self.v = (nn.Linear(channels, channels) for _ in range(3))
         self.proj_out = nn.Linear(channels, channels)
 

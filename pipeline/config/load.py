@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import yaml
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # The keys that hold paths.
 PATHS = [
     ("data", "path"),
+    ("diffusion", "betas"),
     ("published", "path"),
     ("evaluate", "extractor_weights"),
     ("evaluate", "reference"),
@@ -70,6 +71,9 @@ def load_experiment(name: str, overrides: list[str], known: Names | None = None)
 
 def _convert_experiment(name: str, overrides: list[str], known: Names | None) -> tuple[Tree, ProblemsByKey]:
     tree, types = _read_experiment(name, overrides)
+    diffusion = tree.get("diffusion")
+    if isinstance(diffusion, dict) and isinstance(path := diffusion.get("betas"), str):
+        diffusion["betas"] = _read_betas(path)
     values, problems = convert_values(types, tree)
     return values, problems | find_unknown_names(tree, {"model.name": NETWORKS, **(known or {})})
 
@@ -89,8 +93,21 @@ def _format_problems(problems: ProblemsByKey) -> list[str]:
     return [f"{key} {problem}" for key, problem in problems.items()]
 
 
-def _is_path(key: str, value: str | None) -> bool:
-    return bool(value) and not (key == "reference" and value in SPLITS)
+def _read_betas(path: str) -> list[float]:
+    """Read the betas of a schedule, one for each timestep. Raises ConfigError."""
+    import numpy as np  # here, so that other configurations are read without it
+
+    try:
+        betas = np.load(Path(path).expanduser(), allow_pickle=False)
+        if betas.ndim != 1 or betas.dtype.kind != "f":
+            raise ValueError(f"{betas.dtype} of shape {betas.shape}; a float for each timestep is expected")
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise ConfigError(f"diffusion.betas={path} is no .npy file of a schedule: {error}") from error
+    return list(betas.tolist())
+
+
+def _is_path(key: str, value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and bool(value) and not (key == "reference" and value in SPLITS)
 
 
 def find_relative_paths(name: str, overrides: list[str]) -> list[str]:

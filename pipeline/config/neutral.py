@@ -17,6 +17,7 @@ NEUTRAL: dict[str, Any] = {
     "data.background": None,
     "data.image_column": None,
     "data.limit": None,
+    "diffusion.betas": [],
     "diffusion.t_sampling": "uniform",
     "train.grad_clip": None,
     "train.lr_decay": "none",
@@ -27,6 +28,7 @@ NEUTRAL: dict[str, Any] = {
     "published.weights": None,
     "sample.steps": None,
     "sample.variance": None,
+    "sample.ema_decay": None,
     "sample.label": None,
     "sample.guidance_scale": 1.0,
     "sample.first_index": 0,
@@ -44,6 +46,8 @@ UNHASHED = {"train.accumulate", "train.compile", "train.deterministic", "sample.
 # Version 1 is left out of the key.
 FORMULAS = {
     "diffusion.variance=learned_range": 2,  # the upper end at t = 0 is log beta_1; it was log beta~_2
+    "model.name=context_unet": 2,  # the network of its document; it was a relative
+    "model.name=mha_unet": 2,  # likewise
     "model.dropout": 2,  # a mask depends on its image alone; it was the batch's, so that the cut of the batch counted
 }
 

@@ -117,6 +117,7 @@ class SampleConfig:
 
     first_index: sample i is a function of first_index + i. batch_size: the images of one unit.
     steps: null = all T; eta: 0 is deterministic, 1 ancestral; variance: null = diffusion.variance.
+    ema_decay: which of train.ema_decay's averages, null = the first.
     checkpoint: a step, `last` (step train.steps), or `best` (of evaluate.checkpoints).
     label: null (no class), a class, or `cycle` (image i gets class i modulo data.labels).
     guidance_scale: 1 is the plain conditional network, more exaggerates.
@@ -131,6 +132,7 @@ class SampleConfig:
     variance: FixedVariance | None
     batch_size: Count
     weights: Literal["ema", "raw"]
+    ema_decay: Annotated[float | None, Range(ge=0, lt=1)]
     checkpoint: int | Literal["last", "best"]
     label: int | Literal["cycle"] | None
     guidance_scale: Annotated[float, Range(ge=0, le=10**6)]
@@ -287,6 +289,12 @@ class Experiment:
 
     def _find_checkpoint_problems(self) -> Iterator[Problem]:
         sample, evaluate, train = self.sample, self.evaluate, self.train
+        averages = (
+            train.ema_decay if self.weights_kind.startswith("ema") and not self.published.weights else ()
+        )
+        if sample.ema_decay is not None and sample.ema_decay not in averages:
+            known = f"among train.ema_decay={list(train.ema_decay)}, with sample.weights=ema"
+            yield "sample.ema_decay", f"is {sample.ema_decay}; choose null or one {known}"
         if isinstance(sample.checkpoint, int) and not 0 <= sample.checkpoint <= train.steps:
             limit = f"between 0 and train.steps={train.steps}"
             yield "sample.checkpoint", f"is {sample.checkpoint}; it must lie {limit}"
@@ -355,7 +363,14 @@ class Experiment:
     @property
     def weights_kind(self) -> str:
         """The kind of weights that are sampled and scored, as in protocols: ema, raw or unknown."""
-        return self.published.weights or self.sample.weights
+        kind, decay = self.published.weights or self.sample.weights, self.sample.ema_decay
+        return kind if decay is None else f"{kind} {decay:g}"
+
+    @property
+    def ema_number(self) -> int:
+        """The place in train.ema_decay of the average that is sampled and scored."""
+        decay = self.sample.ema_decay
+        return 0 if decay is None else self.train.ema_decay.index(decay)
 
     def make_candidate(self, step: int) -> Experiment:
         """Return the experiment that scores the checkpoint of `step` for the selection: fewer images, FID only."""
@@ -366,7 +381,7 @@ class Experiment:
 
     def select_checkpoint(self, step: int, candidates: int) -> Experiment:
         """Return the experiment with `step` as its selected checkpoint, the best of `candidates`."""
-        images, weights = self.evaluate.checkpoint_images, self.sample.weights
+        images, weights = self.evaluate.checkpoint_images, self.weights_kind
         rule = f"best of {candidates} checkpoints by FID on {images} other images, {weights} weights"
         return replace(self, selected=SelectedCheckpoint(step, candidates, rule))
 

@@ -78,7 +78,7 @@ RECIPE: dict[str, dict[str, Any]] = {
 def has_paper_schedule(diffusion: DiffusionConfig) -> bool:
     """Return whether x_t is as noisy at each t as in the paper."""
     keys = ("timesteps", "beta_schedule", "beta_start", "beta_end")
-    return all(getattr(diffusion, key) == RECIPE["diffusion"][key] for key in keys)
+    return not diffusion.betas and all(getattr(diffusion, key) == RECIPE["diffusion"][key] for key in keys)
 
 
 # Table 4: {k = T - t + 1: (rate in bits/dim, RMSE on the scale 0 to 255)}, CIFAR-10, test set, L_simple.

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from ddpm.config import DiffusionConfig
-from ddpm.schedules import compute_betas
+from ddpm.schedules import get_betas
 from pipeline.drawing import charts
 from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_picture
 from pipeline.report.run_files import RunFiles
@@ -121,9 +121,7 @@ def draw_rate_distortion(
 
 def draw_schedule(diffusion: DiffusionConfig, folder: Path) -> tuple[float, list[Picture]]:
     """Draw beta, alpha_bar and the signal-to-noise ratio over t. Return alpha_bar at t = T, and the pictures."""
-    beta = compute_betas(
-        diffusion.beta_schedule, diffusion.timesteps, diffusion.beta_start, diffusion.beta_end
-    )
+    beta = get_betas(diffusion)
     alpha_bar = torch.cumprod(1 - beta, 0)
     snr = alpha_bar / (1 - alpha_bar)
     t, pictures = range(1, len(beta) + 1), []

@@ -225,13 +225,13 @@ def list_used_steps(run: Place) -> set[int]:
     return steps | {score["step"] for scores in selected for score in scores}
 
 
-def load_weights(directory: Path, which: str) -> Tensors:
-    """Return the network's tensors, `ema` or `raw`. Raises PipelineError where the checkpoint is broken."""
-    if which == "ema":
+def load_weights(directory: Path, which: str, number: int = 0) -> Tensors:
+    """Return the network's tensors, `raw` or the `ema` of this number. Raises PipelineError where they are broken."""
+    if which == "ema" and number == 0:
         verify_checkpoint(directory)
         return load_file(directory / EMA)
-    state = load_checkpoint(directory)
-    return {name.removeprefix("net."): tensor for name, tensor in state.items() if name.startswith("net.")}
+    state, prefix = load_checkpoint(directory), "net." if which == "raw" else f"ema.{number}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
@@ -243,7 +243,9 @@ def create_network(experiment: Experiment, device: torch.device | str = "cpu") -
         return PosteriorMean(diffusion, images)
     outputs = diffusion.count_output_channels(data.channels)
     labels = data.labels if experiment.takes_labels else 0
-    net = build_network(experiment.model, data.image_size, data.channels, outputs, seed, labels, device)
+    net = build_network(
+        experiment.model, data.image_size, data.channels, outputs, seed, labels, device, len(diffusion)
+    )
     return accelerate(net)
 
 
@@ -262,7 +264,7 @@ def load_network(
     verify_step(place, step, "seal")
     net = create_network(experiment, "meta")
     net.to_empty(device="cpu")
-    net.load_state_dict(load_weights(directory, experiment.sample.weights))
+    net.load_state_dict(load_weights(directory, experiment.sample.weights, experiment.ema_number))
     net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     net = BF16Network(net) if precision == "bf16" else net
     return cast(nn.Module, torch.compile(net)) if compiled else net

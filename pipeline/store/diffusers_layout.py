@@ -60,7 +60,7 @@ REMEDIES = {
 }
 
 SCHEDULES = {"linear": "linear", "quad": "scaled_linear", "cosine": "squaredcos_cap_v2"}
-PREDICTIONS = {"eps": "epsilon", "x0": "sample"}
+PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small", "learned_range": "learned_range"}
 
 RENAMES = [  # from our names of tensors to those of diffusers
@@ -310,7 +310,7 @@ def make_scheduler_settings(experiment: Experiment) -> Settings:
     for key, value, known in (("predict", diffusion.predict, PREDICTIONS), ("variance", variance, VARIANCES)):
         if value not in known:
             raise PipelineError(f"diffusion.{key}={value} is nothing that diffusers' DDPMScheduler reverses")
-    named = diffusion.beta_schedule in SCHEDULES
+    named = diffusion.beta_schedule in SCHEDULES and not diffusion.betas
     return {
         "num_train_timesteps": diffusion.timesteps,
         "beta_schedule": SCHEDULES.get(diffusion.beta_schedule, "linear"),

@@ -113,4 +113,5 @@ def _list_parameters(place: Place) -> dict[str, str]:
     if (place.data / MANIFEST).exists():
         splits = read_json(place.data / MANIFEST, ShardSetFacts)["splits"]
         parameters |= {f"data.{name}_images": split["count"] for name, split in splits.items()}
-    return {key: str(value) for key, value in parameters.items()}
+    # MLflow takes no longer values than the first thousands of characters; most runs have no betas of their own.
+    return {key: str(value)[:500] for key, value in parameters.items() if value or key != "diffusion.betas"}

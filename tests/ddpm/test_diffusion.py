@@ -32,6 +32,16 @@ def test_alpha_bar_golden_values(t, golden):
     assert Diffusion().tables["alpha_bar"][t].item() == pytest.approx(golden, rel=1e-12)
 
 
+def test_betas_of_ones_own_take_the_place_of_the_schedule():
+    own = Diffusion(replace(PAPER, predict="v"), betas=Diffusion().tables["beta"][:500])
+    assert len(own) == 500 and own.config.predict == "v"
+    assert torch.equal(own.tables["alpha_bar"], Diffusion().tables["alpha_bar"][:500])
+    sigmoid = 1e-4 + 0.0199 * torch.sigmoid(torch.linspace(6, -6, 100))  # float32, and descending
+    assert torch.equal(Diffusion(betas=sigmoid).tables["beta"], sigmoid.double())
+    with pytest.raises(ValueError, match=r"betas: is 1.5; it must be above 0 and below 1$"):
+        Diffusion(betas=torch.tensor([0.1, 1.5, 2.0]))
+
+
 def test_log_variances_at_index_0_are_those_of_index_1():
     tables = Diffusion().tables
     assert tables["posterior_variance"][0] == 0
@@ -50,7 +60,7 @@ def test_tables_are_float64_and_gathered_in_the_type_of_the_images():
 
 
 @pytest.mark.parametrize("variance, name", [("fixedlarge", "fixed_large"), ("fixedsmall", "fixed_small")])
-@pytest.mark.parametrize("predict, name_there", [("eps", "epsilon"), ("x0", "sample")])
+@pytest.mark.parametrize("predict, name_there", [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
 def test_reverse_steps_agree_with_diffusers(predict, name_there, variance, name):
     diffusion = Diffusion(replace(PAPER, predict=predict, variance=variance))
     theirs = DDPMScheduler(beta_schedule="linear", variance_type=name, prediction_type=name_there)
@@ -71,8 +81,8 @@ def test_reverse_steps_agree_with_diffusers(predict, name_there, variance, name)
         torch.testing.assert_close(step, there.prev_sample, rtol=1e-10, atol=1e-10)
 
 
-def test_eps_x0_and_mean_predictions_agree():
-    """The same belief, told three ways, gives the same reverse step, estimate and bound."""
+def test_all_predictions_agree():
+    """The same belief, told four ways, gives the same reverse step, estimate and bound."""
     t = torch.arange(1000)
     x_0, x_t, _ = triple(t, Diffusion())
     belief = x_0 + 0.1 * randn(*x_0.shape, seed=5)
@@ -80,6 +90,7 @@ def test_eps_x0_and_mean_predictions_agree():
     outputs = {
         "eps": (x_t - mean) / variance.sqrt(),
         "x0": belief,
+        "v": ((1 - variance).sqrt() * x_t - belief) / variance.sqrt(),
         "mean": Diffusion().q_posterior(belief, x_t, t).mean,
     }
     for predict, output in outputs.items():
@@ -126,7 +137,9 @@ def test_simple_loss_is_the_mean_square_of_each_prediction():
     t = torch.tensor([0, 7, 500, 999])
     x_0, x_t, eps = triple(t, Diffusion())
     output = randn(*SHAPE, seed=2)
-    targets = {"eps": eps, "x0": x_0, "mean": Diffusion().q_posterior(x_0, x_t, t).mean}
+    alpha_bar = Diffusion().tables["alpha_bar"][t].reshape(-1, 1, 1, 1)
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x_0
+    targets = {"eps": eps, "x0": x_0, "v": v, "mean": Diffusion().q_posterior(x_0, x_t, t).mean}
     for predict, target in targets.items():
         loss = Diffusion(replace(PAPER, predict=predict)).compute_losses(output, x_0, x_t, t, eps)
         expected = [((output[n] - target[n]) ** 2).sum().item() / 12 for n in range(4)]
@@ -214,8 +227,9 @@ def test_timesteps_that_do_not_ascend_within_the_chain_are_refused(chosen):
     [
         ({"timesteps": 1}, "timesteps"), ({"beta_start": 0.0}, "beta_start"), ({"beta_end": 1.0}, "beta_end"),
         ({"beta_start": 0.03}, "beta_start"), ({"beta_schedule": "sigmoid"}, "beta_schedule"),
-        ({"predict": "v"}, "predict"), ({"beta_schedule": "jsd"}, "predict"), ({"loss": "hybrid"}, "loss"),
-        ({"variance": "learned"}, "loss"),
+        ({"predict": "velocity"}, "predict"), ({"beta_schedule": "jsd"}, "predict"), ({"loss": "hybrid"}, "loss"),
+        ({"variance": "learned"}, "loss"), ({"betas": (0.1, 0.2)}, "betas"), ({"betas": (1.0,) * 1000}, "betas"),
+        ({"betas": (math.nan,) * 1000}, "betas"),
         ({"variance": "learned_range"}, "loss"), ({"t_sampling": "sometimes"}, "t_sampling"),
     ],
 )  # fmt: skip

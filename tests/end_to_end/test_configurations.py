@@ -28,6 +28,7 @@ NARROW = {
     "unet": ["model.channels=4", "model.norm_groups=2"],
     "context_unet": ["model.channels=8", "model.norm_groups=4"],
     "mha_unet": ["model.channels=8", "model.time_width=8", "model.num_heads=1"],
+    "annotated_unet": ["model.channels_per_depth=[4,4,4,8]", "model.norm_groups=2"],
 }
 SHORT = [
     "published.weights=null", "diffusion.timesteps=3", "train.steps=2", "train.batch_size=2",

@@ -28,7 +28,11 @@ CALL = (256, 2**18)  # images and pixels that one network call of the bound take
 def hash_weights(place: Place) -> str | None:
     """Return the sha256 of the weights that are sampled; None if they are not there."""
     folder = place.step_folder(place.experiment.checkpoint_step)
-    file = checkpoint.EMA if place.experiment.sample.weights == "ema" else checkpoint.STATE
+    file = (
+        checkpoint.EMA
+        if place.experiment.sample.weights == "ema" and not place.experiment.ema_number
+        else checkpoint.STATE
+    )
     return checkpoint.read_meta(folder)["files"][file]["sha256"] if folder.is_dir() else None
 
 
@@ -66,7 +70,9 @@ def plan_units(place: Place) -> dict[Path, Unit]:
     """
     experiment, config = place.experiment, place.experiment.evaluate
     split = hash_shards(tars.open_shards(place.data).list_shards(config.nll_split))
-    step, weights = experiment.checkpoint_step, experiment.sample.weights
+    step, weights = experiment.checkpoint_step, str(experiment.sample.weights)
+    if number := experiment.ema_number:
+        weights += f" {number}"
     network = [place.run_key, step, weights, hash_weights(place), config.precision]
     q, draws, passes = None, None, experiment.diffusion.timesteps
     if config.nll_timesteps:

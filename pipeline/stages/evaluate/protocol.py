@@ -8,6 +8,7 @@ from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images, load_profile
 from pipeline.store import tars
+from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
 
@@ -19,12 +20,15 @@ def needs_samples(experiment: Experiment) -> bool:
 def describe_score_protocol(place: Place) -> ScoreProtocol:
     """Return the protocol of the scores; `images`: the entries on the features."""
     experiment, config, diffusion = place.experiment, place.experiment.evaluate, place.experiment.diffusion
+    schedule = f"{diffusion.beta_schedule}, beta {diffusion.beta_start:g} to {diffusion.beta_end:g}"
+    if betas := diffusion.betas:
+        schedule = f"own betas {hash_content(betas)}, {betas[0]:g} to {betas[-1]:g}"
     selected = experiment.selected if experiment.checkpoint_rule else None
     origin = "published" if experiment.published.weights else str(experiment.sample.checkpoint)
     found: ScoreProtocol = {
         "official_data": tars.open_shards(place.data).facts.get("official"),
         "timesteps": diffusion.timesteps,
-        "schedule": f"{diffusion.beta_schedule}, beta {diffusion.beta_start:g} to {diffusion.beta_end:g}",
+        "schedule": schedule,
         "conditional": experiment.takes_labels, "weights": experiment.weights_kind,
         "checkpoint": experiment.checkpoint_step, "checkpoint_rule": selected.rule if selected else origin,
         "minimum_fid": selected is not None and selected.candidates > 1,

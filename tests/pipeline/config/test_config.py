@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,15 +32,15 @@ PARAMETERS = {  # the paper (App. B) has 35.7 million for CIFAR-10, 114 for 256 
     "cifar10_vlb_eps_learned": WITH_VARIANCE,
     "cifar10_vlb_mean_fixed": PAPER,
     "cifar10_vlb_mean_learned": WITH_VARIANCE,
-    "context_digits": 1_069_633,
-    "context_sprites": 1_501_443,
+    "context_digits": 1_053_249,
+    "context_sprites": 1_481_027,  # source document 001, in its right form
     "digits": 701_345,
     "lsun_bedroom": 113_673_219,
     "lsun_bedroom_large": 255_677_955,
     "lsun_cat": 113_673_219,
     "lsun_church": 113_673_219,
-    "mha64": 23_332_739,
-    "unet_annotated": 212_015_235,
+    "mha64": 14_553_731,  # source document 002
+    "unet_annotated": 168_898_883,  # source document 000, without the parts that it never uses
 }
 
 
@@ -134,7 +135,7 @@ def test_256_pixels_are_the_papers(name):
 
 def test_another_network_takes_no_key_of_the_base_network(tmp_path):
     path = tmp_path / "other.yaml"
-    mha = "{name: mha_unet, channels: 32, channel_mult: [1, 2], num_heads: 4, time_width: 32}"
+    mha = "{name: mha_unet, channels: 32, channel_mult: [1, 2], num_heads: 4, time_width: 32, form: document}"
     path.write_text(f"base: digits\nmodel: {mha}\n")
     assert config.load_experiment(str(path), []).model.channels == 32
     path.write_text("base: digits\nmodel: {name: mha_unet, channels: 32}\n")
@@ -275,6 +276,33 @@ def test_what_extends_a_run_keeps_its_key_and_what_changes_a_number_changes_it()
     for override in [*CHANGES.split(), "data.labels=11"]:
         assert keys_of(override)[0] != keys_of()[0], override
     assert keys_of("train.lr_decay=linear")[0] != keys_of("train.lr_decay=linear", "train.steps=3000")[0]
+
+
+def test_betas_of_a_file_are_values_of_the_experiment(tmp_path):
+    for name in ("one.npy", "other.npy"):
+        np.save(tmp_path / name, np.linspace(1e-3, 0.3, 50))
+    short = ("diffusion.timesteps=50", "sample.steps=50")
+    one, other = ([f"diffusion.betas={tmp_path / name}.npy", *short] for name in ("one", "other"))
+    experiment = config.load_experiment("digits", one)
+    assert experiment.diffusion.betas == tuple(np.linspace(1e-3, 0.3, 50))
+    assert keys_of(*one)[0] == keys_of(*other)[0] != keys_of(*short)[0]
+    written = tmp_path / "experiment.yaml"
+    written.write_text(config.to_yaml(experiment))
+    (tmp_path / "one.npy").unlink()
+    assert config.load_experiment(str(written), []).diffusion == experiment.diffusion
+    np.save(tmp_path / "one.npy", np.ones((2, 3), dtype=int))
+    assert "of shape (2, 3)" in problems("digits", *one)[0]
+    assert "no .npy file of a schedule" in problems("digits", "diffusion.betas=absent.npy")[0]
+    assert "diffusion.betas has 50 values; timesteps=1000 needs as many" in problems("digits", other[0])
+    assert config.find_relative_paths("digits", ["diffusion.betas=here.npy"]) == ["diffusion.betas=here.npy"]
+
+
+def test_an_average_is_chosen_by_its_decay():
+    both = "train.ema_decay=[0.999,0.99]"
+    assert config.load_experiment("digits", [both, "sample.ema_decay=0.99"]).ema_number == 1
+    assert "sample.ema_decay is 0.9" in problems("digits", both, "sample.ema_decay=0.9")[0]
+    assert "sample.weights=ema" in problems("digits", both, "sample.ema_decay=0.99", "sample.weights=raw")[0]
+    assert keys_of("sample.ema_decay=0.999")[1] != keys_of()[1]
 
 
 def test_samples_and_scores_have_their_own_keys():

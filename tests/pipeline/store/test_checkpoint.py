@@ -25,7 +25,7 @@ def saved(run, *steps):
 def test_tensors_come_back_as_they_were(tiny_run):
     _, run = tiny_run
     channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    tensors = {**TENSORS, "c": channels_last, "same": TENSORS["net.w"]}
+    tensors = {**TENSORS, "c": channels_last, "same": TENSORS["net.w"], "ema.1.w": torch.full((2,), 3.0)}
     checkpoint.save_checkpoint(run.step_folder(1), checkpoint.copy_to_cpu(tensors, {}), EMA, 1)
     loaded = checkpoint.load_checkpoint(run.step_folder(1))
     assert torch.equal(loaded["c"], channels_last)
@@ -33,6 +33,7 @@ def test_tensors_come_back_as_they_were(tiny_run):
     assert loaded["step"] == 7
     assert torch.equal(checkpoint.load_weights(run.step_folder(1), "raw")["w"], TENSORS["net.w"])
     assert torch.equal(checkpoint.load_weights(run.step_folder(1), "ema")["w"], EMA["w"])
+    assert torch.equal(checkpoint.load_weights(run.step_folder(1), "ema", 1)["w"], tensors["ema.1.w"])
 
 
 DAMAGES = {

@@ -1,0 +1,218 @@
+"""The networks of the source documents: their counts, golden outputs, and each document read again in plain torch."""
+
+import dataclasses
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpm.networks.build import build_network
+from ddpm.networks.config import AnnotatedUNetConfig, ApiUNetConfig, ContextUNetConfig, MHAUNetConfig
+from ddpm.networks.layers import NORMS, embed_timesteps
+
+
+class Layers:
+    """Layers that take the next weight and bias of a list, in the order in which they are called."""
+
+    def __init__(self, weights):
+        self.weights = iter(weights)
+
+    def apply(self, function, *args, **kwargs):
+        return function(*args, next(self.weights), next(self.weights), **kwargs)
+
+    def conv(self, x, size=3, stride=1):
+        return self.apply(F.conv2d, x, stride=stride, padding=size // 2)
+
+    def up(self, x, stride, padding=0):
+        return self.apply(F.conv_transpose2d, x, stride=stride, padding=padding)
+
+    def linear(self, x):
+        return self.apply(F.linear, x)
+
+    def norm(self, x, groups=32):
+        return self.apply(F.group_norm, x, groups)
+
+    def embed(self, x):
+        return self.linear(F.gelu(self.linear(x)))[..., None, None]
+
+    def attend(self, x, heads=1):
+        q, k, v = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in self.linear(x).chunk(3, dim=2))
+        shares = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
+        return self.linear((shares @ v).transpose(1, 2).flatten(2))
+
+
+def encode(t, width, last):
+    angle = t[:, None] * 10000 ** (-torch.arange(width // 2).to(t) / last)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def read_000_or_004(net, x, t, context, *, width, attention, is_api, adds_to_normed):
+    layers = Layers(net)
+    time = F.silu(layers.linear(F.silu(layers.linear(encode(t, width, width // 2 - 1)))))
+
+    def run_block(x, attends):
+        h = layers.conv(F.silu(layers.norm(x))) + layers.linear(time)[..., None, None]
+        h = layers.conv(F.silu(layers.norm(h)))
+        x = h + (x if x.shape == h.shape else layers.conv(x, 1))
+        if not attends:
+            return x
+        normed = layers.norm(x)
+        return (normed if adds_to_normed else x) + layers.attend(normed.flatten(2).mT).mT.reshape(x.shape)
+
+    skips = [x := layers.conv(x)]
+    for depth in (1, 2, 3, 4):
+        if depth > 1:
+            skips.append(x := layers.conv(x, stride=2))
+        for _ in range(2):
+            skips.append(x := run_block(x, depth in attention))
+    x = run_block(run_block(x, True), False)
+    for depth in (4, 3, 2, 1):
+        for _ in range(3):
+            x = run_block(torch.cat([x, skips.pop()], dim=1), depth in attention)
+        if depth > 1:
+            x = layers.conv(F.interpolate(x, scale_factor=2)) if is_api else layers.up(x, 2, 1)
+    return layers.conv(F.silu(layers.norm(x)) if is_api else x)
+
+
+def read_001(net, x, t, context, *, levels, timesteps):
+    layers, time = Layers(net), (t[:, None] + 1) / timesteps
+
+    def convolve(x, times):
+        for _ in range(times):
+            x = layers.conv(x)
+            width = x.shape[1]
+            x = F.gelu(layers.apply(F.batch_norm, x, torch.zeros(width).to(x), torch.ones(width).to(x)))
+        return x
+
+    h = convolve(x, 2)
+    h = first = (layers.conv(x, 1) + h) / 1.414
+    skips = [h := F.max_pool2d(convolve(h, 4), 2) for _ in range(levels)]
+    side = h.shape[-1]
+    h = F.relu(layers.norm(layers.up(F.gelu(F.avg_pool2d(h, side)), side), 8))
+    for i in range(levels):
+        if i < 2:
+            h = layers.embed(context) * h
+            h = h + layers.embed(time)
+        h = convolve(layers.up(torch.cat([h, skips.pop()], dim=1), 2), 4)
+    return layers.conv(F.relu(layers.norm(layers.conv(torch.cat([h, first], dim=1)), 8)))
+
+
+def read_002(net, x, t, context):
+    layers, code = Layers(net), encode(t, 128, 64)
+
+    def convolve(x, times=2):
+        for _ in range(times):
+            x = F.relu(layers.norm(layers.conv(x), 1))
+        return x
+
+    def run_block(x, activate):
+        x = convolve(x) + layers.linear(activate(code))[..., None, None]
+        pixels, normalise = x.flatten(2).mT, partial(layers.apply, F.layer_norm)
+        pixels = pixels + layers.attend(normalise(pixels, x.shape[1:2]), heads=4)
+        pixels = pixels + layers.linear(F.gelu(layers.linear(normalise(pixels, x.shape[1:2]))))
+        return pixels.mT.reshape(x.shape)
+
+    skips = [x := convolve(x)]
+    for _ in range(3):
+        skips.append(x := run_block(F.max_pool2d(x, 2), F.relu))
+    x = convolve(skips.pop(), 6)
+    for _ in range(3):
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        x = run_block(torch.cat([skips.pop(), x], dim=1), F.silu)
+    return layers.conv(x, 1)
+
+
+INPUT = AnnotatedUNetConfig(attention_residual="input")
+read_000 = partial(read_000_or_004, width=64, attention=(3, 4), is_api=False)
+read_004 = partial(read_000_or_004, width=128, attention=(2,), is_api=True, adds_to_normed=False)
+NARROW = {"channels_per_depth": (32, 64, 32, 96)}
+# Settings, a narrow form of them, T, labels, and the document's reading.
+DOCUMENTS = {
+    "000": (AnnotatedUNetConfig(), NARROW, 1000, None, partial(read_000, adds_to_normed=True)),
+    "000-input": (INPUT, NARROW, 1000, None, partial(read_000, adds_to_normed=False)),
+    "001": (ContextUNetConfig(), {"channels": 8}, 500, [0, 3], partial(read_001, levels=2, timesteps=500)),
+    "002": (MHAUNetConfig(), {"channels": 8}, 1000, None, read_002),
+    "004": (ApiUNetConfig(), NARROW, 1000, None, read_004),
+}
+# Side, t, used parameters and tensors; out[0, 0, 0, 0:4], the last element and the mean, from another reading of the
+# documents, by whoever described them.
+GOLDEN = {
+    "000": (32, [0, 60], 168_898_883, 336, [0.076838, 0.077694, 0.081169, 0.096148, -0.082420, 0.035947]),
+    "001": (16, [0, 499], 1_481_027, 104, [-0.805676, -2.176442, -2.601261, -2.548508, -0.628936, -0.052519]),
+    "004": (32, [1, 60], 32_416_643, 304, [-0.016728, -0.091619, -0.118392, -0.256345, 0.630283, 0.072588]),
+}  # fmt: skip
+
+
+def fill_in_order_of_use(net, *inputs):
+    """Fill each tensor with a sine of its place: 1 + 0.1 s for norms, 0.1 s for biases, s / sqrt(fan in) else."""
+    found = {}
+    for module in net.modules():
+        if not list(module.children()):
+            names = {
+                p: isinstance(module, NORMS) and name == "weight" for name, p in module.named_parameters()
+            }
+            module.register_forward_pre_hook(lambda _module, _inputs, names=names: found.update(names))
+    net(*inputs)
+    for k, (p, is_scale) in enumerate(found.items()):
+        s = torch.sin(0.7 * torch.arange(p.numel(), dtype=torch.float64) + k)
+        p.data = (0.1 * s + is_scale if p.ndim == 1 else s / math.sqrt(p[0].numel())).reshape(p.shape).to(p)
+    return list(found)
+
+
+@torch.no_grad()
+def compute_outputs(config, size, timesteps, t, labels, dtype):
+    """Return the parameters, what the network was given, and its output."""
+    net = build_network(config, size, 3, 3, 0, 5 if labels else 0, "meta", timesteps)
+    net = net.to_empty(device="cpu").to(dtype).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_parameters()
+    x = torch.sin(0.3 * torch.arange(2 * 3 * size**2, dtype=torch.float64)).reshape(2, 3, size, size)
+    inputs = (x.to(dtype), torch.tensor(t), torch.tensor(labels) if labels else None)
+    return fill_in_order_of_use(net, *inputs), inputs, net(*inputs)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+@torch.no_grad()
+def test_a_narrow_form_equals_the_reading_of_the_document(document):
+    config, narrow, timesteps, labels, read = DOCUMENTS[document]
+    config = dataclasses.replace(config, **narrow)
+    weights, (x, t, context), ours = compute_outputs(config, 16, timesteps, [3, 477], labels, torch.float64)
+    context = None if labels is None else F.one_hot(context, 5).double()
+    theirs = read(weights, x, t.double(), context)
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("document", [pytest.param("000", marks=pytest.mark.slow), "001", "004"])
+def test_golden_outputs(document):
+    size, t, parameters, tensors, golden = GOLDEN[document]
+    config, _, timesteps, labels, _ = DOCUMENTS[document]
+    weights, _, out = compute_outputs(config, size, timesteps, t, labels, torch.float32)
+    assert (sum(p.numel() for p in weights), len(weights)) == (parameters, tensors)
+    found = torch.cat([out[0, 0, 0, :4], out[1, 2, -1, -1:], out.mean()[None]])
+    assert found.tolist() == pytest.approx(golden, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "classes", "expected"),
+    [
+        (ContextUNetConfig(channel_mult=(1, 1, 2, 4, 8, 8)), 256, 5, 54_593_475),  # 001 at 256x256, mended
+        (MHAUNetConfig(), 64, 0, 14_553_731),  # 002
+        (MHAUNetConfig(form="tutorial", time_width=256), 64, 0, 23_332_739),  # counted from our own layers
+    ],
+)
+def test_other_forms_have_their_parameters_and_give_images(config, size, classes, expected):
+    net = build_network(config, size, 3, 3, 0, classes, "meta")
+    assert sum(p.numel() for p in net.parameters()) == expected
+    x_t = torch.zeros(2, 3, size, size, device="meta")
+    assert net(x_t, torch.zeros(2, dtype=torch.int64, device="meta")).shape == x_t.shape
+
+
+def test_encoding_of_002_is_the_printed_one():
+    printed = "-0.5440 -0.0207 0.8415 0.3110 0.0998 0.0316 0.0100 0.0032 "
+    printed += "-0.8391 -0.9998 0.5403 0.9504 0.9950 0.9995 0.9999 1.0000"
+    found = embed_timesteps(torch.tensor([10]), 16, endpoint=False)[0].tolist()
+    assert " ".join(f"{value:.4f}" for value in found) == printed
