@@ -308,7 +308,7 @@ def test_an_estimated_bound_and_the_distance_to_the_optimum_are_said(make):
     rundir.write_json(run.figures_manifest, manifest)
     html, markdown = write(run)
     assert "**estimated**: t = 0 and 7 draws of t" in markdown and "`evaluate.nll_timesteps=null`" in markdown
-    assert "Standard error of the NLL: 0.022, for these very images alone 0.016" in markdown
+    assert "For these very images alone the error of the NLL is 0.016." in markdown
     assert "loses most at k = 100.</p>\n</blockquote>" in html
 
 
