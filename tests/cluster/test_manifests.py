@@ -61,8 +61,9 @@ def test_the_image_runs_as_a_user_and_gets_what_the_project_declares(tmp_path):
     (line,) = re.findall(r'python -c "(.*?)" > requirements.txt', text.replace("\\\n", ""), re.S)
     command = [sys.executable, "-c", line]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert {"torch>=2.7", "psycopg[binary]", "boto3"} <= set(told)
-    assert not {"pytest", "ruff"} & set(told)
+    names = {re.split("[<>=~]", line)[0] for line in told}
+    assert {"torch", "psycopg[binary]", "boto3"} <= names
+    assert not {"pytest", "ruff"} & names
 
 
 @pytest.mark.parametrize("given", ["0" * 40 + "+", ""], ids=["given", "not given"])
