@@ -7,12 +7,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pipeline.console import drop_lost_outputs, print_line
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import FrameType
+
+    Handler = Callable[[int, FrameType | None], object] | int | None
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -21,14 +24,14 @@ class StopRequest(KeyboardInterrupt):
     """Raised when a command has stopped at a safe point, as a person or the system asked."""
 
 
-def set_handlers(handle: Callable[[int, Any], None]) -> None:
+def set_handlers(handle: Callable[[int, FrameType | None], None]) -> None:
     """Call `handle` at each signal that asks to end; under nohup, SIGHUP does not."""
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)
 
 
-def leave(*_: Any) -> NoReturn:
+def leave(*_: object) -> NoReturn:
     """Leave at once: handler for the time before a command begins, and after its end."""
     with suppress(OSError):
         os.write(2, b"interrupted\n")
@@ -58,7 +61,7 @@ class StopSignals:
     def __init__(self, stop_file: Path):
         self.stop_file = stop_file  # tells the workers
         self._asked = threading.Event()
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, Handler] = {}
 
     def is_requested(self) -> bool:
         """Return whether a signal has come."""
@@ -69,7 +72,7 @@ class StopSignals:
         set_handlers(self._handle)
         return self
 
-    def _handle(self, *_: Any) -> None:
+    def _handle(self, *_: object) -> None:
         if self._asked.is_set():
             raise KeyboardInterrupt
         self._asked.set()
@@ -78,7 +81,7 @@ class StopSignals:
         with suppress(OSError, RuntimeError):  # the signal may have come in the middle of a print
             print_line("stopping at the next safe point; once more to stop at once")
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self.stop_file.unlink(missing_ok=True)

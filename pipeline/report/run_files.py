@@ -29,7 +29,7 @@ from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
 
 REFERENCE_POINTS = {
-    "samples": "As many samples", "test": "Test images", "train": "Training images", "gaussian": "Gaussian",
+    "samples": "This run, equal n", "test": "Test images", "train": "Training images", "gaussian": "Gaussian",
     "noise": "Noise",
 }  # fmt: skip
 

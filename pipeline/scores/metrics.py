@@ -4,9 +4,9 @@ This module imports nothing heavy: errors in a configuration list its names.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from pipeline.scores.results import Scores
 
 FIRM = "\u00a0"  # a space that does not break the line
 
@@ -50,7 +50,7 @@ class Metric:
             return "–"
         return (f"≤{FIRM}" if self.bound else "") + format_number(value, error, self.digits)
 
-    def format_score(self, scores: Mapping[str, Any]) -> str:
+    def format_score(self, scores: Scores) -> str:
         """Return the metric's value among these scores as text, with its error if there is one."""
         return self.format(scores.get(self.name), scores.get(f"{self.name}_se"))
 
@@ -95,7 +95,7 @@ def format_number(value: float, error: float | None, digits: int, sign: str = "-
     return f"{value:{sign},.{digits}f}{tail}"
 
 
-def format_headline(scores: Mapping[str, Any]) -> str:
+def format_headline(scores: Scores) -> str:
     """Return the headline scores as text: 'FID 3.171 ± 0.022, IS 9.46 ± 0.03'."""
     return ", ".join(f"{m.heading}{FIRM}{m.format_score(scores)}" for m in HEADLINE if m.name in scores)
 

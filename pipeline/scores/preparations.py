@@ -5,7 +5,6 @@ Both belong to the data and are shared by the runs on them.
 
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
 from pipeline.scores.image_sets import hash_shards
+from pipeline.scores.results import ClassifierFacts
 from pipeline.store import tars
 from pipeline.store.files import (
     hash_file,
@@ -40,7 +40,7 @@ def list_preparations(place: Place) -> list[Unit]:
     scores_samples = bool(set(config.metrics) - {"nll"})
     if scores_samples and config.features == "classifier":
         weights, facts = place.classifier, place.classifier_json
-        if not weights.is_file() or read_record(facts, dict[str, Any]).get("sha256") != hash_file(weights):
+        if not weights.is_file() or read_record(facts, ClassifierFacts).get("sha256") != hash_file(weights):
             units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     if (scores_samples and locate_gaussian(place)) or ("nll" in config.metrics and config.nll_timesteps):
         units += list_gaussian_units(place)

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.config import Experiment, to_dict
 from pipeline.config.checks import Tree
 from pipeline.scores.metrics import Metric, format_number
+from pipeline.scores.results import Scores
 
 LEVEL = 0.05  # of the tests that tell rows apart, for all rows of a band together
 MANY = 1e9  # degrees of freedom where the error says nothing of them
@@ -34,7 +35,7 @@ class ScoredRun(Protocol):
     @property
     def data(self) -> str: ...
     @property
-    def scores(self) -> Mapping[str, Any]: ...
+    def scores(self) -> Scores: ...
     @property
     def protocol(self) -> Mapping[str, Any]: ...
     @property

@@ -15,6 +15,14 @@ def add_error(scores: Scores, name: str, error: float | None, reason: str = "") 
         scores[f"{name}_se_reason"] = reason
 
 
+class ClassifierFacts(TypedDict, total=False):
+    """What stands beside the classifier: its hash, its accuracy on the test images, its training steps."""
+
+    sha256: str
+    test_accuracy: float | None
+    steps: int
+
+
 class ScoreProtocol(TypedDict, total=False):
     """The protocol of scores. What does not apply is missing or None; samples add the keys of their own protocol."""
 

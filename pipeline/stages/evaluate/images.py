@@ -1,7 +1,6 @@
 """FID, IS, KID, precision and recall of the samples, and of the baselines: the other split, a Gaussian, noise."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from pipeline.scores.image_sets import ImageSet, make_baseline_set, make_shard_s
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.preparations import locate_gaussian
 from pipeline.scores.reference import load_reference, write_split_statistics
-from pipeline.scores.results import Results, ScoreProtocol, Scores, add_error
+from pipeline.scores.results import ClassifierFacts, Results, ScoreProtocol, Scores, add_error
 from pipeline.store import tars
 from pipeline.store.files import is_unit_done, read_record
 from pipeline.store.run import Place
@@ -88,7 +87,7 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
     found["protocol"] |= _describe_features(extractor, sums, target, config.metrics)
     found["protocol"]["jackknife_groups"] = groups
     if config.features == "classifier":
-        facts = read_record(place.classifier_json, dict[str, Any])
+        facts = read_record(place.classifier_json, ClassifierFacts)
         found["protocol"]["classifier_accuracy"] = facts.get("test_accuracy")
     found["scores"] |= _compute_scores(sets.samples, sums, target, config.metrics, groups)
     statistics.pop("fid_test", None)  # baselines are compared with the reference alone

@@ -15,7 +15,7 @@ import torch
 from ddpm.diffusion import Diffusion, Network
 from ddpm.images import from_uint8
 from ddpm.likelihood import compute_bits_per_dim
-from ddpm.linear_denoiser import compute_linear_mse, convert_mse_to_terms
+from ddpm.linear_denoiser import compute_linear_mse
 from ddpm.posterior_mean import compute_posterior_mean
 from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
@@ -127,7 +127,7 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     levels = list_levels(diffusion)
     k, official = [len(diffusion) - t for t in levels], tars.open_shards(place.data).facts.get("official")
     mse = compute_linear_mse(load_variances(place)[0], diffusion.tables["alpha_bar"])
-    rate, of_all = convert_mse_to_terms(diffusion, mse).sum(), 127.5 * mse[levels].sqrt().numpy()
+    of_all = 127.5 * mse[levels].sqrt().numpy()
     (excess, error), (above, _), (below, _) = (
         compare_errors(*errors[:2]) for errors in (network, test, train)
     )
@@ -149,12 +149,7 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     panels = {"RMSE": errors, "RMSE over the best linear denoiser's, %": distance}
     axis = "reverse steps T − t"
     charts.save_panels([charts.plot_curves(title, axis, lines) for title, lines in panels.items()], file)
-    found = describe_distance(k, ours, line, float(mean[0]))
-    found += f" Over all training images that one ends at rate {rate:.4f} bits/dim and RMSE {of_all[-1]:.4f}."
-    if known:
-        last = known[-1]
-        found += f" The optimum is known, to {AGREE:.0%}, up to k = {k[last]:,}: there it is {others[0][2][last]:.2f}."
-    return found
+    return describe_distance(k, ours, line, float(mean[0]))
 
 
 def describe_distance(k: list[int], ours: np.ndarray, line: np.ndarray, mean: float) -> str:

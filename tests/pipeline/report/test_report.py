@@ -285,7 +285,7 @@ POINTS = {
             {"scores": ERRORS, "reference_points": POINTS},
             [
                 "FID 14.2 ± 1.3 (at n = 360: this run 17.2 ± 1.4, test images 31.0 ± 2.0)",
-                "|  | **This run** | As many samples | Test images |", "| KID | 0.10 ± 0.14 |",
+                "|  | **This run** | This run, equal n | Test images |", "| KID | 0.10 ± 0.14 |",
                 "**NLL ≤ 4.521 ± 0.042 bits/dim** = rate 2.02 ± 0.11 ", "no error: a single unit.",
             ],
             [],
