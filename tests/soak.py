@@ -180,7 +180,7 @@ def soak(run: Run, draw: random.Random) -> list[tuple[str, str]]:
 def files_of(run: Run) -> dict[str, str]:
     """sha256 of whatever the run made that has a number or a pixel in it."""
     patterns = (
-        f"train/step_{run.steps:08d}/*.safetensors", "samples/*/*.tar", "evaluation/*/*.json", "grids/*.png",
+        f"train/step_{run.steps:08d}/*.safetensors", "samples/*/*.tar", "evaluation/*/[!.]*.json", "grids/*.png",
         "figures/*/*.png", "figures/*/*.svg",
     )  # fmt: skip
     paths = sorted(path for pattern in patterns for path in run.path.glob(pattern))
