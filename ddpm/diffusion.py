@@ -181,22 +181,25 @@ class Diffusion:
         if self.config.loss == "vlb":
             return self.compute_bound_terms(self.p_mean_variance(output, x_t, t, clip=False), x_0, x_t, t)
         prediction, _ = _split_output(output, x_t)
-        match self.config.predict:
-            case "eps":
-                target = eps
-            case "x0":
-                target = x_0
-            case "v":
-                target = self.gather("sqrt_alpha_bar", t, x_0) * eps
-                target = target - self.gather("sqrt_one_minus_alpha_bar", t, x_0) * x_0
-            case "mean":
-                target = self.q_posterior(x_0, x_t, t).mean
-        loss = average_per_image((target - prediction) ** 2)
+        loss = average_per_image((self.compute_target(x_0, x_t, t, eps) - prediction) ** 2)
         if self.config.loss == "simple":
             return loss
         frozen = torch.cat([prediction.detach(), output[:, x_t.shape[1] :]], dim=1)
         vlb = self.compute_bound_terms(self.p_mean_variance(frozen, x_t, t, clip=False), x_0, x_t, t)
         return loss + vlb * len(self) / 1000
+
+    def compute_target(self, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Return what the network is to predict, for x_t = q_sample(x_0, t, eps)."""
+        match self.config.predict:
+            case "eps":
+                return eps
+            case "x0":
+                return x_0
+            case "v":
+                target = self.gather("sqrt_alpha_bar", t, x_0) * eps
+                return target - self.gather("sqrt_one_minus_alpha_bar", t, x_0) * x_0
+            case "mean":
+                return self.q_posterior(x_0, x_t, t).mean
 
     def gather(self, name: str, t: Tensor, x: Tensor) -> Tensor:
         """Return the values of a table at t, (N, 1, 1, 1), in the dtype of x."""

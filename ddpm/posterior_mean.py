@@ -44,9 +44,5 @@ class PosteriorMean(nn.Module):
         x = x_t.double()
         alpha_bar = self.diffusion.gather("alpha_bar", t, x)
         x_0 = compute_posterior_mean(x, alpha_bar.flatten(), self.images)
-        match self.diffusion.config.predict:
-            case "eps":  # Eq. 4 solved for eps
-                x_0 = (x - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
-            case "mean":
-                x_0 = self.diffusion.q_posterior(x_0, x, t).mean
-        return x_0.to(x_t.dtype)
+        eps = (x - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()  # Eq. 4 solved for eps
+        return self.diffusion.compute_target(x_0, x, t, eps).to(x_t.dtype)

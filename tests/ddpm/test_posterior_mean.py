@@ -13,7 +13,7 @@ IMAGES[1] = IMAGES[0]
 IMAGES[1, 0, 0, 0] ^= 1  # two images that differ by one level of one value
 
 
-@pytest.mark.parametrize("predict", ["eps", "x0", "mean"])
+@pytest.mark.parametrize("predict", ["eps", "x0", "mean", "v"])
 def test_the_network_is_the_posterior_mean_by_bayes_rule(predict):
     """Against a loop over images and the density of q(x_t | x_0), at noise from the least to the most."""
     diffusion = Diffusion(DiffusionConfig(predict=predict))
