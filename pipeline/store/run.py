@@ -86,7 +86,7 @@ class Place:
     def optimum(self) -> Path:
         """Folder of the best denoisers' errors, which all runs on the data at the same noise schedule share."""
         d = self.experiment.diffusion
-        schedule = keys.hash_content([d.timesteps, d.beta_schedule, d.beta_start, d.beta_end])
+        schedule = keys.hash_content([d.timesteps, d.beta_schedule, d.beta_start, d.beta_end, *d.betas])
         return self.data / "optimum" / f"{d.beta_schedule}-{schedule}"
 
     def step_folder(self, step: int) -> Path:

@@ -57,8 +57,9 @@ def test_the_figure_says_where_the_network_loses_most_and_shares_what_needs_no_t
     assert np.abs([above[0], below[0]]).max() < 0.001, "of noise alone both make the mean image"
     raw = change(asked, "sample", weights="raw")
     assert len(run_stage(figures, raw, run)) == 2, "other weights have other errors, beside the same optimum"
-    cosine = change(asked, "diffusion", beta_schedule="cosine")
-    assert run.of(cosine).optimum != run.optimum
+    own = ({"betas": (beta,) * asked.diffusion.timesteps} for beta in (0.1, 0.2))
+    others = [change(asked, "diffusion", **schedule) for schedule in ({"beta_schedule": "cosine"}, *own)]
+    assert len({run.optimum, *(run.of(other).optimum for other in others)}) == 4, "each schedule has its own"
 
 
 def test_row_k_is_at_t_minus_k():
