@@ -60,6 +60,9 @@ class Moments:
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.n + other.n, self.first + other.first, self.second + other.second)
 
+    def __sub__(self, other: "Moments") -> "Moments":
+        return Moments(self.n - other.n, self.first - other.first, self.second - other.second)
+
     def to_statistics(self) -> Statistics:
         """Return mean and unbiased covariance. Raises PipelineError for a single image, which has none."""
         if self.n < 2:

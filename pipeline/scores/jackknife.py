@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.scores import distances
-from pipeline.scores.distances import NEIGHBOURS, Target
+from pipeline.scores.distances import NEIGHBOURS, Moments, Target
 from pipeline.scores.image_sets import ImageSet
 from pipeline.scores.results import Scores
 
@@ -33,10 +33,14 @@ def compute_jackknife_error(without: Values) -> float:
     return float(np.std(without) * (len(without) - 1) ** 0.5)
 
 
-def compute_errors(images: ImageSet, groups: int, target: Target, scores: Scores) -> dict[str, float]:
-    """Compute the errors {score: error} of a set from equal groups of its images."""
+def compute_errors(
+    images: ImageSet, groups: int, whole: Moments, target: Target, scores: Scores
+) -> dict[str, float]:
+    """Compute the errors {score: error} of a set, whose moments are `whole`, from equal groups of its images."""
     member = np.arange(images.n) * groups // images.n
-    without = dict[str, Values](leave_out_sums(images, member, target))
+    without = dict[str, Values](leave_out_fid(images, member, whole, target))
+    if "is_mean" in scores:
+        without |= leave_out_is(images, member)
     if target.real is not None:
         features = images.read_features()
         if "kid_mean" in scores:
@@ -53,29 +57,48 @@ def compute_errors(images: ImageSet, groups: int, target: Target, scores: Scores
     return errors
 
 
-def leave_out_sums(images: ImageSet, member: np.ndarray, target: Target) -> dict[str, list[float]]:
-    """Compute FIDs and IS without each group, from sums; the trace by the symmetric form, which takes a tenth."""
+def leave_out_fid(
+    images: ImageSet, member: np.ndarray, whole: Moments, target: Target
+) -> dict[str, list[float]]:
+    """Compute FIDs without each group, from the moments of all images less those of the group.
+
+    The trace is that of the symmetric form, which takes a tenth of the time.
+    """
     factors = {name: its.factor_covariance() for name, its in target.statistics.items()}
-    found: dict[str, list[float]] = {}
-    for group in range(member.max() + 1):
-        sums = distances.sum_features(_read_others(images, member, group), int((member != group).sum()))
-        own = sums.moments.to_statistics()
+    found: dict[str, list[float]] = {name: [] for name in factors}
+    for group in _sum_groups(images, member) if factors else ():
+        own = (whole - group).to_statistics()
         for name, its in target.statistics.items():
             roots = np.linalg.eigvalsh(factors[name].T @ own.sigma @ factors[name]).clip(min=0) ** 0.5
             trace = np.trace(own.sigma) + np.trace(its.sigma) - 2 * roots.sum()
-            found.setdefault(name, []).append(float(np.square(own.mu - its.mu).sum() + trace))
+            found[name].append(float(np.square(own.mu - its.mu).sum() + trace))
+    return found
+
+
+def _sum_groups(images: ImageSet, member: np.ndarray) -> Iterator[Moments]:
+    """Yield the moments of each group, one at a time: groups are ranges of the images, which come in order."""
+    start, held = 0, dict[int, Moments]()
+    for features, _ in images.read_chunks():
+        groups = member[start : start + len(features)]
+        start += len(features)
+        for group in np.unique(groups):
+            part = Moments.from_features(features[groups == group])
+            held[group] = held[group] + part if group in held else part
+        yield from (held.pop(group) for group in list(held)[:-1])
+    yield from held.values()
+
+
+def leave_out_is(images: ImageSet, member: np.ndarray) -> dict[str, list[float]]:
+    """Compute the IS without each group, over new splits of the others; empty without classes."""
+    found: dict[str, list[float]] = {}
+    logits = np.concatenate([its for _, its in images.read_chunks()])
+    for group in range(member.max() + 1 if logits.shape[1] else 0):
+        others = logits[member != group]
+        sums = distances.sum_features([(others[:, :0], others)], len(others))  # of no features
         for name, part in (("is_mean", sums.in_order), ("is_shuffled_mean", sums.shuffled)):
             if part:
                 found.setdefault(name, []).append(part.compute_inception_score()[0])
     return found
-
-
-def _read_others(images: ImageSet, member: np.ndarray, group: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    start = 0
-    for features, logits in images.read_chunks():
-        kept = member[start : start + len(features)] != group
-        start += len(features)
-        yield features[kept], logits[kept]
 
 
 def leave_out_kid(features: np.ndarray, real: np.ndarray, member: np.ndarray) -> Values:

@@ -127,7 +127,7 @@ def _compute_scores(
         if "prc" in metrics:
             scores["precision"], scores["recall"] = distances.compute_precision_recall(features, target.real)
     reason = jackknife.explain_missing_error(images.n, groups)
-    errors = {} if reason else jackknife.compute_errors(images, groups, target, scores)
+    errors = {} if reason else jackknife.compute_errors(images, groups, sums.moments, target, scores)
     for name in [name for name, metric in METRICS.items() if name in scores and metric.has_error]:
         add_error(scores, name, errors.get(name), reason)
     return scores
