@@ -139,8 +139,10 @@ def has_state(directory: Path) -> bool:
 def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
     """Raise PipelineError unless the checkpoint of a step is complete for scoring, and of the run's network."""
     verify_checkpoint(folder := place.step_folder(step), check)
-    if not has_state(folder) and place.experiment.sample.weights == "raw":
-        raise PipelineError(f"{folder} holds the EMA alone (train.keep_steps); use sample.weights=ema")
+    file = name_weights_file(place.experiment.sample.weights, place.experiment.ema_number)
+    if file == STATE and not has_state(folder):
+        remedy = "use sample.weights=ema, of the first train.ema_decay"
+        raise PipelineError(f"{folder} holds the EMA alone (train.keep_steps); {remedy}")
     own = create_network(place.experiment, "meta").state_dict()
     for file, prefix in ((EMA, ""), *([(STATE, "net.")] if has_state(folder) else [])):
         try:
@@ -225,9 +227,14 @@ def list_used_steps(run: Place) -> set[int]:
     return steps | {score["step"] for scores in selected for score in scores}
 
 
+def name_weights_file(which: str, number: int = 0) -> str:
+    """Return the file of a checkpoint that holds the `raw` weights, or the `ema` of this number."""
+    return EMA if which == "ema" and number == 0 else STATE
+
+
 def load_weights(directory: Path, which: str, number: int = 0) -> Tensors:
     """Return the network's tensors, `raw` or the `ema` of this number. Raises PipelineError where they are broken."""
-    if which == "ema" and number == 0:
+    if name_weights_file(which, number) == EMA:
         verify_checkpoint(directory)
         return load_file(directory / EMA)
     state, prefix = load_checkpoint(directory), "net." if which == "raw" else f"ema.{number}."

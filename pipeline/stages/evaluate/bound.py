@@ -28,11 +28,7 @@ CALL = (256, 2**18)  # images and pixels that one network call of the bound take
 def hash_weights(place: Place) -> str | None:
     """Return the sha256 of the weights that are sampled; None if they are not there."""
     folder = place.step_folder(place.experiment.checkpoint_step)
-    file = (
-        checkpoint.EMA
-        if place.experiment.sample.weights == "ema" and not place.experiment.ema_number
-        else checkpoint.STATE
-    )
+    file = checkpoint.name_weights_file(place.experiment.sample.weights, place.experiment.ema_number)
     return checkpoint.read_meta(folder)["files"][file]["sha256"] if folder.is_dir() else None
 
 
@@ -126,7 +122,7 @@ def average_bound(units: dict[Path, Unit], timesteps: int, draws: int | None = N
     With `draws`, the terms at so many drawn timesteps stand for all. The errors are those of means over images.
     """
     width, images = 1 + draws if draws else timesteps, []
-    terms, mse = np.zeros(width), np.zeros(width)
+    terms, mse = np.zeros(timesteps), np.zeros(timesteps)  # summed where all are there
     for file, unit in units.items():
         arrays = read_unit_arrays(file)
         if arrays["terms"].shape != (unit.images, width):
@@ -134,8 +130,9 @@ def average_bound(units: dict[Path, Unit], timesteps: int, draws: int | None = N
                 f"{file} holds terms of shape {arrays['terms'].shape}, not ({unit.images}, {width}); "
                 "delete it to have it made again"
             )
-        terms += arrays["terms"].sum(axis=0, dtype=np.float64)
-        mse += arrays["mse"].sum(axis=0, dtype=np.float64)
+        if not draws:
+            terms += arrays["terms"].sum(axis=0, dtype=np.float64)
+            mse += arrays["mse"].sum(axis=0, dtype=np.float64)
         sent = (arrays["terms"] * arrays.get("weights", np.ones(1)))[:, 1:]
         columns = (
             arrays["prior"] + sent.sum(axis=1),
