@@ -289,9 +289,7 @@ class Experiment:
 
     def _find_checkpoint_problems(self) -> Iterator[Problem]:
         sample, evaluate, train = self.sample, self.evaluate, self.train
-        averages = (
-            train.ema_decay if self.weights_kind.startswith("ema") and not self.published.weights else ()
-        )
+        averages = () if self.published.weights or sample.weights != "ema" else train.ema_decay
         if sample.ema_decay is not None and sample.ema_decay not in averages:
             known = f"among train.ema_decay={list(train.ema_decay)}, with sample.weights=ema"
             yield "sample.ema_decay", f"is {sample.ema_decay}; choose null or one {known}"

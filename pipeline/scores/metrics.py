@@ -4,6 +4,7 @@ This module imports nothing heavy: errors in a configuration list its names.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pipeline.scores.results import Scores
@@ -83,6 +84,12 @@ METRICS = {
 LOSS = METRICS["train_loss"]
 HEADLINE = tuple(METRICS[name] for name in ("fid", "is_mean", "nll_bpd"))
 FAMILIES = tuple(dict.fromkeys(metric.family for metric in METRICS.values() if metric.family))
+OF_SAMPLES = tuple(family for family in FAMILIES if family != "nll")
+
+
+def needs_samples(families: Iterable[str]) -> bool:
+    """Return whether one of these families scores samples."""
+    return not set(OF_SAMPLES).isdisjoint(families)
 
 
 def format_number(value: float, error: float | None, digits: int, sign: str = "-") -> str:

@@ -16,6 +16,7 @@ from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
 from pipeline.scores.image_sets import hash_shards
+from pipeline.scores.metrics import needs_samples
 from pipeline.scores.results import ClassifierFacts
 from pipeline.store import tars
 from pipeline.store.files import (
@@ -37,7 +38,7 @@ def list_preparations(place: Place) -> list[Unit]:
     """List the units of the classifier and of the Gaussian that are asked for and not done."""
     count, units = tars.open_shards(place.data).count_images("train"), []
     config = place.experiment.evaluate
-    scores_samples = bool(set(config.metrics) - {"nll"})
+    scores_samples = needs_samples(config.metrics)
     if scores_samples and config.features == "classifier":
         weights, facts = place.classifier, place.classifier_json
         if not weights.is_file() or read_record(facts, ClassifierFacts).get("sha256") != hash_file(weights):

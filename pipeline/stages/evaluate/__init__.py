@@ -4,7 +4,6 @@
 recall), `bound` the NLL, `protocol` says how they came about and what of that differs from the paper.
 """
 
-from pipeline.stages.evaluate.protocol import needs_samples
 from pipeline.stages.evaluate.stage import STAGE
 
-__all__ = ["STAGE", "needs_samples"]
+__all__ = ["STAGE"]

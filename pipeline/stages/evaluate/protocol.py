@@ -2,19 +2,13 @@
 
 from typing import cast
 
-from pipeline.config import Experiment
-from pipeline.scores.metrics import FAMILIES
+from pipeline.scores.metrics import FAMILIES, OF_SAMPLES, needs_samples
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images, load_profile
 from pipeline.store import tars
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
-
-
-def needs_samples(experiment: Experiment) -> bool:
-    """Return whether a metric is asked for that scores samples."""
-    return bool(set(experiment.evaluate.metrics) - {"nll"})
 
 
 def describe_score_protocol(place: Place) -> ScoreProtocol:
@@ -39,7 +33,7 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
         codes["now"] = f"scores by {made.get('commit') or made.get('code')}"
     if len(codes) > 1:
         found["code"] = ", then ".join(codes.values())
-    if needs_samples(experiment):
+    if needs_samples(config.metrics):
         found |= cast(ScoreProtocol, tars.open_shards(place.samples).facts["protocol"])
         found |= {"n": experiment.sample.num_images, "first_index": experiment.sample.first_index}
         found["reference"] = name_reference(config.reference)
@@ -56,8 +50,7 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
     return found
 
 
-ALL, NLL = FAMILIES, ("nll",)
-SAMPLES = tuple(family for family in ALL if family not in NLL)
+ALL, SAMPLES, NLL = FAMILIES, OF_SAMPLES, ("nll",)
 # What the paper has in a field of the protocol: the metrics that it moves, its value, and the reason where it differs.
 PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
     "weights": (ALL, "ema", "{weights} weights, not EMA"),

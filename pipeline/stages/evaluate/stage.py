@@ -12,11 +12,12 @@ from pipeline.config import Experiment, to_yaml
 from pipeline.errors import PipelineError
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
 from pipeline.scores.image_sets import hash_shards
+from pipeline.scores.metrics import needs_samples
 from pipeline.scores.preparations import list_preparations
 from pipeline.scores.reference import load_user_statistics
 from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
-from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences, needs_samples
+from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
 from pipeline.stages.stage import Stage
 from pipeline.store.files import (
     Manifest,
@@ -40,7 +41,7 @@ class EvaluateStage(Stage):
     uses_checkpoint = True
 
     def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
-        samples = ("sample",) if needs_samples(experiment) else ()
+        samples = ("sample",) if needs_samples(experiment.evaluate.metrics) else ()
         return ("shard", "train", *samples, *(("select",) if experiment.evaluate.checkpoints else ()))
 
     def is_done(self, place: Place) -> bool:
@@ -61,7 +62,7 @@ class EvaluateStage(Stage):
         config = place.experiment.evaluate
         if "nll" in config.metrics:
             bound.count_images(place)
-        if needs_samples(place.experiment):
+        if needs_samples(config.metrics):
             if "fid_test" in config.metrics or config.reference == "test":
                 open_shards(place.data).count_images("test")
             if config.reference_file:
@@ -77,7 +78,7 @@ class EvaluateStage(Stage):
         pending = [unit for file, unit in bounds.items() if not is_unit_done(file)]
         found: Results = {"scores": {}, "protocol": describe_score_protocol(place)}
         inputs, files = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
-        if needs_samples(place.experiment):
+        if needs_samples(config.metrics):
             extractor = find_extractor(place)
             sets = images.collect_sets(place, extractor, list_sample_shards(place))
             yield pending + sets.list_missing()
@@ -111,6 +112,6 @@ def list_sample_shards(place: Place) -> list[Shard]:
 
 def _hash_inputs(place: Place) -> dict[str, str | None]:
     """Return the hashes of samples and weights, which are not in the scores' key; None if one is not there."""
-    samples = list_sample_shards(place) if needs_samples(place.experiment) else []
+    samples = list_sample_shards(place) if needs_samples(place.experiment.evaluate.metrics) else []
     weights = bound.hash_weights(place) if "nll" in place.experiment.evaluate.metrics else None
     return {"samples": hash_shards(samples), "weights": weights}
