@@ -150,13 +150,11 @@ def describe_protocol(board: Leaderboard) -> str:
 def format_text(board: Leaderboard) -> str:
     """Return the leaderboard as a table for a terminal."""
     headings, rows = _format_rows(board)
-    shown = [
-        at for at, heading in enumerate(headings) if heading != "difference"
-    ]  # which the pages have room for
-    names = [shorten_key(headings[at]).partition(",")[0] for at in shown]
-    return format_table(
-        names, [[row[at] for at in shown] for row in rows], f"{board.sweep.name}: {board.headline}"
-    )
+    # The pages have room for the difference.
+    kept = [column for column, heading in enumerate(headings) if heading != "difference"]
+    names = [shorten_key(headings[column]).partition(",")[0] for column in kept]
+    cells = [[row[column] for column in kept] for row in rows]
+    return format_table(names, cells, f"{board.sweep.name}: {board.headline}")
 
 
 def write_leaderboard(board: Leaderboard, folder: Path) -> None:
@@ -167,18 +165,13 @@ def write_leaderboard(board: Leaderboard, folder: Path) -> None:
         facts = {"trial": row.key, "label": row.label, "rank": ranks.get(row.key)}
         names = ("swept", "state", "reason", "step", "scores", "seconds")
         trials.append({**facts, **{name: getattr(row, name) for name in names}, "run": row.place.name})
-    best = board.points[0] if board.points else None
+    best, facts_of_best = board.points[0] if board.points else None, ("rank", "name", "mean", "error")
     content = {
         "metric": metric.name,
         "larger_is_better": metric.larger_is_better,
         "protocol": describe_protocol(board),
         "note": board.sweep.note,
-        "best": {
-            **{name: getattr(best, name) for name in ("rank", "name", "mean", "error")},
-            "seeds": len(best.runs),
-        }
-        if best
-        else None,
+        "best": best and {**{name: getattr(best, name) for name in facts_of_best}, "seeds": len(best.runs)},
         "trials": trials,
     }
     write_json(folder / LEADERBOARD, content)

@@ -48,15 +48,14 @@ def plan_distance_to_optimum(place: Place) -> Figure:
     units: dict[Path, Unit] = {}
     if prod(experiment.data.shape) > LARGEST or "test" not in index.splits:
         raise FigureUnavailable("it needs images of at most 64x64 pixels, and a test split")
-    folders = [place.optimum / "test", place.optimum / "train", locate_unit_folder(place, "optimum")]
-    for folder, split in zip(folders, ("test", "train", "test"), strict=True):
-        exact, there = folder.parent == place.optimum, index.count_images(split)
-        n, title = min(OF_POSTERIOR, there), f"the posterior mean of {split} images"
-        n, title, size = (
-            (n, title, n) if exact else (min(COMPARED, there), "errors of test images", UNIT_IMAGES)
-        )
-        args = (place, split, exact)
-        units |= make_image_units(UnitKind.FIGURE, write_errors, args, n, size, folder, title, LEVELS)
+    for split in ("test", "train"):
+        n, title = min(OF_POSTERIOR, index.count_images(split)), f"the posterior mean of {split} images"
+        folder, args = place.optimum / split, (place, split, True)
+        units |= make_image_units(UnitKind.FIGURE, write_errors, args, n, n, folder, title, LEVELS)
+    n, own = min(COMPARED, index.count_images("test")), locate_unit_folder(place, "optimum")
+    args, title = (place, "test", False), "errors of test images"
+    units |= make_image_units(UnitKind.FIGURE, write_errors, args, n, UNIT_IMAGES, own, title, LEVELS)
+    folders = (place.optimum / "test", place.optimum / "train", own)
     caption = (
         "Distance to the optimum by noise level: RMSE of the estimate of x_0 of test images (0 to 255), and its "
         "excess over the best linear denoiser's on the same images and noise, with twice its standard error"
@@ -79,10 +78,8 @@ def write_errors(
     """
     experiment, shape = place.experiment, place.experiment.data.shape
     pixels, classes = tars.load_images(place.data, split, start, stop)
-    x_0, index = (
-        from_uint8(torch.from_numpy(pixels).to(ctx.device)),
-        torch.arange(start, stop, device=ctx.device),
-    )
+    x_0 = from_uint8(torch.from_numpy(pixels).to(ctx.device))
+    index = torch.arange(start, stop, device=ctx.device)
     # One whose network predicts x_0.
     direct = Diffusion(replace(experiment.diffusion, predict="x0", variance="fixedlarge", loss="simple"))
     levels, seed = list_levels(direct, NOISY if exact else 1), 0 if exact else experiment.seed
