@@ -1,6 +1,7 @@
 """The configuration: the experiment, which may change a number, and the cluster, which must not."""
 
 from pipeline.config.checks import flatten, get_field_types, is_section
+from pipeline.config.experiment import Experiment
 from pipeline.config.files import (
     FOLDERS,
     find_configuration,
@@ -22,7 +23,6 @@ from pipeline.config.sections import (
     ClusterConfig,
     DataConfig,
     EvaluateConfig,
-    Experiment,
     FiguresConfig,
     PublishedConfig,
     SampleConfig,

@@ -25,9 +25,10 @@ from pipeline.config.checks import (
     read_text,
     takes_text,
 )
+from pipeline.config.experiment import Experiment
 from pipeline.config.files import apply_overrides, find_configuration, read_configuration
 from pipeline.config.neutral import add_neutral_values
-from pipeline.config.sections import SPLITS, ClusterConfig, Experiment
+from pipeline.config.sections import SPLITS, ClusterConfig
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
