@@ -49,6 +49,8 @@ def format_value(value: str | float | Sequence[int | float | str] | None) -> str
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list) and len(value) > 8:
+        return f"{len(value):,} values"
     return f"{value:,}" if isinstance(value, int) else escape_markdown(str(value))
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.config import DiffusionConfig
+from pipeline.config import to_dict
 from pipeline.scores.metrics import FIRM, METRICS, Metric, format_number
 
 COLUMNS = [METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd")]
@@ -61,7 +62,7 @@ def find_paper_row(diffusion: DiffusionConfig) -> PaperRow | None:
 # App. B and the authors' code: what its rows of CIFAR-10 share, whatever the objective.
 RECIPE: dict[str, dict[str, Any]] = {
     "diffusion": {
-        "timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
+        "timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "betas": [],
         "t_sampling": "uniform",
     },
     "model": {
@@ -77,8 +78,8 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 def has_paper_schedule(diffusion: DiffusionConfig) -> bool:
     """Return whether x_t is as noisy at each t as in the paper."""
-    keys = ("timesteps", "beta_schedule", "beta_start", "beta_end")
-    return not diffusion.betas and all(getattr(diffusion, key) == RECIPE["diffusion"][key] for key in keys)
+    ours, keys = to_dict(diffusion), ("timesteps", "beta_schedule", "beta_start", "beta_end", "betas")
+    return all(ours[key] == RECIPE["diffusion"][key] for key in keys)
 
 
 # Table 4: {k = T - t + 1: (rate in bits/dim, RMSE on the scale 0 to 255)}, CIFAR-10, test set, L_simple.

@@ -7,7 +7,9 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
@@ -16,7 +18,7 @@ from pipeline import config
 from pipeline.drawing import charts
 from pipeline.drawing.style import COLOURS
 from pipeline.report import paper
-from pipeline.report.headline import compare_with_linear_denoiser
+from pipeline.report.headline import compare_with_linear_denoiser, list_differences_from_paper
 from pipeline.report.html import convert_to_html
 from pipeline.report.run_files import RunFiles
 from pipeline.report.run_pictures import copy_picture
@@ -363,6 +365,14 @@ def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
         assert recipe == {key: cifar10[section][key] for key in recipe}
     assert len({id(row) for row in paper.TABLES_1_AND_2}) == 6
     assert paper.find_paper_row(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
+
+
+def test_betas_of_ones_own_are_a_difference_from_the_paper(tmp_path):
+    np.save(tmp_path / "betas.npy", np.full(1000, 0.01))
+    own = config.load_experiment("cifar10", [f"diffusion.betas={tmp_path / 'betas.npy'}"])
+    assert not paper.has_paper_schedule(own.diffusion)
+    found = list_differences_from_paper(SimpleNamespace(experiment=own))
+    assert found == ["`diffusion.betas` is 1,000 values, not []"]
 
 
 def test_a_run_stands_below_the_row_of_its_objective_if_there_is_one(make):
