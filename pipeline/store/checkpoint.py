@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import shutil
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +34,7 @@ from pipeline.store.files import (
     SEALED,
     Check,
     FileFacts,
+    delete_folder,
     read_file_facts,
     read_json,
     require_files,
@@ -203,7 +203,7 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
         if step in train.keep_steps:
             _delete_state(place.step_folder(step))
         elif step not in used:
-            shutil.rmtree(place.step_folder(step), ignore_errors=True)
+            delete_folder(place.step_folder(step))
 
 
 def _delete_state(directory: Path) -> None:

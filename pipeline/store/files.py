@@ -83,9 +83,7 @@ def write_atomically(path: Path, folder: bool = False) -> Iterator[Path]:
                 if file.is_file():
                     file.chmod(0o666 & ~UMASK)  # safetensors shuts everybody else out
                 _flush_to_disk(file)
-            if folder and path.exists():
-                shutil.rmtree(path)
-            temporary.replace(path)
+            _replace(temporary, path)
             _flush_to_disk(path.parent)
         except BaseException:
             with suppress(OSError):  # it would hide what went wrong
@@ -97,6 +95,24 @@ def remove_leftovers(directory: Path) -> None:
     """Delete temporary files of killed processes. The caller holds the lock."""
     for path in list(directory.rglob(f"{TEMPORARY}*")):
         _delete(path)
+
+
+def _replace(new: Path, path: Path) -> None:
+    """Rename; a folder of that name makes way, also one that a thread which reads it seals meanwhile."""
+    while True:
+        try:
+            new.replace(path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            delete_folder(path)
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder, if it is there: renamed first, so that a thread that reads it sees all of it or nothing."""
+    with suppress(FileNotFoundError):
+        _delete(path.replace(path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")))
 
 
 def _delete(path: Path) -> None:

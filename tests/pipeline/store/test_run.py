@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -29,6 +31,33 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path):
         with rundir.write_atomically(tmp_path / "d", folder=True) as temporary:
             (temporary / text).write_text(text)
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["new"]
+
+
+def test_a_folder_is_replaced_while_threads_read_and_seal_it(tmp_path):
+    folder, stop = tmp_path / "report", threading.Event()
+    with rundir.write_atomically(folder, folder=True) as new:
+        rundir.write_text(new / "page", "old")
+        rundir.write_manifest(new, ["page"])
+
+    def seal():
+        while not stop.is_set():
+            with suppress(OSError, PipelineError):
+                rundir.write_seal(folder / rundir.MANIFEST, {"page": rundir.read_file_facts(folder / "page")})
+
+    readers = [threading.Thread(target=seal) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    try:
+        for number in range(200):
+            with rundir.write_atomically(folder, folder=True) as new:
+                rundir.write_text(new / "page", str(number))
+                rundir.write_manifest(new, ["page"])
+            assert (folder / "page").read_text() == str(number)
+    finally:
+        stop.set()
+        for reader in readers:
+            reader.join()
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
 def test_a_manifest_notices_every_difference(tmp_path):
