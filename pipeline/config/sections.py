@@ -135,6 +135,11 @@ class SampleConfig:
     compile: bool
     precision: Precision
 
+    @property
+    def is_deterministic(self) -> bool:
+        """True if the chain draws no noise of its own, which would correct what the network gets wrong."""
+        return self.sampler == "ddim" and self.eta == 0
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:

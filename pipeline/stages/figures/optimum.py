@@ -146,11 +146,15 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     panels = {"RMSE": errors, "RMSE over the best linear denoiser's, %": distance}
     axis = "reverse steps T − t"
     charts.save_panels([charts.plot_curves(title, axis, lines) for title, lines in panels.items()], file)
-    return describe_distance(k, ours, line, float(mean[0]))
+    lost = (excess > np.maximum(2 * error, AGREE)) if place.experiment.sample.is_deterministic else ()
+    return describe_distance(k, ours, line, float(mean[0]), int(np.sum(lost)))
 
 
-def describe_distance(k: list[int], ours: np.ndarray, line: np.ndarray, mean: float) -> str:
-    """Say where a network of these RMSE is farthest above the linear denoiser's, and where the mean image is better."""
+def describe_distance(k: list[int], ours: np.ndarray, line: np.ndarray, mean: float, lost: int = 0) -> str:
+    """Say where a network of these RMSE is farthest above the linear denoiser's, and where the mean image is better.
+
+    lost: at how many levels a network that a deterministic chain samples is surely worse than linear.
+    """
     worst = int(np.argmax(ours / line))
     found = (
         f"The network loses most at k = {k[worst]:,} reverse steps: RMSE {ours[worst]:.2f}, where the best "
@@ -158,4 +162,10 @@ def describe_distance(k: list[int], ours: np.ndarray, line: np.ndarray, mean: fl
     )
     if worse := [steps for steps, rmse in zip(k, ours, strict=True) if rmse > mean]:
         found += f" **It is worse than predicting the mean image** ({mean:.2f}) up to k = {worse[-1]:,}."
+    if lost:
+        found += (
+            f" **The sampler is deterministic and the network unfinished**: at {lost} of {len(k)} noise levels it "
+            "is worse than the best linear denoiser, and no fresh noise corrects that; sample with "
+            "`sample.sampler=ancestral sample.variance=fixedsmall` (docs/results/short-runs.md)."
+        )
     return found

@@ -55,6 +55,12 @@ def test_the_figure_says_where_the_network_loses_most_and_shares_what_needs_no_t
     (above, _), (below, _) = (optimum.compare_errors(*read_arrays(file)["errors"][:2]) for file in files)
     assert (below < above + 1e-3).all() and below[-1] < above[-1] < 0
     assert np.abs([above[0], below[0]]).max() < 0.001, "of noise alone both make the mean image"
+    assert "deterministic" not in finding
+    run_stage(figures, chain := change(asked, "sample", sampler="ddim", eta=0.0, steps=5), run)
+    assert (
+        "**The sampler is deterministic and the network unfinished**"
+        in read_manifest(run.of(chain).figures, FiguresManifest)["findings"]["optimum.svg"]
+    )
     raw = change(asked, "sample", weights="raw")
     assert len(run_stage(figures, raw, run)) == 2, "other weights have other errors, beside the same optimum"
     own = ({"betas": (beta,) * asked.diffusion.timesteps} for beta in (0.1, 0.2))
