@@ -72,6 +72,20 @@ def test_rates_of_the_best_linear_denoiser(covariance):
 
 
 @pytest.mark.slow
+def test_rates_of_single_images(test_images, covariance):
+    """The linear denoiser's, expected over the noise: the first 64 images are harder than the 10,000."""
+    diffusion, (mean, values, vectors) = Diffusion(), covariance
+    alpha_bar = diffusion.tables["alpha_bar"][:, None].double()
+    gain = alpha_bar.sqrt() * values / (alpha_bar * values + 1 - alpha_bar)  # of x_t, by eigenvector
+    squares = ((test_images.flatten(1).double() - mean) @ vectors) ** 2
+    of_noise = ((1 - alpha_bar) * gain**2).mean(dim=1, keepdim=True)
+    mse = of_noise + (1 - alpha_bar.sqrt() * gain) ** 2 @ squares.T / len(values)
+    rates = torch.stack([convert_mse_to_terms(diffusion, of_image).sum() for of_image in mse.T])
+    found = [rates.mean(), rates.std(), rates[:64].mean(), rates[:8].mean()]
+    assert [value.item() for value in found] == pytest.approx([2.452784, 0.26912, 2.53989, 2.51197], rel=2e-5)
+
+
+@pytest.mark.slow
 def test_the_best_linear_denoiser_by_sampling(test_images, covariance):
     """bits_per_dim itself, on 3,000 images at sampled steps, agrees with the closed form within 0.5 %.
 
