@@ -96,13 +96,17 @@ def run_experiment(options: Namespace) -> None:
     experiment, cluster = _load_experiment_and_cluster(options)
     from pipeline import tracking
     from pipeline.engine.execute import run_stages
+    from pipeline.report.headline import describe_run
+    from pipeline.report.run_files import RunFiles
+    from pipeline.store.selection import fill_in_selection
 
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
     place = run_stages(experiment, cluster, last, getattr(options, "accept_code", False))
+    print_line(describe_run(RunFiles(fill_in_selection(place) or place)).replace("**", ""))
     print_line(f"       run: {place.path}")
-    print_line(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
     if place.report_html.exists():
-        print_line(f"    report: {place.report_html}")
+        print_line(f"    report: {place.report_html.as_uri()}")
+    print_line(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
 
 
 def check_submitted_run(options: Namespace) -> JobInputs:
@@ -270,7 +274,8 @@ def compare_runs(options: Namespace) -> None:
 
     runs = compared_run.make_compared_runs(map(find.read_place, paths))
     folder = locate_comparison(root, comparison.make_comparison_key(runs, metric))
-    print_line(f"comparison: {comparison.write_comparison(runs, folder, 'Comparison', metric)}")
+    page = comparison.write_comparison(runs, folder, "Comparison", metric)
+    print_line(f"comparison: {page.as_uri()}")
 
 
 def export_weights(options: Namespace) -> None:

@@ -27,6 +27,20 @@ def compare_with_linear_denoiser(run: RunFiles) -> str:
     return f"{ours}, against {line}"
 
 
+def describe_run(run: RunFiles) -> str:
+    """Return what became of a run as Markdown: a warning of a useless network, its steps, its scores."""
+    after = f"After {run.step:,} training steps: " if run.step and run.experiment.is_trained else ""
+    if not run.scores:
+        return f"{after}not scored yet." if after else "Not trained yet."
+    warning = ""
+    if linear := compare_with_linear_denoiser(run):
+        warning = (
+            "**Not yet useful**: it does not beat the best linear denoiser, which needs no training "
+            f"({linear}). "
+        )
+    return f"{warning}{after}{describe_scores(run)}."
+
+
 def describe_scores(run: RunFiles) -> str:
     """Return the scores as a sentence, with the paper's scores or those of real images."""
     scores, parts = run.scores, []
@@ -40,7 +54,7 @@ def describe_scores(run: RunFiles) -> str:
         return f"{', '.join(parts)}, by the paper's protocol ({tail})"
     if "fid" in scores and (real := compare_with_real_images(run, METRICS["fid"])):
         parts[0] += f" ({real})"
-    reason = ". Not comparable with the paper's row, for the reasons below" if run.is_cifar10 else ""
+    reason = ". Not comparable with the paper's row" if run.is_cifar10 else ""
     return ", ".join(parts) + reason
 
 

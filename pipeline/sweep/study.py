@@ -191,4 +191,4 @@ class Study:
         metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
         links = self.recorder.parent.list_links(metric, by.larger_is_better)
         found = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
-        return [*found, ("report", str(report))] if report.exists() else found
+        return [*found, ("report", report.as_uri())] if report.exists() else found

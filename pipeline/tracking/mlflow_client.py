@@ -113,12 +113,16 @@ def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
     return reason, "see that it is what its address says, and can be read and written"
 
 
-def format_study_url(uri: str, storage: Path, experiment_id: str) -> str:
-    """Return the UI's address of a study's runs; for an embedded store, the command that starts the UI first."""
-    base = hide_password(uri).rstrip("/")
-    if not uri.startswith("http"):
-        base = f"`{shlex.join(['ddpm', 'ui', f'cluster.storage={storage}'])}`, then http://127.0.0.1:5000"
+def format_study_url(uri: str, experiment_id: str) -> str:
+    """Return the UI's address of a study's runs; for a store without a server, where `ddpm ui` serves it."""
+    base = hide_password(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
     return f"{base}/#/experiments/{experiment_id}/runs"
+
+
+def explain_ui(uri: str, storage: Path) -> str:
+    """Return which command serves the links into a store; '' where a server does already."""
+    words = shlex.join(["ddpm", "ui", f"cluster.storage={storage}"])
+    return "" if uri.startswith("http") else f" (served by `{words}`)"
 
 
 def check_server(uri: str) -> None:

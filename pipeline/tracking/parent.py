@@ -99,14 +99,15 @@ class ParentRun(Sender):
         """Return (name, address) in the UI: of the study with its leaderboard, and of its trials."""
         if not self.run_id:
             return [("MLflow", f"nothing in {hide_password(self.uri)} yet; the same command delivers it")]
-        runs = mlflow_client.format_study_url(self.uri, self.storage, self.experiment_id)
+        runs = mlflow_client.format_study_url(self.uri, self.experiment_id)
         query = {
             "compareRunsMode": "CHART", "searchFilter": f"tags.`{TRIAL_TAG}` != ''",
             "orderByKey": f"metrics.`{metric}`", "orderByAsc": str(not larger_is_better).lower(),
         }  # fmt: skip
+        served = mlflow_client.explain_ui(self.uri, self.storage)
         rest = ", not up to date: the same command delivers the rest" if self.is_behind else ""
         return [
-            ("MLflow", f"{runs}/{self.run_id}{VIEW}{rest}"),
+            ("MLflow", f"{runs}/{self.run_id}{VIEW}{served}{rest}"),
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 

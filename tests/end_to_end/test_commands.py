@@ -105,6 +105,13 @@ def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
     outcome = python(code, *arguments(finished, SCORED))
     assert outcome.returncode == 0, outcome.stderr
     assert "everything up to date" in outcome.stdout
+    page = run_directory(finished) / "report" / "report.html"
+    for words in (
+        "After 6 training steps: FID",
+        page.as_uri(),
+        "http://127.0.0.1:5000/#/experiments/1/runs/",
+    ):
+        assert words in outcome.stdout
 
 
 def test_status_and_show_read_the_run(finished, capsys):
