@@ -11,7 +11,8 @@ Variance = Literal["fixedlarge", "fixedsmall", "learned", "learned_range"]
 Loss = Literal["simple", "vlb", "hybrid"]
 TSampling = Literal["uniform", "importance"]
 Decoder = Literal["tanh", "erf"]
-Sampler = Literal["ancestral", "ddim"]
+Sampler = Literal["ancestral", "ddim", "dpm++"]
+Spacing = Literal["uniform", "quadratic", "logsnr"]  # of the timesteps that a sampler visits
 
 LEARNED = ("learned", "learned_range")
 MOST_SIGNAL = 1e-3  # alpha_bar_T above which x_T is not the noise that sampling starts from

@@ -223,6 +223,7 @@ def _compute_tables(beta: Tensor) -> dict[str, Tensor]:
         "log_beta": beta.log(),
         "alpha_bar": alpha_bar,
         "alpha_bar_prev": alpha_bar_prev,
+        "log_snr": (alpha_bar / (1 - alpha_bar)).log(),
         "sqrt_alpha_bar": alpha_bar.sqrt(),
         "one_minus_alpha_bar": 1 - alpha_bar,
         "log_one_minus_alpha_bar": (1 - alpha_bar).log(),

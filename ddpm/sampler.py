@@ -1,4 +1,4 @@
-"""Draws images: Algorithm 2, DDIM, interpolation, guidance. Chains are generators of steps.
+"""Draws images: Algorithm 2, DDIM, DPM-Solver++, interpolation, guidance. Chains are generators of steps.
 
 Networks must be in evaluation mode. noise(t) gives z for the step from timestep t (the network's t); it is
 not called at the last step, where z = 0.
@@ -14,7 +14,7 @@ from typing import ParamSpec, get_args
 import torch
 from torch import Tensor
 
-from ddpm.config import Sampler, Variance
+from ddpm.config import Sampler, Spacing, Variance
 from ddpm.diffusion import Diffusion, Network
 from ddpm.rng import Stream, draw_normal
 
@@ -47,9 +47,9 @@ def run_chain(
 ) -> Iterator[ReverseStep]:
     """Reverse the diffusion from x_T (N, C, H, W), over all timesteps or an ascending subset of them.
 
-    eta belongs to DDIM: 0 is deterministic, 1 is ancestral sampling with fixedsmall. variance replaces the
-    configured kind in ancestral sampling. clip is that of Diffusion.p_mean_variance. With the timesteps 0..t the
-    chain starts at x_t.
+    eta belongs to DDIM and DPM-Solver++: with 0 they are deterministic (DPM-Solver++ is 2M), with 1 DDIM is ancestral
+    sampling with fixedsmall, and DPM-Solver++ is SDE-2M. variance replaces the configured kind in ancestral sampling.
+    clip is that of Diffusion.p_mean_variance. With the timesteps 0..t the chain starts at x_t.
     """
     if sampler not in get_args(Sampler):
         raise ValueError(f"unknown sampler {sampler!r}: choose {' or '.join(get_args(Sampler))}")
@@ -60,6 +60,7 @@ def run_chain(
         diffusion = diffusion.respace(timesteps)
     visited, x_t = diffusion.timesteps.tolist(), x_T
     labels = () if context is None else (context,)
+    weights, x_0_before = _compute_extrapolation(diffusion), None
     for i in reversed(range(len(visited))):
         t = torch.full((len(x_t),), i, device=x_t.device)
         output = net(x_t, torch.full_like(t, visited[i]), *labels).to(x_t.dtype)
@@ -67,23 +68,52 @@ def run_chain(
             mean, log_variance, x_0 = diffusion.p_mean_variance(output, x_t, t, clip, variance)
             deviation = torch.exp(0.5 * log_variance)
         else:  # DDIM (Song, Meng and Ermon 2020, Eqs. 12 and 16): towards x_0, along the eps that belongs to it
-            x_0 = diffusion.predict_x0(output, x_t, t, clip)
+            x_0 = aim = diffusion.predict_x0(output, x_t, t, clip)
+            if sampler == "dpm++":
+                aim = x_0 if x_0_before is None else x_0 + weights[i] * (x_0 - x_0_before)
+                x_0_before = x_0
             names = ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "alpha_bar_prev", "posterior_variance")
             signal, spread, alpha_bar_prev, smallest = (diffusion.gather(name, t, x_t) for name in names)
-            eps, squared = (x_t - signal * x_0) / spread, eta**2 * smallest
-            mean = alpha_bar_prev.sqrt() * x_0 + (1 - alpha_bar_prev - squared).clamp(min=0).sqrt() * eps
+            eps, squared = (x_t - signal * aim) / spread, eta**2 * smallest
+            mean = alpha_bar_prev.sqrt() * aim + (1 - alpha_bar_prev - squared).clamp(min=0).sqrt() * eps
             deviation = squared.sqrt()
         x_t = mean + deviation * noise(visited[i]) if i > 0 else mean
         yield ReverseStep(visited[i], x_t, x_0)
 
 
-def space_timesteps(timesteps: int, steps: int) -> list[int]:
-    """Return `steps` evenly spaced timesteps of 0..timesteps-1, both ends among them (Nichol and Dhariwal 2021)."""
-    if not 1 <= steps <= timesteps:
-        raise ValueError(f"steps must lie in 1..{timesteps}, got {steps}")
+def _compute_extrapolation(diffusion: Diffusion) -> list[float]:
+    """Compute DPM-Solver++'s weight of the change of x_0 since the step before, for each step of the chain.
+
+    It is h / (2 h_before), for steps h of the log SNR (Lu et al. 2022, arXiv 2211.01095, Algorithm 2). With it, 2M and
+    SDE-2M are DDIM with eta = 0 and 1. The first and the last step are of first order.
+    """
+    h = -diffusion.tables["log_snr"].diff()
+    return [0.0, *(h[:-1] / (2 * h[1:])).tolist(), 0.0]
+
+
+def space_timesteps(diffusion: Diffusion, steps: int, spacing: Spacing = "uniform") -> list[int]:
+    """Return `steps` timesteps of the diffusion, ascending, both ends among them.
+
+    They lie evenly in t (Nichol and Dhariwal 2021), in the root of t (Song, Meng and Ermon 2020) or in the log SNR (Lu
+    et al. 2022). One that rounding has made equal to its neighbour moves to the next that is free.
+    """
+    last, log_snr = len(diffusion) - 1, diffusion.tables["log_snr"].cpu()
+    if not 1 <= steps <= last + 1:
+        raise ValueError(f"steps must lie in 1..{last + 1}, got {steps}")
     if steps == 1:
-        return [timesteps - 1]
-    return [round(i * (timesteps - 1) / (steps - 1)) for i in range(steps)]
+        return [last]
+    if spacing == "logsnr":
+        if log_snr[-1].isinf():
+            raise ValueError("spacing=logsnr needs an x_T with some signal; this schedule leaves none")
+        wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=log_snr.dtype)
+        nearest = [int((log_snr - value).abs().argmin()) for value in wanted]
+    else:
+        power = 2 if spacing == "quadratic" else 1
+        nearest = [round(i**power * last / (steps - 1) ** power) for i in range(steps)]
+    chosen = [0]
+    for i, t in enumerate(nearest[1:], 1):
+        chosen.append(min(max(t, chosen[-1] + 1), last + 1 - steps + i))
+    return chosen
 
 
 def run_image_chains(
@@ -94,6 +124,7 @@ def run_image_chains(
     shape: tuple[int, int, int],
     seed: int,
     steps: int | None = None,
+    spacing: Spacing = "uniform",
     sampler: Sampler = "ancestral",
     eta: float = 0.0,
     variance: Variance | None = None,
@@ -101,10 +132,10 @@ def run_image_chains(
 ) -> Iterator[ReverseStep]:
     """Run the chain of the images index (int64, (N,)) of shape (C, H, W), a function of seed and index alone.
 
-    All is drawn on the device of index. steps respaces the chain (None: all timesteps); sampler, eta and variance
-    are those of `run_chain`.
+    All is drawn on the device of index. steps and spacing respace the chain (None: all timesteps); sampler, eta and
+    variance are those of `run_chain`.
     """
-    timesteps = None if steps is None else space_timesteps(len(diffusion), steps)
+    timesteps = None if steps is None else space_timesteps(diffusion, steps, spacing)
     draw = partial(draw_normal, seed, index=index, shape=shape)
     return run_chain(
         diffusion, net, draw(Stream.X_T, 0), partial(draw, Stream.REVERSE),
@@ -140,7 +171,7 @@ def explain_few_steps(
         return None
     return (
         f"{steps} of {len(diffusion)} steps with variance=fixedlarge leave noise in the images (CIFAR-10 FID "
-        "367 at 10 steps, 10 at 100): use variance=fixedsmall or sampler=ddim"
+        "367 at 10 steps, 10 at 100): use variance=fixedsmall or another sampler"
     )
 
 

@@ -27,6 +27,7 @@ NEUTRAL: dict[str, Any] = {
     "published.path": None,
     "published.weights": None,
     "sample.steps": None,
+    "sample.spacing": "uniform",
     "sample.variance": None,
     "sample.ema_decay": None,
     "sample.label": None,

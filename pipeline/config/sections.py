@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ddpm.config import Count, Decoder, Problems, Range, Sampler, Share, TrainConfig
+from ddpm.config import Count, Decoder, Problems, Range, Sampler, Share, Spacing, TrainConfig
 from pipeline.errors import PipelineError, suggest
 
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -112,7 +112,8 @@ class SampleConfig:
     """Settings of the sampler.
 
     first_index: sample i is a function of first_index + i. batch_size: the images of one unit.
-    steps: null = all T; eta: 0 is deterministic, 1 ancestral; variance: null = diffusion.variance.
+    steps: null = all T; spacing: of fewer steps; eta: 0 is deterministic, 1 as noisy as ancestral sampling; variance:
+    null = diffusion.variance.
     ema_decay: which of train.ema_decay's averages, null = the first.
     checkpoint: a step, `last` (step train.steps), or `best` (of evaluate.checkpoints).
     label: null (no class), a class, or `cycle` (image i gets class i modulo data.labels).
@@ -124,6 +125,7 @@ class SampleConfig:
     first_index: Annotated[int, Range(ge=0, lt=CANDIDATES)]
     sampler: Sampler
     steps: CountOrNull
+    spacing: Spacing
     eta: Share
     variance: FixedVariance | None
     batch_size: Count

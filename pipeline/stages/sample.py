@@ -59,7 +59,7 @@ def make_sample_protocol(experiment: Experiment) -> SampleProtocol:
     return SampleProtocol(
         checkpoint=experiment.checkpoint_step,
         weights=experiment.weights_kind,
-        sampler=config.sampler,
+        sampler=config.sampler + (f", {config.spacing} steps" if config.spacing != "uniform" else ""),
         steps=config.steps or timesteps,
         timesteps=timesteps,
         eta=None if ancestral else config.eta,
@@ -146,7 +146,7 @@ def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
         Diffusion(experiment.diffusion),
         load_guided_network(place, ctx.device, config.compile),
         index=index + config.first_index, shape=experiment.data.shape,
-        seed=experiment.seed, sampler=config.sampler, steps=config.steps, eta=config.eta,
+        seed=experiment.seed, sampler=config.sampler, steps=config.steps, spacing=config.spacing, eta=config.eta,
         variance=config.variance, context=labels,
     )  # fmt: skip
     if not bool(images.isfinite().all()):

@@ -15,8 +15,10 @@ from pipeline.store.run import Place
 
 def build_diffusion(experiment: Experiment) -> Diffusion:
     """Build the diffusion of all T steps, or of sample.steps of them."""
-    diffusion, steps = Diffusion(experiment.diffusion), experiment.sample.steps
-    return diffusion.respace(space_timesteps(len(diffusion), steps)) if steps else diffusion
+    diffusion, config = Diffusion(experiment.diffusion), experiment.sample
+    if config.steps is None:
+        return diffusion
+    return diffusion.respace(space_timesteps(diffusion, config.steps, config.spacing))
 
 
 def load_guided_network(place: Place, device: torch.device, compiled: bool = False) -> Network:

@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ddpm import sampler
 from ddpm.config import DiffusionConfig
@@ -134,6 +134,60 @@ def test_ddim_agrees_with_diffusers(eta, clip):
         torch.testing.assert_close(ours.x_t, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "logsnr"])
+@pytest.mark.parametrize("eta, algorithm", [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
+def test_dpm_solver_agrees_with_diffusers(spacing, eta, algorithm):
+    diffusion, x_T = Diffusion(), randn(*SHAPE)
+    timesteps = sampler.space_timesteps(diffusion, 20, spacing)
+    theirs = DPMSolverMultistepScheduler(
+        beta_schedule="linear", algorithm_type=algorithm, final_sigmas_type="zero"
+    )
+    theirs.alphas_cumprod = diffusion.tables["alpha_bar"]  # its own are float32, as its steps are
+    theirs.set_timesteps(timesteps=timesteps[::-1])
+    steps = run_chain(diffusion, net, x_T, noise, sampler="dpm++", eta=eta, timesteps=timesteps, clip=False)
+    x = x_T
+    for ours, t in zip(steps, timesteps[::-1], strict=True):
+        other = theirs.step(net(x, torch.full((2,), t)), t, x, variance_noise=noise(t)).prev_sample
+        x = ours.x_t
+        torch.testing.assert_close(x, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("dpm++", 2)])
+def test_the_error_on_normal_data_falls_with_the_order_of_the_sampler(name, order):
+    """Data N(0, 1/4): x_t = z times the deviation of q(x_t) is the exact ODE, and the exact variance of the SDE.
+
+    Each source of noise of the SDE has a pixel of its own. The last step, of first order, is left out.
+    """
+    diffusion = Diffusion()
+    alpha_bar = diffusion.tables["alpha_bar"]
+    deviation = (1 - 0.75 * alpha_bar).sqrt()
+
+    def optimal(x_t, t):
+        factor = (1 - alpha_bar[t]).sqrt() / deviation[t] ** 2
+        return factor.reshape(-1, 1, 1, 1) * x_t
+
+    def pick(unit, timesteps, t):
+        return unit[timesteps.index(t) - 1]
+
+    errors = []
+    for steps in (21, 41, 81, 161):
+        timesteps = sampler.space_timesteps(diffusion, steps, "logsnr")
+        unit = torch.eye(steps, dtype=torch.float64).reshape(steps, 1, 1, 1, steps)
+        x_T = torch.cat([unit[-1], torch.full_like(unit[0], 2)]) * deviation[-1]
+        ends = []
+        for eta in (1.0, 0.0):
+            chain = run_chain(
+                diffusion, optimal, x_T, partial(pick, unit, timesteps),
+                sampler=name, eta=eta, timesteps=timesteps, clip=False,
+            )  # fmt: skip
+            ends.append([*chain][-2].x_t)
+        found = torch.stack([ends[0][0].norm(), ends[1][1, 0, 0, 0] / 2])
+        errors.append((found - deviation[0]).abs())
+    ratios = torch.stack(errors[:-1]) / torch.stack(errors[1:])
+    assert (ratios.log2() - order).abs().max() < 0.25, ratios
+
+
 def test_ddim_with_eta_0_ignores_the_noise_and_inverts_a_point_mass():
     """With the true x_0 known, the deterministic chain keeps eps: all its x_t are q_sample of it."""
     diffusion = Diffusion(replace(SMALL, predict="x0"))
@@ -150,7 +204,7 @@ def test_respaced_with_all_steps_is_the_full_chain():
     diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
     full = end(run_chain(diffusion, net, x_T, noise))
     assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=range(20))), full)
-    every = sampler.space_timesteps(20, 20)
+    every = sampler.space_timesteps(diffusion, 20)
     assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=every)), full)
 
 
@@ -166,15 +220,26 @@ def test_the_network_sees_the_timesteps_of_the_full_chain():
 
 
 def test_spaced_timesteps_hold_both_ends():
-    assert sampler.space_timesteps(1000, 1000) == list(range(1000))
-    assert sampler.space_timesteps(1000, 5) == [0, 250, 500, 749, 999]
-    assert sampler.space_timesteps(10, 1) == [9]
-    for steps in (0, 11):
-        with pytest.raises(ValueError, match=r"1\.\.10"):
-            sampler.space_timesteps(10, steps)
+    diffusion = Diffusion()
+    for spacing in ("uniform", "quadratic", "logsnr"):
+        assert sampler.space_timesteps(diffusion, 1, spacing) == [999]
+        for steps in (2, 7, 90, 999, 1000):  # where most would be rounded to the same t too
+            found = torch.tensor(sampler.space_timesteps(diffusion, steps, spacing))
+            assert len(found) == steps and (found[0], found[-1]) == (0, 999) and (found.diff() > 0).all()
+    assert sampler.space_timesteps(diffusion, 5) == [0, 250, 500, 749, 999]
+    assert sampler.space_timesteps(diffusion, 5, "quadratic") == [0, 62, 250, 562, 999]
+    log_snr = diffusion.tables["log_snr"][sampler.space_timesteps(diffusion, 5, "logsnr")]
+    torch.testing.assert_close(log_snr.diff(), log_snr.diff().mean().expand(4), rtol=0.02, atol=0)
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match=r"1\.\.1000"):
+            sampler.space_timesteps(diffusion, steps)
+    with pytest.raises(ValueError, match="logsnr"):
+        sampler.space_timesteps(Diffusion(replace(PAPER, beta_schedule="jsd", predict="x0")), 5, "logsnr")
 
 
-@pytest.mark.parametrize("how", [{}, {"sampler": "ddim", "steps": 5, "eta": 0.5}, {"variance": "fixedsmall"}])
+@pytest.mark.parametrize(
+    "how", [{}, {"sampler": "dpm++", "steps": 5, "eta": 0.5}, {"variance": "fixedsmall"}]
+)
 def test_images_depend_on_their_index_alone(how):
     settings = {"shape": (3, 4, 4), "seed": 5, **how}
     together = sampler.sample(Diffusion(SMALL), net, index=torch.arange(6), **settings)

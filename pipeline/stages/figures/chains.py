@@ -49,8 +49,8 @@ def format_timesteps(counts: list[int], experiment: Experiment) -> str:
 
 
 def choose_ancestral_variance(experiment: Experiment) -> Variance | None:
-    """Return the variance of ancestral chains; for DDIM fixedsmall, the variance of eta = 1."""
-    return "fixedsmall" if experiment.sample.sampler == "ddim" else experiment.sample.variance
+    """Return the variance of ancestral chains; for other samplers fixedsmall, the variance of eta = 1."""
+    return experiment.sample.variance if experiment.sample.sampler == "ancestral" else "fixedsmall"
 
 
 def save_rows(files: list[Path], file: Path, dim: int = 0) -> None:
