@@ -140,7 +140,7 @@ class SampleConfig:
     @property
     def is_deterministic(self) -> bool:
         """True if the chain draws no noise of its own, which would correct what the network gets wrong."""
-        return self.sampler == "ddim" and self.eta == 0
+        return self.sampler != "ancestral" and self.eta == 0
 
 
 @dataclass(frozen=True)
