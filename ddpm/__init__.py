@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 __all__ = [
     "EMA", "NETWORKS", "NO_LABEL", "AnnotatedUNet", "AnnotatedUNetConfig", "ApiUNet", "ApiUNetConfig",
     "BoundTerms", "ContextUNet", "ContextUNetConfig", "Diffusion", "DiffusionConfig", "ImportanceSampler",
-    "MHAUNet", "MHAUNetConfig", "ReverseStep", "TrainConfig", "TrainState", "UNet", "UNetConfig",
-    "accelerate", "add_guidance", "build_network", "compute_bits_per_dim", "compute_rate_distortion",
+    "MHAUNet", "MHAUNetConfig", "Model", "ReverseStep", "TrainConfig", "TrainState", "UNet", "UNetConfig",
+    "accelerate", "add_guidance", "build_model", "build_network", "compute_bits_per_dim", "compute_rate_distortion",
     "draw_shared_latent", "explain_few_steps", "from_uint8", "interpolate", "run_chain", "run_image_chains",
     "sample", "to_uint8", "train_step",
 ]  # fmt: skip
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ddpm.images import from_uint8, to_uint8
     from ddpm.kernels import accelerate
     from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion
+    from ddpm.model import Model, build_model
     from ddpm.networks import NETWORKS, NO_LABEL
     from ddpm.networks.annotated_unet import AnnotatedUNet, ApiUNet
     from ddpm.networks.build import build_network
@@ -48,7 +49,9 @@ if TYPE_CHECKING:
     from ddpm.timesteps import ImportanceSampler
     from ddpm.training import TrainState, train_step
 else:
-    _MODULES = "config networks networks.config networks.build images kernels sampler likelihood training"
+    _MODULES = (
+        "config networks networks.config networks.build images kernels sampler likelihood training model"
+    )
 
     def __getattr__(name):
         if name in __all__:

@@ -51,6 +51,11 @@ class Diffusion:
         self.timesteps = torch.arange(config.timesteps)
         self.is_respaced = False
 
+    def __repr__(self) -> str:
+        config, steps = self.config, f"{len(self)} of {self.config.timesteps} steps"
+        schedule = "own betas" if config.betas else f"{config.beta_schedule} betas"
+        return f"Diffusion({steps}, {schedule}, predict={config.predict}, variance={config.variance})"
+
     def __len__(self) -> int:
         """Return the number of steps of this chain."""
         return len(self.timesteps)

@@ -20,6 +20,9 @@ class EMA:
         persistent = net.state_dict().keys()
         self.buffers = {name: b.clone() for name, b in net.named_buffers() if name in persistent}
 
+    def __repr__(self) -> str:
+        return f"EMA(decay={self.decay:g}, {len(self.parameters)} tensors{', with warm-up' * self.warmup})"
+
     def compute_decay(self, n: int) -> float:
         """Return the decay of update n = 0, 1, ...; it is 0 for the first, which copies (authors' code)."""
         if n == 0:

@@ -149,7 +149,7 @@ def _make_image_function(run: Callable[Arguments, Iterator[ReverseStep]]) -> Cal
     @wraps(run, assigned=())
     def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
         """Draw images (N, C, H, W), float32 in [-1, 1]; the arguments are those of `run_image_chains`."""
-        return _run_to_end(run(*args, **kwargs)).clamp(-1, 1)
+        return run_to_end(run(*args, **kwargs)).clamp(-1, 1)
 
     return sample
 
@@ -157,7 +157,7 @@ def _make_image_function(run: Callable[Arguments, Iterator[ReverseStep]]) -> Cal
 sample = _make_image_function(run_image_chains)
 
 
-def _run_to_end(steps: Iterator[ReverseStep]) -> Tensor:
+def run_to_end(steps: Iterator[ReverseStep]) -> Tensor:
     """Return the images of the last step; no other step is kept in memory."""
     return deque(steps, maxlen=1).pop().x_t
 
@@ -202,7 +202,7 @@ def interpolate(
         return (1 - mix) * x_a + mix * x_b
     t = torch.full((len(x_a),), steps - 1, device=x_a.device)
     x_t = (1 - mix) * diffusion.q_sample(x_a, t, eps) + mix * diffusion.q_sample(x_b, t, eps)
-    return _run_to_end(
+    return run_to_end(
         run_chain(diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context)
     )
 

@@ -42,6 +42,10 @@ class TrainState:
                 "exp_avg_sq": torch.zeros_like(p),
             }
 
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.net.parameters())
+        return f"TrainState(step {self.step}, {type(self.net).__name__} of {count:,} parameters, {self.emas})"
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return net.*, ema.<i>.*, adam.exp_avg.*, adam.exp_avg_sq.*, adam.step, t_sampler.* and step.
 

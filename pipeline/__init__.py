@@ -1,1 +1,24 @@
-"""The orchestration: reads conf/, calls ddpm/, writes runs/. See the map of the modules in README.md."""
+"""The orchestration: reads conf/, calls ddpm/, writes runs/. `load` gives what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing torch takes seconds
+    import torch
+
+    from ddpm.model import Model
+
+
+def load(name: str | Path, device: torch.device | str = "cpu", storage: str | Path = "runs") -> Model:
+    """Load a trained model, ready to draw: a run, or a folder that `ddpm export` wrote or that has its layout.
+
+    name: a path, the name of a run below `storage`, or how it begins. The weights are the EMA, unless the run samples
+    raw ones. Raises PipelineError.
+    """
+    from ddpm.model import build_model
+    from pipeline.engine.load import read_model
+
+    settings, tensors = read_model(str(name), Path(storage).expanduser().absolute())
+    return build_model(settings, tensors, device)

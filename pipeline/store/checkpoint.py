@@ -12,6 +12,7 @@ import math
 import os
 import re
 from contextlib import suppress
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, NotRequired, cast
@@ -22,11 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typing_extensions import TypedDict
 
+from ddpm import model
 from ddpm.diffusion import Diffusion
-from ddpm.kernels import accelerate
-from ddpm.networks.build import build_network
 from ddpm.networks.layers import BF16Network
-from ddpm.posterior_mean import PosteriorMean
 from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
@@ -241,19 +240,28 @@ def load_weights(directory: Path, which: str, number: int = 0) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def describe_model(experiment: Experiment) -> dict[str, Any]:
+    """Return the settings of a run's model as plain values: what `ddpm.build_model` takes beside the weights."""
+    names = ("sampler", "steps", "eta", "variance", "label", "guidance_scale")
+    options = {name: getattr(experiment.sample, name) for name in names}
+    return {
+        "diffusion": asdict(experiment.diffusion),
+        "model": asdict(cast(Any, experiment.model)),
+        "shape": list(experiment.data.shape),
+        "num_classes": experiment.data.labels if experiment.takes_labels else 0,
+        "options": {**options, "seed": experiment.seed},
+        "source": experiment.name,
+    }
+
+
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """Build the experiment's network with its initial weights."""
-    data, seed = experiment.data, experiment.seed
-    diffusion = Diffusion(experiment.diffusion)
-    if experiment.model.name == "exact":
-        images = torch.empty(data.limit or 0, *data.shape, dtype=torch.uint8, device=device)
-        return PosteriorMean(diffusion, images)
-    outputs = diffusion.count_output_channels(data.channels)
+    data = experiment.data
     labels = data.labels if experiment.takes_labels else 0
-    net = build_network(
-        experiment.model, data.image_size, data.channels, outputs, seed, labels, device, len(diffusion)
-    )
-    return accelerate(net)
+    return model.create_network(
+        experiment.model, Diffusion(experiment.diffusion), data.shape, labels, device,
+        seed=experiment.seed, known_images=data.limit or 0,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
@@ -269,9 +277,7 @@ def load_network(
     if not directory.is_dir():
         raise_no_checkpoint(place, f"of step {step}")
     verify_step(place, step, "seal")
-    net = create_network(experiment, "meta")
-    net.to_empty(device="cpu")
-    net.load_state_dict(load_weights(directory, experiment.sample.weights, experiment.ema_number))
-    net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    weights = load_weights(directory, experiment.sample.weights, experiment.ema_number)
+    net = model.build_model(describe_model(experiment), weights, device).net
     net = BF16Network(net) if precision == "bf16" else net
     return cast(nn.Module, torch.compile(net)) if compiled else net

@@ -7,6 +7,7 @@ its root or under unet/; scheduler_config.json, at the root or under scheduler/,
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,10 @@ def read_weights(experiment: Experiment) -> Tensors:
         raise PipelineError(
             f"{folder / NETWORK} is missing; nobody can tell which network the weights are of"
         )
-    root = folder.parent if folder.name in ("unet", "unet_ema") else folder
-    schedulers = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
     published = read_json(folder / NETWORK, Settings, FETCH)
     faults = find_network_differences(experiment, published)
-    if schedulers:  # some publish the network alone
-        faults += _find_scheduler_differences(experiment.diffusion, read_json(schedulers[0], Settings, FETCH))
+    if scheduler := _read_scheduler(folder):
+        faults += _find_scheduler_differences(experiment.diffusion, scheduler)
     says, asked = read_header(file).get("weights"), experiment.published.weights
     says = "ema" if folder.name == "unet_ema" or EMA_SETTINGS & published.keys() else says
     if {says, asked} == {"raw", "ema"}:
@@ -174,6 +173,41 @@ def derive_overrides(published: PublishedConfig) -> list[str]:
     except (PipelineError, OSError):
         return []
     return [] if _find_type_problems(given) else list(chain.from_iterable(_find_overrides(given).values()))
+
+
+def make_published_experiment(path: Path) -> Experiment:
+    """Make an experiment whose network and diffusion are those of a folder. Raises ConfigError and PipelineError."""
+    published = PublishedConfig(str(path), "ema" if (path / "unet_ema").is_dir() else "unknown")
+    given = _read_scheduler(find_weight_files(published)[0].parent)
+    own = {
+        "timesteps": given.get("num_train_timesteps", 1000),
+        "beta_schedule": _find_own_name(SCHEDULES, given.get("beta_schedule", "linear")),
+        "beta_start": given.get("beta_start", 1e-4),
+        "beta_end": given.get("beta_end", 0.02),
+        "predict": _find_own_name(PREDICTIONS, given.get("prediction_type", "epsilon")),
+        "variance": _find_own_name(VARIANCES, given.get("variance_type", "fixed_small")),
+    }
+    own["loss"] = "hybrid" if own["variance"] in LEARNED else "simple"
+    words = [f"diffusion.{key}={value}" for key, value in own.items()]
+    words += [f"published.path={path}", f"published.weights={published.weights}"]
+    experiment = load_experiment("cifar10_published", [*derive_overrides(published), *words])
+    betas = _compute_scheduler_betas(given) if given.get("trained_betas") else None
+    if betas is None:
+        return experiment
+    process = replace(experiment.diffusion, betas=tuple(betas.tolist()), timesteps=len(betas))
+    return replace(experiment, diffusion=process)
+
+
+def _find_own_name(names: dict[str, str], theirs: object) -> object:
+    """Return our name of a setting of diffusers, or theirs, which the configuration then refuses."""
+    return {name: own for own, name in names.items()}.get(str(theirs), theirs)
+
+
+def _read_scheduler(folder: Path) -> Settings:
+    """Read the scheduler's settings of the weights in `folder`; empty where the network alone was published."""
+    root = folder.parent if folder.name in ("unet", "unet_ema") else folder
+    files = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
+    return read_json(files[0], Settings, FETCH) if files else {}
 
 
 def _find_type_problems(given: Settings) -> list[str]:

@@ -1,0 +1,137 @@
+"""A trained network with its diffusion: built from plain settings and tensors, and drawn from in one call."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.config import DiffusionConfig
+from ddpm.diffusion import Diffusion, Network
+from ddpm.kernels import accelerate
+from ddpm.networks import NETWORKS, NO_LABEL, UNTRAINED
+from ddpm.networks.build import build_network
+from ddpm.networks.config import NetworkConfig
+from ddpm.posterior_mean import PosteriorMean
+from ddpm.sampler import ReverseStep, add_guidance, run_image_chains, run_to_end
+from ddpm.training import describe_mismatch
+
+Label = int | str | Sequence[float] | Tensor | None
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network and its diffusion, ready to draw.
+
+    net: called net(x_t, t, context=None), in evaluation mode; shape: (C, H, W) of an image; num_classes: 0 where it
+    takes no labels. options: how its run draws: seed, label, guidance_scale, and keywords of `run_image_chains`; what
+    draws takes others in their place. source: where it comes from.
+    """
+
+    diffusion: Diffusion
+    net: nn.Module
+    shape: tuple[int, int, int]
+    num_classes: int
+    options: Mapping[str, Any]
+    source: str
+
+    def __repr__(self) -> str:
+        net = f"{type(self.net).__name__} of {sum(p.numel() for p in self.net.parameters()):,} parameters"
+        parts = [net, repr(self.diffusion), "images " + "x".join(map(str, self.shape))]
+        parts += [f"{self.num_classes} classes"] if self.num_classes else []
+        return f"Model({self.source}: {', '.join(parts)})"
+
+    @property
+    def device(self) -> torch.device:
+        tensors: Iterable[Tensor] = self.net.state_dict().values()
+        return next(iter(tensors)).device
+
+    def to(self, device: torch.device | str) -> "Model":
+        """Return the model on a device; its network itself moves there."""
+        return replace(self, net=self.net.to(device), diffusion=self.diffusion.to(device))
+
+    def run_chains(self, index: Tensor, **options: Any) -> Iterator[ReverseStep]:
+        """Run the reverse process of the images index (int64, (N,)), a function of seed and index alone."""
+        asked = {**self.options, **options}
+        context, scale = self.make_context(asked.pop("label"), index), asked.pop("guidance_scale")
+        net: Network = self.net
+        if context is not None and scale != 1:
+            net = add_guidance(net, scale, 0 if context.is_floating_point() else NO_LABEL)
+        return run_image_chains(self.diffusion, net, index=index, shape=self.shape, context=context, **asked)
+
+    def sample(self, n: int, *, first: int = 0, batch_size: int = 64, **options: Any) -> Tensor:
+        """Draw images first..first+n-1, (n, C, H, W), float32 in [-1, 1]; without options those of the run."""
+        index = torch.arange(first, first + n, device=self.device)
+        parts = [run_to_end(self.run_chains(part, **options)) for part in index.split(batch_size)]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def make_context(self, label: Label, index: Tensor) -> Tensor | None:
+        """Return the context of images index (N,): labels int64 (N,), or vectors (N, num_classes); None for none.
+
+        label: a class, NO_LABEL, "cycle" (each class in turn), one for each image, or a vector such as a mixture of
+        classes. Raises ValueError for what the network does not know.
+        """
+        if label is None:
+            return None
+        if not self.num_classes:
+            raise ValueError("this network takes no labels")
+        if label == "cycle":
+            return index % self.num_classes
+        context = torch.as_tensor(label, device=index.device)
+        if context.is_floating_point():
+            if context.shape[-1:] != (self.num_classes,):
+                raise ValueError(
+                    f"a context vector of this network holds {self.num_classes} numbers, not {label}"
+                )
+            return context.float().expand(len(index), -1)
+        if not bool(((context == NO_LABEL) | (context >= 0) & (context < self.num_classes)).all()):
+            raise ValueError(f"the labels of this network are 0 to {self.num_classes - 1}, not {label}")
+        return context.expand(len(index))
+
+
+def build_model(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+) -> Model:
+    """Build a trained model from plain settings, as JSON keeps them, and the tensors of its network.
+
+    settings: `diffusion` and `model`, the fields of their dataclasses; shape, num_classes, options and source of
+    `Model`. Raises ValueError where the tensors are another network's.
+    """
+    diffusion = Diffusion(_make_config(DiffusionConfig, settings["diffusion"]))
+    config = _make_config(NETWORKS[settings["model"]["name"]], settings["model"])
+    shape, classes = tuple(settings["shape"]), settings["num_classes"]
+    known = len(tensors.get("images", ()))
+    net = create_network(config, diffusion, shape, classes, "meta", known_images=known)
+    if fault := describe_mismatch(net.state_dict(), dict(tensors)):
+        raise ValueError(f"the weights are of another network than the settings: {fault}")
+    net.to_empty(device="cpu").load_state_dict(tensors)
+    net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return Model(diffusion.to(device), net, shape, classes, settings["options"], settings["source"])
+
+
+def create_network(
+    config: NetworkConfig,
+    diffusion: Diffusion,
+    shape: tuple[int, int, int],
+    num_classes: int = 0,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    known_images: int = 0,
+) -> nn.Module:
+    """Create the network of `config` for images of this shape (C, H, W), with its initial weights.
+
+    known_images: how many model.name=exact knows, all zero here.
+    """
+    channels, side, _ = shape
+    if config.name in UNTRAINED:
+        return PosteriorMean(diffusion, torch.zeros(known_images, *shape, dtype=torch.uint8, device=device))
+    outputs = diffusion.count_output_channels(channels)
+    net = build_network(config, side, channels, outputs, seed, num_classes, device, len(diffusion))
+    return accelerate(net)
+
+
+def _make_config(kind: Callable[..., Config], values: Mapping[str, Any]) -> Config:
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

@@ -1,0 +1,86 @@
+"""`pipeline.load`: what a run or a folder gives draws what the run itself draws."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import tiny_experiment
+from staged import change, with_weights
+
+import pipeline
+from ddpm import NO_LABEL, build_model, to_uint8
+from ddpm.networks.config import ExactConfig
+from pipeline.engine.provenance import write_record
+from pipeline.errors import PipelineError
+from pipeline.store import checkpoint, tars
+from pipeline.store.diffusers_layout import export_to_diffusers
+
+CLASSES = [
+    "model.name=context_unet",
+    "model.norm=group",
+    "model.channel_mult=[1,2]",
+    "data.labels=10",
+    "sample.label=cycle",
+]
+
+
+def test_a_run_and_its_export_draw_the_samples_of_the_run(sampled, tmp_path):
+    experiment, run = sampled
+    write_record(run, ())
+    stored, _ = tars.load_images(run.samples, "samples")
+    export_to_diffusers(run.path, tmp_path / "out", "ema", None)
+    for name, options in ((run.name[:-3], {}), (tmp_path / "out", {"seed": experiment.seed})):
+        model = pipeline.load(name, storage=run.storage)
+        assert torch.equal(to_uint8(model.sample(12, batch_size=6, **options)), torch.from_numpy(stored))
+    assert "Model(out: FastUNet of 44,969 parameters, Diffusion(20 of 20 steps, linear betas" in repr(model)
+
+
+def test_the_newest_checkpoint_stands_in_for_one_that_is_not_there_yet(tiny_run):
+    experiment, run = tiny_run
+    longer = change(experiment, "train", steps=100)
+    run = run.of(longer)
+    write_record(run, ())
+    with pytest.raises(PipelineError, match="no checkpoint yet"):
+        pipeline.load(run.path)
+    with_weights(experiment, run)
+    for which in ("last", "best"):
+        changed = change(change(longer, "sample", checkpoint=which), "evaluate", checkpoints="every:2")
+        write_record(run.of(changed), ())
+        assert f"ema weights of step 6 of {run.name}" in repr(pipeline.load(run.path))
+
+
+EXACT = dataclasses.replace(tiny_experiment("data.limit=3"), model=ExactConfig())
+
+
+@pytest.mark.parametrize("experiment", [tiny_experiment(*CLASSES), EXACT], ids=["classes", "exact"])
+def test_a_model_is_built_from_json_and_tensors(experiment):
+    settings = json.loads(json.dumps(checkpoint.describe_model(experiment)))
+    net = checkpoint.create_network(experiment)
+    model = build_model(settings, net.state_dict())
+    assert ("10 classes" in repr(model)) == (experiment is not EXACT)
+    assert model.sample(2, steps=2).shape == (2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"of another network"):
+        build_model(settings, {"extra": torch.zeros(1)})
+
+
+def test_labels_and_vectors_ask_for_classes():
+    experiment = tiny_experiment(*CLASSES)
+    torch.manual_seed(0)
+    tensors = {
+        name: torch.randn_like(x) / 9 + ("norm" in name) if x.is_floating_point() else x
+        for name, x in checkpoint.create_network(experiment).state_dict().items()
+    }
+    model = build_model(checkpoint.describe_model(experiment), tensors)
+    three, vector = model.sample(2, label=3), model.sample(2, label=[0.0] * 3 + [1.0] + [0.0] * 6)
+    assert torch.equal(three, vector) and not torch.equal(three, model.sample(2, label=NO_LABEL))
+    assert torch.equal(model.sample(2, label=NO_LABEL), model.sample(2, label=[0.0] * 10))
+    assert torch.equal(model.sample(2), model.sample(2, label=torch.tensor([0, 1])))
+    for label, fault in ((10, "0 to 9"), ([0.5, 0.5], "holds 10 numbers")):
+        with pytest.raises(ValueError, match=fault):
+            model.sample(1, label=label)
+    plain = tiny_experiment()
+    with pytest.raises(ValueError, match="takes no labels"):
+        build_model(checkpoint.describe_model(plain), checkpoint.create_network(plain).state_dict()).sample(
+            1, label=1
+        )
