@@ -1,0 +1,168 @@
+"""docs/results/ladder.json and ladder.md: the points of the ladder, their fit, and its prediction for the paper's run.
+
+python docs/results/ladder.py [RUN ...]      run directories add their points to those that were committed
+
+A point is a width after so many images, scored on all 10,000 test images. Rate and distortion are fitted apart, each by
+E + A N^-alpha + B S^-beta for N parameters and S images seen, weighted by the errors; E is no less than what arithmetic
+leaves to any network. Its interval comes from points drawn with replacement, all moved together by the error of the
+test images, which they share. The longest run of each width is predicted from the others before the fit is trusted.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from pipeline.engine.find import read_place
+from pipeline.store.checkpoint import create_network
+from pipeline.store.files import read_json
+
+HERE = Path(__file__).parent
+PAPER = {"parameters": 35_746_307, "images": 102_400_000}
+PUBLISHED = {"nll_bpd": 3.75, "rate_bpd": 1.78, "distortion_bpd": 1.97}  # Sec. 4.3 and Table 1
+FLOORS = {
+    "rate_bpd": 0.48642,
+    "distortion_bpd": 1.29600,
+}  # of fixedlarge and 8-bit pixels, T = 1000, the linear schedule
+WIDTHS, LENGTHS = 2, 3  # the fewest for a fit
+RESAMPLES = 400
+Point = dict[str, Any]
+
+
+def main(runs: list[str]) -> None:
+    file = HERE / "ladder.json"
+    known = json.loads(file.read_text())["points"] if file.exists() else []
+    points = {(point["parameters"], point["images"]): point for point in known}
+    for run in runs:
+        points |= {(point["parameters"], point["images"]): point for point in read_points(Path(run))}
+    rows = [points[key] for key in sorted(points)]
+    found = {"points": rows, "paper": PAPER | PUBLISHED, **predict(rows)}
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    (HERE / "ladder.md").write_text(format_page(found))
+
+
+def read_points(path: Path) -> Iterator[Point]:
+    """Yield the points of a run: its evaluations of all test images."""
+    place = read_place(path.absolute())
+    experiment = place.experiment
+    count = sum(tensor.numel() for tensor in create_network(experiment, "meta").parameters())
+    for file in sorted(place.path.glob("evaluation/*/metrics.json")):
+        results = read_json(file, dict[str, Any])
+        scores, protocol = results["scores"], results["protocol"]
+        if protocol.get("nll_images") == 10_000:
+            seen = protocol["checkpoint"] * experiment.train.batch_size
+            names = [name + end for name in ("nll_bpd", *FLOORS) for end in ("", "_se")]
+            its = {name: scores[name] for name in names}
+            yield {
+                "width": experiment.model.channels, "parameters": count, "images": seen, **its, "protocol": protocol
+            }  # fmt: skip
+
+
+def predict(points: list[Point]) -> dict[str, Any]:
+    """Return the fits and the prediction for the paper's run, or why there is none."""
+    lengths = {width: [p for p in points if p["width"] == width] for width in {p["width"] for p in points}}
+    whole = [width for width, its in lengths.items() if len(its) >= LENGTHS]
+    if len(whole) < WIDTHS:
+        return {"prediction": None, "reason": f"a fit needs {LENGTHS} lengths of {WIDTHS} widths"}
+    longest = [max(its, key=lambda p: p["images"]) for its in lengths.values() if len(its) > LENGTHS]
+    rest = [point for point in points if point not in longest]
+    draw, at = np.random.default_rng(0), [PAPER]
+    total, again = 0.0, np.zeros(RESAMPLES)
+    found: dict[str, Any] = {"prediction": {}, "fits": {}, "residuals": {}, "longest": []}
+    choices = [draw.integers(len(points), size=len(points)) for _ in range(RESAMPLES)]
+    moves = draw.normal(size=RESAMPLES)  # of the shared test images
+    for name, floor in FLOORS.items():
+        fit = fit_law(points, name, floor)
+        values = [point[name] for point in points]
+        found["fits"][name] = dict(zip(("E", "A", "alpha", "B", "beta"), fit.tolist(), strict=True))
+        found["residuals"][name] = (np.array(values) - compute_law(fit, points)).round(5).tolist()
+        resampled = []
+        for rows, move in zip(choices, moves, strict=True):
+            some = [{**points[i], name: points[i][name] + move * points[i][name + "_se"]} for i in rows]
+            resampled.append(compute_law(fit_law(some, name, floor, fit), at)[0])
+        value = float(compute_law(fit, at)[0])
+        found["prediction"][name] = describe_interval(value, np.array(resampled))
+        total, again = total + value, again + np.array(resampled)
+        early = compute_law(fit_law(rest, name, floor), longest) if longest else []
+        found["longest"] += [
+            {"width": p["width"], "images": p["images"], "of": name, "found": p[name], "predicted": float(q)}
+            for p, q in zip(longest, early, strict=True)
+        ]
+    found["prediction"]["nll_bpd"] = describe_interval(total, again)
+    return found
+
+
+def describe_interval(value: float, resampled: np.ndarray) -> dict[str, Any]:
+    """Return a value with the 95 % interval of its resampled ones."""
+    return {"value": round(value, 4), "interval": np.quantile(resampled, (0.025, 0.975)).round(4).tolist()}
+
+
+def fit_law(points: list[Point], name: str, floor: float, start: np.ndarray | None = None) -> np.ndarray:
+    """Fit E, A, alpha, B, beta by least squares weighted by the errors; without `start` from several places."""
+    values = np.array([point[name] for point in points])
+    errors = np.array([point[name + "_se"] for point in points])
+    least = values.min() - floor
+    starts = [start] if start is not None else [
+        np.array([floor + share * least, least, alpha, 10.0 * least, beta])
+        for share in (0.1, 0.8) for alpha in (0.1, 0.4) for beta in (0.2, 0.5)
+    ]  # fmt: skip
+    ends = ([floor, 0, 0.01, 0, 0.01], [floor + least, 1e3, 2, 1e4, 2])
+    fits = [
+        least_squares(
+            lambda law: (compute_law(law, points) - values) / errors, np.clip(one, *ends), bounds=ends,
+            x_scale=np.maximum(np.abs(one), 0.1), max_nfev=500,
+        ) for one in starts
+    ]  # fmt: skip
+    best: np.ndarray = min(fits, key=lambda fit: fit.cost).x
+    return best
+
+
+def compute_law(law: np.ndarray, points: list[Point]) -> np.ndarray:
+    """Return E + A (N / 10^6)^-alpha + B (S / 10^3)^-beta of each point."""
+    n, s = (
+        np.array([point[key] for point in points]) / unit
+        for key, unit in (("parameters", 1e6), ("images", 1e3))
+    )
+    level: np.ndarray = law[0] + law[1] * n ** -law[2] + law[3] * s ** -law[4]
+    return level
+
+
+def format_page(found: dict[str, Any]) -> str:
+    """Return the page of the ladder."""
+    lines = [
+        "# The ladder: small networks, and what they predict for the paper's", "",
+        "Written by `python docs/results/ladder.py` from [ladder.json](ladder.json); the runs are those of "
+        "`ddpm sweep ladder data.path=FOLDER_OR_ARCHIVE cluster.workers=0`. NLL, rate and distortion of the EMA in "
+        "bits/dim, of all 10,000 test images, estimated with seven draws of t an image; ± is one standard error.", "",
+        "| width | parameters | images seen | NLL ≤ | rate | distortion |", "| --- | --- | --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for p in found["points"]:
+        cells = [f"{p[name]:.4f} ± {p[name + '_se']:.4f}" for name in ("nll_bpd", *FLOORS)]
+        lines.append(f"| {p['width']} | {p['parameters']:,} | {p['images']:,} | {' | '.join(cells)} |")
+    lines += ["", "## Prediction", ""]
+    if found["prediction"] is None:
+        return "\n".join([*lines, f"None yet: {found['reason']}.", ""])
+    lines += [
+        f"For {PAPER['parameters']:,} parameters and {PAPER['images']:,} images, with the 95 % interval:", "",
+        "| | predicted | paper |", "| --- | --- | --- |",
+    ]  # fmt: skip
+    for name, paper in PUBLISHED.items():
+        one = found["prediction"][name]
+        low, high = one["interval"]
+        lines.append(f"| {name} | {one['value']:.2f} ({low:.2f} to {high:.2f}) | {paper} |")
+    worst = max(abs(value) for values in found["residuals"].values() for value in values)
+    lines += ["", f"The largest residual of the fits is {worst:.4f}."]
+    for one in found["longest"]:
+        lines.append(
+            f"- {one['of']} of width {one['width']} after {one['images']:,} images: {one['found']:.4f}, predicted from "
+            f"the shorter runs {one['predicted']:.4f}"
+        )
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
