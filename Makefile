@@ -10,12 +10,13 @@ QUICK := tests/ddpm tests/pipeline/config tests/pipeline/scores/test_ranking.py 
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
-.PHONY: help run quick test test-all soak fuzz check bench env image cluster-test
+.PHONY: help run quick test device test-all soak fuzz check bench env image cluster-test
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
 	@echo "make quick     install, then the tests of the science, the architecture and what else is fast (a minute)"
 	@echo "make test      the tests a person runs before a commit (minutes)"
+	@echo "make device    all networks on fake CUDA tensors (a minute; needs a C compiler, no GPU)"
 	@echo "make test-all  the same with the slow ones (an hour)"
 	@echo "make soak      a digits run killed 21 times beside an untouched one (some 20 minutes on two cores)"
 	@echo "make fuzz      drawn command lines and damages to a finished run; CASES=500 DAMAGES=50 SEED=0"
@@ -42,7 +43,11 @@ quick: $(READY)
 
 test: $(READY)
 	@echo "== tests"
-	@$(PYTEST) -m "not slow" $(TWICE) $(ARGS)
+	@$(PYTEST) -m "not slow and not device" $(TWICE) $(ARGS)
+
+device: $(READY)
+	@echo "== fake CUDA tensors"
+	@$(PYTEST) tests/device -m device --numprocesses=2 $(ARGS)
 
 test-all: $(READY)
 	@echo "== all tests"

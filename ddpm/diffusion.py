@@ -63,7 +63,8 @@ class Diffusion:
     def to(self, device: torch.device | str) -> "Diffusion":
         """Return the same process with its tables on `device`."""
         moved = copy.copy(self)
-        moved.tables = {name: table.to(device) for name, table in self.tables.items()}
+        tables = torch.stack(list(self.tables.values())).to(device)  # one copy for all
+        moved.tables = dict(zip(self.tables, tables, strict=True))
         moved.timesteps = self.timesteps.to(device)
         return moved
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,20 +76,23 @@ def compute_bits_per_dim(
     if len(diffusion) != diffusion.config.timesteps:
         raise ValueError("the bound is defined on the full chain, not on a respaced one")
     diffusion, n = diffusion.to(x_0.device), len(x_0)
-    chosen = torch.as_tensor(range(len(diffusion)) if timesteps is None else timesteps)
-    pairs, position = (chosen * n + torch.arange(n)[:, None]).unique(return_inverse=True)
-    terms, mse = [], []
-    for pair in pairs.to(x_0.device).split(batch_size or n):
+    # Timesteps and rows, ascending; in numpy too, so that the host knows them without asking the device.
+    chosen = np.asarray(range(len(diffusion)) if timesteps is None else timesteps)
+    pairs, position = np.unique(chosen * n + np.arange(n)[:, None], return_inverse=True)
+    terms, mse, size = [], [], batch_size or n
+    for number, pair in enumerate(torch.from_numpy(pairs).to(x_0.device).split(size)):
         t, rows = pair // n, pair % n
         x = x_0[rows]
-        eps = torch.cat([noise(step, rows[t == step]) for step in t.unique().tolist()])
+        steps, counts = np.unique(pairs[size * number :][:size] // n, return_counts=True)
+        each = zip(steps.tolist(), rows.split(counts.tolist()), strict=True)
+        eps = torch.cat([noise(step, its_rows) for step, its_rows in each])
         x_t = diffusion.q_sample(x, t, eps)
         labels = () if context is None else (context[rows],)
         reverse = diffusion.p_mean_variance(net(x_t, t, *labels), x_t, t, clip, variance)
         terms.append(diffusion.compute_bound_terms(reverse, x, x_t, t, decoder))
         mse.append(average_per_image((reverse.x_0 - x) ** 2))
     return BoundTerms(
-        chosen,
+        torch.from_numpy(chosen),
         torch.cat(terms).double().cpu()[position],
         torch.cat(mse).double().cpu()[position],
         compute_prior(diffusion, x_0.double()).cpu(),  # in float32 it would drown in rounding

@@ -89,9 +89,9 @@ def draw_integers(seed: int, stream: int, step: int, index: Tensor, high: int) -
     return ((a >> 1 << 32 | b) % high)[:, 0]
 
 
-def draw_permutation(seed: int, stream: int, step: int, n: int) -> Tensor:
-    """Draw a random order of 0..n-1, int64 (n,): the argsort of 64-bit keys, one per index."""
-    a, b, _, _ = _draw_words(seed, stream, step, torch.arange(n), 1)
+def draw_permutation(seed: int, stream: int, step: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draw a random order of 0..n-1, int64 (n,) on `device`: the argsort of 64-bit keys, one per index."""
+    a, b, _, _ = _draw_words(seed, stream, step, torch.arange(n, device=device), 1)
     return torch.argsort(((a - 2**31) * 2**32 + b)[:, 0], stable=True)
 
 

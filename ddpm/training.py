@@ -153,15 +153,45 @@ def train_step(
     world_size: int = 1,
     sum_over_workers: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> dict[str, Tensor]:
-    """Make one update with this worker's slice of the global batch (Algorithm 1), in config.accumulate micro-batches.
+    """Make one update with this worker's slice of the global batch (Algorithm 1).
+
+    The arguments are those of `compute_gradients`. Returns 0-d tensors: loss, so weighted that its mean over workers is
+    the mean over the global batch, and grad_norm before clipping. Never waits for the device (importance sampling of t
+    apart).
+    """
+    t, weight, losses = compute_gradients(
+        state, diffusion, x_0, rows, config=config, seed=seed, context=context, forward=forward, world_size=world_size
+    )  # fmt: skip
+    if state.t_sampler is not None:
+        # The history takes the whole global batch, so that all workers hold the same.
+        batch = torch.zeros(2, config.batch_size, dtype=torch.float64, device=losses.device)
+        batch[:, rows[0] : rows[-1] + 1] = torch.stack((t.double(), losses.double()))
+        batch = sum_over_workers(batch)
+        state.t_sampler.update(batch[0].long(), batch[1].float())
+    loss = (losses * weight).sum() * (world_size / config.batch_size)
+    return {"loss": loss, "grad_norm": state.update(config)}
+
+
+def compute_gradients(
+    state: TrainState,
+    diffusion: Diffusion,
+    x_0: Tensor,
+    rows: Tensor,
+    *,
+    config: TrainConfig,
+    seed: int,
+    context: Tensor | None = None,
+    forward: nn.Module | None = None,
+    world_size: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of this worker's slice of the global batch, in config.accumulate micro-batches.
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU,
     consecutive positions in the global batch; context: int64 labels (N,). `forward` is the network as it is called
     (wrapped for several workers, or compiled); default the network itself. Slices may differ in length: each is
     weighted by it, so that the workers' average is the gradient of the mean over the global batch.
 
-    Returns 0-d tensors: loss, so weighted that its mean over workers is the mean over the global batch, and
-    grad_norm before clipping. Never waits for the device (importance sampling of t apart).
+    Returns t int64, and weight and loss of each image, float32; all (N,).
     """
     net, step = state.net if forward is None else forward, state.step
     x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
@@ -192,14 +222,7 @@ def train_step(
             loss = diffusion.compute_losses(output, x_0[part], x_t, t[part], eps[part])
             ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())
-    losses = torch.cat(found)
-    if state.t_sampler is not None:
-        # The history takes the whole global batch, so that all workers hold the same.
-        batch = torch.zeros(2, config.batch_size, dtype=torch.float64, device=losses.device)
-        batch[:, rows[0] : rows[-1] + 1] = torch.stack((t.double(), losses.double()))
-        batch = sum_over_workers(batch)
-        state.t_sampler.update(batch[0].long(), batch[1].float())
-    return {"loss": (losses * weight).sum() * scale, "grad_norm": state.update(config)}
+    return t, weight, torch.cat(found)
 
 
 def compute_learning_rate(config: TrainConfig, step: int) -> float:

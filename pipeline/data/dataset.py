@@ -19,6 +19,7 @@ from torch import Tensor
 from pipeline.compute.units import Worker
 from pipeline.errors import PipelineError
 from pipeline.store import tars
+from pipeline.store.tensors import copy_to_device
 
 Batch = tuple[Tensor, Tensor]
 
@@ -27,6 +28,7 @@ class Dataset(Protocol):
     """Images and labels of one split, read by index."""
 
     lookahead: int  # batches, beginning with the one asked for, that are worth a `prefetch`
+    index_device: torch.device  # where `read_batch` looks at its index
 
     def __len__(self) -> int: ...
 
@@ -54,6 +56,7 @@ class MemoryDataset:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
         self.images, self.labels = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+        self.index_device = device
 
     def __len__(self) -> int:
         return len(self.images)
@@ -74,6 +77,7 @@ class ShardDataset:
     """
 
     lookahead = 4
+    index_device = torch.device("cpu")
 
     def __init__(self, index: tars.ShardManifest, split: str, ctx: Worker):
         shards = index.list_shards(split)
@@ -96,7 +100,7 @@ class ShardDataset:
         self.prefetch(index)
         images = np.stack([image.result() for image in self.pending.pop(index.numpy().tobytes())])
         labels = self.places[index.numpy(), tars.LABEL]
-        return torch.from_numpy(images).to(self.device), torch.from_numpy(labels).to(self.device)
+        return copy_to_device(images, self.device), copy_to_device(labels, self.device)
 
     def _read_image(self, number: int) -> np.ndarray:
         shard = int(self.shard_of[number])

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.scores import classifier, efficientnet, inception, projection
 from pipeline.store.run import Place
+from pipeline.store.tensors import copy_to_device
 
 BATCH = 50  # images per forward pass: a constant, since the last bits of features depend on it
 
@@ -75,17 +76,16 @@ def extract_features(
 
     TF32 is off meanwhile: it would move Inception's features by more than the scores' digits.
     """
-    net, features, logits = load_extractor(extractor, device), [], []
+    net, outputs = load_extractor(extractor, device), []
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
-        for batch in torch.from_numpy(images).split(BATCH):
-            outputs: list[Tensor] = [layer.float().cpu() for layer in net(batch.to(device))]
-            features.append(outputs[0])
-            logits.append(outputs[1] if len(outputs) > 1 else torch.empty(len(batch), 0))
+        for start in range(0, len(images), BATCH):
+            outputs.append(net(copy_to_device(images[start : start + BATCH], device)))
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-    return torch.cat(features).numpy(), torch.cat(logits).numpy()
+    features, *logits = (torch.cat(layer).float().cpu().numpy() for layer in zip(*outputs, strict=True))
+    return features, logits[0] if logits else np.empty((len(images), 0), dtype=np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import cast
 
@@ -20,7 +21,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.rng import Stream, draw_permutation
 from ddpm.sampler import sample
-from ddpm.training import TrainState, compute_learning_rate, train_step
+from ddpm.training import TrainState, compute_gradients, compute_learning_rate, train_step
 from pipeline.compute.units import Unit, Worker
 from pipeline.config import Experiment, TrainStageConfig, require_images_for_workers
 from pipeline.data.dataset import open_dataset
@@ -33,6 +34,7 @@ from pipeline.store.log import Heartbeat, LogWriter, read_progress
 from pipeline.store.run import Place
 from pipeline.store.tensors import Tensors
 
+CPU = torch.device("cpu")
 GRID_SIDE = 8
 GRID_STEPS = 50  # of the grids during training: a glance, not a score
 
@@ -113,25 +115,29 @@ def slice_batch(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
 
 
 def list_image_indices(
-    seed: int, num_images: int, step: int, batch_size: int, rows: torch.Tensor
+    seed: int,
+    num_images: int,
+    step: int,
+    batch_size: int,
+    rows: torch.Tensor,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
-    """Return the indices of the images, int64 (len(rows),), in these rows of the global batch at `step`.
+    """Return the indices of the images in these consecutive rows of the global batch at `step`, int64 on `device`.
 
     Slot k = step * batch_size + row holds image perm_e[k mod N] with e = k // N: every image once per epoch,
     whatever the number of workers, the batch size or the step at which a process starts.
     """
-    slots = step * batch_size + rows
-    epochs = slots // num_images
-    found = torch.empty_like(slots)
-    for epoch in epochs.unique().tolist():
-        here = epochs == epoch
-        found[here] = _permute_images(seed, epoch, num_images)[slots[here] % num_images]
-    return found
+    slot, left, parts = step * batch_size + int(rows[0]), len(rows), []
+    while left > 0:
+        epoch, first = divmod(slot, num_images)
+        parts.append(_permute_images(seed, epoch, num_images, device)[first : first + left])
+        slot, left = slot + len(parts[-1]), left - len(parts[-1])
+    return torch.cat(parts)
 
 
 @lru_cache(maxsize=2)  # a batch touches few epochs, in ascending order
-def _permute_images(seed: int, epoch: int, num_images: int) -> torch.Tensor:
-    return draw_permutation(seed, Stream.ORDER, epoch, num_images)
+def _permute_images(seed: int, epoch: int, num_images: int, device: torch.device) -> torch.Tensor:
+    return draw_permutation(seed, Stream.ORDER, epoch, num_images, device)
 
 
 class _LogSums:
@@ -260,39 +266,52 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
     images = open_dataset(place.data, "train", ctx)
     rows = slice_batch(config.batch_size, ctx.rank, ctx.world_size)
     list_indices = partial(
-        list_image_indices, experiment.seed, len(images), batch_size=config.batch_size, rows=rows
-    )
+        list_image_indices, experiment.seed, len(images),
+        batch_size=config.batch_size, rows=rows, device=images.index_device,
+    )  # fmt: skip
     diffusion = Diffusion(experiment.diffusion).to(ctx.device)
     forward = ctx.wrap_network(state.net)
     if config.compile:
         forward = cast(nn.Module, torch.compile(forward))
-    _fix_gradient_buckets(forward, images.read_batch(torch.zeros(1, dtype=torch.int64))[0], len(rows))
 
-    def make_step() -> Tensors:
+    def read_batch() -> tuple[torch.Tensor, torch.Tensor | None]:
         for ahead in range(images.lookahead):
             images.prefetch(list_indices(state.step + ahead))
         x_0, labels = images.read_batch(list_indices(state.step))
+        return x_0, labels if experiment.takes_labels else None
+
+    def make_step() -> Tensors:
+        x_0, context = read_batch()
         return train_step(
             state, diffusion, x_0, rows,
-            config=config, seed=experiment.seed, forward=forward,
+            config=config, seed=experiment.seed, context=context, forward=forward,
             world_size=ctx.world_size, sum_over_workers=ctx.sum_over_workers,
-            context=labels if experiment.takes_labels else None,
         )  # fmt: skip
 
+    if ctx.world_size > 1:
+        _fix_gradient_buckets(state, diffusion, *read_batch(), rows, config, forward)
     return make_step
 
 
-def _fix_gradient_buckets(forward: nn.Module, image: torch.Tensor, count: int) -> None:
-    """Run one unused forward and backward pass, so that DDP's buckets of gradients have their final layout.
+def _fix_gradient_buckets(
+    state: TrainState, diffusion: Diffusion, x_0: torch.Tensor, context: torch.Tensor | None, rows: torch.Tensor,
+    config: TrainStageConfig, forward: nn.Module,
+) -> None:  # fmt: skip
+    """Compute the gradients of one part of a step and drop them, so that DDP's buckets have their final layout.
 
     DDP rebuilds them after the first pass, and sums depend on an element's place in its bucket: a resumed run must
     start from the layout of an untouched one.
     """
-    x = image.float().expand(count, -1, -1, -1)
-    forward.eval()  # running statistics of normalisation layers stay as they are
-    forward(x, torch.zeros(count, dtype=torch.int64, device=x.device)).sum().backward()
-    forward.train()
-    forward.zero_grad(set_to_none=True)
+    part = slice(0, max(1, len(rows) // config.accumulate))
+    buffers = [buffer.clone() for buffer in state.net.buffers()]  # running statistics of BatchNorm
+    compute_gradients(
+        state, diffusion, x_0[part], rows[part],
+        config=replace(config, accumulate=1), seed=0, context=None if context is None else context[part],
+        forward=forward,
+    )  # fmt: skip
+    for buffer, before in zip(state.net.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    state.net.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

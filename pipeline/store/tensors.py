@@ -1,9 +1,10 @@
-"""Safe loading of weights from untrusted files."""
+"""Safe loading of weights from untrusted files, and arrays on their way to a device."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -43,3 +44,9 @@ def read_header(path: Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except Exception:  # `load_tensors` tells
         return {}
+
+
+def copy_to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to a device. The host does not wait for a GPU to do it, nor for what it has to do before."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

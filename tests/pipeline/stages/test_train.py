@@ -82,6 +82,22 @@ def test_images_read_from_the_tars_train_the_same_run(tiny_run):
     assert_equal_states(run, from_memory, 3)
 
 
+def test_the_pass_before_the_first_step_with_peers_is_the_graph_of_the_steps(tiny_run, monkeypatch):
+    experiment, run = tiny_run
+    graphs, compile_network = [], torch.compile
+
+    def note_graph(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda net: compile_network(net, backend=note_graph))
+    experiment = change(
+        change(experiment, "train", compile=True, accumulate=2, precision="bf16"), "model", dropout=0.3
+    )
+    train_to(experiment, run, 5, Worker(torch.device("cpu"), cpus=1, world_size=2))
+    assert len(graphs) == 1
+
+
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
     experiment, run = tiny_run
     experiment = change(experiment, "model", dropout=0.3)
