@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # importing torch takes seconds
 
 
 def load(name: str | Path, device: torch.device | str = "cpu", storage: str | Path = "runs") -> Model:
-    """Load a trained model, ready to draw: a run, or a folder that `ddpm export` wrote or that has its layout.
+    """Load a trained model, ready to draw: a run, a models:/ address, or a folder in the layout of `ddpm export`.
 
     name: a path, the name of a run below `storage`, or how it begins. The weights are the EMA, unless the run samples
     raw ones. Raises PipelineError.

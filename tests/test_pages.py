@@ -40,7 +40,7 @@ def test_the_tree_of_the_architecture_page_is_that_of_the_code():
 
 
 def test_the_library_snippet_of_the_readme_trains_and_draws():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    snippet, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     names: dict = {}
     torch.manual_seed(0)
     exec(snippet, names)

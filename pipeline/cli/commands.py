@@ -11,6 +11,7 @@ import textwrap
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.console import print_line
@@ -106,7 +107,9 @@ def run_experiment(options: Namespace) -> None:
     print_line(f"       run: {place.path}")
     if place.report_html.exists():
         print_line(f"    report: {place.report_html.as_uri()}")
-    print_line(f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri)}")
+    print_line(
+        f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri, cluster.largest_model)}"
+    )
 
 
 def check_submitted_run(options: Namespace) -> JobInputs:
@@ -280,12 +283,42 @@ def compare_runs(options: Namespace) -> None:
 
 def export_weights(options: Namespace) -> None:
     """Write a run's weights in the diffusers layout (`ddpm export`)."""
+    from pipeline import tracking
     from pipeline.engine.find import find_run
-    from pipeline.store.diffusers_layout import export_to_diffusers
+    from pipeline.store import diffusers_layout
 
-    path = find_run(options.run, _prepare_root(options))
-    folder = Path(options.directory).expanduser().absolute()
-    print_line(export_to_diffusers(path, folder, options.weights, options.step))
+    cluster, folder = _load_cluster(options, alone=True), Path(options.directory).expanduser().absolute()
+    if not options.run.startswith(tracking.PREFIX):
+        path = find_run(options.run, cluster.storage_root)
+        print_line(diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step))
+        return
+    with TemporaryDirectory() as scratch:
+        experiment, settings, tensors = tracking.fetch_model(options.run, _find_uri(cluster), Path(scratch))
+        kind = experiment.published.weights or experiment.sample.weights
+        print_line(diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"]))
+
+
+def register_model(options: Namespace) -> None:
+    """Give a run's weights a name in MLflow's registry (`ddpm register`)."""
+    cluster = _load_cluster(options, alone=True)
+    from pipeline import tracking
+    from pipeline.engine import find, load
+    from pipeline.store.files import lock_folder
+
+    place = load.choose_checkpoint(find.read_place(find.find_run(options.run, cluster.storage_root)))
+    step, name = place.experiment.checkpoint_step, options.name or place.experiment.name
+    tracking.check_server(_find_uri(cluster))
+    with lock_folder(place.path):
+        address = tracking.register_run(_find_uri(cluster), place, step, name, options.alias)
+    print_line(f"{address}: {place.experiment.weights_kind} weights of step {step} of {place.name}")
+    print_line(f"it draws: mlflow.pyfunc.load_model('{address}').predict({{'n': 16, 'seed': 0}})")
+
+
+def _find_uri(cluster: ClusterConfig) -> str:
+    """Return the address of the cluster's tracking store."""
+    from pipeline import tracking
+
+    return cluster.tracking_uri or tracking.find_default_uri(cluster.storage_root)
 
 
 def sync_run(options: Namespace) -> None:
@@ -296,10 +329,9 @@ def sync_run(options: Namespace) -> None:
     from pipeline.store.files import lock_folder
 
     place = find.read_place(find.find_run(options.run, cluster.storage_root))
-    uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
-    tracking.check_server(uri)
+    tracking.check_server(uri := _find_uri(cluster))
     with lock_folder(place.path):
-        print_line(tracking.deliver_run(uri, place.experiment.name, place))
+        print_line(tracking.deliver_run(uri, place.experiment.name, place, cluster.largest_model))
 
 
 def push_run(options: Namespace) -> None:

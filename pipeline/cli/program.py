@@ -162,6 +162,7 @@ The same command again goes on. A study that is shorter than the paper's says so
     ), default="cifar10_published"),
     Command("export", do.export_weights, "a run's weights for diffusers' DDPMPipeline.from_pretrained", """\
   ddpm export digits-3f2a DIR                         the newest EMA weights
+  ddpm export models:/digits@champion DIR             what `ddpm register` named
   ddpm export digits-3f2a DIR --weights raw --step 1000
 """, (
         RUN, _declare("directory", metavar="DIR", help="the folder to write; it must not exist yet"),
@@ -178,6 +179,12 @@ The same command again goes on. A study that is shorter than the paper's says so
     Command("sync", do.sync_run, "deliver a whole run to the tracking server, also once more", """\
   ddpm sync digits-3f2a cluster.tracking_uri=http://HOST:5000
 """, (RUN, *CLUSTER_ONLY)),
+    Command("register", do.register_model, "a run's weights under a name in MLflow's registry", """\
+  ddpm register digits-3f2a --alias champion          mlflow.pyfunc.load_model("models:/digits@champion") draws
+""", (
+        RUN, _declare("--alias", help="what the model is called beside its version"),
+        _declare("--name", help="of the model; default: the experiment's"), *CLUSTER_ONLY,
+    )),
     Command("push", do.push_run, "finished shards, checkpoints, samples and scores to an object store", """\
   ddpm push digits-3f2a s3://BUCKET/runs
   ddpm push data/digits-77aa s3://BUCKET/runs         the shards alone

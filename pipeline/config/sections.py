@@ -215,6 +215,12 @@ class ClusterConfig:
     ray_address: str | None
     storage: str
     tracking_uri: str | None
+    model_upload: Annotated[float, Range(ge=0, le=2**20)]
+
+    @property
+    def largest_model(self) -> float:
+        """Bytes of the largest weights that MLflow gets."""
+        return self.model_upload * 2**30
 
     @property
     def storage_root(self) -> Path:

@@ -43,7 +43,8 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         from pipeline import tracking
 
         uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
-        mirror, todo = tracking.Mirror(uri, experiment.name, place), list_unfinished_stages(place, last)
+        mirror = tracking.Mirror(uri, experiment.name, place, largest_model=cluster.largest_model)
+        todo = list_unfinished_stages(place, last)
         if not todo:
             print_line(f"{place.name}: everything up to date, '{last}' included")
             if note := describe_other_code(place):

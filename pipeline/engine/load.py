@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from pipeline import tracking
 from pipeline.engine.find import find_run, read_place
 from pipeline.store import checkpoint, diffusers_layout
 from pipeline.store.run import EXPERIMENT, Place
@@ -15,8 +18,17 @@ from pipeline.store.tensors import Tensors
 Settings = dict[str, Any]
 
 
-def read_model(name: str, root: Path) -> tuple[Settings, Tensors]:
-    """Read the settings and the weights of a run, or of a folder in the diffusers layout, for `ddpm.build_model`."""
+def read_model(name: str, root: Path, uri: str | None = None) -> tuple[Settings, Tensors]:
+    """Read a model's settings and weights for `ddpm.build_model`.
+
+    name: a run, a folder in the diffusers layout, or a models:/ address of MLflow's.
+    uri: the tracking server of such an address; default: MLFLOW_TRACKING_URI, else the store of the storage root.
+    """
+    if name.startswith(tracking.PREFIX):
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.find_default_uri(root)
+        with TemporaryDirectory() as scratch:
+            _, settings, weights = tracking.fetch_model(name, uri, Path(scratch))
+        return settings, weights
     path = Path(name).expanduser().absolute()
     if path.is_dir() and not (path / EXPERIMENT).exists():
         experiment = diffusers_layout.make_published_experiment(path)

@@ -8,11 +8,12 @@ from functools import partial
 
 from pipeline.compute.units import Unit
 from pipeline.config import Experiment
+from pipeline.report.headline import describe_run
 from pipeline.report.page import write_page
 from pipeline.report.run_files import RunFiles
 from pipeline.report.run_page import compose_page
 from pipeline.stages.stage import Stage
-from pipeline.store.files import Manifest, read_manifest, try_read
+from pipeline.store.files import PageManifest, read_manifest, try_read
 from pipeline.store.run import Place
 
 
@@ -27,13 +28,15 @@ class ReportStage(Stage):
         return ("evaluate", "figures")
 
     def is_done(self, place: Place) -> bool:
-        manifest = try_read(read_manifest, place.report, Manifest)
+        manifest = try_read(read_manifest, place.report, PageManifest)
         return manifest is not None and manifest.get("inputs") == RunFiles(place).content_hash
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Write the report in the driver; no unit is needed."""
         run = RunFiles(place)
-        write_page(place.report, partial(compose_page, run), inputs=run.content_hash)
+        write_page(
+            place.report, partial(compose_page, run), inputs=run.content_hash, verdict=describe_run(run)
+        )
         yield from ()
 
 

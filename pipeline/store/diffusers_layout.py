@@ -286,33 +286,38 @@ def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
 def export_to_diffusers(path: Path, directory: Path, which: str, step: int | None) -> str:
     """Write the weights of the run directory `path` so that diffusers' DDPMPipeline loads `directory`.
 
-    which: `ema` or `raw`; step None = the newest checkpoint. Returns what was written, in a line.
+    which: `ema` or `raw`; step None = the newest checkpoint.
     """
     experiment = load_experiment(str(path / EXPERIMENT), [])
     run_key = path.name.removeprefix(f"{experiment.name}-")
     place = Place(path.parent, experiment, data_key="", run_key=run_key)  # the data may be elsewhere
-    scheduler, network = make_scheduler_settings(experiment), make_network_settings(experiment)
     steps = checkpoint.list_steps(place.train)
     if not steps or (step is not None and step not in steps):
         checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")
     step = step or steps[-1]
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
     checkpoint.verify_step(place, step, "seal")  # `load_weights` hashes
     tensors = checkpoint.load_weights(place.step_folder(step), which)
-    exported = {translate_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     kind = experiment.published.weights or which
+    return write_folder(experiment, tensors, directory, kind, f"step {step} of {path.name}")
+
+
+def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind: str, source: str) -> str:
+    """Write weights of a kind so that diffusers' DDPMPipeline loads `directory`; return what was written, in a line."""
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
+    scheduler, network = make_scheduler_settings(experiment), make_network_settings(experiment)
+    exported = {translate_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     header = {"_diffusers_version": LAYOUT_VERSION}
     parts = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     with write_atomically(directory, folder=True) as temporary:
         for folder in parts:
             (temporary / folder).mkdir()
-        facts = {"format": "pt", "run": path.name, "step": str(step), "weights": kind}
+        facts = {"format": "pt", "source": source, "weights": kind}
         save_file(exported, temporary / "unet" / WEIGHTS, facts)
         write_json(temporary / "unet" / NETWORK, header | {"_class_name": "UNet2DModel"} | network)
         write_json(temporary / "scheduler" / SCHEDULER, header | {"_class_name": "DDPMScheduler"} | scheduler)
         write_json(temporary / PIPELINE, header | {"_class_name": "DDPMPipeline"} | parts)
-    return f"{directory}: {kind} weights of step {step} of {path.name}"
+    return f"{directory}: {kind} weights of {source}"
 
 
 def make_network_settings(experiment: Experiment) -> Settings:

@@ -243,6 +243,13 @@ class Manifest(TypedDict):
     folder: NotRequired[str]
 
 
+class PageManifest(Manifest):
+    """What the manifest of a run's page says: the hash of what it shows, and its first sentence."""
+
+    inputs: NotRequired[str]
+    verdict: NotRequired[str]
+
+
 class FiguresManifest(Manifest):
     """What the manifest of the figures says: their order, captions and findings, why others are left out."""
 

@@ -34,6 +34,7 @@ class StudyRecorder:
     folder: Path
     uri: str
     interrupted: Callable[[], bool]
+    largest_model: float = 0  # bytes
 
     def __post_init__(self) -> None:
         storage = self.folder.parent.parent
@@ -99,7 +100,9 @@ class StudyRecorder:
         tags = {**identity, **swept, tracking.STATE_TAG: state}
         if self.parent.run_id:
             tags[tracking.PARENT_TAG] = self.parent.run_id
-        return tracking.Mirror(self.uri, self.sweep.name, trial.place, tags, print_line, child)
+        return tracking.Mirror(
+            self.uri, self.sweep.name, trial.place, tags, print_line, child, self.largest_model
+        )
 
     def update_leaderboard(self) -> None:
         """Write the leaderboard and send it to MLflow."""

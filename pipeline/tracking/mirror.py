@@ -7,8 +7,8 @@ import shlex
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from typing_extensions import TypedDict
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from pipeline.errors import PipelineError, hide_password
 from pipeline.store.files import read_record, write_json
 from pipeline.store.run import Place
-from pipeline.tracking import mlflow_client
+from pipeline.tracking import mlflow_client, models
 from pipeline.tracking.mlflow_client import VIEW, Sender, explain_ui, find_default_uri, format_study_url
 from pipeline.tracking.parcels import Parcel, list_parcels
 from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
@@ -61,8 +61,10 @@ class Mirror(Sender):
         tags: dict[str, str] | None = None,
         warn: Callable[[str], None] = logger.warning,
         child: ChildRun | None = None,
+        largest_model: float = 0,
     ):
         super().__init__(uri, warn)
+        self.largest_model = largest_model
         self.study, self.place, self.tags, self.child = study, place, tags or {}, child
         self.sender: RunSender | None = None
         self.sent: list[str] = []
@@ -154,7 +156,7 @@ class Mirror(Sender):
         delivered = self.record["parcels"] if self.record else {}
         send = partial(RunSender.send_status, status=self.status, end=self._state.get("time"))
         status = Parcel("status", f"{self.status} {self._state.get('time', '')}", send)
-        rest = list(list_parcels(self.place, self.tags, delivered, self.child))
+        rest = list(list_parcels(self.place, self.tags, delivered, self.child, self.largest_model))
         parcels = [status, *rest] if self.status == "RUNNING" else [*rest, status]
         return [parcel for parcel in parcels if delivered.get(parcel.name) != parcel.version]
 
@@ -182,22 +184,41 @@ class Mirror(Sender):
         return "FINISHED" if finished else "KILLED"
 
 
-def deliver_run(uri: str, study: str, place: Place) -> str:
+def deliver_run(uri: str, study: str, place: Place, largest_model: float = 0) -> str:
     """Send the whole run directory again, and return a summary. The caller holds the run's lock.
 
     Raises PipelineError where the server does not answer.
     """
-    mirror = Mirror(uri, study, place)
+    mirror = Mirror(uri, study, place, largest_model=largest_model)
     mirror._state.get("servers", {}).pop(hide_password(uri), None)
     mirror._state["status"] = mirror.last_status
-    try:
+    with _explain_errors(place, uri):
         mirror.deliver()
+    return f"{describe_delivery(place, uri, largest_model)}: delivered {_count_kinds(mirror.sent)}"
+
+
+def register_run(uri: str, place: Place, step: int, name: str, alias: str | None) -> str:
+    """Register the weights of a step under a name, with an alias, and return the model's address."""
+    mirror = Mirror(uri, place.experiment.name, place)
+    mirror._state["status"] = mirror.last_status
+    with _explain_errors(place, uri):
+        mirror.deliver()
+        assert mirror.sender, "a run with a checkpoint has content"
+        return models.register_model(uri, mirror.sender.send_weights(step), name, alias)
+
+
+@contextmanager
+def _explain_errors(place: Place, uri: str) -> Iterator[None]:
+    """Raise what a server does to the body as a PipelineError."""
+    try:
+        yield
+    except PipelineError:
+        raise
     except Exception as error:
         reason, remedy = mlflow_client.explain_store_error(error, uri)
         raise PipelineError(
             f"{place.path} could not be delivered to {hide_password(uri)} ({reason}); {remedy or 'try again later'}"
         ) from error
-    return f"{describe_delivery(place, uri)}: delivered {_count_kinds(mirror.sent)}"
 
 
 def _count_kinds(parcels: Iterable[str]) -> str:
@@ -205,10 +226,11 @@ def _count_kinds(parcels: Iterable[str]) -> str:
     return ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items())
 
 
-def describe_delivery(place: Place, uri: str | None) -> str:
+def describe_delivery(place: Place, uri: str | None, largest_model: float = 0) -> str:
     """Return where the run is in MLflow, and whether it is complete there. Reads files only."""
     uri = uri or find_default_uri(place.storage)
-    mirror, again = Mirror(uri, place.experiment.name, place), _format_sync_command(place, uri)
+    mirror = Mirror(uri, place.experiment.name, place, largest_model=largest_model)
+    again = _format_sync_command(place, uri)
     if (record := mirror.record) is None:
         return f"nothing in {hide_password(uri)} yet ({again})"
     link = f"{format_study_url(uri, record['experiment_id'])}/{record['run_id']}{VIEW}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
 import re
@@ -40,6 +41,7 @@ PASSING = "refused|time(d |)out|temporary|no route|is locked|starting up|too man
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "PGCONNECT_TIMEOUT": str(PATIENCE),
     "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }  # fmt: skip
 
@@ -154,8 +156,20 @@ def ensure_run(
     """Return the id of the MLflow run tagged `identity`; create it where there is none. start: Unix milliseconds."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_runs([experiment_id], query, max_results=1)
-    run = found[0] if found else client.create_run(experiment_id, start, identity | tags, name)
+    tags |= identity | {
+        "mlflow.user": _find_user(),
+        "mlflow.source.name": "ddpm",
+        "mlflow.source.type": "LOCAL",
+    }
+    run = found[0] if found else client.create_run(experiment_id, start, tags, name)
     return str(run.info.run_id)
+
+
+def _find_user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return "unknown"
 
 
 def log_batches(

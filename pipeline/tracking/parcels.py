@@ -8,19 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from pipeline import config
+from pipeline.config.checks import Tree
+from pipeline.config.neutral import UNHASHED
 from pipeline.store import keys, selection
-from pipeline.store.checkpoint import list_steps
-from pipeline.store.files import MANIFEST, SEALED, read_json
+from pipeline.store.checkpoint import describe_model, list_steps, read_meta
+from pipeline.store.files import MANIFEST, SEALED, PageManifest, read_json, read_manifest, try_read
 from pipeline.store.log import find_end
 from pipeline.store.run import Place, find_scores
 from pipeline.store.tars import ShardSetFacts
+from pipeline.tracking import models
 from pipeline.tracking.run_sender import ChildRun, RunSender
-
-# These of the run key's content would only lengthen the list in the UI; experiment.yaml has them all.
-_LEFT_OUT = {
-    "diffusion.t_sampling", "model.norm_groups", "model.resample", "train.accumulate", "train.label_dropout",
-    "train.deterministic",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Parcel:
 
     name: str
     version: str
-    send: Callable[[RunSender], None]
+    send: Callable[[RunSender], object]
 
 
 def _make_parcel(name: str, file: Path, send: Callable[..., None], **arguments: int | str) -> Parcel:
@@ -39,11 +36,18 @@ def _make_parcel(name: str, file: Path, send: Callable[..., None], **arguments: 
 
 
 def list_parcels(
-    place: Place, tags: dict[str, str], delivered: dict[str, str], child: ChildRun | None = None
+    place: Place,
+    tags: dict[str, str],
+    delivered: dict[str, str],
+    child: ChildRun | None = None,
+    largest_model: float = 0,
 ) -> Iterator[Parcel]:
-    """Yield the parcels of a run directory, in the order in which they are sent. delivered: versions by name."""
-    labels = _make_tags(place) | tags
+    """Yield the parcels of a run directory, in the order in which they are sent.
+
+    delivered: versions by name; largest_model: bytes of the largest weights that are sent.
+    """
     parameters = _list_parameters(place) | (child.parameters if child else {})
+    labels = _make_tags(place, parameters) | tags
     describe = partial(RunSender.send_parameters_and_tags, parameters=parameters, tags=labels)
     yield Parcel("description", keys.hash_content([parameters, labels]), describe)
     if (place.data / MANIFEST).exists():
@@ -56,6 +60,10 @@ def list_parcels(
         yield Parcel(f"grid {grid.stem}", "1", partial(RunSender.send_grid, grid=grid))
     if steps := list_steps(place.train):
         yield Parcel("checkpoints", str(steps), partial(RunSender.update_models, steps=steps))
+    for step in models.list_model_steps(place, largest_model):
+        content = [read_meta(place.step_folder(step))["files"], describe_model(place.experiment)]
+        send = partial(RunSender.send_weights, step=step)
+        yield Parcel(f"model {step}", keys.hash_content(content), send)
     headline = selection.fill_in_selection(place)
     yield from _list_score_parcels(place, headline, in_own_run=child is None)
     files = {"": [place.experiment_yaml]}
@@ -95,23 +103,31 @@ def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) 
         yield _make_parcel(f"selection {file.parent.name}", file, RunSender.send_selection)
 
 
-def _make_tags(place: Place) -> dict[str, str]:
-    """Make the tags: the keys of the run, and the commits and versions that made it."""
-    made = place.read_provenance()
-    tags = {"run_key": place.run_key, "data_key": place.data_key}
-    if made.get("commit"):
-        tags |= {"commit": made["commit"], "mlflow.source.git.commit": made["commit"]}
-    tags |= {f"commit.{stage}": ", ".join(commits) for stage, commits in place.read_stage_commits().items()}
+def _make_tags(place: Place, parameters: dict[str, str]) -> dict[str, str]:
+    """Make the tags: settings that may change and are no parameters, keys, the page's verdict, commits and versions."""
+    made, report = place.read_provenance(), try_read(read_manifest, place.report, PageManifest)
+    settings = _format_values(config.flatten(config.to_dict(place.experiment)))
+    tags = {key: value for key, value in settings.items() if key not in parameters}
+    tags |= {"run_key": place.run_key, "data_key": place.data_key}
+    if report and (verdict := report.get("verdict")):
+        tags["mlflow.note.content"] = verdict
+    if commit := made.get("commit"):
+        earlier = [each for commits in place.read_stage_commits().values() for each in commits]
+        tags |= {"commit": ", ".join(dict.fromkeys([*earlier, commit])), "mlflow.source.git.commit": commit}
     return tags | {f"version.{name}": str(version) for name, version in (made.get("versions") or {}).items()}
 
 
 def _list_parameters(place: Place) -> dict[str, str]:
-    """Return about 25 parameters. The run key fixes all of them, because MLflow lets none change."""
+    """Return the parameters. The run key fixes all of them, because MLflow lets none change."""
     content, data = keys.collect_run_settings(place.experiment, whole=True), place.experiment.data
-    parameters = {key: value for key, value in config.flatten(content).items() if key not in _LEFT_OUT}
+    parameters = {key: value for key, value in config.flatten(content).items() if key not in UNHASHED}
     parameters |= {"data.source": data.source, "data.image_size": data.image_size}
     if (place.data / MANIFEST).exists():
         splits = read_json(place.data / MANIFEST, ShardSetFacts)["splits"]
         parameters |= {f"data.{name}_images": split["count"] for name, split in splits.items()}
+    return _format_values(parameters)
+
+
+def _format_values(settings: Tree) -> dict[str, str]:
     # MLflow takes no longer values than the first thousands of characters; most runs have no betas of their own.
-    return {key: str(value)[:500] for key, value in parameters.items() if value or key != "diffusion.betas"}
+    return {key: str(value)[:500] for key, value in settings.items() if value or key != "diffusion.betas"}

@@ -15,6 +15,7 @@ from pipeline.store.log import read_points
 from pipeline.store.run import Place
 from pipeline.store.selection import ScoreFile, Selection
 from pipeline.store.tars import ShardSetFacts
+from pipeline.tracking import models
 from pipeline.tracking.mlflow_client import create_client, ensure_experiment, ensure_run, log_batches
 
 if TYPE_CHECKING:
@@ -93,17 +94,18 @@ class RunSender:
         """Make every checkpoint on disk a logged model. Delete the models without scores whose checkpoint is gone."""
         from mlflow.entities import LoggedModelOutput
 
-        models = self._find_models()
+        known = self._find_models()
         outputs = self.client.get_run(self.run_id).outputs
         linked = {output.model_id for output in outputs.model_outputs} if outputs else set()
         for step in steps:
-            model = models.get(step) or self._create_model(step)
+            model = known.get(step) or self._create_model(step)
             if str(model.status) != "READY":
                 self.client.finalize_logged_model(model.model_id, "READY")
             if model.model_id not in linked:
                 self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
-        for step, model in models.items():
-            if step < steps[-1] and step not in steps and not model.metrics:
+        for step, model in known.items():
+            is_used = model.metrics or models.WEIGHTS_TAG in model.tags
+            if step < steps[-1] and step not in steps and not is_used:
                 self.client.delete_logged_model(model.model_id)
 
     def _find_models(self) -> dict[int, LoggedModel]:
@@ -119,6 +121,12 @@ class RunSender:
         tags |= {f"sha256.{name}": facts["sha256"] for name, facts in files.items()}
         ids, kind = (self.experiment_id, folder.name, self.run_id), place.experiment.model.name
         return self.client.create_logged_model(*ids, tags, model_type=kind)
+
+    def send_weights(self, step: int) -> LoggedModel:
+        """Send the weights of a checkpoint; return its logged model, which can be loaded then."""
+        model = self._find_models()[step]
+        models.send_weights(self.client, model, self.place, step)
+        return model
 
     def send_candidate(self, step: int, file: Path) -> None:
         """Send the FID of a candidate for the selection, as a point of a curve."""

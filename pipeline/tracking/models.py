@@ -1,0 +1,132 @@
+"""Models in MLflow that hold their weights, and their names in its registry."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+import ddpm
+from pipeline.config import Experiment, load_experiment
+from pipeline.errors import PipelineError, hide_password
+from pipeline.store import checkpoint
+from pipeline.store.files import TEMPORARY, read_json, write_json
+from pipeline.store.run import EXPERIMENT, Place
+from pipeline.store.selection import fill_in_selection
+from pipeline.store.tensors import Tensors, load_tensors
+from pipeline.tracking.mlflow_client import create_client, explain_store_error
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
+    from mlflow.models import Model
+
+PREFIX = "models:/"  # of the address of a model
+WEIGHTS, SETTINGS = "weights.safetensors", "settings.json"
+WEIGHTS_TAG = "weights"  # of a logged model that holds them: their kind
+OPTIONS = ("n", "seed", "label", "steps")  # of `predict`
+REQUIREMENTS = ["mlflow>=3.17", "torch>=2.7", "safetensors", "numpy"]
+
+
+def list_model_steps(place: Place, limit: float) -> list[int]:
+    """List the steps whose weights MLflow gets: the last and the selected one, if they have at most `limit` bytes."""
+    selected = fill_in_selection(place)
+    steps = {place.experiment.train.steps, *([selected.experiment.checkpoint_step] if selected else [])}
+    return [
+        step
+        for step in checkpoint.list_steps(place.train)
+        if step in steps
+        and checkpoint.read_meta(place.step_folder(step))["files"][checkpoint.EMA]["bytes"] <= limit
+    ]
+
+
+def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: int) -> None:
+    """Send the weights of a checkpoint and the code that draws from them as the files of a logged model."""
+    from mlflow.models import Model
+
+    experiment, directory = place.experiment, place.step_folder(step)
+    tensors = checkpoint.load_weights(directory, experiment.sample.weights, experiment.ema_number)
+    settings = {**checkpoint.describe_model(experiment), "source": f"step {step} of {place.name}"}
+    with TemporaryDirectory(prefix=TEMPORARY, dir=place.path) as scratch:
+        weights, described = Path(scratch, WEIGHTS), Path(scratch, SETTINGS)
+        save_file(tensors, weights, {"format": "pt"})
+        write_json(described, settings)
+        files = {"weights": weights, "settings": described, "experiment": place.experiment_yaml}
+        card = Model(model_id=model.model_id, run_id=model.source_run_id)
+        folder = _write_model(Path(scratch, "model"), files, card)
+        client.log_model_artifacts(model.model_id, str(folder))
+    client.set_logged_model_tags(model.model_id, {WEIGHTS_TAG: experiment.weights_kind})
+
+
+def _write_model(folder: Path, files: Mapping[str, Path], card: Model) -> Path:
+    """Write a model as MLflow loads it: the files, `ddpm`, and the code that draws."""
+    import mlflow
+    from mlflow.types import ColSpec, Schema
+
+    columns: list[Any] = [ColSpec("long", name, required=name == "n") for name in OPTIONS]
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # it wants an example of the input, which would only repeat the signature
+        mlflow.pyfunc.save_model(
+            folder,
+            mlflow_model=card,
+            python_model=str(Path(__file__).with_name("drawing_model.py")),
+            code_paths=[str(Path(ddpm.__file__).parent)],
+            artifacts={name: str(file) for name, file in files.items()},
+            signature=mlflow.models.ModelSignature(Schema(columns)),
+            pip_requirements=REQUIREMENTS,  # without them it would load the model in another process
+        )
+    flavor = card.flavors["python_function"]  # with absolute paths of this machine
+    flavor["model_code_path"] = Path(flavor["model_code_path"]).name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    card.save(str(folder / "MLmodel"))
+    return folder
+
+
+def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -> str:
+    """Make a logged model a version of `name` in the registry, once, and give it the alias; return its address."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(uri)  # it is there that a client looks for the files of a version
+    client = create_client(uri)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{PREFIX}{model.model_id}"
+    known = [found for found in client.search_model_versions(f"name='{name}'") if found.source == source]
+    version = known[0] if known else client.create_model_version(name, source, model.source_run_id)
+    if alias is None:
+        return f"{PREFIX}{name}/{version.version}"
+    client.set_registered_model_alias(name, alias, version.version)
+    return f"{PREFIX}{name}@{alias}"
+
+
+def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, dict[str, Any], Tensors]:
+    """Fetch a model by its address (models:/NAME@ALIAS, /NAME/VERSION, /ID): experiment, settings and weights.
+
+    Its files are written to `folder`, and no code of it runs. Raises PipelineError.
+    """
+    create_client(uri)
+    import mlflow
+
+    try:
+        where = {"dst_path": str(folder), "tracking_uri": uri, "registry_uri": uri}
+        files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", **where))
+    except Exception as error:
+        reason, _ = explain_store_error(error, uri)
+        raise PipelineError(
+            f"{address} cannot be fetched from {hide_password(uri)} ({reason}); `ddpm register RUN --alias NAME` makes "
+            "such a model, and cluster.tracking_uri says where it is"
+        ) from error
+    remedy = "register its run again"
+    settings = read_json(files / SETTINGS, dict[str, Any], remedy)
+    return load_experiment(str(files / EXPERIMENT), []), settings, load_tensors(files / WEIGHTS, remedy)
