@@ -99,10 +99,11 @@ class TrainStage(GroupStage):
                 # A GPU is asked seldom: the answer waits for its queue.
                 if ctx.device.type == "cpu" or step % config.log_every == 0:
                     stop = ctx.broadcast_flag(place.stop_file.exists())
-                if save or stop:
-                    saver.start(state, sums.tensors(ctx, step))
+                # Before the checkpoint: what goes on from there makes none of this step.
                 if config.sample_every and step % config.sample_every == 0 and ctx.rank == 0:
                     _draw_grid(ctx, place, state)
+                if save or stop:
+                    saver.start(state, sums.tensors(ctx, step))
             saver.finish()
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -244,6 +245,13 @@ def test_grids_are_drawn_and_show_each_class_where_the_network_takes_labels(shar
 
     monkeypatch.setattr(ContextUNet, "forward", listening)
     run = make_place(experiment, sharded_storage)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError),
+    ):  # killed while the grid of a checkpoint is drawn
+        patch.setattr(train, "save_grid", Mock(side_effect=OSError))
+        train_to(change(experiment, "train", checkpoint_every=2), run, 4)
+    asked.clear()
     train_to(experiment, run, 4)
     assert sorted(path.name for path in run.grids.iterdir()) == ["00000002.png", "00000004.png"]
     assert all(labels[:12] == [*range(10), 0, 1] for _, labels in asked)
