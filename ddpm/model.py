@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion, Network
 from ddpm.kernels import accelerate
-from ddpm.networks import NETWORKS, NO_LABEL, UNTRAINED
-from ddpm.networks.build import build_network
+from ddpm.networks import NO_LABEL, UNTRAINED, find_config_class
+from ddpm.networks.build import allocate_weights, build_network
 from ddpm.networks.config import NetworkConfig
 from ddpm.posterior_mean import PosteriorMean
 from ddpm.sampler import ReverseStep, add_guidance, run_image_chains, run_to_end
@@ -100,13 +100,14 @@ def build_model(
     `Model`. Raises ValueError where the tensors are another network's.
     """
     diffusion = Diffusion(_make_config(DiffusionConfig, settings["diffusion"]))
-    config = _make_config(NETWORKS[settings["model"]["name"]], settings["model"])
+    config = _make_config(find_config_class(settings["model"]["name"]), settings["model"])
     shape, classes = tuple(settings["shape"]), settings["num_classes"]
     known = len(tensors.get("images", ()))
     net = create_network(config, diffusion, shape, classes, "meta", known_images=known)
     if fault := describe_mismatch(net.state_dict(), dict(tensors)):
         raise ValueError(f"the weights are of another network than the settings: {fault}")
-    net.to_empty(device="cpu").load_state_dict(tensors)
+    net = allocate_weights(net, "cpu")
+    net.load_state_dict(tensors)
     net = net.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     return Model(diffusion.to(device), net, shape, classes, settings["options"], settings["source"])
 

@@ -16,6 +16,8 @@ def main() -> int:
     set_handlers(leave)
     from pipeline.cli.program import main as run
 
+    sys.path.append(os.getcwd())  # where a network of one's own lies
+
     set_handlers(signal.default_int_handler)
     try:
         return run()

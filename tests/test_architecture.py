@@ -35,8 +35,8 @@ SCIENCE_MAY_IMPORT = {"torch", "numpy", "ddpm"} | set(sys.stdlib_module_names)
 WITHOUT_IO = {"io", "os", "pathlib", "logging", "time", "datetime", "json", "random", "shutil", "tempfile"}
 
 
-# Names that are found when they are first used.
-LOOKS_UP = {"ddpm/__init__.py"}
+# Names that are found when they are first used, and classes that a user names.
+LOOKS_UP = {"ddpm/__init__.py", "ddpm/networks/own.py"}
 
 
 def modules(package: str) -> list[Path]:

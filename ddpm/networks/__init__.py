@@ -1,6 +1,6 @@
 """The settings of every network, by its name. Imports no torch; ddpm/networks/build.py builds the trained ones."""
 
-from ddpm.networks import config
+from ddpm.networks import config, own
 
 NO_LABEL = -1  # in the context of a network that takes labels: an image without one
 
@@ -12,5 +12,12 @@ NETWORKS: dict[str, type[config.NetworkConfig]] = {
     "annotated_unet": config.AnnotatedUNetConfig,
     "api_unet": config.ApiUNetConfig,
 }
-TAKES_LABELS = frozenset({"context_unet"})  # they are built with num_classes and T as their last arguments
 UNTRAINED = frozenset({"exact"})  # what it knows is the training images themselves
+
+
+def find_config_class(name: str) -> type[config.NetworkConfig]:
+    """Find the settings of a network, `package.module:Class` for one's own.
+
+    Raises KeyError for a name that is unknown, and ValueError for a class that cannot be used, with the reason.
+    """
+    return own.make_config_class(name) if ":" in name else NETWORKS[name]

@@ -1,16 +1,18 @@
 """Builds a network from its settings."""
 
 from collections.abc import Callable
+from inspect import signature
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ddpm.networks import TAKES_LABELS
+from ddpm.networks import NO_LABEL
 from ddpm.networks.annotated_unet import AnnotatedUNet, ApiUNet
 from ddpm.networks.config import NetworkConfig
 from ddpm.networks.context_unet import ContextUNet
 from ddpm.networks.layers import SeededNetwork
 from ddpm.networks.mha_unet import MHAUNet
+from ddpm.networks.own import GIVEN, OwnConfig
 from ddpm.networks.unet import UNet
 
 # All are called `net(x_t, t, context=None)`.
@@ -36,15 +38,19 @@ def build_network(
     """Build the network that `config` describes; its weights depend on `seed` alone.
 
     Weights are drawn on the CPU, so they are the same for every device, and torch's global generator is left
-    as it was. On device "meta" nothing is drawn. timesteps: the T of the diffusion.
+    as it was. On device "meta" nothing is drawn; a network of one's own is built on the CPU then, since it may hold
+    constants that no checkpoint has. timesteps: the T of the diffusion.
 
     Raises ValueError for settings that do not fit the images, and for classes the network cannot take.
     """
-    takes_labels = config.name in TAKES_LABELS
-    if num_classes and not takes_labels:
-        able = " or ".join(sorted(TAKES_LABELS))
-        raise ValueError(f"model.name={config.name} takes no labels: set data.labels=0, or model.name={able}")
-    more = (num_classes, timesteps) if takes_labels else ()
+    if num_classes and not config.takes_labels:
+        raise ValueError(
+            f"model.name={config.name} takes no labels: set data.labels=0, or model.name=context_unet"
+        )
+    more = (num_classes, timesteps) if config.takes_labels else ()
+    if isinstance(config, OwnConfig):
+        net = _build_own(config, seed, image_size, in_channels, out_channels, num_classes, timesteps)
+        return net if torch.device(device).type == "meta" else net.to(device)
     with torch.device("meta"):
         net = CLASSES[config.name](config, image_size, in_channels, out_channels, *more)
     if torch.device(device).type == "meta":
@@ -52,3 +58,34 @@ def build_network(
     net.to_empty(device="cpu")
     net.reset_parameters(torch.Generator().manual_seed(seed))
     return net.to(device)
+
+
+def _build_own(config: OwnConfig, seed: int, *given: int) -> nn.Module:
+    """Build a network of one's own on the CPU; what its class does not name among its arguments, it does not get."""
+    known = signature(config.network).parameters
+    chosen = {key: value for key, value in zip(GIVEN, given, strict=True) if key in known}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net: nn.Module = config.network(**chosen, **config.settings)
+    if reset := getattr(net, "reset_parameters", None):
+        reset(torch.Generator().manual_seed(seed))
+    return net
+
+
+def allocate_weights(net: nn.Module, device: torch.device | str) -> nn.Module:
+    """Give a network that was built on "meta" memory on a device, for weights that are loaded into it."""
+    is_empty = any(tensor.is_meta for tensor in net.state_dict().values())
+    return net.to_empty(device=device) if is_empty else net.to(device)
+
+
+@torch.no_grad()
+def check_output(net: nn.Module, shape: tuple[int, int, int], out_channels: int, takes_labels: bool) -> None:
+    """Raise ValueError unless the network, on the CPU, has weights and answers images of this shape as it must."""
+    if not isinstance(net, nn.Module) or not any(p.requires_grad for p in net.parameters()):
+        raise ValueError("it is no torch.nn.Module with weights to train")
+    x_t, t, wanted = torch.zeros(2, *shape), torch.tensor([0, 1]), (2, out_channels, *shape[1:])
+    for context in (None, torch.tensor([0, NO_LABEL])) if takes_labels else (None,):
+        output = net.eval()(x_t, t, context)
+        found = (tuple(output.shape), output.dtype) if isinstance(output, Tensor) else type(output).__name__
+        if found != (wanted, torch.float32):
+            raise ValueError(f"its output for x_t {(2, *shape)} is {found}, not {(wanted, torch.float32)}")

@@ -12,6 +12,9 @@ class NetworkConfig(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def takes_labels(self) -> bool: ...
+
     def find_problems(self, image_size: int) -> Problems: ...
 
 
@@ -20,6 +23,7 @@ class ExactConfig:
     """Settings of a `PosteriorMean`, the best denoiser of the training images: it has none."""
 
     name: Literal["exact"] = "exact"
+    takes_labels: ClassVar[bool] = False
 
     def find_problems(self, image_size: int) -> Problems:
         """Find nothing: it takes images of any side."""
@@ -35,6 +39,7 @@ class LevelsConfig:
     channels: int
     channel_mult: tuple[int, ...]
     level_key: ClassVar[str] = "channel_mult"  # the setting with a value for each level
+    takes_labels: ClassVar[bool] = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -173,6 +178,7 @@ class ContextUNetConfig(LevelsConfig):
     channel_mult: tuple[Few, ...] = (1, 1, 2)
     norm: Literal["batch", "group"] = "batch"
     norm_groups: Count = 8
+    takes_labels: ClassVar[bool] = True
 
     def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""

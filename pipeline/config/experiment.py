@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ddpm.config import LEARNED, DiffusionConfig
-from ddpm.networks import TAKES_LABELS, UNTRAINED
+from ddpm.networks import UNTRAINED
 from ddpm.networks.config import NetworkConfig
 from pipeline.config.sections import (
     CANDIDATES,
@@ -117,8 +117,7 @@ class Experiment:
         label, scale, labels = self.sample.label, self.sample.guidance_scale, self.data.labels
         if not self.takes_labels:
             if label is not None or scale != 1 or self.train.label_dropout > 0:
-                able = " or ".join(sorted(TAKES_LABELS))
-                yield "sample.label", f"is for networks that take labels: model.name={able}"
+                yield "sample.label", "is for networks that take labels, such as model.name=context_unet"
             return
         if isinstance(label, int) and not 0 <= label < labels:
             yield "sample.label", f"is {label}; data.labels={labels}, so classes are 0 to {labels - 1}"
@@ -171,7 +170,7 @@ class Experiment:
     @property
     def takes_labels(self) -> bool:
         """True if the network gets the label of an image."""
-        return self.model.name in TAKES_LABELS
+        return self.model.takes_labels
 
     @property
     def is_trained(self) -> bool:

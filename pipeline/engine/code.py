@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import subprocess
+import sys
 import tomllib
 from functools import lru_cache
 from importlib import metadata
@@ -74,8 +76,11 @@ def _read_git() -> tuple[str | None, str]:
 
 
 @lru_cache
-def hash_code() -> str:
-    """Return a hash of the syntax trees of `ddpm/`: what moves numbers, without comments and docstrings."""
+def hash_code(*own: Path) -> str:
+    """Return a hash of the syntax trees of `ddpm/`: what moves numbers, without comments and docstrings.
+
+    own: the files of a network of one's own, which moves them too.
+    """
     from pipeline.store.keys import hash_content
 
     folder = ROOT / "ddpm"
@@ -83,7 +88,15 @@ def hash_code() -> str:
         path.relative_to(folder).as_posix(): _simplify(ast.parse(path.read_bytes()))
         for path in folder.rglob("*.py")
     }
+    trees |= {f"own {number}": _simplify(ast.parse(path.read_bytes())) for number, path in enumerate(own)}
     return f"code-{hash_content(trees)}"
+
+
+def list_module_files(name: str) -> list[Path]:
+    """List the files of the code of an imported `package.module:Class`: of its whole package, or its module alone."""
+    top = sys.modules[re.split("[.:]", name)[0]]
+    folders = [Path(folder) for folder in getattr(top, "__path__", [])]
+    return sorted(file for folder in folders for file in folder.rglob("*.py")) or [Path(top.__file__ or "")]
 
 
 def _simplify(node: object) -> object:

@@ -7,6 +7,9 @@ import shutil
 from dataclasses import dataclass
 from math import prod
 
+from ddpm.diffusion import Diffusion
+from ddpm.networks.build import check_output
+from ddpm.networks.own import OwnConfig
 from pipeline.compute.resources import count_local_devices, resolve_resources
 from pipeline.compute.units import GIB
 from pipeline.config import ClusterConfig, Experiment
@@ -67,8 +70,21 @@ def check_workers(cluster: ClusterConfig) -> None:
         resolve_resources(cluster, *count_local_devices())
 
 
+def check_own_network(experiment: Experiment) -> None:
+    """Raise PipelineError where a network of one's own cannot be built, or answers otherwise than it must."""
+    if isinstance(experiment.model, OwnConfig):
+        try:
+            outputs = Diffusion(experiment.diffusion).count_output_channels(experiment.data.channels)
+            net = checkpoint.create_network(experiment)
+            check_output(net, experiment.data.shape, outputs, experiment.takes_labels)
+        except Exception as error:  # the code of its author may raise anything
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise PipelineError(f"model.name={experiment.model.name} cannot be trained: {reason}") from error
+
+
 def check_resources(place: Place) -> str:
     """Return a line on what the run needs and the machine has. Raises PipelineError if the disk is too small."""
+    check_own_network(place.experiment)
     wanted = estimate_requirements(place.experiment)
     there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
     left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free

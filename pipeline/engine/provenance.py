@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+from ddpm.networks.own import OwnConfig
 from pipeline import config
-from pipeline.engine.code import find_commit, find_version, hash_code, hash_patch, read_commit
+from pipeline.config import Experiment
+from pipeline.engine.code import (
+    find_commit,
+    find_version,
+    hash_code,
+    hash_patch,
+    list_module_files,
+    read_commit,
+)
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import keys
@@ -18,7 +27,7 @@ from pipeline.store.run import Place
 PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
 
 
-def collect_provenance() -> dict[str, Any]:
+def collect_provenance(experiment: Experiment) -> dict[str, Any]:
     """Collect the commit, the versions of program and libraries, and the driver's machine, in words."""
     import torch
 
@@ -30,7 +39,7 @@ def collect_provenance() -> dict[str, Any]:
     }
     return {
         "commit": find_commit(),
-        "code": hash_code(),
+        "code": _hash_code(experiment),
         "versions": versions,
         "hardware": f"{cpus}, {', '.join(gpus) or 'no GPU'}",
     }
@@ -39,12 +48,17 @@ def collect_provenance() -> dict[str, Any]:
 def describe_other_code(place: Place) -> str | None:
     """Return a line that names both codes if another one trained the run or drew its samples; None if not."""
     codes = _read_codes(place)
-    if not codes or (last := list(codes)[-1]) == (own := hash_code()):
+    if not codes or (last := list(codes)[-1]) == (own := _hash_code(place.experiment)):
         return None
     return (
         f"{place.name}: trained or drawn by {codes[last]} ({last}), this is {_name_code()} ({own}): "
         "results of other code; name=... for a new run, or --accept-code"
     )
+
+
+def _hash_code(experiment: Experiment) -> str:
+    model = experiment.model
+    return hash_code(*(list_module_files(model.name) if isinstance(model, OwnConfig) else ()))
 
 
 def _name_code() -> str:
@@ -69,9 +83,14 @@ def write_record(place: Place, todo: Sequence[Stage], accept_code: bool = False)
     if any(stage.adds_to_run for stage in todo):
         if (problem := describe_other_code(place)) and not accept_code:
             raise PipelineError(problem)
-        codes.pop(hash_code(), None)
-        codes[hash_code()] = _name_code()
-    record = {**collect_provenance(), "codes": codes, "data_key": place.data_key, "keys": keys.VERSION}
+        own = _hash_code(place.experiment)
+        codes = {key: name for key, name in codes.items() if key != own} | {own: _name_code()}
+    record = {
+        **collect_provenance(place.experiment),
+        "codes": codes,
+        "data_key": place.data_key,
+        "keys": keys.VERSION,
+    }
     write_text(place.experiment_yaml, config.to_yaml(place.experiment, made_with=record))
     if patch := read_commit()[1]:
         write_text(place.locate_patch(hash_patch(patch)), patch)

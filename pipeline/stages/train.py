@@ -19,6 +19,7 @@ from torch import nn
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
+from ddpm.networks.build import allocate_weights
 from ddpm.rng import Stream, draw_permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, compute_gradients, compute_learning_rate, train_step
@@ -324,7 +325,7 @@ def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
     experiment, path = place.experiment, place.grid(state.step)
     if path.exists():
         return
-    net = checkpoint.create_network(experiment, "meta").to_empty(device=ctx.device)
+    net = allocate_weights(checkpoint.create_network(experiment, "meta"), ctx.device)
     net.load_state_dict(state.emas[0].state_dict())
     index = torch.arange(GRID_SIDE**2, device=ctx.device)
     labels = index % experiment.data.labels if experiment.takes_labels else None

@@ -242,7 +242,7 @@ def load_weights(directory: Path, which: str, number: int = 0) -> Tensors:
 
 def describe_model(experiment: Experiment) -> dict[str, Any]:
     """Return the settings of a run's model as plain values: what `ddpm.build_model` takes beside the weights."""
-    names = ("sampler", "steps", "eta", "variance", "label", "guidance_scale")
+    names = ("sampler", "steps", "spacing", "eta", "variance", "label", "guidance_scale")
     options = {name: getattr(experiment.sample, name) for name in names}
     return {
         "diffusion": asdict(experiment.diffusion),

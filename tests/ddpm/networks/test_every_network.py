@@ -10,7 +10,7 @@ from conftest import assert_refused_by_name
 from ddpm.config import DiffusionConfig, TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
-from ddpm.networks import NETWORKS, NO_LABEL, TAKES_LABELS, UNTRAINED
+from ddpm.networks import NETWORKS, NO_LABEL, UNTRAINED
 from ddpm.networks.annotated_unet import ApiUNet
 from ddpm.networks.build import CLASSES, build_network
 from ddpm.networks.config import (
@@ -53,7 +53,7 @@ TRAIN = TrainConfig(
 
 
 def classes(config):
-    return LABEL_CLASSES if config.name in TAKES_LABELS else 0
+    return LABEL_CLASSES if config.takes_labels else 0
 
 
 def build(config, seed=0, out_channels=3, **kwargs):
@@ -245,7 +245,7 @@ def test_problems_name_the_key(network, changes, image_size, key):
 
 
 def test_labels_are_refused_by_networks_without_them():
-    for name in CLASSES.keys() - TAKES_LABELS:
+    for name in {config.name for config in CONFIGS.values() if not config.takes_labels}:
         with pytest.raises(ValueError, match=rf"model.name={name} takes no labels: set data.labels=0"):
             build_network(CONFIGS[name], SIZE, 3, 3, seed=0, num_classes=2)
 

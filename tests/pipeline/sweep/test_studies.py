@@ -196,7 +196,7 @@ def test_a_failing_trial_stops_no_other_and_is_tried_again(grid, storage, client
 def test_trials_of_other_code_are_not_gone_on_with_unasked(storage, monkeypatch, capsys):
     text = ONE_KEY % ("train.lr", "[2.0e-3]")
     assert sweep(storage, "coded", text) == 0
-    monkeypatch.setattr(provenance, "hash_code", lambda: "0" * 8)
+    monkeypatch.setattr(provenance, "hash_code", lambda *own: "0" * 8)
     assert sweep(storage, "coded", text, "train.steps=8") == 1
     assert "--accept-code" in capsys.readouterr().err
     assert sweep(storage, "coded", text, "train.steps=8", "--accept-code") == 0

@@ -1,0 +1,163 @@
+"""Networks of one's own: a class that a configuration names as `package.module:Class`. Torch comes with the class only.
+
+The arguments of the class are the settings of the network, but for those in GIVEN, which the program fills in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, field, fields, make_dataclass
+from functools import cache
+from importlib import import_module
+from inspect import Parameter, signature
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from ddpm.config import Problems, Range, find_value_problems
+
+if TYPE_CHECKING:
+    import torch
+
+GIVEN = ("image_size", "in_channels", "out_channels", "num_classes", "timesteps")
+
+
+class OwnNetwork(Protocol):
+    """Interface of a network of one's own, a `torch.nn.Module`. Only `forward` must be there.
+
+    takes_labels: whether its context is ever labels; without it, it is None.
+    """
+
+    takes_labels: ClassVar[bool]
+
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Predict for images x_t (N, in_channels, H, W) at t (N,), int64 in 0..timesteps-1.
+
+        context: labels, int64 (N,), -1 for none; None is no label for all. Returns (N, out_channels, H, W) in the type
+        of x_t.
+        """
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draw the initial weights; without it they are as the class leaves them, under a seed of torch's own."""
+
+    @staticmethod
+    def problems(image_size: int, **settings: Any) -> Problems:
+        """List (setting, what is wrong with it) for images of this side."""
+
+
+class OwnConfig:
+    """Settings of a network of one's own: `name`, and the arguments of the class `network`."""
+
+    name: str
+    network: ClassVar[type]
+
+    @property
+    def takes_labels(self) -> bool:
+        return bool(getattr(self.network, "takes_labels", False))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments of the class that a configuration sets."""
+        names = (each.name for each in fields(self) if each.name != "name")  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def list_defaults(cls) -> dict[str, Any]:
+        """Return the settings that a configuration can leave out, with the values that they have then."""
+        return {each.name: each.default for each in fields(cls) if each.default is not MISSING}  # type: ignore[arg-type]
+
+    def find_problems(self, image_size: int) -> Problems:
+        """Find what is wrong with these settings for images of this side."""
+        check = getattr(self.network, "problems", None)
+        return find_value_problems(self) or (list(check(image_size, **self.settings)) if check else [])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.name, self.settings)
+
+
+def _restore(name: str, settings: Mapping[str, Any]) -> OwnConfig:
+    """Make again, in another process, what was pickled."""
+    return make_config_class(name)(**settings)
+
+
+@cache
+def make_config_class(name: str) -> type[OwnConfig]:
+    """Make the dataclass of the settings of the class that `package.module:Class` names.
+
+    Raises ValueError where it cannot be imported, is no network, or has arguments that no configuration can hold.
+    """
+    network = _import_network(name)
+    parameters = signature(network).parameters
+    try:
+        hints = get_type_hints(network.__init__, include_extras=True)  # type: ignore[misc]
+    except NameError as error:
+        raise ValueError(f"has an argument of a type that is not known when it runs: {error}") from error
+    settings: list[Any] = [("name", Literal[name], field(default=name))]
+    for key, parameter in parameters.items():
+        kind, default = hints.get(key), parameter.default
+        if key in GIVEN:
+            continue
+        if key == "name" or parameter.kind not in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
+            raise ValueError(f"has the argument {parameter}: only named ones can be set, none of them `name`")
+        default = tuple(default) if isinstance(default, list) else default
+        if kind is None and isinstance(default, tuple) and default:
+            kind = tuple[type(default[0]), ...]  # type: ignore[misc]
+        kind = kind or type(default)
+        if not _is_plain(kind):
+            raise ValueError(
+                f"has the argument {parameter}, which no configuration can hold: int, float, bool, str, None, a "
+                "Literal and a tuple[..., ...] of them can be"
+            )
+        settings.append((key, kind, field() if default is Parameter.empty else field(default=default)))
+    return make_dataclass(
+        "OwnNetworkConfig",
+        settings,
+        bases=(OwnConfig,),
+        namespace={"network": network},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+def _import_network(name: str) -> type:
+    """Import a class, which must have a forward method like that of the networks."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = import_module(module)
+    except Exception as error:  # the code of its author may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"cannot be imported ({reason}); start in the folder of its module, or install it"
+        ) from error
+    network = getattr(found, attribute, None)
+    try:
+        if not isinstance(network, type):
+            raise TypeError(f"{module} has no such class")
+        signature(network.forward).bind("self", "x_t", "t", "context")  # type: ignore[attr-defined]
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"is no network, a class with forward(x_t, t, context=None): {error}") from error
+    return network
+
+
+def _is_plain(kind: Any) -> bool:
+    """Return whether a configuration can hold values of a type."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _is_plain(arguments[0]) and isinstance(arguments[1], Range)
+    if origin is tuple:
+        return arguments[1:] == (...,) and _is_plain(arguments[0])
+    if origin in (Union, UnionType):
+        return all(map(_is_plain, arguments))
+    return origin is Literal or kind in (bool, int, float, str, NoneType)
