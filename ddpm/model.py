@@ -14,7 +14,15 @@ from ddpm.networks import NO_LABEL, UNTRAINED, find_config_class
 from ddpm.networks.build import allocate_weights, build_network
 from ddpm.networks.config import NetworkConfig
 from ddpm.posterior_mean import PosteriorMean
-from ddpm.sampler import ReverseStep, add_guidance, run_image_chains, run_to_end
+from ddpm.rng import Stream, draw_normal
+from ddpm.sampler import (
+    ReverseStep,
+    add_guidance,
+    interpolate,
+    run_image_chains,
+    run_to_end,
+    space_timesteps,
+)
 from ddpm.training import describe_mismatch
 
 Label = int | str | Sequence[float] | Tensor | None
@@ -66,6 +74,43 @@ class Model:
         index = torch.arange(first, first + n, device=self.device)
         parts = [run_to_end(self.run_chains(part, **options)) for part in index.split(batch_size)]
         return torch.cat(parts).clamp(-1, 1)
+
+    def interpolate(
+        self,
+        x_a: Tensor,
+        x_b: Tensor,
+        weights: Sequence[float] = (0.5,),
+        at: int | None = None,
+        *,
+        number: int = 0,
+        label: Label = None,
+        **options: Any,
+    ) -> Tensor:
+        """Draw an image between x_a and x_b (C, H, W), in [-1, 1], for each lambda of `weights`: (K, C, H, W).
+
+        at: the t of 1..T at which the latents are mixed, default T / 2; 0 mixes the pixels. number: of the noise, which
+        all of them share. Nothing guides. Raises ValueError for what does not fit.
+        """
+        asked, timesteps = {**self.options, **options}, len(self.diffusion)
+        at = timesteps // 2 if at is None else at
+        if not 0 <= at <= timesteps:
+            raise ValueError(f"at must lie in 0..{timesteps}, got {at}")
+        if wrong := [tuple(x.shape) for x in (x_a, x_b) if x.shape != self.shape]:
+            raise ValueError(f"this network draws images of shape {self.shape}, not {wrong[0]}")
+        steps = min(at, max(1, round(at * (asked["steps"] or timesteps) / timesteps)))
+        chain = self.diffusion.respace(range(max(at, 1)))
+        chain = chain.respace(space_timesteps(chain, max(steps, 1)))
+        index, shape = torch.tensor([number], device=self.device), (len(weights), *self.shape)
+
+        def noise(t: int) -> Tensor:
+            return draw_normal(asked["seed"], Stream.FIGURES, t, index, self.shape).expand(shape)
+
+        return interpolate(
+            chain, self.net, x_a.to(self.device).expand(shape), x_b.to(self.device).expand(shape),
+            torch.tensor(weights, device=self.device), steps, noise(timesteps), noise,
+            variance=asked["variance"] if asked["sampler"] == "ancestral" else "fixedsmall",
+            context=self.make_context(label, index.expand(len(weights))), clip=asked.get("clip", True),
+        ).clamp(-1, 1)  # fmt: skip
 
     def make_context(self, label: Label, index: Tensor) -> Tensor | None:
         """Return the context of images index (N,): labels int64 (N,), or vectors (N, num_classes); None for none.

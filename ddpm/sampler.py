@@ -129,17 +129,18 @@ def run_image_chains(
     eta: float = 0.0,
     variance: Variance | None = None,
     context: Tensor | None = None,
+    clip: bool = True,
 ) -> Iterator[ReverseStep]:
     """Run the chain of the images index (int64, (N,)) of shape (C, H, W), a function of seed and index alone.
 
-    All is drawn on the device of index. steps and spacing respace the chain (None: all timesteps); sampler, eta and
-    variance are those of `run_chain`.
+    All is drawn on the device of index. steps and spacing respace the chain (None: all timesteps); sampler, eta,
+    variance and clip are those of `run_chain`.
     """
     timesteps = None if steps is None else space_timesteps(diffusion, steps, spacing)
     draw = partial(draw_normal, seed, index=index, shape=shape)
     return run_chain(
         diffusion, net, draw(Stream.X_T, 0), partial(draw, Stream.REVERSE),
-        sampler=sampler, eta=eta, variance=variance, timesteps=timesteps, context=context,
+        sampler=sampler, eta=eta, variance=variance, timesteps=timesteps, context=context, clip=clip,
     )  # fmt: skip
 
 
@@ -182,29 +183,36 @@ def interpolate(
     x_b: Tensor,
     weight: float | Tensor,
     steps: int,
-    eps: Tensor,
-    noise: Noise,
+    eps: Tensor | tuple[Tensor, Tensor] | None = None,
+    noise: Noise | None = None,
     *,
     variance: Variance | None = None,
     context: Tensor | None = None,
+    clip: bool = True,
 ) -> Tensor:
     """Interpolate between x_a and x_b (N, C, H, W): diffuse both for `steps`, mix the latents, reverse (Sec. 4.4).
 
-    weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W)
-    diffuses both images. More steps mix coarser features (Fig. 9); 0 steps mix the pixels.
+    weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W) diffuses both images, or is
+    one for each. eps and noise are drawn where they are left out. More steps mix coarser features (Fig. 9); 0 steps mix
+    the pixels.
     """
     mix = torch.as_tensor(weight, dtype=x_a.dtype, device=x_a.device).reshape(-1, 1, 1, 1)
     if bool(((mix < 0) | (mix > 1)).any()):
-        raise ValueError(f"lambda must lie in [0, 1], got {weight}")
+        raise ValueError(f"lambda must lie in [0, 1], got {mix.flatten().tolist()}")
     if not 0 <= steps <= len(diffusion):
         raise ValueError(f"steps must lie in 0..{len(diffusion)}, got {steps}")
     if steps == 0:
         return (1 - mix) * x_a + mix * x_b
     t = torch.full((len(x_a),), steps - 1, device=x_a.device)
-    x_t = (1 - mix) * diffusion.q_sample(x_a, t, eps) + mix * diffusion.q_sample(x_b, t, eps)
+    eps = torch.randn_like(x_a) if eps is None else eps
+    eps_a, eps_b = eps if isinstance(eps, tuple) else (eps, eps)
+    x_t = (1 - mix) * diffusion.q_sample(x_a, t, eps_a) + mix * diffusion.q_sample(x_b, t, eps_b)
     return run_to_end(
-        run_chain(diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context)
-    )
+        run_chain(
+            diffusion, net, x_t, noise or (lambda t: torch.randn_like(x_t)), variance=variance,
+            timesteps=range(steps), context=context, clip=clip,
+        )
+    )  # fmt: skip
 
 
 def draw_shared_latent(

@@ -281,6 +281,18 @@ def compare_runs(options: Namespace) -> None:
     print_line(f"comparison: {page.as_uri()}")
 
 
+def draw_images(options: Namespace) -> None:
+    """Draw images of a run at once (`ddpm draw`)."""
+    from pipeline.cli import draw
+
+    named = [*_list_non_cluster_arguments(options), *filter(None, [options.out])]
+    if len(named) > 1:
+        raise ConfigError(f"one output at a time, not {' and '.join(named)}")
+    options.words = [word for word in options.words if word not in named]
+    out = Path(named[0] if named else "samples.png").expanduser()
+    draw.draw_images(options, _load_cluster(options, alone=True).storage_root, out)
+
+
 def export_weights(options: Namespace) -> None:
     """Write a run's weights in the diffusers layout (`ddpm export`)."""
     from pipeline import tracking

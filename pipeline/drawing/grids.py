@@ -11,11 +11,8 @@ from pipeline.store.files import require_regular, write_atomically
 CELL_PIXELS = 64  # smaller images are enlarged
 
 
-def save_grid(images: Tensor, columns: int, file: Path) -> None:
-    """Write images, uint8 (N,C,H,W) on the CPU, as a grid into one PNG, atomically.
-
-    They stand row by row, two pixels apart on white; the last row may be short.
-    """
+def make_grid(images: Tensor, columns: int) -> Image.Image:
+    """Make one picture of images, uint8 (N,C,H,W) on the CPU, row by row, two pixels apart on white."""
     scale = max(1, CELL_PIXELS // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     n, _, h, w = images.shape
@@ -23,8 +20,24 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
     tiles = images.new_full((rows * columns, 3, h + 2, w + 2), 255)
     tiles[:n, :, 1:-1, 1:-1] = images  # one channel becomes three
     picture = tiles.unflatten(0, (rows, columns)).permute(0, 3, 1, 4, 2).reshape(rows * (h + 2), -1, 3)
+    return Image.fromarray(picture.numpy())
+
+
+def save_grid(images: Tensor, columns: int, file: Path) -> None:
+    """Write images, uint8 (N,C,H,W) on the CPU, as a grid into one PNG, atomically; the last row may be short."""
     with write_atomically(file) as temporary:
-        Image.fromarray(picture.numpy()).save(temporary, format="PNG")
+        make_grid(images, columns).save(temporary, format="PNG")
+
+
+def save_animation(frames: Tensor, columns: int, file: Path) -> None:
+    """Write grids of images, uint8 (frames,N,C,H,W), as a GIF that repeats for ever, atomically; the last one stays."""
+    first, *others = (make_grid(images, columns) for images in frames)
+    seconds = [0.06] * len(others) + [3]
+    with write_atomically(file) as temporary:
+        first.save(
+            temporary, format="GIF", save_all=True, append_images=others, loop=0,
+            duration=[int(1000 * shown) for shown in seconds],
+        )  # fmt: skip
 
 
 def require_picture(file: Path) -> Path:

@@ -14,6 +14,7 @@ import re
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, NotRequired, cast
 
@@ -26,6 +27,7 @@ from typing_extensions import TypedDict
 from ddpm import model
 from ddpm.diffusion import Diffusion
 from ddpm.networks.layers import BF16Network
+from ddpm.sampler import run_image_chains
 from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
@@ -242,8 +244,8 @@ def load_weights(directory: Path, which: str, number: int = 0) -> Tensors:
 
 def describe_model(experiment: Experiment) -> dict[str, Any]:
     """Return the settings of a run's model as plain values: what `ddpm.build_model` takes beside the weights."""
-    names = ("sampler", "steps", "spacing", "eta", "variance", "label", "guidance_scale")
-    options = {name: getattr(experiment.sample, name) for name in names}
+    names = {"label", "guidance_scale", *signature(run_image_chains).parameters}
+    options = {name: value for name, value in vars(experiment.sample).items() if name in names}
     return {
         "diffusion": asdict(experiment.diffusion),
         "model": asdict(cast(Any, experiment.model)),

@@ -117,7 +117,7 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
     if image.size != size:
         if data.resize == "refuse":
             found = f"{raw.name} has {image.width}x{image.height} pixels"
-            remedy = "set data.resize=crop to crop and resize"
+            remedy = "crop and resize it, or set data.resize=crop"
             raise PipelineError(f"{found}, but data.image_size={data.image_size}; {remedy}")
         # Cropped first: resize(box=...) would let the filter reach beyond the square.
         side = min(image.size)

@@ -76,6 +76,9 @@ def test_labels_and_vectors_ask_for_classes():
     assert torch.equal(three, vector) and not torch.equal(three, model.sample(2, label=NO_LABEL))
     assert torch.equal(model.sample(2, label=NO_LABEL), model.sample(2, label=[0.0] * 10))
     assert torch.equal(model.sample(2), model.sample(2, label=torch.tensor([0, 1])))
+    guided = model.sample(2, label=3, guidance_scale=2.0)
+    assert torch.equal(guided, model.sample(2, label=[0.0] * 3 + [1.0] + [0.0] * 6, guidance_scale=2.0))
+    assert not torch.equal(guided, three)
     for label, fault in ((10, "0 to 9"), ([0.5, 0.5], "holds 10 numbers")):
         with pytest.raises(ValueError, match=fault):
             model.sample(1, label=label)
@@ -84,3 +87,17 @@ def test_labels_and_vectors_ask_for_classes():
         build_model(checkpoint.describe_model(plain), checkpoint.create_network(plain).state_dict()).sample(
             1, label=1
         )
+
+
+@pytest.mark.parametrize(
+    ("at", "steps", "visited"), [(10, 10, [9, 7, 4, 2, 0]), (3, None, [2, 1, 0]), (20, 1, [19]), (0, 4, [])]
+)
+def test_an_interpolation_begins_at_its_t_and_takes_its_share_of_the_steps(at, steps, visited):
+    plain = tiny_experiment()
+    model = build_model(checkpoint.describe_model(plain), checkpoint.create_network(plain).state_dict())
+    seen = []
+    model.net.register_forward_pre_hook(lambda net, arguments: seen.append(arguments[1].tolist()))
+    images = model.interpolate(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), [0, 1], at, steps=steps)
+    assert images.shape == (2, 1, 8, 8) and seen == [[t, t] for t in visited]
+    with pytest.raises(ValueError, match="images of shape"):
+        model.interpolate(torch.zeros(1, 8, 8), torch.ones(1, 8, 9))
