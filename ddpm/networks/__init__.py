@@ -2,6 +2,7 @@
 
 from ddpm.networks import config, own
 
+LABELLED = "model.class_conditional=true, model.name=context_unet"  # what takes labels
 NO_LABEL = -1  # in the context of a network that takes labels: an image without one
 
 NETWORKS: dict[str, type[config.NetworkConfig]] = {

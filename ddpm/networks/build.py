@@ -6,7 +6,7 @@ from inspect import signature
 import torch
 from torch import Tensor, nn
 
-from ddpm.networks import NO_LABEL
+from ddpm.networks import LABELLED, NO_LABEL
 from ddpm.networks.annotated_unet import AnnotatedUNet, ApiUNet
 from ddpm.networks.config import NetworkConfig
 from ddpm.networks.context_unet import ContextUNet
@@ -45,14 +45,14 @@ def build_network(
     """
     if num_classes and not config.takes_labels:
         raise ValueError(
-            f"model.name={config.name} takes no labels: set data.labels=0, or model.name=context_unet"
+            f"model.name={config.name} takes no labels: set data.labels=0, or another network ({LABELLED})"
         )
-    more = (num_classes, timesteps) if config.takes_labels else ()
+    given = dict(zip(GIVEN, (image_size, in_channels, out_channels, num_classes, timesteps), strict=True))
     if isinstance(config, OwnConfig):
-        net = _build_own(config, seed, image_size, in_channels, out_channels, num_classes, timesteps)
+        net = _build_own(config, seed, given)
         return net if torch.device(device).type == "meta" else net.to(device)
     with torch.device("meta"):
-        net = CLASSES[config.name](config, image_size, in_channels, out_channels, *more)
+        net = CLASSES[config.name](config, **_choose_arguments(CLASSES[config.name], given))
     if torch.device(device).type == "meta":
         return net
     net.to_empty(device="cpu")
@@ -60,13 +60,16 @@ def build_network(
     return net.to(device)
 
 
-def _build_own(config: OwnConfig, seed: int, *given: int) -> nn.Module:
-    """Build a network of one's own on the CPU; what its class does not name among its arguments, it does not get."""
-    known = signature(config.network).parameters
-    chosen = {key: value for key, value in zip(GIVEN, given, strict=True) if key in known}
+def _choose_arguments(network: Callable[..., nn.Module], given: dict[str, int]) -> dict[str, int]:
+    """Choose what a class names among its arguments."""
+    return {key: value for key, value in given.items() if key in signature(network).parameters}
+
+
+def _build_own(config: OwnConfig, seed: int, given: dict[str, int]) -> nn.Module:
+    """Build a network of one's own on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net: nn.Module = config.network(**chosen, **config.settings)
+        net: nn.Module = config.network(**_choose_arguments(config.network, given), **config.settings)
     if reset := getattr(net, "reset_parameters", None):
         reset(torch.Generator().manual_seed(seed))
     return net

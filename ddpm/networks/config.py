@@ -39,7 +39,10 @@ class LevelsConfig:
     channels: int
     channel_mult: tuple[int, ...]
     level_key: ClassVar[str] = "channel_mult"  # the setting with a value for each level
-    takes_labels: ClassVar[bool] = False
+
+    @property
+    def takes_labels(self) -> bool:
+        return False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -72,7 +75,8 @@ class UNetConfig(LevelsConfig):
     """Settings of a `UNet`; the defaults are the paper's CIFAR-10 network (35,746,307 parameters).
 
     attention_resolutions: the image sides at which every residual block is followed by attention;
-    resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2).
+    resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2);
+    class_conditional: an embedding of the label is added to that of t (not the paper's; Nichol and Dhariwal 2021).
     """
 
     name: Literal["unet"] = "unet"
@@ -83,8 +87,13 @@ class UNetConfig(LevelsConfig):
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1
     norm_groups: Count = 32
     resample: Literal["conv", "transposed"] = "conv"
+    class_conditional: bool = False
 
     norm_eps: ClassVar[float] = 1e-6  # authors' code; PyTorch's default is 1e-5
+
+    @property
+    def takes_labels(self) -> bool:
+        return self.class_conditional
 
     @property
     def pos_dim(self) -> int:
@@ -178,7 +187,10 @@ class ContextUNetConfig(LevelsConfig):
     channel_mult: tuple[Few, ...] = (1, 1, 2)
     norm: Literal["batch", "group"] = "batch"
     norm_groups: Count = 8
-    takes_labels: ClassVar[bool] = True
+
+    @property
+    def takes_labels(self) -> bool:
+        return True
 
     def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""

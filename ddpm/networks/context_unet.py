@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks import NO_LABEL
 from ddpm.networks.config import ContextUNetConfig
-from ddpm.networks.layers import SeededNetwork, build_shortcut
+from ddpm.networks.layers import SeededNetwork, build_shortcut, encode_context
 
 
 class ContextUNet(SeededNetwork):
@@ -61,7 +60,7 @@ class ContextUNet(SeededNetwork):
         since looking would wait for the device.
         """
         time = (t[:, None].to(x_t.dtype) + 1) / self.timesteps
-        classes = self._encode_context(context, t).to(x_t.dtype)
+        classes = encode_context(context, t, self.num_classes).to(x_t.dtype)
         h = finest = self.conv_in(x_t)
         skips = []
         for down in self.down:
@@ -71,28 +70,6 @@ class ContextUNet(SeededNetwork):
         for up in self.up:
             h = up(h, skips.pop(), time, classes)
         return self.conv_out(self.head(torch.cat([h, finest], dim=1))).to(x_t.dtype)
-
-    def _encode_context(self, context: Tensor | None, t: Tensor) -> Tensor:
-        """Return vectors as they are, and labels as one-hot rows, float (N, num_classes); zeros for NO_LABEL."""
-        if context is None:
-            return torch.zeros(len(t), self.num_classes, device=t.device)
-        if not self.num_classes:
-            raise ValueError("this context_unet was built without classes: set data.labels to their number")
-        shape = (len(t), self.num_classes)
-        if context.is_floating_point() and context.shape == shape:
-            return context
-        if context.is_floating_point() or context.shape != t.shape:
-            raise ValueError(
-                f"context has shape {tuple(context.shape)}; one label per image is {tuple(t.shape)}, a float vector "
-                f"per image {shape}"
-            )
-        unknown = (context != NO_LABEL) & ((context < 0) | (context >= self.num_classes))
-        if context.device.type == "cpu" and unknown.any():
-            raise ValueError(
-                f"context has the label {context[unknown][0]}; this network knows 0 to {self.num_classes - 1}, "
-                f"and {NO_LABEL} for none"
-            )
-        return (context[:, None] == torch.arange(self.num_classes, device=t.device)).float()
 
 
 class Film(nn.Module):

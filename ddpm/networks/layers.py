@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ddpm.networks import NO_LABEL
 from ddpm.networks.config import NetworkConfig
 
 NEAR_ZERO_GAIN = 1e-5  # authors' code: variance scale 1e-10, small but not zero
@@ -113,6 +114,33 @@ def embed_timesteps(
     exponent = torch.arange(half, dtype=dtype, device=t.device) / (half - 1 if endpoint else half)
     angle = t.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponent)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def encode_context(context: Tensor | None, t: Tensor, num_classes: int) -> Tensor:
+    """Return vectors as they are, and labels as one-hot rows, float (N, num_classes); zeros for NO_LABEL.
+
+    Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check, since looking
+    would wait for the device.
+    """
+    if context is None:
+        return torch.zeros(len(t), num_classes, device=t.device)
+    if not num_classes:
+        raise ValueError("this network was built without classes: set data.labels to their number")
+    shape = (len(t), num_classes)
+    if context.is_floating_point() and context.shape == shape:
+        return context
+    if context.is_floating_point() or context.shape != t.shape:
+        raise ValueError(
+            f"context has shape {tuple(context.shape)}; one label per image is {tuple(t.shape)}, a float vector "
+            f"per image {shape}"
+        )
+    unknown = (context != NO_LABEL) & ((context < 0) | (context >= num_classes))
+    if context.device.type == "cpu" and unknown.any():
+        raise ValueError(
+            f"context has the label {context[unknown][0]}; this network knows 0 to {num_classes - 1}, "
+            f"and {NO_LABEL} for none"
+        )
+    return (context[:, None] == torch.arange(num_classes, device=t.device)).float()
 
 
 def build_shortcut(in_channels: int, out_channels: int) -> nn.Module:

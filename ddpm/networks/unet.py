@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.networks.config import ApiUNetConfig, UNetConfig
-from ddpm.networks.layers import RowDropout, SeededNetwork, build_shortcut, embed_timesteps
+from ddpm.networks.layers import RowDropout, SeededNetwork, build_shortcut, embed_timesteps, encode_context
 
 swish = F.silu
 Layers = tuple[list[nn.Module], list[nn.Module]]  # blocks and their attentions
@@ -24,7 +24,12 @@ class UNet(SeededNetwork):
     near_zero: ClassVar[tuple[str, ...]] = ("conv2", "proj_out", "conv_out")
 
     def __init__(
-        self, config: UNetConfig | ApiUNetConfig, image_size: int, in_channels: int, out_channels: int
+        self,
+        config: UNetConfig | ApiUNetConfig,
+        image_size: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
     ) -> None:
         super().__init__(config, image_size)
         self.config, width = config, config.widths[0]
@@ -32,6 +37,8 @@ class UNet(SeededNetwork):
         self.time_mlp = nn.Sequential(
             nn.Linear(config.pos_dim, config.emb_dim), nn.SiLU(), nn.Linear(config.emb_dim, config.emb_dim)
         )
+        self.num_classes = num_classes
+        self.label_emb = nn.Linear(num_classes, config.emb_dim, bias=False) if config.takes_labels else None
         self.conv_in = nn.Conv2d(in_channels, width, 3, padding=1)
         self.down = nn.ModuleList()
         skips = [width]  # the width of every skip, in the order in which they are pushed
@@ -91,13 +98,16 @@ class UNet(SeededNetwork):
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         """Predict eps, x_0, v or the mean for x_t.
 
-        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None.
+        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None, or
+        that of a `ContextUNet` where the network is class-conditional.
         Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
         """
-        if context is not None:
-            raise ValueError("the unet takes no labels: use context_unet, or set data.labels=0")
-        # The swish before every block's projection is the same tensor, so it is taken once.
-        temb = swish(self.time_mlp(embed_timesteps(t, self.config.pos_dim, x_t.dtype)))
+        temb = self.time_mlp(embed_timesteps(t, self.config.pos_dim, x_t.dtype))
+        if self.label_emb is not None:
+            temb = temb + self.label_emb(encode_context(context, t, self.num_classes).to(x_t.dtype))
+        elif context is not None:
+            raise ValueError("this unet takes no labels: use model.class_conditional, or set data.labels=0")
+        temb = swish(temb)  # the same tensor before every block's projection, so it is taken once
         h = self.conv_in(x_t)
         skips = [h]
         for level in self.down:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ddpm.config import LEARNED, DiffusionConfig
-from ddpm.networks import UNTRAINED
+from ddpm.networks import LABELLED, UNTRAINED
 from ddpm.networks.config import NetworkConfig
 from pipeline.config.sections import (
     CANDIDATES,
@@ -115,9 +115,11 @@ class Experiment:
 
     def _find_label_problems(self) -> Iterator[Problem]:
         label, scale, labels = self.sample.label, self.sample.guidance_scale, self.data.labels
+        if self.model.name == "unet" and self.takes_labels and not labels:
+            yield "model.class_conditional", "is true, but data.labels=0: set it to the number of classes"
         if not self.takes_labels:
             if label is not None or scale != 1 or self.train.label_dropout > 0:
-                yield "sample.label", "is for networks that take labels, such as model.name=context_unet"
+                yield "sample.label", f"is for networks that take labels ({LABELLED})"
             return
         if isinstance(label, int) and not 0 <= label < labels:
             yield "sample.label", f"is {label}; data.labels={labels}, so classes are 0 to {labels - 1}"

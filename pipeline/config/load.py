@@ -87,13 +87,14 @@ def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     path = find_configuration(name)
     types = get_field_types(Experiment)
     tree = apply_overrides({"name": path.stem, **read_configuration(path)}, overrides, Experiment)
-    add_neutral_values(tree, {key: get_field_types(kind) for key, kind in types.items() if is_section(kind)})
     # An unknown network is refused by its name, not by its keys.
     name = flatten(tree).get("model.name", "unet")
     network = _find_network(name) if isinstance(name, str) else UNetConfig
     if _is_own(network):  # its class says the defaults, no file does
         tree["model"] = json.loads(json.dumps(network.list_defaults())) | tree["model"]
-    return tree, {**types, "model": network}
+    types = {**types, "model": network}
+    add_neutral_values(tree, {key: get_field_types(kind) for key, kind in types.items() if is_section(kind)})
+    return tree, types
 
 
 def _find_network(name: str) -> Any:

@@ -19,6 +19,7 @@ NEUTRAL: dict[str, Any] = {
     "data.limit": None,
     "diffusion.betas": [],
     "diffusion.t_sampling": "uniform",
+    "model.class_conditional": False,
     "train.grad_clip": None,
     "train.lr_decay": "none",
     "train.ema_warmup": False,
@@ -74,7 +75,8 @@ def add_neutral_values(tree: dict[str, Any], keys: Mapping[str, Collection[str]]
     for full, value in NEUTRAL.items():
         section, _, key = full.partition(".")
         neutral.setdefault(section, {})[key] = value
-    for section, values in neutral.items():
+    for section, its_values in neutral.items():
+        values = {key: value for key, value in its_values.items() if key in keys.get(section, ())}
         complete = section in keys and values.keys() >= set(keys[section])
         found = tree.get(section, {} if complete else None)
         if isinstance(found, dict):

@@ -325,6 +325,8 @@ def make_network_settings(experiment: Experiment) -> Settings:
     data, model = experiment.data, experiment.model
     if not isinstance(model, UNetConfig):
         raise PipelineError(f"the diffusers layout has no model.name={model.name}, only unet")
+    if model.class_conditional:
+        raise PipelineError("the diffusers layout holds no model.class_conditional network of ours")
     if model.resample != "conv":
         raise PipelineError(f"the diffusers layout has no model.resample={model.resample}, only conv")
     attended = [side in model.attention_resolutions for side in model.list_sides(data.image_size)]

@@ -30,6 +30,9 @@ LABEL_CLASSES = 3
 SIZE = 16
 CONFIGS = {
     "unet": UNetConfig(channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4),
+    "unet-classes": UNetConfig(
+        channels=8, channel_mult=(1, 2), attention_resolutions=(8,), norm_groups=4, class_conditional=True
+    ),
     "annotated_unet": AnnotatedUNetConfig(
         pos_dim=8, channels_per_depth=(4, 8), attention_depths=(2,), num_heads=2, norm_groups=4
     ),

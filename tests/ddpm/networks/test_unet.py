@@ -9,6 +9,7 @@ from diffusers import UNet2DModel
 from torch import nn
 
 from ddpm.kernels import accelerate
+from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
 from ddpm.networks.layers import RowDropout, embed_timesteps
@@ -130,6 +131,19 @@ def test_dropout_is_elementwise_before_the_second_convolution_and_nowhere_else()
     share_per_channel = kept.float().mean(dim=(2, 3))  # whole channels would give 0 or 1
     assert share_per_channel.min() > 0.1 and share_per_channel.max() < 0.9
     assert kept.float().mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_embedding_of_a_label_is_added_to_that_of_the_time():
+    config = dataclasses.replace(SMALL, class_conditional=True)
+    plain, net = randomised(UNet(SMALL, 8, 3, 3)), randomised(UNet(config, 8, 3, 3, num_classes=3))
+    x_t, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([5, 999]), torch.tensor([2, NO_LABEL])
+    net.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(net(x_t, t), plain(x_t, t)) and torch.equal(
+            net(x_t, t, labels)[1:], plain(x_t, t)[1:]
+        )
+        plain.time_mlp[2].bias += net.label_emb.weight[:, 2]
+        torch.testing.assert_close(net(x_t, t, labels)[:1], plain(x_t, t)[:1])
 
 
 def test_compiles_without_a_graph_break():

@@ -20,6 +20,7 @@ PAPER, WITH_VARIANCE = 35_746_307, 35_749_766
 PARAMETERS = {  # the paper (App. B) has 35.7 million for CIFAR-10, 114 for 256 pixels, 256 for the large one
     "celebahq256": 113_673_219,
     "cifar10": PAPER,
+    "cifar10_classes": PAPER + 10 * 512,  # an embedding of the label, as wide as that of the time
     "cifar10_cosine": PAPER,
     "cifar10_cosine_hybrid": WITH_VARIANCE,
     "cifar10_cosine_vlb": WITH_VARIANCE,
@@ -107,7 +108,7 @@ def test_every_experiment_has_a_candidate_or_takes_the_last_checkpoint(name):
     """The paper's rule is the checkpoint of minimum FID; what trains fewer steps, or nothing, has no such choice."""
     experiment = config.load_experiment(name, [])
     evaluate, train = experiment.evaluate, experiment.train
-    if name in TABLE_2:
+    if name in TABLE_2 or name == "cifar10_classes":
         assert (evaluate.checkpoints, experiment.sample.checkpoint) == ("every:100000", "best")
         assert train.steps // evaluate.checkpoint_interval == 8
     else:
@@ -203,6 +204,11 @@ def test_a_missing_value_is_named(tmp_path):
 )
 def test_nonsense_is_refused_by_name(overrides, names):
     assert any(line.startswith(names) for line in problems("digits", *overrides))
+
+
+def test_classes_need_their_number_and_a_network_that_takes_them():
+    assert "data.labels" in problems("digits", "model.class_conditional=true", "data.labels=0")[1]
+    assert "model.class_conditional=true" in problems("digits", "sample.label=cycle")[0]
 
 
 @pytest.mark.parametrize("width, warned", [(32, True), (64, False)])
@@ -307,6 +313,8 @@ def test_an_average_is_chosen_by_its_decay():
 
 def test_samples_and_scores_have_their_own_keys():
     run, samples, score = keys_of()
+    assert keys_of("model.class_conditional=false") == keys_of(), "a run made before there was a choice stays"
+    assert keys_of("model.class_conditional=true")[0] != run
     assert keys_of("sample.num_images=600")[:2] == (run, samples)
     assert keys_of("sample.num_images=600")[2] != score
     assert keys_of("sample.sampler=ddim")[0] == run
