@@ -190,7 +190,7 @@ class Study:
     def list_links(self) -> list[tuple[str, str]]:
         """Return name and address of leaderboard, MLflow pages and report."""
         by, report = self.sweep.metric, self.folder / "report" / REPORT_HTML
-        metric = "train/loss" if by.name == LOSS.name else f"eval/{by.name}"
+        metric = "loss/train" if by.name == LOSS.name else by.name
         links = self.recorder.parent.list_links(metric, by.larger_is_better)
         found = [("leaderboard", str(self.folder / "leaderboard.md")), *links]
         return [*found, ("report", report.as_uri())] if report.exists() else found

@@ -17,7 +17,7 @@ from pipeline.errors import PipelineError, hide_password
 from pipeline.store.files import read_record, write_json
 from pipeline.store.run import Place
 from pipeline.tracking import mlflow_client, models
-from pipeline.tracking.mlflow_client import VIEW, Sender, explain_ui, find_default_uri, format_study_url
+from pipeline.tracking.mlflow_client import TABLE, Sender, explain_ui, find_default_uri, format_study_url
 from pipeline.tracking.parcels import Parcel, list_parcels
 from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
 
@@ -233,8 +233,7 @@ def describe_delivery(place: Place, uri: str | None, largest_model: float = 0) -
     again = _format_sync_command(place, uri)
     if (record := mirror.record) is None:
         return f"nothing in {hide_password(uri)} yet ({again})"
-    link = f"{format_study_url(uri, record['experiment_id'])}/{record['run_id']}{VIEW}"
-    where = link + explain_ui(uri, place.storage)
+    where = f"{format_study_url(uri, record['experiment_id'])}{TABLE}{explain_ui(uri, place.storage)}"
     mirror._state["status"] = mirror.last_status
     if not (missing := mirror.list_missing()):
         return where

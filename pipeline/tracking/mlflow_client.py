@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import getpass
+import json
 import logging
 import os
 import re
@@ -32,6 +32,10 @@ BATCH = 1000  # metrics that MLflow takes in one call
 # versions because of the link.
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 VIEW = "?workflowType=machine_learning"
+# What the table shows that a link with TABLE opens: MLflow keeps it as a tag of the experiment.
+TABLE = f"{VIEW}&viewStateShareKey=scores"
+TABLE_TAG = "mlflow.sharedViewState.scores"
+SCORES = [f"metrics.`{name}`" for name in ("fid", "is_mean", "nll_bpd", "loss/train")]
 
 PATIENCE = 5  # seconds for a database to answer
 # What may pass by itself; everything else that a server or its driver says is taken for lasting.
@@ -144,9 +148,11 @@ def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str)
     found = client.get_experiment_by_name(study)
     if found is None:
         place = None if uri.startswith("http") else (storage / ARTIFACTS / study).resolve().as_uri()
-        return str(client.create_experiment(study, place, KIND))
+        found = client.get_experiment(client.create_experiment(study, place, KIND))
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
+    if found.tags.get(TABLE_TAG) != (columns := json.dumps({"selectedColumns": SCORES})):
+        client.set_experiment_tag(found.experiment_id, TABLE_TAG, columns)
     return str(found.experiment_id)
 
 
@@ -156,20 +162,14 @@ def ensure_run(
     """Return the id of the MLflow run tagged `identity`; create it where there is none. start: Unix milliseconds."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_runs([experiment_id], query, max_results=1)
-    tags |= identity | {
-        "mlflow.user": _find_user(),
-        "mlflow.source.name": "ddpm",
-        "mlflow.source.type": "LOCAL",
+    user, source = os.environ.get("USER", "unknown"), {"name": "ddpm", "type": "LOCAL"}
+    tags |= {
+        **identity,
+        "mlflow.user": user,
+        **{f"mlflow.source.{key}": value for key, value in source.items()},
     }
     run = found[0] if found else client.create_run(experiment_id, start, tags, name)
     return str(run.info.run_id)
-
-
-def _find_user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return "unknown"
 
 
 def log_batches(

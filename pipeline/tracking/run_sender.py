@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline import config
 from pipeline.drawing.grids import require_picture
+from pipeline.errors import ConfigError
+from pipeline.store import keys
 from pipeline.store.checkpoint import read_meta
 from pipeline.store.files import MANIFEST, hash_file, read_json, read_sealed, require_sealed
 from pipeline.store.log import read_points
@@ -20,6 +23,10 @@ from pipeline.tracking.mlflow_client import create_client, ensure_experiment, en
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
+
+
+# The UI's charts stand in the order of what is before the "/", names without one last: the loss is the first.
+NAMES = {"train/loss": "loss/train"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class RunSender:
         self.experiment_id = ensure_experiment(self.client, uri, place.storage, study)
         first = read_points(place.log)[:1]
         self.start = first[0]["time"] if first else read_mtime(place.experiment_yaml)  # Unix milliseconds
-        name, identity = (child.name, child.identity) if child else (place.name, {"run_key": place.run_key})
+        name = child.name if child else name_run(place)
+        identity = child.identity if child else {"run_key": place.run_key}
         self.run_id = ensure_run(self.client, self.experiment_id, name, identity, self.start)
 
     def send_parameters_and_tags(self, parameters: dict[str, str], tags: dict[str, str]) -> None:
@@ -71,7 +79,7 @@ class RunSender:
     def send_log(self, start: int, end: int) -> None:
         """Send the points between two byte offsets of the log."""
         points = [
-            (key, float(value), point["time"], point["step"])
+            (NAMES.get(key, key), float(value), point["time"], point["step"])
             for point in read_points(self.place.log, start, end)
             for key, value in point["metrics"].items()
         ]
@@ -142,7 +150,7 @@ class RunSender:
         """Send the headline evaluation; another one to the run `run_id`."""
         found = read_sealed(file, ScoreFile)
         scores, protocol = found["scores"], found["protocol"]
-        values = {f"eval/{k}": v for k, v in scores.items() if isinstance(v, int | float)}
+        values = {k: v for k, v in scores.items() if isinstance(v, int | float)}
         texts = {k: "; ".join(map(str, v)) if isinstance(v, list) else v for k, v in protocol.items()}
         tags = {f"protocol.{k}": str(v) for k, v in texts.items() if v not in (None, "")}
         self._send_values(file, int(protocol.get("checkpoint") or 0), values, tags, run_id)
@@ -187,6 +195,20 @@ class RunSender:
             self.client.update_run(self.run_id, status=status)
         else:
             self.client.set_terminated(self.run_id, status, max(end or now, self.start))
+
+
+def name_run(place: Place) -> str:
+    """Return a run's name and what differs from the experiment's file: 'digits-0eed1d714017 lr=0.0001 seed=1'."""
+    try:
+        usual = config.load_experiment(place.experiment.name, [])
+    except ConfigError:  # it has another name, or none
+        return place.name
+    own, known = (
+        config.flatten({"data": config.to_dict(e.data), **keys.collect_run_settings(e, whole=True)})
+        for e in (place.experiment, usual)
+    )
+    changes = [f"{key.rpartition('.')[2]}={value}" for key, value in own.items() if value != known.get(key)]
+    return " ".join([place.name, *changes])[:200]
 
 
 def read_mtime(path: Path) -> int:

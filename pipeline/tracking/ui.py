@@ -13,7 +13,16 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 from pipeline.errors import PipelineError, hide_password
-from pipeline.tracking.mlflow_client import ARTIFACTS, ENVIRONMENT, VIEW, check_server, find_default_uri
+from pipeline.tracking.mlflow_client import (
+    ARTIFACTS,
+    ENVIRONMENT,
+    TABLE,
+    TABLE_TAG,
+    VIEW,
+    check_server,
+    create_client,
+    find_default_uri,
+)
 
 HOST, STARTING = "127.0.0.1", 120.0  # seconds that a server may take to answer
 
@@ -30,6 +39,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     _require_free_port(port)
     storage.mkdir(parents=True, exist_ok=True)
     check_server(uri)
+    tables = _list_tables(uri)
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
     command += [f"--artifacts-destination={storage / ARTIFACTS}"]
@@ -43,7 +53,9 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     guard = subprocess.Popen(["sh", "-c", end], stdin=subprocess.PIPE, start_new_session=True)
     try:
         _wait_for_server(server, f"http://{HOST}:{port}", Path(log.name))
-        print(f"http://{HOST}:{port}/#/experiments{VIEW} (Ctrl-C ends it)", flush=True)
+        for name, link in {"all": VIEW, **tables}.items():
+            print(f"{name}: http://{HOST}:{port}/#/experiments{link}", flush=True)
+        print("Ctrl-C ends it", flush=True)
         return server.wait()
     except KeyboardInterrupt:
         return 0
@@ -55,6 +67,12 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
         guard.kill()
+
+
+def _list_tables(uri: str) -> dict[str, str]:
+    """List the links to the tables of runs, by the name of their study."""
+    studies = create_client(uri).search_experiments()
+    return {s.name: f"/{s.experiment_id}/runs{TABLE}" for s in studies if TABLE_TAG in s.tags}
 
 
 def _require_free_port(port: int) -> None:

@@ -120,10 +120,10 @@ def first_run(cluster) -> str:
 def test_a_job_from_the_client_is_read_back_through_the_tracking_server(cluster, first_run):
     run, there = cluster.run_directory("tiny"), cluster.on_tracking_server("tiny")
     assert there["status"] == "FINISHED"
-    assert [tuple(point) for point in there["points"]["train/loss"]] == read_losses(run)
+    assert [tuple(point) for point in there["points"]["loss/train"]] == read_losses(run)
     assert len(read_losses(run)) == 40
     (metrics,) = run.glob("evaluation/*/metrics.json")
-    ((_, value),) = there["points"]["eval/nll_bpd"]
+    ((_, value),) = there["points"]["nll_bpd"]
     assert value == json.loads(metrics.read_text())["scores"]["nll_bpd"]
     assert there["experiment"] == (run / "experiment.yaml").read_text()
     assert "report/report.html" in there["files"]
@@ -246,7 +246,7 @@ def test_a_worker_and_the_tracking_server_go_in_mid_run_and_it_still_ends_right(
 
     there = cluster.on_tracking_server("interrupted")
     assert there["status"] == "FINISHED"
-    assert [tuple(point) for point in there["points"]["train/loss"]] == read_losses(run)
+    assert [tuple(point) for point in there["points"]["loss/train"]] == read_losses(run)
     assert [step for step, _ in read_losses(run)] == list(range(10, 1201, 10))
     alone = read_losses(train_here(LONG, tmp_path))  # the order of sums differs, over 1,200 steps
     assert read_losses(run) == [(step, pytest.approx(loss, rel=0.02)) for step, loss in alone]
@@ -274,6 +274,6 @@ def test_secrets_are_nowhere_but_in_the_environment(cluster, first_run, tmp_path
         found = [str(path) for path in read if secret.encode() in path.read_bytes()]
         assert found == [], name
     dump = cluster.network["postgres"].execute("pg_dump", "--host=127.0.0.1", "--username=mlflow", "mlflow")
-    assert "train/loss" in dump.stdout
+    assert "loss/train" in dump.stdout
     assert [name for name, secret in drawn.items() if secret in dump.stdout] == []
     shutil.rmtree(tmp_path)

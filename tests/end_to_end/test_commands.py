@@ -67,7 +67,7 @@ def mlflow_run(storage: Path, store: str = "mlflow.db") -> tuple[Any, Any]:
 
 def mlflow_points(storage: Path, store: str = "mlflow.db") -> list[tuple[int, int, float]]:
     client, run = mlflow_run(storage, store)
-    history = client.get_metric_history(run.info.run_id, "train/loss")
+    history = client.get_metric_history(run.info.run_id, "loss/train")
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
 

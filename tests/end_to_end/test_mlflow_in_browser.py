@@ -32,15 +32,14 @@ def links(tmp_path, capsys) -> dict[str, str]:
 
 
 @pytest.fixture
-def ui(links, tmp_path) -> Iterator[str]:
-    """`ddpm ui` on the store, and where it answers."""
+def ui(links, tmp_path) -> Iterator[dict[str, str]]:
+    """`ddpm ui` on the store: its links, by the name of what they show."""
     port = free_port()
     words = [sys.executable, "-m", "pipeline", "ui", f"--port={port}", f"cluster.storage={tmp_path}"]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ)
     assert server.stdout is not None
-    line = next(line for line in server.stdout if "http://" in line)
-    assert f"http://127.0.0.1:{port}/" in line
-    yield f"http://127.0.0.1:{port}"
+    lines = iter(server.stdout.readline, "Ctrl-C ends it\n")
+    yield dict(line.strip().split(": ", 1) for line in lines if f": http://127.0.0.1:{port}/" in line)
     server.send_signal(signal.SIGINT)
     server.wait(30)
 
@@ -62,16 +61,23 @@ def click(browser: Browser, label: str) -> None:
 
 def test_a_person_finds_the_winner_the_trials_and_their_samples(links, ui, tmp_path: Path):
     with open_browser(tmp_path, 1500) as browser:
-        browser.open(f"{ui}/{links['MLflow']}")
+        browser.open(ui["grid"])
+        columns = ("nll_bpd", "loss/train", "sweep grid")
+        wait_for_text(browser, lambda text: all(words in text for words in columns))
+        server = ui["all"].partition("/#")[0]
+        browser.open(f"{server}/{links['MLflow']}")
         wanted = (*TRIALS, "has the lowest NLL")
         text = wait_for_text(browser, lambda text: all(words in text for words in wanted))
         assert "best_trial" in text and "cosine dropout=0.0 has the lowest NLL" in text
-        browser.open(f"{ui}/{links['its trials']}")
+        browser.open(f"{server}/{links['its trials']}")
         text = wait_for_text(browser, lambda text: "4 matching runs" in text)
         assert "sweep grid" not in text, "the trials alone"
         click(browser, "cosine dropout=0.0")
         wait_for_text(browser, lambda text: "sweep.trial" in text)
         address = browser.run("return location.href").partition("?")[0]
+        browser.open(f"{address}/model-metrics?workflowType=machine_learning")
+        charts = wait_for_text(browser, lambda text: "nll_bpd" in text and "grad_norm" in text)
+        assert charts.index("\nloss\n") < min(charts.index(word) for word in ("grad_norm", "nll_bpd"))
         browser.open(f"{address}/artifacts/samples/grid.png")
         wide = "return Math.max(0, ...[...document.images].filter(i => i.complete).map(i => i.naturalWidth))"
         wait_for_text(browser, lambda text: browser.run(wide) >= 80)

@@ -58,7 +58,7 @@ def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     assert rows[0]["rank"][0] == "1" and {row["state"] for row in rows} == {"finished"}
     found = children(tmp_path)
     assert {child.info.status for child in found} == {"FINISHED"} and len(found) == 4
-    scores = {child.data.tags["sweep.trial"]: child.data.metrics["eval/nll_bpd"] for child in found}
+    scores = {child.data.tags["sweep.trial"]: child.data.metrics["nll_bpd"] for child in found}
     assert scores == {row["trial"]: row["scores"]["nll_bpd"] for row in rows}
     assert "Trial" not in said and "╭" not in said, "Ray Tune has nothing to say beside the sweep"
     assert said.count("shard: done") == 1
@@ -91,7 +91,7 @@ def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path
     found, client = children(tmp_path), MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     assert len(found) == 4 and {child.info.status for child in found} == {"FINISHED"}
     for child in found:
-        history = client.get_metric_history(child.info.run_id, "train/loss")
+        history = client.get_metric_history(child.info.run_id, "loss/train")
         assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
 
 

@@ -216,8 +216,8 @@ def test_mlflow_has_the_curve_the_choice_and_other_weights_as_a_child(finished):
     assert parent.data.tags["protocol.checkpoint_rule"].startswith("best of 3 ")
     assert (parent.data.tags["protocol.weights"], child.data.tags["weights"]) == ("ema", "raw")
     (metrics,) = run.glob(f"evaluation/{child.data.tags['evaluation_key']}/metrics.json")
-    assert child.data.metrics["eval/fid"] == json.loads(metrics.read_text())["scores"]["fid"]
-    assert child.data.metrics["eval/fid"] != parent.data.metrics["eval/fid"]
+    assert child.data.metrics["fid"] == json.loads(metrics.read_text())["scores"]["fid"]
+    assert child.data.metrics["fid"] != parent.data.metrics["fid"]
 
 
 def test_more_steps_bring_more_candidates(finished):

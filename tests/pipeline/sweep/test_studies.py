@@ -101,7 +101,7 @@ def test_the_server_shows_who_won_and_the_trials_side_by_side(grid, storage, cli
         assert child.info.status == "FINISHED" and child.info.run_name == row["label"]
         assert float(child.data.params["model.dropout"]) == row["swept"]["model.dropout"]
         assert child.data.tags["diffusion.beta_schedule"] == row["swept"]["diffusion.beta_schedule"]
-        assert child.data.metrics["eval/nll_bpd"] == row["scores"]["nll_bpd"]
+        assert child.data.metrics["nll_bpd"] == row["scores"]["nll_bpd"]
         assert child.data.tags[tracking.STATE_TAG] == "finished"
         assert "samples/grid.png" in {f.path for f in client.list_artifacts(child.info.run_id, "samples")}
         assert client.list_artifacts(child.info.run_id, "images")
@@ -160,7 +160,7 @@ def test_a_run_made_under_another_name_is_mirrored_not_repeated(grid, storage, c
     (row,) = board(storage, "borrowing")
     assert row["run"].startswith("elsewhere-") and row["state"] == "finished"
     _, children = parent_and_children(client, "borrowing")
-    assert children[row["trial"]].data.metrics["eval/nll_bpd"] == row["scores"]["nll_bpd"]
+    assert children[row["trial"]].data.metrics["nll_bpd"] == row["scores"]["nll_bpd"]
     assert children[row["trial"]].info.status == "FINISHED"
 
 

@@ -17,6 +17,7 @@ from synthetic_run import BEGAN, make_run, write_checkpoint, write_log, write_sc
 from pipeline import config, tracking
 from pipeline.errors import PipelineError
 from pipeline.store import files as rundir
+from pipeline.tracking import run_sender
 from pipeline.tracking.run_sender import RunSender
 
 STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
@@ -84,23 +85,25 @@ def test_what_may_not_change_is_a_parameter_and_the_rest_of_the_experiment_is_ta
     assert tags["version.torch"] == "2.9" and tags["commit"].startswith("0123")
     assert tags["protocol.comparable"] == "False" and tags["protocol.n"] == "512"
     assert "n = 512" in tags["protocol.why_not"]
+    name = run_sender.name_run(run.of(dataclasses.replace(run.experiment, seed=7)))
+    assert (found.info.run_name, name) == (run.name, f"{run.name} seed=7")
     study = client.get_experiment(found.info.experiment_id)  # the UI opens it as model training
     assert study.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_curves_carry_their_own_times(mirrored, client):
     found = mirrored[1]
-    for key in ("train/loss", "train/lr", "train/grad_norm", "train/images_per_second"):
+    for key in ("loss/train", "train/lr", "train/grad_norm", "train/images_per_second"):
         assert history(client, found, key) == expected(100)
     assert found.info.start_time == BEGAN + 850 and found.info.status == "FINISHED"
 
 
 def test_scores_stand_at_their_checkpoint_and_on_its_model(mirrored, client):
     found = mirrored[1]
-    assert found.data.metrics["eval/fid"] == 14.21 and found.data.metrics["eval/nll_bpd"] == 4.52
+    assert found.data.metrics["fid"] == 14.21 and found.data.metrics["nll_bpd"] == 4.52
     models = list_models(client, found)
     scored = {model.tags["step"]: {m.key: m.value for m in model.metrics or []} for model in models}
-    assert scored["100"]["eval/fid"] == 14.21 and scored["50"] == {}
+    assert scored["100"]["fid"] == 14.21 and scored["50"] == {}
     assert all(str(model.status) == "READY" and Path(model.tags["path"]).is_dir() for model in models)
     assert {output.step for output in found.outputs.model_outputs} == {50, 100}
 
@@ -110,7 +113,7 @@ def test_another_evaluation_is_a_child(mirrored, client):
     query = f"tags.mlflow.parentRunId = '{found.info.run_id}'"
     (child,) = client.search_runs([found.info.experiment_id], query)
     assert child.data.tags["evaluation_key"] == "0123456789ab"
-    assert child.data.metrics == {"eval/fid": 20.5} and child.info.status == "FINISHED"
+    assert child.data.metrics == {"fid": 20.5} and child.info.status == "FINISHED"
 
 
 def test_dataset_pictures_and_files_arrive(mirrored, client):
@@ -136,8 +139,8 @@ def test_delivering_again_changes_nothing_but_completes_what_is_half_there(mirro
     summary = tracking.deliver_run(uri, "digits", run)
     assert "log" in summary and "2 x grid" in summary
     after = find(client, "digits", run)
-    assert history(client, after, "train/loss") == expected(100)
-    assert len(history(client, after, "eval/fid")) == 1
+    assert history(client, after, "loss/train") == expected(100)
+    assert len(history(client, after, "fid")) == 1
     assert sorted(list_files(client, found, "images")) == sorted(images)
     assert (after.data.params, after.info.status) == (found.data.params, found.info.status)
     assert len(after.outputs.model_outputs) == 2
@@ -157,7 +160,7 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
         assert type(raised) is error
     found, where = find(client, "ends", run), tracking.describe_delivery(run, uri)
     assert found.info.status == status
-    assert found.info.run_id in where and "ddpm ui" in where and "sync" not in where
+    assert "viewStateShareKey=scores" in where and "ddpm ui" in where and "sync" not in where
 
 
 def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_store):
@@ -173,7 +176,7 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_
     found = find(client, "digits", moved)
     (picture, *_) = list_files(client, found, "images")
     assert Path(client.download_artifacts(found.info.run_id, picture)).stat().st_size > 0
-    assert history(client, found, "train/loss") == expected(100)
+    assert history(client, found, "loss/train") == expected(100)
     places = [found.info.artifact_uri, *(model.artifact_location for model in list_models(client, found))]
     assert all(place.startswith(after.as_uri()) for place in places)  # what follows is written there
 
@@ -196,7 +199,7 @@ def test_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
     client.delete_run(find(client, "ends", run).info.run_id)
     with tracking.Mirror(uri, "ends", run):
         pass
-    assert history(client, find(client, "ends", run), "train/loss") == expected(100)
+    assert history(client, find(client, "ends", run), "loss/train") == expected(100)
 
 
 def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, client):
@@ -229,7 +232,7 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
     with tracking.Mirror(uri, "ends", run, warn=warnings.append):
         wait_until(lambda: len(failures) == 3)
     found = find(client, "ends", run)
-    assert history(client, found, "train/loss") == expected(100) and found.info.status == "FINISHED"
+    assert history(client, found, "loss/train") == expected(100) and found.info.status == "FINISHED"
     assert len(warnings) == 1 and "went away" in warnings[0]
     for server, is_done in ((uri, True), ("http://other", False)):
         assert (not tracking.Mirror(server, "ends", run).list_missing()) is is_done
@@ -249,7 +252,7 @@ def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage
     assert "ddpm sync" in tracking.describe_delivery(run, dead)
     tracking.deliver_run(uri, "late", run)
     found = find(client, "late", run)
-    assert history(client, found, "train/loss") == expected(200) and found.info.status == "FINISHED"
+    assert history(client, found, "loss/train") == expected(200) and found.info.status == "FINISHED"
 
 
 def test_a_taken_port_is_said(tmp_path):

@@ -77,7 +77,7 @@ def test_the_last_line_and_the_same_command_ask_for_every_parcel(run_again, stor
     client, found = find_only_run(store.parent)
     assert "not up to date" not in tracking.describe_delivery(run, None)
     assert "sync" not in where.partition(":")[0]
-    assert len(client.get_metric_history(found.info.run_id, "train/loss")) == 11
+    assert len(client.get_metric_history(found.info.run_id, "loss/train")) == 11
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this one
 from pipeline.tracking import ui
-ui.check_server = lambda uri: None
+ui.check_server, ui._list_tables = lambda uri: None, lambda uri: {}
 ui.serve_ui(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 """
 
