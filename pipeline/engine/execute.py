@@ -54,6 +54,8 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         print_line(f"{place.name}: {', '.join(stage.name for stage in todo)}")
         config.require_images_for_workers(experiment.train, cluster.workers or 1)
         preflight.check_workers(cluster)
+        for stage in todo:
+            stage.check_before_start(place)
         print_line(f"needs {preflight.check_resources(place)}")
         for warning in experiment.list_warnings():
             print_line(f"warning: {warning}")

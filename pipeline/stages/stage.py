@@ -47,6 +47,9 @@ class Stage(ABC):
         """Return the stages of other places that must be done before it works, as (stage name, place)."""
         return []
 
+    def check_before_start(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
+        """Raise PipelineError if this machine lacks what the stage needs, before anything starts."""
+
     def check_before_training(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
         """Raise PipelineError if the shards alone show that the stage cannot succeed, before hours of training."""
 

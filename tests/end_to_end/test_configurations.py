@@ -13,6 +13,7 @@ from pipeline import config
 from pipeline.cli.program import main
 from pipeline.compute.units import Unit
 from pipeline.engine.find import make_place
+from pipeline.scores import efficientnet
 from pipeline.stages import evaluate, sample, shard, train
 from pipeline.store import tars
 from pipeline.store.files import read_json
@@ -91,6 +92,13 @@ def test_two_steps(name, storage):
         carry_out(evaluate.STAGE.work(run.of(experiment)))
         scores = read_json(run.of(experiment).scores / "metrics.json", dict)["scores"]
         assert np.isfinite(scores["nll_bpd"])
+
+
+def test_missing_features_are_named_before_anything_starts(storage, monkeypatch, capsys):
+    monkeypatch.setattr(efficientnet, "find_spec", lambda name: None)
+    assert main(["run", "folder", *write_images("folder", storage), f"cluster.storage={storage}/none"]) == 1
+    assert "efficientnet-lite0 needs the package" in capsys.readouterr().err
+    assert not list(storage.glob("none/folder-*")) and not list(storage.glob("none/data/*/*.tar"))
 
 
 def carry_out(work: Iterator[list[Unit]]) -> None:

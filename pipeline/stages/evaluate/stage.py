@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pipeline.compute.units import Unit
 from pipeline.config import Experiment, to_yaml
 from pipeline.errors import PipelineError
+from pipeline.scores import efficientnet
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.metrics import needs_samples
@@ -56,6 +57,11 @@ class EvaluateStage(Stage):
             return False
         # A checkpoint may be deleted once it is scored; one of other weights is another matter.
         return all(manifest.get(name) == its for name, its in inputs.items() if its)
+
+    def check_before_start(self, place: Place) -> None:
+        config = place.experiment.evaluate
+        if needs_samples(config.metrics) and config.features == efficientnet.NAME:
+            find_extractor(place)
 
     def check_before_training(self, place: Place) -> None:
         """Raise PipelineError if the test split is missing or too small, or the user's statistics cannot be used."""

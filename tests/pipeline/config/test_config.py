@@ -36,6 +36,7 @@ PARAMETERS = {  # the paper (App. B) has 35.7 million for CIFAR-10, 114 for 256 
     "context_digits": 1_053_249,
     "context_sprites": 1_481_027,  # source document 001, in its right form
     "digits": 701_345,
+    "folder": 8_952_067,
     "lsun_bedroom": 113_673_219,
     "lsun_bedroom_large": 255_677_955,
     "lsun_cat": 113_673_219,

@@ -176,9 +176,7 @@ SHAPELESS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "content", [b"null", b'{"files": {}}', b"\x80" + b"[" * 99999, b"a pipe"], ids=len
-)
+@pytest.mark.parametrize("content", [b"null", b'{"files": {}}', b"\x80" + b"[" * 99999, b"a pipe"], ids=len)
 def test_json_of_another_shape_is_no_traceback(place, content):
     for pattern in SHAPELESS[: -1 if content == b"a pipe" else None]:  # a log is not begun anew
         file = damage(place, pattern, lambda _: content)
