@@ -103,7 +103,8 @@ def run_experiment(options: Namespace) -> None:
 
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)
     place = run_stages(experiment, cluster, last, getattr(options, "accept_code", False))
-    print_line(describe_run(RunFiles(fill_in_selection(place) or place)).replace("**", ""))
+    if headline := fill_in_selection(place):  # None before the best checkpoint is known
+        print_line(describe_run(RunFiles(headline)).replace("**", ""))
     print_line(f"       run: {place.path}")
     if place.report_html.exists():
         print_line(f"    report: {place.report_html.as_uri()}")
