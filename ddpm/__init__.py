@@ -10,15 +10,17 @@ __all__ = [
     "EMA", "NETWORKS", "NO_LABEL", "AnnotatedUNet", "AnnotatedUNetConfig", "ApiUNet", "ApiUNetConfig",
     "BoundTerms", "ContextUNet", "ContextUNetConfig", "Diffusion", "DiffusionConfig", "ImportanceSampler",
     "MHAUNet", "MHAUNetConfig", "Model", "ReverseStep", "TrainConfig", "TrainState", "UNet", "UNetConfig",
-    "accelerate", "add_guidance", "build_model", "build_network", "compute_bits_per_dim", "compute_rate_distortion",
-    "draw_shared_latent", "explain_few_steps", "from_uint8", "interpolate", "run_chain", "run_image_chains",
-    "sample", "to_uint8", "train_step",
+    "accelerate", "add_guidance", "build_model", "build_network", "compute_batch_loss",
+    "compute_bits_per_dim", "compute_rate_distortion", "draw_gaussian", "draw_shared_latent",
+    "explain_few_steps", "from_uint8", "interpolate", "run_chain", "run_image_chains", "sample",
+    "step_back", "to_uint8", "train_step",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from ddpm.config import DiffusionConfig, TrainConfig
     from ddpm.diffusion import Diffusion
     from ddpm.ema import EMA
+    from ddpm.gaussians import draw_gaussian
     from ddpm.images import from_uint8, to_uint8
     from ddpm.kernels import accelerate
     from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion
@@ -45,17 +47,16 @@ if TYPE_CHECKING:
         run_chain,
         run_image_chains,
         sample,
+        step_back,
     )  # fmt: skip
     from ddpm.timesteps import ImportanceSampler
-    from ddpm.training import TrainState, train_step
+    from ddpm.training import TrainState, compute_batch_loss, train_step
 else:
-    _MODULES = (
-        "config networks networks.config networks.build images kernels sampler likelihood training model"
-    )
+    _PARTS = "config networks networks.config networks.build images kernels gaussians sampler likelihood training model"
 
     def __getattr__(name):
         if name in __all__:
-            for module in _MODULES.split():  # those that import no torch stand first
+            for module in _PARTS.split():  # those that import no torch stand first
                 found = vars(import_module(f"ddpm.{module}"))
                 if name in found:
                     return globals().setdefault(name, found[name])

@@ -126,24 +126,24 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of training; all counts are over all workers together.
+    """Settings of training, by default the paper's for CIFAR-10; all counts are over all workers together.
 
     accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient;
     label_dropout: share of labels replaced by NO_LABEL; steps matters where the learning rate decays over them.
     """
 
-    steps: Count
-    batch_size: Count
-    accumulate: Count
-    random_flip: bool
-    lr: Annotated[float, Range(gt=0, lt=math.inf)]
-    lr_decay: Literal["none", "linear"]
-    warmup_steps: Annotated[int, Range(ge=0, le=10**9)]
-    grad_clip: Annotated[float | None, Range(gt=0)]
-    ema_decay: tuple[Annotated[float, Range(ge=0, lt=1)], ...]
-    ema_warmup: bool
-    label_dropout: Share
-    precision: Literal["fp32", "bf16"]
+    steps: Count = 800_000
+    batch_size: Count = 128
+    accumulate: Count = 1
+    random_flip: bool = True
+    lr: Annotated[float, Range(gt=0, lt=math.inf)] = 2e-4
+    lr_decay: Literal["none", "linear"] = "none"
+    warmup_steps: Annotated[int, Range(ge=0, le=10**9)] = 5000
+    grad_clip: Annotated[float | None, Range(gt=0)] = 1.0
+    ema_decay: tuple[Annotated[float, Range(ge=0, lt=1)], ...] = (0.9999,)
+    ema_warmup: bool = False
+    label_dropout: Share = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def find_problems(self) -> Problems:
         """Find every value that is out of range or contradicts another."""

@@ -102,8 +102,9 @@ class Diffusion:
             self.gather("log_one_minus_alpha_bar", t, x_0),
         )
 
-    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Draw x_t from q(x_t | x_0), given standard normal eps of the shape of x_0 (Eq. 4)."""
+    def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor | None = None) -> Tensor:
+        """Draw x_t from q(x_t | x_0) by standard normal eps of the shape of x_0, drawn where left out (Eq. 4)."""
+        eps = torch.randn_like(x_0) if eps is None else eps
         _require_same_shape(x_0=x_0, eps=eps)
         return (
             self.gather("sqrt_alpha_bar", t, x_0) * x_0

@@ -1,4 +1,4 @@
-"""The densities of the variational bound: a KL divergence and the decoder of 8-bit pixels. Units: nats."""
+"""Gaussians: a draw, and the densities of the bound (a KL divergence, the decoder of 8-bit pixels), in nats."""
 
 import math
 
@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 from ddpm.config import Decoder
+
+
+def draw_gaussian(mean: Tensor, variance: Tensor, eps: Tensor | None = None) -> Tensor:
+    """Draw from N(mean, variance), which broadcast: mean + sqrt(variance) eps, eps drawn where it is left out."""
+    eps = torch.randn_like(mean + variance) if eps is None else eps
+    return mean + variance.sqrt() * eps
 
 
 def compute_normal_kl(

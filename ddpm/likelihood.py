@@ -57,7 +57,7 @@ def compute_bits_per_dim(
     diffusion: Diffusion,
     net: Network,
     x_0: Tensor,
-    noise: Callable[[int, Tensor], Tensor],
+    noise: Callable[[int, Tensor], Tensor] | None = None,
     *,
     timesteps: Sequence[int] | Tensor | None = None,
     batch_size: int | None = None,
@@ -68,10 +68,10 @@ def compute_bits_per_dim(
 ) -> BoundTerms:
     """Compute the bound for images x_0 (N, C, H, W), grey levels scaled to [-1, 1], on the device of x_0.
 
-    noise(t, rows) gives a fresh standard normal draw like x_0[rows] for a timestep. net must be in evaluation mode;
-    any denoise(x_t, t) -> x_0 is a network with predict="x0". timesteps: None for all; (K,); or int64 (N, K), where
-    each image has its own, and one that it has twice is computed once. batch_size: the images of a network call, by
-    default N. clip and variance as in Diffusion.p_mean_variance.
+    noise(t, rows) gives a fresh standard normal draw like x_0[rows] for a timestep; None: torch's. net must be in
+    evaluation mode; any denoise(x_t, t) -> x_0 is a network with predict="x0". timesteps: None for all; (K,); or int64
+    (N, K), where each image has its own, and one that it has twice is computed once. batch_size: the images of a
+    network call, by default N. clip and variance as in Diffusion.p_mean_variance.
     """
     if len(diffusion) != diffusion.config.timesteps:
         raise ValueError("the bound is defined on the full chain, not on a respaced one")
@@ -80,6 +80,7 @@ def compute_bits_per_dim(
     chosen = np.asarray(range(len(diffusion)) if timesteps is None else timesteps)
     pairs, position = np.unique(chosen * n + np.arange(n)[:, None], return_inverse=True)
     terms, mse, size = [], [], batch_size or n
+    noise = noise or (lambda t, rows: torch.randn_like(x_0[rows]))
     for number, pair in enumerate(torch.from_numpy(pairs).to(x_0.device).split(size)):
         t, rows = pair // n, pair % n
         x = x_0[rows]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddpm.config import Sampler, Spacing, Variance
 from ddpm.diffusion import Diffusion, Network
+from ddpm.gaussians import draw_gaussian
 from ddpm.rng import Stream, draw_normal
 
 Noise = Callable[[int], Tensor]
@@ -91,6 +92,27 @@ def _compute_extrapolation(diffusion: Diffusion) -> list[float]:
     return [0.0, *(h[:-1] / (2 * h[1:])).tolist(), 0.0]
 
 
+@torch.no_grad()
+def step_back(
+    diffusion: Diffusion,
+    net: Network,
+    x_t: Tensor,
+    t: Tensor,
+    eps: Tensor | None = None,
+    *,
+    variance: Variance | None = None,
+    context: Tensor | None = None,
+    clip: bool = True,
+) -> Tensor:
+    """Draw x_{t-1} from p(x_{t-1} | x_t) (Algorithm 2, line 4), for int64 t (N,) of this chain, which may differ.
+
+    eps: the noise, drawn where it is left out; at t = 0 none is added.
+    """
+    output = net(x_t, diffusion.timesteps[t], *(() if context is None else (context,)))
+    mean, log_variance, _ = diffusion.p_mean_variance(output, x_t, t, clip, variance)
+    return torch.where((t == 0).view(-1, 1, 1, 1), mean, draw_gaussian(mean, log_variance.exp(), eps))
+
+
 def space_timesteps(diffusion: Diffusion, steps: int, spacing: Spacing = "uniform") -> list[int]:
     """Return `steps` timesteps of the diffusion, ascending, both ends among them.
 
@@ -149,8 +171,9 @@ def _make_image_function(run: Callable[Arguments, Iterator[ReverseStep]]) -> Cal
 
     @wraps(run, assigned=())
     def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-        """Draw images (N, C, H, W), float32 in [-1, 1]; the arguments are those of `run_image_chains`."""
-        return run_to_end(run(*args, **kwargs)).clamp(-1, 1)
+        """Draw images (N, C, H, W), in [-1, 1] unless clip=False; the arguments are those of `run_image_chains`."""
+        images = run_to_end(run(*args, **kwargs))
+        return images.clamp(-1, 1) if kwargs.get("clip", True) else images
 
     return sample
 

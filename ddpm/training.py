@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ddpm import rng
 from ddpm.config import DiffusionConfig, TrainConfig
-from ddpm.diffusion import Diffusion
+from ddpm.diffusion import Diffusion, Network
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
@@ -187,9 +187,10 @@ def compute_gradients(
     """Compute the gradients of this worker's slice of the global batch, in config.accumulate micro-batches.
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU,
-    consecutive positions in the global batch; context: int64 labels (N,). `forward` is the network as it is called
-    (wrapped for several workers, or compiled); default the network itself. Slices may differ in length: each is
-    weighted by it, so that the workers' average is the gradient of the mean over the global batch.
+    consecutive positions in the global batch; context: labels, int64 (N,), or float vectors (N, width). `forward` is
+    the network as it is called (wrapped for several workers, or compiled); default the network itself. Slices may
+    differ in length: each is weighted by it, so that the workers' average is the gradient of the mean over the global
+    batch.
 
     Returns t int64, and weight and loss of each image, float32; all (N,).
     """
@@ -202,7 +203,8 @@ def compute_gradients(
     x_0 = torch.where((flip & config.random_flip)[:, None, None, None], x_0.flip(3), x_0)
     if context is not None:
         is_dropped = rng.draw_uniform(seed, Stream.LABEL, step, on_device) < config.label_dropout
-        context = context.masked_fill(is_dropped, NO_LABEL)
+        none = 0 if context.is_floating_point() else NO_LABEL
+        context = context.masked_fill(is_dropped.view(-1, *[1] * (context.ndim - 1)), none)
     scale = world_size / config.batch_size  # the average over workers divides by their number
     dropouts = [layer for layer in state.net.modules() if isinstance(layer, RowDropout) and layer.p > 0]
     keys = rng.draw_words(seed, Stream.DROPOUT, step, on_device, 2 * len(dropouts))
@@ -223,6 +225,22 @@ def compute_gradients(
             ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())
     return t, weight, torch.cat(found)
+
+
+def compute_batch_loss(
+    diffusion: Diffusion,
+    net: Network,
+    x_0: Tensor,
+    t: Tensor | None = None,
+    eps: Tensor | None = None,
+    context: Tensor | None = None,
+) -> Tensor:
+    """Compute the loss of a batch x_0 (N, C, H, W) in [-1, 1], with its graph; t and eps are drawn where left out."""
+    t = torch.randint(len(diffusion), x_0.shape[:1], device=x_0.device) if t is None else t
+    eps = torch.randn_like(x_0) if eps is None else eps
+    x_t = diffusion.q_sample(x_0, t, eps)
+    output = net(x_t, t, *(() if context is None else (context,)))
+    return diffusion.compute_losses(output, x_0, x_t, t, eps).mean()
 
 
 def compute_learning_rate(config: TrainConfig, step: int) -> float:

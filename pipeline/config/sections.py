@@ -67,7 +67,7 @@ class DataConfig:
             yield "path", f"is null; data.source={self.source} needs the place of the images"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainStageConfig(TrainConfig):
     """Settings of training (`TrainConfig`), and of what the train stage writes meanwhile.
 

@@ -8,8 +8,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from ddpm import sampler
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
+from ddpm.gaussians import draw_gaussian
 from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import run_chain
+from ddpm.training import compute_batch_loss
 
 ddim = partial(run_chain, sampler="ddim")
 PAPER = DiffusionConfig()
@@ -101,6 +103,54 @@ def test_the_last_step_has_no_noise_and_ends_at_the_clipped_estimate():
     assert asked == list(range(19, 0, -1))
     torch.testing.assert_close(steps[-1].x_t, steps[-1].x_0, rtol=1e-12, atol=0)
     assert steps[-1].x_0.abs().max() == 1
+
+
+def test_a_step_back_is_one_of_the_chain_for_rows_of_several_timesteps():
+    """Unclipped it is the documents' formula: (x_t - beta / sqrt(1 - abar) eps) / sqrt(alpha) + sqrt(beta) z."""
+    diffusion, x_t, t = Diffusion(SMALL), randn(*SHAPE), torch.tensor([7, 0])
+    z, tables = noise(7), {name: table[t].reshape(-1, 1, 1, 1) for name, table in diffusion.tables.items()}
+    chain = partial(run_chain, diffusion, net, x_t, noise)
+    expected = torch.stack([next(chain(timesteps=range(8))).x_t[0], next(chain(timesteps=[0])).x_t[1]])
+    torch.testing.assert_close(sampler.step_back(diffusion, net, x_t, t, z), expected)
+    beta, scale = tables["beta"], (1 - tables["beta"]).sqrt()
+    mean = (x_t - beta / tables["sqrt_one_minus_alpha_bar"] * net(x_t, t)) / scale
+    expected = mean + beta.sqrt() * z * (t > 0).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(sampler.step_back(diffusion, net, x_t, t, z, clip=False), expected)
+    few = diffusion.respace([3, 9, 19])
+    last = sampler.step_back(few, net, x_t, torch.tensor([2, 2]), noise(19))
+    torch.testing.assert_close(last, next(run_chain(few, net, x_t, noise)).x_t)
+
+
+def test_without_clipping_an_eps_of_zero_enlarges_x_t():
+    diffusion, index = Diffusion(SMALL), torch.arange(2)
+    options = {"index": index, "shape": SHAPE[1:], "seed": 3, "sampler": "ddim"}
+    x_T = draw_normal(3, Stream.X_T, 0, index, SHAPE[1:])
+    for clip in (True, False):
+        images = sampler.sample(diffusion, lambda x_t, t: 0 * x_t, **options, clip=clip)
+        expected = x_T / diffusion.tables["sqrt_alpha_bar"][-1].float()
+        assert torch.allclose(images, expected, rtol=1e-4) != clip and (images.abs().max() <= 1) == clip
+
+
+def test_what_is_left_out_is_drawn():
+    diffusion, mean, variance = Diffusion(SMALL), torch.full((10_000,), 2.0), torch.tensor(9.0)
+    drawn = draw_gaussian(mean, variance)
+    assert drawn.mean().item() == pytest.approx(2, abs=0.15) and drawn.std().item() == pytest.approx(
+        3, abs=0.1
+    )
+    assert torch.equal(draw_gaussian(mean, variance, mean), 4 * mean)
+    x_0, t, eps = torch.zeros(400, 1, 5, 5), torch.full((400,), 19), torch.ones(400, 1, 5, 5)
+    spread = diffusion.tables["one_minus_alpha_bar"][19].item()
+    assert diffusion.q_sample(x_0, t).var().item() == pytest.approx(spread, abs=0.05)
+    x_t = diffusion.q_sample(x_0, t, eps)
+    expected = diffusion.compute_losses(net(x_t, t), x_0, x_t, t, eps).mean()
+    torch.testing.assert_close(compute_batch_loss(diffusion, net, x_0, t, eps), expected)
+    loss = compute_batch_loss(diffusion, lambda x_t, t: torch.zeros_like(x_t), x_0)
+    assert loss.item() == pytest.approx(1, abs=0.06)  # the mean of eps^2
+    mixed, back = (
+        sampler.interpolate(diffusion, net, x_0, x_0, 0.5, 9),
+        sampler.step_back(diffusion, net, x_0, t),
+    )
+    assert mixed.std() > 0 and back.std() > 0
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling_with_fixedsmall():
@@ -284,6 +334,8 @@ def test_interpolation_mixes_latents_row_by_row():
     x_t = torch.stack([a[0], (a[1] + b[1]) / 2])
     expected = end(run_chain(diffusion, net, x_t, noise, timesteps=range(12)))
     torch.testing.assert_close(mixed, expected)
+    apart = sampler.interpolate(diffusion, net, x_a, x_b, 1.0, 12, (eps, -eps), noise)
+    torch.testing.assert_close(apart, sampler.interpolate(diffusion, net, x_b, x_b, 0.5, 12, -eps, noise))
     pixels = sampler.interpolate(diffusion, net, x_a, x_b, 0.25, 0, eps, noise)
     torch.testing.assert_close(pixels, 0.75 * x_a + 0.25 * x_b)
 

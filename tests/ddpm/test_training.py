@@ -163,6 +163,12 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert torch.equal(some[~dropped], labels[~dropped]) and torch.equal(slice_of_them, some[9:])
     assert torch.equal(none, labels)
+    vectors = torch.nn.functional.one_hot(labels, 7).float()
+    settings = config(label_dropout=0.25, batch_size=4000)
+    state = TrainState(settings, Affine(), DIFFUSION.config)
+    x_0 = torch.zeros(4000, 1, 1, 1)
+    train_step(state, DIFFUSION, x_0, torch.arange(4000), config=settings, seed=SEED, context=vectors)
+    assert torch.equal(state.net.seen[0][2], torch.where(dropped[:, None], 0, vectors))
 
 
 # ---------------------------------------------------------------------------------------------- precision

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ddpm.config import TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.networks.config import UNetConfig
 from pipeline import config
@@ -80,6 +81,7 @@ def test_cifar10_is_the_paper():
     """The yaml and the defaults of the library both say the paper's values: they must agree."""
     experiment = config.load_experiment("cifar10", [])
     assert experiment.model == UNetConfig()
+    assert vars(TrainConfig()).items() <= vars(experiment.train).items()
     assert experiment.diffusion == Diffusion().config
     train = experiment.train
     assert (train.lr, train.warmup_steps, train.ema_decay) == (2e-4, 5000, (0.9999,))

@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_experiment
+from conftest import ROOT, tiny_experiment
 from staged import change, with_weights
 
 import pipeline
 from ddpm import NO_LABEL, build_model, to_uint8
 from ddpm.networks.config import ExactConfig
+from pipeline.engine.find import make_place
 from pipeline.engine.provenance import write_record
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint, tars
@@ -101,3 +102,18 @@ def test_an_interpolation_begins_at_its_t_and_takes_its_share_of_the_steps(at, s
     assert images.shape == (2, 1, 8, 8) and seen == [[t, t] for t in visited]
     with pytest.raises(ValueError, match="images of shape"):
         model.interpolate(torch.zeros(1, 8, 8), torch.ones(1, 8, 9))
+
+
+def test_the_notebook_runs_where_a_run_of_the_digits_lies(tmp_path, monkeypatch):
+    """It is kept without outputs, and any front end opens it; here its cells run one after the other."""
+    notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
+    run = make_place(experiment := tiny_experiment("name=digits"), tmp_path / "runs")
+    write_record(run, ())
+    with_weights(experiment, run)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+    assert 0 < names["bound"].total.item() < 100 and names["rows"][0].shape == (9, 1, 8, 8)
+    assert not any(cell["outputs"] for cell in cells) and notebook["nbformat"] == 4
