@@ -39,10 +39,7 @@ class LevelsConfig:
     channels: int
     channel_mult: tuple[int, ...]
     level_key: ClassVar[str] = "channel_mult"  # the setting with a value for each level
-
-    @property
-    def takes_labels(self) -> bool:
-        return False
+    takes_labels: ClassVar[bool] = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -92,7 +89,7 @@ class UNetConfig(LevelsConfig):
     norm_eps: ClassVar[float] = 1e-6  # authors' code; PyTorch's default is 1e-5
 
     @property
-    def takes_labels(self) -> bool:
+    def takes_labels(self) -> bool:  # type: ignore[override]
         return self.class_conditional
 
     @property
@@ -187,10 +184,7 @@ class ContextUNetConfig(LevelsConfig):
     channel_mult: tuple[Few, ...] = (1, 1, 2)
     norm: Literal["batch", "group"] = "batch"
     norm_groups: Count = 8
-
-    @property
-    def takes_labels(self) -> bool:
-        return True
+    takes_labels: ClassVar[bool] = True
 
     def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""

@@ -117,11 +117,7 @@ def embed_timesteps(
 
 
 def encode_context(context: Tensor | None, t: Tensor, num_classes: int) -> Tensor:
-    """Return vectors as they are, and labels as one-hot rows, float (N, num_classes); zeros for NO_LABEL.
-
-    Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check, since looking
-    would wait for the device.
-    """
+    """Return vectors as they are, and labels as one-hot rows, float (N, num_classes); zeros for NO_LABEL."""
     if context is None:
         return torch.zeros(len(t), num_classes, device=t.device)
     if not num_classes:

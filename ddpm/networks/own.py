@@ -6,7 +6,7 @@ The arguments of the class are the settings of the network, but for those in GIV
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
@@ -22,7 +22,7 @@ from typing import (
     get_args,
     get_origin,
     get_type_hints,
-)
+)  # fmt: skip
 
 from ddpm.config import Problems, Range, find_value_problems
 
@@ -73,11 +73,6 @@ class OwnConfig:
         names = (each.name for each in fields(self) if each.name != "name")  # type: ignore[arg-type]
         return {name: getattr(self, name) for name in names}
 
-    @classmethod
-    def list_defaults(cls) -> dict[str, Any]:
-        """Return the settings that a configuration can leave out, with the values that they have then."""
-        return {each.name: each.default for each in fields(cls) if each.default is not MISSING}  # type: ignore[arg-type]
-
     def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
         check = getattr(self.network, "problems", None)
@@ -96,39 +91,27 @@ def _restore(name: str, settings: Mapping[str, Any]) -> OwnConfig:
 def make_config_class(name: str) -> type[OwnConfig]:
     """Make the dataclass of the settings of the class that `package.module:Class` names.
 
-    Raises ValueError where it cannot be imported, is no network, or has arguments that no configuration can hold.
+    Raises ValueError (NameError for a type that is not there) where it cannot be imported, is no network, or has
+    arguments that no configuration can hold.
     """
     network = _import_network(name)
-    parameters = signature(network).parameters
-    try:
-        hints = get_type_hints(network.__init__, include_extras=True)  # type: ignore[misc]
-    except NameError as error:
-        raise ValueError(f"has an argument of a type that is not known when it runs: {error}") from error
+    hints = get_type_hints(network.__init__, include_extras=True)  # type: ignore[misc]
     settings: list[Any] = [("name", Literal[name], field(default=name))]
-    for key, parameter in parameters.items():
-        kind, default = hints.get(key), parameter.default
+    for key, parameter in signature(network).parameters.items():
         if key in GIVEN:
             continue
-        if key == "name" or parameter.kind not in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
-            raise ValueError(f"has the argument {parameter}: only named ones can be set, none of them `name`")
-        default = tuple(default) if isinstance(default, list) else default
-        if kind is None and isinstance(default, tuple) and default:
+        default = parameter.default
+        kind: Any = hints.get(key, type(default))
+        if kind is tuple and default:
             kind = tuple[type(default[0]), ...]  # type: ignore[misc]
-        kind = kind or type(default)
-        if not _is_plain(kind):
-            raise ValueError(
-                f"has the argument {parameter}, which no configuration can hold: int, float, bool, str, None, a "
-                "Literal and a tuple[..., ...] of them can be"
-            )
+        named = parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY) and key != "name"
+        if not (named and _is_plain(kind)):
+            allowed = "named ones of int, float, bool, str, None, Literal and tuple[..., ...], but `name`"
+            raise ValueError(f"has the argument {parameter}; a configuration can hold {allowed}")
         settings.append((key, kind, field() if default is Parameter.empty else field(default=default)))
     return make_dataclass(
-        "OwnNetworkConfig",
-        settings,
-        bases=(OwnConfig,),
-        namespace={"network": network},
-        frozen=True,
-        kw_only=True,
-    )
+        "OwnNetworkConfig", settings, bases=(OwnConfig,), namespace={"network": network}, frozen=True, kw_only=True,
+    )  # fmt: skip
 
 
 def _import_network(name: str) -> type:
@@ -137,10 +120,8 @@ def _import_network(name: str) -> type:
     try:
         found = import_module(module)
     except Exception as error:  # the code of its author may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"cannot be imported ({reason}); start in the folder of its module, or install it"
-        ) from error
+        remedy = "start in the folder of its module, or install it"
+        raise ValueError(f"cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
     network = getattr(found, attribute, None)
     try:
         if not isinstance(network, type):

@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ddpm.config import Range
+from ddpm.networks.own import OwnConfig
 from pipeline.errors import suggest
 
 Tree = dict[str, Any]  # plain containers, as yaml has them
@@ -137,7 +138,10 @@ def _make_pydantic_type(kind: Any, complete: bool) -> Any:
         arguments = signature(kind).parameters
         fields: Any = {}
         for name, inside in get_field_types(kind).items():
-            needed = complete or arguments[name].default is Parameter.empty
+            # A network of one's own says its defaults in its class, not in a file.
+            needed = (complete and not issubclass(kind, OwnConfig)) or arguments[
+                name
+            ].default is Parameter.empty
             fields[name] = _make_pydantic_type(inside, complete), ... if needed else None
 
         def build(found: BaseModel) -> Any:

@@ -12,7 +12,6 @@ import yaml
 
 from ddpm.networks import NETWORKS, find_config_class
 from ddpm.networks.config import UNetConfig
-from ddpm.networks.own import OwnConfig
 from pipeline.config.checks import (
     ProblemsByKey,
     Tree,
@@ -77,9 +76,8 @@ def _convert_experiment(name: str, overrides: list[str], known: Names | None) ->
     if isinstance(diffusion, dict) and isinstance(path := diffusion.get("betas"), str):
         diffusion["betas"] = _read_betas(path)
     values, problems = convert_values(types, tree)
-    network = types["model"]
-    names = [*NETWORKS, *([network.name] if _is_own(network) else [])]
-    return values, problems | find_unknown_names(tree, {"model.name": names, **(known or {})})
+    networks = [*NETWORKS, getattr(types["model"], "name", "")]  # perhaps one's own
+    return values, problems | find_unknown_names(tree, {"model.name": networks, **(known or {})})
 
 
 def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
@@ -90,8 +88,6 @@ def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     # An unknown network is refused by its name, not by its keys.
     name = flatten(tree).get("model.name", "unet")
     network = _find_network(name) if isinstance(name, str) else UNetConfig
-    if _is_own(network):  # its class says the defaults, no file does
-        tree["model"] = json.loads(json.dumps(network.list_defaults())) | tree["model"]
     types = {**types, "model": network}
     add_neutral_values(tree, {key: get_field_types(kind) for key, kind in types.items() if is_section(kind)})
     return tree, types
@@ -102,12 +98,8 @@ def _find_network(name: str) -> Any:
         return find_config_class(name)
     except KeyError:
         return Tree
-    except ValueError as error:
+    except (ValueError, NameError) as error:
         raise ConfigError(f"model.name={name} {error}") from error
-
-
-def _is_own(network: Any) -> TypeGuard[type[OwnConfig]]:
-    return isinstance(network, type) and issubclass(network, OwnConfig)
 
 
 def _format_problems(problems: ProblemsByKey) -> list[str]:

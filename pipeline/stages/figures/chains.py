@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.config import Variance
+from ddpm.config import Sampler, Variance
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
@@ -29,6 +29,7 @@ SAMPLES_SIDE = 16  # most rows of the figure of samples
 UNIT_IMAGES = 8  # chains in a unit of the progressive figure
 SNAPSHOTS = 10
 PASSES = (10, 20, 50, 100)  # of the network, in the figure of the steps
+SAMPLERS: tuple[Sampler, ...] = ("ddim", "dpm++")  # a row of each
 LAMBDAS = tuple(i / 10 for i in range(11))  # 0 and 1 reconstruct the sources
 INTERPOLATED_AT = 0.5  # Fig. 8: t = 500
 COARSE_TO_FINE = (1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0)  # Fig. 9: 1000 ... 0 steps
@@ -112,30 +113,33 @@ def list_snapshots(steps: int) -> list[int]:
 
 
 def plan_steps(place: Place) -> Figure:
-    """Plan a row for each of the first samples: shorter and longer chains, without and with fresh noise."""
-    n, folder = count_rows(place.experiment), locate_unit_folder(place, "steps")
+    """Plan two rows for each of the first samples: shorter and longer chains, without and with fresh noise."""
+    n, folder = count_rows(place.experiment), locate_unit_folder(place, "steps", "dpm++")
     counts = sorted({min(count, place.experiment.diffusion.timesteps) for count in PASSES})
     units = make_image_units(UnitKind.FIGURE, write_steps, (place, counts), n, UNIT_IMAGES, folder, "steps")
     caption = (
-        f"The first samples in {', '.join(map(str, counts))} steps: left with eta = 0, where what an unfinished "
-        "network gets wrong stays to the end; right with eta = 1, where the noise of a step lets the next ones mend it"
+        f"The first samples in {', '.join(map(str, counts))} steps, by DDIM and below by DPM-Solver++: left with "
+        "eta = 0, where what an unfinished network gets wrong stays to the end; right with eta = 1, where the noise of a "
+        "step lets the next ones mend it"
     )
     return Figure("steps.png", caption, units, save_rows)
 
 
 def write_steps(ctx: Worker, place: Place, counts: list[int], start: int, stop: int, file: Path) -> None:
-    """Write rows (stop - start, 2 counts, C, H, W) of samples [start, stop), eta = 0 first (body of a unit)."""
+    """Write rows (2 (stop - start), 2 counts, C, H, W) of samples [start, stop), eta = 0 first (body of a unit)."""
     experiment, index = place.experiment, torch.arange(start, stop, device=ctx.device)
     net, labels = load_guided_network(place, ctx.device), make_labels(place.experiment, index)
-    columns = [
+    images = [
         sample(
             Diffusion(experiment.diffusion), net, index=index, shape=experiment.data.shape, seed=experiment.seed,
-            steps=count, sampler="ddim", eta=eta, context=labels,
+            steps=count, sampler=sampler, eta=eta, context=labels,
         )
+        for sampler in SAMPLERS
         for eta in (0.0, 1.0)
         for count in counts
     ]  # fmt: skip
-    write_arrays(file, images=to_uint8(torch.stack(columns, dim=1)).cpu().numpy())
+    rows = torch.stack(images, dim=1).unflatten(1, (len(SAMPLERS), -1)).flatten(0, 1)
+    write_arrays(file, images=to_uint8(rows).cpu().numpy())
 
 
 def plan_interpolation(place: Place) -> Figure:

@@ -104,12 +104,15 @@ def test_samples_stand_in_a_square_and_progressive_ends_in_them(drawn):
 def test_steps_compares_chains_without_and_with_fresh_noise(drawn):
     experiment, run = drawn
     shown = cells(run.of(experiment).figures / "steps.png")
-    assert shown.shape[:2] == (4, 4), "10 and 20 steps of T = 20, twice"
+    assert shown.shape[:2] == (8, 4), "10 and 20 steps of T = 20, twice, by two samplers"
     index, shape = torch.arange(4), experiment.data.shape
     net, diffusion = load_network(run.of(experiment), torch.device("cpu")), Diffusion(experiment.diffusion)
-    for column, how in ((1, {"sampler": "ddim"}), (2, {"variance": "fixedsmall", "steps": 10})):
+    solver = {"sampler": "dpm++", "steps": 10, "eta": 1.0}
+    for row, column, how in (
+        (0, 1, {"sampler": "ddim"}), (0, 2, {"variance": "fixedsmall", "steps": 10}), (1, 2, solver),
+    ):  # fmt: skip
         *_, last = run_image_chains(diffusion, net, index=index, shape=shape, seed=experiment.seed, **how)
-        assert nearly_equal(shown[:, column], to_uint8(last.x_t.clamp(-1, 1))[:, 0])
+        assert nearly_equal(shown[row::2, column], to_uint8(last.x_t.clamp(-1, 1))[:, 0])
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 20, 1000])
