@@ -136,12 +136,10 @@ def _make_pydantic_type(kind: Any, complete: bool) -> Any:
     """Return pydantic's type of a field; a section is a model that becomes its dataclass."""
     if is_section(kind):
         arguments = signature(kind).parameters
+        complete = complete and not issubclass(kind, OwnConfig)  # whose class says the defaults, not a file
         fields: Any = {}
         for name, inside in get_field_types(kind).items():
-            # A network of one's own says its defaults in its class, not in a file.
-            needed = (complete and not issubclass(kind, OwnConfig)) or arguments[
-                name
-            ].default is Parameter.empty
+            needed = complete or arguments[name].default is Parameter.empty
             fields[name] = _make_pydantic_type(inside, complete), ... if needed else None
 
         def build(found: BaseModel) -> Any:

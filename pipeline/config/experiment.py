@@ -76,10 +76,7 @@ class Experiment:
             limit = f"diffusion.timesteps={self.diffusion.timesteps}"
             yield "sample.steps", f"is {sample.steps}, more than {limit}"
         if sample.spacing != "uniform" and sample.steps is None:
-            yield (
-                "sample.spacing",
-                f"is {sample.spacing}, which places a part of the T steps: set sample.steps",
-            )
+            yield "sample.spacing", f"is {sample.spacing}, which is for less than T steps: set sample.steps"
         if sample.spacing == "logsnr" and self.diffusion.beta_schedule == "jsd" and not self.diffusion.betas:
             yield "sample.spacing", "is logsnr, but jsd leaves no signal in x_T: use uniform or quadratic"
         if (evaluate.nll_timesteps or 0) > self.diffusion.timesteps:

@@ -1,12 +1,13 @@
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from ddpm import sampler
-from ddpm.config import DiffusionConfig
+from ddpm.config import DiffusionConfig, Spacing
 from ddpm.diffusion import Diffusion
 from ddpm.gaussians import draw_gaussian
 from ddpm.rng import Stream, draw_normal
@@ -164,41 +165,29 @@ def test_ddim_with_eta_1_is_ancestral_sampling_with_fixedsmall():
                 torch.testing.assert_close(one.x_t, other.x_t, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5])
-@pytest.mark.parametrize("clip", [True, False])
-def test_ddim_agrees_with_diffusers(eta, clip):
-    theirs = DDIMScheduler(beta_schedule="linear", clip_sample=clip, set_alpha_to_one=True)
-    theirs.set_timesteps(50)
-    x = x_T = randn(*SHAPE).float()
-    there = []
-    for t in theirs.timesteps.tolist():
-        output = net(x, torch.full((2,), t))
-        z = noise(t).float()
-        x = theirs.step(
-            output, t, x, eta=eta, use_clipped_model_output=True, variance_noise=z if t else 0 * z
-        ).prev_sample
-        there.append(x)
-    timesteps = theirs.timesteps.flip(0)
-    steps = ddim(Diffusion(), net, x_T, lambda t: noise(t).float(), eta=eta, timesteps=timesteps, clip=clip)
-    for ours, other in zip(steps, there, strict=True):
-        torch.testing.assert_close(ours.x_t, other, rtol=1e-4, atol=1e-4)
+SOLVER = partial(DPMSolverMultistepScheduler, final_sigmas_type="zero")
+THEIRS = [
+    *(("ddim", eta, clip, "uniform", DDIMScheduler(clip_sample=clip)) for eta in (0.0, 0.5) for clip in (True, False)),
+    *(("dpm++", 0.0, False, spacing, SOLVER()) for spacing in get_args(Spacing)),
+    *(("dpm++", 1.0, False, spacing, SOLVER(algorithm_type="sde-dpmsolver++")) for spacing in get_args(Spacing)),
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")
-@pytest.mark.parametrize("spacing", ["uniform", "quadratic", "logsnr"])
-@pytest.mark.parametrize("eta, algorithm", [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
-def test_dpm_solver_agrees_with_diffusers(spacing, eta, algorithm):
-    diffusion, x_T = Diffusion(), randn(*SHAPE)
-    timesteps = sampler.space_timesteps(diffusion, 20, spacing)
-    theirs = DPMSolverMultistepScheduler(
-        beta_schedule="linear", algorithm_type=algorithm, final_sigmas_type="zero"
-    )
-    theirs.alphas_cumprod = diffusion.tables["alpha_bar"]  # its own are float32, as its steps are
-    theirs.set_timesteps(timesteps=timesteps[::-1])
-    steps = run_chain(diffusion, net, x_T, noise, sampler="dpm++", eta=eta, timesteps=timesteps, clip=False)
-    x = x_T
+@pytest.mark.parametrize("name, eta, clip, spacing, theirs", THEIRS)
+def test_each_step_is_that_of_diffusers(name, eta, clip, spacing, theirs):
+    diffusion, x = Diffusion(), randn(*SHAPE)
+    theirs.alphas_cumprod = diffusion.tables["alpha_bar"]  # its own are float32
+    if name == "ddim":
+        theirs.set_timesteps(50)
+        timesteps, how = theirs.timesteps.flip(0).tolist(), {"eta": eta, "use_clipped_model_output": True}
+    else:
+        timesteps, how = sampler.space_timesteps(diffusion, 20, spacing), {}
+        theirs.set_timesteps(timesteps=timesteps[::-1])
+    steps = run_chain(diffusion, net, x, noise, sampler=name, eta=eta, timesteps=timesteps, clip=clip)
     for ours, t in zip(steps, timesteps[::-1], strict=True):
-        other = theirs.step(net(x, torch.full((2,), t)), t, x, variance_noise=noise(t)).prev_sample
+        z = noise(t) if t > timesteps[0] else 0 * x
+        other = theirs.step(net(x, torch.full((2,), t)), t, x, variance_noise=z, **how).prev_sample
         x = ours.x_t
         torch.testing.assert_close(x, other, rtol=1e-5, atol=1e-5)
 

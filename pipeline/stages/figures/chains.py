@@ -118,9 +118,9 @@ def plan_steps(place: Place) -> Figure:
     counts = sorted({min(count, place.experiment.diffusion.timesteps) for count in PASSES})
     units = make_image_units(UnitKind.FIGURE, write_steps, (place, counts), n, UNIT_IMAGES, folder, "steps")
     caption = (
-        f"The first samples in {', '.join(map(str, counts))} steps, by DDIM and below by DPM-Solver++: left with "
-        "eta = 0, where what an unfinished network gets wrong stays to the end; right with eta = 1, where the noise of a "
-        "step lets the next ones mend it"
+        f"The first samples in {', '.join(map(str, counts))} steps, by DDIM and below by DPM-Solver++: left "
+        "with eta = 0, where what an unfinished network gets wrong stays to the end; right with eta = 1, where the "
+        "noise of a step lets the next ones mend it"
     )
     return Figure("steps.png", caption, units, save_rows)
 
