@@ -6,15 +6,16 @@ them (each costs the same): the table says so.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import subjects
 from benchmarks.harness import FLOOR, OURS, Outcome, Settings, offered, race
-from benchmarks.subjects import Precision, Way, contender, ways
+from benchmarks.subjects import Way, contender, list_precisions, ways
 from ddpm import Diffusion, run_image_chains
+from ddpm.precision import use_precision
 
 STEPS = 1000
 
@@ -23,8 +24,8 @@ def run(settings: Settings) -> Outcome:
     outcome, batch, steps = Outcome(), *_size(settings)
     images = batch * steps / STEPS  # finished images that the timed steps amount to
     measured = f"projected from {steps} steps" if steps < STEPS else "measured"
-    with subjects.tf32_off():
-        for precision in get_args(Precision)[::-1]:
+    for precision in list_precisions(settings):
+        with use_precision(precision):
             makers = []
             for way in ways(settings, precision):
                 makers += [

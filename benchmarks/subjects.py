@@ -2,20 +2,21 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from benchmarks.harness import Contender, Settings, Skipped
 from ddpm import Diffusion, TrainConfig, TrainState, UNetConfig, build_network, train_step
+from ddpm.config import Precision
 from ddpm.kernels import accelerate
+from ddpm.precision import autocast
 
 PAPER = UNetConfig()
 SIDE = 32
-Precision = Literal["fp32", "bf16"]
 
 TRAIN = TrainConfig(
     steps=10**6, batch_size=0, accumulate=1, random_flip=True, lr=2e-4, lr_decay="none", warmup_steps=5000,
@@ -53,7 +54,7 @@ class Way:
         return torch.compile(net, mode="reduce-overhead" if self.compiled == "CUDA graphs" else None)
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast(self.precision, device)
 
 
 def our_network(device: torch.device) -> nn.Module:
@@ -188,17 +189,9 @@ def ways(settings: Settings, precision: Precision) -> list[Way]:
     return found
 
 
-@contextmanager
-def tf32_off() -> Iterator[None]:
-    """fp32 means fp32."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+def list_precisions(settings: Settings) -> list[Precision]:
+    """A CPU has no TF32."""
+    return [name for name in reversed(get_args(Precision)) if settings.on_gpu or name != "tf32"]
 
 
 def contender(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from itertools import product
 from unittest import mock
 
 import torch
@@ -10,8 +10,10 @@ import torch
 from benchmarks import subjects
 from benchmarks.floor import floor_of
 from benchmarks.harness import FLOOR, OURS, Contender, Outcome, Settings, offered, race
-from benchmarks.subjects import Precision, Way, contender, ways
+from benchmarks.subjects import Way, contender, list_precisions, ways
+from ddpm.config import Precision
 from ddpm.kernels import winograd
+from ddpm.precision import use_precision
 
 TRAIN = {
     OURS: subjects.our_train_step,
@@ -27,15 +29,14 @@ FORWARD = {
 
 def run(settings: Settings) -> Outcome:
     outcome = Outcome()
-    with subjects.tf32_off():
-        for batch in batches(settings):
-            for precision in get_args(Precision)[::-1]:
-                for what, subject in (("train", TRAIN), ("forward", FORWARD)):
-                    case = f"{what} {precision}, batch {batch}"
-                    found = _contenders(outcome, settings, subject, precision, batch)
-                    outcome.rows += race(case, found, settings, "images/s", found[0].name if found else "")
-                    del found  # their weights and graphs go before the next ones come
-                    _free(settings)
+    for batch, precision in product(batches(settings), list_precisions(settings)):
+        for what, subject in (("train", TRAIN), ("forward", FORWARD)):
+            case = f"{what} {precision}, batch {batch}"
+            with use_precision(precision):
+                found = _contenders(outcome, settings, subject, precision, batch)
+                outcome.rows += race(case, found, settings, "images/s", found[0].name if found else "")
+            del found  # their weights and graphs go before the next ones come
+            _free(settings)
     return outcome
 
 

@@ -12,6 +12,7 @@ Loss = Literal["simple", "vlb", "hybrid"]
 TSampling = Literal["uniform", "importance"]
 Decoder = Literal["tanh", "erf"]
 Sampler = Literal["ancestral", "ddim", "dpm++"]
+Precision = Literal["fp32", "tf32", "bf16"]
 Spacing = Literal["uniform", "quadratic", "logsnr"]  # of the timesteps that a sampler visits
 
 LEARNED = ("learned", "learned_range")
@@ -143,7 +144,7 @@ class TrainConfig:
     ema_decay: tuple[Annotated[float, Range(ge=0, lt=1)], ...] = (0.9999,)
     ema_warmup: bool = False
     label_dropout: Share = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
     def find_problems(self) -> Problems:
         """Find every value that is out of range or contradicts another."""

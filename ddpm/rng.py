@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Word = int | Tensor  # 32 unsigned bits, in an int or an int64 tensor
+Words = tuple[Tensor, Tensor, Tensor, Tensor]  # four words of each block, int64 (N, blocks)
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -41,55 +42,85 @@ class Stream(IntEnum):
 
 
 def run_philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
-    """Map four counter words (they broadcast) and a 64-bit key to four random words by Philox4x32-10."""
+    """Map four counter words (they broadcast) and a 64-bit key to four random words by Philox4x32-10.
+
+    A product of two words fills int64 to its sign, which wraps; only its 64 bits matter. Its lower word is c1 or c3 of
+    the next round, where the upper bits do no harm.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK, seed >> 32 & MASK
     for _ in range(ROUNDS):
-        high0, low0 = _multiply(c0, MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        product0, product2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1 = ((product2 >> 32) ^ c1 ^ k0) & MASK, product2
+        c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & MASK, product0
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
-    return c0, c1, c2, c3
+    return c0, c1 & MASK, c2, c3 & MASK
 
 
-def _multiply(word: Word, constant: int) -> tuple[Word, Word]:
-    """Return the high and low word of a 32 x 32 bit product, by halves: the whole product would overflow int64."""
-    low = (word & 0xFFFF) * constant
-    high = (word >> 16) * constant + (low >> 16)
-    return high >> 16, (high & 0xFFFF) << 16 | low & 0xFFFF
+def draw_blocks(seed: int, step: int, index: Tensor, counts: dict[Stream, int]) -> dict[Stream, Words]:
+    """Draw so many words of each stream for each row, or a few more: one run of Philox for all of them.
+
+    index: int64 (N,), each below 2**32; the words are on its device. `to_*` make numbers of them.
+    """
+    if index.dtype != torch.int64 or index.ndim != 1:
+        raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")
+    sizes, device = [-(-count // 4) for count in counts.values()], index.device
+    blocks = [torch.arange(size, device=device) for size in sizes]
+    streams = [
+        torch.full((size,), int(stream), device=device) for stream, size in zip(counts, sizes, strict=True)
+    ]
+    block, stream = (torch.cat(parts)[None, :] for parts in (blocks, streams))
+    words = run_philox((block, index[:, None] & MASK, step & MASK, stream), seed)
+    split = (word.split(sizes, dim=1) for word in words)  # type: ignore[union-attr]  # two counter words are tensors
+    return dict(zip(counts, zip(*split, strict=True), strict=True))
 
 
-def draw_normal(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+def draw_normal(seed: int, stream: Stream, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Draw standard normals, float32 (N, *shape); by Box-Muller, |z| up to 6.66.
 
-    index: int64 (N,), each below 2**32. All functions here take the same arguments; draws are on
-    the device of index.
+    All functions here take the arguments of `draw_blocks`.
     """
-    a, b, c, d = _draw_words(seed, stream, step, index, math.prod(shape))
+    return to_normal(_draw_words(seed, stream, step, index, math.prod(shape)), shape)
+
+
+def to_normal(words: Words, shape: tuple[int, ...]) -> Tensor:
+    a, b, c, d = words
     return _join_words([*_convert_to_normal(a, b), *_convert_to_normal(c, d)], shape)
 
 
-def draw_uniform(seed: int, stream: int, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+def draw_uniform(seed: int, stream: Stream, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
-    words = _draw_words(seed, stream, step, index, math.prod(shape))
+    return to_uniform(_draw_words(seed, stream, step, index, math.prod(shape)), shape)
+
+
+def to_uniform(words: Words, shape: tuple[int, ...] = ()) -> Tensor:
     return _join_words([(word >> 8).float() * 2.0**-24 for word in words], shape)
 
 
-def draw_words(seed: int, stream: int, step: int, index: Tensor, count: int) -> Tensor:
+def draw_words(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Tensor:
     """Draw words of 32 random bits, int32 (N, count)."""
-    words = _draw_words(seed, stream, step, index, count)
+    return to_words(_draw_words(seed, stream, step, index, count), count)
+
+
+def to_words(words: Words, count: int) -> Tensor:
     return _join_words([(word - 2**31).int() for word in words], (count,))
 
 
-def draw_integers(seed: int, stream: int, step: int, index: Tensor, high: int) -> Tensor:
+def draw_integers(seed: int, stream: Stream, step: int, index: Tensor, high: int) -> Tensor:
     """Draw integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
     if high < 1:
         raise ValueError(f"integers: high must be at least 1, got {high}")
-    a, b, _, _ = _draw_words(seed, stream, step, index, 1)
+    return to_integers(_draw_words(seed, stream, step, index, 1), high)
+
+
+def to_integers(words: Words, high: int) -> Tensor:
+    a, b, _, _ = words
     return ((a >> 1 << 32 | b) % high)[:, 0]
 
 
-def draw_permutation(seed: int, stream: int, step: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+def draw_permutation(
+    seed: int, stream: Stream, step: int, n: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Draw a random order of 0..n-1, int64 (n,) on `device`: the argsort of 64-bit keys, one per index."""
     a, b, _, _ = _draw_words(seed, stream, step, torch.arange(n, device=device), 1)
     return torch.argsort(((a - 2**31) * 2**32 + b)[:, 0], stable=True)
@@ -101,15 +132,9 @@ def draw_torch_seed(seed: int, stream: int, step: int, index: int) -> int:
     return int(a) >> 1 << 32 | int(b)
 
 
-def _draw_words(
-    seed: int, stream: int, step: int, index: Tensor, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw `count` words or a few more per row, as four int64 tensors (N, blocks)."""
-    if index.dtype != torch.int64 or index.ndim != 1:
-        raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")
-    blocks = torch.arange(-(-count // 4), device=index.device)
-    words = run_philox((blocks[None, :], index[:, None] & MASK, step & MASK, int(stream)), seed)
-    return words  # type: ignore[return-value]  # tensors, since two of the counter words are
+def _draw_words(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Words:
+    """Draw `count` words or a few more per row."""
+    return draw_blocks(seed, step, index, {stream: count})[stream]
 
 
 def _convert_to_normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

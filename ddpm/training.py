@@ -4,8 +4,10 @@ The one place that joins network and diffusion. Every random number is a functio
 row of the global batch), so neither the number of workers nor an interruption changes what is drawn.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,10 @@ from ddpm.config import DiffusionConfig, TrainConfig
 from ddpm.diffusion import Diffusion, Network
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
+from ddpm.kernels.cuda import call_with_cast_weights
 from ddpm.networks import NO_LABEL
 from ddpm.networks.layers import RowDropout, set_dropout_keys
+from ddpm.precision import autocast, use_precision
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
 
@@ -118,6 +122,22 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     )
 
 
+class BatchNoise(NamedTuple):
+    """Random values of the rows (N,) of an update, on their device.
+
+    t int64 (N,), uniform over 0..T-1 or as t_sampler has it; the weight float32 (N,) of each loss, 1 where t is
+    uniform; eps float32 (N, C, H, W); flip bool (N,), true with probability 1/2; label float32 (N,), uniform in
+    [0, 1); dropout int32 (N, 2 * layers), the keys of the dropout layers.
+    """
+
+    t: Tensor
+    weight: Tensor
+    eps: Tensor
+    flip: Tensor
+    label: Tensor
+    dropout: Tensor
+
+
 def draw_batch_noise(
     seed: int,
     step: int,
@@ -125,19 +145,25 @@ def draw_batch_noise(
     shape: tuple[int, ...],
     timesteps: int,
     t_sampler: ImportanceSampler | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw the random values of update `step` for rows (int64, (N,)) of the global batch, on the device of rows.
-
-    Returns t int64 (N,), uniform over 0..timesteps-1 or as t_sampler has it; the weight float32 (N,) of each loss,
-    1 where t is uniform; eps float32 (N, *shape); flip bool (N,), true with probability 1/2.
-    """
+    dropouts: int = 0,
+) -> BatchNoise:
+    """Draw the random values of update `step` for rows (int64, (N,)) of the global batch."""
+    counts = {Stream.NOISE: math.prod(shape), Stream.DROPOUT: 2 * dropouts}
+    counts |= {Stream.TIMESTEP: 1, Stream.FLIP: 1, Stream.LABEL: 1}
+    words = rng.draw_blocks(seed, step, rows, counts)
     if t_sampler is None:
-        t = rng.draw_integers(seed, Stream.TIMESTEP, step, rows, timesteps)
+        t = rng.to_integers(words[Stream.TIMESTEP], timesteps)
         weight = torch.ones(len(rows), device=rows.device)
     else:
-        t, weight = t_sampler.draw(rng.draw_uniform(seed, Stream.TIMESTEP, step, rows))
-    eps = rng.draw_normal(seed, Stream.NOISE, step, rows, shape)
-    return t, weight, eps, rng.draw_integers(seed, Stream.FLIP, step, rows, 2) == 1
+        t, weight = t_sampler.draw(rng.to_uniform(words[Stream.TIMESTEP]))
+    return BatchNoise(
+        t,
+        weight,
+        eps=rng.to_normal(words[Stream.NOISE], shape),
+        flip=rng.to_integers(words[Stream.FLIP], 2) == 1,
+        label=rng.to_uniform(words[Stream.LABEL]),
+        dropout=rng.to_words(words[Stream.DROPOUT], 2 * dropouts),
+    )
 
 
 def train_step(
@@ -197,30 +223,31 @@ def compute_gradients(
     net, step = state.net if forward is None else forward, state.step
     x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
     on_device = rows.to(x_0.device, non_blocking=True)
-    t, weight, eps, flip = draw_batch_noise(
-        seed, step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler
+    dropouts = [layer for layer in state.net.modules() if isinstance(layer, RowDropout) and layer.p > 0]
+    t, weight, eps, flip, label, words = draw_batch_noise(
+        seed, step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler, len(dropouts)
     )
     x_0 = torch.where((flip & config.random_flip)[:, None, None, None], x_0.flip(3), x_0)
     if context is not None:
-        is_dropped = rng.draw_uniform(seed, Stream.LABEL, step, on_device) < config.label_dropout
+        is_dropped = label < config.label_dropout
         none = 0 if context.is_floating_point() else NO_LABEL
         context = context.masked_fill(is_dropped.view(-1, *[1] * (context.ndim - 1)), none)
     scale = world_size / config.batch_size  # the average over workers divides by their number
-    dropouts = [layer for layer in state.net.modules() if isinstance(layer, RowDropout) and layer.p > 0]
-    keys = rng.draw_words(seed, Stream.DROPOUT, step, on_device, 2 * len(dropouts))
-    keys = keys.T.reshape(len(dropouts), 2, len(rows), 1)
+    keys = words.T.reshape(len(dropouts), 2, len(rows), 1)
     ends = sorted({len(rows) * i // config.accumulate for i in range(config.accumulate + 1)})
     state.optimizer.zero_grad(set_to_none=True)
+    casts_weights = config.precision == "bf16" and x_0.device.type == "cuda" and net is state.net
     found = []
     for part in map(slice, ends, ends[1:]):
         # Gradients are averaged over the workers with the last part.
         average = nullcontext() if part.stop == len(rows) else getattr(net, "no_sync", nullcontext)()
-        with average, set_dropout_keys(dropouts, keys[:, :, part]):
+        with average, set_dropout_keys(dropouts, keys[:, :, part]), use_precision(config.precision):
             # For networks that draw in other ways than by RowDropout.
             torch.manual_seed(rng.draw_torch_seed(seed, Stream.DROPOUT, step, int(rows[part.start])))
             x_t = diffusion.q_sample(x_0[part], t[part], eps[part])
-            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                output = net(x_t, t[part], None if context is None else context[part])
+            inputs = x_t, t[part], None if context is None else context[part]
+            with autocast(config.precision, x_t.device):
+                output = call_with_cast_weights(net, *inputs) if casts_weights else net(*inputs)
             loss = diffusion.compute_losses(output, x_0[part], x_t, t[part], eps[part])
             ((loss * weight[part]).sum() * scale).backward()
         found.append(loss.detach())

@@ -2,17 +2,19 @@
 
 from typing import TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.kernels.cpu import apply_linear, attend, convolve, group_norm
+from ddpm.kernels.cuda import FastGroupNorm, FastLayerNorm
 from ddpm.networks import unet
 
 Net = TypeVar("Net", bound=nn.Module)
 
 
 def accelerate(net: Net) -> Net:
-    """Replace the layers of a U-Net by faster versions, in place; weights stay, results differ only by rounding."""
+    """Replace layers of a network by faster versions, in place; weights stay, results differ only by rounding."""
     for module in net.modules():
         module.__class__ = FASTER.get(type(module), type(module))
     return net
@@ -41,10 +43,11 @@ class FastAttention(unet.SelfAttention):
     """Attention that runs the functions of `ddpm.kernels.cpu`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = group_norm(self.norm, x, swish=False)
-        # (N, C, H, W) -> (N, H*W, C), without a copy in channels_last
-        q, k, v = (apply_linear(f, normed).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
-        h = attend(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
+        normed, layers = group_norm(self.norm, x, swish=False), (self.q, self.k, self.v)
+        weight, bias = torch.cat([f.weight for f in layers]), torch.cat([f.bias for f in layers])
+        # (N, 3C, H, W) -> (N, H*W, 3C), without a copy in channels_last
+        joined = F.conv2d(normed, weight[:, :, None, None], bias).flatten(2).transpose(1, 2)
+        h = attend(*joined.chunk(3, dim=2)).transpose(1, 2).unflatten(2, x.shape[2:])
         return x + apply_linear(self.proj_out, h)
 
 
@@ -56,6 +59,8 @@ class FastUpsample(unet.Upsample):
 
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GroupNorm: FastGroupNorm,
+    nn.LayerNorm: FastLayerNorm,
     unet.UNet: FastUNet,
     unet.ResBlock: FastResBlock,
     unet.SelfAttention: FastAttention,

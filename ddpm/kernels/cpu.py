@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.kernels import winograd
+from ddpm.kernels.cuda import attend_on_cuda
 
 CACHED = 2**17  # float32 numbers that stay in a core's cache between two passes
 NARROW_GROUP = 16  # channels of a group below which torch's bf16 kernel is not vectorised ...
@@ -36,6 +37,8 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(q k^T / sqrt(C)) v; each (N, L, C)."""
+    if q.device.type == "cuda" and q.dtype != torch.float64 and not torch.compiler.is_compiling():
+        return attend_on_cuda(q, k, v)
     if not _is_bf16_on_cpu(q) or q.shape[1] > LONG_SEQUENCE:
         return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
     return ((q * q.shape[2] ** -0.5) @ k.transpose(1, 2)).softmax(dim=2) @ v

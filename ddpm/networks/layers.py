@@ -46,18 +46,6 @@ class SeededNetwork(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
-class BF16Network(nn.Module):
-    """Network that runs under torch.autocast in bfloat16 and returns float32."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x_t: Tensor, *args: Tensor | None) -> Tensor:
-        with torch.autocast(x_t.device.type, torch.bfloat16):
-            return self.net(x_t, *args).float()
-
-
 class RowDropout(nn.Dropout):
     """Dropout whose mask of an image is a function of that image's keys, not of torch's seed and the whole batch.
 
@@ -74,14 +62,20 @@ class RowDropout(nn.Dropout):
         first, second = self.keys
         size, dropped = x[0].numel(), min(round(self.p * 2**16), 2**16 - 1)
         word = torch.arange(-(-size // 2), dtype=torch.int32, device=x.device) + first
-        for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-            word ^= (word >> shift).bitwise_and_(2 ** (32 - shift) - 1)  # >> of int32 fills in the sign
-            word.mul_(multiplier).add_(second)
-        word ^= (word >> 16).bitwise_and_(0xFFFF)
+        word = torch.add(second, _fold_half(word), alpha=0x7FEB352D)
+        word ^= (word >> 15).bitwise_and_(2**17 - 1)  # >> of int32 fills in the sign
+        word = _fold_half(torch.add(second, word, alpha=0x846CA68B - 2**32))
         kept = word.view(torch.int16)[:, :size] >= dropped - 2**15
-        factor = kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+        factor = torch.where(kept, x.new_full((), 2**16 / (2**16 - dropped)), 0.0)
         # (N, H, W, C), as channels_last lies in memory
         return x * factor.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+
+
+def _fold_half(word: Tensor) -> Tensor:
+    """Compute word ^ (word >>> 16) of int32 (N, W) in place: the upper half into the lower one."""
+    halves = word.view(torch.int16).unflatten(1, (-1, 2))
+    halves[..., 0].bitwise_xor_(halves[..., 1])
+    return word
 
 
 class RowDropout2d(RowDropout):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from ddpm.config import Count, Decoder, Problems, Range, Sampler, Share, Spacing, TrainConfig
+from ddpm.config import Count, Decoder, Precision, Problems, Range, Sampler, Share, Spacing, TrainConfig
 from pipeline.errors import PipelineError, suggest
 
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
@@ -28,7 +28,6 @@ FromZero = Annotated[int, Range(ge=0, le=10**9)]
 CountOrNull = Annotated[int | None, Range(ge=1, le=10**9)]
 Seed = Annotated[int, Range(ge=0, lt=2**63)]
 FixedVariance = Literal["fixedlarge", "fixedsmall"]
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)

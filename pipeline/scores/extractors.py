@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ddpm.precision import use_precision
 from pipeline.scores import classifier, efficientnet, inception, projection
 from pipeline.store.run import Place
 from pipeline.store.tensors import copy_to_device
@@ -77,13 +78,9 @@ def extract_features(
     TF32 is off meanwhile: it would move Inception's features by more than the scores' digits.
     """
     net, outputs = load_extractor(extractor, device), []
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
+    with use_precision("fp32"):
         for start in range(0, len(images), BATCH):
             outputs.append(net(copy_to_device(images[start : start + BATCH], device)))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     features, *logits = (torch.cat(layer).float().cpu().numpy() for layer in zip(*outputs, strict=True))
     return features, logits[0] if logits else np.empty((len(images), 0), dtype=np.float32)
 

@@ -25,8 +25,10 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from ddpm import model
+from ddpm.config import Precision
 from ddpm.diffusion import Diffusion
-from ddpm.networks.layers import BF16Network
+from ddpm.kernels.cuda import keep_cast_weights
+from ddpm.precision import PreciseNetwork
 from ddpm.sampler import run_image_chains
 from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
@@ -268,7 +270,7 @@ def create_network(experiment: Experiment, device: torch.device | str = "cpu") -
 
 @lru_cache(maxsize=1)
 def load_network(
-    place: Place, device: torch.device, precision: str = "fp32", compiled: bool = False
+    place: Place, device: torch.device, precision: Precision = "fp32", compiled: bool = False
 ) -> nn.Module:
     """Load the network of the selected checkpoint in eval mode; cached, since one process runs many units.
 
@@ -281,5 +283,6 @@ def load_network(
     verify_step(place, step, "seal")
     weights = load_weights(directory, experiment.sample.weights, experiment.ema_number)
     net = model.build_model(describe_model(experiment), weights, device).net
-    net = BF16Network(net) if precision == "bf16" else net
-    return cast(nn.Module, torch.compile(net)) if compiled else net
+    if precision == "bf16" and device.type == "cuda":
+        keep_cast_weights(net)
+    return PreciseNetwork(cast(nn.Module, torch.compile(net)) if compiled else net, precision)

@@ -5,18 +5,20 @@ import importlib
 import math
 import multiprocessing
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from ddpm import rng
-from ddpm.config import DiffusionConfig, TrainConfig
+from ddpm.config import DiffusionConfig, Precision, TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
+from ddpm.precision import PreciseNetwork
 from ddpm.rng import Stream
 from ddpm.training import TrainState, compute_learning_rate, draw_batch_noise, train_step
 
@@ -74,6 +76,7 @@ class Affine(nn.Module):
 
     def forward(self, x_t, t, context=None):
         self.seen.append((x_t, t, context, torch.is_autocast_enabled("cpu")))
+        self.tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         return self.w * x_t + self.b
 
 
@@ -137,7 +140,7 @@ def test_no_image_is_flipped_without_random_flip():
     settings = config(random_flip=False)
     state = TrainState(settings, Affine(), DIFFUSION.config)
     step(state, settings)
-    t, _, eps, flip = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
+    t, _, eps, flip, *_ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
     assert flip.any()
     assert torch.equal(state.net.seen[0][0], DIFFUSION.q_sample(from_uint8(PIXELS), t, eps))
 
@@ -179,12 +182,26 @@ def test_bf16_is_inside_the_network_only():
     state = TrainState(settings, Affine(), DIFFUSION.config)
     metrics = step(state, settings)
     x_t, t, _, autocast = state.net.seen[0]
-    t_drawn, _, eps, flip = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
+    t_drawn, _, eps, flip, *_ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
     x_0 = from_uint8(PIXELS)
     x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
     assert autocast and not torch.is_autocast_enabled("cpu")
     assert x_t.dtype == torch.float32 and metrics["loss"].dtype == torch.float32
     assert torch.equal(x_t, DIFFUSION.q_sample(x_0, t_drawn, eps)) and torch.equal(t, t_drawn)
+
+
+@pytest.mark.parametrize("precision", get_args(Precision))
+def test_tf32_is_on_in_tf32_alone_and_restored(precision, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision != "tf32")
+    settings = config(precision=precision)
+    state = TrainState(settings, Affine(), DIFFUSION.config)
+    step(state, settings)
+    assert state.net.tf32 == (precision == "tf32",) * 2
+    net = PreciseNetwork(state.net, precision)
+    assert net(torch.zeros(1, 1, 1, 1), torch.zeros(1)).dtype == torch.float32
+    assert state.net.tf32 == (precision == "tf32",) * 2
+    assert torch.backends.cudnn.allow_tf32 == (precision != "tf32")
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 # ---------------------------------------------------------------------------------------- slices and parts
@@ -289,7 +306,7 @@ def test_importance_sampling_learns_from_the_whole_batch_and_resumes():
 
     resumed = small_state(settings, diffusion=IMPORTANCE, seed=9)
     resumed.load_state_dict(state.state_dict())
-    t, weight, _, _ = draw_batch_noise(SEED, 8, ROWS, (1, 8, 8), 3, resumed.t_sampler)
+    t, weight, *_ = draw_batch_noise(SEED, 8, ROWS, (1, 8, 8), 3, resumed.t_sampler)
     torch.testing.assert_close(weight, (1 / (3 * sampler.compute_probabilities()[t])).float())
     metrics = step(resumed, settings, diffusion=IMPORTANCE)
     expected = step(state, settings, diffusion=IMPORTANCE)
@@ -302,7 +319,7 @@ def test_importance_weights_reach_loss_and_gradient():
     state = TrainState(settings, Affine(), IMPORTANCE.config)
     state.t_sampler.counts.fill_(10)
     state.t_sampler.losses.copy_(torch.tensor([[1.0], [2.0], [5.0]]).expand(3, 10))
-    t_drawn, weight, eps, _ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 3, state.t_sampler)
+    t_drawn, weight, eps, *_ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 3, state.t_sampler)
     metrics = step(state, settings, diffusion=IMPORTANCE)
     x_t, t = state.net.seen[0][:2]
     assert torch.equal(t, t_drawn)

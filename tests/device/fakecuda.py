@@ -114,7 +114,9 @@ def _make_on_device(x: torch.Tensor) -> torch.Tensor:
 VIEWS = {
     "view", "_unsafe_view", "expand", "permute", "transpose", "t", "slice", "select", "unsqueeze", "squeeze", "detach",
     "as_strided", "alias", "split", "chunk", "unbind", "split_with_sizes", "_reshape_alias", "unfold", "lift_fresh",
+    "empty", "empty_like", "new_empty",
 }  # fmt: skip
+FILLS = {"new_full", "new_zeros", "zeros_like", "full_like"}  # they read nothing
 WAITS = {"nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
 NORMS = {"native_group_norm", "native_layer_norm", "native_batch_norm", "cudnn_batch_norm"}
 MANY = {
@@ -197,7 +199,8 @@ class Count(TorchDispatchMode):
             self.convolutions[_name_layout(first)] += 1
         self.ops[name] += 1
         self.where[line] += 1
-        self.bytes += sum(t.numel() * t.element_size() for t in everything if t.device.type == "cuda")
+        moved = after if name in FILLS else everything
+        self.bytes += sum(t.numel() * t.element_size() for t in moved if t.device.type == "cuda")
 
     def count_launches(self) -> int:
         """Return about how many kernels there are."""

@@ -15,10 +15,11 @@ import torch
 from ddpm import config, rng
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
+from ddpm.kernels.cuda import keep_cast_weights
 from ddpm.likelihood import compute_bits_per_dim
 from ddpm.networks import NETWORKS, TAKES_LABELS
 from ddpm.networks.build import build_network
-from ddpm.networks.layers import BF16Network
+from ddpm.precision import PreciseNetwork
 from ddpm.sampler import run_image_chains
 from ddpm.training import TrainState, train_step
 from pipeline.config import load_experiment
@@ -90,7 +91,9 @@ class Phases:
 
     def _prepare_sampling(self):
         net = self.net.eval().requires_grad_(False)
-        return BF16Network(net) if self.precision == "bf16" else net
+        if self.precision == "bf16":
+            keep_cast_weights(net)
+        return PreciseNetwork(net, self.precision)
 
     def reverse(self):
         """The second reverse step: the first one moves the tables to the device."""

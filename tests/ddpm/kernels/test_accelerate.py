@@ -1,13 +1,15 @@
 """An accelerated network against the plain one: same names, same tensors, same outputs and gradients."""
 
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 
-from ddpm.kernels import accelerate, winograd
+from ddpm.kernels import accelerate, cpu, cuda, winograd
 from ddpm.networks.build import build_network
 from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
+from ddpm.networks.layers import NORMS
 
 
 def wide_unet():
@@ -46,7 +48,31 @@ def test_outputs_and_gradients_are_the_plain_networks(precision, limit):
 
 
 @pytest.mark.parametrize("config", [ContextUNetConfig(), MHAUNetConfig()], ids=lambda config: config.name)
-def test_other_networks_stay_as_they_are(config):
+def test_of_other_networks_only_the_norms_are_replaced(config):
     net = build_network(config, 16, 3, 3, seed=0, device="meta")
     layers = [type(module) for module in net.modules()]
-    assert [type(module) for module in accelerate(net).modules()] == layers
+    for layer, module in zip(layers, accelerate(net).modules(), strict=True):
+        assert type(module) is layer or (layer in NORMS and isinstance(module, layer))
+
+
+def test_the_layers_of_a_gpu_compute_the_same_network(monkeypatch):
+    """Run on the CPU: norms in bf16, joined casts of all weights, casts that are kept."""
+    net, x, t = accelerate(wide_unet()), torch.randn(2, 3, 32, 32), torch.tensor([10, 999])
+    parameters = list(net.parameters())
+
+    def run(call):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(x, t)
+        return [y, *torch.autograd.grad(y.square().sum(), parameters)]
+
+    expected = run(net)
+    monkeypatch.setattr(cuda, "is_bf16_on_cuda", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(cpu, "_is_bf16_on_cpu", lambda x: False)
+    found = run(partial(cuda.call_with_cast_weights, net))
+    assert {y.dtype for y in found} == {torch.float32}
+    largest = max(float(tensor.detach().norm()) for tensor in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).detach().norm()) < 5e-2 * max(float(other.detach().norm()), 1e-2 * largest)
+    cuda.keep_cast_weights(net)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x, t), found[0])

@@ -1,0 +1,47 @@
+"""The precision of a network by name, and what torch must be told for it.
+
+fp32: float32, with whole mantissas on a GPU too. tf32: float32, but a GPU multiplies with mantissas of 10 bits. bf16:
+products and what lies between them in bfloat16; parameters, gradients and what is outside the network stay float32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ddpm.config import Precision
+
+
+@contextmanager
+def use_precision(precision: Precision) -> Iterator[None]:
+    """Set within the context whether a GPU's float32 products are TF32; forward and backward passes belong into it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    _allow_tf32(precision == "tf32", precision == "tf32")
+    try:
+        yield
+    finally:
+        _allow_tf32(*before)
+
+
+def _allow_tf32(products: bool, convolutions: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = products
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return torch's context of a forward pass: bfloat16 where the precision is bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class PreciseNetwork(nn.Module):
+    """Network that computes in one precision; its answer has the type of x_t, whatever the precision."""
+
+    def __init__(self, net: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.net, self.precision = net, precision
+
+    def forward(self, x_t: Tensor, *args: Tensor | None) -> Tensor:
+        with use_precision(self.precision), autocast(self.precision, x_t.device):
+            output: Tensor = self.net(x_t, *args)
+        return output
