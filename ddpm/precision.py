@@ -29,6 +29,19 @@ def _allow_tf32(products: bool, convolutions: bool) -> None:
     torch.backends.cudnn.allow_tf32 = convolutions
 
 
+@contextmanager
+def use_deterministic(deterministic: bool) -> Iterator[None]:
+    """Use algorithms within the context that give the same bits again; without, the fastest that a GPU measures."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """Return torch's context of a forward pass: bfloat16 where the precision is bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")

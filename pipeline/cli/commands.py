@@ -409,7 +409,15 @@ def serve_ui(options: Namespace) -> int:
 
 
 def show_diagnosis(options: Namespace) -> None:
-    """Print what this machine has and what is missing (`ddpm doctor`)."""
+    """Print what this machine has and what is missing, and the memory of an experiment's step (`ddpm doctor`)."""
+    experiment = None
+    if _list_non_cluster_arguments(options):
+        experiment, cluster = _load_experiment_and_cluster(options)
+    else:
+        cluster = _load_cluster(options)
     from pipeline.cli.status import diagnose
+    from pipeline.engine.memory import describe_step_memory
 
-    print(diagnose(_load_cluster(options, alone=True)))
+    print(diagnose(cluster))
+    if experiment and experiment.is_trained:
+        print(f"a training step   {describe_step_memory(experiment, cluster.workers or 1)}")

@@ -237,7 +237,8 @@ Code and configurations travel, data never. `ddpm jobs` shows what became of it.
     )),
     Command("doctor", do.show_diagnosis, "what this machine has, and what to do about what is missing", """\
   ddpm doctor cluster.tracking_uri=http://HOST:5000   whether that server answers, too
-""", CLUSTER_ONLY),
+  ddpm doctor cifar10 train.precision=bf16            and how much of a GPU's memory a training step takes
+""", EXPERIMENT),
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from pipeline import config
+from pipeline.compute.resources import list_gpu_names
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
 from pipeline.engine.find import explain_old_run, prepare_storage_root
@@ -135,7 +136,7 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     from pipeline.scores import inception
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = list_gpu_names()
     yield "Python", f"{platform.python_version()} ({sys.executable})"
     yield "CPUs", f"{len(os.sched_getaffinity(0))} usable, {torch.backends.cpu.get_cpu_capability()}"
     yield "memory", f"{memory:.0f} GiB"

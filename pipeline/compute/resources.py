@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
 
 from pipeline.config import ClusterConfig
@@ -32,6 +33,18 @@ def count_local_devices() -> tuple[int, int]:
     import torch
 
     return len(os.sched_getaffinity(0)), torch.cuda.device_count()
+
+
+def list_gpu_names() -> list[str]:
+    """List this machine's GPUs without opening CUDA: a GPU that only one process may use is a worker's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command += [] if visible == "all" else ["-i", visible]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
 
 
 def resolve_resources(

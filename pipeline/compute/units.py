@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pipeline.compute.costs import CostCounter
+from pipeline.errors import PipelineError
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:  # importing torch takes seconds, and a command that is up to date needs none of it
@@ -31,6 +33,24 @@ class UnitKind(StrEnum):
     NLL = "nll"
     PREPARATION = "preparation"
     FIGURE = "figure"
+
+
+SMALLER = {
+    UnitKind.SAMPLES: "lower sample.batch_size",
+    UnitKind.NLL: "lower evaluate.nll_batch_size",
+    UnitKind.FIGURE: "lower figures.images",
+}
+
+
+@contextmanager
+def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """Raise PipelineError, which no executor tries again, where a GPU's memory is too small for what is done within."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PipelineError(f"{what} needs more memory than this GPU has: {remedy}") from error
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,8 @@ class Unit:
     def run(self, ctx: Worker) -> float:
         """Run the body in this process; return the seconds it took."""
         began = time.perf_counter()
-        self.body(ctx, *self.args)
+        with explain_out_of_memory(f"'{self.name}'", SMALLER.get(self.kind, "use a GPU with more")):
+            self.body(ctx, *self.args)
         return time.perf_counter() - began
 
 
@@ -130,6 +151,8 @@ def create_local_worker(cpus: int | None = None, image_memory: int = NO_LIMIT) -
     """Return the worker that is this process: the first GPU, if any, and `cpus` CPUs (None: all it may use)."""
     import torch
 
+    # What train.deterministic needs, before CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     return Worker(device, cpus or len(os.sched_getaffinity(0)), image_memory=image_memory)
 

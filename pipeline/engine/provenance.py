@@ -9,6 +9,7 @@ from typing import Any
 
 from ddpm.networks.own import OwnConfig
 from pipeline import config
+from pipeline.compute.resources import list_gpu_names
 from pipeline.config import Experiment
 from pipeline.engine.code import (
     find_commit,
@@ -31,7 +32,7 @@ def collect_provenance(experiment: Experiment) -> dict[str, Any]:
     """Collect the commit, the versions of program and libraries, and the driver's machine, in words."""
     import torch
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = list_gpu_names()
     cpus = f"{len(os.sched_getaffinity(0))} CPUs ({torch.backends.cpu.get_cpu_capability()})"
     versions = {
         "ddpm-pipeline": find_version(),

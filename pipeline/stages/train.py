@@ -20,10 +20,11 @@ from torch import nn
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
 from ddpm.networks.build import allocate_weights
+from ddpm.precision import use_deterministic
 from ddpm.rng import Stream, draw_permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, compute_gradients, compute_learning_rate, train_step
-from pipeline.compute.units import Unit, Worker
+from pipeline.compute.units import Unit, Worker, explain_out_of_memory
 from pipeline.config import Experiment, TrainStageConfig, require_images_for_workers
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
@@ -76,7 +77,12 @@ class TrainStage(GroupStage):
         """Train from the newest valid checkpoint to `train.steps`, or until the stop file appears."""
         config = place.experiment.train
         require_images_for_workers(config, ctx.world_size)
-        torch.use_deterministic_algorithms(config.deterministic)
+        remedy = f"train.accumulate={2 * config.accumulate}, train.precision=bf16 or more workers"
+        remedy += "; `ddpm doctor EXPERIMENT` says what a step takes"
+        with use_deterministic(config.deterministic), explain_out_of_memory("a training step", remedy):
+            self._train(ctx, place, config)
+
+    def _train(self, ctx: Worker, place: Place, config: TrainStageConfig) -> None:
         if ctx.rank == 0:
             remove_leftovers(place.train)  # of a group that was killed before this one
         state, sums = _restore_state(ctx, place)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import types
-import weakref
 from pathlib import Path
 
 ROOT = str(Path(__file__).parents[2]) + os.sep
@@ -52,11 +51,10 @@ load_stub()
 import torch  # noqa: E402
 import torch._subclasses.fake_tensor as fake_tensor  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
+
+from pipeline.engine.memory import MemoryCounter  # noqa: E402
 
 GIB = 2**30
-BLOCK = 512  # bytes, of torch's allocator
 PROPERTIES = types.SimpleNamespace(
     name="FAKE H100", major=9, minor=0, multi_processor_count=132, total_memory=80 * GIB, warp_size=32,
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, regs_per_multiprocessor=65536,
@@ -137,35 +135,20 @@ def find_line() -> str:
     return "autograd"
 
 
-class Count(TorchDispatchMode):
+class Count(MemoryCounter):
     """Counts what a GPU would be asked to do, operator by operator, if nothing were fused.
 
     ops: operators that are no views; bytes: what they read and write; waits: transfers and whatever makes the host
-    wait; float64: operators with such a result; norms and convolutions: by type and layout. peak: the most bytes that
-    were alive at once, without the workspaces of convolutions, the context, and what fragmentation takes.
+    wait; float64: operators with such a result; norms and convolutions: by type and layout.
     """
 
     def __init__(self, held: list[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__("cuda")
         self.ops, self.waits, self.float64, self.norms, self.convolutions, self.where = (
             collections.Counter() for _ in range(6)
         )
-        self.bytes = self.alive = self.peak = 0
-        self.storages = WeakIdKeyDictionary()
-        self._hold(held)
-
-    def _hold(self, tensors: list[torch.Tensor]) -> None:
-        for x in tensors:
-            storage = x.untyped_storage()
-            if x.device.type == "cuda" and storage not in self.storages:
-                taken = -(-storage.nbytes() // BLOCK) * BLOCK
-                self.storages[storage] = taken
-                weakref.finalize(storage, self._drop, taken)
-                self.alive += taken
-        self.peak = max(self.peak, self.alive)
-
-    def _drop(self, taken: int) -> None:
-        self.alive -= taken
+        self.bytes = 0
+        self.hold(held)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
@@ -177,7 +160,7 @@ class Count(TorchDispatchMode):
             return int(on_device)
         result = func(*args, **(kwargs or {}))
         after = [a for a in pytree.tree_leaves(result) if isinstance(a, torch.Tensor)]
-        self._hold(after)
+        self.hold(after)
         everything = before + after
         if not any(t.device.type == "cuda" for t in everything) or name in VIEWS or func.namespace == "prim":
             return result

@@ -17,7 +17,7 @@ from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
 from ddpm.kernels.cuda import keep_cast_weights
 from ddpm.likelihood import compute_bits_per_dim
-from ddpm.networks import NETWORKS, TAKES_LABELS
+from ddpm.networks import NETWORKS
 from ddpm.networks.build import build_network
 from ddpm.precision import PreciseNetwork
 from ddpm.sampler import run_image_chains
@@ -40,7 +40,7 @@ class Phases:
         self.name, self.precision = name, precision
         experiment = load_experiment(name if name == "celebahq256" else "cifar10", [])
         self.model = experiment.model if name in ("unet", "celebahq256") else NETWORKS[name]()
-        self.shape, labels = experiment.data.shape, 10 if name in TAKES_LABELS else 0
+        self.shape, labels = experiment.data.shape, 10 if self.model.takes_labels else 0
         accumulate = 8 if name == "celebahq256" else 1
         self.config = experiment.train.__class__(
             **vars(experiment.train) | {"precision": precision, "accumulate": accumulate}

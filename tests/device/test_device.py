@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config import load_experiment
+from pipeline.engine.memory import estimate_step_memory
+
 FOLDER = Path(__file__).parent
 NO_COMPILER = 77  # as fakecuda.py has it
 
@@ -52,6 +55,19 @@ def test_launches_traffic_and_memory_stay_within_their_budgets(network, precisio
         used = found["launches"], found["gigabytes"], found["gib"]
         budget = BUDGETS[network, precision][phase]
         assert all(x <= y for x, y in zip(used, budget, strict=True)), (phase, used, found["by line"])
+
+
+@cases
+def test_a_steps_memory_is_known_without_a_gpu(network, precision):
+    """Within 10 %, by fake tensors of the CPU, for the experiments that conf/ has."""
+    if network not in ("unet", "celebahq256"):
+        return
+    experiment = load_experiment(
+        "cifar10" if network == "unet" else network, [f"train.precision={precision}"]
+    )
+    parts = 1 if network == "unet" else 8
+    estimate = estimate_step_memory(experiment, experiment.train.batch_size, parts) / 2**30
+    assert estimate == pytest.approx(run_phases(network, precision)["step"]["gib"], rel=0.1)
 
 
 @cases

@@ -14,7 +14,7 @@ from staged import change
 
 from ddpm import ContextUNet
 from pipeline import config
-from pipeline.compute.units import Worker
+from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import train
@@ -97,6 +97,19 @@ def test_the_pass_before_the_first_step_with_peers_is_the_graph_of_the_steps(tin
     )
     train_to(experiment, run, 5, Worker(torch.device("cpu"), cpus=1, world_size=2))
     assert len(graphs) == 1
+
+
+def test_a_gpu_that_is_too_small_is_told_what_to_change_and_not_tried_again(tiny_run, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    experiment, run = tiny_run
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(PipelineError, match=r"a training step.*train\.accumulate=2.*ddpm doctor"):
+        train_to(change(experiment, "train", deterministic=True), run, 1)
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(PipelineError, match=r"NLL of two images.*evaluate\.nll_batch_size"):
+        Unit(UnitKind.NLL, fail, (), "NLL of two images").run(one_cpu().context)
 
 
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):

@@ -1,0 +1,111 @@
+"""The memory of a training step, from a step on fake tensors: they have shapes, types and sizes, and no values."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ddpm.diffusion import Diffusion
+from ddpm.networks.build import build_network
+from ddpm.training import TrainState, train_step
+from pipeline.compute.units import GIB
+from pipeline.config import Experiment
+
+BLOCK = 512  # bytes, of torch's allocator on a GPU
+CARDS = (80, 40, 24)  # GiB
+USABLE = 0.9  # of a card: the rest is for convolutions, CUDA itself and fragmentation
+
+
+class MemoryCounter(TorchDispatchMode):
+    """Counts the bytes of all tensors of a device that are alive; `peak` is the most at once.
+
+    Left out are the workspaces of convolutions, CUDA's context, and what fragmentation takes.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device, self.alive, self.peak = device, 0, 0
+        self.storages = WeakIdKeyDictionary()
+
+    def hold(self, tensors: list[torch.Tensor]) -> None:
+        """Count tensors, each storage once, until they are dropped."""
+        for x in tensors:
+            storage = x.untyped_storage()
+            if x.device.type == self.device and storage not in self.storages:
+                taken = -(-storage.nbytes() // BLOCK) * BLOCK
+                self.storages[storage] = taken
+                weakref.finalize(storage, self._drop, taken)
+                self.alive += taken
+        self.peak = max(self.peak, self.alive)
+
+    def _drop(self, taken: int) -> None:
+        self.alive -= taken
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name == "aten::_local_scalar_dense":  # int(x): a fake tensor has no value
+            return 0
+        result = func(*args, **(kwargs or {}))
+        self.hold([x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)])
+        return result
+
+
+def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -> int:
+    """Estimate the most bytes of a GPU that a worker's training step takes at once, for its slice of so many images.
+
+    The network has its plain layers, which hold what they hold on a GPU; those of `ddpm.kernels` hold less on a CPU.
+    """
+    config = replace(experiment.train, batch_size=images, accumulate=accumulate)
+    data, diffusion = experiment.data, Diffusion(experiment.diffusion)
+    labels = data.labels if experiment.takes_labels else 0
+    outputs = diffusion.count_output_channels(data.channels)
+    net = build_network(
+        experiment.model, data.image_size, data.channels, outputs, 0, labels, "meta", len(diffusion)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True), MemoryCounter("cpu") as memory:
+        _make_fake(net)
+        state = TrainState(config, net, experiment.diffusion)
+        x_0, context = (
+            torch.empty(images, *data.shape, dtype=torch.uint8),
+            torch.zeros(images, dtype=torch.int64),
+        )
+        train_step(
+            state, diffusion, x_0, torch.arange(images),
+            config=config, seed=0, context=context if labels else None,
+        )  # fmt: skip
+    peak: int = memory.peak
+    return peak
+
+
+def describe_step_memory(experiment: Experiment, workers: int) -> str:
+    """Describe what a step of one of these workers takes of a GPU, and the least train.accumulate for some cards."""
+    config = experiment.train
+    images = max(1, config.batch_size // workers)
+    # What is held for each image of a part is all that depends on the parts.
+    whole, half = (estimate_step_memory(experiment, images, parts) / GIB for parts in (1, 2))
+    needs = {parts: whole - 2 * (whole - half) * (1 - 1 / parts) for parts in range(1, images + 1)}
+    fits = {card: min((n for n in needs if needs[n] < USABLE * card), default=None) for card in CARDS}
+    cards = ", ".join(f"{card} GiB: {parts or 'too small'}" for card, parts in fits.items())
+    parts = min(config.accumulate, images)
+    return (
+        f"{needs[parts]:.1f} GiB of a GPU with {images} images in {parts} parts in {config.precision}, and the images "
+        f"themselves; least train.accumulate for a card of {cards}"
+    )
+
+
+def _make_fake(net: nn.Module) -> None:
+    """Replace the tensors of a network on the meta device by fake ones; Module.to cannot."""
+    for module in net.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"))
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty_like(b, device="cpu")
