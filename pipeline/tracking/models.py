@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 
 import ddpm
+from ddpm.networks.own import OwnConfig
 from pipeline.config import Experiment, load_experiment
 from pipeline.errors import PipelineError, hide_password
 from pipeline.store import checkpoint
@@ -57,13 +59,21 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
         write_json(described, settings)
         files = {"weights": weights, "settings": described, "experiment": place.experiment_yaml}
         card = Model(model_id=model.model_id, run_id=model.source_run_id)
-        folder = _write_model(Path(scratch, "model"), files, card)
+        folder = _write_model(Path(scratch, "model"), files, card, _find_own_code(experiment))
         client.log_model_artifacts(model.model_id, str(folder))
     client.set_logged_model_tags(model.model_id, {WEIGHTS_TAG: experiment.weights_kind})
 
 
-def _write_model(folder: Path, files: Mapping[str, Path], card: Model) -> Path:
-    """Write a model as MLflow loads it: the files, `ddpm`, and the code that draws."""
+def _find_own_code(experiment: Experiment) -> list[Path]:
+    """Return the package, or the module alone, of a network of one's own; none for ours."""
+    if not isinstance(experiment.model, OwnConfig):
+        return []
+    top = sys.modules[experiment.model.network.__module__.partition(".")[0]]
+    return [Path(folder) for folder in getattr(top, "__path__", [])] or [Path(top.__file__ or "")]
+
+
+def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list[Path]) -> Path:
+    """Write a model as MLflow loads it: the files, `ddpm`, the code of a network of one's own, and what draws."""
     import mlflow
     from mlflow.types import ColSpec, Schema
 
@@ -76,7 +86,7 @@ def _write_model(folder: Path, files: Mapping[str, Path], card: Model) -> Path:
             folder,
             mlflow_model=card,
             python_model=str(Path(__file__).with_name("drawing_model.py")),
-            code_paths=[str(Path(ddpm.__file__).parent)],
+            code_paths=[str(path) for path in (Path(ddpm.__file__).parent, *own)],
             artifacts={name: str(file) for name, file in files.items()},
             signature=mlflow.models.ModelSignature(Schema(columns)),
             pip_requirements=REQUIREMENTS,  # without them it would load the model in another process
@@ -103,7 +113,10 @@ def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -
             raise
     source = f"{PREFIX}{model.model_id}"
     known = [found for found in client.search_model_versions(f"name='{name}'") if found.source == source]
-    version = known[0] if known else client.create_model_version(name, source, model.source_run_id)
+    version = (
+        known[0] if known
+        else client.create_model_version(name, source, model.source_run_id, model_id=model.model_id)
+    )  # fmt: skip
     if alias is None:
         return f"{PREFIX}{name}/{version.version}"
     client.set_registered_model_alias(name, alias, version.version)
