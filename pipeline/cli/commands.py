@@ -8,7 +8,9 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+import time
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -253,7 +255,12 @@ def show_status(options: Namespace) -> None:
     """Print the runs and studies of a storage root (`ddpm status`)."""
     from pipeline.cli.status import format_status
 
-    print(format_status(_load_cluster(options, alone=True).storage_root))
+    root = _load_cluster(options, alone=True).storage_root
+    with suppress(KeyboardInterrupt):
+        while options.watch:
+            print(f"\033[H\033[2J{format_status(root)}", flush=True)  # from the top of an empty screen
+            time.sleep(3)
+    print(format_status(root))
 
 
 def compare_runs(options: Namespace) -> None:

@@ -151,8 +151,8 @@ The same command again goes on. A study that is shorter than the paper's says so
             help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full"), *STUDY,
     ), do.check_submitted_reproduction),
     Command("status", do.show_status, "the runs, their stages, progress and scores", """\
-  ddpm status cluster.storage=/data/runs              the runs of another storage root
-""", CLUSTER_ONLY),
+  ddpm status --watch cluster.storage=/data/runs      the runs of another storage root, until Ctrl-C
+""", (_declare("--watch", action="store_true", help="show it again every few seconds"), *CLUSTER_ONLY)),
     Command("import", do.import_weights, "published weights in the diffusers layout become a run", f"""\
   ddpm import FOLDER                                  google/ddpm-cifar10-32, for example
   ddpm import FOLDER --weights ema lsun_church

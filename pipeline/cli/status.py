@@ -26,8 +26,10 @@ from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.scores.results import Results
 from pipeline.store.files import read_json, read_sealed
+from pipeline.store.log import read_points, read_progress
 from pipeline.store.run import (
     EXPERIMENT,
+    Place,
     find_last_change,
     find_leaderboards,
     find_runs,
@@ -43,7 +45,7 @@ PACKAGES = (
     "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "safetensors",
 )  # fmt: skip
 PROGRAMS = r"ray::\w+|\braylet\b|gcs_server|mlflow|pipeline \w+|ddpm \w+"
-ROW = "{:<11} {:>6}  {:<13}  {}"  # of a run
+ROW = "{:<11} {:>6} {:>6}  {:<13}  {}"  # of a run
 
 
 def format_status(root: Path) -> str:
@@ -65,7 +67,11 @@ def format_status(root: Path) -> str:
             studies.append(_describe_study(path))
         except (PipelineError, KeyError, TypeError) as error:
             problems.append(f"{path} cannot be read: {error}")
-    tables = [*([f"{root}\n{ROW.format('state', 'age', 'steps', 'run')}"] if runs else []), *runs, *problems]
+    tables = [
+        *([f"{root}\n{ROW.format('state', 'age', 'left', 'steps', 'run')}"] if runs else []),
+        *runs,
+        *problems,
+    ]
     if studies:
         tables.append(format_table(("sweep", "finished", "stopped", "failed", "best", "score"), studies))
     return "\n".join(tables)
@@ -87,10 +93,9 @@ def _describe_study(leaderboard: Path) -> list[str]:
 
 def _describe_run(path: Path, changed: float) -> str:
     """Return the row of a run, and below it its scores, within the width of the terminal."""
-    from pipeline.store.checkpoint import list_steps
-
     experiment = config.load_experiment(str(path / EXPERIMENT), [])
-    steps = list_steps(path / "train")
+    place = Place(path.parent, experiment, "", path.name.removeprefix(f"{experiment.name}-"))
+    step, steps, state = read_progress(place)[0], experiment.train.steps, find_state(path)
     selections = [read_sealed(file, Selection) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for selected in selections for score in selected["scores"]}
     scores = [file for file in find_scores(path) if file.parent.name not in of_candidates]
@@ -107,13 +112,21 @@ def _describe_run(path: Path, changed: float) -> str:
         about = f"step {protocol.get('checkpoint')}, {protocol.get('weights')}, n={protocol.get('n')}"
         extractor = protocol.get("extractor", "no features")
         lines.append(f"{format_headline(found['scores'])} ({about}, {extractor})")
-    imported = experiment.published.weights is not None
-    trained = "imported" if imported else f"{max(steps, default=0)}/{experiment.train.steps}"
-    row = ROW.format(find_state(path), _format_age(time.time() - changed), trained, path.name)
+    trained = "imported" if experiment.published.weights else f"{step}/{steps}"
+    left = _format_age(seconds) if state == "running" and (seconds := _estimate_left(place, step)) else "-"
+    row = ROW.format(state, _format_age(time.time() - changed), left, trained, path.name)
     lines = [f"{experiment.data.source}, {images} samples", *lines, *experiment.find_missing_files()]
     width = shutil.get_terminal_size().columns
     return "\n".join([row, *(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="      ",
         break_long_words=False, break_on_hyphens=False) for line in lines)])  # fmt: skip
+
+
+def _estimate_left(place: Place, step: int) -> float:
+    """Return the seconds of training that are left, by the last points of the log; 0 where none is known."""
+    points = read_points(place.log)[-20:]
+    done = points[-1]["step"] - points[0]["step"] if points else 0
+    each = (points[-1]["time"] - points[0]["time"]) / done / 1000 if done else 0.0
+    return each * max(0, place.experiment.train.steps - step)
 
 
 def _format_age(seconds: float) -> str:

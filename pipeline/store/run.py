@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ REPORT_HTML, REPORT_MD, STOP, TRACKING = "report.html", "report.md", ".stop", "t
 LEADERBOARD, LOG = "leaderboard.json", "log.jsonl"
 # The files of a run beside its sealed folders.
 RECORD = (EXPERIMENT, LOG, "timings.json", "commits.json", "*.patch", "grids/*.png")
+HEARTBEAT, STALLED = ".step", 1800  # seconds
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
 
 
@@ -107,7 +109,7 @@ class Place:
     tracking_json = _path_property("path", TRACKING)
     log = _path_property("path", LOG)
     stop_file = _path_property("path", STOP)
-    heartbeat = _path_property("path", ".step")
+    heartbeat = _path_property("path", HEARTBEAT)
     failure = _path_property("path", ".failure")
     placement_group = _path_property("path", ".placement-group")
     ray = _path_property("path", "ray")
@@ -197,19 +199,23 @@ def find_runs(storage: Path, prefix: str = "") -> list[Path]:
 
 
 def find_last_change(run: Path) -> float:
-    """Return when its records last changed, in Unix seconds."""
-    return max(file.stat().st_mtime for pattern in RECORD for file in run.glob(pattern))
+    """Return when its records or folders last changed, in Unix seconds."""
+    files = [file for pattern in (*RECORD, "*/*", HEARTBEAT) for file in run.glob(pattern)]
+    return max(file.stat().st_mtime for file in files if file.exists())
 
 
 def find_state(run: Path) -> str:
-    """Return what became of the last command on a run: running, failed, interrupted, finished, partial (no report)."""
+    """Return the state: running, stalled (so, and without a change for STALLED), failed, interrupted, done, partial.
+
+    partial: without a report.
+    """
     if is_locked(run):
-        return "running"
+        return "running" if time.time() - find_last_change(run) < STALLED else "stalled"
     with suppress(PipelineError, KeyError):  # where it is damaged, or not there yet
         status = read_json(run / TRACKING, dict[str, Any])["status"]
         if status != "FINISHED":
             return "failed" if status == "FAILED" else "interrupted"
-    return "finished" if (run / "report" / REPORT_HTML).exists() else "partial"
+    return "done" if (run / "report" / REPORT_HTML).exists() else "partial"
 
 
 def find_sample_facts(run: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """The command line: what it lists and refuses before anything starts, and the table of the runs."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,13 @@ def test_status_shows_whole_names_states_and_the_newest_first_within_80_columns(
         runs.append(run)
     with lock_folder(runs[3].path):
         assert main(["status", f"cluster.storage={tmp_path}"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+        lines = capsys.readouterr().out.splitlines()
+        log = runs[3].log.read_text().splitlines(keepends=True)
+        runs[3].log.write_text("".join(log[: len(log) // 2]))
+        assert main(["status", f"cluster.storage={tmp_path}"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.endswith(runs[3].name))
+    assert re.fullmatch(r"running +\d s +9 h +400000/800000 .*", row), row
     assert all(len(line) <= 80 for line in lines[1:])
     rows = [line.split() for line in lines if line.endswith(tuple(run.name for run in runs))]
-    assert [row[0] for row in rows] == ["interrupted", "failed", "interrupted", "running"]
+    assert [row[0] for row in rows] == ["interrupted", "failed", "interrupted", "stalled"]
     assert [row[-1] for row in rows] == [run.name for run in runs] and rows[0][2] == "d"
