@@ -15,6 +15,10 @@ class PipelineError(Exception):
         return escape_name(super().__str__())
 
 
+class TransientError(PipelineError):
+    """An error of the storage that may pass, as of a file server that fails over."""
+
+
 class ConfigError(PipelineError):
     """An error in the command line or a configuration: the problems, a line each, the first ten. Exit code 2."""
 

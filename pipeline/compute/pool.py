@@ -21,7 +21,8 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.compute.costs import CostCounter
 from pipeline.compute.units import Unit, WhenDone, Worker, create_local_worker
 from pipeline.config import ClusterConfig
-from pipeline.errors import PipelineError, shorten_error
+from pipeline.errors import PipelineError, TransientError, shorten_error
+from pipeline.store.files import TRANSIENT
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ def run_task(unit: Unit, cpus: int) -> float:
     """Run a unit that uses no network, on CPUs: Ray does not hide the GPUs from a task that asked for none."""
     torch.set_num_threads(cpus)
     return unit.run(Worker(torch.device("cpu"), cpus))
+
+
+def may_pass(error: object) -> bool:
+    """Return whether a unit's error is one of storage or device that may not come again in another process."""
+    is_storage = isinstance(error, OSError) and error.errno in TRANSIENT
+    return is_storage or isinstance(error, TransientError) or "CUDA error" in str(error)
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,8 @@ class Pool:
     def run_units(self, units: Sequence[Unit], done: WhenDone, costs: CostCounter) -> None:
         """Run the units, one at a time on each actor, and call `done` with each that is finished.
 
-        A unit whose actor dies is given to another, up to `cluster.retries` times. A unit's own error ends
-        all. On every way out the units that still run are cancelled.
+        A unit whose actor dies, or that meets a fault of storage or device that may pass, is given to another, up to
+        `cluster.retries` times. A unit's own error ends all. On every way out the units that still run are cancelled.
         """
         self.losses = Counter()
         self.waiting = {kind: [u for u in reversed(units) if u.needs_gpu == kind] for kind in (True, False)}
@@ -128,18 +135,19 @@ class Pool:
         call = self.calls[reference]
         try:
             seconds = ray.get(reference)
-        except RayTaskError as error:
-            if isinstance(error.cause, PipelineError):
-                raise error.cause from None
-            raise
         except RayError as error:
+            if isinstance(error, RayTaskError) and not may_pass(error.cause):
+                raise error.cause if isinstance(error.cause, PipelineError) else error from None
             name = f"'{call.unit.name}'" if call.unit else "a process for work units"
             self.losses[id(call.unit)] += 1
-            if call.actor is None or self.losses[id(call.unit)] > self.retries:  # Ray retries tasks itself
-                told = f"{name} lost its process again and again ({shorten_error(error)})"
+            # Ray itself starts a task again that lost its process.
+            is_lost_task = call.actor is None and not isinstance(error, RayTaskError)
+            if is_lost_task or self.losses[id(call.unit)] > self.retries:
+                told = f"{name} lost its process or its files again and again ({shorten_error(error)})"
                 raise PipelineError(f"{told}; the same command goes on here") from error
             log.warning("%s lost its process (%s); another takes its place", name, shorten_error(error))
-            ray.kill(call.actor)  # it may be out of reach only
+            if call.actor:
+                ray.kill(call.actor)  # it may be out of reach only, or its device is lost to it
             if call.unit:
                 self.waiting[call.unit.needs_gpu].append(call.unit)
             return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
+import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -15,17 +18,27 @@ from pathlib import Path
 import torch
 from ray import PlacementGroupID
 from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_current_placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from torch import nn
 
 from pipeline.compute.resources import Resources
 from pipeline.compute.units import GIB, Body, Value, Worker
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, shorten_error
+from pipeline.store.checkpoint import list_steps
 from pipeline.store.files import write_text
 from pipeline.store.run import Place
 
 POLL_SECONDS = 0.5
+RESIZE_SECONDS = (
+    300.0  # between looks for nodes that came back: a larger group starts from the newest checkpoint
+)
+log = logging.getLogger(__name__)
 
 
 class RayWorker(Worker):
@@ -36,10 +49,15 @@ class RayWorker(Worker):
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def broadcast_flag(self, flag: bool) -> bool:
-        decision = torch.tensor(int(flag), device=self.device)
-        torch.distributed.broadcast(decision, src=0)
-        return bool(decision)
+    def broadcast_number(self, number: int) -> int:
+        sent = torch.tensor(number, device=self.device)
+        torch.distributed.broadcast(sent, src=0)
+        return int(sent)
+
+    def will_lose_node(self) -> bool:
+        from ray import train
+
+        return train.get_preemption_info() is not None
 
     def sum_over_workers(self, value: torch.Tensor) -> torch.Tensor:
         summed = value.clone()
@@ -70,16 +88,53 @@ def run_training_group(
 ) -> None:
     """Train with DDP on a group of Ray workers; a lost worker restarts it from the newest checkpoint.
 
-    That happens up to `cluster.retries` times; a PipelineError in a worker ends it and is raised here, as is one of
-    `look`, which is called again and again.
+    That happens up to `cluster.retries` times without a new checkpoint; a PipelineError in a worker ends it and is
+    raised here, as is one of `look`, which is called again and again.
     """
+    error: BaseException | None = None
+    before: list[int] | None = None
+    while before != (steps := list_steps(place.train)):
+        error = _fit(cluster, resources, body, place, look)
+        if place.failure.exists():
+            message = place.failure.read_text()
+            place.failure.unlink()
+            raise PipelineError(message)
+        if error is None:
+            return
+        before = steps
+    # Ray Train restarts its workers, but not the controller that leads them.
+    why = f"stopped after {cluster.retries} restarts without progress: {_find_last_words(place, error)}"
+    why = "lost the process that leads it" if isinstance(error, RayActorError) else why
+    raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
+
+
+def _find_last_words(place: Place, error: BaseException | None) -> str:
+    """Return the last line of the worker that wrote last, and where the others are; of the error without one."""
+    logs = sorted(place.worker_logs.glob("*.log"), key=lambda file: file.stat().st_mtime)
+    lines = logs[-1].read_text(errors="replace").strip().splitlines() if logs else []
+    return f"{lines[-1]} ({logs[-1]})" if lines else shorten_error(error or "")
+
+
+def is_group_running(place: Place) -> bool:
+    """Return whether the workers of the newest training group are there, and not lost or still waited for."""
+    with suppress(FileNotFoundError, ValueError):
+        group = PlacementGroup(PlacementGroupID.from_hex(place.placement_group.read_text()))
+        return bool(placement_group_table(group)["state"] == "CREATED")
+    return False
+
+
+def _fit(
+    cluster: ClusterConfig, resources: Resources, body: Body, place: Place, look: Callable[[], object]
+) -> BaseException | None:
+    """Run Ray Train to its end; return the error with which it gave up."""
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import ScalingConfig  # ray.train's own, with its types
 
     # Seconds between Ray Train's looks at the group; by default it sees two seconds late that training has ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    place.failure.unlink(missing_ok=True)
+    for sign in (place.failure, place.placement_group):
+        sign.unlink(missing_ok=True)
     shutil.rmtree(place.ray, ignore_errors=True)
     cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     fixed = resources.min_workers == resources.workers
@@ -89,6 +144,7 @@ def run_training_group(
             num_workers=resources.workers if fixed else (resources.min_workers, resources.workers),
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": cpus, "GPU": gpus},
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
             # A name of its own for every attempt: Ray takes a known name for a run to be taken up.
@@ -98,16 +154,7 @@ def run_training_group(
         ),
         torch_config=TorchConfig(timeout_s=1800),  # NCCL with GPUs, else gloo
     )
-    error = run_in_thread(trainer.fit, "ray-train", look)
-    if place.failure.exists():
-        message = place.failure.read_text()
-        place.failure.unlink()
-        raise PipelineError(message)
-    if error is not None:
-        # Ray Train restarts its workers, but not the controller that leads them.
-        why = f"stopped after {cluster.retries} restarts: {shorten_error(error)}"
-        why = "lost the process that leads it" if isinstance(error, RayActorError) else why
-        raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
+    return run_in_thread(trainer.fit, "ray-train", look)
 
 
 def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], object]) -> BaseException | None:
@@ -155,8 +202,21 @@ def _run_worker_body(body: Body, place: Place, cpus: int, image_memory: int) -> 
     held = get_current_placement_group()
     if context.rank == 0 and held is not None:
         write_text(place.placement_group, held.id.hex())
+    _log_to_file(place.worker_logs / f"rank-{context.rank}.log")
+    log.warning("rank %d of %d begins on %s", context.rank, context.world_size, socket.gethostname())
     try:
         body(context, place)
-    except PipelineError as error:
-        write_text(place.failure, str(error))
+    except BaseException as error:
+        log.warning("this worker ends", exc_info=True)
+        if isinstance(error, PipelineError):
+            write_text(place.failure, str(error))
         raise
+
+
+def _log_to_file(path: Path) -> None:
+    """Append what this process logs, and how it crashes, to a file of the run; Ray's own files go with the node."""
+    path.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    faulthandler.enable(handler.stream or 2)

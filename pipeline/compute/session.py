@@ -84,8 +84,8 @@ class RaySession:
         self.pool.end_idle_actors()
 
         def look() -> None:
-            if self.must_stop() and not place.heartbeat.exists():
-                raise StopRequest  # the workers still start, and have nothing to bring to a safe point
+            if self.must_stop() and not (place.heartbeat.exists() and ray_train.is_group_running(place)):
+                raise StopRequest  # the workers start, or are waited for: there is nothing to bring to a safe point
 
         ray_train.run_training_group(self.cluster, self.resources, body, place, look)
 

@@ -114,9 +114,13 @@ class Worker:
         """Return rank 0's value, on every rank."""
         return value
 
-    def broadcast_flag(self, flag: bool) -> bool:
-        """Return rank 0's flag on every rank; cheap enough for every step."""
-        return flag
+    def broadcast_number(self, number: int) -> int:
+        """Return rank 0's number on every rank; cheap enough for every step."""
+        return number
+
+    def will_lose_node(self) -> bool:
+        """Return whether a node of a worker will be taken away, the same on every rank; takes milliseconds."""
+        return False
 
     def sum_over_workers(self, value: torch.Tensor) -> torch.Tensor:
         """Return the sum of `value` over the ranks."""

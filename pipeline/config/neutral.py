@@ -25,6 +25,7 @@ NEUTRAL: dict[str, Any] = {
     "train.ema_warmup": False,
     "train.label_dropout": 0.0,
     "train.keep_steps": [],
+    "train.checkpoint_minutes": None,
     "published.path": None,
     "published.weights": None,
     "sample.steps": None,

@@ -71,7 +71,7 @@ class TrainStageConfig(TrainConfig):
     """Settings of training (`TrainConfig`), and of what the train stage writes meanwhile.
 
     Of the checkpoints stay the `keep` newest and every `keep_every`-th step; of `keep_steps`, which are saved too, the
-    EMA. sample_every: 0 for no sample grids.
+    EMA. checkpoint_minutes: the newest is never older; null = by steps alone. sample_every: 0 for no sample grids.
     """
 
     compile: bool
@@ -82,6 +82,7 @@ class TrainStageConfig(TrainConfig):
     keep_every: CountOrNull
     log_every: Count
     keep_steps: tuple[Count, ...] = ()
+    checkpoint_minutes: Annotated[float | None, Range(gt=0, le=10**6)] = None
 
     def find_problems(self) -> Problems:
         found = super().find_problems()

@@ -6,13 +6,14 @@ worker needs no memory but the TrainState, and it does not matter how the batch 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,8 +38,13 @@ from pipeline.store.run import Place
 from pipeline.store.tensors import Tensors
 
 CPU = torch.device("cpu")
+logger = logging.getLogger(__name__)
+
 GRID_SIDE = 8
 GRID_STEPS = 50  # of the grids during training: a glance, not a score
+LOOK_SECONDS = 3.0  # about how often a worker asks whether it is to stop or to save
+STOP, SAVE = 1, 2  # what all workers are to do after a step; 0: nothing
+FIRST_LOOK = 10  # steps; until a point of the log says how long a step takes
 
 
 class TrainStage(GroupStage):
@@ -86,31 +92,32 @@ class TrainStage(GroupStage):
         if ctx.rank == 0:
             remove_leftovers(place.train)  # of a group that was killed before this one
         state, sums = _restore_state(ctx, place)
-        make_step = _build_step(ctx, place, state)
+        clock, watch = _ForwardClock(), _Watch(ctx, place)
+        make_step = _build_step(ctx, place, state, clock)
         log = LogWriter(place.log) if ctx.rank == 0 else None
         heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
             saver = _CheckpointSaver(ctx, place, thread)
-            stop = False
-            while state.step < config.steps and not stop:
+            request = 0
+            while state.step < config.steps and request != STOP:
                 sums.add(make_step())
                 step = state.step
                 if heartbeat:
                     heartbeat.write(step)
                 save = step % config.checkpoint_every == 0 or step in (config.steps, *config.keep_steps)
                 if save or step % config.log_every == 0:
-                    point = sums.compute_point(ctx, config, step)
+                    point = sums.compute_point(ctx, config, step, clock)
+                    watch.set_interval(point["train/images_per_second"])
                     if log:
                         log.write(step, point)
                     sums = _LogSums(step, ctx.device)
-                # A GPU is asked seldom: the answer waits for its queue.
-                if ctx.device.type == "cpu" or step % config.log_every == 0:
-                    stop = ctx.broadcast_flag(place.stop_file.exists())
+                request = watch.look(step)
                 # Before the checkpoint: what goes on from there makes none of this step.
                 if config.sample_every and step % config.sample_every == 0 and ctx.rank == 0:
                     _draw_grid(ctx, place, state)
-                if save or stop:
+                if save or request:
                     saver.start(state, sums.tensors(ctx, step))
+                    watch.last_save = time.monotonic()
             saver.finish()
 
 
@@ -148,6 +155,58 @@ def _permute_images(seed: int, epoch: int, num_images: int, device: torch.device
     return draw_permutation(seed, Stream.ORDER, epoch, num_images, device)
 
 
+class _Watch:
+    """Finds out, at the same steps on all workers, whether they are to stop, or to save before `checkpoint_every`."""
+
+    def __init__(self, ctx: Worker, place: Place):
+        self.ctx, self.place, self.config = ctx, place, place.experiment.train
+        self.interval = min(FIRST_LOOK, self.config.log_every)  # steps
+        self.last_save, self.has_notice = time.monotonic(), False
+
+    def set_interval(self, images_per_second: float) -> None:
+        """Look every LOOK_SECONDS from now on; the rate is the same on all workers."""
+        steps = int(LOOK_SECONDS * images_per_second / self.config.batch_size)
+        self.interval = max(1, min(steps, self.config.log_every))
+
+    def look(self, step: int) -> int:
+        """Return what rank 0 wants: it sees the stop file, the clock, and the notice that a node will be taken away."""
+        # A GPU is asked seldom: the answer waits for its queue.
+        if self.ctx.device.type != "cpu" and step % self.interval:
+            return 0
+        minutes = self.config.checkpoint_minutes
+        is_due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
+        if step % self.interval == 0 and not self.has_notice and self.ctx.will_lose_node():
+            self.has_notice = is_due = True
+            logger.warning("a node will be taken away: a checkpoint of step %d, then on", step)
+        return self.ctx.broadcast_number(STOP if self.place.stop_file.exists() else SAVE if is_due else 0)
+
+
+class _ForwardClock:
+    """Measures the newest forward pass of this worker: unlike a step, it waits for no other worker."""
+
+    def __init__(self) -> None:
+        self.marks: Any = None, None  # times on a CPU, events on a GPU
+
+    def mark(self, net: nn.Module, inputs: tuple[torch.Tensor, ...], *_: object) -> None:
+        """Note the time before or after a pass; hook of the network."""
+        now = torch.cuda.Event(enable_timing=True) if inputs[0].is_cuda else None
+        if now:
+            now.record()
+        self.marks = self.marks[1], now or time.perf_counter()
+
+    def read(self) -> float:
+        """Return the seconds of the newest pass, which the device has ended."""
+        start, end = self.marks
+        return float(end - start) if isinstance(end, float) else start.elapsed_time(end) / 1000
+
+
+def _gather_rows(ctx: Worker, row: torch.Tensor) -> torch.Tensor:
+    """Return the rows of all ranks, (world_size, len(row))."""
+    rows = row.new_zeros(ctx.world_size, len(row))
+    rows[ctx.rank] = row
+    return ctx.sum_over_workers(rows)
+
+
 class _LogSums:
     """Sums of loss and gradient norm since the last point of the log, on the device.
 
@@ -171,25 +230,30 @@ class _LogSums:
             )
         return loss, grad_norm
 
-    def compute_point(self, ctx: Worker, config: TrainStageConfig, step: int) -> dict[str, float]:
-        """Return the metrics of the log's point at `step`. The rate is that of this process alone."""
+    def compute_point(
+        self, ctx: Worker, config: TrainStageConfig, step: int, clock: _ForwardClock
+    ) -> dict[str, float]:
+        """Return the metrics of the log's point at `step`; of several workers the rate of the slowest."""
         loss, grad_norm = self.compute_means(ctx, step)
-        steps_per_second = (step - self.began) / (time.perf_counter() - self.time)
-        return {
+        rate = config.batch_size * (step - self.began) / (time.perf_counter() - self.time)
+        point = {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": compute_learning_rate(config, step - 1),
-            "train/images_per_second": steps_per_second * config.batch_size,
+            "train/images_per_second": rate,
         }
+        if ctx.world_size > 1:
+            rates, seconds = _gather_rows(ctx, self.sums.new_tensor([rate, clock.read()])).T.tolist()
+            point["train/images_per_second"] = min(rates)
+            point |= {"train/forward_seconds_min": min(seconds), "train/forward_seconds_max": max(seconds)}
+        return point
 
     def tensors(self, ctx: Worker, step: int) -> Tensors:
         """Return the sums of all ranks, for a checkpoint between two points of the log."""
         if self.start == step:
             return {}
         self.compute_means(ctx, step)  # a state that has diverged is not kept
-        sums = self.sums.new_zeros(ctx.world_size, 2)
-        sums[ctx.rank] = self.sums
-        return {"window.sums": ctx.sum_over_workers(sums), "window.start": torch.tensor(self.start)}
+        return {"window.sums": _gather_rows(ctx, self.sums), "window.start": torch.tensor(self.start)}
 
     def load_tensors(self, ctx: Worker, tensors: Tensors) -> None:
         """Restore the sums of this rank; divide them equally if the number of workers changed."""
@@ -268,7 +332,7 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
     return state, sums
 
 
-def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Tensors]:
+def _build_step(ctx: Worker, place: Place, state: TrainState, clock: _ForwardClock) -> Callable[[], Tensors]:
     """Return a function that does one training step."""
     experiment, config = place.experiment, place.experiment.train
     images = open_dataset(place.data, "train", ctx)
@@ -298,6 +362,8 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
 
     if ctx.world_size > 1:
         _fix_gradient_buckets(state, diffusion, *read_batch(), rows, config, forward)
+        forward.register_forward_pre_hook(clock.mark)
+        forward.register_forward_hook(clock.mark)
     return make_step
 
 

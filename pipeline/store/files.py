@@ -28,7 +28,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, TransientError
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ def _flush_to_disk(path: Path) -> None:
 
 
 # What a person can mend and go on; anything else that the system says is a fault of ours.
-STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
-STORAGE_FAULTS |= {errno.EISDIR, errno.ENOTDIR, errno.EINVAL}  # something else has its name
+STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+STORAGE_FAULTS |= TRANSIENT | {errno.EISDIR, errno.ENOTDIR, errno.EINVAL}  # something else has its name
 
 
 @contextmanager
@@ -63,7 +64,8 @@ def explain_write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
-        raise PipelineError(
+        kind = TransientError if error.errno in TRANSIENT else PipelineError
+        raise kind(
             f"{path} cannot be written ({error.strerror}): make room or mend the storage; the same command goes on"
         ) from error
 

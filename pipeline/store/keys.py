@@ -23,7 +23,9 @@ VERSION = 2
 _NOT_IN_SAMPLE_KEY = {"num_images", "checkpoint"}
 _NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images"}
 # What may change without making another run: how far it goes, and what is kept or shown on the way.
-_NOT_IN_RUN_KEY = {"checkpoint_every", "sample_every", "log_every", "keep", "keep_every", "keep_steps"}
+_NOT_IN_RUN_KEY = {
+    "checkpoint_every", "checkpoint_minutes", "sample_every", "log_every", "keep", "keep_every", "keep_steps",
+}  # fmt: skip
 
 
 def hash_content(content: Any) -> str:

@@ -113,6 +113,7 @@ class Place:
     failure = _path_property("path", ".failure")
     placement_group = _path_property("path", ".placement-group")
     ray = _path_property("path", "ray")
+    worker_logs = _path_property("path", "logs")
     train = _path_property("path", "train")
     grids = _path_property("path", "grids")
     report = _path_property("path", "report")

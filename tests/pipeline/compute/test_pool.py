@@ -1,5 +1,6 @@
 """The pool on a real Ray cluster of four logical GPUs: Ray sets CUDA_VISIBLE_DEVICES as it does for real ones."""
 
+import errno
 import functools
 import json
 import os
@@ -14,6 +15,7 @@ from pipeline.compute.session import RaySession
 from pipeline.compute.units import Unit, UnitKind
 from pipeline.config import load_cluster
 from pipeline.errors import PipelineError
+from pipeline.store.files import explain_write_errors
 
 pytestmark = pytest.mark.ray
 LONG = 120
@@ -60,6 +62,18 @@ def die_at_first(worker, deaths: int, file: Path) -> None:
     (file.parent / f"{file.name}-try-{tries}").touch()
     if tries < deaths:
         os.kill(os.getpid(), signal.SIGKILL)
+    write_note(worker, file)
+
+
+def fail_at_first(worker, file: Path) -> None:
+    """Fail once by the file system and once by the device, as the stages hand it on."""
+    tries = len(list(file.parent.glob(f"{file.name}-try-*")))
+    (file.parent / f"{file.name}-try-{tries}").touch()
+    if tries == 0:
+        with explain_write_errors(file):
+            raise OSError(errno.ESTALE, "Stale file handle")
+    if tries == 1:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     write_note(worker, file)
 
 
@@ -180,6 +194,14 @@ def test_an_error_ends_what_runs_and_frees_the_gpus(session, tmp_path):
     assert_cancelled(tmp_path)
     session.pool.end_idle_actors()
     wait_for_free_gpus(4)
+
+
+@pytest.mark.parametrize("needs_gpu", [True, False])
+def test_a_fault_of_storage_or_device_that_passes_ends_nothing(session, tmp_path, needs_gpu):
+    unit = Unit(UnitKind.SAMPLES, fail_at_first, (tmp_path / "samples",), "unlucky", needs_gpu=needs_gpu)
+    finished = []
+    session.run_units([unit], finished.append)
+    assert finished == [unit] and notes_of([unit]) and len(list(tmp_path.glob("*-try-*"))) == 3
 
 
 def test_an_interruption_ends_what_runs(session, tmp_path):

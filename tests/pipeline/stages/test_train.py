@@ -155,8 +155,22 @@ def stop_at(step):
     """A context under which training is asked to stop after `step`."""
     context = one_cpu().context
     asked = iter(range(1, step + 1))
-    context.broadcast_flag = lambda flag: next(asked) == step
+    context.broadcast_number = lambda number: next(asked) == step
     return context
+
+
+@pytest.mark.parametrize(("minutes", "expected"), [(None, [3, 5]), (1e-9, [1, 2, 3, 4, 5])])
+def test_a_checkpoint_comes_by_time_and_before_a_node_is_taken_away(tiny_run, monkeypatch, minutes, expected):
+    experiment, run = tiny_run
+    experiment = change(experiment, "train", checkpoint_every=100, checkpoint_minutes=minutes)
+    untouched, saved, save = renamed(run, "-untouched"), [], checkpoint.save_checkpoint
+    train_to(experiment, untouched, 5)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args: (saved.append(args[3]), save(*args)))
+    context, asked = one_cpu().context, iter(range(1, 6))
+    context.will_lose_node = lambda: next(asked) >= 3
+    train_to(experiment, run, 5, context)
+    assert saved == expected and next(asked) == 4, "the notice is heard once"
+    assert_equal_states(run, untouched, 5)
 
 
 @pytest.mark.parametrize(("stop", "warmup"), [(None, 2), (30, 0)])
