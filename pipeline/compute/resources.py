@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
+
+Nodes = Sequence[tuple[int, int]]  # CPUs and GPUs of each machine
+CROWDED = 32 * 32**2  # pixels of a batch; with fewer a GPU is not busy, and waits for the others
 
 
 @dataclass(frozen=True)
@@ -47,31 +51,42 @@ def list_gpu_names() -> list[str]:
     return done.stdout.splitlines()
 
 
-def resolve_resources(
-    cluster: ClusterConfig, cpus: int, gpus: int, node_cpus: int | None = None
-) -> Resources:
-    """Replace null settings by what the cluster has. Raises PipelineError where it has too little.
+def count_places(nodes: Nodes, cpus: int, gpus: float) -> int:
+    """Return how many workers with so many CPUs and GPUs each the machines hold; a worker stays on one."""
+    return sum(min(own // cpus, int(its / gpus + 1e-9) if gpus else own) for own, its in nodes)
 
-    node_cpus: those of the largest node; no worker and no task can have more.
+
+def require_places(nodes: Nodes, count: int, cpus: int, gpus: float, what: str = "worker") -> None:
+    """Raise PipelineError unless the machines hold so many workers."""
+    if count_places(nodes, cpus, gpus) < count:
+        there = ", ".join(
+            f"{nodes.count(node)} x {node[0]} CPUs + {node[1]} GPUs" for node in sorted(set(nodes))
+        )
+        asked = f"{count} {what}{'s' if count > 1 else ''} with {cpus} CPUs and {gpus:g} GPUs each"
+        remedy = f"lower cluster.workers, cluster.cpus_per_{what} or cluster.gpus_per_{what}"
+        raise PipelineError(f"{asked} have no place on the cluster's machines ({there}): {remedy}")
+
+
+def share_cpus(nodes: Nodes, workers: int, gpus: float) -> int:
+    """Return the most CPUs that so many workers can have each, and no more than go with their GPUs; at least 1."""
+    most, its = max(nodes, key=lambda node: node[::-1])
+    shares = range(int(min(1, gpus / its) * most) if its and gpus else most, 1, -1)
+    return next((cpus for cpus in shares if count_places(nodes, cpus, gpus) >= workers), 1)
+
+
+def resolve_resources(cluster: ClusterConfig, nodes: Nodes, pixels: int | None = None) -> Resources:
+    """Replace null settings by what the machines have. Raises PipelineError where they have too little.
+
+    Without cluster.workers those of one machine are taken, and no more than `pixels` of a batch keep busy.
     """
-    most = cpus if node_cpus is None else node_cpus
-    workers = cluster.workers or gpus or min(2, cpus)
-    min_workers = min(cluster.min_workers or workers, workers)
-    per_worker = cluster.cpus_per_worker or max(1, min(cpus // workers, most))
+    cpus, gpus = max(nodes, key=lambda node: node[::-1])
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
-    too_few = f"{min_workers} workers ask for %g %s, the cluster has %d: lower cluster.workers or %s"
-    for key, asked, there, name in (
-        ("cluster.cpus_per_worker", min_workers * per_worker, cpus, "CPUs"),
-        ("cluster.gpus_per_worker", min_workers * gpus_per_worker, gpus, "GPUs"),
-    ):
-        if asked > there:
-            raise PipelineError(too_few % (asked, name, there, key))
-    for key, asked, there in (
-        ("cluster.cpus_per_worker", per_worker, most),
-        ("cluster.cpus_per_task", cluster.cpus_per_task, most),
-        ("cluster.gpus_per_task", gpus_per_task, gpus),
-    ):
-        if asked > there:
-            raise PipelineError(f"{key}={asked:g}, but no machine has more than {there}: lower it")
+    places = int(gpus / gpus_per_worker) if gpus_per_worker and gpus else min(2, cpus)
+    busy = pixels // CROWDED if pixels and gpus else places
+    workers = cluster.workers or max(1, min(places, busy))
+    min_workers = min(cluster.min_workers or workers, workers)
+    per_worker = cluster.cpus_per_worker or share_cpus(nodes, workers, gpus_per_worker)
+    require_places(nodes, min_workers, per_worker, gpus_per_worker)
+    require_places(nodes, 1, cluster.cpus_per_task, gpus_per_task, "task")
     return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task)

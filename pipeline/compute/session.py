@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import ray
+from ray.util.state import list_jobs
 
 from pipeline.compute import ray_train
 from pipeline.compute.costs import CostCounter
@@ -21,18 +23,28 @@ from pipeline.compute.pool import Pool
 from pipeline.compute.resources import Resources, resolve_resources
 from pipeline.compute.units import Body, Unit, WhenDone
 from pipeline.config import ClusterConfig
+from pipeline.console import format_duration, print_line
 from pipeline.errors import PipelineError, hide_password, shorten_error
 from pipeline.store.run import Place
+
+START_SECONDS = 600.0  # for which the machines of a cluster that still starts are waited for
+FREE_SECONDS = 5  # until what was given back is free
 
 
 class RaySession:
     """Executor on a Ray cluster: its own, or one that it joins.
 
-    interrupted: asked between waits; when it says yes, the units that run are given up.
+    interrupted: asked between waits; when it says yes, the units that run are given up. pixels: of a training batch.
     """
 
-    def __init__(self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False):
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        interrupted: Callable[[], bool] = lambda: False,
+        pixels: int | None = None,
+    ):
         self.cluster, self.interrupted, self.costs = cluster, interrupted, CostCounter()
+        self.pixels = pixels
         self.local_processes: set[psutil.Process] = set()
         self.most_in_flight: int | None = None  # units; None: as many as the cluster has room for
 
@@ -53,10 +65,7 @@ class RaySession:
     def __enter__(self) -> RaySession:
         self.local_processes = _start_ray(self.cluster.ray_address)
         try:
-            there = ray.cluster_resources()
-            most = max(cpus for cpus, _ in self.list_nodes())
-            cpus, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
-            self._set_resources(resolve_resources(self.cluster, cpus, gpus, most))
+            self._set_resources(self._wait_for_nodes())
         except BaseException:
             self.__exit__()
             raise
@@ -64,6 +73,44 @@ class RaySession:
 
     def __exit__(self, *_: object) -> None:
         end_local_ray(self.local_processes)
+
+    def _wait_for_nodes(self) -> Resources:
+        """Return the command's resources; of a cluster that was joined, the nodes may still be starting."""
+        end = time.monotonic() + (START_SECONDS if self.cluster.ray_address else 0)
+        is_first = True
+        while True:
+            try:
+                return resolve_resources(self.cluster, self.list_nodes(), self.pixels)
+            except PipelineError as error:
+                if time.monotonic() >= end:
+                    raise
+                if is_first:
+                    print_line(f"waiting up to {format_duration(START_SECONDS)} for more machines: {error}")
+            is_first = False
+            time.sleep(1)
+            if self.interrupted():
+                raise StopRequest
+
+    def _explain_wait(self, count: int, cpus: int, gpus: float) -> None:
+        """Say for what the command waits, and who may hold it, where the cluster that it has joined is full."""
+        if not self.cluster.ray_address or self.most_in_flight is not None:
+            return
+        for _ in range(FREE_SECONDS):  # what was given back takes a moment
+            free = ray.available_resources()
+            if count * cpus <= free.get("CPU", 0) and count * gpus <= free.get("GPU", 0):
+                return
+            time.sleep(1)
+        names = []
+        with suppress(Exception):  # the dashboard that knows them may be gone, or not ours to ask
+            own = ray.get_runtime_context().get_job_id()
+            jobs = [job for job in list_jobs(detail=True) if job.status == "RUNNING" and job.job_id != own]
+            names = [
+                f"{job.submission_id or job.entrypoint} {(job.metadata or {}).get('user', '')}"
+                for job in jobs
+            ]
+        there = f"free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
+        running = ", ".join(name.strip() for name in names) or "no other job of this cluster"
+        print_line(f"waiting for {count} x {cpus} CPUs + {gpus:g} GPUs: {there}; at work: {running}")
 
     def _set_resources(self, resources: Resources) -> None:
         self.resources = resources
@@ -82,6 +129,8 @@ class RaySession:
     def run_workers(self, body: Body, place: Place) -> None:
         """Run `body` on every worker of a training, after the pool has given back its GPUs."""
         self.pool.end_idle_actors()
+        its = self.resources
+        self._explain_wait(its.min_workers, its.cpus_per_worker, its.gpus_per_worker)
 
         def look() -> None:
             if self.must_stop() and not (place.heartbeat.exists() and ray_train.is_group_running(place)):
@@ -91,6 +140,8 @@ class RaySession:
 
     def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         """Run the units on the pool, and call `done` after each."""
+        if not self.pool.idle:
+            self._explain_wait(1, self.cluster.cpus_per_task, self.resources.gpus_per_task)
         self.pool.run_units(units, done, self.costs)
 
     def _count_slots(self) -> tuple[int, int]:

@@ -106,9 +106,12 @@ def run_trial_stages(
 
 
 def start_executor(
-    cluster: ClusterConfig, interrupt: StopSignals, stack: ExitStack
+    cluster: ClusterConfig, interrupt: StopSignals, stack: ExitStack, pixels: int | None = None
 ) -> RaySession | LocalExecutor:
-    """Return the executor: a Ray session, or this process if cluster.workers=0; `stack` ends it."""
+    """Return the executor: a Ray session, or this process if cluster.workers=0; `stack` ends it.
+
+    pixels: of a training batch, where there is one training.
+    """
     if cluster.workers == 0:
         context = create_local_worker(cluster.cpus_per_worker, int(cluster.image_memory * GIB))
         return LocalExecutor(context, interrupt.is_requested)
@@ -120,7 +123,7 @@ def start_executor(
     from pipeline.compute.session import RaySession
 
     print_line("starting Ray" if address is None else f"joining Ray at {hide_password(address)}")
-    return stack.enter_context(RaySession(cluster, interrupt.is_requested))
+    return stack.enter_context(RaySession(cluster, interrupt.is_requested, pixels))
 
 
 @dataclass
@@ -205,7 +208,9 @@ class _RunExecution:
 
     def _start_executor(self) -> Executor:
         if self.executor is None:
-            self.executor = start_executor(self.cluster, self.interrupt, self.stack)
+            experiment = self.place.experiment
+            pixels = experiment.train.batch_size * experiment.data.image_size**2
+            self.executor = start_executor(self.cluster, self.interrupt, self.stack, pixels)
         return self.executor
 
 

@@ -67,7 +67,7 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
 def check_workers(cluster: ClusterConfig) -> None:
     """Raise PipelineError where the workers ask for more than this machine has; other clusters tell it once joined."""
     if cluster.workers != 0 and cluster.ray_address is None:
-        resolve_resources(cluster, *count_local_devices())
+        resolve_resources(cluster, [count_local_devices()])
 
 
 def check_own_network(experiment: Experiment) -> None:

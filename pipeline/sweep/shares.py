@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.compute.resources import Resources
+from pipeline.compute.resources import Nodes, Resources, count_places, require_places, share_cpus
 from pipeline.config import ClusterConfig
-from pipeline.errors import PipelineError
-
-Nodes = Sequence[tuple[int, int]]  # CPUs and GPUs of each machine
 
 
 @dataclass(frozen=True)
@@ -31,22 +27,18 @@ def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent
 
     A trial has one worker unless the cluster file says otherwise, and a worker one GPU where there are any.
     """
-    cpus, gpus = (sum(counts) for counts in zip(*nodes, strict=True))
     workers = cluster.workers or 1
-    per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
+    has_gpus = any(gpus for _, gpus in nodes)
+    per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
 
     def count_trials(per_cpu: int) -> int:
-        """Return how many trials fit on the nodes; a worker stays on one node."""
-        room = [min(own // per_cpu, int(its / per_gpu + 1e-9) if per_gpu else own) for own, its in nodes]
-        return min(max(1, trials), concurrent or max(1, trials), sum(room) // workers)
+        """Return how many trials fit on the nodes."""
+        wanted = max(1, trials)
+        return min(wanted, concurrent or wanted, count_places(nodes, per_cpu, per_gpu) // workers)
 
-    at_once = max(1, count_trials(1))
-    per_cpu = cluster.cpus_per_worker or max(1, min(cpus // (at_once * workers), max(nodes)[0]))
+    per_cpu = cluster.cpus_per_worker or share_cpus(nodes, max(1, count_trials(1)) * workers, per_gpu)
+    require_places(nodes, workers, per_cpu, per_gpu)
     slots = count_trials(per_cpu)
-    if slots < 1:
-        asks = f"one trial asks for {workers} workers with {per_cpu} CPUs and {per_gpu:g} GPUs each"
-        remedy = "lower cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
-        raise PipelineError(f"{asks}, the cluster has {cpus} CPUs and {gpus} GPUs: {remedy}")
     least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)
     return TrialSlots(slots, Resources(workers, least, per_cpu, per_gpu, per_task))

@@ -11,10 +11,6 @@ from pathlib import Path
 import pytest
 from conftest import ONE_CPU, TINY, read_losses
 
-from pipeline.compute.resources import resolve_resources
-from pipeline.config import load_cluster
-from pipeline.errors import PipelineError
-
 pytestmark = pytest.mark.ray
 
 # 17 images a batch do not divide by two: the slices are uneven. 50 steps, dropout 0, fp32.
@@ -85,35 +81,6 @@ def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs,
         ours, theirs = sorted(copy.glob(pattern)), sorted(one.glob(pattern))
         assert [path.relative_to(copy) for path in ours] == [path.relative_to(one) for path in theirs]
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True)), pattern
-
-
-def cluster(**overrides):
-    return load_cluster("local", [f"{key}={value}" for key, value in overrides.items()])
-
-
-def test_what_can_never_be_scheduled_is_refused_at_once():
-    with pytest.raises(PipelineError, match="ask for 8 CPUs, the cluster has 2"):
-        resolve_resources(cluster(workers=4, cpus_per_worker=2), cpus=2, gpus=0)
-    with pytest.raises(PipelineError, match="GPUs, the cluster has 1"):
-        resolve_resources(cluster(workers=2), cpus=8, gpus=1)
-    with pytest.raises(PipelineError, match="cpus_per_task"):
-        resolve_resources(cluster(cpus_per_task=3), cpus=2, gpus=0)
-
-
-def test_elastic_training_asks_for_the_least_that_it_goes_on_with():
-    elastic = resolve_resources(cluster(workers=4, min_workers=2, cpus_per_worker=1), cpus=2, gpus=0)
-    assert (elastic.min_workers, elastic.workers) == (2, 4)
-    with pytest.raises(PipelineError, match="3 workers ask for 3 CPUs, the cluster has 2"):
-        resolve_resources(cluster(workers=4, min_workers=3, cpus_per_worker=1), cpus=2, gpus=0)
-    with pytest.raises(PipelineError, match=r"cluster.min_workers is 3; cluster.workers=2 is the most"):
-        cluster(workers=2, min_workers=3)
-
-
-def test_nulls_become_what_the_machine_has():
-    on_cpus = resolve_resources(cluster(), cpus=8, gpus=0)
-    assert (on_cpus.workers, on_cpus.cpus_per_worker, on_cpus.gpus_per_worker) == (2, 4, 0.0)
-    on_gpus = resolve_resources(cluster(), cpus=16, gpus=4)
-    assert (on_gpus.workers, on_gpus.cpus_per_worker, on_gpus.gpus_per_worker) == (4, 4, 1.0)
 
 
 def test_a_lack_of_memory_is_told_in_a_line():

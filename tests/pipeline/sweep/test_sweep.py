@@ -214,7 +214,7 @@ def cluster(**overrides):
         ({}, [(16, 4)], 8, None, (4, 1, 4, 1)),
         ({"gpus_per_worker": 0.5}, [(16, 1)], 8, None, (2, 1, 8, 0.5)),
         ({"workers": 8}, [(16, 4), (16, 4)], 8, None, (1, 8, 4, 1)),  # a trial over two machines
-        ({"gpus_per_worker": 2}, [(8, 3), (8, 3)], 8, None, (2, 1, 8, 2)),  # no worker over two machines
+        ({"gpus_per_worker": 2}, [(8, 3), (8, 3)], 8, None, (2, 1, 5, 2)),  # no worker over two machines
     ],
 )  # fmt: skip
 def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent, expected):
@@ -225,7 +225,7 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
 
 
 def test_a_trial_that_never_fits_is_refused():
-    with pytest.raises(PipelineError, match=r"3 workers with 1 CPUs .* has 2 CPUs .* lower cluster.workers"):
+    with pytest.raises(PipelineError, match=r"3 workers with 1 CPUs .* 1 x 2 CPUs .* lower cluster.workers"):
         divide_cluster(cluster(workers=3), [(2, 0)], 4, None)
 
 
