@@ -5,8 +5,10 @@ from __future__ import annotations
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline import config, tracking
 from pipeline.console import format_duration, print_line
@@ -20,6 +22,7 @@ from pipeline.sweep.points import Trial
 from pipeline.sweep.trial_states import State, TrialStates
 
 AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
+DEADLINE = 60.0  # seconds without a delivery, after the last trial, until a server is left
 LONGEST = 300  # characters of a reason; libraries can be wordy
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # on the server; anything else was KILLED
 
@@ -41,6 +44,10 @@ class StudyRecorder:
         self.parent = tracking.ParentRun(self.uri, self.sweep.name, storage, warn=print_line)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
+        # A server that does not answer holds up nobody but this thread.
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="study-tracking")
+        self.deliveries: list[Future[None]] = []
+        self.newest_board: Future[None] | None = None
 
     def start(self) -> None:
         """Start the study's MLflow run, and send what earlier commands did not."""
@@ -51,8 +58,8 @@ class StudyRecorder:
             if state == "new":
                 continue
             # The server may not have all of it: its driver was killed, or it was made elsewhere.
-            (mirror := self._make_mirror(key, state)).send_missing(STATUS.get(state, "KILLED"))
-            self.parent.is_behind |= mirror.is_behind
+            mirror = self._make_mirror(key, state)
+            self._deliver(self._end_mirror, mirror, mirror.send_missing, STATUS.get(state, "KILLED"))
 
     def may_start_trial(self) -> bool:
         """Return whether another trial may be started."""
@@ -81,14 +88,22 @@ class StudyRecorder:
             reason = textwrap.shorten(reason, LONGEST, placeholder=" ...")
         self.states.set_state(key, state, reason)
         mirror.tags |= {tracking.STATE_TAG: state, **({"sweep.reason": reason} if reason else {})}
-        mirror.stop(STATUS.get(state, "KILLED"))
-        self.parent.is_behind |= mirror.is_behind
+        self._deliver(self._end_mirror, mirror, mirror.stop, STATUS.get(state, "KILLED"))
         self.update_leaderboard()
         end = f"failed: {reason}" if state == "failed" else reason or state
         if state == "finished":
             row = next(row for row in self.leaderboard.rows if row.key == key)
             end = f"finished in {format_duration(row.seconds)}: {format_headline(row.scores)}"
         print_line(f"{trial.label}: {end}")
+
+    def _deliver(self, send: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Send something to the server, after what was to be sent before."""
+        self.deliveries.append(self.thread.submit(send, *arguments))
+        return self.deliveries[-1]
+
+    def _end_mirror(self, mirror: tracking.Mirror, end: Callable[[str], None], status: str) -> None:
+        end(status)
+        self.parent.is_behind |= mirror.is_behind
 
     def _make_mirror(self, key: str, state: State) -> tracking.Mirror:
         trial = self.trials[key]
@@ -121,7 +136,9 @@ class StudyRecorder:
             }
         rungs = {key: self.states.records[key]["rungs"] for key in self.trials}
         table, note = leaderboard.make_rows(board), leaderboard.format_markdown(board)
-        self.parent.send_leaderboard(table, note, tags, scores, rungs)
+        if self.newest_board:
+            self.newest_board.cancel()
+        self.newest_board = self._deliver(self.parent.send_leaderboard, table, note, tags, scores, rungs)
 
     def finish(self, status: str) -> None:
         """Write leaderboard and report; set the final status in MLflow."""
@@ -131,7 +148,18 @@ class StudyRecorder:
         sweep, report = self.sweep, self.folder / "report"
         if rows := [row for row in self.leaderboard.rows if row.scores]:
             comparison.write_comparison(rows, report, sweep.name, sweep.metric, sweep.note)
-        self.parent.finish(status, report)
+        last, done = self._deliver(self.parent.finish, status, report), -1
+        while not (last.done() or self.parent.is_behind) and done < (now := self._count_deliveries()):
+            done = now
+            wait([last], DEADLINE)
+        self.parent.is_behind |= not last.done()
+        self.thread.shutdown(wait=False, cancel_futures=True)
+        for delivery in self.deliveries:
+            if delivery.done() and not delivery.cancelled():
+                delivery.result()
+
+    def _count_deliveries(self) -> int:
+        return sum(delivery.done() for delivery in self.deliveries)
 
     def describe_progress(self) -> str:
         """Return the stage of each running trial, and the step of training, as one line."""

@@ -118,8 +118,13 @@ class RunSender:
 
     def _find_models(self) -> dict[int, LoggedModel]:
         query = f"source_run_id = '{self.run_id}'"
-        found = self.client.search_logged_models([self.experiment_id], filter_string=query)
-        return {int(model.tags["step"]): model for model in found}
+        found: dict[int, LoggedModel] = {}
+        token = ""
+        while True:
+            page = self.client.search_logged_models([self.experiment_id], query, page_token=token or None)
+            found |= {int(model.tags["step"]): model for model in page}
+            if not (token := page.token):
+                return found
 
     def _create_model(self, step: int) -> LoggedModel:
         """Make a logged model that says where the weights of a checkpoint are; they stay there."""

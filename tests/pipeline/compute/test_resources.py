@@ -40,8 +40,8 @@ def test_what_is_taken_fits_machine_by_machine(asked, nodes, pixels, expected):
     ("asked", "nodes", "message"),
     [
         ({}, [(0, 0)], "1 worker with 1 CPUs .* lower cluster.workers"),
-        ({"workers": 2, "cpus_per_worker": 2}, [(1, 0), (3, 0)], "2 workers with 2 CPUs .* 1 x 3 CPUs"),
-        ({"workers": 2}, [(8, 1)], "2 workers with .* 1 GPUs each .* 1 x 8 CPUs . 1 GPUs"),
+        ({"workers": 2, "cpus_per_worker": 2}, [(1, 0), (3, 0)], "2 workers with 2 CPUs .*1 x 3 CPUs"),
+        ({"workers": 2}, [(8, 1)], "2 workers with .* 1 GPUs each .*1 x 8 CPUs . 1 GPUs"),
         ({"workers": 4, "min_workers": 3}, [(2, 0)], "3 workers with 1 CPUs"),
         ({"cpus_per_task": 3}, [(2, 0), (2, 0)], "1 task with 3 CPUs .* lower .*cpus_per_task"),
     ],

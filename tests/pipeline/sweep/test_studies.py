@@ -1,5 +1,7 @@
 """Whole small studies in one process (cluster.workers=0): real stages, real files, a real MLflow store."""
 
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from pipeline.cli.program import main
 from pipeline.drawing import charts
 from pipeline.engine import provenance
 from pipeline.store.files import lock_folder, read_json, write_json
+from pipeline.sweep import recorder
+from pipeline.sweep.recorder import StudyRecorder
 
 SMALL = [*TRIAL, "train.sample_every=6"]
 SPACE = "experiment: digits\nspace:\n  diffusion.beta_schedule: %s\n  model.dropout: %s\nrank: {metric: nll_bpd}\n"
@@ -262,6 +266,25 @@ def test_a_spent_budget_starts_nothing_more_and_says_so(grid, storage, client, c
     assert {row["state"] for row in board(storage, "spent")} == {"new"}
     assert sweep(storage, "few", GRID, "sweep.budget.trials=3") == 0
     assert len(board(storage, "few")) == 3
+
+
+def test_a_server_that_hangs_holds_no_trial_up(storage, monkeypatch, capsys):
+    took, end_trial = [], StudyRecorder.end_trial
+
+    def measure(*arguments):
+        began = time.monotonic()
+        end_trial(*arguments)
+        took.append(time.monotonic() - began)
+
+    monkeypatch.setattr(StudyRecorder, "end_trial", measure)
+    monkeypatch.setattr(recorder, "DEADLINE", 0.5)
+    monkeypatch.setattr(tracking, "check_server", lambda uri: None)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, and never answers
+        uri = f"cluster.tracking_uri=http://127.0.0.1:{server.getsockname()[1]}"
+        assert sweep(storage, "hanging", ONE_KEY % ("model.dropout", "[0.37]"), uri) == 0
+    assert len(took) == 1 and took[0] < 2, "each request hangs for three seconds"
+    assert "the same command delivers" in capsys.readouterr().out
 
 
 def test_a_dead_server_costs_nothing_and_gets_it_later(grid, storage, client, monkeypatch, capsys):
