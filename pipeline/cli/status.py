@@ -21,7 +21,7 @@ from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
-from pipeline.engine.find import explain_old_run, prepare_storage_root
+from pipeline.engine.find import check_storage, explain_old_run, prepare_storage_root
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.scores.results import Results
@@ -164,7 +164,11 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     yield "Inception weights", str(weights) if weights.exists() else absent
     try:
         root = prepare_storage_root(cluster)
-        yield "storage", f"{root}, {shutil.disk_usage(root).free / 2**30:.0f} GiB free"
+        fault = check_storage(root)
+        free = (
+            f"{shutil.disk_usage(root).free / 2**30:.0f} GiB free; it locks, renames and flushes as it must"
+        )
+        yield "storage", f"PROBLEM: {root}: {fault}" if fault else f"{root}, {free}"
     except PipelineError as error:
         yield "storage", f"PROBLEM: {error}"
         return

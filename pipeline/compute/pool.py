@@ -141,11 +141,12 @@ class Pool:
             name = f"'{call.unit.name}'" if call.unit else "a process for work units"
             self.losses[id(call.unit)] += 1
             # Ray itself starts a task again that lost its process.
+            what = "failed" if isinstance(error, RayTaskError) else "lost its process"
             is_lost_task = call.actor is None and not isinstance(error, RayTaskError)
             if is_lost_task or self.losses[id(call.unit)] > self.retries:
-                told = f"{name} lost its process or its files again and again ({shorten_error(error)})"
+                told = f"{name} {what} again and again ({shorten_error(error)})"
                 raise PipelineError(f"{told}; the same command goes on here") from error
-            log.warning("%s lost its process (%s); another takes its place", name, shorten_error(error))
+            log.warning("%s %s (%s); another takes its place", name, what, shorten_error(error))
             if call.actor:
                 ray.kill(call.actor)  # it may be out of reach only, or its device is lost to it
             if call.unit:

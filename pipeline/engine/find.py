@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import secrets
+import shutil
+import tempfile
+import time
 from pathlib import Path
 
 from pipeline import config
@@ -10,7 +13,10 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.data import sources
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
+from pipeline.store.files import TEMPORARY, is_locked, lock_folder, write_text
 from pipeline.store.run import EXPERIMENT, Place, find_last_change, find_runs, locate_fingerprints
+
+CLOCK_SECONDS = 10  # by which the clocks of a file server and its client may differ
 
 
 def prepare_storage_root(cluster: ClusterConfig) -> Path:
@@ -18,14 +24,30 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
     root = cluster.storage_root
     try:
         root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise PipelineError(
             f"the storage root {root} cannot be written ({error.strerror}); set cluster.storage"
         ) from error
     return root
+
+
+def check_storage(root: Path) -> str:
+    """Return what the file system of a storage root does not do as it must; empty where it does all."""
+    folder, began = root / f"{TEMPORARY}doctor-{secrets.token_hex(4)}", time.time()
+    try:
+        write_text(folder / "file", "1")
+        write_text(folder / "file", "2")  # written, flushed to the disk, renamed over the other
+        if (folder / "file").read_text() != "2":
+            return "a renamed file does not replace the one of that name"
+        if abs((folder / "file").stat().st_mtime - began) > CLOCK_SECONDS:
+            return "its clock is not this machine's, and times of files are compared: set both by one time server"
+        with lock_folder(folder):
+            return "" if is_locked(folder) else "a lock that is held keeps nobody out: mount it with locks"
+    except (OSError, PipelineError) as error:
+        return str(error)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_place(experiment: Experiment, root: Path, remember: bool = True) -> Place:

@@ -22,7 +22,7 @@ from pipeline.engine.code import (
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import keys
-from pipeline.store.files import write_text
+from pipeline.store.files import name_user, write_text
 from pipeline.store.run import Place
 
 PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
@@ -41,6 +41,7 @@ def collect_provenance(experiment: Experiment) -> dict[str, Any]:
     return {
         "commit": find_commit(),
         "code": _hash_code(experiment),
+        "user": name_user(),
         "versions": versions,
         "hardware": f"{cpus}, {', '.join(gpus) or 'no GPU'}",
     }

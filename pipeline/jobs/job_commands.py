@@ -16,6 +16,7 @@ from pipeline.console import format_duration, format_table, print_line
 from pipeline.errors import ConfigError, PipelineError, shorten_error
 from pipeline.jobs.package import check_paths, create_package
 from pipeline.jobs.ray_client import check_versions, connect_cluster, follow_log
+from pipeline.store.files import USER_VARIABLE, name_user
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -49,12 +50,12 @@ def submit_job(
     with create_package(words, find_commit()) as package, connect_cluster(address, name) as remote:
         for difference in check_versions(remote):
             print_line(difference)
-        patience = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), USER_VARIABLE: name_user()}
         remote.client.submit_job(
             entrypoint=package.entrypoint,
             submission_id=name,
-            runtime_env={"working_dir": str(package.folder), "env_vars": patience},
-            metadata={"command": shlex.join(["ddpm", *words])},
+            runtime_env={"working_dir": str(package.folder), "env_vars": variables},
+            metadata={"command": shlex.join(["ddpm", *words]), "user": name_user()},
         )
     size = f"{package.bytes / 1e6:.1f} MB of code and configurations"
     print_line(f"submitted to {remote.name} as {name} ({size})")
@@ -150,5 +151,6 @@ def _describe_job(job: JobDetails) -> dict[str, str]:
         "status": job.status.lower(),
         "started": datetime.fromtimestamp(start).strftime("%Y-%m-%d %H:%M:%S"),
         "took": format_duration(max(0.0, end - start)),
+        "user": (job.metadata or {}).get("user", ""),
         "command": (job.metadata or {}).get("command") or job.entrypoint,
     }

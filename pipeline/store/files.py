@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import getpass
 import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 import uuid
 import zipfile
 import zlib
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST, SEALED = "manifest.json", ".sealed.json"
 TEMPORARY = ".tmp-"
+USER_VARIABLE = "DDPM_USER"
 REMEDY = "the command that made it makes it again"
 Check = Literal["size", "seal", "sha256"]
 _ADAPTERS: dict[object, TypeAdapter[Any]] = {}
@@ -365,13 +368,27 @@ def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise PipelineError(
-                f"{path} is being worked on by another command (process {holder}); wait for it, or stop it"
+                f"{path} is being worked on by another command ({holder}); wait for it, or stop it"
             ) from None
+        except OSError as error:
+            raise PipelineError(
+                f"{path / '.lock'} cannot be locked ({error.strerror}), so two commands could work on one run: mount "
+                "the file system with locks (Lustre: -o flock; NFS: lockd, or version 4), or set cluster.storage"
+            ) from error
         with explain_write_errors(path / ".lock"):
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"process {os.getpid()} of {name_user()}")
             file.flush()
         yield
+
+
+def name_user() -> str:
+    """Return user@host of this process, or of the person who submitted its job."""
+    if submitter := os.environ.get(USER_VARIABLE):
+        return submitter
+    with suppress(KeyError, OSError):  # a container may run under a number without a name
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    return f"{os.getuid()}@{socket.gethostname()}"
 
 
 def is_locked(path: Path) -> bool:

@@ -109,6 +109,8 @@ def _make_tags(place: Place, parameters: dict[str, str]) -> dict[str, str]:
     settings = _format_values(config.flatten(config.to_dict(place.experiment)))
     tags = {key: value for key, value in settings.items() if key not in parameters}
     tags |= {"run_key": place.run_key, "data_key": place.data_key}
+    if made.get("user"):
+        tags["mlflow.user"] = made["user"]
     if report and (verdict := report.get("verdict")):
         tags["mlflow.note.content"] = verdict
     if commit := made.get("commit"):

@@ -188,7 +188,7 @@ def test_two_equal_commands_never_work_at_once(tmp_path, capsys):
             wait_for_checkpoint(first, tmp_path)
             assert main(arguments(tmp_path, *endless, verb="train")) == 1
             told = capsys.readouterr().err
-            assert f"being worked on by another command (process {first.pid})" in told
+            assert f"being worked on by another command (process {first.pid} of " in told
             assert told.count("\n") == 1 and first.poll() is None
         finally:
             first.kill()

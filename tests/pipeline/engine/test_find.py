@@ -1,5 +1,10 @@
 """Runs are found by experiment and by name; those of the first version are recognised."""
 
+import errno
+import fcntl
+import os
+import time
+
 import pytest
 import yaml
 from conftest import ONE_CPU, tiny_experiment
@@ -10,6 +15,13 @@ from pipeline.engine import find
 from pipeline.engine.plan import list_required_stages
 from pipeline.errors import PipelineError
 from pipeline.store.run import Place
+
+
+def raise_error(number):
+    def broken(*_):
+        raise OSError(number, os.strerror(number))
+
+    return broken
 
 
 @pytest.fixture
@@ -85,3 +97,21 @@ def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
 def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
     place = Place(tmp_path, tiny_experiment(*overrides), "d" * 12, "e" * 12)
     assert [stage.name for stage in list_required_stages(place, last)] == names.split()
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "expected"),
+    [
+        (fcntl, "flock", lambda *_: None, "keeps nobody out"),
+        (fcntl, "flock", raise_error(errno.ENOSYS), "mount the file system with locks"),
+        (fcntl, "flock", raise_error(errno.ENOLCK), "mount the file system with locks"),
+        (os, "fsync", raise_error(errno.EIO), "cannot be written"),
+        (time, "time", lambda: 0.0, "clock"),
+    ],
+)
+def test_a_file_system_that_does_not_do_what_runs_rely_on_is_told(
+    tmp_path, monkeypatch, module, name, broken, expected
+):
+    assert find.check_storage(tmp_path) == ""
+    monkeypatch.setattr(module, name, broken)
+    assert expected in find.check_storage(tmp_path) and not list(tmp_path.iterdir())
