@@ -21,7 +21,7 @@ ONLY_IMPORTER = {
     "jinja2": {"report"},
     "markdown_it": {"report"},
     "omegaconf": {"config"},
-    "yaml": {"config"},
+    "yaml": {"config", "jobs"},
     "pydantic": {"config", "store"},
     "pyarrow": {"data", "store"},
     "boto3": set(),

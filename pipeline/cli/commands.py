@@ -377,12 +377,21 @@ def pull_run(options: Namespace) -> None:
 def submit_job(options: Namespace) -> int:
     """Send a command to a cluster as a job (`ddpm submit`)."""
     from pipeline.jobs import job_commands as jobs
+    from pipeline.jobs.rayjob import make_rayjob
 
     if options.words or not options.job:
         raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
     prepare = options.job_options.command.prepare_submit
     if prepare is None:
         raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
+    if options.cluster:
+        if "--cluster" not in options.job:
+            options.job_options.cluster = options.cluster
+            options.job += ["--cluster", options.cluster]
+        cluster, relative = prepare(options.job_options)
+        labels = {"queue-name": options.queue, "priority-class": options.priority}
+        print(make_rayjob(options.job, cluster, relative, Path(options.template), labels, options.hours))
+        return 0
     cluster, relative = prepare(options.job_options)
     return jobs.submit_job(options.job, cluster, relative, options.address, options.id, options.follow)
 

@@ -222,11 +222,20 @@ The same command again goes on. A study that is shorter than the paper's says so
   ddpm submit -- run cifar10 --cluster compose
   ddpm submit --follow --id first -- sweep digits_beta_dropout --cluster kuberay
 
-Code and configurations travel, data never. `ddpm jobs` shows what became of it.
+  ddpm submit --cluster kuberay --queue team -- run cifar10 | kubectl create --filename -
+
+Code and configurations travel, data never. `ddpm jobs` shows what became of it. With --cluster kuberay nothing is sent:
+a RayJob is printed, a cluster for this command alone, with the code and the configurations of its image.
 """, (
         _declare_names("-- COMMAND", "run, sweep, train, ... as always"),
         _declare("--follow", action="store_true", help="write the job's log, and end as it ends"),
         _declare("--id", default="", metavar="NAME", help="default: the command and the time"), ADDRESS,
+        _declare("--cluster", choices=("kuberay",), help="print a RayJob instead"),
+        _declare("--queue", metavar="NAME", help="the RayJob's Kueue queue"),
+        _declare("--priority", metavar="CLASS", help="the RayJob's priority class in Kueue"),
+        _declare("--hours", type=_read_whole(1, 10**4), help="after which the RayJob is ended"),
+        _declare("--template", default="deploy/kuberay/rayjob.yaml", metavar="FILE",
+            help="the RayJob to fill in; default: %(default)s"),
     )),
     Command("jobs", do.run_job_command, "a cluster's jobs: list them; a log; one's status; stop one", """\
   ddpm jobs

@@ -1,7 +1,9 @@
 """Deployment files: the image, the Kubernetes manifests, the Slurm script; each read by a program made for it."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,12 +11,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 from compose_file import OURS, ROOT, services
 from test_compose import ENV, long_options
 
+from pipeline.cli.program import main
 from pipeline.engine import code
 
 BIN = Path(sys.executable).parent
@@ -28,7 +32,20 @@ CLUSTER_KEYS = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"
 GROUP_KEYS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
 JOB_KEYS = {
     "entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec",
+    "runtimeEnvYAML", "activeDeadlineSeconds",
 }  # fmt: skip
+SCHEMAS = ROOT.parent / "shared" / "data" / "kuberay"
+RAYJOB = [
+    "submit",
+    "--cluster",
+    "kuberay",
+    "--queue",
+    "team",
+    "--hours",
+    "48",
+    "--template",
+    str(KUBERAY / "rayjob.yaml"),
+]
 
 
 def of_kind(kind: str) -> dict[str, Any]:
@@ -106,7 +123,7 @@ def test_manifests_and_pods_of_ray_keep_to_the_schema():
 def test_ray_resources_have_the_keys_of_the_operator():
     assert of_kind("RayJob")["spec"].keys() <= JOB_KEYS
     for spec in ray_clusters():
-        assert spec.keys() == CLUSTER_KEYS
+        assert spec.keys() - {"enableInTreeAutoscaling"} == CLUSTER_KEYS
         assert spec["rayVersion"] == metadata.version("ray")
         assert spec["authOptions"] == {"mode": "token"}
     for group in ray_groups():
@@ -114,8 +131,78 @@ def test_ray_resources_have_the_keys_of_the_operator():
         options = {f"--{name}" for name in group["rayStartParams"]}
         assert options <= long_options(("ray.scripts.scripts", "start"))
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-    cluster, of_job = ray_clusters()
-    assert cluster == of_job
+    assert of_kind("RayCluster")["spec"]["enableInTreeAutoscaling"] is True  # replicas alone scale nothing
+    assert of_kind("RayJob")["spec"]["backoffLimit"] == 0 and "generateName" in of_kind("RayJob")["metadata"]
+    cluster, of_job = (json.dumps(spec["workerGroupSpecs"][0]["template"]) for spec in ray_clusters())
+    assert cluster == of_job and '"nvidia.com/gpu": "8"' in of_job, "a pod has a whole machine"
+
+
+def test_no_pod_walks_the_whole_volume_and_the_database_answers_the_tracking_server_alone():
+    grouped = [
+        spec["securityContext"]
+        for t in pod_templates()
+        if "fsGroup" in (spec := t["spec"]).get("securityContext", {})
+    ]
+    assert len(grouped) == 5 and all(its["fsGroupChangePolicy"] == "OnRootMismatch" for its in grouped)
+    (rule,) = of_kind("NetworkPolicy")["spec"]["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": {"app": "mlflow"}}}]
+
+
+def find_unknown_keys(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
+    """The keys that the operator would drop without a word."""
+    if isinstance(value, list):
+        return [found for item in value for found in find_unknown_keys(item, schema.get("items", {}), path)]
+    known = schema.get("properties")
+    if not isinstance(value, dict) or known is None:
+        return []
+    unknown = [f"{path}.{key}" for key in value.keys() - known.keys()]
+    both = value.keys() & known.keys()
+    return unknown + [
+        found for key in both for found in find_unknown_keys(value[key], known[key], f"{path}.{key}")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes"),
+    [
+        (["run", "digits"], 1),
+        (["sweep", "digits_beta_dropout", "cluster.workers=9"], 2),
+        (["train", "digits", "cluster.workers=16"], 2),
+    ],
+)
+def test_a_command_becomes_a_rayjob_that_the_operator_takes(words, nodes, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main([*RAYJOB, "--", *words]) == 0
+    job = json.loads(capsys.readouterr().out)
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert job["spec"]["entrypoint"] == shlex.join(["ddpm", *words, "--cluster", "kuberay"])
+    assert job["spec"].keys() <= JOB_KEYS and job["spec"]["activeDeadlineSeconds"] == 48 * 3600
+    assert {group["replicas"], group["minReplicas"], group["maxReplicas"]} == {nodes}
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    if not SCHEMAS.exists():
+        pytest.skip("the operator's schemas are not at hand; JOB_KEYS stand in for them")
+    for kind, trees in (("rayjobs", [job, of_kind("RayJob")]), ("rayclusters", [of_kind("RayCluster")])):
+        (version,) = yaml.safe_load((SCHEMAS / f"ray.io_{kind}.yaml").read_text())["spec"]["versions"][:1]
+        for tree in trees:
+            schema = version["schema"]["openAPIV3Schema"]
+            jsonschema.validate(tree, schema)
+            spec = schema["properties"]["spec"]
+            assert version["name"] == "v1" and not find_unknown_keys(tree["spec"], spec)
+
+
+def test_what_cannot_become_a_rayjob_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.yaml").write_text("base: digits\n")
+    other = ["--template", str(KUBERAY / "raycluster.yaml")]
+    for words, message in (
+        (["--", "run", "mine"], "mine is a configuration of this folder"),
+        (["--", "run", "digits", "cluster.storage=runs"], "cluster.storage=runs"),
+        (["--", "run", "digits", "train.step=3"], "train.step"),
+        ([*other, "--", "run", "digits"], "is no RayJob"),
+    ):
+        assert main([*RAYJOB, *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_claims_and_services_that_are_named_are_there():
