@@ -9,11 +9,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import psutil
 import ray
-from ray.util.state import list_jobs
 
 from pipeline.compute import ray_train
 from pipeline.compute.costs import CostCounter
@@ -27,7 +26,7 @@ from pipeline.console import format_duration, print_line
 from pipeline.errors import PipelineError, hide_password, shorten_error
 from pipeline.store.run import Place
 
-START_SECONDS = 600.0  # for which the machines of a cluster that still starts are waited for
+START_SECONDS = 600  # for which the machines of a cluster that still starts are waited for
 FREE_SECONDS = 5  # until what was given back is free
 
 
@@ -76,41 +75,28 @@ class RaySession:
 
     def _wait_for_nodes(self) -> Resources:
         """Return the command's resources; of a cluster that was joined, the nodes may still be starting."""
-        end = time.monotonic() + (START_SECONDS if self.cluster.ray_address else 0)
-        is_first = True
-        while True:
+        for second in range(START_SECONDS if self.cluster.ray_address else 0):
             try:
                 return resolve_resources(self.cluster, self.list_nodes(), self.pixels)
             except PipelineError as error:
-                if time.monotonic() >= end:
-                    raise
-                if is_first:
+                if second == 0:
                     print_line(f"waiting up to {format_duration(START_SECONDS)} for more machines: {error}")
-            is_first = False
             time.sleep(1)
             if self.interrupted():
                 raise StopRequest
+        return resolve_resources(self.cluster, self.list_nodes(), self.pixels)
 
     def _explain_wait(self, count: int, cpus: int, gpus: float) -> None:
-        """Say for what the command waits, and who may hold it, where the cluster that it has joined is full."""
-        if not self.cluster.ray_address or self.most_in_flight is not None:
-            return
-        for _ in range(FREE_SECONDS):  # what was given back takes a moment
-            free = ray.available_resources()
-            if count * cpus <= free.get("CPU", 0) and count * gpus <= free.get("GPU", 0):
+        """Say for what the command waits where the cluster that it has joined is full."""
+        patience = FREE_SECONDS if self.cluster.ray_address and self.most_in_flight is None else 0
+        for second in range(patience):  # what was given back takes a moment
+            free = {kind: ray.available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
+            if count * cpus <= free["CPU"] and count * gpus <= free["GPU"]:
                 return
             time.sleep(1)
-        names = []
-        with suppress(Exception):  # the dashboard that knows them may be gone, or not ours to ask
-            own = ray.get_runtime_context().get_job_id()
-            jobs = [job for job in list_jobs(detail=True) if job.status == "RUNNING" and job.job_id != own]
-            names = [
-                f"{job.submission_id or job.entrypoint} {(job.metadata or {}).get('user', '')}"
-                for job in jobs
-            ]
-        there = f"free are {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
-        running = ", ".join(name.strip() for name in names) or "no other job of this cluster"
-        print_line(f"waiting for {count} x {cpus} CPUs + {gpus:g} GPUs: {there}; at work: {running}")
+            if second == patience - 1:
+                there = f"{free['CPU']:g} CPUs and {free['GPU']:g} GPUs are free; `ddpm jobs` shows who is at work"
+                print_line(f"waiting for {count} x ({cpus} CPUs, {gpus:g} GPUs): {there}")
 
     def _set_resources(self, resources: Resources) -> None:
         self.resources = resources

@@ -20,18 +20,12 @@ KUEUE = "kueue.x-k8s.io"
 
 
 def make_rayjob(
-    words: list[str],
-    cluster: ClusterConfig,
-    relative: list[str],
-    template: Path,
-    labels: dict[str, str | None],
+    words: list[str], cluster: ClusterConfig, relative: list[str], template: Path, labels: dict[str, str | None],
     hours: int | None,
-) -> str:
-    """Return the manifest, for `kubectl create --filename -`, of a RayJob that runs a command that was checked.
+) -> str:  # fmt: skip
+    """Return the manifest of a RayJob that runs a command that was checked, for `kubectl create --filename -`.
 
-    words, relative: as in `submit_job`; template: a RayJob whose cluster has one pod for each machine; labels:
-    Kueue's `queue-name` and `priority-class`. Made again from the same command, the new job goes on where the last one
-    ended. Raises ConfigError.
+    words, relative: as in `submit_job`; template: a RayJob; labels: Kueue's, as {"queue-name": ..}. Raises ConfigError.
     """
     check_paths(relative, cluster)
     here, *shipped = (folder.resolve() for folder in config.list_conf_folders())

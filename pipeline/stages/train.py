@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -92,8 +92,7 @@ class TrainStage(GroupStage):
         if ctx.rank == 0:
             remove_leftovers(place.train)  # of a group that was killed before this one
         state, sums = _restore_state(ctx, place)
-        clock, watch = _ForwardClock(), _Watch(ctx, place)
-        make_step = _build_step(ctx, place, state, clock)
+        make_step, watch = _build_step(ctx, place, state), _Watch(ctx, place)
         log = LogWriter(place.log) if ctx.rank == 0 else None
         heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
@@ -106,7 +105,7 @@ class TrainStage(GroupStage):
                     heartbeat.write(step)
                 save = step % config.checkpoint_every == 0 or step in (config.steps, *config.keep_steps)
                 if save or step % config.log_every == 0:
-                    point = sums.compute_point(ctx, config, step, clock)
+                    point = sums.compute_point(ctx, config, step)
                     watch.set_interval(point["train/images_per_second"])
                     if log:
                         log.write(step, point)
@@ -181,32 +180,6 @@ class _Watch:
         return self.ctx.broadcast_number(STOP if self.place.stop_file.exists() else SAVE if is_due else 0)
 
 
-class _ForwardClock:
-    """Measures the newest forward pass of this worker: unlike a step, it waits for no other worker."""
-
-    def __init__(self) -> None:
-        self.marks: Any = None, None  # times on a CPU, events on a GPU
-
-    def mark(self, net: nn.Module, inputs: tuple[torch.Tensor, ...], *_: object) -> None:
-        """Note the time before or after a pass; hook of the network."""
-        now = torch.cuda.Event(enable_timing=True) if inputs[0].is_cuda else None
-        if now:
-            now.record()
-        self.marks = self.marks[1], now or time.perf_counter()
-
-    def read(self) -> float:
-        """Return the seconds of the newest pass, which the device has ended."""
-        start, end = self.marks
-        return float(end - start) if isinstance(end, float) else start.elapsed_time(end) / 1000
-
-
-def _gather_rows(ctx: Worker, row: torch.Tensor) -> torch.Tensor:
-    """Return the rows of all ranks, (world_size, len(row))."""
-    rows = row.new_zeros(ctx.world_size, len(row))
-    rows[ctx.rank] = row
-    return ctx.sum_over_workers(rows)
-
-
 class _LogSums:
     """Sums of loss and gradient norm since the last point of the log, on the device.
 
@@ -230,30 +203,25 @@ class _LogSums:
             )
         return loss, grad_norm
 
-    def compute_point(
-        self, ctx: Worker, config: TrainStageConfig, step: int, clock: _ForwardClock
-    ) -> dict[str, float]:
-        """Return the metrics of the log's point at `step`; of several workers the rate of the slowest."""
+    def compute_point(self, ctx: Worker, config: TrainStageConfig, step: int) -> dict[str, float]:
+        """Return the metrics of the log's point at `step`; the rate is the same on all workers."""
         loss, grad_norm = self.compute_means(ctx, step)
-        rate = config.batch_size * (step - self.began) / (time.perf_counter() - self.time)
-        point = {
+        seconds = ctx.broadcast(time.perf_counter() - self.time)
+        return {
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": compute_learning_rate(config, step - 1),
-            "train/images_per_second": rate,
+            "train/images_per_second": config.batch_size * (step - self.began) / seconds,
         }
-        if ctx.world_size > 1:
-            rates, seconds = _gather_rows(ctx, self.sums.new_tensor([rate, clock.read()])).T.tolist()
-            point["train/images_per_second"] = min(rates)
-            point |= {"train/forward_seconds_min": min(seconds), "train/forward_seconds_max": max(seconds)}
-        return point
 
     def tensors(self, ctx: Worker, step: int) -> Tensors:
         """Return the sums of all ranks, for a checkpoint between two points of the log."""
         if self.start == step:
             return {}
         self.compute_means(ctx, step)  # a state that has diverged is not kept
-        return {"window.sums": _gather_rows(ctx, self.sums), "window.start": torch.tensor(self.start)}
+        sums = self.sums.new_zeros(ctx.world_size, 2)
+        sums[ctx.rank] = self.sums
+        return {"window.sums": ctx.sum_over_workers(sums), "window.start": torch.tensor(self.start)}
 
     def load_tensors(self, ctx: Worker, tensors: Tensors) -> None:
         """Restore the sums of this rank; divide them equally if the number of workers changed."""
@@ -332,7 +300,7 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
     return state, sums
 
 
-def _build_step(ctx: Worker, place: Place, state: TrainState, clock: _ForwardClock) -> Callable[[], Tensors]:
+def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Tensors]:
     """Return a function that does one training step."""
     experiment, config = place.experiment, place.experiment.train
     images = open_dataset(place.data, "train", ctx)
@@ -362,8 +330,6 @@ def _build_step(ctx: Worker, place: Place, state: TrainState, clock: _ForwardClo
 
     if ctx.world_size > 1:
         _fix_gradient_buckets(state, diffusion, *read_batch(), rows, config, forward)
-        forward.register_forward_pre_hook(clock.mark)
-        forward.register_forward_hook(clock.mark)
     return make_step
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import getpass
 import hashlib
 import json
 import logging
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, ParamSpec, TypeVar
 
 import numpy as np
+import psutil
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
@@ -384,11 +384,7 @@ def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
 
 def name_user() -> str:
     """Return user@host of this process, or of the person who submitted its job."""
-    if submitter := os.environ.get(USER_VARIABLE):
-        return submitter
-    with suppress(KeyError, OSError):  # a container may run under a number without a name
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    return f"{os.getuid()}@{socket.gethostname()}"
+    return os.environ.get(USER_VARIABLE) or f"{psutil.Process().username()}@{socket.gethostname()}"
 
 
 def is_locked(path: Path) -> bool:

@@ -22,7 +22,7 @@ from pipeline.sweep.points import Trial
 from pipeline.sweep.trial_states import State, TrialStates
 
 AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
-DEADLINE = 60.0  # seconds without a delivery, after the last trial, until a server is left
+DEADLINE = 120.0  # seconds after the last trial for what the server has not got
 LONGEST = 300  # characters of a reason; libraries can be wordy
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # on the server; anything else was KILLED
 
@@ -47,7 +47,6 @@ class StudyRecorder:
         # A server that does not answer holds up nobody but this thread.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="study-tracking")
         self.deliveries: list[Future[None]] = []
-        self.newest_board: Future[None] | None = None
 
     def start(self) -> None:
         """Start the study's MLflow run, and send what earlier commands did not."""
@@ -96,10 +95,9 @@ class StudyRecorder:
             end = f"finished in {format_duration(row.seconds)}: {format_headline(row.scores)}"
         print_line(f"{trial.label}: {end}")
 
-    def _deliver(self, send: Callable[..., None], *arguments: Any) -> Future[None]:
+    def _deliver(self, send: Callable[..., None], *arguments: Any) -> None:
         """Send something to the server, after what was to be sent before."""
         self.deliveries.append(self.thread.submit(send, *arguments))
-        return self.deliveries[-1]
 
     def _end_mirror(self, mirror: tracking.Mirror, end: Callable[[str], None], status: str) -> None:
         end(status)
@@ -136,9 +134,7 @@ class StudyRecorder:
             }
         rungs = {key: self.states.records[key]["rungs"] for key in self.trials}
         table, note = leaderboard.make_rows(board), leaderboard.format_markdown(board)
-        if self.newest_board:
-            self.newest_board.cancel()
-        self.newest_board = self._deliver(self.parent.send_leaderboard, table, note, tags, scores, rungs)
+        self._deliver(self.parent.send_leaderboard, table, note, tags, scores, rungs)
 
     def finish(self, status: str) -> None:
         """Write leaderboard and report; set the final status in MLflow."""
@@ -148,18 +144,9 @@ class StudyRecorder:
         sweep, report = self.sweep, self.folder / "report"
         if rows := [row for row in self.leaderboard.rows if row.scores]:
             comparison.write_comparison(rows, report, sweep.name, sweep.metric, sweep.note)
-        last, done = self._deliver(self.parent.finish, status, report), -1
-        while not (last.done() or self.parent.is_behind) and done < (now := self._count_deliveries()):
-            done = now
-            wait([last], DEADLINE)
-        self.parent.is_behind |= not last.done()
+        self._deliver(self.parent.finish, status, report)
+        self.parent.is_behind |= bool(wait(self.deliveries, DEADLINE).not_done)
         self.thread.shutdown(wait=False, cancel_futures=True)
-        for delivery in self.deliveries:
-            if delivery.done() and not delivery.cancelled():
-                delivery.result()
-
-    def _count_deliveries(self) -> int:
-        return sum(delivery.done() for delivery in self.deliveries)
 
     def describe_progress(self) -> str:
         """Return the stage of each running trial, and the step of training, as one line."""

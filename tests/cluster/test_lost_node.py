@@ -29,52 +29,83 @@ EXPERIMENT = [
 SERVICES = {"ray-head": "ray-head", "node-1": "ray-worker", "node-2": "ray-worker"}
 
 
-@pytest.fixture
-def network(tmp_path) -> Iterator[hosts.Network]:
-    network = hosts.Network(tmp_path / "hosts", SERVICES)
-    try:
-        yield network
-    finally:
-        network.close()
+class Nodes:
+    """The hosts with their services, and training on them."""
 
+    def __init__(self, folder: Path):
+        env = {name: secrets.token_hex(32) for name, _ in VARIABLE.findall(COMPOSE.read_text())}
+        self.volumes, self.of_file = folder / "volumes", services(env | {"WORKER_CPUS": "1"})
+        self.network = hosts.Network(folder / "hosts", SERVICES)
 
-def test_training_waits_for_a_node_that_returns_and_ends_with_the_same_bits(network, tmp_path):
-    """Cut off first: nothing tells its peer that it is gone."""
-    env = {name: secrets.token_hex(32) for name, _ in VARIABLE.findall(COMPOSE.read_text())}
-    of_file = services(env | {"WORKER_CPUS": "1"})
-    runs = tmp_path / "volumes" / "runs"
+    def start(self, host: str) -> None:
+        service = self.of_file[SERVICES[host]]
+        self.network[host].start(service, self.volumes)
+        self.network[host].wait_until_healthy(service["healthcheck"])
 
-    def start(host: str) -> None:
-        service = of_file[SERVICES[host]]
-        network[host].start(service, tmp_path / "volumes")
-        network[host].wait_until_healthy(service["healthcheck"])
-
-    def train(folder: str) -> Path:
-        where = ["cluster.ray_address=auto", f"cluster.storage=/srv/runs/{folder}", "cluster.workers=2"]
-        command = [sys.executable, "-m", "pipeline", "train", "digits", *EXPERIMENT, *where]
-        outcome = network["ray-head"].execute(*command, timeout=900)
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-        (run,) = (runs / folder).glob("tiny-*")
+    def find_run(self, folder: str) -> Path:
+        (run,) = (self.volumes / "runs" / folder).glob("tiny-*")
         return run
 
-    def read_step() -> int:
-        return max((int(file.read_text() or 0) for file in runs.glob("returns/tiny-*/.step")), default=0)
+    def train(self, folder: str, *words: str) -> Path:
+        where = ["cluster.ray_address=auto", f"cluster.storage=/srv/runs/{folder}", "cluster.workers=2"]
+        command = [sys.executable, "-m", "pipeline", "train", "digits", *EXPERIMENT, *where, *words]
+        outcome = self.network["ray-head"].execute(*command, timeout=900)
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        return self.find_run(folder)
 
-    for host in SERVICES:
-        start(host)
-    untouched, node = train("untouched"), network["node-2"]
+    def read_step(self, folder: str) -> int:
+        steps = (self.volumes / "runs").glob(f"{folder}/tiny-*/.step")
+        return max((int(file.read_text() or 0) for file in steps), default=0)
+
+
+@pytest.fixture
+def nodes(tmp_path) -> Iterator[Nodes]:
+    nodes = Nodes(tmp_path)
+    try:
+        for host in SERVICES:
+            nodes.start(host)
+        yield nodes
+    finally:
+        nodes.network.close()
+
+
+def test_a_node_that_is_taken_away_costs_seconds(nodes):
+    """SIGTERM, as an eviction sends it: the workers save at the notice, and one goes on from there."""
+    command = ["train.steps=4000", "train.checkpoint_every=100000", "cluster.min_workers=1"]
     with ThreadPoolExecutor() as threads:
-        command = threads.submit(train, "returns")
-        wait_until(lambda: read_step() > 50, 300)
+        ended = threads.submit(nodes.train, "taken", *command)
+        wait_until(lambda: nodes.read_step("taken") > 50, 300)
+        reached, run = nodes.read_step("taken"), nodes.find_run("taken")
+        assert not list(run.glob("train/step_*"))
+        taken = threads.submit(nodes.network["node-2"].stop, nodes.of_file["ray-worker"])
+        wait_until(lambda: list(run.glob("train/step_*")), 25)
+        saved = int(next(run.glob("train/step_*")).name[5:])
+        taken.result()
+        log = run / "logs" / "rank-0.log"
+        wait_until(lambda: "rank 0 of 1 begins" in log.read_text(), 200)
+        again = time.time()
+        wait_until(lambda: (run / ".step").stat().st_mtime > again, 60)
+        assert reached <= saved <= nodes.read_step("taken"), "the smaller group goes on from there"
+        assert f"a checkpoint of step {saved}, then on" in log.read_text()
+        assert ended.result() == run
+    assert len(read_losses(run)) == 400
+
+
+def test_training_waits_for_a_node_that_returns_and_ends_with_the_same_bits(nodes):
+    """Cut off first: nothing tells its peer that it is gone."""
+    untouched, node = nodes.train("untouched"), nodes.network["node-2"]
+    with ThreadPoolExecutor() as threads:
+        command = threads.submit(nodes.train, "returns")
+        wait_until(lambda: nodes.read_step("returns") > 50, 300)
         subprocess.run(["ip", "-netns", node.namespace, "link", "set", "eth0", "down"], check=True)
         time.sleep(10)
         node.kill()
-        reached = read_step()
+        reached = nodes.read_step("returns")
         assert reached < STEPS, "it was over before anything broke"
         time.sleep(10)
-        assert not command.done() and read_step() == reached
+        assert not command.done() and nodes.read_step("returns") == reached
         subprocess.run(["ip", "-netns", node.namespace, "link", "set", "eth0", "up"], check=True)
-        start("node-2")
+        nodes.start("node-2")
         run = command.result()
     state = f"train/step_{STEPS:08d}/state.safetensors"
     assert hash_file(run / state) == hash_file(untouched / state)

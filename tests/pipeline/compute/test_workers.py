@@ -128,8 +128,6 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
 
     assert state_hash(run, STEPS) == state_hash(untouched, STEPS)
     assert losses(run) == losses(untouched)
-    metrics = json.loads(run.log.read_text().splitlines()[-1])["metrics"]
-    assert workers == 1 or 0 < metrics["train/forward_seconds_min"] < metrics["train/forward_seconds_max"]
 
 
 @pytest.mark.slow
