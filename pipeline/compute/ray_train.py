@@ -29,15 +29,13 @@ from torch import nn
 from pipeline.compute.resources import Resources
 from pipeline.compute.units import GIB, Body, Value, Worker
 from pipeline.config import ClusterConfig
-from pipeline.errors import PipelineError, shorten_error
+from pipeline.errors import PipelineError, TransientError, shorten_error
 from pipeline.store.checkpoint import list_steps
 from pipeline.store.files import write_text
 from pipeline.store.run import Place
 
 POLL_SECONDS = 0.5
-RESIZE_SECONDS = (
-    300.0  # between looks for nodes that came back: a larger group starts from the newest checkpoint
-)
+RESIZE_SECONDS = 300.0  # between looks for more nodes: a larger group starts from the newest checkpoint
 log = logging.getLogger(__name__)
 
 
@@ -208,7 +206,7 @@ def _run_worker_body(body: Body, place: Place, cpus: int, image_memory: int) -> 
         body(context, place)
     except BaseException as error:
         log.warning("this worker ends", exc_info=True)
-        if isinstance(error, PipelineError):
+        if isinstance(error, PipelineError) and not isinstance(error, TransientError):
             write_text(place.failure, str(error))
         raise
 

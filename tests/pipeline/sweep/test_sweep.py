@@ -225,7 +225,7 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
 
 
 def test_a_trial_that_never_fits_is_refused():
-    with pytest.raises(PipelineError, match=r"3 workers with 1 CPUs .* 1 x 2 CPUs .* lower cluster.workers"):
+    with pytest.raises(PipelineError, match=r"3 workers with 1 CPUs .*1 x 2 CPUs .* lower cluster.workers"):
         divide_cluster(cluster(workers=3), [(2, 0)], 4, None)
 
 
