@@ -25,7 +25,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from ddpm import model
-from ddpm.config import Precision
+from ddpm.config import DiffusionConfig, Precision
 from ddpm.diffusion import Diffusion
 from ddpm.kernels.cuda import keep_cast_weights
 from ddpm.precision import PreciseNetwork
@@ -146,7 +146,10 @@ def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
     if file == STATE and not has_state(folder):
         remedy = "use sample.weights=ema, of the first train.ema_decay"
         raise PipelineError(f"{folder} holds the EMA alone (train.keep_steps); {remedy}")
-    own = create_network(place.experiment, "meta").state_dict()
+    experiment = place.experiment
+    labels = experiment.data.labels if experiment.takes_labels else 0
+    known, sizes = experiment.data.limit or 0, experiment.data.shape
+    own = _list_tensors(cast(Any, experiment.model), experiment.diffusion, sizes, labels, known)
     for file, prefix in ((EMA, ""), *([(STATE, "net.")] if has_state(folder) else [])):
         try:
             with safe_open(folder / file, "pt") as stored:
@@ -157,6 +160,17 @@ def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
         given = {n: torch.empty(its, device="meta") for n, its in shapes.items() if n.startswith(prefix)}
         if fault := describe_mismatch(found, given):
             raise PipelineError(f"{folder} holds another network: {fault}")
+
+
+@lru_cache(
+    maxsize=32
+)  # the trials of a sweep have few networks, and building one takes as long as all other checks
+def _list_tensors(
+    config: Any, diffusion: DiffusionConfig, shape: tuple[int, int, int], labels: int, known: int
+) -> Tensors:
+    """Return the tensors of a network by name, without content."""
+    net = model.create_network(config, Diffusion(diffusion), shape, labels, "meta", known_images=known)
+    return dict(net.state_dict())
 
 
 def is_valid(place: Place, step: int) -> bool:
