@@ -63,11 +63,15 @@ class Model:
     def run_chains(self, index: Tensor, **options: Any) -> Iterator[ReverseStep]:
         """Run the reverse process of the images index (int64, (N,)), a function of seed and index alone."""
         asked = {**self.options, **options}
-        context, scale = self.make_context(asked.pop("label"), index), asked.pop("guidance_scale")
-        net: Network = self.net
-        if context is not None and scale != 1:
-            net = add_guidance(net, scale, 0 if context.is_floating_point() else NO_LABEL)
+        context = self.make_context(asked.pop("label"), index)
+        net = self.guide(context, asked.pop("guidance_scale"))
         return run_image_chains(self.diffusion, net, index=index, shape=self.shape, context=context, **asked)
+
+    def guide(self, context: Tensor | None, scale: float) -> Network:
+        """Return the network, guided towards a context where scale is not 1."""
+        if context is None or scale == 1:
+            return self.net
+        return add_guidance(self.net, scale, 0 if context.is_floating_point() else NO_LABEL)
 
     def sample(self, n: int, *, first: int = 0, batch_size: int = 64, **options: Any) -> Tensor:
         """Draw images first..first+n-1, (n, C, H, W), float32 in [-1, 1]; without options those of the run."""

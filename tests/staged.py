@@ -16,7 +16,7 @@ def with_weights(experiment, run, scale=1.0):
     tensors["conv_out.weight"] *= 1e5 * scale
     raw = {f"net.{name}": tensor for name, tensor in tensors.items()}
     checkpoint.save_checkpoint(run.step_folder(experiment.train.steps), raw, tensors, experiment.train.steps)
-    checkpoint.load_network.cache_clear()
+    checkpoint.load_model.cache_clear()
 
 
 def change(experiment, section, **changes):

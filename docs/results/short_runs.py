@@ -25,7 +25,7 @@ from pipeline.config import flatten, to_dict
 from pipeline.drawing.grids import save_grid
 from pipeline.engine.find import read_place
 from pipeline.store import tars
-from pipeline.store.checkpoint import load_network
+from pipeline.store.checkpoint import load_model
 from pipeline.store.files import read_json
 from pipeline.store.run import Place
 
@@ -129,7 +129,7 @@ def describe_colours(images: Tensor) -> dict[str, Any]:
 @torch.no_grad()
 def measure_errors(place: Place, test: Tensor) -> dict[str, list[float]]:
     """Return the RMSE of the clipped estimate of x_0 at each level: of all pixels, and of the channels' means."""
-    net, diffusion = load_network(place, CPU), Diffusion(place.experiment.diffusion)
+    net, diffusion = load_model(place, CPU).net, Diffusion(place.experiment.diffusion)
     index, found = torch.arange(len(test)), {"pixels": [], "colour": []}
     for level in LEVELS:
         t = torch.full((len(test),), level - 1)

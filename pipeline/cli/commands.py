@@ -298,7 +298,7 @@ def draw_images(options: Namespace) -> None:
         raise ConfigError(f"one output at a time, not {' and '.join(named)}")
     options.words = [word for word in options.words if word not in named]
     out = Path(named[0] if named else "samples.png").expanduser()
-    draw.draw_images(options, _load_cluster(options, alone=True).storage_root, out)
+    draw.draw_images(options, _load_cluster(options, alone=True), out)
 
 
 def export_weights(options: Namespace) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cli import commands as do
-from pipeline.cli.draw import read_label, read_numbers
 from pipeline.console import drop_lost_outputs
 from pipeline.errors import ConfigError, PipelineError, suggest
 
@@ -176,16 +175,16 @@ The same command again goes on. A study that is shorter than the paper's says so
   ddpm draw DIR images.npz -n 1000 --seed 1           of a folder that `ddpm export` wrote, uint8 (N, H, W, C)
   ddpm draw digits-3f2a mixed.png --interpolate A.png B.png --at 500 --lambda 0.5
 """, (
-        _declare("run", metavar="RUN", help="a run directory, how its name begins, or a folder of weights"),
+        _declare("run", metavar="RUN", help="a run, a folder of weights, or a models:/ address"),
         _declare_names("OUT | cluster.key=value",
             "OUT.png (default: samples.png), .gif or .npz, or a new folder for single pictures"),
         _declare("--out", metavar="OUT", help="the same"),
         _declare("-n", dest="number", type=_read_whole(1, 10**6), help="how many (16); rows, with --interpolate (1)"),
         _declare("--seed", type=_read_whole(0, 2**63 - 1), help="default: the run's, so that its own samples come"),
-        _declare("--label", type=read_label, help="a class, cycle, none, or a vector: 0.5,0,0.5"),
+        _declare("--label", help="a class, cycle, none, or a vector: 0.5,0,0.5"),
         _declare("--steps", type=_read_whole(1, 10**6), help="default: those of the run"),
         _declare("--interpolate", nargs=2, metavar=("A", "B"), help="two image files of the network's size"),
-        _declare("--lambda", dest="weights", type=read_numbers, metavar="L", help="default: 0,0.1,...,1"),
+        _declare("--lambda", dest="weights", metavar="L", help="one or several; default: 0,0.1,...,1"),
         _declare("--at", type=_read_whole(0, 10**6), help="t at which latents are mixed; default: T/2"), CLUSTER,
     )),
     Command("compare", do.compare_runs, "a report over several runs", """\

@@ -30,16 +30,11 @@ def read_model(name: str, root: Path, uri: str | None = None) -> tuple[Settings,
             _, settings, weights = tracking.fetch_model(name, uri, Path(scratch))
         return settings, weights
     path = Path(name).expanduser().absolute()
-    if path.is_dir() and not (path / EXPERIMENT).exists():
-        experiment = diffusers_layout.make_published_experiment(path)
-        weights, source = diffusers_layout.read_weights(experiment), path.name
-    else:
-        place = choose_checkpoint(read_place(find_run(name, root)))
-        experiment = place.experiment
-        step, which = experiment.checkpoint_step, experiment.sample.weights
-        weights = checkpoint.load_weights(place.step_folder(step), which, experiment.ema_number)
-        source = f"{experiment.weights_kind} weights of step {step} of {place.name}"
-    return {**checkpoint.describe_model(experiment), "source": source}, weights
+    if not path.is_dir() or (path / EXPERIMENT).exists():
+        return checkpoint.read_model(choose_checkpoint(read_place(find_run(name, root))))
+    experiment = diffusers_layout.make_published_experiment(path)
+    settings = {**checkpoint.describe_model(experiment), "source": path.name}
+    return settings, diffusers_layout.read_weights(experiment)
 
 
 def choose_checkpoint(place: Place) -> Place:
@@ -51,5 +46,4 @@ def choose_checkpoint(place: Place) -> Place:
         if not steps:
             checkpoint.raise_no_checkpoint(place, "yet")
         place = place.of(replace(place.experiment, sample=replace(sample, checkpoint=steps[-1])))
-    checkpoint.verify_step(place, place.experiment.checkpoint_step, "seal")
     return place

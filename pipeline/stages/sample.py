@@ -14,14 +14,14 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
-from ddpm.sampler import explain_few_steps, sample
+from ddpm.sampler import explain_few_steps
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import Experiment, to_yaml
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import tars
-from pipeline.store.chain import load_guided_network, make_labels
+from pipeline.store.checkpoint import load_model
 from pipeline.store.files import try_read, write_text
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard
@@ -140,15 +140,10 @@ def plan_sample_shards(place: Place) -> list[Shard]:
 def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
     """Draw the images of one shard and write it, then its facts (body of a unit)."""
     experiment, config = place.experiment, place.experiment.sample
-    index = torch.arange(shard.start, shard.stop, device=ctx.device)
-    labels = make_labels(experiment, index)
-    images = sample(
-        Diffusion(experiment.diffusion),
-        load_guided_network(place, ctx.device, config.compile),
-        index=index + config.first_index, shape=experiment.data.shape,
-        seed=experiment.seed, sampler=config.sampler, steps=config.steps, spacing=config.spacing, eta=config.eta,
-        variance=config.variance, context=labels,
-    )  # fmt: skip
+    model = load_model(place, ctx.device, config.precision, config.compile)
+    labels = model.make_context(config.label, torch.arange(shard.start, shard.stop, device=ctx.device))
+    n, first = shard.stop - shard.start, shard.start + config.first_index
+    images = model.sample(n, first=first, batch_size=n, label=labels)
     if not bool(images.isfinite().all()):
         remedy = "get others" if experiment.published.weights else "name an earlier step in sample.checkpoint"
         raise PipelineError(

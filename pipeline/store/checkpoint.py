@@ -12,7 +12,7 @@ import math
 import os
 import re
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from inspect import signature
 from pathlib import Path
@@ -282,21 +282,24 @@ def create_network(experiment: Experiment, device: torch.device | str = "cpu") -
     )  # fmt: skip
 
 
-@lru_cache(maxsize=1)
-def load_network(
-    place: Place, device: torch.device, precision: Precision = "fp32", compiled: bool = False
-) -> nn.Module:
-    """Load the network of the selected checkpoint in eval mode; cached, since one process runs many units.
-
-    Raises PipelineError where there is no such checkpoint.
-    """
+def read_model(place: Place) -> tuple[dict[str, Any], Tensors]:
+    """Read the settings and the weights of the selected checkpoint. Raises PipelineError where there is none."""
     step, experiment = place.experiment.checkpoint_step, place.experiment
-    directory = place.step_folder(step)
-    if not directory.is_dir():
+    if not place.step_folder(step).is_dir():
         raise_no_checkpoint(place, f"of step {step}")
     verify_step(place, step, "seal")
-    weights = load_weights(directory, experiment.sample.weights, experiment.ema_number)
-    net = model.build_model(describe_model(experiment), weights, device).net
+    weights = load_weights(place.step_folder(step), experiment.sample.weights, experiment.ema_number)
+    source = f"{experiment.weights_kind} weights of step {step} of {place.name}"
+    return {**describe_model(experiment), "source": source}, weights
+
+
+@lru_cache(maxsize=1)
+def load_model(
+    place: Place, device: torch.device, precision: Precision = "fp32", compiled: bool = False
+) -> model.Model:
+    """Load the model of the selected checkpoint; cached, since one process runs many units."""
+    found = model.build_model(*read_model(place), device)
     if precision == "bf16" and device.type == "cuda":
-        keep_cast_weights(net)
-    return PreciseNetwork(cast(nn.Module, torch.compile(net)) if compiled else net, precision)
+        keep_cast_weights(found.net)
+    net = cast(nn.Module, torch.compile(found.net)) if compiled else found.net
+    return replace(found, net=PreciseNetwork(net, precision))

@@ -73,7 +73,7 @@ FAULTS = [
     ("x.png --interpolate a.png b.png --lambda 2", 2, "lambda must lie in"),
     ("x.png --interpolate a.png wide.png", 1, "wide.png has 9x8 pixels"),
     ("x.png --interpolate a.png text.png", 1, "text.png is no image"),
-    ("x.png --interpolate a.png gone.png", 1, "gone.png"),
+    ("x.png --interpolate a.png gone.png", 1, "gone.png"), ("x.png --label three", 2, "--label three"),
 ]  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, s
     index = index.to(ctx.device)
     result = compute_bits_per_dim(
         Diffusion(experiment.diffusion),
-        checkpoint.load_network(place, ctx.device, config.precision),
+        checkpoint.load_model(place, ctx.device, config.precision).net,
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
         lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape),
         timesteps=timesteps,

@@ -14,14 +14,13 @@ from ddpm.config import Sampler, Variance
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import draw_shared_latent, interpolate, run_chain, run_image_chains, sample
+from ddpm.sampler import draw_shared_latent, interpolate, run_chain, space_timesteps
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, locate_unit_folder
 from pipeline.store import tars
-from pipeline.store.chain import build_diffusion, load_guided_network, make_labels
-from pipeline.store.checkpoint import load_network
+from pipeline.store.checkpoint import load_model
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
 
@@ -36,6 +35,14 @@ COARSE_TO_FINE = (1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0)  # Fig. 9: 
 SHARED = (1, 0.75, 0.5, 0.25)  # Fig. 7: t = 1000, 750, 500, 250
 CHILDREN = 3  # images from each shared latent
 CHILDREN_FROM = 2**16  # their indices in the stream of the figures; the pairs' begin at 0
+
+
+def build_diffusion(experiment: Experiment) -> Diffusion:
+    """Build the diffusion of all T steps, or of sample.steps of them."""
+    diffusion, config = Diffusion(experiment.diffusion), experiment.sample
+    if config.steps is None:
+        return diffusion
+    return diffusion.respace(space_timesteps(diffusion, config.steps, config.spacing))
 
 
 def count_chain_steps(share: float, experiment: Experiment) -> int:
@@ -96,14 +103,13 @@ def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
 
     Returns (snapshots, images, C, H, W) on the CPU; the last snapshot is the sample.
     """
-    experiment, config = place.experiment, place.experiment.sample
-    index, diffusion = torch.arange(start, stop, device=ctx.device), build_diffusion(experiment)
-    chain = run_image_chains(
-        diffusion, load_guided_network(place, ctx.device), index=index, shape=experiment.data.shape,
-        seed=experiment.seed, sampler=config.sampler, eta=config.eta, variance=config.variance,
-        context=make_labels(experiment, index),
-    )  # fmt: skip
-    wanted = list_snapshots(len(diffusion))
+    config = place.experiment.sample
+    model, index = (
+        load_model(place, ctx.device, config.precision),
+        torch.arange(start, stop, device=ctx.device),
+    )
+    chain = model.run_chains(index)
+    wanted = list_snapshots(config.steps or len(model.diffusion))
     return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in wanted])
 
 
@@ -127,17 +133,13 @@ def plan_steps(place: Place) -> Figure:
 
 def write_steps(ctx: Worker, place: Place, counts: list[int], start: int, stop: int, file: Path) -> None:
     """Write rows (2 (stop - start), 2 counts, C, H, W) of samples [start, stop), eta = 0 first (body of a unit)."""
-    experiment, index = place.experiment, torch.arange(start, stop, device=ctx.device)
-    net, labels = load_guided_network(place, ctx.device), make_labels(place.experiment, index)
+    model = load_model(place, ctx.device, place.experiment.sample.precision)
     images = [
-        sample(
-            Diffusion(experiment.diffusion), net, index=index, shape=experiment.data.shape, seed=experiment.seed,
-            steps=count, sampler=sampler, eta=eta, context=labels,
-        )
+        model.sample(stop - start, first=start, sampler=sampler, steps=count, spacing="uniform", eta=eta)
         for sampler in SAMPLERS
         for eta in (0.0, 1.0)
         for count in counts
-    ]  # fmt: skip
+    ]
     rows = torch.stack(images, dim=1).unflatten(1, (len(SAMPLERS), -1)).flatten(0, 1)
     write_arrays(file, images=to_uint8(rows).cpu().numpy())
 
@@ -197,7 +199,7 @@ def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: 
     def noise(t: int) -> Tensor:
         return draw_normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
 
-    net = load_network(place, ctx.device, place.experiment.sample.precision, False)
+    net = load_model(place, ctx.device, experiment.sample.precision).net
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
     return interpolate(
@@ -237,17 +239,20 @@ def write_shared_latents(ctx: Worker, place: Place, n: int, steps: int, file: Pa
 def draw_from_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Draw x_t (n, C, H, W) of the first n samples' chains, and images (n * children, C, H, W) from it."""
     experiment, variance = place.experiment, choose_ancestral_variance(place.experiment)
-    chain, net = build_diffusion(experiment), load_guided_network(place, ctx.device)
+    chain, config = build_diffusion(experiment), experiment.sample
+    model = load_model(place, ctx.device, config.precision)
     draw = partial(draw_normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
+    labels = model.make_context(config.label, index)
+    net = model.guide(labels, config.guidance_scale)
     x_t = draw_shared_latent(
         chain, net, draw(Stream.X_T, 0, index), lambda t: draw(Stream.REVERSE, t, index), steps,
-        variance=variance, context=make_labels(experiment, index),
+        variance=variance, context=labels,
     )  # fmt: skip
-    parents = index.repeat_interleave(CHILDREN)
     children = CHILDREN_FROM + torch.arange(n * CHILDREN, device=ctx.device)
     *_, last = run_chain(
         chain, net, x_t.repeat_interleave(CHILDREN, 0), lambda t: draw(Stream.FIGURES, t, children),
-        variance=variance, timesteps=range(steps), context=make_labels(experiment, parents),
+        variance=variance, timesteps=range(steps), 
+        context=None if labels is None else labels.repeat_interleave(CHILDREN),
     )  # fmt: skip
     return x_t, last.x_t

@@ -13,7 +13,6 @@ from pipeline.scores.reference import load_reference
 from pipeline.scores.results import Bound, Scores
 from pipeline.stages.figures.chains import list_snapshots, make_snapshots
 from pipeline.stages.figures.figure import Figure, FigureUnavailable, describe_chain, locate_unit_folder
-from pipeline.store.chain import build_diffusion
 from pipeline.store.files import read_arrays, read_sealed, try_read, write_arrays
 from pipeline.store.run import Place
 
@@ -74,10 +73,8 @@ def plan_scores_along_chain(place: Place) -> Figure:
     )
 
     def draw(files: list[Path], file: Path) -> None:
-        steps, scores = (
-            list_snapshots(len(build_diffusion(experiment))),
-            score_snapshots(files, n, statistics),
-        )
+        steps = list_snapshots(experiment.sample.steps or experiment.diffusion.timesteps)
+        scores = score_snapshots(files, n, statistics)
         panels = []
         for name in ("is_mean", "fid") if "is_mean" in scores[0] else ("fid",):
             line = charts.Line(steps, [its[name] for its in scores])

@@ -96,7 +96,7 @@ def write_errors(
         ours = measure(lambda x_t, t: compute_posterior_mean(x_t, table[t], known))
     else:
         labels = torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None
-        net = checkpoint.load_network(place, ctx.device, experiment.sample.precision)
+        net = checkpoint.load_model(place, ctx.device, experiment.sample.precision).net
         ours = measure(net, Diffusion(experiment.diffusion), clip=True, context=labels)
     line, mean = load_linear_denoiser(place, direct, ctx.device)
     of_mean = ((x_0.flatten(1) - mean) ** 2).mean(dim=1).double().cpu().expand_as(ours)

@@ -53,7 +53,7 @@ def finished(tmp_path_factory, sharded_storage):
 def place(finished, tmp_path):
     """A copy of the finished run."""
     shutil.copytree(finished.storage, tmp_path / "runs")
-    checkpoint.load_network.cache_clear()
+    checkpoint.load_model.cache_clear()
     return make_place(EXPERIMENT, tmp_path / "runs")
 
 

@@ -26,7 +26,7 @@ def test_nll_is_the_bound_of_the_first_test_images(sampled):
     index = torch.arange(6)
     expected = compute_bits_per_dim(
         Diffusion(experiment.diffusion),
-        checkpoint.load_network(run.of(experiment), torch.device("cpu")),
+        checkpoint.load_model(run.of(experiment), torch.device("cpu")).net,
         images,
         lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], (1, 8, 8)),
     )

@@ -27,7 +27,7 @@ from pipeline.stages import evaluate, figures, sample, shard
 from pipeline.stages.figures import chains, curves, nearest
 from pipeline.stages.figures.stage import FIGURES
 from pipeline.store import tars
-from pipeline.store.checkpoint import load_network
+from pipeline.store.checkpoint import load_model
 from pipeline.store.files import read_json, read_manifest, write_arrays
 from pipeline.store.run import Place
 
@@ -106,7 +106,7 @@ def test_steps_compares_chains_without_and_with_fresh_noise(drawn):
     shown = cells(run.of(experiment).figures / "steps.png")
     assert shown.shape[:2] == (8, 4), "10 and 20 steps of T = 20, twice, by two samplers"
     index, shape = torch.arange(4), experiment.data.shape
-    net, diffusion = load_network(run.of(experiment), torch.device("cpu")), Diffusion(experiment.diffusion)
+    net, diffusion = load_model(run.of(experiment), torch.device("cpu")).net, Diffusion(experiment.diffusion)
     solver = {"sampler": "dpm++", "steps": 10, "eta": 1.0}
     for row, column, how in (
         (0, 1, {"sampler": "ddim"}), (0, 2, {"variance": "fixedsmall", "steps": 10}), (1, 2, solver),
@@ -125,7 +125,7 @@ def test_stages_are_evenly_spaced_and_end_the_chain(steps):
 def plain_end(experiment, run, image, pair, steps):
     """The source diffused by so many steps with the pair's noise, and reversed: no mixing anywhere."""
     diffusion, index = Diffusion(experiment.diffusion), torch.tensor([pair])
-    net = load_network(run.of(experiment), torch.device("cpu"))
+    net = load_model(run.of(experiment), torch.device("cpu")).net
     eps = draw_normal(experiment.seed, Stream.FIGURES, len(diffusion), index, image.shape)
     x_t = diffusion.q_sample(from_uint8(image)[None], torch.tensor([steps - 1]), eps)
 
@@ -176,7 +176,7 @@ def test_coarse_to_fine_goes_from_all_steps_to_the_pixels(drawn):
 def test_a_shared_latent_lies_on_the_samples_chain(drawn):
     experiment, run = drawn
     diffusion, index = Diffusion(experiment.diffusion), torch.arange(3)
-    net = load_network(run.of(experiment), torch.device("cpu"))
+    net = load_model(run.of(experiment), torch.device("cpu")).net
     for steps in (20, 10, 5):
         x_t, children = chains.draw_from_latents(one_cpu().context, run.of(experiment), 3, steps)
 

@@ -144,4 +144,4 @@ def test_a_missing_step_and_the_weights_of_another_network_are_refused(tiny_run)
     checkpoint.save_checkpoint(run.step_folder(2), TENSORS, EMA, 2)
     for step, complaint in ((5, r"no checkpoint of step 5 \(there are: 2\)"), (2, "another network")):
         with pytest.raises(PipelineError, match=complaint):
-            checkpoint.load_network(run.of(asking_for(experiment, checkpoint=step)), torch.device("cpu"))
+            checkpoint.load_model(run.of(asking_for(experiment, checkpoint=step)), torch.device("cpu"))
