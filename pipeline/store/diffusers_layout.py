@@ -298,7 +298,7 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     checkpoint.verify_step(place, step, "seal")  # `load_weights` hashes
     tensors = checkpoint.load_weights(place.step_folder(step), which)
     kind = experiment.published.weights or which
-    return write_folder(experiment, tensors, directory, kind, f"step {step} of {path.name}")
+    return write_folder(experiment, tensors, directory, kind, f"{kind} weights of step {step} of {path.name}")
 
 
 def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind: str, source: str) -> str:
@@ -317,7 +317,7 @@ def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind
         write_json(temporary / "unet" / NETWORK, header | {"_class_name": "UNet2DModel"} | network)
         write_json(temporary / "scheduler" / SCHEDULER, header | {"_class_name": "DDPMScheduler"} | scheduler)
         write_json(temporary / PIPELINE, header | {"_class_name": "DDPMPipeline"} | parts)
-    return f"{directory}: {kind} weights of {source}"
+    return f"{directory}: {source}"
 
 
 def make_network_settings(experiment: Experiment) -> Settings:

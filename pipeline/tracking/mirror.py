@@ -7,8 +7,8 @@ import shlex
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 from typing_extensions import TypedDict
@@ -192,7 +192,8 @@ def deliver_run(uri: str, study: str, place: Place, largest_model: float = 0) ->
     mirror = Mirror(uri, study, place, largest_model=largest_model)
     mirror._state.get("servers", {}).pop(hide_password(uri), None)
     mirror._state["status"] = mirror.last_status
-    with _explain_errors(place, uri):
+    what = f"{place.path} could not be delivered to {hide_password(uri)}"
+    with mlflow_client.explain_errors(uri, what, "try again later"):
         mirror.deliver()
     return f"{describe_delivery(place, uri, largest_model)}: delivered {_count_kinds(mirror.sent)}"
 
@@ -201,24 +202,10 @@ def register_run(uri: str, place: Place, step: int, name: str, alias: str | None
     """Register the weights of a step under a name, with an alias, and return the model's address."""
     mirror = Mirror(uri, place.experiment.name, place)
     mirror._state["status"] = mirror.last_status
-    with _explain_errors(place, uri):
+    with mlflow_client.explain_errors(uri, f"{place.path} could not be registered", "try again later"):
         mirror.deliver()
         assert mirror.sender, "a run with a checkpoint has content"
         return models.register_model(uri, mirror.sender.send_weights(step), name, alias)
-
-
-@contextmanager
-def _explain_errors(place: Place, uri: str) -> Iterator[None]:
-    """Raise what a server does to the body as a PipelineError."""
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:
-        reason, remedy = mlflow_client.explain_store_error(error, uri)
-        raise PipelineError(
-            f"{place.path} could not be delivered to {hide_password(uri)} ({reason}); {remedy or 'try again later'}"
-        ) from error
 
 
 def _count_kinds(parcels: Iterable[str]) -> str:

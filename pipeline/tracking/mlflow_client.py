@@ -133,14 +133,25 @@ def explain_ui(uri: str, storage: Path) -> str:
 
 def check_server(uri: str) -> None:
     """Raise PipelineError unless the tracking server answers an API call."""
-    try:
+    place = hide_password(uri)
+    later = (
+        f"leave out cluster.tracking_uri and deliver later with `ddpm sync RUN cluster.tracking_uri={place}`"
+    )
+    what = f"the tracking server {place} does not answer"
+    with explain_errors(uri, what, "start it or wait for it", f", or {later}"):
         create_client(uri).search_experiments(max_results=1)
-    except Exception as error:
-        place, (reason, remedy) = hide_password(uri), explain_store_error(error, uri)
-        raise PipelineError(
-            f"the tracking server {place} does not answer ({reason}); {remedy or 'start it or wait for it'}, or leave "
-            f"out cluster.tracking_uri and deliver later with `ddpm sync RUN cluster.tracking_uri={place}`"
-        ) from error
+
+
+@contextmanager
+def explain_errors(uri: str, what: str, remedy: str, rest: str = "") -> Iterator[None]:
+    """Raise what a server or its client does to the body as a PipelineError; remedy: where it may pass by itself."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:  # whatever they come up with
+        reason, found = explain_store_error(error, uri)
+        raise PipelineError(f"{what} ({reason}); {found or remedy}{rest}") from error
 
 
 def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str) -> str:

@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 import ddpm
 from ddpm.networks.own import OwnConfig
 from pipeline.config import Experiment, load_experiment
-from pipeline.errors import PipelineError, hide_password
+from pipeline.errors import hide_password
 from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place
 from pipeline.store.selection import fill_in_selection
 from pipeline.store.tensors import Tensors, load_tensors
-from pipeline.tracking.mlflow_client import create_client, explain_store_error
+from pipeline.tracking.mlflow_client import create_client, explain_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -52,7 +52,8 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
 
     experiment, directory = place.experiment, place.step_folder(step)
     tensors = checkpoint.load_weights(directory, experiment.sample.weights, experiment.ema_number)
-    settings = {**checkpoint.describe_model(experiment), "source": f"step {step} of {place.name}"}
+    source = f"{experiment.weights_kind} weights of step {step} of {place.name}"
+    settings = {**checkpoint.describe_model(experiment), "source": source}
     with TemporaryDirectory(prefix=TEMPORARY, dir=place.path) as scratch:
         weights, described = Path(scratch, WEIGHTS), Path(scratch, SETTINGS)
         save_file(tensors, weights, {"format": "pt"})
@@ -102,24 +103,19 @@ def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list
 def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -> str:
     """Make a logged model a version of `name` in the registry, once, and give it the alias; return its address."""
     import mlflow
-    from mlflow.exceptions import MlflowException
 
     mlflow.set_tracking_uri(uri)  # it is there that a client looks for the files of a version
     client = create_client(uri)
-    try:
+    if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     source = f"{PREFIX}{model.model_id}"
     known = [found for found in client.search_model_versions(f"name='{name}'") if found.source == source]
-    version = (
-        known[0] if known
-        else client.create_model_version(name, source, model.source_run_id, model_id=model.model_id)
-    )  # fmt: skip
+    if not known:
+        known.append(client.create_model_version(name, source, model.source_run_id, model_id=model.model_id))
+    version = known[0].version
     if alias is None:
-        return f"{PREFIX}{name}/{version.version}"
-    client.set_registered_model_alias(name, alias, version.version)
+        return f"{PREFIX}{name}/{version}"
+    client.set_registered_model_alias(name, alias, version)
     return f"{PREFIX}{name}@{alias}"
 
 
@@ -128,18 +124,13 @@ def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, dict[
 
     Its files are written to `folder`, and no code of it runs. Raises PipelineError.
     """
-    create_client(uri)
-    import mlflow
+    made_by = "`ddpm register RUN --alias NAME` makes such a model"
+    with explain_errors(uri, f"{address} cannot be fetched from {hide_password(uri)}", made_by):
+        create_client(uri)
+        import mlflow
 
-    try:
         where = {"dst_path": str(folder), "tracking_uri": uri, "registry_uri": uri}
         files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", **where))
-    except Exception as error:
-        reason, _ = explain_store_error(error, uri)
-        raise PipelineError(
-            f"{address} cannot be fetched from {hide_password(uri)} ({reason}); `ddpm register RUN --alias NAME` makes "
-            "such a model, and cluster.tracking_uri says where it is"
-        ) from error
     remedy = "register its run again"
     settings = read_json(files / SETTINGS, dict[str, Any], remedy)
     return load_experiment(str(files / EXPERIMENT), []), settings, load_tensors(files / WEIGHTS, remedy)

@@ -406,7 +406,11 @@ def test_export_and_import_give_the_same_tensors(tmp_path, which):
     expected = {name: tensor + (which == "ema") for name, tensor in net.state_dict().items()}
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     with safe_open(tmp_path / "out" / "unet" / f"{FILE}.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "source": f"step 6 of {run.path.name}", "weights": which}
+        assert file.metadata() == {
+            "format": "pt",
+            "source": f"{which} weights of step 6 of {run.path.name}",
+            "weights": which,
+        }
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,9 @@ def test_a_registered_model_draws_the_samples_of_its_run_and_is_exported(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     again = pipeline.load("models:/digits@champion").sample(12)
     assert np.array_equal(to_uint8(again).permute(0, 2, 3, 1), drawn)
+    assert main(["draw", "models:/digits@champion", str(tmp_path / "drawn.npz"), "-n", "12", *where]) == 0
+    (array,) = np.load(tmp_path / "drawn.npz").values()
+    assert np.array_equal(array.reshape(drawn.shape), drawn)
     for name in (run.name, "models:/digits@champion", f"models:/digits/{version.version}"):
         assert main(["export", name, str(tmp_path / f"out{len(name)}"), *where]) == 0
     files = [load_file(path) for path in sorted(tmp_path.glob("out*/unet/*.safetensors"))]
