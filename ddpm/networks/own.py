@@ -27,7 +27,7 @@ from typing import (
 from ddpm.config import Problems, Range, find_value_problems
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 GIVEN = ("image_size", "in_channels", "out_channels", "num_classes", "timesteps")
 
@@ -35,26 +35,16 @@ GIVEN = ("image_size", "in_channels", "out_channels", "num_classes", "timesteps"
 class OwnNetwork(Protocol):
     """Interface of a network of one's own, a `torch.nn.Module`. Only `forward` must be there.
 
-    takes_labels: whether its context is ever labels; without it, it is None.
+    takes_labels: its context is labels, int64 (N,), -1 for none; without it None. reset_parameters(generator) draws the
+    first weights; without it they are as the class leaves them, under the seed. The static problems(image_size,
+    **settings) lists (setting, what is wrong with it).
     """
 
-    takes_labels: ClassVar[bool]
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        """Predict for images x_t (N, in_channels, H, W) at t (N,), int64 in 0..timesteps-1; context None: no labels.
 
-    def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Predict for images x_t (N, in_channels, H, W) at t (N,), int64 in 0..timesteps-1.
-
-        context: labels, int64 (N,), -1 for none; None is no label for all. Returns (N, out_channels, H, W) in the type
-        of x_t.
+        Returns (N, out_channels, H, W) in the type of x_t.
         """
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Draw the initial weights; without it they are as the class leaves them, under a seed of torch's own."""
-
-    @staticmethod
-    def problems(image_size: int, **settings: Any) -> Problems:
-        """List (setting, what is wrong with it) for images of this side."""
 
 
 class OwnConfig:

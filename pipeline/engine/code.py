@@ -76,11 +76,8 @@ def _read_git() -> tuple[str | None, str]:
 
 
 @lru_cache
-def hash_code(*own: Path) -> str:
-    """Return a hash of the syntax trees of `ddpm/`: what moves numbers, without comments and docstrings.
-
-    own: the files of a network of one's own, which moves them too.
-    """
+def hash_code(network: str = "unet") -> str:
+    """Return a hash of the syntax trees of `ddpm/`, and of a network of one's own: what moves numbers, no comments."""
     from pipeline.store.keys import hash_content
 
     folder = ROOT / "ddpm"
@@ -88,11 +85,12 @@ def hash_code(*own: Path) -> str:
         path.relative_to(folder).as_posix(): _simplify(ast.parse(path.read_bytes()))
         for path in folder.rglob("*.py")
     }
-    trees |= {f"own {number}": _simplify(ast.parse(path.read_bytes())) for number, path in enumerate(own)}
+    for path in _list_module_files(network) if ":" in network else ():
+        trees[f"own {path.name} {len(trees)}"] = _simplify(ast.parse(path.read_bytes()))
     return f"code-{hash_content(trees)}"
 
 
-def list_module_files(name: str) -> list[Path]:
+def _list_module_files(name: str) -> list[Path]:
     """List the files of the code of an imported `package.module:Class`: of its whole package, or its module alone."""
     top = sys.modules[re.split("[.:]", name)[0]]
     folders = [Path(folder) for folder in getattr(top, "__path__", [])]

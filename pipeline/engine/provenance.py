@@ -7,18 +7,10 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from ddpm.networks.own import OwnConfig
 from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import Experiment
-from pipeline.engine.code import (
-    find_commit,
-    find_version,
-    hash_code,
-    hash_patch,
-    list_module_files,
-    read_commit,
-)
+from pipeline.engine.code import find_commit, find_version, hash_code, hash_patch, read_commit
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import keys
@@ -40,7 +32,7 @@ def collect_provenance(experiment: Experiment) -> dict[str, Any]:
     }
     return {
         "commit": find_commit(),
-        "code": _hash_code(experiment),
+        "code": hash_code(experiment.model.name),
         "user": name_user(),
         "versions": versions,
         "hardware": f"{cpus}, {', '.join(gpus) or 'no GPU'}",
@@ -50,17 +42,12 @@ def collect_provenance(experiment: Experiment) -> dict[str, Any]:
 def describe_other_code(place: Place) -> str | None:
     """Return a line that names both codes if another one trained the run or drew its samples; None if not."""
     codes = _read_codes(place)
-    if not codes or (last := list(codes)[-1]) == (own := _hash_code(place.experiment)):
+    if not codes or (last := list(codes)[-1]) == (own := hash_code(place.experiment.model.name)):
         return None
     return (
         f"{place.name}: trained or drawn by {codes[last]} ({last}), this is {_name_code()} ({own}): "
         "results of other code; name=... for a new run, or --accept-code"
     )
-
-
-def _hash_code(experiment: Experiment) -> str:
-    model = experiment.model
-    return hash_code(*(list_module_files(model.name) if isinstance(model, OwnConfig) else ()))
 
 
 def _name_code() -> str:
@@ -85,7 +72,7 @@ def write_record(place: Place, todo: Sequence[Stage], accept_code: bool = False)
     if any(stage.adds_to_run for stage in todo):
         if (problem := describe_other_code(place)) and not accept_code:
             raise PipelineError(problem)
-        own = _hash_code(place.experiment)
+        own = hash_code(place.experiment.model.name)
         codes = {key: name for key, name in codes.items() if key != own} | {own: _name_code()}
     record = {
         **collect_provenance(place.experiment),
