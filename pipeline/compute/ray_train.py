@@ -18,12 +18,9 @@ from pathlib import Path
 import torch
 from ray import PlacementGroupID
 from ray.exceptions import RayActorError
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_current_placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.placement_group import placement_group_table as read_group
+from ray.util.placement_group import remove_placement_group as remove_group
 from torch import nn
 
 from pipeline.compute.resources import Resources
@@ -117,7 +114,7 @@ def is_group_running(place: Place) -> bool:
     """Return whether the workers of the newest training group are there, and not lost or still waited for."""
     with suppress(FileNotFoundError, ValueError):
         group = PlacementGroup(PlacementGroupID.from_hex(place.placement_group.read_text()))
-        return bool(placement_group_table(group)["state"] == "CREATED")
+        return bool(read_group(group)["state"] == "CREATED")
     return False
 
 
@@ -181,7 +178,7 @@ def release_training_group(place: Place) -> None:
     """
     with suppress(FileNotFoundError):
         group = PlacementGroupID.from_hex(place.placement_group.read_text())
-        remove_placement_group(PlacementGroup(group))
+        remove_group(PlacementGroup(group))
         place.placement_group.unlink()
 
 

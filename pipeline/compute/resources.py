@@ -59,9 +59,8 @@ def count_places(nodes: Nodes, cpus: int, gpus: float) -> int:
 def require_places(nodes: Nodes, count: int, cpus: int, gpus: float, what: str = "worker") -> None:
     """Raise PipelineError unless the machines hold so many workers."""
     if count_places(nodes, cpus, gpus) < count:
-        there = ", ".join(
-            f"{nodes.count(node)} x {node[0]} CPUs + {node[1]} GPUs" for node in sorted(set(nodes))
-        )
+        kinds = sorted(set(nodes))
+        there = ", ".join(f"{nodes.count(one)} x {one[0]} CPUs + {one[1]} GPUs" for one in kinds)
         asked = f"{count} {what}{'s' if count > 1 else ''} with {cpus} CPUs and {gpus:g} GPUs each"
         remedy = f"lower cluster.workers, cluster.cpus_per_{what} or cluster.gpus_per_{what}"
         raise PipelineError(f"{asked} have no place on the cluster's machines ({there}): {remedy}")

@@ -37,11 +37,8 @@ class RaySession:
     """
 
     def __init__(
-        self,
-        cluster: ClusterConfig,
-        interrupted: Callable[[], bool] = lambda: False,
-        pixels: int | None = None,
-    ):
+        self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False, pixels: int | None = None
+    ):  # fmt: skip
         self.cluster, self.interrupted, self.costs = cluster, interrupted, CostCounter()
         self.pixels = pixels
         self.local_processes: set[psutil.Process] = set()

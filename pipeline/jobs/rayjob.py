@@ -16,8 +16,6 @@ from pipeline.errors import ConfigError
 from pipeline.jobs.package import check_paths
 from pipeline.store.files import USER_VARIABLE, name_user
 
-KUEUE = "kueue.x-k8s.io"
-
 
 def make_rayjob(
     words: list[str], cluster: ClusterConfig, relative: list[str], template: Path, labels: dict[str, str | None],
@@ -29,33 +27,25 @@ def make_rayjob(
     """
     check_paths(relative, cluster)
     here, *shipped = (folder.resolve() for folder in config.list_conf_folders())
-    own = [word for word in words if Path(word).suffix in (".yaml", ".yml")]
-    if here not in shipped:
-        own += [word for word in words for kind in config.FOLDERS if (here / kind / f"{word}.yaml").is_file()]
-    if own:
-        raise ConfigError(
-            f"{own[0]} is a configuration of this folder, and the job has those of its image: build it in"
-        )
+    kinds = config.FOLDERS if here not in shipped else ()
+    own = {file.stem for kind in kinds for file in (here / kind).glob("*.yaml")}
+    for word in words:
+        if word in own or word.endswith((".yaml", ".yml")):
+            raise ConfigError(f"{word} is a configuration of this folder; the job has those of its image")
     try:
         job: dict[str, Any] = yaml.safe_load(template.read_text())
         (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"--template {template} is no RayJob with one group of workers that has limits"
-        ) from error
+        raise ConfigError(f"{template} is no RayJob with one group of workers and limits") from error
     gpus = float(limits.get("nvidia.com/gpu", 0))
     wanted = (cluster.workers or 1) * (1.0 if cluster.gpus_per_worker is None else cluster.gpus_per_worker)
     nodes = math.ceil(wanted / gpus) if gpus else cluster.workers or 1
     group |= {"replicas": nodes, "minReplicas": nodes, "maxReplicas": nodes}
-    user = name_user()
-    job["metadata"] = {
-        "generateName": f"ddpm-{words[0]}-",
-        "labels": {f"{KUEUE}/{name}": value for name, value in labels.items() if value},
-        "annotations": {"ddpm/user": user},
-    }
+    its_labels = {f"kueue.x-k8s.io/{name}": value for name, value in labels.items() if value}
+    job["metadata"] = {"generateName": f"ddpm-{words[0]}-", "labels": its_labels}
     job["spec"] |= {"entrypoint": shlex.join(["ddpm", *words]), "backoffLimit": 0}
-    job["spec"]["runtimeEnvYAML"] = json.dumps({"env_vars": {USER_VARIABLE: user}})
+    job["spec"]["runtimeEnvYAML"] = json.dumps({"env_vars": {USER_VARIABLE: name_user()}})
     if hours:
         job["spec"]["activeDeadlineSeconds"] = hours * 3600
     return json.dumps(job, indent=1)
