@@ -28,7 +28,7 @@ def collect_provenance(experiment: Experiment) -> dict[str, Any]:
     cpus = f"{len(os.sched_getaffinity(0))} CPUs ({torch.backends.cpu.get_cpu_capability()})"
     versions = {
         "ddpm-pipeline": find_version(),
-        **{package: metadata.version(package) for package in PACKAGES},
+        **{package: _find_package_version(package) for package in PACKAGES},
     }
     return {
         "commit": find_commit(),
@@ -37,6 +37,14 @@ def collect_provenance(experiment: Experiment) -> dict[str, Any]:
         "versions": versions,
         "hardware": f"{cpus}, {', '.join(gpus) or 'no GPU'}",
     }
+
+
+def _find_package_version(package: str) -> str:
+    """Return the version of an installed package; a run in one process needs neither Ray nor MLflow."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def describe_other_code(place: Place) -> str | None:
