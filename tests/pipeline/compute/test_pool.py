@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.compute import ray_train
+from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.session import RaySession
 from pipeline.compute.units import Unit, UnitKind
 from pipeline.config import load_cluster
+from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.store.files import explain_write_errors
 
@@ -208,6 +210,20 @@ def test_an_interruption_ends_what_runs(session, tmp_path):
     session.pool.interrupted = lambda: len(list(tmp_path.glob("process-*"))) == 4
     session.run_units(units_of(tmp_path, 6, body=wait_for_the_end), lambda unit: None)
     assert_cancelled(tmp_path)
+
+
+def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(session, tmp_path, capsys):
+    import ray
+    from conftest import tiny_experiment  # Ray's processes import this module, and have no conftest
+
+    holder = ray.remote(num_cpus=8)(Holder).remote()
+    ray.get(holder.hold.remote())
+    place, began = make_place(tiny_experiment(), tmp_path), time.monotonic()
+    session.interrupted = lambda: time.monotonic() - began > 12
+    with pytest.raises(StopRequest):
+        session.run_workers(None, place)
+    assert time.monotonic() - began < 12 + 5
+    assert "waiting for 2 x (1 CPUs, 1 GPUs): 0 CPUs and 4 GPUs are free" in capsys.readouterr().out
 
 
 def test_training_gets_the_gpus_and_the_pool_gets_them_back(session, tmp_path, monkeypatch):
