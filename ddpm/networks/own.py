@@ -63,6 +63,12 @@ class OwnConfig:
         names = (each.name for each in fields(self) if each.name != "name")  # type: ignore[arg-type]
         return {name: getattr(self, name) for name in names}
 
+    @classmethod
+    def list_code(cls) -> list[str]:
+        """List the paths of the code: the folder of the package that the class is in, or its module's file alone."""
+        top = import_module(cls.name.partition(":")[0].partition(".")[0])
+        return [*getattr(top, "__path__", [])] or [str(top.__file__)]
+
     def find_problems(self, image_size: int) -> Problems:
         """Find what is wrong with these settings for images of this side."""
         check = getattr(self.network, "problems", None)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import re
 import subprocess
-import sys
 import tomllib
 from functools import lru_cache
 from importlib import metadata
@@ -78,6 +76,7 @@ def _read_git() -> tuple[str | None, str]:
 @lru_cache
 def hash_code(network: str = "unet") -> str:
     """Return a hash of the syntax trees of `ddpm/`, and of a network of one's own: what moves numbers, no comments."""
+    from ddpm.networks.own import make_config_class
     from pipeline.store.keys import hash_content
 
     folder = ROOT / "ddpm"
@@ -85,16 +84,10 @@ def hash_code(network: str = "unet") -> str:
         path.relative_to(folder).as_posix(): _simplify(ast.parse(path.read_bytes()))
         for path in folder.rglob("*.py")
     }
-    for path in _list_module_files(network) if ":" in network else ():
-        trees[f"own {path.name} {len(trees)}"] = _simplify(ast.parse(path.read_bytes()))
+    for path in map(Path, make_config_class(network).list_code() if ":" in network else ()):
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            trees[f"own {file.relative_to(path.parent)}"] = _simplify(ast.parse(file.read_bytes()))
     return f"code-{hash_content(trees)}"
-
-
-def _list_module_files(name: str) -> list[Path]:
-    """List the files of the code of an imported `package.module:Class`: of its whole package, or its module alone."""
-    top = sys.modules[re.split("[.:]", name)[0]]
-    folders = [Path(folder) for folder in getattr(top, "__path__", [])]
-    return sorted(file for folder in folders for file in folder.rglob("*.py")) or [Path(top.__file__ or "")]
 
 
 def _simplify(node: object) -> object:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,20 +59,13 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
         write_json(described, settings)
         files = {"weights": weights, "settings": described, "experiment": place.experiment_yaml}
         card = Model(model_id=model.model_id, run_id=model.source_run_id)
-        folder = _write_model(Path(scratch, "model"), files, card, _find_own_code(experiment))
+        own = experiment.model.list_code() if isinstance(experiment.model, OwnConfig) else []
+        folder = _write_model(Path(scratch, "model"), files, card, own)
         client.log_model_artifacts(model.model_id, str(folder))
     client.set_logged_model_tags(model.model_id, {WEIGHTS_TAG: experiment.weights_kind})
 
 
-def _find_own_code(experiment: Experiment) -> list[Path]:
-    """Return the package, or the module alone, of a network of one's own; none for ours."""
-    if not isinstance(experiment.model, OwnConfig):
-        return []
-    top = sys.modules[experiment.model.network.__module__.partition(".")[0]]
-    return [Path(folder) for folder in getattr(top, "__path__", [])] or [Path(top.__file__ or "")]
-
-
-def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list[Path]) -> Path:
+def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list[str]) -> Path:
     """Write a model as MLflow loads it: the files, `ddpm`, the code of a network of one's own, and what draws."""
     import mlflow
     from mlflow.types import ColSpec, Schema
@@ -87,7 +79,7 @@ def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list
             folder,
             mlflow_model=card,
             python_model=str(Path(__file__).with_name("drawing_model.py")),
-            code_paths=[str(path) for path in (Path(ddpm.__file__).parent, *own)],
+            code_paths=[str(Path(ddpm.__file__).parent), *own],
             artifacts={name: str(file) for name, file in files.items()},
             signature=mlflow.models.ModelSignature(Schema(columns)),
             pip_requirements=REQUIREMENTS,  # without them it would load the model in another process
