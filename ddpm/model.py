@@ -74,10 +74,14 @@ class Model:
         return add_guidance(self.net, scale, 0 if context.is_floating_point() else NO_LABEL)
 
     def sample(self, n: int, *, first: int = 0, batch_size: int = 64, **options: Any) -> Tensor:
-        """Draw images first..first+n-1, (n, C, H, W), float32 in [-1, 1]; without options those of the run."""
-        index = torch.arange(first, first + n, device=self.device)
-        parts = [run_to_end(self.run_chains(part, **options)) for part in index.split(batch_size)]
-        return torch.cat(parts).clamp(-1, 1)
+        """Draw images first..first+n-1, (n, C, H, W), in [-1, 1] unless clip=False; by default the run's."""
+        asked, index = {**self.options, **options}, torch.arange(first, first + n, device=self.device)
+        context = self.make_context(asked["label"], index)
+        images = []
+        for rows in torch.arange(n).split(batch_size):
+            asked["label"] = None if context is None else context[rows]
+            images.append(run_to_end(self.run_chains(index[rows], **asked)))
+        return torch.cat(images).clamp(-1, 1) if asked.get("clip", True) else torch.cat(images)
 
     def interpolate(
         self,
@@ -109,12 +113,14 @@ class Model:
         def noise(t: int) -> Tensor:
             return draw_normal(asked["seed"], Stream.FIGURES, t, index, self.shape).expand(shape)
 
-        return interpolate(
+        clip = asked.get("clip", True)
+        images = interpolate(
             chain, self.net, x_a.to(self.device).expand(shape), x_b.to(self.device).expand(shape),
             torch.tensor(weights, device=self.device), steps, noise(timesteps), noise,
             variance=asked["variance"] if asked["sampler"] == "ancestral" else "fixedsmall",
-            context=self.make_context(label, index.expand(len(weights))), clip=asked.get("clip", True),
-        ).clamp(-1, 1)  # fmt: skip
+            context=self.make_context(label, index.expand(len(weights))), clip=clip,
+        )  # fmt: skip
+        return images.clamp(-1, 1) if clip else images
 
     def make_context(self, label: Label, index: Tensor) -> Tensor | None:
         """Return the context of images index (N,): labels int64 (N,), or vectors (N, num_classes); None for none.

@@ -1,7 +1,7 @@
 """Algorithm 1 with Adam, learning-rate warm-up, gradient clipping and EMA (Appendix B and the authors' code).
 
-The one place that joins network and diffusion. Every random number is a function of (seed, stream, step,
-row of the global batch), so neither the number of workers nor an interruption changes what is drawn.
+It joins network and diffusion, as `ddpm.model` does for what is trained. Every random number is a function of (seed,
+stream, step, row of the global batch), so neither the number of workers nor an interruption changes what is drawn.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from itertools import combinations
 
 import pytest
 import torch
@@ -17,13 +18,24 @@ from pipeline.errors import PipelineError
 from pipeline.store import checkpoint, tars
 from pipeline.store.diffusers_layout import export_to_diffusers
 
-CLASSES = [
-    "model.name=context_unet",
-    "model.norm=group",
-    "model.channel_mult=[1,2]",
-    "data.labels=10",
-    "sample.label=cycle",
-]
+CLASSES = tiny_experiment(
+    *[
+        "model.name=context_unet",
+        "model.norm=group",
+        "model.channel_mult=[1,2]",
+        "data.labels=10",
+        "sample.label=cycle",
+    ]
+)
+EXACT = dataclasses.replace(tiny_experiment("data.limit=3"), model=ExactConfig())
+SHAPE = (1, 8, 8)
+
+
+def build(experiment, change=lambda name, tensor: tensor):
+    """The model of an untrained network, as another process builds it from JSON."""
+    tensors = checkpoint.create_network(experiment).state_dict()
+    settings = json.loads(json.dumps(checkpoint.describe_model(experiment)))
+    return build_model(settings, {name: change(name, tensor) for name, tensor in tensors.items()})
 
 
 def test_a_run_and_its_export_draw_the_samples_of_the_run(sampled, tmp_path):
@@ -51,57 +63,46 @@ def test_the_newest_checkpoint_stands_in_for_one_that_is_not_there_yet(tiny_run)
         assert f"ema weights of step 6 of {run.name}" in repr(pipeline.load(run.path))
 
 
-EXACT = dataclasses.replace(tiny_experiment("data.limit=3"), model=ExactConfig())
-
-
-@pytest.mark.parametrize("experiment", [tiny_experiment(*CLASSES), EXACT], ids=["classes", "exact"])
-def test_a_model_is_built_from_json_and_tensors(experiment):
-    settings = json.loads(json.dumps(checkpoint.describe_model(experiment)))
-    net = checkpoint.create_network(experiment)
-    model = build_model(settings, net.state_dict())
-    assert ("10 classes" in repr(model)) == (experiment is not EXACT)
-    assert model.sample(2, steps=2).shape == (2, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"of another network"):
-        build_model(settings, {"extra": torch.zeros(1)})
+def test_a_model_is_built_from_json_and_tensors():
+    for experiment in (CLASSES, EXACT):
+        model = build(experiment)
+        assert ("10 classes" in repr(model)) == (experiment is CLASSES)
+        assert model.sample(2, steps=2).shape == (2, *SHAPE)
+        with pytest.raises(ValueError, match=r"of another network"):
+            build_model(checkpoint.describe_model(experiment), {"extra": torch.zeros(1)})
 
 
 def test_labels_and_vectors_ask_for_classes():
-    experiment = tiny_experiment(*CLASSES)
     torch.manual_seed(0)
-    tensors = {
-        name: torch.randn_like(x) / 9 + ("norm" in name) if x.is_floating_point() else x
-        for name, x in checkpoint.create_network(experiment).state_dict().items()
-    }
-    model = build_model(checkpoint.describe_model(experiment), tensors)
-    three, vector = model.sample(2, label=3), model.sample(2, label=[0.0] * 3 + [1.0] + [0.0] * 6)
-    assert torch.equal(three, vector) and not torch.equal(three, model.sample(2, label=NO_LABEL))
-    assert torch.equal(model.sample(2, label=NO_LABEL), model.sample(2, label=[0.0] * 10))
-    assert torch.equal(model.sample(2), model.sample(2, label=torch.tensor([0, 1])))
-    guided = model.sample(2, label=3, guidance_scale=2.0)
-    assert torch.equal(guided, model.sample(2, label=[0.0] * 3 + [1.0] + [0.0] * 6, guidance_scale=2.0))
-    assert not torch.equal(guided, three)
-    for label, fault in ((10, "0 to 9"), ([0.5, 0.5], "holds 10 numbers")):
+    model = build(CLASSES, lambda name, x: torch.randn_like(x) / 9 + ("norm" in name))
+    three, none = torch.eye(10)[3].tolist(), [0.0] * 10
+    equal = [
+        ({"label": 3}, {"label": three}), ({"label": NO_LABEL}, {"label": none}), ({}, {"label": torch.arange(3)}),
+        ({"label": 3, "guidance_scale": 2.0}, {"label": three, "guidance_scale": 2.0}),
+    ]  # fmt: skip
+    drawn = [model.sample(3, batch_size=2, **one) for one, _ in equal]
+    for images, (_, other) in zip(drawn, equal, strict=True):
+        torch.testing.assert_close(images, model.sample(3, **other), rtol=0, atol=1e-4)
+    assert all((a - b).abs().max() > 1e-3 for a, b in combinations(drawn, 2))
+    for faulty, label, fault in (
+        (model, 10, "0 to 9"),
+        (model, [0.5], "10 numbers"),
+        (build(EXACT), 1, "no labels"),
+    ):
         with pytest.raises(ValueError, match=fault):
-            model.sample(1, label=label)
-    plain = tiny_experiment()
-    with pytest.raises(ValueError, match="takes no labels"):
-        build_model(checkpoint.describe_model(plain), checkpoint.create_network(plain).state_dict()).sample(
-            1, label=1
-        )
+            faulty.sample(1, label=label)
 
 
 @pytest.mark.parametrize(
     ("at", "steps", "visited"), [(10, 10, [9, 7, 4, 2, 0]), (3, None, [2, 1, 0]), (20, 1, [19]), (0, 4, [])]
 )
 def test_an_interpolation_begins_at_its_t_and_takes_its_share_of_the_steps(at, steps, visited):
-    plain = tiny_experiment()
-    model = build_model(checkpoint.describe_model(plain), checkpoint.create_network(plain).state_dict())
-    seen = []
+    model, seen = build(tiny_experiment()), []
     model.net.register_forward_pre_hook(lambda net, arguments: seen.append(arguments[1].tolist()))
-    images = model.interpolate(torch.zeros(1, 8, 8), torch.ones(1, 8, 8), [0, 1], at, steps=steps)
-    assert images.shape == (2, 1, 8, 8) and seen == [[t, t] for t in visited]
+    images = model.interpolate(torch.zeros(SHAPE), torch.ones(SHAPE), [0, 1], at, steps=steps)
+    assert images.shape == (2, *SHAPE) and seen == [[t, t] for t in visited]
     with pytest.raises(ValueError, match="images of shape"):
-        model.interpolate(torch.zeros(1, 8, 8), torch.ones(1, 8, 9))
+        model.interpolate(torch.zeros(SHAPE), torch.ones(1, 8, 9))
 
 
 def test_the_notebook_runs_where_a_run_of_the_digits_lies(tmp_path, monkeypatch):
@@ -115,5 +116,5 @@ def test_the_notebook_runs_where_a_run_of_the_digits_lies(tmp_path, monkeypatch)
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     for cell in cells:
         exec("".join(cell["source"]), names)
-    assert 0 < names["bound"].total.item() < 100 and names["rows"][0].shape == (9, 1, 8, 8)
+    assert 0 < names["bound"].total.item() < 100 and names["rows"][0].shape == (9, *SHAPE)
     assert not any(cell["outputs"] for cell in cells) and notebook["nbformat"] == 4
