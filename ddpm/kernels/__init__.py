@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.kernels import cuda
 from ddpm.kernels.cpu import apply_linear, attend, convolve, group_norm
 from ddpm.kernels.cuda import FastGroupNorm, FastLayerNorm
 from ddpm.networks import unet
@@ -44,10 +45,17 @@ class FastAttention(unet.SelfAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         normed, layers = group_norm(self.norm, x, swish=False), (self.q, self.k, self.v)
-        weight, bias = torch.cat([f.weight for f in layers]), torch.cat([f.bias for f in layers])
-        # (N, 3C, H, W) -> (N, H*W, 3C), without a copy in channels_last
-        joined = F.conv2d(normed, weight[:, :, None, None], bias).flatten(2).transpose(1, 2)
-        h = attend(*joined.chunk(3, dim=2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        if cuda.is_on_cuda(normed):  # one product for all three; a CPU gains nothing by it
+            weight, bias = torch.cat([f.weight for f in layers]), torch.cat([f.bias for f in layers])
+            parts = F.conv2d(normed, weight[:, :, None, None], bias).chunk(3, dim=1)
+        else:
+            parts = tuple(apply_linear(f, normed) for f in layers)
+        # (N, C, H, W) -> (N, H*W, C), without a copy in channels_last
+        h = (
+            attend(*(part.flatten(2).transpose(1, 2) for part in parts))
+            .transpose(1, 2)
+            .unflatten(2, x.shape[2:])
+        )
         return x + apply_linear(self.proj_out, h)
 
 

@@ -38,9 +38,13 @@ class FastLayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+def is_on_cuda(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
 def is_bf16_on_cuda(x: Tensor) -> bool:
     """Return whether x is bfloat16 on a GPU."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cuda"
+    return x.dtype == torch.bfloat16 and is_on_cuda(x)
 
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
