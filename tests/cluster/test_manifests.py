@@ -214,6 +214,27 @@ def test_the_slurm_script_uses_options_that_the_installed_programs_know():
     assert options <= long_options(("ray.scripts.scripts", "start"))
 
 
+STUBS = {
+    "hostname": 'case "$*" in --ip*) echo 127.0.1.1;; --all*) echo "10.0.0.5 fe80::1";; *) echo one;; esac',
+    "srun": 'echo "$RAY_ADDRESS" >> started; case "$*" in *--exclude*) sleep 1; exit 1;; *) exec sleep 60;; esac',
+    "python": '[ "$1" != - ] || exec sleep 60', "ray": "", "ddpm": "touch ran",
+}  # fmt: skip
+
+
+def test_a_slurm_job_ends_when_the_ray_of_one_node_does(tmp_path):
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"}
+    command, environment = ["bash", SCRIPT, "run", "digits"], job | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    outcome = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert outcome.returncode == 1 and "a node's Ray has ended" in outcome.stderr, outcome
+    assert not (tmp_path / "ran").exists()
+    assert {line[:9] for line in (tmp_path / "started").read_text().split()} == {"10.0.0.5:"}
+
+
 def test_a_slurm_job_without_a_command_says_how_it_is_used():
     environment = {"PATH": os.environ["PATH"]}
     outcome = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, env=environment)

@@ -113,7 +113,7 @@ def test_a_job_trains_on_both_nodes_and_goes_on_from_its_checkpoint_after_the_ti
     wait_until(lambda: bool(steps()) or slurm.state(job)[0] in ENDED, 300)
     assert steps(), log.read_text()
     assert "600/600" not in log.read_text(), "the run was over before it was asked to stop"
-    slurm.ask("scancel", "--batch", "--signal=TERM", job)  # what --signal=B:TERM@120 sends
+    slurm.ask("scancel", "--batch", "--signal=TERM", job)  # what --signal=B:TERM@300 sends
     wait_until(lambda: slurm.state(job)[1] == "1", 120)
     wait_until(lambda: slurm.state(job)[0] in ENDED, 400)
     print(log.read_text())
