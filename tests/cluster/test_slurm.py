@@ -107,7 +107,7 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
 def test_a_job_trains_on_both_nodes_and_goes_on_from_its_checkpoint_after_the_time_limit(slurm):
     words = ["--chdir", str(ROOT), "--output=/srv/slurm/job.log", "--nodes=2", "--cpus-per-task=1"]
     script = str(ROOT / "deploy" / "slurm" / "ddpm.sbatch")
-    job = slurm.ask("sbatch", "--parsable", *words, script, "train", "digits", *LONG)
+    job = slurm.ask("sbatch", "--parsable", *words, script, "train", "digits", *LONG, "cluster.workers=2")
     log = slurm.volumes / "slurm" / "job.log"
     steps = lambda: list((slurm.volumes / "runs").glob("tiny-*/train/step_*/meta.json"))  # noqa: E731
     wait_until(lambda: bool(steps()) or slurm.state(job)[0] in ENDED, 300)
