@@ -121,8 +121,8 @@ def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, dict[
         create_client(uri)
         import mlflow
 
-        where = {"dst_path": str(folder), "tracking_uri": uri, "registry_uri": uri}
-        files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", **where))
+        mlflow.set_tracking_uri(uri)  # it is there that a name is looked up
+        files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder)))
     remedy = "register its run again"
     settings = read_json(files / SETTINGS, dict[str, Any], remedy)
     return load_experiment(str(files / EXPERIMENT), []), settings, load_tensors(files / WEIGHTS, remedy)

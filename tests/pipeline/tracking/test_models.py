@@ -39,9 +39,9 @@ def test_a_registered_model_draws_the_samples_of_its_run_and_is_exported(
     assert drawn.shape == (12, 8, 8, 1) and drawn.dtype == np.uint8
     assert np.abs(drawn.transpose(0, 3, 1, 2).astype(int) - stored).max() <= 1  # other images share the batch
     assert not np.array_equal(model.predict({"n": 12, "seed": 1, "steps": 5}), drawn)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    again = pipeline.load("models:/digits@champion").sample(12)
-    assert np.array_equal(to_uint8(again).permute(0, 2, 3, 1), drawn)
+    mlflow.set_tracking_uri(None)  # as in another process, in a folder without a store
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert main(["draw", "models:/digits@champion", str(tmp_path / "drawn.npz"), "-n", "12", *where]) == 0
     (array,) = np.load(tmp_path / "drawn.npz").values()
     assert np.array_equal(array.reshape(drawn.shape), drawn)
@@ -49,6 +49,10 @@ def test_a_registered_model_draws_the_samples_of_its_run_and_is_exported(
         assert main(["export", name, str(tmp_path / f"out{len(name)}"), *where]) == 0
     files = [load_file(path) for path in sorted(tmp_path.glob("out*/unet/*.safetensors"))]
     assert len(files) == 3 and all(torch.equal(files[0][key], each[key]) for each in files for key in each)
+    mlflow.set_tracking_uri(None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    again = pipeline.load("models:/digits@champion").sample(12)
+    assert np.array_equal(to_uint8(again).permute(0, 2, 3, 1), drawn)
     assert main(["export", "models:/digits@nobody", str(tmp_path / "none"), *where]) == 1
     assert "models:/digits@nobody cannot be fetched" in capsys.readouterr().err
 
