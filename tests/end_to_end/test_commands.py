@@ -109,7 +109,7 @@ def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
     for words in (
         "After 6 training steps: FID",
         page.as_uri(),
-        "http://127.0.0.1:5000/#/experiments/1/runs/",
+        "http://127.0.0.1:5000/#/experiments/1/runs?",
     ):
         assert words in outcome.stdout
 
@@ -214,7 +214,7 @@ def test_each_stage_notes_the_commits_that_worked_on_it(tmp_path, monkeypatch):
         ddpm(tmp_path, word, verb=verb)
     noted = json.loads((run_directory(tmp_path) / "commits.json").read_text())
     assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}
-    assert mlflow_run(tmp_path)[1].data.tags["commit.train"] == "a1, b2"
+    assert "a1, b2" in mlflow_run(tmp_path)[1].data.tags["commit"]
 
 
 @pytest.mark.slow
@@ -308,7 +308,10 @@ def test_options_stand_anywhere_among_words():
     ("line", "expected"),
     [
         ("ddpm run dig", {"digits"}),
-        ("ddpm run digits train.precision=", {"train.precision=fp32", "train.precision=bf16"}),
+        (
+            "ddpm run digits train.precision=",
+            {f"train.precision={name}" for name in ("fp32", "tf32", "bf16")},
+        ),
         ("ddpm run --cluster kuberay digits --debug train.ema_w", {"train.ema_warmup="}),
         ("ddpm sweep digits_b", {"digits_beta_dropout"}),
         ("ddpm status cluster.stor", {"cluster.storage="}),

@@ -185,7 +185,7 @@ def test_the_command_takes_names_beginnings_and_paths(four, tmp_path, undrawn, c
         assert main(["compare", *runs, f"cluster.storage={tmp_path}"]) == 0
         written.add(capsys.readouterr().out.split("comparison: ")[1].strip())
     (path,) = written
-    assert path.startswith(str(tmp_path / "comparisons")) and path.endswith("report.html")
+    assert path.startswith((tmp_path / "comparisons").as_uri()) and path.endswith("report.html")
     assert main(["compare", "digits", "--metric", "nll", f"cluster.storage={tmp_path}"]) == 0
     assert path not in capsys.readouterr().out, "another order is another page"
 

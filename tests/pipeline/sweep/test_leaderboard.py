@@ -25,7 +25,7 @@ SPACE = "experiment: digits\nspace: {model.dropout: [0.0, 0.2]}\nseeds: [0, 1]\n
 class Silence:
     """A tracking server that is not there."""
 
-    run_id = ""
+    run_id, is_behind = "", False
 
     def __init__(self, *_: object, **__: object):
         pass
