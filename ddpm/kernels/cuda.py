@@ -1,5 +1,7 @@
 """Layers in bfloat16 on CUDA: what autocast would compute in float32, and casts that it would make one by one."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,22 +22,27 @@ class FastGroupNorm(nn.GroupNorm):
     """Group norm whose result is bfloat16 where x is. The kernel's sums are float32 all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_bf16_on_cuda(x):
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        with torch.autocast("cuda", enabled=False):
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        if is_bf16_on_cuda(x):
+            return _normalize(F.group_norm, self.num_groups, self, x)
+        return super().forward(x)
 
 
 class FastLayerNorm(nn.LayerNorm):
     """Layer norm, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_bf16_on_cuda(x):
-            return super().forward(x)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        with torch.autocast("cuda", enabled=False):
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        if is_bf16_on_cuda(x):
+            return _normalize(F.layer_norm, self.normalized_shape, self, x)
+        return super().forward(x)
+
+
+def _normalize(
+    function: Callable[..., Tensor], over: int | tuple[int, ...], norm: nn.GroupNorm | nn.LayerNorm, x: Tensor
+) -> Tensor:
+    """Normalise over groups or a shape, in the type of x."""
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    with torch.autocast("cuda", enabled=False):
+        return function(x, over, weight, bias, norm.eps)
 
 
 def is_on_cuda(x: Tensor) -> bool:
