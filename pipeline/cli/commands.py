@@ -16,11 +16,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from pipeline.cli import arguments
 from pipeline.console import print_line
 from pipeline.errors import ConfigError, PipelineError, hide_password, suggest
 
 if TYPE_CHECKING:
-    from pipeline.config import ClusterConfig, Experiment
+    from pipeline.config import ClusterConfig
     from pipeline.sweep.definition import Sweep
     from pipeline.sweep.points import SweepPoint
     from pipeline.sweep.study import Study
@@ -31,72 +32,12 @@ MANY = 200  # trials; more are rarely meant
 JobInputs = tuple["ClusterConfig", list[str]]
 
 
-# Arguments
-
-
-def _list_non_cluster_arguments(options: Namespace) -> list[str]:
-    """Return the names and overrides that do not start with `cluster.`."""
-    return [word for word in options.words if not word.startswith("cluster.")]
-
-
-def _split_arguments(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
-    """Return the name, if one is given, and the overrides."""
-    words = _list_non_cluster_arguments(options)
-    names = [word for word in words if "=" not in word]
-    if len(names) > 1:
-        raise ConfigError(f"one {kind} at a time, not {' and '.join(names)}; overrides are written key=value")
-    return (names[0] if names else None), [word for word in words if "=" in word]
-
-
-def _load_cluster(options: Namespace, alone: bool = False) -> ClusterConfig:
-    """Load the cluster of the command; `alone`: the command takes no other arguments."""
-    from pipeline import config
-
-    if alone and (stray := _list_non_cluster_arguments(options)):
-        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
-    own = [word.removeprefix("cluster.") for word in options.words if word.startswith("cluster.")]
-    return config.load_cluster(options.cluster, own)
-
-
-def _prepare_root(options: Namespace, alone: bool = True) -> Path:
-    """Return the storage root of the command's cluster."""
-    from pipeline.engine.find import prepare_storage_root
-
-    return prepare_storage_root(_load_cluster(options, alone))
-
-
-def _load_experiment_and_cluster(options: Namespace) -> tuple[Experiment, ClusterConfig]:
-    """Load experiment and cluster; report the problems of both at once."""
-    from pipeline import config
-    from pipeline.engine.names import list_known_names
-
-    name, overrides = _split_arguments(options, "experiment")
-    problems: list[str] = []
-    try:
-        name, known = name or options.command.default, list_known_names()
-        experiment = config.load_experiment(name, overrides, known)
-        if experiment.published.path:  # what was typed wins over what the published settings say
-            from pipeline.store.diffusers_layout import derive_overrides
-
-            derived = derive_overrides(experiment.published)
-            experiment = config.load_experiment(name, [*derived, *overrides], known)
-    except ConfigError as error:
-        problems += error.problems
-    try:
-        cluster = _load_cluster(options)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return experiment, cluster
-
-
 # One run
 
 
 def run_experiment(options: Namespace) -> None:
     """Run the stages that the command names (`ddpm run`, `ddpm train`, ...)."""
-    experiment, cluster = _load_experiment_and_cluster(options)
+    experiment, cluster = arguments.load_experiment_and_cluster(options)
     from pipeline import tracking
     from pipeline.engine.execute import run_stages
     from pipeline.report.headline import describe_run
@@ -117,11 +58,11 @@ def run_experiment(options: Namespace) -> None:
 
 def check_submitted_run(options: Namespace) -> JobInputs:
     """Check `ddpm run` before it is sent as a job; return what the job needs."""
-    experiment, cluster = _load_experiment_and_cluster(options)
+    experiment, cluster = arguments.load_experiment_and_cluster(options)
     from pipeline import config
 
     config.require_images_for_workers(experiment.train, cluster.workers or 1)
-    name, overrides = _split_arguments(options, "experiment")
+    name, overrides = arguments.split_arguments(options, "experiment")
     return cluster, config.find_relative_paths(name or options.command.default, overrides)
 
 
@@ -133,7 +74,7 @@ def import_weights(options: Namespace) -> None:
 
 def show_experiment(options: Namespace) -> None:
     """Print the resolved configuration and its keys (`ddpm show`)."""
-    experiment, cluster = _load_experiment_and_cluster(options)
+    experiment, cluster = arguments.load_experiment_and_cluster(options)
     from pipeline import config
     from pipeline.engine import find
     from pipeline.store.selection import fill_in_selection
@@ -181,11 +122,11 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint],
     from pipeline.sweep.definition import load_sweep
     from pipeline.sweep.points import list_points
 
-    name, overrides = _split_arguments(options, "sweep")
+    name, overrides = arguments.split_arguments(options, "sweep")
     if name is None:
         raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
     own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
-    sweep, cluster = load_sweep(name, own), _load_cluster(options)
+    sweep, cluster = load_sweep(name, own), arguments.load_cluster(options)
     if sweep.count > MANY and not options.yes:
         raise ConfigError(f"{sweep.name} has {sweep.count:,} trials; if that is meant, say --yes")
     shared = [word for word in overrides if not word.startswith("sweep.")]
@@ -210,10 +151,10 @@ def check_submitted_sweep(options: Namespace) -> JobInputs:
 
 def run_reproduction(options: Namespace) -> int:
     """Run the rows of the paper's tables (`ddpm reproduce`)."""
-    cluster = _load_cluster(options)
+    cluster = arguments.load_cluster(options)
     from pipeline.sweep.reproduction import plan_reproduction
 
-    shared = _list_non_cluster_arguments(options)
+    shared = arguments.list_non_cluster_arguments(options)
     study = plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run)
     return _run_study(study, options)
 
@@ -224,7 +165,7 @@ def check_submitted_reproduction(options: Namespace) -> JobInputs:
     from pipeline.sweep.points import find_relative_sweep_paths, list_points
     from pipeline.sweep.reproduction import SWEEPS, parse_budget
 
-    cluster, shared = _load_cluster(options), _list_non_cluster_arguments(options)
+    cluster, shared = arguments.load_cluster(options), arguments.list_non_cluster_arguments(options)
     parse_budget(options.budget)
     sweep = load_sweep(SWEEPS[options.target], [])
     list_points(sweep, shared)
@@ -255,7 +196,7 @@ def show_status(options: Namespace) -> None:
     """Print the runs and studies of a storage root (`ddpm status`)."""
     from pipeline.cli.status import format_status
 
-    root = _load_cluster(options, alone=True).storage_root
+    root = arguments.load_cluster(options, alone=True).storage_root
     with suppress(KeyboardInterrupt):
         while options.watch:
             print(f"\033[H\033[2J{format_status(root)}", flush=True)  # from the top of an empty screen
@@ -273,9 +214,11 @@ def compare_runs(options: Namespace) -> None:
     if metric is None:
         hint = suggest(options.metric, METRICS)
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
-    root = _prepare_root(options, alone=False)
+    root = arguments.prepare_root(options, alone=False)
     named = [
-        path for name in _list_non_cluster_arguments(options) for path in find.find_named_runs(name, root)
+        path
+        for name in arguments.list_non_cluster_arguments(options)
+        for path in find.find_named_runs(name, root)
     ]
     paths = list(dict.fromkeys(named))
     if len(paths) < 2:
@@ -293,12 +236,12 @@ def draw_images(options: Namespace) -> None:
     """Draw images of a run at once (`ddpm draw`)."""
     from pipeline.cli import draw
 
-    named = [*_list_non_cluster_arguments(options), *filter(None, [options.out])]
+    named = [*arguments.list_non_cluster_arguments(options), *filter(None, [options.out])]
     if len(named) > 1:
         raise ConfigError(f"one output at a time, not {' and '.join(named)}")
     options.words = [word for word in options.words if word not in named]
     out = Path(named[0] if named else "samples.png").expanduser()
-    draw.draw_images(options, _load_cluster(options, alone=True), out)
+    draw.draw_images(options, arguments.load_cluster(options, alone=True), out)
 
 
 def export_weights(options: Namespace) -> None:
@@ -307,49 +250,47 @@ def export_weights(options: Namespace) -> None:
     from pipeline.engine.find import find_run
     from pipeline.store import diffusers_layout
 
-    cluster, folder = _load_cluster(options, alone=True), Path(options.directory).expanduser().absolute()
+    cluster, folder = (
+        arguments.load_cluster(options, alone=True),
+        Path(options.directory).expanduser().absolute(),
+    )
     if not options.run.startswith(tracking.PREFIX):
         path = find_run(options.run, cluster.storage_root)
         print_line(diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step))
         return
     with TemporaryDirectory() as scratch:
-        experiment, settings, tensors = tracking.fetch_model(options.run, _find_uri(cluster), Path(scratch))
+        experiment, settings, tensors = tracking.fetch_model(
+            options.run, tracking.find_uri(cluster), Path(scratch)
+        )
         kind = experiment.published.weights or experiment.sample.weights
         print_line(diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"]))
 
 
 def register_model(options: Namespace) -> None:
     """Give a run's weights a name in MLflow's registry (`ddpm register`)."""
-    cluster = _load_cluster(options, alone=True)
+    cluster = arguments.load_cluster(options, alone=True)
     from pipeline import tracking
     from pipeline.engine import find, load
     from pipeline.store.files import lock_folder
 
     place = load.choose_checkpoint(find.read_place(find.find_run(options.run, cluster.storage_root)))
     step, name = place.experiment.checkpoint_step, options.name or place.experiment.name
-    tracking.check_server(_find_uri(cluster))
+    tracking.check_server(uri := tracking.find_uri(cluster))
     with lock_folder(place.path):
-        address = tracking.register_run(_find_uri(cluster), place, step, name, options.alias)
+        address = tracking.register_run(uri, place, step, name, options.alias)
     print_line(f"{address}: {place.experiment.weights_kind} weights of step {step} of {place.name}")
     print_line(f"it draws: mlflow.pyfunc.load_model('{address}').predict({{'n': 16, 'seed': 0}})")
 
 
-def _find_uri(cluster: ClusterConfig) -> str:
-    """Return the address of the cluster's tracking store."""
-    from pipeline import tracking
-
-    return cluster.tracking_uri or tracking.find_default_uri(cluster.storage_root)
-
-
 def sync_run(options: Namespace) -> None:
     """Send a run to the tracking server (`ddpm sync`)."""
-    cluster = _load_cluster(options, alone=True)
+    cluster = arguments.load_cluster(options, alone=True)
     from pipeline import tracking
     from pipeline.engine import find
     from pipeline.store.files import lock_folder
 
     place = find.read_place(find.find_run(options.run, cluster.storage_root))
-    tracking.check_server(uri := _find_uri(cluster))
+    tracking.check_server(uri := tracking.find_uri(cluster))
     with lock_folder(place.path):
         print_line(tracking.deliver_run(uri, place.experiment.name, place, cluster.largest_model))
 
@@ -359,7 +300,7 @@ def push_run(options: Namespace) -> None:
     from pipeline.engine.find import find_run
     from pipeline.store import remote
 
-    root = _prepare_root(options)
+    root = arguments.prepare_root(options)
     name = options.run if "/" in options.run else str(find_run(options.run, root))  # data/NAME is no run
     print_line(remote.push_run(name, root, options.uri))
 
@@ -368,7 +309,7 @@ def pull_run(options: Namespace) -> None:
     """Fetch what was pushed (`ddpm pull`)."""
     from pipeline.store import remote
 
-    print_line(remote.pull_run(options.uri, _prepare_root(options)))
+    print_line(remote.pull_run(options.uri, arguments.prepare_root(options)))
 
 
 # Jobs, servers, this machine
@@ -384,15 +325,14 @@ def submit_job(options: Namespace) -> int:
     prepare = options.job_options.command.prepare_submit
     if prepare is None:
         raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
+    if options.cluster and "--cluster" not in options.job:
+        options.job_options.cluster = options.cluster
+        options.job += ["--cluster", options.cluster]
+    cluster, relative = prepare(options.job_options)
     if options.cluster:
-        if "--cluster" not in options.job:
-            options.job_options.cluster = options.cluster
-            options.job += ["--cluster", options.cluster]
-        cluster, relative = prepare(options.job_options)
         labels = {"queue-name": options.queue, "priority-class": options.priority}
         print(make_rayjob(options.job, cluster, relative, Path(options.template), labels, options.hours))
         return 0
-    cluster, relative = prepare(options.job_options)
     return jobs.submit_job(options.job, cluster, relative, options.address, options.id, options.follow)
 
 
@@ -416,7 +356,7 @@ def run_job_command(options: Namespace) -> int:
 
 def serve_ui(options: Namespace) -> int:
     """Serve the MLflow UI (`ddpm ui`)."""
-    cluster = _load_cluster(options, alone=True)
+    cluster = arguments.load_cluster(options, alone=True)
     from pipeline import tracking
     from pipeline.engine import find
 
@@ -427,13 +367,14 @@ def serve_ui(options: Namespace) -> int:
 def show_diagnosis(options: Namespace) -> None:
     """Print what this machine has and what is missing, and the memory of an experiment's step (`ddpm doctor`)."""
     experiment = None
-    if _list_non_cluster_arguments(options):
-        experiment, cluster = _load_experiment_and_cluster(options)
+    if arguments.list_non_cluster_arguments(options):
+        experiment, cluster = arguments.load_experiment_and_cluster(options)
     else:
-        cluster = _load_cluster(options)
+        cluster = arguments.load_cluster(options)
     from pipeline.cli.status import diagnose
-    from pipeline.engine.memory import describe_step_memory
 
     print(diagnose(cluster))
     if experiment and experiment.is_trained:
+        from pipeline.engine.memory import describe_step_memory
+
         print(f"a training step   {describe_step_memory(experiment, cluster.workers or 1)}")

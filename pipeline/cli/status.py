@@ -37,6 +37,7 @@ from pipeline.store.run import (
     find_scores,
     find_selections,
     find_state,
+    locate_without_data,
 )
 from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
@@ -94,7 +95,7 @@ def _describe_study(leaderboard: Path) -> list[str]:
 def _describe_run(path: Path, changed: float) -> str:
     """Return the row of a run, and below it its scores, within the width of the terminal."""
     experiment = config.load_experiment(str(path / EXPERIMENT), [])
-    place = Place(path.parent, experiment, "", path.name.removeprefix(f"{experiment.name}-"))
+    place = locate_without_data(path, experiment)
     step, steps, state = read_progress(place)[0], experiment.train.steps, find_state(path)
     selections = [read_sealed(file, Selection) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for selected in selections for score in selected["scores"]}
@@ -165,14 +166,13 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     try:
         root = prepare_storage_root(cluster)
         fault = check_storage(root)
-        free = (
-            f"{shutil.disk_usage(root).free / 2**30:.0f} GiB free; it locks, renames and flushes as it must"
-        )
-        yield "storage", f"PROBLEM: {root}: {fault}" if fault else f"{root}, {free}"
+        free = f"{shutil.disk_usage(root).free / 2**30:.0f} GiB free"
+        works = f"{root}, {free}; it locks, renames and flushes as it must"
+        yield "storage", f"PROBLEM: {root}: {fault}" if fault else works
     except PipelineError as error:
         yield "storage", f"PROBLEM: {error}"
         return
-    uri = cluster.tracking_uri or tracking.find_default_uri(root)
+    uri = tracking.find_uri(cluster)
     try:
         tracking.check_server(uri)
         yield "tracking", hide_password(uri)

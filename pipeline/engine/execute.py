@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         remove_leftovers(place.path)
         from pipeline import tracking
 
-        uri = cluster.tracking_uri or tracking.find_default_uri(place.storage)
+        uri = tracking.find_uri(cluster)
         mirror = tracking.Mirror(uri, experiment.name, place, largest_model=cluster.largest_model)
         todo = list_unfinished_stages(place, last)
         if not todo:
@@ -54,9 +54,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         print_line(f"{place.name}: {', '.join(stage.name for stage in todo)}")
         config.require_images_for_workers(experiment.train, cluster.workers or 1)
         preflight.check_workers(cluster)
-        for stage in todo:
-            stage.check_before_start(place)
-        print_line(f"needs {preflight.check_resources(place)}")
+        print_line(f"needs {_require_means(place, todo)}")
         for warning in experiment.list_warnings():
             print_line(f"warning: {warning}")
         write_record(place, todo, accept_code)
@@ -68,6 +66,13 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         with mirror, interrupt, work.stack:
             work.run_all(todo, last)
     return place
+
+
+def _require_means(place: Place, todo: Sequence[Stage]) -> str:
+    """Return what the run needs, in words. Raises PipelineError where this machine lacks it."""
+    for stage in todo:
+        stage.check_before_start(place)
+    return preflight.check_resources(place)
 
 
 @contextmanager
@@ -99,7 +104,7 @@ def run_trial_stages(
         remove_leftovers(place.path)
         _remove_stop_files(place)
         if todo := list_unfinished_stages(place, last):
-            preflight.check_resources(place)
+            _require_means(place, todo)
             write_record(place.of(asked) if asked else place, todo, accept_code)
             signals = StopSignals(place.stop_file)
             _RunExecution(cluster, place, signals, interrupted, executor).run_all(todo, last)

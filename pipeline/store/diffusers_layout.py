@@ -24,7 +24,7 @@ from pipeline.config import Experiment, PublishedConfig, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
-from pipeline.store.run import EXPERIMENT, Place
+from pipeline.store.run import EXPERIMENT, Place, locate_without_data
 from pipeline.store.tensors import Tensors, load_tensors, read_header
 from pipeline.store.weight_files import find_weight_files
 
@@ -289,8 +289,7 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     which: `ema` or `raw`; step None = the newest checkpoint.
     """
     experiment = load_experiment(str(path / EXPERIMENT), [])
-    run_key = path.name.removeprefix(f"{experiment.name}-")
-    place = Place(path.parent, experiment, data_key="", run_key=run_key)  # the data may be elsewhere
+    place = locate_without_data(path, experiment)
     steps = checkpoint.list_steps(place.train)
     if not steps or (step is not None and step not in steps):
         checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")

@@ -196,6 +196,11 @@ def find_runs(storage: Path, prefix: str = "") -> list[Path]:
     return sorted(path.parent for path in found if path.parent.name.startswith(prefix))
 
 
+def locate_without_data(path: Path, experiment: Experiment) -> Place:
+    """Return the place of a run directory whose data may be elsewhere."""
+    return Place(path.parent, experiment, data_key="", run_key=path.name.removeprefix(f"{experiment.name}-"))
+
+
 # Below a run directory, whatever the experiment is
 
 

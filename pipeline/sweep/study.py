@@ -77,7 +77,7 @@ class Study:
         accept_code: whether to go on with what another code made. Raises StopRequest, PipelineError.
         """
         sweep, cluster = self.sweep, self.cluster
-        uri = cluster.tracking_uri or tracking.find_default_uri(self.root)
+        uri = tracking.find_uri(cluster)
         if cluster.tracking_uri:
             tracking.check_server(uri)
         with lock_folder(self.folder):

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.errors import PipelineError, explain_network_error, hide_password
-from pipeline.store.files import require_regular, write_atomically
+from pipeline.store.files import name_user, require_regular, write_atomically
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from pipeline.config import ClusterConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ ENVIRONMENT = {
 def find_default_uri(storage: Path) -> str:
     """Return the URI of the embedded store of a storage root."""
     return format_sqlite_uri(storage.resolve() / "mlflow.db")
+
+
+def find_uri(cluster: ClusterConfig) -> str:
+    """Return the URI of a cluster's tracking store: its own, or the embedded one of its storage root."""
+    return cluster.tracking_uri or find_default_uri(cluster.storage_root)
 
 
 def format_sqlite_uri(store: Path) -> str:
@@ -173,11 +180,11 @@ def ensure_run(
     """Return the id of the MLflow run tagged `identity`; create it where there is none. start: Unix milliseconds."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_runs([experiment_id], query, max_results=1)
-    user, source = os.environ.get("USER", "unknown"), {"name": "ddpm", "type": "LOCAL"}
     tags |= {
         **identity,
-        "mlflow.user": user,
-        **{f"mlflow.source.{key}": value for key, value in source.items()},
+        "mlflow.user": name_user(),
+        "mlflow.source.name": "ddpm",
+        "mlflow.source.type": "LOCAL",
     }
     run = found[0] if found else client.create_run(experiment_id, start, tags, name)
     return str(run.info.run_id)

@@ -21,7 +21,7 @@ from ddpm.images import to_uint8
 from ddpm.networks import NETWORKS
 from ddpm.sampler import run_chain
 from pipeline import config
-from pipeline.cli import commands
+from pipeline.cli import arguments
 from pipeline.cli.program import main, parse_arguments
 from pipeline.engine import find
 from pipeline.engine.provenance import write_record
@@ -305,7 +305,7 @@ def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
     assert {"model.channels=24", "model.norm_groups=6", "data.image_size=8"} <= set(derived)
     words = ["run", "cifar10_published", "data.source=digits", "data.path=null", "model.norm_groups=4"]
     parsed = parse_arguments([*words, f"published.path={tmp_path}", "published.weights=ema"])
-    experiment, _ = commands._load_experiment_and_cluster(parsed)
+    experiment, _ = arguments.load_experiment_and_cluster(parsed)
     assert (experiment.model.channels, experiment.model.norm_groups, experiment.data.channels) == (24, 4, 1)
 
 

@@ -289,7 +289,7 @@ def test_a_server_that_hangs_holds_no_trial_up(storage, monkeypatch, capsys):
 
 def test_a_dead_server_costs_nothing_and_gets_it_later(grid, storage, client, monkeypatch, capsys):
     text = SPACE % ("[cosine]", "[0.0]")
-    monkeypatch.setattr(tracking, "find_default_uri", lambda storage: "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "find_uri", lambda cluster: "http://127.0.0.1:9")
     assert sweep(storage, "late", text) == 0
     said = capsys.readouterr().out
     assert "takes nothing of the sweep" in said and "the same command delivers it" in said
