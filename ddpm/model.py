@@ -18,6 +18,7 @@ from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import (
     ReverseStep,
     add_guidance,
+    choose_ancestral_variance,
     interpolate,
     run_image_chains,
     run_to_end,
@@ -117,7 +118,7 @@ class Model:
         images = interpolate(
             chain, self.net, x_a.to(self.device).expand(shape), x_b.to(self.device).expand(shape),
             torch.tensor(weights, device=self.device), steps, noise(timesteps), noise,
-            variance=asked["variance"] if asked["sampler"] == "ancestral" else "fixedsmall",
+            variance=choose_ancestral_variance(asked["sampler"], asked["variance"]),
             context=self.make_context(label, index.expand(len(weights))), clip=clip,
         )  # fmt: skip
         return images.clamp(-1, 1) if clip else images

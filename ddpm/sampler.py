@@ -61,7 +61,8 @@ def run_chain(
         diffusion = diffusion.respace(timesteps)
     visited, x_t = diffusion.timesteps.tolist(), x_T
     labels = () if context is None else (context,)
-    weights, x_0_before = _compute_extrapolation(diffusion), None
+    weights = _compute_extrapolation(diffusion) if sampler == "dpm++" else []
+    x_0_before = None
     for i in reversed(range(len(visited))):
         t = torch.full((len(x_t),), i, device=x_t.device)
         output = net(x_t, torch.full_like(t, visited[i]), *labels).to(x_t.dtype)
@@ -197,6 +198,11 @@ def explain_few_steps(
         f"{steps} of {len(diffusion)} steps with variance=fixedlarge leave noise in the images (CIFAR-10 FID "
         "367 at 10 steps, 10 at 100): use variance=fixedsmall or another sampler"
     )
+
+
+def choose_ancestral_variance(sampler: Sampler, variance: Variance | None) -> Variance | None:
+    """Return the variance of ancestral chains of a run; other samplers than ancestral have fixedsmall with eta = 1."""
+    return variance if sampler == "ancestral" else "fixedsmall"
 
 
 def interpolate(

@@ -111,7 +111,10 @@ def _interpolate_files(model: Model, n: int, options: Namespace, label: Label, f
 
 def _read_image(file: Path, shape: tuple[int, int, int]) -> Tensor:
     """Read an image file as uint8 (C, H, W). Raises PipelineError where it is none of this shape."""
-    data = DataConfig("folder", None, shape[1], 1 if shape[0] == 1 else 3, 0, 1, 0, "refuse", 0)
+    data = DataConfig(
+        source="folder", path=None, image_size=shape[1], channels=1 if shape[0] == 1 else 3, labels=0,
+        images_per_shard=1, test_images=0, resize="refuse", max_undecodable=0,
+    )  # fmt: skip
     try:
         record = convert_to_record("", RawImage(str(file), file.read_bytes(), None), data)
     except DecodeError as error:

@@ -66,9 +66,14 @@ def require_places(nodes: Nodes, count: int, cpus: int, gpus: float, what: str =
         raise PipelineError(f"{asked} have no place on the cluster's machines ({there}): {remedy}")
 
 
+def _find_largest(nodes: Nodes) -> tuple[int, int]:
+    """Return the CPUs and GPUs of the machine with the most GPUs, or of these the most CPUs."""
+    return max(nodes, key=lambda node: node[::-1])
+
+
 def share_cpus(nodes: Nodes, workers: int, gpus: float) -> int:
     """Return the most CPUs that so many workers can have each, and no more than go with their GPUs; at least 1."""
-    most, its = max(nodes, key=lambda node: node[::-1])
+    most, its = _find_largest(nodes)
     shares = range(int(min(1, gpus / its) * most) if its and gpus else most, 1, -1)
     return next((cpus for cpus in shares if count_places(nodes, cpus, gpus) >= workers), 1)
 
@@ -78,7 +83,7 @@ def resolve_resources(cluster: ClusterConfig, nodes: Nodes, pixels: int | None =
 
     Without cluster.workers those of one machine are taken, and no more than `pixels` of a batch keep busy.
     """
-    cpus, gpus = max(nodes, key=lambda node: node[::-1])
+    cpus, gpus = _find_largest(nodes)
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)
     gpus_per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else float(gpus > 0)
     places = int(gpus / gpus_per_worker) if gpus_per_worker and gpus else min(2, cpus)

@@ -85,15 +85,16 @@ class RaySession:
 
     def _explain_wait(self, count: int, cpus: int, gpus: float) -> None:
         """Say for what the command waits where the cluster that it has joined is full."""
-        patience = FREE_SECONDS if self.cluster.ray_address and self.most_in_flight is None else 0
-        for second in range(patience):  # what was given back takes a moment
-            free = {kind: ray.available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
-            if count * cpus <= free["CPU"] and count * gpus <= free["GPU"]:
+        if self.cluster.ray_address is None or self.most_in_flight is not None:
+            return
+        for _ in range(FREE_SECONDS):  # what was given back takes a moment
+            there = ray.available_resources()
+            free_cpus, free_gpus = there.get("CPU", 0), there.get("GPU", 0)
+            if count * cpus <= free_cpus and count * gpus <= free_gpus:
                 return
             time.sleep(1)
-            if second == patience - 1:
-                there = f"{free['CPU']:g} CPUs and {free['GPU']:g} GPUs are free; `ddpm jobs` shows who is at work"
-                print_line(f"waiting for {count} x ({cpus} CPUs, {gpus:g} GPUs): {there}")
+        free = f"{free_cpus:g} CPUs and {free_gpus:g} GPUs are free; `ddpm jobs` shows who is at work"
+        print_line(f"waiting for {count} x ({cpus} CPUs, {gpus:g} GPUs): {free}")
 
     def _set_resources(self, resources: Resources) -> None:
         self.resources = resources

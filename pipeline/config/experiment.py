@@ -172,6 +172,11 @@ class Experiment:
         return self.model.takes_labels
 
     @property
+    def num_classes(self) -> int:
+        """The number of classes that the network is built with; 0 where it takes no labels."""
+        return self.data.labels if self.takes_labels else 0
+
+    @property
     def is_trained(self) -> bool:
         """True if the network is trained here: it is neither published nor made of images."""
         return not self.published.weights and self.model.name not in UNTRAINED

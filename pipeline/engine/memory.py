@@ -64,7 +64,7 @@ def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -
     """
     config = replace(experiment.train, batch_size=images, accumulate=accumulate)
     data, diffusion = experiment.data, Diffusion(experiment.diffusion)
-    labels = data.labels if experiment.takes_labels else 0
+    labels = experiment.num_classes
     outputs = diffusion.count_output_channels(data.channels)
     net = build_network(
         experiment.model, data.image_size, data.channels, outputs, 0, labels, "meta", len(diffusion)

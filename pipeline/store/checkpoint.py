@@ -146,10 +146,9 @@ def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
     if file == STATE and not has_state(folder):
         remedy = "use sample.weights=ema, of the first train.ema_decay"
         raise PipelineError(f"{folder} holds the EMA alone (train.keep_steps); {remedy}")
-    experiment = place.experiment
-    labels = experiment.data.labels if experiment.takes_labels else 0
-    known, sizes = experiment.data.limit or 0, experiment.data.shape
-    own = _list_tensors(cast(Any, experiment.model), experiment.diffusion, sizes, labels, known)
+    experiment, data = place.experiment, place.experiment.data
+    kind, known = cast(Any, experiment.model), data.limit or 0
+    own = _list_tensors(kind, experiment.diffusion, data.shape, experiment.num_classes, known)
     for file, prefix in ((EMA, ""), *([(STATE, "net.")] if has_state(folder) else [])):
         try:
             with safe_open(folder / file, "pt") as stored:
@@ -164,7 +163,7 @@ def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
 
 @lru_cache(
     maxsize=32
-)  # the trials of a sweep have few networks, and building one takes as long as all other checks
+)  # the trials of a sweep have few networks; building one takes as long as all other checks
 def _list_tensors(
     config: Any, diffusion: DiffusionConfig, shape: tuple[int, int, int], labels: int, known: int
 ) -> Tensors:
@@ -266,7 +265,7 @@ def describe_model(experiment: Experiment) -> dict[str, Any]:
         "diffusion": asdict(experiment.diffusion),
         "model": asdict(cast(Any, experiment.model)),
         "shape": list(experiment.data.shape),
-        "num_classes": experiment.data.labels if experiment.takes_labels else 0,
+        "num_classes": experiment.num_classes,
         "options": {**options, "seed": experiment.seed},
         "source": experiment.name,
     }
@@ -275,9 +274,8 @@ def describe_model(experiment: Experiment) -> dict[str, Any]:
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
     """Build the experiment's network with its initial weights."""
     data = experiment.data
-    labels = data.labels if experiment.takes_labels else 0
     return model.create_network(
-        experiment.model, Diffusion(experiment.diffusion), data.shape, labels, device,
+        experiment.model, Diffusion(experiment.diffusion), data.shape, experiment.num_classes, device,
         seed=experiment.seed, known_images=data.limit or 0,
     )  # fmt: skip
 

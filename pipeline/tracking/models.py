@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ from pipeline.errors import hide_password
 from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place
-from pipeline.store.selection import fill_in_selection
 from pipeline.store.tensors import Tensors, load_tensors
 from pipeline.tracking.mlflow_client import create_client, explain_errors
 
@@ -33,9 +33,8 @@ OPTIONS = ("n", "seed", "label", "steps")  # of `predict`
 REQUIREMENTS = ["mlflow>=3.17", "torch>=2.7", "safetensors", "numpy"]
 
 
-def list_model_steps(place: Place, limit: float) -> list[int]:
+def list_model_steps(place: Place, selected: Place | None, limit: float) -> list[int]:
     """List the steps whose weights MLflow gets: the last and the selected one, if they have at most `limit` bytes."""
-    selected = fill_in_selection(place)
     steps = {place.experiment.train.steps, *([selected.experiment.checkpoint_step] if selected else [])}
     return [
         step
@@ -49,10 +48,9 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
     """Send the weights of a checkpoint and the code that draws from them as the files of a logged model."""
     from mlflow.models import Model
 
-    experiment, directory = place.experiment, place.step_folder(step)
-    tensors = checkpoint.load_weights(directory, experiment.sample.weights, experiment.ema_number)
-    source = f"{experiment.weights_kind} weights of step {step} of {place.name}"
-    settings = {**checkpoint.describe_model(experiment), "source": source}
+    experiment = place.experiment
+    sample = replace(experiment.sample, checkpoint=step)
+    settings, tensors = checkpoint.read_model(place.of(replace(experiment, sample=sample)))
     with TemporaryDirectory(prefix=TEMPORARY, dir=place.path) as scratch:
         weights, described = Path(scratch, WEIGHTS), Path(scratch, SETTINGS)
         save_file(tensors, weights, {"format": "pt"})
@@ -72,9 +70,8 @@ def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list
 
     columns: list[Any] = [ColSpec("long", name, required=name == "n") for name in OPTIONS]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # it wants an example of the input, which would only repeat the signature
+        # It wants an example of the input, which would only repeat the signature.
+        warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
             folder,
             mlflow_model=card,

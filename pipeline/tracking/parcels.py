@@ -60,11 +60,11 @@ def list_parcels(
         yield Parcel(f"grid {grid.stem}", "1", partial(RunSender.send_grid, grid=grid))
     if steps := list_steps(place.train):
         yield Parcel("checkpoints", str(steps), partial(RunSender.update_models, steps=steps))
-    for step in models.list_model_steps(place, largest_model):
+    headline = selection.fill_in_selection(place)
+    for step in models.list_model_steps(place, headline, largest_model):
         content = [read_meta(place.step_folder(step))["files"], describe_model(place.experiment)]
         send = partial(RunSender.send_weights, step=step)
         yield Parcel(f"model {step}", keys.hash_content(content), send)
-    headline = selection.fill_in_selection(place)
     yield from _list_score_parcels(place, headline, in_own_run=child is None)
     files = {"": [place.experiment_yaml]}
     if headline:  # what belongs to the headline evaluation, once it is known which one that is

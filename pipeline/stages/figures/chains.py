@@ -10,11 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.config import Sampler, Variance
+from ddpm.config import Sampler
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import draw_shared_latent, interpolate, run_chain, space_timesteps
+from ddpm.sampler import (
+    choose_ancestral_variance,
+    draw_shared_latent,
+    interpolate,
+    run_chain,
+    space_timesteps,
+)
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
@@ -54,11 +60,6 @@ def format_timesteps(counts: list[int], experiment: Experiment) -> str:
     """Return the paper's t (from 1) as text, for numbers of remaining steps; 0 is the image."""
     timesteps = build_diffusion(experiment).timesteps
     return ", ".join(f"{int(timesteps[steps - 1]) + 1 if steps else 0:,}" for steps in dict.fromkeys(counts))
-
-
-def choose_ancestral_variance(experiment: Experiment) -> Variance | None:
-    """Return the variance of ancestral chains; for other samplers fixedsmall, the variance of eta = 1."""
-    return experiment.sample.variance if experiment.sample.sampler == "ancestral" else "fixedsmall"
 
 
 def save_rows(files: list[Path], file: Path, dim: int = 0) -> None:
@@ -104,11 +105,8 @@ def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
     Returns (snapshots, images, C, H, W) on the CPU; the last snapshot is the sample.
     """
     config = place.experiment.sample
-    model, index = (
-        load_model(place, ctx.device, config.precision),
-        torch.arange(start, stop, device=ctx.device),
-    )
-    chain = model.run_chains(index)
+    model = load_model(place, ctx.device, config.precision)
+    chain = model.run_chains(torch.arange(start, stop, device=ctx.device))
     wanted = list_snapshots(config.steps or len(model.diffusion))
     return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in wanted])
 
@@ -199,12 +197,13 @@ def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: 
     def noise(t: int) -> Tensor:
         return draw_normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
 
-    net = load_model(place, ctx.device, experiment.sample.precision).net
+    config = experiment.sample
+    net = load_model(place, ctx.device, config.precision).net
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
     return interpolate(
         build_diffusion(experiment).to(ctx.device), net, x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
-        steps, eps, noise, variance=choose_ancestral_variance(experiment),
+        steps, eps, noise, variance=choose_ancestral_variance(config.sampler, config.variance),
     )  # fmt: skip
 
 
@@ -238,8 +237,8 @@ def write_shared_latents(ctx: Worker, place: Place, n: int, steps: int, file: Pa
 
 def draw_from_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Draw x_t (n, C, H, W) of the first n samples' chains, and images (n * children, C, H, W) from it."""
-    experiment, variance = place.experiment, choose_ancestral_variance(place.experiment)
-    chain, config = build_diffusion(experiment), experiment.sample
+    experiment, config = place.experiment, place.experiment.sample
+    chain, variance = build_diffusion(experiment), choose_ancestral_variance(config.sampler, config.variance)
     model = load_model(place, ctx.device, config.precision)
     draw = partial(draw_normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
@@ -252,7 +251,7 @@ def draw_from_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Te
     children = CHILDREN_FROM + torch.arange(n * CHILDREN, device=ctx.device)
     *_, last = run_chain(
         chain, net, x_t.repeat_interleave(CHILDREN, 0), lambda t: draw(Stream.FIGURES, t, children),
-        variance=variance, timesteps=range(steps), 
+        variance=variance, timesteps=range(steps),
         context=None if labels is None else labels.repeat_interleave(CHILDREN),
     )  # fmt: skip
     return x_t, last.x_t
