@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -13,7 +14,7 @@ from pipeline.drawing import charts
 from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_picture
 from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import Metric
-from pipeline.scores.results import Bound
+from pipeline.scores.results import Bound, Scores
 from pipeline.store.files import require_sealed, try_read
 
 LEAST_WIDTH = 1000  # pixels; smaller pictures are enlarged, so that their pixels stay sharp
@@ -77,12 +78,14 @@ def draw_training(run: RunFiles, folder: Path) -> list[Picture]:
 
 
 def draw_checkpoints(
-    scores: Mapping[int, float], best: int, metric: Metric, ladder: Mapping[int, float], folder: Path
+    candidates: Mapping[int, Scores], best: int, metric: Metric, ladder: Mapping[int, float], folder: Path
 ) -> Picture:
-    """Draw {step: score} of the checkpoints, the best one ringed, beside the published {step: FID}."""
+    """Draw the candidates by step with their errors, the best one ringed, beside the published {step: FID}."""
+    values = [scores[metric.name] for scores in candidates.values()]
+    errors = np.array([scores.get(f"{metric.name}_se") or 0.0 for scores in candidates.values()])
     lines = [
-        Line(list(scores), list(scores.values()), "this run" if ladder else "", "steps"),
-        Line([best], [scores[best]], "best", "best"),
+        Line(list(candidates), values, "this run" if ladder else "", "steps", errors),
+        Line([best], [candidates[best][metric.name]], "best", "best"),
     ]
     if ladder:
         lines.append(Line(list(ladder), list(ladder.values()), "published, n = 50,000", "marks"))

@@ -6,7 +6,7 @@ holds the FID of every candidate; `pipeline.stages.select` makes it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -24,10 +24,11 @@ from pipeline.store.run import Place
 
 
 class CandidateScore(TypedDict):
-    """Step, FID and score key of one candidate."""
+    """Step, FID with its standard error, and score key of one candidate; earlier files lack the error."""
 
     step: int
     fid: float
+    fid_se: NotRequired[float | None]
     evaluation: str
 
 
@@ -67,7 +68,8 @@ def write_selection(place: Place) -> None:
     scores: list[CandidateScore] = []
     for step, candidate in list_candidates(place).items():
         metrics = read_sealed(candidate.metrics_json, ScoreFile)
-        scores.append({"step": step, "fid": metrics["scores"]["fid"], "evaluation": candidate.score_key})
+        fid, error = metrics["scores"]["fid"], metrics["scores"].get("fid_se")
+        scores.append({"step": step, "fid": fid, "fid_se": error, "evaluation": candidate.score_key})
     protocol = metrics["protocol"]  # the same for all of them
     content: Selection = {
         "metric": "fid",

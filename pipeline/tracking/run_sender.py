@@ -142,8 +142,10 @@ class RunSender:
         return model
 
     def send_candidate(self, step: int, file: Path) -> None:
-        """Send the FID of a candidate for the selection, as a point of a curve."""
-        self._send_values(file, step, {"selection/fid": read_sealed(file, ScoreFile)["scores"]["fid"]})
+        """Send the FID of a candidate for the selection and its error, as points of curves."""
+        scores = read_sealed(file, ScoreFile)["scores"]
+        values = {f"selection/{name}": scores.get(name) for name in ("fid", "fid_se")}
+        self._send_values(file, step, {name: value for name, value in values.items() if value is not None})
 
     def send_selection(self, file: Path) -> None:
         """Send which checkpoint was chosen, and how."""

@@ -406,7 +406,8 @@ def test_a_network_that_does_not_beat_the_linear_denoiser_is_not_yet_useful(make
 
 def choose_checkpoint(run) -> None:
     steps = ((10_000, 17.25), (20_000, 16.5))
-    scores = [{"step": step, "fid": fid, "evaluation": "-"} for step, fid in steps]
+    scores = [{"step": step, "fid": fid, "fid_se": 0.31, "evaluation": "-"} for step, fid in steps]
+    del scores[0]["fid_se"]  # as earlier files
     content = {"metric": "fid", "n": 5000, "weights": "ema", "extractor": "inception", "reference": "train"}
     rundir.write_json(run.selection_json, content | {"best": 20_000, "scores": scores})
     rundir.write_manifest(run.selection, ["selection.json"])
@@ -419,11 +420,17 @@ def test_checkpoints_stand_beside_the_published_ladder(make):
     assert not report.STAGE.is_done(run), "a selection is something it shows"
     markdown = write(run)[1]
     assert (
-        "**Step 20,000 has the best FID, 16.50**, of 2 checkpoints, each scored on 5,000 samples" in markdown
+        "**Step 20,000 has the best FID, 16.50 ± 0.31**, of 2 checkpoints, each scored on 5,000 samples"
+        in markdown
     )
-    for row in ("10,000 | 17.25 | –", "**20,000** | 16.50 | –", "46,800 | – | 9.16", "796,000 | – | 3.19"):
+    for row in (
+        "10,000 | 17.25 | –",
+        "**20,000** | 16.50 ± 0.31 | –",
+        "46,800 | – | 9.16",
+        "796,000 | – | 3.19",
+    ):
         assert f"| {row} |" in markdown
     run = make("digits", "evaluate.checkpoints=every:200")
     choose_checkpoint(run)
     section = write(run)[1].split("## Checkpoints")[1].split("\n## ")[0]
-    assert "| **20,000** | 16.50 |" in section and "published" not in section
+    assert "| **20,000** | 16.50 ± 0.31 |" in section and "published" not in section

@@ -108,6 +108,14 @@ def test_scores_stand_at_their_checkpoint_and_on_its_model(mirrored, client):
     assert {output.step for output in found.outputs.model_outputs} == {50, 100}
 
 
+def test_a_candidate_is_a_point_of_a_curve_with_its_error(mirrored, client, uri, tmp_path):
+    run, found = mirrored
+    write_scores(tmp_path, run.experiment, scores={"fid": 21.5, "fid_se": 0.5})
+    RunSender(uri, "digits", run).send_candidate(50, tmp_path / "metrics.json")
+    stored = client.get_run(found.info.run_id).data.metrics
+    assert (stored["selection/fid"], stored["selection/fid_se"]) == (21.5, 0.5)
+
+
 def test_another_evaluation_is_a_child(mirrored, client):
     found = mirrored[1]
     query = f"tags.mlflow.parentRunId = '{found.info.run_id}'"
