@@ -129,12 +129,7 @@ def slice_batch(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
 
 
 def list_image_indices(
-    seed: int,
-    num_images: int,
-    step: int,
-    batch_size: int,
-    rows: torch.Tensor,
-    device: torch.device = CPU,
+    seed: int, num_images: int, step: int, batch_size: int, rows: torch.Tensor, device: torch.device = CPU
 ) -> torch.Tensor:
     """Return the indices of the images in these consecutive rows of the global batch at `step`, int64 on `device`.
 

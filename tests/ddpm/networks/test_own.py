@@ -58,13 +58,7 @@ def test_weights_depend_on_the_seed_alone(name):
 
 @pytest.mark.parametrize(
     "name, reason",
-    [
-        ("Strange", r"\*\*more"),
-        ("Held", "pair"),
-        ("Unfit", "forward"),
-        ("pickle", "such"),
-        ("Gone", "such"),
-    ],
+    [("Strange", r"\*\*more"), ("Held", "pair"), ("Unfit", "forward"), ("pickle", "such"), ("Gone", "such")],
 )
 def test_a_class_that_is_no_network_is_refused(name, reason):
     with pytest.raises(ValueError, match=reason):
