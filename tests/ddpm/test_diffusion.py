@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm.config import DiffusionConfig
-from ddpm.diffusion import Diffusion, _respace_betas
+from ddpm.diffusion import Diffusion
 
 PAPER = DiffusionConfig()
 SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
@@ -40,23 +40,6 @@ def test_betas_of_ones_own_take_the_place_of_the_schedule():
     assert torch.equal(Diffusion(betas=sigmoid).tables["beta"], sigmoid.double())
     with pytest.raises(ValueError, match=r"betas: is 1.5; it must be above 0 and below 1$"):
         Diffusion(betas=torch.tensor([0.1, 1.5, 2.0]))
-
-
-def test_log_variances_at_index_0_are_those_of_index_1():
-    tables = Diffusion().tables
-    assert tables["posterior_variance"][0] == 0
-    assert tables["posterior_variance"][1].item() == pytest.approx(5.4531876613021935e-05, rel=1e-12)
-    for name in ("log_fixedsmall", "log_fixedlarge"):
-        assert tables[name][0].item() == pytest.approx(-9.816725, abs=1e-6)
-    assert tables["log_fixedlarge"][1].exp().item() == pytest.approx(tables["beta"][1].item())
-
-
-def test_tables_are_float64_and_gathered_in_the_type_of_the_images():
-    diffusion = Diffusion()
-    assert {table.dtype for table in diffusion.tables.values()} == {torch.float64}
-    t = torch.tensor([0, 999])
-    for dtype in (torch.float32, torch.float64):
-        assert diffusion.gather("alpha_bar", t, torch.zeros(2, 1, 1, 1, dtype=dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("variance, name", [("fixedlarge", "fixed_large"), ("fixedsmall", "fixed_small")])
@@ -196,11 +179,6 @@ def test_every_timestep_is_finite(schedule, predict):
         diffusion.compute_losses(x_0, x_0, x_t, t, eps),
     ):
         assert value.isfinite().all()
-
-
-def test_respacing_formula_over_all_steps_gives_the_betas_back():
-    tables = Diffusion().tables
-    torch.testing.assert_close(_respace_betas(tables["alpha_bar"]), tables["beta"], rtol=1e-10, atol=0)
 
 
 def test_mean_prediction_is_respaced_through_its_estimate():

@@ -227,35 +227,12 @@ def test_the_error_on_normal_data_falls_with_the_order_of_the_sampler(name, orde
     assert (ratios.log2() - order).abs().max() < 0.25, ratios
 
 
-def test_ddim_with_eta_0_ignores_the_noise_and_inverts_a_point_mass():
-    """With the true x_0 known, the deterministic chain keeps eps: all its x_t are q_sample of it."""
-    diffusion = Diffusion(replace(SMALL, predict="x0"))
-    x_0, eps = randn(*SHAPE).clamp(-1, 1), randn(*SHAPE, seed=1)
-    x_T = diffusion.q_sample(x_0, torch.tensor([19, 19]), eps)
-    steps = list(ddim(diffusion, lambda x_t, t: x_0, x_T, lambda t: torch.full(SHAPE, 1e9)))
-    for step in steps[:-1]:
-        expected = diffusion.q_sample(x_0, torch.full((2,), step.t - 1), eps)
-        torch.testing.assert_close(step.x_t, expected, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(steps[-1].x_t, x_0)
-
-
 def test_respaced_with_all_steps_is_the_full_chain():
     diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
     full = end(run_chain(diffusion, net, x_T, noise))
     assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=range(20))), full)
     every = sampler.space_timesteps(diffusion, 20)
     assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=every)), full)
-
-
-def test_the_network_sees_the_timesteps_of_the_full_chain():
-    seen = []
-
-    def spy(x_t, t):
-        seen.append(t.tolist())
-        return net(x_t, t)
-
-    list(run_chain(Diffusion(SMALL), spy, randn(*SHAPE), noise, timesteps=[0, 7, 19]))
-    assert seen == [[19, 19], [7, 7], [0, 0]]
 
 
 def test_spaced_timesteps_hold_both_ends():

@@ -146,11 +146,13 @@ def test_no_image_is_flipped_without_random_flip():
 
 
 def test_draws_belong_to_the_row_not_to_the_slice():
-    whole = draw_batch_noise(SEED, 3, ROWS, (1, 8, 8), 50, None)
-    part = draw_batch_noise(SEED, 3, ROWS[5:], (1, 8, 8), 50, None)
+    whole, part, other = (
+        draw_batch_noise(SEED, step, rows, (1, 8, 8), 50, None, dropouts=2)
+        for step, rows in ((3, ROWS), (3, ROWS[5:]), (4, ROWS))
+    )
     assert all(torch.equal(w[5:], p) for w, p in zip(whole, part, strict=True))
-    other = draw_batch_noise(SEED, 4, ROWS, (1, 8, 8), 50, None)
-    assert not torch.equal(whole[0], other[0]) and not torch.equal(whole[2], other[2])
+    same = [torch.equal(w, o) for w, o in zip(whole, other, strict=True)]
+    assert same == [False, True, False, False, False, False], "all but the weight belong to the step"
 
 
 def test_labels_are_dropped_by_row_and_reach_the_network():
@@ -218,23 +220,16 @@ def mean_over_workers(settings, cuts, **net_settings):
     return {name: sum(g[name] for g in found) / len(cuts) for name in found[0]}, loss
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 8])
-def test_accumulation_equals_the_whole(accumulate):
-    whole, parts = small_state(CONFIG), small_state(CONFIG)
-    expected, found = step(whole, CONFIG), step(parts, config(accumulate=accumulate))
-    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
-    assert found["grad_norm"].item() == pytest.approx(expected["grad_norm"].item(), rel=1e-5)
-    assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize(
-    "accumulate, cuts", [(2, [(0, 4), (4, 8)]), (3, [(0, 3), (3, 8)]), (1, [(0, 1), (1, 8)])]
+    "accumulate, cuts", [(2, [(0, 4), (4, 8)]), (3, [(0, 3), (3, 8)]), (8, [(0, 1), (1, 8)])]
 )
 def test_whatever_the_cut_of_the_batch_its_loss_gradient_and_dropped_units_stay(accumulate, cuts):
     settings = config(grad_clip=None)
     whole, parts = small_state(settings, dropout=0.4), small_state(settings, dropout=0.4)
     expected = step(whole, settings)
-    step(parts, dataclasses.replace(settings, accumulate=accumulate))
+    found = step(parts, dataclasses.replace(settings, accumulate=accumulate))
+    assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
+    assert found["grad_norm"].item() == pytest.approx(expected["grad_norm"].item(), rel=1e-5)
     workers, loss = mean_over_workers(settings, cuts, dropout=0.4)
     assert loss == pytest.approx(expected["loss"].item(), rel=1e-6)
     assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
@@ -364,16 +359,6 @@ def test_a_memory_format_changed_too_late_is_refused():
     state.net.to(memory_format=torch.channels_last)
     with pytest.raises(RuntimeError, match="memory format"):
         step(state, CONFIG)
-
-
-def test_dropout_differs_from_step_to_step():
-    settings = config(lr=1e-30, random_flip=False)
-    state = small_state(settings, dropout=0.3)
-    seen = []
-    state.net.down[0].blocks[0].dropout.register_forward_hook(lambda _m, _i, out: seen.append(out == 0))
-    step(state, settings)
-    step(state, settings)
-    assert not torch.equal(seen[0], seen[1])
 
 
 def test_names_of_the_state():

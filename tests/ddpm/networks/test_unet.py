@@ -12,7 +12,7 @@ from ddpm.kernels import accelerate
 from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
-from ddpm.networks.layers import RowDropout, embed_timesteps
+from ddpm.networks.layers import RowDropout
 from ddpm.networks.unet import ResBlock, UNet
 from pipeline.store.diffusers_layout import translate_name
 
@@ -85,18 +85,6 @@ def test_equals_diffusers(changes, image_size, channels, out_channels, input_sca
 
 
 # ----------------------------------------------------------------------------------- details, one by one
-
-
-def test_timestep_embedding_is_all_sines_then_all_cosines_of_raw_t():
-    half = 64
-    embedding = embed_timesteps(torch.tensor([0, 1, 999]), 2 * half)
-    assert embedding.dtype == torch.float32
-    assert embedding[0].tolist() == [0.0] * half + [1.0] * half
-    for row, t in enumerate([0, 1, 999]):
-        angles = [t * 10000 ** (-i / (half - 1)) for i in range(half)]
-        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-        assert embedding[row].tolist() == pytest.approx(expected, abs=1e-4)
-    assert embedding[1, half - 1].item() == pytest.approx(1e-4, rel=1e-5)  # half - 1, not half
 
 
 def test_initial_weights():
