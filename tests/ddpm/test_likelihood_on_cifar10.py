@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import compute_bits_per_dim, compute_prior
+from ddpm.likelihood import compute_prior
 from ddpm.linear_denoiser import (
     compute_linear_mse,
     compute_profile,
     convert_mse_to_terms,
-    make_linear_denoiser,
 )
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
@@ -83,36 +81,3 @@ def test_rates_of_single_images(test_images, covariance):
     rates = torch.stack([convert_mse_to_terms(diffusion, of_image).sum() for of_image in mse.T])
     found = [rates.mean(), rates.std(), rates[:64].mean(), rates[:8].mean()]
     assert [value.item() for value in found] == pytest.approx([2.452784, 0.26912, 2.53989, 2.51197], rel=2e-5)
-
-
-@pytest.mark.slow
-def test_the_best_linear_denoiser_by_sampling(test_images, covariance):
-    """bits_per_dim itself, on 3,000 images at sampled steps, agrees with the closed form within 0.5 %.
-
-    The expectation is taken over the noise alone, for these very images.
-    """
-    diffusion = Diffusion(DiffusionConfig(predict="x0"))
-    mean, values, vectors = (tensor.float() for tensor in covariance)
-    x_0 = test_images[:3000]
-    spread = ((x_0.flatten(1) - mean) @ vectors) ** 2
-
-    denoise = make_linear_denoiser(diffusion, mean, vectors, values)
-    generator = torch.Generator().manual_seed(0)
-    steps = [3, 100, 300, 600]
-    result = compute_bits_per_dim(
-        diffusion,
-        denoise,
-        x_0,
-        lambda t, rows: torch.randn(x_0[rows].shape, generator=generator),
-        timesteps=steps,
-        clip=False,
-    )
-    for k, t in enumerate(steps):
-        signal, noise = (diffusion.tables[name][t] for name in ("alpha_bar", "one_minus_alpha_bar"))
-        shrink = signal * values / (signal * values + noise)  # of the image's own deviation
-        bias = (1 - shrink) ** 2 * spread
-        variance = shrink**2 * noise / signal
-        mse = torch.full((1000,), (bias + variance).mean().item(), dtype=torch.float64)
-        assert result.mse[:, k].mean().item() == pytest.approx(mse[t].item(), rel=5e-3)
-        expected = convert_mse_to_terms(diffusion, mse)[t].item()
-        assert result.terms[:, k].mean().item() == pytest.approx(expected, rel=5e-3)

@@ -346,18 +346,6 @@ def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, t
     extractors.load_extractor.cache_clear()
 
 
-@pytest.mark.slow
-def test_all_scores_of_inceptions_own_layers_equal_torch_fidelitys_call(he_inception, tmp_path):
-    """2 x 24 images; the FID takes the eigenvalues of a matrix of 2048 x 2048, twice."""
-    network = in_inception(he_inception, tmp_path)
-    noise, pale = blocks(24)
-    ours, real = ([extractors.extract_features(network, images, CPU)] for images in (noise, pale))
-    require_live_features(ours[0][0], real[0][0])
-    theirs = their_scores(network, noise, pale)
-    assert theirs["frechet_inception_distance"] > 1
-    assert our_scores(ours, real[0]) == pytest.approx(theirs, rel=RELATIVE)
-
-
 class Bomb:
     def __reduce__(self):
         return print, ("code of a weights file was run",)

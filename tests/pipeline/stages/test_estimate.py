@@ -11,7 +11,6 @@ from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError
 from pipeline.scores import preparations
 from pipeline.stages import evaluate
-from pipeline.stages.evaluate import bound
 from pipeline.store import tars
 from pipeline.store.files import read_json
 
@@ -58,18 +57,6 @@ def test_one_image_has_no_error_and_says_so(sampled):
 def test_more_draws_than_timesteps_are_refused():
     with pytest.raises(ConfigError, match=r"evaluate.nll_timesteps is 21, more than diffusion.timesteps=20"):
         tiny_experiment("evaluate.nll_timesteps=21")
-
-
-def test_two_schedules_of_one_data_set_share_the_covariance_but_no_profile(tiny_run):
-    _, run = tiny_run
-    one_cpu().run_units(preparations.list_gaussian_units(run), lambda unit: None)
-    places = [
-        make_place(tiny_experiment(f"diffusion.{word}"), run.storage)
-        for word in ("beta_schedule=linear", "beta_schedule=cosine", "variance=fixedsmall", "timesteps=10")
-    ]
-    profiles = {bound.load_profile(place)[1] for place in places}
-    assert len({preparations.locate_factor(place) for place in places}) == 1 and len(profiles) == 4
-    assert not preparations.list_gaussian_units(places[1])
 
 
 def test_images_too_large_for_a_covariance_have_a_profile_by_their_gram_matrix(tiny_run, monkeypatch):

@@ -184,33 +184,12 @@ def test_the_papers_protocol_is_comparable_and_what_was_not_scored_is_no_reason(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"n": 49_999}, "n = 49,999, not 50,000"),
-        ({"n": 2048}, "rank-deficient"),
-        ({"weights": "raw"}, "raw weights"),
-        ({"sampler": "ddim"}, "ddim sampler"),
-        ({"steps": 250}, "250 steps"),
-        ({"official_extractor": False}, "not of the published Inception"),
-        ({"reference": "test"}, "reference test"),
-        ({"nll_images": 9_984}, "NLL of 9984 test images"),
-        ({"nll_images": 20, "test_images": 20}, "NLL of 20 test images"),
-        ({"nll_split": "train"}, "NLL of 10000 train images"),
-        ({"official_data": False}, "CIFAR-10's"),
-        ({"official_data": None}, "CIFAR-10's"),
-        ({"timesteps": 20, "steps": 20}, "T = 20"),
-        ({"schedule": "cosine, beta 0.0001 to 0.02"}, "schedule cosine"),
-        ({"label": "cycle"}, "class cycle"),
-        ({"guidance_scale": 4}, "guidance of scale 4"),
-        ({"precision": "bf16"}, "samples in bf16"),
-        ({"precision": "tf32"}, "samples in tf32"),
-        ({"nll_precision": "bf16"}, "NLL in bf16"),
-        ({"variance": "fixedsmall"}, "variance fixedsmall"),
-        ({"nll_variance": "fixedsmall"}, "NLL with fixedsmall"),
-        ({"conditional": True}, "told the class"),
+        ({"n": 49_999}, "n = 49,999, not 50,000"), ({"n": 2048}, "rank-deficient"), ({"splits": None}, "no IS"),
+        ({"nll_images": 9_984}, "NLL of 9984 test images"), ({"nll_split": "train"}, "NLL of 10000 train images"),
+        ({"nll_images": 20, "test_images": 20}, "NLL of 20 test images"), ({"official_data": None}, "CIFAR-10's"),
         ({"minimum_fid": False, "checkpoint_rule": "last"}, "checkpoint last"),
-        ({"decoder": "erf"}, "erf decoder"),
-        ({"splits": None}, "no IS"),
     ],
-)
+)  # fmt: skip
 def test_each_departure_from_it_is_a_reason(change, reason):
     assert any(reason in found for found in explain_differences(PAPER | change, ("fid", "is", "nll")))
 

@@ -218,11 +218,3 @@ def test_mlflow_has_the_curve_the_choice_and_other_weights_as_a_child(finished):
     (metrics,) = run.glob(f"evaluation/{child.data.tags['evaluation_key']}/metrics.json")
     assert child.data.metrics["fid"] == json.loads(metrics.read_text())["scores"]["fid"]
     assert child.data.metrics["fid"] != parent.data.metrics["fid"]
-
-
-def test_more_steps_bring_more_candidates(finished):
-    storage, run = finished
-    printed = ddpm(storage, "train.steps=8")
-    assert "train, select, sample, evaluate" in printed
-    assert [score["step"] for score in choice(run)["scores"]] == [2, 4, 6, 8]
-    assert "everything up to date" in ddpm(storage, "train.steps=8")

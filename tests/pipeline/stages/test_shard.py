@@ -216,22 +216,3 @@ def test_unlabelled_shards_hold_no_labels(pictures, run):
     do(dataclasses.replace(pictures, labels=0), run)
     assert b".cls" not in b"".join(tar_bytes(run).values())
     assert set(tars.load_images(run.data, "train")[1]) == {-1}
-
-
-@pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"CIFAR-10's parquet files are not in {CIFAR10}")
-def test_cifar10_shards_hold_the_original_bytes(run):
-    import pyarrow.parquet as parquet
-    from webdataset import WebDataset
-
-    data = DataConfig("cifar10", str(CIFAR10), 32, 3, 10, 1000, 0, "refuse", 0)
-    units = next(shard.STAGE.work(run.of(experiment(data))))
-    assert len(units) == 60 and sum(unit.images for unit in units) == 60_000
-    units[24].body(None, *units[24].args)
-    units[55].body(None, *units[55].args)
-    train, test = ("train-00024", "train-00000-of-00002", 24), ("test-00005", "test-00000-of-00001", 5)
-    for tar, file, group in (train, test):
-        rows = parquet.ParquetFile(CIFAR10 / f"{file}.parquet").read_row_group(group).to_pylist()
-        samples = list(WebDataset(str(run.data / f"{tar}.tar"), shardshuffle=False))
-        assert [sample["png"] for sample in samples] == [row["img"]["bytes"] for row in rows]
-        assert [int(sample["cls"]) for sample in samples] == [row["label"] for row in rows]
-    assert samples[-1]["__key__"] == "test-00005999"
