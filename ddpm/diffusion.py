@@ -83,9 +83,10 @@ class Diffusion:
         if torch.equal(chosen, torch.arange(len(chosen), device=chosen.device)):
             chain.tables = {name: table[: len(chosen)] for name, table in self.tables.items()}
             return chain
-        alpha_bar = self.tables["alpha_bar"][chosen]
+        bars = self.tables["alpha_bar"][chosen]
+        betas = 1 - bars / torch.cat([torch.ones_like(bars[:1]), bars[:-1]])
         kept = {name: self.tables[name][chosen] for name in ("step_coef_x_0", "step_coef_x_t")}
-        chain.tables = _compute_tables(_respace_betas(alpha_bar)) | kept
+        chain.tables = _compute_tables(betas) | kept
         chain.is_respaced = True
         return chain
 
@@ -95,28 +96,26 @@ class Diffusion:
 
     def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and log variance of q(x_t | x_0), Eq. 4."""
-        mean = self.gather("sqrt_alpha_bar", t, x_0) * x_0
-        return (
-            mean,
+        mean, variance = (
+            self.gather("sqrt_alpha_bar", t, x_0) * x_0,
             self.gather("one_minus_alpha_bar", t, x_0),
-            self.gather("log_one_minus_alpha_bar", t, x_0),
         )
+        return mean, variance, self.gather("log_one_minus_alpha_bar", t, x_0)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor | None = None) -> Tensor:
         """Draw x_t from q(x_t | x_0) by standard normal eps of the shape of x_0, drawn where left out (Eq. 4)."""
         eps = torch.randn_like(x_0) if eps is None else eps
         _require_same_shape(x_0=x_0, eps=eps)
-        return (
-            self.gather("sqrt_alpha_bar", t, x_0) * x_0
-            + self.gather("sqrt_one_minus_alpha_bar", t, x_0) * eps
+        signal, spread = (
+            self.gather(name, t, x_0) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
         )
+        return signal * x_0 + spread * eps
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
         """Return q(x_{t-1} | x_t, x_0), Eqs. 6 and 7; the log variance at t = 0 is that of t = 1 (authors' code)."""
         _require_same_shape(x_0=x_0, x_t=x_t)
-        mean = (
-            self.gather("posterior_coef_x_0", t, x_t) * x_0 + self.gather("posterior_coef_x_t", t, x_t) * x_t
-        )
+        c_0, c_t = (self.gather(name, t, x_t) for name in ("posterior_coef_x_0", "posterior_coef_x_t"))
+        mean = c_0 * x_0 + c_t * x_t
         return Gaussian(mean, self.gather("log_fixedsmall", t, x_t), x_0)
 
     def predict_x0(self, output: Tensor, x_t: Tensor, t: Tensor, clip: bool = False) -> Tensor:
@@ -149,9 +148,8 @@ class Diffusion:
             mean = _split_output(output, x_t)[0]
         else:
             mean = self.q_posterior(x_0, x_t, t).mean
-        return Gaussian(
-            mean, self._compute_log_variance(output, x_t, t, variance or self.config.variance), x_0
-        )
+        log_variance = self._compute_log_variance(output, x_t, t, variance or self.config.variance)
+        return Gaussian(mean, log_variance, x_0)
 
     def _compute_log_variance(self, output: Tensor, x_t: Tensor, t: Tensor, kind: Variance) -> Tensor:
         if kind in ("fixedlarge", "fixedsmall"):
@@ -243,11 +241,6 @@ def _compute_tables(beta: Tensor) -> dict[str, Tensor]:
         "log_fixedsmall": torch.cat([first, variance[1:]]).log(),
         "log_fixedlarge": torch.cat([first, beta[1:]]).log(),
     }
-
-
-def _respace_betas(alpha_bar: Tensor) -> Tensor:
-    """Compute the betas of a shorter chain from its alpha_bar."""
-    return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
 
 
 def _split_output(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -139,7 +139,7 @@ class Model:
         if context.is_floating_point():
             if context.shape[-1:] != (self.num_classes,):
                 raise ValueError(
-                    f"a context vector of this network holds {self.num_classes} numbers, not {label}"
+                    f"a context vector of this network has {self.num_classes} numbers, not {label}"
                 )
             return context.float().expand(len(index), -1)
         if not bool(((context == NO_LABEL) | (context >= 0) & (context < self.num_classes)).all()):

@@ -30,12 +30,8 @@ def compute_betas(name: str, timesteps: int, beta_start: float = 1e-4, beta_end:
             return _space_evenly(beta_end, beta_end, timesteps)
         case "warmup10" | "warmup50":
             warm = timesteps // (10 if name == "warmup10" else 2)
-            return torch.cat(
-                [
-                    _space_evenly(beta_start, beta_end, warm),
-                    _space_evenly(beta_end, beta_end, timesteps - warm),
-                ]
-            )
+            rest = _space_evenly(beta_end, beta_end, timesteps - warm)
+            return torch.cat([_space_evenly(beta_start, beta_end, warm), rest])
         case "jsd":
             return 1 / _space_evenly(timesteps, 1, timesteps)
         case "cosine":  # Nichol and Dhariwal 2021, Eq. 17, with beta capped at 0.999

@@ -32,10 +32,8 @@ class FastResBlock(unet.ResBlock):
     """Residual block that runs the functions of `ddpm.kernels.cpu`."""
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = (
-            convolve(self.conv1, group_norm(self.norm1, x, swish=True))
-            + self.time_proj(temb)[:, :, None, None]
-        )
+        h = convolve(self.conv1, group_norm(self.norm1, x, swish=True))
+        h = h + self.time_proj(temb)[:, :, None, None]
         h = convolve(self.conv2, self.dropout(group_norm(self.norm2, h, swish=True)))
         return self.shortcut(x) + h
 
@@ -51,12 +49,8 @@ class FastAttention(unet.SelfAttention):
         else:
             parts = tuple(apply_linear(f, normed) for f in layers)
         # (N, C, H, W) -> (N, H*W, C), without a copy in channels_last
-        h = (
-            attend(*(part.flatten(2).transpose(1, 2) for part in parts))
-            .transpose(1, 2)
-            .unflatten(2, x.shape[2:])
-        )
-        return x + apply_linear(self.proj_out, h)
+        h = attend(*(part.flatten(2).transpose(1, 2) for part in parts)).transpose(1, 2)
+        return x + apply_linear(self.proj_out, h.unflatten(2, x.shape[2:]))
 
 
 class FastUpsample(unet.Upsample):

@@ -1,13 +1,9 @@
-"""Layers of the U-Net that are faster than those of torch on a CPU; elsewhere the plain layers.
+"""Layers of the U-Net that are faster than those of torch on a CPU; elsewhere the plain layers, equal up to rounding.
 
-Each function equals the plain expression that its docstring names up to rounding,
-and a test holds it to that. What is slow in bf16: group norm is not vectorised for groups of fewer than 16
-channels, fused attention multiplies at a third of the speed of plain products. In float32 too: small products go at
-half the speed of a 1x1 convolution, and 3x3 convolutions make several times the multiplications that they need
-(ddpm/kernels/winograd.py). Figures: docs/performance.md.
-
-Plain products round the scores of attention to bf16. Relative to float64 the result errs by 4e-3 where q and k have a
-standard deviation of 1, and by 1e-2 where it is 3; that of fused attention by 2e-3 in both cases.
+What is slow in bf16: group norm of groups of fewer than 16 channels, and fused attention. Small products go at half the
+speed of a 1x1 convolution, 3x3 convolutions make several times the multiplications that they need. Figures:
+docs/performance.md. Plain products round the scores of attention to bf16: relative to float64 the result errs by 4e-3
+where q and k have a standard deviation of 1, by 1e-2 where it is 3; that of fused attention by 2e-3 in both cases.
 """
 
 import torch
@@ -51,21 +47,15 @@ def apply_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Compute layer(x), by Winograd where that is faster: 3x3, stride 1, padding 1 of zeros, with bias."""
-    basis = _choose_layer_basis(layer, x) if _is_plain_3x3(layer) and x.ndim == 4 else None
-    if basis is None or layer.bias is None:
-        return layer(x)
-    return winograd.conv3x3(x, layer.weight, layer.bias, basis)
+    shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
+    is_plain = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and x.ndim == 4
+    basis, bias = _choose_layer_basis(layer, x) if is_plain else None, layer.bias
+    return layer(x) if basis is None or bias is None else winograd.conv3x3(x, layer.weight, bias, basis)
 
 
 def _is_bf16_on_cpu(x: Tensor) -> bool:
     """Return whether x is bf16 on a CPU and no compiler makes kernels of its own."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _is_plain_3x3(layer: nn.Conv2d) -> bool:
-    """Return whether `winograd.conv3x3` computes this convolution."""
-    shape = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode
-    return shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 def _choose_layer_basis(layer: nn.Conv2d, x: Tensor) -> winograd.Basis | None:

@@ -9,13 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Those that never hold L x L weights, the first that takes the input; torch alone may fall back on one that does.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-CAST = (
-    nn.Conv2d,
-    nn.ConvTranspose2d,
-    nn.Linear,
-    nn.GroupNorm,
-    nn.LayerNorm,
-)  # layers whose weights autocast casts
+# Layers whose weights autocast casts.
+CAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
 
 
 class FastGroupNorm(nn.GroupNorm):
@@ -56,9 +51,8 @@ def is_bf16_on_cuda(x: Tensor) -> bool:
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(q k^T / sqrt(C)) v, each (N, L, C), by one of ATTENTION. Raises RuntimeError where none can."""
-    q, k, v = (
-        x[:, None].contiguous() for x in (q, k, v)
-    )  # none of them takes pixels that lie closer than channels
+    # None of them takes pixels that lie closer than channels.
+    q, k, v = (x[:, None].contiguous() for x in (q, k, v))
     with sdpa_kernel(ATTENTION, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v)[:, 0]
 
@@ -79,11 +73,9 @@ class _CastAll(torch.autograd.Function):
 
 
 def _copy_all(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    given = [tensor for tensor in tensors if tensor is not None]
-    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in given]
-    torch._foreach_copy_(copies, given)
-    found = iter(copies)
-    return tuple(None if tensor is None else next(found) for tensor in tensors)
+    copies = [None if tensor is None else torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_([copy for copy in copies if copy is not None], [x for x in tensors if x is not None])
+    return tuple(copies)
 
 
 def call_with_cast_weights(net: nn.Module, *args: Tensor | None) -> Tensor:

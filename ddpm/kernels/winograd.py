@@ -2,16 +2,10 @@
 
 A tile of m x m outputs depends on (m+2) x (m+2) inputs. In the basis of the matrices below, the convolution of a tile
 is an element-wise product, summed over channels: (m+2)^2 multiplications for m^2 outputs instead of 9 m^2. For all
-tiles of all images that is a matrix product for each of the (m+2)^2 places,
-
-    y = A^T [ sum_c (G w G^T) * (B^T x B) ] A,
-
-so four times fewer multiplications with m = 4, 2.25 times fewer with m = 2. The larger tile rounds more: relative to
-float64, float32 errs by 2e-6 with m = 4 (6e-7 without Winograd), bf16 by 7e-3 with m = 2 (3e-3). In bf16 m = 4, whose
-matrices multiply by up to 8, was not tried. The gradient with respect to x is a convolution of the same kind; that
-with respect to w goes the same way backwards. In bf16 they err by 7e-3, that of w by up to 1e-2 in a channel, which is
-three to ten times as much as without Winograd. Small batches go without it (`ddpm.kernels.cpu`): so an image's result
-depends, by rounding, on the number of images of a call.
+tiles of all images that is a matrix product for each of the (m+2)^2 places: y = A^T [ sum_c (G w G^T) * (B^T x B) ] A.
+Relative to float64, float32 errs by 2e-6 with m = 4 (6e-7 without Winograd), bf16 by 7e-3 with m = 2 (3e-3), and its
+gradients by 7e-3, that of w by up to 1e-2 in a channel. Small batches go without it (`ddpm.kernels.cpu`): so an image's
+result depends, by rounding, on the number of images of a call.
 """
 
 from collections.abc import Iterable, Sequence
@@ -135,11 +129,8 @@ def _compute_weight_gradient(x: Tensor, d_y: Tensor, basis: Basis) -> Tensor:
             total.baddbmm_(d_products, tiles)
         else:
             total += torch.bmm(d_products, tiles)
-    return (
-        (_compute_weight_transform(basis).T @ total.flatten(1))
-        .view(3, 3, out_channels, channels)
-        .permute(2, 3, 0, 1)
-    )
+    weight = _compute_weight_transform(basis).T @ total.flatten(1)
+    return weight.view(3, 3, out_channels, channels).permute(2, 3, 0, 1)
 
 
 def _split_batch(*images: Tensor) -> Iterable[tuple[Tensor, ...]]:

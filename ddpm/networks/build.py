@@ -35,13 +35,10 @@ def build_network(
     device: torch.device | str = "cpu",
     timesteps: int = 1000,
 ) -> nn.Module:
-    """Build the network that `config` describes; its weights depend on `seed` alone.
+    """Build the network that `config` describes; its weights depend on `seed` alone, and are drawn on the CPU.
 
-    Weights are drawn on the CPU, so they are the same for every device, and torch's global generator is left
-    as it was. On device "meta" nothing is drawn; a network of one's own is built on the CPU then, since it may hold
-    constants that no checkpoint has. timesteps: the T of the diffusion.
-
-    Raises ValueError for settings that do not fit the images, and for classes the network cannot take.
+    On device "meta" nothing is drawn; a network of one's own is built on the CPU then, since it may hold constants that
+    no checkpoint has. timesteps: the T of the diffusion. Raises ValueError for what does not fit.
     """
     if num_classes and not config.takes_labels:
         raise ValueError(

@@ -15,7 +15,8 @@ class NetworkConfig(Protocol):
     @property
     def takes_labels(self) -> bool: ...
 
-    def find_problems(self, image_size: int) -> Problems: ...
+    def find_problems(self, image_size: int) -> Problems:
+        """Find what is wrong with these settings for images of this side."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class ExactConfig:
     takes_labels: ClassVar[bool] = False
 
     def find_problems(self, image_size: int) -> Problems:
-        """Find nothing: it takes images of any side."""
-        return []
+        return []  # it takes images of any side
 
 
 class LevelsConfig:
@@ -111,7 +111,6 @@ class UNetConfig(LevelsConfig):
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
     def find_problems(self, image_size: int) -> Problems:
-        """Find what is wrong with these settings for images of this side."""
         found = self.find_level_problems(image_size, norm_groups=self.norm_groups)
         sides = self.list_sides(image_size)
         fault = f"is the side of no level: choose among {', '.join(map(str, sides))}"
@@ -151,7 +150,6 @@ class ApiUNetConfig(LevelsConfig):
         return [depth in self.attention_depths for depth in range(1, len(self.widths) + 1)]
 
     def find_problems(self, image_size: int) -> Problems:
-        """Find what is wrong with these settings for images of this side."""
         found = self.find_level_problems(image_size, norm_groups=self.norm_groups)
         fault = f"is no depth: choose among 1 to {len(self.widths)}"
         strays = [depth for depth in self.attention_depths if depth > len(self.widths)]
@@ -187,7 +185,6 @@ class ContextUNetConfig(LevelsConfig):
     takes_labels: ClassVar[bool] = True
 
     def find_problems(self, image_size: int) -> Problems:
-        """Find what is wrong with these settings for images of this side."""
         return self.find_level_problems(image_size, least=2, norm_groups=self.norm_groups)
 
 
@@ -215,7 +212,6 @@ class MHAUNetConfig(LevelsConfig):
         return (*self.widths[-2::-1], self.widths[0])
 
     def find_problems(self, image_size: int) -> Problems:
-        """Find what is wrong with these settings for images of this side."""
         found = self.find_level_problems(image_size, least=2)
         if self.num_heads < 1 or self.channels % self.num_heads:
             found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))

@@ -50,15 +50,7 @@ class ContextUNet(SeededNetwork):
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict eps, x_0, v or the mean for x_t.
-
-        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1; context: int64 (N,) labels in
-        0..num_classes-1, NO_LABEL where there is none, or any float vectors (N, num_classes); None is no label for all.
-        Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
-
-        Raises ValueError for context of another shape or range. On a GPU the range is the caller's to check,
-        since looking would wait for the device.
-        """
+        """Predict as `SeededNetwork` says. Raises ValueError for context of another shape or, on a CPU, range."""
         time = (t[:, None].to(x_t.dtype) + 1) / self.timesteps
         classes = encode_context(context, t, self.num_classes).to(x_t.dtype)
         h = finest = self.conv_in(x_t)

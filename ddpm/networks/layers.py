@@ -16,12 +16,13 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class SeededNetwork(nn.Module):
-    """Base class of the networks, whose weights can be drawn from a given generator.
+    """Base class of the networks: net(x_t, t, context) predicts eps, x_0, v or the mean for x_t.
 
-    A subclass draws them at construction from torch's global generator. `near_zero` names the layers whose
-    weights are so small that what they end passes next to nothing at first.
-
-    Raises ValueError when `config.find_problems(image_size)` is not empty.
+    x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1; context: int64 (N,) labels in
+    0..num_classes-1, NO_LABEL where there is none, or any float vectors (N, num_classes); None is no label for all.
+    Returns (N, out_channels, H, W) in the type of x_t, also under autocast. Weights are drawn at construction, from
+    torch's global generator. `near_zero` names layers whose weights are so small that they pass next to nothing at
+    first. Raises ValueError for what `config.find_problems(image_size)` finds.
     """
 
     near_zero: ClassVar[tuple[str, ...]] = ("conv_out",)

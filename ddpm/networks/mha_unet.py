@@ -35,11 +35,7 @@ class MHAUNet(SeededNetwork):
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict eps, x_0, v or the mean for x_t.
-
-        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None.
-        Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
-        """
+        """Predict as `SeededNetwork` says; t is used raw, and context must be None."""
         if context is not None:
             raise ValueError("the mha_unet takes no labels: use context_unet, or set data.labels=0")
         encoding = embed_timesteps(t, self.config.time_width, x_t.dtype, endpoint=False)

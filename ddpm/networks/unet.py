@@ -96,12 +96,7 @@ class UNet(SeededNetwork):
         return [width] * (self.config.num_res_blocks + 1)
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict eps, x_0, v or the mean for x_t.
-
-        x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1, used raw; context: None, or
-        that of a `ContextUNet` where the network is class-conditional.
-        Returns (N, out_channels, H, W) in the type of x_t, also under autocast.
-        """
+        """Predict as `SeededNetwork` says; t is used raw, and a context needs class_conditional."""
         temb = self.time_mlp(embed_timesteps(t, self.config.pos_dim, x_t.dtype))
         if self.label_emb is not None:
             temb = temb + self.label_emb(encode_context(context, t, self.num_classes).to(x_t.dtype))
