@@ -248,9 +248,7 @@ def _split_output(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
     channels = x_t.shape[1]
     fits = output.ndim == x_t.ndim and output.shape[2:] == x_t.shape[2:] and len(output) == len(x_t)
     if not fits or output.shape[1] not in (channels, 2 * channels):
-        raise ValueError(
-            f"network output of shape {tuple(output.shape)} does not fit images of shape {tuple(x_t.shape)}"
-        )
+        raise ValueError(f"output of shape {tuple(output.shape)} does not fit images of {tuple(x_t.shape)}")
     if output.shape[1] == channels:
         return output, None
     return output[:, :channels], output[:, channels:]

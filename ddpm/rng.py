@@ -66,9 +66,7 @@ def draw_blocks(seed: int, step: int, index: Tensor, counts: dict[Stream, int]) 
         raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")
     sizes, device = [-(-count // 4) for count in counts.values()], index.device
     blocks = [torch.arange(size, device=device) for size in sizes]
-    streams = [
-        torch.full((size,), int(stream), device=device) for stream, size in zip(counts, sizes, strict=True)
-    ]
+    streams = [torch.full((n,), int(stream), device=device) for stream, n in zip(counts, sizes, strict=True)]
     block, stream = (torch.cat(parts)[None, :] for parts in (blocks, streams))
     words = run_philox((block, index[:, None] & MASK, step & MASK, stream), seed)
     split = (word.split(sizes, dim=1) for word in words)  # type: ignore[union-attr]  # two counter words are tensors

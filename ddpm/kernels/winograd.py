@@ -71,9 +71,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
     whole = x.ndim == 4 and not (x.shape[2] % basis.m or x.shape[3] % basis.m)
     if not whole or weight.shape[1:] != (x.shape[1], 3, 3) or bias.shape != weight.shape[:1]:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, weight, bias))
-        raise ValueError(
-            f"x, weight and bias of shapes {shapes} are no 3x3 convolution in tiles of {basis.m}"
-        )
+        raise ValueError(f"x, weight, bias of shapes {shapes} are no 3x3 convolution in tiles of {basis.m}")
     return _Conv3x3.apply(x, weight, bias, basis)
 
 

@@ -33,9 +33,7 @@ class ContextUNet(SeededNetwork):
         self.config, self.num_classes, self.timesteps = config, num_classes, timesteps
         widths = config.widths
         self.conv_in = ContextBlock(in_channels, widths[0], config, build_shortcut(in_channels, widths[0]))
-        self.down = nn.ModuleList(
-            _build_down_level(fine, coarse, config) for fine, coarse in pairwise(widths)
-        )
+        self.down = nn.ModuleList(_build_down_level(*pair, config) for pair in pairwise(widths))
         self.middle = GlobalPool(widths[-1], image_size >> (len(widths) - 1), config.norm_groups)
         self.up = nn.ModuleList(
             ContextUpLevel(coarse, fine, config, Film(num_classes, coarse) if i < 2 else None)

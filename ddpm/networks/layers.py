@@ -98,9 +98,7 @@ def set_dropout_keys(layers: list[RowDropout], keys: Tensor) -> Iterator[None]:
             layer.keys = None
 
 
-def embed_timesteps(
-    t: Tensor, width: int, dtype: torch.dtype = torch.float32, endpoint: bool = True
-) -> Tensor:
+def embed_timesteps(t: Tensor, width: int, dtype: torch.dtype = torch.float, endpoint: bool = True) -> Tensor:
     """Embed t (N,) in sinusoids: (N, width) of dtype, all sines, then all cosines (authors' code).
 
     Frequencies 10000^(-i / (half-1)), i = 0..half-1, half = width / 2; without endpoint 10000^(-i / half).

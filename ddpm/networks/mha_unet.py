@@ -69,10 +69,9 @@ class MHABlock(nn.Module):
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()
         tutorial = config.form == "tutorial"
+        mid = mid_channels if tutorial else out_channels
         self.residual = DoubleConv(in_channels, in_channels, in_channels, True) if tutorial else None
-        self.conv = DoubleConv(
-            in_channels, mid_channels if tutorial else out_channels, out_channels, tutorial
-        )
+        self.conv = DoubleConv(in_channels, mid, out_channels, tutorial)
         self.time_proj = nn.Linear(config.time_width, out_channels)
         self.attention = MultiHeadAttention(out_channels, config.num_heads)
 

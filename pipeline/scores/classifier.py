@@ -52,9 +52,8 @@ class Classifier(nn.Module):
             if parameter.ndim == 1:
                 parameter.zero_()
             else:
-                draw = draw_normal(
-                    SEED, Stream.CLASSIFIER, 0, torch.tensor([number]), tuple(parameter.shape)
-                )[0]
+                index, shape = torch.tensor([number]), tuple(parameter.shape)
+                draw = draw_normal(SEED, Stream.CLASSIFIER, 0, index, shape)[0]
                 parameter.copy_(draw * (2 / parameter[0].numel()) ** 0.5)
 
 

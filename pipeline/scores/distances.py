@@ -143,10 +143,8 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
         moments = own if moments is None else moments + own
         if logits.shape[1]:
             log_p = torch.from_numpy(logits).double().log_softmax(dim=1).numpy()
-            added = [
-                ProbabilitySums.from_log_probabilities(log_p, member[rows], SPLITS)
-                for member in (in_order, shuffled)
-            ]
+            members = in_order[rows], shuffled[rows]
+            added = [ProbabilitySums.from_log_probabilities(log_p, member, SPLITS) for member in members]
             sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
             classes.append(logits.argmax(axis=1).astype(np.int16))
     if moments is None or start != n:

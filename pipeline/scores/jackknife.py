@@ -46,14 +46,12 @@ def compute_errors(
         if "kid_mean" in scores:
             without["kid_mean"] = leave_out_kid(features / target.rms, target.real / target.rms, member)
         if "recall" in scores:
-            without["precision"], without["recall"] = leave_out_precision_recall(
-                features, target.real, member
-            )
+            found = leave_out_precision_recall(features, target.real, member)
+            without["precision"], without["recall"] = found
     errors = {name: compute_jackknife_error(values) for name, values in without.items()}
     if "kid_mean" in scores:  # a mean over random subsets, whose choice adds a variance of its own
-        errors["kid_mean"] = float(
-            np.hypot(errors["kid_mean"], scores["kid_std"] / distances.KID_SUBSETS**0.5)
-        )
+        of_choice = scores["kid_std"] / distances.KID_SUBSETS**0.5
+        errors["kid_mean"] = float(np.hypot(errors["kid_mean"], of_choice))
     return errors
 
 

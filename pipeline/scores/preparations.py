@@ -51,9 +51,7 @@ def list_preparations(place: Place) -> list[Unit]:
 def list_gaussian_units(place: Place) -> list[Unit]:
     """List the unit of the Gaussian, if it is not done."""
     count, file = tars.open_shards(place.data).count_images("train"), locate_factor(place)
-    unit = Unit(
-        UnitKind.PREPARATION, write_gaussian, (place, file), "the Gaussian of the training pixels", count
-    )
+    unit = Unit(UnitKind.PREPARATION, write_gaussian, (place, file), "the Gaussian of the pixels", count)
     return [] if is_unit_done(file, read_arrays) else [unit]
 
 

@@ -149,10 +149,8 @@ def _compare(best: Sequence[ScoredRun], row: Sequence[ScoredRun], metric: Metric
     found: float | None = None
     is_paired = metric.bound and len(best) == len(row) == 1 and seed == its_seed
     if is_paired and len(bounds) == len(its_bounds) > 1:
-        found, freedom = (
-            float(np.std(np.subtract(its_bounds, bounds), ddof=1)) / len(bounds) ** 0.5,
-            len(bounds) - 1,
-        )
+        spread, freedom = float(np.std(np.subtract(its_bounds, bounds), ddof=1)), len(bounds) - 1
+        found = spread / len(bounds) ** 0.5
     elif error is not None and its_error is not None and error + its_error > 0:
         a, b = error**2, its_error**2
         found, freedom = (a + b) ** 0.5, (a + b) ** 2 / (a**2 / freedom + b**2 / its_freedom)  # Welch
@@ -210,9 +208,7 @@ def explain_ranks(points: Sequence[RankedPoint[R]]) -> str:
     parts = {
         f"± is the standard error{several}": any(point.error is not None for point in points),
         "two seeds give no usable interval (t = 12.7)": 2 in sizes,
-        "rows that share a rank cannot be told from the best of them (95 %)": any(
-            "-" in p.rank for p in points
-        ),
+        "rows that share a rank cannot be told from the best (95 %)": any("-" in p.rank for p in points),
     }
     return "; ".join(text for text, holds in parts.items() if holds)
 

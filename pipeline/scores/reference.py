@@ -75,7 +75,7 @@ def _find_problem(arrays: dict[str, np.ndarray], width: int | None, held: list[s
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         return f"has no {' and no '.join(missing)}, only {', '.join(held[:8]) or 'nothing'}"
-    mu, sigma = arrays["mu"], arrays["sigma"]
+    mu, sigma, n = arrays["mu"], arrays["sigma"], arrays.get("n")
     for name, array in (("mu", mu), ("sigma", sigma)):
         if array.dtype.newbyteorder("=") not in (np.float32, np.float64):
             return f"has {name} of type {array.dtype}, not float64 or float32"
@@ -91,9 +91,7 @@ def _find_problem(arrays: dict[str, np.ndarray], width: int | None, held: list[s
         np.linalg.cholesky(sigma + 1e-5 * max(float(np.abs(sigma).max()), 1e-30) * np.eye(len(mu)))
     except np.linalg.LinAlgError:
         return "has a sigma that is no covariance: an eigenvalue is negative"
-    if "n" in arrays and (
-        arrays["n"].size != 1 or arrays["n"].dtype.kind not in "iu" or arrays["n"].item() < 1
-    ):
+    if n is not None and (n.size != 1 or n.dtype.kind not in "iu" or n.item() < 1):
         return "has an n that is no whole number above 0"
     return None
 

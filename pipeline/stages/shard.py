@@ -47,9 +47,7 @@ class ShardStage(Stage):
         splits: dict[str, list[ShardFacts]] = {}
         for shard in shards:
             splits.setdefault(shard.split, []).append(shard.require_facts())
-        skipped = [
-            image for facts in splits.values() for shard in facts for image in shard.get("skipped", [])
-        ]
+        skipped = [image for facts in splits.values() for its in facts for image in its.get("skipped", [])]
         if len(skipped) > data.max_undecodable:
             name, reason = skipped[data.max_undecodable]
             limit = f"one of {len(skipped)} broken images where data.max_undecodable={data.max_undecodable}"
@@ -62,9 +60,7 @@ class ShardStage(Stage):
         _describe_source(source, splits)
         official = is_official(place.data, splits) or (False if data.source == "cifar10" else None)
         if official is False:
-            log.warning(
-                "%s holds other images than CIFAR-10: no score is comparable with the paper's", data.path
-            )
+            log.warning("%s holds other images than CIFAR-10: no score compares with the paper's", data.path)
         write_shard_manifest(
             place.data,
             splits,
@@ -91,9 +87,7 @@ def _describe_source(source: ImageSource, splits: dict[str, list[ShardFacts]]) -
         notes.append(f"passed over in {source.root}: {kinds}")
     there = {place[LABEL] for shard in splits["train"] for place in shard["places"]}
     if missing := ", ".join(str(label) for label in range(labels) if label not in there):
-        notes.append(
-            f"data.labels={labels}, but no training image has the class {missing[:60]}; set another number"
-        )
+        notes.append(f"data.labels={labels}, but no training image has the class {missing[:60]}; change it")
     for note in notes:
         log.warning("%s", escape_name(note))
     sizes = ", ".join(f"{name} {sum(s['count'] for s in facts):,} images" for name, facts in splits.items())

@@ -277,9 +277,8 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
             )
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its statistics are those of the global batch
     state = TrainState(experiment.train, net, experiment.diffusion)
-    found = ctx.broadcast(
-        checkpoint.find_newest_step(place, experiment.train.steps) if ctx.rank == 0 else None
-    )
+    newest = checkpoint.find_newest_step(place, experiment.train.steps) if ctx.rank == 0 else None
+    found = ctx.broadcast(newest)
     if found is None:
         return state, _LogSums(state.step, ctx.device)
     folder = place.step_folder(found)

@@ -113,9 +113,7 @@ def read_weights(experiment: Experiment) -> Tensors:
     assert files, "the experiment trains its own weights"
     file, folder = files[0], files[0].parent
     if not (folder / NETWORK).is_file():
-        raise PipelineError(
-            f"{folder / NETWORK} is missing; nobody can tell which network the weights are of"
-        )
+        raise PipelineError(f"{folder / NETWORK} is missing; nobody can tell whose weights these are")
     published = read_json(folder / NETWORK, Settings, FETCH)
     faults = find_network_differences(experiment, published)
     if scheduler := _read_scheduler(folder):

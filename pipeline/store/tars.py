@@ -285,9 +285,7 @@ class ShardManifest:
     def _get_split(self, split: str) -> Split:
         if split not in self.facts["splits"]:
             known = ", ".join(self.splits)
-            raise PipelineError(
-                f"{self.directory} has no {split} split, only {known}; data.test_images makes one"
-            )
+            raise PipelineError(f"{self.directory} has no {split} split, only {known}; set data.test_images")
         return self.facts["splits"][split]
 
 

@@ -52,9 +52,7 @@ def _find_folder(path: Path, weights: str) -> Path:
         known = sorted(folder.name for folder in snapshots.iterdir())
         name = main.read_text().strip() if main.is_file() else known[0] if len(known) == 1 else ""
         if name not in known:
-            raise ConfigError(
-                f"published.path: {snapshots} holds {len(known)} versions; name the folder of one"
-            )
+            raise ConfigError(f"published.path: {snapshots} holds {len(known)} versions; name one's folder")
         path = snapshots / name
     both = [name for name in ("unet", "unet_ema") if _holds_weights(path / name)]
     if len(both) == 2 and weights == "unknown":

@@ -41,9 +41,7 @@ class ParquetSource(ImageSource):
         else:
             self._parts, self.passed, self.notes = _find_split_files(root)
         if not self._parts["train"]:
-            raise PipelineError(
-                f"{root} holds no train-*.parquet; set data.path to the folder that does, or to a file"
-            )
+            raise PipelineError(f"{root} holds no train-*.parquet; set data.path to a folder that does")
         self.files = [file for files in self._parts.values() for file in files]
         test = [file.relative_to(root).parts for file in self._parts["test"]]
         if any(not any(part.startswith(("test", "val")) for part in parts) for parts in test):

@@ -43,9 +43,7 @@ def count_images(place: Place) -> tuple[int, int]:
     there = tars.open_shards(place.data).count_images(split)
     scored = place.experiment.evaluate.nll_images or there
     if scored > there:
-        raise PipelineError(
-            f"evaluate.nll_images is {scored}, but the {split} split has {there} images; lower it"
-        )
+        raise PipelineError(f"evaluate.nll_images is {scored}, but the {split} split has {there}; lower it")
     return scored, there
 
 
@@ -74,9 +72,8 @@ def plan_units(place: Place) -> dict[Path, Unit]:
     if config.nll_timesteps:
         q, profile = load_profile(place)
         draws, passes = [config.nll_timesteps, profile], 1 + config.nll_timesteps
-    key = hash_content(
-        [place.run_key, network, split, config.decoder, choose_bound_variance(experiment), draws]
-    )
+    variance = choose_bound_variance(experiment)
+    key = hash_content([place.run_key, network, split, config.decoder, variance, draws])
     return make_image_units(
         UnitKind.NLL, write_bound, (place, q), count_images(place)[0], config.nll_batch_size,
         place.score_units / f"nll-{key}", f"NLL of {config.nll_split} images", passes,
@@ -134,12 +131,8 @@ def average_bound(units: dict[Path, Unit], timesteps: int, draws: int | None = N
             terms += arrays["terms"].sum(axis=0, dtype=np.float64)
             mse += arrays["mse"].sum(axis=0, dtype=np.float64)
         sent = (arrays["terms"] * arrays.get("weights", np.ones(1)))[:, 1:]
-        columns = (
-            arrays["prior"] + sent.sum(axis=1),
-            arrays["terms"][:, 0],
-            arrays["mse"][:, 0],
-            arrays["prior"],
-        )
+        rate, prior = arrays["prior"] + sent.sum(axis=1), arrays["prior"]
+        columns = rate, arrays["terms"][:, 0], arrays["mse"][:, 0], prior
         within = draws * sent.var(axis=1, ddof=1) if draws and draws > 1 else np.zeros(unit.images)
         images.append(np.stack([*columns, within]))
     rate, distortion, error, prior, within = np.concatenate(images, axis=1).astype(np.float64)
@@ -152,10 +145,8 @@ def average_bound(units: dict[Path, Unit], timesteps: int, draws: int | None = N
         add_error(scores, name, float(values.std(ddof=1)) / n**0.5 if n > 1 else None, "one image")
     found: Bound = {"n": n, "prior": float(prior.mean()), "images": (rate + distortion).round(6).tolist()}
     if draws:
-        return scores, found | {
-            "draws": draws,
-            "set_se": float((within.mean() / n) ** 0.5) if draws > 1 else None,
-        }
+        set_se = float((within.mean() / n) ** 0.5) if draws > 1 else None
+        return scores, found | {"draws": draws, "set_se": set_se}
     rows = (torch.from_numpy(terms / n)[None], torch.from_numpy(mse / n)[None], torch.tensor([prior.mean()]))
     curve = compute_rate_distortion(BoundTerms(torch.arange(timesteps), *rows))
     points = enumerate(zip(curve.rate.tolist(), curve.rmse.tolist(), strict=True), 1)

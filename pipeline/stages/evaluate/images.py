@@ -91,13 +91,10 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
         found["protocol"]["classifier_accuracy"] = facts.get("test_accuracy")
     found["scores"] |= _compute_scores(sets.samples, sums, target, config.metrics, groups)
     statistics.pop("fid_test", None)  # baselines are compared with the reference alone
-    found["reference_points"] = {
-        name: {
-            **_compute_scores(images, images.sum_features(), target, config.metrics, groups),
-            "n": images.n,
-        }
-        for name, images in sets.baselines.items()
-    }
+    found["reference_points"] = points = dict[str, Scores]()
+    for name, images in sets.baselines.items():
+        its = _compute_scores(images, images.sum_features(), target, config.metrics, groups)
+        points[name] = {**its, "n": images.n}
     if config.features == "classifier" and sums.classes is not None:
         counts = np.bincount(sums.classes, minlength=experiment.data.labels)
         found["class_shares"] = (counts / len(sums.classes)).tolist()
@@ -151,11 +148,9 @@ def _describe_features(
     if "is" in metrics and sums.in_order:
         found["is_shuffle_seed"] = distances.SEED
     if "kid" in metrics and real is not None:
-        size = distances.choose_kid_subset_size(sums.moments.n, len(real))
+        subsets, size = distances.KID_SUBSETS, distances.choose_kid_subset_size(sums.moments.n, len(real))
         scaled = "" if target.rms == 1 else ", features over their RMS in the reference"
-        found["kid"] = (
-            f"{distances.KID_SUBSETS} subsets of {size} images, cubic kernel, seed {distances.SEED}{scaled}"
-        )
+        found["kid"] = f"{subsets} subsets of {size} images, cubic kernel, seed {distances.SEED}{scaled}"
     if "prc" in metrics:
         found["prc"] = f"{distances.NEIGHBOURS} neighbours in the features of {extractor.name}, not of VGG-16"
     return found

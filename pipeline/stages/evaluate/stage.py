@@ -77,7 +77,7 @@ class EvaluateStage(Stage):
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units that features need, then all others at once; then write and seal the scores."""
         self.check_before_training(place)
-        config = place.experiment.evaluate
+        config, timesteps = place.experiment.evaluate, place.experiment.diffusion.timesteps
         if units := list_preparations(place):
             yield units
         bounds = bound.plan_units(place) if "nll" in config.metrics else {}
@@ -93,9 +93,7 @@ class EvaluateStage(Stage):
             yield pending
         place.scores_manifest.unlink(missing_ok=True)  # a thread that reads sees no half of both
         if bounds:
-            scores, nll = bound.average_bound(
-                bounds, place.experiment.diffusion.timesteps, config.nll_timesteps
-            )
+            scores, nll = bound.average_bound(bounds, timesteps, config.nll_timesteps)
             # The train split's bound is another score than the test split's, which most readers mean.
             prefix = "train_" if config.nll_split == "train" else ""
             found["scores"] |= {f"{prefix}{name}": value for name, value in scores.items()}

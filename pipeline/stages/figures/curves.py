@@ -59,9 +59,7 @@ def plan_scores_along_chain(place: Place) -> Figure:
     statistics = load_reference(place, extractor, experiment.evaluate.reference)
     n = min(PER_ROW * experiment.figures.images, experiment.sample.num_images)
     if n < 2 or statistics is None:
-        raise FigureUnavailable(
-            "it needs two samples" if n < 2 else "the reference's statistics are not there"
-        )
+        raise FigureUnavailable("it needs two samples" if n < 2 else "it needs the reference's statistics")
     folder, args = locate_unit_folder(place, "along", extractor.name), (extractor, place)
     units = make_image_units(
         UnitKind.FIGURE, write_features, args, n, UNIT_IMAGES, folder, "scores along samples"

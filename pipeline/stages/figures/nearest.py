@@ -45,9 +45,7 @@ def _plan_neighbours(name: str, space: str, place: Place, extractor: Extractor |
         if drawn.list_missing():
             raise FigureUnavailable("it needs the features of the samples, which `ddpm evaluate` makes")
         if known.list_missing():
-            raise FigureUnavailable(
-                "it needs the features of all training images, made by evaluate.reference=train"
-            )
+            raise FigureUnavailable("it needs those of all training images, made by evaluate.reference=train")
         galleries, query = [*known.units], drawn.read_features()
     key = extractor.name if extractor else "pixels"
     folder, units = locate_unit_folder(place, "nearest", key, hash_shards(shards), n), {}

@@ -125,9 +125,7 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     k, official = [len(diffusion) - t for t in levels], tars.open_shards(place.data).facts.get("official")
     mse = compute_linear_mse(load_variances(place)[0], diffusion.tables["alpha_bar"])
     of_all = 127.5 * mse[levels].sqrt().numpy()
-    (excess, error), (above, _), (below, _) = (
-        compare_errors(*errors[:2]) for errors in (network, test, train)
-    )
+    (excess, error), (above, _), (below, _) = (compare_errors(*its[:2]) for its in (network, test, train))
     best = np.minimum(above, 0)
     known = [i for i in range(len(best)) if best[i] - below[i] < AGREE]
     ours, line, mean = 127.5 * np.sqrt(network.mean(axis=-1))

@@ -55,9 +55,7 @@ class FiguresStage(Stage):
             yield preparations
         units = {file: unit for figure in figures for file, unit in figure.units.items()}
         yield [unit for file, unit in units.items() if not is_unit_done(file, read_arrays)]
-        drawn = {
-            figure.file: figure.draw(list(figure.units), place.figures / figure.file) for figure in figures
-        }
+        drawn = {f.file: f.draw(list(f.units), place.figures / f.file) for f in figures}
         findings = {file: finding for file, finding in drawn.items() if finding}
         captions = {figure.file: figure.caption for figure in figures}
         facts = {"captions": captions, "findings": findings, "skipped": skipped, "scored": scored}
