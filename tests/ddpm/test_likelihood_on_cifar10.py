@@ -35,6 +35,7 @@ def test_images() -> torch.Tensor:
     return from_uint8(read("test"))
 
 
+@pytest.mark.slow
 def test_prior_of_the_test_set(test_images):
     assert len(test_images) == 10_000
     prior = compute_prior(Diffusion(), test_images.double())

@@ -184,6 +184,7 @@ def test_digits_fingerprint_does_not_import_scikit_learn(tmp_path):
 # Parquet files
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR10.is_dir(), reason=f"CIFAR-10's parquet files are not in {CIFAR10}")
 def test_cifar10_test_split_has_its_known_mean_and_digest():
     records = reader("cifar10", CIFAR10, image_size=32, labels=10).read_records("test", 0, 10_000)

@@ -25,6 +25,7 @@ UNITS = 2  # of twelve samples each
 def trained(tiny_run):
     """Three checkpoints of weights that differ much, and an experiment that looks for the best."""
     experiment, run = tiny_run
+    experiment = change(experiment, "diffusion", timesteps=4)
     asked = {"metrics": ("fid",), "features": "projection", "checkpoints": "every:2", "checkpoint_images": 12}
     experiment = asking_for(scoring(experiment, **asked), checkpoint="best")
     for step, scale in zip(STEPS, (1.0, 0.01, 3.0), strict=True):

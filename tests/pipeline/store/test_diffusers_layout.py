@@ -15,6 +15,7 @@ from conftest import ONE_CPU, TINY, one_cpu, tiny_experiment
 from diffusers import DDPMPipeline, UNet2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from staged import results, run_stage
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import to_uint8
@@ -26,7 +27,7 @@ from pipeline.cli.program import main, parse_arguments
 from pipeline.engine import find
 from pipeline.engine.provenance import write_record
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.stages import train
+from pipeline.stages import evaluate, train
 from pipeline.store import checkpoint, diffusers_layout, keys
 from pipeline.store.run import Place
 
@@ -474,32 +475,25 @@ def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
 # The program
 
 
-def command(storage: Path, *words: str) -> None:
-    assert main([*words, *ONE_CPU, f"cluster.storage={storage}"]) == 0
-
-
-def scores(storage: Path, name: str) -> dict:
-    (path,) = storage.glob(f"{name}-*/evaluation/*/metrics.json")
-    return json.loads(path.read_text())
-
-
 def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_path, capsys):
     storage, digits = sharded_storage, ["digits", *TINY, "sample.weights=raw", "figures.which=[]"]
     experiment = config.load_experiment("digits", digits[1:])
     run = find.make_place(experiment, storage)
-    one_cpu().run_workers(train.STAGE.run_worker, run.of(experiment))
-    command(storage, "evaluate", *digits)
+    one_cpu().run_workers(train.STAGE.run_worker, run)
+    run_stage(evaluate, experiment, run)
+    write_record(run, ())
     exported = tmp_path / "exported"
     main(["export", run.path.name, str(exported), "--weights=raw", f"cluster.storage={storage}"])
     wrong = ["import", str(exported), "--weights=ema", *digits, "name=entered", f"cluster.storage={storage}"]
     assert main(wrong) == 2 and "says that its weights are raw" in capsys.readouterr().err
-    command(storage, "import", str(exported), "--weights=raw", *digits, "name=entered")
+    words = [*digits, "name=entered", *ONE_CPU, f"cluster.storage={storage}"]
+    assert main(["import", str(exported), "--weights=raw", *words]) == 0
     (entered,) = storage.glob("entered-*")
     assert checkpoint.list_steps(entered / "train") == [STEP]
-    words = [*digits, "name=entered", f"published.path={exported}", "published.weights=raw"]
-    command(storage, "evaluate", *words)
-    assert not (entered / "log.jsonl").exists(), "nothing was trained"
-    first, second = scores(storage, "tiny"), scores(storage, "entered")
+    experiment = config.load_experiment(str(entered / "experiment.yaml"), [])
+    run_stage(evaluate, experiment, found := find.make_place(experiment, storage))
+    assert not found.log.exists(), "nothing was trained"
+    first, second = (results(place.experiment, place) for place in (run, found))
     assert first["scores"] == second["scores"]
     assert (first["protocol"]["weights"], second["protocol"]["weights"]) == ("raw", "raw")
     assert json.dumps(second["protocol"]) == json.dumps(first["protocol"] | second["protocol"])
