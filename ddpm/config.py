@@ -85,7 +85,6 @@ class DiffusionConfig:
     t_sampling: TSampling = "uniform"
 
     def find_problems(self) -> Problems:
-        """Find every value that is out of range or contradicts another."""
         found = find_value_problems(self)
         if self.betas and len(self.betas) != self.timesteps:
             found.append(("betas", f"has {len(self.betas)} values; timesteps={self.timesteps} needs as many"))
@@ -147,7 +146,6 @@ class TrainConfig:
     precision: Precision = "fp32"
 
     def find_problems(self) -> Problems:
-        """Find every value that is out of range or contradicts another."""
         found = find_value_problems(self)
         if not self.ema_decay:
             found.append(("ema_decay", "must hold one or several values"))

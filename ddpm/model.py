@@ -138,7 +138,7 @@ class Model:
         context = torch.as_tensor(label, device=index.device)
         if context.is_floating_point():
             if context.shape[-1:] != (self.num_classes,):
-                raise ValueError(f"its context vectors have {self.num_classes} values, not {label}")
+                raise ValueError(f"a context vector here has {self.num_classes} numbers, not {label}")
             return context.float().expand(len(index), -1)
         if not bool(((context == NO_LABEL) | (context >= 0) & (context < self.num_classes)).all()):
             raise ValueError(f"the labels of this network are 0 to {self.num_classes - 1}, not {label}")

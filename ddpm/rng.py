@@ -131,7 +131,6 @@ def draw_torch_seed(seed: int, stream: int, step: int, index: int) -> int:
 
 
 def _draw_words(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Words:
-    """Draw `count` words or a few more per row."""
     return draw_blocks(seed, step, index, {stream: count})[stream]
 
 

@@ -22,15 +22,11 @@ def accelerate(net: Net) -> Net:
 
 
 class FastUNet(unet.UNet):
-    """U-Net whose output layers use the functions of `ddpm.kernels.cpu`."""
-
     def project_output(self, h: Tensor) -> Tensor:
         return self.conv_out(group_norm(self.norm_out, h, swish=True))
 
 
 class FastResBlock(unet.ResBlock):
-    """Residual block that runs the functions of `ddpm.kernels.cpu`."""
-
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         h = convolve(self.conv1, group_norm(self.norm1, x, swish=True))
         h = h + self.time_proj(temb)[:, :, None, None]
@@ -39,8 +35,6 @@ class FastResBlock(unet.ResBlock):
 
 
 class FastAttention(unet.SelfAttention):
-    """Attention that runs the functions of `ddpm.kernels.cpu`."""
-
     def forward(self, x: Tensor) -> Tensor:
         normed, layers = group_norm(self.norm, x, swish=False), (self.q, self.k, self.v)
         if cuda.is_on_cuda(normed):  # one product for all three; a CPU gains nothing by it
@@ -54,8 +48,6 @@ class FastAttention(unet.SelfAttention):
 
 
 class FastUpsample(unet.Upsample):
-    """Upsampling with the convolution of `ddpm.kernels.cpu`."""
-
     def forward(self, x: Tensor) -> Tensor:
         return convolve(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 

@@ -45,7 +45,6 @@ def is_on_cuda(x: Tensor) -> bool:
 
 
 def is_bf16_on_cuda(x: Tensor) -> bool:
-    """Return whether x is bfloat16 on a GPU."""
     return x.dtype == torch.bfloat16 and is_on_cuda(x)
 
 

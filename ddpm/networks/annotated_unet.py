@@ -17,7 +17,6 @@ class ApiUNet(UNet):
     config: ApiUNetConfig
 
     def build_block(self, in_channels: int, out_channels: int) -> ResBlock:
-        """Build a residual block that drops whole channels."""
         block = super().build_block(in_channels, out_channels)
         block.dropout = RowDropout2d(self.config.dropout)
         return block

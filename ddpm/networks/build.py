@@ -58,12 +58,10 @@ def build_network(
 
 
 def _choose_arguments(network: Callable[..., nn.Module], given: dict[str, int]) -> dict[str, int]:
-    """Choose what a class names among its arguments."""
     return {key: value for key, value in given.items() if key in signature(network).parameters}
 
 
 def _build_own(config: OwnConfig, seed: int, given: dict[str, int]) -> nn.Module:
-    """Build a network of one's own on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net: nn.Module = config.network(**_choose_arguments(config.network, given), **config.settings)

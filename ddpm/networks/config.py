@@ -94,20 +94,16 @@ class UNetConfig(LevelsConfig):
 
     @property
     def pos_dim(self) -> int:
-        """Width of the sinusoids of t."""
         return self.channels
 
     @property
     def emb_dim(self) -> int:
-        """Width of the embedding of t."""
         return 4 * self.channels
 
     def list_attending(self, image_size: int) -> list[bool]:
-        """Return whether each level has attention, finest first."""
         return [side in self.attention_resolutions for side in self.list_sides(image_size)]
 
     def list_sides(self, image_size: int) -> tuple[int, ...]:
-        """Return the image side at each level, finest first."""
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
     def find_problems(self, image_size: int) -> Problems:
@@ -146,7 +142,6 @@ class ApiUNetConfig(LevelsConfig):
         return self.channels_per_depth
 
     def list_attending(self, image_size: int) -> list[bool]:
-        """Return whether each level has attention, finest first."""
         return [depth in self.attention_depths for depth in range(1, len(self.widths) + 1)]
 
     def find_problems(self, image_size: int) -> Problems:

@@ -80,8 +80,6 @@ def _fold_half(word: Tensor) -> Tensor:
 
 
 class RowDropout2d(RowDropout):
-    """RowDropout of whole channels."""
-
     def forward(self, x: Tensor) -> Tensor:
         return x * super().forward(torch.ones_like(x[:, :, :1, :1]))
 

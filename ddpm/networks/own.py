@@ -59,7 +59,6 @@ class OwnConfig:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments of the class that a configuration sets."""
         names = (each.name for each in fields(self) if each.name != "name")  # type: ignore[arg-type]
         return {name: getattr(self, name) for name in names}
 
@@ -70,7 +69,6 @@ class OwnConfig:
         return [*getattr(top, "__path__", [])] or [str(top.__file__)]
 
     def find_problems(self, image_size: int) -> Problems:
-        """Find what is wrong with these settings for images of this side."""
         check = getattr(self.network, "problems", None)
         return find_value_problems(self) or (list(check(image_size, **self.settings)) if check else [])
 
@@ -129,7 +127,6 @@ def _import_network(name: str) -> type:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Return whether a configuration can hold values of a type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return _is_plain(arguments[0]) and isinstance(arguments[1], Range)

@@ -73,11 +73,9 @@ class UNet(SeededNetwork):
         return blocks, [self.build_attention(width) if attends else nn.Identity() for width in widths]
 
     def build_block(self, in_channels: int, out_channels: int) -> "ResBlock":
-        """Build a residual block."""
         return ResBlock(in_channels, out_channels, self.config)
 
     def build_attention(self, width: int) -> nn.Module:
-        """Build the attention behind a block."""
         return SelfAttention(width, self.config.norm_groups)
 
     def build_downsample(self, width: int) -> nn.Module:
@@ -86,7 +84,6 @@ class UNet(SeededNetwork):
         return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
     def build_upsample(self, width: int) -> nn.Module:
-        """Build what doubles the side."""
         if self.config.resample == "conv":
             return Upsample(width)
         return nn.Sequential(OrderedDict(conv=nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)))

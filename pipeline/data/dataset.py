@@ -50,8 +50,6 @@ def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
 
 
 class MemoryDataset:
-    """Holds all images and labels on the device."""
-
     lookahead = 0
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):

@@ -86,7 +86,6 @@ def save_panels(panels: Sequence[Panel], file: Path) -> None:
 
 
 def save_picture(folder: Path, name: str, panel: Panel, caption: str) -> Picture:
-    """Write one panel into the folder of a page, and return its picture."""
     save_panels([panel], folder / f"{name}.svg")
     return Picture(f"{name}.svg", caption)
 
@@ -94,7 +93,6 @@ def save_picture(folder: Path, name: str, panel: Panel, caption: str) -> Picture
 def plot_curves(
     title: str, x: str, lines: Sequence[Line], log_x: bool = False, log_y: bool = False, size: Size = SIZE
 ) -> Panel:
-    """Make a panel of lines over one pair of axes."""
 
     def plot(axes: Axes) -> None:
         for line in lines:

@@ -72,7 +72,6 @@ class Moments:
 
 
 def compute_fid(a: Statistics, b: Statistics) -> float:
-    """Compute the FID between the statistics of two sets of features."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     pair = ({"mu": s.mu, "sigma": s.sigma} for s in (a, b))

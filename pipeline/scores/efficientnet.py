@@ -49,8 +49,6 @@ class EfficientNetLite0(nn.Module):
 
 
 class Residual(nn.Sequential):
-    """Layers whose output is added to their input if it has the same shape."""
-
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for layer in self:
@@ -84,7 +82,6 @@ def find_efficientnet_weights(place: Place) -> tuple[Path, str]:
 
 
 def load_efficientnet(path: Path) -> EfficientNetLite0:
-    """Load the network of a file."""
     net = EfficientNetLite0().eval()
     net.load_state_dict(load_file(path))
     return net

@@ -54,7 +54,6 @@ class Extractor:
 
     @property
     def name(self) -> str:
-        """The name in protocols and folders."""
         return f"{self.kind}-{self.sha256[:8]}"
 
     @property

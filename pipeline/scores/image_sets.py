@@ -31,7 +31,6 @@ Shape = tuple[int, int, int]
 
 
 def hash_shards(shards: list[tars.Shard]) -> str:
-    """Return a hash of the images in these shards."""
     return hash_content([shard.sha256 for shard in shards])
 
 
@@ -43,7 +42,6 @@ class ImageSet:
     units: dict[Path, Unit]
 
     def list_missing(self) -> list[Unit]:
-        """List the units whose files are not there, or are damaged."""
         return [unit for file, unit in self.units.items() if not is_unit_done(file)]
 
     def read_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -63,7 +61,6 @@ class ImageSet:
         return features
 
     def sum_features(self) -> FeatureSums:
-        """Sum up the features of all n images."""
         return sum_features(self.read_chunks(), self.n)
 
 
@@ -119,7 +116,6 @@ def write_shard_features(
 def write_baseline_features(
     ctx: Worker, extractor: Extractor, pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
 ) -> None:  # fmt: skip
-    """Write the features of images [start, stop) of a baseline (body of a unit)."""
     if pixels is None:
         images = draw_noise(start, stop, shape)
     else:

@@ -42,7 +42,6 @@ class Metric:
 
     @property
     def best_word(self) -> str:
-        """The word for its best value: highest or lowest."""
         return "highest" if self.larger_is_better else "lowest"
 
     def format(self, value: float | None, error: float | None = None) -> str:
@@ -88,7 +87,6 @@ OF_SAMPLES = tuple(family for family in FAMILIES if family != "nll")
 
 
 def needs_samples(families: Iterable[str]) -> bool:
-    """Return whether one of these families scores samples."""
     return not set(OF_SAMPLES).isdisjoint(families)
 
 

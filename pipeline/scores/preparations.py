@@ -49,7 +49,6 @@ def list_preparations(place: Place) -> list[Unit]:
 
 
 def list_gaussian_units(place: Place) -> list[Unit]:
-    """List the unit of the Gaussian, if it is not done."""
     count, file = tars.open_shards(place.data).count_images("train"), locate_factor(place)
     unit = Unit(UnitKind.PREPARATION, write_gaussian, (place, file), "the Gaussian of the pixels", count)
     return [] if is_unit_done(file, read_arrays) else [unit]
@@ -97,7 +96,6 @@ def _count_fitted_images(place: Place) -> int:
 
 
 def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
-    """Write mean and covariance of the training pixels (body of a unit)."""
     n, rest = _count_fitted_images(place), 0.0
     if n == 1:
         mean = tars.load_images(place.data, "train")[0].reshape(-1).astype(np.float64)

@@ -51,7 +51,6 @@ def find_projection_weights(place: Place) -> tuple[Path, str]:
 
 
 def load_projection(path: Path) -> Projection:
-    """Load the network of a file."""
     state = load_file(path)
     net = Projection(state["filters"].shape[1])
     net.load_state_dict(state)

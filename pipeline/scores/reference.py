@@ -38,7 +38,6 @@ def load_reference(place: Place, extractor: Extractor, reference: str) -> Statis
 
 
 def write_split_statistics(place: Place, extractor: Extractor, split: str, images: ImageSet) -> Statistics:
-    """Compute the statistics of a whole split, and write them."""
     found = images.sum_features().moments.to_statistics()
     file, content = locate_statistics(place, extractor, split)
     write_arrays(file, mu=found.mu, sigma=found.sigma, n=np.array(found.n), content=np.array(content))

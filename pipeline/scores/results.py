@@ -9,7 +9,6 @@ Scores = dict[str, Any]
 
 
 def add_error(scores: Scores, name: str, error: float | None, reason: str = "") -> None:
-    """Add the standard error of a score; None for the reason that is given."""
     scores[f"{name}_se"] = error
     if error is None:
         scores[f"{name}_se_reason"] = reason

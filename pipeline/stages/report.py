@@ -18,8 +18,6 @@ from pipeline.store.run import Place
 
 
 class ReportStage(Stage):
-    """Writes the page of a run."""
-
     name = "report"
     uses_checkpoint = True
     shows_other_stages = True
@@ -32,7 +30,6 @@ class ReportStage(Stage):
         return manifest is not None and manifest.get("inputs") == RunFiles(place).content_hash
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Write the report in the driver; no unit is needed."""
         run = RunFiles(place)
         write_page(
             place.report, partial(compose_page, run), inputs=run.content_hash, verdict=describe_run(run)

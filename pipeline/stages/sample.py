@@ -53,7 +53,6 @@ class SampleProtocol:
 
 
 def make_sample_protocol(experiment: Experiment) -> SampleProtocol:
-    """Return the protocol of an experiment's sample set."""
     config, timesteps = experiment.sample, experiment.diffusion.timesteps
     ancestral = config.sampler == "ancestral"
     return SampleProtocol(

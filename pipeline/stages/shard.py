@@ -96,7 +96,6 @@ def _describe_source(source: ImageSource, splits: dict[str, list[ShardFacts]]) -
 
 
 def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Shard]:
-    """Return the shards for splits of these sizes."""
     return [
         Shard(folder, f"{split}-{number:05d}.tar", split, start, min(start + images_per_shard, count))
         for split, count in splits.items()

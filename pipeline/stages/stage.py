@@ -29,7 +29,6 @@ class Stage(ABC):
     shows_other_stages: ClassVar[bool] = False
 
     def list_required_stages(self, experiment: Experiment) -> tuple[str, ...]:
-        """Return the names of the stages that it needs."""
         return ()
 
     @abstractmethod

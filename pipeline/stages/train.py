@@ -65,7 +65,7 @@ class TrainStage(GroupStage):
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Import published weights, or the training images; yields no unit."""
         if place.experiment.published.weights:
-            diffusers_layout.import_published_weights(place)
+            checkpoint.save_untrained(place, diffusers_layout.read_weights(place.experiment))
         else:
             images, _ = tars.load_images(place.data, "train")
             checkpoint.save_untrained(place, {"images": torch.from_numpy(images).contiguous()})
@@ -239,7 +239,6 @@ class _CheckpointSaver:
         self.step: int | None = None
 
     def start(self, state: TrainState, sums: Tensors) -> None:
-        """Copy the state and the sums of the log, and start to write the checkpoint."""
         self.finish()
         self.step = state.step
         folder = self.place.step_folder(state.step)
@@ -295,7 +294,6 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
 
 
 def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Tensors]:
-    """Return a function that does one training step."""
     experiment, config = place.experiment, place.experiment.train
     images = open_dataset(place.data, "train", ctx)
     rows = slice_batch(config.batch_size, ctx.rank, ctx.world_size)

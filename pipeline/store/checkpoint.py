@@ -107,13 +107,11 @@ def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
 
 
 def list_steps(train: Path, at_most: float = math.inf) -> list[int]:
-    """Return the steps with a checkpoint folder, ascending."""
     names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
     return sorted(step for match in names if match and (step := int(match[1])) <= at_most)
 
 
 def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
-    """Raise the error for a missing checkpoint, with the steps that exist."""
     known = ", ".join(map(str, list_steps(place.train))) or "none"
     raise PipelineError(f"{place.path} has no checkpoint {which} (there are: {known})")
 
@@ -167,13 +165,11 @@ def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
 def _list_tensors(
     config: Any, diffusion: DiffusionConfig, shape: tuple[int, int, int], labels: int, known: int
 ) -> Tensors:
-    """Return the tensors of a network by name, without content."""
     net = model.create_network(config, Diffusion(diffusion), shape, labels, "meta", known_images=known)
     return dict(net.state_dict())
 
 
 def is_valid(place: Place, step: int) -> bool:
-    """Return whether the run has the complete checkpoint of a step."""
     with suppress(PipelineError):
         verify_step(place, step, "seal")
         return True
@@ -272,7 +268,6 @@ def describe_model(experiment: Experiment) -> dict[str, Any]:
 
 
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:
-    """Build the experiment's network with its initial weights."""
     data = experiment.data
     return model.create_network(
         experiment.model, Diffusion(experiment.diffusion), data.shape, experiment.num_classes, device,

@@ -24,7 +24,7 @@ from pipeline.config import Experiment, PublishedConfig, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
-from pipeline.store.run import EXPERIMENT, Place, locate_without_data
+from pipeline.store.run import EXPERIMENT, locate_without_data
 from pipeline.store.tensors import Tensors, load_tensors, read_header
 from pipeline.store.weight_files import find_weight_files
 
@@ -95,25 +95,14 @@ def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
 # In
 
 
-def import_published_weights(place: Place) -> None:
-    """Write the published weights as the checkpoint of step `train.steps`.
-
-    Raises ConfigError where the published settings are not the experiment's, PipelineError where the tensors
-    are not the network's.
-    """
-    checkpoint.save_untrained(place, read_weights(place.experiment))
-
-
 def read_weights(experiment: Experiment) -> Tensors:
     """Read the tensors at `published.path`, float32, under our names.
 
-    Raises ConfigError and PipelineError as `import_published_weights` does.
+    Raises ConfigError where the settings are not the experiment's, PipelineError where the tensors are not.
     """
     files = find_weight_files(experiment.published)
     assert files, "the experiment trains its own weights"
     file, folder = files[0], files[0].parent
-    if not (folder / NETWORK).is_file():
-        raise PipelineError(f"{folder / NETWORK} is missing; nobody can tell whose weights these are")
     published = read_json(folder / NETWORK, Settings, FETCH)
     faults = find_network_differences(experiment, published)
     if scheduler := _read_scheduler(folder):
@@ -318,7 +307,6 @@ def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind
 
 
 def make_network_settings(experiment: Experiment) -> Settings:
-    """Return diffusers' UNet2DModel settings for our network."""
     data, model = experiment.data, experiment.model
     if not isinstance(model, UNetConfig):
         raise PipelineError(f"the diffusers layout has no model.name={model.name}, only unet")

@@ -125,13 +125,11 @@ def _delete(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
     with write_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
@@ -189,7 +187,6 @@ def read_record(path: Path, shape: type[T]) -> T:
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays to an .npz atomically."""
     with write_atomically(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
@@ -223,7 +220,6 @@ def is_unit_done(path: Path, read: Callable[[Path], object] = read_unit_arrays) 
 
 
 def hash_file(path: Path) -> str:
-    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -237,7 +233,6 @@ class FileFacts(TypedDict):
 
 
 def read_file_facts(path: Path) -> FileFacts:
-    """Return the size and the sha256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
@@ -388,7 +383,6 @@ def name_user() -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a driver holds the folder's lock."""
     with suppress(OSError), (path / ".lock").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -23,8 +23,6 @@ TAIL = 2000  # bytes; a line is some 200
 
 
 class LogPoint(TypedDict):
-    """One line of the log."""
-
     step: int
     time: int
     metrics: dict[str, float]
@@ -43,7 +41,6 @@ class LogWriter:
         self.last_step = last["step"] if last else -1
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append the point of `step`, unless the log has it."""
         if step <= self.last_step:
             return
         self.last_step = step

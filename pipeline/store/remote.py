@@ -119,7 +119,6 @@ def _is_seal(file: str) -> bool:
 
 
 def _has_same_content(path: Path, facts: FileFacts) -> bool:
-    """Return whether the file has the size and sha256 of `facts`."""
     return path.is_file() and path.stat().st_size == facts["bytes"] and hash_file(path) == facts["sha256"]
 
 
@@ -167,7 +166,6 @@ class ObjectStore:
 
     @cached_property
     def contents(self) -> dict[str, FileFacts]:
-        """Pushed files, by name."""
         if CONTENTS not in self.objects:
             return {}
         text = b"".join(self._read_object(CONTENTS))
@@ -195,7 +193,6 @@ class ObjectStore:
         return True
 
     def write_file_list(self, files: dict[str, FileFacts]) -> None:
-        """Add the files to the list of what was pushed."""
         text = json.dumps({"files": {**self.contents, **files}}, indent=1, sort_keys=True)
         self._write_object(CONTENTS, io.BytesIO(text.encode()))
 
@@ -228,7 +225,6 @@ class ObjectStore:
 
 @contextmanager
 def _explain_store_errors(where: str) -> Iterator[None]:
-    """Raise the store's errors as PipelineError."""
     try:
         yield
     except OSError as error:

@@ -25,7 +25,6 @@ STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")
 
 
 def _path_property(folder: str, name: str) -> cached_property[Path]:
-    """Return a property: the path `name` in one of the place's folders."""
     return cached_property(lambda place: getattr(place, folder) / name)
 
 
@@ -139,7 +138,6 @@ class Place:
 
     @property
     def has_training(self) -> bool:
-        """True if there is something of the training."""
         return self.train.exists() or self.log.exists()
 
     def read_provenance(self) -> dict[str, Any]:
@@ -171,12 +169,10 @@ class Place:
 
 
 def locate_downloads(storage: Path) -> Path:
-    """Return the folder of downloaded archives."""
     return storage / "data" / "downloads"
 
 
 def locate_fingerprints(storage: Path) -> Path:
-    """Return the file of the fingerprints of data sources."""
     return storage / "data" / "fingerprints.json"
 
 
@@ -186,7 +182,6 @@ def locate_study(storage: Path, name: str) -> Path:
 
 
 def locate_comparison(storage: Path, key: str) -> Path:
-    """Return the folder of a comparison of several runs."""
     return storage / "comparisons" / key
 
 
@@ -231,7 +226,6 @@ def find_sample_facts(run: Path) -> list[Path]:
 
 
 def find_sample_manifests(run: Path) -> list[Path]:
-    """Return the manifests of finished sample sets, sorted."""
     return sorted(run.glob(f"samples/*/{MANIFEST}"))
 
 
@@ -241,10 +235,8 @@ def find_scores(run: Path) -> list[Path]:
 
 
 def find_selections(run: Path) -> list[Path]:
-    """Return the selection files, sorted."""
     return sorted(run.glob(f"selection/*/{SELECTION}"))
 
 
 def find_leaderboards(storage: Path) -> list[Path]:
-    """Return the leaderboards of all studies below the root, sorted."""
     return sorted(storage.glob(f"sweeps/*/{LEADERBOARD}"))

@@ -53,6 +53,11 @@ class Record:
     png: bytes
     label: int | None
 
+    @property
+    def number(self) -> int:
+        """The label, or -1."""
+        return -1 if self.label is None else self.label
+
 
 def encode_png(image: np.ndarray) -> bytes:
     """Encode uint8 (H,W), (H,W,1) or (H,W,3) as PNG. Equal arrays give equal bytes (with one build of Pillow)."""
@@ -158,15 +163,10 @@ def write_tar(path: Path, records: Iterable[Record]) -> dict[str, Any]:
                 tar.write({"__key__": record.key, "png": record.png, **label})
                 # The PNG is the last member, padded to whole blocks.
                 offset = tar.tarstream.offset - -(-len(record.png) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                places.append([offset, len(record.png), zlib.crc32(record.png), _encode_label(record)])
+                places.append([offset, len(record.png), zlib.crc32(record.png), record.number])
                 last = record.key
         facts = read_file_facts(temporary)
     return {"name": path.name, "count": len(places), **facts, "places": places}
-
-
-def _encode_label(record: Record) -> int:
-    """Return the label as an integer, -1 for none."""
-    return -1 if record.label is None else record.label
 
 
 def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
@@ -244,8 +244,6 @@ def read_shard_manifest(directory: Path, check: Check = "seal") -> ShardSetFacts
 
 @dataclass(frozen=True)
 class ShardManifest:
-    """The manifest of a folder of shards."""
-
     directory: Path
     facts: ShardSetFacts
 
@@ -306,9 +304,9 @@ def load_images(
     split where it has fewer than `stop` images.
     """
     index = open_shards(directory)
-    stop = index.count_images(split) if stop is None else stop
-    if not 0 <= start < stop <= index.count_images(split):
-        there = index.count_images(split)
+    there = index.count_images(split)
+    stop = there if stop is None else stop
+    if not 0 <= start < stop <= there:
         raise PipelineError(f"{directory}: no images {start} to {stop}; the {split} split has {there}")
     images: list[np.ndarray] = []
     labels: list[int] = []
@@ -318,5 +316,5 @@ def load_images(
             records = list(read_records(shard.path, shard.stop - shard.start))
             records = records[max(0, start - shard.start) : stop - shard.start]
             images += [decode_png(record.png) for record in records]
-            labels += map(_encode_label, records)
+            labels += [record.number for record in records]
     return np.stack(images), np.array(labels, dtype=np.int64)

@@ -45,7 +45,6 @@ def find_weight_files(published: PublishedConfig) -> list[Path]:
 
 
 def _find_folder(path: Path, weights: str) -> Path:
-    """Return the folder of the weights of that kind below `path`."""
     snapshots = path / "snapshots"
     if snapshots.is_dir():  # of the Hub's cache
         main = path / "refs" / "main"

@@ -23,8 +23,6 @@ Parts = tuple[str, ...]
 
 
 class FolderSource(ImageSource):
-    """Image files in a folder, or in one sub-folder for each class."""
-
     def __init__(self, data: DataConfig):
         super().__init__(data)
         self.order, self._labelled = "shuffled", data.labels > 0

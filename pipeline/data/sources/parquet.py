@@ -75,7 +75,6 @@ class ParquetSource(ImageSource):
     def _read_rows(
         self, file: Path, opened: parquet.ParquetFile, group: int, rows: np.ndarray, names: list[str]
     ) -> Iterator[RawImage]:
-        """Yield the images of some rows of a row group."""
         if (size := opened.metadata.row_group(group).total_byte_size) > MAX_BYTES:
             raise PipelineError(f"{file} has a row group of {size:,} bytes; write it with smaller ones")
         columns = [column := _find_image_column(opened.schema_arrow, file, self.data.image_column)]

@@ -111,7 +111,7 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
         if channels != data.channels:
             remedy = f"set data.channels={channels}"
             raise PipelineError(
-                f"{raw.name} has {channels} channel(s), data.channels={data.channels}; {remedy}"
+                f"{raw.name} has {channels} channel(s), but data.channels={data.channels}; {remedy}"
             )
         image = Image.fromarray(raw.image[:, :, 0] if channels == 1 else raw.image)
     if image.size != size:

@@ -33,7 +33,6 @@ def hash_weights(place: Place) -> str | None:
 
 
 def choose_bound_variance(experiment: Experiment) -> Variance:
-    """Return the variance of the bound: evaluate.variance, or that of the diffusion."""
     return experiment.evaluate.variance or experiment.diffusion.variance
 
 

@@ -143,7 +143,6 @@ def write_steps(ctx: Worker, place: Place, counts: list[int], start: int, stop: 
 
 
 def plan_interpolation(place: Place) -> Figure:
-    """Plan Fig. 8: a row for each pair of images."""
     steps = count_chain_steps(INTERPOLATED_AT, place.experiment)
     units = dict(plan_pair(place, pair, steps) for pair in range(count_rows(place.experiment)))
     caption = (
@@ -155,7 +154,6 @@ def plan_interpolation(place: Place) -> Figure:
 
 
 def plan_coarse_to_fine(place: Place) -> Figure:
-    """Plan Fig. 9: a row of the first pair for each number of steps."""
     counts = [count_chain_steps(share, place.experiment) for share in COARSE_TO_FINE]
     units = dict(plan_pair(place, 0, steps) for steps in counts)
     caption = (
