@@ -57,7 +57,9 @@ def copy_weights(weights: str | None, cache: Path) -> tuple[Path, str]:
                 Inception(temporary)
             except RuntimeError as error:
                 what = "; ".join(f"{line.strip():.150}" for line in str(error).splitlines()[1:3])
-                raise PipelineError(f"{source} ({sha256[:8]}) is not Inception: {what}; {REMEDY}") from error
+                raise PipelineError(
+                    f"{source} (sha256 {sha256[:8]}) is not Inception: {what}; {REMEDY}"
+                ) from error
     return copy, sha256
 
 
