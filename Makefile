@@ -10,7 +10,7 @@ QUICK := tests/ddpm tests/pipeline/config tests/pipeline/scores/test_ranking.py 
 PYTEST := $(BIN)/python -m pytest
 TWICE := --numprocesses=2 --dist=loadscope --no-loadscope-reorder
 
-.PHONY: help run quick test device test-all soak fuzz check bench env image cluster-test
+.PHONY: help run quick test device test-all soak fuzz check docs bench env image cluster-test
 
 help:
 	@echo "make run       install, then run the digits experiment end to end (minutes on two cores)"
@@ -21,6 +21,7 @@ help:
 	@echo "make soak      a digits run killed 21 times beside an untouched one (some 20 minutes on two cores)"
 	@echo "make fuzz      drawn command lines and damages to a finished run; CASES=500 DAMAGES=50 SEED=0"
 	@echo "make check     ruff and mypy"
+	@echo "make docs      the pages and an API reference as a site: build/site/index.html"
 	@echo "make bench     speed and memory beside other systems; ARGS='unet --quick' and the like"
 	@echo "make env       draw the secrets of docker-compose.yml into .env"
 	@echo "make image     build the image of docker-compose.yml, marked with the commit"
@@ -69,6 +70,12 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(READY)
+	@echo "== build/site/index.html"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	@rm -rf build/pages && mkdir -p build/pages && cp -r *.md LICENSE CITATION.cff docs conf examples build/pages
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(READY)
 	@echo "== benchmarks"
