@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ONE_CPU, TINY, read_losses
+from test_exact_run import SOURCE, WORDS
 
 pytestmark = pytest.mark.ray
 
@@ -81,6 +83,18 @@ def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs,
         ours, theirs = sorted(copy.glob(pattern)), sorted(one.glob(pattern))
         assert [path.relative_to(copy) for path in ours] == [path.relative_to(one) for path in theirs]
         assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True)), pattern
+
+
+@pytest.mark.slow
+def test_two_workers_draw_the_bits_of_the_exact_network(tmp_path):
+    np.save(tmp_path / "images.npy", SOURCE)
+    tars = []
+    for workers in (0, 2):
+        words = [*WORDS, f"data.path={tmp_path}/images.npy", f"cluster.storage={tmp_path / str(workers)}"]
+        command = [sys.executable, "-m", "pipeline", "sample", "digits", *words, f"cluster.workers={workers}"]
+        subprocess.run(command, check=True)
+        tars.append(sorted((tmp_path / str(workers)).glob("oracle-*/samples/*/*.tar")))
+    assert tars[0] and [tar.read_bytes() for tar in tars[0]] == [tar.read_bytes() for tar in tars[1]]
 
 
 def test_a_lack_of_memory_is_told_in_a_line():
