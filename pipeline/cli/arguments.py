@@ -13,12 +13,10 @@ if TYPE_CHECKING:
 
 
 def list_non_cluster_arguments(options: Namespace) -> list[str]:
-    """Return the names and overrides that do not start with `cluster.`."""
     return [word for word in options.words if not word.startswith("cluster.")]
 
 
 def split_arguments(options: Namespace, kind: str) -> tuple[str | None, list[str]]:
-    """Return the name, if one is given, and the overrides."""
     words = list_non_cluster_arguments(options)
     names = [word for word in words if "=" not in word]
     if len(names) > 1:
@@ -37,7 +35,6 @@ def load_cluster(options: Namespace, alone: bool = False) -> ClusterConfig:
 
 
 def prepare_root(options: Namespace, alone: bool = True) -> Path:
-    """Return the storage root of the command's cluster."""
     from pipeline.engine.find import prepare_storage_root
 
     return prepare_storage_root(load_cluster(options, alone))

@@ -10,7 +10,8 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from pipeline.errors import ConfigError, PipelineError, hide_password, suggest
 
 if TYPE_CHECKING:
     from pipeline.config import ClusterConfig
+    from pipeline.store.run import Place
     from pipeline.sweep.definition import Sweep
     from pipeline.sweep.points import SweepPoint
     from pipeline.sweep.study import Study
@@ -36,7 +38,6 @@ JobInputs = tuple["ClusterConfig", list[str]]
 
 
 def run_experiment(options: Namespace) -> None:
-    """Run the stages that the command names (`ddpm run`, `ddpm train`, ...)."""
     experiment, cluster = arguments.load_experiment_and_cluster(options)
     from pipeline import tracking
     from pipeline.engine.execute import run_stages
@@ -51,9 +52,8 @@ def run_experiment(options: Namespace) -> None:
     print_line(f"       run: {place.path}")
     if place.report_html.exists():
         print_line(f"    report: {place.report_html.as_uri()}")
-    print_line(
-        f"    MLflow: {tracking.describe_delivery(place, cluster.tracking_uri, cluster.largest_model)}"
-    )
+    delivery = tracking.describe_delivery(place, cluster.tracking_uri, cluster.largest_model)
+    print_line(f"    MLflow: {delivery}")
 
 
 def check_submitted_run(options: Namespace) -> JobInputs:
@@ -67,24 +67,19 @@ def check_submitted_run(options: Namespace) -> JobInputs:
 
 
 def import_weights(options: Namespace) -> None:
-    """Make a run of published weights (`ddpm import`)."""
     options.words = [*options.words, f"published.path={options.path}", f"published.weights={options.weights}"]
     run_experiment(options)
 
 
 def show_experiment(options: Namespace) -> None:
-    """Print the resolved configuration and its keys (`ddpm show`)."""
     experiment, cluster = arguments.load_experiment_and_cluster(options)
     from pipeline import config
     from pipeline.engine import find
     from pipeline.store.selection import fill_in_selection
 
     print(config.to_yaml(experiment), end="")
-    tracking, ray = (
-        address and hide_password(address) for address in (cluster.tracking_uri, cluster.ray_address)
-    )
-    shown = replace(cluster, tracking_uri=tracking, ray_address=ray)
-    print("\n# cluster\n" + config.to_yaml(shown), end="")
+    tracking, ray = (hide_password(uri or "") or None for uri in (cluster.tracking_uri, cluster.ray_address))
+    print("\n# cluster\n" + config.to_yaml(replace(cluster, tracking_uri=tracking, ray_address=ray)), end="")
     for warning in experiment.list_warnings():
         print(f"# warning: {warning}")
     try:
@@ -103,7 +98,6 @@ def show_experiment(options: Namespace) -> None:
 
 
 def list_files(options: Namespace) -> None:
-    """Print the names of experiments, sweeps and clusters, each with the first line of its file (`ddpm list`)."""
     from pipeline.config import FOLDERS, find_configuration, list_configurations
 
     width = shutil.get_terminal_size().columns - 28
@@ -134,7 +128,6 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint],
 
 
 def run_sweep(options: Namespace) -> int:
-    """Run the trials of a sweep file (`ddpm sweep`)."""
     sweep, _, points, cluster = _load_sweep(options)
     from pipeline.sweep.study import Study
 
@@ -150,7 +143,6 @@ def check_submitted_sweep(options: Namespace) -> JobInputs:
 
 
 def run_reproduction(options: Namespace) -> int:
-    """Run the rows of the paper's tables (`ddpm reproduce`)."""
     cluster = arguments.load_cluster(options)
     from pipeline.sweep.reproduction import plan_reproduction
 
@@ -193,7 +185,6 @@ def _run_study(study: Study, options: Namespace) -> int:
 
 
 def show_status(options: Namespace) -> None:
-    """Print the runs and studies of a storage root (`ddpm status`)."""
     from pipeline.cli.status import format_status
 
     root = arguments.load_cluster(options, alone=True).storage_root
@@ -205,7 +196,6 @@ def show_status(options: Namespace) -> None:
 
 
 def compare_runs(options: Namespace) -> None:
-    """Write a report over several runs (`ddpm compare`)."""
     from pipeline.engine import find
     from pipeline.scores.metrics import METRICS, find_metric
     from pipeline.store.run import locate_comparison
@@ -214,13 +204,8 @@ def compare_runs(options: Namespace) -> None:
     if metric is None:
         hint = suggest(options.metric, METRICS)
         raise ConfigError(f"--metric {options.metric} is unknown{hint}; known: {', '.join(METRICS)}")
-    root = arguments.prepare_root(options, alone=False)
-    named = [
-        path
-        for name in arguments.list_non_cluster_arguments(options)
-        for path in find.find_named_runs(name, root)
-    ]
-    paths = list(dict.fromkeys(named))
+    root, names = arguments.prepare_root(options, alone=False), arguments.list_non_cluster_arguments(options)
+    paths = list(dict.fromkeys(path for name in names for path in find.find_named_runs(name, root)))
     if len(paths) < 2:
         found = f"only {paths[0].name}" if paths else "no run"
         raise ConfigError(f"compare needs two runs or more, and {found} is named")
@@ -233,70 +218,68 @@ def compare_runs(options: Namespace) -> None:
 
 
 def draw_images(options: Namespace) -> None:
-    """Draw images of a run at once (`ddpm draw`)."""
     from pipeline.cli import draw
 
     named = [*arguments.list_non_cluster_arguments(options), *filter(None, [options.out])]
     if len(named) > 1:
         raise ConfigError(f"one output at a time, not {' and '.join(named)}")
-    options.words = [word for word in options.words if word not in named]
     out = Path(named[0] if named else "samples.png").expanduser()
-    draw.draw_images(options, arguments.load_cluster(options, alone=True), out)
+    draw.draw_images(options, arguments.load_cluster(options), out)
 
 
 def export_weights(options: Namespace) -> None:
-    """Write a run's weights in the diffusers layout (`ddpm export`)."""
     from pipeline import tracking
     from pipeline.engine.find import find_run
     from pipeline.store import diffusers_layout
 
-    cluster, folder = (
-        arguments.load_cluster(options, alone=True),
-        Path(options.directory).expanduser().absolute(),
-    )
+    cluster = arguments.load_cluster(options, alone=True)
+    folder = Path(options.directory).expanduser().absolute()
     if not options.run.startswith(tracking.PREFIX):
         path = find_run(options.run, cluster.storage_root)
         print_line(diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step))
         return
     with TemporaryDirectory() as scratch:
-        experiment, settings, tensors = tracking.fetch_model(
-            options.run, tracking.find_uri(cluster), Path(scratch)
-        )
+        uri = tracking.find_uri(cluster)
+        experiment, settings, tensors = tracking.fetch_model(options.run, uri, Path(scratch))
         kind = experiment.published.weights or experiment.sample.weights
         print_line(diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"]))
 
 
 def register_model(options: Namespace) -> None:
-    """Give a run's weights a name in MLflow's registry (`ddpm register`)."""
-    cluster = arguments.load_cluster(options, alone=True)
     from pipeline import tracking
-    from pipeline.engine import find, load
-    from pipeline.store.files import lock_folder
+    from pipeline.engine.load import choose_checkpoint
 
-    place = load.choose_checkpoint(find.read_place(find.find_run(options.run, cluster.storage_root)))
-    step, name = place.experiment.checkpoint_step, options.name or place.experiment.name
-    tracking.check_server(uri := tracking.find_uri(cluster))
-    with lock_folder(place.path):
-        address = tracking.register_run(uri, place, step, name, options.alias)
+    with _open_for_delivery(options) as (run, cluster):
+        place = choose_checkpoint(run)
+        step, name = place.experiment.checkpoint_step, options.name or place.experiment.name
+        address = tracking.register_run(tracking.find_uri(cluster), place, step, name, options.alias)
     print_line(f"{address}: {place.experiment.weights_kind} weights of step {step} of {place.name}")
     print_line(f"it draws: mlflow.pyfunc.load_model('{address}').predict({{'n': 16, 'seed': 0}})")
 
 
 def sync_run(options: Namespace) -> None:
-    """Send a run to the tracking server (`ddpm sync`)."""
+    from pipeline import tracking
+
+    with _open_for_delivery(options) as (place, cluster):
+        uri = tracking.find_uri(cluster)
+        print_line(tracking.deliver_run(uri, place.experiment.name, place, cluster.largest_model))
+
+
+@contextmanager
+def _open_for_delivery(options: Namespace) -> Iterator[tuple[Place, ClusterConfig]]:
+    """Lock the run that the command names, and check the tracking server of its cluster."""
     cluster = arguments.load_cluster(options, alone=True)
     from pipeline import tracking
     from pipeline.engine import find
     from pipeline.store.files import lock_folder
 
     place = find.read_place(find.find_run(options.run, cluster.storage_root))
-    tracking.check_server(uri := tracking.find_uri(cluster))
+    tracking.check_server(tracking.find_uri(cluster))
     with lock_folder(place.path):
-        print_line(tracking.deliver_run(uri, place.experiment.name, place, cluster.largest_model))
+        yield place, cluster
 
 
 def push_run(options: Namespace) -> None:
-    """Send a run, or shards, to an object store (`ddpm push`)."""
     from pipeline.engine.find import find_run
     from pipeline.store import remote
 
@@ -306,7 +289,6 @@ def push_run(options: Namespace) -> None:
 
 
 def pull_run(options: Namespace) -> None:
-    """Fetch what was pushed (`ddpm pull`)."""
     from pipeline.store import remote
 
     print_line(remote.pull_run(options.uri, arguments.prepare_root(options)))
@@ -316,7 +298,6 @@ def pull_run(options: Namespace) -> None:
 
 
 def submit_job(options: Namespace) -> int:
-    """Send a command to a cluster as a job (`ddpm submit`)."""
     from pipeline.jobs import job_commands as jobs
     from pipeline.jobs.rayjob import make_rayjob
 
@@ -337,35 +318,28 @@ def submit_job(options: Namespace) -> int:
 
 
 def run_job_command(options: Namespace) -> int:
-    """List, show or stop the jobs of a cluster (`ddpm jobs`)."""
     from pipeline.jobs import job_commands as jobs
 
-    action, *names = options.words or ["list"]
-    if action not in ("list", "logs", "status", "stop"):
-        raise ConfigError(f"'{action}' is unknown; `ddpm jobs` knows list, logs ID, status ID and stop ID")
-    if len(names) != (action != "list"):
+    action, name, address = options.action, options.job_id, options.address
+    if bool(name) != (action != "list"):
         raise ConfigError(f"`ddpm jobs {action}` takes {'no' if action == 'list' else 'one'} job id")
     if options.follow and action != "logs":
         raise ConfigError("--follow belongs to `ddpm jobs logs ID`")
     if action == "list":
-        return jobs.show_jobs(options.address)
+        return jobs.show_jobs(address)
     if action == "logs":
-        return jobs.show_log(names[0], options.address, options.follow)
-    return (jobs.show_job_status if action == "status" else jobs.stop_job)(names[0], options.address)
+        return jobs.show_log(name, address, options.follow)
+    return (jobs.show_job_status if action == "status" else jobs.stop_job)(name, address)
 
 
 def serve_ui(options: Namespace) -> int:
-    """Serve the MLflow UI (`ddpm ui`)."""
-    cluster = arguments.load_cluster(options, alone=True)
     from pipeline import tracking
-    from pipeline.engine import find
 
-    root = find.prepare_storage_root(cluster)
+    root, cluster = arguments.prepare_root(options), arguments.load_cluster(options)
     return tracking.serve_ui(root, options.port, uri=cluster.tracking_uri)
 
 
 def show_diagnosis(options: Namespace) -> None:
-    """Print what this machine has and what is missing, and the memory of an experiment's step (`ddpm doctor`)."""
     experiment = None
     if arguments.list_non_cluster_arguments(options):
         experiment, cluster = arguments.load_experiment_and_cluster(options)

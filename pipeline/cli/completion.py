@@ -63,8 +63,8 @@ def _complete_cluster_keys(prefix: str) -> list[str]:
 
 def _complete_keys(prefix: str) -> list[str]:
     """Return key= for the keys of an experiment and of a cluster; after "=" the values, where they can be listed."""
-    sections = [(key, kind) for key, kind in get_field_types(Experiment).items() if is_section(kind)]
-    sections += [("model", config) for config in NETWORKS.values()]
+    sections: list[tuple[str, type]] = [("model", config) for config in NETWORKS.values()]
+    sections += [(key, kind) for key, kind in get_field_types(Experiment).items() if is_section(kind)]
     found = [word for name, kind in sections for word in _complete_section(name, kind, prefix)]
     return [*dict.fromkeys(found), "seed=", "name=", *_complete_cluster_keys(prefix)]
 

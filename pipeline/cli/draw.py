@@ -28,7 +28,6 @@ LAMBDAS = ",".join(str(i / 10) for i in range(11))
 
 
 def draw_images(options: Namespace, cluster: ClusterConfig, out: Path) -> None:
-    """Draw the images that the options of `ddpm draw` ask for, and write them to `out`."""
     _check_options(options, out)
     label = _read_label(options.label)
     asked = {"seed": options.seed, "steps": options.steps, "label": label}

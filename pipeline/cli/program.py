@@ -44,7 +44,6 @@ class Command:
 
 
 def _declare(*names: str, **settings: Any) -> Argument:
-    """Return the names and settings of one argument."""
     return names, settings
 
 
@@ -240,7 +239,8 @@ a RayJob is printed, a cluster for this command alone, with the code and the con
   ddpm jobs
   ddpm jobs logs run-cifar10-20260131-235959 --follow
 """, (
-        _declare_names("list | logs ID | status ID | stop ID", "default: list"),
+        _declare("action", nargs="?", choices=("list", "logs", "status", "stop"), default="list", help="default: list"),
+        _declare("job_id", nargs="?", metavar="ID", help="of one job"),
         _declare("--follow", action="store_true", help="with logs: until the job ends, and as it ends"), ADDRESS,
     )),
     Command("doctor", do.show_diagnosis, "what this machine has, and what to do about what is missing", """\
@@ -251,7 +251,6 @@ a RayJob is printed, a cluster for this command alone, with the code and the con
 
 
 def build_parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    """Return the parser of the program, and those of its commands by name."""
     text = "Denoising Diffusion Probabilistic Models, end to end."
     hint = f"{COMMANDS[0].examples}\n`ddpm COMMAND --help` has the options and examples of each."
     program = ArgumentParser(prog="ddpm", description=text, epilog=hint)

@@ -11,7 +11,6 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
+from pipeline.engine.code import find_package_version
 from pipeline.engine.find import check_storage, explain_old_run, prepare_storage_root
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
@@ -156,10 +156,7 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     yield "memory", f"{memory:.0f} GiB"
     yield "GPUs", ", ".join(gpus) or "none: training runs on the CPUs; conf/cifar10.yaml wants a GPU"
     for package in PACKAGES:
-        try:
-            yield package, metadata.version(package)
-        except metadata.PackageNotFoundError:
-            yield package, f"MISSING: pip install {package}"
+        yield package, find_package_version(package) or f"MISSING: pip install {package}"
     weights = inception.locate_download()
     absent = f"not at {weights}; fetched when first needed, or name a file in evaluate.extractor_weights"
     yield "Inception weights", str(weights) if weights.exists() else absent

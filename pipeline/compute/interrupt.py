@@ -64,7 +64,6 @@ class StopSignals:
         self._before: dict[int, Handler] = {}
 
     def is_requested(self) -> bool:
-        """Return whether a signal has come."""
         return self._asked.is_set()
 
     def __enter__(self) -> StopSignals:

@@ -18,8 +18,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.compute.costs import CostCounter
-from pipeline.compute.units import Unit, WhenDone, Worker, create_local_worker
+from pipeline.compute.units import Cost, Unit, WhenDone, Worker, create_local_worker
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, TransientError, shorten_error
 from pipeline.store.files import TRANSIENT
@@ -86,7 +85,7 @@ class Pool:
         self.waiting: dict[bool, list[Unit]] = {}  # by whether they use a network, the next one last
         self.losses: Counter[int] = Counter()  # of processes, by the unit's id
 
-    def run_units(self, units: Sequence[Unit], done: WhenDone, costs: CostCounter) -> None:
+    def run_units(self, units: Sequence[Unit], done: WhenDone, costs: list[Cost]) -> None:
         """Run the units, one at a time on each actor, and call `done` with each that is finished.
 
         A unit whose actor dies, or that meets a fault of storage or device that may pass, is given to another, up to
@@ -100,7 +99,7 @@ class Pool:
                 for reference in ray.wait(list(self.calls), timeout=POLL_SECONDS)[0]:
                     seconds, unit = self._take_result(reference), self.calls.pop(reference).unit
                     if unit and seconds is not None:
-                        costs.add(unit.kind, unit.images, seconds)
+                        costs.append((unit.kind, unit.images, seconds))
                         done(unit)
                 if self.interrupted():
                     return

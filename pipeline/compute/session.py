@@ -15,12 +15,11 @@ import psutil
 import ray
 
 from pipeline.compute import ray_train
-from pipeline.compute.costs import CostCounter
 from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.local_ray import end_local_ray, require_ray, start_local_ray
 from pipeline.compute.pool import Pool
 from pipeline.compute.resources import Resources, resolve_resources
-from pipeline.compute.units import Body, Unit, WhenDone
+from pipeline.compute.units import Body, Cost, Unit, WhenDone
 from pipeline.config import ClusterConfig
 from pipeline.console import format_duration, print_line
 from pipeline.errors import PipelineError, hide_password, shorten_error
@@ -39,8 +38,8 @@ class RaySession:
     def __init__(
         self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False, pixels: int | None = None
     ):  # fmt: skip
-        self.cluster, self.interrupted, self.costs = cluster, interrupted, CostCounter()
-        self.pixels = pixels
+        self.cluster, self.interrupted, self.pixels = cluster, interrupted, pixels
+        self.costs: list[Cost] = []
         self.local_processes: set[psutil.Process] = set()
         self.most_in_flight: int | None = None  # units; None: as many as the cluster has room for
 
@@ -106,7 +105,6 @@ class RaySession:
         return self.interrupted()
 
     def list_nodes(self) -> list[tuple[int, int]]:
-        """Return (CPUs, GPUs) of each machine."""
         found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
 
@@ -123,7 +121,6 @@ class RaySession:
         ray_train.run_training_group(self.cluster, self.resources, body, place, look)
 
     def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
-        """Run the units on the pool, and call `done` after each."""
         if not self.pool.idle:
             self._explain_wait(1, self.cluster.cpus_per_task, self.resources.gpus_per_task)
         self.pool.run_units(units, done, self.costs)

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from pipeline.compute.costs import CostCounter
 from pipeline.errors import PipelineError
 from pipeline.store.run import Place
 
@@ -25,8 +24,6 @@ Value = TypeVar("Value")
 
 
 class UnitKind(StrEnum):
-    """Kind of a unit's result."""
-
     SHARD = "shard"
     SAMPLES = "samples"
     FEATURES = "features"
@@ -65,7 +62,7 @@ class Unit:
 
     kind: UnitKind
     body: Callable[..., None]
-    args: tuple[Any, ...]
+    args: tuple[object, ...]
     name: str
     images: int = 1
     passes: int = 1
@@ -80,7 +77,7 @@ class Unit:
 
 
 def make_image_units(
-    kind: UnitKind, body: Callable[..., None], args: tuple[Any, ...], n: int, size: int, folder: Path, name: str,
+    kind: UnitKind, body: Callable[..., None], args: tuple[object, ...], n: int, size: int, folder: Path, name: str,
     passes: int = 1,
 ) -> dict[Path, Unit]:  # fmt: skip
     """Return {result file: unit} of `size` images each; `body(ctx, *args, start, stop, file)` uses a network."""
@@ -94,6 +91,7 @@ def make_image_units(
 
 
 WhenDone = Callable[[Unit], None]  # called with each unit that is finished
+Cost = tuple[str, int, float]  # of a unit: its kind, images, seconds
 
 
 @dataclass
@@ -123,7 +121,6 @@ class Worker:
         return False
 
     def sum_over_workers(self, value: torch.Tensor) -> torch.Tensor:
-        """Return the sum of `value` over the ranks."""
         return value
 
     def wrap_network(self, net: nn.Module) -> nn.Module:
@@ -140,15 +137,13 @@ Body = Callable[[Worker, Place], None]
 class Executor(Protocol):
     """Runs training bodies and units: in this process (`LocalExecutor`), or on Ray (`pipeline.compute.session`)."""
 
-    costs: CostCounter
+    costs: list[Cost]
 
     def run_workers(self, body: Body, place: Place) -> None:
         """Run `body` on every worker of a training."""
-        ...
 
     def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         """Run the units, and call `done` after each."""
-        ...
 
 
 def create_local_worker(cpus: int | None = None, image_memory: int = NO_LIMIT) -> Worker:
@@ -167,7 +162,8 @@ class LocalExecutor:
     def __init__(self, context: Worker, interrupted: Callable[[], bool] = lambda: False):
         import torch
 
-        self.context, self.interrupted, self.costs = context, interrupted, CostCounter()
+        self.context, self.interrupted = context, interrupted
+        self.costs: list[Cost] = []
         torch.set_num_threads(self.context.cpus)
 
     def run_workers(self, body: Body, place: Place) -> None:
@@ -175,7 +171,7 @@ class LocalExecutor:
 
     def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         for unit in units:
-            self.costs.add(unit.kind, unit.images, unit.run(self.context))
+            self.costs.append((unit.kind, unit.images, unit.run(self.context)))
             done(unit)
             if self.interrupted():
                 return

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from inspect import Parameter, signature
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import (
@@ -30,8 +30,12 @@ from ddpm.config import Range
 from ddpm.networks.own import OwnConfig
 from pipeline.errors import suggest
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Tree = dict[str, Any]  # plain containers, as yaml has them
-Types = Mapping[str, Any]  # key -> what it may hold
+Kind = type | UnionType  # what a key may hold: also the forms Annotated[...], Literal[...] and tuple[...]
+Types = Mapping[str, Kind]  # by key
 ProblemsByKey = dict[str, str]  # dotted key -> what is wrong with it; f"{key} {problem}" is one line
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -39,7 +43,9 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 WHOLE = re.compile(r"[-+]?[0-9]{1,400}|0o[0-7]{1,99}|0x[0-9a-fA-F]{1,99}")
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]{1,400}(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 OUT_OF_RANGE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than"}
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+WORDS: dict[Kind, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null",
+}  # fmt: skip
 
 
 def get_field_types(cls: type) -> Types:
@@ -52,31 +58,30 @@ def get_field_types(cls: type) -> Types:
     }
 
 
-def is_section(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind)
+def is_section(kind: Kind | None) -> TypeGuard[type[DataclassInstance]]:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def flatten(tree: Tree, prefix: str = "") -> Tree:
-    """Return nested sections as one mapping with dotted keys."""
     flat: Tree = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def takes_text(kind: Any) -> bool:
+def takes_text(kind: Kind | None) -> bool:
     """Return whether a key of this type holds a text."""
     return kind is str or (get_origin(kind) is not tuple and str in get_args(kind))
 
 
-def find_type(cls: type, key: str) -> Any:
+def find_type(cls: type, key: str) -> Kind | None:
     """Return the type of a dotted key below a section; None for one that is unknown."""
     section, _, name = key.rpartition(".")
-    kind: Any = get_field_types(cls).get(section) if section else cls
+    kind = get_field_types(cls).get(section) if section else cls
     return get_field_types(kind).get(name) if is_section(kind) else None
 
 
-def read_text(kind: Any, value: object) -> object:
+def read_text(kind: Kind, value: object) -> object:
     """Return what a text means for a key of this type; the text itself where it means nothing."""
     if not isinstance(value, str) or takes_text(kind):
         return value
@@ -91,7 +96,7 @@ def read_text(kind: Any, value: object) -> object:
     return int(number) if int in kinds and number.is_integer() else value  # 1e4
 
 
-def _list_options(kind: Any) -> list[Any]:
+def _list_options(kind: Kind) -> list[object]:
     """Return what a type allows: plain types, and the values of choices."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
@@ -132,7 +137,7 @@ def find_unknown_names(tree: Tree, known: Mapping[str, Iterable[str]]) -> Proble
 
 
 @cache
-def _make_pydantic_type(kind: Any, complete: bool) -> Any:
+def _make_pydantic_type(kind: Kind, complete: bool) -> Any:
     """Return pydantic's type of a field; a section is a model that becomes its dataclass."""
     if is_section(kind):
         arguments = signature(kind).parameters
@@ -142,7 +147,7 @@ def _make_pydantic_type(kind: Any, complete: bool) -> Any:
             needed = complete or arguments[name].default is Parameter.empty
             fields[name] = _make_pydantic_type(inside, complete), ... if needed else None
 
-        def build(found: BaseModel) -> Any:
+        def build(found: BaseModel) -> DataclassInstance:
             return kind(**{name: getattr(found, name) for name in found.model_fields_set})
 
         return Annotated[create_model("Section", __config__=STRICT, **fields), AfterValidator(build)]
@@ -170,14 +175,14 @@ def _require_text(value: str | None) -> str | None:
 def _describe_problem(types: Types, problem: ErrorDetails) -> tuple[str, str]:
     """Return the key of a problem that pydantic found, and the message."""
     names: list[str] = []
-    kind: Any = None
+    kind: Kind = NoneType  # at the root
     known, verb = types, "is"
     for part in problem["loc"]:
         if isinstance(part, int):  # the place in a list
             kind, verb = get_args(_strip_range(kind))[0], "has"
-        elif kind is None or is_section(kind):
-            known = types if kind is None else get_field_types(kind)
-            kind = known.get(part)
+        elif kind is NoneType or is_section(kind):
+            known = get_field_types(kind) if is_section(kind) else types
+            kind = known.get(part, NoneType)
             names.append(part)
     value = problem["input"]
     if problem["type"] == "missing":
@@ -206,12 +211,11 @@ def _suggest_key(names: list[str], known: Types) -> str:
     return suggest(exact[0] if exact else name, [*known, *inner])
 
 
-def _strip_range(kind: Any) -> Any:
+def _strip_range(kind: Kind) -> Kind:
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
-def _describe_type(kind: Any) -> str:
-    """Return what a type allows, in words."""
+def _describe_type(kind: Kind) -> str:
     kind = _strip_range(kind)
     if get_origin(kind) is Literal:
         return _format_choices(get_args(kind))

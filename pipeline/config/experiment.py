@@ -168,7 +168,6 @@ class Experiment:
 
     @property
     def takes_labels(self) -> bool:
-        """True if the network gets the label of an image."""
         return self.model.takes_labels
 
     @property
@@ -226,7 +225,6 @@ class Experiment:
         return replace(self, selected=SelectedCheckpoint(step, candidates, rule))
 
     def choose_label(self, index: int) -> int | None:
-        """Return the label of sample `index`; None without labels."""
         label = self.sample.label
         return index % self.data.labels if label == "cycle" else label
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 
-from pipeline.config.checks import Tree, find_type, flatten, takes_text
+from pipeline.config.checks import Kind, Tree, find_type, flatten, takes_text
 from pipeline.errors import ConfigError, suggest
 
 Folder = Literal["", "sweep", "cluster"]  # below conf/; experiments stand in conf/ itself
@@ -33,7 +33,7 @@ class TextLoader(yaml.SafeLoader):
     }
     yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*TAGS, None)}  # noqa: RUF012
 
-    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not read; `base:` takes over the keys of another file")
         return super().compose_node(parent, index)
@@ -52,7 +52,6 @@ def list_conf_folders() -> list[Path]:
 
 
 def list_configurations(folder: Folder = "") -> list[str]:
-    """Return the names of the configurations in a folder of conf/, sorted."""
     return sorted({file.stem for conf in list_conf_folders() for file in (conf / folder).glob("*.yaml")})
 
 
@@ -120,7 +119,7 @@ def apply_overrides(tree: Tree, overrides: list[str], section: type) -> Tree:
     return _merge(tree, _merge_trees({}, *given))
 
 
-def _read_override(kind: Any, text: str) -> Any:
+def _read_override(kind: Kind | None, text: str) -> Any:
     """Return the value of an override: the text as typed where the key takes one, unless it is null or quoted."""
     if not text.strip() or (takes_text(kind) and not re.fullmatch(QUOTED, text, re.DOTALL)):
         return None if text == "null" and NoneType in get_args(kind) else text

@@ -13,6 +13,7 @@ import yaml
 from ddpm.networks import NETWORKS, find_config_class
 from ddpm.networks.config import UNetConfig
 from pipeline.config.checks import (
+    Kind,
     ProblemsByKey,
     Tree,
     Types,
@@ -93,11 +94,11 @@ def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     return tree, types
 
 
-def _find_network(name: str) -> Any:
+def _find_network(name: str) -> Kind:
     try:
         return find_config_class(name)
     except KeyError:
-        return Tree
+        return dict
     except (ValueError, NameError) as error:
         raise ConfigError(f"model.name={name} {error}") from error
 

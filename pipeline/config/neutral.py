@@ -9,9 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
-NEUTRAL: dict[str, Any] = {
+from pipeline.config.checks import Tree
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+NEUTRAL: Tree = {
     "data.labels": 0,
     "data.test_images": 0,
     "data.background": None,
@@ -55,9 +60,9 @@ FORMULAS = {
 }
 
 
-def get_key_content(name: str, section: Any) -> dict[str, Any]:
-    """Return the values of section `name` (a dataclass) that go into the keys, as plain containers."""
-    content: dict[str, Any] = {}
+def get_key_content(name: str, section: DataclassInstance) -> Tree:
+    """Return the values of section `name` that go into the keys, as plain containers."""
+    content: Tree = {}
     for key, value in json.loads(json.dumps(dataclasses.asdict(section))).items():
         full = f"{name}.{key}"
         if full not in UNHASHED and not (full in NEUTRAL and value == NEUTRAL[full]):
@@ -67,12 +72,12 @@ def get_key_content(name: str, section: Any) -> dict[str, Any]:
     return content
 
 
-def add_neutral_values(tree: dict[str, Any], keys: Mapping[str, Collection[str]]) -> None:
+def add_neutral_values(tree: Tree, keys: Mapping[str, Collection[str]]) -> None:
     """Add the options that did not exist when the file was written, at their neutral values.
 
     `keys`: those of each section. A section that is missing is added if all its keys have a neutral value.
     """
-    neutral: dict[str, dict[str, Any]] = {}
+    neutral: dict[str, Tree] = {}
     for full, value in NEUTRAL.items():
         section, _, key = full.partition(".")
         neutral.setdefault(section, {})[key] = value

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline import config
+from pipeline.compute.costs import add_costs
 from pipeline.compute.interrupt import StopRequest, StopSignals
 from pipeline.compute.units import GIB, Executor, LocalExecutor, Unit, create_local_worker
 from pipeline.config import ClusterConfig, Experiment
@@ -77,7 +78,6 @@ def _require_means(place: Place, todo: Sequence[Stage]) -> str:
 
 @contextmanager
 def _remove_unused_folder(place: Place, is_new: bool) -> Iterator[None]:
-    """Leave no new run directory behind where the body failed before it made anything."""
     try:
         yield
     except Exception:
@@ -87,14 +87,9 @@ def _remove_unused_folder(place: Place, is_new: bool) -> Iterator[None]:
 
 
 def run_trial_stages(
-    executor: Executor,
-    interrupted: Callable[[], bool],
-    cluster: ClusterConfig,
-    place: Place,
-    last: str,
-    asked: Experiment | None = None,
-    accept_code: bool = False,
-) -> None:
+    executor: Executor, interrupted: Callable[[], bool], cluster: ClusterConfig, place: Place, last: str,
+    asked: Experiment | None = None, accept_code: bool = False,
+) -> None:  # fmt: skip
     """Run the unfinished stages of a trial with the executor of its study, which mirrors it too.
 
     Waits for another command that works on the run. `asked` is what experiment.yaml says, where that is more
@@ -161,7 +156,6 @@ class _RunExecution:
                 todo = list_unfinished_stages(self.place, last)
 
     def _run_group(self, stage: GroupStage) -> None:
-        """Run the workers to the end of the stage, and show its steps."""
         start, end = stage.find_step_range(self.place)
         executor = self._start_executor()
         with show_progress(stage.name, end, "steps", start) as progress:
@@ -177,7 +171,6 @@ class _RunExecution:
             raise StopRequest
 
     def _run_units(self, stage: Stage) -> None:
-        """Run the rounds of units of a stage."""
         place = find_stage_place(stage, self.place)
         shared = stage.find_shared_folder(place)
         # Runs share their data; units are idempotent, so waiting for each other only saves work.
@@ -207,7 +200,7 @@ class _RunExecution:
             finally:
                 experiment = self.place.experiment
                 chain = experiment.sample.steps or experiment.diffusion.timesteps
-                executor.costs.write(self.place.spent_json, chain)
+                add_costs(self.place.spent_json, chain, executor.costs)
         if self.interrupted():
             raise StopRequest
 
@@ -220,6 +213,5 @@ class _RunExecution:
 
 
 def _remove_stop_files(place: Place) -> None:
-    """Delete the stop file and the heartbeat of an earlier command."""
     for sign in (place.stop_file, place.heartbeat):
         sign.unlink(missing_ok=True)

@@ -6,22 +6,19 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from pipeline import tracking
+from pipeline.config.checks import Tree
 from pipeline.engine.find import find_run, read_place
 from pipeline.store import checkpoint, diffusers_layout
 from pipeline.store.run import EXPERIMENT, Place
 from pipeline.store.selection import fill_in_selection
 from pipeline.store.tensors import Tensors
 
-Settings = dict[str, Any]
 
+def read_model(name: str, root: Path, uri: str | None = None) -> tuple[Tree, Tensors]:
+    """Read the settings and weights of a run, a folder in the diffusers layout, or a models:/ address of MLflow's.
 
-def read_model(name: str, root: Path, uri: str | None = None) -> tuple[Settings, Tensors]:
-    """Read a model's settings and weights for `ddpm.build_model`.
-
-    name: a run, a folder in the diffusers layout, or a models:/ address of MLflow's.
     uri: the tracking server of such an address; default: MLFLOW_TRACKING_URI, else the store of the storage root.
     """
     if name.startswith(tracking.PREFIX):

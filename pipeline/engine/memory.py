@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import PyTree, tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ddpm.diffusion import Diffusion
@@ -49,11 +50,17 @@ class MemoryCounter(TorchDispatchMode):
     def _drop(self, taken: int) -> None:
         self.alive -= taken
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: PyTree = (),
+        kwargs: dict[str, PyTree] | None = None,
+    ) -> PyTree:
         if func._schema.name == "aten::_local_scalar_dense":  # int(x): a fake tensor has no value
             return 0
         result = func(*args, **(kwargs or {}))
-        self.hold([x for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)])
+        self.hold([x for x in tree_leaves(result) if isinstance(x, torch.Tensor)])
         return result
 
 

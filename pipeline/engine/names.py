@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 
 def list_known_names() -> dict[str, Iterable[str]]:
-    """Return the known names of each key that holds names, for the checks of configurations."""
     from pipeline.data.sources import SOURCES
     from pipeline.scores.metrics import FAMILIES
     from pipeline.stages.figures.stage import FIGURES

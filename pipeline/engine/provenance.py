@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from importlib import metadata
-from typing import Any
 
 from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import Experiment
-from pipeline.engine.code import find_commit, find_version, hash_code, hash_patch, read_commit
+from pipeline.config.checks import Tree
+from pipeline.engine.code import (
+    find_commit,
+    find_package_version,
+    find_version,
+    hash_code,
+    hash_patch,
+    read_commit,
+)
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import keys
@@ -20,31 +26,21 @@ from pipeline.store.run import Place
 PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
 
 
-def collect_provenance(experiment: Experiment) -> dict[str, Any]:
+def collect_provenance(experiment: Experiment) -> Tree:
     """Collect the commit, the versions of program and libraries, and the driver's machine, in words."""
     import torch
 
     gpus = list_gpu_names()
     cpus = f"{len(os.sched_getaffinity(0))} CPUs ({torch.backends.cpu.get_cpu_capability()})"
-    versions = {
-        "ddpm-pipeline": find_version(),
-        **{package: _find_package_version(package) for package in PACKAGES},
-    }
+    # A run in one process needs neither Ray nor MLflow.
+    versions = {package: find_package_version(package) or "not installed" for package in PACKAGES}
     return {
         "commit": find_commit(),
         "code": hash_code(experiment.model.name),
         "user": name_user(),
-        "versions": versions,
+        "versions": {"ddpm-pipeline": find_version(), **versions},
         "hardware": f"{cpus}, {', '.join(gpus) or 'no GPU'}",
     }
-
-
-def _find_package_version(package: str) -> str:
-    """Return the version of an installed package; a run in one process needs neither Ray nor MLflow."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def describe_other_code(place: Place) -> str | None:

@@ -27,13 +27,9 @@ STOP_SECONDS = 300
 
 
 def submit_job(
-    words: list[str],
-    cluster: ClusterConfig,
-    relative: list[str],
-    address: str | None,
-    name: str,
+    words: list[str], cluster: ClusterConfig, relative: list[str], address: str | None, name: str,
     follow: bool,
-) -> int:
+) -> int:  # fmt: skip
     """Send a command as a job; with `follow`, print its log and return its exit code.
 
     words: a command line without the program's name, whose configuration was checked; relative: its paths that
@@ -94,7 +90,6 @@ def show_log(name: str, address: str | None, follow: bool) -> int:
 
 
 def show_job_status(name: str, address: str | None) -> int:
-    """Print the status of one job."""
     with connect_cluster(address, name) as remote:
         job = remote.client.get_job_info(name)
     facts = _describe_job(job)

@@ -6,12 +6,12 @@ import json
 import math
 import shlex
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from pipeline import config
 from pipeline.config import ClusterConfig
+from pipeline.config.checks import Tree
 from pipeline.errors import ConfigError
 from pipeline.jobs.package import check_paths
 from pipeline.store.files import USER_VARIABLE, name_user
@@ -33,7 +33,7 @@ def make_rayjob(
         if word in own or word.endswith((".yaml", ".yml")):
             raise ConfigError(f"{word} is a configuration of this folder; the job has those of its image")
     try:
-        job: dict[str, Any] = yaml.safe_load(template.read_text())
+        job: Tree = yaml.safe_load(template.read_text())
         (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:

@@ -120,7 +120,6 @@ class Sweep:
 
     @property
     def count(self) -> int:
-        """Number of trials."""
         lengths = [len(values) for values in self.space.values() if isinstance(values, list)]
         counts = {"grid": math.prod(lengths), "one_at_a_time": 1 + sum(lengths) - len(lengths)}
         drawn = counts.get(self.draw.method, self.draw.points or 0)
@@ -128,7 +127,6 @@ class Sweep:
         return min(count, self.budget.trials or count)
 
     def find_problems(self) -> Problems:
-        """Return the problems of values that contradict each other."""
         draw, method = self.draw, self.draw.method
         lists = method in ("grid", "one_at_a_time")  # their values decide how many points there are
         empty = not self.space and (not lists or (len(self.experiments) == 1 and not self.seeds))

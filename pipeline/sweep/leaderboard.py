@@ -51,22 +51,18 @@ class Leaderboard:
 
     @property
     def best_trial(self) -> RankedTrial | None:
-        """The best trial, or None."""
         return self.rows[0] if self.points else None
 
     @property
     def headline(self) -> str:
-        """The sentence that names the best trial."""
         return ranking.describe_best(self.groups, self.sweep.metric)
 
     @property
     def failures(self) -> list[str]:
-        """A line for each failed trial."""
         return [f"{row.label} failed: {row.reason}" for row in self.rows if row.state == "failed"]
 
 
 def rank_trials(sweep: Sweep, trials: Mapping[str, Trial], states: TrialStates) -> Leaderboard:
-    """Read the scores of all trials and rank them."""
     rows = []
     for key, trial in trials.items():
         place, record = trial.place, states.records[key]
@@ -115,7 +111,6 @@ def make_rows(board: Leaderboard, as_text: bool = False) -> list[Values]:
 
 
 def _format_rows(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows as text."""
     table = make_rows(board, as_text=True)
     rows = [["" if value is None else str(value) for value in cells.values()] for cells in table]
     return list(table[0]) if table else [], rows
@@ -148,7 +143,6 @@ def describe_protocol(board: Leaderboard) -> str:
 
 
 def format_text(board: Leaderboard) -> str:
-    """Return the leaderboard as a table for a terminal."""
     headings, rows = _format_rows(board)
     # The pages have room for the difference.
     kept = [column for column, heading in enumerate(headings) if heading != "difference"]
@@ -158,7 +152,6 @@ def format_text(board: Leaderboard) -> str:
 
 
 def write_leaderboard(board: Leaderboard, folder: Path) -> None:
-    """Write leaderboard.json and leaderboard.md into the study's folder."""
     metric, trials = board.sweep.metric, []
     ranks = {run.key: point.rank for point in board.points for run in point.runs}
     for row in board.rows:

@@ -70,7 +70,6 @@ def format_overrides(values: Values) -> list[str]:
 
 
 def _yield_space_values(sweep: Sweep) -> Iterator[Values]:
-    """Yield the values of the space at each point."""
     draw, space = sweep.draw, sweep.space
     lists = {key: values for key, values in space.items() if isinstance(values, list)}
     if draw.method == "grid":

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline import config, tracking
 from pipeline.console import format_duration, print_line
@@ -58,15 +58,13 @@ class StudyRecorder:
                 continue
             # The server may not have all of it: its driver was killed, or it was made elsewhere.
             mirror = self._make_mirror(key, state)
-            self._deliver(self._end_mirror, mirror, mirror.send_missing, STATUS.get(state, "KILLED"))
+            self._deliver(partial(self._end_mirror, mirror, mirror.send_missing, state))
 
     def may_start_trial(self) -> bool:
-        """Return whether another trial may be started."""
         hours = self.sweep.budget.hours
         return not self.interrupted() and (hours is None or time.monotonic() - self.began <= 3600 * hours)
 
     def start_trial(self, key: str) -> None:
-        """Record the start of a trial."""
         self.states.set_state(key, "running")
         self.mirrors[key] = self._make_mirror(key, "running")
         self.mirrors[key].start()
@@ -87,7 +85,7 @@ class StudyRecorder:
             reason = textwrap.shorten(reason, LONGEST, placeholder=" ...")
         self.states.set_state(key, state, reason)
         mirror.tags |= {tracking.STATE_TAG: state, **({"sweep.reason": reason} if reason else {})}
-        self._deliver(self._end_mirror, mirror, mirror.stop, STATUS.get(state, "KILLED"))
+        self._deliver(partial(self._end_mirror, mirror, mirror.stop, state))
         self.update_leaderboard()
         end = f"failed: {reason}" if state == "failed" else reason or state
         if state == "finished":
@@ -95,12 +93,12 @@ class StudyRecorder:
             end = f"finished in {format_duration(row.seconds)}: {format_headline(row.scores)}"
         print_line(f"{trial.label}: {end}")
 
-    def _deliver(self, send: Callable[..., None], *arguments: Any) -> None:
+    def _deliver(self, send: Callable[[], None]) -> None:
         """Send something to the server, after what was to be sent before."""
-        self.deliveries.append(self.thread.submit(send, *arguments))
+        self.deliveries.append(self.thread.submit(send))
 
-    def _end_mirror(self, mirror: tracking.Mirror, end: Callable[[str], None], status: str) -> None:
-        end(status)
+    def _end_mirror(self, mirror: tracking.Mirror, end: Callable[[str], None], state: State) -> None:
+        end(STATUS.get(state, "KILLED"))
         self.parent.is_behind |= mirror.is_behind
 
     def _make_mirror(self, key: str, state: State) -> tracking.Mirror:
@@ -118,7 +116,6 @@ class StudyRecorder:
         )
 
     def update_leaderboard(self) -> None:
-        """Write the leaderboard and send it to MLflow."""
         self.leaderboard = board = leaderboard.rank_trials(self.sweep, self.trials, self.states)
         leaderboard.write_leaderboard(board, self.folder)
         tags: dict[str, str] = {}
@@ -134,7 +131,7 @@ class StudyRecorder:
             }
         rungs = {key: self.states.records[key]["rungs"] for key in self.trials}
         table, note = leaderboard.make_rows(board), leaderboard.format_markdown(board)
-        self._deliver(self.parent.send_leaderboard, table, note, tags, scores, rungs)
+        self._deliver(partial(self.parent.send_leaderboard, table, note, tags, scores, rungs))
 
     def finish(self, status: str) -> None:
         """Write leaderboard and report; set the final status in MLflow."""
@@ -144,7 +141,7 @@ class StudyRecorder:
         sweep, report = self.sweep, self.folder / "report"
         if rows := [row for row in self.leaderboard.rows if row.scores]:
             comparison.write_comparison(rows, report, sweep.name, sweep.metric, sweep.note)
-        self._deliver(self.parent.finish, status, report)
+        self._deliver(partial(self.parent.finish, status, report))
         self.parent.is_behind |= bool(wait(self.deliveries, DEADLINE).not_done)
         self.thread.shutdown(wait=False, cancel_futures=True)
 

@@ -48,8 +48,6 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
 
 
 class BudgetFile(TypedDict):
-    """The content of budget.json: the steps of each row."""
-
     steps: int
 
 

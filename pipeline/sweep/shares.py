@@ -10,8 +10,6 @@ from pipeline.config import ClusterConfig
 
 @dataclass(frozen=True)
 class TrialSlots:
-    """Number of trials at once, and the resources of each."""
-
     slots: int
     resources: Resources
 
@@ -32,7 +30,6 @@ def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent
     per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
 
     def count_trials(per_cpu: int) -> int:
-        """Return how many trials fit on the nodes."""
         wanted = max(1, trials)
         return min(wanted, concurrent or wanted, count_places(nodes, per_cpu, per_gpu) // workers)
 

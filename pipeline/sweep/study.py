@@ -47,7 +47,6 @@ class Study:
         self.interrupt = StopSignals(self.folder / STOP)
 
     def _list_unfinished_trials(self) -> list[str]:
-        """List the keys of the trials that are not done."""
         return [key for key in self.trials if not self.states.is_done(key)]
 
     def describe_plan(self) -> str:
@@ -106,7 +105,6 @@ class Study:
         return self.recorder.leaderboard
 
     def _run_trials(self, todo: list[str], accept_code: bool) -> None:
-        """Run the trials `todo`, in this process or in Ray."""
         recorder, name, stop = self.recorder, self.sweep.name, self.sweep.early_stop
         stop_file, scheduler = self.interrupt.stop_file, None
         with self.interrupt, ExitStack() as stack:
@@ -171,7 +169,6 @@ class Study:
     def _run_locally(
         self, tasks: dict[str, TrialInputs], executor: LocalExecutor, scheduler: EarlyStopScheduler | None
     ) -> None:
-        """Run the trials one after the other, without Ray."""
         for key, task in tasks.items():
             if not self.recorder.may_start_trial():
                 return
@@ -188,7 +185,6 @@ class Study:
         return f"budget.hours={hours:g} is spent, {left} trials are left; the same command goes on"
 
     def list_links(self) -> list[tuple[str, str]]:
-        """Return name and address of leaderboard, MLflow pages and report."""
         by, report = self.sweep.metric, self.folder / "report" / REPORT_HTML
         metric = "loss/train" if by.name == LOSS.name else by.name
         links = self.recorder.parent.list_links(metric, by.larger_is_better)

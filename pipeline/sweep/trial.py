@@ -29,7 +29,6 @@ class TrialInputs:
     accept_code: bool = False
 
     def should_stop(self) -> bool:
-        """Return whether the study asks to stop."""
         return self.stop_file.exists()
 
     def copy_stop_file(self) -> None:

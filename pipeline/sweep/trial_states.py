@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import TypedDict
 
 from pipeline import config
+from pipeline.config.checks import Tree
 from pipeline.engine.plan import list_unfinished_stages
 from pipeline.store.files import read_record, write_json
 from pipeline.sweep.definition import EarlyStop
@@ -29,9 +30,7 @@ class TrialState(TypedDict):
 
 
 class StudyFile(TypedDict, total=False):
-    """The content of state.json."""
-
-    early_stop: dict[str, Any]
+    early_stop: Tree
     trials: dict[str, TrialState]
 
 
@@ -60,7 +59,6 @@ class TrialStates:
                 record["state"], record["reason"] = "interrupted", ""
 
     def is_done(self, key: str) -> bool:
-        """Return whether the trial is finished or stopped early."""
         return self.records[key]["state"] in ("finished", "stopped")
 
     def set_state(self, key: str, state: State, reason: str = "") -> None:

@@ -121,12 +121,9 @@ class _TuneCallback(_StatelessMixin, TrialProgressCallback):
 
 
 def run_trials(
-    tasks: dict[str, TrialInputs],
-    share: TrialSlots,
-    recorder: StudyRecorder,
-    scheduler: EarlyStopScheduler | None,
-    look: Callable[[], object],
-) -> None:
+    tasks: dict[str, TrialInputs], share: TrialSlots, recorder: StudyRecorder,
+    scheduler: EarlyStopScheduler | None, look: Callable[[], object],
+) -> None:  # fmt: skip
     """Run the trials by Tune in this Ray session; return when all have ended. `look` is called again and again."""
     os.environ.update(QUIET)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what happens

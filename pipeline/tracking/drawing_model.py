@@ -12,14 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 from mlflow.models import set_model
-from mlflow.pyfunc import PythonModel
+from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class DrawingModel(PythonModel):
-    """A trained model that draws."""
-
-    def load_context(self, context: Any) -> None:
-        """Build the model from its settings and weights."""
+    def load_context(self, context: PythonModelContext) -> None:
         from safetensors.torch import load_file
 
         from ddpm import build_model
@@ -28,7 +25,9 @@ class DrawingModel(PythonModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = build_model(settings, load_file(context.artifacts["weights"]), device)
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> np.ndarray:
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
         """Draw n images for each row of the table `model_input`, whose other columns are options of the sampler."""
         from ddpm import to_uint8
 

@@ -54,15 +54,9 @@ class Mirror(Sender):
     """
 
     def __init__(
-        self,
-        uri: str,
-        study: str,
-        place: Place,
-        tags: dict[str, str] | None = None,
-        warn: Callable[[str], None] = logger.warning,
-        child: ChildRun | None = None,
-        largest_model: float = 0,
-    ):
+        self, uri: str, study: str, place: Place, tags: dict[str, str] | None = None,
+        warn: Callable[[str], None] = logger.warning, child: ChildRun | None = None, largest_model: float = 0,
+    ):  # fmt: skip
         super().__init__(uri, warn)
         self.largest_model = largest_model
         self.study, self.place, self.tags, self.child = study, place, tags or {}, child
@@ -172,7 +166,6 @@ class Mirror(Sender):
 
     @property
     def status(self) -> str:
-        """The status that was set last."""
         return self._state.get("status", "RUNNING")
 
     @property

@@ -53,7 +53,6 @@ ENVIRONMENT = {
 
 
 def find_default_uri(storage: Path) -> str:
-    """Return the URI of the embedded store of a storage root."""
     return format_sqlite_uri(storage.resolve() / "mlflow.db")
 
 
@@ -63,7 +62,6 @@ def find_uri(cluster: ClusterConfig) -> str:
 
 
 def format_sqlite_uri(store: Path) -> str:
-    """Return the URI of a sqlite file."""
     if set("%?").isdisjoint(str(store)):
         return f"sqlite:///{store}"
     # Of a URI that does not name the driver, MLflow would make the quoted folders.
@@ -191,12 +189,9 @@ def ensure_run(
 
 
 def log_batches(
-    client: MlflowClient,
-    run_id: str,
-    points: Iterable[MetricPoint],
-    tags: Mapping[str, str] = MappingProxyType({}),
-    model_id: str | None = None,
-) -> None:
+    client: MlflowClient, run_id: str, points: Iterable[MetricPoint],
+    tags: Mapping[str, str] = MappingProxyType({}), model_id: str | None = None,
+) -> None:  # fmt: skip
     """Log points and tags of an MLflow run in few calls; if `model` is given, log the points there too."""
     from mlflow.entities import Metric, RunTag
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
 import ddpm
 from ddpm.networks.own import OwnConfig
 from pipeline.config import Experiment, load_experiment
+from pipeline.config.checks import Tree
 from pipeline.errors import hide_password
 from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
@@ -66,9 +67,9 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
 def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list[str]) -> Path:
     """Write a model as MLflow loads it: the files, `ddpm`, the code of a network of one's own, and what draws."""
     import mlflow
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
-    columns: list[Any] = [ColSpec("long", name, required=name == "n") for name in OPTIONS]
+    columns: list[ColSpec | TensorSpec] = [ColSpec("long", name, required=name == "n") for name in OPTIONS]
     with warnings.catch_warnings():
         # It wants an example of the input, which would only repeat the signature.
         warnings.simplefilter("ignore")
@@ -108,7 +109,7 @@ def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -
     return f"{PREFIX}{name}@{alias}"
 
 
-def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, dict[str, Any], Tensors]:
+def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, Tree, Tensors]:
     """Fetch a model by its address (models:/NAME@ALIAS, /NAME/VERSION, /ID): experiment, settings and weights.
 
     Its files are written to `folder`, and no code of it runs. Raises PipelineError.
@@ -121,5 +122,5 @@ def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, dict[
         mlflow.set_tracking_uri(uri)  # it is there that a name is looked up
         files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder)))
     remedy = "register its run again"
-    settings = read_json(files / SETTINGS, dict[str, Any], remedy)
+    settings = read_json(files / SETTINGS, Tree, remedy)
     return load_experiment(str(files / EXPERIMENT), []), settings, load_tensors(files / WEIGHTS, remedy)

@@ -36,12 +36,9 @@ def _make_parcel(name: str, file: Path, send: Callable[..., None], **arguments: 
 
 
 def list_parcels(
-    place: Place,
-    tags: dict[str, str],
-    delivered: dict[str, str],
-    child: ChildRun | None = None,
+    place: Place, tags: dict[str, str], delivered: dict[str, str], child: ChildRun | None = None,
     largest_model: float = 0,
-) -> Iterator[Parcel]:
+) -> Iterator[Parcel]:  # fmt: skip
     """Yield the parcels of a run directory, in the order in which they are sent.
 
     delivered: versions by name; largest_model: bytes of the largest weights that are sent.

@@ -64,14 +64,9 @@ class ParentRun(Sender):
                     self.client.set_terminated(run_id, "KILLED")
 
     def send_leaderboard(
-        self,
-        table: Sequence[Mapping[str, Cell]],
-        markdown: str,
-        tags: dict[str, str],
-        scores: dict[str, float],
-        rungs: Mapping[str, Sequence[Rung]],
-    ) -> None:
-        """Send the leaderboard as a table and as Markdown, and the tags and scores of the best trial."""
+        self, table: Sequence[Mapping[str, Cell]], markdown: str, tags: dict[str, str],
+        scores: dict[str, float], rungs: Mapping[str, Sequence[Rung]],
+    ) -> None:  # fmt: skip
         # MLflow's own `log_table` would append to the rows that are there.
         content = {"columns": list(table[0]), "data": [list(row.values()) for row in table]}
         tags = {**tags, "mlflow.note.content": markdown}
@@ -88,7 +83,6 @@ class ParentRun(Sender):
                     log_batches(self.client, child.info.run_id, points)
 
     def finish(self, status: str, report: Path) -> None:
-        """Send the report and the final status."""
         with self.warn_of_errors(" of the sweep"):
             self.connect()
             if report.is_dir():

@@ -64,7 +64,6 @@ class RunSender:
         log_batches(self.client, self.run_id, [], tags)
 
     def send_dataset(self) -> None:
-        """Send the facts of the data, without the images."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         manifest = self.place.data / MANIFEST
@@ -86,7 +85,6 @@ class RunSender:
         log_batches(self.client, self.run_id, points)
 
     def send_grid(self, grid: Path) -> None:
-        """Send a sample grid and its small copy."""
         from PIL import Image
 
         step = int(require_picture(grid).stem)
@@ -174,13 +172,9 @@ class RunSender:
         self.client.set_terminated(child, "FINISHED", max(read_mtime(file), self.start))
 
     def _send_values(
-        self,
-        file: Path,
-        step: int,
-        values: dict[str, float],
-        tags: dict[str, str] | None = None,
+        self, file: Path, step: int, values: dict[str, float], tags: dict[str, str] | None = None,
         run_id: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Log the values of a file, each once, for the run and for the model of their checkpoint."""
         model, run_id = self._find_models().get(step), run_id or self.run_id
         points = [
@@ -192,7 +186,6 @@ class RunSender:
         log_batches(self.client, run_id, points, tags or {}, model.model_id if model else None)
 
     def send_file(self, file: Path, folder: str) -> None:
-        """Send a file as an artifact."""
         self.client.log_artifact(self.run_id, str(require_sealed(file) if folder else file), folder or None)
 
     def send_status(self, status: str, end: int | None) -> None:

@@ -38,6 +38,7 @@ def test_without_a_command_there_is_help_and_list_has_every_name(capsys):
         ("ui --port 99999", "65535"), ("ui --port -1", "port"), ("ui --port 0", "65535"), ("ui --port ²", "65535"),
         ("export a b --step 1e30", "whole number"), ("rnu", "did you mean 'run'?"), ("list digits", "digits"),
         ("run digits --clustr local", "did you mean '--cluster'?"), ("export a", "DIR"),
+        ("jobs foo", "'foo'"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_is_refused_by_name(words, expected, capsys):

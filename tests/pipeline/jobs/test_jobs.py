@@ -57,7 +57,6 @@ def nowhere(monkeypatch):
         ("submit --cluster kuberay -- run digits cluster.storage=runs", "cluster.storage=runs is a relative path"),
         ("submit --cluster kuberay -- run conf/digits.yaml", "is a configuration of this folder"),
         ("submit --cluster kuberay --template README.md -- run digits", "README.md is no RayJob"),
-        ("jobs foo", "'foo' is unknown"),
         ("jobs stop", "takes one job id"),
         ("jobs list --follow", "--follow belongs to"),
     ],
