@@ -95,10 +95,8 @@ def make_rows(board: Leaderboard, as_text: bool = False) -> list[Values]:
             if as_text:
                 cells[entry.title] = entry.format(value, error) if value is not None else None
             else:
-                numbers = {entry.title: value, f"{entry.title} ±": error}
-                cells |= {
-                    name: number and round(number, entry.digits + 2) for name, number in numbers.items()
-                }
+                for heading, number in ((entry.title, value), (f"{entry.title} ±", error)):
+                    cells[heading] = number and round(number, entry.digits + 2)
         cells["difference"] = ranking.format_difference(point, metric) if point else None
         seconds = sum(run.seconds for run in runs)
         cells |= {
@@ -130,7 +128,7 @@ def format_markdown(board: Leaderboard) -> str:
 def describe_protocol(board: Leaderboard) -> str:
     """Return a sentence on the protocol of the best trial; the others differ only in swept values."""
     protocol = board.best_trial.protocol if board.best_trial else {}
-    parts = []
+    parts: list[str] = []
     if "n" in protocol:
         parts.append(f"{protocol['n']:,} samples, {protocol['weights']} weights, {protocol['steps']} steps")
         parts.append(f"features of {protocol['extractor']} against {protocol['reference']}")

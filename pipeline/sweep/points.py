@@ -113,10 +113,8 @@ def _find_point_problems(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
         remedy = "rank by nll_bpd or fid"
         faults.append(f"rank.metric={LOSS.name}: losses are not comparable over {keys}; {remedy}")
     if scored and metric.family is not None and not any(metric.family in metrics for metrics in scored):
-        known = f"evaluate.metrics is [{', '.join(scored[0])}]"
-        faults.append(
-            f"rank.metric={metric.name} is reported by no trial: {known}; add {metric.family} to it"
-        )
+        reason = f"is reported by no trial: evaluate.metrics is [{', '.join(scored[0])}]"
+        faults.append(f"rank.metric={metric.name} {reason}; add {metric.family} to it")
     if first and any(experiment.train.lr_decay != "none" for experiment in experiments):
         faults.append("early_stop needs train.lr_decay=none: a rate that decays makes other runs")
     if first and any(experiment.train.steps <= first for experiment in experiments):

@@ -111,9 +111,8 @@ class StudyRecorder:
         tags = {**identity, **swept, tracking.STATE_TAG: state}
         if self.parent.run_id:
             tags[tracking.PARENT_TAG] = self.parent.run_id
-        return tracking.Mirror(
-            self.uri, self.sweep.name, trial.place, tags, print_line, child, self.largest_model
-        )
+        run = (self.uri, self.sweep.name, trial.place)
+        return tracking.Mirror(*run, tags, print_line, child, self.largest_model)
 
     def update_leaderboard(self) -> None:
         self.leaderboard = board = leaderboard.rank_trials(self.sweep, self.trials, self.states)
@@ -121,14 +120,11 @@ class StudyRecorder:
         tags: dict[str, str] = {}
         scores: dict[str, float] = {}
         if best := board.best_trial:
-            metric = self.sweep.rank.metric
-            tags = {"best_trial": best.label, "best_run": best.place.name}
-            tags["best_rank"] = board.points[0].rank
+            rank, metric = board.points[0].rank, self.sweep.rank.metric
+            tags = {"best_trial": best.label, "best_run": best.place.name, "best_rank": rank}
             tags |= {f"best.{key}": str(value) for key, value in best.swept.items()}
-            names = (metric, f"{metric}_se")
-            scores = {
-                f"best/{name}": best.scores[name] for name in names if best.scores.get(name) is not None
-            }
+            known = {name: best.scores.get(name) for name in (metric, f"{metric}_se")}
+            scores = {f"best/{name}": value for name, value in known.items() if value is not None}
         rungs = {key: self.states.records[key]["rungs"] for key in self.trials}
         table, note = leaderboard.make_rows(board), leaderboard.format_markdown(board)
         self._deliver(partial(self.parent.send_leaderboard, table, note, tags, scores, rungs))

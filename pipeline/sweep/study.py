@@ -82,10 +82,8 @@ class Study:
         with lock_folder(self.folder):
             self.interrupt.stop_file.unlink(missing_ok=True)
             self.states = states = TrialStates(self.folder, sweep.early_stop, self.trials.values())
-            asked = self.interrupt.is_requested
-            self.recorder = StudyRecorder(
-                sweep, self.trials, states, self.folder, uri, asked, self.cluster.largest_model
-            )
+            asked, limit = self.interrupt.is_requested, cluster.largest_model
+            self.recorder = StudyRecorder(sweep, self.trials, states, self.folder, uri, asked, limit)
             todo, total = self._list_unfinished_trials(), len(self.trials)
             print_line(f"{sweep.name}: {total} trials, {total - len(todo)} done, {len(todo)} to do")
             if sweep.note:

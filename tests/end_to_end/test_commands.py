@@ -9,17 +9,20 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ONE_CPU, TINY, wait_until
+from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from pipeline.cli.program import COMMANDS, main, parse_arguments
-from pipeline.engine.find import find_named_runs, find_run
-from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
 
-SCORED = "evaluate.metrics=[fid,is,nll]"
+SCORED = (
+    "evaluate.metrics=[fid,nll]",
+    "evaluate.features=projection",
+    "figures.which=[samples,rate_distortion]",
+)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
 
 
@@ -54,19 +57,15 @@ def final_state(storage: Path, step: int) -> dict:
     return checkpoint.load_checkpoint(run_directory(storage) / "train" / f"step_{step:08d}")
 
 
-def mlflow_run(storage: Path, store: str = "mlflow.db") -> tuple[Any, Any]:
-    """(client, run)"""
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{storage}/{store}")
-    experiment = client.get_experiment_by_name("tiny")
-    runs = client.search_runs([experiment.experiment_id])
+def mlflow_run(storage: Path) -> tuple[MlflowClient, Run]:
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     (run,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
     return client, run
 
 
-def mlflow_points(storage: Path, store: str = "mlflow.db") -> list[tuple[int, int, float]]:
-    client, run = mlflow_run(storage, store)
+def mlflow_points(storage: Path) -> list[tuple[int, int, float]]:
+    client, run = mlflow_run(storage)
     history = client.get_metric_history(run.info.run_id, "loss/train")
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
@@ -75,8 +74,15 @@ def mlflow_points(storage: Path, store: str = "mlflow.db") -> list[tuple[int, in
 def finished(tmp_path_factory) -> Path:
     """A storage root in which the tiny experiment was run to its end."""
     storage = tmp_path_factory.mktemp("finished")
-    assert "report.html" in ddpm(storage, SCORED)
+    assert "report.html" in ddpm(storage, *SCORED)
     return storage
+
+
+@pytest.fixture
+def storage(tmp_path, empty_store) -> Path:
+    """An empty storage root; the tables of its MLflow store are made already."""
+    shutil.copy(empty_store, tmp_path)
+    return tmp_path
 
 
 def test_a_finished_run_has_its_artefacts_and_its_scores_have_their_protocol(finished):
@@ -90,7 +96,7 @@ def test_a_finished_run_has_its_artefacts_and_its_scores_have_their_protocol(fin
     assert not [path for path in finished.rglob(".tmp-*")]
     (path,) = run.glob("evaluation/*/metrics.json")
     metrics = json.loads(path.read_text())
-    assert {"fid", "is_mean", "is_std", "nll_bpd", "rate_bpd", "distortion_bpd"} <= metrics["scores"].keys()
+    assert {"fid", "nll_bpd", "rate_bpd", "distortion_bpd"} <= metrics["scores"].keys()
     assert metrics["protocol"]["comparable"] is False and metrics["protocol"]["n"] == 12
     spent = json.loads((run / "spent.json").read_text())
     assert {spent[kind]["20"]["images"] for kind in ("samples", "nll")} == {12, 6}
@@ -102,15 +108,11 @@ def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
         "import sys; from pipeline.cli.program import main; code = main(sys.argv[1:]); "
         "assert 'ray' not in sys.modules, 'Ray was imported'; sys.exit(code)"
     )
-    outcome = python(code, *arguments(finished, SCORED))
+    outcome = python(code, *arguments(finished, *SCORED))
     assert outcome.returncode == 0, outcome.stderr
-    assert "everything up to date" in outcome.stdout
-    page = run_directory(finished) / "report" / "report.html"
-    for words in (
-        "After 6 training steps: FID",
-        page.as_uri(),
-        "http://127.0.0.1:5000/#/experiments/1/runs?",
-    ):
+    page = (run_directory(finished) / "report" / "report.html").as_uri()
+    study = "http://127.0.0.1:5000/#/experiments/1/runs?"
+    for words in ("everything up to date", "After 6 training steps: FID", page, study):
         assert words in outcome.stdout
 
 
@@ -145,55 +147,54 @@ def test_every_point_is_in_mlflow_once(finished):
 
 
 def test_an_up_to_date_command_delivers_what_a_server_has_not_got(finished, tmp_path):
-    uri = f"sqlite:///{tmp_path}/other.db"
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
     for _ in range(2):
-        said = ddpm(finished, SCORED, f"cluster.tracking_uri={uri}")
+        said = ddpm(finished, *SCORED, f"cluster.tracking_uri={uri}")
         assert "everything up to date" in said and "ddpm sync" not in said
-        assert mlflow_points(tmp_path, store="other.db") == mlflow_points(finished)
+        assert mlflow_points(tmp_path) == mlflow_points(finished)
 
 
-def wait_for_checkpoint(process: subprocess.Popen, storage: Path) -> None:
-    wait_until(lambda: list(storage.glob("tiny-*/train/step_*")), running=process)
-
-
-LONGER = ("train.steps=200", "train.checkpoint_every=10", "model.dropout=0.2", "figures.which=[samples]")
+LONGER = ("train.steps=120", "train.checkpoint_every=10", "model.dropout=0.2")
 
 
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory) -> Path:
+def untouched(tmp_path_factory, empty_store) -> Path:
     storage = tmp_path_factory.mktemp("untouched")
+    shutil.copy(empty_store, storage)
     ddpm(storage, *LONGER, verb="train")
     return storage
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 130)])
-def test_a_stopped_command_is_finished_by_the_same_command(tmp_path, untouched, number, code):
-    first = process(tmp_path, *LONGER, verb="train")
-    wait_for_checkpoint(first, tmp_path)
+def test_a_stopped_command_is_finished_by_the_same_command(storage, untouched, number, code, capsys):
+    """A second one meanwhile leaves with the number of the first; when that is gone, the lock is free."""
+    first = process(storage, *LONGER, verb="train")
+    wait_until(lambda: list(storage.glob("tiny-*/train/step_*")), running=first)
+    if number == signal.SIGKILL:
+        first.send_signal(signal.SIGSTOP)
+        assert main(arguments(storage, *LONGER, verb="train")) == 1
+        told = capsys.readouterr().err
+        assert (
+            f"being worked on by another command (process {first.pid} of " in told and told.count("\n") == 1
+        )
     first.send_signal(number)
     first.communicate(timeout=60)
     assert first.returncode == code
-    assert not (run_directory(tmp_path) / "train" / "step_00000200").exists(), "stopped too late"
-    ddpm(tmp_path, *LONGER, verb="train")
-    ours, theirs = final_state(tmp_path, 200), final_state(untouched, 200)
+    assert not (run_directory(storage) / "train" / "step_00000120").exists(), "stopped too late"
+    ddpm(storage, *LONGER, verb="train")
+    ours, theirs = final_state(storage, 120), final_state(untouched, 120)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
-    assert [step for step, _, _ in mlflow_points(tmp_path)] == list(range(1, 201))
+    assert [step for step, _, _ in mlflow_points(storage)] == list(range(1, 121))
 
 
-def test_two_equal_commands_never_work_at_once(tmp_path, capsys):
-    """The second leaves with the number of the first; when that is killed, the lock is free."""
-    endless = ["train.steps=1000000", "train.keep=1"]
-    with process(tmp_path, *endless, verb="train") as first:
-        try:
-            wait_for_checkpoint(first, tmp_path)
-            assert main(arguments(tmp_path, *endless, verb="train")) == 1
-            told = capsys.readouterr().err
-            assert f"being worked on by another command (process {first.pid} of " in told
-            assert told.count("\n") == 1 and first.poll() is None
-        finally:
-            first.kill()
-    reached = json.loads((run_directory(tmp_path) / "log.jsonl").read_text().splitlines()[-2])["step"]
-    ddpm(tmp_path, f"train.steps={reached}", "train.keep=1", verb="train")
+def test_each_stage_notes_the_commits_that_worked_on_it(storage, monkeypatch):
+    commands = [("a1", "train", "train.steps=4"), ("b2", "train", "seed=0")]
+    for commit, verb, word in [*commands, ("c3", "evaluate", "evaluate.metrics=[nll]")]:
+        monkeypatch.setattr("pipeline.engine.execute.find_commit", lambda commit=commit: commit)
+        ddpm(storage, word, verb=verb)
+    noted = json.loads((run_directory(storage) / "commits.json").read_text())
+    assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}
+    assert "a1, b2" in mlflow_run(storage)[1].data.tags["commit"]
 
 
 # A clock that jumps by up to a year whenever it is read, but for the one that only goes forward.
@@ -207,22 +208,11 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_each_stage_notes_the_commits_that_worked_on_it(tmp_path, monkeypatch):
-    commands = [("a1", "train", "train.steps=4"), ("b2", "train", "seed=0")]
-    for commit, verb, word in [*commands, ("c3", "evaluate", "evaluate.metrics=[nll]")]:
-        monkeypatch.setattr("pipeline.engine.execute.find_commit", lambda commit=commit: commit)
-        ddpm(tmp_path, word, verb=verb)
-    noted = json.loads((run_directory(tmp_path) / "commits.json").read_text())
-    assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}
-    assert "a1, b2" in mlflow_run(tmp_path)[1].data.tags["commit"]
-
-
 @pytest.mark.slow
 def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, finished):
     """Trained half-way under one clock that jumps, and taken up under another."""
-    for verb, words in (("train", ["train.steps=4"]), ("run", [SCORED])):
-        command = [sys.executable, "-c", JUMPING, *arguments(tmp_path, *words, verb=verb)]
-        outcome = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    for verb, words in (("train", ["train.steps=4"]), ("run", SCORED)):
+        outcome = python(JUMPING, *arguments(tmp_path, *words, verb=verb))
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     ours, theirs = run_directory(tmp_path), run_directory(finished)
     for pattern in ("train/step_00000006/*", "samples/*/*.tar", "evaluation/*/metrics.json"):
@@ -234,18 +224,6 @@ def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, fin
     noted = [time for _, time, _ in points]
     assert noted != sorted(noted), "the clock did not jump"
     assert all(0 < seconds < 600 for seconds in json.loads((ours / "timings.json").read_text()).values())
-
-
-def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
-    for name in ("a-1", "a-2", "b-1"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "experiment.yaml").write_text("name: x\n")
-    assert find_run("b", tmp_path) == find_run(str(tmp_path / "b-1"), Path()) == tmp_path / "b-1"
-    assert len(find_named_runs("a", tmp_path)) == 2
-    with pytest.raises(PipelineError, match="a-1, a-2"):
-        find_run("a", tmp_path)
-    with pytest.raises(PipelineError, match=r"no run directory; runs in .*: a-1, a-2, b-1"):
-        find_run("c", tmp_path)
 
 
 # Bad input: a line or two, exit code 1 or 2, no traceback
@@ -291,13 +269,12 @@ def test_help_and_wrong_configurations_import_nothing_heavy(words):
     assert "imported" not in outcome.stderr
 
 
-def test_every_command_has_help_and_examples_of_its_own():
-    assert len({command.examples for command in COMMANDS}) == len(COMMANDS)
-    for command in COMMANDS:
-        assert f"ddpm {command.name}" in command.examples
-
-
-def test_options_stand_anywhere_among_words():
+def test_options_stand_anywhere_among_words_and_those_of_a_job_after_the_dashes():
+    assert all(f"ddpm {command.name}" in command.examples for command in COMMANDS)
+    words = "submit --follow --id a -- run x --cluster compose --debug"
+    options = parse_arguments(words.split())
+    assert options.follow and options.id == "a" and not options.debug
+    assert options.job == ["run", "x", "--cluster", "compose", "--debug"]
     options = parse_arguments(["run", "--cluster", "slurm", "digits", "--debug", "train.steps=3"])
     assert (options.words, options.cluster, options.debug) == (["digits", "train.steps=3"], "slurm", True)
     options = parse_arguments(["reproduce", "--budget", "2h", "cifar10", "--dry-run", "data.path=x"])

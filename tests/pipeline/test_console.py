@@ -70,6 +70,10 @@ def test_large_units_that_end_together_count_from_the_beginning(clock, said):
     assert said == ["sweep: 1/6 trials", "sweep: 2/6 trials, 22.5/h, 10 min 40 s left"]
 
 
+def test_a_table_shows_brackets_as_they_were_typed():
+    assert "metrics=[nll]" in progress.format_table(["command"], [["metrics=[nll]"]])
+
+
 @pytest.mark.parametrize(
     ("rate", "text"), [(23_710.0, "23,710/s"), (13.26, "13.3/s"), (0.0512, "3.07/min"), (0.0001, "0.36/h")]
 )

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -78,6 +79,17 @@ def test_a_run_under_the_key_of_an_earlier_formula_is_named_and_not_looked_for_e
 def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
     _, run = make_run(tmp_path)
     assert find.read_place(run.path) == run
+
+
+def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
+    for name in ("a-1", "a-2", "b-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "experiment.yaml").write_text("name: x\n")
+    assert find.find_run("b", tmp_path) == find.find_run(str(tmp_path / "b-1"), Path()) == tmp_path / "b-1"
+    assert len(find.find_named_runs("a", tmp_path)) == 2
+    for name, told in (("a", "a-1, a-2"), ("c", "no run directory; runs in .*: a-1, a-2, b-1")):
+        with pytest.raises(PipelineError, match=told):
+            find.find_run(name, tmp_path)
 
 
 @pytest.mark.parametrize(
