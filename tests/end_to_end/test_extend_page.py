@@ -36,7 +36,9 @@ def apply_changes(page: str, tree: Path) -> None:
                 (tree / name).write_text(content.replace(before, after))
 
 
-def test_one_experiment_uses_all_that_the_page_adds(tmp_path):
+def test_one_experiment_uses_all_that_the_page_adds(tmp_path, empty_store):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs")
     tree = tmp_path / "tree"
     for package in ("ddpm", "pipeline", "conf"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))

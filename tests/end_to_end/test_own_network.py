@@ -10,6 +10,7 @@ from conftest import ONE_CPU, ROOT, UNNAMED
 
 from pipeline import config
 from pipeline.cli.program import main
+from pipeline.engine.code import hash_code
 from pipeline.errors import ConfigError
 
 WORDS = [word for word in UNNAMED if not word.startswith(("model.", "evaluate.metrics"))]
@@ -24,19 +25,21 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_example_goes_through_every_stage_and_its_source_counts_as_code(folder, capsys):
-    words = ["run", "own.yaml", *WORDS, "sample.guidance_scale=2"]
+def test_the_example_goes_through_every_stage_and_its_source_counts_as_code(folder, empty_store, capsys):
+    (folder / "runs").mkdir()
+    shutil.copy(empty_store, folder / "runs")
     start = "import sys; from pipeline.__main__ import main; sys.exit(main())"  # as the script `ddpm` does
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", start, *words], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "-c", start, "show", "own.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "width: 48" in done.stdout, done.stderr
+    assert main(["run", "own.yaml", *WORDS, "sample.guidance_scale=2"]) == 0
     (run,) = (folder / "runs").glob("own-*")
     assert (run / "report" / "report.html").exists()
     assert "depth: 6" in (run / "experiment.yaml").read_text(), "the class's default is recorded"
     source = folder / "small_net.py"
     source.write_text(source.read_text().replace("silu", "gelu"))
+    hash_code.cache_clear()
     assert main(["train", "own.yaml", *WORDS, "train.steps=8"]) == 1
     assert "--accept-code" in "".join(capsys.readouterr())
 

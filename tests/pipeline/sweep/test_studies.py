@@ -1,5 +1,6 @@
 """Whole small studies in one process (cluster.workers=0): real stages, real files, a real MLflow store."""
 
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ def storage(tmp_path_factory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def client(storage) -> MlflowClient:
-    tracking.check_server(tracking.find_default_uri(storage))
+def client(storage, empty_store) -> MlflowClient:
+    shutil.copy(empty_store, storage)
     return MlflowClient(tracking.find_default_uri(storage))
 
 

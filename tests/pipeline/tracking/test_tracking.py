@@ -91,15 +91,11 @@ def test_what_may_not_change_is_a_parameter_and_the_rest_of_the_experiment_is_ta
     assert study.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
-def test_curves_carry_their_own_times(mirrored, client):
+def test_curves_carry_their_own_times_and_scores_stand_on_the_model_of_their_checkpoint(mirrored, client):
     found = mirrored[1]
     for key in ("loss/train", "train/lr", "train/grad_norm", "train/images_per_second"):
         assert history(client, found, key) == expected(100)
     assert found.info.start_time == BEGAN + 850 and found.info.status == "FINISHED"
-
-
-def test_scores_stand_at_their_checkpoint_and_on_its_model(mirrored, client):
-    found = mirrored[1]
     assert found.data.metrics["fid"] == 14.21 and found.data.metrics["nll_bpd"] == 4.52
     models = list_models(client, found)
     scored = {model.tags["step"]: {m.key: m.value for m in model.metrics or []} for model in models}
@@ -116,16 +112,12 @@ def test_a_candidate_is_a_point_of_a_curve_with_its_error(mirrored, client, uri,
     assert (stored["selection/fid"], stored["selection/fid_se"]) == (21.5, 0.5)
 
 
-def test_another_evaluation_is_a_child(mirrored, client):
-    found = mirrored[1]
+def test_dataset_pictures_and_files_arrive_and_another_evaluation_is_a_child(mirrored, client):
+    run, found = mirrored
     query = f"tags.mlflow.parentRunId = '{found.info.run_id}'"
     (child,) = client.search_runs([found.info.experiment_id], query)
     assert child.data.tags["evaluation_key"] == "0123456789ab"
     assert child.data.metrics == {"fid": 20.5} and child.info.status == "FINISHED"
-
-
-def test_dataset_pictures_and_files_arrive(mirrored, client):
-    run, found = mirrored
     (used,) = found.inputs.dataset_inputs
     assert used.dataset.name == f"digits-{run.data_key}"
     assert used.dataset.digest == rundir.hash_file(run.data / "manifest.json")[:36]
@@ -200,17 +192,9 @@ def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path, empty_store):
     assert place == (tmp_path / "root" / "mlartifacts" / "digits").as_uri()
 
 
-def test_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
-    _, run = make_run(storage, "digits", (*STEPS, "seed=3"), scores=False)
-    with tracking.Mirror(uri, "ends", run):
-        pass
-    client.delete_run(find(client, "ends", run).info.run_id)
-    with tracking.Mirror(uri, "ends", run):
-        pass
-    assert history(client, find(client, "ends", run), "loss/train") == expected(100)
-
-
-def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, client):
+def test_pruned_checkpoints_leave_with_their_files_and_a_run_deleted_in_the_ui_is_delivered_anew(
+    storage, uri, client
+):
     _, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
     with tracking.Mirror(uri, "ends", run):
         pass
@@ -220,6 +204,10 @@ def test_checkpoints_that_were_pruned_leave_with_their_files(storage, uri, clien
         pass
     found = find(client, "ends", run)
     assert {model.tags["step"] for model in list_models(client, found)} == {"100", "150"}
+    client.delete_run(found.info.run_id)
+    with tracking.Mirror(uri, "ends", run):
+        pass
+    assert history(client, find(client, "ends", run), "loss/train") == expected(100)
 
 
 def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, uri, client, monkeypatch):
