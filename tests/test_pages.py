@@ -40,7 +40,9 @@ def test_the_tree_of_the_architecture_page_is_that_of_the_code():
 
 
 def test_the_snippet_of_the_library_page_trains_and_draws():
-    snippet, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), flags=re.DOTALL)
+    snippet, *_ = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), flags=re.DOTALL
+    )
     names: dict = {}
     torch.manual_seed(0)
     exec(snippet, names)
