@@ -135,6 +135,24 @@ def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
     return Panel(title, "step", plot, (SIZE[0], SIZE[1] + 0.17 * -(-len(runs) // columns)))
 
 
+def plot_scores(title: str, x: str, lines: Sequence[Line]) -> Panel:
+    """Make a panel of scores against a number, each point with its standard error as a bar."""
+
+    def plot(axes: Axes) -> None:
+        for number, line in enumerate(lines):
+            dashes, colour = divmod(number, len(style.SERIES))
+            bars = axes.errorbar(
+                line.x, line.y, line.band, label=line.label, color=style.SERIES[colour], marker="o"
+            )
+            bars.lines[0].set(markersize=4, linestyle=style.DASHES[dashes % len(style.DASHES)])
+        values = [value for line in lines for value in line.x]
+        axes.set_xscale("log" if 0 < 8 * min(values) <= max(values) else "linear")
+        if len(lines) > 1:
+            axes.figure.legend(loc="outside lower left", ncols=2, fontsize=8)
+
+    return Panel(title, x, plot, (SIZE[0], SIZE[1] + 0.17 * (len(lines) // 2)))
+
+
 def plot_rate_distortion(
     rows: Sequence[Mapping[str, float]], paper: Mapping[int, tuple[float, float]] = MappingProxyType({})
 ) -> list[Panel]:

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.drawing import charts
-from pipeline.drawing.charts import Picture, save_picture
+from pipeline.drawing.charts import Line, Picture, save_picture
 from pipeline.report.compared_run import (
     ComparedRun,
     find_swept_keys,
@@ -66,6 +68,7 @@ def write_comparison(
             runs=runs,
             differences=keys if len(keys) > MOST_COLUMNS else [],
             samples=copy_sample_grids(runs, pictures),
+            scores=draw_scores(groups, metric, pictures),
             losses=draw_losses(runs, pictures),
         )
 
@@ -126,6 +129,38 @@ def copy_sample_grids(runs: Sequence[ComparedRun], folder: Path) -> list[Picture
         names[run.label] = f"grid-{number}.png"
         shutil.copyfile(run.files.paths["grid"], folder / names[run.label])
     return arrange_pictures(sampled, names, find_swept_keys(sampled))
+
+
+def draw_scores(
+    groups: Sequence[ranking.RankedGroup[ComparedRun]], metric: Metric, folder: Path
+) -> list[Picture]:
+    """Draw the scores of each group against the swept number with the most values, if there are three or more.
+
+    A line holds points that differ in nothing else but the seed.
+    """
+    pictures: list[Picture] = []
+    for group in groups:
+        swept = [{k: v for k, v in point.runs[0].swept.items() if k != "seed"} for point in group.points]
+        numbers = {
+            key: len({its[key] for its in swept})
+            for key in find_swept_keys(group.runs)
+            if all(type(its.get(key)) in (int, float) for its in swept)
+        }
+        if max(numbers.values(), default=0) < 3:
+            continue
+        key = max(numbers, key=numbers.__getitem__)
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for point, its in zip(group.points, swept, strict=True):
+            label = ranking.format_swept_values({k: v for k, v in its.items() if k != key})
+            lines.setdefault(label, []).append((its[key], point.mean, point.error or 0.0))
+        columns = {label: list(zip(*sorted(points), strict=True)) for label, points in lines.items()}
+        drawn = [Line(x, y, label, band=np.array(error)) for label, (x, y, error) in columns.items()]
+        caption = (
+            f"{metric.title} against {shorten_key(key)}; a bar is one standard error, or the spread of seeds"
+        )
+        panel = charts.plot_scores(metric.title, shorten_key(key), drawn)
+        pictures.append(save_picture(folder, f"scores-{len(pictures)}", panel, caption))
+    return pictures
 
 
 def draw_losses(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:

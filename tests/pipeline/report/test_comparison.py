@@ -148,6 +148,29 @@ def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
     assert shorten_labels(runs) == {"a": "a", "b": "b", "c": "c"}, "values that do not tell all apart"
 
 
+def test_scores_are_drawn_against_the_swept_number_with_the_most_values(tmp_path, monkeypatch):
+    """Two lines of three lengths; seeds are the error of a point, and a number of two values makes no axis."""
+    drawn, runs = [], []
+    monkeypatch.setattr(charts, "plot_scores", lambda title, x, lines: drawn.append((title, x, lines)))
+    monkeypatch.setattr(comparison, "save_picture", lambda folder, name, panel, caption: name)
+    scores = {(0.0, 20): 9.0, (0.0, 5): 30.0, (0.0, 80): 4.0, (1.0, 5): 20.0, (1.0, 20): 8.0, (1.0, 80): 6.0}
+    for seed in (0, 1):
+        for (eta, steps), fid in scores.items():
+            swept = {"sample.eta": eta, "sample.steps": steps, "seed": seed}
+            run = compared(tmp_path, *(f"{k}={v}" for k, v in swept.items()), label=f"{swept}", **swept)
+            score(run, fid=fid + seed)
+            runs.append(run)
+    groups = rank_runs(reread(runs), METRICS["fid"])
+    assert comparison.draw_scores(groups, METRICS["fid"], tmp_path) == ["scores-0"]
+    ((title, x, lines),) = drawn
+    assert (title, x) == ("FID", "steps")
+    found = {line.label: (line.x, line.y) for line in lines}
+    assert found == {"eta=0.0": ((5, 20, 80), (30.5, 9.5, 4.5)), "eta=1.0": ((5, 20, 80), (20.5, 8.5, 6.5))}
+    assert all(line.band.tolist() == pytest.approx([0.5**0.5] * 3) for line in lines)
+    two = rank_runs(reread([run for run in runs if run.swept["sample.steps"] != 80]), METRICS["fid"])
+    assert comparison.draw_scores(two, METRICS["fid"], tmp_path) == []
+
+
 def test_the_page_is_whole_and_leads_to_each_report(four, tmp_path):
     assert list(report.STAGE.work(four[0].place)) == []
     html = comparison.write_comparison(four[:2], tmp_path / "comparisons" / "x", "Two")
