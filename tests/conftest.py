@@ -153,12 +153,12 @@ def empty_store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_run(sharded_storage, request) -> tuple[config.Experiment, Place]:
+def tiny_run(sharded_storage, request) -> Place:
     """The tiny experiment under a name of its own, so that no test sees another's run directory."""
-    experiment = tiny_experiment(f"name={request.node.name.translate({ord('['): '-', ord(']'): None})}")
-    run = make_place(experiment, sharded_storage)
-    run.path.mkdir(parents=True, exist_ok=True)
-    return experiment, run
+    name = request.node.name.translate({ord("["): "-", ord("]"): None})
+    place = make_place(tiny_experiment(f"name={name}"), sharded_storage)
+    place.path.mkdir(parents=True, exist_ok=True)
+    return place
 
 
 @pytest.fixture(scope="session")
@@ -168,15 +168,14 @@ def sampled_folder(sharded_storage) -> Path:
 
     from pipeline.stages import sample
 
-    experiment = tiny_experiment("name=sampled")
-    run = make_place(experiment, sharded_storage)
-    with_weights(experiment, run)
-    run_stage(sample, experiment, run)
-    return run.path
+    place = make_place(tiny_experiment("name=sampled"), sharded_storage)
+    with_weights(place)
+    run_stage(sample, place)
+    return place.path
 
 
 @pytest.fixture
-def sampled(tiny_run, sampled_folder) -> tuple[config.Experiment, Place]:
+def sampled(tiny_run, sampled_folder) -> Place:
     """The tiny run with an untrained network and its twelve samples."""
-    shutil.copytree(sampled_folder, tiny_run[1].path, dirs_exist_ok=True)
+    shutil.copytree(sampled_folder, tiny_run.path, dirs_exist_ok=True)
     return tiny_run

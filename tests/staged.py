@@ -9,39 +9,38 @@ from pipeline.store import checkpoint
 from pipeline.store.files import read_json
 
 
-def with_weights(experiment, run, scale=1.0):
+def with_weights(place, scale=1.0):
     """A checkpoint at the step that is sampled; untrained, but with an output that is not nearly zero, or the
     images would hardly depend on it."""
-    tensors = checkpoint.create_network(experiment).state_dict()
+    tensors = checkpoint.create_network(place.experiment).state_dict()
     tensors["conv_out.weight"] *= 1e5 * scale
-    raw = {f"net.{name}": tensor for name, tensor in tensors.items()}
-    checkpoint.save_checkpoint(run.step_folder(experiment.train.steps), raw, tensors, experiment.train.steps)
+    raw, step = {f"net.{name}": tensor for name, tensor in tensors.items()}, place.experiment.train.steps
+    checkpoint.save_checkpoint(place.step_folder(step), raw, tensors, step)
     checkpoint.load_model.cache_clear()
 
 
-def change(experiment, section, **changes):
-    """The experiment with other settings in one section."""
-    return dataclasses.replace(
-        experiment, **{section: dataclasses.replace(getattr(experiment, section), **changes)}
-    )
+def change(place, section, **changes):
+    """The place with other settings in one section."""
+    changed = dataclasses.replace(getattr(place.experiment, section), **changes)
+    return place.of(dataclasses.replace(place.experiment, **{section: changed}))
 
 
-def asking_for(experiment, **changes):
-    return change(experiment, "sample", **changes)
+def asking_for(place, **changes):
+    return change(place, "sample", **changes)
 
 
-def scoring(experiment, **changes):
-    return change(experiment, "evaluate", **changes)
+def scoring(place, **changes):
+    return change(place, "evaluate", **changes)
 
 
-def results(experiment, run):
+def results(place):
     """What the evaluation found."""
-    return read_json(run.of(experiment).metrics_json, dict)
+    return read_json(place.metrics_json, dict)
 
 
-def run_stage(stage, experiment, run):
+def run_stage(stage, place):
     """Run the stage; the names of its units."""
     ran = []
-    for units in list_rounds(stage.STAGE, run.of(experiment)):
+    for units in list_rounds(stage.STAGE, place):
         one_cpu().run_units(units, lambda unit: ran.append(unit.name))
     return ran

@@ -13,7 +13,7 @@ from pipeline.store import tars
 @pytest.fixture
 def drawing(sampled, tmp_path, monkeypatch):
     """`ddpm draw` of a tiny run in an empty folder that holds its first two samples as files."""
-    _, run = sampled
+    run = sampled
     write_record(run, ())
     monkeypatch.chdir(tmp_path)
     images, _ = tars.load_images(run.samples, "samples")
@@ -89,8 +89,7 @@ def test_what_cannot_be_drawn_is_named_and_nothing_is_written(drawing, tmp_path,
 
 
 def test_a_network_that_has_diverged_draws_nothing(tiny_run, tmp_path, capsys):
-    experiment, run = tiny_run
-    write_record(run, ())
-    with_weights(experiment, run, float("nan"))
-    assert main(["draw", str(run.path), f"{tmp_path / 'x.png'}", "-n", "1"]) == 1
+    write_record(tiny_run, ())
+    with_weights(tiny_run, float("nan"))
+    assert main(["draw", str(tiny_run.path), f"{tmp_path / 'x.png'}", "-n", "1"]) == 1
     assert "have diverged" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -109,7 +109,7 @@ def state_hash(run, step):
 
 @pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, workers):
-    _, run = tiny_run
+    run = tiny_run
     experiment = experiment_of(run, dropout=0.2)
     untouched = apart(run, "untouched")
     assert set(Group(workers, experiment, untouched).finish()) == {0}
@@ -133,7 +133,7 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
 @pytest.mark.slow
 def test_one_to_four_workers_train_alike_and_their_number_may_change(tiny_run):
     """Also from one resumption to the next: 3, then 1, then 4, changed between two points of the curve."""
-    _, run = tiny_run
+    run = tiny_run
     for workers in (1, 2, 3, 4):
         assert set(Group(workers, experiment_of(run), apart(run, str(workers))).finish()) == {0}
     changing = apart(run, "changing")

@@ -39,28 +39,25 @@ def build(experiment, change=lambda name, tensor: tensor):
 
 
 def test_a_run_and_its_export_draw_the_samples_of_the_run(sampled, tmp_path):
-    experiment, run = sampled
-    write_record(run, ())
-    stored, _ = tars.load_images(run.samples, "samples")
-    export_to_diffusers(run.path, tmp_path / "out", "ema", None)
-    for name, options in ((run.name[:-3], {}), (tmp_path / "out", {"seed": experiment.seed})):
-        model = pipeline.load(name, storage=run.storage)
+    write_record(sampled, ())
+    stored, _ = tars.load_images(sampled.samples, "samples")
+    export_to_diffusers(sampled.path, tmp_path / "out", "ema", None)
+    for name, options in ((sampled.name[:-3], {}), (tmp_path / "out", {"seed": sampled.experiment.seed})):
+        model = pipeline.load(name, storage=sampled.storage)
         assert torch.equal(to_uint8(model.sample(12, batch_size=6, **options)), torch.from_numpy(stored))
     assert "Model(out: FastUNet of 44,969 parameters, Diffusion(20 of 20 steps, linear betas" in repr(model)
 
 
 def test_the_newest_checkpoint_stands_in_for_one_that_is_not_there_yet(tiny_run):
-    experiment, run = tiny_run
-    longer = change(experiment, "train", steps=100)
-    run = run.of(longer)
-    write_record(run, ())
+    longer = change(tiny_run, "train", steps=100)
+    write_record(longer, ())
     with pytest.raises(PipelineError, match="no checkpoint yet"):
-        pipeline.load(run.path)
-    with_weights(experiment, run)
+        pipeline.load(tiny_run.path)
+    with_weights(tiny_run)
     for which in ("last", "best"):
         changed = change(change(longer, "sample", checkpoint=which), "evaluate", checkpoints="every:2")
-        write_record(run.of(changed), ())
-        assert f"ema weights of step 6 of {run.name}" in repr(pipeline.load(run.path))
+        write_record(changed, ())
+        assert f"ema weights of step 6 of {tiny_run.name}" in repr(pipeline.load(tiny_run.path))
 
 
 def test_a_model_is_built_from_json_and_tensors():
@@ -108,9 +105,9 @@ def test_an_interpolation_begins_at_its_t_and_takes_its_share_of_the_steps(at, s
 def test_the_notebook_runs_where_a_run_of_the_digits_lies(tmp_path, monkeypatch):
     """It is kept without outputs, and any front end opens it; here its cells run one after the other."""
     notebook = json.loads((ROOT / "examples" / "notebook.ipynb").read_text())
-    run = make_place(experiment := tiny_experiment("name=digits"), tmp_path / "runs")
+    run = make_place(tiny_experiment("name=digits"), tmp_path / "runs")
     write_record(run, ())
-    with_weights(experiment, run)
+    with_weights(run)
     monkeypatch.chdir(tmp_path)
     names = {}
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

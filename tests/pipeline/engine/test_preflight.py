@@ -25,7 +25,7 @@ def cifar10(**changes):
 
 
 def test_checkpoints_are_as_large_as_said(tiny_run):
-    experiment, run = tiny_run
+    experiment, run = tiny_run.experiment, tiny_run
     one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
     train.STAGE.run_worker(one_cpu().context, run.of(one))
     (written,) = (run.step_folder(step) for step in checkpoint.list_steps(run.train))

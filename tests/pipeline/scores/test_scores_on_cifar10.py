@@ -43,12 +43,11 @@ RATES = (4.0483e-05, 1.02489e-03, 7.90632e-03, 3.41312e-02, 1.68577e-01, 2.45278
 
 @pytest.fixture(scope="module")
 def cifar10(tmp_path_factory):
-    """(experiment, run) with the shards; the experiment's denoisers predict x_0."""
+    """A run with the shards, whose denoisers predict x_0."""
     overrides = [f"data.path={CIFAR10}", "diffusion.predict=x0", "evaluate.features=classifier"]
-    experiment = config.load_experiment("cifar10", overrides)
-    run = make_place(experiment, tmp_path_factory.mktemp("cifar10"))
-    run_stage(shard, experiment, run)
-    return experiment, run
+    run = make_place(config.load_experiment("cifar10", overrides), tmp_path_factory.mktemp("cifar10"))
+    run_stage(shard, run)
+    return run
 
 
 # The bound of the best linear denoiser
@@ -76,16 +75,15 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
     """The whole bound of 16 images through units and merge, with the best linear denoiser in the network's place.
     These images' own expectation is known in closed form, and so is that of all: their ratio turns the rates of the
     few into those of the table, within the 1 % that one draw of noise for 16 images leaves."""
-    experiment, run = cifar10
-    experiment = scoring(experiment, nll_images=16, nll_batch_size=8)
-    x = tars.load_images(run.data, "test")[0].reshape(10_000, -1) / 127.5 - 1
+    cifar10 = scoring(cifar10, nll_images=16, nll_batch_size=8)
+    x = tars.load_images(cifar10.data, "test")[0].reshape(10_000, -1) / 127.5 - 1
     mean, (values, vectors) = x.mean(axis=0), np.linalg.eigh(np.cov(x, rowvar=False, bias=True))
     values = values.clip(min=0)
     tensors = (torch.from_numpy(array).float() for array in (mean, vectors, values))
-    net = make_linear_denoiser(Diffusion(experiment.diffusion), *tensors)
+    net = make_linear_denoiser(Diffusion(cifar10.experiment.diffusion), *tensors)
     monkeypatch.setattr(bound.checkpoint, "load_model", lambda *_: SimpleNamespace(net=net))
     monkeypatch.setattr(bound, "compute_bits_per_dim", partial(compute_bits_per_dim, clip=False))
-    units = bound.plan_units(run.of(experiment))
+    units = bound.plan_units(cifar10)
     one_cpu().run_units(list(units.values()), lambda unit: None)
     rows = bound.average_bound(units, 1000)[1]["rate_distortion"]
     spread = (((x[:16] - mean) @ vectors) ** 2).mean(axis=0)
@@ -103,7 +101,7 @@ def test_the_rates_of_the_best_linear_denoiser_come_out_of_the_units(cifar10, mo
 
 def test_95_of_100_intervals_of_the_whole_test_set_hold_its_rate(cifar10, tmp_path):
     """70,000 draws for each of 100 seeds; another program counted 97, a spread of 0.00071 and errors of 0.00077."""
-    pixels = tars.load_images(cifar10[1].data, "test")[0].reshape(10_000, -1)
+    pixels = tars.load_images(cifar10.data, "test")[0].reshape(10_000, -1)
     held, spread, error = measure_coverage(torch.from_numpy(pixels / 127.5 - 1), tmp_path)
     print(f"{held} of 100 intervals, spread {spread:.5f}, mean standard error {error:.5f}")
     assert 89 <= held <= 99 and error == pytest.approx(0.00077, abs=5e-5)
@@ -111,7 +109,7 @@ def test_95_of_100_intervals_of_the_whole_test_set_hold_its_rate(cifar10, tmp_pa
 
 def test_the_variances_on_file_are_those_of_the_training_images(cifar10):
     """The line of the training covariance over the training images: rate 2.53039."""
-    run = cifar10[1]
+    run = cifar10
     one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
     variances, source = load_variances(run)
     diffusion = Diffusion()
@@ -122,7 +120,7 @@ def test_the_variances_on_file_are_those_of_the_training_images(cifar10):
 
 def test_two_rows_of_table_4_follow_from_first_principles(cifar10, monkeypatch, tmp_path):
     """The posterior mean over all training images, on 128 test images, levelled by the line to all of them."""
-    run, diffusion = cifar10[1], Diffusion()
+    run, diffusion = cifar10, Diffusion()
     monkeypatch.setattr(optimum, "list_levels", lambda *_: [900, 800, 700])
     one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
     whole = compute_linear_mse(load_variances(run)[0], diffusion.tables["alpha_bar"])[[900, 800, 700]]
@@ -149,22 +147,24 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     torch-fidelity's float32 mean shows in its fifth digit. Hence its own functions on the merged feature files:
     in float32 they give its call's result, in float64 ours.
     """
-    experiment, run = cifar10
-    wanted = [unit for unit in list_preparations(run.of(experiment)) if "classifier" in unit.name]
+    wanted = [unit for unit in list_preparations(cifar10) if "classifier" in unit.name]
     one_cpu().run_units(wanted, lambda unit: None)
-    extractor = find_extractor(run.of(experiment))
+    extractor = find_extractor(cifar10)
     features, found = {}, {}
     for split in ("test", "train"):
         images = make_shard_set(
-            extractor, tars.open_shards(run.data).list_shards(split), (3, 32, 32), run.reference_features
+            extractor,
+            tars.open_shards(cifar10.data).list_shards(split),
+            (3, 32, 32),
+            cifar10.reference_features,
         )
         one_cpu().run_units(images.list_missing(), lambda unit: None)
         features[split], found[split] = images.read_features(), images.sum_features().moments.to_statistics()
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)
     ours = scores.compute_fid(found["test"], found["train"])
     theirs = torch_fidelity.calculate_metrics(
-        input1=Images(tars.load_images(run.data, "test")[0]),
-        input2=Images(tars.load_images(run.data, "train")[0]),
+        input1=Images(tars.load_images(cifar10.data, "test")[0]),
+        input2=Images(tars.load_images(cifar10.data, "train")[0]),
         **arguments(extractor, "fid"), fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
         batch_size=extractors.BATCH,
     )["frechet_inception_distance"]  # fmt: skip
@@ -173,7 +173,7 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     assert ours == pytest.approx(merged_fid(features, torch.float64), rel=1e-6)
     assert ours == pytest.approx(theirs, rel=1e-4)
     accuracy = classifier.measure_accuracy(
-        classifier.load_classifier(extractor.weights), *tars.load_images(run.data, "test")
+        classifier.load_classifier(extractor.weights), *tars.load_images(cifar10.data, "test")
     )
     assert accuracy > 0.4
 

@@ -18,19 +18,18 @@ from pipeline.store.files import read_json
 
 
 def test_nll_is_the_bound_of_the_first_test_images(sampled):
-    experiment, run = sampled
-    units = bound.plan_units(run.of(experiment)).values()
+    units = bound.plan_units(sampled).values()
     assert [(unit.images, unit.passes) for unit in units] == [(4, 20), (2, 20)]
-    assert run_stage(evaluate, experiment, run) == ["NLL of test images 0-3", "NLL of test images 4-5"]
-    images = from_uint8(torch.from_numpy(tars.load_images(run.data, "test", 0, 6)[0]))
+    assert run_stage(evaluate, sampled) == ["NLL of test images 0-3", "NLL of test images 4-5"]
+    images = from_uint8(torch.from_numpy(tars.load_images(sampled.data, "test", 0, 6)[0]))
     index = torch.arange(6)
     expected = compute_bits_per_dim(
-        Diffusion(experiment.diffusion),
-        checkpoint.load_model(run.of(experiment), torch.device("cpu")).net,
+        Diffusion(sampled.experiment.diffusion),
+        checkpoint.load_model(sampled, torch.device("cpu")).net,
         images,
-        lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], (1, 8, 8)),
+        lambda t, rows: draw_normal(sampled.experiment.seed, Stream.NLL, t, index[rows], (1, 8, 8)),
     )
-    scores, nll = results(experiment, run)["scores"], read_json(run.of(experiment).nll_json, dict)
+    scores, nll = results(sampled)["scores"], read_json(sampled.nll_json, dict)
     assert scores["nll_bpd"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
     assert np.allclose(nll["terms"], expected.terms.mean(dim=0), rtol=1e-4, atol=1e-6)
     assert np.allclose(nll["mse"], expected.mse.mean(dim=0), rtol=1e-4)
@@ -42,51 +41,45 @@ def test_nll_is_the_bound_of_the_first_test_images(sampled):
 
 
 def test_other_units_give_the_same_bound_and_bf16_one_that_is_near_and_says_so(sampled):
-    experiment, run = sampled
-    other, fast = scoring(experiment, nll_batch_size=5), scoring(experiment, precision="bf16")
-    for asked in (experiment, other, fast):
-        assert len(run_stage(evaluate, asked, run)) == 2
-    exact, near = results(experiment, run), results(fast, run)
-    assert results(other, run)["scores"] == pytest.approx(exact["scores"], rel=1e-5)
+    other, fast = scoring(sampled, nll_batch_size=5), scoring(sampled, precision="bf16")
+    for asked in (sampled, other, fast):
+        assert len(run_stage(evaluate, asked)) == 2
+    exact, near = results(sampled), results(fast)
+    assert results(other)["scores"] == pytest.approx(exact["scores"], rel=1e-5)
     assert (exact["protocol"]["nll_precision"], near["protocol"]["nll_precision"]) == ("fp32", "bf16")
     assert 0 < abs(near["scores"]["nll_bpd"] / exact["scores"]["nll_bpd"] - 1) < 0.02
 
 
 def test_another_metric_repeats_nothing_and_a_killed_stage_goes_on(sampled):
-    experiment, run = sampled
-    units = next(evaluate.STAGE.work(run.of(experiment)))
+    units = next(evaluate.STAGE.work(sampled))
     one_cpu().run_units(units[:1], lambda unit: None)
-    assert run_stage(evaluate, experiment, run) == ["NLL of test images 4-5"]
-    assert evaluate.STAGE.is_done(run.of(experiment))
-    assert "NLL of 6 test images, not all of CIFAR-10's" in results(experiment, run)["protocol"]["why_not"]
-    before = results(experiment, run)["scores"]
-    everything = scoring(experiment, metrics=("fid", "is", "nll"), features="projection")
-    ran = run_stage(evaluate, everything, run)
+    assert run_stage(evaluate, sampled) == ["NLL of test images 4-5"]
+    assert evaluate.STAGE.is_done(sampled)
+    assert "NLL of 6 test images, not all of CIFAR-10's" in results(sampled)["protocol"]["why_not"]
+    before = results(sampled)["scores"]
+    everything = scoring(sampled, metrics=("fid", "is", "nll"), features="projection")
+    ran = run_stage(evaluate, everything)
     assert ran and not [name for name in ran if "NLL" in name]
-    assert before.items() <= results(everything, run)["scores"].items()
-    assert not run_stage(evaluate, everything, run), "all units are on disk"
-    assert not run_stage(evaluate, scoring(everything, metrics=("fid",)), run)
+    assert before.items() <= results(everything)["scores"].items()
+    assert not run_stage(evaluate, everything), "all units are on disk"
+    assert not run_stage(evaluate, scoring(everything, metrics=("fid",)))
 
 
 def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
-    experiment, run = sampled
-    units = bound.plan_units(run.of(experiment))
-    assert list(units) == list(
-        bound.plan_units(run.of(asking_for(experiment, sampler="ddim", num_images=99)))
-    )
+    units = bound.plan_units(sampled)
+    assert list(units) == list(bound.plan_units(asking_for(sampled, sampler="ddim", num_images=99)))
     for other in (
-        asking_for(experiment, weights="raw"),
-        asking_for(experiment, checkpoint=4),
-        scoring(experiment, decoder="erf"),
-        scoring(experiment, variance="fixedsmall"),
+        asking_for(sampled, weights="raw"),
+        asking_for(sampled, checkpoint=4),
+        scoring(sampled, decoder="erf"),
+        scoring(sampled, variance="fixedsmall"),
     ):
-        assert not set(units) & set(bound.plan_units(run.of(other)))
+        assert not set(units) & set(bound.plan_units(other))
 
 
 def test_more_test_images_than_there_are_is_refused(tiny_run):
-    experiment, run = tiny_run
     with pytest.raises(PipelineError, match="nll_images is 361, but the test split has 360"):
-        run_stage(evaluate, scoring(experiment, nll_images=361), run)
+        run_stage(evaluate, scoring(tiny_run, nll_images=361))
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,12 @@ def test_95_of_100_intervals_of_the_digits_hold_the_linear_denoisers_rate(sharde
 
 
 def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(sampled):
-    experiment, run = sampled
-    experiment = scoring(experiment, nll_images=None, nll_batch_size=180)
-    few = scoring(experiment, nll_timesteps=4)
-    assert len([name for name in run_stage(evaluate, few, run) if "NLL" in name]) == 2
-    assert not run_stage(evaluate, few, run) and len(run_stage(evaluate, experiment, run)) == 2
-    found, full = results(few, run), results(experiment, run)
-    nll = read_json(run.of(few).nll_json, dict)
+    sampled = scoring(sampled, nll_images=None, nll_batch_size=180)
+    few = scoring(sampled, nll_timesteps=4)
+    assert len([name for name in run_stage(evaluate, few) if "NLL" in name]) == 2
+    assert not run_stage(evaluate, few) and len(run_stage(evaluate, sampled)) == 2
+    found, full = results(few), results(sampled)
+    nll = read_json(few.nll_json, dict)
     for name in ("nll_bpd", "rate_bpd"):
         assert 0 < abs(found["scores"][name] - full["scores"][name]) < 3 * nll["set_se"]
         assert 0 < full["scores"][f"{name}_se"] < found["scores"][f"{name}_se"]
@@ -47,11 +46,10 @@ def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(
 
 
 def test_one_image_has_no_error_and_says_so(sampled):
-    experiment, run = sampled
-    run_stage(evaluate, one := scoring(experiment, nll_images=1, nll_timesteps=1), run)
-    found = results(one, run)["scores"]
+    run_stage(evaluate, one := scoring(sampled, nll_images=1, nll_timesteps=1))
+    found = results(one)["scores"]
     assert found["nll_bpd_se"] is None and found["nll_bpd_se_reason"] == "one image"
-    assert read_json(run.of(one).nll_json, dict)["set_se"] is None
+    assert read_json(one.nll_json, dict)["set_se"] is None
 
 
 def test_more_draws_than_timesteps_are_refused():
@@ -61,7 +59,7 @@ def test_more_draws_than_timesteps_are_refused():
 
 def test_images_too_large_for_a_covariance_have_a_profile_by_their_gram_matrix(tiny_run, monkeypatch):
     """Its directions are unit vectors, and its variances those of images that did not choose the directions."""
-    _, run = tiny_run
+    run = tiny_run
     monkeypatch.setattr(preparations, "LARGEST_GAUSSIAN", 63)
     monkeypatch.setattr(preparations, "GRAM", 64 * 40)
     one_cpu().run_units(preparations.list_gaussian_units(run), lambda unit: None)

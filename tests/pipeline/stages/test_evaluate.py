@@ -28,17 +28,16 @@ def short_training(monkeypatch):
 @pytest.mark.parametrize("features", ["classifier", "projection"])
 def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sampled, features):
     """By another way to the same numbers: features of all images at once, in one part, from the tars."""
-    experiment, run = sampled
-    experiment = scoring(experiment, metrics=("fid", "fid_test", "is", "kid", "prc"), features=features)
-    assert not evaluate.STAGE.is_done(run.of(experiment))
-    run_stage(evaluate, experiment, run)
-    assert evaluate.STAGE.is_done(run.of(experiment))
-    extractor = find_extractor(run.of(experiment))
+    sampled = scoring(sampled, metrics=("fid", "fid_test", "is", "kid", "prc"), features=features)
+    assert not evaluate.STAGE.is_done(sampled)
+    run_stage(evaluate, sampled)
+    assert evaluate.STAGE.is_done(sampled)
+    extractor = find_extractor(sampled)
     (own, logits), (real, _), (test, _) = (
         map(torch.from_numpy, extractors.extract_features(extractor, images, torch.device("cpu")))
         for images, _ in (
-            tars.load_images(run.of(experiment).samples, "samples", 0, 12),
-            tars.load_images(run.data, "train"), tars.load_images(run.data, "test"),
+            tars.load_images(sampled.samples, "samples", 0, 12),
+            tars.load_images(sampled.data, "train"), tars.load_images(sampled.data, "test"),
         )
     )  # fmt: skip
     statistics = [fid_features_to_statistics(part.double()) for part in (own, real, test, test[:12])]
@@ -57,7 +56,7 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
         found = isc_features_to_metric(logits, shuffle=shuffle)
         expected[f"{name}_mean"] = found["inception_score_mean"]
         expected[f"{name}_std"] = found["inception_score_std"]
-    found = results(experiment, run)
+    found = results(sampled)
     how, points, reasons = (
         found["protocol"],
         found["reference_points"],
@@ -89,55 +88,51 @@ def test_all_scores_are_torch_fidelitys_of_the_images_with_their_protocol(sample
 
 def test_errors_stand_beside_scores_and_real_images_beside_as_many_samples(sampled, monkeypatch):
     """With 8 test images the first 8 samples are scored too; a single unit has no error, and says why."""
-    experiment, run = sampled
-    asked = scoring(experiment, metrics=("fid", "kid", "prc"), features="projection")
-    shards = type(tars.open_shards(run.data))
+    asked = scoring(sampled, metrics=("fid", "kid", "prc"), features="projection")
+    shards = type(tars.open_shards(sampled.data))
     monkeypatch.setattr(jackknife, "LEAST_IMAGES", 8)
     monkeypatch.setattr(shards, "count_images", lambda _, split: 8 if split == "test" else 1437)
-    run_stage(evaluate, asked, run)
-    scores, points = results(asked, run)["scores"], results(asked, run)["reference_points"]
-    assert results(asked, run)["protocol"]["jackknife_groups"] == len(list_sample_shards(run.of(asked))) > 1
+    run_stage(evaluate, asked)
+    scores, points = results(asked)["scores"], results(asked)["reference_points"]
+    assert results(asked)["protocol"]["jackknife_groups"] == len(list_sample_shards(asked)) > 1
     assert all(scores[f"{name}_se"] > 0 for name in ("fid", "kid_mean"))
     assert points["samples"]["n"] == points["test"]["n"] == 8
     assert points["samples"]["fid_se"] > 0 and points["samples"]["fid"] != scores["fid"]
     monkeypatch.setattr(jackknife, "MOST_GROUPS", 1)
     asked = scoring(asked, metrics=("fid",))
-    run_stage(evaluate, asked, run)
-    scores = results(asked, run)["scores"]
+    run_stage(evaluate, asked)
+    scores = results(asked)["scores"]
     assert scores["fid_se"] is None and "a single unit" in scores["fid_se_reason"]
 
 
 def test_what_compares_images_finds_its_features_again(sampled):
     """The reference's statistics are kept, and KID needs its images all the same."""
-    experiment, run = sampled
-    run_stage(evaluate, scoring(experiment, metrics=("fid",), features="projection"), run)
-    asked = scoring(experiment, metrics=("kid",), features="projection")
-    assert not run_stage(evaluate, asked, run), "all features are on disk"
-    assert {"kid_mean", "kid_std"} <= set(results(asked, run)["scores"])
+    run_stage(evaluate, scoring(sampled, metrics=("fid",), features="projection"))
+    asked = scoring(sampled, metrics=("kid",), features="projection")
+    assert not run_stage(evaluate, asked), "all features are on disk"
+    assert {"kid_mean", "kid_std"} <= set(results(asked)["scores"])
 
 
 def test_against_the_test_split_the_training_images_are_the_reference_point(sampled):
-    experiment, run = sampled
-    experiment = scoring(experiment, metrics=("fid",), features="projection", reference="test")
-    run_stage(evaluate, experiment, run)
-    found = results(experiment, run)
+    sampled = scoring(sampled, metrics=("fid",), features="projection", reference="test")
+    run_stage(evaluate, sampled)
+    found = results(sampled)
     assert sorted(found["reference_points"]) == ["gaussian", "noise", "train"]
     assert found["protocol"]["reference_images"] == 360
     assert "reference test, not train" in found["protocol"]["why_not"]
 
 
 def test_drawing_other_images_makes_the_scores_again(sampled):
-    experiment, run = sampled
-    experiment = scoring(experiment, metrics=("fid",), features="projection")
-    run_stage(evaluate, experiment, run)
-    before = results(experiment, run)["scores"]["fid"]
-    with_weights(experiment, run, scale=0.5)
-    for tar in run.of(experiment).samples.glob("*.tar"):
+    sampled = scoring(sampled, metrics=("fid",), features="projection")
+    run_stage(evaluate, sampled)
+    before = results(sampled)["scores"]["fid"]
+    with_weights(sampled, scale=0.5)
+    for tar in sampled.samples.glob("*.tar"):
         tar.unlink()
-    run_stage(sample, experiment, run)
-    assert not evaluate.STAGE.is_done(run.of(experiment))
-    run_stage(evaluate, experiment, run)
-    assert results(experiment, run)["scores"]["fid"] != pytest.approx(before, rel=1e-3)
+    run_stage(sample, sampled)
+    assert not evaluate.STAGE.is_done(sampled)
+    run_stage(evaluate, sampled)
+    assert results(sampled)["scores"]["fid"] != pytest.approx(before, rel=1e-3)
 
 
 # The protocol
@@ -161,10 +156,9 @@ PAPER = {
 
 def test_every_recorded_field_has_a_verdict_and_every_other_value_or_silence_is_a_reason(sampled):
     """What the protocol records and what is judged are one list (faults 1.7, 1.9, 1.22)."""
-    experiment, run = sampled
-    asked = scoring(experiment, metrics=protocol.ALL, features="classifier")
-    run_stage(evaluate, asked, run)
-    recorded = set(results(asked, run)["protocol"]) - {"comparable", "why_not"}
+    asked = scoring(sampled, metrics=protocol.ALL, features="classifier")
+    run_stage(evaluate, asked)
+    recorded = set(results(asked)["protocol"]) - {"comparable", "why_not"}
     assert recorded <= set(protocol.PAPER) | FREE
     assert set(protocol.PAPER) <= recorded and set(protocol.PAPER) <= set(PAPER)
     for field in protocol.PAPER:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import one_cpu, tiny_experiment
-from staged import asking_for, results, run_stage, scoring, with_weights
+from staged import asking_for, change, results, run_stage, scoring, with_weights
 
 from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
@@ -29,49 +29,44 @@ def short_training(monkeypatch):
 
 @pytest.fixture
 def projected(sampled):
-    experiment, run = sampled
-    return scoring(experiment, metrics=("fid",), features="projection"), run
+    return scoring(sampled, metrics=("fid",), features="projection")
 
 
-def feature_files(experiment, run):
+def feature_files(run):
     """The files of the features of the run's two tars."""
-    folder = run.score_units / find_extractor(run.of(experiment)).name
-    return [folder / f"{shard.sha256[:16]}.npz" for shard in list_sample_shards(run.of(experiment))]
+    folder = run.score_units / find_extractor(run).name
+    return [folder / f"{shard.sha256[:16]}.npz" for shard in list_sample_shards(run)]
 
 
 def test_a_short_set_is_refused_and_a_longer_one_is_cut(projected):
-    experiment, run = projected
     with pytest.raises(PipelineError, match="holds 12 images where 13 are asked for"):
-        run_stage(evaluate, asking_for(experiment, num_images=13), run)
-    shorter = asking_for(experiment, num_images=8)
-    run_stage(evaluate, shorter, run)
-    assert results(shorter, run)["protocol"]["n"] == 8
-    run_stage(evaluate, experiment, run)
-    last = feature_files(experiment, run)[-1]
+        run_stage(evaluate, asking_for(projected, num_images=13))
+    shorter = asking_for(projected, num_images=8)
+    run_stage(evaluate, shorter)
+    assert results(shorter)["protocol"]["n"] == 8
+    run_stage(evaluate, projected)
+    last = feature_files(projected)[-1]
     arrays = read_unit_arrays(last)
     write_unit_arrays(last, **{name: array[:-1] for name, array in arrays.items()})
     with pytest.raises(PipelineError, match=r"11 images .* 12 "):
-        run_stage(evaluate, experiment, run)
+        run_stage(evaluate, projected)
 
 
 def test_reference_statistics_are_never_stale(projected):
-    experiment, run = projected
-    run_stage(evaluate, experiment, run)
-    extractor = find_extractor(run.of(experiment))
-    file, _ = locate_statistics(run, extractor, "train")
-    assert load_reference(run, extractor, "train").n == 1437
-    assert locate_statistics(run, extractor, "test")[0] != file
+    run_stage(evaluate, projected)
+    extractor = find_extractor(projected)
+    file, _ = locate_statistics(projected, extractor, "train")
+    assert load_reference(projected, extractor, "train").n == 1437
+    assert locate_statistics(projected, extractor, "test")[0] != file
     kept = file.read_bytes()
     write_arrays(file, **{**read_arrays(file), "content": np.array("of other images")})
-    assert load_reference(run, extractor, "train") is None
+    assert load_reference(projected, extractor, "train") is None
     file.write_bytes(kept)  # other tests use the same storage
 
 
 def test_labels_beyond_the_classes_are_refused(tiny_run):
-    experiment, run = tiny_run
-    fewer = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, labels=5))
     with pytest.raises(PipelineError, match=r"labels 0\.\.9 .*data\.labels=5 allows 0\.\.4"):
-        preparations.train_classifier(one_cpu().context, run.of(fewer))
+        preparations.train_classifier(one_cpu().context, change(tiny_run, "data", labels=5))
 
 
 # Units and tars that are not what they are taken for
@@ -106,46 +101,43 @@ def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
 
 def test_features_of_other_images_are_not_taken_for_these(projected, caplog):
     """A unit of another key is passed over; under the name of one of ours it is named and made again."""
-    experiment, run = projected
-    run_stage(evaluate, experiment, run)
-    scored = results(experiment, run)
-    first, second = feature_files(experiment, run)
+    run_stage(evaluate, projected)
+    scored = results(projected)
+    first, second = feature_files(projected)
     shutil.copy(first, first.with_name("0123456789abcdef.npz"))
-    run_stage(evaluate, experiment, run)
-    assert results(experiment, run) == scored
+    run_stage(evaluate, projected)
+    assert results(projected) == scored
     shutil.copy(first, second)
-    run_stage(evaluate, experiment, run)
+    run_stage(evaluate, projected)
     assert f"{first.stem}, not" in caplog.text and second.name in caplog.text
-    assert results(experiment, run)["scores"] == scored["scores"]
+    assert results(projected)["scores"] == scored["scores"]
 
 
 def test_a_bound_of_another_key_or_of_fewer_images_or_timesteps_is_made_again(sampled, caplog):
-    experiment, run = sampled
-    other = scoring(experiment, decoder="erf")
-    run_stage(evaluate, experiment, run)
-    run_stage(evaluate, other, run)
-    ours, theirs = (next(iter(bound.plan_units(run.of(e)))) for e in (experiment, other))
+    other = scoring(sampled, decoder="erf")
+    run_stage(evaluate, sampled)
+    run_stage(evaluate, other)
+    ours, theirs = (next(iter(bound.plan_units(e))) for e in (sampled, other))
     whole = read_unit_arrays(ours)
     shutil.copy(theirs, ours)
-    run_stage(evaluate, experiment, run)
+    run_stage(evaluate, sampled)
     assert f"holds {theirs.parent.name}/" in caplog.text
     assert np.array_equal(read_unit_arrays(ours)["terms"], whole["terms"])
     for cut in (np.s_[:3], np.s_[:, :19]):
         write_unit_arrays(ours, **{**whole, "terms": whole["terms"][cut]})
         with pytest.raises(PipelineError, match=r"terms of shape \((3, 20|4, 19)\), not \(4, 20\)"):
-            run_stage(evaluate, experiment, run)
+            run_stage(evaluate, sampled)
 
 
 def test_other_weights_make_the_bound_again_and_deleted_ones_leave_it(sampled):
-    experiment, run = sampled
-    run_stage(evaluate, experiment, run)
-    before = results(experiment, run)["scores"]["nll_bpd"]
-    with_weights(experiment, run, scale=0.5)
-    assert not evaluate.STAGE.is_done(run.of(experiment))
-    assert len(run_stage(evaluate, experiment, run)) == 2
-    assert results(experiment, run)["scores"]["nll_bpd"] != pytest.approx(before, rel=1e-3)
-    shutil.rmtree(run.step_folder(experiment.train.steps))
-    assert evaluate.STAGE.is_done(run.of(experiment))
+    run_stage(evaluate, sampled)
+    before = results(sampled)["scores"]["nll_bpd"]
+    with_weights(sampled, scale=0.5)
+    assert not evaluate.STAGE.is_done(sampled)
+    assert len(run_stage(evaluate, sampled)) == 2
+    assert results(sampled)["scores"]["nll_bpd"] != pytest.approx(before, rel=1e-3)
+    shutil.rmtree(sampled.step_folder(sampled.experiment.train.steps))
+    assert evaluate.STAGE.is_done(sampled)
 
 
 # A user's statistics
@@ -160,21 +152,21 @@ def statistics(path, **changed):
 
 def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projected, tmp_path):
     """The training split's own statistics, brought as a file, give the same FID; others under that name another."""
-    experiment, run = projected
-    run_stage(evaluate, experiment, run)
-    kept = load_reference(run, find_extractor(run.of(experiment)), "train")
-    brought = scoring(experiment, reference=statistics(tmp_path / "their.npz", mu=kept.mu, sigma=kept.sigma))
-    run_stage(evaluate, brought, run)
-    found, own = results(brought, run), results(experiment, run)
+    run_stage(evaluate, projected)
+    kept = load_reference(projected, find_extractor(projected), "train")
+    brought = scoring(projected, reference=statistics(tmp_path / "their.npz", mu=kept.mu, sigma=kept.sigma))
+    run_stage(evaluate, brought)
+    found, own = results(brought), results(projected)
     assert found["scores"] == own["scores"] and found["reference_points"] == own["reference_points"]
     named = f"their.npz (sha256 {hash_file(tmp_path / 'their.npz')[:8]})"
     assert found["protocol"]["reference"] == named and found["protocol"]["reference_images"] is None
     assert f"reference {named}, not train" in found["protocol"]["why_not"]
     assert str(tmp_path) not in str(found)
     statistics(tmp_path / "their.npz", mu=np.ones(64), n=np.array(777))
-    assert not evaluate.STAGE.is_done(run.of(brought))
-    run_stage(evaluate, brought, run)
-    other = results(brought, run)
+    again = brought.of(brought.experiment)  # a place hashes the file once
+    assert not evaluate.STAGE.is_done(again)
+    run_stage(evaluate, again)
+    other = results(again)
     assert other["scores"]["fid"] != pytest.approx(found["scores"]["fid"], rel=1e-3)
     assert other["protocol"]["reference_images"] == 777
 
@@ -222,7 +214,6 @@ def test_statistics_are_read_by_name_whatever_lies_beside_them(tmp_path, monkeyp
 
 
 def test_a_reference_that_cannot_be_used_is_refused_before_training(tiny_run, tmp_path, monkeypatch):
-    experiment, run = tiny_run
     with pytest.raises(ConfigError, match=r"evaluate\.reference is 'trian' \(did you mean 'train'\?\)"):
         tiny_experiment("evaluate.reference=trian")
     with pytest.raises(ConfigError, match=r"evaluate\.reference '.*nowhere\.npz' is not a file"):
@@ -233,8 +224,8 @@ def test_a_reference_that_cannot_be_used_is_refused_before_training(tiny_run, tm
     monkeypatch.chdir(tmp_path)  # statistics are found from any working folder
     assert tiny_experiment("evaluate.reference=their.npz").evaluate.reference == file
     with pytest.raises(PipelineError, match="has no mu"):
-        evaluate.STAGE.check_before_training(run.of(scoring(experiment, metrics=("fid",), reference=file)))
-    run = dataclasses.replace(run, data_key="train-only")
-    tars.write_shard_manifest(run.data, {"train": []}, image_size=8, channels=1)
+        evaluate.STAGE.check_before_training(scoring(tiny_run, metrics=("fid",), reference=file))
+    tiny_run = dataclasses.replace(tiny_run, data_key="train-only")
+    tars.write_shard_manifest(tiny_run.data, {"train": []}, image_size=8, channels=1)
     with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):
-        evaluate.STAGE.check_before_training(run.of(scoring(experiment, metrics=("fid_test",))))
+        evaluate.STAGE.check_before_training(scoring(tiny_run, metrics=("fid_test",)))

@@ -1,7 +1,6 @@
 """Figures: the right pictures in the right order, each held by the chain it shows; made once, in units."""
 
 import logging
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from conftest import one_cpu, tiny_experiment
 from matplotlib.figure import Figure
 from PIL import Image
-from staged import asking_for, run_stage, with_weights
+from staged import asking_for, change, run_stage, with_weights
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
@@ -37,23 +36,22 @@ EVERY = f"figures.which=[{','.join(FIGURES)}]"
 SCORED = ("evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.images=4", EVERY)
 
 
-def ready(experiment, storage) -> Place:
+def ready(experiment, storage, **sampling) -> Place:
     """A run with an untrained checkpoint and its samples."""
-    run = make_place(experiment, storage)
+    run = asking_for(make_place(experiment, storage), **sampling)
     run.path.mkdir(parents=True, exist_ok=True)
-    with_weights(experiment, run)
-    run_stage(sample, experiment, run)
+    with_weights(run)
+    run_stage(sample, run)
     return run
 
 
 @pytest.fixture(scope="module")
 def drawn(sharded_storage):
     """Every figure of the tiny digits."""
-    experiment = tiny_experiment("name=figures", *SCORED)
-    run = ready(experiment, sharded_storage)
-    run_stage(evaluate, experiment, run)
-    run_stage(figures, experiment, run)
-    return experiment, run
+    run = ready(tiny_experiment("name=figures", *SCORED), sharded_storage)
+    run_stage(evaluate, run)
+    run_stage(figures, run)
+    return run
 
 
 def cells(picture, size=8):
@@ -70,55 +68,54 @@ def nearly_equal(a, b):
     return (np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)) <= 1).mean() > 0.999
 
 
-def samples_of(experiment, run, n):
-    return tars.load_images(run.of(experiment).samples, "samples", 0, n)[0]
+def samples_of(run, n):
+    return tars.load_images(run.samples, "samples", 0, n)[0]
 
 
 def test_every_figure_is_drawn_in_the_papers_words(drawn):
-    experiment, run = drawn
-    manifest = read_manifest(run.of(experiment).figures, dict, check="sha256")
+    manifest = read_manifest(drawn.figures, dict, check="sha256")
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
     own = [name for name in PICTURES if "(paper, Fig" not in manifest["captions"][name]]
     assert own == ["steps.png", "optimum.svg"]
-    assert figures.STAGE.is_done(run.of(experiment))
-    assert run_stage(figures, experiment, run) == [], "units are kept"
-    folder = run.of(experiment).figures
+    assert figures.STAGE.is_done(drawn)
+    assert run_stage(figures, drawn) == [], "units are kept"
+    folder = drawn.figures
     by_pixels, by_features = (cells(folder / f"nearest_{space}.png") for space in ("pixels", "features"))
     for shown in (by_pixels, by_features):
         assert shown.shape[:2] == (4, 1 + nearest.NEIGHBOURS)
-        assert np.array_equal(shown[:, 0], samples_of(experiment, run, 4)[:, 0])
+        assert np.array_equal(shown[:, 0], samples_of(drawn, 4)[:, 0])
     assert not np.array_equal(by_pixels, by_features)
 
 
 def test_samples_stand_in_a_square_and_progressive_ends_in_them(drawn):
-    experiment, run = drawn
-    shown = cells(run.of(experiment).figures / "samples.png")
+    shown = cells(drawn.figures / "samples.png")
     assert shown.shape[:2] == (4, 3)
-    assert np.array_equal(shown.reshape(12, 8, 8), samples_of(experiment, run, 12)[:, 0])
-    shown = cells(run.of(experiment).figures / "progressive.png")
+    assert np.array_equal(shown.reshape(12, 8, 8), samples_of(drawn, 12)[:, 0])
+    shown = cells(drawn.figures / "progressive.png")
     assert shown.shape[:2] == (4, 10)
-    assert nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
+    assert nearly_equal(shown[:, -1], samples_of(drawn, 4)[:, 0])
     assert not nearly_equal(shown[:, 0], shown[:, -1])
 
 
 def test_steps_compares_chains_without_and_with_fresh_noise(drawn):
-    experiment, run = drawn
-    shown = cells(run.of(experiment).figures / "steps.png")
+    shown = cells(drawn.figures / "steps.png")
     assert shown.shape[:2] == (8, 4), "10 and 20 steps of T = 20, twice, by two samplers"
-    index, shape = torch.arange(4), experiment.data.shape
-    net, diffusion = load_model(run.of(experiment), torch.device("cpu")).net, Diffusion(experiment.diffusion)
+    index, shape = torch.arange(4), drawn.experiment.data.shape
+    net, diffusion = load_model(drawn, torch.device("cpu")).net, Diffusion(drawn.experiment.diffusion)
     solver = {"sampler": "dpm++", "steps": 10, "eta": 1.0}
     for row, column, how in (
         (0, 1, {"sampler": "ddim"}), (0, 2, {"variance": "fixedsmall", "steps": 10}), (1, 2, solver),
     ):  # fmt: skip
-        *_, last = run_image_chains(diffusion, net, index=index, shape=shape, seed=experiment.seed, **how)
+        *_, last = run_image_chains(
+            diffusion, net, index=index, shape=shape, seed=drawn.experiment.seed, **how
+        )
         assert nearly_equal(shown[row::2, column], to_uint8(last.x_t.clamp(-1, 1))[:, 0])
 
 
-def plain_end(experiment, run, image, pair, steps):
+def plain_end(run, image, pair, steps):
     """The source diffused by so many steps with the pair's noise, and reversed: no mixing anywhere."""
-    diffusion, index = Diffusion(experiment.diffusion), torch.tensor([pair])
-    net = load_model(run.of(experiment), torch.device("cpu")).net
+    experiment, index = run.experiment, torch.tensor([pair])
+    diffusion, net = Diffusion(experiment.diffusion), load_model(run, torch.device("cpu")).net
     eps = draw_normal(experiment.seed, Stream.FIGURES, len(diffusion), index, image.shape)
     x_t = diffusion.q_sample(from_uint8(image)[None], torch.tensor([steps - 1]), eps)
 
@@ -130,35 +127,32 @@ def plain_end(experiment, run, image, pair, steps):
 
 
 def test_interpolation_at_lambda_0_and_1_is_the_plain_chains(drawn):
-    experiment, run = drawn
-    shown = cells(run.of(experiment).figures / "interpolation.png")
+    shown = cells(drawn.figures / "interpolation.png")
     assert shown.shape[:2] == (4, 13)
-    test_images = torch.from_numpy(tars.load_images(run.data, "test", 0, 8)[0])
+    test_images = torch.from_numpy(tars.load_images(drawn.data, "test", 0, 8)[0])
     for pair in range(4):
         a, b = test_images[2 * pair], test_images[2 * pair + 1]
         assert np.array_equal(shown[pair, 0], a[0]) and np.array_equal(shown[pair, 12], b[0])
-        assert nearly_equal(shown[pair, 1], plain_end(experiment, run, a, pair, 10))
-        assert nearly_equal(shown[pair, 11], plain_end(experiment, run, b, pair, 10))
+        assert nearly_equal(shown[pair, 1], plain_end(drawn, a, pair, 10))
+        assert nearly_equal(shown[pair, 11], plain_end(drawn, b, pair, 10))
         assert not nearly_equal(shown[pair, 1], shown[pair, 11])
 
 
 def test_the_noise_is_shared_over_lambda(drawn):
-    experiment, run = drawn
-    image = torch.from_numpy(tars.load_images(run.data, "test", 0, 1)[0][0])
-    same = chains.mix_pair(one_cpu().context, run.of(experiment), image, image, 0, 10)
+    image = torch.from_numpy(tars.load_images(drawn.data, "test", 0, 1)[0][0])
+    same = chains.mix_pair(one_cpu().context, drawn, image, image, 0, 10)
     assert same.shape == (11, 1, 8, 8)
     assert torch.allclose(same, same[:1].expand_as(same), atol=1e-4), "only the sources may differ"
-    other = chains.mix_pair(one_cpu().context, run.of(experiment), image, image, 1, 10)
+    other = chains.mix_pair(one_cpu().context, drawn, image, image, 1, 10)
     assert not torch.allclose(same, other, atol=0.01), "pairs have noise of their own"
 
 
 def test_coarse_to_fine_goes_from_all_steps_to_the_pixels(drawn):
-    experiment, run = drawn
-    folder = run.of(experiment).figures
+    folder = drawn.figures
     shown = cells(folder / "coarse_to_fine.png")
     assert shown.shape[:2] == (9, 13)
     assert np.array_equal(shown[4], cells(folder / "interpolation.png")[0]), "the row of t = T/2"
-    a, b = from_uint8(torch.from_numpy(tars.load_images(run.data, "test", 0, 2)[0]))[:, 0]
+    a, b = from_uint8(torch.from_numpy(tars.load_images(drawn.data, "test", 0, 2)[0]))[:, 0]
     for column in range(11):
         blend = to_uint8((1 - column / 10) * a + column / 10 * b)
         assert nearly_equal(shown[8, 1 + column], blend), "no step at all mixes pixels"
@@ -167,30 +161,28 @@ def test_coarse_to_fine_goes_from_all_steps_to_the_pixels(drawn):
 
 
 def test_a_shared_latent_lies_on_the_samples_chain(drawn):
-    experiment, run = drawn
-    diffusion, index = Diffusion(experiment.diffusion), torch.arange(3)
-    net = load_model(run.of(experiment), torch.device("cpu")).net
+    diffusion, index = Diffusion(drawn.experiment.diffusion), torch.arange(3)
+    net = load_model(drawn, torch.device("cpu")).net
     for steps in (20, 10, 5):
-        x_t, children = chains.draw_from_latents(one_cpu().context, run.of(experiment), 3, steps)
+        x_t, children = chains.draw_from_latents(one_cpu().context, drawn, 3, steps)
 
         def noise(t):
-            return draw_normal(experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
+            return draw_normal(drawn.experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
 
         *_, last = run_chain(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
-        assert nearly_equal(to_uint8(last.x_t), samples_of(experiment, run, 3))
+        assert nearly_equal(to_uint8(last.x_t), samples_of(drawn, 3))
         assert children.shape == (9, 1, 8, 8)
-    shown = cells(run.of(experiment).figures / "shared_latents.png").astype(float)
+    shown = cells(drawn.figures / "shared_latents.png").astype(float)
     assert shown.shape[:2] == (4, 16)
     spread = [shown[:, at + 1 : at + 4].std(axis=1).mean() for at in (0, 4, 8, 12)]
     assert spread[0] > spread[2] > spread[3] > 0, "later latents leave less to differ"
 
 
 def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_path):
-    experiment, run = drawn
     panels = []
     monkeypatch.setattr(charts, "save_panels", lambda made, file: panels.extend(made))
-    curves.plan_rate_distortion(run.of(experiment)).draw([], tmp_path / "x.svg")
-    rows = read_json(run.of(experiment).nll_json, dict)["rate_distortion"]
+    curves.plan_rate_distortion(drawn).draw([], tmp_path / "x.svg")
+    rows = read_json(drawn.nll_json, dict)["rate_distortion"]
     for panel, across, up in zip(
         panels, ("k", "k", "rate_bpd"), ("rmse", "rate_bpd", "rmse"), strict=True
     ):  # fmt: skip
@@ -200,12 +192,11 @@ def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_pat
 
 
 def test_scores_along_end_in_the_runs_own(drawn):
-    experiment, run = drawn
-    figure = curves.plan_scores_along_chain(run.of(experiment))
+    figure = curves.plan_scores_along_chain(drawn)
     assert "12 images, too few" in figure.caption
-    reference = load_reference(run, curves.find_extractor_of_scores(run.of(experiment)), "train")
+    reference = load_reference(drawn, curves.find_extractor_of_scores(drawn), "train")
     along = curves.score_snapshots(list(figure.units), 12, reference)
-    scored = read_json(run.of(experiment).metrics_json, dict)["scores"]["fid"]
+    scored = read_json(drawn.metrics_json, dict)["scores"]["fid"]
     assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
     assert along[0]["fid"] != pytest.approx(scored, rel=1e-3)
 
@@ -231,44 +222,42 @@ def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
         "name=again", "figures.images=4", "figures.which=[interpolation,progressive]"
     )
     run = ready(experiment, sharded_storage)
-    assert len(run_stage(figures, experiment, run)) == 5
-    folder = run.of(experiment).figures
+    assert len(run_stage(figures, run)) == 5
+    folder = run.figures
     before = (folder / "interpolation.png").read_bytes()
     units = {file: file.stat().st_mtime_ns for file in run.figure_units.rglob("*.npz")}
     (gone,) = run.figure_units.glob("mixed-*/0002-*.npz")
     gone.unlink()
-    assert figures.STAGE.is_done(run.of(experiment)), "what is sealed needs no units"
+    assert figures.STAGE.is_done(run), "what is sealed needs no units"
     (folder / "interpolation.png").unlink()
-    assert not figures.STAGE.is_done(run.of(experiment))
-    assert run_stage(figures, experiment, run) == ["interpolation of pair 2 after 10 steps"]
-    assert figures.STAGE.is_done(run.of(experiment)) and (folder / "interpolation.png").read_bytes() == before
+    assert not figures.STAGE.is_done(run)
+    assert run_stage(figures, run) == ["interpolation of pair 2 after 10 steps"]
+    assert figures.STAGE.is_done(run) and (folder / "interpolation.png").read_bytes() == before
     for file, written in units.items():
         assert (file.stat().st_mtime_ns == written) == (file != gone)
-    other = replace(experiment, figures=replace(experiment.figures, images=5))
-    assert sorted(run_stage(figures, other, run)) == [
+    assert sorted(run_stage(figures, change(run, "figures", images=5))) == [
         "interpolation of pair 4 after 10 steps", "progressive 0-4",
     ]  # fmt: skip
 
 
 def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplog):
     wanted = "[samples,rate_distortion,scores_along,nearest_features]"
-    experiment = tiny_experiment("name=unscored", f"figures.which={wanted}")
-    run = ready(experiment, sharded_storage)
+    run = ready(tiny_experiment("name=unscored", f"figures.which={wanted}"), sharded_storage)
     with caplog.at_level(logging.WARNING):
-        assert run_stage(figures, experiment, run) == []
-    manifest = read_manifest(run.of(experiment).figures, dict)
+        assert run_stage(figures, run) == []
+    manifest = read_manifest(run.figures, dict)
     assert manifest["order"] == ["samples.png"]
     assert "`ddpm evaluate unscored`" in manifest["skipped"]["rate_distortion"]
     assert set(manifest["skipped"]) == {"rate_distortion", "scores_along", "nearest_features"}
     assert "figure rate_distortion is left out: it needs the bound" in caplog.text
-    assert not figures.STAGE.is_done(run.of(experiment)), "an evaluation may still come"
-    run_stage(evaluate, experiment, run)
-    assert not figures.STAGE.is_done(run.of(experiment)), "what waited for it can be drawn"
-    run_stage(figures, experiment, run)
-    manifest = read_manifest(run.of(experiment).figures, dict)
+    assert not figures.STAGE.is_done(run), "an evaluation may still come"
+    run_stage(evaluate, run)
+    assert not figures.STAGE.is_done(run), "what waited for it can be drawn"
+    run_stage(figures, run)
+    manifest = read_manifest(run.figures, dict)
     assert manifest["order"] == ["samples.png", "rate_distortion.svg"]
     assert set(manifest["skipped"]) == {"scores_along", "nearest_features"}, "metrics=[nll] makes no features"
-    assert figures.STAGE.is_done(run.of(experiment)), "nothing more can come of this evaluation"
+    assert figures.STAGE.is_done(run), "nothing more can come of this evaluation"
 
 
 @pytest.mark.parametrize(
@@ -276,12 +265,11 @@ def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplo
 )
 def test_figures_run_the_chain_of_the_samples(sharded_storage, how):
     which = "figures.which=[progressive,interpolation,shared_latents]"
-    experiment = asking_for(tiny_experiment("name=respaced", which, "figures.images=4"), **how)
-    run = ready(experiment, sharded_storage)
-    run_stage(figures, experiment, run)
-    folder = run.of(experiment).figures
+    run = ready(tiny_experiment("name=respaced", which, "figures.images=4"), sharded_storage, **how)
+    run_stage(figures, run)
+    folder = run.figures
     shown = cells(folder / "progressive.png")
-    assert shown.shape[:2] == (4, 5) and nearly_equal(shown[:, -1], samples_of(experiment, run, 4)[:, 0])
+    assert shown.shape[:2] == (4, 5) and nearly_equal(shown[:, -1], samples_of(run, 4)[:, 0])
     captions = read_manifest(folder, dict)["captions"]
     assert all("T = 20, respaced to 5 steps" in caption for caption in captions.values())
     # Steps 0, 5, 10, 14, 19 of T = 20: two of them make t = 6.
@@ -303,11 +291,11 @@ def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
     )  # fmt: skip
     experiment = config.load_experiment("cifar10", list(small))
     storage = tmp_path / "storage"
-    run_stage(shard, experiment, make_place(experiment, storage))
+    run_stage(shard, make_place(experiment, storage))
     run = ready(experiment, storage)
-    run_stage(evaluate, experiment, run)
-    run_stage(figures, experiment, run)
-    folder = run.of(experiment).figures
+    run_stage(evaluate, run)
+    run_stage(figures, run)
+    folder = run.figures
     assert read_manifest(folder, dict)["order"] == PICTURES
     assert cells(folder / "coarse_to_fine.png", 32).shape == (5, 13, 32, 32), (
         "T = 4 has five numbers of steps"
@@ -330,13 +318,13 @@ def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeyp
         return plain_forward(net, x_t, t, context)
 
     run = ready(experiment, sharded_storage)
-    run_stage(evaluate, experiment, run)
+    run_stage(evaluate, run)
     monkeypatch.setattr(ContextUNet, "forward", listening)
-    run_stage(figures, experiment, run)
-    manifest = read_manifest(run.of(experiment).figures, dict)
+    run_stage(figures, run)
+    manifest = read_manifest(run.figures, dict)
     assert manifest["order"] == PICTURES and manifest["skipped"] == {}
     assert (6, [0, 1, 2, NO_LABEL, NO_LABEL, NO_LABEL]) in asked, "chosen and unconditional rows, in one call"
     between = [labels for count, labels in asked if count == len(chains.LAMBDAS)]
     assert between and set(between) == {None}, "two images can be of two classes"
-    shown = cells(run.of(experiment).figures / "progressive.png")
-    assert nearly_equal(shown[:, -1], samples_of(experiment, run, 3)[:, 0]), "guided as the samples are"
+    shown = cells(run.figures / "progressive.png")
+    assert nearly_equal(shown[:, -1], samples_of(run, 3)[:, 0]), "guided as the samples are"

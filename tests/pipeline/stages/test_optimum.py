@@ -19,7 +19,7 @@ from pipeline.store.files import FiguresManifest, read_arrays, read_manifest
 
 def test_the_linear_denoiser_is_the_matrix_formula(tiny_run):
     """By an inverse instead of eigenvectors, with the singular covariance of the digits, whose corners are constant."""
-    _, run = tiny_run
+    run = tiny_run
     one_cpu().run_units(list_gaussian_units(run), lambda unit: None)
     train = tars.load_images(run.data, "train")[0].reshape(-1, 64) / 127.5 - 1
     mean, covariance = train.mean(axis=0), np.cov(train, rowvar=False, bias=True)
@@ -39,15 +39,15 @@ def test_the_linear_denoiser_is_the_matrix_formula(tiny_run):
 
 
 def test_the_figure_says_where_the_network_loses_most_and_shares_what_needs_no_training(sharded_storage):
-    asked = tiny_experiment("name=noisy", "diffusion.beta_end=0.7", "figures.which=[optimum]")
-    run = make_place(asked, sharded_storage)
+    words = ("name=noisy", "diffusion.beta_end=0.7", "figures.which=[optimum]")
+    run = make_place(tiny_experiment(*words), sharded_storage)
     run.path.mkdir(parents=True, exist_ok=True)
-    with_weights(asked, run)
-    assert [name for name in run_stage(figures, asked, run) if "Gaussian" not in name][:3] == [
+    with_weights(run)
+    assert [name for name in run_stage(figures, run) if "Gaussian" not in name][:3] == [
         "the posterior mean of test images 0-255", "the posterior mean of train images 0-255",
         "errors of test images 0-63",
     ]  # fmt: skip
-    manifest = read_manifest(run.of(asked).figures, FiguresManifest)
+    manifest = read_manifest(run.figures, FiguresManifest)
     assert manifest["order"] == ["optimum.svg"]
     finding = manifest["findings"]["optimum.svg"]
     assert "The network loses most at k = " in finding and "worse than predicting the mean image" in finding
@@ -56,16 +56,14 @@ def test_the_figure_says_where_the_network_loses_most_and_shares_what_needs_no_t
     assert (below < above + 1e-3).all() and below[-1] < above[-1] < 0
     assert np.abs([above[0], below[0]]).max() < 0.001, "of noise alone both make the mean image"
     assert "deterministic" not in finding
-    run_stage(figures, chain := change(asked, "sample", sampler="ddim", eta=0.0, steps=5), run)
-    assert (
-        "**The sampler is deterministic and the network unfinished**"
-        in read_manifest(run.of(chain).figures, FiguresManifest)["findings"]["optimum.svg"]
-    )
-    raw = change(asked, "sample", weights="raw")
-    assert len(run_stage(figures, raw, run)) == 2, "other weights have other errors, beside the same optimum"
-    own = ({"betas": (beta,) * asked.diffusion.timesteps} for beta in (0.1, 0.2))
-    others = [change(asked, "diffusion", **schedule) for schedule in ({"beta_schedule": "cosine"}, *own)]
-    assert len({run.optimum, *(run.of(other).optimum for other in others)}) == 4, "each schedule has its own"
+    run_stage(figures, chain := change(run, "sample", sampler="ddim", eta=0.0, steps=5))
+    finding = read_manifest(chain.figures, FiguresManifest)["findings"]["optimum.svg"]
+    assert "**The sampler is deterministic and the network unfinished**" in finding
+    raw = change(run, "sample", weights="raw")
+    assert len(run_stage(figures, raw)) == 2, "other weights have other errors, beside the same optimum"
+    own = ({"betas": (beta,) * run.experiment.diffusion.timesteps} for beta in (0.1, 0.2))
+    others = [change(run, "diffusion", **schedule) for schedule in ({"beta_schedule": "cosine"}, *own)]
+    assert len({run.optimum, *(other.optimum for other in others)}) == 4, "each schedule has its own"
 
 
 def test_row_k_is_at_t_minus_k():

@@ -11,85 +11,77 @@ from pipeline.stages import sample
 from pipeline.store import tars
 
 
-def images_of(experiment, run):
-    return tars.load_images(run.of(experiment).samples, "samples")[0]
+def images_of(run):
+    return tars.load_images(run.samples, "samples")[0]
 
 
 @pytest.fixture
 def sampled(tiny_run):
     """Twelve samples in two tars. The stage was killed after the first, and drew only the other."""
-    experiment, run = tiny_run
-    with_weights(experiment, run)
-    units = next(sample.STAGE.work(run.of(experiment)))
+    with_weights(tiny_run)
+    units = next(sample.STAGE.work(tiny_run))
     one_cpu().run_units(units[:1], lambda unit: None)
-    assert not sample.STAGE.is_done(run.of(experiment))
-    assert run_stage(sample, experiment, run) == ["samples 6-11"]
-    assert sample.STAGE.is_done(run.of(experiment))
-    return experiment, run
+    assert not sample.STAGE.is_done(tiny_run)
+    assert run_stage(sample, tiny_run) == ["samples 6-11"]
+    assert sample.STAGE.is_done(tiny_run)
+    return tiny_run
 
 
 def test_bf16_is_another_set_and_says_so(sampled):
-    experiment, run = sampled
-    fast = asking_for(experiment, precision="bf16")
-    run_stage(sample, fast, run)
-    assert [sample.make_sample_protocol(e).precision for e in (fast, experiment)] == ["bf16", "fp32"]
-    difference = np.abs(images_of(experiment, run).astype(int) - images_of(fast, run))
+    fast = asking_for(sampled, precision="bf16")
+    run_stage(sample, fast)
+    assert [sample.make_sample_protocol(e.experiment).precision for e in (fast, sampled)] == ["bf16", "fp32"]
+    difference = np.abs(images_of(sampled).astype(int) - images_of(fast))
     assert 0 < difference.mean() < 20, "not the same bits, and much the same images"
 
 
 def test_other_batches_give_the_same_images(sampled):
-    experiment, run = sampled
-    other = asking_for(experiment, batch_size=4)
-    assert len(run_stage(sample, other, run)) == 3
-    assert run.of(other).samples != run.of(experiment).samples
-    difference = np.abs(images_of(experiment, run).astype(int) - images_of(other, run))
+    other = asking_for(sampled, batch_size=4)
+    assert len(run_stage(sample, other)) == 3
+    assert other.samples != sampled.samples
+    difference = np.abs(images_of(sampled).astype(int) - images_of(other))
     assert (difference <= 1).mean() > 0.999
 
 
 def test_more_images_add_units_and_leave_the_others(sampled):
-    experiment, run = sampled
-    folder = run.of(experiment).samples
+    folder = sampled.samples
     before = {name: (folder / name).read_bytes() for name in ("00000.tar", "00001.tar")}
-    more = asking_for(experiment, num_images=15)
-    assert run.of(more).samples == folder
-    assert run_stage(sample, more, run) == ["samples 12-17"]
+    more = asking_for(sampled, num_images=15)
+    assert more.samples == folder
+    assert run_stage(sample, more) == ["samples 12-17"]
     assert {name: (folder / name).read_bytes() for name in before} == before
     assert tars.open_shards(folder).count_images("samples") == 18  # the last unit is whole too
-    assert sample.STAGE.is_done(run.of(experiment)), "a set with more than was asked for will do"
+    assert sample.STAGE.is_done(sampled), "a set with more than was asked for will do"
 
 
 def test_a_damaged_tar_is_drawn_again(sampled):
-    experiment, run = sampled
-    tar = run.of(experiment).samples / "00001.tar"
+    tar = sampled.samples / "00001.tar"
     before = tar.read_bytes()
     tar.write_bytes(before[:-512])
-    assert not sample.STAGE.is_done(run.of(experiment))
-    assert run_stage(sample, experiment, run) == ["samples 6-11"]
+    assert not sample.STAGE.is_done(sampled)
+    assert run_stage(sample, sampled) == ["samples 6-11"]
     assert tar.read_bytes() == before
 
 
 def test_a_set_smaller_than_a_batch_draws_no_more_than_asked(tiny_run):
-    experiment, run = tiny_run
-    with_weights(experiment, run)
-    assert run_stage(sample, asking_for(experiment, num_images=4), run) == ["samples 0-3"]
-    assert run_stage(sample, experiment, run) == ["samples 0-5", "samples 6-11"], "0-3 is no whole unit"
+    with_weights(tiny_run)
+    assert run_stage(sample, asking_for(tiny_run, num_images=4)) == ["samples 0-3"]
+    assert run_stage(sample, tiny_run) == ["samples 0-5", "samples 6-11"], "0-3 is no whole unit"
 
 
 def test_what_stands_beside_the_tars(sampled):
-    experiment, run = sampled
-    folder = run.of(experiment).samples
+    folder = sampled.samples
     with Image.open(folder / "grid.png") as grid:
         assert grid.size == (10 * (64 + 2), 2 * (64 + 2))
     text = (folder / "sample.yaml").read_text()
-    variance = experiment.sample.variance or experiment.diffusion.variance
+    variance = sampled.experiment.sample.variance or sampled.experiment.diffusion.variance
     for line in ("checkpoint: 6", "weights: ema", "sampler: ancestral", "steps: 20", f"variance: {variance}"):
         assert line in text
     assert next(record.key for record in tars.read_records(folder / "00001.tar")) == "00000006"
 
 
 def test_weights_that_diverged_are_refused(tiny_run):
-    experiment, run = tiny_run
-    with_weights(experiment, run, scale=float("nan"))
+    with_weights(tiny_run, scale=float("nan"))
     with pytest.raises(PipelineError, match=r"samples 0-5 .* not finite.*step 6"):
-        run_stage(sample, experiment, run)
-    assert not list(run.of(experiment).samples.glob("*.tar"))
+        run_stage(sample, tiny_run)
+    assert not list(tiny_run.samples.glob("*.tar"))

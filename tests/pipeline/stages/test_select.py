@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 
 import pytest
 from conftest import ONE_CPU, TINY, one_cpu
-from staged import asking_for, change, run_stage, scoring, with_weights
+from staged import asking_for, change, results, run_stage, scoring, with_weights
 
 from pipeline.cli.program import main
 from pipeline.engine.plan import list_rounds
@@ -24,74 +24,69 @@ UNITS = 2  # of twelve samples each
 @pytest.fixture
 def trained(tiny_run):
     """Three checkpoints of weights that differ much, and an experiment that looks for the best."""
-    experiment, run = tiny_run
-    experiment = change(experiment, "diffusion", timesteps=4)
+    tiny_run = change(tiny_run, "diffusion", timesteps=4)
     asked = {"metrics": ("fid",), "features": "projection", "checkpoints": "every:2", "checkpoint_images": 12}
-    experiment = asking_for(scoring(experiment, **asked), checkpoint="best")
+    tiny_run = asking_for(scoring(tiny_run, **asked), checkpoint="best")
     for step, scale in zip(STEPS, (1.0, 0.01, 3.0), strict=True):
-        save(experiment, run, step, scale)
-    return experiment, run
+        save(tiny_run, step, scale)
+    return tiny_run
 
 
-def save(experiment, run, step, scale):
-    with_weights(change(experiment, "train", steps=step), run, scale)
+def save(run, step, scale):
+    with_weights(change(run, "train", steps=step), scale)
 
 
-def select_best(experiment, run):
+def select_best(run):
     """Run the stage; the names of its units and what it selected."""
-    names = run_stage(select, experiment, run)
-    return names, selection.read_selection(run.of(experiment))
+    return run_stage(select, run), selection.read_selection(run)
 
 
-def is_done(experiment, run):
+def is_done(run):
     """Whether the selection is there; the stage and the file that later stages read agree on it."""
-    done = select.STAGE.is_done(run.of(experiment))
-    assert done == (selection.fill_in_selection(run.of(experiment)) is not None)
+    done = select.STAGE.is_done(run)
+    assert done == (selection.fill_in_selection(run) is not None)
     return done
 
 
-def fids(experiment, run):
+def fids(run):
     """The FID of each candidate, as its own evaluation has it."""
     found = {}
-    for step in selection.list_candidates(run.of(experiment)):
-        metrics = run.of(experiment.make_candidate(step)).scores / "metrics.json"
-        found[step] = read_json(metrics, dict)["scores"]["fid"]
+    for step, place in selection.list_candidates(run).items():
+        found[step] = results(place)["scores"]["fid"]
     return found
 
 
 def test_the_best_is_the_one_of_minimum_fid_and_later_stages_are_told(trained):
-    experiment, run = trained
-    assert not is_done(experiment, run)
-    _, found = select_best(experiment, run)
-    assert is_done(experiment, run)
-    scores = fids(experiment, run)
+    assert not is_done(trained)
+    _, found = select_best(trained)
+    assert is_done(trained)
+    scores = fids(trained)
     assert len(set(scores.values())) == len(STEPS)
     best = min(scores, key=scores.get)
     assert found["best"] == best
     assert [(score["step"], score["fid"]) for score in found["scores"]] == sorted(scores.items())
     assert (found["metric"], found["n"], found["weights"], found["reference"]) == ("fid", 12, "ema", "train")
     for score in found["scores"]:
-        assert (run.path / "evaluation" / score["evaluation"] / "manifest.json").exists()
-    resolved = selection.fill_in_selection(run.of(experiment)).experiment
-    assert resolved.checkpoint_step == best
-    plain = asking_for(experiment, checkpoint=best)
-    assert run.of(resolved).samples == run.of(plain).samples
-    assert run.of(resolved).scores != run.of(plain).scores, "another protocol"
-    assert len(run_stage(sample, resolved, run)) == UNITS, "the candidate's samples are not scored again"
-    folders = (run.of(asked).samples for asked in (experiment.make_candidate(best), plain))
+        assert (trained.path / "evaluation" / score["evaluation"] / "manifest.json").exists()
+    resolved = selection.fill_in_selection(trained)
+    assert resolved.experiment.checkpoint_step == best
+    plain = asking_for(trained, checkpoint=best)
+    assert resolved.samples == plain.samples
+    assert resolved.scores != plain.scores, "another protocol"
+    assert len(run_stage(sample, resolved)) == UNITS, "the candidate's samples are not scored again"
+    folders = (asked.samples for asked in (trained.of(trained.experiment.make_candidate(best)), plain))
     first, second = (tars.load_images(folder, "samples")[0] for folder in folders)
     assert not (first == second).all()
-    run_stage(evaluate, resolved, run)
-    protocol = read_json(run.of(resolved).metrics_json, dict)["protocol"]
+    run_stage(evaluate, resolved)
+    protocol = read_json(resolved.metrics_json, dict)["protocol"]
     assert protocol["checkpoint"] == best
     assert protocol["checkpoint_rule"] == "best of 3 checkpoints by FID on 12 other images, ema weights"
 
 
 def test_candidates_share_their_rounds_and_the_reference(trained):
     """All samples in one round; the features of the reference once, however many candidates ask for them."""
-    experiment, run = trained
     rounds = []
-    for units in list_rounds(select.STAGE, run.of(experiment)):
+    for units in list_rounds(select.STAGE, trained):
         rounds.append([unit.name for unit in units])
         one_cpu().run_units(units, lambda unit: None)
     sampling = next(names for names in rounds if names)
@@ -101,54 +96,50 @@ def test_candidates_share_their_rounds_and_the_reference(trained):
 
 
 def test_what_was_done_is_not_done_again_and_new_checkpoints_join(trained):
-    experiment, run = trained
-    first = next(list_rounds(select.STAGE, run.of(experiment)))
+    first = next(list_rounds(select.STAGE, trained))
     one_cpu().run_units(first[:4], lambda unit: None)  # then the command was killed
-    names, _ = select_best(experiment, run)
+    names, _ = select_best(trained)
     assert sum(name.startswith("samples") for name in names) == UNITS * len(STEPS) - 4
-    assert run_stage(select, experiment, run) == []
-    before, longer = fids(experiment, run), change(experiment, "train", steps=8)
-    assert not select.STAGE.is_done(run.of(longer)), "training has not come to its end"
-    save(experiment, run, 8, 0.02)
-    assert not select.STAGE.is_done(run.of(longer))
-    names, found = select_best(longer, run)
+    assert run_stage(select, trained) == []
+    before, longer = fids(trained), change(trained, "train", steps=8)
+    assert not select.STAGE.is_done(longer), "training has not come to its end"
+    save(trained, 8, 0.02)
+    assert not select.STAGE.is_done(longer)
+    names, found = select_best(longer)
     assert sum(name.startswith("samples") for name in names) == UNITS
     assert [score["step"] for score in found["scores"]] == [*STEPS, 8]
-    assert before.items() <= fids(longer, run).items()
-    assert selection.fill_in_selection(run.of(longer)).experiment.checkpoint_rule.startswith("best of 4 ")
+    assert before.items() <= fids(longer).items()
+    assert selection.fill_in_selection(longer).experiment.checkpoint_rule.startswith("best of 4 ")
 
 
 def test_an_interruption_leaves_no_candidate(trained):
-    experiment, run = trained
-    save(experiment, run, 5, 1.0)
-    every = scoring(experiment, checkpoints="all")
+    save(trained, 5, 1.0)
+    every = scoring(trained, checkpoints="all")
     ended = change(every, "train", steps=5)
-    found = [list(selection.list_candidates(run.of(asked))) for asked in (experiment, every, ended)]
+    found = [list(selection.list_candidates(asked)) for asked in (trained, every, ended)]
     assert found == [[2, 4, 6], [2, 4, 6], [2, 4, 5]]
 
 
 def test_a_damaged_selection_is_made_again(trained, caplog):
-    experiment, run = trained
-    select_best(experiment, run)
-    path = run.of(experiment).selection_json
+    select_best(trained)
+    path = trained.selection_json
     path.write_text(path.read_text().replace('"best": ', '"best": 1'))
-    assert not is_done(experiment, run) and "selection.json" in caplog.text
-    assert run_stage(select, experiment, run) == []
-    assert is_done(experiment, run)
+    assert not is_done(trained) and "selection.json" in caplog.text
+    assert run_stage(select, trained) == []
+    assert is_done(trained)
 
 
 def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog):
-    experiment, run = trained
-    shutil.rmtree(run.step_folder(2))
+    shutil.rmtree(trained.step_folder(2))
     with caplog.at_level(logging.WARNING):
-        next(list_rounds(select.STAGE, run.of(experiment)))
+        next(list_rounds(select.STAGE, trained))
     assert "2 of 3 checkpoints are there" in caplog.text
     for step in (4, 6):
-        shutil.rmtree(run.step_folder(step))
-    save(experiment, run, 5, 1.0)
+        shutil.rmtree(trained.step_folder(step))
+    save(trained, 5, 1.0)
     message = r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
     with pytest.raises(PipelineError, match=message):
-        next(list_rounds(select.STAGE, run.of(experiment)))
+        next(list_rounds(select.STAGE, trained))
 
 
 # The whole command

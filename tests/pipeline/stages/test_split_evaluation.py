@@ -42,10 +42,9 @@ sys.exit(main(sys.argv[2:]))
 def prepared(tmp_path_factory) -> Path:
     """A storage root with the shards, a checkpoint and the classifier: what is not split."""
     storage = tmp_path_factory.mktemp("prepared")
-    experiment = load_experiment("digits", EXPERIMENT)
-    run = make_place(experiment, storage)
-    run_stage(shard, experiment, run)
-    with_weights(experiment, run)
+    run = make_place(load_experiment("digits", EXPERIMENT), storage)
+    run_stage(shard, run)
+    with_weights(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classifier, "STEPS", 20)
         preparations.train_classifier(one_cpu().context, run)

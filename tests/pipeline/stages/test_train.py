@@ -21,9 +21,9 @@ from pipeline.stages import train
 from pipeline.store import checkpoint
 
 
-def train_to(experiment, run, steps, context=None):
+def train_to(run, steps, context=None):
     """Train, here or in the given context; return the points of the log."""
-    train.STAGE.run_worker(context or one_cpu().context, run.of(change(experiment, "train", steps=steps)))
+    train.STAGE.run_worker(context or one_cpu().context, change(run, "train", steps=steps))
     return [json.loads(line) for line in run.log.read_text().splitlines()] if run.log.exists() else []
 
 
@@ -76,15 +76,13 @@ def test_epochs_and_seeds_have_different_orders():
 
 
 def test_images_read_from_the_tars_train_the_same_run(tiny_run):
-    experiment, run = tiny_run
-    from_memory = renamed(run, "-from-memory")
-    train_to(experiment, from_memory, 3)
-    train_to(experiment, run, 3, Worker(torch.device("cpu"), cpus=1, image_memory=0))
-    assert_equal_states(run, from_memory, 3)
+    from_memory = renamed(tiny_run, "-from-memory")
+    train_to(from_memory, 3)
+    train_to(tiny_run, 3, Worker(torch.device("cpu"), cpus=1, image_memory=0))
+    assert_equal_states(tiny_run, from_memory, 3)
 
 
 def test_the_pass_before_the_first_step_with_peers_is_the_graph_of_the_steps(tiny_run, monkeypatch):
-    experiment, run = tiny_run
     graphs, compile_network = [], torch.compile
 
     def note_graph(graph, inputs):
@@ -92,10 +90,9 @@ def test_the_pass_before_the_first_step_with_peers_is_the_graph_of_the_steps(tin
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda net: compile_network(net, backend=note_graph))
-    experiment = change(
-        change(experiment, "train", compile=True, accumulate=2, precision="bf16"), "model", dropout=0.3
-    )
-    train_to(experiment, run, 2, Worker(torch.device("cpu"), cpus=1, world_size=2))
+    tiny_run = change(tiny_run, "train", compile=True, accumulate=2, precision="bf16")
+    tiny_run = change(tiny_run, "model", dropout=0.3)
+    train_to(tiny_run, 2, Worker(torch.device("cpu"), cpus=1, world_size=2))
     assert len(graphs) == 1
 
 
@@ -103,53 +100,49 @@ def test_a_gpu_that_is_too_small_is_told_what_to_change_and_not_tried_again(tiny
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    experiment, run = tiny_run
     monkeypatch.setattr(train, "train_step", fail)
     with pytest.raises(PipelineError, match=r"a training step.*train\.accumulate=2.*ddpm doctor"):
-        train_to(change(experiment, "train", deterministic=True), run, 1)
+        train_to(change(tiny_run, "train", deterministic=True), 1)
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(PipelineError, match=r"NLL of two images.*evaluate\.nll_batch_size"):
         Unit(UnitKind.NLL, fail, (), "NLL of two images").run(one_cpu().context)
 
 
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
-    experiment, run = tiny_run
-    experiment = change(experiment, "model", dropout=0.3)
-    untouched = renamed(run, "-untouched")
-    expected = train_to(experiment, untouched, 6)
-    train_to(experiment, run, 4)
+    tiny_run = change(tiny_run, "model", dropout=0.3)
+    untouched = renamed(tiny_run, "-untouched")
+    expected = train_to(untouched, 6)
+    train_to(tiny_run, 4)
     torch.randn(5)  # whatever else the process drew
-    assert curve(train_to(experiment, run, 6), "loss") == curve(expected, "loss")
-    assert_equal_states(run, untouched, 6)
+    assert curve(train_to(tiny_run, 6), "loss") == curve(expected, "loss")
+    assert_equal_states(tiny_run, untouched, 6)
 
 
 def test_a_final_checkpoint_that_fails_its_hash_is_made_again(tiny_run):
-    experiment, run = tiny_run
-    train_to(experiment, run, 6)
-    good = {name: tensor.clone() for name, tensor in final_state(run, 6).items()}  # not a map of the file
-    flip_bit(run.step_folder(6) / checkpoint.STATE)
-    assert not train.STAGE.is_done(run.of(experiment))
-    train_to(experiment, run, 6)
-    assert train.STAGE.is_done(run.of(experiment))
-    again = final_state(run, 6)
+    train_to(tiny_run, 6)
+    good = {name: its.clone() for name, its in final_state(tiny_run, 6).items()}  # not a map of the file
+    flip_bit(tiny_run.step_folder(6) / checkpoint.STATE)
+    assert not train.STAGE.is_done(tiny_run)
+    train_to(tiny_run, 6)
+    assert train.STAGE.is_done(tiny_run)
+    again = final_state(tiny_run, 6)
     assert all(torch.equal(again[name], good[name]) for name in good)
-    train_to(experiment, run, 1)
-    assert checkpoint.list_steps(run.train) == [1, 2, 4, 6], "fewer steps leave the others alone"
+    train_to(tiny_run, 1)
+    assert checkpoint.list_steps(tiny_run.train) == [1, 2, 4, 6], "fewer steps leave the others alone"
 
 
 def test_steps_computed_again_are_logged_once(tiny_run):
-    experiment, run = tiny_run
-    before = train_to(experiment, run, 6)
+    before = train_to(tiny_run, 6)
     for step in (4, 6):
-        (run.step_folder(step) / checkpoint.META).unlink()
-    with run.log.open("a") as file:
+        (tiny_run.step_folder(step) / checkpoint.META).unlink()
+    with tiny_run.log.open("a") as file:
         file.write('{"step": 7, "ti')  # a writer killed in mid-line
-    assert train_to(experiment, run, 6) == before
+    assert train_to(tiny_run, 6) == before
     assert [point["step"] for point in before] == [1, 2, 3, 4, 5, 6]
     metrics = before[0]["metrics"]
     assert metrics.keys() == {"train/loss", "train/grad_norm", "train/lr", "train/images_per_second"}
     assert metrics["train/lr"] == 0, "the first update has the rate zero"
-    assert train.STAGE.read_progress(run) == (6, f"loss {before[-1]['metrics']['train/loss']:.4f}")
+    assert train.STAGE.read_progress(tiny_run) == (6, f"loss {before[-1]['metrics']['train/loss']:.4f}")
 
 
 def stop_at(step):
@@ -162,60 +155,55 @@ def stop_at(step):
 
 @pytest.mark.parametrize(("minutes", "expected"), [(None, [3, 5]), (1e-9, [1, 2, 3, 4, 5])])
 def test_a_checkpoint_comes_by_time_and_before_a_node_is_taken_away(tiny_run, monkeypatch, minutes, expected):
-    experiment, run = tiny_run
-    experiment = change(experiment, "train", checkpoint_every=100, checkpoint_minutes=minutes)
-    untouched, saved, save = renamed(run, "-untouched"), [], checkpoint.save_checkpoint
-    train_to(experiment, untouched, 5)
+    tiny_run = change(tiny_run, "train", checkpoint_every=100, checkpoint_minutes=minutes)
+    untouched, saved, save = renamed(tiny_run, "-untouched"), [], checkpoint.save_checkpoint
+    train_to(untouched, 5)
     monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *args: (saved.append(args[3]), save(*args)))
     context, asked = one_cpu().context, iter(range(1, 6))
     context.will_lose_node = lambda: next(asked) >= 3
-    train_to(experiment, run, 5, context)
+    train_to(tiny_run, 5, context)
     assert saved == expected and next(asked) == 4, "the notice is heard once"
-    assert_equal_states(run, untouched, 5)
+    assert_equal_states(tiny_run, untouched, 5)
 
 
 @pytest.mark.parametrize(("stop", "warmup"), [(None, 2), (30, 0)])
 def test_a_run_that_has_diverged_stops_and_keeps_the_last_good_checkpoint(tiny_run, stop, warmup):
-    experiment, run = tiny_run
-    train_to(experiment, run, 2)
+    train_to(tiny_run, 2)
     wild = change(
-        experiment, "train", lr=1e30, grad_clip=None, warmup_steps=warmup, log_every=100,
+        tiny_run, "train", lr=1e30, grad_clip=None, warmup_steps=warmup, log_every=100,
         checkpoint_every=50 if stop else 5,
     )  # fmt: skip
     with pytest.raises(PipelineError, match=r"loss became .* lower train\.lr"):
-        train_to(wild, run, 40, stop_at(stop) if stop else None)
-    assert checkpoint.find_newest_step(run, at_most=100) == 2
+        train_to(wild, 40, stop_at(stop) if stop else None)
+    assert checkpoint.find_newest_step(tiny_run, at_most=100) == 2
 
 
 def test_the_stop_file_ends_training_with_a_checkpoint(tiny_run):
-    experiment, run = tiny_run
-    run.stop_file.touch()
-    train_to(experiment, run, 6)
-    assert checkpoint.find_newest_step(run, at_most=6) == 1
+    tiny_run.stop_file.touch()
+    train_to(tiny_run, 6)
+    assert checkpoint.find_newest_step(tiny_run, at_most=6) == 1
 
 
 def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run):
-    experiment, run = tiny_run
-    experiment = change(experiment, "train", log_every=4, checkpoint_every=8)
-    expected = curve(train_to(experiment, run, 8), "loss", "grad_norm")
+    tiny_run = change(tiny_run, "train", log_every=4, checkpoint_every=8)
+    expected = curve(train_to(tiny_run, 8), "loss", "grad_norm")
     assert [step for step, *_ in expected] == [4, 8]
     for step in (1, 4, 5):
-        stopped = renamed(run, f"-{step}")
-        train_to(experiment, stopped, 8, stop_at(step))
+        stopped = renamed(tiny_run, f"-{step}")
+        train_to(stopped, 8, stop_at(step))
         assert checkpoint.list_steps(stopped.train) == [step]
-        assert curve(train_to(experiment, stopped, 8), "loss", "grad_norm") == expected
-        assert_equal_states(stopped, run, 8)
+        assert curve(train_to(stopped, 8), "loss", "grad_norm") == expected
+        assert_equal_states(stopped, tiny_run, 8)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     """The file holds the state of its step although the tensors have moved on meanwhile."""
-    experiment, run = tiny_run
-    untouched = renamed(run, "-untouched")
-    train_to(experiment, untouched, 6)
+    untouched = renamed(tiny_run, "-untouched")
+    train_to(untouched, 6)
     stepped, write = threading.Event(), checkpoint.save_checkpoint
 
     def slow(directory, *args):
-        if directory == run.step_folder(2):
+        if directory == tiny_run.step_folder(2):
             assert stepped.wait(20), "training waited for the checkpoint"
         write(directory, *args)
 
@@ -226,43 +214,40 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
     monkeypatch.setattr(train, "Heartbeat", Beat)
-    train_to(experiment, run, 6)
-    assert_equal_states(run, untouched, 2, 4, 6)
+    train_to(tiny_run, 6)
+    assert_equal_states(tiny_run, untouched, 2, 4, 6)
 
 
 def test_what_a_killed_group_left_half_written_is_gone_when_the_next_one_trains(tiny_run):
     """The command that holds the run goes on through many groups, and checkpoints are large."""
-    experiment, run = tiny_run
-    torn = run.train / ".tmp-step_00000002-abc"
+    torn = tiny_run.train / ".tmp-step_00000002-abc"
     torn.mkdir(parents=True)
     (torn / checkpoint.STATE).write_bytes(b"half")
-    train_to(experiment, run, 2)
-    assert [path.name for path in run.train.iterdir()] == ["step_00000002"]
+    train_to(tiny_run, 2)
+    assert [path.name for path in tiny_run.train.iterdir()] == ["step_00000002"]
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_training(tiny_run, monkeypatch):
-    experiment, run = tiny_run
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises((PipelineError, OSError), match="No space left"):
-        train_to(experiment, run, 6)
-    assert checkpoint.list_steps(run.train) == []
+        train_to(tiny_run, 6)
+    assert checkpoint.list_steps(tiny_run.train) == []
 
 
 def test_more_workers_than_images_in_the_batch_are_refused(tiny_run):
     context = one_cpu().context
     context.world_size = 17
     with pytest.raises(PipelineError, match="17 workers cannot share"):
-        train_to(*tiny_run, 6, context)
+        train_to(tiny_run, 6, context)
 
 
 def test_grids_are_drawn_and_show_each_class_where_the_network_takes_labels(sharded_storage, monkeypatch):
     small = ["diffusion.timesteps=4", "sample.steps=null", "model.channels=8", "model.norm_groups=4"]
     often = ["train.batch_size=16", "train.sample_every=2", "evaluate.nll_timesteps=null"]
-    experiment = config.load_experiment("context_digits", [*small, *often])
     asked = []
     forward = ContextUNet.forward
 
@@ -272,15 +257,15 @@ def test_grids_are_drawn_and_show_each_class_where_the_network_takes_labels(shar
         return forward(net, x_t, t, context)
 
     monkeypatch.setattr(ContextUNet, "forward", listening)
-    run = make_place(experiment, sharded_storage)
+    run = make_place(config.load_experiment("context_digits", [*small, *often]), sharded_storage)
     with (
         monkeypatch.context() as patch,
         pytest.raises(OSError),
     ):  # killed while the grid of a checkpoint is drawn
         patch.setattr(train, "save_grid", Mock(side_effect=OSError))
-        train_to(change(experiment, "train", checkpoint_every=2), run, 4)
+        train_to(change(run, "train", checkpoint_every=2), 4)
     asked.clear()
-    train_to(experiment, run, 4)
+    train_to(run, 4)
     assert sorted(path.name for path in run.grids.iterdir()) == ["00000002.png", "00000004.png"]
     assert all(labels[:12] == [*range(10), 0, 1] for _, labels in asked)
     first, second = asked[0][0], asked[len(asked) // 2][0]
@@ -289,13 +274,12 @@ def test_grids_are_drawn_and_show_each_class_where_the_network_takes_labels(shar
 
 @pytest.mark.slow
 def test_a_compiled_network_trains_the_same_run_up_to_rounding(tiny_run):
-    experiment, run = tiny_run
-    expected = train_to(experiment, run, 3)
-    other = renamed(run, "-compiled")
-    points = train_to(change(experiment, "train", compile=True), other, 3)
+    expected = train_to(tiny_run, 3)
+    other = renamed(tiny_run, "-compiled")
+    points = train_to(change(other, "train", compile=True), 3)
     for ours, theirs in zip(points, expected, strict=True):
         for name, rel in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
             assert ours["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=rel)
-    assert final_state(other, 3).keys() == final_state(run, 3).keys(), (
+    assert final_state(other, 3).keys() == final_state(tiny_run, 3).keys(), (
         "the checkpoint does not say that it was compiled"
     )

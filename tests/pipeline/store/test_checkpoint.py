@@ -1,11 +1,10 @@
 """Checkpoints are whole and verified, or passed over for the one before."""
 
-import dataclasses
 import logging
 
 import pytest
 import torch
-from staged import asking_for
+from staged import asking_for, change, scoring
 
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
@@ -23,7 +22,7 @@ def saved(run, *steps):
 
 
 def test_tensors_come_back_as_they_were(tiny_run):
-    _, run = tiny_run
+    run = tiny_run
     channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     tensors = {**TENSORS, "c": channels_last, "same": TENSORS["net.w"], "ema.1.w": torch.full((2,), 3.0)}
     checkpoint.save_checkpoint(run.step_folder(1), checkpoint.copy_to_cpu(tensors, {}), EMA, 1)
@@ -47,7 +46,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, damage):
-    _, run = tiny_run
+    run = tiny_run
     saved(run, 2, 4)
     name, change = DAMAGES[damage]
     file = run.step_folder(4) / name
@@ -60,7 +59,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
 
 
 def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_run):
-    _, run = tiny_run
+    run = tiny_run
     saved(run, 2, 4, 6)
     assert checkpoint.find_newest_step(run, at_most=5) == 4
     assert checkpoint.find_newest_step(run, at_most=1) is None
@@ -69,19 +68,15 @@ def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_
 
 
 def test_a_new_checkpoint_is_not_hashed_again_to_tell_that_it_is_there(tiny_run, monkeypatch):
-    _, run = tiny_run
+    run = tiny_run
     saved(run, 2)
     monkeypatch.setattr("pipeline.store.files.hash_file", pytest.fail)
     assert checkpoint.is_valid(run, 2)
 
 
-def keeping(experiment, keep, keep_every=None, checkpoints=None, every=1, steps=()):
+def keeping(run, keep, keep_every=None, checkpoints=None, every=1, steps=()):
     rules = {"keep": keep, "keep_every": keep_every, "checkpoint_every": every, "keep_steps": steps}
-    return dataclasses.replace(
-        experiment,
-        train=dataclasses.replace(experiment.train, **rules),
-        evaluate=dataclasses.replace(experiment.evaluate, checkpoints=checkpoints),
-    )
+    return scoring(change(run, "train", **rules), checkpoints=checkpoints)
 
 
 @pytest.mark.parametrize(
@@ -96,52 +91,47 @@ def keeping(experiment, keep, keep_every=None, checkpoints=None, every=1, steps=
     ],
 )
 def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
-    experiment, run = tiny_run
-    saved(run, 1, 2, 3, 4, 5, 6, 8)
-    # a longer run's are none of its business
-    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, **rules)), at_most=6)
-    assert checkpoint.list_steps(run.train) == left
+    saved(tiny_run, 1, 2, 3, 4, 5, 6, 8)
+    # a longer tiny_run's are none of its business
+    checkpoint.delete_old_checkpoints(keeping(tiny_run, **rules), at_most=6)
+    assert checkpoint.list_steps(tiny_run.train) == left
 
 
 def test_what_anything_refers_to_stays(tiny_run):
-    experiment, run = tiny_run
-    saved(run, 1, 2, 3, 4, 5, 6)
+    saved(tiny_run, 1, 2, 3, 4, 5, 6)
     at = {step: {"protocol": {"checkpoint": step}} for step in (1, 2, 3, 4)}
-    write_json(run.path / "samples" / "unfinished" / "00000.json", at[1])
-    write_json(run.path / "samples" / "whole" / "manifest.json", at[2])
-    write_json(run.path / "evaluation" / "0a" / "metrics.json", at[3])
-    write_json(run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
-    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, 1)), at_most=6)
-    assert checkpoint.list_steps(run.train) == [1, 2, 3, 4, 6]
+    write_json(tiny_run.path / "samples" / "unfinished" / "00000.json", at[1])
+    write_json(tiny_run.path / "samples" / "whole" / "manifest.json", at[2])
+    write_json(tiny_run.path / "evaluation" / "0a" / "metrics.json", at[3])
+    write_json(tiny_run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
+    checkpoint.delete_old_checkpoints(keeping(tiny_run, 1), at_most=6)
+    assert checkpoint.list_steps(tiny_run.train) == [1, 2, 3, 4, 6]
 
 
 def test_a_kept_step_can_be_scored_but_not_resumed(tiny_run, caplog):
-    experiment, run = tiny_run
-    saved(run, 1, 2, 4, 6)
-    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, 1, every=3, steps=(2, 4, 6))), at_most=6)
-    assert checkpoint.list_steps(run.train) == [2, 4, 6]
-    assert [checkpoint.has_state(run.step_folder(step)) for step in (2, 4, 6)] == [False, False, True]
-    assert checkpoint.is_valid(run, 4) and checkpoint.load_weights(run.step_folder(4), "ema")
-    assert checkpoint.find_newest_step(run, at_most=5) is None and not caplog.text
+    saved(tiny_run, 1, 2, 4, 6)
+    checkpoint.delete_old_checkpoints(keeping(tiny_run, 1, every=3, steps=(2, 4, 6)), at_most=6)
+    assert checkpoint.list_steps(tiny_run.train) == [2, 4, 6]
+    assert [checkpoint.has_state(tiny_run.step_folder(step)) for step in (2, 4, 6)] == [False, False, True]
+    assert checkpoint.is_valid(tiny_run, 4) and checkpoint.load_weights(tiny_run.step_folder(4), "ema")
+    assert checkpoint.find_newest_step(tiny_run, at_most=5) is None and not caplog.text
     with pytest.raises(PipelineError, match="nothing resumes"):
-        checkpoint.load_checkpoint(run.step_folder(4))
-    raw = dataclasses.replace(experiment, sample=dataclasses.replace(experiment.sample, weights="raw"))
-    assert checkpoint.is_valid(run.of(raw), 6) and not checkpoint.is_valid(run.of(raw), 4)
+        checkpoint.load_checkpoint(tiny_run.step_folder(4))
+    raw = asking_for(tiny_run, weights="raw")
+    assert checkpoint.is_valid(raw, 6) and not checkpoint.is_valid(raw, 4)
 
 
 def test_nothing_is_deleted_while_it_is_not_known_what_is_referred_to(tiny_run, caplog):
-    experiment, run = tiny_run
-    saved(run, 1, 2, 3)
-    write_text(run.path / "evaluation" / "0a" / "metrics.json", "{")
-    checkpoint.delete_old_checkpoints(run.of(keeping(experiment, 1)), at_most=3)
-    assert checkpoint.list_steps(run.train) == [1, 2, 3]
+    saved(tiny_run, 1, 2, 3)
+    write_text(tiny_run.path / "evaluation" / "0a" / "metrics.json", "{")
+    checkpoint.delete_old_checkpoints(keeping(tiny_run, 1), at_most=3)
+    assert checkpoint.list_steps(tiny_run.train) == [1, 2, 3]
     assert "no checkpoint is deleted" in caplog.text
 
 
 def test_a_missing_step_and_the_weights_of_another_network_are_refused(tiny_run):
-    experiment, run = tiny_run
-    saved(run, 2)
-    checkpoint.save_checkpoint(run.step_folder(2), TENSORS, EMA, 2)
+    saved(tiny_run, 2)
+    checkpoint.save_checkpoint(tiny_run.step_folder(2), TENSORS, EMA, 2)
     for step, complaint in ((5, r"no checkpoint of step 5 \(there are: 2\)"), (2, "another network")):
         with pytest.raises(PipelineError, match=complaint):
-            checkpoint.load_model(run.of(asking_for(experiment, checkpoint=step)), torch.device("cpu"))
+            checkpoint.load_model(asking_for(tiny_run, checkpoint=step), torch.device("cpu"))

@@ -477,10 +477,9 @@ def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
 
 def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_path, capsys):
     storage, digits = sharded_storage, ["digits", *TINY, "sample.weights=raw", "figures.which=[]"]
-    experiment = config.load_experiment("digits", digits[1:])
-    run = find.make_place(experiment, storage)
+    run = find.make_place(config.load_experiment("digits", digits[1:]), storage)
     one_cpu().run_workers(train.STAGE.run_worker, run)
-    run_stage(evaluate, experiment, run)
+    run_stage(evaluate, run)
     write_record(run, ())
     exported = tmp_path / "exported"
     main(["export", run.path.name, str(exported), "--weights=raw", f"cluster.storage={storage}"])
@@ -490,10 +489,10 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
     assert main(["import", str(exported), "--weights=raw", *words]) == 0
     (entered,) = storage.glob("entered-*")
     assert checkpoint.list_steps(entered / "train") == [STEP]
-    experiment = config.load_experiment(str(entered / "experiment.yaml"), [])
-    run_stage(evaluate, experiment, found := find.make_place(experiment, storage))
+    found = find.make_place(config.load_experiment(str(entered / "experiment.yaml"), []), storage)
+    run_stage(evaluate, found)
     assert not found.log.exists(), "nothing was trained"
-    first, second = (results(place.experiment, place) for place in (run, found))
+    first, second = map(results, (run, found))
     assert first["scores"] == second["scores"]
     assert (first["protocol"]["weights"], second["protocol"]["weights"]) == ("raw", "raw")
     assert json.dumps(second["protocol"]) == json.dumps(first["protocol"] | second["protocol"])

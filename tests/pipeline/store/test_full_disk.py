@@ -15,9 +15,9 @@ from pipeline.store import checkpoint, tars
 from pipeline.store.files import write_text
 
 STAGES = {
-    "shard": lambda experiment, run: run_stage(shard, experiment, run),
-    "train": lambda experiment, run: train.STAGE.run_worker(one_cpu().context, run.of(experiment)),
-    "sample": lambda experiment, run: run_stage(sample, experiment, run),
+    "shard": lambda run: run_stage(shard, run),
+    "train": lambda run: train.STAGE.run_worker(one_cpu().context, run),
+    "sample": lambda run: run_stage(sample, run),
 }
 MADE = {"shard": "data/*/[!.]*", "train": "tiny-*/train/*/*.safetensors", "sample": "tiny-*/samples/*/*.tar"}
 
@@ -78,19 +78,18 @@ def made(root, stage):
 )
 def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path, stage, fault):
     breaks, mends, words = FAULTS[fault]
-    experiment = tiny_experiment()
-    run = make_place(experiment, disk)
+    run = make_place(tiny_experiment(), disk)
     elsewhere = dataclasses.replace(run, storage=tmp_path / "elsewhere")
     for earlier in list(STAGES)[: list(STAGES).index(stage)]:
         for root in (run, elsewhere):
-            STAGES[earlier](experiment, root)
+            STAGES[earlier](root)
 
     breaks(disk)
     with pytest.raises(PipelineError, match=f"cannot be written .{words}.*the same command goes on"):
-        STAGES[stage](experiment, run)
+        STAGES[stage](run)
     assert made(disk, stage) == {} and not list(disk.rglob(".tmp-*"))
 
     mends(disk)
     for root in (run, elsewhere):
-        STAGES[stage](experiment, root)
+        STAGES[stage](root)
     assert made(disk, stage) == made(tmp_path / "elsewhere", stage) != {}

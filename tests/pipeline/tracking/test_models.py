@@ -25,7 +25,7 @@ def uri(tmp_path, empty_store) -> str:
 def test_a_registered_model_draws_the_samples_of_its_run_and_is_exported(
     sampled, uri, tmp_path, capsys, monkeypatch
 ):
-    run = sampled[1]
+    run = sampled
     write_record(run, ())
     where = [f"cluster.tracking_uri={uri}", f"cluster.storage={run.storage}"]
     for _ in range(2):
@@ -59,7 +59,7 @@ def test_a_registered_model_draws_the_samples_of_its_run_and_is_exported(
 
 @pytest.mark.parametrize(("limit", "held"), [(0, set()), (10_000, set()), (2**30, {"6"})])
 def test_weights_are_copied_up_to_a_size_and_models_say_which_hold_them(sampled, uri, limit, held):
-    run = sampled[1]
+    run = sampled
     write_record(run, ())
     with tracking.Mirror(uri, run.name, run, largest_model=limit) as mirror:
         pass
