@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 
 from pipeline import config
-from pipeline.config import Experiment
+from pipeline.config import DataConfig, Experiment
 from pipeline.store import files as rundir
-from pipeline.store import keys
+from pipeline.store import keys, tars
 from pipeline.store.run import Place
 
 BEGAN = 1_700_000_000_000  # Unix milliseconds
@@ -27,20 +27,19 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
     run = Place(storage, experiment, data_key, keys.make_run_key(experiment, data_key))
     made_with = {
         "commit": "0123456789abcdef0123456789abcdef01234567", "versions": {"torch": "2.9", "ray": "2.50"},
-        "data_key": run.data_key, "keys": keys.VERSION,
+        "data_key": run.data_key, "keys": keys.VERSION, "command": "ddpm run digits name=`a`", "host": "vm",
     }  # fmt: skip
     tree = config.to_dict(experiment) | {"made_with": made_with}
     rundir.write_text(run.experiment_yaml, yaml.safe_dump(tree, sort_keys=False))
-    write_data(run)
+    labels = experiment.data.labels
+    write_images(run.data, experiment.data, ("train", "test"), fingerprint="synthetic", labels=labels)
     write_log(run, 0, experiment.train.steps, experiment.train.log_every)
     for step in (experiment.train.steps - experiment.train.checkpoint_every, experiment.train.steps):
         write_checkpoint(run, step)
         write_grid(run.grid(step), experiment)
     if scores:
         write_grid(run.samples_grid, experiment, 10)
-        splits = {"samples": {"count": experiment.sample.num_images, "shards": []}}
-        shape = {"image_size": experiment.data.image_size, "channels": experiment.data.channels}
-        rundir.write_manifest(run.samples, ["grid.png"], splits=splits, **shape)
+        write_images(run.samples, experiment.data, ("samples",), "grid.png")
         write_scores(run.scores, experiment)
         captions = {"samples.png": "Samples (Fig. 13)", "progressive.png": "Progressive generation (Fig. 6)"}
         for figure in captions:
@@ -49,13 +48,16 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
     return experiment, run
 
 
-def write_data(run: Place) -> None:
-    run.data.mkdir(parents=True, exist_ok=True)
-    (run.data / "train-00000.tar").write_bytes(b"images")
-    splits = {"train": {"count": 1437, "shards": ["train-00000.tar"]}, "test": {"count": 360, "shards": []}}
-    data = run.experiment.data
-    facts = {"image_size": data.image_size, "channels": data.channels, "labels": data.labels}
-    rundir.write_manifest(run.data, ["train-00000.tar"], splits=splits, fingerprint="synthetic", **facts)
+def write_images(folder: Path, data: DataConfig, splits: tuple[str, ...], *others: str, **facts: Any) -> None:
+    """Shards with eight images in each split, sealed with other files of the folder."""
+    shape, shards = (8, data.image_size, data.image_size, data.channels), {}
+    images = np.random.default_rng(4).integers(0, 256, shape, dtype=np.uint8)
+    for split in splits:
+        shard = tars.Shard(folder, f"{split}-00000.tar", split, 0, len(images))
+        shard.write(tars.Record(f"{i:08d}", tars.encode_png(image), None) for i, image in enumerate(images))
+        shards[split] = [shard.require_facts()]
+    shape = {"image_size": data.image_size, "channels": data.channels}
+    tars.write_shard_manifest(folder, shards, others, **shape, **facts)
 
 
 def write_log(run: Place, start: int, stop: int, every: int) -> None:

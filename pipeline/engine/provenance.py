@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import shlex
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline import config
 from pipeline.compute.resources import list_gpu_names
@@ -17,7 +22,7 @@ from pipeline.engine.code import (
     hash_patch,
     read_commit,
 )
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, hide_password
 from pipeline.stages.stage import Stage
 from pipeline.store import keys
 from pipeline.store.files import name_user, write_text
@@ -27,15 +32,20 @@ PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf
 
 
 def collect_provenance(experiment: Experiment) -> Tree:
-    """Collect the commit, the versions of program and libraries, and the driver's machine, in words."""
+    """Collect the commit, the versions of program and libraries, the command, and the driver's machine, in words."""
     import torch
 
     gpus = list_gpu_names()
     cpus = f"{len(os.sched_getaffinity(0))} CPUs ({torch.backends.cpu.get_cpu_capability()})"
     # A run in one process needs neither Ray nor MLflow.
     versions = {package: find_package_version(package) or "not installed" for package in PACKAGES}
+    started = Path(sys.argv[0]).name in ("ddpm", "__main__.py")  # not an actor of Ray's
+    words = [hide_password(word) if "://" in word else word for word in sys.argv[1:]]
     return {
         "commit": find_commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": shlex.join(["ddpm", *words]) if started else "",
+        "host": platform.node(),
         "code": hash_code(experiment.model.name),
         "user": name_user(),
         "versions": {"ddpm-pipeline": find_version(), **versions},

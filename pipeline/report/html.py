@@ -12,7 +12,6 @@ from urllib.parse import unquote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
-from markdown_it.common.utils import escapeHtml
 from markdown_it.token import Token
 from markupsafe import Markup
 
@@ -33,9 +32,10 @@ def convert_to_html(markdown: str, folder: Path) -> str:
 
     def render(part: Sequence[Token]) -> Markup:
         html = parser.renderer.render(part, parser.options, {})
-        return Markup(
-            html.replace("<table>", "<div class=scroll><table>").replace("</table>", "</table></div>")
-        )
+        html = html.replace("<table>", "<div class=scroll><table>").replace("</table>", "</table></div>")
+        shown, *folds = html.split("<h3>")  # a third heading folds what follows it
+        folds = [fold.replace("</h3>", "</summary>", 1) for fold in folds]
+        return Markup(shown + "".join(f"<details><summary>{fold}</details>" for fold in folds))
 
     cuts = [i for i, token in enumerate(tokens) if token.type == "heading_open" and token.tag == "h2"]
     head, *parts = (tokens[start:end] for start, end in pairwise([0, *cuts, len(tokens)]))
@@ -54,7 +54,7 @@ def convert_to_html(markdown: str, folder: Path) -> str:
 
 
 def _edit_tokens(tokens: Sequence[Token], folder: Path) -> None:
-    """Embed the pictures; make figures, headings of rows, and folded code, for which Markdown has no tags."""
+    """Embed the pictures; make figures and headings of rows, for which Markdown has no tags."""
     for number, token in enumerate(tokens):
         for image in (child for child in token.children or [] if child.type == "image"):
             file = (folder / unquote(str(image.attrs["src"]))).resolve()
@@ -76,7 +76,3 @@ def _edit_tokens(tokens: Sequence[Token], folder: Path) -> None:
         elif token.type == "tr_open" and tokens[number + 1].type == "td_open":
             tokens[number + 1].tag = tokens[number + 3].tag = "th"
             tokens[number + 1].attrs["scope"] = "row"
-        elif token.type == "fence":  # folded under the words that follow its language
-            title, code = (escapeHtml(text) for text in (token.info.partition(" ")[2], token.content))
-            token.type = "html_block"
-            token.content = f"<details><summary>{title}</summary><pre>{code}</pre></details>"

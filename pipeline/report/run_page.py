@@ -9,11 +9,21 @@ from pipeline.report.page import TEMPLATE, format_value
 from pipeline.report.run_files import RunFiles
 from pipeline.store.checkpoint import create_network
 from pipeline.store.run import STAGES
+from pipeline.tracking import list_links
 
 
 def compose_page(run: RunFiles, folder: Path) -> str:
     """Return the page as Markdown; write its pictures into `folder`."""
+    made = run.provenance
+    links = [f"[{link.partition('/#')[0]}]({link}){served}" for link, served in list_links(run.place)]
+    first_facts = {
+        "Date": made.get("date"),
+        "Command": format_value(made.get("command") or ""),
+        "Host": format_value(made.get("host") or ""),
+        "MLflow": " · ".join(links),
+    }
     return TEMPLATE.get_template("run.md").render(
+        first_facts=first_facts,
         run=run,
         folder=folder,
         headline=headline,

@@ -12,13 +12,16 @@ from ddpm.config import DiffusionConfig
 from ddpm.schedules import get_betas
 from pipeline.drawing import charts
 from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_picture
+from pipeline.drawing.grids import save_grid
 from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import Metric
 from pipeline.scores.results import Bound, Scores
 from pipeline.store.files import require_sealed, try_read
+from pipeline.store.tars import load_images, open_shards
 
 LEAST_WIDTH = 1000  # pixels; smaller pictures are enlarged, so that their pixels stay sharp
 STEP_GRIDS = 4
+FIRST = 16  # images of a kind at the top of the page
 FIGURE_5_SVG = "rate_distortion.svg"  # left out: the page draws its panels with the paper's points
 # metric of log.jsonl: name of the file, title, logarithmic, caption
 TRAINING = {
@@ -32,6 +35,24 @@ FIGURE_5 = {
     "rd-rate": "Rate, bits/dim against reverse steps T − t (paper, Fig. 5)",
     "rd": "RMSE against rate, bits/dim (paper, Fig. 5)",
 }
+
+
+def draw_first_images(run: RunFiles, folder: Path) -> list[Picture]:
+    """Draw the first samples, and beside them as many real images, of the test split where there is one."""
+    if "grid" not in run.paths:
+        return []
+    pictures: list[Picture] = []
+    for shards, split, words in (
+        (run.place.samples, "samples", "Samples"),
+        (run.place.data, "test", "Test images"),
+        (run.place.data, "train", "Training images"),
+    ):
+        facts = try_read(open_shards, shards) if len(pictures) < 2 else None
+        n = min(FIRST, facts.count_images(split)) if facts and split in facts.splits else 0
+        if n and (found := try_read(load_images, shards, split, 0, n)):
+            save_grid(torch.from_numpy(found[0]), 4, folder / f"first-{split}.png")
+            pictures.append(Picture(f"first-{split}.png", f"{words}, the first {n}"))
+    return pictures
 
 
 def copy_figures(run: RunFiles, folder: Path) -> list[Picture]:

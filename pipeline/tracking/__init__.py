@@ -6,7 +6,7 @@ is delivered once it answers, by the driver or by `ddpm sync`. Sending a parcel 
 sending it once does.
 """
 
-from pipeline.tracking.mirror import Mirror, deliver_run, describe_delivery, register_run
+from pipeline.tracking.mirror import Mirror, deliver_run, describe_delivery, list_links, register_run
 from pipeline.tracking.mlflow_client import check_server, find_default_uri, find_uri
 from pipeline.tracking.models import PREFIX, fetch_model
 from pipeline.tracking.parent import PARENT_TAG, STATE_TAG, TRIAL_TAG, ParentRun

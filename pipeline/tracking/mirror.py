@@ -17,7 +17,14 @@ from pipeline.errors import PipelineError, hide_password
 from pipeline.store.files import read_record, write_json
 from pipeline.store.run import Place
 from pipeline.tracking import mlflow_client, models
-from pipeline.tracking.mlflow_client import TABLE, Sender, explain_ui, find_default_uri, format_study_url
+from pipeline.tracking.mlflow_client import (
+    TABLE,
+    VIEW,
+    Sender,
+    explain_ui,
+    find_default_uri,
+    format_study_url,
+)
 from pipeline.tracking.parcels import Parcel, list_parcels
 from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
 
@@ -218,6 +225,18 @@ def describe_delivery(place: Place, uri: str | None, largest_model: float = 0) -
     if not (missing := mirror.list_missing()):
         return where
     return f"{where}, not up to date: {_count_kinds(parcel.name for parcel in missing)} missing ({again})"
+
+
+def list_links(place: Place) -> list[tuple[str, str]]:
+    """List the addresses of the run in MLflow, each with the command that serves it. Reads files only."""
+    servers = read_record(place.tracking_json, MirrorState).get("servers", {})
+    return [
+        (
+            f"{format_study_url(uri, of['experiment_id'])}/{of['run_id']}{VIEW}",
+            explain_ui(uri, place.storage),
+        )
+        for uri, of in servers.items()
+    ]
 
 
 def _format_sync_command(place: Place, uri: str) -> str:

@@ -109,3 +109,11 @@ def test_other_code_does_not_train_or_draw_unasked(checkout, tmp_path, capsys):
     assert list(config.read_provenance(run / "experiment.yaml")["codes"].values())[1] == second
     assert (run / f"{second[-8:]}.patch").read_text().count("OTHER = 1")
     assert ddpm("train", "train.steps=10")[0] == 0, "accepted once"
+
+
+@pytest.mark.parametrize(
+    ("program", "command"), [("ddpm", "ddpm run digits a=http://h:5"), ("default_worker.py", "")]
+)
+def test_the_command_is_recorded_without_a_password_and_none_of_rays(monkeypatch, program, command):
+    monkeypatch.setattr("sys.argv", [f"/bin/{program}", "run", "digits", "a=http://u:secret@h:5"])
+    assert provenance.collect_provenance(config.load_experiment("digits", []))["command"] == command

@@ -143,6 +143,9 @@ def test_other_images_stand_beside_reference_points_only(digits):
         "| Versions | torch 2.9, ray 2.50 |",
         "| Time | train 2 min 10 s |",
         "8.0% to 13.0% of the samples",
+        "![Samples, the first 8](first-samples.png)",
+        "![Test images, the first 8](first-test.png)",
+        "| Command | ddpm run digits name=\\`a\\` |\n| Host | vm |",
         "beta_schedule: linear",
     ):
         assert row in markdown
@@ -217,8 +220,13 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(make):
         assert report.STAGE.is_done(run)
 
 
-def test_commits_are_named_by_stage_where_they_differ(make):
+def test_commits_are_named_by_stage_where_they_differ_and_mlflow_is_linked(make):
     run = make()
+    rundir.write_json(
+        run.tracking_json,
+        {"servers": {"http://a:5": {"experiment_id": "3", "run_id": "r7", "parcels": {}, "study": "s"}}},
+    )
+    assert "](http://a:5/#/experiments/3/runs/r7?workflowType=machine_learning) |" in write(run)[1]
     for commits, words in (
         ({"train": ["a1"], "evaluate": ["a1"], "report": ["c3"]}, "`a1`"),
         ({"train": ["a1", "b2"], "evaluate": ["b2"]}, "train `a1` · train, evaluate `b2`"),

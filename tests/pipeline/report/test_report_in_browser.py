@@ -16,11 +16,23 @@ return [...document.querySelectorAll('body *')]
   .map(node => node.outerHTML.slice(0, 120))
 """
 
+# Numbers that are wider than their card.
+CUT = """
+return [...document.querySelectorAll('header td')].filter(node => node.scrollWidth > node.clientWidth + 1)
+  .map(node => node.innerText)
+"""
+# The pictures, the verdict and the cards are seen without scrolling.
+BELOW = """
+return [...document.querySelectorAll('header img, header blockquote, header :not(a)[class=scroll]:first-of-type tr')]
+  .filter(node => node.getBoundingClientRect().bottom > 844).map(node => node.outerHTML.slice(0, 120))
+"""
+
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
-    wide = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000")
+    wide = ("train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000",
+        "evaluate.checkpoints=null", "sample.checkpoint=last")  # fmt: skip
     places = []
     for name, overrides in (("digits", ()), ("cifar10", wide)):
         experiment, run = make_run(storage, name, overrides)
@@ -31,14 +43,16 @@ def pages(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (820, True), (390, False), (390, True)])
 def test_pages_load_and_fit(pages, tmp_path, width, dark):
     with open_browser(tmp_path, width, dark) as browser:
         for page in pages:
             browser.open(page)
             assert browser.run("return innerWidth") == width, "or nothing of this means anything"
             assert browser.run(STICKING_OUT) == []
+            assert browser.run(CUT) == [] and browser.run(BELOW) == []
             assert browser.run("return document.documentElement.scrollWidth") == width
+            assert browser.run("return document.documentElement.scrollHeight") < 6 * 844
             assert browser.run("return [...document.images].filter(i => !i.naturalWidth).length") == 0
             assert browser.run("return matchMedia('(prefers-color-scheme: dark)').matches") is dark
             colour = browser.run("return getComputedStyle(document.documentElement).backgroundColor")
