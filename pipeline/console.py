@@ -87,16 +87,14 @@ class ProgressBar:
         elif (done, note) != self.last and (done >= self.total or now - self.last_line >= LINE_SECONDS):
             self.last_line, self.last = now, (done, note)
             pace = f", {format_rate(rate)}" if rate else ""
-            left = (
-                f", {format_duration((self.total - done) / rate)} left" if rate and done < self.total else ""
-            )
-            print_line(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{left}{note and ', ' + note}")
+            if rate and done < self.total:
+                pace += f", {format_duration((self.total - done) / rate)} left"
+            print_line(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{note and ', ' + note}")
 
     def _compute_rate(self, done: int, now: float) -> float | None:
         """Return items per second; None before it is known.
 
-        Small items count from the first that were done: what came before was starting up. Where items are large,
-        several end together, and only the whole time is meaningful.
+        Small items count from the first one: what came before was starting up. Large ones end several at a time.
         """
         if self.first is None and done > self.start:
             self.first = now, done

@@ -35,9 +35,8 @@ class Browser:
     def _call(self, path: str, content: dict[str, Any] | None = None, method: str = "POST") -> Any:
         data = None if content is None else json.dumps(content).encode()
         address = self.address if path or "/session/" in self.address else f"{self.address}/session"
-        request = urllib.request.Request(
-            address + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        kind = {"Content-Type": "application/json"}
+        request = urllib.request.Request(address + path, data, kind, method=method)
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)["value"]
 

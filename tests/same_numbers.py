@@ -63,9 +63,8 @@ def compare_scores(ours: Path, theirs: Path) -> list[str]:
         content = json.loads(file.read_text())
         found.append({"scores": content["scores"], "reference_points": content["reference_points"]})
     print(f"   scores: {json.dumps(found[0]['scores'])}")
-    return (
-        [] if found[0] == found[1] else [f"scores: {json.dumps(found[0])} here, {json.dumps(found[1])} there"]
-    )
+    here, there = map(json.dumps, found)
+    return [f"scores: {here} here, {there} there"] if here != there else []
 
 
 def main() -> int:

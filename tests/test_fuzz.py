@@ -203,9 +203,8 @@ def check_damage(twin: Path, case: tuple[Path, str, int, object]) -> None:
 def run_cases(name: str, check: Callable[..., None], cases: Any, count: int, number: int) -> int:
     """Check so many cases; print the smallest example of each kind of fault, and return how many kinds."""
     began, faults = time.monotonic(), []
-    options = settings(
-        max_examples=max(1, count), database=None, deadline=None, suppress_health_check=[*HealthCheck]
-    )
+    limits = {"database": None, "deadline": None, "suppress_health_check": [*HealthCheck]}
+    options = settings(max_examples=max(1, count), **limits)
     try:
         seed(number)(options(given(cases)(lambda case: check(case))))()
     except (AssertionError, ExceptionGroup) as fault:

@@ -35,10 +35,9 @@ def draw_images(options: Namespace, cluster: ClusterConfig, out: Path) -> None:
     settings["options"] |= {name: value for name, value in asked.items() if value is not None}
     model = build_model(settings, tensors, "cuda" if torch.cuda.is_available() else "cpu")
     how, n = model.options, options.number or (1 if options.interpolate else 16)
-    if how["sampler"] == "ancestral":
-        reason = explain_few_steps(model.diffusion, how["steps"], how["variance"])
-        if reason:
-            print_line(f"warning: {reason}")
+    reason = explain_few_steps(model.diffusion, how["steps"], how["variance"])
+    if how["sampler"] == "ancestral" and reason:
+        print_line(f"warning: {reason}")
     try:
         if options.interpolate:
             frames = _interpolate_files(model, n, options, label, framed=out.suffix == ".png")
@@ -63,7 +62,7 @@ def _check_options(options: Namespace, out: Path) -> None:
         raise ConfigError("--lambda and --at belong to --interpolate A B")
     if options.interpolate and out.suffix == ".gif":
         raise ConfigError(
-            "a .gif shows the reverse process from noise; with --interpolate, end the name in .png"
+            "a .gif shows the reverse process from noise; for --interpolate, end the name in .png"
         )
 
 

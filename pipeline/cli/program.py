@@ -71,9 +71,7 @@ ACCEPT_CODE = _declare(
 )
 RUN = _declare("run", metavar="RUN", help="a run directory, or how its name begins")
 STUDY = (
-    _declare(
-        "--dry-run", action="store_true", help="list trials, resources and the time left; start nothing"
-    ),
+    _declare("--dry-run", action="store_true", help="list trials, resources and time left; start nothing"),
     _declare("--yes", action="store_true", help=f"really more than {do.MANY} trials"),
     ACCEPT_CODE,
     CLUSTER,
@@ -86,10 +84,8 @@ ADDRESS = _declare(
 
 def _make_stage_command(name: str, text: str, examples: str) -> Command:
     """Return the command that runs the stages up to one stage."""
-    examples += CONFIGURATIONS + GOES_ON
-    return Command(
-        name, do.run_experiment, text, examples, (*EXPERIMENT, ACCEPT_CODE), do.check_submitted_run
-    )
+    arguments, examples = (*EXPERIMENT, ACCEPT_CODE), examples + CONFIGURATIONS + GOES_ON
+    return Command(name, do.run_experiment, text, examples, arguments, do.check_submitted_run)
 
 
 COMMANDS = (
@@ -327,10 +323,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _explain_error(error: Exception) -> str | None:
     """Return reason and remedy of a user's error; None for a bug."""
     if isinstance(error, ModuleNotFoundError):
-        name = error.name or ""
-        if name.split(".")[0] in ("pipeline", "ddpm"):
-            return None
-        return f"{sys.executable} has no module {name}: install this program for it (pip install .)"
+        remedy = f"{sys.executable} has no module {error.name}: install this program for it (pip install .)"
+        return None if str(error.name).startswith(("pipeline", "ddpm")) else remedy
     if isinstance(error, OSError):  # a full disk, a folder that cannot be written
         return f"{error.filename or 'a file'}: {error.strerror or error}"
     return str(error)

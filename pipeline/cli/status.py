@@ -22,6 +22,7 @@ from pipeline.config import ClusterConfig
 from pipeline.console import format_table
 from pipeline.engine.code import find_package_version
 from pipeline.engine.find import check_storage, explain_old_run, prepare_storage_root
+from pipeline.engine.provenance import PACKAGES
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.scores.results import Results
@@ -42,9 +43,6 @@ from pipeline.store.run import (
 from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
 
-PACKAGES = (
-    "torch", "torchvision", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "safetensors",
-)  # fmt: skip
 PROGRAMS = r"ray::\w+|\braylet\b|gcs_server|mlflow|pipeline \w+|ddpm \w+"
 ROW = "{:<11} {:>6} {:>6}  {:<13}  {}"  # of a run
 
@@ -68,11 +66,8 @@ def format_status(root: Path) -> str:
             studies.append(_describe_study(path))
         except (PipelineError, KeyError, TypeError) as error:
             problems.append(f"{path} cannot be read: {error}")
-    tables = [
-        *([f"{root}\n{ROW.format('state', 'age', 'left', 'steps', 'run')}"] if runs else []),
-        *runs,
-        *problems,
-    ]
+    head = [f"{root}\n{ROW.format('state', 'age', 'left', 'steps', 'run')}"] if runs else []
+    tables = [*head, *runs, *problems]
     if studies:
         tables.append(format_table(("sweep", "finished", "stopped", "failed", "best", "score"), studies))
     return "\n".join(tables)
@@ -99,7 +94,6 @@ def _describe_run(path: Path, changed: float) -> str:
     step, steps, state = read_progress(place)[0], experiment.train.steps, find_state(path)
     selections = [read_sealed(file, Selection) for file in find_selections(path)]
     of_candidates = {score["evaluation"] for selected in selections for score in selected["scores"]}
-    scores = [file for file in find_scores(path) if file.parent.name not in of_candidates]
     sets = [read_json(file, ShardSetFacts)["splits"] for file in find_sample_manifests(path)]
     images = sum(split["count"] for splits in sets for split in splits.values())
     lines = []
@@ -107,7 +101,9 @@ def _describe_run(path: Path, changed: float) -> str:
         fid = min(score["fid"] for score in selected["scores"])
         of = f"of {len(selected['scores'])}, n={selected['n']}, {selected['weights']}"
         lines.append(f"best step {selected['best']}: FID {fid:.2f} ({of})")
-    for file in scores:
+    for file in find_scores(path):
+        if file.parent.name in of_candidates:
+            continue
         found = read_sealed(file, Results)
         protocol = found["protocol"]
         about = f"step {protocol.get('checkpoint')}, {protocol.get('weights')}, n={protocol.get('n')}"
@@ -138,9 +134,7 @@ def _format_age(seconds: float) -> str:
 
 def diagnose(cluster: ClusterConfig) -> str:
     """Return a report on devices, libraries, Inception weights and stores, with a remedy for what is missing."""
-    facts = dict(_list_machine_checks(cluster))
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
+    return "\n".join(f"{name:<17}  {fact}" for name, fact in _list_machine_checks(cluster))
 
 
 def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
@@ -155,7 +149,7 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     yield "CPUs", f"{len(os.sched_getaffinity(0))} usable, {torch.backends.cpu.get_cpu_capability()}"
     yield "memory", f"{memory:.0f} GiB"
     yield "GPUs", ", ".join(gpus) or "none: training runs on the CPUs; conf/cifar10.yaml wants a GPU"
-    for package in PACKAGES:
+    for package in ("torchvision", "safetensors", *PACKAGES):
         yield package, find_package_version(package) or f"MISSING: pip install {package}"
     weights = inception.locate_download()
     absent = f"not at {weights}; fetched when first needed, or name a file in evaluate.extractor_weights"
@@ -175,8 +169,7 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
         yield "tracking", hide_password(uri)
     except PipelineError as error:
         yield "tracking", f"PROBLEM: {error}"
-    open_ports = ", ".join(_list_open_ports())
-    yield "open ports", open_ports or "none now; SECURITY.md lists those of each command"
+    yield "open ports", ", ".join(_list_open_ports()) or "none now; SECURITY.md lists those of each command"
 
 
 def _list_open_ports() -> Iterator[str]:

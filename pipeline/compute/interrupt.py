@@ -42,8 +42,7 @@ def leave(*_: object) -> NoReturn:
 def shield_children() -> Iterator[None]:
     """Block SIGTERM and SIGHUP in the processes that the body starts, and keep the handlers of this one.
 
-    A signal to all processes of the command, as `timeout`, systemd or a closed terminal send it, is then for this
-    process alone, which ends the others when it has come to a safe point. Call it on the main thread.
+    A signal to the whole group is then for this process alone, which ends the others. Call it on the main thread.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})

@@ -1,8 +1,7 @@
 """The pool of a command: Ray actors for the units that use a network, Ray tasks for the others.
 
-An actor keeps one GPU, or one share of the CPUs, for life, and in its process the network and the extractor of
-its last unit. CUDA reads once which GPUs a process may use, so a Ray task's process, which is given to another
-task with another GPU, would go on computing on its first one.
+An actor keeps its GPU or CPUs, and the network of its last unit, for life: CUDA reads once which GPUs a process may
+use, so a task's process, which is given to another task with another GPU, would go on computing on its first one.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ class PendingCall:
 class Pool:
     """Actors of one command; they are started when needed and reused.
 
-    limits: returns how many actors and how many tasks there may be at once; it is asked at every look, so a node
-    that joins is used. interrupted: when it says yes, the units that run are given up.
+    limits: returns how many actors and tasks there may be at once, now. interrupted: asks to give up the running units.
     """
 
     def __init__(
@@ -88,8 +86,7 @@ class Pool:
     def run_units(self, units: Sequence[Unit], done: WhenDone, costs: list[Cost]) -> None:
         """Run the units, one at a time on each actor, and call `done` with each that is finished.
 
-        A unit whose actor dies, or that meets a fault of storage or device that may pass, is given to another, up to
-        `cluster.retries` times. A unit's own error ends all. On every way out the units that still run are cancelled.
+        A unit whose actor dies, or that meets a fault that may pass, is given to another: `cluster.retries` times.
         """
         self.losses = Counter()
         self.waiting = {kind: [u for u in reversed(units) if u.needs_gpu == kind] for kind in (True, False)}

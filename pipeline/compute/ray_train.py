@@ -83,8 +83,7 @@ def run_training_group(
 ) -> None:
     """Train with DDP on a group of Ray workers; a lost worker restarts it from the newest checkpoint.
 
-    That happens up to `cluster.retries` times without a new checkpoint; a PipelineError in a worker ends it and is
-    raised here, as is one of `look`, which is called again and again.
+    Not more than `cluster.retries` times without a new one. Raises a worker's PipelineError, and what `look` raises.
     """
     error: BaseException | None = None
     before: list[int] | None = None
@@ -171,11 +170,7 @@ def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], objec
 
 
 def release_training_group(place: Place) -> None:
-    """Free the Ray resources of the last training group of a run.
-
-    Ray does so itself, unless memory ran out and it lost the group's owner; then other trials would wait for
-    those CPUs for ever.
-    """
+    """Free the CPUs of a run's last training group; Ray does not where memory ran out and it lost the group's owner."""
     with suppress(FileNotFoundError):
         group = PlacementGroupID.from_hex(place.placement_group.read_text())
         remove_group(PlacementGroup(group))

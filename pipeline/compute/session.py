@@ -1,7 +1,4 @@
-"""Ray for a whole command: start or join a cluster, train on it, run units on it.
-
-Bodies and units never see Ray; they get a Worker.
-"""
+"""Ray for a whole command: start or join a cluster, train on it, run units on it. Bodies and units never see Ray."""
 
 from __future__ import annotations
 
@@ -158,8 +155,7 @@ def _start_ray(address: str | None) -> set[psutil.Process]:
 def _set_network_interface() -> None:
     """Set the network interface for gloo and NCCL, unless the host's environment names one.
 
-    Gloo looks up the host's own name, which many hosts give a loopback address, and then waits for workers that
-    cannot reach it; NCCL takes the first interface that it likes.
+    Gloo would look up the host's own name, often a loopback address; NCCL takes the first interface that it likes.
     """
     here = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():

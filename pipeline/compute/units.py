@@ -52,11 +52,9 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work with one result, written atomically by `body(ctx, *args)`.
+    """A piece of work with one result, written atomically by the module-level function `body(ctx, *args)`.
 
-    body: a module-level function.
-    name: what a person reads where the unit fails.
-    needs_gpu: it uses a network, so it gets a GPU where there are any, and a process that keeps the network.
+    name: what a person reads where it fails. needs_gpu: it uses a network, so it gets a GPU where there are any.
     images, passes: its share of the progress, and how many passes of a network each image takes.
     """
 

@@ -1,4 +1,4 @@
-"""The sections of an experiment and of a cluster, as frozen dataclasses.
+"""The sections of an experiment and of a cluster; `conf/cifar10.yaml` explains every key.
 
 The types say what a key may hold (`checks` reads them); `find_problems` compares several keys of a section.
 The settings of the science (diffusion, model, train) stand beside the code that they configure, in `ddpm`.
@@ -19,7 +19,7 @@ TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databric
 SPLITS = ("train", "test")
 FILE_NAME = r"(?!(data|sweeps|comparisons|extractors|mlartifacts)$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 NAME_RULE = (
-    "it names a folder: up to 100 letters, digits, '.', '_', '-', none of the storage root's own (data, ...)"
+    "it names a folder: up to 100 letters, digits, '.', '_', '-', none of the storage root's (data, ...)"
 )
 
 Problem = tuple[str, str]  # key, what is wrong with it
@@ -32,14 +32,7 @@ FixedVariance = Literal["fixedlarge", "fixedsmall"]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Settings of the images: their source and their shape.
-
-    labels: the number of classes, 0 for none.
-    test_images: so many are held out where the source has no test split of its own.
-    background: what shows through transparent pixels; null = no image may have any.
-    image_column: the column of the images in parquet files; null = the only one.
-    limit: so many training images, no two alike, drawn by a fixed permutation; null = all.
-    """
+    """Settings of the images: their source and their shape."""
 
     source: str
     path: str | None
@@ -68,11 +61,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStageConfig(TrainConfig):
-    """Settings of training (`TrainConfig`), and of what the train stage writes meanwhile.
-
-    Of the checkpoints stay the `keep` newest and every `keep_every`-th step; of `keep_steps`, which are saved too, the
-    EMA. checkpoint_minutes: the newest is never older; null = by steps alone. sample_every: 0 for no sample grids.
-    """
+    """Settings of training (`TrainConfig`), and of what the train stage writes meanwhile."""
 
     compile: bool
     deterministic: bool
@@ -94,10 +83,7 @@ class TrainStageConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class PublishedConfig:
-    """Settings of published weights that replace training; both null = the network is trained here.
-
-    path: a folder in the diffusers layout; weights: what its authors say they are.
-    """
+    """Settings of published weights that replace training; both null = the network is trained here."""
 
     path: str | None
     weights: Literal["raw", "ema", "unknown"] | None
@@ -109,17 +95,7 @@ class PublishedConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Settings of the sampler.
-
-    first_index: sample i is a function of first_index + i. batch_size: the images of one unit.
-    steps: null = all T; spacing: of fewer steps; eta: 0 is deterministic, 1 as noisy as ancestral sampling; variance:
-    null = diffusion.variance.
-    ema_decay: which of train.ema_decay's averages, null = the first.
-    checkpoint: a step, `last` (step train.steps), or `best` (of evaluate.checkpoints).
-    label: null (no class), a class, or `cycle` (image i gets class i modulo data.labels).
-    guidance_scale: 1 is the plain conditional network, more exaggerates.
-    compile, precision: of the network.
-    """
+    """Settings of the sampler."""
 
     num_images: Count
     first_index: Annotated[int, Range(ge=0, lt=CANDIDATES)]
@@ -145,13 +121,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Settings of the scores and their protocol.
-
-    reference: a split of the data, or the path of an .npz with the mu and sigma of somebody's features.
-    nll_images: the first of nll_split, null = all; precision: of the network in the NLL.
-    nll_timesteps: of each image t = 0 and so many draws of t, weighted back; null = all T.
-    checkpoints: null, all or every:N; these candidates are scored with `checkpoint_images` samples each.
-    """
+    """Settings of the scores and their protocol."""
 
     metrics: tuple[str, ...]
     features: Literal["inception-v3-compat", "efficientnet-lite0", "classifier", "projection"]
@@ -239,7 +209,5 @@ class ClusterConfig:
 
 def require_images_for_workers(config: TrainConfig, workers: int) -> None:
     """Raise PipelineError unless every worker gets an image of each batch."""
-    if workers > config.batch_size:
-        raise PipelineError(
-            f"{workers} workers cannot share train.batch_size={config.batch_size}: use fewer workers"
-        )
+    if workers > (images := config.batch_size):
+        raise PipelineError(f"{workers} workers cannot share train.batch_size={images}: use fewer workers")

@@ -90,10 +90,9 @@ def run_trial_stages(
     executor: Executor, interrupted: Callable[[], bool], cluster: ClusterConfig, place: Place, last: str,
     asked: Experiment | None = None, accept_code: bool = False,
 ) -> None:  # fmt: skip
-    """Run the unfinished stages of a trial with the executor of its study, which mirrors it too.
+    """Run the unfinished stages of a trial with the executor of its study; wait for others that work on the run.
 
-    Waits for another command that works on the run. `asked` is what experiment.yaml says, where that is more
-    than this call does; accept_code as in `run_stages`. Raises StopRequest, PipelineError.
+    `asked` is what experiment.yaml says, where that is more than this call does. Raises StopRequest, PipelineError.
     """
     with lock_folder(place.path, wait=True):
         remove_leftovers(place.path)

@@ -26,9 +26,8 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
-        raise PipelineError(
-            f"the storage root {root} cannot be written ({error.strerror}); set cluster.storage"
-        ) from error
+        problem = f"the storage root {root} cannot be written ({error.strerror})"
+        raise PipelineError(f"{problem}; set cluster.storage") from error
     return root
 
 
@@ -116,10 +115,8 @@ def find_run(name: str, root: Path) -> Path:
 
 def find_named_runs(name: str, root: Path) -> list[Path]:
     """Return every run that `name` means: a path, a name in the storage root, or the start of several names there."""
-    for path in (Path(name).absolute(), root / name):
-        if (path / EXPERIMENT).is_file():
-            return [path]
-    if found := find_runs(root, name):
+    paths = [path for path in (Path(name).absolute(), root / name) if (path / EXPERIMENT).is_file()]
+    if found := paths[:1] or find_runs(root, name):
         return found
     known = ", ".join(path.name for path in find_runs(root)) or "none"
     raise PipelineError(f"'{name}' is no run directory; runs in {root}: {known}")

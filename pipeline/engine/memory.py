@@ -71,22 +71,15 @@ def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -
     """
     config = replace(experiment.train, batch_size=images, accumulate=accumulate)
     data, diffusion = experiment.data, Diffusion(experiment.diffusion)
+    shape, outputs = (data.image_size, data.channels), diffusion.count_output_channels(data.channels)
     labels = experiment.num_classes
-    outputs = diffusion.count_output_channels(data.channels)
-    net = build_network(
-        experiment.model, data.image_size, data.channels, outputs, 0, labels, "meta", len(diffusion)
-    )
+    net = build_network(experiment.model, *shape, outputs, 0, labels, "meta", len(diffusion))
     with FakeTensorMode(allow_non_fake_inputs=True), MemoryCounter("cpu") as memory:
         _make_fake(net)
         state = TrainState(config, net, experiment.diffusion)
-        x_0, context = (
-            torch.empty(images, *data.shape, dtype=torch.uint8),
-            torch.zeros(images, dtype=torch.int64),
-        )
-        train_step(
-            state, diffusion, x_0, torch.arange(images),
-            config=config, seed=0, context=context if labels else None,
-        )  # fmt: skip
+        x_0, index = torch.empty(images, *data.shape, dtype=torch.uint8), torch.arange(images)
+        context = torch.zeros(images, dtype=torch.int64) if labels else None
+        train_step(state, diffusion, x_0, index, config=config, seed=0, context=context)
     peak: int = memory.peak
     return peak
 
@@ -110,9 +103,7 @@ def describe_step_memory(experiment: Experiment, workers: int) -> str:
 def _make_fake(net: nn.Module) -> None:
     """Replace the tensors of a network on the meta device by fake ones; Module.to cannot."""
     for module in net.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"))
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = torch.empty_like(b, device="cpu")
+        for name, p in module.named_parameters(recurse=False):
+            module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"))
+        for name, b in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty_like(b, device="cpu")

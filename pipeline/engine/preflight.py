@@ -24,10 +24,9 @@ MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 
 @dataclass(frozen=True)
 class Requirements:
-    """Disk and memory that a run needs, in bytes, and its numbers of kept checkpoints and images.
+    """Bytes of disk and memory that a run needs, and its numbers of kept checkpoints and images.
 
-    `memory` is a training worker's, without the training images, and without activations, which nobody knows
-    before the first step.
+    `memory` is a training worker's, without images and activations, which nobody knows before the first step.
     """
 
     kept: int

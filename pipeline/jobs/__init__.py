@@ -1,4 +1,1 @@
-"""Sends commands to a cluster as Ray jobs, and manages these jobs.
-
-Code and configurations travel, data never (`package`). Only `ray_client` imports Ray.
-"""
+"""Sends commands to a cluster as Ray jobs, and manages these jobs. Only `ray_client` imports Ray."""

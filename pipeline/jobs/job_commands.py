@@ -30,10 +30,9 @@ def submit_job(
     words: list[str], cluster: ClusterConfig, relative: list[str], address: str | None, name: str,
     follow: bool,
 ) -> int:  # fmt: skip
-    """Send a command as a job; with `follow`, print its log and return its exit code.
+    """Send a checked command as a job; with `follow`, print its log and return its exit code.
 
-    words: a command line without the program's name, whose configuration was checked; relative: its paths that
-    would mean another place on the cluster. Raises ConfigError, PipelineError before anything is sent.
+    relative: its paths that would mean another place on the cluster. Raises ConfigError, PipelineError before it sends.
     """
     from pipeline.engine.code import find_commit
 

@@ -1,8 +1,4 @@
-"""The folder that is uploaded with a job: both packages and the configurations, no data.
-
-A command line names files of this machine. Configurations are copied; every other path has to be one that the
-cluster sees.
-"""
+"""The folder that is uploaded with a job: both packages and the configurations, no data."""
 
 from __future__ import annotations
 
@@ -34,18 +30,14 @@ class Package:
 
 
 def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
-    """Raise ConfigError for relative paths, and for passwords that everybody on the cluster could read.
-
-    relative: overrides and keys with relative paths, as 'data.path=images'.
-    """
+    """Raise ConfigError for relative paths (as 'data.path=images') and passwords that all could read there."""
     means = "is a relative path, which means another folder on the cluster"
     uri = urlsplit(cluster.tracking_uri or "")
     remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"
     problems = [f"{item} {means}: give an absolute one that it sees" for item in relative]
     if not cluster.storage.startswith("/"):
-        problems.append(
-            f"cluster.storage={cluster.storage} {means}: give one that all machines share, as /data/runs"
-        )
+        remedy_here = "give one that all machines share, as /data/runs"
+        problems.append(f"cluster.storage={cluster.storage} {means}: {remedy_here}")
     if cluster.tracking_uri and hide_password(cluster.tracking_uri) != cluster.tracking_uri:
         problems.append(f"cluster.tracking_uri holds a user, password or query that all could read: {remedy}")
     if uri.scheme == "sqlite" and not uri.path.startswith("//"):
@@ -57,11 +49,7 @@ def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
 
 @contextmanager
 def create_package(words: list[str], commit: str | None) -> Iterator[Package]:
-    """Create a temporary folder with the program; the command `words` runs in it.
-
-    The program's conf/ lies in the package, and the ./conf of this folder beside it: a name is found there in the
-    same file as here.
-    """
+    """Create a temporary folder with the program, its conf/ and this folder's; `words` is the command in it."""
     with tempfile.TemporaryDirectory(prefix="ddpm-submit-") as name:
         folder = Path(name)
         ignored = shutil.ignore_patterns("__pycache__", ".*")

@@ -43,10 +43,7 @@ class JobCluster:
 
 @contextmanager
 def connect_cluster(address: str | None, job: str = "") -> Iterator[JobCluster]:
-    """Open the job client of the cluster at `address`, to ask it about `job`.
-
-    An error that Ray's client raises in the body becomes a PipelineError with the remedy.
-    """
+    """Open the job client of the cluster at `address`, to ask it about `job`; its errors become PipelineErrors."""
     url = resolve_address(address)
     name = hide_password(url)
     option = f" --address {name}" if address else ""

@@ -1,4 +1,4 @@
-"""The sweep file: experiments, values of their keys, trials at once, ranking, early stopping."""
+"""The sweep file: experiments and values of their keys; `conf/sweep/beta_dropout.yaml` explains every key."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ Values = dict[str, Value]
 
 @dataclass(frozen=True)
 class PointMethod:
-    """The way in which points are taken from the space.
-
-    Every combination (grid), every value of one key with the first values of the others (one_at_a_time), or `points`
-    points, at random or by a Sobol sequence, which fills the space evenly; more points begin with the same points.
-    """
+    """The way in which points are taken from the space; more points begin with the same points."""
 
     method: Literal["grid", "one_at_a_time", "random", "sobol"] = "grid"
     points: CountOrNull = None
@@ -46,8 +42,7 @@ class Ranking:
 class EarlyStop:
     """Settings of early stopping by asynchronous successive halving (ASHA).
 
-    At `first` steps, and at every `factor` times as many, a trial goes on if its NLL bound on `nll_images` test images
-    is among the best 1/factor so far. first: null = no trial is stopped.
+    At `first` steps, and at every `factor` times as many, a trial goes on if its NLL bound is among the best 1/factor.
     """
 
     first: CountOrNull = None
@@ -94,11 +89,7 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Content of a sweep file.
-
-    seeds: of each point, () = the experiment's own; concurrent: trials at once, null = as many as fit; space: key ->
-    the values it takes; overrides: key -> its value in all trials; note: a sentence for readers, before any number.
-    """
+    """Content of a sweep file. space: key -> the values it takes; overrides: key -> its value in all trials."""
 
     name: str
     experiments: tuple[str, ...]

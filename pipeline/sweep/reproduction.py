@@ -1,7 +1,6 @@
 """`ddpm reproduce`: the paper's tables as one study, scaled down to a budget.
 
-A budget shortens every row alike: training steps, samples and NLL images by the same share, so the rows stay
-comparable with each other, and by nothing but their order with the paper.
+Every row is shortened by one share: rows stay comparable with each other, and by their order with the paper.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class BudgetFile(TypedDict):
 
 
 def plan_reproduction(
-    target: str, text: str, shared: list[str], cluster: ClusterConfig, dry_run: bool = False
+    target: str, text: str, shared: list[str], cluster: ClusterConfig, dry_run: bool
 ) -> Study:
     """Return the study that trains every row of the paper's tables within the budget.
 
@@ -89,10 +88,7 @@ def measure_rate(row: Experiment, cluster: ClusterConfig) -> float:
 
 
 def compute_steps(hours: float, images_per_second: float, rows: list[Experiment]) -> int:
-    """Return how many steps each row gets in `hours`, at the measured rate of the whole cluster.
-
-    Sampling and scoring are projected from that rate: a forward pass is a third of a training image.
-    """
+    """Return how many steps each row gets in `hours`; samples and scores are projected from the rate of training."""
     share = hours * 3600 * FORWARD_AND_BACKWARD * images_per_second / sum(map(count_passes, rows))
     return max(1, int(min(1.0, share) * rows[0].train.steps))
 

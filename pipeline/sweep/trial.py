@@ -37,12 +37,10 @@ class TrialInputs:
             self.place.stop_file.touch()
 
 
-def run_trial(
-    task: TrialInputs, executor: Executor, should_continue: Callable[[int, float], bool]
-) -> str | None:
+def run_trial(task: TrialInputs, executor: Executor, decide: Callable[[int, float], bool]) -> str | None:
     """Run a trial's unfinished stages; return the error as text, or None.
 
-    `should_continue(step, bound)` decides at each rung whether the trial goes on.
+    `decide(step, bound)` says at each rung whether the trial goes on.
     """
     place, stop = task.place, task.early_stop
     rungs = [(steps, "evaluate") for steps in stop.list_rungs(place.experiment.train.steps)]
@@ -57,7 +55,7 @@ def run_trial(
                 )
                 if steps:
                     scores = read_sealed(part.metrics_json, Results)["scores"]
-                    if not should_continue(steps, scores["nll_bpd"]):
+                    if not decide(steps, scores["nll_bpd"]):
                         return None
     except StopRequest:
         pass

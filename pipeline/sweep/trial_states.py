@@ -37,8 +37,7 @@ class StudyFile(TypedDict, total=False):
 class TrialStates:
     """States of all trials, which the driver writes to state.json at every change.
 
-    They begin with the file of the last command, corrected by the run directories of the trials. Rungs of other
-    settings are dropped: their bounds cannot be compared.
+    They begin with that file, corrected by the run directories; rungs of other settings cannot be compared, and go.
     """
 
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):

@@ -1,8 +1,6 @@
 """Runs the trials of a study by Ray Tune, with early stopping.
 
-A trial is a function that holds no CPU and runs the stages in the Ray session of its process; its training workers
-and tasks ask for CPUs and GPUs. The number of trials at once keeps them from waiting for each other
-(`pipeline.sweep.shares`).
+A trial holds no CPU itself: its training workers and tasks ask for CPUs and GPUs (`pipeline.sweep.shares`).
 """
 
 from __future__ import annotations
@@ -154,10 +152,8 @@ def run_trials(
         raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command goes on") from error
 
 
-def _run_trial(
-    given: dict[str, str], tasks: dict[str, TrialInputs], resources: Resources
-) -> dict[str, str] | None:
-    """Run one trial in its process, called by Tune, which may end it inside `report`."""
+def _run_trial(given: dict[str, str], tasks: dict[str, TrialInputs], resources: Resources) -> object:
+    """Run one trial in its process, called by Tune, which may end it inside `report`; return {"error": text}."""
     task = tasks[given["trial"]]
     with RaySession.open_for_trial(task.cluster, resources, task.should_stop) as session:
 

@@ -1,9 +1,7 @@
 """The driver's mirror of a run directory into MLflow. The files are the authority, the server a copy.
 
-What there is to deliver is cut into parcels, each with a version; `tracking.json` in the run directory
-remembers, for every tracking URI, which version arrived. So a server that dies costs nothing: what it missed
-is delivered once it answers, by the driver or by `ddpm sync`. Sending a parcel twice leaves the server as
-sending it once does.
+What there is to deliver is cut into parcels, each with a version; `tracking.json` remembers which version arrived at
+which server. What a server missed is delivered once it answers, and a parcel sent twice changes nothing.
 """
 
 from pipeline.tracking.mirror import Mirror, deliver_run, describe_delivery, list_links, register_run

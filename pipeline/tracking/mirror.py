@@ -54,9 +54,7 @@ class MirrorState(TypedDict, total=False):
 class Mirror(Sender):
     """Copies a run directory to MLflow as it grows, on a thread of its own, until it is stopped.
 
-        with Mirror(uri, study, place) as mirror: ...
-
-    It never raises, and no work waits for a server: it warns once of a server that does not answer. The end of the
+    It never raises, and no work waits for a server: it warns once of one that does not answer. The end of a `with`
     block sets the status: FINISHED, FAILED (an exception) or KILLED (an interruption).
     """
 
@@ -137,9 +135,8 @@ class Mirror(Sender):
         sender = self.sender = self.sender or RunSender(self.uri, self.study, self.place, self.child)
         record = self.record
         if record is None or record["run_id"] != sender.run_id:  # new to this server
-            record = DeliveryRecord(
-                study=self.study, experiment_id=sender.experiment_id, run_id=sender.run_id, parcels={}
-            )
+            place, run = sender.experiment_id, sender.run_id
+            record = DeliveryRecord(study=self.study, experiment_id=place, run_id=run, parcels={})
             self._state.setdefault("servers", {})[hide_password(self.uri)] = record
         # A file that went while it was listed, or is damaged: the next look finds what its stage made anew.
         with suppress(FileNotFoundError, PipelineError):

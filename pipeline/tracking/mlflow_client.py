@@ -112,10 +112,7 @@ def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
         if any(Path(mlflow.__path__[0]).glob(f"store/db_migrations/versions/{found[1]}_*.py")):
             upgrade = shlex.join(["mlflow", "db", "upgrade", hide_password(uri)])
             return "an older MLflow made its tables", f"copy the database, then run `{upgrade}`"
-        return (
-            f"its tables are not of the MLflow {mlflow.__version__} here",
-            "install the newer one that made them",
-        )
+        return f"its tables are not of MLflow {mlflow.__version__}", "install the newer one that made them"
     # MLflow, SQLAlchemy, its drivers, requests and urllib3 share no narrower base.
     if isinstance(error, ConnectionError | TimeoutError) or re.search(PASSING, f"{error} {reason}".lower()):
         return reason, ""
@@ -139,11 +136,11 @@ def explain_ui(uri: str, storage: Path) -> str:
 def check_server(uri: str) -> None:
     """Raise PipelineError unless the tracking server answers an API call."""
     place = hide_password(uri)
-    later = (
-        f"leave out cluster.tracking_uri and deliver later with `ddpm sync RUN cluster.tracking_uri={place}`"
-    )
+    later = f"deliver later with `ddpm sync RUN cluster.tracking_uri={place}`"
     what = f"the tracking server {place} does not answer"
-    with explain_errors(uri, what, "start it or wait for it", f", or {later}"):
+    with explain_errors(
+        uri, what, "start it or wait for it", f", or leave out cluster.tracking_uri and {later}"
+    ):
         create_client(uri).search_experiments(max_results=1)
 
 
@@ -178,12 +175,8 @@ def ensure_run(
     """Return the id of the MLflow run tagged `identity`; create it where there is none. start: Unix milliseconds."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_runs([experiment_id], query, max_results=1)
-    tags |= {
-        **identity,
-        "mlflow.user": name_user(),
-        "mlflow.source.name": "ddpm",
-        "mlflow.source.type": "LOCAL",
-    }
+    source = {"mlflow.source.name": "ddpm", "mlflow.source.type": "LOCAL"}
+    tags |= {**identity, "mlflow.user": name_user(), **source}
     run = found[0] if found else client.create_run(experiment_id, start, tags, name)
     return str(run.info.run_id)
 

@@ -164,15 +164,13 @@ class Host:
     def execute(self, *command: str, timeout: float = 600, **more: str) -> subprocess.CompletedProcess[str]:
         """A command beside the service, as `docker compose exec` runs it."""
         inside = ["nsenter", f"--target={self._first_process()}", "--mount", "--net", "--pid"]
-        return subprocess.run(
-            [*inside, *command], env=self.environment | more, capture_output=True, text=True, timeout=timeout
-        )
+        how = {"env": self.environment | more, "timeout": timeout}
+        return subprocess.run([*inside, *command], capture_output=True, text=True, **how)
 
     def wait_until_healthy(self, check: dict[str, Any]) -> None:
         """Wait as an engine does, but ask more often. Raises AssertionError with the end of the log."""
-        patience = seconds(check["start_period"]) + check["retries"] * (
-            seconds(check["interval"]) + seconds(check["timeout"])
-        )
+        start, interval, wait = (seconds(check[key]) for key in ("start_period", "interval", "timeout"))
+        patience = start + check["retries"] * (interval + wait)
         end = time.monotonic() + patience
         while time.monotonic() < end:
             assert self.process and self.process.poll() is None, f"{self.name} ended:\n{self.tail()}"

@@ -129,9 +129,8 @@ def find_unknown_keys(value: Any, schema: dict[str, Any], path: str = "") -> lis
         return []
     unknown = [f"{path}.{key}" for key in value.keys() - known.keys()]
     both = value.keys() & known.keys()
-    return unknown + [
-        found for key in both for found in find_unknown_keys(value[key], known[key], f"{path}.{key}")
-    ]
+    below = [find_unknown_keys(value[key], known[key], f"{path}.{key}") for key in both]
+    return sum(below, unknown)
 
 
 def read_schema(kind: str) -> dict[str, Any]:
@@ -212,9 +211,8 @@ def test_a_slurm_job_ends_when_the_ray_of_one_node_does(tmp_path):
         (tmp_path / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1"}
     command, environment = ["bash", SCRIPT, "run", "digits"], job | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-    outcome = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30
-    )
+    how = {"cwd": tmp_path, "env": environment, "timeout": 30}
+    outcome = subprocess.run(command, capture_output=True, text=True, **how)
     assert outcome.returncode == 1 and "a node's Ray has ended" in outcome.stderr, outcome
     assert not (tmp_path / "ran").exists()
     assert {line[:9] for line in (tmp_path / "started").read_text().split()} == {"10.0.0.5:"}

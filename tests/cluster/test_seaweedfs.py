@@ -83,9 +83,7 @@ def test_artifacts_of_mlflow_are_kept_in_the_bucket(store, tracking_server, tmp_
     assert kept["Key"].endswith("/artifacts/report/report.md")
 
 
-def test_shards_travel_there_and_back_and_strangers_see_nothing(
-    store, sharded_storage, tmp_path, monkeypatch
-):
+def test_shards_travel_and_strangers_see_nothing(store, sharded_storage, tmp_path, monkeypatch):
     for name, value in SERVICE["environment"].items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", store)

@@ -210,9 +210,10 @@ def test_without_the_token_nobody_joins_or_submits(cluster, first_run, token):
     assert not list(cluster.network.folder.glob("*/tmp/intruder"))
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("mlflow:5000", 200), ("evil.example", 403), ("mlflow.evil.example:5000", 403)]
-)
+NAMES_AND_ANSWERS = [("mlflow:5000", 200), ("evil.example", 403), ("mlflow.evil.example:5000", 403)]
+
+
+@pytest.mark.parametrize(("name", "status"), NAMES_AND_ANSWERS)
 def test_the_tracking_server_answers_to_its_names_alone(cluster, name, status):
     path = "/api/2.0/mlflow/experiments/search?max_results=1"
     code = (

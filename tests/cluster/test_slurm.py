@@ -17,9 +17,7 @@ MISSING = [name for name in PROGRAMS if not shutil.which(name)]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(hosts.what_is_missing() is not None, reason=str(hosts.what_is_missing())),
-    pytest.mark.skipif(
-        bool(MISSING), reason=f"needs {', '.join(MISSING)}: apt-get install slurmctld slurmd munge"
-    ),
+    pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}: apt-get install slurmctld slurmd munge"),
 ]
 NODES = ("node1", "node2")
 MUNGED = (

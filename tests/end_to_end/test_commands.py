@@ -174,9 +174,7 @@ def test_a_stopped_command_is_finished_by_the_same_command(storage, untouched, n
         first.send_signal(signal.SIGSTOP)
         assert main(arguments(storage, *LONGER, verb="train")) == 1
         told = capsys.readouterr().err
-        assert (
-            f"being worked on by another command (process {first.pid} of " in told and told.count("\n") == 1
-        )
+        assert f"worked on by another command (process {first.pid} of " in told and told.count("\n") == 1
     first.send_signal(number)
     first.communicate(timeout=60)
     assert first.returncode == code

@@ -79,9 +79,10 @@ def test_show_without_images_says_what_is_missing(storage, capsys):
     assert "# keys: not known" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in EXPERIMENTS]
-)
+SLOW = [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in EXPERIMENTS]
+
+
+@pytest.mark.parametrize("name", SLOW)
 def test_two_steps(name, storage):
     data = write_images(name, storage)
     whole = config.load_experiment(name, data)

@@ -42,9 +42,8 @@ def head() -> Iterator[str]:
     for name in ("PYTHONPATH", "RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
         environment.pop(name, None)
     with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command, env=environment, cwd=folder, stdout=log, stderr=log, start_new_session=True
-        )
+        how = {"stdout": log, "stderr": log, "start_new_session": True}
+        head = subprocess.Popen(command, env=environment, cwd=folder, **how)
     try:
         wait_until(lambda: answers(port), running=head)
         yield f"http://127.0.0.1:{port}"

@@ -97,10 +97,8 @@ def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path
 
 @pytest.mark.slow
 def test_rungs_stop_trials_through_ray_tune(tmp_path):
-    text = (
-        "experiment: digits\nspace: {train.lr: [1.0e-3, 2.0e-3, 1.0e-9, 2.0e-9]}\nrank: {metric: nll_bpd}\n"
-    )
-    sweep(tmp_path, text + "early_stop: {first: 2, factor: 2, nll_images: 4}\nconcurrent: 1\n")
+    text = "experiment: digits\nspace: {train.lr: [1.0e-3, 2.0e-3, 1.0e-9, 2.0e-9]}\nrank: {metric: nll_bpd}"
+    sweep(tmp_path, text + "\nearly_stop: {first: 2, factor: 2, nll_images: 4}\nconcurrent: 1\n")
     states = {row["label"]: (row["state"], row["step"]) for row in board(tmp_path)}
     # After two steps an untrained network (bound 7.1305) is better than one that began with large steps (7.1337).
     assert states["lr=0.002"] == ("stopped", 2) and ("finished", 6) in states.values()

@@ -26,9 +26,7 @@ def test_without_a_command_there_is_help_and_list_has_every_name(capsys):
     assert call("--version") == 0 and "ddpm " in capsys.readouterr().out
     assert call("list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert {"digits", "beta_dropout", "kuberay"} <= {
-        line.split()[0] for line in lines if line.startswith("  ")
-    }
+    assert {"digits", "beta_dropout", "kuberay"} <= {line.split()[0] for line in lines if line[0] == " "}
     assert all(len(line) <= 80 for line in lines)
 
 
@@ -58,9 +56,7 @@ def test_show_writes_nothing(tmp_path, monkeypatch):
     assert not list(Path(tmp_path).iterdir())
 
 
-def test_status_shows_whole_names_states_and_the_newest_first_within_80_columns(
-    tmp_path, capsys, monkeypatch
-):
+def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["status", f"cluster.storage={tmp_path}"]) == 0
     told = capsys.readouterr().out

@@ -62,15 +62,13 @@ def test_a_signal_to_the_whole_group_does_not_reach_shielded_children():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_the_program_is_imported_ends_it_without_a_traceback(tmp_path, number):
     """It falls into the making of a dataclass, where Python would end by SIGINT, and into an import."""
-    (tmp_path / "argparse.py").write_text(
-        f"import os\nos.kill(os.getpid(), {number})\nimport time\ntime.sleep(9)"
-    )
-    (tmp_path / "yaml.py").write_text(
-        f"import os\nexec('os.kill(os.getpid(), {number})\\nimport time; time.sleep(9)')"
-    )
-    for words, module in ((["list"], "argparse"), (["show", "digits"], "yaml")):
+    kill = f"import os, time; os.kill(os.getpid(), {number}); time.sleep(9)"
+    for words, module, text in (
+        (["list"], "argparse", kill),
+        (["show", "digits"], "yaml", f"exec('{kill}')"),
+    ):
         (tmp_path / module).mkdir()
-        (tmp_path / f"{module}.py").rename(tmp_path / module / f"{module}.py")
+        (tmp_path / module / f"{module}.py").write_text(text)
         path = {"PYTHONPATH": f"{tmp_path / module}:{ROOT}"}
         command = [sys.executable, "-m", "pipeline", *words]
         outcome = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | path)

@@ -93,18 +93,16 @@ def address():
 @pytest.fixture
 def session(address, request):
     words = getattr(request, "param", ["workers=2"])
-    with RaySession(
-        load_cluster("local", [f"ray_address={address}", "cpus_per_worker=1", *words])
-    ) as session:
+    cluster = load_cluster("local", [f"ray_address={address}", "cpus_per_worker=1", *words])
+    with RaySession(cluster) as session:
         yield session
 
 
 def units_of(folder: Path, count: int, needs_gpu: bool = True, body=write_note, **arguments) -> list[Unit]:
     kind = UnitKind.SAMPLES if needs_gpu else UnitKind.SHARD
     body = functools.partial(body, **arguments)
-    return [
-        Unit(kind, body, (folder / f"{kind}-{n}",), f"{kind} {n}", needs_gpu=needs_gpu) for n in range(count)
-    ]
+    names = [f"{kind}-{n}" for n in range(count)]
+    return [Unit(kind, body, (folder / name,), name, needs_gpu=needs_gpu) for name in names]
 
 
 def notes_of(units) -> list[dict]:
@@ -228,9 +226,8 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(sessi
 
 def test_training_gets_the_gpus_and_the_pool_gets_them_back(session, tmp_path, monkeypatch):
     free = []
-    monkeypatch.setattr(
-        ray_train, "run_training_group", lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))
-    )
+    train = lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))  # noqa: E731
+    monkeypatch.setattr(ray_train, "run_training_group", train)
     for name in ("before", "after"):
         (tmp_path / name).mkdir()
         units = units_of(tmp_path / name, 8, processes=4)

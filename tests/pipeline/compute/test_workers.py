@@ -42,9 +42,8 @@ class Member(RayWorker):
 
 def member(rank, world_size, port, experiment, run, steps):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size
-    )
+    place = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=world_size)
     context = Member(torch.device("cpu"), 1, rank, world_size)
     context.steps_left = steps
     train.STAGE.run_worker(context, run.of(experiment))
@@ -143,6 +142,4 @@ def test_one_to_four_workers_train_alike_and_their_number_may_change(tiny_run):
     alone = losses(apart(run, "1"))
     assert [step for step, _ in alone] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
     for name in ("2", "3", "4", "changing"):
-        assert losses(apart(run, name)) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in alone], (
-            name
-        )
+        assert losses(apart(run, name)) == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in alone]

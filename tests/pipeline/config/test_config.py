@@ -292,9 +292,8 @@ def test_samples_and_scores_have_their_own_keys():
     assert keys_of("sample.spacing=uniform") == keys_of(), "a run made before there was a choice stays"
     assert keys_of("sample.spacing=quadratic")[1] != samples
     assert "sample.steps" in problems("cifar10", "sample.spacing=quadratic")[0]
-    (found,) = problems(
-        "digits", "diffusion.beta_schedule=jsd", "diffusion.predict=x0", "sample.spacing=logsnr"
-    )
+    jsd = ("diffusion.beta_schedule=jsd", "diffusion.predict=x0", "sample.spacing=logsnr")
+    (found,) = problems("digits", *jsd)
     assert "jsd" in found and "quadratic" in found
     assert keys_of("train.steps=3000")[1] != samples, "'last' means the step"
     assert keys_of("evaluate.metrics=[nll]")[:2] == (run, samples)

@@ -108,12 +108,11 @@ def test_a_file_that_means_nothing_is_refused_in_a_line(text, expected, tmp_path
 def test_values_of_a_sweep_are_read_by_the_types_of_their_keys(tmp_path):
     path = tmp_path / "mine.yaml"
     space = "{data.path: [2024_01, 1e5], train.lr: [1e-3], model.channel_mult: [[1, 2]]}"
-    path.write_text(
-        f"experiment: cifar10_short\nspace: {space}\noverrides: {{train.steps: 1e3, data.path: a}}\n"
-    )
+    start = f"experiment: cifar10_short\nspace: {space}\n"
+    path.write_text(f"{start}overrides: {{train.steps: 1e3, data.path: a}}\n")
     with pytest.raises(ConfigError, match=r"data\.path is overridden too"):
         load_sweep(str(path), [])
-    path.write_text(f"experiment: cifar10_short\nspace: {space}\noverrides: {{train: {{steps: 1e3}}}}\n")
+    path.write_text(f"{start}overrides: {{train: {{steps: 1e3}}}}\n")
     sweep = load_sweep(str(path), ["draw.method=grid"])
     expected = {"data.path": ["2024_01", "1e5"], "train.lr": [1e-3], "model.channel_mult": [[1, 2]]}
     assert sweep.space == expected

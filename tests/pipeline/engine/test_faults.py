@@ -134,9 +134,7 @@ def of_another_run(folder):
 
 
 @pytest.mark.parametrize("change", [make_foreign, make_older, empty_list, of_another_run])
-def test_a_checkpoint_that_is_not_this_one_is_named_and_trained_again(
-    place, finished, change, caplog, tmp_path
-):
+def test_a_checkpoint_of_another_is_named_and_trained_again(place, finished, change, caplog, tmp_path):
     change(place.step_folder(6))
     with pytest.raises(PipelineError, match="step_00000006"):
         export_to_diffusers(place.path, tmp_path / "exported", "ema", 6)

@@ -65,9 +65,7 @@ def test_a_run_from_before_a_section_existed_is_read(tmp_path):
     assert find.read_place(run.path) == run
 
 
-def test_a_run_under_the_key_of_an_earlier_formula_is_named_and_not_looked_for_elsewhere(
-    tmp_path, monkeypatch
-):
+def test_a_run_under_the_key_of_an_earlier_formula_is_named(tmp_path, monkeypatch):
     _, run = make_run(tmp_path)
     monkeypatch.setattr(find.keys, "make_run_key", lambda *_: "0" * 12)
     with pytest.raises(PipelineError, match=f"{run.name} .* formula was corrected"):
@@ -121,9 +119,7 @@ def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
         (time, "time", lambda: 0.0, "clock"),
     ],
 )
-def test_a_file_system_that_does_not_do_what_runs_rely_on_is_told(
-    tmp_path, monkeypatch, module, name, broken, expected
-):
+def test_a_file_system_on_which_runs_fail_is_told(tmp_path, monkeypatch, module, name, broken, expected):
     assert find.check_storage(tmp_path) == ""
     monkeypatch.setattr(module, name, broken)
     assert expected in find.check_storage(tmp_path) and not list(tmp_path.iterdir())

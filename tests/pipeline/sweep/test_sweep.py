@@ -269,6 +269,6 @@ def test_the_rate_is_measured_once_by_its_best_window(tmp_path, monkeypatch):
     there = cluster(storage=tmp_path)
     for _ in range(2):
         seen: list[list[str]] = []
-        reproduction.plan_reproduction("cifar10", "5h", [], there)
+        reproduction.plan_reproduction("cifar10", "5h", [], there, dry_run=False)
         assert any(word.startswith(("train.steps=80000", "train.steps=79999")) for word in seen[-1])
         monkeypatch.delattr(execute, "run_stages", raising=False)  # the second time nothing is measured

@@ -22,9 +22,7 @@ def uri(tmp_path, empty_store) -> str:
     return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
 
 
-def test_a_registered_model_draws_the_samples_of_its_run_and_is_exported(
-    sampled, uri, tmp_path, capsys, monkeypatch
-):
+def test_a_registered_model_draws_its_samples_and_is_exported(sampled, uri, tmp_path, capsys, monkeypatch):
     run = sampled
     write_record(run, ())
     where = [f"cluster.tracking_uri={uri}", f"cluster.storage={run.storage}"]

@@ -146,9 +146,10 @@ def test_delivering_again_changes_nothing_but_completes_what_is_half_there(mirro
     assert len(after.outputs.model_outputs) == 2
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (None, "FINISHED")]
-)
+ENDS = [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (None, "FINISHED")]
+
+
+@pytest.mark.parametrize(("error", "status"), ENDS)
 def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, error, status):
     _, run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
     try:
@@ -192,9 +193,7 @@ def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path, empty_store):
     assert place == (tmp_path / "root" / "mlartifacts" / "digits").as_uri()
 
 
-def test_pruned_checkpoints_leave_with_their_files_and_a_run_deleted_in_the_ui_is_delivered_anew(
-    storage, uri, client
-):
+def test_pruned_checkpoints_leave_and_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
     _, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
     with tracking.Mirror(uri, "ends", run):
         pass

@@ -90,9 +90,7 @@ def test_the_last_line_and_the_same_command_ask_for_every_parcel(run_again, stor
         ("sync", "RUNNING", "FINISHED", True),  # its last checkpoint is there
     ],
 )
-def test_a_status_that_a_kill_left_is_set_right_by_the_same_command(
-    run_again, store, last, left, status, trained
-):
+def test_a_status_that_a_kill_left_is_set_right(run_again, store, last, left, status, trained):
     run, again = run_again
     if not trained:
         shutil.rmtree(run.train)
