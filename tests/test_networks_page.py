@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipeline import config
@@ -46,15 +45,3 @@ def test_every_command_is_a_valid_experiment_on_images_that_the_page_makes(folde
         (record,) = source.read_records("train", 0, 1)
         assert (record.label is None) == (experiment.data.labels == 0)
     assert seen == {"digits", "npy", "folder"}
-
-
-def test_sprites_of_a_kind_differ_and_kinds_differ_more(folder):
-    images = np.load(folder / "data/sprites/images.npy")
-    labels = np.load(folder / "data/sprites/labels.npy")
-    assert images.shape == (10_000, 16, 16, 3) and images.dtype == np.uint8
-    assert np.bincount(labels).tolist() == [2000] * 5
-    painted = (images != 255).any(axis=3)
-    assert len(np.unique(painted[labels == 0], axis=0)) > 1900
-    shares = np.stack([painted[labels == kind].mean(axis=0) for kind in range(5)]).reshape(5, -1)
-    apart = np.abs(shares[:, None] - shares[None]).mean(axis=2) + np.eye(5)
-    assert apart.min() > 0.05

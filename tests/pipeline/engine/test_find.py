@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ONE_CPU, tiny_experiment
+from conftest import tiny_experiment
 from synthetic_run import make_run
 
 from pipeline.cli.program import main
@@ -36,20 +36,12 @@ def old_run(tmp_path):
     return run
 
 
-def test_status_tells_of_an_old_run_and_how_to_read_it(old_run, capsys):
+def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(old_run, capsys):
     assert main(["status", f"cluster.storage={old_run.storage}"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "first version" in told and "git worktree add" in told and "0123456789abcdef" in told
-
-
-def test_an_old_run_is_not_opened(old_run):
     with pytest.raises(PipelineError, match=r"first version of this program.*git worktree add"):
         find.read_place(old_run.path)
-
-
-def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
-    words = ["show", "digits", *ONE_CPU, f"cluster.storage={old_run.storage}"]
-    assert main(words) == 0
     fresh = Place(old_run.storage, tiny_experiment("name=digits"), "d" * 12, "e" * 12)
     (line,) = find.explain_old_runs(fresh)
     assert old_run.name in line and "git worktree add" in line
@@ -59,6 +51,7 @@ def test_run_tells_of_old_runs_of_the_experiment(tmp_path, old_run, capsys):
 
 def test_a_run_from_before_a_section_existed_is_read(tmp_path):
     _, run = make_run(tmp_path)
+    assert find.read_place(run.path) == run
     tree = yaml.safe_load(run.experiment_yaml.read_text())
     del tree["published"]
     run.experiment_yaml.write_text(yaml.safe_dump(tree))
@@ -72,11 +65,6 @@ def test_a_run_under_the_key_of_an_earlier_formula_is_named(tmp_path, monkeypatc
         find.read_place(run.path)
     (line,) = find.explain_old_runs(Place(run.storage, run.experiment, run.data_key, "0" * 12))
     assert run.name in line
-
-
-def test_a_run_of_this_version_is_opened_as_it_was_written(tmp_path):
-    _, run = make_run(tmp_path)
-    assert find.read_place(run.path) == run
 
 
 def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):

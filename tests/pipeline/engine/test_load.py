@@ -19,14 +19,8 @@ from pipeline.store import checkpoint, tars
 from pipeline.store.diffusers_layout import export_to_diffusers
 
 CLASSES = tiny_experiment(
-    *[
-        "model.name=context_unet",
-        "model.norm=group",
-        "model.channel_mult=[1,2]",
-        "data.labels=10",
-        "sample.label=cycle",
-    ]
-)
+    "model.name=context_unet", "model.norm=group", "model.channel_mult=[1,2]", "data.labels=10", "sample.label=cycle"
+)  # fmt: skip
 EXACT = dataclasses.replace(tiny_experiment("data.limit=3"), model=ExactConfig())
 SHAPE = (1, 8, 8)
 
@@ -83,7 +77,7 @@ def test_labels_and_vectors_ask_for_classes():
     assert all((a - b).abs().max() > 1e-3 for a, b in combinations(drawn, 2))
     for faulty, label, fault in (
         (model, 10, "0 to 9"),
-        (model, [0.5], "10 numbers"),
+        (model, [0.5], "10 numb"),
         (build(EXACT), 1, "no labels"),
     ):
         with pytest.raises(ValueError, match=fault):

@@ -89,11 +89,8 @@ def test_two_seeds_have_one_winner_on_the_leaderboard_and_on_the_page(tmp_path):
 
 def test_trials_within_their_errors_share_a_rank_in_every_output(tmp_path, capsys):
     """Equal weights and other sampling seeds; a trial that is five errors worse; three training seeds."""
-    trials = [
-        finished(tmp_path, 0.0, 0, fid=14.0, fid_se=1.0),
-        finished(tmp_path, 0.1, 0, fid=14.6, fid_se=1.0),
-    ]
-    trials += [finished(tmp_path, 0.2, seed, fid=21 + seed / 2, fid_se=1.0) for seed in range(3)]
+    scores = [(0.0, 0, 14.0), (0.1, 0, 14.6), *((0.2, seed, 21 + seed / 2) for seed in range(3))]
+    trials = [finished(tmp_path, dropout, seed, fid=fid, fid_se=1.0) for dropout, seed, fid in scores]
     leaderboard, page = publish(tmp_path, trials)
     rows = [
         "1-2 | 0.0 | 0 | 14.0 ± 1.0 |",
@@ -105,11 +102,8 @@ def test_trials_within_their_errors_share_a_rank_in_every_output(tmp_path, capsy
     assert "has the lowest FID of 3: 14.0 ± 1.0; 1 of the others cannot be told from it" in leaderboard
     assert main(["status", f"cluster.storage={tmp_path}"]) == 0
     assert "1-2." in capsys.readouterr().out
-    table = make_rows(Silence.board)
-    assert [(row["rank"], row["FID"], row["FID ±"]) for row in table[::2]] == [
-        ("1-2", 14, 1),
-        ("3", 21.5, 0.5),
-    ]
+    found = [(row["rank"], row["FID"], row["FID ±"]) for row in make_rows(Silence.board)[::2]]
+    assert found == [("1-2", 14, 1), ("3", 21.5, 0.5)]
 
 
 HEADINGS = {"rmse": "RMSE", "rate_bpd": "rate", "distortion_bpd": "distortion", "train_loss": "training loss"}
