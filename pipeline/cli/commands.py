@@ -245,6 +245,13 @@ def export_weights(options: Namespace) -> None:
         print_line(diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"]))
 
 
+def remove_runs(options: Namespace) -> int:
+    """Delete runs or sample sets (`ddpm rm`)."""
+    from pipeline.cli import remove
+
+    return remove.remove_runs(options)
+
+
 def register_model(options: Namespace) -> None:
     from pipeline import tracking
     from pipeline.engine.load import choose_checkpoint

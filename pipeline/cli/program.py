@@ -192,6 +192,17 @@ The same command again goes on. A study that is shorter than the paper's says so
     Command("sync", do.sync_run, "deliver a whole run to the tracking server, also once more", """\
   ddpm sync digits-3f2a cluster.tracking_uri=http://HOST:5000
 """, (RUN, *CLUSTER_ONLY)),
+    Command("rm", do.remove_runs, "delete runs or their samples; asks first", """\
+  ddpm rm digits-3f2a cifar10-77aa                    these runs
+  ddpm rm --failed                                    all whose last command failed
+  ddpm rm --samples                                   sample sets that no score refers to, of all runs or those named
+""", (
+        _declare_names("RUN", "runs; in full, or how their names begin"), CLUSTER,
+        _declare("--failed", action="store_true", help="only runs whose last command failed"),
+        _declare("--samples", action="store_true", help="only sample sets"),
+        _declare("--force", action="store_true", help="also what a score or a leaderboard refers to"),
+        _declare("--yes", action="store_true", help="do not ask"),
+    )),
     Command("register", do.register_model, "a run's weights under a name in MLflow's registry", """\
   ddpm register digits-3f2a --alias champion          mlflow.pyfunc.load_model("models:/digits@champion") draws
 """, (

@@ -1,5 +1,6 @@
 """The command line: what it lists and refuses before anything starts, and the table of the runs."""
 
+import io
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from synthetic_run import make_run
 
 from pipeline.cli.program import main
 from pipeline.store.files import lock_folder, write_json
+from pipeline.store.run import LEADERBOARD, locate_study
 
 LAST = ("evaluate.checkpoints=null", "sample.checkpoint=last")
 
@@ -54,6 +56,28 @@ def test_show_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["show", "digits"]) == 0
     assert not list(Path(tmp_path).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "code", "gone"),
+    [
+        ("", "", 2, ""), ("a b", "", 1, ""), ("digits", "y", 1, ""), ("{failed}", "", 1, ""), ("{failed}", "n", 1, ""),
+        ("{failed}", "y", 0, "failed"), ("--failed --yes", "", 0, "failed"), ("{ranked} --yes", "", 1, ""),
+        ("{ranked} --yes --force", "", 0, "ranked"), ("{busy} --yes --force", "", 1, ""),
+        ("--samples --yes {failed}", "", 1, ""), ("--samples --yes --force {failed}", "", 0, "failed/samples"),
+    ],
+)  # fmt: skip
+def test_rm_deletes_what_nothing_refers_to_after_a_question(tmp_path, monkeypatch, words, answer, code, gone):
+    names = ("failed", "ranked", "busy")
+    runs = {name: make_run(tmp_path, "digits", (f"seed={seed}",))[1] for seed, name in enumerate(names)}
+    write_json(runs["failed"].tracking_json, {"status": "FAILED"})
+    write_json(locate_study(tmp_path, "s") / LEADERBOARD, {"trials": [{"run": runs["ranked"].name}]})
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    with lock_folder(runs["busy"].path):
+        named = words.format(**{name: run.name for name, run in runs.items()}).split()
+        assert main(["rm", *named, f"cluster.storage={tmp_path}"]) == code
+    assert {name for name, run in runs.items() if run.path.exists()} == set(names) - {gone}
+    assert runs["failed"].samples.exists() == (not gone.startswith("failed"))
 
 
 def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, capsys, monkeypatch):
