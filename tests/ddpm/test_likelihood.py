@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -48,9 +49,7 @@ def test_bound_of_a_constant_image_under_the_true_noise(level, variance, golden)
     """Golden totals of the authors' evaluation in float64, without the noise that rounding adds."""
     x_0 = grey(level)
     diffusion = Diffusion(replace(PAPER, variance=variance))
-    result = compute_bits_per_dim(
-        diffusion, true_eps(diffusion, x_0), x_0, noise_like(x_0), batch_size=100 * len(x_0)
-    )
+    result = compute_bits_per_dim(diffusion, true_eps(diffusion, x_0), x_0, noise_like(x_0), batch_size=100)
     assert result.total.item() == pytest.approx(golden, abs=1e-9)
     assert result.mse.max() < 1e-15
 
@@ -64,9 +63,8 @@ def test_decoder_golden_values(pixel, mean, decoder, golden):
     """Nats at log scale -4.908362567647835 (fixedsmall and fixedlarge at t = 0), authors' code in float64."""
     x, m = (torch.tensor(value / 127.5 - 1, dtype=torch.float64) for value in (pixel, mean))
     log_variance = torch.tensor(2 * -4.908362567647835, dtype=torch.float64)
-    assert compute_decoder_log_likelihood(x, m, log_variance, decoder).item() == pytest.approx(
-        golden, abs=1e-9
-    )
+    found = compute_decoder_log_likelihood(x, m, log_variance, decoder)
+    assert found.item() == pytest.approx(golden, abs=1e-9)
 
 
 @pytest.mark.parametrize("decoder", ["tanh", "erf"])
@@ -111,11 +109,11 @@ def test_float32_agrees_with_float64():
         clean = x_0.to(x_t.dtype).repeat(len(x_t) // len(x_0), 1, 1, 1)
         return clean + 1e-5 * (t.reshape(-1, 1, 1, 1) + 100) * torch.cos(9 * clean)
 
-    single = compute_bits_per_dim(
-        diffusion, near, x_0, lambda t, rows: draws[t][rows], batch_size=100 * len(x_0)
-    )
-    double = compute_bits_per_dim(
-        diffusion, near, x_0.double(), lambda t, rows: draws[t][rows].double(), batch_size=100 * len(x_0)
+    single, double = (
+        compute_bits_per_dim(
+            diffusion, near, x, lambda t, rows, x=x: draws[t][rows].to(x.dtype), batch_size=200
+        )
+        for x in (x_0, x_0.double())
     )
     assert single.terms.dtype == torch.float64
     torch.testing.assert_close(single.total, double.total, rtol=1e-5, atol=0)
@@ -125,36 +123,21 @@ def test_an_image_has_one_result_whatever_the_batching():
     x_0 = from_uint8(torch.randint(0, 256, (3, 1, 4, 4), dtype=torch.uint8)).double()
     draws = [noise_like(x_0, t)(t, slice(None)) for t in range(10)]
     diffusion = Diffusion(DiffusionConfig(timesteps=10, predict="x0"))
-    whole = compute_bits_per_dim(diffusion, blurred, x_0, lambda t, rows: draws[t][rows])
+    assert_close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
 
-    def equal(part):
-        for name in ("timesteps", "terms", "mse", "prior"):
-            torch.testing.assert_close(getattr(part, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
+    def bound(row=slice(None), **how):
+        return compute_bits_per_dim(diffusion, blurred, x_0[row], lambda t, rows: draws[t][row][rows], **how)
 
-    equal(
-        compute_bits_per_dim(diffusion, blurred, x_0, lambda t, rows: draws[t][rows], batch_size=3 * len(x_0))
-    )
-    late, early = (
-        compute_bits_per_dim(
-            diffusion,
-            blurred,
-            x_0,
-            lambda t, rows: draws[t][rows],
-            timesteps=range(*ends),
-            batch_size=2 * len(x_0),
-        )
-        for ends in ((6, 10), (0, 6))
-    )
+    whole, parts = bound(), bound(batch_size=9)
+    for name in ("timesteps", "terms", "mse", "prior"):
+        assert_close(getattr(parts, name), getattr(whole, name))
+    late, early = (bound(timesteps=range(*ends), batch_size=6) for ends in ((6, 10), (0, 6)))
     with pytest.raises(ValueError, match="only some"):
         _ = late.total
     for name in ("terms", "mse"):
-        parts = torch.cat([getattr(early, name), getattr(late, name)], dim=1)
-        torch.testing.assert_close(parts, getattr(whole, name), rtol=1e-12, atol=1e-14)
+        assert_close(torch.cat([getattr(early, name), getattr(late, name)], dim=1), getattr(whole, name))
     for row in (slice(0, 1), slice(1, 3)):
-        alone = compute_bits_per_dim(
-            diffusion, blurred, x_0[row], lambda t, rows, row=row: draws[t][row][rows]
-        )
-        torch.testing.assert_close(alone.total, whole.total[row], rtol=1e-12, atol=1e-14)
+        assert_close(bound(row).total, whole.total[row])
 
 
 def test_context_follows_its_images():
@@ -165,9 +148,7 @@ def test_context_follows_its_images():
     def net(x_t, t, context):
         return context.reshape(-1, 1, 1, 1).expand_as(x_t)
 
-    result = compute_bits_per_dim(
-        diffusion, net, x_0, noise_like(x_0), context=labels, batch_size=3 * len(x_0)
-    )
+    result = compute_bits_per_dim(diffusion, net, x_0, noise_like(x_0), context=labels, batch_size=6)
     expected = (labels - x_0[0, 0, 0, 0]) ** 2
     torch.testing.assert_close(result.mse, expected[:, None].expand(2, 4))
 

@@ -107,26 +107,6 @@ def test_seed_stream_step_and_index_are_independent(other):
         assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 5 / len(a) ** 0.5
 
 
-def test_values_within_a_row_are_independent():
-    z = rng.draw_normal(1, Stream.NOISE, 7, torch.arange(20_000), (8,)).T
-    off_diagonal = torch.corrcoef(z) - torch.eye(8)
-    assert off_diagonal.abs().max() < 5 / 20_000**0.5
-    squares = torch.corrcoef(z**2) - torch.eye(8)
-    assert squares.abs().max() < 5 / 20_000**0.5
-
-
-def test_traces_without_a_graph_break():
-    def draw(step):
-        return rng.draw_normal(1, Stream.NOISE, step, ROWS, (5,)), rng.draw_integers(
-            1, Stream.TIMESTEP, step, ROWS, 10
-        )
-
-    compiled = torch.compile(draw, backend="eager", fullgraph=True)
-    for step in (3, 4):
-        for value, expected in zip(compiled(step), draw(step), strict=True):
-            assert torch.equal(value, expected)
-
-
 def test_a_wrong_index_is_refused():
     with pytest.raises(ValueError, match="index must be int64"):
         rng.draw_normal(1, Stream.NOISE, 0, torch.zeros(3), (2,))

@@ -67,9 +67,3 @@ def test_attention(length):
     assert distance(kernels.attend(q, k, v), exact) < 0.01
     assert distance(gradients[0][2], gradients[1][2]) < 0.01
     torch.testing.assert_close(kernels.attend(q.float(), k.float(), v.float()), exact.float())
-
-
-def test_pointwise():
-    x, linear = torch.randn(2, 5, 3, 4, dtype=torch.float64), nn.Linear(5, 7).double()
-    expected = linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(kernels.apply_linear(linear, x), expected)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers_unet import make_unet, randomise
 from torch import nn
 
 from ddpm.kernels import accelerate
@@ -19,42 +19,7 @@ from pipeline.store.diffusers_layout import translate_name
 SMALL = UNetConfig(channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=8)
 
 
-def randomised(net, scale=0.3, seed=0):
-    """Replace every weight, the norms' and the near-zero ones too, so that no branch hides."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            fan = max(p[0].numel(), 1) if p.ndim > 1 else 4
-            p.copy_(torch.randn(p.shape, generator=generator) * scale * math.sqrt(4 / fan))
-            if "norm" in name and name.endswith("weight"):
-                p += 1
-    return net.eval()
-
-
 # ------------------------------------------------------------------------------------------------ diffusers
-
-
-def diffusers_twin(net, image_size, in_channels, out_channels):
-    """diffusers' network of the same shape, with the weights of `net`."""
-    config = net.config
-    attended = [r in config.attention_resolutions for r in config.list_sides(image_size)]
-    twin = UNet2DModel(
-        sample_size=image_size,
-        in_channels=in_channels,
-        out_channels=out_channels,
-        block_out_channels=config.widths,
-        layers_per_block=config.num_res_blocks,
-        down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
-        up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
-        downsample_padding=0,
-        norm_eps=1e-6,
-        norm_num_groups=config.norm_groups,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        attention_head_dim=None,
-    )
-    twin.load_state_dict({translate_name(name): p for name, p in net.state_dict().items()})
-    return twin.eval()
 
 
 @pytest.mark.parametrize(
@@ -71,11 +36,12 @@ def diffusers_twin(net, image_size, in_channels, out_channels):
 @pytest.mark.parametrize("route", [lambda net: net, accelerate], ids=["plain", "accelerated"])
 def test_equals_diffusers(changes, image_size, channels, out_channels, input_scale, route):
     config = dataclasses.replace(SMALL, **changes)
-    net = route(randomised(UNet(config, image_size, channels, out_channels)))
+    net = route(randomise(UNet(config, image_size, channels, out_channels)))
     with torch.no_grad():
         for p in net.conv_in.parameters():
             p *= input_scale
-    twin = diffusers_twin(net, image_size, channels, out_channels)
+    twin = make_unet(config, image_size, channels, out_channels).eval()
+    twin.load_state_dict({translate_name(name): p for name, p in net.state_dict().items()})
     x_t = torch.randn(3, channels, image_size, image_size, generator=torch.Generator().manual_seed(1))
     t = torch.tensor([0, 1, 999])
     with torch.no_grad():
@@ -123,7 +89,7 @@ def test_dropout_is_elementwise_before_the_second_convolution_and_nowhere_else()
 
 def test_the_embedding_of_a_label_is_added_to_that_of_the_time():
     config = dataclasses.replace(SMALL, class_conditional=True)
-    plain, net = randomised(UNet(SMALL, 8, 3, 3)), randomised(UNet(config, 8, 3, 3, num_classes=3))
+    plain, net = randomise(UNet(SMALL, 8, 3, 3)), randomise(UNet(config, 8, 3, 3, num_classes=3))
     x_t, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([5, 999]), torch.tensor([2, NO_LABEL])
     net.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
@@ -135,7 +101,7 @@ def test_the_embedding_of_a_label_is_added_to_that_of_the_time():
 
 
 def test_compiles_without_a_graph_break():
-    net = randomised(UNet(SMALL, 8, 3, 3))
+    net = randomise(UNet(SMALL, 8, 3, 3))
     x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 999])
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x_t, t), net(x_t, t))

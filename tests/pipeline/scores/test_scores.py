@@ -187,15 +187,6 @@ def test_efficientnet_knows_a_temple_and_its_own_weights(sharded_storage, monkey
 # Sums
 
 
-def test_moments_are_numpys():
-    features = np.random.default_rng(0).normal(100, 1, (301, 7)).astype(np.float32)
-    parts = [scores.Moments.from_features(part) for part in np.split(features, [5, 200])]
-    statistics = (parts[2] + parts[0] + parts[1]).to_statistics()
-    assert np.allclose(statistics.mu, features.astype(np.float64).mean(axis=0), rtol=1e-14, atol=0)
-    expected = np.cov(features.astype(np.float64), rowvar=False)
-    assert np.allclose(statistics.sigma, expected, rtol=1e-9, atol=1e-10)
-
-
 @pytest.mark.parametrize("n", [97, 11])
 def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
     logits = np.random.default_rng(1).normal(0, 3, (n, 5)).astype(np.float32)

@@ -80,11 +80,3 @@ def test_nll_depends_on_weights_and_decoder_but_not_on_the_sampler(sampled):
 def test_more_test_images_than_there_are_is_refused(tiny_run):
     with pytest.raises(PipelineError, match="nll_images is 361, but the test split has 360"):
         run_stage(evaluate, scoring(tiny_run, nll_images=361))
-
-
-@pytest.mark.parametrize(
-    ("images", "shape", "timesteps"),
-    [(25, (1, 8, 8), 10), (4, (3, 32, 32), 64), (250, (3, 32, 32), 1), (8, (3, 256, 256), 1)],
-)
-def test_a_network_call_of_the_bound_is_large_but_bounded(images, shape, timesteps):
-    assert bound.choose_timesteps_per_call(images, shape) == timesteps

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import one_cpu, tiny_experiment
-from matplotlib.figure import Figure
 from PIL import Image
 from staged import asking_for, change, run_stage, with_weights
 
@@ -17,7 +16,6 @@ from ddpm.networks.context_unet import ContextUNet
 from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import run_chain, run_image_chains
 from pipeline import config
-from pipeline.drawing import charts
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import Moments, compute_fid
@@ -176,19 +174,6 @@ def test_a_shared_latent_lies_on_the_samples_chain(drawn):
     assert shown.shape[:2] == (4, 16)
     spread = [shown[:, at + 1 : at + 4].std(axis=1).mean() for at in (0, 4, 8, 12)]
     assert spread[0] > spread[2] > spread[3] > 0, "later latents leave less to differ"
-
-
-def test_rate_distortion_shows_the_evaluations_table(drawn, monkeypatch, tmp_path):
-    panels = []
-    monkeypatch.setattr(charts, "save_panels", lambda made, file: panels.extend(made))
-    curves.plan_rate_distortion(drawn).draw([], tmp_path / "x.svg")
-    rows = read_json(drawn.nll_json, dict)["rate_distortion"]
-    for panel, across, up in zip(
-        panels, ("k", "k", "rate_bpd"), ("rmse", "rate_bpd", "rmse"), strict=True
-    ):  # fmt: skip
-        axes = Figure().subplots()
-        panel.draw(axes)
-        assert axes.lines[0].get_xydata().tolist() == [[row[across], row[up]] for row in rows]
 
 
 def test_scores_along_end_in_the_runs_own(drawn):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ONE_CPU, TINY, one_cpu, tiny_experiment
 from diffusers import DDPMPipeline, UNet2DModel
+from diffusers_unet import make_unet, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from staged import results, run_stage
@@ -47,37 +48,10 @@ FILE = "diffusion_pytorch_model"
 tiny = lru_cache(tiny_experiment)  # reading yaml takes longer than most tests here
 
 
-def randomise(net):
-    """Every parameter is drawn, the norms' and the near-zero ones too, so that no branch hides."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, p in net.named_parameters():
-            spread = 0.6 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.2
-            p.copy_(torch.randn(p.shape, generator=generator) * spread + ("norm" in name and p.ndim == 1))
-    return net.eval().requires_grad_(False)
-
-
 def their_network(experiment: config.Experiment) -> UNet2DModel:
-    """diffusers' own network of the experiment's shape, its settings written out here."""
-    data, model = experiment.data, experiment.model
-    attended = [(data.image_size >> i) in model.attention_resolutions for i in range(len(model.channel_mult))]
-    return randomise(
-        UNet2DModel(
-            sample_size=data.image_size,
-            in_channels=data.channels,
-            out_channels=data.channels * (2 if experiment.diffusion.variance == "learned_range" else 1),
-            block_out_channels=[model.channels * mult for mult in model.channel_mult],
-            layers_per_block=model.num_res_blocks,
-            down_block_types=["AttnDownBlock2D" if a else "DownBlock2D" for a in attended],
-            up_block_types=["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)],
-            downsample_padding=0,
-            norm_eps=1e-6,
-            norm_num_groups=model.norm_groups,
-            flip_sin_to_cos=False,
-            freq_shift=1,
-            attention_head_dim=None,
-        )
-    )
+    """diffusers' own network of the experiment's shape."""
+    data, out = experiment.data, 2 if experiment.diffusion.variance == "learned_range" else 1
+    return randomise(make_unet(experiment.model, data.image_size, data.channels, data.channels * out))
 
 
 def publish(folder: Path, experiment: config.Experiment, pickled: bool = False) -> UNet2DModel:

@@ -26,13 +26,6 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_is_replaced_as_a_whole(tmp_path):
-    for text in ("old", "new"):
-        with rundir.write_atomically(tmp_path / "d", folder=True) as temporary:
-            (temporary / text).write_text(text)
-    assert [path.name for path in (tmp_path / "d").iterdir()] == ["new"]
-
-
 def test_a_folder_is_replaced_while_threads_read_and_seal_it(tmp_path):
     folder, stop = tmp_path / "report", threading.Event()
     with rundir.write_atomically(folder, folder=True) as new:

@@ -99,12 +99,6 @@ def test_any_range_is_a_slice_of_the_whole(folder, bounds):
     assert labels.tolist() == [i % 7 for i in range(start, stop)]
 
 
-def test_unlabelled_images_have_label_minus_one(tmp_path):
-    write_folder(tmp_path, images(13), labelled=False)
-    assert tars.load_images(tmp_path, "train")[1].tolist() == [-1] * 13
-    assert {record.label for record in tars.read_records(tmp_path / "train-00000.tar")} == {None}
-
-
 @pytest.mark.parametrize("start, stop", [(0, 14), (13, 13), (-1, 4), (5, 2)])
 def test_a_range_or_a_split_that_is_not_there_is_named(folder, start, stop):
     with pytest.raises(PipelineError, match="has 13"):
