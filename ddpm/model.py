@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ddpm import sampler
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion, Network
 from ddpm.kernels import accelerate
@@ -15,15 +16,6 @@ from ddpm.networks.build import allocate_weights, build_network
 from ddpm.networks.config import NetworkConfig
 from ddpm.posterior_mean import PosteriorMean
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import (
-    ReverseStep,
-    add_guidance,
-    choose_ancestral_variance,
-    interpolate,
-    run_image_chains,
-    run_to_end,
-    space_timesteps,
-)
 from ddpm.training import describe_mismatch
 
 Label = int | str | Sequence[float] | Tensor | None
@@ -61,18 +53,20 @@ class Model:
         """Return the model on a device; its network itself moves there."""
         return replace(self, net=self.net.to(device), diffusion=self.diffusion.to(device))
 
-    def run_chains(self, index: Tensor, **options: Any) -> Iterator[ReverseStep]:
+    def run_chains(self, index: Tensor, **options: Any) -> Iterator[sampler.ReverseStep]:
         """Run the reverse process of the images index (int64, (N,)), a function of seed and index alone."""
         asked = {**self.options, **options}
         context = self.make_context(asked.pop("label"), index)
         net = self.guide(context, asked.pop("guidance_scale"))
-        return run_image_chains(self.diffusion, net, index=index, shape=self.shape, context=context, **asked)
+        return sampler.run_image_chains(
+            self.diffusion, net, index=index, shape=self.shape, context=context, **asked
+        )
 
     def guide(self, context: Tensor | None, scale: float) -> Network:
         """Return the network, guided towards a context where scale is not 1."""
         if context is None or scale == 1:
             return self.net
-        return add_guidance(self.net, scale, 0 if context.is_floating_point() else NO_LABEL)
+        return sampler.add_guidance(self.net, scale, 0 if context.is_floating_point() else NO_LABEL)
 
     def sample(self, n: int, *, first: int = 0, batch_size: int = 64, **options: Any) -> Tensor:
         """Draw images first..first+n-1, (n, C, H, W), in [-1, 1] unless clip=False; by default the run's."""
@@ -81,7 +75,7 @@ class Model:
         images = []
         for rows in torch.arange(n).split(batch_size):
             asked["label"] = None if context is None else context[rows]
-            images.append(run_to_end(self.run_chains(index[rows], **asked)))
+            images.append(sampler.run_to_end(self.run_chains(index[rows], **asked)))
         return torch.cat(images).clamp(-1, 1) if asked.get("clip", True) else torch.cat(images)
 
     def interpolate(
@@ -108,17 +102,17 @@ class Model:
             raise ValueError(f"this network draws images of shape {self.shape}, not {wrong[0]}")
         steps = min(at, max(1, round(at * (asked["steps"] or timesteps) / timesteps)))
         chain = self.diffusion.respace(range(max(at, 1)))
-        chain = chain.respace(space_timesteps(chain, max(steps, 1)))
+        chain = chain.respace(sampler.space_timesteps(chain, max(steps, 1)))
         index, shape = torch.tensor([number], device=self.device), (len(weights), *self.shape)
 
         def noise(t: int) -> Tensor:
             return draw_normal(asked["seed"], Stream.FIGURES, t, index, self.shape).expand(shape)
 
         clip = asked.get("clip", True)
-        images = interpolate(
+        images = sampler.interpolate(
             chain, self.net, x_a.to(self.device).expand(shape), x_b.to(self.device).expand(shape),
             torch.tensor(weights, device=self.device), steps, noise(timesteps), noise,
-            variance=choose_ancestral_variance(asked["sampler"], asked["variance"]),
+            variance=sampler.choose_ancestral_variance(asked["sampler"], asked["variance"]),
             context=self.make_context(label, index.expand(len(weights))), clip=clip,
         )  # fmt: skip
         return images.clamp(-1, 1) if clip else images

@@ -15,15 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.baselines import draw_gaussian, draw_noise
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract_features
-from pipeline.store import tars
-from pipeline.store.files import (
-    REMEDY,
-    hash_file,
-    is_unit_done,
-    read_arrays,
-    read_unit_arrays,
-    write_unit_arrays,
-)
+from pipeline.store import files, tars
 from pipeline.store.keys import hash_content
 
 BASELINE_UNIT = 500  # images
@@ -42,13 +34,13 @@ class ImageSet:
     units: dict[Path, Unit]
 
     def list_missing(self) -> list[Unit]:
-        return [unit for file, unit in self.units.items() if not is_unit_done(file)]
+        return [unit for file, unit in self.units.items() if not files.is_unit_done(file)]
 
     def read_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
-            arrays = read_unit_arrays(file)
+            arrays = files.read_unit_arrays(file)
             features, logits = arrays["features"][:left], arrays["logits"][:left]
             left -= len(features)
             yield features, logits
@@ -98,19 +90,19 @@ def write_shard_features(
 
     It reads no manifest, since a shard of samples is looked at before all of them are drawn.
     """
-    if not shard.path.is_file() or hash_file(shard.path) != shard.sha256:
-        raise PipelineError(f"{shard.path} is missing or does not match its sha256; {REMEDY}")
+    if not shard.path.is_file() or files.hash_file(shard.path) != shard.sha256:
+        raise PipelineError(f"{shard.path} is missing or does not match its sha256; {files.REMEDY}")
     try:
         records = tars.read_records(shard.path, shard.stop - shard.start)
         images = [tars.decode_png(record.png) for record in records]
     except (ValueError, OSError) as error:
-        raise PipelineError(f"{shard.path} cannot be scored ({error}); {REMEDY}") from error
+        raise PipelineError(f"{shard.path} cannot be scored ({error}); {files.REMEDY}") from error
     if others := sorted({image.shape for image in images} - {shape}):
         raise PipelineError(
-            f"{shard.path} holds images of shape (C, H, W) = {others[0]} where {shape} is scored; {REMEDY}"
+            f"{shard.path} holds images of shape (C, H, W) = {others[0]} where {shape} is scored; {files.REMEDY}"
         )
     features, logits = extract_features(extractor, np.stack(images), ctx.device)
-    write_unit_arrays(file, features=features, logits=logits)
+    files.write_unit_arrays(file, features=features, logits=logits)
 
 
 def write_baseline_features(
@@ -119,7 +111,7 @@ def write_baseline_features(
     if pixels is None:
         images = draw_noise(start, stop, shape)
     else:
-        arrays = read_arrays(pixels)
+        arrays = files.read_arrays(pixels)
         images = draw_gaussian(arrays["mean"], arrays["factor"], start, stop, shape)
     features, logits = extract_features(extractor, images, ctx.device)
-    write_unit_arrays(file, features=features, logits=logits)
+    files.write_unit_arrays(file, features=features, logits=logits)

@@ -18,16 +18,7 @@ from pipeline.scores import baselines, classifier
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.metrics import needs_samples
 from pipeline.scores.results import ClassifierFacts
-from pipeline.store import tars
-from pipeline.store.files import (
-    hash_file,
-    is_unit_done,
-    read_arrays,
-    read_record,
-    write_arrays,
-    write_atomically,
-    write_json,
-)
+from pipeline.store import files, tars
 from pipeline.store.run import Place
 
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
@@ -41,7 +32,8 @@ def list_preparations(place: Place) -> list[Unit]:
     scores_samples = needs_samples(config.metrics)
     if scores_samples and config.features == "classifier":
         weights, facts = place.classifier, place.classifier_json
-        if not weights.is_file() or read_record(facts, ClassifierFacts).get("sha256") != hash_file(weights):
+        known = files.read_record(facts, ClassifierFacts).get("sha256")
+        if not weights.is_file() or known != files.hash_file(weights):
             units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
     if (scores_samples and locate_gaussian(place)) or ("nll" in config.metrics and config.nll_timesteps):
         units += list_gaussian_units(place)
@@ -51,7 +43,7 @@ def list_preparations(place: Place) -> list[Unit]:
 def list_gaussian_units(place: Place) -> list[Unit]:
     count, file = tars.open_shards(place.data).count_images("train"), locate_factor(place)
     unit = Unit(UnitKind.PREPARATION, write_gaussian, (place, file), "the Gaussian of the pixels", count)
-    return [] if is_unit_done(file, read_arrays) else [unit]
+    return [] if files.is_unit_done(file, files.read_arrays) else [unit]
 
 
 def train_classifier(ctx: Worker, place: Place) -> None:
@@ -64,12 +56,13 @@ def train_classifier(ctx: Worker, place: Place) -> None:
             f"0..{classes - 1}; correct it, or use evaluate.features=projection"
         )
     net = classifier.fit_classifier(images, labels, classes)
-    with write_atomically(place.classifier) as temporary:
+    with files.write_atomically(place.classifier) as temporary:
         save_file(net.state_dict(), temporary)
     has_test = "test" in tars.open_shards(place.data).splits
     accuracy = classifier.measure_accuracy(net, *tars.load_images(place.data, "test")) if has_test else None
-    facts = {"sha256": hash_file(place.classifier), "test_accuracy": accuracy, "steps": classifier.STEPS}
-    write_json(place.classifier_json, facts)
+    sha256 = files.hash_file(place.classifier)
+    facts = {"sha256": sha256, "test_accuracy": accuracy, "steps": classifier.STEPS}
+    files.write_json(place.classifier_json, facts)
 
 
 def locate_gaussian(place: Place) -> Path | None:
@@ -107,7 +100,7 @@ def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
     else:
         images = tars.load_images(place.data, "train", 0, n)[0]
         mean, factor, rest = baselines.fit_principal_directions(images)
-    write_arrays(file, mean=mean, factor=factor, rest=np.array(rest))
+    files.write_arrays(file, mean=mean, factor=factor, rest=np.array(rest))
 
 
 def load_variances(place: Place) -> tuple[torch.Tensor, str]:
@@ -115,7 +108,7 @@ def load_variances(place: Place) -> tuple[torch.Tensor, str]:
 
     Last come the directions that are not on file, or of no variance.
     """
-    arrays, n = read_arrays(locate_factor(place)), _count_fitted_images(place)
+    arrays, n = files.read_arrays(locate_factor(place)), _count_fitted_images(place)
     factor, exact = arrays["factor"], _has_covariance(place)
     found = (factor**2).sum(axis=0) * ((n - 1) / n if exact else 1)
     others = np.full(len(factor) - np.count_nonzero(found), arrays.get("rest", 0.0))
@@ -128,7 +121,7 @@ def load_linear_denoiser(
     place: Place, diffusion: Diffusion, device: torch.device
 ) -> tuple[Network, torch.Tensor]:
     """Load the best linear denoiser of the training images, float32, and their mean (d,) in [-1, 1]."""
-    arrays = read_arrays(locate_factor(place))
+    arrays = files.read_arrays(locate_factor(place))
     norms = np.linalg.norm(arrays["factor"], axis=0)
     directions = torch.from_numpy(arrays["factor"][:, norms > 0] / norms[norms > 0])
     parts = torch.from_numpy(arrays["mean"] / 127.5 - 1), directions, load_variances(place)[0]

@@ -1,10 +1,9 @@
 """Copies finished results to and from an object store: `ddpm push`, `ddpm pull`.
 
 A prefix of the store mirrors a storage root: URI/<run>/... and URI/data/<shards>/... What travels is finished: folders
-that a manifest or a checkpoint's meta file seals, and the run's own record. `contents.json` is written last and lists
-every file with its bytes and sha256. Any store that pyarrow knows will do (s3://, gs://, abfss://, file://). Addresses
-and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...) and are never asked for, shown or
-written.
+that a manifest or a checkpoint's meta file seals, and the run's own record. `contents.json`, written last, lists every
+file with its bytes and sha256. Any store of pyarrow will do. Addresses and credentials come from the environment
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...) and are never asked for, shown or written.
 """
 
 from __future__ import annotations
@@ -45,10 +44,7 @@ BLOCK = 8 << 20  # bytes that travel at a time
 
 
 def push_run(name: str, root: Path, uri: str) -> str:
-    """Copy the finished files of a run (or of data/<shards>) to the prefix `uri`; return a summary.
-
-    Raises PipelineError where a file is not what its manifest says, or the store does not take it.
-    """
+    """Copy the finished files of a run (or of data/<shards>) to the prefix `uri`; return a summary."""
     places = (Path(name).absolute(), root / name)
     path = next((p for p in places if (p / EXPERIMENT).is_file() or (p / MANIFEST).is_file()), None)
     if path is None:
@@ -97,10 +93,7 @@ def pull_run(uri: str, root: Path) -> str:
 
 
 def _list_finished_files(path: Path) -> dict[str, FileFacts]:
-    """Return the finished files below `path`, by name relative to it, each seal after its files.
-
-    Raises PipelineError where a sealed folder is not what its seal says.
-    """
+    """Return the finished files below `path`, compared with their seals, by name relative to it, seals after files."""
     files = [file for pattern in RECORD for file in sorted(path.glob(pattern))]
     known: dict[Path, FileFacts] = {}  # of files that were just compared, which are large
     for seal in sorted(file for name in SEALS for file in path.rglob(name)):

@@ -1,13 +1,8 @@
 """Image shards: webdataset tars of PNG + label, sealed by a manifest, verified whenever they are read.
 
-A folder of shards holds `<split>-00000.tar ...` with members `<key>.png` and, where there are labels,
-`<key>.cls` (the label in decimal digits), and `manifest.json`:
-
-    {"files":  {"train-00000.tar": {"bytes": ..., "sha256": ..., "count": ...}, ...},
-     "splits": {"train": {"count": ..., "shards": ["train-00000.tar", ...]}, ...}, ...facts}
-
-An image's index in its split counts the images of the shards in the order of the list. Beside each tar stands
-`<split>-00000.json` with its facts, the offset of every image in the tar included.
+A folder of shards holds `<split>-00000.tar ...` with members `<key>.png` and, where there are labels, `<key>.cls` (the
+label in decimal digits), beside each tar a .json with its facts and the offset of every image, and `manifest.json`.
+An image's index in its split counts the images of the shards in the order of the manifest's list.
 """
 
 from __future__ import annotations

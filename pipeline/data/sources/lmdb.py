@@ -1,8 +1,7 @@
 """Images in LMDB databases, as LSUN is published: every value is an encoded image, its key does not matter.
 
 `data.path` is one database (a folder with data.mdb, or the file itself), or a folder that holds a single one whose
-name says train (`church_outdoor_train_lmdb`). Its neighbour of the same name with test or else val is the test split;
-where there is none, data.test_images are held out by a fixed shuffle. There are no labels.
+name says train (`church_outdoor_train_lmdb`). Its neighbour of that name with test or else val is the test split.
 """
 
 from __future__ import annotations

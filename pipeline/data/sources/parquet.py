@@ -1,10 +1,9 @@
 """Encoded images in parquet files, in the layout of the Hugging Face hub.
 
 `data.path` is a file, or a folder whose files at any depth belong to the split that their name, or else that of a
-folder on the way, says: train, and test or else val (`layout.find_split`). Names that say nothing are the train split
-where nothing else is. Without a test split, data.test_images are held out by a fixed shuffle. The images are the column
-data.image_column, or else the one of the type struct<bytes: binary, path: string>, or the one binary column; `label`
-holds integers.
+folder on the way, says: train, and test or else val (`layout.find_split`); names that say nothing are the train split
+where nothing else is. The images are the column data.image_column, or else the one of the type struct<bytes: binary,
+path: string>, or the one binary column; `label` holds integers.
 """
 
 from __future__ import annotations

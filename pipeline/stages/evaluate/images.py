@@ -20,12 +20,10 @@ from pipeline.store.run import Place
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """The image sets of an evaluation: samples, splits and baselines.
+    """The image sets of an evaluation; references: the split or the file that each FID is the distance to.
 
-    splits: those whose statistics are still to be made, or whose single images are compared.
+    splits: those whose statistics are still to be made, or whose single images KID, precision and recall compare.
     baselines: of no more images than the samples; where real images are fewer, as many samples are among them.
-    references: for each FID that is asked for, the split or the file that it is the distance to.
-    compares_images: whether KID, precision or recall is asked for, which compare single images.
     """
 
     references: dict[str, str]

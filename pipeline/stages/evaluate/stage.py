@@ -20,15 +20,7 @@ from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
 from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
 from pipeline.stages.stage import Stage
-from pipeline.store.files import (
-    Manifest,
-    is_unit_done,
-    read_manifest,
-    read_sealed,
-    write_json,
-    write_manifest,
-    write_text,
-)
+from pipeline.store import files
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard, open_shards
 
@@ -48,9 +40,9 @@ class EvaluateStage(Stage):
     def is_done(self, place: Place) -> bool:
         """Return whether the scores are sealed, and belong to the samples and the weights that are there now."""
         try:
-            if (manifest := read_manifest(place.scores, Manifest)) is None:
+            if (manifest := files.read_manifest(place.scores, files.Manifest)) is None:
                 return False
-            read_sealed(place.metrics_json, Results)
+            files.read_sealed(place.metrics_json, Results)
             inputs = _hash_inputs(place)
         except PipelineError as error:
             log.warning("%s; evaluating again", error)
@@ -81,9 +73,9 @@ class EvaluateStage(Stage):
         if units := list_preparations(place):
             yield units
         bounds = bound.plan_units(place) if "nll" in config.metrics else {}
-        pending = [unit for file, unit in bounds.items() if not is_unit_done(file)]
+        pending = [unit for file, unit in bounds.items() if not files.is_unit_done(file)]
         found: Results = {"scores": {}, "protocol": describe_score_protocol(place)}
-        inputs, files = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
+        inputs, written = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
         if needs_samples(config.metrics):
             extractor = find_extractor(place)
             sets = images.collect_sets(place, extractor, list_sample_shards(place))
@@ -97,13 +89,13 @@ class EvaluateStage(Stage):
             # The train split's bound is another score than the test split's, which most readers mean.
             prefix = "train_" if config.nll_split == "train" else ""
             found["scores"] |= {f"{prefix}{name}": value for name, value in scores.items()}
-            write_json(place.nll_json, nll)
-            files.append(place.nll_json)
+            files.write_json(place.nll_json, nll)
+            written.append(place.nll_json)
         reasons = explain_differences(found["protocol"], config.metrics)
         found["protocol"] |= {"comparable": not reasons, "why_not": reasons}
-        write_json(place.metrics_json, found)
-        write_text(place.evaluate_yaml, to_yaml(config))
-        write_manifest(place.scores, [file.name for file in files], **inputs)
+        files.write_json(place.metrics_json, found)
+        files.write_text(place.evaluate_yaml, to_yaml(config))
+        files.write_manifest(place.scores, [file.name for file in written], **inputs)
 
 
 STAGE = EvaluateStage()

@@ -10,17 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddpm import sampler
 from ddpm.config import Sampler
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
-from ddpm.sampler import (
-    choose_ancestral_variance,
-    draw_shared_latent,
-    interpolate,
-    run_chain,
-    space_timesteps,
-)
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
@@ -48,7 +42,7 @@ def build_diffusion(experiment: Experiment) -> Diffusion:
     diffusion, config = Diffusion(experiment.diffusion), experiment.sample
     if config.steps is None:
         return diffusion
-    return diffusion.respace(space_timesteps(diffusion, config.steps, config.spacing))
+    return diffusion.respace(sampler.space_timesteps(diffusion, config.steps, config.spacing))
 
 
 def count_chain_steps(share: float, experiment: Experiment) -> int:
@@ -133,8 +127,8 @@ def write_steps(ctx: Worker, place: Place, counts: list[int], start: int, stop: 
     """Write rows (2 (stop - start), 2 counts, C, H, W) of samples [start, stop), eta = 0 first (body of a unit)."""
     model = load_model(place, ctx.device, place.experiment.sample.precision)
     images = [
-        model.sample(stop - start, first=start, sampler=sampler, steps=count, spacing="uniform", eta=eta)
-        for sampler in SAMPLERS
+        model.sample(stop - start, first=start, sampler=name, steps=count, spacing="uniform", eta=eta)
+        for name in SAMPLERS
         for eta in (0.0, 1.0)
         for count in counts
     ]
@@ -199,9 +193,9 @@ def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: 
     net = load_model(place, ctx.device, config.precision).net
     x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
-    return interpolate(
+    return sampler.interpolate(
         build_diffusion(experiment).to(ctx.device), net, x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
-        steps, eps, noise, variance=choose_ancestral_variance(config.sampler, config.variance),
+        steps, eps, noise, variance=sampler.choose_ancestral_variance(config.sampler, config.variance),
     )  # fmt: skip
 
 
@@ -236,18 +230,19 @@ def write_shared_latents(ctx: Worker, place: Place, n: int, steps: int, file: Pa
 def draw_from_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
     """Draw x_t (n, C, H, W) of the first n samples' chains, and images (n * children, C, H, W) from it."""
     experiment, config = place.experiment, place.experiment.sample
-    chain, variance = build_diffusion(experiment), choose_ancestral_variance(config.sampler, config.variance)
+    chain = build_diffusion(experiment)
+    variance = sampler.choose_ancestral_variance(config.sampler, config.variance)
     model = load_model(place, ctx.device, config.precision)
     draw = partial(draw_normal, experiment.seed, shape=experiment.data.shape)
     index = torch.arange(n, device=ctx.device)
     labels = model.make_context(config.label, index)
     net = model.guide(labels, config.guidance_scale)
-    x_t = draw_shared_latent(
+    x_t = sampler.draw_shared_latent(
         chain, net, draw(Stream.X_T, 0, index), lambda t: draw(Stream.REVERSE, t, index), steps,
         variance=variance, context=labels,
     )  # fmt: skip
     children = CHILDREN_FROM + torch.arange(n * CHILDREN, device=ctx.device)
-    *_, last = run_chain(
+    *_, last = sampler.run_chain(
         chain, net, x_t.repeat_interleave(CHILDREN, 0), lambda t: draw(Stream.FIGURES, t, children),
         variance=variance, timesteps=range(steps),
         context=None if labels is None else labels.repeat_interleave(CHILDREN),

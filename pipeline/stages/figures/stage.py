@@ -12,14 +12,7 @@ from pipeline.compute.units import Unit
 from pipeline.config import Experiment
 from pipeline.stages.figures.figure import Figure, FigureUnavailable
 from pipeline.stages.stage import Stage
-from pipeline.store.files import (
-    FiguresManifest,
-    is_unit_done,
-    read_arrays,
-    read_manifest,
-    try_read,
-    write_manifest,
-)
+from pipeline.store import files
 from pipeline.store.run import Place
 
 log = logging.getLogger(__name__)
@@ -41,7 +34,7 @@ class FiguresStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Return whether the figures are sealed, and no evaluation can add those that were left out."""
-        manifest = try_read(read_manifest, place.figures, FiguresManifest)
+        manifest = files.try_read(files.read_manifest, place.figures, files.FiguresManifest)
         return manifest is not None and (not manifest.get("skipped") or manifest.get("scored", False))
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
@@ -54,12 +47,12 @@ class FiguresStage(Stage):
         if preparations := [unit for figure in figures for unit in figure.preparations]:
             yield preparations
         units = {file: unit for figure in figures for file, unit in figure.units.items()}
-        yield [unit for file, unit in units.items() if not is_unit_done(file, read_arrays)]
+        yield [unit for file, unit in units.items() if not files.is_unit_done(file, files.read_arrays)]
         drawn = {f.file: f.draw(list(f.units), place.figures / f.file) for f in figures}
         findings = {file: finding for file, finding in drawn.items() if finding}
         captions = {figure.file: figure.caption for figure in figures}
         facts = {"captions": captions, "findings": findings, "skipped": skipped, "scored": scored}
-        write_manifest(place.figures, [*drawn], order=[*drawn], **facts)
+        files.write_manifest(place.figures, [*drawn], order=[*drawn], **facts)
 
 
 STAGE = FiguresStage()

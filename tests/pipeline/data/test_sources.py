@@ -307,13 +307,10 @@ class Harmful:
 @pytest.mark.parametrize(
     "harmful, name",
     [
-        (Harmful(), "posix.system"),
-        (np.array([Harmful()], dtype=object), "posix.system"),
-        (len, "__builtin__.len"),
-        (Path("x"), "pathlib"),
-        (np.random.default_rng(0), "numpy.random"),
+        (Harmful(), "posix.system"), (np.array([Harmful()], dtype=object), "posix.system"),
+        (len, "__builtin__.len"), (Path("x"), "pathlib"), (np.random.default_rng(0), "numpy.random"),
     ],
-)
+)  # fmt: skip
 def test_the_unpickler_refuses_by_name_and_runs_nothing(batches, tmp_path, monkeypatch, harmful, name):
     monkeypatch.chdir(tmp_path)
     (batches / "data_batch_3").write_bytes(pickle.dumps({b"data": harmful, b"labels": [0]}, protocol=2))

@@ -36,13 +36,8 @@ def ranks(runs: list[Place], metric=FID) -> list[list[tuple[str, str]]]:
 
 def test_seeds_are_one_row_with_their_spread():
     runs = [
-        run(1, 0, 10.0),
-        run(1, 1, 40.0),
-        run(2, 0, 20.0),
-        run(2, 1, 24.0),
-        run(2, 2, 22.0),
-        run(3, 0, None),
-    ]
+        run(1, 0, 10.0), run(1, 1, 40.0), run(2, 0, 20.0), run(2, 1, 24.0), run(2, 2, 22.0), run(3, 0, None),
+    ]  # fmt: skip
     (group,) = rank_runs(runs, FID)
     assert [(point.name, point.rank, point.mean, len(point.runs)) for point in group.points] == [
         ("lr=2", "1-2", 22.0, 3), ("lr=1", "1-2", 25.0, 2),

@@ -138,14 +138,11 @@ def convolutional(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("where", "pickled", "rename"),
     [
-        ("", False, dict),
-        ("unet", True, dict),
-        ("unet", False, older),
-        ("", True, convolutional),
+        ("", False, dict), ("unet", True, dict), ("unet", False, older), ("", True, convolutional),
         ("", False, lambda tensors: convolutional(older(tensors))),
     ],
     ids=["new", "new pickled", "older", "convolutions", "older convolutions"],
-)
+)  # fmt: skip
 def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickled, rename):
     theirs = publish(tmp_path / where, tiny(), pickled)
     tensors = {name: tensor.contiguous() for name, tensor in rename(theirs.state_dict()).items()}
