@@ -179,8 +179,7 @@ class Diffusion:
     def compute_losses(self, output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Return the loss per image (N,): simple (Eq. 14), vlb (one term of Eq. 5 in bits/dim, not times T) or hybrid.
 
-        hybrid is simple + T/1000 vlb with the mean detached (Nichol and Dhariwal 2021, Eq. 16). Nothing is
-        clipped.
+        hybrid is simple + T/1000 vlb with the mean detached (Nichol and Dhariwal 2021, Eq. 16). Nothing is clipped.
         """
         output = output.to(x_t.dtype)  # a network under autocast answers in bf16
         if self.config.loss == "vlb":

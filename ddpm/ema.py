@@ -7,11 +7,9 @@ from torch import Tensor, nn
 class EMA:
     """Averaged weights, float32, in the layout of `net.state_dict()`; buffers are copied, not averaged.
 
-    So with BatchNorm the averaged weights go with the running statistics of the raw network, which are those of other
-    weights; group norm has none.
-
-    decay is constant, as in the authors' code; with warmup it is min(decay, (1 + n) / (10 + n)) at update n,
-    for runs short against the average's half-life (6,931 steps at 0.9999).
+    So BatchNorm's running statistics are those of the raw weights. decay is constant, as in the authors' code; with
+    warmup it is min(decay, (1 + n) / (10 + n)) at update n, for runs short against the average's half-life (6,931 steps
+    at 0.9999).
     """
 
     def __init__(self, net: nn.Module, decay: float, warmup: bool = False) -> None:

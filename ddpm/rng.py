@@ -1,9 +1,8 @@
 """Counter-based random numbers: every draw is a function of (seed, stream, step, index).
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor
-operations. The key is the 64-bit seed, the counter is (block, index, step, stream). So row i of a draw
-depends on index[i] alone, whatever the batch, the worker or the device, and there is no state to save. Words
-are equal on every device; normals are equal up to the last bits of log, sin and cos.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in integer tensor operations. The
+key is the 64-bit seed, the counter is (block, index, step, stream). So row i of a draw depends on index[i] alone,
+whatever the batch, the worker or the device. Words are equal everywhere, normals up to the last bits of log and sin.
 """
 
 import math

@@ -1,7 +1,6 @@
 """Draws images: Algorithm 2, DDIM, DPM-Solver++, interpolation, guidance. Chains are generators of steps.
 
-Networks must be in evaluation mode. noise(t) gives z for the step from timestep t (the network's t); it is
-not called at the last step, where z = 0.
+Networks must be in evaluation mode. noise(t) gives z for the step from the network's t; the last step has none.
 """
 
 from collections import deque
@@ -222,8 +221,7 @@ def interpolate(
     """Interpolate between x_a and x_b (N, C, H, W): diffuse both for `steps`, mix the latents, reverse (Sec. 4.4).
 
     weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W) diffuses both images, or is
-    one for each. eps and noise are drawn where they are left out. More steps mix coarser features (Fig. 9); 0 steps mix
-    the pixels.
+    one for each; it and noise are drawn where left out. More steps mix coarser features (Fig. 9); 0 mix the pixels.
     """
     mix = torch.as_tensor(weight, dtype=x_a.dtype, device=x_a.device).reshape(-1, 1, 1, 1)
     if bool(((mix < 0) | (mix > 1)).any()):
@@ -269,9 +267,8 @@ def draw_shared_latent(
 def add_guidance(net: Network, scale: float, null_context: Tensor | int) -> Network:
     """Return a network with classifier-free guidance: null + scale (labelled - null), by one call of 2N images.
 
-    Ho and Salimans 2022, Eq. 6, with scale = 1 + w: 1 is the plain conditional network, 0 the unconditional
-    one. null_context (a label, or a tensor like one row of context) stands for no context. Learned variances
-    are those of the given context.
+    Ho and Salimans 2022, Eq. 6, with scale = 1 + w: 1 is the plain conditional network, 0 the unconditional one.
+    null_context (a label, or a tensor like one row of context) stands for none. Variances are the given context's.
     """
 
     def net_with_guidance(x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:

@@ -69,11 +69,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `state_dict()` returned, from any device.
-
-        Raises ValueError naming the keys that are missing, unexpected or of another shape or type, and then
-        changes nothing.
-        """
+        """Load what `state_dict()` returned, on any device; raise ValueError, and change nothing, where keys differ."""
         own = self.state_dict()
         if faults := describe_mismatch(own, tensors):
             raise ValueError(f"the saved state is of another network or optimiser: {faults}")
@@ -180,8 +176,7 @@ def train_step(
     """Make one update with this worker's slice of the global batch (Algorithm 1).
 
     The arguments are those of `compute_gradients`. Returns 0-d tensors: loss, so weighted that its mean over workers is
-    the mean over the global batch, and grad_norm before clipping. Never waits for the device (importance sampling of t
-    apart).
+    the mean over the global batch, and grad_norm before clipping. Only importance sampling of t waits for the device.
     """
     t, weight, losses = compute_gradients(
         state, diffusion, x_0, rows, config=config, seed=seed, context=context, forward=forward, world_size=world_size
@@ -210,13 +205,10 @@ def compute_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of this worker's slice of the global batch, in config.accumulate micro-batches.
 
-    x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU,
-    consecutive positions in the global batch; context: labels, int64 (N,), or float vectors (N, width). `forward` is
-    the network as it is called (wrapped for several workers, or compiled); default the network itself. Slices may
-    differ in length: each is weighted by it, so that the workers' average is the gradient of the mean over the global
-    batch.
-
-    Returns t int64, and weight and loss of each image, float32; all (N,).
+    x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU, consecutive
+    positions in the global batch; context: labels, int64 (N,), or float vectors (N, width). forward: the network as it
+    is called, wrapped or compiled. Slices may differ in length: each is weighted by it, so that the workers' average is
+    the gradient of the mean over the global batch. Returns t int64, weight and loss of each image, float32, all (N,).
     """
     net, step = state.net if forward is None else forward, state.step
     x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0

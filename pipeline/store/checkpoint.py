@@ -33,18 +33,7 @@ from ddpm.sampler import run_image_chains
 from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
-from pipeline.store.files import (
-    SEALED,
-    Check,
-    FileFacts,
-    delete_folder,
-    read_file_facts,
-    read_json,
-    require_files,
-    write_atomically,
-    write_json,
-    write_seal,
-)
+from pipeline.store import files
 from pipeline.store.run import Place, find_sample_facts, find_scores, find_selections
 from pipeline.store.tensors import Tensors
 
@@ -59,7 +48,7 @@ class Meta(TypedDict):
     """The content of meta.json. Checkpoints of older versions may lack the run key."""
 
     step: int
-    files: dict[str, FileFacts]
+    files: dict[str, files.FileFacts]
     run_key: NotRequired[str]
 
 
@@ -67,12 +56,12 @@ def save_checkpoint(
     directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None
 ) -> None:
     """Write the checkpoint of one step atomically; its tensors must be contiguous and on the CPU."""
-    with write_atomically(directory, folder=True) as temporary:
+    with files.write_atomically(directory, folder=True) as temporary:
         _save_file(tensors, temporary / STATE)
         _save_file(ema, temporary / EMA)
-        files = {name: read_file_facts(temporary / name) for name in (STATE, EMA)}
-        write_json(temporary / META, {"step": step, "files": files, **(facts or {})})
-    write_seal(directory / META, files)  # in its place: moving it there changes times
+        listed = {name: files.read_file_facts(temporary / name) for name in (STATE, EMA)}
+        files.write_json(temporary / META, {"step": step, "files": listed, **(facts or {})})
+    files.write_seal(directory / META, listed)  # in its place: moving it there changes times
 
 
 def save_untrained(place: Place, tensors: Tensors) -> None:
@@ -118,7 +107,7 @@ def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
 
 def read_meta(directory: Path) -> Meta:
     """Read what a checkpoint says of itself. Raises PipelineError where it is no complete one of this step and run."""
-    meta = read_json(directory / META, Meta, "it is no complete checkpoint")
+    meta = files.read_json(directory / META, Meta, "it is no complete checkpoint")
     run, key = directory.parent.parent.name, meta.get("run_key", "")
     if directory.name != f"step_{meta['step']:08d}" or not run.endswith(key):
         raise PipelineError(f"{directory} holds the checkpoint of step {meta['step']} of a run {key}")
@@ -127,9 +116,9 @@ def read_meta(directory: Path) -> Meta:
     return meta
 
 
-def verify_checkpoint(directory: Path, check: Check = "sha256") -> None:
+def verify_checkpoint(directory: Path, check: files.Check = "sha256") -> None:
     """Raise PipelineError unless the folder holds the complete checkpoint of its step and run."""
-    require_files(directory / META, read_meta(directory)["files"], check)
+    files.require_files(directory / META, read_meta(directory)["files"], check)
 
 
 def has_state(directory: Path) -> bool:
@@ -137,7 +126,7 @@ def has_state(directory: Path) -> bool:
     return STATE in read_meta(directory)["files"]
 
 
-def verify_step(place: Place, step: int, check: Check = "sha256") -> None:
+def verify_step(place: Place, step: int, check: files.Check = "sha256") -> None:
     """Raise PipelineError unless the checkpoint of a step is complete for scoring, and of the run's network."""
     verify_checkpoint(folder := place.step_folder(step), check)
     file = name_weights_file(place.experiment.sample.weights, place.experiment.ema_number)
@@ -215,7 +204,7 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
         if step in train.keep_steps:
             _delete_state(place.step_folder(step))
         elif step not in used:
-            delete_folder(place.step_folder(step))
+            files.delete_folder(place.step_folder(step))
 
 
 def _delete_state(directory: Path) -> None:
@@ -224,18 +213,18 @@ def _delete_state(directory: Path) -> None:
         return
     with suppress(PipelineError):  # a damaged one stays as it is: nobody resumes from it
         meta = read_meta(directory)
-        files = {EMA: meta["files"][EMA]}
-        (directory / SEALED).unlink(missing_ok=True)
-        write_json(directory / META, {**meta, "files": files})
+        listed = {EMA: meta["files"][EMA]}
+        (directory / files.SEALED).unlink(missing_ok=True)
+        files.write_json(directory / META, {**meta, "files": listed})
         (directory / STATE).unlink()
-        write_seal(directory / META, files)
+        files.write_seal(directory / META, listed)
 
 
 def list_used_steps(run: Place) -> set[int]:
     """Return the steps that a sample set, even an unfinished one, a score or a selection uses."""
-    files = [*find_sample_facts(run.path), *find_scores(run.path)]
-    steps = {read_json(file, dict[str, Any])["protocol"]["checkpoint"] for file in files}
-    selected = [read_json(file, dict[str, Any])["scores"] for file in find_selections(run.path)]
+    found = [*find_sample_facts(run.path), *find_scores(run.path)]
+    steps = {files.read_json(file, dict[str, Any])["protocol"]["checkpoint"] for file in found}
+    selected = [files.read_json(file, dict[str, Any])["scores"] for file in find_selections(run.path)]
     return steps | {score["step"] for scores in selected for score in scores}
 
 

@@ -20,20 +20,7 @@ from PIL import Image
 from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import (
-    MANIFEST,
-    REMEDY,
-    Check,
-    FileFacts,
-    Manifest,
-    read_file_facts,
-    read_json,
-    read_manifest,
-    require_file,
-    write_atomically,
-    write_json,
-    write_manifest,
-)
+from pipeline.store import files
 from pipeline.store.keys import hash_content
 
 OFFSET, SIZE, CRC32, LABEL = range(4)  # the columns of `read_offsets`
@@ -105,13 +92,13 @@ class Shard:
     def write(self, records: Iterable[Record], **more: Any) -> None:
         """Write the tar, then its facts and `more`."""
         facts = {**self.range, "folder": self.folder.name, **write_tar(self.path, records), **more}
-        write_json(self.facts_json, {**facts, "digest": hash_content(facts)})
+        files.write_json(self.facts_json, {**facts, "digest": hash_content(facts)})
 
     def read_facts(self, **more: Any) -> ShardFacts | None:
         """Return the facts; None unless the tar is complete, has this range, and the facts say `more`."""
         try:
-            facts = read_json(self.facts_json, ShardFacts)
-            require_file(self.path, facts)
+            facts = files.read_json(self.facts_json, ShardFacts)
+            files.require_file(self.path, facts)
         except PipelineError:
             return None
         digest = hash_content({key: value for key, value in facts.items() if key != "digest"})
@@ -126,7 +113,7 @@ class Shard:
         return facts
 
 
-class ShardFacts(FileFacts):
+class ShardFacts(files.FileFacts):
     """Content of a shard's .json.
 
     places: for each image the offset and the size of its PNG in the tar, its crc32, and its label (-1 = none);
@@ -149,7 +136,7 @@ def write_tar(path: Path, records: Iterable[Record]) -> dict[str, Any]:
 
     last = ""
     places: list[list[int]] = []
-    with write_atomically(path) as temporary:
+    with files.write_atomically(path) as temporary:
         with temporary.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
             for record in records:
                 if record.key <= last or "." in record.key:
@@ -160,7 +147,7 @@ def write_tar(path: Path, records: Iterable[Record]) -> dict[str, Any]:
                 offset = tar.tarstream.offset - -(-len(record.png) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 places.append([offset, len(record.png), zlib.crc32(record.png), record.number])
                 last = record.key
-        facts = read_file_facts(temporary)
+        facts = files.read_file_facts(temporary)
     return {"name": path.name, "count": len(places), **facts, "places": places}
 
 
@@ -186,9 +173,9 @@ def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
                 yield Record(sample["__key__"], sample["png"], label)
                 found += 1
     except (OSError, EOFError, tarfile.TarError, ValueError, KeyError) as error:
-        raise PipelineError(f"{path} cannot be read ({error}); {REMEDY}") from error
+        raise PipelineError(f"{path} cannot be read ({error}); {files.REMEDY}") from error
     if count is not None and found != count:
-        raise PipelineError(f"{path} holds {found} images, not {count}; {REMEDY}")
+        raise PipelineError(f"{path} holds {found} images, not {count}; {files.REMEDY}")
 
 
 # A folder of shards
@@ -199,7 +186,7 @@ class Split(TypedDict):
     shards: list[str]
 
 
-class ShardSetFacts(Manifest):
+class ShardSetFacts(files.Manifest):
     """The content of the manifest of a folder of shards; protocol: of a sample set."""
 
     splits: dict[str, Split]
@@ -215,25 +202,26 @@ def write_shard_manifest(
     """Seal a folder of shards, and other files in it. splits: the facts of the shards of each split, in order."""
     shards = [shard for of_split in splits.values() for shard in of_split]
     names = [*others, *(f"{Path(shard['name']).stem}.json" for shard in shards)]
-    files: dict[str, FileFacts] = {name: read_file_facts(directory / name) for name in names}
+    listed: dict[str, files.FileFacts] = {name: files.read_file_facts(directory / name) for name in names}
     for shard in shards:
-        files[shard["name"]] = FileFacts(bytes=shard["bytes"], sha256=shard["sha256"], count=shard["count"])
+        listed[shard["name"]] = {"bytes": shard["bytes"], "sha256": shard["sha256"], "count": shard["count"]}
     counts = {
         split: {"count": sum(s["count"] for s in of_split), "shards": [s["name"] for s in of_split]}
         for split, of_split in splits.items()
     }
-    write_manifest(directory, files, splits=counts, **facts)
+    files.write_manifest(directory, listed, splits=counts, **facts)
 
 
-def read_shard_manifest(directory: Path, check: Check = "seal") -> ShardSetFacts | None:
+def read_shard_manifest(directory: Path, check: files.Check = "seal") -> ShardSetFacts | None:
     """Return the manifest of a folder of shards; None without one. Raises PipelineError where anything differs."""
-    manifest = read_manifest(directory, ShardSetFacts, check)
+    manifest = files.read_manifest(directory, ShardSetFacts, check)
     if manifest is None:
         return None
     for split in manifest["splits"].values():
         counts = [facts.get("count", 0) for name in split["shards"] if (facts := manifest["files"].get(name))]
         if len(counts) < len(split["shards"]) or sum(counts) != split["count"]:
-            raise PipelineError(f"{directory / MANIFEST} does not list the images that it counts; {REMEDY}")
+            file = directory / files.MANIFEST
+            raise PipelineError(f"{file} does not list the images that it counts; {files.REMEDY}")
     return manifest
 
 
@@ -251,7 +239,7 @@ class ShardManifest:
 
     def list_shards(self, split: str, n: int | None = None) -> list[Shard]:
         """Return the shards with the first n images of a split (None: all). PipelineError where there are fewer."""
-        there, files, shards, start = self.count_images(split), self.facts["files"], [], 0
+        there, listed, shards, start = self.count_images(split), self.facts["files"], [], 0
         n = there if n is None else n
         if there < n:
             raise PipelineError(
@@ -259,9 +247,9 @@ class ShardManifest:
                 "run the stage before this one"
             )
         for name in self._get_split(split)["shards"]:
-            stop = start + files[name]["count"]
+            stop = start + listed[name]["count"]
             if start < n:
-                shards.append(Shard(self.directory, name, split, start, stop, files[name]["sha256"]))
+                shards.append(Shard(self.directory, name, split, start, stop, listed[name]["sha256"]))
             start = stop
         return shards
 
@@ -269,8 +257,8 @@ class ShardManifest:
         """Return offset, size, crc32 and label of each image of a shard: int64 (count, 4)."""
         file = (self.directory / name).with_suffix(".json")
         if sealed := self.facts["files"].get(file.name):  # older manifests list the tars alone
-            require_file(file, sealed)
-        facts = read_json(file, ShardFacts)
+            files.require_file(file, sealed)
+        facts = files.read_json(file, ShardFacts)
         if facts["sha256"] != self.facts["files"][name]["sha256"]:
             raise PipelineError(f"{file} is not the index of {name}; delete both, run their stage again")
         return np.array(facts["places"], dtype=np.int64).reshape(-1, 4)
@@ -307,7 +295,7 @@ def load_images(
     labels: list[int] = []
     for shard in index.list_shards(split, stop):
         if shard.stop > start:
-            require_file(shard.path, index.facts["files"][shard.name])
+            files.require_file(shard.path, index.facts["files"][shard.name])
             records = list(read_records(shard.path, shard.stop - shard.start))
             records = records[max(0, start - shard.start) : stop - shard.start]
             images += [decode_png(record.png) for record in records]

@@ -11,6 +11,7 @@ from pipeline.compute.units import Worker
 from pipeline.data.dataset import MemoryDataset, ShardDataset, open_dataset
 from pipeline.errors import PipelineError
 from pipeline.store import tars
+from pipeline.store.files import write_json
 
 COUNTS = (7, 5, 1)
 
@@ -35,7 +36,7 @@ def folder(tmp_path, request):
         name = f"train-{number:05d}.tar"
         facts = tars.write_tar(tmp_path / name, records)
         facts |= {"name": name, "split": "train", "start": start, "stop": start + count}
-        tars.write_json(tmp_path / f"train-{number:05d}.json", facts)
+        write_json(tmp_path / f"train-{number:05d}.json", facts)
         shards.append(facts)
         start += count
     tars.write_shard_manifest(tmp_path, {"train": shards}, image_size=9, channels=3)
@@ -84,4 +85,4 @@ def test_an_index_of_another_tar_is_refused(folder):
         with pytest.raises(PipelineError, match=f"train-00000.json {fault}"):
             open_dataset(folder, "train", context())
         manifest["files"].pop("train-00000.json", None)  # as older manifests are
-        tars.write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", manifest)
