@@ -14,14 +14,7 @@ from typing import Literal, get_args, get_origin
 import argcomplete
 
 from ddpm.networks import NETWORKS
-from pipeline.config import (
-    ClusterConfig,
-    Experiment,
-    get_field_types,
-    is_section,
-    list_configurations,
-    load_cluster,
-)
+from pipeline import config
 from pipeline.store.run import find_runs
 
 
@@ -58,20 +51,21 @@ def _complete_argument(prefix: str, action: Action, **_: object) -> list[str]:
 
 
 def _complete_cluster_keys(prefix: str) -> list[str]:
-    return _complete_section("cluster", ClusterConfig, prefix)
+    return _complete_section("cluster", config.ClusterConfig, prefix)
 
 
 def _complete_keys(prefix: str) -> list[str]:
     """Return key= for the keys of an experiment and of a cluster; after "=" the values, where they can be listed."""
-    sections: list[tuple[str, type]] = [("model", config) for config in NETWORKS.values()]
-    sections += [(key, kind) for key, kind in get_field_types(Experiment).items() if is_section(kind)]
+    sections: list[tuple[str, type]] = [("model", network) for network in NETWORKS.values()]
+    fields = config.get_field_types(config.Experiment)
+    sections += [(key, kind) for key, kind in fields.items() if config.is_section(kind)]
     found = [word for name, kind in sections for word in _complete_section(name, kind, prefix)]
     return [*dict.fromkeys(found), "seed=", "name=", *_complete_cluster_keys(prefix)]
 
 
 def _complete_section(name: str, section: type, prefix: str) -> list[str]:
     words = []
-    for key, kind in get_field_types(section).items():
+    for key, kind in config.get_field_types(section).items():
         word = f"{name}.{key}="
         values = _complete_value(kind) if prefix.startswith(word) else []
         words += [f"{word}{value}" for value in values] or [word]
@@ -91,16 +85,16 @@ def _complete_value(kind: object) -> list[str]:
 
 def _complete_run(prefix: str) -> list[str]:
     """Return the runs of the local cluster's storage root, and the keys of a cluster."""
-    runs = find_runs(Path(load_cluster("local", []).storage))
+    runs = find_runs(Path(config.load_cluster("local", []).storage))
     return [*(path.name for path in runs), *_complete_cluster_keys(prefix)]
 
 
 # From the metavar of an argument and what is typed of a word to the words that it may become.
 COMPLETERS: dict[str, Callable[[str], list[str]]] = {
-    "CLUSTER": lambda prefix: list_configurations("cluster"),
+    "CLUSTER": lambda prefix: config.list_configurations("cluster"),
     "cluster.key=value": _complete_cluster_keys,
     "key=value": _complete_keys,
-    "EXPERIMENT | key=value": lambda prefix: [*list_configurations(), *_complete_keys(prefix)],
-    "SWEEP | key=value": lambda prefix: [*list_configurations("sweep"), *_complete_keys(prefix)],
+    "EXPERIMENT | key=value": lambda prefix: [*config.list_configurations(), *_complete_keys(prefix)],
+    "SWEEP | key=value": lambda prefix: [*config.list_configurations("sweep"), *_complete_keys(prefix)],
     "RUN": _complete_run,
 }

@@ -20,26 +20,14 @@ from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
-from pipeline.engine.code import find_package_version
 from pipeline.engine.find import check_storage, explain_old_run, prepare_storage_root
-from pipeline.engine.provenance import PACKAGES
+from pipeline.engine.provenance import PACKAGES, find_package_version
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.scores.results import Results
+from pipeline.store import run
 from pipeline.store.files import read_json, read_sealed
 from pipeline.store.log import read_points, read_progress
-from pipeline.store.run import (
-    EXPERIMENT,
-    Place,
-    find_last_change,
-    find_leaderboards,
-    find_runs,
-    find_sample_manifests,
-    find_scores,
-    find_selections,
-    find_state,
-    locate_without_data,
-)
 from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
 
@@ -49,7 +37,7 @@ ROW = "{:<11} {:>6} {:>6}  {:<13}  {}"  # of a run
 
 def format_status(root: Path) -> str:
     """Return the tables of the runs and studies below `root`, read from their files alone."""
-    changed = {path: find_last_change(path) for path in find_runs(root)}
+    changed = {path: run.find_last_change(path) for path in run.find_runs(root)}
     if not changed:
         return f"no runs in {root} yet; `ddpm run` makes one, cluster.storage=FOLDER looks elsewhere"
     runs, studies, problems = [], [], []
@@ -61,7 +49,7 @@ def format_status(root: Path) -> str:
                 runs.append(_describe_run(path, changed[path]))
         except PipelineError as error:
             problems.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
-    for path in find_leaderboards(root):
+    for path in run.find_leaderboards(root):
         try:
             studies.append(_describe_study(path))
         except (PipelineError, KeyError, TypeError) as error:
@@ -89,19 +77,19 @@ def _describe_study(leaderboard: Path) -> list[str]:
 
 def _describe_run(path: Path, changed: float) -> str:
     """Return the row of a run, and below it its scores, within the width of the terminal."""
-    experiment = config.load_experiment(str(path / EXPERIMENT), [])
-    place = locate_without_data(path, experiment)
-    step, steps, state = read_progress(place)[0], experiment.train.steps, find_state(path)
-    selections = [read_sealed(file, Selection) for file in find_selections(path)]
+    experiment = config.load_experiment(str(path / run.EXPERIMENT), [])
+    place = run.locate_without_data(path, experiment)
+    step, steps, state = read_progress(place)[0], experiment.train.steps, run.find_state(path)
+    selections = [read_sealed(file, Selection) for file in run.find_selections(path)]
     of_candidates = {score["evaluation"] for selected in selections for score in selected["scores"]}
-    sets = [read_json(file, ShardSetFacts)["splits"] for file in find_sample_manifests(path)]
+    sets = [read_json(file, ShardSetFacts)["splits"] for file in run.find_sample_manifests(path)]
     images = sum(split["count"] for splits in sets for split in splits.values())
     lines = []
     for selected in selections:
         fid = min(score["fid"] for score in selected["scores"])
         of = f"of {len(selected['scores'])}, n={selected['n']}, {selected['weights']}"
         lines.append(f"best step {selected['best']}: FID {fid:.2f} ({of})")
-    for file in find_scores(path):
+    for file in run.find_scores(path):
         if file.parent.name in of_candidates:
             continue
         found = read_sealed(file, Results)
@@ -118,7 +106,7 @@ def _describe_run(path: Path, changed: float) -> str:
         break_long_words=False, break_on_hyphens=False) for line in lines)])  # fmt: skip
 
 
-def _estimate_left(place: Place, step: int) -> float:
+def _estimate_left(place: run.Place, step: int) -> float:
     """Return the seconds of training that are left, by the last points of the log; 0 where none is known."""
     points = read_points(place.log)[-20:]
     done = points[-1]["step"] - points[0]["step"] if points else 0

@@ -11,19 +11,7 @@ from pathlib import Path
 from ddpm.config import LEARNED, DiffusionConfig
 from ddpm.networks import LABELLED, UNTRAINED
 from ddpm.networks.config import NetworkConfig
-from pipeline.config.sections import (
-    CANDIDATES,
-    FILE_NAME,
-    NAME_RULE,
-    DataConfig,
-    EvaluateConfig,
-    FiguresConfig,
-    Problem,
-    PublishedConfig,
-    SampleConfig,
-    Seed,
-    TrainStageConfig,
-)
+from pipeline.config import sections
 from pipeline.errors import PipelineError
 
 LARGEST_BATCH = 2**34  # pixels
@@ -46,23 +34,23 @@ class Experiment:
     """
 
     name: str
-    seed: Seed
-    data: DataConfig
+    seed: sections.Seed
+    data: sections.DataConfig
     diffusion: DiffusionConfig
     model: NetworkConfig
-    train: TrainStageConfig
-    published: PublishedConfig
-    sample: SampleConfig
-    evaluate: EvaluateConfig
-    figures: FiguresConfig
+    train: sections.TrainStageConfig
+    published: sections.PublishedConfig
+    sample: sections.SampleConfig
+    evaluate: sections.EvaluateConfig
+    figures: sections.FiguresConfig
     selected: SelectedCheckpoint | None = field(default=None, metadata={"in_file": False})
 
-    def find_problems(self) -> Iterator[Problem]:
+    def find_problems(self) -> Iterator[sections.Problem]:
         """Find what is wrong between keys, each problem with its full key."""
         sample, evaluate = self.sample, self.evaluate
-        if not re.fullmatch(FILE_NAME, self.name):
-            yield "name", f"is {self.name!r}; {NAME_RULE}"
-        sections: dict[str, Iterable[Problem]] = {
+        if not re.fullmatch(sections.FILE_NAME, self.name):
+            yield "name", f"is {self.name!r}; {sections.NAME_RULE}"
+        parts: dict[str, Iterable[sections.Problem]] = {
             "data": self.data.find_problems(),
             "diffusion": self.diffusion.find_problems(),
             "model": self.model.find_problems(self.data.image_size),
@@ -70,7 +58,7 @@ class Experiment:
             "published": self.published.find_problems(),
             "evaluate": evaluate.find_problems(),
         }
-        for name, problems in sections.items():
+        for name, problems in parts.items():
             yield from ((f"{name}.{key}", problem) for key, problem in problems)
         if (sample.steps or 0) > self.diffusion.timesteps:
             limit = f"diffusion.timesteps={self.diffusion.timesteps}"
@@ -110,7 +98,7 @@ class Experiment:
         yield from self._find_label_problems()
         yield from self._find_checkpoint_problems()
 
-    def _find_label_problems(self) -> Iterator[Problem]:
+    def _find_label_problems(self) -> Iterator[sections.Problem]:
         label, scale, labels = self.sample.label, self.sample.guidance_scale, self.data.labels
         if self.model.name == "unet" and self.takes_labels and not labels:
             yield "model.class_conditional", "is true, but data.labels=0: set it to the number of classes"
@@ -124,7 +112,7 @@ class Experiment:
             need = "needs a sample.label, and a network trained with train.label_dropout"
             yield "sample.guidance_scale", need
 
-    def _find_checkpoint_problems(self) -> Iterator[Problem]:
+    def _find_checkpoint_problems(self) -> Iterator[sections.Problem]:
         sample, evaluate, train = self.sample, self.evaluate, self.train
         averages = () if self.published.weights or sample.weights != "ema" else train.ema_decay
         if sample.ema_decay is not None and sample.ema_decay not in averages:
@@ -214,7 +202,7 @@ class Experiment:
     def make_candidate(self, step: int) -> Experiment:
         """Return the experiment that scores the checkpoint of `step` for the selection: fewer images, FID only."""
         images = self.evaluate.checkpoint_images
-        sample = replace(self.sample, checkpoint=step, num_images=images, first_index=CANDIDATES)
+        sample = replace(self.sample, checkpoint=step, num_images=images, first_index=sections.CANDIDATES)
         evaluate = replace(self.evaluate, metrics=("fid",), checkpoints=None)
         return replace(self, sample=sample, evaluate=evaluate)
 

@@ -24,13 +24,6 @@ def find_version() -> str:
     return metadata.version("ddpm-pipeline")
 
 
-def find_package_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def find_commit() -> str | None:
     """Return the commit of the code, with '+' and 8 digits of the patch where the tree differs from it.
 

@@ -8,20 +8,14 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import Experiment
 from pipeline.config.checks import Tree
-from pipeline.engine.code import (
-    find_commit,
-    find_package_version,
-    find_version,
-    hash_code,
-    hash_patch,
-    read_commit,
-)
+from pipeline.engine.code import find_commit, find_version, hash_code, hash_patch, read_commit
 from pipeline.errors import PipelineError, hide_password
 from pipeline.stages.stage import Stage
 from pipeline.store import keys
@@ -29,6 +23,13 @@ from pipeline.store.files import name_user, write_text
 from pipeline.store.run import Place
 
 PACKAGES = ("torch", "ray", "mlflow", "webdataset", "torch-fidelity", "omegaconf", "numpy")
+
+
+def find_package_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def collect_provenance(experiment: Experiment) -> Tree:

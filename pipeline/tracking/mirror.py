@@ -17,14 +17,6 @@ from pipeline.errors import PipelineError, hide_password
 from pipeline.store.files import read_record, write_json
 from pipeline.store.run import Place
 from pipeline.tracking import mlflow_client, models
-from pipeline.tracking.mlflow_client import (
-    TABLE,
-    VIEW,
-    Sender,
-    explain_ui,
-    find_default_uri,
-    format_study_url,
-)
 from pipeline.tracking.parcels import Parcel, list_parcels
 from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
 
@@ -51,7 +43,7 @@ class MirrorState(TypedDict, total=False):
     servers: dict[str, DeliveryRecord]
 
 
-class Mirror(Sender):
+class Mirror(mlflow_client.Sender):
     """Copies a run directory to MLflow as it grows, on a thread of its own, until it is stopped.
 
     It never raises, and no work waits for a server: it warns once of one that does not answer. The end of a `with`
@@ -212,12 +204,13 @@ def _count_kinds(parcels: Iterable[str]) -> str:
 
 def describe_delivery(place: Place, uri: str | None, largest_model: float = 0) -> str:
     """Return where the run is in MLflow, and whether it is complete there. Reads files only."""
-    uri = uri or find_default_uri(place.storage)
+    uri = uri or mlflow_client.find_default_uri(place.storage)
     mirror = Mirror(uri, place.experiment.name, place, largest_model=largest_model)
     again = _format_sync_command(place, uri)
     if (record := mirror.record) is None:
         return f"nothing in {hide_password(uri)} yet ({again})"
-    where = f"{format_study_url(uri, record['experiment_id'])}{TABLE}{explain_ui(uri, place.storage)}"
+    study = mlflow_client.format_study_url(uri, record["experiment_id"])
+    where = f"{study}{mlflow_client.TABLE}{mlflow_client.explain_ui(uri, place.storage)}"
     mirror._state["status"] = mirror.last_status
     if not (missing := mirror.list_missing()):
         return where
@@ -226,19 +219,16 @@ def describe_delivery(place: Place, uri: str | None, largest_model: float = 0) -
 
 def list_links(place: Place) -> list[tuple[str, str]]:
     """List the addresses of the run in MLflow, each with the command that serves it. Reads files only."""
-    servers = read_record(place.tracking_json, MirrorState).get("servers", {})
-    return [
-        (
-            f"{format_study_url(uri, of['experiment_id'])}/{of['run_id']}{VIEW}",
-            explain_ui(uri, place.storage),
-        )
-        for uri, of in servers.items()
-    ]
+    links = []
+    for uri, of in read_record(place.tracking_json, MirrorState).get("servers", {}).items():
+        run = f"{mlflow_client.format_study_url(uri, of['experiment_id'])}/{of['run_id']}{mlflow_client.VIEW}"
+        links.append((run, mlflow_client.explain_ui(uri, place.storage)))
+    return links
 
 
 def _format_sync_command(place: Place, uri: str) -> str:
     """Return the command that delivers the run to that server, as it can be typed in any folder."""
     words = ["ddpm", "sync", str(place.path)]
-    if uri != find_default_uri(place.storage):
+    if uri != mlflow_client.find_default_uri(place.storage):
         words.append(f"cluster.tracking_uri={hide_password(uri)}")
     return f"`{shlex.join(words)}`"

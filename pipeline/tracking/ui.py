@@ -13,16 +13,7 @@ from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 from pipeline.errors import PipelineError, hide_password
-from pipeline.tracking.mlflow_client import (
-    ARTIFACTS,
-    ENVIRONMENT,
-    TABLE,
-    TABLE_TAG,
-    VIEW,
-    check_server,
-    create_client,
-    find_default_uri,
-)
+from pipeline.tracking import mlflow_client
 
 HOST, STARTING = "127.0.0.1", 120.0  # seconds that a server may take to answer
 
@@ -32,20 +23,20 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
 
     Raises PipelineError where the port is taken or the server does not start.
     """
-    uri = uri or find_default_uri(storage)
+    uri = uri or mlflow_client.find_default_uri(storage)
     if uri.startswith("http"):
         print(f"{hide_password(uri)} is a server already: open it in a browser", flush=True)
         return 0
     _require_free_port(port)
     storage.mkdir(parents=True, exist_ok=True)
-    check_server(uri)
+    mlflow_client.check_server(uri)
     tables = _list_tables(uri)
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
-    command += [f"--artifacts-destination={storage / ARTIFACTS}"]
+    command += [f"--artifacts-destination={storage / mlflow_client.ARTIFACTS}"]
     # Its URI may hold a password, and everybody can read a command line.
     secret = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment = {**ENVIRONMENT, **os.environ, **secret}
+    environment = {**mlflow_client.ENVIRONMENT, **os.environ, **secret}
     with (storage / "mlflow-server.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     # The shell reads until this process is gone, in whichever way it went, and ends the server then.
@@ -53,7 +44,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     guard = subprocess.Popen(["sh", "-c", end], stdin=subprocess.PIPE, start_new_session=True)
     try:
         _wait_for_server(server, f"http://{HOST}:{port}", Path(log.name))
-        for name, link in {"all": VIEW, **tables}.items():
+        for name, link in {"all": mlflow_client.VIEW, **tables}.items():
             print(f"{name}: http://{HOST}:{port}/#/experiments{link}", flush=True)
         print("Ctrl-C ends it", flush=True)
         return server.wait()
@@ -71,8 +62,9 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
 
 def _list_tables(uri: str) -> dict[str, str]:
     """List the links to the tables of runs, by the name of their study."""
-    studies = create_client(uri).search_experiments()
-    return {s.name: f"/{s.experiment_id}/runs{TABLE}" for s in studies if TABLE_TAG in s.tags}
+    studies = mlflow_client.create_client(uri).search_experiments()
+    tables = [study for study in studies if mlflow_client.TABLE_TAG in study.tags]
+    return {study.name: f"/{study.experiment_id}/runs{mlflow_client.TABLE}" for study in tables}
 
 
 def _require_free_port(port: int) -> None:

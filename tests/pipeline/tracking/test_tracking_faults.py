@@ -254,7 +254,7 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this one
 from pipeline.tracking import ui
-ui.check_server, ui._list_tables = lambda uri: None, lambda uri: {}
+ui.mlflow_client.check_server, ui._list_tables = lambda uri: None, lambda uri: {}
 ui.serve_ui(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
 """
 
