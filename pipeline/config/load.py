@@ -37,12 +37,9 @@ if TYPE_CHECKING:
 
 # The keys that hold paths.
 PATHS = [
-    ("data", "path"),
-    ("diffusion", "betas"),
-    ("published", "path"),
-    ("evaluate", "extractor_weights"),
-    ("evaluate", "reference"),
-]
+    ("data", "path"), ("diffusion", "betas"), ("published", "path"),
+    ("evaluate", "extractor_weights"), ("evaluate", "reference"),
+]  # fmt: skip
 
 Names = Mapping[str, Iterable[str]]  # dotted key -> the names that it may hold
 
@@ -127,11 +124,8 @@ def _is_path(key: str, value: object) -> TypeGuard[str]:
 def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
     """Return an experiment's relative paths, as 'data.path=images'; elsewhere they name other files."""
     tree, _ = _read_experiment(name, overrides)
-    return [
-        f"{section}.{key}={path}"
-        for section, key in PATHS
-        if _is_path(key, path := tree[section][key]) and path[0] != "/"
-    ]
+    values = [(f"{section}.{key}", key, tree[section][key]) for section, key in PATHS]
+    return [f"{full}={path}" for full, key, path in values if _is_path(key, path) and path[0] != "/"]
 
 
 def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:

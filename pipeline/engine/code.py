@@ -53,13 +53,8 @@ def _read_git() -> tuple[str | None, str]:
 
     def git(*words: str, codes: tuple[int, ...] = (0,)) -> str:
         done = subprocess.run(
-            ["git", *words],
-            cwd=ROOT,
-            capture_output=True,
-            encoding="utf-8",
-            errors="backslashreplace",
-            timeout=60,
-        )
+            ["git", *words], cwd=ROOT, capture_output=True, timeout=60, encoding="utf-8", errors="backslashreplace"
+        )  # fmt: skip
         if done.returncode not in codes:
             raise subprocess.SubprocessError(done.stderr)
         return done.stdout

@@ -89,12 +89,8 @@ def write_record(place: Place, todo: Sequence[Stage], accept_code: bool = False)
             raise PipelineError(problem)
         own = hash_code(place.experiment.model.name)
         codes = {key: name for key, name in codes.items() if key != own} | {own: _name_code()}
-    record = {
-        **collect_provenance(place.experiment),
-        "codes": codes,
-        "data_key": place.data_key,
-        "keys": keys.VERSION,
-    }
+    record = collect_provenance(place.experiment)
+    record |= {"codes": codes, "data_key": place.data_key, "keys": keys.VERSION}
     write_text(place.experiment_yaml, config.to_yaml(place.experiment, made_with=record))
     if patch := read_commit()[1]:
         write_text(place.locate_patch(hash_patch(patch)), patch)

@@ -37,12 +37,9 @@ REQUIREMENTS = ["mlflow>=3.17", "torch>=2.7", "safetensors", "numpy"]
 def list_model_steps(place: Place, selected: Place | None, limit: float) -> list[int]:
     """List the steps whose weights MLflow gets: the last and the selected one, if they have at most `limit` bytes."""
     steps = {place.experiment.train.steps, *([selected.experiment.checkpoint_step] if selected else [])}
-    return [
-        step
-        for step in checkpoint.list_steps(place.train)
-        if step in steps
-        and checkpoint.read_meta(place.step_folder(step))["files"][checkpoint.EMA]["bytes"] <= limit
-    ]
+    kept = [step for step in checkpoint.list_steps(place.train) if step in steps]
+    files = {step: checkpoint.read_meta(place.step_folder(step))["files"] for step in kept}
+    return [step for step, facts in files.items() if facts[checkpoint.EMA]["bytes"] <= limit]
 
 
 def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: int) -> None:
