@@ -230,19 +230,24 @@ def draw_images(options: Namespace) -> None:
 def export_weights(options: Namespace) -> None:
     from pipeline import tracking
     from pipeline.engine.find import find_run
+    from pipeline.report.model_card import write_card
     from pipeline.store import diffusers_layout
 
     cluster = arguments.load_cluster(options, alone=True)
     folder = Path(options.directory).expanduser().absolute()
     if not options.run.startswith(tracking.PREFIX):
         path = find_run(options.run, cluster.storage_root)
-        print_line(diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step))
+        experiment, source = diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step)
+        write_card(folder, experiment, source, path)
+        print_line(f"{folder}: {source}")
         return
     with TemporaryDirectory() as scratch:
         uri = tracking.find_uri(cluster)
         experiment, settings, tensors = tracking.fetch_model(options.run, uri, Path(scratch))
         kind = experiment.published.weights or experiment.sample.weights
-        print_line(diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"]))
+        diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"])
+        write_card(folder, experiment, settings["source"])
+        print_line(f"{folder}: {settings['source']}")
 
 
 def remove_runs(options: Namespace) -> int:

@@ -34,7 +34,7 @@ NETWORK, SCHEDULER, PIPELINE = "config.json", "scheduler_config.json", "model_in
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LONGEST = 1_000_000  # timesteps of a chain that is looked at
 FETCH = "fetch it again in the diffusers layout"
-LAYOUT_VERSION = "0.30.0"  # of diffusers, whose names of settings these are
+LAYOUT_VERSION = "0.42.1"  # of diffusers, whose names of settings these are
 
 # What the settings of diffusers' UNet2DModel must be to mean the paper's network ...
 FIXED: Settings = {
@@ -270,10 +270,10 @@ def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
 # Out
 
 
-def export_to_diffusers(path: Path, directory: Path, which: str, step: int | None) -> str:
+def export_to_diffusers(path: Path, directory: Path, which: str, step: int | None) -> tuple[Experiment, str]:
     """Write the weights of the run directory `path` so that diffusers' DDPMPipeline loads `directory`.
 
-    which: `ema` or `raw`; step None = the newest checkpoint.
+    which: `ema` or `raw`; step None = the newest checkpoint. Returns the experiment, and in words what was written.
     """
     experiment = load_experiment(str(path / EXPERIMENT), [])
     place = locate_without_data(path, experiment)
@@ -284,11 +284,13 @@ def export_to_diffusers(path: Path, directory: Path, which: str, step: int | Non
     checkpoint.verify_step(place, step, "seal")  # `load_weights` hashes
     tensors = checkpoint.load_weights(place.step_folder(step), which)
     kind = experiment.published.weights or which
-    return write_folder(experiment, tensors, directory, kind, f"{kind} weights of step {step} of {path.name}")
+    source = f"{kind} weights of step {step} of {path.name}"
+    write_folder(experiment, tensors, directory, kind, source)
+    return experiment, source
 
 
-def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind: str, source: str) -> str:
-    """Write weights of a kind so that diffusers' DDPMPipeline loads `directory`; return what was written, in a line."""
+def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind: str, source: str) -> None:
+    """Write weights of a kind so that diffusers' DDPMPipeline loads `directory`."""
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
         raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
     scheduler, network = make_scheduler_settings(experiment), make_network_settings(experiment)
@@ -303,7 +305,6 @@ def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind
         write_json(temporary / "unet" / NETWORK, header | {"_class_name": "UNet2DModel"} | network)
         write_json(temporary / "scheduler" / SCHEDULER, header | {"_class_name": "DDPMScheduler"} | scheduler)
         write_json(temporary / PIPELINE, header | {"_class_name": "DDPMPipeline"} | parts)
-    return f"{directory}: {source}"
 
 
 def make_network_settings(experiment: Experiment) -> Settings:
