@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
     for line in explain_old_runs(place) if is_new else []:
         print_line(line)
     with lock_folder(place.path), _remove_unused_folder(place, is_new):
-        remove_leftovers(place.path)
+        _remove_leftovers(place)
         from pipeline import tracking
 
         uri = tracking.find_uri(cluster)
@@ -55,25 +55,17 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         print_line(f"{place.name}: {', '.join(stage.name for stage in todo)}")
         config.require_images_for_workers(experiment.train, cluster.workers or 1)
         preflight.check_workers(cluster)
-        print_line(f"needs {_require_means(place, todo)}")
+        print_line(f"needs {preflight.check_resources(place, todo)}")
         for warning in experiment.list_warnings():
             print_line(f"warning: {warning}")
         write_record(place, todo, accept_code)
         if cluster.tracking_uri:
             tracking.check_server(uri)
-        _remove_stop_files(place)
         interrupt = StopSignals(place.stop_file)
         work = _RunExecution(cluster, place, interrupt, interrupt.is_requested)
         with mirror, interrupt, work.stack:
             work.run_all(todo, last)
     return place
-
-
-def _require_means(place: Place, todo: Sequence[Stage]) -> str:
-    """Return what the run needs, in words. Raises PipelineError where this machine lacks it."""
-    for stage in todo:
-        stage.check_before_start(place)
-    return preflight.check_resources(place)
 
 
 @contextmanager
@@ -95,10 +87,9 @@ def run_trial_stages(
     `asked` is what experiment.yaml says, where that is more than this call does. Raises StopRequest, PipelineError.
     """
     with lock_folder(place.path, wait=True):
-        remove_leftovers(place.path)
-        _remove_stop_files(place)
+        _remove_leftovers(place)
         if todo := list_unfinished_stages(place, last):
-            _require_means(place, todo)
+            preflight.check_resources(place, todo)
             write_record(place.of(asked) if asked else place, todo, accept_code)
             signals = StopSignals(place.stop_file)
             _RunExecution(cluster, place, signals, interrupted, executor).run_all(todo, last)
@@ -211,6 +202,7 @@ class _RunExecution:
         return self.executor
 
 
-def _remove_stop_files(place: Place) -> None:
+def _remove_leftovers(place: Place) -> None:
+    remove_leftovers(place.path)
     for sign in (place.stop_file, place.heartbeat):
         sign.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -14,6 +15,7 @@ from pipeline.compute.resources import count_local_devices, resolve_resources
 from pipeline.compute.units import GIB
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
+from pipeline.stages.stage import Stage
 from pipeline.store import checkpoint
 from pipeline.store.run import Place
 
@@ -81,8 +83,10 @@ def check_own_network(experiment: Experiment) -> None:
             raise PipelineError(f"model.name={experiment.model.name} cannot be trained: {reason}") from error
 
 
-def check_resources(place: Place) -> str:
-    """Return a line on what the run needs and the machine has. Raises PipelineError if the disk is too small."""
+def check_resources(place: Place, todo: Sequence[Stage] = ()) -> str:
+    """Return a line on what the run needs. Raises PipelineError where a stage, or the disk, has less than it needs."""
+    for stage in todo:
+        stage.check_before_start(place)
     check_own_network(place.experiment)
     wanted = estimate_requirements(place.experiment)
     there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
