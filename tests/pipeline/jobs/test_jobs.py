@@ -250,13 +250,10 @@ def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, serve, says,
     assert http.asked and all(line.startswith("GET /api/v") for line in http.asked)
 
 
-def test_another_version_that_works_is_said(serve):
+def test_another_version_that_works_is_said_and_the_oldest_ones_are_those_that_were_tested(serve):
     with ray_client.connect_cluster(serve(answers("2.61.0", python="3.12.1")).address) as cluster:
         lines = ray_client.check_versions(cluster)
     assert "runs Ray 2.61.0" in lines[0] and "runs Python 3.12.1" in lines[1]
-
-
-def test_the_oldest_versions_are_those_that_were_tested():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["requires-python"] == f">={ray_client.OLDEST['Python']}"
     assert f"ray[default,train,tune]>={ray_client.OLDEST['Ray']}" in project["dependencies"]
