@@ -6,7 +6,7 @@ Only a shell that asks for completion imports this module.
 from __future__ import annotations
 
 import os
-from argparse import Action, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -23,7 +23,8 @@ def complete(program: ArgumentParser, parsers: Mapping[str, ArgumentParser]) -> 
     actions = [action for parser in parsers.values() for action in parser._actions]
     for action in actions:
         if action.metavar in COMPLETERS:
-            action.completer = _complete_argument  # type: ignore[attr-defined]
+            complete_word = COMPLETERS[str(action.metavar)]
+            action.completer = lambda prefix, own=complete_word, **_: own(prefix)  # type: ignore[attr-defined]
     valued = {name for action in actions if action.nargs is None for name in action.option_strings}
     line = os.environ["COMP_LINE"].encode()[: int(os.environ["COMP_POINT"])].decode()
     line = remove_options(line, valued)
@@ -44,10 +45,6 @@ def remove_options(line: str, valued: set[str]) -> str:
     if done and done[-1] in valued:  # its value is being typed
         kept.append(done[-1])
     return " ".join([program, *kept, typed])
-
-
-def _complete_argument(prefix: str, action: Action, **_: object) -> list[str]:
-    return COMPLETERS[str(action.metavar)](prefix)
 
 
 def _complete_cluster_keys(prefix: str) -> list[str]:

@@ -66,8 +66,9 @@ def show_jobs(address: str | None) -> int:
     """Print the jobs that were submitted to the cluster, oldest first."""
     with connect_cluster(address) as remote:
         jobs = [job for job in remote.client.list_jobs() if job.type == "SUBMISSION"]
-    jobs.sort(key=lambda job: job.start_time or 0)
-    print(format_jobs(jobs) if jobs else f"no jobs on {remote.name} yet; `ddpm submit -- run` makes one")
+    rows = [_describe_job(job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
+    empty = f"no jobs on {remote.name} yet; `ddpm submit -- run` makes one"
+    print(format_table(list(rows[0]), [list(row.values()) for row in rows]) if rows else empty)
     return 0
 
 
@@ -128,12 +129,6 @@ def describe_end(job: JobDetails) -> tuple[int, str]:
     if code == 127:
         return 1, "failed: the cluster has no `python` on its PATH"
     return (code if code in (1, 2) else 1), f"failed with exit code {code}"
-
-
-def format_jobs(jobs: list[JobDetails]) -> str:
-    """Return a table with a row for each job; `jobs` must not be empty."""
-    facts = [_describe_job(job) for job in jobs]
-    return format_table(list(facts[0]), [list(row.values()) for row in facts])
 
 
 def _describe_job(job: JobDetails) -> dict[str, str]:
