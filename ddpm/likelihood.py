@@ -54,18 +54,10 @@ def compute_prior(diffusion: Diffusion, x_0: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compute_bits_per_dim(
-    diffusion: Diffusion,
-    net: Network,
-    x_0: Tensor,
-    noise: Callable[[int, Tensor], Tensor] | None = None,
-    *,
-    timesteps: Sequence[int] | Tensor | None = None,
-    batch_size: int | None = None,
-    decoder: Decoder = "tanh",
-    clip: bool = True,
-    variance: Variance | None = None,
-    context: Tensor | None = None,
-) -> BoundTerms:
+    diffusion: Diffusion, net: Network, x_0: Tensor, noise: Callable[[int, Tensor], Tensor] | None = None, *,
+    timesteps: Sequence[int] | Tensor | None = None, batch_size: int | None = None, decoder: Decoder = "tanh",
+    clip: bool = True, variance: Variance | None = None, context: Tensor | None = None,
+) -> BoundTerms:  # fmt: skip
     """Compute the bound for images x_0 (N, C, H, W), grey levels scaled to [-1, 1], on the device of x_0.
 
     noise(t, rows) gives a fresh standard normal draw like x_0[rows] for a timestep; None: torch's. net must be in

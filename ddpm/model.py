@@ -79,16 +79,9 @@ class Model:
         return torch.cat(images).clamp(-1, 1) if asked.get("clip", True) else torch.cat(images)
 
     def interpolate(
-        self,
-        x_a: Tensor,
-        x_b: Tensor,
-        weights: Sequence[float] = (0.5,),
-        at: int | None = None,
-        *,
-        number: int = 0,
-        label: Label = None,
-        **options: Any,
-    ) -> Tensor:
+        self, x_a: Tensor, x_b: Tensor, weights: Sequence[float] = (0.5,), at: int | None = None, *,
+        number: int = 0, label: Label = None, **options: Any,
+    ) -> Tensor:  # fmt: skip
         """Draw an image between x_a and x_b (C, H, W), in [-1, 1], for each lambda of `weights`: (K, C, H, W).
 
         at: the t of 1..T at which the latents are mixed, default T / 2; 0 mixes the pixels. number: of the noise, which
@@ -161,15 +154,9 @@ def build_model(
 
 
 def create_network(
-    config: NetworkConfig,
-    diffusion: Diffusion,
-    shape: tuple[int, int, int],
-    num_classes: int = 0,
-    device: torch.device | str = "cpu",
-    *,
-    seed: int = 0,
-    known_images: int = 0,
-) -> nn.Module:
+    config: NetworkConfig, diffusion: Diffusion, shape: tuple[int, int, int], num_classes: int = 0,
+    device: torch.device | str = "cpu", *, seed: int = 0, known_images: int = 0,
+) -> nn.Module:  # fmt: skip
     """Create the network of `config` for images of this shape (C, H, W), with its initial weights.
 
     known_images: how many model.name=exact knows, all zero here.

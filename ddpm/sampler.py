@@ -33,18 +33,10 @@ class ReverseStep:
 
 @torch.no_grad()
 def run_chain(
-    diffusion: Diffusion,
-    net: Network,
-    x_T: Tensor,
-    noise: Noise,
-    *,
-    sampler: Sampler = "ancestral",
-    eta: float = 0.0,
-    variance: Variance | None = None,
-    timesteps: Sequence[int] | Tensor | None = None,
-    context: Tensor | None = None,
-    clip: bool = True,
-) -> Iterator[ReverseStep]:
+    diffusion: Diffusion, net: Network, x_T: Tensor, noise: Noise, *, sampler: Sampler = "ancestral",
+    eta: float = 0.0, variance: Variance | None = None, timesteps: Sequence[int] | Tensor | None = None,
+    context: Tensor | None = None, clip: bool = True,
+) -> Iterator[ReverseStep]:  # fmt: skip
     """Reverse the diffusion from x_T (N, C, H, W), over all timesteps or an ascending subset of them.
 
     eta belongs to DDIM and DPM-Solver++: with 0 they are deterministic (DPM-Solver++ is 2M), with 1 DDIM is ancestral
@@ -94,16 +86,9 @@ def _compute_extrapolation(diffusion: Diffusion) -> list[float]:
 
 @torch.no_grad()
 def step_back(
-    diffusion: Diffusion,
-    net: Network,
-    x_t: Tensor,
-    t: Tensor,
-    eps: Tensor | None = None,
-    *,
-    variance: Variance | None = None,
-    context: Tensor | None = None,
-    clip: bool = True,
-) -> Tensor:
+    diffusion: Diffusion, net: Network, x_t: Tensor, t: Tensor, eps: Tensor | None = None, *,
+    variance: Variance | None = None, context: Tensor | None = None, clip: bool = True,
+) -> Tensor:  # fmt: skip
     """Draw x_{t-1} from p(x_{t-1} | x_t) (Algorithm 2, line 4), for int64 t (N,) of this chain, which may differ.
 
     eps: the noise, drawn where it is left out; at t = 0 none is added.
@@ -139,20 +124,10 @@ def space_timesteps(diffusion: Diffusion, steps: int, spacing: Spacing = "unifor
 
 
 def run_image_chains(
-    diffusion: Diffusion,
-    net: Network,
-    *,
-    index: Tensor,
-    shape: tuple[int, int, int],
-    seed: int,
-    steps: int | None = None,
-    spacing: Spacing = "uniform",
-    sampler: Sampler = "ancestral",
-    eta: float = 0.0,
-    variance: Variance | None = None,
-    context: Tensor | None = None,
-    clip: bool = True,
-) -> Iterator[ReverseStep]:
+    diffusion: Diffusion, net: Network, *, index: Tensor, shape: tuple[int, int, int], seed: int,
+    steps: int | None = None, spacing: Spacing = "uniform", sampler: Sampler = "ancestral", eta: float = 0.0,
+    variance: Variance | None = None, context: Tensor | None = None, clip: bool = True,
+) -> Iterator[ReverseStep]:  # fmt: skip
     """Run the chain of the images index (int64, (N,)) of shape (C, H, W), a function of seed and index alone.
 
     All is drawn on the device of index. steps and spacing respace the chain (None: all timesteps); sampler, eta,
@@ -205,19 +180,10 @@ def choose_ancestral_variance(sampler: Sampler, variance: Variance | None) -> Va
 
 
 def interpolate(
-    diffusion: Diffusion,
-    net: Network,
-    x_a: Tensor,
-    x_b: Tensor,
-    weight: float | Tensor,
-    steps: int,
-    eps: Tensor | tuple[Tensor, Tensor] | None = None,
-    noise: Noise | None = None,
-    *,
-    variance: Variance | None = None,
-    context: Tensor | None = None,
-    clip: bool = True,
-) -> Tensor:
+    diffusion: Diffusion, net: Network, x_a: Tensor, x_b: Tensor, weight: float | Tensor, steps: int,
+    eps: Tensor | tuple[Tensor, Tensor] | None = None, noise: Noise | None = None, *,
+    variance: Variance | None = None, context: Tensor | None = None, clip: bool = True,
+) -> Tensor:  # fmt: skip
     """Interpolate between x_a and x_b (N, C, H, W): diffuse both for `steps`, mix the latents, reverse (Sec. 4.4).
 
     weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W) diffuses both images, or is
@@ -243,15 +209,9 @@ def interpolate(
 
 
 def draw_shared_latent(
-    diffusion: Diffusion,
-    net: Network,
-    x_T: Tensor,
-    noise: Noise,
-    steps: int,
-    *,
-    variance: Variance | None = None,
-    context: Tensor | None = None,
-) -> Tensor:
+    diffusion: Diffusion, net: Network, x_T: Tensor, noise: Noise, steps: int, *,
+    variance: Variance | None = None, context: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Run the reverse process from x_T and return x_t (N, C, H, W) when `steps` steps remain.
 
     Several ancestral chains over timesteps=range(steps) from it share what is in it (Fig. 7).

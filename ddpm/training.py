@@ -133,14 +133,9 @@ class BatchNoise(NamedTuple):
 
 
 def draw_batch_noise(
-    seed: int,
-    step: int,
-    rows: Tensor,
-    shape: tuple[int, ...],
-    timesteps: int,
-    t_sampler: ImportanceSampler | None,
-    dropouts: int = 0,
-) -> BatchNoise:
+    seed: int, step: int, rows: Tensor, shape: tuple[int, ...], timesteps: int,
+    t_sampler: ImportanceSampler | None, dropouts: int = 0,
+) -> BatchNoise:  # fmt: skip
     """Draw the random values of update `step` for rows (int64, (N,)) of the global batch."""
     counts = {Stream.NOISE: math.prod(shape), Stream.DROPOUT: 2 * dropouts}
     counts |= {Stream.TIMESTEP: 1, Stream.FLIP: 1, Stream.LABEL: 1}
@@ -151,28 +146,17 @@ def draw_batch_noise(
     else:
         t, weight = t_sampler.draw(rng.to_uniform(words[Stream.TIMESTEP]))
     return BatchNoise(
-        t,
-        weight,
-        eps=rng.to_normal(words[Stream.NOISE], shape),
-        flip=rng.to_integers(words[Stream.FLIP], 2) == 1,
-        label=rng.to_uniform(words[Stream.LABEL]),
+        t, weight, eps=rng.to_normal(words[Stream.NOISE], shape),
+        flip=rng.to_integers(words[Stream.FLIP], 2) == 1, label=rng.to_uniform(words[Stream.LABEL]),
         dropout=rng.to_words(words[Stream.DROPOUT], 2 * dropouts),
-    )
+    )  # fmt: skip
 
 
 def train_step(
-    state: TrainState,
-    diffusion: Diffusion,
-    x_0: Tensor,
-    rows: Tensor,
-    *,
-    config: TrainConfig,
-    seed: int,
-    context: Tensor | None = None,
-    forward: nn.Module | None = None,
-    world_size: int = 1,
+    state: TrainState, diffusion: Diffusion, x_0: Tensor, rows: Tensor, *, config: TrainConfig, seed: int,
+    context: Tensor | None = None, forward: nn.Module | None = None, world_size: int = 1,
     sum_over_workers: Callable[[Tensor], Tensor] = lambda value: value,
-) -> dict[str, Tensor]:
+) -> dict[str, Tensor]:  # fmt: skip
     """Make one update with this worker's slice of the global batch (Algorithm 1).
 
     The arguments are those of `compute_gradients`. Returns 0-d tensors: loss, so weighted that its mean over workers is
@@ -192,17 +176,9 @@ def train_step(
 
 
 def compute_gradients(
-    state: TrainState,
-    diffusion: Diffusion,
-    x_0: Tensor,
-    rows: Tensor,
-    *,
-    config: TrainConfig,
-    seed: int,
-    context: Tensor | None = None,
-    forward: nn.Module | None = None,
-    world_size: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
+    state: TrainState, diffusion: Diffusion, x_0: Tensor, rows: Tensor, *, config: TrainConfig, seed: int,
+    context: Tensor | None = None, forward: nn.Module | None = None, world_size: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of this worker's slice of the global batch, in config.accumulate micro-batches.
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU, consecutive
@@ -245,13 +221,9 @@ def compute_gradients(
 
 
 def compute_batch_loss(
-    diffusion: Diffusion,
-    net: Network,
-    x_0: Tensor,
-    t: Tensor | None = None,
-    eps: Tensor | None = None,
+    diffusion: Diffusion, net: Network, x_0: Tensor, t: Tensor | None = None, eps: Tensor | None = None,
     context: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute the loss of a batch x_0 (N, C, H, W) in [-1, 1], with its graph; t and eps are drawn where left out."""
     t = torch.randint(len(diffusion), x_0.shape[:1], device=x_0.device) if t is None else t
     eps = torch.randn_like(x_0) if eps is None else eps

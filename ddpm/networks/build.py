@@ -26,15 +26,9 @@ CLASSES: dict[str, Callable[..., SeededNetwork]] = {
 
 
 def build_network(
-    config: NetworkConfig,
-    image_size: int,
-    in_channels: int,
-    out_channels: int,
-    seed: int,
-    num_classes: int = 0,
-    device: torch.device | str = "cpu",
-    timesteps: int = 1000,
-) -> nn.Module:
+    config: NetworkConfig, image_size: int, in_channels: int, out_channels: int, seed: int,
+    num_classes: int = 0, device: torch.device | str = "cpu", timesteps: int = 1000,
+) -> nn.Module:  # fmt: skip
     """Build the network that `config` describes; its weights depend on `seed` alone, and are drawn on the CPU.
 
     On device "meta" nothing is drawn; a network of one's own is built on the CPU then, since it may hold constants that

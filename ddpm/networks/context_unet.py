@@ -21,14 +21,9 @@ class ContextUNet(SeededNetwork):
     """
 
     def __init__(
-        self,
-        config: ContextUNetConfig,
-        image_size: int,
-        in_channels: int,
-        out_channels: int,
-        num_classes: int = 0,
-        timesteps: int = 1000,
-    ) -> None:
+        self, config: ContextUNetConfig, image_size: int, in_channels: int, out_channels: int,
+        num_classes: int = 0, timesteps: int = 1000,
+    ) -> None:  # fmt: skip
         super().__init__(config, image_size)
         self.config, self.num_classes, self.timesteps = config, num_classes, timesteps
         widths = config.widths

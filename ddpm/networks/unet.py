@@ -24,13 +24,9 @@ class UNet(SeededNetwork):
     near_zero: ClassVar[tuple[str, ...]] = ("conv2", "proj_out", "conv_out")
 
     def __init__(
-        self,
-        config: UNetConfig | ApiUNetConfig,
-        image_size: int,
-        in_channels: int,
-        out_channels: int,
+        self, config: UNetConfig | ApiUNetConfig, image_size: int, in_channels: int, out_channels: int,
         num_classes: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(config, image_size)
         self.config, width = config, config.widths[0]
         levels = list(zip(config.widths, config.list_attending(image_size), strict=True))

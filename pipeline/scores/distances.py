@@ -170,11 +170,9 @@ def compute_kid(features: np.ndarray, reference: np.ndarray) -> tuple[float, flo
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
     found = kid_features_to_metric(
-        torch.from_numpy(features),
-        torch.from_numpy(reference),
-        kid_subset_size=choose_kid_subset_size(len(features), len(reference)),
-        verbose=False,
-    )
+        torch.from_numpy(features), torch.from_numpy(reference),
+        kid_subset_size=choose_kid_subset_size(len(features), len(reference)), verbose=False,
+    )  # fmt: skip
     return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
 
 

@@ -56,21 +56,13 @@ def make_sample_protocol(experiment: Experiment) -> SampleProtocol:
     config, timesteps = experiment.sample, experiment.diffusion.timesteps
     ancestral = config.sampler == "ancestral"
     return SampleProtocol(
-        checkpoint=experiment.checkpoint_step,
-        weights=experiment.weights_kind,
+        checkpoint=experiment.checkpoint_step, weights=experiment.weights_kind,
         sampler=config.sampler + (f", {config.spacing} steps" if config.spacing != "uniform" else ""),
-        steps=config.steps or timesteps,
-        timesteps=timesteps,
-        eta=None if ancestral else config.eta,
-        variance=config.variance or experiment.diffusion.variance if ancestral else None,
-        label=config.label,
-        guidance_scale=config.guidance_scale,
-        seed=experiment.seed,
-        batch_size=config.batch_size,
-        compiled=config.compile,
-        precision=config.precision,
-        rounding="nearest",
-    )
+        steps=config.steps or timesteps, timesteps=timesteps, eta=None if ancestral else config.eta,
+        variance=config.variance or experiment.diffusion.variance if ancestral else None, label=config.label,
+        guidance_scale=config.guidance_scale, seed=experiment.seed, batch_size=config.batch_size,
+        compiled=config.compile, precision=config.precision, rounding="nearest",
+    )  # fmt: skip
 
 
 class SampleStage(Stage):
@@ -113,14 +105,10 @@ class SampleStage(Stage):
         save_grid(torch.stack(pixels), GRID_SIDE, place.samples_grid)
         write_text(place.samples_yaml, to_yaml(protocol))
         tars.write_shard_manifest(
-            place.samples,
-            {SPLIT: written},
-            [place.samples_grid.name, place.samples_yaml.name],
-            image_size=data.image_size,
-            channels=data.channels,
-            labels=0 if config.label is None else data.labels,
-            protocol=asdict(protocol),
-        )
+            place.samples, {SPLIT: written}, [place.samples_grid.name, place.samples_yaml.name],
+            image_size=data.image_size, channels=data.channels,
+            labels=0 if config.label is None else data.labels, protocol=asdict(protocol),
+        )  # fmt: skip
 
 
 STAGE = SampleStage()

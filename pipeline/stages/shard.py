@@ -62,16 +62,11 @@ class ShardStage(Stage):
         if official is False:
             log.warning("%s holds other images than CIFAR-10: no score compares with the paper's", data.path)
         write_shard_manifest(
-            place.data,
-            splits,
-            source=data.source,
+            place.data, splits, source=data.source,
             fingerprint=compute_fingerprint(config, locate_fingerprints(place.storage)),
-            image_size=data.image_size,
-            channels=data.channels,
-            labels=data.labels,
-            skipped=len(skipped),
+            image_size=data.image_size, channels=data.channels, labels=data.labels, skipped=len(skipped),
             official=official,
-        )
+        )  # fmt: skip
 
 
 STAGE = ShardStage()

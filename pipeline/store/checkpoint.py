@@ -247,13 +247,10 @@ def describe_model(experiment: Experiment) -> dict[str, Any]:
     names = {"label", "guidance_scale", *signature(run_image_chains).parameters}
     options = {name: value for name, value in vars(experiment.sample).items() if name in names}
     return {
-        "diffusion": asdict(experiment.diffusion),
-        "model": asdict(cast(Any, experiment.model)),
-        "shape": list(experiment.data.shape),
-        "num_classes": experiment.num_classes,
-        "options": {**options, "seed": experiment.seed},
-        "source": experiment.name,
-    }
+        "diffusion": asdict(experiment.diffusion), "model": asdict(cast(Any, experiment.model)),
+        "shape": list(experiment.data.shape), "num_classes": experiment.num_classes,
+        "options": {**options, "seed": experiment.seed}, "source": experiment.name,
+    }  # fmt: skip
 
 
 def create_network(experiment: Experiment, device: torch.device | str = "cpu") -> nn.Module:

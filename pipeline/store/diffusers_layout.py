@@ -317,16 +317,13 @@ def make_network_settings(experiment: Experiment) -> Settings:
         raise PipelineError(f"the diffusers layout has no model.resample={model.resample}, only conv")
     attended = [side in model.attention_resolutions for side in model.list_sides(data.image_size)]
     return FIXED | {
-        "sample_size": data.image_size,
-        "in_channels": data.channels,
+        "sample_size": data.image_size, "in_channels": data.channels,
         "out_channels": Diffusion(experiment.diffusion).count_output_channels(data.channels),
-        "block_out_channels": list(model.widths),
-        "layers_per_block": model.num_res_blocks,
-        "norm_num_groups": model.norm_groups,
-        "dropout": model.dropout,
+        "block_out_channels": list(model.widths), "layers_per_block": model.num_res_blocks,
+        "norm_num_groups": model.norm_groups, "dropout": model.dropout,
         "down_block_types": ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in attended],
         "up_block_types": ["AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attended)],
-    }
+    }  # fmt: skip
 
 
 def make_scheduler_settings(experiment: Experiment) -> Settings:
@@ -340,14 +337,9 @@ def make_scheduler_settings(experiment: Experiment) -> Settings:
     named = diffusion.beta_schedule in SCHEDULES and not diffusion.betas
     return {
         "num_train_timesteps": diffusion.timesteps,
-        "beta_schedule": SCHEDULES.get(diffusion.beta_schedule, "linear"),
-        "beta_start": diffusion.beta_start,
+        "beta_schedule": SCHEDULES.get(diffusion.beta_schedule, "linear"), "beta_start": diffusion.beta_start,
         "beta_end": diffusion.beta_end,
         "trained_betas": None if named else Diffusion(diffusion).tables["beta"].tolist(),
-        "variance_type": VARIANCES[variance],
-        "prediction_type": PREDICTIONS[diffusion.predict],
-        "clip_sample": True,
-        "clip_sample_range": 1.0,
-        "timestep_spacing": "leading",
-        "steps_offset": 0,
-    }
+        "variance_type": VARIANCES[variance], "prediction_type": PREDICTIONS[diffusion.predict],
+        "clip_sample": True, "clip_sample_range": 1.0, "timestep_spacing": "leading", "steps_offset": 0,
+    }  # fmt: skip

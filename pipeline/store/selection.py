@@ -10,16 +10,8 @@ from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
+from pipeline.store import files
 from pipeline.store.checkpoint import list_steps
-from pipeline.store.files import (
-    MANIFEST,
-    Manifest,
-    read_manifest,
-    read_sealed,
-    try_read,
-    write_json,
-    write_manifest,
-)
 from pipeline.store.run import Place
 
 
@@ -67,29 +59,26 @@ def write_selection(place: Place) -> None:
     """Select the candidate with the lowest FID, the earliest of equals, and seal the selection."""
     scores: list[CandidateScore] = []
     for step, candidate in list_candidates(place).items():
-        metrics = read_sealed(candidate.metrics_json, ScoreFile)
+        metrics = files.read_sealed(candidate.metrics_json, ScoreFile)
         fid, error = metrics["scores"]["fid"], metrics["scores"].get("fid_se")
         scores.append({"step": step, "fid": fid, "fid_se": error, "evaluation": candidate.score_key})
     protocol = metrics["protocol"]  # the same for all of them
     content: Selection = {
-        "metric": "fid",
-        "n": place.experiment.evaluate.checkpoint_images,
-        "weights": place.experiment.weights_kind,
-        "extractor": protocol["extractor"],
-        "reference": protocol["reference"],
-        "best": min(scores, key=lambda score: score["fid"])["step"],
+        "metric": "fid", "n": place.experiment.evaluate.checkpoint_images,
+        "weights": place.experiment.weights_kind, "extractor": protocol["extractor"],
+        "reference": protocol["reference"], "best": min(scores, key=lambda score: score["fid"])["step"],
         "scores": scores,
-    }
-    (place.selection / MANIFEST).unlink(missing_ok=True)  # a thread that reads sees no half of both
-    write_json(place.selection_json, content)
-    write_manifest(place.selection, [place.selection_json.name])
+    }  # fmt: skip
+    (place.selection / files.MANIFEST).unlink(missing_ok=True)  # a thread that reads sees no half of both
+    files.write_json(place.selection_json, content)
+    files.write_manifest(place.selection, [place.selection_json.name])
 
 
 def read_selection(place: Place) -> Selection | None:
     """Return the selection; None where it is missing or damaged."""
-    if try_read(read_manifest, place.selection, Manifest) is None:
+    if files.try_read(files.read_manifest, place.selection, files.Manifest) is None:
         return None
-    return try_read(read_sealed, place.selection_json, Selection)
+    return files.try_read(files.read_sealed, place.selection_json, Selection)
 
 
 def is_done(place: Place) -> bool:

@@ -92,16 +92,13 @@ def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, s
         arrays = {"weights": weights.numpy(), "timesteps": timesteps.numpy()}
     index = index.to(ctx.device)
     result = compute_bits_per_dim(
-        Diffusion(experiment.diffusion),
-        checkpoint.load_model(place, ctx.device, config.precision).net,
+        Diffusion(experiment.diffusion), checkpoint.load_model(place, ctx.device, config.precision).net,
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
-        lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape),
-        timesteps=timesteps,
-        batch_size=choose_timesteps_per_call(stop - start, shape) * (stop - start),
-        decoder=config.decoder,
+        lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape), timesteps=timesteps,
+        batch_size=choose_timesteps_per_call(stop - start, shape) * (stop - start), decoder=config.decoder,
         variance=config.variance,
         context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
-    )
+    )  # fmt: skip
     arrays |= {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
     write_unit_arrays(file, **arrays)
 

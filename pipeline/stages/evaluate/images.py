@@ -134,11 +134,9 @@ def _describe_features(
     """Return the protocol's entries on the features: extractor, counts, reference."""
     statistics, real = target.statistics, target.real
     found: ScoreProtocol = {
-        "extractor": extractor.name,
-        "official_extractor": extractor.is_published,
-        "features": len(sums.moments.first),
-        "splits": len(sums.in_order.n) if sums.in_order else None,
-    }
+        "extractor": extractor.name, "official_extractor": extractor.is_published,
+        "features": len(sums.moments.first), "splits": len(sums.in_order.n) if sums.in_order else None,
+    }  # fmt: skip
     if "fid" in statistics:
         found["reference_images"] = statistics["fid"].n
     if "fid_test" in statistics:
