@@ -142,10 +142,7 @@ def test_algorithm_2_agrees_with_the_oracle(variance):
         x = mean + (math.sqrt(process.variance(t, variance)) * z[t - 1] if t > 1 else 0.0)
     x_T = torch.full((1, 1, 1, 1), start, dtype=torch.float64)
     chain = run_chain(
-        Diffusion(replace(SMALL, variance=variance)),
-        lambda x_t, t: torch.tanh(x_t),
-        x_T,
-        lambda t: torch.full_like(x_T, z[t]),
-        clip=False,
-    )
+        Diffusion(replace(SMALL, variance=variance)), lambda x_t, t: torch.tanh(x_t), x_T,
+        lambda t: torch.full_like(x_T, z[t]), clip=False,
+    )  # fmt: skip
     assert list(chain)[-1].x_t.item() == pytest.approx(x, abs=1e-10)

@@ -270,11 +270,9 @@ def test_images_depend_on_their_index_alone(how):
 def test_sample_is_the_ancestral_chain_fed_by_its_streams():
     index = torch.tensor([3, 8])
     expected = run_chain(
-        Diffusion(SMALL),
-        net,
-        draw_normal(5, Stream.X_T, 0, index, SHAPE[1:]),
+        Diffusion(SMALL), net, draw_normal(5, Stream.X_T, 0, index, SHAPE[1:]),
         lambda t: draw_normal(5, Stream.REVERSE, t, index, SHAPE[1:]),
-    )
+    )  # fmt: skip
     assert torch.equal(
         sampler.sample(Diffusion(SMALL), net, index=index, shape=SHAPE[1:], seed=5), end(expected)
     )

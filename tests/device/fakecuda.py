@@ -192,16 +192,14 @@ class Count(MemoryCounter):
     def summarise(self) -> dict:
         """Return what was found, as JSON takes it."""
         return {
-            "launches": self.count_launches(),
-            "gigabytes": self.bytes / 1e9,
-            "gib": self.peak / GIB,
+            "launches": self.count_launches(), "gigabytes": self.bytes / 1e9, "gib": self.peak / GIB,
             "waits": {line: n for (what, line), n in self.waits.items() if what != "copy that goes on"},
             "float64": {line: n for line, n in self.float64.items() if n},
             "norms": sorted({" ".join(found) for found in self.norms}),
             "convolutions": dict(self.convolutions),
             "attention": sorted(op for op in self.ops if "attention" in op or op == "bmm"),
             "by line": dict(self.where.most_common(12)),
-        }
+        }  # fmt: skip
 
 
 def _name_layout(x: torch.Tensor) -> str:

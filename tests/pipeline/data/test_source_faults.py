@@ -202,8 +202,7 @@ def test_names_are_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("names", "labels", "expected"),
     [
-        (["0.png", "1.png"], 0, "9e759a57c5ed"),
-        (["a/0.png", "b/0.png"], 2, "2034ea28d7c9"),
+        (["0.png", "1.png"], 0, "9e759a57c5ed"), (["a/0.png", "b/0.png"], 2, "2034ea28d7c9"),
         (["train/a/0.png", "test/a/0.png"], 1, "27721d3f2776"),
         (["train/a/0.png", "train/b/0.png"], 2, "1b538bed77e4"),
         (["train/a/0.png", "test/a/0.png", "val/a/0.png"], 0, "27721d3f2776"),
@@ -213,12 +212,11 @@ def test_names_are_bytes(tmp_path):
         (["data/train-0.parquet", "data/test-0.parquet"], 0, "4e9ea865bdf0"),
         (["trainset.parquet", "testset.parquet"], 0, "1a2e7121ddf8"),
         (["train/0.parquet", "validation/0.parquet"], 0, "0bfd9c66122e"),
-        (["a.parquet", "b.parquet"], 0, "13a8abbce86b"),
-        (["train/cat/0.png", "val/cat/0.png"], 0, ""),
+        (["a.parquet", "b.parquet"], 0, "13a8abbce86b"), (["train/cat/0.png", "val/cat/0.png"], 0, ""),
         (["train/cat/0.png", "train/dog/0.png", "notes/a.txt"], 2, ""),
         (["cifar10-train.parquet", "cifar10-validation.parquet"], 0, ""),
     ],
-)
+)  # fmt: skip
 def test_fingerprints_stay_where_a_set_was_read_rightly_before_and_move_elsewhere(
     tmp_path, names, labels, expected
 ):
@@ -256,10 +254,8 @@ def write_transparent(file: Path, kind: str) -> None:
     bits, colour, row, key = BY_COLOUR[kind]
     chunks = {
         b"IHDR": struct.pack(">2I5B", 8, 8, bits, colour, 0, 0, 0),
-        b"tRNS": struct.pack(f">{len(key)}H", *key),
-        b"IDAT": zlib.compress((b"\0" + row) * 8),
-        b"IEND": b"",
-    }
+        b"tRNS": struct.pack(f">{len(key)}H", *key), b"IDAT": zlib.compress((b"\0" + row) * 8), b"IEND": b"",
+    }  # fmt: skip
     parts = [
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks.items()

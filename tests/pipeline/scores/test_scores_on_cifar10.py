@@ -153,11 +153,9 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
     features, found = {}, {}
     for split in ("test", "train"):
         images = make_shard_set(
-            extractor,
-            tars.open_shards(cifar10.data).list_shards(split),
-            (3, 32, 32),
+            extractor, tars.open_shards(cifar10.data).list_shards(split), (3, 32, 32),
             cifar10.reference_features,
-        )
+        )  # fmt: skip
         one_cpu().run_units(images.list_missing(), lambda unit: None)
         features[split], found[split] = images.read_features(), images.sum_features().moments.to_statistics()
     assert (found["test"].n, found["train"].n) == (10_000, 50_000)

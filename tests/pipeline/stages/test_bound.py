@@ -24,11 +24,9 @@ def test_nll_is_the_bound_of_the_first_test_images(sampled):
     images = from_uint8(torch.from_numpy(tars.load_images(sampled.data, "test", 0, 6)[0]))
     index = torch.arange(6)
     expected = compute_bits_per_dim(
-        Diffusion(sampled.experiment.diffusion),
-        checkpoint.load_model(sampled, torch.device("cpu")).net,
-        images,
-        lambda t, rows: draw_normal(sampled.experiment.seed, Stream.NLL, t, index[rows], (1, 8, 8)),
-    )
+        Diffusion(sampled.experiment.diffusion), checkpoint.load_model(sampled, torch.device("cpu")).net,
+        images, lambda t, rows: draw_normal(sampled.experiment.seed, Stream.NLL, t, index[rows], (1, 8, 8)),
+    )  # fmt: skip
     scores, nll = results(sampled)["scores"], read_json(sampled.nll_json, dict)
     assert scores["nll_bpd"] == pytest.approx(float(expected.total.mean()), rel=1e-5)
     assert np.allclose(nll["terms"], expected.terms.mean(dim=0), rtol=1e-4, atol=1e-6)

@@ -123,12 +123,10 @@ def cut(file: Path) -> None:
 
 
 DAMAGE = {
-    "tar missing": ("train-00001.tar", Path.unlink),
-    "tar cut": ("train-00001.tar", cut),
-    "tar flipped": ("train-00001.tar", flip_bit),
-    "facts missing": ("train-00001.json", Path.unlink),
+    "tar missing": ("train-00001.tar", Path.unlink), "tar cut": ("train-00001.tar", cut),
+    "tar flipped": ("train-00001.tar", flip_bit), "facts missing": ("train-00001.json", Path.unlink),
     "facts cut": ("train-00001.json", lambda file: file.write_text(file.read_text()[:20])),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

@@ -314,13 +314,11 @@ def test_tensors_that_differ_are_named(tmp_path):
         ({"num_train_timesteps": 1000}, "it has 1000 timesteps, the experiment diffusion.timesteps=20"),
         ({"beta_end": 0.03}, "diffusion.beta_schedule=linear"),
         ({"beta_schedule": "scaled_linear"}, "diffusion.beta_schedule=linear"),
-        ({"beta_schedule": "sigmoid"}, "sigmoid"),
-        ({"trained_betas": ["a"]}, "is none of ours"),
-        ({"num_train_timesteps": 10**12}, "is none of ours"),
-        ({"rescale_betas_zero_snr": True}, "rescaled"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid"), ({"trained_betas": ["a"]}, "is none of ours"),
+        ({"num_train_timesteps": 10**12}, "is none of ours"), ({"rescale_betas_zero_snr": True}, "rescaled"),
         ({"prediction_type": "sample"}, "diffusion.predict=eps"),
     ],
-)
+)  # fmt: skip
 def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, named):
     publish(tmp_path, tiny())
     scheduler = tmp_path / where / "scheduler_config.json"
@@ -388,14 +386,12 @@ def test_export_and_import_give_the_same_tensors(tmp_path, which):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["sample.variance=fixedsmall"],
-        ["diffusion.beta_schedule=quad"],
+        ["sample.variance=fixedsmall"], ["diffusion.beta_schedule=quad"],
         ["diffusion.beta_schedule=cosine", "diffusion.variance=fixedsmall"],
-        ["diffusion.beta_schedule=jsd", "diffusion.predict=x0"],
-        LEARNED,
+        ["diffusion.beta_schedule=jsd", "diffusion.predict=x0"], LEARNED,
     ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
     experiment = tiny("diffusion.timesteps=25", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)
