@@ -65,21 +65,14 @@ PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 VARIANCES = {"fixedlarge": "fixed_large", "fixedsmall": "fixed_small", "learned_range": "learned_range"}
 
 RENAMES = [  # from our names of tensors to those of diffusers
-    (r"^time_mlp\.0\.", "time_embedding.linear_1."),
-    (r"^time_mlp\.2\.", "time_embedding.linear_2."),
-    (r"^(down|up)\.", r"\1_blocks."),
-    (r"^middle\.block1\.", "mid_block.resnets.0."),
-    (r"^middle\.block2\.", "mid_block.resnets.1."),
-    (r"^middle\.attention\.", "mid_block.attentions.0."),
-    (r"^norm_out\.", "conv_norm_out."),
-    (r"\.blocks\.", ".resnets."),
-    (r"\.(down|up)sample\.", r".\1samplers.0."),
-    (r"\.time_proj\.", ".time_emb_proj."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-    (r"\.norm\.", ".group_norm."),
-    (r"\.([qkv])\.", r".to_\1."),
+    (r"^time_mlp\.0\.", "time_embedding.linear_1."), (r"^time_mlp\.2\.", "time_embedding.linear_2."),
+    (r"^(down|up)\.", r"\1_blocks."), (r"^middle\.block1\.", "mid_block.resnets.0."),
+    (r"^middle\.block2\.", "mid_block.resnets.1."), (r"^middle\.attention\.", "mid_block.attentions.0."),
+    (r"^norm_out\.", "conv_norm_out."), (r"\.blocks\.", ".resnets."),
+    (r"\.(down|up)sample\.", r".\1samplers.0."), (r"\.time_proj\.", ".time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."), (r"\.norm\.", ".group_norm."), (r"\.([qkv])\.", r".to_\1."),
     (r"\.proj_out\.", ".to_out.0."),
-]
+]  # fmt: skip
 OLDER_NAMES = [  # of diffusers, to its present ones
     (r"\.query\.", ".to_q."), (r"\.key\.", ".to_k."), (r"\.value\.", ".to_v."), (r"\.proj_attn\.", ".to_out.0."),
 ]  # fmt: skip

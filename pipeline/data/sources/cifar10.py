@@ -32,24 +32,18 @@ REMEDY = f"fetch it again from {ADDRESS}"
 ARCHIVE_MD5 = "c58f30108f718f92721af3b95e74349a"
 MAX_BYTES = 2**25  # of a batch; the largest has 31,035,999
 BATCHES = {  # md5 of each, as they are in the official archive
-    "data_batch_1": "c99cafc152244af753f735de768cd75f",
-    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a",
-    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-    "test_batch": "40351d587109b95175f43aff81a1287e",
-}
+    "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
+}  # fmt: skip
 PIXELS = {  # of each split: its images, and the sha256 over the sorted sha256 of their pixels, uint8 (3,32,32)
     "train": (50_000, "c4f3d45acfc15350af7065445e9de41001417180428b1d37e2fa37e634414112"),
     "test": (10_000, "2b47ae852d2a691a0f721e2b78f55dfba705c73504ae93a00eda74c8e562b1a8"),
 }
 ALLOWED = {  # names that the pickles may load
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+}  # fmt: skip
 
 log = logging.getLogger(__name__)
 
