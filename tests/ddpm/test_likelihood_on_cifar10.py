@@ -8,7 +8,6 @@ import torch
 
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
-from ddpm.likelihood import compute_prior
 from ddpm.linear_denoiser import (
     compute_linear_mse,
     compute_profile,
@@ -33,13 +32,6 @@ def read(split: str) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def test_images() -> torch.Tensor:
     return from_uint8(read("test"))
-
-
-@pytest.mark.slow
-def test_prior_of_the_test_set(test_images):
-    assert len(test_images) == 10_000
-    prior = compute_prior(Diffusion(), test_images.double())
-    assert prior.mean().item() == pytest.approx(7.413700e-06, abs=5e-13)
 
 
 @pytest.fixture(scope="module")

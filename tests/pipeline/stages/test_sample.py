@@ -54,15 +54,6 @@ def test_more_images_add_units_and_leave_the_others(sampled):
     assert sample.STAGE.is_done(sampled), "a set with more than was asked for will do"
 
 
-def test_a_damaged_tar_is_drawn_again(sampled):
-    tar = sampled.samples / "00001.tar"
-    before = tar.read_bytes()
-    tar.write_bytes(before[:-512])
-    assert not sample.STAGE.is_done(sampled)
-    assert run_stage(sample, sampled) == ["samples 6-11"]
-    assert tar.read_bytes() == before
-
-
 def test_a_set_smaller_than_a_batch_draws_no_more_than_asked(tiny_run):
     with_weights(tiny_run)
     assert run_stage(sample, asking_for(tiny_run, num_images=4)) == ["samples 0-3"]

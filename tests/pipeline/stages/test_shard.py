@@ -139,17 +139,6 @@ def test_a_resumed_stage_redoes_only_what_is_missing(pictures, run, kind):
     assert tar_bytes(run) == whole and shard.STAGE.is_done(run.of(experiment(pictures)))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut])
-def test_a_finished_stage_that_lost_a_shard_heals(pictures, run, damage, caplog):
-    do(pictures, run)
-    whole = tar_bytes(run)
-    damage(run.data / "test-00001.tar")
-    assert not shard.STAGE.is_done(run.of(experiment(pictures)))
-    assert "test-00001.tar" in caplog.text
-    assert do(pictures, run) == ["shard test-00001.tar"]
-    assert tar_bytes(run) == whole and shard.STAGE.is_done(run.of(experiment(pictures)))
-
-
 def test_shards_of_another_size_are_not_mixed(pictures, run):
     interrupt(dataclasses.replace(pictures, images_per_shard=5), run)
     assert "shard train-00000.tar" in do(pictures, run)
