@@ -110,6 +110,13 @@ def test_steps_compares_chains_without_and_with_fresh_noise(drawn):
         assert nearly_equal(shown[row::2, column], to_uint8(last.x_t.clamp(-1, 1))[:, 0])
 
 
+@pytest.mark.parametrize("steps", [1, 3, 13, 1000])
+def test_snapshots_are_evenly_spaced_and_end_the_chain(steps):
+    kept = chains.list_snapshots(steps)
+    assert kept[0] > 0 and kept[-1] == steps and len(kept) == min(10, steps)
+    assert {*np.diff([0, *kept])} <= {steps // 10, -(-steps // 10)}
+
+
 def plain_end(run, image, pair, steps):
     """The source diffused by so many steps with the pair's noise, and reversed: no mixing anywhere."""
     experiment, index = run.experiment, torch.tensor([pair])
