@@ -1,11 +1,12 @@
 """`ddpm rm`: delete runs or sample sets, after a question."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pipeline.cli import arguments
+from pipeline.config.checks import Tree
 from pipeline.console import print_line
 from pipeline.engine.find import find_run, prepare_storage_root
 from pipeline.errors import ConfigError, PipelineError
@@ -16,10 +17,10 @@ from pipeline.store.tars import ShardSetFacts
 
 
 def remove_runs(options: Namespace) -> int:
-    """Delete the runs that are named, those that failed, or sample sets."""
+    """Delete the runs that are named, those that failed, or sample sets (`ddpm rm`)."""
     root = prepare_storage_root(arguments.load_cluster(options))
     runs = [find_run(name, root) for name in arguments.list_non_cluster_arguments(options)]
-    if not runs and not options.failed and not options.samples:
+    if not (runs or options.failed or options.samples):
         raise ConfigError("which runs? Name them, or say --failed or --samples")
     runs = list(dict.fromkeys(runs)) or store.find_runs(root)
     runs = [run for run in runs if not options.failed or store.find_state(run) == "failed"]
@@ -28,43 +29,32 @@ def remove_runs(options: Namespace) -> int:
     doomed, kept = [], False
     for run in runs:
         for folder in [file.parent for file in store.find_sample_facts(run)] if options.samples else [run]:
-            users = [] if options.force else list(_list_users(root, run, folder))
-            kept |= bool(users)
-            if users:
-                print_line(f"kept {folder}: {users[0]} refers to it; --force deletes it all the same")
+            if not options.force and (user := next(_list_users(root, run, folder), "")):
+                print_line(f"kept {folder}: {user} refers to it; --force deletes it all the same")
+                kept = True
             else:
                 size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 print_line(f"{folder}: {size / 1e6:,.1f} MB")
                 doomed.append((run, folder))
-    if not doomed:
-        print_line("nothing to delete")
-        return int(kept)
-    if not options.yes and not _ask("delete for ever? [y/N] "):
-        raise PipelineError("nothing was deleted; --yes answers the question")
+    if doomed and not options.yes:
+        print("delete for ever? [y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise PipelineError("nothing was deleted; --yes answers the question")
     for run, folder in doomed:
         with lock_folder(run):
             delete_folder(folder)
-    print_line("deleted; the shards of the data and what is in MLflow stay")
+    print_line("deleted; data and MLflow are as they were" if doomed else "nothing to delete")
     return int(kept)
 
 
 def _list_users(root: Path, run: Path, folder: Path) -> Iterator[str]:
     """List what needs a folder: the leaderboards that rank the run; of a sample set, the scores of its protocol."""
-    if folder == run:
-        for file in store.find_leaderboards(root):
-            if any(trial["run"] == run.name for trial in read_json(file, dict[str, Any])["trials"]):
-                yield f"the leaderboard of {file.parent.name}"
-        return
+    for file in store.find_leaderboards(root) if folder == run else ():
+        if any(trial["run"] == run.name for trial in read_json(file, Tree)["trials"]):
+            yield f"the leaderboard of {file.parent.name}"
     for file in (file for file in store.find_sample_manifests(run) if file.parent == folder):
         drawn = read_json(file, ShardSetFacts).get("protocol", {})
         for scores in store.find_scores(run):
             protocol = read_sealed(scores, Results)["protocol"]
             if all(protocol.get(key, value) == value for key, value in drawn.items()):
                 yield f"score {scores.parent.name}"
-
-
-def _ask(question: str) -> bool:
-    try:
-        return input(question).strip().lower() in ("y", "yes")
-    except EOFError:
-        return False

@@ -14,17 +14,10 @@ from pipeline.tracking import list_links
 
 def compose_page(run: RunFiles, folder: Path) -> str:
     """Return the page as Markdown; write its pictures into `folder`."""
-    made = run.provenance
     links = [f"[{link.partition('/#')[0]}]({link}){served}" for link, served in list_links(run.place)]
-    first_facts = {
-        "Date": made.get("date"),
-        "Command": format_value(made.get("command") or ""),
-        "Host": format_value(made.get("host") or ""),
-        "MLflow": " · ".join(links),
-    }
     return TEMPLATE.get_template("run.md").render(
-        first_facts=first_facts,
         run=run,
+        links=links,
         folder=folder,
         headline=headline,
         pictures=run_pictures,
