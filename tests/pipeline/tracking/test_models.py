@@ -1,11 +1,18 @@
 """Logged models hold their weights: what comes out of MLflow draws the images of its run."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import mlflow
 import numpy as np
 import pytest
 import torch
+from conftest import free_port
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -14,6 +21,7 @@ from ddpm import to_uint8
 from pipeline import tracking
 from pipeline.cli.program import main
 from pipeline.engine.provenance import write_record
+from pipeline.errors import PipelineError
 from pipeline.store import tars
 
 
@@ -53,6 +61,32 @@ def test_a_registered_model_draws_its_samples_and_is_exported(sampled, uri, tmp_
     assert np.array_equal(to_uint8(again).permute(0, 2, 3, 1), drawn)
     assert main(["export", "models:/digits@nobody", str(tmp_path / "none"), *where]) == 1
     assert "models:/digits@nobody cannot be fetched" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_is_registered_at_a_server_draws_from_there(sampled, tmp_path, monkeypatch):
+    write_record(sampled, ())
+    address, words = f"http://127.0.0.1:{free_port()}", ["mlflow", "server", "--workers=1"]
+    words += [f"--port={address[17:]}", f"--backend-store-uri=sqlite:///{tmp_path / 'server.db'}"]
+    words += [f"--artifacts-destination={tmp_path / 'artifacts'}"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", *words], stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while server.poll() is None:
+            with suppress(PipelineError):
+                tracking.check_server(address)
+                break
+            time.sleep(0.5)
+        where = [f"cluster.tracking_uri={address}", f"cluster.storage={sampled.storage}"]
+        assert main(["register", sampled.name, "--alias", "champion", "--name", "digits", *where]) == 0
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        shutil.move(sampled.path / "train", tmp_path / "train")  # the weights come from the server
+        drawn = mlflow.pyfunc.load_model("models:/digits@champion").predict({"n": 2})
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    assert drawn.shape == (2, 8, 8, 1) and drawn.dtype == np.uint8 and drawn.std() > 0
 
 
 @pytest.mark.parametrize(("limit", "held"), [(0, set()), (10_000, set()), (2**30, {"6"})])
