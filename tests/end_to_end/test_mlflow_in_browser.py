@@ -76,8 +76,9 @@ def test_a_person_finds_the_winner_the_trials_and_their_samples(links, ui, tmp_p
         wait_for_text(browser, lambda text: "sweep.trial" in text)
         address = browser.run("return location.href").partition("?")[0]
         browser.open(f"{address}/model-metrics?workflowType=machine_learning")
-        charts = wait_for_text(browser, lambda text: "nll_bpd" in text and "grad_norm" in text)
-        assert charts.index("\nloss\n") < min(charts.index(word) for word in ("grad_norm", "nll_bpd"))
+        sections = ("\nloss\n(", "\nsamples\n(", "\ntrain\n(", "\nModel metrics\n(")
+        charts = wait_for_text(browser, lambda text: all(section in text for section in sections))
+        assert charts.index(sections[0]) < min(map(charts.index, sections[1:]))
         browser.open(f"{address}/artifacts/samples/grid.png")
         wide = "return Math.max(0, ...[...document.images].filter(i => i.complete).map(i => i.naturalWidth))"
         wait_for_text(browser, lambda text: browser.run(wide) >= 80)

@@ -23,7 +23,7 @@ return [...document.querySelectorAll('header td')].filter(node => node.scrollWid
 """
 # The pictures, the verdict and the cards are seen without scrolling.
 BELOW = """
-return [...document.querySelectorAll('header img, header blockquote, header :not(a)[class=scroll]:first-of-type tr')]
+return [...document.querySelectorAll('header img, header blockquote, header .scroll:first-of-type tr')]
   .filter(node => node.getBoundingClientRect().bottom > 844).map(node => node.outerHTML.slice(0, 120))
 """
 
