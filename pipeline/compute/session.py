@@ -12,7 +12,7 @@ import psutil
 import ray
 
 from pipeline.compute import ray_train
-from pipeline.compute.interrupt import StopRequest
+from pipeline.compute.interrupt import StopRequest, shield_children
 from pipeline.compute.local_ray import end_local_ray, require_ray, start_local_ray
 from pipeline.compute.pool import Pool
 from pipeline.compute.resources import Resources, resolve_resources
@@ -139,7 +139,8 @@ def _start_ray(address: str | None) -> set[psutil.Process]:
         if address is None:
             return start_local_ray()
         hook = {"worker_process_setup_hook": _set_network_interface}
-        ray.init(address=address, runtime_env=hook, logging_level=logging.ERROR, log_to_driver=False)
+        with shield_children():  # from Ray's own handlers of signals
+            ray.init(address=address, runtime_env=hook, logging_level=logging.ERROR, log_to_driver=False)
         return set()
     except (OSError, RuntimeError, ValueError) as error:
         shown = hide_password(address or "")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.console import print_line
 from pipeline.errors import (
     ConfigError,
     PipelineError,
@@ -29,6 +30,7 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 OLDEST = {"Ray": "2.60", "Python": "3.11"}  # as in pyproject.toml
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file) to the cluster's"
 HTTP_SECONDS = (5.0, 30.0)  # to connect, to answer
+WAIT_SECONDS = 5.0  # how long a job may wait for its start before its follower is told
 LOST_SECONDS = 60.0  # how long a log that broke off is asked for again
 
 
@@ -125,6 +127,7 @@ def follow_log(cluster: JobCluster, job: str) -> JobDetails:
 
     printed = 0  # characters
     lost = 0.0  # since when no connection gave anything
+    begin, is_told = time.monotonic(), False
 
     async def print_log() -> None:
         nonlocal printed, lost
@@ -137,9 +140,14 @@ def follow_log(cluster: JobCluster, job: str) -> JobDetails:
     cluster.client.get_job_info(job)  # a job that does not exist is refused at once
     while True:
         try:
-            asyncio.run(print_log())
-            if (details := cluster.client.get_job_info(job)).status.is_terminal():
-                return details
+            if (details := cluster.client.get_job_info(job)).status == "PENDING":  # and has no log
+                if not is_told and time.monotonic() - begin > WAIT_SECONDS:
+                    print_line(f"{job} waits: {details.message}")
+                    is_told = True
+            else:
+                asyncio.run(print_log())
+                if (details := cluster.client.get_job_info(job)).status.is_terminal():
+                    return details
         except (ClientError, OSError, RuntimeError) as error:
             lost = lost or time.monotonic()
             if time.monotonic() - lost > LOST_SECONDS:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 
+import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
@@ -28,6 +29,9 @@ from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
 from pipeline.sweep.trial_states import TrialStates
 
 BOUND, STEP = "nll_bpd", "step"
+TRIAL_BYTES = (
+    1_500_000_000  # of a trial's process and the controller of its training group, which stands beside it
+)
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory has its own log
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial without rungs reports nothing to Tune
@@ -127,9 +131,10 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what happens
     folder = recorder.folder / "ray"
     shutil.rmtree(folder, ignore_errors=True)
-    # Tune wants to reserve something, and CPUs belong to the workers: it gets a byte.
+    # CPUs belong to the workers; the memory spreads the trials over the nodes.
+    largest = max(int(node["Resources"].get("memory", 1)) for node in ray.nodes() if node["Alive"])
     trainable = tune.with_parameters(_run_trial, tasks=tasks, resources=share.resources)
-    trainable = tune.with_resources(trainable, {"cpu": 0, "memory": 1})
+    trainable = tune.with_resources(trainable, {"cpu": 0, "memory": min(TRIAL_BYTES, largest)})
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

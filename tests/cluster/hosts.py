@@ -118,7 +118,7 @@ class Host:
         """Run the service until it is stopped. Its output is appended to `log`."""
         is_ours = service["image"] == OURS
         command = [*service.get("entrypoint", []), *service.get("command", [])]
-        if not is_ours:
+        if not command:
             command = ["sh", "-ec", POSTGRES_ENTRYPOINT]
         self.environment = self._environment(service)
         script = [

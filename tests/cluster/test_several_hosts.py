@@ -28,7 +28,7 @@ pytestmark = [
 # Host -> the name that the others call it by. Replicas share theirs.
 NAMES = {
     "postgres": "postgres", "mlflow": "mlflow", "ray-head": "ray-head",
-    "worker-1": "ray-worker", "worker-2": "ray-worker", "client": "client",
+    "worker-1": "ray-worker", "worker-2": "ray-worker", "client": "client", "backup": "backup", "restore": "restore",
 }  # fmt: skip
 WAIT = {"entrypoint": ["sleep"], "command": ["infinity"]}  # a client that commands are run in
 EXPERIMENT = [*TINY, "train.steps=40", "train.checkpoint_every=20", "figures.which=[samples]"]
@@ -59,6 +59,12 @@ class Cluster:
             if "healthcheck" in self.services[name]:
                 self.network[name].wait_until_healthy(self.services[name]["healthcheck"])
             print(f"{name}: healthy after {time.monotonic() - began:.0f} s", flush=True)
+
+    def run(self, name: str) -> None:
+        """Run a service that ends by itself."""
+        self.network[name].start(self.services[name], self.volumes)
+        process = self.network[name].process
+        assert process and process.wait(120) == 0, self.network[name].tail()
 
     def client(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.network["client"].execute(*command, **environment)
@@ -105,7 +111,7 @@ print(json.dumps({"status": run.info.status, "points": points, "files": files, "
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        cluster.up(*NAMES)
+        cluster.up(*(name for name in NAMES if name not in ("backup", "restore")))
         yield cluster
     finally:
         cluster.network.close()
@@ -251,6 +257,26 @@ def test_a_worker_and_the_tracking_server_go_in_mid_run_and_it_still_ends_right(
     assert [step for step, _ in read_losses(run)] == list(range(10, 1201, 10))
     alone = read_losses(train_here(LONG, tmp_path))  # the order of sums differs, over 1,200 steps
     assert read_losses(run) == [(step, pytest.approx(loss, rel=0.02)) for step, loss in alone]
+
+
+def test_what_mlflow_holds_comes_back_from_a_backup(cluster, first_run):
+    before = cluster.on_tracking_server("tiny")
+    cluster.run("backup")
+    cluster.network["mlflow"].stop(cluster.services["mlflow"])
+    lost = [
+        "psql",
+        "--host=127.0.0.1",
+        "--username=mlflow",
+        "mlflow",
+        "--command=DROP SCHEMA public CASCADE; CREATE SCHEMA public",
+    ]
+    told = cluster.network["postgres"].execute(*lost, PGPASSWORD=cluster.env["POSTGRES_PASSWORD"])
+    assert told.returncode == 0, told.stderr
+    for folder in (cluster.volumes / "mlartifacts").iterdir():
+        shutil.rmtree(folder)
+    cluster.run("restore")
+    cluster.up("mlflow")
+    assert cluster.on_tracking_server("tiny") == before
 
 
 # Last, when everything has been written

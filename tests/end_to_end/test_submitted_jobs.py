@@ -36,6 +36,7 @@ def head() -> Iterator[str]:
         f"--temp-dir={folder}", f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
         f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
         "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=2", "--object-store-memory=100000000",
+        "--memory=2000000000",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
@@ -137,7 +138,10 @@ def test_a_job_that_fails_fails_its_follower(client):
 
 
 def test_a_stopped_job_goes_on_when_it_is_submitted_again(client):
-    """Stopped in training by `ddpm jobs stop`, while one person follows it and another stops following."""
+    """Stopped in training by `ddpm jobs stop`, while one person follows it and another stops following.
+
+    The head has the memory of one driver: a second job waits, says so, and runs when the first has ended.
+    """
     forever = ["train", "mine", *TINY, "train.steps=1000000", "train.checkpoint_every=10", *client.where]
     code, output = client.ddpm("submit", "--id", "again", "--", *forever)
     assert code == 0 and "ddpm jobs stop again" in output
@@ -148,8 +152,12 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(client):
     assert "the job goes on" in other.communicate(timeout=WAIT)[0] and other.returncode == 130
     assert "running" in client.ddpm("jobs", "status", "again")[1]
 
+    second = client.start("submit", "--follow", "--id", "second", "--", "shard", "mine", *TINY, *client.where)
+    assert any("second waits:" in line for line in second.stdout)
+    assert "pending" in client.ddpm("jobs", "status", "second")[1]
     code, output = client.ddpm("jobs", "stop", "again")
     assert code == 0 and "stopped; the same submit goes on" in output
+    assert second.wait(WAIT) == 0
     output = follower.communicate(timeout=WAIT)[0]
     assert follower.returncode == 130 and "stopping at the next safe point" in output
     run = client.run_directory()
