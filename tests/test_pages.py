@@ -21,6 +21,7 @@ FOLDERS = ("ddpm/", "pipeline/", "conf/", "tests/", "deploy/", "docs/", "benchma
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_a_page_names_is_there(page):
     text = page.read_text()
+    assert f"- {page.relative_to(ROOT)}\n" in (ROOT / "mkdocs.yml").read_text(), "every page is in the site"
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert "://" in target or (page.parent / target).exists(), f"a link leads to {target}"
     quoted = set(re.findall(r"`([^`\n]+)`", text))
