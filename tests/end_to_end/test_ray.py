@@ -17,7 +17,8 @@ pytestmark = pytest.mark.ray
 
 # 17 images a batch do not divide by two: the slices are uneven. 50 steps, dropout 0, fp32.
 STEPS = ["train.steps=50", "train.batch_size=17", "train.checkpoint_every=25"]
-EXPERIMENT = [*TINY, *STEPS, "evaluate.metrics=[fid,is,nll]"]
+SCORES = ["evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.which=[samples,progressive]"]
+EXPERIMENT = [*TINY, *STEPS, *SCORES]
 
 
 def ddpm(storage: Path, *words: str, verb: str = "run") -> Path:
