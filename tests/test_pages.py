@@ -53,7 +53,7 @@ def test_the_snippet_of_the_library_page_trains_and_draws():
 
 
 def test_the_results_page_has_the_scores_of_its_twin_and_says_first_how_good_the_network_is():
-    page, twin = (RESULTS / "cifar10.md").read_text(), json.loads((RESULTS / "cifar10.json").read_text())
+    page, twin = (RESULTS / "first-run.md").read_text(), json.loads((RESULTS / "first-run.json").read_text())
     scores, trials = twin["scores"], twin["sweep"]["trials"]
     shown = [scores[key] for key in ("nll_bpd", "rate_bpd", "distortion_bpd", "rmse", "fid")]
     shown += [trial["scores"]["nll_bpd"] for trial in trials]

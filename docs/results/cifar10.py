@@ -1,0 +1,116 @@
+"""docs/results/cifar10.md with its JSON twin and its pictures, from a run directory of CIFAR-10.
+
+python docs/results/cifar10.py RUN
+
+The samples are what `ddpm draw RUN` draws; the scores are those of all test images at the run's newest checkpoint.
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ddpm.images import to_uint8
+from pipeline import load
+from pipeline.drawing.grids import save_grid
+from pipeline.engine.find import read_place
+from pipeline.report.paper import LMMSE
+from pipeline.scores.metrics import METRICS
+from pipeline.scores.results import Results
+from pipeline.store import tars
+from pipeline.store.checkpoint import create_network, list_steps
+from pipeline.store.files import read_json
+from pipeline.store.log import read_points
+
+HERE = Path(__file__).parent
+PICTURES = HERE.parent / "pictures"
+PAPER = {"nll_bpd": 3.75, "rate_bpd": 1.78, "distortion_bpd": 1.97, "rmse": 0.95}  # Sec. 4.3, Tables 1 and 4
+LINEAR = {name: LMMSE[name] for name in ("rate_bpd", "rmse")}
+IMAGES = 64
+
+
+def main(path: Path) -> None:
+    place = read_place(path.absolute())
+    step = list_steps(place.train)[-1]
+    found = [read_json(file, Results) for file in sorted(place.path.glob("evaluation/*/metrics.json"))]
+    (results,) = (
+        one for one in found
+        if one["protocol"]["checkpoint"] == step and one["protocol"].get("nll_images") == 10_000
+    )  # fmt: skip
+    rates = [point["metrics"]["train/images_per_second"] for point in read_points(place.log)]
+    train = place.experiment.train
+    twin = {
+        "scores": results["scores"], "protocol": results["protocol"], "paper": PAPER, "linear": LINEAR,
+        "parameters": sum(t.numel() for t in create_network(place.experiment, "meta").parameters()),
+        "width": place.experiment.model.channels, "images": step * train.batch_size,
+        "images_per_second": [round(value, 1) for value in (min(rates), median(rates), max(rates))],
+        "commits": read_json(place.path / "commits.json", dict),
+        "train_seconds": read_json(place.path / "timings.json", dict)["train"],
+    }  # fmt: skip
+    (HERE / "cifar10.json").write_text(json.dumps(twin, indent=1) + "\n")
+    (HERE / "cifar10.md").write_text(format_page(twin))
+    samples = to_uint8(load(place.path).sample(IMAGES))
+    save_grid(samples, 8, PICTURES / "cifar10-samples.png")
+    test = torch.from_numpy(tars.load_images(place.data, "test", 0, IMAGES)[0])
+    save_grid(test, 8, PICTURES / "cifar10-test.png")
+
+
+def format_page(twin: dict) -> str:
+    """Return the page."""
+    scores, protocol, hours = twin["scores"], twin["protocol"], twin["train_seconds"] / 3600
+    rows = []
+    for name, paper in PAPER.items():
+        metric, line = METRICS[name], LINEAR.get(name)
+        ours = metric.format_score(scores)
+        rows.append(f"| {metric.title} | {ours} | {paper} | {line or ''} |")
+    low, middle, high = twin["images_per_second"]
+    is_useful = all(scores[name] < value for name, value in LINEAR.items())
+    verdict = (
+        "It beats the best linear denoiser, which needs no training; its samples have the shapes and colours of pictures,\n"
+        "few of a thing that can be named"
+        if is_useful
+        else "**Not yet useful**: it does not beat the best linear denoiser, which needs no training"
+    )
+    table = "\n".join(rows)
+    return f"""# CIFAR-10, measured
+
+| the first {IMAGES} samples, not selected | the first {IMAGES} test images |
+| --- | --- |
+| ![Samples](../pictures/cifar10-samples.png) | ![Test images](../pictures/cifar10-test.png) |
+
+| | this run | paper | best linear denoiser |
+| --- | --- | --- | --- |
+{table}
+
+{verdict}. It is far from the paper, which has {35_746_307 / twin["parameters"]:.0f} times as many
+parameters and has seen {102_400_000 / twin["images"]:,.0f} times as many images.
+
+No GPU was at hand: this is the paper's network at a quarter of its width
+({twin["width"]} channels, {twin["parameters"]:,} parameters), after {twin["images"]:,} images,
+{hours:.1f} hours of two shared cores at {middle:g} images/s (median; {low:g} to {high:g}).
+[The ladder](ladder.md) trains and scores its widths and lengths; [short runs](short-runs.md) says why its samples
+are no noise, as those of [the first run](first-run.md) were.
+
+## Protocol
+
+NLL of all {protocol["nll_images"]:,} test images, estimated with t = 0 and {protocol["nll_timesteps"]} draws of t for
+each (80,000 passes), {protocol["nll_precision"]}, EMA weights of step {protocol["checkpoint"]:,}; ± is one standard
+error. The samples are ancestral ones (fixedsmall) of 50 steps.
+Not comparable with the paper: {"; ".join(protocol["why_not"])}.
+
+## Commands
+
+```
+ddpm sweep ladder data.path=FOLDER_OR_ARCHIVE cluster.workers=0   # trains and scores; the same command goes on
+python docs/results/ladder.py RUN                                 # adds its points to the ladder's page
+python docs/results/cifar10.py RUN                                # this page and its pictures
+```
+
+Trained by commit `{twin["commits"]["train"][-1][:12]}`. [cifar10.json](cifar10.json) holds every number of this page.
+"""
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
