@@ -68,8 +68,8 @@ def format_page(twin: dict) -> str:
     low, middle, high = twin["images_per_second"]
     is_useful = all(scores[name] < value for name, value in LINEAR.items())
     verdict = (
-        "It beats the best linear denoiser, which needs no training; its samples have the shapes and colours of pictures,\n"
-        "few of a thing that can be named"
+        "It beats the best linear denoiser, which needs no training; its samples have the shapes and\n"
+        "colours of pictures, few of a thing that can be named"
         if is_useful
         else "**Not yet useful**: it does not beat the best linear denoiser, which needs no training"
     )
