@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -15,14 +16,17 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import ray
 import torch
 from ray import PlacementGroupID
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.placement_group import placement_group_table as read_group
 from ray.util.placement_group import remove_placement_group as remove_group
 from torch import nn
 
+from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.resources import Resources
 from pipeline.compute.units import GIB, Body, Value, Worker
 from pipeline.config import ClusterConfig
@@ -163,10 +167,25 @@ def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], objec
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        look()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_SECONDS)
+            look()
+    except StopRequest:
+        _end_wait(thread)
+        raise
     return outcome[0] if outcome else None
+
+
+def _end_wait(thread: threading.Thread) -> None:
+    """End the controller for which the thread waits in Ray: a wait that outlives Ray's shutdown is a SIGSEGV."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if isinstance(controller := frame.f_locals.get("controller"), ActorHandle):
+            ray.kill(controller)
+            thread.join(10)
+            return
+        frame = frame.f_back
 
 
 def release_training_group(place: Place) -> None:

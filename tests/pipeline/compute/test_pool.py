@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -221,6 +222,9 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(sessi
     with pytest.raises(StopRequest):
         session.run_workers(None, place)
     assert time.monotonic() - began < 12 + 5
+    assert "ray-train" not in [thread.name for thread in threading.enumerate()], (
+        "it would outlive Ray, and crash"
+    )
     assert "waiting for 2 x (1 CPUs, 1 GPUs): 0 CPUs and 4 GPUs are free" in capsys.readouterr().out
 
 
