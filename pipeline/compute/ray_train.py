@@ -131,8 +131,8 @@ def _fit(
 
     # Seconds between Ray Train's looks at the group; by default it sees two seconds late that training has ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    for sign in (place.failure, place.placement_group):
-        sign.unlink(missing_ok=True)
+    place.failure.unlink(missing_ok=True)
+    release_training_group(place)  # of a controller that was killed; Ray may hold its CPUs for ever
     shutil.rmtree(place.ray, ignore_errors=True)
     cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     fixed = resources.min_workers == resources.workers
@@ -189,7 +189,7 @@ def _end_wait(thread: threading.Thread) -> None:
 
 
 def release_training_group(place: Place) -> None:
-    """Free the CPUs of a run's last training group; Ray does not where memory ran out and it lost the group's owner."""
+    """Free the CPUs of a run's last training group; Ray may not where it lost the group's owner."""
     with suppress(FileNotFoundError):
         group = PlacementGroupID.from_hex(place.placement_group.read_text())
         remove_group(PlacementGroup(group))

@@ -228,6 +228,20 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(sessi
     assert "waiting for 2 x (1 CPUs, 1 GPUs): 0 CPUs and 4 GPUs are free" in capsys.readouterr().out
 
 
+def test_the_group_of_a_lost_controller_is_released_before_the_next(session, tmp_path, monkeypatch):
+    import ray
+    from conftest import tiny_experiment, wait_until
+    from ray.util import placement_group
+
+    group, place = placement_group([{"CPU": 8}]), make_place(tiny_experiment(), tmp_path)
+    ray.get(group.ready())
+    place.path.mkdir(parents=True, exist_ok=True)
+    place.placement_group.write_text(group.id.hex())
+    monkeypatch.setattr(ray_train, "run_in_thread", lambda *_: None)
+    ray_train.run_training_group(session.cluster, session.resources, None, place, lambda: None)
+    wait_until(lambda: ray.available_resources().get("CPU") == 8, 30)
+
+
 def test_training_gets_the_gpus_and_the_pool_gets_them_back(session, tmp_path, monkeypatch):
     free = []
     train = lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))  # noqa: E731
