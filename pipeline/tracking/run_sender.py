@@ -207,8 +207,8 @@ def name_run(place: Place) -> str:
         config.flatten({"data": config.to_dict(e.data), **keys.collect_run_settings(e, whole=True)})
         for e in (place.experiment, usual)
     )
-    changed = {key.rpartition(".")[2]: value for key, value in own.items() if value != known.get(key)}
-    return " ".join([place.name, *(f"{key}={value!s:.30}" for key, value in changed.items())])[:200]
+    changed = [(key.rpartition(".")[2], value) for key, value in own.items() if value != known.get(key)]
+    return " ".join([place.name, *(f"{key}={value!s:.30}" for key, value in changed)])[:200]
 
 
 def read_mtime(path: Path) -> int:

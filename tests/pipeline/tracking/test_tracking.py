@@ -87,6 +87,8 @@ def test_what_may_not_change_is_a_parameter_and_the_rest_of_the_experiment_is_ta
     assert "n = 512" in tags["protocol.why_not"]
     name = run_sender.name_run(run.of(dataclasses.replace(run.experiment, seed=7)))
     assert (found.info.run_name, name) == (run.name, f"{run.name} seed=7")
+    wide = run.of(config.load_experiment("digits", ["data.channels=3", "model.channels=16"]))
+    assert run_sender.name_run(wide).count(" channels=") == 2
     study = client.get_experiment(found.info.experiment_id)  # the UI opens it as model training
     assert study.tags["mlflow.experimentKind"] == "custom_model_development"
 
