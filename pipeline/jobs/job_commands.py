@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.compute.resources import LEADER_BYTES
 from pipeline.config import ClusterConfig
 from pipeline.config.sections import FILE_NAME
 from pipeline.console import format_duration, format_table, print_line
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 # How long a stopped job may take to reach a safe point and write its checkpoint before it is killed; Ray's 3
 # seconds are less than many a training step.
 STOP_SECONDS = 300
-# What a job's driver holds together with the controller of a training group, which Ray starts beside it.
-DRIVER_BYTES = 1_500_000_000
 
 
 def submit_job(
@@ -51,7 +50,7 @@ def submit_job(
         remote.client.submit_job(
             entrypoint=package.entrypoint,
             submission_id=name,
-            entrypoint_memory=DRIVER_BYTES,  # where no node has it free, the job waits
+            entrypoint_memory=LEADER_BYTES,  # where no node has it free, the job waits
             runtime_env={"working_dir": str(package.folder), "env_vars": variables},
             metadata={"command": shlex.join(["ddpm", *words]), "user": name_user()},
         )

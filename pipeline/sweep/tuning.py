@@ -18,7 +18,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.compute.ray_train import release_training_group, run_in_thread
-from pipeline.compute.resources import Resources
+from pipeline.compute.resources import LEADER_BYTES, Resources
 from pipeline.compute.session import RaySession
 from pipeline.errors import PipelineError
 from pipeline.sweep.definition import EarlyStop
@@ -29,9 +29,6 @@ from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
 from pipeline.sweep.trial_states import TrialStates
 
 BOUND, STEP = "nll_bpd", "step"
-TRIAL_BYTES = (
-    1_500_000_000  # of a trial's process and the controller of its training group, which stands beside it
-)
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory has its own log
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial without rungs reports nothing to Tune
@@ -134,7 +131,7 @@ def run_trials(
     # CPUs belong to the workers; the memory spreads the trials over the nodes.
     largest = max(int(node["Resources"].get("memory", 1)) for node in ray.nodes() if node["Alive"])
     trainable = tune.with_parameters(_run_trial, tasks=tasks, resources=share.resources)
-    trainable = tune.with_resources(trainable, {"cpu": 0, "memory": min(TRIAL_BYTES, largest)})
+    trainable = tune.with_resources(trainable, {"cpu": 0, "memory": min(LEADER_BYTES, largest)})
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
