@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -124,10 +124,8 @@ def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
 
     def plot(axes: Axes) -> None:
         for label, number, (x, y) in runs:
-            dashes, colour = divmod(number, len(style.SERIES))
             every = max(1, len(x) // MOST_POINTS)
-            (line,) = axes.plot(x[::every], smooth(y)[::every], label=label, color=style.SERIES[colour])
-            line.set(linestyle=style.DASHES[dashes % len(style.DASHES)])
+            axes.plot(x[::every], smooth(y)[::every], label=label, **_choose_series_style(number))
         axes.set_yscale("log")
         axes.figure.legend(loc="outside lower left", ncols=columns, fontsize=8)
 
@@ -140,11 +138,8 @@ def plot_scores(title: str, x: str, lines: Sequence[Line]) -> Panel:
 
     def plot(axes: Axes) -> None:
         for number, line in enumerate(lines):
-            dashes, colour = divmod(number, len(style.SERIES))
-            bars = axes.errorbar(
-                line.x, line.y, line.band, label=line.label, color=style.SERIES[colour], marker="o"
-            )
-            bars.lines[0].set(markersize=4, linestyle=style.DASHES[dashes % len(style.DASHES)])
+            own = _choose_series_style(number)
+            axes.errorbar(line.x, line.y, line.band, label=line.label, marker="o", markersize=4, **own)
         values = [value for line in lines for value in line.x]
         axes.set_xscale("log" if 0 < 8 * min(values) <= max(values) else "linear")
         if len(lines) > 1:
@@ -175,6 +170,12 @@ def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
     """Return the running mean (n,); the window is a share of the points, and shorter at both ends."""
     window = np.ones(2 * int(len(values) * share / 2) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _choose_series_style(number: int) -> dict[str, Any]:
+    """Return colour and dashes of a run or a line, by its number: every colour before the next kind of dashes."""
+    dashes, colour = divmod(number, len(style.SERIES))
+    return {"color": style.SERIES[colour], "linestyle": style.DASHES[dashes % len(style.DASHES)]}
 
 
 def _label_ticks(axis: Axis) -> None:

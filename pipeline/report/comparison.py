@@ -140,7 +140,7 @@ def draw_scores(
     """
     pictures: list[Picture] = []
     for group in groups:
-        swept = [{k: v for k, v in point.runs[0].swept.items() if k != "seed"} for point in group.points]
+        swept = [ranking.drop_seed(point.runs[0]) for point in group.points]
         numbers = {
             key: len({its[key] for its in swept})
             for key in find_swept_keys(group.runs)

@@ -106,7 +106,7 @@ def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
     """Rank runs of equal protocol; runs that differ in the seed alone are one point."""
     alike: dict[str, list[R]] = {}
     for run in runs:
-        alike.setdefault(json.dumps(_drop_seed(run), default=str), []).append(run)
+        alike.setdefault(json.dumps(drop_seed(run), default=str), []).append(run)
     sign = -1 if metric.larger_is_better else 1
     means = {point: mean(run.scores[metric.name] for run in own) for point, own in alike.items()}
     order = sorted(alike, key=lambda point: (sign * means[point], alike[point][0].label))
@@ -119,7 +119,7 @@ def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
     for point in order:
         own, name = alike[point], alike[point][0].label
         if len(own) > 1:
-            name = format_swept_values(_drop_seed(own[0])) or ", ".join(run.label for run in own)
+            name = format_swept_values(drop_seed(own[0])) or ", ".join(run.label for run in own)
         difference = _compare(alike[order[0]], own, metric)
         error = summarize_scores(own, metric)[1]
         points.append(RankedPoint(own, name, means[point], error, ranks[point], difference))
@@ -167,7 +167,8 @@ def _find_error(runs: Sequence[ScoredRun], metric: Metric) -> tuple[float | None
     return error, count - 1 if count and count > 1 else MANY
 
 
-def _drop_seed(run: ScoredRun) -> Tree:
+def drop_seed(run: ScoredRun) -> Tree:
+    """Return the swept values that tell points apart."""
     return {key: value for key, value in run.swept.items() if key != "seed"}
 
 
