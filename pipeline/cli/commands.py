@@ -237,8 +237,10 @@ def export_weights(options: Namespace) -> None:
     folder = Path(options.directory).expanduser().absolute()
     if not options.run.startswith(tracking.PREFIX):
         path = find_run(options.run, cluster.storage_root)
-        experiment, source = diffusers_layout.export_to_diffusers(path, folder, options.weights, options.step)
-        write_card(folder, experiment, source, path)
+        place, exported, source = diffusers_layout.export_to_diffusers(
+            path, folder, options.weights, options.step
+        )
+        write_card(folder, exported, source, place)
         print_line(f"{folder}: {source}")
         return
     with TemporaryDirectory() as scratch:

@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +24,7 @@ from pipeline.config import Experiment, PublishedConfig, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
-from pipeline.store.run import EXPERIMENT, locate_without_data
+from pipeline.store.run import EXPERIMENT, Place, locate_without_data
 from pipeline.store.tensors import Tensors, load_tensors, read_header
 from pipeline.store.weight_files import find_weight_files
 
@@ -263,23 +263,24 @@ def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
 # Out
 
 
-def export_to_diffusers(path: Path, directory: Path, which: str, step: int | None) -> tuple[Experiment, str]:
+def export_to_diffusers(
+    path: Path, directory: Path, which: str, step: int | None
+) -> tuple[Place, Experiment, str]:
     """Write the weights of the run directory `path` so that diffusers' DDPMPipeline loads `directory`.
 
-    which: `ema` or `raw`; step None = the newest checkpoint. Returns the experiment, and in words what was written.
+    which: `ema` or `raw`; step None = the newest checkpoint. Returns the run, its experiment with these weights
+    as those that are sampled, and in words what was written.
     """
     experiment = load_experiment(str(path / EXPERIMENT), [])
     place = locate_without_data(path, experiment)
     steps = checkpoint.list_steps(place.train)
     if not steps or (step is not None and step not in steps):
         checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")
-    step = step or steps[-1]
-    checkpoint.verify_step(place, step, "seal")  # `load_weights` hashes
-    tensors = checkpoint.load_weights(place.step_folder(step), which)
-    kind = experiment.published.weights or which
-    source = f"{kind} weights of step {step} of {path.name}"
-    write_folder(experiment, tensors, directory, kind, source)
-    return experiment, source
+    sample = replace(experiment.sample, checkpoint=step or steps[-1], weights=which, ema_decay=None)
+    exported = replace(experiment, sample=sample)
+    settings, tensors = checkpoint.read_model(place.of(exported))
+    write_folder(exported, tensors, directory, exported.weights_kind, settings["source"])
+    return place, exported, settings["source"]
 
 
 def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind: str, source: str) -> None:
