@@ -11,9 +11,8 @@ from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError
 
 Nodes = Sequence[tuple[int, int]]  # CPUs and GPUs of each machine
-LEADER_BYTES = (
-    1_500_000_000  # of a driver or a trial, and the controller of its training, which Ray starts beside it
-)
+# Of a driver or a trial, and the controller of its training, which Ray starts beside it.
+LEADER_BYTES = 1_500_000_000
 CROWDED = 32 * 32**2  # pixels of a batch; with fewer a GPU is not busy, and waits for the others
 
 

@@ -264,7 +264,7 @@ def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
 
 
 def export_to_diffusers(
-    path: Path, directory: Path, which: str, step: int | None
+    path: Path, directory: Path, which: Literal["ema", "raw"], step: int | None
 ) -> tuple[Place, Experiment, str]:
     """Write the weights of the run directory `path` so that diffusers' DDPMPipeline loads `directory`.
 
