@@ -27,7 +27,7 @@ from pipeline.scores.metrics import METRICS, format_headline
 from pipeline.scores.results import Results
 from pipeline.store import run
 from pipeline.store.files import read_json, read_sealed
-from pipeline.store.log import read_points, read_progress
+from pipeline.store.log import RECENT, LogPoint, describe_slow_rank, read_points, read_progress
 from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
 
@@ -98,20 +98,21 @@ def _describe_run(path: Path, changed: float) -> str:
         extractor = protocol.get("extractor", "no features")
         lines.append(f"{format_headline(found['scores'])} ({about}, {extractor})")
     trained = "imported" if experiment.published.weights else f"{step}/{steps}"
-    left = _format_age(seconds) if state == "running" and (seconds := _estimate_left(place, step)) else "-"
+    points = read_points(place.log)[-RECENT:] if state == "running" else []
+    left = _format_age(seconds) if (seconds := _estimate_left(points, steps - step)) else "-"
     row = ROW.format(state, _format_age(time.time() - changed), left, trained, path.name)
-    lines = [f"{experiment.data.source}, {images} samples", *lines, *experiment.find_missing_files()]
+    slow = filter(None, [describe_slow_rank(points)])
+    lines = [f"{experiment.data.source}, {images} samples", *lines, *slow, *experiment.find_missing_files()]
     width = shutil.get_terminal_size().columns
     return "\n".join([row, *(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="      ",
         break_long_words=False, break_on_hyphens=False) for line in lines)])  # fmt: skip
 
 
-def _estimate_left(place: run.Place, step: int) -> float:
-    """Return the seconds of training that are left, by the last points of the log; 0 where none is known."""
-    points = read_points(place.log)[-20:]
+def _estimate_left(points: list[LogPoint], steps: int) -> float:
+    """Return the seconds of the steps that are left, by the last points of the log; 0 where none is known."""
     done = points[-1]["step"] - points[0]["step"] if points else 0
     each = (points[-1]["time"] - points[0]["time"]) / done / 1000 if done else 0.0
-    return each * max(0, place.experiment.train.steps - step)
+    return each * max(0, steps)
 
 
 def _format_age(seconds: float) -> str:

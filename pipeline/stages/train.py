@@ -25,6 +25,7 @@ from ddpm.precision import use_deterministic
 from ddpm.rng import Stream, draw_permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, compute_gradients, compute_learning_rate, train_step
+from pipeline.compute.own_time import OwnTime
 from pipeline.compute.units import Unit, Worker, explain_out_of_memory
 from pipeline.config import Experiment, TrainStageConfig, require_images_for_workers
 from pipeline.data.dataset import open_dataset
@@ -93,19 +94,21 @@ class TrainStage(GroupStage):
             remove_leftovers(place.train)  # of a group that was killed before this one
         state, sums = _restore_state(ctx, place)
         make_step, watch = _build_step(ctx, place, state), _Watch(ctx, place)
+        own = OwnTime(ctx, state.net)
         log = LogWriter(place.log) if ctx.rank == 0 else None
         heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
             saver = _CheckpointSaver(ctx, place, thread)
             request = 0
             while state.step < config.steps and request != STOP:
+                own.begin()
                 sums.add(make_step())
                 step = state.step
                 if heartbeat:
                     heartbeat.write(step)
                 save = step % config.checkpoint_every == 0 or step in (config.steps, *config.keep_steps)
                 if save or step % config.log_every == 0:
-                    point = sums.compute_point(ctx, config, step)
+                    point = sums.compute_point(ctx, config, step) | own.compare_ranks()
                     watch.set_interval(point["train/images_per_second"])
                     if log:
                         log.write(step, point)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,9 @@ from pipeline.errors import PipelineError
 from pipeline.store.files import explain_write_errors, parse_json, require_regular, warn_once
 from pipeline.store.run import Place
 
-TAIL = 2000  # bytes; a line is some 200
+TAIL = 2000  # bytes; a line is some 300
+RECENT = 20  # points by which the speed is judged
+SLOW = 1.3  # times the fastest rank's step
 
 
 class LogPoint(TypedDict):
@@ -89,6 +92,20 @@ def read_last_point(path: Path) -> LogPoint | None:
         return None
     points = (_parse_point(line) for line in reversed(lines) if line.endswith(b"}\n"))
     return next(filter(None, points), None)
+
+
+def describe_slow_rank(points: list[LogPoint]) -> str:
+    """Return which rank is notably slower than another in most of the last points, in a sentence; '' for none."""
+    recent = [metrics for p in points[-RECENT:] if "train/slowest_rank" in (metrics := p["metrics"])]
+    if not recent:
+        return ""
+    slowest = int(statistics.mode(metrics["train/slowest_rank"] for metrics in recent))
+    own = [metrics for metrics in recent if metrics["train/slowest_rank"] == slowest]
+    low, high = (statistics.median(m[f"train/step_seconds_{name}"] for m in own) for name in ("min", "max"))
+    if 2 * len(own) <= len(recent) or high < SLOW * low:
+        return ""
+    where = f"all wait for it (logs/rank-{slowest}.log names its host)"
+    return f"rank {slowest} takes {high:.2g} s of its own for a step, the fastest {low:.2g} s: {where}"
 
 
 class Heartbeat:

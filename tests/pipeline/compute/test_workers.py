@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -13,10 +14,15 @@ import pytest
 import torch
 from conftest import renamed, tiny_experiment
 
+from pipeline import tracking
+from pipeline.cli.status import format_status
 from pipeline.compute.ray_train import RayWorker
-from pipeline.stages import train
+from pipeline.engine.provenance import write_record
+from pipeline.stages import report, train
 from pipeline.store import checkpoint
-from pipeline.store.files import hash_file
+from pipeline.store.files import hash_file, lock_folder
+from pipeline.store.log import describe_slow_rank, find_end, read_points
+from pipeline.tracking.run_sender import RunSender
 
 STEPS = 30
 LONG = 120  # seconds in which any of these groups is through
@@ -26,6 +32,13 @@ class Member(RayWorker):
     """A training worker that has nobody to report to, and stops after so many steps."""
 
     steps_left = None
+    slow_rank = None
+
+    def wrap_network(self, net):
+        wrapped = super().wrap_network(net)
+        if self.rank == self.slow_rank:
+            wrapped.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+        return wrapped
 
     def report_checkpoint(self, step):
         pass
@@ -40,12 +53,12 @@ class Member(RayWorker):
         return self.steps_left == 0
 
 
-def member(rank, world_size, port, experiment, run, steps):
+def member(rank, world_size, port, experiment, run, steps, slow_rank):
     torch.set_num_threads(1)
     place = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=world_size)
     context = Member(torch.device("cpu"), 1, rank, world_size)
-    context.steps_left = steps
+    context.steps_left, context.slow_rank = steps, slow_rank
     train.STAGE.run_worker(context, run.of(experiment))
     torch.distributed.destroy_process_group()
 
@@ -53,14 +66,14 @@ def member(rank, world_size, port, experiment, run, steps):
 class Group:
     """So many processes that train together."""
 
-    def __init__(self, workers, experiment, run, steps=None):
+    def __init__(self, workers, experiment, run, steps=None, slow_rank=None):
         self.run = run
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["pipeline.stages.train", "pipeline.compute.ray_train", __name__])
-        args = (workers, port, experiment, run, steps)
+        args = (workers, port, experiment, run, steps, slow_rank)
         self.processes = [server.Process(target=member, args=(rank, *args)) for rank in range(workers)]
         for process in self.processes:
             process.start()
@@ -127,6 +140,32 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
 
     assert state_hash(run, STEPS) == state_hash(untouched, STEPS)
     assert losses(run) == losses(untouched)
+
+
+def test_a_slow_rank_is_seen_in_the_log_in_mlflow_in_the_status_and_on_the_page(
+    tiny_run, empty_store, tmp_path
+):
+    """Though each waits for the slower one, and steps take equally long on both."""
+    run = tiny_run
+    assert set(Group(2, experiment_of(run), run, 8, slow_rank=1).finish()) == {0}
+    points = read_points(run.log)
+    sentence = describe_slow_rank(points)
+    assert sentence.startswith("rank 1 takes 0.2") and "logs/rank-1.log" in sentence
+    write_record(run, [])
+    with lock_folder(run.path):
+        assert "rank 1 takes" in " ".join(format_status(run.storage).split())
+    assert not list(report.STAGE.work(run)) and "rank 1 takes" in run.report_html.read_text()
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    sender = RunSender(tracking.find_default_uri(tmp_path), "slow", run)
+    sender.send_log(0, find_end(run.log))
+    found = sender.client.get_run(sender.run_id).data.metrics
+    assert (
+        found["train/step_seconds_max"] > 0.2 > found["train/step_seconds_min"]
+        and found["train/slowest_rank"] == 1
+    )
+    for point in points[:2]:
+        point["metrics"]["train/slowest_rank"] = 0
+    assert not describe_slow_rank(points[:4]), "both are the slowest as often"
 
 
 @pytest.mark.slow
