@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict
 
@@ -19,6 +20,9 @@ from pipeline.store.run import Place
 from pipeline.tracking import mlflow_client, models
 from pipeline.tracking.parcels import Parcel, list_parcels
 from pipeline.tracking.run_sender import ChildRun, RunSender, read_mtime
+
+if TYPE_CHECKING:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +113,17 @@ class Mirror(mlflow_client.Sender):
         write_json(self.state_file, self._state)
 
     def _deliver_until_stopped(self) -> None:
-        wait, is_last = 0.0, False
+        wait, is_last, monitor = 0.0, False, None
         while not is_last:
             is_last = self._stopping.wait(wait)
+            if monitor and (is_last or self.is_behind):  # it ends by itself when the server fails
+                monitor.finish()
+                monitor = None
             self.is_behind = False
             with self.warn_of_errors():
                 self.deliver()
+                if not (monitor or is_last):
+                    monitor = self._watch_machine()
             if self.is_behind:
                 self.sender, wait = None, min(max(2 * wait, POLL), LONGEST_WAIT)
             else:
@@ -138,6 +147,16 @@ class Mirror(mlflow_client.Sender):
                     record["parcels"][parcel.name] = parcel.version
                     self.sent.append(parcel.name)
                     write_json(self.state_file, self._state)
+
+    def _watch_machine(self) -> SystemMetricsMonitor | None:
+        """Let MLflow log the processor, memory, disk and GPUs of this machine; None before there is a run."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        if self.sender is None:
+            return None
+        monitor = SystemMetricsMonitor(self.sender.run_id, resume_logging=True, tracking_uri=self.uri)
+        monitor.start()
+        return monitor
 
     def list_missing(self) -> list[Parcel]:
         """List what the files hold and the server has not got. Asks no server."""

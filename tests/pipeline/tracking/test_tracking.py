@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -164,6 +165,24 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
     found, where = find(client, "ends", run), tracking.describe_delivery(run, uri)
     assert found.info.status == status
     assert "viewStateShareKey=scores" in where and "ddpm ui" in where and "sync" not in where
+
+
+def test_while_a_run_lasts_its_machine_is_watched(storage, uri, client, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.02)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    _, run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
+
+    def list_steps() -> list[int]:
+        return [
+            step
+            for step, _ in history(client, find(client, "ends", run), "system/cpu_utilization_percentage")
+        ]
+
+    for known in (0, 1):  # a run that goes on adds to its curve
+        with tracking.Mirror(uri, "ends", run) as mirror:
+            wait_until(lambda known=known: mirror.sender and mirror.record and len(list_steps()) > known)
+    assert list_steps() == list(range(len(list_steps())))
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_store):
