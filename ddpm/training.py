@@ -17,7 +17,7 @@ from ddpm.config import DiffusionConfig, TrainConfig
 from ddpm.diffusion import Diffusion, Network
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
-from ddpm.kernels.cuda import call_with_cast_weights
+from ddpm.kernels.cuda import call_with_cast_weights, draw_masks
 from ddpm.networks import NO_LABEL
 from ddpm.networks.layers import RowDropout, set_dropout_keys
 from ddpm.precision import autocast, use_precision
@@ -208,6 +208,7 @@ def compute_gradients(
         # Gradients are averaged over the workers with the last part.
         average = nullcontext() if part.stop == len(rows) else getattr(net, "no_sync", nullcontext)()
         with average, set_dropout_keys(dropouts, keys[:, :, part]), use_precision(config.precision):
+            draw_masks(dropouts)
             # For networks that draw in other ways than by RowDropout.
             torch.manual_seed(rng.draw_torch_seed(seed, Stream.DROPOUT, step, int(rows[part.start])))
             x_t = diffusion.q_sample(x_0[part], t[part], eps[part])

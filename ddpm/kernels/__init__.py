@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ddpm.kernels import cuda
 from ddpm.kernels.cpu import apply_linear, attend, convolve, group_norm
-from ddpm.kernels.cuda import FastGroupNorm, FastLayerNorm
+from ddpm.kernels.cuda import FastGroupNorm, FastLayerNorm, FastRowDropout
 from ddpm.networks import unet
+from ddpm.networks.layers import RowDropout
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -49,12 +50,13 @@ class FastAttention(unet.SelfAttention):
 
 class FastUpsample(unet.Upsample):
     def forward(self, x: Tensor) -> Tensor:
-        return convolve(self.conv, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return convolve(self.conv, cuda.upsample(x))
 
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {
     nn.GroupNorm: FastGroupNorm,
     nn.LayerNorm: FastLayerNorm,
+    RowDropout: FastRowDropout,
     unet.UNet: FastUNet,
     unet.ResBlock: FastResBlock,
     unet.SelfAttention: FastAttention,

@@ -1,11 +1,15 @@
 """Layers in bfloat16 on CUDA: what autocast would compute in float32, and casts that it would make one by one."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ddpm.networks.layers import RowDropout, draw_kept, view_as_images
 
 # Those that never hold L x L weights, the first that takes the input; torch alone may fall back on one that does.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -51,9 +55,66 @@ def is_bf16_on_cuda(x: Tensor) -> bool:
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute softmax(q k^T / sqrt(C)) v, each (N, L, C), by one of ATTENTION. Raises RuntimeError where none can."""
     # None of them takes pixels that lie closer than channels.
-    q, k, v = (x[:, None].contiguous() for x in (q, k, v))
+    q, k, v = (x.unsqueeze(1) if x.stride(2) == 1 else x.unsqueeze(1).contiguous() for x in (q, k, v))
     with sdpa_kernel(ATTENTION, set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return F.scaled_dot_product_attention(q, k, v).squeeze(1)
+
+
+def upsample(x: Tensor) -> Tensor:
+    """Repeat every pixel twice each way. Autocast would do so in float32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class ByteDropout(RowDropout):
+    """Dropout whose masks have a byte for each number, and are drawn for all layers together.
+
+    size: numbers of an image, as the last pass had them; 0 before. kept: what `draw_masks` drew for the next pass.
+    """
+
+    size = 0
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.keys is None:
+            return super().forward(x)
+        kept, self.kept, self.size = self.kept, None, x[0].numel()
+        if kept is None or kept.shape != (len(x), self.size):
+            kept = draw_kept(self.keys, self.size, self.dropped)
+        result: Tensor = _Drop.apply(x, view_as_images(kept, x), 2**16 / (2**16 - self.dropped))
+        return result
+
+
+class FastRowDropout(ByteDropout):
+    def forward(self, x: Tensor) -> Tensor:
+        is_faster = is_on_cuda(x) and not torch.compiler.is_compiling()
+        return super().forward(x) if is_faster else RowDropout.forward(self, x)
+
+
+class _Drop(torch.autograd.Function):
+    """x * kept * scale in one kernel, both ways; keeps the mask only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
+        return torch.ops.aten.native_dropout_backward(x, kept, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return torch.ops.aten.native_dropout_backward(gradient, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def draw_masks(layers: Iterable[RowDropout]) -> None:
+    """Draw the masks of the next pass from the keys of the layers, together for all whose images are of one size."""
+    alike = defaultdict(list)
+    for layer in layers:
+        if isinstance(layer, ByteDropout) and layer.size:
+            alike[layer.size, layer.dropped].append(layer)
+    for (size, dropped), group in alike.items():
+        keys = torch.stack([layer.keys for layer in group if layer.keys is not None], dim=1)
+        for layer, kept in zip(group, draw_kept(keys, size, dropped), strict=True):
+            layer.kept = kept
 
 
 class _CastAll(torch.autograd.Function):

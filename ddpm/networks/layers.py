@@ -57,24 +57,37 @@ class RowDropout(nn.Dropout):
 
     keys: Tensor | None = None
 
+    @property
+    def dropped(self) -> int:
+        """Of 2**16 numbers, so many are dropped."""
+        return min(round(self.p * 2**16), 2**16 - 1)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.keys is None or not self.training:
             return super().forward(x)
-        first, second = self.keys
-        size, dropped = x[0].numel(), min(round(self.p * 2**16), 2**16 - 1)
-        word = torch.arange(-(-size // 2), dtype=torch.int32, device=x.device) + first
-        word = torch.add(second, _fold_half(word), alpha=0x7FEB352D)
-        word ^= (word >> 15).bitwise_and_(2**17 - 1)  # >> of int32 fills in the sign
-        word = _fold_half(torch.add(second, word, alpha=0x846CA68B - 2**32))
-        kept = word.view(torch.int16)[:, :size] >= dropped - 2**15
-        factor = torch.where(kept, x.new_full((), 2**16 / (2**16 - dropped)), 0.0)
-        # (N, H, W, C), as channels_last lies in memory
-        return x * factor.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
+        kept = draw_kept(self.keys, x[0].numel(), self.dropped)
+        factor = torch.where(kept, x.new_full((), 2**16 / (2**16 - self.dropped)), 0.0)
+        return x * view_as_images(factor, x)
+
+
+def draw_kept(keys: Tensor, size: int, dropped: int) -> Tensor:
+    """Draw which numbers of an image are kept, bool (..., N, size), for keys (2, ..., N, 1)."""
+    first, second = keys
+    word = torch.arange(-(-size // 2), dtype=torch.int32, device=keys.device) + first
+    word = torch.add(second, _fold_half(word), alpha=0x7FEB352D)
+    word ^= (word >> 15).bitwise_and_(2**17 - 1)  # >> of int32 fills in the sign
+    word = _fold_half(torch.add(second, word, alpha=0x846CA68B - 2**32))
+    return word.view(torch.int16)[..., :size] >= dropped - 2**15
+
+
+def view_as_images(values: Tensor, x: Tensor) -> Tensor:
+    """View values (N, C*H*W), which lie as channels_last does, in the shape of x (N, C, H, W)."""
+    return values.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
 
 
 def _fold_half(word: Tensor) -> Tensor:
-    """Compute word ^ (word >>> 16) of int32 (N, W) in place: the upper half into the lower one."""
-    halves = word.view(torch.int16).unflatten(1, (-1, 2))
+    """Compute word ^ (word >>> 16) of int32 (..., W) in place: the upper half into the lower one."""
+    halves = word.view(torch.int16).unflatten(-1, (-1, 2))
     halves[..., 0].bitwise_xor_(halves[..., 1])
     return word
 

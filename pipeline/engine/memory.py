@@ -15,7 +15,9 @@ from torch.utils._pytree import PyTree, tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ddpm.diffusion import Diffusion
+from ddpm.kernels.cuda import ByteDropout
 from ddpm.networks.build import build_network
+from ddpm.networks.layers import RowDropout
 from ddpm.training import TrainState, train_step
 from pipeline.compute.units import GIB
 from pipeline.config import Experiment
@@ -67,7 +69,8 @@ class MemoryCounter(TorchDispatchMode):
 def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -> int:
     """Estimate the most bytes of a GPU that a worker's training step takes at once, for its slice of so many images.
 
-    The network has its plain layers, which hold what they hold on a GPU; those of `ddpm.kernels` hold less on a CPU.
+    But for dropout the network has its plain layers, which hold what they hold on a GPU: those of `ddpm.kernels` hold less
+    on a CPU.
     """
     config = replace(experiment.train, batch_size=images, accumulate=accumulate)
     data, diffusion = experiment.data, Diffusion(experiment.diffusion)
@@ -103,6 +106,7 @@ def describe_step_memory(experiment: Experiment, workers: int) -> str:
 def _make_fake(net: nn.Module) -> None:
     """Replace the tensors of a network on the meta device by fake ones; Module.to cannot."""
     for module in net.modules():
+        module.__class__ = ByteDropout if type(module) is RowDropout else type(module)
         for name, p in module.named_parameters(recurse=False):
             module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"))
         for name, b in module.named_buffers(recurse=False):

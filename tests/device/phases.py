@@ -78,6 +78,7 @@ class Phases:
             context = labels if self.has_labels else None
             train_step(state, diffusion, x_0, rows, config=self.config, seed=0, context=context)
 
+        call()  # the first one learns the sizes of the layers
         return call, held
 
     def warm_up(self):

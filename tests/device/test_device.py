@@ -19,15 +19,15 @@ NO_COMPILER = 77  # as fakecuda.py has it
 # conf/cifar10.yaml and conf/celebahq256.yaml (the latter in 8 parts); 250 images where no network is trained.
 BUDGETS = {
     ("unet", "bf16"): {
-        "step": (1240, 32.5, 3.8), "warm_up": (1220, 31.5, 3.8), "reverse": (480, 20, 0.9), "nll": (1130, 41, 0.9),
+        "step": (960, 30, 3.65), "warm_up": (940, 29, 3.65), "reverse": (460, 18, 0.87), "nll": (1080, 36.6, 0.88),
         "features": (50, 0.2, 0.1),
     },
-    ("unet", "fp32"): {"step": (1220, 56, 6.9), "reverse": (470, 38, 1.8)},
+    ("unet", "fp32"): {"step": (955, 53, 6.5), "reverse": (455, 35.5, 1.73)},
     ("context_unet", "bf16"): {"step": (510, 4.6, 0.81), "reverse": (260, 3.9, 0.19), "nll": (680, 8.4, 0.21)},
     ("mha_unet", "bf16"): {"step": (610, 7.3, 1.06), "reverse": (330, 5, 0.47), "nll": (820, 11, 0.48)},
-    ("annotated_unet", "bf16"): {"step": (1280, 25, 4.6), "reverse": (465, 10, 0.6)},
-    ("api_unet", "bf16"): {"step": (1260, 24, 3.2), "reverse": (490, 18, 0.62)},
-    ("celebahq256", "bf16"): {"step": (11100, 550, 10.8), "warm_up": (1150, 67, 10.3)},
+    ("annotated_unet", "bf16"): {"step": (1050, 24.3, 4.5), "reverse": (465, 10, 0.6)},
+    ("api_unet", "bf16"): {"step": (1250, 23, 3.13), "reverse": (490, 17, 0.62)},
+    ("celebahq256", "bf16"): {"step": (10750, 530, 10.8), "warm_up": (1110, 64.7, 10.3)},
 }  # fmt: skip
 # Copies that the host waits for: tables, timesteps and rows of a whole NLL, and what comes back; features and logits.
 WAITS = {"step": 0, "warm_up": 0, "reverse": 0, "nll": 6, "features": 2}

@@ -7,7 +7,8 @@ import torch
 import torch._dynamo.testing
 
 from ddpm import rng
-from ddpm.networks.layers import RowDropout
+from ddpm.kernels import cuda
+from ddpm.networks.layers import RowDropout, set_dropout_keys
 from ddpm.rng import Stream
 
 FORMATS = [torch.channels_last, torch.contiguous_format]
@@ -69,6 +70,26 @@ def test_without_keys_and_in_evaluation_it_is_torchs():
     assert torch.equal(found, torch.nn.functional.dropout(x, 0.5))
     layer.keys = torch.zeros(2, 2, 1, dtype=torch.int32)
     assert torch.equal(layer.eval()(x), x)
+
+
+def test_the_masks_of_a_gpu_are_those_of_the_layers():
+    """Run on the CPU: masks of a byte, drawn together from the second step on, drop the same numbers both ways."""
+    sizes = [(5, 3, 3), (4, 2, 2), (5, 3, 3)]
+    layers = [cuda.ByteDropout(0.3) for _ in range(3)]
+    for number in range(2):
+        keys = rng.draw_words(0, Stream.DROPOUT, number, torch.arange(6), 6).T.reshape(3, 2, 6, 1)
+        with set_dropout_keys(layers, keys):
+            cuda.draw_masks(layers)
+            assert [layer.kept is not None for layer in layers] == [number > 0] * 3
+            for layer, its_keys, size in zip(layers, keys, sizes, strict=True):
+                x = torch.randn(6, *size).to(memory_format=torch.channels_last).requires_grad_()
+                plain = RowDropout(0.3)
+                plain.keys = its_keys
+                found, expected = layer(x), plain(x)
+                assert torch.equal(found, expected)
+                gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
+                assert torch.equal(*gradients)
+                assert layer.kept is None
 
 
 def test_new_keys_compile_no_new_graph():
