@@ -69,8 +69,7 @@ class MemoryCounter(TorchDispatchMode):
 def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -> int:
     """Estimate the most bytes of a GPU that a worker's training step takes at once, for its slice of so many images.
 
-    But for dropout the network has its plain layers, which hold what they hold on a GPU: those of `ddpm.kernels` hold less
-    on a CPU.
+    But for dropout the layers are the plain ones, which hold what they do on a GPU: those of `ddpm.kernels` hold less.
     """
     config = replace(experiment.train, batch_size=images, accumulate=accumulate)
     data, diffusion = experiment.data, Diffusion(experiment.diffusion)
