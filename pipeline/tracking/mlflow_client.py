@@ -113,6 +113,9 @@ def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
             upgrade = shlex.join(["mlflow", "db", "upgrade", hide_password(uri)])
             return "an older MLflow made its tables", f"copy the database, then run `{upgrade}`"
         return f"its tables are not of MLflow {mlflow.__version__}", "install the newer one that made them"
+    if re.search(r"\b401\b", reason):
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        return "401: not without a user and a password that it knows", remedy
     # MLflow, SQLAlchemy, its drivers, requests and urllib3 share no narrower base.
     if isinstance(error, ConnectionError | TimeoutError) or re.search(PASSING, f"{error} {reason}".lower()):
         return reason, ""

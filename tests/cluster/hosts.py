@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from compose_file import OURS, ROOT, seconds, size
+from compose_file import OURS, ROOT, seconds, size, tree
 from conftest import wait_until
 
 NETWORK = "10.203.47"
@@ -152,6 +152,9 @@ class Host:
         for name, target in targets.items():
             (volumes / name).mkdir(parents=True, exist_ok=True)
             lines += [f"mkdir {target}", f"mount --bind {volumes / name} {target}"]
+        for config in service.get("configs", []):
+            content = tree()["configs"][config["source"]]["content"]
+            lines.append(f"printf %s {shlex.quote(content)} > {config['target']}")
         lines.append(f"mount -t tmpfs -o size={size(service.get('shm_size', '64m'))} tmpfs /dev/shm")
         return [*lines, f"mount --bind {self.folder}/tmp /tmp"]
 

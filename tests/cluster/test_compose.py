@@ -19,13 +19,17 @@ from compose_file import COMPOSE, OURS, ROOT, VARIABLE, read_env, seconds, servi
 
 # https://github.com/compose-spec/compose-spec, schema/compose-spec.json, Apache-2.0
 SCHEMA = Path(__file__).parent / "compose-spec.schema.json"
-SECRETS = ("RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY")
+SECRETS = (
+    "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY", "MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY",
+)  # fmt: skip
 # like those that `make env` draws
 FILLED = {name: hashlib.sha256(name.encode()).hexdigest() for name in SECRETS}
 EXAMPLE = read_env(ROOT / ".env.example")
 ENV = EXAMPLE | FILLED
 SERVICES = services(ENV)
-OURS_WITH_COMMANDS = [n for n, its in SERVICES.items() if "command" in its and its["image"] == OURS]
+OURS_WITH_COMMANDS = [
+    n for n, its in SERVICES.items() if {"command", "entrypoint"} & {*its} and its["image"] == OURS
+]
 WEED = Path(sys.executable).parent / "weed"
 DOCKER = ["docker", "compose"]
 
@@ -46,12 +50,12 @@ def test_compose_reads_the_file_as_this_reader_does_and_refuses_a_blank_secret(t
         command = [*DOCKER, f"--file={COMPOSE}", f"--env-file={tmp_path / 'env'}", "config", "--format=json"]
         return subprocess.run(command, capture_output=True, text=True)
 
-    told = read_config(ENV | {"COMPOSE_PROFILES": "s3,gpu,client,copy"})
+    told = read_config(ENV | {"COMPOSE_PROFILES": "default,auth,s3,gpu,client,copy"})
     assert told.returncode == 0, told.stderr
     theirs = json.loads(told.stdout)["services"]
     assert theirs.keys() == SERVICES.keys()
     for name, service in SERVICES.items():
-        for key in ("image", "command", "environment", "restart"):
+        for key in ("image", "entrypoint", "command", "environment", "restart"):
             assert theirs[name].get(key) == service.get(key), f"{name}, {key}"
         checks = [its.get("healthcheck", {}).get("test") for its in (theirs[name], service)]
         assert checks[0] == checks[1], name
@@ -131,7 +135,7 @@ def long_options(program: tuple[str, ...]) -> set[str]:
 @pytest.mark.parametrize("name", OURS_WITH_COMMANDS)
 def test_commands_have_options_that_the_installed_programs_know(name):
     modules = {"ray": ("ray.scripts.scripts",), "mlflow": ("mlflow",), "ddpm": ("pipeline",)}
-    (program, *words) = SERVICES[name].get("entrypoint", []) + SERVICES[name]["command"]
+    (program, *words) = SERVICES[name].get("entrypoint", []) + SERVICES[name].get("command", [])
     verb = tuple(word for word in words[:1] if not word.startswith("-"))
     options = {word.split("=")[0] for word in words if word.startswith("--")}
     assert options <= long_options((*modules[program], *verb)), name
@@ -151,7 +155,7 @@ def test_health_checks_run_programs_that_the_image_has_and_mlflow_admits_its_nam
     checks = [its["healthcheck"]["test"] for its in ours if "healthcheck" in its]
     assert checks and all(check[:2] == ["CMD", "wget"] for check in checks)
     assert re.search(r"install .*\bwget\b", (ROOT / "Dockerfile").read_text())
-    (hosts,) = (word.split("=")[1] for word in SERVICES["mlflow"]["command"] if "allowed-hosts" in word)
+    (hosts,) = (word.split("=")[1] for word in SERVICES["mlflow"]["entrypoint"] if "allowed-hosts" in word)
     cluster = yaml.safe_load((ROOT / "conf/cluster/compose.yaml").read_text())
     assert cluster["tracking_uri"].removeprefix("http://") in hosts.split(",")
     assert SERVICES["mlflow"]["ports"] == ["127.0.0.1:5000:5000"] and "127.0.0.1:5000" in hosts.split(",")

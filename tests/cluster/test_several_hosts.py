@@ -41,14 +41,14 @@ GROUP = ["cluster.workers=2", "cluster.min_workers=1"]
 class Cluster:
     """The services by host, running."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, names: dict[str, str] = NAMES):
         folder.joinpath(".env.example").write_text((ROOT / ".env.example").read_text())
         subprocess.run([sys.executable, ROOT / "deploy" / "make_env.py"], cwd=folder, check=True)
         self.env = read_env(folder / ".env") | {"WORKER_CPUS": "1"}
         self.volumes = folder / "volumes"
-        self.network = hosts.Network(folder / "hosts", NAMES)
+        self.network = hosts.Network(folder / "hosts", names)
         of_file = services(self.env)
-        self.services = {host: of_file[name] for host, name in NAMES.items()}
+        self.services = {host: of_file.get(host) or of_file[name] for host, name in names.items()}
         self.services["client"] |= WAIT
 
     def up(self, *names: str) -> None:
@@ -105,6 +105,42 @@ local = client.download_artifacts(run.info.run_id, "experiment.yaml")
 print(json.dumps({"status": run.info.status, "points": points, "files": files, "params": run.data.params,
                   "tags": run.data.tags, "experiment": open(local).read()}))
 """
+
+
+def test_the_profile_auth_asks_for_a_password_and_a_run_with_it_is_delivered(tmp_path_factory):
+    """Before the other cluster, which has the same addresses."""
+    names = {"postgres": "postgres", "mlflow-auth": "mlflow", "client": "client"}
+    cluster = Cluster(tmp_path_factory.mktemp("auth"), names)
+    try:
+        cluster.up(*names)
+        words = [
+            "ddpm",
+            "run",
+            "digits",
+            "--cluster",
+            "compose",
+            *EXPERIMENT,
+            *ONE_CPU,
+            "cluster.min_workers=null",
+        ]
+        for password in ("", "wrong"):
+            told = cluster.client(*words, MLFLOW_TRACKING_PASSWORD=password)
+            line = told.stderr.strip().splitlines()[-1]
+            assert (
+                told.returncode == 1 and "MLFLOW_TRACKING_PASSWORD" in line and "Traceback" not in told.stderr
+            )
+            assert len(told.stderr.strip().splitlines()) <= 2, told.stderr
+        told = cluster.client(*words)
+        assert told.returncode == 0, told.stdout + told.stderr
+        there, run = cluster.on_tracking_server("tiny"), cluster.run_directory("tiny")
+        assert there["status"] == "FINISHED"
+        assert [tuple(point) for point in there["points"]["loss/train"]] == read_losses(run)
+        files = [*cluster.volumes.rglob("*"), *cluster.network.folder.glob("*/service.log")]
+        written = b"".join(file.read_bytes() for file in files if file.is_file())
+        for secret in ("MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY"):
+            assert cluster.env[secret].encode() not in written, secret
+    finally:
+        cluster.network.close()
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +320,7 @@ def test_what_mlflow_holds_comes_back_from_a_backup(cluster, first_run):
 
 def test_secrets_are_nowhere_but_in_the_environment(cluster, first_run, tmp_path):
     drawn = {name: value for name, value in cluster.env.items() if len(value) == 64}
-    assert len(drawn) == 4
+    assert len(drawn) == 6
     shown = cluster.client("ddpm", "show", "digits", "--cluster", "compose", *EXPERIMENT)
     assert shown.returncode == 0
     places = {

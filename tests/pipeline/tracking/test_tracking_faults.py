@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -153,9 +154,29 @@ def damage(store: Path, *, revision: str = "", content: bytes = b"") -> str:
     return f"sqlite:///{store}"
 
 
+class Denial(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def start_server_with_passwords() -> str:
+    server = HTTPServer(("127.0.0.1", 0), Denial)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
+
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
+        (
+            lambda store: start_server_with_passwords(),
+            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        ),
         (lambda store: damage(store, revision="cc1f77228345"), "mlflow db upgrade sqlite:///"),
         (lambda store: damage(store, revision="ffffffffffff"), "install the newer one"),
         (lambda store: damage(store, content=b"no database" * 99), "not a database"),
