@@ -71,7 +71,7 @@ Few = Annotated[int, Range(ge=1, le=64)]  # blocks of a level, multiples of a wi
 class DiffusionConfig:
     """Settings of the diffusion process and its loss; the defaults are the paper's for CIFAR-10.
 
-    betas: a schedule of one's own, one value for each timestep; it takes the place of the three keys before it.
+    betas: a custom schedule, one value for each timestep, in place of the three keys before it.
     """
 
     timesteps: Annotated[int, Range(ge=2, le=10**6)] = 1000

@@ -8,23 +8,23 @@ if sys.version_info < (3, 11):  # noqa: UP036
 for number in (signal.SIGINT, signal.SIGTERM):  # while the next line imports
     signal.signal(number, lambda *_: os._exit(130))
 
-from pipeline.compute.interrupt import leave, set_handlers  # noqa: E402
+from pipeline.compute.interrupt import exit_at_once, set_handlers  # noqa: E402
 
 
 def main() -> int:
     """Run the program; a signal ends it without a traceback, from its imports to its last moment."""
-    set_handlers(leave)
+    set_handlers(exit_at_once)
     from pipeline.cli.program import main as run
 
-    sys.path.append(os.getcwd())  # where a network of one's own lies
+    sys.path.append(os.getcwd())  # where a custom network lies
 
     set_handlers(signal.default_int_handler)
     try:
         return run()
     except KeyboardInterrupt:  # while the command line was read
-        leave()
+        exit_at_once()
     finally:
-        set_handlers(leave)
+        set_handlers(exit_at_once)
         # Python would end by SIGINT where the last text that it executed, a dataclass's, was interrupted.
         exec("")
 

@@ -1,9 +1,9 @@
 """The settings of every network, by its name. Imports no torch; ddpm/networks/build.py builds the trained ones."""
 
-from ddpm.networks import config, own
+from ddpm.networks import config, custom
 
-LABELLED = "model.class_conditional=true, model.name=context_unet"  # what takes labels
-NO_LABEL = -1  # in the context of a network that takes labels: an image without one
+LABELLED = "model.class_conditional=true, model.name=context_unet"  # networks that take labels
+NO_LABEL = -1  # label of an image without one, where the network takes labels
 
 NETWORKS: dict[str, type[config.NetworkConfig]] = {
     "unet": config.UNetConfig,
@@ -17,8 +17,8 @@ UNTRAINED = frozenset({"exact"})  # what it knows is the training images themsel
 
 
 def find_config_class(name: str) -> type[config.NetworkConfig]:
-    """Find the settings of a network, `package.module:Class` for one's own.
+    """Find the settings class of a network by its name; `package.module:Class` names a custom network.
 
     Raises KeyError for a name that is unknown, and ValueError for a class that cannot be used, with the reason.
     """
-    return own.make_config_class(name) if ":" in name else NETWORKS[name]
+    return custom.make_config_class(name) if ":" in name else NETWORKS[name]

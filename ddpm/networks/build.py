@@ -10,9 +10,9 @@ from ddpm.networks import LABELLED, NO_LABEL
 from ddpm.networks.annotated_unet import AnnotatedUNet, ApiUNet
 from ddpm.networks.config import NetworkConfig
 from ddpm.networks.context_unet import ContextUNet
+from ddpm.networks.custom import GIVEN, CustomConfig
 from ddpm.networks.layers import SeededNetwork
 from ddpm.networks.mha_unet import MHAUNet
-from ddpm.networks.own import GIVEN, OwnConfig
 from ddpm.networks.unet import UNet
 
 # All are called `net(x_t, t, context=None)`.
@@ -31,7 +31,7 @@ def build_network(
 ) -> nn.Module:  # fmt: skip
     """Build the network that `config` describes; its weights depend on `seed` alone, and are drawn on the CPU.
 
-    On device "meta" nothing is drawn; a network of one's own is built on the CPU then, since it may hold constants that
+    On device "meta" nothing is drawn; a custom network is built on the CPU then, since it may hold constants that
     no checkpoint has. timesteps: the T of the diffusion. Raises ValueError for what does not fit.
     """
     if num_classes and not config.takes_labels:
@@ -39,8 +39,8 @@ def build_network(
             f"model.name={config.name} takes no labels: set data.labels=0, or another network ({LABELLED})"
         )
     given = dict(zip(GIVEN, (image_size, in_channels, out_channels, num_classes, timesteps), strict=True))
-    if isinstance(config, OwnConfig):
-        net = _build_own(config, seed, given)
+    if isinstance(config, CustomConfig):
+        net = _build_custom(config, seed, given)
         return net if torch.device(device).type == "meta" else net.to(device)
     with torch.device("meta"):
         net = CLASSES[config.name](config, **_choose_arguments(CLASSES[config.name], given))
@@ -55,7 +55,7 @@ def _choose_arguments(network: Callable[..., nn.Module], given: dict[str, int]) 
     return {key: value for key, value in given.items() if key in signature(network).parameters}
 
 
-def _build_own(config: OwnConfig, seed: int, given: dict[str, int]) -> nn.Module:
+def _build_custom(config: CustomConfig, seed: int, given: dict[str, int]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net: nn.Module = config.network(**_choose_arguments(config.network, given), **config.settings)

@@ -47,8 +47,8 @@ def _declare(*names: str, **settings: Any) -> Argument:
     return names, settings
 
 
-def _read_whole(least: int, most: int) -> Callable[[str], int]:
-    """Return the reader of a whole number between two bounds."""
+def _parse_integer(least: int, most: int) -> Callable[[str], int]:
+    """Return a function that parses a whole number between two bounds."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
@@ -162,7 +162,7 @@ The same command again goes on. A study that is shorter than the paper's says so
 """, (
         RUN, _declare("directory", metavar="DIR", help="the folder to write; it must not exist yet"),
         _declare("--weights", choices=("ema", "raw"), default="ema", help="default: ema"),
-        _declare("--step", type=_read_whole(0, 10**9), help="default: the newest checkpoint"), *CLUSTER_ONLY,
+        _declare("--step", type=_parse_integer(0, 10**9), help="default: the newest checkpoint"), *CLUSTER_ONLY,
     )),
     Command("draw", do.draw_images, "images of a run at once: a grid, an animation, an array or single pictures", """\
   ddpm draw digits-3f2a                               a grid of 16, samples.png
@@ -174,13 +174,13 @@ The same command again goes on. A study that is shorter than the paper's says so
         _declare_names("OUT | cluster.key=value",
             "OUT.png (default: samples.png), .gif or .npz, or a new folder for single pictures"),
         _declare("--out", metavar="OUT", help="the same"),
-        _declare("-n", dest="number", type=_read_whole(1, 10**6), help="how many (16); rows, with --interpolate (1)"),
-        _declare("--seed", type=_read_whole(0, 2**63 - 1), help="default: the run's, so that its own samples come"),
+        _declare("-n", dest="number", type=_parse_integer(1, 10**6), help="images (16); with --interpolate rows (1)"),
+        _declare("--seed", type=_parse_integer(0, 2**63 - 1), help="default: the run's, so that its own samples come"),
         _declare("--label", help="a class, cycle, none, or a vector: 0.5,0,0.5"),
-        _declare("--steps", type=_read_whole(1, 10**6), help="default: those of the run"),
+        _declare("--steps", type=_parse_integer(1, 10**6), help="default: those of the run"),
         _declare("--interpolate", nargs=2, metavar=("A", "B"), help="two image files of the network's size"),
         _declare("--lambda", dest="weights", metavar="L", help="one or several; default: 0,0.1,...,1"),
-        _declare("--at", type=_read_whole(0, 10**6), help="t at which latents are mixed; default: T/2"), CLUSTER,
+        _declare("--at", type=_parse_integer(0, 10**6), help="t at which latents are mixed; default: T/2"), CLUSTER,
     )),
     Command("compare", do.compare_runs, "a report over several runs", """\
   ddpm compare digits-3f2a digits-91bc
@@ -221,7 +221,7 @@ The same command again goes on. A study that is shorter than the paper's says so
 """, (_declare("uri", metavar="s3://BUCKET/PREFIX/RUN", help="what `push` named"), *CLUSTER_ONLY)),
     Command("ui", do.serve_ui, "open the MLflow UI on this project's store", """\
   ddpm ui --port 5001 cluster.storage=/data/runs
-""", (_declare("--port", type=_read_whole(1, 65535), default=5000, help="default: 5000"), *CLUSTER_ONLY)),
+""", (_declare("--port", type=_parse_integer(1, 65535), default=5000, help="default: 5000"), *CLUSTER_ONLY)),
     Command("submit", do.submit_job,
         "the same command as a Ray job on a cluster: ddpm submit [OPTIONS] -- run cifar10 --cluster CLUSTER", """\
   ddpm submit -- run cifar10 --cluster compose
@@ -238,7 +238,7 @@ a RayJob is printed, a cluster for this command alone, with the code and the con
         _declare("--cluster", choices=("kuberay",), help="print a RayJob instead"),
         _declare("--queue", metavar="NAME", help="the RayJob's Kueue queue"),
         _declare("--priority", metavar="CLASS", help="the RayJob's priority class in Kueue"),
-        _declare("--hours", type=_read_whole(1, 10**4), help="after which the RayJob is ended"),
+        _declare("--hours", type=_parse_integer(1, 10**4), help="after which the RayJob is ended"),
         _declare("--template", default="deploy/kuberay/rayjob.yaml", metavar="FILE",
             help="the RayJob to fill in; default: %(default)s"),
     )),

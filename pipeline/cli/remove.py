@@ -29,7 +29,7 @@ def remove_runs(options: Namespace) -> int:
     doomed, kept = [], False
     for run in runs:
         for folder in [file.parent for file in store.find_sample_facts(run)] if options.samples else [run]:
-            if not options.force and (user := next(_list_users(root, run, folder), "")):
+            if not options.force and (user := next(_list_dependents(root, run, folder), "")):
                 print_line(f"kept {folder}: {user} refers to it; --force deletes it all the same")
                 kept = True
             else:
@@ -47,8 +47,8 @@ def remove_runs(options: Namespace) -> int:
     return int(kept)
 
 
-def _list_users(root: Path, run: Path, folder: Path) -> Iterator[str]:
-    """List what needs a folder: the leaderboards that rank the run; of a sample set, the scores of its protocol."""
+def _list_dependents(root: Path, run: Path, folder: Path) -> Iterator[str]:
+    """List what uses a folder: of a run, the leaderboards that rank it; of a sample set, the scores made from it."""
     for file in store.find_leaderboards(root) if folder == run else ():
         if any(trial["run"] == run.name for trial in read_json(file, Tree)["trials"]):
             yield f"the leaderboard of {file.parent.name}"

@@ -20,7 +20,7 @@ from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
-from pipeline.engine.find import check_storage, explain_old_run, prepare_storage_root
+from pipeline.engine.find import check_storage, explain_first_version, prepare_storage_root
 from pipeline.engine.provenance import PACKAGES, find_package_version
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
@@ -43,7 +43,7 @@ def format_status(root: Path) -> str:
     runs, studies, problems = [], [], []
     for path in sorted(changed, key=changed.__getitem__, reverse=True):
         try:
-            if old := explain_old_run(path):
+            if old := explain_first_version(path):
                 problems.append(old)
             else:
                 runs.append(_describe_run(path, changed[path]))

@@ -31,8 +31,8 @@ def set_handlers(handle: Callable[[int, FrameType | None], None]) -> None:
             signal.signal(number, handle)
 
 
-def leave(*_: object) -> NoReturn:
-    """Leave at once: handler for the time before a command begins, and after its end."""
+def exit_at_once(*_: object) -> NoReturn:
+    """Exit with code 130 at once: the signal handler before a command begins and after its end."""
     with suppress(OSError):
         os.write(2, b"interrupted\n")
     os._exit(130)

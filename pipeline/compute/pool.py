@@ -45,8 +45,8 @@ def run_task(unit: Unit, cpus: int) -> float:
     return unit.run(Worker(torch.device("cpu"), cpus))
 
 
-def may_pass(error: object) -> bool:
-    """Return whether a unit's error is one of storage or device that may not come again in another process."""
+def is_transient(error: object) -> bool:
+    """Return whether a unit's error, of storage or device, may be absent when another process tries again."""
     is_storage = isinstance(error, OSError) and error.errno in TRANSIENT
     return is_storage or isinstance(error, TransientError) or "CUDA error" in str(error)
 
@@ -132,7 +132,7 @@ class Pool:
         try:
             seconds = ray.get(reference)
         except RayError as error:
-            if isinstance(error, RayTaskError) and not may_pass(error.cause):
+            if isinstance(error, RayTaskError) and not is_transient(error.cause):
                 raise error.cause if isinstance(error.cause, PipelineError) else error from None
             name = f"'{call.unit.name}'" if call.unit else "a process for work units"
             self.losses[id(call.unit)] += 1

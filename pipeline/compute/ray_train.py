@@ -101,20 +101,20 @@ def run_training_group(
             return
         before = steps
     # Ray Train restarts its workers, but not the controller that leads them.
-    why = f"stopped after {cluster.retries} restarts without progress: {_find_last_words(place, error)}"
+    why = f"stopped after {cluster.retries} restarts without progress: {_find_last_log_line(place, error)}"
     why = "lost the process that leads it" if isinstance(error, RayActorError) else why
     raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
 
 
-def _find_last_words(place: Place, error: BaseException | None) -> str:
-    """Return the last line of the worker that wrote last, and where the others are; of the error without one."""
+def _find_last_log_line(place: Place, error: BaseException | None) -> str:
+    """Return the last line of the newest worker log, and the log's path; without a log, that of the error."""
     logs = sorted(place.worker_logs.glob("*.log"), key=lambda file: file.stat().st_mtime)
     lines = logs[-1].read_text(errors="replace").strip().splitlines() if logs else []
     return f"{lines[-1]} ({logs[-1]})" if lines else shorten_error(error or "")
 
 
 def is_group_running(place: Place) -> bool:
-    """Return whether the workers of the newest training group are there, and not lost or still waited for."""
+    """Return whether Ray has given the newest training group all its workers, and lost none."""
     with suppress(FileNotFoundError, ValueError):
         group = PlacementGroup(PlacementGroupID.from_hex(place.placement_group.read_text()))
         return bool(read_group(group)["state"] == "CREATED")

@@ -53,31 +53,31 @@ def list_gpu_names() -> list[str]:
     return done.stdout.splitlines()
 
 
-def count_places(nodes: Nodes, cpus: int, gpus: float) -> int:
-    """Return how many workers with so many CPUs and GPUs each the machines hold; a worker stays on one."""
-    return sum(min(own // cpus, int(its / gpus + 1e-9) if gpus else own) for own, its in nodes)
+def count_fitting_workers(nodes: Nodes, cpus: int, gpus: float) -> int:
+    """Return how many workers, with so many CPUs and GPUs each, fit on the machines; a worker is never split."""
+    return sum(min(has // cpus, int(has_gpus / gpus + 1e-9) if gpus else has) for has, has_gpus in nodes)
 
 
-def require_places(nodes: Nodes, count: int, cpus: int, gpus: float, what: str = "worker") -> None:
-    """Raise PipelineError unless the machines hold so many workers."""
-    if count_places(nodes, cpus, gpus) < count:
+def require_room(nodes: Nodes, count: int, cpus: int, gpus: float, what: str = "worker") -> None:
+    """Raise PipelineError unless `count` workers fit on the machines."""
+    if count_fitting_workers(nodes, cpus, gpus) < count:
         kinds = sorted(set(nodes))
         there = ", ".join(f"{nodes.count(one)} x {one[0]} CPUs + {one[1]} GPUs" for one in kinds)
         asked = f"{count} {what}{'s' if count > 1 else ''} with {cpus} CPUs and {gpus:g} GPUs each"
         remedy = f"lower cluster.workers, cluster.cpus_per_{what} or cluster.gpus_per_{what}"
-        raise PipelineError(f"{asked} have no place on the cluster's machines ({there}): {remedy}")
+        raise PipelineError(f"{asked} do not fit on the cluster's machines ({there}): {remedy}")
 
 
 def _find_largest(nodes: Nodes) -> tuple[int, int]:
-    """Return the CPUs and GPUs of the machine with the most GPUs, or of these the most CPUs."""
+    """Return the CPUs and GPUs of the machine with the most GPUs; among equals, the one with the most CPUs."""
     return max(nodes, key=lambda node: node[::-1])
 
 
 def share_cpus(nodes: Nodes, workers: int, gpus: float) -> int:
-    """Return the most CPUs that so many workers can have each, and no more than go with their GPUs; at least 1."""
-    most, its = _find_largest(nodes)
-    shares = range(int(min(1, gpus / its) * most) if its and gpus else most, 1, -1)
-    return next((cpus for cpus in shares if count_places(nodes, cpus, gpus) >= workers), 1)
+    """Return the most CPUs that each of `workers` can have, at most in proportion to its GPUs; at least 1."""
+    all_cpus, all_gpus = _find_largest(nodes)
+    shares = range(int(min(1, gpus / all_gpus) * all_cpus) if all_gpus and gpus else all_cpus, 1, -1)
+    return next((cpus for cpus in shares if count_fitting_workers(nodes, cpus, gpus) >= workers), 1)
 
 
 def resolve_resources(cluster: ClusterConfig, nodes: Nodes, pixels: int | None = None) -> Resources:
@@ -93,6 +93,6 @@ def resolve_resources(cluster: ClusterConfig, nodes: Nodes, pixels: int | None =
     workers = cluster.workers or max(1, min(places, busy))
     min_workers = min(cluster.min_workers or workers, workers)
     per_worker = cluster.cpus_per_worker or share_cpus(nodes, workers, gpus_per_worker)
-    require_places(nodes, min_workers, per_worker, gpus_per_worker)
-    require_places(nodes, 1, cluster.cpus_per_task, gpus_per_task, "task")
+    require_room(nodes, min_workers, per_worker, gpus_per_worker)
+    require_room(nodes, 1, cluster.cpus_per_task, gpus_per_task, "task")
     return Resources(workers, min_workers, per_worker, gpus_per_worker, gpus_per_task)

@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from ddpm.config import Range
-from ddpm.networks.own import OwnConfig
+from ddpm.networks.custom import CustomConfig
 from pipeline.errors import suggest
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _make_pydantic_type(kind: Kind, complete: bool) -> Any:
     """Return pydantic's type of a field; a section is a model that becomes its dataclass."""
     if is_section(kind):
         arguments = signature(kind).parameters
-        complete = complete and not issubclass(kind, OwnConfig)  # whose class says the defaults, not a file
+        complete = complete and not issubclass(kind, CustomConfig)  # its class has the defaults
         fields: Any = {}
         for name, inside in get_field_types(kind).items():
             needed = complete or arguments[name].default is Parameter.empty

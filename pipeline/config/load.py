@@ -74,7 +74,7 @@ def _convert_experiment(name: str, overrides: list[str], known: Names | None) ->
     if isinstance(diffusion, dict) and isinstance(path := diffusion.get("betas"), str):
         diffusion["betas"] = _read_betas(path)
     values, problems = convert_values(types, tree)
-    networks = [*NETWORKS, getattr(types["model"], "name", "")]  # perhaps one's own
+    networks = [*NETWORKS, getattr(types["model"], "name", "")]  # perhaps a custom network
     return values, problems | find_unknown_names(tree, {"model.name": networks, **(known or {})})
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import require_regular, write_atomically
+from pipeline.store.files import require_regular_file, write_atomically
 
 CELL_PIXELS = 64  # smaller images are enlarged
 
@@ -43,8 +43,8 @@ def save_animation(frames: Tensor, columns: int, file: Path) -> None:
 def require_picture(file: Path) -> Path:
     """Return the path of a PNG. Raises PipelineError where one of its checksums is wrong."""
     try:
-        with Image.open(require_regular(file), formats=["PNG"]) as image:
+        with Image.open(require_regular_file(file), formats=["PNG"]) as image:
             image.verify()
     except (OSError, SyntaxError, ValueError) as error:
-        raise PipelineError(f"{file} is damaged ({error}) and is passed over") from error
+        raise PipelineError(f"{file} is damaged ({error}) and skipped") from error
     return file

@@ -69,8 +69,8 @@ def _read_git() -> tuple[str | None, str]:
 
 @lru_cache
 def hash_code(network: str = "unet") -> str:
-    """Return a hash of the syntax trees of `ddpm/`, and of a network of one's own: what moves numbers, no comments."""
-    from ddpm.networks.own import make_config_class
+    """Return a hash of the code that moves numbers, without comments: `ddpm/` and a custom network, as syntax trees."""
+    from ddpm.networks.custom import make_config_class
     from pipeline.store.keys import hash_content
 
     folder = ROOT / "ddpm"

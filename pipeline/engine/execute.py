@@ -18,7 +18,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import format_duration, poll_in_thread, print_line, show_progress
 from pipeline.engine import preflight
 from pipeline.engine.code import find_commit
-from pipeline.engine.find import explain_old_runs, make_place, prepare_storage_root
+from pipeline.engine.find import explain_unreadable_runs, make_place, prepare_storage_root
 from pipeline.engine.plan import find_stage_place, list_rounds, list_unfinished_stages
 from pipeline.engine.provenance import describe_other_code, write_record
 from pipeline.errors import hide_password
@@ -37,7 +37,7 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
     """
     place = make_place(experiment, prepare_storage_root(cluster))
     is_new = not place.path.exists()
-    for line in explain_old_runs(place) if is_new else []:
+    for line in explain_unreadable_runs(place) if is_new else []:
         print_line(line)
     with lock_folder(place.path), _remove_unused_folder(place, is_new):
         _remove_leftovers(place)

@@ -62,7 +62,7 @@ def read_place(path: Path) -> Place:
     """Read the place of a run directory from its experiment.yaml; its data may be elsewhere."""
     file = path / EXPERIMENT
     try:
-        if explanation := explain_old_run(path):
+        if explanation := explain_first_version(path):
             raise PipelineError(explanation)
         experiment = config.load_experiment(str(file), [])
         data_key = str(config.read_provenance(file)["data_key"])
@@ -79,8 +79,8 @@ def read_place(path: Path) -> Place:
     return place
 
 
-def explain_old_run(path: Path) -> str | None:
-    """Return a hint for a run directory of the first version, with the command that reads it; None for others."""
+def explain_first_version(path: Path) -> str | None:
+    """Return how to read a run directory of the program's first version; None for other runs."""
     provenance = config.read_provenance(path / EXPERIMENT)
     if provenance.get("keys") == str(keys.VERSION):
         return None
@@ -91,8 +91,8 @@ def explain_old_run(path: Path) -> str | None:
     )
 
 
-def explain_old_runs(place: Place) -> list[str]:
-    """Return a hint for each of the newest runs of this experiment's name that lie under keys of the past."""
+def explain_unreadable_runs(place: Place) -> list[str]:
+    """Explain why the newest runs with this experiment's name cannot be read, if they cannot: one line for each."""
     named = find_runs(place.storage, f"{place.experiment.name}-")
     alike = [path for path in named if len(path.name) == len(place.name)]
     lines = []

@@ -10,7 +10,7 @@ from math import prod
 
 from ddpm.diffusion import Diffusion
 from ddpm.networks.build import check_output
-from ddpm.networks.own import OwnConfig
+from ddpm.networks.custom import CustomConfig
 from pipeline.compute.resources import count_local_devices, resolve_resources
 from pipeline.compute.units import GIB
 from pipeline.config import ClusterConfig, Experiment
@@ -71,9 +71,9 @@ def check_workers(cluster: ClusterConfig) -> None:
         resolve_resources(cluster, [count_local_devices()])
 
 
-def check_own_network(experiment: Experiment) -> None:
-    """Raise PipelineError where a network of one's own cannot be built, or answers otherwise than it must."""
-    if isinstance(experiment.model, OwnConfig):
+def check_custom_network(experiment: Experiment) -> None:
+    """Raise PipelineError if a custom network cannot be built, or its output is not as it must be."""
+    if isinstance(experiment.model, CustomConfig):
         try:
             outputs = Diffusion(experiment.diffusion).count_output_channels(experiment.data.channels)
             net = checkpoint.create_network(experiment)
@@ -87,7 +87,7 @@ def check_resources(place: Place, todo: Sequence[Stage] = ()) -> str:
     """Return a line on what the run needs. Raises PipelineError where a stage, or the disk, has less than it needs."""
     for stage in todo:
         stage.check_before_start(place)
-    check_own_network(place.experiment)
+    check_custom_network(place.experiment)
     wanted = estimate_requirements(place.experiment)
     there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
     left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free

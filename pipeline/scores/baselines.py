@@ -37,7 +37,7 @@ def fit_principal_directions(images: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return mean, directions * np.sqrt(variances), float(rest.clip(min=0))
 
 
-def draw_gaussian(
+def draw_gaussian_images(
     mean: np.ndarray, factor: np.ndarray, start: int, stop: int, shape: tuple[int, int, int]
 ) -> np.ndarray:
     """Draw images [start, stop) of the Gaussian, rounded and clamped to uint8 (n,C,H,W)."""
@@ -46,7 +46,7 @@ def draw_gaussian(
     return pixels.round().clip(0, 255).astype(np.uint8).reshape(-1, *shape)
 
 
-def draw_noise(start: int, stop: int, shape: tuple[int, int, int]) -> np.ndarray:
+def draw_noise_images(start: int, stop: int, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw images [start, stop) of independent uniform pixels, uint8 (n,C,H,W)."""
     draw = draw_uniform(SEED, Stream.BASELINE, NOISE, torch.arange(start, stop), shape)
     return (draw * 256).floor().to(torch.uint8).numpy()

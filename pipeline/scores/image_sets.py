@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
-from pipeline.scores.baselines import draw_gaussian, draw_noise
+from pipeline.scores.baselines import draw_gaussian_images, draw_noise_images
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract_features
 from pipeline.store import files, tars
@@ -109,9 +109,9 @@ def write_baseline_features(
     ctx: Worker, extractor: Extractor, pixels: Path | None, start: int, stop: int, shape: Shape, file: Path
 ) -> None:  # fmt: skip
     if pixels is None:
-        images = draw_noise(start, stop, shape)
+        images = draw_noise_images(start, stop, shape)
     else:
         arrays = files.read_arrays(pixels)
-        images = draw_gaussian(arrays["mean"], arrays["factor"], start, stop, shape)
+        images = draw_gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
     features, logits = extract_features(extractor, images, ctx.device)
     files.write_unit_arrays(file, features=features, logits=logits)

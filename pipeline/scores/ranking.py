@@ -112,7 +112,7 @@ def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
     order = sorted(alike, key=lambda point: (sign * means[point], alike[point][0].label))
     ranks, rest, points = dict[str, str](), list(order), []
     while rest:
-        band = _find_band([alike[point] for point in rest], metric)
+        band = _find_tied_rows([alike[point] for point in rest], metric)
         first, last = len(ranks) + 1, len(ranks) + len(band)
         ranks |= {rest[at]: f"{first}-{last}" if last > first else f"{first}" for at in band}
         rest = [point for point in rest if point not in ranks]
@@ -127,8 +127,8 @@ def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
     return RankedGroup({"data": runs[0].data, **shared}, points)
 
 
-def _find_band(rows: Sequence[Sequence[ScoredRun]], metric: Metric) -> list[int]:
-    """Return which rows cannot be told from the first one, by Holm's procedure over all of them."""
+def _find_tied_rows(rows: Sequence[Sequence[ScoredRun]], metric: Metric) -> list[int]:
+    """Return the rows whose difference from the first one is not significant (Holm's procedure over all rows)."""
     tests = sorted((_compare(rows[0], row, metric).p, number) for number, row in enumerate(rows[1:], 1))
     told = 0
     while told < len(tests) and tests[told][0] * (len(tests) - told) <= LEVEL:
@@ -168,7 +168,7 @@ def _find_error(runs: Sequence[ScoredRun], metric: Metric) -> tuple[float | None
 
 
 def drop_seed(run: ScoredRun) -> Tree:
-    """Return the swept values that tell points apart."""
+    """Return a run's swept values without the seed: they identify its point."""
     return {key: value for key, value in run.swept.items() if key != "seed"}
 
 

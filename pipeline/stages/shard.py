@@ -73,13 +73,13 @@ STAGE = ShardStage()
 
 
 def _describe_source(source: ImageSource, splits: dict[str, list[ShardFacts]]) -> None:
-    """Say how large the splits are, which classes there are, and what was guessed or passed over."""
+    """Say how large the splits are, which classes there are, and what was guessed or skipped."""
     labels, names = source.data.labels, list(source.classes)
-    shuffled = (f"{split} lies class by class; its order is shuffled" for split in source.mixed)
+    shuffled = (f"{split} lies class by class; its order is shuffled" for split in source.shuffled_splits)
     notes = [*source.notes, *shuffled]
-    if source.passed:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(source.passed.items()))
-        notes.append(f"passed over in {source.root}: {kinds}")
+    if source.skipped:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(source.skipped.items()))
+        notes.append(f"skipped in {source.root}: {kinds}")
     there = {place[LABEL] for shard in splits["train"] for place in shard["places"]}
     if missing := ", ".join(str(label) for label in range(labels) if label not in there):
         notes.append(f"data.labels={labels}, but no training image has the class {missing[:60]}; change it")

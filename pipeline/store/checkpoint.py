@@ -61,7 +61,7 @@ def save_checkpoint(
         _save_file(ema, temporary / EMA)
         listed = {name: files.read_file_facts(temporary / name) for name in (STATE, EMA)}
         files.write_json(temporary / META, {"step": step, "files": listed, **(facts or {})})
-    files.write_seal(directory / META, listed)  # in its place: moving it there changes times
+    files.note_times(directory / META, listed)  # in its place: moving it there changes times
 
 
 def save_untrained(place: Place, tensors: Tensors) -> None:
@@ -217,7 +217,7 @@ def _delete_state(directory: Path) -> None:
         (directory / files.SEALED).unlink(missing_ok=True)
         files.write_json(directory / META, {**meta, "files": listed})
         (directory / STATE).unlink()
-        files.write_seal(directory / META, listed)
+        files.note_times(directory / META, listed)
 
 
 def list_used_steps(run: Place) -> set[int]:

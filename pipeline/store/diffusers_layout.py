@@ -161,11 +161,11 @@ def make_published_experiment(path: Path) -> Experiment:
     given = _read_scheduler(find_weight_files(published)[0].parent)
     own = {
         "timesteps": given.get("num_train_timesteps", 1000),
-        "beta_schedule": _find_own_name(SCHEDULES, given.get("beta_schedule", "linear")),
+        "beta_schedule": _find_our_name(SCHEDULES, given.get("beta_schedule", "linear")),
         "beta_start": given.get("beta_start", 1e-4),
         "beta_end": given.get("beta_end", 0.02),
-        "predict": _find_own_name(PREDICTIONS, given.get("prediction_type", "epsilon")),
-        "variance": _find_own_name(VARIANCES, given.get("variance_type", "fixed_small")),
+        "predict": _find_our_name(PREDICTIONS, given.get("prediction_type", "epsilon")),
+        "variance": _find_our_name(VARIANCES, given.get("variance_type", "fixed_small")),
     }
     own["loss"] = "hybrid" if own["variance"] in LEARNED else "simple"
     words = [f"diffusion.{key}={value}" for key, value in own.items()]
@@ -178,7 +178,7 @@ def make_published_experiment(path: Path) -> Experiment:
     return replace(experiment, diffusion=process)
 
 
-def _find_own_name(names: dict[str, str], theirs: object) -> object:
+def _find_our_name(names: dict[str, str], theirs: object) -> object:
     """Return our name of a setting of diffusers, or theirs, which the configuration then refuses."""
     return {name: own for own, name in names.items()}.get(str(theirs), theirs)
 

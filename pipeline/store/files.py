@@ -133,7 +133,7 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
-def require_regular(path: Path) -> Path:
+def require_regular_file(path: Path) -> Path:
     """Return the path. Raises OSError where it is no file: who opens a pipe waits for ever."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
@@ -143,7 +143,7 @@ def require_regular(path: Path) -> Path:
 def read_json(path: Path, shape: type[T], remedy: str = REMEDY) -> T:
     """Read a JSON file. Raises PipelineError where it is damaged, or not of the shape (see `parse_json`)."""
     try:
-        return parse_json(require_regular(path).read_bytes(), shape, path, remedy)
+        return parse_json(require_regular_file(path).read_bytes(), shape, path, remedy)
     except OSError as error:
         raise PipelineError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
@@ -194,7 +194,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz. Raises PipelineError where it is damaged."""
     try:
-        with np.load(require_regular(path), allow_pickle=False) as arrays:
+        with np.load(require_regular_file(path), allow_pickle=False) as arrays:
             return dict(arrays)
     except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise PipelineError(f"{path} is damaged ({error}); {REMEDY}") from error
@@ -270,11 +270,11 @@ def write_manifest(directory: Path, names: Iterable[str] | Mapping[str, FileFact
     if directory.name.startswith(TEMPORARY):  # its name is still to come
         return write_json(directory / MANIFEST, {"files": files, **facts})
     write_json(directory / MANIFEST, {"files": files, "folder": directory.name, **facts})
-    write_seal(directory / MANIFEST, files)
+    note_times(directory / MANIFEST, files)
 
 
-def write_seal(manifest: Path, files: Mapping[str, FileFacts]) -> None:
-    """Note beside a manifest the size and the times of it and of its files, which were just compared."""
+def note_times(manifest: Path, files: Mapping[str, FileFacts]) -> None:
+    """Write `.sealed.json`: size, times and hash of a manifest and of its files, which were just compared."""
     hashes = {name: facts["sha256"] for name, facts in files.items()} | {manifest.name: hash_file(manifest)}
     seal = {name: _describe(manifest.parent / name, sha256) for name, sha256 in hashes.items()}
     write_json(manifest.with_name(SEALED), seal)
@@ -317,7 +317,7 @@ def require_files(manifest: Path, files: Mapping[str, FileFacts], check: Check) 
         require_file(path, facts, needed if check == "seal" else check)
     if (changed or not own) and check != "size":
         with suppress(OSError, PipelineError):  # where it cannot be written, the files are hashed again
-            write_seal(manifest, files)
+            note_times(manifest, files)
 
 
 def require_sealed(path: Path) -> Path:

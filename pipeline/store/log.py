@@ -17,7 +17,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import explain_write_errors, parse_json, require_regular, warn_once
+from pipeline.store.files import explain_write_errors, parse_json, require_regular_file, warn_once
 from pipeline.store.run import Place
 
 TAIL = 2000  # bytes; a line is some 300
@@ -62,7 +62,7 @@ def read_points(path: Path, start: int = 0, end: int | None = None) -> list[LogP
     lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
     points = [point for line in lines if (point := _parse_point(line))]
     if len(points) < len(lines):
-        warn_once(f"{path}: {len(lines) - len(points)} lines are damaged and passed over")
+        warn_once(f"{path}: {len(lines) - len(points)} lines are damaged and skipped")
     return points
 
 
@@ -85,7 +85,7 @@ def find_end(path: Path, start: int = 0) -> int:
 def read_last_point(path: Path) -> LogPoint | None:
     """Return the point of the last complete line, without reading the others."""
     try:
-        with require_regular(path).open("rb") as file:
+        with require_regular_file(path).open("rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL))
             lines = file.read().splitlines(keepends=True)
     except OSError:

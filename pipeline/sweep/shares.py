@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.compute.resources import Nodes, Resources, count_places, require_places, share_cpus
+from pipeline.compute.resources import Nodes, Resources, count_fitting_workers, require_room, share_cpus
 from pipeline.config import ClusterConfig
 
 
@@ -31,10 +31,10 @@ def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent
 
     def count_trials(per_cpu: int) -> int:
         wanted = max(1, trials)
-        return min(wanted, concurrent or wanted, count_places(nodes, per_cpu, per_gpu) // workers)
+        return min(wanted, concurrent or wanted, count_fitting_workers(nodes, per_cpu, per_gpu) // workers)
 
     per_cpu = cluster.cpus_per_worker or share_cpus(nodes, max(1, count_trials(1)) * workers, per_gpu)
-    require_places(nodes, workers, per_cpu, per_gpu)
+    require_room(nodes, workers, per_cpu, per_gpu)
     slots = count_trials(per_cpu)
     least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.errors import PipelineError, explain_network_error, hide_password
-from pipeline.store.files import name_user, require_regular, write_atomically
+from pipeline.store.files import name_user, require_regular_file, write_atomically
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -83,7 +83,7 @@ def create_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     if store := find_sqlite_file(uri):
-        if not require_regular(store).exists():
+        if not require_regular_file(store).exists():
             # MLflow makes its tables one by one; a store that a killed process left half made cannot be repaired.
             with write_atomically(store) as temporary:
                 _open_database(made := format_sqlite_uri(temporary))

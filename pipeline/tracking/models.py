@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors.torch import save_file
 
 import ddpm
-from ddpm.networks.own import OwnConfig
+from ddpm.networks.custom import CustomConfig
 from pipeline.config import Experiment, load_experiment
 from pipeline.config.checks import Tree
 from pipeline.errors import hide_password
@@ -55,14 +55,14 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
         write_json(described, settings)
         files = {"weights": weights, "settings": described, "experiment": place.experiment_yaml}
         card = Model(model_id=model.model_id, run_id=model.source_run_id)
-        own = experiment.model.list_code() if isinstance(experiment.model, OwnConfig) else []
+        own = experiment.model.list_code() if isinstance(experiment.model, CustomConfig) else []
         folder = _write_model(Path(scratch, "model"), files, card, own)
         client.log_model_artifacts(model.model_id, str(folder))
     client.set_logged_model_tags(model.model_id, {WEIGHTS_TAG: experiment.weights_kind})
 
 
 def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list[str]) -> Path:
-    """Write a model as MLflow loads it: the files, `ddpm`, the code of a network of one's own, and what draws."""
+    """Write a model as MLflow loads it: its files, `ddpm`, the code of a custom network, and the code that draws."""
     import mlflow
     from mlflow.types import ColSpec, Schema, TensorSpec
 

@@ -75,8 +75,8 @@ def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = T
     content = source.compute_fingerprint()
     if not source.splits.get("train"):
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")
-    if source.mixed:
-        content = hashlib.sha256(f"{content} {source.mixed}".encode()).hexdigest()
+    if source.shuffled_splits:
+        content = hashlib.sha256(f"{content} {source.shuffled_splits}".encode()).hexdigest()
     if cache and remember:
         with suppress(OSError):  # a cache that cannot be written only costs time
             write_json(cache, {**known, place: {"stamp": stamp(content), "content": content}})

@@ -33,13 +33,13 @@ class ImageSource(ABC):
 
     files: all that it reads, below `root`. order: the order of the images in a split: stored, where neighbours are read
     together cheaply, or shuffled, so that any first n images mix the classes. A source has the published split "train",
-    and may have "test". passed: what lies there and is not read, by kind. notes: what was guessed. classes: the names.
+    and may have "test". skipped: how many files are not read, by kind. notes: what was guessed. classes: the names.
     layout: what tells splits and classes apart, where an earlier version read the same files in another way.
     """
 
     files: list[Path]
     order: Literal["stored", "shuffled", "shuffled if held out"] = "stored"
-    passed: Mapping[str, int] = {}
+    skipped: Mapping[str, int] = {}
     notes: Sequence[str] = ()
     classes: Sequence[str] = ()
     layout: str = ""
@@ -69,16 +69,16 @@ class ImageSource(ABC):
     @cached_property
     def splits(self) -> dict[str, int]:
         """Number of images by split, undecodable ones included."""
-        return {split: len(indices) for split, (_, indices) in self._chosen.items()}
+        return {split: len(indices) for split, (_, indices) in self._chosen_indices.items()}
 
     @cached_property
-    def mixed(self) -> list[str]:
+    def shuffled_splits(self) -> list[str]:
         """Splits that are stored class by class: their order is shuffled."""
-        stored = self._stored.items()
+        stored = self._stored_indices.items()
         return [s for s, (part, indices) in stored if _lies_in_class_order(self.read_labels(part), indices)]
 
     @cached_property
-    def _stored(self) -> dict[str, tuple[str, np.ndarray]]:
+    def _stored_indices(self) -> dict[str, tuple[str, np.ndarray]]:
         """For each split, the published split that it is taken from, and the indices in it, int64 (n,).
 
         Without a published split "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
@@ -100,18 +100,21 @@ class ImageSource(ABC):
         return {split: ("train", indices) for split, indices in splits.items() if len(indices)}
 
     @cached_property
-    def _chosen(self) -> dict[str, tuple[str, np.ndarray]]:
-        """`_stored` as it is read: splits that are `mixed` shuffled, training images up to `data.limit`.
+    def _chosen_indices(self) -> dict[str, tuple[str, np.ndarray]]:
+        """`_stored_indices` in the order of reading: shuffled if need be, and at most `data.limit` to train on.
 
-        These are the first in a fixed permutation that decode and equal none before them.
+        The limited set is the first images, in a fixed permutation, that decode and equal no earlier one.
         """
         found = {
-            split: (part, indices[make_fixed_permutation(len(indices))] if split in self.mixed else indices)
-            for split, (part, indices) in self._stored.items()
+            split: (
+                part,
+                order[make_fixed_permutation(len(order))] if split in self.shuffled_splits else order,
+            )
+            for split, (part, order) in self._stored_indices.items()
         }
         if (limit := self.data.limit) is None:
             return found
-        part, indices = self._stored["train"]
+        part, indices = self._stored_indices["train"]
         order, chosen = indices[make_fixed_permutation(len(indices))], dict[bytes, int]()
         for index, raw in zip(order, self.read_images(part, order), strict=True):
             with suppress(DecodeError):
@@ -129,7 +132,7 @@ class ImageSource(ABC):
         be decoded; where it returns, the image is left out. Raises PipelineError naming an image whose size, channels
         or label do not fit `data`.
         """
-        part, indices = self._chosen[split]
+        part, indices = self._chosen_indices[split]
         for index, raw in enumerate(self.read_images(part, indices[start:stop]), start):
             try:
                 yield convert_to_record(f"{split}-{index:08d}", raw, self.data)

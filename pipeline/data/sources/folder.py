@@ -28,7 +28,7 @@ class FolderSource(ImageSource):
         self.order, self._labelled = "shuffled", data.labels > 0
         if not self.root.is_dir():
             raise PipelineError(f"{self.root} is no folder; set data.path to the folder with the images")
-        found, self.passed = list_files(self.root, is_image_file)
+        found, self.skipped = list_files(self.root, is_image_file)
         if not found:
             raise PipelineError(f"{self.root} has no images in its train split; set data.path")
         folders = {self._split_path(file)[:-1] for file in found}
@@ -42,7 +42,7 @@ class FolderSource(ImageSource):
                 self._parts[split].append(file)
                 self.files.append(file)
             else:
-                self.passed[f"in {parts[0]}, outside of the splits"] += 1
+                self.skipped[f"in {parts[0]}, outside of the splits"] += 1
         if self._labelled:
             self.classes = sorted({self._find_class_name("train", file) for file in self._parts["train"]})
             train = self.root.joinpath(*self._folders["train"])

@@ -30,32 +30,32 @@ def remove_split_words(name: str) -> str:
 
 
 def list_files(root: Path, is_wanted: Callable[[Path], bool]) -> tuple[list[Path], Counter[str]]:
-    """List the wanted files at any depth, sorted by path, and count what is passed over, by kind.
+    """List the wanted files at any depth, sorted by path, and count the skipped ones by kind.
 
     Links are followed, but each folder is read once. Hidden files are left out, and all that could block or never end.
     """
     found: list[Path] = []
-    passed: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     seen: set[str] = set()
     folders = [root]
     links: list[Path] = []
     while folders or (links := sorted(links)):
         folder = folders.pop() if folders else links.pop(0)
         if (real := os.path.realpath(folder)) in seen:
-            passed[f"folder that lies here under another name ({folder.name})"] += 1
+            skipped[f"folder that lies here under another name ({folder.name})"] += 1
             continue
         seen.add(real)
         with explain_read_errors():
             for entry in os.scandir(folder):
                 path = Path(entry.path)
                 if entry.name.startswith("."):
-                    passed["hidden"] += 1
+                    skipped["hidden"] += 1
                 elif entry.is_dir():
                     (links if entry.is_symlink() else folders).append(path)
                 elif not entry.is_file() and path.exists():
-                    passed[f"no regular file ({entry.name})"] += 1
+                    skipped[f"no regular file ({entry.name})"] += 1
                 elif is_wanted(path):
                     found.append(path)
                 else:
-                    passed[path.suffix.lower() or "without extension"] += 1
-    return sorted(found), passed
+                    skipped[path.suffix.lower() or "without extension"] += 1
+    return sorted(found), skipped

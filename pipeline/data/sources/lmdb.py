@@ -35,7 +35,7 @@ class LmdbSource(ImageSource):
         if importlib.util.find_spec("lmdb") is None:
             raise PipelineError("data.source=lmdb needs the package lmdb: pip install lmdb")
         self._parts, beside = _find_databases(self.root)
-        self.passed = dict.fromkeys((f"database {folder.name}" for folder in beside), 1)
+        self.skipped = dict.fromkeys((f"database {folder.name}" for folder in beside), 1)
         self.files = list(self._parts.values())
         folder = self._parts["train"].parent
         # The names of LSUN's folders tell its splits apart; any other folder is a place.

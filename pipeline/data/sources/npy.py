@@ -33,7 +33,7 @@ class NpySource(ArraySource):
         self._labels = {part: _find_labels(file) for part, file in self._images.items() if data.labels}
         self.files = sorted([*self._images.values(), *self._labels.values()])
         unused = sorted(file.name for file in root.glob("*.npy") if file not in self.files)
-        self.passed = dict.fromkeys(unused, 1)
+        self.skipped = dict.fromkeys(unused, 1)
         self.root, self.order = self._images["train"].parent, "shuffled if held out"
 
     @cached_property

@@ -38,7 +38,7 @@ class ParquetSource(ImageSource):
         if root.is_file():
             self.root = root.parent
         else:
-            self._parts, self.passed, self.notes = _find_split_files(root)
+            self._parts, self.skipped, self.notes = _find_split_files(root)
         if not self._parts["train"]:
             raise PipelineError(f"{root} holds no train-*.parquet; set data.path to a folder that does")
         self.files = [file for files in self._parts.values() for file in files]
@@ -92,8 +92,8 @@ class ParquetSource(ImageSource):
 
 
 def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], list[str]]:
-    """Return the files of each split, what is passed over, and what is to be said about it."""
-    found, passed = list_files(root, lambda file: file.suffix.lower() == ".parquet")
+    """Return the files of each split, the number of skipped ones by kind, and notes for the user."""
+    found, skipped = list_files(root, lambda file: file.suffix.lower() == ".parquet")
     splits: defaultdict[str, list[Path]] = defaultdict(list)
     sets: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
     for file in found:
@@ -108,9 +108,9 @@ def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], 
         raise PipelineError(f"{root} holds several sets ({several}); set data.path to one of them")
     for split in splits.keys() - {train, test}:
         for file in splits[split]:
-            passed[f"of the {split} split" if split else f"of no split ({file.name})"] += 1
+            skipped[f"of the {split} split" if split else f"of no split ({file.name})"] += 1
     notes = [f"{several} are read as one set"] if len(sets[train]) > 1 else []
-    return {"train": splits[train], "test": splits[test]}, passed, notes
+    return {"train": splits[train], "test": splits[test]}, skipped, notes
 
 
 def _read_labels(file: Path) -> np.ndarray | None:

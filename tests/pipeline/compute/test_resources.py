@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.compute.resources import count_places, resolve_resources
+from pipeline.compute.resources import count_fitting_workers, resolve_resources
 from pipeline.config import load_cluster
 from pipeline.errors import PipelineError
 
@@ -33,7 +33,7 @@ def test_what_is_taken_fits_machine_by_machine(asked, nodes, pixels, expected):
     found = resolve_resources(cluster(asked), nodes, pixels)
     one = (found.cpus_per_worker, found.gpus_per_worker)
     assert (found.workers, found.min_workers, *one) == expected
-    assert count_places(nodes, *one) >= found.min_workers
+    assert count_fitting_workers(nodes, *one) >= found.min_workers
 
 
 @pytest.mark.parametrize(

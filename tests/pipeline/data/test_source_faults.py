@@ -373,7 +373,7 @@ def test_a_database_finds_its_test_part_by_the_one_rule(tmp_path):
         write_lmdb(tmp_path / name, [b"image"] * count)
     found = reader("lmdb", tmp_path)
     assert found.splits == {"train": 3, "test": 2}
-    assert found.passed == {"database Dog-Testing": 1}
+    assert found.skipped == {"database Dog-Testing": 1}
     assert reader("lmdb", tmp_path / "Cat-Testing").splits == {"train": 2}
     shutil.rmtree(tmp_path / "Cat-Training")
     shutil.rmtree(tmp_path / "Cat-Testing")

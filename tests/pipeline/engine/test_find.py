@@ -43,10 +43,10 @@ def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(ol
     with pytest.raises(PipelineError, match=r"first version of this program.*git worktree add"):
         find.read_place(old_run.path)
     fresh = Place(old_run.storage, tiny_experiment("name=digits"), "d" * 12, "e" * 12)
-    (line,) = find.explain_old_runs(fresh)
+    (line,) = find.explain_unreadable_runs(fresh)
     assert old_run.name in line and "git worktree add" in line
     other = Place(old_run.storage, tiny_experiment("name=digit"), "d" * 12, "e" * 12)
-    assert find.explain_old_runs(other) == []
+    assert find.explain_unreadable_runs(other) == []
 
 
 def test_a_run_from_before_a_section_existed_is_read(tmp_path):
@@ -63,7 +63,7 @@ def test_a_run_under_the_key_of_an_earlier_formula_is_named(tmp_path, monkeypatc
     monkeypatch.setattr(find.keys, "make_run_key", lambda *_: "0" * 12)
     with pytest.raises(PipelineError, match=f"{run.name} .* formula was corrected"):
         find.read_place(run.path)
-    (line,) = find.explain_old_runs(Place(run.storage, run.experiment, run.data_key, "0" * 12))
+    (line,) = find.explain_unreadable_runs(Place(run.storage, run.experiment, run.data_key, "0" * 12))
     assert run.name in line
 
 

@@ -100,7 +100,7 @@ def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
 
 
 def test_features_of_other_images_are_not_taken_for_these(projected, caplog):
-    """A unit of another key is passed over; under the name of one of ours it is named and made again."""
+    """A unit of another key is skipped; under the name of one of ours it is named and made again."""
     run_stage(evaluate, projected)
     scored = results(projected)
     first, second = feature_files(projected)

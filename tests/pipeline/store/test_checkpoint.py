@@ -1,4 +1,4 @@
-"""Checkpoints are whole and verified, or passed over for the one before."""
+"""Checkpoints are whole and verified, or skipped for the one before."""
 
 import logging
 

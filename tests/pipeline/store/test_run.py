@@ -35,7 +35,7 @@ def test_a_folder_is_replaced_while_threads_read_and_seal_it(tmp_path):
     def seal():
         while not stop.is_set():
             with suppress(OSError, PipelineError):
-                rundir.write_seal(folder / rundir.MANIFEST, {"page": rundir.read_file_facts(folder / "page")})
+                rundir.note_times(folder / rundir.MANIFEST, {"page": rundir.read_file_facts(folder / "page")})
 
     readers = [threading.Thread(target=seal) for _ in range(3)]
     for reader in readers:

@@ -1,4 +1,4 @@
-"""A network of one's own for the digits: a few convolutions that know the timestep and the class."""
+"""A custom network for the digits: a few convolutions that know the timestep and the class."""
 
 import torch
 import torch.nn.functional as F

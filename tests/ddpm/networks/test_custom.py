@@ -1,4 +1,4 @@
-"""A class of one's own as a network: its arguments, its weights, and what is refused."""
+"""A user's class as a network: its arguments, its weights, and what is refused."""
 
 import pickle
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ from torch import nn
 
 from ddpm.config import Range
 from ddpm.networks.build import build_network, check_output
-from ddpm.networks.own import make_config_class
+from ddpm.networks.custom import make_config_class
 
 
 class Net(nn.Module):

@@ -1,6 +1,6 @@
-"""Networks of one's own: a class that a configuration names as `package.module:Class`. Torch comes with the class only.
+"""Custom networks: a user's class, which a configuration names as `package.module:Class`. This module imports no torch.
 
-The arguments of the class are the settings of the network, but for those in GIVEN, which the program fills in.
+The arguments of the class are the settings of the network, except those in GIVEN, which the program fills in.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 GIVEN = ("image_size", "in_channels", "out_channels", "num_classes", "timesteps")
 
 
-class OwnNetwork(Protocol):
-    """Interface of a network of one's own, a `torch.nn.Module`. Only `forward` must be there.
+class CustomNetwork(Protocol):
+    """Interface of a custom network, a `torch.nn.Module`. Only `forward` is required.
 
-    takes_labels: its context is labels, int64 (N,), -1 for none; without it None. reset_parameters(generator) draws the
-    first weights; without it they are as the class leaves them, under the seed. The static problems(image_size,
-    **settings) lists (setting, what is wrong with it).
+    takes_labels: if true, the context is labels, int64 (N,), -1 for none; otherwise None. reset_parameters(generator)
+    draws the initial weights; without it they are those of the constructor, under the seed. The static method
+    problems(image_size, **settings) lists (setting, what is wrong with it).
     """
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
@@ -47,8 +47,8 @@ class OwnNetwork(Protocol):
         """
 
 
-class OwnConfig:
-    """Settings of a network of one's own: `name`, and the arguments of the class `network`."""
+class CustomConfig:
+    """Settings of a custom network: `name`, and the arguments of the class `network`."""
 
     name: str
     network: ClassVar[type]
@@ -64,7 +64,7 @@ class OwnConfig:
 
     @classmethod
     def list_code(cls) -> list[str]:
-        """List the paths of the code: the folder of the package that the class is in, or its module's file alone."""
+        """List the paths of the code: the folder of the package that holds the class, or the file of its module."""
         top = import_module(cls.name.partition(":")[0].partition(".")[0])
         return [*getattr(top, "__path__", [])] or [str(top.__file__)]
 
@@ -76,17 +76,17 @@ class OwnConfig:
         return _restore, (self.name, self.settings)
 
 
-def _restore(name: str, settings: Mapping[str, Any]) -> OwnConfig:
-    """Make again, in another process, what was pickled."""
+def _restore(name: str, settings: Mapping[str, Any]) -> CustomConfig:
+    """Make the settings again in the process that unpickles them."""
     return make_config_class(name)(**settings)
 
 
 @cache
-def make_config_class(name: str) -> type[OwnConfig]:
-    """Make the dataclass of the settings of the class that `package.module:Class` names.
+def make_config_class(name: str) -> type[CustomConfig]:
+    """Make the dataclass of the settings of a custom network, `package.module:Class`.
 
-    Raises ValueError (NameError for a type that is not there) where it cannot be imported, is no network, or has
-    arguments that no configuration can hold.
+    Raises ValueError (NameError for an unknown type) if the class cannot be imported, is no network, or has arguments
+    that a configuration cannot hold.
     """
     network = _import_network(name)
     hints = get_type_hints(network.__init__, include_extras=True)  # type: ignore[misc]
@@ -104,7 +104,7 @@ def make_config_class(name: str) -> type[OwnConfig]:
             raise ValueError(f"has the argument {parameter}; a configuration can hold {allowed}")
         settings.append((key, kind, field() if default is Parameter.empty else field(default=default)))
     return make_dataclass(
-        "OwnNetworkConfig", settings, bases=(OwnConfig,), namespace={"network": network}, frozen=True, kw_only=True,
+        "CustomConfig", settings, bases=(CustomConfig,), namespace={"network": network}, frozen=True, kw_only=True,
     )  # fmt: skip
 
 
