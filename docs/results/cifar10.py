@@ -35,10 +35,9 @@ def main(path: Path) -> None:
     place = read_place(path.absolute())
     step = list_steps(place.train)[-1]
     found = [read_json(file, Results) for file in sorted(place.path.glob("evaluation/*/metrics.json"))]
-    (results,) = (
-        one for one in found
-        if one["protocol"]["checkpoint"] == step and one["protocol"].get("nll_images") == 10_000
-    )  # fmt: skip
+    found = [one for one in found if one["protocol"]["checkpoint"] == step]
+    (results,) = (one for one in found if one["protocol"].get("nll_images") == 10_000)
+    others = [one for one in found if one is not results]
     rates = [point["metrics"]["train/images_per_second"] for point in read_points(place.log)]
     train = place.experiment.train
     twin = {
@@ -47,6 +46,7 @@ def main(path: Path) -> None:
         "width": place.experiment.model.channels, "images": step * train.batch_size,
         "images_per_second": [round(value, 1) for value in (min(rates), median(rates), max(rates))],
         "commits": read_json(place.path / "commits.json", dict),
+        "others": [{key: one[key] for key in ("scores", "reference_points", "protocol")} for one in others],
         "train_seconds": read_json(place.path / "timings.json", dict)["train"],
     }  # fmt: skip
     (HERE / "cifar10.json").write_text(json.dumps(twin, indent=1) + "\n")
@@ -74,6 +74,8 @@ def format_page(twin: dict) -> str:
         else "**Not yet useful**: it does not beat the best linear denoiser, which needs no training"
     )
     table = "\n".join(rows)
+    pictures = "\n".join(format_features(one) for one in twin["others"] if "fid" in one["scores"])
+    checks = "\n".join(format_check(one) for one in twin["others"] if "nll_bpd" in one["scores"])
     return f"""# CIFAR-10, measured
 
 | the first {IMAGES} samples, not selected | the first {IMAGES} test images |
@@ -93,12 +95,19 @@ No GPU was at hand: this is the paper's network at a quarter of its width
 [The ladder](ladder.md) trains and scores its widths and lengths; [short runs](short-runs.md) says why its samples
 are no noise, as those of [the first run](first-run.md) were.
 
+## The samples beside other images
+
+{pictures}
 ## Protocol
 
 NLL of all {protocol["nll_images"]:,} test images, estimated with t = 0 and {protocol["nll_timesteps"]} draws of t for
 each (80,000 passes), {protocol["nll_precision"]}, EMA weights of step {protocol["checkpoint"]:,}; ± is one standard
 error. The samples are ancestral ones (fixedsmall) of 50 steps.
 Not comparable with the paper: {"; ".join(protocol["why_not"])}.
+
+The same checkpoint in other ways:
+
+{checks}
 
 ## Commands
 
@@ -110,6 +119,29 @@ python docs/results/cifar10.py RUN                                # this page an
 
 Trained by commit `{twin["commits"]["train"][-1][:12]}`. [cifar10.json](cifar10.json) holds every number of this page.
 """
+
+
+def format_features(one: dict) -> str:
+    """Return the table of an evaluation of samples: this run beside test images, a Gaussian and noise at equal n."""
+    protocol, names = one["protocol"], ("fid", "is_mean", "kid_mean", "precision", "recall")
+    rows = {"this run": one["scores"], **one["reference_points"]}
+    titles = " | ".join(METRICS[name].title for name in names)
+    lines = [f"| {protocol['n']:,} images each | {titles} |", f"| --- |{' --- |' * len(names)}"]
+    for row, scores in rows.items():
+        cells = (METRICS[name].format_score(scores) if scores.get(name) is not None else "" for name in names)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    steps = f"{protocol['steps']} steps of {protocol['sampler']}, eta {protocol['eta']}"
+    against = f"{protocol['reference_images']:,} {protocol['reference']} images"
+    lines.append(f"\nFeatures: {protocol['extractor']}; {steps}; against {against}.\n")
+    return "\n".join(lines)
+
+
+def format_check(one: dict) -> str:
+    """Return a line: the NLL of few images, by all T or by the estimator."""
+    protocol = one["protocol"]
+    draws = f"t = 0 and {protocol['nll_timesteps']} draws of t" if protocol["nll_timesteps"] else "every t"
+    value = METRICS["nll_bpd"].format_score(one["scores"])
+    return f"- {protocol['nll_images']:,} test images, {draws}: NLL {value}"
 
 
 if __name__ == "__main__":

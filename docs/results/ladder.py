@@ -137,12 +137,16 @@ def format_page(found: dict[str, Any]) -> str:
         "# The ladder: small networks, and what they predict for the paper's", "",
         "Written by `python docs/results/ladder.py` from [ladder.json](ladder.json); the runs are those of "
         "`ddpm sweep ladder data.path=FOLDER_OR_ARCHIVE cluster.workers=0`. NLL, rate and distortion of the EMA in "
-        "bits/dim, of all 10,000 test images, estimated with seven draws of t an image; ± is one standard error.", "",
-        "| width | parameters | images seen | NLL ≤ | rate | distortion |", "| --- | --- | --- | --- | --- | --- |",
+        "bits/dim, of all 10,000 test images, estimated with t = 0 and some draws of t for each; ± is one "
+        "standard error.", "", "| width | parameters | images seen | draws | NLL ≤ | rate | distortion |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for p in found["points"]:
         cells = [f"{p[name]:.4f} ± {p[name + '_se']:.4f}" for name in ("nll_bpd", *FLOORS)]
-        lines.append(f"| {p['width']} | {p['parameters']:,} | {p['images']:,} | {' | '.join(cells)} |")
+        draws = p["protocol"]["nll_timesteps"]
+        lines.append(
+            f"| {p['width']} | {p['parameters']:,} | {p['images']:,} | {draws} | {' | '.join(cells)} |"
+        )
     lines += ["", "## Prediction", ""]
     if found["prediction"] is None:
         return "\n".join([*lines, f"None yet: {found['reason']}.", ""])

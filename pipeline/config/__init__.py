@@ -19,6 +19,7 @@ from pipeline.config.load import (
     to_yaml,
 )
 from pipeline.config.sections import (
+    NEED_IMAGES,
     SPLITS,
     ClusterConfig,
     DataConfig,

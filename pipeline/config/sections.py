@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError, suggest
 
 TRACKING = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 SPLITS = ("train", "test")
+NEED_IMAGES = ("kid", "prc")  # metrics for which statistics of the reference are not enough
 FILE_NAME = r"(?!(data|sweeps|comparisons|extractors|mlartifacts)$)[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 NAME_RULE = (
     "it names a folder: up to 100 letters, digits, '.', '_', '-', none of the storage root's (data, ...)"
@@ -153,7 +154,7 @@ class EvaluateConfig:
             yield "checkpoints", f"is '{self.checkpoints}'; use null, all or every:N, with N in steps"
         if not self.metrics:
             yield "metrics", "is []; name one or several, as in [fid,nll]"
-        needs_images = [metric for metric in ("kid", "prc") if metric in self.metrics]
+        needs_images = [metric for metric in NEED_IMAGES if metric in self.metrics]
         if self.reference_file and self.reference_file.suffix != ".npz":
             hint = suggest(self.reference, SPLITS)
             yield "reference", f"is '{self.reference}'{hint}; use train, test or the path of an .npz"

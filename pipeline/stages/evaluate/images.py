@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.compute.units import Unit
+from pipeline.config import NEED_IMAGES
 from pipeline.scores import distances, inception, jackknife
 from pipeline.scores.distances import Target
 from pipeline.scores.extractors import Extractor
@@ -51,7 +52,7 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
     every = {"fid": config.reference, "fid_test": "test"}
     references = {score: name for score, name in every.items() if score in config.metrics}
     splits = {name for name in references.values() if load_reference(place, extractor, name) is None}
-    if compares_images := bool({"kid", "prc"} & set(config.metrics)):
+    if compares_images := bool(set(NEED_IMAGES) & set(config.metrics)):
         splits.add(config.reference)
     baselines = {}
     other = "train" if config.reference == "test" else "test"
@@ -124,7 +125,7 @@ def _compute_scores(
     reason = jackknife.explain_missing_error(images.n, groups)
     errors = {} if reason else jackknife.compute_errors(images, groups, sums.moments, target, scores)
     for name in [name for name, metric in METRICS.items() if name in scores and metric.has_error]:
-        add_error(scores, name, errors.get(name), reason)
+        add_error(scores, name, errors.get(name), reason or "the jackknife does not know this score")
     return scores
 
 

@@ -2,6 +2,9 @@
 
 from typing import cast
 
+from ddpm.config import DiffusionConfig
+from ddpm.schedules import get_betas
+from pipeline.config import NEED_IMAGES
 from pipeline.scores.metrics import FAMILIES, OF_SAMPLES, needs_samples
 from pipeline.scores.reference import name_reference
 from pipeline.scores.results import ScoreProtocol
@@ -14,15 +17,12 @@ from pipeline.store.run import Place
 def describe_score_protocol(place: Place) -> ScoreProtocol:
     """Return the protocol of the scores; `images`: the entries on the features."""
     experiment, config, diffusion = place.experiment, place.experiment.evaluate, place.experiment.diffusion
-    schedule = f"{diffusion.beta_schedule}, beta {diffusion.beta_start:g} to {diffusion.beta_end:g}"
-    if betas := diffusion.betas:
-        schedule = f"own betas {hash_content(betas)}, {betas[0]:g} to {betas[-1]:g}"
     selected = experiment.selected if experiment.checkpoint_rule else None
     origin = "published" if experiment.published.weights else str(experiment.sample.checkpoint)
     found: ScoreProtocol = {
         "official_data": tars.open_shards(place.data).facts.get("official"),
         "timesteps": diffusion.timesteps,
-        "schedule": schedule,
+        "schedule": describe_schedule(diffusion),
         "conditional": experiment.takes_labels, "weights": experiment.weights_kind,
         "checkpoint": experiment.checkpoint_step, "checkpoint_rule": selected.rule if selected else origin,
         "minimum_fid": selected is not None and selected.candidates > 1,
@@ -50,6 +50,13 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
     return found
 
 
+def describe_schedule(diffusion: DiffusionConfig) -> str:
+    """Return the name of a schedule, and its smallest and largest beta."""
+    betas = get_betas(diffusion)
+    name = f"own betas {hash_content(diffusion.betas)}" if diffusion.betas else diffusion.beta_schedule
+    return f"{name}, beta {betas.min():g} to {betas.max():g}"
+
+
 ALL, SAMPLES, NLL = FAMILIES, OF_SAMPLES, ("nll",)
 # What the paper has in a field of the protocol: the metrics that it moves, its value, and the reason where it differs.
 PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
@@ -68,7 +75,7 @@ PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
     "precision": (SAMPLES, "fp32", "samples in {precision}, not fp32"),
     "rounding": (SAMPLES, "nearest", "{rounding} rounding, not to the nearest"),
     "official_extractor": (SAMPLES, True, "features of {extractor}, not of the published Inception"),
-    "reference": (("fid", "kid", "prc"), "train", "reference {reference}, not train"),
+    "reference": (("fid", *NEED_IMAGES), "train", "reference {reference}, not train"),
     "reference_images": (("fid",), 50_000, "a reference of {reference_images} images, not 50,000"),
     "fid_test_images": (("fid_test",), 10_000, "a test set of {fid_test_images} images, not 10,000"),
     "splits": (("is",), 10, "no IS over ten splits: the features know no classes, or the images are few"),

@@ -11,6 +11,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from ddpm.config import DiffusionConfig
 from pipeline.scores import classifier, extractors, jackknife
 from pipeline.scores.extractors import find_extractor
 from pipeline.stages import evaluate, sample
@@ -192,3 +193,20 @@ def test_looking_whether_it_is_done_loads_no_fidelity_library():
     """`ddpm run` on a run that is up to date takes seconds."""
     code = "import sys, pipeline.stages.evaluate, pipeline.stages.figures; assert 'torch_fidelity' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, PAPER["schedule"]),
+        (
+            {"beta_schedule": "cosine"},
+            "cosine, beta 4.12842e-05 to 0.999",
+        ),  # it ignores the ends that are set
+        ({"beta_schedule": "const"}, "const, beta 0.02 to 0.02"),
+        ({"beta_schedule": "jsd"}, "jsd, beta 0.001 to 1"),
+        ({"betas": (0.1, 0.3, 0.2), "timesteps": 3}, "beta 0.1 to 0.3"),
+    ],
+)
+def test_a_schedule_is_described_by_its_own_betas(settings, words):
+    assert protocol.describe_schedule(DiffusionConfig(**settings)).endswith(words)
