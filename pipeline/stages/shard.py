@@ -8,7 +8,7 @@ from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import DataConfig
 from pipeline.console import print_line
 from pipeline.data.sources import compute_fingerprint, download_source, open_source
-from pipeline.data.sources.base import ImageSource, raise_undecodable
+from pipeline.data.sources.base import ImageSource, Places, raise_undecodable
 from pipeline.data.sources.cifar10 import is_official
 from pipeline.errors import PipelineError, escape_name
 from pipeline.stages.stage import Stage
@@ -39,10 +39,17 @@ class ShardStage(Stage):
         data = download_source(config, locate_downloads(place.storage))
         source = open_source(data)
         shards = plan_shards(place.data, source.splits, data.images_per_shard)
+        missing = [shard for shard in shards if shard.read_facts() is None]
+        places = (source.find_places(shard.split, shard.start, shard.stop) for shard in missing)
         yield [
-            Unit(UnitKind.SHARD, write_shard, (data, shard), f"shard {shard.name}", shard.stop - shard.start)
-            for shard in shards
-            if shard.read_facts() is None
+            Unit(
+                UnitKind.SHARD,
+                write_shard,
+                (data, shard, its),
+                f"shard {shard.name}",
+                shard.stop - shard.start,
+            )
+            for shard, its in zip(missing, places, strict=True)
         ]
         splits: dict[str, list[ShardFacts]] = {}
         for shard in shards:
@@ -98,8 +105,8 @@ def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> 
     ]
 
 
-def write_shard(ctx: Worker, data: DataConfig, shard: Shard) -> None:
-    """Write the images of one shard, then its facts (body of a unit)."""
+def write_shard(ctx: Worker, data: DataConfig, shard: Shard, places: Places) -> None:
+    """Write the images of one shard, at their places in the source, then its facts (body of a unit)."""
     skipped: list[list[str]] = []
 
     def skip_image(name: str, reason: str) -> None:
@@ -107,5 +114,5 @@ def write_shard(ctx: Worker, data: DataConfig, shard: Shard) -> None:
         if len(skipped) > data.max_undecodable:
             raise_undecodable(name, reason)
 
-    records = open_source(data).read_records(shard.split, shard.start, shard.stop, skip_image)
+    records = open_source(data).read_records(shard.split, shard.start, shard.stop, skip_image, places)
     shard.write(records, skipped=skipped)

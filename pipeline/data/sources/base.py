@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from pipeline.store.files import hash_file
 from pipeline.store.tars import Record, decode_png
 
 MAX_IMAGES = 2**31
+Places = tuple[str, Any]  # a published split, and the places of images in it
 
 
 def raise_undecodable(name: str, reason: str) -> None:
@@ -52,8 +53,12 @@ class ImageSource(ABC):
         """Return the number of images by published split."""
 
     @abstractmethod
-    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
-        """Yield the images `indices`, int64 (n,), of a published split."""
+    def read_images(self, part: str, places: Any) -> Iterator[RawImage]:
+        """Yield images of a published split, each by its place (`locate_images`)."""
+
+    def locate_images(self, part: str, indices: np.ndarray) -> Sequence[Any] | np.ndarray:
+        """Return the places of images `indices`, int64 (n,): by what `read_images` finds each without the others."""
+        return indices
 
     def read_labels(self, part: str) -> np.ndarray | None:
         """Return the labels of the images of a published split, (n,), where they are stored together."""
@@ -116,24 +121,29 @@ class ImageSource(ABC):
             return found
         part, indices = self._stored_indices["train"]
         order, chosen = indices[make_fixed_permutation(len(indices))], dict[bytes, int]()
-        for index, raw in zip(order, self.read_images(part, order), strict=True):
+        for index, raw in zip(order, self.read_images(part, self.locate_images(part, order)), strict=True):
             with suppress(DecodeError):
                 chosen.setdefault(decode_png(convert_to_record("", raw, self.data).png).tobytes(), index)
             if len(chosen) == limit:
                 return found | {"train": (part, np.array([*chosen.values()]))}
         raise PipelineError(f"data.limit is {limit}, but only {len(chosen)} training images differ; lower it")
 
+    def find_places(self, split: str, start: int, stop: int) -> Places:
+        part, indices = self._chosen_indices[split]
+        return part, self.locate_images(part, indices[start:stop])
+
     def read_records(
-        self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = raise_undecodable
-    ) -> Iterator[Record]:
-        """Yield the records of images [start, stop) of a split.
+        self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = raise_undecodable,
+        places: Places | None = None,
+    ) -> Iterator[Record]:  # fmt: skip
+        """Yield the records of images [start, stop) of a split, at the places that `find_places` returns for them.
 
         PNG bytes that fit already stay as they are. `undecodable(name, reason)` is called for each image that cannot
         be decoded; where it returns, the image is left out. Raises PipelineError naming an image whose size, channels
         or label do not fit `data`.
         """
-        part, indices = self._chosen_indices[split]
-        for index, raw in enumerate(self.read_images(part, indices[start:stop]), start):
+        part, found = places or self.find_places(split, start, stop)
+        for index, raw in enumerate(self.read_images(part, found), start):
             try:
                 yield convert_to_record(f"{split}-{index:08d}", raw, self.data)
             except DecodeError as error:

@@ -28,7 +28,7 @@ CONTENT, KIND = "data.mdb", "readable LMDB database"
 
 
 class LmdbSource(ImageSource):
-    """Images in the order of their keys; the keys stay in memory (40 bytes each in LSUN)."""
+    """Images in the order of their keys, all of which only the process that plans the shards holds in memory."""
 
     def __init__(self, data: DataConfig):
         super().__init__(data)
@@ -44,11 +44,15 @@ class LmdbSource(ImageSource):
     def count_images(self) -> dict[str, int]:
         return {part: _open_database(file).stat()["entries"] for part, file in self._parts.items()}
 
-    def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
+    def locate_images(self, part: str, indices: np.ndarray) -> list[bytes]:
+        keys = _list_image_keys(self._parts[part])
+        return [keys[i] for i in indices]
+
+    def read_images(self, part: str, places: list[bytes]) -> Iterator[RawImage]:
         file = self._parts[part]
-        keys, size = _list_image_keys(file), file.stat().st_size
+        size = file.stat().st_size
         with explain_broken_file(file, KIND), _open_database(file).begin(buffers=True) as transaction:
-            for key in (keys[i] for i in indices):
+            for key in places:
                 value = transaction.get(key, b"")
                 if len(value) > size:  # reading beyond its end would kill the process
                     raise PipelineError(f"{file} key {key!r} is larger than the database; fetch it again")

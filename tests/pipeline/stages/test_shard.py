@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import flip_bit, tiny_experiment
+from image_files import encode, write_lmdb
 from PIL import Image
 
 from pipeline.config import DataConfig, Experiment
 from pipeline.data import sources
+from pipeline.data.sources import lmdb
 from pipeline.errors import PipelineError
 from pipeline.stages import shard
 from pipeline.store import tars
@@ -90,6 +92,21 @@ def test_shards_are_byte_identical_in_any_order(tmp_path, pictures):
     manifest = (first.data / "manifest.json").read_bytes()
     assert manifest == (second.data / "manifest.json").read_bytes()
     assert pictures.path.encode() not in manifest, "it names no place"
+
+
+def test_the_keys_of_a_database_are_read_once_by_who_plans_the_shards(tmp_path, run, monkeypatch):
+    """A process that writes a shard is given its own: LSUN Bedroom's take seconds and 234 MB in each."""
+    write_lmdb(tmp_path / "set_train_lmdb", [encode(np.full((8, 8), i, np.uint8), "png") for i in range(20)])
+    data = DataConfig("lmdb", str(tmp_path), 8, 1, 0, 4, 6, "refuse", 0)
+    work = shard.STAGE.work(run.of(experiment(data)))
+    units = pickle.loads(pickle.dumps(next(work)))
+    monkeypatch.setattr(lmdb, "_list_image_keys", None)
+    sources.open_source.cache_clear()
+    for unit in units:
+        unit.body(None, *unit.args)
+    assert next(work, None) is None and len(units) == 6
+    levels = [tars.load_images(run.data, split)[0][:, 0, 0, 0].tolist() for split in ("train", "test")]
+    assert sorted(levels[0] + levels[1]) == [*range(20)] and levels == [sorted(its) for its in levels]
 
 
 def test_images_per_shard_changes_no_index(tmp_path, pictures):
