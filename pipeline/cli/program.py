@@ -252,6 +252,7 @@ a RayJob is printed, a cluster for this command alone, with the code and the con
     )),
     Command("doctor", do.show_diagnosis, "what this machine has, and what to do about what is missing", """\
   ddpm doctor cluster.tracking_uri=http://HOST:5000   whether that server answers, too
+  ddpm doctor --cluster compose                       on its head: whether all machines share the storage root
   ddpm doctor cifar10 train.precision=bf16            and how much of a GPU's memory a training step takes
 """, EXPERIMENT),
 )  # fmt: skip

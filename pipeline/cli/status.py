@@ -20,7 +20,7 @@ from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
-from pipeline.engine.find import check_storage, explain_first_version, prepare_storage_root
+from pipeline.engine.find import check_machines, check_storage, explain_first_version, prepare_storage_root
 from pipeline.engine.provenance import PACKAGES, find_package_version
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
@@ -158,7 +158,18 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
         yield "tracking", hide_password(uri)
     except PipelineError as error:
         yield "tracking", f"PROBLEM: {error}"
+    if cluster.ray_address:
+        yield "machines", _describe_machines(root, cluster.ray_address)
     yield "open ports", ", ".join(_list_open_ports()) or "none now; SECURITY.md lists those of each command"
+
+
+def _describe_machines(root: Path, address: str) -> str:
+    try:
+        seen = check_machines(root, address)
+    except PipelineError as error:
+        return f"PROBLEM: {error}"
+    faults = [f"{machine} {fault}" for machine, fault in seen.items() if fault]
+    return f"PROBLEM: {root}: {'; '.join(faults)}" if faults else f"{len(seen)} see this folder and its locks"
 
 
 def _list_open_ports() -> Iterator[str]:

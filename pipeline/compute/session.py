@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 
 import psutil
 import ray
+from ray import ObjectRef
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.compute import ray_train
 from pipeline.compute.interrupt import StopRequest, shield_children
@@ -23,6 +27,7 @@ from pipeline.errors import PipelineError, hide_password, shorten_error
 from pipeline.store.run import Place
 
 START_SECONDS = 600  # for which the machines of a cluster that still starts are waited for
+CALL_SECONDS = 60  # for which a machine may start a process and look around
 FREE_SECONDS = 5  # until what was given back is free
 
 
@@ -129,6 +134,27 @@ class RaySession:
         there, per_task = ray.cluster_resources(), self.resources.gpus_per_task
         tasks = max(1, int(there.get("CPU", 1)) // self.cluster.cpus_per_task)
         return (max(1, min(tasks, int(there.get("GPU", 0) / per_task))) if per_task else tasks), tasks
+
+
+def call_on_machines(address: str, body: Callable[..., str], *args: object) -> dict[str, str]:
+    """Return what `body(*args)` returns on each machine of the cluster at `address`, by its name; or why it failed."""
+    _start_ray(address)
+    try:
+        calls = {}
+        for node in filter(operator.itemgetter("Alive"), ray.nodes()):
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            call = ray.remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*args)
+            calls[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = call
+        return {name: _wait_for(call) for name, call in calls.items()}
+    finally:
+        ray.shutdown()
+
+
+def _wait_for(call: ObjectRef) -> str:
+    try:
+        return str(ray.get(call, timeout=CALL_SECONDS))
+    except RayError as error:
+        return shorten_error(error)
 
 
 def _start_ray(address: str | None) -> set[psutil.Process]:

@@ -49,6 +49,27 @@ def check_storage(root: Path) -> str:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_machines(root: Path, address: str) -> dict[str, str]:
+    """Return what each machine of the cluster at `address` sees amiss in the storage root, '' for nothing."""
+    from pipeline.compute.session import call_on_machines
+
+    word = secrets.token_hex(4)
+    folder = root / f"{TEMPORARY}doctor-{word}"
+    try:
+        write_text(folder / "file", word)
+        with lock_folder(folder):
+            return call_on_machines(address, _look_at_folder, folder, word)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _look_at_folder(folder: Path, word: str) -> str:
+    """Return what is wrong with a folder that another machine has made and locked, as this one sees it."""
+    if not (folder / "file").is_file() or (folder / "file").read_text() != word:
+        return "sees another folder there: mount the same file system at this path on all machines"
+    return "" if is_locked(folder) else "does not see who holds a lock: mount it with locks for all machines"
+
+
 def make_place(experiment: Experiment, root: Path, remember: bool = True) -> Place:
     """Return the place of an experiment, with its keys. Raises ConfigError where a file that it names is missing."""
     if missing := experiment.find_missing_files():

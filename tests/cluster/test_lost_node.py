@@ -37,9 +37,9 @@ class Nodes:
         self.volumes, self.of_file = folder / "volumes", services(env | {"WORKER_CPUS": "1"})
         self.network = hosts.Network(folder / "hosts", SERVICES)
 
-    def start(self, host: str) -> None:
+    def start(self, host: str, volumes: str = "") -> None:
         service = self.of_file[SERVICES[host]]
-        self.network[host].start(service, self.volumes)
+        self.network[host].start(service, self.volumes / volumes)
         self.network[host].wait_until_healthy(service["healthcheck"])
 
     def find_run(self, folder: str) -> Path:
@@ -67,6 +67,21 @@ def nodes(tmp_path) -> Iterator[Nodes]:
         yield nodes
     finally:
         nodes.network.close()
+
+
+def test_doctor_names_the_node_that_sees_another_folder(nodes):
+    head, other = nodes.network["ray-head"], nodes.network["node-2"]
+    words = ["doctor", "cluster.ray_address=auto", "cluster.storage=/srv/runs"]
+    told = head.execute(sys.executable, "-m", "pipeline", *words).stdout
+    assert "machines           3 see this folder and its locks\n" in told, told
+    other.stop(nodes.of_file["ray-worker"])
+    nodes.start("node-2", volumes="another")
+    told = head.execute(sys.executable, "-m", "pipeline", *words).stdout
+    (line,) = [line for line in told.splitlines() if line.startswith("machines")]
+    assert (
+        line.count("sees another folder") == 1
+        and f"({other.address}) sees another folder there: mount" in line
+    )
 
 
 def test_a_node_that_is_taken_away_costs_seconds(nodes):
