@@ -39,7 +39,7 @@ class Diffusion:
     """
 
     def __init__(self, config: DiffusionConfig | None = None, betas: Tensor | None = None) -> None:
-        """Make the process of `config`, or with these betas (T,) in place of its schedule and its timesteps."""
+        """Make the process of `config`; `betas` (T,), if given, replace its schedule and its number of timesteps."""
         config = config or DiffusionConfig()
         if betas is not None:
             values = tuple(betas.reshape(-1).tolist())
@@ -103,7 +103,7 @@ class Diffusion:
         return mean, variance, self.gather("log_one_minus_alpha_bar", t, x_0)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Draw x_t from q(x_t | x_0) by standard normal eps of the shape of x_0, drawn where left out (Eq. 4)."""
+        """Draw x_t from q(x_t | x_0) (Eq. 4). eps: standard normal, of the shape of x_0; None: drawn here."""
         eps = torch.randn_like(x_0) if eps is None else eps
         _require_same_shape(x_0=x_0, eps=eps)
         signal, spread = (

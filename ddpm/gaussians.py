@@ -9,7 +9,7 @@ from ddpm.config import Decoder
 
 
 def draw_gaussian(mean: Tensor, variance: Tensor, eps: Tensor | None = None) -> Tensor:
-    """Draw from N(mean, variance), which broadcast: mean + sqrt(variance) eps, eps drawn where it is left out."""
+    """Draw mean + sqrt(variance) eps from N(mean, variance); the arguments broadcast. eps None: drawn here."""
     eps = torch.randn_like(mean + variance) if eps is None else eps
     return mean + variance.sqrt() * eps
 
@@ -29,7 +29,7 @@ def compute_decoder_log_likelihood(
 
     x_0 holds the 256 grey levels scaled to [-1, 1]; the first and the last bin are open. cdf "tanh" is the
     approximation of the authors' code, "erf" is exact. In float32, as the authors' code has it, the tails of "tanh" are
-    coarse: for residuals of 0.8 grey levels it errs by 5e-8 bits where they are normal, by 7e-3 and 0.03 where they are
+    coarse: for residuals of 0.8 grey levels its error is 5e-8 bits if they are normal, 7e-3 and 0.03 if they are
     t-distributed with 5 and 3 degrees of freedom. Arguments in float64 have no such error.
     """
     phi = {"tanh": _approximate_normal_cdf, "erf": torch.special.ndtr}[cdf]

@@ -24,8 +24,8 @@ class BoundTerms:
     """Terms of the bound, per image; float64.
 
     terms (N, K) bits/dim and mse (N, K) of the x_0 estimate, in units of [-1, 1] squared, at the K timesteps;
-    prior (N,) bits/dim. K = T unless only some timesteps were asked for; timesteps is (K,), or (N, K) if each image
-    has its own.
+    prior (N,) bits/dim. K < T if only some timesteps are evaluated. timesteps is (K,), or (N, K) if each image has its
+    own.
     """
 
     timesteps: Tensor
@@ -35,7 +35,7 @@ class BoundTerms:
 
     @property
     def total(self) -> Tensor:
-        """The bound (N,), bits/dim. Raises ValueError where timesteps are missing."""
+        """The bound (N,), bits/dim. Raises ValueError if timesteps are missing."""
         self._require_all_timesteps()
         return self.terms.sum(dim=1) + self.prior
 

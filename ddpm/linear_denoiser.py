@@ -1,6 +1,6 @@
 """The best linear denoiser of a set of images, in closed form: nothing is trained.
 
-Of the images only the variances l_j along their D principal directions count (images scaled to [-1, 1], divided by n).
+Its error depends only on the variances l_j of the images along their D principal directions (in [-1, 1], over n).
 """
 
 import torch

@@ -27,8 +27,8 @@ class Model:
     """A trained network and its diffusion, ready to draw.
 
     net: called net(x_t, t, context=None), in evaluation mode; shape: (C, H, W) of an image; num_classes: 0 where it
-    takes no labels. options: how its run draws: seed, label, guidance_scale, and keywords of `run_image_chains`; what
-    draws takes others in their place. source: where it comes from.
+    takes no labels. options: how its run draws: seed, label, guidance_scale, and keywords of `run_image_chains`; the
+    methods that draw take other values for them. source: where the model comes from.
     """
 
     diffusion: Diffusion
@@ -50,7 +50,7 @@ class Model:
         return next(iter(tensors)).device
 
     def to(self, device: torch.device | str) -> "Model":
-        """Return the model on a device; its network itself moves there."""
+        """Return the model on a device. Its network is moved, not copied."""
         return replace(self, net=self.net.to(device), diffusion=self.diffusion.to(device))
 
     def run_chains(self, index: Tensor, **options: Any) -> Iterator[sampler.ReverseStep]:
@@ -63,13 +63,13 @@ class Model:
         )
 
     def guide(self, context: Tensor | None, scale: float) -> Network:
-        """Return the network, guided towards a context where scale is not 1."""
+        """Return the network, with guidance towards the context if scale is not 1."""
         if context is None or scale == 1:
             return self.net
         return sampler.add_guidance(self.net, scale, 0 if context.is_floating_point() else NO_LABEL)
 
     def sample(self, n: int, *, first: int = 0, batch_size: int = 64, **options: Any) -> Tensor:
-        """Draw images first..first+n-1, (n, C, H, W), in [-1, 1] unless clip=False; by default the run's."""
+        """Draw images first..first+n-1, (n, C, H, W), in [-1, 1] unless clip=False; without options, the run's own."""
         asked, index = {**self.options, **options}, torch.arange(first, first + n, device=self.device)
         context = self.make_context(asked["label"], index)
         images = []
@@ -84,8 +84,8 @@ class Model:
     ) -> Tensor:  # fmt: skip
         """Draw an image between x_a and x_b (C, H, W), in [-1, 1], for each lambda of `weights`: (K, C, H, W).
 
-        at: the t of 1..T at which the latents are mixed, default T / 2; 0 mixes the pixels. number: of the noise, which
-        all of them share. Nothing guides. Raises ValueError for what does not fit.
+        at: the t of 1..T at which the latents are mixed, default T / 2; 0 mixes the pixels. number: the index of the
+        noise, which all images share. There is no guidance. Raises ValueError for arguments that do not fit.
         """
         asked, timesteps = {**self.options, **options}, len(self.diffusion)
         at = timesteps // 2 if at is None else at
@@ -138,7 +138,7 @@ def build_model(
     """Build a trained model from plain settings, as JSON keeps them, and the tensors of its network.
 
     settings: `diffusion` and `model`, the fields of their dataclasses; shape, num_classes, options and source of
-    `Model`. Raises ValueError where the tensors are another network's.
+    `Model`. Raises ValueError if the tensors are another network's.
     """
     diffusion = Diffusion(_make_config(DiffusionConfig, settings["diffusion"]))
     config = _make_config(find_config_class(settings["model"]["name"]), settings["model"])

@@ -11,8 +11,8 @@ def compute_posterior_mean(x_t: Tensor, alpha_bar: Tensor, images: Tensor, chunk
     """Return E[x_0 | x_t], shaped like x_t (N, C, H, W), where x_0 is one of `images`, each equally likely.
 
     sum_n w_n x_n with w = softmax_n((sqrt(a) x_t.x_n - a |x_n|^2 / 2) / (1 - a)), by Bayes' rule from Eq. 4.
-    alpha_bar (N,) float64; images uint8 (K, C, H, W), of which `chunk` are looked at in one go. Arithmetic is in the
-    type of x_t: at low noise, float32 mixes up images that differ by one level of one value, float64 does not.
+    alpha_bar (N,) float64; images uint8 (K, C, H, W), read `chunk` at a time. Arithmetic is in the type of x_t: at low
+    noise, float32 cannot tell images apart that differ by one grey level in one value, float64 can.
     """
     x, a = x_t.flatten(1), alpha_bar.double()[:, None]
     to_product, to_square = (a.sqrt() / (1 - a)).to(x.dtype), (a / (1 - a) / 2).to(x.dtype)
@@ -28,9 +28,9 @@ def compute_posterior_mean(x_t: Tensor, alpha_bar: Tensor, images: Tensor, chunk
 
 
 class PosteriorMean(nn.Module):
-    """The posterior mean as a network, called net(x_t, t); it answers what `predict` of the diffusion asks for.
+    """The posterior mean as a network net(x_t, t), whose output is what `predict` of the diffusion names.
 
-    images: the buffer uint8 (K, C, H, W) is all that it knows, and nothing is trained. Arithmetic is in float64.
+    images: uint8 (K, C, H, W), its only buffer; nothing is trained. Arithmetic is in float64.
     """
 
     images: Tensor

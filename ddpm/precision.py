@@ -1,4 +1,4 @@
-"""The precision of a network by name, and what torch must be told for it.
+"""The precision of a network, by name, and the settings of torch for it.
 
 fp32: float32, with whole mantissas on a GPU too. tf32: float32, but a GPU multiplies with mantissas of 10 bits. bf16:
 products and what lies between them in bfloat16; parameters, gradients and what is outside the network stay float32.
@@ -15,7 +15,7 @@ from ddpm.config import Precision
 
 @contextmanager
 def use_precision(precision: Precision) -> Iterator[None]:
-    """Set within the context whether a GPU's float32 products are TF32; forward and backward passes belong into it."""
+    """Let a GPU multiply float32 in TF32, or forbid it, inside the context: for forward and backward passes."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     _allow_tf32(precision == "tf32", precision == "tf32")
     try:
@@ -31,7 +31,7 @@ def _allow_tf32(products: bool, convolutions: bool) -> None:
 
 @contextmanager
 def use_deterministic(deterministic: bool) -> Iterator[None]:
-    """Use algorithms within the context that give the same bits again; without, the fastest that a GPU measures."""
+    """Use deterministic algorithms inside the context; if false, those that a GPU measures as the fastest."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
@@ -43,12 +43,12 @@ def use_deterministic(deterministic: bool) -> Iterator[None]:
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Return torch's context of a forward pass: bfloat16 where the precision is bf16."""
+    """Return torch's autocast context for a forward pass; it casts to bfloat16 if the precision is bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class PreciseNetwork(nn.Module):
-    """Network that computes in one precision; its answer has the type of x_t, whatever the precision."""
+    """Network that computes in one precision; its output has the type of x_t in any case."""
 
     def __init__(self, net: nn.Module, precision: Precision) -> None:
         super().__init__()

@@ -43,8 +43,8 @@ class Stream(IntEnum):
 def run_philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:
     """Map four counter words (they broadcast) and a 64-bit key to four random words by Philox4x32-10.
 
-    A product of two words fills int64 to its sign, which wraps; only its 64 bits matter. Its lower word is c1 or c3 of
-    the next round, where the upper bits do no harm.
+    A product of two words needs all 64 bits of an int64, so it wraps to negative values; only the bits matter. Its
+    lower word is c1 or c3 of the next round, where the upper bits do no harm.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK, seed >> 32 & MASK
@@ -57,9 +57,9 @@ def run_philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word,
 
 
 def draw_blocks(seed: int, step: int, index: Tensor, counts: dict[Stream, int]) -> dict[Stream, Words]:
-    """Draw so many words of each stream for each row, or a few more: one run of Philox for all of them.
+    """Draw at least `counts` words of each stream for each row, all by one run of Philox.
 
-    index: int64 (N,), each below 2**32; the words are on its device. `to_*` make numbers of them.
+    index: int64 (N,), each below 2**32; the words are on its device. The functions `to_*` turn words into numbers.
     """
     if index.dtype != torch.int64 or index.ndim != 1:
         raise ValueError(f"index must be int64 (N,), got {index.dtype} of shape {tuple(index.shape)}")

@@ -91,7 +91,7 @@ def step_back(
 ) -> Tensor:  # fmt: skip
     """Draw x_{t-1} from p(x_{t-1} | x_t) (Algorithm 2, line 4), for int64 t (N,) of this chain, which may differ.
 
-    eps: the noise, drawn where it is left out; at t = 0 none is added.
+    eps: the noise; None: drawn here. At t = 0 none is added.
     """
     output = net(x_t, diffusion.timesteps[t], *(() if context is None else (context,)))
     mean, log_variance, _ = diffusion.p_mean_variance(output, x_t, t, clip, variance)
@@ -99,10 +99,10 @@ def step_back(
 
 
 def space_timesteps(diffusion: Diffusion, steps: int, spacing: Spacing = "uniform") -> list[int]:
-    """Return `steps` timesteps of the diffusion, ascending, both ends among them.
+    """Return `steps` timesteps of the diffusion, ascending, with the first and the last one.
 
     They lie evenly in t (Nichol and Dhariwal 2021), in the root of t (Song, Meng and Ermon 2020) or in the log SNR (Lu
-    et al. 2022). One that rounding has made equal to its neighbour moves to the next that is free.
+    et al. 2022). If rounding makes two of them equal, one moves to the next free timestep.
     """
     last, log_snr = len(diffusion) - 1, diffusion.tables["log_snr"].cpu()
     if not 1 <= steps <= last + 1:
@@ -142,7 +142,7 @@ def run_image_chains(
 
 
 def _make_image_function(run: Callable[Arguments, Iterator[ReverseStep]]) -> Callable[Arguments, Tensor]:
-    """Return a function of the same arguments as `run`, which returns only the images at the end of the chain."""
+    """Return a function with the arguments of `run` that returns only the images at the end of the chain."""
 
     @wraps(run, assigned=())
     def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
@@ -164,7 +164,7 @@ def run_to_end(steps: Iterator[ReverseStep]) -> Tensor:
 def explain_few_steps(
     diffusion: Diffusion, steps: int | None, variance: Variance | None = None
 ) -> str | None:
-    """Return why so few ancestral steps with fixedlarge variance spoil the images; None where they do not."""
+    """Return why so few ancestral steps with fixedlarge variance spoil the images; None if they do not."""
     kind = variance or diffusion.config.variance
     if kind != "fixedlarge" or steps is None or steps >= len(diffusion) // 2:
         return None
@@ -175,7 +175,7 @@ def explain_few_steps(
 
 
 def choose_ancestral_variance(sampler: Sampler, variance: Variance | None) -> Variance | None:
-    """Return the variance of ancestral chains of a run; other samplers than ancestral have fixedsmall with eta = 1."""
+    """Return the variance of a run's ancestral chains; fixedsmall (that of eta = 1) if its sampler is another one."""
     return variance if sampler == "ancestral" else "fixedsmall"
 
 
@@ -187,7 +187,7 @@ def interpolate(
     """Interpolate between x_a and x_b (N, C, H, W): diffuse both for `steps`, mix the latents, reverse (Sec. 4.4).
 
     weight: the paper's lambda in [0, 1], one for all or (N,); 0 is x_a. eps (N, C, H, W) diffuses both images, or is
-    one for each; it and noise are drawn where left out. More steps mix coarser features (Fig. 9); 0 mix the pixels.
+    one for each; eps and noise are drawn here if None. More steps mix coarser features (Fig. 9); 0 mix the pixels.
     """
     mix = torch.as_tensor(weight, dtype=x_a.dtype, device=x_a.device).reshape(-1, 1, 1, 1)
     if bool(((mix < 0) | (mix > 1)).any()):
@@ -214,7 +214,7 @@ def draw_shared_latent(
 ) -> Tensor:  # fmt: skip
     """Run the reverse process from x_T and return x_t (N, C, H, W) when `steps` steps remain.
 
-    Several ancestral chains over timesteps=range(steps) from it share what is in it (Fig. 7).
+    Ancestral chains over timesteps=range(steps) that start from it share its features (Fig. 7).
     """
     if not 1 <= steps <= len(diffusion):
         raise ValueError(f"steps must lie in 1..{len(diffusion)}, got {steps}")

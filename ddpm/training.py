@@ -1,6 +1,6 @@
 """Algorithm 1 with Adam, learning-rate warm-up, gradient clipping and EMA (Appendix B and the authors' code).
 
-It joins network and diffusion, as `ddpm.model` does for what is trained. Every random number is a function of (seed,
+It joins network and diffusion, as `ddpm.model` does for a trained network. Every random number is a function of (seed,
 stream, step, row of the global batch), so neither the number of workers nor an interruption changes what is drawn.
 """
 
@@ -28,7 +28,7 @@ from ddpm.timesteps import ImportanceSampler
 class TrainState:
     """State of a training: network, averages, Adam's moments and number of updates.
 
-    t_sampler: the history of losses that importance sampling of t goes by; None where t is uniform.
+    t_sampler: the history of losses for importance sampling of t; None if t is uniform.
     """
 
     def __init__(self, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig) -> None:
@@ -98,7 +98,7 @@ class TrainState:
 
 
 def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """Return why `given` cannot be loaded into `own`, in one line; empty where it can."""
+    """Return why `given` cannot be loaded into `own`, in one line; empty if it can."""
     needed, found = (
         {name: f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for name, x in tensors.items()}
         for tensors in (own, given)
@@ -119,7 +119,7 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 class BatchNoise(NamedTuple):
     """Random values of the rows (N,) of an update, on their device.
 
-    t int64 (N,), uniform over 0..T-1 or as t_sampler has it; the weight float32 (N,) of each loss, 1 where t is
+    t int64 (N,), uniform over 0..T-1 or drawn by t_sampler; the weight float32 (N,) of each loss, 1 if t is
     uniform; eps float32 (N, C, H, W); flip bool (N,), true with probability 1/2; label float32 (N,), uniform in
     [0, 1); dropout int32 (N, 2 * layers), the keys of the dropout layers.
     """
@@ -179,7 +179,7 @@ def compute_gradients(
     state: TrainState, diffusion: Diffusion, x_0: Tensor, rows: Tensor, *, config: TrainConfig, seed: int,
     context: Tensor | None = None, forward: nn.Module | None = None, world_size: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of this worker's slice of the global batch, in config.accumulate micro-batches.
+    """Compute the gradients of this worker's slice of the global batch, in config.accumulate parts.
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU, consecutive
     positions in the global batch; context: labels, int64 (N,), or float vectors (N, width). forward: the network as it

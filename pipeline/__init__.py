@@ -1,4 +1,4 @@
-"""The orchestration: reads conf/, calls ddpm/, writes runs/. `load` gives what was trained."""
+"""The orchestration: reads conf/, calls ddpm/, writes runs/. `load` returns a trained model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # importing torch takes seconds
 def load(name: str | Path, device: torch.device | str = "cpu", storage: str | Path = "runs") -> Model:
     """Load a trained model, ready to draw: a run, a models:/ address, or a folder in the layout of `ddpm export`.
 
-    name: a path, the name of a run below `storage`, or how it begins. The weights are the EMA, unless the run samples
-    raw ones. Raises PipelineError.
+    name: a path, or the name of a run below `storage`, or the start of that name. The weights are the EMA, unless the
+    run samples raw ones. Raises PipelineError.
     """
     from ddpm.model import build_model
     from pipeline.engine.load import read_model

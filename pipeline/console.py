@@ -1,4 +1,4 @@
-"""Terminal output: progress bars, dated lines where the output is no terminal, tables."""
+"""Terminal output: progress bars, tables, and dated lines if the output is no terminal."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SMALL = 1 / 10  # of what is done: the rate of units that are no larger is taken
 
 
 def print_line(text: str) -> None:
-    """Print one line; with date and time where the output is no terminal."""
+    """Print one line, with date and time if the output is no terminal."""
     stamp = "" if sys.stdout.isatty() else time.strftime("%Y-%m-%d %H:%M:%S  ")
     print(f"{stamp}{text}", flush=True)
 
 
 def drop_lost_outputs() -> None:
-    """Write into nothing from now on where nobody reads: the terminal was closed, or Ctrl-C ended `| tee` too."""
+    """Discard further output if nobody reads it: the terminal was closed, or Ctrl-C has ended `| tee` too."""
     outputs = select.poll()
     for stream in (1, 2):
         outputs.register(stream, 0)
@@ -49,7 +49,7 @@ def format_rate(rate: float) -> str:
 
 
 def format_table(headings: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> str:
-    """Return a table as text, as wide as the terminal; the first column is never cut."""
+    """Return a table as text, at most as wide as the terminal; the first column is never cut."""
     import shutil
 
     from rich.console import Console

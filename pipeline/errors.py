@@ -33,13 +33,13 @@ class ConfigError(PipelineError):
 
 
 def escape_name(text: str) -> str:
-    """Return text in which names that are no UTF-8, or hold control characters, can be printed and written."""
+    """Escape what cannot be printed or written in a name: bytes that are no UTF-8, and control characters."""
     text = re.sub(UNPRINTABLE, lambda found: ascii(found[0])[1:-1], text)
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ' (did you mean 'x'?)', or nothing where no known word is near."""
+    """Return ' (did you mean 'x'?)'; '' if no known word is similar."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
@@ -48,7 +48,7 @@ NETWORK_REASONS = ("connection refused", "timed out", "name or service not known
 
 
 def explain_network_error(error: Exception, uri: str = "") -> str:
-    """Return in a few words why the server at `uri` cannot be reached; clients wrap the reason in long messages."""
+    """Return the short reason why the server at `uri` cannot be reached, without the clients' long messages."""
     text = f"{error} {error.__context__}".lower()
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = next((reason for reason in NETWORK_REASONS if reason in text), lines[0])
@@ -71,7 +71,7 @@ def hide_password(uri: str) -> str:
 
 
 def shorten_error(error: BaseException | str) -> str:
-    """Return the last line of an error; of Ray's memory errors the line with the numbers."""
+    """Return the last line of an error, or for Ray's memory errors the line with the numbers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     memory = [line for line in lines if "running low on memory" in line]
     name = "no reason given" if isinstance(error, str) else type(error).__name__

@@ -1,6 +1,6 @@
 """The U-Nets of the API page and of the annotated walk-through.
 
-Both are the paper's but for what is replaced here; above all they narrow before they upsample.
+Both are the paper's U-Net, except for the layers replaced here; above all they narrow before they upsample.
 """
 
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class ApiUNet(UNet):
         return nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def list_up_widths(self, width: int, finer: int) -> list[int]:
-        """Narrow from the second block on."""
+        """Return the widths: narrow from the second block on."""
         return [width] + [finer] * self.config.num_res_blocks
 
 
@@ -45,7 +45,7 @@ class AnnotatedUNet(ApiUNet):
         return UNet.build_block(self, in_channels, out_channels)
 
     def list_up_widths(self, width: int, finer: int) -> list[int]:
-        """Narrow with the last block."""
+        """Return the widths: narrow in the last block."""
         return [width] * self.config.num_res_blocks + [finer]
 
     def project_output(self, h: Tensor) -> Tensor:

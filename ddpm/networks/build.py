@@ -1,4 +1,4 @@
-"""Builds a network from its settings."""
+"""Construction of networks from their settings."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -32,7 +32,7 @@ def build_network(
     """Build the network that `config` describes; its weights depend on `seed` alone, and are drawn on the CPU.
 
     On device "meta" nothing is drawn; a custom network is built on the CPU then, since it may hold constants that
-    no checkpoint has. timesteps: the T of the diffusion. Raises ValueError for what does not fit.
+    no checkpoint has. timesteps: the T of the diffusion. Raises ValueError for settings that do not fit.
     """
     if num_classes and not config.takes_labels:
         raise ValueError(
@@ -65,14 +65,14 @@ def _build_custom(config: CustomConfig, seed: int, given: dict[str, int]) -> nn.
 
 
 def allocate_weights(net: nn.Module, device: torch.device | str) -> nn.Module:
-    """Give a network that was built on "meta" memory on a device, for weights that are loaded into it."""
+    """Allocate memory on a device for a network that was built on "meta"; its weights must then be loaded."""
     is_empty = any(tensor.is_meta for tensor in net.state_dict().values())
     return net.to_empty(device=device) if is_empty else net.to(device)
 
 
 @torch.no_grad()
 def check_output(net: nn.Module, shape: tuple[int, int, int], out_channels: int, takes_labels: bool) -> None:
-    """Raise ValueError unless the network, on the CPU, has weights and answers images of this shape as it must."""
+    """Raise ValueError unless the network (on the CPU) has weights and a valid output for images of this shape."""
     if not isinstance(net, nn.Module) or not any(p.requires_grad for p in net.parameters()):
         raise ValueError("it is no torch.nn.Module with weights to train")
     x_t, t, wanted = torch.zeros(2, *shape), torch.tensor([0, 1]), (2, out_channels, *shape[1:])

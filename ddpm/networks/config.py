@@ -21,7 +21,7 @@ class NetworkConfig(Protocol):
 
 @dataclass(frozen=True)
 class ExactConfig:
-    """Settings of a `PosteriorMean`, the best denoiser of the training images: it has none."""
+    """The empty settings of a `PosteriorMean`, the best denoiser of the training images."""
 
     name: Literal["exact"] = "exact"
     takes_labels: ClassVar[bool] = False

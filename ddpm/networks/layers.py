@@ -48,7 +48,7 @@ class SeededNetwork(nn.Module):
 
 
 class RowDropout(nn.Dropout):
-    """Dropout whose mask of an image is a function of that image's keys, not of torch's seed and the whole batch.
+    """Dropout that draws the mask of an image from the keys of this image, not from torch's seed and the whole batch.
 
     keys: int32 (2, N, 1), set before each forward pass of training; None: torch's own dropout. p is rounded to a
     multiple of 2**-16. Each 32-bit word decides on two neighbouring channels of a pixel: the sum of a counter and the
@@ -59,7 +59,7 @@ class RowDropout(nn.Dropout):
 
     @property
     def dropped(self) -> int:
-        """Of 2**16 numbers, so many are dropped."""
+        """Number of dropped values among 2**16."""
         return min(round(self.p * 2**16), 2**16 - 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class RowDropout(nn.Dropout):
 
 
 def draw_kept(keys: Tensor, size: int, dropped: int) -> Tensor:
-    """Draw which numbers of an image are kept, bool (..., N, size), for keys (2, ..., N, 1)."""
+    """Draw a mask of the values that are kept in an image, bool (..., N, size), from keys (2, ..., N, 1)."""
     first, second = keys
     word = torch.arange(-(-size // 2), dtype=torch.int32, device=keys.device) + first
     word = torch.add(second, _fold_half(word), alpha=0x7FEB352D)
@@ -81,12 +81,12 @@ def draw_kept(keys: Tensor, size: int, dropped: int) -> Tensor:
 
 
 def view_as_images(values: Tensor, x: Tensor) -> Tensor:
-    """View values (N, C*H*W), which lie as channels_last does, in the shape of x (N, C, H, W)."""
+    """View values (N, C*H*W), in the memory order of channels_last, in the shape of x (N, C, H, W)."""
     return values.view(len(x), *x.shape[2:], x.shape[1]).movedim(-1, 1)
 
 
 def _fold_half(word: Tensor) -> Tensor:
-    """Compute word ^ (word >>> 16) of int32 (..., W) in place: the upper half into the lower one."""
+    """Compute word ^ (word >>> 16) of int32 (..., W) in place: XOR the upper half into the lower one."""
     halves = word.view(torch.int16).unflatten(-1, (-1, 2))
     halves[..., 0].bitwise_xor_(halves[..., 1])
     return word
@@ -99,9 +99,9 @@ class RowDropout2d(RowDropout):
 
 @contextmanager
 def set_dropout_keys(layers: list[RowDropout], keys: Tensor) -> Iterator[None]:
-    """Set the keys of the layers within the context, int32 (len(layers), 2, N, 1); none stay behind."""
-    for layer, its_keys in zip(layers, keys, strict=True):
-        layer.keys = its_keys
+    """Set the keys of the layers inside the context, int32 (len(layers), 2, N, 1); afterwards they have none."""
+    for layer, layer_keys in zip(layers, keys, strict=True):
+        layer.keys = layer_keys
     try:
         yield
     finally:
@@ -121,7 +121,7 @@ def embed_timesteps(t: Tensor, width: int, dtype: torch.dtype = torch.float, end
 
 
 def encode_context(context: Tensor | None, t: Tensor, num_classes: int) -> Tensor:
-    """Return vectors as they are, and labels as one-hot rows, float (N, num_classes); zeros for NO_LABEL."""
+    """Return vectors unchanged, and labels as one-hot rows, float (N, num_classes); zeros for NO_LABEL."""
     if context is None:
         return torch.zeros(len(t), num_classes, device=t.device)
     if not num_classes:

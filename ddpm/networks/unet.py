@@ -75,7 +75,7 @@ class UNet(SeededNetwork):
         return SelfAttention(width, self.config.norm_groups)
 
     def build_downsample(self, width: int) -> nn.Module:
-        """Build what halves the side, padded on the right and bottom only (TensorFlow's SAME)."""
+        """Build the layer that halves the side; it pads on the right and bottom only (TensorFlow's SAME)."""
         pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2)
         return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 

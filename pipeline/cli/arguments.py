@@ -1,4 +1,4 @@
-"""The arguments of a command: a name, overrides, and the cluster, from what was typed."""
+"""Parses the arguments of a command: a name, overrides, and the cluster."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def load_experiment_and_cluster(options: Namespace) -> tuple[Experiment, Cluster
     try:
         name, known = name or options.command.default, list_known_names()
         experiment = config.load_experiment(name, overrides, known)
-        if experiment.published.path:  # what was typed wins over what the published settings say
+        if experiment.published.path:  # typed overrides replace the published settings
             from pipeline.store.diffusers_layout import derive_overrides
 
             derived = derive_overrides(experiment.published)

@@ -33,9 +33,9 @@ def complete(program: ArgumentParser, parsers: Mapping[str, ArgumentParser]) -> 
 
 
 def remove_options(line: str, valued: set[str]) -> str:
-    """Remove complete options from the line that is being typed, since argparse would stop completing words there.
+    """Remove complete options from the typed line, since argparse would not complete names behind them.
 
-    `valued` are the options that take a value. After `submit --` the line is that of the job.
+    valued: the options that take a value. After `submit --` the line is that of the job.
     """
     program, *done, typed = line.split(" ")
     if done[:1] == ["submit"] and "--" in done:
@@ -52,7 +52,7 @@ def _complete_cluster_keys(prefix: str) -> list[str]:
 
 
 def _complete_keys(prefix: str) -> list[str]:
-    """Return key= for the keys of an experiment and of a cluster; after "=" the values, where they can be listed."""
+    """Return key= for the keys of an experiment and of a cluster; after "=" the values, if the key has a list."""
     sections: list[tuple[str, type]] = [("model", network) for network in NETWORKS.values()]
     fields = config.get_field_types(config.Experiment)
     sections += [(key, kind) for key, kind in fields.items() if config.is_section(kind)]
@@ -70,7 +70,7 @@ def _complete_section(name: str, section: type, prefix: str) -> list[str]:
 
 
 def _complete_value(kind: object) -> list[str]:
-    """Return the values that a field's type names: its choices, true and false, null."""
+    """Return the values in a field's type: its choices, true and false, null."""
     if kind is bool:
         return ["true", "false"]
     if kind is type(None):
@@ -86,7 +86,7 @@ def _complete_run(prefix: str) -> list[str]:
     return [*(path.name for path in runs), *_complete_cluster_keys(prefix)]
 
 
-# From the metavar of an argument and what is typed of a word to the words that it may become.
+# metavar of an argument -> function from the start of a word to its completions
 COMPLETERS: dict[str, Callable[[str], list[str]]] = {
     "CLUSTER": lambda prefix: config.list_configurations("cluster"),
     "cluster.key=value": _complete_cluster_keys,

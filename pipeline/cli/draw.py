@@ -53,7 +53,7 @@ def draw_images(options: Namespace, cluster: ClusterConfig, out: Path) -> None:
 
 
 def _check_options(options: Namespace, out: Path) -> None:
-    """Raise ConfigError where options contradict each other, or nothing could be written."""
+    """Raise ConfigError if options contradict each other, or if `out` cannot be written."""
     if out.suffix not in (".png", ".gif", ".npz", ""):
         raise ConfigError(f"{out} must end in .png, .gif or .npz, or have no ending: a folder of pictures")
     if out.is_dir() if out.suffix else out.is_file() or any(out.glob("*")):
@@ -83,7 +83,7 @@ def _read_numbers(option: str, text: str) -> list[float]:
 
 
 def _run_chains(model: Model, n: int, frames: int) -> Tensor:
-    """Draw n images; return x_t (frames, n, C, H, W) at evenly spaced steps, the last of which is the end."""
+    """Draw n images; return x_t (frames, n, C, H, W) at evenly spaced steps up to the last one."""
     steps = model.options["steps"] or len(model.diffusion)
     wanted, batches = {math.ceil(steps * (i + 1) / frames) for i in range(frames)}, range(0, n, BATCH)
     parts = []
@@ -98,7 +98,7 @@ def _run_chains(model: Model, n: int, frames: int) -> Tensor:
 
 
 def _interpolate_files(model: Model, n: int, options: Namespace, label: Label, framed: bool) -> Tensor:
-    """Draw n rows (1, n K, C, H, W) between two files, each with noise of its own; `framed`: with both at its ends."""
+    """Draw n rows (1, n K, C, H, W) between two image files, each row with other noise; `framed`: add the two files."""
     x_a, x_b = (from_uint8(_read_image(Path(file), model.shape)) for file in options.interpolate)
     weights, rows = _read_numbers("--lambda", options.weights or LAMBDAS), []
     for number in range(n):
@@ -108,7 +108,7 @@ def _interpolate_files(model: Model, n: int, options: Namespace, label: Label, f
 
 
 def _read_image(file: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Read an image file as uint8 (C, H, W). Raises PipelineError where it is none of this shape."""
+    """Read an image file as uint8 (C, H, W). Raises PipelineError if it is no image of this shape."""
     data = DataConfig(
         source="folder", path=None, image_size=shape[1], channels=1 if shape[0] == 1 else 3, labels=0,
         images_per_shard=1, test_images=0, resize="refuse", max_undecodable=0,
@@ -121,7 +121,7 @@ def _read_image(file: Path, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _write_images(frames: Tensor, columns: int, out: Path) -> None:
-    """Write uint8 (frames, N, C, H, W) as what the ending of `out` says; all of it or nothing."""
+    """Write uint8 (frames, N, C, H, W) in the format of the ending of `out`, atomically."""
     images = frames[-1].permute(0, 2, 3, 1).numpy()
     match out.suffix:
         case ".png":

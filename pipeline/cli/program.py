@@ -30,8 +30,8 @@ Argument = tuple[tuple[str, ...], dict[str, Any]]  # its names and settings, for
 class Command:
     """One command: its function, its help, examples and arguments.
 
-    prepare_submit: checks its arguments and starts nothing; commands that have it can be submitted as jobs.
-    default: the experiment where none is named.
+    prepare_submit: checks the arguments and starts nothing; commands that have it can be submitted as jobs.
+    default: the experiment if the user names none.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _parse_integer(least: int, most: int) -> Callable[[str], int]:
 
 
 def _declare_names(metavar: str, text: str) -> Argument:
-    """Return the argument that takes any number of names and overrides."""
+    """Return an argument for any number of names and overrides."""
     return _declare("words", nargs="*", metavar=metavar, help=text)
 
 
@@ -83,7 +83,7 @@ ADDRESS = _declare(
 
 
 def _make_stage_command(name: str, text: str, examples: str) -> Command:
-    """Return the command that runs the stages up to one stage."""
+    """Return the command that runs all stages up to the named one."""
     arguments, examples = (*EXPERIMENT, ACCEPT_CODE), examples + CONFIGURATIONS + GOES_ON
     return Command(name, do.run_experiment, text, examples, arguments, do.check_submitted_run)
 

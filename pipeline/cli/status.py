@@ -109,7 +109,7 @@ def _describe_run(path: Path, changed: float) -> str:
 
 
 def _estimate_left(points: list[LogPoint], steps: int) -> float:
-    """Return the seconds of the steps that are left, by the last points of the log; 0 where none is known."""
+    """Estimate the seconds of the remaining steps from the last points of the log; 0 if there are too few."""
     done = points[-1]["step"] - points[0]["step"] if points else 0
     each = (points[-1]["time"] - points[0]["time"]) / done / 1000 if done else 0.0
     return each * max(0, steps)
@@ -122,7 +122,7 @@ def _format_age(seconds: float) -> str:
 
 
 def diagnose(cluster: ClusterConfig) -> str:
-    """Return a report on devices, libraries, Inception weights and stores, with a remedy for what is missing."""
+    """Report on devices, libraries, Inception weights and stores, with a remedy for everything that is missing."""
     return "\n".join(f"{name:<17}  {fact}" for name, fact in _list_machine_checks(cluster))
 
 
@@ -173,7 +173,7 @@ def _describe_machines(root: Path, address: str) -> str:
 
 
 def _list_open_ports() -> Iterator[str]:
-    """List where Ray, MLflow and this program listen for other machines too, as far as we may look."""
+    """List the ports of Ray, MLflow and this program that other machines can reach, as far as we may look."""
     for socket in psutil.net_connections("tcp"):
         if socket.pid and socket.status == "LISTEN" and not socket.laddr.ip.endswith(("127.0.0.1", "::1")):
             with suppress(psutil.Error):

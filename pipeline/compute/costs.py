@@ -16,7 +16,7 @@ class Sum(TypedDict):
 
 
 def add_costs(path: Path, chain: int, spent: list[Cost]) -> None:
-    """Add the costs of units to the file, for a sampling chain of so many steps; empty the list."""
+    """Add the costs of units to the file, under the number of steps of the sampling chain; then empty the list."""
     costs = read_record(path, dict[str, dict[str, Sum]])
     for kind, images, seconds in spent:
         cost = costs.setdefault(kind, {}).setdefault(str(chain), {"images": 0, "seconds": 0.0})

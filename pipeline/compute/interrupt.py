@@ -1,4 +1,4 @@
-"""The signals that ask a command to end: Ctrl-C, SIGTERM, and the SIGHUP of a terminal that is closed."""
+"""Handlers of the signals that ask a command to end: Ctrl-C, SIGTERM, and the SIGHUP of a closed terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StopRequest(KeyboardInterrupt):
 
 
 def set_handlers(handle: Callable[[int, FrameType | None], None]) -> None:
-    """Call `handle` at each signal that asks to end; under nohup, SIGHUP does not."""
+    """Set `handle` as the handler of each signal that asks a command to end; under nohup, SIGHUP stays ignored."""
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handle)

@@ -1,4 +1,4 @@
-"""Ray on this machine for the length of a command: who gets in, what listens, and its end."""
+"""Ray on this machine for one command: its start, who may connect, and its end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DAEMONS = ("gcs_server", "raylet")
 
 
 def start_local_ray() -> set[psutil.Process]:
-    """Start Ray for this command alone; return its processes. Raises what Ray raises, RuntimeError."""
+    """Start Ray for this command alone; return its processes. Raises RuntimeError, and the errors of Ray."""
     import grpc
     import ray
 
@@ -52,7 +52,7 @@ def start_local_ray() -> set[psutil.Process]:
 
 
 def require_ray(processes: set[psutil.Process]) -> None:
-    """Raise PipelineError where Ray has died: its client would wait, and then end this process."""
+    """Raise PipelineError if Ray has died; otherwise its client would wait, and then end this process."""
     for process in processes:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
             raise PipelineError(f"Ray's process {process.pid} was killed; the same command goes on")

@@ -53,7 +53,7 @@ def is_transient(error: object) -> bool:
 
 @dataclass(frozen=True)
 class PendingCall:
-    """A Ray call that has not returned. unit: None where an actor starts; actor: None where the unit is a task."""
+    """A Ray call that has not returned. unit: None if it starts an actor; actor: None if the unit is a task."""
 
     unit: Unit | None
     actor: ActorHandle | None
@@ -84,7 +84,7 @@ class Pool:
         self.losses: Counter[int] = Counter()  # of processes, by the unit's id
 
     def run_units(self, units: Sequence[Unit], done: WhenDone, costs: list[Cost]) -> None:
-        """Run the units, one at a time on each actor, and call `done` with each that is finished.
+        """Run the units, one at a time on each actor, and call `done` with each finished unit.
 
         A unit whose actor dies, or that meets a fault that may pass, is given to another: `cluster.retries` times.
         """
@@ -124,7 +124,7 @@ class Pool:
             self.end_idle_actors()  # a task may be waiting for what they hold
 
     def _take_result(self, reference: ObjectRef) -> float | None:
-        """Return the seconds of a finished unit and mark its actor as idle; None where the actor died.
+        """Return the seconds of a finished unit and mark its actor as idle; None if the actor died.
 
         Raises what the unit raised, in a user's words where the user can help it.
         """

@@ -156,7 +156,7 @@ def _fit(
 
 
 def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], object]) -> BaseException | None:
-    """Run `fit` in a thread, and return the error that it raised; the main thread looks, and handles Ctrl-C."""
+    """Run `fit` in a thread, and return its error; meanwhile the main thread calls `look` and handles Ctrl-C."""
     outcome: list[BaseException] = []
 
     def run() -> None:
@@ -178,7 +178,7 @@ def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], objec
 
 
 def _end_wait(thread: threading.Thread) -> None:
-    """End the controller for which the thread waits in Ray: a wait that outlives Ray's shutdown is a SIGSEGV."""
+    """End the controller that the thread waits for: a wait that is longer than Ray's life ends in a SIGSEGV."""
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
         if isinstance(controller := frame.f_locals.get("controller"), ActorHandle):
@@ -223,7 +223,7 @@ def _run_worker_body(body: Body, place: Place, cpus: int, image_memory: int) -> 
 
 
 def _log_to_file(path: Path) -> None:
-    """Append what this process logs, and how it crashes, to a file of the run; Ray's own files go with the node."""
+    """Append the log and the crashes of this process to a file of the run; Ray's own files are lost with the node."""
     path.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -81,7 +81,7 @@ def share_cpus(nodes: Nodes, workers: int, gpus: float) -> int:
 
 
 def resolve_resources(cluster: ClusterConfig, nodes: Nodes, pixels: int | None = None) -> Resources:
-    """Replace null settings by what the machines have. Raises PipelineError where they have too little.
+    """Replace null settings by what the machines have. Raises PipelineError if they have too little.
 
     Without cluster.workers those of one machine are taken, and no more than `pixels` of a batch keep busy.
     """

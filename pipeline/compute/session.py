@@ -72,7 +72,7 @@ class RaySession:
         end_local_ray(self.local_processes)
 
     def _wait_for_nodes(self) -> Resources:
-        """Return the command's resources; of a cluster that was joined, the nodes may still be starting."""
+        """Return the command's resources; in a joined cluster, wait for nodes that are still starting."""
         for second in range(START_SECONDS if self.cluster.ray_address else 0):
             try:
                 return resolve_resources(self.cluster, self.list_nodes(), self.pixels)
@@ -85,7 +85,7 @@ class RaySession:
         return resolve_resources(self.cluster, self.list_nodes(), self.pixels)
 
     def _explain_wait(self, count: int, cpus: int, gpus: float) -> None:
-        """Say for what the command waits where the cluster that it has joined is full."""
+        """Say which resources the command waits for, because the joined cluster is full."""
         if self.cluster.ray_address is None or self.most_in_flight is not None:
             return
         for _ in range(FREE_SECONDS):  # what was given back takes a moment
@@ -102,7 +102,7 @@ class RaySession:
         self.pool = Pool(self.cluster, resources.gpus_per_task, self._count_slots, self.must_stop)
 
     def must_stop(self) -> bool:
-        """Return whether the command was asked to stop. Raises PipelineError where it has lost its Ray."""
+        """Return whether the command was asked to stop. Raises PipelineError if it has lost its Ray."""
         require_ray(self.local_processes)
         return self.interrupted()
 

@@ -41,7 +41,7 @@ SMALLER = {
 
 @contextmanager
 def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
-    """Raise PipelineError, which no executor tries again, where a GPU's memory is too small for what is done within."""
+    """Turn a GPU's lack of memory inside the context into a PipelineError, which no executor tries again."""
     import torch
 
     try:

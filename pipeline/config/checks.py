@@ -49,7 +49,7 @@ WORDS: dict[Kind, str] = {
 
 
 def get_field_types(cls: type) -> Types:
-    """Return the type of each key of a section; fields that no file can set are left out."""
+    """Return the type of each key of a section, without the fields that no file can set."""
     hints = get_type_hints(cls, include_extras=True)
     return {
         field.name: hints[field.name]
@@ -82,7 +82,7 @@ def find_type(cls: type, key: str) -> Kind | None:
 
 
 def read_text(kind: Kind, value: object) -> object:
-    """Return what a text means for a key of this type; the text itself where it means nothing."""
+    """Parse a text as a value of this type; return the text itself if it is none."""
     if not isinstance(value, str) or takes_text(kind):
         return value
     kinds = {option if isinstance(option, type) else type(option) for option in _list_options(kind)}
@@ -97,14 +97,14 @@ def read_text(kind: Kind, value: object) -> object:
 
 
 def _list_options(kind: Kind) -> list[object]:
-    """Return what a type allows: plain types, and the values of choices."""
+    """Return the plain types, and the values of choices, that a type allows."""
     if get_origin(kind) is Literal:
         return list(get_args(kind))
     return [option for part in get_args(kind) for option in _list_options(part)] or [kind]
 
 
 def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, ProblemsByKey]:
-    """Return a tree's values as dataclasses, and its problems; one of the two is empty.
+    """Convert a tree's values to dataclasses; return these and the problems, one of which is empty.
 
     `complete`: every key must be there, whatever its default. One value stands for a list of one.
     """
@@ -173,7 +173,7 @@ def _require_text(value: str | None) -> str | None:
 
 
 def _describe_problem(types: Types, problem: ErrorDetails) -> tuple[str, str]:
-    """Return the key of a problem that pydantic found, and the message."""
+    """Return the key and the message of a problem that pydantic found."""
     names: list[str] = []
     kind: Kind = NoneType  # at the root
     known, verb = types, "is"
@@ -229,7 +229,7 @@ def _format_choices(choices: Iterable[object]) -> str:
 
 
 def _suggest(value: object, choices: Iterable[object]) -> str:
-    """Return what was meant: a list, which is written [a,b], or a word that is near."""
+    """Suggest what the user meant: a list, written [a,b], or a similar word."""
     if not isinstance(value, str):
         return ""
     if "," in value:

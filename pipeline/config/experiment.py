@@ -1,4 +1,4 @@
-"""The experiment: all sections that may change a number, and what is wrong between them."""
+"""The experiment: all sections that may change a number, and the checks between them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LARGEST_BATCH = 2**34  # pixels
 
 @dataclass(frozen=True)
 class SelectedCheckpoint:
-    """The step of the selected checkpoint, the number of candidates, and the rule of the selection in words."""
+    """Step of the selected checkpoint, number of candidates, and the rule of the selection as text."""
 
     step: int
     candidates: int
@@ -46,7 +46,7 @@ class Experiment:
     selected: SelectedCheckpoint | None = field(default=None, metadata={"in_file": False})
 
     def find_problems(self) -> Iterator[sections.Problem]:
-        """Find what is wrong between keys, each problem with its full key."""
+        """Find problems between the keys of several sections, each with its full key."""
         sample, evaluate = self.sample, self.evaluate
         if not re.fullmatch(sections.FILE_NAME, self.name):
             yield "name", f"is {self.name!r}; {sections.NAME_RULE}"
@@ -195,7 +195,7 @@ class Experiment:
 
     @property
     def ema_number(self) -> int:
-        """The place in train.ema_decay of the average that is sampled and scored."""
+        """The position in train.ema_decay of the average that is sampled and scored."""
         decay = self.sample.ema_decay
         return 0 if decay is None else self.train.ema_decay.index(decay)
 

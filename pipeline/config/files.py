@@ -1,6 +1,6 @@
-"""Yaml files of configurations: finding them, reading them with their `base:`, applying overrides.
+"""Yaml files of configurations: how they are found, read with their `base:`, and overridden.
 
-Every value stays the text that was written, until `checks` reads it by the type of its key. Nothing is filled in.
+Every value stays the text in the file, until `checks` converts it to the type of its key. No default is added.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TAGS = [f"tag:yaml.org,2002:{name}" for name in ("null", "str", "seq", "map")]
 
 
 class TextLoader(yaml.SafeLoader):
-    """Loader of yaml whose values stay texts, but for null; it refuses aliases, tags and keys that stand twice."""
+    """Yaml loader that keeps all values except null as texts; it refuses aliases, tags and duplicate keys."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [pair for pair in pairs if pair[0] == TAGS[0]]
@@ -46,7 +46,7 @@ class TextLoader(yaml.SafeLoader):
 
 
 def list_conf_folders() -> list[Path]:
-    """Return the folders that are searched: ./conf, then the conf/ that came with the program."""
+    """Return the folders to search: ./conf, then the conf/ of the program."""
     package = Path(__file__).parent.parent
     return [Path.cwd() / "conf", package / "conf", package.parent / "conf"]
 
@@ -99,7 +99,7 @@ def read_provenance(path: Path) -> Tree:
 
 
 def apply_overrides(tree: Tree, overrides: list[str], section: type) -> Tree:
-    """Return the tree with the key=value overrides applied; `section` has the keys, some take a text as typed."""
+    """Return the tree with key=value overrides. section: the class of the keys; a key may take any text as typed."""
     given: list[Tree] = []
     problems = []
     for word in overrides:
@@ -120,7 +120,7 @@ def apply_overrides(tree: Tree, overrides: list[str], section: type) -> Tree:
 
 
 def _read_override(kind: Kind | None, text: str) -> Any:
-    """Return the value of an override: the text as typed where the key takes one, unless it is null or quoted."""
+    """Return the value of an override; if its type is text, the text as typed unless it is null or quoted."""
     if not text.strip() or (takes_text(kind) and not re.fullmatch(QUOTED, text, re.DOTALL)):
         return None if text == "null" and NoneType in get_args(kind) else text
     return _load_yaml(text)
@@ -139,7 +139,7 @@ def _read_yaml(path: Path) -> Tree:
 
 
 def _load_yaml(text: str | bytes) -> Any:
-    """Return what yaml says. Raises ConfigError with the reason alone, in a line."""
+    """Parse yaml text. Raises ConfigError with the reason alone, in one line."""
     try:
         return yaml.load(text, TextLoader)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
@@ -157,7 +157,7 @@ def _merge(base: Tree, tree: Tree) -> Tree:
 
 
 def _merge_trees(*trees: Tree) -> Tree:
-    """Merge by OmegaConf. Texts are bytes to it, so that `${` and `???` in them mean nothing."""
+    """Merge by OmegaConf. It gets texts as bytes, so that `${` and `???` in them mean nothing."""
     try:
         merged = OmegaConf.merge(*map(_swap_texts, trees))
     except TypeError as error:

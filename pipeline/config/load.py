@@ -1,4 +1,4 @@
-"""Loading of experiments and clusters, with all problems reported at once, a line each; and writing them."""
+"""Loads and writes experiments and clusters; all problems of a file are reported at once, one line each."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _is_path(key: str, value: object) -> TypeGuard[str]:
 
 
 def find_relative_paths(name: str, overrides: list[str]) -> list[str]:
-    """Return an experiment's relative paths, as 'data.path=images'; elsewhere they name other files."""
+    """Return an experiment's relative paths, as 'data.path=images'; on another machine they name other files."""
     tree, _ = _read_experiment(name, overrides)
     values = [(f"{section}.{key}", key, tree[section][key]) for section, key in PATHS]
     return [f"{full}={path}" for full, key, path in values if _is_path(key, path) and path[0] != "/"]
@@ -140,7 +140,7 @@ def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
 
 
 def read_value(key: str, value: Any) -> Any:
-    """Return what texts, in lists too, mean for a key of an experiment that may be a network's own."""
+    """Convert a text, or a list of texts, to the type of an experiment's key, which may be one of its network."""
     if isinstance(value, list):
         return [read_value(key, item) for item in value]
     return value if takes_text(find_type(Experiment, key)) else read_text(bool | int | float, value)

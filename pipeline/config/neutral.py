@@ -1,4 +1,4 @@
-"""Settings that are left out of every key, so that a new option leaves the keys of all old runs as they are.
+"""Settings at neutral values, which no key contains, so that a new option changes no key of an old run.
 
 A new option needs a line in NEUTRAL: the value at which everything is as it was before the option. There it is left
 out of every key, and a file that was written before the option means that value.
@@ -61,7 +61,7 @@ FORMULAS = {
 
 
 def get_key_content(name: str, section: DataclassInstance) -> Tree:
-    """Return the values of section `name` that go into the keys, as plain containers."""
+    """Return the values of section `name` that are hashed into keys, as plain containers."""
     content: Tree = {}
     for key, value in json.loads(json.dumps(dataclasses.asdict(section))).items():
         full = f"{name}.{key}"

@@ -62,7 +62,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStageConfig(TrainConfig):
-    """Settings of training (`TrainConfig`), and of what the train stage writes meanwhile."""
+    """Settings of training (`TrainConfig`), and of the files that the train stage writes."""
 
     compile: bool
     deterministic: bool
@@ -116,7 +116,7 @@ class SampleConfig:
 
     @property
     def is_deterministic(self) -> bool:
-        """True if the chain draws no noise of its own, which would correct what the network gets wrong."""
+        """True if the chain draws no noise after x_T; such noise would correct errors of the network."""
         return self.sampler != "ancestral" and self.eta == 0
 
 
@@ -146,7 +146,7 @@ class EvaluateConfig:
 
     @property
     def reference_file(self) -> Path | None:
-        """The path of the user's statistics; None where the reference is a split of the data."""
+        """The path of the user's statistics; None if the reference is a split of the data."""
         return None if self.reference in SPLITS else Path(self.reference).expanduser()
 
     def find_problems(self) -> Iterator[Problem]:

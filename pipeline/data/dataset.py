@@ -41,7 +41,7 @@ class Dataset(Protocol):
 
 
 def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
-    """Open a split: loaded if its pixels fit into `ctx.image_memory` bytes, else read from its shards."""
+    """Open a split: in memory if its pixels fit into `ctx.image_memory` bytes, otherwise from its shards."""
     index = tars.open_shards(directory)
     pixels = index.count_images(split) * index.facts["channels"] * index.facts["image_size"] ** 2
     if pixels <= ctx.image_memory:

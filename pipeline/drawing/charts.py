@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: its title, the label `x` of the horizontal axis, and the function that draws on it."""
+    """A pair of axes: title, label `x` of the horizontal axis, and the function that draws on them."""
 
     title: str
     x: str
@@ -173,7 +173,7 @@ def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
 
 
 def _choose_series_style(number: int) -> dict[str, Any]:
-    """Return colour and dashes of a run or a line, by its number: every colour before the next kind of dashes."""
+    """Return colour and dashes of the run or line of this number: all colours come before the next kind of dashes."""
     dashes, colour = divmod(number, len(style.SERIES))
     return {"color": style.SERIES[colour], "linestyle": style.DASHES[dashes % len(style.DASHES)]}
 

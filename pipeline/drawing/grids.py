@@ -12,7 +12,7 @@ CELL_PIXELS = 64  # smaller images are enlarged
 
 
 def make_grid(images: Tensor, columns: int) -> Image.Image:
-    """Make one picture of images, uint8 (N,C,H,W) on the CPU, row by row, two pixels apart on white."""
+    """Put images, uint8 (N,C,H,W) on the CPU, into one picture, row by row, two pixels apart on white."""
     scale = max(1, CELL_PIXELS // images.shape[-1])
     images = images.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     n, _, h, w = images.shape
@@ -30,7 +30,7 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
 
 
 def save_animation(frames: Tensor, columns: int, file: Path) -> None:
-    """Write grids of images, uint8 (frames,N,C,H,W), as a GIF that repeats for ever, atomically; the last one stays."""
+    """Write grids of images, uint8 (frames,N,C,H,W), as an endless GIF that rests on the last one, atomically."""
     first, *others = (make_grid(images, columns) for images in frames)
     seconds = [0.06] * len(others) + [3]
     with write_atomically(file) as temporary:
@@ -41,7 +41,7 @@ def save_animation(frames: Tensor, columns: int, file: Path) -> None:
 
 
 def require_picture(file: Path) -> Path:
-    """Return the path of a PNG. Raises PipelineError where one of its checksums is wrong."""
+    """Return the path of a PNG. Raises PipelineError if one of its checksums is wrong."""
     try:
         with Image.open(require_regular_file(file), formats=["PNG"]) as image:
             image.verify()

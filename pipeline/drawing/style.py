@@ -65,7 +65,7 @@ def save_svg(figure: Figure, file: Path) -> None:
 
 
 def _make_css() -> str:
-    """Return the CSS: the fonts, and for the dark theme each light colour of matplotlib replaced by its dark one."""
+    """Make the CSS: fonts, and for the dark theme the dark counterpart of each light colour of matplotlib."""
     rules = "".join(
         f'[style*="{part}: {light}"] {{{part}: {dark} !important}}'
         for light, dark in COLOURS.values()

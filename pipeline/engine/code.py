@@ -1,6 +1,6 @@
-"""The program's own code: its version, its commit and the patch on it, a hash of what moves numbers.
+"""The program's own code: version, commit, uncommitted patch, and a hash of the code that moves numbers.
 
-It imports little, since `ddpm --version` asks here.
+It imports little, since `ddpm --version` uses it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def find_version() -> str:
-    """Return the program's version: that of its checkout, or of the installed package."""
+    """Find the program's version: that of its checkout, or of the installed package."""
     if (project := ROOT / "pyproject.toml").is_file():
         return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
     return metadata.version("ddpm-pipeline")
@@ -27,7 +27,7 @@ def find_version() -> str:
 def find_commit() -> str | None:
     """Return the commit of the code, with '+' and 8 digits of the patch where the tree differs from it.
 
-    None where there is no checkout of this program, whatever repository lies around it.
+    None if this program is no checkout, even if it is inside another repository.
     """
     commit, patch = read_commit()
     return f"{commit}+{hash_patch(patch)}" if patch else commit
@@ -39,7 +39,7 @@ def hash_patch(patch: str) -> str:
 
 @lru_cache
 def read_commit() -> tuple[str | None, str]:
-    """Return the commit and the difference from it, untracked Python files included."""
+    """Return the commit and the uncommitted patch, untracked Python files included."""
     if (mark := ROOT / "pipeline" / "COMMIT").is_file():
         return mark.read_text().strip() or None, ""  # code of a job or a wheel came without its history
     try:
@@ -49,7 +49,7 @@ def read_commit() -> tuple[str | None, str]:
 
 
 def _read_git() -> tuple[str | None, str]:
-    """Return what `read_commit` does, of a checkout."""
+    """Read commit and patch from the checkout by git."""
 
     def git(*words: str, codes: tuple[int, ...] = (0,)) -> str:
         done = subprocess.run(

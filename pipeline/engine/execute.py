@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept_code: bool = False) -> Place:
     """Run the unfinished stages up to and including `last`. Raises StopRequest, PipelineError.
 
-    accept_code: whether to go on with what another code made.
+    accept_code: whether to continue a run of other code.
     """
     place = make_place(experiment, prepare_storage_root(cluster))
     is_new = not place.path.exists()
@@ -82,9 +82,9 @@ def run_trial_stages(
     executor: Executor, interrupted: Callable[[], bool], cluster: ClusterConfig, place: Place, last: str,
     asked: Experiment | None = None, accept_code: bool = False,
 ) -> None:  # fmt: skip
-    """Run the unfinished stages of a trial with the executor of its study; wait for others that work on the run.
+    """Run the unfinished stages of a trial with its study's executor; wait for other commands that work on the run.
 
-    `asked` is what experiment.yaml says, where that is more than this call does. Raises StopRequest, PipelineError.
+    asked: the experiment for experiment.yaml, if this call does a part of it only. Raises StopRequest, PipelineError.
     """
     with lock_folder(place.path, wait=True):
         _remove_leftovers(place)

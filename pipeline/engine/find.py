@@ -1,4 +1,4 @@
-"""Finding runs: by experiment, by name, and those of an earlier version."""
+"""Finds runs: by experiment, by name, and those of an earlier version."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
 
 
 def check_storage(root: Path) -> str:
-    """Return what the file system of a storage root does not do as it must; empty where it does all."""
+    """Return which operations fail on the file system of a storage root; empty if all work."""
     folder, began = root / f"{TEMPORARY}doctor-{secrets.token_hex(4)}", time.time()
     try:
         write_text(folder / "file", "1")
@@ -71,7 +71,7 @@ def _look_at_folder(folder: Path, word: str) -> str:
 
 
 def make_place(experiment: Experiment, root: Path, remember: bool = True) -> Place:
-    """Return the place of an experiment, with its keys. Raises ConfigError where a file that it names is missing."""
+    """Make the place of an experiment, with its keys. Raises ConfigError if a file of the experiment is missing."""
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
     fingerprint = sources.compute_fingerprint(experiment.data, locate_fingerprints(root), remember)

@@ -1,4 +1,4 @@
-"""What was trained, ready to draw: a run, or a folder in the diffusers layout."""
+"""Loads trained models, ready to draw: from a run, a folder in the diffusers layout, or MLflow."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read_model(name: str, root: Path, uri: str | None = None) -> tuple[Tree, Ten
 
 
 def choose_checkpoint(place: Place) -> Place:
-    """Return the place with the checkpoint that its run samples, or the newest one while that is not there."""
+    """Return the place with the checkpoint that its run samples, or with the newest one until that exists."""
     place = fill_in_selection(place) or place
     sample, steps = place.experiment.sample, checkpoint.list_steps(place.train)
     is_known = sample.checkpoint != "best" or place.experiment.selected

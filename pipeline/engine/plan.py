@@ -39,7 +39,7 @@ def list_unfinished_stages(place: Place, last: str) -> list[Stage]:
 
 
 def find_stage_place(stage: Stage, place: Place) -> Place:
-    """Return the place that a stage works on: with the selected checkpoint filled in, if the stage uses it."""
+    """Return the place that a stage works on, with the selected checkpoint if the stage uses it."""
     found = selection.fill_in_selection(place) if stage.uses_checkpoint else place
     assert found is not None, "the selection comes first"
     return found

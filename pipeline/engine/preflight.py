@@ -26,7 +26,7 @@ MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 
 @dataclass(frozen=True)
 class Requirements:
-    """Bytes of disk and memory that a run needs, and its numbers of kept checkpoints and images.
+    """Bytes of disk and memory that a run needs, and the numbers of checkpoints to keep and of images.
 
     `memory` is a training worker's, without images and activations, which nobody knows before the first step.
     """
@@ -66,7 +66,7 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
 
 
 def check_workers(cluster: ClusterConfig) -> None:
-    """Raise PipelineError where the workers ask for more than this machine has; other clusters tell it once joined."""
+    """Raise PipelineError if the workers need more than this machine has; other clusters are checked when joined."""
     if cluster.workers != 0 and cluster.ray_address is None:
         resolve_resources(cluster, [count_local_devices()])
 
@@ -84,7 +84,7 @@ def check_custom_network(experiment: Experiment) -> None:
 
 
 def check_resources(place: Place, todo: Sequence[Stage] = ()) -> str:
-    """Return a line on what the run needs. Raises PipelineError where a stage, or the disk, has less than it needs."""
+    """Return a line on what the run needs. Raises PipelineError if a stage, or the disk, has less than it needs."""
     for stage in todo:
         stage.check_before_start(place)
     check_custom_network(place.experiment)

@@ -1,4 +1,4 @@
-"""The provenance of a run: code, versions, hardware; and whether another code made it so far."""
+"""The provenance of a run: code, versions, hardware; and the check that the same code has made it so far."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def collect_provenance(experiment: Experiment) -> Tree:
 
 
 def describe_other_code(place: Place) -> str | None:
-    """Return a line that names both codes if another one trained the run or drew its samples; None if not."""
+    """Return a line that names both codes if other code trained the run or drew its samples; None if not."""
     codes = _read_codes(place)
     if not codes or (last := list(codes)[-1]) == (own := hash_code(place.experiment.model.name)):
         return None
@@ -70,7 +70,7 @@ def _name_code() -> str:
 
 
 def _read_codes(place: Place) -> dict[str, str]:
-    """Return the codes that trained the run and drew its samples, each by its hash, the last one last."""
+    """Return the codes that trained the run and drew its samples, by their hashes, the newest last."""
     try:
         codes = place.read_provenance().get("codes")
     except (PipelineError, OSError):  # a damaged record is written anew
@@ -81,7 +81,7 @@ def _read_codes(place: Place) -> dict[str, str]:
 def write_record(place: Place, todo: Sequence[Stage], accept_code: bool = False) -> None:
     """Write experiment.yaml, the resolved configuration and its provenance, and keep the patch of a changed tree.
 
-    Raises PipelineError where a stage of `todo` would add to what another code made, unless that is accepted.
+    Raises PipelineError if a stage of `todo` would add to what another code made, unless that is accepted.
     """
     codes = _read_codes(place)
     if any(stage.adds_to_run for stage in todo):

@@ -1,4 +1,4 @@
-"""A command as a RayJob of KubeRay: a cluster for it alone, which a queue lets in, and which goes when it has ended."""
+"""A command as a RayJob of KubeRay: its own cluster, which a queue can hold back, and which ends with the command."""
 
 from __future__ import annotations
 

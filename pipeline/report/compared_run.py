@@ -32,12 +32,12 @@ class ComparedRun:
     swept: Tree
 
     def format_swept_value(self, key: str) -> str:
-        """Return its value of a swept key as text."""
+        """Return the run's value of a swept key as text."""
         return format_value(self.swept.get(key))
 
     @cached_property
     def files(self) -> RunFiles:
-        """Its files; those of the last checkpoint while the best one is not selected yet."""
+        """The run's files; those of the last checkpoint until the best one is selected."""
         experiment = self.place.experiment
         last = replace(experiment, sample=replace(experiment.sample, checkpoint="last"))
         return RunFiles(selection.fill_in_selection(self.place) or self.place.of(last))
@@ -57,7 +57,7 @@ class ComparedRun:
 
     @cached_property
     def objective(self) -> Tree:
-        """The settings that must agree for losses to be compared."""
+        """The settings that must be equal for losses to be comparable."""
         return {"data": self.data, **describe_objective(self.place.experiment)}
 
     @cached_property
@@ -90,7 +90,7 @@ def shorten_key(key: str) -> str:
 
 
 def shorten_labels(runs: Sequence[ComparedRun]) -> dict[str, str]:
-    """Map labels to names that fit into a plot: the swept values where they tell the runs apart."""
+    """Map labels to names that fit into a plot: the swept values if these differ between all runs."""
     keys = find_swept_keys(runs)
     values = {run.label: " · ".join(map(run.format_swept_value, keys)) for run in runs}
     if 0 < len(keys) <= MOST_IN_PLOTS and len(set(values.values())) == len(runs):
@@ -101,7 +101,7 @@ def shorten_labels(runs: Sequence[ComparedRun]) -> dict[str, str]:
 
 
 def format_shared_protocol(group: RankedGroup[ComparedRun]) -> str:
-    """Return what the runs of a group share, as part of a sentence."""
+    """Return the common protocol of a group's runs as part of a sentence."""
     names = {key: PROTOCOL.get(key, key) for key in group.protocol if key not in IMPLIED}
     return ", ".join(
         f"{name if name[:2].isupper() else name[0].lower() + name[1:]} {format_value(group.protocol[key])}"

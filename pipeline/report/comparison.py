@@ -164,7 +164,7 @@ def draw_scores(
 
 
 def draw_losses(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
-    """Draw the losses of runs with the same objective in one panel, of others in separate panels."""
+    """Draw the losses of all runs, one panel for each objective."""
     groups: dict[str, dict[Path, tuple[int, ComparedRun]]] = {}
     for number, run in enumerate(runs):
         if run.files.points:  # several compared runs may share a directory: its loss is one curve

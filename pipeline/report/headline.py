@@ -1,4 +1,4 @@
-"""The scores of a run in sentences, and the numbers that stand beside them."""
+"""The scores of a run in sentences, and the numbers to compare them with."""
 
 from pipeline import config
 from pipeline.report import paper
@@ -8,7 +8,7 @@ from pipeline.scores.metrics import FIRM, HEADLINE, METRICS, Metric
 
 
 def compare_with_linear_denoiser(run: RunFiles) -> str:
-    """Return the numbers of a CIFAR-10 network and of the best linear denoiser where the network is not better.
+    """Return the numbers of a CIFAR-10 network and of the best linear denoiser, if the network is not better.
 
     '' otherwise. Its RMSE holds for the paper's noise schedule, its rate only with the variance fixedlarge.
     """
@@ -28,7 +28,7 @@ def compare_with_linear_denoiser(run: RunFiles) -> str:
 
 
 def describe_run(run: RunFiles) -> str:
-    """Return what became of a run as Markdown: a warning of a useless network, its steps, its scores."""
+    """Describe the result of a run as Markdown: its steps, its scores, and a warning if the network is useless."""
     after = f"After {run.step:,} training steps: " if run.step and run.experiment.is_trained else ""
     if not run.scores:
         return f"{after}not scored yet." if after else "Not trained yet."
@@ -59,7 +59,7 @@ def describe_scores(run: RunFiles) -> str:
 
 
 def compare_with_real_images(run: RunFiles, metric: Metric) -> str:
-    """Return the score of images that the model has not seen, beside that of as many samples; '' without one."""
+    """Compare the score of the samples with that of as many real images that the model has not seen; '' without one."""
     points = run.metrics["reference_points"]
     name = next((name for name in ("test", "train") if metric.name in points.get(name, {})), "")
     if not name:

@@ -10,7 +10,7 @@ from pipeline.report.page import escape_markdown, format_value
 
 @dataclass(frozen=True)
 class PictureMatrix:
-    """Pictures in rows (name, cells) and columns, which are values of `down` and `across`."""
+    """Pictures in rows (name, cells) and columns; the rows are values of the key `down`, the columns of `across`."""
 
     across: str
     down: str
@@ -58,7 +58,7 @@ def arrange_pictures(
 
 
 def _list_values(runs: Sequence[ComparedRun], key: str) -> list[str]:
-    """List each value once: numbers by size, all else in the order of the runs."""
+    """List each value once: numbers by size, other values in the order of the runs."""
     values = [run.swept.get(key) for run in runs]
     numbers = sorted(value for value in values if isinstance(value, int | float))
     return list(dict.fromkeys(map(format_value, numbers if len(numbers) == len(values) else values)))

@@ -55,7 +55,7 @@ def format_value(value: str | float | Sequence[int | float | str] | None) -> str
 
 
 def escape_markdown(text: str) -> str:
-    """Escape what Markdown would read as code, stress, a link or a tag."""
+    """Escape the characters that Markdown would read as code, emphasis, a link or a tag."""
     return re.sub(r"([\\`*<]|(?<=\])\()", r"\\\1", text)
 
 

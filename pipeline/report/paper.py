@@ -30,7 +30,7 @@ class PaperRow:
         return self.scores.get(metric.name, "–").replace(" ", FIRM)
 
     def format_difference(self, scores: Mapping[str, Any], metric: Metric) -> str:
-        """Return a run's score less the paper's, with its sign and the run's error; a dash where one is missing."""
+        """Return a run's score minus the paper's, with sign and the run's error; a dash if one of them is missing."""
         printed = re.search(r"\d+\.\d+", self.format_score(metric))
         if printed is None or metric.name not in scores:
             return "–"
@@ -53,7 +53,7 @@ TABLES_1_AND_2 = (
 
 
 def find_paper_row(diffusion: DiffusionConfig) -> PaperRow | None:
-    """Find the row of an objective; None where the paper has none."""
+    """Find the row of an objective; None if the paper has none."""
     variance = "fixed" if diffusion.variance.startswith("fixed") else diffusion.variance
     key = (diffusion.predict, diffusion.loss, variance)
     return next((row for row in TABLES_1_AND_2 if (row.predict, row.loss, row.variance) == key), None)

@@ -36,7 +36,7 @@ REFERENCE_POINTS = {
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The content of one run's files, read once. What is not there yet, or is damaged, is empty."""
+    """The contents of a run's files, read once. A file that is damaged, or not there yet, is empty."""
 
     place: Place
 
@@ -46,7 +46,7 @@ class RunFiles:
 
     @cached_property
     def _results(self) -> dict[str, tuple[Path, Any]]:
-        """Path and content of each result, by name; those that are there, and are what their seals say."""
+        """Path and content of each result, by name, without those that are missing or differ from their seals."""
         place = self.place
         readers: dict[str, tuple[Path, Callable[..., Any], *tuple[type, ...]]] = {
             "data": (place.data / MANIFEST, read_json, ShardSetFacts),
@@ -63,7 +63,7 @@ class RunFiles:
 
     @cached_property
     def paths(self) -> dict[str, Path]:
-        """Paths of the files that the page shows, by name; those that are there, and are what their seals say."""
+        """Paths of the files on the page, by name, without those that are missing or differ from their seals."""
         records = {"experiment": self.place.experiment_yaml, "log": self.place.log}
         found = {name: path for name, path in records.items() if path.is_file()}
         return found | {name: path for name, (path, _) in self._results.items()}
@@ -75,7 +75,7 @@ class RunFiles:
         return [path for path in found if try_read(require_picture, path)]
 
     def get_content(self, name: str) -> Any:
-        """Return the content of a JSON file; {} where it is not there."""
+        """Return the content of a JSON file; {} if it is not there."""
         return self._results[name][1] if name in self._results else {}
 
     @cached_property
@@ -87,12 +87,12 @@ class RunFiles:
 
     @cached_property
     def seconds_by_stage(self) -> dict[str, float]:
-        """Seconds by stage; without those of the report, which are known only after it."""
+        """Seconds by stage, without the report, whose time is known only after it."""
         return {k: v for k, v in self.place.read_stage_seconds().items() if k != "report"}
 
     @cached_property
     def commits_by_stage(self) -> dict[str, list[str]]:
-        """Commits by stage; without those of the report, which changed nothing that it shows."""
+        """Commits by stage, without the report, which changes nothing that it shows."""
         return {k: v for k, v in self.place.read_stage_commits().items() if k != "report"}
 
     @cached_property

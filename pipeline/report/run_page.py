@@ -1,4 +1,4 @@
-"""The page of one run. For missing results it names the command that makes them."""
+"""The page of one run. If results are missing, it names the command that makes them."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def compose_page(run: RunFiles, folder: Path) -> str:
 
 
 def describe_provenance(run: RunFiles) -> dict[str, str]:
-    """Return what made the run, in words: network, commits, hardware, versions and time; '' for what is unknown."""
+    """Describe what made the run: network, commits, hardware, versions and time; '' for each that is unknown."""
     count = sum(tensor.numel() for tensor in create_network(run.experiment, "meta").parameters())
     stages: dict[str, list[str]] = {}  # by commit
     for stage in STAGES:

@@ -38,7 +38,7 @@ FIGURE_5 = {
 
 
 def draw_first_images(run: RunFiles, folder: Path) -> list[Picture]:
-    """Draw the first samples, and beside them as many real images, of the test split where there is one."""
+    """Draw the first samples, and beside them as many real images, of the test split if there is one."""
     if "grid" not in run.paths:
         return []
     pictures: list[Picture] = []
@@ -56,7 +56,7 @@ def draw_first_images(run: RunFiles, folder: Path) -> list[Picture]:
 
 
 def copy_figures(run: RunFiles, folder: Path) -> list[Picture]:
-    """Copy the figures in their order; if none shows the first samples, copy these before them."""
+    """Copy the figures in their order, after the first samples if no figure shows these."""
     manifest = run.get_content("figures")
     files = [run.place.figures / name for name in manifest.get("order", []) if name != FIGURE_5_SVG]
     whole = {file.name: file for file in files if try_read(require_sealed, file)}
@@ -87,7 +87,7 @@ def copy_picture(file: Path, folder: Path, caption: str) -> Picture:
 
 
 def draw_training(run: RunFiles, folder: Path) -> list[Picture]:
-    """Draw the curves of training that the log has."""
+    """Draw the curves of training that are in the log."""
     pictures = []
     for metric, (name, title, log, caption) in TRAINING.items():
         steps, values = run.read_series(metric)

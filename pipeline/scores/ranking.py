@@ -25,7 +25,7 @@ class ScoredRun(Protocol):
 
     swept: the values that tell it from the others; runs that differ in the seed alone are one point.
     data: names its images. protocol: says how its scores came about.
-    image_bounds: the seed of the noise, and the bound of each image in order, empty where it is not known.
+    image_bounds: the seed of the noise, and the bound of each image in order, empty if it is not known.
     """
 
     @property

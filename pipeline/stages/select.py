@@ -33,7 +33,7 @@ class SelectStage(Stage):
         return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_done(place)
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """Return the sample and evaluate stages of all candidates. Raises PipelineError where there is none."""
+        """Return the sample and evaluate stages of all candidates. Raises PipelineError if there is none."""
         asked, every = place.experiment.evaluate.checkpoints, place.experiment.evaluate.checkpoint_interval
         if not (candidates := selection.list_candidates(place)):
             raise_no_checkpoint(place, f"for evaluate.checkpoints={asked}")

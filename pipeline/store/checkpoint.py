@@ -106,7 +106,7 @@ def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
 
 
 def read_meta(directory: Path) -> Meta:
-    """Read what a checkpoint says of itself. Raises PipelineError where it is no complete one of this step and run."""
+    """Read what a checkpoint says of itself. Raises PipelineError if it is no complete one of this step and run."""
     meta = files.read_json(directory / META, Meta, "it is no complete checkpoint")
     run, key = directory.parent.parent.name, meta.get("run_key", "")
     if directory.name != f"step_{meta['step']:08d}" or not run.endswith(key):
@@ -178,7 +178,7 @@ def find_newest_step(run: Place, at_most: int) -> int | None:
 
 
 def load_checkpoint(directory: Path) -> Tensors:
-    """Load all tensors of a checkpoint on the CPU. Raises PipelineError where the EMA alone is there."""
+    """Load all tensors of a checkpoint on the CPU. Raises PipelineError if the EMA alone is there."""
     verify_checkpoint(directory)
     if not has_state(directory):
         raise PipelineError(f"{directory} holds the EMA alone (train.keep_steps): nothing resumes from it")
@@ -234,7 +234,7 @@ def name_weights_file(which: str, number: int = 0) -> str:
 
 
 def load_weights(directory: Path, which: str, number: int = 0) -> Tensors:
-    """Return the network's tensors, `raw` or the `ema` of this number. Raises PipelineError where they are broken."""
+    """Return the network's tensors, `raw` or the `ema` of this number. Raises PipelineError if they are broken."""
     if name_weights_file(which, number) == EMA:
         verify_checkpoint(directory)
         return load_file(directory / EMA)
@@ -262,7 +262,7 @@ def create_network(experiment: Experiment, device: torch.device | str = "cpu") -
 
 
 def read_model(place: Place) -> tuple[dict[str, Any], Tensors]:
-    """Read the settings and the weights of the selected checkpoint. Raises PipelineError where there is none."""
+    """Read the settings and the weights of the selected checkpoint. Raises PipelineError if there is none."""
     step, experiment = place.experiment.checkpoint_step, place.experiment
     if not place.step_folder(step).is_dir():
         raise_no_checkpoint(place, f"of step {step}")

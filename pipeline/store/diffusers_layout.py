@@ -91,7 +91,7 @@ def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
 def read_weights(experiment: Experiment) -> Tensors:
     """Read the tensors at `published.path`, float32, under our names.
 
-    Raises ConfigError where the settings are not the experiment's, PipelineError where the tensors are not.
+    Raises ConfigError if the settings are not the experiment's, PipelineError where the tensors are not.
     """
     files = find_weight_files(experiment.published)
     assert files, "the experiment trains its own weights"
@@ -146,7 +146,7 @@ def find_network_differences(experiment: Experiment, published: Settings) -> lis
 def derive_overrides(published: PublishedConfig) -> list[str]:
     """Return the overrides that make an experiment's network the published one, from config.json.
 
-    None where that or the weights cannot be read, which `read_weights` tells.
+    None if that or the weights cannot be read, which `read_weights` tells.
     """
     try:
         given = LEFT_OUT | read_json(find_weight_files(published)[0].with_name(NETWORK), Settings, FETCH)
@@ -184,7 +184,7 @@ def _find_our_name(names: dict[str, str], theirs: object) -> object:
 
 
 def _read_scheduler(folder: Path) -> Settings:
-    """Read the scheduler's settings of the weights in `folder`; empty where the network alone was published."""
+    """Read the scheduler's settings of the weights in `folder`; empty if the network alone was published."""
     root = folder.parent if folder.name in ("unet", "unet_ema") else folder
     files = [path for path in (root / "scheduler" / SCHEDULER, root / SCHEDULER) if path.is_file()]
     return read_json(files[0], Settings, FETCH) if files else {}

@@ -134,14 +134,14 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_regular_file(path: Path) -> Path:
-    """Return the path. Raises OSError where it is no file: who opens a pipe waits for ever."""
+    """Return the path. Raises OSError if it is no file: who opens a pipe waits for ever."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return path
 
 
 def read_json(path: Path, shape: type[T], remedy: str = REMEDY) -> T:
-    """Read a JSON file. Raises PipelineError where it is damaged, or not of the shape (see `parse_json`)."""
+    """Read a JSON file. Raises PipelineError if it is damaged, or not of the shape (see `parse_json`)."""
     try:
         return parse_json(require_regular_file(path).read_bytes(), shape, path, remedy)
     except OSError as error:
@@ -192,7 +192,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz. Raises PipelineError where it is damaged."""
+    """Return the arrays of an .npz. Raises PipelineError if it is damaged."""
     try:
         with np.load(require_regular_file(path), allow_pickle=False) as arrays:
             return dict(arrays)
@@ -206,7 +206,7 @@ def write_unit_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_unit_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return a unit's arrays. Raises PipelineError where the file is damaged or of another unit."""
+    """Return a unit's arrays. Raises PipelineError if the file is damaged or of another unit."""
     arrays = read_arrays(path)
     unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
     if unit != expected:
@@ -330,7 +330,7 @@ def require_sealed(path: Path) -> Path:
 
 
 def read_sealed(path: Path, shape: type[T]) -> T:
-    """Read a JSON file after comparing it with the manifest beside it. Raises PipelineError where it differs."""
+    """Read a JSON file after comparing it with the manifest beside it. Raises PipelineError if it differs."""
     return read_json(require_sealed(path), shape)
 
 
@@ -353,7 +353,7 @@ def require_file(path: Path, facts: FileFacts, check: Check = "sha256") -> None:
 def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the folder's lock during the body: one driver at a time. The kernel frees it when its holder dies.
 
-    Raises PipelineError where another holds it, or waits for that one to finish.
+    Raises PipelineError if another holds it, or waits for that one to finish.
     """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("a+") as file:

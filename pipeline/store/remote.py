@@ -67,7 +67,7 @@ def push_run(name: str, root: Path, uri: str) -> str:
 def pull_run(uri: str, root: Path) -> str:
     """Copy a pushed run (or data/<shards>) from `uri` into the storage root; return a summary.
 
-    What this root has finished itself is kept. Raises PipelineError where nothing was pushed, or an object is not
+    What this root has finished itself is kept. Raises PipelineError if nothing was pushed, or an object is not
     what the list of contents says.
     """
     store = ObjectStore(uri)

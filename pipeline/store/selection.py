@@ -75,7 +75,7 @@ def write_selection(place: Place) -> None:
 
 
 def read_selection(place: Place) -> Selection | None:
-    """Return the selection; None where it is missing or damaged."""
+    """Return the selection; None if it is missing or damaged."""
     if files.try_read(files.read_manifest, place.selection, files.Manifest) is None:
         return None
     return files.try_read(files.read_sealed, place.selection_json, Selection)

@@ -107,7 +107,7 @@ class Shard:
         return facts if (own | facts).items() >= (own | wanted).items() else None
 
     def require_facts(self, **more: Any) -> ShardFacts:
-        """Return the facts. Raises PipelineError where the tar has changed since it was made."""
+        """Return the facts. Raises PipelineError if the tar has changed since it was made."""
         if (facts := self.read_facts(**more)) is None:
             raise PipelineError(f"{self.path} changed while it was used; run the command again")
         return facts
@@ -213,7 +213,7 @@ def write_shard_manifest(
 
 
 def read_shard_manifest(directory: Path, check: files.Check = "seal") -> ShardSetFacts | None:
-    """Return the manifest of a folder of shards; None without one. Raises PipelineError where anything differs."""
+    """Return the manifest of a folder of shards; None without one. Raises PipelineError if anything differs."""
     manifest = files.read_manifest(directory, ShardSetFacts, check)
     if manifest is None:
         return None
@@ -271,7 +271,7 @@ class ShardManifest:
 
 
 def open_shards(directory: Path) -> ShardManifest:
-    """Read a folder's manifest. Raises PipelineError where it or a shard is missing or has another size."""
+    """Read a folder's manifest. Raises PipelineError if it or a shard is missing or has another size."""
     manifest = read_shard_manifest(directory, "size")
     if manifest is None:
         raise PipelineError(f"{directory} holds no finished shards; run the stage that writes them")

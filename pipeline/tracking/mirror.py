@@ -171,7 +171,7 @@ class Mirror(mlflow_client.Sender):
 
     @property
     def record(self) -> DeliveryRecord | None:
-        """The record of this server; None where nothing arrived yet."""
+        """The record of this server; None if nothing arrived yet."""
         return self._state.get("servers", {}).get(hide_password(self.uri))
 
     @property
@@ -195,7 +195,7 @@ class Mirror(mlflow_client.Sender):
 def deliver_run(uri: str, study: str, place: Place, largest_model: float = 0) -> str:
     """Send the whole run directory again, and return a summary. The caller holds the run's lock.
 
-    Raises PipelineError where the server does not answer.
+    Raises PipelineError if the server does not answer.
     """
     mirror = Mirror(uri, study, place, largest_model=largest_model)
     mirror._state.get("servers", {}).pop(hide_password(uri), None)

@@ -131,7 +131,7 @@ def format_study_url(uri: str, experiment_id: str) -> str:
 
 
 def explain_ui(uri: str, storage: Path) -> str:
-    """Return which command serves the links into a store; '' where a server does already."""
+    """Return which command serves the links into a store; '' if a server does already."""
     words = shlex.join(["ddpm", "ui", f"cluster.storage={storage}"])
     return "" if uri.startswith("http") else f" (served by `{words}`)"
 

@@ -21,7 +21,7 @@ HOST, STARTING = "127.0.0.1", 120.0  # seconds that a server may take to answer
 def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     """Run MLflow's server on the store until it is interrupted, and print the link once it answers.
 
-    Raises PipelineError where the port is taken or the server does not start.
+    Raises PipelineError if the port is taken or the server does not start.
     """
     uri = uri or mlflow_client.find_default_uri(storage)
     if uri.startswith("http"):

@@ -35,7 +35,7 @@ SOURCES: dict[str, Callable[[DataConfig], ImageSource]] = {
 
 @lru_cache(maxsize=1)
 def open_source(data: DataConfig) -> ImageSource:
-    """Return the source that `data` names; cached per process."""
+    """Open the source that `data` names; cached per process."""
     return SOURCES[data.source](data)
 
 
@@ -58,7 +58,7 @@ def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = T
     """Return the sha256 over the names and contents of the image files; where data.path lies does not matter.
 
     `cache` (a JSON file) holds the result while paths, sizes and modification times stay; it is written if `remember`.
-    Raises PipelineError where images are missing or broken.
+    Raises PipelineError if images are missing or broken.
     """
     if data.source == "cifar10" and data.path is None:
         return hash_batches()

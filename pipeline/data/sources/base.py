@@ -32,10 +32,10 @@ def raise_undecodable(name: str, reason: str) -> None:
 class ImageSource(ABC):
     """A set of images on disk. The constructor only lists files; it raises PipelineError if there are none.
 
-    files: all that it reads, below `root`. order: the order of the images in a split: stored, where neighbours are read
-    together cheaply, or shuffled, so that any first n images mix the classes. A source has the published split "train",
-    and may have "test". skipped: how many files are not read, by kind. notes: what was guessed. classes: the names.
-    layout: what tells splits and classes apart, where an earlier version read the same files in another way.
+    files: all that it reads, below `root`. order: the order of the images in a split: stored, if reading neighbours
+    together is cheap, or shuffled, so that the first n images always mix the classes. A source has the published split
+    "train", and may have "test". skipped: how many files are not read, by kind. notes: guesses, for the user. classes:
+    the names. layout: a mark of how splits and classes are found, if an earlier version read these files differently.
     """
 
     files: list[Path]
@@ -84,7 +84,7 @@ class ImageSource(ABC):
 
     @cached_property
     def _stored_indices(self) -> dict[str, tuple[str, np.ndarray]]:
-        """For each split, the published split that it is taken from, and the indices in it, int64 (n,).
+        """For each split, the published split that contains it, and its indices there, int64 (n,).
 
         Without a published split "test", `data.test_images` images, drawn by a fixed permutation, are the test split.
         """
@@ -138,9 +138,9 @@ class ImageSource(ABC):
     ) -> Iterator[Record]:  # fmt: skip
         """Yield the records of images [start, stop) of a split, at the places that `find_places` returns for them.
 
-        PNG bytes that fit already stay as they are. `undecodable(name, reason)` is called for each image that cannot
-        be decoded; where it returns, the image is left out. Raises PipelineError naming an image whose size, channels
-        or label do not fit `data`.
+        PNG bytes that fit already are not changed. `undecodable(name, reason)` is called for each image that cannot
+        be decoded; if it returns, the image is skipped. Raises PipelineError naming an image whose size, channels or
+        label do not fit `data`.
         """
         part, found = places or self.find_places(split, start, stop)
         for index, raw in enumerate(self.read_images(part, found), start):
@@ -181,7 +181,7 @@ def make_fixed_permutation(n: int) -> np.ndarray:
 
 
 def _lies_in_class_order(labels: np.ndarray | None, indices: np.ndarray) -> bool:
-    """Return whether neighbours share their class much more often than in a random order."""
+    """Return whether neighbours have the same class much more often than in a random order."""
     if labels is None or len(labels) <= indices.max(initial=0):
         return False
     classes, counts = np.unique(labels[indices], return_counts=True)
@@ -216,7 +216,7 @@ def explain_read_errors() -> Iterator[None]:
 
 @contextmanager
 def explain_broken_file(name: object, kind: str, remedy: str = "fetch it again") -> Iterator[None]:
-    """Raise what a library raises for a file that is broken, which may be anything, as PipelineError."""
+    """Raise any error of a library that reads a broken file as PipelineError."""
     try:
         yield
     except PipelineError:

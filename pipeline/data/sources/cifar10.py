@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def open_cifar10(data: DataConfig) -> ImageSource:
-    """Return the source for the form of CIFAR-10 that lies at `data.path`."""
+    """Open CIFAR-10 in the form that is at `data.path`."""
     if data.path is None:
         raise PipelineError("CIFAR-10 is not downloaded yet; run the shard stage, or set data.path")
     root = Path(data.path)
@@ -61,7 +61,7 @@ def open_cifar10(data: DataConfig) -> ImageSource:
 
 
 def is_official(folder: Path, splits: Mapping[str, Sequence[ShardFacts]]) -> bool:
-    """Return whether the shards of a folder hold the pixels of CIFAR-10, in any order, whatever their source was."""
+    """Return whether the shards of a folder hold the pixels of CIFAR-10, in any order and from any source."""
     for split, (count, expected) in PIXELS.items():
         shards = splits.get(split, [])
         tars = (((folder / shard["name"]).read_bytes(), shard["places"]) for shard in shards)
@@ -73,7 +73,7 @@ def is_official(folder: Path, splits: Mapping[str, Sequence[ShardFacts]]) -> boo
 
 
 def hash_images(images: Iterable[np.ndarray]) -> str:
-    """Return the sha256 over the sorted sha256 of the pixels of each image: their order does not matter."""
+    """Return the sha256 over the sorted sha256 of each image's pixels, so that their order does not matter."""
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(i.tobytes()).digest() for i in images))).hexdigest()
 
 
@@ -101,7 +101,7 @@ def _compute_md5(path: Path) -> str:
 
 
 def hash_batches(md5: Mapping[str, str] = BATCHES) -> str:
-    """Return the fingerprint from the md5 of each batch; by default that of the archive, downloaded or not."""
+    """Compute the fingerprint from the md5 of each batch, by default those of the archive, which need not be there."""
     return hashlib.sha256("".join(f"{name} {md5[name]}\n" for name in BATCHES).encode()).hexdigest()
 
 
@@ -156,7 +156,7 @@ def _read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class _SmallMember(tarfile.TarInfo):
-    """A header of the archive, an extended one too: refused where it names a size that no file of CIFAR-10 has."""
+    """A header of the archive, also an extended one; it is refused if it names a size that no file of CIFAR-10 has."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_SmallMember":

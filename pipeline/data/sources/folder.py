@@ -84,7 +84,7 @@ def _list_folders(root: Path) -> set[str]:
 
 
 def _find_split_folders_as_before(root: Path) -> dict[str, Parts]:
-    """Return what an earlier version took for the splits: sets that it read as they are keep their fingerprint."""
+    """Return the splits as an earlier version found them: where both agree, a set keeps its old fingerprint."""
     names = _list_folders(root)
     if {"train", "test"} <= names:
         return {"train": ("train",), "test": ("test",)}
@@ -92,9 +92,9 @@ def _find_split_folders_as_before(root: Path) -> dict[str, Parts]:
 
 
 def _find_split_folders(root: Path, folders: set[Parts]) -> tuple[dict[str, Parts], list[str]]:
-    """Return the folder of each split, as parts below `root`, and what is to be said about it.
+    """Return the folder of each split, as parts below `root`, and notes for the user.
 
-    folders: those that hold images. Raises PipelineError where it cannot be told which one is a split.
+    folders: those that hold images. Raises PipelineError if the splits are ambiguous.
     """
     found: defaultdict[str, set[Parts]] = defaultdict(set)
     others = False

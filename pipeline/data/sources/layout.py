@@ -1,4 +1,4 @@
-"""One rule for all sources: where their files lie, and which split the names of their folders mean."""
+"""One rule for all sources: where their files are, and which split the name of a folder means."""
 
 import os
 import re
@@ -18,21 +18,21 @@ _CAMEL_CASE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 
 def find_split(name: str) -> str | None:
-    """Return train, test or val if a whole word of `name` says so, and only one of train and the others does."""
+    """Return train, test or val if that is a whole word of `name`; None if train and another one are."""
     words = {word.lower() for rule in (_WORD, _CAMEL_CASE) for word in rule.findall(name)}
     found = [split for split, known in WORDS.items() if words & known]
     return None if found[:1] == ["train"] and len(found) > 1 else next(iter(found), None)
 
 
 def remove_split_words(name: str) -> str:
-    """Return `name` without the words that `find_split` knows, to compare the names of two splits."""
+    """Remove the words that `find_split` knows from `name`, to compare the names of two splits."""
     return _WORD.sub(lambda word: "" if find_split(word[0]) else word[0], name)
 
 
 def list_files(root: Path, is_wanted: Callable[[Path], bool]) -> tuple[list[Path], Counter[str]]:
     """List the wanted files at any depth, sorted by path, and count the skipped ones by kind.
 
-    Links are followed, but each folder is read once. Hidden files are left out, and all that could block or never end.
+    Links are followed, but each folder is read once. Hidden files, pipes and devices are skipped.
     """
     found: list[Path] = []
     skipped: Counter[str] = Counter()

@@ -60,7 +60,7 @@ class LmdbSource(ImageSource):
 
 
 def _find_databases(root: Path) -> tuple[dict[str, Path], list[Path]]:
-    """Return the database file of each published split, and those beside them."""
+    """Return the database file of each published split, and the other databases beside them."""
     if root.is_file():
         return {"train": root}, []
     root = root.absolute()

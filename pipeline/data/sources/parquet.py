@@ -114,7 +114,7 @@ def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], 
 
 
 def _read_labels(file: Path) -> np.ndarray | None:
-    """Return the column of the labels, integers (n,); None where there is none."""
+    """Return the column of the labels, integers (n,); None if there is none."""
     from pyarrow import types
 
     opened = _open_file(file)

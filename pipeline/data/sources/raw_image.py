@@ -1,4 +1,4 @@
-"""Converts an image of a source to a record of a shard."""
+"""Conversion of a source's images to the records of shards."""
 
 import io
 import warnings
@@ -35,7 +35,7 @@ class DecodeError(Exception):
 
 @cache
 def list_image_extensions() -> dict[str, str]:
-    """Return the format of each file extension that Pillow decodes by itself as a still picture."""
+    """Return the format of each file extension that Pillow can decode, without plugins, as a still picture."""
     stubs = {
         name
         for name, (kind, _) in Image.OPEN.items()
@@ -46,7 +46,7 @@ def list_image_extensions() -> dict[str, str]:
 
 
 def is_image_file(file: Path) -> bool:
-    """Return whether a file is an image by its extension, and by its first bytes where others use the extension too."""
+    """Return whether a file is an image: by its extension, and by its first bytes if other files have it too."""
     name = list_image_extensions().get(file.suffix.lower())
     if name is None or name in COMMON:
         return name is not None
@@ -57,7 +57,7 @@ def is_image_file(file: Path) -> bool:
 
 @contextmanager
 def _explain_pillow() -> Iterator[None]:
-    """Raise whatever Pillow raises, and its warning of too many pixels, as DecodeError; suppress its other warnings."""
+    """Raise any error of Pillow, and its warning of too many pixels, as DecodeError; suppress its other warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,7 +127,7 @@ def _convert_to_png(raw: RawImage, data: DataConfig) -> bytes:
 
 
 def _decode(encoded: bytes) -> Image.Image:
-    """Return the image, upright wherever its orientation stood: one that was turned has no `format`."""
+    """Decode an image and turn it upright by its orientation tag; a turned image has no `format`."""
     formats = tuple(dict.fromkeys(("PNG", "JPEG", *list_image_extensions().values())))  # tried in this order
     image = Image.open(io.BytesIO(encoded), formats=formats)
     if image.format == "PNG":  # decoding does not compare the checksums of PNG's chunks, verify() does
@@ -141,7 +141,7 @@ def _decode(encoded: bytes) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return the colours and the opacity of each pixel, mode L, however the file says it; None where all is opaque."""
+    """Return the colours, and the opacity of each pixel (mode L) in any form of the file; None if all is opaque."""
     if not image.has_transparency_data:
         return image, None
     colours, key = image, image.info.get("transparency")
