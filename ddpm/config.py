@@ -16,7 +16,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Spacing = Literal["uniform", "quadratic", "logsnr"]  # of the timesteps that a sampler visits
 
 LEARNED = ("learned", "learned_range")
-MOST_SIGNAL = 1e-3  # alpha_bar_T above which x_T is not the noise that sampling starts from
+MOST_SIGNAL = 1e-3  # alpha_bar_T above which x_T differs from the noise at the start of sampling
 LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # names of functions in `operator`
 
 Problems = list[tuple[str, str]]  # (key, message); f"{key} {message}" is one readable line

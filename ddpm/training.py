@@ -82,7 +82,7 @@ class TrainState:
     def update(self, config: TrainConfig) -> Tensor:
         """Clip the gradient, make one step of Adam, update the EMA; return the norm before clipping, on the device."""
         if any(p.stride() != moments["exp_avg"].stride() for p, moments in self.optimizer.state.items()):
-            # The fused kernel walks raw memory and would pair weights with the moments of others.
+            # The fused kernel walks raw memory: it would pair weights with the moments of other weights.
             raise RuntimeError("the memory format changed after TrainState was made: change it before")
         gradient = [p.grad for p in self.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradient)

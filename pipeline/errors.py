@@ -66,7 +66,7 @@ def hide_password(uri: str) -> str:
     scheme, cut, rest = uri.partition("://") if "://" in uri else ("", "", uri)
     place = re.split("[?#]", rest, maxsplit=1)[0]
     user, _, shown = place.rpartition("@")
-    # An @ behind a / or ? may end a password that should have been quoted: then nothing of it is safe.
+    # An @ after a / or ? may end a password that should have been quoted: then no part of the URI is safe to show.
     return f"{scheme}{cut}{'...' if '/' in user or '@' in rest[len(place) :] else shown}"
 
 

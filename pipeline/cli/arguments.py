@@ -29,7 +29,7 @@ def load_cluster(options: Namespace, alone: bool = False) -> ClusterConfig:
     from pipeline import config
 
     if alone and (stray := list_non_cluster_arguments(options)):
-        raise ConfigError(f"'{stray[0]}' is not understood here; only cluster.key=value is")
+        raise ConfigError(f"'{stray[0]}' is no argument of this command; it takes cluster.key=value only")
     own = [word.removeprefix("cluster.") for word in options.words if word.startswith("cluster.")]
     return config.load_cluster(options.cluster, own)
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pipeline.sweep.points import SweepPoint
     from pipeline.sweep.study import Study
 
-MANY = 200  # trials; more are rarely meant
+MANY = 200  # trials; a sweep of more is often a mistake
 
-# The cluster of a command, and those of its paths that mean something else on another machine.
+# The cluster of a command, and its paths that would mean another file on another machine.
 JobInputs = tuple["ClusterConfig", list[str]]
 
 
@@ -319,7 +319,7 @@ def submit_job(options: Namespace) -> int:
         raise ConfigError("write the command after --, as in: ddpm submit --follow -- run digits")
     prepare = options.job_options.command.prepare_submit
     if prepare is None:
-        raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves what is here")
+        raise ConfigError(f"'{options.job[0]}' cannot be submitted: it shows or moves files of this machine")
     if options.cluster and "--cluster" not in options.job:
         options.job_options.cluster = options.cluster
         options.job += ["--cluster", options.cluster]

@@ -43,7 +43,7 @@ def draw_images(options: Namespace, cluster: ClusterConfig, out: Path) -> None:
             frames = _interpolate_files(model, n, options, label, framed=out.suffix == ".png")
         else:
             frames = _run_chains(model, n, FRAMES if out.suffix == ".gif" else 1)
-    except ValueError as error:  # the science refuses what does not fit
+    except ValueError as error:  # ddpm refuses values that do not fit
         raise ConfigError(str(error)) from error
     if not bool(frames.isfinite().all()):
         raise PipelineError(f"the images are not finite: the {model.source} have diverged")
@@ -57,7 +57,7 @@ def _check_options(options: Namespace, out: Path) -> None:
     if out.suffix not in (".png", ".gif", ".npz", ""):
         raise ConfigError(f"{out} must end in .png, .gif or .npz, or have no ending: a folder of pictures")
     if out.is_dir() if out.suffix else out.is_file() or any(out.glob("*")):
-        raise PipelineError(f"{out} is there already, and is no file or not empty; give another name")
+        raise PipelineError(f"{out} exists already and is not an empty folder or a file; give another name")
     if not options.interpolate and (options.at is not None or options.weights):
         raise ConfigError("--lambda and --at belong to --interpolate A B")
     if options.interpolate and out.suffix == ".gif":
@@ -129,7 +129,7 @@ def _write_images(frames: Tensor, columns: int, out: Path) -> None:
         case ".gif":
             save_animation(frames, columns, out)
         case ".npz":
-            write_arrays(out, arr_0=images)  # the name that numpy gives, which scripts of others read
+            write_arrays(out, arr_0=images)  # numpy's own name, which other people's scripts read
         case _:
             with write_atomically(out, folder=True) as temporary:
                 for number, image in enumerate(images):

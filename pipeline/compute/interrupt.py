@@ -77,7 +77,7 @@ class StopSignals:
         self.stop_file.touch()
         drop_lost_outputs()
         with suppress(OSError, RuntimeError):  # the signal may have come in the middle of a print
-            print_line("stopping at the next safe point; once more to stop at once")
+            print_line("stopping at the next safe point; a second signal (Ctrl-C) stops at once")
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

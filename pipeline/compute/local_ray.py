@@ -17,7 +17,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # no cluster of several machines: all of it listens on 127.0.0.1
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # what was lost is not waited for
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # do not wait for lost objects
     "GLOO_SOCKET_IFNAME": "lo",
 }
 DAEMONS = ("gcs_server", "raylet")
@@ -42,7 +42,7 @@ def start_local_ray() -> set[psutil.Process]:
             ask = stranger.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
             with suppress(grpc.RpcError):
                 ask(b"", timeout=10)
-                raise RuntimeError("it lets in who has no token")
+                raise RuntimeError("it admits clients without a token")
     except BaseException as error:
         end_local_ray(set(me.children()) - others)
         if isinstance(error, SystemExit):  # by the handler of SIGTERM that Ray has for this time

@@ -22,7 +22,7 @@ class OwnTime:
             ctx,
             list[list[Any]](),
         )  # begin and end of each step since the last point of the log
-        if ctx.world_size > 1:  # the gradient of the first parameter is the last, or nearly so
+        if ctx.world_size > 1:  # the gradient of the first parameter is among the last
             first = next(p for p in net.parameters() if p.requires_grad)
             first.register_post_accumulate_grad_hook(self._end)
 
@@ -40,9 +40,9 @@ class OwnTime:
         return event
 
     def compare_ranks(self) -> dict[str, float]:
-        """Return the least and the largest mean over ranks, and whose this is, since the last call; {} for one rank.
+        """Return the smallest and the largest mean over ranks since the last call, and the slowest rank; {} if alone.
 
-        The device must be through with these steps.
+        The device must have finished these steps.
         """
         spans, self.spans = self.spans, []
         if self.ctx.world_size == 1:

@@ -1,7 +1,7 @@
 """The pool of a command: Ray actors for the units that use a network, Ray tasks for the others.
 
-An actor keeps its GPU or CPUs, and the network of its last unit, for life: CUDA reads once which GPUs a process may
-use, so a task's process, which is given to another task with another GPU, would go on computing on its first one.
+An actor keeps its GPU or CPUs, and the network of its last unit, until it ends. CUDA reads only once which GPUs a
+process may use; so the process of a task, which Ray gives to a task with another GPU, would still use the first one.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Pool:
     def run_units(self, units: Sequence[Unit], done: WhenDone, costs: list[Cost]) -> None:
         """Run the units, one at a time on each actor, and call `done` with each finished unit.
 
-        A unit whose actor dies, or that meets a fault that may pass, is given to another: `cluster.retries` times.
+        A unit whose actor dies, or that has a transient error, is given to another actor, `cluster.retries` times.
         """
         self.losses = Counter()
         self.waiting = {kind: [u for u in reversed(units) if u.needs_gpu == kind] for kind in (True, False)}
@@ -144,7 +144,7 @@ class Pool:
                 raise PipelineError(f"{told}; the same command goes on here") from error
             log.warning("%s %s (%s); another takes its place", name, what, shorten_error(error))
             if call.actor:
-                ray.kill(call.actor)  # it may be out of reach only, or its device is lost to it
+                ray.kill(call.actor)  # perhaps it cannot be reached, or has lost its device
             if call.unit:
                 self.waiting[call.unit.needs_gpu].append(call.unit)
             return None

@@ -145,7 +145,7 @@ def _fit(
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
         ),
         run_config=RunConfig(
-            # A name of its own for every attempt: Ray takes a known name for a run to be taken up.
+            # Each attempt has its own name: Ray would resume a run whose name it knows.
             name=f"{place.run_key}-{time.time_ns()}",
             storage_path=str(place.ray),
             failure_config=FailureConfig(max_failures=cluster.retries),
@@ -201,7 +201,7 @@ def _run_worker_body(body: Body, place: Place, cpus: int, image_memory: int) -> 
     from ray import train
     from ray.train.torch import get_device
 
-    if place.failure.exists():  # a peer gave up for good; this restart of the group ends at once
+    if place.failure.exists():  # another worker has given up; this restart of the group ends at once
         return
     torch.set_num_threads(cpus)
     # What train.deterministic needs, before CUDA starts.

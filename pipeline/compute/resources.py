@@ -13,7 +13,7 @@ from pipeline.errors import PipelineError
 Nodes = Sequence[tuple[int, int]]  # CPUs and GPUs of each machine
 # Of a driver or a trial, and the controller of its training, which Ray starts beside it.
 LEADER_BYTES = 1_500_000_000
-CROWDED = 32 * 32**2  # pixels of a batch; with fewer a GPU is not busy, and waits for the others
+CROWDED = 32 * 32**2  # pixels of a batch; with fewer a GPU is idle for most of a step
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def share_cpus(nodes: Nodes, workers: int, gpus: float) -> int:
 def resolve_resources(cluster: ClusterConfig, nodes: Nodes, pixels: int | None = None) -> Resources:
     """Replace null settings by what the machines have. Raises PipelineError if they have too little.
 
-    Without cluster.workers those of one machine are taken, and no more than `pixels` of a batch keep busy.
+    Without cluster.workers, it uses one machine, and no more GPUs than a batch of `pixels` keeps busy.
     """
     cpus, gpus = _find_largest(nodes)
     gpus_per_worker = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(gpus > 0)

@@ -34,7 +34,7 @@ FREE_SECONDS = 5  # until what was given back is free
 class RaySession:
     """Executor on a Ray cluster: its own, or one that it joins.
 
-    interrupted: asked between waits; when it says yes, the units that run are given up. pixels: of a training batch.
+    interrupted: called between waits; if it returns true, running units are cancelled. pixels: of a training batch.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ def _start_ray(address: str | None) -> set[psutil.Process]:
     except (OSError, RuntimeError, ValueError) as error:
         shown = hide_password(address or "")
         where = f"the cluster at cluster.ray_address={shown}" if address else "Ray on this machine"
-        whole = "Version mismatch" in str(error)  # told over several lines
+        whole = "Version mismatch" in str(error)  # its message has several lines
         reason = " ".join(str(error).split()) if whole else shorten_error(error)
         reason = reason.replace(address or where, shown)
         if address is None:

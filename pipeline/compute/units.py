@@ -54,7 +54,7 @@ def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
 class Unit:
     """A piece of work with one result, written atomically by the module-level function `body(ctx, *args)`.
 
-    name: what a person reads where it fails. needs_gpu: it uses a network, so it gets a GPU where there are any.
+    name: for messages of failure. needs_gpu: it uses a network, so it gets a GPU if there is one.
     images, passes: its share of the progress, and how many passes of a network each image takes.
     """
 
@@ -96,8 +96,8 @@ Cost = tuple[str, int, float]  # of a unit: its kind, images, seconds
 class Worker:
     """One worker: rank, device, CPUs, and the bytes that it may use for training images.
 
-    This one is alone; `pipeline.compute.ray_train` has the one that reaches the others. Every method is called
-    equally often on every rank.
+    This one works alone; `RayWorker` in `pipeline.compute.ray_train` reaches the others. Every rank must call every
+    method equally often.
     """
 
     device: torch.device

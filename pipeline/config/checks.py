@@ -106,14 +106,14 @@ def _list_options(kind: Kind) -> list[object]:
 def convert_values(types: Types, tree: Tree, complete: bool = True) -> tuple[Tree, ProblemsByKey]:
     """Convert a tree's values to dataclasses; return these and the problems, one of which is empty.
 
-    `complete`: every key must be there, whatever its default. One value stands for a list of one.
+    complete: every key must be there, even one with a default. A single value is read as a list of one.
     """
     try:
         fields: Any = {name: (_make_pydantic_type(kind, complete), ...) for name, kind in types.items()}
         model = create_model("Values", __config__=STRICT, **fields)
         return dict(model.model_validate(tree)), {}
     except ValidationError as error:
-        # A key that may be of several types has a problem of each: the first one, told from the whole type, is enough.
+        # A key of several possible types has a problem for each: one message that describes the whole type is enough.
         problems: ProblemsByKey = {}
         for found in error.errors(include_url=False):
             key, reason = _describe_problem(types, found)

@@ -41,7 +41,7 @@ class TextLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if len(set(map(str, names))) < len(names):
-            raise yaml.YAMLError(f"a key stands twice among {', '.join(map(str, names))}")
+            raise yaml.YAMLError(f"a key is there twice among {', '.join(map(str, names))}")
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
@@ -73,7 +73,7 @@ def read_configuration(path: Path, folder: Folder = "", seen: tuple[Path, ...] =
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` leads back to the file itself")
     tree = _read_yaml(path)
-    tree.pop("made_with", None)  # a run directory's experiment.yaml can be run again
+    tree.pop("made_with", None)  # so that experiment.yaml of a run directory is a configuration too
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -110,7 +110,7 @@ def apply_overrides(tree: Tree, overrides: list[str], section: type) -> Tree:
             problems.append(f"{key} is '{text}': {error}")
             continue
         if not (key and equals):
-            problems.append(f"'{word}' is no override; write key=value")
+            problems.append(f"'{word}' is not an override; write key=value")
         for name in reversed(key.split(".")):
             value = {name: value}
         given.append(value)

@@ -27,7 +27,7 @@ Batch = tuple[Tensor, Tensor]
 class Dataset(Protocol):
     """Images and labels of one split, read by index."""
 
-    lookahead: int  # batches, beginning with the one asked for, that are worth a `prefetch`
+    lookahead: int  # batches to `prefetch`, counted from the next one
     index_device: torch.device  # where `read_batch` looks at its index
 
     def __len__(self) -> int: ...
@@ -71,7 +71,7 @@ class ShardDataset:
     """Reads single images from shards by their offsets, and compares each with its crc32.
 
     The sha256 of sets of this size would take hours before the first step. wids, webdataset's package for indexed
-    access, scans a tar anew whenever it comes back to it, which a random order over hundreds of tars does all the time.
+    access, scans a tar again whenever it returns to it, which a random order over hundreds of tars does all the time.
     """
 
     lookahead = 4

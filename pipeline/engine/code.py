@@ -41,7 +41,7 @@ def hash_patch(patch: str) -> str:
 def read_commit() -> tuple[str | None, str]:
     """Return the commit and the uncommitted patch, untracked Python files included."""
     if (mark := ROOT / "pipeline" / "COMMIT").is_file():
-        return mark.read_text().strip() or None, ""  # code of a job or a wheel came without its history
+        return mark.read_text().strip() or None, ""  # a job or a wheel has the code without its history
     try:
         return _read_git()
     except (OSError, subprocess.SubprocessError):

@@ -16,7 +16,7 @@ from pipeline.store import keys
 from pipeline.store.files import TEMPORARY, is_locked, lock_folder, write_text
 from pipeline.store.run import EXPERIMENT, Place, find_last_change, find_runs, locate_fingerprints
 
-CLOCK_SECONDS = 10  # by which the clocks of a file server and its client may differ
+CLOCK_SECONDS = 10  # the clocks of a file server and its client may differ by this
 
 
 def prepare_storage_root(cluster: ClusterConfig) -> Path:
@@ -130,7 +130,7 @@ def find_run(name: str, root: Path) -> Path:
     found = find_named_runs(name, root)
     if len(found) > 1:
         several = ", ".join(path.name for path in found)
-        raise PipelineError(f"'{name}' is how several runs begin: {several}; write more of the name")
+        raise PipelineError(f"'{name}' is the start of several names: {several}; write more of it")
     return found[0]
 
 

@@ -73,7 +73,7 @@ def _read_codes(place: Place) -> dict[str, str]:
     """Return the codes that trained the run and drew its samples, by their hashes, the newest last."""
     try:
         codes = place.read_provenance().get("codes")
-    except (PipelineError, OSError):  # a damaged record is written anew
+    except (PipelineError, OSError):  # a damaged record is written again
         return {}
     return {str(key): str(name) for key, name in codes.items()} if isinstance(codes, dict) else {}
 

@@ -22,8 +22,8 @@ from pipeline.store.files import USER_VARIABLE, name_user
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
-# How long a stopped job may take to reach a safe point and write its checkpoint before it is killed; Ray's 3
-# seconds are less than many a training step.
+# How long a stopped job may take to reach a safe point and write its checkpoint before it is killed; Ray's own 3
+# seconds are shorter than many training steps.
 STOP_SECONDS = 300
 
 
@@ -107,7 +107,7 @@ def stop_job(name: str, address: str | None) -> int:
     with connect_cluster(address, name) as remote:
         job = remote.client.get_job_info(name)
         if job.status.is_terminal():
-            raise PipelineError(f"job {name} runs no more: {describe_end(job)[1]}")
+            raise PipelineError(f"job {name} has ended already: {describe_end(job)[1]}")
         print_line(f"{name}: stopping at the next safe point")
         remote.client.stop_job(name)
         end = time.monotonic() + STOP_SECONDS + 60  # by then Ray has killed it

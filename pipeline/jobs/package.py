@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError, hide_password
 
 LIMIT = 4 * 2**20  # bytes; the code and its configurations are well below one million
 CODE = Path(__file__).parents[2]  # the folder that holds the two packages
-GIVEN = "given"  # the folder of configurations that were named by a path
+GIVEN = "given"  # the folder for configurations that are named by a path
 
 
 @dataclass(frozen=True)
@@ -90,5 +90,5 @@ def _check_size(folder: Path) -> int:
     if total > LIMIT:
         found = f"{largest.relative_to(folder)} has {sizes[largest] / 2**20:.1f} MB"
         most = f"only {LIMIT / 2**20:.0f} MB of code and configurations travel with a job"
-        raise ConfigError(f"{found}, and {most}: data belongs where the cluster sees it, not into conf/")
+        raise ConfigError(f"{found}, and {most}: put data where the cluster sees it, not into conf/")
     return total

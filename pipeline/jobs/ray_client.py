@@ -30,8 +30,8 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 OLDEST = {"Ray": "2.60", "Python": "3.11"}  # as in pyproject.toml
 TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, a file) to the cluster's"
 HTTP_SECONDS = (5.0, 30.0)  # to connect, to answer
-WAIT_SECONDS = 5.0  # how long a job may wait for its start before its follower is told
-LOST_SECONDS = 60.0  # how long a log that broke off is asked for again
+WAIT_SECONDS = 5.0  # how long a job may wait for its start before the user is told
+LOST_SECONDS = 60.0  # how long to ask again for a log that broke off
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def connect_cluster(address: str | None, job: str = "") -> Iterator[JobCluster]:
     # Ray sends a token in this mode alone, which it reads when it is imported.
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray prefers this to its argument
+    os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray prefers this variable to its argument
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
@@ -114,7 +114,7 @@ def check_versions(cluster: JobCluster) -> list[str]:
         if Version(there) < Version(oldest):
             raise PipelineError(f"{name} runs {what} {there}; {oldest} or newer is needed: update it")
         if there != here:
-            lines.append(f"{name} runs {what} {there}, this machine {here}: the job gets the former")
+            lines.append(f"{name} runs {what} {there}, this machine {here}: the job uses {there}")
     return lines
 
 

@@ -19,7 +19,7 @@ NOT_COMPARED = (
     "name", "data.path", "data.images_per_shard", "published.path", "evaluate.extractor_weights", "figures.",
     "train.checkpoint_every", "train.sample_every", "train.log_every", "train.keep", "evaluate.checkpoint_images",
 )  # fmt: skip
-IMPLIED = ("rounding", "reference_images")  # always the same, or said by the others
+IMPLIED = ("rounding", "reference_images")  # always equal, or implied by the other keys
 MOST_IN_PLOTS, MOST_LETTERS = 3, 26
 
 

@@ -28,7 +28,7 @@ from pipeline.scores.metrics import FIRM, METRICS, Metric
 from pipeline.store.keys import hash_content
 from pipeline.store.run import REPORT_HTML
 
-MOST_COLUMNS = 3  # swept keys that the leaderboard has room for
+MOST_COLUMNS = 3  # the most swept keys in a leaderboard
 
 
 def make_comparison_key(runs: Sequence[ComparedRun], metric: Metric) -> str:

@@ -160,7 +160,7 @@ class RunFiles:
 
     @property
     def is_comparable(self) -> bool:
-        # What an older version judged did not look at the pixels.
+        # An older version judged by the name, not by the pixels.
         return self.protocol.get("official_data") is True and bool(self.protocol.get("comparable"))
 
     @property

@@ -1,6 +1,6 @@
 """A small convolutional classifier, as a feature extractor for images with labels.
 
-It stands in for Inception where images are small or Inception's weights are out of reach. Its scores compare runs on
+It replaces Inception if images are small or Inception's weights cannot be fetched. Its scores compare runs on
 the same data only, so it is trained once per data key, and every protocol names it by its hash.
 """
 
@@ -91,7 +91,7 @@ def measure_accuracy(net: Classifier, images: np.ndarray, labels: np.ndarray) ->
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Load the network of a file; the shapes of the tensors tell its size."""
+    """Load the network from a file; its size follows from the shapes of the tensors."""
     state = load_file(path)
     net = Classifier(state["convs.0.weight"].shape[1], len(state["head.bias"]))
     net.load_state_dict(state)
@@ -99,5 +99,5 @@ def load_classifier(path: Path) -> Classifier:
 
 
 def find_classifier_weights(place: Place) -> tuple[Path, str]:
-    """Return the file of the data's classifier, which must have been trained, and its sha256."""
+    """Return the file of the data's classifier, which must be trained already, and its sha256."""
     return place.classifier, hash_file(place.classifier)

@@ -63,7 +63,7 @@ class Extractor:
 
 
 def find_extractor(place: Place) -> Extractor:
-    """Find the extractor that evaluate.features names; a classifier must have been trained."""
+    """Find the extractor that evaluate.features names; a classifier must be trained already."""
     kind = place.experiment.evaluate.features
     return Extractor(kind, *EXTRACTORS[kind].find_weights(place))
 

@@ -69,7 +69,7 @@ def locate_download() -> Path:
 
 
 def _download() -> Path:
-    """Download the weights to where torch-fidelity itself looks for them, unless they are there; return the file."""
+    """Download the weights to torch-fidelity's own place, unless they are there; return the file."""
     path = locate_download()
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ Values = Sequence[float] | np.ndarray
 
 
 def explain_missing_error(n: int, groups: int) -> str:
-    """Return why the scores of n images in so many groups have no error; '' if they have one."""
+    """Return why the scores of n images in this number of groups have no error; '' if they have one."""
     if groups < 2:
         return "the samples are a single unit, and an error needs two"
     return f"{n} images are fewer than {LEAST_IMAGES}" if n < LEAST_IMAGES else ""

@@ -1,4 +1,4 @@
-"""Units that must be done before anything is scored: the classifier, and the Gaussian of the training pixels.
+"""Units that are done before any score: the classifier, and the Gaussian of the training pixels.
 
 Both belong to the data and are shared by the runs on them.
 """
@@ -26,7 +26,7 @@ GRAM = 2**25  # values, or 2,000 images, that give the principal directions of t
 
 
 def list_preparations(place: Place) -> list[Unit]:
-    """List the units of the classifier and of the Gaussian that are asked for and not done."""
+    """List the units of the classifier and of the Gaussian that the configuration needs and that are not done."""
     count, units = tars.open_shards(place.data).count_images("train"), []
     config = place.experiment.evaluate
     scores_samples = needs_samples(config.metrics)
@@ -104,9 +104,9 @@ def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
 
 
 def load_variances(place: Place) -> tuple[torch.Tensor, str]:
-    """Load the variances (d,) of the training images, in [-1, 1] and divided by n, and say what they are of.
+    """Load the variances (d,) of the training images, in [-1, 1] and divided by n, and a description of them.
 
-    Last come the directions that are not on file, or of no variance.
+    Directions that are not on file, or without variance, come last.
     """
     arrays, n = files.read_arrays(locate_factor(place)), _count_fitted_images(place)
     factor, exact = arrays["factor"], _has_covariance(place)

@@ -21,10 +21,10 @@ MANY = 1e9  # degrees of freedom where the error says nothing of them
 
 
 class ScoredRun(Protocol):
-    """A run or a trial that can be ranked.
+    """Interface of a run or a trial that can be ranked.
 
     swept: the values that tell it from the others; runs that differ in the seed alone are one point.
-    data: names its images. protocol: says how its scores came about.
+    data: names its images. protocol: how its scores were made.
     image_bounds: the seed of the noise, and the bound of each image in order, empty if it is not known.
     """
 
@@ -137,9 +137,9 @@ def _find_tied_rows(rows: Sequence[Sequence[ScoredRun]], metric: Metric) -> list
 
 
 def _compare(best: Sequence[ScoredRun], row: Sequence[ScoredRun], metric: Metric) -> Difference:
-    """Compare the means of two rows: image by image where images and noise are the same, else by their own errors.
+    """Compare the means of two rows: image by image if images and noise are the same, otherwise by their errors.
 
-    Where an error is not known, equal values only cannot be told apart.
+    If an error is not known, any difference counts as significant.
     """
     from scipy.special import stdtr
 
@@ -203,7 +203,7 @@ def format_difference(point: RankedPoint[R], metric: Metric) -> str:
 
 
 def explain_ranks(points: Sequence[RankedPoint[R]]) -> str:
-    """Return a sentence, without its full stop, on the errors and the ranks of a leaderboard; '' if it has neither."""
+    """Explain the errors and the ranks of a leaderboard, in a sentence without its full stop; '' if it has neither."""
     sizes = {len(point.runs) for point in points}
     several = ", of several seeds their standard deviation" if sizes - {1} else ""
     parts = {

@@ -1,4 +1,4 @@
-"""The statistics that samples are compared with: those of a split of the data, or those of a user's file."""
+"""The statistics that samples are compared with: of a split of the data, or from a user's file."""
 
 import zipfile
 from pathlib import Path
@@ -60,7 +60,7 @@ def load_user_statistics(file: Path, width: int | None = None) -> Statistics:
             with np.load(file, allow_pickle=False) as archive:
                 arrays: dict[str, np.ndarray] = {name: archive[name] for name in names}
             fault = _find_problem(arrays, width, list(sizes))
-    # Numpy raises whatever a broken file leads to, and may advise to load it unsafely.
+    # Numpy raises many errors for a broken file, some with advice to load it unsafely.
     except Exception as error:
         fault = f"is no .npz of plain arrays ({type(error).__name__})"
     if fault:
@@ -70,7 +70,7 @@ def load_user_statistics(file: Path, width: int | None = None) -> Statistics:
 
 
 def _find_problem(arrays: dict[str, np.ndarray], width: int | None, held: list[str]) -> str | None:
-    """Return why these are not the statistics of features (of that width); None if they are."""
+    """Return why these arrays are no statistics of features (of that width); None if they are."""
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         return f"has no {' and no '.join(missing)}, only {', '.join(held[:8]) or 'nothing'}"
@@ -96,7 +96,7 @@ def _find_problem(arrays: dict[str, np.ndarray], width: int | None, held: list[s
 
 
 def name_reference(reference: str) -> str:
-    """Return the name of evaluate.reference in protocols; it depends on content, not on the path."""
+    """Return the name of evaluate.reference in protocols, which depends on its content, not on its path."""
     if reference in SPLITS:
         return reference
     return f"{Path(reference).name} (sha256 {hash_file(Path(reference))[:8]})"

@@ -15,7 +15,7 @@ def add_error(scores: Scores, name: str, error: float | None, reason: str = "") 
 
 
 class ClassifierFacts(TypedDict, total=False):
-    """What stands beside the classifier: its hash, its accuracy on the test images, its training steps."""
+    """Content of the classifier's .json: its hash, its accuracy on the test images, its training steps."""
 
     sha256: str
     test_accuracy: float | None
@@ -23,7 +23,7 @@ class ClassifierFacts(TypedDict, total=False):
 
 
 class ScoreProtocol(TypedDict, total=False):
-    """The protocol of scores. What does not apply is missing or None; samples add the keys of their own protocol."""
+    """The protocol of scores. Keys that do not apply are missing or None; samples add the keys of their protocol."""
 
     official_data: bool | None
     schedule: str

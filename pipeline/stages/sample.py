@@ -1,4 +1,4 @@
-"""The sample stage: draws images and writes them as shards, one unit for each.
+"""The sample stage: draws images and writes them as shards, one unit for each shard.
 
 Every draw is a function of (seed, image index, t), so an image does not depend on who makes it, or when. A shard
 that was drawn by another protocol is drawn again.
@@ -34,7 +34,7 @@ GRID_SIDE = 10
 
 @dataclass(frozen=True)
 class SampleProtocol:
-    """The protocol of a sample set, with the nulls filled in. It stands beside every score of the set."""
+    """The protocol of a sample set, without nulls. The protocol of its scores repeats it."""
 
     checkpoint: int
     weights: str

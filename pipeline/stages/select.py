@@ -1,6 +1,6 @@
 """The select stage: samples and scores every candidate as a run of its own, and selects the best.
 
-The candidates' samples and scores lie where those of any run do: what is scored already is not scored again. The
+The candidates' samples and scores are in the usual folders, so that nothing is scored twice. The
 selected one is scored on other samples, since the minimum of noisy scores is biased.
 """
 
@@ -39,7 +39,7 @@ class SelectStage(Stage):
             raise_no_checkpoint(place, f"for evaluate.checkpoints={asked}")
         if every and len(candidates) < (expected := place.experiment.train.steps // every):
             log.warning(
-                "evaluate.checkpoints=%s: %d of %d checkpoints are there; the others went before they were asked for",
+                "evaluate.checkpoints=%s: %d of %d checkpoints are there; the others were deleted",
                 asked, len(candidates), expected,
             )  # fmt: skip
         return [(stage, candidate) for candidate in candidates.values() for stage in ("sample", "evaluate")]

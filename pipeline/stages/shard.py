@@ -1,4 +1,4 @@
-"""The shard stage: writes the images of a source as shards (webdataset tars), one unit for each."""
+"""The shard stage: writes the images of a source as shards (webdataset tars), one unit for each shard."""
 
 import logging
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class ShardStage(Stage):
         return place.data
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
-        """Yield the units of missing shards, then check what was left out and write the manifest.
+        """Yield the units of missing shards, then check the skipped images and write the manifest.
 
         Its fact `official` is true for the pixels of CIFAR-10, false for others that claim to be, else null.
         """
@@ -80,7 +80,7 @@ STAGE = ShardStage()
 
 
 def _describe_source(source: ImageSource, splits: dict[str, list[ShardFacts]]) -> None:
-    """Say how large the splits are, which classes there are, and what was guessed or skipped."""
+    """Describe the source: the sizes of its splits, its classes, guesses and skipped files."""
     labels, names = source.data.labels, list(source.classes)
     shuffled = (f"{split} lies class by class; its order is shuffled" for split in source.shuffled_splits)
     notes = [*source.notes, *shuffled]

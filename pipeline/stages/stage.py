@@ -43,7 +43,7 @@ class Stage(ABC):
         """
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
-        """Return the stages of other places that must be done before it works, as (stage name, place)."""
+        """Return the stages of other places that must be done first, as (stage name, place)."""
         return []
 
     def check_before_start(self, place: Place) -> None:  # noqa: B027 - most have nothing to say
@@ -53,12 +53,12 @@ class Stage(ABC):
         """Raise PipelineError if the shards alone show that the stage cannot succeed, before hours of training."""
 
     def find_shared_folder(self, place: Place) -> Path | None:
-        """Return the folder that other runs write too, and that must be locked; None for none."""
+        """Return the folder that other runs write to as well and that must be locked; None if there is none."""
         return None
 
 
 class GroupStage(Stage):
-    """A stage that several workers do together. Where no workers are needed, `work` does it in this process."""
+    """A stage that several workers do together. If no workers are needed, `work` does it in this process."""
 
     @abstractmethod
     def needs_workers(self, place: Place) -> bool:
@@ -66,12 +66,12 @@ class GroupStage(Stage):
 
     @abstractmethod
     def find_step_range(self, place: Place) -> tuple[int, int]:
-        """Return the step from which the workers go on, and the last one."""
+        """Return the step at which the workers begin, and the last one."""
 
     @abstractmethod
     def read_progress(self, place: Place) -> tuple[int, str]:
-        """Return the step that the workers have reached, and a note on it."""
+        """Return the present step of the workers, and a note on it."""
 
     @abstractmethod
     def run_worker(self, ctx: Worker, place: Place) -> None:
-        """Do the part of one worker, from the newest checkpoint to the end or until the stop file appears."""
+        """Do one worker's part, from the newest checkpoint to the end or until the stop file appears."""

@@ -1,4 +1,4 @@
-"""The train stage, and what each of its workers does.
+"""The train stage, and the loop of each of its workers.
 
 The order of images, noise, t, flips and dropout are functions of (seed, step, row of the global batch), so a
 worker needs no memory but the TrainState, and it does not matter how the batch is cut into slices.
@@ -42,14 +42,14 @@ CPU = torch.device("cpu")
 logger = logging.getLogger(__name__)
 
 GRID_SIDE = 8
-GRID_STEPS = 50  # of the grids during training: a glance, not a score
-LOOK_SECONDS = 3.0  # about how often a worker asks whether it is to stop or to save
+GRID_STEPS = 50  # of the grids during training, which are for a quick look
+LOOK_SECONDS = 3.0  # about how often a worker checks whether to stop or to save
 STOP, SAVE = 1, 2  # what all workers are to do after a step; 0: nothing
 FIRST_LOOK = 10  # steps; until a point of the log says how long a step takes
 
 
 class TrainStage(GroupStage):
-    """Trains the network, imports published weights, or takes the training images for a network."""
+    """Trains the network, or imports published weights, or uses the training images themselves as the network."""
 
     name = "train"
     adds_to_run = True
@@ -153,7 +153,7 @@ def _permute_images(seed: int, epoch: int, num_images: int, device: torch.device
 
 
 class _Watch:
-    """Finds out, at the same steps on all workers, whether they are to stop, or to save before `checkpoint_every`."""
+    """Decides, at the same steps on all workers, whether they stop, or save a checkpoint before `checkpoint_every`."""
 
     def __init__(self, ctx: Worker, place: Place):
         self.ctx, self.place, self.config = ctx, place, place.experiment.train
@@ -166,15 +166,15 @@ class _Watch:
         self.interval = max(1, min(steps, self.config.log_every))
 
     def look(self, step: int) -> int:
-        """Return what rank 0 wants: it sees the stop file, the clock, and the notice that a node will be taken away."""
-        # A GPU is asked seldom: the answer waits for its queue.
+        """Return the decision of rank 0, by the stop file, the clock, and the notice that a node will be lost."""
+        # On a GPU, check rarely: the result waits for its queue.
         if self.ctx.device.type != "cpu" and step % self.interval:
             return 0
         minutes = self.config.checkpoint_minutes
         is_due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
         if step % self.interval == 0 and not self.has_notice and self.ctx.will_lose_node():
             self.has_notice = is_due = True
-            logger.warning("a node will be taken away: a checkpoint of step %d, then on", step)
+            logger.warning("a node will be lost soon: writing a checkpoint of step %d, then continuing", step)
         return self.ctx.broadcast_number(STOP if self.place.stop_file.exists() else SAVE if is_due else 0)
 
 
@@ -213,7 +213,7 @@ class _LogSums:
         }
 
     def tensors(self, ctx: Worker, step: int) -> Tensors:
-        """Return the sums of all ranks, for a checkpoint between two points of the log."""
+        """Return the sums of all ranks, to save them in a checkpoint between two points of the log."""
         if self.start == step:
             return {}
         self.compute_means(ctx, step)  # a state that has diverged is not kept
@@ -256,7 +256,7 @@ class _CheckpointSaver:
             )
 
     def finish(self) -> None:
-        """Wait for the checkpoint, then delete old ones; raise again an error of the thread."""
+        """Wait until the checkpoint is written, then delete old ones; raise an error of the thread again."""
         if self.step is None:
             return
         if self.pending:
@@ -332,7 +332,7 @@ def _fix_gradient_buckets(
     state: TrainState, diffusion: Diffusion, x_0: torch.Tensor, context: torch.Tensor | None, rows: torch.Tensor,
     config: TrainStageConfig, forward: nn.Module,
 ) -> None:  # fmt: skip
-    """Compute the gradients of one part of a step and drop them, so that DDP's buckets have their final layout.
+    """Compute the gradients of one part of a step and discard them, so that DDP's buckets get their final layout.
 
     DDP rebuilds them after the first pass, and sums depend on an element's place in its bucket: a resumed run must
     start from the layout of an untouched one.

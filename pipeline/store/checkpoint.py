@@ -61,7 +61,7 @@ def save_checkpoint(
         _save_file(ema, temporary / EMA)
         listed = {name: files.read_file_facts(temporary / name) for name in (STATE, EMA)}
         files.write_json(temporary / META, {"step": step, "files": listed, **(facts or {})})
-    files.note_times(directory / META, listed)  # in its place: moving it there changes times
+    files.note_times(directory / META, listed)  # after the move, which changes times
 
 
 def save_untrained(place: Place, tensors: Tensors) -> None:
@@ -82,7 +82,7 @@ def _save_file(tensors: Tensors, path: Path) -> None:
 
 
 def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
-    """Copy tensors to the CPU, into the memory of `into` if it fits: touching new pages costs more than the copy.
+    """Copy tensors to the CPU, into the memory of `into` if it fits, since new memory costs more than the copy.
 
     Safetensors takes neither views nor channels_last.
     """
@@ -106,7 +106,7 @@ def raise_no_checkpoint(place: Place, which: str) -> NoReturn:
 
 
 def read_meta(directory: Path) -> Meta:
-    """Read what a checkpoint says of itself. Raises PipelineError if it is no complete one of this step and run."""
+    """Read the meta file of a checkpoint. Raises PipelineError if it is not complete, or of another step or run."""
     meta = files.read_json(directory / META, Meta, "it is no complete checkpoint")
     run, key = directory.parent.parent.name, meta.get("run_key", "")
     if directory.name != f"step_{meta['step']:08d}" or not run.endswith(key):
@@ -122,7 +122,7 @@ def verify_checkpoint(directory: Path, check: files.Check = "sha256") -> None:
 
 
 def has_state(directory: Path) -> bool:
-    """Return whether training can go on from a checkpoint: one of train.keep_steps may hold the EMA alone."""
+    """Return whether training can continue from a checkpoint; those of train.keep_steps may hold only the EMA."""
     return STATE in read_meta(directory)["files"]
 
 
@@ -173,7 +173,7 @@ def find_newest_step(run: Place, at_most: int) -> int | None:
             if has_state(run.step_folder(step)):
                 return step
         except PipelineError as error:
-            logger.warning("%s; going back to the checkpoint before it", error)
+            logger.warning("%s; continuing from the checkpoint before it", error)
     return None
 
 
@@ -198,7 +198,7 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
     try:
         used = list_used_steps(place) if old else set()
     except (PipelineError, KeyError, TypeError) as error:
-        logger.warning("%s; until that is mended, no checkpoint is deleted", error)
+        logger.warning("%s; until that is repaired, no checkpoint is deleted", error)
         return
     for step in old:
         if step in train.keep_steps:
@@ -208,7 +208,7 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
 
 
 def _delete_state(directory: Path) -> None:
-    """Leave of a checkpoint the EMA; an interruption leaves it whole, or without a seal, which is made again."""
+    """Delete all of a checkpoint except the EMA. If interrupted, it is whole, or lacks `.sealed.json` only."""
     if not (directory / STATE).exists():
         return
     with suppress(PipelineError):  # a damaged one stays as it is: nobody resumes from it
@@ -221,7 +221,7 @@ def _delete_state(directory: Path) -> None:
 
 
 def list_used_steps(run: Place) -> set[int]:
-    """Return the steps that a sample set, even an unfinished one, a score or a selection uses."""
+    """Return the steps whose checkpoints a sample set (even an unfinished one), a score or a selection uses."""
     found = [*find_sample_facts(run.path), *find_scores(run.path)]
     steps = {files.read_json(file, dict[str, Any])["protocol"]["checkpoint"] for file in found}
     selected = [files.read_json(file, dict[str, Any])["scores"] for file in find_selections(run.path)]
@@ -243,7 +243,7 @@ def load_weights(directory: Path, which: str, number: int = 0) -> Tensors:
 
 
 def describe_model(experiment: Experiment) -> dict[str, Any]:
-    """Return the settings of a run's model as plain values: what `ddpm.build_model` takes beside the weights."""
+    """Return the settings of a run's model as plain values, the first argument of `ddpm.build_model`."""
     names = {"label", "guidance_scale", *signature(run_image_chains).parameters}
     options = {name: value for name, value in vars(experiment.sample).items() if name in names}
     return {

@@ -79,7 +79,7 @@ OLDER_NAMES = [  # of diffusers, to its present ones
 
 
 def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
-    """Return diffusers' name of our tensor `name`."""
+    """Translate our name of a tensor into diffusers' name."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
@@ -91,7 +91,7 @@ def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
 def read_weights(experiment: Experiment) -> Tensors:
     """Read the tensors at `published.path`, float32, under our names.
 
-    Raises ConfigError if the settings are not the experiment's, PipelineError where the tensors are not.
+    Raises ConfigError if the settings differ from the experiment's, PipelineError if the tensors do.
     """
     files = find_weight_files(experiment.published)
     assert files, "the experiment trains its own weights"
@@ -146,7 +146,7 @@ def find_network_differences(experiment: Experiment, published: Settings) -> lis
 def derive_overrides(published: PublishedConfig) -> list[str]:
     """Return the overrides that make an experiment's network the published one, from config.json.
 
-    None if that or the weights cannot be read, which `read_weights` tells.
+    None if that file or the weights cannot be read; `read_weights` raises the error.
     """
     try:
         given = LEFT_OUT | read_json(find_weight_files(published)[0].with_name(NETWORK), Settings, FETCH)
@@ -179,7 +179,7 @@ def make_published_experiment(path: Path) -> Experiment:
 
 
 def _find_our_name(names: dict[str, str], theirs: object) -> object:
-    """Return our name of a setting of diffusers, or theirs, which the configuration then refuses."""
+    """Return our name of a setting of diffusers; if there is none, diffusers' own, which the configuration refuses."""
     return {name: own for own, name in names.items()}.get(str(theirs), theirs)
 
 
@@ -191,7 +191,7 @@ def _read_scheduler(folder: Path) -> Settings:
 
 
 def _find_type_problems(given: Settings) -> list[str]:
-    """Return the settings of the network's shape that are of another type or size than they must be."""
+    """Return the settings of the network's shape whose type or size is wrong."""
     widths, halves = given.get("block_out_channels"), ("down_block_types", "up_block_types")
     wrong = [] if _is_list(widths, int) and min(widths or [0]) > 0 else ["block_out_channels"]
     wrong += [
@@ -245,7 +245,7 @@ def _find_scheduler_differences(diffusion: DiffusionConfig, given: Settings) -> 
 
 
 def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
-    """Return every beta of a scheduler's settings, float64 (T,); None for a schedule that we do not have."""
+    """Compute all betas of a scheduler's settings, float64 (T,); None for a schedule that this program lacks."""
     steps = given.get("num_train_timesteps", 1000)
     ends = given.get("beta_start", 1e-4), given.get("beta_end", 0.02)
     are_numbers = all(type(beta) in (int, float) for beta in (*ends, *(given.get("trained_betas") or ())))

@@ -53,7 +53,7 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# What a person can mend and go on; anything else that the system says is a fault of ours.
+# Errors that a user can repair; any other error of the system is a bug of this program.
 STORAGE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 STORAGE_FAULTS |= TRANSIENT | {errno.EISDIR, errno.ENOTDIR, errno.EINVAL}  # something else has its name
@@ -103,7 +103,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _replace(new: Path, path: Path) -> None:
-    """Rename; a folder of that name makes way, also one that a thread which reads it seals meanwhile."""
+    """Rename `new` to `path`; replace a folder of that name, even one to which another thread adds `.sealed.json`."""
     while True:
         try:
             new.replace(path)
@@ -115,7 +115,7 @@ def _replace(new: Path, path: Path) -> None:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder, if it is there: renamed first, so that a thread that reads it sees all of it or nothing."""
+    """Delete a folder, if it is there. It is renamed first, so that a reading thread sees all of it or nothing."""
     with suppress(FileNotFoundError):
         _delete(path.replace(path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")))
 
@@ -134,7 +134,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def require_regular_file(path: Path) -> Path:
-    """Return the path. Raises OSError if it is no file: who opens a pipe waits for ever."""
+    """Return the path. Raises OSError if it is no regular file: opening a pipe would wait for ever."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file", str(path))
     return path
@@ -167,7 +167,7 @@ def parse_json(text: bytes, shape: type[T], name: object, remedy: str = REMEDY) 
 
 
 def try_read(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-    """Return what `read` reads; None, with a warning, where that is damaged and can be made again."""
+    """Return the result of `read`; if the file is damaged and can be made again, warn and return None."""
     try:
         return read(*args, **kwargs)
     except PipelineError as error:
@@ -177,13 +177,13 @@ def try_read(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Non
 
 @cache
 def warn_once(problem: str) -> None:
-    """Warn of a damaged file; once in a process, however often it is read."""
+    """Warn of a damaged file, once per process."""
     log.warning("%s", problem)
 
 
 def read_record(path: Path, shape: type[T]) -> T:
-    """Return the content of a file that holds no result; empty without one, or, said, where it is damaged."""
-    return (try_read(read_json, path, shape, "it is begun anew") if path.exists() else None) or shape()
+    """Return the content of a file that holds no result; empty if it is missing or, with a warning, if damaged."""
+    return (try_read(read_json, path, shape, "it is started again") if path.exists() else None) or shape()
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:
@@ -237,21 +237,21 @@ def read_file_facts(path: Path) -> FileFacts:
 
 
 class Manifest(TypedDict):
-    """What every manifest holds; folder: the name of its folder, which holds its key."""
+    """Keys of every manifest; folder: the name of its folder, which contains its key."""
 
     files: dict[str, FileFacts]
     folder: NotRequired[str]
 
 
 class PageManifest(Manifest):
-    """What the manifest of a run's page says: the hash of what it shows, and its first sentence."""
+    """Manifest of a run's page: the hash of the files that it shows, and its first sentence."""
 
     inputs: NotRequired[str]
     verdict: NotRequired[str]
 
 
 class FiguresManifest(Manifest):
-    """What the manifest of the figures says: their order, captions and findings, why others are left out."""
+    """Manifest of the figures: their order, captions and results, and the reasons for those that are missing."""
 
     order: list[str]
     captions: dict[str, str]
@@ -264,7 +264,7 @@ M = TypeVar("M", bound=Manifest)
 
 
 def write_manifest(directory: Path, names: Iterable[str] | Mapping[str, FileFacts], **facts: Any) -> None:
-    """Seal a folder: write its manifest with bytes and sha256 of the files, taken now if only named, and `facts`."""
+    """Seal a folder: write its manifest with `facts`, and bytes and sha256 of the files (computed if only named)."""
     known = names if isinstance(names, Mapping) else {}
     files = known or {name: read_file_facts(directory / name) for name in names}
     if directory.name.startswith(TEMPORARY):  # its name is still to come
@@ -303,7 +303,7 @@ def read_manifest(directory: Path, shape: type[M], check: Check = "seal") -> M |
 def require_files(manifest: Path, files: Mapping[str, FileFacts], check: Check) -> None:
     """Raise PipelineError naming the first file of a manifest that is missing or differs.
 
-    seal: hash only files with another size or other times than `.sealed.json` has, and then seal them anew.
+    check "seal": hash only files whose size or times differ from `.sealed.json`, and then write that again.
     """
     folder, sealed = manifest.parent, read_record(manifest.with_name(SEALED), dict[str, list[int | str]])
     own, changed = sealed.get(manifest.name), False
@@ -321,7 +321,7 @@ def require_files(manifest: Path, files: Mapping[str, FileFacts], check: Check) 
 
 
 def require_sealed(path: Path) -> Path:
-    """Return the path. Raises PipelineError unless its file is what the manifest beside it says."""
+    """Return the path. Raises PipelineError unless its file agrees with the manifest beside it."""
     files = read_json(path.with_name(MANIFEST), Manifest)["files"]
     if path.name not in files:
         raise PipelineError(f"{path} is not in the manifest beside it; {REMEDY}")
@@ -351,7 +351,7 @@ def require_file(path: Path, facts: FileFacts, check: Check = "sha256") -> None:
 
 @contextmanager
 def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold the folder's lock during the body: one driver at a time. The kernel frees it when its holder dies.
+    """Hold the folder's lock inside the context: one driver at a time. The kernel frees it when the driver dies.
 
     Raises PipelineError if another holds it, or waits for that one to finish.
     """

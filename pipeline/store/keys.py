@@ -1,7 +1,7 @@
 """Keys: hashes of content, without paths, so equal keys mean equal numbers.
 
-What of a section is hashed, `pipeline.config.neutral` says. VERSION counts the rules of this module: runs that an
-earlier version made lie under other keys.
+`pipeline.config.neutral` decides which values of a section are hashed. VERSION counts the rules of this module: runs
+of an earlier version have other keys.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_data_key(experiment: Experiment, fingerprint: str) -> str:
 
 
 def collect_run_settings(experiment: Experiment, whole: bool = False) -> dict[str, Any]:
-    """Return the settings that the run key hashes beside the data; with `whole` also those that keys leave out.
+    """Return the settings that are hashed into the run key, without the data; `whole`: also those in no key.
 
     Published weights take the place of training: their content counts, and no setting of `train` does.
     """
@@ -100,7 +100,7 @@ def make_figures_key(experiment: Experiment, run_key: str) -> str:
 
 
 def _hash_file_once(path: Path) -> str:
-    """Hash a file again only when it has changed: keys of many runs and checkpoints need the same file."""
+    """Hash a file, again only if it has changed: keys of many runs and checkpoints need the same file."""
     facts = path.stat()
     return _hash_version(path, facts.st_size, facts.st_mtime_ns)
 

@@ -73,7 +73,7 @@ def _parse_point(line: bytes) -> LogPoint | None:
 
 
 def find_end(path: Path, start: int = 0) -> int:
-    """Return the byte offset after the last complete line, looking from `start`; 0 without a file."""
+    """Return the byte offset after the last complete line, searching from `start`; 0 without a file."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
@@ -95,7 +95,7 @@ def read_last_point(path: Path) -> LogPoint | None:
 
 
 def describe_slow_rank(points: list[LogPoint]) -> str:
-    """Return which rank is notably slower than another in most of the last points, in a sentence; '' for none."""
+    """Describe the rank that is clearly slower than another in most of the last points; '' if there is none."""
     recent = [metrics for p in points[-RECENT:] if "train/slowest_rank" in (metrics := p["metrics"])]
     if not recent:
         return ""
@@ -117,7 +117,7 @@ class Heartbeat:
     def write(self, step: int) -> None:
         if time.monotonic() - self.last > 1:
             self.last = time.monotonic()
-            with suppress(OSError):  # a full disk ends training where something is lost by it
+            with suppress(OSError):  # a full disk ends training elsewhere, where results would be lost
                 self.path.write_text(str(step))
 
 

@@ -74,7 +74,7 @@ def pull_run(uri: str, root: Path) -> str:
     if not store.contents:
         items = [name.removesuffix(f"/{CONTENTS}") for name in store.objects if name.endswith(f"/{CONTENTS}")]
         known = ", ".join(f"{store.uri}/{item}" for item in items) or "none"
-        raise PipelineError(f"{store.uri} is nothing that was pushed; below it there are: {known}")
+        raise PipelineError(f"{store.uri} holds nothing that was pushed; below it there are: {known}")
     place = Path(store.uri)
     target = root / "data" / place.name if place.parent.name == "data" else root / place.name
     folders: dict[str, list[str]] = {}
@@ -93,7 +93,7 @@ def pull_run(uri: str, root: Path) -> str:
 
 
 def _list_finished_files(path: Path) -> dict[str, FileFacts]:
-    """Return the finished files below `path`, compared with their seals, by name relative to it, seals after files."""
+    """Return the finished files below `path` by relative name, seals last; all are compared with their seals."""
     files = [file for pattern in RECORD for file in sorted(path.glob(pattern))]
     known: dict[Path, FileFacts] = {}  # of files that were just compared, which are large
     for seal in sorted(file for name in SEALS for file in path.rglob(name)):
@@ -116,7 +116,7 @@ def _has_same_content(path: Path, facts: FileFacts) -> bool:
 
 
 def _download_folder(store: ObjectStore, target: Path, folder: str, files: list[str]) -> int:
-    """Fetch a folder and count its new files; continue a broken pull.
+    """Fetch a folder, or the rest of it after a broken pull; return the number of new files.
 
     Of files without a seal, those that are missing, and the log where the pushed one is longer.
     """
@@ -129,7 +129,7 @@ def _download_folder(store: ObjectStore, target: Path, folder: str, files: list[
         staged = final.with_name(f"{TEMPORARY}pull-{final.name}")
     fetched = sum(store.download(file, staged / Path(file).name) for file in files)
     if staged != final:
-        shutil.rmtree(final, ignore_errors=True)  # without a seal it was nobody's
+        shutil.rmtree(final, ignore_errors=True)  # without a seal it was unfinished
         staged.rename(final)
     return fetched
 

@@ -53,7 +53,7 @@ class Place:
     run_key: str
 
     def of(self, experiment: Experiment) -> Place:
-        """Return the same run with other sample or evaluate settings."""
+        """Return this place with another experiment of the same run: other sample or evaluate settings."""
         return replace(self, experiment=replace(experiment, name=self.experiment.name))
 
     # Keys
@@ -206,7 +206,7 @@ def find_last_change(run: Path) -> float:
 
 
 def find_state(run: Path) -> str:
-    """Return the state: running, stalled (so, and without a change for STALLED), failed, interrupted, done, partial.
+    """Return the state: running, stalled (running, but no change for STALLED), failed, interrupted, done, partial.
 
     partial: without a report.
     """

@@ -1,4 +1,4 @@
-"""The selection of the best checkpoint: its candidates, their scores, its file.
+"""The selection of the best checkpoint: candidates, their scores, and the file.
 
 The paper reports its scores at the checkpoint of minimum FID (App. B). `selection.json`, sealed by its manifest,
 holds the FID of every candidate; `pipeline.stages.select` makes it.
@@ -25,7 +25,7 @@ class CandidateScore(TypedDict):
 
 
 class ScoreFile(TypedDict):
-    """What every metrics.json holds, whatever was scored."""
+    """Keys that every metrics.json has."""
 
     scores: dict[str, Any]
     protocol: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Safe loading of weights from untrusted files, and arrays on their way to a device."""
+"""Safe loading of weights from untrusted files, and copies of arrays to a device."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_tensors(path: Path, remedy: str) -> Tensors:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Return what a .safetensors says of itself; nothing for another or a broken file."""
+    """Read the metadata of a .safetensors file; empty for another or a broken file."""
     try:
         with safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
@@ -47,6 +47,6 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 def copy_to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to a device. The host does not wait for a GPU to do it, nor for what it has to do before."""
+    """Copy an array to a device. The host does not wait for the copy, nor for the earlier work of a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,4 +1,4 @@
-"""Where published weights lie: what diffusers, its trainer and the Hub's cache write."""
+"""Finds published weights in the folders that diffusers, its trainer and the Hub's cache write."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ Values = dict[str, Value]
 
 @dataclass(frozen=True)
 class PointMethod:
-    """The way in which points are taken from the space; more points begin with the same points."""
+    """How points are drawn from the space; a longer list of points begins with the shorter one."""
 
     method: Literal["grid", "one_at_a_time", "random", "sobol"] = "grid"
     points: CountOrNull = None

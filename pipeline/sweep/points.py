@@ -65,7 +65,7 @@ def find_relative_sweep_paths(sweep: Sweep, overrides: list[str]) -> list[str]:
 
 
 def format_overrides(values: Values) -> list[str]:
-    """Return values as they are given on the command line."""
+    """Return values as overrides for the command line."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
@@ -84,7 +84,7 @@ def _yield_space_values(sweep: Sweep) -> Iterator[Values]:
                 key: values.pick(u) if isinstance(values, ValueRange) else values[int(u * len(values))]
                 for (key, values), u in zip(space.items(), row, strict=True)
             }
-            if (text := json.dumps(point)) not in seen:  # lists have few values, and two draws may meet
+            if (text := json.dumps(point)) not in seen:  # lists have few values: two draws may be equal
                 seen.add(text)
                 yield point
 
@@ -102,7 +102,7 @@ def _draw_space_points(method: str, count: int, dimensions: int, seed: int) -> l
 
 
 def _find_point_problems(sweep: Sweep, points: list[SweepPoint]) -> list[str]:
-    """Return the reasons why these points cannot be ranked or stopped early."""
+    """Find reasons why these points cannot be ranked or stopped early."""
     metric, first = sweep.metric, sweep.early_stop.first
     experiments = [point.experiment for point in points]
     objectives = {json.dumps(describe_objective(experiment)) for experiment in experiments}
@@ -145,7 +145,7 @@ def make_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
         run_key = keys.make_run_key(point.experiment, known[data].data_key)
         place = replace(known[data], experiment=point.experiment, run_key=run_key)
         names = [name for name in runs if name.endswith(f"-{run_key}")]
-        if names and place.name not in names:  # made under another experiment's name: the same numbers
+        if names and place.name not in names:  # a run under another experiment's name, with the same numbers
             experiment = replace(point.experiment, name=min(names).removesuffix(f"-{run_key}"))
             place = replace(place, experiment=experiment)
         # Swept values that are not part of the run key make other samples or scores of one run.

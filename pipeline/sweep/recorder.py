@@ -22,8 +22,8 @@ from pipeline.sweep.points import Trial
 from pipeline.sweep.trial_states import State, TrialStates
 
 AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
-DEADLINE = 120.0  # seconds after the last trial for what the server has not got
-LONGEST = 300  # characters of a reason; libraries can be wordy
+DEADLINE = 120.0  # seconds after the last trial to send what the server lacks
+LONGEST = 300  # characters of a reason; those of libraries can be long
 STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # on the server; anything else was KILLED
 
 
@@ -44,12 +44,12 @@ class StudyRecorder:
         self.parent = tracking.ParentRun(self.uri, self.sweep.name, storage, warn=print_line)
         self.mirrors: dict[str, tracking.Mirror] = {}  # of the trials that run
         self.began = time.monotonic()
-        # A server that does not answer holds up nobody but this thread.
+        # A server that does not answer delays only this thread.
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="study-tracking")
         self.deliveries: list[Future[None]] = []
 
     def start(self) -> None:
-        """Start the study's MLflow run, and send what earlier commands did not."""
+        """Start the study's MLflow run, and send what earlier commands could not."""
         write_text(self.folder / "sweep.yaml", config.to_yaml(self.sweep))
         self.parent.start(self.folder / "sweep.yaml", self.trials)
         for key in self.trials:
@@ -71,7 +71,7 @@ class StudyRecorder:
         print_line(f"{self.trials[key].label}: started")
 
     def end_trial(self, key: str, error: str | None) -> None:
-        """Record the end of a trial; its files decide the state, `error` is the reason of a failure."""
+        """Record the end of a trial. Its files decide the state; `error` is the reason of a failure."""
         trial, mirror, record = self.trials[key], self.mirrors.pop(key), self.states.records[key]
         state: State = "failed"
         reason = error or "it ended before its work was done"
@@ -94,7 +94,7 @@ class StudyRecorder:
         print_line(f"{trial.label}: {end}")
 
     def _deliver(self, send: Callable[[], None]) -> None:
-        """Send something to the server, after what was to be sent before."""
+        """Call `send` on the thread of the server, after all earlier deliveries."""
         self.deliveries.append(self.thread.submit(send))
 
     def _end_mirror(self, mirror: tracking.Mirror, end: Callable[[str], None], state: State) -> None:

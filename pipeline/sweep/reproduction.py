@@ -60,7 +60,7 @@ def plan_reproduction(
     steps, hours = parse_budget(text)
     sweep = load_sweep(SWEEPS[target], [])
     rows = [point.experiment for point in list_points(sweep, shared)]
-    from pipeline.sweep.study import Study  # loads torch, which a wrong override does not wait for
+    from pipeline.sweep.study import Study  # after the checks: it loads torch
 
     name = f"reproduce_{target}" + ("" if text == "full" else f"-{text}")
     steps = steps or rows[0].train.steps
@@ -83,18 +83,18 @@ def measure_rate(row: Experiment, cluster: ClusterConfig) -> float:
     print_line("measuring how fast this cluster trains")
     train = replace(row.train, steps=PROBE_STEPS, warmup_steps=1, log_every=PROBE_STEPS // 4, sample_every=0)
     place = stages.run_stages(replace(row, name="probe", train=train), cluster, "train")
-    # the best window, since the first ones warm up
+    # the fastest window, since the first ones are slower
     return max(point["metrics"]["train/images_per_second"] for point in read_points(place.log))
 
 
 def compute_steps(hours: float, images_per_second: float, rows: list[Experiment]) -> int:
-    """Return how many steps each row gets in `hours`; samples and scores are projected from the rate of training."""
+    """Compute the steps of each row within `hours`; the time of samples and scores follows from the training rate."""
     share = hours * 3600 * FORWARD_AND_BACKWARD * images_per_second / sum(map(count_passes, rows))
     return max(1, int(min(1.0, share) * rows[0].train.steps))
 
 
 def count_passes(experiment: Experiment) -> float:
-    """Return the cost of a run in forward passes of one image: training, samples, bound."""
+    """Count the forward passes of one image in a run: training, samples, bound."""
     timesteps = experiment.diffusion.timesteps
     train = FORWARD_AND_BACKWARD * experiment.train.steps * experiment.train.batch_size
     samples = experiment.sample.num_images * (experiment.sample.steps or timesteps)

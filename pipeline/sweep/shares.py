@@ -1,4 +1,4 @@
-"""How many trials run at once on a cluster, and the resources of each."""
+"""Shares of a cluster: how many trials run at once, and the resources of each."""
 
 from __future__ import annotations
 

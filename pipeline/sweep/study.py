@@ -135,7 +135,7 @@ class Study:
                         print_line(f"{name}: {share}")
                         run_trials(tasks, share, recorder, scheduler, executor.must_stop)
             finally:
-                for key in list(recorder.mirrors):  # this driver is on its way out, and they with it
+                for key in list(recorder.mirrors):  # this driver ends, and the trials with it
                     recorder.end_trial(key, None)
             if self.interrupt.is_requested():
                 raise StopRequest
@@ -175,7 +175,7 @@ class Study:
             self.recorder.end_trial(key, run_trial(task, executor, decide))
 
     def describe_unstarted_trials(self) -> str:
-        """Return a line on the trials that the budget did not allow, or an empty text."""
+        """Return a line on the trials for which the budget was too small; '' if there are none."""
         states = [self.states.records[key]["state"] for key in self.trials]
         left, hours = states.count("new") + states.count("interrupted"), self.sweep.budget.hours
         if not left or hours is None:

@@ -1,4 +1,4 @@
-"""One trial in its process: it runs the stages; with early stopping, from one rung to the next."""
+"""Runs one trial in its process: all its stages; with early stopping, from one rung to the next."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ BOUND, STEP = "nll_bpd", "step"
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run directory has its own log
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial without rungs reports nothing to Tune
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new one draws its boxes however quiet it is to be
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints its boxes even if it is set to be quiet
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -96,7 +96,7 @@ class _TrialQueue(_StatelessMixin, Searcher):
 
 
 class _TuneCallback(_StatelessMixin, TrialProgressCallback):
-    """Reports starts and ends of trials to the recorder, in the place of Tune's own printer."""
+    """Reports starts and ends of trials to the recorder; it replaces Tune's own printer."""
 
     def __init__(self, recorder: StudyRecorder, tasks: dict[str, TrialInputs]):
         super().__init__()
@@ -123,7 +123,7 @@ def run_trials(
     tasks: dict[str, TrialInputs], share: TrialSlots, recorder: StudyRecorder,
     scheduler: EarlyStopScheduler | None, look: Callable[[], object],
 ) -> None:  # fmt: skip
-    """Run the trials by Tune in this Ray session; return when all have ended. `look` is called again and again."""
+    """Run the trials by Tune in this Ray session until all have ended, and call `look` repeatedly meanwhile."""
     os.environ.update(QUIET)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what happens
     folder = recorder.folder / "ray"

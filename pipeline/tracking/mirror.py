@@ -139,7 +139,7 @@ class Mirror(mlflow_client.Sender):
             place, run = sender.experiment_id, sender.run_id
             record = DeliveryRecord(study=self.study, experiment_id=place, run_id=run, parcels={})
             self._state.setdefault("servers", {})[hide_password(self.uri)] = record
-        # A file that went while it was listed, or is damaged: the next look finds what its stage made anew.
+        # A file was deleted while it was listed, or is damaged: the next look finds it made again.
         with suppress(FileNotFoundError, PipelineError):
             for parcel in self.list_missing():
                 with suppress(FileNotFoundError, PipelineError):

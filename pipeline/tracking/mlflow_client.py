@@ -154,7 +154,7 @@ def explain_errors(uri: str, what: str, remedy: str, rest: str = "") -> Iterator
         yield
     except PipelineError:
         raise
-    except Exception as error:  # whatever they come up with
+    except Exception as error:  # of any type
         reason, found = explain_store_error(error, uri)
         raise PipelineError(f"{what} ({reason}); {found or remedy}{rest}") from error
 

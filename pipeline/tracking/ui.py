@@ -39,7 +39,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     environment = {**mlflow_client.ENVIRONMENT, **os.environ, **secret}
     with (storage / "mlflow-server.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    # The shell reads until this process is gone, in whichever way it went, and ends the server then.
+    # The shell reads until this process has ended in any way, and then ends the server.
     end = f"exec 2>&-; cat; kill -TERM -{server.pid} && sleep 5 && kill -KILL -{server.pid}"
     guard = subprocess.Popen(["sh", "-c", end], stdin=subprocess.PIPE, start_new_session=True)
     try:

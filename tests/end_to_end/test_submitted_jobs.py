@@ -165,7 +165,7 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(client):
     stopped = max(client.steps())
     assert read_losses(run)[-1][0] == stopped, "it did not write the step at which it stopped"
     code, output = client.ddpm("jobs", "stop", "again")
-    assert code == 1 and "runs no more" in output
+    assert code == 1 and "has ended already" in output
 
     code, output = client.ddpm("submit", "--follow", "--", *forever, f"train.steps={stopped + 5}")
     assert code == 0, output

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 def open_cifar10(data: DataConfig) -> ImageSource:
     """Open CIFAR-10 in the form that is at `data.path`."""
     if data.path is None:
-        raise PipelineError("CIFAR-10 is not downloaded yet; run the shard stage, or set data.path")
+        raise PipelineError("CIFAR-10 is not downloaded yet; `ddpm shard` downloads it, or set data.path")
     root = Path(data.path)
     if not root.exists():
         raise PipelineError(f"{root} does not exist; set data.path to CIFAR-10, or to null to download it")
@@ -149,7 +149,7 @@ def _read_unpacked(files: list[Path]) -> Iterator[tuple[str, bytes]]:
 def _read_archive(archive: Path) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(archive, "r|*", tarinfo=_SmallMember) as tar:
         for member in tar:
-            _require_size(member.name, member.size)  # its extended header may say another one
+            _require_size(member.name, member.size)  # its extended header may name another size
             name, content = Path(member.name).name, tar.extractfile(member)
             if content and name in BATCHES:
                 yield name, content.read()

@@ -59,7 +59,7 @@ class FolderSource(ImageSource):
         for file in (self._parts[part][i] for i in indices):
             with explain_read_errors():
                 if file.stat().st_size > MAX_BYTES:
-                    raise PipelineError(f"{file} is larger than {MAX_BYTES} bytes, no image is; remove it")
+                    raise PipelineError(f"{file} is larger than {MAX_BYTES} bytes, as no image is; remove it")
                 content = file.read_bytes()
             yield RawImage(str(file), content, self._find_label(part, file) if self._labelled else None)
 

@@ -48,7 +48,7 @@ class NpySource(ArraySource):
         return arrays
 
     def read_labels(self, part: str) -> np.ndarray | None:
-        with suppress(PipelineError):  # without labels nobody knows their order
+        with suppress(PipelineError):  # without labels their order is unknown
             return _load_labels(_find_labels(self._images[part]))
         return None
 

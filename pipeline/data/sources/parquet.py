@@ -44,7 +44,7 @@ class ParquetSource(ImageSource):
         self.files = [file for files in self._parts.values() for file in files]
         test = [file.relative_to(root).parts for file in self._parts["test"]]
         if any(not any(part.startswith(("test", "val")) for part in parts) for parts in test):
-            self.layout = f"test: {test}"  # these images were for training once
+            self.layout = f"test: {test}"  # an earlier version trained on these images
 
     def count_images(self) -> dict[str, int]:
         parts = self._parts.items()

@@ -135,7 +135,7 @@ def _decode(encoded: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(encoded), formats=("PNG",))
     image.load()
     is_turned = False
-    with suppress(Exception):  # a broken orientation is none
+    with suppress(Exception):  # a broken orientation tag is ignored
         is_turned = image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
     return ImageOps.exif_transpose(image) if is_turned else image
 

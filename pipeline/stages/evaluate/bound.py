@@ -37,7 +37,7 @@ def choose_bound_variance(experiment: Experiment) -> Variance:
 
 
 def count_images(place: Place) -> tuple[int, int]:
-    """Return the numbers of scored and of all images of the split. Raises PipelineError if too few."""
+    """Return the number of images to score, and of all in the split. Raises PipelineError if there are too few."""
     split = place.experiment.evaluate.nll_split
     there = tars.open_shards(place.data).count_images(split)
     scored = place.experiment.evaluate.nll_images or there
@@ -104,7 +104,7 @@ def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, s
 
 
 def choose_timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
-    """Return how many timesteps share a network call; a call with few images would spend its time on overhead."""
+    """Return how many timesteps share a network call: with few images, most of a call's time is overhead."""
     most_images, most_pixels = CALL
     return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 

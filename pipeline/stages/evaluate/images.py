@@ -21,7 +21,7 @@ from pipeline.store.run import Place
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """The image sets of an evaluation; references: the split or the file that each FID is the distance to.
+    """The image sets of an evaluation; references: the split or the file to which each FID is the distance.
 
     splits: those whose statistics are still to be made, or whose single images KID, precision and recall compare.
     baselines: of no more images than the samples; where real images are fewer, as many samples are among them.
@@ -34,7 +34,7 @@ class EvaluationSets:
     baselines: dict[str, ImageSet]
 
     def list_missing(self) -> list[Unit]:
-        """List the units whose features are not on disk, each once: a baseline may be a part of a split."""
+        """List the units whose features are not on disk, each once, since a baseline may be a part of a split."""
         sets = (self.samples, *self.splits.values(), *self.baselines.values())
         units = {file: unit for images in sets for file, unit in images.units.items()}
         return [unit for file, unit in units.items() if not is_unit_done(file)]

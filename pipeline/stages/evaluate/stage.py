@@ -38,7 +38,7 @@ class EvaluateStage(Stage):
         return ("shard", "train", *samples, *(("select",) if experiment.evaluate.checkpoints else ()))
 
     def is_done(self, place: Place) -> bool:
-        """Return whether the scores are sealed, and belong to the samples and the weights that are there now."""
+        """Return whether the scores are sealed, and belong to the present samples and weights."""
         try:
             if (manifest := files.read_manifest(place.scores, files.Manifest)) is None:
                 return False

@@ -1,6 +1,6 @@
 """The samples (Fig. 13), and the figures that run the reverse process (Figs. 6, 7, 8, 9 and 14).
 
-These run the chain that samples are drawn by. Where the paper names a t for T = 1000, it is that share of the chain's
+They run the same chain as the samples. A t that the paper names for T = 1000 becomes the same share of the chain's
 steps.
 """
 
@@ -171,7 +171,7 @@ def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> 
     """Write one row, (1, 13, C, H, W), of the two images and their mixtures (body of a unit)."""
     split = choose_pair_split(place)
     count = tars.open_shards(place.data).count_images(split)
-    start = 2 * pair % max(1, count - 1)  # if there are too few images, pairs come again
+    start = 2 * pair % max(1, count - 1)  # if there are too few images, pairs repeat
     images, _ = tars.load_images(place.data, split, start, min(start + 2, count))
     a, b = torch.from_numpy(images[[0, -1]])
     row = torch.cat([a[None], to_uint8(mix_pair(ctx, place, a, b, pair, steps)).cpu(), b[None]])
@@ -179,9 +179,9 @@ def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> 
 
 
 def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) -> Tensor:
-    """Make images (11, C, H, W) between uint8 images a and b, one for each lambda, with the same noise.
+    """Mix uint8 images a and b: make an image for each lambda, (11, C, H, W), all with the same noise.
 
-    No class is asked for and nothing guides: the two sources can be of two classes.
+    There is no class and no guidance, since the two sources can be of two classes.
     """
     experiment, rows = place.experiment, len(LAMBDAS)
     shape, index = experiment.data.shape, torch.tensor([pair], device=ctx.device)
@@ -228,7 +228,7 @@ def write_shared_latents(ctx: Worker, place: Place, n: int, steps: int, file: Pa
 
 
 def draw_from_latents(ctx: Worker, place: Place, n: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Draw x_t (n, C, H, W) of the first n samples' chains, and images (n * children, C, H, W) from it."""
+    """Draw x_t (n, C, H, W) of the first n samples' chains, and from each the images (n * children, C, H, W)."""
     experiment, config = place.experiment, place.experiment.sample
     chain = build_diffusion(experiment)
     variance = sampler.choose_ancestral_variance(config.sampler, config.variance)

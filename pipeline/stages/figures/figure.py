@@ -12,12 +12,12 @@ from pipeline.store.run import Place
 
 
 class FigureUnavailable(PipelineError):
-    """Raised for a figure that needs what this run does not have; the message says what, and what makes it."""
+    """Raised if this run lacks something that a figure needs; the message names it and the command that makes it."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure to draw: `draw(unit files, target)` makes the picture `file` when its units are done.
+    """A figure to draw: `draw(unit files, target)` writes the picture `file` after its units are done.
 
     It returns what the figure shows, in a sentence, if that is worth one. preparations: units that come before the
     others.

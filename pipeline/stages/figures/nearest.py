@@ -65,7 +65,7 @@ def _plan_neighbours(name: str, space: str, place: Place, extractor: Extractor |
 def write_neighbours(
     ctx: Worker, query: np.ndarray, shard: tars.Shard, gallery: Path | None, file: Path
 ) -> None:
-    """Write the images of one shard that are nearest to each row of `query` (n, d) (body of a unit).
+    """Write the images of one shard that are the nearest to each row of `query` (n, d) (body of a unit).
 
     The rows are features if the file `gallery` has those of the shard, else pixels.
     """

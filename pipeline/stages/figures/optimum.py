@@ -1,4 +1,4 @@
-"""The distance to the optimum by noise level: no denoiser beats the posterior mean of x_0, which two estimators bound.
+"""The distance to the optimum by noise level. The optimum is the posterior mean of x_0, which two estimators bound.
 
 The best linear denoiser is known everywhere, in closed form. The posterior mean over the training images is an upper
 bound on other images, and below the optimum on the training images themselves: where both agree, the optimum is known.
@@ -36,7 +36,7 @@ AGREE = 0.02  # of the RMSE, between the two sides
 
 
 def list_levels(diffusion: Diffusion, most: float = 1.0) -> list[int]:
-    """Return the timesteps T - k of the levels, the noisiest first, of alpha_bar up to `most`."""
+    """Return the timesteps T - k of the noise levels with alpha_bar up to `most`, the noisiest first."""
     length, alpha_bar = len(diffusion), diffusion.tables["alpha_bar"]
     levels = sorted({length - max(1, round(length * i / LEVELS)) for i in range(1, LEVELS + 1)}, reverse=True)
     return [t for t in levels if alpha_bar[t] <= most] or levels[:1]
@@ -104,7 +104,7 @@ def write_errors(
 
 
 def compare_errors(ours: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the RMSE over the linear denoiser's, less 1, and its standard error (L,), by the delta method.
+    """Return RMSE / RMSE of the linear denoiser - 1, and its standard error (L,), by the delta method.
 
     Of mean square errors (L, n) of the same images and noise.
     """
@@ -114,7 +114,7 @@ def compare_errors(ours: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
-    """Draw the figure from what `write_errors` wrote; return what it shows, in sentences.
+    """Draw the figure from the files of `write_errors`; return its result in sentences.
 
     parts: of the posterior mean on test and training images, and of the network. What is of all test images stands
     beside the line of all training images.
@@ -149,7 +149,7 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
 
 
 def describe_distance(k: list[int], ours: np.ndarray, line: np.ndarray, mean: float, lost: int = 0) -> str:
-    """Say where a network of these RMSE is farthest above the linear denoiser's, and where the mean image is better.
+    """Describe where the network's RMSE is farthest above the linear denoiser's, and where the mean image is better.
 
     lost: at how many levels a network that a deterministic chain samples is surely worse than linear.
     """

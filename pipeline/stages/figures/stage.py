@@ -33,13 +33,13 @@ class FiguresStage(Stage):
         return ("shard", "train", "sample")
 
     def is_done(self, place: Place) -> bool:
-        """Return whether the figures are sealed, and no evaluation can add those that were left out."""
+        """Return whether the figures are sealed, and either none is missing or they were drawn after the scores."""
         manifest = files.try_read(files.read_manifest, place.figures, files.FiguresManifest)
         return manifest is not None and (not manifest.get("skipped") or manifest.get("scored", False))
 
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units whose results are missing, then draw the pictures and seal the folder."""
-        if place.figures_manifest.exists():  # sealed, but not what was sealed, or not all: is_done said so
+        if place.figures_manifest.exists():  # sealed, but changed or incomplete, as is_done has found
             for file in [*place.figures.iterdir()]:
                 file.unlink()
         scored = place.scores_manifest.exists()

@@ -117,7 +117,7 @@ def test_a_broken_push_names_no_contents_and_the_next_one_goes_on(run, s3, monke
     monkeypatch.setattr(remote.ObjectStore, "upload", dies)
     with pytest.raises(KeyboardInterrupt):
         remote.push_run(run.path.name, run.storage, "s3://runs/a")
-    with pytest.raises(PipelineError, match="is nothing that was pushed"):
+    with pytest.raises(PipelineError, match="holds nothing that was pushed"):
         remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     monkeypatch.setattr(remote.ObjectStore, "upload", put)
     assert ", 4 were there" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
