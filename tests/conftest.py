@@ -4,10 +4,10 @@ import dataclasses
 import json
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,9 +106,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def wait_until(
-    happened: Callable[[], object], limit: float = 300, running: subprocess.Popen | None = None
-) -> None:
+def wait_until(happened: Callable[[], object], limit: float = 300, running: Any = None) -> None:
     """Raises AssertionError where it did not happen within so many seconds, or before the process ended."""
     end = time.monotonic() + limit
     while not happened():

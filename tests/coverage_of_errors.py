@@ -43,9 +43,8 @@ def measure_coverage(x: torch.Tensor, folder) -> tuple[int, float, float]:
         drawn += (per_error * spread).gather(1, t) * torch.randn(t.shape, generator=generator).double()
         drawn[:, 0] = 0  # the rate alone
         file = folder / f"{seed}.npz"
-        write_unit_arrays(
-            file, terms=drawn.numpy(), weights=weights.numpy(), mse=drawn.numpy(), prior=np.zeros(n)
-        )
+        arrays = {"terms": drawn.numpy(), "weights": weights.numpy(), "mse": drawn.numpy()}
+        write_unit_arrays(file, **arrays, prior=np.zeros(n))
         scores, nll = bound.average_bound({file: SimpleNamespace(images=n)}, 1000, DRAWS)
         held += abs(scores["rate_bpd"] - truth) < 1.96 * nll["set_se"]
         found.append((scores["rate_bpd"], nll["set_se"]))

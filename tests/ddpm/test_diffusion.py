@@ -47,9 +47,8 @@ def test_betas_of_ones_own_take_the_place_of_the_schedule():
 def test_reverse_steps_agree_with_diffusers(predict, name_there, variance, name):
     diffusion = Diffusion(replace(PAPER, predict=predict, variance=variance))
     theirs = DDPMScheduler(beta_schedule="linear", variance_type=name, prediction_type=name_there)
-    torch.testing.assert_close(
-        theirs.alphas_cumprod.double(), diffusion.tables["alpha_bar"], rtol=1e-4, atol=0
-    )
+    alpha_bar = diffusion.tables["alpha_bar"]
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), alpha_bar, rtol=1e-4, atol=0)
     theirs.alphas_cumprod = diffusion.tables["alpha_bar"]  # float64, so that the formulas are compared
     theirs.betas, theirs.alphas = diffusion.tables["beta"], 1 - diffusion.tables["beta"]
     x_t, output = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
@@ -173,11 +172,8 @@ def test_every_timestep_is_finite(schedule, predict):
     t = torch.arange(50)
     x_0, x_t, eps = triple(t, diffusion)
     p = diffusion.p_mean_variance(x_0, x_t, t)
-    for value in (
-        *p,
-        diffusion.compute_bound_terms(p, x_0, x_t, t),
-        diffusion.compute_losses(x_0, x_0, x_t, t, eps),
-    ):
+    losses = diffusion.compute_losses(x_0, x_0, x_t, t, eps)
+    for value in (*p, diffusion.compute_bound_terms(p, x_0, x_t, t), losses):
         assert value.isfinite().all()
 
 
@@ -186,9 +182,8 @@ def test_mean_prediction_is_respaced_through_its_estimate():
     diffusion = Diffusion(replace(SMALL, predict="mean"))
     kept = torch.tensor([2, 9, 19])
     x_0, x_t, _ = triple(kept, diffusion)
-    p = diffusion.respace(kept).p_mean_variance(
-        diffusion.q_posterior(x_0, x_t, kept).mean, x_t, torch.arange(3), clip=False
-    )
+    mean = diffusion.q_posterior(x_0, x_t, kept).mean
+    p = diffusion.respace(kept).p_mean_variance(mean, x_t, torch.arange(3), clip=False)
     torch.testing.assert_close(p.x_0, x_0)
     expected = diffusion.respace(kept).q_posterior(x_0, x_t, torch.arange(3)).mean
     torch.testing.assert_close(p.mean, expected)

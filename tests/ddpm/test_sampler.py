@@ -135,9 +135,8 @@ def test_without_clipping_an_eps_of_zero_enlarges_x_t():
 def test_what_is_left_out_is_drawn():
     diffusion, mean, variance = Diffusion(SMALL), torch.full((10_000,), 2.0), torch.tensor(9.0)
     drawn = draw_gaussian(mean, variance)
-    assert drawn.mean().item() == pytest.approx(2, abs=0.15) and drawn.std().item() == pytest.approx(
-        3, abs=0.1
-    )
+    assert drawn.mean().item() == pytest.approx(2, abs=0.15)
+    assert drawn.std().item() == pytest.approx(3, abs=0.1)
     assert torch.equal(draw_gaussian(mean, variance, mean), 4 * mean)
     x_0, t, eps = torch.zeros(400, 1, 5, 5), torch.full((400,), 19), torch.ones(400, 1, 5, 5)
     spread = diffusion.tables["one_minus_alpha_bar"][19].item()
@@ -147,10 +146,8 @@ def test_what_is_left_out_is_drawn():
     torch.testing.assert_close(compute_batch_loss(diffusion, net, x_0, t, eps), expected)
     loss = compute_batch_loss(diffusion, lambda x_t, t: torch.zeros_like(x_t), x_0)
     assert loss.item() == pytest.approx(1, abs=0.06)  # the mean of eps^2
-    mixed, back = (
-        sampler.interpolate(diffusion, net, x_0, x_0, 0.5, 9),
-        sampler.step_back(diffusion, net, x_0, t),
-    )
+    mixed = sampler.interpolate(diffusion, net, x_0, x_0, 0.5, 9)
+    back = sampler.step_back(diffusion, net, x_0, t)
     assert mixed.std() > 0 and back.std() > 0
 
 
@@ -273,9 +270,8 @@ def test_sample_is_the_ancestral_chain_fed_by_its_streams():
         Diffusion(SMALL), net, draw_normal(5, Stream.X_T, 0, index, SHAPE[1:]),
         lambda t: draw_normal(5, Stream.REVERSE, t, index, SHAPE[1:]),
     )  # fmt: skip
-    assert torch.equal(
-        sampler.sample(Diffusion(SMALL), net, index=index, shape=SHAPE[1:], seed=5), end(expected)
-    )
+    found = sampler.sample(Diffusion(SMALL), net, index=index, shape=SHAPE[1:], seed=5)
+    assert torch.equal(found, end(expected))
 
 
 def test_interpolation_at_0_and_1_is_the_plain_chain():

@@ -126,9 +126,8 @@ def test_steps_equal_the_oracle(grad_clip):
 
 def test_learning_rate():
     paper = config(lr=2e-4, warmup_steps=5000, steps=800_000)
-    assert [compute_learning_rate(paper, n) for n in (0, 1, 5000, 799_999)] == pytest.approx(
-        [0, 4e-8, 2e-4, 2e-4]
-    )
+    found = [compute_learning_rate(paper, n) for n in (0, 1, 5000, 799_999)]
+    assert found == pytest.approx([0, 4e-8, 2e-4, 2e-4])
     linear = config(lr=1e-3, warmup_steps=0, lr_decay="linear", steps=10)
     assert [compute_learning_rate(linear, n) for n in (0, 5, 9, 10)] == pytest.approx([1e-3, 5e-4, 1e-4, 0])
 

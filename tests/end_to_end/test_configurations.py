@@ -22,9 +22,8 @@ CONF = Path(__file__).parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
 TRAIN_IMAGES, TEST_IMAGES = 4, 2
 # Like another one but for the images, the size of the network, which is thin here, or the length.
-ALIKE = {"lsun_bedroom", "lsun_bedroom_large", "lsun_cat"} | {
-    f"cifar10_{k}" for k in ("short", "small", "published")
-}
+CIFAR10_ALIKE = {"cifar10_short", "cifar10_small", "cifar10_published"}
+ALIKE = {"lsun_bedroom", "lsun_bedroom_large", "lsun_cat", *CIFAR10_ALIKE}
 OF_EACH_SOURCE = ["celebahq256", "cifar10", "context_sprites", "digits", "lsun_church"]
 
 # A thin network of the same depth, and a short chain.

@@ -54,11 +54,8 @@ def differ(found, reference) -> float:
 
 def make_step(device, config=TRAIN, net=SMALL):
     state = TrainState(config, build(device, net), Diffusion().config)
-    pixels = (
-        torch.randint(0, 256, (16, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
-        .byte()
-        .to(device)
-    )
+    pixels = torch.randint(0, 256, (16, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
+    pixels = pixels.byte().to(device)
     diffusion = Diffusion().to(device)
     return state, lambda: train_step(state, diffusion, pixels, ROWS, config=config, seed=3)
 

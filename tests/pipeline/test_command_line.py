@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import GRID, TINY
 from synthetic_run import make_run
 
 from pipeline.cli.program import main
@@ -32,18 +33,60 @@ def test_without_a_command_there_is_help_and_list_has_every_name(capsys):
     assert all(len(line) <= 80 for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        ("ui --port 99999", "65535"), ("ui --port -1", "port"), ("ui --port 0", "65535"), ("ui --port ²", "65535"),
-        ("export a b --step 1e30", "whole number"), ("rnu", "did you mean 'run'?"), ("list digits", "digits"),
-        ("run digits --clustr local", "did you mean '--cluster'?"), ("export a", "DIR"),
-        ("jobs foo", "'foo'"),
-    ],
-)  # fmt: skip
-def test_a_wrong_command_line_is_refused_by_name(words, expected, capsys):
-    assert call(*words.split()) == 2
-    assert expected in capsys.readouterr().err
+JOB, HERE = "submit -- run digits", "cluster.storage=/data/runs"
+SEND = "submit --cluster kuberay"
+TRAIN = " ".join(["train digits", *TINY, "cluster.workers=0 cluster.storage={tmp}"])
+MISTAKES = [  # words, exit code, what the error says
+    ("ui --port 99999", 2, "65535"), ("ui --port -1", 2, "port"), ("ui --port 0", 2, "65535"),
+    ("ui --port ²", 2, "65535"), ("export a b --step 1e30", 2, "whole number"), ("export a", 2, "DIR"),
+    ("rnu", 2, "did you mean 'run'?"), ("list digits", 2, "digits"), ("jobs foo", 2, "'foo'"),
+    ("run digits --clustr local", 2, "did you mean '--cluster'?"), ("run digts", 2, "did you mean 'digits'?"),
+    ("run digits model.dropuot=1", 2, "did you mean 'dropout'?"), ("run digits cifar10", 2, "one experiment at a time"),
+    ("run digits cluster.wokers=2", 2, "cluster.wokers is unknown (did you mean 'workers'?)"),
+    ("run digits evaluate.extractor_weights=/n.pth cluster.storage={tmp}", 2, "'/n.pth' is not a file"),
+    ("run digits --cluster nowhere", 2, "no cluster is named 'nowhere'"),
+    ("run digits cluster.storage=/dev/null/runs", 1, "cannot be written"),
+    ("run cifar10 data.path=/nowhere cluster.storage={tmp}", 1, "/nowhere"),
+    ("sync nowhere cluster.storage={tmp}", 1, "no run directory"),
+    (f"{TRAIN} cluster.tracking_uri=http://127.0.0.1:9", 1, "http://127.0.0.1:9"),
+    ("compare nothing digits cluster.storage={tmp}", 1, "error: 'nothing' is no run directory"),
+    ("compare digits cluster.storage={tmp}", 2, "error: compare needs two runs or more, and only digits-"),
+    ("compare digits --metric fod", 2, "error: --metric fod is unknown (did you mean 'fid'?)"),
+    # Sweeps
+    ("sweep", 2, "which sweep?"), ("sweep {grid} {grid}", 2, "one sweep at a time"),
+    ("sweep digits_beta_dropuot", 2, "did you mean 'digits_beta_dropout'?"),
+    ("sweep {grid} sweep.rank.metrik=fid", 2, "did you mean 'metric'?"),
+    ("sweep {grid} model.dropout=0.5", 2, "model.dropout=0.5: grid sweeps this key"),
+    (f"submit -- sweep beta_dropout data.path=images {HERE}", 2, "data.path=images is a relative path"),
+    (f"submit -- sweep beta_dropout train.stepz=3 {HERE}", 2, "did you mean 'steps'?"),
+    (f"submit -- reproduce cifar10 --budget=soon {HERE}", 2, "a number of steps (2000)"),
+    (f"submit -- reproduce cifar10 data.path=images {HERE}", 2, "data.path=images is a relative path"),
+    # Jobs, of which nothing is sent
+    ("submit", 2, "write the command after --"), ("submit run digits", 2, "write the command after --"),
+    ("submit -- status", 2, "'status' cannot be submitted"), ("jobs stop", 2, "takes one job id"),
+    ("submit -- submit -- run", 2, "'submit' cannot be submitted"), ("jobs list --follow", 2, "--follow belongs to"),
+    ("submit -- run digts", 2, "did you mean 'digits'?"), (JOB, 2, "cluster.storage=runs is a relative path"),
+    (f"{JOB} cluster.storage=~/runs", 2, "cluster.storage=~/runs is a relative path"),
+    (f"submit -- run cifar10 data.path=~/images {HERE}", 2, "data.path=~/images is a relative path"),
+    (f"{JOB} cluster.tracking_uri=sqlite:///mlflow.db {HERE}", 2, "an absolute one has four"),
+    (f"{JOB} cluster.tracking_uri=http://me:secret@host {HERE}", 2, "MLFLOW_TRACKING_PASSWORD"),
+    (f"submit --id a/b -- run digits {HERE}", 2, "--id a/b names a file"),
+    (f"{SEND} -- run digits cluster.storage=runs", 2, "cluster.storage=runs is a relative path"),
+    (f"{SEND} -- run conf/digits.yaml", 2, "is a configuration of this folder"),
+    (f"{SEND} --template README.md -- run digits", 2, "README.md is no RayJob"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "code", "message"), MISTAKES)
+def test_a_mistake_is_told_in_a_line_or_two(tmp_path, capsys, words, code, message):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    if words.startswith("compare"):
+        make_run(tmp_path)
+    words = words.replace("{tmp}", str(tmp_path)).replace("{grid}", str(tmp_path / "grid.yaml"))
+    assert call(*words.split()) == code
+    error = capsys.readouterr().err
+    assert message in error and "secret" not in error
+    assert len([line for line in error.splitlines() if not line.startswith(("usage:", " "))]) <= 2
 
 
 def test_more_workers_than_the_machine_has_are_refused_before_anything_is_there(tmp_path, capsys):

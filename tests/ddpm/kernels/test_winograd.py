@@ -11,11 +11,8 @@ from ddpm.kernels import cpu as kernels
 from ddpm.kernels import winograd
 
 # Relative errors of the whole tensor; of the plain layer: 6e-7 in float32, 3e-3 in bf16.
-ERRORS = [
-    (winograd.F4, torch.float32, 5e-6),
-    (winograd.F2, torch.float32, 1e-6),
-    (winograd.F2, torch.bfloat16, 1e-2),
-]
+F4, F2 = winograd.F4, winograd.F2
+ERRORS = [(F4, torch.float32, 5e-6), (F2, torch.float32, 1e-6), (F2, torch.bfloat16, 1e-2)]
 
 
 def numbers(*shape, seed=0):
@@ -38,10 +35,8 @@ def test_value_and_gradients(monkeypatch, basis, dtype, limit, memory_format, ch
     y, y_exact = winograd.conv3x3(x, w, b, basis), F.conv2d(*exact, padding=1)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     assert error(y, y_exact) < limit
-    found, expected = (
-        torch.autograd.grad(y, (x, w, b), d_y),
-        torch.autograd.grad(y_exact, exact, d_y.double()),
-    )
+    found = torch.autograd.grad(y, (x, w, b), d_y)
+    expected = torch.autograd.grad(y_exact, exact, d_y.double())
     assert [tensor.dtype for tensor in found] == [dtype, torch.float32, torch.float32]
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape and error(one, other) < limit
@@ -66,9 +61,8 @@ def test_the_layer_takes_the_short_way_where_it_pays_and_only_there():
         return short.called
 
     assert goes_short() and goes_short(side=8, count=16)
-    assert not any(
-        [goes_short(channels=64), goes_short(out_channels=64), goes_short(side=4), goes_short(count=1)]
-    )
+    elsewhere = ({"channels": 64}, {"out_channels": 64}, {"side": 4}, {"count": 1})
+    assert not any(goes_short(**settings) for settings in elsewhere)
     with mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False):
         assert goes_short(dtype=torch.bfloat16)
         assert not goes_short(dtype=torch.bfloat16, side=8, count=16)

@@ -93,9 +93,8 @@ def test_the_embedding_of_a_label_is_added_to_that_of_the_time():
     x_t, t, labels = torch.randn(2, 3, 8, 8), torch.tensor([5, 999]), torch.tensor([2, NO_LABEL])
     net.load_state_dict(plain.state_dict(), strict=False)
     with torch.no_grad():
-        assert torch.equal(net(x_t, t), plain(x_t, t)) and torch.equal(
-            net(x_t, t, labels)[1:], plain(x_t, t)[1:]
-        )
+        assert torch.equal(net(x_t, t), plain(x_t, t))
+        assert torch.equal(net(x_t, t, labels)[1:], plain(x_t, t)[1:])
         plain.time_mlp[2].bias += net.label_emb.weight[:, 2]
         torch.testing.assert_close(net(x_t, t, labels)[:1], plain(x_t, t)[:1])
 

@@ -63,10 +63,8 @@ def test_a_signal_to_the_whole_group_does_not_reach_shielded_children():
 def test_a_signal_while_the_program_is_imported_ends_it_without_a_traceback(tmp_path, number):
     """It falls into the making of a dataclass, where Python would end by SIGINT, and into an import."""
     kill = f"import os, time; os.kill(os.getpid(), {number}); time.sleep(9)"
-    for words, module, text in (
-        (["list"], "argparse", kill),
-        (["show", "digits"], "yaml", f"exec('{kill}')"),
-    ):
+    cases = ((["list"], "argparse", kill), (["show", "digits"], "yaml", f"exec('{kill}')"))
+    for words, module, text in cases:
         (tmp_path / module).mkdir()
         (tmp_path / module / f"{module}.py").write_text(text)
         path = {"PYTHONPATH": f"{tmp_path / module}:{ROOT}"}

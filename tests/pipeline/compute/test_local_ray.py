@@ -42,10 +42,8 @@ def test_a_local_ray_wants_its_token_listens_on_the_loopback_outlives_signals_an
         assert {s.laddr.ip.removeprefix("::ffff:") for s in sockets} == {"127.0.0.1"}
         token = family[0].environ()["RAY_AUTH_TOKEN"]
         assert len(token) == 64 and not any(token in " ".join(one.cmdline()) for one in everybody)
-        with (
-            grpc.insecure_channel(address) as stranger,
-            pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"),
-        ):
+        refused = pytest.raises(grpc.RpcError, match="UNAUTHENTICATED")
+        with grpc.insecure_channel(address) as stranger, refused:
             stranger.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=10)
         for number in (signal.SIGHUP, signal.SIGTERM):
             os.killpg(command.pid, number)

@@ -222,9 +222,8 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(sessi
     with pytest.raises(StopRequest):
         session.run_workers(None, place)
     assert time.monotonic() - began < 12 + 5
-    assert "ray-train" not in [thread.name for thread in threading.enumerate()], (
-        "it would outlive Ray, and crash"
-    )
+    # It would outlive Ray, and crash.
+    assert "ray-train" not in [thread.name for thread in threading.enumerate()]
     assert "waiting for 2 x (1 CPUs, 1 GPUs): 0 CPUs and 4 GPUs are free" in capsys.readouterr().out
 
 

@@ -217,9 +217,7 @@ def test_names_are_bytes(tmp_path):
         (["cifar10-train.parquet", "cifar10-validation.parquet"], 0, ""),
     ],
 )  # fmt: skip
-def test_fingerprints_stay_where_a_set_was_read_rightly_before_and_move_elsewhere(
-    tmp_path, names, labels, expected
-):
+def test_fingerprints_move_only_where_a_set_was_not_read_rightly_before(tmp_path, names, labels, expected):
     """The expected ones are of version ef6030f."""
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

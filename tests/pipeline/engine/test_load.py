@@ -75,11 +75,8 @@ def test_labels_and_vectors_ask_for_classes():
     for images, (_, other) in zip(drawn, equal, strict=True):
         torch.testing.assert_close(images, model.sample(3, **other), rtol=0, atol=1e-4)
     assert all((a - b).abs().max() > 1e-3 for a, b in combinations(drawn, 2))
-    for faulty, label, fault in (
-        (model, 10, "0 to 9"),
-        (model, [0.5], "10 numb"),
-        (build(EXACT), 1, "no labels"),
-    ):
+    faults = ((model, 10, "0 to 9"), (model, [0.5], "10 numb"), (build(EXACT), 1, "no labels"))
+    for faulty, label, fault in faults:
         with pytest.raises(ValueError, match=fault):
             faulty.sample(1, label=label)
 

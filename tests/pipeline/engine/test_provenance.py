@@ -59,10 +59,8 @@ def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
     assert code.find_commit() is None and code.find_version() == "0.1.0"
     (checkout / "pyproject.toml").unlink()
     assert code.find_commit() is None and code.find_version() == "0.1.0"
-    assert (
-        provenance.collect_provenance(config.load_experiment("digits", []))["versions"]["ddpm-pipeline"]
-        == "0.1.0"
-    )
+    found = provenance.collect_provenance(config.load_experiment("digits", []))
+    assert found["versions"]["ddpm-pipeline"] == "0.1.0"
 
 
 @pytest.mark.parametrize(

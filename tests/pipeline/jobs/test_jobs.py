@@ -35,39 +35,6 @@ def nowhere(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-# Refused before anything is sent
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("submit", "write the command after --"),
-        ("submit run digits", "write the command after --"),
-        ("submit -- status", "'status' cannot be submitted"),
-        ("submit -- submit -- run", "'submit' cannot be submitted"),
-        ("submit -- run digts", "did you mean 'digits'?"),
-        ("submit -- run digits model.dropuot=1", "did you mean 'dropout'?"),
-        ("submit -- run digits", "cluster.storage=runs is a relative path"),
-        ("submit -- run digits cluster.storage=~/runs", "cluster.storage=~/runs is a relative path"),
-        (f"submit -- run cifar10 data.path=images {HERE}", "data.path=images is a relative path"),
-        (f"submit -- run cifar10 data.path=~/images {HERE}", "data.path=~/images is a relative path"),
-        (f"submit -- run digits cluster.tracking_uri=sqlite:///mlflow.db {HERE}", "an absolute one has four"),
-        (f"submit -- run digits cluster.tracking_uri=http://me:secret@host {HERE}", "MLFLOW_TRACKING_PASSWORD"),
-        (f"submit --id a/b -- run digits {HERE}", "--id a/b names a file"),
-        ("submit --cluster kuberay -- run digits cluster.storage=runs", "cluster.storage=runs is a relative path"),
-        ("submit --cluster kuberay -- run conf/digits.yaml", "is a configuration of this folder"),
-        ("submit --cluster kuberay --template README.md -- run digits", "README.md is no RayJob"),
-        ("jobs stop", "takes one job id"),
-        ("jobs list --follow", "--follow belongs to"),
-    ],
-)  # fmt: skip
-def test_a_wrong_command_line_is_refused(capsys, words, message):
-    assert main(words.split()) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert "secret" not in error
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -61,9 +61,8 @@ def make(tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
 
     def make(name: str = "digits", *overrides: str, **options: bool):
-        experiment, run = make_run(
-            tmp_path, name, (*(CIFAR10 if "cifar10" in name else ()), *overrides), **options
-        )
+        longer = CIFAR10 if "cifar10" in name else ()
+        experiment, run = make_run(tmp_path, name, (*longer, *overrides), **options)
         return run.of(experiment)
 
     return make
@@ -118,11 +117,8 @@ def test_the_markdown_twin_has_its_pictures_beside_it(digits):
     assert len(names) >= 14 and len(names) == len(set(names))
     headings = re.findall(r"^## (.*)$", markdown, re.MULTILINE)
     assert headings == re.findall(r"<h2>(.*?)</h2>", html)
-    assert set(rundir.read_manifest(run.report, dict, "sha256")["files"]) == {
-        "report.html",
-        "report.md",
-        *names,
-    }
+    files = rundir.read_manifest(run.report, dict, "sha256")["files"]
+    assert set(files) == {"report.html", "report.md", *names}
 
 
 def test_other_images_stand_beside_reference_points_only(digits):
@@ -236,10 +232,8 @@ def test_commits_are_named_by_stage_where_they_differ_and_mlflow_is_linked(make)
 
 
 def test_what_is_absent_is_left_out_with_the_command_that_makes_it(make):
-    run, parts = (
-        make(),
-        {"figures": "figures", "evaluation": "evaluate", "samples": "sample", "log.jsonl": "train"},
-    )
+    run = make()
+    parts = {"figures": "figures", "evaluation": "evaluate", "samples": "sample", "log.jsonl": "train"}
     for gone, stage in parts.items():
         place = run.path / gone
         shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -262,10 +256,7 @@ ERRORS = BOUND | {
     "fid": 14.213, "fid_se": 1.31, "nll_bpd": 4.5214, "nll_bpd_se": 0.0421, "rate_bpd": 2.0214, "rate_bpd_se": 0.113,
     "kid_mean": 0.0971, "kid_mean_se": 0.1402, "recall": 0.5, "recall_se": None, "recall_se_reason": "a single unit",
 }  # fmt: skip
-POINTS = {
-    "test": {"fid": 31.0, "fid_se": 2.02, "n": 360},
-    "samples": {"fid": 17.2, "fid_se": 1.4, "n": 360},
-}
+POINTS = {"test": {"fid": 31.0, "fid_se": 2.02, "n": 360}, "samples": {"fid": 17.2, "fid_se": 1.4, "n": 360}}
 
 
 @pytest.mark.parametrize(
@@ -427,16 +418,9 @@ def test_checkpoints_stand_beside_the_published_ladder(make):
     choose_checkpoint(run)
     assert not report.STAGE.is_done(run), "a selection is something it shows"
     markdown = write(run)[1]
-    assert (
-        "**Step 20,000 has the best FID, 16.50 ± 0.31**, of 2 checkpoints, each scored on 5,000 samples"
-        in markdown
-    )
-    for row in (
-        "10,000 | 17.25 | –",
-        "**20,000** | 16.50 ± 0.31 | –",
-        "46,800 | – | 9.16",
-        "796,000 | – | 3.19",
-    ):
+    assert "**Step 20,000 has the best FID, 16.50 ± 0.31**, of 2 checkpoints" in markdown
+    rows = ("10,000 | 17.25 | –", "**20,000** | 16.50 ± 0.31 | –", "46,800 | – | 9.16", "796,000 | – | 3.19")
+    for row in rows:
         assert f"| {row} |" in markdown
     run = make("digits", "evaluate.checkpoints=every:200")
     choose_checkpoint(run)

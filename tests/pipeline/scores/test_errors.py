@@ -46,9 +46,8 @@ def test_each_score_without_a_group_is_that_of_the_others_alone():
     true_kid = []
     for group in range(4):
         rest = images.without(member == group)
-        assert sums["fid"][group] == pytest.approx(
-            distances.compute_fid(statistics_of(rest.features), statistics_of(real))
-        )
+        fid = distances.compute_fid(statistics_of(rest.features), statistics_of(real))
+        assert sums["fid"][group] == pytest.approx(fid)
         found = distances.compute_precision_recall(rest.features, real)
         assert (precision[group], recall[group]) == pytest.approx(found, rel=1e-6)
         p = torch.from_numpy(rest.logits).double().softmax(1).numpy()
@@ -59,9 +58,8 @@ def test_each_score_without_a_group_is_that_of_the_others_alone():
         pairs = (x.sum() - np.trace(x)) / (n * (n - 1))
         true_kid.append(pairs - 2 * kernel_poly(rest.features, real).mean())
     assert kid == pytest.approx(true_kid, rel=1e-5)
-    found = jackknife.compute_errors(
-        images, 4, whole, distances.Target({}, real, 1.0), {"kid_mean": 0.0, "kid_std": 3.0}
-    )
+    target, others = distances.Target({}, real, 1.0), {"kid_mean": 0.0, "kid_std": 3.0}
+    found = jackknife.compute_errors(images, 4, whole, target, others)
     assert found["kid_mean"] == pytest.approx(np.hypot(jackknife.compute_jackknife_error(kid), 0.3))
 
 

@@ -140,9 +140,8 @@ def test_classifier_knows_digits_and_its_name_is_its_content(trained, digits):
     assert classifier.measure_accuracy(net, *digits[1]) >= 0.95
     net.head.bias.data += 1
     save_file(net.state_dict(), trained.with_name("other.safetensors"))
-    names = {
-        in_file("classifier", trained.with_name(name)).name for name in (trained.name, "other.safetensors")
-    }
+    files = (trained, trained.with_name("other.safetensors"))
+    names = {in_file("classifier", file).name for file in files}
     assert len(names) == 2 and all(name.startswith("classifier-") for name in names)
 
 
@@ -162,10 +161,8 @@ def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
 def test_extractors_take_larger_images_with_colours(tmp_path):
     images = baselines.draw_noise_images(0, 3, (3, 256, 256))
     save_file(classifier.Classifier(3, 7).state_dict(), tmp_path / "c.safetensors")
-    trained, fixed = (
-        in_file("classifier", tmp_path / "c.safetensors"),
-        projection_of(3, tmp_path / "p.safetensors"),
-    )
+    trained = in_file("classifier", tmp_path / "c.safetensors")
+    fixed = projection_of(3, tmp_path / "p.safetensors")
     for extractor, classes in ((trained, 7), (fixed, 0)):
         features, logits = extractors.extract_features(extractor, images, CPU)
         assert features.shape == (3, 64) and logits.shape == (3, classes)
@@ -269,9 +266,8 @@ def test_a_set_of_another_size_has_no_score(n):
 
 def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
     rng = np.random.default_rng(3)
-    images = np.clip(rng.normal(128, 20, (4000, 1, 1, 1)) + rng.normal(0, 5, (4000, 1, 2, 2)), 0, 255).astype(
-        np.uint8
-    )
+    images = rng.normal(128, 20, (4000, 1, 1, 1)) + rng.normal(0, 5, (4000, 1, 2, 2))
+    images = np.clip(images, 0, 255).astype(np.uint8)
     mean, factor = baselines.fit_gaussian([images[:1000], images[1000:]])
     drawn = baselines.draw_gaussian_images(mean, factor, 0, 4000, (1, 2, 2))
     flat, ours = (x.reshape(4000, 4).astype(float) for x in (images, drawn))

@@ -88,12 +88,10 @@ def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
     changed = isinstance(shapes, str)
     images = [np.zeros(shape, np.uint8) for shape in ([(8, 8)] * 6 if changed else shapes)]
     pngs = [b"not a PNG" if shapes == "no PNG" else tars.encode_png(image) for image in images]
-    facts = tars.write_tar(
-        tmp_path / "00000.tar", (tars.Record(f"{i:08d}", png, None) for i, png in enumerate(pngs))
-    )
-    shard = tars.Shard(
-        tmp_path, "00000.tar", "samples", 0, 6, "another" if shapes == "changed" else facts["sha256"]
-    )
+    records = (tars.Record(f"{i:08d}", png, None) for i, png in enumerate(pngs))
+    facts = tars.write_tar(tmp_path / "00000.tar", records)
+    sha256 = "another" if shapes == "changed" else facts["sha256"]
+    shard = tars.Shard(tmp_path, "00000.tar", "samples", 0, 6, sha256)
     with pytest.raises(PipelineError, match=message) as refused:
         write_shard_features(one_cpu().context, None, shard, (1, 8, 8), tmp_path / "features.npz")
     assert "\n" not in str(refused.value)

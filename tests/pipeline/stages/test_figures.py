@@ -104,9 +104,8 @@ def test_steps_compares_chains_without_and_with_fresh_noise(drawn):
     for row, column, how in (
         (0, 1, {"sampler": "ddim"}), (0, 2, {"variance": "fixedsmall", "steps": 10}), (1, 2, solver),
     ):  # fmt: skip
-        *_, last = run_image_chains(
-            diffusion, net, index=index, shape=shape, seed=drawn.experiment.seed, **how
-        )
+        chain = {"index": index, "shape": shape, "seed": drawn.experiment.seed, **how}
+        *_, last = run_image_chains(diffusion, net, **chain)
         assert nearly_equal(shown[row::2, column], to_uint8(last.x_t.clamp(-1, 1))[:, 0])
 
 
@@ -210,9 +209,8 @@ def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
 
 
 def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
-    experiment = tiny_experiment(
-        "name=again", "figures.images=4", "figures.which=[interpolation,progressive]"
-    )
+    words = ("name=again", "figures.images=4", "figures.which=[interpolation,progressive]")
+    experiment = tiny_experiment(*words)
     run = ready(experiment, sharded_storage)
     assert len(run_stage(figures, run)) == 5
     folder = run.figures

@@ -49,9 +49,7 @@ def assert_equal_states(run, other, *steps):
     num_images=st.integers(1, 40), batch_size=st.integers(1, 50), workers=st.integers(1, 5),
     start=st.integers(0, 7), seed=st.integers(0, 2**40),
 )  # fmt: skip
-def test_every_image_once_per_epoch_for_any_workers_batch_and_start(
-    num_images, batch_size, workers, start, seed
-):
+def test_every_image_once_per_epoch_for_any_cut(num_images, batch_size, workers, start, seed):
     workers = min(workers, batch_size)
     steps = start + 3 * num_images // batch_size + 2
     seen = []
@@ -267,6 +265,5 @@ def test_a_compiled_network_trains_the_same_run_up_to_rounding(tiny_run):
     for ours, theirs in zip(points, expected, strict=True):
         for name, rel in (("train/loss", 1e-4), ("train/grad_norm", 1e-3)):
             assert ours["metrics"][name] == pytest.approx(theirs["metrics"][name], rel=rel)
-    assert final_state(other, 3).keys() == final_state(tiny_run, 3).keys(), (
-        "the checkpoint does not say that it was compiled"
-    )
+    # The checkpoint does not say that it was compiled.
+    assert final_state(other, 3).keys() == final_state(tiny_run, 3).keys()

@@ -453,9 +453,8 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
         main(["export", run.path.name, str(folder), f"--weights={weights}", f"cluster.storage={storage}"])
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlicense:") and f"{weights} weights of step 6" in card
-        assert ("| NLL, bits/dim | ≤" in card and "| Decoder |" in card) == (weights == "raw"), (
-            "of these weights alone"
-        )
+        has_scores = "| NLL, bits/dim | ≤" in card and "| Decoder |" in card
+        assert has_scores == (weights == "raw"), "of these weights alone"
     wrong = ["import", str(exported), "--weights=ema", *digits, "name=entered", f"cluster.storage={storage}"]
     assert main(wrong) == 2 and "says that its weights are raw" in capsys.readouterr().err
     words = [*digits, "name=entered", *ONE_CPU, f"cluster.storage={storage}"]

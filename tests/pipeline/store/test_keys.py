@@ -85,11 +85,8 @@ def test_the_formula_of_dropout_counts_where_something_is_dropped(monkeypatch, t
 
 def test_a_file_from_before_an_option_means_its_neutral_value():
     tree = {"train": {"lr": 0.1}, "sample": {"label": "cycle"}}
-    keys_of = {
-        "published": ("path", "weights"),
-        "evaluate": ("variance", "features"),
-        "train": ("lr", "ema_warmup"),
-    }
+    keys_of = {"published": ("path", "weights"), "evaluate": ("variance", "features")}
+    keys_of["train"] = ("lr", "ema_warmup")
     neutral.add_neutral_values(tree, keys_of)
     assert tree["train"]["ema_warmup"] is False
     assert tree["sample"]["label"] == "cycle"

@@ -123,9 +123,7 @@ def test_a_broken_push_names_no_contents_and_the_next_one_goes_on(run, s3, monke
     assert ", 4 were there" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
 
 
-def test_a_broken_pull_leaves_nothing_that_looks_finished_and_the_next_one_goes_on(
-    run, s3, monkeypatch, tmp_path
-):
+def test_a_broken_pull_leaves_nothing_that_looks_finished(run, s3, monkeypatch, tmp_path):
     remote.push_run(run.path.name, run.storage, "s3://runs/a")
     get, fetched = remote.ObjectStore.download, []
 
@@ -196,9 +194,7 @@ def check_credentials(server: str, from_request: float) -> None:
     urlopen(Request(f"{server}/moto-api/reset-auth", body, header)).close()
 
 
-def test_the_program_says_what_is_wrong_in_a_line_and_shows_no_secret(
-    run, s3, server, tmp_path, monkeypatch, capsys
-):
+def test_the_program_names_a_fault_in_a_line_and_no_secret(run, s3, server, tmp_path, monkeypatch, capsys):
     def ddpm(*words: str) -> tuple[int, str]:
         code, told = main([*words, f"cluster.storage={run.storage}"]), capsys.readouterr()
         assert SECRET not in told.out + told.err

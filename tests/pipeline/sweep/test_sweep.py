@@ -164,29 +164,6 @@ def test_ten_thousand_trials_ask_first(tmp_path, capsys):
     assert "10,000 trials; if that is meant, say --yes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["sweep"], "which sweep?"),
-        (["sweep", "digits_beta_dropuot"], "did you mean 'digits_beta_dropout'?"),
-        (["sweep", "{file}", "sweep.rank.metrik=fid"], "did you mean 'metric'?"),
-        (["sweep", "{file}", "model.dropout=0.5"], "model.dropout=0.5: study sweeps this key"),
-        (["sweep", "{file}", "{file}"], "one sweep at a time"),
-        (["sweep", "{file}", "cluster.wokers=2"], "did you mean 'workers'?"),
-        (["submit", "--", "sweep", "beta_dropout", "data.path=images"], "data.path=images is a relative path"),
-        (["submit", "--", "sweep", "beta_dropout", "train.stepz=3"], "did you mean 'steps'?"),
-        (["submit", "--", "reproduce", "cifar10", "--budget=soon"], "a number of steps (2000)"),
-        (["submit", "--", "reproduce", "cifar10", "data.path=images"], "data.path=images is a relative path"),
-    ],
-)  # fmt: skip
-def test_a_wrong_command_line_is_two_lines_at_most(tmp_path, capsys, words, message):
-    path = sweep_file(tmp_path)
-    there = ["cluster.storage=/data/runs"] if words[0] == "submit" else []
-    assert main([*(word.replace("{file}", path) for word in words), *there]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) <= 2
-
-
 # Resources
 
 

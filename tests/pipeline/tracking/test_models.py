@@ -69,9 +69,8 @@ def test_what_is_registered_at_a_server_draws_from_there(sampled, tmp_path, monk
     address, words = f"http://127.0.0.1:{free_port()}", ["mlflow", "server", "--workers=1"]
     words += [f"--port={address[17:]}", f"--backend-store-uri=sqlite:///{tmp_path / 'server.db'}"]
     words += [f"--artifacts-destination={tmp_path / 'artifacts'}"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", *words], stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    command = [sys.executable, "-m", *words]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         while server.poll() is None:
             with suppress(PipelineError):
