@@ -10,7 +10,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import sampling, subjects, unet
 from benchmarks.floor import floor_of
-from benchmarks.harness import Contender, Outcome, Settings, Skipped, offered, race, table
+from benchmarks.harness import Contender, Settings, race
 from ddpm import UNetConfig
 from ddpm.networks.unet import UNet
 
@@ -32,23 +32,6 @@ def test_a_race_takes_turns_and_compares():
     assert order == ["a", "b"] * 4  # one call each to warm up, then turns
     assert [row.contender for row in rows] == ["a", "b"] and rows[0].ratio == 1.0
     assert all(row.value > 0 and row.spread is not None for row in rows)
-
-
-def test_what_cannot_run_is_left_out_and_said():
-    outcome = Outcome()
-
-    def missing():
-        raise ModuleNotFoundError("no", name="peer")
-
-    def unable():
-        raise Skipped("other: needs a GPU")
-
-    there = Contender("a", lambda: None, 1)
-    assert offered(outcome, missing, lambda: [there], unable) == [there]
-    assert table({"unet": outcome}).splitlines()[1:] == [
-        "unet: left out: peer is not installed",
-        "unet: left out: other: needs a GPU",
-    ]
 
 
 def test_the_floor_repeats_every_product_of_a_training_step():

@@ -1,10 +1,7 @@
 """The training step: an oracle in float64, slices and parts against the whole, resumption bit for bit."""
 
 import dataclasses
-import importlib
 import math
-import multiprocessing
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -238,50 +235,6 @@ def test_whatever_the_cut_of_the_batch_its_loss_gradient_and_dropped_units_stay(
     step(plain, settings)
     assert all(torch.equal(gradients(again)[name], its) for name, its in gradients(whole).items())
     assert any(not torch.allclose(gradients(plain)[name], its) for name, its in gradients(whole).items())
-
-
-def add_over_workers(value):
-    summed = value.clone()
-    torch.distributed.all_reduce(summed)
-    return summed
-
-
-def _worker(rank, world_size, path, settings, rows):
-    # torch.distributed.nn keeps the group of the moment of its import in the default arguments of its functions, and
-    # DDP imports it. Then gloo's threads outlive the group, and end the process by SIGABRT where they meet its exit.
-    importlib.import_module("torch.distributed.nn")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{path}/store", rank=rank, world_size=world_size)
-    state = small_state(settings, diffusion=IMPORTANCE)
-    ddp = nn.parallel.DistributedDataParallel(state.net)
-    for _ in range(2):
-        step(
-            state, settings, rows[rank], IMPORTANCE,
-            world_size=world_size, sum_over_workers=add_over_workers, forward=ddp,
-        )  # fmt: skip
-    if rank == 1:
-        torch.save(gradients(state) | {"history": state.t_sampler.losses}, f"{path}/parts.pt")
-    del ddp  # it holds the group too
-    torch.distributed.destroy_process_group()
-    threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
-    assert not any("gloo" in name for name in threads), threads
-
-
-def test_two_processes_equal_one(tmp_path):
-    settings, rows = config(accumulate=2), [ROWS[:3], ROWS[3:]]
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_worker, args=(r, 2, str(tmp_path), settings, rows)) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        assert worker.exitcode == 0
-    state = small_state(settings, diffusion=IMPORTANCE)
-    for _ in range(2):
-        step(state, settings, diffusion=IMPORTANCE)
-    saved = torch.load(tmp_path / "parts.pt", weights_only=True)
-    expected = gradients(state) | {"history": state.t_sampler.losses}
-    assert_close(saved, expected, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ importance-sampled t

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 # 17 images a batch do not divide by two: the slices are uneven. 50 steps, dropout 0, fp32.
 STEPS = ["train.steps=50", "train.batch_size=17", "train.checkpoint_every=25"]
 SCORES = ["evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures.which=[samples,progressive]"]
-EXPERIMENT = [*TINY, *STEPS, *SCORES]
+EXPERIMENT = [*TINY, *STEPS, *SCORES, "diffusion.t_sampling=importance"]
 
 
 def ddpm(storage: Path, *words: str, verb: str = "run") -> Path:
@@ -64,13 +64,6 @@ def test_both_runs_have_the_same_keys_and_nearly_the_same_scores(runs):
     assert [path.parent.name for path in one] == [path.parent.name for path in two]
     a, b = (json.loads(paths[0].read_text())["scores"] for paths in (one, two))
     assert math.isclose(a["nll_bpd"], b["nll_bpd"], rel_tol=1e-4)
-
-
-def test_what_images_cost_is_noted_whoever_makes_them(runs):
-    one, two = (json.loads((run / "spent.json").read_text()) for run in runs)
-    for kind in ("samples", "nll"):
-        (a,), (b,) = one[kind].values(), two[kind].values()
-        assert a["images"] == b["images"] > 0 and a["seconds"] > 0 and b["seconds"] > 0
 
 
 def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs, tmp_path):

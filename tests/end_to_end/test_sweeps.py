@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import GRID, TRIAL, tiny_experiment, wait_until
+from conftest import GRID, TRIAL, wait_until
 from mlflow import MlflowClient
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SMALL = [*TRIAL, "train.sample_every=6", "cluster.cpus_per_worker=1"]
 
@@ -50,7 +50,6 @@ def trained(storage: Path) -> dict[str, int]:
     return {path.parts[-4]: path.stat().st_mtime_ns for path in files}
 
 
-@pytest.mark.slow
 def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     """Twice as many trials as CPUs: were trials to hold CPUs of their own, none could start its worker."""
     said = sweep(tmp_path)
@@ -69,7 +68,6 @@ def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     assert time.monotonic() - began < 120
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path, number):
     first, state = start(tmp_path), tmp_path / "sweeps" / "grid" / "state.json"
@@ -95,32 +93,9 @@ def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path
         assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
 def test_rungs_stop_trials_through_ray_tune(tmp_path):
     text = "experiment: digits\nspace: {train.lr: [1.0e-3, 2.0e-3, 1.0e-9, 2.0e-9]}\nrank: {metric: nll_bpd}"
     sweep(tmp_path, text + "\nearly_stop: {first: 2, factor: 2, nll_images: 4}\nconcurrent: 1\n")
     states = {row["label"]: (row["state"], row["step"]) for row in board(tmp_path)}
     # After two steps an untrained network (bound 7.1305) is better than one that began with large steps (7.1337).
     assert states["lr=0.002"] == ("stopped", 2) and ("finished", 6) in states.values()
-
-
-def test_what_a_lost_training_group_held_is_given_back(tmp_path):
-    """Its controller and its cleaner can be killed together; without this, its CPU would be nobody's."""
-    import ray
-
-    from pipeline.compute.ray_train import release_training_group
-    from pipeline.compute.session import RaySession
-    from pipeline.config import load_cluster
-    from pipeline.store.run import Place
-
-    run = Place(tmp_path, tiny_experiment(), "data", "key")
-    run.path.mkdir()
-    with RaySession(load_cluster("local", ["workers=1", "cpus_per_worker=1"])):
-        before = ray.available_resources()["CPU"]
-        group = ray.util.placement_group([{"CPU": 1}])
-        ray.get(group.ready())
-        run.placement_group.write_text(group.id.hex())
-        assert ray.available_resources()["CPU"] == before - 1
-        release_training_group(run)
-        wait_until(lambda: ray.available_resources().get("CPU") == before, 30)
-        release_training_group(run)  # nothing to give back

@@ -94,11 +94,6 @@ def test_how_samples_were_drawn_is_compared_and_a_run_without_the_score_named(fo
     assert "Without FID: linear-0.2." in markdown and "| 3. cosine-0.1 |" in markdown
 
 
-def test_other_images_are_another_protocol(four, tmp_path):
-    other = compared(tmp_path, "data.test_images=7", label="other")
-    assert [len(group.runs) for group in rank_runs([*four, other], METRICS["fid"])] == [4, 1]
-
-
 def test_losses_share_a_panel_only_under_the_same_objective(four, tmp_path, undrawn):
     markdown = page(four, tmp_path / "page")
     assert "2 objectives" in markdown
@@ -191,9 +186,6 @@ def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatc
     )
     markdown = page(found, tmp_path / "page")
     assert [len(runs) for runs in drawn] == [1] and markdown.count("![") >= 3
-
-
-# The command
 
 
 def test_the_command_takes_names_beginnings_and_paths(four, tmp_path, undrawn, capsys):

@@ -181,9 +181,6 @@ def test_efficientnet_knows_a_temple_and_its_own_weights(sharded_storage, monkey
             extractors.find_extractor(place)
 
 
-# Sums
-
-
 @pytest.mark.parametrize("n", [97, 11])
 def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
     logits = np.random.default_rng(1).normal(0, 3, (n, 5)).astype(np.float32)
@@ -252,18 +249,6 @@ def test_closed_form_of_the_frechet_distance():
         assert 0 <= scores.compute_fid(same, same) < at_most, "rounding leads below zero"
 
 
-@pytest.mark.parametrize("n", [9, 11])
-def test_a_set_of_another_size_has_no_score(n):
-    features = np.ones((10, 3), np.float32)
-    with pytest.raises(PipelineError, match=f"10 images .* {n} "):
-        scores.sum_features([(features[:6], np.empty((6, 0))), (features[6:], np.empty((4, 0)))], n)
-    with pytest.raises(PipelineError, match="one image"):
-        scores.Moments.from_features(features[:1]).to_statistics()
-
-
-# Baselines
-
-
 def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
     rng = np.random.default_rng(3)
     images = rng.normal(128, 20, (4000, 1, 1, 1)) + rng.normal(0, 5, (4000, 1, 2, 2))
@@ -277,9 +262,6 @@ def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
     noise = baselines.draw_noise_images(0, 500, (3, 4, 4))
     assert noise.min() == 0 and noise.max() == 255 and abs(noise.mean() - 127.5) < 2
     assert np.array_equal(noise[7:9], baselines.draw_noise_images(7, 9, (3, 4, 4)))
-
-
-# Inception
 
 
 def blocks(n):

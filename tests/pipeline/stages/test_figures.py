@@ -17,15 +17,13 @@ from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import run_chain, run_image_chains
 from pipeline import config
 from pipeline.engine.find import make_place
-from pipeline.errors import PipelineError
-from pipeline.scores.distances import Moments, compute_fid
 from pipeline.scores.reference import load_reference
-from pipeline.stages import evaluate, figures, sample, shard
+from pipeline.stages import evaluate, figures, sample
 from pipeline.stages.figures import chains, curves, nearest
 from pipeline.stages.figures.stage import FIGURES
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_model
-from pipeline.store.files import read_json, read_manifest, write_arrays
+from pipeline.store.files import read_json, read_manifest
 from pipeline.store.run import Place
 
 CURVES = ("rate_distortion", "scores_along", "optimum")
@@ -192,22 +190,6 @@ def test_scores_along_end_in_the_runs_own(drawn):
     assert along[0]["fid"] != pytest.approx(scored, rel=1e-3)
 
 
-def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
-    draw = np.random.default_rng(0)
-    features, logits = draw.normal(size=(2, 30, 5)), 4 * draw.normal(size=(2, 30, 3))
-    files = [tmp_path / "a.npz", tmp_path / "b.npz"]
-    for file, rows in zip(files, (slice(0, 20), slice(20, 30)), strict=True):
-        write_arrays(file, features=features[:, rows], logits=logits[:, rows])
-    reference = Moments.from_features(draw.normal(size=(40, 5))).to_statistics()
-    found = curves.score_snapshots(files, 30, reference)
-    for number in (0, 1):
-        expected = compute_fid(Moments.from_features(features[number]).to_statistics(), reference)
-        assert found[number]["fid"] == pytest.approx(expected, rel=1e-9)
-        assert 1 <= found[number]["is_mean"] <= 3
-    with pytest.raises(PipelineError, match="20 images"):
-        curves.score_snapshots(files[:1], 30, reference)
-
-
 def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
     words = ("name=again", "figures.images=4", "figures.which=[interpolation,progressive]")
     experiment = tiny_experiment(*words)
@@ -265,31 +247,6 @@ def test_figures_run_the_chain_of_the_samples(sharded_storage, how):
     # Steps 0, 5, 10, 14, 19 of T = 20: two of them make t = 6.
     assert "latents at t = 6:" in captions["interpolation.png"]
     assert "for t = 20, 15, 6, 1, left" in captions["shared_latents.png"]
-
-
-@pytest.mark.slow
-def test_an_untrained_cifar10_network_draws_every_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.scores.preparations.LARGEST_GAUSSIAN", 0)  # 3,072 dimensions take seconds
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    np.save(tmp_path / "images.npy", pixels)
-    small = (
-        "data.source=npy", f"data.path={tmp_path / 'images.npy'}", "data.labels=0", "data.test_images=10",
-        "data.images_per_shard=20", "diffusion.timesteps=4", "model.channels=8", "model.norm_groups=4",
-        "train.steps=1", "sample.num_images=6", "sample.batch_size=6", "evaluate.features=projection",
-        "evaluate.metrics=[fid,nll]", "evaluate.nll_images=4", "figures.images=2",
-        EVERY,
-    )  # fmt: skip
-    experiment = config.load_experiment("cifar10", list(small))
-    storage = tmp_path / "storage"
-    run_stage(shard, make_place(experiment, storage))
-    run = ready(experiment, storage)
-    run_stage(evaluate, run)
-    run_stage(figures, run)
-    folder = run.figures
-    assert read_manifest(folder, dict)["order"] == PICTURES
-    assert cells(folder / "coarse_to_fine.png", 32).shape == (5, 13, 32, 32), (
-        "T = 4 has five numbers of steps"
-    )
 
 
 def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeypatch):

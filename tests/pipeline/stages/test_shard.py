@@ -214,9 +214,3 @@ def test_a_split_without_a_whole_image_stops_the_stage(pictures, run):
     break_images(pictures, list(range(20)))
     with pytest.raises(PipelineError, match="no image of the train split decodes"):
         do(dataclasses.replace(pictures, max_undecodable=20), run)
-
-
-def test_unlabelled_shards_hold_no_labels(pictures, run):
-    do(dataclasses.replace(pictures, labels=0), run)
-    assert b".cls" not in b"".join(tar_bytes(run).values())
-    assert set(tars.load_images(run.data, "train")[1]) == {-1}

@@ -67,13 +67,6 @@ def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_
     assert checkpoint.find_newest_step(run, at_most=5) == 2
 
 
-def test_a_new_checkpoint_is_not_hashed_again_to_tell_that_it_is_there(tiny_run, monkeypatch):
-    run = tiny_run
-    saved(run, 2)
-    monkeypatch.setattr("pipeline.store.files.hash_file", pytest.fail)
-    assert checkpoint.is_valid(run, 2)
-
-
 def keeping(run, keep, keep_every=None, checkpoints=None, every=1, steps=()):
     rules = {"keep": keep, "keep_every": keep_every, "checkpoint_every": every, "keep_steps": steps}
     return scoring(change(run, "train", **rules), checkpoints=checkpoints)
