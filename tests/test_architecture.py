@@ -14,18 +14,10 @@ ORDER = [
     "drawing", "store", "config", "console", "errors",
 ]  # fmt: skip
 ONLY_IMPORTER = {
-    "ray": {"compute", "sweep", "jobs"},
-    "mlflow": {"tracking"},
-    "webdataset": {"store"},
-    "torch_fidelity": {"scores"},
-    "jinja2": {"report"},
-    "markdown_it": {"report"},
-    "omegaconf": {"config"},
-    "yaml": {"config", "jobs"},
-    "pydantic": {"config", "store"},
-    "pyarrow": {"data", "store"},
-    "boto3": set(),
-}
+    "ray": {"compute", "sweep", "jobs"}, "mlflow": {"tracking"}, "webdataset": {"store"}, "jinja2": {"report"},
+    "torch_fidelity": {"scores"}, "markdown_it": {"report"}, "omegaconf": {"config"}, "yaml": {"config", "jobs"},
+    "pydantic": {"config", "store"}, "pyarrow": {"data", "store"}, "boto3": set(),
+}  # fmt: skip
 FILES_OF_A_RUN = {
     "experiment.yaml", "commits.json", "spent.json", "timings.json", "tracking.json", "log.jsonl", "metrics.json",
     "nll.json", "evaluate.yaml", "selection.json", "grid.png", "sample.yaml", "report.html", "classifier.json",
@@ -62,60 +54,40 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[1].removesuffix(".py")
 
 
-def neighbours(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("pipeline.")}
-    return names - {room(path)}
-
-
 @pytest.mark.parametrize("path", modules("ddpm"), ids=lambda p: p.stem)
-def test_science_imports_torch_numpy_and_the_standard_library_only(path):
-    tops = {name.split(".")[0] for name in imported(path)}
+def test_science_imports_few_libraries_and_joins_network_and_diffusion_in_training(path):
+    names = imported(path)
+    tops = {name.split(".")[0] for name in names}
     assert tops <= SCIENCE_MAY_IMPORT
     assert not tops & WITHOUT_IO
-
-
-@pytest.mark.parametrize("path", modules("ddpm"), ids=lambda p: p.stem)
-def test_only_training_and_the_trained_model_join_network_and_diffusion(path):
-    names = imported(path)
-    networks = any(name.startswith("ddpm.networks") for name in names)
-    diffusion = any(name.startswith("ddpm.diffusion") for name in names)
-    assert not (networks and diffusion) or path.name in ("training.py", "model.py", "__init__.py")
+    joined = [part for part in ("networks", "diffusion") if any(n.startswith(f"ddpm.{part}") for n in names)]
+    assert len(joined) < 2 or path.name in ("training.py", "model.py", "__init__.py")
 
 
 @pytest.mark.parametrize("path", modules("pipeline"), ids=lambda p: str(p.relative_to(ROOT / "pipeline")))
-def test_each_library_has_one_importer(path):
-    tops = {name.split(".")[0] for name in imported(path)}
+def test_each_library_has_one_importer_and_a_folder_imports_only_those_below_it(path):
+    names, own = imported(path), room(path)
+    tops = {name.split(".")[0] for name in names}
     for library, rooms in ONLY_IMPORTER.items():
-        assert library not in tops or room(path) in rooms, f"{library} is imported by {sorted(rooms)} alone"
-
-
-@pytest.mark.parametrize("path", modules("pipeline"), ids=lambda p: str(p.relative_to(ROOT / "pipeline")))
-def test_a_folder_imports_only_those_below_it(path):
-    if path.name == "__init__.py" and path.parent == ROOT / "pipeline":
+        assert library not in tops or own in rooms, f"{library} is imported by {sorted(rooms)} alone"
+    if own == "__init__":
         return
-    for name in neighbours(path):
-        assert ORDER.index(name) > ORDER.index(room(path)), f"{room(path)} must not import {name}"
+    for name in {name.split(".")[1] for name in names if name.startswith("pipeline.")} - {own}:
+        assert ORDER.index(name) > ORDER.index(own), f"{own} must not import {name}"
+    if path.is_relative_to(ROOT / "pipeline" / "stages"):
+        stages = {name.split(".")[2] for name in names if name.startswith("pipeline.stages.")}
+        stage = path.relative_to(ROOT / "pipeline" / "stages").parts[0].removesuffix(".py")
+        assert stages <= {stage, "stage"}, "stages import no other stage"
+    if own != "store":
+        texts = {
+            node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
+        }
+        assert not texts & FILES_OF_A_RUN, "the store alone spells file names of a run directory"
 
 
 def test_every_folder_stands_in_the_order():
     found = {path.name.removesuffix(".py") for path in (ROOT / "pipeline").iterdir()}
     assert found - {"__init__", "__pycache__", "conf", "COMMIT", "py.typed"} == set(ORDER)
-
-
-@pytest.mark.parametrize("path", modules("pipeline/stages"), ids=lambda p: "-".join(p.parts[-2:]))
-def test_stages_import_no_other_stage(path):
-    own = path.relative_to(ROOT / "pipeline" / "stages").parts[0].removesuffix(".py")
-    names = {name.split(".")[2] for name in imported(path) if name.startswith("pipeline.stages.")}
-    assert names <= {own, "stage"}
-
-
-OUTSIDE_STORE = [path for path in modules("pipeline") if path.parts[-2] != "store"]
-
-
-@pytest.mark.parametrize("path", OUTSIDE_STORE, ids=lambda p: str(p.relative_to(ROOT / "pipeline")))
-def test_the_store_alone_spells_file_names_of_a_run_directory(path):
-    strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
-    assert not strings & FILES_OF_A_RUN
 
 
 def test_the_names_of_files_and_stages_here_are_those_of_the_store():

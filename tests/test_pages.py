@@ -2,12 +2,15 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline import config
 from pipeline.cli.program import COMMANDS
+from pipeline.data.sources import open_source
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -50,6 +53,25 @@ def test_the_snippet_of_the_library_page_trains_and_draws():
     assert torch.isfinite(names["loss"])
     assert names["images"].shape == (2, 3, 32, 32)
     assert names["images"].abs().max() <= 1
+
+
+def test_the_commands_of_the_page_of_networks_read_the_images_that_it_makes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```(\w*)\n(.*?)```", (ROOT / "docs" / "networks.md").read_text(), flags=re.DOTALL)
+    for snippet in [text for language, text in blocks if language == "python"]:
+        exec(snippet, {})
+    lines = [
+        line for language, text in blocks if not language for line in text.replace("\\\n", " ").splitlines()
+    ]
+    seen = set()
+    for _, _, name, *overrides in [shlex.split(line) for line in lines if line.startswith("ddpm ")]:
+        experiment = config.load_experiment(name, [w for w in overrides if not w.startswith("cluster.")])
+        seen.add(experiment.data.source)
+        source = open_source(experiment.data)
+        assert source.splits["train"] > 1000 and source.splits["test"] >= 100
+        (record,) = source.read_records("train", 0, 1)
+        assert (record.label is None) == (experiment.data.labels == 0)
+    assert seen == {"digits", "npy", "folder"}
 
 
 def test_the_results_page_has_the_scores_of_its_twin_and_says_first_how_good_the_network_is():

@@ -4,14 +4,11 @@ import torch
 from ddpm.images import from_uint8, to_uint8
 
 
-def test_every_grey_level_survives_the_round_trip():
+def test_grey_levels_come_back_and_values_are_rounded_and_clamped():
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     x = from_uint8(levels)
     assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
     assert torch.equal(to_uint8(x), levels)
-
-
-def test_values_are_rounded_not_truncated_and_clamped():
     x = (torch.tensor([-9.0, -0.4, 0.4, 0.6, 99.7, 254.6, 300.0]) - 127.5) / 127.5
     assert to_uint8(x).tolist() == [0, 0, 0, 1, 100, 255, 255]
 

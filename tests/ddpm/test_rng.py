@@ -33,7 +33,7 @@ def kolmogorov_distance(values: torch.Tensor, cdf) -> float:
     return float((cdf(ordered) - below).abs().max())
 
 
-def test_normal_has_the_normal_distribution():
+def test_normal_has_the_normal_distribution_beyond_six_sigma():
     z = rng.draw_normal(1, Stream.NOISE, 5, torch.arange(1000), (1000,)).double()
     n = z.numel()
     assert abs(z.mean()) < 5 / n**0.5
@@ -44,22 +44,16 @@ def test_normal_has_the_normal_distribution():
     for sigma in (2, 3, 4):
         expected = n * math.erfc(sigma / 2**0.5)
         assert abs((z.abs() > sigma).sum() - expected) < 5 * expected**0.5
-
-
-def test_normal_reaches_beyond_six_sigma_and_stays_finite():
     words = torch.tensor([0, 1, 2**32 - 1]).repeat_interleave(3)
     z = torch.stack(rng._convert_to_normal(words, torch.tensor([0, 2**31, 2**32 - 1]).repeat(3)))
     assert z.isfinite().all()
     assert 6.6 < z.abs().max() < 6.7
 
 
-def test_uniform_has_the_uniform_distribution():
+def test_uniform_numbers_and_integers_are_uniform():
     u = rng.draw_uniform(1, Stream.FLIP, 0, torch.arange(1000), (500,))
     assert u.min() >= 0 and u.max() < 1
     assert kolmogorov_distance(u, lambda x: x) < 1.95 / u.numel() ** 0.5
-
-
-def test_integers_are_uniform():
     draws = rng.draw_integers(3, Stream.TIMESTEP, 9, torch.arange(100_000), 10)
     counts = torch.bincount(draws, minlength=10).double()
     assert len(counts) == 10

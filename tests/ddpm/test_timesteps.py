@@ -12,7 +12,7 @@ def filled(scale: torch.Tensor) -> ImportanceSampler:
     return sampler
 
 
-def test_uniform_until_every_timestep_has_a_full_history():
+def test_probabilities_follow_the_losses_once_every_timestep_has_a_full_history():
     sampler = ImportanceSampler(4)
     for _ in range(HISTORY):
         torch.testing.assert_close(
@@ -20,9 +20,6 @@ def test_uniform_until_every_timestep_has_a_full_history():
         )
         sampler.update(torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert sampler.compute_probabilities()[3] > 0.39
-
-
-def test_probabilities_follow_the_root_mean_square_loss():
     p = filled(torch.tensor([1.0, 2.0, 3.0, 4.0])).compute_probabilities()
     expected = 0.999 * torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64) + 0.001 / 4
     torch.testing.assert_close(p, expected)

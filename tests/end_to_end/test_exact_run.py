@@ -66,13 +66,10 @@ def find_members(images, known):
     return equal.argmax(axis=1)
 
 
-def test_the_tars_hold_different_images_of_the_source_bit_for_bit(place, known):
+def test_tars_and_samples_are_the_images_bit_for_bit(place, known):
     members = find_members(known, SOURCE[::2].transpose(0, 3, 1, 2))
     assert len(known) == len(set(members.tolist())) == K
     assert ddpm(place.storage, "shard", "data.limit=91") == 1, "only 90 images differ"
-
-
-def test_samples_are_the_images_each_as_often(place, known):
     members = find_members(tars.load_images(place.samples, "samples")[0], known)
     counts, expected = np.bincount(members, minlength=K), len(members) / K
     assert ((counts - expected) ** 2 / expected).sum() < 37.7  # chi-square, 15 degrees of freedom, 99.9 %

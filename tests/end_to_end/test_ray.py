@@ -39,9 +39,16 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     return one, two
 
 
-def test_one_and_two_workers_train_alike(runs):
+def test_one_and_two_workers_shard_train_and_score_alike(runs):
     one, two = map(read_losses, runs)
     assert len(one) == 50 and one == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in two]
+    one, two = (sorted((run.parent / "data").rglob("*.tar")) for run in runs)
+    assert [path.name for path in one] == [path.name for path in two]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
+    one, two = ([path for path in sorted(run.glob("evaluation/*/metrics.json"))] for run in runs)
+    assert [path.parent.name for path in one] == [path.parent.name for path in two]
+    a, b = (json.loads(paths[0].read_text())["scores"] for paths in (one, two))
+    assert math.isclose(a["nll_bpd"], b["nll_bpd"], rel_tol=1e-4)
 
 
 def test_two_workers_go_on_from_the_same_checkpoint(runs, tmp_path):
@@ -51,19 +58,6 @@ def test_two_workers_go_on_from_the_same_checkpoint(runs, tmp_path):
     copy = ddpm(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=1", "train.steps=52", verb="train")
     assert read_losses(copy)[:50] == read_losses(two)
     assert len(read_losses(copy)) == 52
-
-
-def test_sharding_is_byte_identical_whoever_does_it(runs):
-    one, two = (sorted((run.parent / "data").rglob("*.tar")) for run in runs)
-    assert [path.name for path in one] == [path.name for path in two]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
-
-
-def test_both_runs_have_the_same_keys_and_nearly_the_same_scores(runs):
-    one, two = ([path for path in sorted(run.glob("evaluation/*/metrics.json"))] for run in runs)
-    assert [path.parent.name for path in one] == [path.parent.name for path in two]
-    a, b = (json.loads(paths[0].read_text())["scores"] for paths in (one, two))
-    assert math.isclose(a["nll_bpd"], b["nll_bpd"], rel_tol=1e-4)
 
 
 def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs, tmp_path):

@@ -89,16 +89,13 @@ def test_a_mistake_is_told_in_a_line_or_two(tmp_path, capsys, words, code, messa
     assert len([line for line in error.splitlines() if not line.startswith(("usage:", " "))]) <= 2
 
 
-def test_more_workers_than_the_machine_has_are_refused_before_anything_is_there(tmp_path, capsys):
-    assert main(["shard", "digits", "cluster.workers=99", f"cluster.storage={tmp_path}"]) == 1
-    assert "lower cluster.workers" in capsys.readouterr().err
-    assert not list(tmp_path.glob("digits-*")) and not (tmp_path / "mlflow.db").exists()
-
-
-def test_show_writes_nothing(tmp_path, monkeypatch):
+def test_show_and_a_refused_command_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["show", "digits"]) == 0
     assert not list(Path(tmp_path).iterdir())
+    assert main(["shard", "digits", "cluster.workers=99", f"cluster.storage={tmp_path}"]) == 1
+    assert "lower cluster.workers" in capsys.readouterr().err
+    assert not list(tmp_path.glob("digits-*")) and not (tmp_path / "mlflow.db").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,58 +21,34 @@ def said(monkeypatch):
     return lines
 
 
-def test_time_left_is_of_the_works_own_pace(clock, said):
-    with progress.show_progress("train", 100, "steps") as shown:
-        clock[0] += 60  # starting up
-        shown.update(1)
-        clock[0] += 20
-        shown.update(21, "loss 0.1")
-        clock[0] += 79
-        shown.update(100)
-    assert said == [
-        "train: 1/100 steps",
-        "train: 21/100 steps, 1/s, 1 min 19 s left, loss 0.1",
-        "train: 100/100 steps, 1/s",
-    ]
+SCENES = [  # name, total and words of the work; (seconds later, done, note) of each update; the lines
+    # the time left is of the work's own pace, without the start
+    (("train", 100, "steps"), 0, [(60, 1), (20, 21, "loss 0.1"), (79, 100)],
+     ["train: 1/100 steps", "train: 21/100 steps, 1/s, 1 min 19 s left, loss 0.1",
+      "train: 100/100 steps, 1/s"]),
+    # a resumed stage does not count what was there
+    (("train", 1000, "steps"), 600, [(20, 601), (20, 611)],
+     ["train: 601/1000 steps", "train: 611/1000 steps, 30/min, 12 min 58 s left"]),
+    # lines are seldom, and news
+    (("sample", 10, "images"), 0, [(10, 1), (10, 2), (10, 2), (60, 2)],
+     ["sample: 2/10 images, 6/min, 1 min 20 s left"]),
+    (("sweep", 2, "trials"), 0, [(20, 0, "a 1/6"), (20, 0, "a 2/6"), (20, 0, "a 2/6")],
+     ["sweep: 0/2 trials, a 1/6", "sweep: 0/2 trials, a 2/6"]),
+    # large units that end together count from the beginning
+    (("sweep", 6, "trials"), 0, [(300, 1), (20, 2)],
+     ["sweep: 1/6 trials", "sweep: 2/6 trials, 22.5/h, 10 min 40 s left"]),
+]  # fmt: skip
 
 
-def test_a_resumed_stage_does_not_count_what_was_there(clock, said):
-    with progress.show_progress("train", 1000, "steps", start=600) as shown:
-        clock[0] += 20
-        shown.update(601)
-        clock[0] += 20
-        shown.update(611)
-    assert said[-1] == "train: 611/1000 steps, 30/min, 12 min 58 s left"
+@pytest.mark.parametrize(("work", "start", "updates", "lines"), SCENES)
+def test_lines_of_progress(clock, said, work, start, updates, lines):
+    with progress.show_progress(*work, start=start) as shown:
+        for seconds, *update in updates:
+            clock[0] += seconds
+            shown.update(*update)
+    assert said == lines
 
 
-def test_lines_are_seldom_and_news(clock, said):
-    with progress.show_progress("sample", 10, "images") as shown:
-        for done in (1, 2, 2):
-            clock[0] += 10
-            shown.update(done)
-        clock[0] += 60
-        shown.update(2)
-    assert said == ["sample: 2/10 images, 6/min, 1 min 20 s left"]
-    said.clear()
-    with progress.show_progress("sweep", 2, "trials") as shown:
-        for note in ("a 1/6", "a 2/6", "a 2/6"):
-            clock[0] += 20
-            shown.update(0, note)
-    assert said == ["sweep: 0/2 trials, a 1/6", "sweep: 0/2 trials, a 2/6"]
-
-
-def test_large_units_that_end_together_count_from_the_beginning(clock, said):
-    with progress.show_progress("sweep", 6, "trials") as shown:
-        clock[0] += 300
-        shown.update(1)
-        clock[0] += 20
-        shown.update(2)
-    assert said == ["sweep: 1/6 trials", "sweep: 2/6 trials, 22.5/h, 10 min 40 s left"]
-
-
-def test_a_table_shows_brackets_as_they_were_typed():
+def test_brackets_stay_and_rates_have_digits_that_mean_something():
     assert "metrics=[nll]" in progress.format_table(["command"], [["metrics=[nll]"]])
-
-
-def test_rates_have_digits_that_mean_something():
     assert list(map(progress.format_rate, (23_710.0, 13.26, 0.0512))) == ["23,710/s", "13.3/s", "3.07/min"]

@@ -199,8 +199,10 @@ def test_nonsense_is_refused_by_name(words, names):
 
 
 @pytest.mark.parametrize("word", ["sample.steps=1000", "sample.sampler=ddim", "sample.variance=fixedsmall"])
-def test_a_learned_variance_leaves_other_chains_as_they_are(word):
+def test_what_is_allowed_is_not_refused(word):
     assert config.load_experiment(LEARNED, ["sample.steps=100", word])
+    experiment = config.load_experiment("cifar10", ["data.path=train"])
+    assert (experiment.data.path, experiment.evaluate.reference) == (str(Path("train").absolute()), "train")
 
 
 @pytest.mark.parametrize("width, warned", [(32, True), (64, False)])
@@ -217,11 +219,6 @@ def test_unknown_experiments_and_bad_overrides(tmp_path):
     assert "not valid yaml" in problems(str(tmp_path / "broken.yaml"))[0]
     (tmp_path / "loop.yaml").write_text("base: loop\n")
     assert "leads back" in problems(str(tmp_path / "loop.yaml"))[0]
-
-
-def test_a_folder_may_be_called_like_a_split():
-    experiment = config.load_experiment("cifar10", ["data.path=train"])
-    assert (experiment.data.path, experiment.evaluate.reference) == (str(Path("train").absolute()), "train")
 
 
 def test_a_chosen_checkpoint_is_in_no_file():

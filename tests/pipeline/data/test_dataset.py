@@ -43,15 +43,12 @@ def folder(tmp_path, request):
     return tmp_path
 
 
-def test_memory_and_tars_give_the_same_batches(folder):
+def test_memory_and_tars_give_the_same_batches_and_pixels_decide(folder):
     small, large = open_dataset(folder, "train", context(2**20)), open_dataset(folder, "train", context())
     assert (type(small), type(large)) == (MemoryDataset, ShardDataset) and len(small) == len(large) == 13
     for index in (torch.randperm(13), torch.tensor([12, 0, 7, 7]), torch.tensor([6])):
         for ours, theirs in zip(small.read_batch(index), large.read_batch(index), strict=True):
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
-
-
-def test_the_bound_counts_the_pixels(folder):
     pixels = 13 * 3 * 9 * 9
     assert isinstance(open_dataset(folder, "train", context(pixels)), MemoryDataset)
     assert isinstance(open_dataset(folder, "train", context(pixels - 1)), ShardDataset)

@@ -50,16 +50,13 @@ def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(ol
     assert find.explain_unreadable_runs(other) == []
 
 
-def test_a_run_from_before_a_section_existed_is_read(tmp_path):
+def test_runs_from_before_a_section_or_a_corrected_formula(tmp_path, monkeypatch):
     _, run = make_run(tmp_path)
     assert find.read_place(run.path) == run
     tree = yaml.safe_load(run.experiment_yaml.read_text())
     del tree["published"]
     run.experiment_yaml.write_text(yaml.safe_dump(tree))
     assert find.read_place(run.path) == run
-
-
-def test_a_run_under_the_key_of_an_earlier_formula_is_named(tmp_path, monkeypatch):
     _, run = make_run(tmp_path)
     monkeypatch.setattr(find.keys, "make_run_key", lambda *_: "0" * 12)
     with pytest.raises(PipelineError, match=f"{run.name} .* formula was corrected"):

@@ -101,9 +101,6 @@ def test_losses_share_a_panel_only_under_the_same_objective(four, tmp_path, undr
     assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == titles
     markdown = page(four[:2], tmp_path / "page")
     assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == ["Loss"] and "the same objective" in markdown
-
-
-def test_the_variance_makes_another_objective_only_where_the_loss_depends_on_it(tmp_path):
     for loss, same in (("simple", True), ("vlb", False)):
         one, other = (
             compared(tmp_path, f"diffusion.loss={loss}", f"diffusion.variance={variance}").objective

@@ -279,13 +279,10 @@ def test_an_estimated_bound_and_the_distance_to_the_optimum_are_said(make):
     assert "loses most at k = 100.</p>\n</blockquote>" in html
 
 
-def test_text_is_escaped(tmp_path):
+def test_text_is_escaped_and_links_are_of_the_web_or_relative(tmp_path):
     html = convert_to_html("# a<b>\n\nx & `c<d>` **s** <i>\n\n## <u>\n\n[x](javascript:alert(1))", tmp_path)
     assert "a&lt;b&gt;" in html and "x &amp; <code>c&lt;d&gt;</code> <strong>s</strong> &lt;i&gt;" in html
     assert "<u>" not in html
-
-
-def test_links_are_of_the_web_or_relative(tmp_path):
     kept = ["http://a.b/c:d", "https://a", "report.html", "a/b:c", "#part", "../x?y"]
     others = ["javascript:x", "JavaScript:x", "&#106;avascript:x", "data:x", "file:x", "//a.b", "ftp://a"]
     others += ["mailto:a@b", "file:///etc/passwd", "ms-msdt:/id"]

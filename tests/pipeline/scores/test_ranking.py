@@ -94,12 +94,6 @@ def test_bounds_of_the_same_images_and_noise_are_compared_image_by_image():
     assert format_difference(group.points[2], metric).startswith("+0.02\u00a0±\u00a00.1")
 
 
-def test_the_direction_is_the_metrics():
-    runs = [Place("a", {"x": 1}, {"is_mean": 1.0}), Place("b", {"x": 2}, {"is_mean": 2.0})]
-    assert ranks(runs, METRICS["is_mean"]) == [[("b", "1"), ("a", "2")]]
-    assert ranks(runs, replace(METRICS["is_mean"], larger_is_better=False)) == [[("a", "1"), ("b", "2")]]
-
-
 def test_other_images_and_other_protocols_are_groups_of_their_own():
     runs = [run(1, 0, 9.0), run(2, 0, 8.0), run(3, 0, 1.0, n=9), run(4, 0, 2.0, data="cifar10")]
     assert [len(group.points) for group in rank_runs(runs, FID)] == [2, 1, 1]
@@ -107,7 +101,10 @@ def test_other_images_and_other_protocols_are_groups_of_their_own():
     assert "No run has a score of FID" in describe_best([], FID)
 
 
-def test_a_metric_is_found_by_its_name_or_its_family():
+def test_a_metric_is_found_by_name_or_family_and_has_its_direction():
     assert [find_metric(word) for word in ("is", "kid_mean", "nope")] == [
         METRICS["is_mean"], METRICS["kid_mean"], None
     ]  # fmt: skip
+    runs = [Place("a", {"x": 1}, {"is_mean": 1.0}), Place("b", {"x": 2}, {"is_mean": 2.0})]
+    assert ranks(runs, METRICS["is_mean"]) == [[("b", "1"), ("a", "2")]]
+    assert ranks(runs, replace(METRICS["is_mean"], larger_is_better=False)) == [[("a", "1"), ("b", "2")]]

@@ -222,14 +222,11 @@ def test_memory_does_not_grow_with_the_number_of_images():
     assert many - few < 18_000 * 20
 
 
-def test_the_settings_are_torch_fidelitys_defaults():
+def test_settings_and_kid_subsets_are_torch_fidelitys():
     """Ours are spelled, since the import takes seconds."""
     names = ("isc_splits", "rng_seed", "kid_subsets", "kid_subset_size", "prc_neighborhood")
     ours = (scores.SPLITS, scores.SEED, scores.KID_SUBSETS, scores.KID_SUBSET_SIZE, scores.NEIGHBOURS)
     assert ours == tuple(DEFAULTS[name] for name in names) and inception.URL == URL_INCEPTION_V3
-
-
-def test_kid_subsets_are_torch_fidelitys_or_half_of_a_small_set():
     assert scores.choose_kid_subset_size(50_000, 10_000) == scores.choose_kid_subset_size(1000, 1000) == 1000
     assert scores.choose_kid_subset_size(999, 5000) == 499 and scores.choose_kid_subset_size(5000, 4) == 2
     features = np.ones((3, 2), np.float32)

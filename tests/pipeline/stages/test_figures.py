@@ -17,13 +17,14 @@ from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import run_chain, run_image_chains
 from pipeline import config
 from pipeline.engine.find import make_place
+from pipeline.scores.distances import Moments, compute_fid
 from pipeline.scores.reference import load_reference
 from pipeline.stages import evaluate, figures, sample
 from pipeline.stages.figures import chains, curves, nearest
 from pipeline.stages.figures.stage import FIGURES
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_model
-from pipeline.store.files import read_json, read_manifest
+from pipeline.store.files import read_json, read_manifest, write_arrays
 from pipeline.store.run import Place
 
 CURVES = ("rate_distortion", "scores_along", "optimum")
@@ -188,6 +189,17 @@ def test_scores_along_end_in_the_runs_own(drawn):
     scored = read_json(drawn.metrics_json, dict)["scores"]["fid"]
     assert len(along) == 10 and along[-1]["fid"] == pytest.approx(scored, rel=1e-3)
     assert along[0]["fid"] != pytest.approx(scored, rel=1e-3)
+
+
+def test_scores_of_a_stage_are_those_of_its_images_from_all_files(tmp_path):
+    draw = np.random.default_rng(0)
+    features, files = draw.normal(size=(2, 30, 5)), [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for file, part in zip(files, np.split(features, [20], axis=1), strict=True):
+        write_arrays(file, features=part, logits=part[..., :0])
+    reference = Moments.from_features(draw.normal(size=(40, 5))).to_statistics()
+    found = [scores["fid"] for scores in curves.score_snapshots(files, 30, reference)]
+    alone = [Moments.from_features(stage).to_statistics() for stage in features]
+    assert found == pytest.approx([compute_fid(one, reference) for one in alone], rel=1e-9)
 
 
 def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):

@@ -66,22 +66,15 @@ def test_the_figure_says_where_the_network_loses_most_and_shares_what_needs_no_t
     assert len({run.optimum, *(other.optimum for other in others)}) == 4, "each schedule has its own"
 
 
-def test_row_k_is_at_t_minus_k():
+def test_rows_sentence_and_errors_of_the_distance():
     levels = optimum.list_levels(Diffusion())
     assert (levels[:2], levels[-1], len(levels)) == ([950, 900], 0, 20)
     assert optimum.list_levels(Diffusion(), optimum.NOISY)[-1] == 500
-
-
-def test_the_sentence_names_the_level_and_warns():
-    """The published run, by the numbers of statistics.md, section 3."""
     k, line = [100, 200, 300, 1000], np.array([63.55, 61.28, 55.95, 1.17])
     found = optimum.describe_distance(k, np.array([124.34, 100.09, 68.10, 1.062]), line, 64.08)
     assert "most at k = 100 reverse steps: RMSE 124.34" in found and "63.55 (+95.7%)" in found
     assert "worse than predicting the mean image** (64.08) up to k = 300" in found
     assert "mean image" not in optimum.describe_distance(k, 0.99 * line, line, 64.08)
-
-
-def test_the_excess_over_the_line_has_the_error_of_paired_images():
     line = np.array([[1.0, 3.0, 2.0, 6.0]])
     excess, error = optimum.compare_errors(1.21 * line, line)
     assert excess[0] == pytest.approx(0.1) and error[0] == pytest.approx(0, abs=1e-12)

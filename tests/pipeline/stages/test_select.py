@@ -170,7 +170,7 @@ def choice(run):
     return json.loads(path.read_text())
 
 
-def test_the_command_scores_the_best(finished):
+def test_the_command_scores_the_best_and_status_knows_it(finished):
     storage, run = finished
     found = choice(run)
     on_curve = {score["evaluation"] for score in found["scores"]}
@@ -182,9 +182,6 @@ def test_the_command_scores_the_best(finished):
     steps = sorted(int(path.name[5:]) for path in run.glob("train/step_*"))
     assert steps == [2, 4, 6], "train.keep=1, and yet"
     assert "everything up to date" in ddpm(storage)
-
-
-def test_show_and_status_know_the_best(finished):
     storage, run = finished
     best = choice(run)["best"]
     assert f"checkpoint  {best}, best of 3 checkpoints" in ddpm(storage, verb="show")

@@ -113,6 +113,7 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
         (GRID.replace("nll_bpd", "fid"), "rank.metric=fid is reported by no trial: evaluate.metrics is [nll]"),
         (GRID.replace("nll_bpd", "train_loss"), "not comparable over diffusion.beta_schedule"),
         (GRID + "early_stop: {first: 6}\n", "early_stop.first=6 is not below train.steps"),
+        (GRID + "early_stop: {first: 2}\noverrides: {train.lr_decay: linear}\n", "lr_decay=none"),
         (GRID + "earli_stop: {first: 3}\n", "did you mean 'early_stop'?"),
         (GRID.replace("experiment: digits", ""), "one of the two is needed"),
         (GRID.replace("digits", "digts"), "did you mean 'digits'?"),
@@ -137,12 +138,6 @@ def test_all_faults_of_a_file_are_reported_at_once_and_each_once(tmp_path):
     assert "concurrent is 0" in " ".join(found) and "budget.hours is -1" in " ".join(found)
     found = faults(tmp_path, GRID.replace("[0.0, 0.2]", "[0.0, 1.5]"))
     assert len(found) == 1, "two of the four points say it"
-
-
-def test_early_stopping_needs_a_rate_that_does_not_know_the_end(tmp_path):
-    sweep = load_sweep(sweep_file(tmp_path, GRID + "early_stop: {first: 2}\n"), [])
-    with pytest.raises(ConfigError, match="lr_decay=none"):
-        list_points(sweep, [*TRIAL, "train.lr_decay=linear"])
 
 
 def test_ten_thousand_trials_ask_first(tmp_path, capsys):
@@ -192,15 +187,12 @@ def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, reso
         assert session.pool.limits() == (most, most)
 
 
-def test_a_budget_is_steps_or_a_time():
+def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
     known = {"2000": (2000, None), "2h": (None, 2.0), "30min": (None, 0.5), "full": (None, None)}
     assert {text: reproduction.parse_budget(text) for text in known} == known
     for text in ("", "0", "two hours", "1.5", "-3", "2d", "1" + "0" * 400 + "h", "nanh"):
         with pytest.raises(ConfigError, match=r"a number of steps \(2000\), a time \(2h, 30min\), or full"):
             reproduction.parse_budget(text)
-
-
-def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
     full = config.load_experiment("cifar10", [])
     words, note = reproduction.scale_experiment(8000, full)
     short = config.load_experiment("cifar10", words)

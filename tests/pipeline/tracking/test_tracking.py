@@ -107,14 +107,6 @@ def test_curves_carry_their_own_times_and_scores_stand_on_the_model_of_their_che
     assert {output.step for output in found.outputs.model_outputs} == {50, 100}
 
 
-def test_a_candidate_is_a_point_of_a_curve_with_its_error(mirrored, client, uri, tmp_path):
-    run, found = mirrored
-    write_scores(tmp_path, run.experiment, scores={"fid": 21.5, "fid_se": 0.5})
-    RunSender(uri, "digits", run).send_candidate(50, tmp_path / "metrics.json")
-    stored = client.get_run(found.info.run_id).data.metrics
-    assert (stored["selection/fid"], stored["selection/fid_se"]) == (21.5, 0.5)
-
-
 def test_dataset_pictures_and_files_arrive_and_another_evaluation_is_a_child(mirrored, client):
     run, found = mirrored
     query = f"tags.mlflow.parentRunId = '{found.info.run_id}'"
@@ -252,9 +244,6 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
     assert len(warnings) == 1 and "went away" in warnings[0]
     for server, is_done in ((uri, True), ("http://other", False)):
         assert (not tracking.Mirror(server, "ends", run).list_missing()) is is_done
-
-
-# A server that is not there
 
 
 def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage, uri, client):

@@ -124,9 +124,6 @@ def test_a_command_that_made_nothing_leaves_nothing(tmp_path, store, capsys):
     assert not client.search_runs([study.experiment_id for study in client.search_experiments()])
 
 
-# Addresses
-
-
 @pytest.mark.parametrize("name", ["pct%41", "pct%20y", "a?b", "a?mode=ro#c", "100% ü+&;='", "a@b:c"])
 def test_the_store_lies_in_the_root_whatever_it_is_called(tmp_path, empty_store, name, monkeypatch):
     root = tmp_path / name
@@ -201,11 +198,6 @@ def test_a_store_that_cannot_be_opened_costs_seconds_and_gives_the_remedy(store,
         assert words in text and "HUSH" not in text and "\n" not in text
     assert [words for words in ("when it is back", "once that is mended") if words in warnings[0]] == [end]
     assert capfd.readouterr() == ("", "") and not caplog.records
-
-
-def test_a_locked_store_is_told_as_a_passing_fault(store, patience):
-    with hold(store), pytest.raises(PipelineError, match=r"locked.*wait"):
-        tracking.check_server(tracking.find_default_uri(store.parent))
 
 
 def test_a_server_that_freezes_holds_no_end_up(store, monkeypatch):

@@ -1,0 +1,232 @@
+"""The faster layers against the plain ones: the same numbers, gradients and networks, in fewer multiplications."""
+
+import math
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ddpm.kernels import accelerate, cpu, cuda, winograd
+from ddpm.networks.build import build_network
+from ddpm.networks.config import ContextUNetConfig, MHAUNetConfig, UNetConfig
+from ddpm.networks.layers import NORMS
+
+FORMATS = [torch.channels_last, torch.contiguous_format]
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bf16(*shape, seed=0, memory_format=torch.channels_last):
+    """Normal numbers that bf16 holds exactly, off centre so that the mean matters."""
+    x = (numbers(*shape, seed=seed) + 0.5).to(torch.bfloat16)
+    return x.to(memory_format=memory_format).requires_grad_()
+
+
+def distance(a, b):
+    """Relative error of a, over the whole tensor."""
+    return float((a.double() - b.double()).detach().norm() / b.double().detach().norm())
+
+
+def norm_layer(channels, groups):
+    norm = nn.GroupNorm(groups, channels, 1e-6)
+    with torch.no_grad():
+        norm.weight += 0.3 * numbers(channels, seed=1)
+        norm.bias += 0.3 * numbers(channels, seed=2)
+    return norm
+
+
+def value_and_gradients(f, norm, x, gradient):
+    y = f(x)
+    return [y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], gradient.to(y.dtype))]
+
+
+@pytest.mark.parametrize("swish", [True, False])
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(("channels", "side"), [(32, 32), (96, 6), (120, 8)])
+@pytest.mark.parametrize("cached", [1, 7000, 2**17])  # one image at a time, a few and a rest, all together
+def test_group_norm(monkeypatch, swish, memory_format, channels, side, cached):
+    monkeypatch.setattr(cpu, "CACHED", cached)
+    norm = norm_layer(channels, 8)
+    x, gradient = (bf16(5, channels, side, side, seed=s, memory_format=memory_format) for s in (3, 4))
+
+    def plain(x):
+        return F.silu(norm(x)) if swish else norm(x)
+
+    found = value_and_gradients(lambda x: cpu.group_norm(norm, x, swish), norm, x, gradient)
+    exact = value_and_gradients(plain, norm, x.detach().float().requires_grad_(), gradient)
+    assert found[0].dtype == torch.bfloat16 and found[0].stride() == x.stride()
+    with torch.no_grad():
+        assert distance(cpu.group_norm(norm, x, swish), exact[0]) < 0.003
+    # Rounded once, at the end; the sums over images not at all (torch's bf16 kernel: 0.0025 and 0.0016).
+    for a, b, limit in zip(found, exact, (0.002, 0.002, 1e-5, 1e-5), strict=True):
+        assert distance(a, b) < limit
+
+
+@pytest.mark.parametrize("length", [16, 2000])
+def test_attention(length):
+    q, k, v = (bf16(2, length, 24, seed=s, memory_format=torch.contiguous_format) for s in range(3))
+    weights = torch.softmax(q.double() @ k.double().transpose(1, 2) / math.sqrt(24), 2)
+    exact = weights @ v.double()
+    gradients = [torch.autograd.grad(f.sum(), [q, k, v]) for f in (cpu.attend(q, k, v), exact)]
+    assert distance(cpu.attend(q, k, v), exact) < 0.01
+    assert distance(gradients[0][2], gradients[1][2]) < 0.01
+    torch.testing.assert_close(cpu.attend(q.float(), k.float(), v.float()), exact.float())
+
+
+# Relative errors of the whole tensor; of the plain layer: 6e-7 in float32, 3e-3 in bf16.
+F4, F2 = winograd.F4, winograd.F2
+ERRORS = [(F4, torch.float32, 5e-6), (F2, torch.float32, 1e-6), (F2, torch.bfloat16, 1e-2)]
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 4096])  # an image at a time, some and a rest, all together
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("basis", "dtype", "limit"), ERRORS)
+def test_value_and_gradients(monkeypatch, basis, dtype, limit, memory_format, chunk):
+    monkeypatch.setattr(winograd, "CHUNK", chunk)
+    x = numbers(5, 24, 8, 12).to(dtype).to(memory_format=memory_format).requires_grad_()
+    w = (numbers(40, 24, 3, 3, seed=1) / 15).to(memory_format=memory_format).requires_grad_()
+    b, d_y = numbers(40, seed=2).requires_grad_(), numbers(5, 40, 8, 12, seed=3).to(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, w, b)]
+    y, y_exact = winograd.conv3x3(x, w, b, basis), F.conv2d(*exact, padding=1)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    assert distance(y, y_exact) < limit
+    found = torch.autograd.grad(y, (x, w, b), d_y)
+    expected = torch.autograd.grad(y_exact, exact, d_y.double())
+    assert [tensor.dtype for tensor in found] == [dtype, torch.float32, torch.float32]
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and distance(one, other) < limit
+
+
+def test_a_basis_for_types_and_sides_that_bear_it():
+    def basis(dtype, height, width):
+        return winograd.choose_basis(torch.empty(1, 1, height, width, dtype=dtype))
+
+    assert basis(torch.float32, 8, 12) is winograd.F4 and basis(torch.bfloat16, 6, 2) is winograd.F2
+    assert basis(torch.float32, 8, 6) is None and basis(torch.bfloat16, 3, 2) is None
+    assert basis(torch.float64, 8, 8) is None
+
+
+def test_the_layer_takes_the_short_way_where_it_pays_and_only_there():
+    def goes_short(channels=128, side=16, count=4, dtype=torch.float32, out_channels=128):
+        layer, x = nn.Conv2d(channels, out_channels, 3, padding=1), numbers(count, channels, side, side)
+        with mock.patch.object(winograd, "conv3x3", wraps=winograd.conv3x3) as short, torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = cpu.convolve(layer, x.to(dtype))
+            assert distance(y, layer(x).double()) < (1e-2 if dtype == torch.bfloat16 else 5e-6)
+        return short.called
+
+    assert goes_short() and goes_short(side=8, count=16)
+    elsewhere = ({"channels": 64}, {"out_channels": 64}, {"side": 4}, {"count": 1})
+    assert not any(goes_short(**settings) for settings in elsewhere)
+    with mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False):
+        assert goes_short(dtype=torch.bfloat16)
+        assert not goes_short(dtype=torch.bfloat16, side=8, count=16)
+    with mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True):
+        assert not goes_short(dtype=torch.bfloat16)
+
+
+def wide_unet():
+    """A U-Net with weights that no layer starts at zero."""
+    config = UNetConfig(channels=128, channel_mult=(1, 2), num_res_blocks=1, dropout=0.0)
+    net = build_network(config, 32, 3, 3, seed=0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p += 0.02 * numbers(*p.shape, seed=p.numel())
+    return net
+
+
+# Relative errors of outputs and gradients; small gradients (the keys' biases have none but rounding) by the largest.
+@pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_outputs_and_gradients_are_the_plain_networks(precision, limit):
+    net, x = wide_unet(), numbers(2, 3, 32, 32, seed=1)
+    names, tensors = list(net.state_dict()), [p.data_ptr() for p in net.parameters()]
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            y = net(x, torch.tensor([10, 999]))
+        return [y, *torch.autograd.grad(y.square().sum(), list(net.parameters()))]
+
+    expected = run()
+    with mock.patch.object(winograd, "conv3x3", wraps=winograd.conv3x3) as short:
+        found = accelerate(net) and run()
+    assert precision != torch.float32 or short.call_count > 5
+    assert list(net.state_dict()) == names and [p.data_ptr() for p in net.parameters()] == tensors
+    largest = max(float(tensor.detach().norm()) for tensor in expected)
+    for one, other in zip(found, expected, strict=True):
+        least = max(float(other.detach().norm()), 1e-3 * largest)
+        assert float((one - other).detach().norm()) < limit * least
+    layers = [type(module) for module in net.modules()]
+    assert [type(module) for module in accelerate(net).modules()] == layers
+
+
+@pytest.mark.parametrize("config", [ContextUNetConfig(), MHAUNetConfig()], ids=lambda config: config.name)
+def test_of_other_networks_only_the_norms_are_replaced(config):
+    net = build_network(config, 16, 3, 3, seed=0, device="meta")
+    layers = [type(module) for module in net.modules()]
+    for layer, module in zip(layers, accelerate(net).modules(), strict=True):
+        assert type(module) is layer or (layer in NORMS and isinstance(module, layer))
+
+
+def test_the_layers_of_a_gpu_compute_the_same_network(monkeypatch):
+    """Run on the CPU: norms in bf16, one product for q, k and v, joined casts of all weights, casts that are kept."""
+    net, x, t = accelerate(wide_unet()), torch.randn(2, 3, 32, 32), torch.tensor([10, 999])
+    parameters = list(net.parameters())
+
+    def run(call):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(x, t)
+        return [y, *torch.autograd.grad(y.square().sum(), parameters)]
+
+    expected = run(net)
+    monkeypatch.setattr(cuda, "is_on_cuda", lambda x: True)
+    monkeypatch.setattr(cpu, "_is_bf16_on_cpu", lambda x: False)
+    found = run(partial(cuda.call_with_cast_weights, net))
+    assert {y.dtype for y in found} == {torch.float32}
+    largest = max(float(tensor.detach().norm()) for tensor in expected)
+    for one, other in zip(found, expected, strict=True):
+        assert float((one - other).detach().norm()) < 5e-2 * max(float(other.detach().norm()), 1e-2 * largest)
+    cuda.keep_cast_weights(net)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x, t), found[0])
+
+
+@pytest.mark.parametrize("channels", [8, 128])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 2}, {"padding": "same"}, {"dilation": 2, "padding": 2},
+        {"groups": 2, "padding": 1}, {"padding": 1, "padding_mode": "reflect"}, {"kernel_size": 1},
+        {"kernel_size": 5, "padding": 2}, {"kernel_size": (3, 1), "padding": (1, 0)}, {"padding": 1, "bias": False},
+        {"padding": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_convolution_of_another_kind_is_computed_as_it_is(settings, channels):
+    layer = nn.Conv2d(channels, channels, **{"kernel_size": 3, **settings})
+    x = numbers(8, channels, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(cpu.convolve(layer, x), layer(x), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(cpu.convolve(layer, x[0]), layer(x[0]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "x, weight, bias",
+    [
+        ((2, 4, 6, 8), (4, 4, 3, 3), (4,)), ((2, 4, 8, 8), (4, 4, 1, 1), (4,)), ((2, 4, 8, 8), (4, 2, 3, 3), (4,)),
+        ((2, 4, 8, 8), (4, 4, 5, 5), (4,)), ((2, 4, 8, 8), (4, 4, 3, 3), (1,)), ((4, 8, 8), (4, 4, 3, 3), (4,)),
+    ],
+)  # fmt: skip
+def test_winograd_refuses_what_it_does_not_compute(x, weight, bias):
+    with pytest.raises(ValueError, match="no 3x3 convolution"):
+        winograd.conv3x3(torch.zeros(x), torch.zeros(weight), torch.zeros(bias), winograd.F4)
+
+
+def test_group_norm_without_weights_has_its_gradient():
+    norm, x = nn.GroupNorm(2, 4, affine=False), torch.randn(2, 4, 4, 4).bfloat16().requires_grad_()
+    cpu.group_norm(norm, x, swish=True).sum().backward()
+    assert x.grad is not None
