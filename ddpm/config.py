@@ -128,13 +128,13 @@ class DiffusionConfig:
 class TrainConfig:
     """Settings of training, by default the paper's for CIFAR-10; all counts are over all workers together.
 
-    accumulate: parts into which a worker's slice is cut; grad_clip: largest norm of the averaged gradient;
+    accumulate: parts into which a worker's slice is cut, None for 1; grad_clip: largest norm of the averaged gradient;
     label_dropout: share of labels replaced by NO_LABEL; steps matters where the learning rate decays over them.
     """
 
     steps: Count = 800_000
     batch_size: Count = 128
-    accumulate: Count = 1
+    accumulate: Count | None = None
     random_flip: bool = True
     lr: Annotated[float, Range(gt=0, lt=math.inf)] = 2e-4
     lr_decay: Literal["none", "linear"] = "none"
@@ -149,6 +149,6 @@ class TrainConfig:
         found = find_value_problems(self)
         if not self.ema_decay:
             found.append(("ema_decay", "must hold one or several values"))
-        if self.accumulate > self.batch_size:
+        if self.accumulate and self.accumulate > self.batch_size:
             found.append(("accumulate", f"cannot cut {self.batch_size} images into {self.accumulate} parts"))
         return found

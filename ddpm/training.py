@@ -200,7 +200,8 @@ def compute_gradients(
         context = context.masked_fill(is_dropped.view(-1, *[1] * (context.ndim - 1)), none)
     scale = world_size / config.batch_size  # the average over workers divides by their number
     keys = words.T.reshape(len(dropouts), 2, len(rows), 1)
-    ends = sorted({len(rows) * i // config.accumulate for i in range(config.accumulate + 1)})
+    parts = config.accumulate or 1
+    ends = sorted({len(rows) * i // parts for i in range(parts + 1)})
     state.optimizer.zero_grad(set_to_none=True)
     casts_weights = config.precision == "bf16" and x_0.device.type == "cuda" and net is state.net
     found = []

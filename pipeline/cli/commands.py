@@ -363,6 +363,6 @@ def show_diagnosis(options: Namespace) -> None:
 
     print(diagnose(cluster))
     if experiment and experiment.is_trained:
-        from pipeline.engine.memory import describe_step_memory
+        from pipeline.compute.memory import describe_step_memory
 
         print(f"a training step   {describe_step_memory(experiment, cluster.workers or 1)}")

@@ -25,8 +25,9 @@ from ddpm.precision import use_deterministic
 from ddpm.rng import Stream, draw_permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, compute_gradients, compute_learning_rate, train_step
+from pipeline.compute.memory import choose_accumulate
 from pipeline.compute.own_time import OwnTime
-from pipeline.compute.units import Unit, Worker, explain_out_of_memory
+from pipeline.compute.units import GIB, Unit, Worker, explain_out_of_memory
 from pipeline.config import Experiment, TrainStageConfig, require_images_for_workers
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
@@ -82,17 +83,21 @@ class TrainStage(GroupStage):
 
     def run_worker(self, ctx: Worker, place: Place) -> None:
         """Train from the newest valid checkpoint to `train.steps`, or until the stop file appears."""
-        config = place.experiment.train
-        require_images_for_workers(config, ctx.world_size)
-        remedy = f"train.accumulate={2 * config.accumulate}, train.precision=bf16 or more workers"
-        remedy += "; `ddpm doctor EXPERIMENT` says what a step takes"
-        with use_deterministic(config.deterministic), explain_out_of_memory("a training step", remedy):
-            self._train(ctx, place, config)
-
-    def _train(self, ctx: Worker, place: Place, config: TrainStageConfig) -> None:
+        experiment, newest = place.experiment, None
+        require_images_for_workers(experiment.train, ctx.world_size)
         if ctx.rank == 0:
             remove_leftovers(place.train)  # of a group that was killed before this one
-        state, sums = _restore_state(ctx, place)
+            newest = checkpoint.find_newest_step(place, experiment.train.steps)
+        newest = ctx.broadcast(newest)
+        config = replace(experiment.train, accumulate=_choose_accumulate(ctx, place, newest))
+        remedy = f"train.accumulate={2 * (config.accumulate or 1)}, train.precision=bf16 or more workers"
+        remedy += "; `ddpm doctor EXPERIMENT` says what a step takes"
+        with use_deterministic(config.deterministic), explain_out_of_memory("a training step", remedy):
+            self._train(ctx, place.of(replace(experiment, train=config)), newest)
+
+    def _train(self, ctx: Worker, place: Place, newest: int | None) -> None:
+        config = place.experiment.train
+        state, sums = _restore_state(ctx, place, newest)
         make_step, watch = _build_step(ctx, place, state), _Watch(ctx, place)
         own = OwnTime(ctx, state.net)
         log = LogWriter(place.log) if ctx.rank == 0 else None
@@ -267,8 +272,26 @@ class _CheckpointSaver:
         self.step = None
 
 
-def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
-    """Return the state and the sums of the newest valid checkpoint, or new ones, on this worker's device."""
+def _choose_accumulate(ctx: Worker, place: Place, newest: int | None) -> int:
+    """Return train.accumulate; where it is null, that of the newest checkpoint, or the least for rank 0's GPU."""
+    config, parts = place.experiment.train, 1
+    if config.accumulate is not None:
+        return config.accumulate
+    if newest is not None:
+        return checkpoint.read_meta(place.step_folder(newest)).get("accumulate") or 1
+    if ctx.rank == 0 and (card := _read_gpu_memory(ctx.device)):
+        parts = choose_accumulate(place.experiment, -(-config.batch_size // ctx.world_size), card)
+        logger.warning("train.accumulate=%d, by what a step takes of this GPU's %.0f GiB", parts, card)
+    return ctx.broadcast(parts)
+
+
+def _read_gpu_memory(device: torch.device) -> float | None:
+    """Return the GiB of a GPU; None for a CPU."""
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+
+
+def _restore_state(ctx: Worker, place: Place, newest: int | None) -> tuple[TrainState, _LogSums]:
+    """Return the state and the sums of a checkpoint, or new ones, on this worker's device."""
     experiment = place.experiment
     net = checkpoint.create_network(experiment).to(ctx.device).to(memory_format=torch.channels_last)
     if ctx.world_size > 1 and any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
@@ -279,11 +302,9 @@ def _restore_state(ctx: Worker, place: Place) -> tuple[TrainState, _LogSums]:
             )
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its statistics are those of the global batch
     state = TrainState(experiment.train, net, experiment.diffusion)
-    newest = checkpoint.find_newest_step(place, experiment.train.steps) if ctx.rank == 0 else None
-    found = ctx.broadcast(newest)
-    if found is None:
+    if newest is None:
         return state, _LogSums(state.step, ctx.device)
-    folder = place.step_folder(found)
+    folder = place.step_folder(newest)
     tensors = checkpoint.load_checkpoint(folder)
     saved_sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     try:
@@ -337,7 +358,7 @@ def _fix_gradient_buckets(
     DDP rebuilds them after the first pass, and sums depend on an element's place in its bucket: a resumed run must
     start from the layout of an untouched one.
     """
-    part = slice(0, max(1, len(rows) // config.accumulate))
+    part = slice(0, max(1, len(rows) // (config.accumulate or 1)))
     buffers = [buffer.clone() for buffer in state.net.buffers()]  # running statistics of BatchNorm
     compute_gradients(
         state, diffusion, x_0[part], rows[part],

@@ -45,11 +45,12 @@ STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 
 class Meta(TypedDict):
-    """The content of meta.json. Checkpoints of older versions may lack the run key."""
+    """The content of meta.json. Checkpoints of older versions may lack the run key or accumulate."""
 
     step: int
     files: dict[str, files.FileFacts]
     run_key: NotRequired[str]
+    accumulate: NotRequired[int]
 
 
 def save_checkpoint(

@@ -52,7 +52,7 @@ import torch  # noqa: E402
 import torch._subclasses.fake_tensor as fake_tensor  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 
-from pipeline.engine.memory import MemoryCounter  # noqa: E402
+from pipeline.compute.memory import MemoryCounter  # noqa: E402
 
 GIB = 2**30
 PROPERTIES = types.SimpleNamespace(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.compute.memory import estimate_step_memory
 from pipeline.config import load_experiment
-from pipeline.engine.memory import estimate_step_memory
 
 FOLDER = Path(__file__).parent
 NO_COMPILER = 77  # as fakecuda.py has it

@@ -143,7 +143,7 @@ def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_measured_memory_is_within_a_fifth_of_the_predicted(precision):
     load = pytest.importorskip("pipeline.config").load_experiment
-    from pipeline.engine.memory import estimate_step_memory
+    from pipeline.compute.memory import estimate_step_memory
 
     experiment = load("cifar10", [f"train.precision={precision}"])
     state = TrainState(experiment.train, build(DEVICE, UNetConfig()), experiment.diffusion)

@@ -99,6 +99,23 @@ def test_a_gpu_that_is_too_small_is_told_what_to_change_and_not_tried_again(tiny
         Unit(UnitKind.NLL, fail, (), "NLL of two images").run(one_cpu().context)
 
 
+def test_the_fewest_parts_that_fit_into_a_gpu_are_chosen_once_and_kept(tiny_run, monkeypatch):
+    three = train_to(renamed(change(tiny_run, "train", accumulate=3), "-three"), 4)
+    tiny_run = change(tiny_run, "train", accumulate=None)
+    on_cpu = renamed(tiny_run, "-on-cpu")
+    train_to(on_cpu, 2)
+    monkeypatch.setattr(train, "_read_gpu_memory", lambda device: 24.0)
+    for steps, chosen in ((2, 3), (4, 1)):  # the second GPU is larger
+        monkeypatch.setattr(train, "choose_accumulate", lambda *_, chosen=chosen: chosen)
+        points = train_to(tiny_run, steps)
+    assert curve(points, "loss", "grad_norm") == curve(three, "loss", "grad_norm")
+    kept = [
+        checkpoint.read_meta(run.step_folder(step))["accumulate"]
+        for run, step in ((on_cpu, 2), (tiny_run, 4))
+    ]
+    assert kept == [1, 3]
+
+
 def test_a_resumed_run_equals_an_untouched_one_bit_for_bit(tiny_run):
     tiny_run = change(tiny_run, "model", dropout=0.3)
     untouched = renamed(tiny_run, "-untouched")

@@ -21,6 +21,7 @@ from ddpm.networks.layers import RowDropout
 from ddpm.training import TrainState, train_step
 from pipeline.compute.units import GIB
 from pipeline.config import Experiment
+from pipeline.errors import PipelineError
 
 BLOCK = 512  # bytes, of torch's allocator on a GPU
 CARDS = (80, 40, 24)  # GiB
@@ -34,7 +35,7 @@ class MemoryCounter(TorchDispatchMode):
     """
 
     def __init__(self, device: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.device, self.alive, self.peak = device, 0, 0
         self.storages = WeakIdKeyDictionary()
 
@@ -90,16 +91,38 @@ def describe_step_memory(experiment: Experiment, workers: int) -> str:
     """Describe what a step of one of these workers takes of a GPU, and the least train.accumulate for some cards."""
     config = experiment.train
     images = max(1, config.batch_size // workers)
-    # What is held for each image of a part is all that depends on the parts.
-    whole, half = (estimate_step_memory(experiment, images, parts) / GIB for parts in (1, 2))
-    needs = {parts: whole - 2 * (whole - half) * (1 - 1 / parts) for parts in range(1, images + 1)}
-    fits = {card: min((n for n in needs if needs[n] < USABLE * card), default=None) for card in CARDS}
-    cards = ", ".join(f"{card} GiB: {parts or 'too small'}" for card, parts in fits.items())
-    parts = min(config.accumulate, images)
+    needs = _estimate_needs(experiment, images)
+    fits = {card: _find_least_parts(needs, card) or "too small" for card in CARDS}
+    cards = ", ".join(f"{card} GiB: {parts}" for card, parts in fits.items())
+    parts = min(config.accumulate or 1, images)
     return (
         f"{needs[parts]:.1f} GiB of a GPU with {images} images in {parts} parts in {config.precision}, and the images "
         f"themselves; least train.accumulate for a card of {cards}"
     )
+
+
+def choose_accumulate(experiment: Experiment, images: int, card: float) -> int:
+    """Choose the least train.accumulate for a worker's slice of so many images on a GPU of `card` GiB.
+
+    Raises PipelineError where a part of one image is too large.
+    """
+    needs = _estimate_needs(experiment, images)
+    if (parts := _find_least_parts(needs, card)) is None:
+        raise PipelineError(
+            f"a training step needs {needs[images]:.1f} GiB of a GPU even image by image, this one has {card:.1f} GiB: "
+            "use train.precision=bf16, a smaller network or a larger GPU"
+        )
+    return parts
+
+
+def _estimate_needs(experiment: Experiment, images: int) -> dict[int, float]:
+    """Estimate the GiB of a step at each train.accumulate: it is what an image of a part takes that depends on it."""
+    whole, half = (estimate_step_memory(experiment, images, parts) / GIB for parts in (1, 2))
+    return {parts: whole - 2 * (whole - half) * (1 - 1 / parts) for parts in range(1, images + 1)}
+
+
+def _find_least_parts(needs: dict[int, float], card: float) -> int | None:
+    return min((parts for parts in needs if needs[parts] < USABLE * card), default=None)
 
 
 def _make_fake(net: nn.Module) -> None:
