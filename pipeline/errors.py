@@ -65,9 +65,9 @@ def hide_password(uri: str) -> str:
         return uri.partition("?")[0]
     scheme, cut, rest = uri.partition("://") if "://" in uri else ("", "", uri)
     place = re.split("[?#]", rest, maxsplit=1)[0]
-    user, _, shown = place.rpartition("@")
+    user, _, host = place.rpartition("@")
     # An @ after a / or ? may end a password that should have been quoted: then no part of the URI is safe to show.
-    return f"{scheme}{cut}{'...' if '/' in user or '@' in rest[len(place) :] else shown}"
+    return f"{scheme}{cut}{'...' if '/' in user or '@' in rest[len(place) :] else host}"
 
 
 def shorten_error(error: BaseException | str) -> str:

@@ -26,7 +26,7 @@ def remove_runs(options: Namespace) -> int:
     runs = [run for run in runs if not options.failed or store.find_state(run) == "failed"]
     if busy := [run.name for run in runs if is_locked(run)]:
         raise PipelineError(f"{', '.join(busy)}: a command works on it; wait for it, or stop it")
-    doomed, kept = [], False
+    chosen, kept = [], False
     for run in runs:
         for folder in [file.parent for file in store.find_sample_facts(run)] if options.samples else [run]:
             if not options.force and (user := next(_list_dependents(root, run, folder), "")):
@@ -35,15 +35,15 @@ def remove_runs(options: Namespace) -> int:
             else:
                 size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
                 print_line(f"{folder}: {size / 1e6:,.1f} MB")
-                doomed.append((run, folder))
-    if doomed and not options.yes:
+                chosen.append((run, folder))
+    if chosen and not options.yes:
         print("delete for ever? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise PipelineError("nothing was deleted; --yes answers the question")
-    for run, folder in doomed:
+    for run, folder in chosen:
         with lock_folder(run):
             delete_folder(folder)
-    print_line("deleted; data and MLflow are as they were" if doomed else "nothing to delete")
+    print_line("deleted; data and MLflow are as they were" if chosen else "nothing to delete")
     return int(kept)
 
 

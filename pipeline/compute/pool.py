@@ -140,8 +140,8 @@ class Pool:
             what = "failed" if isinstance(error, RayTaskError) else "lost its process"
             is_lost_task = call.actor is None and not isinstance(error, RayTaskError)
             if is_lost_task or self.losses[id(call.unit)] > self.retries:
-                told = f"{name} {what} again and again ({shorten_error(error)})"
-                raise PipelineError(f"{told}; the same command goes on here") from error
+                problem = f"{name} {what} again and again ({shorten_error(error)})"
+                raise PipelineError(f"{problem}; the same command goes on here") from error
             log.warning("%s %s (%s); another takes its place", name, what, shorten_error(error))
             if call.actor:
                 ray.kill(call.actor)  # perhaps it cannot be reached, or has lost its device

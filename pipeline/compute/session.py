@@ -113,8 +113,8 @@ class RaySession:
     def run_workers(self, body: Body, place: Place) -> None:
         """Run `body` on every worker of a training, after the pool has given back its GPUs."""
         self.pool.end_idle_actors()
-        its = self.resources
-        self._explain_wait(its.min_workers, its.cpus_per_worker, its.gpus_per_worker)
+        needed = self.resources
+        self._explain_wait(needed.min_workers, needed.cpus_per_worker, needed.gpus_per_worker)
 
         def look() -> None:
             if self.must_stop() and not (place.heartbeat.exists() and ray_train.is_group_running(place)):
@@ -169,11 +169,11 @@ def _start_ray(address: str | None) -> set[psutil.Process]:
             ray.init(address=address, runtime_env=hook, logging_level=logging.ERROR, log_to_driver=False)
         return set()
     except (OSError, RuntimeError, ValueError) as error:
-        shown = hide_password(address or "")
-        where = f"the cluster at cluster.ray_address={shown}" if address else "Ray on this machine"
+        safe_address = hide_password(address or "")
+        where = f"the cluster at cluster.ray_address={safe_address}" if address else "Ray on this machine"
         whole = "Version mismatch" in str(error)  # its message has several lines
         reason = " ".join(str(error).split()) if whole else shorten_error(error)
-        reason = reason.replace(address or where, shown)
+        reason = reason.replace(address or where, safe_address)
         if address is None:
             reason += "; RAY_TMPDIR must be a short path of a folder that can be written"
         raise PipelineError(f"{where} cannot be reached or started: {reason}") from error

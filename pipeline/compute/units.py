@@ -83,8 +83,8 @@ def make_image_units(
     for start in range(0, n, size):
         stop = min(start + size, n)
         file = folder / f"{start:06d}-{stop:06d}.npz"
-        its, title = (*args, start, stop, file), f"{name} {start}-{stop - 1}"
-        units[file] = Unit(kind, body, its, title, stop - start, passes, needs_gpu=True)
+        unit_args, title = (*args, start, stop, file), f"{name} {start}-{stop - 1}"
+        units[file] = Unit(kind, body, unit_args, title, stop - start, passes, needs_gpu=True)
     return units
 
 

@@ -81,8 +81,8 @@ def add_neutral_values(tree: Tree, keys: Mapping[str, Collection[str]]) -> None:
     for full, value in NEUTRAL.items():
         section, _, key = full.partition(".")
         neutral.setdefault(section, {})[key] = value
-    for section, its_values in neutral.items():
-        values = {key: value for key, value in its_values.items() if key in keys.get(section, ())}
+    for section, section_values in neutral.items():
+        values = {key: value for key, value in section_values.items() if key in keys.get(section, ())}
         complete = section in keys and values.keys() >= set(keys[section])
         found = tree.get(section, {} if complete else None)
         if isinstance(found, dict):

@@ -79,7 +79,7 @@ class ShardDataset:
 
     def __init__(self, index: tars.ShardManifest, split: str, ctx: Worker):
         shards = index.list_shards(split)
-        self.places = np.concatenate([index.read_offsets(shard.name) for shard in shards])
+        self.offsets = np.concatenate([index.read_offsets(shard.name) for shard in shards])
         self.shard_of = np.repeat(np.arange(len(shards)), [shard.stop - shard.start for shard in shards])
         self.paths = [shard.path for shard in shards]
         self.device = ctx.device
@@ -87,7 +87,7 @@ class ShardDataset:
         self.pending: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.offsets)
 
     def prefetch(self, index: Tensor) -> None:
         key = index.numpy().tobytes()
@@ -97,12 +97,12 @@ class ShardDataset:
     def read_batch(self, index: Tensor) -> Batch:
         self.prefetch(index)
         images = np.stack([image.result() for image in self.pending.pop(index.numpy().tobytes())])
-        labels = self.places[index.numpy(), tars.LABEL]
+        labels = self.offsets[index.numpy(), tars.LABEL]
         return copy_to_device(images, self.device), copy_to_device(labels, self.device)
 
     def _read_image(self, number: int) -> np.ndarray:
         shard = int(self.shard_of[number])
-        offset, size, crc = self.places[number, : tars.LABEL].tolist()
+        offset, size, crc = self.offsets[number, : tars.LABEL].tolist()
         with self.paths[shard].open("rb") as file:
             file.seek(offset)
             png = file.read(size)

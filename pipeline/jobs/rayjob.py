@@ -42,8 +42,8 @@ def make_rayjob(
     wanted = (cluster.workers or 1) * (1.0 if cluster.gpus_per_worker is None else cluster.gpus_per_worker)
     nodes = math.ceil(wanted / gpus) if gpus else cluster.workers or 1
     group |= {"replicas": nodes, "minReplicas": nodes, "maxReplicas": nodes}
-    its_labels = {f"kueue.x-k8s.io/{name}": value for name, value in labels.items() if value}
-    job["metadata"] = {"generateName": f"ddpm-{words[0]}-", "labels": its_labels}
+    queue_labels = {f"kueue.x-k8s.io/{name}": value for name, value in labels.items() if value}
+    job["metadata"] = {"generateName": f"ddpm-{words[0]}-", "labels": queue_labels}
     job["spec"] |= {"entrypoint": shlex.join(["ddpm", *words]), "backoffLimit": 0}
     job["spec"]["runtimeEnvYAML"] = json.dumps({"env_vars": {USER_VARIABLE: name_user()}})
     if hours:

@@ -142,17 +142,17 @@ def draw_scores(
     for group in groups:
         swept = [ranking.drop_seed(point.runs[0]) for point in group.points]
         numbers = {
-            key: len({its[key] for its in swept})
+            key: len({values[key] for values in swept})
             for key in find_swept_keys(group.runs)
-            if all(type(its.get(key)) in (int, float) for its in swept)
+            if all(type(values.get(key)) in (int, float) for values in swept)
         }
         if max(numbers.values(), default=0) < 3:
             continue
         key = max(numbers, key=numbers.__getitem__)
         lines: dict[str, list[tuple[float, float, float]]] = {}
-        for point, its in zip(group.points, swept, strict=True):
-            label = ranking.format_swept_values({k: v for k, v in its.items() if k != key})
-            lines.setdefault(label, []).append((its[key], point.mean, point.error or 0.0))
+        for point, values in zip(group.points, swept, strict=True):
+            label = ranking.format_swept_values({k: v for k, v in values.items() if k != key})
+            lines.setdefault(label, []).append((values[key], point.mean, point.error or 0.0))
         columns = {label: list(zip(*sorted(points), strict=True)) for label, points in lines.items()}
         drawn = [Line(x, y, label, band=np.array(error)) for label, (x, y, error) in columns.items()]
         caption = (

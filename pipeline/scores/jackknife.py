@@ -62,14 +62,14 @@ def leave_out_fid(
 
     The trace is that of the symmetric form, which takes a tenth of the time.
     """
-    factors = {name: its.factor_covariance() for name, its in target.statistics.items()}
+    factors = {name: other.factor_covariance() for name, other in target.statistics.items()}
     found: dict[str, list[float]] = {name: [] for name in factors}
     for group in _sum_groups(images, member) if factors else ():
         own = (whole - group).to_statistics()
-        for name, its in target.statistics.items():
+        for name, other in target.statistics.items():
             roots = np.linalg.eigvalsh(factors[name].T @ own.sigma @ factors[name]).clip(min=0) ** 0.5
-            trace = np.trace(own.sigma) + np.trace(its.sigma) - 2 * roots.sum()
-            found[name].append(float(np.square(own.mu - its.mu).sum() + trace))
+            trace = np.trace(own.sigma) + np.trace(other.sigma) - 2 * roots.sum()
+            found[name].append(float(np.square(own.mu - other.mu).sum() + trace))
     return found
 
 
@@ -89,7 +89,7 @@ def _sum_groups(images: ImageSet, member: np.ndarray) -> Iterator[Moments]:
 def leave_out_is(images: ImageSet, member: np.ndarray) -> dict[str, list[float]]:
     """Compute the IS without each group, over new splits of the others; empty without classes."""
     found: dict[str, list[float]] = {}
-    logits = np.concatenate([its for _, its in images.read_chunks()])
+    logits = np.concatenate([chunk for _, chunk in images.read_chunks()])
     for group in range(member.max() + 1 if logits.shape[1] else 0):
         others = logits[member != group]
         sums = distances.sum_features([(others[:, :0], others)], len(others))  # of no features

@@ -130,10 +130,10 @@ def _rank_group(runs: Sequence[R], metric: Metric) -> RankedGroup[R]:
 def _find_tied_rows(rows: Sequence[Sequence[ScoredRun]], metric: Metric) -> list[int]:
     """Return the rows whose difference from the first one is not significant (Holm's procedure over all rows)."""
     tests = sorted((_compare(rows[0], row, metric).p, number) for number, row in enumerate(rows[1:], 1))
-    told = 0
-    while told < len(tests) and tests[told][0] * (len(tests) - told) <= LEVEL:
-        told += 1
-    return [0, *(number for _, number in tests[told:])]
+    significant = 0
+    while significant < len(tests) and tests[significant][0] * (len(tests) - significant) <= LEVEL:
+        significant += 1
+    return [0, *(number for _, number in tests[significant:])]
 
 
 def _compare(best: Sequence[ScoredRun], row: Sequence[ScoredRun], metric: Metric) -> Difference:
@@ -144,16 +144,16 @@ def _compare(best: Sequence[ScoredRun], row: Sequence[ScoredRun], metric: Metric
     from scipy.special import stdtr
 
     difference = mean(run.scores[metric.name] for run in row) - mean(run.scores[metric.name] for run in best)
-    (error, freedom), (its_error, its_freedom) = _find_error(best, metric), _find_error(row, metric)
-    (seed, bounds), (its_seed, its_bounds) = best[0].image_bounds, row[0].image_bounds
+    (error, freedom), (row_error, row_freedom) = _find_error(best, metric), _find_error(row, metric)
+    (seed, bounds), (row_seed, row_bounds) = best[0].image_bounds, row[0].image_bounds
     found: float | None = None
-    is_paired = metric.bound and len(best) == len(row) == 1 and seed == its_seed
-    if is_paired and len(bounds) == len(its_bounds) > 1:
-        spread, freedom = float(np.std(np.subtract(its_bounds, bounds), ddof=1)), len(bounds) - 1
+    is_paired = metric.bound and len(best) == len(row) == 1 and seed == row_seed
+    if is_paired and len(bounds) == len(row_bounds) > 1:
+        spread, freedom = float(np.std(np.subtract(row_bounds, bounds), ddof=1)), len(bounds) - 1
         found = spread / len(bounds) ** 0.5
-    elif error is not None and its_error is not None and error + its_error > 0:
-        a, b = error**2, its_error**2
-        found, freedom = (a + b) ** 0.5, (a + b) ** 2 / (a**2 / freedom + b**2 / its_freedom)  # Welch
+    elif error is not None and row_error is not None and error + row_error > 0:
+        a, b = error**2, row_error**2
+        found, freedom = (a + b) ** 0.5, (a + b) ** 2 / (a**2 / freedom + b**2 / row_freedom)  # Welch
     p = 2 * float(stdtr(freedom, -abs(difference) / found)) if found else float(difference == 0)
     return Difference(difference, found, p)
 

@@ -8,7 +8,7 @@ from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import DataConfig
 from pipeline.console import print_line
 from pipeline.data.sources import compute_fingerprint, download_source, open_source
-from pipeline.data.sources.base import ImageSource, Places, raise_undecodable
+from pipeline.data.sources.base import ImageSource, Locations, raise_undecodable
 from pipeline.data.sources.cifar10 import is_official
 from pipeline.errors import PipelineError, escape_name
 from pipeline.stages.stage import Stage
@@ -40,21 +40,21 @@ class ShardStage(Stage):
         source = open_source(data)
         shards = plan_shards(place.data, source.splits, data.images_per_shard)
         missing = [shard for shard in shards if shard.read_facts() is None]
-        places = (source.find_places(shard.split, shard.start, shard.stop) for shard in missing)
+        found = (source.locate_range(shard.split, shard.start, shard.stop) for shard in missing)
         yield [
             Unit(
                 UnitKind.SHARD,
                 write_shard,
-                (data, shard, its),
+                (data, shard, locations),
                 f"shard {shard.name}",
                 shard.stop - shard.start,
             )
-            for shard, its in zip(missing, places, strict=True)
+            for shard, locations in zip(missing, found, strict=True)
         ]
         splits: dict[str, list[ShardFacts]] = {}
         for shard in shards:
             splits.setdefault(shard.split, []).append(shard.require_facts())
-        skipped = [image for facts in splits.values() for its in facts for image in its.get("skipped", [])]
+        skipped = [image for each in splits.values() for facts in each for image in facts.get("skipped", [])]
         if len(skipped) > data.max_undecodable:
             name, reason = skipped[data.max_undecodable]
             limit = f"one of {len(skipped)} broken images where data.max_undecodable={data.max_undecodable}"
@@ -105,8 +105,8 @@ def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> 
     ]
 
 
-def write_shard(ctx: Worker, data: DataConfig, shard: Shard, places: Places) -> None:
-    """Write the images of one shard, at their places in the source, then its facts (body of a unit)."""
+def write_shard(ctx: Worker, data: DataConfig, shard: Shard, locations: Locations) -> None:
+    """Write the images of one shard, which have these locations, then its facts (body of a unit)."""
     skipped: list[list[str]] = []
 
     def skip_image(name: str, reason: str) -> None:
@@ -114,5 +114,5 @@ def write_shard(ctx: Worker, data: DataConfig, shard: Shard, places: Places) -> 
         if len(skipped) > data.max_undecodable:
             raise_undecodable(name, reason)
 
-    records = open_source(data).read_records(shard.split, shard.start, shard.stop, skip_image, places)
+    records = open_source(data).read_records(shard.split, shard.start, shard.stop, skip_image, locations)
     shard.write(records, skipped=skipped)

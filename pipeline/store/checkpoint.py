@@ -144,7 +144,7 @@ def verify_step(place: Place, step: int, check: files.Check = "sha256") -> None:
         except SafetensorError as error:
             raise PipelineError(f"{folder / file} holds no tensors ({error})") from error
         found = {f"{prefix}{name}": torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
-        given = {n: torch.empty(its, device="meta") for n, its in shapes.items() if n.startswith(prefix)}
+        given = {n: torch.empty(shape, device="meta") for n, shape in shapes.items() if n.startswith(prefix)}
         if fault := describe_mismatch(found, given):
             raise PipelineError(f"{folder} holds another network: {fault}")
 

@@ -45,7 +45,7 @@ FIXED: Settings = {
     "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
 }  # fmt: skip
 # ... and what leaving one out means.
-LEFT_OUT = FIXED | {
+DEFAULTS = FIXED | {
     "freq_shift": 0, "flip_sin_to_cos": True, "downsample_padding": 1, "attention_head_dim": 8, "norm_eps": 1e-5,
     "layers_per_block": 2, "norm_num_groups": 32, "in_channels": 3, "out_channels": 3,
 }  # fmt: skip
@@ -100,10 +100,10 @@ def read_weights(experiment: Experiment) -> Tensors:
     faults = find_network_differences(experiment, published)
     if scheduler := _read_scheduler(folder):
         faults += _find_scheduler_differences(experiment.diffusion, scheduler)
-    says, asked = read_header(file).get("weights"), experiment.published.weights
-    says = "ema" if folder.name == "unet_ema" or EMA_SETTINGS & published.keys() else says
-    if {says, asked} == {"raw", "ema"}:
-        faults.append(f"published.weights is {asked}, but the folder says that its weights are {says}")
+    kind, wanted_kind = read_header(file).get("weights"), experiment.published.weights
+    kind = "ema" if folder.name == "unet_ema" or EMA_SETTINGS & published.keys() else kind
+    if {kind, wanted_kind} == {"raw", "ema"}:
+        faults.append(f"published.weights is {wanted_kind}, but the weights in this folder are {kind}")
     if faults:
         raise ConfigError([f"{folder}: {fault}" for fault in faults])
     read = {k: v for part in files for k, v in load_tensors(part, FETCH).items()}
@@ -124,8 +124,8 @@ def read_weights(experiment: Experiment) -> Tensors:
 def find_network_differences(experiment: Experiment, published: Settings) -> list[str]:
     """Return the published settings that differ from the experiment or that we do not support."""
     own = make_network_settings(experiment)
-    said = {k: v for k, v in published.items() if k[0] != "_" and k not in EMA_SETTINGS}
-    given = LEFT_OUT | said
+    settings = {k: v for k, v in published.items() if k[0] != "_" and k not in EMA_SETTINGS}
+    given = DEFAULTS | settings
     known = {*own, *UNREAD}
     faults = [f"{name}={given[name]!r} is a setting not known here" for name in given if name not in known]
     if missing := [name for name in own if name not in {*FIXED, *UNREAD} and given.get(name) is None]:
@@ -149,7 +149,7 @@ def derive_overrides(published: PublishedConfig) -> list[str]:
     None if that file or the weights cannot be read; `read_weights` raises the error.
     """
     try:
-        given = LEFT_OUT | read_json(find_weight_files(published)[0].with_name(NETWORK), Settings, FETCH)
+        given = DEFAULTS | read_json(find_weight_files(published)[0].with_name(NETWORK), Settings, FETCH)
     except (PipelineError, OSError):
         return []
     return [] if _find_type_problems(given) else list(chain.from_iterable(_find_overrides(given).values()))

@@ -141,7 +141,7 @@ class ObjectStore:
         self.uri = uri.rstrip("/")
         parts = urlsplit(uri)
         shown = hide_password(uri)
-        nowhere = PipelineError(f"'{shown}' is no place in a store; write s3://BUCKET/PREFIX, file:///FOLDER")
+        nowhere = PipelineError(f"'{shown}' is no store address; write s3://BUCKET/PREFIX, file:///FOLDER")
         if "@" in parts.netloc or not (parts.netloc or parts.scheme == "file"):
             raise nowhere
         try:

@@ -21,7 +21,7 @@ from pipeline.store.files import hash_file
 from pipeline.store.tars import Record, decode_png
 
 MAX_IMAGES = 2**31
-Places = tuple[str, Any]  # a published split, and the places of images in it
+Locations = tuple[str, Any]  # a published split, and where in it some images are
 
 
 def raise_undecodable(name: str, reason: str) -> None:
@@ -53,11 +53,11 @@ class ImageSource(ABC):
         """Return the number of images by published split."""
 
     @abstractmethod
-    def read_images(self, part: str, places: Any) -> Iterator[RawImage]:
-        """Yield images of a published split, each by its place (`locate_images`)."""
+    def read_images(self, part: str, locations: Any) -> Iterator[RawImage]:
+        """Yield images of a published split, each by its location (see `locate_images`)."""
 
     def locate_images(self, part: str, indices: np.ndarray) -> Sequence[Any] | np.ndarray:
-        """Return the places of images `indices`, int64 (n,): by what `read_images` finds each without the others."""
+        """Return the locations of images `indices`, int64 (n,), by which `read_images` finds each directly."""
         return indices
 
     def read_labels(self, part: str) -> np.ndarray | None:
@@ -111,11 +111,8 @@ class ImageSource(ABC):
         The limited set is the first images, in a fixed permutation, that decode and equal no earlier one.
         """
         found = {
-            split: (
-                part,
-                order[make_fixed_permutation(len(order))] if split in self.shuffled_splits else order,
-            )
-            for split, (part, order) in self._stored_indices.items()
+            s: (part, order[make_fixed_permutation(len(order))] if s in self.shuffled_splits else order)
+            for s, (part, order) in self._stored_indices.items()
         }
         if (limit := self.data.limit) is None:
             return found
@@ -128,21 +125,21 @@ class ImageSource(ABC):
                 return found | {"train": (part, np.array([*chosen.values()]))}
         raise PipelineError(f"data.limit is {limit}, but only {len(chosen)} training images differ; lower it")
 
-    def find_places(self, split: str, start: int, stop: int) -> Places:
+    def locate_range(self, split: str, start: int, stop: int) -> Locations:
         part, indices = self._chosen_indices[split]
         return part, self.locate_images(part, indices[start:stop])
 
     def read_records(
         self, split: str, start: int, stop: int, undecodable: Callable[[str, str], None] = raise_undecodable,
-        places: Places | None = None,
+        locations: Locations | None = None,
     ) -> Iterator[Record]:  # fmt: skip
-        """Yield the records of images [start, stop) of a split, at the places that `find_places` returns for them.
+        """Yield the records of images [start, stop) of a split; locations: what `locate_range` returns for them.
 
         PNG bytes that fit already are not changed. `undecodable(name, reason)` is called for each image that cannot
         be decoded; if it returns, the image is skipped. Raises PipelineError naming an image whose size, channels or
         label do not fit `data`.
         """
-        part, found = places or self.find_places(split, start, stop)
+        part, found = locations or self.locate_range(split, start, stop)
         for index, raw in enumerate(self.read_images(part, found), start):
             try:
                 yield convert_to_record(f"{split}-{index:08d}", raw, self.data)

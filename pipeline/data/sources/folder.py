@@ -112,8 +112,8 @@ def _find_split_folders(root: Path, folders: set[Parts]) -> tuple[dict[str, Part
     if held_out and not train and not others:
         raise PipelineError(f"{root} has no train split, only {names}; set data.path to another set")
     if not train or (not held_out and (others or len(train) > 1)):
-        said = f"{names} and what lies beside are read as one set for training: no folder is a split"
-        return {"train": ()}, [said] if names else []
+        note = f"{names} and the files beside are read as one set for training: no folder is a split"
+        return {"train": ()}, [note] if names else []
     splits = {"train": train} | ({"test": held_out} if held_out else {})
     chosen = {s: min(places, key=lambda p: (p != (s,), p)) for s, places in splits.items()}
     several = any(len(places) > 1 and chosen[s] != (s,) for s, places in splits.items())

@@ -48,11 +48,11 @@ class LmdbSource(ImageSource):
         keys = _list_image_keys(self._parts[part])
         return [keys[i] for i in indices]
 
-    def read_images(self, part: str, places: list[bytes]) -> Iterator[RawImage]:
+    def read_images(self, part: str, locations: list[bytes]) -> Iterator[RawImage]:
         file = self._parts[part]
         size = file.stat().st_size
         with explain_broken_file(file, KIND), _open_database(file).begin(buffers=True) as transaction:
-            for key in places:
+            for key in locations:
                 value = transaction.get(key, b"")
                 if len(value) > size:  # reading beyond its end would kill the process
                     raise PipelineError(f"{file} key {key!r} is larger than the database; fetch it again")

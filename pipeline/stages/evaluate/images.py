@@ -92,8 +92,8 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
     statistics.pop("fid_test", None)  # baselines are compared with the reference alone
     found["reference_points"] = points = dict[str, Scores]()
     for name, images in sets.baselines.items():
-        its = _compute_scores(images, images.sum_features(), target, config.metrics, groups)
-        points[name] = {**its, "n": images.n}
+        scores = _compute_scores(images, images.sum_features(), target, config.metrics, groups)
+        points[name] = {**scores, "n": images.n}
     if config.features == "classifier" and sums.classes is not None:
         counts = np.bincount(sums.classes, minlength=experiment.data.labels)
         found["class_shares"] = (counts / len(sums.classes)).tolist()
@@ -111,7 +111,7 @@ def _compute_scores(
     scores: Scores = {}
     if target.statistics:
         own = sums.moments.to_statistics()
-        scores |= {name: distances.compute_fid(own, its) for name, its in target.statistics.items()}
+        scores |= {name: distances.compute_fid(own, other) for name, other in target.statistics.items()}
     if "is" in metrics and sums.in_order and sums.shuffled:
         scores["is_mean"], scores["is_std"] = sums.in_order.compute_inception_score()
         scores["is_shuffled_mean"], scores["is_shuffled_std"] = sums.shuffled.compute_inception_score()

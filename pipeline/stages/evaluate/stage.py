@@ -48,7 +48,7 @@ class EvaluateStage(Stage):
             log.warning("%s; evaluating again", error)
             return False
         # A checkpoint may be deleted once it is scored; one of other weights is another matter.
-        return all(manifest.get(name) == its for name, its in inputs.items() if its)
+        return all(manifest.get(name) == digest for name, digest in inputs.items() if digest)
 
     def check_before_start(self, place: Place) -> None:
         config = place.experiment.evaluate

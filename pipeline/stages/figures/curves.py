@@ -75,7 +75,7 @@ def plan_scores_along_chain(place: Place) -> Figure:
         scores = score_snapshots(files, n, statistics)
         panels = []
         for name in ("is_mean", "fid") if "is_mean" in scores[0] else ("fid",):
-            line = charts.Line(steps, [its[name] for its in scores])
+            line = charts.Line(steps, [row[name] for row in scores])
             panels.append(charts.plot_curves(METRICS[name].heading, "reverse steps", [line]))
         charts.save_panels(panels, file)
 

@@ -63,7 +63,7 @@ def plan_distance_to_optimum(place: Place) -> Figure:
 
     def draw(files: list[Path], file: Path) -> str:
         parts = [[read_arrays(one)["errors"] for one in files if one.parent == folder] for folder in folders]
-        return draw_distance(place, [np.concatenate(its, axis=-1) for its in parts], file)
+        return draw_distance(place, [np.concatenate(errors, axis=-1) for errors in parts], file)
 
     return Figure("optimum.svg", caption, units, draw, tuple(list_gaussian_units(place)))
 
@@ -125,7 +125,7 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     k, official = [len(diffusion) - t for t in levels], tars.open_shards(place.data).facts.get("official")
     mse = compute_linear_mse(load_variances(place)[0], diffusion.tables["alpha_bar"])
     of_all = 127.5 * mse[levels].sqrt().numpy()
-    (excess, error), (above, _), (below, _) = (compare_errors(*its[:2]) for its in (network, test, train))
+    (excess, error), (above, _), (below, _) = (compare_errors(*mses[:2]) for mses in (network, test, train))
     best = np.minimum(above, 0)
     known = [i for i in range(len(best)) if best[i] - below[i] < AGREE]
     ours, line, mean = 127.5 * np.sqrt(network.mean(axis=-1))
@@ -137,10 +137,10 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
         others.append(("paper, Table 4", "marks", table))
     errors = [charts.Line(k, ours, "network"), charts.Line(k, line, "best linear denoiser", "other")]
     distance = [charts.Line(k, 100 * excess, "network", band=200 * error)]
-    for name, kind, its in others:
-        steps, above_line = [k[i] for i in its], [100 * (rmse / of_all[i] - 1) for i, rmse in its.items()]
-        errors.append(charts.Line(steps, [*its.values()], name, kind))
-        distance.append(charts.Line(steps, above_line, name, kind))
+    for name, kind, rmses in others:
+        steps, excesses = [k[i] for i in rmses], [100 * (rmse / of_all[i] - 1) for i, rmse in rmses.items()]
+        errors.append(charts.Line(steps, [*rmses.values()], name, kind))
+        distance.append(charts.Line(steps, excesses, name, kind))
     panels = {"RMSE": errors, "RMSE over the best linear denoiser's, %": distance}
     axis = "reverse steps T − t"
     charts.save_panels([charts.plot_curves(title, axis, lines) for title, lines in panels.items()], file)

@@ -456,7 +456,7 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
         has_scores = "| NLL, bits/dim | ≤" in card and "| Decoder |" in card
         assert has_scores == (weights == "raw"), "of these weights alone"
     wrong = ["import", str(exported), "--weights=ema", *digits, "name=entered", f"cluster.storage={storage}"]
-    assert main(wrong) == 2 and "says that its weights are raw" in capsys.readouterr().err
+    assert main(wrong) == 2 and "the weights in this folder are raw" in capsys.readouterr().err
     words = [*digits, "name=entered", *ONE_CPU, f"cluster.storage={storage}"]
     assert main(["import", str(exported), "--weights=raw", *words]) == 0
     (entered,) = storage.glob("entered-*")
