@@ -1,7 +1,6 @@
 """The needs of a run are known before it starts; tests/device compares the memory with fake CUDA tensors."""
 
 import dataclasses
-import re
 import shutil
 from collections import namedtuple
 
@@ -10,7 +9,6 @@ from conftest import one_cpu
 
 from pipeline import config
 from pipeline.engine import preflight
-from pipeline.engine.memory import describe_step_memory, estimate_step_memory
 from pipeline.errors import PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint
@@ -46,15 +44,6 @@ def test_the_papers_run_takes_gibibytes_and_candidates_count():
     every = {"train.keep_every": 100_000, "evaluate.checkpoints": "all"}
     kept = preflight.estimate_requirements(cifar10(**every))
     assert (kept.kept, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
-
-
-def test_the_memory_of_a_step_at_any_accumulate_follows_from_two_steps():
-    experiment = config.load_experiment("digits", ["train.batch_size=20000", "train.accumulate=4"])
-    text = describe_step_memory(experiment, workers=2)
-    estimate = estimate_step_memory(experiment, 10_000, 4) / 2**30
-    assert float(text.split()[0]) == pytest.approx(estimate, rel=0.03, abs=0.06)
-    least = [int(parts) for parts in re.findall(r"GiB: (\d+)", text)]
-    assert len(least) == 3 and least == sorted(least)
 
 
 def test_a_disk_that_is_too_small_is_refused_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
