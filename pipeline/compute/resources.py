@@ -26,13 +26,6 @@ class Resources:
     gpus_per_worker: float
     gpus_per_task: float
 
-    def count_tasks(self, cpus_per_task: int) -> int:
-        """Return how many tasks run at once on the CPUs of the workers; at least one."""
-        by_cpu = self.workers * self.cpus_per_worker // cpus_per_task
-        if not self.gpus_per_task:
-            return max(1, by_cpu)
-        return max(1, min(by_cpu, int(self.workers * self.gpus_per_worker / self.gpus_per_task)))
-
 
 def count_local_devices() -> tuple[int, int]:
     """Return how many CPUs and GPUs this process may use on this machine."""

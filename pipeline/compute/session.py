@@ -43,16 +43,22 @@ class RaySession:
         self.cluster, self.interrupted, self.pixels = cluster, interrupted, pixels
         self.costs: list[Cost] = []
         self.local_processes: set[psutil.Process] = set()
-        self.most_in_flight: int | None = None  # units; None: as many as the cluster has room for
+        self.count_trials: Callable[[], int] | None = (
+            None  # that share the cluster now; None: this is no trial
+        )
 
     @staticmethod
     @contextmanager
     def open_for_trial(
-        cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool]
-    ) -> Iterator[RaySession]:
-        """Open a session for one trial, limited to `resources` of the Ray cluster that its process is in."""
+        cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool],
+        count_trials: Callable[[], int],
+    ) -> Iterator[RaySession]:  # fmt: skip
+        """Open a session for one trial, which trains on `resources`; its units take an equal part of the whole cluster.
+
+        count_trials: returns how many trials share the cluster now: the last one's units take all of it.
+        """
         session = RaySession(cluster, interrupted)
-        session.most_in_flight = resources.count_tasks(cluster.cpus_per_task)
+        session.count_trials = count_trials
         session._set_resources(resources)
         try:
             yield session
@@ -86,7 +92,7 @@ class RaySession:
 
     def _explain_wait(self, count: int, cpus: int, gpus: float) -> None:
         """Say which resources the command waits for, because the joined cluster is full."""
-        if self.cluster.ray_address is None or self.most_in_flight is not None:
+        if self.cluster.ray_address is None or self.count_trials:
             return
         for _ in range(FREE_SECONDS):  # what was given back takes a moment
             there = ray.available_resources()
@@ -129,11 +135,12 @@ class RaySession:
 
     def _count_slots(self) -> tuple[int, int]:
         """Return how many actors and how many tasks there may be at once."""
-        if self.most_in_flight:
-            return self.most_in_flight, self.most_in_flight
         there, per_task = ray.cluster_resources(), self.resources.gpus_per_task
-        tasks = max(1, int(there.get("CPU", 1)) // self.cluster.cpus_per_task)
-        return (max(1, min(tasks, int(there.get("GPU", 0) / per_task))) if per_task else tasks), tasks
+        trials = self.count_trials() if self.count_trials else 1
+        tasks = max(1, int(there.get("CPU", 1)) // trials // self.cluster.cpus_per_task)
+        return (
+            max(1, min(tasks, int(there.get("GPU", 0) / trials / per_task))) if per_task else tasks
+        ), tasks
 
 
 def call_on_machines(address: str, body: Callable[..., str], *args: object) -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -33,39 +31,39 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
 
 def check_storage(root: Path) -> str:
     """Return which operations fail on the file system of a storage root; empty if all work."""
-    folder, began = root / f"{TEMPORARY}doctor-{secrets.token_hex(4)}", time.time()
+    began = time.time()
     try:
-        write_text(folder / "file", "1")
-        write_text(folder / "file", "2")  # written, flushed to the disk, renamed over the other
-        if (folder / "file").read_text() != "2":
-            return "a renamed file does not replace the one of that name"
-        if abs((folder / "file").stat().st_mtime - began) > CLOCK_SECONDS:
-            return "its clock is not this machine's, and times of files are compared: set both by one time server"
-        with lock_folder(folder):
-            return "" if is_locked(folder) else "a lock that is held keeps nobody out: mount it with locks"
+        with _make_probe(root) as name:
+            file = Path(name) / "file"
+            write_text(file, "1")
+            write_text(file, "2")  # written, flushed to the disk, renamed over the other
+            if file.read_text() != "2":
+                return "a renamed file does not replace the one of that name"
+            if abs(file.stat().st_mtime - began) > CLOCK_SECONDS:
+                return "its clock is not this machine's, and times of files are compared: set both by one time server"
+            with lock_folder(folder := Path(name)):
+                return (
+                    "" if is_locked(folder) else "a lock that is held keeps nobody out: mount it with locks"
+                )
     except (OSError, PipelineError) as error:
         return str(error)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_machines(root: Path, address: str) -> dict[str, str]:
     """Return what each machine of the cluster at `address` sees amiss in the storage root, '' for nothing."""
     from pipeline.compute.session import call_on_machines
 
-    word = secrets.token_hex(4)
-    folder = root / f"{TEMPORARY}doctor-{word}"
-    try:
-        write_text(folder / "file", word)
-        with lock_folder(folder):
-            return call_on_machines(address, _look_at_folder, folder, word)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _make_probe(root) as name, lock_folder(folder := Path(name)):
+        return call_on_machines(address, _look_at_folder, folder)
 
 
-def _look_at_folder(folder: Path, word: str) -> str:
-    """Return what is wrong with a folder that another machine has made and locked, as this one sees it."""
-    if not (folder / "file").is_file() or (folder / "file").read_text() != word:
+def _make_probe(root: Path) -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}doctor-", dir=root, ignore_cleanup_errors=True)
+
+
+def _look_at_folder(folder: Path) -> str:
+    """Return what is wrong with a folder that another machine has just made and locked, as this one sees it."""
+    if not folder.is_dir():
         return "sees another folder there: mount the same file system at this path on all machines"
     return "" if is_locked(folder) else "does not see who holds a lock: mount it with locks for all machines"
 

@@ -23,7 +23,7 @@ from pipeline.store.files import (
     require_sealed,
     try_read,
 )
-from pipeline.store.log import LogPoint, describe_slow_rank, read_points
+from pipeline.store.log import LogPoint, read_points
 from pipeline.store.run import Place
 from pipeline.store.selection import Selection
 from pipeline.store.tars import ShardSetFacts
@@ -147,10 +147,6 @@ class RunFiles:
     def images_per_second(self) -> float:
         """The median over training; 0 where there is none."""
         return statistics.median(self.read_series("train/images_per_second")[1] or [0.0])
-
-    @property
-    def slow_rank(self) -> str:
-        return describe_slow_rank(self.points)
 
     @property
     def is_cifar10(self) -> bool:

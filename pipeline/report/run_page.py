@@ -8,6 +8,7 @@ from pipeline.report import headline, run_pictures
 from pipeline.report.page import TEMPLATE, format_value
 from pipeline.report.run_files import RunFiles
 from pipeline.store.checkpoint import create_network
+from pipeline.store.log import describe_slow_rank
 from pipeline.store.run import STAGES
 from pipeline.tracking import list_links
 
@@ -21,6 +22,7 @@ def compose_page(run: RunFiles, folder: Path) -> str:
         folder=folder,
         headline=headline,
         pictures=run_pictures,
+        slow_rank=describe_slow_rank(run.points),
         provenance=describe_provenance(run),
         configuration=config.to_yaml(run.experiment).rstrip(),
     )

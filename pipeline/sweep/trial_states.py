@@ -16,6 +16,7 @@ from pipeline.store.files import read_record, write_json
 from pipeline.sweep.definition import EarlyStop
 from pipeline.sweep.points import Trial
 
+FILE = "state.json"
 State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]  # stopped: early, at a rung
 
 
@@ -34,6 +35,13 @@ class StudyFile(TypedDict, total=False):
     trials: dict[str, TrialState]
 
 
+def count_sharing_trials(folder: Path, slots: int) -> int:
+    """Return how many trials share the cluster, by the study's state file: those that run or wait, and fit at once."""
+    trials = read_record(folder / FILE, StudyFile).get("trials", {}).values()
+    left = sum(trial["state"] in ("new", "running", "interrupted") for trial in trials)
+    return max(1, min(left, slots))
+
+
 class TrialStates:
     """States of all trials, which the driver writes to state.json at every change.
 
@@ -41,7 +49,7 @@ class TrialStates:
     """
 
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
-        self.path, self.early_stop = folder / "state.json", config.to_dict(early_stop)
+        self.path, self.early_stop = folder / FILE, config.to_dict(early_stop)
         content = read_record(self.path, StudyFile)
         self.records = content.get("trials", {})
         if content.get("early_stop") != self.early_stop:

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 
 import ray
@@ -18,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.compute.ray_train import release_training_group, run_in_thread
-from pipeline.compute.resources import LEADER_BYTES, Resources
+from pipeline.compute.resources import LEADER_BYTES
 from pipeline.compute.session import RaySession
 from pipeline.errors import PipelineError
 from pipeline.sweep.definition import EarlyStop
@@ -26,7 +27,7 @@ from pipeline.sweep.points import Trial
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import TrialSlots
 from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
-from pipeline.sweep.trial_states import TrialStates
+from pipeline.sweep.trial_states import TrialStates, count_sharing_trials
 
 BOUND, STEP = "nll_bpd", "step"
 QUIET = {
@@ -130,7 +131,7 @@ def run_trials(
     shutil.rmtree(folder, ignore_errors=True)
     # CPUs belong to the workers; the memory spreads the trials over the nodes.
     largest = max(int(node["Resources"].get("memory", 1)) for node in ray.nodes() if node["Alive"])
-    trainable = tune.with_parameters(_run_trial, tasks=tasks, resources=share.resources)
+    trainable = tune.with_parameters(_run_trial, tasks=tasks, share=share)
     trainable = tune.with_resources(trainable, {"cpu": 0, "memory": min(LEADER_BYTES, largest)})
     tuner = tune.Tuner(
         trainable,
@@ -154,10 +155,11 @@ def run_trials(
         raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command goes on") from error
 
 
-def _run_trial(given: dict[str, str], tasks: dict[str, TrialInputs], resources: Resources) -> object:
+def _run_trial(given: dict[str, str], tasks: dict[str, TrialInputs], share: TrialSlots) -> object:
     """Run one trial in its process, called by Tune, which may end it inside `report`; return {"error": text}."""
     task = tasks[given["trial"]]
-    with RaySession.open_for_trial(task.cluster, resources, task.should_stop) as session:
+    count = partial(count_sharing_trials, task.stop_file.parent, share.slots)
+    with RaySession.open_for_trial(task.cluster, share.resources, task.should_stop, count) as session:
 
         def report(step: int, bound: float) -> bool:
             session.pool.end_idle_actors()  # before Tune may end this process

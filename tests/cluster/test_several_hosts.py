@@ -113,23 +113,12 @@ def test_the_profile_auth_asks_for_a_password_and_a_run_with_it_is_delivered(tmp
     cluster = Cluster(tmp_path_factory.mktemp("auth"), names)
     try:
         cluster.up(*names)
-        words = [
-            "ddpm",
-            "run",
-            "digits",
-            "--cluster",
-            "compose",
-            *EXPERIMENT,
-            *ONE_CPU,
-            "cluster.min_workers=null",
-        ]
+        place = ["--cluster", "compose", "cluster.min_workers=null"]
+        words = ["ddpm", "run", "digits", *place, *EXPERIMENT, *ONE_CPU]
         for password in ("", "wrong"):
             told = cluster.client(*words, MLFLOW_TRACKING_PASSWORD=password)
-            line = told.stderr.strip().splitlines()[-1]
-            assert (
-                told.returncode == 1 and "MLFLOW_TRACKING_PASSWORD" in line and "Traceback" not in told.stderr
-            )
-            assert len(told.stderr.strip().splitlines()) <= 2, told.stderr
+            lines = told.stderr.strip().splitlines()
+            assert told.returncode == 1 and "MLFLOW_TRACKING_PASSWORD" in lines[-1] and len(lines) <= 2, lines
         told = cluster.client(*words)
         assert told.returncode == 0, told.stdout + told.stderr
         there, run = cluster.on_tracking_server("tiny"), cluster.run_directory("tiny")
@@ -299,13 +288,8 @@ def test_what_mlflow_holds_comes_back_from_a_backup(cluster, first_run):
     before = cluster.on_tracking_server("tiny")
     cluster.run("backup")
     cluster.network["mlflow"].stop(cluster.services["mlflow"])
-    lost = [
-        "psql",
-        "--host=127.0.0.1",
-        "--username=mlflow",
-        "mlflow",
-        "--command=DROP SCHEMA public CASCADE; CREATE SCHEMA public",
-    ]
+    drop = "--command=DROP SCHEMA public CASCADE; CREATE SCHEMA public"
+    lost = ["psql", "--host=127.0.0.1", "--username=mlflow", "mlflow", drop]
     told = cluster.network["postgres"].execute(*lost, PGPASSWORD=cluster.env["POSTGRES_PASSWORD"])
     assert told.returncode == 0, told.stderr
     for folder in (cluster.volumes / "mlartifacts").iterdir():

@@ -18,7 +18,8 @@ from pipeline.compute.units import Unit, UnitKind
 from pipeline.config import load_cluster
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
-from pipeline.store.files import explain_write_errors
+from pipeline.store.files import explain_write_errors, write_json
+from pipeline.sweep.trial_states import count_sharing_trials
 
 pytestmark = pytest.mark.ray
 LONG = 120
@@ -45,6 +46,10 @@ def write_note(worker, file: Path, processes: int = 1) -> None:
     meet(file.parent, processes)
     with file.open("x") as stream:
         json.dump({"pid": os.getpid(), "device": str(worker.device), **devices}, stream)
+
+
+def wait(worker) -> None:
+    time.sleep(1)
 
 
 def wait_for_the_end(worker, file: Path) -> None:
@@ -143,6 +148,29 @@ def test_units_without_a_network_run_where_no_gpu_is_free(session, tmp_path):
     units = units_of(tmp_path, 6, needs_gpu=False)
     session.run_units(units, lambda unit: None)
     assert {row["device"] for row in notes_of(units)} == {"cpu"}
+
+
+def test_the_units_of_a_studys_last_trial_take_what_the_others_held(session, tmp_path):
+    def end_trials(*states: str) -> None:
+        facts = {"reason": "", "label": "", "run": "", "rungs": []}
+        write_json(
+            tmp_path / "state.json", {"trials": {str(i): {"state": s, **facts} for i, s in enumerate(states)}}
+        )
+
+    end_trials("running", "running", "new", "failed")
+    share = functools.partial(count_sharing_trials, tmp_path, 2)
+    with RaySession.open_for_trial(session.cluster, session.resources, lambda: False, share) as trial:
+        first = units_of(tmp_path, 8, processes=2)
+        trial.run_units(first, lambda unit: None)
+        assert len({row["pid"] for row in notes_of(first)}) == 2, "each of two at once has half of the GPUs"
+        (tmp_path / "last").mkdir()
+        one, last = (
+            Unit(UnitKind.SAMPLES, wait, (), "", needs_gpu=True),
+            units_of(tmp_path / "last", 8, processes=4),
+        )
+        trial.run_units([one, *last], lambda unit: end_trials("finished", "running", "stopped", "failed"))
+        assert len({row["pid"] for row in notes_of(last)}) == 4
+    wait_for_free_gpus(4)
 
 
 class Holder:

@@ -10,8 +10,6 @@ from conftest import GRID, TRIAL
 
 from pipeline import config
 from pipeline.cli.program import main
-from pipeline.compute.resources import Resources
-from pipeline.compute.session import RaySession
 from pipeline.config import load_cluster
 from pipeline.engine import execute
 from pipeline.errors import ConfigError
@@ -172,19 +170,6 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
     found = divide_cluster(cluster(**asked), nodes, trials, concurrent)
     one = found.resources
     assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == expected
-
-
-@pytest.mark.parametrize(
-    ("overrides", "resources", "most"),
-    [
-        ({}, Resources(1, 1, 4, 0.0, 0.0), 4),
-        ({"cpus_per_task": 2}, Resources(2, 2, 3, 0.0, 0.0), 3),
-        ({}, Resources(1, 1, 8, 0.5, 0.5), 1),
-    ],
-)
-def test_the_units_of_a_trial_take_no_more_than_its_workers_hold(overrides, resources, most):
-    with RaySession.open_for_trial(cluster(**overrides), resources, lambda: False) as session:
-        assert session.pool.limits() == (most, most)
 
 
 def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
