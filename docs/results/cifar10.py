@@ -6,6 +6,7 @@ The samples are what `ddpm draw RUN` draws; the scores are those of all test ima
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from statistics import median
@@ -29,6 +30,7 @@ PICTURES = HERE.parent / "pictures"
 PAPER = {"nll_bpd": 3.75, "rate_bpd": 1.78, "distortion_bpd": 1.97, "rmse": 0.95}  # Sec. 4.3, Tables 1 and 4
 LINEAR = {name: LMMSE[name] for name in ("rate_bpd", "rmse")}
 IMAGES = 64
+OPTIMUM = "optimum.svg"
 
 
 def main(path: Path) -> None:
@@ -40,7 +42,10 @@ def main(path: Path) -> None:
     others = [one for one in found if one is not results]
     rates = [point["metrics"]["train/images_per_second"] for point in read_points(place.log)]
     train = place.experiment.train
+    (optimum,) = place.path.glob(f"figures/*/{OPTIMUM}")
+    shutil.copy(optimum, PICTURES / f"cifar10-{OPTIMUM}")
     twin = {
+        "optimum": read_json(optimum.with_name("manifest.json"), dict)["findings"][OPTIMUM],
         "scores": results["scores"], "protocol": results["protocol"], "paper": PAPER, "linear": LINEAR,
         "parameters": sum(t.numel() for t in create_network(place.experiment, "meta").parameters()),
         "width": place.experiment.model.channels, "images": step * train.batch_size,
@@ -94,6 +99,13 @@ No GPU was at hand: this is the paper's network at a quarter of its width
 {hours:.1f} hours of two shared cores at {middle:g} images/s (median; {low:g} to {high:g}).
 [The ladder](ladder.md) trains and scores its widths and lengths; [short runs](short-runs.md) says why its samples
 are no noise, as those of [the first run](first-run.md) were.
+
+## Where it loses
+
+{twin["optimum"]} These are the first
+steps of a chain, which decide the colours and the layout of an image.
+
+![RMSE of the estimate of x_0 at each noise level, beside the best linear denoiser's](../pictures/cifar10-{OPTIMUM})
 
 ## The samples beside other images
 

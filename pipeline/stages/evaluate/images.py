@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.compute.units import Unit
 from pipeline.config import NEED_IMAGES
+from pipeline.console import print_line
 from pipeline.scores import distances, inception, jackknife
 from pipeline.scores.distances import Target
 from pipeline.scores.extractors import Extractor
@@ -17,6 +18,8 @@ from pipeline.scores.results import ClassifierFacts, Results, ScoreProtocol, Sco
 from pipeline.store import tars
 from pipeline.store.files import is_unit_done, read_record
 from pipeline.store.run import Place
+
+MANY = 5000  # real images from which on comparing each takes minutes
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
         for score, name in sets.references.items()
     }
     real = sets.splits[config.reference].read_features() if sets.compares_images else None
+    if real is not None and len(real) > MANY:
+        print_line(
+            f"evaluate: comparing {len(sets.baselines) + 1} sets with {len(real):,} images takes minutes"
+        )
     # KID grows with the sixth power of the features' size; Inception's stays as published.
     rms = 1.0
     if real is not None and extractor.kind != inception.NAME:
