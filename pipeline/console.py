@@ -123,19 +123,19 @@ def show_progress(stage: str, total: int, unit: str, start: int = 0) -> Iterator
 
 
 @contextmanager
-def poll_in_thread(look: Callable[[], None]) -> Iterator[None]:
-    """Call `look` in a thread every half second during the body, and once after it."""
+def poll_in_thread(poll: Callable[[], None]) -> Iterator[None]:
+    """Call `poll` in a thread every half second inside the context, and once after it."""
     over = threading.Event()
 
-    def poll() -> None:
+    def run() -> None:
         while not over.wait(0.5):
-            look()
+            poll()
 
-    thread = threading.Thread(target=poll, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
-        look()
+        poll()

@@ -83,16 +83,16 @@ class RayWorker(Worker):
 
 
 def run_training_group(
-    cluster: ClusterConfig, resources: Resources, body: Body, place: Place, look: Callable[[], object]
+    cluster: ClusterConfig, resources: Resources, body: Body, place: Place, poll: Callable[[], object]
 ) -> None:
     """Train with DDP on a group of Ray workers; a lost worker restarts it from the newest checkpoint.
 
-    Not more than `cluster.retries` times without a new one. Raises a worker's PipelineError, and what `look` raises.
+    Not more than `cluster.retries` times without a new one. Raises a worker's PipelineError, and what `poll` raises.
     """
     error: BaseException | None = None
     before: list[int] | None = None
     while before != (steps := list_steps(place.train)):
-        error = _fit(cluster, resources, body, place, look)
+        error = _fit(cluster, resources, body, place, poll)
         if place.failure.exists():
             message = place.failure.read_text()
             place.failure.unlink()
@@ -122,7 +122,7 @@ def is_group_running(place: Place) -> bool:
 
 
 def _fit(
-    cluster: ClusterConfig, resources: Resources, body: Body, place: Place, look: Callable[[], object]
+    cluster: ClusterConfig, resources: Resources, body: Body, place: Place, poll: Callable[[], object]
 ) -> BaseException | None:
     """Run Ray Train to its end; return the error with which it gave up."""
     from ray.train import FailureConfig, RunConfig
@@ -152,11 +152,11 @@ def _fit(
         ),
         torch_config=TorchConfig(timeout_s=1800),  # NCCL with GPUs, else gloo
     )
-    return run_in_thread(trainer.fit, "ray-train", look)
+    return run_in_thread(trainer.fit, "ray-train", poll)
 
 
-def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], object]) -> BaseException | None:
-    """Run `fit` in a thread, and return its error; meanwhile the main thread calls `look` and handles Ctrl-C."""
+def run_in_thread(fit: Callable[[], object], name: str, poll: Callable[[], object]) -> BaseException | None:
+    """Run `fit` in a thread, and return its error; meanwhile the main thread calls `poll` and handles Ctrl-C."""
     outcome: list[BaseException] = []
 
     def run() -> None:
@@ -170,7 +170,7 @@ def run_in_thread(fit: Callable[[], object], name: str, look: Callable[[], objec
     try:
         while thread.is_alive():
             thread.join(POLL_SECONDS)
-            look()
+            poll()
     except StopRequest:
         _end_wait(thread)
         raise

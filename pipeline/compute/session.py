@@ -122,11 +122,11 @@ class RaySession:
         needed = self.resources
         self._explain_wait(needed.min_workers, needed.cpus_per_worker, needed.gpus_per_worker)
 
-        def look() -> None:
+        def poll() -> None:
             if self.must_stop() and not (place.heartbeat.exists() and ray_train.is_group_running(place)):
                 raise StopRequest  # the workers start, or are waited for: there is nothing to bring to a safe point
 
-        ray_train.run_training_group(self.cluster, self.resources, body, place, look)
+        ray_train.run_training_group(self.cluster, self.resources, body, place, poll)
 
     def run_units(self, units: Sequence[Unit], done: WhenDone) -> None:
         if not self.pool.idle:

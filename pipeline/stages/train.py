@@ -26,7 +26,7 @@ from ddpm.rng import Stream, draw_permutation
 from ddpm.sampler import sample
 from ddpm.training import TrainState, compute_gradients, compute_learning_rate, train_step
 from pipeline.compute.memory import choose_accumulate
-from pipeline.compute.own_time import OwnTime
+from pipeline.compute.step_timer import StepTimer
 from pipeline.compute.units import GIB, Unit, Worker, explain_out_of_memory
 from pipeline.config import Experiment, TrainStageConfig, require_images_for_workers
 from pipeline.data.dataset import open_dataset
@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 
 GRID_SIDE = 8
 GRID_STEPS = 50  # of the grids during training, which are for a quick look
-LOOK_SECONDS = 3.0  # about how often a worker checks whether to stop or to save
+CHECK_SECONDS = 3.0  # about how often a worker checks whether to stop or to save
 STOP, SAVE = 1, 2  # what all workers are to do after a step; 0: nothing
-FIRST_LOOK = 10  # steps; until a point of the log says how long a step takes
+FIRST_CHECK = 10  # steps; until a point of the log says how long a step takes
 
 
 class TrainStage(GroupStage):
@@ -98,33 +98,33 @@ class TrainStage(GroupStage):
     def _train(self, ctx: Worker, place: Place, newest: int | None) -> None:
         config = place.experiment.train
         state, sums = _restore_state(ctx, place, newest)
-        make_step, watch = _build_step(ctx, place, state), _Watch(ctx, place)
-        own = OwnTime(ctx, state.net)
+        make_step, check = _build_step(ctx, place, state), _StopCheck(ctx, place)
+        timer = StepTimer(ctx, state.net)
         log = LogWriter(place.log) if ctx.rank == 0 else None
         heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
             saver = _CheckpointSaver(ctx, place, thread)
             request = 0
             while state.step < config.steps and request != STOP:
-                own.begin()
+                timer.begin()
                 sums.add(make_step())
                 step = state.step
                 if heartbeat:
                     heartbeat.write(step)
                 save = step % config.checkpoint_every == 0 or step in (config.steps, *config.keep_steps)
                 if save or step % config.log_every == 0:
-                    point = sums.compute_point(ctx, config, step) | own.compare_ranks()
-                    watch.set_interval(point["train/images_per_second"])
+                    point = sums.compute_point(ctx, config, step) | timer.compare_ranks()
+                    check.set_interval(point["train/images_per_second"])
                     if log:
                         log.write(step, point)
                     sums = _LogSums(step, ctx.device)
-                request = watch.look(step)
+                request = check.decide(step)
                 # Before the checkpoint: what goes on from there makes none of this step.
                 if config.sample_every and step % config.sample_every == 0 and ctx.rank == 0:
                     _draw_grid(ctx, place, state)
                 if save or request:
                     saver.start(state, sums.tensors(ctx, step))
-                    watch.last_save = time.monotonic()
+                    check.last_save = time.monotonic()
             saver.finish()
 
 
@@ -157,20 +157,20 @@ def _permute_images(seed: int, epoch: int, num_images: int, device: torch.device
     return draw_permutation(seed, Stream.ORDER, epoch, num_images, device)
 
 
-class _Watch:
+class _StopCheck:
     """Decides, at the same steps on all workers, whether they stop, or save a checkpoint before `checkpoint_every`."""
 
     def __init__(self, ctx: Worker, place: Place):
         self.ctx, self.place, self.config = ctx, place, place.experiment.train
-        self.interval = min(FIRST_LOOK, self.config.log_every)  # steps
+        self.interval = min(FIRST_CHECK, self.config.log_every)  # steps
         self.last_save, self.has_notice = time.monotonic(), False
 
     def set_interval(self, images_per_second: float) -> None:
-        """Look every LOOK_SECONDS from now on; the rate is the same on all workers."""
-        steps = int(LOOK_SECONDS * images_per_second / self.config.batch_size)
+        """Check every CHECK_SECONDS from now on; the rate is the same on all workers."""
+        steps = int(CHECK_SECONDS * images_per_second / self.config.batch_size)
         self.interval = max(1, min(steps, self.config.log_every))
 
-    def look(self, step: int) -> int:
+    def decide(self, step: int) -> int:
         """Return the decision of rank 0, by the stop file, the clock, and the notice that a node will be lost."""
         # On a GPU, check rarely: the result waits for its queue.
         if self.ctx.device.type != "cpu" and step % self.interval:

@@ -122,9 +122,9 @@ class _TuneCallback(_StatelessMixin, TrialProgressCallback):
 
 def run_trials(
     tasks: dict[str, TrialInputs], share: TrialSlots, recorder: StudyRecorder,
-    scheduler: EarlyStopScheduler | None, look: Callable[[], object],
+    scheduler: EarlyStopScheduler | None, poll: Callable[[], object],
 ) -> None:  # fmt: skip
-    """Run the trials by Tune in this Ray session until all have ended, and call `look` repeatedly meanwhile."""
+    """Run the trials by Tune in this Ray session until all have ended, and call `poll` repeatedly meanwhile."""
     os.environ.update(QUIET)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what happens
     folder = recorder.folder / "ray"
@@ -150,7 +150,7 @@ def run_trials(
             failure_config=tune.FailureConfig(max_failures=0),  # the same command tries again
         ),
     )
-    error = run_in_thread(tuner.fit, "ray-tune", look)
+    error = run_in_thread(tuner.fit, "ray-tune", poll)
     if error is not None:
         raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command goes on") from error
 

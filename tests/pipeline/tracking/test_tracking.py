@@ -94,7 +94,7 @@ def test_what_may_not_change_is_a_parameter_and_the_rest_of_the_experiment_is_ta
     assert study.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
-def test_curves_carry_their_own_times_and_scores_stand_on_the_model_of_their_checkpoint(mirrored, client):
+def test_curves_carry_their_step_timers_and_scores_stand_on_the_model_of_their_checkpoint(mirrored, client):
     found = mirrored[1]
     for key in ("loss/train", "train/lr", "train/grad_norm", "train/images_per_second"):
         assert history(client, found, key) == expected(100)

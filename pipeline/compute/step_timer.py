@@ -11,17 +11,15 @@ from torch import nn
 from pipeline.compute.units import Worker
 
 
-class OwnTime:
+class StepTimer:
     """Measures the part of a step in which a worker waits for no other: its images, its loss and its gradients.
 
     A whole step takes equally long on all ranks, since each waits for the slowest before it changes the weights.
     """
 
     def __init__(self, ctx: Worker, net: nn.Module):
-        self.ctx, self.spans = (
-            ctx,
-            list[list[Any]](),
-        )  # begin and end of each step since the last point of the log
+        self.ctx = ctx
+        self.spans: list[list[Any]] = []  # begin and end of each step since the last point of the log
         if ctx.world_size > 1:  # the gradient of the first parameter is among the last
             first = next(p for p in net.parameters() if p.requires_grad)
             first.register_post_accumulate_grad_hook(self._end)
