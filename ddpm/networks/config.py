@@ -73,7 +73,8 @@ class UNetConfig(LevelsConfig):
 
     attention_resolutions: the image sides at which every residual block is followed by attention;
     resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2);
-    class_conditional: an embedding of the label is added to that of t (not the paper's; Nichol and Dhariwal 2021).
+    class_conditional: an embedding of the label is added to that of t (not the paper's; Nichol and Dhariwal 2021);
+    recompute: of so many levels, finest first, training keeps the inputs of blocks and computes the rest again.
     """
 
     name: Literal["unet"] = "unet"
@@ -85,6 +86,7 @@ class UNetConfig(LevelsConfig):
     norm_groups: Count = 32
     resample: Literal["conv", "transposed"] = "conv"
     class_conditional: bool = False
+    recompute: Annotated[int, Range(ge=0, le=64)] = 0
 
     norm_eps: ClassVar[float] = 1e-6  # authors' code; PyTorch's default is 1e-5
 
@@ -134,6 +136,7 @@ class ApiUNetConfig(LevelsConfig):
     dropout: Annotated[float, Range(ge=0, lt=1)] = 0.1
     norm_groups: Count = 32
     norm_eps: ClassVar[float] = 1e-5
+    recompute: ClassVar[int] = 0
     resample: ClassVar[str] = "conv"
     level_key: ClassVar[str] = "channels_per_depth"
 

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddpm.networks.config import ApiUNetConfig, UNetConfig
 from ddpm.networks.layers import RowDropout, SeededNetwork, build_shortcut, embed_timesteps, encode_context
@@ -60,6 +61,8 @@ class UNet(SeededNetwork):
             in_widths, width = [inner + skips.pop() for inner in widths[:-1]], widths[-1]
             upsample = self.build_upsample(width) if i else nn.Identity()
             self.up.append(UpLevel(*self._build_level(in_widths, widths[1:], attends), upsample=upsample))
+        for level in [*self.down[: config.recompute], *self.up[::-1][: config.recompute]]:
+            level.recomputes = True
         self.norm_out = nn.GroupNorm(config.norm_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self.reset_parameters()
@@ -116,6 +119,7 @@ class Level(nn.Module):
 
     downsample: nn.Module | None
     upsample: nn.Module
+    recomputes = False  # on the way back, from the inputs of its blocks
 
     def __init__(
         self, blocks: list[nn.Module], attentions: list[nn.Module], **resampling: nn.Module | None
@@ -125,6 +129,14 @@ class Level(nn.Module):
         for name, layer in resampling.items():
             setattr(self, name, layer)
 
+    def run_block(self, block: nn.Module, attention: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
+        def run(x: Tensor, temb: Tensor) -> Tensor:
+            h: Tensor = attention(block(x, temb))
+            return h
+
+        keeps = not self.recomputes or not torch.is_grad_enabled()
+        return run(x, temb) if keeps else checkpoint(run, x, temb, use_reentrant=False)
+
 
 class DownLevel(Level):
     """Level on the way down: its blocks, then downsampling; the coarsest has none."""
@@ -132,7 +144,7 @@ class DownLevel(Level):
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks and append each output to `skips`, the downsampled one too."""
         for block, attention in zip(self.blocks, self.attentions, strict=True):
-            h = attention(block(h, temb))
+            h = self.run_block(block, attention, h, temb)
             skips.append(h)
         if self.downsample is not None:
             h = self.downsample(h)
@@ -146,7 +158,7 @@ class UpLevel(Level):
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks; each takes the last skip and concatenates it after the channels of h."""
         for block, attention in zip(self.blocks, self.attentions, strict=True):
-            h = attention(block(torch.cat([h, skips.pop()], dim=1), temb))
+            h = self.run_block(block, attention, torch.cat([h, skips.pop()], dim=1), temb)
         return self.upsample(h)
 
 

@@ -47,8 +47,14 @@ NEUTRAL: Tree = {
     "evaluate.variance": None,
 }
 
-# These move a number by the order of its sums only: meta.json and the protocols record them, no key hashes them.
-UNHASHED = {"train.accumulate", "train.compile", "train.deterministic", "sample.compile"}
+# These move a number by the order of its sums at most, which meta.json and the protocols record: no key hashes them.
+UNHASHED: Tree = {
+    "model.recompute": 0,
+    "train.accumulate": 1,
+    "train.compile": False,
+    "train.deterministic": False,
+    "sample.compile": False,
+}
 
 # The version of a formula that was corrected, by the setting that uses it: a value of a key, or any that is not zero.
 # Version 1 is left out of the key.
@@ -78,7 +84,7 @@ def add_neutral_values(tree: Tree, keys: Mapping[str, Collection[str]]) -> None:
     `keys`: those of each section. A section that is missing is added if all its keys have a neutral value.
     """
     neutral: dict[str, Tree] = {}
-    for full, value in NEUTRAL.items():
+    for full, value in (NEUTRAL | UNHASHED).items():
         section, _, key = full.partition(".")
         neutral.setdefault(section, {})[key] = value
     for section, section_values in neutral.items():

@@ -90,8 +90,8 @@ class TrainStage(GroupStage):
             newest = checkpoint.find_newest_step(place, experiment.train.steps)
         newest = ctx.broadcast(newest)
         config = replace(experiment.train, accumulate=_choose_accumulate(ctx, place, newest))
-        remedy = f"train.accumulate={2 * (config.accumulate or 1)}, train.precision=bf16 or more workers"
-        remedy += "; `ddpm doctor EXPERIMENT` says what a step takes"
+        remedy = f"train.accumulate={2 * (config.accumulate or 1)}, model.recompute, train.precision=bf16 "
+        remedy += "or more workers; `ddpm doctor EXPERIMENT` says what a step takes"
         with use_deterministic(config.deterministic), explain_out_of_memory("a training step", remedy):
             self._train(ctx, place.of(replace(experiment, train=config)), newest)
 

@@ -12,6 +12,7 @@ from ddpm import rng
 from ddpm.config import DiffusionConfig, Precision, TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
+from ddpm.kernels import accelerate
 from ddpm.networks import NO_LABEL
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
@@ -36,9 +37,11 @@ def config(**changes):
     return dataclasses.replace(CONFIG, **changes)
 
 
-def small_state(settings, dropout=0.0, memory_format=torch.channels_last, seed=3, diffusion=DIFFUSION):
+def small_state(
+    settings, dropout=0.0, memory_format=torch.channels_last, seed=3, diffusion=DIFFUSION, **model
+):
     """A small U-Net whose branches are awake: at its initial weights nearly no gradient passes them."""
-    net = build_network(dataclasses.replace(UNET, dropout=dropout), 8, 1, 1, seed=2)
+    net = build_network(dataclasses.replace(UNET, dropout=dropout, **model), 8, 1, 1, seed=2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
@@ -235,6 +238,18 @@ def test_whatever_the_cut_of_the_batch_its_loss_gradient_and_dropped_units_stay(
     step(plain, settings)
     assert all(torch.equal(gradients(again)[name], its) for name, its in gradients(whole).items())
     assert any(not torch.allclose(gradients(plain)[name], its) for name, its in gradients(whole).items())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("levels", [1, 2])
+def test_levels_that_compute_their_activations_again_give_the_same_bits(levels, precision):
+    settings = config(accumulate=3, precision=precision)
+    kept, again = (small_state(settings, dropout=0.4, recompute=n) for n in (0, levels))
+    assert sum(level.recomputes for level in (*again.net.down, *again.net.up)) == 2 * levels
+    for state in (kept, again):
+        accelerate(state.net)
+        step(state, settings)
+    assert all(torch.equal(gradients(again)[name], its) for name, its in gradients(kept).items())
 
 
 # ------------------------------------------------------------------------------------ importance-sampled t

@@ -38,8 +38,9 @@ class Phases:
 
     def __init__(self, name: str, precision: str) -> None:
         self.name, self.precision = name, precision
-        experiment = load_experiment(name if name == "celebahq256" else "cifar10", [])
-        self.model = experiment.model if name in ("unet", "celebahq256") else NETWORKS[name]()
+        recompute = ["model.recompute=4"] if name == "recomputing unet" else []
+        experiment = load_experiment(name if name == "celebahq256" else "cifar10", recompute)
+        self.model = NETWORKS[name]() if name in NETWORKS and name != "unet" else experiment.model
         self.shape, labels = experiment.data.shape, 10 if self.model.takes_labels else 0
         accumulate = 8 if name == "celebahq256" else 1
         self.config = experiment.train.__class__(

@@ -22,6 +22,11 @@ def test_the_need_at_any_accumulate_follows_from_two_steps():
     assert len(least) == 3 and least == sorted(least)
 
 
+def test_levels_that_compute_their_activations_again_hold_less():
+    kept, again = (estimate_step_memory(load_digits(f"model.recompute={n}"), 2000, 1) for n in (0, 1))
+    assert again < 0.9 * kept
+
+
 def test_the_least_accumulate_is_the_first_whose_peak_fits_into_nine_tenths_of_a_card():
     experiment = load_digits()
     peaks = {parts: estimate_step_memory(experiment, 2000, parts) / 2**30 for parts in (1, 3, 4)}
