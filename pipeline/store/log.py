@@ -72,14 +72,14 @@ def _parse_point(line: bytes) -> LogPoint | None:
     return None
 
 
-def find_end(path: Path, start: int = 0) -> int:
-    """Return the byte offset after the last complete line, searching from `start`; 0 without a file."""
+def find_end(path: Path, start: int = 0, most: int = -1) -> int:
+    """Return the byte offset after the last complete line of `most` bytes (-1: all) from `start`; 0 without a file."""
     if not path.is_file():
         return 0
     with path.open("rb") as file:
         start = 0 if start > file.seek(0, os.SEEK_END) else start
         file.seek(start)
-        return start + file.read().rfind(b"\n") + 1
+        return start + file.read(most).rfind(b"\n") + 1
 
 
 def read_last_point(path: Path) -> LogPoint | None:

@@ -19,6 +19,8 @@ from pipeline.store.tars import ShardSetFacts
 from pipeline.tracking import models
 from pipeline.tracking.run_sender import ChildRun, RunSender
 
+LOG_BYTES = 2**20  # of the log in a parcel: some 3,500 lines
+
 
 @dataclass(frozen=True)
 class Parcel:
@@ -50,9 +52,9 @@ def list_parcels(
     if (place.data / MANIFEST).exists():
         yield Parcel("dataset", place.data_key, RunSender.send_dataset)
     start = int(delivered.get("log", 0))
-    if end := find_end(place.log, start):
-        start = start if start <= end else 0
-        yield Parcel("log", str(end), partial(RunSender.send_log, start=start, end=end))
+    while (end := find_end(place.log, start, LOG_BYTES)) not in (0, start):
+        yield Parcel("log", str(end), partial(RunSender.send_log, start=start if start < end else 0, end=end))
+        start = end
     for grid in sorted(place.grids.glob("[0-9]*.png")):
         yield Parcel(f"grid {grid.stem}", "1", partial(RunSender.send_grid, grid=grid))
     if steps := list_steps(place.train):

@@ -83,7 +83,7 @@ def test_secrets_travel_in_the_environment_and_ray_has_its_token_and_memory_wher
     assert len(rays) == 3
     for service in rays:
         (store,) = (int(word.split("=")[1]) for word in service["command"] if "object-store" in word)
-        assert store <= size(service["shm_size"])
+        assert store <= size(service["shm_size"]) < size(service.get("mem_limit", "64g"))
     for service in [*rays, SERVICES["client"]]:
         assert service["environment"]["RAY_AUTH_MODE"] == "token"
         assert service["environment"]["RAY_AUTH_TOKEN"] == FILLED["RAY_AUTH_TOKEN"]

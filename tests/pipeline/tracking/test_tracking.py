@@ -227,11 +227,14 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
     _, run = make_run(storage, "digits", (*STEPS, "seed=5"), scores=False)
     with run.log.open("a") as file:
         file.write('{"step": 110, "time": 1, "met')
-    failures, send_log = [], RunSender.send_log
+    monkeypatch.setattr("pipeline.tracking.parcels.LOG_BYTES", 500)  # of 1,900
+    failures, starts, send_log = [], [], RunSender.send_log
 
     def fail_at_first(sender: RunSender, start: int, end: int) -> None:
-        send_log(sender, start, end if len(failures) == 3 else end // 2)
-        if len(failures) < 3:
+        starts.append(start)
+        is_first = start == 0 or len(failures) == 3  # what has arrived before is not sent again
+        send_log(sender, start, end if is_first else (start + end) // 2)
+        if not is_first:
             failures.append(end)
             raise ConnectionError("the server went away after half of it")
 
@@ -241,7 +244,7 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
         wait_until(lambda: len(failures) == 3)
     found = find(client, "ends", run)
     assert history(client, found, "loss/train") == expected(100) and found.info.status == "FINISHED"
-    assert len(warnings) == 1 and "went away" in warnings[0]
+    assert len(warnings) == 1 and "went away" in warnings[0] and starts.count(0) == 1 and len(set(starts)) > 2
     for server, is_done in ((uri, True), ("http://other", False)):
         assert (not tracking.Mirror(server, "ends", run).list_missing()) is is_done
 
