@@ -77,7 +77,7 @@ def draw_normal(seed: int, stream: Stream, step: int, index: Tensor, shape: tupl
 
     All functions here take the arguments of `draw_blocks`.
     """
-    return to_normal(_draw_words(seed, stream, step, index, math.prod(shape)), shape)
+    return to_normal(_draw_stream_words(seed, stream, step, index, math.prod(shape)), shape)
 
 
 def to_normal(words: Words, shape: tuple[int, ...]) -> Tensor:
@@ -87,7 +87,7 @@ def to_normal(words: Words, shape: tuple[int, ...]) -> Tensor:
 
 def draw_uniform(seed: int, stream: Stream, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
     """Draw uniform numbers in [0, 1), multiples of 2**-24, float32 (N, *shape)."""
-    return to_uniform(_draw_words(seed, stream, step, index, math.prod(shape)), shape)
+    return to_uniform(_draw_stream_words(seed, stream, step, index, math.prod(shape)), shape)
 
 
 def to_uniform(words: Words, shape: tuple[int, ...] = ()) -> Tensor:
@@ -96,7 +96,7 @@ def to_uniform(words: Words, shape: tuple[int, ...] = ()) -> Tensor:
 
 def draw_words(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Tensor:
     """Draw words of 32 random bits, int32 (N, count)."""
-    return to_words(_draw_words(seed, stream, step, index, count), count)
+    return to_words(_draw_stream_words(seed, stream, step, index, count), count)
 
 
 def to_words(words: Words, count: int) -> Tensor:
@@ -107,7 +107,7 @@ def draw_integers(seed: int, stream: Stream, step: int, index: Tensor, high: int
     """Draw integers in 0..high-1, int64 (N,); the bias of the remainder is below high / 2**63."""
     if high < 1:
         raise ValueError(f"integers: high must be at least 1, got {high}")
-    return to_integers(_draw_words(seed, stream, step, index, 1), high)
+    return to_integers(_draw_stream_words(seed, stream, step, index, 1), high)
 
 
 def to_integers(words: Words, high: int) -> Tensor:
@@ -119,7 +119,7 @@ def draw_permutation(
     seed: int, stream: Stream, step: int, n: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Draw a random order of 0..n-1, int64 (n,) on `device`: the argsort of 64-bit keys, one per index."""
-    a, b, _, _ = _draw_words(seed, stream, step, torch.arange(n, device=device), 1)
+    a, b, _, _ = _draw_stream_words(seed, stream, step, torch.arange(n, device=device), 1)
     return torch.argsort(((a - 2**31) * 2**32 + b)[:, 0], stable=True)
 
 
@@ -129,7 +129,7 @@ def draw_torch_seed(seed: int, stream: int, step: int, index: int) -> int:
     return int(a) >> 1 << 32 | int(b)
 
 
-def _draw_words(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Words:
+def _draw_stream_words(seed: int, stream: Stream, step: int, index: Tensor, count: int) -> Words:
     return draw_blocks(seed, step, index, {stream: count})[stream]
 
 

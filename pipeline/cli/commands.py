@@ -97,7 +97,7 @@ def show_experiment(options: Namespace) -> None:
     print(f"# directory   {place.path}")
 
 
-def list_files(options: Namespace) -> None:
+def show_configurations(options: Namespace) -> None:
     from pipeline.config import FOLDERS, find_configuration, list_configurations
 
     width = shutil.get_terminal_size().columns - 28

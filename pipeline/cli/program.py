@@ -116,7 +116,7 @@ COMMANDS = (
     _make_stage_command("report", "write report.html and report.md from what is there", """\
   ddpm report digits                                  `ddpm run` ends with it
 """),
-    Command("list", do.list_files, "experiments, sweeps and clusters, each with what it is", """\
+    Command("list", do.show_configurations, "experiments, sweeps and clusters, each with what it is", """\
   ddpm list                                           what `ddpm run`, `ddpm sweep` and --cluster take
 """, ()),
     Command("show", do.show_experiment, "the resolved configuration and its keys; writes nothing", f"""\

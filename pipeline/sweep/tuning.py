@@ -131,7 +131,7 @@ def run_trials(
     shutil.rmtree(folder, ignore_errors=True)
     # CPUs belong to the workers; the memory spreads the trials over the nodes.
     largest = max(int(node["Resources"].get("memory", 1)) for node in ray.nodes() if node["Alive"])
-    trainable = tune.with_parameters(_run_trial, tasks=tasks, share=share)
+    trainable = tune.with_parameters(_run_tune_trial, tasks=tasks, share=share)
     trainable = tune.with_resources(trainable, {"cpu": 0, "memory": min(LEADER_BYTES, largest)})
     tuner = tune.Tuner(
         trainable,
@@ -155,7 +155,7 @@ def run_trials(
         raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command goes on") from error
 
 
-def _run_trial(given: dict[str, str], tasks: dict[str, TrialInputs], share: TrialSlots) -> object:
+def _run_tune_trial(given: dict[str, str], tasks: dict[str, TrialInputs], share: TrialSlots) -> object:
     """Run one trial in its process, called by Tune, which may end it inside `report`; return {"error": text}."""
     task = tasks[given["trial"]]
     count = partial(count_sharing_trials, task.stop_file.parent, share.slots)

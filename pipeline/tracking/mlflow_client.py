@@ -86,16 +86,16 @@ def create_client(uri: str) -> MlflowClient:
         if not require_regular_file(store).exists():
             # MLflow makes its tables one by one; a store that a killed process left half made cannot be repaired.
             with write_atomically(store) as temporary:
-                _open_database(made := format_sqlite_uri(temporary))
+                _check_database(made := format_sqlite_uri(temporary))
                 MlflowClient(made).search_experiments(max_results=1)
         correct_artifact_paths(store)
     if not uri.startswith(("http", "databricks")):
-        _open_database(uri)
+        _check_database(uri)
     return MlflowClient(uri)
 
 
-def _open_database(uri: str) -> None:
-    """Look into a database, and raise what its driver raises: MLflow would try again for two minutes."""
+def _check_database(uri: str) -> None:
+    """Read from a database, so that its driver's error is raised at once: MLflow would retry for two minutes."""
     import sqlalchemy
 
     timeout = "timeout" if uri.startswith(("sqlite", "mssql")) else "connect_timeout"
