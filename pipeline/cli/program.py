@@ -19,7 +19,7 @@ EXPERIMENT and CLUSTER are paths, or names of files in ./conf. key=value overrid
 cluster.key=value one of the cluster. `ddpm list` has all names, `ddpm show EXPERIMENT` all keys.
 """
 GOES_ON = """
-The same command again goes on where it was interrupted, and does nothing where everything is up to date.
+The same command again continues where it was interrupted, and does nothing if everything is up to date.
 """
 
 
@@ -67,7 +67,7 @@ CLUSTER = _declare("--cluster", default="local", metavar="CLUSTER", help="where 
 CLUSTER_ONLY = (_declare_names("cluster.key=value", "of the cluster"), CLUSTER)
 EXPERIMENT = (_declare_names("EXPERIMENT | key=value", "one experiment, many overrides"), CLUSTER)
 ACCEPT_CODE = _declare(
-    "--accept-code", action="store_true", help="go on with a run that other code of ddpm/ trained or sampled"
+    "--accept-code", action="store_true", help="continue a run that other code of ddpm/ trained or sampled"
 )
 RUN = _declare("run", metavar="RUN", help="a run directory, or how its name begins")
 STUDY = (
@@ -97,7 +97,7 @@ COMMANDS = (
     _make_stage_command("shard", "write the images as webdataset tars", """\
   ddpm shard cifar10 data.path=FOLDER                 from the files that data.source reads
 """),
-    _make_stage_command("train", "train the network (DDP; goes on from the newest checkpoint)", """\
+    _make_stage_command("train", "train the network (DDP; continues from the newest checkpoint)", """\
   ddpm train digits train.steps=3000                  more steps, from where it ended
   ddpm train cifar10 cluster.workers=4 train.precision=bf16
 """),

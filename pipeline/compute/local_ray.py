@@ -55,7 +55,7 @@ def require_ray(processes: set[psutil.Process]) -> None:
     """Raise PipelineError if Ray has died; otherwise its client would wait, and then end this process."""
     for process in processes:
         if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-            raise PipelineError(f"Ray's process {process.pid} was killed; the same command goes on")
+            raise PipelineError(f"Ray's process {process.pid} was killed; the same command continues")
 
 
 def end_local_ray(processes: set[psutil.Process]) -> None:

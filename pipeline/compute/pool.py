@@ -141,7 +141,7 @@ class Pool:
             is_lost_task = call.actor is None and not isinstance(error, RayTaskError)
             if is_lost_task or self.losses[id(call.unit)] > self.retries:
                 problem = f"{name} {what} again and again ({shorten_error(error)})"
-                raise PipelineError(f"{problem}; the same command goes on here") from error
+                raise PipelineError(f"{problem}; the same command continues here") from error
             log.warning("%s %s (%s); another takes its place", name, what, shorten_error(error))
             if call.actor:
                 ray.kill(call.actor)  # perhaps it cannot be reached, or has lost its device

@@ -103,7 +103,7 @@ def run_training_group(
     # Ray Train restarts its workers, but not the controller that leads them.
     why = f"stopped after {cluster.retries} restarts without progress: {_find_last_log_line(place, error)}"
     why = "lost the process that leads it" if isinstance(error, RayActorError) else why
-    raise PipelineError(f"training {why}; the same command goes on from the newest checkpoint") from error
+    raise PipelineError(f"training {why}; the same command continues from the newest checkpoint") from error
 
 
 def _find_last_log_line(place: Place, error: BaseException | None) -> str:

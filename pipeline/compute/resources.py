@@ -21,7 +21,7 @@ class Resources:
     """CPUs and GPUs that a command uses; every value is set."""
 
     workers: int
-    min_workers: int  # fewer than `workers`: training goes on with what is left
+    min_workers: int  # fewer than `workers`: training continues with those that are left
     cpus_per_worker: int
     gpus_per_worker: float
     gpus_per_task: float

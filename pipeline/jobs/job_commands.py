@@ -81,7 +81,7 @@ def show_log(name: str, address: str | None, follow: bool) -> int:
             log = "" if follow else remote.client.get_job_logs(name)
             job = follow_log(remote, name) if follow else None
         except KeyboardInterrupt:
-            print(f"\nthe job goes on; stop it with `ddpm jobs stop {name}{remote.option}`", file=sys.stderr)
+            print(f"\nthe job continues; to stop it: `ddpm jobs stop {name}{remote.option}`", file=sys.stderr)
             return 130
     if job is None:
         print(log, end="")
@@ -125,7 +125,7 @@ def describe_end(job: JobDetails) -> tuple[int, str]:
     if job.status == "SUCCEEDED":
         return 0, "done"
     if job.status == "STOPPED" or code == 130:
-        return 130, "stopped; the same submit goes on from what is on disk"
+        return 130, "stopped; the same submit continues from the files on disk"
     if code is None:
         return 1, f"failed: {shorten_error(job.message or '')}"
     if code == 127:

@@ -72,7 +72,7 @@ def connect_cluster(address: str | None, job: str = "") -> Iterator[JobCluster]:
         raise PipelineError(f"{name} {problem}: {TOKEN}") from error
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
         if "already exists" in str(error):
-            remedy = "choose another --id, or leave it out (a run goes on whatever its job is called)"
+            remedy = "choose another --id, or leave it out (a run continues under any job)"
             raise ConfigError(f"there is already a job '{job}' on {name}: {remedy}") from error
         problem = f"{name} is no Ray cluster, or does not take that: {shorten_error(str(error))}"
         if job and "does not exist" in str(error):
@@ -152,6 +152,6 @@ def follow_log(cluster: JobCluster, job: str) -> JobDetails:
             lost = lost or time.monotonic()
             if time.monotonic() - lost > LOST_SECONDS:
                 again = f"`ddpm jobs logs {job} --follow{cluster.option}` looks again"
-                problem = f"the connection to {cluster.name} is lost; the job may go on: {again}"
+                problem = f"the connection to {cluster.name} is lost; the job may continue: {again}"
                 raise PipelineError(problem) from error
         time.sleep(1)

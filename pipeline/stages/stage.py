@@ -18,7 +18,7 @@ class Stage(ABC):
     name: what people type.
     selects_checkpoint: it makes the selection.
     uses_checkpoint: it works on the checkpoint that sample.checkpoint means.
-    adds_to_run: it trains or draws, which other code of `ddpm/` must not go on with unasked.
+    adds_to_run: it trains or draws; other code of `ddpm/` may do so only if the user accepts it.
     shows_other_stages: it shows results of the other stages, so it is asked again whenever one of them had work.
     """
 

@@ -119,7 +119,7 @@ class TrainStage(GroupStage):
                         log.write(step, point)
                     sums = _LogSums(step, ctx.device)
                 request = check.decide(step)
-                # Before the checkpoint: what goes on from there makes none of this step.
+                # Before the checkpoint: a run that continues from it draws no grid of this step.
                 if config.sample_every and step % config.sample_every == 0 and ctx.rank == 0:
                     _draw_grid(ctx, place, state)
                 if save or request:
@@ -234,7 +234,7 @@ class _LogSums:
 
 
 class _CheckpointSaver:
-    """Writes checkpoints in a thread of rank 0, one at a time, while training goes on.
+    """Writes checkpoints in a thread of rank 0, one at a time, while training continues.
 
     Every rank reports each one when it is safe: before the next one, or at the end.
     """
@@ -310,7 +310,7 @@ def _restore_state(ctx: Worker, place: Place, newest: int | None) -> tuple[Train
     try:
         state.load_state_dict(tensors)
     except ValueError as error:
-        raise PipelineError(f"{folder}: {error}; delete it to go on from an earlier step") from error
+        raise PipelineError(f"{folder}: {error}; delete it to continue from an earlier step") from error
     sums = _LogSums(state.step, ctx.device)
     if saved_sums:
         sums.load_tensors(ctx, saved_sums)

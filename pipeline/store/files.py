@@ -69,7 +69,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
             raise
         kind = TransientError if error.errno in TRANSIENT else PipelineError
         raise kind(
-            f"{path} cannot be written ({error.strerror}): make room or mend the storage; the same command goes on"
+            f"{path} cannot be written ({error.strerror}): make room or repair the storage; the same command continues"
         ) from error
 
 

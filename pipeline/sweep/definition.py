@@ -42,7 +42,7 @@ class Ranking:
 class EarlyStop:
     """Settings of early stopping by asynchronous successive halving (ASHA).
 
-    At `first` steps, and at every `factor` times as many, a trial goes on if its NLL bound is among the best 1/factor.
+    At `first` steps, and at every `factor` times as many, a trial continues if its bound is among the best 1/factor.
     """
 
     first: CountOrNull = None

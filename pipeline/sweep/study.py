@@ -73,7 +73,7 @@ class Study:
     def run(self, accept_code: bool = False) -> Leaderboard:
         """Run all unfinished trials and rank them; a failed trial does not stop the others.
 
-        accept_code: whether to go on with what another code made. Raises StopRequest, PipelineError.
+        accept_code: whether to continue runs of other code. Raises StopRequest, PipelineError.
         """
         sweep, cluster = self.sweep, self.cluster
         uri = tracking.find_uri(cluster)
@@ -180,7 +180,7 @@ class Study:
         left, hours = states.count("new") + states.count("interrupted"), self.sweep.budget.hours
         if not left or hours is None:
             return ""
-        return f"budget.hours={hours:g} is spent, {left} trials are left; the same command goes on"
+        return f"budget.hours={hours:g} is spent, {left} trials are left; the same command continues"
 
     def list_links(self) -> list[tuple[str, str]]:
         by, report = self.sweep.metric, self.folder / "report" / REPORT_HTML

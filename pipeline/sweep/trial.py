@@ -40,7 +40,7 @@ class TrialInputs:
 def run_trial(task: TrialInputs, executor: Executor, decide: Callable[[int, float], bool]) -> str | None:
     """Run a trial's unfinished stages; return the error as text, or None.
 
-    `decide(step, bound)` says at each rung whether the trial goes on.
+    `decide(step, bound)` says at each rung whether the trial continues.
     """
     place, stop = task.place, task.early_stop
     rungs = [(steps, "evaluate") for steps in stop.list_rungs(place.experiment.train.steps)]

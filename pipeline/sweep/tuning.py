@@ -152,7 +152,7 @@ def run_trials(
     )
     error = run_in_thread(tuner.fit, "ray-tune", poll)
     if error is not None:
-        raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command goes on") from error
+        raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command continues") from error
 
 
 def _run_tune_trial(given: dict[str, str], tasks: dict[str, TrialInputs], share: TrialSlots) -> object:

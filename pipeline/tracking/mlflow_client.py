@@ -216,7 +216,7 @@ class Sender:
                 reason, remedy = explain_store_error(error, self.uri)
                 self.warn(
                     f"the tracking server {hide_password(self.uri)} takes nothing{what} ({reason}); the work "
-                    "goes on, and what is missing there is delivered "
+                    "continues, and what is missing there is delivered "
                     + (f"once that is mended: {remedy}" if remedy else "when it is back")
                 )
 

@@ -46,4 +46,4 @@ def test_a_run_with_a_process_killed_is_the_untouched_one(run: Run, untouched: R
     assert differences(run, untouched) == []
     if victim == "controller":
         told = (run.storage / "output.log").read_text()
-        assert "error: training lost the process that leads it; the same command goes on" in told
+        assert "error: training lost the process that leads it; the same command continues" in told

@@ -149,14 +149,14 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(client):
     wait_until(client.steps)
     assert any("train:" in line for line in other.stdout)  # and no further: it follows by now
     other.send_signal(signal.SIGINT)
-    assert "the job goes on" in other.communicate(timeout=WAIT)[0] and other.returncode == 130
+    assert "the job continues" in other.communicate(timeout=WAIT)[0] and other.returncode == 130
     assert "running" in client.ddpm("jobs", "status", "again")[1]
 
     second = client.start("submit", "--follow", "--id", "second", "--", "shard", "mine", *TINY, *client.where)
     assert any("second waits:" in line for line in second.stdout)
     assert "pending" in client.ddpm("jobs", "status", "second")[1]
     code, output = client.ddpm("jobs", "stop", "again")
-    assert code == 0 and "stopped; the same submit goes on" in output
+    assert code == 0 and "stopped; the same submit continues" in output
     assert second.wait(WAIT) == 0
     output = follower.communicate(timeout=WAIT)[0]
     assert follower.returncode == 130 and "stopping at the next safe point" in output

@@ -58,5 +58,5 @@ def test_a_ray_that_was_killed_is_missed():
         require_ray(processes)
         daemon.kill()
         os.waitid(os.P_PID, daemon.pid, os.WEXITED | os.WNOWAIT)
-        with pytest.raises(PipelineError, match="the same command goes on"):
+        with pytest.raises(PipelineError, match="the same command continues"):
             require_ray(processes)

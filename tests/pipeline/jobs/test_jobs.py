@@ -276,8 +276,8 @@ def test_a_log_that_breaks_off_comes_again_and_is_written_once(capsys, monkeypat
     ("status", "exit_code", "code", "words"),
     [
         ("SUCCEEDED", 0, 0, "done"),
-        ("STOPPED", None, 130, "the same submit goes on"),
-        ("FAILED", 130, 130, "the same submit goes on"),
+        ("STOPPED", None, 130, "the same submit continues"),
+        ("FAILED", 130, 130, "the same submit continues"),
         ("FAILED", 1, 1, "exit code 1"),
         ("FAILED", 2, 2, "exit code 2"),
         ("FAILED", -9, 1, "exit code -9"),

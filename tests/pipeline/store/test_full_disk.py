@@ -45,7 +45,7 @@ def fill(disk):
 
 def test_a_full_disk_is_named_and_nothing_half_written_stays(disk):
     fill(disk)
-    message = r"big cannot be written .No space left.*the same command goes on"
+    message = r"big cannot be written .No space left.*the same command continues"
     with pytest.raises(PipelineError, match=message):
         write_text(disk / "big", "x" * 100_000)
     tensors = {"net.w": torch.zeros(100_000)}
@@ -85,7 +85,7 @@ def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path
             STAGES[earlier](root)
 
     breaks(disk)
-    with pytest.raises(PipelineError, match=f"cannot be written .{words}.*the same command goes on"):
+    with pytest.raises(PipelineError, match=f"cannot be written .{words}.*the same command continues"):
         STAGES[stage](run)
     assert made(disk, stage) == {} and not list(disk.rglob(".tmp-*"))
 
