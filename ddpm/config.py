@@ -129,7 +129,7 @@ class TrainConfig:
     """Settings of training, by default the paper's for CIFAR-10; all counts are over all workers together.
 
     accumulate: parts into which a worker's slice is cut, None for 1; grad_clip: largest norm of the averaged gradient;
-    label_dropout: share of labels replaced by NO_LABEL; steps matters where the learning rate decays over them.
+    label_dropout: share of labels replaced by NO_LABEL; steps matters if the learning rate decays over them.
     """
 
     steps: Count = 800_000

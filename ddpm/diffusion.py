@@ -91,7 +91,7 @@ class Diffusion:
         return chain
 
     def count_output_channels(self, channels: int) -> int:
-        """Return the number of channels of the network's output: twice the image's where the variance is learned."""
+        """Return the number of channels of the network's output: twice the image's if the variance is learned."""
         return 2 * channels if self.config.variance in LEARNED else channels
 
     def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +243,7 @@ def _compute_tables(beta: Tensor) -> dict[str, Tensor]:
 
 
 def _split_output(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Split off the prediction and, where the output has 2C channels, the values that parameterise the variance."""
+    """Split off the prediction and, if the output has 2C channels, the values that parameterise the variance."""
     channels = x_t.shape[1]
     fits = output.ndim == x_t.ndim and output.shape[2:] == x_t.shape[2:] and len(output) == len(x_t)
     if not fits or output.shape[1] not in (channels, 2 * channels):

@@ -35,14 +35,14 @@ def compute_linear_mse(variances: Tensor, alpha_bar: Tensor) -> Tensor:
 
     (1/D) sum_j l_j (1 - a) / (a l_j + 1 - a).
     """
-    # All at once would fill the memory where images are large.
+    # All at once would fill the memory if images are large.
     return torch.stack([(variances * (1 - a) / (a * variances + 1 - a)).mean() for a in alpha_bar.double()])
 
 
 def convert_mse_to_terms(diffusion: Diffusion, mse: Tensor, variance: Variance | None = None) -> Tensor:
     """Return the terms L_1 to L_{T-1} of the bound, bits/dim, of a denoiser with these errors (T,); 0 at index 0.
 
-    They are linear in the error where the variance is fixed; one that is learned is taken for fixedlarge.
+    They are linear in the error if the variance is fixed; a learned one is treated as fixedlarge.
     """
     kind = variance or diffusion.config.variance
     small = diffusion.tables["log_fixedsmall"]
@@ -56,5 +56,5 @@ def compute_profile(diffusion: Diffusion, variances: Tensor, variance: Variance 
     """Return the share of each timestep in this denoiser's rate, float64 (T,): 0 at t = 0, above 0 elsewhere."""
     mse = compute_linear_mse(variances, diffusion.tables["alpha_bar"])
     terms = convert_mse_to_terms(diffusion, mse, variance)
-    terms[1:] = terms[1:].clamp(min=1e-12)  # where all images are equal, fixedsmall leaves none
+    terms[1:] = terms[1:].clamp(min=1e-12)  # if all images are equal, fixedsmall leaves none
     return terms / terms.sum()

@@ -26,7 +26,7 @@ Config = TypeVar("Config")
 class Model:
     """A trained network and its diffusion, ready to draw.
 
-    net: called net(x_t, t, context=None), in evaluation mode; shape: (C, H, W) of an image; num_classes: 0 where it
+    net: called net(x_t, t, context=None), in evaluation mode; shape: (C, H, W) of an image; num_classes: 0 if it
     takes no labels. options: how its run draws: seed, label, guidance_scale, and keywords of `run_image_chains`; the
     methods that draw take other values for them. source: where the model comes from.
     """

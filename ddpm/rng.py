@@ -37,7 +37,7 @@ class Stream(IntEnum):
     BASELINE = 11  # reference points of the scores
     PROJECTION = 12  # random-projection features
     CLASSIFIER = 13  # the classifier whose features score labelled sets
-    BOUND_TIMESTEP = 14  # t of the likelihood bound, where not all are evaluated
+    BOUND_TIMESTEP = 14  # t of the likelihood bound, if not all are evaluated
 
 
 def run_philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word, Word, Word, Word]:

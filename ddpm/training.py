@@ -69,7 +69,7 @@ class TrainState:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `state_dict()` returned, on any device; raise ValueError, and change nothing, where keys differ."""
+        """Load what `state_dict()` returned, on any device; raise ValueError, and change nothing, if keys differ."""
         own = self.state_dict()
         if faults := describe_mismatch(own, tensors):
             raise ValueError(f"the saved state is of another network or optimiser: {faults}")
@@ -226,7 +226,7 @@ def compute_batch_loss(
     diffusion: Diffusion, net: Network, x_0: Tensor, t: Tensor | None = None, eps: Tensor | None = None,
     context: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Compute the loss of a batch x_0 (N, C, H, W) in [-1, 1], with its graph; t and eps are drawn where left out."""
+    """Compute the loss of a batch x_0 (N, C, H, W) in [-1, 1], with its graph; t and eps are drawn here if None."""
     t = torch.randint(len(diffusion), x_0.shape[:1], device=x_0.device) if t is None else t
     eps = torch.randn_like(x_0) if eps is None else eps
     x_t = diffusion.q_sample(x_0, t, eps)

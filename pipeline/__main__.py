@@ -25,7 +25,7 @@ def main() -> int:
         exit_at_once()
     finally:
         set_handlers(exit_at_once)
-        # Python would end by SIGINT where the last text that it executed, a dataclass's, was interrupted.
+        # Python would end by SIGINT if the last text that it executed, a dataclass's, was interrupted.
         exec("")
 
 

@@ -19,7 +19,7 @@ class SeededNetwork(nn.Module):
     """Base class of the networks: net(x_t, t, context) predicts eps, x_0, v or the mean for x_t.
 
     x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1; context: int64 (N,) labels in
-    0..num_classes-1, NO_LABEL where there is none, or any float vectors (N, num_classes); None is no label for all.
+    0..num_classes-1, NO_LABEL if there is none, or any float vectors (N, num_classes); None is no label for all.
     Returns (N, out_channels, H, W) in the type of x_t, also under autocast. Weights are drawn at construction, from
     torch's global generator. `near_zero` names layers whose weights are so small that they pass next to nothing at
     first. Raises ValueError for what `config.find_problems(image_size)` finds.
@@ -144,5 +144,5 @@ def encode_context(context: Tensor | None, t: Tensor, num_classes: int) -> Tenso
 
 
 def build_shortcut(in_channels: int, out_channels: int) -> nn.Module:
-    """Return the skip path of a residual block: identity, or a 1x1 convolution where the width changes."""
+    """Return the skip path of a residual block: identity, or a 1x1 convolution if the width changes."""
     return nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)

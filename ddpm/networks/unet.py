@@ -115,7 +115,7 @@ class UNet(SeededNetwork):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, each followed by attention where the resolution has it, and resampling."""
+    """Residual blocks of one resolution, each followed by attention if the resolution has it, and resampling."""
 
     downsample: nn.Module | None
     upsample: nn.Module

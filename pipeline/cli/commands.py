@@ -1,6 +1,6 @@
 """The commands of `ddpm`: one function each, from parsed arguments to an exit code (None = 0).
 
-Imports stand inside, after the checks of the configuration: a command loads what it needs when it needs it.
+Functions import modules after they have checked the configuration, so that a command loads only what it needs.
 """
 
 from __future__ import annotations

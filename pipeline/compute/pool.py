@@ -71,7 +71,7 @@ class Pool:
     ):  # fmt: skip
         self.cpus, self.retries = cluster.cpus_per_task, cluster.retries
         self.limits, self.interrupted = limits, interrupted
-        # "DEFAULT": not in the caller's placement group, where the caller is a trial.
+        # "DEFAULT": not in the caller's placement group, if the caller is a trial.
         self.new_actor = ray.remote(Actor).options(
             num_cpus=self.cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="DEFAULT"
         )
@@ -126,7 +126,7 @@ class Pool:
     def _take_result(self, reference: ObjectRef) -> float | None:
         """Return the seconds of a finished unit and mark its actor as idle; None if the actor died.
 
-        Raises what the unit raised, in a user's words where the user can help it.
+        Raises the unit's error, with a remedy if the user can do something.
         """
         call = self.calls[reference]
         try:

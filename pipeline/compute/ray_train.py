@@ -189,7 +189,7 @@ def _end_wait(thread: threading.Thread) -> None:
 
 
 def release_training_group(place: Place) -> None:
-    """Free the CPUs of a run's last training group; Ray may not where it lost the group's owner."""
+    """Free the CPUs of a run's last training group; Ray may not if it has lost the group's owner."""
     with suppress(FileNotFoundError):
         group = PlacementGroupID.from_hex(place.placement_group.read_text())
         remove_group(PlacementGroup(group))

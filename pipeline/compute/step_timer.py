@@ -28,7 +28,7 @@ class StepTimer:
         self.spans.append([self._read_clock()])
 
     def _end(self, _: torch.Tensor) -> None:
-        self.spans[-1][1:] = [self._read_clock()]  # of the last part, where train.accumulate makes several
+        self.spans[-1][1:] = [self._read_clock()]  # of the last part, if train.accumulate makes several
 
     def _read_clock(self) -> Any:
         if self.ctx.device.type == "cpu":

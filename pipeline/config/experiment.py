@@ -160,7 +160,7 @@ class Experiment:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes that the network is built with; 0 where it takes no labels."""
+        """The number of classes that the network is built with; 0 if it takes no labels."""
         return self.data.labels if self.takes_labels else 0
 
     @property

@@ -149,7 +149,7 @@ def _load_yaml(text: str | bytes) -> Any:
 
 
 def _merge(base: Tree, tree: Tree) -> Tree:
-    """Merge `tree` into `base`; drop base's model section where `tree` names another network."""
+    """Merge `tree` into `base`; drop base's model section if `tree` names another network."""
     before, after = (flatten(below).get("model.name") for below in (base, tree))
     if isinstance(after, str) and after != before:
         base = {key: value for key, value in base.items() if key != "model"}

@@ -25,7 +25,7 @@ def find_version() -> str:
 
 
 def find_commit() -> str | None:
-    """Return the commit of the code, with '+' and 8 digits of the patch where the tree differs from it.
+    """Return the commit of the code, with '+' and 8 digits of the patch if the tree differs from it.
 
     None if this program is no checkout, even if it is inside another repository.
     """

@@ -100,7 +100,7 @@ def start_executor(
 ) -> RaySession | LocalExecutor:
     """Return the executor: a Ray session, or this process if cluster.workers=0; `stack` ends it.
 
-    pixels: of a training batch, where there is one training.
+    pixels: of a training batch, if there is a training.
     """
     if cluster.workers == 0:
         context = create_local_worker(cluster.cpus_per_worker, int(cluster.image_memory * GIB))

@@ -28,7 +28,7 @@ MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 class Requirements:
     """Bytes of disk and memory that a run needs, and the numbers of checkpoints to keep and of images.
 
-    `memory` is a training worker's, without images and activations, which nobody knows before the first step.
+    memory: of a training worker, without images and activations, which are not known before the first step.
     """
 
     kept: int

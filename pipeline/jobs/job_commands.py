@@ -50,7 +50,7 @@ def submit_job(
         remote.client.submit_job(
             entrypoint=package.entrypoint,
             submission_id=name,
-            entrypoint_memory=LEADER_BYTES,  # where no node has it free, the job waits
+            entrypoint_memory=LEADER_BYTES,  # if no node has it free, the job waits
             runtime_env={"working_dir": str(package.folder), "env_vars": variables},
             metadata={"command": shlex.join(["ddpm", *words]), "user": name_user()},
         )

@@ -117,7 +117,7 @@ def list_incomparable_reasons(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def _format_link(run: ComparedRun, folder: Path) -> str:
-    """Return the label, as a link to the run's own report where there is one."""
+    """Return the label, as a link to the run's own report if there is one."""
     report, label = run.place.report_html, escape_markdown(run.label)
     return f"[{label}]({os.path.relpath(report, folder)})" if report.is_file() else label
 

@@ -145,7 +145,7 @@ class RunFiles:
 
     @property
     def images_per_second(self) -> float:
-        """The median over training; 0 where there is none."""
+        """The median over training; 0 if there is none."""
         return statistics.median(self.read_series("train/images_per_second")[1] or [0.0])
 
     @property

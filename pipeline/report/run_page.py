@@ -36,7 +36,7 @@ def describe_provenance(run: RunFiles) -> dict[str, str]:
         for commit in run.commits_by_stage.get(stage, []):
             stages.setdefault(commit, []).append(stage)
     commits = [f"{', '.join(names)} `{commit}`" for commit, names in stages.items()]
-    if len(stages) < 2:  # the commit alone where all stages have the same
+    if len(stages) < 2:  # the commit alone if all stages have the same
         commits = [f"`{commit}`" for commit in stages or [run.provenance.get("commit")] if commit]
     hardware, seconds = run.provenance.get("hardware"), run.seconds_by_stage
     times = [f"{stage} {format_duration(seconds[stage])}" for stage in STAGES if stage in seconds]

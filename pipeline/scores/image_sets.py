@@ -1,7 +1,7 @@
 """Image sets as files of features, and the units that write them.
 
-Features are kept under the hash of the tar and of the extractor, so they are used wherever they hold and nowhere
-else.
+Features are stored under the hash of the tar and of the extractor, so they are used again exactly where they are
+valid.
 """
 
 from collections.abc import Iterator
@@ -88,7 +88,7 @@ def write_shard_features(
 ) -> None:
     """Write the features of one shard (body of a unit). Raises PipelineError if the shard has changed.
 
-    It reads no manifest, since a shard of samples is looked at before all of them are drawn.
+    It reads no manifest, since the first shards of samples are processed before all are drawn.
     """
     if not shard.path.is_file() or files.hash_file(shard.path) != shard.sha256:
         raise PipelineError(f"{shard.path} is missing or does not match its sha256; {files.REMEDY}")

@@ -1,6 +1,6 @@
 """Standard errors of the scores of features by the jackknife: each score again without one group of images.
 
-A bootstrap would be wrong: an image drawn twice acts as a smaller set, whose FID is higher. No network is asked again.
+A bootstrap would be wrong: a set with repeated images acts as a smaller set, whose FID is higher. No network is called.
 """
 
 from collections.abc import Iterator, Sequence
@@ -134,7 +134,7 @@ def leave_out_precision_recall(
 
 
 def _find_nearest(a: Tensor, b: Tensor) -> Tensor:
-    """Return the distances from each of `a` to the NEIGHBOURS + 1 nearest of `b`, ascending; inf where b has fewer."""
+    """Return the distances from each of `a` to the NEIGHBOURS + 1 nearest of `b`, ascending; inf if b has fewer."""
     count = min(NEIGHBOURS + 1, len(b))
     found = [torch.cdist(part, b).topk(count, largest=False).values for part in a.split(BLOCK)]
     return F.pad(torch.cat(found), (0, NEIGHBOURS + 1 - count), value=torch.inf)

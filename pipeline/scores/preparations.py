@@ -22,7 +22,7 @@ from pipeline.store import files, tars
 from pipeline.store.run import Place
 
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
-GRAM = 2**25  # values, or 2,000 images, that give the principal directions of those
+GRAM = 2**25  # values, or 2,000 images, from which to compute the principal directions of such images
 
 
 def list_preparations(place: Place) -> list[Unit]:

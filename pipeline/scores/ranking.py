@@ -17,7 +17,7 @@ from pipeline.scores.metrics import Metric, format_number
 from pipeline.scores.results import Scores
 
 LEVEL = 0.05  # of the tests that tell rows apart, for all rows of a band together
-MANY = 1e9  # degrees of freedom where the error says nothing of them
+MANY = 1e9  # degrees of freedom if they are not known
 
 
 class ScoredRun(Protocol):

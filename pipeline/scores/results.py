@@ -4,7 +4,7 @@ from typing import Any, Required
 
 from typing_extensions import TypedDict
 
-# {name: value}, and for a name x with an error its standard error x_se: null where there is none, as x_se_reason says
+# {name: value}, and for a name x with an error its standard error x_se: or null for the reason in x_se_reason
 Scores = dict[str, Any]
 
 

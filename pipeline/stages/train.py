@@ -132,7 +132,7 @@ STAGE = TrainStage()
 
 
 def slice_batch(batch_size: int, rank: int, world_size: int) -> torch.Tensor:
-    """Return the rows of the global batch that `rank` works on, int64; uneven where it does not divide."""
+    """Return the rows of the global batch that `rank` works on, int64; of unequal numbers if it does not divide."""
     return torch.arange(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
 
@@ -273,7 +273,7 @@ class _CheckpointSaver:
 
 
 def _choose_accumulate(ctx: Worker, place: Place, newest: int | None) -> int:
-    """Return train.accumulate; where it is null, that of the newest checkpoint, or the least for rank 0's GPU."""
+    """Return train.accumulate; if it is null, that of the newest checkpoint, or the least for rank 0's GPU."""
     config, parts = place.experiment.train, 1
     if config.accumulate is not None:
         return config.accumulate

@@ -1,7 +1,7 @@
 """Checkpoints: one folder per step, written atomically, with hashes.
 
 train/step_00001000/ holds state.safetensors (everything), ema.safetensors (the first EMA's weights, named as
-the network's own) and meta.json, which carries the step, the run key and the sha256 of both. A folder counts only
+the network's own) and meta.json, which carries the step, the run key and the sha256 of both. A folder is valid only
 while these are right. Without the state it is complete for scoring, never for resuming (train.keep_steps).
 """
 
@@ -192,7 +192,7 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
     Of `train.keep_steps` the EMA stays. Those beyond step `at_most` are another command's.
     """
     train, steps = place.experiment.train, list_steps(place.train, at_most)
-    # What an interruption left is worth keeping while it is the newest: later it takes the place of none.
+    # A checkpoint that an interruption left is kept while it is the newest; later it does not count for `train.keep`.
     ends = (train.steps, *steps[-1:])
     kept = [step for step in steps if step % train.checkpoint_every == 0 or step in ends][-train.keep :]
     old = [step for step in steps if step not in kept and not place.experiment.keeps_checkpoint(step)]

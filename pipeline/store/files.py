@@ -1,9 +1,8 @@
 """Atomic writing, hashing, manifests and locks of files.
 
-Everything is written to a temporary name and renamed, so a file that carries its final name is whole; a
-manifest is written last and carries bytes and sha256, so a folder that has one is complete. Whoever shows, sends or
-builds upon a file compares its sha256. To tell that work is done, `.sealed.json` is enough: size and times of the
-files when they were compared.
+Every file is written under a temporary name and renamed, so a file with its final name is whole. A manifest with sizes
+and sha256 is written last, so a folder that has one is complete. Code that shows, sends or uses a file compares its
+sha256. To check that work is done, `.sealed.json` is enough: size and times of the files when they were compared.
 """
 
 from __future__ import annotations
@@ -316,7 +315,7 @@ def require_files(manifest: Path, files: Mapping[str, FileFacts], check: Check) 
         needed: Check = "size" if is_sealed else "sha256"
         require_file(path, facts, needed if check == "seal" else check)
     if (changed or not own) and check != "size":
-        with suppress(OSError, PipelineError):  # where it cannot be written, the files are hashed again
+        with suppress(OSError, PipelineError):  # if it cannot be written, the files are hashed again
             note_times(manifest, files)
 
 

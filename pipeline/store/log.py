@@ -1,8 +1,8 @@
 """The training log log.jsonl: its writer and its readers.
 
 A line is {"step": .., "time": Unix milliseconds, "metrics": {name: value}}. The last line may be half written,
-others may be damaged; readers pass over them. A resumed run computes some steps again, bit for bit; their points are
-on file already and keep their first timestamps, so that no tracking server ever sees one twice.
+others may be damaged; readers skip them. A resumed run computes some steps again, bit for bit; their points are in the
+file already and keep their first timestamps, so that no tracking server ever sees one twice.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Copies finished results to and from an object store: `ddpm push`, `ddpm pull`.
 
-A prefix of the store mirrors a storage root: URI/<run>/... and URI/data/<shards>/... What travels is finished: folders
-that a manifest or a checkpoint's meta file seals, and the run's own record. `contents.json`, written last, lists every
-file with its bytes and sha256. Any store of pyarrow will do. Addresses and credentials come from the environment
-(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...) and are never asked for, shown or written.
+A prefix of the store mirrors a storage root: URI/<run>/... and URI/data/<shards>/... Only finished files are copied:
+folders with a seal (a manifest or a checkpoint's meta file), and the run's own record. `contents.json`, written last,
+lists every file with its bytes and sha256. Any store of pyarrow is possible. Addresses and credentials come from the
+environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...); the program never asks for them, shows them or writes them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from pipeline.store.run import EXPERIMENT, LOG, RECORD
 
 SEALS = (MANIFEST, "meta.json")
 CONTENTS = "contents.json"
-BLOCK = 8 << 20  # bytes that travel at a time
+BLOCK = 8 << 20  # bytes that are copied at a time
 
 
 def push_run(name: str, root: Path, uri: str) -> str:
@@ -67,7 +67,7 @@ def push_run(name: str, root: Path, uri: str) -> str:
 def pull_run(uri: str, root: Path) -> str:
     """Copy a pushed run (or data/<shards>) from `uri` into the storage root; return a summary.
 
-    What this root has finished itself is kept. Raises PipelineError if nothing was pushed, or an object is not
+    Files that this root has finished itself are kept. Raises PipelineError if nothing was pushed, or an object is not
     what the list of contents says.
     """
     store = ObjectStore(uri)
@@ -118,7 +118,7 @@ def _has_same_content(path: Path, facts: FileFacts) -> bool:
 def _download_folder(store: ObjectStore, target: Path, folder: str, files: list[str]) -> int:
     """Fetch a folder, or the rest of it after a broken pull; return the number of new files.
 
-    Of files without a seal, those that are missing, and the log where the pushed one is longer.
+    Of files without a seal, those that are missing, and the log if the pushed one is longer.
     """
     final = staged = target / folder
     if not any(map(_is_seal, files)):

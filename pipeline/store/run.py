@@ -42,7 +42,7 @@ def _key_property(make_key: Callable[[Experiment, str], str]) -> cached_property
 class Place:
     """Paths and keys of one run of an experiment below a storage root.
 
-    Plain and picklable, since it travels to every worker; made once per command, so each key is hashed once. storage:
+    It is picklable, since every worker gets it, and made once per command, so that each key is hashed once. storage:
     absolute path of the root, shared by all hosts. data_key, run_key: content hashes (`pipeline.store.keys`), so equal
     paths mean equal content. The keys of samples, scores and figures depend on `experiment.sample.checkpoint`.
     """
@@ -212,7 +212,7 @@ def find_state(run: Path) -> str:
     """
     if is_locked(run):
         return "running" if time.time() - find_last_change(run) < STALLED else "stalled"
-    with suppress(PipelineError, KeyError):  # where it is damaged, or not there yet
+    with suppress(PipelineError, KeyError):  # if it is damaged, or not there yet
         status = read_json(run / TRACKING, dict[str, Any])["status"]
         if status != "FINISHED":
             return "failed" if status == "FAILED" else "interrupted"

@@ -46,7 +46,7 @@ class Selection(TypedDict):
 def list_candidates(place: Place) -> dict[int, Place]:
     """Return the place of each candidate checkpoint, by step, ascending.
 
-    What an interruption left at another step is no candidate: the selection must not depend on it.
+    A checkpoint that an interruption left at another step is no candidate: the selection must not depend on it.
     """
     experiment, last = place.experiment, place.experiment.train.steps
     every = experiment.evaluate.checkpoint_interval or experiment.train.checkpoint_every
@@ -69,7 +69,7 @@ def write_selection(place: Place) -> None:
         "reference": protocol["reference"], "best": min(scores, key=lambda score: score["fid"])["step"],
         "scores": scores,
     }  # fmt: skip
-    (place.selection / files.MANIFEST).unlink(missing_ok=True)  # a thread that reads sees no half of both
+    (place.selection / files.MANIFEST).unlink(missing_ok=True)  # a reader never sees half of both
     files.write_json(place.selection_json, content)
     files.write_manifest(place.selection, [place.selection_json.name])
 

@@ -1,6 +1,6 @@
 """Image shards: webdataset tars of PNG + label, sealed by a manifest, verified whenever they are read.
 
-A folder of shards holds `<split>-00000.tar ...` with members `<key>.png` and, where there are labels, `<key>.cls` (the
+A folder of shards holds `<split>-00000.tar ...` with members `<key>.png` and, if there are labels, `<key>.cls` (the
 label in decimal digits), beside each tar a .json with its facts and the offset of every image, and `manifest.json`.
 An image's index in its split counts the images of the shards in the order of the manifest's list.
 """
@@ -29,7 +29,7 @@ END_OF_TAR = bytes(2 * tarfile.BLOCKSIZE)
 
 @dataclass(frozen=True)
 class Record:
-    """One image of a shard. `key` is unique in its split and has no dot; `label` is None where unlabelled."""
+    """One image of a shard. `key` is unique in its split and has no dot; `label` is None if unlabelled."""
 
     key: str
     png: bytes
@@ -67,7 +67,7 @@ def decode_png(png: bytes) -> np.ndarray:
 class Shard:
     """A tar with the images [start, stop) of a split, and a .json with its facts, written after it.
 
-    A tar without facts, or other than they say, is made again. sha256: of the tar, where a manifest lists it.
+    A tar without facts, or other than they say, is made again. sha256: of the tar, if a manifest lists it.
     """
 
     folder: Path
@@ -154,7 +154,7 @@ def write_tar(path: Path, records: Iterable[Record]) -> dict[str, Any]:
 def read_records(path: Path, count: int | None = None) -> Iterator[Record]:
     """Yield the records of a tar, in order.
 
-    Raises PipelineError naming the tar where it is cut or broken, or does not hold `count` records.
+    Raises PipelineError naming the tar if it is cut or broken, or does not hold `count` records.
     It cannot see a flipped bit in an image: `load_images` compares the sha256 of the manifest first.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -238,7 +238,7 @@ class ShardManifest:
         return int(self._get_split(split)["count"])
 
     def list_shards(self, split: str, n: int | None = None) -> list[Shard]:
-        """Return the shards with the first n images of a split (None: all). PipelineError where there are fewer."""
+        """Return the shards with the first n images of a split (None: all). PipelineError if there are fewer."""
         there, listed, shards, start = self.count_images(split), self.facts["files"], [], 0
         n = there if n is None else n
         if there < n:
@@ -284,7 +284,7 @@ def load_images(
     """Return images [start, stop) of a split, uint8 (n,C,H,W), and labels, int64 (n,), -1 = none.
 
     Compares the sha256 of each shard it opens. Raises PipelineError naming a shard that differs, or the
-    split where it has fewer than `stop` images.
+    split if it has fewer than `stop` images.
     """
     index = open_shards(directory)
     there = index.count_images(split)

@@ -17,7 +17,7 @@ Tensors = dict[str, torch.Tensor]
 def load_tensors(path: Path, remedy: str) -> Tensors:
     """Load named tensors from .safetensors or a PyTorch file, without running pickled code.
 
-    Raises PipelineError, ending in the remedy, where the file is broken or holds anything else.
+    Raises PipelineError, ending in the remedy, if the file is broken or holds anything else.
     """
     with path.open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):

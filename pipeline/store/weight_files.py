@@ -15,7 +15,7 @@ FILE = re.compile(
 
 
 def find_weight_files(published: PublishedConfig) -> list[Path]:
-    """Find the files of published weights; none where the network is trained here. Raises ConfigError."""
+    """Find the files of published weights; none if the network is trained here. Raises ConfigError."""
     if published.weights is None:
         return []
     if published.path is None:

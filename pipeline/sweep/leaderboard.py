@@ -46,7 +46,7 @@ class Leaderboard:
 
     @property
     def points(self) -> Sequence[ranking.RankedPoint[RankedTrial]]:
-        """The ranked rows; empty where trials were scored by different protocols."""
+        """The ranked rows; empty if trials were scored by different protocols."""
         return self.groups[0].points if len(self.groups) == 1 else ()
 
     @property

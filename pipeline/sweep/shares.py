@@ -23,7 +23,7 @@ class TrialSlots:
 def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent: int | None) -> TrialSlots:
     """Divide the cluster's CPUs and GPUs among the trials. Raises PipelineError if not even one has room.
 
-    A trial has one worker unless the cluster file says otherwise, and a worker one GPU where there are any.
+    A trial has one worker unless the cluster file says otherwise, and a worker one GPU if there are any.
     """
     workers = cluster.workers or 1
     has_gpus = any(gpus for _, gpus in nodes)

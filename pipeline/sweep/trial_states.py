@@ -45,7 +45,7 @@ def count_sharing_trials(folder: Path, slots: int) -> int:
 class TrialStates:
     """States of all trials, which the driver writes to state.json at every change.
 
-    They begin with that file, corrected by the run directories; rungs of other settings cannot be compared, and go.
+    They begin with that file, corrected by the run directories; rungs of other settings are not comparable and dropped.
     """
 
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):

@@ -1,7 +1,7 @@
 """The driver's mirror of a run directory into MLflow. The files are the authority, the server a copy.
 
-What there is to deliver is cut into parcels, each with a version; `tracking.json` remembers which version arrived at
-which server. What a server missed is delivered once it answers, and a parcel sent twice changes nothing.
+The files of a run are sent in parcels, each with a version; `tracking.json` records which version has arrived at which
+server. A parcel that a server missed is sent when it answers again; sending it twice changes nothing.
 """
 
 from pipeline.tracking.mirror import Mirror, deliver_run, describe_delivery, list_links, register_run

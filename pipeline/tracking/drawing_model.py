@@ -1,7 +1,7 @@
 """The code of a logged model: MLflow runs it where the model is loaded, and carries `ddpm` along. Imports no pipeline.
 
 model = mlflow.pyfunc.load_model("models:/digits@champion")
-images = model.predict({"n": 16, "seed": 0})  # uint8 (N, H, W, C); `label` and `steps` where they are wanted
+images = model.predict({"n": 16, "seed": 0})  # uint8 (N, H, W, C); `label` and `steps` if they are wanted
 """
 
 import json

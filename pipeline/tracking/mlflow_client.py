@@ -104,7 +104,7 @@ def _check_database(uri: str) -> None:
 
 
 def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
-    """Return why a store takes nothing, and the remedy; none where it may pass by itself."""
+    """Return why a store takes nothing, and the remedy; none if it may pass by itself."""
     reason = re.sub(r"^\(\S+\) ", "", explain_network_error(error, uri))
     if found := re.search(r"schema \(found version (\w+)", reason):
         import mlflow
@@ -149,7 +149,7 @@ def check_server(uri: str) -> None:
 
 @contextmanager
 def explain_errors(uri: str, what: str, remedy: str, rest: str = "") -> Iterator[None]:
-    """Raise what a server or its client does to the body as a PipelineError; remedy: where it may pass by itself."""
+    """Raise what a server or its client does to the body as a PipelineError; remedy: if it may pass by itself."""
     try:
         yield
     except PipelineError:
@@ -160,7 +160,7 @@ def explain_errors(uri: str, what: str, remedy: str, rest: str = "") -> Iterator
 
 
 def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str) -> str:
-    """Return the id of MLflow's experiment of that name; create it where there is none."""
+    """Return the id of MLflow's experiment of that name; create it if there is none."""
     found = client.get_experiment_by_name(study)
     if found is None:
         place = None if uri.startswith("http") else (storage / ARTIFACTS / study).resolve().as_uri()
@@ -175,7 +175,7 @@ def ensure_experiment(client: MlflowClient, uri: str, storage: Path, study: str)
 def ensure_run(
     client: MlflowClient, experiment_id: str, name: str, identity: dict[str, str], start: int, **tags: str
 ) -> str:
-    """Return the id of the MLflow run tagged `identity`; create it where there is none. start: Unix milliseconds."""
+    """Return the id of the MLflow run tagged `identity`; create it if there is none. start: Unix milliseconds."""
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
     found = client.search_runs([experiment_id], query, max_results=1)
     source = {"mlflow.source.name": "ddpm", "mlflow.source.type": "LOCAL"}
@@ -224,7 +224,7 @@ class Sender:
 def correct_artifact_paths(store: Path) -> None:
     """Correct the absolute paths of artifacts in a store, a sqlite file, after its storage root was moved.
 
-    It was moved where the artifacts are gone from their old place and lie beside the store.
+    It was moved if the artifacts are not in their old place but beside the store.
     """
     here = (store.parent / ARTIFACTS).resolve()
     if not (store.exists() and here.is_dir()):

@@ -81,7 +81,7 @@ def list_parcels(
 def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) -> Iterator[Parcel]:
     """Yield the parcels of the scores: the headline, candidates as points of a curve, the others as child runs.
 
-    In a sweep the others are left out, where they would be rows beside its trials.
+    In a sweep the others are left out: they would be rows beside its trials.
     """
     found = [file for file in find_scores(place.path) if file.with_name(MANIFEST).exists()]
     # The checkpoints are listed after the scores, which come after them: so no candidate is taken for another.

@@ -125,7 +125,7 @@ class RunSender:
                 return found
 
     def _create_model(self, step: int) -> LoggedModel:
-        """Make a logged model that says where the weights of a checkpoint are; they stay there."""
+        """Make a logged model that names the file of a checkpoint's weights, which stay there."""
         folder, place = self.place.step_folder(step), self.place
         tags = {"step": str(step), "path": str(folder), "run_key": place.run_key}
         files = read_meta(folder)["files"]

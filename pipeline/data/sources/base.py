@@ -61,7 +61,7 @@ class ImageSource(ABC):
         return indices
 
     def read_labels(self, part: str) -> np.ndarray | None:
-        """Return the labels of the images of a published split, (n,), where they are stored together."""
+        """Return the labels of the images of a published split, (n,), if they are stored together."""
         return None
 
     def compute_fingerprint(self) -> str:

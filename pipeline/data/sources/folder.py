@@ -84,7 +84,7 @@ def _list_folders(root: Path) -> set[str]:
 
 
 def _find_split_folders_as_before(root: Path) -> dict[str, Parts]:
-    """Return the splits as an earlier version found them: where both agree, a set keeps its old fingerprint."""
+    """Return the splits as an earlier version found them: if both agree, a set keeps its old fingerprint."""
     names = _list_folders(root)
     if {"train", "test"} <= names:
         return {"train": ("train",), "test": ("test",)}

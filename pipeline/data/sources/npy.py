@@ -1,7 +1,7 @@
 """Images in NumPy arrays.
 
 `data.path` is a folder with `images.npy`, or with `train_images.npy` and `test_images.npy`, or a single file of images.
-Labels stand beside them under the same name with `labels` for `images`; where it lacks `images`, `<name>_labels.npy`.
+Labels are in the same folder: the name with `labels` for `images`, or `<name>_labels.npy` for any other name.
 images: uint8, (N,H,W,C) or grey (N,H,W). labels: integers (N,) or (N,1), or one-hot (N,K). Nothing pickled.
 """
 

@@ -2,7 +2,7 @@
 
 `data.path` is a file, or a folder whose files at any depth belong to the split that their name, or else that of a
 folder on the way, says: train, and test or else val (`layout.find_split`); names that say nothing are the train split
-where nothing else is. The images are the column data.image_column, or else the one of the type struct<bytes: binary,
+if nothing else is. The images are the column data.image_column, or else the one of the type struct<bytes: binary,
 path: string>, or the one binary column; `label` holds integers.
 """
 

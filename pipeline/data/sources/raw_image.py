@@ -75,7 +75,7 @@ def _explain_pillow() -> Iterator[None]:
 def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
     """Convert an image to a record of the size, channels and label that `data` sets.
 
-    Raises DecodeError, or PipelineError where the image does not fit.
+    Raises DecodeError, or PipelineError if the image does not fit.
     """
     label, classes = raw.label, data.labels
     with _explain_pillow():

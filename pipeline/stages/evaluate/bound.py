@@ -115,7 +115,7 @@ def average_bound(units: dict[Path, Unit], timesteps: int, draws: int | None = N
     With `draws`, the terms at so many drawn timesteps stand for all. The errors are those of means over images.
     """
     width, images = 1 + draws if draws else timesteps, []
-    terms, mse = np.zeros(timesteps), np.zeros(timesteps)  # summed where all are there
+    terms, mse = np.zeros(timesteps), np.zeros(timesteps)  # sums, if all timesteps are there
     for file, unit in units.items():
         arrays = read_unit_arrays(file)
         if arrays["terms"].shape != (unit.images, width):

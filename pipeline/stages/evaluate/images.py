@@ -27,7 +27,7 @@ class EvaluationSets:
     """The image sets of an evaluation; references: the split or the file to which each FID is the distance.
 
     splits: those whose statistics are still to be made, or whose single images KID, precision and recall compare.
-    baselines: of no more images than the samples; where real images are fewer, as many samples are among them.
+    baselines: of no more images than the samples; if there are fewer real images, as many samples are a baseline too.
     """
 
     references: dict[str, str]

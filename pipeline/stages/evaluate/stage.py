@@ -47,7 +47,7 @@ class EvaluateStage(Stage):
         except PipelineError as error:
             log.warning("%s; evaluating again", error)
             return False
-        # A checkpoint may be deleted once it is scored; one of other weights is another matter.
+        # A checkpoint may be deleted after it is scored, but must not have other weights.
         return all(manifest.get(name) == digest for name, digest in inputs.items() if digest)
 
     def check_before_start(self, place: Place) -> None:
@@ -83,7 +83,7 @@ class EvaluateStage(Stage):
             images.add_scores(found, place, extractor, sets)
         else:
             yield pending
-        place.scores_manifest.unlink(missing_ok=True)  # a thread that reads sees no half of both
+        place.scores_manifest.unlink(missing_ok=True)  # a reader never sees half of both
         if bounds:
             scores, nll = bound.average_bound(bounds, timesteps, config.nll_timesteps)
             # The train split's bound is another score than the test split's, which most readers mean.

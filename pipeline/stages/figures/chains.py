@@ -111,7 +111,7 @@ def list_snapshots(steps: int) -> list[int]:
 
 
 def plan_steps(place: Place) -> Figure:
-    """Plan two rows for each of the first samples: shorter and longer chains, without and with fresh noise."""
+    """Plan two rows for each of the first samples, without and with fresh noise, by shorter and longer chains."""
     n, folder = count_rows(place.experiment), locate_unit_folder(place, "steps", "dpm++")
     counts = sorted({min(count, place.experiment.diffusion.timesteps) for count in PASSES})
     units = make_image_units(UnitKind.FIGURE, write_steps, (place, counts), n, UNIT_IMAGES, folder, "steps")

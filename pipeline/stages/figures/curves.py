@@ -44,7 +44,7 @@ def plan_rate_distortion(place: Place) -> Figure:
 def find_extractor_of_scores(place: Place) -> Extractor:
     """Find the extractor that the run was scored with. Raises FigureUnavailable if it has no FID."""
     if "fid" not in place.experiment.evaluate.metrics:
-        raise FigureUnavailable("it needs features, which are made where evaluate.metrics holds fid")
+        raise FigureUnavailable("it needs features, which are made if evaluate.metrics holds fid")
     if not place.scores_manifest.exists():
         raise FigureUnavailable(f"it needs features, which `ddpm evaluate {place.experiment.name}` makes")
     try:
