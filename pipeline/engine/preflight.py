@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 
 from ddpm.diffusion import Diffusion
@@ -15,12 +16,15 @@ from pipeline.compute.resources import count_local_devices, resolve_resources
 from pipeline.compute.units import GIB
 from pipeline.config import ClusterConfig, Experiment
 from pipeline.errors import PipelineError
+from pipeline.scores.extractors import EXTRACTORS
+from pipeline.scores.metrics import needs_samples
 from pipeline.stages.stage import Stage
 from pipeline.store import checkpoint
 from pipeline.store.run import Place
 
 FLOAT = 4  # bytes
 MEMBERS = 1536  # bytes of a tar that an image takes beside its PNG: headers and padding
+CLASSES = 1008  # of Inception, the most that an extractor knows
 MARGIN = 2**28  # bytes: logs, pictures, the tracking store
 
 
@@ -35,11 +39,12 @@ class Requirements:
     checkpoints: int
     images: int
     samples: int
+    features: int
     memory: int
 
     @property
     def disk(self) -> int:
-        return self.checkpoints + self.samples + MARGIN
+        return self.checkpoints + self.samples + self.features + MARGIN
 
 
 def estimate_requirements(experiment: Experiment) -> Requirements:
@@ -54,12 +59,15 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
     if evaluate.checkpoints:
         interval = evaluate.checkpoint_interval
         images += (train.steps // interval if interval else kept) * evaluate.checkpoint_images
+    width = EXTRACTORS[evaluate.features].width if needs_samples(evaluate.metrics) else 0
     return Requirements(
         kept=kept,
         # One more than are kept, while the newest is written; the first EMA is stored twice.
         checkpoints=(kept + 1) * (state + weights) + len(train.keep_steps) * weights,
         images=images,
         samples=images * (prod(experiment.data.shape) + MEMBERS),
+        # With real images and two baselines, each as many as the samples; an image has its features and its logits.
+        features=(images + 3 * experiment.sample.num_images) * FLOAT * (width + min(width, CLASSES)),
         # The state, its gradients, and the copies that a checkpoint is written from.
         memory=2 * (state + weights),
     )
@@ -89,13 +97,15 @@ def check_resources(place: Place, todo: Sequence[Stage] = ()) -> str:
         stage.check_before_start(place)
     check_custom_network(place.experiment)
     wanted = estimate_requirements(place.experiment)
-    there = sum(file.stat().st_size for file in place.path.rglob("*") if file.is_file())
+    files = chain(place.path.rglob("*"), place.reference_features.rglob("*"))
+    there = sum(file.stat().st_size for file in files if file.is_file())
     left, free = max(0, wanted.disk - there), shutil.disk_usage(place.storage).free
     if left > free:
         raise PipelineError(
             f"{place.storage} has {_format_size(free)} free, the run needs {_format_size(left)} more: "
             f"{_format_size(wanted.checkpoints)} for {wanted.kept} checkpoints, "
-            f"{_format_size(wanted.samples)} for {wanted.images:,} samples; make room, set "
+            f"{_format_size(wanted.samples)} for {wanted.images:,} samples, "
+            f"{_format_size(wanted.features)} for features; make room, set "
             "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"
         )
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -43,6 +43,7 @@ def test_sizes_are_those_that_a_run_prints():
             ("memory of a training worker, beside images and activations", wanted.memory / GIB),
             (f"{wanted.kept} checkpoints and one being written", wanted.checkpoints / GIB),
             (f"{wanted.images:,} samples, at most", wanted.samples / GIB),
+            ("features of samples, real images and baselines", wanted.features / GIB),
         ):
             shown = cells(row)[i].removesuffix(" GiB")
             rounding = 0.51 * 10 ** -len(shown.partition(".")[2])

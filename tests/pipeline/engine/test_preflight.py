@@ -36,7 +36,8 @@ def test_checkpoints_are_as_large_as_said(tiny_run):
 def test_the_papers_run_takes_gibibytes_and_candidates_count():
     wanted = preflight.estimate_requirements(cifar10())
     assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
-    assert 3 * 2**30 < wanted.disk < 4 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
+    assert wanted.features == 4 * (2048 + 1008) * 4 * 50_000
+    assert 5 * 2**30 < wanted.disk < 6 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
     plain = wanted
     wanted = preflight.estimate_requirements(cifar10(**{"evaluate.checkpoints": "every:50000"}))
     assert (plain.kept, plain.images) == (3, 50_000)
@@ -49,9 +50,12 @@ def test_the_papers_run_takes_gibibytes_and_candidates_count():
 def test_a_disk_that_is_too_small_is_refused_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
     run = Place(tmp_path, cifar10(), "d", "r")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
-    with pytest.raises(PipelineError, match=r"1\.0 GiB free, .* needs 3\.\d GiB more: .*cluster\.storage"):
+    with pytest.raises(PipelineError, match=r"1\.0 GiB free, .* needs 5\.\d GiB more: .*cluster\.storage"):
         preflight.check_resources(run)
     run.path.mkdir()
     with (run.path / "samples").open("wb") as file:
         file.truncate(3 * 2**30)  # sparse
+    run.reference_features.mkdir(parents=True)
+    with (run.reference_features / "set.npz").open("wb") as file:
+        file.truncate(2 * 2**30)
     assert preflight.check_resources(run).startswith("0.")
