@@ -39,7 +39,7 @@ def format_status(root: Path) -> str:
     """Return the tables of the runs and studies below `root`, read from their files alone."""
     changed = {path: run.find_last_change(path) for path in run.find_runs(root)}
     if not changed:
-        return f"no runs in {root} yet; `ddpm run` makes one, cluster.storage=FOLDER looks elsewhere"
+        return f"no runs in {root} yet; `ddpm run` makes one, cluster.storage=FOLDER shows another root"
     runs, studies, problems = [], [], []
     for path in sorted(changed, key=changed.__getitem__, reverse=True):
         try:

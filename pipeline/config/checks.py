@@ -178,7 +178,7 @@ def _describe_problem(types: Types, problem: ErrorDetails) -> tuple[str, str]:
     kind: Kind = NoneType  # at the root
     known, verb = types, "is"
     for part in problem["loc"]:
-        if isinstance(part, int):  # the place in a list
+        if isinstance(part, int):  # the position in a list
             kind, verb = get_args(_strip_range(kind))[0], "has"
         elif kind is NoneType or is_section(kind):
             known = get_field_types(kind) if is_section(kind) else types

@@ -86,14 +86,14 @@ class Experiment:
         }
         for key, images in batches.items():
             if images * math.prod(self.data.shape) > LARGEST_BATCH:
-                yield key, f"is {images}: such a batch takes more than {4 * LARGEST_BATCH >> 30} GiB"
+                yield key, f"is {images}: a batch takes more than {4 * LARGEST_BATCH >> 30} GiB; lower it"
         if self.model.name in UNTRAINED:
             if self.data.limit is None:
                 yield "data.limit", "is null; model.name=exact needs the number of images that it knows"
             if self.diffusion.variance in LEARNED or self.published.weights:
                 yield (
                     "model.name",
-                    "is exact, which knows images alone: use a fixed diffusion.variance, nothing published",
+                    "is exact, which learns nothing: use a fixed diffusion.variance and no published weights",
                 )
         yield from self._find_label_problems()
         yield from self._find_checkpoint_problems()
@@ -122,7 +122,7 @@ class Experiment:
             limit = f"between 0 and train.steps={train.steps}"
             yield "sample.checkpoint", f"is {sample.checkpoint}; it must lie {limit}"
         if sample.checkpoint == "best" and not evaluate.checkpoints:
-            yield "sample.checkpoint", "is best; say among which: evaluate.checkpoints=all or every:N"
+            yield "sample.checkpoint", "is best; set evaluate.checkpoints=all or every:N"
         if evaluate.checkpoints and not self.is_trained:
             need = "is for networks that are trained here; this one has a single checkpoint"
             yield "evaluate.checkpoints", need
@@ -142,9 +142,9 @@ class Experiment:
         return found
 
     def find_missing_files(self) -> list[str]:
-        """Return a line for each named file that is not on this machine.
+        """Return a line for each file in the settings that is not on this machine.
 
-        Scores made with it stay readable, but no key that hashes it can be computed.
+        Scores that were made with it stay readable, but a key that contains its hash cannot be computed.
         """
         evaluate = self.evaluate
         files = {"extractor_weights": evaluate.extractor_weights, "reference": evaluate.reference_file}
@@ -178,7 +178,7 @@ class Experiment:
             return self.train.steps
         if self.selected is None:
             raise PipelineError(
-                "sample.checkpoint=best is known once evaluate.checkpoints are scored; `ddpm sample` does that first"
+                "sample.checkpoint=best is not known before evaluate.checkpoints are scored: run `ddpm sample` first"
             )
         return self.selected.step
 

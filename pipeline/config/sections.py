@@ -57,7 +57,7 @@ class DataConfig:
         if self.source == "digits" and self.path is not None:
             yield "path", "is given, but the digits come with scikit-learn; set it to null, or data.source"
         if self.source not in ("cifar10", "digits") and self.path is None:
-            yield "path", f"is null; data.source={self.source} needs the place of the images"
+            yield "path", f"is null; data.source={self.source} needs the path of the images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class PublishedConfig:
 
     def find_problems(self) -> Iterator[Problem]:
         if self.path is not None and self.weights is None:
-            yield "weights", "is null; say what the published weights are: raw, ema or unknown"
+            yield "weights", "is null; set what the published weights are: raw, ema or unknown"
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ class Sweep:
             where = f"space.{key}"
             reserved = "cannot be swept: trials are named by their values, and seeds have a key"
             faults.append((key in ("name", "seed"), where, reserved))
-            faults.append((key in self.overrides, where, "is overridden too; say one of the two"))
+            faults.append((key in self.overrides, where, "is overridden too; keep one of the two"))
             if isinstance(values, ValueRange):
                 low, high, remedy = values.low, values.high, "list values, or draw.method=sobol"
                 logarithm = values.scale == "log" and low <= 0

@@ -42,7 +42,7 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
         return None, None
     match = re.fullmatch(r"([0-9]{1,9})|([0-9]{1,6}(?:\.[0-9]{1,6})?)(h|min)", text)
     if not match or float(match[1] or match[2]) == 0:
-        raise ConfigError(f"--budget {text}: say a number of steps (2000), a time (2h, 30min), or full")
+        raise ConfigError(f"--budget {text}: give a number of steps (2000), a time (2h, 30min), or full")
     return (int(match[1]), None) if match[1] else (None, float(match[2]) / (1 if match[3] == "h" else 60))
 
 

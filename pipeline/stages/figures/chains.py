@@ -117,8 +117,8 @@ def plan_steps(place: Place) -> Figure:
     units = make_image_units(UnitKind.FIGURE, write_steps, (place, counts), n, UNIT_IMAGES, folder, "steps")
     caption = (
         f"The first samples in {', '.join(map(str, counts))} steps, by DDIM and below by DPM-Solver++: left "
-        "with eta = 0, where what an unfinished network gets wrong stays to the end; right with eta = 1, where the "
-        "noise of a step lets the next ones mend it"
+        "with eta = 0, which keeps the errors of an unfinished network to the end; right with eta = 1, whose noise "
+        "lets the next steps correct them"
     )
     return Figure("steps.png", caption, units, save_rows)
 

@@ -177,7 +177,7 @@ LEARNED = "cifar10_vlb_mean_learned"  # which holds for the whole chain
         (["name=../x"], "name"),
         (["model.name=unnet"], "model.name"),
         (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
-        (["sample.checkpoint=best"], "sample.checkpoint is best; say among which: evaluate.checkpoints"),
+        (["sample.checkpoint=best"], "sample.checkpoint is best; set evaluate.checkpoints"),
         (["sample.checkpoint=bets"], "sample.checkpoint is 'bets'"),
         (["evaluate.checkpoints=some"], "evaluate.checkpoints is 'some'; use null, all or every:N"),
         (["evaluate.checkpoints=every:0"], "evaluate.checkpoints is 'every:0'"),
@@ -300,7 +300,7 @@ def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
     wider = ("evaluate.checkpoints=all", "evaluate.checkpoint_images=128")
     assert keys_of(*wider) == keys_of()
     experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
-    with pytest.raises(PipelineError, match=r"known once evaluate\.checkpoints are scored"):
+    with pytest.raises(PipelineError, match=r"known before evaluate\.checkpoints are scored"):
         keys.make_sample_key(experiment, "0a")
     first, second = (experiment.select_checkpoint(1200, of) for of in (3, 4))
     all_three = (first, second, config.load_experiment("digits", []))
