@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import psutil
 import ray
-from ray import ObjectRef
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -152,16 +151,15 @@ def call_on_machines(address: str, body: Callable[..., str], *args: object) -> d
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             call = ray.remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*args)
             calls[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = call
-        return {name: _wait_for(call) for name, call in calls.items()}
+        answers = {}
+        for name, call in calls.items():
+            try:
+                answers[name] = ray.get(call, timeout=CALL_SECONDS)
+            except RayError as error:
+                answers[name] = shorten_error(error)
+        return answers
     finally:
         ray.shutdown()
-
-
-def _wait_for(call: ObjectRef) -> str:
-    try:
-        return str(ray.get(call, timeout=CALL_SECONDS))
-    except RayError as error:
-        return shorten_error(error)
 
 
 def _start_ray(address: str | None) -> set[psutil.Process]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import config
@@ -11,7 +13,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.data import sources
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
-from pipeline.store.files import TEMPORARY, is_locked, lock_folder, write_text
+from pipeline.store.files import TEMPORARY, UMASK, is_locked, lock_folder, write_text
 from pipeline.store.run import EXPERIMENT, Place, find_last_change, find_runs, locate_fingerprints
 
 CLOCK_SECONDS = 10  # the clocks of a file server and its client may differ by this
@@ -33,32 +35,36 @@ def check_storage(root: Path) -> str:
     """Return which operations fail on the file system of a storage root; empty if all work."""
     began = time.time()
     try:
-        with _make_probe(root) as name:
-            file = Path(name) / "file"
+        with _make_probe(root) as folder:
+            file = folder / "file"
             write_text(file, "1")
             write_text(file, "2")  # written, flushed to the disk, renamed over the other
             if file.read_text() != "2":
                 return "a renamed file does not replace the one of that name"
             if abs(file.stat().st_mtime - began) > CLOCK_SECONDS:
                 return "its clock is not this machine's, and times of files are compared: set both by one time server"
-            with lock_folder(folder := Path(name)):
-                return (
-                    "" if is_locked(folder) else "a lock that is held keeps nobody out: mount it with locks"
-                )
+            with lock_folder(folder):
+                if not is_locked(folder):
+                    return "a lock that is held keeps nobody out: mount it with locks"
     except (OSError, PipelineError) as error:
         return str(error)
+    return ""
 
 
 def check_machines(root: Path, address: str) -> dict[str, str]:
     """Return what each machine of the cluster at `address` sees amiss in the storage root, '' for nothing."""
     from pipeline.compute.session import call_on_machines
 
-    with _make_probe(root) as name, lock_folder(folder := Path(name)):
+    with _make_probe(root) as folder, lock_folder(folder):
         return call_on_machines(address, _look_at_folder, folder)
 
 
-def _make_probe(root: Path) -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}doctor-", dir=root, ignore_cleanup_errors=True)
+@contextmanager
+def _make_probe(root: Path) -> Iterator[Path]:
+    prefix = f"{TEMPORARY}doctor-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as name:
+        Path(name).chmod(0o777 & ~UMASK)  # the machines of a cluster may look as another user
+        yield Path(name)
 
 
 def _look_at_folder(folder: Path) -> str:
