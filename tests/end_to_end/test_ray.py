@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,36 @@ def test_two_workers_draw_the_bits_of_the_exact_network(tmp_path):
         subprocess.run(command, check=True)
         tars.append(sorted((tmp_path / str(workers)).glob("oracle-*/samples/*/*.tar")))
     assert tars[0] and [tar.read_bytes() for tar in tars[0]] == [tar.read_bytes() for tar in tars[1]]
+
+
+GREEDY = """
+import torch
+
+class Greedy(torch.nn.Module):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_t, t, context=None):
+        if self.training:
+            with open(f"{__file__}.tries", "a") as file:
+                file.write("a worker\\n")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.conv(x_t)
+"""
+
+
+def test_a_gpu_that_is_too_small_ends_the_group_at_once_with_a_line(tmp_path):
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    words = ["model=null", "model.name=greedy:Greedy", "cluster.workers=2", f"cluster.storage={tmp_path}"]
+    outcome = subprocess.run(
+        [sys.executable, "-m", "pipeline", "train", "digits", "cluster.cpus_per_worker=1", *words],
+        env={**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert outcome.returncode == 1 and "Traceback" not in outcome.stderr, outcome.stderr
+    assert re.search(r"a training step needs more memory.*train\.accumulate=2", outcome.stderr)
+    assert (tmp_path / "greedy.py.tries").read_text().count("a worker") <= 2  # one attempt of two workers
 
 
 def test_a_lack_of_memory_is_told_in_a_line():
