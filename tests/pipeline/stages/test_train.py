@@ -73,7 +73,9 @@ def test_images_read_from_the_tars_train_the_same_run(tiny_run):
     assert_equal_states(tiny_run, from_memory, 3)
 
 
-def test_the_pass_before_the_first_step_with_peers_is_the_graph_of_the_steps(tiny_run, monkeypatch):
+@pytest.mark.parametrize("workers, recompute", [(1, 0), (2, 1)])
+def test_five_steps_compile_one_graph(tiny_run, monkeypatch, workers, recompute):
+    """With two workers, so does the pass before the first step."""
     graphs, compile_network = [], torch.compile
 
     def note_graph(graph, inputs):
@@ -82,8 +84,8 @@ def test_the_pass_before_the_first_step_with_peers_is_the_graph_of_the_steps(tin
 
     monkeypatch.setattr(torch, "compile", lambda net: compile_network(net, backend=note_graph))
     tiny_run = change(tiny_run, "train", compile=True, accumulate=2, precision="bf16")
-    tiny_run = change(tiny_run, "model", dropout=0.3)
-    train_to(tiny_run, 2, Worker(torch.device("cpu"), cpus=1, world_size=2))
+    tiny_run = change(tiny_run, "model", dropout=0.3, recompute=recompute)
+    train_to(tiny_run, 5, Worker(torch.device("cpu"), cpus=1, world_size=workers))
     assert len(graphs) == 1
 
 
