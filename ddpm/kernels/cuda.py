@@ -21,18 +21,17 @@ class FastGroupNorm(nn.GroupNorm):
     """Group norm whose result is bfloat16 where x is. The kernel's sums are float32 all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_bf16_on_cuda(x):
-            return _normalize(F.group_norm, self.num_groups, self, x)
-        return super().forward(x)
+        return (
+            _normalize(F.group_norm, self.num_groups, self, x) if is_bf16_on_cuda(x) else super().forward(x)
+        )
 
 
 class FastLayerNorm(nn.LayerNorm):
     """Layer norm, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_bf16_on_cuda(x):
-            return _normalize(F.layer_norm, self.normalized_shape, self, x)
-        return super().forward(x)
+        is_faster = is_bf16_on_cuda(x)
+        return _normalize(F.layer_norm, self.normalized_shape, self, x) if is_faster else super().forward(x)
 
 
 def _normalize(
@@ -81,8 +80,7 @@ class ByteDropout(RowDropout):
         kept, self.kept, self.size = self.kept, None, x[0].numel()
         if kept is None or kept.shape != (len(x), self.size):
             kept = draw_kept(self.keys, self.size, self.dropped)
-        result: Tensor = _Drop.apply(x, view_as_images(kept, x), 2**16 / (2**16 - self.dropped))
-        return result
+        return _Drop.apply(x, view_as_images(kept, x), 2**16 / (2**16 - self.dropped))
 
 
 class FastRowDropout(ByteDropout):

@@ -130,12 +130,9 @@ class Level(nn.Module):
             setattr(self, name, layer)
 
     def run_block(self, block: nn.Module, attention: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
-        def run(x: Tensor, temb: Tensor) -> Tensor:
-            h: Tensor = attention(block(x, temb))
-            return h
-
-        keeps = not self.recomputes or not torch.is_grad_enabled()
-        return run(x, temb) if keeps else checkpoint(run, x, temb, use_reentrant=False)
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(lambda *inputs: attention(block(*inputs)), x, temb, use_reentrant=False)
+        return attention(block(x, temb))
 
 
 class DownLevel(Level):
