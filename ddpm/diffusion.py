@@ -193,7 +193,7 @@ class Diffusion:
         return loss + vlb * len(self) / 1000
 
     def compute_target(self, x_0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Return what the network is to predict, for x_t = q_sample(x_0, t, eps)."""
+        """Return the value that the network should predict for x_t = q_sample(x_0, t, eps)."""
         match self.config.predict:
             case "eps":
                 return eps

@@ -37,5 +37,5 @@ class EMA:
                 self.buffers[name].copy_(buffer)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average itself, not a copy; `net.load_state_dict` takes it."""
+        """Return the average itself, not a copy, for `net.load_state_dict`."""
         return self.parameters | self.buffers

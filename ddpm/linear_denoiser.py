@@ -13,7 +13,7 @@ from ddpm.diffusion import Diffusion, Network
 def make_linear_denoiser(
     diffusion: Diffusion, mean: Tensor, directions: Tensor, variances: Tensor
 ) -> Network:
-    """Return the linear denoiser as a network that predicts x_0, whatever the diffusion's network predicts.
+    """Return the linear denoiser as a network that predicts x_0, for any `predict` of the diffusion.
 
     mean (D,), principal directions (D, r) with r <= D, variances (D,): those of the directions, then an equal one of
     each other direction. x_0 = mean + V diag(sqrt(a) l_j / (a l_j + 1 - a)) V^T (x_t - sqrt(a) mean).

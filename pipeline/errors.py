@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Their text is all that is printed: the thing, the reason, the remedy."""
+"""Errors that a user can cause. Only their text is printed: the thing, the reason, the remedy."""
 
 import difflib
 import re

@@ -16,7 +16,7 @@ class NetworkConfig(Protocol):
     def takes_labels(self) -> bool: ...
 
     def find_problems(self, image_size: int) -> Problems:
-        """Find what is wrong with these settings for images of this side."""
+        """Find problems of these settings for images of this side."""
 
 
 @dataclass(frozen=True)

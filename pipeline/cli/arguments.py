@@ -25,7 +25,7 @@ def split_arguments(options: Namespace, kind: str) -> tuple[str | None, list[str
 
 
 def load_cluster(options: Namespace, alone: bool = False) -> ClusterConfig:
-    """Load the cluster of the command; `alone`: the command takes no other arguments."""
+    """Load the cluster of the command; `alone`: the command takes no arguments but the cluster's."""
     from pipeline import config
 
     if alone and (stray := list_non_cluster_arguments(options)):

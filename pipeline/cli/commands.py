@@ -57,7 +57,7 @@ def run_experiment(options: Namespace) -> None:
 
 
 def check_submitted_run(options: Namespace) -> JobInputs:
-    """Check `ddpm run` before it is sent as a job; return what the job needs."""
+    """Check `ddpm run` before it is sent as a job; return the inputs of the job."""
     experiment, cluster = arguments.load_experiment_and_cluster(options)
     from pipeline import config
 
@@ -135,7 +135,7 @@ def run_sweep(options: Namespace) -> int:
 
 
 def check_submitted_sweep(options: Namespace) -> JobInputs:
-    """Check `ddpm sweep` before it is sent as a job; return what the job needs."""
+    """Check `ddpm sweep` before it is sent as a job; return the inputs of the job."""
     from pipeline.sweep.points import find_relative_sweep_paths
 
     sweep, shared, _, cluster = _load_sweep(options)
@@ -152,7 +152,7 @@ def run_reproduction(options: Namespace) -> int:
 
 
 def check_submitted_reproduction(options: Namespace) -> JobInputs:
-    """Check `ddpm reproduce` before it is sent as a job; return what the job needs."""
+    """Check `ddpm reproduce` before it is sent as a job; return the inputs of the job."""
     from pipeline.sweep.definition import load_sweep
     from pipeline.sweep.points import find_relative_sweep_paths, list_points
     from pipeline.sweep.reproduction import SWEEPS, parse_budget

@@ -19,7 +19,7 @@ from pipeline.store.run import find_runs
 
 
 def complete(program: ArgumentParser, parsers: Mapping[str, ArgumentParser]) -> None:
-    """Print the completions of the line and exit; an argument's metavar decides what is listed."""
+    """Print the completions of the line and exit; the metavar of an argument selects their list."""
     actions = [action for parser in parsers.values() for action in parser._actions]
     for action in actions:
         if action.metavar in COMPLETERS:

@@ -59,7 +59,7 @@ def require_ray(processes: set[psutil.Process]) -> None:
 
 
 def end_local_ray(processes: set[psutil.Process]) -> None:
-    """End Ray and whatever it has started, which no SIGTERM reaches (`shield_children`)."""
+    """End Ray and its children, which no SIGTERM reaches (`shield_children`)."""
     import ray
 
     family = []

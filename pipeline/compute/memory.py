@@ -68,7 +68,7 @@ class MemoryCounter(TorchDispatchMode):
 
 
 def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -> int:
-    """Estimate the most bytes of a GPU that a worker's training step takes at once, for its slice of so many images.
+    """Estimate the peak bytes of a GPU in a worker's training step with a slice of `images` images.
 
     But for dropout the layers are the plain ones, which hold what they do on a GPU: those of `ddpm.kernels` hold less.
     """
@@ -88,7 +88,7 @@ def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -
 
 
 def describe_step_memory(experiment: Experiment, workers: int) -> str:
-    """Describe what a step of one of these workers takes of a GPU, and the least train.accumulate for some cards."""
+    """Describe the GPU memory of a step of one of these workers, and the least train.accumulate for some cards."""
     config = experiment.train
     images = max(1, config.batch_size // workers)
     needs = _estimate_needs(experiment, images)

@@ -1,4 +1,4 @@
-"""How long each worker's own part of a training step takes, so that a slow machine is seen."""
+"""Measures each worker's own part of a training step, so that a slow machine is found."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ class Worker:
         return number
 
     def will_lose_node(self) -> bool:
-        """Return whether a node of a worker will be taken away, the same on every rank; takes milliseconds."""
+        """Return whether a worker's node will be lost soon, the same on every rank; takes milliseconds."""
         return False
 
     def sum_over_workers(self, value: torch.Tensor) -> torch.Tensor:

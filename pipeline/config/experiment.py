@@ -165,12 +165,12 @@ class Experiment:
 
     @property
     def is_trained(self) -> bool:
-        """True if the network is trained here: it is neither published nor made of images."""
+        """True if the network is trained here, and neither published nor a posterior mean of images."""
         return not self.published.weights and self.model.name not in UNTRAINED
 
     @property
     def checkpoint_step(self) -> int:
-        """The training step whose weights are sampled and scored. Raises PipelineError while the best is not known."""
+        """The training step whose weights are sampled and scored. Raises PipelineError until the best one is known."""
         which = self.sample.checkpoint
         if isinstance(which, int):
             return which

@@ -69,7 +69,7 @@ def find_configuration(name: str, folder: Folder = "") -> Path:
 
 
 def read_configuration(path: Path, folder: Folder = "", seen: tuple[Path, ...] = ()) -> Tree:
-    """Read a yaml file and merge it into its base, which lies beside it or in a folder of conf/."""
+    """Read a yaml file and merge it into its base, a file of the same folder or of a folder of conf/."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base:` leads back to the file itself")
     tree = _read_yaml(path)

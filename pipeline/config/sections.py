@@ -173,7 +173,7 @@ class FiguresConfig:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Settings of the cluster where an experiment runs. Null = what it has; workers: 0 = this process, no Ray."""
+    """Settings of the cluster where an experiment runs. Null: chosen by its size; workers: 0 = this process, no Ray."""
 
     workers: Annotated[int | None, Range(ge=0, le=10**5)]
     min_workers: CountOrNull
@@ -195,7 +195,7 @@ class ClusterConfig:
 
     @property
     def storage_root(self) -> Path:
-        """The absolute path below which runs lie."""
+        """The absolute path of the folder that contains the runs."""
         return Path(self.storage).expanduser().absolute()
 
     def find_problems(self) -> Iterator[Problem]:

@@ -40,7 +40,7 @@ def make_comparison_key(runs: Sequence[ComparedRun], metric: Metric) -> str:
 def write_comparison(
     runs: Sequence[ComparedRun], folder: Path, title: str, metric: Metric = METRICS["fid"], note: str = ""
 ) -> Path:
-    """Write the page and return the path of its HTML; `note` stands before all tables and pictures."""
+    """Write the page and return the path of its HTML; `note` comes before all tables and pictures."""
     groups, keys = ranking.rank_runs(runs, metric), find_swept_keys(runs)
     ranked = [run for group in groups for run in group.runs]
     of_cifar10 = [run for run in runs if run.files.is_cifar10]
@@ -123,7 +123,7 @@ def _format_link(run: ComparedRun, folder: Path) -> str:
 
 
 def copy_sample_grids(runs: Sequence[ComparedRun], folder: Path) -> list[Picture] | PictureMatrix:
-    """Copy the sample grids, arranged by what was swept."""
+    """Copy the sample grids, arranged by the swept values."""
     sampled, names = [run for run in runs if "grid" in run.files.paths], {}
     for number, run in enumerate(sampled):
         names[run.label] = f"grid-{number}.png"

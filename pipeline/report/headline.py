@@ -74,7 +74,7 @@ def compare_with_real_images(run: RunFiles, metric: Metric) -> str:
 
 
 def list_comparison_numbers(run: RunFiles) -> dict[str, str]:
-    """Return for each headline score the numbers that are shown beside it for comparison."""
+    """Return for each headline score the numbers to compare it with."""
     printed = run.paper_row.scores if run.paper_row else {}
     notes = {}
     for metric in HEADLINE:

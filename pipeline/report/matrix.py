@@ -1,4 +1,4 @@
-"""Sample grids arranged by what was swept: one key makes a row of pictures, two make a matrix."""
+"""Sample grids arranged by swept values: one key makes a row of pictures, two make a matrix."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

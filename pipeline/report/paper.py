@@ -14,7 +14,7 @@ COLUMNS = [METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd")]
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of Tables 1 and 2: what the network predicts, the objective, and {score: as printed}.
+    """One row of Tables 1 and 2: predicted value, objective, and {score: as printed}.
 
     FID is against the training set, `fid_test` against the test set; no scores = unstable in training, "out of
     range" scores, which the paper prints as a dash.

@@ -138,7 +138,7 @@ def draw_bound(bound: Bound, folder: Path) -> list[Picture]:
 def draw_rate_distortion(
     bound: Bound, table: Mapping[int, tuple[float, float]], folder: Path
 ) -> list[Picture]:
-    """Draw the panels of Fig. 5 as pictures of their own, with the paper's points."""
+    """Draw each panel of Fig. 5 as a separate picture, with the paper's points."""
     panels = charts.plot_rate_distortion(bound["rate_distortion"], table)
     return [save_picture(folder, *part) for part in zip(FIGURE_5, panels, FIGURE_5.values(), strict=True)]
 

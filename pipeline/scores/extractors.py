@@ -46,7 +46,7 @@ EXTRACTORS = {
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature extractor with its weights; `name` ends in their hash and stands in every protocol."""
+    """A feature extractor with its weights; `name` ends in the hash of the weights and is part of every protocol."""
 
     kind: str
     weights: Path

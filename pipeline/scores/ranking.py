@@ -46,7 +46,7 @@ R = TypeVar("R", bound=ScoredRun)
 
 
 class Difference(NamedTuple):
-    """The difference of two rows, its standard error if that is known, and the p-value that there is none."""
+    """The difference of two rows, its standard error if known, and the p-value of no difference."""
 
     value: float
     error: float | None
@@ -71,7 +71,7 @@ class RankedPoint(Generic[R]):
 
 @dataclass(frozen=True)
 class RankedGroup(Generic[R]):
-    """Runs of equal protocol in one metric, the best point first. `protocol` is what they share."""
+    """Runs of equal protocol in one metric, the best point first. protocol: their common entries."""
 
     protocol: Tree
     points: Sequence[RankedPoint[R]]
@@ -181,7 +181,7 @@ def format_swept_values(swept: Mapping[str, Any]) -> str:
 
 
 def describe_best(groups: Sequence[RankedGroup[R]], metric: Metric) -> str:
-    """Return a sentence, without its full stop, that names the best run or says why there is none."""
+    """Describe the best run, or why there is none, in a sentence without its full stop."""
     if not groups:
         return f"No run has a score of {metric.heading} yet"
     if len(groups) > 1:

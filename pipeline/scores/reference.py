@@ -27,7 +27,7 @@ def locate_statistics(place: Place, extractor: Extractor, split: str) -> tuple[P
 
 
 def load_reference(place: Place, extractor: Extractor, reference: str) -> Statistics | None:
-    """Load the statistics of a split or of a user's file; None if those of the split are still to be made."""
+    """Load the statistics of a split or of a user's file; None if those of the split are not made yet."""
     if reference not in SPLITS:
         return load_user_statistics(Path(reference))
     file, content = locate_statistics(place, extractor, reference)

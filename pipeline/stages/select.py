@@ -1,4 +1,4 @@
-"""The select stage: samples and scores every candidate as a run of its own, and selects the best.
+"""The select stage: samples and scores every candidate like a separate run, and selects the best.
 
 The candidates' samples and scores are in the usual folders, so that nothing is scored twice. The
 selected one is scored on other samples, since the minimum of noisy scores is biased.

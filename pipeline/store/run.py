@@ -29,7 +29,7 @@ def _path_property(folder: str, name: str) -> cached_property[Path]:
 
 
 def _folder_property(folder: str, key: str) -> cached_property[Path]:
-    """Return a property: the folder of the run whose name is one of the place's keys."""
+    """Return a property: the folder of the run that is named by one of the place's keys."""
     return cached_property(lambda place: place.path / folder / getattr(place, key))
 
 
@@ -158,7 +158,7 @@ class Place:
         return read_record(self.commits_json, dict[str, list[str]])
 
     def add_commit(self, stage: str, commit: str | None) -> None:
-        """Record the commit whose code runs a stage now; earlier commits stay in the list."""
+        """Add the commit whose code runs a stage now to the stage's list of commits."""
         commits = self.read_stage_commits()
         if commit is not None and commit not in commits.setdefault(stage, []):
             commits[stage].append(commit)

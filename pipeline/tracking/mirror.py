@@ -1,4 +1,4 @@
-"""The mirror: a thread that sends the files of a run to MLflow, and the file that remembers what arrived."""
+"""The mirror: a thread that sends the files of a run to MLflow, and the record of what has arrived."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MirrorState(TypedDict, total=False):
 
 
 class Mirror(mlflow_client.Sender):
-    """Copies a run directory to MLflow as it grows, on a thread of its own, until it is stopped.
+    """Copies a growing run directory to MLflow, in a separate thread, until it is stopped.
 
     It never raises, and no work waits for a server: it warns once of one that does not answer. The end of a `with`
     block sets the status: FINISHED, FAILED (an exception) or KILLED (an interruption).
@@ -82,12 +82,12 @@ class Mirror(mlflow_client.Sender):
         self._thread.start()
 
     def stop(self, status: str) -> None:
-        """Set the status, and try once to send what is left."""
+        """Set the status, and try once to send the rest."""
         self._set_status(status)
         self._send_rest()
 
     def send_missing(self, status: str = "") -> None:
-        """Send what an earlier command could not, under the status with which it ended; of no new end."""
+        """Send what an earlier command could not, with the status and the time of its end."""
         if self.status == "RUNNING":  # it was killed after it had written this
             self._state["time"] = read_mtime(self.place.timings_json)
         self._state["status"] = status or self.last_status
@@ -96,7 +96,7 @@ class Mirror(mlflow_client.Sender):
             self._send_rest()
 
     def _send_rest(self) -> None:
-        """Send what is left; leave a server that has taken nothing for a minute."""
+        """Send the rest; give up a server that has accepted nothing for a minute."""
         self._stopping.set()
         count = -1
         while self._thread.is_alive() and count < len(self.sent):
@@ -130,7 +130,7 @@ class Mirror(mlflow_client.Sender):
                 wait = POLL
 
     def deliver(self) -> None:
-        """Send every parcel whose version the server has not got. Raises what MLflow's client raises."""
+        """Send every parcel whose version the server lacks. Raises the errors of MLflow's client."""
         if not self._has_content:
             return
         sender = self.sender = self.sender or RunSender(self.uri, self.study, self.place, self.child)
@@ -159,7 +159,7 @@ class Mirror(mlflow_client.Sender):
         return monitor
 
     def list_missing(self) -> list[Parcel]:
-        """List what the files hold and the server has not got. Asks no server."""
+        """List the parcels that the server lacks. Asks no server."""
         if not self._has_content:
             return []
         delivered = self.record["parcels"] if self.record else {}
@@ -176,7 +176,7 @@ class Mirror(mlflow_client.Sender):
 
     @property
     def _has_content(self) -> bool:
-        """True if the run is for MLflow: a command that failed before it made anything leaves nothing there."""
+        """True if the run is for MLflow: if a command failed before it made anything, nothing is sent."""
         return bool(self.child or self.status == "FINISHED" or self.place.has_training)
 
     @property
@@ -185,7 +185,7 @@ class Mirror(mlflow_client.Sender):
 
     @property
     def last_status(self) -> str:
-        """The status with which the last driver ended; of one that was killed, by what the files hold."""
+        """The status with which the last driver ended; if it was killed, the status follows from the files."""
         if self.status != "RUNNING":
             return self.status
         finished = self.place.step_folder(self.place.experiment.train.steps).exists()

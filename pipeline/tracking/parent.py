@@ -28,7 +28,7 @@ Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
 
 
 class ParentRun(Sender):
-    """The parent run of a study. Its methods never raise: the same command later delivers what is missing."""
+    """The parent run of a study. Its methods never raise: the same command later sends what is missing."""
 
     client: MlflowClient
     experiment_id = run_id = ""

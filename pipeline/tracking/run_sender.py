@@ -43,7 +43,7 @@ class ChildRun:
 
 
 class RunSender:
-    """Sends the files of one run to its run in MLflow. It looks up what is there before it makes anything."""
+    """Sends the files of one run to its run in MLflow. It creates nothing that is there already."""
 
     def __init__(self, uri: str, study: str, place: Place, child: ChildRun | None = None):
         self.client, self.place = create_client(uri), place
@@ -97,7 +97,7 @@ class RunSender:
         self.client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
     def update_models(self, steps: list[int]) -> None:
-        """Make every checkpoint on disk a logged model. Delete the models without scores whose checkpoint is gone."""
+        """Make every checkpoint on disk a logged model. Delete models without scores whose checkpoint is deleted."""
         from mlflow.entities import LoggedModelOutput
 
         known = self._find_models()
@@ -198,7 +198,7 @@ class RunSender:
 
 
 def name_run(place: Place) -> str:
-    """Return a run's name and what differs from the experiment's file: 'digits-0eed1d714017 lr=0.0001 seed=1'."""
+    """Return a run's name with its differences from the experiment's file: 'digits-0eed1d714017 lr=0.0001 seed=1'."""
     try:
         usual = config.load_experiment(place.experiment.name, [])
     except ConfigError:  # it has another name, or none

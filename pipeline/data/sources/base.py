@@ -169,7 +169,7 @@ class ArraySource(ImageSource):
 
 @lru_cache(maxsize=2)  # a split of millions is asked for by every shard
 def make_fixed_permutation(n: int) -> np.ndarray:
-    """Return a permutation of 0..n-1, int64 (n,), that depends on n alone: on no machine, on no version of NumPy.
+    """Return a permutation of 0..n-1, int64 (n,), the same for every machine and every version of NumPy.
 
     It sorts the raw words of the generator Philox with key 0: NumPy promises that stream for ever, but not
     `Generator.permutation`.

@@ -127,7 +127,7 @@ class Cifar10Batches(ArraySource):
         return {"train": (images, labels), "test": test}
 
     def _read_batches(self) -> Iterator[tuple[str, bytes]]:
-        """Yield name and bytes of each batch; raise PipelineError naming one that is missing or cannot be read."""
+        """Yield name and bytes of each batch; raise PipelineError naming a missing or unreadable one."""
         missing = set(BATCHES)
         batches = _read_unpacked(self.files) if self.root.is_dir() else _read_archive(self.root)
         try:

@@ -30,7 +30,7 @@ MAX_BYTES = 2**32  # of a row group, which is read in one piece
 
 
 class ParquetSource(ImageSource):
-    """Rows of parquet files, in the order of the files: a range of them lies in few row groups."""
+    """Rows of parquet files, in the order of the files, so that a range of them is in few row groups."""
 
     def __init__(self, data: DataConfig):
         super().__init__(data)

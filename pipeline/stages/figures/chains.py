@@ -57,7 +57,7 @@ def format_timesteps(counts: list[int], experiment: Experiment) -> str:
 
 
 def save_rows(files: list[Path], file: Path, dim: int = 0) -> None:
-    """Save one grid of the units' images (rows, columns, C, H, W), uint8; each unit gives rows, or columns (dim=1)."""
+    """Save one grid of the units' images (rows, columns, C, H, W), uint8; a unit has some rows, or columns (dim=1)."""
     rows = torch.cat([torch.from_numpy(read_arrays(unit)["images"]) for unit in files], dim=dim)
     save_grid(rows.flatten(0, 1), rows.shape[1], file)
 

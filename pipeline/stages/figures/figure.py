@@ -31,7 +31,7 @@ class Figure:
 
 
 def locate_unit_folder(place: Place, kind: str, *depends: str | int) -> Path:
-    """Return the folder of units whose key covers the sampler and `depends`."""
+    """Return the folder of a figure's units; its key covers the sampler and `depends`."""
     return place.figure_units / f"{kind}-{hash_content([place.sample_key, *depends])}"
 
 
