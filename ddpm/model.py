@@ -124,7 +124,7 @@ class Model:
             return index % self.num_classes
         context = torch.as_tensor(label, device=index.device)
         if context.is_floating_point():
-            if context.shape[-1:] != (self.num_classes,):
+            if context.shape[-1:] != (self.num_classes,) or not bool(context.isfinite().all()):
                 raise ValueError(f"a context vector here has {self.num_classes} numbers, not {label}")
             return context.float().expand(len(index), -1)
         if not bool(((context == NO_LABEL) | (context >= 0) & (context < self.num_classes)).all()):

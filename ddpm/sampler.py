@@ -190,7 +190,7 @@ def interpolate(
     one for each; eps and noise are drawn here if None. More steps mix coarser features (Fig. 9); 0 mix the pixels.
     """
     mix = torch.as_tensor(weight, dtype=x_a.dtype, device=x_a.device).reshape(-1, 1, 1, 1)
-    if bool(((mix < 0) | (mix > 1)).any()):
+    if not bool(((mix >= 0) & (mix <= 1)).all()):  # nor nan
         raise ValueError(f"lambda must lie in [0, 1], got {mix.flatten().tolist()}")
     if not 0 <= steps <= len(diffusion):
         raise ValueError(f"steps must lie in 0..{len(diffusion)}, got {steps}")

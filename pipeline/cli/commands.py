@@ -100,7 +100,7 @@ def show_experiment(options: Namespace) -> None:
 def show_configurations(options: Namespace) -> None:
     from pipeline.config import FOLDERS, find_configuration, list_configurations
 
-    width = shutil.get_terminal_size().columns - 28
+    width = max(12, shutil.get_terminal_size().columns - 28)
     for folder in FOLDERS:
         print(f"{folder or 'experiment'}s:")
         for name in list_configurations(folder):

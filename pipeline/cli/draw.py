@@ -19,7 +19,7 @@ from pipeline.data.sources.raw_image import DecodeError, RawImage, convert_to_re
 from pipeline.drawing.grids import save_animation, save_grid
 from pipeline.engine.load import read_model
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.store.files import write_arrays, write_atomically
+from pipeline.store.files import require_regular_file, write_arrays, write_atomically
 from pipeline.store.tars import decode_png, encode_png
 
 FRAMES = 50  # of an animation
@@ -114,7 +114,8 @@ def _read_image(file: Path, shape: tuple[int, int, int]) -> Tensor:
         images_per_shard=1, test_images=0, resize="refuse", max_undecodable=0,
     )  # fmt: skip
     try:
-        record = convert_to_record("", RawImage(str(file), file.read_bytes(), None), data)
+        image = RawImage(str(file), require_regular_file(file).read_bytes(), None)
+        record = convert_to_record("", image, data)
     except DecodeError as error:
         raise PipelineError(f"{file} is no image ({error}); name another file") from error
     return torch.tensor(decode_png(record.png))

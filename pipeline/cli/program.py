@@ -51,7 +51,7 @@ def _parse_integer(least: int, most: int) -> Callable[[str], int]:
     """Return a function that parses a whole number between two bounds."""
 
     def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most):
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
             raise ArgumentTypeError(f"'{text}' is no whole number from {least} to {most}")
         return int(text)
 
@@ -338,5 +338,6 @@ def _explain_error(error: Exception) -> str | None:
         remedy = f"{sys.executable} has no module {error.name}: install this program for it (pip install .)"
         return None if str(error.name).startswith(("pipeline", "ddpm")) else remedy
     if isinstance(error, OSError):  # a full disk, a folder that cannot be written
-        return f"{error.filename or 'a file'}: {error.strerror or error}"
+        thing = "the current folder" if isinstance(error, FileNotFoundError) else "the output, or a file"
+        return f"{error.filename or thing}: {error.strerror or error}"
     return str(error)

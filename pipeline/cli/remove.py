@@ -38,7 +38,7 @@ def remove_runs(options: Namespace) -> int:
                 chosen.append((run, folder))
     if chosen and not options.yes:
         print("delete for ever? [y/N] ", end="", flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        if not sys.stdin or sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise PipelineError("nothing was deleted; --yes answers the question")
     for run, folder in chosen:
         with lock_folder(run):

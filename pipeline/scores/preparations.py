@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from ddpm.diffusion import Diffusion, Network
 from ddpm.linear_denoiser import make_linear_denoiser
@@ -20,6 +19,7 @@ from pipeline.scores.metrics import needs_samples
 from pipeline.scores.results import ClassifierFacts
 from pipeline.store import files, tars
 from pipeline.store.run import Place
+from pipeline.store.tensors import save_tensors
 
 LARGEST_GAUSSIAN = 4096  # dimensions; the covariance of larger images would fill the memory
 GRAM = 2**25  # values, or 2,000 images, from which to compute the principal directions of such images
@@ -57,7 +57,7 @@ def train_classifier(ctx: Worker, place: Place) -> None:
         )
     net = classifier.fit_classifier(images, labels, classes)
     with files.write_atomically(place.classifier) as temporary:
-        save_file(net.state_dict(), temporary)
+        save_tensors(net.state_dict(), temporary)
     has_test = "test" in tars.open_shards(place.data).splits
     accuracy = classifier.measure_accuracy(net, *tars.load_images(place.data, "test")) if has_test else None
     sha256 = files.hash_file(place.classifier)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, draw_normal
 from pipeline.store.files import hash_file, is_unit_done, require_sealed, write_atomically, write_manifest
 from pipeline.store.run import Place
+from pipeline.store.tensors import save_tensors
 
 FEATURES = 64
 FILTERS = 64
@@ -45,7 +46,7 @@ def find_projection_weights(place: Place) -> tuple[Path, str]:
     """Return the file of the projection for the run's images, written if need be, and its sha256."""
     if not is_unit_done(place.projection, require_sealed):
         with write_atomically(place.projection) as temporary:
-            save_file(Projection(place.experiment.data.channels).state_dict(), temporary)
+            save_tensors(Projection(place.experiment.data.channels).state_dict(), temporary)
         write_manifest(place.projection.parent, [place.projection.name])
     return place.projection, hash_file(place.projection)
 

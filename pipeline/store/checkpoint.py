@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from typing import Any, NoReturn, NotRequired, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from typing_extensions import TypedDict
 
@@ -35,7 +34,7 @@ from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store import files
 from pipeline.store.run import Place, find_sample_facts, find_scores, find_selections
-from pipeline.store.tensors import Tensors
+from pipeline.store.tensors import Tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +57,8 @@ def save_checkpoint(
 ) -> None:
     """Write the checkpoint of one step atomically; its tensors must be contiguous and on the CPU."""
     with files.write_atomically(directory, folder=True) as temporary:
-        _save_file(tensors, temporary / STATE)
-        _save_file(ema, temporary / EMA)
+        save_tensors(tensors, temporary / STATE)
+        save_tensors(ema, temporary / EMA)
         listed = {name: files.read_file_facts(temporary / name) for name in (STATE, EMA)}
         files.write_json(temporary / META, {"step": step, "files": listed, **(facts or {})})
     files.note_times(directory / META, listed)  # after the move, which changes times
@@ -69,17 +68,6 @@ def save_untrained(place: Place, tensors: Tensors) -> None:
     """Write a network without training here as the checkpoint of step `train.steps`."""
     state, step = {f"net.{name}": tensor for name, tensor in tensors.items()}, place.experiment.train.steps
     save_checkpoint(place.step_folder(step), state, tensors, step, {"run_key": place.run_key})
-
-
-def _save_file(tensors: Tensors, path: Path) -> None:
-    """Write safetensors; raise its disk errors as OSError."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:

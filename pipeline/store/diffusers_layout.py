@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
 from ddpm import schedules
 from ddpm.config import LEARNED, DiffusionConfig
@@ -25,7 +24,7 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
 from pipeline.store.run import EXPERIMENT, Place, locate_without_data
-from pipeline.store.tensors import Tensors, load_tensors, read_header
+from pipeline.store.tensors import Tensors, load_tensors, read_header, save_tensors
 from pipeline.store.weight_files import find_weight_files
 
 Settings = dict[str, Any]  # as diffusers keeps them in JSON
@@ -295,7 +294,7 @@ def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind
         for folder in parts:
             (temporary / folder).mkdir()
         facts = {"format": "pt", "source": source, "weights": kind}
-        save_file(exported, temporary / "unet" / WEIGHTS, facts)
+        save_tensors(exported, temporary / "unet" / WEIGHTS, facts)
         write_json(temporary / "unet" / NETWORK, header | {"_class_name": "UNet2DModel"} | network)
         write_json(temporary / "scheduler" / SCHEDULER, header | {"_class_name": "DDPMScheduler"} | scheduler)
         write_json(temporary / PIPELINE, header | {"_class_name": "DDPMPipeline"} | parts)

@@ -219,7 +219,7 @@ def is_unit_done(path: Path, read: Callable[[Path], object] = read_unit_arrays) 
 
 
 def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with require_regular_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

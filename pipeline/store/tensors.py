@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from pipeline.errors import PipelineError
+from pipeline.store.files import require_regular_file
 
 Tensors = dict[str, torch.Tensor]
 
@@ -19,7 +22,7 @@ def load_tensors(path: Path, remedy: str) -> Tensors:
 
     Raises PipelineError, ending in the remedy, if the file is broken or holds anything else.
     """
-    with path.open("rb") as file:
+    with require_regular_file(path).open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             raise PipelineError(f"{path} is a Git LFS pointer, not the file: `git lfs pull` fetches it")
     try:
@@ -35,6 +38,17 @@ def load_tensors(path: Path, remedy: str) -> Tensors:
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise PipelineError(f"{path} holds no plain table of tensors; {remedy}")
     return found
+
+
+def save_tensors(tensors: Tensors, path: Path, header: dict[str, str] | None = None) -> None:
+    """Write safetensors; raise its disk errors as OSError."""
+    try:
+        save_file(tensors, path, header)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def read_header(path: Path) -> dict[str, str]:

@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-
 import ddpm
 from ddpm.networks.custom import CustomConfig
 from pipeline.config import Experiment, load_experiment
@@ -19,7 +17,7 @@ from pipeline.errors import hide_password
 from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place
-from pipeline.store.tensors import Tensors, load_tensors
+from pipeline.store.tensors import Tensors, load_tensors, save_tensors
 from pipeline.tracking.mlflow_client import create_client, explain_errors
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
     settings, tensors = checkpoint.read_model(place.of(replace(experiment, sample=sample)))
     with TemporaryDirectory(prefix=TEMPORARY, dir=place.path) as scratch:
         weights, described = Path(scratch, WEIGHTS), Path(scratch, SETTINGS)
-        save_file(tensors, weights, {"format": "pt"})
+        save_tensors(tensors, weights, {"format": "pt"})
         write_json(described, settings)
         files = {"weights": weights, "settings": described, "experiment": place.experiment_yaml}
         card = Model(model_id=model.model_id, run_id=model.source_run_id)

@@ -23,7 +23,7 @@ def call(*words: str) -> int | str | None:
         return end.code
 
 
-def test_without_a_command_there_is_help_and_list_has_every_name(capsys):
+def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeypatch):
     assert call() in (0, None)
     assert "ddpm COMMAND --help" in capsys.readouterr().out
     assert call("--version") == 0 and "ddpm " in capsys.readouterr().out
@@ -31,6 +31,8 @@ def test_without_a_command_there_is_help_and_list_has_every_name(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert {"digits", "beta_dropout", "kuberay"} <= {line.split()[0] for line in lines if line[0] == " "}
     assert all(len(line) <= 80 for line in lines)
+    monkeypatch.setenv("COLUMNS", "3")
+    assert call("list") == 0
 
 
 JOB, HERE = "submit -- run digits", "cluster.storage=/data/runs"
@@ -73,6 +75,10 @@ MISTAKES = [  # words, exit code, what the error says
     (f"submit --id a/b -- run digits {HERE}", 2, "--id a/b names a file"),
     (f"{SEND} -- run digits cluster.storage=runs", 2, "cluster.storage=runs is a relative path"),
     (f"{SEND} -- run conf/digits.yaml", 2, "is a configuration of this folder"),
+    (f"{SEND} --template {{tmp}}/pipe -- run digits", 2, "pipe is no RayJob"),
+    ("run digits diffusion.betas={tmp}/pipe", 2, "pipe is no .npy file"),
+    ("draw nowhere --seed 8e15", 2, "whole number"),
+    (f"draw nowhere --seed {2**63 - 1} cluster.storage={{tmp}}", 1, "'nowhere' is no run directory"),
     (f"{SEND} --template README.md -- run digits", 2, "README.md is no RayJob"),
 ]  # fmt: skip
 
@@ -80,6 +86,7 @@ MISTAKES = [  # words, exit code, what the error says
 @pytest.mark.parametrize(("words", "code", "message"), MISTAKES)
 def test_a_mistake_is_told_in_a_line_or_two(tmp_path, capsys, words, code, message):
     (tmp_path / "grid.yaml").write_text(GRID)
+    os.mkfifo(tmp_path / "pipe")
     if words.startswith("compare"):
         make_run(tmp_path)
     words = words.replace("{tmp}", str(tmp_path)).replace("{grid}", str(tmp_path / "grid.yaml"))
@@ -112,7 +119,7 @@ def test_rm_deletes_what_nothing_refers_to_after_a_question(tmp_path, monkeypatc
     runs = {name: make_run(tmp_path, "digits", (f"seed={seed}",))[1] for seed, name in enumerate(names)}
     write_json(runs["failed"].tracking_json, {"status": "FAILED"})
     write_json(locate_study(tmp_path, "s") / LEADERBOARD, {"trials": [{"run": runs["ranked"].name}]})
-    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer) if answer else None)  # a closed one is None
     with lock_folder(runs["busy"].path):
         named = words.format(**{name: run.name for name, run in runs.items()}).split()
         assert main(["rm", *named, f"cluster.storage={tmp_path}"]) == code

@@ -1,5 +1,7 @@
 """`ddpm draw`: the images are the run's own, whatever they are written as; what cannot be drawn is named."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -62,12 +64,14 @@ def test_two_files_are_interpolated(drawing):
 
 
 FAULTS = [
-    ("x.jpg", 2, ".png, .gif or .npz"), (".", 1, "not empty"), ("x.png y.png", 2, "one output"),
+    ("x.jpg", 2, ".png, .gif or .npz"), (".", 1, "not an empty folder"), ("x.png y.png", 2, "one output"),
     ("x.png --label 3", 2, "takes no labels"), ("x.png --label 0.5,0.5", 2, "takes no labels"),
     ("x.png --steps 21", 2, "1..20"), ("x.png --at 3", 2, "belong to --interpolate"),
     ("x.gif --interpolate a.png b.png", 2, "end the name in .png"),
     ("x.png --interpolate a.png b.png --at 21", 2, "0..20"),
     ("x.png --interpolate a.png b.png --lambda 2", 2, "lambda must lie in"),
+    ("x.png --interpolate a.png b.png --lambda nan", 2, "lambda must lie in"),
+    ("x.png --interpolate a.png pipe.png", 1, "pipe.png: it is no file"),
     ("x.png --interpolate a.png wide.png", 1, "wide.png has 9x8 pixels"),
     ("x.png --interpolate a.png text.png", 1, "text.png is no image"),
     ("x.png --interpolate a.png gone.png", 1, "gone.png"), ("x.png --label three", 2, "--label three"),
@@ -77,6 +81,7 @@ FAULTS = [
 def test_what_cannot_be_drawn_is_named_and_nothing_is_written(drawing, tmp_path, capsys):
     Image.new("L", (9, 8)).save("wide.png")
     (tmp_path / "text.png").write_text("no image")
+    os.mkfifo("pipe.png")
     before = sorted(tmp_path.rglob("*"))
     for words, code, fault in FAULTS:
         assert drawing[0](words) == code, words

@@ -12,7 +12,8 @@ from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import sample, shard, train
 from pipeline.store import checkpoint, tars
-from pipeline.store.files import write_text
+from pipeline.store.files import write_atomically, write_text
+from pipeline.store.tensors import save_tensors
 
 STAGES = {
     "shard": lambda run: run_stage(shard, run),
@@ -51,6 +52,11 @@ def test_a_full_disk_is_named_and_nothing_half_written_stays(disk):
     tensors = {"net.w": torch.zeros(100_000)}
     with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
         checkpoint.save_checkpoint(disk / "step_1", tensors, tensors, 1)
+    with (
+        pytest.raises(PipelineError, match=r"weights cannot be written .No space left"),
+        write_atomically(disk / "weights") as file,
+    ):
+        save_tensors(tensors, file)
     records = (tars.Record(f"{i:04d}", bytes(1000), None) for i in range(100))
     with pytest.raises(PipelineError, match=r"x.tar cannot be written .No space left"):
         tars.write_tar(disk / "x.tar", records)
