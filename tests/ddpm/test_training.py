@@ -63,9 +63,6 @@ def assert_close(a, b, rtol=1e-5, atol=1e-7):
         torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# ------------------------------------------------------------------------------------- the float64 oracle
-
-
 class Affine(nn.Module):
     """eps_theta = w x_t + b: a network whose gradient is known by hand."""
 
@@ -132,9 +129,6 @@ def test_learning_rate():
     assert [compute_learning_rate(linear, n) for n in (0, 5, 9, 10)] == pytest.approx([1e-3, 5e-4, 1e-4, 0])
 
 
-# ------------------------------------------------------------------------------------------------- chance
-
-
 def test_no_image_is_flipped_without_random_flip():
     settings = config(random_flip=False)
     state = TrainState(settings, Affine(), DIFFUSION.config)
@@ -175,9 +169,6 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
     assert torch.equal(state.net.seen[0][2], torch.where(dropped[:, None], 0, vectors))
 
 
-# ---------------------------------------------------------------------------------------------- precision
-
-
 def test_bf16_is_inside_the_network_only():
     settings = config(precision="bf16")
     state = TrainState(settings, Affine(), DIFFUSION.config)
@@ -203,9 +194,6 @@ def test_tf32_is_on_in_tf32_alone_and_restored(precision, monkeypatch):
     assert state.net.tf32 == (precision == "tf32",) * 2
     assert torch.backends.cudnn.allow_tf32 == (precision != "tf32")
     assert not torch.backends.cuda.matmul.allow_tf32
-
-
-# ---------------------------------------------------------------------------------------- slices and parts
 
 
 def mean_over_workers(settings, cuts, **net_settings):
@@ -296,9 +284,6 @@ def test_importance_weights_reach_loss_and_gradient():
         assert all(torch.isclose(kept, value, rtol=1e-5).any() for value in newest)
 
 
-# ---------------------------------------------------------------------------------------------- the state
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_resumed_equals_uninterrupted_bit_for_bit(memory_format):
     settings = config(accumulate=2, ema_decay=(0.9, 0.99), ema_warmup=True)
@@ -353,9 +338,6 @@ def test_loading_names_what_does_not_fit_and_changes_nothing():
     assert "1 missing (net.conv_in.bias)" in message and "1 unexpected (net.extra)" in message
     assert "net.conv_out.bias is (6,) float32, not (1,) float32" in message
     assert all(torch.equal(before[name], tensor) for name, tensor in state.state_dict().items())
-
-
-# --------------------------------------------------------------------------------------------- the settings
 
 
 @pytest.mark.parametrize(

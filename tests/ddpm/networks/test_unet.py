@@ -19,9 +19,6 @@ from pipeline.store.diffusers_layout import translate_name
 SMALL = UNetConfig(channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=8)
 
 
-# ------------------------------------------------------------------------------------------------ diffusers
-
-
 @pytest.mark.parametrize(
     ("changes", "image_size", "channels", "out_channels"),
     [
@@ -48,9 +45,6 @@ def test_equals_diffusers(changes, image_size, channels, out_channels, input_sca
         ours, theirs = net(x_t, t), twin(x_t, t).sample
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-# ----------------------------------------------------------------------------------- details, one by one
 
 
 def test_initial_weights():

@@ -230,9 +230,6 @@ def test_a_chosen_checkpoint_is_in_no_file():
     assert asked.checkpoint_rule is None
 
 
-# Keys
-
-
 def keys_of(*overrides: str) -> tuple[str, str, str]:
     experiment = config.load_experiment("digits", list(overrides))
     run = keys.make_run_key(experiment, keys.make_data_key(experiment, "fingerprint"))

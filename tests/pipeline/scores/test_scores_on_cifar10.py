@@ -176,9 +176,6 @@ def test_two_rows_of_table_4_follow_from_first_principles(cifar10, monkeypatch, 
     assert excess[1] == pytest.approx([-1e-4, -9e-4, -0.008], abs=0.006)
 
 
-# FID
-
-
 def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10):
     """Through the units, tar by tar, by the features of the classifier that the pipeline trains.
 

@@ -69,9 +69,6 @@ def test_labels_beyond_the_classes_are_refused(tiny_run):
         preparations.train_classifier(one_cpu().context, change(tiny_run, "data", labels=5))
 
 
-# Units and tars that are not what they are taken for
-
-
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -136,9 +133,6 @@ def test_other_weights_make_the_bound_again_and_deleted_ones_leave_it(sampled):
     assert results(sampled)["scores"]["nll_bpd"] != pytest.approx(before, rel=1e-3)
     shutil.rmtree(sampled.step_folder(sampled.experiment.train.steps))
     assert evaluate.STAGE.is_done(sampled)
-
-
-# A user's statistics
 
 
 def statistics(path, **changed):

@@ -110,9 +110,6 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
     return run, net
 
 
-# In
-
-
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_what_diffusers_saved_computes_the_same_here(tmp_path, overrides):
     theirs = publish(tmp_path, tiny(*overrides))
@@ -355,9 +352,6 @@ def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp
     assert first != keys.make_run_key(tiny(), "data")
 
 
-# Out
-
-
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_what_we_exported_computes_the_same_in_diffusers(tmp_path, overrides):
     experiment = tiny(*overrides)
@@ -437,9 +431,6 @@ def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
         with pytest.raises(PipelineError, match=complaint):
             diffusers_layout.export_to_diffusers(run.path, folder, "ema", step)
     assert not (tmp_path / "out").exists()
-
-
-# The program
 
 
 def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_path, capsys):

@@ -185,9 +185,6 @@ def test_a_list_of_contents_leads_nowhere_else(run, s3, tmp_path):
         remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path / "root")
 
 
-# The program
-
-
 def check_credentials(server: str, from_request: float) -> None:
     """Have moto refuse credentials that it did not give out, from that request on."""
     body, header = str(from_request).encode(), {"Content-Type": "text/plain"}

@@ -70,9 +70,6 @@ def trained(storage: Path) -> dict[str, int]:
     return {path.parts[-4]: path.stat().st_mtime_ns for path in storage.glob("*/train/*/state.safetensors")}
 
 
-# A study from beginning to end
-
-
 def test_the_leaderboard_ranks_every_trial_by_its_own_score(grid, storage):
     rows = board(storage, "grid")
     assert rows[0]["rank"][0] == "1" and {row["state"] for row in rows} == {"finished"}
@@ -138,9 +135,6 @@ def test_a_dry_run_starts_nothing_and_says_what_it_would_take(grid, storage, cap
     assert not (storage / "sweeps" / "fresh").exists()
 
 
-# Other studies over the same runs
-
-
 def test_new_points_are_run_and_vanished_ones_marked(grid, storage, client):
     def removed() -> dict[str, bool]:
         _, children = parent_and_children(client, "moving")
@@ -177,9 +171,6 @@ def test_points_of_one_run_share_its_training(grid, storage, client):
     assert len({row["run"] for row in rows}) == 1 and len({row["trial"] for row in rows}) == 2
     _, children = parent_and_children(client, "steps")
     assert {child.data.params["sample.steps"] for child in children.values()} == {"5", "10"}
-
-
-# Ends of every kind
 
 
 def test_a_failing_trial_stops_no_other_and_is_tried_again(grid, storage, client, capsys):
