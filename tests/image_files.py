@@ -1,10 +1,13 @@
 """Sets of images in the form of each source."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from pipeline.store import tars
 
 
 def encode(image: np.ndarray, kind: str = "png", **options) -> bytes:
@@ -47,6 +50,21 @@ def write_arrays(root: Path, **arrays) -> Path:
     for name, array in arrays.items():
         np.save(root / f"{name}.npy", array)
     return root
+
+
+def write_shards(folder: Path, images: np.ndarray, counts: Sequence[int], classes: int = 7) -> Path:
+    """Write shards of so many of the images (N, H, W, C), of so many classes or without labels, and seal them."""
+    shards, start = [], 0
+    for number, count in enumerate(counts):
+        shard = tars.Shard(folder, f"train-{number:05d}.tar", "train", start, start + count)
+        keys = [(i, f"train-{i:08d}") for i in range(start, start + count)]
+        shard.write(
+            tars.Record(key, tars.encode_png(images[i]), i % classes if classes else None) for i, key in keys
+        )
+        shards.append(shard.require_facts())
+        start += count
+    tars.write_shard_manifest(folder, {"train": shards}, image_size=images.shape[1], channels=images.shape[3])
+    return folder
 
 
 def write_set(source: str, root: Path, images: np.ndarray, labels: np.ndarray) -> Path:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import flip_bit
+from image_files import write_shards
 
 from pipeline.compute.units import Worker
 from pipeline.data.dataset import MemoryDataset, ShardDataset, open_dataset
@@ -13,34 +14,16 @@ from pipeline.errors import PipelineError
 from pipeline.store import tars
 from pipeline.store.files import write_json
 
-COUNTS = (7, 5, 1)
-
 
 def context(image_memory=0):
     return Worker(torch.device("cpu"), cpus=2, image_memory=image_memory)
 
 
-@pytest.fixture(params=["labelled", "unlabelled"])
+@pytest.fixture(params=[4, 0], ids=["labelled", "unlabelled"])
 def folder(tmp_path, request):
     """Three tars of 13 images of 9x9 in all."""
-    images = np.random.default_rng(0).integers(0, 256, (sum(COUNTS), 9, 9, 3), dtype=np.uint8)
-    shards, start = [], 0
-
-    def label(i: int) -> int | None:
-        return i % 4 if request.param == "labelled" else None
-
-    for number, count in enumerate(COUNTS):
-        records = [
-            tars.Record(f"{i:04d}", tars.encode_png(images[i]), label(i)) for i in range(start, start + count)
-        ]
-        name = f"train-{number:05d}.tar"
-        facts = tars.write_tar(tmp_path / name, records)
-        facts |= {"name": name, "split": "train", "start": start, "stop": start + count}
-        write_json(tmp_path / f"train-{number:05d}.json", facts)
-        shards.append(facts)
-        start += count
-    tars.write_shard_manifest(tmp_path, {"train": shards}, image_size=9, channels=3)
-    return tmp_path
+    images = np.random.default_rng(0).integers(0, 256, (13, 9, 9, 3), dtype=np.uint8)
+    return write_shards(tmp_path, images, (7, 5, 1), request.param)
 
 
 def test_memory_and_tars_give_the_same_batches_and_pixels_decide(folder):

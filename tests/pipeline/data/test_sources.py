@@ -64,9 +64,6 @@ def assert_read_fails(message: str, *words, **changes) -> None:
         read(config(*words, **changes))
 
 
-# Sets of images
-
-
 def noise(*shape: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
 
@@ -83,9 +80,6 @@ def encode_numbered(count: int, start: int = 0) -> list[bytes]:
 def write_numbered(source: str, root: Path, count: int = 18) -> Path:
     """Numbered images, each of the class that remains of its number divided by 3."""
     return write_set(source, root, draw_numbered(count), np.arange(count) % 3)
-
-
-# All sources
 
 
 def test_the_permutation_is_fixed():
@@ -142,9 +136,6 @@ def test_a_fingerprint_is_computed_once_for_unchanged_files(tmp_path, monkeypatc
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     assert file.stat().st_size == size and sources.compute_fingerprint(data, cache) != changed
-
-
-# Digits
 
 
 def test_digits_are_scikit_learns_split_evenly():
@@ -352,27 +343,20 @@ def test_a_download_is_compared_with_its_md5_and_fetched_once(batches, tmp_path,
 
 
 def test_classes_are_numbered_in_order_of_their_folders(tmp_path):
-    write_numbered("folder", tmp_path)
-    (tmp_path / "ant" / "notes.txt").write_text("no image")
-    save(tmp_path / ".thumbnails" / "0.png", noise(8, 8, 3))
-    records = read(config("folder", tmp_path, labels=3))
+    train = write_numbered("folder", tmp_path / "train")
+    (train / "ant" / "notes.txt").write_text("no image")
+    save(train / ".thumbnails" / "0.png", noise(8, 8, 3))
+    save(tmp_path / "test" / "dog" / "0.png", noise(8, 8, 3))
+    data = config("folder", tmp_path, labels=3)
+    records = read(data)
     assert len(records) == 18
     assert len({record.label for record in records[:9]}) == 3  # shuffled: any first part mixes the classes
+    with pytest.raises(PipelineError, match=r"dog.0\.png has the class 'dog', which train/ lacks"):
+        read(data, "test")
     message = r"cat.\d+\.png has the label 2, but data.labels=2 allows 0 to 1"
     assert_read_fails(message, "folder", tmp_path, labels=2)
-    save(tmp_path / "loose.png", noise(8, 8, 3))
+    save(train / "loose.png", noise(8, 8, 3))
     assert_read_fails(r"loose\.png lies in no class folder.*data.labels=0", "folder", tmp_path, labels=3)
-
-
-def test_train_and_test_folders_are_the_splits(tmp_path):
-    write_numbered("folder", tmp_path / "train")
-    write_numbered("folder", tmp_path / "test", 6)
-    assert reader("folder", tmp_path, labels=3).splits == {"train": 18, "test": 6}
-    save(tmp_path / "test" / "dog" / "0.png", noise(8, 8, 3))
-    with pytest.raises(PipelineError, match=r"dog.0\.png has the class 'dog', which train/ lacks"):
-        read(config("folder", tmp_path, labels=3), "test")
-    shutil.rmtree(tmp_path / "test")
-    assert reader("folder", tmp_path, labels=3, test_images=3).splits == {"train": 15, "test": 3}
 
 
 def test_png_that_fits_is_passed_through_and_all_else_is_made_to_fit(tmp_path):
@@ -381,6 +365,9 @@ def test_png_that_fits_is_passed_through_and_all_else_is_made_to_fit(tmp_path):
     grey = read(config("folder", tmp_path, channels=1))[0].png
     expected = np.asarray(Image.fromarray(noise(8, 8, 3)).convert("L"))
     assert np.array_equal(decode_png(grey)[0], expected)
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    save(tmp_path / "a.png", levels)
+    assert np.array_equal(pixels(config("folder", tmp_path, channels=1))[0, 0], levels >> 8), "of 16 bits"
 
 
 @pytest.mark.parametrize("name", ["a.bmp", "a.gif", "a.tiff", "a.webp", "a.ppm", "a.jpg", "a.PNG"])
@@ -400,12 +387,6 @@ def test_any_mode(tmp_path, mode):
         assert found.shape == (1, channels, 8, 8) and found.min() >= 254
     png = read(config("folder", tmp_path))[0].png
     assert Image.open(io.BytesIO(png)).mode == "RGB"  # a palette PNG of the right size is encoded anew
-
-
-def test_16_bit_grey_keeps_its_range(tmp_path):
-    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    save(tmp_path / "a.png", levels)
-    assert np.array_equal(pixels(config("folder", tmp_path, channels=1))[0, 0], levels >> 8)
 
 
 def test_other_sizes_are_cropped_at_the_centre_and_resized_with_antialiasing(tmp_path):
@@ -429,24 +410,23 @@ def damaged(kind: str) -> bytes:
     if kind == "flipped":
         whole[whole.index(b"IDAT") + 60] ^= 1
         return bytes(whole)
-    return {"empty": b"", "text": b"hello", "cut before the end": bytes(whole[:-12])}[kind]
+    jpeg = encode(noise(64, 64, 3), "jpeg")[:-500]
+    return {"empty": b"", "text": b"hello", "cut before the end": bytes(whole[:-12]), "jpeg": jpeg}[kind]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "flipped", "empty", "text", "cut before the end"])
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "empty", "text", "cut before the end", "jpeg"])
 def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
     write_numbered("folder", tmp_path)
     (tmp_path / "bee" / "4.png").write_bytes(damaged(kind))
     message = r"bee.4\.png does not decode \(.+\); .*data.max_undecodable"
-    assert_read_fails(message, "folder", tmp_path)
+    assert_read_fails(message, "folder", tmp_path, resize="crop")
     told = []
-    rest = list(reader("folder", tmp_path).read_records("train", 0, 18, lambda *args: told.append(args)))
+    rest = list(
+        reader("folder", tmp_path, resize="crop").read_records(
+            "train", 0, 18, lambda *args: told.append(args)
+        )
+    )
     assert (len(rest), len(told), len({record.key for record in rest})) == (17, 1, 17)
-
-
-def test_a_truncated_jpeg_does_not_decode(tmp_path):
-    file = save(tmp_path / "a.jpg", noise(64, 64, 3))
-    file.write_bytes(file.read_bytes()[:-500])
-    assert_read_fails(r"a\.jpg does not decode", "folder", tmp_path, resize="crop")
 
 
 def test_a_folder_without_images_is_named(tmp_path):
@@ -481,6 +461,9 @@ def test_npy_splits_and_names(tmp_path):
     assert pixels(grey).shape == (5, 1, 8, 8)  # without an axis of channels
     with pytest.raises(PipelineError, match=r"train image \d has 1 channel\(s\), but data.channels=3"):
         read(dataclasses.replace(grey, channels=3))
+    file = two / "train_images.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert_fingerprint_fails(r"train_images\.npy is no readable array", "npy", two)
 
 
 FIVE = noise(5, 8, 8, 3)
@@ -505,9 +488,3 @@ def test_npy_that_cannot_be_used_is_named(tmp_path, images, labels, message):
     arrays = {"images": images, "labels": labels}
     write_arrays(tmp_path, **{name: array for name, array in arrays.items() if array is not None})
     assert_read_fails(message, "npy", tmp_path, labels=10)
-
-
-def test_truncated_npy_is_named(tmp_path):
-    file = write_arrays(tmp_path, images=FIVE) / "images.npy"
-    file.write_bytes(file.read_bytes()[:-1])
-    assert_fingerprint_fails(r"images\.npy is no readable array", "npy", tmp_path)

@@ -15,7 +15,7 @@ from pipeline.cli.program import main
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint, remote, tars
-from pipeline.store.files import write_json, write_manifest
+from pipeline.store.files import write_manifest
 
 SECRET = "a-secret-that-nobody-may-see"
 
@@ -143,15 +143,20 @@ def test_a_broken_pull_leaves_nothing_that_looks_finished(run, s3, monkeypatch, 
     assert checkpoint.read_meta(tmp_path / run.path.name / "train" / "step_00000004")
 
 
-def test_a_damaged_object_is_named_and_never_gets_its_name(run, s3, tmp_path):
+def test_a_damaged_object_is_named_and_a_list_of_contents_leads_nowhere_else(run, s3, tmp_path):
+    def replace(name: str, body: bytes) -> None:
+        s3.put_object(Bucket="runs", Key=f"a/{run.path.name}/{name}", Body=body)
+        with pytest.raises(PipelineError, match=r"ema\.safetensors is not what|lies outside"):
+            remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
+        assert not list(tmp_path.rglob("step_00000004")) and not (tmp_path / "escaped").exists()
+
     remote.push_run(run.path.name, run.storage, "s3://runs/a")
-    key = f"a/{run.path.name}/train/step_00000004/ema.safetensors"
-    body = bytearray(objects(s3)[key])
-    body[-1] ^= 1
-    s3.put_object(Bucket="runs", Key=key, Body=bytes(body))
-    with pytest.raises(PipelineError, match=r"ema\.safetensors is not what"):
-        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
-    assert not list(tmp_path.rglob("step_00000004"))
+    ema = "train/step_00000004/ema.safetensors"
+    body = objects(s3)[f"a/{run.path.name}/{ema}"]
+    replace(ema, body[:-1] + bytes([body[-1] ^ 1]))
+    listed = json.loads(objects(s3)[f"a/{run.path.name}/contents.json"])
+    listed["files"]["../escaped"] = listed["files"]["log.jsonl"]
+    replace("contents.json", json.dumps(listed).encode())
 
 
 def test_a_file_that_is_not_what_its_manifest_says_is_not_pushed(run, s3):
@@ -172,17 +177,6 @@ def test_what_was_finished_here_is_kept(run, s3, tmp_path):
     assert "kept as they are here: samples/aaaaaaaaaaaa" in told
     assert (mine / "00000.tar").read_bytes() == b"mine"
     assert (tmp_path / run.path.name / "log.jsonl").read_text() == run.log.read_text()  # the longer one
-
-
-def test_a_list_of_contents_leads_nowhere_else(run, s3, tmp_path):
-    remote.push_run(run.path.name, run.storage, "s3://runs/a")
-    listed = json.loads(objects(s3)[f"a/{run.path.name}/contents.json"])
-    listed["files"]["../escaped"] = listed["files"]["log.jsonl"]
-    path = tmp_path / "contents.json"
-    write_json(path, listed)
-    s3.put_object(Bucket="runs", Key=f"a/{run.path.name}/contents.json", Body=path.read_bytes())
-    with pytest.raises(PipelineError, match="lies outside"):
-        remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path / "root")
 
 
 def check_credentials(server: str, from_request: float) -> None:

@@ -8,39 +8,27 @@ import pytest
 from conftest import flip_bit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_files import write_shards
 
 from pipeline.errors import PipelineError
 from pipeline.store import tars
 from pipeline.store.tars import Record
-
-COUNTS = (5, 5, 3)
 
 
 def images(n: int, channels: int = 3, size: int = 8) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, channels, size, size), dtype=np.uint8)
 
 
-def records(pixels: np.ndarray, first: int = 0, labelled: bool = True) -> list[Record]:
+def records(pixels: np.ndarray) -> list[Record]:
     return [
-        Record(f"train-{i:08d}", tars.encode_png(image.transpose(1, 2, 0)), i % 7 if labelled else None)
-        for i, image in enumerate(pixels, first)
+        Record(f"train-{i:08d}", tars.encode_png(image.transpose(1, 2, 0)), i % 7)
+        for i, image in enumerate(pixels)
     ]
-
-
-def write_folder(directory, pixels: np.ndarray, labelled: bool = True):
-    shards, first = [], 0
-    for number, count in enumerate(COUNTS):
-        shard = tars.Shard(directory, f"train-{number:05d}.tar", "train", first, first + count)
-        shard.write(records(pixels[first : first + count], first, labelled))
-        shards.append(shard.require_facts())
-        first += count
-    tars.write_shard_manifest(directory, {"train": shards}, image_size=8, channels=3, labels=7)
-    return directory
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_folder(tmp_path, images(sum(COUNTS)))
+    return write_shards(tmp_path, images(13).transpose(0, 2, 3, 1), (5, 5, 3))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
