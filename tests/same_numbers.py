@@ -4,8 +4,6 @@ Both run the digits experiment, and 200 steps of two workers without dropout, on
 weights, shards, sample tars and scores must be equal, bit for bit. Overrides (train.steps=60, say) make it shorter.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

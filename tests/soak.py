@@ -7,8 +7,6 @@ same training state, images, scores and figures, byte for byte, and in MLflow on
 point once.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

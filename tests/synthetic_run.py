@@ -1,7 +1,5 @@
 """A run directory as the stages leave it, made in milliseconds, for whoever reads run directories."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

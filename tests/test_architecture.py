@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 # Each imports only those below it.
 ORDER = [
     "__main__", "cli", "sweep", "jobs", "engine", "stages", "report", "scores", "data", "tracking", "compute",

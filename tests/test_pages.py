@@ -3,16 +3,15 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from pipeline import config
 from pipeline.cli.program import COMMANDS
 from pipeline.data.sources import open_source
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, *sorted(ROOT.glob("[A-Z]*.md")), *DOCS]

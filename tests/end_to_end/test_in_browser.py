@@ -1,7 +1,5 @@
 """Pages and MLflow as a person sees them: a real Chromium, through the WebDriver protocol."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

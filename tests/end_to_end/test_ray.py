@@ -52,15 +52,6 @@ def test_one_and_two_workers_shard_train_and_score_alike(runs):
     assert math.isclose(a["nll_bpd"], b["nll_bpd"], rel_tol=1e-4)
 
 
-def test_two_workers_go_on_from_the_same_checkpoint(runs, tmp_path):
-    """A new worker group takes up the run; ranks that disagree on the step go nowhere."""
-    _, two = runs
-    shutil.copytree(two.parent, tmp_path, dirs_exist_ok=True)
-    copy = ddpm(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=1", "train.steps=52", verb="train")
-    assert read_losses(copy)[:50] == read_losses(two)
-    assert len(read_losses(copy)) == 52
-
-
 def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs, tmp_path):
     one, _ = runs
     shutil.copytree(one.parent, tmp_path, dirs_exist_ok=True)

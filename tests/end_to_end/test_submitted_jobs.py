@@ -14,14 +14,13 @@ from urllib.request import urlopen
 
 import pytest
 import yaml
-from conftest import TINY, free_port, read_losses, wait_until
+from conftest import ROOT, TINY, free_port, read_losses, wait_until
 
 from pipeline.engine.code import find_commit
 from pipeline.store import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 TOKEN = secrets.token_hex(16)
 WAIT = 300.0
 

@@ -5,13 +5,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from pipeline.compute.interrupt import SIGNALS, StopSignals, set_handlers, shield_children
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

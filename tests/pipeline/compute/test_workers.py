@@ -1,18 +1,16 @@
 """Training groups of one to four processes, over gloo as Ray sets them up: the same run, whatever their number and
 whatever becomes of them. Ray itself is beside the point here, and would need a core for each."""
 
-import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
-import socket
 import time
 
 import pytest
 import torch
-from conftest import renamed, tiny_experiment
+from conftest import free_port, read_losses, renamed, tiny_experiment
 
 from pipeline import tracking
 from pipeline.cli.status import format_status
@@ -68,9 +66,7 @@ class Group:
 
     def __init__(self, workers, experiment, run, steps=None, slow_rank=None):
         self.run = run
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(["pipeline.stages.train", "pipeline.compute.ray_train", __name__])
         args = (workers, port, experiment, run, steps, slow_rank)
@@ -111,8 +107,7 @@ def apart(run, name):
 
 
 def losses(run):
-    points = [json.loads(line) for line in run.log.read_text().splitlines()]
-    return [(point["step"], point["metrics"]["train/loss"]) for point in points]
+    return read_losses(run.path)
 
 
 def state_hash(run, step):

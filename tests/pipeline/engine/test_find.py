@@ -79,9 +79,7 @@ def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
 @pytest.mark.parametrize(
     ("last", "overrides", "names"),
     [
-        ("shard", [], "shard"),
-        ("train", [], "shard train"),
-        ("sample", [], "shard train sample"),
+        ("shard", [], "shard"), ("train", [], "shard train"), ("sample", [], "shard train sample"),
         ("evaluate", [], "shard train evaluate"),  # the bound alone
         ("evaluate", ["evaluate.metrics=[fid]"], "shard train sample evaluate"),
         ("sample", ["evaluate.checkpoints=all", "sample.checkpoint=best"], "shard train select sample"),
@@ -89,7 +87,7 @@ def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
         ("report", ["evaluate.checkpoints=all"], "shard train select sample evaluate figures report"),
         ("report", [], "shard train sample evaluate figures report"),
     ],
-)
+)  # fmt: skip
 def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
     place = Place(tmp_path, tiny_experiment(*overrides), "d" * 12, "e" * 12)
     assert [stage.name for stage in list_required_stages(place, last)] == names.split()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from conftest import ROOT
 from ray.job_submission import JobDetails
 
 from pipeline import config
@@ -23,7 +24,6 @@ from pipeline.cli.program import main
 from pipeline.errors import ConfigError
 from pipeline.jobs import job_commands, package, ray_client
 
-ROOT = Path(__file__).parents[3]
 HERE, PACKAGES = "cluster.storage=/data/runs", ("ddpm", "pipeline")
 
 
@@ -151,25 +151,24 @@ def serve() -> Iterator[Callable[[dict[str, tuple[int, str]]], HTTPServer]]:
     """Start a web server that answers as it is told; `server.asked` are the requests it got."""
     started: list[HTTPServer] = []
 
+    class Handler(BaseHTTPRequestHandler):
+        log_message = lambda *_: None  # noqa: E731
+
+        def do_GET(self) -> None:
+            self.server.asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
+            status, body = self.server.answers.get(self.path, (404, "nothing here"))
+            if not status:
+                return time.sleep(3)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_PUT = do_GET
+
     def start(answers: dict[str, tuple[int, str]]) -> HTTPServer:
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                http.asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
-                status, body = answers.get(self.path, (404, "nothing here"))
-                if not status:
-                    return time.sleep(3)
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            do_POST = do_PUT = do_GET
-
-            def log_message(self, *_) -> None:
-                pass
-
         http = HTTPServer(("127.0.0.1", 0), Handler)
-        http.asked, http.address = [], f"127.0.0.1:{http.server_port}"
+        http.answers, http.asked, http.address = answers, [], f"127.0.0.1:{http.server_port}"
         threading.Thread(target=http.serve_forever, daemon=True).start()
         started.append(http)
         return http
@@ -275,16 +274,12 @@ def test_a_log_that_breaks_off_comes_again_and_is_written_once(capsys, monkeypat
 @pytest.mark.parametrize(
     ("status", "exit_code", "code", "words"),
     [
-        ("SUCCEEDED", 0, 0, "done"),
-        ("STOPPED", None, 130, "the same submit continues"),
-        ("FAILED", 130, 130, "the same submit continues"),
-        ("FAILED", 1, 1, "exit code 1"),
-        ("FAILED", 2, 2, "exit code 2"),
-        ("FAILED", -9, 1, "exit code -9"),
-        ("FAILED", 127, 1, "no `python` on its PATH"),
-        ("FAILED", None, 1, "the node died"),
+        ("SUCCEEDED", 0, 0, "done"), ("STOPPED", None, 130, "the same submit continues"),
+        ("FAILED", 130, 130, "the same submit continues"), ("FAILED", 1, 1, "exit code 1"),
+        ("FAILED", 2, 2, "exit code 2"), ("FAILED", -9, 1, "exit code -9"),
+        ("FAILED", 127, 1, "no `python` on its PATH"), ("FAILED", None, 1, "the node died"),
     ],
-)
+)  # fmt: skip
 def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
     facts = {"driver_exit_code": exit_code, "message": "Oh.\nthe node died", "entrypoint": "x"}
     found, sentence = job_commands.describe_end(JobDetails(type="SUBMISSION", status=status, **facts))

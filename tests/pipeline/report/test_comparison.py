@@ -1,7 +1,5 @@
 """Several runs on one page: who is ranked with whom, what is drawn over what, and the command."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,16 +1,14 @@
 """The report from synthetic run directories: what stands in it, what it leaves out, and when it is remade."""
 
-from __future__ import annotations
-
 import base64
 import re
 import shutil
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
@@ -25,7 +23,6 @@ from pipeline.report.run_pictures import copy_picture
 from pipeline.stages import report
 from pipeline.store import files as rundir
 
-ROOT = Path(__file__).parents[3]
 CIFAR10 = (
     "train.steps=20000", "train.sample_every=10000", "train.checkpoint_every=10000", "train.log_every=1000",
     "evaluate.checkpoints=null", "sample.checkpoint=last",

@@ -1,7 +1,5 @@
 """Standard errors: the jackknife against brute force and against a spread that is known, and how they are written."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The order of runs: alike with alike, the mean over seeds, equals, and the registry behind it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import numpy as np

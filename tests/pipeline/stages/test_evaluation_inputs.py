@@ -79,7 +79,6 @@ def test_labels_beyond_the_classes_are_refused(tiny_run):
         ("changed", r"00000\.tar .*does not match its sha256"),
         ("no PNG", r"00000\.tar cannot be scored \(.*makes it again"),
     ],
-    ids=["size", "one_of_another_size", "mode", "short_by_one", "changed_after_the_seal", "no_image"],
 )
 def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
     changed = isinstance(shapes, str)
@@ -179,10 +178,7 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
         ({"sigma": -np.eye(64)}, "no covariance"),
         ({"n": np.array(-5)}, "an n that is no whole number"),
     ],
-    ids=[
-        "mu", "both", "width", "shape", "integers", "halves", "nan", "triangle", "n", "objects", "sign", "minus",
-    ],
-)  # fmt: skip
+)
 def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, message):
     statistics(tmp_path / "their.npz", **changed)
     with pytest.raises(PipelineError, match=message) as refused:

@@ -14,7 +14,7 @@ from pipeline.cli.program import main
 from pipeline.engine.plan import list_rounds
 from pipeline.errors import PipelineError
 from pipeline.stages import evaluate, sample, select
-from pipeline.store import selection, tars
+from pipeline.store import selection
 from pipeline.store.files import read_json
 
 STEPS = (2, 4, 6)
@@ -66,17 +66,13 @@ def test_the_best_is_the_one_of_minimum_fid_and_later_stages_are_told(trained):
     assert found["best"] == best
     assert [(score["step"], score["fid"]) for score in found["scores"]] == sorted(scores.items())
     assert (found["metric"], found["n"], found["weights"], found["reference"]) == ("fid", 12, "ema", "train")
-    for score in found["scores"]:
-        assert (trained.path / "evaluation" / score["evaluation"] / "manifest.json").exists()
     resolved = selection.fill_in_selection(trained)
     assert resolved.experiment.checkpoint_step == best
     plain = asking_for(trained, checkpoint=best)
     assert resolved.samples == plain.samples
     assert resolved.scores != plain.scores, "another protocol"
     assert len(run_stage(sample, resolved)) == UNITS, "the candidate's samples are not scored again"
-    folders = (asked.samples for asked in (trained.of(trained.experiment.make_candidate(best)), plain))
-    first, second = (tars.load_images(folder, "samples")[0] for folder in folders)
-    assert not (first == second).all()
+    assert trained.of(trained.experiment.make_candidate(best)).samples != plain.samples
     run_stage(evaluate, resolved)
     protocol = read_json(resolved.metrics_json, dict)["protocol"]
     assert protocol["checkpoint"] == best

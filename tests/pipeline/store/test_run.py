@@ -1,11 +1,6 @@
 """Files come into being whole or not at all; manifests are believed only while they are true."""
 
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from contextlib import suppress
 
 import numpy as np
@@ -65,22 +60,6 @@ def test_a_manifest_notices_every_difference(tmp_path):
         for check in ("seal", "sha256"):
             with pytest.raises(PipelineError, match=fault):
                 rundir.read_manifest(tmp_path, rundir.Manifest, check)
-
-
-def test_one_driver_at_a_time_and_the_kernel_frees_the_lock(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from pipeline.store.files import lock_folder\n"
-        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(PipelineError, match=str(holder.pid)), rundir.lock_folder(tmp_path):
-        pass
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
-    deadline = time.monotonic() + 5
-    with rundir.lock_folder(tmp_path):
-        assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])

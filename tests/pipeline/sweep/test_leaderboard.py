@@ -1,7 +1,5 @@
 """One order of trials, on the leaderboard of a sweep and on the page that the sweep writes."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The mirror against a real store, and against a server that is not there."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

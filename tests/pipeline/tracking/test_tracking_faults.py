@@ -1,7 +1,5 @@
 """Faults of stores, servers and their addresses: MLflow is never claimed, and nothing waits for it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -216,19 +214,13 @@ def test_a_server_that_freezes_holds_no_end_up(store, monkeypatch):
 @pytest.mark.parametrize(
     ("uri", "shown"),
     [
-        ("http://h:5000", "http://h:5000"),
-        ("http://u:HUSH@h:5000/p", "http://h:5000/p"),
-        (SECRET, "postgresql://127.0.0.1:9/x"),
-        ("http://h/?token=HUSH", "http://h/"),
-        ("http://u:P/HUSH@h", "http://..."),
-        ("http://u:HUSH#HUSH@h", "http://..."),
-        ("http://h/?password=HUSH@HUSH", "http://..."),
+        ("http://h:5000", "http://h:5000"), ("http://u:HUSH@h:5000/p", "http://h:5000/p"), ("auto", "auto"),
+        (SECRET, "postgresql://127.0.0.1:9/x"), ("http://h/?token=HUSH", "http://h/"), ("u:HUSH@h:6379", "h:6379"),
+        ("http://u:P/HUSH@h", "http://..."), ("http://u:HUSH#HUSH@h", "http://..."),
+        ("http://h/?password=HUSH@HUSH", "http://..."), ("http://u:HUSH://HUSH@h", "http://..."),
         ("sqlite:////a@b/m.db?key=HUSH", "sqlite:////a@b/m.db"),
-        ("http://u:HUSH://HUSH@h", "http://..."),
-        ("u:HUSH@h:6379", "h:6379"),
-        ("auto", "auto"),
     ],
-)
+)  # fmt: skip
 def test_no_secret_of_an_address_is_shown(uri, shown):
     assert hide_password(uri) == shown
     assert "HUSH" not in explain_network_error(OSError(f"cannot reach {uri}"), uri)
