@@ -169,14 +169,6 @@ def test_the_error_on_normal_data_falls_with_the_order_of_the_sampler(name, orde
     assert (ratios.log2() - order).abs().max() < 0.25, ratios
 
 
-def test_respaced_with_all_steps_is_the_full_chain():
-    diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
-    full = end(run_chain(diffusion, net, x_T, noise))
-    assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=range(20))), full)
-    every = sampler.space_timesteps(diffusion, 20)
-    assert torch.equal(end(run_chain(diffusion, net, x_T, noise, timesteps=every)), full)
-
-
 def test_spaced_timesteps_hold_both_ends():
     diffusion = Diffusion()
     for spacing in ("uniform", "quadratic", "logsnr"):
@@ -219,17 +211,6 @@ def test_sample_is_the_ancestral_chain_fed_by_its_streams():
     assert torch.equal(found, end(expected))
 
 
-def test_interpolation_at_0_and_1_is_the_plain_chain():
-    diffusion = Diffusion(SMALL)
-    x_a, x_b, eps = (randn(*SHAPE, seed=s) for s in range(3))
-    for steps in (1, 12, 20):
-        for weight, x in ((0, x_a), (1.0, x_b)):
-            x_t = diffusion.q_sample(x, torch.full((2,), steps - 1), eps)
-            plain = end(run_chain(diffusion, net, x_t, noise, timesteps=range(steps)))
-            mixed = sampler.interpolate(diffusion, net, x_a, x_b, weight, steps, eps, noise)
-            assert torch.equal(mixed, plain)
-
-
 def test_interpolation_mixes_latents_row_by_row():
     diffusion = Diffusion(SMALL)
     x_a, x_b, eps = (randn(*SHAPE, seed=s) for s in range(3))
@@ -243,15 +224,6 @@ def test_interpolation_mixes_latents_row_by_row():
     torch.testing.assert_close(apart, sampler.interpolate(diffusion, net, x_b, x_b, 0.5, 12, -eps, noise))
     pixels = sampler.interpolate(diffusion, net, x_a, x_b, 0.25, 0, eps, noise)
     torch.testing.assert_close(pixels, 0.75 * x_a + 0.25 * x_b)
-
-
-@pytest.mark.parametrize("steps", [20, 12, 1])
-def test_a_shared_latent_finished_with_the_same_noise_is_the_plain_chain(steps):
-    diffusion, x_T = Diffusion(SMALL), randn(*SHAPE)
-    latent = sampler.draw_shared_latent(diffusion, net, x_T, noise, steps)
-    finished = end(run_chain(diffusion, net, latent, noise, timesteps=range(steps)))
-    assert torch.equal(finished, end(run_chain(diffusion, net, x_T, noise)))
-    assert (steps == 20) == torch.equal(latent, x_T)
 
 
 def test_few_steps_with_fixedlarge_are_warned_of():

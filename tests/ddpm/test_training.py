@@ -138,16 +138,6 @@ def test_no_image_is_flipped_without_random_flip():
     assert torch.equal(state.net.seen[0][0], DIFFUSION.q_sample(from_uint8(PIXELS), t, eps))
 
 
-def test_draws_belong_to_the_row_not_to_the_slice():
-    whole, part, other = (
-        draw_batch_noise(SEED, step, rows, (1, 8, 8), 50, None, dropouts=2)
-        for step, rows in ((3, ROWS), (3, ROWS[5:]), (4, ROWS))
-    )
-    assert all(torch.equal(w[5:], p) for w, p in zip(whole, part, strict=True))
-    same = [torch.equal(w, o) for w, o in zip(whole, other, strict=True)]
-    assert same == [False, True, False, False, False, False], "all but the weight belong to the step"
-
-
 def test_labels_are_dropped_by_row_and_reach_the_network():
     labels, seen = torch.arange(4000) % 7, []
     for share, rows in ((0.25, torch.arange(4000)), (0.25, torch.arange(9, 4000)), (0.0, torch.arange(4000))):

@@ -39,15 +39,6 @@ def test_a_vector_is_a_context_and_a_label_its_one_hot_row():
         assert (mixed - net(x_t, t, vectors)).abs().max() > 1e-8
 
 
-def test_rows_are_independent_unless_batch_norm_trains():
-    x_t, t, labels = noised(3), torch.tensor([1, 5, 9]), torch.tensor([0, 1, 2])
-    batch, group = small().train(), small(norm="group").train()
-    with torch.no_grad():
-        alone = group(x_t[:1], t[:1], labels[:1])
-        torch.testing.assert_close(group(x_t, t, labels)[:1], alone, rtol=1e-4, atol=1e-5)
-        assert (batch(x_t, t, labels)[:1] - batch(x_t[:1], t[:1], labels[:1])).abs().max() > 1e-2
-
-
 def test_labels_and_contexts_that_it_does_not_know_are_refused():
     x_t, t = noised(2), torch.tensor([1, 2])
     for label in (-2, CLASSES, 1000):

@@ -90,13 +90,3 @@ def test_the_masks_of_a_gpu_are_those_of_the_layers():
                 gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)]
                 assert torch.equal(*gradients)
                 assert layer.kept is None
-
-
-def test_new_keys_compile_no_new_graph():
-    layer, x = RowDropout(0.5), torch.ones(2, 3, 4, 4)
-    graphs = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(layer, backend=graphs, fullgraph=True)
-    for step in range(3):
-        layer.keys = rng.draw_words(0, Stream.DROPOUT, step, torch.arange(2), 2).T.reshape(2, -1, 1)
-        assert torch.equal(compiled(x), layer(x))
-    assert graphs.frame_count == 1

@@ -118,15 +118,6 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(config):
 
 
 @every_network
-def test_every_parameter_is_used_with_and_without_labels(config):
-    """DDP refuses parameters that the loss does not reach."""
-    state = state_of(config)
-    for context in (LABELS if classes(config) else None, None):
-        train_step(state, DIFFUSION, PIXELS, torch.arange(6), config=TRAIN, seed=4, context=context)
-        assert [name for name, p in state.net.named_parameters() if p.grad is None] == []
-
-
-@every_network
 def test_guidance(config):
     net = state_of(config).net.eval()
     if not classes(config):

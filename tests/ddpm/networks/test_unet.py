@@ -91,10 +91,3 @@ def test_the_embedding_of_a_label_is_added_to_that_of_the_time():
         assert torch.equal(net(x_t, t, labels)[1:], plain(x_t, t)[1:])
         plain.time_mlp[2].bias += net.label_emb.weight[:, 2]
         torch.testing.assert_close(net(x_t, t, labels)[:1], plain(x_t, t)[:1])
-
-
-def test_compiles_without_a_graph_break():
-    net = randomise(UNet(SMALL, 8, 3, 3))
-    x_t, t = torch.randn(2, 3, 8, 8), torch.tensor([5, 999])
-    compiled = torch.compile(net, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(x_t, t), net(x_t, t))

@@ -141,15 +141,6 @@ def test_interpolation_at_lambda_0_and_1_is_the_plain_chains(drawn):
         assert not nearly_equal(shown[pair, 1], shown[pair, 11])
 
 
-def test_the_noise_is_shared_over_lambda(drawn):
-    image = torch.from_numpy(tars.load_images(drawn.data, "test", 0, 1)[0][0])
-    same = chains.mix_pair(one_cpu().context, drawn, image, image, 0, 10)
-    assert same.shape == (11, 1, 8, 8)
-    assert torch.allclose(same, same[:1].expand_as(same), atol=1e-4), "only the sources may differ"
-    other = chains.mix_pair(one_cpu().context, drawn, image, image, 1, 10)
-    assert not torch.allclose(same, other, atol=0.01), "pairs have noise of their own"
-
-
 def test_coarse_to_fine_goes_from_all_steps_to_the_pixels(drawn):
     folder = drawn.figures
     shown = cells(folder / "coarse_to_fine.png")

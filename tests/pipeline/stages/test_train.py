@@ -66,13 +66,6 @@ def test_epochs_and_seeds_have_different_orders():
     assert not torch.equal(order[:100], order[100:]) and not torch.equal(order[:100], other[:100])
 
 
-def test_images_read_from_the_tars_train_the_same_run(tiny_run):
-    from_memory = renamed(tiny_run, "-from-memory")
-    train_to(from_memory, 3)
-    train_to(tiny_run, 3, Worker(torch.device("cpu"), cpus=1, image_memory=0))
-    assert_equal_states(tiny_run, from_memory, 3)
-
-
 @pytest.mark.parametrize("workers, recompute", [(1, 0), (2, 1)])
 def test_five_steps_compile_one_graph(tiny_run, monkeypatch, workers, recompute):
     """With two workers, so does the pass before the first step."""
