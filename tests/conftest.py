@@ -81,15 +81,6 @@ def tiny_experiment(*overrides: str) -> config.Experiment:
     return config.load_experiment("digits", [*TINY, *overrides])
 
 
-def assert_refused_by_name(network, settings, image_size: int, key: str) -> None:
-    """The settings' problems name the key, in a line each, and the network itself refuses them."""
-    problems = settings.find_problems(image_size)
-    assert key in [name for name, _ in problems]
-    assert all("\n" not in message for _, message in problems)
-    with pytest.raises(ValueError, match=key):
-        network(settings, image_size, 3, 3)
-
-
 def renamed(run: Place, ending: str) -> Place:
     """Return the experiment with another run directory."""
     experiment = run.experiment

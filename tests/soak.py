@@ -162,12 +162,9 @@ def soak(run: Run, draw: random.Random) -> list[tuple[str, str]]:
         plan = [(phase, kind) for phase, kinds in phases.items() for kind in kinds]
         draw.shuffle(plan)
         for phase, kind in plan:
-            where = run.kill(phase, kind, draw)
-            if where is None:
-                continue
-            fell.append((phase, kind))
-            seconds = time.monotonic() - began
-            print(f"{len(fell):>3}  {seconds:>4.0f} s  {phase:<10}  {kind:<10}  {where}", flush=True)
+            if where := run.kill(phase, kind, draw):
+                fell.append((phase, kind))
+                print(f"{time.monotonic() - began:>5.0f} s  {phase:<10}  {kind:<10}  {where}", flush=True)
     run.finish()
     return fell
 
@@ -215,21 +212,14 @@ def main() -> int:
     print(f"both runs are in {storage}; first the one that nothing happens to", flush=True)
     twin = Run(storage / "twin")
     twin.finish()
-    began, soaked = time.monotonic(), Run(storage / "soaked")
+    soaked = Run(storage / "soaked")
     fell = soak(soaked, random.Random(options.seed))
-    seconds = round(time.monotonic() - began)
-    phases = Counter({phase: 0 for phase in TRAINING | UNITS}) + Counter(phase for phase, _ in fell)
+    phases = Counter(phase for phase, _ in fell)
     found = differences(soaked, twin)
     found += [f"only {phases[phase]} kills in {phase}" for phase in TRAINING | UNITS if phases[phase] < 3]
     found += [f"only {len(fell)} kills"] * (len(fell) < 20)
-    summary = {
-        "kills": len(fell), "phases": phases, "victims": Counter(kind for _, kind in fell), "seconds": seconds,
-        "files_compared": len(files_of(twin)),
-        "points_compared": sum(map(len, curves_of(twin).values())),
-        "state_sha256": files_of(soaked).get(f"train/step_{STEPS:08d}/state.safetensors"),
-        "differences": found,
-    }  # fmt: skip
-    print(json.dumps(summary, indent=1))
+    compared = {"files": len(files_of(twin)), "points": sum(map(len, curves_of(twin).values()))}
+    print(json.dumps({"kills": len(fell), **phases, "compared": compared, "differences": found}, indent=1))
     return 1 if found else 0
 
 

@@ -40,8 +40,3 @@ def test_every_schedule_is_float64_of_length_T_within_0_and_1(name, timesteps):
     assert beta.dtype == torch.float64 and beta.shape == (timesteps,)
     assert beta.min() > 0 and beta.max() <= 1
     assert (beta.diff() >= 0).all()
-
-
-def test_an_unknown_schedule_is_refused_with_the_names():
-    with pytest.raises(ValueError, match=r"'sigmoid'.*linear, quad"):
-        schedules.compute_betas("sigmoid", 10)

@@ -214,18 +214,6 @@ def test_a_convolution_of_another_kind_is_computed_as_it_is(settings, channels):
         torch.testing.assert_close(cpu.convolve(layer, x[0]), layer(x[0]), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "x, weight, bias",
-    [
-        ((2, 4, 6, 8), (4, 4, 3, 3), (4,)), ((2, 4, 8, 8), (4, 4, 1, 1), (4,)), ((2, 4, 8, 8), (4, 2, 3, 3), (4,)),
-        ((2, 4, 8, 8), (4, 4, 5, 5), (4,)), ((2, 4, 8, 8), (4, 4, 3, 3), (1,)), ((4, 8, 8), (4, 4, 3, 3), (4,)),
-    ],
-)  # fmt: skip
-def test_winograd_refuses_what_it_does_not_compute(x, weight, bias):
-    with pytest.raises(ValueError, match="no 3x3 convolution"):
-        winograd.conv3x3(torch.zeros(x), torch.zeros(weight), torch.zeros(bias), winograd.F4)
-
-
 def test_group_norm_without_weights_has_its_gradient():
     norm, x = nn.GroupNorm(2, 4, affine=False), torch.randn(2, 4, 4, 4).bfloat16().requires_grad_()
     cpu.group_norm(norm, x, swish=True).sum().backward()

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 
 from ddpm import rng
 from ddpm.kernels import cuda

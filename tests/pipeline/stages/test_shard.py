@@ -167,16 +167,6 @@ def levels(data: DataConfig, split: str) -> list[int]:
     return [int(tars.decode_png(r.png)[0, 0, 0]) for r in source.read_records(split, 0, source.splits[split])]
 
 
-def test_a_unit_that_fails_leaves_no_shard(pictures, run):
-    broken = next(Path(pictures.path).rglob("04.png"))
-    broken.write_bytes(broken.read_bytes()[:40])
-    with pytest.raises(PipelineError, match=r"04\.png does not decode"):
-        do(pictures, run)
-    assert not (run.data / "manifest.json").exists()
-    assert all((run.data / name).with_suffix(".json").exists() for name in tar_bytes(run))
-    assert not [file for file in run.data.iterdir() if file.suffix not in (".tar", ".json")]
-
-
 def break_images(data: DataConfig, numbers: list[int]) -> None:
     for number in numbers:
         next(Path(data.path).rglob(f"{number:02d}.png")).write_bytes(b"no image")

@@ -5,13 +5,12 @@ import os
 import shutil
 import socket
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from conftest import free_port, wait_until
+from conftest import wait_until
 from mlflow import MlflowClient
-from synthetic_run import BEGAN, make_run, write_checkpoint, write_log, write_scores
+from synthetic_run import BEGAN, make_run, write_checkpoint, write_scores
 
 from pipeline import config, tracking
 from pipeline.errors import PipelineError
@@ -245,20 +244,6 @@ def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, u
     assert len(warnings) == 1 and "went away" in warnings[0] and starts.count(0) == 1 and len(set(starts)) > 2
     for server, is_done in ((uri, True), ("http://other", False)):
         assert (not tracking.Mirror(server, "ends", run).list_missing()) is is_done
-
-
-def test_a_dead_server_holds_nobody_up_and_the_files_are_delivered_later(storage, uri, client):
-    _, run = make_run(storage, "digits", (*STEPS, "seed=7"), scores=False)
-    dead, warnings = f"http://127.0.0.1:{free_port()}", []
-    began = time.monotonic()
-    with tracking.Mirror(dead, "late", run, warn=warnings.append):
-        write_log(run, 100, 200, 10)
-    assert time.monotonic() - began < 5
-    assert "takes nothing (connection refused)" in warnings[0] and "ddpm sync" in warnings[-1]
-    assert "ddpm sync" in tracking.describe_delivery(run, dead)
-    tracking.deliver_run(uri, "late", run)
-    found = find(client, "late", run)
-    assert history(client, found, "loss/train") == expected(200) and found.info.status == "FINISHED"
 
 
 def test_a_taken_port_is_said(tmp_path):
