@@ -1,4 +1,7 @@
+"""Denoisers that are known in closed form, and the estimate of the bound by few timesteps of each image."""
+
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +9,10 @@ import torch
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
+from ddpm.likelihood import compute_bits_per_dim, draw_timesteps
+from ddpm.linear_denoiser import compute_linear_mse, compute_profile
 from ddpm.posterior_mean import PosteriorMean, compute_posterior_mean
+from ddpm.rng import Stream, draw_normal
 
 IMAGES = torch.randint(0, 256, (7, 1, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 IMAGES[1] = IMAGES[0]
@@ -35,3 +41,62 @@ def test_no_image_is_too_far_for_float32():
     x_t = torch.tensor([-50.0, 0, 50])[:, None, None, None].expand(3, 1, 2, 3)
     found = compute_posterior_mean(x_t, torch.full((3,), 0.9999, dtype=torch.float64), IMAGES, chunk=3)
     assert found.isfinite().all() and found.abs().max() <= 1 + 1e-6
+
+
+CONFIG = DiffusionConfig(timesteps=40, beta_start=0.002, beta_end=0.4, predict="x0")
+INDEX = torch.arange(16)
+
+
+def denoise(x_t, t, context=None):
+    return 0.4 * x_t + 0.1 * torch.sin(t.to(x_t.dtype)).reshape(-1, 1, 1, 1)
+
+
+def noise(t, rows):
+    return draw_normal(7, Stream.NLL, t, INDEX[rows], (1, 4, 4)).double()
+
+
+def images() -> torch.Tensor:
+    return draw_normal(0, Stream.FIGURES, 0, INDEX, (1, 4, 4)).clamp(-1, 1).double()
+
+
+def test_its_error_is_that_of_the_exact_posterior_of_gaussian_data():
+    """One direction of variance 1/2 and one of none: Var[x | x_t] by Bayes' rule, averaged over both."""
+    alpha_bar = torch.tensor([0.9, 0.1], dtype=torch.float64)
+    found = compute_linear_mse(torch.tensor([0.5, 0.0]).double(), alpha_bar)
+    expected = [1 / (1 / 0.5 + a / (1 - a)) / 2 for a in (0.9, 0.1)]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_a_profile_belongs_to_its_schedule_and_variance_and_stands_a_singular_covariance():
+    variances = torch.tensor([0.5, 0.1, 0.0, 0.0], dtype=torch.float64)
+    changes = ({}, {"beta_schedule": "cosine"}, {"timesteps": 20}, {"variance": "fixedsmall"})
+    configs = [replace(CONFIG, **change) for change in changes]
+    profiles = [compute_profile(Diffusion(config), variances) for config in configs]
+    for q in (*profiles, compute_profile(Diffusion(configs[-1]), 0 * variances)):
+        assert q[0] == 0 and (q[1:] > 0).all() and q.sum() == pytest.approx(1)
+    assert len({tuple(q.tolist()) for q in profiles}) == 4
+    learned = compute_profile(Diffusion(replace(CONFIG, variance="learned_range", loss="hybrid")), variances)
+    assert torch.equal(learned, profiles[0])
+
+
+def test_every_drawn_term_is_the_full_tables_entry_and_the_weights_add_up_to_the_table():
+    diffusion, x_0, calls = Diffusion(CONFIG), images(), []
+    q = compute_profile(diffusion, torch.full((16,), 0.3).double())
+    full = compute_bits_per_dim(diffusion, denoise, x_0, noise)
+    t, weights = draw_timesteps(q, 7, INDEX, 12)
+
+    def count(x_t, t):
+        calls.append(len(x_t))
+        return denoise(x_t, t)
+
+    drawn = compute_bits_per_dim(diffusion, count, x_0, noise, timesteps=t, batch_size=10)
+    torch.testing.assert_close(drawn.terms, full.terms.gather(1, t))
+    torch.testing.assert_close(drawn.mse, full.mse.gather(1, t))
+    torch.testing.assert_close(drawn.prior, full.prior)
+    assert (t[:, 0] == 0).all() and (t[:, 1:] > 0).all() and (weights[:, 0] == 1).all()
+    assert sum(calls) == sum(len(row.unique()) for row in t) < t.numel(), "equal pairs are computed once"
+    assert max(calls) <= 10
+    # In expectation over t: q(t) times the weight of t is 1 / draws.
+    torch.testing.assert_close(12 * (q[t] * weights)[:, 1:], torch.ones(16, 12).double())
+    later = draw_timesteps(q, 7, INDEX[9:], 3)[0]
+    assert torch.equal(later, t[9:, :4]), "a draw depends on its image and number alone"

@@ -1,20 +1,26 @@
-"""Runs are found by experiment and by name; those of the first version are recognised."""
+"""Runs are found by experiment and by name, and their needs are known before they start."""
 
+import dataclasses
 import errno
 import fcntl
 import os
+import shutil
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_experiment
+from conftest import one_cpu, tiny_experiment
 from synthetic_run import make_run
 
+from pipeline import config
 from pipeline.cli.program import main
-from pipeline.engine import find
+from pipeline.engine import find, preflight
 from pipeline.engine.plan import list_required_stages
 from pipeline.errors import PipelineError
+from pipeline.stages import train
+from pipeline.store import checkpoint
 from pipeline.store.files import lock_folder
 from pipeline.store.run import Place
 
@@ -114,3 +120,50 @@ def test_a_machine_of_a_cluster_says_what_it_sees_amiss_in_the_storage_root(tmp_
         assert find._look_at_folder(tmp_path) == ""
         assert "sees another folder there: mount" in find._look_at_folder(tmp_path / "nothing")
     assert "does not see who holds a lock: mount" in find._look_at_folder(tmp_path)
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+LAST = {"evaluate.checkpoints": "null", "sample.checkpoint": "last"}
+
+
+def cifar10(**changes):
+    return config.load_experiment("cifar10", [f"{key}={value}" for key, value in (LAST | changes).items()])
+
+
+def test_checkpoints_are_as_large_as_said(tiny_run):
+    experiment, run = tiny_run.experiment, tiny_run
+    one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
+    train.STAGE.run_worker(one_cpu().context, run.of(one))
+    (written,) = (run.step_folder(step) for step in checkpoint.list_steps(run.train))
+    found = sum(file.stat().st_size for file in written.iterdir())
+    assert preflight.estimate_requirements(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
+
+
+def test_the_papers_run_takes_gibibytes_and_candidates_count():
+    wanted = preflight.estimate_requirements(cifar10())
+    assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
+    assert wanted.features == 4 * (2048 + 1008) * 4 * 50_000
+    assert 5 * 2**30 < wanted.disk < 6 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
+    plain = wanted
+    wanted = preflight.estimate_requirements(cifar10(**{"evaluate.checkpoints": "every:50000"}))
+    assert (plain.kept, plain.images) == (3, 50_000)
+    assert (wanted.kept, wanted.images) == (3 + 15, 50_000 + 16 * 5_000)
+    every = {"train.keep_every": 100_000, "evaluate.checkpoints": "all"}
+    kept = preflight.estimate_requirements(cifar10(**every))
+    assert (kept.kept, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
+
+
+def test_a_disk_that_is_too_small_is_refused_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
+    run = Place(tmp_path, cifar10(), "d", "r")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
+    with pytest.raises(PipelineError, match=r"1\.0 GiB free, .* needs 5\.\d GiB more: .*cluster\.storage"):
+        preflight.check_resources(run)
+    run.path.mkdir()
+    with (run.path / "samples").open("wb") as file:
+        file.truncate(3 * 2**30)  # sparse
+    run.reference_features.mkdir(parents=True)
+    with (run.reference_features / "set.npz").open("wb") as file:
+        file.truncate(2 * 2**30)
+    assert preflight.check_resources(run).startswith("0.")
