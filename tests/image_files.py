@@ -57,10 +57,8 @@ def write_shards(folder: Path, images: np.ndarray, counts: Sequence[int], classe
     shards, start = [], 0
     for number, count in enumerate(counts):
         shard = tars.Shard(folder, f"train-{number:05d}.tar", "train", start, start + count)
-        keys = [(i, f"train-{i:08d}") for i in range(start, start + count)]
-        shard.write(
-            tars.Record(key, tars.encode_png(images[i]), i % classes if classes else None) for i, key in keys
-        )
+        labels = {i: i % classes if classes else None for i in range(start, start + count)}
+        shard.write(tars.Record(f"train-{i:08d}", tars.encode_png(images[i]), labels[i]) for i in labels)
         shards.append(shard.require_facts())
         start += count
     tars.write_shard_manifest(folder, {"train": shards}, image_size=images.shape[1], channels=images.shape[3])

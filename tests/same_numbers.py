@@ -37,9 +37,8 @@ def compare_weights(ours: Path, theirs: Path) -> list[str]:
         mine, other = (load_file(find(path, "train/step_*")[-1] / name) for path in (ours, theirs))
         apart = [key for key in mine.keys() & other.keys() if mine[key].tobytes() != other[key].tobytes()]
         if apart or mine.keys() != other.keys():
-            faults.append(
-                f"{name}: {len(apart)} tensors differ; on one side only {mine.keys() ^ other.keys()}"
-            )
+            apart += sorted(mine.keys() ^ other.keys())
+            faults.append(f"{name}: {len(apart)} tensors differ, {apart[0]} among them")
         print(f"   {ours.name}: {name}, {len(mine)} tensors, {len(apart)} differ")
     return faults
 

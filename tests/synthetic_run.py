@@ -18,8 +18,10 @@ from pipeline.store.run import Place
 BEGAN = 1_700_000_000_000  # Unix milliseconds
 
 
-def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (), scores: bool = True):
-    """(experiment, run) with everything from the data's manifest to the figures."""
+def make_run(
+    storage: Path, name: str = "digits", overrides: tuple[str, ...] = (), scores: bool = True
+) -> Place:
+    """Make a run with everything from the data's manifest to the figures."""
     experiment = config.load_experiment(name, list(overrides))
     data_key = keys.make_data_key(experiment, "synthetic")
     run = Place(storage, experiment, data_key, keys.make_run_key(experiment, data_key))
@@ -43,7 +45,7 @@ def make_run(storage: Path, name: str = "digits", overrides: tuple[str, ...] = (
         for figure in captions:
             write_grid(run.figures / figure, experiment)
         rundir.write_manifest(run.figures, list(captions), order=list(captions), captions=captions)
-    return experiment, run
+    return run
 
 
 def write_images(folder: Path, data: DataConfig, splits: tuple[str, ...], *others: str, **facts: Any) -> None:

@@ -79,9 +79,8 @@ def test_each_library_has_one_importer_and_a_folder_imports_only_those_below_it(
         stage = path.relative_to(ROOT / "pipeline" / "stages").parts[0].removesuffix(".py")
         assert stages <= {stage, "stage"}, "stages import no other stage"
     if own != "store":
-        texts = {
-            node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
-        }
+        nodes = ast.walk(ast.parse(path.read_text()))
+        texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
         assert not texts & FILES_OF_A_RUN, "the store alone spells file names of a run directory"
 
 

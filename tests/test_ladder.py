@@ -10,10 +10,8 @@ spec = importlib.util.spec_from_file_location("ladder", Path("docs/results/ladde
 ladder = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(ladder)
 
-LAWS = {
-    "rate_bpd": np.array([1.5, 0.3, 0.5, 4.0, 0.4]),
-    "distortion_bpd": np.array([1.9, 0.1, 0.5, 1.0, 0.4]),
-}
+RATE, DISTORTION = np.array([1.5, 0.3, 0.5, 4.0, 0.4]), np.array([1.9, 0.1, 0.5, 1.0, 0.4])
+LAWS = {"rate_bpd": RATE, "distortion_bpd": DISTORTION}
 
 
 def make_points(widths: tuple[int, ...], lengths: int) -> list[dict]:

@@ -15,9 +15,8 @@ def filled(scale: torch.Tensor) -> ImportanceSampler:
 def test_probabilities_follow_the_losses_once_every_timestep_has_a_full_history():
     sampler = ImportanceSampler(4)
     for _ in range(HISTORY):
-        torch.testing.assert_close(
-            sampler.compute_probabilities(), torch.full((4,), 0.25, dtype=torch.float64)
-        )
+        uniform = torch.full((4,), 0.25, dtype=torch.float64)
+        torch.testing.assert_close(sampler.compute_probabilities(), uniform)
         sampler.update(torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
     assert sampler.compute_probabilities()[3] > 0.39
     p = filled(torch.tensor([1.0, 2.0, 3.0, 4.0])).compute_probabilities()

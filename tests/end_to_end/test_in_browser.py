@@ -121,8 +121,7 @@ def pages(tmp_path_factory):
         "evaluate.checkpoints=null", "sample.checkpoint=last")  # fmt: skip
     places = []
     for name, overrides in (("digits", ()), ("cifar10", wide)):
-        experiment, run = make_run(storage, name, overrides)
-        places.append(run.of(experiment))
+        places.append(make_run(storage, name, overrides))
         assert list(report.STAGE.work(places[-1])) == []
     both = write_comparison(make_compared_runs(places), storage / "comparisons" / "both", "Both")
     return [*(place.report_html for place in places), both]

@@ -117,7 +117,7 @@ def test_show_and_a_refused_command_write_nothing(tmp_path, monkeypatch, capsys)
 )  # fmt: skip
 def test_rm_deletes_what_nothing_refers_to_after_a_question(tmp_path, monkeypatch, words, answer, code, gone):
     names = ("failed", "ranked", "busy")
-    runs = {name: make_run(tmp_path, "digits", (f"seed={seed}",))[1] for seed, name in enumerate(names)}
+    runs = {name: make_run(tmp_path, "digits", (f"seed={seed}",)) for seed, name in enumerate(names)}
     write_json(runs["failed"].tracking_json, {"status": "FAILED"})
     write_json(locate_study(tmp_path, "s") / LEADERBOARD, {"trials": [{"run": runs["ranked"].name}]})
     monkeypatch.setattr("sys.stdin", io.StringIO(answer) if answer else None)  # a closed one is None
@@ -135,7 +135,7 @@ def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, c
     assert str(tmp_path) in told and "cluster.storage=" in told
     runs = []
     for age, (seed, status) in enumerate([(0, "RUNNING"), (1, "FAILED"), (2, "KILLED"), (3, None)]):
-        _, run = make_run(tmp_path, "cifar10_vlb_mean_learned", (f"seed={seed}", *LAST))
+        run = make_run(tmp_path, "cifar10_vlb_mean_learned", (f"seed={seed}", *LAST))
         if status:
             write_json(run.tracking_json, {"status": status})
         for file in run.path.rglob("*"):

@@ -180,9 +180,8 @@ def fill_in_order_of_use(net, *inputs):
     found = {}
     for module in net.modules():
         if not list(module.children()):
-            names = {
-                p: isinstance(module, NORMS) and name == "weight" for name, p in module.named_parameters()
-            }
+            named = module.named_parameters()
+            names = {p: isinstance(module, NORMS) and name == "weight" for name, p in named}
             module.register_forward_pre_hook(lambda _module, _inputs, names=names: found.update(names))
     net(*inputs)
     for k, (p, is_scale) in enumerate(found.items()):

@@ -420,12 +420,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
     (tmp_path / "bee" / "4.png").write_bytes(damaged(kind))
     message = r"bee.4\.png does not decode \(.+\); .*data.max_undecodable"
     assert_read_fails(message, "folder", tmp_path, resize="crop")
-    told = []
-    rest = list(
-        reader("folder", tmp_path, resize="crop").read_records(
-            "train", 0, 18, lambda *args: told.append(args)
-        )
-    )
+    source, told = reader("folder", tmp_path, resize="crop"), []
+    rest = list(source.read_records("train", 0, 18, lambda *args: told.append(args)))
     assert (len(rest), len(told), len({record.key for record in rest})) == (17, 1, 17)
 
 

@@ -35,7 +35,7 @@ def raise_error(number):
 @pytest.fixture
 def old_run(tmp_path):
     """A run directory whose experiment.yaml tells of no version of the keys, and has options that are gone."""
-    _, run = make_run(tmp_path)
+    run = make_run(tmp_path)
     tree = yaml.safe_load(run.experiment_yaml.read_text())
     del tree["made_with"]["keys"]
     tree["train"]["grad_clip_group"] = None
@@ -57,13 +57,13 @@ def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(ol
 
 
 def test_runs_from_before_a_section_or_a_corrected_formula(tmp_path, monkeypatch):
-    _, run = make_run(tmp_path)
+    run = make_run(tmp_path)
     assert find.read_place(run.path) == run
     tree = yaml.safe_load(run.experiment_yaml.read_text())
     del tree["published"]
     run.experiment_yaml.write_text(yaml.safe_dump(tree))
     assert find.read_place(run.path) == run
-    _, run = make_run(tmp_path)
+    run = make_run(tmp_path)
     monkeypatch.setattr(find.keys, "make_run_key", lambda *_: "0" * 12)
     with pytest.raises(PipelineError, match=f"{run.name} .* formula was corrected"):
         find.read_place(run.path)

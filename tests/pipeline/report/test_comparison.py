@@ -21,8 +21,7 @@ SHORT = ("train.steps=400", "train.checkpoint_every=200")
 
 
 def compared(storage, *overrides: str, label: str = "", name: str = "digits", **swept) -> ComparedRun:
-    experiment, run = make_run(storage, name, (*SHORT, *overrides))
-    return ComparedRun(label, run.of(experiment), swept)
+    return ComparedRun(label, make_run(storage, name, (*SHORT, *overrides)), swept)
 
 
 def score(one: ComparedRun, protocol: dict | None = None, **scores: float) -> None:

@@ -207,9 +207,8 @@ def test_memory_does_not_grow_with_the_number_of_images():
     def peak(n):
         draw = np.random.default_rng(0)
         tracemalloc.start()
-        parts = (
-            tuple(draw.normal(size=(500, d)).astype(np.float32) for d in (64, 10)) for _ in range(n // 500)
-        )
+        shapes = [((500, 64), (500, 10))] * (n // 500)
+        parts = (tuple(draw.normal(size=shape).astype(np.float32) for shape in part) for part in shapes)
         scores.sum_features(parts, n).in_order.compute_inception_score()
         used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -17,10 +17,8 @@ def images(n: int, channels: int = 3, size: int = 8) -> np.ndarray:
 
 
 def records(pixels: np.ndarray) -> list[Record]:
-    return [
-        Record(f"train-{i:08d}", tars.encode_png(image.transpose(1, 2, 0)), i % 7)
-        for i, image in enumerate(pixels)
-    ]
+    hwc = enumerate(pixels.transpose(0, 2, 3, 1))
+    return [Record(f"train-{i:08d}", tars.encode_png(image), i % 7) for i, image in hwc]
 
 
 @pytest.fixture

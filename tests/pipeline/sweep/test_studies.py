@@ -322,10 +322,9 @@ def plain(monkeypatch):
 def finished(storage: Path, dropout: float, seed: int, loss: float = 0.1, **scores: float) -> Trial:
     """A trial that has ended, with these scores and this last loss."""
     swept = {"model.dropout": dropout, "seed": seed}
-    experiment, run = make_run(storage, "digits", tuple(f"{key}={value}" for key, value in swept.items()))
-    folder = run.of(experiment).scores
-    write_scores(folder, experiment, scores=SCORES | scores)
-    point = {"step": experiment.train.steps, "time": 1, "metrics": {"train/loss": loss}}
+    run = make_run(storage, "digits", tuple(f"{key}={value}" for key, value in swept.items()))
+    write_scores(run.scores, run.experiment, scores=SCORES | scores)
+    point = {"step": run.experiment.train.steps, "time": 1, "metrics": {"train/loss": loss}}
     with run.log.open("a") as log:
         log.write(json.dumps(point) + "\n")
     return Trial(run.run_key, f"dropout={dropout} seed={seed}", swept, run)

@@ -54,8 +54,8 @@ def client(storage, uri, empty_store):
 @pytest.fixture(scope="module")
 def mirrored(storage, uri, client):
     """A whole run directory, delivered: (run, the MLflow run)."""
-    experiment, run = make_run(storage, "digits", STEPS)
-    write_scores(run.path / "evaluation" / "0123456789ab", experiment, scores={"fid": 20.5})
+    run = make_run(storage, "digits", STEPS)
+    write_scores(run.path / "evaluation" / "0123456789ab", run.experiment, scores={"fid": 20.5})
     with tracking.Mirror(uri, "digits", run, tags={"device": "cpu"}):
         pass
     return run, find(client, "digits", run)
@@ -157,7 +157,7 @@ ENDS = [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED"), (None, "FINISHE
 
 @pytest.mark.parametrize(("error", "status"), ENDS)
 def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, error, status):
-    _, run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
+    run = make_run(storage, "digits", (*STEPS, "seed=1"), scores=False)
     try:
         with tracking.Mirror(uri, "ends", run) as mirror:
             wait_until(lambda: mirror.sender and find(client, "ends", run).info.status == "RUNNING")
@@ -173,13 +173,11 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
 def test_while_a_run_lasts_its_machine_is_watched(storage, uri, client, monkeypatch):
     monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.02)
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
-    _, run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
+    run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
 
     def list_steps() -> list[int]:
-        return [
-            step
-            for step, _ in history(client, find(client, "ends", run), "system/cpu_utilization_percentage")
-        ]
+        points = history(client, find(client, "ends", run), "system/cpu_utilization_percentage")
+        return [step for step, _ in points]
 
     for known in (0, 1):  # a run that goes on adds to its curve
         with tracking.Mirror(uri, "ends", run) as mirror:
@@ -190,7 +188,7 @@ def test_while_a_run_lasts_its_machine_is_watched(storage, uri, client, monkeypa
 
 def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_store):
     before, after = tmp_path / "before root", tmp_path / "after"
-    _, run = make_run(before, "digits", STEPS)
+    run = make_run(before, "digits", STEPS)
     shutil.copy(empty_store, before / "mlflow.db")
     with tracking.Mirror(tracking.find_default_uri(before), "digits", run):
         pass
@@ -207,7 +205,7 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_
 
 
 def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path, empty_store):
-    _, run = make_run(tmp_path / "root", "digits", STEPS)
+    run = make_run(tmp_path / "root", "digits", STEPS)
     shared = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
     with tracking.Mirror(shared, "digits", run):
         pass
@@ -218,7 +216,7 @@ def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path, empty_store):
 
 
 def test_pruned_checkpoints_leave_and_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
-    _, run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
+    run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
     with tracking.Mirror(uri, "ends", run):
         pass
     shutil.rmtree(run.step_folder(50))
@@ -235,7 +233,7 @@ def test_pruned_checkpoints_leave_and_a_run_deleted_in_the_ui_is_delivered_anew(
 
 def test_a_server_that_fails_in_the_middle_gets_every_whole_line_once(storage, uri, client, monkeypatch):
     monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.02)
-    _, run = make_run(storage, "digits", (*STEPS, "seed=5"), scores=False)
+    run = make_run(storage, "digits", (*STEPS, "seed=5"), scores=False)
     with run.log.open("a") as file:
         file.write('{"step": 110, "time": 1, "met')
     monkeypatch.setattr("pipeline.tracking.parcels.LOG_BYTES", 500)  # of 1,900

@@ -54,11 +54,11 @@ def hold(store: Path):
 @pytest.fixture
 def run_again(monkeypatch, tmp_path):
     """The same `ddpm run` on a run whose stages are all done."""
-    experiment, run = make_run(tmp_path, "digits", STEPS)
+    run = make_run(tmp_path, "digits", STEPS)
     monkeypatch.setattr(execute, "make_place", lambda *_: run)
     monkeypatch.setattr(execute, "list_unfinished_stages", lambda *_: [])
     cluster = config.load_cluster("local", [f"storage={tmp_path}", "workers=0"])
-    return run, lambda last="report": execute.run_stages(experiment, cluster, last)
+    return run, lambda last="report": execute.run_stages(run.experiment, cluster, last)
 
 
 def test_the_last_line_and_the_same_command_ask_for_every_parcel(run_again, store, patience, caplog):
@@ -104,7 +104,7 @@ def test_a_status_that_a_kill_left_is_set_right(run_again, store, last, left, st
 
 
 def test_no_run_ends_before_it_began(store):
-    _, run = make_run(store.parent, "digits", STEPS)
+    run = make_run(store.parent, "digits", STEPS)
     with tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run) as driver:
         driver._state["time"] = BEGAN - 5000
         driver._set_status = lambda status: driver._state.update(status=status)
@@ -130,7 +130,7 @@ def test_the_store_lies_in_the_root_whatever_it_is_called(tmp_path, empty_store,
     monkeypatch.chdir(tmp_path)
     uri = tracking.find_default_uri(Path(name))
     before = {path.name for path in tmp_path.iterdir()}
-    _, run = make_run(root, "digits", STEPS)
+    run = make_run(root, "digits", STEPS)
     with tracking.Mirror(uri, "digits", run):
         pass
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -187,7 +187,7 @@ def test_a_store_that_cannot_be_opened_costs_seconds_and_gives_the_remedy(store,
     with pytest.raises(PipelineError, match=r" does not answer .*; \w+.*ddpm sync") as refusal:
         tracking.check_server(address)
     warnings: list[str] = []
-    _, run = make_run(store.parent / "root", "digits", STEPS, scores=False)
+    run = make_run(store.parent / "root", "digits", STEPS, scores=False)
     with tracking.Mirror(address, "digits", run, warn=warnings.append):
         pass
     assert time.monotonic() - began < 20
@@ -202,7 +202,7 @@ def test_a_server_that_freezes_holds_no_end_up(store, monkeypatch):
     monkeypatch.setattr(mirror, "LONGEST_WAIT", 0.2)
     release = threading.Event()
     monkeypatch.setattr(tracking.Mirror, "deliver", lambda self: release.wait(30))
-    _, run = make_run(store.parent, "digits", STEPS, scores=False)
+    run = make_run(store.parent, "digits", STEPS, scores=False)
     warnings: list[str] = []
     began = time.monotonic()
     with tracking.Mirror("http://127.0.0.1:9", "digits", run, warn=warnings.append):
