@@ -1,6 +1,7 @@
 """What tests of stages share: an untrained checkpoint, changed settings, and running a stage in this process."""
 
 import dataclasses
+from functools import partial
 
 from conftest import one_cpu
 
@@ -25,12 +26,7 @@ def change(place, section, **changes):
     return place.of(dataclasses.replace(place.experiment, **{section: changed}))
 
 
-def asking_for(place, **changes):
-    return change(place, "sample", **changes)
-
-
-def scoring(place, **changes):
-    return change(place, "evaluate", **changes)
+asking_for, scoring = partial(change, section="sample"), partial(change, section="evaluate")
 
 
 def results(place):

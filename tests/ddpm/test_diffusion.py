@@ -1,4 +1,4 @@
-"""The process and its losses: the authors' numbers, diffusers, closed forms, and faults that were once there."""
+"""The process and its losses: the authors' numbers, diffusers, closed forms, and faults that once were."""
 
 import math
 from dataclasses import replace

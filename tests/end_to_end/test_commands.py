@@ -247,17 +247,13 @@ def test_options_stand_anywhere_among_words_and_those_of_a_job_after_the_dashes(
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("ddpm run dig", {"digits"}),
-        (
-            "ddpm run digits train.precision=",
-            {f"train.precision={name}" for name in ("fp32", "tf32", "bf16")},
-        ),
+        ("ddpm run dig", {"digits"}), ("ddpm sweep digits_b", {"digits_beta_dropout"}),
+        ("ddpm run digits train.precision=", {f"train.precision={n}" for n in ("fp32", "tf32", "bf16")}),
         ("ddpm run --cluster kuberay digits --debug train.ema_w", {"train.ema_warmup="}),
-        ("ddpm sweep digits_b", {"digits_beta_dropout"}),
         ("ddpm status cluster.stor", {"cluster.storage="}),
         ("ddpm submit --follow -- sample context_d", {"context_digits"}),
     ],
-)
+)  # fmt: skip
 def test_the_shell_completes(tmp_path, line, expected):
     found = tmp_path / "completions"
     outcome = python(

@@ -1,4 +1,4 @@
-"""The command line: what it lists and refuses before anything starts, the table of the runs, lines of progress."""
+"""The command line: what it lists and refuses before anything starts, the runs, lines of progress."""
 
 import io
 import os

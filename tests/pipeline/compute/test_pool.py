@@ -1,4 +1,4 @@
-"""The Ray of one command, and the pool on a real cluster of four logical GPUs, with Ray's CUDA_VISIBLE_DEVICES."""
+"""The Ray of one command, and the pool on a real cluster of four logical GPUs, as Ray gives them out."""
 
 import errno
 import functools

@@ -122,7 +122,6 @@ def open_set(root: Path, labels: int = 0) -> ImageSource:
         ({"airplane": 2, "car": 2, "train": 2}, (6,), ["airplane", "car", "train"]),
         ({"bullet_train": 2, "cat": 2, "test_tube": 2}, (6,), ["bullet_train", "cat", "test_tube"]),
         ({"mnist_train.parquet": 3, "mnist_test.parquet": 2}, (3, 2), []),
-        ({"cifar10-train.parquet": 3, "cifar10-validation.parquet": 2}, (3, 2), []),
         ({"train-0.parquet": 3, "dev-0.parquet": 2, "extra-0.parquet": 1}, (3, 2), []),
         ({"data/TRAIN/0.parquet": 3, "data/Valid/0.parquet": 1}, (3, 1), []),
         ({"data/train-0.parquet": 6, "data/validation/0.parquet": 3}, (6, 3), []),
@@ -130,7 +129,7 @@ def open_set(root: Path, labels: int = 0) -> ImageSource:
         ({"data/train-0.parquet": 6, "data/test-0.parquet": 3, "test/0.parquet": 1}, (6, 4), []),
         ({"a.parquet": 3, "b.parquet": 2}, (5,), []),
     ],
-)
+)  # fmt: skip
 def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
     found = open_set(make(tmp_path, layout), len(classes))
     assert tuple(found.splits.values()) == sizes and list(found.classes) == classes

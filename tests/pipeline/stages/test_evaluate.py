@@ -192,15 +192,11 @@ def test_looking_whether_it_is_done_loads_no_fidelity_library():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, PAPER["schedule"]),
-        (
-            {"beta_schedule": "cosine"},
-            "cosine, beta 4.12842e-05 to 0.999",
-        ),  # it ignores the ends that are set
-        ({"beta_schedule": "const"}, "const, beta 0.02 to 0.02"),
+        ({"beta_schedule": "cosine"}, "cosine, beta 4.12842e-05 to 0.999"),  # not the ends that are set
+        ({}, PAPER["schedule"]), ({"beta_schedule": "const"}, "const, beta 0.02 to 0.02"),
         ({"beta_schedule": "jsd"}, "jsd, beta 0.001 to 1"),
         ({"betas": (0.1, 0.3, 0.2), "timesteps": 3}, "beta 0.1 to 0.3"),
     ],
-)
+)  # fmt: skip
 def test_a_schedule_is_described_by_its_own_betas(settings, words):
     assert protocol.describe_schedule(DiffusionConfig(**settings)).endswith(words)

@@ -19,7 +19,6 @@ from pipeline.stages import shard
 from pipeline.store import tars
 from pipeline.store.run import Place
 
-CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
 DIGITS = DataConfig("digits", None, 8, 1, 10, 500, 0, "refuse", 0)
 
 

@@ -1,4 +1,4 @@
-"""The mirror against a real store, and against a server that is not there; logged models hold their weights."""
+"""The mirror against a real store and a server that is not there; logged models hold their weights."""
 
 import dataclasses
 import os
