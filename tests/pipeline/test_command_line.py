@@ -44,7 +44,7 @@ MISTAKES = [  # words, exit code, what the error says
     ("ui --port ²", 2, "65535"), ("export a b --step 1e30", 2, "whole number"), ("export a", 2, "DIR"),
     ("rnu", 2, "did you mean 'run'?"), ("list digits", 2, "digits"), ("jobs foo", 2, "'foo'"),
     ("run digits --clustr local", 2, "did you mean '--cluster'?"), ("run digts", 2, "did you mean 'digits'?"),
-    ("run digits model.dropuot=1", 2, "did you mean 'dropout'?"), ("run digits cifar10", 2, "one experiment at a time"),
+    ("run digits model.dropuot=1", 2, "did you mean 'dropout'?"), ("run digits cifar10", 2, "one experiment"),
     ("run digits cluster.wokers=2", 2, "cluster.wokers is unknown (did you mean 'workers'?)"),
     ("run digits evaluate.extractor_weights=/n.pth cluster.storage={tmp}", 2, "'/n.pth' is not a file"),
     ("run digits --cluster nowhere", 2, "no cluster is named 'nowhere'"),
@@ -67,7 +67,7 @@ MISTAKES = [  # words, exit code, what the error says
     # Jobs, of which nothing is sent
     ("submit", 2, "write the command after --"), ("submit run digits", 2, "write the command after --"),
     ("submit -- status", 2, "'status' cannot be submitted"), ("jobs stop", 2, "takes one job id"),
-    ("submit -- submit -- run", 2, "'submit' cannot be submitted"), ("jobs list --follow", 2, "--follow belongs to"),
+    ("submit -- submit -- run", 2, "'submit' cannot be submitted"), ("jobs list --follow", 2, "belongs to"),
     ("submit -- run digts", 2, "did you mean 'digits'?"), (JOB, 2, "cluster.storage=runs is a relative path"),
     (f"{JOB} cluster.storage=~/runs", 2, "cluster.storage=~/runs is a relative path"),
     (f"submit -- run cifar10 data.path=~/images {HERE}", 2, "data.path=~/images is a relative path"),

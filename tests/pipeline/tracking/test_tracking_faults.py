@@ -216,7 +216,8 @@ def test_a_server_that_freezes_holds_no_end_up(store, monkeypatch):
     [
         ("http://h:5000", "http://h:5000"), ("http://u:HUSH@h:5000/p", "http://h:5000/p"), ("auto", "auto"),
         (SECRET, "postgresql://127.0.0.1:9/x"), ("http://h/?token=HUSH", "http://h/"),
-        ("u:HUSH@h:6379", "h:6379"), ("http://u:P/HUSH@h", "http://..."), ("http://u:HUSH#HUSH@h", "http://..."),
+        ("u:HUSH@h:6379", "h:6379"), ("http://u:P/HUSH@h", "http://..."),
+        ("http://u:HUSH#HUSH@h", "http://..."),
         ("http://h/?password=HUSH@HUSH", "http://..."), ("http://u:HUSH://HUSH@h", "http://..."),
         ("sqlite:////a@b/m.db?key=HUSH", "sqlite:////a@b/m.db"),
     ],
