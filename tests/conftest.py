@@ -27,8 +27,8 @@ UNNAMED = [
     "diffusion.timesteps=20", "model.channels=8", "model.norm_groups=4", "train.steps=6",
     "train.batch_size=16", "train.warmup_steps=2", "train.checkpoint_every=2", "train.sample_every=0",
     "train.log_every=1", "sample.num_images=12", "sample.batch_size=6", "sample.steps=null",
-    "evaluate.nll_images=6", "evaluate.nll_timesteps=null", "evaluate.nll_batch_size=4", "evaluate.checkpoint_images=6",
-    "evaluate.metrics=[nll]",
+    "evaluate.nll_images=6", "evaluate.nll_timesteps=null", "evaluate.nll_batch_size=4",
+    "evaluate.checkpoint_images=6", "evaluate.metrics=[nll]",
 ]  # fmt: skip
 TINY = ["name=tiny", *UNNAMED]
 
