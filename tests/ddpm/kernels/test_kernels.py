@@ -1,4 +1,4 @@
-"""The faster layers against the plain ones: the same numbers, gradients and networks, in fewer multiplications."""
+"""The faster layers against the plain ones: the same numbers and gradients, in fewer multiplications."""
 
 import math
 from functools import partial
