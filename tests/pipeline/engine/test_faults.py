@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_is_named_and_trained_again(place, finished, cha
     with pytest.raises(PipelineError, match="step_00000006"):
         export_to_diffusers(place.path, tmp_path / "exported", "ema", 6)
     bring_up_to_date(place)
-    assert "step_00000006" in caplog.text and "going back" in caplog.text
+    assert "step_00000006" in caplog.text
     assert files_of(place) == files_of(finished)
 
 
