@@ -23,7 +23,8 @@ def make_points(widths: tuple[int, ...], lengths: int) -> list[dict]:
                 exact = ladder.compute_law(law, [point])[0]
                 point |= {name: exact + 1e-4 * draw.normal(), f"{name}_se": 0.003}
             total = point["rate_bpd"] + point["distortion_bpd"]
-            points.append({**point, "nll_bpd": total, "nll_bpd_se": 0.003})
+            protocol = {"protocol": {"nll_timesteps": 7}}
+            points.append({**point, **protocol, "nll_bpd": total, "nll_bpd_se": 0.003})
     return points
 
 
