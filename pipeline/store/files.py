@@ -275,11 +275,11 @@ def write_manifest(directory: Path, names: Iterable[str] | Mapping[str, FileFact
 def note_times(manifest: Path, files: Mapping[str, FileFacts]) -> None:
     """Write `.sealed.json`: size, times and hash of a manifest and of its files, which were just compared."""
     hashes = {name: facts["sha256"] for name, facts in files.items()} | {manifest.name: hash_file(manifest)}
-    seal = {name: _describe(manifest.parent / name, sha256) for name, sha256 in hashes.items()}
-    write_json(manifest.with_name(SEALED), seal)
+    stamps = {name: _make_stamp(manifest.parent / name, sha256) for name, sha256 in hashes.items()}
+    write_json(manifest.with_name(SEALED), stamps)
 
 
-def _describe(path: Path, sha256: str | int) -> list[int | str]:
+def _make_stamp(path: Path, sha256: str | int) -> list[int | str]:
     facts = path.stat()
     return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, sha256]
 
@@ -306,11 +306,11 @@ def require_files(manifest: Path, files: Mapping[str, FileFacts], check: Check) 
     """
     folder, sealed = manifest.parent, read_record(manifest.with_name(SEALED), dict[str, list[int | str]])
     own, changed = sealed.get(manifest.name), False
-    if own and own != _describe(manifest, own[-1]) and hash_file(manifest) != own[-1]:
+    if own and own != _make_stamp(manifest, own[-1]) and hash_file(manifest) != own[-1]:
         raise PipelineError(f"{manifest} changed after it was sealed; {REMEDY}")
     for name, facts in files.items():
         path = folder / name
-        is_sealed = path.is_file() and sealed.get(name) == _describe(path, facts["sha256"])
+        is_sealed = path.is_file() and sealed.get(name) == _make_stamp(path, facts["sha256"])
         changed |= not is_sealed
         needed: Check = "size" if is_sealed else "sha256"
         require_file(path, facts, needed if check == "seal" else check)

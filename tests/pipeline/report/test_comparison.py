@@ -67,7 +67,7 @@ def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, un
         assert re.findall(r"^\| \d\. (\S+) \|", markdown, re.MULTILINE) == order
         words = f"has the {METRICS[metric].best_word} {METRICS[metric].heading} of 4"
         assert f"> **{order[0]} {words}" in markdown
-    assert "Beside the paper" not in markdown
+    assert "Compared with the paper" not in markdown
 
 
 @pytest.mark.parametrize("other", [{"n": 64}, {"extractor": "another"}, {"reference": "test"}])
@@ -204,7 +204,7 @@ def test_rows_of_the_papers_tables_stand_beside_the_papers(tmp_path, undrawn):
         score(runs[-1], fid=fid, nll_bpd=3.9, rmse=1.0)
     markdown = page(runs, tmp_path / "page", note="scaled down")
     assert "\nScaled down.\n" in markdown
-    beside = markdown.partition("## Beside the paper")[2].partition("\n## ")[0]
+    beside = markdown.partition("## Compared with the paper")[2].partition("\n## ")[0]
     rows = [line for line in beside.splitlines() if line.startswith(("| ε, L_simple", "| **cifar10** |"))]
     assert re.match(r"\| ε, L_simple \| 3\.17 \| 5\.24 \| 9\.46 ± 0\.11 \| ≤ 3\.75 \| the paper \|", rows[0])
     assert re.match(r"\| \*\*cifar10\*\* \| 7\.00 \|.*not comparable", rows[1])

@@ -264,7 +264,7 @@ def test_an_estimated_bound_and_the_distance_to_the_optimum_are_said(make):
     manifest["findings"] = {"optimum.svg": "The network loses most at k = 100."}
     rundir.write_json(run.figures_manifest, manifest)
     html, markdown = write(run)
-    assert "**estimated**: t = 0 and 7 draws of t" in markdown and "`evaluate.nll_timesteps=null`" in markdown
+    assert "from t = 0 and 7 weighted draws of t" in markdown and "`evaluate.nll_timesteps=null`" in markdown
     assert "For these very images alone the error of the NLL is 0.016." in markdown
     assert "loses most at k = 100.</p>\n</blockquote>" in html
 
