@@ -42,9 +42,7 @@ class RaySession:
         self.cluster, self.interrupted, self.pixels = cluster, interrupted, pixels
         self.costs: list[Cost] = []
         self.local_processes: set[psutil.Process] = set()
-        self.count_trials: Callable[[], int] | None = (
-            None  # that share the cluster now; None: this is no trial
-        )
+        self.count_trials: Callable[[], int] | None = None  # of a study, that share the cluster now
 
     @staticmethod
     @contextmanager
@@ -137,9 +135,8 @@ class RaySession:
         there, per_task = ray.cluster_resources(), self.resources.gpus_per_task
         trials = self.count_trials() if self.count_trials else 1
         tasks = max(1, int(there.get("CPU", 1)) // trials // self.cluster.cpus_per_task)
-        return (
-            max(1, min(tasks, int(there.get("GPU", 0) / trials / per_task))) if per_task else tasks
-        ), tasks
+        actors = min(tasks, int(there.get("GPU", 0) / trials / per_task)) if per_task else tasks
+        return max(1, actors), tasks
 
 
 def call_on_machines(address: str, body: Callable[..., str], *args: object) -> dict[str, str]:
