@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 LINE_SECONDS = 15.0
-SMALL = 1 / 10  # of what is done: the rate of units that are no larger is taken from them alone
+SMALL = 1 / 10  # of the total: if a unit is no larger, the rate is computed from finished units alone
 
 
 def print_line(text: str) -> None:
@@ -92,9 +92,9 @@ class ProgressBar:
             print_line(f"{self.stage}: {done}/{self.total} {self.unit}{pace}{note and ', ' + note}")
 
     def _compute_rate(self, done: int, now: float) -> float | None:
-        """Return items per second; None before it is known.
+        """Compute items per second; None before it is known.
 
-        Small items count from the first one: what came before was starting up. Large ones end several at a time.
+        Small items count from the first finished one, without the start-up. Of large ones, several end together.
         """
         if self.first is None and done > self.start:
             self.first = now, done

@@ -76,7 +76,7 @@ class StopSignals:
         self._asked.set()
         self.stop_file.touch()
         drop_lost_outputs()
-        with suppress(OSError, RuntimeError):  # the signal may have come in the middle of a print
+        with suppress(OSError, RuntimeError):  # the signal may have interrupted a print
             print_line("stopping at the next safe point; a second signal (Ctrl-C) stops at once")
 
     def __exit__(self, *_: object) -> None:

@@ -121,7 +121,7 @@ class Pool:
             assert isinstance(new, ActorHandle)
             self.calls[new.__ray_ready__.remote()] = PendingCall(None, new)
         if tasks and self.idle and ray.available_resources().get("CPU", 0) < self.cpus:
-            self.end_idle_actors()  # a task may be waiting for what they hold
+            self.end_idle_actors()  # a task may be waiting for their CPUs or GPUs
 
     def _take_result(self, reference: ObjectRef) -> float | None:
         """Return the seconds of a finished unit and mark its actor as idle; None if the actor died.

@@ -27,7 +27,7 @@ from pipeline.store.run import Place
 
 START_SECONDS = 600  # for which the machines of a cluster that still starts are waited for
 CALL_SECONDS = 60  # for which a machine may start a process and look around
-FREE_SECONDS = 5  # until what was given back is free
+FREE_SECONDS = 5  # until released CPUs and GPUs are free
 
 
 class RaySession:
@@ -91,7 +91,7 @@ class RaySession:
         """Say which resources the command waits for, because the joined cluster is full."""
         if self.cluster.ray_address is None or self.count_trials:
             return
-        for _ in range(FREE_SECONDS):  # what was given back takes a moment
+        for _ in range(FREE_SECONDS):  # released CPUs and GPUs take a moment
             there = ray.available_resources()
             free_cpus, free_gpus = there.get("CPU", 0), there.get("GPU", 0)
             if count * cpus <= free_cpus and count * gpus <= free_gpus:

@@ -1,6 +1,6 @@
 """Checks of plain values against the types of dataclasses, by pydantic, with messages of our own.
 
-A field says by its type what it may hold: a choice is a `Literal`, a list a tuple, a number may have a `Range`.
+The type of a field defines its values: a choice is a `Literal`, a list is a tuple, a number may have a `Range`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Tree = dict[str, Any]  # plain containers, as yaml has them
-Kind = type | UnionType  # what a key may hold: also the forms Annotated[...], Literal[...] and tuple[...]
+Kind = type | UnionType  # the type of a key: also the forms Annotated[...], Literal[...] and tuple[...]
 Types = Mapping[str, Kind]  # by key
 ProblemsByKey = dict[str, str]  # dotted key -> what is wrong with it; f"{key} {problem}" is one line
 

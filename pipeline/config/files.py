@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from pipeline.config.checks import Kind, Tree, find_type, flatten, takes_text
 from pipeline.errors import ConfigError, suggest
 
-Folder = Literal["", "sweep", "cluster"]  # below conf/; experiments stand in conf/ itself
+Folder = Literal["", "sweep", "cluster"]  # below conf/; experiments are in conf/ itself
 FOLDERS: tuple[Folder, ...] = get_args(Folder)
 
 QUOTED = r"""'([^']|'')*'|"([^"\\]|\\.)*\""""
@@ -82,7 +82,7 @@ def read_configuration(path: Path, folder: Folder = "", seen: tuple[Path, ...] =
     near = path.parent / f"{base}.yaml"
     file = near if near.is_file() else find_configuration(base, folder)
     below = read_configuration(file, folder, (*seen, path.resolve()))
-    below.pop("name", None)  # a name belongs to the file that says it
+    below.pop("name", None)  # an experiment's name is never inherited
     return _merge(below, tree)
 
 

@@ -48,7 +48,7 @@ def find_stage_place(stage: Stage, place: Place) -> Place:
 def list_rounds(stage: Stage, place: Place) -> Iterator[list[Unit]]:
     """Yield the rounds of units of a stage: those that make its inputs, then its own.
 
-    Inputs of different places are made at the same time; equal units (the features of the reference) come once.
+    Inputs of different places are made at the same time; equal units (the features of the reference) are yielded once.
     """
     inputs: dict[Place, list[Stage]] = {}
     for name, subject in stage.list_inputs(place):

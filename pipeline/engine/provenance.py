@@ -81,7 +81,7 @@ def _read_codes(place: Place) -> dict[str, str]:
 def write_record(place: Place, todo: Sequence[Stage], accept_code: bool = False) -> None:
     """Write experiment.yaml, the resolved configuration and its provenance, and keep the patch of a changed tree.
 
-    Raises PipelineError if a stage of `todo` would add to what another code made, unless that is accepted.
+    Raises PipelineError if a stage of `todo` would add to results of other code, unless `accept_code`.
     """
     codes = _read_codes(place)
     if any(stage.adds_to_run for stage in todo):

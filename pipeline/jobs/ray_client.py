@@ -121,7 +121,7 @@ def check_versions(cluster: JobCluster) -> list[str]:
 def follow_log(cluster: JobCluster, job: str) -> JobDetails:
     """Print the job's log until the job ends; return its details.
 
-    A connection that breaks off is made again; the log then comes from its start, and what was printed is left out.
+    A broken connection is made again; the log then comes from its start, and lines that were printed are skipped.
     """
     from aiohttp import ClientError
 

@@ -90,7 +90,7 @@ def tabulate_group(
     keys = [key for key in find_swept_keys(runs) if not is_in_labels(key)][:MOST_COLUMNS]
     others = [m for m in METRICS.values() if not m.detail and any(m.name in run.scores for run in runs)]
     metrics = [metric, *(other for other in others if other.name != metric.name)]
-    # how samples were drawn may differ within a group: it is part of what is compared
+    # the sampler may differ within a group: it is a part of the comparison
     differing = set(list_differing_settings([run.protocol for run in runs])) - {
         "checkpoint",
         "batch_size",

@@ -1,6 +1,6 @@
 """One self-contained HTML file from the Markdown of a page.
 
-Pictures and style are inside, no script runs, and nothing is fetched. `templates/style.css` says how a thing looks.
+Pictures and style are inside, no script runs, and nothing is fetched. `templates/style.css` is the style.
 """
 
 import base64

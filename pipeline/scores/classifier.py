@@ -60,7 +60,7 @@ class Classifier(nn.Module):
 def fit_classifier(images: np.ndarray, labels: np.ndarray, classes: int) -> Classifier:
     """Train a classifier on uint8 images (n,C,H,W) and their labels in 0..classes-1.
 
-    It trains in fp32 on one thread, so that the same machine gives the same bits whatever its number of threads.
+    It trains in fp32 on one thread, so that the same machine gives the same bits for any number of threads.
     """
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     net = Classifier(x.shape[1], classes)

@@ -38,7 +38,7 @@ class LmdbSource(ImageSource):
         self.skipped = dict.fromkeys((f"database {folder.name}" for folder in beside), 1)
         self.files = list(self._parts.values())
         folder = self._parts["train"].parent
-        # The names of LSUN's folders tell its splits apart; any other folder is a place.
+        # LSUN's folder names are its splits, so the fingerprint includes them; names of other folders do not count.
         self.root = folder.parent if "test" in self._parts or folder.name.endswith("train_lmdb") else folder
 
     def count_images(self) -> dict[str, int]:
