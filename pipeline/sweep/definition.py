@@ -23,7 +23,7 @@ Values = dict[str, Value]
 
 @dataclass(frozen=True)
 class PointMethod:
-    """How points are drawn from the space; a longer list of points begins with the shorter one."""
+    """Method of drawing points from the space; a longer list of points begins with the shorter one."""
 
     method: Literal["grid", "one_at_a_time", "random", "sobol"] = "grid"
     points: CountOrNull = None
