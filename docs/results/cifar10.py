@@ -31,6 +31,7 @@ PAPER = {"nll_bpd": 3.75, "rate_bpd": 1.78, "distortion_bpd": 1.97, "rmse": 0.95
 LINEAR = {name: LMMSE[name] for name in ("rate_bpd", "rmse")}
 IMAGES = 64
 OPTIMUM = "optimum.svg"
+PARTS = ("scores", "reference_points", "protocol")
 
 
 def main(path: Path) -> None:
@@ -44,20 +45,21 @@ def main(path: Path) -> None:
     train = place.experiment.train
     (optimum,) = place.path.glob(f"figures/*/{OPTIMUM}")
     shutil.copy(optimum, PICTURES / f"cifar10-{OPTIMUM}")
+    model = load(place.path)
     twin = {
+        "drawn": {key: model.options.get(key) for key in ("sampler", "steps", "eta", "variance")},
         "optimum": read_json(optimum.with_name("manifest.json"), dict)["findings"][OPTIMUM],
         "scores": results["scores"], "protocol": results["protocol"], "paper": PAPER, "linear": LINEAR,
         "parameters": sum(t.numel() for t in create_network(place.experiment, "meta").parameters()),
         "width": place.experiment.model.channels, "images": step * train.batch_size,
         "images_per_second": [round(value, 1) for value in (min(rates), median(rates), max(rates))],
         "commits": read_json(place.path / "commits.json", dict),
-        "others": [{key: one[key] for key in ("scores", "reference_points", "protocol")} for one in others],
+        "others": [{key: one[key] for key in PARTS if key in one} for one in others],
         "train_seconds": read_json(place.path / "timings.json", dict)["train"],
     }  # fmt: skip
     (HERE / "cifar10.json").write_text(json.dumps(twin, indent=1) + "\n")
     (HERE / "cifar10.md").write_text(format_page(twin))
-    samples = to_uint8(load(place.path).sample(IMAGES))
-    save_grid(samples, 8, PICTURES / "cifar10-samples.png")
+    save_grid(to_uint8(model.sample(IMAGES)), 8, PICTURES / "cifar10-samples.png")
     test = torch.from_numpy(tars.load_images(place.data, "test", 0, IMAGES)[0])
     save_grid(test, 8, PICTURES / "cifar10-test.png")
 
@@ -109,12 +111,14 @@ steps of a chain, which decide the colours and the layout of an image.
 
 ## The samples beside other images
 
+gaussian: drawn with the mean and covariance of the training images.
+
 {pictures}
 ## Protocol
 
 NLL of all {protocol["nll_images"]:,} test images, estimated with t = 0 and {protocol["nll_timesteps"]} draws of t for
 each (80,000 passes), {protocol["nll_precision"]}, EMA weights of step {protocol["checkpoint"]:,}; ± is one standard
-error. The samples are ancestral ones (fixedsmall) of 50 steps.
+error. The samples at the top are of {describe_sampler(twin["drawn"])}.
 Not comparable with the paper: {"; ".join(protocol["why_not"])}.
 
 The same checkpoint in other ways:
@@ -125,6 +129,11 @@ The same checkpoint in other ways:
 
 ```
 ddpm sweep ladder data.path=FOLDER_OR_ARCHIVE cluster.workers=0   # trains and scores; the same command goes on
+S="sample.num_images=2000 sample.sampler=dpm++ sample.eta=1 sample.variance=null sample.steps=20"
+ddpm evaluate RUN/experiment.yaml $S evaluate.metrics=[fid,fid_test,is,kid] evaluate.features=classifier
+ddpm evaluate RUN/experiment.yaml $S evaluate.metrics=[fid,is,kid,prc] evaluate.features=efficientnet-lite0 \\
+  evaluate.reference=test
+ddpm report RUN/experiment.yaml figures.which=[optimum]
 python docs/results/ladder.py RUN                                 # adds its points to the ladder's page
 python docs/results/cifar10.py RUN                                # this page and its pictures
 ```
@@ -142,10 +151,15 @@ def format_features(one: dict) -> str:
     for row, scores in rows.items():
         cells = (METRICS[name].format_score(scores) if scores.get(name) is not None else "" for name in names)
         lines.append(f"| {row} | {' | '.join(cells)} |")
-    steps = f"{protocol['steps']} steps of {protocol['sampler']}, eta {protocol['eta']}"
     against = f"{protocol['reference_images']:,} {protocol['reference']} images"
-    lines.append(f"\nFeatures: {protocol['extractor']}; {steps}; against {against}.\n")
+    lines.append(f"\nFeatures: {protocol['extractor']}; {describe_sampler(protocol)}; against {against}.\n")
     return "\n".join(lines)
+
+
+def describe_sampler(of: dict) -> str:
+    """Return how samples were drawn, as a configuration names it."""
+    kind = of["variance"] if of["sampler"] == "ancestral" else f"eta {of['eta']:g}"
+    return f"{of['steps']:,} steps of {of['sampler']} ({kind})"
 
 
 def format_check(one: dict) -> str:
@@ -153,7 +167,8 @@ def format_check(one: dict) -> str:
     protocol = one["protocol"]
     draws = f"t = 0 and {protocol['nll_timesteps']} draws of t" if protocol["nll_timesteps"] else "every t"
     value = METRICS["nll_bpd"].format_score(one["scores"])
-    return f"- {protocol['nll_images']:,} test images, {draws}: NLL {value}"
+    code = "another commit" if "code" in protocol else "the commit that trained it"
+    return f"- {protocol['nll_images']:,} test images, {draws}, by the code of {code}: NLL {value}"
 
 
 if __name__ == "__main__":
