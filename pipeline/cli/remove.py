@@ -5,6 +5,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from pipeline.cli import arguments
 from pipeline.config.checks import Tree
 from pipeline.console import print_line
@@ -14,6 +16,12 @@ from pipeline.scores.results import Results
 from pipeline.store import run as store
 from pipeline.store.files import delete_folder, is_locked, lock_folder, read_json, read_sealed
 from pipeline.store.tars import ShardSetFacts
+
+
+class Ranking(TypedDict):
+    """What is read of a leaderboard."""
+
+    trials: list[Tree]
 
 
 def remove_runs(options: Namespace) -> int:
@@ -50,7 +58,7 @@ def remove_runs(options: Namespace) -> int:
 def _list_dependents(root: Path, run: Path, folder: Path) -> Iterator[str]:
     """List what uses a folder: of a run, the leaderboards that rank it; of a sample set, the scores made from it."""
     for file in store.find_leaderboards(root) if folder == run else ():
-        if any(trial["run"] == run.name for trial in read_json(file, Tree)["trials"]):
+        if any(trial.get("run") == run.name for trial in read_json(file, Ranking)["trials"]):
             yield f"the leaderboard of {file.parent.name}"
     for file in (file for file in store.find_sample_manifests(run) if file.parent == folder):
         drawn = read_json(file, ShardSetFacts).get("protocol", {})

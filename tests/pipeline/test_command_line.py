@@ -126,6 +126,8 @@ def test_rm_deletes_what_nothing_refers_to_after_a_question(tmp_path, monkeypatc
         assert main(["rm", *named, f"cluster.storage={tmp_path}"]) == code
     assert {name for name, run in runs.items() if run.path.exists()} == set(names) - {gone}
     assert runs["failed"].samples.exists() == (not gone.startswith("failed"))
+    write_json(locate_study(tmp_path, "s") / LEADERBOARD, {})
+    assert main(["rm", runs["busy"].name, "--yes", f"cluster.storage={tmp_path}"]) == 1
 
 
 def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, capsys, monkeypatch):

@@ -122,7 +122,8 @@ def _read_labels(file: Path) -> np.ndarray | None:
     if index < 0 or not types.is_integer(opened.schema_arrow.field(index).type):
         return None
     with explain_broken_file(file, KIND):
-        labels: np.ndarray = opened.read([LABEL], use_threads=False)[LABEL].fill_null(-1).to_numpy()
+        column = opened.read([LABEL], use_threads=False)[LABEL].cast("int64")  # -1 is no uint8
+        labels: np.ndarray = column.fill_null(-1).to_numpy()
     return labels
 
 

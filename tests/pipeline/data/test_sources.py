@@ -193,9 +193,11 @@ def test_parquet_with_bare_bytes(tmp_path):
     import pyarrow.parquet as parquet
 
     for kind in (pyarrow.binary(), pyarrow.large_binary()):
-        table = pyarrow.table({"jpg": pyarrow.array(encode_numbered(3), kind), "text": ["a", "b", "c"]})
+        labels = pyarrow.array([0, 1, 2], pyarrow.uint8())
+        table = pyarrow.table({"jpg": pyarrow.array(encode_numbered(3), kind), "label": labels})
         parquet.write_table(table, tmp_path / "images.parquet")
         assert numbers(config("parquet", tmp_path)) == [0, 1, 2]
+        assert sources.open_source(config("parquet", tmp_path)).read_labels("train").tolist() == [0, 1, 2]
 
 
 # LMDB
