@@ -229,14 +229,14 @@ def draw_images(options: Namespace) -> None:
 
 def export_weights(options: Namespace) -> None:
     from pipeline import tracking
-    from pipeline.engine.find import find_run
+    from pipeline.engine.find import find_run, read_place
     from pipeline.report.model_card import write_card
     from pipeline.store import diffusers_layout
 
     cluster = arguments.load_cluster(options, alone=True)
     folder = Path(options.directory).expanduser().absolute()
     if not options.run.startswith(tracking.PREFIX):
-        path = find_run(options.run, cluster.storage_root)
+        path = read_place(find_run(options.run, cluster.storage_root)).path  # with its own settings
         place, exported, source = diffusers_layout.export_to_diffusers(
             path, folder, options.weights, options.step
         )

@@ -429,6 +429,10 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
         assert card.startswith("---\nlicense:") and f"{weights} weights of step 6" in card
         has_scores = "| NLL, bits/dim | ≤" in card and "| Decoder |" in card
         assert has_scores == (weights == "raw"), "of these weights alone"
+    settings = run.experiment_yaml.read_text()
+    run.experiment_yaml.write_text(settings.replace("beta_end: 0.", "beta_end: 0.0"))  # of another run
+    assert main(["export", run.path.name, str(tmp_path / "no"), f"cluster.storage={storage}"]) == 1
+    run.experiment_yaml.write_text(settings)
     wrong = ["import", str(exported), "--weights=ema", *digits, "name=entered", f"cluster.storage={storage}"]
     assert main(wrong) == 2 and "the weights in this folder are raw" in capsys.readouterr().err
     words = [*digits, "name=entered", *ONE_CPU, f"cluster.storage={storage}"]
