@@ -320,7 +320,7 @@ def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
     publish(tmp_path, tiny())
     (tmp_path / "config.json").unlink()
     assert_refused(r"config\.json cannot be read \(No such file", tmp_path)
-    with pytest.raises(ConfigError, match=r"published\.weights is null; say"):
+    with pytest.raises(ConfigError, match=r"published\.weights is null; set"):
         tiny(f"published.path={tmp_path}")
     with pytest.raises(ConfigError, match=r"published\.path is null"):
         keys.make_run_key(config.load_experiment("cifar10_published", []), "data")
