@@ -183,7 +183,7 @@ def test_both_deployments_start_the_same_images_and_tracking_server():
     containers = [box for template in pod_templates() for box in template["spec"]["containers"]]
     assert {box["image"] for box in containers} == {OURS, compose["postgres"]["image"]}
     (server,) = (box for box in containers if box["name"] == "mlflow")
-    assert server["command"] == compose["mlflow"]["command"]
+    assert server["command"] == compose["mlflow"]["entrypoint"]
 
 
 # Slurm
