@@ -21,9 +21,10 @@ from pipeline.report.paper import LMMSE
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.results import Results
 from pipeline.store import tars
-from pipeline.store.checkpoint import create_network, list_steps
+from pipeline.store.checkpoint import create_network
 from pipeline.store.files import read_json
 from pipeline.store.log import read_points
+from pipeline.store.run import list_steps
 
 HERE = Path(__file__).parent
 PICTURES = HERE.parent / "pictures"

@@ -31,9 +31,8 @@ from pipeline.compute.resources import Resources
 from pipeline.compute.units import GIB, Body, Value, Worker
 from pipeline.config import ClusterConfig
 from pipeline.errors import PipelineError, TransientError, shorten_error
-from pipeline.store.checkpoint import list_steps
 from pipeline.store.files import write_text
-from pipeline.store.run import Place
+from pipeline.store.run import Place, list_steps
 
 POLL_SECONDS = 0.5
 RESIZE_SECONDS = 300.0  # between looks for more nodes: a larger group starts from the newest checkpoint

@@ -11,7 +11,7 @@ from pipeline import tracking
 from pipeline.config.checks import Tree
 from pipeline.engine.find import find_run, read_place
 from pipeline.store import checkpoint, diffusers_layout
-from pipeline.store.run import EXPERIMENT, Place
+from pipeline.store.run import EXPERIMENT, Place, list_steps
 from pipeline.store.selection import fill_in_selection
 from pipeline.store.tensors import Tensors
 
@@ -37,7 +37,7 @@ def read_model(name: str, root: Path, uri: str | None = None) -> tuple[Tree, Ten
 def choose_checkpoint(place: Place) -> Place:
     """Return the place with the checkpoint that its run samples, or with the newest one until that exists."""
     place = fill_in_selection(place) or place
-    sample, steps = place.experiment.sample, checkpoint.list_steps(place.train)
+    sample, steps = place.experiment.sample, list_steps(place.train)
     is_known = sample.checkpoint != "best" or place.experiment.selected
     if not (is_known and place.experiment.checkpoint_step in steps):
         if not steps:

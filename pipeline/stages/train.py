@@ -36,7 +36,7 @@ from pipeline.stages.stage import GroupStage
 from pipeline.store import checkpoint, diffusers_layout, tars
 from pipeline.store.files import remove_leftovers
 from pipeline.store.log import Heartbeat, LogWriter, read_progress
-from pipeline.store.run import Place
+from pipeline.store.run import Place, list_steps
 from pipeline.store.tensors import Tensors
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ class TrainStage(GroupStage):
 
     def find_step_range(self, place: Place) -> tuple[int, int]:
         steps = place.experiment.train.steps
-        return max(checkpoint.list_steps(place.train, steps), default=0), steps
+        return max(list_steps(place.train, steps), default=0), steps
 
     def read_progress(self, place: Place) -> tuple[int, str]:
         step, loss = read_progress(place)

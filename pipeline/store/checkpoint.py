@@ -8,8 +8,6 @@ while these are right. Without the state it is complete for scoring, never for r
 from __future__ import annotations
 
 import logging
-import math
-import re
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -33,7 +31,7 @@ from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.store import files
-from pipeline.store.run import Place, find_sample_facts, find_scores, find_selections
+from pipeline.store.run import Place, find_sample_facts, find_scores, find_selections, list_steps
 from pipeline.store.tensors import Tensors, save_tensors
 
 logger = logging.getLogger(__name__)
@@ -82,11 +80,6 @@ def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         copies[name] = copy.copy_(tensor.detach())
     return copies
-
-
-def list_steps(train: Path, at_most: float = math.inf) -> list[int]:
-    names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
-    return sorted(step for match in names if match and (step := int(match[1])) <= at_most)
 
 
 def raise_no_checkpoint(place: Place, which: str) -> NoReturn:

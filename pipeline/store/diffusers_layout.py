@@ -23,7 +23,7 @@ from pipeline.config import Experiment, PublishedConfig, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
-from pipeline.store.run import EXPERIMENT, Place, locate_without_data
+from pipeline.store.run import EXPERIMENT, Place, list_steps, locate_without_data
 from pipeline.store.tensors import Tensors, load_tensors, read_header, save_tensors
 from pipeline.store.weight_files import find_weight_files
 
@@ -272,7 +272,7 @@ def export_to_diffusers(
     """
     experiment = load_experiment(str(path / EXPERIMENT), [])
     place = locate_without_data(path, experiment)
-    steps = checkpoint.list_steps(place.train)
+    steps = list_steps(place.train)
     if not steps or (step is not None and step not in steps):
         checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")
     sample = replace(experiment.sample, checkpoint=step or steps[-1], weights=which, ema_decay=None)

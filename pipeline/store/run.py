@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -183,6 +185,12 @@ def locate_study(storage: Path, name: str) -> Path:
 
 def locate_comparison(storage: Path, key: str) -> Path:
     return storage / "comparisons" / key
+
+
+def list_steps(train: Path, at_most: float = math.inf) -> list[int]:
+    """List the steps of the checkpoints in a training folder, ascending, complete or not."""
+    names = (re.fullmatch(r"step_(\d+)", path.name) for path in train.glob("step_*"))
+    return sorted(step for match in names if match and (step := int(match[1])) <= at_most)
 
 
 def find_runs(storage: Path, prefix: str = "") -> list[Path]:

@@ -11,8 +11,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from pipeline.store import files
-from pipeline.store.checkpoint import list_steps
-from pipeline.store.run import Place
+from pipeline.store.run import Place, list_steps
 
 
 class CandidateScore(TypedDict):

@@ -16,7 +16,7 @@ from pipeline.config.checks import Tree
 from pipeline.errors import hide_password
 from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
-from pipeline.store.run import EXPERIMENT, Place
+from pipeline.store.run import EXPERIMENT, Place, list_steps
 from pipeline.store.tensors import Tensors, load_tensors, save_tensors
 from pipeline.tracking.mlflow_client import create_client, explain_errors
 
@@ -35,7 +35,7 @@ REQUIREMENTS = ["mlflow>=3.17", "torch>=2.7", "safetensors", "numpy"]
 def list_model_steps(place: Place, selected: Place | None, limit: float) -> list[int]:
     """List the steps whose weights MLflow gets: the last and the selected one, if they have at most `limit` bytes."""
     steps = {place.experiment.train.steps, *([selected.experiment.checkpoint_step] if selected else [])}
-    kept = [step for step in checkpoint.list_steps(place.train) if step in steps]
+    kept = [step for step in list_steps(place.train) if step in steps]
     files = {step: checkpoint.read_meta(place.step_folder(step))["files"] for step in kept}
     return [step for step, facts in files.items() if facts[checkpoint.EMA]["bytes"] <= limit]
 

@@ -11,10 +11,10 @@ from pipeline import config
 from pipeline.config.checks import Tree
 from pipeline.config.neutral import UNHASHED
 from pipeline.store import keys, selection
-from pipeline.store.checkpoint import describe_model, list_steps, read_meta
+from pipeline.store.checkpoint import describe_model, read_meta
 from pipeline.store.files import MANIFEST, SEALED, PageManifest, read_json, read_manifest, try_read
 from pipeline.store.log import find_end
-from pipeline.store.run import Place, find_scores
+from pipeline.store.run import Place, find_scores, list_steps
 from pipeline.store.tars import ShardSetFacts
 from pipeline.tracking import models
 from pipeline.tracking.run_sender import ChildRun, RunSender

@@ -218,17 +218,23 @@ def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, fin
 
 @pytest.mark.parametrize(
     "words",
-    [["run", "--help"], ["run", "digits", "model.dropuot=1"], ["reproduce", "cifar10", "train.lr=fast"]],
+    [
+        ["run", "--help"],
+        ["run", "digits", "model.dropuot=1"],
+        ["reproduce", "cifar10", "train.lr=fast"],
+        ["status"],
+    ],
 )
-def test_help_and_wrong_configurations_import_nothing_heavy(words):
+def test_help_status_and_wrong_configurations_import_nothing_heavy(words, finished):
     code = (
         "import sys; from pipeline.cli.program import main\n"
         "try: code = main(sys.argv[1:])\n"
         "except SystemExit as end: code = end.code\n"
         "assert not {'torch', 'ray', 'mlflow', 'matplotlib'} & set(sys.modules), 'imported'; sys.exit(code)"
     )
-    outcome = python(code, *words)
-    assert outcome.returncode == (0 if "--help" in words else 2), outcome.stderr
+    is_status = words == ["status"]
+    outcome = python(code, *words, *([f"cluster.storage={finished}"] if is_status else []))
+    assert outcome.returncode == (0 if is_status or "--help" in words else 2), outcome.stderr
     assert "imported" not in outcome.stderr
 
 

@@ -17,7 +17,7 @@ import yaml
 from conftest import ROOT, TINY, free_port, read_losses, wait_until
 
 from pipeline.engine.code import find_commit
-from pipeline.store import checkpoint
+from pipeline.store.run import list_steps
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -99,7 +99,7 @@ class Client:
 
     def steps(self) -> list[int]:
         runs = self.storage.glob("tiny-*")
-        return sorted(step for run in runs for step in checkpoint.list_steps(run / "train"))
+        return sorted(step for run in runs for step in list_steps(run / "train"))
 
 
 @pytest.fixture

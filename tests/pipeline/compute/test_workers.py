@@ -20,6 +20,7 @@ from pipeline.stages import report, train
 from pipeline.store import checkpoint
 from pipeline.store.files import hash_file, lock_folder
 from pipeline.store.log import describe_slow_rank, find_end, read_points
+from pipeline.store.run import list_steps
 from pipeline.tracking.run_sender import RunSender
 
 STEPS = 30
@@ -76,7 +77,7 @@ class Group:
 
     def wait_for_step(self, step):
         deadline = time.monotonic() + LONG
-        while not any(found >= step for found in checkpoint.list_steps(self.run.train)):
+        while not any(found >= step for found in list_steps(self.run.train)):
             assert time.monotonic() < deadline and all(p.is_alive() for p in self.processes)
             time.sleep(0.01)
 
@@ -168,7 +169,7 @@ def test_one_to_four_workers_train_alike_and_their_number_may_change(tiny_run):
     changing = apart(run, "changing")
     for workers, steps in ((3, 11), (1, 10), (4, None)):
         assert set(Group(workers, experiment_of(run), changing, steps).finish()) == {0}
-    assert {11, 21} <= set(checkpoint.list_steps(changing.train))
+    assert {11, 21} <= set(list_steps(changing.train))
     alone = losses(apart(run, "1"))
     assert [step for step, _ in alone] == sorted({*range(2, 31, 2), *range(5, 31, 5)})
     for name in ("2", "3", "4", "changing"):

@@ -20,9 +20,8 @@ from pipeline.engine import find, preflight
 from pipeline.engine.plan import list_required_stages
 from pipeline.errors import PipelineError
 from pipeline.stages import train
-from pipeline.store import checkpoint
 from pipeline.store.files import lock_folder
-from pipeline.store.run import Place
+from pipeline.store.run import Place, list_steps
 
 
 def raise_error(number):
@@ -136,7 +135,7 @@ def test_checkpoints_are_as_large_as_said(tiny_run):
     experiment, run = tiny_run.experiment, tiny_run
     one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
     train.STAGE.run_worker(one_cpu().context, run.of(one))
-    (written,) = (run.step_folder(step) for step in checkpoint.list_steps(run.train))
+    (written,) = (run.step_folder(step) for step in list_steps(run.train))
     found = sum(file.stat().st_size for file in written.iterdir())
     assert preflight.estimate_requirements(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
 

@@ -18,6 +18,7 @@ from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint
+from pipeline.store.run import list_steps
 
 
 def train_to(run, steps, context=None):
@@ -165,7 +166,7 @@ def test_a_run_stopped_between_two_points_has_an_untouched_runs_curve(tiny_run):
     for step in (1, 4, 5):
         stopped = renamed(tiny_run, f"-{step}")
         train_to(stopped, 8, stop_at(step))
-        assert checkpoint.list_steps(stopped.train) == [step]
+        assert list_steps(stopped.train) == [step]
         assert curve(train_to(stopped, 8), "loss", "grad_norm") == expected
         assert_equal_states(stopped, tiny_run, 8)
 

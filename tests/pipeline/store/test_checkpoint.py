@@ -9,6 +9,7 @@ from staged import asking_for, change, scoring
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import write_json, write_text
+from pipeline.store.run import list_steps
 
 TENSORS = {"net.w": torch.arange(6.0).reshape(2, 3), "step": torch.tensor(7)}
 EMA = {"w": torch.ones(2, 3)}
@@ -87,7 +88,7 @@ def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
     saved(tiny_run, 1, 2, 3, 4, 5, 6, 8)
     # a longer tiny_run's are none of its business
     checkpoint.delete_old_checkpoints(keeping(tiny_run, **rules), at_most=6)
-    assert checkpoint.list_steps(tiny_run.train) == left
+    assert list_steps(tiny_run.train) == left
 
 
 def test_what_anything_refers_to_stays_and_all_where_it_is_not_known(tiny_run, caplog):
@@ -98,18 +99,18 @@ def test_what_anything_refers_to_stays_and_all_where_it_is_not_known(tiny_run, c
     write_json(tiny_run.path / "evaluation" / "0a" / "metrics.json", at[3])
     write_json(tiny_run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
     checkpoint.delete_old_checkpoints(keeping(tiny_run, 1), at_most=6)
-    assert checkpoint.list_steps(tiny_run.train) == [1, 2, 3, 4, 6]
+    assert list_steps(tiny_run.train) == [1, 2, 3, 4, 6]
     saved(tiny_run, 5)
     write_text(tiny_run.path / "evaluation" / "0a" / "metrics.json", "{")
     checkpoint.delete_old_checkpoints(keeping(tiny_run, 1), at_most=6)
-    assert checkpoint.list_steps(tiny_run.train) == [1, 2, 3, 4, 5, 6]
+    assert list_steps(tiny_run.train) == [1, 2, 3, 4, 5, 6]
     assert "no checkpoint is deleted" in caplog.text
 
 
 def test_a_kept_step_can_be_scored_but_not_resumed(tiny_run, caplog):
     saved(tiny_run, 1, 2, 4, 6)
     checkpoint.delete_old_checkpoints(keeping(tiny_run, 1, every=3, steps=(2, 4, 6)), at_most=6)
-    assert checkpoint.list_steps(tiny_run.train) == [2, 4, 6]
+    assert list_steps(tiny_run.train) == [2, 4, 6]
     assert [checkpoint.has_state(tiny_run.step_folder(step)) for step in (2, 4, 6)] == [False, False, True]
     assert checkpoint.is_valid(tiny_run, 4) and checkpoint.load_weights(tiny_run.step_folder(4), "ema")
     assert checkpoint.find_newest_step(tiny_run, at_most=5) is None and not caplog.text

@@ -30,7 +30,7 @@ from pipeline.engine.provenance import write_record
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.stages import evaluate, train
 from pipeline.store import checkpoint, diffusers_layout, keys
-from pipeline.store.run import Place
+from pipeline.store.run import Place, list_steps
 
 LEARNED = ["diffusion.variance=learned_range", "diffusion.loss=hybrid"]
 COLOUR = ["data.channels=3", "data.image_size=16"]
@@ -438,7 +438,7 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
     words = [*digits, "name=entered", *ONE_CPU, f"cluster.storage={storage}"]
     assert main(["import", str(exported), "--weights=raw", *words]) == 0
     (entered,) = storage.glob("entered-*")
-    assert checkpoint.list_steps(entered / "train") == [STEP]
+    assert list_steps(entered / "train") == [STEP]
     found = find.make_place(config.load_experiment(str(entered / "experiment.yaml"), []), storage)
     run_stage(evaluate, found)
     assert not found.log.exists(), "nothing was trained"

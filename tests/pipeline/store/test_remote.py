@@ -16,6 +16,7 @@ from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.store import checkpoint, remote, tars
 from pipeline.store.files import write_manifest
+from pipeline.store.run import list_steps
 
 SECRET = "a-secret-that-nobody-may-see"
 
@@ -137,7 +138,7 @@ def test_a_broken_pull_leaves_nothing_that_looks_finished(run, s3, monkeypatch, 
     with pytest.raises(KeyboardInterrupt):
         remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     assert "train/step_00000004/ema.safetensors" in fetched
-    assert 4 not in checkpoint.list_steps(tmp_path / run.path.name / "train")
+    assert 4 not in list_steps(tmp_path / run.path.name / "train")
     monkeypatch.setattr(remote.ObjectStore, "download", get)
     assert f", {len(fetched)} were there" in remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     assert checkpoint.read_meta(tmp_path / run.path.name / "train" / "step_00000004")
