@@ -96,8 +96,8 @@ def describe_step_memory(experiment: Experiment, workers: int) -> str:
     cards = ", ".join(f"{card} GiB: {parts}" for card, parts in fits.items())
     parts = min(config.accumulate or 1, images)
     return (
-        f"{needs[parts]:.1f} GiB of a GPU with {images} images in {parts} parts in {config.precision}, and the images "
-        f"themselves; least train.accumulate for a card of {cards}"
+        f"{needs[parts]:.1f} GiB of a GPU, for {images} images with train.accumulate={parts} in {config.precision} "
+        f"and the images themselves; least train.accumulate for a card of {cards}"
     )
 
 
