@@ -19,7 +19,7 @@ from pipeline.store.tars import ShardSetFacts
 
 
 class Ranking(TypedDict):
-    """What is read of a leaderboard."""
+    """The part of a leaderboard that is read here."""
 
     trials: list[Tree]
 
