@@ -25,7 +25,8 @@ class StepTimer:
             first.register_post_accumulate_grad_hook(self._end)
 
     def begin(self) -> None:
-        self.spans.append([self._read_clock()])
+        if self.ctx.world_size > 1:  # alone, nothing is compared
+            self.spans.append([self._read_clock()])
 
     def _end(self, _: torch.Tensor) -> None:
         self.spans[-1][1:] = [self._read_clock()]  # of the last part, if train.accumulate makes several
