@@ -21,17 +21,18 @@ class FastGroupNorm(nn.GroupNorm):
     """Group norm whose result is bfloat16 where x is. The kernel's sums are float32 all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            _normalize(F.group_norm, self.num_groups, self, x) if is_bf16_on_cuda(x) else super().forward(x)
-        )
+        if is_bf16_on_cuda(x):
+            return _normalize(F.group_norm, self.num_groups, self, x)
+        return super().forward(x)
 
 
 class FastLayerNorm(nn.LayerNorm):
     """Layer norm, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
-        is_faster = is_bf16_on_cuda(x)
-        return _normalize(F.layer_norm, self.normalized_shape, self, x) if is_faster else super().forward(x)
+        if is_bf16_on_cuda(x):
+            return _normalize(F.layer_norm, self.normalized_shape, self, x)
+        return super().forward(x)
 
 
 def _normalize(
