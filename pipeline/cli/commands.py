@@ -236,10 +236,8 @@ def export_weights(options: Namespace) -> None:
     cluster = arguments.load_cluster(options, alone=True)
     folder = Path(options.directory).expanduser().absolute()
     if not options.run.startswith(tracking.PREFIX):
-        path = read_place(find_run(options.run, cluster.storage_root)).path  # with its own settings
-        place, exported, source = diffusers_layout.export_to_diffusers(
-            path, folder, options.weights, options.step
-        )
+        place = read_place(find_run(options.run, cluster.storage_root))
+        exported, source = diffusers_layout.export_to_diffusers(place, folder, options.weights, options.step)
         write_card(folder, exported, source, place)
         print_line(f"{folder}: {source}")
         return

@@ -23,7 +23,7 @@ from pipeline.config import Experiment, PublishedConfig, load_experiment
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import checkpoint
 from pipeline.store.files import read_json, write_atomically, write_json
-from pipeline.store.run import EXPERIMENT, Place, list_steps, locate_without_data
+from pipeline.store.run import Place, list_steps
 from pipeline.store.tensors import Tensors, load_tensors, read_header, save_tensors
 from pipeline.store.weight_files import find_weight_files
 
@@ -263,15 +263,14 @@ def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
 
 
 def export_to_diffusers(
-    path: Path, directory: Path, which: Literal["ema", "raw"], step: int | None
-) -> tuple[Place, Experiment, str]:
-    """Write the weights of the run directory `path` so that diffusers' DDPMPipeline loads `directory`.
+    place: Place, directory: Path, which: Literal["ema", "raw"], step: int | None
+) -> tuple[Experiment, str]:
+    """Write the weights of a run so that diffusers' DDPMPipeline loads `directory`.
 
-    which: `ema` or `raw`; step None = the newest checkpoint. Returns the run, its experiment with these weights
-    as those that are sampled, and in words what was written.
+    which: `ema` or `raw`; step None = the newest checkpoint. Returns the run's experiment with these weights as those
+    that are sampled, and in words what was written.
     """
-    experiment = load_experiment(str(path / EXPERIMENT), [])
-    place = locate_without_data(path, experiment)
+    experiment = place.experiment
     steps = list_steps(place.train)
     if not steps or (step is not None and step not in steps):
         checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")
@@ -279,7 +278,7 @@ def export_to_diffusers(
     exported = replace(experiment, sample=sample)
     settings, tensors = checkpoint.read_model(place.of(exported))
     write_folder(exported, tensors, directory, exported.weights_kind, settings["source"])
-    return place, exported, settings["source"]
+    return exported, settings["source"]
 
 
 def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind: str, source: str) -> None:

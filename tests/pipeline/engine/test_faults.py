@@ -137,7 +137,7 @@ def of_another_run(folder):
 def test_a_checkpoint_of_another_is_named_and_trained_again(place, finished, change, caplog, tmp_path):
     change(place.step_folder(6))
     with pytest.raises(PipelineError, match="step_00000006"):
-        export_to_diffusers(place.path, tmp_path / "exported", "ema", 6)
+        export_to_diffusers(place, tmp_path / "exported", "ema", 6)
     bring_up_to_date(place)
     assert "step_00000006" in caplog.text
     assert files_of(place) == files_of(finished)

@@ -39,7 +39,7 @@ def build(experiment, change=lambda name, tensor: tensor):
 def test_a_run_and_its_export_draw_the_samples_of_the_run(sampled, tmp_path):
     write_record(sampled, ())
     stored, _ = tars.load_images(sampled.samples, "samples")
-    export_to_diffusers(sampled.path, tmp_path / "out", "ema", None)
+    export_to_diffusers(sampled, tmp_path / "out", "ema", None)
     for name, options in ((sampled.name[:-3], {}), (tmp_path / "out", {"seed": sampled.experiment.seed})):
         model = pipeline.load(name, storage=sampled.storage)
         assert torch.equal(to_uint8(model.sample(12, batch_size=6, **options)), torch.from_numpy(stored))

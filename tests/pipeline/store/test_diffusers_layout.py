@@ -349,7 +349,7 @@ def test_weights_compute_the_same_here_and_in_diffusers(tmp_path, overrides):
     assert_computes_the_same(importing(tmp_path / "theirs", *overrides), theirs)
     run, ours = trained(tmp_path, experiment)
     for which, added, step in (("ema", 1, STEP), ("raw", 0, None)):
-        diffusers_layout.export_to_diffusers(run.path, out := tmp_path / which, which, step)
+        diffusers_layout.export_to_diffusers(run, out := tmp_path / which, which, step)
         expected = {name: tensor + added for name, tensor in ours.state_dict().items()}
         torch.testing.assert_close(read(out, *overrides), expected, rtol=0, atol=0)
         with safe_open(out / "unet" / f"{FILE}.safetensors", "pt") as file:
@@ -372,7 +372,7 @@ def test_weights_compute_the_same_here_and_in_diffusers(tmp_path, overrides):
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
     experiment = tiny("diffusion.timesteps=25", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)
-    diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
+    diffusers_layout.export_to_diffusers(run, tmp_path / "out", "raw", None)
     diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
     z = torch.randn(len(diffusion) + 1, 8, 1, 8, 8, generator=generator)  # x_T last
     chain = run_chain(diffusion, net, z[-1], lambda t: z[t], variance=experiment.sample.variance)
@@ -401,7 +401,7 @@ def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrid
 def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
     run, _ = trained(tmp_path, tiny(*overrides))
     with pytest.raises(PipelineError, match=named):
-        diffusers_layout.export_to_diffusers(run.path, tmp_path / "out", "raw", None)
+        diffusers_layout.export_to_diffusers(run, tmp_path / "out", "raw", None)
     other = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"]())
     with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
         diffusers_layout.make_network_settings(other)
@@ -412,7 +412,7 @@ def test_export_overwrites_nothing_and_names_the_steps_there_are(tmp_path):
     missing = (tmp_path / "out", 4, r"no checkpoint of step 4 \(there are: 6\)")
     for folder, step, complaint in (missing, (run.path, None, "exists and is not empty")):
         with pytest.raises(PipelineError, match=complaint):
-            diffusers_layout.export_to_diffusers(run.path, folder, "ema", step)
+            diffusers_layout.export_to_diffusers(run, folder, "ema", step)
     assert not (tmp_path / "out").exists()
 
 
