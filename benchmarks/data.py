@@ -41,7 +41,7 @@ def run(settings: Settings) -> Outcome:
 def _shard(experiment: Any, run: Place) -> float:
     """Seconds of all work units, one after the other, and the manifest."""
     began, context = time.perf_counter(), create_local_worker(1)
-    for units in shard.STAGE.work(run.of(experiment)):
+    for units in shard.STAGE.work(run.replace_experiment(experiment)):
         for unit in units:
             unit.body(context, *unit.args)
     return time.perf_counter() - began

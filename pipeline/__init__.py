@@ -18,7 +18,7 @@ def load(name: str | Path, device: torch.device | str = "cpu", storage: str | Pa
     run samples raw ones. Raises PipelineError.
     """
     from ddpm.model import build_model
-    from pipeline.engine.load import read_model
+    from pipeline.engine.load import read_named_model
 
-    settings, tensors = read_model(str(name), Path(storage).expanduser().absolute())
+    settings, tensors = read_named_model(str(name), Path(storage).expanduser().absolute())
     return build_model(settings, tensors, device)

@@ -16,14 +16,14 @@ def with_weights(place, scale=1.0):
     tensors = checkpoint.create_network(place.experiment).state_dict()
     tensors["conv_out.weight"] *= 1e5 * scale
     raw, step = {f"net.{name}": tensor for name, tensor in tensors.items()}, place.experiment.train.steps
-    checkpoint.save_checkpoint(place.step_folder(step), raw, tensors, step)
+    checkpoint.save_checkpoint(place.locate_step(step), raw, tensors, step)
     checkpoint.load_model.cache_clear()
 
 
 def change(place, section, **changes):
     """The place with other settings in one section."""
     changed = dataclasses.replace(getattr(place.experiment, section), **changes)
-    return place.of(dataclasses.replace(place.experiment, **{section: changed}))
+    return place.replace_experiment(dataclasses.replace(place.experiment, **{section: changed}))
 
 
 asking_for, scoring = partial(change, section="sample"), partial(change, section="evaluate")

@@ -36,7 +36,7 @@ def make_run(
     write_log(run, 0, experiment.train.steps, experiment.train.log_every)
     for step in (experiment.train.steps - experiment.train.checkpoint_every, experiment.train.steps):
         write_checkpoint(run, step)
-        write_grid(run.grid(step), experiment)
+        write_grid(run.locate_grid(step), experiment)
     if scores:
         write_grid(run.samples_grid, experiment, 10)
         write_images(run.samples, experiment.data, ("samples",), "grid.png")
@@ -77,7 +77,7 @@ def write_log(run: Place, start: int, stop: int, every: int) -> None:
 
 def write_checkpoint(run: Place, step: int) -> None:
     files = {name: {"bytes": 1, "sha256": "ab" * 32} for name in ("ema.safetensors", "state.safetensors")}
-    rundir.write_json(run.step_folder(step) / "meta.json", {"step": step, "files": files})
+    rundir.write_json(run.locate_step(step) / "meta.json", {"step": step, "files": files})
 
 
 def write_grid(path: Path, experiment: Experiment, side: int = 8) -> None:

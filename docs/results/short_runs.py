@@ -60,7 +60,7 @@ def select_step(path: str, step: str) -> Place:
     """Return the place of a run whose checkpoint is that of `step`."""
     place = read_place(Path(path).absolute())
     train = replace(place.experiment.train, steps=int(step))
-    return place.of(replace(place.experiment, train=train))
+    return place.replace_experiment(replace(place.experiment, train=train))
 
 
 def describe_run(place: Place, base: dict[str, Any], test: Tensor) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.config import ClusterConfig, DataConfig
 from pipeline.console import print_line, show_progress
 from pipeline.data.sources.raw_image import DecodeError, RawImage, convert_to_record
 from pipeline.drawing.grids import save_animation, save_grid
-from pipeline.engine.load import read_model
+from pipeline.engine.load import read_named_model
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store.files import require_regular_file, write_arrays, write_atomically
 from pipeline.store.tars import decode_png, encode_png
@@ -31,7 +31,7 @@ def draw_images(options: Namespace, cluster: ClusterConfig, out: Path) -> None:
     _check_options(options, out)
     label = _read_label(options.label)
     asked = {"seed": options.seed, "steps": options.steps, "label": label}
-    settings, tensors = read_model(options.run, cluster.storage_root, cluster.tracking_uri)
+    settings, tensors = read_named_model(options.run, cluster.storage_root, cluster.tracking_uri)
     settings["options"] |= {name: value for name, value in asked.items() if value is not None}
     model = build_model(settings, tensors, "cuda" if torch.cuda.is_available() else "cpu")
     how, n = model.options, options.number or (1 if options.interpolate else 16)

@@ -18,7 +18,7 @@ from pipeline.store.files import delete_folder, is_locked, lock_folder, read_jso
 from pipeline.store.tars import ShardSetFacts
 
 
-class Ranking(TypedDict):
+class LeaderboardFile(TypedDict):
     """The part of a leaderboard that is read here."""
 
     trials: list[Tree]
@@ -58,7 +58,7 @@ def remove_runs(options: Namespace) -> int:
 def _list_dependents(root: Path, run: Path, folder: Path) -> Iterator[str]:
     """List what uses a folder: of a run, the leaderboards that rank it; of a sample set, the scores made from it."""
     for file in store.find_leaderboards(root) if folder == run else ():
-        if any(trial.get("run") == run.name for trial in read_json(file, Ranking)["trials"]):
+        if any(trial.get("run") == run.name for trial in read_json(file, LeaderboardFile)["trials"]):
             yield f"the leaderboard of {file.parent.name}"
     for file in (file for file in store.find_sample_manifests(run) if file.parent == folder):
         drawn = read_json(file, ShardSetFacts).get("protocol", {})

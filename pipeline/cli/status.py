@@ -20,7 +20,7 @@ from pipeline import config
 from pipeline.compute.resources import list_gpu_names
 from pipeline.config import ClusterConfig
 from pipeline.console import format_table
-from pipeline.engine.find import check_machines, check_storage, explain_first_version, prepare_storage_root
+from pipeline.engine import find
 from pipeline.engine.provenance import PACKAGES, find_package_version
 from pipeline.errors import PipelineError, hide_password
 from pipeline.scores.metrics import METRICS, format_headline
@@ -43,7 +43,7 @@ def format_status(root: Path) -> str:
     runs, studies, problems = [], [], []
     for path in sorted(changed, key=changed.__getitem__, reverse=True):
         try:
-            if old := explain_first_version(path):
+            if old := find.explain_first_version(path):
                 problems.append(old)
             else:
                 runs.append(_describe_run(path, changed[path]))
@@ -99,7 +99,7 @@ def _describe_run(path: Path, changed: float) -> str:
         lines.append(f"{format_headline(found['scores'])} ({about}, {extractor})")
     trained = "imported" if experiment.published.weights else f"{step}/{steps}"
     points = read_points(place.log)[-RECENT:] if state == "running" else []
-    left = _format_age(seconds) if (seconds := _estimate_left(points, steps - step)) else "-"
+    left = _format_age(seconds) if (seconds := _estimate_seconds_left(points, steps - step)) else "-"
     row = ROW.format(state, _format_age(time.time() - changed), left, trained, path.name)
     slow = filter(None, [describe_slow_rank(points)])
     lines = [f"{experiment.data.source}, {images} samples", *lines, *slow, *experiment.find_missing_files()]
@@ -108,7 +108,7 @@ def _describe_run(path: Path, changed: float) -> str:
         break_long_words=False, break_on_hyphens=False) for line in lines)])  # fmt: skip
 
 
-def _estimate_left(points: list[LogPoint], steps: int) -> float:
+def _estimate_seconds_left(points: list[LogPoint], steps: int) -> float:
     """Estimate the seconds of the remaining steps from the last points of the log; 0 if there are too few."""
     done = points[-1]["step"] - points[0]["step"] if points else 0
     each = (points[-1]["time"] - points[0]["time"]) / done / 1000 if done else 0.0
@@ -144,8 +144,8 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     absent = f"not at {weights}; fetched when first needed, or name a file in evaluate.extractor_weights"
     yield "Inception weights", str(weights) if weights.exists() else absent
     try:
-        root = prepare_storage_root(cluster)
-        fault = check_storage(root)
+        root = find.prepare_storage_root(cluster)
+        fault = find.find_storage_problems(root)
         free = f"{shutil.disk_usage(root).free / 2**30:.0f} GiB free"
         works = f"{root}, {free}; it locks, renames and flushes as it must"
         yield "storage", f"PROBLEM: {root}: {fault}" if fault else works
@@ -165,7 +165,7 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
 
 def _describe_machines(root: Path, address: str) -> str:
     try:
-        seen = check_machines(root, address)
+        seen = find.find_machine_problems(root, address)
     except PipelineError as error:
         return f"PROBLEM: {error}"
     faults = [f"{machine} {fault}" for machine, fault in seen.items() if fault]

@@ -39,7 +39,7 @@ class MemoryCounter(TorchDispatchMode):
         self.device, self.alive, self.peak = device, 0, 0
         self.storages = WeakIdKeyDictionary()
 
-    def hold(self, tensors: list[torch.Tensor]) -> None:
+    def count_tensors(self, tensors: list[torch.Tensor]) -> None:
         """Count tensors, each storage once, until they are dropped."""
         for x in tensors:
             storage = x.untyped_storage()
@@ -63,7 +63,7 @@ class MemoryCounter(TorchDispatchMode):
         if func._schema.name == "aten::_local_scalar_dense":  # int(x): a fake tensor has no value
             return 0
         result = func(*args, **(kwargs or {}))
-        self.hold([x for x in tree_leaves(result) if isinstance(x, torch.Tensor)])
+        self.count_tensors([x for x in tree_leaves(result) if isinstance(x, torch.Tensor)])
         return result
 
 

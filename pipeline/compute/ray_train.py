@@ -91,7 +91,7 @@ def run_training_group(
     error: BaseException | None = None
     before: list[int] | None = None
     while before != (steps := list_steps(place.train)):
-        error = _fit(cluster, resources, body, place, poll)
+        error = _run_ray_train(cluster, resources, body, place, poll)
         if place.failure.exists():
             message = place.failure.read_text()
             place.failure.unlink()
@@ -120,7 +120,7 @@ def is_group_running(place: Place) -> bool:
     return False
 
 
-def _fit(
+def _run_ray_train(
     cluster: ClusterConfig, resources: Resources, body: Body, place: Place, poll: Callable[[], object]
 ) -> BaseException | None:
     """Run Ray Train to its end; return the error with which it gave up."""

@@ -40,7 +40,7 @@ SMALLER = {
 
 
 @contextmanager
-def explain_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+def translate_out_of_memory(what: str, remedy: str) -> Iterator[None]:
     """Turn a GPU's lack of memory inside the context into a PipelineError, which no executor tries again."""
     import torch
 
@@ -69,7 +69,7 @@ class Unit:
     def run(self, ctx: Worker) -> float:
         """Run the body in this process; return the seconds it took."""
         began = time.perf_counter()
-        with explain_out_of_memory(f"'{self.name}'", SMALLER.get(self.kind, "use a GPU with more")):
+        with translate_out_of_memory(f"'{self.name}'", SMALLER.get(self.kind, "use a GPU with more")):
             self.body(ctx, *self.args)
         return time.perf_counter() - began
 

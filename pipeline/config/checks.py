@@ -81,7 +81,7 @@ def find_type(cls: type, key: str) -> Kind | None:
     return get_field_types(kind).get(name) if is_section(kind) else None
 
 
-def read_text(kind: Kind, value: object) -> object:
+def parse_text(kind: Kind, value: object) -> object:
     """Parse a text as a value of this type; return the text itself if it is none."""
     if not isinstance(value, str) or takes_text(kind):
         return value
@@ -154,12 +154,12 @@ def _make_pydantic_type(kind: Kind, complete: bool) -> Any:
     if get_origin(kind) is Annotated:
         inner, limits = get_args(kind)
         limited = Field(**dataclasses.asdict(limits))
-        return Annotated[inner, limited, BeforeValidator(partial(read_text, inner))]
+        return Annotated[inner, limited, BeforeValidator(partial(parse_text, inner))]
     if get_origin(kind) is tuple:
         item: Any = _make_pydantic_type(get_args(kind)[0], complete)
         to_tuple = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
         return Annotated[tuple[item, ...], to_tuple]
-    check = AfterValidator(_require_text) if takes_text(kind) else BeforeValidator(partial(read_text, kind))
+    check = AfterValidator(_require_text) if takes_text(kind) else BeforeValidator(partial(parse_text, kind))
     return Annotated[kind, check]
 
 

@@ -23,7 +23,7 @@ from pipeline.config.checks import (
     flatten,
     get_field_types,
     is_section,
-    read_text,
+    parse_text,
     takes_text,
 )
 from pipeline.config.experiment import Experiment
@@ -145,7 +145,7 @@ def read_value(key: str, value: Any) -> Any:
     """Convert a text, or a list of texts, to the type of an experiment's key, which may be one of its network."""
     if isinstance(value, list):
         return [read_value(key, item) for item in value]
-    return value if takes_text(find_type(Experiment, key)) else read_text(bool | int | float, value)
+    return value if takes_text(find_type(Experiment, key)) else parse_text(bool | int | float, value)
 
 
 def to_dict(section: DataclassInstance) -> Tree:

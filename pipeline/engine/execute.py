@@ -22,7 +22,7 @@ from pipeline.engine.find import explain_unreadable_runs, make_place, prepare_st
 from pipeline.engine.plan import find_stage_place, list_rounds, list_unfinished_stages
 from pipeline.engine.provenance import describe_other_code, write_record
 from pipeline.errors import hide_password
-from pipeline.stages.stage import GroupStage, Stage
+from pipeline.stages.stage import Stage, WorkerStage
 from pipeline.store.files import lock_folder, remove_leftovers
 from pipeline.store.run import Place
 
@@ -90,7 +90,7 @@ def run_trial_stages(
         _remove_leftovers(place)
         if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place, todo)
-            write_record(place.of(asked) if asked else place, todo, accept_code)
+            write_record(place.replace_experiment(asked) if asked else place, todo, accept_code)
             signals = StopSignals(place.stop_file)
             _RunExecution(cluster, place, signals, interrupted, executor).run_all(todo, last)
 
@@ -133,10 +133,10 @@ class _RunExecution:
             stage = todo.pop(0)
             began = time.monotonic()
             self.place.add_commit(stage.name, find_commit())
-            if isinstance(stage, GroupStage) and stage.needs_workers(self.place):
+            if isinstance(stage, WorkerStage) and stage.needs_workers(self.place):
                 for later in todo:
                     later.check_before_training(self.place)
-                self._run_group(stage)
+                self._run_workers(stage)
             else:
                 self._run_units(stage)
             seconds = time.monotonic() - began
@@ -145,7 +145,7 @@ class _RunExecution:
             if stage.selects_checkpoint:
                 todo = list_unfinished_stages(self.place, last)
 
-    def _run_group(self, stage: GroupStage) -> None:
+    def _run_workers(self, stage: WorkerStage) -> None:
         start, end = stage.find_step_range(self.place)
         executor = self._start_executor()
         with show_progress(stage.name, end, "steps", start) as progress:

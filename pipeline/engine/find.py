@@ -31,7 +31,7 @@ def prepare_storage_root(cluster: ClusterConfig) -> Path:
     return root
 
 
-def check_storage(root: Path) -> str:
+def find_storage_problems(root: Path) -> str:
     """Return which operations fail on the file system of a storage root; empty if all work."""
     began = time.time()
     try:
@@ -51,12 +51,12 @@ def check_storage(root: Path) -> str:
     return ""
 
 
-def check_machines(root: Path, address: str) -> dict[str, str]:
+def find_machine_problems(root: Path, address: str) -> dict[str, str]:
     """Return what each machine of the cluster at `address` sees amiss in the storage root, '' for nothing."""
     from pipeline.compute.session import call_on_machines
 
     with _make_probe(root) as folder, lock_folder(folder):
-        return call_on_machines(address, _look_at_folder, folder)
+        return call_on_machines(address, _check_folder, folder)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def _make_probe(root: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _look_at_folder(folder: Path) -> str:
+def _check_folder(folder: Path) -> str:
     """Return what is wrong with a folder that another machine has just made and locked, as this one sees it."""
     if not folder.is_dir():
         return "sees another folder there: mount the same file system at this path on all machines"

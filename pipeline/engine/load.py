@@ -16,7 +16,7 @@ from pipeline.store.selection import fill_in_selection
 from pipeline.store.tensors import Tensors
 
 
-def read_model(name: str, root: Path, uri: str | None = None) -> tuple[Tree, Tensors]:
+def read_named_model(name: str, root: Path, uri: str | None = None) -> tuple[Tree, Tensors]:
     """Read the settings and weights of a run, a folder in the diffusers layout, or a models:/ address of MLflow's.
 
     uri: the tracking server of such an address; default: MLFLOW_TRACKING_URI, else the store of the storage root.
@@ -42,5 +42,6 @@ def choose_checkpoint(place: Place) -> Place:
     if not (is_known and place.experiment.checkpoint_step in steps):
         if not steps:
             checkpoint.raise_no_checkpoint(place, "yet")
-        place = place.of(replace(place.experiment, sample=replace(sample, checkpoint=steps[-1])))
+        newest = replace(place.experiment, sample=replace(sample, checkpoint=steps[-1]))
+        place = place.replace_experiment(newest)
     return place

@@ -40,7 +40,7 @@ class ComparedRun:
         """The run's files; those of the last checkpoint until the best one is selected."""
         experiment = self.place.experiment
         last = replace(experiment, sample=replace(experiment.sample, checkpoint="last"))
-        return RunFiles(selection.fill_in_selection(self.place) or self.place.of(last))
+        return RunFiles(selection.fill_in_selection(self.place) or self.place.replace_experiment(last))
 
     @property
     def data(self) -> str:

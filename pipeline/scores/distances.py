@@ -35,7 +35,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Target:
+class Reference:
     """The reference of a comparison: statistics for each FID, single features (m, d), the `rms` that KID divides by."""
 
     statistics: dict[str, Statistics]

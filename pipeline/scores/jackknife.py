@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.scores import distances
-from pipeline.scores.distances import NEIGHBOURS, Moments, Target
+from pipeline.scores.distances import NEIGHBOURS, Moments, Reference
 from pipeline.scores.image_sets import ImageSet
 from pipeline.scores.results import Scores
 
@@ -34,19 +34,19 @@ def compute_jackknife_error(without: Values) -> float:
 
 
 def compute_errors(
-    images: ImageSet, groups: int, whole: Moments, target: Target, scores: Scores
+    images: ImageSet, groups: int, whole: Moments, target: Reference, scores: Scores
 ) -> dict[str, float]:
     """Compute the errors {score: error} of a set, whose moments are `whole`, from equal groups of its images."""
     member = np.arange(images.n) * groups // images.n
-    without = dict[str, Values](leave_out_fid(images, member, whole, target))
+    without = dict[str, Values](recompute_fid(images, member, whole, target))
     if "is_mean" in scores:
-        without |= leave_out_is(images, member)
+        without |= recompute_is(images, member)
     if target.real is not None:
         features = images.read_features()
         if "kid_mean" in scores:
-            without["kid_mean"] = leave_out_kid(features / target.rms, target.real / target.rms, member)
+            without["kid_mean"] = recompute_kid(features / target.rms, target.real / target.rms, member)
         if "recall" in scores:
-            found = leave_out_precision_recall(features, target.real, member)
+            found = recompute_precision_recall(features, target.real, member)
             without["precision"], without["recall"] = found
     errors = {name: compute_jackknife_error(values) for name, values in without.items()}
     if "kid_mean" in scores:  # a mean over random subsets, whose choice adds a variance of its own
@@ -55,8 +55,8 @@ def compute_errors(
     return errors
 
 
-def leave_out_fid(
-    images: ImageSet, member: np.ndarray, whole: Moments, target: Target
+def recompute_fid(
+    images: ImageSet, member: np.ndarray, whole: Moments, target: Reference
 ) -> dict[str, list[float]]:
     """Compute FIDs without each group, from the moments of all images less those of the group.
 
@@ -86,7 +86,7 @@ def _sum_groups(images: ImageSet, member: np.ndarray) -> Iterator[Moments]:
     yield from held.values()
 
 
-def leave_out_is(images: ImageSet, member: np.ndarray) -> dict[str, list[float]]:
+def recompute_is(images: ImageSet, member: np.ndarray) -> dict[str, list[float]]:
     """Compute the IS without each group, over new splits of the others; empty without classes."""
     found: dict[str, list[float]] = {}
     logits = np.concatenate([chunk for _, chunk in images.read_chunks()])
@@ -99,7 +99,7 @@ def leave_out_is(images: ImageSet, member: np.ndarray) -> dict[str, list[float]]
     return found
 
 
-def leave_out_kid(features: np.ndarray, real: np.ndarray, member: np.ndarray) -> Values:
+def recompute_kid(features: np.ndarray, real: np.ndarray, member: np.ndarray) -> Values:
     """Compute the unbiased KID of all of (n, d) and (m, d) without each group, less a constant of the real ones."""
 
     def sum_kernel(a: np.ndarray, b: np.ndarray) -> float:
@@ -115,7 +115,7 @@ def leave_out_kid(features: np.ndarray, real: np.ndarray, member: np.ndarray) ->
     return found
 
 
-def leave_out_precision_recall(
+def recompute_precision_recall(
     features: np.ndarray, real: np.ndarray, member: np.ndarray
 ) -> tuple[Values, Values]:
     """Compute precision and recall of features (n, d) against (m, d) without each group."""

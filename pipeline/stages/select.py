@@ -30,7 +30,7 @@ class SelectStage(Stage):
 
     def is_done(self, place: Place) -> bool:
         """Return whether training has ended and the selection includes every candidate."""
-        return place.step_folder(place.experiment.train.steps).is_dir() and selection.is_done(place)
+        return place.locate_step(place.experiment.train.steps).is_dir() and selection.is_done(place)
 
     def list_inputs(self, place: Place) -> list[tuple[str, Place]]:
         """Return the sample and evaluate stages of all candidates. Raises PipelineError if there is none."""

@@ -57,7 +57,7 @@ class Stage(ABC):
         return None
 
 
-class GroupStage(Stage):
+class WorkerStage(Stage):
     """A stage that several workers do together. If no workers are needed, `work` does it in this process."""
 
     @abstractmethod

@@ -27,12 +27,12 @@ from ddpm.sampler import sample
 from ddpm.training import TrainState, compute_gradients, compute_learning_rate, train_step
 from pipeline.compute.memory import choose_accumulate
 from pipeline.compute.step_timer import StepTimer
-from pipeline.compute.units import GIB, Unit, Worker, explain_out_of_memory
+from pipeline.compute.units import GIB, Unit, Worker, translate_out_of_memory
 from pipeline.config import Experiment, TrainStageConfig, require_images_for_workers
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
-from pipeline.stages.stage import GroupStage
+from pipeline.stages.stage import WorkerStage
 from pipeline.store import checkpoint, diffusers_layout, tars
 from pipeline.store.files import remove_leftovers
 from pipeline.store.log import Heartbeat, LogWriter, read_progress
@@ -49,7 +49,7 @@ STOP, SAVE = 1, 2  # what all workers are to do after a step; 0: nothing
 FIRST_CHECK = 10  # steps; until a point of the log says how long a step takes
 
 
-class TrainStage(GroupStage):
+class TrainStage(WorkerStage):
     """Trains the network, or imports published weights, or uses the training images themselves as the network."""
 
     name = "train"
@@ -92,8 +92,8 @@ class TrainStage(GroupStage):
         config = replace(experiment.train, accumulate=_choose_accumulate(ctx, place, newest))
         remedy = f"train.accumulate={2 * (config.accumulate or 1)}, model.recompute, train.precision=bf16 "
         remedy += "or more workers; `ddpm doctor EXPERIMENT` says what a step takes"
-        with use_deterministic(config.deterministic), explain_out_of_memory("a training step", remedy):
-            self._train(ctx, place.of(replace(experiment, train=config)), newest)
+        with use_deterministic(config.deterministic), translate_out_of_memory("a training step", remedy):
+            self._train(ctx, place.replace_experiment(replace(experiment, train=config)), newest)
 
     def _train(self, ctx: Worker, place: Place, newest: int | None) -> None:
         config = place.experiment.train
@@ -123,7 +123,7 @@ class TrainStage(GroupStage):
                 if config.sample_every and step % config.sample_every == 0 and ctx.rank == 0:
                     _draw_grid(ctx, place, state)
                 if save or request:
-                    saver.start(state, sums.tensors(ctx, step))
+                    saver.start(state, sums.collect_tensors(ctx, step))
                     check.last_save = time.monotonic()
             saver.finish()
 
@@ -217,7 +217,7 @@ class _LogSums:
             "train/images_per_second": config.batch_size * (step - self.began) / seconds,
         }
 
-    def tensors(self, ctx: Worker, step: int) -> Tensors:
+    def collect_tensors(self, ctx: Worker, step: int) -> Tensors:
         """Return the sums of all ranks, to save them in a checkpoint between two points of the log."""
         if self.start == step:
             return {}
@@ -249,7 +249,7 @@ class _CheckpointSaver:
     def start(self, state: TrainState, sums: Tensors) -> None:
         self.finish()
         self.step = state.step
-        folder = self.place.step_folder(state.step)
+        folder = self.place.locate_step(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_valid(self.place, state.step):
             config = self.place.experiment.train
             recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
@@ -278,7 +278,7 @@ def _choose_accumulate(ctx: Worker, place: Place, newest: int | None) -> int:
     if config.accumulate is not None:
         return config.accumulate
     if newest is not None:
-        return checkpoint.read_meta(place.step_folder(newest)).get("accumulate") or 1
+        return checkpoint.read_meta(place.locate_step(newest)).get("accumulate") or 1
     if ctx.rank == 0 and (card := _read_gpu_memory(ctx.device)):
         parts = choose_accumulate(place.experiment, -(-config.batch_size // ctx.world_size), card)
         logger.warning("train.accumulate=%d, by what a step takes of this GPU's %.0f GiB", parts, card)
@@ -304,7 +304,7 @@ def _restore_state(ctx: Worker, place: Place, newest: int | None) -> tuple[Train
     state = TrainState(experiment.train, net, experiment.diffusion)
     if newest is None:
         return state, _LogSums(state.step, ctx.device)
-    folder = place.step_folder(newest)
+    folder = place.locate_step(newest)
     tensors = checkpoint.load_checkpoint(folder)
     saved_sums = {name: tensors.pop(name) for name in list(tensors) if name.startswith("window.")}
     try:
@@ -376,7 +376,7 @@ def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
 
     Where the network takes labels, it draws each class in turn.
     """
-    experiment, path = place.experiment, place.grid(state.step)
+    experiment, path = place.experiment, place.locate_grid(state.step)
     if path.exists():
         return
     net = allocate_weights(checkpoint.create_network(experiment, "meta"), ctx.device)

@@ -65,7 +65,7 @@ def save_checkpoint(
 def save_untrained(place: Place, tensors: Tensors) -> None:
     """Write a network without training here as the checkpoint of step `train.steps`."""
     state, step = {f"net.{name}": tensor for name, tensor in tensors.items()}, place.experiment.train.steps
-    save_checkpoint(place.step_folder(step), state, tensors, step, {"run_key": place.run_key})
+    save_checkpoint(place.locate_step(step), state, tensors, step, {"run_key": place.run_key})
 
 
 def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
@@ -110,7 +110,7 @@ def has_state(directory: Path) -> bool:
 
 def verify_step(place: Place, step: int, check: files.Check = "sha256") -> None:
     """Raise PipelineError unless the checkpoint of a step is complete for scoring, and of the run's network."""
-    verify_checkpoint(folder := place.step_folder(step), check)
+    verify_checkpoint(folder := place.locate_step(step), check)
     file = name_weights_file(place.experiment.sample.weights, place.experiment.ema_number)
     if file == STATE and not has_state(folder):
         remedy = "use sample.weights=ema, of the first train.ema_decay"
@@ -152,7 +152,7 @@ def find_newest_step(run: Place, at_most: int) -> int | None:
     for step in reversed(list_steps(run.train, at_most)):
         try:
             verify_step(run, step)
-            if has_state(run.step_folder(step)):
+            if has_state(run.locate_step(step)):
                 return step
         except PipelineError as error:
             logger.warning("%s; continuing from the checkpoint before it", error)
@@ -184,9 +184,9 @@ def delete_old_checkpoints(place: Place, at_most: int) -> None:
         return
     for step in old:
         if step in train.keep_steps:
-            _delete_state(place.step_folder(step))
+            _delete_state(place.locate_step(step))
         elif step not in used:
-            files.delete_folder(place.step_folder(step))
+            files.delete_folder(place.locate_step(step))
 
 
 def _delete_state(directory: Path) -> None:
@@ -246,10 +246,10 @@ def create_network(experiment: Experiment, device: torch.device | str = "cpu") -
 def read_model(place: Place) -> tuple[dict[str, Any], Tensors]:
     """Read the settings and the weights of the selected checkpoint. Raises PipelineError if there is none."""
     step, experiment = place.experiment.checkpoint_step, place.experiment
-    if not place.step_folder(step).is_dir():
+    if not place.locate_step(step).is_dir():
         raise_no_checkpoint(place, f"of step {step}")
     verify_step(place, step, "seal")
-    weights = load_weights(place.step_folder(step), experiment.sample.weights, experiment.ema_number)
+    weights = load_weights(place.locate_step(step), experiment.sample.weights, experiment.ema_number)
     source = f"{experiment.weights_kind} weights of step {step} of {place.name}"
     return {**describe_model(experiment), "source": source}, weights
 

@@ -276,7 +276,7 @@ def export_to_diffusers(
         checkpoint.raise_no_checkpoint(place, f"of step {step or 'any'}")
     sample = replace(experiment.sample, checkpoint=step or steps[-1], weights=which, ema_decay=None)
     exported = replace(experiment, sample=sample)
-    settings, tensors = checkpoint.read_model(place.of(exported))
+    settings, tensors = checkpoint.read_model(place.replace_experiment(exported))
     write_folder(exported, tensors, directory, exported.weights_kind, settings["source"])
     return exported, settings["source"]
 

@@ -59,7 +59,7 @@ STORAGE_FAULTS |= TRANSIENT | {errno.EISDIR, errno.ENOTDIR, errno.EINVAL}  # som
 
 
 @contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
+def translate_write_errors(path: Path) -> Iterator[None]:
     """Raise OSErrors of the body as PipelineError with path and remedy."""
     try:
         yield
@@ -79,7 +79,7 @@ def write_atomically(path: Path, folder: bool = False) -> Iterator[Path]:
     folder: the temporary path is a folder that exists already.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
-    with explain_write_errors(path):
+    with translate_write_errors(path):
         try:
             (temporary if folder else path.parent).mkdir(parents=True, exist_ok=True)
             yield temporary
@@ -369,7 +369,7 @@ def lock_folder(path: Path, wait: bool = False) -> Iterator[None]:
                 f"{path / '.lock'} cannot be locked ({error.strerror}), so two commands could work on one run: mount "
                 "the file system with locks (Lustre: -o flock; NFS: lockd, or version 4), or set cluster.storage"
             ) from error
-        with explain_write_errors(path / ".lock"):
+        with translate_write_errors(path / ".lock"):
             file.truncate(0)
             file.write(f"process {os.getpid()} of {name_user()}")
             file.flush()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from pipeline.errors import PipelineError
-from pipeline.store.files import explain_write_errors, parse_json, require_regular_file, warn_once
+from pipeline.store.files import parse_json, require_regular_file, translate_write_errors, warn_once
 from pipeline.store.run import Place
 
 TAIL = 2000  # bytes; a line is some 300
@@ -36,10 +36,10 @@ class LogWriter:
 
     def __init__(self, path: Path):
         self.path = path
-        with explain_write_errors(path):
+        with translate_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                os.truncate(path, find_end(path))  # a torn line
+                os.truncate(path, find_last_line_end(path))  # a torn line
         last = read_last_point(path)
         self.last_step = last["step"] if last else -1
 
@@ -48,7 +48,7 @@ class LogWriter:
             return
         self.last_step = step
         point = {"step": step, "time": time.time_ns() // 1_000_000, "metrics": metrics}
-        with explain_write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+        with translate_write_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
 
 
@@ -72,7 +72,7 @@ def _parse_point(line: bytes) -> LogPoint | None:
     return None
 
 
-def find_end(path: Path, start: int = 0, most: int = -1) -> int:
+def find_last_line_end(path: Path, start: int = 0, most: int = -1) -> int:
     """Return the byte offset after the last complete line of `most` bytes (-1: all) from `start`; 0 without a file."""
     if not path.is_file():
         return 0

@@ -145,7 +145,7 @@ class ObjectStore:
         if "@" in parts.netloc or not (parts.netloc or parts.scheme == "file"):
             raise nowhere
         try:
-            with _explain_store_errors(uri):
+            with _translate_store_errors(uri):
                 system, path = fs.FileSystem.from_uri(uri)
         except ValueError as error:
             raise nowhere from error
@@ -153,7 +153,7 @@ class ObjectStore:
 
     @cached_property
     def objects(self) -> dict[str, fs.FileInfo]:
-        with _explain_store_errors(self.uri):
+        with _translate_store_errors(self.uri):
             found = self.system.get_file_info(fs.FileSelector("", allow_not_found=True, recursive=True))
         return {info.path: info for info in found if info.is_file}
 
@@ -204,20 +204,20 @@ class ObjectStore:
         return True
 
     def _write_object(self, name: str, file: BinaryIO) -> None:
-        with _explain_store_errors(self.uri):
+        with _translate_store_errors(self.uri):
             if self.system.base_fs.type_name == "local":  # object stores need no folders
                 self.system.create_dir(str(Path(name).parent))
             with self.system.open_output_stream(name) as stream:
                 shutil.copyfileobj(file, stream, BLOCK)
 
     def _read_object(self, name: str) -> Iterator[bytes]:
-        with _explain_store_errors(f"{self.uri}/{name}"), self.system.open_input_stream(name) as stream:
+        with _translate_store_errors(f"{self.uri}/{name}"), self.system.open_input_stream(name) as stream:
             while block := stream.read(BLOCK):
                 yield block
 
 
 @contextmanager
-def _explain_store_errors(where: str) -> Iterator[None]:
+def _translate_store_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -54,7 +54,7 @@ class Place:
     data_key: str
     run_key: str
 
-    def of(self, experiment: Experiment) -> Place:
+    def replace_experiment(self, experiment: Experiment) -> Place:
         """Return this place with another experiment of the same run: other sample or evaluate settings."""
         return replace(self, experiment=replace(experiment, name=self.experiment.name))
 
@@ -92,13 +92,13 @@ class Place:
         schedule = keys.hash_content([d.timesteps, d.beta_schedule, d.beta_start, d.beta_end, *d.betas])
         return self.data / "optimum" / f"{d.beta_schedule}-{schedule}"
 
-    def step_folder(self, step: int) -> Path:
+    def locate_step(self, step: int) -> Path:
         return self.train / f"step_{step:08d}"
 
     def locate_patch(self, digest: str) -> Path:
         return self.path / f"{digest}.patch"
 
-    def grid(self, step: int) -> Path:
+    def locate_grid(self, step: int) -> Path:
         return self.grids / f"{step:08d}.png"
 
     # Files and folders with fixed names

@@ -51,7 +51,7 @@ def list_candidates(place: Place) -> dict[int, Place]:
     every = experiment.evaluate.checkpoint_interval or experiment.train.checkpoint_every
     ends = {last} if experiment.evaluate.checkpoints == "all" else set()
     steps = [step for step in list_steps(place.train, last) if step % every == 0 or step in ends]
-    return {step: place.of(experiment.make_candidate(step)) for step in steps}
+    return {step: place.replace_experiment(experiment.make_candidate(step)) for step in steps}
 
 
 def write_selection(place: Place) -> None:
@@ -92,4 +92,4 @@ def fill_in_selection(place: Place) -> Place | None:
         return place
     if (found := read_selection(place)) is None:
         return None
-    return place.of(place.experiment.select_checkpoint(found["best"], len(found["scores"])))
+    return place.replace_experiment(place.experiment.select_checkpoint(found["best"], len(found["scores"])))

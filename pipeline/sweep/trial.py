@@ -49,7 +49,8 @@ def run_trial(task: TrialInputs, executor: Executor, decide: Callable[[int, floa
             for steps, last in [*rungs, (None, "report")]:
                 if task.should_stop():
                     return None  # the files on disk say how far it came
-                part = place.of(limit_to_rung(place.experiment, steps, stop.nll_images)) if steps else place
+                rung = limit_to_rung(place.experiment, steps, stop.nll_images) if steps else place.experiment
+                part = place.replace_experiment(rung)
                 stages.run_trial_stages(
                     executor, task.should_stop, task.cluster, part, last, place.experiment, task.accept_code
                 )

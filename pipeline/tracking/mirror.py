@@ -188,7 +188,7 @@ class Mirror(mlflow_client.Sender):
         """The status with which the last driver ended; if it was killed, the status follows from the files."""
         if self.status != "RUNNING":
             return self.status
-        finished = self.place.step_folder(self.place.experiment.train.steps).exists()
+        finished = self.place.locate_step(self.place.experiment.train.steps).exists()
         return "FINISHED" if finished else "KILLED"
 
 
@@ -201,7 +201,7 @@ def deliver_run(uri: str, study: str, place: Place, largest_model: float = 0) ->
     mirror._state.get("servers", {}).pop(hide_password(uri), None)
     mirror._state["status"] = mirror.last_status
     what = f"{place.path} could not be delivered to {hide_password(uri)}"
-    with mlflow_client.explain_errors(uri, what, "try again later"):
+    with mlflow_client.translate_errors(uri, what, "try again later"):
         mirror.deliver()
     return f"{describe_delivery(place, uri, largest_model)}: delivered {_count_kinds(mirror.sent)}"
 
@@ -210,7 +210,7 @@ def register_run(uri: str, place: Place, step: int, name: str, alias: str | None
     """Register the weights of a step under a name, with an alias, and return the model's address."""
     mirror = Mirror(uri, place.experiment.name, place)
     mirror._state["status"] = mirror.last_status
-    with mlflow_client.explain_errors(uri, f"{place.path} could not be registered", "try again later"):
+    with mlflow_client.translate_errors(uri, f"{place.path} could not be registered", "try again later"):
         mirror.deliver()
         assert mirror.sender, "a run with a checkpoint has content"
         return models.register_model(uri, mirror.sender.send_weights(step), name, alias)

@@ -141,14 +141,14 @@ def check_server(uri: str) -> None:
     place = hide_password(uri)
     later = f"deliver later with `ddpm sync RUN cluster.tracking_uri={place}`"
     what = f"the tracking server {place} does not answer"
-    with explain_errors(
+    with translate_errors(
         uri, what, "start it or wait for it", f", or leave out cluster.tracking_uri and {later}"
     ):
         create_client(uri).search_experiments(max_results=1)
 
 
 @contextmanager
-def explain_errors(uri: str, what: str, remedy: str, rest: str = "") -> Iterator[None]:
+def translate_errors(uri: str, what: str, remedy: str, rest: str = "") -> Iterator[None]:
     """Raise what a server or its client does to the body as a PipelineError; remedy: if it may pass by itself."""
     try:
         yield

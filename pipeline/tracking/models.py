@@ -18,7 +18,7 @@ from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place, list_steps
 from pipeline.store.tensors import Tensors, load_tensors, save_tensors
-from pipeline.tracking.mlflow_client import create_client, explain_errors
+from pipeline.tracking.mlflow_client import create_client, translate_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,7 +36,7 @@ def list_model_steps(place: Place, selected: Place | None, limit: float) -> list
     """List the steps whose weights MLflow gets: the last and the selected one, if they have at most `limit` bytes."""
     steps = {place.experiment.train.steps, *([selected.experiment.checkpoint_step] if selected else [])}
     kept = [step for step in list_steps(place.train) if step in steps]
-    files = {step: checkpoint.read_meta(place.step_folder(step))["files"] for step in kept}
+    files = {step: checkpoint.read_meta(place.locate_step(step))["files"] for step in kept}
     return [step for step, facts in files.items() if facts[checkpoint.EMA]["bytes"] <= limit]
 
 
@@ -46,7 +46,7 @@ def send_weights(client: MlflowClient, model: LoggedModel, place: Place, step: i
 
     experiment = place.experiment
     sample = replace(experiment.sample, checkpoint=step)
-    settings, tensors = checkpoint.read_model(place.of(replace(experiment, sample=sample)))
+    settings, tensors = checkpoint.read_model(place.replace_experiment(replace(experiment, sample=sample)))
     with TemporaryDirectory(prefix=TEMPORARY, dir=place.path) as scratch:
         weights, described = Path(scratch, WEIGHTS), Path(scratch, SETTINGS)
         save_tensors(tensors, weights, {"format": "pt"})
@@ -110,7 +110,7 @@ def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, Tree,
     Its files are written to `folder`, and no code of it runs. Raises PipelineError.
     """
     made_by = "`ddpm register RUN --alias NAME` makes such a model"
-    with explain_errors(uri, f"{address} cannot be fetched from {hide_password(uri)}", made_by):
+    with translate_errors(uri, f"{address} cannot be fetched from {hide_password(uri)}", made_by):
         create_client(uri)
         import mlflow
 

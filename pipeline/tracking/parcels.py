@@ -13,7 +13,7 @@ from pipeline.config.neutral import UNHASHED
 from pipeline.store import keys, selection
 from pipeline.store.checkpoint import describe_model, read_meta
 from pipeline.store.files import MANIFEST, SEALED, PageManifest, read_json, read_manifest, try_read
-from pipeline.store.log import find_end
+from pipeline.store.log import find_last_line_end
 from pipeline.store.run import Place, find_scores, list_steps
 from pipeline.store.tars import ShardSetFacts
 from pipeline.tracking import models
@@ -52,7 +52,7 @@ def list_parcels(
     if (place.data / MANIFEST).exists():
         yield Parcel("dataset", place.data_key, RunSender.send_dataset)
     start = int(delivered.get("log", 0))
-    while (end := find_end(place.log, start, LOG_BYTES)) not in (0, start):
+    while (end := find_last_line_end(place.log, start, LOG_BYTES)) not in (0, start):
         yield Parcel("log", str(end), partial(RunSender.send_log, start=start if start < end else 0, end=end))
         start = end
     for grid in sorted(place.grids.glob("[0-9]*.png")):
@@ -61,7 +61,7 @@ def list_parcels(
         yield Parcel("checkpoints", str(steps), partial(RunSender.update_models, steps=steps))
     headline = selection.fill_in_selection(place)
     for step in models.list_model_steps(place, headline, largest_model):
-        content = [read_meta(place.step_folder(step))["files"], describe_model(place.experiment)]
+        content = [read_meta(place.locate_step(step))["files"], describe_model(place.experiment)]
         send = partial(RunSender.send_weights, step=step)
         yield Parcel(f"model {step}", keys.hash_content(content), send)
     yield from _list_score_parcels(place, headline, in_own_run=child is None)

@@ -126,7 +126,7 @@ class RunSender:
 
     def _create_model(self, step: int) -> LoggedModel:
         """Make a logged model that names the file of a checkpoint's weights, which stay there."""
-        folder, place = self.place.step_folder(step), self.place
+        folder, place = self.place.locate_step(step), self.place
         tags = {"step": str(step), "path": str(folder), "run_key": place.run_key}
         files = read_meta(folder)["files"]
         tags |= {f"sha256.{name}": facts["sha256"] for name, facts in files.items()}

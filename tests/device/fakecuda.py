@@ -148,7 +148,7 @@ class Count(MemoryCounter):
             collections.Counter() for _ in range(6)
         )
         self.bytes = 0
-        self.hold(held)
+        self.count_tensors(held)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
@@ -160,7 +160,7 @@ class Count(MemoryCounter):
             return int(on_device)
         result = func(*args, **(kwargs or {}))
         after = [a for a in pytree.tree_leaves(result) if isinstance(a, torch.Tensor)]
-        self.hold(after)
+        self.count_tensors(after)
         everything = before + after
         if not any(t.device.type == "cuda" for t in everything) or name in VIEWS or func.namespace == "prim":
             return result

@@ -72,17 +72,17 @@ def test_two_steps(name, storage):
     experiment = config.load_experiment(name, [*data, *SHORT, *NARROW[whole.model.name]])
     run = make_place(experiment, storage)
     run.path.mkdir(parents=True)
-    carry_out(shard.STAGE.work(run.of(experiment)))
-    train.STAGE.run_worker(one_cpu().context, run.of(experiment))
-    carry_out(sample.STAGE.work(run.of(experiment)))
+    carry_out(shard.STAGE.work(run.replace_experiment(experiment)))
+    train.STAGE.run_worker(one_cpu().context, run.replace_experiment(experiment))
+    carry_out(sample.STAGE.work(run.replace_experiment(experiment)))
     losses = [json.loads(line)["metrics"]["train/loss"] for line in run.log.read_text().splitlines()]
     assert len(losses) == 2 and np.isfinite(losses).all()
-    images, _ = tars.load_images(run.of(experiment).samples, "samples")
+    images, _ = tars.load_images(run.replace_experiment(experiment).samples, "samples")
     size = experiment.data.image_size
     assert images.shape == (2, experiment.data.channels, size, size)
     if "nll" in whole.evaluate.metrics:
-        carry_out(evaluate.STAGE.work(run.of(experiment)))
-        scores = read_json(run.of(experiment).scores / "metrics.json", dict)["scores"]
+        carry_out(evaluate.STAGE.work(run.replace_experiment(experiment)))
+        scores = read_json(run.replace_experiment(experiment).scores / "metrics.json", dict)["scores"]
         assert np.isfinite(scores["nll_bpd"])
 
 

@@ -66,7 +66,7 @@ class ImageSource(ABC):
 
     def compute_fingerprint(self) -> str:
         """Return the sha256 over the files' contents and their names below `root`."""
-        with explain_read_errors():
+        with translate_read_errors():
             lines = [f"{file.relative_to(self.root).as_posix()} {hash_file(file)}" for file in self.files]
         lines += [self.layout] if self.layout else []
         return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
@@ -192,7 +192,7 @@ def hash_file_stats(files: list[Path]) -> str:
     Raises PipelineError naming a file that is no regular one, before reading it could block for ever.
     """
     stats = []
-    with explain_read_errors():
+    with translate_read_errors():
         for file in files:
             facts = file.stat()
             if not stat.S_ISREG(facts.st_mode):
@@ -202,7 +202,7 @@ def hash_file_stats(files: list[Path]) -> str:
 
 
 @contextmanager
-def explain_read_errors() -> Iterator[None]:
+def translate_read_errors() -> Iterator[None]:
     """Raise an OSError as PipelineError with file and remedy."""
     try:
         yield
@@ -212,7 +212,7 @@ def explain_read_errors() -> Iterator[None]:
 
 
 @contextmanager
-def explain_broken_file(name: object, kind: str, remedy: str = "fetch it again") -> Iterator[None]:
+def translate_parse_errors(name: object, kind: str, remedy: str = "fetch it again") -> Iterator[None]:
     """Raise any error of a library that reads a broken file as PipelineError."""
     try:
         yield

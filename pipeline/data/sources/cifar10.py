@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ArraySource, ImageSource, explain_broken_file
+from pipeline.data.sources.base import ArraySource, ImageSource, translate_parse_errors
 from pipeline.data.sources.parquet import ParquetSource
 from pipeline.errors import PipelineError
 from pipeline.store.files import write_atomically
@@ -182,7 +182,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _parse(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return uint8 (n,32,32,3) and int64 (n,) of one batch, whose rows hold the red, green and blue planes."""
-    with explain_broken_file(name, "CIFAR-10 batch", REMEDY):
+    with translate_parse_errors(name, "CIFAR-10 batch", REMEDY):
         batch = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         images = batch[b"data"]
         labels = np.fromiter(batch[b"labels"], np.int64, len(batch[b"labels"]))  # no list in a list

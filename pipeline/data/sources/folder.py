@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource, explain_read_errors
+from pipeline.data.sources.base import ImageSource, translate_read_errors
 from pipeline.data.sources.layout import WORDS, find_split, list_files
 from pipeline.data.sources.raw_image import RawImage, is_image_file
 from pipeline.errors import PipelineError
@@ -57,7 +57,7 @@ class FolderSource(ImageSource):
 
     def read_images(self, part: str, indices: np.ndarray) -> Iterator[RawImage]:
         for file in (self._parts[part][i] for i in indices):
-            with explain_read_errors():
+            with translate_read_errors():
                 if file.stat().st_size > MAX_BYTES:
                     raise PipelineError(f"{file} is larger than {MAX_BYTES} bytes, as no image is; remove it")
                 content = file.read_bytes()

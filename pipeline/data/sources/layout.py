@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.data.sources.base import explain_read_errors
+from pipeline.data.sources.base import translate_read_errors
 
 WORDS = {
     "train": {"train", "training", "trainset"},
@@ -45,7 +45,7 @@ def list_files(root: Path, is_wanted: Callable[[Path], bool]) -> tuple[list[Path
             skipped[f"folder that lies here under another name ({folder.name})"] += 1
             continue
         seen.add(real)
-        with explain_read_errors():
+        with translate_read_errors():
             for entry in os.scandir(folder):
                 path = Path(entry.path)
                 if entry.name.startswith("."):

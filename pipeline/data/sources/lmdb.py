@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource, explain_broken_file
+from pipeline.data.sources.base import ImageSource, translate_parse_errors
 from pipeline.data.sources.layout import find_split, remove_split_words
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
@@ -51,7 +51,7 @@ class LmdbSource(ImageSource):
     def read_images(self, part: str, locations: list[bytes]) -> Iterator[RawImage]:
         file = self._parts[part]
         size = file.stat().st_size
-        with explain_broken_file(file, KIND), _open_database(file).begin(buffers=True) as transaction:
+        with translate_parse_errors(file, KIND), _open_database(file).begin(buffers=True) as transaction:
             for key in locations:
                 value = transaction.get(key, b"")
                 if len(value) > size:  # reading beyond its end would kill the process
@@ -87,7 +87,7 @@ def _open_database(file: Path) -> lmdb.Environment:
     """Open the database: once for a process, since LMDB refuses to open a file twice."""
     import lmdb
 
-    with explain_broken_file(file, KIND):
+    with translate_parse_errors(file, KIND):
         opened = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
     whole = (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]
     if (size := file.stat().st_size) < whole:  # reading beyond its end would kill the process
@@ -100,7 +100,7 @@ def _open_database(file: Path) -> lmdb.Environment:
 def _list_image_keys(file: Path) -> list[bytes]:
     opened = _open_database(file)
     count = opened.stat()["entries"]
-    with explain_broken_file(file, KIND), opened.begin() as transaction:
+    with translate_parse_errors(file, KIND), opened.begin() as transaction:
         keys = list(islice(transaction.cursor().iternext(keys=True, values=False), count))
     if len(keys) != count:
         raise PipelineError(f"{file} lists {len(keys)} of {count} images; fetch it again")

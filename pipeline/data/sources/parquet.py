@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource, explain_broken_file
+from pipeline.data.sources.base import ImageSource, translate_parse_errors
 from pipeline.data.sources.layout import find_split, list_files, remove_split_words
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
@@ -82,7 +82,7 @@ class ParquetSource(ImageSource):
             if LABEL not in opened.schema_arrow.names:
                 known = ", ".join(opened.schema_arrow.names)
                 raise PipelineError(f"{file} has no column '{LABEL}', only {known}; set data.labels=0")
-        with explain_broken_file(file, KIND):
+        with translate_parse_errors(file, KIND):
             values = opened.read_row_group(group, columns, use_threads=False).take(rows).to_pylist()
         for name, value in zip(names, values, strict=True):
             image = value[column]
@@ -121,7 +121,7 @@ def _read_labels(file: Path) -> np.ndarray | None:
     index = opened.schema_arrow.get_field_index(LABEL)
     if index < 0 or not types.is_integer(opened.schema_arrow.field(index).type):
         return None
-    with explain_broken_file(file, KIND):
+    with translate_parse_errors(file, KIND):
         column = opened.read([LABEL], use_threads=False)[LABEL].cast("int64")  # -1 is no uint8
         labels: np.ndarray = column.fill_null(-1).to_numpy()
     return labels
@@ -144,5 +144,5 @@ def _find_image_column(schema: pyarrow.Schema, file: Path, name: str | None) -> 
 def _open_file(file: Path) -> parquet.ParquetFile:
     from pyarrow import parquet
 
-    with explain_broken_file(file, KIND):
+    with translate_parse_errors(file, KIND):
         return parquet.ParquetFile(file)

@@ -50,13 +50,13 @@ def is_image_file(file: Path) -> bool:
     name = list_image_extensions().get(file.suffix.lower())
     if name is None or name in COMMON:
         return name is not None
-    with suppress(DecodeError), _explain_pillow(), Image.open(file, formats=(name,)):
+    with suppress(DecodeError), _translate_pillow_errors(), Image.open(file, formats=(name,)):
         return True
     return False
 
 
 @contextmanager
-def _explain_pillow() -> Iterator[None]:
+def _translate_pillow_errors() -> Iterator[None]:
     """Raise any error of Pillow, and its warning of too many pixels, as DecodeError; suppress its other warnings."""
     try:
         with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def convert_to_record(key: str, raw: RawImage, data: DataConfig) -> Record:
     Raises DecodeError, or PipelineError if the image does not fit.
     """
     label, classes = raw.label, data.labels
-    with _explain_pillow():
+    with _translate_pillow_errors():
         png = _convert_to_png(raw, data)
     if not classes:
         return Record(key, png, None)

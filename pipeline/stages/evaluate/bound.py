@@ -27,7 +27,7 @@ CALL = (256, 2**18)  # images and pixels that one network call of the bound take
 
 def hash_weights(place: Place) -> str | None:
     """Return the sha256 of the weights that are sampled; None if they are not there."""
-    folder = place.step_folder(place.experiment.checkpoint_step)
+    folder = place.locate_step(place.experiment.checkpoint_step)
     file = checkpoint.name_weights_file(place.experiment.sample.weights, place.experiment.ema_number)
     return checkpoint.read_meta(folder)["files"][file]["sha256"] if folder.is_dir() else None
 

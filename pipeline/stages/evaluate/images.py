@@ -8,7 +8,7 @@ from pipeline.compute.units import Unit
 from pipeline.config import NEED_IMAGES
 from pipeline.console import print_line
 from pipeline.scores import distances, inception, jackknife
-from pipeline.scores.distances import Target
+from pipeline.scores.distances import Reference
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, make_baseline_set, make_shard_set
 from pipeline.scores.metrics import METRICS
@@ -88,7 +88,7 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
     rms = 1.0
     if real is not None and extractor.kind != inception.NAME:
         rms = float(np.sqrt(np.square(real, dtype=np.float64).mean())) or 1.0
-    target, groups = Target(statistics, real, rms), min(jackknife.MOST_GROUPS, len(sets.samples.units))
+    target, groups = Reference(statistics, real, rms), min(jackknife.MOST_GROUPS, len(sets.samples.units))
     sums = sets.samples.sum_features()
     found["protocol"] |= _describe_features(extractor, sums, target, config.metrics)
     found["protocol"]["jackknife_groups"] = groups
@@ -112,7 +112,7 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
 
 
 def _compute_scores(
-    images: ImageSet, sums: distances.FeatureSums, target: Target, metrics: tuple[str, ...], groups: int
+    images: ImageSet, sums: distances.FeatureSums, target: Reference, metrics: tuple[str, ...], groups: int
 ) -> Scores:
     """Return {score: value} of a set, with the errors, or with the reason why there are none."""
     scores: Scores = {}
@@ -137,7 +137,7 @@ def _compute_scores(
 
 
 def _describe_features(
-    extractor: Extractor, sums: distances.FeatureSums, target: Target, metrics: tuple[str, ...]
+    extractor: Extractor, sums: distances.FeatureSums, target: Reference, metrics: tuple[str, ...]
 ) -> ScoreProtocol:
     """Return the protocol's entries on the features: extractor, counts, reference."""
     statistics, real = target.statistics, target.real

@@ -23,7 +23,7 @@ from pipeline.compute.units import Unit, UnitKind
 from pipeline.config import load_cluster
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
-from pipeline.store.files import explain_write_errors, write_json
+from pipeline.store.files import translate_write_errors, write_json
 from pipeline.sweep.trial_states import count_sharing_trials
 
 pytestmark = pytest.mark.ray
@@ -132,7 +132,7 @@ def fail_at_first(worker, file: Path) -> None:
     tries = len(list(file.parent.glob(f"{file.name}-try-*")))
     (file.parent / f"{file.name}-try-{tries}").touch()
     if tries == 0:
-        with explain_write_errors(file):
+        with translate_write_errors(file):
             raise OSError(errno.ESTALE, "Stale file handle")
     if tries == 1:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -19,7 +19,7 @@ from pipeline.engine.provenance import write_record
 from pipeline.stages import report, train
 from pipeline.store import checkpoint
 from pipeline.store.files import hash_file, lock_folder
-from pipeline.store.log import describe_slow_rank, find_end, read_points
+from pipeline.store.log import describe_slow_rank, find_last_line_end, read_points
 from pipeline.store.run import list_steps
 from pipeline.tracking.run_sender import RunSender
 
@@ -58,7 +58,7 @@ def member(rank, world_size, port, experiment, run, steps, slow_rank):
     torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=world_size)
     context = Member(torch.device("cpu"), 1, rank, world_size)
     context.steps_left, context.slow_rank = steps, slow_rank
-    train.STAGE.run_worker(context, run.of(experiment))
+    train.STAGE.run_worker(context, run.replace_experiment(experiment))
     torch.distributed.destroy_process_group()
 
 
@@ -112,7 +112,7 @@ def losses(run):
 
 
 def state_hash(run, step):
-    return hash_file(run.step_folder(step) / checkpoint.STATE)
+    return hash_file(run.locate_step(step) / checkpoint.STATE)
 
 
 @pytest.mark.parametrize("workers", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
@@ -125,13 +125,13 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
     first = Group(workers, experiment, run)
     first.wait_for_step(5)
     first.kill(random.Random(workers).randrange(workers))
-    assert not run.step_folder(STEPS).exists(), "killed too late to prove anything"
+    assert not run.locate_step(STEPS).exists(), "killed too late to prove anything"
     second = Group(workers, experiment, run)
     second.wait_for_step(checkpoint.find_newest_step(run, STEPS) + 5)
     run.stop_file.touch()
     assert set(second.finish()) == {0}
     run.stop_file.unlink()
-    assert not run.step_folder(STEPS).exists(), "stopped too late to prove anything"
+    assert not run.locate_step(STEPS).exists(), "stopped too late to prove anything"
     assert set(Group(workers, experiment, run).finish()) == {0}
 
     assert state_hash(run, STEPS) == state_hash(untouched, STEPS)
@@ -151,7 +151,7 @@ def test_a_slow_rank_is_seen_in_the_log_mlflow_the_status_and_the_page(tiny_run,
     assert not list(report.STAGE.work(run)) and "rank 1 takes" in run.report_html.read_text()
     shutil.copy(empty_store, tmp_path / "mlflow.db")
     sender = RunSender(tracking.find_default_uri(tmp_path), "slow", run)
-    sender.send_log(0, find_end(run.log))
+    sender.send_log(0, find_last_line_end(run.log))
     found = sender.client.get_run(sender.run_id).data.metrics
     assert found["train/step_seconds_max"] > max(0.2, found["train/step_seconds_min"])
     assert found["train/slowest_rank"] == 1

@@ -135,7 +135,7 @@ def of_another_run(folder):
 
 @pytest.mark.parametrize("change", [make_foreign, make_older, empty_list, of_another_run])
 def test_a_checkpoint_of_another_is_named_and_trained_again(place, finished, change, caplog, tmp_path):
-    change(place.step_folder(6))
+    change(place.locate_step(6))
     with pytest.raises(PipelineError, match="step_00000006"):
         export_to_diffusers(place, tmp_path / "exported", "ema", 6)
     bring_up_to_date(place)
@@ -144,10 +144,10 @@ def test_a_checkpoint_of_another_is_named_and_trained_again(place, finished, cha
 
 
 def test_a_checkpoint_without_a_run_key_is_read(place):
-    meta = json.loads((place.step_folder(6) / checkpoint.META).read_text())
+    meta = json.loads((place.locate_step(6) / checkpoint.META).read_text())
     del meta["run_key"]
-    write_json(place.step_folder(6) / checkpoint.META, meta)
-    (place.step_folder(6) / ".sealed.json").unlink()
+    write_json(place.locate_step(6) / checkpoint.META, meta)
+    (place.locate_step(6) / ".sealed.json").unlink()
     assert list_unfinished_stages(place, "report") == []
 
 

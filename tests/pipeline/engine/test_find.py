@@ -109,16 +109,16 @@ def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
     ],
 )
 def test_a_file_system_on_which_runs_fail_is_told(tmp_path, monkeypatch, module, name, broken, expected):
-    assert find.check_storage(tmp_path) == ""
+    assert find.find_storage_problems(tmp_path) == ""
     monkeypatch.setattr(module, name, broken)
-    assert expected in find.check_storage(tmp_path) and not list(tmp_path.iterdir())
+    assert expected in find.find_storage_problems(tmp_path) and not list(tmp_path.iterdir())
 
 
 def test_a_machine_of_a_cluster_says_what_it_sees_amiss_in_the_storage_root(tmp_path):
     with lock_folder(tmp_path):
-        assert find._look_at_folder(tmp_path) == ""
-        assert "sees another folder there: mount" in find._look_at_folder(tmp_path / "nothing")
-    assert "does not see who holds a lock: mount" in find._look_at_folder(tmp_path)
+        assert find._check_folder(tmp_path) == ""
+        assert "sees another folder there: mount" in find._check_folder(tmp_path / "nothing")
+    assert "does not see who holds a lock: mount" in find._check_folder(tmp_path)
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -134,8 +134,8 @@ def cifar10(**changes):
 def test_checkpoints_are_as_large_as_said(tiny_run):
     experiment, run = tiny_run.experiment, tiny_run
     one = dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, steps=2, keep=1))
-    train.STAGE.run_worker(one_cpu().context, run.of(one))
-    (written,) = (run.step_folder(step) for step in list_steps(run.train))
+    train.STAGE.run_worker(one_cpu().context, run.replace_experiment(one))
+    (written,) = (run.locate_step(step) for step in list_steps(run.train))
     found = sum(file.stat().st_size for file in written.iterdir())
     assert preflight.estimate_requirements(one).checkpoints / 2 == pytest.approx(found, rel=0.1)
 

@@ -180,7 +180,7 @@ def test_it_is_remade_exactly_when_something_it_shows_changes(make):
     assert report.STAGE.is_done(run)
     for change in (
         lambda: rundir.write_json(run.commits_json, {"train": ["a1"]}),
-        lambda: write_grid(run.grid(100), run.experiment),
+        lambda: write_grid(run.locate_grid(100), run.experiment),
         lambda: rundir.write_json(run.timings_json, {"train": 9.0}),
         lambda: run.log.write_text(run.log.read_text().replace('"step": 1200', '"step": 1600')),
         lambda: shutil.rmtree(run.scores),

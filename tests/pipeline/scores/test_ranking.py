@@ -41,10 +41,10 @@ def test_each_score_without_a_group_is_that_of_the_others_alone():
     draw = np.random.default_rng(0)
     images, real = Features(draw.normal(size=(103, 6)), 5), draw.normal(0.4, 1.2, (90, 6)).astype(np.float32)
     member = np.arange(103) * 4 // 103
-    whole, target = moments_of(images.features), distances.Target({"fid": statistics_of(real)}, None, 1.0)
-    sums = jackknife.leave_out_fid(images, member, whole, target) | jackknife.leave_out_is(images, member)
-    kid = jackknife.leave_out_kid(images.features, real, member)
-    precision, recall = jackknife.leave_out_precision_recall(images.features, real, member)
+    whole, target = moments_of(images.features), distances.Reference({"fid": statistics_of(real)}, None, 1.0)
+    sums = jackknife.recompute_fid(images, member, whole, target) | jackknife.recompute_is(images, member)
+    kid = jackknife.recompute_kid(images.features, real, member)
+    precision, recall = jackknife.recompute_precision_recall(images.features, real, member)
     true_kid = []
     for group in range(4):
         rest = images.without(member == group)
@@ -60,7 +60,7 @@ def test_each_score_without_a_group_is_that_of_the_others_alone():
         pairs = (x.sum() - np.trace(x)) / (n * (n - 1))
         true_kid.append(pairs - 2 * kernel_poly(rest.features, real).mean())
     assert kid == pytest.approx(true_kid, rel=1e-5)
-    target, others = distances.Target({}, real, 1.0), {"kid_mean": 0.0, "kid_std": 3.0}
+    target, others = distances.Reference({}, real, 1.0), {"kid_mean": 0.0, "kid_std": 3.0}
     found = jackknife.compute_errors(images, 4, whole, target, others)
     assert found["kid_mean"] == pytest.approx(np.hypot(jackknife.compute_jackknife_error(kid), 0.3))
 
@@ -71,7 +71,7 @@ def test_the_error_of_the_fid_is_its_spread_over_repeats_and_covers_its_mean():
     of_means, of_variances = 4 * (shift * scale) ** 2, 2 * scale**4 * (1 - 1 / scale) ** 2
     spread = (width * (of_means + of_variances) / n) ** 0.5
     reference = distances.Statistics(None, np.zeros(width), np.eye(width))
-    target, fids, errors = distances.Target({"fid": reference}, None, 1.0), [], []
+    target, fids, errors = distances.Reference({"fid": reference}, None, 1.0), [], []
     for _ in range(80):
         images = Features(draw.normal(shift, scale, (n, width)))
         fids.append(distances.compute_fid(statistics_of(images.features), reference))

@@ -130,7 +130,7 @@ def test_other_weights_make_the_bound_again_and_deleted_ones_leave_it(sampled):
     assert not evaluate.STAGE.is_done(sampled)
     assert len(run_stage(evaluate, sampled)) == 2
     assert results(sampled)["scores"]["nll_bpd"] != pytest.approx(before, rel=1e-3)
-    shutil.rmtree(sampled.step_folder(sampled.experiment.train.steps))
+    shutil.rmtree(sampled.locate_step(sampled.experiment.train.steps))
     assert evaluate.STAGE.is_done(sampled)
 
 
@@ -154,7 +154,7 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
     assert f"reference {named}, not train" in found["protocol"]["why_not"]
     assert str(tmp_path) not in str(found)
     statistics(tmp_path / "their.npz", mu=np.ones(64), n=np.array(777))
-    again = brought.of(brought.experiment)  # a place hashes the file once
+    again = brought.replace_experiment(brought.experiment)  # a place hashes the file once
     assert not evaluate.STAGE.is_done(again)
     run_stage(evaluate, again)
     other = results(again)

@@ -72,7 +72,7 @@ def test_the_best_is_the_one_of_minimum_fid_and_later_stages_are_told(trained):
     assert resolved.samples == plain.samples
     assert resolved.scores != plain.scores, "another protocol"
     assert len(run_stage(sample, resolved)) == UNITS, "the candidate's samples are not scored again"
-    assert trained.of(trained.experiment.make_candidate(best)).samples != plain.samples
+    assert trained.replace_experiment(trained.experiment.make_candidate(best)).samples != plain.samples
     run_stage(evaluate, resolved)
     protocol = read_json(resolved.metrics_json, dict)["protocol"]
     assert protocol["checkpoint"] == best
@@ -126,12 +126,12 @@ def test_a_damaged_selection_is_made_again(trained, caplog):
 
 
 def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog):
-    shutil.rmtree(trained.step_folder(2))
+    shutil.rmtree(trained.locate_step(2))
     with caplog.at_level(logging.WARNING):
         next(list_rounds(select.STAGE, trained))
     assert "2 of 3 checkpoints are there" in caplog.text
     for step in (4, 6):
-        shutil.rmtree(trained.step_folder(step))
+        shutil.rmtree(trained.locate_step(step))
     save(trained, 5, 1.0)
     message = r"no checkpoint for evaluate.checkpoints=every:2 \(there are: 5\)"
     with pytest.raises(PipelineError, match=message):

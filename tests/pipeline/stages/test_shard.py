@@ -41,7 +41,7 @@ def experiment(data: DataConfig) -> Experiment:
 def do(data: DataConfig, run: Place, backwards: bool = False) -> list[str]:
     """Run the stage in this process; the names of the units that it did."""
     done = []
-    for units in shard.STAGE.work(run.of(experiment(data))):
+    for units in shard.STAGE.work(run.replace_experiment(experiment(data))):
         for unit in reversed(units) if backwards else units:
             unit.body(None, *unit.args)
             done.append(unit.name)
@@ -68,10 +68,10 @@ def pictures(tmp_path):
 
 
 def test_digits_end_to_end(run):
-    assert not shard.STAGE.is_done(run.of(experiment(DIGITS)))
+    assert not shard.STAGE.is_done(run.replace_experiment(experiment(DIGITS)))
     names = ["train-00000.tar", "train-00001.tar", "train-00002.tar", "test-00000.tar"]
     assert do(DIGITS, run) == [f"shard {name}" for name in names]
-    assert shard.STAGE.is_done(run.of(experiment(DIGITS)))
+    assert shard.STAGE.is_done(run.replace_experiment(experiment(DIGITS)))
     index = tars.open_shards(run.data)
     assert (index.count_images("train"), index.count_images("test")) == (1437, 360)
     assert index.facts["fingerprint"] == sources.compute_fingerprint(DIGITS, None)
@@ -97,7 +97,7 @@ def test_the_keys_of_a_database_are_read_once_by_who_plans_the_shards(tmp_path, 
     """A process that writes a shard is given its own: LSUN Bedroom's take seconds and 234 MB in each."""
     write_lmdb(tmp_path / "set_train_lmdb", [encode(np.full((8, 8), i, np.uint8), "png") for i in range(20)])
     data = DataConfig("lmdb", str(tmp_path), 8, 1, 0, 4, 6, "refuse", 0)
-    work = shard.STAGE.work(run.of(experiment(data)))
+    work = shard.STAGE.work(run.replace_experiment(experiment(data)))
     units = pickle.loads(pickle.dumps(next(work)))
     monkeypatch.setattr(lmdb, "_list_image_keys", None)
     sources.open_source.cache_clear()
@@ -119,7 +119,8 @@ def test_images_per_shard_changes_no_index(tmp_path, pictures):
 
 def test_a_unit_travels_to_a_worker_with_absolute_paths(pictures, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    units = next(shard.STAGE.work(run.of(experiment(dataclasses.replace(pictures, path="pictures")))))
+    elsewhere = experiment(dataclasses.replace(pictures, path="pictures"))
+    units = next(shard.STAGE.work(run.replace_experiment(elsewhere)))
     monkeypatch.chdir("/")
     for unit in pickle.loads(pickle.dumps(units)):
         unit.body(None, *unit.args)
@@ -128,7 +129,7 @@ def test_a_unit_travels_to_a_worker_with_absolute_paths(pictures, run, tmp_path,
 
 def interrupt(data: DataConfig, run: Place) -> dict[str, bytes]:
     """The stage killed after its last unit but before its manifest."""
-    for unit in next(shard.STAGE.work(run.of(experiment(data)))):
+    for unit in next(shard.STAGE.work(run.replace_experiment(experiment(data)))):
         unit.body(None, *unit.args)
     assert not (run.data / "manifest.json").exists()
     return tar_bytes(run)
@@ -150,9 +151,9 @@ def test_a_resumed_stage_redoes_only_what_is_missing(pictures, run, kind):
     whole = interrupt(pictures, run)
     name, damage = DAMAGE[kind]
     damage(run.data / name)
-    assert not shard.STAGE.is_done(run.of(experiment(pictures)))
+    assert not shard.STAGE.is_done(run.replace_experiment(experiment(pictures)))
     assert do(pictures, run) == ["shard train-00001.tar"]
-    assert tar_bytes(run) == whole and shard.STAGE.is_done(run.of(experiment(pictures)))
+    assert tar_bytes(run) == whole and shard.STAGE.is_done(run.replace_experiment(experiment(pictures)))
 
 
 def test_shards_of_another_size_are_not_mixed(pictures, run):

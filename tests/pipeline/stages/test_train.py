@@ -32,7 +32,7 @@ def curve(points, *names):
 
 
 def final_state(run, step):
-    return checkpoint.load_checkpoint(run.step_folder(step))
+    return checkpoint.load_checkpoint(run.locate_step(step))
 
 
 def assert_equal_states(run, other, *steps):
@@ -106,7 +106,7 @@ def test_the_fewest_parts_that_fit_into_a_gpu_are_chosen_once_and_kept(tiny_run,
         points = train_to(tiny_run, steps)
     assert curve(points, "loss", "grad_norm") == curve(three, "loss", "grad_norm")
     kept = [
-        checkpoint.read_meta(run.step_folder(step))["accumulate"]
+        checkpoint.read_meta(run.locate_step(step))["accumulate"]
         for run, step in ((on_cpu, 2), (tiny_run, 4))
     ]
     assert kept == [1, 3]
@@ -115,7 +115,7 @@ def test_the_fewest_parts_that_fit_into_a_gpu_are_chosen_once_and_kept(tiny_run,
 def test_steps_computed_again_are_logged_once(tiny_run):
     before = train_to(tiny_run, 6)
     for step in (4, 6):
-        (tiny_run.step_folder(step) / checkpoint.META).unlink()
+        (tiny_run.locate_step(step) / checkpoint.META).unlink()
     with tiny_run.log.open("a") as file:
         file.write('{"step": 7, "ti')  # a writer killed in mid-line
     assert train_to(tiny_run, 6) == before
@@ -178,7 +178,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
     stepped, write = threading.Event(), checkpoint.save_checkpoint
 
     def slow(directory, *args):
-        if directory == tiny_run.step_folder(2):
+        if directory == tiny_run.locate_step(2):
             assert stepped.wait(20), "training waited for the checkpoint"
         write(directory, *args)
 

@@ -19,21 +19,21 @@ def saved(run, *steps):
     ema = checkpoint.create_network(run.experiment).state_dict()
     state = {f"net.{name}": tensor for name, tensor in ema.items()}
     for step in steps:
-        checkpoint.save_checkpoint(run.step_folder(step), state, ema, step, {"run_key": run.run_key})
+        checkpoint.save_checkpoint(run.locate_step(step), state, ema, step, {"run_key": run.run_key})
 
 
 def test_tensors_come_back_as_they_were(tiny_run):
     run = tiny_run
     channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     tensors = {**TENSORS, "c": channels_last, "same": TENSORS["net.w"], "ema.1.w": torch.full((2,), 3.0)}
-    checkpoint.save_checkpoint(run.step_folder(1), checkpoint.copy_to_cpu(tensors, {}), EMA, 1)
-    loaded = checkpoint.load_checkpoint(run.step_folder(1))
+    checkpoint.save_checkpoint(run.locate_step(1), checkpoint.copy_to_cpu(tensors, {}), EMA, 1)
+    loaded = checkpoint.load_checkpoint(run.locate_step(1))
     assert torch.equal(loaded["c"], channels_last)
     assert torch.equal(loaded["same"], TENSORS["net.w"])
     assert loaded["step"] == 7
-    assert torch.equal(checkpoint.load_weights(run.step_folder(1), "raw")["w"], TENSORS["net.w"])
-    assert torch.equal(checkpoint.load_weights(run.step_folder(1), "ema")["w"], EMA["w"])
-    assert torch.equal(checkpoint.load_weights(run.step_folder(1), "ema", 1)["w"], tensors["ema.1.w"])
+    assert torch.equal(checkpoint.load_weights(run.locate_step(1), "raw")["w"], TENSORS["net.w"])
+    assert torch.equal(checkpoint.load_weights(run.locate_step(1), "ema")["w"], EMA["w"])
+    assert torch.equal(checkpoint.load_weights(run.locate_step(1), "ema", 1)["w"], tensors["ema.1.w"])
 
 
 DAMAGES = {
@@ -50,13 +50,13 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, da
     run = tiny_run
     saved(run, 2, 4)
     name, change = DAMAGES[damage]
-    file = run.step_folder(4) / name
+    file = run.locate_step(4) / name
     file.write_bytes(change(file.read_bytes())) if change else file.unlink()
     with caplog.at_level(logging.WARNING):
         assert checkpoint.find_newest_step(run, at_most=10) == 2
     assert "step_00000004" in caplog.text
     with pytest.raises(PipelineError, match="step_00000004"):
-        checkpoint.load_checkpoint(run.step_folder(4))
+        checkpoint.load_checkpoint(run.locate_step(4))
 
 
 def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_run):
@@ -64,7 +64,7 @@ def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_
     saved(run, 2, 4, 6)
     assert checkpoint.find_newest_step(run, at_most=5) == 4
     assert checkpoint.find_newest_step(run, at_most=1) is None
-    run.step_folder(4).rename(run.train / ".tmp-step_00000004-abc")
+    run.locate_step(4).rename(run.train / ".tmp-step_00000004-abc")
     assert checkpoint.find_newest_step(run, at_most=5) == 2
 
 
@@ -111,18 +111,18 @@ def test_a_kept_step_can_be_scored_but_not_resumed(tiny_run, caplog):
     saved(tiny_run, 1, 2, 4, 6)
     checkpoint.delete_old_checkpoints(keeping(tiny_run, 1, every=3, steps=(2, 4, 6)), at_most=6)
     assert list_steps(tiny_run.train) == [2, 4, 6]
-    assert [checkpoint.has_state(tiny_run.step_folder(step)) for step in (2, 4, 6)] == [False, False, True]
-    assert checkpoint.is_valid(tiny_run, 4) and checkpoint.load_weights(tiny_run.step_folder(4), "ema")
+    assert [checkpoint.has_state(tiny_run.locate_step(step)) for step in (2, 4, 6)] == [False, False, True]
+    assert checkpoint.is_valid(tiny_run, 4) and checkpoint.load_weights(tiny_run.locate_step(4), "ema")
     assert checkpoint.find_newest_step(tiny_run, at_most=5) is None and not caplog.text
     with pytest.raises(PipelineError, match="nothing resumes"):
-        checkpoint.load_checkpoint(tiny_run.step_folder(4))
+        checkpoint.load_checkpoint(tiny_run.locate_step(4))
     raw = asking_for(tiny_run, weights="raw")
     assert checkpoint.is_valid(raw, 6) and not checkpoint.is_valid(raw, 4)
 
 
 def test_a_missing_step_and_the_weights_of_another_network_are_refused(tiny_run):
     saved(tiny_run, 2)
-    checkpoint.save_checkpoint(tiny_run.step_folder(2), TENSORS, EMA, 2)
+    checkpoint.save_checkpoint(tiny_run.locate_step(2), TENSORS, EMA, 2)
     for step, complaint in ((5, r"no checkpoint of step 5 \(there are: 2\)"), (2, "another network")):
         with pytest.raises(PipelineError, match=complaint):
             checkpoint.load_model(asking_for(tiny_run, checkpoint=step), torch.device("cpu"))

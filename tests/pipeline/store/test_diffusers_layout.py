@@ -106,7 +106,7 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
     raw = net.state_dict()
     state = {f"net.{name}": tensor for name, tensor in raw.items()}
     ema = {name: tensor + 1 for name, tensor in raw.items()}
-    checkpoint.save_checkpoint(run.step_folder(STEP), state, ema, STEP)
+    checkpoint.save_checkpoint(run.locate_step(STEP), state, ema, STEP)
     return run, net
 
 

@@ -50,7 +50,7 @@ def run(tiny_run):
     run.log.write_text('{"step": 1}\n{"step": 2}\n')
     for step in (2, 4):
         tensors = {"net.w": torch.full((3,), float(step))}
-        checkpoint.save_checkpoint(run.step_folder(step), tensors, tensors, step)
+        checkpoint.save_checkpoint(run.locate_step(step), tensors, tensors, step)
     finished, unfinished = run.path / "samples" / "aaaaaaaaaaaa", run.path / "samples" / "bbbbbbbbbbbb"
     for folder in (finished, unfinished):
         folder.mkdir(parents=True)
@@ -96,7 +96,7 @@ def test_what_is_there_and_equal_does_not_travel_again(run, s3, tmp_path):
     first = remote.push_run(run.path.name, run.storage, "s3://runs/a")
     assert ", 0 were there" in first
     assert ": 0 files sent" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
-    checkpoint.save_checkpoint(run.step_folder(6), {}, {"w": torch.ones(1)}, 6)
+    checkpoint.save_checkpoint(run.locate_step(6), {}, {"w": torch.ones(1)}, 6)
     assert ": 3 files sent" in remote.push_run(run.path.name, run.storage, "s3://runs/a")
     remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)
     told = remote.pull_run(f"s3://runs/a/{run.path.name}", tmp_path)

@@ -97,9 +97,9 @@ def test_what_may_not_change_is_a_parameter_and_the_rest_of_the_experiment_is_ta
     assert tags["version.torch"] == "2.9" and tags["commit"].startswith("0123")
     assert tags["protocol.comparable"] == "False" and tags["protocol.n"] == "512"
     assert "n = 512" in tags["protocol.why_not"]
-    name = run_sender.name_run(run.of(dataclasses.replace(run.experiment, seed=7)))
+    name = run_sender.name_run(run.replace_experiment(dataclasses.replace(run.experiment, seed=7)))
     assert (found.info.run_name, name) == (run.name, f"{run.name} seed=7")
-    wide = run.of(config.load_experiment("digits", ["data.channels=3", "model.channels=16"]))
+    wide = run.replace_experiment(config.load_experiment("digits", ["data.channels=3", "model.channels=16"]))
     assert run_sender.name_run(wide).count(" channels=") == 2
     study = client.get_experiment(found.info.experiment_id)  # the UI opens it as model training
     assert study.tags["mlflow.experimentKind"] == "custom_model_development"
@@ -219,7 +219,7 @@ def test_pruned_checkpoints_leave_and_a_run_deleted_in_the_ui_is_delivered_anew(
     run = make_run(storage, "digits", (*STEPS, "seed=4"), scores=False)
     with tracking.Mirror(uri, "ends", run):
         pass
-    shutil.rmtree(run.step_folder(50))
+    shutil.rmtree(run.locate_step(50))
     write_checkpoint(run, 150)
     with tracking.Mirror(uri, "ends", run):
         pass
