@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
@@ -30,6 +31,7 @@ from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.resources import Resources
 from pipeline.compute.units import GIB, Body, Value, Worker
 from pipeline.config import ClusterConfig
+from pipeline.console import print_line
 from pipeline.errors import PipelineError, TransientError, shorten_error
 from pipeline.store.files import write_text
 from pipeline.store.run import Place, list_steps
@@ -118,6 +120,38 @@ def is_group_running(place: Place) -> bool:
         group = PlacementGroup(PlacementGroupID.from_hex(place.placement_group.read_text()))
         return bool(read_group(group)["state"] == "CREATED")
     return False
+
+
+def name_node(node: dict[str, Any]) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+
+class LossWatch:
+    """Says which machine a training group has lost, and which steps the next group repeats."""
+
+    def __init__(self, place: Place, workers: int):
+        self.place, self.workers = place, workers
+        self.group, self.reached = "", 0
+        self.nodes: list[str] = []  # of the group's workers
+
+    def poll(self) -> None:
+        with suppress(FileNotFoundError, ValueError):
+            if (group := self.place.placement_group.read_text()) != self.group:
+                found = read_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+                nodes = list(found["bundles_to_node_id"].values())
+                if self.group:
+                    self._print_loss(len(nodes))
+                self.group, self.nodes = group, nodes
+            self.reached = int(self.place.heartbeat.read_text())
+
+    def _print_loss(self, workers: int) -> None:
+        gone = [node for node in ray.nodes() if node["NodeID"] in self.nodes and not node["Alive"]]
+        names = " and ".join(map(name_node, gone)) or "a worker"
+        start = max(list_steps(self.place.train), default=0)
+        grows = workers > len(self.nodes) and not gone
+        why = "more machines have joined" if grows else f"{names} was lost"
+        steps = f"{max(0, self.reached - start)} steps from step {start}"
+        print_line(f"{why}: {steps} are repeated, by {workers} of {self.workers} workers")
 
 
 def _run_ray_train(

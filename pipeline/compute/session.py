@@ -119,7 +119,10 @@ class RaySession:
         needed = self.resources
         self._explain_wait(needed.min_workers, needed.cpus_per_worker, needed.gpus_per_worker)
 
+        watch = ray_train.LossWatch(place, needed.workers)
+
         def poll() -> None:
+            watch.poll()
             if self.must_stop() and not (place.heartbeat.exists() and ray_train.is_group_running(place)):
                 raise StopRequest  # the workers start, or are waited for: there is nothing to bring to a safe point
 
@@ -147,7 +150,7 @@ def call_on_machines(address: str, body: Callable[..., str], *args: object) -> d
         for node in filter(operator.itemgetter("Alive"), ray.nodes()):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             call = ray.remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*args)
-            calls[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = call
+            calls[ray_train.name_node(node)] = call
         answers = {}
         for name, call in calls.items():
             try:

@@ -1,5 +1,6 @@
 """A head and two nodes with a training worker each, on hosts of their own; one of the nodes is lost in mid-training."""
 
+import re
 import secrets
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class Nodes:
         command = [sys.executable, "-m", "pipeline", "train", "digits", *EXPERIMENT, *where, *words]
         outcome = self.network["ray-head"].execute(*command, timeout=900)
         assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        self.losses = re.findall(r"\((\S+)\) was lost: (\d+) steps from step (\d+) ", outcome.stdout)
         return self.find_run(folder)
 
     def read_step(self, folder: str) -> int:
@@ -103,6 +105,8 @@ def test_a_node_that_is_taken_away_costs_seconds(nodes):
         assert reached <= saved <= nodes.read_step("taken"), "the smaller group goes on from there"
         assert f"a checkpoint of step {saved}, then on" in log.read_text()
         assert ended.result() == run
+    ((lost, _, start),) = nodes.losses
+    assert (lost, int(start)) == (nodes.network["node-2"].address, saved)
     assert len(read_losses(run)) == 100
 
 
@@ -122,6 +126,8 @@ def test_training_waits_for_a_node_that_returns_and_ends_with_the_same_bits(node
         subprocess.run(["ip", "-netns", node.namespace, "link", "set", "eth0", "up"], check=True)
         nodes.start("node-2")
         run = command.result()
+    ((lost, steps, start),) = nodes.losses
+    assert (lost, int(start) + int(steps)) == (node.address, reached) and int(start) % 25 == 0
     state = f"train/step_{STEPS:08d}/state.safetensors"
     assert hash_file(run / state) == hash_file(untouched / state)
     assert read_losses(run) == read_losses(untouched)

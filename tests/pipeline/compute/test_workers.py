@@ -14,7 +14,9 @@ from conftest import free_port, read_losses, renamed, tiny_experiment
 
 from pipeline import tracking
 from pipeline.cli.status import format_status
+from pipeline.compute import ray_train
 from pipeline.compute.ray_train import RayWorker
+from pipeline.engine.find import make_place
 from pipeline.engine.provenance import write_record
 from pipeline.stages import report, train
 from pipeline.store import checkpoint
@@ -158,6 +160,33 @@ def test_a_slow_rank_is_seen_in_the_log_mlflow_the_status_and_the_page(tiny_run,
     for point in points[:2]:
         point["metrics"]["train/slowest_rank"] = 0
     assert not describe_slow_rank(points[:4]), "both are the slowest as often"
+
+
+@pytest.mark.parametrize(
+    ("lost", "after", "told"),
+    [
+        ("b", "a", "host-b (10.0.0.2) was lost: 20 steps from step 30 are repeated, by 1 of 3 workers"),
+        ("", "ab", "a worker was lost: 20 steps from step 30 are repeated, by 2 of 3 workers"),
+        ("", "abc", "more machines have joined: 20 steps from step 30 are repeated, by 3 of 3 workers"),
+    ],
+)
+def test_a_lost_machine_and_the_steps_it_costs_are_named(tmp_path, monkeypatch, capsys, lost, after, told):
+    """With what Ray says of its machines and groups; tests/cluster loses real ones."""
+    nodes = [{"NodeID": name, "Alive": name != lost, "NodeManagerHostname": f"host-{name}"} for name in "ab"]
+    nodes = [{**node, "NodeManagerAddress": "10.0.0.2"} for node in nodes]
+    monkeypatch.setattr(ray_train.ray, "nodes", lambda: nodes)
+    place = make_place(tiny_experiment(), tmp_path)
+    watch = ray_train.LossWatch(place, workers=3)
+    watch.poll()
+    place.step_folder(30).mkdir(parents=True)
+    for group in ("ab", after):
+        monkeypatch.setattr(ray_train, "read_group", lambda _: {"bundles_to_node_id": dict(enumerate(group))})  # noqa: B023
+        place.placement_group.write_text(ray_train.PlacementGroupID.from_random().hex())
+        watch.poll()
+        place.heartbeat.write_text("50")
+        watch.poll()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith(told)
 
 
 @pytest.mark.slow
