@@ -178,7 +178,7 @@ def test_a_lost_machine_and_the_steps_it_costs_are_named(tmp_path, monkeypatch, 
     place = make_place(tiny_experiment(), tmp_path)
     watch = ray_train.LossWatch(place, workers=3)
     watch.poll()
-    place.step_folder(30).mkdir(parents=True)
+    place.locate_step(30).mkdir(parents=True)
     for group in ("ab", after):
         monkeypatch.setattr(ray_train, "read_group", lambda _: {"bundles_to_node_id": dict(enumerate(group))})  # noqa: B023
         place.placement_group.write_text(ray_train.PlacementGroupID.from_random().hex())
