@@ -119,7 +119,7 @@ class DiffusionConfig:
 
     def compute_last_alpha_bar(self) -> float:
         """Compute alpha_bar_T, the share of an image's variance that is left in x_T."""
-        from ddpm.schedules import get_betas  # here, because it imports torch
+        from ddpm.schedules import get_betas  # imported here, because it imports torch
 
         return float((1 - get_betas(self)).prod())
 

@@ -220,7 +220,7 @@ def _compute_tables(beta: Tensor) -> dict[str, Tensor]:
     variance = beta * (1 - alpha_bar_prev) / (1 - alpha_bar)
     coef_x_0 = beta * alpha_bar_prev.sqrt() / (1 - alpha_bar)
     coef_x_t = (1 - alpha_bar_prev) * (1 - beta).sqrt() / (1 - alpha_bar)
-    # beta~ at t = 0 is 0 and its log infinite: the next one stands in for it (authors' code).
+    # beta~ at t = 0 is 0 and its log infinite: it is replaced by the next one (authors' code).
     first = variance[1:2] if len(beta) > 1 else beta
     return {
         "beta": beta,

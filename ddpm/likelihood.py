@@ -88,7 +88,7 @@ def compute_bits_per_dim(
         torch.from_numpy(chosen),
         torch.cat(terms).double().cpu()[position],
         torch.cat(mse).double().cpu()[position],
-        compute_prior(diffusion, x_0.double()).cpu(),  # in float32 it would drown in rounding
+        compute_prior(diffusion, x_0.double()).cpu(),  # in float32, rounding would be larger than it
     )
 
 

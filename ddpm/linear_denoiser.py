@@ -31,7 +31,7 @@ def make_linear_denoiser(
 
 
 def compute_linear_mse(variances: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Return the mean square error of its estimate of x_0 at each alpha_bar (T,), over images and noise; float64 (T,).
+    """Return the mean square error of the denoiser's x_0 at each alpha_bar (T,), over images and noise; float64 (T,).
 
     (1/D) sum_j l_j (1 - a) / (a l_j + 1 - a).
     """
@@ -53,7 +53,7 @@ def convert_mse_to_terms(diffusion: Diffusion, mse: Tensor, variance: Variance |
 
 
 def compute_profile(diffusion: Diffusion, variances: Tensor, variance: Variance | None = None) -> Tensor:
-    """Return the share of each timestep in this denoiser's rate, float64 (T,): 0 at t = 0, above 0 elsewhere."""
+    """Return the share of each timestep in the linear denoiser's rate, float64 (T,): 0 at t = 0, above 0 elsewhere."""
     mse = compute_linear_mse(variances, diffusion.tables["alpha_bar"])
     terms = convert_mse_to_terms(diffusion, mse, variance)
     terms[1:] = terms[1:].clamp(min=1e-12)  # if all images are equal, fixedsmall leaves none

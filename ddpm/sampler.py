@@ -89,7 +89,7 @@ def step_back(
     diffusion: Diffusion, net: Network, x_t: Tensor, t: Tensor, eps: Tensor | None = None, *,
     variance: Variance | None = None, context: Tensor | None = None, clip: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Draw x_{t-1} from p(x_{t-1} | x_t) (Algorithm 2, line 4), for int64 t (N,) of this chain, which may differ.
+    """Draw x_{t-1} from p(x_{t-1} | x_t) (Algorithm 2, line 4); t: int64 (N,) of this chain, one for each image.
 
     eps: the noise; None: drawn here. At t = 0 none is added.
     """

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 HISTORY = 10  # losses kept per timestep
-UNIFORM = 0.001  # share of t that is drawn uniformly, so that no timestep starves (authors' code)
+UNIFORM = 0.001  # share of t that is drawn uniformly, so that none is never drawn (authors' code)
 
 
 class ImportanceSampler:
-    """Draws t with p(t) proportional to sqrt(E[L_t^2]) of its last losses; uniform until each t has enough.
+    """Draws t with p(t) proportional to sqrt(E[L_t^2]) of the last losses at t; uniform until each t has enough.
 
     losses float32 (T, 10) and counts int64 (T,), the number of losses seen, are the whole state: save it with
     the training state. Losses must be gathered over workers first, so that all hold the same.

@@ -39,7 +39,7 @@ class TrainState:
         if diffusion.t_sampling == "importance":
             self.t_sampler = ImportanceSampler(diffusion.timesteps, next(net.parameters()).device)
         self.optimizer = torch.optim.Adam(net.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        for p in net.parameters():  # moments made now, so that a fresh state has all its tensors
+        for p in net.parameters():  # makes the moments now, so that a new state has all its tensors
             self.optimizer.state[p] = {
                 "step": torch.zeros((), device=p.device),
                 "exp_avg": torch.zeros_like(p),
@@ -82,7 +82,7 @@ class TrainState:
     def update(self, config: TrainConfig) -> Tensor:
         """Clip the gradient, make one step of Adam, update the EMA; return the norm before clipping, on the device."""
         if any(p.stride() != moments["exp_avg"].stride() for p, moments in self.optimizer.state.items()):
-            # The fused kernel walks raw memory: it would pair weights with the moments of other weights.
+            # The fused kernel reads memory in order: it would pair weights with the moments of other weights.
             raise RuntimeError("the memory format changed after TrainState was made: change it before")
         gradient = [p.grad for p in self.net.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradient)

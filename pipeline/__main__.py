@@ -12,11 +12,11 @@ from pipeline.compute.interrupt import exit_at_once, set_handlers  # noqa: E402
 
 
 def main() -> int:
-    """Run the program; a signal ends it without a traceback, from its imports to its last moment."""
+    """Run the program; a signal ends it at any time without a traceback, also during its imports and at its end."""
     set_handlers(exit_at_once)
     from pipeline.cli.program import main as run
 
-    sys.path.append(os.getcwd())  # where a custom network lies
+    sys.path.append(os.getcwd())  # a custom network may be there
 
     set_handlers(signal.default_int_handler)
     try:

@@ -1,6 +1,6 @@
 """Layers of the U-Net that are faster than those of torch on a CPU; elsewhere the plain layers, equal up to rounding.
 
-What is slow in bf16: group norm of groups of fewer than 16 channels, and fused attention. Small products go at half the
+Slow in bf16 are group norm of groups of fewer than 16 channels, and fused attention. Small products go at half the
 speed of a 1x1 convolution, 3x3 convolutions make several times the multiplications that they need. Figures:
 docs/performance.md. Plain products round the scores of attention to bf16: relative to float64 the result errs by 4e-3
 where q and k have a standard deviation of 1, by 1e-2 where it is 3; that of fused attention by 2e-3 in both cases.
@@ -14,12 +14,12 @@ from ddpm.kernels import winograd
 from ddpm.kernels.cuda import attend_on_cuda
 
 CACHED = 2**17  # float32 numbers that stay in a core's cache between two passes
-NARROW_GROUP = 16  # channels of a group below which torch's bf16 kernel is not vectorised ...
-WIDE_IMAGE = 1024  # ... but for its forward pass over images of so many pixels
+NARROW_GROUP = 16  # channels of a group below which torch's bf16 kernel is not vectorised,
+WIDE_IMAGE = 1024  # except in its forward pass over images of this number of pixels
 LONG_SEQUENCE = 1024  # pixels above which attention weights are not held in memory
-WIDE_CONV = 128  # channels in and out from which fewer multiplications outweigh the transforms ...
-MANY_PIXELS = 1024  # ... and that of the weights, of all images together ...
-LARGE_IMAGE = 16  # ... in bf16 with its smaller tiles for larger images only, and not on matrix units
+WIDE_CONV = 128  # channels in and out from which fewer multiplications outweigh the transforms
+MANY_PIXELS = 1024  # pixels of all images from which they outweigh the transform of the weights too
+LARGE_IMAGE = 16  # side above which they do in bf16, whose tiles are smaller; not on matrix units
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, swish: bool) -> Tensor:
@@ -54,7 +54,7 @@ def convolve(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _is_bf16_on_cpu(x: Tensor) -> bool:
-    """Return whether x is bf16 on a CPU and no compiler makes kernels of its own."""
+    """Return whether x is bf16 on a CPU, outside of torch.compile, which makes its own kernels."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -1,4 +1,4 @@
-"""Layers in bfloat16 on CUDA: what autocast would compute in float32, and casts that it would make one by one."""
+"""Layers that stay in bfloat16 on CUDA where autocast would take float32, and casts of all weights together."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ddpm.networks.layers import RowDropout, draw_kept, view_as_images
 
-# Those that never hold L x L weights, the first that takes the input; torch alone may fall back on one that does.
+# Kernels that never hold L x L weights; the first that takes the input is used. torch alone may choose one that does.
 ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 # Layers whose weights autocast casts.
 CAST = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.GroupNorm, nn.LayerNorm)
@@ -27,7 +27,7 @@ class FastGroupNorm(nn.GroupNorm):
 
 
 class FastLayerNorm(nn.LayerNorm):
-    """Layer norm, likewise."""
+    """Layer norm whose result is bfloat16 where x is."""
 
     def forward(self, x: Tensor) -> Tensor:
         if is_bf16_on_cuda(x):
@@ -53,7 +53,7 @@ def is_bf16_on_cuda(x: Tensor) -> bool:
 
 
 def attend_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Compute softmax(q k^T / sqrt(C)) v, each (N, L, C), by one of ATTENTION. Raises RuntimeError where none can."""
+    """Compute softmax(q k^T / sqrt(C)) v, each (N, L, C), by a kernel of ATTENTION; raise RuntimeError if none can."""
     # None of them takes pixels that lie closer than channels.
     q, k, v = (x.unsqueeze(1) if x.stride(2) == 1 else x.unsqueeze(1).contiguous() for x in (q, k, v))
     with sdpa_kernel(ATTENTION, set_priority=True):
@@ -91,7 +91,7 @@ class FastRowDropout(ByteDropout):
 
 
 class _Drop(torch.autograd.Function):
-    """x * kept * scale in one kernel, both ways; keeps the mask only."""
+    """Computes x * kept * scale in one kernel, forward and backward; keeps only the mask in between."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
@@ -105,7 +105,7 @@ class _Drop(torch.autograd.Function):
 
 
 def draw_masks(layers: Iterable[RowDropout]) -> None:
-    """Draw the masks of the next pass from the keys of the layers, together for all whose images are of one size."""
+    """Draw the masks of the next pass from the layers' keys, together for all layers with images of one size."""
     alike = defaultdict(list)
     for layer in layers:
         if isinstance(layer, ByteDropout) and layer.size:
@@ -138,7 +138,7 @@ def _copy_all(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[T
 
 
 def call_with_cast_weights(net: nn.Module, *args: Tensor | None) -> Tensor:
-    """Call net(*args) with weights in bfloat16, as autocast does, but cast together; they get float32 gradients."""
+    """Call net(*args) with its weights in bfloat16, all cast by one copy; their gradients are float32."""
     weights = {
         f"{path}.{name}" if path else name: weight
         for path, layer in net.named_modules() if isinstance(layer, CAST)
@@ -149,7 +149,7 @@ def call_with_cast_weights(net: nn.Module, *args: Tensor | None) -> Tensor:
 
 
 def keep_cast_weights(net: nn.Module) -> None:
-    """Cast the weights of a network that is not trained to bfloat16, once."""
+    """Cast the weights of a network to bfloat16, once and for good: it cannot be trained afterwards."""
     for layer in net.modules():
         if isinstance(layer, CAST):
             for weight in layer.parameters(recurse=False):

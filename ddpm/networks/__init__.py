@@ -13,7 +13,7 @@ NETWORKS: dict[str, type[config.NetworkConfig]] = {
     "annotated_unet": config.AnnotatedUNetConfig,
     "api_unet": config.ApiUNetConfig,
 }
-UNTRAINED = frozenset({"exact"})  # what it knows is the training images themselves
+UNTRAINED = frozenset({"exact"})  # it knows only the training images themselves
 
 
 def find_config_class(name: str) -> type[config.NetworkConfig]:

@@ -43,7 +43,7 @@ class ContextUNet(SeededNetwork):
         self.reset_parameters()
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
-        """Predict as `SeededNetwork` says. Raises ValueError for context of another shape or, on a CPU, range."""
+        """Predict as `SeededNetwork` says. Raises ValueError for a context of another shape; on a CPU, also range."""
         time = (t[:, None].to(x_t.dtype) + 1) / self.timesteps
         classes = encode_context(context, t, self.num_classes).to(x_t.dtype)
         h = finest = self.conv_in(x_t)

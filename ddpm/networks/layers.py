@@ -21,7 +21,7 @@ class SeededNetwork(nn.Module):
     x_t: (N, in_channels, H, W) in the type of the weights; t: int64 (N,) in 0..T-1; context: int64 (N,) labels in
     0..num_classes-1, NO_LABEL if there is none, or any float vectors (N, num_classes); None is no label for all.
     Returns (N, out_channels, H, W) in the type of x_t, also under autocast. Weights are drawn at construction, from
-    torch's global generator. `near_zero` names layers whose weights are so small that they pass next to nothing at
+    torch's global generator. `near_zero` names layers whose weights are so small that they pass almost nothing at
     first. Raises ValueError for what `config.find_problems(image_size)` finds.
     """
 

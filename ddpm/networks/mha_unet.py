@@ -52,7 +52,7 @@ class MHAUNet(SeededNetwork):
 
 
 class DoubleConv(nn.Sequential):
-    """Two 3x3 convolutions, each with GroupNorm over all channels and relu; in the tutorial's form one gelu between."""
+    """Two 3x3 convolutions, each with GroupNorm over all channels and relu; the tutorial's form: one gelu between."""
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, is_tutorial: bool) -> None:
         conv1 = nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=not is_tutorial)
@@ -64,7 +64,7 @@ class DoubleConv(nn.Sequential):
 
 
 class MHABlock(nn.Module):
-    """Double convolution to the new width, time, then attention; in the tutorial's form a residual one before."""
+    """Double convolution to the new width, time, then attention; the tutorial's form begins with a residual one."""
 
     def __init__(self, in_channels: int, mid_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
         super().__init__()

@@ -160,7 +160,7 @@ class UpLevel(Level):
 
 
 class ResBlock(nn.Module):
-    """Residual block: twice norm, swish and 3x3 convolution; the time is added between them. No 1/sqrt(2)."""
+    """Residual block: twice norm, swish and 3x3 convolution; the time is added between them. The sum is not scaled."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig | ApiUNetConfig) -> None:
         super().__init__()

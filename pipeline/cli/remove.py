@@ -19,7 +19,7 @@ from pipeline.store.tars import ShardSetFacts
 
 
 class LeaderboardFile(TypedDict):
-    """The part of a leaderboard that is read here."""
+    """The keys of a study's leaderboard that this module reads."""
 
     trials: list[Tree]
 

@@ -173,7 +173,7 @@ def _describe_machines(root: Path, address: str) -> str:
 
 
 def _list_open_ports() -> Iterator[str]:
-    """List the ports of Ray, MLflow and this program that other machines can reach, as far as we may look."""
+    """List the ports of Ray, MLflow and this program that other machines can reach; without those of other users."""
     for socket in psutil.net_connections("tcp"):
         if socket.pid and socket.status == "LISTEN" and not socket.laddr.ip.endswith(("127.0.0.1", "::1")):
             with suppress(psutil.Error):

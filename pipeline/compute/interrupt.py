@@ -42,7 +42,7 @@ def exit_at_once(*_: object) -> NoReturn:
 def shield_children() -> Iterator[None]:
     """Block SIGTERM and SIGHUP in the processes that the body starts, and keep the handlers of this one.
 
-    A signal to the whole group is then for this process alone, which ends the others. Call it on the main thread.
+    A signal to the process group then reaches this process alone, which ends the others. Call it on the main thread.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGHUP})

@@ -70,7 +70,7 @@ class MemoryCounter(TorchDispatchMode):
 def estimate_step_memory(experiment: Experiment, images: int, accumulate: int) -> int:
     """Estimate the peak bytes of a GPU in a worker's training step with a slice of `images` images.
 
-    But for dropout the layers are the plain ones, which hold what they do on a GPU: those of `ddpm.kernels` hold less.
+    Except for dropout, the layers are the plain ones; those of `ddpm.kernels`, which a GPU uses, hold less.
     """
     config = replace(experiment.train, batch_size=images, accumulate=accumulate)
     data, diffusion = experiment.data, Diffusion(experiment.diffusion)
@@ -116,7 +116,7 @@ def choose_accumulate(experiment: Experiment, images: int, card: float) -> int:
 
 
 def _estimate_needs(experiment: Experiment, images: int) -> dict[int, float]:
-    """Estimate the GiB of a step at each train.accumulate: it is what an image of a part takes that depends on it."""
+    """Estimate the GiB of a step at each train.accumulate, which decides how many images are in memory at once."""
     whole, half = (estimate_step_memory(experiment, images, parts) / GIB for parts in (1, 2))
     return {parts: whole - 2 * (whole - half) * (1 - 1 / parts) for parts in range(1, images + 1)}
 

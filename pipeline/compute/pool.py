@@ -25,7 +25,7 @@ from pipeline.store.files import TRANSIENT
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
-END_SECONDS = 30.0  # how long cancelled units are waited for
+END_SECONDS = 30.0  # to wait for cancelled units
 
 
 class Actor:

@@ -82,7 +82,7 @@ def find_type(cls: type, key: str) -> Kind | None:
 
 
 def parse_text(kind: Kind, value: object) -> object:
-    """Parse a text as a value of this type; return the text itself if it is none."""
+    """Parse a text as a value of this type; return the text itself if it cannot be one."""
     if not isinstance(value, str) or takes_text(kind):
         return value
     kinds = {option if isinstance(option, type) else type(option) for option in _list_options(kind)}

@@ -56,13 +56,13 @@ UNHASHED: Tree = {
     "sample.compile": False,
 }
 
-# The version of a formula that was corrected, by the setting that uses it: a value of a key, or any that is not zero.
+# Versions of corrected formulas, by the setting that uses one: a value of a key, or any value that is not zero.
 # Version 1 is left out of the key.
 FORMULAS = {
     "diffusion.variance=learned_range": 2,  # the upper end at t = 0 is log beta_1; it was log beta~_2
-    "model.name=context_unet": 2,  # the network of its document; it was a relative
-    "model.name=mha_unet": 2,  # likewise
-    "model.dropout": 2,  # a mask depends on its image alone; it was the batch's, so that the cut of the batch counted
+    "model.name=context_unet": 2,  # the network of its document; it was a similar one
+    "model.name=mha_unet": 2,  # as context_unet
+    "model.dropout": 2,  # a mask depends on its image alone; it depended on how the batch was cut
 }
 
 

@@ -173,7 +173,7 @@ class _RunExecution:
 
     def _run_round(self, stage: Stage, units: list[Unit]) -> None:
         """Run the units, show their progress and record their cost."""
-        # An image's bound takes a thousand times as long as its features: only passes tell the time left of both.
+        # An image's bound takes a thousand times as long as its features: only passes can predict the time left.
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
         share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
         executor = self._start_executor()

@@ -52,7 +52,7 @@ def find_storage_problems(root: Path) -> str:
 
 
 def find_machine_problems(root: Path, address: str) -> dict[str, str]:
-    """Return what each machine of the cluster at `address` sees amiss in the storage root, '' for nothing."""
+    """Return what is wrong with the storage root as each machine of the cluster at `address` sees it, or ''."""
     from pipeline.compute.session import call_on_machines
 
     with _make_probe(root) as folder, lock_folder(folder):
@@ -63,7 +63,7 @@ def find_machine_problems(root: Path, address: str) -> dict[str, str]:
 def _make_probe(root: Path) -> Iterator[Path]:
     prefix = f"{TEMPORARY}doctor-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=root, ignore_cleanup_errors=True) as name:
-        Path(name).chmod(0o777 & ~UMASK)  # the machines of a cluster may look as another user
+        Path(name).chmod(0o777 & ~UMASK)  # the machines of a cluster may run as another user
         yield Path(name)
 
 

@@ -52,7 +52,7 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
     train, evaluate, images = experiment.train, experiment.evaluate, experiment.sample.num_images
     weights = FLOAT * sum(p.numel() for p in checkpoint.create_network(experiment, "meta").parameters())
     state = weights * (3 + len(train.ema_decay))  # the network, Adam's two moments, the EMAs
-    # The newest, and at the most all that are kept for ever beside them.
+    # The newest checkpoints, and all that are never deleted: an upper limit.
     steps = range(0, train.steps, train.checkpoint_every)[1:]
     is_kept = train.keep_every or evaluate.checkpoint_interval
     kept = train.keep + (sum(map(experiment.keeps_checkpoint, steps)) if is_kept else 0)
@@ -62,7 +62,7 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
     width = EXTRACTORS[evaluate.features].width if needs_samples(evaluate.metrics) else 0
     return Requirements(
         kept=kept,
-        # One more than are kept, while the newest is written; the first EMA is stored twice.
+        # One more than are kept while a new one is written; the first EMA is stored twice.
         checkpoints=(kept + 1) * (state + weights) + len(train.keep_steps) * weights,
         images=images,
         samples=images * (prod(experiment.data.shape) + MEMBERS),

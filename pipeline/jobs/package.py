@@ -30,7 +30,7 @@ class Package:
 
 
 def check_paths(relative: list[str], cluster: ClusterConfig) -> None:
-    """Raise ConfigError for relative paths (as 'data.path=images'), and for passwords, which all could read there."""
+    """Raise ConfigError for relative paths (as 'data.path=images') and for passwords, which others could read there."""
     means = "is a relative path, which means another folder on the cluster"
     uri = urlsplit(cluster.tracking_uri or "")
     remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster"

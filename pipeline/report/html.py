@@ -33,7 +33,7 @@ def convert_to_html(markdown: str, folder: Path) -> str:
     def render(part: Sequence[Token]) -> Markup:
         html = parser.renderer.render(part, parser.options, {})
         html = html.replace("<table>", "<div class=scroll><table>").replace("</table>", "</table></div>")
-        shown, *folds = html.split("<h3>")  # a third heading folds what follows it
+        shown, *folds = html.split("<h3>")  # the text below a heading of level 3 can be folded
         folds = [fold.replace("</h3>", "</summary>", 1) for fold in folds]
         return Markup(shown + "".join(f"<details><summary>{fold}</details>" for fold in folds))
 

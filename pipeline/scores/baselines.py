@@ -26,7 +26,7 @@ def fit_principal_directions(images: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """Return mean (d,), factor (d, r) and the variance of each other direction, of images too large for a covariance.
 
     The first half of the uint8 images (n,C,H,W), n >= 2, gives the directions, by its Gram matrix, and the second half
-    the variances: in the directions of its own making a set varies more than other images do.
+    the variances: along directions that were computed from a set, it varies more than other images do.
     """
     pixels = images.reshape(len(images), -1).astype(np.float64)
     mean = pixels.mean(axis=0)

@@ -36,7 +36,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of a comparison: statistics for each FID, single features (m, d), the `rms` that KID divides by."""
+    """The reference of a comparison: statistics for each FID, single features `real` (m, d), and their scale `rms`."""
 
     statistics: dict[str, Statistics]
     real: np.ndarray | None

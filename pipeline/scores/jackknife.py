@@ -29,7 +29,7 @@ def explain_missing_error(n: int, groups: int) -> str:
 
 
 def compute_jackknife_error(without: Values) -> float:
-    """Compute the standard error from the m scores without one group each: sqrt((m-1)/m sum (F - mean)^2)."""
+    """Compute the standard error from m scores F, each without one of m groups: sqrt((m-1)/m sum (F - mean)^2)."""
     return float(np.std(without) * (len(without) - 1) ** 0.5)
 
 
@@ -58,7 +58,7 @@ def compute_errors(
 def recompute_fid(
     images: ImageSet, member: np.ndarray, whole: Moments, target: Reference
 ) -> dict[str, list[float]]:
-    """Compute FIDs without each group, from the moments of all images less those of the group.
+    """Compute the FIDs again without each group, from the moments of all images less those of the group.
 
     The trace is that of the symmetric form, which takes a tenth of the time.
     """
@@ -87,7 +87,7 @@ def _sum_groups(images: ImageSet, member: np.ndarray) -> Iterator[Moments]:
 
 
 def recompute_is(images: ImageSet, member: np.ndarray) -> dict[str, list[float]]:
-    """Compute the IS without each group, over new splits of the others; empty without classes."""
+    """Compute the IS again without each group, over new splits of the other images; empty without classes."""
     found: dict[str, list[float]] = {}
     logits = np.concatenate([chunk for _, chunk in images.read_chunks()])
     for group in range(member.max() + 1 if logits.shape[1] else 0):
@@ -100,7 +100,7 @@ def recompute_is(images: ImageSet, member: np.ndarray) -> dict[str, list[float]]
 
 
 def recompute_kid(features: np.ndarray, real: np.ndarray, member: np.ndarray) -> Values:
-    """Compute the unbiased KID of all of (n, d) and (m, d) without each group, less a constant of the real ones."""
+    """Compute the unbiased KID again without each group of (n, d), against all (m, d), less a constant of those."""
 
     def sum_kernel(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.sum((a @ b.T / a.shape[1] + 1) ** 3, dtype=np.float64))
@@ -118,7 +118,7 @@ def recompute_kid(features: np.ndarray, real: np.ndarray, member: np.ndarray) ->
 def recompute_precision_recall(
     features: np.ndarray, real: np.ndarray, member: np.ndarray
 ) -> tuple[Values, Values]:
-    """Compute precision and recall of features (n, d) against (m, d) without each group."""
+    """Compute precision and recall of features (n, d) against (m, d) again without each group."""
     x, y, own = torch.from_numpy(features), torch.from_numpy(real), torch.from_numpy(member)
     kept = [own != group for group in range(int(own.max()) + 1)]
     near = [_find_nearest(x, x[~keep]) for keep in kept]  # of each group, (n, NEIGHBOURS + 1)

@@ -186,7 +186,7 @@ class _StopCheck:
 class _LogSums:
     """Sums of loss and gradient norm since the last point of the log, on the device.
 
-    A run that is stopped between two points takes its sums along, so that its curve is an untouched run's.
+    A run that is stopped between two points saves the sums, so that its curve is that of an uninterrupted run.
     """
 
     def __init__(self, step: int, device: torch.device):
@@ -236,7 +236,7 @@ class _LogSums:
 class _CheckpointSaver:
     """Writes checkpoints in a thread of rank 0, one at a time, while training continues.
 
-    Every rank reports each one when it is safe: before the next one, or at the end.
+    Every rank reports a checkpoint once it is on disk: before the next one is written, or at the end.
     """
 
     def __init__(self, ctx: Worker, place: Place, thread: ThreadPoolExecutor):
@@ -356,7 +356,7 @@ def _fix_gradient_buckets(
     """Compute the gradients of one part of a step and discard them, so that DDP's buckets get their final layout.
 
     DDP rebuilds them after the first pass, and sums depend on an element's place in its bucket: a resumed run must
-    start from the layout of an untouched one.
+    start from the layout of an uninterrupted one.
     """
     part = slice(0, max(1, len(rows) // (config.accumulate or 1)))
     buffers = [buffer.clone() for buffer in state.net.buffers()]  # running statistics of BatchNorm

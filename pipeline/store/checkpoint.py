@@ -63,7 +63,7 @@ def save_checkpoint(
 
 
 def save_untrained(place: Place, tensors: Tensors) -> None:
-    """Write a network without training here as the checkpoint of step `train.steps`."""
+    """Write a network that was not trained here as the checkpoint of step `train.steps`."""
     state, step = {f"net.{name}": tensor for name, tensor in tensors.items()}, place.experiment.train.steps
     save_checkpoint(place.locate_step(step), state, tensors, step, {"run_key": place.run_key})
 

@@ -84,7 +84,7 @@ def translate_name(name: str, renames: list[tuple[str, str]] = RENAMES) -> str:
     return name
 
 
-# In
+# Import
 
 
 def read_weights(experiment: Experiment) -> Tensors:
@@ -134,7 +134,7 @@ def find_network_differences(experiment: Experiment, published: Settings) -> lis
     remedies = REMEDIES | {name: f"; set {' '.join(words)}" for name, words in _find_overrides(given).items()}
     mirrored = [kind.replace("Down", "Up") for kind in reversed(given["down_block_types"])]
     if given["up_block_types"] == mirrored:
-        del own["up_block_types"]  # the other half says it already
+        del own["up_block_types"]  # the down blocks determine it
     return faults + [
         f"{name} is {given[name]!r}, the experiment's network has {value!r}{remedies.get(name, '')}"
         for name, value in own.items()
@@ -259,7 +259,7 @@ def _compute_scheduler_betas(given: Settings) -> torch.Tensor | None:
     return schedules.compute_betas(name, steps, *ends)
 
 
-# Out
+# Export
 
 
 def export_to_diffusers(

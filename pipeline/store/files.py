@@ -85,7 +85,7 @@ def write_atomically(path: Path, folder: bool = False) -> Iterator[Path]:
             yield temporary
             for file in [*temporary.rglob("*"), temporary]:
                 if file.is_file():
-                    file.chmod(0o666 & ~UMASK)  # safetensors shuts everybody else out
+                    file.chmod(0o666 & ~UMASK)  # safetensors lets only the owner read it
                 _flush_to_disk(file)
             _replace(temporary, path)
             _flush_to_disk(path.parent)

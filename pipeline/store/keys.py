@@ -19,7 +19,7 @@ from pipeline.store.weight_files import find_weight_files
 
 VERSION = 2
 
-# How many images are asked for, and which other evaluations are made, says nothing about these samples or this score.
+# How many images are asked for, and which other evaluations are made, does not change these samples or this score.
 _NOT_IN_SAMPLE_KEY = {"num_images", "checkpoint"}
 _NOT_IN_SCORE_KEY = {"checkpoints", "checkpoint_images"}
 # What may change without making another run: how far it goes, and what is kept or shown on the way.

@@ -62,7 +62,7 @@ class TrialStates:
             record["label"], record["run"] = trial.label, trial.place.name
             if not list_unfinished_stages(trial.place, "report"):
                 record["state"], record["reason"] = "finished", ""
-            elif record["state"] in ("finished", "running"):  # its files went, or its driver did
+            elif record["state"] in ("finished", "running"):  # files deleted, or driver killed
                 record["state"], record["reason"] = "interrupted", ""
 
     def is_done(self, key: str) -> bool:

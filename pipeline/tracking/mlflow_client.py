@@ -40,7 +40,7 @@ TABLE_TAG = "mlflow.sharedViewState.scores"
 SCORES = [f"metrics.`{name}`" for name in ("fid", "is_mean", "nll_bpd", "loss/train")]
 
 PATIENCE = 5  # seconds for a database to answer
-# What may pass by itself; everything else that a server or its driver says is taken for lasting.
+# Errors that may pass by themselves; all others of a server or its driver count as lasting.
 PASSING = "refused|time(d |)out|temporary|no route|is locked|starting up|too many|code (429|5..)|reset by|closed the"
 
 # No retries: the mirror tries again by itself.
@@ -188,7 +188,7 @@ def log_batches(
     client: MlflowClient, run_id: str, points: Iterable[MetricPoint],
     tags: Mapping[str, str] = MappingProxyType({}), model_id: str | None = None,
 ) -> None:  # fmt: skip
-    """Log points and tags of an MLflow run in few calls; if `model` is given, log the points there too."""
+    """Log points and tags of an MLflow run in few calls; if `model_id` is given, log the points there too."""
     from mlflow.entities import Metric, RunTag
 
     metrics = [Metric(*point, model_id=model_id) for point in points]
@@ -208,7 +208,7 @@ class Sender:
         """Raise no error of the body; after one, `is_behind` is true."""
         try:
             yield
-        except Exception as error:  # whatever a server or its client comes up with
+        except Exception as error:  # a server or its client may raise anything
             logger.debug("tracking", exc_info=True)
             self.is_behind = True
             if not self.warned:

@@ -89,7 +89,7 @@ def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -
     """Make a logged model a version of `name` in the registry, once, and give it the alias; return its address."""
     import mlflow
 
-    mlflow.set_tracking_uri(uri)  # it is there that a client looks for the files of a version
+    mlflow.set_tracking_uri(uri)  # a client looks there for the files of a version
     client = create_client(uri)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
@@ -114,7 +114,7 @@ def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, Tree,
         create_client(uri)
         import mlflow
 
-        mlflow.set_tracking_uri(uri)  # it is there that a name is looked up
+        mlflow.set_tracking_uri(uri)  # the client looks there for the name
         files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder)))
     remedy = "register its run again"
     settings = read_json(files / SETTINGS, Tree, remedy)

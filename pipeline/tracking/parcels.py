@@ -84,7 +84,7 @@ def _list_score_parcels(place: Place, headline: Place | None, in_own_run: bool) 
     In a sweep the others are left out: they would be rows beside its trials.
     """
     found = [file for file in find_scores(place.path) if file.with_name(MANIFEST).exists()]
-    # The checkpoints are listed after the scores, which come after them: so no candidate is taken for another.
+    # A checkpoint exists before its scores: listed after them, no candidate of these scores can be missing.
     has_candidates = bool(place.experiment.evaluate.checkpoints)
     scored = selection.list_candidates(place) if has_candidates else {}
     candidates = {candidate.scores: step for step, candidate in scored.items()}

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 
-# The UI's charts stand in the order of what is before the "/", names without one last: the loss is the first.
+# The UI sorts its charts by the part before the "/"; names without one come last. So the loss is first.
 NAMES = {"train/loss": "loss/train"}
 
 

@@ -167,7 +167,7 @@ class ArraySource(ImageSource):
             yield RawImage(f"{self.root} {part} image {i}", np.asarray(images[i]), label)
 
 
-@lru_cache(maxsize=2)  # a split of millions is asked for by every shard
+@lru_cache(maxsize=2)  # every shard asks for it, and a split can have millions of images
 def make_fixed_permutation(n: int) -> np.ndarray:
     """Return a permutation of 0..n-1, int64 (n,), the same for every machine and every version of NumPy.
 

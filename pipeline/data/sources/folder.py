@@ -105,7 +105,7 @@ def _find_split_folders(root: Path, folders: set[Parts]) -> tuple[dict[str, Part
         elif parts:
             others = True
     names = ", ".join(sorted("/".join(place) for places in found.values() for place in places)[:9])
-    if others:  # "bullet_train" among them is a class; "train" beside "test" is a split all the same
+    if others:  # then "bullet_train" is a class too, and only a name such as "train" is a split
         for split, places in found.items():
             found[split] = {place for place in places if place[-1].lower() in WORDS[split]}
     train, held_out = found["train"], found["test"] or found["val"]

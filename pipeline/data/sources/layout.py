@@ -18,7 +18,7 @@ _CAMEL_CASE = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 
 def find_split(name: str) -> str | None:
-    """Return train, test or val if that is a whole word of `name`; None if train and another one are."""
+    """Return train, test or val if that is a whole word of `name`; None if both train and another one are."""
     words = {word.lower() for rule in (_WORD, _CAMEL_CASE) for word in rule.findall(name)}
     found = [split for split, known in WORDS.items() if words & known]
     return None if found[:1] == ["train"] and len(found) > 1 else next(iter(found), None)

@@ -58,7 +58,7 @@ def describe_schedule(diffusion: DiffusionConfig) -> str:
 
 
 ALL, SAMPLES, NLL = FAMILIES, OF_SAMPLES, ("nll",)
-# What the paper has in a field of the protocol: the metrics that it moves, its value, and the reason if it differs.
+# For a field of the protocol: the metrics that depend on it, the paper's value, the reason to name if it differs.
 PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
     "weights": (ALL, "ema", "{weights} weights, not EMA"),
     "official_data": (ALL, True, "images not known to be CIFAR-10's"),

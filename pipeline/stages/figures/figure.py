@@ -17,7 +17,7 @@ class FigureUnavailable(PipelineError):
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure to draw: `draw(unit files, target)` writes the picture `file` after its units are done.
+    """A figure to draw: `draw(unit files, path)` writes the picture `file` after its units are done.
 
     It returns what the figure shows, in a sentence, if that is worth one. preparations: units that come before the
     others.

@@ -116,8 +116,8 @@ def compare_errors(ours: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.n
 def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     """Draw the figure from the files of `write_errors`; return its result in sentences.
 
-    parts: of the posterior mean on test and training images, and of the network. What is of all test images stands
-    beside the line of all training images.
+    parts: of the posterior mean on test and training images, and of the network. Numbers of all test images
+    are compared with the linear denoiser of all training images.
     """
     test, train, network = parts
     diffusion = Diffusion(place.experiment.diffusion)
