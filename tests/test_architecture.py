@@ -28,7 +28,7 @@ WITHOUT_IO = {"io", "os", "pathlib", "logging", "time", "datetime", "json", "ran
 
 
 # Names that are found when they are first used, and classes that a user names.
-LOOKS_UP = {"ddpm/__init__.py", "ddpm/networks/custom.py"}
+LOOKS_UP = {"ddpm/__init__.py", "ddpm/networks/custom.py", "pipeline/tracking/__init__.py"}
 
 
 def modules(package: str) -> list[Path]:

@@ -345,10 +345,10 @@ def run_job_command(options: Namespace) -> int:
 
 
 def serve_ui(options: Namespace) -> int:
-    from pipeline import tracking
+    from pipeline.tracking import ui
 
     root, cluster = arguments.prepare_root(options), arguments.load_cluster(options)
-    return tracking.serve_ui(root, options.port, uri=cluster.tracking_uri)
+    return ui.serve_ui(root, options.port, uri=cluster.tracking_uri)
 
 
 def show_diagnosis(options: Namespace) -> None:

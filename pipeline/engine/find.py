@@ -10,7 +10,6 @@ from pathlib import Path
 
 from pipeline import config
 from pipeline.config import ClusterConfig, Experiment
-from pipeline.data import sources
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.store import keys
 from pipeline.store.files import TEMPORARY, UMASK, is_locked, lock_folder, write_text
@@ -78,6 +77,8 @@ def make_place(experiment: Experiment, root: Path, remember: bool = True) -> Pla
     """Make the place of an experiment, with its keys. Raises ConfigError if a file of the experiment is missing."""
     if missing := experiment.find_missing_files():
         raise ConfigError(missing)
+    from pipeline.data import sources  # they import their libraries
+
     fingerprint = sources.compute_fingerprint(experiment.data, locate_fingerprints(root), remember)
     data_key = keys.make_data_key(experiment, fingerprint)
     return Place(root, experiment, data_key, keys.make_run_key(experiment, data_key))

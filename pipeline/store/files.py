@@ -22,14 +22,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NotRequired, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, ParamSpec, TypeVar
 
-import numpy as np
 import psutil
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
 from pipeline.errors import PipelineError, TransientError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -185,13 +187,17 @@ def read_record(path: Path, shape: type[T]) -> T:
     return (try_read(read_json, path, shape, "it is started again") if path.exists() else None) or shape()
 
 
-def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+def write_arrays(path: Path, **arrays: np.ndarray | str) -> None:
+    import numpy as np
+
     with write_atomically(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of an .npz. Raises PipelineError if it is damaged."""
+    import numpy as np
+
     try:
         with np.load(require_regular_file(path), allow_pickle=False) as arrays:
             return dict(arrays)
@@ -201,7 +207,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def write_unit_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write a unit's arrays, with its folder and name inside, so that a wrong file is noticed."""
-    write_arrays(path, unit=np.array(f"{path.parent.name}/{path.stem}"), **arrays)
+    write_arrays(path, unit=f"{path.parent.name}/{path.stem}", **arrays)
 
 
 def read_unit_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -29,8 +31,9 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
         return 0
     _require_free_port(port)
     storage.mkdir(parents=True, exist_ok=True)
-    mlflow_client.check_server(uri)
-    tables = _list_tables(uri)
+    # In another process: MLflow's client keeps hundreds of MB, and this one waits for days.
+    with ProcessPoolExecutor(1, get_context("fork")) as child:
+        tables = child.submit(list_tables, uri).result()
     print(f"starting the MLflow UI on {hide_password(uri)}", flush=True)
     command = [sys.executable, "-m", "mlflow", "server", f"--host={HOST}", f"--port={port}", "--workers=1"]
     command += [f"--artifacts-destination={storage / mlflow_client.ARTIFACTS}"]
@@ -60,8 +63,9 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
         guard.kill()
 
 
-def _list_tables(uri: str) -> dict[str, str]:
-    """List the links to the tables of runs, by the name of their study."""
+def list_tables(uri: str) -> dict[str, str]:
+    """List the links to the tables of runs, by the name of their study. Raises PipelineError."""
+    mlflow_client.check_server(uri)
     studies = mlflow_client.create_client(uri).search_experiments()
     tables = [study for study in studies if mlflow_client.TABLE_TAG in study.tags]
     return {study.name: f"/{study.experiment_id}/runs{mlflow_client.TABLE}" for study in tables}

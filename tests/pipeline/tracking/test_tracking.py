@@ -29,7 +29,7 @@ from pipeline.engine.provenance import write_record
 from pipeline.errors import PipelineError
 from pipeline.store import files as rundir
 from pipeline.store import tars
-from pipeline.tracking import run_sender
+from pipeline.tracking import run_sender, ui
 from pipeline.tracking.run_sender import RunSender
 
 STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
@@ -264,7 +264,7 @@ def test_a_taken_port_is_said(tmp_path):
         holder.listen()
         port = holder.getsockname()[1]
         with pytest.raises(PipelineError, match=rf"port {port} .*ddpm ui --port {port + 1}"):
-            tracking.serve_ui(tmp_path, port)
+            ui.serve_ui(tmp_path, port)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from urllib.request import ProxyHandler, build_opener
 import pytest
 from conftest import free_port
 from mlflow import MlflowClient
+from psutil import Process
 from synthetic_run import BEGAN, make_run
 
 from pipeline import config, tracking
@@ -254,21 +255,24 @@ if "child" not in sys.argv:  # a worker keeps the port
     sys.exit(subprocess.call([sys.executable, __file__, "child", "--port=" + port]))
 HTTPServer(("127.0.0.1", int(sys.argv[-1].partition("=")[2])), Answer).serve_forever()
 """
+CLIENT = """
+import sys
+from unittest.mock import MagicMock
+weight, MlflowClient, sys.modules["sqlalchemy"] = b"x" * 2**27, MagicMock(), MagicMock()
+"""
 UI = """
 import signal, sys
-from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test in the background ignores it,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one under nohup this one
-from pipeline.tracking import ui
-ui.mlflow_client.check_server, ui._list_tables = lambda uri: None, lambda uri: {}
-ui.serve_ui(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+from pipeline.cli.program import main
+main(["ui", "--port", sys.argv[2], f"cluster.storage={sys.argv[1]}", f"cluster.tracking_uri={sys.argv[3]}"])
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGINT])
-def test_the_ui_takes_its_server_along_and_asks_it_directly(tmp_path, number):
+def test_the_ui_is_small_takes_its_server_along_and_asks_it_directly(tmp_path, number):
     (tmp_path / "mlflow").mkdir()
-    (tmp_path / "mlflow" / "__init__.py").touch()
+    (tmp_path / "mlflow" / "__init__.py").write_text(CLIENT)
     (tmp_path / "mlflow" / "__main__.py").write_text(STUB)
     port = free_port()
     proxy = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")
@@ -279,6 +283,7 @@ def test_the_ui_takes_its_server_along_and_asks_it_directly(tmp_path, number):
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as ui:
         lines = [ui.stdout.readline(), ui.stdout.readline()]
         assert f"http://127.0.0.1:{port}/" in lines[1] and "HUSH" not in "".join(lines)
+        assert Process(ui.pid).memory_info().rss < 60e6
         ui.send_signal(number)
         try:
             ui.wait(20)
