@@ -10,10 +10,10 @@ from pipeline.report.page import escape_markdown, format_value
 
 @dataclass(frozen=True)
 class PictureMatrix:
-    """Pictures in rows (name, cells) and columns; the rows are values of the key `down`, the columns of `across`."""
+    """Pictures in rows (name, cells) and columns, each for a value of `row_key` or of `column_key`."""
 
-    across: str
-    down: str
+    column_key: str
+    row_key: str
     columns: list[str]
     rows: list[tuple[str, list[list[Picture]]]]
     has_captions: bool
@@ -44,16 +44,17 @@ def arrange_pictures(
     values = {key: _list_values(runs, key) for key in keys}
     if len(keys) < 2:
         return list_pictures(runs, keys)
-    across, down, *others = keys
+    column_key, row_key, *others = keys
     cells: dict[tuple[str, str], list[ComparedRun]] = {}
     for run in runs:
-        cells.setdefault((run.format_swept_value(down), run.format_swept_value(across)), []).append(run)
+        cell = run.format_swept_value(row_key), run.format_swept_value(column_key)
+        cells.setdefault(cell, []).append(run)
     rows = [
-        (row, [list_pictures(cells.get((row, column), []), others) for column in values[across]])
-        for row in values[down]
+        (row, [list_pictures(cells.get((row, column), []), others) for column in values[column_key]])
+        for row in values[row_key]
     ]
     return PictureMatrix(
-        shorten_key(across), shorten_key(down), values[across], rows, has_captions=bool(others)
+        shorten_key(column_key), shorten_key(row_key), values[column_key], rows, bool(others)
     )
 
 

@@ -99,19 +99,19 @@ def draw_training(run: RunFiles, folder: Path) -> list[Picture]:
 
 
 def draw_checkpoints(
-    candidates: Mapping[int, Scores], best: int, metric: Metric, ladder: Mapping[int, float], folder: Path
+    candidates: Mapping[int, Scores], best: int, metric: Metric, published: Mapping[int, float], folder: Path
 ) -> Picture:
-    """Draw the candidates by step with their errors, the best one ringed, beside the published {step: FID}."""
+    """Draw the candidates by step with their errors, the best one with a circle, and the published {step: FID}."""
     values = [scores[metric.name] for scores in candidates.values()]
     errors = np.array([scores.get(f"{metric.name}_se") or 0.0 for scores in candidates.values()])
     lines = [
-        Line(list(candidates), values, "this run" if ladder else "", "steps", errors),
+        Line(list(candidates), values, "this run" if published else "", "steps", errors),
         Line([best], [candidates[best][metric.name]], "best", "best"),
     ]
-    if ladder:
-        lines.append(Line(list(ladder), list(ladder.values()), "published, n = 50,000", "marks"))
-    panel = plot_curves(metric.heading, "step", lines, log_x=bool(ladder), log_y=bool(ladder))
-    beside = ", beside the published ladder" if ladder else ""
+    if published:
+        lines.append(Line(list(published), list(published.values()), "published, n = 50,000", "marks"))
+    panel = plot_curves(metric.heading, "step", lines, log_x=bool(published), log_y=bool(published))
+    beside = ", with published scores of the same recipe" if published else ""
     return save_picture(folder, "selection", panel, f"{metric.heading} against training steps{beside}")
 
 

@@ -82,7 +82,7 @@ class Bound(TypedDict, total=False):
 
     terms (T,) and prior in bits/dim, the MSE (T,) of x_0, and the rows of rate and distortion after k reverse steps.
     An estimate has, instead of terms, MSE and rows, the number of draws, and the standard error set_se of the NLL of
-    these very images (null for one draw).
+    exactly these images (null for one draw).
     """
 
     n: Required[int]

@@ -98,18 +98,18 @@ def write_errors(
         labels = torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None
         net = checkpoint.load_model(place, ctx.device, experiment.sample.precision).net
         ours = measure(net, Diffusion(experiment.diffusion), clip=True, context=labels)
-    line, mean = load_linear_denoiser(place, direct, ctx.device)
+    linear, mean = load_linear_denoiser(place, direct, ctx.device)
     of_mean = ((x_0.flatten(1) - mean) ** 2).mean(dim=1).double().cpu().expand_as(ours)
-    write_arrays(file, errors=torch.stack([ours, measure(line), of_mean]).numpy())
+    write_arrays(file, errors=torch.stack([ours, measure(linear), of_mean]).numpy())
 
 
-def compare_errors(ours: np.ndarray, line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def compare_errors(ours: np.ndarray, linear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return RMSE / RMSE of the linear denoiser - 1, and its standard error (L,), by the delta method.
 
     Of mean square errors (L, n) of the same images and noise.
     """
-    excess = np.sqrt(ours.mean(axis=1) / line.mean(axis=1)) - 1
-    paired = [errors / errors.mean(axis=1, keepdims=True).clip(min=1e-30) for errors in (ours, line)]
+    excess = np.sqrt(ours.mean(axis=1) / linear.mean(axis=1)) - 1
+    paired = [errors / errors.mean(axis=1, keepdims=True).clip(min=1e-30) for errors in (ours, linear)]
     return excess, (1 + excess) / 2 * (paired[0] - paired[1]).std(axis=1) / np.sqrt(ours.shape[1])
 
 
@@ -128,14 +128,14 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     (excess, error), (above, _), (below, _) = (compare_errors(*mses[:2]) for mses in (network, test, train))
     best = np.minimum(above, 0)
     known = [i for i in range(len(best)) if best[i] - below[i] < AGREE]
-    ours, line, mean = 127.5 * np.sqrt(network.mean(axis=-1))
+    ours, linear, mean = 127.5 * np.sqrt(network.mean(axis=-1))
     others: list[tuple[str, charts.Kind, dict[int, float]]] = [
         ("optimum, where known", "best", {i: of_all[i] * (1 + best[i]) for i in known})
     ]
     if official and paper.has_paper_schedule(diffusion.config):
         table = {k.index(steps): rmse for steps, (_, rmse) in paper.TABLE_4.items() if steps in k}
         others.append(("paper, Table 4", "marks", table))
-    errors = [charts.Line(k, ours, "network"), charts.Line(k, line, "best linear denoiser", "other")]
+    errors = [charts.Line(k, ours, "network"), charts.Line(k, linear, "best linear denoiser", "other")]
     distance = [charts.Line(k, 100 * excess, "network", band=200 * error)]
     for name, kind, rmses in others:
         steps, excesses = [k[i] for i in rmses], [100 * (rmse / of_all[i] - 1) for i, rmse in rmses.items()]
@@ -145,18 +145,18 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
     axis = "reverse steps T − t"
     charts.save_panels([charts.plot_curves(title, axis, lines) for title, lines in panels.items()], file)
     lost = (excess > np.maximum(2 * error, AGREE)) if place.experiment.sample.is_deterministic else ()
-    return describe_distance(k, ours, line, float(mean[0]), int(np.sum(lost)))
+    return describe_distance(k, ours, linear, float(mean[0]), int(np.sum(lost)))
 
 
-def describe_distance(k: list[int], ours: np.ndarray, line: np.ndarray, mean: float, lost: int = 0) -> str:
+def describe_distance(k: list[int], ours: np.ndarray, linear: np.ndarray, mean: float, lost: int = 0) -> str:
     """Describe where the network's RMSE is farthest above the linear denoiser's, and where the mean image is better.
 
     lost: at how many levels a network that a deterministic chain samples is surely worse than linear.
     """
-    worst = int(np.argmax(ours / line))
+    worst = int(np.argmax(ours / linear))
     found = (
         f"The network loses most at k = {k[worst]:,} reverse steps: RMSE {ours[worst]:.2f}, where the best "
-        f"linear denoiser has {line[worst]:.2f} ({ours[worst] / line[worst] - 1:+.1%})."
+        f"linear denoiser has {linear[worst]:.2f} ({ours[worst] / linear[worst] - 1:+.1%})."
     )
     if worse := [steps for steps, rmse in zip(k, ours, strict=True) if rmse > mean]:
         found += f" **It is worse than predicting the mean image** ({mean:.2f}) up to k = {worse[-1]:,}."

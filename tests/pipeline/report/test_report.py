@@ -265,7 +265,7 @@ def test_an_estimated_bound_and_the_distance_to_the_optimum_are_said(make):
     rundir.write_json(run.figures_manifest, manifest)
     html, markdown = write(run)
     assert "from t = 0 and 7 weighted draws of t" in markdown and "`evaluate.nll_timesteps=null`" in markdown
-    assert "For these very images alone the error of the NLL is 0.016." in markdown
+    assert "For exactly these images, the error of the NLL is 0.016." in markdown
     assert "loses most at k = 100.</p>\n</blockquote>" in html
 
 
@@ -362,7 +362,7 @@ def choose_checkpoint(run) -> None:
     rundir.write_manifest(run.selection, ["selection.json"])
 
 
-def test_checkpoints_stand_beside_the_published_ladder(make):
+def test_checkpoints_are_drawn_with_the_published_scores(make):
     run = make("cifar10", "evaluate.checkpoints=every:10000", "sample.batch_size=500")
     assert "The checkpoints are not scored yet" in write(run)[1]
     choose_checkpoint(run)
