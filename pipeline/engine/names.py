@@ -8,6 +8,6 @@ from collections.abc import Iterable
 def list_known_names() -> dict[str, Iterable[str]]:
     from pipeline.data.sources import SOURCES
     from pipeline.scores.metrics import FAMILIES
-    from pipeline.stages.figures.stage import FIGURES
+    from pipeline.stages.figures import FIGURES
 
     return {"data.source": SOURCES, "evaluate.metrics": FAMILIES, "figures.which": FIGURES}

@@ -18,7 +18,7 @@ from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
-from pipeline.stages.figures.figure import Figure, count_rows, describe_chain, locate_unit_folder
+from pipeline.stages.figures import Figure, count_rows, describe_chain, locate_unit_folder
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_model
 from pipeline.store.files import read_arrays, write_arrays
@@ -89,20 +89,19 @@ def plan_progressive_generation(place: Place) -> Figure:
 
 def write_snapshots(ctx: Worker, place: Place, start: int, stop: int, file: Path) -> None:
     """Write a row of snapshots for each of samples [start, stop) (body of a unit)."""
-    snapshots = make_snapshots(ctx, place, start, stop)
-    write_arrays(file, images=to_uint8(snapshots.transpose(0, 1)).numpy())
+    write_arrays(file, images=make_snapshots(ctx, place, start, stop).transpose(0, 1).numpy())
 
 
 def make_snapshots(ctx: Worker, place: Place, start: int, stop: int) -> Tensor:
-    """Make evenly spaced snapshots of the chains of samples [start, stop): estimates of x_0 in [-1, 1].
+    """Make evenly spaced snapshots of the chains of samples [start, stop): estimates of x_0, the last is the sample.
 
-    Returns (snapshots, images, C, H, W) on the CPU; the last snapshot is the sample.
+    Returns uint8 (snapshots, images, C, H, W) on the CPU.
     """
     config = place.experiment.sample
     model = load_model(place, ctx.device, config.precision)
     chain = model.run_chains(torch.arange(start, stop, device=ctx.device))
     wanted = list_snapshots(config.steps or len(model.diffusion))
-    return torch.stack([step.x_0.cpu() for number, step in enumerate(chain, 1) if number in wanted])
+    return torch.stack([to_uint8(step.x_0).cpu() for number, step in enumerate(chain, 1) if number in wanted])
 
 
 def list_snapshots(steps: int) -> list[int]:
@@ -168,35 +167,30 @@ def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
 
 
 def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
-    """Write one row, (1, 13, C, H, W), of the two images and their mixtures (body of a unit)."""
-    split = choose_pair_split(place)
+    """Write one row, (1, 13, C, H, W), of two images and between them their mixtures (body of a unit).
+
+    The mixtures, one for each lambda, have the same noise; no class and no guidance, since the two images can be of two
+    classes.
+    """
+    experiment, config, split = place.experiment, place.experiment.sample, choose_pair_split(place)
     count = tars.open_shards(place.data).count_images(split)
     start = 2 * pair % max(1, count - 1)  # if there are too few images, pairs repeat
     images, _ = tars.load_images(place.data, split, start, min(start + 2, count))
     a, b = torch.from_numpy(images[[0, -1]])
-    row = torch.cat([a[None], to_uint8(mix_pair(ctx, place, a, b, pair, steps)).cpu(), b[None]])
-    write_arrays(file, images=row[None].numpy())
-
-
-def mix_pair(ctx: Worker, place: Place, a: Tensor, b: Tensor, pair: int, steps: int) -> Tensor:
-    """Mix uint8 images a and b: make an image for each lambda, (11, C, H, W), all with the same noise.
-
-    There is no class and no guidance, since the two sources can be of two classes.
-    """
-    experiment, rows = place.experiment, len(LAMBDAS)
-    shape, index = experiment.data.shape, torch.tensor([pair], device=ctx.device)
+    shape, index = (len(LAMBDAS), *experiment.data.shape), torch.tensor([pair], device=ctx.device)
 
     def noise(t: int) -> Tensor:
-        return draw_normal(experiment.seed, Stream.FIGURES, t, index, shape).expand(rows, *shape)
+        return draw_normal(experiment.seed, Stream.FIGURES, t, index, experiment.data.shape).expand(shape)
 
-    config = experiment.sample
     net = load_model(place, ctx.device, config.precision).net
-    x_a, x_b = (from_uint8(image).to(ctx.device).expand(rows, *shape) for image in (a, b))
+    x_a, x_b = (from_uint8(image).to(ctx.device).expand(shape) for image in (a, b))
     eps = noise(experiment.diffusion.timesteps)  # a step that the chain does not have
-    return sampler.interpolate(
+    mixtures = sampler.interpolate(
         build_diffusion(experiment).to(ctx.device), net, x_a, x_b, torch.tensor(LAMBDAS, device=ctx.device),
         steps, eps, noise, variance=sampler.choose_ancestral_variance(config.sampler, config.variance),
     )  # fmt: skip
+    row = torch.cat([a[None], to_uint8(mixtures).cpu(), b[None]])
+    write_arrays(file, images=row[None].numpy())
 
 
 def choose_pair_split(place: Place) -> str:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ddpm.images import to_uint8
 from pipeline.compute.units import UnitKind, Worker, make_image_units
 from pipeline.drawing import charts
 from pipeline.errors import PipelineError
@@ -11,8 +10,8 @@ from pipeline.scores.extractors import Extractor, extract_features, find_extract
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.reference import load_reference
 from pipeline.scores.results import Bound, Scores
+from pipeline.stages.figures import Figure, FigureUnavailable, describe_chain, locate_unit_folder
 from pipeline.stages.figures.chains import list_snapshots, make_snapshots
-from pipeline.stages.figures.figure import Figure, FigureUnavailable, describe_chain, locate_unit_folder
 from pipeline.store.files import read_arrays, read_sealed, try_read, write_arrays
 from pipeline.store.run import Place
 
@@ -86,7 +85,7 @@ def write_features(
     ctx: Worker, extractor: Extractor, place: Place, start: int, stop: int, file: Path
 ) -> None:
     """Write features (snapshots, n, d) and logits of the snapshots of samples [start, stop) (body of a unit)."""
-    images = to_uint8(make_snapshots(ctx, place, start, stop)).numpy()
+    images = make_snapshots(ctx, place, start, stop).numpy()
     features, logits = extract_features(extractor, images.reshape(-1, *images.shape[2:]), ctx.device)
     shape = images.shape[:2]
     write_arrays(file, features=features.reshape(*shape, -1), logits=logits.reshape(*shape, logits.shape[1]))

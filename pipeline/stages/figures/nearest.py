@@ -9,8 +9,7 @@ from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.drawing.grids import save_grid
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import hash_shards, make_shard_set
-from pipeline.stages.figures.curves import find_extractor_of_scores
-from pipeline.stages.figures.figure import Figure, FigureUnavailable, count_rows, locate_unit_folder
+from pipeline.stages.figures import Figure, FigureUnavailable, count_rows, locate_unit_folder
 from pipeline.store import tars
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
@@ -18,21 +17,14 @@ from pipeline.store.run import Place
 NEIGHBOURS = 9
 
 
-def plan_neighbours_by_pixels(place: Place) -> Figure:
-    """Plan Fig. 12: the neighbours in pixel space."""
-    return _plan_neighbours("nearest_pixels", "pixel space (paper, Fig. 12)", place, None)
+def plan_neighbours(place: Place, extractor: Extractor | None = None) -> Figure:
+    """Plan Fig. 12, the neighbours in pixel space, or with an extractor Fig. 15, those in the space of its features.
 
-
-def plan_neighbours_by_features(place: Place) -> Figure:
-    """Plan Fig. 15: the neighbours in the features that the run was scored with."""
-    extractor = find_extractor_of_scores(place)
-    return _plan_neighbours(
-        "nearest_features", f"the feature space of `{extractor.name}` (paper, Fig. 15)", place, extractor
-    )
-
-
-def _plan_neighbours(name: str, space: str, place: Place, extractor: Extractor | None) -> Figure:
-    """Plan a row for each of the first samples: a unit looks through one shard of training images."""
+    There is a row for each of the first samples; a unit looks through one shard of training images.
+    """
+    name, space = "nearest_pixels", "pixel space (paper, Fig. 12)"
+    if extractor:
+        name, space = "nearest_features", f"the feature space of `{extractor.name}` (paper, Fig. 15)"
     n, shape = count_rows(place.experiment), place.experiment.data.shape
     shards = tars.open_shards(place.data).list_shards("train")
     own, _ = tars.load_images(place.samples, "samples", 0, n)

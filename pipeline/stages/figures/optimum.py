@@ -22,7 +22,7 @@ from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.drawing import charts
 from pipeline.report import paper
 from pipeline.scores.preparations import list_gaussian_units, load_linear_denoiser, load_variances
-from pipeline.stages.figures.figure import Figure, FigureUnavailable, locate_unit_folder
+from pipeline.stages.figures import Figure, FigureUnavailable, locate_unit_folder
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place

@@ -22,7 +22,7 @@ from pipeline.scores.extractors import find_extractor
 from pipeline.stages import evaluate, sample
 from pipeline.stages.evaluate import bound, protocol
 from pipeline.stages.evaluate.protocol import explain_differences
-from pipeline.stages.evaluate.stage import list_sample_shards
+from pipeline.stages.evaluate import list_sample_shards
 from pipeline.store import tars
 from pipeline.store.files import read_json
 
