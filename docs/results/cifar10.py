@@ -18,8 +18,7 @@ from pipeline import load
 from pipeline.drawing.grids import save_grid
 from pipeline.engine.find import read_place
 from pipeline.report.paper import LMMSE
-from pipeline.scores.metrics import METRICS
-from pipeline.scores.results import Results
+from pipeline.scores.metrics import METRICS, Results
 from pipeline.store import tars
 from pipeline.store.checkpoint import create_network
 from pipeline.store.files import read_json

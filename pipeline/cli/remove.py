@@ -12,7 +12,7 @@ from pipeline.config.checks import Tree
 from pipeline.console import print_line
 from pipeline.engine.find import find_run, prepare_storage_root
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.scores.results import Results
+from pipeline.scores.metrics import Results
 from pipeline.store import run as store
 from pipeline.store.files import delete_folder, is_locked, lock_folder, read_json, read_sealed
 from pipeline.store.tars import ShardSetFacts

@@ -23,8 +23,7 @@ from pipeline.console import format_table
 from pipeline.engine import find
 from pipeline.engine.provenance import PACKAGES, find_package_version
 from pipeline.errors import PipelineError, hide_password
-from pipeline.scores.metrics import METRICS, format_headline
-from pipeline.scores.results import Results
+from pipeline.scores.metrics import METRICS, Results, format_headline
 from pipeline.store import run
 from pipeline.store.files import read_json, read_sealed
 from pipeline.store.log import RECENT, LogPoint, describe_slow_rank, read_points, read_progress

@@ -154,8 +154,8 @@ def to_dict(section: DataclassInstance) -> Tree:
     return {key: value for key, value in tree.items() if key in get_field_types(type(section))}
 
 
-def to_yaml(section: DataclassInstance, **more: object) -> str:
-    """Return a dataclass as yaml, with `more` top-level keys after its own."""
-    # Without shared parts, which yaml would name.
-    content = json.loads(json.dumps({**to_dict(section), **more}))
+def to_yaml(section: DataclassInstance | Tree, **more: object) -> str:
+    """Return a dataclass or plain containers as yaml, with `more` top-level keys after its own."""
+    own = section if isinstance(section, dict) else to_dict(section)
+    content = json.loads(json.dumps({**own, **more}))  # without shared parts, which yaml would name
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

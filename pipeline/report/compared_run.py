@@ -8,9 +8,8 @@ from pipeline import config
 from pipeline.config.checks import Tree
 from pipeline.report.page import PROTOCOL, format_value
 from pipeline.report.run_files import RunFiles
-from pipeline.scores.metrics import LOSS
+from pipeline.scores.metrics import LOSS, Scores
 from pipeline.scores.ranking import RankedGroup, describe_objective
-from pipeline.scores.results import Scores
 from pipeline.store import selection
 from pipeline.store.run import Place
 

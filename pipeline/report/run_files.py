@@ -12,7 +12,7 @@ from pipeline.config.checks import Tree
 from pipeline.drawing.charts import Series
 from pipeline.drawing.grids import require_picture
 from pipeline.report import paper
-from pipeline.scores.results import Bound, Results, Scores
+from pipeline.scores.metrics import Bound, Results, Scores
 from pipeline.store import keys
 from pipeline.store.files import (
     MANIFEST,

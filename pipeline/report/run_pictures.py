@@ -14,8 +14,7 @@ from pipeline.drawing import charts
 from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_picture
 from pipeline.drawing.grids import save_grid
 from pipeline.report.run_files import RunFiles
-from pipeline.scores.metrics import Metric
-from pipeline.scores.results import Bound, Scores
+from pipeline.scores.metrics import Bound, Metric, Scores
 from pipeline.store.files import require_sealed, try_read
 from pipeline.store.tars import load_images, open_shards
 

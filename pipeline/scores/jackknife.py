@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.scores import distances
 from pipeline.scores.distances import NEIGHBOURS, Moments, Reference
 from pipeline.scores.image_sets import ImageSet
-from pipeline.scores.results import Scores
+from pipeline.scores.metrics import Scores
 
 MOST_GROUPS = 20
 LEAST_IMAGES = 3 * distances.SPLITS  # with fewer, the IS has no splits without a group

@@ -1,15 +1,20 @@
-"""The registry of metrics, by the names of scores in metrics.json and MLflow. A new metric is one entry here.
+"""The registry of metrics, by the names of scores in metrics.json and MLflow, and the types of the files of scores.
 
-This module imports nothing heavy: errors in a configuration list its names.
+A new metric is one entry here. This module imports nothing heavy: errors in a configuration list its names.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, Required
 
-from pipeline.scores.results import Scores
+from typing_extensions import TypedDict
+
+from pipeline.config.checks import Tree
 
 FIRM = "\u00a0"  # a space that does not break the line
+# {name: value}, and for a name x with an error its standard error x_se: or null for the reason in x_se_reason
+Scores = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,3 +114,48 @@ def find_metric(word: str) -> Metric | None:
     """Find the metric of that name, or the first one of that family; None if there is neither."""
     family = (metric for metric in METRICS.values() if metric.family == word)
     return METRICS.get(word) or next(family, None)
+
+
+def add_error(scores: Scores, name: str, error: float | None, reason: str = "") -> None:
+    scores[f"{name}_se"] = error
+    if error is None:
+        scores[f"{name}_se_reason"] = reason
+
+
+class ClassifierFacts(TypedDict, total=False):
+    """Content of the classifier's .json: its hash, its accuracy on the test images, its training steps."""
+
+    sha256: str
+    test_accuracy: float | None
+    steps: int
+
+
+class Results(TypedDict, total=False):
+    """The contents of metrics.json. `pipeline.report.page.PROTOCOL` has the keys of a protocol.
+
+    reference_points: the scores of the baselines.
+    class_shares: the share of each class among the samples, as the classifier sees them.
+    """
+
+    scores: Required[Scores]
+    protocol: Required[Tree]
+    reference_points: dict[str, Scores]
+    class_shares: list[float]
+
+
+class Bound(TypedDict, total=False):
+    """The contents of nll.json, averaged over n images of the split; `images` (n,) has the bound of each.
+
+    terms (T,) and prior in bits/dim, the MSE (T,) of x_0, and the rows of rate and distortion after k reverse steps.
+    An estimate has, instead of terms, MSE and rows, the number of draws, and the standard error set_se of the NLL of
+    exactly these images (null for one draw).
+    """
+
+    n: Required[int]
+    prior: Required[float]
+    images: list[float]
+    terms: list[float]
+    mse: list[float]
+    rate_distortion: list[dict[str, float]]
+    draws: int
+    set_se: float | None

@@ -15,8 +15,7 @@ from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
 from pipeline.scores import baselines, classifier
 from pipeline.scores.image_sets import hash_shards
-from pipeline.scores.metrics import needs_samples
-from pipeline.scores.results import ClassifierFacts
+from pipeline.scores.metrics import ClassifierFacts, needs_samples
 from pipeline.store import files, tars
 from pipeline.store.run import Place
 from pipeline.store.tensors import save_tensors

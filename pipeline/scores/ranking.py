@@ -13,8 +13,7 @@ import numpy as np
 
 from pipeline.config import Experiment, to_dict
 from pipeline.config.checks import Tree
-from pipeline.scores.metrics import Metric, format_number
-from pipeline.scores.results import Scores
+from pipeline.scores.metrics import Metric, Scores, format_number
 
 LEVEL = 0.05  # of the tests that tell rows apart, for all rows of a band together
 MANY = 1e9  # degrees of freedom if they are not known

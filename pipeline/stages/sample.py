@@ -6,9 +6,7 @@ that was drawn by another protocol is drawn again.
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from typing import Any
 
 import torch
 
@@ -17,6 +15,7 @@ from ddpm.images import to_uint8
 from ddpm.sampler import explain_few_steps
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config import Experiment, to_yaml
+from pipeline.config.checks import Tree
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
@@ -32,37 +31,25 @@ SPLIT = "samples"
 GRID_SIDE = 10
 
 
-@dataclass(frozen=True)
-class SampleProtocol:
-    """The protocol of a sample set, without nulls. The protocol of its scores repeats it."""
-
-    checkpoint: int
-    weights: str
-    sampler: str
-    steps: int
-    timesteps: int
-    eta: float | None
-    variance: str | None
-    label: int | str | None
-    guidance_scale: float
-    seed: int
-    batch_size: int
-    compiled: bool
-    precision: str
-    rounding: str
-
-
-def make_sample_protocol(experiment: Experiment) -> SampleProtocol:
+def make_sample_protocol(experiment: Experiment) -> Tree:
+    """Return the protocol of a sample set, which a shard must have to be kept; that of its scores repeats it."""
     config, timesteps = experiment.sample, experiment.diffusion.timesteps
     ancestral = config.sampler == "ancestral"
-    return SampleProtocol(
-        checkpoint=experiment.checkpoint_step, weights=experiment.weights_kind,
-        sampler=config.sampler + (f", {config.spacing} steps" if config.spacing != "uniform" else ""),
-        steps=config.steps or timesteps, timesteps=timesteps, eta=None if ancestral else config.eta,
-        variance=config.variance or experiment.diffusion.variance if ancestral else None, label=config.label,
-        guidance_scale=config.guidance_scale, seed=experiment.seed, batch_size=config.batch_size,
-        compiled=config.compile, precision=config.precision, rounding="nearest",
-    )  # fmt: skip
+    return {
+        "checkpoint": experiment.checkpoint_step,
+        "weights": experiment.weights_kind,
+        "sampler": config.sampler + (f", {config.spacing} steps" if config.spacing != "uniform" else ""),
+        "steps": config.steps or timesteps,
+        "timesteps": timesteps,
+        "eta": None if ancestral else config.eta,
+        "variance": config.variance or experiment.diffusion.variance if ancestral else None,
+        "label": config.label,
+        "guidance_scale": config.guidance_scale,
+        "seed": experiment.seed,
+        "batch_size": config.batch_size,
+        "precision": config.precision,
+        "rounding": "nearest",
+    }
 
 
 class SampleStage(Stage):
@@ -85,7 +72,7 @@ class SampleStage(Stage):
     def work(self, place: Place) -> Iterator[list[Unit]]:
         """Yield the units of missing shards, then seal the sample set with its grid and protocol."""
         experiment, config, data = place.experiment, place.experiment.sample, place.experiment.data
-        protocol, facts = make_sample_protocol(experiment), _list_required_facts(experiment)
+        protocol = make_sample_protocol(experiment)
         if config.sampler == "ancestral":
             diffusion = Diffusion(experiment.diffusion)
             if warning := explain_few_steps(diffusion, config.steps, config.variance):
@@ -97,17 +84,18 @@ class SampleStage(Stage):
                 shard.stop - shard.start, needs_gpu=True,
             )
             for shard in shards
-            if shard.read_facts(**facts) is None
+            if shard.read_facts(protocol=protocol) is None
         ]  # fmt: skip
-        written = [shard.require_facts(**facts) for shard in shards]
+        written = [shard.require_facts(protocol=protocol) for shard in shards]
         records = chain.from_iterable(tars.read_records(shard.path) for shard in shards)
         pixels = [torch.tensor(tars.decode_png(record.png)) for record in islice(records, GRID_SIDE**2)]
         save_grid(torch.stack(pixels), GRID_SIDE, place.samples_grid)
+        protocol |= {"compiled": config.compile}  # it moves the order of sums only
         write_text(place.samples_yaml, to_yaml(protocol))
         tars.write_shard_manifest(
             place.samples, {SPLIT: written}, [place.samples_grid.name, place.samples_yaml.name],
             image_size=data.image_size, channels=data.channels,
-            labels=0 if config.label is None else data.labels, protocol=asdict(protocol),
+            labels=0 if config.label is None else data.labels, protocol=protocol,
         )  # fmt: skip
 
 
@@ -143,11 +131,4 @@ def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
         tars.Record(f"{number:08d}", tars.encode_png(image), label)
         for number, image, label in zip(range(shard.start, shard.stop), pixels, classes, strict=True)
     )
-    shard.write(records, **_list_required_facts(experiment), compiled=config.compile)
-
-
-def _list_required_facts(experiment: Experiment) -> dict[str, Any]:
-    """Return the facts that an existing shard must have to be kept."""
-    protocol = asdict(make_sample_protocol(experiment))
-    del protocol["compiled"]  # moves the order of sums only
-    return {"protocol": protocol}
+    shard.write(records, protocol=make_sample_protocol(experiment), compiled=config.compile)

@@ -10,8 +10,7 @@ from pathlib import Path
 from pipeline.console import format_duration, format_table
 from pipeline.report.compared_run import ComparedRun, shorten_key
 from pipeline.scores import ranking
-from pipeline.scores.metrics import HEADLINE, METRICS
-from pipeline.scores.results import Scores
+from pipeline.scores.metrics import HEADLINE, METRICS, Scores
 from pipeline.store.files import write_json, write_text
 from pipeline.store.log import read_progress
 from pipeline.store.run import LEADERBOARD

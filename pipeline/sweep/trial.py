@@ -12,7 +12,7 @@ from pipeline.config import ClusterConfig, Experiment
 from pipeline.console import poll_in_thread
 from pipeline.engine import execute as stages
 from pipeline.errors import PipelineError, shorten_error
-from pipeline.scores.results import Results
+from pipeline.scores.metrics import Results
 from pipeline.store.files import read_sealed
 from pipeline.store.run import Place
 from pipeline.sweep.definition import EarlyStop

@@ -13,10 +13,9 @@ from pipeline.errors import PipelineError
 from pipeline.scores import efficientnet
 from pipeline.scores.extractors import EXTRACTORS, find_extractor
 from pipeline.scores.image_sets import hash_shards
-from pipeline.scores.metrics import needs_samples
+from pipeline.scores.metrics import Results, needs_samples
 from pipeline.scores.preparations import list_preparations
 from pipeline.scores.reference import load_user_statistics
-from pipeline.scores.results import Results
 from pipeline.stages.evaluate import bound, images
 from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
 from pipeline.stages.stage import Stage

@@ -15,8 +15,8 @@ from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.scores.image_sets import hash_shards
+from pipeline.scores.metrics import Bound, Scores, add_error
 from pipeline.scores.preparations import load_variances
-from pipeline.scores.results import Bound, Scores, add_error
 from pipeline.store import checkpoint, tars
 from pipeline.store.files import read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content

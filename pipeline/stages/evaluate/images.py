@@ -6,15 +6,15 @@ import numpy as np
 
 from pipeline.compute.units import Unit
 from pipeline.config import NEED_IMAGES
+from pipeline.config.checks import Tree
 from pipeline.console import print_line
 from pipeline.scores import distances, inception, jackknife
 from pipeline.scores.distances import Reference
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, make_baseline_set, make_shard_set
-from pipeline.scores.metrics import METRICS
+from pipeline.scores.metrics import METRICS, ClassifierFacts, Results, Scores, add_error
 from pipeline.scores.preparations import locate_gaussian
 from pipeline.scores.reference import load_reference, write_split_statistics
-from pipeline.scores.results import ClassifierFacts, Results, ScoreProtocol, Scores, add_error
 from pipeline.store import tars
 from pipeline.store.files import is_unit_done, read_record
 from pipeline.store.run import Place
@@ -138,10 +138,10 @@ def _compute_scores(
 
 def _describe_features(
     extractor: Extractor, sums: distances.FeatureSums, target: Reference, metrics: tuple[str, ...]
-) -> ScoreProtocol:
+) -> Tree:
     """Return the protocol's entries on the features: extractor, counts, reference."""
     statistics, real = target.statistics, target.real
-    found: ScoreProtocol = {
+    found: Tree = {
         "extractor": extractor.name, "official_extractor": extractor.is_published,
         "features": len(sums.moments.first), "splits": len(sums.in_order.n) if sums.in_order else None,
     }  # fmt: skip

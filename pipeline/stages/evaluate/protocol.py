@@ -1,25 +1,23 @@
 """The protocol of scores, and its differences from the paper's."""
 
-from typing import cast
-
 from ddpm.config import DiffusionConfig
 from ddpm.schedules import get_betas
 from pipeline.config import NEED_IMAGES
+from pipeline.config.checks import Tree
 from pipeline.scores.metrics import FAMILIES, OF_SAMPLES, needs_samples
 from pipeline.scores.reference import name_reference
-from pipeline.scores.results import ScoreProtocol
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images, load_profile
 from pipeline.store import tars
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
 
-def describe_score_protocol(place: Place) -> ScoreProtocol:
+def describe_score_protocol(place: Place) -> Tree:
     """Return the protocol of the scores; `images`: the entries on the features."""
     experiment, config, diffusion = place.experiment, place.experiment.evaluate, place.experiment.diffusion
     selected = experiment.selected if experiment.checkpoint_rule else None
     origin = "published" if experiment.published.weights else str(experiment.sample.checkpoint)
-    found: ScoreProtocol = {
+    found: Tree = {
         "official_data": tars.open_shards(place.data).facts.get("official"),
         "timesteps": diffusion.timesteps,
         "schedule": describe_schedule(diffusion),
@@ -34,7 +32,7 @@ def describe_score_protocol(place: Place) -> ScoreProtocol:
     if len(codes) > 1:
         found["code"] = ", then ".join(codes.values())
     if needs_samples(config.metrics):
-        found |= cast(ScoreProtocol, tars.open_shards(place.samples).facts["protocol"])
+        found |= tars.open_shards(place.samples).facts["protocol"]
         found |= {"n": experiment.sample.num_images, "first_index": experiment.sample.first_index}
         found["reference"] = name_reference(config.reference)
     if "nll" in config.metrics:
@@ -90,17 +88,17 @@ PAPER: dict[str, tuple[tuple[str, ...], object, str]] = {
 }
 
 
-def explain_differences(found: ScoreProtocol, metrics: tuple[str, ...]) -> list[str]:
+def explain_differences(found: Tree, metrics: tuple[str, ...]) -> list[str]:
     """List the reasons why these scores are not comparable with the paper's; none if they are."""
-    protocol, reasons = dict(found), []
+    reasons = []
     for field, (moved, paper, reason) in PAPER.items():
         if set(moved) & set(metrics):
             if isinstance(paper, dict):
-                paper = paper.get(protocol.get("nll_split"))
-            if field not in protocol:
+                paper = paper.get(found.get("nll_split"))
+            if field not in found:
                 reasons.append(f"nothing says the {field}")
-            elif protocol[field] not in (paper if isinstance(paper, tuple) else (paper,)):
-                reasons.append(reason.format_map(protocol))
+            elif found[field] not in (paper if isinstance(paper, tuple) else (paper,)):
+                reasons.append(reason.format_map(found))
     if set(SAMPLES) & set(metrics) and found["n"] <= found["features"]:
         reasons.append(f"rank-deficient: n = {found['n']} is not above {found['features']} features")
     return reasons

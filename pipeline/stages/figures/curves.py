@@ -7,9 +7,8 @@ from pipeline.drawing import charts
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics, compute_fid, sum_features
 from pipeline.scores.extractors import Extractor, extract_features, find_extractor
-from pipeline.scores.metrics import METRICS
+from pipeline.scores.metrics import METRICS, Bound, Scores
 from pipeline.scores.reference import load_reference
-from pipeline.scores.results import Bound, Scores
 from pipeline.stages.figures import Figure, FigureUnavailable, describe_chain, locate_unit_folder
 from pipeline.stages.figures.chains import list_snapshots, make_snapshots
 from pipeline.store.files import read_arrays, read_sealed, try_read, write_arrays

@@ -20,9 +20,8 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.scores import classifier, extractors, jackknife, preparations
 from pipeline.scores.extractors import find_extractor
 from pipeline.stages import evaluate, sample
-from pipeline.stages.evaluate import bound, protocol
+from pipeline.stages.evaluate import bound, list_sample_shards, protocol
 from pipeline.stages.evaluate.protocol import explain_differences
-from pipeline.stages.evaluate import list_sample_shards
 from pipeline.store import tars
 from pipeline.store.files import read_json
 

@@ -16,8 +16,7 @@ from pipeline.scores.extractors import find_extractor
 from pipeline.scores.image_sets import write_shard_features
 from pipeline.scores.reference import load_reference, load_user_statistics, locate_statistics
 from pipeline.stages import evaluate
-from pipeline.stages.evaluate import bound
-from pipeline.stages.evaluate import list_sample_shards
+from pipeline.stages.evaluate import bound, list_sample_shards
 from pipeline.store import tars
 from pipeline.store.files import hash_file, read_arrays, read_unit_arrays, write_arrays, write_unit_arrays
 

@@ -22,8 +22,7 @@ from pipeline.scores.distances import Moments, compute_fid
 from pipeline.scores.preparations import list_gaussian_units, load_linear_denoiser, load_variances
 from pipeline.scores.reference import load_reference
 from pipeline.stages import evaluate, figures, sample
-from pipeline.stages.figures import chains, curves, nearest, optimum
-from pipeline.stages.figures import FIGURES
+from pipeline.stages.figures import FIGURES, chains, curves, nearest, optimum
 from pipeline.store import tars
 from pipeline.store.checkpoint import load_model
 from pipeline.store.files import FiguresManifest, read_arrays, read_json, read_manifest, write_arrays

@@ -35,7 +35,10 @@ def test_other_batches_give_the_same_images_and_bf16_another_set(sampled):
     assert (difference <= 1).mean() > 0.999
     fast = asking_for(sampled, precision="bf16")
     run_stage(sample, fast)
-    assert [sample.make_sample_protocol(e.experiment).precision for e in (fast, sampled)] == ["bf16", "fp32"]
+    assert [sample.make_sample_protocol(e.experiment)["precision"] for e in (fast, sampled)] == [
+        "bf16",
+        "fp32",
+    ]
     difference = np.abs(images_of(sampled).astype(int) - images_of(fast))
     assert 0 < difference.mean() < 20, "not the same bits, and much the same images"
 
