@@ -16,6 +16,10 @@ LEADER_BYTES = 1_500_000_000
 CROWDED = 32 * 32**2  # pixels of a batch; with fewer a GPU is idle for most of a step
 
 
+class TooLargeError(PipelineError):
+    """Raised if not even one worker fits on a machine of the kind that it needs: more of them would not help."""
+
+
 @dataclass(frozen=True)
 class Resources:
     """CPUs and GPUs that a command uses; every value is set."""
@@ -53,12 +57,14 @@ def count_fitting_workers(nodes: Nodes, cpus: int, gpus: float) -> int:
 
 def require_room(nodes: Nodes, count: int, cpus: int, gpus: float, what: str = "worker") -> None:
     """Raise PipelineError unless `count` workers fit on the machines."""
-    if count_fitting_workers(nodes, cpus, gpus) < count:
+    if (fitting := count_fitting_workers(nodes, cpus, gpus)) < count:
         kinds = sorted(set(nodes))
         there = ", ".join(f"{nodes.count(one)} x {one[0]} CPUs + {one[1]} GPUs" for one in kinds)
         asked = f"{count} {what}{'s' if count > 1 else ''} with {cpus} CPUs and {gpus:g} GPUs each"
         remedy = f"lower cluster.workers, cluster.cpus_per_{what} or cluster.gpus_per_{what}"
-        raise PipelineError(f"{asked} do not fit on the cluster's machines ({there}): {remedy}")
+        is_never = not fitting and any(node[bool(gpus)] for node in nodes)
+        refusal = TooLargeError if is_never else PipelineError
+        raise refusal(f"{asked} do not fit on the cluster's machines ({there}): {remedy}")
 
 
 def _find_largest(nodes: Nodes) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from pipeline.compute import ray_train
 from pipeline.compute.interrupt import StopRequest, shield_children
 from pipeline.compute.local_ray import end_local_ray, require_ray, start_local_ray
 from pipeline.compute.pool import Pool
-from pipeline.compute.resources import Resources, resolve_resources
+from pipeline.compute.resources import Resources, TooLargeError, resolve_resources
 from pipeline.compute.units import Body, Cost, Unit, WhenDone
 from pipeline.config import ClusterConfig
 from pipeline.console import format_duration, print_line
@@ -80,6 +80,8 @@ class RaySession:
             try:
                 return resolve_resources(self.cluster, self.list_nodes(), self.pixels)
             except PipelineError as error:
+                if isinstance(error, TooLargeError) and "KUBERNETES_SERVICE_HOST" not in os.environ:
+                    raise  # on Kubernetes an autoscaler may have other machines
                 if second == 0:
                     print_line(f"waiting up to {format_duration(START_SECONDS)} for more machines: {error}")
             time.sleep(1)

@@ -150,6 +150,7 @@ def test_commands_become_rayjobs_that_the_operator_takes(capsys, monkeypatch):
         (["run", "digits"], 1),
         (["sweep", "digits_beta_dropout", "cluster.workers=9"], 2),
         (["train", "digits", "cluster.workers=16"], 2),
+        (["train", "digits", "cluster.workers=16", "cluster.cpus_per_worker=24"], 4),
     ):
         assert main([*RAYJOB, "--", *words]) == 0
         jobs.append(job := json.loads(capsys.readouterr().out))
@@ -158,6 +159,8 @@ def test_commands_become_rayjobs_that_the_operator_takes(capsys, monkeypatch):
         assert job["spec"].keys() <= JOB_KEYS and job["spec"]["activeDeadlineSeconds"] == 48 * 3600
         assert {group["replicas"], group["minReplicas"], group["maxReplicas"]} == {nodes}
         assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    assert main([*RAYJOB, "--", "run", "digits", "cluster.cpus_per_task=97"]) == 1
+    assert "1 task with 97 CPUs" in capsys.readouterr().err, "no pod is that large"
     for kind, trees in (("rayjobs", jobs), ("rayclusters", [of_kind("RayCluster")])):
         schema = read_schema(kind)
         for tree in trees:

@@ -4,8 +4,10 @@ import re
 
 import pytest
 
+from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.memory import choose_accumulate, describe_step_memory, estimate_step_memory
 from pipeline.compute.resources import count_fitting_workers, resolve_resources
+from pipeline.compute.session import RaySession
 from pipeline.config import load_cluster, load_experiment
 from pipeline.errors import PipelineError
 
@@ -40,18 +42,26 @@ def test_what_is_taken_fits_machine_by_machine(asked, nodes, pixels, expected):
 
 
 @pytest.mark.parametrize(
-    ("asked", "nodes", "message"),
+    ("asked", "nodes", "may_come", "message"),
     [
-        ({}, [(0, 0)], "1 worker with 1 CPUs .* lower cluster.workers"),
-        ({"workers": 2, "cpus_per_worker": 2}, [(1, 0), (3, 0)], "2 workers with 2 CPUs .*1 x 3 CPUs"),
-        ({"workers": 2}, [(8, 1)], "2 workers with .* 1 GPUs each .*1 x 8 CPUs . 1 GPUs"),
-        ({"workers": 4, "min_workers": 3}, [(2, 0)], "3 workers with 1 CPUs"),
-        ({"cpus_per_task": 3}, [(2, 0), (2, 0)], "1 task with 3 CPUs .* lower .*cpus_per_task"),
+        ({}, [(0, 0)], True, "1 worker with 1 CPUs .* lower cluster.workers"),
+        ({"workers": 2, "cpus_per_worker": 2}, [(1, 0), (3, 0)], True, "2 workers with 2 CPUs .*1 x 3 CPUs"),
+        ({"workers": 2}, [(8, 1)], True, "2 workers with .* 1 GPUs each .*1 x 8 CPUs . 1 GPUs"),
+        ({"workers": 4, "min_workers": 3}, [(2, 0)], True, "3 workers with 1 CPUs"),
+        ({"gpus_per_worker": 1}, [(2, 0)], True, "2 workers with 1 CPUs and 1 GPUs"),
+        ({"gpus_per_worker": 2}, [(8, 1), (8, 1)], False, "1 worker with .* CPUs and 2 GPUs"),
+        ({"cpus_per_task": 3}, [(2, 0), (2, 0)], False, "1 task with 3 CPUs .* lower .*cpus_per_task"),
     ],
 )
-def test_what_has_no_place_is_refused(asked, nodes, message):
-    with pytest.raises(PipelineError, match=message):
-        resolve_resources(cluster(asked), nodes)
+def test_what_has_no_place_is_refused_or_waited_for(monkeypatch, capsys, asked, nodes, may_come, message):
+    session = RaySession(cluster({**asked, "ray_address": "auto"}), interrupted=lambda: True)
+    monkeypatch.setattr(session, "list_nodes", lambda: nodes)
+    with pytest.raises(StopRequest if may_come else PipelineError, match=None if may_come else message):
+        session._wait_for_nodes()
+    assert bool(re.search(f"waiting .*{message}", capsys.readouterr().out)) is may_come
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(StopRequest):  # an autoscaler may have other machines
+        session._wait_for_nodes()
 
 
 def load_digits(*overrides):
