@@ -1,4 +1,4 @@
-"""Sharding 60,000 images; reading them back for training, beside webdataset's own loader and what training eats."""
+"""Sharding 60,000 images; reading them back for training, compared with webdataset's own loader and with what training uses."""
 
 import time
 from collections.abc import Callable
@@ -76,4 +76,4 @@ def _eaten(settings: Settings, against: str) -> list[Row]:
     batch = 4 if settings.quick else 16
     way = Way("bf16")
     step = Contender("training step, bf16", subjects.our_train_step(settings, way, batch), batch)
-    return race("what training eats", [step], settings, "images/s", against)
+    return race("what training uses", [step], settings, "images/s", against)

@@ -76,7 +76,7 @@ def format_page(twin: dict) -> str:
     is_useful = all(scores[name] < value for name, value in LINEAR.items())
     verdict = (
         "It beats the best linear denoiser, which needs no training; its samples have the shapes and\n"
-        "colours of pictures, few of a thing that can be named"
+        "colours of pictures, few show a thing that can be named"
         if is_useful
         else "**Not yet useful**: it does not beat the best linear denoiser, which needs no training"
     )
@@ -96,11 +96,11 @@ def format_page(twin: dict) -> str:
 {verdict}. It is far from the paper, which has {35_746_307 / twin["parameters"]:.0f} times as many
 parameters and has seen {102_400_000 / twin["images"]:,.0f} times as many images.
 
-No GPU was at hand: this is the paper's network at a quarter of its width
+No GPU was available: this is the paper's network at a quarter of its width
 ({twin["width"]} channels, {twin["parameters"]:,} parameters), after {twin["images"]:,} images,
 {hours:.1f} hours of two shared cores at {middle:g} images/s (median; {low:g} to {high:g}).
 [The ladder](ladder.md) trains and scores its widths and lengths; [short runs](short-runs.md) says why its samples
-are no noise, as those of [the first run](first-run.md) were.
+are not noise, as those of [the first run](first-run.md) were.
 
 ## Where it loses
 
