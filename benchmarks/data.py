@@ -1,4 +1,4 @@
-"""Sharding 60,000 images; reading them back for training, compared with webdataset's own loader and with what training uses."""
+"""Sharding 60,000 images; reading them for training, compared with webdataset's loader and with what training uses."""
 
 import time
 from collections.abc import Callable
