@@ -3,35 +3,23 @@
 The type of a field defines its values: a choice is a `Literal`, a list is a tuple, a number may have a `Range`.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from inspect import Parameter, signature
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-)
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from ddpm.config import Range
 from ddpm.networks.custom import CustomConfig
 from pipeline.errors import suggest
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Tree = dict[str, Any]  # plain containers, as yaml has them
 Kind = type | UnionType  # the type of a key: also the forms Annotated[...], Literal[...] and tuple[...]
@@ -58,8 +46,14 @@ def get_field_types(cls: type) -> Types:
     }
 
 
-def is_section(kind: Kind | None) -> TypeGuard[type[DataclassInstance]]:
+def is_section(kind: Kind | None) -> TypeGuard[type]:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def to_dict(section: Any) -> Tree:
+    """Return a dataclass as plain containers, tuples as lists."""
+    tree = json.loads(json.dumps(dataclasses.asdict(section)))
+    return {key: value for key, value in tree.items() if key in get_field_types(type(section))}
 
 
 def flatten(tree: Tree, prefix: str = "") -> Tree:
@@ -147,7 +141,7 @@ def _make_pydantic_type(kind: Kind, complete: bool) -> Any:
             needed = complete or arguments[name].default is Parameter.empty
             fields[name] = _make_pydantic_type(inside, complete), ... if needed else None
 
-        def build(found: BaseModel) -> DataclassInstance:
+        def build(found):
             return kind(**{name: getattr(found, name) for name in found.model_fields_set})
 
         return Annotated[create_model("Section", __config__=STRICT, **fields), AfterValidator(build)]

@@ -1,7 +1,5 @@
 """The experiment: all sections that may change a number, and the checks between them."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -47,7 +45,7 @@ class Experiment:
 
     def find_problems(self) -> Iterator[sections.Problem]:
         """Find problems between the keys of several sections, each with its full key."""
-        sample, evaluate = self.sample, self.evaluate
+        sample, evaluate, timesteps = self.sample, self.evaluate, self.diffusion.timesteps
         if not re.fullmatch(sections.FILE_NAME, self.name):
             yield "name", f"is {self.name!r}; {sections.NAME_RULE}"
         parts: dict[str, Iterable[sections.Problem]] = {
@@ -60,18 +58,17 @@ class Experiment:
         }
         for name, problems in parts.items():
             yield from ((f"{name}.{key}", problem) for key, problem in problems)
-        if (sample.steps or 0) > self.diffusion.timesteps:
-            limit = f"diffusion.timesteps={self.diffusion.timesteps}"
-            yield "sample.steps", f"is {sample.steps}, more than {limit}"
+        if (sample.steps or 0) > timesteps:
+            yield "sample.steps", f"is {sample.steps}, more than diffusion.timesteps={timesteps}"
         if sample.spacing != "uniform" and sample.steps is None:
             yield "sample.spacing", f"is {sample.spacing}, which is for less than T steps: set sample.steps"
         if sample.spacing == "logsnr" and self.diffusion.beta_schedule == "jsd" and not self.diffusion.betas:
             yield "sample.spacing", "is logsnr, but jsd leaves no signal in x_T: use uniform or quadratic"
-        if (evaluate.nll_timesteps or 0) > self.diffusion.timesteps:
-            limit = f"diffusion.timesteps={self.diffusion.timesteps}; null evaluates each of them once"
+        if (evaluate.nll_timesteps or 0) > timesteps:
+            limit = f"diffusion.timesteps={timesteps}; null evaluates each of them once"
             yield "evaluate.nll_timesteps", f"is {evaluate.nll_timesteps}, more than {limit}"
         variance = sample.variance or self.diffusion.variance
-        is_respaced = sample.steps not in (None, self.diffusion.timesteps)
+        is_respaced = sample.steps not in (None, timesteps)
         if variance == "learned" and sample.sampler == "ancestral" and is_respaced:
             rule = "diffusion.variance=learned holds for the whole chain"
             remedy = "set it to null, or sample.variance to fixedlarge or fixedsmall"
@@ -91,18 +88,16 @@ class Experiment:
             if self.data.limit is None:
                 yield "data.limit", "is null; model.name=exact needs the number of images that it knows"
             if self.diffusion.variance in LEARNED or self.published.weights:
-                yield (
-                    "model.name",
-                    "is exact, which learns nothing: use a fixed diffusion.variance and no published weights",
-                )
+                remedy = "use a fixed diffusion.variance and no published weights"
+                yield "model.name", f"is exact, which learns nothing: {remedy}"
         yield from self._find_label_problems()
         yield from self._find_checkpoint_problems()
 
     def _find_label_problems(self) -> Iterator[sections.Problem]:
         label, scale, labels = self.sample.label, self.sample.guidance_scale, self.data.labels
-        if self.model.name == "unet" and self.takes_labels and not labels:
+        if self.model.name == "unet" and self.model.takes_labels and not labels:
             yield "model.class_conditional", "is true, but data.labels=0: set it to the number of classes"
-        if not self.takes_labels:
+        if not self.model.takes_labels:
             if label is not None or scale != 1 or self.train.label_dropout > 0:
                 yield "sample.label", f"is for networks that take labels ({LABELLED})"
             return
@@ -155,13 +150,9 @@ class Experiment:
         ]
 
     @property
-    def takes_labels(self) -> bool:
-        return self.model.takes_labels
-
-    @property
     def num_classes(self) -> int:
         """The number of classes that the network is built with; 0 if it takes no labels."""
-        return self.data.labels if self.takes_labels else 0
+        return self.data.labels if self.model.takes_labels else 0
 
     @property
     def is_trained(self) -> bool:
@@ -199,22 +190,18 @@ class Experiment:
         decay = self.sample.ema_decay
         return 0 if decay is None else self.train.ema_decay.index(decay)
 
-    def make_candidate(self, step: int) -> Experiment:
+    def make_candidate(self, step: int) -> "Experiment":
         """Return the experiment that scores the checkpoint of `step` for the selection: fewer images, FID only."""
         images = self.evaluate.checkpoint_images
         sample = replace(self.sample, checkpoint=step, num_images=images, first_index=sections.CANDIDATES)
         evaluate = replace(self.evaluate, metrics=("fid",), checkpoints=None)
         return replace(self, sample=sample, evaluate=evaluate)
 
-    def select_checkpoint(self, step: int, candidates: int) -> Experiment:
+    def select_checkpoint(self, step: int, candidates: int) -> "Experiment":
         """Return the experiment with `step` as its selected checkpoint, the best of `candidates`."""
         images, weights = self.evaluate.checkpoint_images, self.weights_kind
         rule = f"best of {candidates} checkpoints by FID on {images} other images, {weights} weights"
         return replace(self, selected=SelectedCheckpoint(step, candidates, rule))
-
-    def choose_label(self, index: int) -> int | None:
-        label = self.sample.label
-        return index % self.data.labels if label == "cycle" else label
 
     def keeps_checkpoint(self, step: int) -> bool:
         """Return whether the checkpoint of `step` is never deleted."""

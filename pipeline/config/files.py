@@ -3,8 +3,6 @@
 Every value stays the text in the file, until `checks` converts it to the type of its key. No default is added.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from types import NoneType

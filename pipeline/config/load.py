@@ -1,39 +1,22 @@
 """Loads and writes experiments and clusters; all problems of a file are reported at once, one line each."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import yaml
 
 from ddpm.networks import NETWORKS, find_config_class
 from ddpm.networks.config import UNetConfig
-from pipeline.config.checks import (
-    Kind,
-    ProblemsByKey,
-    Tree,
-    Types,
-    convert_values,
-    find_type,
-    find_unknown_names,
-    flatten,
-    get_field_types,
-    is_section,
-    parse_text,
-    takes_text,
-)
+from pipeline.config import checks
+from pipeline.config.checks import ProblemsByKey, Tree, Types
 from pipeline.config.experiment import Experiment
 from pipeline.config.files import apply_overrides, find_configuration, read_configuration
 from pipeline.config.neutral import add_neutral_values
 from pipeline.config.sections import SPLITS, ClusterConfig
 from pipeline.errors import ConfigError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 # The keys that hold paths.
 PATHS = [
@@ -73,31 +56,28 @@ def _convert_experiment(name: str, overrides: list[str], known: Names | None) ->
     diffusion = tree.get("diffusion")
     if isinstance(diffusion, dict) and isinstance(path := diffusion.get("betas"), str):
         diffusion["betas"] = _read_betas(path)
-    values, problems = convert_values(types, tree)
+    values, problems = checks.convert_values(types, tree)
     networks = [*NETWORKS, getattr(types["model"], "name", "")]  # perhaps a custom network
-    return values, problems | find_unknown_names(tree, {"model.name": networks, **(known or {})})
+    return values, problems | checks.find_unknown_names(tree, {"model.name": networks, **(known or {})})
 
 
 def _read_experiment(name: str, overrides: list[str]) -> tuple[Tree, Types]:
     """Return the file's values with the overrides, and the type of each key."""
     path = find_configuration(name)
-    types = get_field_types(Experiment)
+    types = checks.get_field_types(Experiment)
     tree = apply_overrides({"name": path.stem, **read_configuration(path)}, overrides, Experiment)
     # An unknown network is refused by its name, not by its keys.
-    name = flatten(tree).get("model.name", "unet")
-    network = _find_network(name) if isinstance(name, str) else UNetConfig
-    types = {**types, "model": network}
-    add_neutral_values(tree, {key: get_field_types(kind) for key, kind in types.items() if is_section(kind)})
-    return tree, types
-
-
-def _find_network(name: str) -> Kind:
+    name = checks.flatten(tree).get("model.name", "unet")
     try:
-        return find_config_class(name)
+        network: checks.Kind = find_config_class(name) if isinstance(name, str) else UNetConfig
     except KeyError:
-        return dict
+        network = dict
     except (ValueError, NameError) as error:
         raise ConfigError(f"model.name={name} {error}") from error
+    types = {**types, "model": network}
+    sections = {key: kind for key, kind in types.items() if checks.is_section(kind)}
+    add_neutral_values(tree, {key: checks.get_field_types(kind) for key, kind in sections.items()})
+    return tree, types
 
 
 def _format_problems(problems: ProblemsByKey) -> list[str]:
@@ -134,7 +114,7 @@ def load_cluster(name: str, overrides: list[str]) -> ClusterConfig:
     """Load and check a cluster; the overrides come without `cluster.`. Raises ConfigError with every problem."""
     file = read_configuration(find_configuration(name, "cluster"), "cluster")
     tree = {"cluster": apply_overrides(file, overrides, ClusterConfig)}
-    values, problems = convert_values({"cluster": ClusterConfig}, tree)
+    values, problems = checks.convert_values({"cluster": ClusterConfig}, tree)
     problems = problems or {f"cluster.{key}": problem for key, problem in values["cluster"].find_problems()}
     if problems:
         raise ConfigError(_format_problems(problems))
@@ -145,17 +125,12 @@ def read_value(key: str, value: Any) -> Any:
     """Convert a text, or a list of texts, to the type of an experiment's key, which may be one of its network."""
     if isinstance(value, list):
         return [read_value(key, item) for item in value]
-    return value if takes_text(find_type(Experiment, key)) else parse_text(bool | int | float, value)
+    kind = checks.find_type(Experiment, key)
+    return value if checks.takes_text(kind) else checks.parse_text(bool | int | float, value)
 
 
-def to_dict(section: DataclassInstance) -> Tree:
-    """Return a dataclass as plain containers, tuples as lists."""
-    tree = json.loads(json.dumps(dataclasses.asdict(section)))
-    return {key: value for key, value in tree.items() if key in get_field_types(type(section))}
-
-
-def to_yaml(section: DataclassInstance | Tree, **more: object) -> str:
+def to_yaml(section: object, **more: object) -> str:
     """Return a dataclass or plain containers as yaml, with `more` top-level keys after its own."""
-    own = section if isinstance(section, dict) else to_dict(section)
+    own = section if isinstance(section, dict) else checks.to_dict(section)
     content = json.loads(json.dumps({**own, **more}))  # without shared parts, which yaml would name
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

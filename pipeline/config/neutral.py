@@ -4,17 +4,9 @@ A new option needs a line in NEUTRAL: the value at which everything is as it was
 out of every key, and a file that was written before the option means that value.
 """
 
-from __future__ import annotations
-
-import dataclasses
-import json
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
 
-from pipeline.config.checks import Tree
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from pipeline.config.checks import Tree, to_dict
 
 NEUTRAL: Tree = {
     "data.labels": 0,
@@ -66,10 +58,10 @@ FORMULAS = {
 }
 
 
-def get_key_content(name: str, section: DataclassInstance) -> Tree:
+def get_key_content(name: str, section: object) -> Tree:
     """Return the values of section `name` that are hashed into keys, as plain containers."""
     content: Tree = {}
-    for key, value in json.loads(json.dumps(dataclasses.asdict(section))).items():
+    for key, value in to_dict(section).items():
         full = f"{name}.{key}"
         if full not in UNHASHED and not (full in NEUTRAL and value == NEUTRAL[full]):
             content[key] = value

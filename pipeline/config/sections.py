@@ -4,8 +4,6 @@ The types say what a key may hold (`checks` reads them); `find_problems` compare
 The settings of the science (diffusion, model, train) stand beside the code that they configure, in `ddpm`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from pipeline.data.sources.cifar10 import is_official
 from pipeline.errors import PipelineError, escape_name
 from pipeline.stages.stage import Stage
 from pipeline.store.files import try_read
-from pipeline.store.run import Place, locate_downloads, locate_fingerprints
+from pipeline.store.run import Place, locate_fingerprints
 from pipeline.store.tars import LABEL, Shard, ShardFacts, read_shard_manifest, write_shard_manifest
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class ShardStage(Stage):
         Its fact `official` is true for the pixels of CIFAR-10, false for others that claim to be, else null.
         """
         config = place.experiment.data
-        data = download_source(config, locate_downloads(place.storage))
+        data = download_source(config, place.downloads)
         source = open_source(data)
         shards = plan_shards(place.data, source.splits, data.images_per_shard)
         missing = [shard for shard in shards if shard.read_facts() is None]

@@ -253,11 +253,11 @@ class _CheckpointSaver:
         if self.ctx.rank == 0 and not checkpoint.is_valid(self.place, state.step):
             config = self.place.experiment.train
             recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
-            facts = {"run_key": self.place.run_key, **recorded}
             self.state = checkpoint.copy_to_cpu(state.state_dict() | sums, self.state)
             self.ema = checkpoint.copy_to_cpu(state.emas[0].state_dict(), self.ema)
+            facts = {"run_key": self.place.run_key, **recorded}
             self.pending = self.thread.submit(
-                checkpoint.save_checkpoint, folder, self.state, self.ema, state.step, facts
+                checkpoint.save_checkpoint, folder, self.state, self.ema, state.step, **facts
             )
 
     def finish(self) -> None:
@@ -334,7 +334,7 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
         for ahead in range(images.lookahead):
             images.prefetch(list_indices(state.step + ahead))
         x_0, labels = images.read_batch(list_indices(state.step))
-        return x_0, labels if experiment.takes_labels else None
+        return x_0, labels if experiment.model.takes_labels else None
 
     def make_step() -> Tensors:
         x_0, context = read_batch()
@@ -382,7 +382,7 @@ def _draw_grid(ctx: Worker, place: Place, state: TrainState) -> None:
     net = allocate_weights(checkpoint.create_network(experiment, "meta"), ctx.device)
     net.load_state_dict(state.emas[0].state_dict())
     index = torch.arange(GRID_SIDE**2, device=ctx.device)
-    labels = index % experiment.data.labels if experiment.takes_labels else None
+    labels = index % experiment.data.labels if experiment.model.takes_labels else None
     images = sample(
         Diffusion(experiment.diffusion), net.eval(),
         index=index, shape=experiment.data.shape, context=labels,

@@ -5,8 +5,6 @@ the network's own) and meta.json, which carries the step, the run key and the sh
 while these are right. Without the state it is complete for scoring, never for resuming (train.keep_steps).
 """
 
-from __future__ import annotations
-
 import logging
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -36,8 +34,6 @@ from pipeline.store.tensors import Tensors, save_tensors
 
 logger = logging.getLogger(__name__)
 
-Facts = dict[str, str | int | bool]
-
 STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 
@@ -50,22 +46,20 @@ class Meta(TypedDict):
     accumulate: NotRequired[int]
 
 
-def save_checkpoint(
-    directory: Path, tensors: Tensors, ema: Tensors, step: int, facts: Facts | None = None
-) -> None:
+def save_checkpoint(directory: Path, tensors: Tensors, ema: Tensors, step: int, **facts: str | int) -> None:
     """Write the checkpoint of one step atomically; its tensors must be contiguous and on the CPU."""
     with files.write_atomically(directory, folder=True) as temporary:
         save_tensors(tensors, temporary / STATE)
         save_tensors(ema, temporary / EMA)
         listed = {name: files.read_file_facts(temporary / name) for name in (STATE, EMA)}
-        files.write_json(temporary / META, {"step": step, "files": listed, **(facts or {})})
+        files.write_json(temporary / META, {"step": step, "files": listed, **facts})
     files.note_times(directory / META, listed)  # after the move, which changes times
 
 
 def save_untrained(place: Place, tensors: Tensors) -> None:
     """Write a network that was not trained here as the checkpoint of step `train.steps`."""
     state, step = {f"net.{name}": tensor for name, tensor in tensors.items()}, place.experiment.train.steps
-    save_checkpoint(place.locate_step(step), state, tensors, step, {"run_key": place.run_key})
+    save_checkpoint(place.locate_step(step), state, tensors, step, run_key=place.run_key)
 
 
 def copy_to_cpu(tensors: Tensors, into: Tensors) -> Tensors:
@@ -98,41 +92,38 @@ def read_meta(directory: Path) -> Meta:
     return meta
 
 
-def verify_checkpoint(directory: Path, check: files.Check = "sha256") -> None:
-    """Raise PipelineError unless the folder holds the complete checkpoint of its step and run."""
-    files.require_files(directory / META, read_meta(directory)["files"], check)
+def verify_checkpoint(directory: Path, check: files.Check = "sha256") -> bool:
+    """Return whether training can continue from it; checkpoints of train.keep_steps may hold only the EMA.
+
+    Raises PipelineError unless the folder holds the complete checkpoint of its step and run.
+    """
+    listed = read_meta(directory)["files"]
+    files.require_files(directory / META, listed, check)
+    return STATE in listed
 
 
-def has_state(directory: Path) -> bool:
-    """Return whether training can continue from a checkpoint; those of train.keep_steps may hold only the EMA."""
-    return STATE in read_meta(directory)["files"]
-
-
-def verify_step(place: Place, step: int, check: files.Check = "sha256") -> None:
-    """Raise PipelineError unless the checkpoint of a step is complete for scoring, and of the run's network."""
-    verify_checkpoint(folder := place.locate_step(step), check)
-    file = name_weights_file(place.experiment.sample.weights, place.experiment.ema_number)
-    if file == STATE and not has_state(folder):
+def verify_step(place: Place, step: int, check: files.Check = "sha256") -> bool:
+    """Verify the checkpoint of a step as `verify_checkpoint` does, and that it is of the run's network."""
+    experiment, folder = place.experiment, place.locate_step(step)
+    has_state = verify_checkpoint(folder, check)
+    if not has_state and name_weights_file(experiment.sample.weights, experiment.ema_number) == STATE:
         remedy = "use sample.weights=ema, of the first train.ema_decay"
         raise PipelineError(f"{folder} holds the EMA alone (train.keep_steps); {remedy}")
-    experiment, data = place.experiment, place.experiment.data
-    kind, known = cast(Any, experiment.model), data.limit or 0
-    own = _list_tensors(kind, experiment.diffusion, data.shape, experiment.num_classes, known)
-    for file, prefix in ((EMA, ""), *([(STATE, "net.")] if has_state(folder) else [])):
+    kind, known = cast(Any, experiment.model), experiment.data.limit or 0
+    own = _list_tensors(kind, experiment.diffusion, experiment.data.shape, experiment.num_classes, known)
+    for file, prefix in ((EMA, ""), *([(STATE, "net.")] if has_state else [])):
         try:
-            with safe_open(folder / file, "pt") as stored:
-                shapes = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+            with safe_open(folder / file, "pt") as stored:  # no tensor is read before it is used
+                given = {n: stored.get_tensor(n) for n in stored.keys() if n.startswith(prefix)}  # noqa: SIM118
         except SafetensorError as error:
             raise PipelineError(f"{folder / file} holds no tensors ({error})") from error
-        found = {f"{prefix}{name}": torch.empty(tensor.shape, device="meta") for name, tensor in own.items()}
-        given = {n: torch.empty(shape, device="meta") for n, shape in shapes.items() if n.startswith(prefix)}
-        if fault := describe_mismatch(found, given):
+        if fault := describe_mismatch({f"{prefix}{name}": tensor for name, tensor in own.items()}, given):
             raise PipelineError(f"{folder} holds another network: {fault}")
+    return has_state
 
 
-@lru_cache(
-    maxsize=32
-)  # the trials of a sweep have few networks; building one takes as long as all other checks
+# The trials of a sweep have few networks; building one takes as long as all other checks.
+@lru_cache(maxsize=32)
 def _list_tensors(
     config: Any, diffusion: DiffusionConfig, shape: tuple[int, int, int], labels: int, known: int
 ) -> Tensors:
@@ -151,8 +142,7 @@ def find_newest_step(run: Place, at_most: int) -> int | None:
     """Return the newest step up to `at_most` with a valid checkpoint; warn of broken ones."""
     for step in reversed(list_steps(run.train, at_most)):
         try:
-            verify_step(run, step)
-            if has_state(run.locate_step(step)):
+            if verify_step(run, step):
                 return step
         except PipelineError as error:
             logger.warning("%s; continuing from the checkpoint before it", error)
@@ -161,8 +151,7 @@ def find_newest_step(run: Place, at_most: int) -> int | None:
 
 def load_checkpoint(directory: Path) -> Tensors:
     """Load all tensors of a checkpoint on the CPU. Raises PipelineError if the EMA alone is there."""
-    verify_checkpoint(directory)
-    if not has_state(directory):
+    if not verify_checkpoint(directory):
         raise PipelineError(f"{directory} holds the EMA alone (train.keep_steps): nothing resumes from it")
     return load_file(directory / STATE)
 

@@ -4,8 +4,6 @@ A folder holds config.json with the network's settings beside diffusion_pytorch_
 its root or under unet/; scheduler_config.json, at the root or under scheduler/, holds the diffusion's.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from itertools import chain

@@ -4,8 +4,6 @@
 of an earlier version have other keys.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import lru_cache

@@ -5,8 +5,6 @@ others may be damaged; readers skip them. A resumed run computes some steps agai
 file already and keep their first timestamps, so that no tracking server ever sees one twice.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import statistics

@@ -1,7 +1,5 @@
 """Paths and keys of a run, its data and the storage root. Only `store` names files."""
 
-from __future__ import annotations
-
 import math
 import re
 import time
@@ -54,7 +52,7 @@ class Place:
     data_key: str
     run_key: str
 
-    def replace_experiment(self, experiment: Experiment) -> Place:
+    def replace_experiment(self, experiment: Experiment) -> "Place":
         """Return this place with another experiment of the same run: other sample or evaluate settings."""
         return replace(self, experiment=replace(experiment, name=self.experiment.name))
 
@@ -134,6 +132,7 @@ class Place:
     projection = _path_property("data", "projection/projection.safetensors")
     classifier = _path_property("data", "classifier/classifier.safetensors")
     extractor_cache = _path_property("storage", "extractors")
+    downloads = _path_property("storage", "data/downloads")
     classifier_json = _path_property("data", "classifier/classifier.json")
 
     # Records
@@ -168,10 +167,6 @@ class Place:
 
 
 # Below a storage root, beside the runs
-
-
-def locate_downloads(storage: Path) -> Path:
-    return storage / "data" / "downloads"
 
 
 def locate_fingerprints(storage: Path) -> Path:

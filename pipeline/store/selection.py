@@ -4,8 +4,6 @@ The paper reports its scores at the checkpoint of minimum FID (App. B). `selecti
 holds the FID of every candidate; `pipeline.stages.select` makes it.
 """
 
-from __future__ import annotations
-
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict

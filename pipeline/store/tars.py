@@ -5,8 +5,6 @@ label in decimal digits), beside each tar a .json with its facts and the offset 
 An image's index in its split counts the images of the shards in the order of the manifest's list.
 """
 
-from __future__ import annotations
-
 import io
 import tarfile
 import zlib
@@ -63,6 +61,23 @@ def decode_png(png: bytes) -> np.ndarray:
 # One shard
 
 
+class ShardFacts(files.FileFacts):
+    """Content of a shard's .json.
+
+    places: for each image the offset and the size of its PNG in the tar, its crc32, and its label (-1 = none);
+    skipped: names and reasons of images that do not decode (data only). digest: of all the others.
+    """
+
+    name: str
+    split: str
+    start: int
+    stop: int
+    places: list[list[int]]
+    folder: NotRequired[str]
+    digest: NotRequired[str]
+    skipped: NotRequired[list[list[str]]]
+
+
 @dataclass(frozen=True)
 class Shard:
     """A tar with the images [start, stop) of a split, and a .json with its facts, written after it.
@@ -111,23 +126,6 @@ class Shard:
         if (facts := self.read_facts(**more)) is None:
             raise PipelineError(f"{self.path} changed while it was used; run the command again")
         return facts
-
-
-class ShardFacts(files.FileFacts):
-    """Content of a shard's .json.
-
-    places: for each image the offset and the size of its PNG in the tar, its crc32, and its label (-1 = none);
-    skipped: names and reasons of images that do not decode (data only). digest: of all the others.
-    """
-
-    name: str
-    split: str
-    start: int
-    stop: int
-    places: list[list[int]]
-    folder: NotRequired[str]
-    digest: NotRequired[str]
-    skipped: NotRequired[list[list[str]]]
 
 
 def write_tar(path: Path, records: Iterable[Record]) -> dict[str, Any]:

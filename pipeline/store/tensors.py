@@ -1,7 +1,5 @@
 """Safe loading of weights from untrusted files, and copies of arrays to a device."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

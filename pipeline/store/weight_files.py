@@ -1,7 +1,5 @@
 """Finds published weights in the folders that diffusers, its trainer and the Hub's cache write."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

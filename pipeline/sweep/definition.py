@@ -1,7 +1,5 @@
 """The sweep file: experiments and values of their keys; `conf/sweep/beta_dropout.yaml` explains every key."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The leaderboard of a study: trials ranked by the scores in their run directories."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +13,7 @@ from pipeline.store.files import write_json, write_text
 from pipeline.store.log import read_progress
 from pipeline.store.run import LEADERBOARD
 from pipeline.sweep.definition import Sweep, Values
-from pipeline.sweep.points import Trial
-from pipeline.sweep.trial_states import State, TrialStates
+from pipeline.sweep.points import State, Trial, TrialStates
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,30 @@
-"""The points of a sweep, and their trials."""
-
-from __future__ import annotations
+"""The points of a sweep, their trials, and the states of these, kept in state.json."""
 
 import itertools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from pipeline.config import DataConfig, Experiment, find_relative_paths, flatten, load_experiment
+from typing_extensions import TypedDict
+
+from pipeline.config import DataConfig, Experiment, find_relative_paths, flatten, load_experiment, to_dict
+from pipeline.config.checks import Tree
 from pipeline.engine import find
 from pipeline.engine.names import list_known_names
+from pipeline.engine.plan import list_unfinished_stages
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import describe_objective, format_swept_values
 from pipeline.store import keys
+from pipeline.store.files import read_record, write_json
 from pipeline.store.run import Place, find_runs
-from pipeline.sweep.definition import Sweep, ValueRange, Values
+from pipeline.sweep.definition import EarlyStop, Sweep, ValueRange, Values
+
+STATE_FILE = "state.json"
+State = Literal["new", "running", "finished", "stopped", "failed", "interrupted"]  # stopped: early, at a rung
 
 
 @dataclass(frozen=True)
@@ -159,3 +167,67 @@ def make_trials(points: list[SweepPoint], root: Path) -> list[Trial]:
     if faults:
         raise ConfigError(faults)
     return list(trials.values())
+
+
+class TrialState(TypedDict):
+    """State of one trial. label, run: for people who read the file; rungs: (step, bound, Unix ms)."""
+
+    state: State
+    reason: str
+    label: str
+    run: str
+    rungs: list[tuple[int, float, int]]
+
+
+class StudyFile(TypedDict, total=False):
+    early_stop: Tree
+    trials: dict[str, TrialState]
+
+
+def count_sharing_trials(folder: Path, slots: int) -> int:
+    """Return how many trials share the cluster, by the study's state file: those that run or wait, and fit at once."""
+    trials = read_record(folder / STATE_FILE, StudyFile).get("trials", {}).values()
+    left = sum(trial["state"] in ("new", "running", "interrupted") for trial in trials)
+    return max(1, min(left, slots))
+
+
+class TrialStates:
+    """States of all trials, which the driver writes to state.json at every change.
+
+    They begin with that file, corrected by the run directories; rungs of other settings are not comparable and dropped.
+    """
+
+    def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
+        self.path, self.early_stop = folder / STATE_FILE, to_dict(early_stop)
+        content = read_record(self.path, StudyFile)
+        self.records = content.get("trials", {})
+        if content.get("early_stop") != self.early_stop:
+            for record in self.records.values():
+                record["rungs"] = []
+                record["state"] = "new" if record["state"] == "stopped" else record["state"]
+        for trial in trials:
+            new = TrialState(state="new", reason="", label="", run="", rungs=[])
+            record = self.records.setdefault(trial.key, new)
+            record["label"], record["run"] = trial.label, trial.place.name
+            if not list_unfinished_stages(trial.place, "report"):
+                record["state"], record["reason"] = "finished", ""
+            elif record["state"] in ("finished", "running"):  # files deleted, or driver killed
+                record["state"], record["reason"] = "interrupted", ""
+
+    def is_done(self, key: str) -> bool:
+        return self.records[key]["state"] in ("finished", "stopped")
+
+    def set_state(self, key: str, state: State, reason: str = "") -> None:
+        record = self.records[key]
+        record["state"], record["reason"] = state, reason
+        self._save()
+
+    def add_rung(self, key: str, step: int, bound: float) -> None:
+        """Record the bound at a rung, once: a resumed trial reports it again, and the first time stays."""
+        rungs = self.records[key]["rungs"]
+        if step not in [rung[0] for rung in rungs]:
+            rungs.append((step, bound, time.time_ns() // 1_000_000))
+            self._save()
+
+    def _save(self) -> None:
+        write_json(self.path, {"early_stop": self.early_stop, "trials": self.records})

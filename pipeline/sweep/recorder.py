@@ -1,7 +1,5 @@
 """Records starts and ends of trials: state file, MLflow, leaderboard, console."""
 
-from __future__ import annotations
-
 import textwrap
 import time
 from collections.abc import Callable
@@ -18,8 +16,7 @@ from pipeline.store.files import write_text
 from pipeline.store.log import read_progress
 from pipeline.sweep import leaderboard
 from pipeline.sweep.definition import Sweep
-from pipeline.sweep.points import Trial
-from pipeline.sweep.trial_states import State, TrialStates
+from pipeline.sweep.points import State, Trial, TrialStates
 
 AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
 DEADLINE = 120.0  # seconds after the last trial to send what the server lacks

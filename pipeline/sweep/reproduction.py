@@ -3,8 +3,6 @@
 Every row is shortened by one share: rows stay comparable with each other, and by their order with the paper.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -52,7 +50,7 @@ class BudgetFile(TypedDict):
 
 def plan_reproduction(
     target: str, text: str, shared: list[str], cluster: ClusterConfig, dry_run: bool
-) -> Study:
+) -> "Study":
     """Return the study that trains every row of the paper's tables within the budget.
 
     For a time the rate of training is measured once, unless this is a dry run. Raises ConfigError, PipelineError.
@@ -70,7 +68,9 @@ def plan_reproduction(
             note = f"how many steps of {steps:,} fit into {text} is measured at the start"
             return Study(replace(sweep, name=name, note=note), list_points(sweep, shared), cluster)
         if not memory.exists():  # the same command again is the same study
-            write_json(memory, {"steps": compute_steps(hours, measure_rate(rows[0], cluster), rows)})
+            passes = hours * 3600 * FORWARD_AND_BACKWARD * measure_rate(rows[0], cluster)
+            share = min(1.0, passes / sum(map(count_passes, rows)))
+            write_json(memory, {"steps": max(1, int(share * steps))})
         steps = read_json(memory, BudgetFile, "delete it to measure again")["steps"]
     scaled, note = scale_experiment(steps, rows[0])
     return Study(replace(sweep, name=name, note=note), list_points(sweep, [*scaled, *shared]), cluster)
@@ -85,12 +85,6 @@ def measure_rate(row: Experiment, cluster: ClusterConfig) -> float:
     place = stages.run_stages(replace(row, name="probe", train=train), cluster, "train")
     # the fastest window, since the first ones are slower
     return max(point["metrics"]["train/images_per_second"] for point in read_points(place.log))
-
-
-def compute_steps(hours: float, images_per_second: float, rows: list[Experiment]) -> int:
-    """Compute the steps of each row within `hours`; the time of samples and scores follows from the training rate."""
-    share = hours * 3600 * FORWARD_AND_BACKWARD * images_per_second / sum(map(count_passes, rows))
-    return max(1, int(min(1.0, share) * rows[0].train.steps))
 
 
 def count_passes(experiment: Experiment) -> float:

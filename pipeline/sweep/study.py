@@ -1,7 +1,5 @@
 """The driver of a study."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from contextlib import ExitStack
@@ -25,11 +23,10 @@ from pipeline.store.files import lock_folder
 from pipeline.store.run import REPORT_HTML, STOP, locate_study
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.leaderboard import Leaderboard, rank_trials
-from pipeline.sweep.points import SweepPoint, make_trials
+from pipeline.sweep.points import SweepPoint, TrialStates, make_trials
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import divide_cluster
 from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
-from pipeline.sweep.trial_states import TrialStates
 
 if TYPE_CHECKING:
     from pipeline.sweep.tuning import EarlyStopScheduler
@@ -165,7 +162,7 @@ class Study:
         return able
 
     def _run_locally(
-        self, tasks: dict[str, TrialInputs], executor: LocalExecutor, scheduler: EarlyStopScheduler | None
+        self, tasks: dict[str, TrialInputs], executor: LocalExecutor, scheduler: "EarlyStopScheduler | None"
     ) -> None:
         for key, task in tasks.items():
             if not self.recorder.may_start_trial():

@@ -1,7 +1,5 @@
 """Runs one trial in its process: all its stages; with early stopping, from one rung to the next."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -23,11 +23,10 @@ from pipeline.compute.resources import LEADER_BYTES
 from pipeline.compute.session import RaySession
 from pipeline.errors import PipelineError
 from pipeline.sweep.definition import EarlyStop
-from pipeline.sweep.points import Trial
+from pipeline.sweep.points import Trial, TrialStates, count_sharing_trials
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import TrialSlots
 from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
-from pipeline.sweep.trial_states import TrialStates, count_sharing_trials
 
 BOUND, STEP = "nll_bpd", "step"
 QUIET = {

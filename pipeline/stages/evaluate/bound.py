@@ -97,7 +97,7 @@ def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, s
         lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape), timesteps=timesteps,
         batch_size=choose_timesteps_per_call(stop - start, shape) * (stop - start), decoder=config.decoder,
         variance=config.variance,
-        context=torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None,
+        context=torch.from_numpy(classes).to(ctx.device) if experiment.model.takes_labels else None,
     )  # fmt: skip
     arrays |= {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
     write_unit_arrays(file, **arrays)

@@ -21,7 +21,7 @@ def describe_score_protocol(place: Place) -> Tree:
         "official_data": tars.open_shards(place.data).facts.get("official"),
         "timesteps": diffusion.timesteps,
         "schedule": describe_schedule(diffusion),
-        "conditional": experiment.takes_labels, "weights": experiment.weights_kind,
+        "conditional": experiment.model.takes_labels, "weights": experiment.weights_kind,
         "checkpoint": experiment.checkpoint_step, "checkpoint_rule": selected.rule if selected else origin,
         "minimum_fid": selected is not None and selected.candidates > 1,
     }  # fmt: skip

@@ -95,7 +95,7 @@ def write_errors(
         table = direct.to(ctx.device).tables["alpha_bar"]
         ours = measure(lambda x_t, t: compute_posterior_mean(x_t, table[t], known))
     else:
-        labels = torch.from_numpy(classes).to(ctx.device) if experiment.takes_labels else None
+        labels = torch.from_numpy(classes).to(ctx.device) if experiment.model.takes_labels else None
         net = checkpoint.load_model(place, ctx.device, experiment.sample.precision).net
         ours = measure(net, Diffusion(experiment.diffusion), clip=True, context=labels)
     linear, mean = load_linear_denoiser(place, direct, ctx.device)

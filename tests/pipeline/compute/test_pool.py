@@ -24,7 +24,7 @@ from pipeline.config import load_cluster
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.store.files import translate_write_errors, write_json
-from pipeline.sweep.trial_states import count_sharing_trials
+from pipeline.sweep.points import count_sharing_trials
 
 pytestmark = pytest.mark.ray
 

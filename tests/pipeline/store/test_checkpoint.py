@@ -19,7 +19,7 @@ def saved(run, *steps):
     ema = checkpoint.create_network(run.experiment).state_dict()
     state = {f"net.{name}": tensor for name, tensor in ema.items()}
     for step in steps:
-        checkpoint.save_checkpoint(run.locate_step(step), state, ema, step, {"run_key": run.run_key})
+        checkpoint.save_checkpoint(run.locate_step(step), state, ema, step, run_key=run.run_key)
 
 
 def test_tensors_come_back_as_they_were(tiny_run):
@@ -111,7 +111,8 @@ def test_a_kept_step_can_be_scored_but_not_resumed(tiny_run, caplog):
     saved(tiny_run, 1, 2, 4, 6)
     checkpoint.delete_old_checkpoints(keeping(tiny_run, 1, every=3, steps=(2, 4, 6)), at_most=6)
     assert list_steps(tiny_run.train) == [2, 4, 6]
-    assert [checkpoint.has_state(tiny_run.locate_step(step)) for step in (2, 4, 6)] == [False, False, True]
+    resumable = [checkpoint.verify_checkpoint(tiny_run.locate_step(step)) for step in (2, 4, 6)]
+    assert resumable == [False, False, True]
     assert checkpoint.is_valid(tiny_run, 4) and checkpoint.load_weights(tiny_run.locate_step(4), "ema")
     assert checkpoint.find_newest_step(tiny_run, at_most=5) is None and not caplog.text
     with pytest.raises(PipelineError, match="nothing resumes"):

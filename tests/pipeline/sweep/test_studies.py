@@ -21,9 +21,8 @@ from pipeline.store.files import lock_folder, read_json, write_json
 from pipeline.sweep import recorder
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.leaderboard import make_rows
-from pipeline.sweep.points import Trial
+from pipeline.sweep.points import Trial, TrialState, TrialStates
 from pipeline.sweep.recorder import StudyRecorder
-from pipeline.sweep.trial_states import TrialState, TrialStates
 
 SMALL = [*TRIAL, "train.sample_every=6"]
 SPACE = "experiment: digits\nspace:\n  diffusion.beta_schedule: %s\n  model.dropout: %s\nrank: {metric: nll_bpd}\n"
