@@ -72,7 +72,7 @@ ACCEPT_CODE = _declare(
 RUN = _declare("run", metavar="RUN", help="a run directory, or how its name begins")
 STUDY = (
     _declare("--dry-run", action="store_true", help="list trials, resources and time left; start nothing"),
-    _declare("--yes", action="store_true", help=f"really more than {do.MANY} trials"),
+    _declare("--yes", action="store_true", help=f"start more than {do.MANY} trials without asking"),
     ACCEPT_CODE,
     CLUSTER,
 )

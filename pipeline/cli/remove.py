@@ -38,7 +38,7 @@ def remove_runs(options: Namespace) -> int:
     for run in runs:
         for folder in [file.parent for file in store.find_sample_facts(run)] if options.samples else [run]:
             if not options.force and (user := next(_list_dependents(root, run, folder), "")):
-                print_line(f"kept {folder}: {user} refers to it; --force deletes it all the same")
+                print_line(f"kept {folder}: {user} refers to it; --force deletes it anyway")
                 kept = True
             else:
                 size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

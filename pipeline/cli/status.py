@@ -136,7 +136,7 @@ def _list_machine_checks(cluster: ClusterConfig) -> Iterator[tuple[str, str]]:
     yield "Python", f"{platform.python_version()} ({sys.executable})"
     yield "CPUs", f"{len(os.sched_getaffinity(0))} usable, {torch.backends.cpu.get_cpu_capability()}"
     yield "memory", f"{memory:.0f} GiB"
-    yield "GPUs", ", ".join(gpus) or "none: training runs on the CPUs; conf/cifar10.yaml wants a GPU"
+    yield "GPUs", ", ".join(gpus) or "none: training runs on the CPUs; conf/cifar10.yaml needs a GPU"
     for package in ("torchvision", "safetensors", *PACKAGES):
         yield package, find_package_version(package) or f"MISSING: pip install {package}"
     weights = inception.locate_download()

@@ -39,7 +39,7 @@ class TextLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if len(set(map(str, names))) < len(names):
-            raise yaml.YAMLError(f"a key is there twice among {', '.join(map(str, names))}")
+            raise yaml.YAMLError(f"a key is written twice among {', '.join(map(str, names))}")
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
@@ -160,7 +160,7 @@ def _merge_trees(*trees: Tree) -> Tree:
         merged = OmegaConf.merge(*map(_swap_texts, trees))
     except TypeError as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"a list and a section stand for one key ({reason})") from error
+        raise ConfigError(f"one key has a list and a section ({reason})") from error
     return _swap_texts(OmegaConf.to_container(merged))
 
 

@@ -41,10 +41,10 @@ def find_storage_problems(root: Path) -> str:
             if file.read_text() != "2":
                 return "a renamed file does not replace the one of that name"
             if abs(file.stat().st_mtime - began) > CLOCK_SECONDS:
-                return "its clock is not this machine's, and times of files are compared: set both by one time server"
+                return "its clock differs from this machine's, and file times are compared: set both by one time server"
             with lock_folder(folder):
                 if not is_locked(folder):
-                    return "a lock that is held keeps nobody out: mount it with locks"
+                    return "a held lock does not stop a second process: mount it with locks"
     except (OSError, PipelineError) as error:
         return str(error)
     return ""

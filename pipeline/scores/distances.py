@@ -147,7 +147,7 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
             sums = [a + b for a, b in zip(sums, added, strict=True)] if sums else added
             classes.append(logits.argmax(axis=1).astype(np.int16))
     if moments is None or start != n:
-        raise PipelineError(f"{start} images are there where {n} are to be scored; a short set has no score")
+        raise PipelineError(f"{start} images are there, but {n} are to be scored; a smaller set has no score")
     in_order_sums, shuffled_sums = sums if n > SPLITS and sums else (None, None)
     return FeatureSums(moments, in_order_sums, shuffled_sums, np.concatenate(classes) if classes else None)
 

@@ -49,7 +49,7 @@ class ImageSet:
         """Read all features, (n, d) float32. Raises PipelineError if they are fewer than n."""
         features = np.concatenate([part for part, _ in self.read_chunks()])
         if len(features) != self.n:
-            raise PipelineError(f"{len(features)} images are there where {self.n} are to be scored")
+            raise PipelineError(f"{len(features)} images are there, but {self.n} are to be scored")
         return features
 
     def sum_features(self) -> FeatureSums:

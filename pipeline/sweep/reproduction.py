@@ -118,5 +118,5 @@ def scale_experiment(steps: int, full: Experiment) -> tuple[list[str], str]:
     }
     return format_overrides(values), (
         f"scaled down to {100 * share:.2g} % of the paper's length ({steps:,} of {train.steps:,} steps, samples "
-        "and NLL images by the same share): the rows can be held against each other, not against the paper's values"
+        "and NLL images by the same share): compare the rows with each other, not with the paper's values"
     )

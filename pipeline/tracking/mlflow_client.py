@@ -115,13 +115,13 @@ def explain_store_error(error: Exception, uri: str) -> tuple[str, str]:
         return f"its tables are not of MLflow {mlflow.__version__}", "install the newer one that made them"
     if re.search(r"\b401\b", reason):
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
-        return "401: not without a user and a password that it knows", remedy
+        return "401: it needs a user and a password that it knows", remedy
     # MLflow, SQLAlchemy, its drivers, requests and urllib3 share no narrower base.
     if isinstance(error, ConnectionError | TimeoutError) or re.search(PASSING, f"{error} {reason}".lower()):
         return reason, ""
     if isinstance(error, ImportError):
         return reason, "install this module"
-    return reason, "see that it is what its address says, and can be read and written"
+    return reason, "check its address, and that it can be read and written"
 
 
 def format_study_url(uri: str, experiment_id: str) -> str:
@@ -217,7 +217,7 @@ class Sender:
                 self.warn(
                     f"the tracking server {hide_password(self.uri)} takes nothing{what} ({reason}); the work "
                     "continues, and what is missing there is delivered "
-                    + (f"once that is mended: {remedy}" if remedy else "when it is back")
+                    + (f"once that is repaired: {remedy}" if remedy else "when it is back")
                 )
 
 

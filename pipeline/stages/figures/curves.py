@@ -62,7 +62,7 @@ def plan_scores_along_chain(place: Place) -> Figure:
     units = make_image_units(
         UnitKind.FIGURE, write_features, args, n, UNIT_IMAGES, folder, "scores along samples"
     )
-    few = ", too few for a score that stands by itself" if n < 10_000 else ""
+    few = ", too few to compare with other scores" if n < 10_000 else ""
     caption = (
         f"Scores of the estimate of x_0 along the reverse process, of {n:,} images{few}, by the features of "
         f"`{extractor.name}` (paper, Fig. 10; {describe_chain(experiment)})"

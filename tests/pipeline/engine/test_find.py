@@ -101,7 +101,7 @@ def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
 @pytest.mark.parametrize(
     ("module", "name", "broken", "expected"),
     [
-        (fcntl, "flock", lambda *_: None, "keeps nobody out"),
+        (fcntl, "flock", lambda *_: None, "does not stop a second process"),
         (fcntl, "flock", raise_error(errno.ENOSYS), "mount the file system with locks"),
         (fcntl, "flock", raise_error(errno.ENOLCK), "mount the file system with locks"),
         (os, "fsync", raise_error(errno.EIO), "cannot be written"),

@@ -192,10 +192,10 @@ def test_a_store_that_cannot_be_opened_costs_seconds_and_gives_the_remedy(store,
     with tracking.Mirror(address, "digits", run, warn=warnings.append):
         pass
     assert time.monotonic() - began < 20
-    end = "when it is back" if "connection refused" in words else "once that is mended"
+    end = "when it is back" if "connection refused" in words else "once that is repaired"
     for text in (str(refusal.value), warnings[0]):
         assert words in text and "HUSH" not in text and "\n" not in text
-    assert [words for words in ("when it is back", "once that is mended") if words in warnings[0]] == [end]
+    assert [words for words in ("when it is back", "once that is repaired") if words in warnings[0]] == [end]
     assert capfd.readouterr() == ("", "") and not caplog.records
 
 
