@@ -27,13 +27,14 @@ TRAIN = TrainConfig(
 @dataclasses.dataclass(frozen=True)
 class Way:
     """How a network is run. default: as its authors' own script does it; else their fastest setting. deterministic:
-    as train.deterministic has it."""
+    as train.deterministic has it. fused: as model.fused has it."""
 
     precision: Precision
     channels_last: bool = True
     compiled: Literal["", "compiled", "CUDA graphs"] = ""
     default: bool = False
     deterministic: bool = False
+    fused: bool = False
 
     def __str__(self) -> str:
         words = [
@@ -41,6 +42,7 @@ class Way:
             "channels_last" if self.channels_last else "",
             self.compiled,
             "deterministic" if self.deterministic else "",
+            "fused" if self.fused else "",
         ]
         return ("default " if self.default else "") + " ".join(filter(None, words))
 
@@ -57,14 +59,15 @@ class Way:
         return autocast(self.precision, device)
 
 
-def our_network(device: torch.device) -> nn.Module:
-    return Way("fp32").place(accelerate(build_network(PAPER, SIDE, 3, 3, seed=0)), device)
+def our_network(device: torch.device, fused: bool = False) -> nn.Module:
+    config = dataclasses.replace(PAPER, fused=fused)
+    return Way("fp32").place(accelerate(build_network(config, SIDE, 3, 3, seed=0)), device)
 
 
 def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any]:
     """One step as the train stage makes it: draws, flips, loss, clipping, Adam, EMA; images lie as uint8."""
     train = dataclasses.replace(TRAIN, batch_size=batch, precision=way.precision)
-    net = our_network(settings.device)
+    net = our_network(settings.device, way.fused)
     diffusion = Diffusion().to(settings.device)
     state = TrainState(train, net, diffusion.config)
     images = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device=settings.device)
@@ -81,7 +84,7 @@ def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any
 
 
 def our_forward(settings: Settings, way: Way, batch: int) -> Callable[[], Any]:
-    net = our_network(settings.device).eval().requires_grad_(False)
+    net = our_network(settings.device, way.fused).eval().requires_grad_(False)
     return forward_of(way.call(net), settings, way, batch)
 
 

@@ -58,8 +58,9 @@ def _contenders(
         found = ways(settings, precision)
         if name != OURS:
             found.append(Way("fp32", channels_last=False, default=True))
-        elif subject is TRAIN and settings.on_gpu and precision == "bf16":
-            found.append(Way(precision, deterministic=True))
+        elif settings.on_gpu and precision == "bf16":
+            found.append(Way(precision, fused=True))
+            found += [Way(precision, deterministic=True)] if subject is TRAIN else []
         if batch != batches(settings)[0]:  # long ones, for the same comparison
             found = [way for way in found if way == Way(precision)]
         makers += [

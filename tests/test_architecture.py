@@ -23,7 +23,7 @@ FILES_OF_A_RUN = {
     "nll.json", "evaluate.yaml", "selection.json", "grid.png", "sample.yaml", "report.html", "classifier.json",
     ".stop", ".step", ".failure",
 }  # fmt: skip
-SCIENCE_MAY_IMPORT = {"torch", "numpy", "ddpm"} | set(sys.stdlib_module_names)
+SCIENCE_MAY_IMPORT = {"torch", "triton", "numpy", "ddpm"} | set(sys.stdlib_module_names)
 WITHOUT_IO = {"io", "os", "pathlib", "logging", "time", "datetime", "json", "random", "shutil", "tempfile"}
 
 

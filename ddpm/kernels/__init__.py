@@ -1,5 +1,6 @@
 """Faster versions of the layers of the U-Net."""
 
+from importlib.util import find_spec
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,10 @@ def accelerate(net: Net) -> Net:
     """Replace layers of a network by faster versions, in place; weights stay, results differ only by rounding."""
     for module in net.modules():
         module.__class__ = FASTER.get(type(module), type(module))
+    if isinstance(net, FastUNet) and net.config.fused and find_spec("triton"):
+        from ddpm.kernels.fused import fuse
+
+        fuse(net)
     return net
 
 

@@ -75,6 +75,7 @@ class UNetConfig(LevelsConfig):
     resample: upsampling by "conv" (nearest, then 3x3, the paper) or "transposed" convolution (4x4, stride 2);
     class_conditional: an embedding of the label is added to that of t (not the paper's; Nichol and Dhariwal 2021);
     recompute: of so many levels, finest first, training keeps the inputs of blocks and computes the rest again.
+    fused: on CUDA, compute norm, swish and dropout in one kernel; equal up to rounding.
     """
 
     name: Literal["unet"] = "unet"
@@ -87,6 +88,7 @@ class UNetConfig(LevelsConfig):
     resample: Literal["conv", "transposed"] = "conv"
     class_conditional: bool = False
     recompute: Annotated[int, Range(ge=0, le=64)] = 0
+    fused: bool = False
 
     norm_eps: ClassVar[float] = 1e-6  # authors' code; PyTorch's default is 1e-5
 
@@ -137,6 +139,7 @@ class ApiUNetConfig(LevelsConfig):
     norm_groups: Count = 32
     norm_eps: ClassVar[float] = 1e-5
     recompute: ClassVar[int] = 0
+    fused: ClassVar[bool] = False
     resample: ClassVar[str] = "conv"
     level_key: ClassVar[str] = "channels_per_depth"
 

@@ -16,6 +16,7 @@ NEUTRAL: Tree = {
     "data.limit": None,
     "diffusion.betas": [],
     "diffusion.t_sampling": "uniform",
+    "model.fused": False,
     "model.class_conditional": False,
     "train.grad_clip": None,
     "train.lr_decay": "none",
@@ -46,6 +47,7 @@ UNHASHED: Tree = {
     "train.compile": False,
     "train.deterministic": False,
     "sample.compile": False,
+    "evaluate.compile": False,
 }
 
 # Versions of corrected formulas, by the setting that uses one: a value of a key, or any value that is not zero.

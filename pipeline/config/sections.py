@@ -132,6 +132,7 @@ class EvaluateConfig:
     nll_batch_size: Count
     decoder: Decoder
     variance: FixedVariance | None
+    compile: bool
     precision: Precision
     checkpoints: str | None
     checkpoint_images: Annotated[int, Range(ge=2, le=10**9)]

@@ -27,7 +27,8 @@ PROTOCOL = {
     "nll_se": "Standard errors of the NLL", "nll_split": "Split of the NLL", "test_images": "Test images",
     "train_images": "Training images", "code": "Code", "nll_variance": "Variance in the NLL",
     "decoder": "Decoder", "precision": "Sampling precision", "compiled": "Sampling compiled",
-    "nll_precision": "NLL precision", "batch_size": "Images per sampling unit", "seed": "Seed",
+    "nll_precision": "NLL precision", "nll_compiled": "NLL compiled",
+    "batch_size": "Images per sampling unit", "seed": "Seed",
 }  # fmt: skip
 
 

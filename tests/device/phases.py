@@ -30,6 +30,7 @@ from pipeline.stages import train
 
 CUDA = torch.device("cuda", 0)
 IMAGES = 1000  # of the data
+OPTIONS = {"recomputing unet": ["model.recompute=4"], "fused unet": ["model.fused=true"]}
 CALL = 250  # images of a network call in sampling and NLL
 
 
@@ -38,8 +39,7 @@ class Phases:
 
     def __init__(self, name: str, precision: str) -> None:
         self.name, self.precision = name, precision
-        recompute = ["model.recompute=4"] if name == "recomputing unet" else []
-        experiment = load_experiment(name if name == "celebahq256" else "cifar10", recompute)
+        experiment = load_experiment(name if name == "celebahq256" else "cifar10", OPTIONS.get(name, []))
         self.model = NETWORKS[name]() if name in NETWORKS and name != "unet" else experiment.model
         self.shape, labels = experiment.data.shape, 10 if self.model.takes_labels else 0
         accumulate = 8 if name == "celebahq256" else 1

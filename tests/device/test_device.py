@@ -28,6 +28,7 @@ BUDGETS = {
     ("annotated_unet", "bf16"): {"step": (1050, 24.3, 4.5), "reverse": (465, 10, 0.6)},
     ("api_unet", "bf16"): {"step": (1250, 23, 3.13), "reverse": (490, 17, 0.62)},
     ("recomputing unet", "bf16"): {"step": (1630, 41.6, 1.6)},
+    ("fused unet", "bf16"): {"step": (940, 19.3, 2.83), "reverse": (390, 13.9, 0.75)},
     ("celebahq256", "bf16"): {"step": (10750, 530, 10.8), "warm_up": (1110, 64.7, 10.3)},
 }  # fmt: skip
 # Copies that the host waits for: tables, timesteps and rows of a whole NLL, and what comes back; features and logits.

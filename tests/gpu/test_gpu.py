@@ -18,6 +18,7 @@ from ddpm.kernels import accelerate, cpu, cuda
 from ddpm.networks import NETWORKS
 from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
+from ddpm.networks.layers import draw_kept, view_as_images
 from ddpm.precision import PreciseNetwork, use_deterministic
 from ddpm.training import TrainState, train_step
 
@@ -108,6 +109,28 @@ def test_norm_and_attention_equal_float64(dtype):
         q, k, v = torch.randn(3, 4, 256, channels, device=DEVICE).to(dtype)
         expected = F.scaled_dot_product_attention(*(y.double().cpu()[:, None] for y in (q, k, v)))[:, 0]
         assert differ(cpu.attend(q, k, v), expected) < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.skipif(
+    REHEARSE, reason="the kernels run on a GPU, and in tests/ddpm/kernels by Triton's interpreter"
+)
+def test_fused_kernels_equal_float64(dtype):
+    from ddpm.kernels.fused import activate_norm
+
+    norm, temb = torch.nn.GroupNorm(32, 384, 1e-6), torch.randn(4, 384)
+    x, keys = torch.randn(4, 384, 32, 32) + 5, torch.randint(-(2**31), 2**31, (2, 4, 1), dtype=torch.int32)
+    x = x.to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    placed = x.detach().to(DEVICE).requires_grad_(), temb.to(DEVICE, dtype)
+    scale = norm.weight.to(DEVICE), norm.bias.to(DEVICE)
+    found = activate_norm(*placed, *scale, keys[:, :, 0].to(DEVICE), 32, 1e-6, 6554)[0]
+    exact = F.silu(norm.double()(x.double() + temb.to(dtype).double()[:, :, None, None]))
+    exact = exact * view_as_images(draw_kept(keys, x[0].numel(), 6554), x) * 2**16 / (2**16 - 6554)
+    for output in (found, exact):
+        (output * torch.linspace(-1, 1, 32, device=output.device)).sum().backward()
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert differ(found, exact) < limit and differ(placed[0].grad, x.grad) < limit
+    assert torch.equal(found.cpu() == 0, exact == 0)
 
 
 @pytest.mark.parametrize("precision", LIMITS)

@@ -92,7 +92,7 @@ def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, s
         arrays = {"weights": weights.numpy(), "timesteps": timesteps.numpy()}
     index = index.to(ctx.device)
     result = compute_bits_per_dim(
-        Diffusion(experiment.diffusion), checkpoint.load_model(place, ctx.device, config.precision).net,
+        Diffusion(experiment.diffusion), checkpoint.load_model(place, ctx.device, config.precision, config.compile).net,
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
         lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape), timesteps=timesteps,
         batch_size=choose_timesteps_per_call(stop - start, shape) * (stop - start), decoder=config.decoder,

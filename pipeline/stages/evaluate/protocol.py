@@ -40,7 +40,7 @@ def describe_score_protocol(place: Place) -> Tree:
         found["train_images" if config.nll_split == "train" else "test_images"] = there
         found |= {
             "decoder": config.decoder, "nll_variance": choose_bound_variance(experiment),
-            "nll_precision": config.precision, "nll_split": config.nll_split,
+            "nll_precision": config.precision, "nll_compiled": config.compile, "nll_split": config.nll_split,
             "nll_timesteps": config.nll_timesteps, "nll_se": "over images, s / sqrt(n)",
         }  # fmt: skip
         if config.nll_timesteps:

@@ -141,7 +141,7 @@ def test_drawing_other_images_makes_the_scores_again(sampled):
 FREE = {
     "checkpoint", "checkpoint_rule", "code", "first_index", "eta", "seed", "batch_size", "compiled", "extractor",
     "features", "kid", "prc", "is_shuffle_seed", "jackknife_groups", "nll_split", "test_images", "train_images",
-    "nll_timesteps", "nll_profile", "nll_se", "classifier_accuracy",
+    "nll_timesteps", "nll_profile", "nll_se", "nll_compiled", "classifier_accuracy",
 }  # fmt: skip
 PAPER = {
     "weights": "ema", "n": 50_000, "features": 2048, "sampler": "ancestral", "steps": 1000, "timesteps": 1000,

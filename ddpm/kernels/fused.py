@@ -1,0 +1,244 @@
+"""Sum with the embedding, group norm, swish and dropout in one Triton kernel each way; for CUDA, layout NHWC.
+
+A program works on one image and on as many whole groups as have COLUMNS channels. It goes over the pixels once for the
+sums and once for the result, and should find them in the L2 cache then. Sums are float32 and have one order, so results
+repeat bit by bit. The mask is `draw_kept`'s, drawn again on the way back instead of being kept.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from ddpm.kernels import FastResBlock, FastUNet
+from ddpm.kernels.cpu import convolve
+from ddpm.kernels.cuda import is_on_cuda
+from ddpm.networks.layers import RowDropout
+
+COLUMNS, PIXELS = 64, 32  # of a tile
+
+
+def fuse(net: nn.Module) -> None:
+    """Let an accelerated U-Net use these kernels, in place."""
+    for module in net.modules():
+        module.__class__ = {FastResBlock: FusedResBlock, FastUNet: FusedUNet}.get(type(module), type(module))
+
+
+class FusedUNet(FastUNet):
+    def project_output(self, h: Tensor) -> Tensor:
+        return self.conv_out(activate(self.norm_out, h)) if can_fuse(h) else super().project_output(h)
+
+
+class FusedResBlock(FastResBlock):
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        has_no_keys = self.dropout.keys is None and self.dropout.training and self.dropout.p > 0
+        if has_no_keys or not can_fuse(x):
+            return super().forward(x, temb)
+        h = convolve(self.conv1, activate(self.norm1, x))
+        h = activate(self.norm2, h, self.time_proj(temb), self.dropout)
+        return self.shortcut(x) + convolve(self.conv2, h)
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Return whether the kernels run on x; torch.compile makes its own."""
+    return is_on_cuda(x) and not torch.compiler.is_compiling()
+
+
+def activate(
+    norm: nn.GroupNorm, x: Tensor, temb: Tensor | None = None, dropout: RowDropout | None = None
+) -> Tensor:
+    """Compute dropout(silu(norm(x + temb))) in the type of x; x (N, C, H, W), temb (N, C) or None."""
+    keys = dropout.keys if dropout is not None and dropout.training and dropout.p else None
+    return activate_norm(
+        x.contiguous(memory_format=torch.channels_last), temb, norm.weight, norm.bias,
+        None if keys is None else keys.flatten(1), norm.num_groups, norm.eps, dropout.dropped if dropout else 0,
+    )[0]  # fmt: skip
+
+
+@torch.library.custom_op("ddpm::activate_norm", mutates_args=())
+def activate_norm(
+    x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, groups: int, eps: float,
+    dropped: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the result, and for each image and channel the mean and 1 / standard deviation, float32 (N, C).
+
+    keys: int32 (2, N), those of `RowDropout`; None drops nothing.
+    """
+    y = torch.empty_like(x)
+    mean, scale = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    grid, shape = _divide(x, groups)
+    _activate[grid](x, temb, weight, bias, keys, y, mean, scale, len(x), eps, dropped, **shape)
+    return y, mean, scale
+
+
+@activate_norm.register_fake
+def _(x, temb, weight, bias, keys, groups, eps, dropped):
+    return torch.empty_like(x), *(x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("ddpm::activate_norm_backward", mutates_args=())
+def activate_norm_backward(
+    gradient: Tensor, x: Tensor, temb: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, mean: Tensor,
+    scale: Tensor, groups: int, dropped: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradient of x, and those of weight, bias and temb of each image alone, float32 (3, N, C)."""
+    dx, sums = torch.empty_like(x), x.new_empty(3, *x.shape[:2], dtype=torch.float32)
+    grid, shape = _divide(x, groups)
+    _differentiate[grid](
+        gradient, x, temb, weight, bias, keys, mean, scale, dx, sums, len(x), dropped, **shape
+    )
+    return dx, sums
+
+
+@activate_norm_backward.register_fake
+def _(gradient, x, temb, weight, bias, keys, mean, scale, groups, dropped):
+    return torch.empty_like(x), x.new_empty(3, *x.shape[:2], dtype=torch.float32)
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.groups, _, ctx.dropped = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _go_back(ctx, gradient, *_):
+    x, temb, weight, bias, keys, mean, scale = ctx.saved_tensors
+    gradient = gradient.contiguous(memory_format=torch.channels_last)
+    dx, sums = activate_norm_backward(
+        gradient, x, temb, weight, bias, keys, mean, scale, ctx.groups, ctx.dropped
+    )
+    of_weight, of_bias = sums[:2].sum(1).to(weight.dtype)
+    return dx, None if temb is None else sums[2].to(temb.dtype), of_weight, of_bias, None, None, None, None
+
+
+activate_norm.register_autograd(_go_back, setup_context=_keep)
+
+
+def _divide(x: Tensor, groups: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Return the grid, and the constants of the kernels for x (N, C, H, W)."""
+    channels = x.shape[1] // groups
+    padded = triton.next_power_of_2(channels)
+    together = max(1, COLUMNS // padded)
+    shape = {
+        "P": x.shape[2] * x.shape[3], "GROUPS": groups, "CHANNELS": channels, "PADDED": padded, "TOGETHER": together,
+        "ROWS": PIXELS,
+    }  # fmt: skip
+    return (len(x), triton.cdiv(groups, together)), shape
+
+
+@triton.jit
+def _find_columns(GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, TOGETHER: tl.constexpr):
+    """Return the channels of this program, and which of its columns have one."""
+    column = tl.arange(0, TOGETHER * PADDED)
+    group, place = tl.program_id(1) * TOGETHER + column // PADDED, column % PADDED
+    return group * CHANNELS + place, (place < CHANNELS) & (group < GROUPS)
+
+
+@triton.jit
+def _average(total, number, PADDED: tl.constexpr, TOGETHER: tl.constexpr):
+    """Sum the columns of each group, divide, and give every column the result of its group."""
+    sums = tl.sum(total.reshape(TOGETHER, PADDED), axis=1) / number
+    return tl.broadcast_to(sums[:, None], (TOGETHER, PADDED)).reshape(TOGETHER * PADDED)
+
+
+@triton.jit
+def _is_kept(keys, N, place, dropped):
+    """Return `draw_kept`'s mask for numbers of this image, counted in the order of memory."""
+    first = tl.load(keys + tl.program_id(0)).to(tl.uint32, bitcast=True)
+    second = tl.load(keys + N + tl.program_id(0)).to(tl.uint32, bitcast=True)
+    word = (place >> 1).to(tl.uint32) + first
+    word = (word ^ (word >> 16)) * 0x7FEB352D + second
+    word = (word ^ (word >> 15)) * 0x846CA68B + second
+    word = word ^ (word >> 16)
+    half = (word >> ((place & 1) * 16).to(tl.uint32)) & 0xFFFF
+    return (half ^ 0x8000).to(tl.int32) >= dropped
+
+
+@triton.jit
+def _activate(
+    x, temb, weight, bias, keys, y, means, scales, N, eps, dropped, P: tl.constexpr, GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    channel, exists = _find_columns(GROUPS, CHANNELS, PADDED, TOGETHER)
+    C: tl.constexpr = GROUPS * CHANNELS
+    image = tl.program_id(0).to(tl.int64)
+    added = tl.zeros((TOGETHER * PADDED,), tl.float32)
+    if temb is not None:
+        added = tl.load(temb + image * C + channel, exists, 0).to(tl.float32)
+    # Sums of differences from the first pixel, which is near the mean, lose no digits to a large mean.
+    pivot = _average(tl.load(x + image * P * C + channel, exists, 0) + added, CHANNELS, PADDED, TOGETHER)
+    sums = tl.zeros((TOGETHER * PADDED,), tl.float32)
+    squares = tl.zeros((TOGETHER * PADDED,), tl.float32)
+    for row in range(0, P, ROWS):
+        pixel = row + tl.arange(0, ROWS)
+        inside = (pixel < P)[:, None] & exists[None, :]
+        h = tl.load(x + image * P * C + pixel[:, None] * C + channel[None, :], inside, 0).to(tl.float32)
+        off = tl.where(inside, h + (added - pivot)[None, :], 0)
+        sums += tl.sum(off, axis=0)
+        squares += tl.sum(off * off, axis=0)
+    off_mean = _average(sums, P * CHANNELS, PADDED, TOGETHER)
+    mean = pivot + off_mean
+    variance = _average(squares, P * CHANNELS, PADDED, TOGETHER) - off_mean * off_mean
+    scale = 1 / tl.sqrt(tl.maximum(variance, 0) + eps)
+    tl.store(means + image * C + channel, mean, exists)
+    tl.store(scales + image * C + channel, scale, exists)
+    gain = tl.load(weight + channel, exists, 0).to(tl.float32)
+    shift = tl.load(bias + channel, exists, 0).to(tl.float32)
+    for row in range(0, P, ROWS):
+        pixel = row + tl.arange(0, ROWS)
+        inside = (pixel < P)[:, None] & exists[None, :]
+        place = pixel[:, None] * C + channel[None, :]
+        h = tl.load(x + image * P * C + place, inside, 0).to(tl.float32)
+        z = (h + (added - mean)[None, :]) * scale[None, :] * gain[None, :] + shift[None, :]
+        z = z * tl.sigmoid(z)
+        if keys is not None:
+            z = tl.where(_is_kept(keys, N, place, dropped), z * (65536.0 / (65536 - dropped)), 0)
+        tl.store(y + image * P * C + place, z, inside)
+
+
+@triton.jit
+def _differentiate(
+    gradient, x, temb, weight, bias, keys, means, scales, dx, sums, N, dropped, P: tl.constexpr, GROUPS: tl.constexpr,
+    CHANNELS: tl.constexpr, PADDED: tl.constexpr, TOGETHER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    channel, exists = _find_columns(GROUPS, CHANNELS, PADDED, TOGETHER)
+    C: tl.constexpr = GROUPS * CHANNELS
+    image = tl.program_id(0).to(tl.int64)
+    off = -tl.load(means + image * C + channel, exists, 0)
+    if temb is not None:
+        off += tl.load(temb + image * C + channel, exists, 0).to(tl.float32)
+    scale = tl.load(scales + image * C + channel, exists, 0)
+    gain = tl.load(weight + channel, exists, 0).to(tl.float32)
+    shift = tl.load(bias + channel, exists, 0).to(tl.float32)
+    of_bias = tl.zeros((TOGETHER * PADDED,), tl.float32)
+    of_weight = tl.zeros((TOGETHER * PADDED,), tl.float32)
+    of_temb = tl.zeros((TOGETHER * PADDED,), tl.float32)
+    along_one = tl.zeros(
+        (TOGETHER * PADDED,), tl.float32
+    )  # components of the gradient that the norm takes out
+    along_x = tl.zeros((TOGETHER * PADDED,), tl.float32)
+    for turn in tl.static_range(2):  # first these sums, then the result
+        for row in range(0, P, ROWS):
+            pixel = row + tl.arange(0, ROWS)
+            inside = (pixel < P)[:, None] & exists[None, :]
+            place = pixel[:, None] * C + channel[None, :]
+            h = tl.load(x + image * P * C + place, inside, 0).to(tl.float32)
+            dz = tl.load(gradient + image * P * C + place, inside, 0).to(tl.float32)
+            if keys is not None:
+                dz = tl.where(_is_kept(keys, N, place, dropped), dz * (65536.0 / (65536 - dropped)), 0)
+            normed = tl.where(inside, (h + off[None, :]) * scale[None, :], 0)
+            z = normed * gain[None, :] + shift[None, :]
+            dz *= tl.sigmoid(z) * (1 + z * (1 - tl.sigmoid(z)))
+            if turn == 0:
+                of_bias += tl.sum(dz, axis=0)
+                of_weight += tl.sum(dz * normed, axis=0)
+            else:
+                d = (dz * gain[None, :] - along_one[None, :] - normed * along_x[None, :]) * scale[None, :]
+                of_temb += tl.sum(tl.where(inside, d, 0), axis=0)
+                tl.store(dx + image * P * C + place, d, inside)
+        if turn == 0:
+            along_one = _average(of_bias * gain, P * CHANNELS, PADDED, TOGETHER)
+            along_x = _average(of_weight * gain, P * CHANNELS, PADDED, TOGETHER)
+    tl.store(sums + image * C + channel, of_weight, exists)
+    tl.store(sums + (N + image) * C + channel, of_bias, exists)
+    tl.store(sums + (2 * N + image) * C + channel, of_temb, exists)

@@ -1,0 +1,46 @@
+"""The Triton kernels on a machine without a GPU: run by Triton's interpreter, and compiled for an H100."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+# Compiles both kernels for an H100, from 384 channels in 32 groups of bf16.
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ddpm.kernels import fused
+import torch
+shape = fused._divide(torch.empty(1, 384, 32, 32), 32)[1]
+types = dict(keys="*i32", means="*fp32", scales="*fp32", sums="*fp32", N="i32", eps="fp32", dropped="i32")
+for kernel in (fused._activate, fused._differentiate):
+    signature = {name: "constexpr" if name in shape else types.get(name, "*bf16") for name in kernel.arg_names}
+    compile(ASTSource(fn=kernel, signature=signature, constexprs=shape), target=GPUTarget("cuda", 90, 32))
+"""
+
+
+def run_python(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_kernels_equal_float64():
+    file = Path(__file__).with_name("interpreted.py")
+    run_python(
+        "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1"
+    )
+
+
+@pytest.mark.device
+def test_kernels_compile_for_a_gpu(tmp_path):
+    run_python("-c", COMPILE, TRITON_CACHE_DIR=str(tmp_path))
