@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from typing import Any
 
 import psutil
 import ray
+from ray import ObjectRef
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,7 +29,13 @@ from pipeline.store.run import Place
 
 START_SECONDS = 600  # for which the machines of a cluster that still starts are waited for
 CALL_SECONDS = 60  # for which a machine may start a process and look around
+LIBRARIES = ("torch", "numpy", "torch-fidelity", "pillow")
 FREE_SECONDS = 5  # until released CPUs and GPUs are free
+
+
+def describe_libraries() -> str:
+    """Return the versions of the libraries that move numbers, on this machine."""
+    return ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
 
 
 class RaySession:
@@ -43,6 +51,8 @@ class RaySession:
         self.costs: list[Cost] = []
         self.local_processes: set[psutil.Process] = set()
         self.count_trials: Callable[[], int] | None = None  # of a study, that share the cluster now
+        self.known_libraries = {describe_libraries()}
+        self.library_calls: dict[ObjectRef, str] = {}  # machines that have not answered yet
 
     @staticmethod
     @contextmanager
@@ -66,6 +76,9 @@ class RaySession:
         self.local_processes = _start_ray(self.cluster.ray_address)
         try:
             self._set_resources(self._wait_for_nodes())
+            if self.cluster.ray_address:
+                at_work = [node for node in _list_alive() if node["Resources"].get("CPU")]
+                self.library_calls = _call_nodes(at_work, describe_libraries)
         except BaseException:
             self.__exit__()
             raise
@@ -109,10 +122,22 @@ class RaySession:
     def must_stop(self) -> bool:
         """Return whether the command was asked to stop. Raises PipelineError if it has lost its Ray."""
         require_ray(self.local_processes)
+        self._compare_libraries()
         return self.interrupted()
 
+    def _compare_libraries(self) -> None:
+        """Say if a machine that has answered by now has other libraries than the driver's."""
+        for call in ray.wait(list(self.library_calls), timeout=0)[0] if self.library_calls else ():
+            machine = self.library_calls.pop(call)
+            with suppress(RayError):
+                if (there := ray.get(call)) not in self.known_libraries:
+                    self.known_libraries.add(there)
+                    print_line(
+                        f"{machine} has {there}, the driver {describe_libraries()}: numbers may differ"
+                    )
+
     def list_nodes(self) -> list[tuple[int, int]]:
-        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        found = [node["Resources"] for node in _list_alive()]
         return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
 
     def run_workers(self, body: Body, place: Place) -> None:
@@ -148,13 +173,8 @@ def call_on_machines(address: str, body: Callable[..., str], *args: object) -> d
     """Return what `body(*args)` returns on each machine of the cluster at `address`, by its name; or why it failed."""
     _start_ray(address)
     try:
-        calls = {}
-        for node in filter(operator.itemgetter("Alive"), ray.nodes()):
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            call = ray.remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*args)
-            calls[ray_train.name_node(node)] = call
         answers = {}
-        for name, call in calls.items():
+        for call, name in _call_nodes(_list_alive(), body, *args).items():
             try:
                 answers[name] = ray.get(call, timeout=CALL_SECONDS)
             except RayError as error:
@@ -162,6 +182,20 @@ def call_on_machines(address: str, body: Callable[..., str], *args: object) -> d
         return answers
     finally:
         ray.shutdown()
+
+
+def _list_alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _call_nodes(nodes: list[dict[str, Any]], body: Callable[..., str], *args: object) -> dict[ObjectRef, str]:
+    """Call `body(*args)` on each machine; return the machines by the calls."""
+    calls = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        call = ray.remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote(*args)
+        calls[call] = ray_train.name_node(node)
+    return calls
 
 
 def _start_ray(address: str | None) -> set[psutil.Process]:

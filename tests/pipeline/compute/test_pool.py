@@ -102,7 +102,7 @@ def write_note(worker, file: Path, processes: int = 1) -> None:
         json.dump({"pid": os.getpid(), "device": str(worker.device), **devices}, stream)
 
 
-def wait(worker) -> None:
+def wait(worker, file: Path | None = None) -> None:
     time.sleep(1)
 
 
@@ -192,6 +192,15 @@ def test_each_actor_keeps_one_gpu_and_the_next_units_use_the_same_actors(session
     assert [cost[:2] for cost in session.costs] == [("samples", 1)] * 32
     session.pool.end_idle_actors()
     wait_for_free_gpus(4)
+
+
+def test_a_machine_with_other_libraries_is_named_once(session, tmp_path, capsys):
+    session.known_libraries.clear()
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        session.run_units(units_of(folder, 2, body=wait), lambda unit: None)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "numbers may differ" in line]
+    assert ") has torch " in line and ", the driver torch " in line
 
 
 def test_units_without_a_network_run_where_no_gpu_is_free(session, tmp_path):
