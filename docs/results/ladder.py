@@ -158,8 +158,26 @@ def format_page(found: dict[str, Any]) -> str:
         one = found["prediction"][name]
         low, high = one["interval"]
         lines.append(f"| {name} | {one['value']:.2f} ({low:.2f} to {high:.2f}) | {paper} |")
-    worst = max(abs(value) for values in found["residuals"].values() for value in values)
-    lines += ["", f"The largest residual of the fits is {worst:.4f}."]
+    points = found["points"]
+    more, larger = (PAPER[key] / max(p[key] for p in points) for key in ("images", "parameters"))
+    outside = [
+        name for name, paper in PUBLISHED.items()
+        if not found["prediction"][name]["interval"][0] <= paper <= found["prediction"][name]["interval"][1]
+    ]  # fmt: skip
+    lines += [
+        "", f"The paper's value is outside the interval for: {', '.join(outside) or 'none'}. The interval says how far "
+        "these points could move the fit; it does not say how far the law itself is wrong. "
+        f"{len(points)} points determine two laws of five parameters each, and the paper's run has {more:,.0f} times "
+        f"as many images and {larger:.0f} times as many parameters as the largest of them. A network cannot come below "
+        "the entropy of the images, which nobody knows; the fit has only a lower bound for it, and short runs do not "
+        "show it. So the fit predicts too low values for long runs. More images per run would change the prediction "
+        "most, then a third width.", "", "| width | images seen | " + " | ".join(f"{n}: residual" for n in FLOORS) +
+        " |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
+    for p, *rest in zip(points, *(found["residuals"][name] for name in FLOORS), strict=True):
+        cells = " | ".join(f"{value:+.4f}" for value in rest)
+        lines.append(f"| {p['width']} | {p['images']:,} | {cells} |")
+    lines += [""] if found["longest"] else []
     for one in found["longest"]:
         lines.append(
             f"- {one['of']} of width {one['width']} after {one['images']:,} images: {one['found']:.4f}, predicted from "
