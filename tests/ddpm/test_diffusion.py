@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler
 
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
+from ddpm.schedules import get_betas
 
 PAPER = DiffusionConfig()
 SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
@@ -268,5 +269,6 @@ def test_the_learned_variance_ranges_to_log_beta_in_every_chain(steps):
     ],
 )  # fmt: skip
 def test_a_signal_that_is_left_in_the_last_step_is_a_warning(settings, words):
-    found = DiffusionConfig(**settings).list_warnings()
+    found = (process := DiffusionConfig(**settings)).list_warnings()
+    assert process.compute_last_alpha_bar() == pytest.approx(float((1 - get_betas(process)).prod()), 1e-9)
     assert len(found) == bool(words) and all(word in found[0] for word in words)
