@@ -149,7 +149,7 @@ def call_with_cast_weights(net: nn.Module, *args: Tensor | None) -> Tensor:
 
 
 def keep_cast_weights(net: nn.Module) -> None:
-    """Cast the weights of a network to bfloat16, once and for good: it cannot be trained afterwards."""
+    """Cast the weights of a network to bfloat16, once; it cannot be trained afterwards."""
     for layer in net.modules():
         if isinstance(layer, CAST):
             for weight in layer.parameters(recurse=False):

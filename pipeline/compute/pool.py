@@ -62,15 +62,15 @@ class PendingCall:
 class Pool:
     """Actors of one command; they are started when needed and reused.
 
-    limits: returns how many actors and tasks there may be at once, now. interrupted: asks to give up the running units.
+    limits: returns how many actors and tasks there may be at once, now. is_interrupted: whether to cancel units.
     """
 
     def __init__(
         self, cluster: ClusterConfig, gpus: float, limits: Callable[[], tuple[int, int]],
-        interrupted: Callable[[], bool],
+        is_interrupted: Callable[[], bool],
     ):  # fmt: skip
         self.cpus, self.retries = cluster.cpus_per_task, cluster.retries
-        self.limits, self.interrupted = limits, interrupted
+        self.limits, self.is_interrupted = limits, is_interrupted
         # "DEFAULT": not in the caller's placement group, if the caller is a trial.
         self.new_actor = ray.remote(Actor).options(
             num_cpus=self.cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="DEFAULT"
@@ -98,7 +98,7 @@ class Pool:
                     if unit and seconds is not None:
                         costs.append((unit.kind, unit.images, seconds))
                         done(unit)
-                if self.interrupted():
+                if self.is_interrupted():
                     return
         finally:
             self._cancel()

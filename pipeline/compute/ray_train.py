@@ -157,7 +157,7 @@ class LossWatch:
 def _run_ray_train(
     cluster: ClusterConfig, resources: Resources, body: Body, place: Place, poll: Callable[[], object]
 ) -> BaseException | None:
-    """Run Ray Train to its end; return the error with which it gave up."""
+    """Run Ray Train to its end; return the error that ended it."""
     from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import ScalingConfig  # ray.train's own, with its types
@@ -222,7 +222,7 @@ def _end_wait(thread: threading.Thread) -> None:
 
 
 def release_training_group(place: Place) -> None:
-    """Free the CPUs of a run's last training group; Ray may not if it has lost the group's owner."""
+    """Free the CPUs of a run's last training group; Ray may keep them if it has lost the group's owner."""
     with suppress(FileNotFoundError):
         group = PlacementGroupID.from_hex(place.placement_group.read_text())
         remove_group(PlacementGroup(group))

@@ -1,4 +1,4 @@
-"""Ray for a whole command: start or join a cluster, train on it, run units on it. Bodies and units never see Ray."""
+"""Ray for a whole command: start or join a cluster, train on it, run units on it. Bodies and units do not use Ray."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from pipeline.console import format_duration, print_line
 from pipeline.errors import PipelineError, hide_password, shorten_error
 from pipeline.store.run import Place
 
-START_SECONDS = 600  # for which the machines of a cluster that still starts are waited for
-CALL_SECONDS = 60  # for which a machine may start a process and look around
+START_SECONDS = 600  # to wait for the machines of a cluster that is still starting
+CALL_SECONDS = 60  # for a machine to start a process and check what it sees
 LIBRARIES = ("torch", "numpy", "torch-fidelity", "pillow")
-FREE_SECONDS = 5  # until released CPUs and GPUs are free
+FREE_SECONDS = 5  # for released CPUs and GPUs to become free
 
 
 def describe_libraries() -> str:
@@ -41,13 +41,13 @@ def describe_libraries() -> str:
 class RaySession:
     """Executor on a Ray cluster: its own, or one that it joins.
 
-    interrupted: called between waits; if it returns true, running units are cancelled. pixels: of a training batch.
+    is_interrupted: called between waits; if it returns true, running units are cancelled. pixels: of a training batch.
     """
 
     def __init__(
-        self, cluster: ClusterConfig, interrupted: Callable[[], bool] = lambda: False, pixels: int | None = None
+        self, cluster: ClusterConfig, is_interrupted: Callable[[], bool] = lambda: False, pixels: int | None = None
     ):  # fmt: skip
-        self.cluster, self.interrupted, self.pixels = cluster, interrupted, pixels
+        self.cluster, self.is_interrupted, self.pixels = cluster, is_interrupted, pixels
         self.costs: list[Cost] = []
         self.local_processes: set[psutil.Process] = set()
         self.count_trials: Callable[[], int] | None = None  # of a study, that share the cluster now
@@ -57,14 +57,14 @@ class RaySession:
     @staticmethod
     @contextmanager
     def open_for_trial(
-        cluster: ClusterConfig, resources: Resources, interrupted: Callable[[], bool],
+        cluster: ClusterConfig, resources: Resources, is_interrupted: Callable[[], bool],
         count_trials: Callable[[], int],
     ) -> Iterator[RaySession]:  # fmt: skip
         """Open a session for one trial, which trains on `resources`; its units take an equal part of the whole cluster.
 
         count_trials: returns how many trials share the cluster now: the last one's units take all of it.
         """
-        session = RaySession(cluster, interrupted)
+        session = RaySession(cluster, is_interrupted)
         session.count_trials = count_trials
         session._set_resources(resources)
         try:
@@ -98,7 +98,7 @@ class RaySession:
                 if second == 0:
                     print_line(f"waiting up to {format_duration(START_SECONDS)} for more machines: {error}")
             time.sleep(1)
-            if self.interrupted():
+            if self.is_interrupted():
                 raise StopRequest
         return resolve_resources(self.cluster, self.list_nodes(), self.pixels)
 
@@ -123,7 +123,7 @@ class RaySession:
         """Return whether the command was asked to stop. Raises PipelineError if it has lost its Ray."""
         require_ray(self.local_processes)
         self._compare_libraries()
-        return self.interrupted()
+        return self.is_interrupted()
 
     def _compare_libraries(self) -> None:
         """Say if a machine that has answered by now has other libraries than the driver's."""

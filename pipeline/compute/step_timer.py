@@ -12,7 +12,7 @@ from pipeline.compute.units import Worker
 
 
 class StepTimer:
-    """Measures the part of a step in which a worker waits for no other: its images, its loss and its gradients.
+    """Measures the part of a step in which a worker does not wait for others: its images, its loss and its gradients.
 
     A whole step takes equally long on all ranks, since each waits for the slowest before it changes the weights.
     """

@@ -157,10 +157,10 @@ def create_local_worker(cpus: int | None = None, image_memory: int = NO_LIMIT) -
 class LocalExecutor:
     """Executor that runs everything in this process, without Ray (`cluster.workers=0`)."""
 
-    def __init__(self, context: Worker, interrupted: Callable[[], bool] = lambda: False):
+    def __init__(self, context: Worker, is_interrupted: Callable[[], bool] = lambda: False):
         import torch
 
-        self.context, self.interrupted = context, interrupted
+        self.context, self.is_interrupted = context, is_interrupted
         self.costs: list[Cost] = []
         torch.set_num_threads(self.context.cpus)
 
@@ -171,5 +171,5 @@ class LocalExecutor:
         for unit in units:
             self.costs.append((unit.kind, unit.images, unit.run(self.context)))
             done(unit)
-            if self.interrupted():
+            if self.is_interrupted():
                 return

@@ -79,7 +79,7 @@ def _remove_unused_folder(place: Place, is_new: bool) -> Iterator[None]:
 
 
 def run_trial_stages(
-    executor: Executor, interrupted: Callable[[], bool], cluster: ClusterConfig, place: Place, last: str,
+    executor: Executor, is_interrupted: Callable[[], bool], cluster: ClusterConfig, place: Place, last: str,
     asked: Experiment | None = None, accept_code: bool = False,
 ) -> None:  # fmt: skip
     """Run the unfinished stages of a trial with its study's executor; wait for other commands that work on the run.
@@ -92,7 +92,7 @@ def run_trial_stages(
             preflight.check_resources(place, todo)
             write_record(place.replace_experiment(asked) if asked else place, todo, accept_code)
             signals = StopSignals(place.stop_file)
-            _RunExecution(cluster, place, signals, interrupted, executor).run_all(todo, last)
+            _RunExecution(cluster, place, signals, is_interrupted, executor).run_all(todo, last)
 
 
 def start_executor(
@@ -123,7 +123,7 @@ class _RunExecution:
     cluster: ClusterConfig
     place: Place
     interrupt: StopSignals
-    interrupted: Callable[[], bool]
+    is_interrupted: Callable[[], bool]
     executor: Executor | None = None
     stack: ExitStack = field(default_factory=ExitStack)  # ends the executor
 
@@ -157,7 +157,7 @@ class _RunExecution:
 
             with poll_in_thread(show_step):
                 executor.run_workers(stage.run_worker, self.place)
-        if self.interrupted():
+        if self.is_interrupted():
             raise StopRequest
 
     def _run_units(self, stage: Stage) -> None:
@@ -191,7 +191,7 @@ class _RunExecution:
                 experiment = self.place.experiment
                 chain = experiment.sample.steps or experiment.diffusion.timesteps
                 add_costs(self.place.spent_json, chain, executor.costs)
-        if self.interrupted():
+        if self.is_interrupted():
             raise StopRequest
 
     def _start_executor(self) -> Executor:

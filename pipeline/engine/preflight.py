@@ -35,7 +35,7 @@ class Requirements:
     memory: of a training worker, without images and activations, which are not known before the first step.
     """
 
-    kept: int
+    checkpoint_count: int
     checkpoints: int
     images: int
     samples: int
@@ -61,7 +61,7 @@ def estimate_requirements(experiment: Experiment) -> Requirements:
         images += (train.steps // interval if interval else kept) * evaluate.checkpoint_images
     width = EXTRACTORS[evaluate.features].width if needs_samples(evaluate.metrics) else 0
     return Requirements(
-        kept=kept,
+        checkpoint_count=kept,
         # One more than are kept while a new one is written; the first EMA is stored twice.
         checkpoints=(kept + 1) * (state + weights) + len(train.keep_steps) * weights,
         images=images,
@@ -103,7 +103,7 @@ def check_resources(place: Place, todo: Sequence[Stage] = ()) -> str:
     if left > free:
         raise PipelineError(
             f"{place.storage} has {_format_size(free)} free, the run needs {_format_size(left)} more: "
-            f"{_format_size(wanted.checkpoints)} for {wanted.kept} checkpoints, "
+            f"{_format_size(wanted.checkpoints)} for {wanted.checkpoint_count} checkpoints, "
             f"{_format_size(wanted.samples)} for {wanted.images:,} samples, "
             f"{_format_size(wanted.features)} for features; make room, set "
             "cluster.storage, or lower train.keep or sample.num_images, or raise the N of evaluate.checkpoints=every:N"

@@ -33,7 +33,7 @@ class StudyRecorder:
     states: TrialStates
     folder: Path
     uri: str
-    interrupted: Callable[[], bool]
+    is_interrupted: Callable[[], bool]
     largest_model: float = 0  # bytes
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class StudyRecorder:
 
     def may_start_trial(self) -> bool:
         hours = self.sweep.budget.hours
-        return not self.interrupted() and (hours is None or time.monotonic() - self.began <= 3600 * hours)
+        return not self.is_interrupted() and (hours is None or time.monotonic() - self.began <= 3600 * hours)
 
     def start_trial(self, key: str) -> None:
         self.states.set_state(key, "running")
@@ -76,7 +76,7 @@ class StudyRecorder:
             state, reason = "finished", ""
         elif record["state"] == "stopped":
             state, reason = "stopped", record["reason"]
-        elif error is None and self.interrupted():
+        elif error is None and self.is_interrupted():
             state, reason = "interrupted", ""
         else:
             reason = textwrap.shorten(reason, LONGEST, placeholder=" ...")

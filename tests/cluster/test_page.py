@@ -37,11 +37,11 @@ def test_sizes_are_those_that_a_run_prints():
     for i, name in enumerate(("cifar10", "lsun_church", "lsun_bedroom_large")):
         experiment = load_experiment(name, ["evaluate.checkpoints=null", "sample.checkpoint=last"])
         wanted = estimate_requirements(experiment)
-        one = wanted.checkpoints / (wanted.kept + 1) / GIB
+        one = wanted.checkpoints / (wanted.checkpoint_count + 1) / GIB
         for row, size in (
             ("one checkpoint (weights, Adam, EMA twice)", one),
-            ("memory of a training worker, beside images and activations", wanted.memory / GIB),
-            (f"{wanted.kept} checkpoints and one being written", wanted.checkpoints / GIB),
+            ("memory of a training worker, without images and activations", wanted.memory / GIB),
+            (f"{wanted.checkpoint_count} checkpoints and one being written", wanted.checkpoints / GIB),
             (f"{wanted.images:,} samples, at most", wanted.samples / GIB),
             ("features of samples, real images and baselines", wanted.features / GIB),
         ):

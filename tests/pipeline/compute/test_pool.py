@@ -297,7 +297,7 @@ def test_a_fault_of_storage_or_device_that_passes_ends_nothing(session, tmp_path
 
 
 def test_an_interruption_ends_what_runs(session, tmp_path):
-    session.pool.interrupted = lambda: len(list(tmp_path.glob("process-*"))) == 4
+    session.pool.is_interrupted = lambda: len(list(tmp_path.glob("process-*"))) == 4
     session.run_units(units_of(tmp_path, 6, body=wait_for_the_end), lambda unit: None)
     assert_cancelled(tmp_path)
 
@@ -309,7 +309,7 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(sessi
     holder = ray.remote(num_cpus=8)(Holder).remote()
     ray.get(holder.hold.remote())
     place, began = make_place(tiny_experiment(), tmp_path), time.monotonic()
-    session.interrupted = lambda: time.monotonic() - began > 12
+    session.is_interrupted = lambda: time.monotonic() - began > 12
     with pytest.raises(StopRequest):
         session.run_workers(None, place)
     assert time.monotonic() - began < 12 + 5

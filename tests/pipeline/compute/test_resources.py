@@ -54,7 +54,7 @@ def test_what_is_taken_fits_machine_by_machine(asked, nodes, pixels, expected):
     ],
 )
 def test_what_has_no_place_is_refused_or_waited_for(monkeypatch, capsys, asked, nodes, may_come, message):
-    session = RaySession(cluster({**asked, "ray_address": "auto"}), interrupted=lambda: True)
+    session = RaySession(cluster({**asked, "ray_address": "auto"}), is_interrupted=lambda: True)
     monkeypatch.setattr(session, "list_nodes", lambda: nodes)
     with pytest.raises(StopRequest if may_come else PipelineError, match=None if may_come else message):
         session._wait_for_nodes()

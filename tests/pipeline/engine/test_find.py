@@ -147,11 +147,11 @@ def test_the_papers_run_takes_gibibytes_and_candidates_count():
     assert 5 * 2**30 < wanted.disk < 6 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
     plain = wanted
     wanted = preflight.estimate_requirements(cifar10(**{"evaluate.checkpoints": "every:50000"}))
-    assert (plain.kept, plain.images) == (3, 50_000)
-    assert (wanted.kept, wanted.images) == (3 + 15, 50_000 + 16 * 5_000)
+    assert (plain.checkpoint_count, plain.images) == (3, 50_000)
+    assert (wanted.checkpoint_count, wanted.images) == (3 + 15, 50_000 + 16 * 5_000)
     every = {"train.keep_every": 100_000, "evaluate.checkpoints": "all"}
     kept = preflight.estimate_requirements(cifar10(**every))
-    assert (kept.kept, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
+    assert (kept.checkpoint_count, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
 
 
 def test_a_disk_that_is_too_small_is_refused_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
