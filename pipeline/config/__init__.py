@@ -11,15 +11,4 @@ from pipeline.config.files import (
     read_provenance,
 )
 from pipeline.config.load import find_relative_paths, load_cluster, load_experiment, read_value, to_yaml
-from pipeline.config.sections import (
-    NEED_IMAGES,
-    SPLITS,
-    ClusterConfig,
-    DataConfig,
-    EvaluateConfig,
-    FiguresConfig,
-    PublishedConfig,
-    SampleConfig,
-    TrainStageConfig,
-    require_images_for_workers,
-)
+from pipeline.config.sections import ClusterConfig, DataConfig, PublishedConfig, require_images_for_workers

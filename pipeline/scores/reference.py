@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import SPLITS
+from pipeline.config.sections import SPLITS
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics
 from pipeline.scores.extractors import Extractor

@@ -28,7 +28,8 @@ from ddpm.training import TrainState, compute_gradients, compute_learning_rate, 
 from pipeline.compute.memory import choose_accumulate
 from pipeline.compute.step_timer import StepTimer
 from pipeline.compute.units import GIB, Unit, Worker, translate_out_of_memory
-from pipeline.config import Experiment, TrainStageConfig, require_images_for_workers
+from pipeline.config import Experiment, require_images_for_workers
+from pipeline.config.sections import TrainStageConfig
 from pipeline.data.dataset import open_dataset
 from pipeline.drawing.grids import save_grid
 from pipeline.errors import PipelineError

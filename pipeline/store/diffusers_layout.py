@@ -165,14 +165,11 @@ def make_published_experiment(path: Path) -> Experiment:
         "variance": _find_our_name(VARIANCES, given.get("variance_type", "fixed_small")),
     }
     own["loss"] = "hybrid" if own["variance"] in LEARNED else "simple"
+    if isinstance(betas := given.get("trained_betas"), list) and betas:
+        own |= {"betas": betas, "timesteps": len(betas)}
     words = [f"diffusion.{key}={value}" for key, value in own.items()]
     words += [f"published.path={path}", f"published.weights={published.weights}"]
-    experiment = load_experiment("cifar10_published", [*derive_overrides(published), *words])
-    betas = _compute_scheduler_betas(given) if given.get("trained_betas") else None
-    if betas is None:
-        return experiment
-    process = replace(experiment.diffusion, betas=tuple(betas.tolist()), timesteps=len(betas))
-    return replace(experiment, diffusion=process)
+    return load_experiment("cifar10_published", [*derive_overrides(published), *words])
 
 
 def _find_our_name(names: dict[str, str], theirs: object) -> object:

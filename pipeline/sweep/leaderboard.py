@@ -100,22 +100,18 @@ def make_rows(board: Leaderboard, as_text: bool = False) -> list[Values]:
             "time": format_duration(seconds) if seconds else None,
             "state": runs[0].reason if runs[0].state == "stopped" else runs[0].state,
         }
+        if as_text:
+            cells = {key: "" if cell is None else str(cell) for key, cell in cells.items()}
         table.append(cells)
     return table
 
 
-def _format_rows(board: Leaderboard) -> tuple[list[str], list[list[str]]]:
-    table = make_rows(board, as_text=True)
-    rows = [["" if value is None else str(value) for value in cells.values()] for cells in table]
-    return list(table[0]) if table else [], rows
-
-
 def format_markdown(board: Leaderboard) -> str:
     """Return the leaderboard as Markdown: the best trial, the table, the protocol, the failures."""
-    headings, rows = _format_rows(board)
+    rows = make_rows(board, as_text=True)
     lines = [f"**{board.headline}**", "", *([board.sweep.note, ""] if board.sweep.note else [])]
-    for row in [headings, ["---"] * len(headings), *rows] if rows else []:
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
+    for row in [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []:
+        lines.append(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |")
     facts = filter(None, [describe_protocol(board), ranking.explain_ranks(board.points)])
     lines += ["", "; ".join(facts), *(f"- {line}" for line in board.failures)]
     return "\n".join(lines).strip() + "\n"
@@ -137,11 +133,11 @@ def describe_protocol(board: Leaderboard) -> str:
 
 
 def format_text(board: Leaderboard) -> str:
-    headings, rows = _format_rows(board)
-    # The pages have room for the difference.
-    kept = [column for column, heading in enumerate(headings) if heading != "difference"]
-    names = [shorten_key(headings[column]).partition(",")[0] for column in kept]
-    cells = [[row[column] for column in kept] for row in rows]
+    rows = make_rows(board, as_text=True)
+    headings = rows[0] if rows else ()
+    kept = [heading for heading in headings if heading != "difference"]  # the pages have room for it
+    names = [shorten_key(heading).partition(",")[0] for heading in kept]
+    cells = [[str(row[heading]) for heading in kept] for row in rows]
     return format_table(names, cells, f"{board.sweep.name}: {board.headline}")
 
 

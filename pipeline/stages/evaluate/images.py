@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.compute.units import Unit
-from pipeline.config import NEED_IMAGES
 from pipeline.config.checks import Tree
+from pipeline.config.sections import NEED_IMAGES
 from pipeline.console import print_line
 from pipeline.scores import distances, inception, jackknife
 from pipeline.scores.distances import Reference

@@ -2,8 +2,8 @@
 
 from ddpm.config import DiffusionConfig
 from ddpm.schedules import get_betas
-from pipeline.config import NEED_IMAGES
 from pipeline.config.checks import Tree
+from pipeline.config.sections import NEED_IMAGES
 from pipeline.scores.metrics import FAMILIES, OF_SAMPLES, needs_samples
 from pipeline.scores.reference import name_reference
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images, load_profile
