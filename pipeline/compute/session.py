@@ -136,7 +136,8 @@ class RaySession:
                         f"{machine} has {there}, the driver {describe_libraries()}: numbers may differ"
                     )
 
-    def list_nodes(self) -> list[tuple[int, int]]:
+    @staticmethod
+    def list_nodes() -> list[tuple[int, int]]:
         found = [node["Resources"] for node in _list_alive()]
         return [(int(there.get("CPU", 0)), int(there.get("GPU", 0))) for there in found]
 

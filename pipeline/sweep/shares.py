@@ -10,8 +10,17 @@ from pipeline.config import ClusterConfig
 
 @dataclass(frozen=True)
 class TrialSlots:
+    """How many trials fit at once on the machines that are there at the start; `most` is their limit at any time."""
+
     slots: int
     resources: Resources
+    most: int
+
+    def count_slots(self, nodes: Nodes) -> int:
+        """Return how many trials fit at once on these machines, which may have joined later."""
+        one = self.resources
+        fitting = count_fitting_workers(nodes, one.cpus_per_worker, one.gpus_per_worker) // one.workers
+        return max(1, min(self.most, fitting))
 
     def __str__(self) -> str:
         one = self.resources
@@ -28,14 +37,15 @@ def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent
     workers = cluster.workers or 1
     has_gpus = any(gpus for _, gpus in nodes)
     per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
+    wanted = max(1, trials)
+    most = min(wanted, concurrent or wanted)
 
     def count_trials(per_cpu: int) -> int:
-        wanted = max(1, trials)
-        return min(wanted, concurrent or wanted, count_fitting_workers(nodes, per_cpu, per_gpu) // workers)
+        return min(most, count_fitting_workers(nodes, per_cpu, per_gpu) // workers)
 
     per_cpu = cluster.cpus_per_worker or share_cpus(nodes, max(1, count_trials(1)) * workers, per_gpu)
     require_room(nodes, workers, per_cpu, per_gpu)
     slots = count_trials(per_cpu)
     least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)
-    return TrialSlots(slots, Resources(workers, least, per_cpu, per_gpu, per_task))
+    return TrialSlots(slots, Resources(workers, least, per_cpu, per_gpu, per_task), most)

@@ -80,19 +80,29 @@ class _StatelessMixin:
 
 
 class _TrialQueue(_StatelessMixin, Searcher):
-    """Gives Tune the trials in order, while the study may start one."""
+    """Gives Tune the trials in order, while the study may start one and as many at once as now have room."""
 
-    def __init__(self, keys: list[str], may_start_trial: Callable[[], bool]):
+    def __init__(self, keys: list[str], may_start_trial: Callable[[], bool], count_slots: Callable[[], int]):
         super().__init__()
         self.keys, self.may_start_trial = list(reversed(keys)), may_start_trial
+        self.count_slots = count_slots
+        self.running: set[str] = set()
 
     def suggest(self, trial_id):
-        return {"trial": self.keys.pop()} if self.keys and self.may_start_trial() else Searcher.FINISHED
+        if not (self.keys and self.may_start_trial()):
+            return Searcher.FINISHED
+        if len(self.running) >= self.count_slots():
+            return None  # Tune asks again
+        self.running.add(trial_id)
+        return {"trial": self.keys.pop()}
+
+    def on_trial_complete(self, trial_id, result=None, error=False):
+        self.running.discard(trial_id)
 
     def _ignore(self, *arguments, **options):
         """Do nothing: the state is in the run directories."""
 
-    on_trial_complete = save = restore = _ignore
+    save = restore = _ignore
 
 
 class _TuneCallback(_StatelessMixin, TrialProgressCallback):
@@ -135,10 +145,9 @@ def run_trials(
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_TrialQueue(list(tasks), recorder.may_start_trial),
+            search_alg=_TrialQueue(list(tasks), recorder.may_start_trial, partial(_count_slots, share)),
             scheduler=scheduler,
             num_samples=len(tasks),
-            max_concurrent_trials=share.slots,
             reuse_actors=True,  # its imports take a process longer than a small trial
         ),
         run_config=tune.RunConfig(
@@ -154,11 +163,18 @@ def run_trials(
         raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command continues") from error
 
 
+def _count_slots(share: TrialSlots) -> int:
+    return share.count_slots(RaySession.list_nodes())
+
+
 def _run_tune_trial(given: dict[str, str], tasks: dict[str, TrialInputs], share: TrialSlots) -> object:
     """Run one trial in its process, called by Tune, which may end it inside `report`; return {"error": text}."""
     task = tasks[given["trial"]]
-    count = partial(count_sharing_trials, task.stop_file.parent, share.slots)
-    with RaySession.open_for_trial(task.cluster, share.resources, task.should_stop, count) as session:
+
+    def count_trials() -> int:
+        return count_sharing_trials(task.stop_file.parent, _count_slots(share))
+
+    with RaySession.open_for_trial(task.cluster, share.resources, task.should_stop, count_trials) as session:
 
         def report(step: int, bound: float) -> bool:
             session.pool.end_idle_actors()  # before Tune may end this process

@@ -17,6 +17,7 @@ from pipeline.sweep import reproduction, study
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import list_points
 from pipeline.sweep.shares import divide_cluster
+from pipeline.sweep.tuning import _TrialQueue
 
 DRAWN = "experiment: digits\nspace:\n  %s\ndraw: {method: sobol, points: 2}\n"
 
@@ -170,6 +171,20 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
     found = divide_cluster(cluster(**asked), nodes, trials, concurrent)
     one = found.resources
     assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == expected
+
+
+def test_machines_that_join_or_leave_change_how_many_trials_start():
+    nodes = [(2, 0)]
+    share = divide_cluster(cluster(), nodes, 5, None)
+    queue = _TrialQueue(list("abcde"), lambda: True, lambda: share.count_slots(nodes))
+    assert [queue.suggest(n) for n in range(3)] == [{"trial": "a"}, {"trial": "b"}, None]
+    nodes.append((1, 0))
+    assert [queue.suggest(n) for n in (2, 3)] == [{"trial": "c"}, None]
+    nodes.pop()
+    queue.on_trial_complete(0)
+    assert queue.suggest(3) is None
+    queue.on_trial_complete(1)
+    assert queue.suggest(3) == {"trial": "d"}
 
 
 def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
