@@ -30,7 +30,7 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
 
 
 def save_animation(frames: Tensor, columns: int, file: Path) -> None:
-    """Write grids of images, uint8 (frames,N,C,H,W), as an endless GIF that rests on the last one, atomically."""
+    """Write grids of images, uint8 (frames,N,C,H,W), as an endless GIF that pauses on the last one, atomically."""
     first, *others = (make_grid(images, columns) for images in frames)
     seconds = [0.06] * len(others) + [3]
     with write_atomically(file) as temporary:

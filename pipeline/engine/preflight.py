@@ -80,7 +80,7 @@ def check_workers(cluster: ClusterConfig) -> None:
 
 
 def check_custom_network(experiment: Experiment) -> None:
-    """Raise PipelineError if a custom network cannot be built, or its output is not as it must be."""
+    """Raise PipelineError if a custom network cannot be built, or its output has a wrong shape or type."""
     if isinstance(experiment.model, CustomConfig):
         try:
             outputs = Diffusion(experiment.diffusion).count_output_channels(experiment.data.channels)

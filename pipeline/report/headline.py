@@ -59,7 +59,7 @@ def describe_scores(run: RunFiles) -> str:
 
 
 def compare_with_real_images(run: RunFiles, metric: Metric) -> str:
-    """Compare the score of the samples with that of as many real images that the model has not seen; '' without one."""
+    """Compare the score of the samples with that of as many unseen real images; '' without one."""
     points = run.metrics["reference_points"]
     name = next((name for name in ("test", "train") if metric.name in points.get(name, {})), "")
     if not name:

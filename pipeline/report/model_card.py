@@ -12,7 +12,7 @@ from pipeline.store.selection import fill_in_selection
 
 
 def write_card(folder: Path, experiment: Experiment, source: str, place: Place | None = None) -> None:
-    """Write README.md into an exported folder, with the run's samples and scores if they are of its weights.
+    """Write README.md into an exported folder, with the run's samples and scores if they are of these weights.
 
     experiment: with the exported weights as those that are sampled.
     """

@@ -153,7 +153,7 @@ def sum_features(parts: Iterable[tuple[np.ndarray, np.ndarray]], n: int) -> Feat
 
 
 def choose_kid_subset_size(n: int, n_reference: int) -> int:
-    """Return torch-fidelity's subset size, or half of a smaller set: all of it would show no spread.
+    """Return torch-fidelity's subset size, or half of a smaller set: subsets of all images would be equal.
 
     Raises PipelineError if nothing can be estimated from the half.
     """

@@ -54,7 +54,7 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class RankedPoint(Generic[R]):
-    """A row: one run, or the mean of those that differ in the seed alone.
+    """A row: one run, or the mean of runs that differ in the seed alone.
 
     error: the standard error of one run; of several the standard deviation over their seeds.
     rank: 1 is the best; '1-3' for three rows that do not differ significantly. difference: from the first row.

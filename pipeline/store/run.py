@@ -209,7 +209,7 @@ def find_last_change(run: Path) -> float:
 
 
 def find_state(run: Path) -> str:
-    """Return the state: running, stalled (running, but no change for STALLED), failed, interrupted, done, partial.
+    """Return the run's state: running, stalled (running, no change for STALLED), failed, interrupted, done, partial.
 
     partial: without a report.
     """

@@ -28,7 +28,7 @@ def load_tensors(path: Path, remedy: str) -> Tensors:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever a broken file leads to
-        # Not its words, which may advise to load it unsafely.
+        # Without torch's own message, which may advise to load it unsafely.
         kind = type(error).__name__
         raise PipelineError(
             f"{path} is broken or holds more than plain tensors ({kind}); {remedy}"

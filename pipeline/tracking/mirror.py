@@ -88,7 +88,7 @@ class Mirror(mlflow_client.Sender):
 
     def send_missing(self, status: str = "") -> None:
         """Send what an earlier command could not, with the status and the time of its end."""
-        if self.status == "RUNNING":  # it was killed after it had written this
+        if self.status == "RUNNING":  # the driver was killed after it had written this
             self._state["time"] = read_mtime(self.place.timings_json)
         self._state["status"] = status or self.last_status
         if self.list_missing():
