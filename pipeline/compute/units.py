@@ -96,8 +96,7 @@ Cost = tuple[str, int, float]  # of a unit: its kind, images, seconds
 class Worker:
     """One worker: rank, device, CPUs, and the bytes that it may use for training images.
 
-    This one works alone; `RayWorker` in `pipeline.compute.ray_train` reaches the others. Every rank must call every
-    method equally often.
+    This one works alone; `RayWorker` reaches the others. Every rank must call every method equally often.
     """
 
     device: torch.device

@@ -34,8 +34,7 @@ class FigureUnavailable(PipelineError):
 class Figure:
     """A figure to draw: `draw(unit files, path)` writes the picture `file` after its units are done.
 
-    It returns what the figure shows, in a sentence, if that is worth one. preparations: units that come before the
-    others.
+    It may return a sentence on what the figure shows. preparations: units that come before the others.
     """
 
     file: str

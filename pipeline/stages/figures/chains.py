@@ -169,8 +169,7 @@ def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
 def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
     """Write one row, (1, 13, C, H, W), of two images and between them their mixtures (body of a unit).
 
-    The mixtures, one for each lambda, have the same noise; no class and no guidance, since the two images can be of two
-    classes.
+    All mixtures have the same noise. They have no class and no guidance, since the two classes can differ.
     """
     experiment, config, split = place.experiment, place.experiment.sample, choose_pair_split(place)
     count = tars.open_shards(place.data).count_images(split)

@@ -73,8 +73,8 @@ def write_errors(
 ) -> None:
     """Write mean square errors (3, L, n) of images [start, stop) at the levels (body of a unit).
 
-    Of the network, or of the exact posterior mean at the noisy levels alone; of the linear denoiser, on the same draws;
-    and of the mean image.
+    They are those of the network (or of the exact posterior mean, at the noisy levels alone), of the linear denoiser
+    on the same draws, and of the mean image.
     """
     experiment, shape = place.experiment, place.experiment.data.shape
     pixels, classes = tars.load_images(place.data, split, start, stop)
