@@ -8,18 +8,21 @@ environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...); the program never asks f
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
 import json
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
-from pyarrow import fs
+from pyarrow import ArrowException, fs
 
 from pipeline.console import show_progress
 from pipeline.errors import PipelineError, hide_password
@@ -41,6 +44,15 @@ from pipeline.store.run import EXPERIMENT, LOG, RECORD
 SEALS = (MANIFEST, "meta.json")
 CONTENTS = "contents.json"
 BLOCK = 8 << 20  # bytes that are copied at a time
+LIMIT = 120.0  # seconds for one answer of a store, or for one block
+# What sets credentials in the environment, and how stores and their clients say that there are none.
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "ab": "AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET",
+}
+DENIALS = ("access_denied", "401", "403", "invalid_access_key_id", "access token", "credential")
+T = TypeVar("T")
 
 
 def push_run(name: str, root: Path, uri: str) -> str:
@@ -50,7 +62,8 @@ def push_run(name: str, root: Path, uri: str) -> str:
     if path is None:
         raise PipelineError(f"'{name}' is neither a run nor finished shards (data/NAME), here or in {root}")
     item = f"data/{path.name}" if path.parent.name == "data" else path.name
-    store = ObjectStore(f"{uri.rstrip('/')}/{item}")
+    prefix, mark, query = uri.partition("?")
+    store = ObjectStore(f"{prefix.rstrip('/')}/{item}{mark}{query}")
     with lock_folder(path):
         files = _list_finished_files(path)
         if not files:
@@ -141,20 +154,23 @@ class ObjectStore:
         self.uri = uri.rstrip("/")
         parts = urlsplit(uri)
         shown = hide_password(uri)
-        nowhere = PipelineError(f"'{shown}' is no store address; write s3://BUCKET/PREFIX, file:///FOLDER")
-        if "@" in parts.netloc or not (parts.netloc or parts.scheme == "file"):
+        nowhere = PipelineError(
+            f"'{shown}' is no store address; write s3://BUCKET/PREFIX, gs://, abfss:// or file:///FOLDER"
+        )
+        if parts.password is not None or not (parts.netloc or parts.scheme == "file"):
             raise nowhere
+        if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
+            uri += f"{'&' if parts.query else '?'}retry_limit_seconds=15"  # else for 15 minutes
         try:
-            with _translate_store_errors(uri):
-                system, path = fs.FileSystem.from_uri(uri)
-        except ValueError as error:
-            raise nowhere from error
+            system, path = _ask(uri, fs.FileSystem.from_uri, uri)
+        except PipelineError as error:
+            raise nowhere if isinstance(error.__cause__, ValueError) else error from error.__cause__
         self.system = fs.SubTreeFileSystem(path, system)
 
     @cached_property
     def objects(self) -> dict[str, fs.FileInfo]:
-        with _translate_store_errors(self.uri):
-            found = self.system.get_file_info(fs.FileSelector("", allow_not_found=True, recursive=True))
+        everything = fs.FileSelector("", allow_not_found=True, recursive=True)
+        found = _ask(self.uri, self.system.get_file_info, everything)
         return {info.path: info for info in found if info.is_file}
 
     @cached_property
@@ -204,23 +220,45 @@ class ObjectStore:
         return True
 
     def _write_object(self, name: str, file: BinaryIO) -> None:
-        with _translate_store_errors(self.uri):
-            if self.system.base_fs.type_name == "local":  # object stores need no folders
-                self.system.create_dir(str(Path(name).parent))
-            with self.system.open_output_stream(name) as stream:
-                shutil.copyfileobj(file, stream, BLOCK)
+        if self.system.base_fs.type_name == "local":  # object stores need no folders
+            _ask(self.uri, self.system.create_dir, str(Path(name).parent))
+        stream = _ask(self.uri, self.system.open_output_stream, name)
+        while block := file.read(BLOCK):
+            _ask(self.uri, stream.write, block)
+        _ask(self.uri, stream.close)
 
     def _read_object(self, name: str) -> Iterator[bytes]:
-        with _translate_store_errors(f"{self.uri}/{name}"), self.system.open_input_stream(name) as stream:
-            while block := stream.read(BLOCK):
-                yield block
+        stream = _ask(where := f"{self.uri}/{name}", self.system.open_input_stream, name)
+        while block := _ask(where, stream.read, BLOCK):
+            yield block
 
 
-@contextmanager
-def _translate_store_errors(where: str) -> Iterator[None]:
+def _ask(uri: str, call: Callable[..., T], *arguments: object) -> T:
+    """Return what a call of a store's client returns. A thread calls it, since some libraries wait for ever.
+
+    Raises PipelineError.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call(*arguments))
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    where = hide_password(uri)
     try:
-        yield
-    except OSError as error:
-        denied = any(sign in str(error) for sign in ("ACCESS_DENIED", "403", "INVALID_ACCESS_KEY_ID"))
-        remedy = "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment" if denied else ""
-        raise PipelineError(f"{where}: {' '.join(str(error).split())}{remedy}") from error
+        return answer.result(LIMIT)
+    except (OSError, ArrowException) as error:
+        if not answer.done():
+            atexit.register(os._exit, 1)  # the end of the client for S3 would wait for that call
+            raise PipelineError(
+                f"{where} does not answer within {LIMIT:.0f} s; is the address right?"
+            ) from error
+        reason = " ".join(str(error).split())
+        denied = any(sign in reason.lower() for sign in DENIALS)
+        remedy = (
+            f"; set {CREDENTIALS[uri[:2]]} in the environment" if denied and uri[:2] in CREDENTIALS else ""
+        )
+        raise PipelineError(f"{where}: {reason[:300]}{remedy}") from error

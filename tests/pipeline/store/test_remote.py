@@ -1,7 +1,11 @@
 """push and pull against a server that speaks S3 (moto's), over HTTP, with the program's own client."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -207,3 +211,36 @@ def test_the_program_names_a_fault_in_a_line_and_no_secret(run, s3, server, tmp_
     for word, (code, error) in faults.items():
         assert code == 1 and word in error, error
         assert error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+PUSH = """
+import sys
+from pipeline.cli.program import main
+from pipeline.store import remote
+remote.LIMIT = 1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        ("s3://b/p?endpoint_override={}&scheme=http&region=x", "does not answer within 1 s"),
+        ("gs://anonymous@b/p?endpoint_override={}&scheme=http", "does not answer within 1 s"),
+        ("abfs://c@a.dfs.core.windows.net/p", "set AZURE_TENANT_ID"),
+    ],
+    ids=("s3", "gs", "azure"),
+)
+def test_a_store_that_does_not_answer_is_not_waited_for(run, address, words):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = address.format("{}:{}".format(*silent.getsockname()))
+        command = [sys.executable, "-c", PUSH, "push", run.path.name, uri, f"cluster.storage={run.storage}"]
+        environment = {
+            **os.environ,
+            "no_proxy": "127.0.0.1",
+            "AWS_SECRET_ACCESS_KEY": "x",
+            "AWS_ACCESS_KEY_ID": "x",
+        }
+        outcome = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert outcome.returncode == 1 and words in outcome.stderr
+    assert outcome.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in outcome.stderr
