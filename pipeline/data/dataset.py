@@ -4,8 +4,6 @@ A small split is held in memory as uint8, on the device. A larger one stays in i
 batches are read and decoded while the network works. Both give the same batches.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor

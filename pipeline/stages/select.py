@@ -4,8 +4,6 @@ The candidates' samples and scores are in the usual folders, so that nothing is 
 selected one is scored on other samples, since the minimum of noisy scores is biased.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 

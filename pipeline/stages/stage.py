@@ -1,7 +1,5 @@
 """The base class of all stages. The engine asks a stage these questions, and decides nothing by its name."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ The order of images, noise, t, flips and dropout are functions of (seed, step, r
 worker needs no memory but the TrainState, and it does not matter how the batch is cut into slices.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """The base classes of image sources, and their splits."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import stat

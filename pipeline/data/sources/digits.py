@@ -1,7 +1,5 @@
 """scikit-learn's 1,797 handwritten digits: real images inside a package, 8x8, one channel, ten classes."""
 
-from __future__ import annotations
-
 import importlib.util
 from functools import cached_property
 from pathlib import Path

@@ -4,8 +4,6 @@ Folders whose names say train, and test or else val (`layout.find_split`), are t
 data.test_images are set aside by a fixed permutation. Classes are numbered in the order of their folders' names.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path

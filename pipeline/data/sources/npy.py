@@ -5,8 +5,6 @@ Labels are in the same folder: the name with `labels` for `images`, or `<name>_l
 images: uint8, (N,H,W,C) or grey (N,H,W). labels: integers (N,) or (N,1), or one-hot (N,K). Nothing pickled.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
