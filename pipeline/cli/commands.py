@@ -230,7 +230,7 @@ def draw_images(options: Namespace) -> None:
 def export_weights(options: Namespace) -> None:
     from pipeline import tracking
     from pipeline.engine.find import find_run, read_place
-    from pipeline.report.model_card import write_card
+    from pipeline.report.run_page import write_card
     from pipeline.store import diffusers_layout
 
     cluster = arguments.load_cluster(options, alone=True)

@@ -57,13 +57,14 @@ class Line:
     """A line of `y` over `x`.
 
     kind: clear; faint behind a smoothed line; steps for few points; best for one of them; marks for others' points;
-    other for others' line. band: its half width around the line.
+    other for others' line; or a number, of a run among several, which has one colour in every panel. band: its half
+    width around the line, or of a numbered line the standard error of each point.
     """
 
     x: Sequence[float]
     y: Sequence[float] | np.ndarray
     label: str = ""
-    kind: Kind = "clear"
+    kind: Kind | int = "clear"
     band: np.ndarray | None = None
 
 
@@ -93,19 +94,28 @@ def save_picture(folder: Path, name: str, panel: Panel, caption: str) -> Picture
 def plot_curves(
     title: str, x: str, lines: Sequence[Line], log_x: bool = False, log_y: bool = False, size: Size = SIZE
 ) -> Panel:
+    """Make a panel of lines. If they are of several runs, which a number for their kind says, the legend is below."""
+    labels = [line.label for line in lines if line.label]
+    below = bool(labels) and isinstance(lines[0].kind, int)
+    columns = 2 if len(labels) > 3 else 1
 
     def plot(axes: Axes) -> None:
         for line in lines:
-            every = max(1, len(line.x) // MOST_POINTS)
+            every, style_of_line = max(1, len(line.x) // MOST_POINTS), _choose_style(line.kind)
             (drawn,) = axes.plot(line.x[::every], line.y[::every], label=line.label or None)
-            drawn.set(**KINDS[line.kind])
-            if line.band is not None:
+            drawn.set(**style_of_line)
+            if line.band is not None and isinstance(line.kind, int):
+                drawn.set(marker="o", markersize=4)
+                axes.errorbar(line.x, line.y, line.band, fmt="none", ecolor=style_of_line["color"])
+            elif line.band is not None:
                 axes.fill_between(line.x, line.y - line.band, line.y + line.band, color=style.RUN, alpha=0.2)
         axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
-        if any(line.label for line in lines):
+        if below:
+            axes.figure.legend(loc="outside lower left", ncols=columns, fontsize=8)
+        elif labels:
             axes.legend()
 
-    return Panel(title, x, plot, size)
+    return Panel(title, x, plot, (size[0], size[1] + 0.17 * -(-len(labels) // columns) * below))
 
 
 def plot_bars(title: str, x: str, heights: Sequence[float]) -> Panel:
@@ -117,35 +127,6 @@ def plot_bars(title: str, x: str, heights: Sequence[float]) -> Panel:
         axes.grid(axis="x", visible=False)
 
     return Panel(title, x, plot)
-
-
-def plot_losses(title: str, runs: Sequence[tuple[str, int, Series]]) -> Panel:
-    """Make a panel with the losses of each run (label, number of its colour in every panel, series)."""
-
-    def plot(axes: Axes) -> None:
-        for label, number, (x, y) in runs:
-            every = max(1, len(x) // MOST_POINTS)
-            axes.plot(x[::every], smooth(y)[::every], label=label, **_choose_series_style(number))
-        axes.set_yscale("log")
-        axes.figure.legend(loc="outside lower left", ncols=columns, fontsize=8)
-
-    columns = 2 if len(runs) > 3 else 1
-    return Panel(title, "step", plot, (SIZE[0], SIZE[1] + 0.17 * -(-len(runs) // columns)))
-
-
-def plot_scores(title: str, x: str, lines: Sequence[Line]) -> Panel:
-    """Make a panel of scores against a number, each point with its standard error as a bar."""
-
-    def plot(axes: Axes) -> None:
-        for number, line in enumerate(lines):
-            own = _choose_series_style(number)
-            axes.errorbar(line.x, line.y, line.band, label=line.label, marker="o", markersize=4, **own)
-        values = [value for line in lines for value in line.x]
-        axes.set_xscale("log" if 0 < 8 * min(values) <= max(values) else "linear")
-        if len(lines) > 1:
-            axes.figure.legend(loc="outside lower left", ncols=2, fontsize=8)
-
-    return Panel(title, x, plot, (SIZE[0], SIZE[1] + 0.17 * (len(lines) // 2)))
 
 
 def plot_rate_distortion(
@@ -172,9 +153,11 @@ def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _choose_series_style(number: int) -> dict[str, Any]:
-    """Return colour and dashes of the run or line of this number: all colours come before the next kind of dashes."""
-    dashes, colour = divmod(number, len(style.SERIES))
+def _choose_style(kind: Kind | int) -> Mapping[str, Any]:
+    """Return the style of a kind of line, or of a number: all colours come before the next kind of dashes."""
+    if isinstance(kind, str):
+        return KINDS[kind]
+    dashes, colour = divmod(kind, len(style.SERIES))
     return {"color": style.SERIES[colour], "linestyle": style.DASHES[dashes % len(style.DASHES)]}
 
 

@@ -5,7 +5,8 @@ It is made from the runs' files alone, as their own reports are, which it links 
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from pipeline.drawing import charts
 from pipeline.drawing.charts import Line, Picture, save_picture
 from pipeline.report.compared_run import (
+    MOST_IN_PLOTS,
     ComparedRun,
     find_swept_keys,
     format_shared_protocol,
@@ -21,7 +23,6 @@ from pipeline.report.compared_run import (
     shorten_labels,
 )
 from pipeline.report.headline import compare_with_linear_denoiser
-from pipeline.report.matrix import PictureMatrix, arrange_pictures
 from pipeline.report.page import PROTOCOL, TEMPLATE, escape_markdown, format_value, write_page
 from pipeline.scores import ranking
 from pipeline.scores.metrics import FIRM, METRICS, Metric
@@ -29,6 +30,17 @@ from pipeline.store.keys import hash_content
 from pipeline.store.run import REPORT_HTML
 
 MOST_COLUMNS = 3  # the most swept keys in a leaderboard
+
+
+@dataclass(frozen=True)
+class PictureMatrix:
+    """Pictures in rows (name, cells) and columns, each for a value of `row_key` or of `column_key`."""
+
+    column_key: str
+    row_key: str
+    columns: list[str]
+    rows: list[tuple[str, list[list[Picture]]]]
+    has_captions: bool
 
 
 def make_comparison_key(runs: Sequence[ComparedRun], metric: Metric) -> str:
@@ -131,6 +143,47 @@ def copy_sample_grids(runs: Sequence[ComparedRun], folder: Path) -> list[Picture
     return arrange_pictures(sampled, names, find_swept_keys(sampled))
 
 
+def arrange_pictures(
+    runs: Sequence[ComparedRun], files: Mapping[str, str], keys: Sequence[str]
+) -> list[Picture] | PictureMatrix:
+    """Arrange pictures, given by label, in a matrix by the first two swept keys, or in a list for one key.
+
+    The captions name further keys.
+    """
+
+    def list_pictures(runs: Sequence[ComparedRun], keys: Sequence[str]) -> list[Picture]:
+        pictures = []
+        for run in sorted(runs, key=lambda r: [values[key].index(r.format_swept_value(key)) for key in keys]):
+            texts = {shorten_key(key): run.format_swept_value(key) for key in keys}
+            words = [f"{key} {text}" for key, text in texts.items() if text != run.label]
+            caption = ", ".join(words) if 0 < len(words) <= MOST_IN_PLOTS else escape_markdown(run.label)
+            pictures.append(Picture(files[run.label], caption))
+        return pictures
+
+    values = {key: _list_values(runs, key) for key in keys}
+    if len(keys) < 2:
+        return list_pictures(runs, keys)
+    column_key, row_key, *others = keys
+    cells: dict[tuple[str, str], list[ComparedRun]] = {}
+    for run in runs:
+        cell = run.format_swept_value(row_key), run.format_swept_value(column_key)
+        cells.setdefault(cell, []).append(run)
+    rows = [
+        (row, [list_pictures(cells.get((row, column), []), others) for column in values[column_key]])
+        for row in values[row_key]
+    ]
+    return PictureMatrix(
+        shorten_key(column_key), shorten_key(row_key), values[column_key], rows, bool(others)
+    )
+
+
+def _list_values(runs: Sequence[ComparedRun], key: str) -> list[str]:
+    """List each value once: numbers by size, other values in the order of the runs."""
+    values = [run.swept.get(key) for run in runs]
+    numbers = sorted(value for value in values if isinstance(value, int | float))
+    return list(dict.fromkeys(map(format_value, numbers if len(numbers) == len(values) else values)))
+
+
 def draw_scores(
     groups: Sequence[ranking.RankedGroup[ComparedRun]], metric: Metric, folder: Path
 ) -> list[Picture]:
@@ -141,24 +194,29 @@ def draw_scores(
     pictures: list[Picture] = []
     for group in groups:
         swept = [ranking.drop_seed(point.runs[0]) for point in group.points]
-        numbers = {
+        counts = {
             key: len({values[key] for values in swept})
             for key in find_swept_keys(group.runs)
             if all(type(values.get(key)) in (int, float) for values in swept)
         }
-        if max(numbers.values(), default=0) < 3:
+        if max(counts.values(), default=0) < 3:
             continue
-        key = max(numbers, key=numbers.__getitem__)
+        key = max(counts, key=counts.__getitem__)
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for point, values in zip(group.points, swept, strict=True):
             label = ranking.format_swept_values({k: v for k, v in values.items() if k != key})
             lines.setdefault(label, []).append((values[key], point.mean, point.error or 0.0))
         columns = {label: list(zip(*sorted(points), strict=True)) for label, points in lines.items()}
-        drawn = [Line(x, y, label, band=np.array(error)) for label, (x, y, error) in columns.items()]
+        drawn = [
+            Line(x, y, label, number, np.array(error))
+            for number, (label, (x, y, error)) in enumerate(columns.items())
+        ]
+        numbers = [values[key] for values in swept]
+        log_x = 0 < 8 * min(numbers) <= max(numbers)
         caption = (
             f"{metric.title} against {shorten_key(key)}; a bar is one standard error, or the spread of seeds"
         )
-        panel = charts.plot_scores(metric.title, shorten_key(key), drawn)
+        panel = charts.plot_curves(metric.title, shorten_key(key), drawn, log_x)
         pictures.append(save_picture(folder, f"scores-{len(pictures)}", panel, caption))
     return pictures
 
@@ -174,9 +232,8 @@ def draw_losses(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
     for panel, (objective, group) in enumerate(zip(objectives, groups.values(), strict=True)):
         values = [f"{shorten_key(key)} {format_value(objective.get(key))}" for key in keys]
         title = ", ".join(["Loss", *values])
-        lines = [
-            (names[run.label], number, run.files.read_series("train/loss")) for number, run in group.values()
-        ]
-        picture = charts.plot_losses(title, lines)
+        series = [(number, run.label, *run.files.read_series("train/loss")) for number, run in group.values()]
+        lines = [Line(x, charts.smooth(y), names[label], number) for number, label, x, y in series]
+        picture = charts.plot_curves(title, "step", lines, log_y=True)
         pictures.append(save_picture(folder, f"loss-{panel}", picture, f"{title}, smoothed"))
     return pictures

@@ -1,15 +1,18 @@
-"""The page of one run. If results are missing, it names the command that makes them."""
+"""The page of one run, which names the commands that make missing results, and the card of its exported weights."""
 
 from pathlib import Path
 
 from pipeline import config
+from pipeline.config import Experiment
 from pipeline.console import format_duration
 from pipeline.report import headline, run_pictures
 from pipeline.report.page import TEMPLATE, format_value
 from pipeline.report.run_files import RunFiles
 from pipeline.store.checkpoint import create_network
+from pipeline.store.files import write_text
 from pipeline.store.log import describe_slow_rank
-from pipeline.store.run import STAGES
+from pipeline.store.run import STAGES, Place
+from pipeline.store.selection import fill_in_selection
 from pipeline.tracking import list_links
 
 
@@ -49,3 +52,21 @@ def describe_provenance(run: RunFiles) -> dict[str, str]:
         "Versions": ", ".join(map(" ".join, (run.provenance.get("versions") or {}).items())),
         "Time": " · ".join(times),
     }
+
+
+def write_card(folder: Path, experiment: Experiment, source: str, place: Place | None = None) -> None:
+    """Write the model card of exported weights into their folder: a README.md as the Hugging Face Hub reads it.
+
+    It has the run's samples and scores if they are of these weights. experiment: with these weights as those that are
+    sampled.
+    """
+    readable = None if experiment.find_missing_files() else place
+    found = readable and fill_in_selection(readable)  # None before the best checkpoint is known
+    run = RunFiles(found) if found else None
+    scored = [run.protocol.get(key) for key in ("weights", "checkpoint")] if run else []
+    if scored != [experiment.weights_kind, experiment.checkpoint_step]:
+        run = None
+    if run and "grid" in run.paths:
+        run_pictures.copy_picture(run.paths["grid"], folder, "")
+    card = TEMPLATE.get_template("card.md").render(experiment=experiment, source=source, run=run)
+    write_text(folder / "README.md", card)

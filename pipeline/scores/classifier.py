@@ -98,6 +98,6 @@ def load_classifier(path: Path) -> Classifier:
     return net.eval()
 
 
-def find_classifier_weights(place: Place) -> tuple[Path, str]:
+def find_weights(place: Place) -> tuple[Path, str]:
     """Return the file of the data's classifier, which must be trained already, and its sha256."""
     return place.classifier, hash_file(place.classifier)

@@ -64,7 +64,7 @@ def _make_layer(before: int, after: int, kernel: int = 1, stride: int = 1, group
     return nn.Sequential(padding, convolution, nn.BatchNorm2d(after, eps=1e-3), nn.ReLU6())
 
 
-def find_efficientnet_weights(place: Place) -> tuple[Path, str]:
+def find_weights(place: Place) -> tuple[Path, str]:
     """Return the weights in the cache, copied from the package if necessary, and the sha256 of the package's file."""
     copy = place.extractor_cache / f"{NAME}-{SHA256[:8]}.safetensors"
     if not copy.exists():

@@ -31,16 +31,12 @@ class ExtractorKind:
 
 
 EXTRACTORS = {
-    inception.NAME: ExtractorKind(inception.WIDTH, inception.find_inception_weights, inception.Inception),
-    "classifier": ExtractorKind(
-        classifier.FEATURES, classifier.find_classifier_weights, classifier.load_classifier
-    ),
+    inception.NAME: ExtractorKind(inception.WIDTH, inception.find_weights, inception.Inception),
+    "classifier": ExtractorKind(classifier.FEATURES, classifier.find_weights, classifier.load_classifier),
     efficientnet.NAME: ExtractorKind(
-        efficientnet.WIDTH, efficientnet.find_efficientnet_weights, efficientnet.load_efficientnet
+        efficientnet.WIDTH, efficientnet.find_weights, efficientnet.load_efficientnet
     ),
-    "projection": ExtractorKind(
-        projection.FEATURES, projection.find_projection_weights, projection.load_projection
-    ),
+    "projection": ExtractorKind(projection.FEATURES, projection.find_weights, projection.load_projection),
 }
 
 

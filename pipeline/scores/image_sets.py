@@ -1,4 +1,4 @@
-"""Image sets as files of features, and the units that write them.
+"""Image sets as files of features, and the units that write them: of shards, and of images of a Gaussian or of noise.
 
 Features are stored under the hash of the tar and of the extractor, so they are used again exactly where they are
 valid.
@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from ddpm.rng import Stream, draw_normal, draw_uniform
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.errors import PipelineError
-from pipeline.scores.baselines import draw_gaussian_images, draw_noise_images
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract_features
 from pipeline.store import files, tars
 from pipeline.store.keys import hash_content
 
 BASELINE_UNIT = 500  # images
+BASELINE_SEED = 0  # shared by all runs on the same data
+GAUSSIAN, NOISE = 0, 1  # steps of the stream
 Shape = tuple[int, int, int]
 
 
@@ -115,3 +118,22 @@ def write_baseline_features(
         images = draw_gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
     features, logits = extract_features(extractor, images, ctx.device)
     files.write_unit_arrays(file, features=features, logits=logits)
+
+
+def draw_gaussian_images(
+    mean: np.ndarray, factor: np.ndarray, start: int, stop: int, shape: Shape
+) -> np.ndarray:
+    """Draw images [start, stop) of the Gaussian, rounded and clamped to uint8 (n,C,H,W)."""
+    z = (
+        draw_normal(BASELINE_SEED, Stream.BASELINE, GAUSSIAN, torch.arange(start, stop), (len(mean),))
+        .double()
+        .numpy()
+    )
+    pixels: np.ndarray = mean + z @ factor.T
+    return pixels.round().clip(0, 255).astype(np.uint8).reshape(-1, *shape)
+
+
+def draw_noise_images(start: int, stop: int, shape: Shape) -> np.ndarray:
+    """Draw images [start, stop) of independent uniform pixels, uint8 (n,C,H,W)."""
+    draw = draw_uniform(BASELINE_SEED, Stream.BASELINE, NOISE, torch.arange(start, stop), shape)
+    return (draw * 256).floor().to(torch.uint8).numpy()

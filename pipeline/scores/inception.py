@@ -36,7 +36,7 @@ class Inception(nn.Module):
         return outputs
 
 
-def find_inception_weights(place: Place) -> tuple[Path, str]:
+def find_weights(place: Place) -> tuple[Path, str]:
     """Return a copy of evaluate.extractor_weights, or of torch-fidelity's download, and the sha256."""
     return copy_weights(place.experiment.evaluate.extractor_weights, place.extractor_cache)
 

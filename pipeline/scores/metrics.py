@@ -122,14 +122,6 @@ def add_error(scores: Scores, name: str, error: float | None, reason: str = "") 
         scores[f"{name}_se_reason"] = reason
 
 
-class ClassifierFacts(TypedDict, total=False):
-    """Content of the classifier's .json: its hash, its accuracy on the test images, its training steps."""
-
-    sha256: str
-    test_accuracy: float | None
-    steps: int
-
-
 class Results(TypedDict, total=False):
     """The contents of metrics.json. `pipeline.report.page.PROTOCOL` has the keys of a protocol.
 

@@ -3,7 +3,10 @@
 Both belong to the data and are shared by the runs on them.
 """
 
+from collections.abc import Iterable
+from functools import reduce
 from math import prod
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,12 @@ import torch
 from ddpm.diffusion import Diffusion, Network
 from ddpm.linear_denoiser import make_linear_denoiser
 from pipeline.compute.units import Unit, UnitKind, Worker
+from pipeline.config.checks import Tree
 from pipeline.errors import PipelineError
-from pipeline.scores import baselines, classifier
+from pipeline.scores import classifier
+from pipeline.scores.distances import Moments
 from pipeline.scores.image_sets import hash_shards
-from pipeline.scores.metrics import ClassifierFacts, needs_samples
+from pipeline.scores.metrics import needs_samples
 from pipeline.store import files, tars
 from pipeline.store.run import Place
 from pipeline.store.tensors import save_tensors
@@ -31,10 +36,10 @@ def list_preparations(place: Place) -> list[Unit]:
     scores_samples = needs_samples(config.metrics)
     if scores_samples and config.features == "classifier":
         weights, facts = place.classifier, place.classifier_json
-        known = files.read_record(facts, ClassifierFacts).get("sha256")
+        known = files.read_record(facts, Tree).get("sha256")
         if not weights.is_file() or known != files.hash_file(weights):
             units.append(Unit(UnitKind.PREPARATION, train_classifier, (place,), "the classifier", count))
-    if (scores_samples and locate_gaussian(place)) or ("nll" in config.metrics and config.nll_timesteps):
+    if (scores_samples and has_covariance(place)) or ("nll" in config.metrics and config.nll_timesteps):
         units += list_gaussian_units(place)
     return units
 
@@ -64,27 +69,23 @@ def train_classifier(ctx: Worker, place: Place) -> None:
     files.write_json(place.classifier_json, facts)
 
 
-def locate_gaussian(place: Place) -> Path | None:
-    """Return where the Gaussian is kept; None if the images are too large for one."""
-    return locate_factor(place) if _has_covariance(place) else None
-
-
 def locate_factor(place: Place) -> Path:
     """Return the file of mean (d,) and factor (d, r), covariance = factor factor^T, on the scale 0 to 255.
 
     Of images too large for a covariance it holds some directions only, and the variance of each other one.
     """
-    kind, shards = "gaussian" if _has_covariance(place) else "gram", tars.open_shards(place.data)
+    kind, shards = "gaussian" if has_covariance(place) else "gram", tars.open_shards(place.data)
     return place.references / f"{kind}-{hash_shards(shards.list_shards('train'))}.npz"
 
 
-def _has_covariance(place: Place) -> bool:
+def has_covariance(place: Place) -> bool:
+    """Return whether the images are small enough for a covariance, and so for a Gaussian to draw from."""
     return prod(place.experiment.data.shape) <= LARGEST_GAUSSIAN
 
 
 def _count_fitted_images(place: Place) -> int:
     n, d = tars.open_shards(place.data).count_images("train"), prod(place.experiment.data.shape)
-    return n if _has_covariance(place) else min(n, 2000, max(2, GRAM // d))
+    return n if has_covariance(place) else min(n, 2000, max(2, GRAM // d))
 
 
 def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
@@ -92,14 +93,37 @@ def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
     if n == 1:
         mean = tars.load_images(place.data, "train")[0].reshape(-1).astype(np.float64)
         factor = np.zeros((len(mean), min(len(mean), LARGEST_GAUSSIAN)))
-    elif _has_covariance(place):
+    elif has_covariance(place):
         shards = tars.open_shards(place.data).list_shards("train")
         parts = (tars.load_images(place.data, "train", shard.start, shard.stop)[0] for shard in shards)
-        mean, factor = baselines.fit_gaussian(parts)
+        mean, factor = fit_gaussian(parts)
     else:
         images = tars.load_images(place.data, "train", 0, n)[0]
-        mean, factor, rest = baselines.fit_principal_directions(images)
+        mean, factor, rest = fit_principal_directions(images)
     files.write_arrays(file, mean=mean, factor=factor, rest=np.array(rest))
+
+
+def fit_gaussian(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a Gaussian to uint8 images (n,C,H,W) in parts: mean (d,) and factor (d, d), covariance = factor factor^T."""
+    statistics = reduce(
+        add, (Moments.from_features(images.reshape(len(images), -1)) for images in parts)
+    ).to_statistics()
+    return statistics.mu, statistics.factor_covariance()
+
+
+def fit_principal_directions(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return mean (d,), factor (d, r) and the variance of each other direction, of images too large for a covariance.
+
+    The first half of the uint8 images (n,C,H,W), n >= 2, gives the directions, by its Gram matrix, and the second half
+    the variances: along directions that were computed from a set, it varies more than other images do.
+    """
+    pixels = images.reshape(len(images), -1).astype(np.float64)
+    mean = pixels.mean(axis=0)
+    first, second = np.array_split(pixels - mean, 2)
+    directions = np.linalg.svd(first, full_matrices=False)[2].T
+    variances = ((second @ directions) ** 2).mean(axis=0)
+    rest = ((second**2).sum(axis=1).mean() - variances.sum()) / max(1, len(mean) - len(variances))
+    return mean, directions * np.sqrt(variances), float(rest.clip(min=0))
 
 
 def load_variances(place: Place) -> tuple[torch.Tensor, str]:
@@ -108,7 +132,7 @@ def load_variances(place: Place) -> tuple[torch.Tensor, str]:
     Directions that are not on file, or without variance, come last.
     """
     arrays, n = files.read_arrays(locate_factor(place)), _count_fitted_images(place)
-    factor, exact = arrays["factor"], _has_covariance(place)
+    factor, exact = arrays["factor"], has_covariance(place)
     found = (factor**2).sum(axis=0) * ((n - 1) / n if exact else 1)
     others = np.full(len(factor) - np.count_nonzero(found), arrays.get("rest", 0.0))
     variances = np.concatenate([found[found > 0], others])

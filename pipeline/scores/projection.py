@@ -42,7 +42,7 @@ class Projection(nn.Module):
         return (F.linear(x.flatten(1), self.matrix),)
 
 
-def find_projection_weights(place: Place) -> tuple[Path, str]:
+def find_weights(place: Place) -> tuple[Path, str]:
     """Return the file of the projection for the run's images, written if need be, and its sha256."""
     if not is_unit_done(place.projection, require_sealed):
         with write_atomically(place.projection) as temporary:

@@ -10,8 +10,6 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
-from typing_extensions import TypedDict
-
 from pipeline.config import DataConfig
 from pipeline.data.sources.base import ImageSource, hash_file_stats
 from pipeline.data.sources.cifar10 import download_archive, hash_batches, open_cifar10
@@ -47,17 +45,11 @@ def download_source(data: DataConfig, downloads: Path) -> DataConfig:
     return dataclasses.replace(data, path=str(path) if path else None)
 
 
-class Fingerprint(TypedDict):
-    """An entry of the cache of fingerprints. stamp: the sha256 over paths, sizes, times and content of the files."""
-
-    stamp: str
-    content: str
-
-
 def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = True) -> str:
     """Return the sha256 over the names and contents of the image files; where data.path lies does not matter.
 
     `cache` (a JSON file) holds the result while paths, sizes and modification times stay; it is written if `remember`.
+    Its stamp is the sha256 over these facts and the result.
     Raises PipelineError if images are missing or broken.
     """
     if data.source == "cifar10" and data.path is None:
@@ -69,9 +61,10 @@ def compute_fingerprint(data: DataConfig, cache: Path | None, remember: bool = T
     def stamp(content: str) -> str:
         return hashlib.sha256(f"{stats} {content}".encode()).hexdigest()
 
-    known = read_record(cache, dict[str, Fingerprint]) if cache else {}
-    if (found := known.get(place)) and found["stamp"] == stamp(found["content"]):
-        return found["content"]
+    known = read_record(cache, dict[str, dict[str, str]]) if cache else {}
+    found = known.get(place, {}).get("content", "")
+    if found and known[place].get("stamp") == stamp(found):
+        return found
     content = source.compute_fingerprint()
     if not source.splits.get("train"):
         raise PipelineError(f"data.source={data.source}, data.path={data.path} holds no images to train on")

@@ -1,6 +1,6 @@
 """Image files in a folder: flat, or one sub-folder for each class; any format that Pillow reads.
 
-Folders whose names say train, and test or else val (`layout.find_split`), are the splits; from any other set,
+Folders whose names say train, and test or else val (`base.find_split`), are the splits; from any other set,
 data.test_images are set aside by a fixed permutation. Classes are numbered in the order of their folders' names.
 """
 
@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource, translate_read_errors
-from pipeline.data.sources.layout import WORDS, find_split, list_files
+from pipeline.data.sources.base import WORDS, ImageSource, find_split, list_files, translate_read_errors
 from pipeline.data.sources.raw_image import RawImage, is_image_file
 from pipeline.errors import PipelineError
 

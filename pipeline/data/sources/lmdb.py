@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource, translate_parse_errors
-from pipeline.data.sources.layout import find_split, remove_split_words
+from pipeline.data.sources.base import ImageSource, find_split, remove_split_words, translate_parse_errors
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 

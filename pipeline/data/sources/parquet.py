@@ -1,7 +1,7 @@
 """Encoded images in parquet files, in the layout of the Hugging Face hub.
 
 `data.path` is a file, or a folder whose files at any depth belong to the split that their name, or else that of a
-folder on the way, says: train, and test or else val (`layout.find_split`); names that say nothing are the train split
+folder on the way, says: train, and test or else val (`base.find_split`); names that say nothing are the train split
 if nothing else is. The images are the column data.image_column, or else the one of the type struct<bytes: binary,
 path: string>, or the one binary column; `label` holds integers.
 """
@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import ImageSource, translate_parse_errors
-from pipeline.data.sources.layout import find_split, list_files, remove_split_words
+from pipeline.data.sources.base import (
+    ImageSource,
+    find_split,
+    list_files,
+    remove_split_words,
+    translate_parse_errors,
+)
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 

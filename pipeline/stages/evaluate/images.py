@@ -12,8 +12,8 @@ from pipeline.scores import distances, inception, jackknife
 from pipeline.scores.distances import Reference
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, make_baseline_set, make_shard_set
-from pipeline.scores.metrics import METRICS, ClassifierFacts, Results, Scores, add_error
-from pipeline.scores.preparations import locate_gaussian
+from pipeline.scores.metrics import METRICS, Results, Scores, add_error
+from pipeline.scores.preparations import has_covariance, locate_factor
 from pipeline.scores.reference import load_reference, write_split_statistics
 from pipeline.store import tars
 from pipeline.store.files import is_unit_done, read_record
@@ -64,8 +64,8 @@ def collect_sets(place: Place, extractor: Extractor, samples: list[tars.Shard]) 
         baselines[other] = make_split_set(other, min(n, index.count_images(other)))
         if (fewer := baselines[other].n) < n:
             baselines["samples"] = ImageSet(fewer, own.units)
-    if pixels := locate_gaussian(place):
-        baselines["gaussian"] = make_baseline_set(extractor, n, shape, folder, pixels)
+    if has_covariance(place):
+        baselines["gaussian"] = make_baseline_set(extractor, n, shape, folder, locate_factor(place))
     baselines["noise"] = make_baseline_set(extractor, n, shape, folder, None)
     found = {split: make_split_set(split) for split in sorted(splits)}
     return EvaluationSets(references, compares_images, own, found, baselines)
@@ -93,8 +93,8 @@ def add_scores(found: Results, place: Place, extractor: Extractor, sets: Evaluat
     found["protocol"] |= _describe_features(extractor, sums, target, config.metrics)
     found["protocol"]["jackknife_groups"] = groups
     if config.features == "classifier":
-        facts = read_record(place.classifier_json, ClassifierFacts)
-        found["protocol"]["classifier_accuracy"] = facts.get("test_accuracy")
+        accuracy = read_record(place.classifier_json, Tree).get("test_accuracy")
+        found["protocol"]["classifier_accuracy"] = accuracy
     found["scores"] |= _compute_scores(sets.samples, sums, target, config.metrics, groups)
     statistics.pop("fid_test", None)  # baselines are compared with the reference alone
     found["reference_points"] = points = dict[str, Scores]()

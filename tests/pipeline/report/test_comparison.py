@@ -10,7 +10,6 @@ from pipeline.cli.program import main
 from pipeline.drawing import charts
 from pipeline.report import comparison
 from pipeline.report.compared_run import ComparedRun, make_compared_runs, shorten_labels
-from pipeline.report.matrix import PictureMatrix, arrange_pictures
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.ranking import rank_runs
 from pipeline.stages import report
@@ -108,8 +107,8 @@ def test_losses_share_a_panel_only_under_the_same_objective(four, tmp_path, undr
 
 def test_two_swept_keys_make_a_matrix(four):
     files = {run.label: f"{run.label}.png" for run in four}
-    matrix = arrange_pictures(four[:3], files, ["diffusion.beta_schedule", "model.dropout"])
-    assert isinstance(matrix, PictureMatrix) and not matrix.has_captions
+    matrix = comparison.arrange_pictures(four[:3], files, ["diffusion.beta_schedule", "model.dropout"])
+    assert isinstance(matrix, comparison.PictureMatrix) and not matrix.has_captions
     assert matrix.columns == ["linear", "cosine"]
     assert [(row, [[p.name for p in found] for found in cells]) for row, cells in matrix.rows] == [
         ("0.1", [["linear-0.1.png"], []]), ("0.2", [["linear-0.2.png"], ["cosine-0.2.png"]])
@@ -123,10 +122,10 @@ def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
         for seed, dropout in ((11, 0.1), (2, 0.1), (2, 0.2))
     ]
     files = {run.label: f"{run.label}.png" for run in found}
-    matrix = arrange_pictures(found[:2], files, ["beta", "dropout", "seed"])
-    assert isinstance(matrix, PictureMatrix) and matrix.has_captions
+    matrix = comparison.arrange_pictures(found[:2], files, ["beta", "dropout", "seed"])
+    assert isinstance(matrix, comparison.PictureMatrix) and matrix.has_captions
     assert [p.caption for p in matrix.rows[0][1][0]] == ["seed 2", "seed 11"]
-    row = arrange_pictures(found[:2], files, ["seed"])
+    row = comparison.arrange_pictures(found[:2], files, ["seed"])
     assert isinstance(row, list) and [p.caption for p in row] == ["seed 2", "seed 11"]
     assert shorten_labels(found[:2]) == {"seed-11": "11", "seed-2": "2"}
     assert shorten_labels([found[0], found[2]]) == {"seed-11": "0.1 · 11", "seed-2": "0.2 · 2"}
@@ -137,7 +136,7 @@ def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
 def test_scores_are_drawn_against_the_swept_number_with_the_most_values(tmp_path, monkeypatch):
     """Two lines of three lengths; seeds are the error of a point, and a number of two values makes no axis."""
     drawn, runs = [], []
-    monkeypatch.setattr(charts, "plot_scores", lambda title, x, lines: drawn.append((title, x, lines)))
+    monkeypatch.setattr(charts, "plot_curves", lambda title, x, lines, log_x: drawn.append((title, x, lines)))
     monkeypatch.setattr(comparison, "save_picture", lambda folder, name, panel, caption: name)
     scores = {(0.0, 20): 9.0, (0.0, 5): 30.0, (0.0, 80): 4.0, (1.0, 5): 20.0, (1.0, 20): 8.0, (1.0, 80): 6.0}
     for seed in (0, 1):
@@ -174,12 +173,14 @@ def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatc
     """What only sampling differs in is one run directory: its loss is one curve."""
     found = [compared(tmp_path, f"sample.steps={n}", label=str(n), **{"sample.steps": n}) for n in (100, 50)]
     assert found[0].place.path == found[1].place.path
-    drawn, plot_losses = [], charts.plot_losses
-    monkeypatch.setattr(
-        charts, "plot_losses", lambda title, runs: drawn.append(runs) or plot_losses(title, runs)
-    )
+    drawn, plot_curves = [], charts.plot_curves
+
+    def noting(title, x, lines, **settings):
+        return drawn.append(lines) or plot_curves(title, x, lines, **settings)
+
+    monkeypatch.setattr(charts, "plot_curves", noting)
     markdown = page(found, tmp_path / "page")
-    assert [len(runs) for runs in drawn] == [1] and markdown.count("![") >= 3
+    assert [len(lines) for lines in drawn] == [1] and markdown.count("![") >= 3
 
 
 def test_the_command_takes_names_beginnings_and_paths(four, tmp_path, undrawn, capsys):

@@ -18,7 +18,15 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
-from pipeline.scores import baselines, classifier, efficientnet, extractors, inception, projection
+from pipeline.scores import (
+    classifier,
+    efficientnet,
+    extractors,
+    image_sets,
+    inception,
+    preparations,
+    projection,
+)  # fmt: skip
 from pipeline.scores import distances as scores
 from pipeline.scores.extractors import Extractor
 from pipeline.store import tars
@@ -127,10 +135,10 @@ def test_scores_equal_torch_fidelitys_own_call(extractor, digits):
 
 def test_features_tell_digits_from_a_gaussian_of_their_mean_and_covariance(extractor, digits):
     train, test = digits[0][0], digits[1][0]
-    mean, factor = baselines.fit_gaussian(np.split(train, [500]))
+    mean, factor = preparations.fit_gaussian(np.split(train, [500]))
     reference = our_sums(extractor, train)
-    gaussian = our_sums(extractor, baselines.draw_gaussian_images(mean, factor, 0, len(test), (1, 8, 8)))
-    noise = our_sums(extractor, baselines.draw_noise_images(0, len(test), (1, 8, 8)))
+    gaussian = our_sums(extractor, image_sets.draw_gaussian_images(mean, factor, 0, len(test), (1, 8, 8)))
+    noise = our_sums(extractor, image_sets.draw_noise_images(0, len(test), (1, 8, 8)))
     own = fid(our_sums(extractor, test), reference)
     assert 1.5 * own < fid(gaussian, reference) < fid(noise, reference) / 2
 
@@ -159,7 +167,7 @@ def test_training_the_classifier_repeats_bit_for_bit(digits, monkeypatch):
 
 
 def test_extractors_take_larger_images_with_colours(tmp_path):
-    images = baselines.draw_noise_images(0, 3, (3, 256, 256))
+    images = image_sets.draw_noise_images(0, 3, (3, 256, 256))
     save_file(classifier.Classifier(3, 7).state_dict(), tmp_path / "c.safetensors")
     trained = in_file("classifier", tmp_path / "c.safetensors")
     fixed = projection_of(3, tmp_path / "p.safetensors")
@@ -249,20 +257,20 @@ def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
     rng = np.random.default_rng(3)
     images = rng.normal(128, 20, (4000, 1, 1, 1)) + rng.normal(0, 5, (4000, 1, 2, 2))
     images = np.clip(images, 0, 255).astype(np.uint8)
-    mean, factor = baselines.fit_gaussian([images[:1000], images[1000:]])
-    drawn = baselines.draw_gaussian_images(mean, factor, 0, 4000, (1, 2, 2))
+    mean, factor = preparations.fit_gaussian([images[:1000], images[1000:]])
+    drawn = image_sets.draw_gaussian_images(mean, factor, 0, 4000, (1, 2, 2))
     flat, ours = (x.reshape(4000, 4).astype(float) for x in (images, drawn))
     assert np.allclose(flat.mean(axis=0), ours.mean(axis=0), atol=1.5)
     assert np.allclose(np.cov(flat.T), np.cov(ours.T), rtol=0.1)
-    assert np.array_equal(drawn[7:9], baselines.draw_gaussian_images(mean, factor, 7, 9, (1, 2, 2)))
-    noise = baselines.draw_noise_images(0, 500, (3, 4, 4))
+    assert np.array_equal(drawn[7:9], image_sets.draw_gaussian_images(mean, factor, 7, 9, (1, 2, 2)))
+    noise = image_sets.draw_noise_images(0, 500, (3, 4, 4))
     assert noise.min() == 0 and noise.max() == 255 and abs(noise.mean() - 127.5) < 2
-    assert np.array_equal(noise[7:9], baselines.draw_noise_images(7, 9, (3, 4, 4)))
+    assert np.array_equal(noise[7:9], image_sets.draw_noise_images(7, 9, (3, 4, 4)))
 
 
 def blocks(n):
     """Two inputs of n images: coarse noise, and the same kind with half of the contrast."""
-    images = baselines.draw_noise_images(0, 2 * n, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+    images = image_sets.draw_noise_images(0, 2 * n, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
     return images[:n], images[n:] // 2 + 64
 
 

@@ -301,7 +301,7 @@ def test_images_too_large_for_a_covariance_have_a_profile_by_their_gram_matrix(t
     monkeypatch.setattr(preparations, "GRAM", 64 * 40)
     one_cpu().run_units(preparations.list_gaussian_units(run), lambda unit: None)
     variances, source = preparations.load_variances(run)
-    assert source == "the Gram matrix of 40 training images" and preparations.locate_gaussian(run) is None
+    assert source == "the Gram matrix of 40 training images" and not preparations.has_covariance(run)
     images = tars.load_images(run.data, "train", 0, 40)[0].reshape(40, -1) / 127.5 - 1
     expected = ((images[20:] - images.mean(axis=0)) ** 2).sum(axis=1).mean()
     assert variances.sum().item() == pytest.approx(expected)
