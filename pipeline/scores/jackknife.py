@@ -21,13 +21,6 @@ BLOCK = 1000  # rows of a matrix of distances
 Values = Sequence[float] | np.ndarray
 
 
-def explain_missing_error(n: int, groups: int) -> str:
-    """Return why the scores of n images in this number of groups have no error; '' if they have one."""
-    if groups < 2:
-        return "the samples are a single unit, and an error needs two"
-    return f"{n} images are fewer than {LEAST_IMAGES}" if n < LEAST_IMAGES else ""
-
-
 def compute_jackknife_error(without: Values) -> float:
     """Compute the standard error from m scores F, each without one of m groups: sqrt((m-1)/m sum (F - mean)^2)."""
     return float(np.std(without) * (len(without) - 1) ** 0.5)

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, hash_shards
-from pipeline.store.files import hash_file, read_arrays, try_read, write_arrays
+from pipeline.store.files import read_arrays, try_read, write_arrays
 from pipeline.store.run import Place
 from pipeline.store.tars import open_shards
 
@@ -93,10 +93,3 @@ def _find_problem(arrays: dict[str, np.ndarray], width: int | None, held: list[s
     if n is not None and (n.size != 1 or n.dtype.kind not in "iu" or n.item() < 1):
         return "has an n that is no whole number above 0"
     return None
-
-
-def name_reference(reference: str) -> str:
-    """Return the name of evaluate.reference in protocols, which depends on its content, not on its path."""
-    if reference in SPLITS:
-        return reference
-    return f"{Path(reference).name} (sha256 {hash_file(Path(reference))[:8]})"

@@ -77,7 +77,11 @@ class SampleStage(Stage):
             diffusion = Diffusion(experiment.diffusion)
             if warning := explain_few_steps(diffusion, config.steps, config.variance):
                 log.warning("sample: %s", warning)
-        shards = plan_sample_shards(place)
+        size = min(config.batch_size, config.num_images)  # a smaller set is one shard
+        shards = [
+            Shard(place.samples, f"{start // size:05d}.tar", SPLIT, start, start + size)
+            for start in range(0, config.num_images, size)
+        ]
         yield [
             Unit(
                 UnitKind.SAMPLES, write_sample_shard, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
@@ -100,16 +104,6 @@ class SampleStage(Stage):
 
 
 STAGE = SampleStage()
-
-
-def plan_sample_shards(place: Place) -> list[Shard]:
-    """Return the shards of the first num_images samples, batch_size each; a smaller set is one shard."""
-    config = place.experiment.sample
-    size = min(config.batch_size, config.num_images)
-    return [
-        Shard(place.samples, f"{start // size:05d}.tar", SPLIT, start, start + size)
-        for start in range(0, config.num_images, size)
-    ]
 
 
 def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:

@@ -37,8 +37,12 @@ class ShardStage(Stage):
         """
         config = place.experiment.data
         data = download_source(config, place.downloads)
-        source = open_source(data)
-        shards = plan_shards(place.data, source.splits, data.images_per_shard)
+        source, size = open_source(data), data.images_per_shard
+        shards = [
+            Shard(place.data, f"{split}-{number:05d}.tar", split, start, min(start + size, count))
+            for split, count in source.splits.items()
+            for number, start in enumerate(range(0, count, size))
+        ]
         missing = [shard for shard in shards if shard.read_facts() is None]
         found = (source.locate_range(shard.split, shard.start, shard.stop) for shard in missing)
         yield [
@@ -95,14 +99,6 @@ def _describe_source(source: ImageSource, splits: dict[str, list[ShardFacts]]) -
     sizes = ", ".join(f"{name} {sum(s['count'] for s in facts):,} images" for name, facts in splits.items())
     names[20:] = [f"and {len(names) - 20:,} more"] if len(names) > 20 else []
     print_line(escape_name(f"shard: {sizes}" + (f"; classes {', '.join(names)}" if names else "")))
-
-
-def plan_shards(folder: Path, splits: dict[str, int], images_per_shard: int) -> list[Shard]:
-    return [
-        Shard(folder, f"{split}-{number:05d}.tar", split, start, min(start + images_per_shard, count))
-        for split, count in splits.items()
-        for number, start in enumerate(range(0, count, images_per_shard))
-    ]
 
 
 def write_shard(ctx: Worker, data: DataConfig, shard: Shard, locations: Locations) -> None:

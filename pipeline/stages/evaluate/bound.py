@@ -22,7 +22,7 @@ from pipeline.store.files import read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
-CALL = (256, 2**18)  # images and pixels that one network call of the bound takes at most
+MOST_IMAGES, MOST_PIXELS = 256, 2**18  # of a network call of the bound
 
 
 def hash_weights(place: Place) -> str | None:
@@ -90,23 +90,18 @@ def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, s
     if q is not None:
         timesteps, weights = draw_timesteps(q, experiment.seed, index, config.nll_timesteps or 0)
         arrays = {"weights": weights.numpy(), "timesteps": timesteps.numpy()}
-    index = index.to(ctx.device)
+    index, n = index.to(ctx.device), stop - start
+    # Timesteps share a network call: with few images, most of its time is overhead.
+    shared = max(1, min(MOST_IMAGES, MOST_PIXELS // (shape[1] * shape[2])) // n)
     result = compute_bits_per_dim(
         Diffusion(experiment.diffusion), checkpoint.load_model(place, ctx.device, config.precision, config.compile).net,
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
         lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape), timesteps=timesteps,
-        batch_size=choose_timesteps_per_call(stop - start, shape) * (stop - start), decoder=config.decoder,
-        variance=config.variance,
+        batch_size=shared * n, decoder=config.decoder, variance=config.variance,
         context=torch.from_numpy(classes).to(ctx.device) if experiment.model.takes_labels else None,
     )  # fmt: skip
     arrays |= {name: getattr(result, name).float().numpy() for name in ("terms", "mse", "prior")}
     write_unit_arrays(file, **arrays)
-
-
-def choose_timesteps_per_call(images: int, shape: tuple[int, int, int]) -> int:
-    """Return how many timesteps share a network call: with few images, most of a call's time is overhead."""
-    most_images, most_pixels = CALL
-    return max(1, min(most_images, most_pixels // (shape[1] * shape[2])) // images)
 
 
 def average_bound(units: dict[Path, Unit], timesteps: int, draws: int | None = None) -> tuple[Scores, Bound]:

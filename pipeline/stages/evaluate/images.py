@@ -129,7 +129,11 @@ def _compute_scores(
             scores["kid_mean"], scores["kid_std"] = distances.compute_kid(*pair)
         if "prc" in metrics:
             scores["precision"], scores["recall"] = distances.compute_precision_recall(features, target.real)
-    reason = jackknife.explain_missing_error(images.n, groups)
+    reason = ""
+    if groups < 2:
+        reason = "the samples are a single unit, and an error needs two"
+    elif images.n < jackknife.LEAST_IMAGES:
+        reason = f"{images.n} images are fewer than {jackknife.LEAST_IMAGES}"
     errors = {} if reason else jackknife.compute_errors(images, groups, sums.moments, target, scores)
     for name in [name for name, metric in METRICS.items() if name in scores and metric.has_error]:
         add_error(scores, name, errors.get(name), reason or "the jackknife does not know this score")

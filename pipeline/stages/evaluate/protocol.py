@@ -5,9 +5,9 @@ from ddpm.schedules import get_betas
 from pipeline.config.checks import Tree
 from pipeline.config.sections import NEED_IMAGES
 from pipeline.scores.metrics import FAMILIES, OF_SAMPLES, needs_samples
-from pipeline.scores.reference import name_reference
 from pipeline.stages.evaluate.bound import choose_bound_variance, count_images, load_profile
 from pipeline.store import tars
+from pipeline.store.files import hash_file
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
@@ -34,7 +34,8 @@ def describe_score_protocol(place: Place) -> Tree:
     if needs_samples(config.metrics):
         found |= tars.open_shards(place.samples).facts["protocol"]
         found |= {"n": experiment.sample.num_images, "first_index": experiment.sample.first_index}
-        found["reference"] = name_reference(config.reference)
+        file = config.reference_file  # its content counts, not its path
+        found["reference"] = f"{file.name} (sha256 {hash_file(file)[:8]})" if file else config.reference
     if "nll" in config.metrics:
         found["nll_images"], there = count_images(place)
         found["train_images" if config.nll_split == "train" else "test_images"] = there
