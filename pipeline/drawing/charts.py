@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline.drawing import style
+from pipeline.store.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,12 +71,13 @@ class Line:
 
 
 def save_panels(panels: Sequence[Panel], file: Path) -> None:
-    """Write panels side by side as one SVG file."""
-    import matplotlib
+    """Write panels side by side as one SVG file, which follows the reader's light or dark theme."""
+    import matplotlib.style
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context():
-        style.apply_style(file.stem)
+    stream = io.StringIO()
+    # The salt makes the ids in the SVG repeatable.
+    with matplotlib.style.context({**style.CHARTS, "svg.hashsalt": file.stem}):
         width, height = sum(panel.size[0] for panel in panels), panels[0].size[1]
         figure = Figure(figsize=(width, height), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -83,7 +86,9 @@ def save_panels(panels: Sequence[Panel], file: Path) -> None:
             axes.tick_params(which="both", length=0)
             _label_ticks(axes.xaxis)
             _label_ticks(axes.yaxis)
-        style.save_svg(figure, file)
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    head, start, body = stream.getvalue().partition("<defs>")
+    write_text(file, f"{head}<style>{style.CHARTS_CSS}</style>{start}{body}")
 
 
 def save_picture(folder: Path, name: str, panel: Panel, caption: str) -> Picture:

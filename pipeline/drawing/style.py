@@ -1,16 +1,5 @@
 """Colours and fonts of charts and pages, light and dark."""
 
-from __future__ import annotations
-
-import io
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from pipeline.store.files import write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 # name: (light, dark)
 COLOURS = {
     "paper": ("#ffffff", "#16191f"),
@@ -33,42 +22,18 @@ FONTS = (
     'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, '
     "sans-serif"
 )
-
-
-def apply_style(name: str) -> None:
-    """Set matplotlib's style, inside an `rc_context`; `name` makes the ids in an SVG repeatable."""
-    from matplotlib import rc
-
-    rc("svg", fonttype="none", hashsalt=name)
-    rc("font", size=9)
-    rc("text", color=INK)
-    rc(
-        "axes", titlecolor=INK, titlesize=10, titlelocation="left", titleweight="bold", grid=True,
-        labelcolor=SOFT, edgecolor=LINE, facecolor=PAPER, axisbelow=True,
-    )  # fmt: skip
-    rc("axes.spines", top=False, right=False)
-    rc("axes.formatter", useoffset=False)
-    rc("grid", color=LINE, linewidth=0.7)
-    rc("xtick", color=LINE, labelcolor=SOFT)
-    rc("ytick", color=LINE, labelcolor=SOFT)
-    rc("legend", frameon=False)
-    rc("figure", facecolor=PAPER)
-
-
-def save_svg(figure: Figure, file: Path) -> None:
-    """Write a figure as SVG that follows the reader's light or dark theme, atomically."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    head, start, body = stream.getvalue().partition("<defs>")
-    with write_atomically(file) as temporary:
-        temporary.write_text(f"{head}<style>{_make_css()}</style>{start}{body}", encoding="utf-8")
-
-
-def _make_css() -> str:
-    """Make the CSS: fonts, and for the dark theme the dark counterpart of each light colour of matplotlib."""
-    rules = "".join(
-        f'[style*="{part}: {light}"] {{{part}: {dark} !important}}'
-        for light, dark in COLOURS.values()
-        for part in ("fill", "stroke")
-    )
-    return f"text {{font-family: {FONTS} !important}} @media (prefers-color-scheme: dark) {{{rules}}}"
+CHARTS = {  # matplotlib's settings
+    "svg.fonttype": "none", "font.size": 9, "text.color": INK, "figure.facecolor": PAPER, "legend.frameon": False,
+    "axes.titlecolor": INK, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "axes.grid": True, "axes.labelcolor": SOFT, "axes.edgecolor": LINE, "axes.facecolor": PAPER, "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.formatter.useoffset": False,
+    "grid.color": LINE, "grid.linewidth": 0.7, "xtick.color": LINE, "xtick.labelcolor": SOFT, "ytick.color": LINE,
+    "ytick.labelcolor": SOFT,
+}  # fmt: skip
+# For the reader's dark theme, the dark counterpart of each light colour of matplotlib.
+_DARK = "".join(
+    f'[style*="{part}: {light}"] {{{part}: {dark} !important}}'
+    for light, dark in COLOURS.values()
+    for part in ("fill", "stroke")
+)
+CHARTS_CSS = f"text {{font-family: {FONTS} !important}} @media (prefers-color-scheme: dark) {{{_DARK}}}"
