@@ -41,8 +41,8 @@ def run_experiment(options: Namespace) -> None:
     experiment, cluster = arguments.load_experiment_and_cluster(options)
     from pipeline import tracking
     from pipeline.engine.execute import run_stages
-    from pipeline.report.headline import describe_run
     from pipeline.report.run_files import RunFiles
+    from pipeline.report.run_page import describe_run
     from pipeline.store.selection import fill_in_selection
 
     last = {"run": "report", "import": "train"}.get(options.command.name, options.command.name)

@@ -22,8 +22,8 @@ from pipeline.report.compared_run import (
     shorten_key,
     shorten_labels,
 )
-from pipeline.report.headline import compare_with_linear_denoiser
 from pipeline.report.page import PROTOCOL, TEMPLATE, escape_markdown, format_value, write_page
+from pipeline.report.run_page import compare_with_linear_denoiser
 from pipeline.scores import ranking
 from pipeline.scores.metrics import FIRM, METRICS, Metric
 from pipeline.store.keys import hash_content

@@ -102,13 +102,8 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> Results:
-        return {
-            "scores": {},
-            "protocol": {},
-            "reference_points": {},
-            "class_shares": [],
-            **self.get_content("metrics"),
-        }
+        empty: Results = {"scores": {}, "protocol": {}, "reference_points": {}, "class_shares": []}
+        return {**empty, **self.get_content("metrics")}
 
     @property
     def scores(self) -> Scores:

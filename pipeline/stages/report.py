@@ -8,10 +8,9 @@ from functools import partial
 
 from pipeline.compute.units import Unit
 from pipeline.config import Experiment
-from pipeline.report.headline import describe_run
 from pipeline.report.page import write_page
 from pipeline.report.run_files import RunFiles
-from pipeline.report.run_page import compose_page
+from pipeline.report.run_page import compose_page, describe_run
 from pipeline.stages.stage import Stage
 from pipeline.store.files import PageManifest, read_manifest, try_read
 from pipeline.store.run import Place

@@ -16,9 +16,9 @@ from pipeline import config
 from pipeline.drawing import charts
 from pipeline.drawing.style import COLOURS
 from pipeline.report import paper
-from pipeline.report.headline import compare_with_linear_denoiser, list_differences_from_paper
 from pipeline.report.page import convert_to_html
 from pipeline.report.run_files import RunFiles
+from pipeline.report.run_page import compare_with_linear_denoiser, list_differences_from_paper
 from pipeline.report.run_pictures import copy_picture
 from pipeline.stages import report
 from pipeline.store import files as rundir
