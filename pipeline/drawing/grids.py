@@ -32,11 +32,10 @@ def save_grid(images: Tensor, columns: int, file: Path) -> None:
 def save_animation(frames: Tensor, columns: int, file: Path) -> None:
     """Write grids of images, uint8 (frames,N,C,H,W), as an endless GIF that pauses on the last one, atomically."""
     first, *others = (make_grid(images, columns) for images in frames)
-    seconds = [0.06] * len(others) + [3]
+    milliseconds = [60] * len(others) + [3000]
     with write_atomically(file) as temporary:
         first.save(
-            temporary, format="GIF", save_all=True, append_images=others, loop=0,
-            duration=[int(1000 * shown) for shown in seconds],
+            temporary, format="GIF", save_all=True, append_images=others, loop=0, duration=milliseconds
         )  # fmt: skip
 
 

@@ -14,15 +14,12 @@ COLUMNS = [METRICS[name] for name in ("fid", "fid_test", "is_mean", "nll_bpd")]
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of Tables 1 and 2: predicted value, objective, and {score: as printed}.
+    """One row of Tables 1 and 2: its name, and {score: as printed}.
 
     FID is against the training set, `fid_test` against the test set; no scores = unstable in training, "out of
     range" scores, which the paper prints as a dash.
     """
 
-    predict: str
-    loss: str
-    variance: str
     name: str
     scores: dict[str, str]
 
@@ -38,25 +35,24 @@ class PaperRow:
         return format_number(difference, error, 2, "+").replace("-", "−")
 
 
-# Tables 1 and 2: CIFAR-10, 50,000 samples, NLL in bits/dim. The third row of each half is the
-# unweighted mean square error, which for eps is L_simple.
-TABLES_1_AND_2 = (
-    PaperRow("mean", "vlb", "learned", "μ̃, L, learned diagonal Σ", {"fid": "23.69", "is_mean": "7.28 ± 0.10"}),
-    PaperRow("mean", "vlb", "fixed", "μ̃, L, fixed isotropic Σ", {"fid": "13.22", "is_mean": "8.06 ± 0.09"}),
-    PaperRow("mean", "simple", "fixed", "μ̃, unweighted MSE", {}),
-    PaperRow("eps", "vlb", "learned", "ε, L, learned diagonal Σ", {}),
-    PaperRow("eps", "vlb", "fixed", "ε, L, fixed isotropic Σ",
+# Tables 1 and 2, by predicted value, loss and variance: CIFAR-10, 50,000 samples, NLL in bits/dim. The third row of
+# each half is the unweighted mean square error, which for eps is L_simple.
+TABLES_1_AND_2 = {
+    ("mean", "vlb", "learned"): PaperRow("μ̃, L, learned diagonal Σ", {"fid": "23.69", "is_mean": "7.28 ± 0.10"}),
+    ("mean", "vlb", "fixed"): PaperRow("μ̃, L, fixed isotropic Σ", {"fid": "13.22", "is_mean": "8.06 ± 0.09"}),
+    ("mean", "simple", "fixed"): PaperRow("μ̃, unweighted MSE", {}),
+    ("eps", "vlb", "learned"): PaperRow("ε, L, learned diagonal Σ", {}),
+    ("eps", "vlb", "fixed"): PaperRow("ε, L, fixed isotropic Σ",
         {"fid": "13.51", "is_mean": "7.67 ± 0.13", "nll_bpd": "≤ 3.70", "train_nll_bpd": "≤ 3.69"}),
-    PaperRow("eps", "simple", "fixed", "ε, L_simple",
+    ("eps", "simple", "fixed"): PaperRow("ε, L_simple",
         {"fid": "3.17", "fid_test": "5.24", "is_mean": "9.46 ± 0.11", "nll_bpd": "≤ 3.75", "train_nll_bpd": "≤ 3.72"}),
-)  # fmt: skip
+}  # fmt: skip
 
 
 def find_paper_row(diffusion: DiffusionConfig) -> PaperRow | None:
     """Find the row of an objective; None if the paper has none."""
     variance = "fixed" if diffusion.variance.startswith("fixed") else diffusion.variance
-    key = (diffusion.predict, diffusion.loss, variance)
-    return next((row for row in TABLES_1_AND_2 if (row.predict, row.loss, row.variance) == key), None)
+    return TABLES_1_AND_2.get((diffusion.predict, diffusion.loss, variance))
 
 
 # App. B and the authors' code: what its rows of CIFAR-10 share, whatever the objective.

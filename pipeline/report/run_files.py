@@ -13,16 +13,7 @@ from pipeline.drawing.charts import Series
 from pipeline.drawing.grids import require_picture
 from pipeline.report import paper
 from pipeline.scores.metrics import Bound, Results, Scores
-from pipeline.store import keys
-from pipeline.store.files import (
-    MANIFEST,
-    FiguresManifest,
-    hash_file,
-    read_json,
-    read_sealed,
-    require_sealed,
-    try_read,
-)
+from pipeline.store import files, keys
 from pipeline.store.log import LogPoint, read_points
 from pipeline.store.run import Place
 from pipeline.store.selection import Selection
@@ -49,16 +40,18 @@ class RunFiles:
         """Path and content of each result, by name, without those that are missing or differ from their seals."""
         place = self.place
         readers: dict[str, tuple[Path, Callable[..., Any], *tuple[type, ...]]] = {
-            "data": (place.data / MANIFEST, read_json, ShardSetFacts),
-            "grid": (place.samples_grid, require_sealed),
-            "metrics": (place.metrics_json, read_sealed, Results),
-            "nll": (place.nll_json, read_sealed, Bound),
-            "figures": (place.figures_manifest, read_json, FiguresManifest),
+            "data": (place.data / files.MANIFEST, files.read_json, ShardSetFacts),
+            "grid": (place.samples_grid, files.require_sealed),
+            "metrics": (place.metrics_json, files.read_sealed, Results),
+            "nll": (place.nll_json, files.read_sealed, Bound),
+            "figures": (place.figures_manifest, files.read_json, files.FiguresManifest),
         }
         if self.experiment.evaluate.checkpoints:
-            readers["selection"] = (place.selection_json, read_sealed, Selection)
+            readers["selection"] = (place.selection_json, files.read_sealed, Selection)
         there = {name: reader for name, reader in readers.items() if reader[0].is_file()}
-        found = {name: (path, try_read(read, path, *shape)) for name, (path, read, *shape) in there.items()}
+        found = {
+            name: (path, files.try_read(read, path, *shape)) for name, (path, read, *shape) in there.items()
+        }
         return {name: (path, content) for name, (path, content) in found.items() if content is not None}
 
     @cached_property
@@ -72,7 +65,7 @@ class RunFiles:
     def step_grids(self) -> list[Path]:
         """The sample grids of training, by step."""
         found = sorted(self.place.grids.glob("[0-9]*.png"))
-        return [path for path in found if try_read(require_picture, path)]
+        return [path for path in found if files.try_read(require_picture, path)]
 
     def get_content(self, name: str) -> Any:
         """Return the content of a JSON file; {} if it is not there."""
@@ -81,8 +74,8 @@ class RunFiles:
     @cached_property
     def content_hash(self) -> str:
         """The hash of all that the page shows."""
-        files = [*self.paths.items(), *((f"grid {path.stem}", path) for path in self.step_grids)]
-        hashes = {name: hash_file(path) for name, path in files}
+        shown = [*self.paths.items(), *((f"grid {path.stem}", path) for path in self.step_grids)]
+        hashes = {name: files.hash_file(path) for name, path in shown}
         return keys.hash_content([hashes, self.seconds_by_stage, self.commits_by_stage])
 
     @cached_property

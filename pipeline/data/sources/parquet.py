@@ -16,13 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.config import DataConfig
-from pipeline.data.sources.base import (
-    ImageSource,
-    find_split,
-    list_files,
-    remove_split_words,
-    translate_parse_errors,
-)
+from pipeline.data.sources import base
 from pipeline.data.sources.raw_image import RawImage
 from pipeline.errors import PipelineError
 
@@ -34,7 +28,7 @@ LABEL, KIND = "label", "readable parquet file"
 MAX_BYTES = 2**32  # of a row group, which is read in one piece
 
 
-class ParquetSource(ImageSource):
+class ParquetSource(base.ImageSource):
     """Rows of parquet files, in the order of the files, so that a range of them is in few row groups."""
 
     def __init__(self, data: DataConfig):
@@ -87,7 +81,7 @@ class ParquetSource(ImageSource):
             if LABEL not in opened.schema_arrow.names:
                 known = ", ".join(opened.schema_arrow.names)
                 raise PipelineError(f"{file} has no column '{LABEL}', only {known}; set data.labels=0")
-        with translate_parse_errors(file, KIND):
+        with base.translate_parse_errors(file, KIND):
             values = opened.read_row_group(group, columns, use_threads=False).take(rows).to_pylist()
         for name, value in zip(names, values, strict=True):
             image = value[column]
@@ -98,14 +92,14 @@ class ParquetSource(ImageSource):
 
 def _find_split_files(root: Path) -> tuple[dict[str, list[Path]], Counter[str], list[str]]:
     """Return the files of each split, the number of skipped ones by kind, and notes for the user."""
-    found, skipped = list_files(root, lambda file: file.suffix.lower() == ".parquet")
+    found, skipped = base.list_files(root, lambda file: file.suffix.lower() == ".parquet")
     splits: defaultdict[str, list[Path]] = defaultdict(list)
     sets: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
     for file in found:
         folders, name = file.relative_to(root).parts[:-1], file.stem
-        split = next(filter(None, map(find_split, (name, *reversed(folders)))), "")
+        split = next(filter(None, map(base.find_split, (name, *reversed(folders)))), "")
         splits[split].append(file)
-        sets[split].add(tuple(filter(None, map(remove_split_words, folders))))
+        sets[split].add(tuple(filter(None, map(base.remove_split_words, folders))))
     train, test = "train" if "train" in splits else "", "test" if "test" in splits else "val"
     both = sets[train] | sets[test]
     several = ", ".join("/".join(folders) or "." for folders in sorted(both))
@@ -126,7 +120,7 @@ def _read_labels(file: Path) -> np.ndarray | None:
     index = opened.schema_arrow.get_field_index(LABEL)
     if index < 0 or not types.is_integer(opened.schema_arrow.field(index).type):
         return None
-    with translate_parse_errors(file, KIND):
+    with base.translate_parse_errors(file, KIND):
         column = opened.read([LABEL], use_threads=False)[LABEL].cast("int64")  # -1 is no uint8
         labels: np.ndarray = column.fill_null(-1).to_numpy()
     return labels
@@ -149,5 +143,5 @@ def _find_image_column(schema: pyarrow.Schema, file: Path, name: str | None) -> 
 def _open_file(file: Path) -> parquet.ParquetFile:
     from pyarrow import parquet
 
-    with translate_parse_errors(file, KIND):
+    with base.translate_parse_errors(file, KIND):
         return parquet.ParquetFile(file)

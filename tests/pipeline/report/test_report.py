@@ -312,7 +312,7 @@ def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
     cifar10 = config.to_dict(config.load_experiment("cifar10", []))
     for section, recipe in paper.RECIPE.items():
         assert recipe == {key: cifar10[section][key] for key in recipe}
-    assert len({id(row) for row in paper.TABLES_1_AND_2}) == 6
+    assert len({id(row) for row in paper.TABLES_1_AND_2.values()}) == 6
     assert paper.find_paper_row(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
 
 
