@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, str | float]] = {
 }  # fmt: skip
 Series = tuple[Sequence[int], Sequence[float]]  # steps, values
 Size = tuple[float, float]  # inches
-Kind = Literal["clear", "faint", "marks", "steps", "best", "other"]
+Kind = Literal["clear", "faint", "marks", "steps", "best", "other", "bars"]
 
 
 class Picture(NamedTuple):
@@ -45,22 +45,12 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A pair of axes: title, label `x` of the horizontal axis, and the function that draws on them."""
-
-    title: str
-    x: str
-    draw: Callable[[Axes], None]
-    size: Size = SIZE
-
-
-@dataclass(frozen=True)
 class Line:
     """A line of `y` over `x`.
 
     kind: clear; faint behind a smoothed line; steps for few points; best for one of them; marks for others' points;
-    other for others' line; or a number, of a run among several, which has one colour in every panel. band: its half
-    width around the line, or of a numbered line the standard error of each point.
+    other for others' line; bars, counted from 0; or a number, of a run among several, which has one colour in every
+    panel. band: its half width around the line, or of a numbered line the standard error of each point.
     """
 
     x: Sequence[float]
@@ -68,6 +58,25 @@ class Line:
     label: str = ""
     kind: Kind | int = "clear"
     band: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A pair of axes with its lines; x: the label of the horizontal axis."""
+
+    title: str
+    x: str
+    lines: Sequence[Line]
+    log_x: bool = False
+    log_y: bool = False
+    size: Size = SIZE
+
+    @property
+    def legend_below(self) -> tuple[int, int]:
+        """Columns and rows of the legend of several runs, which stands below the panel."""
+        labels = [line.label for line in self.lines if line.label and isinstance(line.kind, int)]
+        columns = 2 if len(labels) > 3 else 1
+        return columns, -(-len(labels) // columns)
 
 
 def save_panels(panels: Sequence[Panel], file: Path) -> None:
@@ -78,10 +87,11 @@ def save_panels(panels: Sequence[Panel], file: Path) -> None:
     stream = io.StringIO()
     # The salt makes the ids in the SVG repeatable.
     with matplotlib.style.context({**style.CHARTS, "svg.hashsalt": file.stem}):
-        width, height = sum(panel.size[0] for panel in panels), panels[0].size[1]
+        width = sum(panel.size[0] for panel in panels)
+        height = panels[0].size[1] + 0.17 * panels[0].legend_below[1]
         figure = Figure(figsize=(width, height), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            panel.draw(axes)
+            _draw_lines(axes, panel)
             axes.set(title=panel.title, xlabel=panel.x)
             axes.tick_params(which="both", length=0)
             _label_ticks(axes.xaxis)
@@ -94,44 +104,6 @@ def save_panels(panels: Sequence[Panel], file: Path) -> None:
 def save_picture(folder: Path, name: str, panel: Panel, caption: str) -> Picture:
     save_panels([panel], folder / f"{name}.svg")
     return Picture(f"{name}.svg", caption)
-
-
-def plot_curves(
-    title: str, x: str, lines: Sequence[Line], log_x: bool = False, log_y: bool = False, size: Size = SIZE
-) -> Panel:
-    """Make a panel of lines. If they are of several runs, which a number for their kind says, the legend is below."""
-    labels = [line.label for line in lines if line.label]
-    below = bool(labels) and isinstance(lines[0].kind, int)
-    columns = 2 if len(labels) > 3 else 1
-
-    def plot(axes: Axes) -> None:
-        for line in lines:
-            every, style_of_line = max(1, len(line.x) // MOST_POINTS), _choose_style(line.kind)
-            (drawn,) = axes.plot(line.x[::every], line.y[::every], label=line.label or None)
-            drawn.set(**style_of_line)
-            if line.band is not None and isinstance(line.kind, int):
-                drawn.set(marker="o", markersize=4)
-                axes.errorbar(line.x, line.y, line.band, fmt="none", ecolor=style_of_line["color"])
-            elif line.band is not None:
-                axes.fill_between(line.x, line.y - line.band, line.y + line.band, color=style.RUN, alpha=0.2)
-        axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
-        if below:
-            axes.figure.legend(loc="outside lower left", ncols=columns, fontsize=8)
-        elif labels:
-            axes.legend()
-
-    return Panel(title, x, plot, (size[0], size[1] + 0.17 * -(-len(labels) // columns) * below))
-
-
-def plot_bars(title: str, x: str, heights: Sequence[float]) -> Panel:
-    """Make a panel with one bar for each of the numbers, counted from 0."""
-
-    def plot(axes: Axes) -> None:
-        axes.bar(range(len(heights)), heights, color=style.RUN, width=0.7)
-        axes.set_xticks(range(len(heights)) if len(heights) <= 20 else [])
-        axes.grid(axis="x", visible=False)
-
-    return Panel(title, x, plot)
 
 
 def plot_rate_distortion(
@@ -147,7 +119,7 @@ def plot_rate_distortion(
     def plot(x: str, y: str) -> Panel:
         ours = Line([row[x] for row in rows], [row[y] for row in rows], "this run" if paper else "")
         theirs = Line([row[x] for row in printed], [row[y] for row in printed], "paper, Table 4", "marks")
-        return plot_curves(names[y], names[x], [ours, theirs] if paper else [ours], size=SMALL)
+        return Panel(names[y], names[x], [ours, theirs] if paper else [ours], size=SMALL)
 
     return [plot("k", "rmse"), plot("k", "rate_bpd"), plot("rate_bpd", "rmse")]
 
@@ -156,6 +128,29 @@ def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
     """Return the running mean (n,); the window is a share of the points, and shorter at both ends."""
     window = np.ones(2 * int(len(values) * share / 2) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _draw_lines(axes: Axes, panel: Panel) -> None:
+    axes.set(xscale="log" if panel.log_x else "linear", yscale="log" if panel.log_y else "linear")
+    for line in panel.lines:
+        if line.kind == "bars":
+            axes.bar(line.x, line.y, color=style.RUN, width=0.7)
+            axes.set_xticks(line.x if len(line.x) <= 20 else [])
+            axes.grid(axis="x", visible=False)
+            continue
+        every, look = max(1, len(line.x) // MOST_POINTS), _choose_style(line.kind)
+        (drawn,) = axes.plot(line.x[::every], line.y[::every], label=line.label or None)
+        drawn.set(**look)
+        if line.band is not None and isinstance(line.kind, int):
+            drawn.set(marker="o", markersize=4)
+            axes.errorbar(line.x, line.y, line.band, fmt="none", ecolor=look["color"])
+        elif line.band is not None:
+            axes.fill_between(line.x, line.y - line.band, line.y + line.band, color=style.RUN, alpha=0.2)
+    columns, rows = panel.legend_below
+    if rows:
+        axes.figure.legend(loc="outside lower left", ncols=columns, fontsize=8)
+    elif any(line.label for line in panel.lines):
+        axes.legend()
 
 
 def _choose_style(kind: Kind | int) -> Mapping[str, Any]:

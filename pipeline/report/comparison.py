@@ -216,7 +216,7 @@ def draw_scores(
         caption = (
             f"{metric.title} against {shorten_key(key)}; a bar is one standard error, or the spread of seeds"
         )
-        panel = charts.plot_curves(metric.title, shorten_key(key), drawn, log_x)
+        panel = charts.Panel(metric.title, shorten_key(key), drawn, log_x)
         pictures.append(save_picture(folder, f"scores-{len(pictures)}", panel, caption))
     return pictures
 
@@ -234,6 +234,6 @@ def draw_losses(runs: Sequence[ComparedRun], folder: Path) -> list[Picture]:
         title = ", ".join(["Loss", *values])
         series = [(number, run.label, *run.files.read_series("train/loss")) for number, run in group.values()]
         lines = [Line(x, charts.smooth(y), names[label], number) for number, label, x, y in series]
-        picture = charts.plot_curves(title, "step", lines, log_y=True)
+        picture = charts.Panel(title, "step", lines, log_y=True)
         pictures.append(save_picture(folder, f"loss-{panel}", picture, f"{title}, smoothed"))
     return pictures

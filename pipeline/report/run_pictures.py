@@ -11,7 +11,7 @@ from PIL import Image
 from ddpm.config import DiffusionConfig
 from ddpm.schedules import get_betas
 from pipeline.drawing import charts
-from pipeline.drawing.charts import SMALL, Line, Picture, plot_curves, save_picture
+from pipeline.drawing.charts import SMALL, Line, Panel, Picture, save_picture
 from pipeline.drawing.grids import save_grid
 from pipeline.report.run_files import RunFiles
 from pipeline.scores.metrics import Bound, Metric, Scores
@@ -93,7 +93,7 @@ def draw_training(run: RunFiles, folder: Path) -> list[Picture]:
         if steps:
             smooth = [Line(steps, values, kind="faint"), Line(steps, charts.smooth(values))]
             lines = [Line(steps, values)] if metric == "train/lr" else smooth
-            pictures.append(save_picture(folder, name, plot_curves(title, "step", lines, log_y=log), caption))
+            pictures.append(save_picture(folder, name, Panel(title, "step", lines, log_y=log), caption))
     return pictures
 
 
@@ -109,7 +109,7 @@ def draw_checkpoints(
     ]
     if published:
         lines.append(Line(list(published), list(published.values()), "published, n = 50,000", "marks"))
-    panel = plot_curves(metric.heading, "step", lines, log_x=bool(published), log_y=bool(published))
+    panel = Panel(metric.heading, "step", lines, log_x=bool(published), log_y=bool(published))
     beside = ", with published scores of the same recipe" if published else ""
     return save_picture(folder, "selection", panel, f"{metric.heading} against training steps{beside}")
 
@@ -117,7 +117,8 @@ def draw_checkpoints(
 def draw_class_shares(shares: Sequence[float], folder: Path) -> Picture:
     """Draw the share of the samples in each class, as bars."""
     caption = f"Each class holds {min(shares):.1%} to {max(shares):.1%} of the samples, as the classifier sees them."
-    panel = charts.plot_bars("Samples by class, %", "class", [100 * share for share in shares])
+    bars = Line(range(len(shares)), [100 * share for share in shares], kind="bars")
+    panel = Panel("Samples by class, %", "class", [bars])
     return save_picture(folder, "classes", panel, caption)
 
 
@@ -125,8 +126,8 @@ def draw_bound(bound: Bound, folder: Path) -> list[Picture]:
     """Draw the terms of the bound and the error of the estimate of x_0 over t."""
     t = range(1, len(bound["terms"]) + 1)
     rmse = [127.5 * value**0.5 for value in bound["mse"]]
-    terms = plot_curves("NLL terms, bits/dim", "t", [Line(t, bound["terms"])], log_x=True, log_y=True)
-    error = plot_curves("RMSE of the estimate of x_0", "t", [Line(t, rmse)])
+    terms = Panel("NLL terms, bits/dim", "t", [Line(t, bound["terms"])], log_x=True, log_y=True)
+    error = Panel("RMSE of the estimate of x_0", "t", [Line(t, rmse)])
     scale = "Root mean square error of the estimate of x_0, on the scale 0 to 255"
     return [
         save_picture(folder, "terms", terms, "Term of the bound at each t; the first is the decoder's L_0"),
@@ -153,6 +154,6 @@ def draw_schedule(diffusion: DiffusionConfig, folder: Path) -> tuple[float, list
         ("alpha-bar", "ᾱ", alpha_bar, "Share of the image's variance in x_t"),
         ("snr", "ᾱ / (1 − ᾱ)", snr, "Signal-to-noise ratio of x_t"),
     ):
-        panel = plot_curves(title, "t", [Line(t, y.tolist())], log_y=name == "snr", size=SMALL)
+        panel = Panel(title, "t", [Line(t, y.tolist())], log_y=name == "snr", size=SMALL)
         pictures.append(save_picture(folder, name, panel, caption))
     return alpha_bar[-1].item(), pictures

@@ -74,7 +74,7 @@ def plan_scores_along_chain(place: Place) -> Figure:
         panels = []
         for name in ("is_mean", "fid") if "is_mean" in scores[0] else ("fid",):
             line = charts.Line(steps, [row[name] for row in scores])
-            panels.append(charts.plot_curves(METRICS[name].heading, "reverse steps", [line]))
+            panels.append(charts.Panel(METRICS[name].heading, "reverse steps", [line]))
         charts.save_panels(panels, file)
 
     return Figure("scores_along.svg", caption, units, draw)

@@ -143,7 +143,7 @@ def draw_distance(place: Place, parts: list[np.ndarray], file: Path) -> str:
         distance.append(charts.Line(steps, excesses, name, kind))
     panels = {"RMSE": errors, "RMSE over the best linear denoiser's, %": distance}
     axis = "reverse steps T − t"
-    charts.save_panels([charts.plot_curves(title, axis, lines) for title, lines in panels.items()], file)
+    charts.save_panels([charts.Panel(title, axis, lines) for title, lines in panels.items()], file)
     lost = (excess > np.maximum(2 * error, AGREE)) if place.experiment.sample.is_deterministic else ()
     return describe_distance(k, ours, linear, float(mean[0]), int(np.sum(lost)))
 

@@ -136,8 +136,9 @@ def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
 def test_scores_are_drawn_against_the_swept_number_with_the_most_values(tmp_path, monkeypatch):
     """Two lines of three lengths; seeds are the error of a point, and a number of two values makes no axis."""
     drawn, runs = [], []
-    monkeypatch.setattr(charts, "plot_curves", lambda title, x, lines, log_x: drawn.append((title, x, lines)))
-    monkeypatch.setattr(comparison, "save_picture", lambda folder, name, panel, caption: name)
+    monkeypatch.setattr(
+        comparison, "save_picture", lambda folder, name, panel, _: drawn.append(panel) or name
+    )
     scores = {(0.0, 20): 9.0, (0.0, 5): 30.0, (0.0, 80): 4.0, (1.0, 5): 20.0, (1.0, 20): 8.0, (1.0, 80): 6.0}
     for seed in (0, 1):
         for (eta, steps), fid in scores.items():
@@ -147,11 +148,11 @@ def test_scores_are_drawn_against_the_swept_number_with_the_most_values(tmp_path
             runs.append(run)
     groups = rank_runs(reread(runs), METRICS["fid"])
     assert comparison.draw_scores(groups, METRICS["fid"], tmp_path) == ["scores-0"]
-    ((title, x, lines),) = drawn
-    assert (title, x) == ("FID", "steps")
-    found = {line.label: (line.x, line.y) for line in lines}
+    (panel,) = drawn
+    assert (panel.title, panel.x) == ("FID", "steps")
+    found = {line.label: (line.x, line.y) for line in panel.lines}
     assert found == {"eta=0.0": ((5, 20, 80), (30.5, 9.5, 4.5)), "eta=1.0": ((5, 20, 80), (20.5, 8.5, 6.5))}
-    assert all(line.band.tolist() == pytest.approx([0.5**0.5] * 3) for line in lines)
+    assert all(line.band.tolist() == pytest.approx([0.5**0.5] * 3) for line in panel.lines)
     two = rank_runs(reread([run for run in runs if run.swept["sample.steps"] != 80]), METRICS["fid"])
     assert comparison.draw_scores(two, METRICS["fid"], tmp_path) == []
 
@@ -173,14 +174,15 @@ def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatc
     """What only sampling differs in is one run directory: its loss is one curve."""
     found = [compared(tmp_path, f"sample.steps={n}", label=str(n), **{"sample.steps": n}) for n in (100, 50)]
     assert found[0].place.path == found[1].place.path
-    drawn, plot_curves = [], charts.plot_curves
+    drawn, save_picture = {}, comparison.save_picture
 
-    def noting(title, x, lines, **settings):
-        return drawn.append(lines) or plot_curves(title, x, lines, **settings)
+    def noting(folder, name, panel, caption):
+        drawn[name] = panel
+        return save_picture(folder, name, panel, caption)
 
-    monkeypatch.setattr(charts, "plot_curves", noting)
+    monkeypatch.setattr(comparison, "save_picture", noting)
     markdown = page(found, tmp_path / "page")
-    assert [len(lines) for lines in drawn] == [1] and markdown.count("![") >= 3
+    assert len(drawn["loss-0"].lines) == 1 and markdown.count("![") >= 3
 
 
 def test_the_command_takes_names_beginnings_and_paths(four, tmp_path, undrawn, capsys):
