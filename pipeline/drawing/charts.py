@@ -124,9 +124,9 @@ def plot_rate_distortion(
     return [plot("k", "rmse"), plot("k", "rate_bpd"), plot("rate_bpd", "rmse")]
 
 
-def smooth(values: Sequence[float], share: float = 0.04) -> np.ndarray:
-    """Return the running mean (n,); the window is a share of the points, and shorter at both ends."""
-    window = np.ones(2 * int(len(values) * share / 2) + 1)
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Return the running mean (n,); the window is 4 % of the points, and shorter at both ends."""
+    window = np.ones(2 * int(len(values) * 0.04 / 2) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
