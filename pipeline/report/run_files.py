@@ -114,10 +114,6 @@ class RunFiles:
         return {"**This run**": {**self.scores, "n": self.protocol.get("n", 0)}, **known}
 
     @cached_property
-    def bound(self) -> Bound | None:
-        return self.get_content("nll") or None
-
-    @cached_property
     def points(self) -> list[LogPoint]:
         return read_points(self.place.log)
 
