@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.errors import PipelineError, explain_network_error, hide_password
@@ -20,11 +20,13 @@ from pipeline.store.files import name_user, require_regular_file, write_atomical
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.entities import PagedList
 
     from pipeline.config import ClusterConfig
 
 logger = logging.getLogger(__name__)
 
+Item = TypeVar("Item")
 MetricPoint = tuple[str, float, int, int]  # name, value, Unix milliseconds, step
 
 ARTIFACTS = "mlartifacts"
@@ -182,6 +184,16 @@ def ensure_run(
     tags |= {**identity, "mlflow.user": name_user(), **source}
     run = found[0] if found else client.create_run(experiment_id, start, tags, name)
     return str(run.info.run_id)
+
+
+def read_pages(search: Callable[..., PagedList[Item]]) -> Iterator[Item]:
+    """Yield all that a search of MLflow finds, which it gives page by page."""
+    token = None
+    while True:
+        page = search(page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def log_batches(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place, list_steps
 from pipeline.store.tensors import Tensors, load_tensors, save_tensors
-from pipeline.tracking.mlflow_client import create_client, translate_errors
+from pipeline.tracking.mlflow_client import create_client, read_pages, translate_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,7 +95,8 @@ def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     source = f"{PREFIX}{model.model_id}"
-    known = [found for found in client.search_model_versions(f"name='{name}'") if found.source == source]
+    search = partial(client.search_model_versions, f"name='{name}'")
+    known = [found for found in read_pages(search) if found.source == source]
     if not known:
         known.append(client.create_model_version(name, source, model.source_run_id, model_id=model.model_id))
     version = known[0].version

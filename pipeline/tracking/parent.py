@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
 from pipeline.errors import hide_password
 from pipeline.tracking import mlflow_client
-from pipeline.tracking.mlflow_client import VIEW, Sender, log_batches
+from pipeline.tracking.mlflow_client import VIEW, Sender, log_batches, read_pages
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 TABLE = "leaderboard.json"
-MOST = 50_000  # runs that MLflow takes as the limit of one search
 PARENT_TAG, TRIAL_TAG, STATE_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.state"
 REMOVED_TAG = "sweep.removed"
 
@@ -36,6 +36,8 @@ class ParentRun(Sender):
     def __init__(self, uri: str, study: str, storage: Path, warn: Callable[[str], None]):
         super().__init__(uri, warn)
         self.study, self.storage = study, storage
+        self.children: dict[str, str] = {}  # runs of trials, by their keys
+        self.sent_rungs: dict[str, int] = {}  # how many of each trial
 
     def connect(self) -> None:
         """Find or create the parent run, once."""
@@ -52,9 +54,10 @@ class ParentRun(Sender):
             self.connect()
             self.client.update_run(self.run_id, status="RUNNING")
             self.client.log_artifact(self.run_id, str(sweep_file))
-            for child in self._list_children():
+            for child in self._search_children():
                 run_id, tags = child.info.run_id, child.data.tags
                 if tags.get(TRIAL_TAG) in trials:
+                    self.children[tags[TRIAL_TAG]] = run_id
                     if REMOVED_TAG in tags:
                         self.client.delete_tag(run_id, REMOVED_TAG)
                     continue
@@ -77,10 +80,12 @@ class ParentRun(Sender):
             known, now = self.client.get_run(self.run_id).data.metrics, time.time_ns() // 1_000_000
             points = [(key, value, now, 0) for key, value in scores.items() if known.get(key) != value]
             log_batches(self.client, self.run_id, points, tags)
-            for child in self._list_children() if any(rungs.values()) else ():
-                if own := rungs.get(child.data.tags.get(TRIAL_TAG, "")):
-                    points = [("rung/nll_bpd", value, when, step) for step, value, when in own]
-                    log_batches(self.client, child.info.run_id, points)
+            for trial, own in rungs.items():
+                new = own[self.sent_rungs.get(trial, 0) :]
+                if new and (child := self._find_child(trial)):
+                    points = [("rung/nll_bpd", value, when, step) for step, value, when in new]
+                    log_batches(self.client, child, points)
+                    self.sent_rungs[trial] = len(own)
 
     def finish(self, status: str, report: Path) -> None:
         with self.warn_of_errors(" of the sweep"):
@@ -105,6 +110,13 @@ class ParentRun(Sender):
             ("its trials", f"{runs}{VIEW}&{urlencode(query, quote_via=quote)}"),
         ]
 
-    def _list_children(self) -> list[Run]:
-        query = f"tags.`{PARENT_TAG}` = '{self.run_id}'"
-        return list(self.client.search_runs([self.experiment_id], query, max_results=MOST))
+    def _search_children(self, query: str = "") -> Iterator[Run]:
+        query = f"tags.`{PARENT_TAG}` = '{self.run_id}'{query}"
+        return read_pages(partial(self.client.search_runs, [self.experiment_id], query))
+
+    def _find_child(self, trial: str) -> str | None:
+        """Return the id of a trial's run, if the server has one by now."""
+        if trial not in self.children:
+            for found in self._search_children(f" and tags.`{TRIAL_TAG}` = '{trial}'"):
+                self.children[trial] = found.info.run_id
+        return self.children.get(trial)

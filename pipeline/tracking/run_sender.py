@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,13 @@ from pipeline.store.run import Place
 from pipeline.store.selection import ScoreFile, Selection
 from pipeline.store.tars import ShardSetFacts
 from pipeline.tracking import models
-from pipeline.tracking.mlflow_client import create_client, ensure_experiment, ensure_run, log_batches
+from pipeline.tracking.mlflow_client import (
+    create_client,
+    ensure_experiment,
+    ensure_run,
+    log_batches,
+    read_pages,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -116,13 +123,8 @@ class RunSender:
 
     def _find_models(self) -> dict[int, LoggedModel]:
         query = f"source_run_id = '{self.run_id}'"
-        found: dict[int, LoggedModel] = {}
-        token = ""
-        while True:
-            page = self.client.search_logged_models([self.experiment_id], query, page_token=token or None)
-            found |= {int(model.tags["step"]): model for model in page}
-            if not (token := page.token):
-                return found
+        search = partial(self.client.search_logged_models, [self.experiment_id], query)
+        return {int(model.tags["step"]): model for model in read_pages(search)}
 
     def _create_model(self, step: int) -> LoggedModel:
         """Make a logged model that names the file of a checkpoint's weights, which stay there."""

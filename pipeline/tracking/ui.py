@@ -66,7 +66,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
 def list_tables(uri: str) -> dict[str, str]:
     """List the links to the tables of runs, by the name of their study. Raises PipelineError."""
     mlflow_client.check_server(uri)
-    studies = mlflow_client.create_client(uri).search_experiments()
+    studies = mlflow_client.read_pages(mlflow_client.create_client(uri).search_experiments)
     tables = [study for study in studies if mlflow_client.TABLE_TAG in study.tags]
     return {study.name: f"/{study.experiment_id}/runs{mlflow_client.TABLE}" for study in tables}
 

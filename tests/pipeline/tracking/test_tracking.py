@@ -342,3 +342,24 @@ def test_weights_are_copied_up_to_a_size_and_models_say_which_hold_them(sampled,
     study = MlflowClient(own_uri).get_experiment_by_name(run.name).experiment_id
     models = MlflowClient(own_uri).search_logged_models([study])
     assert {model.tags["step"] for model in models if model.tags.get("weights") == "ema"} == held
+
+
+def test_a_study_reads_its_trials_page_by_page_and_sends_each_rung_once(own_uri, tmp_path):
+    parent = tracking.ParentRun(own_uri, "study", tmp_path, warn=pytest.fail)
+    parent.connect()
+    client, search, asked = parent.client, parent.client.search_runs, []
+    trials = {key: [(2, 3.5, 1)] for key in "abc"}
+    make, tags = tracking.mlflow_client.ensure_run, {tracking.PARENT_TAG: parent.run_id}
+    runs = {
+        key: make(client, parent.experiment_id, key, tags | {tracking.TRIAL_TAG: key}, 1) for key in trials
+    }
+    client.search_runs = lambda *words, **more: asked.append(more) or search(*words, max_results=2, **more)
+    parent.start(tmp_path / "mlflow.db", trials)
+    assert len(asked) == 2
+    for rungs in (trials, trials, {**trials, "b": [*trials["b"], (4, 3.0, 2)]}):
+        parent.send_leaderboard([{"a": 1}], "", {}, {}, rungs)
+    assert len(asked) == 2, "the children are known"
+    steps = {
+        key: [p.step for p in client.get_metric_history(run, "rung/nll_bpd")] for key, run in runs.items()
+    }
+    assert steps == {"a": [2], "b": [2, 4], "c": [2]}
