@@ -231,10 +231,10 @@ def export_weights(options: Namespace) -> None:
     from pipeline import tracking
     from pipeline.engine.find import find_run, read_place
     from pipeline.report.run_page import write_card
-    from pipeline.store import diffusers_layout
+    from pipeline.store import diffusers_layout, files
 
     cluster = arguments.load_cluster(options, alone=True)
-    folder = Path(options.directory).expanduser().absolute()
+    files.require_output(folder := Path(options.directory).expanduser().absolute(), folder=True)
     if not options.run.startswith(tracking.PREFIX):
         place = read_place(find_run(options.run, cluster.storage_root))
         exported, source = diffusers_layout.export_to_diffusers(place, folder, options.weights, options.step)

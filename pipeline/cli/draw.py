@@ -19,7 +19,7 @@ from pipeline.data.sources.raw_image import DecodeError, RawImage, convert_to_re
 from pipeline.drawing.grids import save_animation, save_grid
 from pipeline.engine.load import read_named_model
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.store.files import require_regular_file, write_arrays, write_atomically
+from pipeline.store.files import require_output, require_regular_file, write_arrays, write_atomically
 from pipeline.store.tars import decode_png, encode_png
 
 FRAMES = 50  # of an animation
@@ -56,8 +56,7 @@ def _check_options(options: Namespace, out: Path) -> None:
     """Raise ConfigError if options contradict each other, or if `out` cannot be written."""
     if out.suffix not in (".png", ".gif", ".npz", ""):
         raise ConfigError(f"{out} must end in .png, .gif or .npz, or have no ending: a folder of pictures")
-    if out.is_dir() if out.suffix else out.is_file() or any(out.glob("*")):
-        raise PipelineError(f"{out} exists already and is not an empty folder or a file; give another name")
+    require_output(out, folder=not out.suffix)
     if not options.interpolate and (options.at is not None or options.weights):
         raise ConfigError("--lambda and --at belong to --interpolate A B")
     if options.interpolate and out.suffix == ".gif":

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from ddpm.config import Count, Decoder, Precision, Problems, Range, Sampler, Share, Spacing, TrainConfig
 from pipeline.errors import PipelineError, suggest
@@ -201,10 +202,25 @@ class ClusterConfig:
         if self.min_workers and self.workers is not None and self.min_workers > self.workers:
             limit = f"cluster.workers={self.workers} is the most that train"
             yield "min_workers", f"is {self.min_workers}; {limit}"
-        scheme, _, rest = (self.tracking_uri or "").partition("://")
-        if self.tracking_uri is not None and not (rest and scheme.split("+")[0] in TRACKING):
-            known = ", ".join(f"{known}://" for known in TRACKING)
-            yield "tracking_uri", f"begins with '{scheme if rest else '...'}'; MLflow's stores are {known}"
+        if self.tracking_uri is not None and (problem := _explain_tracking_uri(self.tracking_uri)):
+            yield "tracking_uri", problem
+
+
+def _explain_tracking_uri(uri: str) -> str:
+    """Return why MLflow has no store at this address; '' if it may have one."""
+    scheme, mark, rest = uri.partition("://")
+    kind = scheme.partition("+")[0]
+    if not mark or kind not in TRACKING:
+        known = ", ".join(f"{known}://" for known in TRACKING)
+        return f"begins with '{scheme if mark else '...'}'; MLflow's stores are {known}"
+    try:
+        parts = urlsplit(uri)
+        place = parts.hostname if kind.startswith("http") else rest.strip("/")
+        complete = place and place != ":memory:" and (kind == "sqlite" or parts.port != 0)
+    except ValueError:  # its text may have a password
+        complete = False
+    like = "sqlite:////FOLDER/mlflow.db" if kind == "sqlite" else f"{scheme}://HOST:PORT"
+    return "" if complete else f"lacks a host or file, or its port is none; it is like {like}"
 
 
 def require_images_for_workers(config: TrainConfig, workers: int) -> None:

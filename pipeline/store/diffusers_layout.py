@@ -278,8 +278,6 @@ def export_to_diffusers(
 
 def write_folder(experiment: Experiment, tensors: Tensors, directory: Path, kind: str, source: str) -> None:
     """Write weights of a kind so that diffusers' DDPMPipeline loads `directory`."""
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise PipelineError(f"{directory} exists and is not empty; name a new folder to export to")
     scheduler, network = make_scheduler_settings(experiment), make_network_settings(experiment)
     exported = {translate_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     header = {"_diffusers_version": LAYOUT_VERSION}

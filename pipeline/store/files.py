@@ -187,6 +187,18 @@ def read_record(path: Path, shape: type[T]) -> T:
     return (try_read(read_json, path, shape, "it is started again") if path.exists() else None) or shape()
 
 
+def require_output(path: Path, folder: bool = False) -> None:
+    """Raise PipelineError unless a command can write its output here: a file, or a folder that is new or empty."""
+    fits = path.is_dir() and not any(path.iterdir()) if folder else path.is_file()
+    if os.path.lexists(path) and not fits:
+        kind = "an empty folder" if folder else "a file"
+        raise PipelineError(f"{path} exists already and is not {kind}; give another name")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        reason = "cannot be written" if above.is_dir() else "is no folder"
+        raise PipelineError(f"{path} cannot be made: {above} {reason}; give another name")
+
+
 def write_arrays(path: Path, **arrays: np.ndarray | str) -> None:
     import numpy as np
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ import ddpm
 from ddpm.networks.custom import CustomConfig
 from pipeline.config import Experiment, load_experiment
 from pipeline.config.checks import Tree
-from pipeline.errors import hide_password
+from pipeline.errors import ConfigError, PipelineError, hide_password
 from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place, list_steps
@@ -112,12 +113,21 @@ def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, Tree,
     Its files are written to `folder`, and no code of it runs. Raises PipelineError.
     """
     made_by = "`ddpm register RUN --alias NAME` makes such a model"
+    if not re.fullmatch(f"{PREFIX}[^/@]+([/@][^/@]+)?", address):
+        raise ConfigError(
+            f"{address} is no address of a model: {PREFIX}NAME@ALIAS, {PREFIX}NAME/VERSION, {PREFIX}ID"
+        )
     with translate_errors(uri, f"{address} cannot be fetched from {hide_password(uri)}", made_by):
         create_client(uri)
         import mlflow
 
         mlflow.set_tracking_uri(uri)  # the client looks there for the name
-        files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder)))
+        try:
+            files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder)))
+        except mlflow.MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise PipelineError(f"{hide_password(uri)} has no model {address}; {made_by}") from error
     remedy = "register its run again"
     settings = read_json(files / SETTINGS, Tree, remedy)
     return load_experiment(str(files / EXPERIMENT), []), settings, load_tensors(files / WEIGHTS, remedy)

@@ -81,6 +81,10 @@ MISTAKES = [  # words, exit code, what the error says
     ("draw nowhere --seed 8e15", 2, "whole number"),
     (f"draw nowhere --seed {2**63 - 1} cluster.storage={{tmp}}", 1, "'nowhere' is no run directory"),
     (f"{SEND} --template README.md -- run digits", 2, "README.md is no RayJob"),
+    # Outputs that cannot be written are told before the work
+    ("draw nowhere {tmp}/grid.yaml/x/y.png", 1, "grid.yaml is no folder"),
+    ("draw nowhere {tmp}/pipe", 1, "pipe exists"),
+    ("export nowhere {tmp}", 1, "not an empty folder"), ("export nowhere {tmp}/pipe/out", 1, "pipe is no folder"),
 ]  # fmt: skip
 
 

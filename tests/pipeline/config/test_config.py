@@ -55,11 +55,21 @@ def test_every_cluster_loads(path):
     assert config.load_cluster(str(path), []).storage
 
 
-@pytest.mark.parametrize("uri", ["foo://host", "mlruns", "http:/host", "sqlite://", "host:5000"])
+@pytest.mark.parametrize(
+    "uri",
+    ["foo://host", "mlruns", "http:/host", "host:5000", "sqlite://", "sqlite:///", "sqlite:///:memory:", "http://",
+     "http:///x", "https://:5000", "http://me:pw@", "http://h:99999", "http://h:x", "http://[::1", "postgresql://"],
+)  # fmt: skip
 def test_a_tracking_uri_that_mlflow_does_not_know_is_refused(uri):
-    with pytest.raises(ConfigError, match=r"cluster\.tracking_uri begins with '.*http://"):
+    with pytest.raises(ConfigError, match=r"cluster\.tracking_uri .*(http|sqlite|postgresql)s?://"):
         config.load_cluster("local", [f"tracking_uri={uri}"])
-    for known in ("http://host:5000", "sqlite:////data/mlflow.db", "postgresql+psycopg2://db/x"):
+    for known in (
+        "http://host:5000",
+        "sqlite:////data/mlflow.db",
+        "postgresql+psycopg2://db/x",
+        "postgresql:///x",
+        "http://[::1]:5",
+    ):
         assert config.load_cluster("local", [f"tracking_uri={known}"]).tracking_uri == known
 
 

@@ -303,8 +303,24 @@ def test_a_registered_model_draws_its_samples_and_is_exported(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", own_uri)
     again = pipeline.load("models:/digits@champion").sample(12)
     assert np.array_equal(to_uint8(again).permute(0, 2, 3, 1), drawn)
-    assert main(["export", "models:/digits@nobody", str(tmp_path / "none"), *where]) == 1
-    assert "models:/digits@nobody cannot be fetched" in capsys.readouterr().err
+    for wrong in (
+        "digits@nobody",
+        "digits/99",
+        "digits/new",
+        "nobody/1",
+        "m-0123",
+        "",
+        "/x/y",
+        "a@",
+        "a/b/c",
+    ):
+        assert main(["export", f"models:/{wrong}", str(tmp_path / "none"), *where]) in (1, 2)
+        error = capsys.readouterr().err
+        assert (
+            error.count("\n") == 1
+            and f"models:/{wrong}" in error
+            and ("register" in error or "NAME@ALIAS" in error)
+        )
 
 
 @pytest.mark.slow
