@@ -96,11 +96,8 @@ class Diffusion:
 
     def q_mean_variance(self, x_0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and log variance of q(x_t | x_0), Eq. 4."""
-        mean, variance = (
-            self.gather("sqrt_alpha_bar", t, x_0) * x_0,
-            self.gather("one_minus_alpha_bar", t, x_0),
-        )
-        return mean, variance, self.gather("log_one_minus_alpha_bar", t, x_0)
+        signal, variance = (self.gather(name, t, x_0) for name in ("sqrt_alpha_bar", "one_minus_alpha_bar"))
+        return signal * x_0, variance, self.gather("log_one_minus_alpha_bar", t, x_0)
 
     def q_sample(self, x_0: Tensor, t: Tensor, eps: Tensor | None = None) -> Tensor:
         """Draw x_t from q(x_t | x_0) (Eq. 4). eps: standard normal, of the shape of x_0; None: drawn here."""

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from ddpm import sampler
 from ddpm.config import DiffusionConfig
+from ddpm.denoisers import PosteriorMean
 from ddpm.diffusion import Diffusion, Network
 from ddpm.kernels import accelerate
 from ddpm.networks import NO_LABEL, UNTRAINED, find_config_class
 from ddpm.networks.build import allocate_weights, build_network
 from ddpm.networks.config import NetworkConfig
-from ddpm.posterior_mean import PosteriorMean
 from ddpm.rng import Stream, draw_normal
 from ddpm.training import describe_mismatch
 

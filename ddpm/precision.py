@@ -16,17 +16,13 @@ from ddpm.config import Precision
 @contextmanager
 def use_precision(precision: Precision) -> Iterator[None]:
     """Let a GPU multiply float32 in TF32, or forbid it, inside the context: for forward and backward passes."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    _allow_tf32(precision == "tf32", precision == "tf32")
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        _allow_tf32(*before)
-
-
-def _allow_tf32(products: bool, convolutions: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = products
-    torch.backends.cudnn.allow_tf32 = convolutions
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 @contextmanager

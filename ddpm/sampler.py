@@ -200,12 +200,11 @@ def interpolate(
     eps = torch.randn_like(x_a) if eps is None else eps
     eps_a, eps_b = eps if isinstance(eps, tuple) else (eps, eps)
     x_t = (1 - mix) * diffusion.q_sample(x_a, t, eps_a) + mix * diffusion.q_sample(x_b, t, eps_b)
-    return run_to_end(
-        run_chain(
-            diffusion, net, x_t, noise or (lambda t: torch.randn_like(x_t)), variance=variance,
-            timesteps=range(steps), context=context, clip=clip,
-        )
-    )  # fmt: skip
+    noise = noise or (lambda t: torch.randn_like(x_t))
+    chain = run_chain(
+        diffusion, net, x_t, noise, variance=variance, timesteps=range(steps), context=context, clip=clip
+    )
+    return run_to_end(chain)
 
 
 def draw_shared_latent(

@@ -1,12 +1,15 @@
 """The beta schedules, float64."""
 
 import math
+from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ddpm.config import BetaSchedule, DiffusionConfig
+
+space_evenly = partial(torch.linspace, dtype=torch.float64)  # from start to end, in so many values
 
 
 def get_betas(config: DiffusionConfig) -> Tensor:
@@ -23,23 +26,19 @@ def compute_betas(name: str, timesteps: int, beta_start: float = 1e-4, beta_end:
     """
     match name:
         case "linear":
-            return _space_evenly(beta_start, beta_end, timesteps)
+            return space_evenly(beta_start, beta_end, timesteps)
         case "quad":
-            return _space_evenly(beta_start**0.5, beta_end**0.5, timesteps) ** 2
+            return space_evenly(beta_start**0.5, beta_end**0.5, timesteps) ** 2
         case "const":
-            return _space_evenly(beta_end, beta_end, timesteps)
+            return space_evenly(beta_end, beta_end, timesteps)
         case "warmup10" | "warmup50":
             warm = timesteps // (10 if name == "warmup10" else 2)
-            rest = _space_evenly(beta_end, beta_end, timesteps - warm)
-            return torch.cat([_space_evenly(beta_start, beta_end, warm), rest])
+            rest = space_evenly(beta_end, beta_end, timesteps - warm)
+            return torch.cat([space_evenly(beta_start, beta_end, warm), rest])
         case "jsd":
-            return 1 / _space_evenly(timesteps, 1, timesteps)
+            return 1 / space_evenly(timesteps, 1, timesteps)
         case "cosine":  # Nichol and Dhariwal 2021, Eq. 17, with beta capped at 0.999
-            u = _space_evenly(0, 1, timesteps + 1)
+            u = space_evenly(0, 1, timesteps + 1)
             alpha_bar = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
     raise ValueError(f"unknown beta schedule {name!r}: choose one of {', '.join(get_args(BetaSchedule))}")
-
-
-def _space_evenly(start: float, end: float, steps: int) -> Tensor:
-    return torch.linspace(start, end, steps, dtype=torch.float64)

@@ -7,7 +7,6 @@ stream, step, row of the global batch), so neither the number of workers nor an 
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -116,27 +115,16 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     )
 
 
-class BatchNoise(NamedTuple):
-    """Random values of the rows (N,) of an update, on their device.
-
-    t int64 (N,), uniform over 0..T-1 or drawn by t_sampler; the weight float32 (N,) of each loss, 1 if t is
-    uniform; eps float32 (N, C, H, W); flip bool (N,), true with probability 1/2; label float32 (N,), uniform in
-    [0, 1); dropout int32 (N, 2 * layers), the keys of the dropout layers.
-    """
-
-    t: Tensor
-    weight: Tensor
-    eps: Tensor
-    flip: Tensor
-    label: Tensor
-    dropout: Tensor
-
-
 def draw_batch_noise(
     seed: int, step: int, rows: Tensor, shape: tuple[int, ...], timesteps: int,
     t_sampler: ImportanceSampler | None, dropouts: int = 0,
-) -> BatchNoise:  # fmt: skip
-    """Draw the random values of update `step` for rows (int64, (N,)) of the global batch."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Draw the random values of update `step` for rows (int64, (N,)) of the global batch, on the device of rows.
+
+    Returns t int64 (N,), uniform over 0..T-1 or drawn by t_sampler; the weight float32 (N,) of each loss, 1 if t is
+    uniform; eps float32 (N, C, H, W); flip bool (N,), true with probability 1/2; label float32 (N,), uniform in
+    [0, 1); words int32 (N, 2 * dropouts), the keys of the dropout layers.
+    """
     counts = {Stream.NOISE: math.prod(shape), Stream.DROPOUT: 2 * dropouts}
     counts |= {Stream.TIMESTEP: 1, Stream.FLIP: 1, Stream.LABEL: 1}
     words = rng.draw_blocks(seed, step, rows, counts)
@@ -145,11 +133,9 @@ def draw_batch_noise(
         weight = torch.ones(len(rows), device=rows.device)
     else:
         t, weight = t_sampler.draw(rng.to_uniform(words[Stream.TIMESTEP]))
-    return BatchNoise(
-        t, weight, eps=rng.to_normal(words[Stream.NOISE], shape),
-        flip=rng.to_integers(words[Stream.FLIP], 2) == 1, label=rng.to_uniform(words[Stream.LABEL]),
-        dropout=rng.to_words(words[Stream.DROPOUT], 2 * dropouts),
-    )  # fmt: skip
+    eps, flip = rng.to_normal(words[Stream.NOISE], shape), rng.to_integers(words[Stream.FLIP], 2) == 1
+    keys = rng.to_words(words[Stream.DROPOUT], 2 * dropouts)
+    return t, weight, eps, flip, rng.to_uniform(words[Stream.LABEL]), keys
 
 
 def train_step(

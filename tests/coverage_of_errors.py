@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ddpm.config import DiffusionConfig
+from ddpm.denoisers import compute_linear_mse, compute_profile, convert_mse_to_terms
 from ddpm.diffusion import Diffusion
 from ddpm.likelihood import draw_timesteps
-from ddpm.linear_denoiser import compute_linear_mse, compute_profile, convert_mse_to_terms
 from pipeline.stages.evaluate import bound
 from pipeline.store.files import write_unit_arrays
 

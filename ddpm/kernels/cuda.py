@@ -1,7 +1,7 @@
 """Layers that stay in bfloat16 on CUDA where autocast would take float32, and casts of all weights together."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,27 +21,22 @@ class FastGroupNorm(nn.GroupNorm):
     """Group norm whose result is bfloat16 where x is. The kernel's sums are float32 all the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_bf16_on_cuda(x):
-            return _normalize(F.group_norm, self.num_groups, self, x)
-        return super().forward(x)
+        if not is_bf16_on_cuda(x):
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast("cuda", enabled=False):
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 class FastLayerNorm(nn.LayerNorm):
     """Layer norm whose result is bfloat16 where x is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_bf16_on_cuda(x):
-            return _normalize(F.layer_norm, self.normalized_shape, self, x)
-        return super().forward(x)
-
-
-def _normalize(
-    function: Callable[..., Tensor], over: int | tuple[int, ...], norm: nn.GroupNorm | nn.LayerNorm, x: Tensor
-) -> Tensor:
-    """Normalise over groups or a shape, in the type of x."""
-    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    with torch.autocast("cuda", enabled=False):
-        return function(x, over, weight, bias, norm.eps)
+        if not is_bf16_on_cuda(x):
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 def is_on_cuda(x: Tensor) -> bool:
@@ -120,14 +115,12 @@ class _CastAll(torch.autograd.Function):
     """Cast all weights to bfloat16, and all gradients back, by one copy each."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, *weights: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)  # what is not used has no gradient
         return _copy_all(weights, torch.bfloat16)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, *gradients: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return _copy_all(gradients, torch.float32)
 
 

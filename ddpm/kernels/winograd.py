@@ -9,7 +9,7 @@ result depends, by rounding, on the number of images of a call.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,23 +75,18 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
     return _Conv3x3.apply(x, weight, bias, basis)
 
 
-class _ConvContext(torch.autograd.function.FunctionCtx):
-    basis: Basis
-    saved_tensors: tuple[Tensor, Tensor]
-
-
 class _Conv3x3(torch.autograd.Function):
     """Convolution that keeps x only; the backward pass computes the tiles, several times as large, again."""
 
     @staticmethod
-    def forward(ctx: _ConvContext, x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, basis: Basis) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.basis = basis
         kernel = _transform_weight(weight, basis, x.dtype)
         return _convolve_tiles(x, kernel.transpose(1, 2), basis, bias)
 
     @staticmethod
-    def backward(ctx: _ConvContext, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         d_x = _convolve_tiles(d_y, _transform_weight(weight.flip(2, 3), ctx.basis, x.dtype), ctx.basis)
         d_bias = d_y.sum((0, 2, 3), dtype=torch.float32)

@@ -39,6 +39,7 @@ class LevelsConfig:
     channels: int
     channel_mult: tuple[int, ...]
     level_key: ClassVar[str] = "channel_mult"  # the setting with a value for each level
+    least_levels: ClassVar[int] = 1
     takes_labels: ClassVar[bool] = False
 
     @property
@@ -46,12 +47,10 @@ class LevelsConfig:
         """Channels of each level on the way down, finest first."""
         return tuple(self.channels * mult for mult in self.channel_mult)
 
-    def find_level_problems(self, image_size: int, least: int = 1, norm_groups: int = 1) -> Problems:
-        """Find values out of range, and levels that do not fit.
-
-        least: the smallest number of levels. norm_groups must divide the width of every level.
-        """
+    def find_problems(self, image_size: int) -> Problems:
+        """Find values out of range, levels that do not fit, and widths that norm_groups does not divide."""
         found, levels, key = find_value_problems(self), len(self.widths), self.level_key
+        norm_groups, least = getattr(self, "norm_groups", 1), self.least_levels
         for name in ("channels", "pos_dim", "time_width"):
             if getattr(self, name, 0) % 2:
                 found.append((name, f"must be even, not {getattr(self, name)}"))
@@ -111,7 +110,7 @@ class UNetConfig(LevelsConfig):
         return tuple(image_size >> level for level in range(len(self.channel_mult)))
 
     def find_problems(self, image_size: int) -> Problems:
-        found = self.find_level_problems(image_size, norm_groups=self.norm_groups)
+        found = super().find_problems(image_size)
         sides = self.list_sides(image_size)
         fault = f"is the side of no level: choose among {', '.join(map(str, sides))}"
         strays = [side for side in self.attention_resolutions if side not in sides]
@@ -151,7 +150,7 @@ class ApiUNetConfig(LevelsConfig):
         return [depth in self.attention_depths for depth in range(1, len(self.widths) + 1)]
 
     def find_problems(self, image_size: int) -> Problems:
-        found = self.find_level_problems(image_size, norm_groups=self.norm_groups)
+        found = super().find_problems(image_size)
         fault = f"is no depth: choose among 1 to {len(self.widths)}"
         strays = [depth for depth in self.attention_depths if depth > len(self.widths)]
         return found + [("attention_depths", f"{depth} {fault}") for depth in strays]
@@ -184,9 +183,7 @@ class ContextUNetConfig(LevelsConfig):
     norm: Literal["batch", "group"] = "batch"
     norm_groups: Count = 8
     takes_labels: ClassVar[bool] = True
-
-    def find_problems(self, image_size: int) -> Problems:
-        return self.find_level_problems(image_size, least=2, norm_groups=self.norm_groups)
+    least_levels: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
@@ -203,6 +200,7 @@ class MHAUNetConfig(LevelsConfig):
     num_heads: Count = 4
     time_width: Width = 128
     form: Literal["document", "tutorial"] = "document"
+    least_levels: ClassVar[int] = 2
 
     @property
     def up_widths(self) -> tuple[int, ...]:
@@ -213,7 +211,7 @@ class MHAUNetConfig(LevelsConfig):
         return (*self.widths[-2::-1], self.widths[0])
 
     def find_problems(self, image_size: int) -> Problems:
-        found = self.find_level_problems(image_size, least=2)
+        found = super().find_problems(image_size)
         if self.num_heads < 1 or self.channels % self.num_heads:
             found.append(("num_heads", f"{self.num_heads} does not divide the {self.channels} channels"))
         return found

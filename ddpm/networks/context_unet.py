@@ -27,7 +27,7 @@ class ContextUNet(SeededNetwork):
         super().__init__(config, image_size)
         self.config, self.num_classes, self.timesteps = config, num_classes, timesteps
         widths = config.widths
-        self.conv_in = ContextBlock(in_channels, widths[0], config, build_shortcut(in_channels, widths[0]))
+        self.conv_in = ContextBlock(in_channels, widths[0], config, residual=True)
         self.down = nn.ModuleList(_build_down_level(*pair, config) for pair in pairwise(widths))
         self.middle = GlobalPool(widths[-1], image_size >> (len(widths) - 1), config.norm_groups)
         self.up = nn.ModuleList(
@@ -73,21 +73,17 @@ class Film(nn.Module):
 
 
 class ContextBlock(nn.Module):
-    """Twice gelu(norm(conv)); with a shortcut the sum of both is divided by 1.414, the document's root of 2."""
+    """Twice gelu(norm(conv)); if residual, the sum with x is divided by 1.414, the document's root of 2."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        config: ContextUNetConfig,
-        shortcut: nn.Module | None = None,
+        self, in_channels: int, out_channels: int, config: ContextUNetConfig, residual: bool = False
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm1 = _build_norm(out_channels, config)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.norm2 = _build_norm(out_channels, config)
-        self.shortcut = shortcut
+        self.shortcut = build_shortcut(in_channels, out_channels) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.gelu(self.norm1(self.conv1(x)))

@@ -3,30 +3,18 @@
 The arguments of the class are the settings of the network, except those in GIVEN, which the program fills in.
 """
 
-from __future__ import annotations
-
+import typing
 from collections.abc import Mapping
 from dataclasses import field, fields, make_dataclass
 from functools import cache
 from importlib import import_module
 from inspect import Parameter, signature
 from types import NoneType, UnionType
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    Protocol,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)  # fmt: skip
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from ddpm.config import Problems, Range, find_value_problems
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from torch import Tensor
 
 GIVEN = ("image_size", "in_channels", "out_channels", "num_classes", "timesteps")
@@ -40,7 +28,7 @@ class CustomNetwork(Protocol):
     problems(image_size, **settings) lists (setting, what is wrong with it).
     """
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: "Tensor", t: "Tensor", context: "Tensor | None" = None) -> "Tensor":
         """Predict for images x_t (N, in_channels, H, W) at t (N,), int64 in 0..timesteps-1; context None: no labels.
 
         Returns (N, out_channels, H, W) in the type of x_t.

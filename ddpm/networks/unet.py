@@ -12,7 +12,6 @@ from ddpm.networks.config import ApiUNetConfig, UNetConfig
 from ddpm.networks.layers import RowDropout, SeededNetwork, build_shortcut, embed_timesteps, encode_context
 
 swish = F.silu
-Layers = tuple[list[nn.Module], list[nn.Module]]  # blocks and their attentions
 
 
 class UNet(SeededNetwork):
@@ -42,10 +41,9 @@ class UNet(SeededNetwork):
         for i, (width, attends) in enumerate(levels):
             widths = [skips[-1]] + [width] * config.num_res_blocks
             is_coarsest = i == len(levels) - 1
-            downsample = None if is_coarsest else self.build_downsample(width)
-            self.down.append(
-                DownLevel(*self._build_level(widths[:-1], widths[1:], attends), downsample=downsample)
-            )
+            level = DownLevel(*self._build_layers(widths[:-1], widths[1:], attends))
+            level.downsample = None if is_coarsest else self.build_downsample(width)
+            self.down.append(level)
             skips += widths[1:] if is_coarsest else [*widths[1:], width]
         self.middle = nn.ModuleDict(
             {
@@ -59,16 +57,19 @@ class UNet(SeededNetwork):
             # One block more than on the way down, for the skip that was downsampled.
             widths = [width, *self.list_up_widths(level_width, config.widths[max(i - 1, 0)])]
             in_widths, width = [inner + skips.pop() for inner in widths[:-1]], widths[-1]
-            upsample = self.build_upsample(width) if i else nn.Identity()
-            self.up.append(UpLevel(*self._build_level(in_widths, widths[1:], attends), upsample=upsample))
+            self.up.append(UpLevel(*self._build_layers(in_widths, widths[1:], attends)))
+            self.up[-1].upsample = self.build_upsample(width) if i else nn.Identity()
         for level in [*self.down[: config.recompute], *self.up[::-1][: config.recompute]]:
             level.recomputes = True
         self.norm_out = nn.GroupNorm(config.norm_groups, width, config.norm_eps)
         self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
         self.reset_parameters()
 
-    def _build_level(self, in_widths: list[int], widths: list[int], attends: bool) -> Layers:
-        blocks: list[nn.Module] = [self.build_block(*pair) for pair in zip(in_widths, widths, strict=True)]
+    def _build_layers(
+        self, in_widths: list[int], widths: list[int], attends: bool
+    ) -> tuple[list["ResBlock"], list[nn.Module]]:
+        """Build the blocks of a level and the attention after each."""
+        blocks = [self.build_block(*pair) for pair in zip(in_widths, widths, strict=True)]
         return blocks, [self.build_attention(width) if attends else nn.Identity() for width in widths]
 
     def build_block(self, in_channels: int, out_channels: int) -> "ResBlock":
@@ -117,17 +118,11 @@ class UNet(SeededNetwork):
 class Level(nn.Module):
     """Residual blocks of one resolution, each followed by attention if the resolution has it, and resampling."""
 
-    downsample: nn.Module | None
-    upsample: nn.Module
     recomputes = False  # on the way back, from the inputs of its blocks
 
-    def __init__(
-        self, blocks: list[nn.Module], attentions: list[nn.Module], **resampling: nn.Module | None
-    ) -> None:
+    def __init__(self, blocks: list["ResBlock"], attentions: list[nn.Module]) -> None:
         super().__init__()
         self.blocks, self.attentions = nn.ModuleList(blocks), nn.ModuleList(attentions)
-        for name, layer in resampling.items():
-            setattr(self, name, layer)
 
     def run_block(self, block: nn.Module, attention: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
         if self.recomputes and torch.is_grad_enabled():
@@ -137,6 +132,8 @@ class Level(nn.Module):
 
 class DownLevel(Level):
     """Level on the way down: its blocks, then downsampling; the coarsest has none."""
+
+    downsample: nn.Module | None
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks and append each output to `skips`, the downsampled one too."""
@@ -151,6 +148,8 @@ class DownLevel(Level):
 
 class UpLevel(Level):
     """Level on the way up: its blocks, each of which takes one skip, then upsampling; the finest has none."""
+
+    upsample: nn.Module
 
     def forward(self, h: Tensor, temb: Tensor, skips: list[Tensor]) -> Tensor:
         """Run the blocks; each takes the last skip and concatenates it after the channels of h."""

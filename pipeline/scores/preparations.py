@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ddpm.denoisers import make_linear_denoiser
 from ddpm.diffusion import Diffusion, Network
-from ddpm.linear_denoiser import make_linear_denoiser
 from pipeline.compute.units import Unit, UnitKind, Worker
 from pipeline.config.checks import Tree
 from pipeline.errors import PipelineError

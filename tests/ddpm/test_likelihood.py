@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ddpm.config import DiffusionConfig
+from ddpm.denoisers import convert_mse_to_terms
 from ddpm.diffusion import Diffusion
 from ddpm.gaussians import compute_decoder_log_likelihood
 from ddpm.images import from_uint8
 from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_prior, compute_rate_distortion
-from ddpm.linear_denoiser import convert_mse_to_terms
 
 PAPER = DiffusionConfig()
 

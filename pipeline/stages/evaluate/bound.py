@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from ddpm.config import Variance
+from ddpm.denoisers import compute_profile
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import BoundTerms, compute_bits_per_dim, compute_rate_distortion, draw_timesteps
-from ddpm.linear_denoiser import compute_profile
 from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.config import Experiment

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddpm.denoisers import compute_linear_mse, compute_posterior_mean
 from ddpm.diffusion import Diffusion, Network
 from ddpm.images import from_uint8
 from ddpm.likelihood import compute_bits_per_dim
-from ddpm.linear_denoiser import compute_linear_mse
-from ddpm.posterior_mean import compute_posterior_mean
 from ddpm.rng import Stream, draw_normal
 from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
 from pipeline.drawing import charts

@@ -9,9 +9,9 @@ from conftest import one_cpu, tiny_experiment
 from PIL import Image
 from staged import asking_for, change, run_stage, with_weights
 
+from ddpm.denoisers import compute_linear_mse
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
-from ddpm.linear_denoiser import compute_linear_mse
 from ddpm.networks import NO_LABEL
 from ddpm.networks.context_unet import ContextUNet
 from ddpm.rng import Stream, draw_normal

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from ddpm.config import DiffusionConfig
+from ddpm.denoisers import PosteriorMean, compute_linear_mse, compute_posterior_mean, compute_profile
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8
 from ddpm.likelihood import compute_bits_per_dim, draw_timesteps
-from ddpm.linear_denoiser import compute_linear_mse, compute_profile
-from ddpm.posterior_mean import PosteriorMean, compute_posterior_mean
 from ddpm.rng import Stream, draw_normal
 
 IMAGES = torch.randint(0, 256, (7, 1, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
