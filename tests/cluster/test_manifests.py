@@ -15,6 +15,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from compose_file import OURS, ROOT, services
+from compose_file import tree as read_compose
 from test_compose import ENV, long_options
 
 from pipeline.cli.program import main
@@ -187,6 +188,47 @@ def test_both_deployments_start_the_same_images_and_tracking_server():
     assert {box["image"] for box in containers} == {OURS, compose["postgres"]["image"]}
     (server,) = (box for box in containers if box["name"] == "mlflow")
     assert server["command"] == compose["mlflow"]["entrypoint"]
+
+
+def merge(base: Any, patch: Any) -> Any:
+    """A strategic merge, as `kubectl patch` makes it: lists of what has a name are merged by the name."""
+    if isinstance(patch, dict):
+        return {
+            **base,
+            **{key: merge(base[key], value) if key in base else value for key, value in patch.items()},
+        }
+    if not isinstance(patch, list) or not isinstance(patch[0], dict):
+        return patch
+    named = {item["name"]: item for item in base}
+    new = {item["name"]: merge(named.get(item["name"], {}), item) for item in patch}
+    return list((named | new).values())
+
+
+def test_mlflow_with_passwords_is_that_of_compose():
+    patch, config = (
+        yaml.safe_load((KUBERAY / "auth" / name).read_text()) for name in ("mlflow.patch.yaml", "config.yaml")
+    )
+    (plain,) = (tree for tree in PLAIN if tree["kind"] == "Deployment")
+    deployment, compose = merge(plain, patch), services(ENV)["mlflow-auth"]
+    for manifest in (deployment, config):
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+    (server,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert [server["command"], server["args"]] == [compose["entrypoint"], compose["command"]]
+    names = {variable["name"] for variable in server["env"]}
+    assert names == {
+        name for name in compose["environment"] if not name.startswith("AWS") and "S3" not in name
+    }
+    assert config["data"]["mlflow-auth.ini"] == read_compose()["configs"]["mlflow-auth"]["content"]
+    assert {mount["name"] for mount in server["volumeMounts"]} == {"auth", "mlartifacts"}
+    drivers = [spec["workerGroupSpecs"][0] for spec in ray_clusters()] + [ray_clusters()[1]["headGroupSpec"]]
+    for group in drivers:
+        (container,) = group["template"]["spec"]["containers"]
+        keys = {variable["name"]: variable["valueFrom"]["secretKeyRef"] for variable in container["env"]}
+        assert keys["MLFLOW_TRACKING_PASSWORD"] == {
+            "name": "mlflow-auth",
+            "key": "password",
+            "optional": True,
+        }
 
 
 # Slurm
