@@ -5,7 +5,6 @@ batches are read and decoded while the network works. Both give the same batches
 """
 
 import zlib
-from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -82,7 +81,7 @@ class ShardDataset:
         self.paths = [shard.path for shard in shards]
         self.device = ctx.device
         self.threads = ThreadPoolExecutor(ctx.cpus, thread_name_prefix="decode")
-        self.pending: OrderedDict[bytes, list[Future[np.ndarray]]] = OrderedDict()
+        self.pending: dict[bytes, list[Future[np.ndarray]]] = {}
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -29,7 +29,7 @@ def compose_page(run: RunFiles, folder: Path) -> str:
         folder=folder,
         result=describe_run(run),
         comparison_numbers=list_comparison_numbers(run),
-        missing_errors=list_missing_errors(run),
+        missing_errors=dict.fromkeys(run.scores[key] for key in run.scores if key.endswith("_se_reason")),
         differences="; ".join(list_differences_from_paper(run)),
         pictures=run_pictures,
         slow_rank=describe_slow_rank(run.points),
@@ -136,11 +136,6 @@ def list_comparison_numbers(run: RunFiles) -> dict[str, str]:
         parts += filter(None, [compare_with_real_images(run, metric)])
         notes[metric.name] = " · ".join(parts) or "upper bound, test images"
     return notes
-
-
-def list_missing_errors(run: RunFiles) -> list[str]:
-    """List why scores have no error, each reason once."""
-    return list(dict.fromkeys(str(run.scores[key]) for key in run.scores if key.endswith("_se_reason")))
 
 
 def list_differences_from_paper(run: RunFiles) -> list[str]:
