@@ -124,11 +124,8 @@ def draw_gaussian_images(
     mean: np.ndarray, factor: np.ndarray, start: int, stop: int, shape: Shape
 ) -> np.ndarray:
     """Draw images [start, stop) of the Gaussian, rounded and clamped to uint8 (n,C,H,W)."""
-    z = (
-        draw_normal(BASELINE_SEED, Stream.BASELINE, GAUSSIAN, torch.arange(start, stop), (len(mean),))
-        .double()
-        .numpy()
-    )
+    index = torch.arange(start, stop)
+    z = draw_normal(BASELINE_SEED, Stream.BASELINE, GAUSSIAN, index, (len(mean),)).double().numpy()
     pixels: np.ndarray = mean + z @ factor.T
     return pixels.round().clip(0, 255).astype(np.uint8).reshape(-1, *shape)
 

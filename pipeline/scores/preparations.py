@@ -105,9 +105,8 @@ def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
 
 def fit_gaussian(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Fit a Gaussian to uint8 images (n,C,H,W) in parts: mean (d,) and factor (d, d), covariance = factor factor^T."""
-    statistics = reduce(
-        add, (Moments.from_features(images.reshape(len(images), -1)) for images in parts)
-    ).to_statistics()
+    moments = reduce(add, (Moments.from_features(images.reshape(len(images), -1)) for images in parts))
+    statistics = moments.to_statistics()
     return statistics.mu, statistics.factor_covariance()
 
 
