@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: "mark.ray" not in item.path.read_text())
 
 
+@cache  # reading yaml takes longer than most of what is done with it
 def tiny_experiment(*overrides: str) -> config.Experiment:
     return config.load_experiment("digits", [*TINY, *overrides])
 
 
 def renamed(run: Place, ending: str) -> Place:
-    """Return the experiment with another run directory."""
     experiment = run.experiment
     return dataclasses.replace(run, experiment=dataclasses.replace(experiment, name=experiment.name + ending))
 
@@ -101,7 +102,6 @@ def flip_bit(file: Path, place: int = -1) -> None:
 
 
 def read_losses(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every point of a run's log."""
     points = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [(point["step"], point["metrics"]["train/loss"]) for point in points]
 
@@ -113,7 +113,6 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def sharded_storage(tmp_path_factory) -> Path:
-    """A storage root that holds the digits as tars."""
     root = tmp_path_factory.mktemp("storage")
     experiment = tiny_experiment()
     for units in shard.STAGE.work(make_place(experiment, root)):
@@ -133,14 +132,13 @@ def empty_store(tmp_path_factory) -> Path:
 def tiny_run(sharded_storage, request) -> Place:
     """The tiny experiment under a name of its own, so that no test sees another's run directory."""
     name = request.node.name.translate({ord("["): "-", ord("]"): None})
-    place = make_place(tiny_experiment(f"name={name}"), sharded_storage)
+    place = make_place(dataclasses.replace(tiny_experiment(), name=name), sharded_storage)
     place.path.mkdir(parents=True, exist_ok=True)
     return place
 
 
 @pytest.fixture(scope="session")
 def sampled_folder(sharded_storage) -> Path:
-    """The folder of a tiny run with an untrained network and its twelve samples."""
     from staged import run_stage, with_weights  # beside the tests that ask for this
 
     from pipeline.stages import sample
@@ -153,6 +151,5 @@ def sampled_folder(sharded_storage) -> Path:
 
 @pytest.fixture
 def sampled(tiny_run, sampled_folder) -> Place:
-    """The tiny run with an untrained network and its twelve samples."""
     shutil.copytree(sampled_folder, tiny_run.path, dirs_exist_ok=True)
     return tiny_run

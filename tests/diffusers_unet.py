@@ -17,7 +17,6 @@ def make_unet(config, image_size, in_channels, out_channels) -> UNet2DModel:
 
 
 def randomise(net):
-    """Draw every parameter, the norms' and the near-zero ones too."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, p in net.named_parameters():

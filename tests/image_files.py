@@ -53,7 +53,6 @@ def write_arrays(root: Path, **arrays) -> Path:
 
 
 def write_shards(folder: Path, images: np.ndarray, counts: Sequence[int], classes: int = 7) -> Path:
-    """Write and seal shards of so many of the images (N, H, W, C), of so many classes or without labels."""
     shards, start = [], 0
     for number, count in enumerate(counts):
         shard = tars.Shard(folder, f"train-{number:05d}.tar", "train", start, start + count)

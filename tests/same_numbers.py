@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from safetensors.numpy import load_file
@@ -26,43 +27,20 @@ def run(tree: Path, storage: Path, words: list[str]) -> None:
     subprocess.run(command, cwd=tree, env=environment, check=True)
 
 
-def find(storage: Path, pattern: str) -> list[Path]:
-    return sorted(storage.glob(pattern))
-
-
-def compare_weights(ours: Path, theirs: Path) -> list[str]:
-    """Compare every tensor of the last checkpoint, state and EMA."""
-    faults = []
-    for name in ("state.safetensors", "ema.safetensors"):
-        mine, other = (load_file(find(path, "train/step_*")[-1] / name) for path in (ours, theirs))
-        apart = [key for key in mine.keys() & other.keys() if mine[key].tobytes() != other[key].tobytes()]
-        if apart or mine.keys() != other.keys():
-            apart += sorted(mine.keys() ^ other.keys())
-            faults.append(f"{name}: {len(apart)} tensors differ, {apart[0]} among them")
-        print(f"   {ours.name}: {name}, {len(mine)} tensors, {len(apart)} differ")
-    return faults
-
-
-def compare_files(ours: Path, theirs: Path, pattern: str) -> list[str]:
-    """Compare the bytes of files, by their names: their folders are named by keys, which may differ."""
-    mine, other = ({file.name: file.read_bytes() for file in find(path, pattern)} for path in (ours, theirs))
-    if not mine or mine.keys() != other.keys():
-        return [f"{pattern}: {sorted(mine)} here, {sorted(other)} there"]
-    apart = [name for name in mine if mine[name] != other[name]]
-    print(f"   {pattern}: {len(mine)} files, {len(apart)} differ")
-    return [f"{pattern}: {', '.join(apart)} differ"] if apart else []
-
-
-def compare_scores(ours: Path, theirs: Path) -> list[str]:
-    """Compare the scores and the reference points, to the last digit."""
-    found = []
-    for path in (ours, theirs):
-        (file,) = find(path, "evaluation/*/metrics.json")
-        content = json.loads(file.read_text())
-        found.append({"scores": content["scores"], "reference_points": content["reference_points"]})
-    print(f"   scores: {json.dumps(found[0]['scores'])}")
-    here, there = map(json.dumps, found)
-    return [f"scores: {here} here, {there} there"] if here != there else []
+def read_numbers(storage: Path) -> dict[tuple[str, str], bytes]:
+    """Read all that must be equal, by its kind and its name: folders are named by keys, which may differ."""
+    found = {("shards", file.name): file.read_bytes() for file in storage.glob("data/*/*.tar")}
+    for name in ("digits", "two"):
+        (place,) = storage.glob(f"{name}-*")
+        for file in max(place.glob("train/step_*")).glob("*.safetensors"):
+            tensors = {f"{name} {file.name} {key}": x.tobytes() for key, x in load_file(file).items()}
+            found |= {("tensors", key): content for key, content in tensors.items()}
+        found |= {("samples", file.name): file.read_bytes() for file in place.glob("samples/*/*.tar")}
+        for file in place.glob("evaluation/*/metrics.json"):
+            scores = json.loads(file.read_text())
+            for part in ("scores", "reference_points"):
+                found["scores", part] = json.dumps(scores[part]).encode()
+    return found
 
 
 def main() -> int:
@@ -70,28 +48,24 @@ def main() -> int:
     parser.add_argument("revision", metavar="REV")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
+    numbers = []
     with tempfile.TemporaryDirectory(prefix="same-numbers-") as folder:
         other = Path(folder) / "revision"
         subprocess.run(["git", "worktree", "add", "--detach", other, options.revision], cwd=ROOT, check=True)
         try:
-            storages = []
             for tree, name in ((other, "theirs"), (ROOT, "ours")):
-                storages.append(Path(folder) / name)
-                run(tree, storages[-1], ["run", "digits", *options.overrides])
-                run(tree, storages[-1], [*TWO_WORKERS, *options.overrides])
+                for words in (["run", "digits"], TWO_WORKERS):
+                    run(tree, Path(folder) / name, [*words, *options.overrides])
+                numbers.append(read_numbers(Path(folder) / name))
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", other], cwd=ROOT, check=True)
-        theirs, ours = storages
-        faults = compare_files(ours, theirs, "data/*/*.tar")
-        for name in ("digits", "two"):
-            (mine,), (other_run,) = find(ours, f"{name}-*"), find(theirs, f"{name}-*")
-            faults += compare_weights(mine, other_run)
-        runs = find(ours, "digits-*")[0], find(theirs, "digits-*")[0]
-        faults += compare_files(*runs, "samples/*/*.tar") + compare_scores(*runs)
-    for fault in faults:
-        print(f"differs: {fault}")
-    print("the same numbers" if not faults else f"{len(faults)} differences")
-    return 1 if faults else 0
+    theirs, ours = numbers
+    differing = [key for key in sorted(ours | theirs) if ours.get(key) != theirs.get(key)]
+    print(f"compared: {dict(Counter(kind for kind, _ in ours))}")
+    for kind, name in differing:
+        print(f"differs: {kind}, {name}: {(ours if kind == 'scores' else {}).get((kind, name), '')}")
+    print("the same numbers" if not differing else f"{len(differing)} differences")
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":

@@ -169,9 +169,6 @@ def soak(run: Run, draw: random.Random) -> list[tuple[str, str]]:
     return fell
 
 
-# The comparison
-
-
 def files_of(run: Run) -> dict[str, str]:
     """sha256 of whatever the run made that has a number or a pixel in it."""
     patterns = (

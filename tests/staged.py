@@ -21,7 +21,6 @@ def with_weights(place, scale=1.0):
 
 
 def change(place, section, **changes):
-    """The place with other settings in one section."""
     changed = dataclasses.replace(getattr(place.experiment, section), **changes)
     return place.replace_experiment(dataclasses.replace(place.experiment, **{section: changed}))
 
@@ -30,12 +29,10 @@ asking_for, scoring = partial(change, section="sample"), partial(change, section
 
 
 def results(place):
-    """What the evaluation found."""
     return read_json(place.metrics_json, dict)
 
 
 def run_stage(stage, place):
-    """Run the stage; the names of its units."""
     ran = []
     for units in list_rounds(stage.STAGE, place):
         one_cpu().run_units(units, lambda unit: ran.append(unit.name))

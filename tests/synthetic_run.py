@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from pipeline.store import keys, tars
 from pipeline.store.run import Place
 
 BEGAN = 1_700_000_000_000  # Unix milliseconds
+load_experiment = cache(lambda name, overrides: config.load_experiment(name, list(overrides)))
 
 
 def make_run(
     storage: Path, name: str = "digits", overrides: tuple[str, ...] = (), scores: bool = True
 ) -> Place:
-    """Make a run with everything from the data's manifest to the figures."""
-    experiment = config.load_experiment(name, list(overrides))
+    experiment = load_experiment(name, overrides)
     data_key = keys.make_data_key(experiment, "synthetic")
     run = Place(storage, experiment, data_key, keys.make_run_key(experiment, data_key))
     made_with = {
@@ -61,7 +62,6 @@ def write_images(folder: Path, data: DataConfig, splits: tuple[str, ...], *other
 
 
 def write_log(run: Place, start: int, stop: int, every: int) -> None:
-    """Points after `start` up to `stop`, appended as the train stage appends them."""
     run.path.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(start)
     with run.log.open("a") as file:
@@ -88,7 +88,6 @@ def write_grid(path: Path, experiment: Experiment, side: int = 8) -> None:
 
 
 def write_scores(folder: Path, experiment: Experiment, **changed: Any) -> None:
-    """metrics.json and nll.json with the shape of a trained model's."""
     steps = experiment.diffusion.timesteps
     t = np.arange(steps)
     terms = 1.8 * np.exp(-t / 1.3) + 0.012 * np.exp(-t / 120)

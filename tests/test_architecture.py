@@ -50,7 +50,6 @@ def imported(path: Path) -> set[str]:
 
 
 def room(path: Path) -> str:
-    """The module or sub-package directly below the top."""
     return path.relative_to(ROOT).parts[1].removesuffix(".py")
 
 
@@ -99,7 +98,6 @@ def test_the_names_of_files_and_stages_here_are_those_of_the_store():
 
 
 def loaded_by(code: str) -> set[str]:
-    """The modules that a new interpreter has loaded after this code."""
     command = [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"]
     return set(subprocess.run(command, check=True, cwd=ROOT, stdout=-1, text=True).stdout.split())
 

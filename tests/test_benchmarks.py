@@ -1,8 +1,6 @@
 """The benchmarks' harness on tiny shapes: everything runs and is said; no time is asserted."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import sampling, subjects, unet
 from benchmarks.floor import floor_of
-from benchmarks.harness import Contender, Settings, race
+from benchmarks.harness import Settings
 from ddpm import UNetConfig
 from ddpm.networks.unet import UNet
 
@@ -23,15 +21,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(subjects, "PAPER", TINY)
     monkeypatch.setattr(unet, "batches", lambda _: (2,))
     monkeypatch.setattr(sampling, "_size", lambda _: (2, 2))
-
-
-def test_a_race_takes_turns_and_compares():
-    order = []
-    found = [Contender(name, lambda name=name: order.append(name), 3) for name in ("a", "b")]
-    rows = race("case", found, SETTINGS, "images/s", "a")
-    assert order == ["a", "b"] * 4  # one call each to warm up, then turns
-    assert [row.contender for row in rows] == ["a", "b"] and rows[0].ratio == 1.0
-    assert all(row.value > 0 and row.spread is not None for row in rows)
 
 
 def test_the_floor_repeats_every_product_of_a_training_step():
@@ -65,10 +54,3 @@ def test_the_command_prints_its_table_last_and_writes_json(tiny, tmp_path, capsy
     skipped = [reason for one in content["benchmarks"].values() for reason in one["skipped"]]
     assert all("not installed" in reason for reason in skipped)
     assert content["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
-
-
-def test_the_memory_of_a_contender_is_its_own_and_not_that_of_who_started_it():
-    large = b"x" * 2**31
-    asked = "from benchmarks import memory; print(memory._peak_resident())"
-    told = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout
-    assert 0.1 < float(told) < 1.5 < len(large) / 2**30

@@ -28,7 +28,7 @@ def make_points(widths: tuple[int, ...], lengths: int) -> list[dict]:
     return points
 
 
-def test_the_prediction_holds_the_truth(monkeypatch):
+def test_the_prediction_holds_the_truth_and_few_points_predict_nothing(monkeypatch):
     monkeypatch.setattr(ladder, "RESAMPLES", 40)
     found = ladder.predict(points := make_points((32, 48, 64), 6))
     truth = {name: ladder.compute_law(law, [ladder.PAPER])[0] for name, law in LAWS.items()}
@@ -39,8 +39,6 @@ def test_the_prediction_holds_the_truth(monkeypatch):
     page = ladder.format_page({"points": points, **found})
     assert "| nll_bpd |" in page and page.count("predicted from the shorter runs") == 6
 
-
-def test_few_points_predict_nothing():
     found = ladder.predict(points := make_points((32,), 6))
     assert found["prediction"] is None
     assert "None yet: a fit needs 3 lengths of 2 widths" in ladder.format_page({"points": points, **found})

@@ -1,6 +1,5 @@
 """The README and the pages of docs/: what they name exists, and what they show works as it stands there."""
 
-import json
 import re
 import shlex
 
@@ -15,7 +14,6 @@ from pipeline.data.sources import open_source
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, *sorted(ROOT.glob("[A-Z]*.md")), *DOCS]
-RESULTS = ROOT / "docs" / "results"
 CODE = "\n".join(file.read_text() for top in ("ddpm", "pipeline") for file in (ROOT / top).rglob("*.py"))
 FOLDERS = ("ddpm/", "pipeline/", "conf/", "tests/", "deploy/", "docs/", "benchmarks/", ".ci/", ".github/")
 
@@ -69,13 +67,3 @@ def test_the_commands_of_the_page_of_networks_read_the_images_that_it_makes(tmp_
         (record,) = source.read_records("train", 0, 1)
         assert (record.label is None) == (experiment.data.labels == 0)
     assert seen == {"digits", "npy", "folder"}
-
-
-def test_the_results_page_has_the_scores_of_its_twin_and_says_first_how_good_the_network_is():
-    page, twin = (RESULTS / "first-run.md").read_text(), json.loads((RESULTS / "first-run.json").read_text())
-    scores, trials = twin["scores"], twin["sweep"]["trials"]
-    shown = [scores[key] for key in ("nll_bpd", "rate_bpd", "distortion_bpd", "rmse", "fid")]
-    shown += [trial["scores"]["nll_bpd"] for trial in trials]
-    assert len(trials) >= 7 and all(f"{score:.4f}" in page for score in shown)
-    beats_linear_denoiser = scores["rate_bpd"] < 2.4528 and scores["rmse"] < 1.1035
-    assert beats_linear_denoiser != ("Not yet useful" in page.split("\n\n")[1].split(":")[0])

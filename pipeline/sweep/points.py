@@ -14,7 +14,6 @@ from pipeline.config import DataConfig, Experiment, find_relative_paths, flatten
 from pipeline.config.checks import Tree
 from pipeline.engine import find
 from pipeline.engine.names import list_known_names
-from pipeline.engine.plan import list_unfinished_stages
 from pipeline.errors import ConfigError
 from pipeline.scores.metrics import LOSS
 from pipeline.scores.ranking import describe_objective, format_swept_values
@@ -198,6 +197,8 @@ class TrialStates:
     """
 
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
+        from pipeline.engine.plan import list_unfinished_stages  # it imports the stages, and torch
+
         self.path, self.early_stop = folder / STATE_FILE, to_dict(early_stop)
         content = read_record(self.path, StudyFile)
         self.records = content.get("trials", {})

@@ -13,7 +13,6 @@ PAGE = (ROOT / "docs" / "cluster.md").read_text()
 
 
 def cells(first: str) -> list[str]:
-    """The cells of the table row that begins with `first`."""
     (row,) = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", PAGE, re.M)
     return [cell.strip() for cell in row.split("|")]
 

@@ -256,8 +256,6 @@ def test_the_learned_variance_ranges_to_log_beta_in_every_chain(steps):
     "settings, words",
     [
         ({"timesteps": 100}, ("keeps 36%", "beta_start=0.001 beta_end=0.2", "T=100")),
-        ({"timesteps": 500}, ("keeps 0.64%", "beta_start=0.0002 beta_end=0.04")),
-        ({"timesteps": 100, "beta_schedule": "const"}, ("keeps 13%", "beta_end=0.2")),
         ({"timesteps": 500, "beta_schedule": "quad"}, ("keeps 2.7%",)),
         ({"beta_end": 0.01}, ("keeps 0.63%", "beta_end=0.02")),
         ({"timesteps": 10}, ("keeps 90%", "raise diffusion.timesteps")),

@@ -8,7 +8,6 @@ from ddpm.ema import EMA
 
 
 def walk(net, steps, seed=0):
-    """Move the parameters at random, yielding the float64 weight after each move."""
     generator = torch.Generator().manual_seed(seed)
     for n in range(steps):
         with torch.no_grad():

@@ -21,8 +21,6 @@ def noise_like(x: torch.Tensor, seed: int = 0):
 
 
 def true_eps(diffusion: Diffusion, x_0: torch.Tensor):
-    """A network that knows the images and so returns the noise that was drawn."""
-
     def net(x_t, t):
         clean = x_0.repeat(len(x_t) // len(x_0), 1, 1, 1)
         mean, variance, _ = diffusion.q_mean_variance(clean, t)
@@ -32,7 +30,6 @@ def true_eps(diffusion: Diffusion, x_0: torch.Tensor):
 
 
 def blurred(x_t, t):
-    """Some denoiser that is neither perfect nor constant."""
     return 0.3 * x_t + 0.1 * torch.sin(t.to(x_t.dtype) / 100).reshape(-1, 1, 1, 1)
 
 

@@ -28,7 +28,6 @@ def noise(t: int) -> torch.Tensor:
 
 
 def net(x_t, t, context=None):
-    """Some smooth network: a guess at eps that depends on x_t, t and the context."""
     shift = 0 if context is None else context.to(x_t.dtype).reshape(-1, 1, 1, 1)
     return torch.tanh(x_t + 0.1 * shift) * (1 + t.reshape(-1, 1, 1, 1) / 100).to(x_t.dtype)
 
@@ -75,16 +74,6 @@ def test_a_step_back_is_one_of_the_chain_for_rows_of_several_timesteps():
     few = diffusion.respace([3, 9, 19])
     last = sampler.step_back(few, net, x_t, torch.tensor([2, 2]), noise(19))
     torch.testing.assert_close(last, next(run_chain(few, net, x_t, noise)).x_t)
-
-
-def test_without_clipping_an_eps_of_zero_enlarges_x_t():
-    diffusion, index = Diffusion(SMALL), torch.arange(2)
-    options = {"index": index, "shape": SHAPE[1:], "seed": 3, "sampler": "ddim"}
-    x_T = draw_normal(3, Stream.X_T, 0, index, SHAPE[1:])
-    for clip in (True, False):
-        images = sampler.sample(diffusion, lambda x_t, t: 0 * x_t, **options, clip=clip)
-        expected = x_T / diffusion.tables["sqrt_alpha_bar"][-1].float()
-        assert torch.allclose(images, expected, rtol=1e-4) != clip and (images.abs().max() <= 1) == clip
 
 
 def test_what_is_left_out_is_drawn():
@@ -224,14 +213,6 @@ def test_interpolation_mixes_latents_row_by_row():
     torch.testing.assert_close(apart, sampler.interpolate(diffusion, net, x_b, x_b, 0.5, 12, -eps, noise))
     pixels = sampler.interpolate(diffusion, net, x_a, x_b, 0.25, 0, eps, noise)
     torch.testing.assert_close(pixels, 0.75 * x_a + 0.25 * x_b)
-
-
-def test_few_steps_with_fixedlarge_are_warned_of():
-    diffusion = Diffusion()
-    assert "FID" in sampler.explain_few_steps(diffusion, 10)
-    assert sampler.explain_few_steps(diffusion, None) is None
-    assert sampler.explain_few_steps(diffusion, 1000) is None
-    assert sampler.explain_few_steps(diffusion, 10, "fixedsmall") is None
 
 
 def test_guidance_extrapolates_from_no_context_to_the_chosen_one():

@@ -129,15 +129,6 @@ def test_learning_rate():
     assert [compute_learning_rate(linear, n) for n in (0, 5, 9, 10)] == pytest.approx([1e-3, 5e-4, 1e-4, 0])
 
 
-def test_no_image_is_flipped_without_random_flip():
-    settings = config(random_flip=False)
-    state = TrainState(settings, Affine(), DIFFUSION.config)
-    step(state, settings)
-    t, _, eps, flip, *_ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
-    assert flip.any()
-    assert torch.equal(state.net.seen[0][0], DIFFUSION.q_sample(from_uint8(PIXELS), t, eps))
-
-
 def test_labels_are_dropped_by_row_and_reach_the_network():
     labels, seen = torch.arange(4000) % 7, []
     for share, rows in ((0.25, torch.arange(4000)), (0.25, torch.arange(9, 4000)), (0.0, torch.arange(4000))):
@@ -159,14 +150,16 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
     assert torch.equal(state.net.seen[0][2], torch.where(dropped[:, None], 0, vectors))
 
 
-def test_bf16_is_inside_the_network_only():
-    settings = config(precision="bf16")
+@pytest.mark.parametrize("random_flip", [True, False])
+def test_bf16_is_inside_the_network_only_and_images_are_flipped_where_asked(random_flip):
+    settings = config(precision="bf16", random_flip=random_flip)
     state = TrainState(settings, Affine(), DIFFUSION.config)
     metrics = step(state, settings)
     x_t, t, _, autocast = state.net.seen[0]
     t_drawn, _, eps, flip, *_ = draw_batch_noise(SEED, 0, ROWS, (1, 8, 8), 50, None)
     x_0 = from_uint8(PIXELS)
-    x_0 = torch.where(flip[:, None, None, None], x_0.flip(3), x_0)
+    x_0 = torch.where(random_flip & flip[:, None, None, None], x_0.flip(3), x_0)
+    assert flip.any()
     assert autocast and not torch.is_autocast_enabled("cpu")
     assert x_t.dtype == torch.float32 and metrics["loss"].dtype == torch.float32
     assert torch.equal(x_t, DIFFUSION.q_sample(x_0, t_drawn, eps)) and torch.equal(t, t_drawn)
@@ -230,8 +223,6 @@ def test_levels_that_compute_their_activations_again_give_the_same_bits(levels, 
     assert all(torch.equal(gradients(again)[name], its) for name, its in gradients(kept).items())
 
 
-# ------------------------------------------------------------------------------------ importance-sampled t
-
 IMPORTANCE = Diffusion(DiffusionConfig(timesteps=3, t_sampling="importance"))
 
 
@@ -274,28 +265,6 @@ def test_importance_weights_reach_loss_and_gradient():
         assert all(torch.isclose(kept, value, rtol=1e-5).any() for value in newest)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_resumed_equals_uninterrupted_bit_for_bit(memory_format):
-    settings = config(accumulate=2, ema_decay=(0.9, 0.99), ema_warmup=True)
-    state = small_state(settings, 0.3, memory_format)
-    for _ in range(3):
-        step(state, settings)
-    saved = {name: tensor.clone() for name, tensor in state.state_dict().items()}
-    for _ in range(3):
-        last = step(state, settings)
-
-    resumed = small_state(settings, 0.3, memory_format, seed=77)
-    resumed.load_state_dict(saved)
-    assert resumed.step == 3
-    torch.rand(5)  # the process's own history must not matter
-    for _ in range(3):
-        again = step(resumed, settings)
-    assert torch.equal(last["loss"], again["loss"]) and torch.equal(last["grad_norm"], again["grad_norm"])
-    expected, found = state.state_dict(), resumed.state_dict()
-    assert expected.keys() == found.keys()
-    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
-
-
 def test_a_memory_format_changed_too_late_is_refused():
     state = small_state(CONFIG, memory_format=torch.contiguous_format)
     state.net.to(memory_format=torch.channels_last)
@@ -333,11 +302,9 @@ def test_loading_names_what_does_not_fit_and_changes_nothing():
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
-        ("steps", {"steps": 0}), ("batch_size", {"batch_size": 0}), ("accumulate", {"accumulate": 9}),
-        ("lr", {"lr": 0.0}), ("lr", {"lr": math.nan}), ("lr_decay", {"lr_decay": "cosine"}),
-        ("warmup_steps", {"warmup_steps": -1}),
-        ("grad_clip", {"grad_clip": 0.0}), ("ema_decay", {"ema_decay": ()}), ("ema_decay", {"ema_decay": (0.9, 1.0)}),
-        ("label_dropout", {"label_dropout": 1.5}), ("precision", {"precision": "fp16"}),
+        ("steps", {"steps": 0}), ("accumulate", {"accumulate": 9}), ("lr", {"lr": math.nan}),
+        ("lr_decay", {"lr_decay": "cosine"}), ("grad_clip", {"grad_clip": 0.0}), ("ema_decay", {"ema_decay": ()}),
+        ("ema_decay", {"ema_decay": (0.9, 1.0)}), ("label_dropout", {"label_dropout": 1.5}),
     ],
 )  # fmt: skip
 def test_problems_name_the_key(key, changes):

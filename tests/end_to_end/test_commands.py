@@ -28,7 +28,6 @@ def arguments(storage: Path, *words: str, verb: str = "run") -> list[str]:
 
 
 def ddpm(storage: Path, *words: str, verb: str = "run") -> str:
-    """Run a command to its end in this process, which has its imports behind it; returns what it printed."""
     printed = io.StringIO()
     with redirect_stdout(printed):
         assert main(arguments(storage, *words, verb=verb)) == 0
@@ -69,7 +68,6 @@ def mlflow_points(storage: Path) -> list[tuple[int, int, float]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A storage root in which the tiny experiment was run to its end."""
     storage = tmp_path_factory.mktemp("finished")
     assert "report.html" in ddpm(storage, *SCORED)
     return storage
@@ -77,7 +75,6 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def storage(tmp_path, empty_store) -> Path:
-    """An empty storage root; the tables of its MLflow store are made already."""
     shutil.copy(empty_store, tmp_path)
     return tmp_path
 
@@ -103,7 +100,7 @@ def test_a_finished_run_has_its_artefacts_and_its_scores_have_their_protocol(fin
 def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
     code = (
         "import sys; from pipeline.cli.program import main; code = main(sys.argv[1:]); "
-        "assert 'ray' not in sys.modules, 'Ray was imported'; sys.exit(code)"
+        "assert not {'ray', 'torch_fidelity'} & sys.modules.keys(), 'imported'; sys.exit(code)"
     )
     outcome = python(code, *arguments(finished, *SCORED))
     assert outcome.returncode == 0, outcome.stderr
@@ -113,13 +110,10 @@ def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
         assert words in outcome.stdout
 
 
-def test_show_names_the_run(finished, capsys):
+def test_a_run_is_shown_even_when_its_extractor_weights_were_moved(finished, tmp_path, capsys):
     assert main(["show", "digits", *TINY, f"cluster.storage={finished}"]) == 0
     shown = capsys.readouterr().out
     assert run_directory(finished).name in shown and "warning: x_T keeps" in shown
-
-
-def test_a_run_whose_extractor_weights_were_moved_is_still_shown(finished, tmp_path, capsys):
     run = tmp_path / run_directory(finished).name
     shutil.copytree(run_directory(finished), run)
     tree = (run / "experiment.yaml").read_text()
@@ -185,35 +179,6 @@ def test_each_stage_notes_the_commits_that_worked_on_it(storage, monkeypatch):
     noted = json.loads((run_directory(storage) / "commits.json").read_text())
     assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}
     assert "a1, b2" in mlflow_run(storage)[1].data.tags["commit"]
-
-
-# A clock that jumps by up to a year whenever it is read, but for the one that only goes forward.
-JUMPING = """
-import random, sys, time
-real, real_ns, draw = time.time, time.time_ns, random.Random(0)
-jump = lambda: draw.randrange(-31_536_000, 31_536_000)
-time.time, time.time_ns = lambda: real() + jump(), lambda: real_ns() + jump() * 10**9
-from pipeline.cli.program import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.slow
-def test_nothing_depends_on_the_clock_but_the_times_that_are_noted(tmp_path, finished):
-    """Trained half-way under one clock that jumps, and taken up under another."""
-    for verb, words in (("train", ["train.steps=4"]), ("run", SCORED)):
-        outcome = python(JUMPING, *arguments(tmp_path, *words, verb=verb))
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    ours, theirs = run_directory(tmp_path), run_directory(finished)
-    for pattern in ("train/step_00000006/*", "samples/*/*.tar", "evaluation/*/metrics.json"):
-        made, expected = ({str(file.relative_to(run)): file.read_bytes() for file in run.glob(pattern)}
-                          for run in (ours, theirs))  # fmt: skip
-        assert made == expected != {}, pattern
-    points, expected = (mlflow_points(storage) for storage in (tmp_path, finished))
-    assert [(step, value) for step, _, value in points] == [(step, value) for step, _, value in expected]
-    noted = [time for _, time, _ in points]
-    assert noted != sorted(noted), "the clock did not jump"
-    assert all(0 < seconds < 600 for seconds in json.loads((ours / "timings.json").read_text()).values())
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_the_fid_falls_as_one_over_n(place, results):
         assert whole == pytest.approx(expected, abs=3.7 * spread), n
 
 
-def test_figures_show_the_images(place, known):
+def test_figures_show_the_images_and_the_report_the_scores(place, known, results):
     shown = tars.load_images(place.samples, "samples", 0, place.experiment.figures.images)[0]
     found = [merge_neighbours(sorted(folder.iterdir())) for folder in place.figure_units.glob("nearest-*")]
     for nearest in found:
@@ -137,8 +137,6 @@ def test_figures_show_the_images(place, known):
     for file in place.figure_units.glob("mixed-*/*.npz"):
         find_members(np.load(file)["images"][0], known)
 
-
-def test_the_report_prints_the_scores(place, results):
     page = place.report_html.with_suffix(".md").read_text()
     row = re.search(r"NLL, training set, bits/dim \| ≤\s([\d.]+)", page)
     assert row and float(row[1]) == pytest.approx(results["scores"]["train_nll_bpd"], abs=6e-4)

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from conftest import ONE_CPU, ROOT, UNNAMED
 
-from pipeline import config
 from pipeline.cli.program import main
 from pipeline.engine.code import hash_code
-from pipeline.errors import ConfigError
 
 PAGE = (ROOT / "docs" / "extend.md").read_text()
 SETTINGS = [
@@ -98,15 +96,3 @@ def test_the_example_goes_through_every_stage_and_its_source_counts_as_code(fold
     hash_code.cache_clear()
     assert main(["train", "custom.yaml", *WORDS, "train.steps=8"]) == 1
     assert "--accept-code" in "".join(capsys.readouterr())
-
-
-def test_wrong_settings_of_the_example_are_refused(folder):
-    def load(*words):
-        with pytest.raises(ConfigError) as caught:
-            config.load_experiment("custom.yaml", list(words))
-        return str(caught.value)
-
-    assert "model.widht is unknown (did you mean 'width'?)" in load("model.widht=8")
-    assert "a whole number is expected" in load("model.depth=x")
-    assert "multiple of 4" in load("model.width=6")
-    assert "cannot be imported" in load("model.name=nowhere:Net")

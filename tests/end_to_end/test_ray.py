@@ -34,7 +34,6 @@ def ddpm(storage: Path, *words: str, verb: str = "run") -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Path, Path]:
-    """The same experiment by one process, and by two workers through Ray."""
     one = ddpm(tmp_path_factory.mktemp("one"), *ONE_CPU)
     two = ddpm(tmp_path_factory.mktemp("two"), "cluster.workers=2", "cluster.cpus_per_worker=1")
     return one, two

@@ -40,7 +40,6 @@ LIMITS = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2}
 
 
 def build(device, config=SMALL):
-    """A network with weights that pass something on, in channels_last."""
     net = build_network(config, SIDE, 3, 3, seed=0)
     with torch.no_grad():
         for p in net.parameters():

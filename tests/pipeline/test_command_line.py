@@ -43,6 +43,7 @@ MISTAKES = [  # words, exit code, what the error says
     ("ui --port 99999", 2, "65535"), ("ui --port -1", 2, "port"), ("ui --port 0", 2, "65535"),
     ("ui --port ²", 2, "65535"), ("export a b --step 1e30", 2, "whole number"), ("export a", 2, "DIR"),
     ("rnu", 2, "did you mean 'run'?"), ("list digits", 2, "digits"), ("jobs foo", 2, "'foo'"),
+    ("run digits train.steps", 2, "key=value"), ("run nowhere.yaml", 2, "does not exist"),
     ("run digits --clustr local", 2, "did you mean '--cluster'?"), ("run digts", 2, "did you mean 'digits'?"),
     ("run digits model.dropuot=1", 2, "did you mean 'dropout'?"), ("run digits cifar10", 2, "one experiment"),
     ("run digits cluster.wokers=2", 2, "cluster.wokers is unknown (did you mean 'workers'?)"),
@@ -163,7 +164,6 @@ def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, c
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that the test moves."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -204,7 +204,5 @@ def test_lines_of_progress(clock, said, work, start, updates, lines):
             shown.update(*update)
     assert said == lines
 
-
-def test_brackets_stay_and_rates_have_digits_that_mean_something():
     assert "metrics=[nll]" in progress.format_table(["command"], [["metrics=[nll]"]])
     assert list(map(progress.format_rate, (23_710.0, 13.26, 0.0512))) == ["23,710/s", "13.3/s", "3.07/min"]

@@ -44,8 +44,8 @@ DIFFUSION = Diffusion(DiffusionConfig(timesteps=8))
 PIXELS = torch.randint(0, 256, (6, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 TRAIN = TrainConfig(
-    steps=100, batch_size=6, accumulate=1, random_flip=True, lr=1e-3, lr_decay="none", warmup_steps=0,
-    grad_clip=1.0, ema_decay=(0.5,), ema_warmup=False, label_dropout=0.3, precision="fp32",
+    steps=100, batch_size=6, accumulate=2, random_flip=True, lr=1e-3, lr_decay="none", warmup_steps=0,
+    grad_clip=1.0, ema_decay=(0.5, 0.9), ema_warmup=True, label_dropout=0.3, precision="fp32",
 )  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def test_resumed_run_equals_uninterrupted_one_bit_for_bit(config):
     updates(state, 2)
     resumed = state_of(config, seed=7)
     resumed.load_state_dict(saved)
+    torch.rand(5)  # the process's own history must not matter
     updates(resumed, 2)
     expected, found = state.state_dict(), resumed.state_dict()
     assert expected.keys() == found.keys()
@@ -172,14 +173,11 @@ def test_redrawn_network_is_as_new(config):
 
 PROBLEMS = {
     "unet": [
-        ({"norm_groups": 5}, 8, "norm_groups"), ({"dropout": 1.0}, 8, "dropout"),
-        ({"num_res_blocks": 0}, 8, "num_res_blocks"), ({"channel_mult": ()}, 8, "channel_mult"),
-        ({"channel_mult": (1, 2, 2)}, 10, "channel_mult"),
+        ({"norm_groups": 5}, 8, "norm_groups"), ({"channel_mult": (1, 2, 2)}, 10, "channel_mult"),
         ({"attention_resolutions": (9,)}, 8, "attention_resolutions"), ({"resample": "bicubic"}, 8, "resample"),
     ],
     "context_unet": [
-        ({"norm": "layer"}, 8, "norm"), ({"norm_groups": 0}, 8, "norm_groups"), ({"channels": 7}, 8, "channels"),
-        ({"channel_mult": (1,)}, 8, "channel_mult"), ({"channel_mult": (1, 1, 1, 1, 1)}, 8, "channel_mult"),
+        ({"channels": 7}, 8, "channels"), ({"channel_mult": (1, 1, 1, 1, 1)}, 8, "channel_mult"),
     ],
     "api_unet": [
         ({"pos_dim": 7}, 8, "pos_dim"), ({"channels_per_depth": (4, 6)}, 8, "norm_groups"),
@@ -187,9 +185,7 @@ PROBLEMS = {
         ({"attention_residual": "none"}, 8, "attention_residual"),
     ],
     "mha_unet": [
-        ({"num_heads": 3}, 8, "num_heads"), ({"num_heads": 0}, 8, "num_heads"), ({"time_width": 7}, 8, "time_width"),
-        ({"time_width": 2}, 8, "time_width"), ({"channel_mult": (1,)}, 8, "channel_mult"), ({}, 10, "channel_mult"),
-        ({"form": "other"}, 8, "form"),
+        ({"num_heads": 3}, 8, "num_heads"), ({"time_width": 7}, 8, "time_width"), ({}, 10, "channel_mult"),
     ],
 }  # fmt: skip
 
@@ -250,22 +246,17 @@ def test_weights_depend_on_the_seed_alone(name):
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(
-    "name, reason",
-    [("Strange", r"\*\*more"), ("Held", "pair"), ("Unfit", "forward"), ("pickle", "such"), ("Gone", "such")],
-)
-def test_a_class_that_is_no_network_is_refused(name, reason):
-    with pytest.raises(ValueError, match=reason):
-        find(name)
+REFUSED = {"Strange": r"\*\*more", "Held": "pair", "Unfit": "forward", "pickle": "such", "Gone": "such"}
 
 
-@pytest.mark.parametrize(
-    "change, found",
-    [(lambda x: x[:, :, 1:], r"\(2, 1, 7, 8\)"), (lambda x: x.double(), "float64"), (tuple, "tuple")],
-)
-def test_an_output_of_another_shape_or_type_is_refused(change, found):
-    net = build_network(find("Net"), 8, 1, 1, seed=0)
-    check_output(net, (1, 8, 8), 1, takes_labels=True)
-    net.register_forward_hook(lambda _net, _inputs, output: change(output))
-    with pytest.raises(ValueError, match=found):
-        check_output(net, (1, 8, 8), 1, takes_labels=False)
+def test_what_is_no_network_or_has_an_output_of_another_shape_or_type_is_refused():
+    for name, reason in REFUSED.items():
+        with pytest.raises(ValueError, match=reason):
+            find(name)
+    outputs = {r"\(2, 1, 7, 8\)": lambda x: x[:, :, 1:], "float64": torch.Tensor.double, "tuple": tuple}
+    for found, change in outputs.items():
+        net = build_network(find("Net"), 8, 1, 1, seed=0)
+        check_output(net, (1, 8, 8), 1, takes_labels=True)
+        net.register_forward_hook(lambda _net, _inputs, output, change=change: change(output))
+        with pytest.raises(ValueError, match=found):
+            check_output(net, (1, 8, 8), 1, takes_labels=False)

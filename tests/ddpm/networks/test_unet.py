@@ -124,16 +124,6 @@ def test_dropout_drops_so_many_and_scales_the_rest(memory_format, dtype, p):
     assert float((flat * other).mean()) == pytest.approx(p * p, abs=5 * p / math.sqrt(count))
 
 
-def test_bits_of_a_word_are_fair():
-    """The share of every pattern of two neighbouring decisions at p = 1/2, over many keys with short counters."""
-    y = drop(torch.ones(4096, 8, 2, 2), torch.arange(4096), 0.5) != 0
-    places = y.permute(0, 2, 3, 1).flatten(1).double()  # (keys, places)
-    assert (places.mean(dim=0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(4096)
-    centred = 2 * places - 1
-    correlation = centred.T @ centred / 4096 - torch.eye(32)
-    assert correlation.abs().max() < 5 / math.sqrt(4096)
-
-
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_the_mask_of_an_image_depends_on_its_row_alone(memory_format):
     x = torch.ones(6, 5, 3, 3).to(memory_format=memory_format)

@@ -86,7 +86,6 @@ def read_first_devices() -> str:
 
 
 def meet(folder: Path, processes: int) -> None:
-    """Wait until so many processes have a unit of this folder."""
     (folder / f"process-{os.getpid()}").touch()
     deadline = time.monotonic() + LONG
     while len(list(folder.glob("process-*"))) < processes:
@@ -95,7 +94,6 @@ def meet(folder: Path, processes: int) -> None:
 
 
 def write_note(worker, file: Path, processes: int = 1) -> None:
-    """Write where this ran; fails where it was done before."""
     devices = {"first": read_first_devices(), "now": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
     meet(file.parent, processes)
     with file.open("x") as stream:
@@ -107,7 +105,6 @@ def wait(worker, file: Path | None = None) -> None:
 
 
 def wait_for_the_end(worker, file: Path) -> None:
-    """Write the file, but so late that this is cancelled before."""
     meet(file.parent, 1)
     time.sleep(LONG)
     file.touch()
@@ -119,7 +116,6 @@ def fail(worker, folder: Path, processes: int) -> None:
 
 
 def die_at_first(worker, deaths: int, file: Path) -> None:
-    """Take its process with it so many times."""
     tries = len(list(file.parent.glob(f"{file.name}-try-*")))
     (file.parent / f"{file.name}-try-{tries}").touch()
     if tries < deaths:
@@ -269,7 +265,6 @@ def test_a_unit_that_always_loses_its_process_ends_the_others(session, tmp_path)
 
 
 def assert_cancelled(folder: Path) -> None:
-    """Every process that had a unit has ended, and no unit is done."""
     deadline = time.monotonic() + LONG / 2
     while alive := [file.name for file in folder.glob("process-*") if Path("/proc", file.name[8:]).exists()]:
         assert time.monotonic() < deadline, alive

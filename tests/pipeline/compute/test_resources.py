@@ -75,9 +75,6 @@ def test_the_need_at_any_accumulate_follows_from_two_steps():
     assert float(text.split()[0]) == pytest.approx(estimate, rel=0.03, abs=0.06)
     least = [int(parts) for parts in re.findall(r"GiB: (\d+)", text)]
     assert len(least) == 3 and least == sorted(least)
-
-
-def test_levels_that_compute_their_activations_again_hold_less():
     kept, again = (estimate_step_memory(load_digits(f"model.recompute={n}"), 2000, 1) for n in (0, 1))
     assert again < 0.9 * kept
 

@@ -65,8 +65,6 @@ def member(rank, world_size, port, experiment, run, steps, slow_rank):
 
 
 class Group:
-    """So many processes that train together."""
-
     def __init__(self, workers, experiment, run, steps=None, slow_rank=None):
         self.run = run
         port = free_port()

@@ -21,7 +21,6 @@ def context(image_memory=0):
 
 @pytest.fixture(params=[4, 0], ids=["labelled", "unlabelled"])
 def folder(tmp_path, request):
-    """Three tars of 13 images of 9x9 in all."""
     images = np.random.default_rng(0).integers(0, 256, (13, 9, 9, 3), dtype=np.uint8)
     return write_shards(tmp_path, images, (7, 5, 1), request.param)
 

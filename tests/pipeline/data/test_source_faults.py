@@ -43,14 +43,10 @@ from pipeline.store.tars import Record, encode_png, open_shards, write_tar
 
 
 def seal(data: DataConfig, storage: Path) -> dict:
-    """The facts of the manifest that the shard stage writes."""
     place = make_place(dataclasses.replace(tiny_experiment(), data=data), storage)
     for units in shard.STAGE.work(place):
         one_cpu().run_units(units, lambda unit: None)
     return open_shards(place.data).facts
-
-
-# What is CIFAR-10
 
 
 def write_batches(folder: Path, labels: list) -> Path:
@@ -89,11 +85,7 @@ def test_images_that_only_claim_to_be_cifar10_are_said(tmp_path, caplog):
     assert "other images than CIFAR-10" in caplog.text
 
 
-# What lies in a folder
-
-
 def make(root: Path, sizes: dict[str, int]) -> Path:
-    """So many images in each folder, or so many rows in each parquet file."""
     for number, (name, count) in enumerate(sizes.items()):
         if name.endswith(".parquet"):
             write_parquet(root / name, encode_numbered(1, number) * count, None)
@@ -226,9 +218,6 @@ def test_fingerprints_move_only_where_a_set_was_not_read_rightly_before(tmp_path
     assert now.startswith(expected) and (now == found.compute_fingerprint()) == bool(expected)
 
 
-# What an image holds
-
-
 PALE = (200, 0, 0, 0)
 IN_A_CHANNEL = {
     "RGBA": Image.new("RGBA", (8, 8), PALE),
@@ -245,7 +234,6 @@ BY_COLOUR = {  # bits, PNG's type of colour, a pixel or eight, the transparent c
 
 
 def write_transparent(file: Path, kind: str) -> None:
-    """An image of 8x8 pixels, none of which can be seen."""
     if kind in IN_A_CHANNEL:
         return IN_A_CHANNEL[kind].save(file)
     bits, colour, row, key = BY_COLOUR[kind]
@@ -291,16 +279,19 @@ def test_a_picture_of_too_many_pixels_is_refused_without_pillows_words(tmp_path,
     assert not recwarn.list
 
 
-def test_the_column_of_the_images_can_be_named(tmp_path):
+def test_columns_may_hold_bare_bytes_and_that_of_the_images_can_be_named(tmp_path):
+    for kind in (pyarrow.binary(), pyarrow.large_binary()):
+        labels = pyarrow.array([0, 1, 2], pyarrow.uint8())
+        table = pyarrow.table({"jpg": pyarrow.array(encode_numbered(3), kind), "label": labels})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        assert numbers(config("parquet", tmp_path)) == [0, 1, 2]
+        assert sources.open_source(config("parquet", tmp_path)).read_labels("train").tolist() == [0, 1, 2]
     images = {n: [encode_png(np.full((8, 8, 3), x, np.uint8))] for n, x in (("left", 1), ("right", 2))}
     parquet.write_table(pyarrow.table(images), tmp_path / "a.parquet")
     assert pixels(config("parquet", tmp_path, image_column="right")).max() == 2
     for column in (None, "middle"):
         message = r"left .*right .*; set data\.image_column"
         assert_read_fails(message, "parquet", tmp_path, image_column=column)
-
-
-# The order of images
 
 
 @pytest.mark.parametrize("source", ["npy", "parquet"])
@@ -316,9 +307,6 @@ def test_the_first_images_of_a_split_mix_the_classes(tmp_path, source):
         classes, found = [record.label for record in read(data, part)], numbers(data, part)
         assert len(set(classes[:10])) == 4 and sorted(found) == list(range(40))
         assert [number // 10 for number in found] == classes
-
-
-# Files that are not what they say
 
 
 @pytest.mark.parametrize("shape", [(10**22, 8, 8), (-5, 8, 8), (2**40, 8, 8), (True, 8, 8)])

@@ -51,7 +51,6 @@ def finished(tmp_path_factory, sharded_storage):
 
 @pytest.fixture
 def place(finished, tmp_path):
-    """A copy of the finished run."""
     shutil.copytree(finished.storage, tmp_path / "runs")
     checkpoint.load_model.cache_clear()
     return make_place(EXPERIMENT, tmp_path / "runs")
@@ -107,7 +106,6 @@ def test_what_is_done_is_told_without_hashing_anything_large(place, finished, mo
 
 
 def make_foreign(folder):
-    """One tensor under hashes of its own."""
     save_file({"a": torch.zeros(3)}, folder / checkpoint.EMA)
     save_file({"net.a": torch.zeros(3)}, folder / checkpoint.STATE)
     facts = {name: read_file_facts(folder / name) for name in (checkpoint.EMA, checkpoint.STATE)}
@@ -116,13 +114,11 @@ def make_foreign(folder):
 
 
 def make_older(folder):
-    """A copy of an older step."""
     shutil.rmtree(folder)
     shutil.copytree(folder.with_name("step_00000002"), folder)
 
 
 def empty_list(folder):
-    """No file is listed, and one of them has another bit."""
     write_json(folder / checkpoint.META, {"files": {}, "step": 6})
     (folder / checkpoint.EMA).write_bytes(flip((folder / checkpoint.EMA).read_bytes()))
 

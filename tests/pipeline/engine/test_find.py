@@ -55,13 +55,17 @@ def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(ol
     assert find.explain_unreadable_runs(other) == []
 
 
-def test_runs_from_before_a_section_or_a_corrected_formula(tmp_path, monkeypatch):
+def test_runs_from_before_a_section_an_option_or_a_corrected_formula(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     assert find.read_place(run.path) == run
     tree = yaml.safe_load(run.experiment_yaml.read_text())
-    del tree["published"]
+    del tree["published"], tree["train"]["keep_steps"], tree["sample"]["spacing"]
     run.experiment_yaml.write_text(yaml.safe_dump(tree))
     assert find.read_place(run.path) == run
+    del tree["evaluate"]["features"]  # which has no neutral value
+    run.experiment_yaml.write_text(yaml.safe_dump(tree))
+    with pytest.raises(PipelineError, match=r"evaluate\.features is missing"):
+        find.read_place(run.path)
     run = make_run(tmp_path)
     monkeypatch.setattr(find.keys, "make_run_key", lambda *_: "0" * 12)
     with pytest.raises(PipelineError, match=f"{run.name} .* formula was corrected"):
@@ -88,7 +92,6 @@ def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
         ("evaluate", [], "shard train evaluate"),  # the bound alone
         ("evaluate", ["evaluate.metrics=[fid]"], "shard train sample evaluate"),
         ("sample", ["evaluate.checkpoints=all", "sample.checkpoint=best"], "shard train select sample"),
-        ("sample", ["evaluate.checkpoints=all"], "shard train sample"),
         ("report", ["evaluate.checkpoints=all"], "shard train select sample evaluate figures report"),
         ("report", [], "shard train sample evaluate figures report"),
     ],

@@ -188,10 +188,3 @@ def test_what_cannot_be_drawn_is_named_and_nothing_is_written(drawing, tmp_path,
         error = capsys.readouterr().err.strip()
         assert fault in error and error.count("\n") == 0, words
         assert sorted(tmp_path.rglob("*")) == before, words
-
-
-def test_a_network_that_has_diverged_draws_nothing(tiny_run, tmp_path, capsys):
-    write_record(tiny_run, ())
-    with_weights(tiny_run, float("nan"))
-    assert main(["draw", str(tiny_run.path), f"{tmp_path / 'x.png'}", "-n", "1"]) == 1
-    assert "have diverged" in capsys.readouterr().err and not list(tmp_path.iterdir())

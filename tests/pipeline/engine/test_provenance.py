@@ -52,7 +52,6 @@ def test_the_difference_is_recorded_untracked_python_files_included(checkout):
 
 
 def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
-    """Faults 1.15 and 1.16: the commit counts only where the top level is the program's own; the version always."""
     subprocess.run(["git", "init", "-q"], cwd=checkout.parent, check=True)
     shutil.rmtree(checkout / ".git")
     clear()
@@ -77,8 +76,9 @@ def test_only_the_syntax_without_comments_and_docstrings_is_hashed(checkout, old
     assert (code.hash_code() != before) == is_other
 
 
-def test_other_code_does_not_train_or_draw_unasked(checkout, tmp_path, capsys):
-    """Faults 1.13 and 1.14."""
+def test_other_code_does_not_train_or_draw_unasked(checkout, empty_store, tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs")
 
     def ddpm(verb, *words):
         status = main([verb, "digits", *TINY, *ONE_CPU, f"cluster.storage={tmp_path / 'runs'}", *words])

@@ -70,9 +70,6 @@ def test_the_address(monkeypatch, given, variables, address):
         assert ray_client.resolve_address(given) == address
 
 
-# What is sent
-
-
 def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
@@ -98,6 +95,9 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
     assert not [name for name in rest if not name.startswith("pipeline/")], rest
     assert not [name for name in sent if name.endswith((".pyc", ".tar", ".bin", ".txt", ".env"))]
     assert packed.bytes < 2e6 and not packed.folder.exists()
+    Path("conf/huge.yaml").write_text("#" * (package.LIMIT + 1))
+    with pytest.raises(ConfigError, match=r"conf/huge\.yaml has 4\.0 MB"):
+        package.create_package(["run"], None).__enter__()
 
 
 def test_names_and_paths_mean_there_what_they_mean_here(tmp_path, monkeypatch):
@@ -135,20 +135,8 @@ def test_a_cluster_by_path_travels_with_the_option(tmp_path, monkeypatch):
             assert (packed.folder / name).read_text() == "base: local\n"
 
 
-def test_what_is_too_big_for_code_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("conf").mkdir()
-    Path("conf/huge.yaml").write_text("#" * (package.LIMIT + 1))
-    with pytest.raises(ConfigError, match=r"conf/huge\.yaml has 4\.0 MB"):
-        package.create_package(["run"], None).__enter__()
-
-
-# A cluster's answers
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[[dict[str, tuple[int, str]]], HTTPServer]]:
-    """Start a web server that answers as it is told; `server.asked` are the requests it got."""
     started: list[HTTPServer] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -248,9 +236,6 @@ def test_ray_finds_the_token_and_sends_it_and_torch_stays_away(tmp_path, serve, 
     assert http.asked and all(line.endswith(sent) for line in http.asked)
     assert outcome.returncode == 0, outcome.stderr
     assert "a-token" not in outcome.stdout + outcome.stderr
-
-
-# A log that breaks off, and how a job ended
 
 
 def test_a_log_that_breaks_off_comes_again_and_is_written_once(capsys, monkeypatch):

@@ -9,7 +9,7 @@ from synthetic_run import make_run
 from pipeline.cli.program import main
 from pipeline.drawing import charts
 from pipeline.report import comparison
-from pipeline.report.compared_run import ComparedRun, make_compared_runs, shorten_labels
+from pipeline.report.compared_run import ComparedRun, make_compared_runs
 from pipeline.scores.metrics import METRICS
 from pipeline.scores.ranking import rank_runs
 from pipeline.stages import report
@@ -115,24 +115,6 @@ def test_two_swept_keys_make_a_matrix(four):
     ]  # fmt: skip
 
 
-def test_a_third_key_stands_in_the_captions_and_one_key_makes_a_row(tmp_path):
-    place = compared(tmp_path).place
-    found = [
-        ComparedRun(f"seed-{seed}", place, {"beta": "linear", "dropout": dropout, "seed": seed})
-        for seed, dropout in ((11, 0.1), (2, 0.1), (2, 0.2))
-    ]
-    files = {run.label: f"{run.label}.png" for run in found}
-    matrix = comparison.arrange_pictures(found[:2], files, ["beta", "dropout", "seed"])
-    assert isinstance(matrix, comparison.PictureMatrix) and matrix.has_captions
-    assert [p.caption for p in matrix.rows[0][1][0]] == ["seed 2", "seed 11"]
-    row = comparison.arrange_pictures(found[:2], files, ["seed"])
-    assert isinstance(row, list) and [p.caption for p in row] == ["seed 2", "seed 11"]
-    assert shorten_labels(found[:2]) == {"seed-11": "11", "seed-2": "2"}
-    assert shorten_labels([found[0], found[2]]) == {"seed-11": "0.1 · 11", "seed-2": "0.2 · 2"}
-    runs = [ComparedRun(label, place, {"seed": seed}) for label, seed in (("a", 1), ("b", 1), ("c", 2))]
-    assert shorten_labels(runs) == {"a": "a", "b": "b", "c": "c"}, "values that do not tell all apart"
-
-
 def test_scores_are_drawn_against_the_swept_number_with_the_most_values(tmp_path, monkeypatch):
     """Two lines of three lengths; seeds are the error of a point, and a number of two values makes no axis."""
     drawn, runs = [], []
@@ -170,21 +152,6 @@ def test_the_page_is_whole_and_leads_to_each_report(four, tmp_path):
     assert "<script" not in html.read_text() and not re.search(r"url\((?!#)", html.read_text())
 
 
-def test_one_run_may_be_seen_under_two_experiments(tmp_path, undrawn, monkeypatch):
-    """What only sampling differs in is one run directory: its loss is one curve."""
-    found = [compared(tmp_path, f"sample.steps={n}", label=str(n), **{"sample.steps": n}) for n in (100, 50)]
-    assert found[0].place.path == found[1].place.path
-    drawn, save_picture = {}, comparison.save_picture
-
-    def noting(folder, name, panel, caption):
-        drawn[name] = panel
-        return save_picture(folder, name, panel, caption)
-
-    monkeypatch.setattr(comparison, "save_picture", noting)
-    markdown = page(found, tmp_path / "page")
-    assert len(drawn["loss-0"].lines) == 1 and markdown.count("![") >= 3
-
-
 def test_the_command_takes_names_beginnings_and_paths(four, tmp_path, undrawn, capsys):
     found = make_compared_runs(one.place for one in four)
     assert [(one.swept, one.label) for one in found] == [(one.swept, one.place.name) for one in four]
@@ -208,9 +175,7 @@ def test_rows_of_the_papers_tables_stand_beside_the_papers(tmp_path, undrawn):
     markdown = page(runs, tmp_path / "page", note="scaled down")
     assert "\nScaled down.\n" in markdown
     beside = markdown.partition("## Compared with the paper")[2].partition("\n## ")[0]
-    rows = [line for line in beside.splitlines() if line.startswith(("| ε, L_simple", "| **cifar10** |"))]
-    assert re.match(r"\| ε, L_simple \| 3\.17 \| 5\.24 \| 9\.46 ± 0\.11 \| ≤ 3\.75 \| the paper \|", rows[0])
-    assert re.match(r"\| \*\*cifar10\*\* \| 7\.00 \|.*not comparable", rows[1])
+    assert re.search(r"^\| \*\*cifar10\*\* \| 7\.00 \|.*not comparable", beside, re.MULTILINE)
     assert beside.index("7.67") < beside.index("cifar10_vlb_eps_fixed") < beside.index("L_simple")
     assert "Not yet useful" not in markdown
     score(runs[0], fid=7.0, rmse=1.2)

@@ -1,6 +1,5 @@
 """The report from synthetic run directories: what stands in it, what it leaves out, and when it is remade."""
 
-import base64
 import re
 import shutil
 from html.parser import HTMLParser
@@ -9,17 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
 from synthetic_run import make_run, write_grid, write_scores
 
 from pipeline import config
 from pipeline.drawing import charts
-from pipeline.drawing.style import COLOURS
 from pipeline.report import paper
 from pipeline.report.page import convert_to_html
 from pipeline.report.run_files import RunFiles
 from pipeline.report.run_page import compare_with_linear_denoiser, list_differences_from_paper
-from pipeline.report.run_pictures import copy_picture
 from pipeline.stages import report
 from pipeline.store import files as rundir
 
@@ -30,7 +26,6 @@ CIFAR10 = (
 
 
 def write(run) -> tuple[str, str]:
-    """(HTML, Markdown), remade, its firm spaces plain."""
     assert list(report.STAGE.work(run)) == []
     return run.report_html.read_text(), run.report_html.with_suffix(".md").read_text().replace("\u00a0", " ")
 
@@ -61,7 +56,6 @@ def make(tmp_path, monkeypatch):
 
 
 def change_scores(run, **changed) -> None:
-    """Overwrite parts of metrics.json: scores and protocol are added to, all else replaced."""
     metrics = rundir.read_json(run.metrics_json, dict)
     parts = {name: metrics[name] | changed.pop(name, {}) for name in ("scores", "protocol")}
     rundir.write_json(run.metrics_json, metrics | parts | changed)
@@ -86,21 +80,6 @@ def test_the_page_fetches_nothing_and_runs_nothing(digits):
     assert "@import" not in digits[1] and not re.search(r"url\((?!#)", digits[1])
     policy = next(a["content"] for _, a in elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-def test_plots_follow_the_theme(digits):
-    plots = [
-        base64.b64decode(a["src"].partition(",")[2]).decode()
-        for tag, a in Elements(digits[1]).tags
-        if tag == "img" and a["class"] == "svg" and a["alt"]
-    ]
-    assert len(plots) >= 12
-    for plot in plots:
-        drawn, dark = plot.partition("</style>")[2], plot.partition("prefers-color-scheme: dark")[2]
-        used = {colour.lower() for colour in re.findall(r"(?:fill|stroke): (#\w+)", drawn)}
-        assert used <= {light for light, _ in COLOURS.values()} and COLOURS["run"][0] in used
-        for light, other in COLOURS.values():
-            assert f'[style*="fill: {light}"] {{fill: {other} !important}}' in dark
 
 
 def test_the_markdown_twin_has_its_pictures_beside_it(digits):
@@ -154,22 +133,6 @@ def test_a_score_by_the_papers_protocol_is_called_comparable(make):
     assert "not comparable" not in html.lower()
 
 
-def test_every_figure_in_the_manifest_is_shown_with_its_caption(make):
-    run = make()
-    order = ["samples.png", "scores_along.svg", "progressive.png", "rate_distortion.svg"]
-    for name in order[1::2]:
-        (run.figures / name).write_text(f"<svg><text>{name}</text></svg>")
-    captions = {name: f"What {name} shows" for name in order}
-    left_out = {"nearest_features": "it needs features"}
-    rundir.write_manifest(run.figures, order, order=order, captions=captions, skipped=left_out)
-    html, markdown = write(run)
-    assert all(f"<figcaption>What {name} shows<" in html for name in order[:3])
-    places = [markdown.index(f"![What {name} shows]({name})") for name in order[:3]]
-    assert places == sorted(places)
-    assert "(rate_distortion.svg)" not in markdown and "(rd.svg)" in markdown, "Fig. 5 once is enough"
-    assert "Not drawn: `nearest_features`, because it needs features." in markdown
-
-
 def test_it_is_remade_exactly_when_something_it_shows_changes(make):
     run = make()
     assert not report.STAGE.is_done(run)
@@ -197,12 +160,8 @@ def test_commits_are_named_by_stage_where_they_differ_and_mlflow_is_linked(make)
     server = {"experiment_id": "3", "run_id": "r7", "parcels": {}, "study": "s"}
     rundir.write_json(run.tracking_json, {"servers": {"http://a:5": server}})
     assert "](http://a:5/#/experiments/3/runs/r7?workflowType=machine_learning) |" in write(run)[1]
-    for commits, words in (
-        ({"train": ["a1"], "evaluate": ["a1"], "report": ["c3"]}, "`a1`"),
-        ({"train": ["a1", "b2"], "evaluate": ["b2"]}, "train `a1` · train, evaluate `b2`"),
-    ):
-        rundir.write_json(run.commits_json, commits)
-        assert f"| Commit | {words} |" in write(run)[1]
+    rundir.write_json(run.commits_json, {"train": ["a1", "b2"], "evaluate": ["b2"], "report": ["c3"]})
+    assert "| Commit | train `a1` · train, evaluate `b2` |" in write(run)[1]
 
 
 def test_what_is_absent_is_left_out_with_the_command_that_makes_it(make):
@@ -220,10 +179,13 @@ def test_what_is_absent_is_left_out_with_the_command_that_makes_it(make):
 
 
 BOUND = {"nll_bpd": 4.5, "rate_bpd": 2.0, "distortion_bpd": 2.5}
-MORE = {"fid_test": 16.3, "is_shuffled_mean": 8.9, "is_shuffled_std": 0.1}
-MORE |= {"kid_mean": 0.00432, "recall": 0.42}
-
-
+MORE = {
+    "fid_test": 16.3,
+    "is_shuffled_mean": 8.9,
+    "is_shuffled_std": 0.1,
+    "kid_mean": 0.00432,
+    "recall": 0.42,
+}
 ERRORS = BOUND | {
     "fid": 14.213, "fid_se": 1.31, "nll_bpd": 4.5214, "nll_bpd_se": 0.0421, "rate_bpd": 2.0214, "rate_bpd_se": 0.113,
     "kid_mean": 0.0971, "kid_mean_se": 0.1402, "recall": 0.5, "recall_se": None, "recall_se_reason": "a single unit",
@@ -236,13 +198,11 @@ DEFICIENT = "rank-deficient: n = 32 is not above 64"
     ("name", "scores", "more", "present", "absent"),
     [
         ("digits", {"fid": 20.0}, {"reference_points": {}}, ["| FID | 20.00 |"], "| NLL"),
-        ("digits", BOUND, {"protocol": {}, "reference_points": {}}, ["NLL ≤ 4.500 bits/dim"], "| FID"),
         ("cifar10", BOUND, {"protocol": {}, "reference_points": {}}, ["NLL ≤ 4.500 bits/dim"], "Not yet useful"),
         ("digits", {"fid": 192.8}, {"protocol": {"why_not": [DEFICIENT]}}, ["(test images 31.00", f"**{DEFICIENT}**"],
          "| NLL"),
         ("digits", MORE, {}, ["| FID, test set | 16.30 |", "| IS, shuffled, spread of its splits | 0.10 |",
                               "| KID | 0.00432 |", "| recall | 0.420 |"], "Not yet useful"),
-        ("digits", {"rate_bpd": 9.0, "rmse": 9.0}, {}, [], "Not yet useful"),
         ("digits", ERRORS, {"reference_points": POINTS},
          ["FID 14.2 ± 1.3 (at n = 360: this run 17.2 ± 1.4, test images 31.0 ± 2.0)",
           "|  | **This run** | This run, equal n | Test images |", "| KID | 0.10 ± 0.14 |",
@@ -254,19 +214,6 @@ def test_the_scores_that_are_there_are_shown(make, name, scores, more, present, 
     write_scores(run.scores, run.experiment, scores=scores, **more)
     markdown = write(run)[1]
     assert all(text in markdown for text in present) and absent not in markdown
-
-
-def test_an_estimated_bound_and_the_distance_to_the_optimum_are_said(make):
-    run = make("digits")
-    rundir.write_json(run.nll_json, {"n": 360, "prior": 7e-6, "draws": 7, "set_se": 0.0163})
-    change_scores(run, scores={"nll_bpd_se": 0.0224})
-    manifest = rundir.read_json(run.figures_manifest, dict)
-    manifest["findings"] = {"optimum.svg": "The network loses most at k = 100."}
-    rundir.write_json(run.figures_manifest, manifest)
-    html, markdown = write(run)
-    assert "from t = 0 and 7 weighted draws of t" in markdown and "`evaluate.nll_timesteps=null`" in markdown
-    assert "For exactly these images, the error of the NLL is 0.016." in markdown
-    assert "loses most at k = 100.</p>\n</blockquote>" in html
 
 
 def test_text_is_escaped_and_links_are_of_the_web_or_relative(tmp_path):
@@ -292,15 +239,7 @@ def test_only_pictures_of_the_page_are_put_into_it(tmp_path):
     assert html.count(" &amp; words") == len(names) and html.count("<figure>") == 1
 
 
-def test_small_pictures_are_enlarged_pixel_by_pixel(tmp_path):
-    (tmp_path / "page").mkdir()
-    Image.new("L", (300, 20), 7).save(tmp_path / "small.png")
-    picture = copy_picture(tmp_path / "small.png", tmp_path / "page", "")
-    with Image.open(tmp_path / "page" / picture.name) as image:
-        assert image.size == (1200, 80) and image.getextrema() == (7, 7)
-
-
-def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
+def test_the_papers_recipe_and_rows_are_those_of_the_configurations(tmp_path):
     files = [f for f in (ROOT / "conf").glob("cifar10_*.yaml") if re.match("# Tables? [12]", f.read_text())]
     assert len(files) == 5, "all but L_simple itself"
     for file in files:
@@ -314,14 +253,11 @@ def test_the_papers_recipe_and_rows_are_those_of_the_configurations():
         assert recipe == {key: cifar10[section][key] for key in recipe}
     assert len({id(row) for row in paper.TABLES_1_AND_2.values()}) == 6
     assert paper.find_paper_row(config.load_experiment("cifar10_cosine_hybrid", []).diffusion) is None
-
-
-def test_betas_of_ones_own_are_a_difference_from_the_paper(tmp_path):
     np.save(tmp_path / "betas.npy", np.full(1000, 0.01))
     own = config.load_experiment("cifar10", [f"diffusion.betas={tmp_path / 'betas.npy'}"])
     assert not paper.has_paper_schedule(own.diffusion)
-    found = list_differences_from_paper(SimpleNamespace(experiment=own))
-    assert found == ["`diffusion.betas` is 1,000 values, not []"]
+    differences = list_differences_from_paper(SimpleNamespace(experiment=own))
+    assert differences == ["`diffusion.betas` is 1,000 values, not []"]
 
 
 def test_a_run_stands_below_the_row_of_its_objective_if_there_is_one(make):
@@ -353,26 +289,18 @@ def test_a_network_that_does_not_beat_the_linear_denoiser_is_not_yet_useful(make
     assert "<blockquote>\n<p><strong>Not yet useful</strong>" in html
 
 
-def choose_checkpoint(run) -> None:
+def test_checkpoints_are_drawn_with_the_published_scores(make):
+    run = make("cifar10", "evaluate.checkpoints=every:10000", "sample.batch_size=500")
+    assert "The checkpoints are not scored yet" in write(run)[1]
     steps = ((10_000, 17.25), (20_000, 16.5))
     scores = [{"step": step, "fid": fid, "fid_se": 0.31, "evaluation": "-"} for step, fid in steps]
     del scores[0]["fid_se"]  # as earlier files
     content = {"metric": "fid", "n": 5000, "weights": "ema", "extractor": "inception", "reference": "train"}
     rundir.write_json(run.selection_json, content | {"best": 20_000, "scores": scores})
     rundir.write_manifest(run.selection, ["selection.json"])
-
-
-def test_checkpoints_are_drawn_with_the_published_scores(make):
-    run = make("cifar10", "evaluate.checkpoints=every:10000", "sample.batch_size=500")
-    assert "The checkpoints are not scored yet" in write(run)[1]
-    choose_checkpoint(run)
     assert not report.STAGE.is_done(run), "a selection is something it shows"
     markdown = write(run)[1]
     assert "**Step 20,000 has the best FID, 16.50 ± 0.31**, of 2 checkpoints" in markdown
     rows = ("10,000 | 17.25 | –", "**20,000** | 16.50 ± 0.31 | –", "46,800 | – | 9.16", "796,000 | – | 3.19")
     for row in rows:
         assert f"| {row} |" in markdown
-    run = make("digits", "evaluate.checkpoints=every:200")
-    choose_checkpoint(run)
-    section = write(run)[1].split("## Checkpoints")[1].split("\n## ")[0]
-    assert "| **20,000** | 16.50 ± 0.31 |" in section and "published" not in section

@@ -13,8 +13,6 @@ from pipeline.scores.ranking import describe_best, explain_ranks, format_differe
 
 
 class Features:
-    """An image set in memory."""
-
     def __init__(self, features, classes=0):
         self.features, self.n = features.astype(np.float32), len(features)
         self.logits = 3 * self.features[:, :classes]
@@ -124,7 +122,6 @@ def test_seeds_are_one_row_with_their_spread():
 
 
 def scored(*rows: tuple[float, float | None], groups: int = 20) -> list[Place]:
-    """Runs with these scores and errors, called a, b, c..."""
     return [
         Place(name, {"x": name}, {"fid": value, "fid_se": error}, {"jackknife_groups": groups})
         for name, (value, error) in zip("abcdefghijklmnopqrstuvwxyz", rows, strict=False)

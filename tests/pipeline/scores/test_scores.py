@@ -2,7 +2,6 @@
 
 import dataclasses
 import pickle
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -38,7 +37,6 @@ RELATIVE = 1e-5  # torch-fidelity's mean is float32
 
 @pytest.fixture(scope="module")
 def digits(sharded_storage):
-    """(train, test), each (images, labels)."""
     data = make_place(tiny_experiment(), sharded_storage).data
     return tars.load_images(data, "train"), tars.load_images(data, "test")
 
@@ -89,7 +87,6 @@ def their_scores(extractor, images, reference, whole=True):
 
 
 def our_sums(extractor, images, cuts=()):
-    """As the stage does it: features part by part, summed up."""
     parts = (extractors.extract_features(extractor, part, CPU) for part in np.split(images, cuts))
     return scores.sum_features(parts, len(images))
 
@@ -117,7 +114,6 @@ def fid(a, b):
 
 
 def assert_equal_scores(ours, theirs, swapped):
-    """Every score equals theirs, and none does where the images are others."""
     assert ours == pytest.approx(theirs, rel=RELATIVE)
     for name, value in theirs.items():
         assert swapped[name] != pytest.approx(value, rel=100 * RELATIVE), f"{name} does not see its input"
@@ -200,33 +196,9 @@ def test_inception_score_in_order_and_shuffled_is_torch_fidelitys(n):
         assert sums.compute_inception_score() == pytest.approx(expected, rel=1e-12, abs=1e-12)
     in_order, shuffled = (sums.compute_inception_score()[0] for sums in (found.in_order, found.shuffled))
     assert in_order != pytest.approx(shuffled, rel=1e-3)
-
-
-@pytest.mark.parametrize("n", [2, 9, 10])
-def test_splits_of_one_image_have_no_inception_score(n):
-    logits = np.random.default_rng(1).normal(0, 3, (n, 5)).astype(np.float32)
-    found = scores.sum_features([(logits, logits)], n)
-    assert found.in_order is None and found.shuffled is None and len(found.classes) == n
-
-
-def test_memory_does_not_grow_with_the_number_of_images():
-    """Peak while 2,000 and while 20,000 images of 64 features and 10 classes are scored, in parts of 500."""
-
-    def peak(n):
-        draw = np.random.default_rng(0)
-        tracemalloc.start()
-        shapes = [((500, 64), (500, 10))] * (n // 500)
-        parts = (tuple(draw.normal(size=shape).astype(np.float32) for shape in part) for part in shapes)
-        scores.sum_features(parts, n).in_order.compute_inception_score()
-        used = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return used
-
-    peak(2000)  # what is imported and cached at the first time
-    few, many = peak(2000), peak(20_000)
-    # What remains is each image's split and class, and the permutation while it is drawn: 20 bytes an image,
-    # where its features and logits have 296.
-    assert many - few < 18_000 * 20
+    for few in (2, 9, 10):  # splits of one image
+        found = scores.sum_features([(logits[:few], logits[:few])], few)
+        assert found.in_order is None and found.shuffled is None and len(found.classes) == few
 
 
 def test_settings_and_kid_subsets_are_torch_fidelitys():
@@ -268,12 +240,6 @@ def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
     assert np.array_equal(noise[7:9], image_sets.draw_noise_images(7, 9, (3, 4, 4)))
 
 
-def blocks(n):
-    """Two inputs of n images: coarse noise, and the same kind with half of the contrast."""
-    images = image_sets.draw_noise_images(0, 2 * n, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
-    return images[:n], images[n:] // 2 + 64
-
-
 @pytest.fixture(scope="module")
 def he_inception(tmp_path_factory):
     """A weights file of Inception as He initialises it: with the default initialisation features vanish and
@@ -293,25 +259,18 @@ def he_inception(tmp_path_factory):
     return path
 
 
-def require_live_features(a, b):
-    """Where features vanish any input scores zero, and a comparison of scores proves nothing."""
-    spread = np.concatenate([a, b]).std(axis=0)
-    assert np.median(spread) > 0.1 and np.square(a.mean(axis=0) - b.mean(axis=0)).sum() > 1
-
-
-def in_inception(path, cache):
-    return Extractor(inception.NAME, *inception.copy_weights(str(path), cache))
-
-
 def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, tmp_path, monkeypatch):
     """All but the FID, whose eigenvalues take long: the next test has it, and the shuffled IS."""
     monkeypatch.setattr(scores, "SPLITS", 2)  # a split of one image has a score of 1, whatever it shows
-    network = in_inception(he_inception, tmp_path)
+    network = Extractor(inception.NAME, *inception.copy_weights(str(he_inception), tmp_path))
     assert network.name.startswith("inception-v3-compat-") and not network.is_published
-    noise, pale = blocks(5)
+    coarse = image_sets.draw_noise_images(0, 10, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
+    noise, pale = coarse[:5], coarse[5:] // 2 + 64
     theirs = their_scores(network, noise, pale, whole=False)
     ours, real = ([extractors.extract_features(network, images, CPU)] for images in (noise, pale))
-    require_live_features(ours[0][0], real[0][0])
+    a, b = ours[0][0], real[0][0]  # where features vanish any input scores zero, which proves nothing
+    assert np.median(np.concatenate([a, b]).std(axis=0)) > 0.1
+    assert np.square(a.mean(axis=0) - b.mean(axis=0)).sum() > 1
     assert_equal_scores(our_scores(ours, real[0], False), theirs, our_scores(real, ours[0], False))
     grey, logits = extractors.extract_features(network, noise[:1, :1], CPU)
     colour, _ = extractors.extract_features(network, noise[:1, :1].repeat(3, axis=1), CPU)

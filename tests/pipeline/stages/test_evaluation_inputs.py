@@ -32,7 +32,6 @@ def projected(sampled):
 
 
 def feature_files(run):
-    """The files of the features of the run's two tars."""
     folder = run.score_units / find_extractor(run).name
     return [folder / f"{shard.sha256[:16]}.npz" for shard in list_sample_shards(run)]
 
@@ -61,11 +60,6 @@ def test_reference_statistics_are_never_stale(projected):
     write_arrays(file, **{**read_arrays(file), "content": np.array("of other images")})
     assert load_reference(projected, extractor, "train") is None
     file.write_bytes(kept)  # other tests use the same storage
-
-
-def test_labels_beyond_the_classes_are_refused(tiny_run):
-    with pytest.raises(PipelineError, match=r"labels 0\.\.9 .*data\.labels=5 allows 0\.\.4"):
-        preparations.train_classifier(one_cpu().context, change(tiny_run, "data", labels=5))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +180,7 @@ def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, me
 
 
 def test_statistics_are_read_by_name_whatever_lies_beside_them(tmp_path, monkeypatch):
-    """Faults 2.7, 6.5 and 6.6: images, objects, an n of shape (1,), the other byte order; a size is looked at first."""
+    """Images, objects, an n of shape (1,), the other byte order; a size is looked at first."""
     draw = np.random.default_rng(0).normal(size=(200, 64))
     held = {"n": np.array([200]), "mu": draw.mean(axis=0).astype(">f8")}
     beside = np.array([{}], dtype=object)
@@ -212,6 +206,8 @@ def test_a_reference_that_cannot_be_used_is_refused_before_training(tiny_run, tm
     assert tiny_experiment("evaluate.reference=their.npz").evaluate.reference == file
     with pytest.raises(PipelineError, match="has no mu"):
         evaluate.STAGE.check_before_training(scoring(tiny_run, metrics=("fid",), reference=file))
+    with pytest.raises(PipelineError, match=r"labels 0\.\.9 .*data\.labels=5 allows 0\.\.4"):
+        preparations.train_classifier(one_cpu().context, change(tiny_run, "data", labels=5))
     tiny_run = dataclasses.replace(tiny_run, data_key="train-only")
     tars.write_shard_manifest(tiny_run.data, {"train": []}, image_size=8, channels=1)
     with pytest.raises(PipelineError, match=r"no test split.*data\.test_images"):

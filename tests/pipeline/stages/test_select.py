@@ -23,7 +23,6 @@ UNITS = 2  # of twelve samples each
 
 @pytest.fixture
 def trained(tiny_run):
-    """Three checkpoints of weights that differ much, and an experiment that looks for the best."""
     tiny_run = change(tiny_run, "diffusion", timesteps=4)
     asked = {"metrics": ("fid",), "features": "projection", "checkpoints": "every:2", "checkpoint_images": 12}
     tiny_run = asking_for(scoring(tiny_run, **asked), checkpoint="best")
@@ -37,7 +36,6 @@ def save(run, step, scale):
 
 
 def select_best(run):
-    """Run the stage; the names of its units and what it selected."""
     return run_stage(select, run), selection.read_selection(run)
 
 
@@ -49,7 +47,6 @@ def is_done(run):
 
 
 def fids(run):
-    """The FID of each candidate, as its own evaluation has it."""
     found = {}
     for step, place in selection.list_candidates(run).items():
         found[step] = results(place)["scores"]["fid"]
@@ -138,8 +135,6 @@ def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog
         next(list_rounds(select.STAGE, trained))
 
 
-# The whole command
-
 SCORED = ["evaluate.metrics=[fid]", "evaluate.features=projection", "evaluate.checkpoints=every:2"]
 WORDS = [*SCORED, "sample.checkpoint=best", "train.keep=1", "figures.which=[samples]"]
 
@@ -152,8 +147,9 @@ def ddpm(storage, *words, verb="run"):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, empty_store):
     storage = tmp_path_factory.mktemp("best")
+    shutil.copy(empty_store, storage)
     ddpm(storage, verb="train")
     ddpm(storage, "sample.weights=raw", "sample.checkpoint=4", "evaluate.checkpoints=null", verb="evaluate")
     ddpm(storage)
@@ -172,14 +168,12 @@ def test_the_command_scores_the_best_and_status_knows_it(finished):
     on_curve = {score["evaluation"] for score in found["scores"]}
     files = [path for path in run.glob("evaluation/*/metrics.json") if path.parent.name not in on_curve]
     others = [json.loads(path.read_text())["protocol"] for path in files]
-    assert {(p["weights"], p["checkpoint"], p["n"]) for p in others} == {
-        ("ema", found["best"], 12), ("raw", 4, 12)
-    }  # fmt: skip
+    scored = {(p["weights"], p["checkpoint"], p["n"]) for p in others}
+    assert scored == {("ema", found["best"], 12), ("raw", 4, 12)}
     steps = sorted(int(path.name[5:]) for path in run.glob("train/step_*"))
     assert steps == [2, 4, 6], "train.keep=1, and yet"
     assert "everything up to date" in ddpm(storage)
-    storage, run = finished
-    best = choice(run)["best"]
+    best = found["best"]
     assert f"checkpoint  {best}, best of 3 checkpoints" in ddpm(storage, verb="show")
     assert "not known before the best" in ddpm(storage, "evaluate.checkpoint_images=7", verb="show")
     with redirect_stdout(io.StringIO()) as printed:

@@ -39,7 +39,6 @@ def experiment(data: DataConfig) -> Experiment:
 
 
 def do(data: DataConfig, run: Place, backwards: bool = False) -> list[str]:
-    """Run the stage in this process; the names of the units that it did."""
     done = []
     for units in shard.STAGE.work(run.replace_experiment(experiment(data))):
         for unit in reversed(units) if backwards else units:
@@ -59,7 +58,6 @@ def run(tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Twenty grey images in two class folders; image i has the level 10 i."""
     for i in range(20):
         file = tmp_path / "pictures" / ("even" if i % 2 == 0 else "odd") / f"{i:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +81,7 @@ def test_digits_end_to_end(run):
     assert pixels.shape == (360, 1, 8, 8) and np.bincount(labels).tolist() == [36] * 10
 
 
-def test_shards_are_byte_identical_in_any_order(tmp_path, pictures):
+def test_shards_are_byte_identical_in_any_order_and_their_size_changes_no_index(tmp_path, pictures):
     first, second = run_in(tmp_path / "a"), run_in(tmp_path / "b")
     do(pictures, first)
     do(pictures, second, backwards=True)
@@ -91,40 +89,28 @@ def test_shards_are_byte_identical_in_any_order(tmp_path, pictures):
     manifest = (first.data / "manifest.json").read_bytes()
     assert manifest == (second.data / "manifest.json").read_bytes()
     assert pictures.path.encode() not in manifest, "it names no place"
+    do(dataclasses.replace(pictures, images_per_shard=100), third := run_in(tmp_path / "c"))
+    for split in ("train", "test"):
+        ours, theirs = tars.load_images(first.data, split), tars.load_images(third.data, split)
+        assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-def test_the_keys_of_a_database_are_read_once_by_who_plans_the_shards(tmp_path, run, monkeypatch):
-    """A process that writes a shard is given its own: LSUN Bedroom's take seconds and 234 MB in each."""
+def test_a_unit_travels_with_absolute_paths_and_its_own_keys_of_a_database(tmp_path, run, monkeypatch):
+    """Who plans the shards reads the keys once: LSUN Bedroom's take seconds and 234 MB in each process."""
     write_lmdb(tmp_path / "set_train_lmdb", [encode(np.full((8, 8), i, np.uint8), "png") for i in range(20)])
-    data = DataConfig("lmdb", str(tmp_path), 8, 1, 0, 4, 6, "refuse", 0)
-    work = shard.STAGE.work(run.replace_experiment(experiment(data)))
+    monkeypatch.chdir(tmp_path)
+    here = experiment(DataConfig("lmdb", ".", 8, 1, 0, 4, 6, "refuse", 0))
+    work = shard.STAGE.work(run.replace_experiment(here))
     units = pickle.loads(pickle.dumps(next(work)))
+    monkeypatch.chdir("/")
     monkeypatch.setattr(lmdb, "_list_image_keys", None)
     sources.open_source.cache_clear()
     for unit in units:
         unit.body(None, *unit.args)
+    monkeypatch.chdir(tmp_path)
     assert next(work, None) is None and len(units) == 6
     levels = [tars.load_images(run.data, split)[0][:, 0, 0, 0].tolist() for split in ("train", "test")]
     assert sorted(levels[0] + levels[1]) == [*range(20)] and levels == [sorted(its) for its in levels]
-
-
-def test_images_per_shard_changes_no_index(tmp_path, pictures):
-    first, second = run_in(tmp_path / "a"), run_in(tmp_path / "b")
-    do(pictures, first)
-    do(dataclasses.replace(pictures, images_per_shard=100), second)
-    for split in ("train", "test"):
-        ours, theirs = tars.load_images(first.data, split), tars.load_images(second.data, split)
-        assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
-
-
-def test_a_unit_travels_to_a_worker_with_absolute_paths(pictures, run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    elsewhere = experiment(dataclasses.replace(pictures, path="pictures"))
-    units = next(shard.STAGE.work(run.replace_experiment(elsewhere)))
-    monkeypatch.chdir("/")
-    for unit in pickle.loads(pickle.dumps(units)):
-        unit.body(None, *unit.args)
-    assert len(tar_bytes(run)) == 6
 
 
 def interrupt(data: DataConfig, run: Place) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import re
-from functools import lru_cache
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,23 +45,17 @@ STEP = 6  # TINY's train.steps
 FILE = "diffusion_pytorch_model"
 
 
-tiny = lru_cache(tiny_experiment)  # reading yaml takes longer than most tests here
-
-
-def their_network(experiment: config.Experiment) -> UNet2DModel:
-    """diffusers' own network of the experiment's shape."""
+def publish(folder: Path, experiment: config.Experiment, pickled: bool = False, **options) -> UNet2DModel:
+    """Save diffusers' own network of the experiment's shape."""
     data, out = experiment.data, 2 if experiment.diffusion.variance == "learned_range" else 1
-    return randomise(make_unet(experiment.model, data.image_size, data.channels, data.channels * out))
-
-
-def publish(folder: Path, experiment: config.Experiment, pickled: bool = False) -> UNet2DModel:
-    net = their_network(experiment)
-    net.save_pretrained(folder, safe_serialization=not pickled)
+    net = randomise(make_unet(experiment.model, data.image_size, data.channels, data.channels * out))
+    net.save_pretrained(folder, safe_serialization=not pickled, **options)
     return net
 
 
 def importing(folder: Path, *overrides: str, weights: Any = "unknown") -> config.Experiment:
-    return dataclasses.replace(tiny(*overrides), published=config.PublishedConfig(str(folder), weights))
+    published = config.PublishedConfig(str(folder), weights)
+    return dataclasses.replace(tiny_experiment(*overrides), published=published)
 
 
 def read(*arguments, **more) -> dict[str, torch.Tensor]:
@@ -111,7 +105,6 @@ def trained(root: Path, experiment: config.Experiment) -> tuple[Place, torch.nn.
 
 
 def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The names of attention before diffusers renamed them."""
     names = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
     for new, old in names.items():
         tensors = {re.sub(rf"\.{new}\.", f".{old}.", name): tensor for name, tensor in tensors.items()}
@@ -119,7 +112,6 @@ def older(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def convolutional(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Attention's linear maps as 1x1 convolutions."""
     return {
         name: tensor[:, :, None, None] if "attentions" in name and tensor.ndim == 2 else tensor
         for name, tensor in tensors.items()
@@ -135,7 +127,7 @@ def convolutional(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ids=["new", "new pickled", "older", "convolutions", "older convolutions"],
 )  # fmt: skip
 def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickled, rename):
-    theirs = publish(tmp_path / where, tiny(), pickled)
+    theirs = publish(tmp_path / where, tiny_experiment(), pickled)
     tensors = {name: tensor.contiguous() for name, tensor in rename(theirs.state_dict()).items()}
     assert any("proj_attn" in name for name in tensors) == (rename not in (dict, convolutional))
     if pickled:
@@ -146,9 +138,9 @@ def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickle
 
 
 def test_ema_and_raw_are_read_from_where_the_trainer_wrote_them(tmp_path):
-    """Faults 1.19, 6.1 and 6.2: diffusers' trainer writes unet/ and unet_ema/, whose config.json holds EMA settings."""
-    raw = publish(tmp_path / "unet", tiny()).state_dict()
-    ema = publish(tmp_path / "unet_ema", tiny())
+    """diffusers' trainer writes unet/ and unet_ema/, whose config.json holds EMA settings."""
+    raw = publish(tmp_path / "unet", tiny_experiment()).state_dict()
+    ema = publish(tmp_path / "unet_ema", tiny_experiment())
     ema.load_state_dict({name: tensor + 1 for name, tensor in raw.items()})
     ema.save_pretrained(tmp_path / "unet_ema")
     rewrite(tmp_path / "unet_ema" / "config.json", decay=0.9999, optimization_step=5, use_ema_warmup=False)
@@ -168,10 +160,8 @@ def test_ema_and_raw_are_read_from_where_the_trainer_wrote_them(tmp_path):
 )
 @pytest.mark.parametrize("pickled", [False, True])
 def test_whatever_save_pretrained_writes_loads(tmp_path, options, pickled):
-    """Fault 6.3; the Hub's cache lies deeper."""
-    theirs = their_network(tiny())
-    folder = tmp_path / "models--g--d" / "snapshots" / "abc" / "unet"
-    theirs.save_pretrained(folder, safe_serialization=not pickled, **options)
+    folder = tmp_path / "models--g--d" / "snapshots" / "abc" / "unet"  # as in the Hub's cache
+    theirs = publish(folder, tiny_experiment(), pickled, **options)
     weights = [file for file in folder.iterdir() if file.suffix != ".json"]
     assert f"{FILE}.safetensors" not in [file.name for file in weights]
     for path in (tmp_path / "models--g--d", folder, min(weights)):
@@ -190,7 +180,7 @@ class Harmful:
 
 
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
-    publish(tmp_path, tiny(), pickled=True)
+    publish(tmp_path, tiny_experiment(), pickled=True)
     proof = tmp_path / "it ran"
     torch.save({"conv_in.weight": Harmful(proof)}, tmp_path / f"{FILE}.bin")
     assert_refused("holds more than plain tensors", tmp_path)
@@ -204,7 +194,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_broken_files_are_named(tmp_path, kind):
-    theirs, file = publish(tmp_path, tiny(), pickled=kind == "bin"), tmp_path / f"{FILE}.{kind}"
+    theirs, file = publish(tmp_path, tiny_experiment(), pickled=kind == "bin"), tmp_path / f"{FILE}.{kind}"
     theirs.load_state_dict({name: tensor * torch.nan for name, tensor in theirs.state_dict().items()})
     theirs.save_pretrained(tmp_path, safe_serialization=kind != "bin")
     assert_refused("not finite", tmp_path)
@@ -240,7 +230,7 @@ MALFORMED = [
     ],
 )  # fmt: skip
 def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, value):
-    publish(tmp_path, tiny())
+    publish(tmp_path, tiny_experiment())
     rewrite(tmp_path / "config.json", **{setting: value})
     assert_refused(f"{setting} is " if (setting, value) in MALFORMED else setting, tmp_path)
     if (setting, value) in MALFORMED:
@@ -248,7 +238,7 @@ def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, valu
 
 
 def test_settings_that_change_nothing_may_be_left_out(tmp_path):
-    publish(tmp_path, tiny())
+    publish(tmp_path, tiny_experiment())
     names = ("time_embedding_dim", "add_attention", "attn_norm_num_groups", "dropout", "upsample_type")
     rewrite(tmp_path / "config.json", **dict.fromkeys(names, "absent"))
     assert read(tmp_path)
@@ -259,7 +249,7 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
         "data.image_size=16", "data.channels=3", "model.channels=24", "model.channel_mult=[1,3,2]",
         "model.num_res_blocks=2", "model.attention_resolutions=[8,4]", "model.norm_groups=6",
     ]  # fmt: skip
-    theirs = publish(tmp_path, tiny(*shape))
+    theirs = publish(tmp_path, tiny_experiment(*shape))
     with pytest.raises(ConfigError) as caught:
         read(tmp_path)
     remedies = " ".join(line.split("; set ")[1] for line in caught.value.problems if "; set " in line)
@@ -270,10 +260,9 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
 
 
 def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
-    """Must 6: no keys to type; what was typed wins."""
     published = config.PublishedConfig(str(tmp_path), "ema")
     assert diffusers_layout.derive_overrides(published) == []
-    publish(tmp_path, tiny("model.channels=24", "model.norm_groups=6"))
+    publish(tmp_path, tiny_experiment("model.channels=24", "model.norm_groups=6"))
     derived = diffusers_layout.derive_overrides(published)
     assert {"model.channels=24", "model.norm_groups=6", "data.image_size=8"} <= set(derived)
     words = ["run", "cifar10_published", "data.source=digits", "data.path=null", "model.norm_groups=4"]
@@ -283,7 +272,7 @@ def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
 
 
 def test_tensors_that_differ_are_named(tmp_path):
-    publish(tmp_path, tiny())
+    publish(tmp_path, tiny_experiment())
     tensors = load_file(tmp_path / f"{FILE}.safetensors")
     del tensors["conv_in.bias"]
     tensors["extra.weight"] = torch.zeros(1)
@@ -306,7 +295,7 @@ def test_tensors_that_differ_are_named(tmp_path):
     ],
 )  # fmt: skip
 def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, named):
-    publish(tmp_path, tiny())
+    publish(tmp_path, tiny_experiment())
     scheduler = tmp_path / where / "scheduler_config.json"
     scheduler.parent.mkdir(exist_ok=True)
     scheduler.write_text(json.dumps({"num_train_timesteps": 20, "beta_schedule": "linear"}))
@@ -317,11 +306,11 @@ def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, name
 
 def test_a_folder_without_weights_or_settings_is_refused(tmp_path):
     assert_refused(r"holds no complete diffusion_pytorch_model\.safetensors or", tmp_path, error=ConfigError)
-    publish(tmp_path, tiny())
+    publish(tmp_path, tiny_experiment())
     (tmp_path / "config.json").unlink()
     assert_refused(r"config\.json cannot be read \(No such file", tmp_path)
     with pytest.raises(ConfigError, match=r"published\.weights is null; set"):
-        tiny(f"published.path={tmp_path}")
+        tiny_experiment(f"published.path={tmp_path}")
     with pytest.raises(ConfigError, match=r"published\.path is null"):
         keys.make_run_key(config.load_experiment("cifar10_published", []), "data")
 
@@ -331,20 +320,20 @@ def test_the_run_key_hashes_the_weights_and_neither_their_place_nor_training(tmp
         return keys.make_run_key(importing(*arguments, **more), "data")
 
     for folder in ("a", "b", "c"):
-        publish(tmp_path / folder, tiny())
+        publish(tmp_path / folder, tiny_experiment())
     (file,) = (tmp_path / "c").glob("*.safetensors")
     save_file(load_file(file) | {"conv_in.bias": torch.ones(8)}, file)
     first = key(tmp_path / "a")
     assert first == key(tmp_path / "b") == key(tmp_path / "a", "train.lr=7", "train.steps=9")
     assert first != key(tmp_path / "c")
     assert first != key(tmp_path / "a", weights="ema")
-    assert first != keys.make_run_key(tiny(), "data")
+    assert first != keys.make_run_key(tiny_experiment(), "data")
 
 
 @pytest.mark.parametrize("overrides", SHAPES.values(), ids=SHAPES)
 def test_weights_compute_the_same_here_and_in_diffusers(tmp_path, overrides):
     """Those that diffusers saved, and those that we exported, which come back as they were."""
-    experiment = tiny(*overrides)
+    experiment = tiny_experiment(*overrides)
     theirs = publish(tmp_path / "theirs", experiment)
     assert_computes_the_same(importing(tmp_path / "theirs", *overrides), theirs)
     run, ours = trained(tmp_path, experiment)
@@ -370,7 +359,7 @@ def test_weights_compute_the_same_here_and_in_diffusers(tmp_path, overrides):
     ids=" ".join,
 )  # fmt: skip
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
-    experiment = tiny("diffusion.timesteps=25", "sample.variance=null", *overrides)
+    experiment = tiny_experiment("diffusion.timesteps=25", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)
     diffusers_layout.export_to_diffusers(run, tmp_path / "out", "raw", None)
     diffusion, generator = Diffusion(experiment.diffusion), torch.Generator().manual_seed(3)
@@ -399,22 +388,22 @@ def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrid
     ],
 )
 def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
-    run, _ = trained(tmp_path, tiny(*overrides))
+    run, _ = trained(tmp_path, tiny_experiment(*overrides))
     with pytest.raises(PipelineError, match=named):
         diffusers_layout.export_to_diffusers(run, tmp_path / "out", "raw", None)
-    other = dataclasses.replace(tiny(), model=NETWORKS["mha_unet"]())
+    other = dataclasses.replace(tiny_experiment(), model=NETWORKS["mha_unet"]())
     with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
         diffusers_layout.make_network_settings(other)
 
 
 def test_export_names_the_steps_there_are(tmp_path):
-    run, _ = trained(tmp_path, tiny())
+    run, _ = trained(tmp_path, tiny_experiment())
     with pytest.raises(PipelineError, match=r"no checkpoint of step 4 \(there are: 6\)"):
         diffusers_layout.export_to_diffusers(run, tmp_path / "out", "ema", 4)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_path, capsys):
+def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, empty_store, tmp_path, capsys):
     storage, digits = sharded_storage, ["digits", *TINY, "sample.weights=raw", "figures.which=[]"]
     run = find.make_place(config.load_experiment("digits", digits[1:]), storage)
     one_cpu().run_workers(train.STAGE.run_worker, run)
@@ -434,6 +423,7 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, tmp_pa
     wrong = ["import", str(exported), "--weights=ema", *digits, "name=entered", f"cluster.storage={storage}"]
     assert main(wrong) == 2 and "the weights in this folder are raw" in capsys.readouterr().err
     words = [*digits, "name=entered", *ONE_CPU, f"cluster.storage={storage}"]
+    words.append(f"cluster.tracking_uri=sqlite:///{shutil.copy(empty_store, tmp_path)}")
     assert main(["import", str(exported), "--weights=raw", *words]) == 0
     (entered,) = storage.glob("entered-*")
     assert list_steps(entered / "train") == [STEP]

@@ -29,7 +29,6 @@ def mount(*words):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of 16 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     if not mount("-t", "tmpfs", "-o", "size=16m", "none", place):
@@ -39,7 +38,6 @@ def disk(tmp_path):
 
 
 def fill(disk):
-    """All but two pages."""
     free = int(subprocess.check_output(["stat", "-f", "-c", "%a", disk])) * 4096
     (disk / "ballast").write_bytes(bytes(free - 8192))
 

@@ -48,7 +48,6 @@ def s3(server, monkeypatch, request):
 
 @pytest.fixture
 def run(tiny_run):
-    """A run with two checkpoints, finished and unfinished folders."""
     run = tiny_run
     run.experiment_yaml.write_text("name: tiny\n")
     run.log.write_text('{"step": 1}\n{"step": 2}\n')

@@ -80,7 +80,6 @@ SHARD = "train-00001.tar"
 
 
 def second_sample(tar: bytes) -> int:
-    """Return the offset of the header of the second image."""
     return tar.index(b"train-00000006.")
 
 

@@ -102,7 +102,6 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
     ("text", "message"),
     [
         ("experiment: digits\nspace:\n  diffusion.beta_shedule: [linear]\n", "beta_schedule"),
-        ("experiment: digits\nspace:\n  model.dropout: []\n", "space.model.dropout is []"),
         ("experiment: digits\n", "space is empty"),
         ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "each value may stand there once"),
         (GRID + "overrides: {model.dropout: 0.3}\n", "space.model.dropout is overridden too"),
@@ -113,16 +112,13 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
         (GRID.replace("nll_bpd", "train_loss"), "not comparable over diffusion.beta_schedule"),
         (GRID + "early_stop: {first: 6}\n", "early_stop.first=6 is not below train.steps"),
         (GRID + "early_stop: {first: 2}\noverrides: {train.lr_decay: linear}\n", "lr_decay=none"),
-        (GRID + "earli_stop: {first: 3}\n", "did you mean 'early_stop'?"),
         (GRID.replace("experiment: digits", ""), "one of the two is needed"),
-        (GRID.replace("digits", "digts"), "did you mean 'digits'?"),
         (GRID + "seeds: [0, 0]\n", "seeds is [0, 0]"),
         ("experiment: digits\nspace:\n  seed: [0, 1]\n", "space.seed cannot be swept"),
         (DRAWN % "model.dropout: {low: 0.5, high: 0.1}", "low=0.5 is not below high=0.1"),
         ("experiment: digits\nspace:\n  model.dropout: {low: 0.1, high: 0.5}\n", "which grid cannot have"),
         (DRAWN % "train.lr: {low: 0.0, high: 0.5, scale: log}", "a log scale begins above 0"),
         (DRAWN % "train.steps: [4, 6]" + "early_stop: {first: 2}\n", "train.steps is swept, and early_stop"),
-        ("experiment: digits\nspace:\n  model.dropout: [0.1, 1.7]\nrank: {metric: nll_bpd}\n", "model.dropout"),
     ],
 )  # fmt: skip
 def test_bad_sweeps_are_refused_by_name(tmp_path, text, message):

@@ -17,7 +17,7 @@ import pytest
 from conftest import free_port
 from mlflow import MlflowClient
 from psutil import Process
-from synthetic_run import BEGAN, make_run
+from synthetic_run import make_run
 
 from pipeline import config, tracking
 from pipeline.cli.program import main
@@ -104,15 +104,6 @@ def test_a_status_that_a_kill_left_is_set_right(run_again, store, last, left, st
     assert info.status == status and info.end_time >= info.start_time
 
 
-def test_no_run_ends_before_it_began(store):
-    run = make_run(store.parent, "digits", STEPS)
-    with tracking.Mirror(tracking.find_default_uri(store.parent), "digits", run) as driver:
-        driver._state["time"] = BEGAN - 5000
-        driver._set_status = lambda status: driver._state.update(status=status)
-    info = find_only_run(store.parent)[1].info
-    assert info.end_time >= info.start_time
-
-
 def test_a_command_that_made_nothing_leaves_nothing(tmp_path, store, capsys):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "config.json").write_text("{}")
@@ -160,7 +151,7 @@ class Denial(BaseHTTPRequestHandler):
         pass
 
 
-def start_server_with_passwords() -> str:
+def start_server_with_passwords(_) -> str:
     server = HTTPServer(("127.0.0.1", 0), Denial)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
@@ -169,10 +160,7 @@ def start_server_with_passwords() -> str:
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        (
-            lambda store: start_server_with_passwords(),
-            "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS",
-        ),
+        (start_server_with_passwords, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASS"),
         (lambda store: damage(store, revision="cc1f77228345"), "mlflow db upgrade sqlite:///"),
         (lambda store: damage(store, revision="ffffffffffff"), "install the newer one"),
         (lambda store: damage(store, content=b"no database" * 99), "not a database"),
@@ -239,8 +227,6 @@ def test_no_command_prints_a_secret(uri, capsys):
     printed = capsys.readouterr()
     assert "HUSH" not in printed.out + printed.err
 
-
-# The UI, with a server in MLflow's place that starts in no time
 
 STUB = """
 import os, subprocess, sys
