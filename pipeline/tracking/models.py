@@ -17,7 +17,7 @@ from pipeline.config import Experiment, load_experiment
 from pipeline.config.checks import Tree
 from pipeline.errors import ConfigError, PipelineError, hide_password
 from pipeline.store import checkpoint
-from pipeline.store.files import TEMPORARY, read_json, write_json
+from pipeline.store.files import TEMPORARY, UMASK, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place, list_steps
 from pipeline.store.tensors import Tensors, load_tensors, save_tensors
 from pipeline.tracking.mlflow_client import create_client, read_pages, translate_errors
@@ -84,6 +84,8 @@ def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list
     for artifact in flavor["artifacts"].values():
         artifact["uri"] = artifact["path"]
     card.save(str(folder / "MLmodel"))
+    for file in filter(Path.is_file, folder.rglob("*")):
+        file.chmod(0o666 & ~UMASK)  # a colleague loads it too; safetensors lets only the owner read its files
     return folder
 
 
