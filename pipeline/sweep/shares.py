@@ -39,13 +39,10 @@ def divide_cluster(cluster: ClusterConfig, nodes: Nodes, trials: int, concurrent
     per_gpu = cluster.gpus_per_worker if cluster.gpus_per_worker is not None else float(has_gpus)
     wanted = max(1, trials)
     most = min(wanted, concurrent or wanted)
-
-    def count_trials(per_cpu: int) -> int:
-        return min(most, count_fitting_workers(nodes, per_cpu, per_gpu) // workers)
-
-    per_cpu = cluster.cpus_per_worker or share_cpus(nodes, max(1, count_trials(1)) * workers, per_gpu)
+    slots = min(most, count_fitting_workers(nodes, 1, per_gpu) // workers)
+    per_cpu = cluster.cpus_per_worker or share_cpus(nodes, max(1, slots) * workers, per_gpu)
     require_room(nodes, workers, per_cpu, per_gpu)
-    slots = count_trials(per_cpu)
+    slots = min(most, count_fitting_workers(nodes, per_cpu, per_gpu) // workers)
     least = min(cluster.min_workers or workers, workers)
     per_task = cluster.gpus_per_task if cluster.gpus_per_task is not None else min(per_gpu, 1.0)
     return TrialSlots(slots, Resources(workers, least, per_cpu, per_gpu, per_task), most)

@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import SimpleNamespace
 
 import ray
@@ -85,19 +84,18 @@ class _TrialQueue(_StatelessMixin, Searcher):
     def __init__(self, keys: list[str], may_start_trial: Callable[[], bool], count_slots: Callable[[], int]):
         super().__init__()
         self.keys, self.may_start_trial = list(reversed(keys)), may_start_trial
-        self.count_slots = count_slots
-        self.running: set[str] = set()
+        self.count_slots, self.running = count_slots, 0
 
     def suggest(self, trial_id):
         if not (self.keys and self.may_start_trial()):
             return Searcher.FINISHED
-        if len(self.running) >= self.count_slots():
+        if self.running >= self.count_slots():
             return None  # Tune asks again
-        self.running.add(trial_id)
+        self.running += 1
         return {"trial": self.keys.pop()}
 
-    def on_trial_complete(self, trial_id, result=None, error=False):
-        self.running.discard(trial_id)
+    def on_trial_complete(self, *trial, **info):
+        self.running -= 1
 
     def _ignore(self, *arguments, **options):
         """Do nothing: the state is in the run directories."""
@@ -142,10 +140,14 @@ def run_trials(
     largest = max(int(node["Resources"].get("memory", 1)) for node in ray.nodes() if node["Alive"])
     trainable = tune.with_parameters(_run_tune_trial, tasks=tasks, share=share)
     trainable = tune.with_resources(trainable, {"cpu": 0, "memory": min(LEADER_BYTES, largest)})
+
+    def count_slots() -> int:
+        return share.count_slots(RaySession.list_nodes())
+
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=_TrialQueue(list(tasks), recorder.may_start_trial, partial(_count_slots, share)),
+            search_alg=_TrialQueue(list(tasks), recorder.may_start_trial, count_slots),
             scheduler=scheduler,
             num_samples=len(tasks),
             reuse_actors=True,  # its imports take a process longer than a small trial
@@ -163,16 +165,12 @@ def run_trials(
         raise PipelineError(f"Ray Tune gave up: {format_cause(error)}; the same command continues") from error
 
 
-def _count_slots(share: TrialSlots) -> int:
-    return share.count_slots(RaySession.list_nodes())
-
-
 def _run_tune_trial(given: dict[str, str], tasks: dict[str, TrialInputs], share: TrialSlots) -> object:
     """Run one trial in its process, called by Tune, which may end it inside `report`; return {"error": text}."""
     task = tasks[given["trial"]]
 
     def count_trials() -> int:
-        return count_sharing_trials(task.stop_file.parent, _count_slots(share))
+        return count_sharing_trials(task.stop_file.parent, share.count_slots(RaySession.list_nodes()))
 
     with RaySession.open_for_trial(task.cluster, share.resources, task.should_stop, count_trials) as session:
 
