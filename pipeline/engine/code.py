@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import subprocess
 import tomllib
 from functools import lru_cache
@@ -50,10 +51,13 @@ def read_commit() -> tuple[str | None, str]:
 
 def _read_git() -> tuple[str | None, str]:
     """Read commit and patch from the checkout by git."""
+    # A hook of another repository sets variables that lead git there.
+    own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}
 
     def git(*words: str, codes: tuple[int, ...] = (0,)) -> str:
         done = subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, timeout=60, encoding="utf-8", errors="backslashreplace"
+            ["git", *words], cwd=ROOT, env=own, capture_output=True, timeout=60, encoding="utf-8",
+            errors="backslashreplace",
         )  # fmt: skip
         if done.returncode not in codes:
             raise subprocess.SubprocessError(done.stderr)
@@ -74,14 +78,20 @@ def hash_code(network: str = "unet") -> str:
     from pipeline.store.keys import hash_content
 
     folder = ROOT / "ddpm"
-    trees = {
-        path.relative_to(folder).as_posix(): _simplify(ast.parse(path.read_bytes()))
-        for path in folder.rglob("*.py")
-    }
+    trees = {path.relative_to(folder).as_posix(): _read_tree(path) for path in folder.rglob("*.py")}
     for path in map(Path, make_config_class(network).list_code() if ":" in network else ()):
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            trees[f"own {file.relative_to(path.parent)}"] = _simplify(ast.parse(file.read_bytes()))
+            if file.is_file():  # an editor's lock is a link to nowhere
+                trees[f"own {file.relative_to(path.parent)}"] = _read_tree(file)
     return f"code-{hash_content(trees)}"
+
+
+def _read_tree(file: Path) -> object:
+    """Return the syntax tree of a file as plain containers; a hash if it is none, as a template beside a network."""
+    try:
+        return _simplify(ast.parse(content := file.read_bytes()))
+    except (SyntaxError, ValueError):
+        return hashlib.sha256(content).hexdigest()
 
 
 def _simplify(node: object) -> object:

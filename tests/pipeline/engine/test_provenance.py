@@ -38,8 +38,12 @@ def edit(path: Path, old: str, new: str) -> None:
     clear()
 
 
-def test_the_difference_is_recorded_untracked_python_files_included(checkout):
+def test_the_difference_is_recorded_untracked_python_files_included(checkout, tmp_path, monkeypatch):
     clean = code.find_commit()
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY"):  # as in a hook of another one
+        monkeypatch.setenv(name, str(tmp_path / "other"))
+    clear()
+    assert code.find_commit() == clean
     assert clean and "+" not in clean and len(clean) == 40
     marks = [clean]
     edit(checkout / "ddpm" / "schedules.py", "def ", "# a comment\ndef ")
@@ -68,6 +72,7 @@ def test_the_repository_around_an_installed_program_is_not_its_commit(checkout):
         ("def ", "# a comment\ndef ", False),
         ('"""The beta schedules', '"""Other words', False),
         ("math.pi", "3.0", True),
+        ("import math", "{{ a template }} (", True),
     ],
 )
 def test_only_the_syntax_without_comments_and_docstrings_is_hashed(checkout, old, new, is_other):
