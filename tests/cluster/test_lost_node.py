@@ -86,7 +86,7 @@ def test_a_node_that_is_taken_away_costs_seconds(nodes):
         again = time.time()
         wait_until(lambda: (run / ".step").stat().st_mtime > again, 60)
         assert reached <= saved <= nodes.read_step("taken"), "the smaller group goes on from there"
-        assert f"a checkpoint of step {saved}, then on" in log.read_text()
+        assert f"a checkpoint of step {saved}, then continuing" in log.read_text()
         assert ended.result() == run
     ((lost, _, start),) = nodes.losses
     assert (lost, int(start)) == (nodes.network["node-2"].address, saved)
