@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PREFIX = "models:/"  # of the address of a model
 WEIGHTS, SETTINGS = "weights.safetensors", "settings.json"
+VERSIONS_TAG = "mlflow.modelVersions"  # of a logged model, from which its page knows that it is registered
 WEIGHTS_TAG = "weights"  # of a logged model that holds them: their kind
 OPTIONS = ("n", "seed", "label", "steps")  # of `predict`
 REQUIREMENTS = ["mlflow>=3.17", "torch>=2.7", "safetensors", "numpy"]
@@ -103,6 +105,9 @@ def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -
     if not known:
         known.append(client.create_model_version(name, source, model.source_run_id, model_id=model.model_id))
     version = known[0].version
+    found = json.loads(client.get_logged_model(model.model_id).tags.get(VERSIONS_TAG, "[]"))
+    if (entry := {"name": name, "version": version}) not in found:
+        client.set_logged_model_tags(model.model_id, {VERSIONS_TAG: json.dumps([*found, entry])})
     if alias is None:
         return f"{PREFIX}{name}/{version}"
     client.set_registered_model_alias(name, alias, version)

@@ -1,6 +1,7 @@
 """The mirror against a real store and a server that is not there; logged models hold their weights."""
 
 import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -256,6 +257,8 @@ def test_a_registered_model_draws_its_samples_and_is_exported(
         assert main(["register", run.name, "--alias", "champion", "--name", "digits", *where]) == 0
     assert "models:/digits@champion: ema weights of step 6" in capsys.readouterr().out
     (version,) = MlflowClient(own_uri).search_model_versions("name='digits'")
+    tags = MlflowClient(own_uri).get_logged_model(version.source.removeprefix("models:/")).tags
+    assert json.loads(tags["mlflow.modelVersions"]) == [{"name": "digits", "version": version.version}]
     mlflow.set_tracking_uri(own_uri)
     model = mlflow.pyfunc.load_model("models:/digits@champion")
     stored, _ = tars.load_images(run.samples, "samples")
