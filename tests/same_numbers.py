@@ -39,7 +39,7 @@ def read_numbers(storage: Path) -> dict[tuple[str, str], bytes]:
         for file in place.glob("evaluation/*/metrics.json"):
             scores = json.loads(file.read_text())
             for part in ("scores", "reference_points"):
-                found["scores", part] = json.dumps(scores[part]).encode()
+                found["scores", part] = json.dumps(scores.get(part)).encode()
     return found
 
 
