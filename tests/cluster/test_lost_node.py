@@ -12,7 +12,7 @@ from pathlib import Path
 import hosts
 import pytest
 from compose_file import COMPOSE, VARIABLE, services
-from conftest import TINY, read_losses, wait_until
+from conftest import ONE_CPU, TINY, read_losses, wait_until
 
 from pipeline.store.files import hash_file
 
@@ -38,7 +38,10 @@ class Nodes:
 
     def start(self, host: str, volumes: str = "") -> None:
         service = self.of_file[SERVICES[host]]
-        self.network[host].start(service, self.volumes / volumes)
+        # A worker has the memory of one job's driver; the file's limit is the engine's.
+        memory = ["--memory=2000000000"] if host != "ray-head" else []
+        command = {"command": [*service["command"], *memory]}
+        self.network[host].start(service | command, self.volumes / volumes)
         self.network[host].wait_until_healthy(service["healthcheck"])
 
     def find_run(self, folder: str) -> Path:
@@ -67,6 +70,27 @@ def nodes(tmp_path) -> Iterator[Nodes]:
         yield nodes
     finally:
         nodes.network.close()
+
+
+def test_a_job_waits_until_a_node_has_its_memory_free(nodes):
+    def ask(*words: str) -> str:
+        told = nodes.network["ray-head"].execute(sys.executable, "-m", "pipeline", *words)
+        assert told.returncode == 0, told.stdout + told.stderr
+        return told.stdout
+
+    def trains(name: str) -> bool:
+        return bool(list(nodes.volumes.glob(f"runs/{name}-*/.step")))
+
+    for name in ("one", "two", "three"):
+        words = [*EXPERIMENT, f"name={name}", "train.steps=1000000", *ONE_CPU, "cluster.storage=/srv/runs"]
+        ask("submit", "--id", name, "--", "train", "digits", *words)
+    wait_until(lambda: trains("one") and trains("two"), 300)
+    told = ask("jobs", "status", "three")
+    assert "pending" in told and not trains("three"), told
+    ask("jobs", "stop", "one")
+    wait_until(lambda: trains("three"), 300)
+    for name in ("two", "three"):
+        ask("jobs", "stop", name)
 
 
 def test_a_node_that_is_taken_away_costs_seconds(nodes):
