@@ -12,6 +12,8 @@ from pipeline.scores.extractors import EXTRACTORS, Extractor
 
 
 class Images(torch.utils.data.Dataset):
+    """Images as torch-fidelity takes them: uint8 CHW tensors."""
+
     def __init__(self, images):
         self.images = torch.from_numpy(images)
 
@@ -41,6 +43,7 @@ class Registered(FeatureExtractorBase):
 
 
 def arguments(extractor: Extractor, *metrics: str) -> dict:
+    """Return the arguments of calculate_metrics for an extractor and these metrics."""
     own = extractor.kind == inception.NAME
     if not own and extractor.name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(extractor.name, Registered)

@@ -13,6 +13,7 @@ VARIABLE = re.compile(r"\$\{(\w+)(:\?[^}]*)?\}")
 
 
 def tree() -> dict[str, Any]:
+    """The file, anchors merged, variables as they stand."""
     return yaml.safe_load(COMPOSE.read_text())
 
 
@@ -22,6 +23,8 @@ def read_env(path: Path) -> dict[str, str]:
 
 
 def services(env: dict[str, str]) -> dict[str, Any]:
+    """The services with their variables replaced. Raises where one is missing or blank."""
+
     def value(match: re.Match[str]) -> str:
         if not env.get(match[1]):
             raise KeyError(f"{match[1]}: {match[2]}")

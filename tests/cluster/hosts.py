@@ -42,6 +42,7 @@ exec setpriv --reuid=postgres --regid=postgres --init-groups \
 
 
 def what_is_missing() -> str | None:
+    """Return why there can be no hosts here; None where there can."""
     if os.geteuid() != 0:
         return "needs root, for network namespaces"
     missing = [name for name in ("ip", "unshare", "nsenter", "setpriv", "wget") if not shutil.which(name)]
@@ -164,11 +165,13 @@ class Host:
         return psutil.Process(self.process.pid).children()[0].pid
 
     def execute(self, *command: str, timeout: float = 600, **more: str) -> subprocess.CompletedProcess[str]:
+        """A command beside the service, as `docker compose exec` runs it."""
         inside = ["nsenter", f"--target={self._first_process()}", "--mount", "--net", "--pid"]
         how = {"env": self.environment | more, "timeout": timeout}
         return subprocess.run([*inside, *command], capture_output=True, text=True, **how)
 
     def wait_until_healthy(self, check: dict[str, Any]) -> None:
+        """Wait as an engine does, but ask more often. Raises AssertionError with the end of the log."""
         start, interval, wait = (seconds(check[key]) for key in ("start_period", "interval", "timeout"))
         patience = start + check["retries"] * (interval + wait)
         end = time.monotonic() + patience
@@ -183,6 +186,7 @@ class Host:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
 
     def stop(self, service: dict[str, Any]) -> None:
+        """SIGTERM, the grace period of the file, SIGKILL."""
         if self.process is None or self.process.poll() is not None:
             return
         os.kill(self._first_process(), signal.SIGTERM)

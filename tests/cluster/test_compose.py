@@ -31,12 +31,37 @@ OURS_WITH_COMMANDS = [
     n for n, its in SERVICES.items() if {"command", "entrypoint"} & {*its} and its["image"] == OURS
 ]
 WEED = Path(sys.executable).parent / "weed"
+DOCKER = ["docker", "compose"]
 
 
 def test_the_file_keeps_to_the_compose_specification():
     jsonschema.Draft7Validator(json.loads(SCHEMA.read_text())).validate(compose_file.tree())
     # Durations, conditions, images and ports are texts to the schema, and something to this reader.
     compose_spec.PyCompose.from_yaml(yaml.safe_dump({**compose_file.tree(), "services": SERVICES}))
+
+
+@pytest.mark.skipif(
+    not shutil.which("docker") or subprocess.run([*DOCKER, "version"], capture_output=True).returncode != 0,
+    reason="needs the docker command and its compose plugin",
+)
+def test_compose_reads_the_file_as_this_reader_does_and_refuses_a_blank_secret(tmp_path):
+    def read_config(env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "env").write_text("".join(f"{name}={value}\n" for name, value in env.items()))
+        command = [*DOCKER, f"--file={COMPOSE}", f"--env-file={tmp_path / 'env'}", "config", "--format=json"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    told = read_config(ENV | {"COMPOSE_PROFILES": "default,auth,s3,gpu,client,copy"})
+    assert told.returncode == 0, told.stderr
+    theirs = json.loads(told.stdout)["services"]
+    assert theirs.keys() == SERVICES.keys()
+    for name, service in SERVICES.items():
+        for key in ("image", "entrypoint", "command", "environment", "restart"):
+            assert theirs[name].get(key) == service.get(key), f"{name}, {key}"
+        checks = [its.get("healthcheck", {}).get("test") for its in (theirs[name], service)]
+        assert checks[0] == checks[1], name
+    for secret in SECRETS:
+        told = read_config(ENV | {secret: ""})
+        assert told.returncode != 0 and f"{secret} is missing a value: run make env" in told.stderr
 
 
 def test_every_variable_stands_in_the_example_and_has_no_default_and_secrets_are_blank_there():
@@ -94,6 +119,9 @@ def test_jobs_do_not_reach_the_stores_and_share_one_storage_root():
             assert not set(SERVICES[name]["networks"]) & set(SERVICES[store]["networks"])
     used = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
     assert used - {EXAMPLE["BACKUPS"]} == compose_file.tree()["volumes"].keys()
+
+
+# Commands
 
 
 @cache

@@ -31,6 +31,8 @@ SERVICES = {"ray-head": "ray-head", "node-1": "ray-worker", "node-2": "ray-worke
 
 
 class Nodes:
+    """The hosts with their services, and training on them."""
+
     def __init__(self, folder: Path):
         env = {name: secrets.token_hex(32) for name, _ in VARIABLE.findall(COMPOSE.read_text())}
         self.volumes, self.of_file = folder / "volumes", services(env | {"WORKER_CPUS": "1"})
@@ -91,6 +93,21 @@ def test_a_job_waits_until_a_node_has_its_memory_free(nodes):
     wait_until(lambda: trains("three"), 300)
     for name in ("two", "three"):
         ask("jobs", "stop", name)
+
+
+def test_doctor_names_the_node_that_sees_another_folder(nodes):
+    head, other = nodes.network["ray-head"], nodes.network["node-2"]
+    words = ["doctor", "cluster.ray_address=auto", "cluster.storage=/srv/runs"]
+    told = head.execute(sys.executable, "-m", "pipeline", *words).stdout
+    assert "machines           3 see this folder and its locks\n" in told, told
+    other.stop(nodes.of_file["ray-worker"])
+    nodes.start("node-2", volumes="another")
+    told = head.execute(sys.executable, "-m", "pipeline", *words).stdout
+    (line,) = [line for line in told.splitlines() if line.startswith("machines")]
+    assert (
+        line.count("sees another folder") == 1
+        and f"({other.address}) sees another folder there: mount" in line
+    )
 
 
 def test_a_node_that_is_taken_away_costs_seconds(nodes):

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -32,6 +33,7 @@ JOB_KEYS = {
     "entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "rayClusterSpec",
     "runtimeEnvYAML", "activeDeadlineSeconds",
 }  # fmt: skip
+SCHEMAS = ROOT.parent / "shared" / "data" / "kuberay"
 RAYJOB = f"submit --cluster kuberay --queue team --hours 48 --template {KUBERAY}/rayjob.yaml".split()
 
 
@@ -119,8 +121,32 @@ def test_ray_resources_have_the_keys_of_the_operator():
     assert rule["from"] == [{"podSelector": {"matchLabels": {"app": "mlflow"}}}]
 
 
+def find_unknown_keys(value: Any, schema: dict[str, Any], path: str = "") -> list[str]:
+    """The keys that the operator would drop without a word."""
+    if isinstance(value, list):
+        return [found for item in value for found in find_unknown_keys(item, schema.get("items", {}), path)]
+    known = schema.get("properties")
+    if not isinstance(value, dict) or known is None:
+        return []
+    unknown = [f"{path}.{key}" for key in value.keys() - known.keys()]
+    both = value.keys() & known.keys()
+    below = [find_unknown_keys(value[key], known[key], f"{path}.{key}") for key in both]
+    return sum(below, unknown)
+
+
+def read_schema(kind: str) -> dict[str, Any]:
+    """The operator's schema; without it, the keys above stand in for it."""
+    if not SCHEMAS.exists():
+        return {"properties": {"spec": {}}}
+    with (SCHEMAS / f"ray.io_{kind}.yaml").open() as file:
+        version = yaml.load(file, yaml.CSafeLoader)["spec"]["versions"][0]
+    assert version["name"] == "v1"
+    return version["schema"]["openAPIV3Schema"]
+
+
 def test_commands_become_rayjobs_that_the_operator_takes(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
+    jobs = [of_kind("RayJob")]
     for words, nodes in (
         (["run", "digits"], 1),
         (["sweep", "digits_beta_dropout", "cluster.workers=9"], 2),
@@ -128,7 +154,7 @@ def test_commands_become_rayjobs_that_the_operator_takes(capsys, monkeypatch):
         (["train", "digits", "cluster.workers=16", "cluster.cpus_per_worker=24"], 4),
     ):
         assert main([*RAYJOB, "--", *words]) == 0
-        job = json.loads(capsys.readouterr().out)
+        jobs.append(job := json.loads(capsys.readouterr().out))
         group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
         assert job["spec"]["entrypoint"] == shlex.join(["ddpm", *words, "--cluster", "kuberay"])
         assert job["spec"].keys() <= JOB_KEYS and job["spec"]["activeDeadlineSeconds"] == 48 * 3600
@@ -136,6 +162,11 @@ def test_commands_become_rayjobs_that_the_operator_takes(capsys, monkeypatch):
         assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
     assert main([*RAYJOB, "--", "run", "digits", "cluster.cpus_per_task=97"]) == 1
     assert "1 task with 97 CPUs" in capsys.readouterr().err, "no pod is that large"
+    for kind, trees in (("rayjobs", jobs), ("rayclusters", [of_kind("RayCluster")])):
+        schema = read_schema(kind)
+        for tree in trees:
+            assert not list(jsonschema.Draft4Validator(schema).iter_errors(tree))
+            assert not find_unknown_keys(tree["spec"], schema["properties"]["spec"])
 
 
 def test_claims_and_services_that_are_named_are_there():
@@ -198,6 +229,9 @@ def test_mlflow_with_passwords_is_that_of_compose():
             "key": "password",
             "optional": True,
         }
+
+
+# Slurm
 
 
 def test_the_slurm_script_uses_options_that_the_installed_programs_know_and_says_how_it_is_used():

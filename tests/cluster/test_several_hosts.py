@@ -5,6 +5,7 @@ checks are the file's. A job is submitted from the client, and what it made is r
 """
 
 import json
+import re
 import secrets
 import shutil
 import subprocess
@@ -38,17 +39,20 @@ GROUP = ["cluster.workers=2", "cluster.min_workers=1"]
 
 
 class Cluster:
-    def __init__(self, folder: Path):
+    """The services by host, running."""
+
+    def __init__(self, folder: Path, names: dict[str, str] = NAMES):
         folder.joinpath(".env.example").write_text((ROOT / ".env.example").read_text())
         subprocess.run([sys.executable, ROOT / "deploy" / "make_env.py"], cwd=folder, check=True)
         self.env = read_env(folder / ".env") | {"WORKER_CPUS": "1"}
         self.volumes = folder / "volumes"
-        self.network = hosts.Network(folder / "hosts", NAMES)
+        self.network = hosts.Network(folder / "hosts", names)
         of_file = services(self.env)
-        self.services = {host: of_file.get(host) or of_file[name] for host, name in NAMES.items()}
+        self.services = {host: of_file.get(host) or of_file[name] for host, name in names.items()}
         self.services["client"] |= WAIT
 
     def up(self, *names: str) -> None:
+        """Start hosts one after the other, each when the one before is healthy, and say how long that took."""
         for name in names:
             began = time.monotonic()
             self.network[name].start(self.services[name], self.volumes)
@@ -57,6 +61,7 @@ class Cluster:
             print(f"{name}: healthy after {time.monotonic() - began:.0f} s", flush=True)
 
     def run(self, name: str) -> None:
+        """Run a service that ends by itself."""
         self.network[name].start(self.services[name], self.volumes)
         process = self.network[name].process
         assert process and process.wait(120) == 0, self.network[name].tail()
@@ -65,12 +70,14 @@ class Cluster:
         return self.network["client"].execute(*command, **environment)
 
     def submit(self, *words: str) -> str:
+        """The id of a job that runs a ddpm command."""
         name = f"test-{secrets.token_hex(4)}"
         told = self.client("ddpm", "submit", "--id", name, "--", *words)
         assert told.returncode == 0, told.stdout + told.stderr
         return name
 
     def wait_for_job(self, name: str) -> str:
+        """Wait for its end; returns its output. Raises AssertionError where it failed."""
         told = self.client("ddpm", "jobs", "logs", name, "--follow", timeout=1800)
         assert told.returncode == 0, told.stdout + told.stderr
         return told.stdout
@@ -100,6 +107,31 @@ print(json.dumps({"status": run.info.status, "points": points, "files": files, "
 """
 
 
+def test_the_profile_auth_asks_for_a_password_and_a_run_with_it_is_delivered(tmp_path_factory):
+    """Before the other cluster, which has the same addresses."""
+    names = {"postgres": "postgres", "mlflow-auth": "mlflow", "client": "client"}
+    cluster = Cluster(tmp_path_factory.mktemp("auth"), names)
+    try:
+        cluster.up(*names)
+        place = ["--cluster", "compose", "cluster.min_workers=null"]
+        words = ["ddpm", "run", "digits", *place, *EXPERIMENT, *ONE_CPU]
+        for password in ("", "wrong"):
+            told = cluster.client(*words, MLFLOW_TRACKING_PASSWORD=password)
+            lines = told.stderr.strip().splitlines()
+            assert told.returncode == 1 and "MLFLOW_TRACKING_PASSWORD" in lines[-1] and len(lines) <= 2, lines
+        told = cluster.client(*words)
+        assert told.returncode == 0, told.stdout + told.stderr
+        there, run = cluster.on_tracking_server("tiny"), cluster.run_directory("tiny")
+        assert there["status"] == "FINISHED"
+        assert [tuple(point) for point in there["points"]["loss/train"]] == read_losses(run)
+        files = [*cluster.volumes.rglob("*"), *cluster.network.folder.glob("*/service.log")]
+        written = b"".join(file.read_bytes() for file in files if file.is_file())
+        for secret in ("MLFLOW_PASSWORD", "MLFLOW_SECRET_KEY"):
+            assert cluster.env[secret].encode() not in written, secret
+    finally:
+        cluster.network.close()
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
@@ -112,6 +144,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def first_run(cluster) -> str:
+    """The output of a job that ran the whole pipeline on both workers."""
     return cluster.wait_for_job(cluster.submit("run", "digits", "--cluster", "compose", *EXPERIMENT, *GROUP))
 
 
@@ -128,6 +161,14 @@ def test_a_job_from_the_client_is_read_back_through_the_tracking_server(cluster,
     assert "http://mlflow:5000/#/experiments/" in first_run
 
 
+def test_both_hosts_trained(cluster, first_run):
+    """Two workers of one CPU each fit on no single host; each host's Ray kept the log of its own."""
+    for worker in ("worker-1", "worker-2"):
+        logs = (cluster.network[worker].folder / "tmp").glob("ray/session_2*/logs/worker-*.err")
+        told = "".join(log.read_text(errors="replace") for log in logs)
+        assert "Setting up process group" in told or "rank=" in told or "TrainWorker" in told, worker
+
+
 def train_here(experiment: list[str], storage: Path) -> Path:
     words = ["train", "digits", *experiment, f"cluster.storage={storage}", *ONE_CPU]
     subprocess.run([sys.executable, "-m", "pipeline", *words], check=True, capture_output=True)
@@ -140,6 +181,48 @@ def test_two_hosts_train_as_one_process_does(cluster, first_run, tmp_path):
     assert alone.name == together.name
     expected = [(step, pytest.approx(loss, rel=1e-4)) for step, loss in read_losses(alone)]
     assert read_losses(together) == expected
+
+
+# Access
+
+
+def open_ports(cluster: Cluster, host: str) -> list[int]:
+    told = cluster.network[host].execute("ss", "-ltnH").stdout
+    ports = {int(address.rsplit(":", 1)[1]) for address in re.findall(r"LISTEN\s+\d+\s+\d+\s+(\S+)", told)}
+    assert {6379, 8265} <= ports
+    return sorted(ports)
+
+
+ATTACK = """
+import json, sys
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+job = json.dumps({"entrypoint": "touch /tmp/intruder"}).encode()
+asked = [("/api/jobs/", job), ("/api/jobs/", None), ("/api/job_agent/jobs/", job), ("/nodes?view=summary", None),
+         ("/api/v0/tasks", None), ("/api/v0/logs", None), ("/worker/traceback?pid=1", None), ("/logs", None)]
+for port in sys.argv[1:]:
+    for path, body in asked:
+        request = Request(f"http://ray-head:{port}{path}", body, {"Content-Type": "application/json"})
+        try:
+            with urlopen(request, timeout=5) as answer:
+                print(json.dumps([port, path, answer.status, answer.read(200).decode(errors="replace")]))
+        except HTTPError as error:
+            print(json.dumps([port, path, error.code, ""]))
+        except Exception as error:
+            print(json.dumps([port, path, 0, type(error).__name__]))
+"""
+
+
+def test_without_the_token_no_port_of_the_head_runs_code(cluster, first_run):
+    ports = [str(port) for port in open_ports(cluster, "ray-head")]
+    told = cluster.client(sys.executable, "-c", ATTACK, *ports)
+    answers = [json.loads(line) for line in told.stdout.splitlines()]
+    assert len(answers) == 8 * len(ports), told.stderr
+    assert {status for port, path, status, _ in answers if port == "8265" and "/jobs" in path} == {401}
+    metrics = "# HELP "  # Prometheus's ports answer every path with their gauges
+    let_in = [answer for answer in answers if 200 <= answer[2] < 300 and not answer[3].startswith(metrics)]
+    assert let_in == []
+    assert not list(cluster.network.folder.glob("*/tmp/intruder"))
 
 
 @pytest.mark.parametrize("token", ["", "0" * 64], ids=["none", "wrong"])
@@ -158,17 +241,20 @@ def test_without_the_token_nobody_joins_or_submits(cluster, first_run, token):
     assert not list(cluster.network.folder.glob("*/tmp/intruder"))
 
 
-def test_a_stopped_job_goes_on_when_it_is_submitted_again(cluster):
-    words = ["train", "digits", "--cluster", "compose", *TINY, *GROUP, "name=stopped"]
-    job = cluster.submit(*words, "train.steps=1000000")
-    wait_until(lambda: list((cluster.volumes / "runs").glob("stopped-*/train/step_*/meta.json")), 600)
-    told = cluster.client("ddpm", "jobs", "stop", job)
-    assert told.returncode == 0 and "stopped; the same submit continues" in told.stdout, told
-    run = cluster.run_directory("stopped")
-    stopped = read_losses(run)[-1][0]
-    assert (run / "train" / f"step_{stopped:08d}").exists() and not list(run.glob(".stop*")), "it was killed"
-    cluster.wait_for_job(cluster.submit(*words, f"train.steps={stopped + 5}"))
-    assert [step for step, _ in read_losses(run)] == list(range(1, stopped + 6))
+NAMES_AND_ANSWERS = [("mlflow:5000", 200), ("evil.example", 403), ("mlflow.evil.example:5000", 403)]
+
+
+@pytest.mark.parametrize(("name", "status"), NAMES_AND_ANSWERS)
+def test_the_tracking_server_answers_to_its_names_alone(cluster, name, status):
+    path = "/api/2.0/mlflow/experiments/search?max_results=1"
+    code = (
+        "import sys, http.client as h; c = h.HTTPConnection('mlflow', 5000); "
+        "c.request('GET', sys.argv[1], headers={'Host': sys.argv[2]}); print(c.getresponse().status)"
+    )
+    assert cluster.client(sys.executable, "-c", code, path, name).stdout.strip() == str(status)
+
+
+# What breaks
 
 
 def heartbeat(run: Path) -> int:

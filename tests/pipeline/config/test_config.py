@@ -50,6 +50,22 @@ def test_every_experiment_loads_and_has_its_parameter_count(name):
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
 
 
+STEPS_AND_FLIP = {
+    "celebahq256": (500_000, True), "lsun_church": (1_200_000, True), "lsun_cat": (1_800_000, True),
+    "lsun_bedroom": (2_400_000, False), "lsun_bedroom_large": (1_150_000, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS_AND_FLIP)
+def test_256_pixels_are_the_papers(name):
+    experiment = config.load_experiment(name, [])
+    train = experiment.train
+    assert (train.steps, train.random_flip) == STEPS_AND_FLIP[name]
+    assert (train.batch_size, train.lr) == (64, 2e-5)
+    assert (experiment.model.dropout, experiment.diffusion.variance) == (0.0, "fixedsmall")
+    assert (experiment.data.image_size, experiment.data.labels) == (256, 0)
+
+
 def test_every_cluster_loads_and_a_tracking_uri_that_mlflow_does_not_know_is_refused():
     assert all(config.load_cluster(path.stem, []).storage for path in (CONF / "cluster").glob("*.yaml"))
     wrong = "foo://host mlruns http:/host host:5000 sqlite:// sqlite:/// sqlite:///:memory: http:// http:///x"

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
 from conftest import one_cpu
 from coverage_of_errors import measure_coverage
+from fidelity import Images, arguments
 from staged import run_stage, scoring
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from ddpm.denoisers import (
     compute_linear_mse,
@@ -22,7 +25,11 @@ from ddpm.likelihood import compute_bits_per_dim
 from pipeline import config
 from pipeline.engine.find import make_place
 from pipeline.report.paper import TABLE_4
-from pipeline.scores.preparations import list_gaussian_units, load_variances
+from pipeline.scores import classifier, extractors
+from pipeline.scores import distances as scores
+from pipeline.scores.extractors import find_extractor
+from pipeline.scores.image_sets import make_shard_set
+from pipeline.scores.preparations import list_gaussian_units, list_preparations, load_variances
 from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
 from pipeline.stages.figures import optimum
@@ -58,9 +65,12 @@ def test_images(cifar10):
 
 @pytest.fixture(scope="module")
 def covariance(test_images):
+    """Mean (3072,), eigenvalues (3072,) and eigenvectors of the test set."""
     values, vectors = np.linalg.eigh(np.cov(test_images, rowvar=False, bias=True))
     return test_images.mean(axis=0), values.clip(min=0), vectors
 
+
+# The bound of the best linear denoiser
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 ALPHA_BAR = np.cumprod(1 - BETAS)
@@ -89,6 +99,19 @@ def test_rates_of_the_best_linear_denoiser(covariance):
     shares = [q[1].item(), q[:11].sum().item(), q[:101].sum().item()]
     assert shares == pytest.approx([0.180, 0.594, 0.933], abs=3e-3)
     assert float((1 - (1 - q) ** 7).sum()) == pytest.approx(5.97, abs=0.03), "distinct passes of seven draws"
+
+
+def test_rates_of_single_images(test_images, covariance):
+    """The linear denoiser's, expected over the noise: the first 64 images are harder than the 10,000."""
+    diffusion, (mean, values, vectors) = Diffusion(), covariance
+    signal = ALPHA_BAR[:, None]
+    gain = np.sqrt(signal) * values / (signal * values + 1 - signal)  # of x_t, by eigenvector
+    squares = ((test_images - mean) @ vectors) ** 2
+    of_noise = ((1 - signal) * gain**2).mean(axis=1, keepdims=True)
+    mse = torch.from_numpy(of_noise + (1 - np.sqrt(signal) * gain) ** 2 @ squares.T / len(values))
+    rates = torch.stack([convert_mse_to_terms(diffusion, of_image).sum() for of_image in mse.T])
+    found = [rates.mean(), rates.std(), rates[:64].mean(), rates[:8].mean()]
+    assert [value.item() for value in found] == pytest.approx([2.452784, 0.26912, 2.53989, 2.51197], rel=2e-5)
 
 
 def test_the_rates_of_the_line_come_out_of_the_units(cifar10, test_images, covariance, monkeypatch):
@@ -151,3 +174,46 @@ def test_two_rows_of_table_4_follow_from_first_principles(cifar10, monkeypatch, 
     assert exact[1:] == pytest.approx([TABLE_4[k][1] for k in (200, 300)], rel=0.02)
     assert (excess[1] < excess[0] + 2e-3).all()
     assert excess[1] == pytest.approx([-1e-4, -9e-4, -0.008], abs=0.006)
+
+
+def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10):
+    """Through the units, tar by tar, by the features of the classifier that the pipeline trains.
+
+    The two splits are nearly equal in these features, so their FID is a small difference of large numbers and
+    torch-fidelity's float32 mean shows in its fifth digit. Hence its own functions on the merged feature files:
+    in float32 they give its call's result, in float64 ours.
+    """
+    wanted = [unit for unit in list_preparations(cifar10) if "classifier" in unit.name]
+    one_cpu().run_units(wanted, lambda unit: None)
+    extractor = find_extractor(cifar10)
+    features, found = {}, {}
+    for split in ("test", "train"):
+        images = make_shard_set(
+            extractor, tars.open_shards(cifar10.data).list_shards(split), (3, 32, 32),
+            cifar10.reference_features,
+        )  # fmt: skip
+        one_cpu().run_units(images.list_missing(), lambda unit: None)
+        features[split], found[split] = images.read_features(), images.sum_features().moments.to_statistics()
+    assert (found["test"].n, found["train"].n) == (10_000, 50_000)
+    ours = scores.compute_fid(found["test"], found["train"])
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(tars.load_images(cifar10.data, "test")[0]),
+        input2=Images(tars.load_images(cifar10.data, "train")[0]),
+        **arguments(extractor, "fid"), fid=True, cuda=False, cache=False, save_cpu_ram=True, verbose=False,
+        batch_size=extractors.BATCH,
+    )["frechet_inception_distance"]  # fmt: skip
+    print(f"FID of test against train: {ours!r}, torch-fidelity's {theirs!r}, {ours / theirs - 1:.1e}")
+    assert theirs == pytest.approx(merged_fid(features, torch.float32), rel=1e-6)
+    assert ours == pytest.approx(merged_fid(features, torch.float64), rel=1e-6)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    accuracy = classifier.measure_accuracy(
+        classifier.load_classifier(extractor.weights), *tars.load_images(cifar10.data, "test")
+    )
+    assert accuracy > 0.4
+
+
+def merged_fid(features, dtype):
+    """By torch-fidelity's own functions."""
+    parts = (torch.from_numpy(features[split]).to(dtype) for split in ("test", "train"))
+    statistics = (fid_features_to_statistics(part) for part in parts)
+    return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]

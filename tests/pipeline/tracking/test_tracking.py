@@ -4,14 +4,20 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 import torch
-from conftest import wait_until
+from conftest import free_port, wait_until
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 from synthetic_run import BEGAN, make_run, write_checkpoint, write_scores
@@ -31,10 +37,8 @@ STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory, empty_store) -> Path:
-    storage = tmp_path_factory.mktemp("storage")
-    shutil.copy(empty_store, storage)
-    return storage
+def storage(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("storage")
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +47,14 @@ def uri(storage) -> str:
 
 
 @pytest.fixture(scope="module")
-def client(uri):
+def client(storage, uri, empty_store):
+    shutil.copy(empty_store, storage / "mlflow.db")
     return MlflowClient(uri)
 
 
 @pytest.fixture(scope="module")
 def mirrored(storage, uri, client):
+    """A whole run directory, delivered: (run, the MLflow run)."""
     run = make_run(storage, "digits", STEPS)
     write_scores(run.path / "evaluation" / "0123456789ab", run.experiment, scores={"fid": 20.5})
     with tracking.Mirror(uri, "digits", run, tags={"device": "cpu"}):
@@ -165,7 +171,23 @@ def test_the_status_is_right_at_every_end_in_the_same_run(storage, uri, client, 
     assert "viewStateShareKey=scores" in where and "ddpm ui" in where and "sync" not in where
 
 
-def test_a_storage_root_that_was_moved_takes_its_pictures_along_and_others_stay(tmp_path, empty_store):
+def test_while_a_run_lasts_its_machine_is_watched(storage, uri, client, monkeypatch):
+    monkeypatch.setattr("pipeline.tracking.mirror.POLL", 0.02)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    run = make_run(storage, "digits", (*STEPS, "seed=2"), scores=False)
+
+    def list_steps() -> list[int]:
+        points = history(client, find(client, "ends", run), "system/cpu_utilization_percentage")
+        return [step for step, _ in points]
+
+    for known in (0, 1):  # a run that goes on adds to its curve
+        with tracking.Mirror(uri, "ends", run) as mirror:
+            wait_until(lambda known=known: mirror.sender and mirror.record and len(list_steps()) > known)
+    assert list_steps() == list(range(len(list_steps())))
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_storage_root_that_was_moved_takes_its_pictures_along(tmp_path, empty_store):
     before, after = tmp_path / "before root", tmp_path / "after"
     run = make_run(before, "digits", STEPS)
     shutil.copy(empty_store, before / "mlflow.db")
@@ -181,13 +203,17 @@ def test_a_storage_root_that_was_moved_takes_its_pictures_along_and_others_stay(
     assert history(client, found, "loss/train") == expected(100)
     places = [found.info.artifact_uri, *(model.artifact_location for model in list_models(client, found))]
     assert all(place.startswith(after.as_uri()) for place in places)  # what follows is written there
-    shared = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
-    with tracking.Mirror(shared, "digits", moved):
+
+
+def test_artifacts_that_lie_elsewhere_are_left_there(tmp_path, empty_store):
+    run = make_run(tmp_path / "root", "digits", STEPS)
+    shared = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
+    with tracking.Mirror(shared, "digits", run):
         pass
     (tmp_path / "mlartifacts").mkdir()
     tracking.check_server(shared)
     place = MlflowClient(shared).get_experiment_by_name("digits").artifact_location
-    assert place == (after / "mlartifacts" / "digits").as_uri()
+    assert place == (tmp_path / "root" / "mlartifacts" / "digits").as_uri()
 
 
 def test_pruned_checkpoints_leave_and_a_run_deleted_in_the_ui_is_delivered_anew(storage, uri, client):
@@ -244,7 +270,7 @@ def test_a_taken_port_is_said(tmp_path):
 
 @pytest.fixture
 def own_uri(tmp_path, empty_store) -> str:
-    return f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
+    return f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
 
 
 def test_a_registered_model_draws_its_samples_and_is_exported(
@@ -298,6 +324,31 @@ def test_a_registered_model_draws_its_samples_and_is_exported(
             and f"models:/{wrong}" in error
             and ("register" in error or "NAME@ALIAS" in error)
         )
+
+
+@pytest.mark.slow
+def test_what_is_registered_at_a_server_draws_from_there(sampled, tmp_path, monkeypatch):
+    write_record(sampled, ())
+    address, words = f"http://127.0.0.1:{free_port()}", ["mlflow", "server", "--workers=1"]
+    words += [f"--port={address[17:]}", f"--backend-store-uri=sqlite:///{tmp_path / 'server.db'}"]
+    words += [f"--artifacts-destination={tmp_path / 'artifacts'}"]
+    command = [sys.executable, "-m", *words]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while server.poll() is None:
+            with suppress(PipelineError):
+                tracking.check_server(address)
+                break
+            time.sleep(0.5)
+        where = [f"cluster.tracking_uri={address}", f"cluster.storage={sampled.storage}"]
+        assert main(["register", sampled.name, "--alias", "champion", "--name", "digits", *where]) == 0
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        shutil.move(sampled.path / "train", tmp_path / "train")  # the weights come from the server
+        drawn = mlflow.pyfunc.load_model("models:/digits@champion").predict({"n": 2})
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)
+    assert drawn.shape == (2, 8, 8, 1) and drawn.dtype == np.uint8 and drawn.std() > 0
 
 
 @pytest.mark.parametrize(("limit", "held"), [(0, set()), (10_000, set()), (2**30, {"6"})])
