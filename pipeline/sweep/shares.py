@@ -10,7 +10,7 @@ from pipeline.config import ClusterConfig
 
 @dataclass(frozen=True)
 class TrialSlots:
-    """How many trials fit at once on the machines that are there at the start; `most` is their limit at any time."""
+    """The number of trials that fit at once on the machines of the start; `most` is their limit at any time."""
 
     slots: int
     resources: Resources
