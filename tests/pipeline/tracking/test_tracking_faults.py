@@ -245,6 +245,7 @@ CLIENT = """
 import sys
 from unittest.mock import MagicMock
 weight, MlflowClient, sys.modules["sqlalchemy"] = b"x" * 2**27, MagicMock(), MagicMock()
+MlflowClient.return_value.search_experiments.return_value.token = None  # one page
 """
 UI = """
 import signal, sys
