@@ -102,7 +102,7 @@ def test_what_is_done_is_told_without_hashing_anything_large(place, finished, mo
     hashed = []
     monkeypatch.setattr(files, "hash_file", lambda path: hashed.append(path.suffix) or hash_file(path))
     assert list_unfinished_stages(place, "report") == []
-    assert set(hashed) <= {".json", ".png"}
+    assert set(hashed) <= {".json", ".png", ".jsonl", ".yaml"}
 
 
 def make_foreign(folder):
