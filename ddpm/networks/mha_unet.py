@@ -100,9 +100,12 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = x.flatten(2).transpose(1, 2)  # (N, H*W, C)
-        heads = self.qkv(self.norm1(pixels)).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, H*W, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        pixels = pixels + self.proj_out(h)
+        pixels = pixels + self._attend(self.norm1(pixels))
         pixels = pixels + self.feed_forward(self.norm2(pixels))
         return pixels.transpose(1, 2).reshape(x.shape)
+
+    def _attend(self, pixels: Tensor) -> Tensor:
+        """Compute softmax(q.k / sqrt(C / heads)) v in each head, and join the heads; pixels and result (N, H*W, C)."""
+        heads = self.qkv(pixels).unflatten(2, (3, self.num_heads, -1))  # (N, H*W, 3, heads, C/heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (N, heads, H*W, C/heads)
+        return self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
