@@ -112,7 +112,7 @@ def test_doctor_names_the_node_that_sees_another_folder(nodes):
 
 def test_a_node_that_is_taken_away_costs_seconds(nodes):
     """SIGTERM, as an eviction sends it: the workers save at the notice, and one goes on from there."""
-    command = ["train.steps=1000", "train.checkpoint_every=100000", "cluster.min_workers=1"]
+    command = ["train.steps=4000", "train.checkpoint_every=100000", "cluster.min_workers=1"]
     with ThreadPoolExecutor() as threads:
         ended = threads.submit(nodes.train, "taken", *command)
         wait_until(lambda: nodes.read_step("taken") > 50, 300)
@@ -131,7 +131,7 @@ def test_a_node_that_is_taken_away_costs_seconds(nodes):
         assert ended.result() == run
     ((lost, _, start),) = nodes.losses
     assert (lost, int(start)) == (nodes.network["node-2"].address, saved)
-    assert len(read_losses(run)) == 100
+    assert len(read_losses(run)) == 400
 
 
 def test_training_waits_for_a_node_that_returns_and_ends_with_the_same_bits(nodes):
