@@ -31,11 +31,11 @@ class FusedUNet(FastUNet):
 
 class FusedResBlock(FastResBlock):
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        has_no_keys = self.dropout.keys is None and self.dropout.training and self.dropout.p > 0
-        if has_no_keys or not can_fuse(x):
+        drops = self.dropout.training and self.dropout.p > 0
+        if not can_fuse(x) or (drops and self.dropout.keys is None):
             return super().forward(x, temb)
         h = convolve(self.conv1, activate(self.norm1, x))
-        h = activate(self.norm2, h, self.time_proj(temb), self.dropout)
+        h = activate(self.norm2, h, self.time_proj(temb), self.dropout if drops else None)
         return self.shortcut(x) + convolve(self.conv2, h)
 
 
@@ -48,7 +48,7 @@ def activate(
     norm: nn.GroupNorm, x: Tensor, temb: Tensor | None = None, dropout: RowDropout | None = None
 ) -> Tensor:
     """Compute dropout(silu(norm(x + temb))) in the type of x; x (N, C, H, W), temb (N, C) or None."""
-    keys = dropout.keys if dropout is not None and dropout.training and dropout.p else None
+    keys = dropout.keys if dropout else None
     return activate_norm(
         x.contiguous(memory_format=torch.channels_last), temb, norm.weight, norm.bias,
         None if keys is None else keys.flatten(1), norm.num_groups, norm.eps, dropout.dropped if dropout else 0,
@@ -135,6 +135,15 @@ def _find_columns(GROUPS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.const
 
 
 @triton.jit
+def _load_tile(x, row, channel, exists, P: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr):
+    """Return the numbers of ROWS pixels of this image, their places in it, and which of them exist."""
+    pixel = row + tl.arange(0, ROWS)
+    place = pixel[:, None] * C + channel[None, :]
+    inside = (pixel < P)[:, None] & exists[None, :]
+    return tl.load(x + tl.program_id(0).to(tl.int64) * P * C + place, inside, 0).to(tl.float32), place, inside
+
+
+@triton.jit
 def _average(total, number, PADDED: tl.constexpr, TOGETHER: tl.constexpr):
     """Sum the columns of each group, divide, and give every column the result of its group."""
     sums = tl.sum(total.reshape(TOGETHER, PADDED), axis=1) / number
@@ -170,9 +179,7 @@ def _activate(
     sums = tl.zeros((TOGETHER * PADDED,), tl.float32)
     squares = tl.zeros((TOGETHER * PADDED,), tl.float32)
     for row in range(0, P, ROWS):
-        pixel = row + tl.arange(0, ROWS)
-        inside = (pixel < P)[:, None] & exists[None, :]
-        h = tl.load(x + image * P * C + pixel[:, None] * C + channel[None, :], inside, 0).to(tl.float32)
+        h, place, inside = _load_tile(x, row, channel, exists, P, C, ROWS)
         off = tl.where(inside, h + (added - pivot)[None, :], 0)
         sums += tl.sum(off, axis=0)
         squares += tl.sum(off * off, axis=0)
@@ -185,10 +192,7 @@ def _activate(
     gain = tl.load(weight + channel, exists, 0).to(tl.float32)
     shift = tl.load(bias + channel, exists, 0).to(tl.float32)
     for row in range(0, P, ROWS):
-        pixel = row + tl.arange(0, ROWS)
-        inside = (pixel < P)[:, None] & exists[None, :]
-        place = pixel[:, None] * C + channel[None, :]
-        h = tl.load(x + image * P * C + place, inside, 0).to(tl.float32)
+        h, place, inside = _load_tile(x, row, channel, exists, P, C, ROWS)
         z = (h + (added - mean)[None, :]) * scale[None, :] * gain[None, :] + shift[None, :]
         z = z * tl.sigmoid(z)
         if keys is not None:
@@ -213,16 +217,12 @@ def _differentiate(
     of_bias = tl.zeros((TOGETHER * PADDED,), tl.float32)
     of_weight = tl.zeros((TOGETHER * PADDED,), tl.float32)
     of_temb = tl.zeros((TOGETHER * PADDED,), tl.float32)
-    along_one = tl.zeros(
-        (TOGETHER * PADDED,), tl.float32
-    )  # components of the gradient that the norm takes out
+    # Components of the gradient that the norm takes out.
+    along_one = tl.zeros((TOGETHER * PADDED,), tl.float32)
     along_x = tl.zeros((TOGETHER * PADDED,), tl.float32)
     for turn in tl.static_range(2):  # first these sums, then the result
         for row in range(0, P, ROWS):
-            pixel = row + tl.arange(0, ROWS)
-            inside = (pixel < P)[:, None] & exists[None, :]
-            place = pixel[:, None] * C + channel[None, :]
-            h = tl.load(x + image * P * C + place, inside, 0).to(tl.float32)
+            h, place, inside = _load_tile(x, row, channel, exists, P, C, ROWS)
             dz = tl.load(gradient + image * P * C + place, inside, 0).to(tl.float32)
             if keys is not None:
                 dz = tl.where(_is_kept(keys, N, place, dropped), dz * (65536.0 / (65536 - dropped)), 0)
