@@ -23,16 +23,14 @@ class MHAUNet(SeededNetwork):
         widths, up_widths = config.widths, config.up_widths
         tutorial = config.form == "tutorial"
         self.conv_in = DoubleConv(in_channels, widths[0], widths[0], tutorial)
-        down_blocks = (MHABlock(fine, coarse, coarse, config) for fine, coarse in pairwise(widths))
-        self.down = nn.ModuleList(nn.ModuleDict({"block": block}) for block in down_blocks)
+        self.down = nn.ModuleList(MHADownLevel(fine, coarse, config) for fine, coarse in pairwise(widths))
         wide = 2 * widths[-1]
         self.bottleneck = nn.Sequential(
             DoubleConv(widths[-1], wide, wide, tutorial),
             DoubleConv(wide, wide, wide, tutorial),
             DoubleConv(wide, up_widths[0], up_widths[0], tutorial),
         )
-        up_blocks = (MHABlock(2 * coarse, coarse, fine, config) for coarse, fine in pairwise(up_widths))
-        self.up = nn.ModuleList(nn.ModuleDict({"block": block}) for block in up_blocks)
+        self.up = nn.ModuleList(MHAUpLevel(coarse, fine, config) for coarse, fine in pairwise(up_widths))
         self.conv_out = nn.Conv2d(up_widths[-1], out_channels, 1)
         self.reset_parameters()
 
@@ -46,11 +44,10 @@ class MHAUNet(SeededNetwork):
         skips = []
         for down in self.down:
             skips.append(h)
-            h = down.get_submodule("block")(F.max_pool2d(h, 2), down_temb)
+            h = down(h, down_temb)
         h = self.bottleneck(h)
         for up in self.up:
-            h = F.interpolate(h, scale_factor=2.0, mode="bilinear", align_corners=True)
-            h = up.get_submodule("block")(torch.cat([skips.pop(), h], dim=1), F.silu(encoding))
+            h = up(h, F.silu(encoding), skips.pop())
         return self.conv_out(h).to(x_t.dtype)
 
 
@@ -82,6 +79,29 @@ class MHABlock(nn.Module):
         if self.residual is not None:
             x = F.gelu(x + self.residual(x))
         return self.attention(self.conv(x) + self.time_proj(temb)[:, :, None, None])
+
+
+class MHADownLevel(nn.Module):
+    """Max-pooling to half the side, then a block."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
+        super().__init__()
+        self.block = MHABlock(in_channels, out_channels, out_channels, config)
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.block(F.max_pool2d(x, 2), temb)
+
+
+class MHAUpLevel(nn.Module):
+    """Bilinear upsampling to twice the side, concatenation after the skip, then a block."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: MHAUNetConfig) -> None:
+        super().__init__()
+        self.block = MHABlock(2 * in_channels, in_channels, out_channels, config)
+
+    def forward(self, h: Tensor, temb: Tensor, skip: Tensor) -> Tensor:
+        h = F.interpolate(h, scale_factor=2.0, mode="bilinear", align_corners=True)
+        return self.block(torch.cat([skip, h], dim=1), temb)
 
 
 class MultiHeadAttention(nn.Module):
