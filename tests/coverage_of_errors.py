@@ -11,7 +11,7 @@ from ddpm.denoisers import compute_linear_mse, compute_profile, convert_mse_to_t
 from ddpm.diffusion import Diffusion
 from ddpm.likelihood import draw_timesteps
 from pipeline.stages.evaluate import bound
-from pipeline.store.files import write_unit_arrays
+from pipeline.store.arrays import write_unit_arrays
 
 DRAWS, SEEDS = 7, 100
 

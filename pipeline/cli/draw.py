@@ -19,7 +19,8 @@ from pipeline.data.sources.raw_image import DecodeError, RawImage, convert_to_re
 from pipeline.drawing.grids import save_animation, save_grid
 from pipeline.engine.load import read_named_model
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.store.files import require_output, require_regular_file, write_arrays, write_atomically
+from pipeline.store.arrays import write_arrays
+from pipeline.store.files import require_output, require_regular_file, write_atomically
 from pipeline.store.tars import decode_png, encode_png
 
 FRAMES = 50  # of an animation

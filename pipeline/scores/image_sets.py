@@ -17,6 +17,7 @@ from pipeline.errors import PipelineError
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract_features
 from pipeline.store import files, tars
+from pipeline.store.arrays import is_unit_done, read_arrays, read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
 
 BASELINE_UNIT = 500  # images
@@ -37,13 +38,13 @@ class ImageSet:
     units: dict[Path, Unit]
 
     def list_missing(self) -> list[Unit]:
-        return [unit for file, unit in self.units.items() if not files.is_unit_done(file)]
+        return [unit for file, unit in self.units.items() if not is_unit_done(file)]
 
     def read_chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield features and logits, file by file, up to the n-th image."""
         left = self.n
         for file in self.units:
-            arrays = files.read_unit_arrays(file)
+            arrays = read_unit_arrays(file)
             features, logits = arrays["features"][:left], arrays["logits"][:left]
             left -= len(features)
             yield features, logits
@@ -105,7 +106,7 @@ def write_shard_features(
             f"{shard.path} holds images of shape (C, H, W) = {others[0]} where {shape} is scored; {files.REMEDY}"
         )
     features, logits = extract_features(extractor, np.stack(images), ctx.device)
-    files.write_unit_arrays(file, features=features, logits=logits)
+    write_unit_arrays(file, features=features, logits=logits)
 
 
 def write_baseline_features(
@@ -114,10 +115,10 @@ def write_baseline_features(
     if pixels is None:
         images = draw_noise_images(start, stop, shape)
     else:
-        arrays = files.read_arrays(pixels)
+        arrays = read_arrays(pixels)
         images = draw_gaussian_images(arrays["mean"], arrays["factor"], start, stop, shape)
     features, logits = extract_features(extractor, images, ctx.device)
-    files.write_unit_arrays(file, features=features, logits=logits)
+    write_unit_arrays(file, features=features, logits=logits)
 
 
 def draw_gaussian_images(

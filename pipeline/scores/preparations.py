@@ -22,6 +22,7 @@ from pipeline.scores.distances import Moments
 from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.metrics import needs_samples
 from pipeline.store import files, tars
+from pipeline.store.arrays import is_unit_done, read_arrays, write_arrays
 from pipeline.store.run import Place
 from pipeline.store.tensors import save_tensors
 
@@ -47,7 +48,7 @@ def list_preparations(place: Place) -> list[Unit]:
 def list_gaussian_units(place: Place) -> list[Unit]:
     count, file = tars.open_shards(place.data).count_images("train"), locate_factor(place)
     unit = Unit(UnitKind.PREPARATION, write_gaussian, (place, file), "the Gaussian of the pixels", count)
-    return [] if files.is_unit_done(file, files.read_arrays) else [unit]
+    return [] if is_unit_done(file, read_arrays) else [unit]
 
 
 def train_classifier(ctx: Worker, place: Place) -> None:
@@ -100,7 +101,7 @@ def write_gaussian(ctx: Worker, place: Place, file: Path) -> None:
     else:
         images = tars.load_images(place.data, "train", 0, n)[0]
         mean, factor, rest = fit_principal_directions(images)
-    files.write_arrays(file, mean=mean, factor=factor, rest=np.array(rest))
+    write_arrays(file, mean=mean, factor=factor, rest=np.array(rest))
 
 
 def fit_gaussian(parts: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -130,7 +131,7 @@ def load_variances(place: Place) -> tuple[torch.Tensor, str]:
 
     Directions that are not on file, or without variance, come last.
     """
-    arrays, n = files.read_arrays(locate_factor(place)), _count_fitted_images(place)
+    arrays, n = read_arrays(locate_factor(place)), _count_fitted_images(place)
     factor, exact = arrays["factor"], has_covariance(place)
     found = (factor**2).sum(axis=0) * ((n - 1) / n if exact else 1)
     others = np.full(len(factor) - np.count_nonzero(found), arrays.get("rest", 0.0))
@@ -143,7 +144,7 @@ def load_linear_denoiser(
     place: Place, diffusion: Diffusion, device: torch.device
 ) -> tuple[Network, torch.Tensor]:
     """Load the best linear denoiser of the training images, float32, and their mean (d,) in [-1, 1]."""
-    arrays = files.read_arrays(locate_factor(place))
+    arrays = read_arrays(locate_factor(place))
     norms = np.linalg.norm(arrays["factor"], axis=0)
     directions = torch.from_numpy(arrays["factor"][:, norms > 0] / norms[norms > 0])
     parts = torch.from_numpy(arrays["mean"] / 127.5 - 1), directions, load_variances(place)[0]

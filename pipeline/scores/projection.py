@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ddpm.images import from_uint8
 from ddpm.rng import Stream, draw_normal
-from pipeline.store.files import hash_file, is_unit_done, require_sealed, write_atomically, write_manifest
+from pipeline.store.arrays import is_unit_done
+from pipeline.store.files import hash_file, require_sealed, write_atomically, write_manifest
 from pipeline.store.run import Place
 from pipeline.store.tensors import save_tensors
 

@@ -10,7 +10,8 @@ from pipeline.errors import PipelineError
 from pipeline.scores.distances import Statistics
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import ImageSet, hash_shards
-from pipeline.store.files import read_arrays, try_read, write_arrays
+from pipeline.store.arrays import read_arrays, write_arrays
+from pipeline.store.files import try_read
 from pipeline.store.run import Place
 from pipeline.store.tars import open_shards
 

@@ -16,22 +16,17 @@ import os
 import shutil
 import socket
 import uuid
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, ParamSpec, TypeVar
+from typing import Any, Literal, NotRequired, ParamSpec, TypeVar
 
 import psutil
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 on
 
 from pipeline.errors import PipelineError, TransientError
-
-if TYPE_CHECKING:
-    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -197,43 +192,6 @@ def require_output(path: Path, folder: bool = False) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         reason = "cannot be written" if above.is_dir() else "is no folder"
         raise PipelineError(f"{path} cannot be made: {above} {reason}; give another name")
-
-
-def write_arrays(path: Path, **arrays: np.ndarray | str) -> None:
-    import numpy as np
-
-    with write_atomically(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, **arrays)  # type: ignore[arg-type]
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz. Raises PipelineError if it is damaged."""
-    import numpy as np
-
-    try:
-        with np.load(require_regular_file(path), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise PipelineError(f"{path} is damaged ({error}); {REMEDY}") from error
-
-
-def write_unit_arrays(path: Path, **arrays: np.ndarray) -> None:
-    """Write a unit's arrays, with its folder and name inside, so that a wrong file is noticed."""
-    write_arrays(path, unit=f"{path.parent.name}/{path.stem}", **arrays)
-
-
-def read_unit_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return a unit's arrays. Raises PipelineError if the file is damaged or of another unit."""
-    arrays = read_arrays(path)
-    unit, expected = str(arrays.pop("unit", "no unit")), f"{path.parent.name}/{path.stem}"
-    if unit != expected:
-        raise PipelineError(f"{path} holds {unit}, not {expected}; {REMEDY}")
-    return arrays
-
-
-def is_unit_done(path: Path, read: Callable[[Path], object] = read_unit_arrays) -> bool:
-    """Return whether a unit's file is there and whole."""
-    return path.exists() and try_read(read, path) is not None
 
 
 def hash_file(path: Path) -> str:

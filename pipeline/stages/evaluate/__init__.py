@@ -20,6 +20,7 @@ from pipeline.stages.evaluate import bound, images
 from pipeline.stages.evaluate.protocol import describe_score_protocol, explain_differences
 from pipeline.stages.stage import Stage
 from pipeline.store import files
+from pipeline.store.arrays import is_unit_done
 from pipeline.store.run import Place
 from pipeline.store.tars import Shard, open_shards
 
@@ -72,7 +73,7 @@ class EvaluateStage(Stage):
         if units := list_preparations(place):
             yield units
         bounds = bound.plan_units(place) if "nll" in config.metrics else {}
-        pending = [unit for file, unit in bounds.items() if not files.is_unit_done(file)]
+        pending = [unit for file, unit in bounds.items() if not is_unit_done(file)]
         found: Results = {"scores": {}, "protocol": describe_score_protocol(place)}
         inputs, written = _hash_inputs(place), [place.metrics_json, place.evaluate_yaml]
         if needs_samples(config.metrics):

@@ -18,7 +18,7 @@ from pipeline.scores.image_sets import hash_shards
 from pipeline.scores.metrics import Bound, Scores, add_error
 from pipeline.scores.preparations import load_variances
 from pipeline.store import checkpoint, tars
-from pipeline.store.files import read_unit_arrays, write_unit_arrays
+from pipeline.store.arrays import read_unit_arrays, write_unit_arrays
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 

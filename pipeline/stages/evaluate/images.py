@@ -16,7 +16,8 @@ from pipeline.scores.metrics import METRICS, Results, Scores, add_error
 from pipeline.scores.preparations import has_covariance, locate_factor
 from pipeline.scores.reference import load_reference, write_split_statistics
 from pipeline.store import tars
-from pipeline.store.files import is_unit_done, read_record
+from pipeline.store.arrays import is_unit_done
+from pipeline.store.files import read_record
 from pipeline.store.run import Place
 
 MANY = 5000  # real images from which on comparing each takes minutes

@@ -15,6 +15,7 @@ from pipeline.config import Experiment
 from pipeline.errors import PipelineError
 from pipeline.stages.stage import Stage
 from pipeline.store import files
+from pipeline.store.arrays import is_unit_done, read_arrays
 from pipeline.store.keys import hash_content
 from pipeline.store.run import Place
 
@@ -84,7 +85,7 @@ class FiguresStage(Stage):
         if preparations := [unit for figure in figures for unit in figure.preparations]:
             yield preparations
         units = {file: unit for figure in figures for file, unit in figure.units.items()}
-        yield [unit for file, unit in units.items() if not files.is_unit_done(file, files.read_arrays)]
+        yield [unit for file, unit in units.items() if not is_unit_done(file, read_arrays)]
         drawn = {f.file: f.draw(list(f.units), place.figures / f.file) for f in figures}
         findings = {file: finding for file, finding in drawn.items() if finding}
         captions = {figure.file: figure.caption for figure in figures}

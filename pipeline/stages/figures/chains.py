@@ -20,8 +20,8 @@ from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures import Figure, count_rows, describe_chain, locate_unit_folder
 from pipeline.store import tars
+from pipeline.store.arrays import read_arrays, write_arrays
 from pipeline.store.checkpoint import load_model
-from pipeline.store.files import read_arrays, write_arrays
 from pipeline.store.run import Place
 
 SAMPLES_SIDE = 16  # most rows of the figure of samples

@@ -11,7 +11,8 @@ from pipeline.scores.metrics import METRICS, Bound, Scores
 from pipeline.scores.reference import load_reference
 from pipeline.stages.figures import Figure, FigureUnavailable, describe_chain, locate_unit_folder
 from pipeline.stages.figures.chains import list_snapshots, make_snapshots
-from pipeline.store.files import read_arrays, read_sealed, try_read, write_arrays
+from pipeline.store.arrays import read_arrays, write_arrays
+from pipeline.store.files import read_sealed, try_read
 from pipeline.store.run import Place
 
 PER_ROW = 16  # images scored for each row that the other figures have

@@ -11,7 +11,7 @@ from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import hash_shards, make_shard_set
 from pipeline.stages.figures import Figure, FigureUnavailable, count_rows, locate_unit_folder
 from pipeline.store import tars
-from pipeline.store.files import read_arrays, write_arrays
+from pipeline.store.arrays import read_arrays, write_arrays
 from pipeline.store.run import Place
 
 NEIGHBOURS = 9

@@ -23,7 +23,7 @@ from pipeline.report import paper
 from pipeline.scores.preparations import list_gaussian_units, load_linear_denoiser, load_variances
 from pipeline.stages.figures import Figure, FigureUnavailable, locate_unit_folder
 from pipeline.store import checkpoint, tars
-from pipeline.store.files import read_arrays, write_arrays
+from pipeline.store.arrays import read_arrays, write_arrays
 from pipeline.store.run import Place
 
 LEVELS, LARGEST = 20, 64 * 64 * 3

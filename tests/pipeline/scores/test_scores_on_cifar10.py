@@ -34,7 +34,7 @@ from pipeline.stages import shard
 from pipeline.stages.evaluate import bound
 from pipeline.stages.figures import optimum
 from pipeline.store import tars
-from pipeline.store.files import read_arrays
+from pipeline.store.arrays import read_arrays
 
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
 pytestmark = [

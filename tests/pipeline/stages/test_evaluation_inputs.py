@@ -18,7 +18,8 @@ from pipeline.scores.reference import load_reference, load_user_statistics, loca
 from pipeline.stages import evaluate
 from pipeline.stages.evaluate import bound, list_sample_shards
 from pipeline.store import tars
-from pipeline.store.files import hash_file, read_arrays, read_unit_arrays, write_arrays, write_unit_arrays
+from pipeline.store.arrays import read_arrays, read_unit_arrays, write_arrays, write_unit_arrays
+from pipeline.store.files import hash_file
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,9 @@ from pipeline.scores.reference import load_reference
 from pipeline.stages import evaluate, figures, sample
 from pipeline.stages.figures import FIGURES, chains, curves, nearest, optimum
 from pipeline.store import tars
+from pipeline.store.arrays import read_arrays
 from pipeline.store.checkpoint import load_model
-from pipeline.store.files import FiguresManifest, read_arrays, read_json, read_manifest
+from pipeline.store.files import FiguresManifest, read_json, read_manifest
 from pipeline.store.run import Place
 
 CURVES = ("rate_distortion", "scores_along", "optimum")

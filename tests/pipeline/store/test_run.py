@@ -9,6 +9,7 @@ from conftest import flip_bit
 
 from pipeline.errors import PipelineError
 from pipeline.store import files as rundir
+from pipeline.store.arrays import read_arrays, write_arrays
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
@@ -65,12 +66,12 @@ def test_a_manifest_notices_every_difference(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
 def test_damaged_arrays_are_named_and_warned_of_once(tmp_path, damage, caplog):
     file = tmp_path / "unit.npz"
-    rundir.write_arrays(file, x=np.arange(1000.0))
+    write_arrays(file, x=np.arange(1000.0))
     if damage == "flipped":
         flip_bit(file, 2000)
     else:
         file.write_bytes(b"" if damage == "empty" else file.read_bytes()[:-100])
     with pytest.raises(PipelineError, match=f"{file} is damaged .*makes it again"):
-        rundir.read_arrays(file)
-    assert [rundir.try_read(rundir.read_arrays, file) for _ in range(3)] == [None] * 3
+        read_arrays(file)
+    assert [rundir.try_read(read_arrays, file) for _ in range(3)] == [None] * 3
     assert len(caplog.records) == 1
