@@ -9,13 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import subjects
 from benchmarks.harness import FLOOR, OURS, Outcome, Settings, offered, race
 from benchmarks.subjects import Way, contender, list_precisions, ways
 from ddpm import Diffusion, run_image_chains
-from ddpm.precision import use_precision
+from ddpm.precision import use_deterministic, use_precision
 
 STEPS = 1000
 
@@ -25,8 +24,13 @@ def run(settings: Settings) -> Outcome:
     images = batch * steps / STEPS  # finished images that the timed steps amount to
     measured = f"projected from {steps} steps" if steps < STEPS else "measured"
     for precision in list_precisions(settings):
-        with use_precision(precision):
+        with use_precision(precision), use_deterministic(False):
             makers = []
+            if settings.on_gpu and precision == "bf16":
+                way = Way(precision, fused=True, graph=True)
+                makers.append(
+                    contender(settings, f"{OURS} {way}", partial(_ours, settings, way, batch, steps), images)
+                )
             for way in ways(settings, precision):
                 makers += [
                     contender(settings, f"{OURS} {way}", partial(_ours, settings, way, batch, steps), images),
@@ -49,13 +53,8 @@ def _size(settings: Settings) -> tuple[int, int]:
 
 def _ours(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], Any]:
     """The chain as the sample stage runs it: x_T and every z from the counter-based generator."""
-    net = subjects.our_network(settings.device).eval().requires_grad_(False)
-    call, diffusion = way.call(net), Diffusion().to(settings.device)
+    network, diffusion = subjects.our_sampler(settings, way), Diffusion().to(settings.device)
     index = torch.arange(batch, device=settings.device)
-
-    def network(x_t: Tensor, t: Tensor) -> Tensor:
-        with way.autocast(settings.device):
-            return call(x_t, t)
 
     def chain() -> None:
         for _ in run_image_chains(

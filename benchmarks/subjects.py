@@ -12,8 +12,10 @@ from torch import nn
 from benchmarks.harness import Contender, Settings, Skipped
 from ddpm import Diffusion, TrainConfig, TrainState, UNetConfig, build_network, train_step
 from ddpm.config import Precision
+from ddpm.graphs import RecordedGradients, RecordedNetwork
 from ddpm.kernels import accelerate
-from ddpm.precision import autocast
+from ddpm.kernels.cuda import keep_cast_weights
+from ddpm.precision import PreciseNetwork, autocast, use_deterministic
 
 PAPER = UNetConfig()
 SIDE = 32
@@ -27,7 +29,7 @@ TRAIN = TrainConfig(
 @dataclasses.dataclass(frozen=True)
 class Way:
     """How a network is run. default: as its authors' own script does it; else their fastest setting. deterministic:
-    as train.deterministic has it. fused: as model.fused has it."""
+    as train.deterministic has it. fused, graph: as model.fused and train.graph have it."""
 
     precision: Precision
     channels_last: bool = True
@@ -35,6 +37,7 @@ class Way:
     default: bool = False
     deterministic: bool = False
     fused: bool = False
+    graph: bool = False
 
     def __str__(self) -> str:
         words = [
@@ -43,6 +46,7 @@ class Way:
             self.compiled,
             "deterministic" if self.deterministic else "",
             "fused" if self.fused else "",
+            "graph" if self.graph else "",
         ]
         return ("default " if self.default else "") + " ".join(filter(None, words))
 
@@ -72,20 +76,26 @@ def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any
     state = TrainState(train, net, diffusion.config)
     images = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8, device=settings.device)
     forward, rows = way.call(net), torch.arange(batch)
+    compute = RecordedGradients() if way.graph else None
 
     def step() -> None:
-        torch.use_deterministic_algorithms(way.deterministic)
-        try:
-            train_step(state, diffusion, images, rows, config=train, seed=0, forward=forward)
-        finally:  # a step that cannot be deterministic raises, and the next contender is not to
-            torch.use_deterministic_algorithms(False)
+        with use_deterministic(way.deterministic):
+            train_step(state, diffusion, images, rows, config=train, seed=0, forward=forward, compute=compute)
 
     return step
 
 
 def our_forward(settings: Settings, way: Way, batch: int) -> Callable[[], Any]:
+    return forward_of(our_sampler(settings, way), settings, way, batch)
+
+
+def our_sampler(settings: Settings, way: Way) -> Any:
+    """Return the network as the sample stage calls it."""
     net = our_network(settings.device, way.fused).eval().requires_grad_(False)
-    return forward_of(way.call(net), settings, way, batch)
+    if settings.on_gpu and way.precision == "bf16" and not way.compiled:
+        keep_cast_weights(net)
+    net = PreciseNetwork(way.call(net), way.precision)
+    return RecordedNetwork(net) if way.graph else net
 
 
 def diffusers_network() -> nn.Module:

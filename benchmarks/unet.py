@@ -13,7 +13,7 @@ from benchmarks.harness import FLOOR, OURS, Contender, Outcome, Settings, offere
 from benchmarks.subjects import Way, contender, list_precisions, ways
 from ddpm.config import Precision
 from ddpm.kernels import winograd
-from ddpm.precision import use_precision
+from ddpm.precision import use_deterministic, use_precision
 
 TRAIN = {
     OURS: subjects.our_train_step,
@@ -32,7 +32,7 @@ def run(settings: Settings) -> Outcome:
     for batch, precision in product(batches(settings), list_precisions(settings)):
         for what, subject in (("train", TRAIN), ("forward", FORWARD)):
             case = f"{what} {precision}, batch {batch}"
-            with use_precision(precision):
+            with use_precision(precision), use_deterministic(False):
                 found = _contenders(outcome, settings, subject, precision, batch)
                 outcome.rows += race(case, found, settings, "images/s", found[0].name if found else "")
             del found  # their weights and graphs go before the next ones come
@@ -59,7 +59,7 @@ def _contenders(
         if name != OURS:
             found.append(Way("fp32", channels_last=False, default=True))
         elif settings.on_gpu and precision == "bf16":
-            found.append(Way(precision, fused=True))
+            found = [Way(precision, fused=True, graph=True), Way(precision, fused=True), *found]
             found += [Way(precision, deterministic=True)] if subject is TRAIN else []
         if batch != batches(settings)[0]:  # long ones, for the same comparison
             found = [way for way in found if way == Way(precision)]

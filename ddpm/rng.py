@@ -56,7 +56,7 @@ def run_philox(counter: tuple[Word, Word, Word, Word], seed: int) -> tuple[Word,
     return c0, c1 & MASK, c2, c3 & MASK
 
 
-def draw_blocks(seed: int, step: int, index: Tensor, counts: dict[Stream, int]) -> dict[Stream, Words]:
+def draw_blocks(seed: int, step: Word, index: Tensor, counts: dict[Stream, int]) -> dict[Stream, Words]:
     """Draw at least `counts` words of each stream for each row, all by one run of Philox.
 
     index: int64 (N,), each below 2**32; the words are on its device. The functions `to_*` turn words into numbers.

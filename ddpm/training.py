@@ -23,6 +23,10 @@ from ddpm.precision import autocast, use_precision
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
 
+Gradients = Callable[
+    ..., tuple[Tensor, Tensor, Tensor]
+]  # with the arguments and results of compute_gradients
+
 
 class TrainState:
     """State of a training: network, averages, Adam's moments and number of updates.
@@ -116,7 +120,7 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 
 def draw_batch_noise(
-    seed: int, step: int, rows: Tensor, shape: tuple[int, ...], timesteps: int,
+    seed: int, step: int | Tensor, rows: Tensor, shape: tuple[int, ...], timesteps: int,
     t_sampler: ImportanceSampler | None, dropouts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw the random values of update `step` for rows (int64, (N,)) of the global batch, on the device of rows.
@@ -141,14 +145,15 @@ def draw_batch_noise(
 def train_step(
     state: TrainState, diffusion: Diffusion, x_0: Tensor, rows: Tensor, *, config: TrainConfig, seed: int,
     context: Tensor | None = None, forward: nn.Module | None = None, world_size: int = 1,
-    sum_over_workers: Callable[[Tensor], Tensor] = lambda value: value,
+    sum_over_workers: Callable[[Tensor], Tensor] = lambda value: value, compute: Gradients | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Make one update with this worker's slice of the global batch (Algorithm 1).
 
-    The arguments are those of `compute_gradients`. Returns 0-d tensors: loss, so weighted that its mean over workers is
-    the mean over the global batch, and grad_norm before clipping. Only importance sampling of t waits for the device.
+    The arguments are those of `compute_gradients`; compute: what replaces it, as `RecordedGradients`. Returns 0-d
+    tensors: loss, so weighted that its mean over workers is the mean over the global batch, and grad_norm before
+    clipping. Only importance sampling of t waits for the device.
     """
-    t, weight, losses = compute_gradients(
+    t, weight, losses = (compute or compute_gradients)(
         state, diffusion, x_0, rows, config=config, seed=seed, context=context, forward=forward, world_size=world_size
     )  # fmt: skip
     if state.t_sampler is not None:
@@ -163,22 +168,24 @@ def train_step(
 
 def compute_gradients(
     state: TrainState, diffusion: Diffusion, x_0: Tensor, rows: Tensor, *, config: TrainConfig, seed: int,
-    context: Tensor | None = None, forward: nn.Module | None = None, world_size: int = 1,
+    context: Tensor | None = None, forward: nn.Module | None = None, world_size: int = 1, step: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of this worker's slice of the global batch, in config.accumulate parts.
 
     x_0: (N, C, H, W) on the network's device, uint8 or float in [-1, 1]; rows: int64 (N,) on the CPU, consecutive
     positions in the global batch; context: labels, int64 (N,), or float vectors (N, width). forward: the network as it
     is called, wrapped or compiled. Slices may differ in length: each is weighted by it, so that the workers' average is
-    the gradient of the mean over the global batch. Returns t int64, weight and loss of each image, float32, all (N,).
+    the gradient of the mean over the global batch. step: state.step on the device, for a CUDA graph, which cannot seed
+    torch's generator: the caller does. Returns t int64, weight and loss of each image, float32, all (N,).
     """
-    net, step = state.net if forward is None else forward, state.step
+    net = state.net if forward is None else forward
     x_0 = from_uint8(x_0) if x_0.dtype == torch.uint8 else x_0
     on_device = rows.to(x_0.device, non_blocking=True)
     dropouts = [layer for layer in state.net.modules() if isinstance(layer, RowDropout) and layer.p > 0]
     t, weight, eps, flip, label, words = draw_batch_noise(
-        seed, step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler, len(dropouts)
-    )
+        seed, state.step if step is None else step, on_device, x_0.shape[1:], len(diffusion), state.t_sampler,
+        len(dropouts),
+    )  # fmt: skip
     x_0 = torch.where((flip & config.random_flip)[:, None, None, None], x_0.flip(3), x_0)
     if context is not None:
         is_dropped = label < config.label_dropout
@@ -196,8 +203,10 @@ def compute_gradients(
         average = nullcontext() if part.stop == len(rows) else getattr(net, "no_sync", nullcontext)()
         with average, set_dropout_keys(dropouts, keys[:, :, part]), use_precision(config.precision):
             draw_masks(dropouts)
-            # For networks that draw in other ways than by RowDropout.
-            torch.manual_seed(rng.draw_torch_seed(seed, Stream.DROPOUT, step, int(rows[part.start])))
+            if step is None:  # for networks that draw in other ways than by RowDropout
+                torch.manual_seed(
+                    rng.draw_torch_seed(seed, Stream.DROPOUT, state.step, int(rows[part.start]))
+                )
             x_t = diffusion.q_sample(x_0[part], t[part], eps[part])
             inputs = x_t, t[part], None if context is None else context[part]
             with autocast(config.precision, x_t.device):

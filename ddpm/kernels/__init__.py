@@ -41,8 +41,11 @@ class FastResBlock(unet.ResBlock):
 
 
 class FastAttention(unet.SelfAttention):
+    def normalise(self, x: Tensor) -> Tensor:
+        return group_norm(self.norm, x, swish=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        normed, layers = group_norm(self.norm, x, swish=False), (self.q, self.k, self.v)
+        normed, layers = self.normalise(x), (self.q, self.k, self.v)
         if cuda.is_on_cuda(normed):  # one product for all three; a CPU gains nothing by it
             weight, bias = torch.cat([f.weight for f in layers]), torch.cat([f.bias for f in layers])
             parts = F.conv2d(normed, weight[:, :, None, None], bias).chunk(3, dim=1)

@@ -45,9 +45,12 @@ UNHASHED: Tree = {
     "model.recompute": 0,
     "train.accumulate": 1,
     "train.compile": False,
+    "train.graph": False,
     "train.deterministic": False,
     "sample.compile": False,
+    "sample.graph": False,
     "evaluate.compile": False,
+    "evaluate.graph": False,
 }
 
 # Versions of corrected formulas, by the setting that uses one: a value of a key, or any value that is not zero.

@@ -64,6 +64,7 @@ class TrainStageConfig(TrainConfig):
     """Settings of training (`TrainConfig`), and of the files that the train stage writes."""
 
     compile: bool
+    graph: bool
     deterministic: bool
     checkpoint_every: Count
     sample_every: FromZero
@@ -111,6 +112,7 @@ class SampleConfig:
     label: int | Literal["cycle"] | None
     guidance_scale: Annotated[float, Range(ge=0, le=10**6)]
     compile: bool
+    graph: bool
     precision: Precision
 
     @property
@@ -134,6 +136,7 @@ class EvaluateConfig:
     decoder: Decoder
     variance: FixedVariance | None
     compile: bool
+    graph: bool
     precision: Precision
     checkpoints: str | None
     checkpoint_images: Annotated[int, Range(ge=2, le=10**9)]

@@ -109,7 +109,7 @@ STAGE = SampleStage()
 def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
     """Draw the images of one shard and write it, then its facts (body of a unit)."""
     experiment, config = place.experiment, place.experiment.sample
-    model = load_model(place, ctx.device, config.precision, config.compile)
+    model = load_model(place, ctx.device, config.precision, config.compile, config.graph)
     labels = model.make_context(config.label, torch.arange(shard.start, shard.stop, device=ctx.device))
     n, first = shard.stop - shard.start, shard.start + config.first_index
     images = model.sample(n, first=first, batch_size=n, label=labels)

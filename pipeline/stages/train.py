@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ddpm.diffusion import Diffusion
+from ddpm.graphs import RecordedGradients
 from ddpm.images import to_uint8
 from ddpm.networks.build import allocate_weights
 from ddpm.precision import use_deterministic
@@ -251,7 +252,9 @@ class _CheckpointSaver:
         folder = self.place.locate_step(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_valid(self.place, state.step):
             config = self.place.experiment.train
-            recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
+            recorded = {
+                key: getattr(config, key) for key in ("accumulate", "compile", "graph", "deterministic")
+            }
             self.state = checkpoint.copy_to_cpu(state.state_dict() | sums, self.state)
             self.ema = checkpoint.copy_to_cpu(state.emas[0].state_dict(), self.ema)
             facts = {"run_key": self.place.run_key, **recorded}
@@ -328,6 +331,7 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
     forward = ctx.wrap_network(state.net)
     if config.compile:
         forward = cast(nn.Module, torch.compile(forward))
+    compute = _record_gradients(ctx, experiment) if config.graph else None
 
     def read_batch() -> tuple[torch.Tensor, torch.Tensor | None]:
         for ahead in range(images.lookahead):
@@ -340,12 +344,20 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
         return train_step(
             state, diffusion, x_0, rows,
             config=config, seed=experiment.seed, context=context, forward=forward,
-            world_size=ctx.world_size, sum_over_workers=ctx.sum_over_workers,
+            world_size=ctx.world_size, sum_over_workers=ctx.sum_over_workers, compute=compute,
         )  # fmt: skip
 
     if ctx.world_size > 1:
         _fix_gradient_buckets(state, diffusion, *read_batch(), rows, config, forward)
     return make_step
+
+
+def _record_gradients(ctx: Worker, experiment: Experiment) -> RecordedGradients:
+    if ctx.device.type == "cuda" and ctx.world_size == 1 and experiment.diffusion.t_sampling == "uniform":
+        return RecordedGradients()
+    raise PipelineError(
+        "train.graph needs one worker with a GPU and t_sampling=uniform: use train.graph=false"
+    )
 
 
 def _fix_gradient_buckets(

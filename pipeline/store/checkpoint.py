@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 from ddpm import model
 from ddpm.config import DiffusionConfig, Precision
 from ddpm.diffusion import Diffusion
+from ddpm.graphs import RecordedNetwork
 from ddpm.kernels.cuda import keep_cast_weights
 from ddpm.precision import PreciseNetwork
 from ddpm.sampler import run_image_chains
@@ -245,11 +246,15 @@ def read_model(place: Place) -> tuple[dict[str, Any], Tensors]:
 
 @lru_cache(maxsize=1)
 def load_model(
-    place: Place, device: torch.device, precision: Precision = "fp32", compiled: bool = False
-) -> model.Model:
-    """Load the model of the selected checkpoint; cached, since one process runs many units."""
+    place: Place, device: torch.device, precision: Precision = "fp32", compiled: bool = False, graph: bool = False
+) -> model.Model:  # fmt: skip
+    """Load the model of the selected checkpoint; cached, since one process runs many units.
+
+    graph: let a GPU record the network's calls.
+    """
     found = model.build_model(*read_model(place), device)
     if precision == "bf16" and device.type == "cuda":
         keep_cast_weights(found.net)
     net = cast(nn.Module, torch.compile(found.net)) if compiled else found.net
-    return replace(found, net=PreciseNetwork(net, precision))
+    precise = PreciseNetwork(net, precision)
+    return replace(found, net=RecordedNetwork(precise) if graph and device.type == "cuda" else precise)

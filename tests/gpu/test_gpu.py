@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ddpm import rng
 from ddpm.config import TrainConfig
 from ddpm.diffusion import Diffusion
+from ddpm.graphs import RecordedGradients, RecordedNetwork
 from ddpm.kernels import accelerate, cpu, cuda
 from ddpm.networks import NETWORKS
 from ddpm.networks.build import build_network
@@ -52,12 +53,12 @@ def differ(found, reference) -> float:
     return float((found - reference).norm() / reference.norm())
 
 
-def make_step(device, config=TRAIN, net=SMALL):
+def make_step(device, config=TRAIN, net=SMALL, compute=None):
     state = TrainState(config, build(device, net), Diffusion().config)
     pixels = torch.randint(0, 256, (16, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
     pixels = pixels.byte().to(device)
     diffusion = Diffusion().to(device)
-    return state, lambda: train_step(state, diffusion, pixels, ROWS, config=config, seed=3)
+    return state, lambda: train_step(state, diffusion, pixels, ROWS, config=config, seed=3, compute=compute)
 
 
 def test_words_are_the_cpus_and_normals_up_to_their_last_bits():
@@ -84,11 +85,13 @@ def test_a_network_equals_itself_in_float64_within_its_precision(name, precision
     assert differ(PreciseNetwork(net, precision)(x.to(DEVICE), t.to(DEVICE)), reference) < LIMITS[precision]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("precision", LIMITS)
-def test_gradients_of_a_step_are_the_cpus(precision):
+def test_gradients_of_a_step_are_the_cpus(precision, fused):
+    """The masks of dropout too."""
     (ours, step), (theirs, reference) = (
-        make_step(device, dataclasses.replace(TRAIN, precision=p))
-        for device, p in ((DEVICE, precision), (CPU, "fp32"))
+        make_step(device, dataclasses.replace(TRAIN, precision=p), dataclasses.replace(SMALL, fused=f))
+        for device, p, f in ((DEVICE, precision, fused), (CPU, "fp32", False))
     )
     found, expected = step(), reference()
     assert differ(found["loss"], expected["loss"]) < LIMITS[precision]
@@ -122,7 +125,7 @@ def test_fused_kernels_equal_float64(dtype):
     x = x.to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     placed = x.detach().to(DEVICE).requires_grad_(), temb.to(DEVICE, dtype)
     scale = norm.weight.to(DEVICE), norm.bias.to(DEVICE)
-    found = activate_norm(*placed, *scale, keys[:, :, 0].to(DEVICE), 32, 1e-6, 6554)[0]
+    found = activate_norm(*placed, *scale, keys[:, :, 0].to(DEVICE), 32, 1e-6, 6554, True)[0]
     exact = F.silu(norm.double()(x.double() + temb.to(dtype).double()[:, :, None, None]))
     exact = exact * view_as_images(draw_kept(keys, x[0].numel(), 6554), x) * 2**16 / (2**16 - 6554)
     for output in (found, exact):
@@ -130,6 +133,40 @@ def test_fused_kernels_equal_float64(dtype):
     limit = 1e-5 if dtype == torch.float32 else 1e-2
     assert differ(found, exact) < limit and differ(placed[0].grad, x.grad) < limit
     assert torch.equal(found.cpu() == 0, exact == 0)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU records nothing")
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["unet", "fused", "context_unet", "mha_unet"])
+def test_a_recorded_training_equals_a_plain_one(name, parts):
+    """Bit by bit where the algorithms have one order; over the tried calls, the recording and its repetitions."""
+    net = (
+        NETWORKS[name]()
+        if name in ("context_unet", "mha_unet")
+        else dataclasses.replace(SMALL, fused=name == "fused")
+    )
+    config, found = dataclasses.replace(TRAIN, precision="bf16", accumulate=parts), []
+    with use_deterministic(name in ("unet", "fused")):
+        for compute in (None, RecordedGradients()):
+            state, step = make_step(DEVICE, config, net, compute)
+            results = [step() for _ in range(6)]
+            found.append([torch.stack([r["loss"] for r in results]), *state.state_dict().values()])
+    for value, expected in zip(found[1], found[0], strict=True):
+        if name in ("unet", "fused"):
+            assert torch.equal(value, expected)
+        else:
+            torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU records nothing")
+def test_a_recorded_network_equals_itself():
+    net = build(DEVICE, dataclasses.replace(SMALL, fused=True)).eval().requires_grad_(False)
+    precise = PreciseNetwork(net, "bf16")
+    recorded, draws = RecordedNetwork(precise), torch.Generator().manual_seed(4)
+    for call in range(12):
+        x = torch.randn(2 + call % 2, 3, SIDE, SIDE, generator=draws).to(DEVICE)
+        t = torch.randint(0, 1000, (len(x),), generator=draws).to(DEVICE)
+        assert torch.equal(recorded(x, t), precise(x, t))
 
 
 @pytest.mark.parametrize("precision", LIMITS)

@@ -94,7 +94,8 @@ def write_bound(ctx: Worker, place: Place, q: torch.Tensor | None, start: int, s
     # Timesteps share a network call: with few images, most of its time is overhead.
     shared = max(1, min(MOST_IMAGES, MOST_PIXELS // (shape[1] * shape[2])) // n)
     result = compute_bits_per_dim(
-        Diffusion(experiment.diffusion), checkpoint.load_model(place, ctx.device, config.precision, config.compile).net,
+        Diffusion(experiment.diffusion),
+        checkpoint.load_model(place, ctx.device, config.precision, config.compile, config.graph).net,
         from_uint8(torch.from_numpy(pixels).to(ctx.device)),
         lambda t, rows: draw_normal(experiment.seed, Stream.NLL, t, index[rows], shape), timesteps=timesteps,
         batch_size=shared * n, decoder=config.decoder, variance=config.variance,

@@ -12,9 +12,10 @@ from ddpm.networks.layers import RowDropout, draw_kept, set_dropout_keys, view_a
 DROPPED, GROUPS = 6554, 8  # of 2**16; of channels
 
 
-def activate_plainly(x, temb, weight, bias, keys):
+def activate_plainly(x, temb, weight, bias, keys, swish):
     h = x if temb is None else x + temb[:, :, None, None]
-    y = F.silu(F.group_norm(h, GROUPS, weight, bias, 1e-6))
+    y = F.group_norm(h, GROUPS, weight, bias, 1e-6)
+    y = F.silu(y) if swish else y
     if keys is None:
         return y
     kept = draw_kept(keys[:, :, None], x[0].numel(), DROPPED)
@@ -23,28 +24,33 @@ def activate_plainly(x, temb, weight, bias, keys):
 
 @pytest.mark.parametrize(
     "dtype, channels, side, has_all",
-    [(torch.float32, 32, 6, True), (torch.bfloat16, 32, 6, True), (torch.float32, 24, 7, False),
+    [(torch.float32, 32, 6, True), (torch.bfloat16, 32, 6, True), (torch.float32, 24, 13, False),
      (torch.bfloat16, 96, 3, True)],
 )  # fmt: skip
-def test_kernels_equal_float64(dtype, channels, side, has_all):
-    """Groups of 4, 3 and 12 channels: what does not fill a tile is left out. The images' mean is far from zero."""
+def test_the_norm_equals_float64(dtype, channels, side, has_all):
+    """Groups of 4, 3 and 12 channels: what does not fill a tile is left out. The images' mean is far from zero.
+
+    With all there are an embedding, dropout and swish; without, none of them.
+    """
     draws, limit = torch.Generator().manual_seed(0), 1e-6 if dtype == torch.float32 else 5e-3
     x, temb = (torch.randn(3, channels, *of, generator=draws).to(dtype) for of in ((side, side), ()))
     x = (x + 20).to(memory_format=torch.channels_last)
     weight, bias = (torch.randn(channels, generator=draws) for _ in range(2))
-    keys = torch.randint(-(2**31), 2**31, (2, 3), dtype=torch.int32, generator=draws) if has_all else None
+    keys = None
+    if has_all:  # of an image in neighbouring places, as a training step has them
+        keys = torch.randint(-(2**31), 2**31, (3, 4), dtype=torch.int32, generator=draws)[:, 1:3].T
     inputs = [x, *([temb] if has_all else []), weight, bias]
     ours = [value.clone().requires_grad_() for value in inputs]
     theirs = [value.double().detach().requires_grad_() for value in inputs]
     if not has_all:
         ours.insert(1, None), theirs.insert(1, None)
         torch.library.opcheck(
-            fused.activate_norm, (*ours, keys, GROUPS, 1e-6, DROPPED),
+            fused.activate_norm, (*ours, keys, GROUPS, 1e-6, DROPPED, has_all),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )  # fmt: skip
     found, expected = (
-        fused.activate_norm(*ours, keys, GROUPS, 1e-6, DROPPED)[0],
-        activate_plainly(*theirs, keys),
+        fused.activate_norm(*ours, keys, GROUPS, 1e-6, DROPPED, has_all)[0],
+        activate_plainly(*theirs, keys, has_all),
     )
     gradient = torch.randn(found.shape, generator=draws).to(dtype)
     found.backward(gradient)
@@ -56,6 +62,29 @@ def test_kernels_equal_float64(dtype, channels, side, has_all):
     ]
     for value, exact in pairs:
         assert (value.double() - exact).norm() < limit * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sum_of_a_branch_equals_float64(dtype):
+    """More pixels than a stripe, numbers than a block, channels than a tile; the gradient is a part of a joined one."""
+    draws, limit = torch.Generator().manual_seed(0), 1e-6 if dtype == torch.float32 else 5e-3
+    x, h = torch.randn(2, 3, 40, 15, 14, generator=draws).to(dtype)
+    ours = [
+        value.clone().requires_grad_()
+        for value in (x, h.to(memory_format=torch.channels_last), torch.randn(40, generator=draws))
+    ]
+    theirs = [value.detach().double().requires_grad_() for value in ours]
+    found, expected = fused.add_branch(*ours), theirs[0] + theirs[1] + theirs[2][:, None, None]
+    gradient = torch.randn(3, 50, 15, 14, generator=draws).to(dtype)
+    for output in (found, expected):
+        (torch.cat([output, output[:, :10]], dim=1) * gradient).sum().backward()
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    for value, exact in [(found, expected), *((a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))]:
+        assert (value.double() - exact).norm() < limit * exact.norm()
+    torch.library.opcheck(
+        fused.add_branch, tuple(ours),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
 
 
 def test_a_fused_network_learns_as_the_plain_one(monkeypatch):
@@ -77,6 +106,10 @@ def test_a_fused_network_learns_as_the_plain_one(monkeypatch):
             output = net.train()(x, torch.tensor([3, 700]))
         (output * x).sum().backward()
         found.append([output, *(p.grad for p in net.parameters())])
-    assert {type(module).__name__ for module in nets[1].modules()} >= {"FusedUNet", "FusedResBlock"}
+    assert {type(module).__name__ for module in nets[1].modules()} >= {
+        "FusedUNet",
+        "FusedResBlock",
+        "FusedAttention",
+    }
     for value, expected in zip(found[1], found[0], strict=True):
         assert (value - expected).norm() < 1e-5 * expected.norm() + 1e-5

@@ -8,16 +8,25 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-# Compiles both kernels for an H100, from 384 channels in 32 groups of bf16.
+# Compiles the kernels for an H100: the norm of 384 channels in 32 groups of bf16, the sum of 256.
 COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from ddpm.kernels import fused
 import torch
-shape = fused._divide(torch.empty(1, 384, 32, 32), 32)[1]
-types = dict(keys="*i32", means="*fp32", scales="*fp32", sums="*fp32", N="i32", eps="fp32", dropped="i32")
-for kernel in (fused._activate, fused._differentiate):
+x, stripe = torch.empty(1, 384, 32, 32), dict(C=256, COLUMNS=fused.COLUMNS, ROWS=fused.PIXELS, STRIPE=fused.STRIPE)
+types = dict(
+    keys="*i32", means="*fp32", scales="*fp32", sums="*fp32", N="i32", eps="fp32", dropped="i32",
+    size="i64", pixels="i32", key="i32", row_stride="i32",
+)
+for kernel, shape in (
+    (fused._activate, fused._divide(x, 32, True, fused.PIXELS)[1]),
+    (fused._differentiate, fused._divide(x, 32, True, fused.PIXELS_BACK)[1]),
+    (fused._differentiate, fused._divide(x, 32, False, fused.PIXELS_BACK)[1]),
+    (fused._add_branch, dict(C=256, BLOCK=fused.BLOCK)),
+    (fused._sum_stripe, stripe),
+):
     signature = {name: "constexpr" if name in shape else types.get(name, "*bf16") for name in kernel.arg_names}
     compile(ASTSource(fn=kernel, signature=signature, constexprs=shape), target=GPUTarget("cuda", 90, 32))
 """
