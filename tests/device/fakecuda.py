@@ -138,7 +138,8 @@ def find_line() -> str:
 class Count(MemoryCounter):
     """Counts what a GPU would be asked to do, operator by operator, if nothing were fused.
 
-    ops: operators that are no views; bytes: what they read and write; waits: transfers and whatever makes the host
+    ops: operators that are no views, and the bias of a convolution, which cuDNN adds and differentiates in kernels of
+    its own; bytes: what they read and write; waits: transfers and whatever makes the host
     wait; float64: operators with such a result; norms and convolutions: by type and layout.
     """
 
@@ -180,6 +181,12 @@ class Count(MemoryCounter):
             self.norms[str(first.dtype).removeprefix("torch."), _name_layout(first)] += 1
         if name == "convolution":
             self.convolutions[_name_layout(first)] += 1
+        if (name == "convolution" and args[2] is not None) or (
+            name == "convolution_backward" and args[10][2]
+        ):
+            self.ops["bias"] += 1
+            output = after[0] if name == "convolution" else args[0]
+            self.bytes += (2 if name == "convolution" else 1) * output.numel() * output.element_size()
         self.ops[name] += 1
         self.where[line] += 1
         moved = after if name in FILLS else everything

@@ -19,17 +19,17 @@ NO_COMPILER = 77  # as fakecuda.py has it
 # conf/cifar10.yaml and conf/celebahq256.yaml (the latter in 8 parts); 250 images where no network is trained.
 BUDGETS = {
     ("unet", "bf16"): {
-        "step": (960, 30, 3.65), "warm_up": (940, 29, 3.65), "reverse": (460, 18, 0.87), "nll": (1080, 36.6, 0.88),
-        "features": (50, 0.2, 0.1),
+        "step": (1115, 33.8, 3.65), "warm_up": (1095, 32.7, 3.65), "reverse": (535, 22.8, 0.87),
+        "nll": (1230, 46.2, 0.88), "features": (60, 0.22, 0.1),
     },
-    ("unet", "fp32"): {"step": (955, 53, 6.5), "reverse": (455, 35.5, 1.73)},
-    ("context_unet", "bf16"): {"step": (510, 4.6, 0.81), "reverse": (260, 3.9, 0.19), "nll": (680, 8.4, 0.21)},
-    ("mha_unet", "bf16"): {"step": (610, 7.3, 1.06), "reverse": (330, 5, 0.47), "nll": (820, 11, 0.48)},
-    ("annotated_unet", "bf16"): {"step": (1050, 24.3, 4.5), "reverse": (465, 10, 0.6)},
-    ("api_unet", "bf16"): {"step": (1250, 23, 3.13), "reverse": (490, 17, 0.62)},
-    ("recomputing unet", "bf16"): {"step": (1630, 41.6, 1.6)},
-    ("fused unet", "bf16"): {"step": (940, 19.3, 2.83), "reverse": (390, 13.9, 0.75)},
-    ("celebahq256", "bf16"): {"step": (10750, 530, 10.8), "warm_up": (1110, 64.7, 10.3)},
+    ("unet", "fp32"): {"step": (1110, 60.2, 6.5), "reverse": (530, 45.1, 1.73)},
+    ("context_unet", "bf16"): {"step": (560, 5.5, 0.81), "reverse": (285, 5, 0.19), "nll": (730, 10.6, 0.21)},
+    ("mha_unet", "bf16"): {"step": (655, 7.7, 1.06), "reverse": (350, 5.5, 0.47), "nll": (860, 11.6, 0.48)},
+    ("annotated_unet", "bf16"): {"step": (1180, 25.8, 4.5), "reverse": (530, 12, 0.6)},
+    ("api_unet", "bf16"): {"step": (1380, 25.3, 3.13), "reverse": (550, 20.2, 0.62)},
+    ("recomputing unet", "bf16"): {"step": (1820, 46.9, 1.6)},
+    ("fused unet", "bf16"): {"step": (1130, 21.2, 2.83), "reverse": (445, 15.8, 0.75)},
+    ("celebahq256", "bf16"): {"step": (12450, 602, 10.8), "warm_up": (1320, 73.6, 10.3)},
 }  # fmt: skip
 # Copies that the host waits for: tables, timesteps and rows of a whole NLL, and what comes back; features and logits.
 WAITS = {"step": 0, "warm_up": 0, "reverse": 0, "nll": 6, "features": 2}

@@ -227,7 +227,7 @@ def test_golden_outputs(document):
     weights, _, out = compute_outputs(config, size, timesteps, t, labels, torch.float32)
     assert (sum(p.numel() for p in weights), len(weights)) == (parameters, tensors)
     found = torch.cat([out[0, 0, 0, :4], out[1, 2, -1, -1:], out.mean()[None]])
-    assert found.tolist() == pytest.approx(golden, abs=1e-5)
+    assert found.tolist() == pytest.approx(golden, abs=5e-5)  # sums in float32: processors differ by 2e-5
 
 
 @pytest.mark.parametrize(
