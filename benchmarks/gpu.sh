@@ -45,7 +45,8 @@ from benchmarks.subjects import Way, our_train_step
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 batch, steps = (128, 40) if device.type == "cuda" else (2, 2)
-step = our_train_step(Settings(device, quick=True, rounds=1), Way("bf16"), batch)
+way = Way("bf16", fused=True, graph=device.type == "cuda")  # as cifar10_short has it
+step = our_train_step(Settings(device, quick=True, rounds=1), way, batch)
 for _ in range(steps):  # to warm up
     step()
 if device.type == "cuda":

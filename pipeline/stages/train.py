@@ -252,9 +252,8 @@ class _CheckpointSaver:
         folder = self.place.locate_step(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_valid(self.place, state.step):
             config = self.place.experiment.train
-            recorded = {
-                key: getattr(config, key) for key in ("accumulate", "compile", "graph", "deterministic")
-            }
+            recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
+            recorded["graph"] = _uses_graph(self.ctx, self.place.experiment)
             self.state = checkpoint.copy_to_cpu(state.state_dict() | sums, self.state)
             self.ema = checkpoint.copy_to_cpu(state.emas[0].state_dict(), self.ema)
             facts = {"run_key": self.place.run_key, **recorded}
@@ -331,7 +330,9 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
     forward = ctx.wrap_network(state.net)
     if config.compile:
         forward = cast(nn.Module, torch.compile(forward))
-    compute = _record_gradients(ctx, experiment) if config.graph else None
+    compute = RecordedGradients() if _uses_graph(ctx, experiment) else None
+    if config.graph and compute is None:
+        logger.warning("train.graph changes nothing without a GPU that trains alone, and t_sampling=uniform")
 
     def read_batch() -> tuple[torch.Tensor, torch.Tensor | None]:
         for ahead in range(images.lookahead):
@@ -352,12 +353,9 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
     return make_step
 
 
-def _record_gradients(ctx: Worker, experiment: Experiment) -> RecordedGradients:
-    if ctx.device.type == "cuda" and ctx.world_size == 1 and experiment.diffusion.t_sampling == "uniform":
-        return RecordedGradients()
-    raise PipelineError(
-        "train.graph needs one worker with a GPU and t_sampling=uniform: use train.graph=false"
-    )
+def _uses_graph(ctx: Worker, experiment: Experiment) -> bool:
+    alone_on_gpu = ctx.device.type == "cuda" and ctx.world_size == 1
+    return experiment.train.graph and alone_on_gpu and experiment.diffusion.t_sampling == "uniform"
 
 
 def _fix_gradient_buckets(

@@ -18,7 +18,7 @@ from ddpm.networks.build import build_network
 from ddpm.networks.config import UNetConfig
 from ddpm.precision import PreciseNetwork
 from ddpm.rng import Stream
-from ddpm.training import TrainState, compute_learning_rate, draw_batch_noise, train_step
+from ddpm.training import TrainState, compute_gradients, compute_learning_rate, draw_batch_noise, train_step
 
 CONFIG = TrainConfig(
     steps=100, batch_size=8, accumulate=1, random_flip=True, lr=2e-3, lr_decay="none", warmup_steps=4,
@@ -209,6 +209,17 @@ def test_whatever_the_cut_of_the_batch_its_loss_gradient_and_dropped_units_stay(
     step(plain, settings)
     assert all(torch.equal(gradients(again)[name], its) for name, its in gradients(whole).items())
     assert any(not torch.allclose(gradients(plain)[name], its) for name, its in gradients(whole).items())
+
+
+def test_the_number_of_a_step_may_be_a_tensor():
+    """A CUDA graph reads it anew at each repetition."""
+    found = []
+    for number in (None, torch.tensor(5)):
+        state = small_state(config(), dropout=0.3)
+        state.step = 5 if number is None else 99
+        compute_gradients(state, DIFFUSION, PIXELS, ROWS, config=config(), seed=SEED, step=number)
+        found.append(gradients(state))
+    assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -75,6 +75,13 @@ def test_five_steps_compile_one_graph(tiny_run, monkeypatch, workers, recompute)
     assert len(graphs) == 1
 
 
+def test_a_graph_is_for_gpus_and_its_absence_is_said(tiny_run, caplog):
+    points = train_to(change(renamed(tiny_run, "-graph"), "train", graph=True), 2)
+    assert curve(points, "loss") == curve(train_to(tiny_run, 2), "loss")
+    assert "train.graph changes nothing without a GPU" in caplog.text
+    assert checkpoint.read_meta(renamed(tiny_run, "-graph").locate_step(2))["graph"] is False
+
+
 def test_a_gpu_that_is_too_small_is_told_what_to_change_and_not_tried_again(tiny_run, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -1,0 +1,110 @@
+"""docs/results/gpu.md with its JSON twin and its picture, from the run directory of a training on a GPU.
+
+python docs/results/gpu.py RUN
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from statistics import median
+
+from pipeline.engine.find import read_place
+from pipeline.scores.metrics import METRICS, Results
+from pipeline.store.files import read_json
+from pipeline.store.log import read_points
+
+HERE = Path(__file__).parent
+PICTURE = HERE.parent / "pictures" / "cifar10-gpu-samples.png"
+NAMES = ("fid", "fid_test", "is_mean", "kid_mean")
+WARM = 500  # steps after which the rate is steady
+
+
+def main(path: Path) -> None:
+    place = read_place(path.absolute())
+    points = [(point["step"], point["metrics"]) for point in read_points(place.log)]
+    found = [read_json(file, Results) for file in sorted(place.path.glob("evaluation/*/metrics.json"))]
+    samples, drawn = (
+        read_json(place.path / "spent.json", dict)["samples"]["50"][key] for key in ("images", "seconds")
+    )
+    steps = place.experiment.checkpoint_step
+    twin = {
+        "steps": steps, "batch_size": place.experiment.train.batch_size,
+        "steps_per_second": round(
+            median(m["train/images_per_second"] for step, m in points if step > WARM)
+            / place.experiment.train.batch_size, 2,
+        ),
+        "losses": {step: round(m["train/loss"], 5) for step, m in points if step % 1000 == 0},
+        "samples": samples, "samples_seconds": round(drawn, 1),
+        "commits": read_json(place.path / "commits.json", dict),
+        "scores": [
+            {key: one[key] for key in ("scores", "reference_points", "protocol")}
+            for one in found
+        ],
+    }  # fmt: skip
+    (HERE / "gpu.json").write_text(json.dumps(twin, indent=1) + "\n")
+    (HERE / "gpu.md").write_text(format_page(twin))
+    shutil.copy(next(place.path.glob("samples/*/grid.png")), PICTURE)
+
+
+def format_page(twin: dict) -> str:
+    """Return the page."""
+    seconds = twin["steps"] / twin["steps_per_second"]
+    losses = " | ".join(f"{value:.4f}" for value in twin["losses"].values())
+    heads = " | ".join(f"{int(step):,}" for step in twin["losses"])
+    tables = "\n".join(format_scores(one) for one in twin["scores"])
+    return f"""# CIFAR-10 after {seconds:.0f} seconds of an H100
+
+![The first 100 samples](../pictures/cifar10-gpu-samples.png)
+
+These are the first 100 samples, not selected. The network is the paper's (35.7 M parameters), after
+{twin["steps"]:,} of its 800,000 steps: {twin["steps"] * twin["batch_size"]:,} images,
+{twin["steps_per_second"]} steps/s at batch {twin["batch_size"]} in bf16.
+{twin["samples"]:,} images of 50 steps took {twin["samples_seconds"]:.0f} seconds.
+
+| step | {heads} |
+| --- |{" --- |" * len(twin["losses"])}
+| mean loss of the last 100 steps | {losses} |
+
+## The samples beside other images
+
+gaussian: drawn with the mean and covariance of the training images. ± is one standard error.
+
+{tables}
+The classifier is weak (its accuracy stands in [gpu.json](gpu.json)): by its KID the samples are no better than the
+Gaussian, by its FID they are.
+
+## What was not measured
+
+The machine was lent for fifteen minutes, which ended before the NLL and the rest of the 30,000 steps. The samples were
+drawn there and scored on another machine, by the same stage, from the same images. No prediction for this length had
+been written down, so this run says nothing for or against one.
+
+## Commands
+
+```
+ddpm run cifar10_short data.path=FOLDER cluster.workers=0 train.steps={twin["steps"]} sample.steps=50 \\
+  evaluate.features=classifier         # then evaluate.features=efficientnet-lite0 evaluate.reference=test
+python docs/results/gpu.py RUN         # this page
+```
+
+[Performance](../performance.md#on-a-gpu) has the rates.
+"""
+
+
+def format_scores(one: dict) -> str:
+    """Return the table of an evaluation: this run beside other images, at equal n."""
+    protocol, rows = one["protocol"], {"this run": one["scores"], **one["reference_points"]}
+    names = [name for name in NAMES if name in one["scores"]]
+    lines = [f"| {protocol['n']:,} images each | {' | '.join(METRICS[name].title for name in names)} |"]
+    lines.append(f"| --- |{' --- |' * len(names)}")
+    for row, scores in rows.items():
+        cells = (METRICS[name].format_score(scores) if scores.get(name) is not None else "" for name in names)
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, f"\nFeatures: {protocol['extractor']}; against the {protocol['reference']} images.\n"]
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
