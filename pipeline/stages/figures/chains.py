@@ -77,8 +77,9 @@ def plan_samples(place: Place) -> Figure:
 def plan_progressive_generation(place: Place) -> Figure:
     """Plan Figs. 6 and 14: a row of snapshots for each of the first samples."""
     n, folder = count_rows(place.experiment), locate_unit_folder(place, "progressive")
+    passes = count_chain_steps(1, place.experiment)
     units = make_image_units(
-        UnitKind.FIGURE, write_snapshots, (place,), n, UNIT_IMAGES, folder, "progressive"
+        UnitKind.FIGURE, write_snapshots, (place,), n, UNIT_IMAGES, folder, "progressive", passes
     )
     caption = (
         "Progressive generation: the estimate of x_0 along the reverse process of the first samples, left to "
@@ -113,7 +114,10 @@ def plan_steps(place: Place) -> Figure:
     """Plan two rows for each of the first samples, without and with fresh noise, by shorter and longer chains."""
     n, folder = count_rows(place.experiment), locate_unit_folder(place, "steps", "dpm++")
     counts = sorted({min(count, place.experiment.diffusion.timesteps) for count in PASSES})
-    units = make_image_units(UnitKind.FIGURE, write_steps, (place, counts), n, UNIT_IMAGES, folder, "steps")
+    passes = 4 * sum(counts)  # two samplers, each with eta = 0 and 1
+    units = make_image_units(
+        UnitKind.FIGURE, write_steps, (place, counts), n, UNIT_IMAGES, folder, "steps", passes
+    )
     caption = (
         f"The first samples in {', '.join(map(str, counts))} steps, by DDIM and below by DPM-Solver++: left "
         "with eta = 0, which keeps the errors of an unfinished network to the end; right with eta = 1, whose noise "
@@ -162,7 +166,13 @@ def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
     file = locate_unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
     name = f"interpolation of pair {pair} after {steps} steps"
     return file, Unit(
-        UnitKind.FIGURE, write_pair, (place, pair, steps, file), name, len(LAMBDAS), needs_gpu=True
+        UnitKind.FIGURE,
+        write_pair,
+        (place, pair, steps, file),
+        name,
+        len(LAMBDAS),
+        max(1, steps),
+        needs_gpu=True,
     )
 
 
@@ -204,7 +214,9 @@ def plan_shared_latents(place: Place) -> Figure:
     for steps in dict.fromkeys(counts):
         file = locate_unit_folder(place, "shared") / f"{n:04d}-{steps:04d}.npz"
         args, name = (place, n, steps, file), f"images that share x_t after {steps} steps"
-        units[file] = Unit(UnitKind.FIGURE, write_shared_latents, args, name, n * CHILDREN, needs_gpu=True)
+        units[file] = Unit(
+            UnitKind.FIGURE, write_shared_latents, args, name, n * CHILDREN, max(1, steps), needs_gpu=True
+        )
     caption = (
         f"Images that share a latent: x_t, then {CHILDREN} images from it, for "
         f"t = {format_timesteps(counts, place.experiment)}, left to right; a chain in a row "

@@ -10,7 +10,7 @@ from pipeline.scores.extractors import Extractor, extract_features, find_extract
 from pipeline.scores.metrics import METRICS, Bound, Scores
 from pipeline.scores.reference import load_reference
 from pipeline.stages.figures import Figure, FigureUnavailable, describe_chain, locate_unit_folder
-from pipeline.stages.figures.chains import list_snapshots, make_snapshots
+from pipeline.stages.figures.chains import count_chain_steps, list_snapshots, make_snapshots
 from pipeline.store.arrays import read_arrays, write_arrays
 from pipeline.store.files import read_sealed, try_read
 from pipeline.store.run import Place
@@ -61,8 +61,9 @@ def plan_scores_along_chain(place: Place) -> Figure:
         raise FigureUnavailable("it needs two samples" if n < 2 else "it needs the reference's statistics")
     folder, args = locate_unit_folder(place, "along", extractor.name), (extractor, place)
     units = make_image_units(
-        UnitKind.FIGURE, write_features, args, n, UNIT_IMAGES, folder, "scores along samples"
-    )
+        UnitKind.FIGURE, write_features, args, n, UNIT_IMAGES, folder, "scores along samples",
+        count_chain_steps(1, experiment),
+    )  # fmt: skip
     few = ", too few to compare with other scores" if n < 10_000 else ""
     caption = (
         f"Scores of the estimate of x_0 along the reverse process, of {n:,} images{few}, by the features of "
