@@ -53,7 +53,7 @@ def _size(settings: Settings) -> tuple[int, int]:
 
 def _ours(settings: Settings, way: Way, batch: int, steps: int) -> Callable[[], Any]:
     """The chain as the sample stage runs it: x_T and every z from the counter-based generator."""
-    network, diffusion = subjects.our_sampler(settings, way), Diffusion().to(settings.device)
+    network, diffusion = subjects.make_sampler(settings, way), Diffusion().to(settings.device)
     index = torch.arange(batch, device=settings.device)
 
     def chain() -> None:

@@ -28,8 +28,8 @@ TRAIN = TrainConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """How a network is run. default: as its authors' own script does it; else their fastest setting. deterministic:
-    as train.deterministic has it. fused, graph: as model.fused and train.graph have it."""
+    """How a network is run. default: as its authors' own script does it, but with cuDNN's search for the fastest
+    kernels, which all have; else their fastest setting. deterministic, fused, graph: as the keys of these names."""
 
     precision: Precision
     channels_last: bool = True
@@ -86,10 +86,10 @@ def our_train_step(settings: Settings, way: Way, batch: int) -> Callable[[], Any
 
 
 def our_forward(settings: Settings, way: Way, batch: int) -> Callable[[], Any]:
-    return forward_of(our_sampler(settings, way), settings, way, batch)
+    return forward_of(make_sampler(settings, way), settings, way, batch)
 
 
-def our_sampler(settings: Settings, way: Way) -> Any:
+def make_sampler(settings: Settings, way: Way) -> Any:
     """Return the network as the sample stage calls it."""
     net = our_network(settings.device, way.fused).eval().requires_grad_(False)
     if settings.on_gpu and way.precision == "bf16" and not way.compiled:

@@ -4,7 +4,7 @@ They help where the CPU launches kernels more slowly than the GPU runs them. The
 numbers. A recorded call must not wait for the device, and its shapes must not change.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,16 +17,18 @@ from ddpm.rng import Stream
 from ddpm.training import TrainState, compute_gradients
 
 TRIED = 3  # calls before the recording, in which kernels are chosen and compiled
+RECORDED = 2  # kinds of inputs of a network that are recorded: whole batches, and the last one
 
 
 class RecordedCall:
-    """A function of tensors on a GPU, recorded after TRIED calls; these run as without it, on the recording's stream.
+    """A function of tensors on a GPU. It runs TRIED times as it is, then it is recorded, and repeated from then on.
 
-    Results are the same tensors at every call, which the next one overwrites. Other values are those of the recording.
+    stream: of the recording. Results are the same tensors at every call, which the next one overwrites. All that is not
+    an input stays as it was when the call was recorded.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function, self.calls, self.stream = function, 0, torch.cuda.Stream()
+    def __init__(self, function: Callable[..., Any], stream: torch.cuda.Stream) -> None:
+        self.function, self.stream, self.calls = function, stream, 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Any:
@@ -34,13 +36,10 @@ class RecordedCall:
         if self.calls <= TRIED:
             return self._try(*inputs)
         if self.graph is None:
-            self.inputs = [None if given is None else given.clone() for given in inputs]
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.results = self.function(*self.inputs)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            if own is not None and given is not None:
-                own.copy_(given)
+            self._record(*inputs)
+        else:
+            copy_inputs(self.inputs, inputs)
+        assert self.graph is not None
         self.graph.replay()
         return self.results
 
@@ -51,44 +50,74 @@ class RecordedCall:
         torch.cuda.current_stream().wait_stream(self.stream)
         return results
 
+    def _record(self, *inputs: Tensor | None) -> None:
+        self.inputs, graph = (
+            [None if given is None else given.clone() for given in inputs],
+            torch.cuda.CUDAGraph(),
+        )
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.results = self.function(*self.inputs)
+        self.graph = graph
+
+
+def describe_inputs(inputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Return what may not change between calls of a recording."""
+    return tuple(None if given is None else (given.shape, given.dtype, given.device) for given in inputs)
+
+
+def copy_inputs(own: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
+    """Copy the inputs of a call into those of the recording; raise ValueError if they are of another kind."""
+    if describe_inputs(own) != describe_inputs(given):
+        raise ValueError(f"recorded with {describe_inputs(own)}, called with {describe_inputs(given)}")
+    for into, value in zip(own, given, strict=True):
+        if into is not None and value is not None:
+            into.copy_(value)
+
 
 class RecordedNetwork(nn.Module):
-    """A network that is not trained, recorded for each shape of its inputs."""
+    """A network that is not trained, recorded for the first RECORDED kinds of its inputs."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net, self.calls = net, dict[tuple[torch.Size, ...], RecordedCall]()
+        self.net, self.stream, self.calls = net, torch.cuda.Stream(), dict[tuple[Any, ...], RecordedCall]()
 
     def forward(self, *inputs: Tensor | None) -> Tensor:
-        shapes = tuple(given.shape for given in inputs if given is not None)
-        if shapes not in self.calls:
-            self.calls[shapes] = RecordedCall(self.net)
-        result: Tensor = self.calls[shapes](*inputs).clone()
+        kind = describe_inputs(inputs)
+        if kind not in self.calls and len(self.calls) < RECORDED:
+            self.calls[kind] = RecordedCall(self.net, self.stream)
+        result: Tensor = self.calls[kind](*inputs).clone() if kind in self.calls else self.net(*inputs)
         return result
 
 
 class RecordedGradients:
     """`compute_gradients` of one training as a graph: all draws, and forward and backward pass of every part.
 
-    Where a network draws from torch's generator, a step has one seed, not one for each part.
+    Where a network draws from torch's generator, a step has one seed, not one for each part. Raises ValueError for
+    several workers, for importance sampling, and if anything but x_0, context and state.step changes.
     """
 
-    recorded: RecordedCall | None = None
+    def __init__(self) -> None:
+        self.recorded: RecordedCall | None = None
 
     def __call__(
         self, state: TrainState, diffusion: Diffusion, x_0: Tensor, rows: Tensor, *, config: TrainConfig, seed: int,
         context: Tensor | None = None, forward: nn.Module | None = None, world_size: int = 1,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        fixed = (state, diffusion, rows.tolist(), config, seed, forward)
         if self.recorded is None:
-            on_device = rows.to(x_0.device)
+            if world_size > 1 or state.t_sampler is not None:
+                raise ValueError("a graph needs one worker, and t_sampling=uniform")
+            self.fixed, on_device = fixed, rows.to(x_0.device)
 
             def compute(x_0: Tensor, step: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
                 return compute_gradients(
                     state, diffusion, x_0, on_device, config=config, seed=seed, context=context, forward=forward,
-                    world_size=world_size, step=step,
+                    step=step,
                 )  # fmt: skip
 
-            self.recorded = RecordedCall(compute)
+            self.recorded = RecordedCall(compute, torch.cuda.Stream())
+        if fixed != self.fixed:
+            raise ValueError("the graph was recorded for another training")
         torch.manual_seed(rng.draw_torch_seed(seed, Stream.DROPOUT, state.step, int(rows[0])))
         found: tuple[Tensor, Tensor, Tensor] = self.recorded(
             x_0, torch.full((), state.step, device=x_0.device), context

@@ -23,9 +23,8 @@ from ddpm.precision import autocast, use_precision
 from ddpm.rng import Stream
 from ddpm.timesteps import ImportanceSampler
 
-Gradients = Callable[
-    ..., tuple[Tensor, Tensor, Tensor]
-]  # with the arguments and results of compute_gradients
+# With the arguments and results of compute_gradients.
+Gradients = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class TrainState:

@@ -89,8 +89,9 @@ class TrainStage(WorkerStage):
             remove_leftovers(place.train)  # of a group that was killed before this one
             newest = checkpoint.find_newest_step(place, experiment.train.steps)
         newest = ctx.broadcast(newest)
-        config = replace(experiment.train, accumulate=_choose_accumulate(ctx, place, newest))
-        remedy = f"train.accumulate={2 * (config.accumulate or 1)}, model.recompute, train.precision=bf16 "
+        parts = _choose_accumulate(ctx, place, newest)
+        config = replace(experiment.train, accumulate=parts, graph=_choose_graph(ctx, experiment))
+        remedy = f"train.accumulate={2 * (config.accumulate or 1)}, model.recompute, train.graph=false, precision=bf16 "
         remedy += "or more workers; `ddpm doctor EXPERIMENT` says what a step takes"
         with use_deterministic(config.deterministic), translate_out_of_memory("a training step", remedy):
             self._train(ctx, place.replace_experiment(replace(experiment, train=config)), newest)
@@ -252,8 +253,8 @@ class _CheckpointSaver:
         folder = self.place.locate_step(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_valid(self.place, state.step):
             config = self.place.experiment.train
-            recorded = {key: getattr(config, key) for key in ("accumulate", "compile", "deterministic")}
-            recorded["graph"] = _uses_graph(self.ctx, self.place.experiment)
+            keys = ("accumulate", "compile", "graph", "deterministic")
+            recorded = {key: getattr(config, key) for key in keys}
             self.state = checkpoint.copy_to_cpu(state.state_dict() | sums, self.state)
             self.ema = checkpoint.copy_to_cpu(state.emas[0].state_dict(), self.ema)
             facts = {"run_key": self.place.run_key, **recorded}
@@ -284,6 +285,15 @@ def _choose_accumulate(ctx: Worker, place: Place, newest: int | None) -> int:
         parts = choose_accumulate(place.experiment, -(-config.batch_size // ctx.world_size), card)
         logger.warning("train.accumulate=%d, by what a step takes of this GPU's %.0f GiB", parts, card)
     return ctx.broadcast(parts)
+
+
+def _choose_graph(ctx: Worker, experiment: Experiment) -> bool:
+    """Return train.graph, and false where nothing can be recorded."""
+    is_alone = ctx.device.type == "cuda" and ctx.world_size == 1
+    is_plain = experiment.diffusion.t_sampling == "uniform" and not getattr(experiment.model, "recompute", 0)
+    if experiment.train.graph and not (is_alone and is_plain):
+        logger.warning("train.graph is off: it needs one worker, a GPU, t_sampling=uniform, recompute=0")
+    return experiment.train.graph and is_alone and is_plain
 
 
 def _read_gpu_memory(device: torch.device) -> float | None:
@@ -330,9 +340,7 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
     forward = ctx.wrap_network(state.net)
     if config.compile:
         forward = cast(nn.Module, torch.compile(forward))
-    compute = RecordedGradients() if _uses_graph(ctx, experiment) else None
-    if config.graph and compute is None:
-        logger.warning("train.graph changes nothing without a GPU that trains alone, and t_sampling=uniform")
+    compute = RecordedGradients() if config.graph else None
 
     def read_batch() -> tuple[torch.Tensor, torch.Tensor | None]:
         for ahead in range(images.lookahead):
@@ -351,11 +359,6 @@ def _build_step(ctx: Worker, place: Place, state: TrainState) -> Callable[[], Te
     if ctx.world_size > 1:
         _fix_gradient_buckets(state, diffusion, *read_batch(), rows, config, forward)
     return make_step
-
-
-def _uses_graph(ctx: Worker, experiment: Experiment) -> bool:
-    alone_on_gpu = ctx.device.type == "cuda" and ctx.world_size == 1
-    return experiment.train.graph and alone_on_gpu and experiment.diffusion.t_sampling == "uniform"
 
 
 def _fix_gradient_buckets(

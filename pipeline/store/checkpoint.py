@@ -39,12 +39,15 @@ STATE, EMA, META = "state.safetensors", "ema.safetensors", "meta.json"
 
 
 class Meta(TypedDict):
-    """The content of meta.json. Checkpoints of older versions may lack the run key or accumulate."""
+    """The content of meta.json. Checkpoints of older versions lack some. The last four: how the step was computed."""
 
     step: int
     files: dict[str, files.FileFacts]
     run_key: NotRequired[str]
     accumulate: NotRequired[int]
+    compile: NotRequired[bool]
+    graph: NotRequired[bool]
+    deterministic: NotRequired[bool]
 
 
 def save_checkpoint(directory: Path, tensors: Tensors, ema: Tensors, step: int, **facts: str | int) -> None:

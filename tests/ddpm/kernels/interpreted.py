@@ -25,10 +25,10 @@ def activate_plainly(x, temb, weight, bias, keys, swish):
 @pytest.mark.parametrize(
     "dtype, channels, side, has_all",
     [(torch.float32, 32, 6, True), (torch.bfloat16, 32, 6, True), (torch.float32, 24, 13, False),
-     (torch.bfloat16, 96, 3, True)],
+     (torch.bfloat16, 96, 3, True), (torch.float32, 520, 9, True)],
 )  # fmt: skip
 def test_the_norm_equals_float64(dtype, channels, side, has_all):
-    """Groups of 4, 3 and 12 channels: what does not fill a tile is left out. The images' mean is far from zero.
+    """Groups of 4, 3, 12 and 65 channels: what does not fill a tile is left out. The images' mean is far from zero.
 
     With all there are an embedding, dropout and swish; without, none of them.
     """

@@ -78,7 +78,7 @@ def test_five_steps_compile_one_graph(tiny_run, monkeypatch, workers, recompute)
 def test_a_graph_is_for_gpus_and_its_absence_is_said(tiny_run, caplog):
     points = train_to(change(renamed(tiny_run, "-graph"), "train", graph=True), 2)
     assert curve(points, "loss") == curve(train_to(tiny_run, 2), "loss")
-    assert "train.graph changes nothing without a GPU" in caplog.text
+    assert "train.graph is off: it needs one worker, a GPU" in caplog.text
     assert checkpoint.read_meta(renamed(tiny_run, "-graph").locate_step(2))["graph"] is False
 
 
