@@ -96,7 +96,7 @@ def format_page(twin: dict) -> str:
 {verdict}. It is far from the paper, which has {35_746_307 / twin["parameters"]:.0f} times as many
 parameters and has seen {102_400_000 / twin["images"]:,.0f} times as many images.
 
-No GPU was available: this is the paper's network at a quarter of its width
+[A GPU's samples](gpu.md) came later. No GPU was available here: this is the paper's network at a quarter of its width
 ({twin["width"]} channels, {twin["parameters"]:,} parameters), after {twin["images"]:,} images,
 {hours:.1f} hours of two shared cores at {middle:g} images/s (median; {low:g} to {high:g}).
 [The ladder](ladder.md) trains and scores its widths and lengths; [short runs](short-runs.md) says why its samples
