@@ -84,7 +84,8 @@ the Gaussian, by its FID they are.
 
 The machine was lent for fifteen minutes, which ended before the NLL. So `train.steps` was 7,000, not 30,000, for
 which no prediction had been written down: this run says nothing for or against one. [The ladder](ladder.md) now
-has one for 30,000 steps. The samples were drawn there and scored on another machine, by the same stage, from the same images. The code was that of commit
+has one for 30,000 steps. The samples were drawn there and scored on another machine, by the same stage, from the
+same images. The code was that of commit
 {twin["commits"]["train"][0][:7]} with the changes of the next.
 
 ## Commands

@@ -173,8 +173,8 @@ def format_page(found: dict[str, Any]) -> str:
         if not found["prediction"][name]["interval"][0] <= paper <= found["prediction"][name]["interval"][1]
     ]  # fmt: skip
     lines += [
-        "", f"For `cifar10_short`, which sees {SHORT['images']:,} images, written down before a GPU has trained it whole: "
-        f"{short}.", "", f"The paper's value is outside the interval for: {', '.join(outside) or 'none'}. The interval "
+        "", f"For `cifar10_short` ({SHORT['images']:,} images), written before a GPU has trained it whole: {short}.",
+        "", f"The paper's value is outside the interval for: {', '.join(outside) or 'none'}. The interval "
         "says how far these points could move the fit; it does not say how far the law itself is wrong. "
         f"{len(points)} points determine two laws of five parameters each, and the paper's run has {more:,.0f} times "
         f"as many images and {larger:.0f} times as many parameters as the largest of them. A network cannot come below "
