@@ -12,10 +12,9 @@ from torch import nn
 from benchmarks.harness import Contender, Settings, Skipped
 from ddpm import Diffusion, TrainConfig, TrainState, UNetConfig, build_network, train_step
 from ddpm.config import Precision
-from ddpm.graphs import RecordedGradients, RecordedNetwork
+from ddpm.graphs import RecordedGradients, prepare_network
 from ddpm.kernels import accelerate
-from ddpm.kernels.cuda import keep_cast_weights
-from ddpm.precision import PreciseNetwork, autocast, use_deterministic
+from ddpm.precision import autocast, use_deterministic
 
 PAPER = UNetConfig()
 SIDE = 32
@@ -89,13 +88,10 @@ def our_forward(settings: Settings, way: Way, batch: int) -> Callable[[], Any]:
     return forward_of(make_sampler(settings, way), settings, way, batch)
 
 
-def make_sampler(settings: Settings, way: Way) -> Any:
+def make_sampler(settings: Settings, way: Way) -> nn.Module:
     """Return the network as the sample stage calls it."""
     net = our_network(settings.device, way.fused).eval().requires_grad_(False)
-    if settings.on_gpu and way.precision == "bf16" and not way.compiled:
-        keep_cast_weights(net)
-    net = PreciseNetwork(way.call(net), way.precision)
-    return RecordedNetwork(net) if way.graph else net
+    return prepare_network(way.call(net), way.precision, settings.device, way.graph)
 
 
 def diffusers_network() -> nn.Module:

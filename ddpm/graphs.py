@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import rng
-from ddpm.config import TrainConfig
+from ddpm.config import Precision, TrainConfig
 from ddpm.diffusion import Diffusion
+from ddpm.kernels.cuda import keep_cast_weights
+from ddpm.precision import PreciseNetwork
 from ddpm.rng import Stream
 from ddpm.training import TrainState, compute_gradients
 
@@ -36,10 +38,9 @@ class RecordedCall:
         if self.calls <= TRIED:
             return self._try(*inputs)
         if self.graph is None:
-            self._record(*inputs)
+            self.graph = self._record(*inputs)
         else:
             copy_inputs(self.inputs, inputs)
-        assert self.graph is not None
         self.graph.replay()
         return self.results
 
@@ -50,14 +51,12 @@ class RecordedCall:
         torch.cuda.current_stream().wait_stream(self.stream)
         return results
 
-    def _record(self, *inputs: Tensor | None) -> None:
-        self.inputs, graph = (
-            [None if given is None else given.clone() for given in inputs],
-            torch.cuda.CUDAGraph(),
-        )
+    def _record(self, *inputs: Tensor | None) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self.inputs = [None if given is None else given.clone() for given in inputs]
         with torch.cuda.graph(graph, stream=self.stream):
             self.results = self.function(*self.inputs)
-        self.graph = graph
+        return graph
 
 
 def describe_inputs(inputs: Sequence[Tensor | None]) -> tuple[Any, ...]:
@@ -87,6 +86,19 @@ class RecordedNetwork(nn.Module):
             self.calls[kind] = RecordedCall(self.net, self.stream)
         result: Tensor = self.calls[kind](*inputs).clone() if kind in self.calls else self.net(*inputs)
         return result
+
+
+def prepare_network(
+    net: nn.Module, precision: Precision, device: torch.device, graph: bool = False
+) -> nn.Module:
+    """Return a network on `device`, compiled or not, that is not trained, in its precision.
+
+    graph: recorded, if the device is a GPU. Its weights are cast to bfloat16 where that is enough.
+    """
+    if precision == "bf16" and device.type == "cuda":
+        keep_cast_weights(net)
+    precise = PreciseNetwork(net, precision)
+    return RecordedNetwork(precise) if graph and device.type == "cuda" else precise
 
 
 class RecordedGradients:

@@ -119,7 +119,7 @@ def describe_mismatch(own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
 
 
 def draw_batch_noise(
-    seed: int, step: int | Tensor, rows: Tensor, shape: tuple[int, ...], timesteps: int,
+    seed: int, step: rng.Word, rows: Tensor, shape: tuple[int, ...], timesteps: int,
     t_sampler: ImportanceSampler | None, dropouts: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Draw the random values of update `step` for rows (int64, (N,)) of the global batch, on the device of rows.

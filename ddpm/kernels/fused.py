@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from ddpm.kernels import FastAttention, FastResBlock, FastUNet
+from ddpm.kernels import FastAttention, FastResBlock, FastUNet, replace_classes
 from ddpm.kernels.cuda import is_on_cuda
 from ddpm.networks.layers import RowDropout
 
@@ -24,8 +24,7 @@ STRIPE, BLOCK = 512, 4096
 
 def fuse(net: nn.Module) -> None:
     """Let an accelerated U-Net use these kernels, in place."""
-    for module in net.modules():
-        module.__class__ = FUSED.get(type(module), type(module))
+    replace_classes(net, FUSED)
 
 
 class FusedUNet(FastUNet):

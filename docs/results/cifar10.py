@@ -144,7 +144,8 @@ Trained by commit `{twin["commits"]["train"][-1][:12]}`. [cifar10.json](cifar10.
 
 def format_features(one: dict) -> str:
     """Return the table of an evaluation of samples: this run beside test images, a Gaussian and noise at equal n."""
-    protocol, names = one["protocol"], ("fid", "is_mean", "kid_mean", "precision", "recall")
+    protocol = one["protocol"]
+    names = [name for name in ("fid", "is_mean", "kid_mean", "precision", "recall") if name in one["scores"]]
     rows = {"this run": one["scores"], **one["reference_points"]}
     titles = " | ".join(METRICS[name].title for name in names)
     lines = [f"| {protocol['n']:,} images each | {titles} |", f"| --- |{' --- |' * len(names)}"]

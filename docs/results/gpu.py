@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from cifar10 import format_features
+
 from pipeline.engine.find import read_place
-from pipeline.scores.metrics import METRICS, Results
+from pipeline.scores.metrics import Results
 from pipeline.store.files import read_json
 from pipeline.store.log import read_points
 
 HERE = Path(__file__).parent
 PICTURE = HERE.parent / "pictures" / "cifar10-gpu-samples.png"
-NAMES = ("fid", "fid_test", "is_mean", "kid_mean")
 WARM = 500  # steps after which the rate is steady
 
 
@@ -55,7 +56,7 @@ def format_page(twin: dict) -> str:
     """Return the page."""
     losses = " | ".join(f"{value:.4f}" for value in twin["losses"].values())
     heads = " | ".join(f"{int(step):,}" for step in twin["losses"])
-    tables = "\n".join(format_scores(one) for one in twin["scores"])
+    tables = "\n".join(format_features(one) for one in twin["scores"])
     return f"""# CIFAR-10 after three minutes of an H100
 
 ![The first 100 samples](../pictures/cifar10-gpu-samples.png)
@@ -98,20 +99,6 @@ python docs/results/gpu.py RUN         # this page
 
 [Performance](../performance.md#on-a-gpu) has the rates.
 """
-
-
-def format_scores(one: dict) -> str:
-    """Return the table of an evaluation: this run beside other images, at equal n."""
-    protocol, rows = one["protocol"], {"this run": one["scores"], **one["reference_points"]}
-    names = [name for name in NAMES if name in one["scores"]]
-    lines = [f"| {protocol['n']:,} images each | {' | '.join(METRICS[name].title for name in names)} |"]
-    lines.append(f"| --- |{' --- |' * len(names)}")
-    for row, scores in rows.items():
-        cells = (METRICS[name].format_score(scores) if scores.get(name) is not None else "" for name in names)
-        lines.append(f"| {row} | {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, f"\nFeatures: {protocol['extractor']}; against the {protocol['reference']} images.\n"]
-    )
 
 
 if __name__ == "__main__":

@@ -253,14 +253,13 @@ class _CheckpointSaver:
         folder = self.place.locate_step(state.step)
         if self.ctx.rank == 0 and not checkpoint.is_valid(self.place, state.step):
             config = self.place.experiment.train
-            keys = ("accumulate", "compile", "graph", "deterministic")
-            recorded = {key: getattr(config, key) for key in keys}
+            facts = {key: getattr(config, key) for key in ("accumulate", "compile", "graph", "deterministic")}
             self.state = checkpoint.copy_to_cpu(state.state_dict() | sums, self.state)
             self.ema = checkpoint.copy_to_cpu(state.emas[0].state_dict(), self.ema)
-            facts = {"run_key": self.place.run_key, **recorded}
             self.pending = self.thread.submit(
-                checkpoint.save_checkpoint, folder, self.state, self.ema, state.step, **facts
-            )
+                checkpoint.save_checkpoint, folder, self.state, self.ema, state.step,
+                run_key=self.place.run_key, **facts,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """Wait until the checkpoint is written, then delete old ones; raise an error of the thread again."""

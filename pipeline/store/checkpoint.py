@@ -22,9 +22,7 @@ from typing_extensions import TypedDict
 from ddpm import model
 from ddpm.config import DiffusionConfig, Precision
 from ddpm.diffusion import Diffusion
-from ddpm.graphs import RecordedNetwork
-from ddpm.kernels.cuda import keep_cast_weights
-from ddpm.precision import PreciseNetwork
+from ddpm.graphs import prepare_network
 from ddpm.sampler import run_image_chains
 from ddpm.training import describe_mismatch
 from pipeline.config import Experiment
@@ -256,8 +254,5 @@ def load_model(
     graph: let a GPU record the network's calls.
     """
     found = model.build_model(*read_model(place), device)
-    if precision == "bf16" and device.type == "cuda":
-        keep_cast_weights(found.net)
     net = cast(nn.Module, torch.compile(found.net)) if compiled else found.net
-    precise = PreciseNetwork(net, precision)
-    return replace(found, net=RecordedNetwork(precise) if graph and device.type == "cuda" else precise)
+    return replace(found, net=prepare_network(net, precision, device, graph))
