@@ -101,11 +101,18 @@ def prepare_network(
     return RecordedNetwork(precise) if graph and device.type == "cuda" else precise
 
 
+def can_record(state: TrainState, world_size: int) -> bool:
+    """Return whether the gradients of a training can be recorded: alone on a GPU, with no host's part in a step."""
+    is_alone = next(state.net.parameters()).device.type == "cuda" and world_size == 1
+    recomputes = getattr(getattr(state.net, "config", None), "recompute", 0)
+    return is_alone and state.t_sampler is None and not recomputes
+
+
 class RecordedGradients:
     """`compute_gradients` of one training as a graph: all draws, and forward and backward pass of every part.
 
-    Where a network draws from torch's generator, a step has one seed, not one for each part. Raises ValueError for
-    several workers, for importance sampling, and if anything but x_0, context and state.step changes.
+    Where a network draws from torch's generator, a step has one seed, not one for each part. Raises ValueError where
+    `can_record` says no, and if anything but x_0, context and state.step changes.
     """
 
     def __init__(self) -> None:
@@ -117,8 +124,8 @@ class RecordedGradients:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         fixed = (state, diffusion, rows.tolist(), config, seed, forward)
         if self.recorded is None:
-            if world_size > 1 or state.t_sampler is not None:
-                raise ValueError("a graph needs one worker, and t_sampling=uniform")
+            if not can_record(state, world_size):
+                raise ValueError("a graph needs one worker, a GPU, t_sampling=uniform and recompute=0")
             self.fixed, on_device = fixed, rows.to(x_0.device)
 
             def compute(x_0: Tensor, step: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ddpm.diffusion import Diffusion
-from ddpm.graphs import RecordedGradients
+from ddpm.graphs import RecordedGradients, can_record
 from ddpm.images import to_uint8
 from ddpm.networks.build import allocate_weights
 from ddpm.precision import use_deterministic
@@ -89,16 +89,19 @@ class TrainStage(WorkerStage):
             remove_leftovers(place.train)  # of a group that was killed before this one
             newest = checkpoint.find_newest_step(place, experiment.train.steps)
         newest = ctx.broadcast(newest)
-        parts = _choose_accumulate(ctx, place, newest)
-        config = replace(experiment.train, accumulate=parts, graph=_choose_graph(ctx, experiment))
+        config = replace(experiment.train, accumulate=_choose_accumulate(ctx, place, newest))
         remedy = f"train.accumulate={2 * (config.accumulate or 1)}, model.recompute, train.graph=false, precision=bf16 "
         remedy += "or more workers; `ddpm doctor EXPERIMENT` says what a step takes"
         with use_deterministic(config.deterministic), translate_out_of_memory("a training step", remedy):
             self._train(ctx, place.replace_experiment(replace(experiment, train=config)), newest)
 
     def _train(self, ctx: Worker, place: Place, newest: int | None) -> None:
-        config = place.experiment.train
         state, sums = _restore_state(ctx, place, newest)
+        config = place.experiment.train
+        if config.graph and not can_record(state, ctx.world_size):
+            logger.warning("train.graph is off: it needs one worker, a GPU, t_sampling=uniform, recompute=0")
+            config = replace(config, graph=False)
+            place = place.replace_experiment(replace(place.experiment, train=config))
         make_step, check = _build_step(ctx, place, state), _StopCheck(ctx, place)
         timer = StepTimer(ctx, state.net)
         log = LogWriter(place.log) if ctx.rank == 0 else None
@@ -284,15 +287,6 @@ def _choose_accumulate(ctx: Worker, place: Place, newest: int | None) -> int:
         parts = choose_accumulate(place.experiment, -(-config.batch_size // ctx.world_size), card)
         logger.warning("train.accumulate=%d, by what a step takes of this GPU's %.0f GiB", parts, card)
     return ctx.broadcast(parts)
-
-
-def _choose_graph(ctx: Worker, experiment: Experiment) -> bool:
-    """Return train.graph, and false where nothing can be recorded."""
-    is_alone = ctx.device.type == "cuda" and ctx.world_size == 1
-    is_plain = experiment.diffusion.t_sampling == "uniform" and not getattr(experiment.model, "recompute", 0)
-    if experiment.train.graph and not (is_alone and is_plain):
-        logger.warning("train.graph is off: it needs one worker, a GPU, t_sampling=uniform, recompute=0")
-    return experiment.train.graph and is_alone and is_plain
 
 
 def _read_gpu_memory(device: torch.device) -> float | None:
