@@ -178,7 +178,8 @@ def format_page(found: dict[str, Any]) -> str:
         if not found["prediction"][name]["interval"][0] <= paper <= found["prediction"][name]["interval"][1]
     ]  # fmt: skip
     lines += [
-        "", "For `cifar10_short` on its way, written before any of these was measured:", "", *short, "", f"The paper's value is outside the interval for: {', '.join(outside) or 'none'}. The interval "
+        "", "For `cifar10_short` on its way, written before any of these was measured:", "", *short, "",
+        f"The paper's value is outside the interval for: {', '.join(outside) or 'none'}. The interval "
         "says how far these points could move the fit; it does not say how far the law itself is wrong. "
         f"{len(points)} points determine two laws of five parameters each, and the paper's run has {more:,.0f} times "
         f"as many images and {larger:.0f} times as many parameters as the largest of them. A network cannot come below "
