@@ -6,18 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from test_oracle import SMALL, randn
 
 from ddpm.config import DiffusionConfig
 from ddpm.diffusion import Diffusion
 from ddpm.schedules import get_betas
 
 PAPER = DiffusionConfig()
-SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
 SHAPE = (4, 3, 2, 2)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def triple(t: torch.Tensor, diffusion: Diffusion) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -90,6 +86,13 @@ def test_mean_prediction_is_used_as_it_is_and_only_its_estimate_is_clipped():
     output = 5 * randn(*SHAPE)
     p = diffusion.p_mean_variance(output, randn(*SHAPE, seed=1), t, clip=True)
     assert torch.equal(p.mean, output) and p.x_0.abs().max() == 1
+    # Respaced it goes through its estimate: trained on full steps, it says x_0 by their coefficients.
+    diffusion, kept = Diffusion(replace(SMALL, predict="mean")), torch.tensor([2, 9, 19])
+    x_0, x_t, _ = triple(kept, diffusion)
+    mean = diffusion.q_posterior(x_0, x_t, kept).mean
+    p = diffusion.respace(kept).p_mean_variance(mean, x_t, torch.arange(3), clip=False)
+    torch.testing.assert_close(p.x_0, x_0)
+    torch.testing.assert_close(p.mean, diffusion.respace(kept).q_posterior(x_0, x_t, torch.arange(3)).mean)
 
 
 @pytest.mark.parametrize("end, fixed", [(-1.0, "fixedsmall"), (1.0, "fixedlarge")])
@@ -106,15 +109,9 @@ def test_learned_range_at_its_ends_is_the_fixed_variance(end, fixed):
     middle = diffusion.p_mean_variance(torch.cat([eps, torch.zeros_like(eps)], 1), x_t, t).log_variance
     both = diffusion.tables["log_fixedsmall"] + diffusion.tables["log_fixedlarge"]
     torch.testing.assert_close(middle[:, 0, 0, 0], both[1:] / 2)
-
-
-def test_learned_variance_is_the_second_half_of_the_output():
-    diffusion = Diffusion(replace(PAPER, variance="learned", loss="vlb"))
-    _, x_t, eps = triple(torch.tensor([3, 900]), diffusion)
-    half = randn(*eps.shape, seed=3)
-    p = diffusion.p_mean_variance(torch.cat([eps, half], 1), x_t, torch.tensor([3, 900]))
-    assert torch.equal(p.log_variance, half)
-    assert diffusion.count_output_channels(3) == 6 and Diffusion().count_output_channels(3) == 3
+    plain = Diffusion(replace(PAPER, variance="learned", loss="vlb"))
+    assert torch.equal(plain.p_mean_variance(output, x_t, t).log_variance, output[:, 3:]), "the second half"
+    assert plain.count_output_channels(3) == 6 and Diffusion().count_output_channels(3) == 3
 
 
 def test_simple_loss_is_the_mean_square_of_each_prediction():
@@ -128,6 +125,9 @@ def test_simple_loss_is_the_mean_square_of_each_prediction():
         loss = Diffusion(replace(PAPER, predict=predict)).compute_losses(output, x_0, x_t, t, eps)
         expected = [((output[n] - target[n]) ** 2).sum().item() / 12 for n in range(4)]
         assert loss.tolist() == pytest.approx(expected)
+    x_0, x_t, eps = (tensor.float() for tensor in (x_0, x_t, eps))
+    loss = Diffusion().compute_losses(eps.bfloat16(), x_0, x_t, t, eps)
+    assert loss.dtype == torch.float32 and loss.max() < 1e-4, "of a bfloat16 output"
 
 
 def test_vlb_loss_for_eps_is_the_weighted_square_of_eq_12():
@@ -161,30 +161,6 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_simple
     assert (gradient[1:3, 3:] != 0).all()
 
 
-def test_losses_of_a_bfloat16_output_are_computed_in_float32():
-    x_0, x_t, eps = (tensor.float() for tensor in triple(torch.tensor([0, 5]), Diffusion()))
-    loss = Diffusion().compute_losses(eps.bfloat16(), x_0, x_t, torch.tensor([0, 5]), eps)
-    assert loss.dtype == torch.float32 and loss.max() < 1e-4
-
-
-def test_mean_prediction_is_respaced_through_its_estimate():
-    """The network was trained on full steps: its mean says x_0 by their coefficients."""
-    diffusion = Diffusion(replace(SMALL, predict="mean"))
-    kept = torch.tensor([2, 9, 19])
-    x_0, x_t, _ = triple(kept, diffusion)
-    mean = diffusion.q_posterior(x_0, x_t, kept).mean
-    p = diffusion.respace(kept).p_mean_variance(mean, x_t, torch.arange(3), clip=False)
-    torch.testing.assert_close(p.x_0, x_0)
-    expected = diffusion.respace(kept).q_posterior(x_0, x_t, torch.arange(3)).mean
-    torch.testing.assert_close(p.mean, expected)
-
-
-def test_timesteps_that_do_not_ascend_within_the_chain_are_refused():
-    for chosen in ([], [3, 3], [5, 2], [-1, 4], [0, 20]):
-        with pytest.raises(ValueError, match="ascend within"):
-            Diffusion(SMALL).respace(chosen)
-
-
 @pytest.mark.parametrize(
     "changes, key",
     [
@@ -198,8 +174,8 @@ def test_timesteps_that_do_not_ascend_within_the_chain_are_refused():
 )  # fmt: skip
 def test_problems_name_their_key_and_no_process_is_built(changes, key):
     config = replace(PAPER, **changes)
-    assert [name for name, _ in config.find_problems()] == [key]
-    assert all("\n" not in message for _, message in config.find_problems())
+    ((name, message),) = config.find_problems()
+    assert name == key and "\n" not in message
     with pytest.raises(ValueError, match=key):
         Diffusion(config)
 
@@ -216,6 +192,10 @@ def test_wrong_shapes_and_types_are_refused_clearly():
         ("a network of 6 output channels", lambda: diffusion.p_mean_variance(x, x, t, variance="learned")),
         ("a network of 6 output channels", lambda: hybrid.compute_losses(x, x, x, t, x)),
         ("full steps only", lambda: short.p_mean_variance(torch.zeros(2, 6, 4, 4), x, t)),
+        ("ascend within", lambda: diffusion.respace([])),
+        ("ascend within", lambda: diffusion.respace([3, 3])),
+        ("ascend within", lambda: diffusion.respace([-1, 4])),
+        ("ascend within", lambda: diffusion.respace([0, 1000])),
     ):
         with pytest.raises(ValueError, match=message):
             call()

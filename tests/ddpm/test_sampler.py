@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from test_oracle import SMALL, randn
 
 from ddpm import sampler
 from ddpm.config import DiffusionConfig, Spacing
@@ -14,13 +15,7 @@ from ddpm.rng import Stream, draw_normal
 from ddpm.sampler import run_chain
 from ddpm.training import compute_batch_loss
 
-PAPER = DiffusionConfig()
-SMALL = DiffusionConfig(timesteps=20, beta_start=0.01, beta_end=0.3)
 SHAPE = (2, 3, 4, 4)
-
-
-def randn(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def noise(t: int) -> torch.Tensor:
@@ -30,10 +25,6 @@ def noise(t: int) -> torch.Tensor:
 def net(x_t, t, context=None):
     shift = 0 if context is None else context.to(x_t.dtype).reshape(-1, 1, 1, 1)
     return torch.tanh(x_t + 0.1 * shift) * (1 + t.reshape(-1, 1, 1, 1) / 100).to(x_t.dtype)
-
-
-def end(chain) -> torch.Tensor:
-    return list(chain)[-1].x_t
 
 
 def test_normal_data_with_fixedlarge_is_reversed_exactly():
@@ -48,13 +39,8 @@ def test_normal_data_with_fixedlarge_is_reversed_exactly():
     def optimal(x_t, t):
         return one_minus[t].sqrt().reshape(-1, 1, 1, 1) * x_t
 
-    dimensions = 20  # x_T and z_19..z_1, one pixel per source of randomness
-    x_T = torch.eye(dimensions, dtype=torch.float64)[0].reshape(1, 1, 1, -1)
-
-    def unit(t):
-        return torch.eye(dimensions, dtype=torch.float64)[20 - t].reshape(1, 1, 1, -1)
-
-    for step in run_chain(diffusion, optimal, x_T, unit, clip=False):
+    sources = torch.eye(20, dtype=torch.float64).reshape(20, 1, 1, 1, 20)  # x_T and z_19..z_1
+    for step in run_chain(diffusion, optimal, sources[0], lambda t: sources[20 - t], clip=False):
         variance = (step.x_t**2).sum().item()
         expected = 1 - diffusion.tables["beta"][0].item() if step.t == 0 else 1.0
         assert variance == pytest.approx(expected, abs=1e-12)
@@ -173,7 +159,7 @@ def test_spaced_timesteps_hold_both_ends():
         with pytest.raises(ValueError, match=r"1\.\.1000"):
             sampler.space_timesteps(diffusion, steps)
     with pytest.raises(ValueError, match="logsnr"):
-        sampler.space_timesteps(Diffusion(replace(PAPER, beta_schedule="jsd", predict="x0")), 5, "logsnr")
+        sampler.space_timesteps(Diffusion(DiffusionConfig(beta_schedule="jsd", predict="x0")), 5, "logsnr")
 
 
 @pytest.mark.parametrize(
@@ -192,12 +178,11 @@ def test_images_depend_on_their_index_alone(how):
 
 def test_sample_is_the_ancestral_chain_fed_by_its_streams():
     index = torch.tensor([3, 8])
-    expected = run_chain(
+    *_, last = run_chain(
         Diffusion(SMALL), net, draw_normal(5, Stream.X_T, 0, index, SHAPE[1:]),
         lambda t: draw_normal(5, Stream.REVERSE, t, index, SHAPE[1:]),
     )  # fmt: skip
-    found = sampler.sample(Diffusion(SMALL), net, index=index, shape=SHAPE[1:], seed=5)
-    assert torch.equal(found, end(expected))
+    assert torch.equal(sampler.sample(Diffusion(SMALL), net, index=index, shape=SHAPE[1:], seed=5), last.x_t)
 
 
 def test_interpolation_mixes_latents_row_by_row():
@@ -206,9 +191,8 @@ def test_interpolation_mixes_latents_row_by_row():
     mixed = sampler.interpolate(diffusion, net, x_a, x_b, torch.tensor([0.0, 0.5]), 12, eps, noise)
     t = torch.tensor([11, 11])
     a, b = diffusion.q_sample(x_a, t, eps), diffusion.q_sample(x_b, t, eps)
-    x_t = torch.stack([a[0], (a[1] + b[1]) / 2])
-    expected = end(run_chain(diffusion, net, x_t, noise, timesteps=range(12)))
-    torch.testing.assert_close(mixed, expected)
+    *_, last = run_chain(diffusion, net, torch.stack([a[0], (a[1] + b[1]) / 2]), noise, timesteps=range(12))
+    torch.testing.assert_close(mixed, last.x_t)
     apart = sampler.interpolate(diffusion, net, x_a, x_b, 1.0, 12, (eps, -eps), noise)
     torch.testing.assert_close(apart, sampler.interpolate(diffusion, net, x_b, x_b, 0.5, 12, -eps, noise))
     pixels = sampler.interpolate(diffusion, net, x_a, x_b, 0.25, 0, eps, noise)

@@ -94,7 +94,6 @@ class Place:
 
 
 def run(lr: float, seed: int, fid: float | None, n: int = 64, data: str = "digits") -> Place:
-    scores = {} if fid is None else {"fid": fid}
     scores, protocol = {} if fid is None else {"fid": fid}, {"n": n, "sampler": str(seed)}
     return Place(f"lr={lr} seed={seed}", {"lr": lr, "seed": seed}, scores, protocol, data)
 
