@@ -130,24 +130,22 @@ def test_learning_rate():
 
 
 def test_labels_are_dropped_by_row_and_reach_the_network():
-    labels, seen = torch.arange(4000) % 7, []
-    for share, rows in ((0.25, torch.arange(4000)), (0.25, torch.arange(9, 4000)), (0.0, torch.arange(4000))):
-        settings = config(label_dropout=share, batch_size=4000)
-        state = TrainState(settings, Affine(), DIFFUSION.config)
-        x_0 = torch.zeros(len(rows), 1, 1, 1)
-        train_step(state, DIFFUSION, x_0, rows, config=settings, seed=SEED, context=labels[rows])
-        seen.append(state.net.seen[0][2])
-    some, slice_of_them, none = seen
+    labels = torch.arange(4000) % 7
+
+    def pass_to_network(context, share=0.25, first=0):
+        settings, x_0 = config(label_dropout=share, batch_size=4000), torch.zeros(4000 - first, 1, 1, 1)
+        state, rows = TrainState(settings, Affine(), DIFFUSION.config), torch.arange(first, 4000)
+        train_step(state, DIFFUSION, x_0, rows, config=settings, seed=SEED, context=context[rows])
+        return state.net.seen[0][2]
+
+    some = pass_to_network(labels)
     dropped = some == NO_LABEL
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(some[~dropped], labels[~dropped]) and torch.equal(slice_of_them, some[9:])
-    assert torch.equal(none, labels)
+    assert torch.equal(some[~dropped], labels[~dropped])
+    assert torch.equal(pass_to_network(labels, first=9), some[9:])
+    assert torch.equal(pass_to_network(labels, share=0.0), labels)
     vectors = torch.nn.functional.one_hot(labels, 7).float()
-    settings = config(label_dropout=0.25, batch_size=4000)
-    state = TrainState(settings, Affine(), DIFFUSION.config)
-    x_0 = torch.zeros(4000, 1, 1, 1)
-    train_step(state, DIFFUSION, x_0, torch.arange(4000), config=settings, seed=SEED, context=vectors)
-    assert torch.equal(state.net.seen[0][2], torch.where(dropped[:, None], 0, vectors))
+    assert torch.equal(pass_to_network(vectors), torch.where(dropped[:, None], 0, vectors))
 
 
 @pytest.mark.parametrize("random_flip", [True, False])
@@ -245,7 +243,6 @@ def test_importance_sampling_learns_from_the_whole_batch_and_resumes():
     sampler = state.t_sampler
     assert int(sampler.counts.sum()) == 64
     assert sampler.compute_probabilities().max() > 0.34  # no longer uniform
-
     resumed = small_state(settings, diffusion=IMPORTANCE, seed=9)
     resumed.load_state_dict(state.state_dict())
     t, weight, *_ = draw_batch_noise(SEED, 8, ROWS, (1, 8, 8), 3, resumed.t_sampler)
@@ -283,19 +280,11 @@ def test_a_memory_format_changed_too_late_is_refused():
         step(state, CONFIG)
 
 
-def test_names_of_the_state():
+def test_the_state_has_its_names_and_loading_names_what_does_not_fit_and_changes_nothing():
     state = small_state(config(ema_decay=(0.9, 0.99)))
-    names = state.state_dict().keys()
-    weights = state.net.state_dict().keys()
-    assert names == {"step", "adam.step"} | {
-        f"{part}.{name}"
-        for part in ("net", "ema.0", "ema.1", "adam.exp_avg", "adam.exp_avg_sq")
-        for name in weights
-    }
-
-
-def test_loading_names_what_does_not_fit_and_changes_nothing():
-    state = small_state(CONFIG)
+    parts = ("net", "ema.0", "ema.1", "adam.exp_avg", "adam.exp_avg_sq")
+    names = {f"{part}.{name}" for part in parts for name in state.net.state_dict()}
+    assert state.state_dict().keys() == {"step", "adam.step"} | names
     before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
     wrong = {name: tensor + 1 for name, tensor in before.items()}
     del wrong["net.conv_in.bias"]
@@ -304,9 +293,8 @@ def test_loading_names_what_does_not_fit_and_changes_nothing():
     with pytest.raises(ValueError) as caught:
         state.load_state_dict(wrong)
     message = str(caught.value)
-    assert "\n" not in message
     assert "1 missing (net.conv_in.bias)" in message and "1 unexpected (net.extra)" in message
-    assert "net.conv_out.bias is (6,) float32, not (1,) float32" in message
+    assert "net.conv_out.bias is (6,) float32, not (1,) float32" in message and "\n" not in message
     assert all(torch.equal(before[name], tensor) for name, tensor in state.state_dict().items())
 
 

@@ -250,20 +250,18 @@ SMALL = ContextUNetConfig(channels=8, channel_mult=(1, 3, 2), norm_groups=4)
 CLASSES = 5
 
 
-def small(image_size=8, num_classes=CLASSES, seed=0, **changes):
-    config = dataclasses.replace(SMALL, **changes)
-    net = build_network(config, image_size, 3, 3, seed, num_classes).eval()
+def small(num_classes=CLASSES):
+    net = build_network(SMALL, 8, 3, 3, 0, num_classes).eval()
     with torch.no_grad():
         net.conv_out.weight *= 1e5  # awake: the first output is near zero
     return net
 
 
-def noised(count, image_size=8):
-    return torch.randn(count, 3, image_size, image_size, generator=torch.Generator().manual_seed(1))
+NOISE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def test_a_vector_is_a_context_and_a_label_its_one_hot_row():
-    net, x_t, t = small().double(), noised(2).double(), torch.tensor([1, 5])
+    net, x_t, t = small().double(), NOISE.double(), torch.tensor([1, 5])
     vectors = torch.eye(CLASSES, dtype=torch.float64)[[1, 3]]
     with torch.no_grad():
         assert torch.equal(net(x_t, t, torch.tensor([1, 3])), net(x_t, t, vectors))
@@ -273,16 +271,13 @@ def test_a_vector_is_a_context_and_a_label_its_one_hot_row():
 
 
 def test_labels_and_contexts_that_it_does_not_know_are_refused():
-    x_t, t = noised(2), torch.tensor([1, 2])
-    for label in (-2, CLASSES, 1000):
-        with pytest.raises(ValueError, match=f"the label {label}; this network knows 0 to 4, and -1"):
-            small()(x_t, t, torch.tensor([0, label]))
-    with pytest.raises(ValueError, match="one label per image"):
-        small()(x_t, t, torch.tensor([0]))
-    with pytest.raises(ValueError, match=r"a float vector per image \(2, 5\)"):
-        small()(x_t, t, torch.zeros(2, CLASSES + 1))
+    unknown = ((f"the label {n}; this network knows 0 to 4, and -1", [0, n]) for n in (-2, CLASSES, 1000))
+    vectors = (r"a float vector per image \(2, 5\)", [[0.0] * (CLASSES + 1)] * 2)
+    for message, context in (*unknown, ("one label per image", [0]), vectors):
+        with pytest.raises(ValueError, match=message):
+            small()(NOISE, torch.tensor([1, 2]), torch.tensor(context))
     with pytest.raises(ValueError, match="without classes"):
-        small(num_classes=0)(x_t, t, torch.tensor([0, 0]))
+        small(num_classes=0)(NOISE, torch.tensor([1, 2]), torch.tensor([0, 0]))
 
 
 BARS = 4

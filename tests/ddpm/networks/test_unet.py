@@ -51,20 +51,15 @@ def test_equals_diffusers(changes, image_size, channels, out_channels, input_sca
 
 def test_initial_weights():
     net = build_network(UNetConfig(attention_resolutions=(16,)), 32, 3, 3, seed=3)
-    near_zero = []
-    for name, module in net.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear)):
-            continue
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    for name, module in layers.items():
         assert not module.bias.any()
-        receptive = module.weight[0, 0].numel()
-        limit = math.sqrt(6 / (receptive * (module.weight.shape[0] + module.weight.shape[1])))
-        if name.endswith(UNet.near_zero):
-            near_zero.append(name)
-            limit *= 1e-5
+        fans = module.weight[0, 0].numel() * sum(module.weight.shape[:2])
+        limit = math.sqrt(6 / fans) * (1e-5 if name.endswith(UNet.near_zero) else 1)
         largest, spread = module.weight.abs().max().item(), module.weight.std().item()
         assert 0.98 * limit < largest <= limit * (1 + 1e-6), name
         assert spread == pytest.approx(limit / math.sqrt(3), rel=0.03), name
-    assert len(near_zero) == 22 + 6 + 1
+    assert sum(name.endswith(UNet.near_zero) for name in layers) == 22 + 6 + 1
 
 
 def test_dropout_is_elementwise_before_the_second_convolution_and_nowhere_else():
@@ -136,8 +131,7 @@ def test_the_mask_of_an_image_depends_on_its_row_alone(memory_format):
 
 
 def test_without_keys_and_in_evaluation_it_is_torchs():
-    x = torch.ones(2, 3, 4, 4)
-    layer = RowDropout(0.5)
+    x, layer = torch.ones(2, 3, 4, 4), RowDropout(0.5)
     torch.manual_seed(1)
     found = layer(x)
     torch.manual_seed(1)
