@@ -95,18 +95,13 @@ def move_to_device(net: torch.nn.Module) -> torch.nn.Module:
     Module.to cannot: it wants to swap what fake tensors keep weak references to.
     """
     for module in net.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = torch.nn.Parameter(_make_on_device(p))
-        for name, b in module._buffers.items():
-            if b is not None:
-                module._buffers[name] = _make_on_device(b)
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    kept = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+                    made = torch.empty(x.shape, dtype=x.dtype, device="cuda", memory_format=kept)
+                    tensors[name] = torch.nn.Parameter(made) if isinstance(x, torch.nn.Parameter) else made
     return net
-
-
-def _make_on_device(x: torch.Tensor) -> torch.Tensor:
-    kept = torch.channels_last if x.ndim == 4 else torch.contiguous_format
-    return torch.empty(x.shape, dtype=x.dtype, device="cuda", memory_format=kept)
 
 
 VIEWS = {
@@ -117,10 +112,7 @@ VIEWS = {
 FILLS = {"new_full", "new_zeros", "zeros_like", "full_like"}  # they read nothing
 WAITS = {"nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
 NORMS = {"native_group_norm", "native_layer_norm", "native_batch_norm", "cudnn_batch_norm"}
-MANY = {
-    "linalg_vector_norm",
-    "_foreach_norm",
-}  # which fake tensors take apart into one for each tensor: 3 launches
+MANY = {"linalg_vector_norm", "_foreach_norm"}  # 3 launches; fake tensors make them one for each tensor
 
 
 def find_line() -> str:
@@ -178,15 +170,14 @@ class Count(MemoryCounter):
         self.float64[line] += any(t.dtype == torch.float64 for t in after)
         first = next((t for t in everything if t.ndim > 2), None)
         if first is not None and name in NORMS:
-            self.norms[str(first.dtype).removeprefix("torch."), _name_layout(first)] += 1
+            self.norms[str(first.dtype).removeprefix("torch.")] += 1
         if name == "convolution":
             self.convolutions[_name_layout(first)] += 1
-        if (name == "convolution" and args[2] is not None) or (
-            name == "convolution_backward" and args[10][2]
-        ):
+        backward = name == "convolution_backward"
+        if (name == "convolution" and args[2] is not None) or (backward and args[10][2]):
             self.ops["bias"] += 1
-            output = after[0] if name == "convolution" else args[0]
-            self.bytes += (2 if name == "convolution" else 1) * output.numel() * output.element_size()
+            output = args[0] if backward else after[0]
+            self.bytes += (1 if backward else 2) * output.numel() * output.element_size()
         self.ops[name] += 1
         self.where[line] += 1
         moved = after if name in FILLS else everything
@@ -202,7 +193,7 @@ class Count(MemoryCounter):
             "launches": self.count_launches(), "gigabytes": self.bytes / 1e9, "gib": self.peak / GIB,
             "waits": {line: n for (what, line), n in self.waits.items() if what != "copy that goes on"},
             "float64": {line: n for line, n in self.float64.items() if n},
-            "norms": sorted({" ".join(found) for found in self.norms}),
+            "norms": sorted(self.norms),
             "convolutions": dict(self.convolutions),
             "attention": sorted(op for op in self.ops if "attention" in op or op == "bmm"),
             "by line": dict(self.where.most_common(12)),

@@ -5,6 +5,7 @@ NETWORK is one of MODELS. The phases run the functions of ddpm/ and pipeline/ as
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,9 +44,7 @@ class Phases:
         self.model = NETWORKS[name]() if name in NETWORKS and name != "unet" else experiment.model
         self.shape, labels = experiment.data.shape, 10 if self.model.takes_labels else 0
         accumulate = 8 if name == "celebahq256" else 1
-        self.config = experiment.train.__class__(
-            **vars(experiment.train) | {"precision": precision, "accumulate": accumulate}
-        )
+        self.config = replace(experiment.train, precision=precision, accumulate=accumulate)
         self.diffusion = Diffusion(experiment.diffusion)
         self.net = build_network(self.model, self.shape[1], self.shape[0], self.shape[0], 0, labels, "meta")
         self.net = fakecuda.move_to_device(accelerate(self.net))
@@ -87,9 +86,8 @@ class Phases:
         state, diffusion, data, rows, held = self._prepare_training()
         state.net.zero_grad(set_to_none=True)
         x_0, labels = data.images[: len(rows)], data.labels[: len(rows)] if self.has_labels else None
-        return partial(
-            train._fix_gradient_buckets, state, diffusion, x_0, labels, rows, self.config, self.net
-        ), held
+        inputs = state, diffusion, x_0, labels, rows, self.config, self.net
+        return partial(train._fix_gradient_buckets, *inputs), held
 
     def _prepare_sampling(self):
         net = self.net.eval().requires_grad_(False)
@@ -100,9 +98,8 @@ class Phases:
     def reverse(self):
         """The second reverse step: the first one moves the tables to the device."""
         index = torch.arange(CALL, device=CUDA)
-        steps = run_image_chains(
-            self.diffusion, self._prepare_sampling(), index=index, shape=self.shape, seed=0
-        )
+        net = self._prepare_sampling()
+        steps = run_image_chains(self.diffusion, net, index=index, shape=self.shape, seed=0)
         next(steps)
         return partial(next, steps), []
 
@@ -113,23 +110,18 @@ class Phases:
         def noise(t: int, rows: torch.Tensor) -> torch.Tensor:
             return rng.draw_normal(0, rng.Stream.NLL, t, index[rows], self.shape)
 
-        net = self._prepare_sampling()
-        return partial(
-            compute_bits_per_dim, self.diffusion, net, x_0, noise, timesteps=range(2), batch_size=CALL
-        ), []
+        inputs = self.diffusion, self._prepare_sampling(), x_0, noise
+        return partial(compute_bits_per_dim, *inputs, timesteps=range(2), batch_size=CALL), []
 
     def features(self):
         """The features of three batches of images, by the classifier."""
         extractors.load_extractor = lambda *_: self.classifier
-        self.classifier = fakecuda.move_to_device(self._build_classifier())
-        images = np.zeros((3 * extractors.BATCH, *self.shape), dtype=np.uint8)
-        return partial(
-            extractors.extract_features, extractors.Extractor("classifier", Path(), ""), images, CUDA
-        ), []
-
-    def _build_classifier(self) -> Classifier:
         with torch.device("meta"):
-            return Classifier(self.shape[0], 10)
+            self.classifier = Classifier(self.shape[0], 10)
+        self.classifier = fakecuda.move_to_device(self.classifier)
+        images = np.zeros((3 * extractors.BATCH, *self.shape), dtype=np.uint8)
+        extractor = extractors.Extractor("classifier", Path(), "")
+        return partial(extractors.extract_features, extractor, images, CUDA), []
 
 
 def main() -> None:

@@ -170,14 +170,10 @@ def test_parquet_that_cannot_be_used_is_named(tmp_path):
     assert_fingerprint_fails(r"train-0\.parquet is no readable parquet", "cifar10", tmp_path)
 
 
-@pytest.fixture
-def lsun(tmp_path):
-    write_lmdb(tmp_path / "church_outdoor_train_lmdb", encode_numbered(20))
-    write_lmdb(tmp_path / "church_outdoor_val_lmdb", encode_numbered(5, 20))
-    return tmp_path
-
-
-def test_lsun_splits_are_its_databases(lsun):
+def test_lsun_splits_are_its_databases_and_those_that_cannot_be_used_are_named(tmp_path, monkeypatch):
+    lsun = tmp_path / "lsun"
+    write_lmdb(lsun / "church_outdoor_train_lmdb", encode_numbered(20))
+    write_lmdb(lsun / "church_outdoor_val_lmdb", encode_numbered(5, 20))
     forms = [config("lmdb", lsun), config("lmdb", lsun / "church_outdoor_train_lmdb", test_images=3)]
     for data in forms:
         assert (numbers(data), numbers(data, "test")) == ([*range(20)], [*range(20, 25)])
@@ -185,9 +181,6 @@ def test_lsun_splits_are_its_databases(lsun):
     assert first == second
     (lsun / "church_outdoor_val_lmdb" / "data.mdb").unlink()
     assert sources.compute_fingerprint(forms[0], None) != first
-
-
-def test_lmdb_that_cannot_be_used_is_named(lsun, tmp_path_factory, monkeypatch):
     write_lmdb(lsun / "cat_train_lmdb", [encode_numbered(1)[0], b"no image"])
     assert_read_fails(r"data\.mdb key b'0+3d1' does not decode", "lmdb", lsun / "cat_train_lmdb")
     message = r"key b'0+' has no label.*set data\.labels=0"
@@ -196,7 +189,7 @@ def test_lmdb_that_cannot_be_used_is_named(lsun, tmp_path_factory, monkeypatch):
     assert_fingerprint_fails(message, "lmdb", lsun)
     assert_fingerprint_fails(r"nowhere has no data\.mdb", "lmdb", lsun / "nowhere")
     for keep, reason in ((50, "is no readable LMDB"), (12_000, "is cut short")):  # it is never mapped
-        file = write_lmdb(tmp_path_factory.mktemp("cat"), [bytes(9000), bytes(9000)]) / "data.mdb"
+        file = write_lmdb(tmp_path / f"cut-{keep}", [bytes(9000), bytes(9000)]) / "data.mdb"
         file.write_bytes(file.read_bytes()[:keep])
         assert_fingerprint_fails(rf"data\.mdb {reason} .*fetch it again", "lmdb", file.parent)
     monkeypatch.setitem(sys.modules, "lmdb", None)
@@ -206,27 +199,19 @@ def test_lmdb_that_cannot_be_used_is_named(lsun, tmp_path_factory, monkeypatch):
 def python2_pickle(data: np.ndarray, labels: list[int]) -> bytes:
     """The opcodes that Python 2's cPickle and NumPy 1 wrote into the official batches."""
 
-    def text(value: bytes) -> bytes:
-        return b"U" + bytes([len(value)]) + value
-
-    n, width = data.shape
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + b"K\x00K\x01\x87R(K\x03" + text(b"|") + b"NNN"
-    dtype += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85" + text(b"b") + b"\x87R"
-    state = (
-        b"(K\x01" + b"M" + struct.pack("<H", n) + b"M" + struct.pack("<H", width) + b"\x86" + dtype + b"\x89"
-    )
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    state = b"(K\x01" + struct.pack("<cHcH", b"M", len(data), b"M", data.shape[1]) + b"\x86" + dtype + b"\x89"
     state += b"T" + struct.pack("<i", data.size) + data.tobytes() + b"tb"
     items = b"".join(b"K" + bytes([label]) for label in labels)
-    return b"\x80\x02}(" + text(b"data") + array + state + text(b"labels") + b"](" + items + b"eu."
+    return b"\x80\x02}(U\x04data" + array + state + b"U\x06labels](" + items + b"eu."
 
 
 @pytest.fixture
 def batches(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    for number, name in enumerate(cifar10.BATCHES):
-        rows = noise(24, 3072)[4 * number : 4 * number + 4]
+    for number, (name, rows) in enumerate(zip(cifar10.BATCHES, np.split(noise(24, 3072), 6), strict=True)):
         (folder / name).write_bytes(python2_pickle(rows, [number, 1, 2, 9]))
     return folder
 
@@ -304,7 +289,12 @@ def test_a_download_is_compared_with_its_md5_and_fetched_once(batches, tmp_path,
     assert sources.download_source(data, downloads).path == located.path
 
 
-def test_classes_are_numbered_in_order_of_their_folders(tmp_path):
+def test_classes_are_numbered_in_order_of_their_folders_and_what_is_none_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_fingerprint_fails("has no images in its train split", "folder", tmp_path / "empty")
+    assert_fingerprint_fails("is no folder", "folder", tmp_path / "nowhere")
+    (tmp_path / "empty" / "a.png").symlink_to("nowhere.png")
+    assert_fingerprint_fails(r"a\.png cannot be read \(No such file", "folder", tmp_path / "empty")
     train = write_numbered("folder", tmp_path / "train")
     (train / "ant" / "notes.txt").write_text("no image")
     save(train / ".thumbnails" / "0.png", noise(8, 8, 3))
@@ -332,20 +322,10 @@ def test_png_that_fits_is_passed_through_and_all_else_is_made_to_fit(tmp_path):
     assert np.array_equal(pixels(config("folder", tmp_path, channels=1))[0, 0], levels >> 8), "of 16 bits"
 
 
-MODES = {
-    "CMYK": "a.tiff",
-    "RGB": "a.jpg",
-    "L": "a.webp",
-    "P": "a.PNG",
-    "1": "a.png",
-    "RGBA": "a.png",
-    "LA": "a.png",
-}
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_any_mode_in_the_formats_that_have_it(tmp_path, mode):
-    Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).convert(mode).save(tmp_path / MODES[mode])
+@pytest.mark.parametrize("file", ["CMYK.tiff", "RGB.jpg", "L.webp", "P.PNG", "1.png", "RGBA.png", "LA.png"])
+def test_any_mode_in_the_formats_that_have_it(tmp_path, file):
+    white = Image.fromarray(np.full((8, 8, 3), 255, np.uint8))
+    white.convert(file.partition(".")[0]).save(tmp_path / file)
     for channels in (1, 3):
         found = pixels(config("folder", tmp_path, channels=channels))
         assert found.shape == (1, channels, 8, 8) and found.min() >= 254
@@ -367,33 +347,23 @@ def test_other_sizes_are_cropped_at_the_centre_and_resized_with_antialiasing(tmp
     assert np.abs(found.astype(int) - 127).max() <= 3
 
 
-def damaged(kind: str) -> bytes:
-    whole = bytearray(encode_png(noise(8, 8, 3)))
-    if kind == "truncated":
-        return bytes(whole[:100])
-    if kind == "flipped":
-        whole[whole.index(b"IDAT") + 60] ^= 1
-        return bytes(whole)
-    jpeg = encode(noise(64, 64, 3), "jpeg")[:-500]
-    return {"empty": b"", "text": b"hello", "cut before the end": bytes(whole[:-12]), "jpeg": jpeg}[kind]
+WHOLE = encode_png(noise(8, 8, 3))
+AT = WHOLE.index(b"IDAT") + 60
+DAMAGED = {
+    "truncated": WHOLE[:100], "flipped": WHOLE[:AT] + bytes([WHOLE[AT] ^ 1]) + WHOLE[AT + 1 :], "empty": b"",
+    "text": b"hello", "cut before the end": WHOLE[:-12], "jpeg": encode(noise(64, 64, 3), "jpeg")[:-500],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["truncated", "flipped", "empty", "text", "cut before the end", "jpeg"])
+@pytest.mark.parametrize("kind", DAMAGED)
 def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
     write_numbered("folder", tmp_path)
-    (tmp_path / "bee" / "4.png").write_bytes(damaged(kind))
+    (tmp_path / "bee" / "4.png").write_bytes(DAMAGED[kind])
     message = r"bee.4\.png does not decode \(.+\); .*data.max_undecodable"
     assert_read_fails(message, "folder", tmp_path, resize="crop")
     source, told = reader("folder", tmp_path, resize="crop"), []
     rest = list(source.read_records("train", 0, 18, lambda *args: told.append(args)))
     assert (len(rest), len(told), len({record.key for record in rest})) == (17, 1, 17)
-
-
-def test_a_folder_without_images_is_named(tmp_path):
-    assert_fingerprint_fails("has no images in its train split", "folder", tmp_path)
-    assert_fingerprint_fails("is no folder", "folder", tmp_path / "nowhere")
-    (tmp_path / "a.png").symlink_to("nowhere.png")
-    assert_fingerprint_fails(r"a\.png cannot be read \(No such file", "folder", tmp_path)
 
 
 CLASSES = np.arange(12) % 4

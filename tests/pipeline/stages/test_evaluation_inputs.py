@@ -11,7 +11,7 @@ from staged import asking_for, change, results, run_stage, scoring, with_weights
 
 from pipeline.engine.find import make_place
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.scores import classifier, preparations, reference
+from pipeline.scores import preparations, reference
 from pipeline.scores.extractors import find_extractor
 from pipeline.scores.image_sets import write_shard_features
 from pipeline.scores.reference import load_reference, load_user_statistics, locate_statistics
@@ -20,11 +20,6 @@ from pipeline.stages.evaluate import bound, list_sample_shards
 from pipeline.store import tars
 from pipeline.store.arrays import read_arrays, read_unit_arrays, write_arrays, write_unit_arrays
 from pipeline.store.files import hash_file
-
-
-@pytest.fixture(autouse=True)
-def short_training(monkeypatch):
-    monkeypatch.setattr(classifier, "STEPS", 20)
 
 
 @pytest.fixture
@@ -51,9 +46,10 @@ def test_a_short_set_is_refused_and_a_longer_one_is_cut(projected):
         run_stage(evaluate, projected)
 
 
-def test_reference_statistics_are_never_stale(projected):
+def test_neither_other_statistics_nor_features_of_other_images_are_taken_for_these(projected, caplog):
+    """Features of another key are skipped; under the name of one of ours they are named and made again."""
     run_stage(evaluate, projected)
-    extractor = find_extractor(projected)
+    scored, extractor = results(projected), find_extractor(projected)
     file, _ = locate_statistics(projected, extractor, "train")
     assert load_reference(projected, extractor, "train").n == 1437
     assert locate_statistics(projected, extractor, "test")[0] != file
@@ -61,6 +57,14 @@ def test_reference_statistics_are_never_stale(projected):
     write_arrays(file, **{**read_arrays(file), "content": np.array("of other images")})
     assert load_reference(projected, extractor, "train") is None
     file.write_bytes(kept)  # other tests use the same storage
+    first, second = feature_files(projected)
+    shutil.copy(first, first.with_name("0123456789abcdef.npz"))
+    run_stage(evaluate, projected)
+    assert results(projected) == scored
+    shutil.copy(first, second)
+    run_stage(evaluate, projected)
+    assert f"{first.stem}, not" in caplog.text and second.name in caplog.text
+    assert results(projected)["scores"] == scored["scores"]
 
 
 @pytest.mark.parametrize(
@@ -85,20 +89,6 @@ def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
     with pytest.raises(PipelineError, match=message) as refused:
         write_shard_features(one_cpu().context, None, shard, (1, 8, 8), tmp_path / "features.npz")
     assert "\n" not in str(refused.value)
-
-
-def test_features_of_other_images_are_not_taken_for_these(projected, caplog):
-    """A unit of another key is skipped; under the name of one of ours it is named and made again."""
-    run_stage(evaluate, projected)
-    scored = results(projected)
-    first, second = feature_files(projected)
-    shutil.copy(first, first.with_name("0123456789abcdef.npz"))
-    run_stage(evaluate, projected)
-    assert results(projected) == scored
-    shutil.copy(first, second)
-    run_stage(evaluate, projected)
-    assert f"{first.stem}, not" in caplog.text and second.name in caplog.text
-    assert results(projected)["scores"] == scored["scores"]
 
 
 def test_a_bound_of_another_key_or_of_fewer_images_or_timesteps_is_made_again(sampled, caplog):
