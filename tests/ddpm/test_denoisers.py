@@ -34,9 +34,7 @@ def test_the_network_is_the_posterior_mean_by_bayes_rule(predict):
         expected = sum(w * x for w, x in zip(weights, x_n, strict=True)) / sum(weights)
         torch.testing.assert_close(found[i], expected, rtol=0, atol=1e-9)
         torch.testing.assert_close(in_parts[i], expected, rtol=0, atol=1e-9)
-
-
-def test_no_image_is_too_far_for_float32():
+    # No image is too far for float32.
     x_t = torch.tensor([-50.0, 0, 50])[:, None, None, None].expand(3, 1, 2, 3)
     found = compute_posterior_mean(x_t, torch.full((3,), 0.9999, dtype=torch.float64), IMAGES, chunk=3)
     assert found.isfinite().all() and found.abs().max() <= 1 + 1e-6
@@ -52,10 +50,6 @@ def denoise(x_t, t, context=None):
 
 def noise(t, rows):
     return draw_normal(7, Stream.NLL, t, INDEX[rows], (1, 4, 4)).double()
-
-
-def images() -> torch.Tensor:
-    return draw_normal(0, Stream.FIGURES, 0, INDEX, (1, 4, 4)).clamp(-1, 1).double()
 
 
 def test_its_error_is_that_of_the_exact_posterior_of_gaussian_data():
@@ -79,7 +73,8 @@ def test_a_profile_belongs_to_its_schedule_and_variance_and_stands_a_singular_co
 
 
 def test_every_drawn_term_is_the_full_tables_entry_and_the_weights_add_up_to_the_table():
-    diffusion, x_0, calls = Diffusion(CONFIG), images(), []
+    diffusion, calls = Diffusion(CONFIG), []
+    x_0 = draw_normal(0, Stream.FIGURES, 0, INDEX, (1, 4, 4)).clamp(-1, 1).double()
     q = compute_profile(diffusion, torch.full((16,), 0.3).double())
     full = compute_bits_per_dim(diffusion, denoise, x_0, noise)
     t, weights = draw_timesteps(q, 7, INDEX, 12)

@@ -24,8 +24,7 @@ def test_alpha_bar_of_the_authors_schedules(name, middle, last):
     alpha_bar = torch.cumprod(1 - schedules.compute_betas(name, 1000, 1e-4, 0.02), 0)
     for value, printed in ((alpha_bar[499], middle), (alpha_bar[999], last)):
         digits = len(printed.split("e")[0].split(".")[1])
-        text = f"{float(value):.{digits}e}" if "e" in printed else f"{float(value):.{digits}f}"
-        assert text == printed
+        assert f"{float(value):.{digits}{'e' if 'e' in printed else 'f'}}" == printed
 
 
 def test_cosine_is_squared_cosine_with_a_cap():

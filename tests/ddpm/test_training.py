@@ -37,16 +37,14 @@ def config(**changes):
     return dataclasses.replace(CONFIG, **changes)
 
 
-def small_state(
-    settings, dropout=0.0, memory_format=torch.channels_last, seed=3, diffusion=DIFFUSION, **model
-):
+def small_state(settings, seed=3, diffusion=DIFFUSION, **model):
     """A small U-Net whose branches are awake: at its initial weights nearly no gradient passes them."""
-    net = build_network(dataclasses.replace(UNET, dropout=dropout, **model), 8, 1, 1, seed=2)
+    net = build_network(dataclasses.replace(UNET, **model), 8, 1, 1, seed=2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in net.parameters():
             p += 0.1 * torch.randn(p.shape, generator=generator)
-    return TrainState(settings, net.to(memory_format=memory_format), diffusion.config)
+    return TrainState(settings, net.to(memory_format=torch.channels_last), diffusion.config)
 
 
 def step(state, settings, rows=ROWS, diffusion=DIFFUSION, **kwargs):
@@ -177,17 +175,6 @@ def test_tf32_is_on_in_tf32_alone_and_restored(precision, monkeypatch):
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
-def mean_over_workers(settings, cuts, **net_settings):
-    """Return the mean of the workers' gradients, as DDP computes it, and of their losses."""
-    found, loss = [], 0.0
-    for start, stop in cuts:
-        state = small_state(settings, **net_settings)
-        metrics = step(state, settings, ROWS[start:stop], world_size=len(cuts))
-        found.append(gradients(state))
-        loss += metrics["loss"].item() / len(cuts)
-    return {name: sum(g[name] for g in found) / len(cuts) for name in found[0]}, loss
-
-
 @pytest.mark.parametrize(
     "accumulate, cuts", [(2, [(0, 4), (4, 8)]), (3, [(0, 3), (3, 8)]), (8, [(0, 1), (1, 8)])]
 )
@@ -198,7 +185,12 @@ def test_whatever_the_cut_of_the_batch_its_loss_gradient_and_dropped_units_stay(
     found = step(parts, dataclasses.replace(settings, accumulate=accumulate))
     assert found["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-6)
     assert found["grad_norm"].item() == pytest.approx(expected["grad_norm"].item(), rel=1e-5)
-    workers, loss = mean_over_workers(settings, cuts, dropout=0.4)
+    workers, loss = [], 0.0  # whose gradients DDP averages
+    for start, stop in cuts:
+        worker = small_state(settings, dropout=0.4)
+        loss += step(worker, settings, ROWS[start:stop], world_size=len(cuts))["loss"].item() / len(cuts)
+        workers.append(gradients(worker))
+    workers = {name: sum(its[name] for its in workers) / len(cuts) for name in workers[0]}
     assert loss == pytest.approx(expected["loss"].item(), rel=1e-6)
     assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
     assert_close(workers, gradients(whole), rtol=1e-4, atol=1e-6)
@@ -273,13 +265,6 @@ def test_importance_weights_reach_loss_and_gradient():
         assert all(torch.isclose(kept, value, rtol=1e-5).any() for value in newest)
 
 
-def test_a_memory_format_changed_too_late_is_refused():
-    state = small_state(CONFIG, memory_format=torch.contiguous_format)
-    state.net.to(memory_format=torch.channels_last)
-    with pytest.raises(RuntimeError, match="memory format"):
-        step(state, CONFIG)
-
-
 def test_the_state_has_its_names_and_loading_names_what_does_not_fit_and_changes_nothing():
     state = small_state(config(ema_decay=(0.9, 0.99)))
     parts = ("net", "ema.0", "ema.1", "adam.exp_avg", "adam.exp_avg_sq")
@@ -296,6 +281,9 @@ def test_the_state_has_its_names_and_loading_names_what_does_not_fit_and_changes
     assert "1 missing (net.conv_in.bias)" in message and "1 unexpected (net.extra)" in message
     assert "net.conv_out.bias is (6,) float32, not (1,) float32" in message and "\n" not in message
     assert all(torch.equal(before[name], tensor) for name, tensor in state.state_dict().items())
+    state.net.to(memory_format=torch.contiguous_format)
+    with pytest.raises(RuntimeError, match="memory format"):
+        step(state, CONFIG)  # it was changed too late
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,7 @@ def reread(runs) -> list[ComparedRun]:
 
 @pytest.fixture
 def four(tmp_path):
-    found = []
-    scores = ((30.0, 1.0), (10.0, 2.0), (20.0, 4.0), (40.0, 3.0))
+    found, scores = [], ((30.0, 1.0), (10.0, 2.0), (20.0, 4.0), (40.0, 3.0))
     for (beta, dropout), (fid, is_mean) in zip(SPACE, scores, strict=True):
         swept = {"diffusion.beta_schedule": beta, "model.dropout": dropout}
         overrides = (f"{key}={value}" for key, value in swept.items())
@@ -58,14 +57,13 @@ def page(runs, folder, metric: str = "fid", note: str = "") -> str:
 
 
 def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, undrawn):
-    for metric, order in (
-        ("fid", ["linear-0.1", "cosine-0.2", "linear-0.2", "cosine-0.1"]),
-        ("is_mean", ["cosine-0.2", "cosine-0.1", "linear-0.1", "linear-0.2"]),  # more is better
+    for metric, order, words in (
+        ("fid", ["linear-0.1", "cosine-0.2", "linear-0.2", "cosine-0.1"], "lowest FID"),
+        ("is_mean", ["cosine-0.2", "cosine-0.1", "linear-0.1", "linear-0.2"], "highest IS"),
     ):
         markdown = page(four, tmp_path / "page", metric)
         assert re.findall(r"^\| \d\. (\S+) \|", markdown, re.MULTILINE) == order
-        words = f"has the {METRICS[metric].best_word} {METRICS[metric].heading} of 4"
-        assert f"> **{order[0]} {words}" in markdown
+        assert f"> **{order[0]} has the {words} of 4" in markdown
     assert "Compared with the paper" not in markdown
 
 
@@ -74,9 +72,8 @@ def test_other_protocols_are_not_ranked_with_the_rest(four, tmp_path, undrawn, o
     score(four[1], other, fid=1.0)
     markdown = page(four, tmp_path / "page")
     assert "> **No common order: the runs were scored by 2 protocols" in markdown
-    assert re.findall(r"^\| (\d)\. (\S+) \|", markdown, re.MULTILINE) == [
-        ("1", "cosine-0.2"), ("2", "linear-0.2"), ("3", "cosine-0.1"), ("1", "linear-0.1")
-    ]  # fmt: skip
+    found = " ".join(re.findall(r"^\| (\d\. \S+) \|", markdown, re.MULTILINE))
+    assert found == "1. cosine-0.2 2. linear-0.2 3. cosine-0.1 1. linear-0.1"
     assert str(next(iter(other.values()))) in markdown
 
 
@@ -93,15 +90,13 @@ def test_how_samples_were_drawn_is_compared_and_a_run_without_the_score_named(fo
 def test_losses_share_a_panel_only_under_the_same_objective(four, tmp_path, undrawn):
     markdown = page(four, tmp_path / "page")
     assert "2 objectives" in markdown
-    titles = ["Loss, beta_schedule linear", "Loss, beta_schedule cosine"]
-    assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == titles
+    titles = re.findall(r"!\[(Loss.*?), smoothed\]", markdown)
+    assert titles == ["Loss, beta_schedule linear", "Loss, beta_schedule cosine"]
     markdown = page(four[:2], tmp_path / "page")
     assert re.findall(r"!\[(Loss.*?), smoothed\]", markdown) == ["Loss"] and "the same objective" in markdown
     for loss, same in (("simple", True), ("vlb", False)):
-        one, other = (
-            compared(tmp_path, f"diffusion.loss={loss}", f"diffusion.variance={variance}").objective
-            for variance in ("fixedlarge", "fixedsmall")
-        )
+        words = ((f"diffusion.loss={loss}", f"diffusion.variance=fixed{size}") for size in ("large", "small"))
+        one, other = (compared(tmp_path, *its).objective for its in words)
         assert (one == other) is same
 
 
@@ -110,17 +105,14 @@ def test_two_swept_keys_make_a_matrix(four):
     matrix = comparison.arrange_pictures(four[:3], files, ["diffusion.beta_schedule", "model.dropout"])
     assert isinstance(matrix, comparison.PictureMatrix) and not matrix.has_captions
     assert matrix.columns == ["linear", "cosine"]
-    assert [(row, [[p.name for p in found] for found in cells]) for row, cells in matrix.rows] == [
-        ("0.1", [["linear-0.1.png"], []]), ("0.2", [["linear-0.2.png"], ["cosine-0.2.png"]])
-    ]  # fmt: skip
+    found = {row: [[picture.name for picture in cell] for cell in cells] for row, cells in matrix.rows}
+    assert found == {"0.1": [["linear-0.1.png"], []], "0.2": [["linear-0.2.png"], ["cosine-0.2.png"]]}
 
 
 def test_scores_are_drawn_against_the_swept_number_with_the_most_values(tmp_path, monkeypatch):
     """Two lines of three lengths; seeds are the error of a point, and a number of two values makes no axis."""
     drawn, runs = [], []
-    monkeypatch.setattr(
-        comparison, "save_picture", lambda folder, name, panel, _: drawn.append(panel) or name
-    )
+    monkeypatch.setattr(comparison, "save_picture", lambda _, name, panel, __: drawn.append(panel) or name)
     scores = {(0.0, 20): 9.0, (0.0, 5): 30.0, (0.0, 80): 4.0, (1.0, 5): 20.0, (1.0, 20): 8.0, (1.0, 80): 6.0}
     for seed in (0, 1):
         for (eta, steps), fid in scores.items():

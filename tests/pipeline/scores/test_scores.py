@@ -1,6 +1,7 @@
 """Features and scores, held by torch-fidelity's own call on the same images and by closed forms."""
 
 import pickle
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -228,10 +229,8 @@ def test_gaussian_has_the_mean_and_covariance_and_rows_of_their_own():
     assert np.array_equal(noise[7:9], image_sets.draw_noise_images(7, 9, (3, 4, 4)))
 
 
-@pytest.fixture(scope="module")
-def he_inception(tmp_path_factory):
-    """A weights file of Inception as He initialises it: with the default initialisation features vanish and
-    any input scores zero."""
+def test_inception_from_a_local_file_equals_torch_fidelitys_call(tmp_path, monkeypatch):
+    """All but the FID, whose eigenvalues take long, and the shuffled IS. Weights are as He initialises them."""
     with pytest.MonkeyPatch.context() as patch:
         module = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
         patch.setattr(module, lambda *_, **__: {})
@@ -242,15 +241,9 @@ def he_inception(tmp_path_factory):
         if isinstance(layer, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             layer.weight.data *= 1.15  # pooling takes a share of the variance
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(net.state_dict(), path)
-    return path
-
-
-def test_inception_from_a_local_file_equals_torch_fidelitys_call(he_inception, tmp_path, monkeypatch):
-    """All but the FID, whose eigenvalues take long: the next test has it, and the shuffled IS."""
+    torch.save(net.state_dict(), tmp_path / "weights.pth")
     monkeypatch.setattr(scores, "SPLITS", 2)  # a split of one image has a score of 1, whatever it shows
-    network = Extractor(inception.NAME, *inception.copy_weights(str(he_inception), tmp_path))
+    network = Extractor(inception.NAME, *inception.copy_weights(str(tmp_path / "weights.pth"), tmp_path))
     assert network.name.startswith("inception-v3-compat-") and not network.is_published
     coarse = image_sets.draw_noise_images(0, 10, (3, 4, 4)).repeat(8, axis=2).repeat(8, axis=3)
     noise, pale = coarse[:5], coarse[5:] // 2 + 64
@@ -290,11 +283,8 @@ def test_other_weights_are_named_and_read_as_tensors_only(content, message, tmp_
 
 
 def test_missing_inception_weights_say_where_to_put_them_and_damaged_ones_are_refused(tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError("no route to host")
-
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=OSError("no route to host")))
     with pytest.raises(PipelineError, match=r"no route to host.*evaluate\.extractor_weights.*6726825d\.pth"):
         inception.copy_weights(None, tmp_path)
     inception.locate_download().write_bytes(b"half")

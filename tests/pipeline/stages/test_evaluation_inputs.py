@@ -79,19 +79,18 @@ def test_neither_other_statistics_nor_features_of_other_images_are_taken_for_the
     ],
 )
 def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
-    changed = isinstance(shapes, str)
-    images = [np.zeros(shape, np.uint8) for shape in ([(8, 8)] * 6 if changed else shapes)]
+    images = [np.zeros(shape, np.uint8) for shape in ([(8, 8)] * 6 if isinstance(shapes, str) else shapes)]
     pngs = [b"not a PNG" if shapes == "no PNG" else tars.encode_png(image) for image in images]
     records = (tars.Record(f"{i:08d}", png, None) for i, png in enumerate(pngs))
-    facts = tars.write_tar(tmp_path / "00000.tar", records)
-    sha256 = "another" if shapes == "changed" else facts["sha256"]
-    shard = tars.Shard(tmp_path, "00000.tar", "samples", 0, 6, sha256)
+    written = tars.write_tar(tmp_path / "00000.tar", records)["sha256"]
+    shard = tars.Shard(tmp_path, "00000.tar", "samples", 0, 6, "another" if shapes == "changed" else written)
     with pytest.raises(PipelineError, match=message) as refused:
         write_shard_features(one_cpu().context, None, shard, (1, 8, 8), tmp_path / "features.npz")
     assert "\n" not in str(refused.value)
 
 
-def test_a_bound_of_another_key_or_of_fewer_images_or_timesteps_is_made_again(sampled, caplog):
+def test_a_bound_of_another_key_or_shape_or_of_other_weights_is_made_again(sampled, caplog):
+    """Deleted weights leave it."""
     other = scoring(sampled, decoder="erf")
     run_stage(evaluate, sampled)
     run_stage(evaluate, other)
@@ -105,10 +104,6 @@ def test_a_bound_of_another_key_or_of_fewer_images_or_timesteps_is_made_again(sa
         write_unit_arrays(ours, **{**whole, "terms": whole["terms"][cut]})
         with pytest.raises(PipelineError, match=r"terms of shape \((3, 20|4, 19)\), not \(4, 20\)"):
             run_stage(evaluate, sampled)
-
-
-def test_other_weights_make_the_bound_again_and_deleted_ones_leave_it(sampled):
-    run_stage(evaluate, sampled)
     before = results(sampled)["scores"]["nll_bpd"]
     with_weights(sampled, scale=0.5)
     assert not evaluate.STAGE.is_done(sampled)
@@ -172,11 +167,9 @@ def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, me
 
 def test_statistics_are_read_by_name_whatever_lies_beside_them(tmp_path, monkeypatch):
     """Images, objects, an n of shape (1,), the other byte order; a size is looked at first."""
-    draw = np.random.default_rng(0).normal(size=(200, 64))
-    held = {"n": np.array([200]), "mu": draw.mean(axis=0).astype(">f8")}
-    beside = np.array([{}], dtype=object)
-    found = load_user_statistics(Path(statistics(tmp_path / "their.npz", arr_0=beside, **held)), 64)
-    assert found.n == 200 and found.mu.dtype == np.float64 and np.allclose(found.mu, draw.mean(axis=0))
+    held = {"n": np.array([200]), "mu": np.arange(64.0).astype(">f8"), "arr_0": np.array([{}], dtype=object)}
+    found = load_user_statistics(Path(statistics(tmp_path / "their.npz", **held)), 64)
+    assert found.n == 200 and found.mu.dtype == np.float64 and np.array_equal(found.mu, np.arange(64.0))
     monkeypatch.setattr(reference, "LARGEST", 1000)
     with pytest.raises(PipelineError, match=r"has sigma of more than 1,000 bytes"):
         load_user_statistics(tmp_path / "their.npz", 64)

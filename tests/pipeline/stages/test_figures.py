@@ -99,41 +99,38 @@ def test_samples_stand_in_a_square_and_progressive_ends_in_them(drawn):
 def test_steps_compares_chains_without_and_with_fresh_noise(drawn):
     shown = cells(drawn.figures / "steps.png")
     assert shown.shape[:2] == (8, 4), "10 and 20 steps of T = 20, twice, by two samplers"
-    index, shape = torch.arange(4), drawn.experiment.data.shape
     net, diffusion = load_model(drawn, torch.device("cpu")).net, Diffusion(drawn.experiment.diffusion)
+    same = {"index": torch.arange(4), "shape": drawn.experiment.data.shape, "seed": drawn.experiment.seed}
     solver = {"sampler": "dpm++", "steps": 10, "eta": 1.0}
-    for row, column, how in (
-        (0, 1, {"sampler": "ddim"}), (0, 2, {"variance": "fixedsmall", "steps": 10}), (1, 2, solver),
-    ):  # fmt: skip
-        chain = {"index": index, "shape": shape, "seed": drawn.experiment.seed, **how}
-        *_, last = run_image_chains(diffusion, net, **chain)
+    plain = {"variance": "fixedsmall", "steps": 10}
+    for row, column, how in ((0, 1, {"sampler": "ddim"}), (0, 2, plain), (1, 2, solver)):
+        *_, last = run_image_chains(diffusion, net, **same, **how)
         assert nearly_equal(shown[row::2, column], to_uint8(last.x_t.clamp(-1, 1))[:, 0])
 
 
-def plain_end(run, image, pair, steps):
-    """The source diffused by so many steps with the pair's noise, and reversed: no mixing anywhere."""
-    experiment, index = run.experiment, torch.tensor([pair])
-    diffusion, net = Diffusion(experiment.diffusion), load_model(run, torch.device("cpu")).net
-    eps = draw_normal(experiment.seed, Stream.FIGURES, len(diffusion), index, image.shape)
-    x_t = diffusion.q_sample(from_uint8(image)[None], torch.tensor([steps - 1]), eps)
+def plain_end(run, x_t, stream, index, steps):
+    """So many steps back with the noise of a stream: no mixing anywhere."""
+    net = load_model(run, torch.device("cpu")).net
 
     def noise(t):
-        return draw_normal(experiment.seed, Stream.FIGURES, t, index, image.shape)
+        return draw_normal(run.experiment.seed, stream, t, index, x_t.shape[1:])
 
+    diffusion = Diffusion(run.experiment.diffusion)
     *_, last = run_chain(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
-    return to_uint8(last.x_t)[0, 0]
+    return to_uint8(last.x_t)
 
 
 def test_interpolation_at_lambda_0_and_1_is_the_plain_chains_and_without_a_step_mixes_pixels(drawn):
     shown = cells(drawn.figures / "interpolation.png")
     assert shown.shape[:2] == (4, 13)
     test_images = torch.from_numpy(tars.load_images(drawn.data, "test", 0, 8)[0])
-    for pair in range(4):
-        a, b = test_images[2 * pair], test_images[2 * pair + 1]
-        assert np.array_equal(shown[pair, 0], a[0]) and np.array_equal(shown[pair, 12], b[0])
-        assert nearly_equal(shown[pair, 1], plain_end(drawn, a, pair, 10))
-        assert nearly_equal(shown[pair, 11], plain_end(drawn, b, pair, 10))
-        assert not nearly_equal(shown[pair, 1], shown[pair, 11])
+    index, diffusion = torch.arange(4), Diffusion(drawn.experiment.diffusion)
+    eps = draw_normal(drawn.experiment.seed, Stream.FIGURES, len(diffusion), index, (1, 8, 8))
+    for images, its, mixed in ((test_images[::2], 0, 1), (test_images[1::2], 12, 11)):
+        assert np.array_equal(shown[:, its], images[:, 0])
+        x_t = diffusion.q_sample(from_uint8(images), torch.full((4,), 9), eps)
+        assert nearly_equal(shown[:, mixed], plain_end(drawn, x_t, Stream.FIGURES, index, 10)[:, 0])
+    assert not any(nearly_equal(row[1], row[11]) for row in shown)
     # Coarse to fine goes from all steps to the pixels.
     first, shown = shown[0], cells(drawn.figures / "coarse_to_fine.png")
     assert shown.shape[:2] == (9, 13) and np.array_equal(shown[4], first), "the row of t = T/2"
@@ -146,17 +143,10 @@ def test_interpolation_at_lambda_0_and_1_is_the_plain_chains_and_without_a_step_
 
 
 def test_a_shared_latent_lies_on_the_samples_chain(drawn):
-    diffusion, index = Diffusion(drawn.experiment.diffusion), torch.arange(3)
-    net = load_model(drawn, torch.device("cpu")).net
     for steps in (20, 10, 5):
         x_t, children = chains.draw_from_latents(one_cpu().context, drawn, 3, steps)
-
-        def noise(t):
-            return draw_normal(drawn.experiment.seed, Stream.REVERSE, t, index, (1, 8, 8))
-
-        *_, last = run_chain(diffusion, net, x_t, noise, variance="fixedsmall", timesteps=range(steps))
-        assert nearly_equal(to_uint8(last.x_t), samples_of(drawn, 3))
-        assert children.shape == (9, 1, 8, 8)
+        last = plain_end(drawn, x_t, Stream.REVERSE, torch.arange(3), steps)
+        assert nearly_equal(last, samples_of(drawn, 3)) and children.shape == (9, 1, 8, 8)
     shown = cells(drawn.figures / "shared_latents.png").astype(float)
     assert shown.shape[:2] == (4, 16)
     spread = [shown[:, at + 1 : at + 4].std(axis=1).mean() for at in (0, 4, 8, 12)]

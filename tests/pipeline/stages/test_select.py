@@ -101,28 +101,24 @@ def test_what_was_done_is_not_done_again_and_new_checkpoints_join(trained, caplo
     assert run_stage(select, longer) == [] and is_done(longer), "what is damaged is made again"
 
 
-def test_an_interruption_leaves_no_candidate(trained):
+def test_an_interruption_leaves_no_candidate_and_a_lack_of_candidates_is_said(trained, caplog):
     save(trained, 5, 1.0)
     every = scoring(trained, checkpoints="all")
     ended = change(every, "train", steps=5)
     found = [list(selection.list_candidates(asked)) for asked in (trained, every, ended)]
     assert found == [[2, 4, 6], [2, 4, 6], [2, 4, 5]]
-
-
-def test_nothing_to_choose_from_and_less_than_asked_for_are_said(trained, caplog):
     shutil.rmtree(trained.locate_step(2))
     with caplog.at_level(logging.WARNING):
         next(list_rounds(select.STAGE, trained))
     assert "2 of 3 checkpoints are there" in caplog.text
     for step in (4, 6):
         shutil.rmtree(trained.locate_step(step))
-    save(trained, 5, 1.0)
     with pytest.raises(PipelineError, match=r"no checkpoint for .*checkpoints=every:2 \(there are: 5\)"):
         next(list_rounds(select.STAGE, trained))
 
 
-SCORED = ["evaluate.metrics=[fid]", "evaluate.features=projection", "evaluate.checkpoints=every:2"]
-WORDS = [*SCORED, "sample.checkpoint=best", "train.keep=1", "figures.which=[samples]"]
+WORDS = ["evaluate.metrics=[fid]", "evaluate.features=projection", "evaluate.checkpoints=every:2"]
+WORDS += ["sample.checkpoint=best", "train.keep=1", "figures.which=[samples]"]
 
 
 def ddpm(storage, *words, verb="run"):
@@ -132,25 +128,17 @@ def ddpm(storage, *words, verb="run"):
     return printed.getvalue()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, empty_store):
-    storage = tmp_path_factory.mktemp("best")
-    shutil.copy(empty_store, storage)
+def test_the_command_scores_the_best_and_status_and_mlflow_know_it(tmp_path, empty_store):
+    """In MLflow stand the curve, the choice, and other weights as a child."""
+    from mlflow.tracking import MlflowClient
+
+    shutil.copy(empty_store, storage := tmp_path)
     ddpm(storage, verb="train")
     ddpm(storage, "sample.weights=raw", "sample.checkpoint=4", "evaluate.checkpoints=null", verb="evaluate")
     ddpm(storage)
     (run,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
-    return storage, run
-
-
-def choice(run):
     (path,) = run.glob("selection/*/selection.json")
-    return json.loads(path.read_text())
-
-
-def test_the_command_scores_the_best_and_status_knows_it(finished):
-    storage, run = finished
-    found = choice(run)
+    found = json.loads(path.read_text())
     on_curve = {score["evaluation"] for score in found["scores"]}
     files = [path for path in run.glob("evaluation/*/metrics.json") if path.parent.name not in on_curve]
     others = [json.loads(path.read_text())["protocol"] for path in files]
@@ -165,19 +153,13 @@ def test_the_command_scores_the_best_and_status_knows_it(finished):
     with redirect_stdout(io.StringIO()) as printed:
         assert main(["status", f"cluster.storage={storage}"]) == 0
     assert f"best step {best}:" in printed.getvalue()
-
-
-def test_mlflow_has_the_curve_the_choice_and_other_weights_as_a_child(finished):
-    from mlflow.tracking import MlflowClient
-
-    storage, run = finished
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     (parent,) = (r for r in runs if "mlflow.parentRunId" not in r.data.tags)
     (child,) = (r for r in runs if "mlflow.parentRunId" in r.data.tags)
     curve = {p.step: p.value for p in client.get_metric_history(parent.info.run_id, "selection/fid")}
-    assert curve == {score["step"]: score["fid"] for score in choice(run)["scores"]}
-    assert parent.data.metrics["selection/best_step"] == choice(run)["best"]
+    assert curve == {score["step"]: score["fid"] for score in found["scores"]}
+    assert parent.data.metrics["selection/best_step"] == best
     assert parent.data.tags["protocol.checkpoint_rule"].startswith("best of 3 ")
     assert (parent.data.tags["protocol.weights"], child.data.tags["weights"]) == ("ema", "raw")
     (metrics,) = run.glob(f"evaluation/{child.data.tags['evaluation_key']}/metrics.json")
