@@ -56,21 +56,21 @@ def write_batches(folder: Path, labels: list) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", ["same", "another order", "one pixel", "one image twice", "short"])
+ALL = [*range(12)]
+ROWS = {
+    "same": ALL, "another order": [*ALL[7::-1], *ALL[8:]], "one image twice": [0, 0, *ALL[2:]], "short": ALL[:9],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*ROWS, "one pixel"])
 def test_cifar10_is_known_by_its_pixels(tmp_path, monkeypatch, case):
     images = noise(12, 32, 32, 3)
     chw = images.transpose(0, 3, 1, 2)
     parts = {"train": chw[:8], "test": chw[8:]}
     digests = {split: (len(x), cifar10.hash_images(x)) for split, x in parts.items()}
     monkeypatch.setattr(cifar10, "PIXELS", digests)
-    if case == "another order":
-        images[:8] = images[7::-1]
-    elif case == "one pixel":
-        images[9, 5, 5, 1] ^= 1
-    elif case == "one image twice":
-        images[1] = images[0]
-    elif case == "short":
-        images = images[:9]
+    images[9, 5, 5, 1] ^= case == "one pixel"
+    images = images[ROWS.get(case, ALL)]
     splits: dict[str, list] = {"train": [], "test": []}
     for number, (split, part) in enumerate(zip(("train", "train", "test"), np.split(images, 3), strict=True)):
         records = [Record(str(i), encode_png(image), 1) for i, image in enumerate(part)]
@@ -78,7 +78,11 @@ def test_cifar10_is_known_by_its_pixels(tmp_path, monkeypatch, case):
     assert cifar10.is_official(tmp_path, splits) == (case in ("same", "another order"))
 
 
-def test_images_that_only_claim_to_be_cifar10_are_said(tmp_path, caplog):
+def test_images_that_only_claim_to_be_cifar10_are_said_and_nested_labels_do_not_unfold(tmp_path, caplog):
+    labels = [0, 0]
+    for _ in range(30):
+        labels = [labels, labels]
+    assert_read_fails("is no CIFAR-10 batch", "cifar10", write_batches(tmp_path, labels), image_size=32)
     data = config("cifar10", write_batches(tmp_path, [0, 1, 2, 3]), image_size=32, labels=10)
     with caplog.at_level(logging.WARNING):
         assert seal(data, tmp_path)["official"] is False
@@ -171,18 +175,12 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
     assert reader("parquet", tmp_path / "hub").splits == {"train": 3}
 
 
-NAMES = "parquet/train-0.parquet npy/images.npy lmdb/data.mdb cifar10/data_batch_1"
-
-
-@pytest.mark.parametrize("file", NAMES.split())
-def test_a_fifo_is_no_file_of_any_source(tmp_path, file):
-    source, name = file.split("/")
-    os.mkfifo(tmp_path / name)
-    for path in (tmp_path, tmp_path / name):
-        assert_fingerprint_fails(tmp_path.name, source, path, image_size=32)
-
-
-def test_names_are_bytes(tmp_path):
+def test_a_fifo_is_no_file_of_any_source_and_names_are_bytes(tmp_path):
+    names = {"parquet": "train-0.parquet", "npy": "images.npy", "lmdb": "data.mdb", "cifar10": "data_batch_1"}
+    for source, name in names.items():
+        os.mkfifo(tmp_path / name)
+        for path in (tmp_path, tmp_path / name):
+            assert_fingerprint_fails(tmp_path.name, source, path, image_size=32)
     save(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")), noise(8, 8, 3))
     assert sources.compute_fingerprint(config("folder", tmp_path), None)
     with pytest.raises(PipelineError, match="resize=crop") as error:
@@ -277,8 +275,8 @@ def test_a_picture_of_too_many_pixels_is_refused_without_pillows_words(tmp_path,
 
 
 def test_columns_may_hold_bare_bytes_and_that_of_the_images_can_be_named(tmp_path):
+    labels = pyarrow.array([0, 1, 2], pyarrow.uint8())
     for kind in (pyarrow.binary(), pyarrow.large_binary()):
-        labels = pyarrow.array([0, 1, 2], pyarrow.uint8())
         table = pyarrow.table({"jpg": pyarrow.array(encode_numbered(3), kind), "label": labels})
         parquet.write_table(table, tmp_path / "a.parquet")
         assert numbers(config("parquet", tmp_path)) == [0, 1, 2]
@@ -292,13 +290,10 @@ def test_columns_may_hold_bare_bytes_and_that_of_the_images_can_be_named(tmp_pat
 
 @pytest.mark.parametrize("source", ["npy", "parquet"])
 def test_the_first_images_of_a_split_mix_the_classes(tmp_path, source):
-    labels = np.repeat(np.arange(4), 10)
+    labels, data = np.repeat(np.arange(4), 10), config(source, tmp_path, labels=4)
     for part in ("train", "test"):
-        if source == "npy":
-            write_arrays(tmp_path, **{f"{part}_images": draw_numbered(40), f"{part}_labels": labels})
-        else:
-            write_parquet(tmp_path / f"{part}-0.parquet", encode_numbered(40), labels.tolist())
-    data = config(source, tmp_path, labels=4)
+        write_arrays(tmp_path, **{f"{part}_images": draw_numbered(40), f"{part}_labels": labels})
+        write_parquet(tmp_path / f"{part}-0.parquet", encode_numbered(40), labels.tolist())
     for part in ("train", "test"):
         classes, found = [record.label for record in read(data, part)], numbers(data, part)
         assert len(set(classes[:10])) == 4 and sorted(found) == list(range(40))
@@ -327,13 +322,6 @@ def test_cifar10_is_refused_by_a_size_that_no_batch_has(tmp_path, kind):
         with gzip.open(place, "wb") as file:
             file.write(header.tobuf() + bytes(2**20))
     assert_fingerprint_fails(f"{name} has 6,442,450,944 bytes", "cifar10", place, image_size=32)
-
-
-def test_nested_labels_of_a_batch_do_not_unfold(tmp_path):
-    labels = [0, 0]
-    for _ in range(30):
-        labels = [labels, labels]
-    assert_read_fails("is no CIFAR-10 batch", "cifar10", write_batches(tmp_path, labels), image_size=32)
 
 
 @pytest.mark.parametrize("seed", range(4))

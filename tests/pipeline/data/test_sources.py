@@ -78,8 +78,8 @@ def write_numbered(source: str, root: Path, count: int = 18) -> Path:
 
 
 def test_the_permutation_is_fixed():
+    """Golden values, from Philox4x64-10 with key 0: they must never change, or every split would."""
     assert sorted(base.make_fixed_permutation(1000)) == list(range(1000))
-    # Golden values, from Philox4x64-10 with key 0: they must never change, or every split would.
     assert base.make_fixed_permutation(10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
 
 
@@ -222,7 +222,7 @@ def pack(batches: Path, archive: Path) -> Path:
     return archive
 
 
-def test_official_archive_equals_its_unpacked_folder(batches, tmp_path):
+def test_official_archive_equals_its_unpacked_folder_and_broken_batches_are_named(batches, tmp_path):
     archive, expected = pack(batches, tmp_path / "elsewhere.tar.gz"), noise(24, 3072).reshape(24, 3, 32, 32)
     forms = [config("cifar10", path, image_size=32, labels=10) for path in (archive, batches, batches.parent)]
     assert np.array_equal(pixels(forms[1]), expected[:20])
@@ -230,6 +230,13 @@ def test_official_archive_equals_its_unpacked_folder(batches, tmp_path):
     assert [r.label for r in read(forms[1])] == [label for n in range(5) for label in (n, 1, 2, 9)]
     assert read(forms[0]) == read(forms[1]) == read(forms[2])
     assert len({sources.compute_fingerprint(data, None) for data in forms}) == 1
+    archive.write_bytes(archive.read_bytes()[:5000])
+    assert_fingerprint_fails(r"elsewhere\.tar\.gz cannot be read", "cifar10", archive)
+    broken = batches / "data_batch_2"
+    broken.write_bytes(broken.read_bytes()[:1000])
+    assert_read_fails("data_batch_2 is no CIFAR-10 batch", "cifar10", batches, image_size=32)
+    broken.unlink()
+    assert_fingerprint_fails("lacks data_batch_2", "cifar10", batches)
 
 
 def test_the_genuine_archive_is_known_before_it_is_here():
@@ -258,16 +265,6 @@ def test_the_unpickler_refuses_by_name_and_runs_nothing(batches, tmp_path, monke
     with pytest.raises(PipelineError, match=rf"data_batch_3 is no CIFAR-10 batch \(it asks for {name}"):
         read(config("cifar10", batches, image_size=32))
     assert not (tmp_path / "harmed").exists()
-
-
-def test_broken_official_batches_are_named(batches, tmp_path):
-    archive, broken = pack(batches, tmp_path / "a.tar.gz"), batches / "data_batch_2"
-    archive.write_bytes(archive.read_bytes()[:5000])
-    assert_fingerprint_fails(r"a\.tar\.gz cannot be read", "cifar10", archive)
-    broken.write_bytes(broken.read_bytes()[:1000])
-    assert_read_fails("data_batch_2 is no CIFAR-10 batch", "cifar10", batches, image_size=32)
-    broken.unlink()
-    assert_fingerprint_fails("lacks data_batch_2", "cifar10", batches)
 
 
 def test_a_download_is_compared_with_its_md5_and_fetched_once(batches, tmp_path, monkeypatch):
@@ -366,19 +363,11 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, kind):
     assert (len(rest), len(told), len({record.key for record in rest})) == (17, 1, 17)
 
 
-CLASSES = np.arange(12) % 4
-
-
-@pytest.mark.parametrize(
-    "labels",
-    [CLASSES, CLASSES[:, None].astype(np.uint8), np.eye(4)[CLASSES], np.eye(4, dtype=np.int64)[CLASSES]],
-)
-def test_npy_labels_of_every_form(tmp_path, labels):
-    data = config("npy", write_arrays(tmp_path, images=draw_numbered(12), labels=labels), labels=4)
-    assert [record.label for record in read(data)] == [number % 4 for number in numbers(data)]
-
-
-def test_npy_splits_and_names(tmp_path):
+def test_npy_labels_of_every_form_splits_and_names(tmp_path):
+    rows, eye = np.arange(12) % 4, np.eye(4)
+    for labels in (rows, rows[:, None].astype(np.uint8), eye[rows], eye.astype(np.int64)[rows]):
+        data = config("npy", write_arrays(tmp_path, images=draw_numbered(12), labels=labels), labels=4)
+        assert [record.label for record in read(data)] == [number % 4 for number in numbers(data)]
     images = noise(12, 8, 8, 3)
     two = write_arrays(tmp_path / "two", train_images=images[:8], test_images=images[8:])
     assert np.array_equal(pixels(config("npy", two), "test"), images[8:].transpose(0, 3, 1, 2))
