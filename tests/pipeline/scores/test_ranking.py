@@ -103,13 +103,11 @@ def ranks(runs: list[Place], metric=FID) -> list[list[tuple[str, str]]]:
 
 
 def test_seeds_are_one_row_with_their_spread():
-    runs = [
-        run(1, 0, 10.0), run(1, 1, 40.0), run(2, 0, 20.0), run(2, 1, 24.0), run(2, 2, 22.0), run(3, 0, None),
-    ]  # fmt: skip
+    fids = {(1, 0): 10.0, (1, 1): 40.0, (2, 0): 20.0, (2, 1): 24.0, (2, 2): 22.0, (3, 0): None}
+    runs = [run(*words, fid) for words, fid in fids.items()]
     (group,) = rank_runs(runs, FID)
-    assert [(point.name, point.rank, point.mean, len(point.runs)) for point in group.points] == [
-        ("lr=2", "1-2", 22.0, 3), ("lr=1", "1-2", 25.0, 2),
-    ]  # fmt: skip
+    found = [(point.name, point.rank, point.mean, len(point.runs)) for point in group.points]
+    assert found == [("lr=2", "1-2", 22.0, 3), ("lr=1", "1-2", 25.0, 2)]
     assert group.points[0].error == pytest.approx(2)
     found = describe_best([group], FID).replace("\u00a0", " ")
     assert found.startswith("lr=2 has the lowest FID of 2: 22.0 ± 2.0, mean of 3 seeds; 1 of the others")
@@ -118,13 +116,6 @@ def test_seeds_are_one_row_with_their_spread():
     assert [point.rank for point in apart.points] == ["1-2", "1-2", "3"]
     near = [run(lr, seed, 7.0 + 3 * lr + seed) for lr in (1, 2) for seed in range(3)]
     assert [rank for _, rank in ranks(near)[0]] == ["1", "2"], "the error of a mean over seeds is s / sqrt(3)"
-
-
-def scored(*rows: tuple[float, float | None], groups: int = 20) -> list[Place]:
-    return [
-        Place(name, {"x": name}, {"fid": value, "fid_se": error}, {"jackknife_groups": groups})
-        for name, (value, error) in zip("abcdefghijklmnopqrstuvwxyz", rows, strict=False)
-    ]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +132,12 @@ def scored(*rows: tuple[float, float | None], groups: int = 20) -> list[Place]:
     ],
 )  # fmt: skip
 def test_rows_that_their_errors_cannot_tell_from_the_best_share_a_rank(rows, groups, expected):
-    for runs in (scored(*rows, groups=groups), scored(*rows, groups=groups)[::-1]):
-        assert ", ".join(f"{name} {rank}" for name, rank in ranks(runs)[0]) == expected
+    runs = [
+        Place(name, {"x": name}, {"fid": value, "fid_se": error}, {"jackknife_groups": groups})
+        for name, (value, error) in zip("abcde", rows, strict=False)
+    ]
+    for its in (runs, runs[::-1]):
+        assert ", ".join(f"{name} {rank}" for name, rank in ranks(its)[0]) == expected
 
 
 def test_bounds_of_the_same_images_and_noise_are_compared_image_by_image():
@@ -170,9 +165,8 @@ def test_other_images_and_other_protocols_are_groups_of_their_own():
 
 
 def test_a_metric_is_found_by_name_or_family_and_has_its_direction():
-    assert [find_metric(word) for word in ("is", "kid_mean", "nope")] == [
-        METRICS["is_mean"], METRICS["kid_mean"], None
-    ]  # fmt: skip
+    found = [find_metric(word) for word in ("is", "kid_mean", "nope")]
+    assert found == [METRICS["is_mean"], METRICS["kid_mean"], None]
     runs = [Place("a", {"x": 1}, {"is_mean": 1.0}), Place("b", {"x": 2}, {"is_mean": 2.0})]
     assert ranks(runs, METRICS["is_mean"]) == [[("b", "1"), ("a", "2")]]
     assert ranks(runs, replace(METRICS["is_mean"], larger_is_better=False)) == [[("a", "1"), ("b", "2")]]
