@@ -131,8 +131,7 @@ def test_respaced_chain_agrees_with_the_oracle():
 
 @pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
 def test_algorithm_2_agrees_with_the_oracle(variance):
-    process = Process()
-    z = randn(21, seed=3).tolist()
+    process, z = Process(), randn(21, seed=3).tolist()
     x = start = z[20]
     for t in range(20, 0, -1):
         mean = process.mean_from_eps(x, math.tanh(x), t)
