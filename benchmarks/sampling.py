@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import subjects
 from benchmarks.harness import FLOOR, OURS, Outcome, Settings, offered, race
-from benchmarks.subjects import Way, contender, list_precisions, ways
+from benchmarks.subjects import FASTEST, Way, contender, list_precisions, ways
 from ddpm import Diffusion, run_image_chains
 from ddpm.precision import use_deterministic, use_precision
 
@@ -26,11 +26,9 @@ def run(settings: Settings) -> Outcome:
     for precision in list_precisions(settings):
         with use_precision(precision), use_deterministic(False):
             makers = []
-            if settings.on_gpu and precision == "bf16":
-                way = Way(precision, fused=True, graph=True)
-                makers.append(
-                    contender(settings, f"{OURS} {way}", partial(_ours, settings, way, batch, steps), images)
-                )
+            if settings.on_gpu and precision == FASTEST.precision:
+                body = partial(_ours, settings, FASTEST, batch, steps)
+                makers.append(contender(settings, f"{OURS} {FASTEST}", body, images))
             for way in ways(settings, precision):
                 makers += [
                     contender(settings, f"{OURS} {way}", partial(_ours, settings, way, batch, steps), images),
