@@ -54,6 +54,21 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
+@contextmanager
+def use_server(uri: str) -> Iterator[None]:
+    """Let those functions of MLflow that take no address ask `uri`; afterwards they ask what they asked before."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")  # set_tracking_uri sets it too
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)  # type: ignore[arg-type]  # as MLflow itself does
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
 def find_default_uri(storage: Path) -> str:
     return format_sqlite_uri(storage.resolve() / "mlflow.db")
 

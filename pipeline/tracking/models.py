@@ -21,7 +21,7 @@ from pipeline.store import checkpoint
 from pipeline.store.files import TEMPORARY, UMASK, read_json, write_json
 from pipeline.store.run import EXPERIMENT, Place, list_steps
 from pipeline.store.tensors import Tensors, load_tensors, save_tensors
-from pipeline.tracking.mlflow_client import create_client, read_pages, translate_errors
+from pipeline.tracking.mlflow_client import create_client, read_pages, translate_errors, use_server
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -93,9 +93,6 @@ def _write_model(folder: Path, files: Mapping[str, Path], card: Model, own: list
 
 def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -> str:
     """Make a logged model a version of `name` in the registry, once, and give it the alias; return its address."""
-    import mlflow
-
-    mlflow.set_tracking_uri(uri)  # a client looks there for the files of a version
     client = create_client(uri)
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
@@ -103,7 +100,10 @@ def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -
     search = partial(client.search_model_versions, f"name='{name}'")
     known = [found for found in read_pages(search) if found.source == source]
     if not known:
-        known.append(client.create_model_version(name, source, model.source_run_id, model_id=model.model_id))
+        with use_server(uri):  # the files of the version are looked up there
+            known.append(
+                client.create_model_version(name, source, model.source_run_id, model_id=model.model_id)
+            )
     version = known[0].version
     found = json.loads(client.get_logged_model(model.model_id).tags.get(VERSIONS_TAG, "[]"))
     if (entry := {"name": name, "version": version}) not in found:
@@ -128,9 +128,11 @@ def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, Tree,
         create_client(uri)
         import mlflow
 
-        mlflow.set_tracking_uri(uri)  # the client looks there for the name
         try:
-            files = Path(mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder)))
+            with use_server(uri):  # the name is looked up there
+                files = Path(
+                    mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder))
+                )
         except mlflow.MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise

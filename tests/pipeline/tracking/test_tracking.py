@@ -302,7 +302,9 @@ def test_a_registered_model_draws_its_samples_and_is_exported(
         assert main(["export", name, str(tmp_path / f"out{len(name)}"), *where]) == 0
     files = [load_file(path) for path in sorted(tmp_path.glob("out*/unet/*.safetensors"))]
     assert len(files) == 3 and all(torch.equal(files[0][key], each[key]) for each in files for key in each)
-    mlflow.set_tracking_uri(None)
+    assert (
+        "MLFLOW_TRACKING_URI" not in os.environ and not mlflow.is_tracking_uri_set()
+    )  # the caller's own stays
     monkeypatch.setenv("MLFLOW_TRACKING_URI", own_uri)
     again = pipeline.load("models:/digits@champion").sample(12)
     assert np.array_equal(to_uint8(again).permute(0, 2, 3, 1), drawn)
