@@ -67,24 +67,20 @@ def assert_refused(message: str, *arguments, error: type = PipelineError, **more
         read(*arguments, **more)
 
 
-def assert_computes_the_same(experiment: config.Experiment, theirs: UNet2DModel) -> None:
-    ours = checkpoint.create_network(experiment)
-    ours.load_state_dict(diffusers_layout.read_weights(experiment))
-    assert_same_outputs(experiment, ours.eval().requires_grad_(False), theirs)
-
-
 def assert_same_tensors(path: Path, theirs: UNet2DModel) -> None:
     ours = {diffusers_layout.translate_name(name): tensor for name, tensor in read(path).items()}
     torch.testing.assert_close(ours, dict(theirs.state_dict()), rtol=0, atol=0)
 
 
-def assert_same_outputs(experiment: config.Experiment, ours, theirs) -> None:
+def assert_computes_the_same(experiment: config.Experiment, theirs: UNet2DModel) -> None:
+    ours = checkpoint.create_network(experiment)
+    ours.load_state_dict(diffusers_layout.read_weights(experiment))
     side, generator = experiment.data.image_size, torch.Generator().manual_seed(1)
     x_t = torch.randn(3, experiment.data.channels, side, side, generator=generator)
     t = torch.tensor([0, 7, 999])
     expected = theirs(x_t, t).sample
     assert expected.std() > 0.1
-    torch.testing.assert_close(ours(x_t, t), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.eval()(x_t, t), expected, rtol=1e-5, atol=1e-5)
 
 
 def rewrite(path: Path, **changes) -> None:
@@ -155,9 +151,10 @@ def test_ema_and_raw_are_read_from_where_the_trainer_wrote_them(tmp_path):
         assert_refused(r"published\.weights", tmp_path / folder, weights=weights, error=ConfigError)
 
 
-@pytest.mark.parametrize(
-    "options", [{"variant": "fp16"}, {"max_shard_size": "20KB"}, {"variant": "x", "max_shard_size": "20KB"}]
-)
+SHARDS = {"max_shard_size": "20KB"}
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, SHARDS, {"variant": "x", **SHARDS}])
 @pytest.mark.parametrize("pickled", [False, True])
 def test_whatever_save_pretrained_writes_loads(tmp_path, options, pickled):
     folder = tmp_path / "models--g--d" / "snapshots" / "abc" / "unet"  # as in the Hub's cache
@@ -171,20 +168,13 @@ def test_whatever_save_pretrained_writes_loads(tmp_path, options, pickled):
         assert_refused("no complete", folder, error=ConfigError)
 
 
-class Harmful:
-    def __init__(self, proof: Path):
-        self.proof = proof
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.proof),)
-
-
 def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     publish(tmp_path, tiny_experiment(), pickled=True)
     proof = tmp_path / "it ran"
-    torch.save({"conv_in.weight": Harmful(proof)}, tmp_path / f"{FILE}.bin")
+    harmful = type("Harmful", (), {"__reduce__": lambda _: (os.mkdir, (str(proof),))})()
+    torch.save({"conv_in.weight": harmful}, tmp_path / f"{FILE}.bin")
     assert_refused("holds more than plain tensors", tmp_path)
-    (tmp_path / f"{FILE}.bin").write_bytes(pickle.dumps(Harmful(proof)))
+    (tmp_path / f"{FILE}.bin").write_bytes(pickle.dumps(harmful))
     assert_refused("holds more than plain tensors (?!.*weights_only)", tmp_path)
     assert not proof.exists()
 
@@ -198,8 +188,8 @@ def test_broken_files_are_named(tmp_path, kind):
     theirs.load_state_dict({name: tensor * torch.nan for name, tensor in theirs.state_dict().items()})
     theirs.save_pretrained(tmp_path, safe_serialization=kind != "bin")
     assert_refused("not finite", tmp_path)
-    pointer = (POINTER, "is a Git LFS pointer.*git lfs pull")
-    for content, reason in (pointer, (b"", "is broken"), (b"not weights at all", "is broken")):
+    reasons = {POINTER: "is a Git LFS pointer.*git lfs pull", b"": "is broken", b"no weights": "is broken"}
+    for content, reason in reasons.items():
         file.write_bytes(content)
         assert_refused(f"{file.name} {reason}", tmp_path)
     if kind == "bin":
@@ -237,13 +227,6 @@ def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, valu
         assert diffusers_layout.derive_overrides(config.PublishedConfig(str(tmp_path), "raw")) == []
 
 
-def test_settings_that_change_nothing_may_be_left_out(tmp_path):
-    publish(tmp_path, tiny_experiment())
-    names = ("time_embedding_dim", "add_attention", "attn_norm_num_groups", "dropout", "upsample_type")
-    rewrite(tmp_path / "config.json", **dict.fromkeys(names, "absent"))
-    assert read(tmp_path)
-
-
 def test_a_network_of_another_shape_names_what_to_set(tmp_path):
     shape = [
         "data.image_size=16", "data.channels=3", "model.channels=24", "model.channel_mult=[1,3,2]",
@@ -262,9 +245,13 @@ def test_a_network_of_another_shape_names_what_to_set(tmp_path):
 def test_the_architecture_of_what_is_imported_is_derived(tmp_path):
     published = config.PublishedConfig(str(tmp_path), "ema")
     assert diffusers_layout.derive_overrides(published) == []
-    publish(tmp_path, tiny_experiment("model.channels=24", "model.norm_groups=6"))
+    publish(tmp_path, tiny_experiment(*SHAPES["wide"]))
     derived = diffusers_layout.derive_overrides(published)
-    assert {"model.channels=24", "model.norm_groups=6", "data.image_size=8"} <= set(derived)
+    assert {*SHAPES["wide"], "data.image_size=8"} <= set(derived)
+    # what changes nothing may be left out
+    names = ("time_embedding_dim", "add_attention", "attn_norm_num_groups", "dropout", "upsample_type")
+    rewrite(tmp_path / "config.json", **dict.fromkeys(names, "absent"))
+    assert read(tmp_path, *derived)
     words = ["run", "cifar10_published", "data.source=digits", "data.path=null", "model.norm_groups=4"]
     parsed = parse_arguments([*words, f"published.path={tmp_path}", "published.weights=ema"])
     experiment, _ = arguments.load_experiment_and_cluster(parsed)
@@ -346,7 +333,7 @@ def test_weights_compute_the_same_here_and_in_diffusers(tmp_path, overrides):
             assert file.metadata() == {"format": "pt", "source": source, "weights": which}
     theirs, report = UNet2DModel.from_pretrained(out / "unet", output_loading_info=True)
     assert not any(report.values())
-    assert_same_outputs(experiment, ours, theirs.eval().requires_grad_(False))
+    assert_computes_the_same(importing(out, *overrides), theirs.eval().requires_grad_(False))
 
 
 @pytest.mark.parametrize(
@@ -379,28 +366,14 @@ def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrid
     assert (levels <= 1).mean() >= 0.999
 
 
-@pytest.mark.parametrize(
-    ("overrides", "named"),
-    [
-        (["model.resample=transposed"], "model.resample=transposed"),
-        (["diffusion.predict=mean"], "diffusion.predict=mean"),
-        (["diffusion.variance=learned", "diffusion.loss=vlb"], "diffusion.variance=learned"),
-    ],
-)
-def test_what_diffusers_has_no_name_for_is_refused(tmp_path, overrides, named):
-    run, _ = trained(tmp_path, tiny_experiment(*overrides))
-    with pytest.raises(PipelineError, match=named):
-        diffusers_layout.export_to_diffusers(run, tmp_path / "out", "raw", None)
+def test_what_diffusers_has_no_name_for_is_refused(tmp_path):
+    for word in ("model.resample=transposed", "diffusion.predict=mean", "diffusion.variance=learned"):
+        run, _ = trained(tmp_path, tiny_experiment(word, "diffusion.loss=vlb"))
+        with pytest.raises(PipelineError, match=word):
+            diffusers_layout.export_to_diffusers(run, tmp_path / "out", "raw", None)
     other = dataclasses.replace(tiny_experiment(), model=NETWORKS["mha_unet"]())
     with pytest.raises(PipelineError, match=r"model\.name=mha_unet"):
         diffusers_layout.make_network_settings(other)
-
-
-def test_export_names_the_steps_there_are(tmp_path):
-    run, _ = trained(tmp_path, tiny_experiment())
-    with pytest.raises(PipelineError, match=r"no checkpoint of step 4 \(there are: 6\)"):
-        diffusers_layout.export_to_diffusers(run, tmp_path / "out", "ema", 4)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, empty_store, tmp_path, capsys):
@@ -416,9 +389,11 @@ def test_a_trained_run_leaves_enters_and_scores_the_same(sharded_storage, empty_
         assert card.startswith("---\nlicense:") and f"{weights} weights of step 6" in card
         has_scores = "| NLL, bits/dim | ≤" in card and "| Decoder |" in card
         assert has_scores == (weights == "raw"), "of these weights alone"
-    settings = run.experiment_yaml.read_text()
+    settings, nowhere = run.experiment_yaml.read_text(), ["export", run.path.name, str(tmp_path / "no")]
+    assert main([*nowhere, "--step=5", f"cluster.storage={storage}"]) == 1
+    assert "no checkpoint of step 5 (there are: " in capsys.readouterr().err
     run.experiment_yaml.write_text(settings.replace("beta_end: 0.", "beta_end: 0.0"))  # of another run
-    assert main(["export", run.path.name, str(tmp_path / "no"), f"cluster.storage={storage}"]) == 1
+    assert main([*nowhere, f"cluster.storage={storage}"]) == 1 and not (tmp_path / "no").exists()
     run.experiment_yaml.write_text(settings)
     wrong = ["import", str(exported), "--weights=ema", *digits, "name=entered", f"cluster.storage={storage}"]
     assert main(wrong) == 2 and "the weights in this folder are raw" in capsys.readouterr().err
