@@ -1,13 +1,16 @@
 """Configuration: every file loads, what is typed is taken as typed or refused, keys hash content."""
 
 import dataclasses
+import operator
 import re
 from functools import reduce
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from ddpm.config import TrainConfig
 from ddpm.diffusion import Diffusion
@@ -20,8 +23,7 @@ from pipeline.store import checkpoint, keys
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import format_overrides, list_points
 
-CONF = Path(__file__).parents[3] / "conf"
-EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
 PAPER, WITH_VARIANCE = 35_746_307, 35_749_766
 COUNTS = {  # the paper (App. B) has 35.7 million for CIFAR-10, 114 for 256 pixels, 256 for the large one
     PAPER: "cifar10 cifar10_cosine cifar10_published cifar10_short cifar10_simple_mean cifar10_vlb_eps_fixed "
@@ -50,33 +52,31 @@ def test_every_experiment_loads_and_has_its_parameter_count(name):
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
 
 
-STEPS_AND_FLIP = {
-    "celebahq256": (500_000, True), "lsun_church": (1_200_000, True), "lsun_cat": (1_800_000, True),
-    "lsun_bedroom": (2_400_000, False), "lsun_bedroom_large": (1_150_000, False),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", STEPS_AND_FLIP)
-def test_256_pixels_are_the_papers(name):
+@pytest.mark.parametrize(("name", "steps", "flips"), [
+    ("celebahq256", 500_000, True), ("lsun_church", 1_200_000, True), ("lsun_cat", 1_800_000, True),
+    ("lsun_bedroom", 2_400_000, False), ("lsun_bedroom_large", 1_150_000, False),
+])  # fmt: skip
+def test_256_pixels_are_the_papers(name, steps, flips):
     experiment = config.load_experiment(name, [])
     train = experiment.train
-    assert (train.steps, train.random_flip) == STEPS_AND_FLIP[name]
+    assert (train.steps, train.random_flip) == (steps, flips)
     assert (train.batch_size, train.lr) == (64, 2e-5)
     assert (experiment.model.dropout, experiment.diffusion.variance) == (0.0, "fixedsmall")
     assert (experiment.data.image_size, experiment.data.labels) == (256, 0)
 
 
 def test_every_cluster_loads_and_a_tracking_uri_that_mlflow_does_not_know_is_refused():
-    assert all(config.load_cluster(path.stem, []).storage for path in (CONF / "cluster").glob("*.yaml"))
-    wrong = "foo://host mlruns http:/host host:5000 sqlite:// sqlite:/// sqlite:///:memory: http:// http:///x"
-    for (
-        uri
-    ) in f"{wrong} https://:5000 http://me:pw@ http://h:99999 http://h:x http://[::1 postgresql://".split():
+    assert all(
+        config.load_cluster(path.stem, []).storage for path in (ROOT / "conf" / "cluster").glob("*.yaml")
+    )
+    wrong = (
+        "foo://host mlruns http:/host host:5000 sqlite:// sqlite:/// sqlite:///:memory: http:// http:///x "
+    )
+    wrong += "https://:5000 http://me:pw@ http://h:99999 http://h:x http://[::1 postgresql://"
+    for uri in wrong.split():
         with pytest.raises(ConfigError, match=r"cluster\.tracking_uri .*(http|sqlite|postgresql)s?://"):
             config.load_cluster("local", [f"tracking_uri={uri}"])
-    right = (
-        "http://host:5000 sqlite:////data/mlflow.db postgresql+psycopg2://db/x postgresql:///x http://[::1]:5"
-    )
+    right = "http://host:5000 sqlite:////data/m.db postgresql+psycopg2://db/x postgresql:///x http://[::1]:5"
     for known in right.split():
         assert config.load_cluster("local", [f"tracking_uri={known}"]).tracking_uri == known
 
@@ -87,27 +87,22 @@ def test_cifar10_is_the_paper():
     assert experiment.model == UNetConfig()
     assert vars(TrainConfig()).items() <= vars(experiment.train).items()
     assert experiment.diffusion == Diffusion().config
-    train, evaluate = experiment.train, experiment.evaluate
+    train, evaluate, diffusion = experiment.train, experiment.evaluate, experiment.diffusion
+    assert (diffusion.predict, diffusion.loss, diffusion.variance) == ("eps", "simple", "fixedlarge")
     assert (train.lr, train.warmup_steps, train.ema_decay) == (2e-4, 5000, (0.9999,))
     assert (evaluate.checkpoints, experiment.sample.checkpoint) == ("every:100000", "best")
 
 
-TABLE_2 = {  # (predict, loss, variance) of every cell
-    "cifar10_vlb_mean_learned": ("mean", "vlb", "learned"),
-    "cifar10_vlb_eps_learned": ("eps", "vlb", "learned"),
-    "cifar10_vlb_mean_fixed": ("mean", "vlb", "fixedlarge"),
-    "cifar10_vlb_eps_fixed": ("eps", "vlb", "fixedlarge"),
-    "cifar10_simple_mean": ("mean", "simple", "fixedlarge"),
-    "cifar10": ("eps", "simple", "fixedlarge"),
-}
+TABLE_2 = ["vlb_mean_learned", "vlb_eps_learned", "vlb_mean_fixed", "vlb_eps_fixed", "simple_mean"]
 
 
-@pytest.mark.parametrize("name", TABLE_2)
-def test_rows_of_the_tables_differ_in_their_objective_alone(name):
-    row, paper = config.load_experiment(name, []), config.load_experiment("cifar10", [])
-    diffusion = row.diffusion
-    assert (diffusion.predict, diffusion.loss, diffusion.variance) == TABLE_2[name]
-    assert bool(diffusion.list_warnings()) == (name in ("cifar10_vlb_eps_learned", "cifar10_simple_mean"))
+@pytest.mark.parametrize("cell", TABLE_2)
+def test_rows_of_table_2_differ_in_their_objective_alone(cell):
+    row, paper = config.load_experiment(f"cifar10_{cell}", []), config.load_experiment("cifar10", [])
+    diffusion, (loss, predict, *learned) = row.diffusion, cell.removesuffix("_fixed").split("_")
+    assert (diffusion.loss, diffusion.predict) == (loss, predict)
+    assert diffusion.variance == ("learned" if learned else "fixedlarge")
+    assert bool(diffusion.list_warnings()) == (cell in ("vlb_eps_learned", "simple_mean"))
     assert dataclasses.replace(row, name=paper.name, diffusion=paper.diffusion) == paper
 
 
@@ -131,52 +126,54 @@ def test_all_problems_are_reported_at_once_with_suggestions():
     )  # fmt: skip
     keys = {line.split()[0]: line for line in found}
     assert len(keys) == len(found) == 11 and all("\n" not in line for line in found)
-    assert "did you mean 'dropout'?" in keys["model.dropuot"]
-    assert "did you mean 'model.dropout'?" in keys["dropout"]
-    assert keys["train.lr"] == "train.lr is 'fast'; a number is expected"
-    assert keys["seed"] == "seed is 'x'; a whole number is expected"
-    assert "folder, lmdb, npy, parquet is expected (did you mean 'digits'?)" in keys["data.source"]
-    assert "kid, prc, nll is expected (did you mean 'is'?)" in keys["evaluate.metrics"]
-    assert "at least 0 and at most 1" in keys["sample.eta"]
+    for key, told in {
+        "model.dropuot": "did you mean 'dropout'?", "dropout": "did you mean 'model.dropout'?",
+        "train.lr": "'fast'; a number", "seed": "'x'; a whole number", "sample.eta": "at least 0 and at most 1",
+        "data.source": "parquet is expected (did you mean 'digits'?)", "evaluate.metrics": "(did you mean 'is'?)",
+    }.items():  # fmt: skip
+        assert told in keys[key]
     found = problems("digits", "train.lr=fast", "sample.steps=5000", "data.source=digit")
     assert {line.split()[0] for line in found} == {"train.lr", "sample.steps", "data.source"}
 
 
 LEARNED = "cifar10_vlb_mean_learned"  # which holds for the whole chain
+TWO_AVERAGES = "train.ema_decay=[0.999,0.99]"
 
 
-@pytest.mark.parametrize(
-    ("words", "names"),
-    [
-        (["sample.steps=2000"], "sample.steps"), (["sample.checkpoint=9999"], "sample.checkpoint"),
-        ([LEARNED, "sample.steps=100"], "sample.steps is 100, but .* sample.variance"),
-        ([LEARNED, "sample.steps=999"], "sample.steps is 999, but"), (["data.labels=0"], "evaluate.features"),
-        (["model.class_conditional=true", "data.labels=0"], "model.class_conditional is true, but data"),
-        (["sample.label=cycle"], "sample.label is for networks that take labels .*class_conditional=true"),
-        (["model.norm_groups=7"], "model.norm_groups"), (["seed=-1"], "seed"), (["name=../x"], "name"),
-        (["model.name=unnet"], "model.name"), (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
-        (["sample.checkpoint=best"], "sample.checkpoint is best; set evaluate.checkpoints"),
-        (["sample.checkpoint=bets"], "sample.checkpoint is 'bets'"),
-        (["evaluate.checkpoints=some"], "evaluate.checkpoints is 'some'; use null, all or every:N"),
-        (["evaluate.checkpoints=every:0"], "evaluate.checkpoints is 'every:0'"),
-        (["evaluate.checkpoints=every:300"], "evaluate.checkpoints is every:300; N is a multiple of"),
-        (["evaluate.checkpoints=every:1400"], "evaluate.checkpoints is every:1400; N is a multiple of"),
-        (["evaluate.checkpoints=all", "published.weights=ema", "published.path=x"], "evaluate.checkpoints"),
-        (["evaluate.nll_timesteps=1001"], "evaluate.nll_timesteps is 1001, more than diffusion.timesteps=1000"),
-        (["model.name=exact"], "data.limit is null"),
-        (["model.name=exact", "data.limit=9", "diffusion.variance=learned"], "model.name is exact"),
-        (["model.name=exact", "data.limit=9", "evaluate.checkpoints=all"], "evaluate.checkpoints is for"),
-        (["train.keep_every=300"], "train.keep_every must be a multiple of checkpoint_every=200"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "names"), [
+    (["sample.steps=2000"], "sample.steps"), (["sample.checkpoint=9999"], "sample.checkpoint"),
+    ([LEARNED, "sample.steps=100"], "sample.steps is 100, but .* sample.variance"),
+    ([LEARNED, "sample.steps=999"], "sample.steps is 999, but"), (["data.labels=0"], "evaluate.features"),
+    (["model.class_conditional=true", "data.labels=0"], "model.class_conditional is true, but data"),
+    (["sample.label=cycle"], "sample.label is for networks that take labels .*class_conditional=true"),
+    (["model.norm_groups=7"], "model.norm_groups"), (["seed=-1"], "seed"), (["name=../x"], "name"),
+    (["model.name=unnet"], "model.name"), (["diffusion.beta_schedule=lienar"], "diffusion.beta_schedule"),
+    (["sample.checkpoint=best"], "sample.checkpoint is best; set evaluate.checkpoints"),
+    (["sample.checkpoint=bets"], "sample.checkpoint is 'bets'"),
+    (["diffusion.beta_schedule=jsd", "diffusion.predict=x0", "sample.spacing=logsnr"], ".*jsd.*quadratic"),
+    (["cifar10", "sample.spacing=quadratic"], ".*set sample.steps"),
+    (["evaluate.checkpoints=some"], "evaluate.checkpoints is 'some'; use null, all or every:N"),
+    (["evaluate.checkpoints=every:0"], "evaluate.checkpoints is 'every:0'"),
+    (["evaluate.checkpoints=every:300"], "evaluate.checkpoints is every:300; N is a multiple of"),
+    (["evaluate.checkpoints=every:1400"], "evaluate.checkpoints is every:1400; N is a multiple of"),
+    (["evaluate.checkpoints=all", "published.weights=ema", "published.path=x"], "evaluate.checkpoints"),
+    (["evaluate.nll_timesteps=1001"], "evaluate.nll_timesteps is 1001, more than diffusion.timesteps=1000"),
+    (["model.name=exact"], "data.limit is null"),
+    (["model.name=exact", "data.limit=9", "diffusion.variance=learned"], "model.name is exact"),
+    (["model.name=exact", "data.limit=9", "evaluate.checkpoints=all"], "evaluate.checkpoints is for"),
+    ([TWO_AVERAGES, "sample.ema_decay=0.9"], "sample.ema_decay is 0.9"),
+    ([TWO_AVERAGES, "sample.ema_decay=0.99", "sample.weights=raw"], ".*sample.weights=ema"),
+    (["train.keep_every=300"], "train.keep_every must be a multiple of checkpoint_every=200"),
+])  # fmt: skip
 def test_nonsense_is_refused_by_name(words, names):
-    words = words if words[0] == LEARNED else ["digits", *words]
+    words = ["digits", *words] if "=" in words[0] else words
     assert any(re.match(names, line) for line in problems(*words))
 
 
 def test_what_is_allowed_is_not_refused_and_channels_that_are_normalised_alone_are_warned_of():
     for word in ("sample.steps=1000", "sample.sampler=ddim", "sample.variance=fixedsmall"):
         assert config.load_experiment(LEARNED, ["sample.steps=100", word])
+    assert config.load_experiment("digits", [TWO_AVERAGES, "sample.ema_decay=0.99"]).ema_number == 1
     experiment = config.load_experiment("cifar10", ["data.path=train"])
     assert (experiment.data.path, experiment.evaluate.reference) == (str(Path("train").absolute()), "train")
     for width, warned in ((32, True), (64, False)):
@@ -190,15 +187,21 @@ def keys_of(*overrides: str) -> tuple[str, str, str]:
     return run, keys.make_sample_key(experiment, run), keys.make_score_key(experiment, run)
 
 
-EXTENDS = "train.steps=3000 train.checkpoint_every=7 train.keep=9 train.keep_every=400 train.keep_steps=[8]"
-CHANGES = "train.lr_decay=linear seed=1 train.lr=0.1 model.dropout=0.4 diffusion.beta_schedule=quad"
+MOVED = {  # the keys that a word moves
+    "": "train.checkpoint_every=7 train.keep=9 train.keep_every=400 train.keep_steps=[8] data.images_per_shard=9 "
+    "evaluate.checkpoints=all evaluate.checkpoint_images=128",
+    "score": "sample.num_images=600 evaluate.metrics=[nll]",
+    "samples score": "train.steps=3000 sample.sampler=ddim sample.spacing=quadratic sample.ema_decay=0.999",
+    "run samples score": "train.lr_decay=linear seed=1 train.lr=0.1 model.dropout=0.4 data.labels=11 "
+    "diffusion.beta_schedule=quad model.class_conditional=true",
+}
 
 
-def test_what_extends_a_run_keeps_its_key_and_what_changes_a_number_changes_it():
-    for override in [*EXTENDS.split(), "data.images_per_shard=9"]:
-        assert keys_of(override)[0] == keys_of()[0], override
-    for override in [*CHANGES.split(), "data.labels=11"]:
-        assert keys_of(override)[0] != keys_of()[0], override
+@pytest.mark.parametrize("moved", MOVED)
+def test_what_extends_a_run_keeps_its_key_and_samples_and_scores_have_their_own(moved):
+    for word in MOVED[moved].split():
+        differ = map(operator.ne, keys_of(), keys_of(word))
+        assert list(compress(("run", "samples", "score"), differ)) == moved.split(), word
     assert keys_of("train.lr_decay=linear")[0] != keys_of("train.lr_decay=linear", "train.steps=3000")[0]
 
 
@@ -221,35 +224,7 @@ def test_betas_of_a_file_are_values_of_the_experiment(tmp_path):
     assert config.find_relative_paths("digits", ["diffusion.betas=here.npy"]) == ["diffusion.betas=here.npy"]
 
 
-def test_an_average_is_chosen_by_its_decay():
-    both = "train.ema_decay=[0.999,0.99]"
-    assert config.load_experiment("digits", [both, "sample.ema_decay=0.99"]).ema_number == 1
-    assert "sample.ema_decay is 0.9" in problems("digits", both, "sample.ema_decay=0.9")[0]
-    assert "sample.weights=ema" in problems("digits", both, "sample.ema_decay=0.99", "sample.weights=raw")[0]
-    assert keys_of("sample.ema_decay=0.999")[1] != keys_of()[1]
-
-
-def test_samples_and_scores_have_their_own_keys():
-    run, samples, score = keys_of()
-    assert keys_of("model.class_conditional=false") == keys_of(), "a run made before there was a choice stays"
-    assert keys_of("model.class_conditional=true")[0] != run
-    assert keys_of("sample.num_images=600")[:2] == (run, samples)
-    assert keys_of("sample.num_images=600")[2] != score
-    assert keys_of("sample.sampler=ddim")[0] == run
-    assert keys_of("sample.sampler=ddim")[1] != samples
-    assert keys_of("sample.spacing=uniform") == keys_of(), "a run made before there was a choice stays"
-    assert keys_of("sample.spacing=quadratic")[1] != samples
-    assert "sample.steps" in problems("cifar10", "sample.spacing=quadratic")[0]
-    jsd = ("diffusion.beta_schedule=jsd", "diffusion.predict=x0", "sample.spacing=logsnr")
-    (found,) = problems("digits", *jsd)
-    assert "jsd" in found and "quadratic" in found
-    assert keys_of("train.steps=3000")[1] != samples, "'last' means the step"
-    assert keys_of("evaluate.metrics=[nll]")[:2] == (run, samples)
-
-
-def test_other_evaluations_change_no_score_and_a_choice_by_score_does():
-    wider = ("evaluate.checkpoints=all", "evaluate.checkpoint_images=128")
-    assert keys_of(*wider) == keys_of()
+def test_a_choice_by_score_changes_the_score():
     experiment = config.load_experiment("digits", ["evaluate.checkpoints=all", "sample.checkpoint=best"])
     with pytest.raises(PipelineError, match=r"known before evaluate\.checkpoints are scored"):
         keys.make_sample_key(experiment, "0a")
@@ -269,13 +244,10 @@ def test_keys_hash_content_not_place(tmp_path):
     assert first == second != keys_of(f"evaluate.extractor_weights={weights[0]}")[2]
 
 
-TEXTS = [
+@pytest.mark.parametrize("typed", [
     "/data/a #1", "2024_01", "1e5", "off", "/data/a: b", "/[x]", "/@x", "/%x", "007", "yes", "1:30", "~x", "*a", "'a",
     '"a"b"', "{a", "Null", "a\nb", "???", "/d/${HOME}", "${oc.env:NOPE}", "${", "a=b", "100000000000000000000000",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("typed", TEXTS)
+])  # fmt: skip
 def test_a_text_is_taken_as_typed_and_comes_back(typed, tmp_path):
     cluster = config.load_cluster("local", [f"storage={typed}"])
     assert cluster.storage == typed
@@ -285,16 +257,13 @@ def test_a_text_is_taken_as_typed_and_comes_back(typed, tmp_path):
     assert config.load_experiment("cifar10", [f"data.path=/a{typed}"]).data.path == f"/a{typed}"
 
 
-VALUES = [
+@pytest.mark.parametrize(("word", "value"), [
     ("train.steps=1e4", 10_000), ("train.steps=1e3", 1000), ("seed=010", 10), ("seed=0x10", 16), ("seed=0o10", 8),
     ("train.lr=1e-4", 1e-4), ("train.lr=.5", 0.5), ("model.dropout=0", 0.0), ("name=null", "null"),
     ("name=1e5", "1e5"), ("name=on", "on"), ("name='a'", "a"), ("data.path=null", None),
     ("sample.label=null", None), ("train.random_flip=true", True), ("train.ema_decay=0.9", (0.9,)),
     ("evaluate.metrics=[fid, nll]", ("fid", "nll")),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("word", "value"), VALUES)
+])  # fmt: skip
 def test_a_value_is_read_by_the_type_of_its_key(word, value, tmp_path):
     key, _, text = word.partition("=")
 
@@ -312,7 +281,7 @@ def test_a_value_is_read_by_the_type_of_its_key(word, value, tmp_path):
     assert find_value(config.load_experiment(str(path), [])) == value
 
 
-REFUSED = [
+@pytest.mark.parametrize(("word", "expected"), [
     ("seed=1:30", "whole number"), ("seed=1_000", "whole number"), ("seed=${seed}", "whole number"),
     ("seed=1.5", "whole number"), ("seed=", "empty"), ("seed=" + "9" * 5000, "whole number"),
     ("seed=1e18446744", "whole"), ("data.path=", "empty"), ("data.path=\0", "text"), ("model.name=[unet]", "unet"),
@@ -332,10 +301,7 @@ REFUSED = [
     ("cluster.workers=99999999999999999999", "at most"), ("cluster.gpus_per_task=.inf", "number"),
     ("cluster.retries=1e30", "at most"), ("cluster.tracking_uri=", "empty"),
     ("cluster.cpus_per_task=1e300", "at most"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("word", "expected"), REFUSED)
+])  # fmt: skip
 def test_what_no_machine_can_hold_or_means_nothing_is_refused_by_show(word, expected, capsys):
     assert main(["show", "digits", word]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -343,16 +309,13 @@ def test_what_no_machine_can_hold_or_means_nothing_is_refused_by_show(word, expe
     assert re.search(expected, line)
 
 
-FILES = [
+@pytest.mark.parametrize(("text", "expected"), [
     ("base: [digits]", "base"), ("base: {a: 1}", "base"), ("base: 5", "named '5'"), ("base: digits\nseed: ???", "seed"),
     ("base: digits\nseed: ${oc.env:HOME}", "seed"), ("base: digits\nseed: 1\nseed: 2", "seed"), ("- a", "no keys"),
     ("base: digits\ndata: ???", "data"), ("a: &a [x]\nb: [*a, *a]", "alias"), ("a: !!python/name:os.system x", "tag"),
     ("base: digits\n? [a]\n: 1", "unhashable"), ("seed: !!binary aGk=", "tag"), ("a: [" * 3000, "yaml"), ("\0", "yaml"),
     ("base: mine\n", "leads back"), ("a: 1\n" * 300_000, "larger"), ("base: digits\nname:", "name is null"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "expected"), FILES)
+])  # fmt: skip
 def test_a_file_that_means_nothing_is_refused_in_a_line(text, expected, tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text(text)

@@ -1,9 +1,12 @@
 """Checkpoints are whole and verified, or skipped for the one before."""
 
 import logging
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import flip_bit
 from staged import asking_for, change, scoring
 
 from pipeline.errors import PipelineError
@@ -23,49 +26,32 @@ def saved(run, *steps):
 
 
 def test_tensors_come_back_as_they_were(tiny_run):
-    run = tiny_run
-    channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    tensors = {**TENSORS, "c": channels_last, "same": TENSORS["net.w"], "ema.1.w": torch.full((2,), 3.0)}
-    checkpoint.save_checkpoint(run.locate_step(1), checkpoint.copy_to_cpu(tensors, {}), EMA, 1)
-    loaded = checkpoint.load_checkpoint(run.locate_step(1))
-    assert torch.equal(loaded["c"], channels_last)
-    assert torch.equal(loaded["same"], TENSORS["net.w"])
-    assert loaded["step"] == 7
-    assert torch.equal(checkpoint.load_weights(run.locate_step(1), "raw")["w"], TENSORS["net.w"])
-    assert torch.equal(checkpoint.load_weights(run.locate_step(1), "ema")["w"], EMA["w"])
-    assert torch.equal(checkpoint.load_weights(run.locate_step(1), "ema", 1)["w"], tensors["ema.1.w"])
+    folder, image = tiny_run.locate_step(1), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    tensors = {**TENSORS, "c": image, "same": TENSORS["net.w"], "ema.1.w": torch.full((2,), 3.0)}
+    checkpoint.save_checkpoint(folder, checkpoint.copy_to_cpu(tensors, {}), EMA, 1)
+    loaded = checkpoint.load_checkpoint(folder)
+    assert all(torch.equal(loaded[name], tensors[name]) for name in ("c", "same", "step"))
+    for which, wanted in (("raw",), TENSORS["net.w"]), (("ema",), EMA["w"]), (("ema", 1), tensors["ema.1.w"]):
+        assert torch.equal(checkpoint.load_weights(folder, *which)["w"], wanted)
 
 
-DAMAGES = {
-    "truncated": (checkpoint.STATE, lambda content: content[:-3]),
-    "flipped-bit": (checkpoint.STATE, lambda content: content[:-1] + bytes([content[-1] ^ 1])),
-    "no-meta": (checkpoint.META, None),
-    "no-ema": (checkpoint.EMA, None),
-    "empty-meta": (checkpoint.META, lambda content: b"{}"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, damage):
-    run = tiny_run
-    saved(run, 2, 4)
-    name, change = DAMAGES[damage]
-    file = run.locate_step(4) / name
-    file.write_bytes(change(file.read_bytes())) if change else file.unlink()
+@pytest.mark.parametrize(("name", "change"), [
+    (checkpoint.STATE, lambda file: file.write_bytes(file.read_bytes()[:-3])), (checkpoint.STATE, flip_bit),
+    (checkpoint.META, Path.unlink), (checkpoint.EMA, Path.unlink),
+    (checkpoint.META, lambda file: file.write_text("{}")),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_run, caplog, name, change):
+    saved(tiny_run, 2, 4, 6)
+    tiny_run.locate_step(6).rename(tiny_run.train / ".tmp-step_00000006-abc")  # is none
+    newest = partial(checkpoint.find_newest_step, tiny_run)
+    assert list_steps(tiny_run.train) == [2, 4]
+    assert [newest(at_most=step) for step in (1, 3, 9)] == [None, 2, 4]
+    change(tiny_run.locate_step(4) / name)
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.find_newest_step(run, at_most=10) == 2
+        assert newest(at_most=10) == 2
     assert "step_00000004" in caplog.text
     with pytest.raises(PipelineError, match="step_00000004"):
-        checkpoint.load_checkpoint(run.locate_step(4))
-
-
-def test_the_newest_is_not_beyond_what_is_asked_nor_under_a_temporary_name(tiny_run):
-    run = tiny_run
-    saved(run, 2, 4, 6)
-    assert checkpoint.find_newest_step(run, at_most=5) == 4
-    assert checkpoint.find_newest_step(run, at_most=1) is None
-    run.locate_step(4).rename(run.train / ".tmp-step_00000004-abc")
-    assert checkpoint.find_newest_step(run, at_most=5) == 2
+        checkpoint.load_checkpoint(tiny_run.locate_step(4))
 
 
 def keeping(run, keep, keep_every=None, checkpoints=None, every=1, steps=()):
@@ -73,17 +59,14 @@ def keeping(run, keep, keep_every=None, checkpoints=None, every=1, steps=()):
     return scoring(change(run, "train", **rules), checkpoints=checkpoints)
 
 
-@pytest.mark.parametrize(
-    ("rules", "left"),
-    [
-        ({"keep": 2}, [5, 6, 8]),
-        ({"keep": 2, "keep_every": 2}, [2, 4, 5, 6, 8]),
-        ({"keep": 1, "checkpoints": "every:3"}, [3, 6, 8]),
-        ({"keep": 1, "checkpoints": "all"}, [6, 8]),
-        ({"keep": 2, "every": 2}, [4, 6, 8]),  # 1, 3 and 5 are of interruptions
-        ({"keep": 2, "every": 4}, [4, 6, 8]),  # as 6 is, but it is the newest
-    ],
-)
+@pytest.mark.parametrize(("rules", "left"), [
+    ({"keep": 2}, [5, 6, 8]),
+    ({"keep": 2, "keep_every": 2}, [2, 4, 5, 6, 8]),
+    ({"keep": 1, "checkpoints": "every:3"}, [3, 6, 8]),
+    ({"keep": 1, "checkpoints": "all"}, [6, 8]),
+    ({"keep": 2, "every": 2}, [4, 6, 8]),  # 1, 3 and 5 are of interruptions
+    ({"keep": 2, "every": 4}, [4, 6, 8]),  # as 6 is, but it is the newest
+])  # fmt: skip
 def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
     saved(tiny_run, 1, 2, 3, 4, 5, 6, 8)
     # a longer tiny_run's are none of its business
@@ -93,15 +76,14 @@ def test_old_checkpoints_go_and_others_stay(tiny_run, rules, left):
 
 def test_what_anything_refers_to_stays_and_all_where_it_is_not_known(tiny_run, caplog):
     saved(tiny_run, 1, 2, 3, 4, 5, 6)
-    at = {step: {"protocol": {"checkpoint": step}} for step in (1, 2, 3, 4)}
-    write_json(tiny_run.path / "samples" / "unfinished" / "00000.json", at[1])
-    write_json(tiny_run.path / "samples" / "whole" / "manifest.json", at[2])
-    write_json(tiny_run.path / "evaluation" / "0a" / "metrics.json", at[3])
+    names = ("samples/unfinished/00000.json", "samples/whole/manifest.json", "evaluation/0a/metrics.json")
+    for step, name in enumerate(names, 1):
+        write_json(tiny_run.path / name, {"protocol": {"checkpoint": step}})
     write_json(tiny_run.path / "selection" / "0b" / "selection.json", {"scores": [{"step": 4}], "best": 4})
     checkpoint.delete_old_checkpoints(keeping(tiny_run, 1), at_most=6)
     assert list_steps(tiny_run.train) == [1, 2, 3, 4, 6]
     saved(tiny_run, 5)
-    write_text(tiny_run.path / "evaluation" / "0a" / "metrics.json", "{")
+    write_text(tiny_run.path / names[-1], "{")
     checkpoint.delete_old_checkpoints(keeping(tiny_run, 1), at_most=6)
     assert list_steps(tiny_run.train) == [1, 2, 3, 4, 5, 6]
     assert "no checkpoint is deleted" in caplog.text

@@ -114,14 +114,10 @@ def convolutional(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(
-    ("where", "pickled", "rename"),
-    [
-        ("", False, dict), ("unet", True, dict), ("unet", False, older), ("", True, convolutional),
-        ("", False, lambda tensors: convolutional(older(tensors))),
-    ],
-    ids=["new", "new pickled", "older", "convolutions", "older convolutions"],
-)  # fmt: skip
+@pytest.mark.parametrize(("where", "pickled", "rename"), [
+    ("", False, dict), ("unet", True, dict), ("unet", False, older), ("", True, convolutional),
+    ("", False, lambda tensors: convolutional(older(tensors))),
+], ids=["new", "new pickled", "older", "convolutions", "older convolutions"])  # fmt: skip
 def test_every_layout_in_the_wild_gives_the_same_tensors(tmp_path, where, pickled, rename):
     theirs = publish(tmp_path / where, tiny_experiment(), pickled)
     tensors = {name: tensor.contiguous() for name, tensor in rename(theirs.state_dict()).items()}
@@ -179,16 +175,14 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path):
     assert not proof.exists()
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
-
-
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_broken_files_are_named(tmp_path, kind):
     theirs, file = publish(tmp_path, tiny_experiment(), pickled=kind == "bin"), tmp_path / f"{FILE}.{kind}"
     theirs.load_state_dict({name: tensor * torch.nan for name, tensor in theirs.state_dict().items()})
     theirs.save_pretrained(tmp_path, safe_serialization=kind != "bin")
     assert_refused("not finite", tmp_path)
-    reasons = {POINTER: "is a Git LFS pointer.*git lfs pull", b"": "is broken", b"no weights": "is broken"}
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+    reasons = {pointer: "is a Git LFS pointer.*git lfs pull", b"": "is broken", b"no weights": "is broken"}
     for content, reason in reasons.items():
         file.write_bytes(content)
         assert_refused(f"{file.name} {reason}", tmp_path)
@@ -204,21 +198,18 @@ MALFORMED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        *MALFORMED,
-        ("downsample_padding", 1), ("norm_eps", 1e-5), ("flip_sin_to_cos", True), ("freq_shift", 0),
-        ("attention_head_dim", 8), ("act_fn", "gelu"), ("add_attention", False),
-        ("resnet_time_scale_shift", "scale_shift"), ("time_embedding_type", "fourier"),
-        ("class_embed_type", "timestep"), ("center_input_sample", True), ("block_out_channels", [8, 12]),
-        ("up_block_types", ["UpBlock2D", "UpBlock2D"]), ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"]),
-        ("sample_size", [8, 16]), ("sample_size", None), ("brand_new_setting", 3),
-        # Left out means diffusers' default, which is another network.
-        ("downsample_padding", "absent"), ("norm_eps", "absent"), ("flip_sin_to_cos", "absent"),
-        ("freq_shift", "absent"), ("attention_head_dim", "absent"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("setting", "value"), [
+    *MALFORMED,
+    ("downsample_padding", 1), ("norm_eps", 1e-5), ("flip_sin_to_cos", True), ("freq_shift", 0),
+    ("attention_head_dim", 8), ("act_fn", "gelu"), ("add_attention", False),
+    ("resnet_time_scale_shift", "scale_shift"), ("time_embedding_type", "fourier"),
+    ("class_embed_type", "timestep"), ("center_input_sample", True), ("block_out_channels", [8, 12]),
+    ("up_block_types", ["UpBlock2D", "UpBlock2D"]), ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"]),
+    ("sample_size", [8, 16]), ("sample_size", None), ("brand_new_setting", 3),
+    # Left out means diffusers' default, which is another network.
+    ("downsample_padding", "absent"), ("norm_eps", "absent"), ("flip_sin_to_cos", "absent"),
+    ("freq_shift", "absent"), ("attention_head_dim", "absent"),
+])  # fmt: skip
 def test_settings_of_another_network_are_refused_by_name(tmp_path, setting, value):
     publish(tmp_path, tiny_experiment())
     rewrite(tmp_path / "config.json", **{setting: value})
@@ -270,17 +261,14 @@ def test_tensors_that_differ_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["scheduler", "."])
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"num_train_timesteps": 1000}, "it has 1000 timesteps, the experiment diffusion.timesteps=20"),
-        ({"beta_end": 0.03}, "diffusion.beta_schedule=linear"),
-        ({"beta_schedule": "scaled_linear"}, "diffusion.beta_schedule=linear"),
-        ({"beta_schedule": "sigmoid"}, "sigmoid"), ({"trained_betas": ["a"]}, "is none of ours"),
-        ({"num_train_timesteps": 10**12}, "is none of ours"), ({"rescale_betas_zero_snr": True}, "rescaled"),
-        ({"prediction_type": "sample"}, "diffusion.predict=eps"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"num_train_timesteps": 1000}, "it has 1000 timesteps, the experiment diffusion.timesteps=20"),
+    ({"beta_end": 0.03}, "diffusion.beta_schedule=linear"),
+    ({"beta_schedule": "scaled_linear"}, "diffusion.beta_schedule=linear"),
+    ({"beta_schedule": "sigmoid"}, "sigmoid"), ({"trained_betas": ["a"]}, "is none of ours"),
+    ({"num_train_timesteps": 10**12}, "is none of ours"), ({"rescale_betas_zero_snr": True}, "rescaled"),
+    ({"prediction_type": "sample"}, "diffusion.predict=eps"),
+])  # fmt: skip
 def test_weights_of_another_diffusion_are_refused(tmp_path, where, changes, named):
     publish(tmp_path, tiny_experiment())
     scheduler = tmp_path / where / "scheduler_config.json"
@@ -336,15 +324,11 @@ def test_weights_compute_the_same_here_and_in_diffusers(tmp_path, overrides):
     assert_computes_the_same(importing(out, *overrides), theirs.eval().requires_grad_(False))
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["sample.variance=fixedsmall"], ["diffusion.beta_schedule=quad"],
-        ["diffusion.beta_schedule=cosine", "diffusion.variance=fixedsmall"],
-        ["diffusion.beta_schedule=jsd", "diffusion.predict=x0"], LEARNED,
-    ],
-    ids=" ".join,
-)  # fmt: skip
+@pytest.mark.parametrize("overrides", [
+    ["sample.variance=fixedsmall"], ["diffusion.beta_schedule=quad"],
+    ["diffusion.beta_schedule=cosine", "diffusion.variance=fixedsmall"],
+    ["diffusion.beta_schedule=jsd", "diffusion.predict=x0"], LEARNED,
+], ids=" ".join)  # fmt: skip
 def test_the_same_noise_becomes_the_same_pictures(tmp_path, monkeypatch, overrides):
     experiment = tiny_experiment("diffusion.timesteps=25", "sample.variance=null", *overrides)
     run, net = trained(tmp_path, experiment)

@@ -1,19 +1,17 @@
-"""Writers and stages on a disk that is full, or that became read-only, and that go on when a person has mended it."""
+"""Stages on a disk that is full, or that became read-only, and that go on when a person has mended it."""
 
 import dataclasses
+import shutil
 import subprocess
+from functools import partial
 
 import pytest
-import torch
 from conftest import one_cpu, tiny_experiment
 from staged import run_stage
 
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import sample, shard, train
-from pipeline.store import checkpoint, tars
-from pipeline.store.files import write_atomically, write_text
-from pipeline.store.tensors import save_tensors
 
 STAGES = {
     "shard": lambda run: run_stage(shard, run),
@@ -42,34 +40,12 @@ def fill(disk):
     (disk / "ballast").write_bytes(bytes(free - 8192))
 
 
-def test_a_full_disk_is_named_and_nothing_half_written_stays(disk):
-    fill(disk)
-    message = r"big cannot be written .No space left.*the same command continues"
-    with pytest.raises(PipelineError, match=message):
-        write_text(disk / "big", "x" * 100_000)
-    tensors = {"net.w": torch.zeros(100_000)}
-    with pytest.raises(PipelineError, match=r"step_1 cannot be written .No space left"):
-        checkpoint.save_checkpoint(disk / "step_1", tensors, tensors, 1)
-    with (
-        pytest.raises(PipelineError, match=r"weights cannot be written .No space left"),
-        write_atomically(disk / "weights") as file,
-    ):
-        save_tensors(tensors, file)
-    records = (tars.Record(f"{i:04d}", bytes(1000), None) for i in range(100))
-    with pytest.raises(PipelineError, match=r"x.tar cannot be written .No space left"):
-        tars.write_tar(disk / "x.tar", records)
-    assert [path.name for path in disk.iterdir()] == ["ballast"]
-    write_text(disk / "small", "fits")
-
-
 FAULTS = {
     "full": (fill, lambda disk: (disk / "ballast").unlink(), "No space left on device"),
     "read-only": (
-        lambda disk: mount("-o", "remount,ro", disk),
-        lambda disk: mount("-o", "remount,rw", disk),
-        "Read-only file system",
+        partial(mount, "-o", "remount,ro"), partial(mount, "-o", "remount,rw"), "Read-only file system",
     ),
-}
+}  # fmt: skip
 
 
 def made(root, stage):
@@ -77,16 +53,14 @@ def made(root, stage):
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize(
-    ("stage", "fault"), [("shard", "full"), ("shard", "read-only"), ("train", "full"), ("sample", "full")]
-)
+@pytest.mark.parametrize(("stage", "fault"), [*((stage, "full") for stage in STAGES), ("shard", "read-only")])
 def test_a_stage_says_what_is_wrong_and_goes_on_when_it_is_mended(disk, tmp_path, stage, fault):
     breaks, mends, words = FAULTS[fault]
     run = make_place(tiny_experiment(), disk)
     elsewhere = dataclasses.replace(run, storage=tmp_path / "elsewhere")
     for earlier in list(STAGES)[: list(STAGES).index(stage)]:
-        for root in (run, elsewhere):
-            STAGES[earlier](root)
+        STAGES[earlier](elsewhere)
+        shutil.copytree(elsewhere.storage, disk, dirs_exist_ok=True)
 
     breaks(disk)
     with pytest.raises(PipelineError, match=f"cannot be written .{words}.*the same command continues"):

@@ -13,34 +13,33 @@ from pipeline.store.arrays import read_arrays, write_arrays
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), rundir.write_atomically(tmp_path / "x") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), rundir.write_atomically(tmp_path / "d", folder=True) as temporary:
-        (temporary / "half").write_text("half")
-        raise RuntimeError
+    for folder in (False, True):
+        with pytest.raises(RuntimeError), rundir.write_atomically(tmp_path / "x", folder=folder) as temporary:
+            (temporary / "half" if folder else temporary).write_text("half")
+            raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_replaced_while_threads_read_and_seal_it(tmp_path):
     folder, stop = tmp_path / "report", threading.Event()
-    with rundir.write_atomically(folder, folder=True) as new:
-        rundir.write_text(new / "page", "old")
-        rundir.write_manifest(new, ["page"])
+
+    def replace(text):
+        with rundir.write_atomically(folder, folder=True) as new:
+            rundir.write_text(new / "page", text)
+            rundir.write_manifest(new, ["page"])
 
     def seal():
         while not stop.is_set():
             with suppress(OSError, PipelineError):
                 rundir.note_times(folder / rundir.MANIFEST, {"page": rundir.read_file_facts(folder / "page")})
 
+    replace("old")
     readers = [threading.Thread(target=seal) for _ in range(3)]
     for reader in readers:
         reader.start()
     try:
         for number in range(60):
-            with rundir.write_atomically(folder, folder=True) as new:
-                rundir.write_text(new / "page", str(number))
-                rundir.write_manifest(new, ["page"])
+            replace(str(number))
             assert (folder / "page").read_text() == str(number)
     finally:
         stop.set()

@@ -37,13 +37,13 @@ def test_what_is_no_picture_and_keys_out_of_order_are_refused_and_nothing_is_lef
 
 
 def test_a_shard_is_byte_identical_at_any_time(tmp_path, monkeypatch):
-    written = records(images(6))
-    first = tars.write_tar(tmp_path / "a" / "x.tar", written)
+    written, (one, other) = records(images(6)), (tmp_path / name / "x.tar" for name in "ab")
+    first = tars.write_tar(one, written)
     monkeypatch.setattr("time.time", lambda: 4e9)
-    assert tars.write_tar(tmp_path / "b" / "x.tar", iter(written)) == first
-    assert (tmp_path / "a" / "x.tar").read_bytes() == (tmp_path / "b" / "x.tar").read_bytes()
-    assert first["count"] == 6 and first["bytes"] == (tmp_path / "a" / "x.tar").stat().st_size
-    assert list(tars.read_records(tmp_path / "a" / "x.tar", count=6)) == written
+    assert tars.write_tar(other, iter(written)) == first
+    assert one.read_bytes() == other.read_bytes()
+    assert first["count"] == 6 and first["bytes"] == one.stat().st_size
+    assert list(tars.read_records(one, count=6)) == written
 
 
 def test_webdataset_reads_the_shards(folder):
@@ -83,26 +83,16 @@ def second_sample(tar: bytes) -> int:
     return tar.index(b"train-00000006.")
 
 
-CUTS = {
-    "at a member boundary": second_sample,
-    "inside a header": lambda tar: second_sample(tar) + 100,
-    "inside data": lambda tar: tar.index(b"IDAT", second_sample(tar)) + 9,
-    "before the closing blocks": lambda tar: len(tar.rstrip(b"\0")) + 512 - len(tar.rstrip(b"\0")) % 512,
-    "to nothing": lambda tar: 0,
-}
-FLIPS = {
-    "in data": lambda tar: tar.index(b"IDAT", second_sample(tar)) + 9,
-    "in a header": lambda tar: second_sample(tar) + 5,
-    "in a label": lambda tar: tar.index(b".cls") + 512,
-    "in the padding": lambda tar: len(tar) - 1,
-}
-
-
-@pytest.mark.parametrize("place", CUTS)
+@pytest.mark.parametrize("place", [
+    second_sample,  # at the boundary of a member
+    lambda tar: second_sample(tar) + 100,  # in a header
+    lambda tar: tar.index(b"IDAT", second_sample(tar)) + 9,
+    lambda tar: len(tar.rstrip(b"\0")) + 512 - len(tar.rstrip(b"\0")) % 512,  # before the closing blocks
+    lambda tar: 0,
+])  # fmt: skip
 def test_a_truncated_shard_is_named_with_and_without_its_manifest(folder, place):
-    path = folder / SHARD
-    whole = path.read_bytes()
-    cut = CUTS[place](whole)
+    whole = (path := folder / SHARD).read_bytes()
+    cut = place(whole)
     path.write_bytes(whole[:cut])
     with pytest.raises(PipelineError, match=f"{SHARD} has"):
         tars.load_images(folder, "train")
@@ -112,27 +102,31 @@ def test_a_truncated_shard_is_named_with_and_without_its_manifest(folder, place)
     path.write_bytes(whole[: min(cut, len(whole.rstrip(b"\0")) - 1)].ljust(len(whole), b"\0"))
     with pytest.raises(PipelineError, match=f"{SHARD} does not match its sha256"):
         tars.load_images(folder, "train")
-    if place == "at a member boundary":
+    if place == second_sample:
         with pytest.raises(PipelineError, match=f"{SHARD} holds 1 images, not 5"):
             list(tars.read_records(path, count=5))
 
 
-@pytest.mark.parametrize("place", FLIPS)
+@pytest.mark.parametrize("place", [
+    lambda tar: tar.index(b"IDAT", second_sample(tar)) + 9,
+    lambda tar: second_sample(tar) + 5,  # in a header
+    lambda tar: tar.index(b".cls") + 512,  # in a label
+    lambda tar: len(tar) - 1,  # in the padding
+])  # fmt: skip
 def test_a_flipped_bit_is_seen_and_named(folder, place):
-    flip_bit(folder / SHARD, FLIPS[place]((folder / SHARD).read_bytes()))
+    flip_bit(folder / SHARD, place((folder / SHARD).read_bytes()))
     with pytest.raises(PipelineError, match=f"{SHARD} does not match its sha256"):
         tars.load_images(folder, "train")
     assert len(tars.load_images(folder, "train", 0, 5)[0]) == 5, "another shard was not asked for"
 
 
 def test_a_missing_shard_or_manifest_and_a_broken_one_are_named(folder):
-    (folder / SHARD).unlink()
-    with pytest.raises(PipelineError, match=f"{SHARD} is missing"):
-        tars.open_shards(folder)
     manifest = folder / "manifest.json"
-    manifest.write_text(manifest.read_text()[:100])
-    with pytest.raises(PipelineError, match=r"manifest\.json is damaged"):
-        tars.open_shards(folder)
-    manifest.unlink()
-    with pytest.raises(PipelineError, match="no finished shards"):
-        tars.open_shards(folder)
+    for break_it, fault in (
+        ((folder / SHARD).unlink, f"{SHARD} is missing"),
+        (lambda: manifest.write_text(manifest.read_text()[:100]), r"manifest\.json is damaged"),
+        (manifest.unlink, "no finished shards"),
+    ):
+        break_it()
+        with pytest.raises(PipelineError, match=fault):
+            tars.open_shards(folder)
