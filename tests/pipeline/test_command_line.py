@@ -39,7 +39,9 @@ def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeyp
 JOB, HERE = "submit -- run digits", "cluster.storage=/data/runs"
 SEND = "submit --cluster kuberay"
 TRAIN = " ".join(["train digits", *TINY, "cluster.workers=0 cluster.storage={tmp}"])
-MISTAKES = [  # words, exit code, what the error says
+
+
+@pytest.mark.parametrize(("words", "code", "message"), [  # words, exit code, what the error says
     ("ui --port 99999", 2, "65535"), ("ui --port -1", 2, "port"), ("ui --port 0", 2, "65535"),
     ("ui --port ²", 2, "65535"), ("export a b --step 1e30", 2, "whole number"), ("export a", 2, "DIR"),
     ("rnu", 2, "did you mean 'run'?"), ("list digits", 2, "digits"), ("jobs foo", 2, "'foo'"),
@@ -86,10 +88,7 @@ MISTAKES = [  # words, exit code, what the error says
     ("draw nowhere {tmp}/grid.yaml/x/y.png", 1, "grid.yaml is no folder"),
     ("draw nowhere {tmp}/pipe", 1, "pipe exists"),
     ("export nowhere {tmp}", 1, "not an empty folder"), ("export nowhere {tmp}/pipe/out", 1, "pipe is no folder"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "code", "message"), MISTAKES)
+])  # fmt: skip
 def test_a_mistake_is_told_in_a_line_or_two(tmp_path, capsys, words, code, message):
     (tmp_path / "grid.yaml").write_text(GRID)
     os.mkfifo(tmp_path / "pipe")
@@ -111,15 +110,12 @@ def test_show_and_a_refused_command_write_nothing(tmp_path, monkeypatch, capsys)
     assert not list(tmp_path.glob("digits-*")) and not (tmp_path / "mlflow.db").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "answer", "code", "gone"),
-    [
-        ("", "", 2, ""), ("a b", "", 1, ""), ("digits", "y", 1, ""), ("{failed}", "", 1, ""), ("{failed}", "n", 1, ""),
-        ("{failed}", "y", 0, "failed"), ("--failed --yes", "", 0, "failed"), ("{ranked} --yes", "", 1, ""),
-        ("{ranked} --yes --force", "", 0, "ranked"), ("{busy} --yes --force", "", 1, ""),
-        ("--samples --yes {failed}", "", 1, ""), ("--samples --yes --force {failed}", "", 0, "failed/samples"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "answer", "code", "gone"), [
+    ("", "", 2, ""), ("a b", "", 1, ""), ("digits", "y", 1, ""), ("{failed}", "", 1, ""), ("{failed}", "n", 1, ""),
+    ("{failed}", "y", 0, "failed"), ("--failed --yes", "", 0, "failed"), ("{ranked} --yes", "", 1, ""),
+    ("{ranked} --yes --force", "", 0, "ranked"), ("{busy} --yes --force", "", 1, ""),
+    ("--samples --yes {failed}", "", 1, ""), ("--samples --yes --force {failed}", "", 0, "failed/samples"),
+])  # fmt: skip
 def test_rm_deletes_what_nothing_refers_to_after_a_question(tmp_path, monkeypatch, words, answer, code, gone):
     names = ("failed", "ranked", "busy")
     runs = {name: make_run(tmp_path, "digits", (f"seed={seed}",)) for seed, name in enumerate(names)}
@@ -140,14 +136,11 @@ def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, c
     assert main(["status", f"cluster.storage={tmp_path}"]) == 0
     told = capsys.readouterr().out
     assert str(tmp_path) in told and "cluster.storage=" in told
-    runs = []
-    for age, (seed, status) in enumerate([(0, "RUNNING"), (1, "FAILED"), (2, "KILLED"), (3, None)]):
-        run = make_run(tmp_path, "cifar10_vlb_mean_learned", (f"seed={seed}", *LAST))
-        if status:
-            write_json(run.tracking_json, {"status": status})
+    runs = [make_run(tmp_path, "cifar10_vlb_mean_learned", (f"seed={seed}", *LAST)) for seed in range(4)]
+    for age, (run, status) in enumerate(zip(runs, ("RUNNING", "FAILED", "KILLED", None), strict=True)):
+        write_json(run.tracking_json, {"status": status} if status else {})
         for file in run.path.rglob("*"):
             os.utime(file, (1.7e9 - age, 1.7e9 - age))
-        runs.append(run)
     with lock_folder(runs[3].path):
         assert main(["status", f"cluster.storage={tmp_path}"]) == 0
         lines = capsys.readouterr().out.splitlines()
@@ -162,22 +155,8 @@ def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, c
     assert [row[-1] for row in rows] == [run.name for run in runs] and rows[0][2] == "d"
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    return now
-
-
-@pytest.fixture
-def said(monkeypatch):
-    lines = []
-    monkeypatch.setattr(progress, "print_line", lines.append)
-    monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: False, raising=False)
-    return lines
-
-
-SCENES = [  # name, total and words of the work; (seconds later, done, note) of each update; the lines
+@pytest.mark.parametrize(("work", "start", "updates", "lines"), [
+    # name, total and words of the work; (seconds later, done, note) of each update; the lines
     # the time left is of the work's own pace, without the start
     (("train", 100, "steps"), 0, [(60, 1), (20, 21, "loss 0.1"), (79, 100)],
      ["train: 1/100 steps", "train: 21/100 steps, 1/s, 1 min 19 s left, loss 0.1",
@@ -193,11 +172,12 @@ SCENES = [  # name, total and words of the work; (seconds later, done, note) of 
     # large units that end together count from the beginning
     (("sweep", 6, "trials"), 0, [(300, 1), (20, 2)],
      ["sweep: 1/6 trials", "sweep: 2/6 trials, 22.5/h, 10 min 40 s left"]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("work", "start", "updates", "lines"), SCENES)
-def test_lines_of_progress(clock, said, work, start, updates, lines):
+])  # fmt: skip
+def test_lines_of_progress(monkeypatch, work, start, updates, lines):
+    clock, said = [100.0], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "print_line", said.append)
+    monkeypatch.setattr(progress.sys.stdout, "isatty", lambda: False, raising=False)
     with progress.show_progress(*work, start=start) as shown:
         for seconds, *update in updates:
             clock[0] += seconds

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import one_cpu, tiny_experiment
+from conftest import flip_bit, one_cpu, tiny_experiment
 from safetensors.torch import save_file
 
 from pipeline import config
@@ -56,15 +56,11 @@ def place(finished, tmp_path):
     return make_place(EXPERIMENT, tmp_path / "runs")
 
 
-def flip(content):
-    half = len(content) // 2
-    return content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
-
-
-def damage(place, pattern, change=flip, keep_times=False):
+def damage(place, pattern, change=None, keep_times=False):
+    """Change the content of the last such file; without `change` it is one bit in the middle."""
     file = sorted(place.path.glob(pattern))[-1]
     times = file.stat()
-    file.write_bytes(change(file.read_bytes()))
+    file.write_bytes(change(file.read_bytes())) if change else flip_bit(file, times.st_size // 2)
     if keep_times:
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     return file
@@ -120,12 +116,13 @@ def make_older(folder):
 
 def empty_list(folder):
     write_json(folder / checkpoint.META, {"files": {}, "step": 6})
-    (folder / checkpoint.EMA).write_bytes(flip((folder / checkpoint.EMA).read_bytes()))
+    flip_bit(folder / checkpoint.EMA)
 
 
-def of_another_run(folder):
+def of_another_run(folder, run_key="0" * 12):
     meta = json.loads((folder / checkpoint.META).read_text())
-    write_json(folder / checkpoint.META, meta | {"run_key": "0" * 12})
+    del meta["run_key"]
+    write_json(folder / checkpoint.META, meta | ({"run_key": run_key} if run_key else {}))
     (folder / ".sealed.json").unlink()
 
 
@@ -140,10 +137,7 @@ def test_a_checkpoint_of_another_is_named_and_trained_again(place, finished, cha
 
 
 def test_a_checkpoint_without_a_run_key_is_read(place):
-    meta = json.loads((place.locate_step(6) / checkpoint.META).read_text())
-    del meta["run_key"]
-    write_json(place.locate_step(6) / checkpoint.META, meta)
-    (place.locate_step(6) / ".sealed.json").unlink()
+    of_another_run(place.locate_step(6), None)
     assert list_unfinished_stages(place, "report") == []
 
 

@@ -6,8 +6,10 @@ import fcntl
 import os
 import shutil
 import time
-from collections import namedtuple
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -24,25 +26,17 @@ from pipeline.store.files import lock_folder
 from pipeline.store.run import Place, list_steps
 
 
-def raise_error(number):
-    def broken(*_):
-        raise OSError(number, os.strerror(number))
-
-    return broken
-
-
-@pytest.fixture
-def old_run(tmp_path):
-    """A run directory whose experiment.yaml tells of no version of the keys, and has options that are gone."""
-    run = make_run(tmp_path)
+@contextmanager
+def edit(run):
     tree = yaml.safe_load(run.experiment_yaml.read_text())
-    del tree["made_with"]["keys"]
-    tree["train"]["grad_clip_group"] = None
+    yield tree
     run.experiment_yaml.write_text(yaml.safe_dump(tree))
-    return run
 
 
-def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(old_run, capsys):
+def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(tmp_path, capsys):
+    with edit(old_run := make_run(tmp_path)) as tree:
+        del tree["made_with"]["keys"]
+        tree["train"]["grad_clip_group"] = None  # an option that is gone
     assert main(["status", f"cluster.storage={old_run.storage}"]) == 0
     told = " ".join(capsys.readouterr().out.split())
     assert "first version" in told and "git worktree add" in told and "0123456789abcdef" in told
@@ -58,12 +52,11 @@ def test_an_old_run_is_not_opened_and_whoever_meets_it_is_told_how_to_read_it(ol
 def test_runs_from_before_a_section_an_option_or_a_corrected_formula(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     assert find.read_place(run.path) == run
-    tree = yaml.safe_load(run.experiment_yaml.read_text())
-    del tree["published"], tree["train"]["keep_steps"], tree["sample"]["spacing"]
-    run.experiment_yaml.write_text(yaml.safe_dump(tree))
+    with edit(run) as tree:
+        del tree["published"], tree["train"]["keep_steps"], tree["sample"]["spacing"]
     assert find.read_place(run.path) == run
-    del tree["evaluate"]["features"]  # which has no neutral value
-    run.experiment_yaml.write_text(yaml.safe_dump(tree))
+    with edit(run) as tree:
+        del tree["evaluate"]["features"]  # which has no neutral value
     with pytest.raises(PipelineError, match=r"evaluate\.features is missing"):
         find.read_place(run.path)
     run = make_run(tmp_path)
@@ -85,35 +78,29 @@ def test_the_beginning_of_a_name_means_a_run_where_it_is_the_only_one(tmp_path):
             find.find_run(name, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("last", "overrides", "names"),
-    [
-        ("shard", [], "shard"), ("train", [], "shard train"), ("sample", [], "shard train sample"),
-        ("evaluate", [], "shard train evaluate"),  # the bound alone
-        ("evaluate", ["evaluate.metrics=[fid]"], "shard train sample evaluate"),
-        ("sample", ["evaluate.checkpoints=all", "sample.checkpoint=best"], "shard train select sample"),
-        ("report", ["evaluate.checkpoints=all"], "shard train select sample evaluate figures report"),
-        ("report", [], "shard train sample evaluate figures report"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("last", "overrides", "names"), [
+    ("shard", [], "shard"), ("train", [], "shard train"), ("sample", [], "shard train sample"),
+    ("evaluate", [], "shard train evaluate"),  # the bound alone
+    ("evaluate", ["evaluate.metrics=[fid]"], "shard train sample evaluate"),
+    ("sample", ["evaluate.checkpoints=all", "sample.checkpoint=best"], "shard train select sample"),
+    ("report", ["evaluate.checkpoints=all"], "shard train select sample evaluate figures report"),
+    ("report", [], "shard train sample evaluate figures report"),
+])  # fmt: skip
 def test_a_stage_brings_what_it_needs(tmp_path, last, overrides, names):
     place = Place(tmp_path, tiny_experiment(*overrides), "d" * 12, "e" * 12)
     assert [stage.name for stage in list_required_stages(place, last)] == names.split()
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "broken", "expected"),
-    [
-        (fcntl, "flock", lambda *_: None, "does not stop a second process"),
-        (fcntl, "flock", raise_error(errno.ENOSYS), "mount the file system with locks"),
-        (fcntl, "flock", raise_error(errno.ENOLCK), "mount the file system with locks"),
-        (os, "fsync", raise_error(errno.EIO), "cannot be written"),
-        (time, "time", lambda: 0.0, "clock"),
-    ],
-)
+@pytest.mark.parametrize(("module", "name", "broken", "expected"), [
+    (fcntl, "flock", {}, "does not stop a second process"),
+    (fcntl, "flock", {"side_effect": OSError(errno.ENOSYS, "")}, "mount the file system with locks"),
+    (fcntl, "flock", {"side_effect": OSError(errno.ENOLCK, "")}, "mount the file system with locks"),
+    (os, "fsync", {"side_effect": OSError(errno.EIO, "")}, "cannot be written"),
+    (time, "time", {"return_value": 0.0}, "clock"),
+])  # fmt: skip
 def test_a_file_system_on_which_runs_fail_is_told(tmp_path, monkeypatch, module, name, broken, expected):
     assert find.find_storage_problems(tmp_path) == ""
-    monkeypatch.setattr(module, name, broken)
+    monkeypatch.setattr(module, name, Mock(**broken))
     assert expected in find.find_storage_problems(tmp_path) and not list(tmp_path.iterdir())
 
 
@@ -122,9 +109,6 @@ def test_a_machine_of_a_cluster_says_what_it_sees_amiss_in_the_storage_root(tmp_
         assert find._check_folder(tmp_path) == ""
         assert "sees another folder there: mount" in find._check_folder(tmp_path / "nothing")
     assert "does not see who holds a lock: mount" in find._check_folder(tmp_path)
-
-
-Usage = namedtuple("Usage", "total used free")
 
 
 LAST = {"evaluate.checkpoints": "null", "sample.checkpoint": "last"}
@@ -148,24 +132,22 @@ def test_the_papers_run_takes_gibibytes_and_candidates_count():
     assert wanted.checkpoints == 4 * 5 * 4 * 35_746_307
     assert wanted.features == 4 * (2048 + 1008) * 4 * 50_000
     assert 5 * 2**30 < wanted.disk < 6 * 2**30 and 1 * 2**30 < wanted.memory < 2 * 2**30
-    plain = wanted
-    wanted = preflight.estimate_requirements(cifar10(**{"evaluate.checkpoints": "every:50000"}))
-    assert (plain.checkpoint_count, plain.images) == (3, 50_000)
-    assert (wanted.checkpoint_count, wanted.images) == (3 + 15, 50_000 + 16 * 5_000)
     every = {"train.keep_every": 100_000, "evaluate.checkpoints": "all"}
-    kept = preflight.estimate_requirements(cifar10(**every))
-    assert (kept.checkpoint_count, kept.images) == (3 + 7, 50_000 + 10 * 5_000)
+    for changes, count, images in (
+        ({}, 3, 50_000), ({"evaluate.checkpoints": "every:50000"}, 3 + 15, 50_000 + 16 * 5_000),
+        (every, 3 + 7, 50_000 + 10 * 5_000),
+    ):  # fmt: skip
+        wanted = preflight.estimate_requirements(cifar10(**changes))
+        assert (wanted.checkpoint_count, wanted.images) == (count, images)
 
 
 def test_a_disk_that_is_too_small_is_refused_and_what_is_there_is_not_needed_again(tmp_path, monkeypatch):
     run = Place(tmp_path, cifar10(), "d", "r")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 2**30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     with pytest.raises(PipelineError, match=r"1\.0 GiB free, .* needs 5\.\d GiB more: .*cluster\.storage"):
         preflight.check_resources(run)
-    run.path.mkdir()
-    with (run.path / "samples").open("wb") as file:
-        file.truncate(3 * 2**30)  # sparse
-    run.reference_features.mkdir(parents=True)
-    with (run.reference_features / "set.npz").open("wb") as file:
-        file.truncate(2 * 2**30)
+    for file, size in ((run.path / "samples", 3), (run.reference_features / "set.npz", 2)):
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.truncate(file, size * 2**30)  # sparse
     assert preflight.check_resources(run).startswith("0.")

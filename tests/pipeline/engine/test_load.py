@@ -58,16 +58,7 @@ def test_the_newest_checkpoint_stands_in_for_one_that_is_not_there_yet(tiny_run)
         assert f"ema weights of step 6 of {tiny_run.name}" in repr(pipeline.load(tiny_run.path))
 
 
-def test_a_model_is_built_from_json_and_tensors():
-    for experiment in (CLASSES, EXACT):
-        model = build(experiment)
-        assert ("10 classes" in repr(model)) == (experiment is CLASSES)
-        assert model.sample(2, steps=2).shape == (2, *SHAPE)
-        with pytest.raises(ValueError, match=r"of another network"):
-            build_model(checkpoint.describe_model(experiment), {"extra": torch.zeros(1)})
-
-
-def test_labels_and_vectors_ask_for_classes():
+def test_a_model_is_built_from_json_and_tensors_and_labels_and_vectors_ask_for_classes():
     torch.manual_seed(0)
     model = build(CLASSES, lambda name, x: torch.randn_like(x) / 9 + ("norm" in name))
     three, none = torch.eye(10)[3].tolist(), [0.0] * 10
@@ -79,6 +70,9 @@ def test_labels_and_vectors_ask_for_classes():
     for images, (_, other) in zip(drawn, equal, strict=True):
         torch.testing.assert_close(images, model.sample(3, **other), rtol=0, atol=1e-4)
     assert all((a - b).abs().max() > 1e-3 for a, b in combinations(drawn, 2))
+    assert "10 classes" in repr(model) and build(EXACT).sample(2, steps=2).shape == (2, *SHAPE)
+    with pytest.raises(ValueError, match="of another network"):
+        build_model(checkpoint.describe_model(CLASSES), {"extra": torch.zeros(1)})
     faults = ((model, 10, "0 to 9"), (model, [0.5], "10 numb"), (build(EXACT), 1, "no labels"))
     for faulty, label, fault in faults:
         with pytest.raises(ValueError, match=fault):
@@ -115,17 +109,13 @@ def test_the_notebook_runs_where_a_run_of_the_digits_lies(tmp_path, monkeypatch)
 @pytest.fixture
 def drawing(sampled, tmp_path, monkeypatch):
     """`ddpm draw` of a tiny run in an empty folder that holds its first two samples as files."""
-    run = sampled
-    write_record(run, ())
+    write_record(run := sampled, ())
     monkeypatch.chdir(tmp_path)
     images, _ = tars.load_images(run.samples, "samples")
     for name, image in zip("ab", images[:2, 0], strict=True):
         Image.fromarray(image).save(f"{name}.png")
-
-    def draw(words):
-        return main(["draw", run.name, *words.split(), f"cluster.storage={run.storage}"])
-
-    return draw, images.transpose(0, 2, 3, 1)
+    where = f"cluster.storage={run.storage}"
+    return lambda words: main(["draw", run.name, *words.split(), where]), images.transpose(0, 2, 3, 1)
 
 
 def read(file):

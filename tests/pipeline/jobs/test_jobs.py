@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -35,32 +34,26 @@ def nowhere(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("run digits train.batch_size=2 cluster.workers=3", "3 workers cannot share train.batch_size=2"),
-        ("run digits", "no Ray cluster answers at http://127.0.0.1:9"),
-        # a file that only the cluster has may be named
-        ("run cifar10 data.path=/theirs evaluate.extractor_weights=/theirs.pth", "no Ray cluster answers"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), [
+    ("run digits train.batch_size=2 cluster.workers=3", "3 workers cannot share train.batch_size=2"),
+    ("run digits", "no Ray cluster answers at http://127.0.0.1:9"),
+    # a file that only the cluster has may be named
+    ("run cifar10 data.path=/theirs evaluate.extractor_weights=/theirs.pth", "no Ray cluster answers"),
+])  # fmt: skip
 def test_what_cannot_run_or_be_sent_ends_with_1(capsys, words, message):
     assert main(["submit", "--", *words.split(), HERE]) == 1
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("given", "variables", "address"),
-    [
-        (None, {}, "http://127.0.0.1:8265"),
-        ("head:8265", {"RAY_API_SERVER_ADDRESS": "http://other:1"}, "http://head:8265"),
-        (None, {"RAY_API_SERVER_ADDRESS": "https://a/ray/", "RAY_ADDRESS": "http://b"}, "https://a/ray"),
-        (None, {"RAY_ADDRESS": "http://b:8265"}, "http://b:8265"),
-        (None, {"RAY_ADDRESS": "auto"}, "http://127.0.0.1:8265"),
-        (None, {"RAY_ADDRESS": "10.0.0.1:6379"}, "is no web address"),
-        (None, {"RAY_ADDRESS": "ray://head:10001"}, "is no web address"),
-    ],
-)
+@pytest.mark.parametrize(("given", "variables", "address"), [
+    (None, {}, "http://127.0.0.1:8265"),
+    ("head:8265", {"RAY_API_SERVER_ADDRESS": "http://other:1"}, "http://head:8265"),
+    (None, {"RAY_API_SERVER_ADDRESS": "https://a/ray/", "RAY_ADDRESS": "http://b"}, "https://a/ray"),
+    (None, {"RAY_ADDRESS": "http://b:8265"}, "http://b:8265"),
+    (None, {"RAY_ADDRESS": "auto"}, "http://127.0.0.1:8265"),
+    (None, {"RAY_ADDRESS": "10.0.0.1:6379"}, "is no web address"),
+    (None, {"RAY_ADDRESS": "ray://head:10001"}, "is no web address"),
+])  # fmt: skip
 def test_the_address(monkeypatch, given, variables, address):
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS")
     for name, value in variables.items():
@@ -70,14 +63,10 @@ def test_the_address(monkeypatch, given, variables, address):
         assert ray_client.resolve_address(given) == address
 
 
-def files_of(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def write(*names: str) -> None:
+def write(*names: str, text: str = "x") -> None:
     for path in map(Path, names):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
+        path.write_text(text)
 
 
 def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
@@ -85,8 +74,9 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
     write("runs/a/x.tar", "data/batch.bin", ".venv/lib/x.py", "conf/notes.txt", "conf/big/x.yaml", ".env")
     Path("conf/own.yaml").write_text("base: digits\n")
     with package.create_package(["run", "own"], "abc") as packed:
-        sent = files_of(packed.folder)
-        assert packed.bytes == sum((packed.folder / name).stat().st_size for name in sent)
+        files = [path for path in packed.folder.rglob("*") if path.is_file()]
+        assert packed.bytes == sum(file.stat().st_size for file in files)
+        sent = {str(file.relative_to(packed.folder)) for file in files}
     code = {str(path.relative_to(ROOT)) for part in PACKAGES for path in (ROOT / part).rglob("*.py")}
     shipped = {f"pipeline/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     own = {"conf/own.yaml", "pipeline/COMMIT"}
@@ -103,11 +93,9 @@ def test_code_and_configurations_travel_and_nothing_else(tmp_path, monkeypatch):
 def test_names_and_paths_mean_there_what_they_mean_here(tmp_path, monkeypatch):
     """An experiment by path whose base lies beside it, whose own base is in ./conf and hides one that is shipped."""
     monkeypatch.chdir(tmp_path)
-    Path("conf").mkdir()
-    Path("conf/digits.yaml").write_text("seed: 7\n" + (ROOT / "conf" / "digits.yaml").read_text())
-    Path("study").mkdir()
-    Path("study/beside.yaml").write_text("base: digits\ntrain:\n  steps: 11\n")
-    Path("study/mine.yaml").write_text("base: beside\ntrain:\n  batch_size: 13\n")
+    write("conf/digits.yaml", text="seed: 7\n" + (ROOT / "conf" / "digits.yaml").read_text())
+    write("study/beside.yaml", text="base: digits\ntrain:\n  steps: 11\n")
+    write("study/mine.yaml", text="base: beside\ntrain:\n  batch_size: 13\n")
     here = config.to_yaml(config.load_experiment("study/mine.yaml", []))
     assert "seed: 7" in here and "steps: 11" in here and "batch_size: 13" in here
     with package.create_package(["run", "study/mine.yaml"], "0123abc+") as packed:
@@ -118,9 +106,8 @@ def test_names_and_paths_mean_there_what_they_mean_here(tmp_path, monkeypatch):
             "import sys; from pipeline import config; from pipeline.engine import code; "
             "print(code.find_commit()); print(config.to_yaml(config.load_experiment(sys.argv[1], [])))"
         )
-        command = [sys.executable, "-c", code, words[5]]
-        environment = {**os.environ, "PYTHONPATH": str(packed.folder)}
-        seen = subprocess.check_output(command, cwd=packed.folder, env=environment, text=True)
+        how = {"cwd": packed.folder, "env": {**os.environ, "PYTHONPATH": str(packed.folder)}}
+        seen = subprocess.check_output([sys.executable, "-c", code, words[5]], **how, text=True)
     assert seen.strip() == f"0123abc+\n{here.strip()}"
 
 
@@ -135,35 +122,27 @@ def test_a_cluster_by_path_travels_with_the_option(tmp_path, monkeypatch):
             assert (packed.folder / name).read_text() == "base: local\n"
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[[dict[str, tuple[int, str]]], HTTPServer]]:
-    started: list[HTTPServer] = []
+class Handler(BaseHTTPRequestHandler):
+    log_message = lambda *_: None  # noqa: E731
 
-    class Handler(BaseHTTPRequestHandler):
-        log_message = lambda *_: None  # noqa: E731
+    def do_GET(self) -> None:
+        self.server.asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
+        status, body = self.server.answers.get(self.path, (404, "nothing here"))
+        if not status:
+            return time.sleep(3)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
 
-        def do_GET(self) -> None:
-            self.server.asked.append(f"{self.command} {self.path} {self.headers.get('Authorization')}")
-            status, body = self.server.answers.get(self.path, (404, "nothing here"))
-            if not status:
-                return time.sleep(3)
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body.encode())
+    do_POST = do_PUT = do_GET
 
-        do_POST = do_PUT = do_GET
 
-    def start(answers: dict[str, tuple[int, str]]) -> HTTPServer:
-        http = HTTPServer(("127.0.0.1", 0), Handler)
-        http.answers, http.asked, http.address = answers, [], f"127.0.0.1:{http.server_port}"
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        started.append(http)
-        return http
-
-    yield start
-    for http in started:
-        http.shutdown()
+def serve(answers: dict[str, tuple[int, str]]) -> HTTPServer:
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    http.answers, http.asked, http.address = answers, [], f"127.0.0.1:{http.server_port}"
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    return http
 
 
 def answers(ray_version: str = ray.__version__, python: str = "3.11.7", of_a_program: bool = False):
@@ -174,22 +153,19 @@ def answers(ray_version: str = ray.__version__, python: str = "3.11.7", of_a_pro
     }
 
 
-@pytest.mark.parametrize(
-    ("says", "message"),
-    [
-        (answers("2.9.3"), "runs Ray 2.9.3; 2.60 or newer is needed"),
-        (answers(python="3.9.1"), "runs Python 3.9.1; 3.11 or newer is needed"),
-        (answers(of_a_program=True), "belongs to a program that is running there"),
-        ({"/api/version": (401, "Unauthorized")}, "wants a token, and there is none"),
-        ({"/api/version": (403, "Forbidden")}, "does not accept the token"),
-        ({}, "is no Ray cluster"),
-        ({"/api/version": (200, "<html>")}, "is no Ray cluster"),
-        *(({"/api/version": (200, text)}, "is no Ray cluster") for text in ("[]", "null", '{"version": []}')),
-        ({"/api/version": (0, "")}, "timed out"),
-        ({"/api/version": (503, "later")}, "no Ray cluster answers"),
-    ],
-)
-def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, serve, says, message, monkeypatch):
+@pytest.mark.parametrize(("says", "message"), [
+    (answers("2.9.3"), "runs Ray 2.9.3; 2.60 or newer is needed"),
+    (answers(python="3.9.1"), "runs Python 3.9.1; 3.11 or newer is needed"),
+    (answers(of_a_program=True), "belongs to a program that is running there"),
+    ({"/api/version": (401, "Unauthorized")}, "wants a token, and there is none"),
+    ({"/api/version": (403, "Forbidden")}, "does not accept the token"),
+    ({}, "is no Ray cluster"),
+    ({"/api/version": (200, "<html>")}, "is no Ray cluster"),
+    *(({"/api/version": (200, text)}, "is no Ray cluster") for text in ("[]", "null", '{"version": []}')),
+    ({"/api/version": (0, "")}, "timed out"),
+    ({"/api/version": (503, "later")}, "no Ray cluster answers"),
+])  # fmt: skip
+def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, says, message, monkeypatch):
     """One on this machine is asked directly, whatever proxy there is, and not for ever."""
     for name in ("no_proxy", "http_proxy"):
         monkeypatch.setenv(name, proxy := "" if name == "no_proxy" else "http://127.0.0.1:9")
@@ -204,7 +180,7 @@ def test_a_cluster_that_cannot_take_the_job_is_sent_nothing(capsys, serve, says,
     assert http.asked and all(line.startswith("GET /api/v") for line in http.asked)
 
 
-def test_another_version_that_works_is_said_and_the_oldest_ones_are_those_that_were_tested(serve):
+def test_another_version_that_works_is_said_and_the_oldest_ones_are_those_that_were_tested():
     with ray_client.connect_cluster(serve(answers("2.61.0", python="3.12.1")).address) as cluster:
         lines = ray_client.check_versions(cluster)
     assert "runs Ray 2.61.0" in lines[0] and "runs Python 3.12.1" in lines[1]
@@ -216,23 +192,19 @@ def test_another_version_that_works_is_said_and_the_oldest_ones_are_those_that_w
     assert {floor[1]: floor[3] for floor in floors} == {floor[1]: tested[floor[1]] for floor in floors}
 
 
-@pytest.mark.parametrize(
-    ("variables", "sent"),
-    [
-        ({"RAY_AUTH_TOKEN": "a-token"}, "Bearer a-token"),
-        ({"RAY_AUTH_TOKEN_PATH": "token"}, "Bearer from-a-file"),
-        ({"RAY_AUTH_TOKEN": "a-token", "RAY_AUTH_MODE": "disabled"}, "None"),
-    ],
-)
-def test_ray_finds_the_token_and_sends_it_and_torch_stays_away(tmp_path, serve, variables, sent):
+@pytest.mark.parametrize(("variables", "sent"), [
+    ({"RAY_AUTH_TOKEN": "a-token"}, "Bearer a-token"),
+    ({"RAY_AUTH_TOKEN_PATH": "token"}, "Bearer from-a-file"),
+    ({"RAY_AUTH_TOKEN": "a-token", "RAY_AUTH_MODE": "disabled"}, "None"),
+])  # fmt: skip
+def test_ray_finds_the_token_and_sends_it_and_torch_stays_away(tmp_path, variables, sent):
     """In a process of its own: Ray reads these when it is imported."""
     (tmp_path / "token").write_text("from-a-file\n")
     http = serve(answers(of_a_program=True))
     command = ["submit", "--address", http.address, "--", "run", "digits", HERE]
     code = f"import sys; from pipeline.cli.program import main; main({command}); assert 'torch' not in sys.modules"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    words = [sys.executable, "-c", code]
-    outcome = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    how = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), **variables}}
+    outcome = subprocess.run([sys.executable, "-c", code], **how, capture_output=True, text=True)
     assert http.asked and all(line.endswith(sent) for line in http.asked)
     assert outcome.returncode == 0, outcome.stderr
     assert "a-token" not in outcome.stdout + outcome.stderr
@@ -256,15 +228,12 @@ def test_a_log_that_breaks_off_comes_again_and_is_written_once(capsys, monkeypat
     assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
 
 
-@pytest.mark.parametrize(
-    ("status", "exit_code", "code", "words"),
-    [
-        ("SUCCEEDED", 0, 0, "done"), ("STOPPED", None, 130, "the same submit continues"),
-        ("FAILED", 130, 130, "the same submit continues"), ("FAILED", 1, 1, "exit code 1"),
-        ("FAILED", 2, 2, "exit code 2"), ("FAILED", -9, 1, "exit code -9"),
-        ("FAILED", 127, 1, "no `python` on its PATH"), ("FAILED", None, 1, "the node died"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("status", "exit_code", "code", "words"), [
+    ("SUCCEEDED", 0, 0, "done"), ("STOPPED", None, 130, "the same submit continues"),
+    ("FAILED", 130, 130, "the same submit continues"), ("FAILED", 1, 1, "exit code 1"),
+    ("FAILED", 2, 2, "exit code 2"), ("FAILED", -9, 1, "exit code -9"),
+    ("FAILED", 127, 1, "no `python` on its PATH"), ("FAILED", None, 1, "the node died"),
+])  # fmt: skip
 def test_the_exit_code_is_that_of_the_job(status, exit_code, code, words):
     facts = {"driver_exit_code": exit_code, "message": "Oh.\nthe node died", "entrypoint": "x"}
     found, sentence = job_commands.describe_end(JobDetails(type="SUBMISSION", status=status, **facts))
