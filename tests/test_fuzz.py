@@ -216,9 +216,7 @@ def run_cases(name: str, check: Callable[..., None], cases: Any, count: int, num
 
 
 @patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9")  # nothing leaves this machine
-@patch.object(
-    charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>")
-)  # half of a run's time
+@patch.object(charts, "save_panels", lambda _, file: file.write_text("<svg></svg>"))  # half of a run's time
 def run_fuzz(cases: int, damages: int, number: int) -> int:
     """Do both parts in the working folder, which is a scratch folder; return the number of kinds of faults."""
     torch.set_num_threads(1)

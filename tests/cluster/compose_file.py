@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
 OURS = "ddpm:0.1.0"
 VARIABLE = re.compile(r"\$\{(\w+)(:\?[^}]*)?\}")

@@ -14,11 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from compose_file import OURS, ROOT, seconds, size, tree
 from conftest import wait_until
 
@@ -54,6 +54,10 @@ def what_is_missing() -> str | None:
         return "needs the distribution's PostgreSQL: apt-get install postgresql"
     probe = subprocess.run(["unshare", "--net", "--pid", "--fork", "--mount", "true"], capture_output=True)
     return "needs the right to make namespaces" if probe.returncode else None
+
+
+MISSING = what_is_missing()
+MARKS = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]  # of tests on hosts
 
 
 def run(*command: str) -> None:
@@ -93,6 +97,7 @@ class Host:
         self.network, self.name, self.address = network, name, address
         self.namespace = f"{network.tag}-{name}"
         self.folder = network.folder / name
+        self.log = self.folder / "service.log"
         (self.folder / "tmp").mkdir(parents=True)
         (self.folder / "tmp").chmod(0o1777)
         self.process: subprocess.Popen[bytes] | None = None
@@ -121,21 +126,14 @@ class Host:
         if not command:
             command = ["sh", "-ec", POSTGRES_ENTRYPOINT]
         self.environment = self._environment(service)
-        script = [
-            *self._mounts(service, volumes),
-            f"cd {'/tmp' if is_ours else '/'}",
-            f"exec {shlex.join(command)}",
-        ]
+        start = [f"cd {'/tmp' if is_ours else '/'}", f"exec {shlex.join(command)}"]
+        script = [*self._mounts(service, volumes), *start]
         isolated = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.namespace, *isolated, "sh", "-ec", "\n".join(script)],
                 env=self.environment, stdout=log, stderr=log,
             )  # fmt: skip
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "service.log"
 
     def _environment(self, service: dict[str, Any]) -> dict[str, str]:
         """Return the variables of a container: the image's and the service's, none of the person who started it."""
@@ -173,14 +171,11 @@ class Host:
     def wait_until_healthy(self, check: dict[str, Any]) -> None:
         """Wait as an engine does, but ask more often. Raises AssertionError with the end of the log."""
         start, interval, wait = (seconds(check[key]) for key in ("start_period", "interval", "timeout"))
-        patience = start + check["retries"] * (interval + wait)
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            assert self.process and self.process.poll() is None, f"{self.name} ended:\n{self.tail()}"
-            if self.execute(*check["test"][1:], timeout=60).returncode == 0:
-                return
-            time.sleep(0.5)
-        raise AssertionError(f"{self.name} is not healthy after {patience:.0f} s:\n{self.tail()}")
+        patience, ask = start + check["retries"] * (interval + wait), check["test"][1:]
+        try:
+            wait_until(lambda: self.execute(*ask, timeout=60).returncode == 0, patience, self.process)
+        except (AssertionError, psutil.Error) as error:
+            raise AssertionError(f"{self.name} is not healthy:\n{self.tail()}") from error
 
     def tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])

@@ -27,9 +27,7 @@ FILLED = {name: hashlib.sha256(name.encode()).hexdigest() for name in SECRETS}
 EXAMPLE = read_env(ROOT / ".env.example")
 ENV = EXAMPLE | FILLED
 SERVICES = services(ENV)
-OURS_WITH_COMMANDS = [
-    n for n, its in SERVICES.items() if {"command", "entrypoint"} & {*its} and its["image"] == OURS
-]
+STARTED = [n for n, its in SERVICES.items() if {"command", "entrypoint"} & {*its} and its["image"] == OURS]
 WEED = Path(sys.executable).parent / "weed"
 DOCKER = ["docker", "compose"]
 
@@ -121,9 +119,6 @@ def test_jobs_do_not_reach_the_stores_and_share_one_storage_root():
     assert used - {EXAMPLE["BACKUPS"]} == compose_file.tree()["volumes"].keys()
 
 
-# Commands
-
-
 @cache
 def long_options(program: tuple[str, ...]) -> set[str]:
     """The long options in the help of an installed program, and one that Ray keeps out of its help."""
@@ -132,7 +127,7 @@ def long_options(program: tuple[str, ...]) -> set[str]:
     return set(re.findall(r"--[a-z][a-z0-9-]+", told)) | ({"--memory"} if "ray" in program[0] else set())
 
 
-@pytest.mark.parametrize("name", OURS_WITH_COMMANDS)
+@pytest.mark.parametrize("name", STARTED)
 def test_commands_have_options_that_the_installed_programs_know(name):
     modules = {"ray": ("ray.scripts.scripts",), "mlflow": ("mlflow",), "ddpm": ("pipeline",)}
     (program, *words) = SERVICES[name].get("entrypoint", []) + SERVICES[name].get("command", [])

@@ -16,11 +16,7 @@ from conftest import ONE_CPU, TINY, read_losses, wait_until
 
 from pipeline.store.files import hash_file
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.slow,
-    pytest.mark.skipif(hosts.what_is_missing() is not None, reason=str(hosts.what_is_missing())),
-]
+pytestmark = [pytest.mark.ray, *hosts.MARKS]
 
 STEPS = 600
 EXPERIMENT = [
@@ -46,16 +42,19 @@ class Nodes:
         self.network[host].start(service | command, self.volumes / volumes)
         self.network[host].wait_until_healthy(service["healthcheck"])
 
+    def ddpm(self, *words: str) -> str:
+        told = self.network["ray-head"].execute(sys.executable, "-m", "pipeline", *words, timeout=900)
+        assert told.returncode == 0, told.stdout + told.stderr
+        return told.stdout
+
     def find_run(self, folder: str) -> Path:
         (run,) = (self.volumes / "runs" / folder).glob("tiny-*")
         return run
 
     def train(self, folder: str, *words: str) -> Path:
         where = ["cluster.ray_address=auto", f"cluster.storage=/srv/runs/{folder}", "cluster.workers=2"]
-        command = [sys.executable, "-m", "pipeline", "train", "digits", *EXPERIMENT, *where, *words]
-        outcome = self.network["ray-head"].execute(*command, timeout=900)
-        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-        self.losses = re.findall(r"\((\S+)\) was lost: (\d+) steps from step (\d+) ", outcome.stdout)
+        told = self.ddpm("train", "digits", *EXPERIMENT, *where, *words)
+        self.losses = re.findall(r"\((\S+)\) was lost: (\d+) steps from step (\d+) ", told)
         return self.find_run(folder)
 
     def read_step(self, folder: str) -> int:
@@ -75,24 +74,19 @@ def nodes(tmp_path) -> Iterator[Nodes]:
 
 
 def test_a_job_waits_until_a_node_has_its_memory_free(nodes):
-    def ask(*words: str) -> str:
-        told = nodes.network["ray-head"].execute(sys.executable, "-m", "pipeline", *words)
-        assert told.returncode == 0, told.stdout + told.stderr
-        return told.stdout
-
     def trains(name: str) -> bool:
         return bool(list(nodes.volumes.glob(f"runs/{name}-*/.step")))
 
     for name in ("one", "two", "three"):
         words = [*EXPERIMENT, f"name={name}", "train.steps=1000000", *ONE_CPU, "cluster.storage=/srv/runs"]
-        ask("submit", "--id", name, "--", "train", "digits", *words)
+        nodes.ddpm("submit", "--id", name, "--", "train", "digits", *words)
     wait_until(lambda: trains("one") and trains("two"), 300)
-    told = ask("jobs", "status", "three")
+    told = nodes.ddpm("jobs", "status", "three")
     assert "pending" in told and not trains("three"), told
-    ask("jobs", "stop", "one")
+    nodes.ddpm("jobs", "stop", "one")
     wait_until(lambda: trains("three"), 300)
     for name in ("two", "three"):
-        ask("jobs", "stop", name)
+        nodes.ddpm("jobs", "stop", name)
 
 
 def test_doctor_names_the_node_that_sees_another_folder(nodes):
@@ -104,10 +98,7 @@ def test_doctor_names_the_node_that_sees_another_folder(nodes):
     nodes.start("node-2", volumes="another")
     told = head.execute(sys.executable, "-m", "pipeline", *words).stdout
     (line,) = [line for line in told.splitlines() if line.startswith("machines")]
-    assert (
-        line.count("sees another folder") == 1
-        and f"({other.address}) sees another folder there: mount" in line
-    )
+    assert line.count("sees another folder") == 1 and f"({other.address}) sees another folder" in line
 
 
 def test_a_node_that_is_taken_away_costs_seconds(nodes):

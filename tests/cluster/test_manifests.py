@@ -42,17 +42,10 @@ def of_kind(kind: str) -> dict[str, Any]:
     return found
 
 
-def ray_clusters() -> list[dict[str, Any]]:
-    return [of_kind("RayCluster")["spec"], of_kind("RayJob")["spec"]["rayClusterSpec"]]
-
-
-def ray_groups() -> list[dict[str, Any]]:
-    return [group for spec in ray_clusters() for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
-
-
-def pod_templates() -> list[dict[str, Any]]:
-    plain = [tree["spec"] for tree in PLAIN if "template" in tree.get("spec", {})]
-    return [owner["template"] for owner in [*ray_groups(), *plain]]
+CLUSTERS = [of_kind("RayCluster")["spec"], of_kind("RayJob")["spec"]["rayClusterSpec"]]
+GROUPS = [group for spec in CLUSTERS for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+OWNERS = [*GROUPS, *(tree["spec"] for tree in PLAIN if "template" in tree.get("spec", {}))]
+TEMPLATES = [owner["template"] for owner in OWNERS]
 
 
 @pytest.mark.parametrize(("linter", "file"), [("hadolint", ROOT / "Dockerfile"), ("shellcheck", SCRIPT)])
@@ -95,7 +88,7 @@ def test_what_the_image_copies_reaches_the_builder():
 
 def test_manifests_and_pods_of_ray_keep_to_the_schema():
     head = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
-    pods = [{**head, "spec": template["spec"]} for template in pod_templates()]
+    pods = [{**head, "spec": template["spec"]} for template in TEMPLATES]
     assert len(pods) == 6
     for tree in [*PLAIN, *pods]:
         kubernetes_validate.validate(tree, kubernetes_validate.latest_version(), strict=True)
@@ -103,18 +96,18 @@ def test_manifests_and_pods_of_ray_keep_to_the_schema():
 
 def test_ray_resources_have_the_keys_of_the_operator():
     assert of_kind("RayJob")["spec"].keys() <= JOB_KEYS
-    for spec in ray_clusters():
+    for spec in CLUSTERS:
         assert spec.keys() - {"enableInTreeAutoscaling"} == CLUSTER_KEYS
         assert spec["rayVersion"] == metadata.version("ray")
         assert spec["authOptions"] == {"mode": "token"}
-    for group in ray_groups():
+    for group in GROUPS:
         assert group.keys() <= GROUP_KEYS
         options = {f"--{name}" for name in group["rayStartParams"]}
         assert options <= long_options(("ray.scripts.scripts", "start"))
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
     assert of_kind("RayCluster")["spec"]["enableInTreeAutoscaling"] is True  # replicas alone scale nothing
     assert of_kind("RayJob")["spec"]["backoffLimit"] == 0 and "generateName" in of_kind("RayJob")["metadata"]
-    cluster, of_job = (json.dumps(spec["workerGroupSpecs"][0]["template"]) for spec in ray_clusters())
+    cluster, of_job = (json.dumps(spec["workerGroupSpecs"][0]["template"]) for spec in CLUSTERS)
     assert cluster == of_job and '"nvidia.com/gpu": "8"' in of_job, "a pod has a whole machine"
     assert all(str(tree).count("'fsGroup'") == str(tree).count("OnRootMismatch") for tree in OBJECTS)
     (rule,) = of_kind("NetworkPolicy")["spec"]["ingress"]
@@ -171,20 +164,20 @@ def test_commands_become_rayjobs_that_the_operator_takes(capsys, monkeypatch):
 
 def test_claims_and_services_that_are_named_are_there():
     claims = {tree["metadata"]["name"] for tree in PLAIN if tree["kind"] == "PersistentVolumeClaim"}
-    volumes = [volume for template in pod_templates() for volume in template["spec"]["volumes"]]
+    volumes = [volume for template in TEMPLATES for volume in template["spec"]["volumes"]]
     used = [volume["persistentVolumeClaim"] for volume in volumes if "persistentVolumeClaim" in volume]
     assert {claim["claimName"] for claim in used} == claims
     settings = yaml.safe_load((ROOT / "conf/cluster/kuberay.yaml").read_text())
     names = {tree["metadata"]["name"] for tree in PLAIN if tree["kind"] == "Service"}
     assert re.match(r"http://(\w+):5000", settings["tracking_uri"])[1] in names
-    for group in ray_groups():
+    for group in GROUPS:
         (container,) = group["template"]["spec"]["containers"]
         assert {"name": "runs", "mountPath": settings["storage"]} in container["volumeMounts"]
 
 
 def test_both_deployments_start_the_same_images_and_tracking_server():
     compose = services(ENV)
-    containers = [box for template in pod_templates() for box in template["spec"]["containers"]]
+    containers = [box for template in TEMPLATES for box in template["spec"]["containers"]]
     assert {box["image"] for box in containers} == {OURS, compose["postgres"]["image"]}
     (server,) = (box for box in containers if box["name"] == "mlflow")
     assert server["command"] == compose["mlflow"]["entrypoint"]
@@ -193,10 +186,7 @@ def test_both_deployments_start_the_same_images_and_tracking_server():
 def merge(base: Any, patch: Any) -> Any:
     """A strategic merge, as `kubectl patch` makes it: lists of what has a name are merged by the name."""
     if isinstance(patch, dict):
-        return {
-            **base,
-            **{key: merge(base[key], value) if key in base else value for key, value in patch.items()},
-        }
+        return base | {key: merge(base[key], value) if key in base else value for key, value in patch.items()}
     if not isinstance(patch, list) or not isinstance(patch[0], dict):
         return patch
     named = {item["name"]: item for item in base}
@@ -205,33 +195,24 @@ def merge(base: Any, patch: Any) -> Any:
 
 
 def test_mlflow_with_passwords_is_that_of_compose():
-    patch, config = (
-        yaml.safe_load((KUBERAY / "auth" / name).read_text()) for name in ("mlflow.patch.yaml", "config.yaml")
-    )
+    files = (KUBERAY / "auth" / name for name in ("mlflow.patch.yaml", "config.yaml"))
+    patch, config = (yaml.safe_load(file.read_text()) for file in files)
     (plain,) = (tree for tree in PLAIN if tree["kind"] == "Deployment")
     deployment, compose = merge(plain, patch), services(ENV)["mlflow-auth"]
     for manifest in (deployment, config):
         kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
     (server,) = deployment["spec"]["template"]["spec"]["containers"]
     assert [server["command"], server["args"]] == [compose["entrypoint"], compose["command"]]
-    names = {variable["name"] for variable in server["env"]}
-    assert names == {
-        name for name in compose["environment"] if not name.startswith("AWS") and "S3" not in name
-    }
+    wanted = {name for name in compose["environment"] if not name.startswith("AWS") and "S3" not in name}
+    assert {variable["name"] for variable in server["env"]} == wanted
     assert config["data"]["mlflow-auth.ini"] == read_compose()["configs"]["mlflow-auth"]["content"]
     assert {mount["name"] for mount in server["volumeMounts"]} == {"auth", "mlartifacts"}
-    drivers = [spec["workerGroupSpecs"][0] for spec in ray_clusters()] + [ray_clusters()[1]["headGroupSpec"]]
+    drivers = [spec["workerGroupSpecs"][0] for spec in CLUSTERS] + [CLUSTERS[1]["headGroupSpec"]]
     for group in drivers:
         (container,) = group["template"]["spec"]["containers"]
         keys = {variable["name"]: variable["valueFrom"]["secretKeyRef"] for variable in container["env"]}
-        assert keys["MLFLOW_TRACKING_PASSWORD"] == {
-            "name": "mlflow-auth",
-            "key": "password",
-            "optional": True,
-        }
-
-
-# Slurm
+        wanted = {"name": "mlflow-auth", "key": "password", "optional": True}
+        assert keys["MLFLOW_TRACKING_PASSWORD"] == wanted
 
 
 def test_the_slurm_script_uses_options_that_the_installed_programs_know_and_says_how_it_is_used():

@@ -1,7 +1,6 @@
 """The store of the profile `s3`, started with the command of docker-compose.yml: what moto cannot show."""
 
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from urllib.request import urlopen
 import boto3
 import pytest
 from compose_file import services
-from conftest import tiny_experiment, wait_until
+from conftest import free_port, tiny_experiment, wait_until
 from mlflow import MlflowClient
 from test_compose import ENV, SERVICES, WEED
 
@@ -46,9 +45,7 @@ def store(tmp_path_factory) -> Iterator[str]:
 @pytest.fixture
 def tracking_server(store, tmp_path) -> Iterator[str]:
     """MLflow with the file's command and environment for a bucket, on this host and without PostgreSQL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
+    place = f"127.0.0.1:{free_port()}"
     service = services(ENV | {"ARTIFACTS": "s3://mlflow"})["mlflow"]
     here = {
         "--host": "127.0.0.1", "--port": place.rsplit(":")[1], "--allowed-hosts": place,
@@ -84,10 +81,9 @@ def test_artifacts_of_mlflow_are_kept_in_the_bucket(store, tracking_server, tmp_
 
 
 def test_shards_travel_and_strangers_see_nothing(store, sharded_storage, tmp_path, monkeypatch):
-    for name, value in SERVICE["environment"].items():
+    place = {"AWS_ENDPOINT_URL": store, "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (SERVICE["environment"] | place).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", store)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     run = make_place(tiny_experiment(), sharded_storage)
     name = f"data/{run.data.name}"
     assert ", 0 were there" in remote.push_run(name, sharded_storage, "s3://team/runs")

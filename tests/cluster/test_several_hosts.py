@@ -20,10 +20,7 @@ import pytest
 from compose_file import ROOT, read_env, services
 from conftest import ONE_CPU, TINY, read_losses, wait_until
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(hosts.what_is_missing() is not None, reason=str(hosts.what_is_missing())),
-]
+pytestmark = hosts.MARKS
 
 # Host -> the name that the others call it by. Replicas share theirs.
 NAMES = {
@@ -183,16 +180,6 @@ def test_two_hosts_train_as_one_process_does(cluster, first_run, tmp_path):
     assert read_losses(together) == expected
 
 
-# Access
-
-
-def open_ports(cluster: Cluster, host: str) -> list[int]:
-    told = cluster.network[host].execute("ss", "-ltnH").stdout
-    ports = {int(address.rsplit(":", 1)[1]) for address in re.findall(r"LISTEN\s+\d+\s+\d+\s+(\S+)", told)}
-    assert {6379, 8265} <= ports
-    return sorted(ports)
-
-
 ATTACK = """
 import json, sys
 from urllib.error import HTTPError
@@ -214,7 +201,9 @@ for port in sys.argv[1:]:
 
 
 def test_without_the_token_no_port_of_the_head_runs_code(cluster, first_run):
-    ports = [str(port) for port in open_ports(cluster, "ray-head")]
+    told = cluster.network["ray-head"].execute("ss", "-ltnH").stdout
+    ports = {address.rsplit(":", 1)[1] for address in re.findall(r"LISTEN\s+\d+\s+\d+\s+(\S+)", told)}
+    assert {"6379", "8265"} <= ports
     told = cluster.client(sys.executable, "-c", ATTACK, *ports)
     answers = [json.loads(line) for line in told.stdout.splitlines()]
     assert len(answers) == 8 * len(ports), told.stderr
@@ -241,20 +230,14 @@ def test_without_the_token_nobody_joins_or_submits(cluster, first_run, token):
     assert not list(cluster.network.folder.glob("*/tmp/intruder"))
 
 
-NAMES_AND_ANSWERS = [("mlflow:5000", 200), ("evil.example", 403), ("mlflow.evil.example:5000", 403)]
-
-
-@pytest.mark.parametrize(("name", "status"), NAMES_AND_ANSWERS)
-def test_the_tracking_server_answers_to_its_names_alone(cluster, name, status):
+def test_the_tracking_server_answers_to_its_names_alone(cluster):
     path = "/api/2.0/mlflow/experiments/search?max_results=1"
     code = (
         "import sys, http.client as h; c = h.HTTPConnection('mlflow', 5000); "
         "c.request('GET', sys.argv[1], headers={'Host': sys.argv[2]}); print(c.getresponse().status)"
     )
-    assert cluster.client(sys.executable, "-c", code, path, name).stdout.strip() == str(status)
-
-
-# What breaks
+    for name, status in (("mlflow:5000", 200), ("evil.example", 403), ("mlflow.evil.example:5000", 403)):
+        assert cluster.client(sys.executable, "-c", code, path, name).stdout.strip() == str(status), name
 
 
 def heartbeat(run: Path) -> int:
@@ -299,10 +282,8 @@ def test_what_mlflow_holds_comes_back_from_a_backup(cluster, first_run):
     assert cluster.on_tracking_server("tiny") == before
 
 
-# Last, when everything has been written
-
-
 def test_secrets_are_nowhere_but_in_the_environment(cluster, first_run, tmp_path):
+    """Last, when everything has been written."""
     drawn = {name: value for name, value in cluster.env.items() if len(value) == 64}
     assert len(drawn) == 6
     shown = cluster.client("ddpm", "show", "digits", "--cluster", "compose", *EXPERIMENT)

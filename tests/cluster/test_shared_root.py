@@ -13,10 +13,7 @@ import pytest
 from compose_file import ROOT
 from conftest import ONE_CPU, TINY
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(hosts.what_is_missing() is not None, reason=str(hosts.what_is_missing())),
-]
+pytestmark = hosts.MARKS
 
 GROUP, USERS = 60000, {"ann": 60001, "bob": 60002}
 # Lets others reach an interpreter in somebody's home, in a mount namespace of its own.

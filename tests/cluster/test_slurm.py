@@ -5,7 +5,6 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import hosts
 import pytest
@@ -14,11 +13,8 @@ from conftest import TINY, read_losses, wait_until
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 MISSING = [name for name in PROGRAMS if not shutil.which(name)]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(hosts.what_is_missing() is not None, reason=str(hosts.what_is_missing())),
-    pytest.mark.skipif(bool(MISSING), reason=f"no {MISSING}: apt-get install slurmctld slurmd munge"),
-]
+HOW = f"no {MISSING}: apt-get install slurmctld slurmd munge"
+pytestmark = [*hosts.MARKS, pytest.mark.skipif(bool(MISSING), reason=HOW)]
 NODES = ("node1", "node2")
 MUNGED = (
     "munged --foreground --force --key-file=/srv/slurm/munge.key --socket=/srv/slurm/munge.socket"
@@ -46,18 +42,6 @@ ENDED = ("COMPLETED", "FAILED", "NODE_FAIL", "CANCELLED")
 LONG = [*TINY, "train.steps=600", "train.checkpoint_every=50", "train.log_every=10"]
 
 
-def service(host: str, *command: str) -> dict[str, Any]:
-    """The command on a host that knows itself by its name, as `hosts.Host` starts it."""
-    named = f"hostname {host} && exec {' '.join(command)}"
-    return {
-        "image": OURS,
-        "command": ["unshare", "--uts", "sh", "-ec", named],
-        "environment": {"SLURM_CONF": "/srv/slurm/slurm.conf", "DDPM_STORAGE": "/srv/runs"},
-        "volumes": ["slurm:/srv/slurm", "runs:/srv/runs"],
-        "shm_size": "1g",
-    }
-
-
 class Slurm:
     def __init__(self, folder: Path):
         self.volumes = folder / "volumes"
@@ -80,7 +64,13 @@ class Slurm:
         wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D") == "idle 2", 60)
 
     def start(self, host: str, command: str) -> None:
-        self.network[host].start(service(host, command), self.volumes)
+        """Start a command on a host that knows itself by its name."""
+        named = ["unshare", "--uts", "sh", "-ec", f"hostname {host} && exec {command}"]
+        service = {
+            "image": OURS, "command": named, "volumes": ["slurm:/srv/slurm", "runs:/srv/runs"], "shm_size": "1g",
+            "environment": {"SLURM_CONF": "/srv/slurm/slurm.conf", "DDPM_STORAGE": "/srv/runs"},
+        }  # fmt: skip
+        self.network[host].start(service, self.volumes)
 
     def ask(self, *command: str) -> str:
         told = self.network["control"].execute(*command)
