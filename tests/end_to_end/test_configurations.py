@@ -1,25 +1,21 @@
 """Every configuration in conf/: `ddpm show`, and two steps of its own objective on images of its own size."""
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import one_cpu
+from conftest import ROOT, one_cpu, read_losses
 from image_files import write_set
+from staged import results, run_stage
 
 from pipeline import config
 from pipeline.cli.program import main
-from pipeline.compute.units import Unit
 from pipeline.engine.find import make_place
 from pipeline.scores import efficientnet
 from pipeline.stages import evaluate, sample, shard, train
 from pipeline.store import tars
-from pipeline.store.files import read_json
 
-CONF = Path(__file__).parents[2] / "conf"
-EXPERIMENTS = sorted(path.stem for path in CONF.glob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
 TRAIN_IMAGES, TEST_IMAGES = 4, 2
 # Like another one but for the images, the size of the network, which is thin here, or the length.
 CIFAR10_ALIKE = {"cifar10_short", "cifar10_small", "cifar10_published"}
@@ -72,18 +68,16 @@ def test_two_steps(name, storage):
     experiment = config.load_experiment(name, [*data, *SHORT, *NARROW[whole.model.name]])
     run = make_place(experiment, storage)
     run.path.mkdir(parents=True)
-    carry_out(shard.STAGE.work(run.replace_experiment(experiment)))
-    train.STAGE.run_worker(one_cpu().context, run.replace_experiment(experiment))
-    carry_out(sample.STAGE.work(run.replace_experiment(experiment)))
-    losses = [json.loads(line)["metrics"]["train/loss"] for line in run.log.read_text().splitlines()]
-    assert len(losses) == 2 and np.isfinite(losses).all()
-    images, _ = tars.load_images(run.replace_experiment(experiment).samples, "samples")
+    run_stage(shard, run)
+    train.STAGE.run_worker(one_cpu().context, run)
+    run_stage(sample, run)
+    assert np.isfinite(read_losses(run.path)).all() and len(read_losses(run.path)) == 2
+    images, _ = tars.load_images(run.samples, "samples")
     size = experiment.data.image_size
     assert images.shape == (2, experiment.data.channels, size, size)
     if "nll" in whole.evaluate.metrics:
-        carry_out(evaluate.STAGE.work(run.replace_experiment(experiment)))
-        scores = read_json(run.replace_experiment(experiment).scores / "metrics.json", dict)["scores"]
-        assert np.isfinite(scores["nll_bpd"])
+        run_stage(evaluate, run)
+        assert np.isfinite(results(run)["scores"]["nll_bpd"])
 
 
 def test_missing_features_are_named_before_anything_starts(storage, monkeypatch, capsys):
@@ -91,8 +85,3 @@ def test_missing_features_are_named_before_anything_starts(storage, monkeypatch,
     assert main(["run", "folder", *write_images("folder", storage), f"cluster.storage={storage}/none"]) == 1
     assert "efficientnet-lite0 needs the package" in capsys.readouterr().err
     assert not list(storage.glob("none/folder-*")) and not list(storage.glob("none/data/*/*.tar"))
-
-
-def carry_out(work: Iterator[list[Unit]]) -> None:
-    for units in work:
-        one_cpu().run_units(units, lambda unit: None)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ONE_CPU
 from sklearn.datasets import load_digits
+from staged import results
 
 from pipeline.cli.program import main
 from pipeline.engine.find import find_run, read_place
@@ -54,11 +55,6 @@ def known(place):
     return tars.load_images(place.data, "train")[0]
 
 
-@pytest.fixture(scope="module")
-def results(place):
-    return read_json(place.metrics_json, dict)
-
-
 def find_members(images, known):
     """Return which of the known images (K, C, H, W) each image is, to the bit."""
     equal = (images[:, None] == known).all(axis=(2, 3, 4))
@@ -75,12 +71,12 @@ def test_tars_and_samples_are_the_images_bit_for_bit(place, known):
     assert ((counts - expected) ** 2 / expected).sum() < 37.7  # chi-square, 15 degrees of freedom, 99.9 %
 
 
-def test_the_bound_is_the_floor_and_the_choice_of_an_image(place, known, results):
+def test_the_bound_is_the_floor_and_the_choice_of_an_image(place, known):
     """Distortion: 0.50994 bits at an edge value, 1.30567 inside. Rate: Sv of fixedlarge, L_T and log2(K) / D."""
     floor = 0.5099370 + 0.7957282 * ((known > 0) & (known < 255)).mean(axis=(1, 2, 3))
     a = np.prod(1 - np.linspace(1e-4, 0.02, 1000))
     prior = (a * np.square(known / 127.5 - 1).mean() - a - math.log(1 - a)) / 2 / math.log(2)
-    scores = results["scores"]
+    scores = results(place)["scores"]
     assert scores["train_distortion_bpd"] == pytest.approx(floor.mean(), abs=1e-4)  # float32
     assert scores["train_prior_bpd"] == pytest.approx(prior, abs=1e-9)
     (file,) = place.score_units.glob("nll-*/*.npz")
@@ -97,7 +93,7 @@ def test_the_bound_is_the_floor_and_the_choice_of_an_image(place, known, results
     assert 0 < abs(off) < 3 * estimate["set_se"] < 0.1
 
 
-def test_the_fid_falls_as_one_over_n(place, results):
+def test_the_fid_falls_as_one_over_n(place):
     """Its expectation from the sixteen features: (tr S + a/2 sum_ij Var(z_i z_j) / (l_i + l_j)) / n + (1 - a)^2 tr S.
 
     S, l: their covariance (over K, not K - 1) and its eigenvalues; z: the features along its axes; a^2 = K / (K - 1),
@@ -117,7 +113,7 @@ def test_the_fid_falls_as_one_over_n(place, results):
     spread, a = (z**2).T @ z**2 / K - np.diag(values**2), math.sqrt(K / (K - 1))
     expected = values.sum() + a / 2 * (spread / (values[:, None] + values)).sum()
     reference, limit = load_reference(place, extractor, "train"), (1 - a) ** 2 * values.sum()
-    whole = len(drawn) * (results["scores"]["fid"] - limit)
+    whole = len(drawn) * (results(place)["scores"]["fid"] - limit)
     for n in (64, 128, 256):
         parts = [Moments.from_features(p).to_statistics() for p in drawn[: SETS * n].reshape(SETS, n, -1)]
         found = [n * (compute_fid(part, reference) - limit) for part in parts]
@@ -126,7 +122,7 @@ def test_the_fid_falls_as_one_over_n(place, results):
         assert whole == pytest.approx(expected, abs=3.7 * spread), n
 
 
-def test_figures_show_the_images_and_the_report_the_scores(place, known, results):
+def test_figures_show_the_images_and_the_report_the_scores(place, known):
     shown = tars.load_images(place.samples, "samples", 0, place.experiment.figures.images)[0]
     found = [merge_neighbours(sorted(folder.iterdir())) for folder in place.figure_units.glob("nearest-*")]
     for nearest in found:
@@ -139,5 +135,5 @@ def test_figures_show_the_images_and_the_report_the_scores(place, known, results
 
     page = place.report_html.with_suffix(".md").read_text()
     row = re.search(r"NLL, training set, bits/dim \| ≤\s([\d.]+)", page)
-    assert row and float(row[1]) == pytest.approx(results["scores"]["train_nll_bpd"], abs=6e-4)
-    assert "images not known to be CIFAR-10's" in results["protocol"]["why_not"]
+    assert row and float(row[1]) == pytest.approx(results(place)["scores"]["train_nll_bpd"], abs=6e-4)
+    assert "images not known to be CIFAR-10's" in results(place)["protocol"]["why_not"]

@@ -127,7 +127,6 @@ def pages(tmp_path_factory):
     return [*(place.report_html for place in places), both]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (820, True), (390, False), (390, True)])
 def test_pages_load_and_fit(pages, tmp_path, width, dark):
     with open_browser(tmp_path, width, dark) as browser:

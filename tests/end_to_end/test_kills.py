@@ -32,13 +32,11 @@ def run(tmp_path) -> Iterator[Run]:
     run.command.kill()
 
 
-KILLS = (
-    "training-worker training-controller training-driver training-group checkpoint-worker checkpoint-hangup "
-    "sampling-task sampling-group evaluation-task"
-)
-
-
-@pytest.mark.parametrize(("phase", "victim"), [kill.split("-") for kill in KILLS.split()])
+@pytest.mark.parametrize(("phase", "victim"), [
+    ("training", "worker"), ("training", "controller"), ("training", "driver"), ("training", "group"),
+    ("checkpoint", "worker"), ("checkpoint", "hangup"), ("sampling", "task"), ("sampling", "group"),
+    ("evaluation", "task"),
+])  # fmt: skip
 def test_a_run_with_a_process_killed_is_the_untouched_one(run: Run, untouched: Run, phase, victim):
     where = run.kill(phase, victim, random.Random(0))
     assert where is not None, "there was nothing to kill in time"
