@@ -51,7 +51,7 @@ def tracking_server(store, tmp_path) -> Iterator[str]:
         "--host": "127.0.0.1", "--port": place.rsplit(":")[1], "--allowed-hosts": place,
         "--backend-store-uri": f"sqlite:///{tmp_path}/mlflow.db",
     }  # fmt: skip
-    options = dict(word.split("=", 1) for word in service["command"][2:]) | here
+    options = dict(word.split("=", 1) for word in service["entrypoint"][2:]) | here
     given = [f"{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "mlflow", "server", *given]
     environment = {**os.environ, **service["environment"], "MLFLOW_S3_ENDPOINT_URL": store}
