@@ -14,7 +14,12 @@ from fidelity import Images, arguments
 from staged import run_stage, scoring
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from ddpm.denoisers import compute_linear_mse, compute_profile, convert_mse_to_terms, make_linear_denoiser
+from ddpm.denoisers import (
+    compute_linear_mse,
+    compute_profile,
+    convert_mse_to_terms,
+    make_linear_denoiser,
+)
 from ddpm.diffusion import Diffusion
 from ddpm.likelihood import compute_bits_per_dim
 from pipeline import config
@@ -65,6 +70,22 @@ def covariance(test_images):
     return test_images.mean(axis=0), values.clip(min=0), vectors
 
 
+# The bound of the best linear denoiser
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+ALPHA_BAR = np.cumprod(1 - BETAS)
+
+
+def expected_terms(mse):
+    """Terms (1000,) at t >= 1 of fixedlarge, from the MSE of the estimate of x_0; index 0 is unused."""
+    beta, now = BETAS, ALPHA_BAR
+    before = np.concatenate([[1.0], now[:-1]])
+    posterior = beta * (1 - before) / (1 - now)
+    with np.errstate(divide="ignore"):
+        overhead = 0.5 * (-1 + np.log(beta / posterior) + posterior / beta)
+    return ((beta * np.sqrt(before) / (1 - now)) ** 2 / (2 * beta) * mse + overhead) / np.log(2)
+
+
 def test_rates_of_the_best_linear_denoiser(covariance):
     """Its expected MSE in closed form, turned into rates: Table 4's rows for a denoiser known exactly."""
     diffusion, values = Diffusion(), torch.from_numpy(covariance[1])
@@ -78,6 +99,19 @@ def test_rates_of_the_best_linear_denoiser(covariance):
     shares = [q[1].item(), q[:11].sum().item(), q[:101].sum().item()]
     assert shares == pytest.approx([0.180, 0.594, 0.933], abs=3e-3)
     assert float((1 - (1 - q) ** 7).sum()) == pytest.approx(5.97, abs=0.03), "distinct passes of seven draws"
+
+
+def test_rates_of_single_images(test_images, covariance):
+    """The linear denoiser's, expected over the noise: the first 64 images are harder than the 10,000."""
+    diffusion, (mean, values, vectors) = Diffusion(), covariance
+    signal = ALPHA_BAR[:, None]
+    gain = np.sqrt(signal) * values / (signal * values + 1 - signal)  # of x_t, by eigenvector
+    squares = ((test_images - mean) @ vectors) ** 2
+    of_noise = ((1 - signal) * gain**2).mean(axis=1, keepdims=True)
+    mse = torch.from_numpy(of_noise + (1 - np.sqrt(signal) * gain) ** 2 @ squares.T / len(values))
+    rates = torch.stack([convert_mse_to_terms(diffusion, of_image).sum() for of_image in mse.T])
+    found = [rates.mean(), rates.std(), rates[:64].mean(), rates[:8].mean()]
+    assert [value.item() for value in found] == pytest.approx([2.452784, 0.26912, 2.53989, 2.51197], rel=2e-5)
 
 
 def test_the_rates_of_the_line_come_out_of_the_units(cifar10, test_images, covariance, monkeypatch):
@@ -94,13 +128,12 @@ def test_the_rates_of_the_line_come_out_of_the_units(cifar10, test_images, covar
     one_cpu().run_units(list(units.values()), lambda unit: None)
     rows = bound.average_bound(units, 1000)[1]["rate_distortion"]
     spread = (((test_images[:16] - mean) @ vectors) ** 2).mean(axis=0)
-    signal = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[:, None]
+    signal = ALPHA_BAR[:, None]
     shrink = signal * values / (signal * values + 1 - signal)
     few = ((1 - shrink) ** 2 * spread + shrink**2 * (1 - signal) / signal).mean(axis=1)
     everyone = (values * (1 - signal) / (signal * values + 1 - signal)).mean(axis=1)
-    terms = [convert_mse_to_terms(Diffusion(), torch.from_numpy(mse)) for mse in (few, everyone)]
     for k, rate in zip(ROWS, RATES, strict=True):
-        of_few, of_all = (its[1000 - k + 1 :].sum().item() for its in terms)
+        of_few, of_all = (expected_terms(mse)[1000 - k + 1 :].sum() for mse in (few, everyone))
         assert of_all == pytest.approx(rate, rel=2e-5)
         sent = rows[k - 1]["rate_bpd"] - rows[0]["rate_bpd"]  # without the prior
         print(f"k = {k}: rate {sent * of_all / of_few:.6g}, expected {rate:.6g}")
