@@ -207,7 +207,8 @@ def test_measured_memory_is_within_a_fifth_of_the_predicted(precision):
     experiment = load("cifar10", [f"train.precision={precision}"])
     state = TrainState(experiment.train, build(DEVICE, UNetConfig()), experiment.diffusion)
     pixels = torch.zeros(128, 3, 32, 32, dtype=torch.uint8, device=DEVICE)
-    torch.cuda.reset_peak_memory_stats()
-    train_step(state, Diffusion().to(DEVICE), pixels, torch.arange(128), config=experiment.train, seed=0)
+    for _ in range(2):  # in the first one cuDNN tries its algorithms, with a workspace for each
+        torch.cuda.reset_peak_memory_stats()
+        train_step(state, Diffusion().to(DEVICE), pixels, torch.arange(128), config=experiment.train, seed=0)
     found = torch.cuda.max_memory_allocated()
     assert found == pytest.approx(estimate_step_memory(experiment, 128, 1), rel=0.2)
