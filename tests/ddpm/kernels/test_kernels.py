@@ -121,8 +121,7 @@ def test_the_layer_takes_the_short_way_where_it_pays_and_only_there():
 
 def small_unet(channels):
     """128 channels are enough for the short way; bf16, which many CPUs compute slowly, goes without it."""
-    sizes = {"channels": channels, "norm_groups": channels // 4, "channel_mult": (1, 2), "num_res_blocks": 1}
-    config = UNetConfig(**sizes, dropout=0.0)
+    config = UNetConfig(channels=channels, channel_mult=(1, 2), num_res_blocks=1, dropout=0.0, norm_groups=8)
     net = build_network(config, 32, 3, 3, seed=0)
     with torch.no_grad():
         for p in net.parameters():
@@ -131,11 +130,9 @@ def small_unet(channels):
 
 
 # Relative errors of outputs and gradients; small gradients (the keys' biases have none but rounding) by the largest.
-@pytest.mark.parametrize(
-    ("precision", "channels", "limit"), [(torch.float32, 128, 1e-4), (torch.bfloat16, 32, 3e-2)]
-)
-def test_outputs_and_gradients_are_the_plain_networks(precision, channels, limit):
-    net, x = small_unet(channels), numbers(2, 3, 32, 32, seed=1)
+@pytest.mark.parametrize(("precision", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_outputs_and_gradients_are_the_plain_networks(precision, limit):
+    net, x = small_unet(128 if precision == torch.float32 else 32), numbers(2, 3, 32, 32, seed=1)
     names, tensors = list(net.state_dict()), [p.data_ptr() for p in net.parameters()]
 
     def run():

@@ -168,16 +168,14 @@ def another_pool(session, *words, count_trials=lambda: 1):
     wait_for_free_gpus(4)
 
 
-@contextmanager
-def taken(**resources):
-    """Somebody else has these."""
+def take(**resources):
+    """Give these to somebody else, until remove_group."""
     import ray
-    from ray.util import placement_group, remove_placement_group
+    from ray.util import placement_group
 
     group = placement_group([resources])
     ray.get(group.ready(), timeout=LONG)
-    yield
-    remove_placement_group(group)
+    return group
 
 
 def units_of(folder: Path, count: int, needs_gpu: bool = True, body=write_note, **arguments) -> list[Unit]:
@@ -310,8 +308,9 @@ def test_idle_actors_make_room_for_tasks(session, tmp_path):
 def test_units_without_a_network_run_where_no_gpu_is_free(session, tmp_path):
     units = units_of(tmp_path, 2, needs_gpu=False)
     session.pool.end_idle_actors()
-    with taken(GPU=4):
-        session.run_units(units, lambda unit: None)
+    group = take(GPU=4)
+    session.run_units(units, lambda unit: None)
+    ray_train.remove_group(group)
     assert {row["device"] for row in notes_of(units)} == {"cpu"}
 
 
@@ -322,11 +321,12 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(
 
     monkeypatch.setattr("pipeline.compute.session.FREE_SECONDS", 1)
     session.pool.end_idle_actors()
-    with taken(CPU=8):
-        place, began = make_place(tiny_experiment(), tmp_path), time.monotonic()
-        session.is_interrupted = lambda: time.monotonic() - began > 8
-        with pytest.raises(StopRequest):
-            session.run_workers(None, place)
+    group = take(CPU=8)
+    place, began = make_place(tiny_experiment(), tmp_path), time.monotonic()
+    session.is_interrupted = lambda: time.monotonic() - began > 8
+    with pytest.raises(StopRequest):
+        session.run_workers(None, place)
+    ray_train.remove_group(group)
     assert time.monotonic() - began < 8 + 5
     # It would outlive Ray, and crash.
     assert "ray-train" not in [thread.name for thread in threading.enumerate()]
@@ -336,10 +336,8 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(
 def test_the_group_of_a_lost_controller_is_released_before_the_next(session, tmp_path, monkeypatch):
     import ray
     from conftest import tiny_experiment, wait_until
-    from ray.util import placement_group
 
-    group, place = placement_group([{"CPU": 8}]), make_place(tiny_experiment(), tmp_path)
-    ray.get(group.ready())
+    group, place = take(CPU=8), make_place(tiny_experiment(), tmp_path)
     place.path.mkdir(parents=True, exist_ok=True)
     place.placement_group.write_text(group.id.hex())
     monkeypatch.setattr(ray_train, "run_in_thread", lambda *_: None)
