@@ -14,6 +14,8 @@ import pytest
 from conftest import ONE_CPU, TINY, read_losses
 from test_exact_run import SOURCE, WORDS
 
+from pipeline.cli.program import main
+
 pytestmark = pytest.mark.ray
 
 # 17 images a batch do not divide by two: the slices are uneven. 50 steps, dropout 0, fp32.
@@ -22,46 +24,52 @@ SCORES = ["evaluate.metrics=[fid,nll]", "evaluate.features=projection", "figures
 EXPERIMENT = [*TINY, *STEPS, *SCORES, "diffusion.t_sampling=importance"]
 
 
-def ddpm(storage: Path, *words: str, verb: str = "run") -> Path:
-    command = [sys.executable, "-m", "pipeline", verb, "digits", *EXPERIMENT, *words]
-    command.append(f"cluster.storage={storage}")
+def arguments(storage: Path, *words: str, verb: str) -> list[str]:
+    return [verb, "digits", *EXPERIMENT, *words, f"cluster.storage={storage}"]
+
+
+def ddpm(*words: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pipeline", *words]
     outcome = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
-    (run,) = (path.parent for path in storage.glob("tiny-*/experiment.yaml"))
-    return run
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path]:
-    one = ddpm(tmp_path_factory.mktemp("one"), *ONE_CPU)
-    two = ddpm(tmp_path_factory.mktemp("two"), "cluster.workers=2", "cluster.cpus_per_worker=1")
-    return one, two
+def runs(tmp_path_factory, empty_store) -> list[Path]:
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    for storage in (one, two):
+        shutil.copy(empty_store, storage)
+    assert main(arguments(one, *ONE_CPU, verb="evaluate")) == 0
+    ddpm(*arguments(two, "cluster.workers=2", "cluster.cpus_per_worker=1", verb="run"))
+    return [path.parent for storage in (one, two) for path in storage.glob("tiny-*/experiment.yaml")]
+
+
+def assert_same_files(ours: Path, theirs: Path, pattern: str) -> None:
+    found, expected = (
+        {path.relative_to(root): path.read_bytes() for path in root.glob(pattern)} for root in (ours, theirs)
+    )
+    assert found and found == expected, pattern
 
 
 def test_one_and_two_workers_shard_train_and_score_alike(runs):
     one, two = map(read_losses, runs)
     assert len(one) == 50 and one == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in two]
-    one, two = (sorted((run.parent / "data").rglob("*.tar")) for run in runs)
-    assert [path.name for path in one] == [path.name for path in two]
-    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
-    one, two = ([path for path in sorted(run.glob("evaluation/*/metrics.json"))] for run in runs)
-    assert [path.parent.name for path in one] == [path.parent.name for path in two]
-    a, b = (json.loads(paths[0].read_text())["scores"] for paths in (one, two))
-    assert math.isclose(a["nll_bpd"], b["nll_bpd"], rel_tol=1e-4)
+    assert_same_files(runs[0].parent, runs[1].parent, "data/**/*.tar")
+    (one,), (two,) = (list(run.glob("evaluation/*/metrics.json")) for run in runs)
+    assert one.parent.name == two.parent.name
+    a, b = (json.loads(path.read_text())["scores"]["nll_bpd"] for path in (one, two))
+    assert math.isclose(a, b, rel_tol=1e-4) and list(runs[1].glob("report/report.html"))
 
 
 def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs, tmp_path):
-    one, _ = runs
-    shutil.copytree(one.parent, tmp_path, dirs_exist_ok=True)
-    copy = tmp_path / one.name
-    for folder in ("samples", "evaluation", "report"):
+    shutil.copytree(runs[1].parent, tmp_path, dirs_exist_ok=True)
+    copy = tmp_path / runs[1].name
+    for folder in ("samples", "evaluation"):
         shutil.rmtree(copy / folder)
-    ddpm(tmp_path, "cluster.workers=2", "cluster.cpus_per_worker=1")
+    ddpm(*arguments(tmp_path, *ONE_CPU, verb="evaluate"))
     for pattern in ("samples/*/*.tar", "evaluation/*/metrics.json", "evaluation/*/nll.json"):
-        ours, theirs = sorted(copy.glob(pattern)), sorted(one.glob(pattern))
-        assert [path.relative_to(copy) for path in ours] == [path.relative_to(one) for path in theirs]
-        assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs, strict=True)), pattern
+        assert_same_files(copy, runs[1], pattern)
 
 
 @pytest.mark.slow
@@ -93,7 +101,9 @@ class Greedy(torch.nn.Module):
 """
 
 
-def test_a_gpu_that_is_too_small_ends_the_group_at_once_with_a_line(tmp_path):
+def test_a_gpu_that_is_too_small_ends_the_group_at_once_with_a_line(tmp_path, sharded_storage, empty_store):
+    shutil.copytree(sharded_storage / "data", tmp_path / "data")
+    shutil.copy(empty_store, tmp_path)
     (tmp_path / "greedy.py").write_text(GREEDY)
     words = ["model=null", "model.name=greedy:Greedy", "cluster.workers=2", f"cluster.storage={tmp_path}"]
     outcome = subprocess.run(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -18,6 +19,7 @@ import pytest
 from pipeline.compute import ray_train
 from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.local_ray import require_ray
+from pipeline.compute.resources import resolve_resources
 from pipeline.compute.session import RaySession
 from pipeline.compute.units import Unit, UnitKind
 from pipeline.config import load_cluster
@@ -77,6 +79,7 @@ def test_a_ray_that_was_killed_is_missed():
 
 
 LONG = 120
+WORKERS = ["workers=2", "cpus_per_worker=1"]
 
 
 @functools.cache
@@ -98,10 +101,6 @@ def write_note(worker, file: Path, processes: int = 1) -> None:
     meet(file.parent, processes)
     with file.open("x") as stream:
         json.dump({"pid": os.getpid(), "device": str(worker.device), **devices}, stream)
-
-
-def wait(worker, file: Path | None = None) -> None:
-    time.sleep(1)
 
 
 def wait_for_the_end(worker, file: Path) -> None:
@@ -136,22 +135,47 @@ def fail_at_first(worker, file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def address():
+def joined():
+    """One session for all tests, whose actors live on from one to the next: each takes seconds to import torch."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:  # Ray's processes import this module
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 4})
-        yield cluster.address
+        words = [*WORKERS, f"ray_address={cluster.address}"]
+        with RaySession(load_cluster("local", words)) as session:
+            yield session
         cluster.shutdown()
 
 
 @pytest.fixture
-def session(address, request):
-    words = getattr(request, "param", ["workers=2"])
-    cluster = load_cluster("local", [f"ray_address={address}", "cpus_per_worker=1", *words])
-    with RaySession(cluster) as session:
-        yield session
+def session(joined, monkeypatch):
+    """The same session, with what a test changes put back after it."""
+    for owner, name in ((joined, "is_interrupted"), (joined.pool, "limits"), (joined, "costs")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    return joined
+
+
+@contextmanager
+def another_pool(session, *words, count_trials=lambda: 1):
+    """A pool with other settings, which has the whole cluster."""
+    session.pool.end_idle_actors()
+    wait_for_free_gpus(4)
+    cluster = load_cluster("local", [*WORKERS, *words])
+    resources = resolve_resources(cluster, session.list_nodes())
+    with RaySession.open_for_trial(cluster, resources, lambda: False, count_trials) as other:
+        yield other
+    wait_for_free_gpus(4)
+
+
+def take(**resources):
+    """Give these to somebody else, until remove_group."""
+    import ray
+    from ray.util import placement_group
+
+    group = placement_group([resources])
+    ray.get(group.ready(), timeout=LONG)
+    return group
 
 
 def units_of(folder: Path, count: int, needs_gpu: bool = True, body=write_note, **arguments) -> list[Unit]:
@@ -174,94 +198,33 @@ def wait_for_free_gpus(count: int, seconds: float = LONG) -> None:
         time.sleep(0.1)
 
 
-def test_each_actor_keeps_one_gpu_and_the_next_units_use_the_same_actors(session, tmp_path):
-    (tmp_path / "more").mkdir()
-    first, second = units_of(tmp_path, 24, processes=4), units_of(tmp_path / "more", 8)
-    finished = []
-    session.run_units(first, finished.append)
-    session.run_units(second, finished.append)
-    assert len(finished) == len(set(map(id, finished))) == 32
-    rows = notes_of(finished)
-    assert all(row["now"] == row["first"] for row in rows)
-    assert {row["now"] for row in rows} == {"0", "1", "2", "3"}
-    assert len({row["pid"] for row in rows}) == 4
-    assert [cost[:2] for cost in session.costs] == [("samples", 1)] * 32
-    session.pool.end_idle_actors()
-    wait_for_free_gpus(4)
+def test_a_machine_with_other_libraries_is_named_once(session, capsys):
+    from conftest import wait_until  # Ray's processes import this module, and have no conftest
 
-
-def test_a_machine_with_other_libraries_is_named_once(session, tmp_path, capsys):
     session.known_libraries.clear()
-    for folder in (tmp_path / "first", tmp_path / "second"):
-        folder.mkdir()
-        session.run_units(units_of(folder, 2, body=wait), lambda unit: None)
+    wait_until(lambda: session.must_stop() or not session.library_calls)
+    session.must_stop()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "numbers may differ" in line]
     assert ") has torch " in line and ", the driver torch " in line
 
 
-def test_units_without_a_network_run_where_no_gpu_is_free(session, tmp_path):
-    import ray
-
-    holders = [ray.remote(num_gpus=1, num_cpus=0)(Holder).remote() for _ in range(4)]
-    ray.get([holder.hold.remote() for holder in holders])
-    units = units_of(tmp_path, 6, needs_gpu=False)
-    session.run_units(units, lambda unit: None)
-    assert {row["device"] for row in notes_of(units)} == {"cpu"}
-
-
-def test_the_units_of_a_studys_last_trial_take_what_the_others_held(session, tmp_path):
-    def end_trials(*states: str) -> None:
-        facts = {"reason": "", "label": "", "run": "", "rungs": []}
-        write_json(
-            tmp_path / "state.json", {"trials": {str(i): {"state": s, **facts} for i, s in enumerate(states)}}
-        )
-
-    end_trials("running", "running", "new", "failed")
-    share = functools.partial(count_sharing_trials, tmp_path, 2)
-    with RaySession.open_for_trial(session.cluster, session.resources, lambda: False, share) as trial:
-        first = units_of(tmp_path, 8, processes=2)
-        trial.run_units(first, lambda unit: None)
-        assert len({row["pid"] for row in notes_of(first)}) == 2, "each of two at once has half of the GPUs"
-        (tmp_path / "last").mkdir()
-        one, last = (
-            Unit(UnitKind.SAMPLES, wait, (), "", needs_gpu=True),
-            units_of(tmp_path / "last", 8, processes=4),
-        )
-        trial.run_units([one, *last], lambda unit: end_trials("finished", "running", "stopped", "failed"))
-        assert len({row["pid"] for row in notes_of(last)}) == 4
-    wait_for_free_gpus(4)
-
-
-class Holder:
-    def hold(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("session", [["workers=2", "cpus_per_task=4", "gpus_per_task=0"]], indirect=True)
-def test_idle_actors_make_room_for_tasks(session, tmp_path):
-    """Two actors hold all CPUs; a unit without a network comes after them, and one beside them."""
-    networks, others = units_of(tmp_path, 4), units_of(tmp_path, 2, needs_gpu=False)
-    session.run_units(networks[:2], lambda unit: None)
-    session.run_units([others[0], *networks[2:], others[1]], lambda unit: None)
-    assert len(notes_of([*networks, *others])) == 6
-
-
-def test_the_unit_of_a_killed_actor_is_done_by_another(session, tmp_path, caplog):
-    mortal = Unit(UnitKind.SAMPLES, die_at_first, (2, tmp_path / "mortal"), "mortal", needs_gpu=True)
-    units = [mortal, *units_of(tmp_path, 8)]
-    finished = []
-    session.run_units(units, finished.append)
-    assert sorted(unit.name for unit in finished) == sorted(unit.name for unit in units)
-    assert len(list(tmp_path.glob("mortal-try-*"))) == 3
-    assert "'mortal' lost its process" in caplog.text
-
-
-@pytest.mark.parametrize("session", [["workers=2", "retries=1"]], indirect=True)
-def test_a_unit_that_always_loses_its_process_ends_the_others(session, tmp_path):
-    mortal = Unit(UnitKind.SAMPLES, die_at_first, (9, tmp_path / "mortal"), "mortal", needs_gpu=True)
-    with pytest.raises(PipelineError, match="'mortal' lost its process again and again"):
-        session.run_units([mortal], lambda unit: None)
-    assert len(list(tmp_path.glob("mortal-try-*"))) == 2
+def test_each_actor_keeps_one_gpu_until_training_gets_it_and_then_the_pool_gets_it_back(
+    session, tmp_path, monkeypatch
+):
+    finished, free = [], []
+    train = lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))  # noqa: E731
+    monkeypatch.setattr(ray_train, "run_training_group", train)
+    for name, count, processes in (("first", 24, 4), ("second", 8, 1), ("after", 2, 1)):
+        (tmp_path / name).mkdir()
+        session.run_units(units_of(tmp_path / name, count, processes=processes), finished.append)
+        if name == "second":
+            rows = notes_of(finished)
+            assert {row["now"] for row in rows} == {"0", "1", "2", "3"}
+            assert len({row["pid"] for row in rows}) == 4
+            session.run_workers(None, tmp_path)
+    assert len(finished) == len(set(map(id, finished))) == 34 and len(free) == 1
+    assert all(row["now"] == row["first"] for row in notes_of(finished))
+    assert [cost[:2] for cost in session.costs] == [("samples", 1)] * 34
 
 
 def assert_cancelled(folder: Path) -> None:
@@ -273,13 +236,13 @@ def assert_cancelled(folder: Path) -> None:
 
 
 def test_an_error_ends_what_runs_and_frees_the_gpus(session, tmp_path):
-    networks = units_of(tmp_path, 6, body=wait_for_the_end)
+    session.pool.limits = lambda: (2, 1)  # so that of each kind one unit waits
+    networks = units_of(tmp_path, 2, body=wait_for_the_end)
     others = units_of(tmp_path, 2, needs_gpu=False, body=wait_for_the_end)
-    failing = Unit(UnitKind.SAMPLES, fail, (tmp_path, 6), "failing", needs_gpu=True)
+    failing = Unit(UnitKind.SAMPLES, fail, (tmp_path, 3), "failing", needs_gpu=True)
     with pytest.raises(PipelineError, match="this unit cannot be done"):
         session.run_units([failing, *networks, *others], lambda unit: None)
     assert_cancelled(tmp_path)
-    session.pool.end_idle_actors()
     wait_for_free_gpus(4)
 
 
@@ -292,22 +255,80 @@ def test_a_fault_of_storage_or_device_that_passes_ends_nothing(session, tmp_path
 
 
 def test_an_interruption_ends_what_runs(session, tmp_path):
-    session.pool.is_interrupted = lambda: len(list(tmp_path.glob("process-*"))) == 4
-    session.run_units(units_of(tmp_path, 6, body=wait_for_the_end), lambda unit: None)
+    session.pool.limits = lambda: (1, 1)
+    session.is_interrupted = lambda: len(list(tmp_path.glob("process-*"))) == 2
+    units = [u for needs_gpu in (True, False) for u in units_of(tmp_path, 2, needs_gpu, wait_for_the_end)]
+    session.run_units(units, lambda unit: None)
     assert_cancelled(tmp_path)
 
 
-def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(session, tmp_path, capsys):
-    import ray
-    from conftest import tiny_experiment  # Ray's processes import this module, and have no conftest
+def test_the_unit_of_a_killed_actor_is_done_by_another_and_not_again_and_again(session, tmp_path, caplog):
+    once, always = (
+        Unit(UnitKind.SAMPLES, die_at_first, (deaths, tmp_path / name), name, needs_gpu=True)
+        for name, deaths in (("once", 1), ("always", 9))
+    )
+    finished = []
+    with another_pool(session, "retries=1") as pool:
+        pool.run_units([once, *units_of(tmp_path, 1)], finished.append)
+        assert sorted(unit.name for unit in finished) == ["once", "samples-0"]
+        assert len(list(tmp_path.glob("once-try-*"))) == 2 and "'once' lost its process" in caplog.text
+        with pytest.raises(PipelineError, match="'always' lost its process again and again"):
+            pool.run_units([always], finished.append)
+    assert len(list(tmp_path.glob("always-try-*"))) == 2 and len(finished) == 2
 
-    holder = ray.remote(num_cpus=8)(Holder).remote()
-    ray.get(holder.hold.remote())
+
+def test_the_units_of_a_studys_last_trial_take_what_the_others_held(session, tmp_path):
+    def end_trials(*states: str) -> None:
+        facts = {"reason": "", "label": "", "run": "", "rungs": []}
+        trials = {str(i): {"state": state, **facts} for i, state in enumerate(states)}
+        write_json(tmp_path / "state.json", {"trials": trials})
+
+    end_trials("running", "running", "new", "failed")
+    share = functools.partial(count_sharing_trials, tmp_path, 2)
+    for name in ("first", "one", "last"):
+        (tmp_path / name).mkdir()
+    first, one = units_of(tmp_path / "first", 4), units_of(tmp_path / "one", 1)
+    last = units_of(tmp_path / "last", 4, processes=2)
+    with another_pool(session, "gpus_per_task=2", count_trials=share) as trial:
+        trial.run_units(first, lambda unit: None)
+        wait_for_free_gpus(2, seconds=5)  # each of two at once has half of them
+        assert len({row["pid"] for row in notes_of(first)}) == 1
+        trial.run_units([*one, *last], lambda unit: end_trials("finished", "running", "stopped", "failed"))
+        assert len({row["pid"] for row in notes_of(last)}) == 2
+
+
+def test_idle_actors_make_room_for_tasks(session, tmp_path):
+    """An actor holds all CPUs; a unit without a network comes after it, and one beside it."""
+    networks, others = units_of(tmp_path, 2), units_of(tmp_path, 2, needs_gpu=False)
+    with another_pool(session, "cpus_per_task=8", "gpus_per_task=0") as pool:
+        pool.run_units(networks[:1], lambda unit: None)
+        pool.run_units([others[0], networks[1], others[1]], lambda unit: None)
+    assert len(notes_of([*networks, *others])) == 4
+
+
+def test_units_without_a_network_run_where_no_gpu_is_free(session, tmp_path):
+    units = units_of(tmp_path, 2, needs_gpu=False)
+    session.pool.end_idle_actors()
+    group = take(GPU=4)
+    session.run_units(units, lambda unit: None)
+    ray_train.remove_group(group)
+    assert {row["device"] for row in notes_of(units)} == {"cpu"}
+
+
+def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(
+    session, tmp_path, capsys, monkeypatch
+):
+    from conftest import tiny_experiment
+
+    monkeypatch.setattr("pipeline.compute.session.FREE_SECONDS", 1)
+    session.pool.end_idle_actors()
+    group = take(CPU=8)
     place, began = make_place(tiny_experiment(), tmp_path), time.monotonic()
-    session.is_interrupted = lambda: time.monotonic() - began > 12
+    session.is_interrupted = lambda: time.monotonic() - began > 8
     with pytest.raises(StopRequest):
         session.run_workers(None, place)
-    assert time.monotonic() - began < 12 + 5
+    ray_train.remove_group(group)
+    assert time.monotonic() - began < 8 + 5
     # It would outlive Ray, and crash.
     assert "ray-train" not in [thread.name for thread in threading.enumerate()]
     assert "waiting for 2 x (1 CPUs, 1 GPUs): 0 CPUs and 4 GPUs are free" in capsys.readouterr().out
@@ -316,25 +337,10 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(sessi
 def test_the_group_of_a_lost_controller_is_released_before_the_next(session, tmp_path, monkeypatch):
     import ray
     from conftest import tiny_experiment, wait_until
-    from ray.util import placement_group
 
-    group, place = placement_group([{"CPU": 8}]), make_place(tiny_experiment(), tmp_path)
-    ray.get(group.ready())
+    group, place = take(CPU=8), make_place(tiny_experiment(), tmp_path)
     place.path.mkdir(parents=True, exist_ok=True)
     place.placement_group.write_text(group.id.hex())
     monkeypatch.setattr(ray_train, "run_in_thread", lambda *_: None)
     ray_train.run_training_group(session.cluster, session.resources, None, place, lambda: None)
     wait_until(lambda: ray.available_resources().get("CPU") == 8, 30)
-
-
-def test_training_gets_the_gpus_and_the_pool_gets_them_back(session, tmp_path, monkeypatch):
-    free = []
-    train = lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))  # noqa: E731
-    monkeypatch.setattr(ray_train, "run_training_group", train)
-    for name in ("before", "after"):
-        (tmp_path / name).mkdir()
-        units = units_of(tmp_path / name, 8, processes=4)
-        session.run_units(units, lambda unit: None)
-        assert all(row["now"] == row["first"] for row in notes_of(units))
-        session.run_workers(None, tmp_path)
-    assert len(free) == 2

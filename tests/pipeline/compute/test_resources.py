@@ -65,7 +65,7 @@ def test_what_has_no_place_is_refused_or_waited_for(monkeypatch, capsys, asked, 
 
 
 def load_digits(*overrides):
-    return load_experiment("digits", ["model.channels=32", "model.num_res_blocks=1", *overrides])
+    return load_experiment("digits", ["model.channel_mult=[1]", "model.attention_resolutions=[]", *overrides])
 
 
 def test_the_need_at_any_accumulate_follows_from_two_steps():
