@@ -90,5 +90,5 @@ image: $(READY)
 
 cluster-test: $(READY)
 	@echo "== several hosts"
-	@cd tests/cluster && ../../$(BIN)/python -c 'import sys, hosts; sys.exit(hosts.what_is_missing())'
+	@cd tests/cluster && PYTHONPATH=.. ../../$(BIN)/python -c 'import sys, hosts; sys.exit(hosts.what_is_missing())'
 	@$(BIN)/python -m pytest tests/cluster -rs -s
