@@ -37,6 +37,7 @@ def test_the_prediction_holds_the_truth_and_few_points_predict_nothing(monkeypat
         assert low < value < high and high - low < 0.2
     assert all(one["predicted"] == pytest.approx(one["found"], abs=0.01) for one in found["longest"])
     page = ladder.format_page({"points": points, **found, "from_small": found})
+    assert "so wrong: none" in page, "nothing was measured"
     assert "| nll_bpd |" in page and page.count("predicted from the shorter runs") == 6
 
     found = ladder.predict(points := make_points((32,), 6))

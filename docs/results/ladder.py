@@ -174,20 +174,17 @@ def format_page(found: dict[str, Any]) -> str:
         "| --- |" + " --- | --- |" * len(PUBLISHED),
     ]  # fmt: skip
     measured = {p["images"]: p for p in points[cut:]}
+    is_above: dict[str, list[bool]] = {name: [] for name in PUBLISHED}
     for target, its in list(TARGETS.items())[1:]:
-        cells = [f"{its['images']:,}"]
-        for name in PUBLISHED:
-            point = measured.get(its["images"])
-            value = f"{point[name]:.3f} ± {point[name + '_se']:.3f}" if point else ""
-            cells += [_format(small, name, target), value]
+        cells, point = [f"{its['images']:,}"], measured.get(its["images"])
+        for name, seen in is_above.items():
+            cells += [
+                _format(small, name, target),
+                f"{point[name]:.3f} ± {point[name + '_se']:.3f}" if point else "",
+            ]
+            seen += [point[name] > small[target][name]["interval"][1]] if point else []
         lines.append(f"| {' | '.join(cells)} |")
-    above = {
-        name: all(
-            p[name] > small[f"cifar10_short_{p['images'] // 128}"][name]["interval"][1] for p in points[cut:]
-        )
-        for name in PUBLISHED
-    }
-    missed = ", ".join(name for name in above if above[name]) or "none"
+    missed = ", ".join(name for name, seen in is_above.items() if seen and all(seen)) or "none"
     more = PAPER["images"] / max(p["images"] for p in points)
     outside = [
         name for name, paper in PUBLISHED.items()
