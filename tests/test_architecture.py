@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import ddpm
 from pipeline.engine import plan
 from pipeline.store import run
 
@@ -89,14 +88,16 @@ def test_the_names_of_folders_files_and_stages_here_are_those_of_the_code():
     spelled = (ROOT / "pipeline" / "store" / "run.py").read_text()
     assert all(f'{name}"' in spelled for name in FILES_OF_A_RUN)
     assert tuple(stage.name for stage in plan.STAGES) == run.STAGES
-    assert all(getattr(ddpm, name) for name in ddpm.__all__)
 
 
-def test_settings_and_names_of_networks_load_no_torch():
+def test_settings_and_names_of_networks_load_no_torch_and_the_science_no_library_of_the_pipeline():
     code = (
         "import sys; from ddpm import NETWORKS, DiffusionConfig, TrainConfig, UNetConfig\n"
         "assert not DiffusionConfig().find_problems()\n"
         "assert not any(config().find_problems(64) for config in NETWORKS.values())\n"
-        "assert 'torch' not in sys.modules"
+        "assert 'torch' not in sys.modules\n"
+        "import ddpm; assert all(getattr(ddpm, name) for name in ddpm.__all__)\n"
+        "assert 'torch' in sys.modules\n"
+        "assert not {'ray', 'mlflow', 'webdataset', 'omegaconf', 'yaml', 'pipeline'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
