@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ONE_CPU, TINY, read_losses
+from test_exact_run import SOURCE, WORDS
 
 from pipeline.cli.program import main
 
@@ -66,6 +68,18 @@ def test_the_same_checkpoint_gives_the_same_samples_and_scores_through_ray(runs,
     assert main(arguments(tmp_path, *ONE_CPU, verb="evaluate")) == 0
     for pattern in ("samples/*/*.tar", "evaluation/*/metrics.json", "evaluation/*/nll.json"):
         assert_same_files(copy, runs[1], pattern)
+
+
+@pytest.mark.slow
+def test_two_workers_draw_the_bits_of_the_exact_network(tmp_path):
+    np.save(tmp_path / "images.npy", SOURCE)
+    tars = []
+    for workers in (0, 2):
+        words = [*WORDS, f"data.path={tmp_path}/images.npy", f"cluster.storage={tmp_path / str(workers)}"]
+        command = [sys.executable, "-m", "pipeline", "sample", "digits", *words, f"cluster.workers={workers}"]
+        subprocess.run(command, check=True)
+        tars.append(sorted((tmp_path / str(workers)).glob("oracle-*/samples/*/*.tar")))
+    assert tars[0] and [tar.read_bytes() for tar in tars[0]] == [tar.read_bytes() for tar in tars[1]]
 
 
 def test_a_lack_of_memory_is_told_in_a_line():
