@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from pipeline import config, tracking
 from pipeline.compute.units import LocalExecutor, Worker
+from pipeline.drawing import charts
 from pipeline.engine.find import make_place
 from pipeline.stages import shard
 from pipeline.store.run import Place
@@ -80,6 +82,11 @@ def one_cpu() -> LocalExecutor:
     return LocalExecutor(Worker(torch.device("cpu"), cpus=1))
 
 
+def blank_charts() -> Any:
+    """A context without charts: they take half of a small run's time, and few tests look at them."""
+    return patch.object(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -109,6 +116,12 @@ def read_losses(run: Path) -> list[tuple[int, float]]:
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def undrawn():
+    with blank_charts():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ Every value stays the text in the file, until `checks` converts it to the type o
 """
 
 import re
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -128,12 +130,18 @@ def _read_yaml(path: Path) -> Tree:
     if not path.is_file() or path.stat().st_size > LARGEST:
         raise ConfigError(f"{path} is no configuration: it is no file, or larger than {LARGEST:,} bytes")
     try:
-        tree = _load_yaml(path.read_bytes())
+        tree = deepcopy(_load_file(path.read_bytes()))
     except ConfigError as error:
         raise ConfigError(f"{path} is not valid yaml: {error}") from error
     if not isinstance(tree, dict | NoneType):
         raise ConfigError(f"{path} holds no keys")
     return tree or {}
+
+
+@lru_cache(maxsize=32)
+def _load_file(content: bytes) -> Any:
+    """Parse the content of a file, once: every point of a sweep reads the same files, and yaml is slow."""
+    return _load_yaml(content)
 
 
 def _load_yaml(text: str | bytes) -> Any:

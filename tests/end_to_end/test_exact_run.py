@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ONE_CPU
+from conftest import ONE_CPU, blank_charts
 from sklearn.datasets import load_digits
 from staged import results
 
@@ -46,7 +46,8 @@ def place(tmp_path_factory, empty_store):
     root = tmp_path_factory.mktemp("oracle")
     shutil.copy(empty_store, root)
     np.save(root / "images.npy", SOURCE)
-    assert ddpm(root, "run") == 0
+    with blank_charts():
+        assert ddpm(root, "run") == 0
     return read_place(find_run("oracle", root))
 
 

@@ -79,7 +79,9 @@ def folder(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_example_goes_through_every_stage_and_its_source_counts_as_code(folder, empty_store, capsys):
+def test_the_example_goes_through_every_stage_and_its_source_counts_as_code(
+    folder, empty_store, undrawn, capsys
+):
     (folder / "runs").mkdir()
     shutil.copy(empty_store, folder / "runs")
     start = "import sys; from pipeline.__main__ import main; sys.exit(main())"  # as the script `ddpm` does

@@ -107,6 +107,9 @@ def test_show_and_a_refused_command_write_nothing(tmp_path, monkeypatch, capsys)
     assert not list(Path(tmp_path).iterdir())
     assert main(["shard", "digits", "cluster.workers=99", f"cluster.storage={tmp_path}"]) == 1
     assert "lower cluster.workers" in capsys.readouterr().err
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "config.json").write_text("{}")
+    assert main(["import", "weights", "digits", "cluster.workers=0", f"cluster.storage={tmp_path}"]) in (1, 2)
     assert not list(tmp_path.glob("digits-*")) and not (tmp_path / "mlflow.db").exists()
 
 

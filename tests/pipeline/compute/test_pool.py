@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
+import torch
 
 from pipeline.compute import ray_train
 from pipeline.compute.interrupt import StopRequest
@@ -22,9 +24,10 @@ from pipeline.compute.local_ray import require_ray
 from pipeline.compute.resources import resolve_resources
 from pipeline.compute.session import RaySession
 from pipeline.compute.units import Unit, UnitKind
-from pipeline.config import load_cluster
+from pipeline.config import load_cluster, load_experiment
 from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
+from pipeline.stages import train
 from pipeline.store.files import translate_write_errors, write_json
 from pipeline.sweep.points import count_sharing_trials
 
@@ -134,6 +137,17 @@ def fail_at_first(worker, file: Path) -> None:
     write_note(worker, file)
 
 
+class Greedy(torch.nn.Module):
+    """A network that no GPU can train."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_t, t, context=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 @pytest.fixture(scope="module")
 def joined():
     """One session for all tests, whose actors live on from one to the next: each takes seconds to import torch."""
@@ -212,8 +226,8 @@ def test_each_actor_keeps_one_gpu_until_training_gets_it_and_then_the_pool_gets_
     session, tmp_path, monkeypatch
 ):
     finished, free = [], []
-    train = lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))  # noqa: E731
-    monkeypatch.setattr(ray_train, "run_training_group", train)
+    note = lambda *_: free.append(wait_for_free_gpus(4, seconds=LONG / 2))  # noqa: E731
+    monkeypatch.setattr(ray_train, "run_training_group", note)
     for name, count, processes in (("first", 24, 4), ("second", 8, 1), ("after", 2, 1)):
         (tmp_path / name).mkdir()
         session.run_units(units_of(tmp_path / name, count, processes=processes), finished.append)
@@ -332,6 +346,21 @@ def test_training_that_waits_for_a_place_says_so_and_is_stopped_in_seconds(
     # It would outlive Ray, and crash.
     assert "ray-train" not in [thread.name for thread in threading.enumerate()]
     assert "waiting for 2 x (1 CPUs, 1 GPUs): 0 CPUs and 4 GPUs are free" in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_too_small_ends_the_group_at_once_with_a_line(session, sharded_storage, tmp_path):
+    from conftest import TINY
+
+    shutil.copytree(sharded_storage / "data", tmp_path / "data")
+    words = [word for word in TINY if not word.startswith("model.")]
+    experiment = load_experiment("digits", [*words, "model=null", "model.name=test_pool:Greedy"])
+    place = make_place(experiment, tmp_path)
+    place.path.mkdir()
+    remedy = r"^a training step needs more memory.*train\.accumulate=2"
+    with another_pool(session, "gpus_per_worker=0") as other, pytest.raises(PipelineError, match=remedy):
+        other.run_workers(train.STAGE.run_worker, place)
+    begun = "".join(log.read_text() for log in place.worker_logs.iterdir()).count(" begins on ")
+    assert 1 <= begun <= 2, "one attempt of two workers"
 
 
 def test_the_group_of_a_lost_controller_is_released_before_the_next(session, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import pytest
 from synthetic_run import make_run
 
 from pipeline.cli.program import main
-from pipeline.drawing import charts
 from pipeline.report import comparison
 from pipeline.report.compared_run import ComparedRun, make_compared_runs
 from pipeline.scores.metrics import METRICS
@@ -44,11 +43,6 @@ def four(tmp_path):
         found.append(compared(tmp_path, *overrides, label=f"{beta}-{dropout}", **swept))
         score(found[-1], fid=fid, is_mean=is_mean, nll_bpd=fid / 10)
     return found
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
 
 
 def page(runs, folder, metric: str = "fid", note: str = "") -> str:

@@ -10,7 +10,6 @@ from conftest import ROOT
 from synthetic_run import make_run, write_grid, write_scores
 
 from pipeline import config
-from pipeline.drawing import charts
 from pipeline.report import paper
 from pipeline.report.page import convert_to_html
 from pipeline.report.run_files import RunFiles
@@ -30,9 +29,8 @@ def write(run) -> tuple[str, str]:
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch):
+def make(tmp_path, undrawn):
     """Makes a run whose plots are not drawn: they take most of the time, and few tests look at them."""
-    monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
 
     def make(name: str = "digits", *overrides: str, **options: bool):
         longer = CIFAR10 if "cifar10" in name else ()

@@ -7,7 +7,7 @@ import shutil
 from contextlib import redirect_stdout
 
 import pytest
-from conftest import ONE_CPU, TINY, one_cpu
+from conftest import ONE_CPU, TINY, blank_charts, one_cpu
 from staged import asking_for, change, results, run_stage, scoring, with_weights
 
 from pipeline.cli.program import main
@@ -123,7 +123,7 @@ WORDS += ["sample.checkpoint=best", "train.keep=1", "figures.which=[samples]"]
 
 def ddpm(storage, *words, verb="run"):
     printed = io.StringIO()
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), blank_charts():
         assert main([verb, "digits", *TINY, *WORDS, *ONE_CPU, f"cluster.storage={storage}", *words]) == 0
     return printed.getvalue()
 

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ONE_CPU, TRIAL
+from conftest import ONE_CPU, TRIAL, blank_charts
 from mlflow import MlflowClient
 from synthetic_run import make_run, write_scores
 
 from pipeline import config, tracking
 from pipeline.cli.program import main
-from pipeline.drawing import charts
 from pipeline.engine import provenance
 from pipeline.store.files import lock_folder, read_json, write_json
 from pipeline.sweep import recorder
@@ -32,9 +31,7 @@ ONE_KEY = "experiment: digits\nspace:\n  %s: %s\nrank: {metric: nll_bpd}\n"
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory) -> Iterator[Path]:
-    """A storage root; charts, which other tests draw and which take most of a small run's time, are left blank."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
+    with blank_charts():
         yield tmp_path_factory.mktemp("storage")
 
 
@@ -283,8 +280,7 @@ class Silence:
 
 
 @pytest.fixture
-def plain(monkeypatch):
-    monkeypatch.setattr(charts, "save_panels", lambda panels, file: file.write_text("<svg></svg>"))
+def plain(monkeypatch, undrawn):
     monkeypatch.setattr(tracking, "ParentRun", Silence)
 
 

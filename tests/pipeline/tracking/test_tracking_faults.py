@@ -90,16 +90,6 @@ def test_a_status_that_a_kill_left_is_set_right(run_again, store, last, left, st
     assert info.status == status and info.end_time >= info.start_time
 
 
-def test_a_command_that_made_nothing_leaves_nothing(tmp_path, store, capsys):
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "config.json").write_text("{}")
-    overrides = [f"cluster.storage={tmp_path}", "cluster.workers=0"]
-    assert main(["import", str(tmp_path / "weights"), "digits", *overrides]) in (1, 2)
-    assert not list(tmp_path.glob("digits-*")), capsys.readouterr().err
-    client = MlflowClient(tracking.find_default_uri(tmp_path))
-    assert not client.search_runs([study.experiment_id for study in client.search_experiments()])
-
-
 @pytest.mark.parametrize("name", ["pct%41%20y", "a?mode=ro#c", "100% ü+&;='a@b:c"])
 def test_the_store_lies_in_the_root_whatever_it_is_called(tmp_path, empty_store, name, monkeypatch):
     root = tmp_path / name
