@@ -5,7 +5,6 @@ import shutil
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline import tracking
 from pipeline.compute.interrupt import StopRequest, StopSignals
@@ -27,9 +26,6 @@ from pipeline.sweep.points import SweepPoint, TrialStates, make_trials
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import divide_cluster
 from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
-
-if TYPE_CHECKING:
-    from pipeline.sweep.tuning import EarlyStopScheduler
 
 
 class Study:
@@ -101,7 +97,7 @@ class Study:
 
     def _run_trials(self, todo: list[str], accept_code: bool) -> None:
         recorder, name, stop = self.recorder, self.sweep.name, self.sweep.early_stop
-        stop_file, scheduler = self.interrupt.stop_file, None
+        stop_file = self.interrupt.stop_file
         with self.interrupt, ExitStack() as stack:
             executor = stages.start_executor(self.cluster, self.interrupt, stack)
             try:
@@ -109,10 +105,6 @@ class Study:
                     key: TrialInputs(self.trials[key].place, self.cluster, stop_file, stop, accept_code)
                     for key in self._prepare_shared_data(executor, todo)
                 }
-                if stop.first:
-                    from pipeline.sweep.tuning import EarlyStopScheduler
-
-                    scheduler = EarlyStopScheduler(stop, self.trials, self.states)
 
                 def count_done() -> int:
                     return len(self.trials) - len(self._list_unfinished_trials())
@@ -122,7 +114,7 @@ class Study:
                     poll_in_thread(lambda: bar.update(count_done(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, LocalExecutor):
-                        self._run_locally(tasks, executor, scheduler)
+                        self._run_locally(tasks, executor)
                     elif tasks:
                         from pipeline.sweep.tuning import run_trials
 
@@ -130,7 +122,7 @@ class Study:
                         pending, concurrent = len(self._list_unfinished_trials()), self.sweep.concurrent
                         share = divide_cluster(self.cluster, executor.list_nodes(), pending, concurrent)
                         print_line(f"{name}: {share}")
-                        run_trials(tasks, share, recorder, scheduler, executor.must_stop)
+                        run_trials(tasks, share, recorder, executor.must_stop)
             finally:
                 for key in list(recorder.mirrors):  # this driver ends, and the trials with it
                     recorder.end_trial(key, None)
@@ -161,15 +153,12 @@ class Study:
                 raise StopRequest
         return able
 
-    def _run_locally(
-        self, tasks: dict[str, TrialInputs], executor: LocalExecutor, scheduler: "EarlyStopScheduler | None"
-    ) -> None:
+    def _run_locally(self, tasks: dict[str, TrialInputs], executor: LocalExecutor) -> None:
         for key, task in tasks.items():
             if not self.recorder.may_start_trial():
                 return
             self.recorder.start_trial(key)
-            decide = partial(scheduler.should_continue, key) if scheduler else lambda step, bound: True
-            self.recorder.end_trial(key, run_trial(task, executor, decide))
+            self.recorder.end_trial(key, run_trial(task, executor, partial(self.states.should_continue, key)))
 
     def describe_unstarted_trials(self) -> str:
         """Return a line on the trials for which the budget was too small; '' if there are none."""

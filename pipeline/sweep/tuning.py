@@ -8,21 +8,19 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.compute.ray_train import release_training_group, run_in_thread
 from pipeline.compute.resources import LEADER_BYTES
 from pipeline.compute.session import RaySession
 from pipeline.errors import PipelineError
-from pipeline.sweep.definition import EarlyStop
-from pipeline.sweep.points import Trial, TrialStates, count_sharing_trials
+from pipeline.sweep.points import TrialStates, count_sharing_trials
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import TrialSlots
 from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
@@ -36,39 +34,17 @@ QUIET = {
 }
 
 
-class EarlyStopScheduler(ASHAScheduler):
-    """ASHA on the bounds that trials report at their rungs, kept in the state file.
+class EarlyStopScheduler(FIFOScheduler):
+    """Stops the trials that are stopped at a rung."""
 
-    It begins with the rungs of trials that are done, so a resumed study stops the same trials.
-    """
-
-    def __init__(self, stop: EarlyStop, trials: Mapping[str, Trial], states: TrialStates):
-        steps = max(trial.place.experiment.train.steps for trial in trials.values())
-        super().__init__(
-            STEP, BOUND, "min", max_t=steps, grace_period=stop.first or steps,
-            reduction_factor=stop.factor, stop_last_trials=False,
-        )  # fmt: skip
+    def __init__(self, states: TrialStates):
+        super().__init__()
         self.states = states
-        for key in filter(states.is_done, trials):
-            for step, bound, _ in states.records[key]["rungs"]:
-                self.should_continue(key, step, bound)
-
-    def should_continue(self, key: str, step: int, bound: float) -> bool:
-        """Return whether a trial may continue after this rung; for trials that Tune does not run."""
-        trial = SimpleNamespace(trial_id=key, config={"trial": key})
-        return self._decide(trial, {STEP: step, BOUND: bound}) != TrialScheduler.STOP
-
-    def _decide(self, trial, result, controller=None):
-        self.on_trial_add(controller, trial)
-        return self.on_trial_result(controller, trial, result)
 
     def on_trial_result(self, tune_controller, trial, result):
-        action, key = super().on_trial_result(tune_controller, trial, result), trial.config["trial"]
-        if BOUND in result and not self.states.is_done(key):
-            self.states.add_rung(key, result[STEP], result[BOUND])
-            if action == TrialScheduler.STOP:  # nothing else would say why it ended
-                self.states.set_state(key, "stopped", f"stopped early at {result[STEP]} steps")
-        return action
+        rung = [result[key] for key in (STEP, BOUND) if key in result]
+        goes_on = not rung or self.states.should_continue(trial.config["trial"], *rung)
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
 
 class _StatelessMixin:
@@ -129,7 +105,7 @@ class _TuneCallback(_StatelessMixin, TrialProgressCallback):
 
 def run_trials(
     tasks: dict[str, TrialInputs], share: TrialSlots, recorder: StudyRecorder,
-    scheduler: EarlyStopScheduler | None, poll: Callable[[], object],
+    poll: Callable[[], object],
 ) -> None:  # fmt: skip
     """Run the trials by Tune in this Ray session until all have ended, and call `poll` repeatedly meanwhile."""
     os.environ.update(QUIET)
@@ -148,7 +124,7 @@ def run_trials(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=_TrialQueue(list(tasks), recorder.may_start_trial, count_slots),
-            scheduler=scheduler,
+            scheduler=EarlyStopScheduler(recorder.states),
             num_samples=len(tasks),
             reuse_actors=True,  # its imports take a process longer than a small trial
         ),
