@@ -1,9 +1,7 @@
 """The driver of a study."""
 
 import math
-import shutil
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from pipeline import tracking
@@ -25,7 +23,7 @@ from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.points import SweepPoint, TrialStates, make_trials
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import divide_cluster
-from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
+from pipeline.sweep.trial import TrialInputs, format_cause, run_part
 
 
 class Study:
@@ -92,7 +90,6 @@ class Study:
                 raise
             finally:
                 self.recorder.finish(status)
-                shutil.rmtree(self.folder / "ray", ignore_errors=True)
         return self.recorder.leaderboard
 
     def _run_trials(self, todo: list[str], accept_code: bool) -> None:
@@ -116,7 +113,7 @@ class Study:
                     if isinstance(executor, LocalExecutor):
                         self._run_locally(tasks, executor)
                     elif tasks:
-                        from pipeline.sweep.tuning import run_trials
+                        from pipeline.sweep.trial_tasks import run_trials
 
                         executor.pool.end_idle_actors()  # what was prepared for all; each trial has a pool of its own
                         pending, concurrent = len(self._list_unfinished_trials()), self.sweep.concurrent
@@ -158,7 +155,9 @@ class Study:
             if not self.recorder.may_start_trial():
                 return
             self.recorder.start_trial(key)
-            self.recorder.end_trial(key, run_trial(task, executor, partial(self.states.should_continue, key)))
+            for steps in task.parts:
+                if not self.recorder.end_part(key, steps, run_part(task, executor, steps)):
+                    break
 
     def describe_unstarted_trials(self) -> str:
         """Return a line on the trials for which the budget was too small; '' if there are none."""
