@@ -135,6 +135,7 @@ class Executor(Protocol):
     """Runs training bodies and units: in this process (`LocalExecutor`), or on Ray (`pipeline.compute.session`)."""
 
     costs: list[Cost]
+    is_interrupted: Callable[[], bool]
 
     def run_workers(self, body: Body, place: Place) -> None:
         """Run `body` on every worker of a training."""

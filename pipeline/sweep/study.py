@@ -128,14 +128,13 @@ class Study:
 
     def _prepare_shared_data(self, executor: Executor, todo: list[str]) -> list[str]:
         """Make the shards and statistics that trials share; return the trials without errors."""
-        is_interrupted = self.interrupt.is_requested
         sharded: set[Path] = set()
         able = []
         for key in todo:
             place = self.trials[key].place
             try:
                 if place.data not in sharded:
-                    stages.run_trial_stages(executor, is_interrupted, self.cluster, place, "shard")
+                    stages.run_trial_stages(executor, place, "shard")
                 evaluate.STAGE.check_before_training(place)
                 sharded.add(place.data)
                 if units := list_preparations(place):
@@ -146,7 +145,7 @@ class Study:
             except PipelineError as error:
                 self.recorder.start_trial(key)
                 self.recorder.end_trial(key, format_cause(error))
-            if is_interrupted():
+            if self.interrupt.is_requested():
                 raise StopRequest
         return able
 

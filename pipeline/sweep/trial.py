@@ -57,9 +57,7 @@ def run_part(task: TrialInputs, executor: Executor, steps: int | None) -> PartRe
             if task.should_stop():
                 return PartResult()  # the files on disk say how far it came
             last = "evaluate" if steps else "report"
-            stages.run_trial_stages(
-                executor, task.should_stop, task.cluster, place, last, experiment, task.accept_code
-            )
+            stages.run_trial_stages(executor, place, last, experiment, task.accept_code)
         return PartResult(read_sealed(place.metrics_json, Results)["scores"]["nll_bpd"] if steps else None)
     except StopRequest:
         return PartResult()
