@@ -24,6 +24,7 @@ from pipeline.engine.provenance import describe_other_code, write_record
 from pipeline.errors import hide_password
 from pipeline.stages.stage import Stage, WorkerStage
 from pipeline.store.files import lock_folder, remove_leftovers
+from pipeline.store.log import read_progress
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:
@@ -151,9 +152,9 @@ class _RunExecution:
         with show_progress(stage.name, end, "steps", start) as progress:
 
             def show_step() -> None:
-                step, note = stage.read_progress(self.place)
+                step, loss = read_progress(self.place)
                 if start < step <= end:
-                    progress.update(step, note)
+                    progress.update(step, "" if loss is None else f"loss {loss:.4f}")
 
             with poll_in_thread(show_step):
                 executor.run_workers(stage.run_worker, self.place)

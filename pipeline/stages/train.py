@@ -35,7 +35,7 @@ from pipeline.errors import PipelineError
 from pipeline.stages.stage import WorkerStage
 from pipeline.store import checkpoint, diffusers_layout, tars
 from pipeline.store.files import remove_leftovers
-from pipeline.store.log import Heartbeat, LogWriter, read_progress
+from pipeline.store.log import Heartbeat, LogWriter
 from pipeline.store.run import Place, list_steps
 from pipeline.store.tensors import Tensors
 
@@ -76,10 +76,6 @@ class TrainStage(WorkerStage):
     def find_step_range(self, place: Place) -> tuple[int, int]:
         steps = place.experiment.train.steps
         return max(list_steps(place.train, steps), default=0), steps
-
-    def read_progress(self, place: Place) -> tuple[int, str]:
-        step, loss = read_progress(place)
-        return step, "" if loss is None else f"loss {loss:.4f}"
 
     def run_worker(self, ctx: Worker, place: Place) -> None:
         """Train from the newest valid checkpoint to `train.steps`, or until the stop file appears."""
