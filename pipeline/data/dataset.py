@@ -72,7 +72,7 @@ class ShardDataset(Dataset):
     def __init__(self, index: tars.ShardManifest, split: str, ctx: Worker):
         shards = index.list_shards(split)
         self.offsets = np.concatenate([index.read_offsets(shard.name) for shard in shards])
-        self.shard_of = np.repeat(np.arange(len(shards)), [shard.stop - shard.start for shard in shards])
+        self.shard_of = np.repeat(np.arange(len(shards)), [shard.count for shard in shards])
         self.paths = [shard.path for shard in shards]
         self.device = ctx.device
         self.threads = ThreadPoolExecutor(ctx.cpus, thread_name_prefix="decode")
