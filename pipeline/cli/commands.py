@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.cli import arguments
@@ -229,19 +228,16 @@ def export_weights(options: Namespace) -> None:
 
     cluster = arguments.load_cluster(options, alone=True)
     files.require_output(folder := Path(options.directory).expanduser().absolute(), folder=True)
-    if not options.run.startswith(tracking.PREFIX):
+    place = None
+    if options.run.startswith(tracking.PREFIX):
+        exported, settings, tensors = tracking.fetch_model(options.run, tracking.find_uri(cluster))
+        kind, source = exported.published.weights or exported.sample.weights, settings["source"]
+        diffusers_layout.write_folder(exported, tensors, folder, kind, source)
+    else:
         place = read_place(find_run(options.run, cluster.storage_root))
         exported, source = diffusers_layout.export_to_diffusers(place, folder, options.weights, options.step)
-        write_card(folder, exported, source, place)
-        print_line(f"{folder}: {source}")
-        return
-    with TemporaryDirectory() as scratch:
-        uri = tracking.find_uri(cluster)
-        experiment, settings, tensors = tracking.fetch_model(options.run, uri, Path(scratch))
-        kind = experiment.published.weights or experiment.sample.weights
-        diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"])
-        write_card(folder, experiment, settings["source"])
-        print_line(f"{folder}: {settings['source']}")
+    write_card(folder, exported, source, place)
+    print_line(f"{folder}: {source}")
 
 
 def remove_runs(options: Namespace) -> int:
