@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import GRID, TRIAL
+from ray.exceptions import RayError
 
 from pipeline import config
 from pipeline.cli.program import main
@@ -194,6 +195,40 @@ def test_machines_that_join_or_leave_change_how_many_trials_start(monkeypatch):
     trial_tasks.run_trials(tasks, share, recorder, lambda: None)
     assert running == [2, 3, 2, 2, 1]
     assert "".join(began) == "abcde"
+
+
+def test_each_part_of_a_trial_is_a_task_and_a_lost_process_ends_its_trial(monkeypatch):
+    """Trial a goes through its rung to the end, b is stopped there, and c loses its process."""
+    ran, ended = [], []
+
+    def start(task: SimpleNamespace, steps: int | None, share: object) -> tuple[str, int | None]:
+        ran.append((task.place, steps))
+        return ran[-1]
+
+    def get(call: tuple[str, int | None]) -> PartResult:
+        if call[0] == "c":
+            raise RayError
+        return PartResult(bound=call[1] and 4.0)
+
+    def end_part(key: str, steps: int | None, result: PartResult) -> bool:
+        goes_on = result.bound is not None and key == "a"
+        if not goes_on:
+            ended.append((key, steps, result.error))
+        return goes_on
+
+    parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+    monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
+    monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
+    monkeypatch.setattr(trial_tasks.ray, "wait", lambda calls, timeout: (calls[:1], calls[1:]))
+    monkeypatch.setattr(trial_tasks.ray, "get", get)
+    monkeypatch.setattr(trial_tasks, "release_training_group", lambda place: None)
+    monkeypatch.setattr(trial_tasks.RaySession, "list_nodes", lambda: [(1, 0)])
+    recorder = SimpleNamespace(may_start_trial=lambda: True, start_trial=lambda key: None, end_part=end_part)
+    tasks = {key: SimpleNamespace(parts=[2, None], place=key) for key in "abc"}
+    trial_tasks.run_trials(tasks, divide_cluster(cluster(), [(1, 0)], 3, None), recorder, lambda: None)
+    assert ran == [("a", 2), ("a", None), ("b", 2), ("c", 2)]
+    lost = "its process was lost; Ray's logs in /tmp/ray say more"
+    assert ended == [("a", None, None), ("b", 2, None), ("c", 2, lost)]
 
 
 def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
