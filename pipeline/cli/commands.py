@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.cli import arguments
@@ -116,14 +115,21 @@ def _load_sweep(options: Namespace) -> tuple[Sweep, list[str], list[SweepPoint],
     from pipeline.sweep.definition import load_sweep
     from pipeline.sweep.points import list_points
 
-    name, overrides = arguments.split_arguments(options, "sweep")
-    if name is None:
-        raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
-    own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
+    if options.command.name == "reproduce":
+        from pipeline.sweep.reproduction import SWEEPS, parse_budget
+
+        parse_budget(options.budget)
+        name, own, shared = SWEEPS[options.target], [], arguments.list_non_cluster_arguments(options)
+    else:
+        given, overrides = arguments.split_arguments(options, "sweep")
+        if given is None:
+            raise ConfigError("which sweep? Give its name, as in `ddpm sweep digits_beta_dropout`")
+        name = given
+        own = [word.removeprefix("sweep.") for word in overrides if word.startswith("sweep.")]
+        shared = [word for word in overrides if not word.startswith("sweep.")]
     sweep, cluster = load_sweep(name, own), arguments.load_cluster(options)
     if sweep.count > MANY and not options.yes:
         raise ConfigError(f"{sweep.name} has {sweep.count:,} trials; if that is meant, say --yes")
-    shared = [word for word in overrides if not word.startswith("sweep.")]
     return sweep, shared, list_points(sweep, shared), cluster
 
 
@@ -134,8 +140,8 @@ def run_sweep(options: Namespace) -> int:
     return _run_study(Study(sweep, points, cluster), options)
 
 
-def check_submitted_sweep(options: Namespace) -> JobInputs:
-    """Check `ddpm sweep` before it is sent as a job; return the inputs of the job."""
+def check_submitted_study(options: Namespace) -> JobInputs:
+    """Check `ddpm sweep` or `ddpm reproduce` before it is sent as a job; return the inputs of the job."""
     from pipeline.sweep.points import find_relative_sweep_paths
 
     sweep, shared, _, cluster = _load_sweep(options)
@@ -149,19 +155,6 @@ def run_reproduction(options: Namespace) -> int:
     shared = arguments.list_non_cluster_arguments(options)
     study = plan_reproduction(options.target, options.budget, shared, cluster, options.dry_run)
     return _run_study(study, options)
-
-
-def check_submitted_reproduction(options: Namespace) -> JobInputs:
-    """Check `ddpm reproduce` before it is sent as a job; return the inputs of the job."""
-    from pipeline.sweep.definition import load_sweep
-    from pipeline.sweep.points import find_relative_sweep_paths, list_points
-    from pipeline.sweep.reproduction import SWEEPS, parse_budget
-
-    cluster, shared = arguments.load_cluster(options), arguments.list_non_cluster_arguments(options)
-    parse_budget(options.budget)
-    sweep = load_sweep(SWEEPS[options.target], [])
-    list_points(sweep, shared)
-    return cluster, find_relative_sweep_paths(sweep, shared)
 
 
 def _run_study(study: Study, options: Namespace) -> int:
@@ -235,19 +228,16 @@ def export_weights(options: Namespace) -> None:
 
     cluster = arguments.load_cluster(options, alone=True)
     files.require_output(folder := Path(options.directory).expanduser().absolute(), folder=True)
-    if not options.run.startswith(tracking.PREFIX):
+    place = None
+    if options.run.startswith(tracking.PREFIX):
+        exported, settings, tensors = tracking.fetch_model(options.run, tracking.find_uri(cluster))
+        kind, source = exported.published.weights or exported.sample.weights, settings["source"]
+        diffusers_layout.write_folder(exported, tensors, folder, kind, source)
+    else:
         place = read_place(find_run(options.run, cluster.storage_root))
         exported, source = diffusers_layout.export_to_diffusers(place, folder, options.weights, options.step)
-        write_card(folder, exported, source, place)
-        print_line(f"{folder}: {source}")
-        return
-    with TemporaryDirectory() as scratch:
-        uri = tracking.find_uri(cluster)
-        experiment, settings, tensors = tracking.fetch_model(options.run, uri, Path(scratch))
-        kind = experiment.published.weights or experiment.sample.weights
-        diffusers_layout.write_folder(experiment, tensors, folder, kind, settings["source"])
-        write_card(folder, experiment, settings["source"])
-        print_line(f"{folder}: {settings['source']}")
+    write_card(folder, exported, source, place)
+    print_line(f"{folder}: {source}")
 
 
 def remove_runs(options: Namespace) -> int:

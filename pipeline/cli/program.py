@@ -130,7 +130,7 @@ COMMANDS = (
 
 SWEEP is a path, or the name of a file in ./conf/sweep; conf/sweep/beta_dropout.yaml explains every key.
 The same command again keeps finished trials, repeats failed ones, and runs points that were added to the file.
-""", (_declare_names("SWEEP | key=value", "a sweep, and any number of overrides"), *STUDY), do.check_submitted_sweep),
+""", (_declare_names("SWEEP | key=value", "a sweep, and any number of overrides"), *STUDY), do.check_submitted_study),
     Command("reproduce", do.run_reproduction,
         "run the rows of the paper's Tables 1 and 2 as one study, at the paper's length or scaled to a budget", """\
   ddpm reproduce cifar10                              six rows of 800,000 steps, as in the paper
@@ -143,7 +143,7 @@ The same command again continues. A study that is shorter than the paper's says 
         _declare_names("key=value", "overrides of every row, or cluster.key=value"),
         _declare("--budget", default="full", metavar="STEPS | TIME | full",
             help="steps of each row (2000), or a time for all rows together (2h, 30min); default: full"), *STUDY,
-    ), do.check_submitted_reproduction),
+    ), do.check_submitted_study),
     Command("status", do.show_status, "show the runs, their stages, progress and scores", """\
   ddpm status --watch cluster.storage=/data/runs      the runs of another storage root, until Ctrl-C
 """, (_declare("--watch", action="store_true", help="show it again every few seconds"), *CLUSTER_ONLY)),

@@ -71,13 +71,8 @@ class Pool:
     ):  # fmt: skip
         self.cpus, self.retries = cluster.cpus_per_task, cluster.retries
         self.limits, self.is_interrupted = limits, is_interrupted
-        # "DEFAULT": not in the caller's placement group, if the caller is a trial.
-        self.new_actor = ray.remote(Actor).options(
-            num_cpus=self.cpus, num_gpus=gpus, max_restarts=0, scheduling_strategy="DEFAULT"
-        )
-        self.new_task = ray.remote(run_task).options(
-            num_cpus=self.cpus, num_gpus=0, max_retries=self.retries, scheduling_strategy="DEFAULT"
-        )
+        self.new_actor = ray.remote(Actor).options(num_cpus=self.cpus, num_gpus=gpus, max_restarts=0)
+        self.new_task = ray.remote(run_task).options(num_cpus=self.cpus, num_gpus=0, max_retries=self.retries)
         self.idle: list[ActorHandle] = []
         self.calls: dict[ObjectRef, PendingCall] = {}
         self.waiting: dict[bool, list[Unit]] = {}  # by whether they use a network, the next one last

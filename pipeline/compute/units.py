@@ -74,17 +74,24 @@ class Unit:
         return time.perf_counter() - began
 
 
+def make_network_unit(
+    kind: UnitKind, body: Callable[..., None], args: tuple[object, ...], file: Path, name: str, images: int,
+    passes: int = 1,
+) -> dict[Path, Unit]:  # fmt: skip
+    """Return {file: unit} of a unit that uses a network: `body(ctx, *args, file)` writes this file."""
+    return {file: Unit(kind, body, (*args, file), name, images, passes, needs_gpu=True)}
+
+
 def make_image_units(
     kind: UnitKind, body: Callable[..., None], args: tuple[object, ...], n: int, size: int, folder: Path, name: str,
     passes: int = 1,
 ) -> dict[Path, Unit]:  # fmt: skip
     """Return {result file: unit} of `size` images each; `body(ctx, *args, start, stop, file)` uses a network."""
-    units = {}
+    units = dict[Path, Unit]()
     for start in range(0, n, size):
         stop = min(start + size, n)
-        file = folder / f"{start:06d}-{stop:06d}.npz"
-        unit_args, title = (*args, start, stop, file), f"{name} {start}-{stop - 1}"
-        units[file] = Unit(kind, body, unit_args, title, stop - start, passes, needs_gpu=True)
+        file, title = folder / f"{start:06d}-{stop:06d}.npz", f"{name} {start}-{stop - 1}"
+        units |= make_network_unit(kind, body, (*args, start, stop), file, title, stop - start, passes)
     return units
 
 
@@ -135,6 +142,7 @@ class Executor(Protocol):
     """Runs training bodies and units: in this process (`LocalExecutor`), or on Ray (`pipeline.compute.session`)."""
 
     costs: list[Cost]
+    is_interrupted: Callable[[], bool]
 
     def run_workers(self, body: Body, place: Place) -> None:
         """Run `body` on every worker of a training."""

@@ -5,9 +5,9 @@ batches are read and decoded while the network works. Both give the same batches
 """
 
 import zlib
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,20 +21,21 @@ from pipeline.store.tensors import copy_to_device
 Batch = tuple[Tensor, Tensor]
 
 
-class Dataset(Protocol):
+class Dataset(ABC):
     """Images and labels of one split, read by index."""
 
-    lookahead: int  # batches to `prefetch`, counted from the next one
-    index_device: torch.device  # where `read_batch` looks at its index
+    lookahead = 0  # batches to `prefetch`, counted from the next one
+    index_device = torch.device("cpu")  # where `read_batch` looks at its index
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def prefetch(self, index: Tensor) -> None:
+    def prefetch(self, index: Tensor) -> None:  # noqa: B027 - what is in memory needs none
         """Start reading images `index`, int64 (n,), in the background."""
 
+    @abstractmethod
     def read_batch(self, index: Tensor) -> Batch:
         """Return images, uint8 (n,C,H,W), and labels, int64 (n,), -1 = none, on the worker's device."""
-        ...
 
 
 def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
@@ -46,9 +47,7 @@ def open_dataset(directory: Path, split: str, ctx: Worker) -> Dataset:
     return ShardDataset(index, split, ctx)
 
 
-class MemoryDataset:
-    lookahead = 0
-
+class MemoryDataset(Dataset):
     def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
         self.images, self.labels = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
         self.index_device = device
@@ -56,15 +55,12 @@ class MemoryDataset:
     def __len__(self) -> int:
         return len(self.images)
 
-    def prefetch(self, index: Tensor) -> None:
-        """Do nothing: all images are in memory."""
-
     def read_batch(self, index: Tensor) -> Batch:
         index = index.to(self.images.device)
         return self.images[index], self.labels[index]
 
 
-class ShardDataset:
+class ShardDataset(Dataset):
     """Reads single images from shards by their offsets, and compares each with its crc32.
 
     The sha256 of sets of this size would take hours before the first step. wids, webdataset's package for indexed
@@ -72,12 +68,11 @@ class ShardDataset:
     """
 
     lookahead = 4
-    index_device = torch.device("cpu")
 
     def __init__(self, index: tars.ShardManifest, split: str, ctx: Worker):
         shards = index.list_shards(split)
         self.offsets = np.concatenate([index.read_offsets(shard.name) for shard in shards])
-        self.shard_of = np.repeat(np.arange(len(shards)), [shard.stop - shard.start for shard in shards])
+        self.shard_of = np.repeat(np.arange(len(shards)), [shard.count for shard in shards])
         self.paths = [shard.path for shard in shards]
         self.device = ctx.device
         self.threads = ThreadPoolExecutor(ctx.cpus, thread_name_prefix="decode")

@@ -7,11 +7,11 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from pipeline import config
-from pipeline.compute.costs import add_costs
 from pipeline.compute.interrupt import StopRequest, StopSignals
 from pipeline.compute.units import GIB, Executor, LocalExecutor, Unit, create_local_worker
 from pipeline.config import ClusterConfig, Experiment
@@ -24,6 +24,7 @@ from pipeline.engine.provenance import describe_other_code, write_record
 from pipeline.errors import hide_password
 from pipeline.stages.stage import Stage, WorkerStage
 from pipeline.store.files import lock_folder, remove_leftovers
+from pipeline.store.log import read_progress
 from pipeline.store.run import Place
 
 if TYPE_CHECKING:
@@ -61,10 +62,15 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         write_record(place, todo, accept_code)
         if cluster.tracking_uri:
             tracking.check_server(uri)
-        interrupt = StopSignals(place.stop_file)
-        work = _RunExecution(cluster, place, interrupt, interrupt.is_requested)
-        with mirror, interrupt, work.stack:
-            work.run_all(todo, last)
+        interrupt, pixels = (
+            StopSignals(place.stop_file),
+            experiment.train.batch_size * experiment.data.image_size**2,
+        )
+        with mirror, interrupt, ExitStack() as stack:
+            start = cache(
+                partial(start_executor, cluster, interrupt, stack, pixels)
+            )  # when it is first needed
+            _RunExecution(place, start, interrupt.is_requested).run_all(todo, last)
     return place
 
 
@@ -79,9 +85,8 @@ def _remove_unused_folder(place: Place, is_new: bool) -> Iterator[None]:
 
 
 def run_trial_stages(
-    executor: Executor, is_interrupted: Callable[[], bool], cluster: ClusterConfig, place: Place, last: str,
-    asked: Experiment | None = None, accept_code: bool = False,
-) -> None:  # fmt: skip
+    executor: Executor, place: Place, last: str, asked: Experiment | None = None, accept_code: bool = False
+) -> None:
     """Run the unfinished stages of a trial with its study's executor; wait for other commands that work on the run.
 
     asked: the experiment for experiment.yaml, if this call does a part of it only. Raises StopRequest, PipelineError.
@@ -91,8 +96,7 @@ def run_trial_stages(
         if todo := list_unfinished_stages(place, last):
             preflight.check_resources(place, todo)
             write_record(place.replace_experiment(asked) if asked else place, todo, accept_code)
-            signals = StopSignals(place.stop_file)
-            _RunExecution(cluster, place, signals, is_interrupted, executor).run_all(todo, last)
+            _RunExecution(place, lambda: executor, executor.is_interrupted).run_all(todo, last)
 
 
 def start_executor(
@@ -118,14 +122,11 @@ def start_executor(
 
 @dataclass
 class _RunExecution:
-    """The work of one command on one run; the executor starts when it is first needed."""
+    """The work of one command on one run."""
 
-    cluster: ClusterConfig
     place: Place
-    interrupt: StopSignals
+    get_executor: Callable[[], Executor]
     is_interrupted: Callable[[], bool]
-    executor: Executor | None = None
-    stack: ExitStack = field(default_factory=ExitStack)  # ends the executor
 
     def run_all(self, todo: list[Stage], last: str) -> None:
         """Run the stages in order; record the seconds and the commit of each; plan again after the selection."""
@@ -147,13 +148,13 @@ class _RunExecution:
 
     def _run_workers(self, stage: WorkerStage) -> None:
         start, end = stage.find_step_range(self.place)
-        executor = self._start_executor()
+        executor = self.get_executor()
         with show_progress(stage.name, end, "steps", start) as progress:
 
             def show_step() -> None:
-                step, note = stage.read_progress(self.place)
+                step, loss = read_progress(self.place)
                 if start < step <= end:
-                    progress.update(step, note)
+                    progress.update(step, "" if loss is None else f"loss {loss:.4f}")
 
             with poll_in_thread(show_step):
                 executor.run_workers(stage.run_worker, self.place)
@@ -176,7 +177,7 @@ class _RunExecution:
         # An image's bound takes a thousand times as long as its features: only passes can predict the time left.
         mixed, finished = len({unit.passes for unit in units}) > 1, 0
         share = {id(unit): unit.images * (unit.passes if mixed else 1) for unit in units}
-        executor = self._start_executor()
+        executor = self.get_executor()
         what = "network passes" if mixed else "images"
         with show_progress(stage.name, sum(share.values()), what) as progress:
 
@@ -190,16 +191,10 @@ class _RunExecution:
             finally:
                 experiment = self.place.experiment
                 chain = experiment.sample.steps or experiment.diffusion.timesteps
-                add_costs(self.place.spent_json, chain, executor.costs)
+                self.place.add_costs(chain, executor.costs)
+                executor.costs.clear()
         if self.is_interrupted():
             raise StopRequest
-
-    def _start_executor(self) -> Executor:
-        if self.executor is None:
-            experiment = self.place.experiment
-            pixels = experiment.train.batch_size * experiment.data.image_size**2
-            self.executor = start_executor(self.cluster, self.interrupt, self.stack, pixels)
-        return self.executor
 
 
 def _remove_leftovers(place: Place) -> None:

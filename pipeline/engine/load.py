@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pipeline import tracking
 from pipeline.config.checks import Tree
@@ -23,9 +22,7 @@ def read_named_model(name: str, root: Path, uri: str | None = None) -> tuple[Tre
     """
     if name.startswith(tracking.PREFIX):
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or tracking.find_default_uri(root)
-        with TemporaryDirectory() as scratch:
-            _, settings, weights = tracking.fetch_model(name, uri, Path(scratch))
-        return settings, weights
+        return tracking.fetch_model(name, uri)[1:]
     path = Path(name).expanduser().absolute()
     if not path.is_dir() or (path / EXPERIMENT).exists():
         return checkpoint.read_model(choose_checkpoint(read_place(find_run(name, root))))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ddpm.rng import Stream, draw_normal, draw_uniform
-from pipeline.compute.units import Unit, UnitKind, Worker
+from pipeline.compute.units import Unit, UnitKind, Worker, make_network_unit
 from pipeline.errors import PipelineError
 from pipeline.scores.distances import FeatureSums, sum_features
 from pipeline.scores.extractors import Extractor, extract_features
@@ -64,11 +64,11 @@ def make_shard_set(
     extractor: Extractor, shards: list[tars.Shard], shape: Shape, folder: Path, n: int | None = None
 ) -> ImageSet:
     """Make the set of the first n images (None: all) of these shards; its features are written to `folder`."""
-    units = {}
+    units = dict[Path, Unit]()
     for shard in shards:
-        file, images = folder / extractor.name / f"{shard.sha256[:16]}.npz", shard.stop - shard.start
-        args, name = (extractor, shard, shape, file), f"features of {shard.name}"
-        units[file] = Unit(UnitKind.FEATURES, write_shard_features, args, name, images, needs_gpu=True)
+        file = folder / extractor.name / f"{shard.sha256[:16]}.npz"
+        args, name = (extractor, shard, shape), f"features of {shard.name}"
+        units |= make_network_unit(UnitKind.FEATURES, write_shard_features, args, file, name, shard.count)
     return ImageSet(sum(unit.images for unit in units.values()) if n is None else n, units)
 
 
@@ -76,14 +76,12 @@ def make_baseline_set(
     extractor: Extractor, n: int, shape: Shape, folder: Path, pixels: Path | None
 ) -> ImageSet:
     """Make the set of n images of the Gaussian in the file `pixels`, or of uniform noise if that is None."""
-    units, kind = {}, pixels.stem if pixels else "noise"
+    units, kind = dict[Path, Unit](), pixels.stem if pixels else "noise"
     for start in range(0, n, BASELINE_UNIT):
         stop = min(start + BASELINE_UNIT, n)
         file = folder / extractor.name / f"{kind}-{start}-{stop}.npz"
-        args, name = (extractor, pixels, start, stop, shape, file), f"features of {kind} {start}-{stop - 1}"
-        units[file] = Unit(
-            UnitKind.FEATURES, write_baseline_features, args, name, stop - start, needs_gpu=True
-        )
+        args, name = (extractor, pixels, start, stop, shape), f"features of {kind} {start}-{stop - 1}"
+        units |= make_network_unit(UnitKind.FEATURES, write_baseline_features, args, file, name, stop - start)
     return ImageSet(n, units)
 
 
@@ -97,7 +95,7 @@ def write_shard_features(
     if not shard.path.is_file() or files.hash_file(shard.path) != shard.sha256:
         raise PipelineError(f"{shard.path} is missing or does not match its sha256; {files.REMEDY}")
     try:
-        records = tars.read_records(shard.path, shard.stop - shard.start)
+        records = tars.read_records(shard.path, shard.count)
         images = [tars.decode_png(record.png) for record in records]
     except (ValueError, OSError) as error:
         raise PipelineError(f"{shard.path} cannot be scored ({error}); {files.REMEDY}") from error

@@ -85,7 +85,7 @@ class SampleStage(Stage):
         yield [
             Unit(
                 UnitKind.SAMPLES, write_sample_shard, (place, shard), f"samples {shard.start}-{shard.stop - 1}",
-                shard.stop - shard.start, needs_gpu=True,
+                shard.count, needs_gpu=True,
             )
             for shard in shards
             if shard.read_facts(protocol=protocol) is None
@@ -111,8 +111,8 @@ def write_sample_shard(ctx: Worker, place: Place, shard: Shard) -> None:
     experiment, config = place.experiment, place.experiment.sample
     model = load_model(place, ctx.device, config.precision, config.compile, config.graph)
     labels = model.make_context(config.label, torch.arange(shard.start, shard.stop, device=ctx.device))
-    n, first = shard.stop - shard.start, shard.start + config.first_index
-    images = model.sample(n, first=first, batch_size=n, label=labels)
+    first = shard.start + config.first_index
+    images = model.sample(shard.count, first=first, batch_size=shard.count, label=labels)
     if not bool(images.isfinite().all()):
         remedy = "get others" if experiment.published.weights else "name an earlier step in sample.checkpoint"
         raise PipelineError(

@@ -46,13 +46,7 @@ class ShardStage(Stage):
         missing = [shard for shard in shards if shard.read_facts() is None]
         found = (source.locate_range(shard.split, shard.start, shard.stop) for shard in missing)
         yield [
-            Unit(
-                UnitKind.SHARD,
-                write_shard,
-                (data, shard, locations),
-                f"shard {shard.name}",
-                shard.stop - shard.start,
-            )
+            Unit(UnitKind.SHARD, write_shard, (data, shard, locations), f"shard {shard.name}", shard.count)
             for shard, locations in zip(missing, found, strict=True)
         ]
         splits: dict[str, list[ShardFacts]] = {}

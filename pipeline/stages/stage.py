@@ -67,9 +67,5 @@ class WorkerStage(Stage):
         """Return the step at which the workers begin, and the last one."""
 
     @abstractmethod
-    def read_progress(self, place: Place) -> tuple[int, str]:
-        """Return the present step of the workers, and a note on it."""
-
-    @abstractmethod
     def run_worker(self, ctx: Worker, place: Place) -> None:
         """Do one worker's part, from the newest checkpoint to the end or until the stop file appears."""

@@ -35,7 +35,7 @@ from pipeline.errors import PipelineError
 from pipeline.stages.stage import WorkerStage
 from pipeline.store import checkpoint, diffusers_layout, tars
 from pipeline.store.files import remove_leftovers
-from pipeline.store.log import Heartbeat, LogWriter, read_progress
+from pipeline.store.log import LogWriter
 from pipeline.store.run import Place, list_steps
 from pipeline.store.tensors import Tensors
 
@@ -77,10 +77,6 @@ class TrainStage(WorkerStage):
         steps = place.experiment.train.steps
         return max(list_steps(place.train, steps), default=0), steps
 
-    def read_progress(self, place: Place) -> tuple[int, str]:
-        step, loss = read_progress(place)
-        return step, "" if loss is None else f"loss {loss:.4f}"
-
     def run_worker(self, ctx: Worker, place: Place) -> None:
         """Train from the newest valid checkpoint to `train.steps`, or until the stop file appears."""
         experiment, newest = place.experiment, None
@@ -104,8 +100,7 @@ class TrainStage(WorkerStage):
             place = place.replace_experiment(replace(place.experiment, train=config))
         make_step, check = _build_step(ctx, place, state), _StopCheck(ctx, place)
         timer = StepTimer(ctx, state.net)
-        log = LogWriter(place.log) if ctx.rank == 0 else None
-        heartbeat = Heartbeat(place.heartbeat) if ctx.rank == 0 else None
+        log = LogWriter(place) if ctx.rank == 0 else None
         with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as thread:
             saver = _CheckpointSaver(ctx, place, thread)
             request = 0
@@ -113,8 +108,8 @@ class TrainStage(WorkerStage):
                 timer.begin()
                 sums.add(make_step())
                 step = state.step
-                if heartbeat:
-                    heartbeat.write(step)
+                if log:
+                    log.beat(step)
                 save = step % config.checkpoint_every == 0 or step in (config.steps, *config.keep_steps)
                 if save or step % config.log_every == 0:
                     point = sums.compute_point(ctx, config, step) | timer.compare_ranks()

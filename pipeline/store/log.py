@@ -30,16 +30,23 @@ class LogPoint(TypedDict):
 
 
 class LogWriter:
-    """Writer of the training log; writes each step once."""
+    """Writer of the training log, each step once, and of the heartbeat: log points can be minutes apart."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, place: Place):
+        self.path, self.heartbeat, self.last_beat = (path := place.log), place.heartbeat, 0.0
         with translate_write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 os.truncate(path, find_last_line_end(path))  # a torn line
         last = read_last_point(path)
         self.last_step = last["step"] if last else -1
+
+    def beat(self, step: int) -> None:
+        """Write the current step to the heartbeat, at most once a second."""
+        if time.monotonic() - self.last_beat > 1:
+            self.last_beat = time.monotonic()
+            with suppress(OSError):  # a full disk ends training elsewhere, where results would be lost
+                self.heartbeat.write_text(str(step))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         if step <= self.last_step:
@@ -104,19 +111,6 @@ def describe_slow_rank(points: list[LogPoint]) -> str:
         return ""
     where = f"all wait for it (logs/rank-{slowest}.log names its host)"
     return f"rank {slowest} takes {high:.2g} s of its own for a step, the fastest {low:.2g} s: {where}"
-
-
-class Heartbeat:
-    """Writer of the current step to a file, at most once a second: log points can be minutes apart."""
-
-    def __init__(self, path: Path):
-        self.path, self.last = path, 0.0
-
-    def write(self, step: int) -> None:
-        if time.monotonic() - self.last > 1:
-            self.last = time.monotonic()
-            with suppress(OSError):  # a full disk ends training elsewhere, where results would be lost
-                self.path.write_text(str(step))
 
 
 def read_progress(place: Place) -> tuple[int, float | None]:

@@ -3,12 +3,14 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from pipeline.config import Experiment, read_provenance
 from pipeline.errors import PipelineError
@@ -22,6 +24,11 @@ LEADERBOARD, LOG = "leaderboard.json", "log.jsonl"
 RECORD = (EXPERIMENT, LOG, "timings.json", "commits.json", "*.patch", "grids/*.png")
 HEARTBEAT, STALLED = ".step", 1800  # seconds
 STAGES = ("shard", "train", "select", "sample", "evaluate", "figures", "report")  # in their order
+
+
+class CostSum(TypedDict):
+    images: int
+    seconds: float
 
 
 def _path_property(folder: str, name: str) -> cached_property[Path]:
@@ -153,6 +160,15 @@ class Place:
         """Add seconds that a command worked on a stage."""
         timings = self.read_stage_seconds()
         write_json(self.timings_json, {**timings, stage: timings.get(stage, 0.0) + seconds})
+
+    def add_costs(self, chain: int, spent: Iterable[tuple[str, int, float]]) -> None:
+        """Add what units cost (kind, images, worker-seconds), under the number of steps of the sampling chain."""
+        costs = read_record(self.spent_json, dict[str, dict[str, CostSum]])
+        for kind, images, seconds in spent:
+            cost = costs.setdefault(kind, {}).setdefault(str(chain), {"images": 0, "seconds": 0.0})
+            cost["images"] += images
+            cost["seconds"] += seconds
+        write_json(self.spent_json, costs)
 
     def read_stage_commits(self) -> dict[str, list[str]]:
         """Return the commits that worked on each stage, in order; experiment.yaml names the last one only."""

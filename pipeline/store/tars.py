@@ -97,6 +97,10 @@ class Shard:
         return self.folder / self.name
 
     @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
     def facts_json(self) -> Path:
         return self.path.with_suffix(".json")
 
@@ -294,7 +298,7 @@ def load_images(
     for shard in index.list_shards(split, stop):
         if shard.stop > start:
             files.require_file(shard.path, index.facts["files"][shard.name])
-            records = list(read_records(shard.path, shard.stop - shard.start))
+            records = list(read_records(shard.path, shard.count))
             records = records[max(0, start - shard.start) : stop - shard.start]
             images += [decode_png(record.png) for record in records]
             labels += [record.number for record in records]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from typing_extensions import TypedDict
 
 from pipeline.config import DataConfig, Experiment, find_relative_paths, flatten, load_experiment, to_dict
@@ -99,8 +100,6 @@ def _yield_space_values(sweep: Sweep) -> Iterator[Values]:
 def _draw_space_points(method: str, count: int, dimensions: int, seed: int) -> list[list[float]]:
     """Return `count` points in [0, 1)^dimensions; a longer list begins with the shorter one."""
     if method == "random":
-        import numpy as np
-
         return np.random.default_rng(seed).random((count, dimensions)).tolist()
     import torch
 
@@ -199,7 +198,8 @@ class TrialStates:
     def __init__(self, folder: Path, early_stop: EarlyStop, trials: Iterable[Trial]):
         from pipeline.engine.plan import list_unfinished_stages  # it imports the stages, and torch
 
-        self.path, self.early_stop = folder / STATE_FILE, to_dict(early_stop)
+        self.path, self.early_stop, self.factor = folder / STATE_FILE, to_dict(early_stop), early_stop.factor
+        self.keys: list[str] = []
         content = read_record(self.path, StudyFile)
         self.records = content.get("trials", {})
         if content.get("early_stop") != self.early_stop:
@@ -210,6 +210,7 @@ class TrialStates:
             new = TrialState(state="new", reason="", label="", run="", rungs=[])
             record = self.records.setdefault(trial.key, new)
             record["label"], record["run"] = trial.label, trial.place.name
+            self.keys.append(trial.key)
             if not list_unfinished_stages(trial.place, "report"):
                 record["state"], record["reason"] = "finished", ""
             elif record["state"] in ("finished", "running"):  # files deleted, or driver killed
@@ -223,12 +224,23 @@ class TrialStates:
         record["state"], record["reason"] = state, reason
         self._save()
 
-    def add_rung(self, key: str, step: int, bound: float) -> None:
-        """Record the bound at a rung, once: a resumed trial reports it again, and the first time stays."""
-        rungs = self.records[key]["rungs"]
-        if step not in [rung[0] for rung in rungs]:
-            rungs.append((step, bound, time.time_ns() // 1_000_000))
-            self._save()
+    def should_continue(self, key: str, step: int, bound: float) -> bool:
+        """Record the bound at a rung, and decide whether the trial continues (ASHA).
+
+        It does if its bound is among the best 1/factor of those that other trials have there by now. A resumed trial
+        that comes again continues, and its first time stays.
+        """
+        own = self.records[key]["rungs"]
+        if step in [rung[0] for rung in own]:
+            return True
+        others = [known for trial in self.keys for at, known, _ in self.records[trial]["rungs"] if at == step]
+        own.append((step, bound, time.time_ns() // 1_000_000))
+        best = (1 - 1 / self.factor) * 100
+        if others and -bound < np.nanpercentile(np.negative(others), best):
+            self.set_state(key, "stopped", f"stopped early at {step} steps")
+            return False
+        self._save()
+        return True
 
     def _save(self) -> None:
         write_json(self.path, {"early_stop": self.early_stop, "trials": self.records})

@@ -17,6 +17,7 @@ from pipeline.store.log import read_progress
 from pipeline.sweep import leaderboard
 from pipeline.sweep.definition import Sweep
 from pipeline.sweep.points import State, Trial, TrialStates
+from pipeline.sweep.trial import PartResult
 
 AFTER_TRAINING = ("sample", "evaluate", "figures", "report")
 DEADLINE = 120.0  # seconds after the last trial to send what the server lacks
@@ -66,6 +67,13 @@ class StudyRecorder:
         self.mirrors[key] = self._make_mirror(key, "running")
         self.mirrors[key].start()
         print_line(f"{self.trials[key].label}: started")
+
+    def end_part(self, key: str, steps: int | None, result: PartResult) -> bool:
+        """Record the end of a part of a trial; return whether its next part is to be run."""
+        goes_on = result.bound is not None and self.states.should_continue(key, steps or 0, result.bound)
+        if not goes_on:
+            self.end_trial(key, result.error)
+        return goes_on
 
     def end_trial(self, key: str, error: str | None) -> None:
         """Record the end of a trial. Its files decide the state; `error` is the reason of a failure."""

@@ -1,11 +1,8 @@
 """The driver of a study."""
 
 import math
-import shutil
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline import tracking
 from pipeline.compute.interrupt import StopRequest, StopSignals
@@ -26,10 +23,7 @@ from pipeline.sweep.leaderboard import Leaderboard, rank_trials
 from pipeline.sweep.points import SweepPoint, TrialStates, make_trials
 from pipeline.sweep.recorder import StudyRecorder
 from pipeline.sweep.shares import divide_cluster
-from pipeline.sweep.trial import TrialInputs, format_cause, run_trial
-
-if TYPE_CHECKING:
-    from pipeline.sweep.tuning import EarlyStopScheduler
+from pipeline.sweep.trial import TrialInputs, format_cause, run_part
 
 
 class Study:
@@ -96,12 +90,11 @@ class Study:
                 raise
             finally:
                 self.recorder.finish(status)
-                shutil.rmtree(self.folder / "ray", ignore_errors=True)
         return self.recorder.leaderboard
 
     def _run_trials(self, todo: list[str], accept_code: bool) -> None:
         recorder, name, stop = self.recorder, self.sweep.name, self.sweep.early_stop
-        stop_file, scheduler = self.interrupt.stop_file, None
+        stop_file = self.interrupt.stop_file
         with self.interrupt, ExitStack() as stack:
             executor = stages.start_executor(self.cluster, self.interrupt, stack)
             try:
@@ -109,10 +102,6 @@ class Study:
                     key: TrialInputs(self.trials[key].place, self.cluster, stop_file, stop, accept_code)
                     for key in self._prepare_shared_data(executor, todo)
                 }
-                if stop.first:
-                    from pipeline.sweep.tuning import EarlyStopScheduler
-
-                    scheduler = EarlyStopScheduler(stop, self.trials, self.states)
 
                 def count_done() -> int:
                     return len(self.trials) - len(self._list_unfinished_trials())
@@ -122,15 +111,15 @@ class Study:
                     poll_in_thread(lambda: bar.update(count_done(), recorder.describe_progress())),
                 ):
                     if isinstance(executor, LocalExecutor):
-                        self._run_locally(tasks, executor, scheduler)
+                        self._run_locally(tasks, executor)
                     elif tasks:
-                        from pipeline.sweep.tuning import run_trials
+                        from pipeline.sweep.trial_tasks import run_trials
 
                         executor.pool.end_idle_actors()  # what was prepared for all; each trial has a pool of its own
                         pending, concurrent = len(self._list_unfinished_trials()), self.sweep.concurrent
                         share = divide_cluster(self.cluster, executor.list_nodes(), pending, concurrent)
                         print_line(f"{name}: {share}")
-                        run_trials(tasks, share, recorder, scheduler, executor.must_stop)
+                        run_trials(tasks, share, recorder, executor.must_stop)
             finally:
                 for key in list(recorder.mirrors):  # this driver ends, and the trials with it
                     recorder.end_trial(key, None)
@@ -139,14 +128,13 @@ class Study:
 
     def _prepare_shared_data(self, executor: Executor, todo: list[str]) -> list[str]:
         """Make the shards and statistics that trials share; return the trials without errors."""
-        is_interrupted = self.interrupt.is_requested
         sharded: set[Path] = set()
         able = []
         for key in todo:
             place = self.trials[key].place
             try:
                 if place.data not in sharded:
-                    stages.run_trial_stages(executor, is_interrupted, self.cluster, place, "shard")
+                    stages.run_trial_stages(executor, place, "shard")
                 evaluate.STAGE.check_before_training(place)
                 sharded.add(place.data)
                 if units := list_preparations(place):
@@ -157,19 +145,18 @@ class Study:
             except PipelineError as error:
                 self.recorder.start_trial(key)
                 self.recorder.end_trial(key, format_cause(error))
-            if is_interrupted():
+            if self.interrupt.is_requested():
                 raise StopRequest
         return able
 
-    def _run_locally(
-        self, tasks: dict[str, TrialInputs], executor: LocalExecutor, scheduler: "EarlyStopScheduler | None"
-    ) -> None:
+    def _run_locally(self, tasks: dict[str, TrialInputs], executor: LocalExecutor) -> None:
         for key, task in tasks.items():
             if not self.recorder.may_start_trial():
                 return
             self.recorder.start_trial(key)
-            decide = partial(scheduler.should_continue, key) if scheduler else lambda step, bound: True
-            self.recorder.end_trial(key, run_trial(task, executor, decide))
+            for steps in task.parts:
+                if not self.recorder.end_part(key, steps, run_part(task, executor, steps)):
+                    break
 
     def describe_unstarted_trials(self) -> str:
         """Return a line on the trials for which the budget was too small; '' if there are none."""

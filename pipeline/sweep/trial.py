@@ -1,8 +1,8 @@
-"""Runs one trial in its process: all its stages; with early stopping, from one rung to the next."""
+"""Runs a trial in its process: all its stages; with early stopping, a part from one rung to the next."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.compute.interrupt import StopRequest
 from pipeline.compute.units import Executor
@@ -26,6 +26,11 @@ class TrialInputs:
     early_stop: EarlyStop
     accept_code: bool = False
 
+    @property
+    def parts(self) -> list[int | None]:
+        """The steps of each part: of the rungs, then None, which goes to the end."""
+        return [*self.early_stop.list_rungs(self.place.experiment.train.steps), None]
+
     def should_stop(self) -> bool:
         return self.stop_file.exists()
 
@@ -35,32 +40,29 @@ class TrialInputs:
             self.place.stop_file.touch()
 
 
-def run_trial(task: TrialInputs, executor: Executor, decide: Callable[[int, float], bool]) -> str | None:
-    """Run a trial's unfinished stages; return the error as text, or None.
+class PartResult(NamedTuple):
+    """The end of a part of a trial: the bound at its rung, or else the error as text if there was one."""
 
-    `decide(step, bound)` says at each rung whether the trial continues.
-    """
-    place, stop = task.place, task.early_stop
-    rungs = [(steps, "evaluate") for steps in stop.list_rungs(place.experiment.train.steps)]
+    bound: float | None = None
+    error: str | None = None
+
+
+def run_part(task: TrialInputs, executor: Executor, steps: int | None) -> PartResult:
+    """Run the unfinished stages of one of `task.parts`."""
+    experiment = task.place.experiment
+    part = limit_to_rung(experiment, steps, task.early_stop.nll_images) if steps else experiment
+    place = task.place.replace_experiment(part)
     try:
         with poll_in_thread(task.copy_stop_file):
-            for steps, last in [*rungs, (None, "report")]:
-                if task.should_stop():
-                    return None  # the files on disk say how far it came
-                rung = limit_to_rung(place.experiment, steps, stop.nll_images) if steps else place.experiment
-                part = place.replace_experiment(rung)
-                stages.run_trial_stages(
-                    executor, task.should_stop, task.cluster, part, last, place.experiment, task.accept_code
-                )
-                if steps:
-                    scores = read_sealed(part.metrics_json, Results)["scores"]
-                    if not decide(steps, scores["nll_bpd"]):
-                        return None
+            if task.should_stop():
+                return PartResult()  # the files on disk say how far it came
+            last = "evaluate" if steps else "report"
+            stages.run_trial_stages(executor, place, last, experiment, task.accept_code)
+        return PartResult(read_sealed(place.metrics_json, Results)["scores"]["nll_bpd"] if steps else None)
     except StopRequest:
-        pass
+        return PartResult()
     except Exception as error:
-        return format_cause(error)
-    return None
+        return PartResult(error=format_cause(error))
 
 
 def format_cause(error: BaseException) -> str:

@@ -114,29 +114,28 @@ def register_model(uri: str, model: LoggedModel, name: str, alias: str | None) -
     return f"{PREFIX}{name}@{alias}"
 
 
-def fetch_model(address: str, uri: str, folder: Path) -> tuple[Experiment, Tree, Tensors]:
+def fetch_model(address: str, uri: str) -> tuple[Experiment, Tree, Tensors]:
     """Fetch a model by its address (models:/NAME@ALIAS, /NAME/VERSION, /ID): experiment, settings and weights.
 
-    Its files are written to `folder`, and no code of it runs. Raises PipelineError.
+    No code of it runs. Raises PipelineError.
     """
     made_by = "`ddpm register RUN --alias NAME` makes such a model"
     if not re.fullmatch(f"{PREFIX}[^/@]+([/@][^/@]+)?", address):
         raise ConfigError(
             f"{address} is no address of a model: {PREFIX}NAME@ALIAS, {PREFIX}NAME/VERSION, {PREFIX}ID"
         )
-    with translate_errors(uri, f"{address} cannot be fetched from {hide_password(uri)}", made_by):
-        create_client(uri)
-        import mlflow
+    with TemporaryDirectory() as folder:
+        with translate_errors(uri, f"{address} cannot be fetched from {hide_password(uri)}", made_by):
+            create_client(uri)
+            import mlflow
 
-        try:
-            with use_server(uri):  # the name is looked up there
-                files = Path(
-                    mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=str(folder))
-                )
-        except mlflow.MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise PipelineError(f"{hide_password(uri)} has no model {address}; {made_by}") from error
-    remedy = "register its run again"
-    settings = read_json(files / SETTINGS, Tree, remedy)
-    return load_experiment(str(files / EXPERIMENT), []), settings, load_tensors(files / WEIGHTS, remedy)
+            try:
+                with use_server(uri):  # the name is looked up there
+                    found = mlflow.artifacts.download_artifacts(f"{address}/artifacts", dst_path=folder)
+            except mlflow.MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                raise PipelineError(f"{hide_password(uri)} has no model {address}; {made_by}") from error
+        files, remedy = Path(found), "register its run again"
+        settings = read_json(files / SETTINGS, Tree, remedy)
+        return load_experiment(str(files / EXPERIMENT), []), settings, load_tensors(files / WEIGHTS, remedy)

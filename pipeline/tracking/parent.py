@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlencode
 
+from pipeline.config.checks import Tree
 from pipeline.errors import hide_password
 from pipeline.tracking import mlflow_client
 from pipeline.tracking.mlflow_client import VIEW, Sender, log_batches, read_pages
@@ -22,8 +23,6 @@ TABLE = "leaderboard.json"
 PARENT_TAG, TRIAL_TAG, STATE_TAG = "mlflow.parentRunId", "sweep.trial", "sweep.state"
 REMOVED_TAG = "sweep.removed"
 
-Scalar = bool | int | float | str | None
-Cell = Scalar | list[Scalar]
 Rung = tuple[int, float, int]  # step, bound in bits/dim, Unix milliseconds
 
 
@@ -67,7 +66,7 @@ class ParentRun(Sender):
                     self.client.set_terminated(run_id, "KILLED")
 
     def send_leaderboard(
-        self, table: Sequence[Mapping[str, Cell]], markdown: str, tags: dict[str, str],
+        self, table: Sequence[Tree], markdown: str, tags: dict[str, str],
         scores: dict[str, float], rungs: Mapping[str, Sequence[Rung]],
     ) -> None:  # fmt: skip
         # MLflow's own `log_table` would append to the rows that are there.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
@@ -45,6 +43,7 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     # The shell reads until this process has ended in any way, and then ends the server.
     end = f"exec 2>&-; cat; kill -TERM -{server.pid} && sleep 5 && kill -KILL -{server.pid}"
     guard = subprocess.Popen(["sh", "-c", end], stdin=subprocess.PIPE, start_new_session=True)
+    assert guard.stdin
     try:
         _wait_for_server(server, f"http://{HOST}:{port}", Path(log.name))
         for name, link in {"all": mlflow_client.VIEW, **tables}.items():
@@ -54,12 +53,8 @@ def serve_ui(storage: Path, port: int, uri: str | None = None) -> int:
     except KeyboardInterrupt:
         return 0
     finally:
-        with suppress(ProcessLookupError):  # the server and its workers
-            os.killpg(server.pid, signal.SIGTERM)
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
+        guard.stdin.close()
+        server.wait()
         guard.kill()
 
 

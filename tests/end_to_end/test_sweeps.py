@@ -59,7 +59,7 @@ def test_four_trials_in_the_room_for_one_worker_each_all_finish(tmp_path):
     assert {child.info.status for child in found} == {"FINISHED"} and len(found) == 4
     scores = {child.data.tags["sweep.trial"]: child.data.metrics["nll_bpd"] for child in found}
     assert scores == {row["trial"]: row["scores"]["nll_bpd"] for row in rows}
-    assert "Trial" not in said and "╭" not in said, "Ray Tune has nothing to say beside the sweep"
+    assert "Trial" not in said and "╭" not in said, "Ray has nothing to say beside the sweep"
     assert said.count("shard: done") == 1
     assert not (tmp_path / "sweeps" / "grid" / "ray").exists()
     began = time.monotonic()
@@ -93,7 +93,7 @@ def test_a_stopped_driver_is_resumed_without_repeating_a_finished_trial(tmp_path
         assert sorted(point.step for point in history) == [1, 2, 3, 4, 5, 6]
 
 
-def test_rungs_stop_trials_through_ray_tune(tmp_path):
+def test_rungs_stop_trials_through_ray(tmp_path):
     text = "experiment: digits\nspace: {train.lr: [1.0e-3, 2.0e-3, 1.0e-9, 2.0e-9]}\nrank: {metric: nll_bpd}"
     sweep(tmp_path, text + "\nearly_stop: {first: 2, factor: 2, nll_images: 4}\nconcurrent: 1\n")
     states = {row["label"]: (row["state"], row["step"]) for row in board(tmp_path)}

@@ -4,6 +4,8 @@ They run the same chain as the samples. A t that the paper names for T = 1000 be
 steps.
 """
 
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from ddpm.config import Sampler
 from ddpm.diffusion import Diffusion
 from ddpm.images import from_uint8, to_uint8
 from ddpm.rng import Stream, draw_normal
-from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units
+from pipeline.compute.units import Unit, UnitKind, Worker, make_image_units, make_network_unit
 from pipeline.config import Experiment
 from pipeline.drawing.grids import save_grid
 from pipeline.stages.figures import Figure, count_rows, describe_chain, locate_unit_folder
@@ -141,7 +143,7 @@ def write_steps(ctx: Worker, place: Place, counts: list[int], start: int, stop: 
 
 def plan_interpolation(place: Place) -> Figure:
     steps = count_chain_steps(INTERPOLATED_AT, place.experiment)
-    units = dict(plan_pair(place, pair, steps) for pair in range(count_rows(place.experiment)))
+    units = plan_pairs(place, range(count_rows(place.experiment)), [steps])
     caption = (
         f"Interpolation of latents at t = {format_timesteps([steps], place.experiment)}: source, its reconstruction "
         f"(λ = 0), λ = 0.1 to 0.9, reconstruction (λ = 1), source; {choose_pair_split(place)} images, a pair in a row, "
@@ -152,7 +154,7 @@ def plan_interpolation(place: Place) -> Figure:
 
 def plan_coarse_to_fine(place: Place) -> Figure:
     counts = [count_chain_steps(share, place.experiment) for share in COARSE_TO_FINE]
-    units = dict(plan_pair(place, 0, steps) for steps in counts)
+    units = plan_pairs(place, [0], counts)
     caption = (
         "Coarse to fine: the first pair of the interpolation, diffused to "
         f"t = {format_timesteps(counts, place.experiment)} from top to bottom before its latents are mixed "
@@ -161,19 +163,14 @@ def plan_coarse_to_fine(place: Place) -> Figure:
     return Figure("coarse_to_fine.png", caption, units, save_rows)
 
 
-def plan_pair(place: Place, pair: int, steps: int) -> tuple[Path, Unit]:
-    """Plan the unit of one pair of images, for Figs. 8 and 9; return its file and the unit."""
-    file = locate_unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
-    name = f"interpolation of pair {pair} after {steps} steps"
-    return file, Unit(
-        UnitKind.FIGURE,
-        write_pair,
-        (place, pair, steps, file),
-        name,
-        len(LAMBDAS),
-        max(1, steps),
-        needs_gpu=True,
-    )
+def plan_pairs(place: Place, pairs: Iterable[int], counts: Iterable[int]) -> dict[Path, Unit]:
+    """Plan the units of pairs of images, each for these numbers of steps, for Figs. 8 and 9; return them by file."""
+    units = dict[Path, Unit]()
+    for pair, steps in itertools.product(pairs, counts):
+        file = locate_unit_folder(place, "mixed") / f"{pair:04d}-{steps:04d}.npz"
+        args, name = (place, pair, steps), f"interpolation of pair {pair} after {steps} steps"
+        units |= make_network_unit(UnitKind.FIGURE, write_pair, args, file, name, len(LAMBDAS), max(1, steps))
+    return units
 
 
 def write_pair(ctx: Worker, place: Place, pair: int, steps: int, file: Path) -> None:
@@ -209,13 +206,13 @@ def choose_pair_split(place: Place) -> str:
 
 def plan_shared_latents(place: Place) -> Figure:
     """Plan Fig. 7: images that share a latent, for each of four t."""
-    n, units = count_rows(place.experiment), {}
+    n, units = count_rows(place.experiment), dict[Path, Unit]()
     counts = [count_chain_steps(share, place.experiment) for share in SHARED]
     for steps in dict.fromkeys(counts):
         file = locate_unit_folder(place, "shared") / f"{n:04d}-{steps:04d}.npz"
-        args, name = (place, n, steps, file), f"images that share x_t after {steps} steps"
-        units[file] = Unit(
-            UnitKind.FIGURE, write_shared_latents, args, name, n * CHILDREN, max(1, steps), needs_gpu=True
+        args, name, images = (place, n, steps), f"images that share x_t after {steps} steps", n * CHILDREN
+        units |= make_network_unit(
+            UnitKind.FIGURE, write_shared_latents, args, file, name, images, max(1, steps)
         )
     caption = (
         f"Images that share a latent: x_t, then {CHILDREN} images from it, for "

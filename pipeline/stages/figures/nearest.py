@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.compute.units import Unit, UnitKind, Worker
+from pipeline.compute.units import Unit, UnitKind, Worker, make_network_unit
 from pipeline.drawing.grids import save_grid
 from pipeline.scores.extractors import Extractor
 from pipeline.scores.image_sets import hash_shards, make_shard_set
@@ -40,11 +40,11 @@ def plan_neighbours(place: Place, extractor: Extractor | None = None) -> Figure:
             raise FigureUnavailable("it needs those of all training images, made by evaluate.reference=train")
         galleries, query = [*known.units], drawn.read_features()
     key = extractor.name if extractor else "pixels"
-    folder, units = locate_unit_folder(place, "nearest", key, hash_shards(shards), n), {}
+    folder, units = locate_unit_folder(place, "nearest", key, hash_shards(shards), n), dict[Path, Unit]()
     for shard, gallery in zip(shards, galleries, strict=True):
-        file, images = folder / f"{shard.name.removesuffix('.tar')}.npz", shard.stop - shard.start
-        args, title = (query, shard, gallery, file), f"{name} in {shard.name}"
-        units[file] = Unit(UnitKind.FIGURE, write_neighbours, args, title, images, needs_gpu=True)
+        file = folder / f"{shard.name.removesuffix('.tar')}.npz"
+        args, title = (query, shard, gallery), f"{name} in {shard.name}"
+        units |= make_network_unit(UnitKind.FIGURE, write_neighbours, args, file, title, shard.count)
 
     def draw(files: list[Path], file: Path) -> None:
         rows = np.concatenate([own[:, None], merge_neighbours(files)["images"]], axis=1)

@@ -9,7 +9,6 @@ import torch
 from conftest import flip_bit, one_cpu, tiny_experiment
 from safetensors.torch import save_file
 
-from pipeline import config
 from pipeline.cli.status import format_status
 from pipeline.engine.execute import run_trial_stages
 from pipeline.engine.find import make_place
@@ -25,7 +24,6 @@ EXPERIMENT = tiny_experiment(
     "name=faults", "train.sample_every=4", "train.keep=3", "sample.steps=5", "evaluate.metrics=[fid,nll]",
     "evaluate.features=projection", "figures.which=[samples,rate_distortion]", "figures.images=1",
 )  # fmt: skip
-CLUSTER = config.load_cluster("local", ["workers=0"])
 # What holds when, and by what, something was made; and the page, which shows that.
 RECORDS = ("timings.json", "spent.json", "commits.json", "experiment.yaml", "log.jsonl", ".lock")
 
@@ -33,7 +31,7 @@ RECORDS = ("timings.json", "spent.json", "commits.json", "experiment.yaml", "log
 def bring_up_to_date(place, *last):
     """Without the page, unless a test asks for it: its charts take most of the time."""
     for stage in last or ("evaluate", "figures"):
-        run_trial_stages(one_cpu(), lambda: False, CLUSTER, place, stage)
+        run_trial_stages(one_cpu(), place, stage)
 
 
 def files_of(place):

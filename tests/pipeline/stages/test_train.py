@@ -18,6 +18,7 @@ from pipeline.engine.find import make_place
 from pipeline.errors import PipelineError
 from pipeline.stages import train
 from pipeline.store import checkpoint
+from pipeline.store.log import read_progress
 from pipeline.store.run import list_steps
 
 
@@ -123,7 +124,7 @@ def test_steps_computed_again_are_logged_once_and_what_was_half_written_is_gone(
     metrics = before[0]["metrics"]
     assert metrics.keys() == {"train/loss", "train/grad_norm", "train/lr", "train/images_per_second"}
     assert metrics["train/lr"] == 0, "the first update has the rate zero"
-    assert train.STAGE.read_progress(tiny_run) == (6, f"loss {before[-1]['metrics']['train/loss']:.4f}")
+    assert read_progress(tiny_run) == (6, before[-1]["metrics"]["train/loss"])
 
 
 def stop_at(step):
@@ -182,13 +183,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_run, monkeypatch):
             assert stepped.wait(20), "training waited for the checkpoint"
         write(directory, *args, **more)
 
-    class Beat(train.Heartbeat):
-        def write(self, step):
+    class Log(train.LogWriter):
+        def beat(self, step):
             if step == 3:
                 stepped.set()
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", slow)
-    monkeypatch.setattr(train, "Heartbeat", Beat)
+    monkeypatch.setattr(train, "LogWriter", Log)
     train_to(tiny_run, 6)
     assert_equal_states(tiny_run, untouched, 2, 4, 6)
 

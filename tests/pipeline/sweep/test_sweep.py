@@ -7,17 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import GRID, TRIAL
+from ray.exceptions import RayError
 
 from pipeline import config
 from pipeline.cli.program import main
 from pipeline.config import load_cluster
 from pipeline.engine import execute
 from pipeline.errors import ConfigError
-from pipeline.sweep import reproduction, study
+from pipeline.sweep import reproduction, study, trial_tasks
 from pipeline.sweep.definition import load_sweep
 from pipeline.sweep.points import list_points
 from pipeline.sweep.shares import divide_cluster
-from pipeline.sweep.tuning import _TrialQueue
+from pipeline.sweep.trial import PartResult
 
 DRAWN = "experiment: digits\nspace:\n  %s\ndraw: {method: sobol, points: 2}\n"
 
@@ -169,18 +170,65 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
     assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == expected
 
 
-def test_machines_that_join_or_leave_change_how_many_trials_start():
-    nodes = [(2, 0)]
+def test_machines_that_join_or_leave_change_how_many_trials_start(monkeypatch):
+    """The first trial that runs ends at each wait; a machine joins at the first one, and leaves at the second."""
+    nodes, began, running = [(2, 0)], [], []
     share = divide_cluster(cluster(), nodes, 5, None)
-    queue = _TrialQueue(list("abcde"), lambda: True, lambda: share.count_slots(nodes))
-    assert [queue.suggest(n) for n in range(3)] == [{"trial": "a"}, {"trial": "b"}, None]
-    nodes.append((1, 0))
-    assert [queue.suggest(n) for n in (2, 3)] == [{"trial": "c"}, None]
-    nodes.pop()
-    queue.on_trial_complete(0)
-    assert queue.suggest(3) is None
-    queue.on_trial_complete(1)
-    assert queue.suggest(3) == {"trial": "d"}
+
+    def wait(calls: list, timeout: float) -> tuple[list, list]:
+        running.append(len(calls))
+        if len(running) < 3:
+            (nodes.append if len(running) == 1 else nodes.remove)((1, 0))
+        return calls[:1], calls[1:]
+
+    parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: object()))
+    monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
+    monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
+    monkeypatch.setattr(trial_tasks.ray, "wait", wait)
+    monkeypatch.setattr(trial_tasks.ray, "get", lambda call: PartResult())
+    monkeypatch.setattr(trial_tasks, "release_training_group", lambda place: None)
+    monkeypatch.setattr(trial_tasks.RaySession, "list_nodes", lambda: nodes)
+    recorder = SimpleNamespace(
+        may_start_trial=lambda: True, start_trial=began.append, end_part=lambda *_: False
+    )
+    tasks = {key: SimpleNamespace(parts=[None], place=None) for key in "abcde"}
+    trial_tasks.run_trials(tasks, share, recorder, lambda: None)
+    assert running == [2, 3, 2, 2, 1]
+    assert "".join(began) == "abcde"
+
+
+def test_each_part_of_a_trial_is_a_task_and_a_lost_process_ends_its_trial(monkeypatch):
+    """Trial a goes through its rung to the end, b is stopped there, and c loses its process."""
+    ran, ended = [], []
+
+    def start(task: SimpleNamespace, steps: int | None, share: object) -> tuple[str, int | None]:
+        ran.append((task.place, steps))
+        return ran[-1]
+
+    def get(call: tuple[str, int | None]) -> PartResult:
+        if call[0] == "c":
+            raise RayError
+        return PartResult(bound=call[1] and 4.0)
+
+    def end_part(key: str, steps: int | None, result: PartResult) -> bool:
+        goes_on = result.bound is not None and key == "a"
+        if not goes_on:
+            ended.append((key, steps, result.error))
+        return goes_on
+
+    parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+    monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
+    monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
+    monkeypatch.setattr(trial_tasks.ray, "wait", lambda calls, timeout: (calls[:1], calls[1:]))
+    monkeypatch.setattr(trial_tasks.ray, "get", get)
+    monkeypatch.setattr(trial_tasks, "release_training_group", lambda place: None)
+    monkeypatch.setattr(trial_tasks.RaySession, "list_nodes", lambda: [(1, 0)])
+    recorder = SimpleNamespace(may_start_trial=lambda: True, start_trial=lambda key: None, end_part=end_part)
+    tasks = {key: SimpleNamespace(parts=[2, None], place=key) for key in "abc"}
+    trial_tasks.run_trials(tasks, divide_cluster(cluster(), [(1, 0)], 3, None), recorder, lambda: None)
+    assert ran == [("a", 2), ("a", None), ("b", 2), ("c", 2)]
+    lost = "its process was lost; Ray's logs in /tmp/ray say more"
+    assert ended == [("a", None, None), ("b", 2, None), ("c", 2, lost)]
 
 
 def test_a_budget_scales_steps_samples_and_bounds_by_one_share():
