@@ -77,8 +77,8 @@ def test_every_shipped_sweep_loads_and_has_its_trials_and_named_experiments_are_
         sizes[path.stem] = len({json.dumps(point.swept) for point in list_points(sweep, [])})
         assert sizes[path.stem] == sweep.count
     assert sizes == {
-        "beta_dropout": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "ladder": 18, "samplers": 32,
-        "short_runs": 7, "table2": 6,
+        "beta_dropout": 16, "beta_dropout_short": 16, "cifar10_tiny": 7, "digits_beta_dropout": 8, "ladder": 18,
+        "samplers": 32, "short_runs": 7, "table2": 6,
     }  # fmt: skip
     second = list_points(load_sweep("table2", []), [])[1]
     assert second.label == second.experiment.name == second.swept["experiment"] == "cifar10_vlb_eps_fixed"
