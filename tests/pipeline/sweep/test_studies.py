@@ -107,7 +107,9 @@ def test_the_server_shows_who_won_and_the_trials_side_by_side(grid, storage, cli
         assert child.data.tags[tracking.STATE_TAG] == "finished"
         assert "samples/grid.png" in {f.path for f in client.list_artifacts(child.info.run_id, "samples")}
         assert client.list_artifacts(child.info.run_id, "images")
-    assert len({frozenset(child.data.metrics) for child in children.values()}) == 1
+    # A trial of more than ten seconds has MLflow's measurements of the machine too.
+    ours = [{n for n in child.data.metrics if not n.startswith("system/")} for child in children.values()]
+    assert all(names == ours[0] for names in ours)
 
 
 def test_the_same_command_again_repeats_nothing_and_status_knows_the_study(grid, storage, client, capsys):
