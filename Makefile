@@ -48,7 +48,7 @@ test: $(READY)
 
 device: $(READY)
 	@echo "== fake CUDA tensors"
-	@$(PYTEST) tests/device -m device --numprocesses=2 $(ARGS)
+	@$(PYTEST) tests/device tests/ddpm/kernels -m device --numprocesses=2 $(ARGS)
 
 test-all: $(READY)
 	@echo "== all tests"
