@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
 from itertools import islice
-from typing import Any, get_args
+from typing import ParamSpec, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ddpm.gaussians import draw_gaussian
 from ddpm.rng import Stream, draw_normal
 
 Noise = Callable[[int], Tensor]
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,19 @@ def run_image_chains(
     )  # fmt: skip
 
 
-@wraps(run_image_chains, assigned=())
-def sample(*args: Any, **options: Any) -> Tensor:
-    """Draw images (N, C, H, W), in [-1, 1] unless clip=False; the arguments are those of `run_image_chains`."""
-    images = run_to_end(run_image_chains(*args, **options))
-    return images.clamp(-1, 1) if options.get("clip", True) else images
+def _make_image_function(run: Callable[Arguments, Iterator[ReverseStep]]) -> Callable[Arguments, Tensor]:
+    """Return a function with the arguments of `run` that returns only the images at the end of the chain."""
+
+    @wraps(run, assigned=())
+    def sample(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
+        """Draw images (N, C, H, W), in [-1, 1] unless clip=False; the arguments are those of `run_image_chains`."""
+        images = run_to_end(run(*args, **kwargs))
+        return images.clamp(-1, 1) if kwargs.get("clip", True) else images
+
+    return sample
+
+
+sample = _make_image_function(run_image_chains)
 
 
 def run_to_end(steps: Iterator[ReverseStep]) -> Tensor:

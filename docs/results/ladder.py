@@ -25,9 +25,7 @@ HERE = Path(__file__).parent
 PAPER = {"parameters": 35_746_307, "images": 102_400_000}
 # Of cifar10_short on a GPU. All but 15,000, where the same fit is read, were written down before it was trained.
 SHORT_STEPS = (5_000, 10_000, 15_000, 20_000, 30_000)
-TARGETS = {"prediction": PAPER} | {
-    f"cifar10_short_{steps}": {**PAPER, "images": steps * 128} for steps in SHORT_STEPS
-}
+SHORT = {f"cifar10_short_{steps}": {**PAPER, "images": steps * 128} for steps in SHORT_STEPS}
 # The points that two CPU cores scored, from which the others were predicted: width and images seen.
 FIRST = {(32, 8_000), (32, 16_000), (32, 64_000), (48, 8_000), (48, 16_000), (48, 32_000)}
 PARAMETERS = {32: 2_245_763, 48: 5_041_347, 64: 8_952_067}
@@ -37,7 +35,7 @@ LADDER = {
     for images in (8_000 * 2**k for k in range(6))
     if (width, images) not in FIRST
 }
-TARGETS |= LADDER
+TARGETS = {"prediction": PAPER} | SHORT | LADDER
 PUBLISHED = {"nll_bpd": 3.75, "rate_bpd": 1.78, "distortion_bpd": 1.97}  # Sec. 4.3 and Table 1
 FLOORS = {
     "rate_bpd": 0.48642,
@@ -50,16 +48,15 @@ Point = dict[str, Any]
 
 def main(runs: list[str]) -> None:
     file = HERE / "ladder.json"
-    known = json.loads(file.read_text()) if file.exists() else {"points": []}
-    points = {(point["width"], point["images"]): point for point in known["points"]}
-    again = {(point["width"], point["images"]): point for point in known.get("again", [])}
+    known = json.loads(file.read_text())["points"] if file.exists() else []
+    points = {(point["width"], point["images"]): point for point in known}
     for point in (point for run in runs for point in read_points(Path(run))):
         key = point["width"], point["images"]
-        (again if key in FIRST and key in points else points)[key] = point
+        if key not in points or key not in FIRST:  # what the predictions were made from stays
+            points[key] = point
     rows = [points[key] for key in sorted(points)]
-    first = [row for row in rows if (row["width"], row["images"]) in FIRST]
-    found = {"points": rows, "again": [again[key] for key in sorted(again)], "paper": PAPER | PUBLISHED}
-    found |= predict(rows) | {"from_small": predict(first)}
+    first = [points[key] for key in sorted(FIRST & points.keys())]
+    found = {"points": rows, "paper": PAPER | PUBLISHED, **predict(rows), "from_small": predict(first)}
     file.write_text(json.dumps(found, indent=1) + "\n")
     (HERE / "ladder.md").write_text(format_page(found))
 
@@ -173,6 +170,7 @@ def format_page(found: dict[str, Any]) -> str:
     if found["prediction"] is None:
         return "\n".join([*lines, f"None yet: {found['reason']}.", ""])
     points, small, cut = found["points"], found["from_small"], len(FIRST)
+    measured = {(p["parameters"], p["images"]): p for p in points}
     lines += [
         f"For {PAPER['parameters']:,} parameters and {PAPER['images']:,} images, with the 95 % interval:", "",
         f"| | from the {cut} points of two CPU cores | from all {len(points)} | paper |", "| --- | --- | --- | --- |",
@@ -182,30 +180,19 @@ def format_page(found: dict[str, Any]) -> str:
     lines += [
         "", "The first column was written before a GPU trained the paper's network (`cifar10_short`). What it said of "
         "that run, and what was found:", "",
-        "| images seen | " + " | ".join(f"{name} predicted | found" for name in PUBLISHED) + " |",
-        "| --- |" + " --- | --- |" * len(PUBLISHED),
+        *format_predictions(small, measured, SHORT), "",
+        "And of the ladder's other points, written before a GPU trained them:", "",
+        *format_predictions(small, measured, LADDER),
     ]  # fmt: skip
-    measured = {(p["parameters"], p["images"]): p for p in points}
-    is_above: dict[str, list[bool]] = {name: [] for name in PUBLISHED}
-    widths = {count: width for width, count in PARAMETERS.items()} | {PAPER["parameters"]: 128}
-    for target, its in list(TARGETS.items())[1:]:
-        point = measured.get((its["parameters"], its["images"]))
-        if target == next(iter(LADDER)):
-            lines += [
-                "", "And of the ladder's other points, written before a GPU trained them:", "",
-                "| width: images seen | " + " | ".join(f"{name} predicted | found" for name in PUBLISHED) + " |",
-                "| --- |" + " --- | --- |" * len(PUBLISHED),
-            ]  # fmt: skip
-        cells = [f"{widths[its['parameters']]}: " * (target in LADDER) + f"{its['images']:,}"]
-        for name, seen in is_above.items():
-            cells += [
-                _format(small, name, target),
-                f"{point[name]:.3f} ± {point[name + '_se']:.3f}" if point else "",
-            ]
-            if point and target not in LADDER:
-                seen.append(point[name] > small[target][name]["interval"][1])
-        lines.append(f"| {' | '.join(cells)} |")
-    missed = ", ".join(name for name, seen in is_above.items() if seen and all(seen)) or "none"
+    above = {
+        name: [
+            measured[at][name] > small[target][name]["interval"][1]
+            for target, its in SHORT.items()
+            if (at := (its["parameters"], its["images"])) in measured
+        ]
+        for name in PUBLISHED
+    }
+    missed = ", ".join(name for name, seen in above.items() if seen and all(seen)) or "none"
     more = PAPER["images"] / max(p["images"] for p in points)
     outside = [
         name for name, paper in PUBLISHED.items()
@@ -234,6 +221,25 @@ def format_page(found: dict[str, Any]) -> str:
             f"the shorter runs {one['predicted']:.4f}"
         )
     return "\n".join([*lines, ""])
+
+
+def format_predictions(
+    fit: dict[str, Any], measured: dict[tuple[int, int], Point], targets: dict[str, dict[str, int]]
+) -> list[str]:
+    """Return a table of what a fit predicts for these runs, beside what was found."""
+    lines = [
+        "| parameters | images seen | "
+        + " | ".join(f"{name} predicted | found" for name in PUBLISHED)
+        + " |",
+        "| --- | --- |" + " --- | --- |" * len(PUBLISHED),
+    ]
+    for target, its in targets.items():
+        point, cells = measured.get((its["parameters"], its["images"])), []
+        for name in PUBLISHED:
+            cells.append(_format(fit, name, target))
+            cells.append(f"{point[name]:.3f} ± {point[name + '_se']:.3f}" if point else "")
+        lines.append(f"| {its['parameters']:,} | {its['images']:,} | {' | '.join(cells)} |")
+    return lines
 
 
 def _format(fit: dict[str, Any], name: str, target: str = "prediction") -> str:

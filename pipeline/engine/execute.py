@@ -62,10 +62,8 @@ def run_stages(experiment: Experiment, cluster: ClusterConfig, last: str, accept
         write_record(place, todo, accept_code)
         if cluster.tracking_uri:
             tracking.check_server(uri)
-        interrupt, pixels = (
-            StopSignals(place.stop_file),
-            experiment.train.batch_size * experiment.data.image_size**2,
-        )
+        interrupt = StopSignals(place.stop_file)
+        pixels = experiment.train.batch_size * experiment.data.image_size**2
         with mirror, interrupt, ExitStack() as stack:
             start = cache(
                 partial(start_executor, cluster, interrupt, stack, pixels)

@@ -103,7 +103,7 @@ def tabulate_group(
     others = [m for m in METRICS.values() if not m.detail and any(m.name in run.scores for run in runs)]
     metrics = [metric, *(other for other in others if other.name != metric.name)]
     # the sampler may differ within a group: it is a part of the comparison
-    differing = {*list_differing_settings([run.protocol for run in runs])} - {
+    differing = set(list_differing_settings([run.protocol for run in runs])) - {
         "checkpoint",
         "batch_size",
         "seed",

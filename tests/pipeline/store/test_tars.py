@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import flip_bit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_files import write_shards
@@ -101,10 +102,22 @@ def test_a_truncated_shard_is_named_with_and_without_its_manifest(folder, place)
     path.write_bytes(whole[: min(cut, len(whole.rstrip(b"\0")) - 1)].ljust(len(whole), b"\0"))
     with pytest.raises(PipelineError, match=f"{SHARD} does not match its sha256"):
         tars.load_images(folder, "train")
-    assert len(tars.load_images(folder, "train", 0, 5)[0]) == 5, "another shard was not asked for"
     if place == second_sample:
         with pytest.raises(PipelineError, match=f"{SHARD} holds 1 images, not 5"):
             list(tars.read_records(path, count=5))
+
+
+@pytest.mark.parametrize("place", [
+    lambda tar: tar.index(b"IDAT", second_sample(tar)) + 9,
+    lambda tar: second_sample(tar) + 5,  # in a header
+    lambda tar: tar.index(b".cls") + 512,  # in a label
+    lambda tar: len(tar) - 1,  # in the padding
+])  # fmt: skip
+def test_a_flipped_bit_is_seen_and_named(folder, place):
+    flip_bit(folder / SHARD, place((folder / SHARD).read_bytes()))
+    with pytest.raises(PipelineError, match=f"{SHARD} does not match its sha256"):
+        tars.load_images(folder, "train")
+    assert len(tars.load_images(folder, "train", 0, 5)[0]) == 5, "another shard was not asked for"
 
 
 def test_a_missing_shard_or_manifest_and_a_broken_one_are_named(folder):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,6 +171,17 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
     assert (found.slots, one.workers, one.cpus_per_worker, one.gpus_per_worker) == expected
 
 
+def replace_ray(monkeypatch, nodes: list, start: Callable, wait: Callable, get: Callable) -> None:
+    """Let `run_trials` start, await and read its tasks by these functions."""
+    parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+    monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
+    monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
+    monkeypatch.setattr(trial_tasks.ray, "wait", wait)
+    monkeypatch.setattr(trial_tasks.ray, "get", get)
+    monkeypatch.setattr(trial_tasks, "release_training_group", lambda place: None)
+    monkeypatch.setattr(trial_tasks.RaySession, "list_nodes", lambda: nodes)
+
+
 def test_machines_that_join_or_leave_change_how_many_trials_start(monkeypatch):
     """The first trial that runs ends at each wait; a machine joins at the first one, and leaves at the second."""
     nodes, began, running = [(2, 0)], [], []
@@ -181,13 +193,7 @@ def test_machines_that_join_or_leave_change_how_many_trials_start(monkeypatch):
             (nodes.append if len(running) == 1 else nodes.remove)((1, 0))
         return calls[:1], calls[1:]
 
-    parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: object()))
-    monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
-    monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
-    monkeypatch.setattr(trial_tasks.ray, "wait", wait)
-    monkeypatch.setattr(trial_tasks.ray, "get", lambda call: PartResult())
-    monkeypatch.setattr(trial_tasks, "release_training_group", lambda place: None)
-    monkeypatch.setattr(trial_tasks.RaySession, "list_nodes", lambda: nodes)
+    replace_ray(monkeypatch, nodes, lambda *_: object(), wait, lambda call: PartResult())
     recorder = SimpleNamespace(
         may_start_trial=lambda: True, start_trial=began.append, end_part=lambda *_: False
     )
@@ -216,13 +222,7 @@ def test_each_part_of_a_trial_is_a_task_and_a_lost_process_ends_its_trial(monkey
             ended.append((key, steps, result.error))
         return goes_on
 
-    parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
-    monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
-    monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
-    monkeypatch.setattr(trial_tasks.ray, "wait", lambda calls, timeout: (calls[:1], calls[1:]))
-    monkeypatch.setattr(trial_tasks.ray, "get", get)
-    monkeypatch.setattr(trial_tasks, "release_training_group", lambda place: None)
-    monkeypatch.setattr(trial_tasks.RaySession, "list_nodes", lambda: [(1, 0)])
+    replace_ray(monkeypatch, [(1, 0)], start, lambda calls, timeout: (calls[:1], calls[1:]), get)
     recorder = SimpleNamespace(may_start_trial=lambda: True, start_trial=lambda key: None, end_part=end_part)
     tasks = {key: SimpleNamespace(parts=[2, None], place=key) for key in "abc"}
     trial_tasks.run_trials(tasks, divide_cluster(cluster(), [(1, 0)], 3, None), recorder, lambda: None)
