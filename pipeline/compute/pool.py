@@ -101,15 +101,15 @@ class Pool:
     def _start_calls(self) -> None:
         """Start missing actors, and units on idle actors or as tasks, up to the limits."""
         networks, others = self.waiting[True], self.waiting[False]
+        while self.idle and (units := networks or others):  # a new process would import torch again
+            unit, actor = units.pop(), self.idle.pop()
+            self.calls[actor.run.remote(unit)] = PendingCall(unit, actor)
         most_actors, most_tasks = self.limits()
         tasks = sum(call.actor is None for call in self.calls.values())
         for _ in range(min(len(others), most_tasks - tasks)):
             unit = others.pop()
             self.calls[self.new_task.remote(unit, self.cpus)] = PendingCall(unit, None)
             tasks += 1
-        while networks and self.idle:
-            unit, actor = networks.pop(), self.idle.pop()
-            self.calls[actor.run.remote(unit)] = PendingCall(unit, actor)
         starting = sum(call.unit is None for call in self.calls.values())
         for _ in range(min(len(networks) - starting, most_actors - len(self.calls) + tasks)):
             new = self.new_actor.remote(self.cpus)

@@ -320,6 +320,15 @@ def test_idle_actors_make_room_for_tasks(session, tmp_path):
     assert len(notes_of([*networks, *others])) == 4
 
 
+def test_an_idle_actor_takes_a_unit_without_a_network(session, tmp_path):
+    """A new process would import torch again."""
+    (network,), (other,) = units_of(tmp_path, 1), units_of(tmp_path, 1, needs_gpu=False)
+    with another_pool(session, "gpus_per_task=0") as pool:
+        for unit in (network, other):
+            pool.run_units([unit], lambda unit: None)
+    assert len({row["pid"] for row in notes_of([network, other])}) == 1
+
+
 def test_units_without_a_network_run_where_no_gpu_is_free(session, tmp_path):
     units = units_of(tmp_path, 2, needs_gpu=False)
     session.pool.end_idle_actors()
