@@ -150,10 +150,10 @@ class Mirror(mlflow_client.Sender):
 
     def _watch_machine(self) -> SystemMetricsMonitor | None:
         """Let MLflow log the processor, memory, disk and GPUs of this machine; None before there is a run."""
+        if self.sender is None:  # so mlflow, whose import takes seconds, is not needed yet either
+            return None
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        if self.sender is None:
-            return None
         monitor = SystemMetricsMonitor(self.sender.run_id, resume_logging=True, tracking_uri=self.uri)
         monitor.start()
         return monitor
