@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # no cluster of several machines: all of it listens on 127.0.0.1
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # do not wait for lost objects
     "GLOO_SOCKET_IFNAME": "lo",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that tells of machines that will be lost: here is one only
 }
 DAEMONS = ("gcs_server", "raylet")
 
