@@ -101,9 +101,3 @@ def test_settings_and_names_of_networks_load_no_torch_and_the_science_no_library
         "assert not {'ray', 'mlflow', 'webdataset', 'omegaconf', 'yaml', 'pipeline'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
-def test_the_controller_of_a_training_loads_no_torch():
-    """It would take seconds of every start."""
-    code = "import sys, pipeline.compute.process_group\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,10 +159,8 @@ def _run_ray_train(
 ) -> BaseException | None:
     """Run Ray Train to its end; return the error that ended it."""
     from ray.train import FailureConfig, RunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import ScalingConfig  # ray.train's own, with its types
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from pipeline.compute.process_group import GroupConfig
 
     # Seconds between Ray Train's looks at the group; by default it sees two seconds late that training has ended.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -172,7 +169,7 @@ def _run_ray_train(
     shutil.rmtree(place.ray, ignore_errors=True)
     cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     fixed = resources.min_workers == resources.workers
-    trainer = DataParallelTrainer(
+    trainer = TorchTrainer(
         partial(_run_worker_body, body, place, cpus, int(cluster.image_memory * GIB)),
         scaling_config=ScalingConfig(
             num_workers=resources.workers if fixed else (resources.min_workers, resources.workers),
@@ -186,7 +183,7 @@ def _run_ray_train(
             storage_path=str(place.ray),
             failure_config=FailureConfig(max_failures=cluster.retries),
         ),
-        backend_config=GroupConfig(),
+        torch_config=TorchConfig(timeout_s=1800),  # NCCL with GPUs, else gloo
     )
     return run_in_thread(trainer.fit, "ray-train", poll)
 
@@ -250,33 +247,12 @@ def _run_worker_body(body: Body, place: Place, cpus: int, image_memory: int) -> 
     _log_to_file(place.worker_logs / f"rank-{context.rank}.log")
     log.warning("rank %d of %d begins on %s", context.rank, context.world_size, socket.gethostname())
     try:
-        _join_process_group(context)
         body(context, place)
-        torch.distributed.destroy_process_group()
     except BaseException as error:
         log.warning("this worker ends", exc_info=True)
         if isinstance(error, PipelineError) and not isinstance(error, TransientError):
             write_text(place.failure, str(error))
         raise
-
-
-def _join_process_group(ctx: RayWorker) -> None:
-    """Join the other workers, through a store of rank 0 at a free port: by NCCL with GPUs, else by gloo."""
-    from ray.train.collective import broadcast_from_rank_zero
-
-    open_store = partial(torch.distributed.TCPStore, world_size=ctx.world_size)
-    host, store = ray.util.get_node_ip_address(), None
-    if ctx.rank == 0:
-        store = open_store(host, 0, is_master=True, wait_for_workers=False)
-    host, port = broadcast_from_rank_zero((host, store.port) if store else None)
-    store = store or open_store(host, port, is_master=False)
-    backend, wait = "gloo", timedelta(minutes=30)
-    if ctx.device.type == "cuda":
-        torch.cuda.set_device(ctx.device)
-        backend = "nccl"
-    torch.distributed.init_process_group(
-        backend, timeout=wait, store=store, rank=ctx.rank, world_size=ctx.world_size
-    )
 
 
 def _log_to_file(path: Path) -> None:
