@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def call(*words: str) -> int | str | None:
         return end.code
 
 
-def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeypatch):
+def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeypatch, tmp_path):
     assert call() in (0, None)
     assert "ddpm COMMAND --help" in capsys.readouterr().out
     assert call("--version") == 0 and "ddpm " in capsys.readouterr().out
@@ -33,7 +35,18 @@ def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeyp
     assert {"digits", "beta_dropout", "kuberay"} <= {line.split()[0] for line in lines if line[0] == " "}
     assert all(len(line) <= 80 for line in lines)
     monkeypatch.setenv("COLUMNS", "3")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "folder.yaml").mkdir(parents=True)
+    (tmp_path / "conf" / "broken.yaml").symlink_to("nowhere")
+    (tmp_path / "conf" / "latin.yaml").write_bytes(b"# \xe4\n")
     assert call("list") == 0
+
+
+def test_a_terminal_of_few_characters_gets_escapes_instead(tmp_path):
+    command = [sys.executable, "-m", "pipeline", "show", "digits", "data.source=folder", "data.path=/ü"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0 and r"path: /\xfc" in shown.stdout
 
 
 JOB, HERE = "submit -- run digits", "cluster.storage=/data/runs"
