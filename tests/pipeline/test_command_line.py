@@ -147,6 +147,14 @@ def test_rm_deletes_what_nothing_refers_to_after_a_question(tmp_path, monkeypatc
     assert main(["rm", runs["busy"].name, "--yes", f"cluster.storage={tmp_path}"]) == 1
 
 
+def test_rm_of_a_link_deletes_the_run_that_it_leads_to(tmp_path):
+    run = make_run(tmp_path / "runs", "digits")
+    moved = run.path.rename(tmp_path / run.path.name)
+    run.path.symlink_to(moved)
+    assert main(["rm", run.name, "--yes", f"cluster.storage={tmp_path / 'runs'}"]) == 0
+    assert not moved.exists() and not list((tmp_path / "runs").glob(f"*{run.name}*"))
+
+
 def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["status", f"cluster.storage={tmp_path}"]) == 0
