@@ -62,6 +62,7 @@ def _find_field_problems(hint: Any, value: Any) -> list[str]:
 
 
 Share = Annotated[float, Range(ge=0, le=1)]
+Beta = Annotated[float, Range(ge=1e-12, lt=1)]  # below it, rounding decides what 1 - beta is
 Count = Annotated[int, Range(ge=1, le=10**9)]
 Width = Annotated[int, Range(ge=4, le=2**14)]  # of a layer
 Few = Annotated[int, Range(ge=1, le=64)]  # blocks of a level, multiples of a width
@@ -76,9 +77,9 @@ class DiffusionConfig:
 
     timesteps: Annotated[int, Range(ge=2, le=10**6)] = 1000
     beta_schedule: BetaSchedule = "linear"
-    beta_start: Annotated[float, Range(gt=0, lt=1)] = 1e-4
-    beta_end: Annotated[float, Range(gt=0, lt=1)] = 0.02
-    betas: tuple[Annotated[float, Range(gt=0, lt=1)], ...] = ()
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
+    betas: tuple[Beta, ...] = ()
     predict: Predict = "eps"
     variance: Variance = "fixedlarge"
     loss: Loss = "simple"

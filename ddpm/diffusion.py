@@ -206,6 +206,8 @@ class Diffusion:
         """Return the values of a table at t, (N, 1, 1, 1), in the dtype of x."""
         if t.dtype != torch.int64 or t.shape != x.shape[:1]:
             raise ValueError(f"t must be int64 of shape ({len(x)},), got {t.dtype} of shape {tuple(t.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"images must be floats in [-1, 1], got {x.dtype}: see ddpm.images.from_uint8")
         values = self.tables[name].to(t.device)[t].to(x.dtype)
         return values.reshape(-1, *[1] * (x.ndim - 1))
 

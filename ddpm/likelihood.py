@@ -67,6 +67,8 @@ def compute_bits_per_dim(
     """
     if len(diffusion) != diffusion.config.timesteps:
         raise ValueError("the bound is defined on the full chain, not on a respaced one")
+    if not bool((x_0.abs() <= 1).all()):  # nor nan
+        raise ValueError("the bound is defined for images in [-1, 1]: see ddpm.images.from_uint8")
     diffusion, n = diffusion.to(x_0.device), len(x_0)
     # Timesteps and rows, ascending; in numpy too, so that the host knows them without asking the device.
     chosen = np.asarray(range(len(diffusion)) if timesteps is None else timesteps)

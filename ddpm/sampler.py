@@ -107,6 +107,8 @@ def space_timesteps(diffusion: Diffusion, steps: int, spacing: Spacing = "unifor
     last, log_snr = len(diffusion) - 1, diffusion.tables["log_snr"].cpu()
     if not 1 <= steps <= last + 1:
         raise ValueError(f"steps must lie in 1..{last + 1}, got {steps}")
+    if spacing not in get_args(Spacing):
+        raise ValueError(f"unknown spacing {spacing!r}: choose {' or '.join(get_args(Spacing))}")
     if steps == 1:
         return [last]
     if spacing == "logsnr":

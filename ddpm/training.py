@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import rng
-from ddpm.config import DiffusionConfig, TrainConfig
+from ddpm.config import DiffusionConfig, TrainConfig, find_value_problems
 from ddpm.diffusion import Diffusion, Network
 from ddpm.ema import EMA
 from ddpm.images import from_uint8
@@ -35,6 +35,8 @@ class TrainState:
 
     def __init__(self, config: TrainConfig, net: nn.Module, diffusion: DiffusionConfig) -> None:
         """Make the state before the first update. `net` is on its device and in its memory format already."""
+        if problems := find_value_problems(config):
+            raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
         self.net, self.step = net, 0
         self.emas = [EMA(net, decay, config.ema_warmup) for decay in config.ema_decay]
         self.t_sampler = None
@@ -152,6 +154,10 @@ def train_step(
     tensors: loss, so weighted that its mean over workers is the mean over the global batch, and grad_norm before
     clipping. Only importance sampling of t waits for the device.
     """
+    if world_size == 1 and len(rows) != config.batch_size:
+        raise ValueError(
+            f"{len(rows)} rows are no batch of config.batch_size={config.batch_size}: leave the rest out"
+        )
     t, weight, losses = (compute or compute_gradients)(
         state, diffusion, x_0, rows, config=config, seed=seed, context=context, forward=forward, world_size=world_size
     )  # fmt: skip

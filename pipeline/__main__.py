@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+from io import TextIOWrapper
 
 # On a cluster, `python` may be older than its Ray's.
 if sys.version_info < (3, 11):  # noqa: UP036
@@ -18,6 +19,8 @@ def main() -> int:
 
     sys.path.append(os.getcwd())  # a custom network may be there
 
+    if isinstance(sys.stdout, TextIOWrapper):  # it is None if it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few characters lacks a ± or ≤
     set_handlers(signal.default_int_handler)
     try:
         return run()

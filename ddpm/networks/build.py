@@ -70,14 +70,21 @@ def allocate_weights(net: nn.Module, device: torch.device | str) -> nn.Module:
     return net.to_empty(device=device) if is_empty else net.to(device)
 
 
-@torch.no_grad()
 def check_output(net: nn.Module, shape: tuple[int, int, int], out_channels: int, takes_labels: bool) -> None:
-    """Raise ValueError unless the network (on the CPU) has weights and a valid output for images of this shape."""
-    if not isinstance(net, nn.Module) or not any(p.requires_grad for p in net.parameters()):
+    """Raise ValueError unless a network (on the CPU) can be trained and saved, and fits images of this shape."""
+    if not isinstance(net, nn.Module) or not any(p.requires_grad and p.numel() for p in net.parameters()):
         raise ValueError("it is no torch.nn.Module with weights to train")
-    x_t, t, wanted = torch.zeros(2, *shape), torch.tensor([0, 1]), (2, out_channels, *shape[1:])
+    own = dict(net.named_parameters()) | dict(net.named_buffers())
+    if others := net.state_dict().keys() - own.keys():
+        reason = "second names of other weights, or no tensors: give each weight one name"
+        raise ValueError(f"its state_dict has {', '.join(sorted(others))}, {reason}")
+    x_t, t, wanted = torch.ones(2, *shape), torch.tensor([0, 1]), (2, out_channels, *shape[1:])
     for context in (None, torch.tensor([0, NO_LABEL])) if takes_labels else (None,):
         output = net.eval()(x_t, t, context)
         found = (tuple(output.shape), output.dtype) if isinstance(output, Tensor) else type(output).__name__
         if found != (wanted, torch.float32):
             raise ValueError(f"its output for x_t {(2, *shape)} is {found}, not {(wanted, torch.float32)}")
+        if not output.requires_grad:
+            raise ValueError("its output has no gradient: it does not depend on the weights")
+        if not bool((x_t == 1).all()):
+            raise ValueError("it changes its argument x_t, which is used again after the call")

@@ -58,7 +58,13 @@ class CustomConfig:
 
     def find_problems(self, image_size: int) -> Problems:
         check = getattr(self.network, "problems", None)
-        return find_value_problems(self) or (list(check(image_size, **self.settings)) if check else [])
+        if (found := find_value_problems(self)) or not check:
+            return found
+        try:
+            return [(str(key), problem) for key, problem in check(image_size, **self.settings)]
+        except Exception as error:  # the code of its author may raise anything
+            rule = "its problems(image_size, **settings) must list (setting, what is wrong with it)"
+            return [("name", f"is {self.name}: {rule} ({type(error).__name__}: {error})")]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (self.name, self.settings)
@@ -101,7 +107,7 @@ def _import_network(name: str) -> type:
     module, _, attribute = name.partition(":")
     try:
         found = import_module(module)
-    except Exception as error:  # the code of its author may raise anything
+    except (Exception, SystemExit) as error:  # the code of its author may raise anything, as a script does
         remedy = "start in the folder of its module, or install it"
         raise ValueError(f"cannot be imported ({type(error).__name__}: {error}); {remedy}") from error
     network = getattr(found, attribute, None)

@@ -103,7 +103,8 @@ def show_configurations(options: Namespace) -> None:
     for folder in FOLDERS:
         print(f"{folder or 'experiment'}s:")
         for name in list_configurations(folder):
-            text = find_configuration(name, folder).read_text().partition("\n")[0].strip("# ")
+            first = find_configuration(name, folder).read_bytes().partition(b"\n")[0]
+            text = first.decode(errors="backslashreplace").strip("# ")
             print(f"  {name:<25} {textwrap.shorten(text, width, placeholder=' ...')}")
 
 

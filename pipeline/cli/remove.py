@@ -50,6 +50,7 @@ def remove_runs(options: Namespace) -> int:
             raise PipelineError("nothing was deleted; --yes answers the question")
     for run, folder in chosen:
         with lock_folder(run):
+            delete_folder(folder.resolve())  # where a link leads, perhaps on a larger disk
             delete_folder(folder)
     print_line("deleted; data and MLflow are as they were" if chosen else "nothing to delete")
     return int(kept)

@@ -52,7 +52,8 @@ def list_conf_folders() -> list[Path]:
 
 
 def list_configurations(folder: Folder = "") -> list[str]:
-    return sorted({file.stem for conf in list_conf_folders() for file in (conf / folder).glob("*.yaml")})
+    files = (file for conf in list_conf_folders() for file in (conf / folder).glob("*.yaml"))
+    return sorted({file.stem for file in files if file.is_file()})
 
 
 def find_configuration(name: str, folder: Folder = "") -> Path:

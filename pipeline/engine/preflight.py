@@ -86,7 +86,7 @@ def check_custom_network(experiment: Experiment) -> None:
             outputs = Diffusion(experiment.diffusion).count_output_channels(experiment.data.channels)
             net = checkpoint.create_network(experiment)
             check_output(net, experiment.data.shape, outputs, experiment.model.takes_labels)
-        except Exception as error:  # the code of its author may raise anything
+        except (Exception, SystemExit) as error:  # the code of its author may raise anything
             reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise PipelineError(f"model.name={experiment.model.name} cannot be trained: {reason}") from error
 

@@ -172,7 +172,7 @@ def load_sweep(name: str, overrides: list[str]) -> Sweep:
     if not wrong:
         shared = {key: read_value(key, value) for key, value in flatten(shared).items()}
         sweep = replace(values["sweep"], space=space, overrides=shared)
-        faults |= dict(sweep.find_problems())
+        faults = dict(sweep.find_problems()) | faults
     if faults:
         raise ConfigError([f"{path.name}: {key} {fault}" for key, fault in faults.items()])
     return sweep

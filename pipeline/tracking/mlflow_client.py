@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.errors import PipelineError, explain_network_error, hide_password
-from pipeline.store.files import name_user, require_regular_file, write_atomically
+from pipeline.store.files import lock_folder, name_user, require_regular_file, write_atomically
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -95,16 +95,18 @@ def create_client(uri: str) -> MlflowClient:
     """Create a client for the server or store at `uri`. MLflow is imported here, because that takes seconds."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for noisy in ("alembic", "mlflow", "sqlalchemy"):  # what fails is said in our words
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     from mlflow import MlflowClient
 
+    for noisy in ("alembic", "mlflow", "sqlalchemy"):  # after the import, which sets levels: our words say it
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     if store := find_sqlite_file(uri):
         if not require_regular_file(store).exists():
-            # MLflow makes its tables one by one; a store that a killed process left half made cannot be repaired.
-            with write_atomically(store) as temporary:
-                _check_database(made := format_sqlite_uri(temporary))
-                MlflowClient(made).search_experiments(max_results=1)
+            with lock_folder(store.parent, wait=True):  # two commands may be the first ones
+                if not store.exists():
+                    # MLflow makes its tables one by one; a store that a killed process left half made is lost.
+                    with write_atomically(store) as temporary:
+                        _check_database(made := format_sqlite_uri(temporary))
+                        MlflowClient(made).search_experiments(max_results=1)
         correct_artifact_paths(store)
     if not uri.startswith(("http", "databricks")):
         _check_database(uri)

@@ -37,8 +37,10 @@ def test_betas_of_ones_own_take_the_place_of_the_schedule():
     assert torch.equal(own.tables["alpha_bar"], Diffusion().tables["alpha_bar"][:500])
     sigmoid = 1e-4 + 0.0199 * torch.sigmoid(torch.linspace(6, -6, 100))  # float32, and descending
     assert torch.equal(Diffusion(betas=sigmoid).tables["beta"], sigmoid.double())
-    with pytest.raises(ValueError, match=r"betas: is 1.5; it must be above 0 and below 1$"):
+    with pytest.raises(ValueError, match=r"betas: is 1.5; it must be at least 1e-12 and below 1$"):
         Diffusion(betas=torch.tensor([0.1, 1.5, 2.0]))
+    with pytest.raises(ValueError, match="betas: is 1e-17"):  # 1 - beta is 1, and tables are not finite
+        Diffusion(betas=torch.tensor([1e-17, 0.1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("variance, name", [("fixedlarge", "fixed_large"), ("fixedsmall", "fixed_small")])
@@ -188,6 +190,7 @@ def test_wrong_shapes_and_types_are_refused_clearly():
         (r"shapes differ: x_0 .* eps", lambda: diffusion.q_sample(x, t, x[:, :1])),
         ("t must be int64 of shape", lambda: diffusion.q_sample(x, t.float(), x)),
         ("t must be int64 of shape", lambda: diffusion.q_sample(x, t[:1], x)),
+        ("floats", lambda: diffusion.q_sample(x.long(), t, x)),  # whose tables would be 0 and 1
         ("does not fit", lambda: diffusion.p_mean_variance(x[:, :2], x, t)),
         ("a network of 6 output channels", lambda: diffusion.p_mean_variance(x, x, t, variance="learned")),
         ("a network of 6 output channels", lambda: hybrid.compute_losses(x, x, x, t, x)),

@@ -171,3 +171,9 @@ def test_clip_and_variance_are_honoured_and_a_shortened_chain_is_refused():
     assert free.terms[0, 2] > clipped.terms[0, 2]
     with pytest.raises(ValueError, match="full chain"):
         bound(diffusion.respace([0, 2, 4]))
+
+
+@pytest.mark.parametrize("scale", [127.5, math.nan])
+def test_images_that_are_not_scaled_have_no_bound(scale):
+    with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+        compute_bits_per_dim(Diffusion(DiffusionConfig(timesteps=5)), lambda x_t, t: x_t, scale * grey(200))

@@ -218,6 +218,8 @@ def test_wrong_settings_are_refused():
         next(run_chain(diffusion, net, x, noise, sampler="euler"))
     with pytest.raises(ValueError, match="eta"):
         next(run_chain(diffusion, net, x, noise, sampler="ddim", eta=1.5))
+    with pytest.raises(ValueError, match="unknown spacing 'quadradic'"):  # it would be uniform without a word
+        sampler.space_timesteps(diffusion, 5, "quadradic")
     for weight, steps, message in ((1.1, 5, "lambda"), (-0.1, 5, "lambda"), (0.5, 21, "steps")):
         with pytest.raises(ValueError, match=message):
             sampler.interpolate(diffusion, net, x, x, weight, steps, x, noise)

@@ -133,7 +133,16 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
     def pass_to_network(context, share=0.25, first=0):
         settings, x_0 = config(label_dropout=share, batch_size=4000), torch.zeros(4000 - first, 1, 1, 1)
         state, rows = TrainState(settings, Affine(), DIFFUSION.config), torch.arange(first, 4000)
-        train_step(state, DIFFUSION, x_0, rows, config=settings, seed=SEED, context=context[rows])
+        train_step(
+            state,
+            DIFFUSION,
+            x_0,
+            rows,
+            config=settings,
+            seed=SEED,
+            context=context[rows],
+            world_size=2 if first else 1,
+        )
         return state.net.seen[0][2]
 
     some = pass_to_network(labels)
@@ -144,6 +153,15 @@ def test_labels_are_dropped_by_row_and_reach_the_network():
     assert torch.equal(pass_to_network(labels, share=0.0), labels)
     vectors = torch.nn.functional.one_hot(labels, 7).float()
     assert torch.equal(pass_to_network(vectors), torch.where(dropped[:, None], 0, vectors))
+
+
+def test_a_part_of_a_batch_and_wrong_settings_are_refused():
+    settings, x_0 = config(batch_size=4), torch.zeros(3, 1, 1, 1)
+    state = TrainState(settings, Affine(), DIFFUSION.config)
+    with pytest.raises(ValueError, match="batch_size=4"):  # its loss and its gradient would be too small
+        train_step(state, DIFFUSION, x_0, torch.arange(3), config=settings, seed=SEED)
+    with pytest.raises(ValueError, match="lr: is -1"):
+        TrainState(config(lr=-1.0), Affine(), DIFFUSION.config)
 
 
 @pytest.mark.parametrize("random_flip", [True, False])

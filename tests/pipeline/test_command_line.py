@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ def call(*words: str) -> int | str | None:
         return end.code
 
 
-def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeypatch):
+def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeypatch, tmp_path):
     assert call() in (0, None)
     assert "ddpm COMMAND --help" in capsys.readouterr().out
     assert call("--version") == 0 and "ddpm " in capsys.readouterr().out
@@ -33,7 +35,18 @@ def test_without_a_command_there_is_help_and_list_has_every_name(capsys, monkeyp
     assert {"digits", "beta_dropout", "kuberay"} <= {line.split()[0] for line in lines if line[0] == " "}
     assert all(len(line) <= 80 for line in lines)
     monkeypatch.setenv("COLUMNS", "3")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "folder.yaml").mkdir(parents=True)
+    (tmp_path / "conf" / "broken.yaml").symlink_to("nowhere")
+    (tmp_path / "conf" / "latin.yaml").write_bytes(b"# \xe4\n")
     assert call("list") == 0
+
+
+def test_a_terminal_of_few_characters_gets_escapes_instead(tmp_path):
+    command = [sys.executable, "-m", "pipeline", "show", "digits", "data.source=folder", "data.path=/ü"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0 and r"path: /\xfc" in shown.stdout
 
 
 JOB, HERE = "submit -- run digits", "cluster.storage=/data/runs"
@@ -132,6 +145,14 @@ def test_rm_deletes_what_nothing_refers_to_after_a_question(tmp_path, monkeypatc
     assert runs["failed"].samples.exists() == (not gone.startswith("failed"))
     write_json(locate_study(tmp_path, "s") / LEADERBOARD, {})
     assert main(["rm", runs["busy"].name, "--yes", f"cluster.storage={tmp_path}"]) == 1
+
+
+def test_rm_of_a_link_deletes_the_run_that_it_leads_to(tmp_path):
+    run = make_run(tmp_path / "runs", "digits")
+    moved = run.path.rename(tmp_path / run.path.name)
+    run.path.symlink_to(moved)
+    assert main(["rm", run.name, "--yes", f"cluster.storage={tmp_path / 'runs'}"]) == 0
+    assert not moved.exists() and not list((tmp_path / "runs").glob(f"*{run.name}*"))
 
 
 def test_status_shows_whole_names_the_newest_first_within_80_columns(tmp_path, capsys, monkeypatch):

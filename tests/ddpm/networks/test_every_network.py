@@ -12,7 +12,7 @@ from torch import nn
 from ddpm.config import DiffusionConfig, Range, TrainConfig
 from ddpm.diffusion import Diffusion
 from ddpm.kernels import accelerate
-from ddpm.networks import NETWORKS, NO_LABEL, UNTRAINED
+from ddpm.networks import NETWORKS, NO_LABEL, UNTRAINED, custom
 from ddpm.networks.build import CLASSES, build_network, check_output
 from ddpm.networks.custom import make_config_class
 from ddpm.sampler import add_guidance, sample
@@ -237,6 +237,42 @@ def test_weights_depend_on_the_seed_alone(name):
 
 
 REFUSED = {"Strange": r"\*\*more", "Held": "pair", "Unfit": "forward", "pickle": "such", "Gone": "such"}
+
+
+SPOILED = {
+    "other.weight": lambda net: setattr(net, "other", net.conv),  # two names for one weight
+    "_extra_state": lambda net: setattr(net, "__class__", Extra),
+    "uninitialized": lambda net: setattr(net, "conv", nn.LazyConv2d(1, 1)),
+    "gradient": lambda net: net.register_forward_hook(lambda _net, _inputs, output: output.detach()),
+    "changes": lambda net: net.register_forward_pre_hook(
+        lambda _net, inputs: (inputs[0].mul_(2), *inputs[1:])
+    ),
+}
+Extra = type("Extra", (Net,), {"get_extra_state": lambda self: {"a": 1}})
+
+
+@pytest.mark.parametrize("reason", SPOILED)
+def test_a_network_that_cannot_be_trained_or_saved_is_refused(reason):
+    net = build_network(find("Net"), 8, 1, 1, seed=0)
+    SPOILED[reason](net)
+    with pytest.raises(ValueError, match=reason):
+        check_output(net, (1, 8, 8), 1, takes_labels=False)
+
+
+def leave(*_, **__):
+    raise SystemExit("a script")
+
+
+@pytest.mark.parametrize("problems", [lambda **_: 1 / 0, lambda image_size: [], lambda *_, **__: "width"])
+def test_a_wrong_list_of_problems_is_a_problem(monkeypatch, problems):
+    monkeypatch.setattr(Net, "problems", staticmethod(problems), raising=False)
+    assert [key for key, _ in find("Net").find_problems(8)] == ["name"]
+
+
+def test_a_module_that_ends_the_program_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr(custom, "import_module", leave)
+    with pytest.raises(ValueError, match="SystemExit: a script"):
+        make_config_class("script:Net")
 
 
 def test_what_is_no_network_or_has_an_output_of_another_shape_or_type_is_refused():

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
@@ -23,6 +23,7 @@ from pipeline import config, tracking
 from pipeline.cli.program import main
 from pipeline.engine import execute
 from pipeline.errors import PipelineError, explain_network_error, hide_password
+from pipeline.store.files import TEMPORARY
 from pipeline.tracking import mirror, mlflow_client
 
 STEPS = ("train.steps=100", "train.checkpoint_every=50", "train.log_every=10")
@@ -105,6 +106,25 @@ def test_the_store_lies_in_the_root_whatever_it_is_called(tmp_path, empty_store,
         assert db.execute("select status from runs").fetchall() == [("FINISHED",)]
     assert mlflow_client.find_sqlite_file(uri) == root / "mlflow.db"
     assert (root / "mlartifacts" / "digits").is_dir()
+
+
+def test_two_first_commands_share_one_store(tmp_path, monkeypatch):
+    makers, both = [], threading.Barrier(2, timeout=1)
+
+    def meet(uri: str) -> None:
+        if TEMPORARY in uri:
+            makers.append(uri)
+            with suppress(threading.BrokenBarrierError):
+                both.wait()
+
+    monkeypatch.setattr(mlflow_client, "_check_database", meet)
+    uri = tracking.find_default_uri(tmp_path)
+    threads = [threading.Thread(target=mlflow_client.create_client, args=[uri]) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(makers) == 1  # the second would replace the first one's store, with what that has sent
 
 
 def revise(store: Path, revision: str) -> str:
