@@ -103,6 +103,7 @@ def test_a_fused_network_learns_as_the_plain_one(monkeypatch):
             output = net.train()(x, torch.tensor([3, 700]))
         (output * x).sum().backward()
         found.append([output, *(p.grad for p in net.parameters())])
-    assert set(fused.FUSED.values()) <= {type(module) for module in nets[1].modules()}
+    used = {type(module).__name__ for module in nets[1].modules()}
+    assert used >= {"FusedUNet", "FusedResBlock", "FusedAttention"}
     for value, expected in zip(found[1], found[0], strict=True):
         assert (value - expected).norm() < 1e-5 * expected.norm() + 1e-5
