@@ -22,11 +22,10 @@ def activate_plainly(x, temb, weight, bias, keys, swish):
     return y * view_as_images(kept.to(x.dtype), x) * 2**16 / (2**16 - DROPPED)
 
 
-@pytest.mark.parametrize(
-    "dtype, channels, side, has_all",
-    [(torch.float32, 32, 6, True), (torch.bfloat16, 32, 6, True), (torch.float32, 24, 13, False),
-     (torch.bfloat16, 96, 3, True), (torch.float32, 520, 5, True)],
-)  # fmt: skip
+@pytest.mark.parametrize("dtype, channels, side, has_all", [
+    (torch.float32, 32, 6, True), (torch.bfloat16, 32, 6, True), (torch.float32, 24, 13, False),
+    (torch.bfloat16, 96, 3, True), (torch.float32, 520, 5, True),
+])  # fmt: skip
 def test_the_norm_equals_float64(dtype, channels, side, has_all):
     """Groups of 4, 3, 12 and 65 channels: what does not fill a tile is left out. The images' mean is far from zero.
 
