@@ -47,10 +47,8 @@ def test_the_norm_equals_float64(dtype, channels, side, has_all):
             fused.activate_norm, (*ours, keys, GROUPS, 1e-6, DROPPED, has_all),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )  # fmt: skip
-    found, expected = (
-        fused.activate_norm(*ours, keys, GROUPS, 1e-6, DROPPED, has_all)[0],
-        activate_plainly(*theirs, keys, has_all),
-    )
+    found = fused.activate_norm(*ours, keys, GROUPS, 1e-6, DROPPED, has_all)[0]
+    expected = activate_plainly(*theirs, keys, has_all)
     gradient = torch.randn(found.shape, generator=draws).to(dtype)
     found.backward(gradient)
     expected.backward(gradient.double())
@@ -65,10 +63,8 @@ def test_the_sum_of_a_branch_equals_float64(dtype):
     """More pixels than a stripe, numbers than a block, channels than a tile; the gradient is a part of a joined one."""
     draws, limit = torch.Generator().manual_seed(0), 1e-6 if dtype == torch.float32 else 5e-3
     x, h = torch.randn(2, 3, 40, 15, 14, generator=draws).to(dtype)
-    ours = [
-        value.clone().requires_grad_()
-        for value in (x, h.to(memory_format=torch.channels_last), torch.randn(40, generator=draws))
-    ]
+    inputs = x, h.to(memory_format=torch.channels_last), torch.randn(40, generator=draws)
+    ours = [value.clone().requires_grad_() for value in inputs]
     theirs = [value.detach().double().requires_grad_() for value in ours]
     found, expected = fused.add_branch(*ours), theirs[0] + theirs[1] + theirs[2][:, None, None]
     gradient = torch.randn(3, 50, 15, 14, generator=draws).to(dtype)
