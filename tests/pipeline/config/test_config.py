@@ -64,13 +64,10 @@ def test_256_pixels_are_the_papers(name, steps, flips):
 
 
 def test_every_cluster_loads_and_a_tracking_uri_that_mlflow_does_not_know_is_refused():
-    assert all(
-        config.load_cluster(path.stem, []).storage for path in (ROOT / "conf" / "cluster").glob("*.yaml")
-    )
-    wrong = (
-        "foo://host mlruns http:/host host:5000 sqlite:// sqlite:/// sqlite:///:memory: http:// http:///x "
-    )
-    wrong += "https://:5000 http://me:pw@ http://h:99999 http://h:x http://[::1 postgresql://"
+    for path in (ROOT / "conf" / "cluster").glob("*.yaml"):
+        assert config.load_cluster(path.stem, []).storage
+    wrong = "foo://host mlruns http:/host host:5000 sqlite:// sqlite:/// sqlite:///:memory: http:// "
+    wrong += "http:///x https://:5000 http://me:pw@ http://h:99999 http://h:x http://[::1 postgresql://"
     for uri in wrong.split():
         with pytest.raises(ConfigError, match=r"cluster\.tracking_uri .*(http|sqlite|postgresql)s?://"):
             config.load_cluster("local", [f"tracking_uri={uri}"])
