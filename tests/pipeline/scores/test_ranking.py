@@ -129,10 +129,8 @@ def test_seeds_are_one_row_with_their_spread():
     ([(5.0, None), (5.1, 1.0)], 20, "a 1, b 2"),
 ])  # fmt: skip
 def test_rows_that_their_errors_cannot_tell_from_the_best_share_a_rank(rows, groups, expected):
-    runs = [
-        Place(name, {"x": name}, {"fid": value, "fid_se": error}, {"jackknife_groups": groups})
-        for name, (value, error) in zip("abcde", rows, strict=False)
-    ]
+    how, named = {"jackknife_groups": groups}, zip("abcde", rows, strict=False)
+    runs = [Place(name, {"x": name}, {"fid": fid, "fid_se": error}, how) for name, (fid, error) in named]
     for its in (runs, runs[::-1]):
         assert ", ".join(f"{name} {rank}" for name, rank in ranks(its)[0]) == expected
 
