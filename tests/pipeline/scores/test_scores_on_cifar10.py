@@ -14,12 +14,7 @@ from fidelity import Images, arguments
 from staged import run_stage, scoring
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from ddpm.denoisers import (
-    compute_linear_mse,
-    compute_profile,
-    convert_mse_to_terms,
-    make_linear_denoiser,
-)
+from ddpm.denoisers import compute_linear_mse, compute_profile, convert_mse_to_terms, make_linear_denoiser
 from ddpm.diffusion import Diffusion
 from ddpm.likelihood import compute_bits_per_dim
 from pipeline import config
