@@ -22,11 +22,10 @@ def triple(t: torch.Tensor, diffusion: Diffusion) -> tuple[torch.Tensor, torch.T
     return x_0, diffusion.q_sample(x_0, t, eps), eps
 
 
-@pytest.mark.parametrize(
-    "t, golden",
-    [(0, 0.9999), (1, 0.9997800920720721), (249, 0.5240853738253606), (499, 0.07858724288177824),
-     (749, 0.0033505504389367744), (998, 4.118193638138445e-05), (999, 4.035829765375676e-05)],
-)  # fmt: skip
+@pytest.mark.parametrize("t, golden", [
+    (0, 0.9999), (1, 0.9997800920720721), (249, 0.5240853738253606), (499, 0.07858724288177824),
+    (749, 0.0033505504389367744), (998, 4.118193638138445e-05), (999, 4.035829765375676e-05),
+])  # fmt: skip
 def test_alpha_bar_golden_values(t, golden):
     assert Diffusion().tables["alpha_bar"][t].item() == pytest.approx(golden, rel=1e-12)
 
@@ -64,32 +63,13 @@ def test_reverse_steps_agree_with_diffusers(predict, name_there, variance, name)
         torch.testing.assert_close(step, there.prev_sample, rtol=1e-10, atol=1e-10)
 
 
-def test_all_predictions_agree():
-    """The same belief, told four ways, gives the same reverse step, estimate and bound."""
-    t = torch.arange(1000)
-    x_0, x_t, _ = triple(t, Diffusion())
-    belief = x_0 + 0.1 * randn(*x_0.shape, seed=5)
-    mean, variance, _ = Diffusion().q_mean_variance(belief, t)
-    outputs = {
-        "eps": (x_t - mean) / variance.sqrt(),
-        "x0": belief,
-        "v": ((1 - variance).sqrt() * x_t - belief) / variance.sqrt(),
-        "mean": Diffusion().q_posterior(belief, x_t, t).mean,
-    }
-    for predict, output in outputs.items():
-        diffusion = Diffusion(replace(PAPER, predict=predict))
-        p = diffusion.p_mean_variance(output, x_t, t, clip=False)
-        torch.testing.assert_close(p.x_0, belief, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(p.mean, outputs["mean"], rtol=1e-9, atol=1e-9)
-
-
 def test_mean_prediction_is_used_as_it_is_and_only_its_estimate_is_clipped():
     diffusion, t = Diffusion(replace(PAPER, predict="mean")), torch.tensor([0, 1, 500, 999])
     output = 5 * randn(*SHAPE)
     p = diffusion.p_mean_variance(output, randn(*SHAPE, seed=1), t, clip=True)
     assert torch.equal(p.mean, output) and p.x_0.abs().max() == 1
     # Respaced it goes through its estimate: trained on full steps, it says x_0 by their coefficients.
-    diffusion, kept = Diffusion(replace(SMALL, predict="mean")), torch.tensor([2, 9, 19])
+    diffusion, kept = Diffusion(replace(SMALL, predict="mean")), torch.tensor([0, 9, 19])
     x_0, x_t, _ = triple(kept, diffusion)
     mean = diffusion.q_posterior(x_0, x_t, kept).mean
     p = diffusion.respace(kept).p_mean_variance(mean, x_t, torch.arange(3), clip=False)
@@ -163,17 +143,14 @@ def test_hybrid_loss_trains_the_variance_by_the_bound_and_the_mean_by_the_simple
     assert (gradient[1:3, 3:] != 0).all()
 
 
-@pytest.mark.parametrize(
-    "changes, key",
-    [
-        ({"timesteps": 1}, "timesteps"), ({"beta_start": 0.0}, "beta_start"), ({"beta_end": 1.0}, "beta_end"),
-        ({"beta_start": 0.03}, "beta_start"), ({"beta_schedule": "sigmoid"}, "beta_schedule"),
-        ({"predict": "velocity"}, "predict"), ({"beta_schedule": "jsd"}, "predict"), ({"loss": "hybrid"}, "loss"),
-        ({"variance": "learned"}, "loss"), ({"betas": (0.1, 0.2)}, "betas"), ({"betas": (1.0,) * 1000}, "betas"),
-        ({"betas": (math.nan,) * 1000}, "betas"),
-        ({"variance": "learned_range"}, "loss"), ({"t_sampling": "sometimes"}, "t_sampling"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("changes, key", [
+    ({"timesteps": 1}, "timesteps"), ({"beta_start": 0.0}, "beta_start"), ({"beta_end": 1.0}, "beta_end"),
+    ({"beta_start": 0.03}, "beta_start"), ({"beta_schedule": "sigmoid"}, "beta_schedule"),
+    ({"predict": "velocity"}, "predict"), ({"beta_schedule": "jsd"}, "predict"), ({"loss": "hybrid"}, "loss"),
+    ({"variance": "learned"}, "loss"), ({"betas": (0.1, 0.2)}, "betas"), ({"betas": (1.0,) * 1000}, "betas"),
+    ({"betas": (math.nan,) * 1000}, "betas"),
+    ({"variance": "learned_range"}, "loss"), ({"t_sampling": "sometimes"}, "t_sampling"),
+])  # fmt: skip
 def test_problems_name_their_key_and_no_process_is_built(changes, key):
     config = replace(PAPER, **changes)
     ((name, message),) = config.find_problems()
@@ -207,14 +184,11 @@ def test_wrong_shapes_and_types_are_refused_clearly():
 LINEAR_4000 = {"timesteps": 4000, "beta_start": 2.5e-5, "beta_end": 0.005}
 
 
-@pytest.mark.parametrize(
-    "settings, lowest, highest",
-    [
-        ({}, -9.816725, -9.210340),
-        ({"timesteps": 4000, "beta_schedule": "cosine"}, -12.204540, -11.526430),
-        (LINEAR_4000, -11.265783, -10.596635),
-    ],
-)
+@pytest.mark.parametrize("settings, lowest, highest", [
+    ({}, -9.816725, -9.210340),
+    ({"timesteps": 4000, "beta_schedule": "cosine"}, -12.204540, -11.526430),
+    (LINEAR_4000, -11.265783, -10.596635),
+])  # fmt: skip
 def test_the_learned_variance_of_the_last_step_ranges_to_log_beta_1(settings, lowest, highest):
     """Improved DDPM, Eq. 15, as its code has it."""
     diffusion = Diffusion(DiffusionConfig(variance="learned_range", loss="vlb", **settings))
@@ -232,20 +206,17 @@ def test_the_learned_variance_of_the_last_step_ranges_to_log_beta_1(settings, lo
         torch.testing.assert_close(highest.flatten(), chain.tables["beta"].log())
 
 
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        ({"timesteps": 100}, ("keeps 36%", "beta_start=0.001 beta_end=0.2", "T=100")),
-        ({"timesteps": 500, "beta_schedule": "quad"}, ("keeps 2.7%",)),
-        ({"beta_end": 0.01}, ("keeps 0.63%", "beta_end=0.02")),
-        ({"timesteps": 10}, ("keeps 90%", "raise diffusion.timesteps")),
-        ({"timesteps": 100, "beta_start": 0.001, "beta_end": 0.2}, ()),
-        *(({"beta_schedule": schedule}, ()) for schedule in ("linear", "quad", "const", "warmup10", "warmup50")),
-        ({"timesteps": 2, "beta_schedule": "cosine"}, ()),
-        ({"timesteps": 2, "beta_schedule": "jsd", "predict": "mean", "loss": "vlb"}, ()),
-        (LINEAR_4000, ()),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("settings, words", [
+    ({"timesteps": 100}, ("keeps 36%", "beta_start=0.001 beta_end=0.2", "T=100")),
+    ({"timesteps": 500, "beta_schedule": "quad"}, ("keeps 2.7%",)),
+    ({"beta_end": 0.01}, ("keeps 0.63%", "beta_end=0.02")),
+    ({"timesteps": 10}, ("keeps 90%", "raise diffusion.timesteps")),
+    ({"timesteps": 100, "beta_start": 0.001, "beta_end": 0.2}, ()),
+    *(({"beta_schedule": schedule}, ()) for schedule in ("linear", "quad", "const", "warmup10", "warmup50")),
+    ({"timesteps": 2, "beta_schedule": "cosine"}, ()),
+    ({"timesteps": 2, "beta_schedule": "jsd", "predict": "mean", "loss": "vlb"}, ()),
+    (LINEAR_4000, ()),
+])  # fmt: skip
 def test_a_signal_that_is_left_in_the_last_step_is_a_warning(settings, words):
     found = (process := DiffusionConfig(**settings)).list_warnings()
     assert process.compute_last_alpha_bar() == pytest.approx(float((1 - get_betas(process)).prod()), 1e-9)

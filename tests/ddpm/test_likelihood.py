@@ -28,11 +28,10 @@ def grey(level: int, n: int = 1) -> torch.Tensor:
     return torch.full((n, 3, 8, 8), level / 127.5 - 1, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "level, variance, golden",
-    [(128, "fixedlarge", 1.7920843763663414), (128, "fixedsmall", 1.3056651463222535),
-     (0, "fixedlarge", 0.9963562219745046), (255, "fixedsmall", 0.5099369919304167)],
-)  # fmt: skip
+@pytest.mark.parametrize("level, variance, golden", [
+    (128, "fixedlarge", 1.7920843763663414), (128, "fixedsmall", 1.3056651463222535),
+    (0, "fixedlarge", 0.9963562219745046), (255, "fixedsmall", 0.5099369919304167),
+])  # fmt: skip
 def test_bound_of_a_constant_image_under_the_true_noise(level, variance, golden):
     """Golden totals of the authors' evaluation in float64, without the noise that rounding adds."""
     x_0, diffusion = grey(level), Diffusion(replace(PAPER, variance=variance))
@@ -46,11 +45,10 @@ def test_bound_of_a_constant_image_under_the_true_noise(level, variance, golden)
     assert result.mse.max() < 1e-15
 
 
-@pytest.mark.parametrize(
-    "pixel, mean, decoder, golden",
-    [(128, 128, "tanh", -0.9050181142), (128, 130, "tanh", -2.9585112273), (0, 0, "tanh", -0.3534412087),
-     (255, 250, "tanh", -15.4171923570), (1, 0, "tanh", -1.4186039242), (128, 128, "erf", -0.9048188415)],
-)  # fmt: skip
+@pytest.mark.parametrize("pixel, mean, decoder, golden", [
+    (128, 128, "tanh", -0.9050181142), (128, 130, "tanh", -2.9585112273), (0, 0, "tanh", -0.3534412087),
+    (255, 250, "tanh", -15.4171923570), (1, 0, "tanh", -1.4186039242), (128, 128, "erf", -0.9048188415),
+])  # fmt: skip
 def test_decoder_golden_values(pixel, mean, decoder, golden):
     """Nats at log scale -4.908362567647835 (fixedsmall and fixedlarge at t = 0), authors' code in float64."""
     x, m = (torch.tensor(value / 127.5 - 1, dtype=torch.float64) for value in (pixel, mean))

@@ -10,14 +10,12 @@ ROWS = torch.arange(128)
 IMAGE = (3, 32, 32)
 
 
-@pytest.mark.parametrize(
-    "counter, key, expected",
-    [  # the known-answer file of Random123, philox4x32 with 10 rounds
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)
+@pytest.mark.parametrize("counter, key, expected", [
+    # the known-answer file of Random123, philox4x32 with 10 rounds
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+])  # fmt: skip
 def test_philox_known_answers(counter, key, expected):
     words, (k0, k1), answer = ([int(word, 16) for word in row.split()] for row in (counter, key, expected))
     tensors = [torch.tensor([word]) for word in words]
@@ -80,12 +78,10 @@ def test_a_row_depends_on_its_index_alone(count):
     assert torch.equal(rng.draw_normal(9, Stream.X_T, 3, rows, (count + 5,))[:, :count], together), "a prefix"
 
 
-@pytest.mark.parametrize(
-    "other",
-    [(2, Stream.NOISE, 7, 0), (1, Stream.REVERSE, 7, 0), (1, Stream.NOISE, 8, 0), (1, Stream.NOISE, 7, 1),
-     (1 + 2**32, Stream.NOISE, 7, 0)],
-    ids=["seed", "stream", "step", "index", "high word of the seed"],
-)  # fmt: skip
+@pytest.mark.parametrize("other", [
+    (2, Stream.NOISE, 7, 0), (1, Stream.REVERSE, 7, 0), (1, Stream.NOISE, 8, 0), (1, Stream.NOISE, 7, 1),
+    (1 + 2**32, Stream.NOISE, 7, 0),
+], ids=["seed", "stream", "step", "index", "high word of the seed"])  # fmt: skip
 def test_seed_stream_step_and_index_are_independent(other):
     seed, stream, step, shift = other
     a = rng.draw_normal(1, Stream.NOISE, 7, ROWS, IMAGE).flatten()

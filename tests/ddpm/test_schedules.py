@@ -12,14 +12,12 @@ from ddpm.rng import Stream
 from ddpm.timesteps import HISTORY, ImportanceSampler
 
 
-@pytest.mark.parametrize(
-    "name, middle, last",
-    [  # alpha_bar[499] and alpha_bar[999] by the authors' code, to the digits printed
-        ("linear", "0.078587", "4.0358e-05"), ("quad", "0.333188", "7.334e-04"),
-        ("const", "4.10e-05", "1.683e-09"), ("warmup10", "1.125e-04", "4.61e-09"),
-        ("warmup50", "6.353e-03", "2.61e-07"), ("jsd", "0.500000", "0.0e+00"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, middle, last", [
+    # alpha_bar[499] and alpha_bar[999] by the authors' code, to the digits printed
+    ("linear", "0.078587", "4.0358e-05"), ("quad", "0.333188", "7.334e-04"),
+    ("const", "4.10e-05", "1.683e-09"), ("warmup10", "1.125e-04", "4.61e-09"),
+    ("warmup50", "6.353e-03", "2.61e-07"), ("jsd", "0.500000", "0.0e+00"),
+])  # fmt: skip
 def test_alpha_bar_of_the_authors_schedules(name, middle, last):
     alpha_bar = torch.cumprod(1 - schedules.compute_betas(name, 1000, 1e-4, 0.02), 0)
     for value, printed in ((alpha_bar[499], middle), (alpha_bar[999], last)):

@@ -302,13 +302,10 @@ def test_the_state_has_its_names_and_loading_names_what_does_not_fit_and_changes
         step(state, CONFIG)  # it was changed too late
 
 
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("steps", {"steps": 0}), ("accumulate", {"accumulate": 9}), ("lr", {"lr": math.nan}),
-        ("lr_decay", {"lr_decay": "cosine"}), ("grad_clip", {"grad_clip": 0.0}), ("ema_decay", {"ema_decay": ()}),
-        ("ema_decay", {"ema_decay": (0.9, 1.0)}), ("label_dropout", {"label_dropout": 1.5}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("key", "changes"), [
+    ("steps", {"steps": 0}), ("accumulate", {"accumulate": 9}), ("lr", {"lr": math.nan}),
+    ("lr_decay", {"lr_decay": "cosine"}), ("grad_clip", {"grad_clip": 0.0}), ("ema_decay", {"ema_decay": ()}),
+    ("ema_decay", {"ema_decay": (0.9, 1.0)}), ("label_dropout", {"label_dropout": 1.5}),
+])  # fmt: skip
 def test_problems_name_the_key(key, changes):
     assert key in [name for name, _ in config(**changes).find_problems()]

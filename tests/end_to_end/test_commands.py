@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from conftest import ONE_CPU, TINY, blank_charts, wait_until
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from pipeline.cli.program import COMMANDS, main, parse_arguments
 from pipeline.store import checkpoint
@@ -54,15 +53,10 @@ def final_state(storage: Path, step: int) -> dict:
     return checkpoint.load_checkpoint(run_directory(storage) / "train" / f"step_{step:08d}")
 
 
-def mlflow_run(storage: Path) -> tuple[MlflowClient, Run]:
+def mlflow_points(storage: Path) -> list[tuple[int, int, float]]:
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     (run,) = (run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    return client, run
-
-
-def mlflow_points(storage: Path) -> list[tuple[int, int, float]]:
-    client, run = mlflow_run(storage)
     history = client.get_metric_history(run.info.run_id, "loss/train")
     return sorted((point.step, point.timestamp, point.value) for point in history)
 
@@ -96,19 +90,6 @@ def test_a_finished_run_has_its_artefacts_and_its_scores_have_their_protocol(fin
     spent = json.loads((run / "spent.json").read_text())
     assert {spent[kind]["20"]["images"] for kind in ("samples", "nll")} == {12, 6}
     assert all(0 < spent[kind]["20"]["seconds"] < 60 for kind in ("samples", "nll"))
-
-
-def test_the_same_command_again_does_nothing_and_starts_no_ray(finished):
-    code = (
-        "import sys; from pipeline.cli.program import main; code = main(sys.argv[1:]); "
-        "assert not {'ray', 'torch_fidelity'} & sys.modules.keys(), 'imported'; sys.exit(code)"
-    )
-    outcome = python(code, *arguments(finished, *SCORED))
-    assert outcome.returncode == 0, outcome.stderr
-    page = (run_directory(finished) / "report" / "report.html").as_uri()
-    study = "http://127.0.0.1:5000/#/experiments/1/runs?"
-    for words in ("everything up to date", "After 6 training steps: FID", page, study):
-        assert words in outcome.stdout
 
 
 def test_a_run_is_shown_even_when_its_extractor_weights_were_moved(finished, tmp_path, capsys):
@@ -168,33 +149,30 @@ def test_a_stopped_command_is_finished_by_the_same_command(storage, empty_store,
     assert [step for step, _, _ in mlflow_points(storage)] == list(range(1, 81))
 
 
-def test_each_stage_notes_the_commits_that_worked_on_it(storage, monkeypatch):
-    commands = [("a1", "train", "train.steps=4"), ("b2", "train", "seed=0")]
-    for commit, verb, word in [*commands, ("c3", "evaluate", "evaluate.metrics=[nll]")]:
-        monkeypatch.setattr("pipeline.engine.execute.find_commit", lambda commit=commit: commit)
-        ddpm(storage, word, verb=verb)
-    noted = json.loads((run_directory(storage) / "commits.json").read_text())
-    assert noted == {"shard": ["a1"], "train": ["a1", "b2"], "evaluate": ["c3"]}
-    assert "a1, b2" in mlflow_run(storage)[1].data.tags["commit"]
-
-
-def test_help_status_show_and_wrong_configurations_import_nothing_heavy(finished):
+def test_help_status_show_and_mistakes_import_nothing_heavy_and_the_same_command_again_no_ray(finished):
     code = """
 import sys
 from pipeline.cli.program import main
-for line in sys.argv[1:]:
+*lines, again = sys.argv[1:]
+for line in lines:
     try:
         print(main(line.split()))
     except SystemExit as end:
         print(end.code)
 assert not {'torch', 'ray', 'mlflow', 'matplotlib', 'sklearn'} & sys.modules.keys()
+print(main(again.split()))
+assert not {'ray', 'torch_fidelity'} & sys.modules.keys()
 """
     lines = ["run --help", "run digits model.dropuot=1", "reproduce cifar10 train.lr=fast"]
     lines.append(f"status cluster.storage={finished}")
     lines.append(f"show digits cluster.storage={finished}/new")  # where no fingerprint is known
-    outcome = python(code, *lines)
+    outcome = python(code, *lines, " ".join(arguments(finished, *SCORED)))
     assert outcome.returncode == 0, outcome.stderr
-    assert re.findall(r"^\d$", outcome.stdout, re.MULTILINE) == ["0", "2", "2", "0", "0"]
+    assert re.findall(r"^\d$", outcome.stdout, re.MULTILINE) == ["0", "2", "2", "0", "0", "0"]
+    page = (run_directory(finished) / "report" / "report.html").as_uri()
+    study = "http://127.0.0.1:5000/#/experiments/1/runs?"
+    for words in ("everything up to date", "After 6 training steps: FID", page, study):
+        assert words in outcome.stdout
 
 
 def test_options_stand_anywhere_among_words_and_those_of_a_job_after_the_dashes():
@@ -209,16 +187,13 @@ def test_options_stand_anywhere_among_words_and_those_of_a_job_after_the_dashes(
     assert (options.target, options.words, options.budget) == ("cifar10", ["data.path=x"], "2h")
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("ddpm run dig", {"digits"}), ("ddpm sweep digits_b", {"digits_beta_dropout"}),
-        ("ddpm run digits train.precision=", {f"train.precision={n}" for n in ("fp32", "tf32", "bf16")}),
-        ("ddpm run --cluster kuberay digits --debug train.ema_w", {"train.ema_warmup="}),
-        ("ddpm status cluster.stor", {"cluster.storage="}),
-        ("ddpm submit --follow -- sample context_d", {"context_digits"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("line", "expected"), [
+    ("ddpm run dig", {"digits"}), ("ddpm sweep digits_b", {"digits_beta_dropout"}),
+    ("ddpm run digits train.precision=", {f"train.precision={n}" for n in ("fp32", "tf32", "bf16")}),
+    ("ddpm run --cluster kuberay digits --debug train.ema_w", {"train.ema_warmup="}),
+    ("ddpm status cluster.stor", {"cluster.storage="}),
+    ("ddpm submit --follow -- sample context_d", {"context_digits"}),
+])  # fmt: skip
 def test_the_shell_completes(tmp_path, line, expected):
     found = tmp_path / "completions"
     outcome = python(

@@ -33,21 +33,15 @@ for kernel, shape in (
 
 
 def run_python(*arguments, **environment):
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    how = {"env": os.environ | environment, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run([sys.executable, *arguments], **how)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_kernels_equal_float64():
+    words = ["-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider"]
     file = Path(__file__).with_name("interpreted.py")
-    run_python(
-        "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1"
-    )
+    run_python(*words, file, TRITON_INTERPRET="1", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
 
 
 @pytest.mark.device

@@ -177,16 +177,12 @@ def test_the_layers_of_a_gpu_compute_the_same_network(monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [8, 128])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 2}, {"padding": "same"}, {"dilation": 2, "padding": 2},
-        {"groups": 2, "padding": 1}, {"padding": 1, "padding_mode": "reflect"}, {"kernel_size": 1},
-        {"kernel_size": 5, "padding": 2}, {"kernel_size": (3, 1), "padding": (1, 0)}, {"padding": 1, "bias": False},
-        {"padding": 1},
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("settings", [
+    {"stride": 2, "padding": 1}, {"padding": 0}, {"padding": 2}, {"padding": "same"}, {"dilation": 2, "padding": 2},
+    {"groups": 2, "padding": 1}, {"padding": 1, "padding_mode": "reflect"}, {"kernel_size": 1},
+    {"kernel_size": 5, "padding": 2}, {"kernel_size": (3, 1), "padding": (1, 0)}, {"padding": 1, "bias": False},
+    {"padding": 1},
+], ids=str)  # fmt: skip
 def test_a_convolution_of_another_kind_is_computed_as_it_is(settings, channels):
     layer = nn.Conv2d(channels, channels, **{"kernel_size": 3, **settings})
     x = numbers(8, channels, 16, 16)

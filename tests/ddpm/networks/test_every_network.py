@@ -40,7 +40,7 @@ SETTINGS = {
 }  # fmt: skip
 CONFIGS = {name: NETWORKS[name.split("-")[0]](**settings) for name, settings in SETTINGS.items()}
 every_network = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-DIFFUSION = Diffusion(DiffusionConfig(timesteps=8))
+DIFFUSION = Diffusion(DiffusionConfig(timesteps=3))
 PIXELS = torch.randint(0, 256, (6, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 NOISE = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))

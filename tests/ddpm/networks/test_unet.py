@@ -21,16 +21,13 @@ from pipeline.store.diffusers_layout import translate_name
 SMALL = UNetConfig(channels=16, channel_mult=(1, 2), attention_resolutions=(4,), norm_groups=8)
 
 
-@pytest.mark.parametrize(
-    ("changes", "image_size", "channels", "out_channels"),
-    [
-        ({}, 8, 3, 3),
-        ({"attention_resolutions": (8,), "norm_groups": 16}, 8, 1, 2),
-        ({"attention_resolutions": (), "num_res_blocks": 1}, 16, 3, 6),
-        ({"channel_mult": (1, 2, 2, 2), "attention_resolutions": (16,)}, 32, 3, 3),  # the paper's, narrow
-        ({"channel_mult": (1, 3, 2), "attention_resolutions": (4, 8), "num_res_blocks": 3}, 16, 3, 3),
-    ],
-)
+@pytest.mark.parametrize(("changes", "image_size", "channels", "out_channels"), [
+    ({}, 8, 3, 3),
+    ({"attention_resolutions": (8,), "norm_groups": 16}, 8, 1, 2),
+    ({"attention_resolutions": (), "num_res_blocks": 1}, 16, 3, 6),
+    ({"channel_mult": (1, 2, 2, 2), "attention_resolutions": (16,)}, 32, 3, 3),  # the paper's, narrow
+    ({"channel_mult": (1, 3, 2), "attention_resolutions": (4, 8), "num_res_blocks": 3}, 16, 3, 3),
+])  # fmt: skip
 @pytest.mark.parametrize("input_scale", [1.0, 1e-3])  # small activations show the norms' eps
 @pytest.mark.parametrize("route", [lambda net: net, accelerate], ids=["plain", "accelerated"])
 def test_equals_diffusers(changes, image_size, channels, out_channels, input_scale, route):

@@ -19,21 +19,18 @@ def cluster(asked):
 CIFAR10, LSUN = 128 * 32**2, 64 * 256**2
 
 
-@pytest.mark.parametrize(
-    ("asked", "nodes", "pixels", "expected"),
-    [
-        ({}, [(8, 0)], None, (2, 2, 4, 0)),
-        ({}, [(16, 4)], CIFAR10, (4, 4, 4, 1)),
-        ({}, [(128, 8)] * 8, CIFAR10, (4, 4, 16, 1)),  # not 64: each would get two images
-        ({}, [(0, 0), *[(128, 8)] * 8], LSUN, (8, 8, 16, 1)),  # one machine; the head has nothing
-        ({}, [(16, 1)], 16 * 8**2, (1, 1, 16, 1)),
-        ({"workers": 64}, [*[(128, 8)] * 7, (64, 8)], CIFAR10, (64, 64, 8, 1)),
-        ({"workers": 16}, [(32, 8), (128, 8)], None, (16, 16, 4, 1)),
-        ({"workers": 2}, [(1, 0), (3, 0)], None, (2, 2, 1, 0)),
-        ({"workers": 2}, [(128, 8)], None, (2, 2, 16, 1)),  # the other GPUs need CPUs too
-        ({"workers": 4, "min_workers": 2, "cpus_per_worker": 1}, [(2, 0)], None, (4, 2, 1, 0)),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("asked", "nodes", "pixels", "expected"), [
+    ({}, [(8, 0)], None, (2, 2, 4, 0)),
+    ({}, [(16, 4)], CIFAR10, (4, 4, 4, 1)),
+    ({}, [(128, 8)] * 8, CIFAR10, (4, 4, 16, 1)),  # not 64: each would get two images
+    ({}, [(0, 0), *[(128, 8)] * 8], LSUN, (8, 8, 16, 1)),  # one machine; the head has nothing
+    ({}, [(16, 1)], 16 * 8**2, (1, 1, 16, 1)),
+    ({"workers": 64}, [*[(128, 8)] * 7, (64, 8)], CIFAR10, (64, 64, 8, 1)),
+    ({"workers": 16}, [(32, 8), (128, 8)], None, (16, 16, 4, 1)),
+    ({"workers": 2}, [(1, 0), (3, 0)], None, (2, 2, 1, 0)),
+    ({"workers": 2}, [(128, 8)], None, (2, 2, 16, 1)),  # the other GPUs need CPUs too
+    ({"workers": 4, "min_workers": 2, "cpus_per_worker": 1}, [(2, 0)], None, (4, 2, 1, 0)),
+])  # fmt: skip
 def test_what_is_taken_fits_machine_by_machine(asked, nodes, pixels, expected):
     found = resolve_resources(cluster(asked), nodes, pixels)
     one = (found.cpus_per_worker, found.gpus_per_worker)
@@ -41,18 +38,15 @@ def test_what_is_taken_fits_machine_by_machine(asked, nodes, pixels, expected):
     assert count_fitting_workers(nodes, *one) >= found.min_workers
 
 
-@pytest.mark.parametrize(
-    ("asked", "nodes", "may_come", "message"),
-    [
-        ({}, [(0, 0)], True, "1 worker with 1 CPUs .* lower cluster.workers"),
-        ({"workers": 2, "cpus_per_worker": 2}, [(1, 0), (3, 0)], True, "2 workers with 2 CPUs .*1 x 3 CPUs"),
-        ({"workers": 2}, [(8, 1)], True, "2 workers with .* 1 GPUs each .*1 x 8 CPUs . 1 GPUs"),
-        ({"workers": 4, "min_workers": 3}, [(2, 0)], True, "3 workers with 1 CPUs"),
-        ({"gpus_per_worker": 1}, [(2, 0)], True, "2 workers with 1 CPUs and 1 GPUs"),
-        ({"gpus_per_worker": 2}, [(8, 1), (8, 1)], False, "1 worker with .* CPUs and 2 GPUs"),
-        ({"cpus_per_task": 3}, [(2, 0), (2, 0)], False, "1 task with 3 CPUs .* lower .*cpus_per_task"),
-    ],
-)
+@pytest.mark.parametrize(("asked", "nodes", "may_come", "message"), [
+    ({}, [(0, 0)], True, "1 worker with 1 CPUs .* lower cluster.workers"),
+    ({"workers": 2, "cpus_per_worker": 2}, [(1, 0), (3, 0)], True, "2 workers with 2 CPUs .*1 x 3 CPUs"),
+    ({"workers": 2}, [(8, 1)], True, "2 workers with .* 1 GPUs each .*1 x 8 CPUs . 1 GPUs"),
+    ({"workers": 4, "min_workers": 3}, [(2, 0)], True, "3 workers with 1 CPUs"),
+    ({"gpus_per_worker": 1}, [(2, 0)], True, "2 workers with 1 CPUs and 1 GPUs"),
+    ({"gpus_per_worker": 2}, [(8, 1), (8, 1)], False, "1 worker with .* CPUs and 2 GPUs"),
+    ({"cpus_per_task": 3}, [(2, 0), (2, 0)], False, "1 task with 3 CPUs .* lower .*cpus_per_task"),
+])  # fmt: skip
 def test_what_has_no_place_is_refused_or_waited_for(monkeypatch, capsys, asked, nodes, may_come, message):
     session = RaySession(cluster({**asked, "ray_address": "auto"}), is_interrupted=lambda: True)
     monkeypatch.setattr(session, "list_nodes", lambda: nodes)

@@ -160,14 +160,11 @@ def test_a_slow_rank_is_seen_in_the_log_mlflow_the_status_and_the_page(tiny_run,
     assert not describe_slow_rank(points[:4]), "both are the slowest as often"
 
 
-@pytest.mark.parametrize(
-    ("lost", "after", "told"),
-    [
-        ("b", "a", "host-b (10.0.0.2) was lost: 20 steps from step 30 are repeated, by 1 of 3 workers"),
-        ("", "ab", "a worker was lost: 20 steps from step 30 are repeated, by 2 of 3 workers"),
-        ("", "abc", "more machines have joined: 20 steps from step 30 are repeated, by 3 of 3 workers"),
-    ],
-)
+@pytest.mark.parametrize(("lost", "after", "told"), [
+    ("b", "a", "host-b (10.0.0.2) was lost: 20 steps from step 30 are repeated, by 1 of 3 workers"),
+    ("", "ab", "a worker was lost: 20 steps from step 30 are repeated, by 2 of 3 workers"),
+    ("", "abc", "more machines have joined: 20 steps from step 30 are repeated, by 3 of 3 workers"),
+])  # fmt: skip
 def test_a_lost_machine_and_the_steps_it_costs_are_named(tmp_path, monkeypatch, capsys, lost, after, told):
     """With what Ray says of its machines and groups; tests/cluster loses real ones."""
     nodes = [{"NodeID": name, "Alive": name != lost, "NodeManagerHostname": f"host-{name}"} for name in "ab"]

@@ -64,13 +64,10 @@ def test_256_pixels_are_the_papers(name, steps, flips):
 
 
 def test_every_cluster_loads_and_a_tracking_uri_that_mlflow_does_not_know_is_refused():
-    assert all(
-        config.load_cluster(path.stem, []).storage for path in (ROOT / "conf" / "cluster").glob("*.yaml")
-    )
-    wrong = (
-        "foo://host mlruns http:/host host:5000 sqlite:// sqlite:/// sqlite:///:memory: http:// http:///x "
-    )
-    wrong += "https://:5000 http://me:pw@ http://h:99999 http://h:x http://[::1 postgresql://"
+    for path in (ROOT / "conf" / "cluster").glob("*.yaml"):
+        assert config.load_cluster(path.stem, []).storage
+    wrong = "foo://host mlruns http:/host host:5000 sqlite:// sqlite:/// sqlite:///:memory: http:// "
+    wrong += "http:///x https://:5000 http://me:pw@ http://h:99999 http://h:x http://[::1 postgresql://"
     for uri in wrong.split():
         with pytest.raises(ConfigError, match=r"cluster\.tracking_uri .*(http|sqlite|postgresql)s?://"):
             config.load_cluster("local", [f"tracking_uri={uri}"])
@@ -202,8 +199,9 @@ MOVED = {  # the keys that a word moves
 
 @pytest.mark.parametrize("moved", MOVED)
 def test_what_extends_a_run_keeps_its_key_and_samples_and_scores_have_their_own(moved):
+    names = ("run", "samples", "score"), keys_of()
     for word in MOVED[moved].split():
-        pairs = zip(("run", "samples", "score"), keys_of(), keys_of(word), strict=True)
+        pairs = zip(*names, keys_of(word), strict=True)
         assert [name for name, before, after in pairs if before != after] == moved.split(), word
     assert keys_of("train.lr_decay=linear")[0] != keys_of("train.lr_decay=linear", "train.steps=3000")[0]
 

@@ -104,43 +104,37 @@ def open_set(root: Path, labels: int = 0) -> ImageSource:
     return reader("parquet" if any(root.rglob("*.parquet")) else "folder", root, labels=labels)
 
 
-@pytest.mark.parametrize(
-    ("layout", "sizes", "classes"),
-    [
-        ({"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 2}, (8, 4), ["cat", "dog"]),
-        ({"train/a": 4, "validation/a": 2}, (4, 2), ["a"]),
-        ({"Training Set/a": 4, "DEV_set/a": 2}, (4, 2), ["a"]),
-        ({"imgs_train2017/a": 4, "imgs_val2017/a": 2}, (4, 2), ["a"]),
-        ({"data/train/cat": 4, "data/train/dog": 1, "data/testing/cat": 2}, (5, 2), ["cat", "dog"]),
-        ({"train/cat": 3, "train/dog": 3, "annotations": 0}, (6,), ["cat", "dog"]),
-        ({"train/a": 4, "val/a": 1, "test/a": 2}, (4, 2), ["a"]),
-        ({"train/a": 4, "test/a": 2, "extra/a": 3}, (4, 2), ["a"]),
-        ({"airplane": 2, "car": 2, "train": 2}, (6,), ["airplane", "car", "train"]),
-        ({"bullet_train": 2, "cat": 2, "test_tube": 2}, (6,), ["bullet_train", "cat", "test_tube"]),
-        ({"mnist_train.parquet": 3, "mnist_test.parquet": 2}, (3, 2), []),
-        ({"train-0.parquet": 3, "dev-0.parquet": 2, "extra-0.parquet": 1}, (3, 2), []),
-        ({"data/TRAIN/0.parquet": 3, "data/Valid/0.parquet": 1}, (3, 1), []),
-        ({"data/train-0.parquet": 6, "data/validation/0.parquet": 3}, (6, 3), []),
-        ({"data/train-0.parquet": 6, "data/validation/0.parquet": 3, "test/0.parquet": 1}, (6, 1), []),
-        ({"data/train-0.parquet": 6, "data/test-0.parquet": 3, "test/0.parquet": 1}, (6, 4), []),
-        ({"a.parquet": 3, "b.parquet": 2}, (5,), []),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("layout", "sizes", "classes"), [
+    ({"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 2}, (8, 4), ["cat", "dog"]),
+    ({"train/a": 4, "validation/a": 2}, (4, 2), ["a"]),
+    ({"Training Set/a": 4, "DEV_set/a": 2}, (4, 2), ["a"]),
+    ({"imgs_train2017/a": 4, "imgs_val2017/a": 2}, (4, 2), ["a"]),
+    ({"data/train/cat": 4, "data/train/dog": 1, "data/testing/cat": 2}, (5, 2), ["cat", "dog"]),
+    ({"train/cat": 3, "train/dog": 3, "annotations": 0}, (6,), ["cat", "dog"]),
+    ({"train/a": 4, "val/a": 1, "test/a": 2}, (4, 2), ["a"]),
+    ({"train/a": 4, "test/a": 2, "extra/a": 3}, (4, 2), ["a"]),
+    ({"airplane": 2, "car": 2, "train": 2}, (6,), ["airplane", "car", "train"]),
+    ({"bullet_train": 2, "cat": 2, "test_tube": 2}, (6,), ["bullet_train", "cat", "test_tube"]),
+    ({"mnist_train.parquet": 3, "mnist_test.parquet": 2}, (3, 2), []),
+    ({"train-0.parquet": 3, "dev-0.parquet": 2, "extra-0.parquet": 1}, (3, 2), []),
+    ({"data/TRAIN/0.parquet": 3, "data/Valid/0.parquet": 1}, (3, 1), []),
+    ({"data/train-0.parquet": 6, "data/validation/0.parquet": 3}, (6, 3), []),
+    ({"data/train-0.parquet": 6, "data/validation/0.parquet": 3, "test/0.parquet": 1}, (6, 1), []),
+    ({"data/train-0.parquet": 6, "data/test-0.parquet": 3, "test/0.parquet": 1}, (6, 4), []),
+    ({"a.parquet": 3, "b.parquet": 2}, (5,), []),
+])  # fmt: skip
 def test_one_rule_finds_the_splits(tmp_path, layout, sizes, classes):
     found = open_set(make(tmp_path, layout), len(classes))
     assert tuple(found.splits.values()) == sizes and list(found.classes) == classes
 
 
-@pytest.mark.parametrize(
-    ("layout", "message"),
-    [
-        ({"cropped/train-0.parquet": 1, "full/train-0.parquet": 1}, r"several sets \(cropped, full\); set data\.path"),
-        ({"cropped/train-0.parquet": 1, "full/test-0.parquet": 1}, r"several sets \(cropped, full\)"),
-        ({"cat/train": 1, "cat/test": 1, "dog/train": 1, "dog/test": 1}, "several folders for a split .*data.path"),
-        ({"val/cat": 2, "test/cat": 2}, "no train split, only test, val; set data.path"),
-        ({"train": 1, "training": 1, "mnist_test": 1, "my_test": 1}, "several folders for a split"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("layout", "message"), [
+    ({"cropped/train-0.parquet": 1, "full/train-0.parquet": 1}, r"several sets \(cropped, full\); set data\.path"),
+    ({"cropped/train-0.parquet": 1, "full/test-0.parquet": 1}, r"several sets \(cropped, full\)"),
+    ({"cat/train": 1, "cat/test": 1, "dog/train": 1, "dog/test": 1}, "several folders for a split .*data.path"),
+    ({"val/cat": 2, "test/cat": 2}, "no train split, only test, val; set data.path"),
+    ({"train": 1, "training": 1, "mnist_test": 1, "my_test": 1}, "several folders for a split"),
+])  # fmt: skip
 def test_a_layout_in_doubt_is_refused(tmp_path, layout, message):
     with pytest.raises(PipelineError, match=message):
         open_set(make(tmp_path, layout))
@@ -187,24 +181,21 @@ def test_a_fifo_is_no_file_of_any_source_and_names_are_bytes(tmp_path):
     assert r"caf\xe9.png" in str(error.value) and str(error.value).encode()
 
 
-@pytest.mark.parametrize(
-    ("names", "labels", "expected"),
-    [
-        (["0.png", "1.png"], 0, "9e759a57c5ed"), (["a/0.png", "b/0.png"], 2, "2034ea28d7c9"),
-        (["train/a/0.png", "test/a/0.png"], 1, "27721d3f2776"),
-        (["train/a/0.png", "train/b/0.png"], 2, "1b538bed77e4"),
-        (["train/a/0.png", "test/a/0.png", "val/a/0.png"], 0, "27721d3f2776"),
-        (["car/0.png", "train/0.png"], 2, "98d2331b1c3b"),
-        (["bullet_train/0.png", "cat/0.png", "test_tube/0.png"], 3, "2c7197c5fd1e"),
-        (["train/a/0.png", "notes/a.txt"], 0, "23adbc7645c4"),
-        (["data/train-0.parquet", "data/test-0.parquet"], 0, "4e9ea865bdf0"),
-        (["trainset.parquet", "testset.parquet"], 0, "1a2e7121ddf8"),
-        (["train/0.parquet", "validation/0.parquet"], 0, "0bfd9c66122e"),
-        (["a.parquet", "b.parquet"], 0, "13a8abbce86b"), (["train/cat/0.png", "val/cat/0.png"], 0, ""),
-        (["train/cat/0.png", "train/dog/0.png", "notes/a.txt"], 2, ""),
-        (["cifar10-train.parquet", "cifar10-validation.parquet"], 0, ""),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("names", "labels", "expected"), [
+    (["0.png", "1.png"], 0, "9e759a57c5ed"), (["a/0.png", "b/0.png"], 2, "2034ea28d7c9"),
+    (["train/a/0.png", "test/a/0.png"], 1, "27721d3f2776"),
+    (["train/a/0.png", "train/b/0.png"], 2, "1b538bed77e4"),
+    (["train/a/0.png", "test/a/0.png", "val/a/0.png"], 0, "27721d3f2776"),
+    (["car/0.png", "train/0.png"], 2, "98d2331b1c3b"),
+    (["bullet_train/0.png", "cat/0.png", "test_tube/0.png"], 3, "2c7197c5fd1e"),
+    (["train/a/0.png", "notes/a.txt"], 0, "23adbc7645c4"),
+    (["data/train-0.parquet", "data/test-0.parquet"], 0, "4e9ea865bdf0"),
+    (["trainset.parquet", "testset.parquet"], 0, "1a2e7121ddf8"),
+    (["train/0.parquet", "validation/0.parquet"], 0, "0bfd9c66122e"),
+    (["a.parquet", "b.parquet"], 0, "13a8abbce86b"), (["train/cat/0.png", "val/cat/0.png"], 0, ""),
+    (["train/cat/0.png", "train/dog/0.png", "notes/a.txt"], 2, ""),
+    (["cifar10-train.parquet", "cifar10-validation.parquet"], 0, ""),
+])  # fmt: skip
 def test_fingerprints_move_only_where_a_set_was_not_read_rightly_before(tmp_path, names, labels, expected):
     """The expected ones are of version ef6030f."""
     for name in names:

@@ -251,13 +251,10 @@ class Harmful:
         return os.system, ("touch harmed",)
 
 
-@pytest.mark.parametrize(
-    "harmful, name",
-    [
-        (Harmful(), "posix.system"), (np.array([Harmful()], dtype=object), "posix.system"),
-        (len, "__builtin__.len"), (Path("x"), "pathlib"), (np.random.default_rng(0), "numpy.random"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("harmful, name", [
+    (Harmful(), "posix.system"), (np.array([Harmful()], dtype=object), "posix.system"),
+    (len, "__builtin__.len"), (Path("x"), "pathlib"), (np.random.default_rng(0), "numpy.random"),
+])  # fmt: skip
 def test_the_unpickler_refuses_by_name_and_runs_nothing(batches, tmp_path, monkeypatch, harmful, name):
     monkeypatch.chdir(tmp_path)
     (batches / "data_batch_3").write_bytes(pickle.dumps({b"data": harmful, b"labels": [0]}, protocol=2))
@@ -384,21 +381,18 @@ def test_npy_labels_of_every_form_splits_and_names(tmp_path):
 FIVE = noise(5, 8, 8, 3)
 
 
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (np.zeros((5, 8, 8, 3), np.float32), np.arange(5), r"images\.npy is float32"),
-        (np.zeros((5, 3, 8, 8), np.uint8), np.arange(5), r"images\.npy is uint8 \(5, 3, 8, 8\)"),
-        (np.zeros((0, 8, 8, 3), np.uint8), np.arange(0), r"images\.npy is uint8 \(0, 8, 8, 3\)"),
-        (np.array([None]), np.arange(1), r"images\.npy is no readable array"),
-        (None, np.arange(5), "holds neither images.npy nor train_images.npy"),
-        (FIVE, None, r"labels\.npy, the labels of images\.npy, is missing"),
-        (FIVE, np.arange(4), "has 4 labels for 5 images"),
-        (FIVE, np.arange(5) / 2, r"labels\.npy is float64"),
-        (FIVE, np.ones((5, 2)), r"labels\.npy is float64 \(5, 2\)"),
-        (FIVE, np.arange(5) - 1, "has the label -1"),
-    ],
-)
+@pytest.mark.parametrize(("images", "labels", "message"), [
+    (np.zeros((5, 8, 8, 3), np.float32), np.arange(5), r"images\.npy is float32"),
+    (np.zeros((5, 3, 8, 8), np.uint8), np.arange(5), r"images\.npy is uint8 \(5, 3, 8, 8\)"),
+    (np.zeros((0, 8, 8, 3), np.uint8), np.arange(0), r"images\.npy is uint8 \(0, 8, 8, 3\)"),
+    (np.array([None]), np.arange(1), r"images\.npy is no readable array"),
+    (None, np.arange(5), "holds neither images.npy nor train_images.npy"),
+    (FIVE, None, r"labels\.npy, the labels of images\.npy, is missing"),
+    (FIVE, np.arange(4), "has 4 labels for 5 images"),
+    (FIVE, np.arange(5) / 2, r"labels\.npy is float64"),
+    (FIVE, np.ones((5, 2)), r"labels\.npy is float64 \(5, 2\)"),
+    (FIVE, np.arange(5) - 1, "has the label -1"),
+])  # fmt: skip
 def test_npy_that_cannot_be_used_is_named(tmp_path, images, labels, message):
     arrays = {"images": images, "labels": labels}
     write_arrays(tmp_path, **{name: array for name, array in arrays.items() if array is not None})

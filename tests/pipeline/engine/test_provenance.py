@@ -1,5 +1,6 @@
 """Code is an input: what made a run is recorded exactly, and other code does not go on with it unasked."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ONE_CPU, TINY
+from mlflow import MlflowClient
 
 from pipeline import config
 from pipeline.cli.program import main
@@ -105,6 +107,10 @@ def test_other_code_does_not_train_or_draw_unasked(checkout, empty_store, tmp_pa
     assert list(config.read_provenance(run / "experiment.yaml")["codes"].values())[1] == second
     assert (run / f"{second[-8:]}.patch").read_text().count("OTHER = 1")
     assert ddpm("train", "train.steps=10")[0] == 0, "accepted once"
+    noted = json.loads((run / "commits.json").read_text())
+    assert noted == {"shard": [first], "train": [first, second], "evaluate": [second]}
+    tracked = MlflowClient(f"sqlite:///{run.parent}/mlflow.db").search_runs(["1"])
+    assert any(f"{first}, {second}" in found.data.tags.get("commit", "") for found in tracked)
 
 
 def test_the_command_is_recorded_without_a_password_and_none_of_rays(monkeypatch):

@@ -61,17 +61,7 @@ def test_the_best_comes_first_whichever_way_the_metric_points(four, tmp_path, un
     assert "Compared with the paper" not in markdown
 
 
-@pytest.mark.parametrize("other", [{"n": 64}, {"extractor": "another"}, {"reference": "test"}])
-def test_other_protocols_are_not_ranked_with_the_rest(four, tmp_path, undrawn, other):
-    score(four[1], other, fid=1.0)
-    markdown = page(four, tmp_path / "page")
-    assert "> **No common order: the runs were scored by 2 protocols" in markdown
-    found = " ".join(re.findall(r"^\| (\d\. \S+) \|", markdown, re.MULTILINE))
-    assert found == "1. cosine-0.2 2. linear-0.2 3. cosine-0.1 1. linear-0.1"
-    assert str(next(iter(other.values()))) in markdown
-
-
-def test_how_samples_were_drawn_is_compared_and_a_run_without_the_score_named(four, tmp_path, undrawn):
+def test_samples_drawn_otherwise_are_compared_and_scores_of_other_protocols_are_not(four, tmp_path, undrawn):
     score(four[1], {"weights": "raw"}, fid=5.0)
     score(four[0], nll_bpd=3.0)
     markdown = page(four, tmp_path / "page")
@@ -79,6 +69,14 @@ def test_how_samples_were_drawn_is_compared_and_a_run_without_the_score_named(fo
     assert "| Weights |" in markdown
     assert re.search(r"^\| 1\. linear-0\.1 \|.* raw \|$", markdown, re.MULTILINE)
     assert "Without FID: linear-0.2." in markdown and "| 3. cosine-0.1 |" in markdown
+    protocol = rundir.read_json(four[1].place.metrics_json, dict)["protocol"]
+    for other in ({"n": 64}, {"extractor": "another"}, {"reference": "test"}):
+        score(four[1], protocol | other, fid=1.0)
+        markdown = page(four, tmp_path / "page")
+        assert "> **No common order: the runs were scored by 2 protocols" in markdown
+        found = re.findall(r"^\| (\d\. \S+) \|", markdown, re.MULTILINE)
+        assert found == ["1. cosine-0.2", "2. cosine-0.1", "1. linear-0.1"]
+        assert str(next(iter(other.values()))) in markdown
 
 
 def test_losses_share_a_panel_only_under_the_same_objective(four, tmp_path, undrawn):

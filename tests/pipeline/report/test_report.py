@@ -171,21 +171,18 @@ POINTS = {"test": {"fid": 31.0, "fid_se": 2.02, "n": 360}, "samples": {"fid": 17
 DEFICIENT = "rank-deficient: n = 32 is not above 64"
 
 
-@pytest.mark.parametrize(
-    ("name", "scores", "more", "present", "absent"),
-    [
-        ("digits", {"fid": 20.0}, {"reference_points": {}}, ["| FID | 20.00 |"], "| NLL"),
-        ("cifar10", BOUND, {"protocol": {}, "reference_points": {}}, ["NLL ≤ 4.500 bits/dim"], "Not yet useful"),
-        ("digits", {"fid": 192.8}, {"protocol": {"why_not": [DEFICIENT]}}, ["(test images 31.00", f"**{DEFICIENT}**"],
-         "| NLL"),
-        ("digits", MORE, {}, ["| FID, test set | 16.30 |", "| IS, shuffled, spread of its splits | 0.10 |",
-                              "| KID | 0.00432 |", "| recall | 0.420 |"], "Not yet useful"),
-        ("digits", ERRORS, {"reference_points": POINTS},
-         ["FID 14.2 ± 1.3 (at n = 360: this run 17.2 ± 1.4, test images 31.0 ± 2.0)",
-          "|  | **This run** | This run, equal n | Test images |", "| KID | 0.10 ± 0.14 |",
-          "**NLL ≤ 4.521 ± 0.042 bits/dim** = rate 2.02 ± 0.11 ", "no error: a single unit."], "Not yet useful"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "scores", "more", "present", "absent"), [
+    ("digits", {"fid": 20.0}, {"reference_points": {}}, ["| FID | 20.00 |"], "| NLL"),
+    ("cifar10", BOUND, {"protocol": {}, "reference_points": {}}, ["NLL ≤ 4.500 bits/dim"], "Not yet useful"),
+    ("digits", {"fid": 192.8}, {"protocol": {"why_not": [DEFICIENT]}}, ["(test images 31.00", f"**{DEFICIENT}**"],
+     "| NLL"),
+    ("digits", MORE, {}, ["| FID, test set | 16.30 |", "| IS, shuffled, spread of its splits | 0.10 |",
+                          "| KID | 0.00432 |", "| recall | 0.420 |"], "Not yet useful"),
+    ("digits", ERRORS, {"reference_points": POINTS},
+     ["FID 14.2 ± 1.3 (at n = 360: this run 17.2 ± 1.4, test images 31.0 ± 2.0)",
+      "|  | **This run** | This run, equal n | Test images |", "| KID | 0.10 ± 0.14 |",
+      "**NLL ≤ 4.521 ± 0.042 bits/dim** = rate 2.02 ± 0.11 ", "no error: a single unit."], "Not yet useful"),
+])  # fmt: skip
 def test_the_scores_that_are_there_are_shown(make, name, scores, more, present, absent):
     run = make(name)
     write_scores(run.scores, run.experiment, scores=scores, **more)

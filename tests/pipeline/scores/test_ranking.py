@@ -118,24 +118,19 @@ def test_seeds_are_one_row_with_their_spread():
     assert [rank for _, rank in ranks(near)[0]] == ["1", "2"], "the error of a mean over seeds is s / sqrt(3)"
 
 
-@pytest.mark.parametrize(
-    ("rows", "groups", "expected"),
-    [
-        ([(10.0, 1.0), (11.0, 1.0), (16.0, 1.0)], 20, "a 1-2, b 1-2, c 3"),  # other sampling seeds; 5 errors worse
-        ([(16.0, 1.0), (15.0, 1.0), (10.0, 1.0)], 20, "c 1, b 2-3, a 2-3"),
-        ([(10.0, 1.0), (16.0, 1.0)], 2, "a 1-2, b 1-2"),  # two groups say little
-        ([(10.0, 0.1), (12.0, 0.1), (13.0, 9.0)], 20, "a 1-2, b 3, c 1-2"),  # by value; the rank stands beside it
-        ([(10.0, 1.0), (13.0, 1.0)], 20, "a 1, b 2"),
-        ([(10.0, 1.0), *[(13.0 + i / 100, 1.0) for i in range(4)]], 20, "a 1-5, b 1-5, c 1-5, d 1-5, e 1-5"),  # Holm
-        ([(5.0, None), (5.0, None), (6.0, None)], 20, "a 1-2, b 1-2, c 3"),  # of an older version
-        ([(5.0, None), (5.1, 1.0)], 20, "a 1, b 2"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("rows", "groups", "expected"), [
+    ([(10.0, 1.0), (11.0, 1.0), (16.0, 1.0)], 20, "a 1-2, b 1-2, c 3"),  # other sampling seeds; 5 errors worse
+    ([(16.0, 1.0), (15.0, 1.0), (10.0, 1.0)], 20, "c 1, b 2-3, a 2-3"),
+    ([(10.0, 1.0), (16.0, 1.0)], 2, "a 1-2, b 1-2"),  # two groups say little
+    ([(10.0, 0.1), (12.0, 0.1), (13.0, 9.0)], 20, "a 1-2, b 3, c 1-2"),  # by value; the rank stands beside it
+    ([(10.0, 1.0), (13.0, 1.0)], 20, "a 1, b 2"),
+    ([(10.0, 1.0), *[(13.0 + i / 100, 1.0) for i in range(4)]], 20, "a 1-5, b 1-5, c 1-5, d 1-5, e 1-5"),  # Holm
+    ([(5.0, None), (5.0, None), (6.0, None)], 20, "a 1-2, b 1-2, c 3"),  # of an older version
+    ([(5.0, None), (5.1, 1.0)], 20, "a 1, b 2"),
+])  # fmt: skip
 def test_rows_that_their_errors_cannot_tell_from_the_best_share_a_rank(rows, groups, expected):
-    runs = [
-        Place(name, {"x": name}, {"fid": value, "fid_se": error}, {"jackknife_groups": groups})
-        for name, (value, error) in zip("abcde", rows, strict=False)
-    ]
+    how, named = {"jackknife_groups": groups}, zip("abcde", rows, strict=False)
+    runs = [Place(name, {"x": name}, {"fid": fid, "fid_se": error}, how) for name, (fid, error) in named]
     for its in (runs, runs[::-1]):
         assert ", ".join(f"{name} {rank}" for name, rank in ranks(its)[0]) == expected
 

@@ -204,7 +204,6 @@ def test_95_of_100_intervals_of_the_digits_hold_the_linear_denoisers_rate(sharde
 
 
 def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(sampled):
-    """One image has no error and says so, and more images than there are is refused."""
     sampled = scoring(sampled, nll_images=None, nll_batch_size=180)
     few = scoring(sampled, nll_timesteps=4)
     assert len([name for name in run_stage(evaluate, few) if "NLL" in name]) == 2
@@ -214,12 +213,8 @@ def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(
     for name in ("nll_bpd", "rate_bpd"):
         assert 0 < abs(found["scores"][name] - full["scores"][name]) < 3 * nll["set_se"]
         assert 0 < full["scores"][f"{name}_se"] < found["scores"][f"{name}_se"]
-    for name, limit in (
-        ("distortion_bpd", 1e-5),
-        ("rmse", 1e-5),
-        ("prior_bpd", 1e-5),
-        ("distortion_bpd_se", 1e-4),
-    ):
+    limits = {"distortion_bpd": 1e-5, "rmse": 1e-5, "prior_bpd": 1e-5, "distortion_bpd_se": 1e-4}
+    for name, limit in limits.items():
         assert found["scores"][name] == pytest.approx(full["scores"][name], rel=limit)
     assert np.mean(nll["images"]) == pytest.approx(found["scores"]["nll_bpd"], abs=1e-5)
     protocol = found["protocol"]

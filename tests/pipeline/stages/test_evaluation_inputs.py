@@ -47,7 +47,6 @@ def test_a_short_set_is_refused_and_a_longer_one_is_cut(projected):
 
 
 def test_neither_other_statistics_nor_features_of_other_images_are_taken_for_these(projected, caplog):
-    """Features of another key are skipped; under the name of one of ours they are named and made again."""
     run_stage(evaluate, projected)
     scored, extractor = results(projected), find_extractor(projected)
     file, _ = locate_statistics(projected, extractor, "train")
@@ -67,17 +66,14 @@ def test_neither_other_statistics_nor_features_of_other_images_are_taken_for_the
     assert results(projected)["scores"] == scored["scores"]
 
 
-@pytest.mark.parametrize(
-    ("shapes", "message"),
-    [
-        ([(16, 16)] * 6, r"00000\.tar holds images of shape \(C, H, W\) = \(1, 16, 16\) where \(1, 8, 8\)"),
-        ([(8, 8)] * 5 + [(8, 9)], r"\(1, 8, 9\) where \(1, 8, 8\) is scored"),
-        ([(8, 8, 3)] * 6, r"\(3, 8, 8\) where \(1, 8, 8\) is scored"),
-        ([(8, 8)] * 5, r"00000\.tar holds 5 images, not 6"),
-        ("changed", r"00000\.tar .*does not match its sha256"),
-        ("no PNG", r"00000\.tar cannot be scored \(.*makes it again"),
-    ],
-)
+@pytest.mark.parametrize(("shapes", "message"), [
+    ([(16, 16)] * 6, r"00000\.tar holds images of shape \(C, H, W\) = \(1, 16, 16\) where \(1, 8, 8\)"),
+    ([(8, 8)] * 5 + [(8, 9)], r"\(1, 8, 9\) where \(1, 8, 8\) is scored"),
+    ([(8, 8, 3)] * 6, r"\(3, 8, 8\) where \(1, 8, 8\) is scored"),
+    ([(8, 8)] * 5, r"00000\.tar holds 5 images, not 6"),
+    ("changed", r"00000\.tar .*does not match its sha256"),
+    ("no PNG", r"00000\.tar cannot be scored \(.*makes it again"),
+])  # fmt: skip
 def test_other_images_in_a_tar_are_refused(tmp_path, shapes, message):
     images = [np.zeros(shape, np.uint8) for shape in ([(8, 8)] * 6 if isinstance(shapes, str) else shapes)]
     pngs = [b"not a PNG" if shapes == "no PNG" else tars.encode_png(image) for image in images]
@@ -141,23 +137,20 @@ def test_a_users_statistics_are_the_reference_and_stand_in_the_protocol(projecte
     assert other["protocol"]["reference_images"] == 777
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"mu": None}, "has no mu, only sigma"),
-        ({"mu": None, "sigma": None}, "has no mu and no sigma, only nothing"),
-        ({"mu": np.zeros(65), "sigma": np.eye(65)}, "is of 65 features, where evaluate.features has 64"),
-        ({"mu": np.zeros(63)}, r"mu of shape \(63,\) and sigma of shape \(64, 64\)"),
-        ({"mu": np.zeros(64, np.int64)}, "mu of type int64, not float64"),
-        ({"sigma": np.eye(64, dtype=np.float16)}, "sigma of type float16, not float64"),
-        ({"mu": np.full(64, np.nan)}, "values that are not finite"),
-        ({"sigma": np.triu(np.ones((64, 64)))}, "a sigma that is not symmetric"),
-        ({"n": np.array(2.5)}, "an n that is no whole number"),
-        ({"mu": np.array([{}], dtype=object)}, r"is no \.npz of plain arrays \(ValueError\)"),
-        ({"sigma": -np.eye(64)}, "no covariance"),
-        ({"n": np.array(-5)}, "an n that is no whole number"),
-    ],
-)
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"mu": None}, "has no mu, only sigma"),
+    ({"mu": None, "sigma": None}, "has no mu and no sigma, only nothing"),
+    ({"mu": np.zeros(65), "sigma": np.eye(65)}, "is of 65 features, where evaluate.features has 64"),
+    ({"mu": np.zeros(63)}, r"mu of shape \(63,\) and sigma of shape \(64, 64\)"),
+    ({"mu": np.zeros(64, np.int64)}, "mu of type int64, not float64"),
+    ({"sigma": np.eye(64, dtype=np.float16)}, "sigma of type float16, not float64"),
+    ({"mu": np.full(64, np.nan)}, "values that are not finite"),
+    ({"sigma": np.triu(np.ones((64, 64)))}, "a sigma that is not symmetric"),
+    ({"n": np.array(2.5)}, "an n that is no whole number"),
+    ({"mu": np.array([{}], dtype=object)}, r"is no \.npz of plain arrays \(ValueError\)"),
+    ({"sigma": -np.eye(64)}, "no covariance"),
+    ({"n": np.array(-5)}, "an n that is no whole number"),
+])  # fmt: skip
 def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, message):
     statistics(tmp_path / "their.npz", **changed)
     with pytest.raises(PipelineError, match=message) as refused:
@@ -166,7 +159,6 @@ def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, me
 
 
 def test_statistics_are_read_by_name_whatever_lies_beside_them(tmp_path, monkeypatch):
-    """Images, objects, an n of shape (1,), the other byte order; a size is looked at first."""
     held = {"n": np.array([200]), "mu": np.arange(64.0).astype(">f8"), "arr_0": np.array([{}], dtype=object)}
     found = load_user_statistics(Path(statistics(tmp_path / "their.npz", **held)), 64)
     assert found.n == 200 and found.mu.dtype == np.float64 and np.array_equal(found.mu, np.arange(64.0))

@@ -56,21 +56,17 @@ def test_what_moves_only_the_order_of_sums_is_in_no_key():
         assert all_keys(tiny_experiment(f"{key}={value}")) == all_keys(tiny_experiment()), key
 
 
-def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch):
-    words = ("diffusion.variance=learned_range", "diffusion.loss=hybrid")
-    plain, learned = tiny_experiment(), tiny_experiment(*words)
-    before = all_keys(plain), all_keys(learned)
-    for version in (3, 1):  # that of t = 0 was corrected once
-        monkeypatch.setitem(neutral.FORMULAS, "diffusion.variance=learned_range", version)
-        assert all_keys(plain) == before[0] and all_keys(learned)[1] != before[1][1]
-
-
-def test_the_formula_of_dropout_counts_where_something_is_dropped(monkeypatch, tmp_path):
+def test_a_corrected_formula_moves_the_keys_of_those_who_use_it(monkeypatch, tmp_path):
     """Masks depend on the image alone since version 2; of published weights nothing is dropped."""
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
-    words = (f"published.path={tmp_path}", "published.weights=ema", "model.dropout=0.1")
-    experiments = [tiny_experiment(*some) for some in (["model.dropout=0.0"], words, ["model.dropout=0.1"])]
-    before = [keys.make_run_key(experiment, "d" * 12) for experiment in experiments]
-    monkeypatch.setitem(neutral.FORMULAS, "model.dropout", 1)
-    after = [keys.make_run_key(experiment, "d" * 12) for experiment in experiments]
-    assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False]
+    published = (f"published.path={tmp_path}", "published.weights=ema", "model.dropout=0.1")
+    variance = "diffusion.variance=learned_range"
+    learned = (variance, "diffusion.loss=hybrid")
+    experiments = [tiny_experiment(*words) for words in ((), published, learned, ["model.dropout=0.1"])]
+    before = list(map(all_keys, experiments))
+    for formula, version, moved in ((variance, 3, [2]), (variance, 1, [2]), ("model.dropout", 1, [3])):
+        with monkeypatch.context() as patch:  # the formula of t = 0 was corrected once
+            patch.setitem(neutral.FORMULAS, formula, version)
+            after = list(map(all_keys, experiments))
+        assert [n for n in range(4) if after[n] != before[n]] == moved
+        assert all(after[n][1] != before[n][1] for n in moved), "the key of the run"

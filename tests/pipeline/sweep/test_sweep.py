@@ -56,6 +56,7 @@ space:
   sample.batch_size: {low: 1, high: 5}
 draw: {method: %s, points: 8, seed: 3}
 rank: {metric: nll_bpd}
+overrides: {train.steps: 3000}
 """
     path = sweep_file(tmp_path, text % method)
     few, many = list_points(load_sweep(path, ["draw.points=4"]), []), list_points(load_sweep(path, []), [])
@@ -69,6 +70,8 @@ rank: {metric: nll_bpd}
     assert {point.swept["sample.batch_size"] for point in many} == {1, 2, 3, 4, 5}
     other = list_points(load_sweep(path, ["draw.seed=4"]), [])
     assert [point.swept for point in other] != [point.swept for point in many]
+    again = load_sweep(sweep_file(tmp_path, config.to_yaml(load_sweep(path, [])), "sweep"), [])
+    assert again == load_sweep(path, []), "what a study writes down can be run again"
 
 
 def test_every_shipped_sweep_loads_and_has_its_trials_and_named_experiments_are_points_of_their_own():
@@ -85,13 +88,6 @@ def test_every_shipped_sweep_loads_and_has_its_trials_and_named_experiments_are_
     assert second.label == second.experiment.name == second.swept["experiment"] == "cifar10_vlb_eps_fixed"
 
 
-def test_what_a_study_writes_down_can_be_run_again(tmp_path):
-    text = DRAWN % "train.lr: {low: 1.0e-4, high: 1.0e-2, scale: log}" + "overrides: {model.dropout: 0.3}\n"
-    sweep = load_sweep(sweep_file(tmp_path, text), [])
-    again = load_sweep(sweep_file(tmp_path, config.to_yaml(sweep), "sweep"), [])
-    assert again == sweep
-
-
 def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
     text = "experiment: digits\nspace:\n  model.dropout: [0.1, 0.2, 0.3]\n  train.lr: [0.001, 0.002]\n"
     text += "draw: {method: one_at_a_time}\nrank: {metric: train_loss}\n"
@@ -100,29 +96,26 @@ def test_one_at_a_time_keeps_the_first_values_of_the_other_keys(tmp_path):
     assert swept == [(0.1, 0.001), (0.2, 0.001), (0.3, 0.001), (0.1, 0.002)] and sweep.count == 4
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("experiment: digits\nspace:\n  diffusion.beta_shedule: [linear]\n", "beta_schedule"),
-        ("experiment: digits\n", "space is empty"),
-        ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "each value may stand there once"),
-        (GRID + "overrides: {model.dropout: 0.3}\n", "space.model.dropout is overridden too"),
-        (GRID + "draw: {method: grid, points: 4}\n", "draw.points is for random and sobol"),
-        (GRID + "draw: {method: sobol}\n", "draw.points is null"),
-        (GRID.replace("nll_bpd", "ndl_bpd"), "did you mean 'nll_bpd'?"),
-        (GRID.replace("nll_bpd", "fid"), "rank.metric=fid is reported by no trial: evaluate.metrics is [nll]"),
-        (GRID.replace("nll_bpd", "train_loss"), "not comparable over diffusion.beta_schedule"),
-        (GRID + "early_stop: {first: 6}\n", "early_stop.first=6 is not below train.steps"),
-        (GRID + "early_stop: {first: 2}\noverrides: {train.lr_decay: linear}\n", "lr_decay=none"),
-        (GRID.replace("experiment: digits", ""), "one of the two is needed"),
-        (GRID + "seeds: [0, 0]\n", "seeds is [0, 0]"),
-        ("experiment: digits\nspace:\n  seed: [0, 1]\n", "space.seed cannot be swept"),
-        (DRAWN % "model.dropout: {low: 0.5, high: 0.1}", "low=0.5 is not below high=0.1"),
-        ("experiment: digits\nspace:\n  model.dropout: {low: 0.1, high: 0.5}\n", "which grid cannot have"),
-        (DRAWN % "train.lr: {low: 0.0, high: 0.5, scale: log}", "a log scale begins above 0"),
-        (DRAWN % "train.steps: [4, 6]" + "early_stop: {first: 2}\n", "train.steps is swept, and early_stop"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "message"), [
+    ("experiment: digits\nspace:\n  diffusion.beta_shedule: [linear]\n", "beta_schedule"),
+    ("experiment: digits\n", "space is empty"),
+    ("experiment: digits\nspace:\n  model.dropout: [0.1, 0.1]\n", "each value may stand there once"),
+    (GRID + "overrides: {model.dropout: 0.3}\n", "space.model.dropout is overridden too"),
+    (GRID + "draw: {method: grid, points: 4}\n", "draw.points is for random and sobol"),
+    (GRID + "draw: {method: sobol}\n", "draw.points is null"),
+    (GRID.replace("nll_bpd", "ndl_bpd"), "did you mean 'nll_bpd'?"),
+    (GRID.replace("nll_bpd", "fid"), "rank.metric=fid is reported by no trial: evaluate.metrics is [nll]"),
+    (GRID.replace("nll_bpd", "train_loss"), "not comparable over diffusion.beta_schedule"),
+    (GRID + "early_stop: {first: 6}\n", "early_stop.first=6 is not below train.steps"),
+    (GRID + "early_stop: {first: 2}\noverrides: {train.lr_decay: linear}\n", "lr_decay=none"),
+    (GRID.replace("experiment: digits", ""), "one of the two is needed"),
+    (GRID + "seeds: [0, 0]\n", "seeds is [0, 0]"),
+    ("experiment: digits\nspace:\n  seed: [0, 1]\n", "space.seed cannot be swept"),
+    (DRAWN % "model.dropout: {low: 0.5, high: 0.1}", "low=0.5 is not below high=0.1"),
+    ("experiment: digits\nspace:\n  model.dropout: {low: 0.1, high: 0.5}\n", "which grid cannot have"),
+    (DRAWN % "train.lr: {low: 0.0, high: 0.5, scale: log}", "a log scale begins above 0"),
+    (DRAWN % "train.steps: [4, 6]" + "early_stop: {first: 2}\n", "train.steps is swept, and early_stop"),
+])  # fmt: skip
 def test_bad_sweeps_are_refused_by_name(tmp_path, text, message):
     found = faults(tmp_path, text)
     assert any(message in line for line in found), found
@@ -150,20 +143,17 @@ def cluster(**overrides):
     return load_cluster("local", [f"{key}={value}" for key, value in overrides.items()])
 
 
-@pytest.mark.parametrize(
-    ("asked", "nodes", "trials", "concurrent", "expected"),
-    [
-        ({}, [(2, 0)], 8, None, (2, 1, 1, 0)),
-        ({}, [(2, 0)], 1, None, (1, 1, 2, 0)),
-        ({}, [(16, 0)], 8, 2, (2, 1, 8, 0)),
-        ({"workers": 2}, [(2, 0)], 8, None, (1, 2, 1, 0)),
-        ({"cpus_per_worker": 2}, [(3, 0), (3, 0)], 8, None, (2, 1, 2, 0)),  # not 6 // 2
-        ({}, [(16, 4)], 8, None, (4, 1, 4, 1)),
-        ({"gpus_per_worker": 0.5}, [(16, 1)], 8, None, (2, 1, 8, 0.5)),
-        ({"workers": 8}, [(16, 4), (16, 4)], 8, None, (1, 8, 4, 1)),  # a trial over two machines
-        ({"gpus_per_worker": 2}, [(8, 3), (8, 3)], 8, None, (2, 1, 5, 2)),  # no worker over two machines
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("asked", "nodes", "trials", "concurrent", "expected"), [
+    ({}, [(2, 0)], 8, None, (2, 1, 1, 0)),
+    ({}, [(2, 0)], 1, None, (1, 1, 2, 0)),
+    ({}, [(16, 0)], 8, 2, (2, 1, 8, 0)),
+    ({"workers": 2}, [(2, 0)], 8, None, (1, 2, 1, 0)),
+    ({"cpus_per_worker": 2}, [(3, 0), (3, 0)], 8, None, (2, 1, 2, 0)),  # not 6 // 2
+    ({}, [(16, 4)], 8, None, (4, 1, 4, 1)),
+    ({"gpus_per_worker": 0.5}, [(16, 1)], 8, None, (2, 1, 8, 0.5)),
+    ({"workers": 8}, [(16, 4), (16, 4)], 8, None, (1, 8, 4, 1)),  # a trial over two machines
+    ({"gpus_per_worker": 2}, [(8, 3), (8, 3)], 8, None, (2, 1, 5, 2)),  # no worker over two machines
+])  # fmt: skip
 def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent, expected):
     """expected: trials at once; workers of each, and the CPUs and GPUs of a worker."""
     found = divide_cluster(cluster(**asked), nodes, trials, concurrent)
@@ -172,7 +162,6 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
 
 
 def replace_ray(monkeypatch, nodes: list, start: Callable, wait: Callable, get: Callable) -> None:
-    """Let `run_trials` start, await and read its tasks by these functions."""
     parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
     monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
     monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])
