@@ -29,13 +29,18 @@ def use_precision(precision: Precision) -> Iterator[None]:
 def use_deterministic(deterministic: bool) -> Iterator[None]:
     """Use deterministic algorithms inside the context; if false, those that a GPU measures as the fastest."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    torch.use_deterministic_algorithms(deterministic)
+    _set_deterministic(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        _set_deterministic(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+def _set_deterministic(deterministic: bool) -> None:
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # torch's call imports its compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
