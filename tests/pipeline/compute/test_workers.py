@@ -69,7 +69,8 @@ class Group:
         self.run = run
         port = free_port()
         server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["pipeline.stages.train", "pipeline.compute.ray_train", __name__])
+        heavy = "torch._inductor.config", "torch.nn.parallel.distributed"  # which each member would import
+        server.set_forkserver_preload([*heavy, "pipeline.stages.train", RayWorker.__module__, __name__])
         args = (workers, port, experiment, run, steps, slow_rank)
         self.processes = [server.Process(target=member, args=(rank, *args)) for rank in range(workers)]
         for process in self.processes:
@@ -138,7 +139,7 @@ def test_a_group_that_was_killed_and_stopped_ends_as_an_untouched_one(tiny_run, 
     assert losses(run) == losses(untouched)
 
 
-def test_a_slow_rank_is_seen_in_the_log_mlflow_the_status_and_the_page(tiny_run, empty_store, tmp_path):
+def test_a_slow_rank_is_seen_in_log_mlflow_status_and_page(tiny_run, empty_store, tmp_path, undrawn):
     """Though each waits for the slower one, and steps take equally long on both."""
     run = tiny_run
     assert set(Group(2, experiment_of(run), run, 8, slow_rank=1).finish()) == {0}
@@ -155,8 +156,8 @@ def test_a_slow_rank_is_seen_in_the_log_mlflow_the_status_and_the_page(tiny_run,
     found = sender.client.get_run(sender.run_id).data.metrics
     assert found["train/step_seconds_max"] > max(0.2, found["train/step_seconds_min"])
     assert found["train/slowest_rank"] == 1
-    for point in points[:2]:
-        point["metrics"]["train/slowest_rank"] = 0
+    for number, point in enumerate(points[:4]):
+        point["metrics"]["train/slowest_rank"] = number % 2
     assert not describe_slow_rank(points[:4]), "both are the slowest as often"
 
 

@@ -182,7 +182,7 @@ def test_only_the_unit_that_is_missing_is_made_again(sharded_storage):
     assert sorted(more) == ["interpolation of pair 4 after 10 steps", "progressive 0-4"]
 
 
-def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplog):
+def test_what_cannot_be_drawn_is_left_out_with_its_reason(sharded_storage, caplog, undrawn):
     wanted = "[samples,rate_distortion,scores_along,nearest_features]"
     run = ready(tiny_experiment("name=unscored", f"figures.which={wanted}"), sharded_storage)
     with caplog.at_level(logging.WARNING):
@@ -218,7 +218,7 @@ def test_figures_run_the_chain_of_the_samples(sharded_storage, how):
     assert "for t = 20, 15, 6, 1, left" in captions["shared_latents.png"]
 
 
-def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeypatch):
+def test_a_network_that_takes_labels_draws_every_figure(sharded_storage, monkeypatch, undrawn):
     small = (
         "diffusion.timesteps=2", "model.channels=8", "model.norm_groups=4", "train.steps=1",
         "sample.num_images=12", "sample.batch_size=6", "sample.steps=null", "evaluate.nll_images=4",

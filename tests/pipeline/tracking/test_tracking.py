@@ -106,8 +106,8 @@ def test_what_may_not_change_is_a_parameter_and_the_rest_of_the_experiment_is_ta
     assert study.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
-def test_curves_carry_their_step_timers_and_scores_stand_on_the_model_of_their_checkpoint(mirrored, client):
-    found = mirrored[1]
+def test_curves_scores_dataset_and_pictures_arrive_and_another_evaluation_is_a_child(mirrored, client):
+    run, found = mirrored
     for key in ("loss/train", "train/lr", "train/grad_norm", "train/images_per_second"):
         assert history(client, found, key) == expected(100)
     assert found.info.start_time == BEGAN + 850 and found.info.status == "FINISHED"
@@ -117,10 +117,6 @@ def test_curves_carry_their_step_timers_and_scores_stand_on_the_model_of_their_c
     assert scored["100"]["fid"] == 14.21 and scored["50"] == {}
     assert all(str(model.status) == "READY" and Path(model.tags["path"]).is_dir() for model in models)
     assert {output.step for output in found.outputs.model_outputs} == {50, 100}
-
-
-def test_dataset_pictures_and_files_arrive_and_another_evaluation_is_a_child(mirrored, client):
-    run, found = mirrored
     query = f"tags.mlflow.parentRunId = '{found.info.run_id}'"
     (child,) = client.search_runs([found.info.experiment_id], query)
     assert child.data.tags["evaluation_key"] == "0123456789ab"
