@@ -43,6 +43,7 @@ class Registered(FeatureExtractorBase):
 
 
 def arguments(extractor: Extractor, *metrics: str) -> dict:
+    """Return the arguments of calculate_metrics for an extractor and these metrics."""
     own = extractor.kind == inception.NAME
     if not own and extractor.name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(extractor.name, Registered)

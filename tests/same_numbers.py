@@ -20,6 +20,7 @@ TWO_WORKERS = ["train", "digits", "name=two", "model.dropout=0", "train.steps=20
 
 
 def run(tree: Path, storage: Path, words: list[str]) -> None:
+    """Run the program of a tree; what it prints is shown."""
     print(f"== {tree.name}: ddpm {' '.join(words)}", flush=True)
     environment = {**os.environ, "PYTHONPATH": str(tree)}
     command = [sys.executable, "-m", "pipeline", *words, f"cluster.storage={storage}"]

@@ -163,6 +163,7 @@ def read_results(storage: Path) -> dict[str, bytes]:
 
 
 def damage(path: Path, kind: str, place: int, value: object, others: list[Path]) -> None:
+    """Damage a file in one way."""
     content, at = path.read_bytes(), place % max(1, path.stat().st_size)
     path.unlink()
     if kind in ("folder", "fifo", "link"):

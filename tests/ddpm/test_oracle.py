@@ -76,6 +76,7 @@ def cdf(z: float) -> float:
 
 @pytest.mark.parametrize("variance", ["fixedlarge", "fixedsmall"])
 def test_everything_agrees_with_the_oracle(variance):
+    """All functions at all t, against loops over Python floats written from the paper by another route."""
     config = replace(SMALL, variance=variance, loss="vlb")
     diffusion, process = Diffusion(config), Process()
     t = torch.arange(20)

@@ -50,6 +50,7 @@ class Browser:
             return json.load(answer)["value"]
 
     def open(self, page: Path | str) -> None:
+        """Open a file or an address."""
         self._call("/url", {"url": page if isinstance(page, str) else page.absolute().as_uri()})
 
     def run(self, script: str) -> Any:
@@ -173,6 +174,7 @@ def ui(links, tmp_path) -> Iterator[dict[str, str]]:
 
 
 def wait_for_text(browser: Browser, holds: Callable[[str], bool], seconds: float = 120) -> str:
+    """Wait until the text of the page holds, and return it."""
     end = time.monotonic() + seconds
     while not holds(text := browser.run("return document.body.innerText")):
         assert time.monotonic() < end, text
@@ -181,6 +183,7 @@ def wait_for_text(browser: Browser, holds: Callable[[str], bool], seconds: float
 
 
 def click(browser: Browser, label: str) -> None:
+    """Click on the link of that text."""
     found = f"[...document.querySelectorAll('a')].find(a => a.innerText.trim() === {label!r})"
     assert browser.run(f"const link = {found}; if (link) link.click(); return !!link"), label
 

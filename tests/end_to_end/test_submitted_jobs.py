@@ -87,6 +87,7 @@ class Client:
         return process
 
     def ddpm(self, *words: str, **environment: str) -> tuple[int, str]:
+        """(exit code, output)"""
         process = self.start(*words, **environment)
         output, _ = process.communicate(timeout=2 * WAIT)
         assert TOKEN not in output

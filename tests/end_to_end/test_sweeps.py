@@ -18,6 +18,7 @@ SMALL = [*TRIAL, "train.sample_every=6", "cluster.cpus_per_worker=1"]
 
 
 def start(storage: Path, text: str = GRID) -> subprocess.Popen:
+    """`ddpm sweep` on a file grid.yaml of that text."""
     path = storage / "grid.yaml"
     path.write_text(text)
     command = [sys.executable, "-m", "pipeline", "sweep", str(path), *SMALL, f"cluster.storage={storage}"]
@@ -26,6 +27,7 @@ def start(storage: Path, text: str = GRID) -> subprocess.Popen:
 
 
 def sweep(storage: Path, text: str = GRID) -> str:
+    """Run `ddpm sweep` to its end; returns what it printed."""
     running = start(storage, text)
     said, _ = running.communicate()
     assert running.returncode == 0, said
@@ -43,6 +45,7 @@ def children(storage: Path) -> list:
 
 
 def trained(storage: Path) -> dict[str, int]:
+    """When each finished trial's weights were written."""
     files = storage.glob("*/train/step_00000006/state.safetensors")
     return {path.parts[-4]: path.stat().st_mtime_ns for path in files}
 

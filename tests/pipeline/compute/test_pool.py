@@ -183,6 +183,7 @@ def another_pool(session, *words, count_trials=lambda: 1):
 
 
 def take(**resources):
+    """Give these to somebody else, until remove_group."""
     import ray
     from ray.util import placement_group
 

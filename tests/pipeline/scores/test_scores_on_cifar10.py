@@ -54,6 +54,7 @@ def cifar10(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def test_images(cifar10):
+    """The test set, float64 (10,000, 3072)."""
     return tars.load_images(cifar10.data, "test")[0].reshape(10_000, -1) / 127.5 - 1
 
 
@@ -207,6 +208,7 @@ def test_fid_of_all_test_against_all_training_images_is_torch_fidelitys(cifar10)
 
 
 def merged_fid(features, dtype):
+    """By torch-fidelity's own functions."""
     parts = (torch.from_numpy(features[split]).to(dtype) for split in ("test", "train"))
     statistics = (fid_features_to_statistics(part) for part in parts)
     return fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]

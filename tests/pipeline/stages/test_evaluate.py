@@ -204,6 +204,7 @@ def test_95_of_100_intervals_of_the_digits_hold_the_linear_denoisers_rate(sharde
 
 
 def test_the_estimate_has_the_full_bound_as_its_mean_and_says_how_it_came_about(sampled):
+    """One image has no error and says so, and more images than there are is refused."""
     sampled = scoring(sampled, nll_images=None, nll_batch_size=180)
     few = scoring(sampled, nll_timesteps=4)
     assert len([name for name in run_stage(evaluate, few) if "NLL" in name]) == 2

@@ -47,6 +47,7 @@ def test_a_short_set_is_refused_and_a_longer_one_is_cut(projected):
 
 
 def test_neither_other_statistics_nor_features_of_other_images_are_taken_for_these(projected, caplog):
+    """Features of another key are skipped; under the name of one of ours they are named and made again."""
     run_stage(evaluate, projected)
     scored, extractor = results(projected), find_extractor(projected)
     file, _ = locate_statistics(projected, extractor, "train")
@@ -159,6 +160,7 @@ def test_statistics_of_anything_else_are_refused_in_a_line(tmp_path, changed, me
 
 
 def test_statistics_are_read_by_name_whatever_lies_beside_them(tmp_path, monkeypatch):
+    """Images, objects, an n of shape (1,), the other byte order; a size is looked at first."""
     held = {"n": np.array([200]), "mu": np.arange(64.0).astype(">f8"), "arr_0": np.array([{}], dtype=object)}
     found = load_user_statistics(Path(statistics(tmp_path / "their.npz", **held)), 64)
     assert found.n == 200 and found.mu.dtype == np.float64 and np.array_equal(found.mu, np.arange(64.0))

@@ -128,6 +128,7 @@ def test_steps_computed_again_are_logged_once_and_what_was_half_written_is_gone(
 
 
 def stop_at(step):
+    """A context under which training is asked to stop after `step`."""
     context = one_cpu().context
     asked = iter(range(1, step + 1))
     context.broadcast_number = lambda number: next(asked) == step

@@ -46,6 +46,7 @@ FILE = "diffusion_pytorch_model"
 
 
 def publish(folder: Path, experiment: config.Experiment, pickled: bool = False, **options) -> UNet2DModel:
+    """Save diffusers' own network of the experiment's shape."""
     data, out = experiment.data, 2 if experiment.diffusion.variance == "learned_range" else 1
     net = randomise(make_unet(experiment.model, data.image_size, data.channels, data.channels * out))
     net.save_pretrained(folder, safe_serialization=not pickled, **options)

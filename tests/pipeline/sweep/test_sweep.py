@@ -162,6 +162,7 @@ def test_no_more_trials_than_there_is_room_for(asked, nodes, trials, concurrent,
 
 
 def replace_ray(monkeypatch, nodes: list, start: Callable, wait: Callable, get: Callable) -> None:
+    """Let `run_trials` start, await and read its tasks by these functions."""
     parts = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
     monkeypatch.setattr(trial_tasks.ray, "remote", lambda body: parts)
     monkeypatch.setattr(trial_tasks.ray, "nodes", lambda: [{"Alive": True, "Resources": {}}])

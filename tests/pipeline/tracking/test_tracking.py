@@ -54,6 +54,7 @@ def client(uri):
 
 @pytest.fixture(scope="module")
 def mirrored(storage, uri, client):
+    """A whole run directory, delivered: (run, the MLflow run)."""
     run = make_run(storage, "digits", STEPS)
     write_scores(run.path / "evaluation" / "0123456789ab", run.experiment, scores={"fid": 20.5})
     with tracking.Mirror(uri, "digits", run, tags={"device": "cpu"}):
