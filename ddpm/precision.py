@@ -39,7 +39,8 @@ def use_deterministic(deterministic: bool) -> Iterator[None]:
 
 
 def _set_deterministic(deterministic: bool) -> None:
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # torch's call imports its compiler: seconds
+    # Where nothing changes, torch's call would still import its compiler: seconds.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
 
 

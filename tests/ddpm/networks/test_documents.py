@@ -150,6 +150,36 @@ GOLDEN = {
 }  # fmt: skip
 
 
+# Parameters of each part as the documents' descriptions count them; where one opens a level with the downsampling, ours
+# ends the level above with it.
+PARTS = {
+    "000": {
+        "time_mlp": 82_432, "conv_in": 1_792, "down.0": 181_120 + 36_928, "down.1": 628_544 - 36_928 + 147_584,
+        "down.2": 2_906_752 - 147_584 + 590_080, "down.3": 40_462_080 - 590_080, "middle": 42_487_808,
+        "up.0": 75_011_840, "up.1": 5_466_496, "up.2": 1_260_864, "up.3": 407_424, "conv_out": 1_731,
+    },
+    "001": {
+        "conv_in": 39_232, "down.0": 148_224, "down.1": 517_632, "middle": 262_528, "up.0": 34_048 + 213_824,
+        "up.1": 8_832 + 181_056, "head": 75_651 - 1_731, "conv_out": 1_731,
+    },
+    "002": {
+        "conv_in": 38_976, "down.0": 238_464 + 99_584, "down.1": 919_296 + 395_776, "down.2": 1_214_208 + 395_776,
+        "bottleneck": 3_542_016 + 4_721_664 + 1_771_008, "up.0": 754_560 + 99_584, "up.1": 192_960 + 25_216,
+        "up.2": 119_232 + 25_216, "conv_out": 195,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("document", PARTS)
+def test_every_part_has_the_parameters_of_the_document(document):
+    config, _, timesteps, labels, _ = DOCUMENTS[document]
+    size = {"000": 32, "001": 16, "002": 64}[document]
+    net = build_network(config, size, 3, 3, 0, 5 if labels else 0, "meta", timesteps)
+    parts = PARTS[document]
+    assert {part: sum(p.numel() for p in net.get_submodule(part).parameters()) for part in parts} == parts
+    assert sum(parts.values()) == sum(p.numel() for p in net.parameters())
+
+
 def fill_in_order_of_use(net, *inputs):
     """Fill each tensor with a sine of its place: 1 + 0.1 s for norms, 0.1 s for biases, s / sqrt(fan in) else."""
     found = {}
