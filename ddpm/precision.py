@@ -29,19 +29,13 @@ def use_precision(precision: Precision) -> Iterator[None]:
 def use_deterministic(deterministic: bool) -> Iterator[None]:
     """Use deterministic algorithms inside the context; if false, those that a GPU measures as the fastest."""
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    _set_deterministic(deterministic)
+    torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     try:
         yield
     finally:
-        _set_deterministic(before[0])
+        torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
-
-
-def _set_deterministic(deterministic: bool) -> None:
-    # Where nothing changes, torch's call would still import its compiler: seconds.
-    if deterministic != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(deterministic)
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
