@@ -50,8 +50,9 @@ NETWORK_REASONS = ("connection refused", "timed out", "name or service not known
 def explain_network_error(error: Exception, uri: str = "") -> str:
     """Return the short reason why the server at `uri` cannot be reached, without the clients' long messages."""
     text = f"{error} {error.__context__}".lower()
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = next((reason for reason in NETWORK_REASONS if reason in text), lines[0])
+    # SQLAlchemy may put a hint for programmers before the reason.
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(raised as a")]
+    reason = next((why for why in NETWORK_REASONS if why in text), [*lines, type(error).__name__][0])
     values = re.sub(r"[?&;]\w+=", "?", uri)  # without the names of a query
     for word in re.split("[:@/?#&;=]", values):
         if len(word) > 2 and word not in hide_password(uri):

@@ -5,6 +5,7 @@ Functions import modules after they have checked the configuration, so that a co
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import textwrap
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pipeline.sweep.study import Study
 
 MANY = 200  # trials; a sweep of more is often a mistake
+NAME, ALIAS = r"[^/:']+", r"(?!(latest|v\d+)$)[\w-]+"  # of models in MLflow
 
 # The cluster of a command, and its paths that would mean another file on another machine.
 JobInputs = tuple["ClusterConfig", list[str]]
@@ -231,6 +233,8 @@ def export_weights(options: Namespace) -> None:
     files.require_output(folder := Path(options.directory).expanduser().absolute(), folder=True)
     place = None
     if options.run.startswith(tracking.PREFIX):
+        if options.step is not None or options.weights != "ema":
+            raise ConfigError(f"{options.run} is one set of weights: leave out --step and --weights")
         exported, settings, tensors = tracking.fetch_model(options.run, tracking.find_uri(cluster))
         kind, source = exported.published.weights or exported.sample.weights, settings["source"]
         diffusers_layout.write_folder(exported, tensors, folder, kind, source)
@@ -249,6 +253,11 @@ def remove_runs(options: Namespace) -> int:
 
 
 def register_model(options: Namespace) -> None:
+    for option, given, rule in (("--name", options.name, NAME), ("--alias", options.alias, ALIAS)):
+        if given is not None and not re.fullmatch(rule, given, re.ASCII | re.IGNORECASE):
+            raise ConfigError(
+                f"{option} '{given}' is none that MLflow takes: use letters, digits, - and _, not 'v1'"
+            )
     from pipeline import tracking
     from pipeline.engine.load import choose_checkpoint
 

@@ -55,6 +55,8 @@ TRAIN = " ".join(["train digits", *TINY, "cluster.workers=0 cluster.storage={tmp
 
 
 @pytest.mark.parametrize(("words", "code", "message"), [  # words, exit code, what the error says
+    ("register x --name a/b", 2, "a/b"), ("register x --alias V12", 2, "V12"), ("register x --alias ''", 2, "--alias"),
+    ("export models:/x@y dir --step 3", 2, "--step"), ("export models:/x@y dir --weights raw", 2, "--weights"),
     ("ui --port 99999", 2, "65535"), ("ui --port -1", 2, "port"), ("ui --port 0", 2, "65535"),
     ("ui --port ²", 2, "65535"), ("export a b --step 1e30", 2, "whole number"), ("export a", 2, "DIR"),
     ("rnu", 2, "did you mean 'run'?"), ("list digits", 2, "digits"), ("jobs foo", 2, "'foo'"),

@@ -202,6 +202,13 @@ def test_no_secret_of_an_address_is_shown(uri, shown):
     assert "HUSH" not in explain_network_error(OSError(f"cannot reach {uri}"), uri)
 
 
+def test_the_reason_of_a_store_is_not_its_hint_for_programmers():
+    text = (
+        "(raised as a result of Query-invoked autoflush)\n(sqlite3.OperationalError) disk is full\n[SQL: ...]"
+    )
+    assert mlflow_client.explain_store_error(OSError(text), "sqlite:////x")[0] == "disk is full"
+
+
 @pytest.mark.parametrize(
     "uri", [SECRET, "sqlite:///a?key=HUSH", "u:HUSH@h", "ftp://u:HUSH@h", "[http://u:HUSH@h]", "{a: HUSH}"]
 )
